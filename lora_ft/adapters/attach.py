@@ -1,0 +1,184 @@
+"""Put an adapter onto a frozen base: names resolved and counted first, then PEFT injects.
+
+W x  ->  W x + (alpha / r) B A x        A [r, in] random, B [out, r] zero: the start is the base
+
+adapter.targets=[q_proj,v_proj]  ->  60 layers  ->  120 matrices that train, everything else frozen
+"""
+
+import warnings
+from collections.abc import Iterator
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lora_ft import config
+from lora_ft.errors import ConfigError
+
+ALL_LINEAR = "all-linear"
+
+
+def attach(
+    model: PreTrainedModel | PeftModel, adapter: config.Adapter, name: str, seed: int, token_ids: list[int]
+) -> PeftModel:
+    """Inject the adapter under `name` and return the PEFT model; only its parameters train, in fp32 at least.
+
+    `seed` alone decides the initial matrices. `token_ids` are added tokens, whose embedding rows are
+    trained beside the adapter. Raises ConfigError for targets that match nothing and for what cannot
+    be saved or merged truthfully (tied embeddings, modules_to_save in half precision).
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    layers = adaptable_layers(base)
+    targets = resolve_targets(base, layers, adapter.targets)
+    _check_patterns(adapter, matched_layers(layers, targets))
+    _check_ties(base, adapter, targets)
+    _check_full_modules(base, adapter, token_ids)
+    peft_config = LoraConfig(
+        r=adapter.r,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=sorted(targets),
+        modules_to_save=sorted(adapter.modules_to_save) or None,
+        rank_pattern=dict(adapter.rank_pattern),
+        alpha_pattern=dict(adapter.alpha_pattern),
+        use_rslora=adapter.rslora,
+        use_dora=adapter.dora,
+        fan_in_fan_out=any(isinstance(layers[n], Conv1D) for n in matched_layers(layers, targets)),
+        trainable_token_indices=token_ids or None,
+        task_type=TaskType.CAUSAL_LM,
+    )
+    torch.manual_seed(seed)
+    if isinstance(model, PeftModel):
+        model.add_adapter(name, peft_config)
+        model.set_adapter(name)
+        return model
+    return inject(base, peft_config, name)
+
+
+def inject(model: PreTrainedModel, peft_config: LoraConfig, name: str) -> PeftModel:
+    """PEFT's own injection, without the warnings that nobody can act on."""
+    # PEFT would warn that the base's name differs; identity is checked by hashes instead (files.check_base).
+    peft_config.base_model_name_or_path = None
+    with warnings.catch_warnings():
+        # PEFT 0.21 still reads a property that transformers 5.23 has renamed.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        return get_peft_model(model, peft_config, adapter_name=name)
+
+
+def adaptable_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The layers that LoRA can adapt, by name: linear (quantized ones too), Conv1D and embeddings."""
+    kinds = (nn.Linear, Conv1D, nn.Embedding)
+    return {
+        name.replace(".base_layer", ""): module
+        for name, module in _outside_adapters(model)
+        if isinstance(module, kinds)
+    }
+
+
+def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules of the base alone: an adapted layer counts once, as its base layer."""
+    inside = {
+        f"{prefix}.{child}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+        for child, _ in module.named_modules()
+        if child and not child.startswith("base_layer")
+    }
+    return ((name, module) for name, module in model.named_modules() if name not in inside)
+
+
+def resolve_targets(model: PreTrainedModel, layers: dict[str, nn.Module], targets: list[str]) -> set[str]:
+    """Turn `all-linear` into layer names, shortest that are exact; ConfigError names a target that matches nothing."""
+    resolved = {t for t in targets if t != ALL_LINEAR}
+    for target in sorted(resolved):
+        if not matched_layers(layers, {target}):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+            raise ConfigError(f"adapter.targets: {target} matches no layer of this model, which has {known}")
+    if ALL_LINEAR in targets:
+        head = model.get_output_embeddings()
+        linear = {
+            name
+            for name, module in layers.items()
+            if not isinstance(module, nn.Embedding) and module is not _unwrapped(head)
+        }
+        suffixes = {name.rpartition(".")[2] for name in linear}
+        # q_proj says more than 30 full names, and other loaders of the adapter expect it; a suffix
+        # that would also match the head or an embedding keeps its full names.
+        resolved |= suffixes if matched_layers(layers, suffixes) == linear else linear
+    return resolved
+
+
+def _unwrapped(module: nn.Module | None) -> nn.Module | None:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def matched_layers(layers: dict[str, nn.Module], targets: set[str]) -> set[str]:
+    """Names of the layers that PEFT's rule selects: a target is a layer's full name or its last part(s)."""
+    return {name for name in layers if any(name == t or name.endswith("." + t) for t in targets)}
+
+
+def _check_patterns(adapter: config.Adapter, matched: set[str]) -> None:
+    for key, pattern in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
+        for target, value in pattern.items():
+            if not matched_layers(dict.fromkeys(matched, nn.Identity()), {target}):
+                raise ConfigError(f"adapter.{key}: {target} matches no adapted layer")
+            if value <= 0:
+                raise ConfigError(f"adapter.{key}: {target} must be above 0, got {value}")
+
+
+def _check_ties(model: PreTrainedModel, adapter: config.Adapter, targets: set[str]) -> None:
+    """Refuse to change one of two tied matrices: saved or merged, the pair would fall apart (A20, peft issue 2018)."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or _unwrapped(head).weight is not _unwrapped(embedding).weight:  # type: ignore[union-attr]
+        return
+    names = {name for name, module in model.named_modules() if module in (head, embedding)}
+    for key, chosen in (("targets", targets), ("modules_to_save", set(adapter.modules_to_save))):
+        for name in sorted(names):
+            if any(name == c or name.endswith("." + c) for c in chosen):
+                raise ConfigError(
+                    f"adapter.{key}: {name} shares its weight with the other end of this model; "
+                    "an adapter for one of them would be lost in the other. Leave it out."
+                )
+
+
+def _check_full_modules(model: PreTrainedModel, adapter: config.Adapter, token_ids: list[int]) -> None:
+    modules = dict(model.named_modules())
+    for name in adapter.modules_to_save:
+        if not any(n == name or n.endswith("." + name) for n in modules):
+            raise ConfigError(f"adapter.modules_to_save: {name} matches no layer of this model")
+    if (adapter.modules_to_save or token_ids) and model.dtype in (torch.bfloat16, torch.float16):
+        what = "adapter.modules_to_save" if adapter.modules_to_save else "model.added_tokens"
+        raise ConfigError(
+            f"{what} trains whole layers, which must be float32 to learn, "
+            f"but the model computes in {model.dtype}: set model.dtype=float32"
+        )
+
+
+def trainable(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
+    """The parameters of adapter `name`, in the model's order: matrices, magnitudes, saved modules, token rows."""
+    marker = f".{name}"
+    found = {n: p for n, p in model.named_parameters() if marker in n and _is_adapter_parameter(n, marker)}
+    return found
+
+
+def _is_adapter_parameter(parameter: str, marker: str) -> bool:
+    return any(
+        kind + marker in parameter
+        for kind in (
+            "lora_A",
+            "lora_B",
+            "lora_embedding_A",
+            "lora_embedding_B",
+            "lora_magnitude_vector",
+            "modules_to_save",
+            "trainable_tokens_delta",
+        )
+    )
+
+
+def scaling(adapter: config.Adapter) -> float:
+    """The factor of B A: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+    return adapter.alpha / (adapter.r**0.5 if adapter.rslora else adapter.r)

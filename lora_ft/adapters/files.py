@@ -1,0 +1,211 @@
+"""The adapter folder: stock PEFT files that any PEFT user can load, and a record that lets us check the base.
+
+    adapter_model.safetensors   base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight [r, in], ...
+    adapter_config.json         PEFT's, with plain types in a stable order
+    tokenizer.json, ...         what turned text into these tokens, chat_template.jinja too
+    lora_ft.json                what PEFT does not record: base hashes, quantization, data; PEFT ignores it
+
+Loading is strict where PEFT only warns: a key too many or too few, another shape, another base or another
+quantization is a MismatchError (peft issues 2566 and 2699; transformers issue 38927).
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lora_ft import config, durable, runs
+from lora_ft.adapters.attach import inject
+from lora_ft.errors import MismatchError, SecurityError
+from lora_ft.models.load import Identity
+
+WEIGHTS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "lora_ft.json"
+
+# Always written; of the others only what differs from PEFT's default, so that older PEFT reads the file.
+_ALWAYS = (
+    "peft_type",
+    "task_type",
+    "base_model_name_or_path",
+    "revision",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "bias",
+    "target_modules",
+    "modules_to_save",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_lora_weights",
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an adapter comes from: its base, the base's quantization, and the rows it learned."""
+
+    base: Identity
+    quant: config.Quant
+    data_sha256: str
+
+
+def tensors_of(model: PeftModel, name: str) -> dict[str, Tensor]:
+    """The adapter's tensors under PEFT's file keys, contiguous, on the CPU."""
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in sorted(state.items())}
+
+
+def save(model: PeftModel, name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, origin: Origin) -> None:
+    """Write the adapter folder in one move and read it back; MismatchError if what was written differs (C10)."""
+    tensors = tensors_of(model, name)
+    with durable.staged_folder(folder) as staging:
+        tokenizer.save_pretrained(staging)
+        durable.write_bytes(staging / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+        durable.write_json(staging / CONFIG, _config_fields(model.peft_config[name], origin.base))
+        durable.write_json(staging / RECORD, _record(tensors, tokenizer, origin))
+        _compare(tensors, _read_tensors(staging / WEIGHTS), str(folder), exact=True)
+
+
+def _config_fields(peft_config: LoraConfig, base: Identity) -> dict[str, Any]:
+    defaults = LoraConfig().to_dict()
+    fields = {
+        k: _plain(v)
+        for k, v in peft_config.to_dict().items()
+        if k in _ALWAYS or k == "peft_version" or _plain(v) != _plain(defaults.get(k))
+    }
+    fields |= {"base_model_name_or_path": base.id or base.path, "revision": base.revision, "inference_mode": True}
+    return dict(sorted(fields.items()))
+
+
+def _plain(value: Any) -> Any:
+    """JSON types in a stable order: PEFT keeps target names in a set, whose order changes from run to run."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in sorted(value.items())}
+    return getattr(value, "value", value)
+
+
+def _record(tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, origin: Origin) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "base": dataclasses.asdict(origin.base) | {"folder": None},
+        "quant": quant_recipe(origin.quant),
+        "data_sha256": origin.data_sha256,
+        "tokenizer_sha256": _sha256(tokenizer.backend_tokenizer.to_str()),
+        "chat_template_sha256": _sha256(tokenizer.chat_template) if tokenizer.chat_template else None,
+        "tensors": {key: list(t.shape) for key, t in tensors.items()},
+        "packages": runs.versions(),
+    }
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def quant_recipe(quant: config.Quant) -> dict[str, Any]:
+    """What must be equal for two quantized bases to have the same weights."""
+    recipe: dict[str, Any] = {"kind": quant.kind.value}
+    if quant.kind in (config.QuantKind.nf4, config.QuantKind.fp4):
+        recipe["double"] = quant.double
+    return recipe
+
+
+def check_base(folder: Path, base: Identity, quant: config.Quant) -> None:
+    """Compare the adapter's record with the base it is about to be put on; silent where there is no record."""
+    path = folder / RECORD
+    if not path.is_file():
+        return
+    record = json.loads(path.read_text("utf-8"))
+    found = {"config_sha256": base.config_sha256, "weights_sha256": base.weights_sha256}
+    problems = [
+        f"base {key}: trained on {record['base'].get(key)}, this base has {value}"
+        for key, value in found.items()
+        if record["base"].get(key) != value
+    ]
+    if record["quant"] != quant_recipe(quant):
+        problems.append(f"quantization: trained on {record['quant']}, this base has {quant_recipe(quant)}")
+    if problems:
+        name = record["base"].get("id") or record["base"].get("path")
+        raise MismatchError(f"the adapter in {folder} was made for another base ({name}):\n" + "\n".join(problems))
+
+
+def load(model: PreTrainedModel, folder: Path, name: str) -> PeftModel:
+    """Put a saved adapter onto a base for inference, or fail: keys and shapes must match to the last one."""
+    peft_model = inject(model, read_config(folder), name)
+    load_tensors(peft_model, folder, name)
+    peft_model.eval().requires_grad_(False)
+    return peft_model
+
+
+def load_tensors(model: PeftModel, folder: Path, name: str) -> None:
+    """Fill an attached adapter from a folder's file; MismatchError names keys and shapes that differ (D01)."""
+    tensors = _read_tensors(folder / WEIGHTS)
+    _compare(tensors_of(model, name), tensors, str(folder), exact=False)
+    set_peft_model_state_dict(model, tensors, adapter_name=name)
+
+
+def read_config(folder: Path) -> LoraConfig:
+    """The LoRA config of an adapter folder; MismatchError for other methods and for settings PEFT does not know."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise MismatchError(f"{folder} holds no adapter: {CONFIG} is missing")
+    if not (folder / WEIGHTS).is_file():
+        raise SecurityError(f"{folder}: {WEIGHTS} is missing; other formats of weights can run code and are not read")
+    fields = json.loads(path.read_text("utf-8"))
+    if fields.get("peft_type") != "LORA":
+        raise MismatchError(f"{folder}: peft_type must be LORA, got {fields.get('peft_type')}")
+    known = {f.name for f in dataclasses.fields(LoraConfig)}
+    unknown = sorted(k for k in fields if k not in known and k != "auto_mapping")
+    if unknown:
+        raise MismatchError(f"{folder}: the installed PEFT does not know {', '.join(unknown)} of {CONFIG}")
+    return LoraConfig(**{k: v for k, v in fields.items() if k in known and k not in ("peft_type", "auto_mapping")})
+
+
+def check_same_method(folder: Path, attached: LoraConfig) -> None:
+    """A saved adapter computes what the attached one does: same scaling rule, DoRA or not, same alphas (A15)."""
+    saved = read_config(folder)
+    names = ("lora_alpha", "use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "r")
+    problems = [
+        f"{n} {getattr(saved, n)} instead of {getattr(attached, n)}"
+        for n in names
+        if getattr(saved, n) != getattr(attached, n)
+    ]
+    if problems:
+        raise MismatchError(f"adapter.init_from={folder} has {', '.join(problems)}: give the adapter the same settings")
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(path.read_bytes())
+    except SafetensorError as error:
+        raise MismatchError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def _compare(expected: dict[str, Tensor], found: dict[str, Tensor], place: str, *, exact: bool) -> None:
+    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    shapes = [
+        f"{k} {tuple(found[k].shape)} instead of {tuple(t.shape)}"
+        for k, t in expected.items()
+        if k in found and found[k].shape != t.shape
+    ]
+    problems = [
+        f"{what}: {len(names)}, first {', '.join(names[:5])}"
+        for what, names in (("missing tensors", missing), ("unexpected tensors", unexpected), ("other shapes", shapes))
+        if names
+    ]
+    if not problems and exact and any(not expected[k].equal(found[k]) for k in expected):
+        problems = ["the bytes read back differ from the bytes written"]
+    if problems:
+        raise MismatchError(f"the adapter in {place} does not fit: " + "; ".join(problems))

@@ -1,0 +1,41 @@
+"""The config groups of `conf/` and their choices, read without Hydra, which takes a second to ask. No torch here.
+
+conf/train.yaml            defaults: [..., quant: none, ...]     groups("train")["quant"] == "none"
+conf/quant/nf4.yaml        # 4-bit NormalFloat, as in QLoRA      of("quant")["nf4"] == "4-bit NormalFloat, ..."
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from lora_ft import config
+
+
+def groups(verb: str) -> dict[str, str | None]:
+    """The groups that a verb chooses from, in the order of its defaults list, each with its default choice."""
+    primary = yaml.safe_load((config.CONF / f"{verb}.yaml").read_text("utf-8"))
+    return {
+        group: choice for entry in primary["defaults"] if isinstance(entry, dict) for group, choice in entry.items()
+    }
+
+
+def of(group: str, more: Sequence[Path] = ()) -> dict[str, str]:
+    """The choices of a group, ours and those of the user's own folders, each with its meaning."""
+    folders = [folder / group for folder in (config.CONF, *more)]
+    files = {
+        path.relative_to(folder).with_suffix("").as_posix(): path
+        for folder in folders
+        for path in folder.rglob("*.yaml")
+    }
+    return {name: meaning(files[name]) for name in sorted(files)}
+
+
+def meaning(path: Path) -> str:
+    """The first comment of a YAML file that is not a directive to Hydra; empty where there is none."""
+    for line in path.read_text("utf-8", errors="replace").splitlines():
+        if not line.startswith("#"):
+            break
+        if not line.startswith("# @"):
+            return line.removeprefix("#").strip()
+    return ""

@@ -1,0 +1,100 @@
+r"""Completion for bash: verbs, groups and their choices, settings and their values, files. No torch here.
+
+lora-ft tr<TAB>                  train
+lora-ft train quant=<TAB>        fp4  int8  nf4  none
+lora-ft train adapter.<TAB>      adapter.r=  adapter.alpha=  ...
+"""
+
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from enum import Enum
+from pathlib import Path
+
+from lora_ft import config, rules
+from lora_ft.cli import choices, help
+
+# COMP_WORDBREAKS says at which characters readline begins the word that it replaces: '=' and ':' unless a user
+# took them out. Other tools' scripts take '=' out for the whole shell; this one passes the list on and lets it be.
+SCRIPT = r"""
+_lora_ft() {
+    local IFS=$'\n'
+    COMPREPLY=($(COMP_LINE="${COMP_LINE:0:COMP_POINT}" COMP_WORDBREAKS="$COMP_WORDBREAKS" lora-ft -sc query=bash))
+}
+complete -o nospace -F _lora_ft lora-ft
+""".lstrip()
+
+_FLAGS = ("--multirun", "--config-dir", "--cfg", "--info", "--help")
+_HYDRA = ("hydra.run.dir=", "hydra.sweep.dir=")
+
+
+def reply(line: str, word_breaks: str) -> list[str]:
+    """What may follow the command line typed so far, cut to the part that readline replaces."""
+    *before, word = line.split(" ")
+    words = [w for w in before[1:] if w]
+    cut = max((word.rfind(mark) for mark in "=:" if mark in word_breaks), default=-1) + 1
+    return [_escaped(c)[cut:] for c in candidates(words, word)]
+
+
+def candidates(words: list[str], word: str) -> list[str]:
+    """Completions of `word` after `words` (the line without its command); a finished one ends with a blank."""
+    verb = next((w for w in words if w in config.SCHEMAS), None)
+    if words and words[-1] in ("--config-dir", "-cd"):
+        found: Iterable[str] = _files("", word)
+    elif verb is None:
+        found = [f"{name} " for name in (*config.SCHEMAS, "--help", "--version")]
+    elif "=" in word:
+        found = _values(verb, word.partition("=")[0], word.partition("=")[2], _own_folders(words))
+    else:
+        found = _keys(verb, word)
+    return [c for c in found if c.startswith(word)]
+
+
+def _keys(verb: str, word: str) -> Iterator[str]:
+    schema = config.SCHEMAS[verb]
+    if word.startswith("-"):
+        yield from (f"{flag} " for flag in _FLAGS)
+    elif word.startswith("hydra."):
+        yield from _HYDRA
+    elif "." in word:
+        yield from (f"{s.key}=" for s in rules.settings(schema))
+    else:
+        yield from (f"{group}=" for group in choices.groups(verb))
+        yield from (f"{group}." for group in rules.groups(schema))
+        yield from (f"{s.key}=" for s in rules.settings(schema) if "." not in s.key)
+
+
+def _values(verb: str, key: str, typed: str, more: list[Path]) -> Iterator[str]:
+    if key in choices.groups(verb):
+        yield from (f"{key}={name} " for name in choices.of(key, more))
+        return
+    setting = next((s for s in rules.settings(config.SCHEMAS[verb]) if s.key == key), None)
+    kind = help.required(setting.type) if setting else None
+    if f"{key}=" in _HYDRA or (setting and setting.text):
+        yield from _files(f"{key}=", typed)
+    elif kind is bool:
+        yield from (f"{key}=true ", f"{key}=false ")
+    elif isinstance(kind, type) and issubclass(kind, Enum):
+        yield from (f"{key}={name} " for name in kind.__members__)
+    elif setting:
+        yield f"{key}={help.show(setting.default)} "
+
+
+def _files(prefix: str, typed: str) -> Iterator[str]:
+    parent = typed[: typed.rfind("/") + 1]
+    try:
+        for entry in sorted(Path(parent or ".").expanduser().iterdir()):
+            if not entry.name.startswith(".") or typed[len(parent) :].startswith("."):
+                yield f"{prefix}{parent}{entry.name}" + ("/" if entry.is_dir() else " ")
+    except OSError:  # no such folder, or not ours to read: nothing to offer
+        return
+
+
+def _own_folders(words: list[str]) -> list[Path]:
+    return [Path(value) for flag, value in itertools.pairwise(words) if flag in ("--config-dir", "-cd")]
+
+
+def _escaped(candidate: str) -> str:
+    """Escape for an unquoted word of bash; the blank that ends a finished candidate stays one."""
+    word = candidate.removesuffix(" ")
+    return re.sub(r"([^\w./=:,@%+~-])", r"\\\1", word) + candidate[len(word) :]

@@ -1,0 +1,229 @@
+"""One call of a verb through Hydra: compose, check, run its job or jobs, and say what went wrong. No torch here.
+
+    words -> overrides.translate -> Hydra composes conf/ over the schema -> dataclasses -> rules.validate -> verb
+
+Hydra's own reports (exit 1, "Error executing job with overrides", advice to add a '+') never appear: what a user can
+act on becomes a LoraFtError, and everything else is a bug of ours, which keeps its traceback. This is why `Hydra` is
+called here in the place of `hydra.main`, which prints and exits by itself.
+"""
+
+import contextlib
+import dataclasses
+import re
+import sys
+import traceback
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import version
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from lora_ft import config, rules, runs
+from lora_ft.cli import help, overrides
+from lora_ft.errors import ConfigError, LoraFtError, SecurityError
+
+_SECRET = re.compile(r"token|secret|passw|credential|api_?key|private_?key", re.IGNORECASE)
+SWEEP_FAILED_IN_PART = 3
+
+# what runs a job: its config, the absolute run folder, the overrides as typed
+Main = Callable[[Any, Path, list[str]], float | None]
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a user called: the verb, the overrides as typed, and the flags that Hydra knows."""
+
+    verb: str
+    words: list[str]
+    multirun: bool = False
+    config_dir: Path | None = None
+
+
+@dataclass
+class Outcomes:
+    """How the jobs of one call ended."""
+
+    succeeded: int = 0
+    failures: list[Exception] = dataclasses.field(default_factory=list)
+
+
+def run(command: Command, main: Main) -> int:
+    """Run the verb's job, or all jobs of a sweep; the exit code. A single job's own error is raised."""
+    outcomes = Outcomes()
+    with _hydra(command) as (hydra, words):
+        composed = _composed(hydra, command, words)
+        if composed.hydra.mode is RunMode.MULTIRUN:
+            _refuse_secrets(composed.hydra.job)
+            hydra.multirun(command.verb, _job(command, main, outcomes, report=True), words)
+            return _sweep_code(outcomes)
+        _checked(command, composed)  # before Hydra makes the run folder
+        hydra.run(command.verb, _job(command, main, outcomes, report=False), words)
+    if outcomes.failures:
+        raise outcomes.failures[0]
+    return 0
+
+
+def show(command: Command, *, part: str | None, package: str | None, resolve: bool, info: str | None) -> None:
+    """Print the composed config, or how it came about, as Hydra does for --cfg and --info."""
+    with _hydra(command) as (hydra, words):
+        composed = _composed(hydra, command, words)
+        if package and package != "_global_" and OmegaConf.select(composed, package) is None:
+            raise ConfigError(f"--package {package}: the config has no such part")
+        if info:
+            hydra.show_info(info, command.verb, words)
+        else:
+            hydra.show_cfg(command.verb, words, cfg_type=part or "job", package=package, resolve=resolve)
+
+
+@contextlib.contextmanager
+def _hydra(command: Command) -> Iterator[tuple[Hydra, list[str]]]:
+    """Hydra with our schemas, our `conf/` and the user's folder, and the overrides it is to parse."""
+    version.setbase("1.3")
+    store = ConfigStore.instance()
+    store.store(f"{command.verb}_schema", config.SCHEMAS[command.verb])
+    search_path = create_config_search_path(f"file://{config.CONF}")
+    if command.config_dir:
+        if not command.config_dir.is_dir():
+            raise ConfigError(f"--config-dir {command.config_dir} is not a folder")
+        search_path.prepend(provider="--config-dir", path=f"file://{command.config_dir.resolve()}", anchor="schema")
+    GlobalHydra.instance().clear()
+    try:
+        store.store("stored_run", _stored_run(command))
+        hydra = Hydra.create_main_hydra2(task_name=command.verb, config_search_path=search_path)
+        mode = ["hydra.mode=MULTIRUN"] if command.multirun else []
+        yield hydra, overrides.translate(command.verb, command.words, sweep=command.multirun) + mode
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise _explained(command, error) from error
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def _stored_run(command: Command) -> dict[str, Any]:
+    """The groups of run=FOLDER that the verb shares with it, without those that the user chose anew."""
+    run_folder = overrides.chosen(command.words, "run")
+    schema = config.SCHEMAS[command.verb]
+    if run_folder in (None, "", "null") or "run" not in (s.key for s in rules.settings(schema)):
+        return {}
+    stored = runs.read_config(Path(run_folder))
+    return {group: overrides.escape(stored[group]) for group in rules.groups(schema)
+            if group in stored and overrides.chosen(command.words, group) is None}  # fmt: skip
+
+
+def _composed(hydra: Hydra, command: Command, words: list[str]) -> DictConfig:
+    mode = RunMode.MULTIRUN if command.multirun else RunMode.RUN
+    composed: DictConfig = hydra.compose_config(command.verb, words, run_mode=mode)
+    container = typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=False))
+    for key in _keys({name: node for name, node in container.items() if name != "hydra"}):
+        if "_target_" in key.split("."):
+            raise overrides.unknown(command.verb, key)
+    return composed
+
+
+def _keys(node: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(node, dict):
+        for name, child in node.items():
+            yield f"{prefix}{name}"
+            yield from _keys(child, f"{prefix}{name}.")
+
+
+def _checked(command: Command, composed: DictConfig) -> Any:
+    """The composed config as the verb's dataclass, its rules checked; ConfigError."""
+    schema = config.SCHEMAS[command.verb]
+    names = [str(name) for name in composed if name != "hydra"]
+    for name in names:
+        if name not in {f.name for f in dataclasses.fields(schema)}:
+            raise overrides.unknown(command.verb, name)
+    try:
+        cfg = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.masked_copy(composed, names)))
+    except OmegaConfBaseException as error:
+        raise _explained(command, error) from error
+    rules.validate(cfg)
+    return cfg
+
+
+def _job(command: Command, main: Main, outcomes: Outcomes, *, report: bool) -> Callable[[DictConfig], float | None]:
+    """The task that Hydra calls once for each job; it keeps failures, because Hydra reports them its own way."""
+
+    def task(composed: DictConfig) -> float | None:
+        hydra = HydraConfig.get()
+        listed = OmegaConf.to_container(hydra.overrides.task, resolve=False)
+        typed = list(overrides.as_typed(command.verb, typing.cast(list[str], listed)))
+        try:
+            result = main(_checked(command, composed), Path(hydra.runtime.output_dir), typed)
+        except Exception as error:
+            outcomes.failures.append(error)
+            if report:
+                _report(f"job {hydra.job.num} ({' '.join(typed)})", error)
+            return None
+        outcomes.succeeded += 1
+        return result
+
+    return task
+
+
+def _report(job: str, failure: Exception) -> None:
+    if isinstance(failure, LoraFtError):
+        sys.stderr.write(f"{job}: {failure}\n")
+    else:
+        sys.stderr.write(f"{job}:\n{''.join(traceback.format_exception(failure))}")
+
+
+def _sweep_code(outcomes: Outcomes) -> int:
+    if not outcomes.failures:
+        return 0
+    first = outcomes.failures[0]
+    alone = first.exit_code if isinstance(first, LoraFtError) else 1
+    return SWEEP_FAILED_IN_PART if outcomes.succeeded else alone
+
+
+def _refuse_secrets(job: Any) -> None:
+    """Hydra writes the composed config to multirun.yaml, values of env_set and env_copy included."""
+    for name in (*job.env_set, *job.env_copy):
+        if _SECRET.search(name):
+            raise SecurityError(f"hydra.job.env_set: {name} would be written in clear to multirun.yaml; "
+                                "export it before the command instead")  # fmt: skip
+
+
+def _explained(command: Command, error: Exception) -> LoraFtError:
+    """The error of Hydra or OmegaConf in our words: the file if it is not the command line, the setting, the rule."""
+    verb, inner = command.verb, error.__cause__ or error.__context__
+    cause = inner if isinstance(error, HydraException) and isinstance(inner, OmegaConfBaseException) else error
+    stored = f"{overrides.chosen(command.words, 'run')}/config.yaml"
+    if isinstance(error, yaml.YAMLError | UnicodeDecodeError):
+        return ConfigError(" ".join(str(error).split()).replace('"<unicode string>"', stored))
+    place = re.match(r"In '([^']+)'", str(error))
+    where = f"{place[1]}.yaml: " if place and place[1] not in (verb, "hydra/config") else ""
+    where = where.replace("stored_run.yaml", stored)
+    if isinstance(error, MissingConfigException):
+        return ConfigError(where + _missing(error))
+    key = str(getattr(cause, "full_key", None) or "")
+    if key and isinstance(cause, ConfigKeyError | ConfigAttributeError):
+        found = overrides.unknown(verb, key)
+        return type(found)(where + str(found))
+    reason = str(cause).splitlines()[0]
+    setting = overrides.declared(verb, key.partition("[")[0])
+    if setting:
+        rule = help.type_words(setting.type if key == setting.key else typing.get_args(setting.type)[-1])
+        typed = re.match(r"Error merging override [^=]*=(.*)", str(error), re.DOTALL)
+        value = typed or re.search(r"[Vv]alue '(.*?)'(?: of type|,)", reason)
+        return ConfigError(f"{where}{key} must be {rule}, " + (f"got {value[1]}" if value else f"but: {reason}"))
+    return ConfigError(where + (f"{key}: {reason}" if key else reason))
+
+
+def _missing(error: MissingConfigException) -> str:
+    group, _, choice = str(error.missing_cfg_file).rpartition("/")
+    if error.options:
+        return f"{group}={choice}: choose one of {', '.join(sorted(error.options))}"
+    return f"{error.missing_cfg_file}: no such file in the folders of configs"

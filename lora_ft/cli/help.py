@@ -1,0 +1,110 @@
+"""The help pages, rendered from `config.py` and `conf/` without Hydra, in a tenth of a second. No torch here.
+
+adapter
+  r = 16                      rank
+  dropout = 0.0               lora_dropout, on the adapter's input
+"""
+
+import dataclasses
+import textwrap
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from lora_ft import config, rules
+from lora_ft.cli import choices
+
+WIDTH = 100
+_COLUMN = 34
+
+_FLAGS = {
+    "-m, --multirun": "run one job for each combination of values: adapter.r=4,8,16",
+    "--config-dir DIR": "a folder of your own choices, laid out like conf/ (DIR/experiment/mine.yaml)",
+    "--cfg job": "show the composed config and stop; with --resolve and --package adapter as well",
+    "--info defaults": "show how it was composed and stop; also: config, searchpath, plugins",
+    "-h, --help": "show this page and stop",
+}
+
+
+def overview() -> str:
+    """The page of `lora-ft --help`: what it is and the verbs."""
+    verbs = [_row(verb, _summary(schema)) for verb, schema in config.SCHEMAS.items()]
+    return "\n".join([
+        "usage: lora-ft VERB key=value ...", "", "Train small adapters over frozen GPT models.", "",
+        "verbs", *verbs, "",
+        _row("lora-ft VERB --help", "choices and settings of a verb"),
+        _row("lora-ft --version", "version of this package"),
+        _row('eval "$(lora-ft -sc install=bash)"', "complete verbs, settings and choices with the tabulator"),
+        "", "first steps", "  lora-ft train experiment=demo",
+        "  lora-ft train model=qwen3_0_6b quant=nf4 data=chat data.path=my.jsonl",
+    ]) + "\n"  # fmt: skip
+
+
+def page(verb: str, more: Sequence[Path] = ()) -> str:
+    """The page of `lora-ft VERB --help`; `more` are the folders of --config-dir."""
+    schema = config.SCHEMAS[verb]
+    lines = [f"usage: lora-ft {verb} [choice=NAME ...] [setting=VALUE ...]", "", _summary(schema), ""]
+    lines += [_row(flag, text) for flag, text in _FLAGS.items()]
+    for group, default in choices.groups(verb).items():
+        lines += ["", f"choices of {group}" + (f" (default: {default})" if default else "")]
+        lines += [_row(f"{group}={name}", text) for name, text in choices.of(group, more).items()]
+    return "\n".join([*lines, *_settings(schema)]) + "\n"
+
+
+def type_words(annotation: Any) -> str:
+    """The type of a setting in words that fit "must be ...": "an integer", "one of fp4, nf4"."""
+    kind = required(annotation)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return "one of " + ", ".join(kind.__members__)
+    words = {int: "an integer", float: "a number", bool: "true or false", str: "text",
+             list: "a list like [a,b]", dict: "a mapping like {a:b}"}  # fmt: skip
+    return words[typing.get_origin(kind) or kind]
+
+
+def required(annotation: Any) -> Any:
+    """The type without its `| None`."""
+    if isinstance(annotation, types.UnionType):
+        return next(a for a in typing.get_args(annotation) if a is not types.NoneType)
+    return annotation
+
+
+def show(value: Any) -> str:
+    """A value as one types it on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, list):
+        return f"[{','.join(map(show, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{show(item)}" for key, item in value.items()) + "}"
+    return str(value)
+
+
+def _settings(schema: type) -> Iterator[str]:
+    section = None
+    for setting in rules.settings(schema):
+        group, _, name = setting.key.rpartition(".")
+        if group != section:
+            section = group
+            yield ""
+            yield f"settings of {group}.*" if group else "settings"
+        kind = type_words(setting.type).removeprefix("an ").removeprefix("a ")
+        words = kind if not setting.unit else f"{kind}, {setting.unit}"
+        shown = f"{group}.{name}" if group else name
+        yield _row(f"{shown}={show(setting.default)}", f"{setting.meaning} ({words})")
+
+
+def _summary(schema: type) -> str:
+    assert dataclasses.is_dataclass(schema) and schema.__doc__
+    return schema.__doc__.splitlines()[0]
+
+
+def _row(left: str, right: str) -> str:
+    indent = " " * (_COLUMN + 2)
+    head = f"  {left:<{_COLUMN - 1}} " if len(left) < _COLUMN else f"  {left}\n{indent}"
+    body = textwrap.wrap(right, WIDTH - len(indent), break_on_hyphens=False) or [""]
+    return (head + f"\n{indent}".join(body)).rstrip()

@@ -1,0 +1,170 @@
+r"""What the user typed, made into what Hydra reads: keys are checked, free text and paths are quoted. No torch here.
+
+    typed                                  handed to Hydra
+    prompt=What's 2+2, and why?            prompt='What\'s 2+2, and why?'
+    data.columns.source=English text       ++data.columns.source='English text'
+    adapter.rr=4                           ConfigError: adapter.rr is not a setting; nearest: adapter.r
+
+The value of a text setting is taken literally: quotes, `${...}` and all. Two words are not: `null` is no value
+where the setting may have none, and in a sweep `choice(a,b)` is several values (Hydra's own notation).
+"""
+
+import difflib
+import re
+import typing
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import OverrideParseException
+from omegaconf import OmegaConf
+
+from lora_ft import config, rules
+from lora_ft.cli import choices, help
+from lora_ft.errors import ConfigError, SecurityError
+
+# Folders of Hydra's that hold free text as well; `${now:...}` keeps its meaning in them.
+_HYDRA_FOLDERS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
+_WORD = re.compile(r"(?P<prefix>\+\+?|~)?(?P<key>[^=]*)(?P<equals>=)?(?P<value>.*)", re.DOTALL)
+_NAME = re.compile(r"[\w/-]*")
+_CHOICE = re.compile(r"choice\(.*\)", re.DOTALL)
+
+
+def translate(verb: str, words: list[str], *, sweep: bool) -> list[str]:
+    """The overrides that Hydra parses; ConfigError for one that is not a setting, a choice or a value."""
+    parser = OverridesParser.create()
+    return [_parsable(verb, word, _translated(verb, word, sweep), parser, sweep) for word in words]
+
+
+def as_typed(verb: str, overrides: Iterable[str]) -> Iterator[str]:
+    """Undo `translate` for overrides that Hydra reports, so that they can be typed again."""
+    for parsed in OverridesParser.create().parse_overrides(list(overrides)):
+        key, value = parsed.key_or_group, parsed.value()
+        setting = declared(verb, key)
+        if isinstance(value, str) and (setting is None or _is_text(setting, key)):
+            yield f"{_plus(parsed)}{key}={_unescaped(value)}"
+        else:
+            yield f"{_plus(parsed)}{key}={parsed.get_value_string()}"
+
+
+def chosen(words: list[str], key: str) -> str | None:
+    """The value typed for a key; the last one counts."""
+    found = [m["value"] for m in map(_split, words) if m["key"] == key and m["equals"]]
+    return found[-1] if found else None
+
+
+def escape(value: Any) -> Any:
+    r"""Make `${` literal text to OmegaConf (`\${`) in a string, or in all strings of lists and mappings."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    if isinstance(value, list):
+        return [escape(item) for item in value]
+    return {key: escape(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def unknown(verb: str, key: str) -> ConfigError | SecurityError:
+    """The error for a key that no setting has, with the nearest that one has."""
+    if "_target_" in key.split("."):
+        return SecurityError(f"{key}: configs name settings and choices, never code to run")
+    names = [s.key for s in rules.settings(config.SCHEMAS[verb])] + list(choices.groups(verb))
+    near = _nearest(key, names)
+    return ConfigError(f"{key} is not a setting" + (f"; nearest: {near}" if near else f" of lora-ft {verb}"))
+
+
+def _translated(verb: str, word: str, sweep: bool) -> str:
+    parts = _split(word)
+    prefix, key, value = parts["prefix"] or "", parts["key"], parts["value"]
+    if key.startswith(("hydra.", "hydra/")):
+        return f"{prefix}{key}={_quoted(value)}" if key in _HYDRA_FOLDERS and parts["equals"] else word
+    if prefix == "~":
+        raise ConfigError(f"{word}: a setting cannot be deleted; give it a value")
+    if not parts["equals"] or not key:
+        raise ConfigError(f"{word!r} is not of the form key=value")
+    setting = declared(verb, key)
+    if setting is None:
+        if key in choices.groups(verb):
+            return f"{key}={_quoted(value) if _NAME.fullmatch(value) else value}"
+        if prefix and _NAME.fullmatch(key) and key != "_target_":
+            return word  # a group of the user's own folder, or nothing that Hydra knows either
+        raise unknown(verb, key)
+    if _is_text(setting, key):
+        # the settings of the one run that run= names are read before Hydra knows of several
+        value = _text(word, value, setting, sweep and key != "run")
+    if not _is_mapping(setting):
+        return f"{key}={value}"
+    # Hydra closes mappings to new keys but for '++', and takes the dots of a layer's name for nesting but in braces
+    name = key[len(setting.key) + 1 :]
+    return f"++{setting.key}={{{name}:{value}}}" if "." in name else f"++{key}={value}"
+
+
+def _parsable(verb: str, word: str, override: str, parser: OverridesParser, sweep: bool) -> str:
+    try:
+        [parsed] = parser.parse_overrides([override])
+    except OverrideParseException as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ConfigError(f"{word} cannot be read: {reason} (inside brackets, put text into quotes)") from error
+    if parsed.is_sweep_override() and not sweep:
+        setting = declared(verb, parsed.key_or_group)
+        advice = "add -m to run each of them"
+        if setting and typing.get_origin(setting.type) is list:
+            advice = f"write {setting.key}=[{parsed.get_value_string()}]"
+        raise ConfigError(f"{word} names several values: {advice}")
+    return override
+
+
+def _text(word: str, value: str, setting: rules.Setting, sweep: bool) -> str:
+    if value == "null" and help.required(setting.type) is not setting.type:
+        return value
+    if value == "???":
+        raise ConfigError(f"{word}: '???' alone stands for a missing value and cannot be given as text")
+    if sweep and _CHOICE.fullmatch(value):
+        return value
+    if sweep and re.search(r",\S", value):
+        key = _split(word)["key"]
+        raise ConfigError(f"{word}: one text or several? {key}=choice({value}) runs each, "
+                          f"{key}=choice({_quoted(value)}) is one")  # fmt: skip
+    return _quoted(escape(value))
+
+
+def _split(word: str) -> re.Match[str]:
+    match = _WORD.fullmatch(word)
+    assert match  # the pattern takes any string
+    return match
+
+
+def _quoted(text: str) -> str:
+    return QuotedString(text=text, quote=Quote.single).with_quotes()
+
+
+def _unescaped(text: str) -> str:
+    return str(OmegaConf.create({"text": text})["text"])
+
+
+def _plus(parsed: Override) -> str:
+    return "+" if parsed.is_add() else ""
+
+
+def declared(verb: str, key: str) -> rules.Setting | None:
+    """The setting of this key, or the mapping that the key is an entry of."""
+    for setting in rules.settings(config.SCHEMAS[verb]):
+        if setting.key == key or (_is_mapping(setting) and key.startswith(f"{setting.key}.")):
+            return setting
+    return None
+
+
+def _is_mapping(setting: rules.Setting) -> bool:
+    return typing.get_origin(setting.type) is dict
+
+
+def _is_text(setting: rules.Setting, key: str) -> bool:
+    return setting.text or (setting.key != key and typing.get_args(setting.type)[-1] is str)
+
+
+def _nearest(key: str, names: list[str]) -> str | None:
+    last = {name: name.rpartition(".")[2] for name in names}
+    tail = key.rpartition(".")[2]
+    same_tail = [name for name in names if last[name] == tail]
+    close = difflib.get_close_matches(key, same_tail or names, n=1, cutoff=0.0 if same_tail else 0.6)
+    by_tail = difflib.get_close_matches(tail, last.values(), n=1, cutoff=0.7)
+    return next(iter(close or [name for name in names if last[name] in by_tail]), None)

@@ -1,0 +1,309 @@
+"""Every setting once: name, type, default, unit, rule and meaning. No torch here.
+
+Each verb has one root dataclass (`TrainRun`, `EvalRun`, ...), which Hydra uses as its schema;
+the YAML files in `conf/` name choices and hold only what differs from the defaults below.
+
+    lora-ft train model=smollm2_135m adapter.r=8        # composes conf/train.yaml over TrainRun
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+# In a checkout conf/ lies beside the package; in an installed wheel it lies inside it.
+_HERE = Path(__file__).resolve().parent
+CONF = next(d for d in (_HERE / "conf", _HERE.parent / "conf") if d.is_dir())
+
+
+class Dtype(Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class QuantKind(Enum):
+    none = "none"
+    int8 = "int8"
+    nf4 = "nf4"
+    fp4 = "fp4"
+
+
+class Format(Enum):
+    auto = "auto"
+    messages = "messages"
+    conversations = "conversations"
+    prompt_completion = "prompt_completion"
+    alpaca = "alpaca"
+    text = "text"
+    table = "table"
+
+
+class TooLong(Enum):
+    error = "error"
+    drop = "drop"
+    truncate_prompt = "truncate_prompt"
+
+
+class TrainOn(Enum):
+    answers = "answers"
+    last_answer = "last_answer"
+    all = "all"
+
+
+class Optimizer(Enum):
+    adamw = "adamw"
+    adamw_8bit = "adamw_8bit"
+    paged_adamw = "paged_adamw"
+
+
+class Schedule(Enum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+    wsd = "wsd"
+
+
+class Keep(Enum):
+    last = "last"
+    best = "best"
+
+
+class Tracker(Enum):
+    none = "none"
+    tensorboard = "tensorboard"
+
+
+def setting(
+    default: Any,
+    meaning: str,
+    *,
+    unit: str = "",
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    pattern: str = "",
+    text: bool = False,
+) -> Any:
+    """Declare a setting: its default, its meaning for `--help`, its unit and the rule its value obeys.
+
+    `text` marks free text and paths, whose values the command line takes literally.
+    """
+    metadata = {
+        "meaning": meaning,
+        "unit": unit,
+        "text": text,
+        "pattern": pattern,
+        "bounds": {"at least": at_least, "above": above, "at most": at_most, "below": below},
+    }
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class Model:
+    path: str = setting("", "base model: hub id, local folder, GGUF file, or package:NAME/FILE.gguf", text=True)
+    revision: str | None = setting(None, "branch, tag or commit of a hub id; recorded as a commit", text=True)
+    id: str | None = setting(None, "public hub id written into the adapter when path is a folder or a file", text=True)
+    dtype: Dtype = setting(Dtype.auto, "dtype of weights and computation; auto: bfloat16 on GPUs that have it")
+    chat_template: str | None = setting(None, "Jinja file that replaces the tokenizer's chat template", text=True)
+    added_tokens: list[str] = setting([], "tokens to add; their rows are trained and saved with the adapter")
+
+
+@dataclass
+class Quant:
+    kind: QuantKind = setting(QuantKind.none, "precision of the frozen linear layers")
+    double: bool = setting(True, "nf4, fp4: quantize the scales as well")
+    compute_dtype: Dtype = setting(Dtype.auto, "nf4, fp4: dtype of the products; auto: model.dtype")
+
+
+@dataclass
+class Adapter:
+    r: int = setting(16, "rank", at_least=1)
+    alpha: float = setting(32.0, "lora_alpha; the update is scaled by alpha / r", above=0)
+    dropout: float = setting(0.0, "lora_dropout, on the adapter's input", at_least=0, below=1)
+    rslora: bool = setting(False, "scale by alpha / sqrt(r) instead (arXiv 2312.03732)")
+    dora: bool = setting(False, "learn magnitude and direction apart (arXiv 2402.09353)")
+    targets: list[str] = setting(["all-linear"], "names of the layers to adapt, or all-linear (all but the head)")
+    modules_to_save: list[str] = setting([], "layers trained in full and saved with the adapter")
+    rank_pattern: dict[str, int] = setting({}, "ranks that differ from r, by layer name")
+    alpha_pattern: dict[str, float] = setting({}, "alphas that differ from alpha, by layer name")
+    init_from: str | None = setting(None, "adapter folder to continue from; its base must be this base", text=True)
+
+
+@dataclass
+class Data:
+    path: str = setting(
+        "", "rows: .jsonl .json .csv .parquet .txt file, folder, hub id, or package:NAME/FOLDER", text=True
+    )
+    format: Format = setting(Format.auto, "what a row is; auto: by its columns")
+    columns: dict[str, str] = setting({}, "other names of columns, expected name to name in the file")
+    name: str | None = setting(None, "configuration of a hub dataset", text=True)
+    split: str = setting("train", "split of a hub dataset", text=True)
+    revision: str | None = setting(None, "branch, tag or commit of a hub dataset", text=True)
+    prompt: str | None = setting(None, "table: template of the prompt, with {column} fields", text=True)
+    answer: str | None = setting(None, "table: template of the answer, with {column} fields", text=True)
+    system: str | None = setting(None, "system message for chat rows that have none", text=True)
+    max_rows: int | None = setting(None, "read at most so many rows", unit="rows", at_least=1)
+    max_length: int = setting(1024, "longest row", unit="tokens", at_least=2)
+    too_long: TooLong = setting(TooLong.error, "what happens to a longer row; answers are never cut")
+    train_on: TrainOn = setting(TrainOn.answers, "which tokens are supervised")
+    eval_fraction: float = setting(0.05, "held-out part of the rows, chosen by their content", at_least=0, below=1)
+    eval_path: str | None = setting(
+        None, "rows held out, from a place of their own; eval_fraction is then unused", text=True
+    )
+
+
+@dataclass
+class Optim:
+    name: Optimizer = setting(Optimizer.adamw, "optimizer; the 8-bit and paged ones are bitsandbytes'")
+    lr: float = setting(2e-4, "peak learning rate", above=0)
+    lora_plus_ratio: float = setting(1.0, "learning rate of lora_B over lora_A's (arXiv 2402.12354)", above=0)
+    weight_decay: float = setting(0.0, "decoupled weight decay", at_least=0)
+    beta1: float = setting(0.9, "decay of the first moment", at_least=0, below=1)
+    beta2: float = setting(0.999, "decay of the second moment", at_least=0, below=1)
+    eps: float = setting(1e-8, "added to the root of the second moment", above=0)
+    schedule: Schedule = setting(Schedule.linear, "shape of the learning rate after the warm-up")
+    warmup_steps: int = setting(0, "linear rise to lr", unit="steps", at_least=0)
+    decay_fraction: float = setting(
+        0.2, "wsd: last part of the run, in which lr falls to min_lr_ratio", above=0, at_most=1
+    )
+    min_lr_ratio: float = setting(0.0, "learning rate at the end, over lr", at_least=0, at_most=1)
+    clip: float = setting(1.0, "largest gradient norm; 0: no clipping", at_least=0)
+
+
+@dataclass
+class Train:
+    epochs: int = setting(1, "passes over the data", at_least=1)
+    max_steps: int | None = setting(
+        None, "optimizer steps; overrides epochs, repeats the data", unit="steps", at_least=1
+    )
+    tokens_per_step: int = setting(1024, "size of an optimizer step", unit="tokens", at_least=1)
+    tokens_per_microbatch: int | None = setting(
+        None, "most tokens in one forward pass; null: the whole step", unit="tokens", at_least=1
+    )
+    packing: bool = setting(True, "several rows in one forward pass; changes rounding only")
+    checkpoint: str = setting(
+        "off", "recompute activations: off, or every_k for each k-th layer", pattern=r"off|every_[1-9][0-9]*"
+    )
+    eval_every_steps: int | None = setting(
+        None, "held-out loss every so many steps; null: at the start and the end", unit="steps", at_least=1
+    )
+    eval_rows: int = setting(64, "most held-out rows that an evaluation inside train reads", unit="rows", at_least=1)
+    keep: Keep = setting(Keep.last, "state that adapter/ holds at the end; best: lowest held-out loss")
+    patience: int | None = setting(
+        None, "stop after so many evaluations without a better one", unit="evaluations", at_least=1
+    )
+    samples: int = setting(3, "held-out prompts answered by base and adapter at the end", unit="rows", at_least=0)
+
+
+@dataclass
+class Fast:
+    attention: bool = setting(True, "per-document causal attention instead of a dense mask")
+    loss: bool = setting(True, "head and loss on supervised positions only, in chunks")
+
+
+@dataclass
+class Track:
+    name: Tracker = setting(Tracker.none, "tracker that receives the metrics beside metrics.jsonl")
+
+
+@dataclass
+class Eval:
+    rows: int | None = setting(None, "most held-out rows; null: all", unit="rows", at_least=1)
+    metrics: list[str] = setting([], "of exact_match, accuracy, f1, chrf, bleu, rouge_l, on generated answers")
+    samples: int = setting(3, "answers shown side by side", unit="rows", at_least=0)
+    max_new_tokens: int = setting(64, "longest generated answer", unit="tokens", at_least=1)
+    tokens_per_microbatch: int = setting(1024, "most tokens in one forward pass", unit="tokens", at_least=1)
+
+
+@dataclass
+class Sampling:
+    max_new_tokens: int = setting(256, "longest answer", unit="tokens", at_least=1)
+    temperature: float = setting(0.0, "0: the likeliest token each time", at_least=0)
+    top_p: float = setting(1.0, "sample from the likeliest tokens of this total probability", above=0, at_most=1)
+
+
+_DEVICE = r"auto|cpu|mps|cuda(:[0-9]+)?"
+
+
+def _seed() -> Any:
+    return setting(0, "source of every random choice: order of rows, adapter init, dropout", at_least=0)
+
+
+def _device() -> Any:
+    return setting("auto", "auto, cpu, cuda, cuda:N or mps", pattern=_DEVICE)
+
+
+def _run() -> Any:
+    return setting(None, "run folder that train wrote", text=True)
+
+
+def _adapter_path() -> Any:
+    return setting(None, "adapter made elsewhere: folder or hub id; needs model=", text=True)
+
+
+@dataclass
+class TrainRun:
+    """Fit an adapter to rows of data over a frozen base model."""
+
+    model: Model = field(default_factory=Model)
+    quant: Quant = field(default_factory=Quant)
+    adapter: Adapter = field(default_factory=Adapter)
+    data: Data = field(default_factory=Data)
+    train: Train = field(default_factory=Train)
+    optim: Optim = field(default_factory=Optim)
+    fast: Fast = field(default_factory=Fast)
+    track: Track = field(default_factory=Track)
+    device: str = _device()
+    seed: int = _seed()
+
+
+@dataclass
+class EvalRun:
+    """Compare base and adapter on held-out rows: loss, perplexity, task metrics, answers."""
+
+    run: str | None = _run()
+    adapter_path: str | None = _adapter_path()
+    model: Model = field(default_factory=Model)
+    quant: Quant = field(default_factory=Quant)
+    data: Data = field(default_factory=Data)
+    fast: Fast = field(default_factory=Fast)
+    eval: Eval = field(default_factory=Eval)
+    device: str = _device()
+    seed: int = _seed()
+
+
+@dataclass
+class ChatRun:
+    """Talk to base or adapter; with prompt= one answer and out."""
+
+    run: str | None = _run()
+    adapter_path: str | None = _adapter_path()
+    prompt: str | None = setting(None, "one question; without it an interactive session", text=True)
+    system: str | None = setting(None, "system message; null: the one of the run's data", text=True)
+    model: Model = field(default_factory=Model)
+    quant: Quant = field(default_factory=Quant)
+    data: Data = field(default_factory=Data)
+    sampling: Sampling = field(default_factory=Sampling)
+    device: str = _device()
+    seed: int = _seed()
+
+
+@dataclass
+class MergeRun:
+    """Add the adapter to the base it was trained on and write a model that needs no adapter."""
+
+    run: str | None = _run()
+    adapter_path: str | None = _adapter_path()
+    out: str = setting("", "folder to write; must not exist", text=True)
+    dtype: Dtype = setting(Dtype.auto, "dtype of the written weights; auto: the dtype of computation")
+    model: Model = field(default_factory=Model)
+    quant: Quant = field(default_factory=Quant)
+    device: str = _device()
+
+
+SCHEMAS: dict[str, type] = {"train": TrainRun, "eval": EvalRun, "chat": ChatRun, "merge": MergeRun}

@@ -1,0 +1,46 @@
+"""The order of rows and the cut into optimizer steps: pure functions of the seed and the epoch.
+
+derive(7, "order", 0) -> 3141...          one number per purpose, none shared
+epoch_order(4, seed=7, epoch=0) -> [2 0 3 1]
+steps_of_epoch([400, 500, 300, 900], [2, 0, 3, 1], 1000) -> [2 0] [3] [1]
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def derive(seed: int, *purpose: str | int) -> int:
+    """A 63-bit integer that depends on the seed and every part of the purpose, and on nothing else."""
+    digest = hashlib.sha256(json.dumps([seed, *purpose]).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def epoch_order(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The rows of an epoch in their order: a permutation of range(num_rows).
+
+    Rows are sorted by raw draws: numpy keeps raw streams between versions, but not those of `permutation` (NEP 19).
+    """
+    draws = np.random.PCG64(derive(seed, "order", epoch)).random_raw(num_rows)
+    return np.argsort(draws, kind="stable").astype(np.int64)
+
+
+def steps_of_epoch(
+    lengths: Sequence[int], order: Sequence[int] | NDArray[np.int64], tokens_per_step: int
+) -> list[NDArray[np.int64]]:
+    """Cut an order into steps: consecutive rows of at most `tokens_per_step` tokens; a longer row is a step alone.
+
+    `lengths` in tokens, by row index. Every row of the order is in one step; no step spans two epochs.
+    """
+    steps: list[list[int]] = []
+    tokens = 0
+    for row in map(int, order):
+        if not steps or tokens + lengths[row] > tokens_per_step:
+            steps.append([])
+            tokens = 0
+        steps[-1].append(row)
+        tokens += lengths[row]
+    return [np.array(step, dtype=np.int64) for step in steps]

@@ -1,0 +1,99 @@
+"""Rows as the text that a model reads: by the tokenizer's own chat template, or plain.
+
+A row becomes one `Turn` for each answer that is learned: the text that stands before the answer when the model
+is asked for it, and the same text with the answer.
+
+    prompt   <|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n
+    through  <|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+
+from lora_ft import config
+from lora_ft.config import TrainOn
+from lora_ft.data.rows import Ledger, Message, Row, RowError
+from lora_ft.errors import ConfigError
+
+# A template refuses a chat by raise_exception (TemplateError), or trips over a value that it does not expect.
+_TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError)
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """prompt: all that precedes the answer. through: the same and the answer, with what the template puts after it."""
+
+    prompt: str
+    through: str
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A row's turns. answers: how many answers the row has. plain: no template wrote begin and end of the text."""
+
+    turns: list[Turn]
+    answers: int
+    plain: bool
+
+
+def scripts(rows: Iterable[Row], data: config.Data, tokenizer: Any, ledger: Ledger) -> Iterator[tuple[int, Script]]:
+    """Render rows; yield each good one's index and script. Faults of a row go into the ledger.
+
+    Raises ConfigError where the settings and the tokenizer cannot render the rows at all.
+    """
+    control = control_tokens(tokenizer)
+    has_template = bool(tokenizer.chat_template)
+    for index, row in enumerate(rows):
+        if row.messages and has_template:
+            try:
+                yield index, _chat(row, data, tokenizer, control)
+            except RowError as error:
+                ledger.add_bad(row.place, error.name, error.reason, row.answer)
+        elif row.plain_prompt is None:
+            raise ConfigError(
+                f"{row.place} is a chat, and the tokenizer has no chat template: give one with model.chat_template=FILE"
+            )
+        elif data.system:
+            raise ConfigError(f"data.system needs rows that a chat template renders; {row.place} is plain text")
+        else:
+            yield index, Script([Turn(row.plain_prompt, row.plain_prompt + row.answer)], 1, plain=True)
+
+
+def control_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """A pattern of the tokenizer's special tokens, longest first; it matches nothing where there are none."""
+    tokens = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
+
+
+def _chat(row: Row, data: config.Data, tokenizer: Any, control: re.Pattern[str]) -> Script:
+    if found := control.search(json.dumps(row.messages, ensure_ascii=False, default=str)):
+        # The tokenizer would read it as the end of a turn or worse, and its rank in the mask with it.
+        raise RowError("content", f"holds the control token {found[0]}")
+    messages = row.messages
+    if data.system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": data.system}, *messages]
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    learned = answers if data.train_on is TrainOn.answers else answers[-1:]
+    if data.train_on is not TrainOn.all:
+        moved = len(messages) - len(row.messages)
+        learned = [i for i in learned if i - moved not in row.context]
+    if not learned:
+        raise RowError("weight", "no answer of the row is learned, so that it has no supervised token")
+    turns = [Turn(_render(messages[:i], row, tokenizer, True), _render(messages[: i + 1], row, tokenizer, False))
+             for i in learned]  # fmt: skip
+    return Script(turns, len(answers), plain=False)
+
+
+def _render(messages: list[Message], row: Row, tokenizer: Any, generation_prompt: bool) -> str:
+    try:
+        rendered = tokenizer.apply_chat_template(
+            messages, tools=row.tools, tokenize=False, add_generation_prompt=generation_prompt
+        )
+    except _TEMPLATE_FAULTS as error:
+        raise RowError("chat template", f"refuses the row: {error}") from None
+    return str(rendered)

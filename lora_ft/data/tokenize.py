@@ -1,0 +1,165 @@
+"""Scripts become token ids and masks, found by comparing ids: no `{% generation %}` tags needed.
+
+    ids         <|im_start|> user \n 2 + 2 ? <|im_end|> \n <|im_start|> assistant \n 4 <|im_end|>
+    supervised                                                                       x x
+                |-------------------- ids of the prompt --------------------------|
+
+Two rules make every mask right, whatever the template does:
+
+- What stands before an answer must be the ids that the model gets as its prompt. Where a token would span the
+  end of the prompt, prompt and answer are tokenized apart, as they are at inference.
+- An answer joins the document of the answers before it only if these stand unchanged in its prompt. A template
+  that rewrites history (Qwen3 strips earlier <think> parts) gets a document for each answer, as at inference.
+
+The end-of-turn token is supervised; blanks that a template puts behind it are cut, since nothing learns from them.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_ft.config import TrainOn
+from lora_ft.data.rows import Ledger, Row, RowError
+from lora_ft.data.templates import Script, Turn
+from lora_ft.errors import ConfigError
+
+_ROWS_AT_ONCE = 1000
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A document made of one row. ids: int32 [length]; supervised: bool [length].
+
+    row: index of the row. prompt_end: tokens before the first answer, which may be cut; answer_start: where the
+    last answer begins.
+    """
+
+    ids: NDArray[np.int32]
+    supervised: NDArray[np.bool_]
+    row: int
+    prompt_end: int
+    answer_start: int
+
+
+class Vocabulary:
+    """What the masks need to know of a tokenizer: its begin and end tokens, and which tokens are blank."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        # A tokenizer.json may come with truncation switched on: rows would lose their ends without a word.
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+        self.bos: int | None = tokenizer.bos_token_id
+        self.eos: int | None = tokenizer.eos_token_id
+        self.added = frozenset(tokenizer.added_tokens_decoder)
+        self.lead = self._lead()
+        self._blank: dict[int, bool] = {}
+
+    def _lead(self) -> list[int]:
+        """The ids that the tokenizer puts before plain text by default: [bos] or []."""
+        bare, whole = (self.tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+        return list(whole[: next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)])
+
+    def ids(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of texts, without added special tokens; much faster than the tokenizer's own call."""
+        return [e.ids for e in self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def text(self, ids: list[int]) -> str:
+        return str(self.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False))
+
+    def blank(self, token: int) -> bool:
+        if token not in self._blank:
+            self._blank[token] = token not in self.added and not self.text([token]).strip()
+        return self._blank[token]
+
+
+def encode(
+    rows: list[Row], scripts: Iterable[tuple[int, Script]], tokenizer: Any, train_on: TrainOn, ledger: Ledger
+) -> Iterator[Encoded]:
+    """Tokenize scripts, in their order; faults of a row go into the ledger.
+
+    Raises ConfigError for a tokenizer without an end token where plain text needs one.
+    """
+    vocabulary = Vocabulary(tokenizer)
+    remaining = iter(scripts)
+    while chunk := list(islice(remaining, _ROWS_AT_ONCE)):
+        ids = iter(vocabulary.ids([text for _, s in chunk for turn in s.turns for text in (turn.prompt, turn.through)]))
+        for index, script in chunk:
+            turns = [(turn, next(ids), next(ids)) for turn in script.turns]
+            try:
+                for document in _documents(index, script, turns, vocabulary):
+                    yield _learned_whole(document, script) if train_on is TrainOn.all else document
+            except RowError as error:
+                ledger.add_bad(rows[index].place, error.name, error.reason, rows[index].answer)
+
+
+def _documents(
+    row: int, script: Script, turns: list[tuple[Turn, list[int], list[int]]], vocabulary: Vocabulary
+) -> Iterator[Encoded]:
+    held: list[int] = []
+    spans: list[tuple[int, int]] = []
+    for turn, prompt, through in turns:
+        ids = _joined(turn, prompt, through, vocabulary)
+        if script.plain:
+            prompt, ids = vocabulary.lead + prompt, _ended(vocabulary.lead + ids, vocabulary)
+        else:
+            ids = _cut_behind_end(ids, len(prompt), vocabulary)
+        if vocabulary.bos is not None and ids[:2] == [vocabulary.bos] * 2:
+            raise RowError("text" if script.plain else "chat template", "begins with two beginning-of-text tokens")
+        if spans and ids[: len(held)] != held:
+            yield _document(row, held, spans)
+            spans = []
+        held = ids
+        spans.append((len(prompt), len(ids)))
+    yield _document(row, held, spans)
+
+
+def _document(row: int, ids: list[int], spans: list[tuple[int, int]]) -> Encoded:
+    supervised = np.zeros(len(ids), dtype=np.bool_)
+    for start, end in spans:
+        supervised[start:end] = True
+    supervised[0] = False  # nothing precedes it that could predict it
+    return Encoded(np.array(ids, dtype=np.int32), supervised, row, prompt_end=spans[0][0], answer_start=spans[-1][0])
+
+
+def _learned_whole(document: Encoded, script: Script) -> Encoded:
+    """Supervise everything; a row with earlier answers has then no prompt that may be cut."""
+    supervised = np.arange(len(document.ids)) > 0
+    return replace(document, supervised=supervised, prompt_end=document.prompt_end if script.answers == 1 else 0)
+
+
+def _joined(turn: Turn, prompt: list[int], through: list[int], vocabulary: Vocabulary) -> list[int]:
+    """Ids of `turn.through` that begin with the prompt's ids and spell the same text."""
+    if through[: len(prompt)] == prompt:
+        return through
+    if not turn.through.startswith(turn.prompt):
+        raise RowError("chat template", "does not begin an answer with its own generation prompt")
+    apart = prompt + vocabulary.ids([turn.through[len(turn.prompt) :]])[0]
+    if vocabulary.text(apart) != vocabulary.text(through):
+        raise RowError("answer", "begins inside a token: prompt and answer cannot be told apart in it")
+    return apart
+
+
+def _ended(ids: list[int], vocabulary: Vocabulary) -> list[int]:
+    if vocabulary.eos is None:
+        raise ConfigError("plain text must end with the tokenizer's end-of-text token, and the tokenizer has none")
+    return ids if ids[-1] == vocabulary.eos else [*ids, vocabulary.eos]
+
+
+def _cut_behind_end(ids: list[int], start: int, vocabulary: Vocabulary) -> list[int]:
+    """Ids up to the answer's end token, which must be the last but for blanks so that the model learns to stop."""
+    end = len(ids)
+    while end > start and vocabulary.blank(ids[end - 1]):
+        end -= 1
+    if end > start and ids[end - 1] not in vocabulary.added:
+        shown = vocabulary.text(ids[max(start, len(ids) - 8) :])
+        raise RowError(
+            "chat template", f"puts no end token after the answer, which ends {shown!r}: it would never stop"
+        )
+    if end <= start + 1:
+        raise RowError("chat template", "leaves nothing of the answer")
+    return ids[:end]

@@ -1,0 +1,117 @@
+"""The way in: `lora-ft VERB key=value ...`, the same as `python -m lora_ft.VERB key=value ...`. No torch here.
+
+A verb is a module with one plain function over its dataclass; importing it (and torch) waits until the config is valid.
+
+    def main(cfg: config.TrainRun, invocation: entry.Invocation) -> float | None: ...
+
+    if __name__ == "__main__":
+        entry.run("train")
+"""
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lora_ft import config
+from lora_ft.cli import completion, help
+from lora_ft.errors import ConfigError, LoraFtError
+
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """How a verb was called: the absolute folder of the run (for verbs that make none, the current one), and the
+    user's own overrides as typed, group choices included, settings of Hydra's not."""
+
+    folder: Path
+    overrides: list[str]
+
+
+def run(verb: str | None = None, arguments: list[str] | None = None) -> NoReturn:
+    """Run one command and leave with its exit code; arguments are those after the verb, default the process's own."""
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        code = _command(words if verb is None else [verb, *words])
+    except LoraFtError as error:
+        sys.stderr.write(f"lora-ft: {error}\n")
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    sys.exit(code)
+
+
+def _command(arguments: list[str]) -> int:
+    flags = _parser().parse_intermixed_args(arguments)
+    verb, *words = flags.words or [""]
+    if flags.complete:
+        _complete(flags.words)
+    elif flags.version:
+        sys.stdout.write(f"lora_ft {metadata.version('lora_ft')}\n")
+    elif not verb:
+        sys.stdout.write(help.overview())
+    elif verb not in config.SCHEMAS:
+        raise _unknown_verb(verb)
+    elif flags.help:
+        sys.stdout.write(help.page(verb, [flags.config_dir] if flags.config_dir else []))
+    else:
+        return _compose(verb, words, flags)
+    return 0
+
+
+def _compose(verb: str, words: list[str], flags: argparse.Namespace) -> int:
+    from lora_ft.cli import composition  # Hydra takes a third of a second, which help and completion do not have
+
+    sweep = flags.multirun or "hydra.mode=MULTIRUN" in words
+    command = composition.Command(verb, words, sweep, flags.config_dir)
+    if flags.cfg or flags.info:
+        composition.show(command, part=flags.cfg, package=flags.package, resolve=flags.resolve, info=flags.info)
+        return 0
+
+    def main(cfg: Any, folder: Path, overrides: list[str]) -> float | None:
+        result: float | None = importlib.import_module(f"lora_ft.{verb}").main(cfg, Invocation(folder, overrides))
+        return result
+
+    return composition.run(command, main)
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Hydra's flags, which may stand anywhere on the line; not its --experimental-rerun, which unpickles a file."""
+    parser = argparse.ArgumentParser(prog="lora-ft", add_help=False, allow_abbrev=False,
+                                     usage="lora-ft VERB key=value ... (lora-ft --help)")  # fmt: skip
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--multirun", "-m", action="store_true")
+    parser.add_argument("--config-dir", "-cd", type=Path)
+    parser.add_argument("--cfg", "-c", choices=["job", "hydra", "all"])
+    parser.add_argument("--package", "-p")
+    parser.add_argument("--resolve", action="store_true")
+    parser.add_argument("--info", "-i", nargs="?", const="all",
+                        choices=["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"])  # fmt: skip
+    parser.add_argument("--help", "-h", action="store_true")
+    parser.add_argument("--version", action="store_true")
+    parser.add_argument("--shell-completion", "-sc", action="store_true", dest="complete")
+    return parser
+
+
+def _unknown_verb(verb: str) -> ConfigError:
+    near = difflib.get_close_matches(verb, config.SCHEMAS, n=1, cutoff=0.5)
+    nearest = f"; nearest: {near[0]}" if near else ""
+    return ConfigError(f"{verb} is not a verb{nearest} (there are {', '.join(config.SCHEMAS)})")
+
+
+def _complete(words: list[str]) -> None:
+    if words == ["install=bash"]:
+        sys.stdout.write(completion.SCRIPT)
+    elif words == ["uninstall=bash"]:
+        sys.stdout.write("complete -r lora-ft; unset -f _lora_ft\n")
+    elif words == ["query=bash"]:
+        reply = completion.reply(os.environ.get("COMP_LINE", ""), os.environ.get("COMP_WORDBREAKS", ""))
+        sys.stdout.writelines(f"{candidate}\n" for candidate in reply)
+    else:
+        raise ConfigError("-sc takes install=bash, uninstall=bash or query=bash")

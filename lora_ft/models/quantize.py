@@ -1,0 +1,185 @@
+"""Quantize the frozen linear layers through bitsandbytes, and prove that it happened as planned.
+
+    quant=nf4     every linear layer but the head -> Linear4bit: 4-bit codes, one scale per 64 weights
+    quant=int8    ... -> Linear8bitLt: 8-bit rows; activations are cast to float16 and quantized as well
+    embeddings, norms, lm_head                    -> as they are
+
+Three things bitsandbytes 0.50 does on a CPU are undone here, each because it would break a promise:
+it fetches compiled kernels from the hub while it is imported (where the `kernels` package is installed),
+it repacks weights in place at the first inference (other bytes, and bfloat16 products for float32
+inputs), and it searches 4-bit levels so slowly that loading takes twice as long.
+"""
+
+import contextlib
+import functools
+import importlib
+import logging
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from lora_ft import config
+from lora_ft.errors import ConfigError, ResourceError
+
+_CHUNK = 1 << 16  # float32 values: 256 KB, small enough for a core's own cache
+
+
+def bitsandbytes_config(quant: config.Quant, compute: torch.dtype) -> Any:
+    """transformers' description of `quant`, or None for quant.kind=none.
+
+    The list of layers to skip stays unset on purpose: setting one makes transformers forget its own,
+    and lm_head gets quantized (transformers issue 45674). `check_plan` tests what came of it.
+    """
+    if quant.kind is config.QuantKind.none:
+        return None
+    import_bitsandbytes()
+    from transformers import BitsAndBytesConfig
+
+    if quant.kind is config.QuantKind.int8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant.kind.value,
+        bnb_4bit_use_double_quant=quant.double,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
+def import_bitsandbytes() -> Any:
+    """Import bitsandbytes without its download of kernels and its log lines per call, and with our CPU kernel."""
+    if "bitsandbytes" not in sys.modules:
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        with _without_kernels_package():
+            importlib.import_module("bitsandbytes")
+    _register_cpu_kernel()
+    return sys.modules["bitsandbytes"]
+
+
+@contextlib.contextmanager
+def _without_kernels_package() -> Iterator[None]:
+    before = {name: module for name, module in sys.modules.items() if name == "kernels"}
+    # None makes `import kernels` fail, which bitsandbytes takes for "not installed".
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["kernels"]
+        sys.modules.update(before)
+
+
+@functools.cache
+def _register_cpu_kernel() -> None:
+    # A later bitsandbytes may bring its own: then that one stays.
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("bitsandbytes::quantize_4bit", "CPU"):
+        torch.library.register_kernel("bitsandbytes::quantize_4bit", "cpu", quantize_4bit)
+
+
+def quantize_4bit(
+    weight: torch.Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """bitsandbytes' quantize_4bit on a CPU, bit for bit, five times faster: packed codes (n/2, 1) and absmax (float32).
+
+    Counting the levels that lie below a value takes 15 comparisons over a chunk that stays in the cache;
+    torch.bucketize, which bitsandbytes uses, searches for each value on its own.
+    """
+    from bitsandbytes.backends.utils import _get_4bit_code
+
+    code = _get_4bit_code(quant_type, weight.device)
+    order = torch.argsort(code)
+    midpoints = (code[order[:-1]] + code[order[1:]]) / 2
+    flat = weight.reshape(-1).float()
+    rows = torch.nn.functional.pad(flat, (0, -flat.numel() % blocksize)).view(-1, blocksize)
+    absmax = rows.abs().amax(dim=-1)
+    scaled = rows * (1.0 / absmax.clamp(min=1e-38))[:, None]
+    if flat.numel() % blocksize:  # bitsandbytes divides in a last, shorter block
+        absmax[-1:].clamp_(min=1e-38)
+        scaled[-1] = rows[-1] / absmax[-1]
+    levels = _levels_below(scaled.view(-1)[: flat.numel() + flat.numel() % 2].numpy(), midpoints.numpy())
+    # The fastest look-up in a table of bytes: numpy's and torch's first make indices of eight bytes each.
+    table = bytes(order.tolist()).ljust(256)
+    codes = torch.frombuffer(bytearray(levels.tobytes().translate(table)), dtype=torch.uint8)
+    packed = codes[::2] << 4 | codes[1::2]
+    return packed.view(quant_storage).unsqueeze(1), absmax
+
+
+def _levels_below(values: np.ndarray[Any, Any], midpoints: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    counts = np.zeros(values.shape, np.uint8)
+    for start in range(0, len(values), _CHUNK):
+        chunk, count = values[start : start + _CHUNK], counts[start : start + _CHUNK]
+        for midpoint in midpoints:
+            count += (chunk > midpoint).view(np.uint8)
+    return counts
+
+
+def check_plan(model: Any) -> tuple[str, ...]:
+    """Names of the quantized layers, in order; ConfigError unless they are all linear layers but the head.
+
+    Public reports of a quantized lm_head, or of layers left out, are many (transformers issue 45674).
+    """
+    import bitsandbytes
+    from transformers.pytorch_utils import Conv1D
+
+    kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
+    planned = [name for name, module in linear.items() if module is not model.get_output_embeddings()]
+    quantized = {n for n, m in linear.items() if isinstance(m, kinds) and m.weight.dtype in (torch.uint8, torch.int8)}
+    if quantized != set(planned):
+        raise ConfigError(
+            f"quantization did not go as planned: left out {sorted(set(planned) - quantized) or 'none'}, "
+            f"quantized beyond it {sorted(quantized - set(planned)) or 'none'}: use quant=none for this model"
+        )
+    return tuple(planned)
+
+
+def settle(model: Any, quantized: tuple[str, ...]) -> None:
+    """Keep the quantized layers as they are from here on, and test one of them against plain arithmetic."""
+    layers = [model.get_submodule(name) for name in quantized]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+        if layer.bias is not None:  # the first forward would do this, and change the base
+            layer.bias.data = layer.bias.data.to(_compute_dtype(layer, model))
+    if layers:
+        smallest = min(layers, key=lambda layer: layer.weight.numel())
+        _self_test(smallest, _compute_dtype(smallest, model))
+
+
+def _compute_dtype(layer: Any, model: Any) -> torch.dtype:
+    return getattr(layer, "compute_dtype", None) or model.dtype
+
+
+def _self_test(layer: Any, compute: torch.dtype) -> None:
+    """Compare one layer's product with a reference on the CPU; kernels have been wrong on some hardware.
+
+    Bounds: int8 rounds activations to 1 part in 254, bfloat16 products to 1 in 256; both average out below 2 %.
+    """
+    weight = dequantize_reference(layer)
+    inputs = torch.randn(8, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(compute)
+    with torch.no_grad():
+        output = layer(inputs.to(layer.weight.device)).float().cpu()
+        expected = inputs.float() @ weight.T + (0 if layer.bias is None else layer.bias.float().cpu())
+    error = float((output - expected).norm() / expected.norm())
+    if not error < 0.02:
+        raise ResourceError(
+            f"bitsandbytes computes wrong products on {layer.weight.device} (relative error {error:.1e}): "
+            "update it, or use quant=none"
+        )
+
+
+def dequantize_reference(layer: Any) -> torch.Tensor:
+    """The float32 weight (out, in) of a quantized layer on the CPU, from its definition: code x scale, no kernels."""
+    weight = layer.weight
+    if weight.dtype is torch.int8:
+        scales = weight.SCB if weight.SCB is not None else layer.state.SCB
+        return weight.detach().cpu().float() * scales.cpu().float()[:, None] / 127
+    state, packed = weight.quant_state, weight.detach().cpu().view(torch.uint8).view(-1)
+    absmax = state.absmax.cpu()
+    if state.nested:
+        nested = state.state2
+        outer = nested.absmax.cpu().repeat_interleave(nested.blocksize)[: absmax.numel()]
+        absmax = nested.code.cpu()[absmax.long()] * outer + state.offset.cpu()
+    codes = torch.stack((packed >> 4, packed & 15), dim=1).view(-1)
+    values = state.code.cpu()[codes.long()] * absmax.repeat_interleave(state.blocksize)[: codes.numel()]
+    return values[: state.shape.numel()].view(state.shape)

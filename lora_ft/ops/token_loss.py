@@ -1,0 +1,80 @@
+"""From packed tokens to the sum of their losses: the one way that training and evaluation call a model.
+
+    ids [T] -> body (attention within documents) -> hidden [T, E] -> supervised rows [N, E] -> head -> sum of losses
+
+The plain path runs the model's own forward over a dense mask and takes the loss of all logits; the fast
+paths are chosen once for a model (`choose_paths`), each exact and each switchable (`fast.*`).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from lora_ft import config
+from lora_ft.ops import attention
+from lora_ft.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_plain
+
+IGNORED = -100
+
+# Architectures whose fast paths are tested against the plain ones; others take the plain paths.
+TESTED = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
+
+
+class Batch(NamedTuple):
+    """Packed documents as tensors: ids, positions, targets int64 [T]; cumulative document boundaries."""
+
+    ids: Tensor
+    positions: Tensor
+    targets: Tensor
+    starts: list[int]
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The paths chosen for a model, and why a fast one was not taken."""
+
+    attention: str
+    supervised_rows_only: bool
+    reasons: tuple[str, ...]
+
+
+def choose_paths(model: PreTrainedModel, fast: config.Fast) -> Paths:
+    """Choose the paths for this architecture and set the model's attention; the choice is for logging."""
+    known = model.config.model_type in TESTED
+    reasons = [] if known else [f"plain paths: {model.config.model_type} is not among the tested architectures"]
+    reasons += [f"plain {name}: fast.{name}=false" for name in ("attention", "loss") if not getattr(fast, name)]
+    name = attention.NAME if known and fast.attention else attention.PLAIN
+    model.set_attn_implementation(name)
+    return Paths(name, known and fast.loss, tuple(reasons))
+
+
+def token_loss_sum(model: PreTrainedModel, batch: Batch, paths: Paths) -> Tensor:
+    """Sum of the cross-entropies of the supervised positions of a batch; a scalar in fp32 (or float64).
+
+    `model` is the transformers model, with or without adapter layers inside.
+    """
+    inputs = {"input_ids": batch.ids[None], "position_ids": batch.positions[None], "use_cache": False}
+    if paths.attention == attention.NAME:
+        inputs["document_starts"] = batch.starts
+    if not paths.supervised_rows_only:
+        logits = model(**inputs).logits[0]
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return cross_entropy(logits, batch.targets, ignore_index=IGNORED, reduction="sum")
+    hidden = getattr(model, model.base_model_prefix)(**inputs).last_hidden_state[0]
+    supervised = (batch.targets != IGNORED).nonzero()[:, 0]
+    return _head_loss(model.get_output_embeddings(), hidden[supervised], batch.targets[supervised])
+
+
+def _head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    if type(head) is nn.Linear:
+        frozen = not any(p.requires_grad for p in head.parameters())
+        form = linear_cross_entropy if frozen else linear_cross_entropy_plain
+        return form(hidden, head.weight, head.bias, targets)
+    # An adapted head (LoRA on it, modules_to_save, trained token rows) computes its logits itself.
+    logits = head(hidden)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return cross_entropy(logits, targets, reduction="sum")

@@ -1,0 +1,118 @@
+"""Walk and check the settings that `config.py` declares: for help, completion, quoting and validation. No torch here.
+
+for setting in settings(TrainRun): ...      # Setting("adapter.r", int, 16, "rank", unit="", text=False)
+validate(cfg)                               # ConfigError: adapter.r must be at least 1, got 0
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from lora_ft.config import Keep, MergeRun, TrainRun
+from lora_ft.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One declared setting of a schema, as help, quoting and validation read it."""
+
+    key: str
+    type: Any
+    default: Any
+    meaning: str
+    unit: str
+    text: bool
+
+
+def settings(schema: type, prefix: str = "") -> Iterator[Setting]:
+    """Walk a schema depth first and yield its settings with dotted keys, in order of declaration."""
+    for f in dataclasses.fields(schema):
+        if isinstance(f.type, type) and dataclasses.is_dataclass(f.type):
+            yield from settings(f.type, f"{prefix}{f.name}.")
+        else:
+            default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+            yield Setting(
+                prefix + f.name, f.type, default, f.metadata["meaning"], f.metadata["unit"], f.metadata["text"]
+            )
+
+
+def groups(schema: type) -> dict[str, type]:
+    """The config groups of a schema: field name to dataclass."""
+    return {
+        f.name: f.type
+        for f in dataclasses.fields(schema)
+        if isinstance(f.type, type) and dataclasses.is_dataclass(f.type)
+    }
+
+
+def validate(cfg: Any) -> None:
+    """Check every rule of a composed config; raise one ConfigError that names all violations."""
+    problems = [*_broken_rules(cfg), *_broken_combinations(cfg)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _broken_rules(cfg: Any, prefix: str = "") -> Iterator[str]:
+    for f in dataclasses.fields(cfg):
+        key, value = prefix + f.name, getattr(cfg, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from _broken_rules(value, key + ".")
+        elif value is not None:
+            yield from (f"{key} must be {rule}, got {value}" for rule in _violations(f.metadata, value))
+
+
+def _violations(metadata: Any, value: Any) -> Iterator[str]:
+    holds = {
+        "at least": lambda bound: value >= bound,
+        "above": lambda bound: value > bound,
+        "at most": lambda bound: value <= bound,
+        "below": lambda bound: value < bound,
+    }
+    for rule, bound in metadata["bounds"].items():
+        if bound is not None and not holds[rule](bound):
+            yield f"{rule} {bound:g}"
+    if metadata["pattern"] and not re.fullmatch(metadata["pattern"], value):
+        yield f"of the form {metadata['pattern']}"
+
+
+def _broken_combinations(cfg: Any) -> Iterator[str]:
+    if isinstance(cfg, TrainRun):
+        if not cfg.model.path:
+            yield "model.path is empty: choose a base with model=NAME, or model=local model.path=PLACE"
+        if not cfg.data.path:
+            yield "data.path is empty: choose data with data=NAME or data.path=FILE"
+        if cfg.optim.warmup_steps and cfg.train.max_steps and cfg.optim.warmup_steps >= cfg.train.max_steps:
+            yield (
+                f"optim.warmup_steps must be below train.max_steps ({cfg.train.max_steps}), "
+                f"got {cfg.optim.warmup_steps}"
+            )
+        if not cfg.adapter.targets:
+            yield "adapter.targets must name at least one layer, got []"
+        if (cfg.train.keep is Keep.best or cfg.train.patience) and not (cfg.data.eval_fraction or cfg.data.eval_path):
+            yield "train.keep=best and train.patience need held-out rows: data.eval_fraction or data.eval_path"
+        if cfg.train.patience and not cfg.train.eval_every_steps:
+            yield "train.patience needs train.eval_every_steps, got null"
+    elif not (cfg.run or cfg.adapter_path):
+        yield "name a run with run=FOLDER, or an adapter made elsewhere with adapter_path=DIR_OR_ID and model=NAME"
+    elif cfg.run and cfg.adapter_path:
+        yield "run and adapter_path name two adapters: give one of them"
+    elif not cfg.model.path:
+        yield "adapter_path needs the base it was trained on: model=NAME, or model=local model.path=PLACE"
+    if isinstance(cfg, MergeRun) and not cfg.out:
+        yield "out is empty: name the folder to write, out=DIR"
+
+
+def to_plain(cfg: Any) -> dict[str, Any]:
+    """A config as plain dicts, lists and scalars, enums by name: what config.yaml holds."""
+    return {
+        f.name: to_plain(value)
+        if dataclasses.is_dataclass(value)
+        else value.value
+        if isinstance(value, Enum)
+        else value
+        for f in dataclasses.fields(cfg)
+        for value in [getattr(cfg, f.name)]
+    }

@@ -1,0 +1,166 @@
+"""Fit adapters to data: prepare -> load -> attach -> fit -> check -> save. Read this file first.
+
+lora-ft train model=smollm2_135m quant=nf4 data=chatterbot adapter.r=8 train.max_steps=50
+
+rows -prepare-> token rows --------------------+
+base -load-> frozen model -attach-> + adapter --+-> loop: loss_sum / supervised tokens -> backward, step
+                                                +-> RUN FOLDER: metrics, result, adapter/
+"""
+
+import hashlib
+import logging
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from lora_ft import config, durable, entry, rules, runs
+from lora_ft.adapters import audit, files
+from lora_ft.data.prepare import Dataset, prepare
+from lora_ft.errors import ConfigError, ResourceError
+from lora_ft.evaluation import compare
+from lora_ft.models.fingerprint import fingerprint
+from lora_ft.models.load import Base, load_base, load_tokenizer
+from lora_ft.ops.allocator import keep_freed_memory
+from lora_ft.ops.token_loss import choose_paths
+from lora_ft.training.learner import Learner, make_learner, overfitting
+from lora_ft.training.loop import Metrics, Observer, fit
+from lora_ft.training.metrics import observers, peak_memory_bytes
+from lora_ft.training.progress import Progress, displayed
+
+log = logging.getLogger("lora_ft")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What result.json holds: the outcome of one run; losses in nats per token, None where nothing was held out."""
+
+    heldout_loss: float | None
+    base_heldout_loss: float | None
+    heldout_tokens: int
+    best_step: int | None
+    best_heldout_loss: float | None
+    steps: int
+    stopped_early: bool
+    tokens: int
+    tokens_per_second: float
+    train_seconds: float
+    trainable_parameters: int
+    peak_memory_bytes: int
+    adapter_sha256: str
+
+
+def main(cfg: config.TrainRun, invocation: entry.Invocation) -> float | None:
+    """Run one training from the command line; returns the held-out loss, which a sweeper can minimize."""
+    runs.create(invocation.folder, rules.to_plain(cfg), invocation.overrides)
+    with displayed([invocation.folder]) as progress:
+        (result,) = train([cfg], [invocation.folder], progress)
+    return result.heldout_loss
+
+
+def train(cfgs: list[config.TrainRun], folders: list[Path], progress: Progress) -> list[Result]:
+    """Train one adapter per config over one base; the configs share model, quant, fast and device.
+
+    Each folder must have been made by `runs.create`. Errors are those of lora_ft.errors.
+    """
+    cfg = cfgs[0]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"training runs in one process so far, got WORLD_SIZE={os.environ['WORLD_SIZE']}")
+    started = time.perf_counter()
+    keep_freed_memory()
+    tokenizer = load_tokenizer(cfg.model)
+    datasets = [prepare(c.data, tokenizer) for c in cfgs]
+    base = load_base(cfg.model, cfg.quant, cfg.device, tokenizer)
+    before = fingerprint(base.model)
+    learners = _make_learners(cfgs, folders, base, datasets)
+    log.info("ready in %.1f s", time.perf_counter() - started)
+    outlets: dict[str, list[Observer]] = {learner.name: [*observers(learner), progress] for learner in learners}
+
+    def observe(learner: Learner, metrics: Metrics) -> None:
+        for outlet in outlets[learner.name]:
+            outlet(learner, metrics)
+
+    try:
+        fit(learners, observe)
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"out of memory: {error}\nLower train.tokens_per_microbatch, or set train.checkpoint=every_1 or quant=nf4."
+        ) from error
+    audit.check_base_unchanged(before, fingerprint(base.model))
+    return [_finish(learner, base, dataset) for learner, dataset in zip(learners, datasets, strict=True)]
+
+
+def _make_learners(
+    cfgs: list[config.TrainRun], folders: list[Path], base: Base, datasets: list[Dataset]
+) -> list[Learner]:
+    paths = choose_paths(base.model, cfgs[0].fast)
+    for reason in paths.reasons:
+        log.info(reason)
+    model, learners = base.model, []
+    for number, (cfg, folder, dataset) in enumerate(zip(cfgs, folders, datasets, strict=True)):
+        log.info(str(dataset.report))
+        learner = make_learner(f"adapter{number}", cfg, folder, base, model, dataset, paths)
+        model = learner.model
+        log.info("%s parameters train, %d steps", f"{learner.num_trainable:,}", len(learner.steps))
+        learners.append(learner)
+    return learners
+
+
+def _finish(learner: Learner, base: Base, dataset: Dataset) -> Result:
+    """Check what was learned, save it, compare it with the base, and say so."""
+    audit.check_moved(learner.start, learner.parameters)
+    origin = files.Origin(base.identity, learner.cfg.quant, dataset.report.sha256)
+    adapter = learner.folder / "adapter"
+    files.save(learner.model, learner.name, adapter, base.tokenizer, origin)
+    for sentence in overfitting(learner):
+        log.info(sentence)
+    comparison = None
+    if learner.heldout:
+        train = learner.cfg.train
+        comparison = compare.compare(
+            learner.model,
+            base.tokenizer,
+            learner.heldout,
+            learner.questions,
+            learner.paths,
+            train.tokens_per_microbatch or train.tokens_per_step,
+            train.samples,
+            48,
+        )
+    result = Result(
+        heldout_loss=comparison.adapter.loss if comparison else None,
+        base_heldout_loss=comparison.base.loss if comparison else None,
+        heldout_tokens=comparison.adapter.tokens if comparison else 0,
+        best_step=learner.best.step if learner.best else None,
+        best_heldout_loss=learner.best.heldout.loss if learner.best else None,
+        steps=len(learner.losses),
+        stopped_early=learner.stopped_early,
+        tokens=learner.tokens,
+        tokens_per_second=learner.tokens / learner.seconds,
+        train_seconds=learner.seconds,
+        trainable_parameters=learner.num_trainable,
+        peak_memory_bytes=peak_memory_bytes(base.model.device),
+        adapter_sha256=hashlib.sha256((adapter / files.WEIGHTS).read_bytes()).hexdigest(),
+    )
+    durable.write_json(learner.folder / "result.json", asdict(result))
+    Console().print(compare.render(comparison, _facts(learner, base, result)))
+    return result
+
+
+def _facts(learner: Learner, base: Base, result: Result) -> dict[str, str]:
+    place = base.identity.folder or base.identity.path
+    return {
+        "trainable parameters": f"{result.trainable_parameters:,}",
+        "speed": f"{result.tokens_per_second:.0f} tokens/s ({result.tokens:,} tokens in {result.train_seconds:.0f} s)",
+        "peak memory": f"{result.peak_memory_bytes / 1e9:.2f} GB",
+        "adapter": str(learner.folder / "adapter"),
+        "load it": f'base = AutoModelForCausalLM.from_pretrained("{place}")\n'
+        f'model = PeftModel.from_pretrained(base, "{learner.folder / "adapter"}")',
+    }
+
+
+if __name__ == "__main__":
+    entry.run("train")

@@ -1,0 +1,153 @@
+"""One adapter being trained: its parameters, optimizer, data order and memory of its best state.
+
+Everything that one learner needs and another must not see stands here, so that several can take
+turns on one base and each still learns exactly what it would learn alone.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lora_ft import config
+from lora_ft.adapters import attach, audit, files
+from lora_ft.data.order import derive, epoch_order, steps_of_epoch
+from lora_ft.data.prepare import Dataset, Question, TokenRow
+from lora_ft.evaluation.heldout import Heldout
+from lora_ft.models.load import Base
+from lora_ft.ops.token_loss import Paths
+from lora_ft.training import optimizers
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    step: int
+    heldout: Heldout
+
+
+@dataclass
+class Learner:
+    """State of one adapter's training; `steps` lists the row numbers of every optimizer step, in order."""
+
+    name: str
+    cfg: config.TrainRun
+    folder: Path
+    model: PeftModel
+    paths: Paths
+    rows: list[TokenRow]
+    heldout: list[TokenRow]
+    questions: list[Question]
+    steps: list[np.ndarray]
+    parameters: dict[str, nn.Parameter]
+    start: dict[str, Tensor]
+    flat: optimizers.Flat
+    optimizer: torch.optim.Optimizer
+    num_trainable: int
+    evaluations: list[Evaluation] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    best_values: Tensor | None = None
+    tokens: int = 0
+    seconds: float = 0.0
+    stopped_early: bool = False
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The transformers model with the adapter layers inside; the loss is computed through it."""
+        base: PreTrainedModel = self.model.get_base_model()
+        return base
+
+    @property
+    def best(self) -> Evaluation | None:
+        return min(self.evaluations, key=lambda e: e.heldout.loss, default=None)
+
+    @property
+    def evaluations_without_gain(self) -> int:
+        """How many evaluations have passed since the best one."""
+        return len(self.evaluations) - 1 - self.evaluations.index(self.best) if self.best else 0
+
+
+def make_learner(
+    name: str,
+    cfg: config.TrainRun,
+    folder: Path,
+    base: Base,
+    model: PreTrainedModel | PeftModel,
+    dataset: Dataset,
+    paths: Paths,
+) -> Learner:
+    """Attach an adapter to the base (or to the PEFT model of earlier learners) and prepare to train it.
+
+    Raises MismatchError where `adapter.init_from` does not fit this base or this adapter's shape.
+    """
+    token_ids = base.tokenizer.convert_tokens_to_ids(list(cfg.model.added_tokens))
+    peft_model = attach.attach(model, cfg.adapter, name, derive(cfg.seed, "adapter"), token_ids)
+    if cfg.adapter.init_from:
+        source = Path(cfg.adapter.init_from)
+        files.check_base(source, base.identity, cfg.quant)
+        files.check_same_method(source, peft_model.peft_config[name])
+        files.load_tensors(peft_model, source, name)
+    parameters = attach.trainable(peft_model, name)
+    num_trainable = audit.check_trainable(peft_model, name, parameters)
+    flat = optimizers.flatten(parameters)
+    heldout, questions = evaluation_rows(dataset, cfg.train.eval_rows)
+    return Learner(
+        name=name,
+        cfg=cfg,
+        folder=folder,
+        model=peft_model,
+        paths=paths,
+        rows=dataset.train,
+        heldout=heldout,
+        questions=questions,
+        steps=plan_steps([len(r.ids) for r in dataset.train], cfg.train, cfg.seed),
+        parameters=parameters,
+        start={n: p.detach().clone() for n, p in parameters.items()},
+        flat=flat,
+        optimizer=optimizers.build(flat, cfg.optim),
+        num_trainable=num_trainable,
+    )
+
+
+def evaluation_rows(dataset: Dataset, num_rows: int) -> tuple[list[TokenRow], list[Question]]:
+    """The rows, and the questions among them, that an evaluation inside train reads.
+
+    The choice does not depend on `seed`: runs that differ in their seed are compared on the same rows.
+    """
+    chosen = [dataset.heldout[i] for i in epoch_order(len(dataset.heldout), 0, 0)[:num_rows]]
+    of_place = {question.place: question for question in dataset.questions}
+    return chosen, [of_place[row.place] for row in chosen if row.place in of_place]
+
+
+def plan_steps(lengths: list[int], train: config.Train, seed: int) -> list[np.ndarray]:
+    """Row numbers of every optimizer step of the run: a pure function, so that a position is one integer."""
+    steps: list[np.ndarray] = []
+    for epoch in range(train.epochs if train.max_steps is None else train.max_steps):
+        steps += steps_of_epoch(lengths, epoch_order(len(lengths), seed, epoch), train.tokens_per_step)
+        if train.max_steps is not None and len(steps) >= train.max_steps:
+            return steps[: train.max_steps]
+    return steps
+
+
+def overfitting(learner: Learner) -> list[str]:
+    """What the curves say of overfitting, in sentences; empty where nothing was held out."""
+    if not learner.best or not learner.losses:
+        return []
+    last = learner.evaluations[-1].heldout.loss
+    window = learner.losses[-max(1, len(learner.losses) // 10) :]
+    train_loss = math.fsum(window) / len(window)
+    said = [
+        f"train loss {train_loss:.4f} (last {len(window)} steps), held-out loss {last:.4f}, "
+        f"best {learner.best.heldout.loss:.4f} at step {learner.best.step}"
+    ]
+    rising, patience = learner.evaluations_without_gain, learner.cfg.train.patience or 2
+    if rising >= patience:
+        said.append(
+            f"held-out loss has not improved for {rising} evaluations: the adapter overfits. Fewer epochs, "
+            "train.keep=best, a lower adapter.r or some adapter.dropout help."
+        )
+    return said

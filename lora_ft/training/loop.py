@@ -1,0 +1,126 @@
+"""The training loop: learners take turns, one optimizer step each, over one resident base.
+
+    step:  micro-batch  loss_sum / supervised tokens of the STEP  -> backward     gradients add up
+           micro-batch  loss_sum / supervised tokens of the STEP  -> backward
+           norm -> clip -> learning rate -> optimizer             -> metrics, evaluation if due
+
+The sum of losses is divided once by the supervised tokens of all micro-batches: cutting a step into
+other micro-batches changes rounding, never the gradient (A01).
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from lora_ft import config
+from lora_ft.data.order import derive
+from lora_ft.data.pack import micro_batches
+from lora_ft.errors import NonFiniteError
+from lora_ft.evaluation.heldout import heldout_loss, to_batch
+from lora_ft.ops.recompute import recompute_layers
+from lora_ft.ops.token_loss import token_loss_sum
+from lora_ft.training import optimizers
+from lora_ft.training.learner import Evaluation, Learner
+
+Metrics = dict[str, Any]
+Observer = Callable[[Learner, Metrics], None]
+
+
+def fit(learners: list[Learner], observe: Observer) -> None:
+    """Train every learner to its end; `observe` receives the metrics of each step (and of step 0's evaluation)."""
+    turns = [_turns(learner, observe) for learner in learners]
+    while turns:
+        turns = [turn for turn in turns if next(turn, None) is not None]
+
+
+def _turns(learner: Learner, observe: Observer) -> Iterator[int]:
+    """Train one learner, giving the base away after every step; yields the 1-based step."""
+    for step in range(len(learner.steps)):
+        _activate(learner)
+        if step == 0 and learner.heldout:
+            observe(learner, {"step": 0} | _evaluate(learner, 0))
+        metrics = _train_step(learner, step)
+        if _evaluation_due(learner, step + 1):
+            metrics |= _evaluate(learner, step + 1)
+        observe(learner, metrics)
+        if _out_of_patience(learner):
+            learner.stopped_early = True
+            break
+        yield step + 1
+    if learner.cfg.train.keep is config.Keep.best and learner.best_values is not None:
+        learner.flat.values.copy_(learner.best_values)
+
+
+def _activate(learner: Learner) -> None:
+    if learner.model.active_adapter != learner.name:
+        learner.model.set_adapter(learner.name)
+    recompute_layers(learner.base, learner.cfg.train.checkpoint)
+    learner.model.train()
+
+
+def _train_step(learner: Learner, step: int) -> Metrics:
+    """One optimizer step over the rows planned for it; NonFiniteError before a bad gradient reaches the adapter."""
+    started = time.perf_counter()
+    cfg, rows = learner.cfg, [learner.rows[i] for i in learner.steps[step]]
+    packed = micro_batches(rows, cfg.train.tokens_per_microbatch, cfg.train.packing)
+    supervised = sum(int((p.targets >= 0).sum()) for p in packed)
+    learner.flat.gradients.zero_()
+    loss = 0.0
+    for micro, micro_batch in enumerate(packed):
+        # Dropout draws from the global generator: seeding it here makes the draw a function of the position.
+        torch.manual_seed(derive(cfg.seed, "dropout", step, micro))
+        loss_sum = token_loss_sum(learner.base, to_batch(micro_batch, learner.base.device), learner.paths)
+        (loss_sum / supervised).backward()
+        loss += float(loss_sum.detach()) / supervised
+    norm = optimizers.clip(learner.flat.gradients, cfg.optim.clip)
+    if not (math.isfinite(norm) and math.isfinite(loss)):
+        places = ", ".join(row.place for row in rows[:5])
+        raise NonFiniteError(
+            f"step {step + 1}: loss {loss}, gradient norm {norm}; rows {places}"
+            f"{', ...' if len(rows) > 5 else ''}. The adapter was left as it was before this step."
+        )
+    rate = optimizers.learning_rate(cfg.optim, step, len(learner.steps))
+    optimizers.set_learning_rate(learner.optimizer, rate)
+    learner.optimizer.step()
+    seconds = time.perf_counter() - started
+    tokens = sum(len(row.ids) for row in rows)
+    learner.tokens += tokens
+    learner.seconds += seconds
+    learner.losses.append(loss)
+    return {
+        "step": step + 1,
+        "loss": loss,
+        "grad_norm": norm,
+        "lr": rate,
+        "rows": len(rows),
+        "tokens": tokens,
+        "supervised_tokens": supervised,
+        "micro_batches": len(packed),
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+    }
+
+
+def _evaluation_due(learner: Learner, step: int) -> bool:
+    every = learner.cfg.train.eval_every_steps
+    return bool(learner.heldout) and (step == len(learner.steps) or (every is not None and step % every == 0))
+
+
+def _evaluate(learner: Learner, step: int) -> Metrics:
+    """Held-out loss of the adapter as it is now; the best state so far is kept in memory if it will be wanted."""
+    capacity = learner.cfg.train.tokens_per_microbatch or learner.cfg.train.tokens_per_step
+    heldout = heldout_loss(learner.base, learner.heldout, learner.paths, capacity)
+    if not math.isfinite(heldout.loss):
+        raise NonFiniteError(f"step {step}: held-out loss {heldout.loss}")
+    learner.evaluations.append(Evaluation(step, heldout))
+    if learner.cfg.train.keep is config.Keep.best and learner.evaluations_without_gain == 0:
+        learner.best_values = learner.flat.values.clone()
+    return {"heldout_loss": heldout.loss}
+
+
+def _out_of_patience(learner: Learner) -> bool:
+    patience = learner.cfg.train.patience
+    return patience is not None and learner.evaluations_without_gain >= patience

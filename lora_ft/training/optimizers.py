@@ -1,0 +1,117 @@
+"""The optimizer of one learner, over a flat tensor, and its learning rate as a function of the step.
+
+    flat       [ lora_A ... | lora_B ... ]     every parameter is a view, and so is every gradient:
+    gradient   [ lora_A ... | lora_B ... ]     one fused AdamW call a group, one norm, one copy to keep
+
+    lr  ^    ______________            warm-up, then the schedule; wsd (warm-up, stable, decay) falls
+        |   /              \\ wsd      only in the last optim.decay_fraction of the run
+        |  /                \\
+        +-------------------------> step
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lora_ft import config
+from lora_ft.models.quantize import import_bitsandbytes
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A learner's parameters as one tensor: values and gradients [P], and the names in their order."""
+
+    values: Tensor
+    gradients: Tensor
+    num_first_group: int
+
+
+def flatten(parameters: dict[str, nn.Parameter]) -> Flat:
+    """Move parameters into one tensor, lora_B last, and make each a view of it; all must share dtype and device."""
+    ordered = sorted(parameters.items(), key=lambda item: _is_b(item[0]))
+    values = torch.cat([p.detach().reshape(-1) for _, p in ordered])
+    gradients = torch.zeros_like(values)
+    offset = 0
+    for _, parameter in ordered:
+        size = parameter.numel()
+        parameter.data = values[offset : offset + size].view(parameter.shape)
+        parameter.grad = gradients[offset : offset + size].view(parameter.shape)
+        offset += size
+    return Flat(values, gradients, sum(p.numel() for n, p in ordered if not _is_b(n)))
+
+
+def _is_b(name: str) -> bool:
+    return ".lora_B." in name or ".lora_embedding_B." in name
+
+
+def build(flat: Flat, optim: config.Optim) -> torch.optim.Optimizer:
+    """The optimizer over the flat tensor, with lora_B as a group of its own (LoRA+, arXiv 2402.12354).
+
+    Each group carries `lr_ratio`, its learning rate over the schedule's.
+    """
+    groups = []
+    for part, ratio in (
+        (slice(0, flat.num_first_group), 1.0),
+        (slice(flat.num_first_group, None), optim.lora_plus_ratio),
+    ):
+        if flat.values[part].numel():
+            parameter = nn.Parameter(flat.values[part])
+            parameter.grad = flat.gradients[part]
+            groups.append({"params": [parameter], "lr_ratio": ratio})
+    settings = {
+        "lr": optim.lr,
+        "betas": (optim.beta1, optim.beta2),
+        "eps": optim.eps,
+        "weight_decay": optim.weight_decay,
+    }
+    if optim.name is config.Optimizer.adamw:
+        return torch.optim.AdamW(groups, fused=True, **settings)
+    bitsandbytes = import_bitsandbytes()
+
+    of_name = {
+        config.Optimizer.adamw_8bit: bitsandbytes.optim.AdamW8bit,
+        config.Optimizer.paged_adamw: bitsandbytes.optim.PagedAdamW,
+    }
+    built: torch.optim.Optimizer = of_name[optim.name](groups, **settings)
+    return built
+
+
+def learning_rate(optim: config.Optim, step: int, num_steps: int) -> float:
+    """The learning rate of 0-based `step` of `num_steps`.
+
+    Warm-up gives lr (step + 1) / warmup_steps, so that no step is wasted at zero; afterwards
+    progress = (step - warmup_steps) / (num_steps - warmup_steps) runs from 0 towards 1.
+    """
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    progress = (step - optim.warmup_steps) / max(1, num_steps - optim.warmup_steps)
+    return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * _shape(optim, progress))
+
+
+def _shape(optim: config.Optim, progress: float) -> float:
+    """The schedule's height, from 1 to 0, at a progress in [0, 1)."""
+    match optim.schedule:
+        case config.Schedule.constant:
+            return 1.0
+        case config.Schedule.linear:
+            return 1 - progress
+        case config.Schedule.cosine:
+            return (1 + math.cos(math.pi * progress)) / 2
+        case config.Schedule.wsd:
+            return min(1.0, (1 - progress) / optim.decay_fraction)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = value * group["lr_ratio"]
+
+
+def clip(gradients: Tensor, largest_norm: float) -> float:
+    """The gradient's norm, after which the gradient is scaled down to `largest_norm` if that is above 0 and less."""
+    norm = float(torch.linalg.vector_norm(gradients))
+    if 0 < largest_norm < norm and math.isfinite(norm):
+        # The 1e-6 is torch.nn.utils.clip_grad_norm_'s, so that both give the same numbers.
+        gradients.mul_(largest_norm / (norm + 1e-6))
+    return norm

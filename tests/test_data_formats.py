@@ -1,0 +1,228 @@
+"""Formats: what each becomes, which is found by its columns, and how a bad row is named."""
+
+import pytest
+
+from lora_ft.config import Data, Format
+from lora_ft.data import formats
+from lora_ft.data.rows import Ledger, Record
+from lora_ft.errors import ConfigError, DataError
+
+
+def parse(*rows, **settings):
+    """Format and rows of values, as if they were lines of a file."""
+    ledger = Ledger()
+    return formats.rows([Record(f"f.jsonl:{n}", values) for n, values in enumerate(rows, 1)], Data(**settings), ledger)
+
+
+def chat(*contents, roles=("user", "assistant")):
+    return [{"role": roles[i % len(roles)], "content": content} for i, content in enumerate(contents)]
+
+
+QA = chat("2+2?", "4")
+SHARE_GPT = [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ({"messages": QA, "text": "x"}, Format.messages),
+        ({"conversations": SHARE_GPT, "prompt": "p", "completion": "c"}, Format.conversations),
+        ({"prompt": "2+2?", "completion": "4", "text": "x"}, Format.prompt_completion),
+        ({"prompt": QA[:1], "completion": QA[1:]}, Format.prompt_completion),
+        ({"instruction": "2+2?", "output": "4", "text": "x"}, Format.alpaca),
+        ({"instruction": "2+2?", "input": "", "output": "4"}, Format.alpaca),
+    ],
+)
+def test_a_format_is_found_by_its_columns_and_all_say_the_same_chat(values, found):
+    detected, (row,) = parse(values)
+    assert detected is found
+    assert row.messages == QA
+    assert (row.answer, row.place) == ("4", "f.jsonl:1")
+
+
+def test_text_is_the_last_format_tried():
+    found, (row,) = parse({"text": "all of it", "id": 7})
+    assert (found, row.messages, row.plain_prompt, row.answer) == (Format.text, [], "", "all of it")
+
+
+def test_data_format_decides_before_the_columns():
+    found, (row,) = parse({"messages": QA, "text": "x"}, format=Format.text)
+    assert (found, row.answer) == (Format.text, "x")
+
+
+def test_columns_rename_what_the_file_calls_otherwise():
+    _, (row,) = parse({"q": "2+2?", "a": "4"}, columns={"prompt": "q", "completion": "a"})
+    assert row.messages == QA
+
+
+def test_share_gpt_roles_map_to_the_templates_roles():
+    turns = [("system", "s"), ("human", "u"), ("gpt", "a"), ("observation", "t"), ("model", "b"), ("user", "v"),
+             ("assistant", "c"), ("function", "f"), ("gpt", "d")]  # fmt: skip
+    _, (row,) = parse({"conversations": [{"from": role, "value": text} for role, text in turns]})
+    assert [m["role"] for m in row.messages] == [
+        "system", "user", "assistant", "tool", "assistant", "user", "assistant", "tool", "assistant",
+    ]  # fmt: skip
+    assert "".join(m["content"] for m in row.messages) == "suatbvcfd"
+
+
+def test_share_gpt_system_column_leads_the_chat_unless_it_has_a_system_message():
+    _, (row, own) = parse(
+        {"conversations": SHARE_GPT, "system": "Be brief."},
+        {"conversations": [{"from": "system", "value": "Mine."}, *SHARE_GPT], "system": "Be brief."},
+    )
+    assert [m["content"] for m in row.messages] == ["Be brief.", "2+2?", "4"]
+    assert [m["content"] for m in own.messages] == ["Mine.", "2+2?", "4"]
+
+
+def test_openai_weights_parts_tools_and_tool_calls():
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
+    messages = [
+        {"role": "developer", "content": "Use tools."},
+        {"role": "user", "content": [{"type": "text", "text": "2"}, {"type": "text", "text": "+2?"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call], "weight": 0},
+        {"role": "tool", "content": "", "tool_call_id": "1"},
+        {"role": "assistant", "content": "4", "weight": 1},
+    ]
+    _, (row,) = parse({"messages": messages, "tools": [{"type": "function"}]})
+    assert row.messages[:3] == [
+        {"role": "system", "content": "Use tools."},
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
+    assert row.messages[3]["tool_call_id"] == "1"
+    assert row.context == {2}
+    assert row.tools == [{"type": "function"}]
+    assert messages[2]["weight"] == 0, "the caller's rows stay as they were"
+
+
+def test_answers_in_a_conversational_prompt_are_context():
+    _, (row,) = parse({"prompt": chat("a", "b", "c"), "completion": [{"role": "assistant", "content": "d"}]})
+    assert row.context == {1}
+    assert row.answer == "d"
+
+
+def test_alpaca_has_input_system_and_history_in_both_forms():
+    values = {"instruction": "Add.", "input": "2+2", "output": "4", "system": "Be brief.", "history": [["Hi", "Ho"]]}
+    _, (row,) = parse(values)
+    assert [m["content"] for m in row.messages] == ["Be brief.", "Hi", "Ho", "Add.\n2+2", "4"]
+    assert row.plain_prompt == (
+        "Be brief.\n\n### Instruction:\nHi\n\n### Response:\nHo\n\n"
+        "### Instruction:\nAdd.\n\n### Input:\n2+2\n\n### Response:\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"messages": []}, "messages: is empty"),
+        ({"messages": None}, "messages: must be a list of messages, got null"),
+        ({"messages": "hi"}, "messages: must be a list of messages, got text"),
+        ({"messages": ["hi", "ho"]}, r"messages\[0\]: must be an object, got text"),
+        ({"messages": [{"content": "hi"}]}, r"messages\[0\]: role None is none of"),
+        ({"messages": chat("a", "b", roles=("user", "wizard"))}, r"messages\[1\]: role 'wizard' is none of"),
+        ({"messages": chat("a")}, "message 1: the chat must end with the assistant's answer, ends with user"),
+        ({"messages": chat("a", "b", "c")}, "message 3: the chat must end with the assistant's answer"),
+        ({"messages": chat("a", "b", roles=("assistant", "user"))}, "message 1: assistant may not come first"),
+        ({"messages": chat("a", "b", "c", roles=("user", "user", "assistant"))}, "message 2: user may not come after"),
+        ({"messages": chat("a", "s", "b", roles=("user", "system", "assistant"))}, "message 2: system may not come"),
+        ({"messages": chat("a", " \n")}, r"messages\[1\]: the content of assistant is empty"),
+        ({"messages": chat("", "b")}, r"messages\[0\]: the content of user is empty"),
+        ({"messages": chat("a", None)}, r"messages\[1\]: the content of assistant is missing"),
+        ({"messages": chat("a", 4)}, r"messages\[1\]: content must be text, got int"),
+        ({"messages": chat([{"type": "image_url"}], "b")}, r"messages\[0\]: content must be text, got list"),
+        ({"messages": [QA[0], {**QA[1], "weight": 0.5}]}, r"messages\[1\]: weight must be 0 or 1, got 0.5"),
+        ({"messages": QA, "tools": "add"}, "tools: must be a list, got text"),
+        ({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt"}]}, r"conversations\[1\]: the content of"),
+        ({"conversations": SHARE_GPT, "system": 7}, "system: must be text, got int"),
+        ({"prompt": "a", "completion": ""}, "completion: is empty"),
+        ({"prompt": "a", "completion": None}, "completion: must be text, got null"),
+        ({"prompt": "a", "completion": QA[1:]}, "completion: must be text, got list"),
+        ({"prompt": QA[:1], "completion": "b"}, "completion: must be a list of messages, got text"),
+        ({"instruction": " ", "output": "b"}, "instruction: is empty"),
+        ({"instruction": "a", "output": "b", "input": ["x"]}, "input: must be text, got list"),
+        ({"instruction": "a", "output": "b", "history": [["only"]]}, r"history: must be a list of \[instruction"),
+        ({"instruction": "a", "output": "b", "history": "no"}, r"history: must be a list of \[instruction"),
+        ({"text": 5}, "text: must be text, got int"),
+    ],
+)
+def test_a_bad_row_is_named_with_place_and_field(values, message):
+    with pytest.raises(DataError, match=rf"1 bad row:\n  f\.jsonl:1: {message}"):
+        parse(values)
+
+
+def test_a_later_row_without_the_columns_of_the_first_is_bad():
+    with pytest.raises(DataError, match=r"f\.jsonl:2: completion: is missing: \{'prompt': 'c'\}"):
+        parse({"prompt": "a", "completion": "b"}, {"prompt": "c"})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "chosen and rejected are preference pairs"),
+        ({"question": "a", "answer": "b"}, "no format has the columns answer, question: .*data.columns="),
+    ],
+)
+def test_columns_of_no_format_say_what_can_be_done(values, message):
+    with pytest.raises(DataError, match=message):
+        parse(values)
+
+
+def test_no_rows_at_all_is_a_data_error():
+    with pytest.raises(DataError, match="there is no row"):
+        parse()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"columns": {"prompt": "q"}}, r"data\.columns names q, which is no column of f\.jsonl:1: a, b"),
+        ({"columns": {"promt": "a"}, "format": Format.text}, "promt is no column of format text, which has text"),
+        (
+            {"format": Format.text, "prompt": "{a}"},
+            r"data\.prompt and data\.answer are templates of data\.format=table",
+        ),
+        (
+            {"format": Format.table},
+            r"data\.format=table needs data\.prompt and data\.answer; data\.prompt is not given",
+        ),
+        ({"prompt": "{a}"}, r"data\.answer is not given"),
+        ({"prompt": "{x}", "answer": "{b}"}, r"data\.prompt: there is no column 'x'; there are a, b"),
+        ({"prompt": "{a.real}", "answer": "{b}"}, "there is no column 'a.real'"),
+        ({"prompt": "{a[0]}", "answer": "{b}"}, r"there is no column 'a\[0\]'"),
+        ({"prompt": "{a!r}", "answer": "{b}"}, "there is no column 'a!r'"),
+        ({"prompt": "{a", "answer": "{b}"}, r"a single \{ at character 1: write \{\{"),
+        ({"prompt": "{a}}", "answer": "{b}"}, r"a single \} at character 4"),
+        ({"prompt": "Same", "answer": "{b}"}, r"data\.prompt names no column"),
+    ],
+)
+def test_settings_that_do_not_fit_the_columns_are_config_errors(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        parse({"a": 1, "b": "x"}, **settings)
+
+
+def test_a_table_writes_prompt_and_answer_over_any_column():
+    settings = {"prompt": "{{x}} {the word} {n} {yes}", "answer": "{n}{n}"}
+    found, (row,) = parse({"the word": "{n}", "n": 3, "yes": True}, **settings)
+    assert found is Format.table
+    assert [m["content"] for m in row.messages] == ["{x} {n} 3 true", "33"]
+    assert row.plain_prompt == "{x} {n} 3 true"
+
+
+def test_a_table_reads_renamed_columns_by_both_names():
+    _, (row,) = parse({"en": "good", "de": "gut"}, columns={"source": "en"}, prompt="{source}={en}", answer="{de}")
+    assert row.plain_prompt == "good=good"
+
+
+@pytest.mark.parametrize("bad", [None, "", " ", ["x"], {"x": 1}])
+def test_a_table_row_without_a_value_is_bad(bad):
+    with pytest.raises(DataError, match=r"f\.jsonl:2: a: "):
+        parse({"a": "x", "b": "y"}, {"a": bad, "b": "y"}, prompt="{a}", answer="{b}")
+
+
+def test_max_rows_reads_no_further():
+    def records():
+        yield Record("f:1", {"text": "a"})
+        yield Record("f:2", {"text": "b"})
+        raise AssertionError("read past max_rows")
+
+    assert len(formats.rows(records(), Data(max_rows=2), Ledger())[1]) == 2

@@ -1,0 +1,87 @@
+"""Packing: every row once, no bin over its capacity, and targets that never look across a document."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_ft.data.pack import UNSUPERVISED, best_fit, micro_batches
+from lora_ft.data.rows import TokenRow
+from lora_ft.errors import ConfigError
+
+
+def best_fit_by_definition(lengths, capacity):
+    bins = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        room = [(capacity - sum(lengths[i] for i in bin_), number) for number, bin_ in enumerate(bins)]
+        fitting = [entry for entry in room if entry[0] >= lengths[index]]
+        if fitting:
+            bins[min(fitting)[1]].append(index)
+        else:
+            bins.append([index])
+    return bins
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 20), max_size=60), st.integers(20, 60))
+def test_best_fit_is_the_definition_of_best_fit_decreasing(lengths, capacity):
+    bins = best_fit(lengths, capacity)
+    assert bins == best_fit_by_definition(lengths, capacity)
+    assert sorted(index for bin_ in bins for index in bin_) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in bin_) <= capacity for bin_ in bins)
+
+
+def test_best_fit_refuses_a_length_over_the_capacity():
+    with pytest.raises(ValueError, match="length 9 at index 1 is over the capacity of 8"):
+        best_fit([3, 9], 8)
+
+
+@st.composite
+def token_rows(draw):
+    rows = []
+    for number in range(draw(st.integers(1, 8))):
+        ids = draw(st.lists(st.integers(0, 30), min_size=1, max_size=12))
+        supervised = [False, *draw(st.lists(st.booleans(), min_size=len(ids) - 1, max_size=len(ids) - 1))]
+        rows.append(TokenRow(np.array(ids, np.int32), np.array(supervised, np.bool_), f"rows.jsonl:{number + 1}"))
+    return rows
+
+
+def documents(batch):
+    """Each document of a micro-batch as tuples of ids, positions and targets."""
+    cuts = [slice(a, b) for a, b in pairwise(batch.starts)]
+    return [tuple(map(tuple, (batch.ids[cut], batch.positions[cut], batch.targets[cut]))) for cut in cuts]
+
+
+def document_by_definition(row):
+    following = [
+        int(row.ids[i + 1]) if i + 1 < len(row.ids) and row.supervised[i + 1] else UNSUPERVISED
+        for i in range(len(row.ids))
+    ]
+    return tuple(row.ids), tuple(range(len(row.ids))), tuple(following)
+
+
+@settings(deadline=None)
+@given(token_rows(), st.integers(12, 40) | st.none(), st.booleans())
+def test_micro_batches_hold_each_row_once_with_its_own_positions_and_targets(rows, capacity, packing):
+    batches = micro_batches(rows, capacity, packing)
+    found = [document for batch in batches for document in documents(batch)]
+    assert sorted(found) == sorted(map(document_by_definition, rows))
+    assert all(batch.starts[0] == 0 and batch.starts[-1] == len(batch.ids) for batch in batches)
+    assert packing or len(batches) == len(rows)
+    if packing:
+        assert len(batches) == 1 if capacity is None else all(len(batch.ids) <= capacity for batch in batches)
+    for batch in batches:
+        assert [a.dtype for a in (batch.ids, batch.positions, batch.starts, batch.targets)] == ["i8", "i8", "i4", "i8"]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_row_longer_than_the_capacity_is_refused_by_name(packing):
+    row = TokenRow(np.arange(9, dtype=np.int32), np.zeros(9, np.bool_), "rows.jsonl:4")
+    with pytest.raises(ConfigError, match=r"train\.tokens_per_microbatch .*rows\.jsonl:4 has 9 tokens, got 8"):
+        micro_batches([row], 8, packing)
+
+
+def test_no_rows_make_no_micro_batch():
+    assert micro_batches([], None, True) == micro_batches([], 5, False) == []

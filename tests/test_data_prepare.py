@@ -1,0 +1,346 @@
+"""From settings to a dataset: split, lengths, cache, report; every row accounted for."""
+
+import json
+from dataclasses import astuple
+
+import numpy as np
+import pytest
+from tiny import CHATML, tiny_tokenizer
+
+from lora_ft import durable
+from lora_ft.config import Data, TooLong, TrainOn
+from lora_ft.data import cache, prepare
+from lora_ft.errors import ConfigError, DataError
+
+TOKENIZER = tiny_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def write(folder, rows, name="rows.jsonl"):
+    path = folder / name
+    path.write_text("".join(json.dumps(values) + "\n" for values in rows))
+    return str(path)
+
+
+def questions(count, answer="{n} squared is {n}{n}."):
+    return [{"prompt": f"What is {n} squared?", "completion": answer.format(n=n)} for n in range(count)]
+
+
+def texts(rows):
+    return [TOKENIZER.decode(row.ids) for row in rows]
+
+
+def same(a, b):
+    """Equality of datasets, arrays included."""
+    return all(
+        len(mine) == len(theirs) and all(map(equal, mine, theirs))
+        for mine, theirs in ((a.train, b.train), (a.heldout, b.heldout), (a.questions, b.questions))
+    ) and a.report.sha256 == b.report.sha256  # fmt: skip
+
+
+def equal(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(astuple(a), astuple(b), strict=True))
+
+
+def test_rows_are_split_by_content_so_that_other_rows_and_their_order_move_none(tmp_path):
+    rows = questions(60)
+    whole = prepare.prepare(Data(path=write(tmp_path, rows), eval_fraction=0.3), TOKENIZER)
+    part = prepare.prepare(Data(path=write(tmp_path, rows[::-2]), eval_fraction=0.3), TOKENIZER)
+    assert 5 < len(whole.heldout) < 40
+    assert set(texts(part.heldout)) < set(texts(whole.heldout))
+    assert set(texts(part.train)) < set(texts(whole.train))
+
+
+def test_a_larger_fraction_holds_out_the_same_rows_and_more(tmp_path):
+    path = write(tmp_path, questions(60))
+    held = [set(texts(prepare.prepare(Data(path=path, eval_fraction=f), TOKENIZER).heldout)) for f in (0.1, 0.4, 0.8)]
+    assert held[0] < held[1] < held[2]
+
+
+def test_rows_equal_but_for_case_and_blanks_lie_on_one_side(tmp_path):
+    rows = questions(30)
+    doubles = [{k: f"  {v.upper()}\n" for k, v in row.items()} for row in rows]
+    data = prepare.prepare(Data(path=write(tmp_path, rows + doubles), eval_fraction=0.3), TOKENIZER)
+    sides = [{row.place.rpartition(":")[2] for row in side} for side in (data.train, data.heldout)]
+    for line in range(1, 31):
+        assert any({str(line), str(line + 30)} <= side for side in sides)
+    assert data.report.duplicates == 30
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
+def test_both_sides_hold_a_row_where_there_are_two(tmp_path, fraction):
+    data = prepare.prepare(Data(path=write(tmp_path, questions(2)), eval_fraction=fraction), TOKENIZER)
+    assert (len(data.train), len(data.heldout)) == (1, 1)
+
+
+def test_nothing_is_held_out_of_one_row_or_at_fraction_0(tmp_path):
+    path = write(tmp_path, questions(1))
+    assert prepare.prepare(Data(path=path, eval_fraction=0.5), TOKENIZER).heldout == []
+    assert prepare.prepare(Data(path=write(tmp_path, questions(50)), eval_fraction=0), TOKENIZER).heldout == []
+
+
+def test_a_second_file_is_held_out_whole(tmp_path):
+    rows = questions(20)
+    path, extra = write(tmp_path, rows[:15]), write(tmp_path, rows[15:], "eval.jsonl")
+    data = prepare.prepare(Data(path=path, eval_path=extra, eval_fraction=0.5), TOKENIZER)
+    assert [row.place for row in data.heldout] == [f"{extra}:{n}" for n in range(1, 6)]
+    assert len(data.train) == 15
+
+
+def test_a_row_that_leaks_into_the_second_file_is_an_error_with_both_places(tmp_path):
+    rows = questions(5)
+    leaked = {k: v.upper() + " " for k, v in rows[3].items()}
+    path, extra = write(tmp_path, rows), write(tmp_path, [*questions(7)[5:], leaked], "eval.jsonl")
+    with pytest.raises(DataError, match=r"1 held-out rows .*\n  .*eval\.jsonl:3 is also .*rows\.jsonl:4"):
+        prepare.prepare(Data(path=path, eval_path=extra), TOKENIZER)
+
+
+def test_questions_are_the_held_out_prompts_up_to_their_last_answer(tmp_path):
+    chat = [{"role": r, "content": c} for r, c in zip(["user", "assistant"] * 2, "abcd", strict=True)]
+    extra = write(tmp_path, [{"messages": chat}], "eval.jsonl")
+    data = prepare.prepare(Data(path=write(tmp_path, questions(3)), eval_path=extra), TOKENIZER)
+    (question,) = data.questions
+    ids = TOKENIZER.apply_chat_template(chat[:3], add_generation_prompt=True, return_dict=False)
+    assert list(question.prompt_ids) == ids
+    assert question.prompt_ids.dtype == np.int32
+    assert (question.prompt, question.answer, question.place) == ("c", "d", f"{extra}:1")
+
+
+def test_a_row_of_several_documents_asks_its_last_question(tmp_path):
+    tokenizer = tiny_tokenizer()
+    # History is shown in capitals, so that each answer has a document of its own.
+    tokenizer.chat_template = CHATML.replace(
+        "message['content']",
+        "(message['content'] | upper if message['role'] == 'assistant' and not loop.last else message['content'])",
+    )
+    chat = [{"role": r, "content": c} for r, c in zip(["user", "assistant"] * 2, "abcd", strict=True)]
+    extra = write(tmp_path, [{"messages": chat}], "eval.jsonl")
+    data = prepare.prepare(Data(path=write(tmp_path, questions(3)), eval_path=extra), tokenizer)
+    (question,) = data.questions
+    assert len(data.heldout) == 2
+    ids = tokenizer.apply_chat_template(chat[:3], add_generation_prompt=True, return_dict=False)
+    assert list(question.prompt_ids) == ids
+
+
+def test_plain_text_asks_no_questions(tmp_path):
+    rows = [{"text": f"Document {n}."} for n in range(20)]
+    data = prepare.prepare(Data(path=write(tmp_path, rows), eval_fraction=0.5), TOKENIZER)
+    assert data.heldout
+    assert data.questions == []
+    assert data.answers is None
+
+
+def test_few_distinct_answers_of_the_training_rows_are_its_labels(tmp_path):
+    rows = [{"prompt": f"Is {n} even?", "completion": "no" if n % 2 else "yes"} for n in range(60)]
+    assert prepare.prepare(Data(path=write(tmp_path, rows)), TOKENIZER).answers == ["no", "yes"]
+    extra = write(tmp_path, [{"prompt": "Is it even?", "completion": "unseen"}], "eval.jsonl")
+    assert prepare.prepare(Data(path=write(tmp_path, rows), eval_path=extra), TOKENIZER).answers == ["no", "yes"]
+    assert prepare.prepare(Data(path=write(tmp_path, questions(60))), TOKENIZER).answers is None
+
+
+LONG = [{"prompt": "Say it. " * n, "completion": "Said."} for n in (1, 30, 1, 40)]
+
+
+def lengths(rows):
+    return [len(row.ids) for row in rows]
+
+
+def test_rows_over_max_length_are_an_error_with_count_and_the_worst_row(tmp_path):
+    path = write(tmp_path, LONG)
+    longest = max(lengths(prepare.prepare(Data(path=path, eval_fraction=0), TOKENIZER).train))
+    with pytest.raises(DataError) as caught:
+        prepare.prepare(Data(path=path, eval_fraction=0, max_length=40), TOKENIZER)
+    assert str(caught.value).startswith(
+        f"2 of 4 rows are longer than data.max_length=40, the longest is {path}:4 with {longest} tokens"
+    )
+    assert (
+        lengths(prepare.prepare(Data(path=path, eval_fraction=0, max_length=longest), TOKENIZER).train)[-1] == longest
+    )
+
+
+def test_dropped_rows_are_counted(tmp_path):
+    settings = Data(path=write(tmp_path, LONG), eval_fraction=0, max_length=40, too_long=TooLong.drop)
+    data = prepare.prepare(settings, TOKENIZER)
+    assert [row.place.rpartition(":")[2] for row in data.train] == ["1", "3"]
+    assert data.report.left_out == {"longer than data.max_length": 2}
+    settings.max_length = 5
+    with pytest.raises(DataError, match=r"no row is left to train on: 4 longer than data\.max_length"):
+        prepare.prepare(settings, TOKENIZER)
+
+
+def test_truncation_takes_from_the_start_of_the_prompt_and_keeps_bos_and_answer(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ bos_token }}" + CHATML
+    path = write(tmp_path, LONG)
+    whole = prepare.prepare(Data(path=path, eval_fraction=0), tokenizer)
+    data = prepare.prepare(Data(path=path, eval_fraction=0, max_length=40, too_long=TooLong.truncate_prompt), tokenizer)
+    assert data.report.truncated == 2
+    for before, after in zip(whole.train, data.train, strict=True):
+        assert len(after.ids) == min(len(before.ids), 40)
+        assert after.ids[0] == tokenizer.bos_token_id
+        tail = len(after.ids) - 1
+        assert np.array_equal(after.ids[1:], before.ids[-tail:])
+        assert np.array_equal(after.supervised[1:], before.supervised[-tail:])
+        assert tokenizer.decode(after.ids[after.supervised]) == "Said.<|im_end|>"
+
+
+def test_truncation_leaves_one_token_to_predict_the_answer_from(tmp_path):
+    path = write(tmp_path, [{"prompt": "Say it. " * 9, "completion": "Said."}])
+    answer = int(prepare.prepare(Data(path=path), TOKENIZER).train[0].supervised.sum())
+    settings = Data(path=path, max_length=answer + 1, too_long=TooLong.truncate_prompt)
+    assert prepare.prepare(settings, TOKENIZER).train[0].supervised.tolist() == [False] + [True] * answer
+    settings.max_length = answer
+    with pytest.raises(DataError, match="answers are never cut"):
+        prepare.prepare(settings, TOKENIZER)
+
+
+def test_the_prompt_of_a_truncated_question_ends_where_its_answer_begins(tmp_path):
+    settings = Data(path=write(tmp_path, LONG[:1]), eval_path=write(tmp_path, LONG[1:2], "eval.jsonl"),
+                    max_length=40, too_long=TooLong.truncate_prompt)  # fmt: skip
+    data = prepare.prepare(settings, TOKENIZER)
+    (row,), (question,) = data.heldout, data.questions
+    assert np.array_equal(question.prompt_ids, row.ids[: row.supervised.argmax()])
+
+
+@pytest.mark.parametrize(
+    ("row", "train_on"),
+    [
+        ({"prompt": "Say it.", "completion": "Said. " * 40}, TrainOn.answers),
+        ({"text": "Said. " * 40}, TrainOn.answers),
+        (
+            {"messages": [{"role": r, "content": "word " * 9} for r in ["user", "assistant"] * 3]},
+            TrainOn.all,
+        ),
+    ],
+)
+def test_an_answer_longer_than_max_length_is_an_error_even_under_truncation(tmp_path, row, train_on):
+    settings = Data(path=write(tmp_path, [row]), max_length=40, too_long=TooLong.truncate_prompt, train_on=train_on)
+    with pytest.raises(DataError, match=r"1 of 1 rows .*rows\.jsonl:1 .* without their prompts: answers are never cut"):
+        prepare.prepare(settings, TOKENIZER)
+
+
+def test_every_row_read_is_in_the_dataset_or_counted(tmp_path):
+    settings = Data(path="package:chatterbot_corpus/data/english", max_length=100, too_long=TooLong.drop)
+    report = prepare.prepare(settings, TOKENIZER).report
+    assert report.train_documents + report.heldout_documents + report.left_out["longer than data.max_length"] == (
+        report.rows
+    )
+    assert report.left_out["user turns without an answer"] > 0
+    assert report.format == "messages"
+
+
+def test_the_report_adds_up(tmp_path):
+    data = prepare.prepare(Data(path=write(tmp_path, questions(30)), eval_fraction=0.3), TOKENIZER)
+    report = data.report
+    assert report.train_tokens == sum(lengths(data.train))
+    assert report.heldout_tokens == sum(lengths(data.heldout))
+    assert report.supervised_tokens == sum(int(row.supervised.sum()) for row in data.train)
+    assert report.longest == max(lengths(data.train + data.heldout))
+    assert all(row.ids.dtype == np.int32 and row.supervised.dtype == np.bool_ for row in data.train)
+
+
+def test_a_text_of_one_token_leaves_nothing_to_supervise(tmp_path):
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: row: has no supervised token"):
+        prepare.prepare(Data(path=write(tmp_path, [{"text": "fine"}, {"text": "<|im_end|>"}])), TOKENIZER)
+
+
+def test_max_rows_limits_what_is_read(tmp_path):
+    data = prepare.prepare(Data(path=write(tmp_path, questions(30)), max_rows=7, eval_fraction=0), TOKENIZER)
+    assert len(data.train) == 7
+
+
+def test_a_slow_tokenizer_is_refused(tmp_path):
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(ConfigError, match="must be a fast one"):
+        prepare.prepare(Data(path=write(tmp_path, questions(2))), Slow())
+
+
+@pytest.fixture
+def cached(monkeypatch):
+    monkeypatch.setattr(prepare, "_CACHED_FROM_ROWS", 1)
+
+
+def test_few_rows_are_not_cached(tmp_path):
+    prepare.prepare(Data(path=write(tmp_path, questions(9))), TOKENIZER)
+    assert not cache.folder().exists()
+
+
+def test_a_second_run_reads_the_same_rows_from_the_cache(tmp_path, cached):
+    settings = Data(path=write(tmp_path, questions(30)), eval_fraction=0.3)
+    first, second = (prepare.prepare(settings, TOKENIZER) for _ in range(2))
+    assert (first.report.cached, second.report.cached) == (False, True)
+    assert same(first, second)
+    # What is decided after tokenizing shares the cache.
+    settings.max_length, settings.eval_fraction, settings.too_long = 20, 0.6, TooLong.truncate_prompt
+    assert prepare.prepare(settings, TOKENIZER).report.cached
+
+
+def changed_tokenizer(template=None, token=None):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template or tokenizer.chat_template
+    if token:
+        tokenizer.add_tokens([token])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("settings", "tokenizer", "answer"),
+    [
+        ({"system": "Be brief."}, TOKENIZER, None),
+        ({"train_on": TrainOn.all}, TOKENIZER, None),
+        ({}, changed_tokenizer(template="{# 2 #}" + CHATML), None),
+        ({}, changed_tokenizer(token="squared"), None),
+        ({}, TOKENIZER, "{n} squared is {n}{n}!"),
+    ],
+)
+def test_a_change_of_any_input_misses_the_cache(tmp_path, cached, settings, tokenizer, answer):
+    prepare.prepare(Data(path=write(tmp_path, questions(9))), TOKENIZER)
+    rows = questions(9) if answer is None else [*questions(8), *questions(9, answer)[8:]]
+    assert not prepare.prepare(Data(path=write(tmp_path, rows), **settings), tokenizer).report.cached
+
+
+def test_a_change_of_code_or_libraries_misses_the_cache(tmp_path, cached, monkeypatch):
+    settings = Data(path=write(tmp_path, questions(9)))
+    prepare.prepare(settings, TOKENIZER)
+    monkeypatch.setattr(cache, "_code", lambda: "another version")
+    assert not prepare.prepare(settings, TOKENIZER).report.cached
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a tensor file", "cut", "flip"])
+def test_a_damaged_cache_file_is_made_again(tmp_path, cached, damage, caplog):
+    settings = Data(path=write(tmp_path, questions(9)))
+    first = prepare.prepare(settings, TOKENIZER)
+    (file,) = cache.folder().iterdir()
+    whole = file.read_bytes()
+    if damage == "cut":
+        damage = whole[:-1]
+    elif damage == "flip":
+        damage = whole[:-400] + bytes([whole[-400] ^ 1]) + whole[-399:]
+    file.write_bytes(damage)
+    again = prepare.prepare(settings, TOKENIZER)
+    assert not again.report.cached
+    assert same(first, again)
+    assert "damaged and made again" in caplog.text
+    assert file.read_bytes() == whole
+
+
+def test_a_cache_that_cannot_be_written_is_reported_and_no_more(tmp_path, cached, monkeypatch, caplog):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(durable, "write_tensors", full)
+    assert prepare.prepare(Data(path=write(tmp_path, questions(9))), TOKENIZER).train
+    assert "rows are not cached: [Errno 28] No space left" in caplog.text
+
+
+def test_the_hash_of_the_rows_depends_on_ids_masks_and_side(tmp_path):
+    path = write(tmp_path, questions(9))
+    settings = [{}, {"train_on": TrainOn.all}, {"system": "s"}, {"eval_fraction": 0}, {"max_rows": 8}]
+    hashes = {prepare.prepare(Data(path=path, **given), TOKENIZER).report.sha256 for given in settings}
+    assert len(hashes) == len(settings)

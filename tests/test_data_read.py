@@ -1,0 +1,287 @@
+"""Reading: every row with its place, or a located error; nothing is skipped without a word."""
+
+import csv
+import json
+import sys
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from lora_ft.config import Data
+from lora_ft.data import files
+from lora_ft.data.rows import LONGEST_EXCERPT, MOST_BAD_ROWS, Ledger
+from lora_ft.data.sources import records
+from lora_ft.errors import DataError, ResourceError, SecurityError
+
+
+def read(path, **settings):
+    """Records at a path as (place, values); raises what the ledger holds."""
+    ledger = Ledger()
+    found = [(r.place, r.values) for r in records(str(path), "data.path", Data(path=str(path), **settings), ledger)]
+    ledger.raise_bad()
+    return found
+
+
+def write(folder, name, content):
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+# Quotes, escapes, separators that are no line ends, a character beyond 16 bits.
+TEXTS = st.text('a "\\\n\r\t\x00\x7fé€\u2028\ufeff😀{}', max_size=8)
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 10**20) | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(deadline=None)
+@given(st.lists(st.dictionaries(st.sampled_from("abc"), JSON_VALUES, min_size=1), max_size=6), st.data())
+def test_any_valid_jsonl_comes_back_with_physical_line_numbers(tmp_path_factory, rows, data):
+    lines, expected = [], []
+    for values in rows:
+        lines += [""] * data.draw(st.integers(0, 2))
+        lines.append(json.dumps(values, ensure_ascii=data.draw(st.booleans())))
+        expected.append((len(lines), values))
+    text = data.draw(st.sampled_from(["\n", "\r\n"])).join(lines)
+    path = write(tmp_path_factory.mktemp("jsonl"), "a.jsonl", data.draw(st.sampled_from(["", "\ufeff"])) + text)
+    assert read(path) == [(f"{path}:{line}", values) for line, values in expected]
+
+
+GOOD = b'{"text": "good"}\n'
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "cut', "column 10: not JSON: Unterminated string"),
+        (b'{"text": "a"} {"text": "b"}', "column 15: not JSON: Extra data"),
+        (b"{'text': 'a'}", "column 2: not JSON: Expecting property name"),
+        (b'{"text": "a", "text": "b"}', "text: key occurs twice in one object"),
+        (b'{"a": {"b": 1, "b": 2}}', "b: key occurs twice in one object"),
+        (b'{"text": NaN}', "number: NaN is not JSON"),
+        (b'{"text": -Infinity}', "number: -Infinity is not JSON"),
+        (b'{"text": 1e999}', "number: 1e999 is too large"),
+        (b'{"text": ' + b"1" * 5000 + b"}", "number: Exceeds the limit"),
+        (b'{"text": "\\ud83d alone"}', "text: holds half a surrogate pair"),
+        (b'{"text": "caf\xe9"}', "line: not UTF-8 at byte 14"),
+        (b'{"text": "\xed\xa0\x80"}', "line: not UTF-8 at byte 11"),
+        (b"\xef\xbb\xbf" + b'{"text": "late mark"}', "not JSON"),
+        (b'["text"]', "row: must be an object with columns"),
+        (b"{}", "row: must be an object with columns"),
+        (b"null", "row: must be an object with columns"),
+        (b'{"a":' * 10**5, "row: nested too deeply"),
+        (b"[" * 10**5, "row: nested too deeply"),
+        (b'{"text": "\x00"}', "not JSON: Invalid control character"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_number_field_reason_and_a_short_excerpt(tmp_path, line, message):
+    path = write(tmp_path, "bad.jsonl", GOOD + b"\n" + line + b"\n" + GOOD)
+    with pytest.raises(DataError) as caught:
+        read(path)
+    head, shown = str(caught.value).split("\n")
+    assert head == "1 bad row:"
+    assert shown.startswith(f"  {path}:3: ")
+    assert message in shown
+    assert shown.isprintable()
+    # place: field: reason: excerpt
+    assert len(shown) <= len(f"  {path}:3: ") + len(message) + 100 + LONGEST_EXCERPT
+
+
+def test_a_line_over_the_limit_is_one_bad_row_and_reading_goes_on_behind_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MOST_LINE_BYTES", 2**20)
+    path = write(tmp_path, "long.jsonl", b'{"text": "' + b"x" * (3 * 2**20) + b'"}\n' + b'{"text": 1 1}\n' + GOOD)
+    with pytest.raises(DataError, match=r"(?s)2 bad rows.*:1: line: longer than 1 MiB.*:2: column 12: not JSON"):
+        read(path)
+
+
+def test_bad_rows_are_collected_up_to_twenty_in_one_error(tmp_path):
+    with pytest.raises(DataError) as caught:
+        read(write(tmp_path, "many.jsonl", b"[]\n" * 100))
+    lines = str(caught.value).split("\n")
+    assert lines[0] == f"{MOST_BAD_ROWS} bad rows (stopped there):"
+    assert [line.split(":")[1] for line in lines[1:]] == [str(n) for n in range(1, MOST_BAD_ROWS + 1)]
+
+
+def test_json_is_a_list_of_objects_or_data_around_one_or_lines(tmp_path):
+    rows = [{"text": "a"}, {"text": "b"}]
+    for document in (rows, {"version": 1, "data": rows}):
+        path = write(tmp_path, "a.json", json.dumps(document, indent=1))
+        assert read(path) == [(f"{path}:row {n}", values) for n, values in enumerate(rows, 1)]
+    path = write(tmp_path, "lines.json", '{"text": "a"}\n\n{"text": "b"}\n')
+    assert read(path) == [(f"{path}:1", rows[0]), (f"{path}:3", rows[1])]
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ('[{"text": "a"},\n {"text" "b"}]', r"a\.json:2: column 10: not JSON"),
+        ('{"text": "a"}', "must be a list of objects"),
+        ('[{"text": "a"}, 7]', r"a\.json:row 2: row: must be an object with columns: 7"),
+        ('[{"text": "a"}, {"text": "\\udc00"}]', r"a\.json:row 2: text: holds half a surrogate"),
+        ('[{"text": NaN}]', "NaN is not JSON"),
+        ("[" * 10**5, "nested too deeply"),
+    ],
+)
+def test_bad_json_is_located(tmp_path, document, message):
+    with pytest.raises(DataError, match=message):
+        read(write(tmp_path, "a.json", document))
+
+
+def test_csv_rows_have_the_line_they_start_on_and_keep_their_fields(tmp_path):
+    path = tmp_path / "a.csv"
+    rows = [["one", "a,b"], ["two\nlines", 'with "quotes"'], ["form\x0cfeed \u2028", "x" * 200_000], ["", "last"]]
+    with path.open("w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file).writerows([["question", "answer"], *rows])
+    found = read(path)
+    assert [list(values.values()) for _, values in found] == rows
+    assert [place for place, _ in found] == [f"{path}:{line}" for line in (2, 3, 5, 6)]
+
+
+def test_tsv_is_parted_by_tabs(tmp_path):
+    assert read(write(tmp_path, "a.tsv", "q\ta\n1,5\t2\n"))[0][1] == {"q": "1,5", "a": "2"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,b\n1,2\n3\n", r"a\.csv:3: row: 1 fields where the header has 2"),
+        ("a,b\n1,2,3\n", r"a\.csv:2: row: 3 fields where the header has 2"),
+        ('a,b\n1,2\n"open,2\n\n', r"a\.csv:3: row: unexpected end of data"),
+        ("a,a\n1,2\n", r"a\.csv:1: header"),
+        ("a,\n1,2\n", r"a\.csv:1: header"),
+        ("", r"a\.csv:1: header"),
+        (b"a,b\n1,2\n\xff,2\n", r"a\.csv:3: not UTF-8: byte 0xff"),
+    ],
+)
+def test_bad_csv_is_located(tmp_path, text, message):
+    with pytest.raises(DataError, match=message):
+        read(write(tmp_path, "a.csv", text))
+
+
+def test_parquet_keeps_types_and_counts_rows(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "hi"}], "n": 1}, {"messages": [], "n": None}]
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.Table.from_pylist(rows), path)
+    assert read(path) == [(f"{path}:row 1", rows[0]), (f"{path}:row 2", rows[1])]
+
+
+def test_a_damaged_parquet_file_is_a_data_error(tmp_path):
+    with pytest.raises(DataError, match=r"a\.parquet:row 1: not readable as Parquet"):
+        read(write(tmp_path, "a.parquet", b"PAR1 this is none"))
+
+
+def test_plain_text_is_a_document_per_paragraph(tmp_path):
+    path = write(tmp_path, "a.txt", "\r\n\r\none\r\n  still one\r\n \t\r\n\r\ntwo\r\n")
+    assert read(path) == [(f"{path}:3", {"text": "one\n  still one"}), (f"{path}:7", {"text": "two"})]
+
+
+def test_a_folder_is_its_files_in_order_and_of_one_kind(tmp_path):
+    write(tmp_path, "b.jsonl", '{"text": "b"}')
+    write(tmp_path, "a.jsonl", '{"text": "a"}')
+    write(tmp_path, "README.md", "not rows")
+    assert [values["text"] for _, values in read(tmp_path)] == ["a", "b"]
+    write(tmp_path, "c.csv", "text\nc")
+    with pytest.raises(DataError, match=r"mixes kinds of files: \.csv, \.jsonl"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "no/such/folder", "./nothing", "/absolute", "~/none.csv"])
+def test_a_missing_place_is_named_with_its_key(name):
+    with pytest.raises(DataError, match=r"data\.path: there is no file or folder"):
+        read(name)
+
+
+def test_an_empty_folder_and_an_unknown_kind_are_refused(tmp_path):
+    with pytest.raises(DataError, match="holds no file that is read"):
+        read(tmp_path)
+    with pytest.raises(DataError, match="of no kind that is read"):
+        read(write(tmp_path, "rows.xlsx", "x"))
+
+
+def test_a_package_folder_is_found_without_importing_the_package():
+    found = read("package:chatterbot_corpus/data/english")
+    assert found[0][0] == "ai.yml:5"
+    assert "chatterbot_corpus" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "message"),
+    [
+        ("package:no_such_package/x", ResourceError, "no_such_package is not installed: pip install no-such-package"),
+        ("package:chatterbot_corpus/data/klingon", DataError, "has no data/klingon"),
+        ("package:chatterbot_corpus/../numpy", SecurityError, "leaves its package"),
+        ("package:chatterbot_corpus", DataError, "not of the form package:NAME/FOLDER"),
+    ],
+)
+def test_a_package_place_that_cannot_be_read_says_why(path, error, message):
+    with pytest.raises(error, match=message):
+        read(path)
+
+
+def chatterbot(folder, text, name="topic.yml"):
+    ledger = Ledger()
+    path = write(folder, name, text)
+    found = list(records(str(path), "data.path", Data(), ledger))
+    ledger.raise_bad()
+    chats = [[m["content"] for m in r.values["messages"]] for r in found]
+    return chats, [r.place.rpartition(":")[2] for r in found], dict(+ledger.left_out)
+
+
+def test_chatterbot_lines_alternate_and_a_last_user_line_is_counted(tmp_path):
+    text = "conversations:\n- - Hi\n  - Hello\n- - Are you?\n  - Yes\n  - No\n- alone\n"
+    chats, lines, left_out = chatterbot(tmp_path, text)
+    assert chats == [["Hi", "Hello"], ["Are you?", "Yes"]]
+    assert lines == ["2", "4"]
+    assert left_out == {"user turns without an answer": 2}
+
+
+def test_chatterbot_alternative_answers_become_rows_of_their_own(tmp_path):
+    chats, lines, left_out = chatterbot(tmp_path, "conversations:\n- - Sad?\n  - No\n  - Never\n", "emotion.yml")
+    assert (chats, lines, left_out) == ([["Sad?", "No"], ["Sad?", "Never"]], ["3", "4"], {})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("conversations:\n- - a: 1\n  - b\n", r"topic\.yml:2: conversations: must be lists of lines"),
+        ("categories: [a]\n", "must hold `conversations`"),
+        ("- a\n", "must hold `conversations`"),
+        ("conversations: [a\n", r"topic\.yml:2: not YAML"),
+        ("conversations: " + "[" * 10**5 + "]" * 10**5, "nested more than 20 deep"),
+        ("conversations:\n- - \x00\n", "not YAML"),
+    ],
+)
+def test_bad_chatterbot_files_are_located(tmp_path, text, message):
+    with pytest.raises(DataError, match=message):
+        chatterbot(tmp_path, text)
+
+
+def test_a_hub_dataset_is_read_through_datasets_with_its_settings(monkeypatch):
+    import datasets
+
+    def load_dataset(path, name, *, split, revision):
+        assert (path, name, split, revision) == ("org/name", "small", "test", "abc")
+        return datasets.Dataset.from_list([{"text": "a"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read("org/name", name="small", split="test", revision="abc") == [("org/name:row 1", {"text": "a"})]
+
+
+@pytest.mark.parametrize("error", [ConnectionError("offline"), ValueError("Unknown split"), FileNotFoundError("gone")])
+def test_a_hub_dataset_out_of_reach_says_what_is_missing_and_what_to_do(monkeypatch, error):
+    import datasets
+
+    def load_dataset(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ResourceError, match=rf"data\.path: org/name is no file .*{error}.*data\.split") as caught:
+        read("org/name")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,343 @@
+"""Masks, for templates in the style of each family: ids as at inference, answers and their ends and nothing else."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import CHATML, SENTENCES, tiny_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from lora_ft.config import Data, TrainOn
+from lora_ft.data.prepare import prepare
+from lora_ft.errors import ConfigError, DataError
+
+# name: (template, control tokens, end of an answer, beginning of a row)
+FAMILIES = {
+    "chatml": (CHATML, [], "<|im_end|>", ""),
+    "chatml_default_system": (
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}" + CHATML,
+        [], "<|im_end|>", "",
+    ),
+    "llama3": (
+        "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+        "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+        ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "<|eot_id|>", "<|endoftext|>",
+    ),
+    "llama2": (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content }} [/INST]"
+        "{% elif m.role == 'assistant' %} {{ m.content }} {{ eos_token }}"
+        "{% else %}{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}",
+        [], " <|im_end|>", "<|endoftext|>",
+    ),
+    "zephyr": (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content + eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+        [], "<|im_end|>", "",
+    ),
+    "gemma": (
+        "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+        "{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+        ["<start_of_turn>", "<end_of_turn>"], "<end_of_turn>", "<|endoftext|>",
+    ),
+}  # fmt: skip
+
+# Qwen3 shows <think> for the last answer only: earlier turns change when a later one comes.
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last and '<think>' not in m.content %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content if loop.last else m.content.split('</think>')[-1].lstrip('\n') }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tokenizer_of(template, tokens=()):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", *tokens]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def metaspace_tokenizer():
+    """As Llama 2's: a blank before the first word, and a BOS that the tokenizer itself puts before plain text."""
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    bpe.decoder = decoders.Metaspace(prepend_scheme="first")
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    bpe.train_from_iterator(SENTENCES, trainer)
+    bpe.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def prepared(folder, tokenizer, *rows, **settings):
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(values) + "\n" for values in rows))
+    return prepare(Data(path=str(path), eval_fraction=0, **settings), tokenizer).train
+
+
+def chat(*contents):
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+def learned(tokenizer, row):
+    return tokenizer.decode(row.ids[row.supervised])
+
+
+DIALOGUE = chat("What is the capital?", "Paris, 12 letters.", "Are you\nsure?", "Yes!\n\nI am.")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_and_their_ends_are_supervised_and_nothing_else(family, tmp_path):
+    template, tokens, end, _ = FAMILIES[family]
+    tokenizer = tokenizer_of(template, tokens)
+    (row,) = prepared(tmp_path, tokenizer, {"messages": DIALOGUE})
+    lead = " " if family == "llama2" else ""
+    assert learned(tokenizer, row) == "".join(lead + m["content"] + end for m in DIALOGUE[1::2])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_is_what_the_template_says_less_the_blanks_behind_the_last_end(family, tmp_path):
+    tokenizer = tokenizer_of(*FAMILIES[family][:2])
+    (row,) = prepared(tmp_path, tokenizer, {"messages": DIALOGUE})
+    whole = tokenizer.apply_chat_template(DIALOGUE, return_dict=False)
+    assert whole[: len(row.ids)] == list(row.ids)
+    assert tokenizer.decode(whole[len(row.ids) :]).strip() == ""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_before_each_answer_stands_the_prompt_that_the_model_gets_at_inference(family, tmp_path):
+    tokenizer = tokenizer_of(*FAMILIES[family][:2])
+    (row,) = prepared(tmp_path, tokenizer, {"messages": DIALOGUE})
+    starts = [i for i in range(1, len(row.ids)) if row.supervised[i] and not row.supervised[i - 1]]
+    prompts = [
+        tokenizer.apply_chat_template(DIALOGUE[:k], add_generation_prompt=True, return_dict=False) for k in (1, 3)
+    ]
+    assert [list(row.ids[:start]) for start in starts] == prompts
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_begins_with_one_bos_where_the_template_writes_one_and_with_none_elsewhere(family, tmp_path):
+    template, tokens, _, bos = FAMILIES[family]
+    tokenizer = tokenizer_of(template, tokens)
+    # A tokenizer that adds a BOS of its own must not add it to what the template wrote.
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    (row,) = prepared(tmp_path, tokenizer, {"messages": chat("a", "b")})
+    assert list(row.ids).count(0) == (1 if bos else 0)
+    assert row.ids[0] == 0 or not bos
+
+
+def merging_tokenizer():
+    """A ChatML tokenizer whose tokens span line breaks and words, and so the end of the prompt, wherever they can."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|im_start|>", "<|im_end|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    bpe.train_from_iterator(["\na", "\n\nb", "t\nab", "\n b", "a\n", "' ,b", "\né"] * 9, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<|im_start|>", eos_token="<|im_end|>", chat_template=CHATML
+    )
+
+
+MERGING = merging_tokenizer()
+TEXTS = st.text("ab \n\t.,'é€😀1", min_size=1, max_size=12).filter(str.strip)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3))
+def test_any_chat_spells_its_rendering_and_learns_its_answers_whatever_merges(tmp_path_factory, turns):
+    messages = chat(*(text for turn in turns for text in turn))
+    rows = prepared(tmp_path_factory.mktemp("any"), MERGING, {"messages": messages})
+    assert MERGING.decode(rows[-1].ids) + "\n" == MERGING.apply_chat_template(messages, tokenize=False)
+    assert "".join(learned(MERGING, row) for row in rows) == "".join(answer + "<|im_end|>" for _, answer in turns)
+    for row in rows:
+        ids, start = list(row.ids), int(row.supervised.argmax())
+        assert ids[:start] == MERGING(MERGING.decode(ids[:start]), add_special_tokens=False)["input_ids"]
+
+
+def test_an_answer_that_merges_with_the_prompt_is_tokenized_apart_as_at_inference(tmp_path):
+    messages = chat("a", "ab")
+    (row,) = prepared(tmp_path, MERGING, {"messages": messages})
+    prompt = MERGING.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
+    whole = MERGING.apply_chat_template(messages, return_dict=False)
+    assert whole[: len(prompt)] != prompt, "the tokenizer has to merge here, or the test shows nothing"
+    assert list(row.ids) == prompt + MERGING("ab<|im_end|>", add_special_tokens=False)["input_ids"]
+
+
+def test_a_template_that_rewrites_history_gives_a_document_for_each_answer_as_the_model_writes_it(tmp_path):
+    tokenizer = tokenizer_of(THINKING)
+    rows = prepared(tmp_path, tokenizer, {"messages": chat("a", "one", "b", "<think>hm</think>two")})
+    assert [learned(tokenizer, row) for row in rows] == [
+        "<think>\n\n</think>\n\none<|im_end|>", "<think>hm</think>two<|im_end|>",
+    ]  # fmt: skip
+    assert [tokenizer.decode(row.ids[: row.supervised.argmax()]) for row in rows] == [
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\none<|im_end|>\n<|im_start|>user\nb<|im_end|>\n"
+        "<|im_start|>assistant\n",
+    ]
+    assert {row.place for row in rows} == {f"{tmp_path}/rows.jsonl:1"}
+
+
+def test_train_on_chooses_the_last_answer_or_everything(tmp_path):
+    tokenizer = tiny_tokenizer()
+    (last,) = prepared(tmp_path, tokenizer, {"messages": DIALOGUE}, train_on=TrainOn.last_answer)
+    (everything,) = prepared(tmp_path, tokenizer, {"messages": DIALOGUE}, train_on=TrainOn.all)
+    assert learned(tokenizer, last) == "Yes!\n\nI am.<|im_end|>"
+    assert list(everything.supervised) == [False] + [True] * (len(everything.ids) - 1)
+    assert list(last.ids) == list(everything.ids)
+
+
+def test_answers_of_weight_0_and_answers_in_a_prompt_are_context(tmp_path):
+    tokenizer = tiny_tokenizer()
+    weighted = [DIALOGUE[0], {**DIALOGUE[1], "weight": 0}, *DIALOGUE[2:]]
+    rows = prepared(tmp_path, tokenizer, {"messages": weighted})
+    rows += prepared(tmp_path, tokenizer, {"prompt": DIALOGUE[:3], "completion": DIALOGUE[3:]})
+    rows += prepared(tmp_path, tokenizer, {"messages": weighted}, system="Be brief.")
+    assert [learned(tokenizer, row) for row in rows] == ["Yes!\n\nI am.<|im_end|>"] * 3
+
+
+def test_data_system_goes_before_chats_that_have_none(tmp_path):
+    tokenizer = tiny_tokenizer()
+    own = [{"role": "system", "content": "Mine."}, *chat("a", "b", "c", "d")]
+    rows = prepared(tmp_path, tokenizer, {"messages": chat("a", "b", "c", "d")}, {"messages": own}, system="Theirs.")
+    assert [tokenizer.decode(row.ids).split("<|im_end|>")[0] for row in rows] == [
+        "<|im_start|>system\nTheirs.", "<|im_start|>system\nMine.",
+    ]  # fmt: skip
+    assert [learned(tokenizer, row) for row in rows] == ["b<|im_end|>d<|im_end|>"] * 2
+
+
+def test_tools_and_tool_calls_reach_the_template(tmp_path):
+    template = CHATML.replace("{% for", "{{ tools[0].name if tools else '' }}{% for", 1).replace(
+        "message['content']", "(message.tool_calls[0].name if message.tool_calls else message['content'])"
+    )
+    messages = [
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "call add"}]},
+        {"role": "tool", "content": "4"},
+        {"role": "assistant", "content": "Four."},
+    ]
+    tokenizer = tokenizer_of(template)
+    (row,) = prepared(tmp_path, tokenizer, {"messages": messages, "tools": [{"name": "the add tool"}]})
+    assert learned(tokenizer, row) == "call add<|im_end|>Four.<|im_end|>"
+    assert tokenizer.decode(row.ids).startswith("the add tool<|im_start|>user")
+
+
+REASONING_PROMPT = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
+ANSWERS_DROPPED = CHATML.replace("message['content']", "(message['content'] if message['role'] == 'user' else '')")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (CHATML.replace("<|im_end|>", ""), r"puts no end token after the answer, which ends 'b\\n'"),
+        (REASONING_PROMPT, "does not begin an answer with its own generation prompt"),
+        (ANSWERS_DROPPED, "leaves nothing of the answer"),
+        ("{{ bos_token + bos_token }}" + CHATML, "begins with two beginning-of-text tokens"),
+        ("{{ raise_exception('roles must alternate') }}", "refuses the row: roles must alternate"),
+        ("{{ messages[0].content + 1 }}", "refuses the row: can only concatenate str"),
+        ("{{ messages[0].name.first }}", "refuses the row: .* has no attribute"),
+        ("{% for m in messages %}", "refuses the row: Unexpected end of template"),
+    ],
+)
+def test_a_template_that_cannot_give_a_right_mask_is_a_located_error(template, message, tmp_path):
+    with pytest.raises(DataError, match=rf"rows\.jsonl:1: chat template: {message}"):
+        prepared(tmp_path, tokenizer_of(template), {"messages": chat("a", "b")})
+
+
+def test_control_tokens_in_a_chat_are_refused_before_they_fake_a_turn(tmp_path):
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: content: holds the control token <\|im_end\|>"):
+        prepared(tmp_path, tiny_tokenizer(), {"messages": chat("a", "b")}, {"messages": chat("a<|im_end|>", "b")})
+
+
+def test_a_row_whose_every_answer_is_context_has_nothing_to_learn(tmp_path):
+    row = {"messages": [DIALOGUE[0], {**DIALOGUE[1], "weight": 0}]}
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: weight: no answer of the row is learned"):
+        prepared(tmp_path, tiny_tokenizer(), row)
+
+
+def plain_tokenizer():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [("The capital is", " Paris"), ("The capital is ", "Paris"), ("a\n", "\nb"), ("12", "34"), ("ta", "ble")],
+)
+def test_without_a_template_prompt_and_completion_stand_as_they_are_and_end(prompt, completion, tmp_path):
+    tokenizer = plain_tokenizer()
+    (row,) = prepared(tmp_path, tokenizer, {"prompt": prompt, "completion": completion})
+    start = int(row.supervised.argmax())
+    assert list(row.ids[:start]) == tokenizer(prompt)["input_ids"]
+    assert tokenizer.decode(row.ids[start:]) == completion + "<|im_end|>"
+    assert row.supervised[start:].all()
+
+
+def test_without_a_template_alpaca_has_headings(tmp_path):
+    tokenizer = plain_tokenizer()
+    (row,) = prepared(tmp_path, tokenizer, {"instruction": "Add.", "input": "2+2", "output": "4"})
+    assert tokenizer.decode(row.ids) == ("### Instruction:\nAdd.\n\n### Input:\n2+2\n\n### Response:\n4<|im_end|>")
+    assert learned(tokenizer, row) == "4<|im_end|>"
+
+
+def test_text_is_learned_whole_and_ended_once(tmp_path):
+    tokenizer = tiny_tokenizer()
+    rows = prepared(tmp_path, tokenizer, {"text": "The fox."}, {"text": "The fox.<|im_end|>"})
+    assert list(rows[0].ids) == list(rows[1].ids) == [*tokenizer("The fox.")["input_ids"], 2]
+    assert list(rows[0].supervised) == [False] + [True] * (len(rows[0].ids) - 1)
+
+
+def test_plain_text_has_the_bos_that_its_tokenizer_adds_and_only_that_one(tmp_path):
+    tokenizer = metaspace_tokenizer()
+    (row,) = prepared(tmp_path, tokenizer, {"text": "The quick fox"})
+    assert list(row.ids) == [*tokenizer("The quick fox")["input_ids"], 2]
+    assert list(row.ids).count(1) == 1
+    assert row.supervised[1:].all()
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: text: begins with two beginning-of-text tokens"):
+        prepared(tmp_path, tokenizer, {"text": "<s>The quick fox"})
+
+
+def test_plain_prompts_keep_their_ids_with_blanks_before_words(tmp_path):
+    tokenizer = metaspace_tokenizer()
+    (row,) = prepared(tmp_path, tokenizer, {"prompt": "The quick", "completion": " brown fox"})
+    start = int(row.supervised.argmax())
+    assert list(row.ids[:start]) == tokenizer("The quick")["input_ids"]
+    assert list(row.ids) == [*tokenizer("The quick brown fox")["input_ids"], 2]
+    # Tokenized apart, the completion would gain a blank that the row does not have.
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: answer: begins inside a token"):
+        prepared(tmp_path, tokenizer, {"prompt": "The qui", "completion": "ck brown fox"})
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "message"),
+    [
+        ({"messages": DIALOGUE}, {}, r"rows\.jsonl:1 is a chat, and the tokenizer has no chat template: .*FILE"),
+        ({"text": "a"}, {"system": "s"}, r"data\.system needs rows that a chat template renders"),
+    ],
+)
+def test_rows_and_tokenizer_that_do_not_go_together_are_config_errors(row, settings, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        prepared(tmp_path, plain_tokenizer(), row, **settings)
+
+
+def test_plain_text_needs_an_end_token(tmp_path):
+    tokenizer = plain_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match="the tokenizer has none"):
+        prepared(tmp_path, tokenizer, {"text": "a"})
+
+
+def test_truncation_left_on_in_a_tokenizer_file_cuts_nothing(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    (row,) = prepared(tmp_path, tokenizer, {"messages": DIALOGUE})
+    assert learned(tokenizer, row).endswith("I am.<|im_end|>")

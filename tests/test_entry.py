@@ -1,0 +1,422 @@
+"""The way from the command line to a verb's dataclass, in one process: quoting, errors, runs, sweeps."""
+
+import re
+import sys
+import time
+import types
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from lora_ft import config, entry, errors, rules
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)
+AWKWARD = [
+    "What's (roughly) 2+2, and why?", 'a "quoted" word', "back\\slash\\", "\\", "\\'", '\\"', "${x}", "\\${x}", "a${b",
+    "${", "$", "{a}", "[a,b]", "a=b", "a: b", "", " ", " lead", "trail ", "~", "+", "true", "3", "Null", "'null'",
+    "choice(a,b)", "größe 你好 🙂", "tab\tnewline\n", "#", "%s", "{'a': 1}", "\\\\${x}\\", "--help", "a,b", "''",
+]  # fmt: skip
+BASE = {"adapter_path": "it's, (odd)", "model.path": "b=c"}
+
+
+class Calls(list):
+    """What the stand-in verbs received, and what they do next."""
+
+    outcome = staticmethod(lambda cfg: None)
+
+
+@pytest.fixture(scope="module")
+def stub():
+    calls = Calls()
+
+    def main(cfg, invocation):
+        calls.append((cfg, invocation))
+        return calls.outcome(cfg)
+
+    saved = {}
+    for verb in config.SCHEMAS:
+        module = types.ModuleType(f"lora_ft.{verb}")
+        module.main = main
+        saved[module.__name__] = sys.modules.get(module.__name__)
+        sys.modules[module.__name__] = module
+    yield calls
+    for name, module in saved.items():
+        sys.modules.pop(name)
+        if module:
+            sys.modules[name] = module
+
+
+@pytest.fixture
+def calls(stub, tmp_path, monkeypatch):
+    """The calls of the stand-in verbs, from an empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    stub.clear()
+    stub.outcome = lambda cfg: None
+    return stub
+
+
+def call(*words):
+    with pytest.raises(SystemExit) as end:
+        entry.run(None, list(words))
+    return end.value.code
+
+
+def refused(capfd, *words):
+    """The message of a command that must end as a wrong use, without a traceback and without leaving anything."""
+    assert call(*words) == 2
+    out, err = capfd.readouterr()
+    assert not out and err.startswith("lora-ft: ") and "Traceback" not in err and "HYDRA" not in err
+    return err.removeprefix("lora-ft: ").rstrip("\n")
+
+
+def store_run(folder, **groups):
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(groups), "utf-8")
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(TEXT)
+def test_any_text_arrives_as_it_was_typed_and_is_reported_so(calls, text):
+    assume(text not in ("null", "???"))
+    calls.clear()
+    assert call("chat", "adapter_path=a", "model.path=b", f"prompt={text}") == 0
+    [(cfg, invocation)] = calls
+    assert cfg.prompt == text
+    assert invocation.overrides == ["adapter_path=a", "model.path=b", f"prompt={text}"]
+
+
+@pytest.mark.parametrize("start", range(0, len(AWKWARD), 12))
+def test_every_text_setting_takes_awkward_text_as_it_was_typed(calls, start):
+    keys = [s.key for s in rules.settings(config.ChatRun) if s.text and s.key not in ("run", *BASE)]
+    given = dict(zip(keys, AWKWARD[start : start + 12], strict=False))
+    signs = ("", "+", "++") * len(given)
+    words = [f"{sign}{key}={text}" for sign, (key, text) in zip(signs, given.items(), strict=False)]
+    assert call("chat", *words, *(f"{key}={text}" for key, text in BASE.items())) == 0
+    [(cfg, invocation)] = calls
+    for key, text in {**given, **BASE}.items():
+        group, _, name = key.rpartition(".")
+        assert getattr(getattr(cfg, group) if group else cfg, name) == text
+    assert invocation.overrides == [f"{key}={text}" for key, text in {**given, **BASE}.items()]
+
+
+@settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(TEXT)
+@example("a, b ${x} 'q' \\")
+@example("\\${x}\\'")
+@example("größe")
+def test_any_text_arrives_in_every_job_of_a_sweep_as_it_was_typed(calls, text):
+    assume(text not in ("null", "???") and not re.search(r",\S", text))
+    calls.clear()
+    assert call("train", "-m", f"data.path=x{text}", "adapter.r=4,8") == 0
+    assert [(cfg.data.path, cfg.adapter.r) for cfg, _ in calls] == [(f"x{text}", 4), (f"x{text}", 8)]
+    assert [i.overrides for _, i in calls] == [[f"data.path=x{text}", f"adapter.r={r}"] for r in (4, 8)]
+
+
+def test_null_unsets_a_text_that_may_have_no_value_and_is_a_word_elsewhere(calls):
+    assert call("train", "data.path=null", "data.system=null", "model.path=null") == 0
+    cfg = calls[0][0]
+    assert (cfg.data.path, cfg.data.system, cfg.model.path) == ("null", None, "null")
+
+
+def test_question_marks_alone_are_refused_because_they_would_mean_missing(calls, capfd):
+    assert "stands for a missing value" in refused(capfd, "chat", "adapter_path=a", "model.path=b", "prompt=???")
+
+
+def test_mappings_take_new_keys_without_plus_with_text_or_numbers_and_dotted_layer_names(calls):
+    columns = ["data.columns.source=English, plain", "data.columns.b=${x}"]
+    patterns = ["adapter.rank_pattern.q_proj=4", "adapter.rank_pattern.layers.0.q_proj=8"]
+    assert call("train", "data.path=x", *columns, *patterns, "adapter.alpha_pattern={k_proj:2}") == 0
+    cfg, invocation = calls[0]
+    assert cfg.data.columns == {"source": "English, plain", "b": "${x}"}
+    assert cfg.adapter.rank_pattern == {"q_proj": 4, "layers.0.q_proj": 8}
+    assert cfg.adapter.alpha_pattern == {"k_proj": 2.0}
+    assert call("train", *invocation.overrides) == 0  # what is reported can be typed again
+    assert calls[1][0] == cfg and calls[1][1].overrides == invocation.overrides
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("adapter.rr=4", "adapter.rr is not a setting; nearest: adapter.r"),
+        ("+adapter.rr=4", "adapter.rr is not a setting; nearest: adapter.r"),
+        ("++adapter.rr=4", "adapter.rr is not a setting; nearest: adapter.r"),
+        ("lr=1", "lr is not a setting; nearest: optim.lr"),
+        ("qwant=nf4", "qwant is not a setting; nearest: quant"),
+        ("foo=3", "foo is not a setting of lora-ft train"),
+        ("+foo=3", "foo is not a setting of lora-ft train"),
+        ("model@other=gpt2", "model@other is not a setting; nearest: model.path"),
+        ("hydra.run.dirr=x", "hydra.run.dirr is not a setting of lora-ft train"),
+        ("quant=nf5", "quant=nf5: choose one of fp4, int8, nf4, none"),
+        ("quant=null", "quant=null: choose one of fp4, int8, nf4, none"),
+        ("quant=", "quant=: choose one of fp4, int8, nf4, none"),
+        ("quant=4", "quant=4: choose one of fp4, int8, nf4, none"),
+        ("experiment=dmo", "experiment=dmo: choose one of demo"),
+        ("adapter.r=abc", "adapter.r must be an integer, got abc"),
+        ("adapter.r=4.5", "adapter.r must be an integer, got 4.5"),
+        ("adapter.r=null", "adapter.r must be an integer, got null"),
+        ("adapter.r=[1,2]", "adapter.r must be an integer, got [1,2]"),
+        ("adapter.r=${x}", "adapter.r must be an integer, but: Interpolation key 'x' not found"),
+        ("adapter.r=0", "adapter.r must be at least 1, got 0"),
+        ("adapter.alpha=nan", "adapter.alpha must be above 0, got nan"),
+        ("optim.lr=fast", "optim.lr must be a number, got fast"),
+        ("train.packing=maybe", "train.packing must be true or false, got maybe"),
+        ("model.dtype=f32", "model.dtype must be one of auto, float32, bfloat16, float16, got f32"),
+        ("adapter.targets=all-linear", "adapter.targets must be a list like [a,b], got all-linear"),
+        ("adapter.rank_pattern={q:b}", "adapter.rank_pattern.q must be an integer, got {q:b}"),
+        ("adapter.targets=q,v", "adapter.targets=q,v names several values: write adapter.targets=[q,v]"),
+        ("adapter.r=4,8", "adapter.r=4,8 names several values: add -m to run each of them"),
+        ("adapter.r=range(1,3)", "adapter.r=range(1,3) names several values: add -m to run each of them"),
+        ("quant=nf4,int8", "quant=nf4,int8 names several values: add -m to run each of them"),
+        ("adapter.r", "'adapter.r' is not of the form key=value"),
+        ("~adapter.r", "~adapter.r: a setting cannot be deleted; give it a value"),
+        ("~quant", "~quant: a setting cannot be deleted; give it a value"),
+    ],
+)
+def test_a_wrong_override_is_refused_with_its_name_rule_and_value(calls, capfd, tmp_path, word, message):
+    assert refused(capfd, "train", "data.path=x", word) == message
+    assert not calls and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("word", ["adapter.targets=[a", "model.added_tokens=[<a>]", "=3", "hydra.run.dir"])
+def test_an_override_that_cannot_be_parsed_is_shown(calls, capfd, word):
+    assert word in refused(capfd, "train", "data.path=x", word)
+
+
+def test_all_broken_rules_are_named_in_one_message(calls, capfd):
+    message = refused(capfd, "train", "adapter.r=0", "optim.lr=-1")
+    assert [line.split()[0] for line in message.splitlines()] == ["adapter.r", "optim.lr", "data.path"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("adapter: {rr: 4}", "experiment/mine.yaml: adapter.rr is not a setting; nearest: adapter.r"),
+        ("adapter: {r: abc}", "experiment/mine.yaml: adapter.r must be an integer, got abc"),
+        ("adapter: {r: '${nope}'}", "adapter.r must be an integer, but: Interpolation key 'nope' not found"),
+        ("adapter: {rank_pattern: {q: b}}", "experiment/mine.yaml: adapter.rank_pattern.q must be an integer, got b"),
+        ("foo: 3", "experiment/mine.yaml: foo is not a setting of lora-ft train"),
+        ("defaults: [{override /quant: nf5}]", "quant=nf5: choose one of fp4, int8, nf4, none"),
+        ("adapter: {r: 1", r"while parsing .*experiment/mine\.yaml"),
+    ],
+)
+def test_a_mistake_in_a_file_of_the_users_own_names_file_and_key(calls, capfd, tmp_path, text, message):
+    folder = tmp_path / "own" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text(f"# @package _global_\n{text}\n")
+    said = refused(capfd, "train", "data.path=x", "experiment=mine", "--config-dir", "own")
+    assert said == message or re.search(message, said)
+
+
+def test_a_folder_of_the_users_own_adds_choices_groups_and_experiments(calls, tmp_path):
+    for path, text in {"data/mine.yaml": "path: a", "experiment/small.yaml": "# @package _global_\nadapter: {r: 3}",
+                       "extra/slow.yaml": "# @package _global_\noptim: {lr: 1e-5}"}.items():  # fmt: skip
+        (tmp_path / "own" / path).parent.mkdir(parents=True)
+        (tmp_path / "own" / path).write_text(text)
+    assert call("train", "--config-dir", "own", "data=mine", "experiment=small", "+extra=slow") == 0
+    cfg, invocation = calls[0]
+    assert (cfg.data.path, cfg.adapter.r, cfg.optim.lr) == ("a", 3, 1e-5)
+    assert invocation.overrides == ["data=mine", "experiment=small", "+extra=slow"]
+    assert call("train", "--config-dir", "absent", "data=mine") == 2
+
+
+@pytest.mark.parametrize("word", ["+model._target_=os.system", "data.columns._target_=os.system", "_target_=x"])
+def test_a_target_to_instantiate_is_refused_as_a_security_matter(calls, capfd, word):
+    assert call("train", "data.path=x", word) == 9
+    assert "never code to run" in capfd.readouterr().err and not calls
+
+
+@pytest.mark.parametrize("text", ["model: {_target_: os.system}", "data: {columns: {_target_: os.system}}"])
+def test_a_target_in_a_shared_file_is_refused_as_a_security_matter(calls, tmp_path, text):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "x.yaml").write_text(f"# @package _global_\n{text}\n")
+    assert call("train", "data.path=x", "experiment=x", "--config-dir", ".") == 9
+    assert not calls
+
+
+@pytest.mark.parametrize("flag", ["--experimental-rerun=config.pickle", "--no-such-flag"])
+def test_unknown_flags_and_hydras_unpickling_one_are_refused(calls, flag):
+    assert call("train", "data.path=x", flag) == 2
+
+
+STORED = {
+    "model": {"path": "a${b", "dtype": "float32"},
+    "quant": {"kind": "nf4"},
+    "adapter": {"r": 3},
+    "data": {"path": "x,y.jsonl", "system": "be kind", "columns": {"a b.c": "d ${e}"}, "too_long": "drop"},
+    "seed": 7,
+}
+
+
+def test_run_brings_the_stored_groups_and_what_is_typed_wins(calls, tmp_path):
+    store_run(tmp_path / "my,run", **STORED)
+    assert call("eval", "data.path=other.jsonl", "run=my,run", "quant.double=false") == 0
+    cfg = calls[0][0]
+    assert cfg.run == "my,run" and cfg.seed == 0
+    assert cfg.model == config.Model(path="a${b", dtype=config.Dtype.float32)
+    assert cfg.quant == config.Quant(kind=config.QuantKind.nf4, double=False)
+    assert cfg.data == config.Data(path="other.jsonl", system="be kind", columns={"a b.c": "d ${e}"},
+                                   too_long=config.TooLong.drop)  # fmt: skip
+    assert calls[0][1].overrides == ["data.path=other.jsonl", "run=my,run", "quant.double=false"]
+
+
+def test_a_group_chosen_beside_run_replaces_all_of_the_stored_group(calls, tmp_path):
+    store_run(tmp_path / "r", **STORED)
+    assert call("chat", "run=r", "data=chat", "data.path=other.jsonl") == 0
+    assert calls[0][0].data == config.Data(path="other.jsonl", format=config.Format.messages)
+    assert calls[0][0].model.path == "a${b"
+
+
+def test_one_run_can_be_evaluated_under_several_settings(calls, tmp_path):
+    store_run(tmp_path / "my,run", **STORED)
+    assert call("eval", "-m", "run=my,run", "eval.rows=1,2") == 0
+    assert [(cfg.run, cfg.eval.rows, cfg.data.system) for cfg, _ in calls] == [
+        ("my,run", 1, "be kind"), ("my,run", 2, "be kind")]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        (None, "run=r is not a run folder: it has no config.yaml"),
+        ("[]", "run=r: config.yaml holds no settings"),
+        ("data: {foo: 3}", "r/config.yaml: data.foo is not a setting; nearest: data.format"),
+        ("data: {max_length: a}", "r/config.yaml: data.max_length must be an integer, got a"),
+        ("[3", "while parsing a flow sequence in r/config.yaml"),
+    ],
+)
+def test_a_run_folder_that_cannot_be_read_is_named(calls, capfd, tmp_path, stored, message):
+    if stored is not None:
+        (tmp_path / "r").mkdir()
+        (tmp_path / "r" / "config.yaml").write_text(stored)
+    assert refused(capfd, "eval", "run=r").startswith(message)
+
+
+def test_a_run_gets_an_absolute_folder_and_hydra_writes_nothing(calls, tmp_path):
+    assert call("train", "data.path=x", "experiment=demo") == 0
+    folder = calls[0][1].folder
+    assert folder.is_absolute() and folder.parent == tmp_path / "runs" and folder.is_dir()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_fifty_starts_within_a_second_get_fifty_folders(calls):
+    assert call("train", "data.path=x") == 0 and call("train", "data.path=x") == 0  # Hydra's resolvers are there now
+    assert calls[0][1].folder != calls[1][1].folder
+    pattern = yaml.safe_load((config.CONF / "train.yaml").read_text())["hydra"]["run"]["dir"]
+    start = time.monotonic()
+    assert len({OmegaConf.create({"folder": pattern}).folder for _ in range(50)}) == 50
+    assert time.monotonic() - start < 1
+
+
+@pytest.mark.parametrize("name", ["odd, (na=me) {1} [2] 'q' \"d\"", "größe", "b\\c", "a:b"])
+def test_a_run_folder_may_have_any_name(calls, tmp_path, name):
+    assert call("train", "data.path=x", f"hydra.run.dir={name}") == 0
+    assert calls[0][1].folder == tmp_path / name and (tmp_path / name).is_dir()
+    assert calls[0][1].overrides == ["data.path=x"]
+
+
+def test_hydras_own_time_stamp_works_in_a_run_folder_given_by_hand(calls, tmp_path):
+    assert call("train", "data.path=x", "hydra.run.dir=mine, ${now:%Y}") == 0
+    assert re.fullmatch(r"mine, \d{4}", calls[0][1].folder.name)
+
+
+def test_verbs_that_make_no_run_leave_the_current_folder_as_it_is(calls, tmp_path):
+    assert call("chat", "adapter_path=a", "model.path=b") == 0
+    assert calls[0][1].folder == tmp_path and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [["-m", "train", "data.path=x", "adapter.r=4,8"],
+                                   ["train", "-m", "data.path=x", "adapter.r=4,8"],
+                                   ["train", "data.path=x", "-m", "adapter.r=4,8"],
+                                   ["train", "data.path=x", "adapter.r=4,8", "--multirun"],
+                                   ["train", "data.path=x", "adapter.r=4,8", "hydra.mode=MULTIRUN"]])  # fmt: skip
+def test_the_multirun_flag_may_stand_anywhere(calls, words):
+    assert call(*words) == 0
+    assert [cfg.adapter.r for cfg, _ in calls] == [4, 8]
+    folders = [invocation.folder for _, invocation in calls]
+    assert [f.name for f in folders] == ["0", "1"] and folders[0].parent == folders[1].parent
+
+
+def test_texts_and_choices_are_swept_when_named_one_by_one(calls):
+    assert call("train", "-m", "data.path=choice(a,'b, c')", "data=chat,alpaca") == 0
+    assert [(cfg.data.path, cfg.data.format.name) for cfg, _ in calls] == [
+        ("a", "messages"), ("a", "alpaca"), ("b, c", "messages"), ("b, c", "alpaca")]  # fmt: skip
+    assert calls[2][1].overrides == ["data.path=b, c", "data=chat"]
+
+
+def test_a_text_in_a_sweep_that_may_be_one_or_several_is_refused_with_both_ways_to_say_it(calls, capfd):
+    message = refused(capfd, "train", "-m", "data.path=a,b")
+    several, one = re.findall(r"data\.path=choice\([^)]*\)", message)
+    assert call("train", "-m", several) == 0 and call("train", "-m", one) == 0
+    assert [cfg.data.path for cfg, _ in calls] == ["a", "b", "a,b"]
+
+
+@pytest.mark.parametrize("word", ["adapter.rr=4,8", "quant=nf4,nf5", "adapter.r=4,b"])
+def test_a_sweep_with_a_wrong_value_starts_no_job(calls, capfd, word):
+    refused(capfd, "train", "-m", "data.path=x", word)
+    assert not calls
+
+
+@pytest.mark.parametrize("kind", errors.LoraFtError.__subclasses__())
+def test_an_error_of_a_verb_is_one_message_and_its_exit_code(calls, capfd, kind):
+    calls.outcome = _raise(kind("rows.jsonl:3: what is wrong"))
+    assert call("train", "data.path=x") == kind.exit_code
+    assert capfd.readouterr().err == "lora-ft: rows.jsonl:3: what is wrong\n"
+
+
+def test_every_exit_code_belongs_to_one_error():
+    kinds = errors.LoraFtError.__subclasses__()
+    assert len({kind.exit_code for kind in kinds}) == len(kinds) == 7
+
+
+def test_an_interrupt_ends_with_130(calls):
+    calls.outcome = _raise(KeyboardInterrupt())
+    assert call("train", "data.path=x") == 130
+
+
+def test_a_bug_of_ours_keeps_its_traceback(calls):
+    calls.outcome = _raise(ZeroDivisionError("ours"))
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        entry.run("train", ["data.path=x"])
+
+
+@pytest.mark.parametrize(("failing", "code"), [([], 0), ([4], 3), ([4, 8], 4)])
+def test_a_sweep_goes_on_after_a_failed_job_and_says_how_it_ended(calls, capfd, failing, code):
+    def outcome(cfg):
+        if cfg.adapter.r in failing:
+            raise errors.DataError("no rows")
+        return 1.0
+
+    calls.outcome = outcome
+    assert call("train", "-m", "data.path=x", "adapter.r=4,8") == code
+    err = capfd.readouterr().err.splitlines()
+    assert err == [f"job {[4, 8].index(r)} (data.path=x adapter.r={r}): no rows" for r in failing]
+    assert len(calls) == 2
+
+
+def test_a_bug_in_one_job_of_a_sweep_is_traced_and_the_others_run(calls, capfd):
+    calls.outcome = lambda cfg: 1 / (cfg.adapter.r - 4)
+    assert call("train", "-m", "data.path=x", "adapter.r=4,8") == 3
+    err = capfd.readouterr().err
+    assert "ZeroDivisionError" in err and "Error executing job" not in err and len(calls) == 2
+
+
+@pytest.mark.parametrize("word", ["+hydra.job.env_set.HF_TOKEN=hush", "hydra.job.env_copy=[MY_API_KEY]"])
+def test_secrets_are_kept_out_of_the_files_of_a_sweep(calls, capfd, tmp_path, monkeypatch, word):
+    monkeypatch.setenv("MY_API_KEY", "hush")
+    assert call("train", "-m", "data.path=x", "adapter.r=4,8", word) == 9
+    assert "export it" in capfd.readouterr().err
+    assert not any("hush" in path.read_text() for path in tmp_path.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(("verb", "near"), [("tran", "train"), ("evaluate", "eval"), ("mrge", "merge")])
+def test_an_unknown_verb_names_the_nearest(calls, capfd, verb, near):
+    assert f"{verb} is not a verb; nearest: {near}" in refused(capfd, verb, "data.path=x")
+
+
+def _raise(error):
+    def outcome(cfg):
+        raise error
+
+    return outcome

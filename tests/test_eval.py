@@ -1,0 +1,177 @@
+"""lora-ft eval: the run's own split, base against adapter, and what it writes."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from finished import QUESTIONS, adapted, call, finished_run, rows_file, saved_run, settings
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import TURN, tiny_folder, tiny_model
+
+from lora_ft import config, rules, runs
+from lora_ft.adapters import source
+from lora_ft.data.prepare import prepare
+from lora_ft.evaluation.heldout import heldout_loss
+from lora_ft.models.load import load_base
+from lora_ft.ops.token_loss import choose_paths
+
+LABELS = [(f"Is {n} even?", "yes" if n % 2 == 0 else "no") for n in range(24)]
+
+
+def test_it_reports_what_the_adapter_and_the_bare_base_score_on_the_runs_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = settings(tmp_path, "llama")
+    run = saved_run(tmp_path / "run", cfg)
+    assert call("eval", f"run={run}") == 0
+    found = json.loads((run / "eval.json").read_text())
+
+    base, _ = adapted(cfg)
+    bare = load_base(cfg.model, cfg.quant, "cpu")
+    dataset = prepare(cfg.data, bare.tokenizer)
+    for name, network in (("base", bare.model), ("adapter", base.model)):
+        expected = heldout_loss(network, dataset.heldout, choose_paths(network, config.Fast()), 1024)
+        assert found[name]["loss"] == pytest.approx(expected.loss, rel=1e-6)
+        assert found[name]["perplexity"] == pytest.approx(math.exp(expected.loss), rel=1e-5)
+    assert found["base"]["loss"] != found["adapter"]["loss"]
+    assert found["tokens"] == sum(int(row.supervised.sum()) for row in dataset.heldout)
+    assert found["rows"] == len(dataset.heldout)
+    assert found["data_sha256"] == dataset.report.sha256
+    assert {s["question"] for s in found["samples"]} <= {q for q, _ in QUESTIONS}
+    told = capsys.readouterr().out
+    assert f"{found['adapter']['loss']:.4f}" in told and found["samples"][0]["question"] in told
+
+
+def test_metrics_are_computed_on_all_rows_and_samples_shown_on_some(tmp_path: Path) -> None:
+    cfg = settings(tmp_path, "gpt2")
+    rows_file(tmp_path, LABELS)
+    run = saved_run(tmp_path / "run", cfg)
+    words = ["eval.metrics=[exact_match,accuracy,f1,rouge_l]", "eval.samples=1", "eval.max_new_tokens=4", "eval.rows=6"]
+    assert call("eval", f"run={run}", *words) == 0
+    found = json.loads((run / "eval.json").read_text())
+    assert (found["rows"], len(found["samples"])) == (6, 1)
+    for side in ("base", "adapter"):
+        assert found[side].keys() == {"loss", "perplexity", "exact_match", "accuracy", "f1", "rouge_l"}
+        assert 0 <= found[side]["accuracy"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["eval.metrics=[blue]"], 2, "eval.metrics: blue is not a metric; choose from exact_match"),
+        (["data.eval_fraction=0"], 4, "no row is held out"),
+        (["quant.kind=nf4"], 5, "quantization: trained on"),
+        (["run=nowhere"], 2, "nowhere"),
+    ],
+)
+def test_mistakes_are_said_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: int, message: str
+) -> None:
+    run = finished_run(tmp_path, "llama")
+    assert call("eval", *([] if "run" in words[0] else [f"run={run}"]), *words) == code
+    told = capsys.readouterr().err
+    assert message in told and "Traceback" not in told
+    assert not (run / "eval.json").exists()
+
+
+def test_a_metric_over_labels_is_refused_where_answers_are_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = settings(tmp_path, "llama")
+    rows_file(tmp_path, [(f"Say {n}.", f"I say {n}.") for n in range(90)])
+    run = saved_run(tmp_path / "run", cfg)
+    assert call("eval", f"run={run}", "eval.metrics=[f1]", "eval.rows=1", "eval.max_new_tokens=1") == 4
+    assert "f1 needs labels" in capsys.readouterr().err
+
+
+def test_a_perplexity_beyond_all_floats_is_null_in_json(tmp_path: Path) -> None:
+    cfg = settings(tmp_path, "llama")
+    weights = Path(cfg.model.path) / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["lm_head.weight"] *= 1e4
+    save_file(tensors, weights, metadata={"format": "pt"})
+    run = saved_run(tmp_path / "run", cfg)
+    assert call("eval", f"run={run}", "eval.samples=0") == 0
+    found = json.loads((run / "eval.json").read_text())
+    assert found["base"]["loss"] > 710 and found["base"]["perplexity"] is None
+
+
+def test_the_adapters_own_tokenizer_and_template_are_used(tmp_path: Path) -> None:
+    run = finished_run(tmp_path, "llama")
+    template = run / "adapter" / "chat_template.jinja"
+    template.write_text(template.read_text().replace(TURN, f"{TURN}{TURN}"))
+    tokenizer = source.adapter_tokenizer(run / "adapter", config.Model(path=str(tmp_path / "llama")))
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False).startswith(TURN * 2)
+    assert call("eval", f"run={run}", "eval.samples=0") == 0
+
+
+def foreign_adapter(tmp_path: Path, **options: object) -> Path:
+    """An adapter as PEFT alone saves it: no lora_ft.json, no tokenizer."""
+    model = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"], **options))
+    model.peft_config["default"].base_model_name_or_path = "somebody/elses-llama"
+    model.save_pretrained(tmp_path / "foreign", save_embedding_layers=False)  # else PEFT asks the hub
+    return tmp_path / "foreign"
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_an_adapter_made_elsewhere_is_evaluated_and_its_other_base_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter, base = foreign_adapter(tmp_path), tiny_folder(tmp_path, "llama")
+    words = [
+        f"adapter_path={adapter}",
+        f"model.path={base}",
+        f"data.path={rows_file(tmp_path)}",
+        "data.eval_fraction=0.5",
+    ]
+    assert call("eval", *words) == 0
+    assert "held-out loss" in capsys.readouterr().out
+    assert "trained on somebody/elses-llama" in caplog.text
+    assert not list(tmp_path.rglob("eval.json"))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"bias": "all"}, "bias=all"), ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa")],
+)
+def test_an_adapter_that_changes_its_base_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict[str, str], message: str
+) -> None:
+    adapter, base = foreign_adapter(tmp_path, **options), tiny_folder(tmp_path, "llama")
+    rows = rows_file(tmp_path)
+    assert (
+        call("eval", f"adapter_path={adapter}", f"model.path={base}", f"data.path={rows}", "data.eval_fraction=0.5")
+        == 5
+    )
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("place", "code", "message"),
+    [
+        ("./nowhere", 2, "there is no such folder, and it is no hub id"),
+        ("a/b/c", 2, "there is no such folder, and it is no hub id"),
+        ("owner/name", 7, "adapter_path=owner/name is not on this machine and the hub cannot be reached"),
+    ],
+)
+def test_an_adapter_that_is_not_here_is_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    place: str,
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    base = tiny_folder(tmp_path, "llama")
+    assert call("eval", f"adapter_path={place}", f"model.path={base}", f"data.path={rows_file(tmp_path)}") == code
+    assert message in capsys.readouterr().err
+
+
+def test_an_unfinished_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs.create(tmp_path / "run", rules.to_plain(settings(tmp_path, "llama")), [])
+    assert call("eval", f"run={tmp_path / 'run'}") == 2
+    assert "has no adapter: the run did not finish" in capsys.readouterr().err

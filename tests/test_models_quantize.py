@@ -1,0 +1,235 @@
+"""Quantized bases: the layers that should be, with the values that NF4, FP4 and int8 define, unchanged by use."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import FAMILIES, tiny_folder, tiny_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from lora_ft import config
+from lora_ft.errors import ConfigError, ResourceError
+from lora_ft.models import load, quantize
+from lora_ft.models.fingerprint import fingerprint
+
+bnb = quantize.import_bitsandbytes()
+KINDS = ("int8", "nf4", "fp4")
+IDS = torch.tensor([[5, 300, 7, 44, 511, 20]])
+
+# Layer names per block, written out: the plan must not be computed by what it tests.
+LLAMA = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
+PLANS = {
+    "llama": [f"model.layers.{i}.{part}" for i in (0, 1) for part in LLAMA],
+    "qwen3": [f"model.layers.{i}.{part}" for i in (0, 1) for part in LLAMA],
+    "gpt2": [
+        f"transformer.h.{i}.{part}" for i in (0, 1) for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ],
+    "gpt_neox": [
+        f"gpt_neox.layers.{i}.{p}" for i in (0, 1)
+        for p in ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+    ],
+}  # fmt: skip
+# The 16 levels of each type: NF4 from the QLoRA paper (arXiv 2305.14314, appendix E), FP4 as bitsandbytes documents
+# it: sign, two bits of exponent, one of mantissa, over 12.
+NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+       -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+       0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]  # fmt: skip
+FP4 = [sign * level / 12 for sign in (1, -1) for level in (0, 0.0625, 8, 12, 4, 6, 2, 3)]
+
+
+def base_of(folder: Path, kind: str, **settings) -> load.Base:
+    quant = {k: settings.pop(k) for k in ("double", "compute_dtype") if k in settings}
+    model = config.Model(path=str(folder), **settings)
+    return load.load_base(model, config.Quant(kind=config.QuantKind(kind), **quant), "cpu")
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_linear_layer_but_the_head_is_quantized_and_nothing_else(tmp_path, family, kind, tie):
+    base = base_of(tiny_folder(tmp_path, family, tie=tie), kind)
+    assert sorted(base.quantized) == sorted(PLANS[family])
+    small = {torch.int8} if kind == "int8" else {torch.uint8}
+    assert {base.model.get_submodule(name).weight.dtype for name in base.quantized} == small
+    source = tiny_model(family, tie=tie)
+    for name, parameter in base.model.named_parameters():
+        if name.removesuffix(".weight") not in base.quantized:
+            assert torch.equal(parameter, source.get_parameter(name)), name
+    assert not any(p.requires_grad for p in base.model.parameters())
+    assert not any(module.training for module in base.model.modules())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_gradients_are_those_of_a_model_with_the_dequantized_weights(tmp_path, family, kind):
+    base = base_of(tiny_folder(tmp_path, family), kind)
+    plain = tiny_model(family)
+    for name in base.quantized:
+        weight = quantize.dequantize_reference(base.model.get_submodule(name))
+        target = plain.get_submodule(name).weight
+        error = (weight - (target.T if family == "gpt2" else target)).norm() / target.norm()
+        assert 0 < error < {"int8": 0.01, "nf4": 0.12, "fp4": 0.16}[kind]
+        target.data.copy_(weight.T if family == "gpt2" else weight)
+    outputs, gradients = [], []
+    for model in (base.model, plain):
+        embeddings = model.get_input_embeddings()(IDS).detach().requires_grad_()
+        logits = model(inputs_embeds=embeddings).logits
+        logits.logsumexp(-1).sum().backward()
+        outputs.append(logits.detach())
+        gradients.append(embeddings.grad)
+    bound = 0.05 if kind == "int8" else 1e-5  # int8 rounds activations as well
+    for found, expected in (outputs, gradients):
+        assert (found - expected).norm() <= bound * expected.norm()
+        assert expected.norm() > 0
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_dequantized_weights_follow_the_published_levels_and_block_scales(tmp_path, kind, double):
+    base = base_of(tiny_folder(tmp_path, "llama"), kind, double=double)
+    levels = torch.tensor(NF4 if kind == "nf4" else FP4)
+    layer = base.model.get_submodule("model.layers.0.mlp.up_proj")
+    assert layer.weight.quant_state.nested is double
+    weight = quantize.dequantize_reference(layer)
+    assert torch.equal(weight, bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state))
+    source = tiny_model("llama").get_submodule("model.layers.0.mlp.up_proj").weight.view(-1, 64)
+    scales = source.abs().amax(dim=1, keepdim=True)
+    nearest = levels[(source / scales)[..., None].sub(levels).abs().argmin(-1)] * scales
+    if double:  # the scales are rounded to 8 bits
+        assert (weight.view(-1, 64) - nearest).abs().max() < 0.02 * scales.max()
+    else:
+        assert torch.allclose(weight.view(-1, 64), nearest, rtol=1e-6, atol=0)
+
+
+def by_bitsandbytes(weight: torch.Tensor, blocksize: int, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel that ours stands in for on the CPU."""
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
+    return torch.ops.bitsandbytes.quantize_4bit.default.redispatch(key, weight, blocksize, kind, torch.uint8)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 150)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    kind=st.sampled_from(["nf4", "fp4"]),
+    blocksize=st.sampled_from([32, 64, 128]),
+    scale=st.sampled_from([0.0, 1e-30, 1e-3, 1.0, 1e4]),
+    seed=st.integers(0, 9),
+)
+def test_our_kernel_gives_the_bits_that_bitsandbytes_gives(shape, dtype, kind, blocksize, scale, seed):
+    weight = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+    ours, theirs = (
+        quantize.quantize_4bit(weight, blocksize, kind, torch.uint8),
+        by_bitsandbytes(weight, blocksize, kind),
+    )
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(ours, theirs, strict=True))
+    registered = torch.ops.bitsandbytes.quantize_4bit(weight, blocksize, kind, torch.uint8)
+    assert all(torch.equal(a, b) for a, b in zip(ours, registered, strict=True))
+
+
+def test_values_on_the_border_between_two_levels_go_where_bitsandbytes_puts_them():
+    for kind, levels in (("nf4", NF4), ("fp4", FP4)):
+        ordered = torch.tensor(levels).sort().values
+        middle = (ordered[:-1] + ordered[1:]) / 2
+        row = torch.cat(
+            [middle, middle.nextafter(torch.tensor(1.0)), middle.nextafter(torch.tensor(-1.0)), torch.ones(1)]
+        )
+        weight = torch.nn.functional.pad(row, (0, 64 - len(row)))
+        assert torch.equal(
+            quantize.quantize_4bit(weight, 64, kind, torch.uint8)[0], by_bitsandbytes(weight, 64, kind)[0]
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_using_a_quantized_base_leaves_its_bytes_alone(tmp_path, family, kind):
+    # bitsandbytes would repack 4-bit weights at the first inference, and cast biases to the dtype of products.
+    compute = {} if kind == "int8" else {"compute_dtype": config.Dtype.bfloat16}
+    base = base_of(tiny_folder(tmp_path, family), kind, **compute)
+    before = fingerprint(base.model)
+    with torch.no_grad():
+        first = base.model(IDS).logits
+        assert torch.equal(base.model(IDS).logits, first)
+    assert fingerprint(base.model) == before
+    base.model.train()
+    base.model(inputs_embeds=torch.randn(1, 4, 64, requires_grad=True)).logits.sum().backward()
+    assert fingerprint(base.model) == before
+    base.model.eval()
+    with torch.no_grad():
+        assert torch.equal(base.model(IDS).logits, first)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loading_twice_gives_the_same_bytes_and_scales_count(tmp_path, kind):
+    folder = tiny_folder(tmp_path, "llama")
+    base = base_of(folder, kind)
+    before = fingerprint(base.model)
+    assert before == fingerprint(base_of(folder, kind).model)
+    weight = base.model.get_submodule(base.quantized[3]).weight
+    scale = weight.SCB if kind == "int8" else weight.quant_state.state2.absmax
+    scale.view(-1)[0] *= 1.5
+    assert fingerprint(base.model) != before
+
+
+def test_inference_in_float32_is_not_done_in_bfloat16_behind_the_back(tmp_path):
+    base = base_of(tiny_folder(tmp_path, "llama"), "nf4")
+    layer = base.model.get_submodule(base.quantized[0])
+    inputs = torch.randn(3, 64)
+    with torch.no_grad():
+        found = layer(inputs)
+    expected = inputs @ quantize.dequantize_reference(layer).T
+    assert (found - expected).norm() < 1e-6 * expected.norm()
+
+
+def test_the_compute_dtype_is_the_models_unless_another_is_asked_for(tmp_path):
+    folder = tiny_folder(tmp_path, "llama")
+    for settings_, expected in (({}, torch.float32), ({"compute_dtype": config.Dtype.bfloat16}, torch.bfloat16),
+                                ({"dtype": config.Dtype.bfloat16}, torch.bfloat16)):  # fmt: skip
+        base = base_of(folder, "nf4", **settings_)
+        assert base.model.get_submodule(base.quantized[0]).compute_dtype is expected
+
+
+def test_added_tokens_go_with_quantized_layers(tmp_path):
+    base = base_of(tiny_folder(tmp_path, "llama"), "nf4", added_tokens=["<think>"])
+    assert sorted(base.quantized) == sorted(PLANS["llama"])
+    assert base.model(torch.tensor([[512]])).logits.shape[-1] == 513
+
+
+def test_a_quantized_head_or_a_layer_left_out_is_an_error_that_names_it(tmp_path):
+    folder = tiny_folder(tmp_path, "llama")
+    # What a skip list of one's own does in transformers: its default list, with lm_head, is forgotten.
+    settings_ = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["model.layers.1.mlp.up_proj"])
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings_, device_map={"": "cpu"})
+    with pytest.raises(ConfigError, match=r"left out \['model\.layers\.1\.mlp\.up_proj'\].*beyond it \['lm_head'\]"):
+        quantize.check_plan(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kernel_that_computes_wrong_products_is_found_when_the_base_loads(tmp_path, kind, monkeypatch):
+    folder = tiny_folder(tmp_path, "gpt2")
+    layer = bnb.nn.Linear8bitLt if kind == "int8" else bnb.nn.Linear4bit
+    right = layer.forward
+    for wrong in (lambda self, x: 1.05 * right(self, x), lambda self, x: right(self, x) * math.nan):
+        monkeypatch.setattr(layer, "forward", wrong)
+        with pytest.raises(ResourceError, match="computes wrong products on cpu"):
+            base_of(folder, kind)
+
+
+def test_importing_bitsandbytes_cannot_fetch_kernels(tmp_path, monkeypatch):
+    (tmp_path / "kernels.py").write_text("raise AssertionError('kernels was imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    sentinel = object()
+    for present in (None, sentinel):
+        if present is not None:
+            monkeypatch.setitem(sys.modules, "kernels", present)
+        with quantize._without_kernels_package(), pytest.raises(ImportError):
+            import kernels  # noqa: F401
+        assert sys.modules.get("kernels") is present
+
+
+def test_an_unquantized_load_leaves_bitsandbytes_out(tmp_path):
+    assert quantize.bitsandbytes_config(config.Quant(), torch.float32) is None

@@ -1,0 +1,189 @@
+"""Every fast path against its plain twin and against float64."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from tiny import FAMILIES, VOCABULARY, tiny_model
+from torch import Tensor
+
+from lora_ft import config
+from lora_ft.errors import ConfigError
+from lora_ft.ops import attention, cross_entropy
+from lora_ft.ops.recompute import recompute_layers
+from lora_ft.ops.token_loss import Batch, choose_paths, token_loss_sum
+
+FAST, PLAIN = config.Fast(), config.Fast(attention=False, loss=False)
+LENGTHS = (9, 1, 17, 4)
+
+
+def packed(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> Batch:
+    """Random documents of these lengths; every second position is supervised, the last of a document never."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(4, VOCABULARY, (sum(lengths),), generator=generator)
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    targets = torch.full_like(ids, -100)
+    for start, end in pairwise(starts):
+        targets[start : end - 1 : 2] = ids[start + 1 : end : 2]
+    return Batch(ids, positions, targets, starts)
+
+
+def alone(batch: Batch) -> list[Batch]:
+    """The documents of a batch, each as a batch of its own."""
+    spans = pairwise(batch.starts)
+    return [Batch(batch.ids[a:b], batch.positions[a:b], batch.targets[a:b], [0, b - a]) for a, b in spans if b - a > 1]
+
+
+def gradients(model: torch.nn.Module) -> Tensor:
+    found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    model.zero_grad()
+    return found
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_documents_learn_what_documents_alone_learn(family: str) -> None:
+    """Loss and every gradient of the base, in float64, fast and plain: no token sees another document (A10)."""
+    model = tiny_model(family, dtype=torch.float64)
+    batch = packed()
+    seen = []
+    for fast, batches in ((FAST, [batch]), (PLAIN, [batch]), (PLAIN, alone(batch)), (FAST, alone(batch))):
+        paths = choose_paths(model, fast)
+        # A trained head takes the plain loss; freezing it lets the chunked one run.
+        model.get_output_embeddings().requires_grad_(fast is PLAIN)
+        loss = sum(token_loss_sum(model, b, paths) for b in batches)
+        loss.backward()
+        model.get_output_embeddings().weight.grad = None
+        seen.append((loss.detach(), gradients(model)))
+    for loss, gradient in seen[1:]:
+        assert relative(loss, seen[0][0]) < 1e-13
+        assert relative(gradient, seen[0][1]) < 1e-12
+
+
+def test_unpacked_attention_would_be_noticed() -> None:
+    """The comparison above can fail: ignoring the boundaries changes the loss."""
+    model = tiny_model("llama", dtype=torch.float64)
+    batch, paths = packed(), choose_paths(tiny_model("llama", dtype=torch.float64), FAST)
+    choose_paths(model, FAST)
+    leaking = batch._replace(starts=[0, len(batch.ids)])
+    assert relative(token_loss_sum(model, leaking, paths).detach(), token_loss_sum(model, batch, paths).detach()) > 1e-4
+
+
+def test_a_sliding_window_hides_what_lies_before_it() -> None:
+    query, key, value = (torch.randn(1, h, 12, 8, dtype=torch.float64) for h in (4, 2, 2))
+    module = torch.nn.Identity()
+    found, _ = attention.packed_causal_attention(
+        module, query, key, value, None, document_starts=[0, 5, 12], sliding_window=3
+    )
+    for position, start in ((4, 0), (11, 5)):
+        first = max(start, position - 2)
+        keys, values = key[:, :, first : position + 1], value[:, :, first : position + 1]
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            query[:, :, position : position + 1], keys, values, enable_gqa=True
+        )
+        torch.testing.assert_close(found[:, position], expected[:, :, 0], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias"])
+def test_attention_refuses_what_it_would_ignore(name: str) -> None:
+    tensors = [torch.randn(1, 2, 3, 4) for _ in range(3)]
+    with pytest.raises(ValueError, match=name):
+        attention.packed_causal_attention(torch.nn.Identity(), *tensors, None, document_starts=[0, 3], **{name: 1.0})
+
+
+def test_a_packed_model_refuses_a_call_without_boundaries() -> None:
+    """A key cache with no mask would be silently wrong; generation goes through plain_attention."""
+    model = tiny_model("llama")
+    choose_paths(model, FAST)
+    with pytest.raises(ValueError, match="document_starts"):
+        model(input_ids=torch.tensor([[5, 6, 7]]))
+    with attention.plain_attention(model):
+        model(input_ids=torch.tensor([[5, 6, 7]]))
+    with pytest.raises(ValueError, match="document_starts"):
+        model(input_ids=torch.tensor([[5, 6, 7]]))
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 5, cross_entropy.CHUNK_ROWS, 2 * cross_entropy.CHUNK_ROWS + 3])
+def test_chunked_loss_equals_plain_loss(rows: int, with_bias: bool) -> None:
+    torch.manual_seed(1)
+    hidden = torch.randn(rows, 16, dtype=torch.float64, requires_grad=True)
+    weight, bias = torch.randn(50, 16, dtype=torch.float64), torch.randn(50, dtype=torch.float64) * with_bias
+    targets = torch.randint(0, 50, (rows,))
+    results = []
+    for form in (cross_entropy.linear_cross_entropy_plain, cross_entropy.linear_cross_entropy):
+        loss = form(hidden, weight, bias, targets)
+        (gradient,) = torch.autograd.grad(3 * loss, hidden)
+        results.append((loss.detach(), gradient))
+    assert relative(results[1][0], results[0][0]) < 1e-14
+    assert relative(results[1][1], results[0][1]) < 1e-13
+
+
+def test_chunked_loss_passes_gradcheck() -> None:
+    hidden = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    weight, targets = torch.randn(9, 6, dtype=torch.float64), torch.tensor([0, 8, 3, 3])
+    assert torch.autograd.gradcheck(lambda h: cross_entropy.linear_cross_entropy(h, weight, None, targets), (hidden,))
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_chunked_loss_is_near_float64_in_lower_precision(dtype: torch.dtype, bound: float) -> None:
+    torch.manual_seed(2)
+    hidden, weight = torch.randn(300, 32).to(dtype), torch.randn(200, 32).to(dtype)
+    targets = torch.randint(0, 200, (300,))
+    exact = hidden.double().requires_grad_()
+    expected = cross_entropy.linear_cross_entropy_plain(exact, weight.double(), None, targets)
+    (expected_gradient,) = torch.autograd.grad(expected, exact)
+    hidden.requires_grad_()
+    found = cross_entropy.linear_cross_entropy(hidden, weight, None, targets)
+    (gradient,) = torch.autograd.grad(found, hidden)
+    assert found.dtype == torch.float32
+    assert relative(found.double().detach(), expected.detach()) < bound
+    assert relative(gradient.double(), expected_gradient) < bound
+
+
+def test_chunked_loss_refuses_a_head_that_trains() -> None:
+    weight = torch.randn(9, 6, requires_grad=True)
+    with pytest.raises(ValueError, match="head"):
+        cross_entropy.linear_cross_entropy(torch.randn(2, 6), weight, None, torch.tensor([1, 2]))
+
+
+def test_an_untested_architecture_takes_the_plain_paths_and_says_so() -> None:
+    model = tiny_model("llama")
+    model.config.model_type = "brand_new"
+    paths = choose_paths(model, FAST)
+    assert (paths.attention, paths.supervised_rows_only) == (attention.PLAIN, False)
+    assert "brand_new" in paths.reasons[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("setting, recomputed", [("every_1", 2), ("every_2", 1), ("off", 0)])
+def test_recomputing_layers_changes_no_bit(family: str, setting: str, recomputed: int) -> None:
+    """With dropout on, and gradients that start behind a frozen embedding (A16)."""
+    model = tiny_model(family)
+    model.get_input_embeddings().requires_grad_(False)
+    model.get_output_embeddings().requires_grad_(False)
+    batch, paths = packed(), choose_paths(model, FAST)
+    model.train()
+    results = []
+    for chosen in ("off", setting):
+        recompute_layers(model, chosen)
+        torch.manual_seed(3)
+        loss = token_loss_sum(model, batch, paths)
+        loss.backward()
+        results.append((loss.detach(), gradients(model)))
+    assert recompute_layers(model, setting) == recomputed
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    assert results[0][1].norm() > 0
+
+
+def test_a_model_without_such_layers_says_so() -> None:
+    class Plain(torch.nn.Module):
+        config = tiny_model("llama").config
+
+    with pytest.raises(ConfigError, match=r"train\.checkpoint=every_1"):
+        recompute_layers(Plain(), "every_1")

@@ -1,0 +1,134 @@
+"""The flat optimizer against torch's own over separate parameters; the schedules against their closed forms."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lora_ft import config
+from lora_ft.training import optimizers
+
+NAMES = (
+    "a.lora_A.x.weight",
+    "a.lora_B.x.weight",
+    "b.lora_A.x.weight",
+    "b.lora_B.x.weight",
+    "b.lora_magnitude_vector.x",
+)
+
+
+def parameters(dtype: torch.dtype = torch.float64) -> dict[str, nn.Parameter]:
+    torch.manual_seed(0)
+    return {name: nn.Parameter(torch.randn(5, i + 2, dtype=dtype)) for i, name in enumerate(NAMES)}
+
+
+@pytest.mark.parametrize("ratio", [1.0, 16.0])
+def test_flat_steps_equal_steps_over_separate_parameters(ratio: float) -> None:
+    """AdamW with decay, clipping and LoRA+ groups, ten steps, in float64."""
+    optim = config.Optim(lr=0.01, weight_decay=0.1, lora_plus_ratio=ratio, clip=0.5)
+    flat_ones, separate = parameters(), parameters()
+    flat = optimizers.flatten(flat_ones)
+    ours = optimizers.build(flat, optim)
+    groups = [
+        {"params": [p for n, p in separate.items() if ("lora_B" in n) == is_b], "lr": optim.lr * (ratio if is_b else 1)}
+        for is_b in (False, True)
+    ]
+    theirs = torch.optim.AdamW(groups, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-8)
+    for step in range(10):
+        flat.gradients.zero_()
+        theirs.zero_grad()
+        for ones in (flat_ones, separate):
+            sum((p * math.sin(step + i)).pow(3).sum() for i, p in enumerate(ones.values())).backward()
+        norm = optimizers.clip(flat.gradients, optim.clip)
+        expected = nn.utils.clip_grad_norm_(list(separate.values()), optim.clip)
+        assert norm == pytest.approx(float(expected), rel=1e-13)
+        optimizers.set_learning_rate(ours, optim.lr)
+        ours.step()
+        theirs.step()
+    for name in NAMES:
+        torch.testing.assert_close(flat_ones[name], separate[name], rtol=1e-12, atol=1e-14)
+
+
+def test_parameters_are_views_of_the_flat_tensor_and_keep_their_values() -> None:
+    ones, copies = parameters(), parameters()
+    flat = optimizers.flatten(ones)
+    assert all(torch.equal(ones[n], copies[n]) for n in NAMES)
+    flat.values.zero_()
+    assert all(p.abs().sum() == 0 for p in ones.values())
+    assert flat.values.numel() == sum(p.numel() for p in ones.values())
+
+
+def test_a_gradient_within_the_bound_is_left_alone_and_zero_means_no_bound() -> None:
+    gradients = torch.tensor([3.0, 4.0])
+    assert optimizers.clip(gradients, 6.0) == 5.0
+    assert optimizers.clip(gradients, 0.0) == 5.0
+    assert gradients.tolist() == [3.0, 4.0]
+
+
+def test_a_gradient_that_is_not_finite_is_reported_and_not_spread() -> None:
+    gradients = torch.tensor([float("inf"), 4.0])
+    assert optimizers.clip(gradients, 1.0) == math.inf
+    assert gradients.tolist() == [math.inf, 4.0]
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw"])
+@pytest.mark.filterwarnings("ignore:.*[Pp]aged.*")
+def test_bitsandbytes_optimizers_lower_a_loss(name: str) -> None:
+    ones = {n: nn.Parameter(torch.randn(80, 80)) for n in NAMES[:2]}
+    flat = optimizers.flatten(ones)
+    optimizer = optimizers.build(flat, config.Optim(name=config.Optimizer[name], lr=0.05))
+    losses = []
+    for _ in range(20):
+        flat.gradients.zero_()
+        loss = sum(p.pow(2).sum() for p in ones.values())
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] / 4
+
+
+def rates(steps: int, **settings: object) -> list[float]:
+    optim = config.Optim(lr=1.0, **{k: config.Schedule[v] if k == "schedule" else v for k, v in settings.items()})
+    return [optimizers.learning_rate(optim, step, steps) for step in range(steps)]
+
+
+def test_constant() -> None:
+    assert rates(4, schedule="constant", warmup_steps=2) == [0.5, 1.0, 1.0, 1.0]
+
+
+def test_linear_equals_transformers_after_the_warm_up() -> None:
+    from transformers import get_linear_schedule_with_warmup
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, 3, 10)
+    expected = []
+    for _ in range(10):
+        expected.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    found = rates(10, schedule="linear", warmup_steps=3)
+    assert found[3:] == pytest.approx(expected[3:], rel=1e-12)
+    assert found[:3] == pytest.approx([1 / 3, 2 / 3, 1])
+
+
+def test_cosine_is_symmetric_around_its_middle() -> None:
+    found = rates(9, schedule="cosine")
+    assert found[0] == 1
+    assert all(a + b == pytest.approx(1) for a, b in zip(found[1:], reversed(found[1:]), strict=True))
+
+
+def test_wsd_is_flat_and_then_falls_in_its_last_part() -> None:
+    found = rates(10, schedule="wsd", decay_fraction=0.4)
+    assert found == pytest.approx([1, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+
+
+@pytest.mark.parametrize("schedule", [s.name for s in config.Schedule])
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_every_rate_lies_between_the_end_and_the_peak_and_never_rises_after_the_warm_up(
+    schedule: str, steps: int
+) -> None:
+    found = rates(steps, schedule=schedule, warmup_steps=min(2, steps), min_lr_ratio=0.1)
+    assert all(0.1 <= rate <= 1 or step < 2 for step, rate in enumerate(found))
+    assert found[2:] == sorted(found[2:], reverse=True)
