@@ -147,11 +147,15 @@ class Data:
     prompt: str | None = setting(None, "table: template of the prompt, with {column} fields", text=True)
     answer: str | None = setting(None, "table: template of the answer, with {column} fields", text=True)
     system: str | None = setting(None, "system message for chat rows that have none", text=True)
+    deduplicate: bool = setting(False, "leave out rows equal to an earlier one but for case and blanks")
     max_rows: int | None = setting(None, "read at most so many rows", unit="rows", at_least=1)
     max_length: int = setting(1024, "longest row", unit="tokens", at_least=2)
     too_long: TooLong = setting(TooLong.error, "what happens to a longer row; answers are never cut")
     train_on: TrainOn = setting(TrainOn.answers, "which tokens are supervised")
     eval_fraction: float = setting(0.05, "held-out part of the rows, chosen by their content", at_least=0, below=1)
+    eval_split: str | None = setting(
+        None, "split of the hub dataset that is held out; eval_fraction is then unused", text=True
+    )
     eval_path: str | None = setting(
         None, "rows held out, from a place of their own; eval_fraction is then unused", text=True
     )

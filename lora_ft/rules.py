@@ -91,7 +91,9 @@ def _broken_combinations(cfg: Any) -> Iterator[str]:
             )
         if not cfg.adapter.targets:
             yield "adapter.targets must name at least one layer, got []"
-        if (cfg.train.keep is Keep.best or cfg.train.patience) and not (cfg.data.eval_fraction or cfg.data.eval_path):
+        if (cfg.train.keep is Keep.best or cfg.train.patience) and not (
+            cfg.data.eval_fraction or cfg.data.eval_path or cfg.data.eval_split
+        ):
             yield "train.keep=best and train.patience need held-out rows: data.eval_fraction or data.eval_path"
         if cfg.train.patience and not cfg.train.eval_every_steps:
             yield "train.patience needs train.eval_every_steps, got null"

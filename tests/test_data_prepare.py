@@ -344,3 +344,24 @@ def test_the_hash_of_the_rows_depends_on_ids_masks_and_side(tmp_path):
     settings = [{}, {"train_on": TrainOn.all}, {"system": "s"}, {"eval_fraction": 0}, {"max_rows": 8}]
     hashes = {prepare.prepare(Data(path=path, **given), TOKENIZER).report.sha256 for given in settings}
     assert len(hashes) == len(settings)
+
+
+def test_duplicates_are_left_out_when_asked_and_counted_either_way(tmp_path):
+    path = write(tmp_path, questions(9) + questions(4))
+    both = {asked: prepare.prepare(Data(path=path, deduplicate=asked), TOKENIZER) for asked in (False, True)}
+    assert [both[asked].report.duplicates for asked in (False, True)] == [4, 4]
+    assert len(both[False].train) + len(both[False].heldout) == 13
+    once = prepare.prepare(Data(path=write(tmp_path, questions(9), "once.jsonl")), TOKENIZER)
+    assert both[True].report.sha256 == once.report.sha256 != both[False].report.sha256
+    assert both[True].report.left_out == {"equal to an earlier row": 4}
+    assert "4 equal to an earlier row" in str(both[True].report)
+
+
+def test_a_split_of_a_hub_dataset_can_be_held_out(monkeypatch):
+    import datasets
+
+    splits = {"train": questions(9), "test": [{"prompt": "Who?", "completion": "Nobody."}]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, name, *, split, revision: splits[split])
+    dataset = prepare.prepare(Data(path="org/rows", eval_split="test"), TOKENIZER)
+    assert (len(dataset.train), len(dataset.heldout)) == (9, 1)
+    assert dataset.questions[0].answer == "Nobody."

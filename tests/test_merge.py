@@ -95,8 +95,6 @@ def test_a_fresh_process_loads_it_alone_and_its_logits_are_the_adapters(tmp_path
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tie", [True, False])
 def test_every_family_merges_and_ties_stay_ties(tmp_path: Path, family: str, tie: bool) -> None:
-    if family == "gpt_neox" and tie:
-        pytest.skip("transformers has no tied GPT-NeoX")
     assert merged(tmp_path / "out", settings(tmp_path, family, tie=tie)) < 1e-5
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
@@ -126,7 +124,9 @@ def test_added_tokens_are_in_the_merged_model(tmp_path: Path, tie: bool) -> None
     ids = torch.tensor([tokenizer.encode("a <one> b <two>")])
     assert {512, 513} <= set(ids[0].tolist())
     expected = exact_logits(cfg, ids)
-    assert float((model(ids).logits[0] - expected).abs().max() / expected.abs().max()) < 1e-5
+    with torch.no_grad():
+        logits = model(ids).logits[0]
+    assert float((logits - expected).abs().max() / expected.abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -268,7 +268,7 @@ def test_kinds_that_no_weight_can_hold_are_refused(tmp_path: Path, options: dict
     kind = LoraConfig(r=2, target_modules=["dense"], task_type="CAUSAL_LM", **options)
     model = get_peft_model(base.model, kind)
     (tmp_path / "out").mkdir()
-    with pytest.raises(MismatchError, match="attention.dense: an adapter of this kind"):
+    with pytest.raises(MismatchError, match=r"attention.dense: an adapter of this kind"):
         merge.write(model, base.tokenizer, tmp_path / "out", torch.float32)
 
 

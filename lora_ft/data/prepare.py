@@ -67,6 +67,15 @@ class Report:
     template_sha256: str | None
     tokenizer_sha256: str
 
+    def __str__(self) -> str:
+        left_out = "".join(f", {count:,} {reason} left out" for reason, count in self.left_out.items())
+        return (
+            f"{self.rows:,} rows ({self.format}): {self.train_documents:,} documents of {self.train_tokens:,} tokens "
+            f"to train on, {self.supervised_tokens:,} of them supervised, longest {self.longest:,}; "
+            f"{self.heldout_documents:,} held out; {self.duplicates:,} duplicates{left_out}"
+            + (f"; {self.truncated:,} prompts cut" if self.truncated else "")
+        )
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -89,10 +98,12 @@ def prepare(data: config.Data, tokenizer: Any) -> Dataset:
         raise ConfigError(f"the tokenizer must be a fast one (tokenizer.json), got {type(tokenizer).__name__}")
     ledger = Ledger()
     found, rows = formats.rows(records(data.path, "data.path", data, ledger), data, ledger)
-    hashes = [split.content_hash(row) for row in rows]
-    if data.eval_path:
-        _, extra = formats.rows(records(data.eval_path, "data.eval_path", data, ledger), data, ledger)
-        extra_hashes = [split.content_hash(row) for row in extra]
+    rows, hashes, duplicates = _unique(rows, data, ledger)
+    if data.eval_path or data.eval_split:
+        key, apart = _apart(data)
+        _, extra = formats.rows(records(apart.path, key, apart, ledger), data, ledger)
+        extra, extra_hashes, more = _unique(extra, data, ledger)
+        duplicates += more
         split.refuse_leaks(rows, extra, hashes, extra_hashes)
         aside = [False] * len(rows) + [True] * len(extra)
         rows, hashes = rows + extra, hashes + extra_hashes
@@ -106,7 +117,7 @@ def prepare(data: config.Data, tokenizer: Any) -> Dataset:
         raise DataError(f"no row is left to train on: {_reasons(ledger)}")
     report = Report(
         format=found.name, rows=len(rows), train_documents=len(train), heldout_documents=len(heldout),
-        left_out=dict(+ledger.left_out), truncated=truncated, duplicates=len(hashes) - len(set(hashes)),
+        left_out=dict(+ledger.left_out), truncated=truncated, duplicates=duplicates,
         train_tokens=_tokens(train), heldout_tokens=_tokens(heldout),
         supervised_tokens=sum(int(d.supervised.sum()) for d in train), longest=max(len(d.ids) for d in fitted),
         cached=cached, sha256=_sha256(train, heldout), template_sha256=_template_sha256(tokenizer),
@@ -114,6 +125,25 @@ def prepare(data: config.Data, tokenizer: Any) -> Dataset:
     )  # fmt: skip
     return Dataset(_token_rows(train, rows), _token_rows(heldout, rows), _questions(heldout, rows),
                    _labels(train, rows), report)  # fmt: skip
+
+
+def _unique(rows: list[Row], data: config.Data, ledger: Ledger) -> tuple[list[Row], list[bytes], int]:
+    """Rows, their content hashes and the number of duplicates, which `data.deduplicate` leaves out, counted."""
+    hashes = [split.content_hash(row) for row in rows]
+    first = {h: i for i, h in reversed(list(enumerate(hashes)))}
+    duplicates = len(rows) - len(first)
+    if not data.deduplicate:
+        return rows, hashes, duplicates
+    ledger.left_out["equal to an earlier row"] += duplicates
+    kept = sorted(first.values())
+    return [rows[i] for i in kept], [hashes[i] for i in kept], duplicates
+
+
+def _apart(data: config.Data) -> tuple[str, config.Data]:
+    """Where rows are held out that have a place of their own, as settings, and the setting that says so."""
+    if data.eval_path:
+        return "data.eval_path", replace(data, path=data.eval_path, split=data.eval_split or data.split)
+    return "data.eval_split", replace(data, split=str(data.eval_split))
 
 
 def _tokenized(rows: list[Row], data: config.Data, tokenizer: Any, ledger: Ledger) -> tuple[list[Encoded], bool]:

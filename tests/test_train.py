@@ -1,0 +1,215 @@
+"""The train verb from the command line to the run folder, on tiny models: what it leaves, and how it fails."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import yaml
+from finished import QUESTIONS, call, rows_file
+from tiny import tiny_folder
+
+from lora_ft import runs
+from lora_ft.adapters import files
+
+QUICK = (
+    "train.max_steps=4",
+    "train.tokens_per_step=80",
+    "adapter.r=2",
+    "optim.lr=0.01",
+    "data.eval_fraction=0.4",
+    "train.samples=1",
+)
+
+
+def train(tmp_path: Path, *words: str, family: str = "llama", run: str = "run") -> int:
+    base = tmp_path / family if (tmp_path / family).is_dir() else tiny_folder(tmp_path, family)
+    data = () if any(w.startswith("data.path") for w in words) else (f"data.path={rows_file(tmp_path)}",)
+    return call("train", "model=local", f"model.path={base}", *data, f"hydra.run.dir={tmp_path / run}", *QUICK, *words)
+
+
+def result(tmp_path: Path, run: str = "run") -> dict:
+    return json.loads((tmp_path / run / "result.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "family, words",
+    [
+        ("gpt2", ("quant=nf4",)),
+        ("llama", ("adapter=dora",)),
+        ("qwen3", ("quant=int8", "adapter=rslora")),
+        ("gpt_neox", ("fast=off", "train.checkpoint=every_1")),
+        ("llama", ("quant=fp4", "quant.double=false")),
+        ("llama", ("optim=adamw_8bit", "train.packing=false")),
+        ("llama", ("model.dtype=bfloat16",)),
+        ("llama", ("adapter.modules_to_save=[norm]",)),
+        ("llama", ("model.added_tokens=['<tool>','<more>']",)),
+    ],
+)
+def test_a_run_leaves_a_folder_that_explains_itself(
+    family: str, words: tuple[str, ...], tmp_path: Path, capsys
+) -> None:
+    assert train(tmp_path, *words, family=family) == 0
+    folder = tmp_path / "run"
+    assert {p.name for p in folder.iterdir()} == {
+        "config.yaml",
+        "overrides.txt",
+        "environment.json",
+        "metrics.jsonl",
+        "result.json",
+        "adapter",
+        "log.txt",
+    }
+    assert [m["step"] for m in runs.read_metrics(folder)] == [0, 1, 2, 3, 4]
+    found = result(tmp_path)
+    assert found["steps"] == 4
+    assert math.isfinite(found["heldout_loss"])
+    assert found["heldout_loss"] != found["base_heldout_loss"]
+    tensors = safetensors.torch.load_file(folder / "adapter" / files.WEIGHTS)
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    assert sum(t.numel() for t in tensors.values()) == found["trainable_parameters"]
+    shown = capsys.readouterr().out
+    for word in (
+        "held-out loss",
+        "perplexity",
+        "trainable parameters",
+        "tokens/s",
+        "peak memory",
+        "PeftModel.from_pretrained",
+    ):
+        assert word in shown
+
+
+def test_the_stored_config_is_the_composed_one_and_the_overrides_those_typed(tmp_path: Path) -> None:
+    assert train(tmp_path, "adapter=rslora") == 0
+    stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (stored["adapter"]["r"], stored["adapter"]["rslora"], stored["quant"]["kind"]) == (2, True, "none")
+    assert "adapter=rslora" in (tmp_path / "run" / "overrides.txt").read_text().splitlines()
+
+
+def test_the_same_command_twice_gives_the_same_adapter(tmp_path: Path) -> None:
+    words = ("adapter.dropout=0.1", "quant=nf4")
+    assert train(tmp_path, *words, run="one") == train(tmp_path, *words, run="two") == 0
+    assert result(tmp_path, "one")["adapter_sha256"] == result(tmp_path, "two")["adapter_sha256"]
+    assert train(tmp_path, *words, "seed=1", run="three") == 0
+    assert result(tmp_path, "three")["adapter_sha256"] != result(tmp_path, "one")["adapter_sha256"]
+
+
+def test_training_continues_from_an_adapter_on_the_same_base_only(tmp_path: Path, capsys) -> None:
+    assert train(tmp_path, run="one") == 0
+    start = f"adapter.init_from={tmp_path / 'one' / 'adapter'}"
+    assert train(tmp_path, start, "optim.lr=1e-9", run="two") == 0
+    first, second = (runs.read_metrics(tmp_path / name) for name in ("one", "two"))
+    assert second[0]["heldout_loss"] == pytest.approx(first[-1]["heldout_loss"], rel=1e-5)
+    capsys.readouterr()
+    assert train(tmp_path, start, family="qwen3", run="three") == 5
+    assert "made for another base" in capsys.readouterr().err
+    assert train(tmp_path, start, "adapter.r=4", run="four") == 5
+    assert "r 2 instead of 4" in capsys.readouterr().err
+
+
+def test_the_best_adapter_is_the_one_saved(tmp_path: Path) -> None:
+    assert train(tmp_path, "train.keep=best", "train.eval_every_steps=1", "optim.lr=0.2", "train.max_steps=8") == 0
+    found = result(tmp_path)
+    curve = {m["step"]: m["heldout_loss"] for m in runs.read_metrics(tmp_path / "run")}
+    assert found["best_heldout_loss"] == min(curve.values()) == curve[found["best_step"]]
+    assert found["heldout_loss"] == pytest.approx(found["best_heldout_loss"], rel=1e-6)
+
+
+def test_tensorboard_reads_what_was_tracked(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert train(tmp_path, "track=tensorboard") == 0
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    lines = runs.read_metrics(tmp_path / "run")
+    losses = [(m["step"], m["loss"]) for m in lines if "loss" in m]
+    assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("loss")] == losses
+    assert [e.step for e in events.Scalars("heldout_loss")] == [m["step"] for m in lines if "heldout_loss" in m]
+
+
+def test_a_sweep_trains_one_run_per_value(tmp_path: Path) -> None:
+    base, data = tiny_folder(tmp_path, "llama"), rows_file(tmp_path)
+    words = ("model=local", f"model.path={base}", f"data.path={data}", f"hydra.sweep.dir={tmp_path / 'sweep'}", *QUICK)
+    assert call("train", "adapter.r=2,3", "-m", *[w for w in words if w != "adapter.r=2"]) == 0
+    sizes = [result(tmp_path / "sweep", str(job))["trainable_parameters"] for job in (0, 1)]
+    assert sizes[0] * 3 == sizes[1] * 2
+
+
+# What must end with its exit code and a message that names the thing.
+FAILURES = {
+    "unknown key": (("adapter.rr=4",), 2, "adapter.rr"),
+    "unknown choice": (("quant=nf5",), 2, "nf5"),
+    "broken rule": (("adapter.r=0",), 2, "adapter.r must be at least 1, got 0"),
+    "missing model": (("model.path=nowhere/at-all-here.gguf",), 7, "nowhere/at-all-here.gguf"),
+    "missing file": (("data.path=nothing.jsonl",), 4, "nothing.jsonl"),
+    "no target": (("adapter.targets=[qq_proj]",), 2, "adapter.targets: qq_proj matches no layer"),
+    "row over its micro-batch": (("train.tokens_per_microbatch=10",), 2, "train.tokens_per_microbatch"),
+    "row over the length": (("data.max_length=20",), 4, "data.max_length"),
+    "no such adapter": (("adapter.init_from=nowhere",), 5, "nowhere"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_mistake_ends_with_its_code_and_one_message(name: str, tmp_path: Path, capfd) -> None:
+    words, code, said = FAILURES[name]
+    assert train(tmp_path, *words) == code
+    shown = capfd.readouterr().err
+    assert said in shown
+    assert "Traceback" not in shown
+
+
+ROWS = {
+    "broken row": ('{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n', "rows.jsonl:2"),
+    "no assistant": ('{"messages": [{"role": "user", "content": "hello"}]}\n', "rows.jsonl:1"),
+    "empty answer": ('{"prompt": "a", "completion": ""}\n', "rows.jsonl:1"),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_bad_row_is_named_with_its_file_and_line(name: str, tmp_path: Path, capfd) -> None:
+    text, said = ROWS[name]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    assert train(tmp_path, f"data.path={path}") == 4
+    shown = capfd.readouterr().err
+    assert said in shown
+    assert "Traceback" not in shown
+
+
+def test_a_used_folder_is_refused_and_left_alone(tmp_path: Path, capfd) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    assert train(tmp_path) == 2
+    assert "must be empty" in capfd.readouterr().err
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_a_loss_that_is_not_finite_ends_with_its_code(tmp_path: Path, capfd) -> None:
+    folder = tiny_folder(tmp_path, "llama")
+    path = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    tensors["model.norm.weight"].fill_(float("nan"))
+    path.write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    assert train(tmp_path) == 8
+    assert "nan" in capfd.readouterr().err
+
+
+def test_several_processes_are_refused_so_far(tmp_path: Path, capfd, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train(tmp_path) == 2
+    assert "WORLD_SIZE=2" in capfd.readouterr().err
+
+
+def test_without_held_out_rows_a_run_trains_and_says_so(tmp_path: Path, capsys) -> None:
+    assert train(tmp_path, "data.eval_fraction=0") == 0
+    assert result(tmp_path)["heldout_loss"] is None
+    assert "nothing was held out" in capsys.readouterr().out
+
+
+def test_questions_are_answered_by_base_and_adapter(tmp_path: Path, capsys) -> None:
+    assert train(tmp_path, "train.samples=2") == 0
+    shown = capsys.readouterr().out
+    assert sum(question in shown for question, _ in QUESTIONS) == 2
