@@ -7,6 +7,8 @@ lora-ft eval run=runs/2026-11-23_10-15-00 eval.metrics=[exact_match,chrf]
     perplexity     23.1500    8.0600  113 tokens of 12 rows   {"base": {"loss": 3.142, ...}, "adapter": {...}, ...}
 """
 
+import json
+import logging
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from lora_ft import config, durable, entry
-from lora_ft.adapters import source
+from lora_ft.adapters import files, source
 from lora_ft.data.prepare import Dataset, prepare
 from lora_ft.errors import DataError
 from lora_ft.evaluation import metrics
@@ -24,6 +26,8 @@ from lora_ft.evaluation.heldout import Heldout
 from lora_ft.ops.allocator import keep_freed_memory
 from lora_ft.ops.token_loss import choose_paths
 from lora_ft.training.learner import evaluation_rows
+
+log = logging.getLogger("lora_ft")
 
 Scores = dict[str, float]
 
@@ -40,6 +44,7 @@ def main(cfg: config.EvalRun, invocation: entry.Invocation) -> float:
         raise DataError("no row is held out: set data.eval_fraction above 0, or data.eval_path=FILE")
     if cfg.eval.metrics and not questions:
         raise DataError("eval.metrics needs questions and answers, and the held-out rows are plain text")
+    _say_other_rows(adapter, dataset)
     base, model = source.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
     comparison = compare(
         model,
@@ -60,6 +65,16 @@ def main(cfg: config.EvalRun, invocation: entry.Invocation) -> float:
         facts["written to"] = str(path)
     Console().print(render(shown, facts, {name: (scores[0][name], scores[1][name]) for name in scores[0]}))
     return comparison.adapter.loss
+
+
+def _say_other_rows(adapter: Path, dataset: Dataset) -> None:
+    """Rows other than the run's own may hold some that it learned, and then its loss looks better than it is."""
+    record = adapter / files.RECORD
+    if record.is_file() and json.loads(record.read_text("utf-8"))["data_sha256"] != dataset.report.sha256:
+        log.warning(
+            "these rows, or their split, are not the run's own: where rows that it was trained on are among "
+            "them, the figures mean little"
+        )
 
 
 def _scores(comparison: Comparison, names: list[str], labels: list[str] | None) -> tuple[Scores, Scores]:

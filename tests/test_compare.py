@@ -13,6 +13,7 @@ from tiny import FAMILIES
 
 from lora_ft import config
 from lora_ft.data.prepare import prepare
+from lora_ft.errors import NonFiniteError
 from lora_ft.evaluation.compare import Answers, Comparison, adapter_off, compare, render
 from lora_ft.evaluation.generate import generate
 from lora_ft.evaluation.heldout import Heldout, heldout_loss
@@ -91,6 +92,16 @@ def test_what_trains_is_given_back_after_an_error_too(tmp_path: Path) -> None:
     with pytest.raises(KeyError), adapter_off(model):
         raise KeyError
     assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_a_loss_that_is_not_a_number_is_refused(tmp_path: Path) -> None:
+    cfg = settings(tmp_path, "llama")
+    base, model = adapted(cfg)
+    base.model.model.norm.weight.data[0] = float("nan")
+    dataset = prepare(cfg.data, base.tokenizer)
+    paths = choose_paths(base.model, config.Fast())
+    with pytest.raises(NonFiniteError, match="held-out loss nan"):
+        compare(model, base.tokenizer, dataset.heldout, [], paths, 64, 0, 4)
 
 
 def comparison(*answers: Answers) -> Comparison:

@@ -57,6 +57,14 @@ def test_metrics_are_computed_on_all_rows_and_samples_shown_on_some(tmp_path: Pa
         assert 0 <= found[side]["accuracy"] <= 1
 
 
+def test_rows_other_than_the_runs_own_are_pointed_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = finished_run(tmp_path, "llama")
+    assert call("eval", f"run={run}", "eval.samples=0") == 0
+    assert caplog.text == ""
+    assert call("eval", f"run={run}", "eval.samples=0", "data.eval_fraction=0.9") == 0
+    assert "are not the run's own" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [

@@ -215,6 +215,19 @@ def test_code_that_comes_with_a_model_is_never_run(tmp_path):
     assert not (tmp_path / "canary").exists()
 
 
+def test_code_that_comes_with_a_tokenizer_is_never_run(tmp_path):
+    folder = tiny_folder(tmp_path, "llama")
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')")
+    path = folder / "tokenizer_config.json"
+    settings = {**json.loads(path.read_text()), "auto_map": {"AutoTokenizer": [None, "evil.Evil"]}}
+    path.write_text(json.dumps(settings))
+    assert load.load_tokenizer(config.Model(path=str(folder))).get_vocab() == tiny_tokenizer().get_vocab()
+    path.write_text(json.dumps({**settings, "tokenizer_class": "Evil"}))
+    with pytest.raises(SecurityError, match=r"tokenizer_config\.json: auto_map asks to run Python files"):
+        load.load_tokenizer(config.Model(path=str(folder)))
+    assert not (tmp_path / "canary").exists()
+
+
 def test_a_model_that_is_quantized_already_is_refused(tmp_path):
     folder = tiny_folder(tmp_path, "llama")
     rewrite_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
@@ -234,6 +247,11 @@ def test_weights_that_do_not_fill_the_model_are_an_error_not_random_numbers(tmp_
         base_of(folder)
 
 
+def bad_offsets() -> bytes:
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [-900, 4]}}).encode()
+    return len(header).to_bytes(8, "little") + header
+
+
 @pytest.mark.parametrize(
     ("break_it", "error", "message"),
     [
@@ -244,6 +262,7 @@ def test_weights_that_do_not_fill_the_model_are_an_error_not_random_numbers(tmp_
         (lambda f: (f / "model.safetensors").unlink(), ConfigError, "has no weights"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\x08"), ConfigError, "not a safetensors file"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64), ConfigError, "not a safetensors file"),
+        (lambda f: (f / "model.safetensors").write_bytes(bad_offsets()), ConfigError, "not a safetensors file"),
         (lambda f: rewrite_config(f, model_type="unheard"), ConfigError, "cannot be loaded: .*unheard"),
         (lambda f: [p.unlink() for p in f.glob("tokenizer*")], ConfigError, "the tokenizer of"),
     ],

@@ -219,6 +219,16 @@ def test_a_kernel_that_computes_wrong_products_is_found_when_the_base_loads(tmp_
             base_of(folder, kind)
 
 
+def test_memory_that_runs_out_while_quantizing_is_named_as_such(tmp_path, monkeypatch):
+    def run_out(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    folder = tiny_folder(tmp_path, "llama")
+    monkeypatch.setattr(bnb.functional, "quantize_4bit", run_out)
+    with pytest.raises(ResourceError, match="llama cannot be quantized on cpu, most often for lack of memory"):
+        base_of(folder, "nf4")
+
+
 def test_importing_bitsandbytes_cannot_fetch_kernels(tmp_path, monkeypatch):
     (tmp_path / "kernels.py").write_text("raise AssertionError('kernels was imported')")
     monkeypatch.syspath_prepend(tmp_path)

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft import config
 from lora_ft.data.prepare import Question, TokenRow
+from lora_ft.errors import NonFiniteError
 from lora_ft.evaluation.generate import generate, visible
 from lora_ft.evaluation.heldout import Heldout, heldout_loss
 from lora_ft.ops.token_loss import Paths
@@ -59,14 +60,19 @@ def compare(
     num_samples: int,
     max_new_tokens: int,
 ) -> Comparison:
-    """Evaluate `rows`, and answer the first `num_samples` questions greedily, without and with the adapter."""
+    """Evaluate `rows`, and answer the first `num_samples` questions greedily, without and with the adapter.
+
+    The active adapter is the one compared. Raises NonFiniteError for a loss that is not a number.
+    """
     inner: PreTrainedModel = model.get_base_model()
     asked = questions[:num_samples]
     greedy = config.Sampling(max_new_tokens=max_new_tokens)
 
     def measured() -> tuple[Heldout, list[str]]:
-        loss = heldout_loss(inner, rows, paths, tokens_per_microbatch)
-        return loss, [generate(inner, tokenizer, question.prompt_ids, greedy, seed=0) for question in asked]
+        heldout = heldout_loss(inner, rows, paths, tokens_per_microbatch)
+        if not math.isfinite(heldout.loss):
+            raise NonFiniteError(f"held-out loss {heldout.loss}: the weights of the base or of the adapter are broken")
+        return heldout, [generate(inner, tokenizer, question.prompt_ids, greedy, seed=0) for question in asked]
 
     with adapter_off(model):
         base_loss, base_answers = measured()

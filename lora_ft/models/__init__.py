@@ -1,10 +1,12 @@
 """Base models: from a hub id, a folder or a GGUF file to a frozen model and its tokenizer.
 
-locate     model.path -> a checked folder on this machine (a download, or a GGUF conversion)
-gguf       read a GGUF file: metadata and tensors
-convert    GGUF -> the folder that transformers would have saved, once, in the user's cache
-vocabulary GGUF metadata -> tokenizer
-load       folder -> tokenizer; folder -> frozen (quantized) model: start reading here
-quantize   which layers become int8, nf4 or fp4, and the proof that they did
-fingerprint  a hash of the frozen weights: did training leave the base alone?
+    load         place -> tokenizer, and frozen (quantized) model; read first
+    locate       model.path -> a checked folder on this machine
+    convert      GGUF file -> such a folder, made once and cached
+    gguf         GGUF file -> metadata and tensors
+    vocabulary   GGUF metadata -> tokenizer
+    quantize     which layers become int8, nf4 or fp4, and the proof that they did
+    fingerprint  model -> hash of the frozen weights: did training leave the base alone?
+
+Nothing here knows about adapters.
 """

@@ -5,8 +5,9 @@
       model.safetensors                      dequantized: float32 (F16 and BF16 tensors stay as they are)
       tokenizer.json  tokenizer_config.json  chat_template.jinja
 
-Reading it takes one pass: transformers' own GGUF reader parses the file three times and rebuilds a map
-of names for each tensor (27 s for a model of 135 million parameters, where this takes 4).
+The weights keep every bit that the file's types hold: a 4-bit file becomes eight times as large.
+Reading takes one pass: transformers' own GGUF reader parses the file three times and rebuilds a map of
+names for each tensor (27 s for a model of 135 million parameters, where this takes 4).
 """
 
 import hashlib
@@ -59,7 +60,7 @@ def converted(path: Path) -> tuple[Path, str]:
         except OSError as error:
             if not folder.is_dir():  # else another process converted the same file meanwhile
                 raise ResourceError(
-                    f"the converted model cannot be written to {folder.parent} ({error.strerror}): "
+                    f"the converted model cannot be written to {folder.parent} ({error.strerror or error}): "
                     "make room there, or set XDG_CACHE_HOME to a folder that has it"
                 ) from None
     return folder, digest

@@ -1,10 +1,13 @@
 """Load a base model: its tokenizer, and its weights frozen, quantized if asked, on one device.
 
-base = load_base(cfg.model, cfg.quant, "auto")
-base.model        LlamaForCausalLM: eval mode, nothing requires a gradient
-base.tokenizer    with model.chat_template and model.added_tokens applied
-base.quantized    ("model.layers.0.self_attn.q_proj", ...), or () without quantization
-base.identity     what lora_ft.json records
+    base = load_base(cfg.model, cfg.quant, "auto")
+    base.model        LlamaForCausalLM: eval mode, nothing requires a gradient
+    base.tokenizer    with model.chat_template and model.added_tokens applied
+    base.quantized    ("model.layers.0.self_attn.q_proj", ...), or () without quantization
+    base.identity     what lora_ft.json records
+
+On a CPU, weights that are stored in the dtype asked for stay in the mapped file: they cost no memory of
+their own, and several processes share them.
 """
 
 import contextlib
@@ -69,7 +72,7 @@ def load_tokenizer(model: config.Model) -> "PreTrainedTokenizerBase":
     folder = Path(locate(model).folder or "")
     with _quiet():
         try:
-            tokenizer = _tokenizer_class(folder).from_pretrained(folder, local_files_only=True)
+            tokenizer = _tokenizer_class(folder).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, ImportError) as error:
             raise ConfigError(f"the tokenizer of {model.path} cannot be loaded: {_first_line(error)}") from None
     if not tokenizer.is_fast:
@@ -156,6 +159,11 @@ def _load_weights(path: str, folder: str, dtype: torch.dtype, device: torch.devi
         raise ResourceError(
             f"{path} does not fit into the memory of {device}: try quant=nf4, or a smaller model"
         ) from None
+    except RuntimeError as error:
+        if quantization is None:
+            raise
+        # transformers collects what goes wrong while it quantizes, memory included, into this one error.
+        raise ResourceError(f"{path} cannot be quantized on {device}, most often for lack of memory") from error
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"model.path={path} cannot be loaded: {_first_line(error)}") from None
     # transformers would only log this, and go on with random numbers in place of the missing weights.
@@ -180,12 +188,11 @@ def _fit_embeddings(network: Any, tokenizer: Any, num_added: int) -> None:
     if not num_added:
         return
     if tokens > rows:
-        with torch.random.fork_rng(devices=[]), _quiet():  # resizing draws numbers, overwritten below
+        gpus = [network.device] if network.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=gpus), _quiet():  # resizing draws numbers, overwritten below
             network.resize_token_embeddings(tokens, mean_resizing=False)
     for matrix in (network.get_input_embeddings().weight, network.get_output_embeddings().weight):
-        matrix.data[tokens - num_added : tokens] = (
-            matrix.data[: tokens - num_added].float().mean(dim=0).to(matrix.dtype)
-        )
+        matrix.data[tokens - num_added : tokens] = matrix.data[: tokens - num_added].mean(dim=0, dtype=torch.float32)
 
 
 @contextlib.contextmanager

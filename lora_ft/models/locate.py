@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import json
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,21 +126,35 @@ def check_config(folder: Path) -> None:
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} holds an adapter: model.path must be its base model")
     settings = _read_json(folder / "config.json")
-    if "auto_map" in settings and not _is_known(settings.get("model_type")):
-        raise SecurityError(
-            f"{folder / 'config.json'}: auto_map asks to run Python files that came with the model, which lora-ft "
-            "never does; transformers itself does not know this model type"
+    _refuse_code(folder / "config.json", settings, _is_known_model)
+    if (folder / "tokenizer_config.json").is_file():
+        _refuse_code(
+            folder / "tokenizer_config.json", _read_json(folder / "tokenizer_config.json"), _is_known_tokenizer
         )
     if "quantization_config" in settings:
         method = settings["quantization_config"].get("quant_method", "unknown")
         raise ConfigError(f"{folder} is quantized already ({method}): give the unquantized model, and choose quant=...")
 
 
-def _is_known(model_type: Any) -> bool:
-    """Where transformers has its own class, it takes that one and leaves `auto_map` alone."""
+def _refuse_code(path: Path, settings: dict[str, Any], is_known: Callable[[dict[str, Any]], bool]) -> None:
+    # Where transformers has a class of its own, it takes that one and leaves auto_map alone.
+    if "auto_map" in settings and not is_known(settings):
+        raise SecurityError(
+            f"{path}: auto_map asks to run Python files that came with the model, which lora-ft never does; "
+            "transformers itself has no class for it"
+        )
+
+
+def _is_known_model(settings: dict[str, Any]) -> bool:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    return model_type in CONFIG_MAPPING_NAMES
+    return settings.get("model_type") in CONFIG_MAPPING_NAMES
+
+
+def _is_known_tokenizer(settings: dict[str, Any]) -> bool:
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    return tokenizer_class_from_name(str(settings.get("tokenizer_class"))) is not None
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -184,18 +199,19 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _weights_hash(path: Path) -> str:
     with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else _HEADER_LIMIT + 1
-        header = file.read(length) if length <= _HEADER_LIMIT else b""
         try:
-            entries = json.loads(header)
-            places = sorted(e["data_offsets"] for name, e in entries.items() if name != "__metadata__")
-        except (ValueError, KeyError, TypeError, AttributeError):
+            start = file.read(8)
+            (length,) = struct.unpack("<Q", start)
+            header = file.read(min(length, _HEADER_LIMIT))
+            places = sorted(e["data_offsets"] for name, e in json.loads(header).items() if name != "__metadata__")
+            digest = hashlib.sha256(start + header)
+            for begin, end in places:
+                if begin < 0:
+                    raise ValueError(begin)
+                file.seek(8 + length + begin)
+                digest.update(file.read(min(_SAMPLE, end - begin)))
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError, OverflowError):
             raise ConfigError(f"{path} is not a safetensors file, or cut short") from None
-        digest = hashlib.sha256(start + header)
-        for begin, end in places:
-            file.seek(8 + length + begin)
-            digest.update(file.read(min(_SAMPLE, end - begin)))
     return digest.hexdigest()
 
 

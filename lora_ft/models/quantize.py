@@ -7,7 +7,7 @@
 Three things bitsandbytes 0.50 does on a CPU are undone here, each because it would break a promise:
 it fetches compiled kernels from the hub while it is imported (where the `kernels` package is installed),
 it repacks weights in place at the first inference (other bytes, and bfloat16 products for float32
-inputs), and it searches 4-bit levels so slowly that loading takes twice as long.
+inputs), and it searches 4-bit levels so slowly that loading takes twice as long. On GPUs its own kernels run.
 """
 
 import contextlib
@@ -50,8 +50,8 @@ def bitsandbytes_config(quant: config.Quant, compute: torch.dtype) -> Any:
 
 def import_bitsandbytes() -> Any:
     """Import bitsandbytes without its download of kernels and its log lines per call, and with our CPU kernel."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if "bitsandbytes" not in sys.modules:
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         with _without_kernels_package():
             importlib.import_module("bitsandbytes")
     _register_cpu_kernel()

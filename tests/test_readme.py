@@ -1,0 +1,88 @@
+"""The README keeps its word: its map is the tree, its commands run as written, its settings exist."""
+
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import lora_ft
+from lora_ft import config, entry
+
+ROOT = Path(lora_ft.__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+COMMANDS = [
+    line
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line and not line.startswith("#")
+]
+
+# Every run below is the command as written, made short: what a reader types takes minutes.
+SHORT = {
+    "train": ("train.max_steps=1", "train.tokens_per_step=64", "train.eval_rows=2", "train.samples=1", "device=cpu"),
+    "eval": ("eval.samples=1", "eval.max_new_tokens=4", "device=cpu"),
+    "chat": ("sampling.max_new_tokens=4", "device=cpu"),
+    "merge": ("device=cpu",),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that the README's reader has."""
+    folder = tmp_path_factory.mktemp("reader")
+    chats = [{"messages": [{"role": "user", "content": f"What is {n} + {n}?"},
+                           {"role": "assistant", "content": f"It is {n + n}."}]} for n in range(40)]  # fmt: skip
+    (folder / "my.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    (folder / "cities.csv").write_text("city,country\n" + "".join(f"City {n},Country {n}\n" for n in range(40)))
+    (folder / "pairs.csv").write_text("english,german\n" + "".join(f"number {n},Zahl {n}\n" for n in range(40)))
+    return folder
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_readme_runs_as_written(command: str, folder: Path, monkeypatch, capfd) -> None:
+    """In their order: a later command uses what an earlier one made."""
+    monkeypatch.chdir(folder)
+    program, *words = shlex.split(command, comments=True)
+    if program == "make":
+        assert subprocess.run(["make", "--dry-run", *words], cwd=ROOT, check=True, capture_output=True).stdout
+        return
+    assert program == "lora-ft"
+    short = () if {"--help", "--cfg"} & set(words) else SHORT[words[0]]
+    with pytest.raises(SystemExit) as ended:
+        entry.run(None, [*words, *short])
+    shown = capfd.readouterr()
+    assert (ended.value.code or 0) == 0, shown.err
+    assert shown.out.strip()
+
+
+def test_there_are_commands_to_run() -> None:
+    assert {c.split()[1] for c in COMMANDS if c.startswith("lora-ft")} == set(config.SCHEMAS)
+
+
+def mapped() -> set[str]:
+    """The files and folders of lora_ft/ that the map names, by path."""
+    (block,) = re.findall(r"```\n(conf/ .*?)```", README, re.DOTALL)
+    found, inside = set(), ""
+    for indent, name in re.findall(r"^( *)(\S+)", block.partition("lora_ft/\n")[2], re.MULTILINE):
+        if not indent:
+            break
+        if len(indent) == 2:
+            inside = name if name.endswith("/") else ""
+            found.add(name)
+        else:
+            found.add(inside + name)
+    return found
+
+
+def test_the_map_is_the_tree() -> None:
+    package = ROOT / "lora_ft"
+    files = {p.relative_to(package).as_posix() for p in package.rglob("*.py") if p.name != "__init__.py"}
+    folders = {f"{p.parent.name}/" for p in package.glob("*/__init__.py")}
+    assert mapped() == files | folders
+
+
+def test_every_verb_and_exit_code_is_named() -> None:
+    assert all(f"`lora-ft {verb}`" in README for verb in config.SCHEMAS)
