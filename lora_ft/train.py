@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from lora_ft import config, durable, entry, rules, runs
 from lora_ft.adapters import audit, files
@@ -32,6 +33,8 @@ from lora_ft.training.metrics import observers, peak_memory_bytes
 from lora_ft.training.progress import Progress, displayed
 
 log = logging.getLogger("lora_ft")
+
+_SAMPLE_TOKENS = 48  # enough to see what an answer is like
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,7 @@ def _finish(learner: Learner, base: Base, dataset: Dataset) -> Result:
         log.info(sentence)
     comparison = None
     if learner.heldout:
+        learner.model.set_adapter(learner.name)
         train = learner.cfg.train
         comparison = compare.compare(
             learner.model,
@@ -128,7 +132,7 @@ def _finish(learner: Learner, base: Base, dataset: Dataset) -> Result:
             learner.paths,
             train.tokens_per_microbatch or train.tokens_per_step,
             train.samples,
-            48,
+            _SAMPLE_TOKENS,
         )
     result = Result(
         heldout_loss=comparison.adapter.loss if comparison else None,
@@ -146,20 +150,25 @@ def _finish(learner: Learner, base: Base, dataset: Dataset) -> Result:
         adapter_sha256=hashlib.sha256((adapter / files.WEIGHTS).read_bytes()).hexdigest(),
     )
     durable.write_json(learner.folder / "result.json", asdict(result))
-    Console().print(compare.render(comparison, _facts(learner, base, result)))
+    _print(learner, base, comparison, result)
     return result
 
 
-def _facts(learner: Learner, base: Base, result: Result) -> dict[str, str]:
-    place = base.identity.folder or base.identity.path
-    return {
+def _print(learner: Learner, base: Base, comparison: compare.Comparison | None, result: Result) -> None:
+    facts = {
         "trainable parameters": f"{result.trainable_parameters:,}",
         "speed": f"{result.tokens_per_second:.0f} tokens/s ({result.tokens:,} tokens in {result.train_seconds:.0f} s)",
         "peak memory": f"{result.peak_memory_bytes / 1e9:.2f} GB",
         "adapter": str(learner.folder / "adapter"),
-        "load it": f'base = AutoModelForCausalLM.from_pretrained("{place}")\n'
-        f'model = PeftModel.from_pretrained(base, "{learner.folder / "adapter"}")',
     }
+    console, place = Console(), base.identity
+    console.print(compare.render(comparison, facts))
+    # Lines to copy: outside of any table, and never folded.
+    load = (
+        f'\nbase = AutoModelForCausalLM.from_pretrained("{place.id if place.revision else place.folder}")\n'
+        f'model = PeftModel.from_pretrained(base, "{learner.folder / "adapter"}")'
+    )
+    console.print(Text(load), soft_wrap=True)
 
 
 if __name__ == "__main__":

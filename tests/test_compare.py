@@ -40,10 +40,8 @@ def test_the_base_through_the_adapters_model_is_the_bare_base_to_the_bit(
     bare = load_base(cfg.model, cfg.quant, "cpu")
     dataset = prepare(cfg.data, bare.tokenizer)
     assert dataset.heldout and dataset.questions
-    # A wrapped head computes its logits itself; without it, both take the fast loss.
-    fast = config.Fast(loss="modules_to_save" not in options)
-    paths = choose_paths(bare.model, fast)
-    choose_paths(model.get_base_model(), fast)
+    paths = choose_paths(bare.model, config.Fast())
+    choose_paths(model.get_base_model(), config.Fast())
     found = compare(model, bare.tokenizer, dataset.heldout, dataset.questions, paths, 100, 2, 8)
     assert found.base == heldout_loss(bare.model, dataset.heldout, paths, 100)
     assert found.adapter.loss != found.base.loss

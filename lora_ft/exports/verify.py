@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lora_ft.errors import MismatchError
 from lora_ft.exports.merge import dequantized
-from lora_ft.models.load import _quiet as quiet
+from lora_ft.models.load import quiet
 from lora_ft.ops.attention import PLAIN, plain_attention
 
 _PROBE_TOKENS = 64

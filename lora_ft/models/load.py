@@ -70,7 +70,7 @@ def load_tokenizer(model: config.Model) -> "PreTrainedTokenizerBase":
     that does not parse, or a token to add that is empty, repeated or there already.
     """
     folder = Path(locate(model).folder or "")
-    with _quiet():
+    with quiet():
         try:
             tokenizer = _tokenizer_class(folder).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, ImportError) as error:
@@ -149,7 +149,7 @@ def _load_weights(path: str, folder: str, dtype: torch.dtype, device: torch.devi
     from transformers import AutoModelForCausalLM
 
     try:
-        with _quiet():
+        with quiet():
             network, report = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, device_map={"": device}, quantization_config=quantization,
                 use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True,
@@ -189,14 +189,14 @@ def _fit_embeddings(network: Any, tokenizer: Any, num_added: int) -> None:
         return
     if tokens > rows:
         gpus = [network.device] if network.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=gpus), _quiet():  # resizing draws numbers, overwritten below
+        with torch.random.fork_rng(devices=gpus), quiet():  # resizing draws numbers, overwritten below
             network.resize_token_embeddings(tokens, mean_resizing=False)
     for matrix in (network.get_input_embeddings().weight, network.get_output_embeddings().weight):
         matrix.data[tokens - num_added : tokens] = matrix.data[: tokens - num_added].mean(dim=0, dtype=torch.float32)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No bars and no log lines from transformers: what a user can act on is raised as an error here."""
     from transformers.utils import logging
 

@@ -70,6 +70,9 @@ def token_loss_sum(model: PreTrainedModel, batch: Batch, paths: Paths) -> Tensor
 
 
 def _head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    if getattr(head, "disable_adapters", False):
+        # A wrapped head with its adapter off is the base's own head, and takes the base's path to the same bits.
+        head = head.get_base_layer() if hasattr(head, "get_base_layer") else head.original_module
     if type(head) is nn.Linear:
         frozen = not any(p.requires_grad for p in head.parameters())
         form = linear_cross_entropy if frozen else linear_cross_entropy_plain

@@ -120,7 +120,9 @@ def evaluation_rows(dataset: Dataset, num_rows: int) -> tuple[list[TokenRow], li
     """
     chosen = [dataset.heldout[i] for i in epoch_order(len(dataset.heldout), 0, 0)[:num_rows]]
     of_place = {question.place: question for question in dataset.questions}
-    return chosen, [of_place[row.place] for row in chosen if row.place in of_place]
+    # A row may give several documents, but asks one question.
+    places = dict.fromkeys(row.place for row in chosen)
+    return chosen, [of_place[place] for place in places if place in of_place]
 
 
 def plan_steps(lengths: list[int], train: config.Train, seed: int) -> list[np.ndarray]:
