@@ -92,6 +92,7 @@ def train(cfgs: list[config.TrainRun], folders: list[Path], progress: Progress) 
         raise ResourceError(
             f"out of memory: {error}\nLower train.tokens_per_microbatch, or set train.checkpoint=every_1 or quant=nf4."
         ) from error
+    progress.end()
     audit.check_base_unchanged(before, fingerprint(base.model))
     return [_finish(learner, base, dataset) for learner, dataset in zip(learners, datasets, strict=True)]
 
@@ -123,6 +124,7 @@ def _finish(learner: Learner, base: Base, dataset: Dataset) -> Result:
     comparison = None
     if learner.heldout:
         learner.model.set_adapter(learner.name)
+        log.info("comparing base and adapter on %d held-out rows", len(learner.heldout))
         train = learner.cfg.train
         comparison = compare.compare(
             learner.model,

@@ -43,6 +43,11 @@ class Progress:
             self._console.print(Text(line), soft_wrap=True)
             self._last_shown = time.monotonic()
 
+    def end(self) -> None:
+        """Leave the last line where it is; what follows is printed below it."""
+        if self._live:
+            self._live.stop()
+
 
 def _line(learner: Learner, metrics: Metrics) -> str:
     step, num_steps = metrics["step"], len(learner.steps)
