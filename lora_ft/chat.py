@@ -16,20 +16,23 @@ import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import jinja2
 import numpy as np
-from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
 
 from lora_ft import config, entry
 from lora_ft.adapters import source
-from lora_ft.data.templates import control_tokens
+from lora_ft.data.templates import control_tokens, plain_prompt, render
 from lora_ft.data.tokenize import Vocabulary
 from lora_ft.errors import ConfigError
 from lora_ft.evaluation.compare import adapter_off
 from lora_ft.evaluation.generate import context_length, generate, visible
 from lora_ft.ops.allocator import keep_freed_memory
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
 
 HELP = """\
 /base      the base answers from here on        /adapter   the adapter answers again
@@ -43,11 +46,12 @@ Message = dict[str, str]
 class Session:
     """A conversation: what was said, who answers, and what answers are drawn with."""
 
-    model: PeftModel
-    tokenizer: PreTrainedTokenizerBase
+    model: "PeftModel"
+    tokenizer: "PreTrainedTokenizerBase"
     system: str | None
     sampling: config.Sampling
     seed: int
+    data: config.Data = field(default_factory=config.Data)
     adapter_on: bool = True
     messages: list[Message] = field(default_factory=list)
 
@@ -63,7 +67,7 @@ def main(cfg: config.ChatRun, invocation: entry.Invocation) -> None:
     tokenizer = source.adapter_tokenizer(adapter, cfg.model)
     _, model = source.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
     system = cfg.data.system if cfg.system is None else cfg.system
-    session = Session(model, tokenizer, system, cfg.sampling, cfg.seed)
+    session = Session(model, tokenizer, system, cfg.sampling, cfg.seed, cfg.data)
     if cfg.prompt is None:
         converse(session)
     else:
@@ -164,11 +168,13 @@ def prompt_ids(session: Session, asked: Message) -> np.ndarray:
     if found := control_tokens(tokenizer).search(asked["content"]):
         raise ConfigError(f"the text holds the control token {found[0]}, which would end or begin a turn")
     if not tokenizer.chat_template:
-        return np.array(vocabulary.lead + vocabulary.ids([asked["content"]])[0], dtype=np.int32)
+        return np.array(
+            vocabulary.lead + vocabulary.ids([plain_prompt(asked["content"], session.data)])[0], dtype=np.int32
+        )
     system = [{"role": "system", "content": session.system}] if session.system else []
     chat = [*system, *session.messages, asked]
     try:
-        rendered = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+        rendered = render(chat, tokenizer, generation_prompt=True)
     except jinja2.TemplateError as error:
         raise ConfigError(f"the chat template refuses this conversation: {error}") from None
     return np.array(vocabulary.ids([rendered])[0], dtype=np.int32)

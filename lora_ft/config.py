@@ -44,6 +44,7 @@ class TooLong(Enum):
     error = "error"
     drop = "drop"
     truncate_prompt = "truncate_prompt"
+    split = "split"
 
 
 class TrainOn(Enum):
@@ -86,15 +87,18 @@ def setting(
     below: float | None = None,
     pattern: str = "",
     text: bool = False,
+    path: bool = False,
 ) -> Any:
     """Declare a setting: its default, its meaning for `--help`, its unit and the rule its value obeys.
 
-    `text` marks free text and paths, whose values the command line takes literally.
+    `text` marks free text, whose value the command line takes literally; `path` marks such a text that may name a
+    place on this machine.
     """
     metadata = {
         "meaning": meaning,
         "unit": unit,
-        "text": text,
+        "text": text or path,
+        "path": path,
         "pattern": pattern,
         "bounds": {"at least": at_least, "above": above, "at most": at_most, "below": below},
     }
@@ -105,11 +109,11 @@ def setting(
 
 @dataclass
 class Model:
-    path: str = setting("", "base model: hub id, local folder, GGUF file, or package:NAME/FILE.gguf", text=True)
+    path: str = setting("", "base model: hub id, local folder, GGUF file, or package:NAME/FILE.gguf", path=True)
     revision: str | None = setting(None, "branch, tag or commit of a hub id; recorded as a commit", text=True)
     id: str | None = setting(None, "public hub id written into the adapter when path is a folder or a file", text=True)
     dtype: Dtype = setting(Dtype.auto, "dtype of weights and computation; auto: bfloat16 on GPUs that have it")
-    chat_template: str | None = setting(None, "Jinja file that replaces the tokenizer's chat template", text=True)
+    chat_template: str | None = setting(None, "Jinja file that replaces the tokenizer's chat template", path=True)
     added_tokens: list[str] = setting([], "tokens to add; their rows are trained and saved with the adapter")
 
 
@@ -131,13 +135,13 @@ class Adapter:
     modules_to_save: list[str] = setting([], "layers trained in full and saved with the adapter")
     rank_pattern: dict[str, int] = setting({}, "ranks that differ from r, by layer name")
     alpha_pattern: dict[str, float] = setting({}, "alphas that differ from alpha, by layer name")
-    init_from: str | None = setting(None, "adapter folder to continue from; its base must be this base", text=True)
+    init_from: str | None = setting(None, "adapter folder to continue from; its base must be this base", path=True)
 
 
 @dataclass
 class Data:
     path: str = setting(
-        "", "rows: .jsonl .json .csv .parquet .txt file, folder, hub id, or package:NAME/FOLDER", text=True
+        "", "rows: .jsonl .json .csv .parquet .txt file, folder, hub id, or package:NAME/FOLDER", path=True
     )
     format: Format = setting(Format.auto, "what a row is; auto: by its columns")
     columns: dict[str, str] = setting({}, "other names of columns, expected name to name in the file")
@@ -150,14 +154,16 @@ class Data:
     deduplicate: bool = setting(False, "leave out rows equal to an earlier one but for case and blanks")
     max_rows: int | None = setting(None, "read at most so many rows", unit="rows", at_least=1)
     max_length: int = setting(1024, "longest row", unit="tokens", at_least=2)
-    too_long: TooLong = setting(TooLong.error, "what happens to a longer row; answers are never cut")
+    too_long: TooLong = setting(
+        TooLong.error, "what happens to a longer row; answers are never cut; split: plain text into windows"
+    )
     train_on: TrainOn = setting(TrainOn.answers, "which tokens are supervised")
     eval_fraction: float = setting(0.05, "held-out part of the rows, chosen by their content", at_least=0, below=1)
     eval_split: str | None = setting(
         None, "split of the hub dataset that is held out; eval_fraction is then unused", text=True
     )
     eval_path: str | None = setting(
-        None, "rows held out, from a place of their own; eval_fraction is then unused", text=True
+        None, "rows held out, from a place of their own; eval_fraction is then unused", path=True
     )
 
 
@@ -189,7 +195,9 @@ class Train:
     tokens_per_microbatch: int | None = setting(
         None, "most tokens in one forward pass; null: the whole step", unit="tokens", at_least=1
     )
-    packing: bool = setting(True, "several rows in one forward pass; changes rounding only")
+    packing: bool = setting(
+        True, "several rows in one forward pass; changes rounding only (adapter.dropout draws other noise)"
+    )
     checkpoint: str = setting(
         "off", "recompute activations: off, or every_k for each k-th layer", pattern=r"off|every_[1-9][0-9]*"
     )
@@ -243,11 +251,11 @@ def _device() -> Any:
 
 
 def _run() -> Any:
-    return setting(None, "run folder that train wrote", text=True)
+    return setting(None, "run folder that train wrote", path=True)
 
 
 def _adapter_path() -> Any:
-    return setting(None, "adapter made elsewhere: folder or hub id; needs model=", text=True)
+    return setting(None, "adapter made elsewhere: folder or hub id; needs model=", path=True)
 
 
 @dataclass
@@ -303,7 +311,7 @@ class MergeRun:
 
     run: str | None = _run()
     adapter_path: str | None = _adapter_path()
-    out: str = setting("", "folder to write; must not exist", text=True)
+    out: str = setting("", "folder to write; must not exist", path=True)
     dtype: Dtype = setting(Dtype.auto, "dtype of the written weights; auto: the dtype of computation")
     model: Model = field(default_factory=Model)
     quant: Quant = field(default_factory=Quant)

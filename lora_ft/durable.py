@@ -7,9 +7,11 @@ crash nor a full disk leaves half of it under the name that a reader looks for:
 
 A folder is staged the same way as a whole (`staged_folder`). Modes follow the umask: safetensors' own
 writer leaves 0600 and does not fsync (safetensors issue 782), which is why nothing here uses it.
+A place that cannot be written, or is full, is a `WriteError`: a message to the user, an OSError to those who catch one.
 """
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -18,6 +20,12 @@ import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from lora_ft.errors import ResourceError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR,
+            errno.ENAMETOOLONG}  # fmt: skip
 
 
 class TensorSpec(NamedTuple):
@@ -30,6 +38,32 @@ class TensorSpec(NamedTuple):
 
 
 Buffer = bytes | bytearray | memoryview
+
+
+class WriteError(ResourceError, OSError):
+    """A file or folder that cannot be written, for a reason that lies with the place."""
+
+    def __str__(self) -> str:
+        return f"{self.filename} cannot be written: {self.strerror}"
+
+
+@contextlib.contextmanager
+def writing(path: Path | None = None, reasons: set[int] = _FULL | _REFUSED) -> Iterator[None]:
+    """Turn an OSError of these reasons into a WriteError that names `path`, or the place the error names."""
+    try:
+        yield
+    except OSError as error:
+        place = path or error.filename
+        if error.errno not in reasons or isinstance(error, WriteError) or not place:
+            raise
+        raise WriteError(error.errno, error.strerror, str(place)) from error
+
+
+def cache_folder(kind: str) -> Path:
+    """The user's folder for files of this kind that can be made again; XDG_CACHE_HOME moves it."""
+    home = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # The XDG specification: a relative path is to be ignored.
+    return (home if home.is_absolute() else Path.home() / ".cache") / "lora_ft" / kind
 
 
 def write_bytes(path: Path, data: Buffer) -> None:
@@ -49,19 +83,20 @@ def write_json(path: Path, value: Any) -> None:
 def write_stream(path: Path, chunks: Iterable[Buffer]) -> None:
     """Write a file atomically from buffers that are held one at a time."""
     temporary = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
-        with open(descriptor, "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(descriptor)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    _fsync_folder(path.parent)
+    with writing(path):
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+            with open(descriptor, "wb") as file:
+                for chunk in chunks:
+                    file.write(chunk)
+                file.flush()
+                os.fsync(descriptor)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):  # the reason above counts, not that nothing is there to delete
+                os.unlink(temporary)
+            raise
+        _fsync_folder(path.parent)
 
 
 def write_tensors(path: Path, specs: list[TensorSpec], buffers: Iterable[Buffer], metadata: dict[str, str]) -> None:
@@ -98,13 +133,14 @@ def append_line(path: Path, line: str) -> None:
 def append_bytes(path: Path, data: Buffer) -> None:
     """Append a record to a file that readers follow while it grows (metrics, event files)."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
-    with open(os.open(path, flags, 0o666), "ab", buffering=0) as file:
+    with writing(path), open(os.open(path, flags, 0o666), "ab", buffering=0) as file:
         file.write(data)
 
 
 def make_folder(path: Path) -> None:
     """Make a folder and its parents; existing ones are left as they are."""
-    path.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 @contextlib.contextmanager
@@ -116,11 +152,14 @@ def staged_folder(path: Path) -> Iterator[Path]:
     """
     make_folder(path.parent)
     staging = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
-    staging.mkdir()
+    with writing(path):
+        staging.mkdir()
     try:
-        yield staging
-        _settle(staging)
-        _replace_folder(staging, path)
+        with writing(path, _FULL):  # whoever writes here reads as well: what it does not find is no matter of the place
+            yield staging
+        with writing(path):
+            _settle(staging)
+            _replace_folder(staging, path)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise

@@ -23,6 +23,7 @@ from lora_ft.cli import completion, help
 from lora_ft.errors import ConfigError, LoraFtError
 
 INTERRUPTED = 130
+READER_LEFT = 141  # as a process ends that SIGPIPE stops
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,15 @@ def run(verb: str | None = None, arguments: list[str] | None = None) -> NoReturn
     words = sys.argv[1:] if arguments is None else arguments
     try:
         code = _command(words if verb is None else [verb, *words])
+        sys.stdout.flush()  # here: a reader that left would be a traceback while Python shuts down
     except LoraFtError as error:
         sys.stderr.write(f"lora-ft: {error}\n")
         code = error.exit_code
     except KeyboardInterrupt:
         code = INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to say is said to nobody
+        code = READER_LEFT
     sys.exit(code)
 
 

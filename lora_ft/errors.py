@@ -9,7 +9,7 @@
     ├── NonFiniteError   8  a loss or gradient norm that is not a number
     └── SecurityError    9  a file or setting that could run code or leave its folder
 
-Exit 0 is success, 1 a bug of ours, 3 a sweep that failed in part, 130 and 143 a signal.
+Exit 0 is success, 1 a bug of ours, 3 a sweep that failed in part, 130, 141 and 143 a signal.
 """
 
 

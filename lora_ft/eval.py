@@ -1,25 +1,36 @@
-"""Compare base and adapter on held-out rows: the run's own split, or rows given with data=.
+"""Compare base and adapter on rows that were not trained on: the run's held-out rows, or others given with data=.
 
 lora-ft eval run=runs/2026-11-23_10-15-00 eval.metrics=[exact_match,chrf]
 
                      base   adapter
     held-out loss   3.1420    2.0870  nats per token       -> and eval.json in the run folder:
     perplexity     23.1500    8.0600  113 tokens of 12 rows   {"base": {"loss": 3.142, ...}, "adapter": {...}, ...}
+
+Which rows:
+
+    run=F                                     what the run held out, by its own settings
+    run=F data.path=TEST (or data.split=...)  all rows of TEST; refused where the run trained on some of them
+    ... data.eval_fraction=0.2                that part of the rows, as train would hold it out: typed is typed;
+        (or eval_path, eval_split)            rows that the run trained on may be among them, which is said
 """
 
 import json
 import logging
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, durable, entry
-from lora_ft.adapters import files, source
-from lora_ft.data.prepare import Dataset, prepare
-from lora_ft.errors import DataError
+from lora_ft import config, durable, entry, runs
+from lora_ft.adapters import origin, source
+from lora_ft.cli import overrides
+from lora_ft.data.prepare import Dataset, labels, prepare, prepare_rows
+from lora_ft.data.read import Rows, read, read_heldout
+from lora_ft.errors import ConfigError, DataError, ResourceError
 from lora_ft.evaluation import metrics
 from lora_ft.evaluation.compare import Comparison, compare, render
 from lora_ft.evaluation.heldout import Heldout
@@ -38,13 +49,14 @@ def main(cfg: config.EvalRun, invocation: entry.Invocation) -> float:
     keep_freed_memory()
     adapter = source.adapter_folder(cfg.run, cfg.adapter_path)
     tokenizer = source.adapter_tokenizer(adapter, cfg.model)
-    dataset = prepare(cfg.data, tokenizer)
+    dataset, told, apart = _rows(cfg, invocation.overrides, tokenizer)
     rows, questions = evaluation_rows(dataset, cfg.eval.rows or len(dataset.heldout))
     if not rows:
         raise DataError("no row is held out: set data.eval_fraction above 0, or data.eval_path=FILE")
     if cfg.eval.metrics and not questions:
         raise DataError("eval.metrics needs questions and answers, and the held-out rows are plain text")
-    _say_other_rows(adapter, dataset)
+    if not apart:
+        _say_other_rows(adapter, dataset)
     base, model = source.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
     comparison = compare(
         model,
@@ -58,7 +70,7 @@ def main(cfg: config.EvalRun, invocation: entry.Invocation) -> float:
     )
     scores = _scores(comparison, cfg.eval.metrics, dataset.answers)
     shown = replace(comparison, answers=comparison.answers[: cfg.eval.samples])
-    facts = {}
+    facts = {"evaluated": told}
     if cfg.run:
         path = Path(cfg.run).expanduser() / "eval.json"
         durable.write_json(path, _record(shown, scores, dataset))
@@ -67,9 +79,62 @@ def main(cfg: config.EvalRun, invocation: entry.Invocation) -> float:
     return comparison.adapter.loss
 
 
+def _rows(cfg: config.EvalRun, typed: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, str, bool]:
+    """The rows to evaluate, what to say of them, and whether it is known that the run did not train on them."""
+    own = _own_data(cfg.run)
+    data = _given(cfg.data, own, typed)
+    same = own is not None and _place(data) == _place(own)
+    if same or overrides.chosen(typed, "data.eval_fraction") or data.eval_path or data.eval_split:
+        if place := data.eval_path or data.eval_split:
+            return prepare(data, tokenizer), f"all rows of {place}", False
+        return prepare(data, tokenizer), f"the rows of {data.path} that data.eval_fraction holds out", False
+    trained = _read_own(own)
+    found = read_heldout(data, trained)
+    learned = trained.training_rows if trained else found.rows
+    dataset = replace(prepare_rows(found, data, tokenizer), answers=labels(learned))
+    return dataset, f"all rows of {data.path}", trained is not None
+
+
+def _own_data(run: str | None) -> config.Data | None:
+    """The settings of the run's own rows; None for an adapter made elsewhere."""
+    if not run:
+        return None
+    stored = runs.read_config(Path(run).expanduser())["data"]
+    known = {f.name: overrides.escape(stored[f.name]) for f in fields(config.Data) if f.name in stored}
+    made: config.Data = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config.Data), known))  # type: ignore[assignment]
+    return made
+
+
+def _given(data: config.Data, own: config.Data | None, typed: list[str]) -> config.Data:
+    """The settings of the rows to evaluate, without what a run's settings say of the run's own rows only."""
+    if data.eval_path and not data.path:  # data=NAME data.eval_path=FILE
+        return replace(data, path=data.eval_path, eval_path=None)
+    if own is None or overrides.chosen(typed, "data") is not None or _place(data) == _place(own):
+        return data
+    inherited = ["max_rows", "eval_path", "eval_split"]
+    if _place(data)[0] != _place(own)[0]:
+        inherited += ["name", "split", "revision"]
+    default = config.Data()
+    return replace(data, **{name: getattr(default, name) for name in inherited
+                            if overrides.chosen(typed, f"data.{name}") is None})  # fmt: skip
+
+
+def _place(data: config.Data) -> tuple[str | None, ...]:
+    return str(Path(data.path).expanduser().absolute()), data.name, data.split, data.revision
+
+
+def _read_own(own: config.Data | None) -> Rows | None:
+    """The rows that the run was trained on, to be told from those evaluated; None where they are not to be had."""
+    try:
+        return read(own) if own else None
+    except (ConfigError, DataError, ResourceError) as error:
+        log.warning("the run's own rows cannot be read, to see that none of them is evaluated: %s", error)
+        return None
+
+
 def _say_other_rows(adapter: Path, dataset: Dataset) -> None:
     """Rows other than the run's own may hold some that it learned, and then its loss looks better than it is."""
-    record = adapter / files.RECORD
+    record = adapter / origin.RECORD
     if record.is_file() and json.loads(record.read_text("utf-8"))["data_sha256"] != dataset.report.sha256:
         log.warning(
             "these rows, or their split, are not the run's own: where rows that it was trained on are among "

@@ -1,10 +1,13 @@
 """Walk and check the settings that `config.py` declares: for help, completion, quoting and validation. No torch here.
 
-for setting in settings(TrainRun): ...      # Setting("adapter.r", int, 16, "rank", unit="", text=False)
+for setting in settings(TrainRun): ...      # Setting("adapter.r", int, 16, "rank", unit="", text=False, path=False)
+locate_paths(cfg)                           # data.path: rows.jsonl -> /home/me/rows.jsonl
 validate(cfg)                               # ConfigError: adapter.r must be at least 1, got 0
 """
 
 import dataclasses
+import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +28,7 @@ class Setting:
     meaning: str
     unit: str
     text: bool
+    path: bool
 
 
 def settings(schema: type, prefix: str = "") -> Iterator[Setting]:
@@ -34,9 +38,8 @@ def settings(schema: type, prefix: str = "") -> Iterator[Setting]:
             yield from settings(f.type, f"{prefix}{f.name}.")
         else:
             default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-            yield Setting(
-                prefix + f.name, f.type, default, f.metadata["meaning"], f.metadata["unit"], f.metadata["text"]
-            )
+            kinds = {name: f.metadata[name] for name in ("meaning", "unit", "text", "path")}
+            yield Setting(prefix + f.name, f.type, default, **kinds)
 
 
 def groups(schema: type) -> dict[str, type]:
@@ -46,6 +49,26 @@ def groups(schema: type) -> dict[str, type]:
         for f in dataclasses.fields(schema)
         if isinstance(f.type, type) and dataclasses.is_dataclass(f.type)
     }
+
+
+def locate_paths(cfg: Any) -> None:
+    """Make a composed config hold in every folder: `~` is expanded, and a path that exists becomes absolute.
+
+    A hub id, `package:...` and a place that is not there stay as they are; a folder goes before a hub id of its name.
+    """
+    for f in dataclasses.fields(cfg):
+        value = getattr(cfg, f.name)
+        if dataclasses.is_dataclass(value):
+            locate_paths(value)
+        elif value and f.metadata["path"]:
+            path = expand_home(value)
+            # os.path: pathlib raises for a name that no file can have
+            setattr(cfg, f.name, os.path.abspath(path) if os.path.exists(path) else path)  # noqa: PTH100, PTH110
+
+
+def expand_home(path: str) -> str:
+    """`~/x` and `~name/x` with the home folder in its place; an unknown `~name` stays as it is."""
+    return os.path.expanduser(path)  # noqa: PTH111  (pathlib raises for an unknown name)
 
 
 def validate(cfg: Any) -> None:
@@ -71,6 +94,10 @@ def _violations(metadata: Any, value: Any) -> Iterator[str]:
         "at most": lambda bound: value <= bound,
         "below": lambda bound: value < bound,
     }
+    for number in value.values() if isinstance(value, dict) else [value]:
+        if isinstance(number, float) and not math.isfinite(number):
+            yield "finite"
+            return
     for rule, bound in metadata["bounds"].items():
         if bound is not None and not holds[rule](bound):
             yield f"{rule} {bound:g}"

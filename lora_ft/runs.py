@@ -26,11 +26,16 @@ from lora_ft.errors import ConfigError
 
 PACKAGES = ("lora_ft", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "hydra-core")
 
+_BEFORE_TRAINING = {"config.yaml", "overrides.txt", "environment.json", "log.txt"}
+
 
 def create(folder: Path, config: dict[str, Any], overrides: list[str]) -> None:
-    """Start a run: refuse a folder that holds anything, then write what is known before training."""
+    """Start a run: refuse a folder that holds anything, then write what is known before training.
+
+    What a start that failed before its first step left behind is no obstacle to the next.
+    """
     durable.make_folder(folder)
-    if any(folder.iterdir()):
+    if not {path.name for path in folder.iterdir()} <= _BEFORE_TRAINING:
         raise ConfigError(f"the run folder must be empty, but {folder} is not: choose another hydra.run.dir")
     durable.write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     durable.write_text(folder / "overrides.txt", "".join(f"{o}\n" for o in overrides))

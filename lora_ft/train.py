@@ -14,18 +14,18 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.text import Text
 
 from lora_ft import config, durable, entry, rules, runs
-from lora_ft.adapters import audit, files
+from lora_ft.adapters import audit, files, origin
 from lora_ft.data.prepare import Dataset, prepare
-from lora_ft.errors import ConfigError, ResourceError
+from lora_ft.errors import ConfigError
 from lora_ft.evaluation import compare
 from lora_ft.models.fingerprint import fingerprint
 from lora_ft.models.load import Base, load_base, load_tokenizer
 from lora_ft.ops.allocator import keep_freed_memory
+from lora_ft.ops.dropout import switch_off_dropout
 from lora_ft.ops.token_loss import choose_paths
 from lora_ft.training.learner import Learner, make_learner, overfitting
 from lora_ft.training.loop import Metrics, Observer, fit
@@ -77,6 +77,7 @@ def train(cfgs: list[config.TrainRun], folders: list[Path], progress: Progress) 
     tokenizer = load_tokenizer(cfg.model)
     datasets = [prepare(c.data, tokenizer) for c in cfgs]
     base = load_base(cfg.model, cfg.quant, cfg.device, tokenizer)
+    switch_off_dropout(base.model)
     before = fingerprint(base.model)
     learners = _make_learners(cfgs, folders, base, datasets)
     log.info("ready in %.1f s", time.perf_counter() - started)
@@ -86,12 +87,7 @@ def train(cfgs: list[config.TrainRun], folders: list[Path], progress: Progress) 
         for outlet in outlets[learner.name]:
             outlet(learner, metrics)
 
-    try:
-        fit(learners, observe)
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(
-            f"out of memory: {error}\nLower train.tokens_per_microbatch, or set train.checkpoint=every_1 or quant=nf4."
-        ) from error
+    fit(learners, observe)
     progress.end()
     audit.check_base_unchanged(before, fingerprint(base.model))
     return [_finish(learner, base, dataset) for learner, dataset in zip(learners, datasets, strict=True)]
@@ -115,17 +111,15 @@ def _make_learners(
 
 def _finish(learner: Learner, base: Base, dataset: Dataset) -> Result:
     """Check what was learned, save it, compare it with the base, and say so."""
-    audit.check_moved(learner.start, learner.parameters)
-    origin = files.Origin(base.identity, learner.cfg.quant, dataset.report.sha256)
-    adapter = learner.folder / "adapter"
-    files.save(learner.model, learner.name, adapter, base.tokenizer, origin)
+    adapter, train = learner.folder / "adapter", learner.cfg.train
+    source = origin.Origin(base.identity, learner.cfg.quant, dataset.report.sha256)
+    files.save(learner.model, learner.name, adapter, base.tokenizer, source)
     for sentence in overfitting(learner):
         log.info(sentence)
     comparison = None
     if learner.heldout:
         learner.model.set_adapter(learner.name)
         log.info("comparing base and adapter on %d held-out rows", len(learner.heldout))
-        train = learner.cfg.train
         comparison = compare.compare(
             learner.model,
             base.tokenizer,
@@ -163,14 +157,11 @@ def _print(learner: Learner, base: Base, comparison: compare.Comparison | None, 
         "peak memory": f"{result.peak_memory_bytes / 1e9:.2f} GB",
         "adapter": str(learner.folder / "adapter"),
     }
-    console, place = Console(), base.identity
+    console = Console()
     console.print(compare.render(comparison, facts))
     # Lines to copy: outside of any table, and never folded.
-    load = (
-        f'\nbase = AutoModelForCausalLM.from_pretrained("{place.id if place.revision else place.folder}")\n'
-        f'model = PeftModel.from_pretrained(base, "{learner.folder / "adapter"}")'
-    )
-    console.print(Text(load), soft_wrap=True)
+    lines = origin.loading_lines(learner.folder / "adapter", base, learner.cfg)
+    console.print(Text("\n" + "\n".join(lines)), soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from peft import PeftModel
 from tiny import tiny_folder
 
 from lora_ft import config, entry, rules, runs
-from lora_ft.adapters import attach, files
+from lora_ft.adapters import attach, files, origin
 from lora_ft.data.prepare import prepare
 from lora_ft.models.load import Base, load_base, load_tokenizer
 
@@ -67,8 +67,8 @@ def finished_run(tmp_path: Path, family: str, *, name: str = "run", **options: A
 def saved_run(folder: Path, cfg: config.TrainRun) -> Path:
     runs.create(folder, rules.to_plain(cfg), [])
     base, model = adapted(cfg)
-    origin = files.Origin(base.identity, cfg.quant, prepare(cfg.data, base.tokenizer).report.sha256)
-    files.save(model, "first", folder / "adapter", base.tokenizer, origin)
+    source = origin.Origin(base.identity, cfg.quant, prepare(cfg.data, base.tokenizer).report.sha256)
+    files.save(model, "first", folder / "adapter", base.tokenizer, source)
     return folder
 
 

@@ -10,18 +10,18 @@ import pytest
 import safetensors.torch
 import torch
 from peft import PeftModel
-from tiny import FAMILIES, tiny_model, tiny_tokenizer
+from tiny import FAMILIES, VOCABULARY, tiny_model, tiny_tokenizer
 
 from lora_ft import config
-from lora_ft.adapters import attach, files
+from lora_ft.adapters import attach, files, origin
 from lora_ft.errors import MismatchError, SecurityError
-from lora_ft.models.load import Identity
+from lora_ft.models.load import Base, Identity
 
 IDS = torch.tensor([[5, 99, 42, 7, 300, 11]])
 BASE = Identity(
     id="org/tiny", path="somewhere", folder=None, revision="abc", config_sha256="c", weights_sha256={"w": "1"}
 )
-ORIGIN = files.Origin(BASE, config.Quant(), data_sha256="d")
+ORIGIN = origin.Origin(BASE, config.Quant(), data_sha256="d")
 
 VARIANTS = {
     **{family: (family, {}) for family in FAMILIES},
@@ -104,19 +104,31 @@ def test_what_is_saved_is_loaded_bit_for_bit(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tie", [False, True])
 def test_rows_of_added_tokens_travel_with_the_adapter(tie: bool, tmp_path: Path) -> None:
-    model = trained("llama", {}, tokens=(500, 501))
-    folder = saved(model, tmp_path / "adapter")
-    assert any("trainable_tokens" in key for key in safetensors.torch.load_file(folder / files.WEIGHTS))
-    loaded = files.load(tiny_model("llama"), folder, "again")
-    ids = torch.tensor([[500, 5, 501]])
-    assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    """Ids behind the base's vocabulary: the loader makes room, the adapter brings the rows."""
+
+    def wider() -> torch.nn.Module:
+        model = tiny_model("llama", tie=tie).requires_grad_(False)
+        model.resize_token_embeddings(VOCABULARY + 2, mean_resizing=False)
+        return model
+
+    new = [VOCABULARY, VOCABULARY + 1]
+    torch.manual_seed(0)
+    model = attach.attach(wider(), config.Adapter(r=4), "adapter0", 1, new)
+    with torch.no_grad():
+        for parameter in attach.trainable(model, "adapter0").values():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    folder = saved(model.eval(), tmp_path / "adapter")
+    ids = torch.tensor([[new[0], 5, new[1]]])
+    torch.manual_seed(1)  # other rows in the base: those of the adapter must replace them
+    loaded = files.load(wider(), folder, "again")
+    assert torch.equal(loaded(input_ids=ids).logits[..., new], model(input_ids=ids).logits[..., new])
 
 
 def test_saving_twice_gives_the_same_bytes_readable_by_others(tmp_path: Path) -> None:
     os.umask(0o022)
     first, second = (saved(trained("llama", {}), tmp_path / name) for name in ("one", "two"))
     names = {p.name for p in first.iterdir()}
-    assert {files.WEIGHTS, files.CONFIG, files.RECORD, "tokenizer.json", "chat_template.jinja"} <= names
+    assert {files.WEIGHTS, files.CONFIG, origin.RECORD, "tokenizer.json", "chat_template.jinja"} <= names
     for path in first.iterdir():
         assert path.read_bytes() == (second / path.name).read_bytes()
         assert path.stat().st_mode & 0o777 == 0o644
@@ -131,14 +143,66 @@ def test_the_config_names_the_public_base_and_sorts_its_targets(tmp_path: Path) 
     assert "somewhere" not in (folder / files.CONFIG).read_text()
 
 
-def test_another_base_or_quantization_is_refused(tmp_path: Path) -> None:
+def base_of(**changes: object) -> Base:
+    return Base(model=None, tokenizer=tiny_tokenizer(), identity=Identity(**{**vars(BASE), **changes}), quantized=())
+
+
+def check(folder: Path, base: Base, **quant: object) -> None:
+    origin.check_source(folder, files.read_config(folder), base, config.Quant(**quant))
+
+
+def test_another_base_quantization_tokenizer_or_template_is_refused(tmp_path: Path) -> None:
     folder = saved(trained("llama", {}), tmp_path / "adapter")
-    files.check_base(folder, BASE, config.Quant())
-    other = Identity(**{**vars(BASE), "weights_sha256": {"w": "2"}})
+    check(folder, base_of())
     with pytest.raises(MismatchError, match=r"another base \(org/tiny\).*\n.*weights_sha256"):
-        files.check_base(folder, other, config.Quant())
+        check(folder, base_of(weights_sha256={"w": "2"}))
     with pytest.raises(MismatchError, match=r"quantization.*nf4"):
-        files.check_base(folder, BASE, config.Quant(kind=config.QuantKind.nf4))
+        check(folder, base_of(), kind=config.QuantKind.nf4)
+    base = base_of()
+    base.tokenizer.chat_template += " "
+    with pytest.raises(MismatchError, match="chat_template_sha256: trained on"):
+        check(folder, base)
+    base = base_of()
+    base.tokenizer.add_tokens(["<more>"])
+    with pytest.raises(MismatchError, match="tokenizer_sha256: trained on"):
+        check(folder, base)
+
+
+def test_an_adapter_made_elsewhere_is_compared_by_name_and_refused_by_kind(tmp_path: Path, caplog) -> None:
+    folder = saved(trained("llama", {}), tmp_path / "adapter")
+    (folder / origin.RECORD).unlink()
+    check(folder, base_of())
+    assert caplog.text == ""
+    check(folder, base_of(id="org/other", path="org/other"))
+    assert "trained on org/tiny; the base given is org/other" in caplog.text
+    settings = json.loads((folder / files.CONFIG).read_text())
+    for changed, said in (({"init_lora_weights": "pissa"}, "pissa changes the base"), ({"bias": "all"}, "bias=all")):
+        (folder / files.CONFIG).write_text(json.dumps(settings | changed))
+        with pytest.raises(MismatchError, match=said):
+            check(folder, base_of())
+
+
+def test_a_broken_record_or_config_is_named(tmp_path: Path) -> None:
+    folder = saved(trained("llama", {}), tmp_path / "adapter")
+    for name, text, said in (
+        (origin.RECORD, "{}", "not a record of format 1"),
+        (origin.RECORD, '{"format": 1', "lora_ft.json is not JSON"),
+        (origin.RECORD, "[]", "holds no JSON object"),
+        (files.CONFIG, '{"peft_type": ', "adapter_config.json is not JSON"),
+        (files.CONFIG, '{"peft_type": "LORA", "r": 0}', "adapter"),
+    ):
+        before = (folder / name).read_text()
+        (folder / name).write_text(text)
+        with pytest.raises(MismatchError, match=said):
+            check(folder, base_of())
+            files.load(tiny_model("llama"), folder, "again")
+        (folder / name).write_text(before)
+
+
+def test_an_adapter_of_another_architecture_is_refused(tmp_path: Path) -> None:
+    folder = saved(trained("llama", {}), tmp_path / "adapter")
+    with pytest.raises(MismatchError, match="does not fit this base"):
+        files.load(tiny_model("gpt2"), folder, "again")
 
 
 def rewrite(folder: Path, change) -> None:

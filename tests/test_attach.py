@@ -1,13 +1,16 @@
 """Where an adapter goes, what of it trains, and what is refused before it could go wrong."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from peft import PeftModel
-from tiny import FAMILIES, tiny_model
+from tiny import FAMILIES, tiny_folder, tiny_model
 
 from lora_ft import config
 from lora_ft.adapters import attach, audit
 from lora_ft.errors import ConfigError, MismatchError
+from lora_ft.models.load import load_base
 
 IDS = torch.tensor([[5, 99, 42, 7, 300]])
 
@@ -156,6 +159,30 @@ def test_the_audit_finds_a_matrix_that_never_moved() -> None:
             audit.check_moved(before, parameters)
         last.add_(1)
         audit.check_moved(before, parameters)
+
+
+def test_the_audit_finds_a_matrix_without_a_gradient() -> None:
+    model = attached()
+    parameters = attach.trainable(model, "first")
+    model(input_ids=IDS).logits.sum().backward()
+    audit.check_gradients(parameters)
+    next(p for n, p in parameters.items() if "lora_B" in n).grad.zero_()
+    with pytest.raises(MismatchError, match="1 adapter matrices get no gradient"):
+        audit.check_gradients(parameters)
+
+
+def test_one_name_inside_another_is_another_adapter() -> None:
+    model = attached()
+    attach.attach(model, config.Adapter(r=2), "first0", 1, [])
+    assert len(attach.trainable(model, "first")) == len(attach.trainable(model, "first0")) == 28
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantized_layer_cannot_be_trained_whole(kind: str, tmp_path: Path) -> None:
+    quant = config.Quant(kind=config.QuantKind[kind])
+    model = load_base(config.Model(path=str(tiny_folder(tmp_path, "llama"))), quant, "cpu").model
+    with pytest.raises(ConfigError, match=r"modules_to_save: down_proj is quantized"):
+        attach.attach(model, config.Adapter(targets=["q_proj"], modules_to_save=["down_proj"]), "first", 1, [])
 
 
 def test_a_changed_base_is_an_error() -> None:

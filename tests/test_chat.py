@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -154,3 +155,18 @@ def test_a_model_without_a_template_continues_plain_text(
     say(talk, "Once upon", monkeypatch=monkeypatch)
     assert "no chat template" in capsys.readouterr().out
     assert talk.messages == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "prompt"),
+    [
+        ({}, "What?"),
+        ({"format": config.Format.alpaca}, "### Instruction:\nWhat?\n\n### Response:\n"),
+        ({"prompt": "{q}", "answer": "{a}"}, "What?\n\n### Response:\n"),
+    ],
+)
+def test_without_a_template_the_prompt_is_laid_out_as_its_rows_were(settings: dict[str, Any], prompt: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    talk = chat.Session(None, tokenizer, None, config.Sampling(), 0, config.Data(**settings))  # type: ignore[arg-type]
+    assert tokenizer.decode(chat.prompt_ids(talk, {"role": "user", "content": "What?"})) == prompt

@@ -58,6 +58,26 @@ def test_the_command_and_both_module_forms_are_one(tmp_path):
 
 
 @pytest.mark.parametrize("verb", config.SCHEMAS)
+def test_a_verb_runs_no_code_from_the_hub_and_leaves_the_compiler_out_whatever_is_imported_first(tmp_path, verb):
+    (tmp_path / "kernels.py").write_text("print('kernels was imported')")  # bitsandbytes asks on some processors only
+    seen = "find_spec('kernels'), is_kernels_available(), 'torch._inductor.kernel.mm' in sys.modules"
+    code = (
+        f"import lora_ft.{verb}, peft, bitsandbytes, sys\nfrom importlib.util import find_spec\n"
+        f"from transformers.utils import is_kernels_available\nprint({seen})"
+    )
+    done = process([sys.executable, "-c", code], tmp_path, PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "None False False\n", "")
+
+
+@pytest.mark.parametrize("words", ["train --help", "--help", "train data.path=x --cfg job"])
+def test_a_reader_that_leaves_early_is_left_in_peace(tmp_path, words):
+    # the reader is gone before the first line is written, which `| head -1` leaves to chance
+    line = f"(sleep 1; {COMMAND} {words}; echo $? >code) | true"
+    assert process(["bash", "-c", line], tmp_path).stderr == ""
+    assert (tmp_path / "code").read_text() == "141\n"
+
+
+@pytest.mark.parametrize("verb", config.SCHEMAS)
 def test_every_verb_can_be_run_as_a_module(verb):
     source = Path(entry.__file__).with_name(f"{verb}.py").read_text("utf-8")
     assert source.endswith(f'if __name__ == "__main__":\n    entry.run("{verb}")\n')

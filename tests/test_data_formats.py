@@ -10,8 +10,16 @@ from lora_ft.errors import ConfigError, DataError
 
 def parse(*rows, **settings):
     """Format and rows of values, as if they were lines of a file."""
-    ledger = Ledger()
-    return formats.rows([Record(f"f.jsonl:{n}", values) for n, values in enumerate(rows, 1)], Data(**settings), ledger)
+    return read(*rows, **settings)[:2]
+
+
+def unused(*rows, **settings):
+    return read(*rows, **settings)[2]
+
+
+def read(*rows, **settings):
+    records = [Record(f"f.jsonl:{n}", values) for n, values in enumerate(rows, 1)]
+    return formats.rows(records, Data(path="f.jsonl", **settings), Ledger())
 
 
 def chat(*contents, roles=("user", "assistant")):
@@ -72,6 +80,39 @@ def test_share_gpt_system_column_leads_the_chat_unless_it_has_a_system_message()
     )
     assert [m["content"] for m in row.messages] == ["Be brief.", "2+2?", "4"]
     assert [m["content"] for m in own.messages] == ["Mine.", "2+2?", "4"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"messages": QA},
+        {"conversations": SHARE_GPT},
+        {"prompt": "2+2?", "completion": "4"},
+        {"prompt": QA[:1], "completion": QA[1:]},
+        {"instruction": "2+2?", "output": "4"},
+    ],
+)
+def test_a_system_column_leads_the_chat_of_every_format(values):
+    system = {"role": "system", "content": "Be brief."}
+    _, (row,), left = read({"system": "Be brief.", **values})
+    assert row.messages == [system, *QA]
+    assert left == []
+    assert row.plain_prompt is None or row.plain_prompt.startswith("Be brief.\n\n")
+    assert parse({"system": None, **values})[1][0].messages == QA
+
+
+def test_a_system_column_moves_the_answers_that_are_context():
+    prompt = chat("a", "b", "c")
+    _, (row,) = parse({"prompt": prompt, "completion": [{"role": "assistant", "content": "d"}], "system": "s"})
+    assert [row.messages[i]["content"] for i in row.context] == ["b"]
+
+
+def test_columns_that_nothing_reads_are_listed():
+    assert unused({"instruction": "a", "inputs": "lost", "output": "b"}) == ["inputs"]
+    assert unused({"text": "a", "label": "b"}, {"text": "a", "label": "b", "": 0}) == ["label", "(unnamed)"]
+    assert unused({"q": "a", "a": "b", "id": 1}, columns={"prompt": "q", "completion": "a"}) == ["id"]
+    assert unused({"a": "x", "b": "y", "c": "z"}, prompt="{a}", answer="{b}") == ["c"]
+    assert unused({"en": "x", "de": "y"}, columns={"source": "en"}, prompt="{source}", answer="{de}") == []
 
 
 def test_openai_weights_parts_tools_and_tool_calls():
@@ -150,9 +191,49 @@ def test_a_bad_row_is_named_with_place_and_field(values, message):
         parse(values)
 
 
-def test_a_later_row_without_the_columns_of_the_first_is_bad():
-    with pytest.raises(DataError, match=r"f\.jsonl:2: completion: is missing: \{'prompt': 'c'\}"):
-        parse({"prompt": "a", "completion": "b"}, {"prompt": "c"})
+@pytest.mark.parametrize("bad", [1, 2, 3])
+def test_a_row_without_a_column_is_bad_wherever_it_stands(bad):
+    rows = [{"prompt": "a", "completion": "b"} for _ in range(3)]
+    del rows[bad - 1]["completion"]
+    with pytest.raises(DataError, match=rf"1 bad row:\n  f\.jsonl:{bad}: completion: is missing: \{{'prompt': 'a'\}}"):
+        parse(*rows)
+
+
+@pytest.mark.parametrize(
+    ("whole", "settings", "message"),
+    [
+        ({"q": "a", "a": "b"}, {"columns": {"prompt": "q", "completion": "a"}}, "q: is missing"),
+        ({"q": QA, "a": 0}, {"columns": {"messages": "q"}}, "q: is missing"),
+        ({"q": "a", "a": "b"}, {"prompt": "{q}", "answer": "{a}"}, "q: is missing or null"),
+        ({"q": "a", "a": "b"}, {"columns": {"s": "q"}, "prompt": "{s}", "answer": "{a}"}, "q: is missing or null"),
+    ],
+)
+def test_the_first_row_may_lack_a_column_and_the_file_names_it(whole, settings, message):
+    first = {name: value for name, value in whole.items() if name != "q"}
+    with pytest.raises(DataError, match=rf"1 bad row:\n  f\.jsonl:1: {message}"):
+        parse(first, whole, **settings)
+
+
+def test_an_optional_column_may_begin_in_any_row():
+    _, rows = parse({"q": "a", "a": "b"}, {"q": "c", "a": "d", "s": "Be brief."},
+                    columns={"prompt": "q", "completion": "a", "system": "s"})  # fmt: skip
+    assert [len(row.messages) for row in rows] == [2, 3]
+
+
+def test_a_renamed_column_does_not_fall_back_on_one_that_has_its_name():
+    rows = [{"question": "a", "prompt": "not this", "completion": "b"}, {"prompt": "nor this", "completion": "b"}]
+    with pytest.raises(DataError, match=r"f\.jsonl:2: question: is missing"):
+        parse(*rows, columns={"prompt": "question"})
+
+
+def test_columns_can_change_places():
+    _, (row,) = parse({"completion": "2+2?", "prompt": "4"}, columns={"prompt": "completion", "completion": "prompt"})
+    assert row.messages == QA
+
+
+def test_a_bad_message_is_named_in_the_column_of_the_file():
+    with pytest.raises(DataError, match=r"dialogue\[1\]: the content of assistant is empty"):
+        parse({"dialogue": chat("a", "")}, columns={"messages": "dialogue"})
 
 
 @pytest.mark.parametrize(
@@ -175,7 +256,7 @@ def test_no_rows_at_all_is_a_data_error():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"columns": {"prompt": "q"}}, r"data\.columns names q, which is no column of f\.jsonl:1: a, b"),
+        ({"columns": {"prompt": "q"}}, r"data\.columns names q, which is no column of f\.jsonl: a, b"),
         ({"columns": {"promt": "a"}, "format": Format.text}, "promt is no column of format text, which has text"),
         (
             {"format": Format.text, "prompt": "{a}"},
@@ -190,6 +271,7 @@ def test_no_rows_at_all_is_a_data_error():
         ({"prompt": "{a.real}", "answer": "{b}"}, "there is no column 'a.real'"),
         ({"prompt": "{a[0]}", "answer": "{b}"}, r"there is no column 'a\[0\]'"),
         ({"prompt": "{a!r}", "answer": "{b}"}, "there is no column 'a!r'"),
+        ({"prompt": "{}", "answer": "{b}"}, "there is no column ''"),
         ({"prompt": "{a", "answer": "{b}"}, r"a single \{ at character 1: write \{\{"),
         ({"prompt": "{a}}", "answer": "{b}"}, r"a single \} at character 4"),
         ({"prompt": "Same", "answer": "{b}"}, r"data\.prompt names no column"),
@@ -205,12 +287,19 @@ def test_a_table_writes_prompt_and_answer_over_any_column():
     found, (row,) = parse({"the word": "{n}", "n": 3, "yes": True}, **settings)
     assert found is Format.table
     assert [m["content"] for m in row.messages] == ["{x} {n} 3 true", "33"]
-    assert row.plain_prompt == "{x} {n} 3 true"
+    assert row.plain_prompt == "{x} {n} 3 true\n\n### Response:\n"
 
 
 def test_a_table_reads_renamed_columns_by_both_names():
     _, (row,) = parse({"en": "good", "de": "gut"}, columns={"source": "en"}, prompt="{source}={en}", answer="{de}")
-    assert row.plain_prompt == "good=good"
+    assert row.messages[0]["content"] == "good=good"
+
+
+def test_without_a_template_a_table_ends_its_prompt_as_alpaca_does():
+    _, (table,) = parse({"a": "x", "b": "y"}, prompt="### Instruction:\n{a}", answer="{b}")
+    _, (alpaca,) = parse({"instruction": "x", "output": "y"})
+    assert table.plain_prompt == alpaca.plain_prompt
+    assert table.messages[0]["content"] == "### Instruction:\nx", "a chat template needs no such mark"
 
 
 @pytest.mark.parametrize("bad", [None, "", " ", ["x"], {"x": 1}])

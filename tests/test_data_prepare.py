@@ -172,6 +172,62 @@ def test_dropped_rows_are_counted(tmp_path):
         prepare.prepare(settings, TOKENIZER)
 
 
+TEXTS = [{"text": "The fox jumps over 12 dogs. " * n} for n in (1, 3, 9)]
+
+
+def targets(rows):
+    """Each supervised token with the one that it is predicted from."""
+    return sorted(
+        (int(row.ids[i - 1]), int(row.ids[i])) for row in rows for i in range(len(row.ids)) if row.supervised[i]
+    )
+
+
+@pytest.mark.parametrize("max_length", [2, 3, 7, 20, 21, 1000])
+def test_windows_hold_every_target_of_a_text_once_and_its_end_only_at_the_end(tmp_path, max_length):
+    path = write(tmp_path, TEXTS)
+    whole = prepare.prepare(Data(path=path, eval_fraction=0, max_length=4096), TOKENIZER)
+    settings = Data(path=path, eval_fraction=0, max_length=max_length, too_long=TooLong.split)
+    data = prepare.prepare(settings, TOKENIZER)
+    assert targets(data.train) == targets(whole.train)
+    assert all(2 <= len(row.ids) <= max_length and not row.supervised[0] for row in data.train)
+    for row in whole.train:
+        windows = [window.ids for window in data.train if window.place == row.place]
+        assert np.array_equal(np.concatenate([windows[0], *(ids[1:] for ids in windows[1:])]), row.ids)
+        assert [TOKENIZER.eos_token_id in ids for ids in windows] == [False] * (len(windows) - 1) + [True]
+    cut = sum(len(row.ids) > max_length for row in whole.train)
+    assert (data.report.split, data.report.truncated) == (cut, 0)
+    assert (f"{cut} texts cut into windows" in str(data.report)) == bool(cut)
+
+
+def test_windows_of_a_text_lie_on_one_side(tmp_path):
+    rows = [{"text": f"Number {n}. " * 9} for n in range(20)]
+    settings = Data(path=write(tmp_path, rows), eval_fraction=0.4, max_length=9, too_long=TooLong.split)
+    data = prepare.prepare(settings, TOKENIZER)
+    assert not {row.place for row in data.train} & {row.place for row in data.heldout}
+    assert len({row.place for row in data.heldout}) < len(data.heldout)
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "advice"),
+    [
+        (TEXTS, {}, "drop or split"),
+        (TEXTS, {"too_long": TooLong.truncate_prompt}, "drop or split"),
+        (LONG, {}, "drop or truncate_prompt"),
+        (LONG, {"too_long": TooLong.split}, "drop or truncate_prompt"),
+        ([{"prompt": "Say.", "completion": "Said. " * 40}], {}, "drop"),
+        ([{"prompt": "Say.", "completion": "Said. " * 40}], {"too_long": TooLong.truncate_prompt}, "drop"),
+    ],
+)
+def test_the_advice_for_long_rows_names_what_helps_them_and_nothing_else(tmp_path, rows, settings, advice):
+    data = Data(path=write(tmp_path, rows), eval_fraction=0, max_length=20, **settings)
+    with pytest.raises(DataError, match=rf"data\.max_length=20.*raise it, or choose data\.too_long={advice}$"):
+        prepare.prepare(data, TOKENIZER)
+    for cure in advice.split(" or "):
+        settings["too_long"] = TooLong[cure]
+        more = write(tmp_path, [*rows, {"text": "a"} if rows is TEXTS else {"prompt": "a", "completion": "b"}])
+        prepare.prepare(Data(path=more, eval_fraction=0, max_length=20, **settings), TOKENIZER)
+
+
 def test_truncation_takes_from_the_start_of_the_prompt_and_keeps_bos_and_answer(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ bos_token }}" + CHATML
@@ -231,6 +287,15 @@ def test_every_row_read_is_in_the_dataset_or_counted(tmp_path):
     )
     assert report.left_out["user turns without an answer"] > 0
     assert report.format == "messages"
+
+
+def test_the_report_lists_columns_that_nothing_reads(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(",text,label\n0,a,b\n1,c,d\n")
+    report = prepare.prepare(Data(path=str(path)), TOKENIZER).report
+    assert report.unused == ["(unnamed)", "label"]
+    assert str(report).endswith("; columns not used: (unnamed), label")
+    assert "not used" not in str(prepare.prepare(Data(path=write(tmp_path, questions(3))), TOKENIZER).report)
 
 
 def test_the_report_adds_up(tmp_path):
@@ -365,3 +430,46 @@ def test_a_split_of_a_hub_dataset_can_be_held_out(monkeypatch):
     dataset = prepare.prepare(Data(path="org/rows", eval_split="test"), TOKENIZER)
     assert (len(dataset.train), len(dataset.heldout)) == (9, 1)
     assert dataset.questions[0].answer == "Nobody."
+
+
+def test_the_cache_of_a_template_that_asks_the_clock_lasts_a_day(tmp_path, cached, monkeypatch):
+    class Tomorrow(cache.datetime.date):
+        @classmethod
+        def today(cls):
+            return super().today() + cache.datetime.timedelta(days=1)
+
+    settings = Data(path=write(tmp_path, questions(9)))
+    for template, kept in ((CHATML, True), ("{{ strftime_now('%d %B %Y') }}" + CHATML, False)):
+        prepare.prepare(settings, changed_tokenizer(template))
+        with monkeypatch.context() as patch:
+            patch.setattr(cache.datetime, "date", Tomorrow)
+            assert prepare.prepare(settings, changed_tokenizer(template)).report.cached is kept
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"split": "test"}, r"data\.split=test is a setting of hub datasets, and .*rows\.jsonl is none"),
+        ({"name": "small"}, r"data\.name=small is a setting of hub datasets"),
+        ({"revision": "v1"}, r"data\.revision=v1 is a setting of hub datasets"),
+        (
+            {"eval_split": "test"},
+            r"data\.eval_split is a split of a hub dataset, and .*rows\.jsonl is none: .*eval_path",
+        ),
+    ],
+)
+def test_settings_of_hub_datasets_are_refused_where_the_rows_are_a_file(tmp_path, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        prepare.prepare(Data(path=write(tmp_path, questions(9)), **settings), TOKENIZER)
+    with pytest.raises(ConfigError, match=r"of (a hub dataset|hub datasets)"):
+        prepare.prepare(Data(path="package:chatterbot_corpus/data/english", **settings), TOKENIZER)
+
+
+def test_settings_of_hub_datasets_stand_where_only_the_held_out_rows_are_a_file(tmp_path, monkeypatch):
+    import datasets
+
+    splits = {"train[:9]": questions(9)}
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, name, *, split, revision: splits[split])
+    extra = write(tmp_path, questions(12)[9:])
+    dataset = prepare.prepare(Data(path="org/rows", split="train[:9]", eval_path=extra), TOKENIZER)
+    assert (len(dataset.train), len(dataset.heldout)) == (9, 3)

@@ -144,6 +144,17 @@ def test_csv_rows_have_the_line_they_start_on_and_keep_their_fields(tmp_path):
     assert [place for place, _ in found] == [f"{path}:{line}" for line in (2, 3, 5, 6)]
 
 
+def test_a_csv_column_without_a_name_is_kept_apart_from_the_others(tmp_path):
+    assert read(write(tmp_path, "a.csv", ",text,label\n0,a,b\n1,c,d\n"))[1][1] == {"": "1", "text": "c", "label": "d"}
+
+
+def test_no_path_is_not_the_current_folder(tmp_path, monkeypatch):
+    write(tmp_path, "a.jsonl", '{"text": "a"}')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"data\.path is empty"):
+        read("")
+
+
 def test_tsv_is_parted_by_tabs(tmp_path):
     assert read(write(tmp_path, "a.tsv", "q\ta\n1,5\t2\n"))[0][1] == {"q": "1,5", "a": "2"}
 
@@ -155,7 +166,7 @@ def test_tsv_is_parted_by_tabs(tmp_path):
         ("a,b\n1,2,3\n", r"a\.csv:2: row: 3 fields where the header has 2"),
         ('a,b\n1,2\n"open,2\n\n', r"a\.csv:3: row: unexpected end of data"),
         ("a,a\n1,2\n", r"a\.csv:1: header"),
-        ("a,\n1,2\n", r"a\.csv:1: header"),
+        (",\n1,2\n", r"a\.csv:1: header"),
         ("", r"a\.csv:1: header"),
         (b"a,b\n1,2\n\xff,2\n", r"a\.csv:3: not UTF-8: byte 0xff"),
     ],

@@ -230,6 +230,30 @@ def test_tools_and_tool_calls_reach_the_template(tmp_path):
     assert tokenizer.decode(row.ids).startswith("the add tool<|im_start|>user")
 
 
+def test_a_tool_call_that_the_template_does_not_render_is_the_turn_that_is_named(tmp_path):
+    messages = [
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "add_numbers"}]},
+        {"role": "tool", "content": "4"},
+        {"role": "assistant", "content": "Four."},
+    ]
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: chat template: leaves nothing of the answer: .*add_numbers"):
+        prepared(tmp_path, tiny_tokenizer(), {"messages": messages})
+
+
+# As Llama 3.2's: the date is given, or the clock's.
+DATED = (
+    "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    "<|im_start|>system\nToday Date: {{ date_string }}<|im_end|>\n" + CHATML
+)
+
+
+def test_a_template_that_takes_a_date_gets_the_same_on_any_day(tmp_path):
+    tokenizer = tokenizer_of(DATED)
+    (row,) = prepared(tmp_path, tokenizer, {"messages": chat("a", "b")})
+    assert tokenizer.decode(row.ids).startswith("<|im_start|>system\nToday Date: 26 Jul 2024<|im_end|>")
+
+
 REASONING_PROMPT = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
 ANSWERS_DROPPED = CHATML.replace("message['content']", "(message['content'] if message['role'] == 'user' else '')")
 

@@ -1,6 +1,7 @@
 """Files and folders are whole under their names, or not there."""
 
 import ast
+import errno
 import os
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 
 import lora_ft
 from lora_ft import durable
+from lora_ft.data import cache
+from lora_ft.errors import ResourceError
 
 PACKAGE = Path(lora_ft.__file__).parent
 
@@ -139,3 +142,46 @@ def test_nothing_else_in_the_package_writes_files() -> None:
     found = {p.relative_to(PACKAGE).as_posix(): writers(ast.parse(p.read_text("utf-8"))) for p in sources}
     assert found.pop("durable.py")
     assert {name: calls for name, calls in found.items() if calls} == {}
+
+
+def test_a_place_that_cannot_be_written_is_named_with_the_reason_and_is_an_oserror_too(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    inside = tmp_path / "file" / "x"
+    for write in (
+        lambda: durable.write_text(inside, "x"),
+        lambda: durable.append_line(inside, "x"),
+        lambda: durable.make_folder(inside),
+        lambda: durable.staged_folder(inside).__enter__(),
+    ):
+        with pytest.raises(
+            ResourceError, match=r"file(/x)? cannot be written: (Not a directory|File exists)"
+        ) as caught:
+            write()
+        assert isinstance(caught.value, OSError)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_is_named_and_what_a_writer_does_not_find_is_not_taken_for_one(tmp_path: Path) -> None:
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+        yield b""
+
+    with pytest.raises(durable.WriteError, match="a cannot be written: No space left on device"):
+        durable.write_stream(tmp_path / "a", full())
+    with (
+        pytest.raises(durable.WriteError, match="b cannot be written: No space"),
+        durable.staged_folder(tmp_path / "b"),
+    ):
+        next(full())
+    with pytest.raises(FileNotFoundError), durable.staged_folder(tmp_path / "c") as staging:
+        (staging / "absent").read_bytes()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_cache_is_where_xdg_says_if_that_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    for value, expected in {str(tmp_path): tmp_path, "": "/home/me/.cache", "relative/x": "/home/me/.cache"}.items():
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        assert durable.cache_folder("rows") == Path(expected) / "lora_ft" / "rows" == cache.folder()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert durable.cache_folder("models") == Path("/home/me/.cache/lora_ft/models")

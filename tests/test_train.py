@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,15 @@ import safetensors.torch
 import torch
 import yaml
 from finished import QUESTIONS, call, rows_file
+from omegaconf import OmegaConf
+from peft import PeftModel
 from tiny import tiny_folder
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from lora_ft import runs
-from lora_ft.adapters import files
+from lora_ft import config, runs
+from lora_ft.adapters import audit, files
+from lora_ft.data.prepare import prepare
+from lora_ft.errors import MismatchError
 
 QUICK = (
     "train.max_steps=4",
@@ -45,7 +51,7 @@ def result(tmp_path: Path, run: str = "run") -> dict:
         ("llama", ("optim=adamw_8bit", "train.packing=false")),
         ("llama", ("model.dtype=bfloat16",)),
         ("llama", ("adapter.modules_to_save=[norm]",)),
-        ("llama", ("model.added_tokens=['<tool>','<more>']",)),
+        ("llama", ("model.added_tokens=['spider','France']",)),
     ],
 )
 def test_a_run_leaves_a_folder_that_explains_itself(
@@ -213,3 +219,65 @@ def test_questions_are_answered_by_base_and_adapter(tmp_path: Path, capsys) -> N
     assert train(tmp_path, "train.samples=2") == 0
     shown = capsys.readouterr().out
     assert sum(question in shown for question, _ in QUESTIONS) == 2
+
+
+@pytest.mark.parametrize("check", ["check_moved", "check_gradients", "check_base_unchanged", "check_trainable"])
+def test_every_audit_is_always_on(check: str, tmp_path: Path, monkeypatch, capfd) -> None:
+    def fails(*arguments: object) -> None:
+        raise MismatchError(f"{check} says no")
+
+    monkeypatch.setattr(audit, check, fails)
+    assert train(tmp_path) == 5
+    assert f"{check} says no" in capfd.readouterr().err
+
+
+def test_added_tokens_that_no_row_holds_are_refused(tmp_path: Path, capfd) -> None:
+    assert train(tmp_path, "model.added_tokens=['<never>']") == 4
+    assert "no training row holds <never>" in capfd.readouterr().err
+
+
+def test_a_start_that_failed_does_not_block_its_folder(tmp_path: Path) -> None:
+    assert train(tmp_path, "data.path=nothing.jsonl") == 4
+    assert train(tmp_path) == 0
+
+
+def test_a_run_whose_best_state_is_its_start_ends_well(tmp_path: Path, capfd) -> None:
+    words = ("train.keep=best", "train.eval_every_steps=1", "optim.lr=1e-12", "data.eval_fraction=0.4")
+    assert train(tmp_path, *words) == 0
+    assert (tmp_path / "run" / "adapter" / files.WEIGHTS).is_file()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [(), ("quant=nf4",), ("quant=int8",), ("model.dtype=bfloat16",), ("model.added_tokens=['spider','France']",)],
+)
+def test_the_printed_lines_load_what_was_trained(words: tuple[str, ...], tmp_path: Path, capsys) -> None:
+    """Executed as a reader would, with transformers and PEFT alone; the loss is the one that was reported."""
+    assert train(tmp_path, *words, "data.eval_fraction=0.4") == 0
+    shown = capsys.readouterr().out
+    code = shown[shown.index("base = AutoModelForCausalLM") :]
+    names: dict = {}
+    names.update(torch=torch, PeftModel=PeftModel, AutoModelForCausalLM=AutoModelForCausalLM)
+    names.update(BitsAndBytesConfig=BitsAndBytesConfig)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(code, names)  # noqa: S102 (what was printed is what is tested)
+    model = names["model"].eval()
+    cfg = rules_of(tmp_path / "run")
+    heldout = prepare(cfg, AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter")).heldout
+    total = tokens = 0
+    with torch.no_grad():
+        for row in heldout:
+            ids = torch.from_numpy(row.ids.astype("int64"))
+            logits = model(input_ids=ids[None]).logits[0, :-1].float()
+            losses = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+            total += float(losses[torch.from_numpy(row.supervised[1:])].sum())
+            tokens += int(row.supervised.sum())
+    # bitsandbytes alone multiplies 4-bit weights in bfloat16 on CPUs that can; lora_ft does not let it.
+    bound = {"quant=nf4": 1e-3, "model.dtype=bfloat16": 2e-2}.get("".join(words), 1e-5)
+    assert total / tokens == pytest.approx(result(tmp_path)["heldout_loss"], rel=bound)
+
+
+def rules_of(folder: Path) -> config.Data:
+    stored = OmegaConf.merge(OmegaConf.structured(config.Data), runs.read_config(folder)["data"])
+    return OmegaConf.to_object(stored)

@@ -8,5 +8,5 @@ source     run=, adapter_path= -> a base with its adapter
 
 from lora_ft.models.quantize import import_bitsandbytes
 
-# PEFT imports bitsandbytes whatever the quantization, and bitsandbytes then looks for kernels on the hub.
+# PEFT imports bitsandbytes whatever the quantization; imported plainly it would load torch's compiler (2.7 s).
 import_bitsandbytes()

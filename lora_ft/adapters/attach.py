@@ -5,6 +5,7 @@ W x  ->  W x + (alpha / r) B A x        A [r, in] random, B [out, r] zero: the s
 adapter.targets=[q_proj,v_proj]  ->  60 layers  ->  120 matrices that train, everything else frozen
 """
 
+import re
 import warnings
 from collections.abc import Iterator
 
@@ -47,7 +48,7 @@ def attach(
         use_rslora=adapter.rslora,
         use_dora=adapter.dora,
         fan_in_fan_out=any(isinstance(layers[n], Conv1D) for n in matched_layers(layers, targets)),
-        trainable_token_indices=token_ids or None,
+        trainable_token_indices=_token_rows(base, token_ids),
         task_type=TaskType.CAUSAL_LM,
     )
     torch.manual_seed(seed)
@@ -60,12 +61,27 @@ def attach(
 
 def inject(model: PreTrainedModel, peft_config: LoraConfig, name: str) -> PeftModel:
     """PEFT's own injection, without the warnings that nobody can act on."""
-    # PEFT would warn that the base's name differs; identity is checked by hashes instead (files.check_base).
+    # PEFT would warn that the base's name differs; identity is checked by hashes instead (origin.check_source).
     peft_config.base_model_name_or_path = None
     with warnings.catch_warnings():
         # PEFT 0.21 still reads a property that transformers 5.23 has renamed.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         return get_peft_model(model, peft_config, adapter_name=name)
+
+
+def _token_rows(model: PreTrainedModel, token_ids: list[int]) -> dict[str, list[int]] | None:
+    """Which rows of which matrices train for added tokens: in the embedding, and in a head of its own to say them."""
+    if not token_ids:
+        return None
+    ends = [model.get_input_embeddings()]
+    if not _tied(model) and model.get_output_embeddings() is not None:
+        ends.append(model.get_output_embeddings())
+    return {name: token_ids for name, module in model.named_modules() if module in ends}
+
+
+def _tied(model: PreTrainedModel) -> bool:
+    head = _unwrapped(model.get_output_embeddings())
+    return head is not None and head.weight is _unwrapped(model.get_input_embeddings()).weight  # type: ignore[union-attr]
 
 
 def adaptable_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -131,10 +147,10 @@ def _check_patterns(adapter: config.Adapter, matched: set[str]) -> None:
 
 def _check_ties(model: PreTrainedModel, adapter: config.Adapter, targets: set[str]) -> None:
     """Refuse to change one of two tied matrices: saved or merged, the pair would fall apart (A20, peft issue 2018)."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or _unwrapped(head).weight is not _unwrapped(embedding).weight:  # type: ignore[union-attr]
+    if not _tied(model):
         return
-    names = {name for name, module in model.named_modules() if module in (head, embedding)}
+    ends = (model.get_output_embeddings(), model.get_input_embeddings())
+    names = {name for name, module in model.named_modules() if module in ends}
     for key, chosen in (("targets", targets), ("modules_to_save", set(adapter.modules_to_save))):
         for name in sorted(names):
             if any(name == c or name.endswith("." + c) for c in chosen):
@@ -147,8 +163,11 @@ def _check_ties(model: PreTrainedModel, adapter: config.Adapter, targets: set[st
 def _check_full_modules(model: PreTrainedModel, adapter: config.Adapter, token_ids: list[int]) -> None:
     modules = dict(model.named_modules())
     for name in adapter.modules_to_save:
-        if not any(n == name or n.endswith("." + name) for n in modules):
+        matched = [module for n, module in modules.items() if n == name or n.endswith("." + name)]
+        if not matched:
             raise ConfigError(f"adapter.modules_to_save: {name} matches no layer of this model")
+        if any(not p.is_floating_point() for module in matched for p in module.parameters()):
+            raise ConfigError(f"adapter.modules_to_save: {name} is quantized, and codes do not train: leave it out")
     if (adapter.modules_to_save or token_ids) and model.dtype in (torch.bfloat16, torch.float16):
         what = "adapter.modules_to_save" if adapter.modules_to_save else "model.added_tokens"
         raise ConfigError(
@@ -157,28 +176,11 @@ def _check_full_modules(model: PreTrainedModel, adapter: config.Adapter, token_i
         )
 
 
+# Module names under which PEFT keeps what an adapter trains; the adapter's own name is the next part of the path.
+_KINDS = "lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|modules_to_save|trainable_tokens_delta"
+
+
 def trainable(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
     """The parameters of adapter `name`, in the model's order: matrices, magnitudes, saved modules, token rows."""
-    marker = f".{name}"
-    found = {n: p for n, p in model.named_parameters() if marker in n and _is_adapter_parameter(n, marker)}
-    return found
-
-
-def _is_adapter_parameter(parameter: str, marker: str) -> bool:
-    return any(
-        kind + marker in parameter
-        for kind in (
-            "lora_A",
-            "lora_B",
-            "lora_embedding_A",
-            "lora_embedding_B",
-            "lora_magnitude_vector",
-            "modules_to_save",
-            "trainable_tokens_delta",
-        )
-    )
-
-
-def scaling(adapter: config.Adapter) -> float:
-    """The factor of B A: alpha / r, or alpha / sqrt(r) with rsLoRA."""
-    return adapter.alpha / (adapter.r**0.5 if adapter.rslora else adapter.r)
+    part = re.compile(rf"\.({_KINDS})\.{re.escape(name)}(\.|$)")
+    return {n: p for n, p in model.named_parameters() if part.search(n)}

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from lora_ft.errors import MismatchError
 
-MATRICES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
-
 
 def check_trainable(model: PeftModel, name: str, parameters: dict[str, nn.Parameter]) -> int:
     """Only this adapter trains, and its matrices count r (in + out) over the adapted layers; returns the count.
@@ -24,7 +22,7 @@ def check_trainable(model: PeftModel, name: str, parameters: dict[str, nn.Parame
         extra, missing = sorted(training - set(parameters)), sorted(set(parameters) - training)
         raise MismatchError(f"only the adapter may train; also trained: {extra[:5]}, not trained: {missing[:5]}")
     expected = sum(_expected_parameters(layer, name) for layer in model.modules() if isinstance(layer, LoraLayer))
-    found = sum(p.numel() for n, p in parameters.items() if any(f".{m}.{name}" in n for m in MATRICES))
+    found = sum(p.numel() for n, p in parameters.items() if ".lora_" in n)
     if found != expected:
         raise MismatchError(
             f"the adapter has {found:,} parameters in its matrices, its layers and ranks give {expected:,}"
@@ -39,18 +37,29 @@ def _expected_parameters(layer: LoraLayer, name: str) -> int:
     return int(layer.r[name] * (layer.in_features + layer.out_features) + magnitude)
 
 
+def check_gradients(parameters: dict[str, nn.Parameter]) -> None:
+    """After the first backward every lora_B has a gradient; MismatchError names those that have none (A16).
+
+    They would learn nothing for the whole run: checkpointing that cuts the graph, or a layer that is never called.
+    """
+    idle = [n for n, p in parameters.items() if _is_b(n) and (p.grad is None or not p.grad.any())]
+    if idle:
+        raise MismatchError(
+            f"{len(idle)} adapter matrices get no gradient, so their layers would learn nothing: {', '.join(idle[:5])}"
+        )
+
+
 def check_moved(before: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> None:
     """Every lora_B differs from what it was before training; MismatchError names those that do not (A16)."""
-    stuck = [
-        n
-        for n, p in parameters.items()
-        if ".lora_B." in n or ".lora_embedding_B." in n
-        if torch.equal(before[n], p.detach())
-    ]
+    stuck = [n for n, p in parameters.items() if _is_b(n) and torch.equal(before[n], p.detach())]
     if stuck:
         raise MismatchError(
             f"{len(stuck)} adapter matrices never moved, so their layers learned nothing: {', '.join(stuck[:5])}"
         )
+
+
+def _is_b(name: str) -> bool:
+    return ".lora_B." in name or ".lora_embedding_B." in name
 
 
 def check_base_unchanged(before: str, after: str) -> None:

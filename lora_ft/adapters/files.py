@@ -10,9 +10,6 @@ quantization is a MismatchError (peft issues 2566 and 2699; transformers issue 3
 """
 
 import dataclasses
-import hashlib
-import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +19,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_ft import config, durable, runs
+from lora_ft import durable
+from lora_ft.adapters import origin
 from lora_ft.adapters.attach import inject
 from lora_ft.errors import MismatchError, SecurityError
 from lora_ft.models.load import Identity
 
-WEIGHTS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "lora_ft.json"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 # Always written; of the others only what differs from PEFT's default, so that older PEFT reads the file.
 _ALWAYS = (
@@ -51,29 +49,20 @@ _ALWAYS = (
 )
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Where an adapter comes from: its base, the base's quantization, and the rows it learned."""
-
-    base: Identity
-    quant: config.Quant
-    data_sha256: str
-
-
 def tensors_of(model: PeftModel, name: str) -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's file keys, contiguous, on the CPU."""
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     return {key: tensor.detach().cpu().contiguous() for key, tensor in sorted(state.items())}
 
 
-def save(model: PeftModel, name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, origin: Origin) -> None:
+def save(model: PeftModel, name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, source: origin.Origin) -> None:
     """Write the adapter folder in one move and read it back; MismatchError if what was written differs (C10)."""
     tensors = tensors_of(model, name)
     with durable.staged_folder(folder) as staging:
         tokenizer.save_pretrained(staging)
         durable.write_bytes(staging / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
-        durable.write_json(staging / CONFIG, _config_fields(model.peft_config[name], origin.base))
-        durable.write_json(staging / RECORD, _record(tensors, tokenizer, origin))
+        durable.write_json(staging / CONFIG, _config_fields(model.peft_config[name], source.base))
+        durable.write_json(staging / origin.RECORD, origin.record(tensors, tokenizer, source))
         _compare(tensors, _read_tensors(staging / WEIGHTS), str(folder), exact=True)
 
 
@@ -97,53 +86,12 @@ def _plain(value: Any) -> Any:
     return getattr(value, "value", value)
 
 
-def _record(tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, origin: Origin) -> dict[str, Any]:
-    return {
-        "format": 1,
-        "base": dataclasses.asdict(origin.base) | {"folder": None},
-        "quant": quant_recipe(origin.quant),
-        "data_sha256": origin.data_sha256,
-        "tokenizer_sha256": _sha256(tokenizer.backend_tokenizer.to_str()),
-        "chat_template_sha256": _sha256(tokenizer.chat_template) if tokenizer.chat_template else None,
-        "tensors": {key: list(t.shape) for key, t in tensors.items()},
-        "packages": runs.versions(),
-    }
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def quant_recipe(quant: config.Quant) -> dict[str, Any]:
-    """What must be equal for two quantized bases to have the same weights."""
-    recipe: dict[str, Any] = {"kind": quant.kind.value}
-    if quant.kind in (config.QuantKind.nf4, config.QuantKind.fp4):
-        recipe["double"] = quant.double
-    return recipe
-
-
-def check_base(folder: Path, base: Identity, quant: config.Quant) -> None:
-    """Compare the adapter's record with the base it is about to be put on; silent where there is no record."""
-    path = folder / RECORD
-    if not path.is_file():
-        return
-    record = json.loads(path.read_text("utf-8"))
-    found = {"config_sha256": base.config_sha256, "weights_sha256": base.weights_sha256}
-    problems = [
-        f"base {key}: trained on {record['base'].get(key)}, this base has {value}"
-        for key, value in found.items()
-        if record["base"].get(key) != value
-    ]
-    if record["quant"] != quant_recipe(quant):
-        problems.append(f"quantization: trained on {record['quant']}, this base has {quant_recipe(quant)}")
-    if problems:
-        name = record["base"].get("id") or record["base"].get("path")
-        raise MismatchError(f"the adapter in {folder} was made for another base ({name}):\n" + "\n".join(problems))
-
-
 def load(model: PreTrainedModel, folder: Path, name: str) -> PeftModel:
     """Put a saved adapter onto a base for inference, or fail: keys and shapes must match to the last one."""
-    peft_model = inject(model, read_config(folder), name)
+    try:
+        peft_model = inject(model, read_config(folder), name)
+    except ValueError as error:  # PEFT: no layer of this model has a name that the adapter targets, or a rank is 0
+        raise MismatchError(f"the adapter in {folder} does not fit this base: {error}") from error
     load_tensors(peft_model, folder, name)
     peft_model.eval().requires_grad_(False)
     return peft_model
@@ -163,14 +111,17 @@ def read_config(folder: Path) -> LoraConfig:
         raise MismatchError(f"{folder} holds no adapter: {CONFIG} is missing")
     if not (folder / WEIGHTS).is_file():
         raise SecurityError(f"{folder}: {WEIGHTS} is missing; other formats of weights can run code and are not read")
-    fields = json.loads(path.read_text("utf-8"))
+    fields = origin.read_json(path)
     if fields.get("peft_type") != "LORA":
         raise MismatchError(f"{folder}: peft_type must be LORA, got {fields.get('peft_type')}")
     known = {f.name for f in dataclasses.fields(LoraConfig)}
     unknown = sorted(k for k in fields if k not in known and k != "auto_mapping")
     if unknown:
         raise MismatchError(f"{folder}: the installed PEFT does not know {', '.join(unknown)} of {CONFIG}")
-    return LoraConfig(**{k: v for k, v in fields.items() if k in known and k not in ("peft_type", "auto_mapping")})
+    try:
+        return LoraConfig(**{k: v for k, v in fields.items() if k in known and k not in ("peft_type", "auto_mapping")})
+    except (TypeError, ValueError) as error:
+        raise MismatchError(f"{path}: {error}") from error
 
 
 def check_same_method(folder: Path, attached: LoraConfig) -> None:

@@ -5,27 +5,21 @@ adapter_path=./somebodys-adapter   that folder
 adapter_path=owner/name            downloaded: JSON, safetensors, templates and tokenizer files, nothing else
 """
 
-import json
-import logging
 from dataclasses import replace
 from pathlib import Path
 
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lora_ft import config, runs
-from lora_ft.adapters import files
-from lora_ft.errors import ConfigError, MismatchError, ResourceError
+from lora_ft.adapters import files, origin
+from lora_ft.errors import ConfigError, ResourceError
 from lora_ft.models.load import Base, load_base, load_tokenizer
-
-log = logging.getLogger("lora_ft")
 
 NAME = "default"
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-# These settings change the base's own weights when PEFT attaches, so that no bare base is left to compare with.
-_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def adapter_folder(run: str | None, adapter_path: str | None) -> Path:
@@ -85,28 +79,7 @@ def open_adapter(
     Raises MismatchError where the adapter was made for another base, does not fit it to the last key and
     shape, or is of a kind that cannot be told apart from its base; and what `load_base` raises.
     """
-    _check_kind(folder, files.read_config(folder))
+    saved = files.read_config(folder)
     base = load_base(model, quant, device, tokenizer)
-    if (folder / files.RECORD).is_file():
-        files.check_base(folder, base.identity, quant)
-    else:
-        _compare_names(folder, base)
+    origin.check_source(folder, saved, base, quant)
     return base, files.load(base.model, folder, NAME)
-
-
-def _check_kind(folder: Path, found: LoraConfig) -> None:
-    if found.bias != "none":
-        raise MismatchError(f"{folder}: it was trained with bias={found.bias}, which changes the base's own biases")
-    if found.init_lora_weights not in _PLAIN_INITS:
-        raise MismatchError(
-            f"{folder}: init_lora_weights={found.init_lora_weights} changes the base's own weights; "
-            "convert it to a plain LoRA first (PEFT: path_initial_model_for_weight_conversion)"
-        )
-
-
-def _compare_names(folder: Path, base: Base) -> None:
-    """Without our record only names can be compared, and one model may have several: a warning, not an error."""
-    named = json.loads((folder / files.CONFIG).read_text("utf-8")).get("base_model_name_or_path")
-    given = {name for name in (base.identity.id, base.identity.path, base.identity.folder) if name}
-    if named and not any(Path(named).name == Path(name).name for name in given):
-        log.warning("the adapter says that it was trained on %s; the base given is %s", named, base.identity.path)

@@ -30,12 +30,19 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from lora_ft import config, rules, runs
+from lora_ft import config, durable, rules, runs
 from lora_ft.cli import help, overrides
-from lora_ft.errors import ConfigError, LoraFtError, SecurityError
+from lora_ft.errors import ConfigError, LoraFtError, ResourceError, SecurityError
 
 _SECRET = re.compile(r"token|secret|passw|credential|api_?key|private_?key", re.IGNORECASE)
 SWEEP_FAILED_IN_PART = 3
+# what saves memory, by the setting that says so; a verb is advised of those that it has
+_SAVINGS = {
+    "train.tokens_per_microbatch": "lower train.tokens_per_microbatch",
+    "train.checkpoint": "set train.checkpoint=every_1 or quant=nf4",
+    "eval.tokens_per_microbatch": "lower eval.tokens_per_microbatch",
+    "sampling.max_new_tokens": "lower sampling.max_new_tokens",
+}
 
 # what runs a job: its config, the absolute run folder, the overrides as typed
 Main = Callable[[Any, Path, list[str]], float | None]
@@ -66,10 +73,12 @@ def run(command: Command, main: Main) -> int:
         composed = _composed(hydra, command, words)
         if composed.hydra.mode is RunMode.MULTIRUN:
             _refuse_secrets(composed.hydra.job)
-            hydra.multirun(command.verb, _job(command, main, outcomes, report=True), words)
+            with durable.writing():  # the folders, which Hydra makes; what goes wrong in a job is kept by the job
+                hydra.multirun(command.verb, _job(command, main, outcomes, report=True), words)
             return _sweep_code(outcomes)
         _checked(command, composed)  # before Hydra makes the run folder
-        hydra.run(command.verb, _job(command, main, outcomes, report=False), words)
+        with durable.writing():
+            hydra.run(command.verb, _job(command, main, outcomes, report=False), words)
     if outcomes.failures:
         raise outcomes.failures[0]
     return 0
@@ -103,11 +112,21 @@ def _hydra(command: Command) -> Iterator[tuple[Hydra, list[str]]]:
         store.store("stored_run", _stored_run(command))
         hydra = Hydra.create_main_hydra2(task_name=command.verb, config_search_path=search_path)
         mode = ["hydra.mode=MULTIRUN"] if command.multirun else []
-        yield hydra, overrides.translate(command.verb, command.words, sweep=command.multirun) + mode
+        translated = overrides.translate(command.verb, command.words, sweep=command.multirun)
+        yield hydra, [*_implied(command), *translated, *mode]
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
         raise _explained(command, error) from error
     finally:
         GlobalHydra.instance().clear()
+
+
+def _implied(command: Command) -> list[str]:
+    """A typed model.path is another base: the id and revision of a default, an experiment or a run are not its own."""
+    typed = {key for key in ("model", "model.path", "model.id", "model.revision")
+             if overrides.chosen(command.words, key) is not None}  # fmt: skip
+    if "model.path" not in typed or "model" in typed:
+        return []
+    return [f"{key}=null" for key in ("model.id", "model.revision") if key not in typed]
 
 
 def _stored_run(command: Command) -> dict[str, Any]:
@@ -116,7 +135,7 @@ def _stored_run(command: Command) -> dict[str, Any]:
     schema = config.SCHEMAS[command.verb]
     if run_folder in (None, "", "null") or "run" not in (s.key for s in rules.settings(schema)):
         return {}
-    stored = runs.read_config(Path(run_folder))
+    stored = runs.read_config(Path(rules.expand_home(run_folder)))
     return {group: overrides.escape(stored[group]) for group in rules.groups(schema)
             if group in stored and overrides.chosen(command.words, group) is None}  # fmt: skip
 
@@ -149,6 +168,7 @@ def _checked(command: Command, composed: DictConfig) -> Any:
         cfg = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.masked_copy(composed, names)))
     except OmegaConfBaseException as error:
         raise _explained(command, error) from error
+    rules.locate_paths(cfg)
     rules.validate(cfg)
     return cfg
 
@@ -159,18 +179,33 @@ def _job(command: Command, main: Main, outcomes: Outcomes, *, report: bool) -> C
     def task(composed: DictConfig) -> float | None:
         hydra = HydraConfig.get()
         listed = OmegaConf.to_container(hydra.overrides.task, resolve=False)
-        typed = list(overrides.as_typed(command.verb, typing.cast(list[str], listed)))
+        own = [word for word in typing.cast(list[str], listed) if word not in _implied(command)]
+        typed = list(overrides.as_typed(command.verb, own))
         try:
             result = main(_checked(command, composed), Path(hydra.runtime.output_dir), typed)
         except Exception as error:
-            outcomes.failures.append(error)
+            failure = _out_of_memory(command.verb, error) or error
+            outcomes.failures.append(failure)
             if report:
-                _report(f"job {hydra.job.num} ({' '.join(typed)})", error)
+                _report(f"job {hydra.job.num} ({' '.join(typed)})", failure)
             return None
         outcomes.succeeded += 1
         return result
 
     return task
+
+
+def _out_of_memory(verb: str, error: Exception) -> ResourceError | None:
+    """Memory that did not suffice, with what saves some; torch, which is not imported here, is known by its names."""
+    on_gpu = type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch")
+    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    if not (on_gpu or on_cpu or isinstance(error, MemoryError)):
+        return None
+    known = {setting.key for setting in rules.settings(config.SCHEMAS[verb])}
+    advice = ", or ".join(words for key, words in _SAVINGS.items() if key in known) or "use a machine with more of it"
+    reason = str(error).partition("DefaultCPUAllocator: ")[2] or str(error)
+    # without the error as its cause, whose frames would keep the model in memory for the next jobs of a sweep
+    return ResourceError(f"out of memory{f' ({reason})' if reason else ''}: {advice}")
 
 
 def _report(job: str, failure: Exception) -> None:
@@ -201,7 +236,9 @@ def _explained(command: Command, error: Exception) -> LoraFtError:
     verb, inner = command.verb, error.__cause__ or error.__context__
     cause = inner if isinstance(error, HydraException) and isinstance(inner, OmegaConfBaseException) else error
     stored = f"{overrides.chosen(command.words, 'run')}/config.yaml"
-    if isinstance(error, yaml.YAMLError | UnicodeDecodeError):
+    if isinstance(error, UnicodeDecodeError):
+        return ConfigError(f"{_holder(command, error.object)} is not UTF-8")
+    if isinstance(error, yaml.YAMLError):
         return ConfigError(" ".join(str(error).split()).replace('"<unicode string>"', stored))
     place = re.match(r"In '([^']+)'", str(error))
     where = f"{place[1]}.yaml: " if place and place[1] not in (verb, "hydra/config") else ""
@@ -209,10 +246,15 @@ def _explained(command: Command, error: Exception) -> LoraFtError:
     if isinstance(error, MissingConfigException):
         return ConfigError(where + _missing(error))
     key = str(getattr(cause, "full_key", None) or "")
+    group = place[1].rpartition("/")[0] if place else ""
+    if group and group not in rules.groups(config.SCHEMAS[verb]) and (key == group or f"@{group}." in str(error)):
+        return ConfigError(f"{where}its first line must be '# @package _global_'")
     if key and isinstance(cause, ConfigKeyError | ConfigAttributeError):
         found = overrides.unknown(verb, key)
         return type(found)(where + str(found))
     reason = str(cause).splitlines()[0]
+    if unset := re.search(r"Environment variable '(.*)' not found", reason):
+        return ConfigError(f"{where}{key}: the environment variable {unset[1]} is not set")
     setting = overrides.declared(verb, key.partition("[")[0])
     if setting:
         rule = help.type_words(setting.type if key == setting.key else typing.get_args(setting.type)[-1])
@@ -220,6 +262,13 @@ def _explained(command: Command, error: Exception) -> LoraFtError:
         value = typed or re.search(r"[Vv]alue '(.*?)'(?: of type|,)", reason)
         return ConfigError(f"{where}{key} must be {rule}, " + (f"got {value[1]}" if value else f"but: {reason}"))
     return ConfigError(where + (f"{key}: {reason}" if key else reason))
+
+
+def _holder(command: Command, text: bytes) -> Path:
+    """The file, of those that a user may have written, that holds this text; Hydra does not say which it read."""
+    files = sorted(command.config_dir.rglob("*.yaml")) if command.config_dir else []
+    stored = Path(rules.expand_home(overrides.chosen(command.words, "run") or "")) / "config.yaml"
+    return next((file for file in files if text in file.read_bytes()), stored)
 
 
 def _missing(error: MissingConfigException) -> str:

@@ -1,5 +1,5 @@
 """Rows of data become packed tokens; numpy only, the tokenizer object is handed in.
 
-data.path -sources, files-> Record -formats-> Row -templates-> Script -tokenize-> Encoded
-          -prepare (split, length, cache)-> TokenRow -order-> steps -pack-> MicroBatch
+data.path -sources, files-> Record -formats, read (split)-> Row -templates-> Script -tokenize-> Encoded
+          -prepare (length, cache)-> TokenRow -order-> steps -pack-> MicroBatch
 """

@@ -7,10 +7,10 @@ Rows, tokenizer, template, options, this folder's code and the versions of the l
 any is a miss. A damaged file is made again; a cache that cannot be written costs a warning.
 """
 
+import datetime
 import hashlib
 import json
 import logging
-import os
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -28,13 +28,15 @@ log = logging.getLogger(__name__)
 
 
 def folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_ft" / "rows"
+    return durable.cache_folder("rows")
 
 
 def key(rows: list[Row], tokenizer: Any, data: config.Data) -> str:
     """Hexadecimal sha256 of all that the tokenized rows depend on."""
     digest = hashlib.sha256(_code().encode())
     options = [tokenizer.chat_template, tokenizer.special_tokens_map, data.system, data.train_on.value]
+    if "strftime_now" in str(tokenizer.chat_template):
+        options.append(datetime.date.today().isoformat())  # what such a template renders is good for a day
     digest.update(json.dumps(options, default=str).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     for row in rows:

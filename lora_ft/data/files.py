@@ -151,7 +151,8 @@ def _csv(path: Path, label: str, ledger: Ledger) -> Iterator[Record]:
     start = 1
     try:
         header = next(reader, [])
-        if not header or "" in header or len(set(header)) < len(header):
+        named = [name for name in header if name]  # pandas writes its index as a column without a name
+        if not named or len(set(named)) < len(named):
             raise DataError(f"{label}:1: header: column names must be given and differ: {excerpt(header)}")
         while True:
             start = reader.line_num + 1

@@ -7,22 +7,24 @@
     table              {"english": "good", "german": "gut"}           with data.prompt and data.answer
     text               {"text": "Two and two are four."}
 
-An OpenAI message's "weight": 0 keeps an assistant message from being learned; "tools" go to the template.
+An OpenAI message's "weight": 0 keeps an assistant message from being learned; "tools" go to the template. A column
+"system" leads the chat of any format that has no system message.
 """
 
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any
 
 from lora_ft import config
 from lora_ft.config import Format
 from lora_ft.data import table
-from lora_ft.data.rows import Ledger, Message, Record, Row, RowError
+from lora_ft.data.rows import ANSWER_CUE, Ledger, Message, Record, Row, RowError
 from lora_ft.errors import ConfigError, DataError
 
 COLUMNS = {
-    Format.messages: ("messages", "tools"),
+    Format.messages: ("messages", "system", "tools"),
     Format.conversations: ("conversations", "system", "tools"),
-    Format.prompt_completion: ("prompt", "completion", "tools"),
+    Format.prompt_completion: ("prompt", "completion", "system", "tools"),
     Format.alpaca: ("instruction", "input", "output", "system", "history"),
     Format.text: ("text",),
 }
@@ -39,48 +41,48 @@ _MAY_FOLLOW = {
 }  # fmt: skip
 
 
-def rows(records: Iterable[Record], data: config.Data, ledger: Ledger) -> tuple[Format, list[Row]]:
-    """Read every record as the format of the first one, or as `data.format`; bad rows go into the ledger.
+def rows(records: Iterable[Record], data: config.Data, ledger: Ledger) -> tuple[Format, list[Row], list[str]]:
+    """Read at most `data.max_rows` records; the format, the rows, and the columns that nothing reads.
 
-    Raises ConfigError for columns that are not there, DataError where no format fits or no row is left.
+    The columns of all records decide, so that a field which some rows lack is theirs to answer for: bad rows go into
+    the ledger. Raises ConfigError for columns that no record has, DataError where no format fits or no row is left.
     """
+    held = list(islice(records, data.max_rows))
+    if not held:
+        ledger.raise_bad()
+        raise DataError("there is no row to learn from in the data")
+    names = list(dict.fromkeys(name for record in held for name in record.values))
+    found, parse, read = _parser(names, data)
     parsed: list[Row] = []
-    parse: Callable[[str, dict[str, Any]], Row] | None = None
-    found = data.format
-    for record in records:
-        if parse is None:
-            found, parse = _parser(record, data)
+    for record in held:
         try:
             parsed.append(parse(record.place, _renamed(record.values, data.columns)))
         except RowError as error:
-            ledger.add_bad(record.place, error.name, error.reason, record.values)
-        if len(parsed) == data.max_rows:
-            break
+            ledger.add_bad(record.place, _as_in_file(error.name, data.columns), error.reason, record.values)
     ledger.raise_bad()
-    if not parsed:
-        raise DataError("there is no row to learn from in the data")
-    return found, parsed
+    in_file = {data.columns.get(name, name) for name in read}
+    return found, parsed, [name or "(unnamed)" for name in names if name not in in_file]
 
 
-def _parser(record: Record, data: config.Data) -> tuple[Format, Callable[[str, dict[str, Any]], Row]]:
-    names = record.values
+def _parser(names: list[str], data: config.Data) -> tuple[Format, Callable[[str, dict[str, Any]], Row], Iterable[str]]:
+    """The format of rows with these columns, what makes a row of it, and the columns that this reads."""
     if missing := [name for name in data.columns.values() if name not in names]:
-        raise ConfigError(f"data.columns names {missing[0]}, which is no column of {record.place}: {_listed(names)}")
-    found = detect(record.place, {**names, **dict.fromkeys(data.columns)}, data)
+        raise ConfigError(f"data.columns names {missing[0]}, which is no column of {data.path}: {_listed(names)}")
+    known = {*names, *data.columns}
+    found = detect(known, data)
     if found is Format.table:
-        return found, table.parser(data, (*names, *data.columns))
+        return found, table.parser(data, known), table.fields(data)
     if data.prompt is not None or data.answer is not None:
         raise ConfigError(f"data.prompt and data.answer are templates of data.format=table, got {found.name}")
     if unknown := [name for name in data.columns if name not in COLUMNS[found]]:
         raise ConfigError(
             f"data.columns: {unknown[0]} is no column of format {found.name}, which has {_listed(COLUMNS[found])}"
         )
-    return found, _PARSERS[found]
+    return found, _PARSERS[found], COLUMNS[found]
 
 
-def detect(place: str, names: Iterable[str], data: config.Data) -> Format:
+def detect(names: set[str], data: config.Data) -> Format:
     """The format of rows with these column names; DataError where there is none."""
-    names = set(names)
     if data.format is not Format.auto:
         return data.format
     if data.prompt is not None or data.answer is not None:
@@ -90,7 +92,9 @@ def detect(place: str, names: Iterable[str], data: config.Data) -> Format:
     if "conversations" in names:
         return Format.conversations
     if {"chosen", "rejected"} <= names:
-        raise DataError(f"{place}: chosen and rejected are preference pairs; rows to imitate have prompt + completion")
+        raise DataError(
+            f"{data.path}: chosen and rejected are preference pairs; rows to imitate have prompt + completion"
+        )
     if {"prompt", "completion"} <= names:
         return Format.prompt_completion
     if {"instruction", "output"} <= names:
@@ -98,7 +102,7 @@ def detect(place: str, names: Iterable[str], data: config.Data) -> Format:
     if "text" in names:
         return Format.text
     raise DataError(
-        f"{place}: no format has the columns {_listed(names)}: name one with data.format=, rename columns with "
+        f"{data.path}: no format has the columns {_listed(names)}: name one with data.format=, rename columns with "
         f"data.columns=, or write data.prompt= and data.answer= over them"
     )
 
@@ -108,28 +112,44 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _renamed(values: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
-    return {**values, **{name: values.get(given) for name, given in columns.items()}} if columns else values
+    """Values under the names that formats expect; a column that the row lacks stays missing."""
+    if not columns:
+        return values
+    given = {name: values[in_file] for name, in_file in columns.items() if in_file in values}
+    return {name: value for name, value in values.items() if name not in columns} | given
+
+
+def _as_in_file(name: str, columns: dict[str, str]) -> str:
+    """messages[1] -> dialogue[1], where the file calls it so."""
+    column, bracket, index = name.partition("[")
+    return columns.get(column, column) + bracket + index
 
 
 def _messages_row(place: str, values: dict[str, Any]) -> Row:
-    return _chat(place, _message_list(values, "messages"), values)
+    return _chat(place, _led(_message_list(values, "messages"), values), values)
 
 
 def _conversations_row(place: str, values: dict[str, Any]) -> Row:
-    messages = _message_list(values, "conversations")
-    if (system := _optional_text(values, "system")) and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
-    return _chat(place, messages, values)
+    return _chat(place, _led(_message_list(values, "conversations"), values), values)
+
+
+def _led(messages: list[Message], values: dict[str, Any]) -> list[Message]:
+    """The chat behind the system message that the row has in a column of its own, if the chat has none."""
+    system = _optional_text(values, "system")
+    if not system or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
 
 
 def _prompt_completion_row(place: str, values: dict[str, Any]) -> Row:
     if isinstance(values.get("prompt"), list):
-        asked = _message_list(values, "prompt")
+        asked = _led(_message_list(values, "prompt"), values)
         context = frozenset(i for i, message in enumerate(asked) if message["role"] == "assistant")
         return _chat(place, asked + _message_list(values, "completion"), values, context)
     prompt, completion = _text(values, "prompt"), _text(values, "completion")
-    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-    return Row(place, messages, completion, plain_prompt=prompt, tools=_tools(values))
+    messages = _led([{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}], values)
+    system = f"{messages[0]['content']}\n\n" if len(messages) > 2 else ""
+    return Row(place, messages, completion, plain_prompt=system + prompt, tools=_tools(values))
 
 
 def _alpaca_row(place: str, values: dict[str, Any]) -> Row:
@@ -142,9 +162,9 @@ def _alpaca_row(place: str, values: dict[str, Any]) -> Row:
     for question, answer in turns:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     for question, answer in turns[:-1]:
-        plain += f"### Instruction:\n{question}\n\n### Response:\n{answer}\n\n"
+        plain += f"### Instruction:\n{question}{ANSWER_CUE}{answer}\n\n"
     heading = f"\n\n### Input:\n{extra}" if extra else ""
-    return Row(place, messages, output, f"{plain}### Instruction:\n{instruction}{heading}\n\n### Response:\n")
+    return Row(place, messages, output, f"{plain}### Instruction:\n{instruction}{heading}{ANSWER_CUE}")
 
 
 def _history(values: dict[str, Any]) -> list[tuple[str, str]]:

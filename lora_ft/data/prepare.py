@@ -7,7 +7,7 @@ Every row that was read is in the dataset, or counted in its report, or named in
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from lora_ft import config
 from lora_ft.config import TooLong
-from lora_ft.data import cache, formats, split, templates, tokenize
-from lora_ft.data.rows import Ledger, Row
+from lora_ft.data import cache, templates, tokenize
+from lora_ft.data.read import Rows, read
+from lora_ft.data.rows import Ledger, Row, excerpt
 from lora_ft.data.rows import TokenRow as TokenRow
-from lora_ft.data.sources import records
 from lora_ft.data.tokenize import Encoded
 from lora_ft.errors import ConfigError, DataError
 
@@ -47,8 +47,9 @@ class Question:
 class Report:
     """What was read, and what became of it. Rows are counted as read; a row may give several documents.
 
-    left_out: counts by reason. truncated: documents whose prompt was cut. duplicates: rows equal to an earlier
-    one but for case and blanks. sha256: of all ids and masks. template_sha256, tokenizer_sha256: of what made them.
+    left_out: counts by reason. truncated: documents whose prompt was cut. split: texts cut into windows.
+    duplicates: rows equal to an earlier one but for case and blanks. unused: columns that nothing reads.
+    sha256: of all ids and masks. template_sha256, tokenizer_sha256: of what made them.
     """
 
     format: str
@@ -57,7 +58,9 @@ class Report:
     heldout_documents: int
     left_out: dict[str, int]
     truncated: int
+    split: int
     duplicates: int
+    unused: list[str]
     train_tokens: int
     heldout_tokens: int
     supervised_tokens: int
@@ -74,12 +77,14 @@ class Report:
             f"to train on, {self.supervised_tokens:,} of them supervised, longest {self.longest:,}; "
             f"{self.heldout_documents:,} held out; {self.duplicates:,} duplicates{left_out}"
             + (f"; {self.truncated:,} prompts cut" if self.truncated else "")
+            + (f"; {self.split:,} texts cut into windows" if self.split else "")
+            + (f"; columns not used: {excerpt(', '.join(self.unused))}" if self.unused else "")
         )
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """answers: the distinct last answers of the training rows, sorted, where they are MOST_LABELS or fewer."""
+    """answers: the `labels` of the training rows."""
 
     train: list[TokenRow]
     heldout: list[TokenRow]
@@ -94,56 +99,32 @@ def prepare(data: config.Data, tokenizer: Any) -> Dataset:
     The tokenizer is a fast one of transformers. Raises DataError (rows), ConfigError (settings, tokenizer),
     ResourceError (a package or hub dataset that is not here), SecurityError.
     """
+    return prepare_rows(read(data), data, tokenizer)
+
+
+def prepare_rows(found: Rows, data: config.Data, tokenizer: Any) -> Dataset:
+    """Tokenize and measure rows that were read: those to train on, and those held out, which may be all."""
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"the tokenizer must be a fast one (tokenizer.json), got {type(tokenizer).__name__}")
-    ledger = Ledger()
-    found, rows = formats.rows(records(data.path, "data.path", data, ledger), data, ledger)
-    rows, hashes, duplicates = _unique(rows, data, ledger)
-    if data.eval_path or data.eval_split:
-        key, apart = _apart(data)
-        _, extra = formats.rows(records(apart.path, key, apart, ledger), data, ledger)
-        extra, extra_hashes, more = _unique(extra, data, ledger)
-        duplicates += more
-        split.refuse_leaks(rows, extra, hashes, extra_hashes)
-        aside = [False] * len(rows) + [True] * len(extra)
-        rows, hashes = rows + extra, hashes + extra_hashes
-    else:
-        aside = split.held_out(hashes, data.eval_fraction)
+    rows, ledger = found.rows, found.ledger
     documents, cached = _tokenized(rows, data, tokenizer, ledger)
-    fitted, truncated = _fitted(documents, rows, data, tokenizer, ledger)
-    train = [d for d in fitted if not aside[d.row]]
-    heldout = [d for d in fitted if aside[d.row]]
-    if not train:
-        raise DataError(f"no row is left to train on: {_reasons(ledger)}")
+    fitted, cut = _fitted(documents, rows, data, tokenizer, ledger)
+    train = [d for d in fitted if not found.aside[d.row]]
+    heldout = [d for d in fitted if found.aside[d.row]]
+    if not (heldout if all(found.aside) else train):
+        left_out = ", ".join(f"{count} {reason}" for reason, count in ledger.left_out.items())
+        raise DataError(f"no row is left to {'evaluate' if all(found.aside) else 'train on'}: {left_out}")
     report = Report(
-        format=found.name, rows=len(rows), train_documents=len(train), heldout_documents=len(heldout),
-        left_out=dict(+ledger.left_out), truncated=truncated, duplicates=duplicates,
+        format=found.format.name, rows=len(rows), train_documents=len(train), heldout_documents=len(heldout),
+        left_out=dict(+ledger.left_out), truncated=cut if data.too_long is TooLong.truncate_prompt else 0,
+        split=cut if data.too_long is TooLong.split else 0, duplicates=found.duplicates, unused=found.unused,
         train_tokens=_tokens(train), heldout_tokens=_tokens(heldout),
         supervised_tokens=sum(int(d.supervised.sum()) for d in train), longest=max(len(d.ids) for d in fitted),
         cached=cached, sha256=_sha256(train, heldout), template_sha256=_template_sha256(tokenizer),
         tokenizer_sha256=hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
     )  # fmt: skip
     return Dataset(_token_rows(train, rows), _token_rows(heldout, rows), _questions(heldout, rows),
-                   _labels(train, rows), report)  # fmt: skip
-
-
-def _unique(rows: list[Row], data: config.Data, ledger: Ledger) -> tuple[list[Row], list[bytes], int]:
-    """Rows, their content hashes and the number of duplicates, which `data.deduplicate` leaves out, counted."""
-    hashes = [split.content_hash(row) for row in rows]
-    first = {h: i for i, h in reversed(list(enumerate(hashes)))}
-    duplicates = len(rows) - len(first)
-    if not data.deduplicate:
-        return rows, hashes, duplicates
-    ledger.left_out["equal to an earlier row"] += duplicates
-    kept = sorted(first.values())
-    return [rows[i] for i in kept], [hashes[i] for i in kept], duplicates
-
-
-def _apart(data: config.Data) -> tuple[str, config.Data]:
-    """Where rows are held out that have a place of their own, as settings, and the setting that says so."""
-    if data.eval_path:
-        return "data.eval_path", replace(data, path=data.eval_path, split=data.eval_split or data.split)
-    return "data.eval_split", replace(data, split=str(data.eval_split))
+                   labels(rows[d.row] for d in train), report)  # fmt: skip
 
 
 def _tokenized(rows: list[Row], data: config.Data, tokenizer: Any, ledger: Ledger) -> tuple[list[Encoded], bool]:
@@ -176,11 +157,16 @@ def _fitted(
         ledger.left_out["longer than data.max_length"] += len(gone)
         return [d for d in documents if d.row not in gone], 0
     if data.too_long is TooLong.error:
-        advice = "raise it, or choose data.too_long=drop or truncate_prompt"
-        raise DataError(f"{_too_long(long, rows, data)}: {advice}")
+        raise DataError(f"{_too_long(long, rows, data)}: {_advice(long, rows, data, tokenizer)}")
+    if data.too_long is TooLong.split:
+        if stuck := [d for d in long if rows[d.row].messages]:
+            why = "only plain text is cut into windows"
+            raise DataError(f"{_too_long(stuck, rows, data)}, and {why}: {_advice(stuck, rows, data, tokenizer)}")
+        return [window for d in documents for window in _windows(d, data.max_length)], len(long)
     cut = [_cut(d, data.max_length, tokenizer) if len(d.ids) > data.max_length else d for d in documents]
     if stuck := [d for d in cut if len(d.ids) > data.max_length]:
-        raise DataError(f"{_too_long(stuck, rows, data)} without their prompts: answers are never cut")
+        why = "without their prompts: answers are never cut"
+        raise DataError(f"{_too_long(stuck, rows, data)} {why}; {_advice(stuck, rows, data, tokenizer)}")
     return cut, len(long)
 
 
@@ -188,6 +174,32 @@ def _too_long(long: list[Encoded], rows: list[Row], data: config.Data) -> str:
     worst = max(long, key=lambda d: len(d.ids))
     return (f"{len({d.row for d in long})} of {len(rows)} rows are longer than data.max_length={data.max_length}, "
             f"the longest is {rows[worst.row].place} with {len(worst.ids)} tokens")  # fmt: skip
+
+
+def _advice(long: list[Encoded], rows: list[Row], data: config.Data, tokenizer: Any) -> str:
+    """What helps all of these documents, and nothing that does not."""
+    cures = ["drop"]
+    if all(len(_cut(d, data.max_length, tokenizer).ids) <= data.max_length for d in long):
+        cures.append("truncate_prompt")
+    if not any(rows[d.row].messages for d in long):
+        cures.append("split")
+    return f"raise it, or choose data.too_long={' or '.join(cures)}"
+
+
+def _windows(document: Encoded, max_length: int) -> Iterator[Encoded]:
+    """Cut a text so that every target stays one, once; the end token stands where the text ends, and only there.
+
+        max_length=4    a b c d e f g .      targets of the whole:  b c d e f g .
+                        a b c d                                     b c d
+                              d e f g                                     e f g
+                                    g .                                         .
+
+    A window begins with the last token of the one before, since something has to predict its second.
+    """
+    for start in range(0, len(document.ids) - 1, max_length - 1):
+        supervised = document.supervised[start : start + max_length].copy()
+        supervised[0] = False
+        yield replace(document, ids=document.ids[start : start + max_length], supervised=supervised)
 
 
 def _cut(document: Encoded, max_length: int, tokenizer: Any) -> Encoded:
@@ -222,17 +234,14 @@ def _asked(row: Row) -> str:
     return next(str(m["content"]) for m in reversed(row.messages) if m["role"] == "user")
 
 
-def _labels(documents: Iterable[Encoded], rows: list[Row]) -> list[str] | None:
-    answers = {rows[d.row].answer for d in documents if rows[d.row].messages}
+def labels(rows: Iterable[Row]) -> list[str] | None:
+    """The distinct last answers of the rows, sorted, where they are MOST_LABELS or fewer."""
+    answers = {row.answer for row in rows if row.messages}
     return sorted(answers) if 0 < len(answers) <= MOST_LABELS else None
 
 
 def _tokens(documents: Iterable[Encoded]) -> int:
     return sum(len(d.ids) for d in documents)
-
-
-def _reasons(ledger: Ledger) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in ledger.left_out.items()) or "all are held out"
 
 
 def _sha256(*sides: list[Encoded]) -> str:

@@ -20,6 +20,9 @@ LONGEST_EXCERPT = 120
 
 Message = dict[str, Any]
 
+# What ends a prompt that no chat template and no user marks the end of: Alpaca's heading, which base models have seen.
+ANSWER_CUE = "\n\n### Response:\n"
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -64,12 +67,13 @@ class TokenRow:
 class RowError(Exception):
     """One row's fault, raised where its place is not known and caught where it is, for the ledger.
 
-    name: of the field, message or column at fault. reason: what is wrong with it.
+    name: of the field, message or column at fault. reason: what is wrong with it. shown: the part of the row that
+    it is about, where the reader would not see it at once.
     """
 
-    def __init__(self, name: str, reason: str) -> None:
+    def __init__(self, name: str, reason: str, shown: object = None) -> None:
         super().__init__(f"{name}: {reason}")
-        self.name, self.reason = name, reason
+        self.name, self.reason, self.shown = name, reason, shown
 
 
 @dataclass

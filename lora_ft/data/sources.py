@@ -17,12 +17,19 @@ _PACKAGE = re.compile(r"package:([A-Za-z_]\w*)/(.+)")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
+def is_local(path: str) -> bool:
+    """Whether this is a place on this machine, where the settings of hub datasets mean nothing."""
+    return path.startswith("package:") or Path(path).expanduser().exists()
+
+
 def records(path: str, key: str, data: config.Data, ledger: Ledger) -> Iterator[Record]:
     """Yield the rows at `path`, the value of the setting `key`; a folder's files in order of their names.
 
     Raises DataError (a missing or mixed place), ResourceError (a package or hub dataset that is not to be
     had here) or SecurityError (a path that leaves its package).
     """
+    if not path:
+        raise DataError(f"{key} is empty")  # and not the current folder
     if path.startswith("package:"):
         folder = _inside_package(path, key)
         for file in _files(folder, path, key):

@@ -43,4 +43,4 @@ def refuse_leaks(train: list[Row], heldout: list[Row], train_hashes: list[bytes]
              for h, row in zip(heldout_hashes, heldout, strict=True) if h in places]  # fmt: skip
     if leaks:
         shown = "\n".join(leaks[:MOST_BAD_ROWS])
-        raise DataError(f"{len(leaks)} held-out rows are training rows too (data.eval_path, data.path):\n{shown}")
+        raise DataError(f"{len(leaks)} held-out rows are training rows too:\n{shown}")

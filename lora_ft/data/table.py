@@ -5,6 +5,8 @@
     english,german
     good morning,guten Morgen        ->   user: Translate to German: good morning   assistant: guten Morgen
 
+Without a chat template something else must part the two: the prompt then ends with Alpaca's heading of the answer.
+
 `{{` and `}}` stand for braces. A field is a column's whole name, spaces included; nothing else is looked up.
 """
 
@@ -13,7 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from lora_ft import config
-from lora_ft.data.rows import Row, RowError
+from lora_ft.data.rows import ANSWER_CUE, Row, RowError
 from lora_ft.errors import ConfigError
 
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
@@ -21,16 +23,23 @@ _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 def parser(data: config.Data, columns: Iterable[str]) -> Callable[[str, dict[str, Any]], Row]:
     """A function that makes rows by `data.prompt` and `data.answer`; ConfigError for a template that cannot work."""
-    known = set(columns)
+    known = set(columns) - {""}
     prompt = _compile("data.prompt", data.prompt, known)
     answer = _compile("data.answer", data.answer, known)
 
     def parse(place: str, values: dict[str, Any]) -> Row:
         question, reply = _filled(prompt, values, "data.prompt"), _filled(answer, values, "data.answer")
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
-        return Row(place, messages, reply, plain_prompt=question)
+        return Row(place, messages, reply, plain_prompt=question + ANSWER_CUE)
 
     return parse
+
+
+def fields(data: config.Data) -> list[str]:
+    """The columns that the two templates name."""
+    return [
+        match[1] for template in (data.prompt, data.answer) for match in _PIECE.finditer(template or "") if match[1]
+    ]
 
 
 def _compile(key: str, template: str | None, known: set[str]) -> list[tuple[str, str]]:

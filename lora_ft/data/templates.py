@@ -17,19 +17,28 @@ import jinja2
 
 from lora_ft import config
 from lora_ft.config import TrainOn
-from lora_ft.data.rows import Ledger, Message, Row, RowError
+from lora_ft.data.rows import ANSWER_CUE, Ledger, Message, Row, RowError
 from lora_ft.errors import ConfigError
 
 # A template refuses a chat by raise_exception (TemplateError), or trips over a value that it does not expect.
 _TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError)
 
+# Llama 3's templates write a date into the system turn: this one, or today's where they find a clock. Rows must not
+# change overnight, so they get the date that Meta's templates fall back on. A template that asks the clock under no
+# such name still does: transformers lets no caller replace its clock.
+_DATE = "26 Jul 2024"
+
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """prompt: all that precedes the answer. through: the same and the answer, with what the template puts after it."""
+    """prompt: all that precedes the answer. through: the same and the answer, with what the template puts after it.
+
+    answer: the message itself, for what is said about it.
+    """
 
     prompt: str
     through: str
+    answer: object
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +70,7 @@ def scripts(rows: Iterable[Row], data: config.Data, tokenizer: Any, ledger: Ledg
         elif data.system:
             raise ConfigError(f"data.system needs rows that a chat template renders; {row.place} is plain text")
         else:
-            yield index, Script([Turn(row.plain_prompt, row.plain_prompt + row.answer)], 1, plain=True)
+            yield index, Script([Turn(row.plain_prompt, row.plain_prompt + row.answer, row.answer)], 1, plain=True)
 
 
 def control_tokens(tokenizer: Any) -> re.Pattern[str]:
@@ -84,16 +93,32 @@ def _chat(row: Row, data: config.Data, tokenizer: Any, control: re.Pattern[str])
         learned = [i for i in learned if i - moved not in row.context]
     if not learned:
         raise RowError("weight", "no answer of the row is learned, so that it has no supervised token")
-    turns = [Turn(_render(messages[:i], row, tokenizer, True), _render(messages[: i + 1], row, tokenizer, False))
-             for i in learned]  # fmt: skip
+    turns = [
+        Turn(_render(messages[:i], row, tokenizer, True), _render(messages[: i + 1], row, tokenizer, False),
+             messages[i].get("content") or messages[i])
+        for i in learned
+    ]  # fmt: skip
     return Script(turns, len(answers), plain=False)
 
 
 def _render(messages: list[Message], row: Row, tokenizer: Any, generation_prompt: bool) -> str:
     try:
-        rendered = tokenizer.apply_chat_template(
-            messages, tools=row.tools, tokenize=False, add_generation_prompt=generation_prompt
-        )
+        return render(messages, tokenizer, generation_prompt, row.tools)
     except _TEMPLATE_FAULTS as error:
         raise RowError("chat template", f"refuses the row: {error}") from None
-    return str(rendered)
+
+
+def render(messages: list[Message], tokenizer: Any, generation_prompt: bool, tools: list[Any] | None = None) -> str:
+    """The text of a chat by the tokenizer's own template; whatever the template raises passes through."""
+    return str(
+        tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=generation_prompt, date_string=_DATE
+        )
+    )
+
+
+def plain_prompt(text: str, data: config.Data) -> str:
+    """What a model without a template is asked, as rows of this format were laid out when it learned."""
+    if data.format is config.Format.alpaca:
+        return f"### Instruction:\n{text}{ANSWER_CUE}"
+    return text + ANSWER_CUE if data.prompt else text

@@ -94,7 +94,7 @@ def encode(
                 for document in _documents(index, script, turns, vocabulary):
                     yield _learned_whole(document, script) if train_on is TrainOn.all else document
             except RowError as error:
-                ledger.add_bad(rows[index].place, error.name, error.reason, rows[index].answer)
+                ledger.add_bad(rows[index].place, error.name, error.reason, error.shown)
 
 
 def _documents(
@@ -107,9 +107,10 @@ def _documents(
         if script.plain:
             prompt, ids = vocabulary.lead + prompt, _ended(vocabulary.lead + ids, vocabulary)
         else:
-            ids = _cut_behind_end(ids, len(prompt), vocabulary)
+            ids = _cut_behind_end(turn, ids, len(prompt), vocabulary)
         if vocabulary.bos is not None and ids[:2] == [vocabulary.bos] * 2:
-            raise RowError("text" if script.plain else "chat template", "begins with two beginning-of-text tokens")
+            name = "text" if script.plain else "chat template"
+            raise RowError(name, "begins with two beginning-of-text tokens", turn.through)
         if spans and ids[: len(held)] != held:
             yield _document(row, held, spans)
             spans = []
@@ -137,10 +138,11 @@ def _joined(turn: Turn, prompt: list[int], through: list[int], vocabulary: Vocab
     if through[: len(prompt)] == prompt:
         return through
     if not turn.through.startswith(turn.prompt):
-        raise RowError("chat template", "does not begin an answer with its own generation prompt")
+        raise RowError("chat template", "does not begin an answer with its own generation prompt", turn.answer)
     apart = prompt + vocabulary.ids([turn.through[len(turn.prompt) :]])[0]
     if vocabulary.text(apart) != vocabulary.text(through):
-        raise RowError("answer", "begins inside a token: prompt and answer cannot be told apart in it")
+        reason = "begins inside a token: prompt and answer cannot be told apart in it"
+        raise RowError("answer", reason, turn.answer)
     return apart
 
 
@@ -150,16 +152,15 @@ def _ended(ids: list[int], vocabulary: Vocabulary) -> list[int]:
     return ids if ids[-1] == vocabulary.eos else [*ids, vocabulary.eos]
 
 
-def _cut_behind_end(ids: list[int], start: int, vocabulary: Vocabulary) -> list[int]:
+def _cut_behind_end(turn: Turn, ids: list[int], start: int, vocabulary: Vocabulary) -> list[int]:
     """Ids up to the answer's end token, which must be the last but for blanks so that the model learns to stop."""
     end = len(ids)
     while end > start and vocabulary.blank(ids[end - 1]):
         end -= 1
     if end > start and ids[end - 1] not in vocabulary.added:
         shown = vocabulary.text(ids[max(start, len(ids) - 8) :])
-        raise RowError(
-            "chat template", f"puts no end token after the answer, which ends {shown!r}: it would never stop"
-        )
+        reason = f"puts no end token after the answer, which ends {shown!r}: it would never stop"
+        raise RowError("chat template", reason, turn.answer)
     if end <= start + 1:
-        raise RowError("chat template", "leaves nothing of the answer")
+        raise RowError("chat template", "leaves nothing of the answer", turn.answer)
     return ids[:end]

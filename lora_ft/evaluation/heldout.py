@@ -50,7 +50,7 @@ def heldout_loss(model: PreTrainedModel, rows: Sequence[TokenRow], paths: Paths,
     was_training = model.training
     model.eval()
     total, tokens = 0.0, 0
-    for packed in micro_batches(rows, capacity, packing=True):
+    for packed in micro_batches(rows, capacity, paths.packs):
         batch = to_batch(packed, model.device)
         total += token_loss_sum(model, batch, paths).item()
         tokens += int((batch.targets >= 0).sum())

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lora_ft.errors import MismatchError
 from lora_ft.exports.merge import dequantized
 from lora_ft.models.load import quiet
-from lora_ft.ops.attention import PLAIN, plain_attention
+from lora_ft.ops.attention import plain_attention
 
 _PROBE_TOKENS = 64
 
@@ -81,7 +81,7 @@ def check(folder: Path, expected: Probe) -> float:
     """
     with quiet():
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", attn_implementation=PLAIN, device_map={"": expected.device},
+            folder, dtype="auto", device_map={"": expected.device},
             use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True,
         )  # fmt: skip
     if wrong := [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]:

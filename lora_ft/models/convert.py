@@ -11,7 +11,6 @@ names for each tensor (27 s for a model of 135 million parameters, where this ta
 """
 
 import hashlib
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,7 @@ def converted(path: Path) -> tuple[Path, str]:
     """The transformers folder for a GGUF file, and the sha256 of the file; converts it if the cache has none."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = _cache() / f"{digest}-{VERSION}"
+    folder = durable.cache_folder("models") / f"{digest}-{VERSION}"
     # A staged folder gets its name only when it is whole, so existence is enough.
     if not folder.is_dir():
         source = gguf.read(path)
@@ -64,12 +63,6 @@ def converted(path: Path) -> tuple[Path, str]:
                     "make room there, or set XDG_CACHE_HOME to a folder that has it"
                 ) from None
     return folder, digest
-
-
-def _cache() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification: a relative path is to be ignored.
-    return (Path(home) if Path(home).is_absolute() else Path.home() / ".cache") / "lora_ft" / "models"
 
 
 def write_folder(source: gguf.Gguf, folder: Path) -> None:

@@ -12,6 +12,7 @@ their own, and several processes share them.
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,9 @@ from lora_ft.models.locate import Identity, locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Old checkpoints hold the causal mask's fill value, a constant, which not every class declares.
+_MASK = re.compile(r"\.masked_bias$")
 
 __all__ = ["Base", "Identity", "load_base", "load_tokenizer", "resolve_device", "resolve_dtype"]
 
@@ -75,6 +79,13 @@ def load_tokenizer(model: config.Model) -> "PreTrainedTokenizerBase":
             tokenizer = _tokenizer_class(folder).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, ImportError) as error:
             raise ConfigError(f"the tokenizer of {model.path} cannot be loaded: {_first_line(error)}") from None
+        except Exception as error:
+            # transformers takes the form of JSON files for granted; tokenizers raises nothing but bare Exceptions
+            if type(error) not in (Exception, KeyError, TypeError, AttributeError):
+                raise
+            raise ConfigError(
+                f"the tokenizer of {model.path} cannot be loaded: its files are not of a tokenizer's form ({error!r})"
+            ) from error
     if not tokenizer.is_fast:
         raise ConfigError(f"the tokenizer of {model.path} has no fast version (tokenizer.json)")
     if model.chat_template is not None:
@@ -170,6 +181,11 @@ def _load_weights(path: str, folder: str, dtype: torch.dtype, device: torch.devi
     if absent := sorted(report["missing_keys"]) or sorted(report["mismatched_keys"]):
         raise ConfigError(
             f"model.path={path}: the weights lack {absent[0]} or its shape differs ({len(absent)} in all)"
+        )
+    if extra := sorted(name for name in report["unexpected_keys"] if not _MASK.search(name)):
+        raise ConfigError(
+            f"model.path={path}: the weights hold tensors that the model of config.json has no place for, "
+            f"{', '.join(extra[:3])} ({len(extra)} in all): weights and config.json do not belong together"
         )
     return network
 

@@ -52,9 +52,11 @@ def locate(model: config.Model) -> Identity:
     Raises ResourceError where it is not on this machine and cannot be fetched, ConfigError where the
     place holds no loadable model, SecurityError where loading it could run code or leave its folder.
     """
-    if model.path.startswith("package:"):
+    path, in_package = Path(model.path).expanduser(), model.path.startswith("package:")
+    if model.revision and (in_package or path.suffix == ".gguf" or path.is_dir()):
+        raise ConfigError(f"model.revision={model.revision}: {model.path} is no hub id, and nothing else has revisions")
+    if in_package:
         return _from_gguf(model, _package_file(model.path))
-    path = Path(model.path).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ResourceError(f"model.path={model.path}: there is no such file")
@@ -131,8 +133,9 @@ def check_config(folder: Path) -> None:
         _refuse_code(
             folder / "tokenizer_config.json", _read_json(folder / "tokenizer_config.json"), _is_known_tokenizer
         )
-    if "quantization_config" in settings:
-        method = settings["quantization_config"].get("quant_method", "unknown")
+    quantization = settings.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise ConfigError(f"{folder} is quantized already ({method}): give the unquantized model, and choose quant=...")
 
 

@@ -5,16 +5,15 @@
     embeddings, norms, lm_head                    -> as they are
 
 What bitsandbytes 0.50 does on a CPU and is undone here, because it would break a promise:
-it fetches compiled kernels from the hub while it is imported (where the `kernels` package is installed),
 it repacks weights in place at the first inference (other bytes, and bfloat16 products for float32
 inputs), and it searches 4-bit levels so slowly that loading 135M parameters takes a second more. Its import loads
 torch's compiler, 2.7 s, which nothing here uses: that is left out as well. On GPUs its own kernels run.
+(That it fetches compiled kernels from the hub is prevented earlier, in lora_ft/__init__.py.)
 """
 
 import contextlib
 import functools
 import importlib
-import logging
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -50,25 +49,12 @@ def bitsandbytes_config(quant: config.Quant, compute: torch.dtype) -> Any:
 
 
 def import_bitsandbytes() -> Any:
-    """Import bitsandbytes without its download of kernels and its log lines per call, and with our CPU kernel."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    """Import bitsandbytes without torch's compiler, and with our CPU kernel."""
     if "bitsandbytes" not in sys.modules:
-        with _without_kernels_package(), _without_compiler():
+        with _without_compiler():
             importlib.import_module("bitsandbytes")
     _register_cpu_kernel()
     return sys.modules["bitsandbytes"]
-
-
-@contextlib.contextmanager
-def _without_kernels_package() -> Iterator[None]:
-    before = {name: module for name, module in sys.modules.items() if name == "kernels"}
-    # None makes `import kernels` fail, which bitsandbytes takes for "not installed".
-    sys.modules["kernels"] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules["kernels"]
-        sys.modules.update(before)
 
 
 @contextlib.contextmanager

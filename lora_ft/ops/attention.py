@@ -85,6 +85,9 @@ def _band(length: int, width: int, device: torch.device) -> Tensor:
 def plain_attention(model: PreTrainedModel) -> Iterator[None]:
     """Let the model attend as transformers does, for generation, and give it back as it was."""
     before = model.config._attn_implementation
+    if before != NAME:
+        yield
+        return
     model.set_attn_implementation(PLAIN)
     try:
         yield

@@ -35,9 +35,14 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Paths:
-    """The paths chosen for a model, and why a fast one was not taken."""
+    """The paths chosen for a model, and why a fast one was not taken.
 
-    attention: str
+    packs: whether documents may share a forward pass. An untested architecture may let them see each other
+    there (OPT, BLOOM and Falcon do, in transformers 5.23), and so gets one at a time.
+    """
+
+    packs: bool
+    passes_starts: bool
     supervised_rows_only: bool
     reasons: tuple[str, ...]
 
@@ -45,11 +50,14 @@ class Paths:
 def choose_paths(model: PreTrainedModel, fast: config.Fast) -> Paths:
     """Choose the paths for this architecture and set the model's attention; the choice is for logging."""
     known = model.config.model_type in TESTED
-    reasons = [] if known else [f"plain paths: {model.config.model_type} is not among the tested architectures"]
+    reasons = []
+    if not known:
+        what = model.config.model_type
+        reasons = [f"plain paths, one row in a forward pass: {what} is not among the tested architectures"]
     reasons += [f"plain {name}: fast.{name}=false" for name in ("attention", "loss") if not getattr(fast, name)]
-    name = attention.NAME if known and fast.attention else attention.PLAIN
-    model.set_attn_implementation(name)
-    return Paths(name, known and fast.loss, tuple(reasons))
+    if known:
+        model.set_attn_implementation(attention.NAME if fast.attention else attention.PLAIN)
+    return Paths(known, known and fast.attention, known and fast.loss, tuple(reasons))
 
 
 def token_loss_sum(model: PreTrainedModel, batch: Batch, paths: Paths) -> Tensor:
@@ -58,7 +66,7 @@ def token_loss_sum(model: PreTrainedModel, batch: Batch, paths: Paths) -> Tensor
     `model` is the transformers model, with or without adapter layers inside.
     """
     inputs = {"input_ids": batch.ids[None], "position_ids": batch.positions[None], "use_cache": False}
-    if paths.attention == attention.NAME:
+    if paths.passes_starts:
         inputs["document_starts"] = batch.starts
     if not paths.supervised_rows_only:
         logits = model(**inputs).logits[0]

@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft import config
-from lora_ft.adapters import attach, audit, files
+from lora_ft.adapters import attach, audit, files, origin
 from lora_ft.data.order import derive, epoch_order, steps_of_epoch
 from lora_ft.data.prepare import Dataset, Question, TokenRow
+from lora_ft.errors import ConfigError, DataError
+from lora_ft.evaluation.generate import context_length
 from lora_ft.evaluation.heldout import Heldout
 from lora_ft.models.load import Base
 from lora_ft.ops.token_loss import Paths
@@ -84,17 +86,21 @@ def make_learner(
 
     Raises MismatchError where `adapter.init_from` does not fit this base or this adapter's shape.
     """
+    _check_added_tokens(cfg.model, base.tokenizer, dataset.train)
     token_ids = base.tokenizer.convert_tokens_to_ids(list(cfg.model.added_tokens))
+    heldout, questions = evaluation_rows(dataset, cfg.train.eval_rows)
+    steps = plan_steps([len(r.ids) for r in dataset.train], cfg.train, cfg.seed)
+    _check_lengths([*dataset.train, *heldout], base.model, cfg.train)
+    _check_warmup(cfg.optim, len(steps))
     peft_model = attach.attach(model, cfg.adapter, name, derive(cfg.seed, "adapter"), token_ids)
     if cfg.adapter.init_from:
         source = Path(cfg.adapter.init_from)
-        files.check_base(source, base.identity, cfg.quant)
+        origin.check_source(source, files.read_config(source), base, cfg.quant)
         files.check_same_method(source, peft_model.peft_config[name])
         files.load_tensors(peft_model, source, name)
     parameters = attach.trainable(peft_model, name)
     num_trainable = audit.check_trainable(peft_model, name, parameters)
     flat = optimizers.flatten(parameters)
-    heldout, questions = evaluation_rows(dataset, cfg.train.eval_rows)
     return Learner(
         name=name,
         cfg=cfg,
@@ -104,13 +110,41 @@ def make_learner(
         rows=dataset.train,
         heldout=heldout,
         questions=questions,
-        steps=plan_steps([len(r.ids) for r in dataset.train], cfg.train, cfg.seed),
+        steps=steps,
         parameters=parameters,
         start={n: p.detach().clone() for n, p in parameters.items()},
         flat=flat,
         optimizer=optimizers.build(flat, cfg.optim),
         num_trainable=num_trainable,
     )
+
+
+def _check_lengths(rows: list[TokenRow], model: PreTrainedModel, train: config.Train) -> None:
+    """Before any step: every row fits a micro-batch and the model's context (a learned position may not exist)."""
+    longest = max(rows, key=lambda row: len(row.ids))
+    length, context = len(longest.ids), context_length(model)
+    if train.tokens_per_microbatch is not None and length > train.tokens_per_microbatch:
+        raise ConfigError(
+            f"train.tokens_per_microbatch must be at least the longest row: {longest.place} has {length} tokens, "
+            f"got {train.tokens_per_microbatch}"
+        )
+    if length > context:
+        raise DataError(f"{longest.place} has {length} tokens, and this model reads {context}: lower data.max_length")
+
+
+def _check_warmup(optim: config.Optim, num_steps: int) -> None:
+    if optim.warmup_steps and optim.warmup_steps >= num_steps:
+        raise ConfigError(f"optim.warmup_steps must be below the run's {num_steps} steps, got {optim.warmup_steps}")
+
+
+def _check_added_tokens(model: config.Model, tokenizer: PreTrainedTokenizerBase, rows: list[TokenRow]) -> None:
+    """A token that no row holds would stay the mean of all others (A22)."""
+    if not model.added_tokens:
+        return
+    seen = set(np.unique(np.concatenate([row.ids for row in rows])).tolist())
+    unseen = [token for token in model.added_tokens if tokenizer.convert_tokens_to_ids(token) not in seen]
+    if unseen:
+        raise DataError(f"model.added_tokens: no training row holds {', '.join(unseen)}, so they would learn nothing")
 
 
 def evaluation_rows(dataset: Dataset, num_rows: int) -> tuple[list[TokenRow], list[Question]]:
@@ -146,6 +180,8 @@ def overfitting(learner: Learner) -> list[str]:
         f"train loss {train_loss:.4f} (last {len(window)} steps), held-out loss {last:.4f}, "
         f"best {learner.best.heldout.loss:.4f} at step {learner.best.step}"
     ]
+    if learner.best.step == 0:
+        said.append("no evaluation was better than the start: the learning rate may be too high")
     rising, patience = learner.evaluations_without_gain, learner.cfg.train.patience or 2
     if rising >= patience:
         said.append(

@@ -1,10 +1,10 @@
 """The training loop: learners take turns, one optimizer step each, over one resident base.
 
-    step:  micro-batch  loss_sum / supervised tokens of the STEP  -> backward     gradients add up
-           micro-batch  loss_sum / supervised tokens of the STEP  -> backward
-           norm -> clip -> learning rate -> optimizer             -> metrics, evaluation if due
+    step:  micro-batch  loss_sum -> backward     gradients add up
+           micro-batch  loss_sum -> backward
+           divide by the supervised tokens of the STEP -> norm -> clip -> rate -> optimizer -> metrics
 
-The sum of losses is divided once by the supervised tokens of all micro-batches: cutting a step into
+The sum is divided once by the supervised tokens of all micro-batches: cutting a step into
 other micro-batches changes rounding, never the gradient (A01).
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from lora_ft import config
+from lora_ft.adapters import audit
 from lora_ft.data.order import derive
 from lora_ft.data.pack import micro_batches
 from lora_ft.errors import NonFiniteError
@@ -46,10 +47,12 @@ def _turns(learner: Learner, observe: Observer) -> Iterator[int]:
         if _evaluation_due(learner, step + 1):
             metrics |= _evaluate(learner, step + 1)
         observe(learner, metrics)
-        if _out_of_patience(learner):
+        if _out_of_patience(learner) and step + 1 < len(learner.steps):
             learner.stopped_early = True
             break
         yield step + 1
+    # Before the best state comes back: that may be the very start.
+    audit.check_moved(learner.start, learner.parameters)
     if learner.cfg.train.keep is config.Keep.best and learner.best_values is not None:
         learner.flat.values.copy_(learner.best_values)
 
@@ -65,7 +68,7 @@ def _train_step(learner: Learner, step: int) -> Metrics:
     """One optimizer step over the rows planned for it; NonFiniteError before a bad gradient reaches the adapter."""
     started = time.perf_counter()
     cfg, rows = learner.cfg, [learner.rows[i] for i in learner.steps[step]]
-    packed = micro_batches(rows, cfg.train.tokens_per_microbatch, cfg.train.packing)
+    packed = micro_batches(rows, cfg.train.tokens_per_microbatch, cfg.train.packing and learner.paths.packs)
     supervised = sum(int((p.targets >= 0).sum()) for p in packed)
     learner.flat.gradients.zero_()
     loss = 0.0
@@ -73,14 +76,17 @@ def _train_step(learner: Learner, step: int) -> Metrics:
         # Dropout draws from the global generator: seeding it here makes the draw a function of the position.
         torch.manual_seed(derive(cfg.seed, "dropout", step, micro))
         loss_sum = token_loss_sum(learner.base, to_batch(micro_batch, learner.base.device), learner.paths)
-        (loss_sum / supervised).backward()
+        loss_sum.backward()
         loss += float(loss_sum.detach()) / supervised
+    # Divided here, in the adapter's float32: half a model's gradients would vanish in float16 before.
+    learner.flat.gradients.div_(supervised)
+    if step == 0:
+        audit.check_gradients(learner.parameters)
     norm = optimizers.clip(learner.flat.gradients, cfg.optim.clip)
     if not (math.isfinite(norm) and math.isfinite(loss)):
         places = ", ".join(row.place for row in rows[:5])
         raise NonFiniteError(
-            f"step {step + 1}: loss {loss}, gradient norm {norm}; rows {places}"
-            f"{', ...' if len(rows) > 5 else ''}. The adapter was left as it was before this step."
+            f"step {step + 1}: loss {loss}, gradient norm {norm}; rows {places}{', ...' if len(rows) > 5 else ''}"
         )
     rate = optimizers.learning_rate(cfg.optim, step, len(learner.steps))
     optimizers.set_learning_rate(learner.optimizer, rate)

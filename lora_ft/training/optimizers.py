@@ -1,7 +1,7 @@
 """The optimizer of one learner, over a flat tensor, and its learning rate as a function of the step.
 
-    flat       [ lora_A ... | lora_B ... ]     every parameter is a view, and so is every gradient:
-    gradient   [ lora_A ... | lora_B ... ]     one fused AdamW call a group, one norm, one copy to keep
+    flat       [ lora_A ... | lora_B ... | vectors ]     every parameter is a view, and so is every gradient:
+    gradient   [ lora_A ... | lora_B ... | vectors ]     one fused AdamW call a group, one norm, one copy to keep
 
     lr  ^    ______________            warm-up, then the schedule; wsd (warm-up, stable, decay) falls
         |   /              \\ wsd      only in the last optim.decay_fraction of the run
@@ -21,16 +21,16 @@ from lora_ft.models.quantize import import_bitsandbytes
 
 @dataclass(frozen=True)
 class Flat:
-    """A learner's parameters as one tensor: values and gradients [P], and the names in their order."""
+    """A learner's parameters as one tensor: values and gradients [P], and the sizes of the groups in it."""
 
     values: Tensor
     gradients: Tensor
-    num_first_group: int
+    sizes: tuple[int, int, int]
 
 
 def flatten(parameters: dict[str, nn.Parameter]) -> Flat:
-    """Move parameters into one tensor, lora_B last, and make each a view of it; all must share dtype and device."""
-    ordered = sorted(parameters.items(), key=lambda item: _is_b(item[0]))
+    """Move parameters into one tensor, group after group, each a view of it; all share dtype and device."""
+    ordered = sorted(parameters.items(), key=_group)
     values = torch.cat([p.detach().reshape(-1) for _, p in ordered])
     gradients = torch.zeros_like(values)
     offset = 0
@@ -39,27 +39,32 @@ def flatten(parameters: dict[str, nn.Parameter]) -> Flat:
         parameter.data = values[offset : offset + size].view(parameter.shape)
         parameter.grad = gradients[offset : offset + size].view(parameter.shape)
         offset += size
-    return Flat(values, gradients, sum(p.numel() for n, p in ordered if not _is_b(n)))
+    first, second, third = (sum(p.numel() for n, p in ordered if _group((n, p)) == group) for group in range(3))
+    return Flat(values, gradients, (first, second, third))
 
 
-def _is_b(name: str) -> bool:
-    return ".lora_B." in name or ".lora_embedding_B." in name
+def _group(named: tuple[str, nn.Parameter]) -> int:
+    """0: lora_A and other matrices; 1: lora_B; 2: vectors (DoRA's magnitudes, norms, biases)."""
+    name, parameter = named
+    if ".lora_B." in name or ".lora_embedding_B." in name:
+        return 1
+    return 0 if parameter.ndim > 1 else 2
 
 
 def build(flat: Flat, optim: config.Optim) -> torch.optim.Optimizer:
-    """The optimizer over the flat tensor, with lora_B as a group of its own (LoRA+, arXiv 2402.12354).
+    """The optimizer over the flat tensor: lora_B may learn faster (LoRA+, arXiv 2402.12354), vectors do not decay.
 
     Each group carries `lr_ratio`, its learning rate over the schedule's.
     """
     groups = []
-    for part, ratio in (
-        (slice(0, flat.num_first_group), 1.0),
-        (slice(flat.num_first_group, None), optim.lora_plus_ratio),
-    ):
-        if flat.values[part].numel():
-            parameter = nn.Parameter(flat.values[part])
-            parameter.grad = flat.gradients[part]
-            groups.append({"params": [parameter], "lr_ratio": ratio})
+    options = ({"lr_ratio": 1.0}, {"lr_ratio": optim.lora_plus_ratio}, {"lr_ratio": 1.0, "weight_decay": 0.0})
+    offset = 0
+    for size, option in zip(flat.sizes, options, strict=True):
+        if size:
+            parameter = nn.Parameter(flat.values[offset : offset + size])
+            parameter.grad = flat.gradients[offset : offset + size]
+            groups.append({"params": [parameter], **option})
+        offset += size
     settings = {
         "lr": optim.lr,
         "betas": (optim.beta1, optim.beta2),

@@ -1,0 +1,136 @@
+"""Where an adapter comes from: the record that PEFT's files lack, its check, and the lines that load it elsewhere.
+
+{"format": 1, "base": {"id": "HuggingFaceTB/SmolLM2-135M-Instruct", "weights_sha256": {...}, ...},
+ "quant": {"kind": "nf4", "double": true}, "data_sha256": "...", "chat_template_sha256": "...", ...}
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lora_ft import config, runs
+from lora_ft.config import QuantKind
+from lora_ft.errors import MismatchError
+from lora_ft.models.load import Base, Identity
+
+log = logging.getLogger("lora_ft")
+
+RECORD = "lora_ft.json"
+_FORMAT = 1
+
+# The others change the base's own weights when PEFT attaches, so that no bare base is left to compare with.
+_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The base of an adapter, the base's quantization, and the rows that the adapter learned."""
+
+    base: Identity
+    quant: config.Quant
+    data_sha256: str
+
+
+def record(tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, source: Origin) -> dict[str, Any]:
+    """What lora_ft.json holds; no path of this machine beyond what the user typed for the base."""
+    return {
+        "format": _FORMAT,
+        "base": dataclasses.asdict(source.base) | {"folder": None},
+        "quant": _recipe(source.quant),
+        "data_sha256": source.data_sha256,
+        **_tokenizer_hashes(tokenizer),
+        "tensors": {key: list(t.shape) for key, t in tensors.items()},
+        "packages": runs.versions(),
+    }
+
+
+def _tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None]:
+    template = tokenizer.chat_template
+    return {
+        "tokenizer_sha256": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "chat_template_sha256": hashlib.sha256(str(template).encode()).hexdigest() if template else None,
+    }
+
+
+def _recipe(quant: config.Quant) -> dict[str, Any]:
+    """What must be equal for two quantized bases to have the same weights."""
+    four_bits = quant.kind in (QuantKind.nf4, QuantKind.fp4)
+    return {"kind": quant.kind.value} | ({"double": quant.double} if four_bits else {})
+
+
+def check_source(folder: Path, saved: LoraConfig, base: Base, quant: config.Quant) -> None:
+    """An adapter folder belongs on this base: same weights, quantization, tokenizer and template, by its record.
+
+    An adapter without a record was made elsewhere; only names can be compared then, and one model may have
+    several: that is a warning. Raises MismatchError, also for a kind that cannot be told apart from its base.
+    """
+    if saved.bias != "none":
+        raise MismatchError(f"{folder}: it was trained with bias={saved.bias}, which changes the base's own biases")
+    if saved.init_lora_weights not in _PLAIN_INITS:
+        raise MismatchError(
+            f"{folder}: init_lora_weights={saved.init_lora_weights} changes the base's own weights; "
+            "convert it to a plain LoRA first (PEFT: path_initial_model_for_weight_conversion)"
+        )
+    known = {Path(name).name for name in (base.identity.id, base.identity.path, base.identity.folder) if name}
+    named = saved.base_model_name_or_path
+    if (folder / RECORD).is_file():
+        _check_record(folder, read_json(folder / RECORD), base, quant)
+    elif named and Path(named).name not in known:
+        log.warning("the adapter says that it was trained on %s; the base given is %s", named, base.identity.path)
+
+
+def _check_record(folder: Path, found: dict[str, Any], base: Base, quant: config.Quant) -> None:
+    recorded = found.get("base")
+    if found.get("format") != _FORMAT or not isinstance(recorded, dict):
+        raise MismatchError(f"{folder / RECORD} is not a record of format {_FORMAT}, got {found.get('format')}")
+    here = {"config_sha256": base.identity.config_sha256, "weights_sha256": base.identity.weights_sha256}
+    pairs = [(f"base {key}", recorded.get(key), value) for key, value in here.items()]
+    pairs.append(("quantization", found.get("quant"), _recipe(quant)))
+    pairs += [(key, found.get(key), value) for key, value in _tokenizer_hashes(base.tokenizer).items()]
+    problems = [f"{what}: trained on {then}, now {now}" for what, then, now in pairs if then != now]
+    if problems:
+        name = recorded.get("id") or recorded.get("path")
+        raise MismatchError(f"the adapter in {folder} was made for another base ({name}):\n" + "\n".join(problems))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of an adapter folder; MismatchError where the file is anything else."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise MismatchError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise MismatchError(f"{path} holds no JSON object")
+    return found
+
+
+def loading_lines(folder: Path, base: Base, cfg: config.TrainRun) -> list[str]:
+    """The lines of Python that load base and adapter with transformers and PEFT alone, as they were trained."""
+    place, compute = base.identity, f"torch.{str(base.model.dtype).removeprefix('torch.')}"
+    arguments = [repr(place.id if place.revision else place.folder)]
+    arguments += [f"revision={place.revision!r}"] if place.revision else []
+    arguments += [f"dtype={compute}", *_quantization(cfg.quant, compute)]
+    lines = [f"base = AutoModelForCausalLM.from_pretrained({', '.join(arguments)})"]
+    if cfg.model.added_tokens:
+        rows = base.model.get_input_embeddings().weight.shape[0]
+        lines.append(f"base.resize_token_embeddings({rows}, mean_resizing=False)")
+    return [*lines, f"model = PeftModel.from_pretrained(base, {str(folder)!r})"]
+
+
+def _quantization(quant: config.Quant, compute: str) -> list[str]:
+    if quant.kind is QuantKind.none:
+        return []
+    if quant.kind is QuantKind.int8:
+        return ["quantization_config=BitsAndBytesConfig(load_in_8bit=True)"]
+    return [
+        f"quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type={quant.kind.value!r}, "
+        f"bnb_4bit_use_double_quant={quant.double}, bnb_4bit_compute_dtype={compute})"
+    ]

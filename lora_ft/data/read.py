@@ -1,0 +1,92 @@
+"""Settings in, checked rows out, each on its side of the split: all that needs no tokenizer.
+
+read(Data(path="chat.jsonl")) -> Rows(format, rows=[Row ...], hashes=[...], aside=[False, True, ...], ...)
+"""
+
+from dataclasses import dataclass, replace
+
+from lora_ft import config
+from lora_ft.config import Format
+from lora_ft.data import formats, split
+from lora_ft.data.rows import Ledger, Row
+from lora_ft.data.sources import is_local, records
+from lora_ft.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows as they were read. hashes: of their content. aside: True for each that is held out.
+
+    duplicates: rows equal to an earlier one but for case and blanks. unused: columns that nothing reads.
+    """
+
+    format: Format
+    rows: list[Row]
+    hashes: list[bytes]
+    aside: list[bool]
+    duplicates: int
+    unused: list[str]
+    ledger: Ledger
+
+    @property
+    def training_rows(self) -> list[Row]:
+        return [row for row, aside in zip(self.rows, self.aside, strict=True) if not aside]
+
+
+def read(data: config.Data) -> Rows:
+    """Read, check and split the rows of `data`; raises what `prepare` raises, but for faults of a tokenizer."""
+    _refuse_hub_settings(data)
+    ledger = Ledger()
+    found, rows, unused = formats.rows(records(data.path, "data.path", data, ledger), data, ledger)
+    rows, hashes, duplicates = _unique(rows, data, ledger)
+    if data.eval_path or data.eval_split:
+        key, apart = _apart(data)
+        _, extra, more_unused = formats.rows(records(apart.path, key, apart, ledger), apart, ledger)
+        extra, extra_hashes, more = _unique(extra, data, ledger)
+        split.refuse_leaks(rows, extra, hashes, extra_hashes)
+        aside = [False] * len(rows) + [True] * len(extra)
+        unused = list(dict.fromkeys(unused + more_unused))
+        return Rows(found, rows + extra, hashes + extra_hashes, aside, duplicates + more, unused, ledger)
+    return Rows(found, rows, hashes, split.held_out(hashes, data.eval_fraction), duplicates, unused, ledger)
+
+
+def read_heldout(data: config.Data, trained: Rows | None) -> Rows:
+    """Every row of `data.path`, all held out; DataError where one is a training row of `trained`."""
+    found = read(replace(data, eval_fraction=0.0, eval_path=None, eval_split=None))
+    if trained:
+        learned = [h for h, aside in zip(trained.hashes, trained.aside, strict=True) if not aside]
+        split.refuse_leaks(trained.training_rows, found.rows, learned, found.hashes)
+    return replace(found, aside=[True] * len(found.rows))
+
+
+def _refuse_hub_settings(data: config.Data) -> None:
+    """ConfigError for a setting of hub datasets where the place that it would choose from is a file."""
+    if data.eval_split and is_local(data.eval_path or data.path):
+        raise ConfigError(
+            f"data.eval_split is a split of a hub dataset, and {data.eval_path or data.path} is none: "
+            "hold out a file with data.eval_path, or a part with data.eval_fraction"
+        )
+    if all(is_local(place) for place in (data.path, data.eval_path) if place):
+        default = config.Data()
+        for name in ("name", "split", "revision"):
+            if (value := getattr(data, name)) != getattr(default, name):
+                raise ConfigError(f"data.{name}={value} is a setting of hub datasets, and {data.path} is none")
+
+
+def _unique(rows: list[Row], data: config.Data, ledger: Ledger) -> tuple[list[Row], list[bytes], int]:
+    """Rows, their content hashes and the number of duplicates, which `data.deduplicate` leaves out, counted."""
+    hashes = [split.content_hash(row) for row in rows]
+    first = {h: i for i, h in reversed(list(enumerate(hashes)))}
+    duplicates = len(rows) - len(first)
+    if not data.deduplicate:
+        return rows, hashes, duplicates
+    ledger.left_out["equal to an earlier row"] += duplicates
+    kept = sorted(first.values())
+    return [rows[i] for i in kept], [hashes[i] for i in kept], duplicates
+
+
+def _apart(data: config.Data) -> tuple[str, config.Data]:
+    """Where rows are held out that have a place of their own, as settings, and the setting that says so."""
+    if data.eval_path:
+        return "data.eval_path", replace(data, path=data.eval_path, split=data.eval_split or data.split)
+    return "data.eval_split", replace(data, split=str(data.eval_split))
