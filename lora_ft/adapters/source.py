@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lora_ft import config, runs
 from lora_ft.adapters import files, origin
 from lora_ft.errors import ConfigError, ResourceError
-from lora_ft.models.load import Base, load_base, load_tokenizer
+from lora_ft.models.load import Base, load_base, load_tokenizer, read_tokenizer
 
 NAME = "default"
 
@@ -60,12 +60,7 @@ def adapter_tokenizer(folder: Path, model: config.Model) -> PreTrainedTokenizerB
     """
     if not all((folder / name).is_file() for name in _TOKENIZER_FILES):
         return load_tokenizer(model)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the tokenizer in {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
-    if not tokenizer.is_fast:
-        raise ConfigError(f"the tokenizer in {folder} has no fast version (tokenizer.json)")
+    tokenizer: PreTrainedTokenizerBase = read_tokenizer(folder, str(folder))
     if not tokenizer.chat_template:
         tokenizer.chat_template = load_tokenizer(replace(model, added_tokens=[])).chat_template
     return tokenizer

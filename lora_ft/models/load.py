@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # Old checkpoints hold the causal mask's fill value, a constant, which not every class declares.
 _MASK = re.compile(r"\.masked_bias$")
 
-__all__ = ["Base", "Identity", "load_base", "load_tokenizer", "resolve_device", "resolve_dtype"]
+__all__ = ["Base", "Identity", "load_base", "load_tokenizer", "read_tokenizer", "resolve_device", "resolve_dtype"]
 
 
 @dataclass(frozen=True)
@@ -73,24 +73,29 @@ def load_tokenizer(model: config.Model) -> "PreTrainedTokenizerBase":
     Raises what `locate` raises, and ConfigError for a tokenizer that has no fast version, a template
     that does not parse, or a token to add that is empty, repeated or there already.
     """
-    folder = Path(locate(model).folder or "")
+    tokenizer = read_tokenizer(Path(locate(model).folder or ""), model.path)
+    if model.chat_template is not None:
+        tokenizer.chat_template = _read_template(Path(model.chat_template).expanduser())
+    _add_tokens(tokenizer, model.added_tokens)
+    return tokenizer
+
+
+def read_tokenizer(folder: Path, place: str) -> Any:
+    """The fast tokenizer that a folder's files describe; ConfigError names `place` where they do not."""
     with quiet():
         try:
             tokenizer = _tokenizer_class(folder).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, ImportError) as error:
-            raise ConfigError(f"the tokenizer of {model.path} cannot be loaded: {_first_line(error)}") from None
+            raise ConfigError(f"the tokenizer of {place} cannot be loaded: {_first_line(error)}") from None
         except Exception as error:
             # transformers takes the form of JSON files for granted; tokenizers raises nothing but bare Exceptions
             if type(error) not in (Exception, KeyError, TypeError, AttributeError):
                 raise
             raise ConfigError(
-                f"the tokenizer of {model.path} cannot be loaded: its files are not of a tokenizer's form ({error!r})"
+                f"the tokenizer of {place} cannot be loaded: its files are not of a tokenizer's form ({error!r})"
             ) from error
     if not tokenizer.is_fast:
-        raise ConfigError(f"the tokenizer of {model.path} has no fast version (tokenizer.json)")
-    if model.chat_template is not None:
-        tokenizer.chat_template = _read_template(Path(model.chat_template).expanduser())
-    _add_tokens(tokenizer, model.added_tokens)
+        raise ConfigError(f"the tokenizer of {place} has no fast version (tokenizer.json)")
     return tokenizer
 
 
