@@ -10,6 +10,7 @@ import pytest
 
 import lora_ft
 from lora_ft import config, entry
+from lora_ft.errors import LoraFtError
 
 ROOT = Path(lora_ft.__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -86,3 +87,10 @@ def test_the_map_is_the_tree() -> None:
 
 def test_every_verb_and_exit_code_is_named() -> None:
     assert all(f"`lora-ft {verb}`" in README for verb in config.SCHEMAS)
+    (said,) = re.findall(r"Exit codes: (.*?)\.\n", README)
+    codes = {error.exit_code for error in LoraFtError.__subclasses__()}
+    assert {int(code) for code in re.findall(r"(?:^|, )(\d+) ", said)} == {0, 1, 3, 130, 141} | codes
+
+
+def test_no_figure_is_still_to_come() -> None:
+    assert "@@" not in README
