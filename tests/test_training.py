@@ -330,7 +330,7 @@ def test_fifty_steps_of_smollm2_equal_a_plain_peft_loop(tmp_path: Path) -> None:
         tmp_path,
         rows=rows,
         train=config.Train(max_steps=50, tokens_per_step=64),
-        optim=config.Optim(lr=1e-4, weight_decay=0.01, schedule=config.Schedule.cosine, warmup_steps=5, clip=0.5),
+        optim=config.Optim(lr=5e-5, weight_decay=0.01, schedule=config.Schedule.cosine, warmup_steps=5, clip=0.5),
     )
     fit([learner], lambda *_: None)
     _, losses = plain_loop(theirs, learner)
