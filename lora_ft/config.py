@@ -216,6 +216,7 @@ class Train:
 class Fast:
     attention: bool = setting(True, "per-document causal attention instead of a dense mask")
     loss: bool = setting(True, "head and loss on supervised positions only, in chunks")
+    lora: bool = setting(True, "a linear layer and its LoRA as one function while training")
 
 
 @dataclass

@@ -60,7 +60,7 @@ def learner_on(
     onto: object = None,
     **settings: object,
 ) -> Learner:
-    cfg = config.TrainRun(**{**SETTINGS, **settings})
+    cfg = config.TrainRun(**{**SETTINGS, **settings}, fast=config.Fast(attention=fast, loss=fast, lora=fast))
     if onto is None:
         switch_off_dropout(model)
     base = Base(model=model.requires_grad_(False), tokenizer=tiny_tokenizer(), identity=IDENTITY, quantized=())

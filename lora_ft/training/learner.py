@@ -4,6 +4,7 @@ Everything that one learner needs and another must not see stands here, so that 
 turns on one base and each still learns exactly what it would learn alone.
 """
 
+import logging
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft import config
-from lora_ft.adapters import attach, audit, files, origin
+from lora_ft.adapters import attach, audit, fast, files, origin
 from lora_ft.data.order import derive, epoch_order, steps_of_epoch
 from lora_ft.data.prepare import Dataset, Question, TokenRow
 from lora_ft.errors import ConfigError, DataError
@@ -24,6 +25,8 @@ from lora_ft.evaluation.heldout import Heldout
 from lora_ft.models.load import Base
 from lora_ft.ops.token_loss import Paths
 from lora_ft.training import optimizers
+
+log = logging.getLogger("lora_ft")
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,8 @@ def make_learner(
         origin.check_source(source, files.read_config(source), base, cfg.quant)
         files.check_same_method(source, peft_model.peft_config[name])
         files.load_tensors(peft_model, source, name)
+    for reason in fast.use_fast_forwards(peft_model, name) if cfg.fast.lora else ["plain lora: fast.lora=false"]:
+        log.info(reason)
     parameters = attach.trainable(peft_model, name)
     num_trainable = audit.check_trainable(peft_model, name, parameters)
     flat = optimizers.flatten(parameters)

@@ -1,0 +1,127 @@
+"""LoRA layers as one function: the same numbers as PEFT's forward, and PEFT's switches keep their meaning."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny import FAMILIES, tiny_folder, tiny_model
+from torch import Tensor
+
+from lora_ft import config
+from lora_ft.adapters import attach, fast
+from lora_ft.models.load import load_base
+from lora_ft.ops.lora_linear import lora_linear, lora_linear_plain
+
+IDS = torch.tensor([[5, 99, 42, 7, 300, 11]])
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float(((found - expected).norm() / expected.norm()).detach())
+
+
+def adapted(model: Any, **settings: object) -> PeftModel:
+    peft_model = attach.attach(model.requires_grad_(False), config.Adapter(**{"r": 3, **settings}), "first", 1, [])
+    with torch.no_grad():
+        for parameter in attach.trainable(peft_model, "first").values():
+            parameter.add_(0.05 * torch.randn(parameter.shape, dtype=parameter.dtype))
+    return peft_model
+
+
+def learned(model: PeftModel) -> tuple[Tensor, Tensor]:
+    """Logits, and the gradient of all adapter parameters."""
+    parameters = list(attach.trainable(model, "first").values())
+    logits = model(input_ids=IDS).logits
+    gradients = torch.autograd.grad(logits.square().sum(), parameters)
+    return logits.detach(), torch.cat([g.flatten() for g in gradients])
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 5)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_function_passes_gradcheck_and_equals_its_definition(shape: tuple[int, ...], with_bias: bool) -> None:
+    torch.manual_seed(0)
+    x, a, b = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((*shape, 6), (2, 6), (4, 2)))
+    weight, bias = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, dtype=torch.float64) if with_bias else None
+    assert torch.autograd.gradcheck(lambda *t: lora_linear(t[0], lambda: weight, bias, t[1], t[2], 1.7), (x, a, b))
+    found = lora_linear(x, lambda: weight, bias, a, b, 1.7)
+    assert relative(found, lora_linear_plain(x, weight, bias, a, b, 1.7)) < 1e-15
+
+
+def test_an_input_that_needs_no_gradient_gets_none() -> None:
+    """The backward stops at the first adapted layer: its weight is not even rebuilt."""
+    x, a, b = torch.randn(3, 6), torch.randn(2, 6, requires_grad=True), torch.randn(4, 2, requires_grad=True)
+    calls: list[int] = []
+    weight = torch.randn(4, 6)
+    lora_linear(x, lambda: calls.append(1) or weight, None, a, b, 1.0).sum().backward()
+    assert len(calls) == 1
+    assert a.grad is not None and b.grad is not None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+def test_a_model_learns_the_same(family: str, dtype: torch.dtype, bound: float) -> None:
+    model = adapted(tiny_model(family, dtype=dtype))
+    expected = learned(model)
+    assert fast.use_fast_forwards(model, "first") == []
+    assert all(relative(f, e) < bound for f, e in zip(learned(model), expected, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_four_bit_model_learns_the_same(family: str, kind: str, tmp_path: Path) -> None:
+    quant = config.Quant(kind=config.QuantKind[kind])
+    model = adapted(load_base(config.Model(path=str(tiny_folder(tmp_path, family))), quant, "cpu").model)
+    expected = learned(model)
+    assert fast.use_fast_forwards(model, "first") == []
+    assert all(relative(f, e) < 2e-5 for f, e in zip(learned(model), expected, strict=True))
+
+
+def test_the_fast_form_is_what_runs_and_only_while_gradients_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[float] = []
+    monkeypatch.setattr(fast, "lora_linear", lambda *a: calls.append(a[-1]) or lora_linear(*a))
+    model = adapted(tiny_model("llama"), alpha=6)
+    fast.use_fast_forwards(model, "first")
+    learned(model)
+    assert calls == [2.0] * 14
+    with torch.no_grad():
+        model(input_ids=IDS)
+    assert len(calls) == 14
+
+
+def test_switches_of_peft_keep_their_meaning() -> None:
+    bare = tiny_model("llama")
+    plain, model = adapted(tiny_model("llama")), adapted(tiny_model("llama"))
+    for m in (plain, model):
+        attach.attach(m, config.Adapter(r=2), "second", 5, [])
+    with torch.no_grad():
+        for (_, p), (_, q) in zip(plain.named_parameters(), model.named_parameters(), strict=True):
+            q.copy_(p)
+    fast.use_fast_forwards(model, "first")
+    fast.use_fast_forwards(model, "second")
+    with model.disable_adapter():
+        assert torch.equal(model(input_ids=IDS).logits, bare(input_ids=IDS).logits)
+    for active in ("second", "first"):
+        for m in (plain, model):
+            m.set_adapter(active)
+        torch.testing.assert_close(model(input_ids=IDS).logits, plain(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
+    for m in (plain, model):
+        m.merge_adapter()
+    assert torch.equal(model(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "settings", "reason"),
+    [
+        (torch.float32, {"dora": True}, "14 LoRA layers compute as PEFT does: DoRA"),
+        (torch.float32, {"dropout": 0.1}, "14 LoRA layers compute as PEFT does: adapter.dropout"),
+        (torch.bfloat16, {}, "14 LoRA layers compute as PEFT does: the base computes in another dtype"),
+        (torch.float32, {"targets": ["embed_tokens"]}, "1 LoRA layers compute as PEFT does: embeddings"),
+    ],
+)
+def test_what_stays_plain_is_said_and_is_plain(dtype: torch.dtype, settings: dict[str, Any], reason: str) -> None:
+    model = adapted(tiny_model("llama", dtype=dtype), **settings).eval()
+    expected = learned(model)
+    (said,) = fast.use_fast_forwards(model, "first")
+    assert said.startswith(reason)
+    assert all(torch.equal(f, e) for f, e in zip(learned(model), expected, strict=True))
