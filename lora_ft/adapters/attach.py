@@ -184,3 +184,8 @@ def trainable(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
     """The parameters of adapter `name`, in the model's order: matrices, magnitudes, saved modules, token rows."""
     part = re.compile(rf"\.({_KINDS})\.{re.escape(name)}(\.|$)")
     return {n: p for n, p in model.named_parameters() if part.search(n)}
+
+
+def is_lora_b(parameter: str) -> bool:
+    """Whether a parameter's name is that of a B, the matrix that starts at zero."""
+    return ".lora_B." in parameter or ".lora_embedding_B." in parameter

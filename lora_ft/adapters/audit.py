@@ -9,6 +9,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from lora_ft.adapters.attach import is_lora_b
 from lora_ft.errors import MismatchError
 
 
@@ -42,7 +43,7 @@ def check_gradients(parameters: dict[str, nn.Parameter]) -> None:
 
     They would learn nothing for the whole run: checkpointing that cuts the graph, or a layer that is never called.
     """
-    idle = [n for n, p in parameters.items() if _is_b(n) and (p.grad is None or not p.grad.any())]
+    idle = [n for n, p in parameters.items() if is_lora_b(n) and (p.grad is None or not p.grad.any())]
     if idle:
         raise MismatchError(
             f"{len(idle)} adapter matrices get no gradient, so their layers would learn nothing: {', '.join(idle[:5])}"
@@ -51,15 +52,11 @@ def check_gradients(parameters: dict[str, nn.Parameter]) -> None:
 
 def check_moved(before: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> None:
     """Every lora_B differs from what it was before training; MismatchError names those that do not (A16)."""
-    stuck = [n for n, p in parameters.items() if _is_b(n) and torch.equal(before[n], p.detach())]
+    stuck = [n for n, p in parameters.items() if is_lora_b(n) and torch.equal(before[n], p.detach())]
     if stuck:
         raise MismatchError(
             f"{len(stuck)} adapter matrices never moved, so their layers learned nothing: {', '.join(stuck[:5])}"
         )
-
-
-def _is_b(name: str) -> bool:
-    return ".lora_B." in name or ".lora_embedding_B." in name
 
 
 def check_base_unchanged(before: str, after: str) -> None:

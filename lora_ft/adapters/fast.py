@@ -27,7 +27,10 @@ def use_fast_forwards(model: PeftModel, name: str) -> list[str]:
     for layer in model.modules():
         if not isinstance(layer, LoraLayer) or name not in layer.r:
             continue
-        if reason := _why_plain(layer, name):
+        reason = _why_plain(layer, name)
+        if not reason and _weight(layer.get_base_layer(), layer.lora_A[name].weight.dtype) is None:
+            reason = "the base computes in another dtype, or in int8"
+        if reason:
             reasons[reason] += 1
         if "forward" not in vars(layer):
             layer.forward = functools.partial(_forward, layer, layer.forward)
@@ -35,15 +38,13 @@ def use_fast_forwards(model: PeftModel, name: str) -> list[str]:
 
 
 def _why_plain(layer: Any, name: str) -> str:
-    """What keeps an adapter of a layer from the fast form; empty where nothing does."""
+    """What of an adapter keeps its layer from the fast form, whatever the base; empty where nothing does."""
     if name not in layer.lora_A:
         return "embeddings"
     if name in layer.lora_variant:
         return "DoRA"
     if not isinstance(layer.lora_dropout[name], nn.Identity):
         return "adapter.dropout"
-    if _weight(layer.get_base_layer(), layer.lora_A[name].weight.dtype) is None:
-        return "the base computes in another dtype, or in int8"
     return ""
 
 

@@ -40,7 +40,7 @@ class Origin:
 
 
 def record(tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, source: Origin) -> dict[str, Any]:
-    """What lora_ft.json holds; no path of this machine beyond what the user typed for the base."""
+    """What lora_ft.json holds; of this machine's paths only the base's own, where it is a local one."""
     return {
         "format": _FORMAT,
         "base": dataclasses.asdict(source.base) | {"folder": None},

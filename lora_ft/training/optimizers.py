@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ft import config
+from lora_ft.adapters.attach import is_lora_b
 from lora_ft.models.quantize import import_bitsandbytes
 
 
@@ -46,7 +47,7 @@ def flatten(parameters: dict[str, nn.Parameter]) -> Flat:
 def _group(named: tuple[str, nn.Parameter]) -> int:
     """0: lora_A and other matrices; 1: lora_B; 2: vectors (DoRA's magnitudes, norms, biases)."""
     name, parameter = named
-    if ".lora_B." in name or ".lora_embedding_B." in name:
+    if is_lora_b(name):
         return 1
     return 0 if parameter.ndim > 1 else 2
 
