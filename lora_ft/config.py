@@ -199,7 +199,9 @@ class Train:
         True, "several rows in one forward pass; changes rounding only (adapter.dropout draws other noise)"
     )
     checkpoint: str = setting(
-        "off", "recompute activations: off, or every_k for each k-th layer", pattern=r"off|every_[1-9][0-9]*"
+        "auto",
+        "recompute activations: off, every_k for each k-th layer, auto for as few layers as memory allows",
+        pattern=r"auto|off|every_[1-9][0-9]*",
     )
     eval_every_steps: int | None = setting(
         None, "held-out loss every so many steps; null: at the start and the end", unit="steps", at_least=1
@@ -217,6 +219,12 @@ class Fast:
     attention: bool = setting(True, "per-document causal attention instead of a dense mask")
     loss: bool = setting(True, "head and loss on supervised positions only, in chunks")
     lora: bool = setting(True, "a linear layer and its LoRA as one function while training")
+    norm: bool = setting(True, "norms that keep their input only while training")
+    mlp: bool = setting(True, "MLPs that keep their projections only while training")
+    rope: bool = setting(True, "rotary positions in fewer passes while training")
+    storage: bool = setting(True, "float32 weights whose values are bfloat16's stored as such, upcast layer by layer")
+    compile: bool = setting(False, "CUDA: norm, SwiGLU and rotary positions compiled by torch; seconds at the start")
+    liger: bool = setting(False, "CUDA: the same three by the Triton kernels of the package liger-kernel")
 
 
 @dataclass

@@ -22,10 +22,13 @@ from lora_ft.adapters import audit, files, origin
 from lora_ft.data.prepare import Dataset, prepare
 from lora_ft.errors import ConfigError
 from lora_ft.evaluation import compare
+from lora_ft.models.blocks import use_fast_blocks
 from lora_ft.models.fingerprint import fingerprint
 from lora_ft.models.load import Base, load_base, load_tokenizer
+from lora_ft.models.storage import store_in_bfloat16
 from lora_ft.ops.allocator import keep_freed_memory
 from lora_ft.ops.dropout import switch_off_dropout
+from lora_ft.ops.kernels import choose_kernels
 from lora_ft.ops.token_loss import choose_paths
 from lora_ft.training.learner import Learner, make_learner, overfitting
 from lora_ft.training.loop import Metrics, Observer, fit
@@ -78,6 +81,9 @@ def train(cfgs: list[config.TrainRun], folders: list[Path], progress: Progress) 
     datasets = [prepare(c.data, tokenizer) for c in cfgs]
     base = load_base(cfg.model, cfg.quant, cfg.device, tokenizer)
     switch_off_dropout(base.model)
+    if cfg.fast.storage:
+        saved_bytes = store_in_bfloat16(base.model, {part for c in cfgs for part in c.adapter.modules_to_save})
+        log.info("weights stored in bfloat16 without loss: %.2f GB less", saved_bytes / 1e9)
     before = fingerprint(base.model)
     learners = _make_learners(cfgs, folders, base, datasets)
     log.info("ready in %.1f s", time.perf_counter() - started)
@@ -96,8 +102,11 @@ def train(cfgs: list[config.TrainRun], folders: list[Path], progress: Progress) 
 def _make_learners(
     cfgs: list[config.TrainRun], folders: list[Path], base: Base, datasets: list[Dataset]
 ) -> list[Learner]:
-    paths = choose_paths(base.model, cfgs[0].fast)
-    for reason in paths.reasons:
+    fast = cfgs[0].fast
+    paths = choose_paths(base.model, fast)
+    kernels = choose_kernels(base.model.device, compile_=fast.compile, liger=fast.liger)
+    blocks = use_fast_blocks(base.model, norm=fast.norm, mlp=fast.mlp, rope=fast.rope, kernels=kernels)
+    for reason in (*paths.reasons, *blocks):
         log.info(reason)
     model, learners = base.model, []
     for number, (cfg, folder, dataset) in enumerate(zip(cfgs, folders, datasets, strict=True)):

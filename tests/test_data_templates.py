@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CHATML, SENTENCES, tiny_tokenizer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from lora_ft.config import Data, TrainOn
 from lora_ft.data.prepare import prepare
+from lora_ft.data.tokenize import Vocabulary
 from lora_ft.errors import ConfigError, DataError
 
 # name: (template, control tokens, end of an answer, beginning of a row)
@@ -365,3 +366,52 @@ def test_truncation_left_on_in_a_tokenizer_file_cuts_nothing(tmp_path):
     tokenizer.backend_tokenizer.enable_truncation(3)
     (row,) = prepared(tmp_path, tokenizer, {"messages": DIALOGUE})
     assert learned(tokenizer, row).endswith("I am.<|im_end|>")
+
+
+PRE_TOKENIZERS = {
+    "byte level": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "byte level with a blank before": pre_tokenizers.ByteLevel(add_prefix_space=True),
+    "digits and byte level": pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    ),
+    "metaspace at each part": pre_tokenizers.Metaspace(prepend_scheme="always"),
+    "metaspace at the start": pre_tokenizers.Metaspace(prepend_scheme="first"),
+    "none": None,
+}
+
+
+def tokenizer_with(pre_tokenizer, normalizer=None, added=()):
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.normalizer = pre_tokenizer, normalizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<|", "<|im_end|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    bpe.train_from_iterator(["a b", "ab ab", "\n\na", "▁a▁b", "A 12"] * 9, trainer)
+    bpe.add_tokens(list(added))
+    return PreTrainedTokenizerFast(tokenizer_object=bpe)
+
+
+PLAIN_TOKENS = [AddedToken("<think>", normalized=False), AddedToken("Ab", normalized=True)]
+STRIPPING = [AddedToken("<mask>", normalized=False, lstrip=True)]
+WHOLE_WORD = [AddedToken("ab", normalized=False, single_word=True)]
+LOWER = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Lowercase()])
+VOCABULARIES = {name: Vocabulary(tokenizer_with(step)) for name, step in PRE_TOKENIZERS.items()} | {
+    "normalized": Vocabulary(tokenizer_with(None, LOWER, PLAIN_TOKENS)),
+    "added": Vocabulary(tokenizer_with(PRE_TOKENIZERS["byte level"], None, PLAIN_TOKENS)),
+    "stripping": Vocabulary(tokenizer_with(PRE_TOKENIZERS["byte level"], None, STRIPPING)),
+    "whole words": Vocabulary(tokenizer_with(PRE_TOKENIZERS["byte level"], None, WHOLE_WORD)),
+}
+PARTS = st.sampled_from(["<|", "<|im_end|>", "<think>", "<mask>", "Ab", "ab", "a", " ", "\n", "1", "é", "▁", "|>", "."])
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.sampled_from(sorted(VOCABULARIES)), st.lists(st.lists(PARTS, max_size=8).map("".join), max_size=4))
+def test_texts_cut_at_added_tokens_have_the_ids_of_the_whole_texts(name, texts):
+    assert VOCABULARIES[name].ids(texts) == VOCABULARIES[name].ids_whole(texts)
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_texts_are_cut_where_parts_do_not_depend_on_their_place(name):
+    depends = name in ("metaspace at the start", "stripping", "whole words")
+    assert (VOCABULARIES[name].split is None) == depends

@@ -13,6 +13,8 @@ from lora_ft import config
 from lora_ft.adapters import attach, fast
 from lora_ft.models.load import load_base
 from lora_ft.ops.lora_linear import lora_linear, lora_linear_plain
+from lora_ft.ops.token_loss import Batch, choose_paths, token_loss_sum
+from lora_ft.ops.weights import FrozenWeight
 
 IDS = torch.tensor([[5, 99, 42, 7, 300, 11]])
 
@@ -43,8 +45,10 @@ def test_the_function_passes_gradcheck_and_equals_its_definition(shape: tuple[in
     torch.manual_seed(0)
     x, a, b = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((*shape, 6), (2, 6), (4, 2)))
     weight, bias = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, dtype=torch.float64) if with_bias else None
-    assert torch.autograd.gradcheck(lambda *t: lora_linear(t[0], lambda: weight, bias, t[1], t[2], 1.7), (x, a, b))
-    found = lora_linear(x, lambda: weight, bias, a, b, 1.7)
+    assert torch.autograd.gradcheck(
+        lambda *t: lora_linear(t[0], FrozenWeight(lambda: weight, False), bias, t[1], t[2], 1.7), (x, a, b)
+    )
+    found = lora_linear(x, FrozenWeight(lambda: weight, False), bias, a, b, 1.7)
     assert relative(found, lora_linear_plain(x, weight, bias, a, b, 1.7)) < 1e-15
 
 
@@ -53,7 +57,7 @@ def test_an_input_that_needs_no_gradient_gets_none() -> None:
     x, a, b = torch.randn(3, 6), torch.randn(2, 6, requires_grad=True), torch.randn(4, 2, requires_grad=True)
     calls: list[int] = []
     weight = torch.randn(4, 6)
-    lora_linear(x, lambda: calls.append(1) or weight, None, a, b, 1.0).sum().backward()
+    lora_linear(x, FrozenWeight(lambda: calls.append(1) or weight, False), None, a, b, 1.0).sum().backward()
     assert len(calls) == 1
     assert a.grad is not None and b.grad is not None
 
@@ -89,6 +93,23 @@ def test_the_fast_form_is_what_runs_and_only_while_gradients_are_wanted(monkeypa
     assert len(calls) == 14
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_lora_on_the_head_learns_the_same_without_all_logits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(tiny_model(family, dtype=torch.float64), targets=["lm_head"])
+    batch = Batch(IDS[0], torch.arange(IDS.shape[1]), IDS[0].roll(-1), [0, IDS.shape[1]])
+    parameters = list(attach.trainable(model, "first").values())
+
+    def loss_and_gradient() -> tuple[Tensor, Tensor]:
+        base = model.get_base_model()
+        loss = token_loss_sum(base, batch, choose_paths(base, config.Fast()))
+        return loss.detach(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+
+    expected = loss_and_gradient()
+    assert fast.use_fast_forwards(model, "first") == []
+    monkeypatch.setattr(type(model.get_base_model().get_output_embeddings()), "forward", None)
+    assert all(relative(f, e) < 1e-12 for f, e in zip(loss_and_gradient(), expected, strict=True))
+
+
 def test_switches_of_peft_keep_their_meaning() -> None:
     bare = tiny_model("llama")
     plain, model = adapted(tiny_model("llama")), adapted(tiny_model("llama"))
@@ -115,7 +136,7 @@ def test_switches_of_peft_keep_their_meaning() -> None:
     [
         (torch.float32, {"dora": True}, "14 LoRA layers compute as PEFT does: DoRA"),
         (torch.float32, {"dropout": 0.1}, "14 LoRA layers compute as PEFT does: adapter.dropout"),
-        (torch.bfloat16, {}, "14 LoRA layers compute as PEFT does: the base computes in another dtype"),
+        (torch.bfloat16, {}, "14 LoRA layers compute as PEFT does: the base computes in bfloat16"),
         (torch.float32, {"targets": ["embed_tokens"]}, "1 LoRA layers compute as PEFT does: embeddings"),
     ],
 )

@@ -12,12 +12,9 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from lora_ft import config
 from lora_ft.data.rows import TokenRow
-from lora_ft.errors import ConfigError
 from lora_ft.evaluation.heldout import heldout_loss
 from lora_ft.models.load import load_base
-from lora_ft.ops import attention, cross_entropy
 from lora_ft.ops.dropout import switch_off_dropout
-from lora_ft.ops.recompute import recompute_layers
 from lora_ft.ops.token_loss import Batch, choose_paths, token_loss_sum
 from lora_ft.ops.unpacked import unpacked_weights
 
@@ -81,84 +78,6 @@ def test_unpacked_attention_would_be_noticed() -> None:
     assert relative(token_loss_sum(model, leaking, paths).detach(), token_loss_sum(model, batch, paths).detach()) > 1e-4
 
 
-def test_a_sliding_window_hides_what_lies_before_it() -> None:
-    query, key, value = (torch.randn(1, h, 12, 8, dtype=torch.float64) for h in (4, 2, 2))
-    module = torch.nn.Identity()
-    found, _ = attention.packed_causal_attention(
-        module, query, key, value, None, document_starts=[0, 5, 12], sliding_window=3
-    )
-    for position, start in ((4, 0), (11, 5)):
-        first = max(start, position - 2)
-        keys, values = key[:, :, first : position + 1], value[:, :, first : position + 1]
-        expected = torch.nn.functional.scaled_dot_product_attention(
-            query[:, :, position : position + 1], keys, values, enable_gqa=True
-        )
-        torch.testing.assert_close(found[:, position], expected[:, :, 0], rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias"])
-def test_attention_refuses_what_it_would_ignore(name: str) -> None:
-    tensors = [torch.randn(1, 2, 3, 4) for _ in range(3)]
-    with pytest.raises(ValueError, match=name):
-        attention.packed_causal_attention(torch.nn.Identity(), *tensors, None, document_starts=[0, 3], **{name: 1.0})
-
-
-def test_a_packed_model_refuses_a_call_without_boundaries() -> None:
-    """A key cache with no mask would be silently wrong; generation goes through plain_attention."""
-    model = tiny_model("llama")
-    choose_paths(model, FAST)
-    with pytest.raises(ValueError, match="document_starts"):
-        model(input_ids=torch.tensor([[5, 6, 7]]))
-    with attention.plain_attention(model):
-        model(input_ids=torch.tensor([[5, 6, 7]]))
-    with pytest.raises(ValueError, match="document_starts"):
-        model(input_ids=torch.tensor([[5, 6, 7]]))
-
-
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("rows", [1, 5, cross_entropy.CHUNK_ROWS, 2 * cross_entropy.CHUNK_ROWS + 3])
-def test_chunked_loss_equals_plain_loss(rows: int, with_bias: bool) -> None:
-    torch.manual_seed(1)
-    hidden = torch.randn(rows, 16, dtype=torch.float64, requires_grad=True)
-    weight, bias = torch.randn(50, 16, dtype=torch.float64), torch.randn(50, dtype=torch.float64) * with_bias
-    targets = torch.randint(0, 50, (rows,))
-    results = []
-    for form in (cross_entropy.linear_cross_entropy_plain, cross_entropy.linear_cross_entropy):
-        loss = form(hidden, weight, bias, targets)
-        (gradient,) = torch.autograd.grad(3 * loss, hidden)
-        results.append((loss.detach(), gradient))
-    assert relative(results[1][0], results[0][0]) < 1e-14
-    assert relative(results[1][1], results[0][1]) < 1e-13
-
-
-def test_chunked_loss_passes_gradcheck() -> None:
-    hidden = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
-    weight, targets = torch.randn(9, 6, dtype=torch.float64), torch.tensor([0, 8, 3, 3])
-    assert torch.autograd.gradcheck(lambda h: cross_entropy.linear_cross_entropy(h, weight, None, targets), (hidden,))
-
-
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
-def test_chunked_loss_is_near_float64_in_lower_precision(dtype: torch.dtype, bound: float) -> None:
-    torch.manual_seed(2)
-    hidden, weight = torch.randn(300, 32).to(dtype), torch.randn(200, 32).to(dtype)
-    targets = torch.randint(0, 200, (300,))
-    exact = hidden.double().requires_grad_()
-    expected = cross_entropy.linear_cross_entropy_plain(exact, weight.double(), None, targets)
-    (expected_gradient,) = torch.autograd.grad(expected, exact)
-    hidden.requires_grad_()
-    found = cross_entropy.linear_cross_entropy(hidden, weight, None, targets)
-    (gradient,) = torch.autograd.grad(found, hidden)
-    assert found.dtype == torch.float32
-    assert relative(found.double().detach(), expected.detach()) < bound
-    assert relative(gradient.double(), expected_gradient) < bound
-
-
-def test_chunked_loss_refuses_a_head_that_trains() -> None:
-    weight = torch.randn(9, 6, requires_grad=True)
-    with pytest.raises(ValueError, match="head"):
-        cross_entropy.linear_cross_entropy(torch.randn(2, 6), weight, None, torch.tensor([1, 2]))
-
-
 def test_an_untested_architecture_is_left_as_it_is_and_gets_one_row_at_a_time() -> None:
     """OPT lets packed documents see each other: only alone do they get the loss that is theirs (A10)."""
     config_ = OPTConfig(vocab_size=VOCABULARY, hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4,
@@ -207,33 +126,3 @@ def test_unpacked_weights_give_the_same_bits_and_are_given_back(
             assert torch.equal(model(input_ids=ids).logits, expected)
         assert not any("forward" in vars(module) for module in model.modules())
         assert torch.equal(model(input_ids=ids).logits, expected)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("setting, recomputed", [("every_1", 2), ("every_2", 1), ("off", 0)])
-def test_recomputing_layers_changes_no_bit(family: str, setting: str, recomputed: int) -> None:
-    """With dropout on, and gradients that start behind a frozen embedding (A16)."""
-    model = tiny_model(family)
-    model.get_input_embeddings().requires_grad_(False)
-    model.get_output_embeddings().requires_grad_(False)
-    batch, paths = packed(), choose_paths(model, FAST)
-    model.train()
-    results = []
-    for chosen in ("off", setting):
-        recompute_layers(model, chosen)
-        torch.manual_seed(3)
-        loss = token_loss_sum(model, batch, paths)
-        loss.backward()
-        results.append((loss.detach(), gradients(model)))
-    assert recompute_layers(model, setting) == recomputed
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
-    assert results[0][1].norm() > 0
-
-
-def test_a_model_without_such_layers_says_so() -> None:
-    class Plain(torch.nn.Module):
-        config = tiny_model("llama").config
-
-    with pytest.raises(ConfigError, match=r"train\.checkpoint=every_1"):
-        recompute_layers(Plain(), "every_1")

@@ -1,9 +1,12 @@
 """Let LoRA layers compute with one function while they train; everything else stays PEFT's own forward.
 
-layer.forward(x)    gradients wanted, one plain LoRA active, no dropout, x in the adapter's dtype
+layer.forward(x)    training, one plain LoRA active, no dropout, x in the adapter's dtype
                         -> ops.lora_linear: same value and gradients, fewer passes over memory
                     anything else (adapter off, merged, several active, DoRA, evaluation, bfloat16 ...)
                         -> PEFT's forward, so that its switches mean what they meant
+
+A LoRA on the head also brings its own form of the loss (`ops.token_loss` asks for it), so that its logits are
+never made for all positions at once. An int8 layer without a LoRA of this form keeps no input either.
 """
 
 import functools
@@ -15,26 +18,34 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from lora_ft.models.quantize import import_bitsandbytes
+from lora_ft.ops.cross_entropy import HeadLora, linear_cross_entropy
 from lora_ft.ops.lora_linear import lora_linear
+from lora_ft.ops.weights import FrozenWeight, frozen_linear, frozen_weight, why_no_weight
 
 
 def use_fast_forwards(model: PeftModel, name: str) -> list[str]:
     """Replace the forward of every LoRA layer that can be; says how many stay plain for adapter `name`, and why."""
     reasons: Counter[str] = Counter()
     for layer in model.modules():
-        if not isinstance(layer, LoraLayer) or name not in layer.r:
+        if not isinstance(layer, LoraLayer):
+            if getattr(getattr(layer, "weight", None), "dtype", None) is torch.int8:
+                _replace_forward(layer, _int8_forward)
             continue
-        reason = _why_plain(layer, name)
-        if not reason and _weight(layer.get_base_layer(), layer.lora_A[name].weight.dtype) is None:
-            reason = "the base computes in another dtype, or in int8"
+        if name not in layer.r:
+            continue
+        reason = _why_plain(layer, name) or why_no_weight(layer.get_base_layer(), layer.lora_A[name].weight.dtype)
         if reason:
             reasons[reason] += 1
-        if "forward" not in vars(layer):
-            layer.forward = functools.partial(_forward, layer, layer.forward)
+        _replace_forward(layer, _forward)
+        layer.token_loss_sum = functools.partial(_head_loss, layer)
     return [f"{count} LoRA layers compute as PEFT does: {reason}" for reason, count in reasons.items()]
+
+
+def _replace_forward(layer: Any, forward: Callable[..., Tensor]) -> None:
+    replaced = getattr(layer.forward, "func", None)
+    if replaced is not forward:
+        layer.forward = functools.partial(forward, layer, layer.forward)
 
 
 def _why_plain(layer: Any, name: str) -> str:
@@ -48,29 +59,37 @@ def _why_plain(layer: Any, name: str) -> str:
     return ""
 
 
-def _weight(base: Any, dtype: torch.dtype) -> Callable[[], Tensor] | None:
-    """How to get a base layer's weight [out, in] in `dtype`, or None where it does not multiply with that."""
-    bitsandbytes = import_bitsandbytes()
-    if isinstance(base, bitsandbytes.nn.Linear4bit):
-        state = base.weight.quant_state
-        if base.compute_dtype != dtype or state.dtype != dtype:
-            return None
-        return lambda: bitsandbytes.functional.dequantize_4bit(base.weight.data, state)
-    if base.weight.dtype != dtype:
+def _fast(layer: Any, x: Tensor) -> tuple[str, FrozenWeight] | None:
+    """The one adapter that takes the fast form for this input, and how to get the base's weight; else None."""
+    active = [name for name in layer.active_adapters if name in layer.r]
+    if not (layer.training and torch.is_grad_enabled()) or layer.disable_adapters or layer.merged or len(active) != 1:
         return None
-    return (lambda: base.weight.T) if isinstance(base, Conv1D) else (lambda: base.weight)
+    (name,) = active
+    if _why_plain(layer, name) or x.dtype != layer.lora_A[name].weight.dtype:
+        return None
+    weight = frozen_weight(layer.get_base_layer(), x.dtype)
+    return None if weight is None else (name, weight)
 
 
 def _forward(layer: Any, plain: Callable[..., Tensor], x: Tensor, *arguments: Any, **options: Any) -> Tensor:
-    active = [name for name in layer.active_adapters if name in layer.r]
-    if arguments or options or layer.disable_adapters or layer.merged or len(active) != 1:
+    chosen = None if arguments or options else _fast(layer, x)
+    if chosen is None:
         return plain(x, *arguments, **options)
-    (name,) = active
-    if not torch.is_grad_enabled() or _why_plain(layer, name) or x.dtype != layer.lora_A[name].weight.dtype:
-        return plain(x)
-    base = layer.get_base_layer()
-    weight = _weight(base, x.dtype)
-    if weight is None:
-        return plain(x)
+    name, weight = chosen
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    return lora_linear(x, weight, base.bias, a, b, layer.scaling[name])
+    return lora_linear(x, weight, layer.get_base_layer().bias, a, b, layer.scaling[name])
+
+
+def _head_loss(layer: Any, hidden: Tensor, targets: Tensor) -> Tensor | None:
+    """Sum of cross-entropies of a head with this LoRA, in chunks; None where the layer's own logits are needed."""
+    chosen = _fast(layer, hidden)
+    if chosen is None:
+        return None
+    name, weight = chosen
+    lora = HeadLora(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+    return linear_cross_entropy(hidden, weight(), layer.get_base_layer().bias, targets, lora)
+
+
+def _int8_forward(layer: Any, plain: Callable[..., Tensor], x: Tensor) -> Tensor:
+    weight = frozen_weight(layer, x.dtype) if layer.training and torch.is_grad_enabled() else None
+    return plain(x) if weight is None else frozen_linear(x, weight, layer.bias)

@@ -17,6 +17,7 @@ import jinja2
 
 from lora_ft import config
 from lora_ft.config import TrainOn
+from lora_ft.data.fill import Filler, is_plain
 from lora_ft.data.rows import ANSWER_CUE, Ledger, Message, Row, RowError
 from lora_ft.errors import ConfigError
 
@@ -57,10 +58,11 @@ def scripts(rows: Iterable[Row], data: config.Data, tokenizer: Any, ledger: Ledg
     """
     control = control_tokens(tokenizer)
     has_template = bool(tokenizer.chat_template)
+    filler = _filler(tokenizer)
     for index, row in enumerate(rows):
         if row.messages and has_template:
             try:
-                yield index, _chat(row, data, tokenizer, control)
+                yield index, _chat(row, data, tokenizer, control, filler)
             except RowError as error:
                 ledger.add_bad(row.place, error.name, error.reason, row.answer)
         elif row.plain_prompt is None:
@@ -79,11 +81,21 @@ def control_tokens(tokenizer: Any) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
 
 
-def _chat(row: Row, data: config.Data, tokenizer: Any, control: re.Pattern[str]) -> Script:
-    if found := control.search(json.dumps(row.messages, ensure_ascii=False, default=str)):
-        # The tokenizer would read it as the end of a turn or worse, and its rank in the mask with it.
-        raise RowError("content", f"holds the control token {found[0]}")
-    messages = row.messages
+def _filler(tokenizer: Any) -> Filler | None:
+    template = tokenizer.chat_template
+    if not isinstance(template, str):
+        return None  # none, or several by name, of which transformers chooses
+    variables = {**tokenizer.special_tokens_map, "date_string": _DATE}
+    return Filler(template, variables, lambda messages, prompt: render(messages, tokenizer, prompt))
+
+
+def _chat(row: Row, data: config.Data, tokenizer: Any, control: re.Pattern[str], filler: Filler | None) -> Script:
+    messages, plain = row.messages, all(map(is_plain, row.messages))
+    for message in messages:
+        text = message["content"] if plain else json.dumps(message, ensure_ascii=False, default=str)
+        if found := control.search(text):
+            # The tokenizer would read it as the end of a turn or worse, and its rank in the mask with it.
+            raise RowError("content", f"holds the control token {found[0]}")
     if data.system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": data.system}, *messages]
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -93,15 +105,18 @@ def _chat(row: Row, data: config.Data, tokenizer: Any, control: re.Pattern[str])
         learned = [i for i in learned if i - moved not in row.context]
     if not learned:
         raise RowError("weight", "no answer of the row is learned, so that it has no supervised token")
+    fitting = filler if plain and not row.tools else None
     turns = [
-        Turn(_render(messages[:i], row, tokenizer, True), _render(messages[: i + 1], row, tokenizer, False),
-             messages[i].get("content") or messages[i])
+        Turn(_render(messages[:i], row, tokenizer, True, fitting),
+             _render(messages[: i + 1], row, tokenizer, False, fitting), messages[i].get("content") or messages[i])
         for i in learned
     ]  # fmt: skip
     return Script(turns, len(answers), plain=False)
 
 
-def _render(messages: list[Message], row: Row, tokenizer: Any, generation_prompt: bool) -> str:
+def _render(messages: list[Message], row: Row, tokenizer: Any, generation_prompt: bool, filler: Filler | None) -> str:
+    if filler and (filled := filler.text(messages, generation_prompt)) is not None:
+        return filled
     try:
         return render(messages, tokenizer, generation_prompt, row.tools)
     except _TEMPLATE_FAULTS as error:

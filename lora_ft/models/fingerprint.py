@@ -22,17 +22,18 @@ _WRAPPER = re.compile(r"^base_model\.model\.|(?<=\.)(base_layer|original_module|
 def fingerprint(model: "torch.nn.Module") -> str:
     """xxh3_128 over name, dtype, shape and bytes of all parameters and saved buffers but the adapters'.
 
+    A weight counts in the dtype that its layer computes in: storing it in bfloat16 without loss changes no hash.
     For quantized weights that includes the scales (absmax, nested absmax, SCB) that give them meaning.
     Not for records that outlive a process: quantizing on another device may round another way.
     """
     digest = xxhash.xxh3_128()
-    for name, tensor in sorted(_frozen(model), key=lambda item: item[0]):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(_bytes(tensor))
+    for name, tensor, dtype in sorted(_frozen(model), key=lambda item: item[0]):
+        digest.update(f"{name} {dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(_bytes(tensor.to(dtype)))  # one at a time: all of them would be another model
     return digest.hexdigest()
 
 
-def _frozen(model: "torch.nn.Module") -> Iterator[tuple[str, "torch.Tensor"]]:
+def _frozen(model: "torch.nn.Module") -> Iterator[tuple[str, "torch.Tensor", "torch.dtype"]]:
     seen: set[int] = set()  # tied weights count once
     for prefix, module in model.named_modules():
         # Buffers that are not saved are derived from the config, and some are recomputed on the way.
@@ -43,8 +44,10 @@ def _frozen(model: "torch.nn.Module") -> Iterator[tuple[str, "torch.Tensor"]]:
                 continue
             seen.add(id(tensor))
             bare = _WRAPPER.sub("", name)
-            yield bare, tensor
-            yield from ((f"{bare}.{k}", scale) for k, scale in _scales(module, tensor) if scale is not None)
+            # storage.py keeps some weights in fewer bits than they mean; codes mean what their scales say.
+            narrow = key == "weight" and tensor.is_floating_point()
+            yield bare, tensor, getattr(module, "compute_dtype", tensor.dtype) if narrow else tensor.dtype
+            yield from ((f"{bare}.{k}", s, s.dtype) for k, s in _scales(module, tensor) if s is not None)
 
 
 def _scales(module: Any, weight: Any) -> Iterator[tuple[str, Any]]:

@@ -24,6 +24,7 @@ from lora_ft import config
 from lora_ft.errors import ConfigError, ResourceError
 from lora_ft.models import quantize
 from lora_ft.models.locate import Identity, locate
+from lora_ft.models.storage import leave_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -156,6 +157,7 @@ def load_base(
     if quant.kind is not config.QuantKind.none:
         quantized = quantize.check_plan(network)
         quantize.settle(network, quantized)
+        leave_file(network)
     _fit_embeddings(network, tokenizer, len(model.added_tokens))
     return Base(network.requires_grad_(False).eval(), tokenizer, identity, quantized)
 

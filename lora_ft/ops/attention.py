@@ -1,22 +1,31 @@
-"""Causal attention over packed documents: no token sees another document, and no mask is built.
+"""Causal attention over packed documents: no token sees another document, and no mask of all tokens is built.
 
     tokens     the cat sat | hello you | one
     starts   [ 0             3           5     6 ]     (cumulative, as flash attention's cu_seqlens)
 
-    the  x                     each document is one causal call; the plain twin is transformers'
-    cat  x x                   own `sdpa`, which derives a dense tokens-by-tokens mask from the
-    sat  x x x                 position ids: the same numbers, with all the empty blocks computed
-    hel        x               and grouped key heads repeated
+    the  x                     the plain twin is transformers' own `sdpa`, which derives a dense
+    cat  x x                   tokens-by-tokens mask from the position ids: the same numbers, with
+    sat  x x x                 all the empty blocks computed and grouped key heads repeated
+    hel        x
     you        x x
     one            x
 
-Shapes: B batch (always 1 when packed), H query heads, G key heads (H is a multiple of G), T tokens, D head width.
+Which of four kernels computes it is a function of device and dtype (`choose_kernel`):
+
+    tiled         CPU, fp32 and fp64: ops/tiled_attention.py, but for documents where it is slower
+    varlen        CUDA, 16 bits: torch's flash attention over cumulative boundaries
+    flash_attn    the same from the package of that name, where torch was built without
+    per_document  everything else: a causal call of scaled_dot_product_attention each
+
+Shapes: B batch (always 1 when packed), H query heads, G key heads (H = G R), T tokens, D head width.
 """
 
 import contextlib
+import functools
+import importlib.util
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,11 +33,42 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lora_ft.ops.tiled_attention import tiled_attention, visible, worth_it
+
 NAME = "lora_ft_packed"
 PLAIN = "sdpa"
 
 # Keyword arguments of some architectures that change what attention computes; none may be dropped silently.
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache")
+
+
+class Kernel(NamedTuple):
+    """What computes attention, and why, for the log."""
+
+    name: Literal["tiled", "varlen", "flash_attn", "per_document"]
+    reason: str
+
+
+@functools.cache
+def choose_kernel(device: torch.device, dtype: torch.dtype, head_width: int) -> Kernel:
+    """The fastest exact kernel for queries of this dtype and head width on this device."""
+    if device.type == "cpu":
+        if dtype in (torch.float32, torch.float64):
+            return Kernel("tiled", f"{dtype} on a CPU")
+        return Kernel("per_document", f"{dtype} on a CPU: scores would be rounded to 16 bits")
+    if device.type != "cuda":
+        return Kernel("per_document", f"no packed kernel on {device.type}")
+    if dtype not in (torch.float16, torch.bfloat16):
+        return Kernel("per_document", f"{dtype}: flash attention computes in 16 bits only")
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return Kernel("per_document", "flash attention needs a GPU of compute capability 8.0 or more")
+    if head_width % 8 or head_width > 256:
+        return Kernel("per_document", f"flash attention's heads are multiples of 8 up to 256 wide, not {head_width}")
+    if torch.backends.cuda.is_flash_attention_available():
+        return Kernel("varlen", "torch's flash attention over boundaries")
+    if importlib.util.find_spec("flash_attn"):
+        return Kernel("flash_attn", "this torch was built without flash attention")
+    return Kernel("per_document", "this torch was built without flash attention, and flash-attn is not installed")
 
 
 def packed_causal_attention(
@@ -54,31 +94,110 @@ def packed_causal_attention(
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise ValueError(f"packed attention does not know {name}: use fast=off for this architecture")
+    starts = tuple(document_starts)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    kernel = choose_kernel(query.device, query.dtype, query.shape[-1]).name
+    if dropout or (kernel == "tiled" and not worth_it(starts, sliding_window)):
+        kernel = "per_document"
+    arguments = (query, key, value, starts, sliding_window, scale)
+    match kernel:
+        case "tiled":
+            return tiled_attention(*arguments), None
+        case "varlen":
+            return varlen(*arguments), None
+        case "flash_attn":
+            return flash_attn(*arguments), None
+    return per_document(*arguments, dropout), None
+
+
+def per_document(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: tuple[int, ...],
+    window: int | None,
+    scale: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention by torch's own function, document by document; shapes as in `packed_causal_attention`."""
+    # split, not slices: the backward of a slice is a tensor of zeros as long as all documents.
+    lengths = [end - start for start, end in pairwise(starts)]
     outputs = []
-    for start, end in pairwise(document_starts):
-        length = end - start
-        mask = None
-        if sliding_window is not None and length > sliding_window:
-            mask = _band(length, sliding_window, query.device)
+    for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):
+        mask = None if window is None or q.shape[2] <= window else visible(0, q.shape[2], 0, window, q.device)
         outputs.append(
             scaled_dot_product_attention(
-                query[:, :, start:end],
-                key[:, :, start:end],
-                value[:, :, start:end],
+                q,
+                k,
+                v,
                 attn_mask=mask,
                 dropout_p=dropout,
                 is_causal=mask is None,
-                scale=scaling,
+                scale=scale,
                 enable_gqa=query.shape[1] != key.shape[1],
             )
         )
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def _band(length: int, width: int, device: torch.device) -> Tensor:
-    """The causal mask of a sliding window: position i sees the `width` positions up to itself."""
-    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
-    return (distance >= 0) & (distance < width)
+def varlen(
+    query: Tensor, key: Tensor, value: Tensor, starts: tuple[int, ...], window: int | None, scale: float
+) -> Tensor:
+    """Attention by torch's flash kernel over boundaries (torch.nn.attention.varlen); not deterministic backwards."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = _by_token(query, key, value)
+    boundaries, longest = _boundaries(starts, query.device)
+    grouped = query.shape[1] != key.shape[1]
+    result: Tensor = varlen_attn(
+        q,
+        k,
+        v,
+        boundaries,
+        boundaries,
+        longest,
+        longest,
+        scale=scale,
+        window_size=_span(window),
+        enable_gqa=grouped,
+    )
+    return result[None]
+
+
+def flash_attn(
+    query: Tensor, key: Tensor, value: Tensor, starts: tuple[int, ...], window: int | None, scale: float
+) -> Tensor:
+    """The same by the package flash-attn 2 (flash_attn_varlen_func)."""
+    package = importlib.import_module("flash_attn")
+    boundaries, longest = _boundaries(starts, query.device)
+    result: Tensor = package.flash_attn_varlen_func(
+        *_by_token(query, key, value),
+        boundaries,
+        boundaries,
+        longest,
+        longest,
+        softmax_scale=scale,
+        causal=True,
+        window_size=_span(window),
+    )
+    return result[None]
+
+
+def _by_token(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """[1, heads, T, D] as flash attention reads it: [T, heads, D]."""
+    return tuple(tensor[0].transpose(0, 1) for tensor in tensors)
+
+
+def _span(window: int | None) -> tuple[int, int]:
+    """Keys to the left and right of a row; transformers counts the row itself into the window."""
+    return (-1 if window is None else window - 1, 0)
+
+
+# Copied to the device once a forward, not once a layer.
+@functools.lru_cache(maxsize=4)
+def _boundaries(starts: tuple[int, ...], device: torch.device) -> tuple[Tensor, int]:
+    longest = max(end - start for start, end in pairwise(starts))
+    return torch.tensor(starts, dtype=torch.int32, device=device), longest
 
 
 @contextlib.contextmanager

@@ -4,34 +4,60 @@ Both return the SUM of the token losses, so that the caller divides once by the 
 optimizer step (the mean of micro-batch means weights tokens unequally: transformers PR 34191).
 
     logits [N, V] for N = 2,000 positions and V = 49,152 words are 393 MB in fp32, and autograd keeps
-    several such; a chunk of 256 rows is 50 MB, used once and overwritten by its own gradient.
+    several such; here CHUNK_ROWS positions at a time share one buffer of 50 MB:
 
-Shapes: N positions, E width of the hidden state, V words.
+      rows of the head     logits' = W h'  [V, n]     exp(logits' - largest)
+        0 ..  2,047      +------------------------+
+        2,048 .. 4,095   |  made, read and turned |   gradient of h = W' (exp / sum - one_hot)
+        ...              |  a block at a time     |
+                         +------------------------+
+
+The logits lie transposed, words down and positions across: W is then the product's left side, which MKL
+multiplies at 175 to 190 GFLOP/s where the usual layout reaches 120 to 150 (LOG.md), and a block of words
+stays in the cache between the passes over it. The division by the sums waits for the small gradient.
+
+Shapes: N positions, E width of the hidden state, V words, r rank of a LoRA on the head.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 CHUNK_ROWS = 256
+_BLOCK_WORDS = 2048
 
 
-def linear_cross_entropy_plain(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+class HeadLora(NamedTuple):
+    """A LoRA on the head: a [r, E], b [V, r], and the factor of b @ a."""
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+
+def linear_cross_entropy_plain(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, lora: HeadLora | None = None
+) -> Tensor:
     """Sum of cross-entropies; hidden [N, E], weight [V, E], targets [N] int64. Half precision is summed in fp32."""
     logits = linear(hidden, weight, bias)
+    if lora is not None:
+        logits = logits + linear(linear(hidden, lora.a), lora.b) * lora.scaling
     return cross_entropy(_at_least_float32(logits), targets, reduction="sum")
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """The same value and gradient for `hidden`, in chunks; the head is frozen and gets no gradient.
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, lora: HeadLora | None = None
+) -> Tensor:
+    """The same value and gradients for `hidden` and the LoRA, in chunks; the head itself is frozen and gets none.
 
     Raises ValueError when the head is being trained: use the plain form then.
     """
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("the chunked loss computes no gradient for the head")
-    total: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets)
+    a, b, scaling = lora or (None, None, 0.0)
+    total: Tensor = _ChunkedCrossEntropy.apply(hidden, a, b, weight, bias, targets, scaling)
     return total
 
 
@@ -43,27 +69,91 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Two products with the head a chunk (logits, gradient of hidden); the backward only scales."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        needs_gradient = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(hidden) if needs_gradient else None
-        total = torch.zeros((), dtype=_at_least_float32(hidden[:0]).dtype, device=hidden.device)
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        a: Tensor | None,
+        b: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        gradients = [torch.zeros_like(t) if t is not None and t.requires_grad else None for t in (hidden, a, b)]
+        dtype = _at_least_float32(hidden[:0]).dtype
+        total = torch.zeros((), dtype=dtype, device=hidden.device)
+        buffer = hidden.new_empty((weight.shape[0], min(CHUNK_ROWS, hidden.shape[0])), dtype=dtype)
         for start in range(0, hidden.shape[0], CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
-            logits = _at_least_float32(linear(hidden[rows], weight, bias))
-            of_target = targets[rows, None]
-            log_normalizer = logits.logsumexp(dim=1, keepdim=True)
-            total += (log_normalizer - logits.gather(1, of_target)).sum()
-            if gradient is not None:
-                # d loss / d logits = softmax(logits) - one_hot(target), written over the logits
-                logits.sub_(log_normalizer).exp_()
-                logits.scatter_add_(1, of_target, -torch.ones_like(log_normalizer))
-                gradient[rows] = logits.to(weight.dtype) @ weight
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
+            h, target = hidden[rows], targets[rows]
+            lora = None if a is None or b is None else (h @ a.T * scaling, b)
+            logits = buffer[:, : len(h)]
+            loss, sums = _exponentials(logits, h, weight, bias, lora, target)
+            total += loss
+            if not any(ctx.needs_input_grad):
+                continue
+            # d loss / d logits = exp / sums - one_hot(target), here times sums
+            logits[target, torch.arange(len(target), device=target.device)] -= sums
+            if logits.dtype != weight.dtype:  # a half-precision product of undivided rows could overflow
+                logits, sums = (logits / sums).to(weight.dtype), torch.ones_like(sums)
+            parts = _gradients(logits, sums, h, weight, a, lora, scaling)
+            for gradient, part, where in zip(gradients, parts, (rows, slice(None), slice(None)), strict=True):
+                if gradient is not None:
+                    gradient[where] += part
+        ctx.save_for_backward(*gradients)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        # Not in place: a second backward over the same graph must see the same gradient.
-        return gradient * grad_outputs[0].to(gradient.dtype), None, None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        # Not in place: a second backward over the same graph must see the same gradients.
+        scaled = [None if g is None else g * grad_outputs[0].to(g.dtype) for g in ctx.saved_tensors]
+        return (*scaled, None, None, None, None)
+
+
+def _gradients(
+    of_logits: Tensor,
+    sums: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    a: Tensor | None,
+    lora: tuple[Tensor, Tensor] | None,
+    scaling: float,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of one chunk for hidden, a and b; `of_logits` [V, n] is the logits' gradient times `sums` [n]."""
+    of_hidden = (weight.T @ of_logits).T / sums[:, None]
+    if a is None or lora is None:
+        return of_hidden, None, None
+    through_a, b = lora
+    through_b = ((b.T @ of_logits).T * (scaling / sums)[:, None]).to(hidden.dtype)  # [n, r]
+    of_b = of_logits @ (through_a / sums[:, None]).to(of_logits.dtype)
+    return of_hidden + through_b @ a, through_b.T @ hidden, of_b
+
+
+def _exponentials(
+    logits: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora: tuple[Tensor, Tensor] | None,
+    targets: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Fill `logits` [V, n] with exp(logit - largest of its position); returns the sum of losses and the sums [n]."""
+    largest = logits.new_full((logits.shape[1],), -torch.inf)
+    for start in range(0, len(logits), _BLOCK_WORDS):
+        words = slice(start, start + _BLOCK_WORDS)
+        block = logits[words]
+        if block.dtype == weight.dtype:
+            torch.mm(weight[words], hidden.T, out=block)
+        else:
+            block.copy_(weight[words] @ hidden.T)
+        if bias is not None:
+            block += bias[words, None]
+        if lora is not None:
+            through_a, b = lora
+            block += b[words] @ through_a.T
+        torch.maximum(largest, block.amax(dim=0), out=largest)
+    of_target = logits[targets, torch.arange(len(targets), device=targets.device)]
+    sums = torch.zeros_like(largest)
+    for start in range(0, len(logits), _BLOCK_WORDS):
+        sums += logits[start : start + _BLOCK_WORDS].sub_(largest).exp_().sum(dim=0)
+    return (largest + sums.log() - of_target).sum(), sums

@@ -1,23 +1,29 @@
 """A linear layer with its LoRA as one autograd function: fewer passes over memory, one saved input.
 
     y = W x + b + s B (A x)             PEFT's own forward makes three more tensors of y's size on the way,
-    dx = W' dy + s A' (B' dy)           and autograd keeps A x besides x. Here y is added to in place,
+    dx = W' dy + s A' (B' dy)           and autograd keeps A x besides x. Here nothing of y's size is made twice,
     dB = s dy' (A x)                    and the backward computes A x again: r columns of work for one
     dA = s (B' dy)' x                   tensor less per layer.
 
-Quantized weights are rebuilt in the forward and again in the backward; only their codes stay in between.
+    merged     y = (W + s B A) x        one product in the forward, where many tokens make that the smaller work;
+                                        the backward needs B' dy anyway, and adds A' to it for less than a
+                                        second merged weight would cost
+    rebuilt    quantized weights        are made in the forward and again in the backward; only their codes stay
+               an x with a recipe       (ops/recipe.py: a norm's output, SwiGLU's product) is made again from
+                                        what its recipe keeps, and is itself not kept
 
 Shapes: T tokens, I inputs, O outputs, r rank; x [.., I], W [O, I], A [r, I], B [O, r], y [.., O].
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-Weight = Callable[[], Tensor]
+from lora_ft.ops.recipe import Recipe, recipe_of
+from lora_ft.ops.weights import FrozenWeight
 
 
 def lora_linear_plain(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -25,36 +31,59 @@ def lora_linear_plain(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor,
     return linear(x, weight, bias) + linear(linear(x, a), b) * scaling
 
 
-def lora_linear(x: Tensor, weight: Weight, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+def lora_linear(x: Tensor, weight: FrozenWeight, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """The same value and gradients for x, A and B; `weight()` gives the frozen W [O, I] in x's dtype each time."""
-    result: Tensor = _LoraLinear.apply(x, weight, bias, a, b, scaling)
+    recipe = recipe_of(x) or Recipe(_itself, (x,))
+    result: Tensor = _LoraLinear.apply(x, recipe, weight, bias, a, b, scaling)
     return result
+
+
+def merging_pays(tokens: int, weight: Tensor) -> bool:
+    """Whether W + s B A costs fewer operations than s B (A x): T (I + O) > I O, whatever the rank.
+
+    Half precision never merges: an update of less than 1 in 256 of a weight would be rounded away.
+    """
+    outputs, inputs = weight.shape
+    return weight.dtype in (torch.float32, torch.float64) and tokens * (inputs + outputs) > inputs * outputs
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+        ctx: Any,
+        x: Tensor,
+        recipe: Recipe,
+        weight: FrozenWeight,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
     ) -> Tensor:
-        ctx.save_for_backward(x, a, b)
-        ctx.weight, ctx.scaling = weight, scaling
-        rows = x.reshape(-1, x.shape[-1])
-        y = linear(rows, weight(), bias)
-        y.addmm_(rows @ a.T, b.T, alpha=scaling)
+        ctx.save_for_backward(a, b, *recipe.tensors)
+        ctx.make_x, ctx.shape, ctx.weight, ctx.scaling = recipe.function, x.shape, weight, scaling
+        rows, w = x.reshape(-1, x.shape[-1]), weight()
+        if merging_pays(len(rows), w):
+            merged = w.addmm_(b, a, alpha=scaling) if weight.fresh else torch.addmm(w, b, a, alpha=scaling)
+            y = linear(rows, merged, bias)
+        else:
+            y = linear(rows, w, bias).addmm_(rows @ a.T, b.T, alpha=scaling)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None, None]:
-        x, a, b = ctx.saved_tensors
-        rows, dy = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, grads[0].shape[-1])
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        a, b, *kept = ctx.saved_tensors
+        dy = grads[0].reshape(-1, grads[0].shape[-1])
         through_b = dy @ b  # [T, r]
         dx = da = db = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ ctx.weight()
-            dx.addmm_(through_b, a, alpha=ctx.scaling)
-            dx = dx.view_as(x)
-        if ctx.needs_input_grad[3]:
+            dx = (dy @ ctx.weight()).addmm_(through_b, a, alpha=ctx.scaling).view(ctx.shape)
+        if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
+            rows = ctx.make_x(*kept).reshape(-1, ctx.shape[-1])
             da = (through_b.T @ rows).mul_(ctx.scaling)
-        if ctx.needs_input_grad[4]:
             db = (dy.T @ (rows @ a.T)).mul_(ctx.scaling)
-        return dx, None, None, da, db, None
+        return dx, None, None, None, da, db, None

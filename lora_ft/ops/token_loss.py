@@ -57,6 +57,11 @@ def choose_paths(model: PreTrainedModel, fast: config.Fast) -> Paths:
     reasons += [f"plain {name}: fast.{name}=false" for name in ("attention", "loss") if not getattr(fast, name)]
     if known:
         model.set_attn_implementation(attention.NAME if fast.attention else attention.PLAIN)
+        if fast.attention:
+            head_width = getattr(model.config, "head_dim", None) or (
+                model.config.hidden_size // model.config.num_attention_heads
+            )
+            reasons.append("attention: {} ({})".format(*attention.choose_kernel(model.device, model.dtype, head_width)))
     return Paths(known, known and fast.attention, known and fast.loss, tuple(reasons))
 
 
@@ -85,7 +90,12 @@ def _head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
         frozen = not any(p.requires_grad for p in head.parameters())
         form = linear_cross_entropy if frozen else linear_cross_entropy_plain
         return form(hidden, head.weight, head.bias, targets)
-    # An adapted head (LoRA on it, modules_to_save, trained token rows) computes its logits itself.
+    # A LoRA on the head brings the chunked form along (adapters/fast.py), where that is exact for it.
+    own_form = getattr(head, "token_loss_sum", None)
+    loss = own_form(hidden, targets) if own_form is not None else None
+    if loss is not None:
+        return loss
+    # Another adapted head (modules_to_save, trained token rows) computes its logits itself.
     logits = head(hidden)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return cross_entropy(logits, targets, reduction="sum")

@@ -23,6 +23,7 @@ from lora_ft.errors import ConfigError, DataError
 from lora_ft.evaluation.generate import context_length
 from lora_ft.evaluation.heldout import Heldout
 from lora_ft.models.load import Base
+from lora_ft.ops.recompute import settle_checkpoint
 from lora_ft.ops.token_loss import Paths
 from lora_ft.training import optimizers
 
@@ -50,6 +51,7 @@ class Learner:
     steps: list[np.ndarray]
     parameters: dict[str, nn.Parameter]
     start: dict[str, Tensor]
+    checkpoint: str
     flat: optimizers.Flat
     optimizer: torch.optim.Optimizer
     num_trainable: int
@@ -121,7 +123,22 @@ def make_learner(
         flat=flat,
         optimizer=optimizers.build(flat, cfg.optim),
         num_trainable=num_trainable,
+        checkpoint=_settle_checkpoint(peft_model, paths, dataset.train, steps, cfg.train),
     )
+
+
+def _settle_checkpoint(
+    model: PeftModel, paths: Paths, rows: list[TokenRow], steps: list[np.ndarray], train: config.Train
+) -> str:
+    """What train.checkpoint=auto is for the largest micro-batch of the run."""
+    if train.checkpoint != "auto":
+        return train.checkpoint
+    largest = max(sum(len(rows[i].ids) for i in step) for step in steps)
+    setting, why = settle_checkpoint(
+        model.get_base_model(), paths, min(largest, train.tokens_per_microbatch or largest)
+    )
+    log.info(why)
+    return setting
 
 
 def _check_lengths(rows: list[TokenRow], model: PreTrainedModel, train: config.Train) -> None:

@@ -60,7 +60,7 @@ def _turns(learner: Learner, observe: Observer) -> Iterator[int]:
 def _activate(learner: Learner) -> None:
     if learner.model.active_adapter != learner.name:
         learner.model.set_adapter(learner.name)
-    recompute_layers(learner.base, learner.cfg.train.checkpoint)
+    recompute_layers(learner.base, learner.checkpoint)
     learner.model.train()
 
 

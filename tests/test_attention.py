@@ -1,0 +1,260 @@
+"""Packed attention: every kernel that runs here against the definition in float64, values and gradients."""
+
+import sys
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny import FAMILIES, VOCABULARY, tiny_model
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lora_ft import config
+from lora_ft.ops import attention
+from lora_ft.ops.tiled_attention import TILE_ROWS, Tile, tiled_attention, tiles, worth_it
+from lora_ft.ops.token_loss import Batch, choose_paths, token_loss_sum
+
+LONG = (2 * TILE_ROWS + 5, 1, TILE_ROWS, 3, TILE_ROWS + 1)
+
+
+def starts_of(lengths: tuple[int, ...]) -> tuple[int, ...]:
+    return (0, *torch.tensor(lengths).cumsum(0).tolist())
+
+
+def tensors(num_tokens: int, heads: int, key_heads: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Query, key and value [1, heads, T, 8], laid out as a projection gives them, and a gradient [1, T, H, 8]."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    made = [torch.randn(1, num_tokens, h, 8, generator=generator, dtype=dtype) for h in (heads, key_heads, key_heads)]
+    gradient = torch.randn(1, num_tokens, heads, 8, generator=generator, dtype=dtype)
+    return [*(tensor.transpose(1, 2).requires_grad_() for tensor in made), gradient]
+
+
+def definition(query: Tensor, key: Tensor, value: Tensor, starts: Any, window: int | None, scale: float) -> Tensor:
+    """Softmax over a dense mask of all tokens, key heads repeated."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    place = torch.arange(starts[-1])
+    document = torch.searchsorted(torch.tensor(starts), place, right=True)
+    distance = place[:, None] - place
+    seen = (distance >= 0) & (document[:, None] == document)
+    if window is not None:
+        seen &= distance < window
+    scores = (query @ key.mT * scale).masked_fill(~seen, float("-inf"))
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+def with_gradients(function: Any, made: list[Tensor], *arguments: Any) -> list[Tensor]:
+    out = function(*made[:3], *arguments)
+    return [out.detach(), *torch.autograd.grad(out, made[:3], made[3])]
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, TILE_ROWS + 3])
+@pytest.mark.parametrize("heads, key_heads", [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize("lengths", [(1,), (5, 1, 2), LONG])
+@pytest.mark.parametrize("form", [tiled_attention, attention.per_document])
+def test_every_form_is_the_definition(
+    form: Any, lengths: tuple[int, ...], heads: int, key_heads: int, window: int | None
+) -> None:
+    starts = starts_of(lengths)
+    made = tensors(starts[-1], heads, key_heads)
+    found = with_gradients(form, made, starts, window, 0.3)
+    for ours, exact in zip(found, with_gradients(definition, made, starts, window, 0.3), strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-12)
+
+
+def test_tiles_in_fp32_are_as_near_to_float64_as_torchs_kernel() -> None:
+    starts = starts_of(LONG)
+    exact = tensors(starts[-1], 6, 2)
+    rounded = [tensor.detach().float().requires_grad_() for tensor in exact]
+    expected = with_gradients(definition, exact, starts, None, 0.3)
+
+    def errors(form: Any) -> list[float]:
+        found = with_gradients(form, rounded, starts, None, 0.3)
+        return [float((f - e).norm() / e.norm()) for f, e in zip(found, expected, strict=True)]
+
+    for tiled, torchs in zip(errors(tiled_attention), errors(attention.per_document), strict=True):
+        assert 0 < tiled < max(2 * torchs, 5e-7)
+
+
+def test_tiles_are_differentiable_under_checkpointing_and_give_the_same_bits() -> None:
+    starts = starts_of(LONG)
+    made = tensors(starts[-1], 6, 2, torch.float32)
+
+    def again(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return checkpoint(tiled_attention, q, k, v, starts, None, 0.3, use_reentrant=False)
+
+    kept = with_gradients(tiled_attention, made, starts, None, 0.3)
+    assert all(map(torch.equal, kept, with_gradients(again, made)))
+
+
+def seen_by(plan: list[Tile], num_tokens: int) -> Tensor:
+    """How often tiles let each row see each key."""
+    counts = torch.zeros(num_tokens, num_tokens, dtype=torch.int64)
+    for tile in plan:
+        free = torch.ones(tile.end - tile.start, tile.end - tile.first_key, dtype=torch.int64)
+        free[:, -tile.mask.shape[1] :] = (tile.mask == 0).long()
+        counts[tile.start : tile.end, tile.first_key : tile.end] += free
+    return counts
+
+
+@pytest.mark.parametrize("window", [None, 5, 100])
+def test_tiles_cover_what_may_be_seen_once_and_nothing_else(window: int | None) -> None:
+    starts = starts_of(LONG)
+    expected = torch.zeros(starts[-1], starts[-1], dtype=torch.int64)
+    for a, b in pairwise(starts):
+        expected[a:b, a:b] = torch.ones(b - a, b - a, dtype=torch.int64).tril()
+    if window is not None:
+        expected = expected.triu(1 - window)
+    plan = tiles(starts, window, torch.float32)
+    assert torch.equal(seen_by(plan, starts[-1]), expected)
+    assert max(tile.end - tile.start for tile in plan) <= TILE_ROWS
+
+
+def test_tiles_are_left_to_the_documents_that_they_are_faster_for() -> None:
+    assert worth_it(starts_of((180, 300, 90)), None)
+    assert not worth_it(starts_of((16,) * 8), None)
+    assert not worth_it(starts_of((200, 2048)), None)
+    assert worth_it(starts_of((200, 2048)), 512)
+
+
+@pytest.mark.parametrize("lengths", [LONG, (16, 16), (1100,)])
+@pytest.mark.parametrize("window", [None, 40])
+def test_the_models_call_gives_the_definition_whatever_form_it_takes(
+    lengths: tuple[int, ...], window: int | None
+) -> None:
+    starts = starts_of(lengths)
+    made = tensors(starts[-1], 2, 1)
+
+    def called(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention.packed_causal_attention(
+            torch.nn.Identity(), q, k, v, None, document_starts=list(starts), sliding_window=window
+        )[0]
+
+    found = with_gradients(called, made)
+    for ours, exact in zip(found, with_gradients(definition, made, starts, window, 8**-0.5), strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_over_tiles_learns_what_it_learns_over_a_dense_mask(family: str) -> None:
+    """In float64, documents long enough for tiles: loss and all gradients of the base."""
+    model = tiny_model(family, dtype=torch.float64)
+    starts = list(starts_of((80, 100)))
+    assert worth_it(tuple(starts), None)
+    ids = torch.randint(4, VOCABULARY, (180,), generator=torch.Generator().manual_seed(0))
+    batch = Batch(ids, torch.cat([torch.arange(80), torch.arange(100)]), ids.roll(-1), starts)
+    results = []
+    for fast in (config.Fast(), config.Fast(attention=False)):
+        loss = token_loss_sum(model, batch, choose_paths(model, fast))
+        results.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
+    for tiled, dense in zip(*results, strict=True):
+        assert float((tiled - dense).norm() / dense.norm()) < 1e-11
+
+
+def test_dropout_drops_weights_and_keeps_their_mean() -> None:
+    query, key, value, _ = tensors(150, 2, 1)
+    torch.manual_seed(0)
+    outs = [
+        attention.packed_causal_attention(
+            torch.nn.Identity(), query, key, value.abs(), None, document_starts=[0, 70, 150], dropout=dropout
+        )[0].detach()
+        for dropout in (0.0, 0.5)
+    ]
+    assert not torch.allclose(outs[0], outs[1])
+    assert float(outs[1].mean() / outs[0].mean()) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias"])
+def test_attention_refuses_what_it_would_ignore(name: str) -> None:
+    made = [torch.randn(1, 2, 3, 4) for _ in range(3)]
+    with pytest.raises(ValueError, match=name):
+        attention.packed_causal_attention(torch.nn.Identity(), *made, None, document_starts=[0, 3], **{name: 1.0})
+
+
+def test_a_packed_model_refuses_a_call_without_boundaries() -> None:
+    """A key cache with no mask would be silently wrong; generation goes through plain_attention."""
+    model = tiny_model("llama")
+    choose_paths(model, config.Fast())
+    with pytest.raises(ValueError, match="document_starts"):
+        model(input_ids=torch.tensor([[5, 6, 7]]))
+    with attention.plain_attention(model):
+        model(input_ids=torch.tensor([[5, 6, 7]]))
+    with pytest.raises(ValueError, match="document_starts"):
+        model(input_ids=torch.tensor([[5, 6, 7]]))
+
+
+@pytest.mark.parametrize(
+    "device, dtype, width, capability, built, installed, name, reason",
+    [
+        ("cpu", torch.float32, 64, None, False, False, "tiled", "float32 on a CPU"),
+        ("cpu", torch.bfloat16, 64, None, False, False, "per_document", "rounded"),
+        ("mps", torch.float16, 64, None, False, False, "per_document", "mps"),
+        ("cuda", torch.float32, 64, (9, 0), True, True, "per_document", "16 bits only"),
+        ("cuda", torch.float16, 64, (7, 5), True, True, "per_document", "8.0"),
+        ("cuda", torch.bfloat16, 512, (9, 0), True, True, "per_document", "512"),
+        ("cuda", torch.bfloat16, 12, (9, 0), True, True, "per_document", "12"),
+        ("cuda", torch.bfloat16, 128, (8, 6), True, False, "varlen", "boundaries"),
+        ("cuda", torch.float16, 128, (8, 0), False, True, "flash_attn", "without flash attention"),
+        ("cuda", torch.float16, 128, (8, 0), False, False, "per_document", "not installed"),
+    ],
+)
+def test_the_kernel_is_chosen_by_device_dtype_and_what_is_installed(
+    device: str, dtype: torch.dtype, width: int, capability: Any, built: bool, installed: bool, name: str, reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda _: object() if installed else None)
+    kernel = attention.choose_kernel.__wrapped__(torch.device(device), dtype, width)
+    assert kernel.name == name
+    assert reason in kernel.reason
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("form", [attention.varlen, attention.flash_attn])
+def test_flash_attention_is_called_as_its_interface_says(
+    form: Any, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No GPU is needed to see the arguments: a stand-in computes the definition from them alone."""
+    starts = starts_of((9, 20, 3))
+    made = tensors(starts[-1], 4, 2)
+
+    def over_boundaries(q, k, v, cu_q, cu_k, max_q, max_k, scale, window_size):  # type: ignore[no-untyped-def]
+        assert cu_q.dtype is cu_k.dtype is torch.int32 and cu_q.tolist() == cu_k.tolist() == list(starts)
+        assert max_q == max_k == 20
+        left, right = window_size
+        assert right == 0
+        heads = [tensor.transpose(0, 1)[None] for tensor in (q, k, v)]
+        # Flash attention's left span does not count the row itself.
+        return definition(*heads, starts, None if left == -1 else left + 1, scale)[0]
+
+    def varlen_attn(*seven: Any, scale: float, window_size: Any, enable_gqa: bool) -> Tensor:
+        assert enable_gqa
+        return over_boundaries(*seven, scale, window_size)
+
+    def flash_attn_varlen_func(*seven: Any, softmax_scale: float, causal: bool, window_size: Any) -> Tensor:
+        assert causal
+        return over_boundaries(*seven, softmax_scale, window_size)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    package = SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    found = with_gradients(form, made, starts, window, 0.3)
+    for ours, exact in zip(found, with_gradients(definition, made, starts, window, 0.3), strict=True):
+        torch.testing.assert_close(ours, exact)
+
+
+def test_torchs_varlen_takes_these_arguments_and_gives_these_shapes() -> None:
+    """Traced without memory or kernels: the real operator checks its arguments, and its backward is registered."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        made = [torch.randn(1, 32, h, 8, dtype=torch.bfloat16).transpose(1, 2).requires_grad_() for h in (4, 2, 2)]
+        attention._boundaries.cache_clear()
+        out = attention.varlen(*made, (0, 9, 32), 7, 0.3)
+        gradients = torch.autograd.grad(out.sum(), made)
+    attention._boundaries.cache_clear()
+    assert out.shape == (1, 32, 4, 8) and out.dtype is torch.bfloat16
+    assert [g.shape for g in gradients] == [m.shape for m in made]

@@ -1,0 +1,284 @@
+"""The benchmark measures what it says: equal rows for all, ratios by pair, no credit without learning."""
+
+import json
+import math
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_folder, tiny_model, tiny_tokenizer
+from torch.utils.flop_counter import FlopCounterMode
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import bench  # noqa: E402
+import case  # noqa: E402
+import ceiling  # noqa: E402
+import measure  # noqa: E402
+import summary  # noqa: E402
+from peers import protocol  # noqa: E402
+
+from lora_ft import config  # noqa: E402
+from lora_ft.adapters import attach  # noqa: E402
+from lora_ft.data.order import epoch_order, steps_of_epoch  # noqa: E402
+
+
+def record(trainer: str, number: int = 0, **changes: object) -> summary.Record:
+    """A sound run of two steps of 100 tokens that lowered the held-out loss by 0.5."""
+    sound = {
+        "trainer": trainer, "round": number, "error": "", "tokens": [100, 100], "seconds": [9.0, 1.0],
+        "losses": [4.0, 3.8], "grad_norms": [1.0, 0.9], "tokens_per_second": 100.0, "peak_tree_bytes": 3e9,
+        "first_step_seconds": 5.0, "base_heldout_loss": 4.0, "heldout_loss": 3.5,
+    }  # fmt: skip
+    return sound | changes
+
+
+@pytest.fixture(scope="module")
+def small_case(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A case with a tiny model in the base's place; its rows are the corpus's own."""
+    cache = tmp_path_factory.mktemp("cache")
+    tiny_folder(cache, "llama").rename(cache / "SmolLM2-135M-Instruct")
+    return case.build("mixed", "answers", 3, cache)
+
+
+def test_drawn_lengths_have_the_promised_shape_and_equal_rows_one_length() -> None:
+    drawn = np.array(case.drawn_lengths("mixed", 400, random.Random(1)))
+    assert 170 <= drawn.mean() <= 195
+    assert np.percentile(drawn, 5) == pytest.approx(case.MEDIAN_TOKENS * math.exp(-1.645 * case.SIGMA), rel=0.02)
+    assert np.percentile(drawn, 95) == pytest.approx(case.MEDIAN_TOKENS * math.exp(1.645 * case.SIGMA), rel=0.02)
+    assert set(case.drawn_lengths("equal", 9, random.Random(1))) == {case.EQUAL_TOKENS}
+
+
+def test_a_case_is_the_same_bytes_each_time_and_its_rows_are_the_drawn_ones(small_case: Path, tmp_path: Path) -> None:
+    (tmp_path / "SmolLM2-135M-Instruct").symlink_to(small_case.parent / "SmolLM2-135M-Instruct")
+    again = case.build("mixed", "answers", 3, tmp_path)
+    for name in ("train.jsonl", "train_ids.jsonl", "heldout_ids.jsonl"):
+        assert (again / name).read_bytes() == (small_case / name).read_bytes()
+    lengths = sorted(len(row["input_ids"]) for row in protocol.token_rows(small_case, "train"))
+    assert lengths == sorted(case.drawn_lengths("mixed", 3 * case.ROWS_PER_STEP, random.Random(5)))
+
+
+def test_ids_are_the_chat_templates_and_labels_leave_only_answers(small_case: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    chats = [json.loads(line)["messages"] for line in (small_case / "train.jsonl").read_text("utf-8").splitlines()]
+    for messages, row in zip(chats, protocol.token_rows(small_case, "train"), strict=True):
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        assert row["input_ids"] == tokenizer(text.rstrip("\n"))["input_ids"]
+        assert all(label in (-100, token) for label, token in zip(row["labels"], row["input_ids"], strict=True))
+        learned = tokenizer.decode([label for label in row["labels"] if label != -100])
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        assert learned == "".join(f"{answer}<|im_end|>" for answer in answers)
+
+
+def test_no_heldout_row_shares_a_conversation_with_a_training_row(small_case: Path) -> None:
+    def questions(part: str) -> set[str]:
+        lines = (small_case / f"{part}.jsonl").read_text("utf-8").splitlines()
+        return {json.dumps(json.loads(line)["messages"][:2]) for line in lines}
+
+    assert questions("train").isdisjoint(questions("heldout"))
+
+
+def test_counting_tokens_instead_of_rows_gives_as_many_steps_over_the_same_rows() -> None:
+    lengths = case.drawn_lengths("mixed", 40, random.Random(2))
+    for seed in range(4):
+        size = case.smallest_step(lengths, 5, seed)
+        steps = steps_of_epoch(lengths, epoch_order(40, seed, 0), size)
+        assert len(steps) == 5
+        assert sorted(np.concatenate(steps).tolist()) == list(range(40))
+        assert size < 1.25 * sum(lengths) / 5
+
+
+def test_rows_that_are_not_what_their_kind_promises_are_refused() -> None:
+    with pytest.raises(AssertionError, match="mixed rows are to have"):
+        case.check_shape("mixed", case.measured([(51, 50)] * 8))
+    with pytest.raises(AssertionError, match="equal rows are to have 51 tokens"):
+        case.check_shape("equal", case.measured([(51, 50), (52, 50)]))
+
+
+def test_the_first_step_is_not_timed_and_ratios_are_taken_within_a_round() -> None:
+    assert summary.tokens_per_second([100, 100, 300], [60.0, 1.0, 3.0]) == 100.0
+    runs = [
+        record(trainer, number, tokens_per_second=speed)
+        for trainer, speeds in (("ours:fp32", [100.0, 20.0, 90.0]), ("peer:a", [50.0, 10.0, 30.0]))
+        for number, speed in enumerate(speeds)
+    ]
+    runs[3]["error"] = "ended with 1"  # round 0 of the peer: no pair
+    assert summary.ratios(runs, "ours:fp32", "peer:a", "tokens_per_second") == [2.0, 3.0]
+    assert summary.spread([3.0, 1.0, 2.0]) == summary.Spread(2.0, 1.0, 3.0)
+    assert summary.Spread(2.0, 1.0, 3.0).shown(1) == "2.0 (1.0-3.0)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"grad_norms": [1.0, 0.0]}, "gradient norms"),
+        ({"grad_norms": [1.0, math.nan]}, "gradient norms"),
+        ({"heldout_loss": 4.0}, "learned less"),
+        ({"heldout_loss": 2.0}, "learned more"),
+        ({"heldout_loss": math.nan}, "not finite"),
+        ({"tokens": [100, 90]}, "2 steps of 190 tokens, not 2 of 200"),
+        ({"error": "ended with 1"}, "ended with 1"),
+    ],
+)
+def test_a_run_that_cheats_or_does_not_learn_is_out_however_fast(changes: dict[str, object], reason: str) -> None:
+    runs = [
+        record("ours:fp32"),
+        record("one:a", heldout_loss=3.53),
+        record("two:b", tokens_per_second=9e9, **changes),
+    ]
+    verdicts = summary.verdicts(runs, 200, 2)
+    assert reason in verdicts["two:b"]
+    assert verdicts["ours:fp32"] == verdicts["one:a"] == ""
+    last = summary.table(runs, verdicts).splitlines()[-1]
+    assert "two:b" in last and "OUT" in last
+
+
+def test_one_bad_round_is_enough_and_nobody_passes_where_nobody_learned() -> None:
+    runs = [record("ours:fp32", n) for n in range(3)] + [record("peer:a", n) for n in range(3)]
+    runs[4]["grad_norms"] = [0.0, 0.0]
+    assert "gradient norms" in summary.verdicts(runs, 200, 2)["peer:a"]
+    idle = [record(name, heldout_loss=4.0) for name in ("ours:fp32", "peer:a")]
+    assert all("nobody learned" in reason for reason in summary.verdicts(idle, 200, 2).values())
+
+
+def test_what_is_usual_is_one_vote_a_project_however_many_variants_it_has() -> None:
+    ours = [record(f"ours:{n}", heldout_loss=3.9) for n in range(5)]
+    verdicts = summary.verdicts([*ours, record("one:a"), record("two:a"), record("three:a")], 200, 2)
+    assert verdicts["one:a"] == verdicts["two:a"] == verdicts["three:a"] == ""
+    assert all("learned less" in verdicts[f"ours:{n}"] for n in range(5))
+
+
+def test_adapters_of_a_4_bit_base_are_compared_among_themselves() -> None:
+    runs = [
+        record("ours:fp32"),
+        record("one:a"),
+        record("ours:nf4", heldout_loss=3.0),
+        record("one:nf4", heldout_loss=3.0),
+    ]
+    assert set(summary.verdicts(runs, 200, 2).values()) == {""}
+    runs[3]["heldout_loss"] = 3.9
+    assert "learned less" in summary.verdicts(runs, 200, 2)["one:nf4"]
+
+
+def test_the_tolerance_grows_with_what_seeds_do() -> None:
+    steady = [record(t, n) for t in ("a", "b") for n in range(3)] + [record("c", n, heldout_loss=3.6) for n in range(3)]
+    assert "learned less" in summary.verdicts(steady, 200, 2)["c"]
+    spread = [r | {"heldout_loss": r["heldout_loss"] + 0.1 * (r["round"] - 1)} for r in steady]
+    assert summary.verdicts(spread, 200, 2)["c"] == ""
+
+
+def test_the_results_document_names_every_trainer_and_replaces_only_what_is_between_the_markers() -> None:
+    runs = [record("ours:fp32"), record("peer:a", tokens_per_second=40.0), record("peer:b", error="ended with 1")]
+    found = {
+        "name": "mixed-all", "rows": "some", "steps": 2, "tokens": 200, "flop": {"linears": 200 * 10**9},
+        "gemm_flop_per_second": [2e11, 2e11], "verdicts": summary.verdicts(runs, 200, 2), "runs": runs,
+    }  # fmt: skip
+    text = summary.document({"date": "d", "machine": "m", "threads": 2, "rounds": 1, "cases": [found]})
+    assert "ceiling 200 tokens/s" in text and "Ours reaches 50% of it" in text
+    assert "| peer:a | 40 | 2.50 | 3.0 | 5.0 | 3.500 | learned |" in text
+    assert "OUT: ended with 1" in text
+    readme = f"before {summary.BEGIN} old {summary.END} after"
+    written = summary.written_between(readme, text)
+    assert text in written and "old" not in written
+    assert written.startswith("before ") and written.endswith(" after")
+    assert summary.written_between(written, text) == written
+    with pytest.raises(ValueError, match="must hold"):
+        summary.written_between("no markers", text)
+
+
+def test_the_picture_shows_only_trainers_that_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib").use("Agg")
+    from matplotlib.axes import Axes
+
+    shown: list[list[str]] = []
+    monkeypatch.setattr(Axes, "barh", lambda self, names, *_, **__: shown.append(names))
+    runs = [record("ours:fp32"), record("peer:a", tokens_per_second=40.0), record("peer:b", grad_norms=[0.0, 0.0])]
+    found = {"name": "mixed-all", "verdicts": summary.verdicts(runs, 200, 2), "runs": runs}
+    summary.draw({"date": "d", "machine": "m", "threads": 2, "cases": [found]}, tmp_path / "results.png")
+    assert shown == [["peer:a", "ours:fp32"]] * 2
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_flop_are_those_that_torch_counts() -> None:
+    model = tiny_model("llama")
+    model.set_attn_implementation("eager")
+    adapted = attach.attach(model, config.Adapter(r=4), "default", 0, [])
+    length = 24
+    counter = FlopCounterMode(display=False)
+    with counter:
+        adapted(input_ids=torch.arange(length)[None], use_cache=False).logits.square().sum().backward()
+    of_operator: dict[str, int] = {}
+    for operator, count in counter.get_flop_counts()["Global"].items():
+        of_operator[str(operator)] = of_operator.get(str(operator), 0) + count
+    counted = ceiling.flop(model.config.to_dict(), [length], length, 4)
+    # Eager attention multiplies whole squares, of which a causal one needs the lower half and its diagonal.
+    assert of_operator.pop("aten.bmm") == counted.attention * 2 * length // (length + 1)
+    assert sum(of_operator.values()) == counted.linears + counted.head + counted.lora
+
+
+def test_flop_add_up_over_rows_and_the_head_counts_supervised_positions_only() -> None:
+    sizes = tiny_model("llama").config.to_dict()
+    whole, first, second = (ceiling.flop(sizes, rows, 0, 8) for rows in ([30, 50], [30], [50]))
+    assert whole.total == first.total + second.total
+    assert whole.head == 0
+    head = ceiling.flop(sizes, [30, 50], 10, 8).head
+    assert head == 2 * 2 * 10 * sizes["hidden_size"] * sizes["vocab_size"]
+
+
+def test_memory_is_that_of_the_whole_process_tree(tmp_path: Path) -> None:
+    child = "import sys, time; held = b'1' * int(sys.argv[1]); time.sleep(1.2)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}, '200000000'])"
+    found = measure.run([sys.executable, "-c", parent], {}, tmp_path / "log")
+    assert found.returncode == 0
+    assert 200e6 < found.peak_tree_bytes < 300e6
+
+
+def test_a_command_that_takes_too_much_is_ended_and_says_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "MEMORY_BYTES", 50_000_000)
+    found = measure.run([sys.executable, "-c", "b'1' * 90_000_000; import time; time.sleep(60)"], {}, tmp_path / "log")
+    assert "nearly all of this machine" in found.stopped and found.returncode < 0 and found.seconds < 30
+
+
+def test_a_failed_command_is_reported_with_its_exit_code_and_output(tmp_path: Path) -> None:
+    found = measure.run([sys.executable, "-c", "import sys; print('why'); sys.exit(3)"], {}, tmp_path / "log")
+    assert found.returncode == 3
+    assert (tmp_path / "log").read_text() == "why\n"
+
+
+def test_an_outcome_is_the_last_line_of_the_output() -> None:
+    watch = protocol.Stopwatch()
+    for tokens in (5, 7):
+        watch.forward(tokens)
+        watch.forward(tokens)
+        watch.step()
+        watch.learned(2.0, 1.0)
+    outcome = watch.outcome(Path("adapter"))
+    assert outcome.tokens == [10, 14] and len(outcome.seconds) == 2 and outcome.first_forward > 0
+    line = json.dumps(vars(outcome))
+    assert protocol.parse(f"noise\n{line}\n") == outcome
+    for output in ("", "noise", f"{line}\nnoise"):
+        with pytest.raises(ValueError):
+            protocol.parse(output)
+
+
+def test_unknown_trainers_and_cases_are_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.parsed(["--trainers", "ours:fp32,trl_sft"]).trainers == [
+        "ours:fp32",
+        "trl_sft:default",
+        "trl_sft:best",
+    ]
+    for arguments, named in ((["--trainers", "ours:fp64"], "ours:fp64"), (["--cases", "long-all"], "long-all")):
+        with pytest.raises(SystemExit):
+            bench.parsed(arguments)
+        assert named in capsys.readouterr().err
+
+
+def test_every_peer_has_a_script_and_pinned_requirements() -> None:
+    for name in bench.PEERS:
+        assert (BENCHMARKS / "peers" / f"{name}.py").is_file()
+        if name != "ours":
+            assert "torch==2.13.0" in (BENCHMARKS / "peers" / f"{name}.txt").read_text().splitlines()

@@ -1,0 +1,290 @@
+"""Blocks that keep less inside real models: the same loss and gradients, and nothing else of the model changes."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny import FAMILIES, VOCABULARY, tiny_model
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
+
+from lora_ft import config
+from lora_ft.adapters import attach, fast
+from lora_ft.models import blocks
+from lora_ft.models.blocks import use_fast_blocks
+from lora_ft.ops.kernels import OWN, Kernels
+from lora_ft.ops.recompute import recompute_layers
+from lora_ft.ops.token_loss import Batch, choose_paths, token_loss_sum
+
+LENGTHS = (9, 1, 14)
+IDS = torch.randint(4, VOCABULARY, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))
+POSITIONS = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "vocab_size": VOCABULARY, "max_position_embeddings": 256, "initializer_range": 0.1,
+         "pad_token_id": 3, "bos_token_id": 0, "eos_token_id": 2}  # fmt: skip
+OTHERS = {
+    "mistral": MistralConfig(num_key_value_heads=2, sliding_window=6, **SIZES),
+    "qwen2": Qwen2Config(num_key_value_heads=2, **SIZES),
+}
+ALL = (*FAMILIES, *OTHERS)
+ON = {"norm": True, "mlp": True, "rope": True}
+
+
+def built(model_config: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(copy.deepcopy(model_config), dtype=dtype).eval()
+
+
+def base(family: str, dtype: torch.dtype = torch.float32, *, tie: bool = False) -> PreTrainedModel:
+    model = built(OTHERS[family], dtype) if family in OTHERS else tiny_model(family, dtype=dtype, tie=tie)
+    with torch.no_grad():  # norms of ones and zeros would hide what their weights do
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                generator = torch.Generator().manual_seed(len(name))
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(dtype))
+    return model.requires_grad_(False)
+
+
+def adapted(model: PreTrainedModel, **settings: object) -> PeftModel:
+    peft_model = attach.attach(model, config.Adapter(**{"r": 3, **settings}), "first", 1, [])
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in attach.trainable(peft_model, "first").values():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+    return peft_model
+
+
+def learned(model: PeftModel) -> tuple[Tensor, Tensor]:
+    """Logits of packed documents, and the gradient of all adapter parameters."""
+    parameters = list(attach.trainable(model, "first").values())
+    logits = model(input_ids=IDS, position_ids=POSITIONS, use_cache=False).logits
+    gradients = torch.autograd.grad(logits.float().square().sum(), parameters)
+    return logits.detach(), torch.cat([g.flatten() for g in gradients])
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def kept_bytes(model: PeftModel) -> int:
+    """Bytes of activations, each storage once, that a forward pass leaves for the backward."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        body = model.get_base_model().base_model(input_ids=IDS, position_ids=POSITIONS, use_cache=False)
+    del body
+    return sum(size for address, size in sizes.items() if address not in own)
+
+
+@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float64, 1e-6), (torch.float32, 2e-5), (torch.bfloat16, 0.1), (torch.float16, 0.02)]
+)
+def test_a_model_learns_the_same(family: str, dtype: torch.dtype, bound: float) -> None:
+    model = adapted(base(family, dtype))
+    logits, gradients = learned(model)
+    lines = use_fast_blocks(model, **ON)
+    found_logits, found_gradients = learned(model)
+    assert not [line for line in lines if "transformers" in line]
+    assert relative(found_gradients, gradients) < bound
+    if family == "gpt2":  # eight operations in one: better rounded
+        assert relative(found_logits, logits) < bound
+    else:
+        assert torch.equal(found_logits, logits)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+def test_layer_norms_and_gelu_hold_to_float64(family: str) -> None:
+    """These models have no fp32 inside, so that in float64 nothing but the order of operations differs."""
+    model = adapted(base(family, torch.float64))
+    expected = learned(model)
+    use_fast_blocks(model, **ON)
+    assert all(relative(f, e) < 1e-12 for f, e in zip(learned(model), expected, strict=True))
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_gradients_are_as_near_to_float64_as_the_plain_ones(family: str) -> None:
+    model = adapted(base(family))
+    exact = learned(copy.deepcopy(model).double())[1]
+    plain = relative(learned(model)[1], exact)
+    use_fast_blocks(model, **ON)
+    assert relative(learned(model)[1], exact) < 2 * plain < 1e-5
+
+
+@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("checkpoint", ["off", "every_1", "every_2"])
+def test_lora_layers_take_the_recipes_and_learn_the_same(family: str, checkpoint: str) -> None:
+    model = adapted(base(family))
+    expected = learned(model)
+    use_fast_blocks(model, **ON)
+    fast.use_fast_forwards(model, "first")
+    recompute_layers(model.get_base_model(), checkpoint)
+    model.train()  # recomputation asks for it; the tiny models have no dropout but gpt2's and gpt_neox's
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    assert all(relative(f, e) < 2e-5 for f, e in zip(learned(model), expected, strict=True))
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_packed_documents_keep_their_boundaries(family: str) -> None:
+    """The replaced forward hands document_starts on to packed attention, as the model's own does."""
+    model = adapted(base(family))
+    starts = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
+    batch = Batch(IDS[0], POSITIONS[0], IDS[0].roll(-1), starts)
+    paths = choose_paths(model.get_base_model(), config.Fast())
+    expected = token_loss_sum(model.get_base_model(), batch, paths).detach()
+    use_fast_blocks(model, **ON)
+    found = token_loss_sum(model.get_base_model(), batch, paths).detach()
+    assert relative(found, expected) < 1e-6
+    leaking = token_loss_sum(model.get_base_model(), batch._replace(starts=[0, IDS.shape[1]]), paths).detach()
+    assert relative(leaking, expected) > 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_layer_keeps_neither_normed_inputs_nor_the_product(family: str) -> None:
+    """What a layer of the tiny models keeps less in fp32, at the least: two normed inputs and the MLP's product."""
+    tokens, hidden, inner, layers = IDS.shape[1], 64, 128, 2
+    model = adapted(base(family))
+    fast.use_fast_forwards(model, "first")
+    before = kept_bytes(model)
+    use_fast_blocks(model, **ON)
+    saved = before - kept_bytes(model)
+    assert saved >= 4 * tokens * layers * (2 * hidden + inner)
+
+
+def test_without_recipes_taken_the_gradients_are_the_same() -> None:
+    """PEFT's own LoRA forward (with dropout, say) keeps its input itself; and so does a layer that casts it."""
+    model = adapted(base("llama"), targets=["q_proj", "down_proj"])
+    expected = learned(model)
+    use_fast_blocks(model, **ON)
+    plain = learned(model)
+    fast.use_fast_forwards(model, "first")
+    assert relative(plain[1], expected[1]) < 2e-5
+    assert relative(learned(model)[1], expected[1]) < 2e-5
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_without_gradients_the_model_is_its_own(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bare, model = base(family), base(family)
+    names = list(model.state_dict())
+    monkeypatch.setattr(blocks, "layer_norm", None)
+    use_fast_blocks(model, **ON, kernels=Kernels(None, None, None))
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(model(input_ids=IDS).logits, bare(input_ids=IDS).logits)
+            assert torch.equal(
+                model.generate(IDS[:, :5], max_new_tokens=4, do_sample=False),
+                bare.generate(IDS[:, :5], max_new_tokens=4, do_sample=False),
+            )
+    assert list(model.state_dict()) == names
+
+
+def test_gradients_wanted_the_given_kernels_run() -> None:
+    calls: list[str] = []
+    watched = Kernels(*(lambda *a, f=f, n=n: calls.append(n) or f(*a) for n, f in OWN._asdict().items()))
+    model = adapted(base("llama"))
+    use_fast_blocks(model, **ON, kernels=watched)
+    learned(model)
+    assert {name: calls.count(name) for name in calls} == {"rms_norm": 5, "swiglu": 2, "rotate": 2}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox"])
+def test_a_cache_of_keys_and_asked_for_attentions_work_with_gradients(family: str) -> None:
+    bare, model = base(family), base(family)
+    use_fast_blocks(model, **ON)
+    results = []
+    for m in (bare, model):
+        m.set_attn_implementation("eager")
+        cache = DynamicCache(config=m.config)
+        first = m(input_ids=IDS[:, :6], past_key_values=cache, use_cache=True)
+        second = m(input_ids=IDS[:, 6:9], past_key_values=first.past_key_values, use_cache=True, output_attentions=True)
+        results.append((second.logits, *second.attentions))
+    assert all(torch.equal(f, e) for f, e in zip(*results, strict=True))
+
+
+def test_tied_embeddings_learn_the_same() -> None:
+    model = adapted(base("llama", tie=True))
+    expected = learned(model)
+    use_fast_blocks(model, **ON)
+    assert all(relative(f, e) < 2e-5 for f, e in zip(learned(model), expected, strict=True))
+
+
+@pytest.mark.parametrize(("family", "norm"), [("llama", "input_layernorm"), ("gpt2", "ln_1")])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_norm_that_trains_is_plain_and_has_weights_of_its_own(family: str, norm: str, late: bool) -> None:
+    """PEFT trains a deep copy of the norm, which must not compute with the weights that it was copied from."""
+    model = base(family)
+    if not late:
+        use_fast_blocks(model, **ON)
+    found = adapted(model, modules_to_save=[norm])
+    expected = adapted(base(family), modules_to_save=[norm])
+    if late:
+        use_fast_blocks(found, **ON)
+    assert all(relative(f, e) < 2e-5 for f, e in zip(learned(found), learned(expected), strict=True))
+
+
+def test_a_copied_model_computes_with_its_own_weights() -> None:
+    model = base("llama")
+    use_fast_blocks(model, **ON)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(copied(input_ids=IDS).logits, base("llama")(input_ids=IDS).logits)
+
+
+def test_what_is_done_is_said_and_done_once() -> None:
+    model = base("qwen3")
+    assert use_fast_blocks(model, norm=True, mlp=False, rope=True) == [
+        "plain mlp: fast.mlp=false",
+        "9 norm, 2 rope blocks keep less while training",
+    ]
+    assert not [m for m in model.modules() if type(m).__name__ == "Qwen3MLP" and "forward" in vars(m)]
+    assert use_fast_blocks(model, **ON) == ["2 mlp blocks keep less while training"]
+    assert use_fast_blocks(model, **ON) == []
+
+
+@pytest.mark.parametrize(
+    ("model_config", "lines"),
+    [
+        (
+            GemmaConfig(num_key_value_heads=2, head_dim=16, **SIZES),  # its norm multiplies by 1 + weight
+            {
+                "2 blocks compute as transformers does: GemmaAttention",
+                "2 blocks compute as transformers does: GemmaMLP",
+                "5 blocks compute as transformers does: GemmaRMSNorm",
+            },
+        ),
+        (
+            LlamaConfig(num_key_value_heads=2, hidden_act="relu", **SIZES),
+            {
+                "2 blocks compute as transformers does: LlamaMLP",
+                "5 norm, 2 rope blocks keep less while training",
+            },
+        ),
+    ],
+)
+def test_blocks_that_are_not_known_stay_as_they_are(model_config: Any, lines: set[str]) -> None:
+    model = adapted(built(model_config).requires_grad_(False))
+    expected = learned(model)
+    assert set(use_fast_blocks(model, **ON)) == lines
+    assert torch.equal(learned(model)[0], expected[0])
+    assert relative(learned(model)[1], expected[1]) < 2e-5

@@ -1,0 +1,227 @@
+"""Norms, activations and rotations that keep less: their values, gradients, recipes, and what they keep."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers.models.gpt_neox import modeling_gpt_neox
+from transformers.models.llama import modeling_llama
+
+from lora_ft.ops.mlp import gelu, swiglu, swiglu_plain
+from lora_ft.ops.norm import layer_norm, rms_norm, rms_norm_plain
+from lora_ft.ops.recipe import recipe_of, with_recipe
+from lora_ft.ops.rope import rotate, rotate_plain
+
+EPS = 1e-5
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+WIDTH = 24
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm())
+
+
+def kept(function: Callable[[], Tensor]) -> set[int]:
+    """Addresses of the storages that the backward of `function` will need."""
+    addresses: set[int] = set()
+
+    def pack(tensor: Tensor) -> Tensor:
+        addresses.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return addresses
+
+
+def addresses(*tensors: Tensor) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+def angles(tokens: int, width: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """cos and sin [1, T, width] of two packed documents, both halves alike, as a model's rotary embedding gives."""
+    positions = torch.cat([torch.arange(tokens // 2), torch.arange(tokens - tokens // 2)])
+    turns = positions[:, None] / 10 ** (torch.arange(width // 2) / width)
+    both = torch.cat((turns, turns), dim=-1)[None]
+    return both.cos().to(dtype), both.sin().to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight_dtype", [torch.float32, None])
+def test_the_rms_norm_is_that_of_transformers_bit_for_bit(dtype: torch.dtype, weight_dtype: torch.dtype | None) -> None:
+    x, norm = random(3, 7, WIDTH, dtype=dtype), modeling_llama.LlamaRMSNorm(WIDTH, EPS)
+    norm.weight.data = random(WIDTH, dtype=weight_dtype or dtype, seed=1)
+    norm.requires_grad_(False)
+    for form in (rms_norm, rms_norm_plain):
+        found = form(x, norm.weight, EPS)
+        assert found.dtype == norm(x).dtype
+        assert torch.equal(found, norm(x))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float64, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_the_gradient_of_the_rms_norm_is_near_float64(dtype: torch.dtype, bound: float, scale: float) -> None:
+    x, weight, dy = (random(*s, dtype=dtype, seed=n) for n, s in enumerate([(5, 9, WIDTH), (WIDTH,), (5, 9, WIDTH)]))
+    x = (x * scale).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    y = weight.double() * exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + EPS)
+    (expected,) = torch.autograd.grad(y, exact, dy.double())
+    (found,) = torch.autograd.grad(rms_norm(x, weight, EPS), x, dy)
+    (plain,) = torch.autograd.grad(rms_norm_plain(x, weight, EPS), x, dy)
+    assert found.dtype == dtype
+    assert relative(found, expected) < bound
+    assert relative(found, plain) < bound
+
+
+def test_the_rms_norm_keeps_its_input_and_a_number_a_row() -> None:
+    x, weight = random(6, WIDTH).requires_grad_(), random(WIDTH)
+    y = rms_norm(x, weight, EPS)
+    recipe = recipe_of(y)
+    assert recipe is not None
+    (_, reciprocal_rms, _) = recipe.tensors
+    assert reciprocal_rms is not None and reciprocal_rms.shape == (6, 1)
+    found = {id(t) for t in recipe.tensors}
+    assert found == {id(x), id(reciprocal_rms), id(weight)}
+    # The norm's own record holds nothing more: the row numbers are the ones of the recipe.
+    assert {t.data_ptr() for t in y.grad_fn.saved_tensors} == addresses(x, weight, reciprocal_rms)
+
+
+def test_the_rms_norm_refuses_a_weight_that_trains() -> None:
+    with pytest.raises(ValueError, match="weight"):
+        rms_norm(random(2, WIDTH), random(WIDTH).requires_grad_(), EPS)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_the_layer_norm_is_that_of_torch_and_keeps_no_output(affine: bool) -> None:
+    x = random(6, WIDTH).requires_grad_()
+    weight, bias = (random(WIDTH, seed=1), random(WIDTH, seed=2)) if affine else (None, None)
+    y = layer_norm(x, weight, bias, EPS)
+    assert torch.equal(y, functional.layer_norm(x, (WIDTH,), weight, bias, EPS))
+    assert not kept(lambda: layer_norm(x, weight, bias, EPS)) & addresses(y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu_is_its_definition_bit_for_bit_and_keeps_two_tensors(dtype: torch.dtype) -> None:
+    gate, up = (random(5, WIDTH, dtype=dtype, seed=n).requires_grad_() for n in (0, 1))
+    assert torch.equal(swiglu(gate, up), swiglu_plain(gate, up))
+    dy = random(5, WIDTH, dtype=dtype, seed=2)
+    found = torch.autograd.grad(swiglu(gate, up), (gate, up), dy)
+    plain = torch.autograd.grad(swiglu_plain(gate, up), (gate, up), dy)
+    assert all(torch.equal(f, p) for f, p in zip(found, plain, strict=True))
+    assert kept(lambda: swiglu(gate, up)) == addresses(gate, up)
+    assert len(kept(lambda: swiglu_plain(gate, up))) == 3
+
+
+@pytest.mark.parametrize("frozen", ["gate", "up"])
+def test_swiglu_passes_gradcheck(frozen: str) -> None:
+    tensors = {name: random(3, 4, dtype=torch.float64, seed=n) for n, name in enumerate(("gate", "up"))}
+    for name, tensor in tensors.items():
+        tensor.requires_grad_(name != frozen)
+    assert torch.autograd.gradcheck(swiglu, tuple(tensors.values()))
+
+
+def test_swiglu_takes_large_values_as_the_definition_does() -> None:
+    gate = torch.tensor([-1e4, -100.0, -0.0, 0.0, 100.0, 1e4, float("inf")]).requires_grad_()
+    up = torch.ones(7)
+    (found,) = torch.autograd.grad(swiglu(gate, up).sum(), gate)
+    (plain,) = torch.autograd.grad(swiglu_plain(gate, up).sum(), gate)
+    assert torch.equal(found.nan_to_num(7.0), plain.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [16, 8])
+def test_the_rotation_is_that_of_transformers_bit_for_bit(dtype: torch.dtype, width: int) -> None:
+    q, k = (random(1, 9, heads, 16, dtype=dtype, seed=heads).transpose(1, 2).requires_grad_() for heads in (4, 2))
+    cos, sin = angles(9, width, dtype)
+    modeling: Any = modeling_llama if width == 16 else modeling_gpt_neox
+    for x, expected in zip((q, k), modeling.apply_rotary_pos_emb(q, k, cos, sin), strict=True):
+        dy = random(*x.shape, dtype=dtype, seed=5)
+        for form in (rotate, rotate_plain):
+            assert torch.equal(form(x, cos, sin), expected)
+        (found,) = torch.autograd.grad(rotate(x, cos, sin), x, dy)
+        (plain,) = torch.autograd.grad(expected, x, dy, retain_graph=True)
+        assert relative(found, plain) < 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("width", [6, 4])
+def test_the_rotation_passes_gradcheck_with_halves_that_differ(width: int) -> None:
+    x = random(2, 3, 5, 6, dtype=torch.float64).requires_grad_()
+    cos, sin = (random(2, 5, width, dtype=torch.float64, seed=n) for n in (1, 2))
+    assert torch.autograd.gradcheck(lambda x: rotate(x, cos, sin), (x,))
+    assert torch.equal(rotate(x, cos, sin), rotate_plain(x, cos, sin))
+
+
+def test_the_rotation_keeps_the_angles_only() -> None:
+    x = random(1, 5, 3, 8).transpose(1, 2).requires_grad_()
+    cos, sin = angles(5, 8)
+    assert kept(lambda: rotate(x, cos, sin)) == addresses(cos, sin)
+    assert rotate(x, cos, sin).stride() == x.stride()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x: rms_norm(x, random(WIDTH, dtype=x.dtype, seed=1), EPS),
+        lambda x: layer_norm(x, random(WIDTH, dtype=x.dtype, seed=1), random(WIDTH, dtype=x.dtype, seed=2), EPS),
+        lambda x: layer_norm(x, None, None, EPS),
+        lambda x: swiglu(x, random(*x.shape, dtype=x.dtype, seed=1)),
+        lambda x: gelu(x, "tanh"),
+        lambda x: gelu(x, "none"),
+    ],
+    ids=["rms_norm", "layer_norm", "layer_norm without weights", "swiglu", "gelu tanh", "gelu erf"],
+)
+def test_a_recipe_makes_the_tensor_again_bit_for_bit(form: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    # Rows beyond what one thread takes, and a width that fills no vector.
+    y = form(random(2000, WIDTH, dtype=dtype).requires_grad_())
+    recipe = recipe_of(y)
+    assert recipe is not None
+    with torch.no_grad():
+        again = recipe.function(*recipe.tensors)
+    assert torch.equal(again, y)
+    assert again.data_ptr() != y.data_ptr()
+
+
+def test_a_recipe_belongs_to_one_tensor_as_it_was() -> None:
+    x = random(4, 6)
+    y = with_recipe(x.clone(), torch.clone, x)
+    assert recipe_of(y) is not None
+    for other in (y.view(2, 12), y.T, y[:2], y.double(), y.clone(), y.detach(), x):
+        assert recipe_of(other) is None
+    y.mul_(2)
+    assert recipe_of(y) is None
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x: rms_norm(x, random(8), EPS),
+        lambda x: swiglu(x, random(*x.shape)),
+        lambda x: rotate(x, *angles(5, 8)),
+    ],
+    ids=["rms_norm", "swiglu", "rotate"],
+)
+def test_a_second_derivative_is_refused(form: Callable[[Tensor], Tensor]) -> None:
+    """The row numbers are constants to autograd: a gradient of the gradient would be wrong in silence."""
+    x = random(1, 2, 5, 8).requires_grad_()
+    (gradient,) = torch.autograd.grad(form(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("form", [lambda x: rms_norm(x, random(8), EPS), lambda x: swiglu(x, x.detach())])
+def test_an_input_that_was_written_to_is_noticed(form: Callable[[Tensor], Tensor]) -> None:
+    x = random(3, 8).requires_grad_() * 1
+    y = form(x)
+    with torch.no_grad():
+        x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

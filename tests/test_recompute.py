@@ -1,0 +1,180 @@
+"""Activation checkpointing: the same bits however many layers are recomputed, and the fewest that memory asks for."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import FAMILIES, VOCABULARY, tiny_model
+from torch import Tensor
+
+from lora_ft import config
+from lora_ft.adapters import attach, fast
+from lora_ft.errors import ConfigError
+from lora_ft.ops import recompute
+from lora_ft.ops.dropout import switch_off_dropout
+from lora_ft.ops.recompute import Footprint, fewest_recomputed, measure, recompute_layers, settle_checkpoint
+from lora_ft.ops.token_loss import Batch, choose_paths, token_loss_sum
+
+FAST = config.Fast()
+
+
+def packed(*lengths: int) -> Batch:
+    """Random documents of these lengths, all tokens but the first of each supervised."""
+    ids = torch.randint(4, VOCABULARY, (sum(lengths),), generator=torch.Generator().manual_seed(0))
+    starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    targets = ids.roll(-1)
+    targets[[end - 1 for end in starts[1:]]] = -100
+    return Batch(ids, torch.cat([torch.arange(b - a) for a, b in pairwise(starts)]), targets, starts)
+
+
+def adapted(family: str, dropout: float = 0.0) -> torch.nn.Module:
+    """A tiny model in training with an adapter whose every matrix gets a gradient."""
+    model = tiny_model(family).requires_grad_(False)
+    switch_off_dropout(model)
+    peft_model = attach.attach(model, config.Adapter(r=4, dropout=dropout), "adapter0", 0, [])
+    fast.use_fast_forwards(peft_model, "adapter0")
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.train()
+    return model
+
+
+def loss_and_gradients(model: torch.nn.Module, setting: str) -> list[Tensor]:
+    paths = choose_paths(model, FAST)
+    recompute_layers(model, setting)
+    torch.manual_seed(3)
+    loss = token_loss_sum(model, packed(70, 66, 90), paths)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [loss.detach(), *torch.autograd.grad(loss, trained)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_recomputing_layers_changes_no_bit_of_what_is_learned(family: str, dropout: float) -> None:
+    model = adapted(family, dropout)
+    kept = loss_and_gradients(model, "off")
+    assert all(gradient.norm() > 0 for gradient in kept[1:])
+    for setting, recomputed in (("every_1", 2), ("every_2", 1)):
+        assert all(map(torch.equal, kept, loss_and_gradients(model, setting)))
+        assert recompute_layers(model, setting) == recomputed
+
+
+def test_another_noise_would_be_noticed() -> None:
+    """The comparison above can fail: another draw of the adapter's dropout changes the bits."""
+    model = adapted("llama", 0.3)
+    before = loss_and_gradients(model, "off")
+    torch.manual_seed(4)
+    loss = token_loss_sum(model, packed(70, 66, 90), choose_paths(model, FAST))
+    assert not torch.equal(before[0], loss.detach())
+
+
+def test_a_model_without_such_layers_says_so() -> None:
+    class Plain(torch.nn.Module):
+        config = tiny_model("llama").config
+
+    with pytest.raises(ConfigError, match=r"train\.checkpoint=every_1"):
+        recompute_layers(Plain(), "every_1")
+    setting, reason = settle_checkpoint(Plain(), choose_paths(tiny_model("llama"), FAST), 100)
+    assert setting == "off" and "no layers" in reason
+
+
+def kept_bytes(model: torch.nn.Module, setting: str, num_tokens: int) -> int:
+    recompute_layers(model, setting)
+    return recompute._bytes_kept(model, choose_paths(model, FAST), num_tokens)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_measured_on_a_few_tokens_holds_for_many(family: str) -> None:
+    """Documents long enough for tiles keep a little less than the few tokens that are measured, never more."""
+    model = adapted(family)
+    footprint = measure(model, choose_paths(model, FAST))
+    layers = footprint.num_layers * footprint.layer
+    assert 0.8 < kept_bytes(model, "off", 200) / (200 * (layers + footprint.rest)) <= 1.01
+    recomputed = footprint.num_layers * footprint.recomputed_layer
+    assert kept_bytes(model, "every_1", 200) == pytest.approx(200 * (recomputed + footprint.rest), rel=0.01)
+
+
+def test_measuring_leaves_model_settings_and_random_state_as_they_were() -> None:
+    model = adapted("llama", 0.3)
+    model.eval()
+    recompute_layers(model, "every_2")
+    before = [layer.gradient_checkpointing for layer in recompute._layers(model)]
+    state = torch.get_rng_state()
+    measure(model, choose_paths(model, FAST))
+    assert [layer.gradient_checkpointing for layer in recompute._layers(model)] == before == [True, False]
+    assert not model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+FOOTPRINTS = st.builds(
+    lambda recomputed, more, rest, layers, fixed: Footprint(recomputed + more, recomputed, rest, layers, fixed),
+    st.integers(1, 10_000), st.integers(0, 100_000), st.integers(0, 10_000), st.integers(1, 80), st.integers(0, 10**9),
+)  # fmt: skip
+
+
+@given(FOOTPRINTS, st.integers(1, 100_000), st.integers(1, 100_000), st.integers(0, 10**12), st.integers(0, 10**12))
+def test_more_memory_never_recomputes_more_and_more_tokens_never_less(
+    footprint: Footprint, tokens: int, more_tokens: int, budget: int, more_budget: int
+) -> None:
+    def recomputed(num_tokens: int, num_bytes: int) -> int:
+        every = fewest_recomputed(footprint, num_tokens, num_bytes)
+        assert every <= 1 or footprint.peak(num_tokens, every) <= num_bytes
+        return -(-footprint.num_layers // every) if every else 0
+
+    chosen = recomputed(tokens, budget)
+    assert recomputed(tokens, budget + more_budget) <= chosen <= recomputed(tokens + more_tokens, budget)
+
+
+def test_the_dial_goes_from_off_to_every_layer() -> None:
+    footprint = Footprint(layer=100, recomputed_layer=10, rest=0, num_layers=8)
+    chosen = [fewest_recomputed(footprint, 1, budget) for budget in (900, 899, 810, 630, 540, 180, 0)]
+    assert chosen == [0, 8, 8, 3, 2, 1, 1]
+
+
+@pytest.mark.parametrize("free, setting", [(10**8, "off"), (0, "every_1")])
+def test_auto_is_settled_by_free_memory_and_says_both_figures(
+    free: int, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted("qwen3")
+    monkeypatch.setattr(recompute, "available_bytes", lambda device: free)
+    found, reason = settle_checkpoint(model, choose_paths(model, FAST), 4096)
+    assert found == setting
+    assert reason.startswith(f"train.checkpoint=auto: {setting}") and "4,096 tokens" in reason
+    assert f"{free / 1e9:.2f} GB free" in reason
+    monkeypatch.setattr(recompute, "available_bytes", lambda device: None)
+    assert settle_checkpoint(model, choose_paths(model, FAST), 4096)[0] == "off"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_where_memory_is_plenty_nothing_is_measured(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(family)
+    measured = measure(model, choose_paths(model, FAST)).peak(4096, 0)
+    assert 4096 * recompute._more_than_kept(model) > measured
+    monkeypatch.setattr(recompute, "available_bytes", lambda device: 10**12)
+    monkeypatch.setattr(recompute, "measure", None)
+    assert settle_checkpoint(model, choose_paths(model, FAST), 4096)[0] == "off"
+
+
+def test_the_smallest_limit_of_a_control_group_counts(tmp_path: Path) -> None:
+    """Of the group and of the groups around it; the page cache of files is given up before anything fails."""
+    root, own = tmp_path / "fs", tmp_path / "fs" / "user" / "job"
+    own.mkdir(parents=True)
+    for folder, limit, current, cache in ((own, "900", 400, 100), (own.parent, "max", 0, 0), (root, "5000", 10, 0)):
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{current}\n")
+        (folder / "memory.stat").write_text(f"anon 1\ninactive_file {cache}\n")
+    membership = tmp_path / "cgroup"
+    membership.write_text("0::/user/job\n")
+    assert recompute._left_by_cgroups(membership, root) == [600, 4990]
+    membership.write_text("4:memory:/old\n")
+    assert recompute._left_by_cgroups(membership, root) == []
+    assert recompute._left_by_cgroups(tmp_path / "none", root) == []
+
+
+def test_free_memory_of_this_machine_is_known() -> None:
+    assert 0 < (recompute.available_bytes(torch.device("cpu")) or 1) < 2**50
