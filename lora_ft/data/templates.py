@@ -92,35 +92,34 @@ def _filler(tokenizer: Any) -> Filler | None:
 def _chat(row: Row, data: config.Data, tokenizer: Any, control: re.Pattern[str], filler: Filler | None) -> Script:
     messages, plain = row.messages, all(map(is_plain, row.messages))
     for message in messages:
-        text = message["content"] if plain else json.dumps(message, ensure_ascii=False, default=str)
-        if found := control.search(text):
+        shown = message["content"] if plain else json.dumps(message, ensure_ascii=False, default=str)
+        if found := control.search(shown):
             # The tokenizer would read it as the end of a turn or worse, and its rank in the mask with it.
             raise RowError("content", f"holds the control token {found[0]}")
     if data.system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": data.system}, *messages]
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    roles = tuple([message["role"] for message in messages])
+    contents = [message["content"] for message in messages] if filler and plain and not row.tools else None
+    answers = [i for i, role in enumerate(roles) if role == "assistant"]
     learned = answers if data.train_on is TrainOn.answers else answers[-1:]
     if data.train_on is not TrainOn.all:
         moved = len(messages) - len(row.messages)
         learned = [i for i in learned if i - moved not in row.context]
     if not learned:
         raise RowError("weight", "no answer of the row is learned, so that it has no supervised token")
-    fitting = filler if plain and not row.tools else None
-    turns = [
-        Turn(_render(messages[:i], row, tokenizer, True, fitting),
-             _render(messages[: i + 1], row, tokenizer, False, fitting), messages[i].get("content") or messages[i])
-        for i in learned
-    ]  # fmt: skip
+
+    def text(end: int, generation_prompt: bool) -> str:
+        if filler and contents:
+            filled = filler.text(roles[:end], contents, generation_prompt)
+            if filled is not None:
+                return filled
+        try:
+            return render(messages[:end], tokenizer, generation_prompt, row.tools)
+        except _TEMPLATE_FAULTS as error:
+            raise RowError("chat template", f"refuses the row: {error}") from None
+
+    turns = [Turn(text(i, True), text(i + 1, False), messages[i].get("content") or messages[i]) for i in learned]
     return Script(turns, len(answers), plain=False)
-
-
-def _render(messages: list[Message], row: Row, tokenizer: Any, generation_prompt: bool, filler: Filler | None) -> str:
-    if filler and (filled := filler.text(messages, generation_prompt)) is not None:
-        return filled
-    try:
-        return render(messages, tokenizer, generation_prompt, row.tools)
-    except _TEMPLATE_FAULTS as error:
-        raise RowError("chat template", f"refuses the row: {error}") from None
 
 
 def render(messages: list[Message], tokenizer: Any, generation_prompt: bool, tools: list[Any] | None = None) -> str:

@@ -29,7 +29,7 @@ def swiglu_plain(gate: Tensor, up: Tensor) -> Tensor:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """The same value and gradients; tagged with its recipe."""
     y: Tensor = _SwiGLU.apply(gate, up)
-    return with_recipe(y, swiglu_plain, gate, up)
+    return with_recipe(y, _product, gate, up)
 
 
 def gelu(x: Tensor, approximate: str) -> Tensor:
@@ -38,11 +38,16 @@ def gelu(x: Tensor, approximate: str) -> Tensor:
     return with_recipe(form(x), form, x)
 
 
+def _product(gate: Tensor, up: Tensor) -> Tensor:
+    # In place: three large tensors that begin at equal places in their pages take twice the time of two.
+    return functional.silu(gate).mul_(up)
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return swiglu_plain(gate, up)
+        return _product(gate, up)
 
     @staticmethod
     @once_differentiable
