@@ -42,16 +42,24 @@ class Peer:
 PEERS = {
     "ours": Peer(("fp32", "nf4", "int8", "checkpoint", "plain")),
     "peft_loop": Peer(("sorted", "nf4")),
-    "trl_sft": Peer(("default", "best")),
-    "llama_factory": Peer(("default",), prepares=True, alone=("llamafactory==0.9.5",)),
+    "trl_sft": Peer(("default", "best", "padding_free")),
+    "llama_factory": Peer(("default", "best"), prepares=True, alone=("llamafactory==0.9.5",)),
     "litgpt_lora": Peer(("default", "batch"), prepares=True),
 }
 ALL = [f"{name}:{variant}" for name, peer in PEERS.items() for variant in peer.variants]
-# What a case is for: everybody on mixed rows, the fastest of the padded on answers, each project's best on equal rows.
+# mixed-all: everybody, but for ours without fast paths. answers: ours and what PEFT and TRL do at their fastest.
+# equal-all: the fastest settings of each project.
 CASES = {
     "mixed-all": [trainer for trainer in ALL if trainer != "ours:plain"],
-    "mixed-answers": ["ours:fp32", "peft_loop:sorted", "trl_sft:best"],
-    "equal-all": ["ours:fp32", "peft_loop:sorted", "trl_sft:best", "llama_factory:default", "litgpt_lora:batch"],
+    "mixed-answers": ["ours:fp32", "peft_loop:sorted", "trl_sft:best", "trl_sft:padding_free"],
+    "equal-all": [
+        "ours:fp32",
+        "peft_loop:sorted",
+        "trl_sft:best",
+        "trl_sft:padding_free",
+        "llama_factory:best",
+        "litgpt_lora:batch",
+    ],
     "equal-answers": ["ours:fp32", "peft_loop:sorted", "trl_sft:best"],
 }
 GPU_ONLY = "unsloth and axolotl need a GPU, and have no script here"
@@ -61,7 +69,7 @@ def main() -> None:
     given = parsed(sys.argv[1:])
     say(GPU_ONLY)
     asked = {name: given.trainers or CASES[name] for name in given.cases}
-    names = list(dict.fromkeys(trainer.partition(":")[0] for trainers in asked.values() for trainer in trainers))
+    names = list(dict.fromkeys(summary.project(trainer) for trainers in asked.values() for trainer in trainers))
     interpreters = {name: interpreter(name) for name in names}
     now = datetime.now()
     results = {
@@ -140,16 +148,23 @@ def run_case(
 ) -> summary.Record:
     """All rounds of a case; the GEMM rate is taken before and after each."""
     environment = quiet_environment(given.threads)
-    for peer in dict.fromkeys(trainer.partition(":")[0] for trainer in trainers):
+    unprepared: dict[str, summary.Record] = {}
+    for peer in dict.fromkeys(map(summary.project, trainers)):
         if PEERS[peer].prepares:
-            one_run(f"{peer}:prepare", folder, 0, interpreters[peer], environment)
+            record = one_run(f"{peer}:prepare", folder, 0, interpreters[peer], environment)
+            if record["error"]:
+                unprepared[peer] = record | {"error": f"prepare: {record['error']}"}
     total, tokens = ceiling.case_flop(folder)
     runs, rates = [], []
     for number in range(given.rounds):
         rates.append(gemm_rate(folder, environment))
         of_round = []
         for trainer in trainers:
-            record = one_run(trainer, folder, number, interpreters[trainer.partition(":")[0]], environment)
+            peer = summary.project(trainer)
+            if peer in unprepared:
+                record = unprepared[peer] | {"trainer": trainer, "round": number}
+            else:
+                record = one_run(trainer, folder, number, interpreters[peer], environment)
             of_round.append(record)
             say(f"{name} round {number + 1} {told(record)}")
         evaluate(folder, of_round, environment)

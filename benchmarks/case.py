@@ -2,17 +2,20 @@
 
     build("mixed", "answers", steps=5) -> .cache/case-mixed-answers-5/
                                             settings.json  train.jsonl  train_ids.jsonl  heldout_ids.jsonl
+                                            made_by.sha256: of the code that made them; other code makes them again
 
-mixed   lengths of a lognormal distribution, mean about 180 tokens, its 5th to 95th percentile about 80 to 390
+mixed   lengths of a lognormal distribution, mean about 185 tokens, 5th to 95th percentile about 75 to 360
 equal   51 tokens each, where padding costs nothing
 
-The rows are real English: conversations of chatterbot-corpus, joined as further turns or as a longer answer until the
-drawn length is reached, and the last answer cut to meet it exactly. Lengths are the quantiles of the distribution, in
-random order, so that forty rows have its shape too. Every training row is seen once, whatever the order and the batch.
+The rows are ChatterBot conversations joined and cut: the first question and answer of one, others as further turns or
+as a longer answer until the drawn length is reached, and the last answer cut to meet it exactly. Training and held-out
+rows share no question. Lengths are the quantiles of the distribution, in random order, so that thirty rows have its
+shape too. Every training row is meant to be seen once, whatever the order and the batch.
 
 python benchmarks/case.py [KIND SUPERVISION STEPS]
 """
 
+import hashlib
 import json
 import random
 import shutil
@@ -27,7 +30,7 @@ from typing import Any
 import numpy as np
 from peers.protocol import Settings, token_rows
 
-from lora_ft import config
+from lora_ft import config, data
 from lora_ft.data.order import epoch_order, steps_of_epoch
 from lora_ft.data.prepare import TokenRow, prepare
 from lora_ft.data.read import read
@@ -61,9 +64,10 @@ class Lengths:
 
 
 def build(kind: str, supervision: str, steps: int, cache: Path = CACHE) -> Path:
-    """The folder of a case; made if it is not there."""
+    """The folder of a case; made if it is not there, or was made by another version of this code."""
     folder = cache / f"case-{kind}-{supervision}-{steps}"
-    if (folder / "settings.json").exists():
+    mark, made_by = folder / "made_by.sha256", sources_digest()
+    if (folder / "settings.json").exists() and mark.exists() and mark.read_text("utf-8") == made_by:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -89,9 +93,16 @@ def build(kind: str, supervision: str, steps: int, cache: Path = CACHE) -> Path:
         tokens_per_step=[smallest_step(lengths, steps, seed) for seed in range(SEEDS)], r=16, alpha=32, lr=2e-4,
         clip=1.0,
     )  # fmt: skip
+    mark.write_text(made_by, "utf-8")
     # Last: a folder with settings is whole.
     (folder / "settings.json").write_text(json.dumps(asdict(settings), indent=1), "utf-8")
     return folder
+
+
+def sources_digest() -> str:
+    """Of the code that makes the rows: this file, and what lora_ft reads, tokenizes and orders them with."""
+    sources = [Path(__file__), *sorted(Path(data.__file__).parent.glob("*.py"))]
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
 
 def base_folder(cache: Path) -> Path:
@@ -105,9 +116,15 @@ def base_folder(cache: Path) -> Path:
 
 
 def conversations(rng: random.Random) -> list[tuple[str, str]]:
-    """First question and answer of every distinct conversation of the corpus, shuffled."""
+    """Each distinct first question of the corpus with its first answer, shuffled.
+
+    A question of many answers comes once, or its answers would be on both sides of the split.
+    """
     found = read(config.Data(path=CORPUS, deduplicate=True, eval_fraction=0)).rows
-    pairs = [(row.messages[0]["content"], row.messages[1]["content"]) for row in found]
+    first: dict[str, tuple[str, str]] = {}
+    for question, answer in ((row.messages[0]["content"], row.messages[1]["content"]) for row in found):
+        first.setdefault(question.casefold().strip(" ?.!"), (question, answer))
+    pairs = list(first.values())
     rng.shuffle(pairs)
     return pairs
 
@@ -176,8 +193,8 @@ def counter(tokenizer: Any) -> Count:
 
 def tokenized(path: Path, supervision: str, tokenizer: Any) -> list[TokenRow]:
     """The rows as lora_ft tokenizes and masks them."""
-    data = config.Data(path=str(path), train_on=config.TrainOn[supervision], eval_fraction=0)
-    return prepare(data, tokenizer).train
+    asked = config.Data(path=str(path), train_on=config.TrainOn[supervision], eval_fraction=0)
+    return prepare(asked, tokenizer).train
 
 
 def labels(row: TokenRow) -> list[int]:

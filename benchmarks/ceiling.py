@@ -16,6 +16,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+HEAD_ROWS, HEAD_WORDS = 256, 2048  # positions whose logits are made at a time, and words of the head
+# Where a product can be written in two ways, the faster counts: the ceiling must not be too low.
+_FORMS = {"head": ("x W'", "W x' in blocks"), "head, backward": ("x W", "W' x")}
+
 
 @dataclass(frozen=True)
 class Flop:
@@ -80,9 +84,10 @@ def gemm_flop_per_second(case: Path, seconds: float) -> dict[str, float]:
     shapes = {
         **{name: (step, i, o) for name, (i, o) in linear_shapes(config).items()},
         **{f"{name}, backward": (step, o, i) for name, (i, o) in linear_shapes(config).items()},
-        "head": (256, e, config["vocab_size"]), "head, backward": (256, config["vocab_size"], e),
+        "head": (HEAD_ROWS, e, config["vocab_size"]), "head, backward": (HEAD_ROWS, config["vocab_size"], e),
     }  # fmt: skip
-    rates = {name: _rate(torch, shape, "backward" in name, seconds) for name, shape in shapes.items()}
+    forms = {name: _FORMS.get(name, ("x W",) if "backward" in name else ("x W'",)) for name in shapes}
+    rates = {name: max(_rate(torch, shapes[name], form, seconds) for form in forms[name]) for name in shapes}
     work = {name: i * o for name, (_, i, o) in shapes.items()}
     linears = {name: rate for name, rate in rates.items() if "head" not in name}
     of_linears = sum(work[n] for n in linears) / sum(work[n] / rate for n, rate in linears.items())
@@ -91,17 +96,39 @@ def gemm_flop_per_second(case: Path, seconds: float) -> dict[str, float]:
     return {"mix": mix, **rates}
 
 
-def _rate(torch, shape: tuple[int, int, int], backward: bool, seconds: float) -> float:
-    """FLOP/s of [t, i] x [i, o], the weight stored as [o, i] (forward) or [i, o] (backward), after one to warm up."""
-    t, i, o = shape
-    x, weight = torch.randn(t, i), torch.randn(i, o) if backward else torch.randn(o, i).T
-    out = torch.empty(t, o)
-    torch.mm(x, weight, out=out)
+def _rate(torch, shape: tuple[int, int, int], form: str, seconds: float) -> float:
+    """FLOP/s of x [t, i] times a weight [i, o], after one to warm up."""
+    products = _products(torch, shape, form)
+
+    def multiply() -> None:
+        for left, right, out in products:
+            torch.mm(left, right, out=out)
+
+    multiply()
     times, begin = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - begin) < seconds or not times:
-        torch.mm(x, weight, out=out)
+        multiply()
         times += 1
+    t, i, o = shape
     return 2 * t * i * o * times / elapsed
+
+
+def _products(torch, shape: tuple[int, int, int], form: str) -> list[tuple]:
+    """(left, right, out) of each product of a form; the names are the stored tensors', a ' turns one.
+
+    The forms with W in front leave the product turned, [o, t]. In blocks: HEAD_WORDS rows of W at a time, as
+    lora_ft/ops/cross_entropy.py does.
+    """
+    t, i, o = shape
+    if form == "x W'":
+        return [(torch.randn(t, i), torch.randn(o, i).T, torch.empty(t, o))]
+    if form == "x W":
+        return [(torch.randn(t, i), torch.randn(i, o), torch.empty(t, o))]
+    if form == "W' x":  # the gradient of the logits lies turned already
+        return [(torch.randn(i, o).T, torch.randn(i, t), torch.empty(o, t))]
+    x, weight, out = torch.randn(t, i), torch.randn(o, i), torch.empty(o, t)
+    blocks = zip(weight.split(HEAD_WORDS), out.split(HEAD_WORDS), strict=True)
+    return [(words, x.T, of_words) for words, of_words in blocks]
 
 
 def main() -> None:

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
+Gains = dict[str, dict[int, float]]  # by trainer and round
 
 OURS = "ours:fp32"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 # All trainers take the same number of Adam steps at the same rate over the same rows, but in their own order and from
-# their own random A. What that moves is measured as the spread over rounds, which have seeds of their own. The fixed
-# part is for what seeds do not show: litgpt and padded batches weigh rows or batches of another make-up.
+# their own random A. What that moves is measured as the spread of the others over rounds, which have seeds of their
+# own: a trainer's own spread would excuse itself. The fixed part is for what seeds do not show: litgpt and padded
+# batches weigh rows or batches of another make-up.
 LARGEST_PART_OF_GAIN, SPREADS = 0.15, 3.0
 
 
@@ -61,6 +63,10 @@ def ratios(records: Sequence[Record], trainer: str, other: str, key: str) -> lis
     return [r[key] / by_round[r["round"]] for r in of(records, trainer) if r["round"] in by_round]
 
 
+def project(trainer: str) -> str:
+    return trainer.partition(":")[0]
+
+
 def base(trainer: str) -> str:
     """The base that a trainer's adapter is judged on, and with whom: 4 bits lose so much that there is more to gain.
 
@@ -73,9 +79,9 @@ def verdicts(records: Sequence[Record], case_tokens: int, steps: int) -> dict[st
     """Why a trainer is out, by trainer; an empty string for one that learned what the others on its base learned."""
     faults = {t: [fault(r, case_tokens, steps) for r in records if r["trainer"] == t] for t in trainers(records)}
     found = {trainer: next(filter(None, reasons), "") for trainer, reasons in faults.items()}
-    gains = {t: [r["base_heldout_loss"] - r["heldout_loss"] for r in of(records, t)] for t in found if not found[t]}
+    gains = {t: {r["round"]: gain(r) for r in of(records, t)} for t in found if not found[t]}
     for kind in ("fp32", "nf4"):
-        found |= off_reference({trainer: values for trainer, values in gains.items() if base(trainer) == kind})
+        found |= off_reference({trainer: by_round for trainer, by_round in gains.items() if base(trainer) == kind})
     return found
 
 
@@ -89,28 +95,43 @@ def fault(record: Record, case_tokens: int, steps: int) -> str:
         return f"gradient norms {record['grad_norms']}"
     if not all(math.isfinite(loss) for loss in (*record["losses"], record["heldout_loss"])):
         return "a loss is not finite"
+    if gain(record) <= 0:
+        return f"learned nothing: held-out loss fell by {gain(record):.3f}"
     return ""
 
 
-def off_reference(gains: dict[str, list[float]]) -> dict[str, str]:
-    """Of trainers on one base: whose held-out loss fell by another amount than is usual among them."""
-    usual = {trainer: statistics.median(values) for trainer, values in gains.items()}
-    # One vote a project, not a variant: ours are the most.
+def gain(record: Record) -> float:
+    """By how much the held-out loss fell."""
+    return record["base_heldout_loss"] - record["heldout_loss"]
+
+
+def off_reference(gains: Gains) -> dict[str, str]:
+    """Of trainers on one base: whose held-out loss fell in any round by another amount than is usual in that round."""
+    return {t: next(filter(None, (_difference(gains, t, number) for number in gains[t])), "") for t in gains}
+
+
+def reference(gains: Gains, trainer: str, number: int) -> float:
+    """What `trainer` is judged by in a round: the median over projects, one vote each, however many variants it has.
+
+    Of two projects each is judged by the other: their mean would halve the distance.
+    """
     votes: dict[str, list[float]] = {}
-    for trainer, gain in usual.items():
-        votes.setdefault(trainer.partition(":")[0], []).append(gain)
-    reference = statistics.median(map(statistics.median, votes.values())) if votes else math.nan
-    tolerance = max(LARGEST_PART_OF_GAIN * reference, SPREADS * seed_spread(list(gains.values())))
-    return {trainer: _difference(gain, reference, tolerance) for trainer, gain in usual.items()}
+    for voter, by_round in gains.items():
+        if number in by_round:
+            votes.setdefault(project(voter), []).append(by_round[number])
+    if len(votes) == 2:
+        del votes[project(trainer)]
+    return statistics.median(map(statistics.median, votes.values()))
 
 
-def _difference(gain: float, reference: float, tolerance: float) -> str:
-    if reference <= 0:
-        return f"nobody learned: held-out loss fell by {reference:.3f}"
-    if abs(gain - reference) <= tolerance:
+def _difference(gains: Gains, trainer: str, number: int) -> str:
+    found, usual = gains[trainer][number], reference(gains, trainer, number)
+    of_seeds = seed_spread([list(gains[other].values()) for other in gains if other != trainer])
+    tolerance = max(LARGEST_PART_OF_GAIN * usual, SPREADS * of_seeds)
+    if abs(found - usual) <= tolerance:
         return ""
-    much = "less" if gain < reference else "more"
-    return f"learned {much}: held-out loss fell by {gain:.3f}, usual is {reference:.3f} ± {tolerance:.3f}"
+    much = "less" if found < usual else "more"
+    return f"learned {much}: held-out loss fell by {found:.3f}, usual is {usual:.3f} ± {tolerance:.3f}"
 
 
 def seed_spread(gains: Sequence[Sequence[float]]) -> float:
@@ -123,7 +144,7 @@ def seed_spread(gains: Sequence[Sequence[float]]) -> float:
 
 
 def table(records: Sequence[Record], found: dict[str, str]) -> str:
-    """A Markdown table, the fastest trainer first, those that are out last."""
+    """A Markdown table, the fastest trainer first, those that are out last; no ratio to or of one that is out."""
     lines = [
         "| trainer | real tokens/s | ours is faster by | peak memory, GB | first step after, s | held-out loss | |",
         "|---|---|---|---|---|---|---|",
@@ -133,7 +154,8 @@ def table(records: Sequence[Record], found: dict[str, str]) -> str:
         done = of(records, trainer)
         cells = [f"**{trainer}**" if trainer == OURS else trainer]
         if done:
-            faster = ratios(records, OURS, trainer, "tokens_per_second")
+            compared = not (found[trainer] or found.get(OURS))
+            faster = ratios(records, OURS, trainer, "tokens_per_second") if compared else []
             cells += [
                 spread([r["tokens_per_second"] for r in done]).shown(),
                 spread(faster).shown(2) if faster else "",
@@ -159,7 +181,8 @@ def section(case: Record) -> str:
     of_base = {base(r["trainer"]): r["base_heldout_loss"] for r in records if not r["error"]}
     bases = ", ".join(f"{loss:.3f} ({kind})" for kind, loss in sorted(of_base.items()))
     counted = ", ".join(f"{name} {count:.0f}" for name, count in per_token.items())
-    share = f" Ours reaches {speed(records, OURS) / ceiling:.0%} of it." if of(records, OURS) else ""
+    reached = case["verdicts"].get(OURS) == ""
+    share = f" Ours reaches {speed(records, OURS) / ceiling:.0%} of it." if reached else ""
     lines = [
         f"### {case['name']}",
         "",

@@ -34,9 +34,11 @@ from lora_ft.errors import ConfigError, DataError, ResourceError
 from lora_ft.evaluation import metrics
 from lora_ft.evaluation.compare import Comparison, compare, render
 from lora_ft.evaluation.heldout import Heldout
+from lora_ft.models.load import resolve_device
 from lora_ft.ops.allocator import keep_freed_memory
-from lora_ft.ops.token_loss import choose_paths
+from lora_ft.ops.kernels import choose_kernels
 from lora_ft.training.learner import evaluation_rows
+from lora_ft.training.paths import use_fast_paths
 
 log = logging.getLogger("lora_ft")
 
@@ -57,13 +59,14 @@ def main(cfg: config.EvalRun, invocation: entry.Invocation) -> float:
         raise DataError("eval.metrics needs questions and answers, and the held-out rows are plain text")
     if not apart:
         _say_other_rows(adapter, dataset)
+    kernels = choose_kernels(resolve_device(cfg.device), compile_=cfg.fast.compile, liger=cfg.fast.liger)
     base, model = source.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
     comparison = compare(
         model,
         tokenizer,
         rows,
         questions,
-        choose_paths(base.model, cfg.fast),
+        use_fast_paths(base.model, cfg.fast, kernels),
         cfg.eval.tokens_per_microbatch,
         len(questions) if cfg.eval.metrics else cfg.eval.samples,
         cfg.eval.max_new_tokens,

@@ -22,17 +22,15 @@ from lora_ft.adapters import audit, files, origin
 from lora_ft.data.prepare import Dataset, prepare
 from lora_ft.errors import ConfigError
 from lora_ft.evaluation import compare
-from lora_ft.models.blocks import use_fast_blocks
 from lora_ft.models.fingerprint import fingerprint
-from lora_ft.models.load import Base, load_base, load_tokenizer
-from lora_ft.models.storage import store_in_bfloat16
+from lora_ft.models.load import Base, load_base, load_tokenizer, resolve_device
 from lora_ft.ops.allocator import keep_freed_memory
 from lora_ft.ops.dropout import switch_off_dropout
-from lora_ft.ops.kernels import choose_kernels
-from lora_ft.ops.token_loss import choose_paths
+from lora_ft.ops.kernels import Kernels, choose_kernels
 from lora_ft.training.learner import Learner, make_learner, overfitting
 from lora_ft.training.loop import Metrics, Observer, fit
 from lora_ft.training.metrics import observers, peak_memory_bytes
+from lora_ft.training.paths import use_fast_paths
 from lora_ft.training.progress import Progress, displayed
 
 log = logging.getLogger("lora_ft")
@@ -77,15 +75,13 @@ def train(cfgs: list[config.TrainRun], folders: list[Path], progress: Progress) 
         raise ConfigError(f"training runs in one process so far, got WORLD_SIZE={os.environ['WORLD_SIZE']}")
     started = time.perf_counter()
     keep_freed_memory()
+    kernels = choose_kernels(resolve_device(cfg.device), compile_=cfg.fast.compile, liger=cfg.fast.liger)
     tokenizer = load_tokenizer(cfg.model)
     datasets = [prepare(c.data, tokenizer) for c in cfgs]
     base = load_base(cfg.model, cfg.quant, cfg.device, tokenizer)
     switch_off_dropout(base.model)
-    if cfg.fast.storage:
-        saved_bytes = store_in_bfloat16(base.model, {part for c in cfgs for part in c.adapter.modules_to_save})
-        log.info("weights stored in bfloat16 without loss: %.2f GB less", saved_bytes / 1e9)
     before = fingerprint(base.model)
-    learners = _make_learners(cfgs, folders, base, datasets)
+    learners = _make_learners(cfgs, folders, base, datasets, kernels)
     log.info("ready in %.1f s", time.perf_counter() - started)
     outlets: dict[str, list[Observer]] = {learner.name: [*observers(learner), progress] for learner in learners}
 
@@ -100,13 +96,11 @@ def train(cfgs: list[config.TrainRun], folders: list[Path], progress: Progress) 
 
 
 def _make_learners(
-    cfgs: list[config.TrainRun], folders: list[Path], base: Base, datasets: list[Dataset]
+    cfgs: list[config.TrainRun], folders: list[Path], base: Base, datasets: list[Dataset], kernels: Kernels
 ) -> list[Learner]:
-    fast = cfgs[0].fast
-    paths = choose_paths(base.model, fast)
-    kernels = choose_kernels(base.model.device, compile_=fast.compile, liger=fast.liger)
-    blocks = use_fast_blocks(base.model, norm=fast.norm, mlp=fast.mlp, rope=fast.rope, kernels=kernels)
-    for reason in (*paths.reasons, *blocks):
+    in_full = {part for cfg in cfgs for part in cfg.adapter.modules_to_save}
+    paths = use_fast_paths(base.model, cfgs[0].fast, kernels, in_full)
+    for reason in paths.reasons:
         log.info(reason)
     model, learners = base.model, []
     for number, (cfg, folder, dataset) in enumerate(zip(cfgs, folders, datasets, strict=True)):

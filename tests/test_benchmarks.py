@@ -74,12 +74,26 @@ def test_ids_are_the_chat_templates_and_labels_leave_only_answers(small_case: Pa
         assert learned == "".join(f"{answer}<|im_end|>" for answer in answers)
 
 
-def test_no_heldout_row_shares_a_conversation_with_a_training_row(small_case: Path) -> None:
+def test_no_heldout_row_asks_what_a_training_row_asks(small_case: Path) -> None:
     def questions(part: str) -> set[str]:
         lines = (small_case / f"{part}.jsonl").read_text("utf-8").splitlines()
-        return {json.dumps(json.loads(line)["messages"][:2]) for line in lines}
+        turns = [message for line in lines for message in json.loads(line)["messages"]]
+        return {turn["content"].casefold().strip(" ?.!") for turn in turns if turn["role"] == "user"}
 
+    assert len(questions("heldout")) > case.HELDOUT_ROWS
     assert questions("train").isdisjoint(questions("heldout"))
+
+
+def test_a_case_made_by_other_code_is_made_again(small_case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leftover = small_case / "leftover"
+    leftover.touch()
+    assert case.build("mixed", "answers", 3, small_case.parent) == small_case
+    assert leftover.exists()
+    rows = (small_case / "train.jsonl").read_bytes()
+    monkeypatch.setattr(case, "sources_digest", lambda: "of other code")
+    case.build("mixed", "answers", 3, small_case.parent)
+    assert not leftover.exists()
+    assert (small_case / "train.jsonl").read_bytes() == rows
 
 
 def test_counting_tokens_instead_of_rows_gives_as_many_steps_over_the_same_rows() -> None:
@@ -117,7 +131,8 @@ def test_the_first_step_is_not_timed_and_ratios_are_taken_within_a_round() -> No
     [
         ({"grad_norms": [1.0, 0.0]}, "gradient norms"),
         ({"grad_norms": [1.0, math.nan]}, "gradient norms"),
-        ({"heldout_loss": 4.0}, "learned less"),
+        ({"heldout_loss": 4.0}, "learned nothing"),
+        ({"heldout_loss": 3.65}, "learned less"),
         ({"heldout_loss": 2.0}, "learned more"),
         ({"heldout_loss": math.nan}, "not finite"),
         ({"tokens": [100, 90]}, "2 steps of 190 tokens, not 2 of 200"),
@@ -142,7 +157,29 @@ def test_one_bad_round_is_enough_and_nobody_passes_where_nobody_learned() -> Non
     runs[4]["grad_norms"] = [0.0, 0.0]
     assert "gradient norms" in summary.verdicts(runs, 200, 2)["peer:a"]
     idle = [record(name, heldout_loss=4.0) for name in ("ours:fp32", "peer:a")]
-    assert all("nobody learned" in reason for reason in summary.verdicts(idle, 200, 2).values())
+    assert all("learned nothing" in reason for reason in summary.verdicts(idle, 200, 2).values())
+
+
+@pytest.mark.parametrize(
+    ("gains", "reason"),
+    [((-0.3, 0.0, 0.5), "learned nothing"), ((0.5, 0.0, 0.5), "learned nothing"), ((0.5, 0.01, 0.5), "learned less"),
+     ((0.1, 0.5, 0.9), "learned less"), ((0.5, 0.5, 0.9), "learned more")],
+)  # fmt: skip
+def test_every_round_is_judged_and_a_trainer_cannot_widen_its_own_tolerance(
+    gains: tuple[float, ...], reason: str
+) -> None:
+    usual = [record(t, n) for t in ("ours:fp32", "one:a", "two:a") for n in range(3)]
+    bad = [record("bad:a", n, heldout_loss=4.0 - gain) for n, gain in enumerate(gains)]
+    verdicts = summary.verdicts([*usual, *bad], 200, 2)
+    assert reason in verdicts.pop("bad:a")
+    assert set(verdicts.values()) == {""}
+
+
+def test_a_round_is_judged_by_what_is_usual_in_that_round() -> None:
+    gains = {t: {0: 0.5, 1: 0.3} for t in ("ours:fp32", "one:a", "two:a")}
+    assert [summary.reference(gains, "one:a", number) for number in (0, 1)] == [0.5, 0.3]
+    steady = {t: {0: 0.5, 1: 0.5} for t in gains}
+    assert "learned less" in summary.off_reference(steady | {"usual:on_average": {0: 0.4, 1: 0.6}})["usual:on_average"]
 
 
 def test_what_is_usual_is_one_vote_a_project_however_many_variants_it_has() -> None:
@@ -164,11 +201,54 @@ def test_adapters_of_a_4_bit_base_are_compared_among_themselves() -> None:
     assert "learned less" in summary.verdicts(runs, 200, 2)["one:nf4"]
 
 
-def test_the_tolerance_grows_with_what_seeds_do() -> None:
-    steady = [record(t, n) for t in ("a", "b") for n in range(3)] + [record("c", n, heldout_loss=3.6) for n in range(3)]
+def test_of_two_projects_each_is_judged_by_the_other() -> None:
+    runs = [record("ours:nf4", heldout_loss=3.0), record("one:nf4", heldout_loss=3.26)]
+    assert all(reason.startswith("learned") for reason in summary.verdicts(runs, 200, 2).values())
+    gains = {"ours:nf4": {0: 1.0}, "ours:other": {0: 0.9}, "one:nf4": {0: 0.74}}
+    assert summary.reference(gains, "ours:nf4", 0) == 0.74
+    assert summary.reference(gains, "one:nf4", 0) == 0.95
+
+
+def test_the_tolerance_grows_with_what_seeds_do_to_the_others() -> None:
+    steady = [record(t, n) for t in ("a", "b", "d") for n in range(3)]
+    steady += [record("c", n, heldout_loss=3.6) for n in range(3)]
     assert "learned less" in summary.verdicts(steady, 200, 2)["c"]
     spread = [r | {"heldout_loss": r["heldout_loss"] + 0.1 * (r["round"] - 1)} for r in steady]
     assert summary.verdicts(spread, 200, 2)["c"] == ""
+
+
+def test_there_are_no_ratios_to_trainers_that_are_out_and_no_share_of_the_ceiling() -> None:
+    runs = [record("ours:fp32", tokens_per_second=77.0), record("peer:a", tokens_per_second=40.0)]
+    found = {
+        "name": "mixed-all", "rows": "some", "steps": 2, "tokens": 200, "flop": {"linears": 200 * 10**9},
+        "gemm_flop_per_second": [2e11, 2e11], "runs": runs,
+    }  # fmt: skip
+    for out in ("ours:fp32", "peer:a"):
+        verdicts = {"ours:fp32": "", "peer:a": ""} | {out: "learned nothing"}
+        text = summary.section(found | {"verdicts": verdicts})
+        assert "| peer:a | 40 |  | 3.0 |" in text
+        assert ("Ours reaches" in text) == (out != "ours:fp32")
+
+
+def test_a_trainer_whose_preparation_failed_is_out_with_its_reason(
+    small_case: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+
+    def one_run(trainer: str, _: Path, number: int, *rest: object) -> summary.Record:
+        ran.append(trainer)
+        return record(trainer, number, error="ended with 1: why" if trainer.endswith(":prepare") else "")
+
+    monkeypatch.setattr(bench, "one_run", one_run)
+    monkeypatch.setattr(bench, "evaluate", lambda *_: None)
+    monkeypatch.setattr(bench, "gemm_rate", lambda *_: 1e11)
+    given = bench.parsed(["--rounds", "2", "--steps", "3"])
+    asked = ["ours:fp32", "litgpt_lora:default", "litgpt_lora:batch"]
+    found = bench.run_case("mixed-answers", small_case, asked, given, dict.fromkeys(bench.PEERS, Path("python")))
+    assert ran == ["litgpt_lora:prepare", "ours:fp32", "ours:fp32"]
+    assert [run["trainer"] for run in found["runs"]] == asked * 2
+    for trainer in asked[1:]:
+        assert found["verdicts"][trainer] == "prepare: ended with 1: why"
 
 
 def test_the_results_document_names_every_trainer_and_replaces_only_what_is_between_the_markers() -> None:
@@ -220,6 +300,13 @@ def test_flop_are_those_that_torch_counts() -> None:
     assert sum(of_operator.values()) == counted.linears + counted.head + counted.lora
 
 
+def test_the_rate_of_the_mix_lies_between_those_of_its_products(small_case: Path) -> None:
+    rates = ceiling.gemm_flop_per_second(small_case, 0.0)
+    mix = rates.pop("mix")
+    assert {"q", "down, backward", "head", "head, backward"} <= set(rates)
+    assert 0 < min(rates.values()) <= mix <= max(rates.values())
+
+
 def test_flop_add_up_over_rows_and_the_head_counts_supervised_positions_only() -> None:
     sizes = tiny_model("llama").config.to_dict()
     whole, first, second = (ceiling.flop(sizes, rows, 0, 8) for rows in ([30, 50], [30], [50]))
@@ -265,11 +352,22 @@ def test_an_outcome_is_the_last_line_of_the_output() -> None:
             protocol.parse(output)
 
 
+def test_tokens_of_padded_batches_and_of_rows_end_to_end_are_the_real_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS / "peers")
+    from hf_trainer import real_tokens
+
+    ids = torch.ones(2, 5, dtype=torch.long)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    assert real_tokens({"input_ids": ids, "attention_mask": mask}) == 7
+    assert real_tokens({"input_ids": ids.view(1, 10), "position_ids": torch.arange(5).repeat(2)[None]}) == 10
+
+
 def test_unknown_trainers_and_cases_are_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.parsed(["--trainers", "ours:fp32,trl_sft"]).trainers == [
         "ours:fp32",
         "trl_sft:default",
         "trl_sft:best",
+        "trl_sft:padding_free",
     ]
     for arguments, named in ((["--trainers", "ours:fp64"], "ours:fp64"), (["--cases", "long-all"], "long-all")):
         with pytest.raises(SystemExit):

@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tiny import FAMILIES, tiny_folder, tiny_model
+from tiny import FAMILIES, VOCABULARY, tiny_folder, tiny_model
 from torch import Tensor
 
 from lora_ft import config
 from lora_ft.adapters import attach, fast
 from lora_ft.models.load import load_base
-from lora_ft.ops.lora_linear import lora_linear, lora_linear_plain
+from lora_ft.ops.dropout import switch_off_dropout
+from lora_ft.ops.lora_linear import lora_linear, lora_linear_plain, merging_pays
 from lora_ft.ops.token_loss import Batch, choose_paths, token_loss_sum
 from lora_ft.ops.weights import FrozenWeight
 
@@ -25,16 +26,17 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 def adapted(model: Any, **settings: object) -> PeftModel:
     peft_model = attach.attach(model.requires_grad_(False), config.Adapter(**{"r": 3, **settings}), "first", 1, [])
+    generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in attach.trainable(peft_model, "first").values():
-            parameter.add_(0.05 * torch.randn(parameter.shape, dtype=parameter.dtype))
+            parameter.add_(0.05 * torch.randn(parameter.shape, dtype=parameter.dtype, generator=generator))
     return peft_model
 
 
-def learned(model: PeftModel) -> tuple[Tensor, Tensor]:
+def learned(model: PeftModel, ids: Tensor = IDS) -> tuple[Tensor, Tensor]:
     """Logits, and the gradient of all adapter parameters."""
     parameters = list(attach.trainable(model, "first").values())
-    logits = model(input_ids=IDS).logits
+    logits = model(input_ids=ids).logits
     gradients = torch.autograd.grad(logits.square().sum(), parameters)
     return logits.detach(), torch.cat([g.flatten() for g in gradients])
 
@@ -72,13 +74,32 @@ def test_a_model_learns_the_same(family: str, dtype: torch.dtype, bound: float) 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_a_four_bit_model_learns_the_same(family: str, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("num_tokens", [6, 120])  # many make the merged form the smaller work
+def test_a_quantized_model_learns_the_same(family: str, kind: str, num_tokens: int, tmp_path: Path) -> None:
     quant = config.Quant(kind=config.QuantKind[kind])
-    model = adapted(load_base(config.Model(path=str(tiny_folder(tmp_path, family))), quant, "cpu").model)
-    expected = learned(model)
+    model = adapted(load_base(config.Model(path=str(tiny_folder(tmp_path, family))), quant, "cpu").model).train()
+    switch_off_dropout(model)
+    ids = torch.randint(4, VOCABULARY, (1, num_tokens), generator=torch.Generator().manual_seed(0))
+    expected = learned(model, ids)
     assert fast.use_fast_forwards(model, "first") == []
-    assert all(relative(f, e) < 2e-5 for f, e in zip(learned(model), expected, strict=True))
+    assert all(relative(f, e) < 2e-5 for f, e in zip(learned(model, ids), expected, strict=True))
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_many_tokens_merge_the_weight_and_leave_a_stored_one_alone(fresh: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, a, b, w = (torch.randn(s, dtype=torch.float64, generator=generator) for s in ((40, 6), (2, 6), (4, 2), (4, 6)))
+    for tensor in (x, a, b):
+        tensor.requires_grad_()
+    before = w.clone()
+    weight = FrozenWeight((lambda: w.clone()) if fresh else (lambda: w), fresh)
+    assert merging_pays(40, w) and not merging_pays(2, w)
+    results = []
+    for y in (lora_linear(x, weight, None, a, b, 1.7), lora_linear_plain(x, w, None, a, b, 1.7)):
+        results.append((y.detach(), *torch.autograd.grad(y.square().sum(), (x, a, b))))
+    assert all(relative(f, e) < 1e-14 for f, e in zip(*results, strict=True))
+    assert torch.equal(w, before)
 
 
 def test_the_fast_form_is_what_runs_and_only_while_gradients_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,6 +129,9 @@ def test_a_lora_on_the_head_learns_the_same_without_all_logits(family: str, monk
     assert fast.use_fast_forwards(model, "first") == []
     monkeypatch.setattr(type(model.get_base_model().get_output_embeddings()), "forward", None)
     assert all(relative(f, e) < 1e-12 for f, e in zip(loss_and_gradient(), expected, strict=True))
+    with torch.no_grad():
+        base = model.eval().get_base_model()
+        assert relative(token_loss_sum(base, batch, choose_paths(base, config.Fast())), expected[0]) < 1e-12
 
 
 def test_switches_of_peft_keep_their_meaning() -> None:
@@ -140,9 +164,16 @@ def test_switches_of_peft_keep_their_meaning() -> None:
         (torch.float32, {"targets": ["embed_tokens"]}, "1 LoRA layers compute as PEFT does: embeddings"),
     ],
 )
-def test_what_stays_plain_is_said_and_is_plain(dtype: torch.dtype, settings: dict[str, Any], reason: str) -> None:
-    model = adapted(tiny_model("llama", dtype=dtype), **settings).eval()
-    expected = learned(model)
-    (said,) = fast.use_fast_forwards(model, "first")
-    assert said.startswith(reason)
-    assert all(torch.equal(f, e) for f, e in zip(learned(model), expected, strict=True))
+def test_what_stays_plain_is_said_and_is_plain(
+    dtype: torch.dtype, settings: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(tiny_model("llama", dtype=dtype), **settings).train()
+    results = []
+    for step in range(2):
+        torch.manual_seed(5)
+        results.append(learned(model))
+        if step == 0:
+            (said,) = fast.use_fast_forwards(model, "first")
+            assert said.startswith(reason)
+            monkeypatch.setattr(fast, "lora_linear", None)
+    assert all(torch.equal(f, e) for f, e in zip(*results, strict=True))

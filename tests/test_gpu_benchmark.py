@@ -1,96 +1,160 @@
-"""benchmarks/gpu.py runs to its end without a GPU, checks what it times, and counts operations as torch does."""
+"""benchmarks/gpu.py runs to its end without a GPU, gives every trainer the same, and times nothing that is wrong."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import gpu
+import gpu_trainers
+
+from lora_ft import config
+from lora_ft.training.paths import use_fast_paths
 
 
-@pytest.fixture(scope="module")
-def gpu() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_benchmark", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def case(trainer: str = "lora_ft", method: str = "lora", checkpoint: str = "every_1", rows: str = "equal") -> gpu.Case:
+    return gpu.Case("tiny", method, trainer, checkpoint, rows, tokens=200, steps=2)
 
 
 def test_the_command_writes_dated_results_and_says_what_it_skips(
-    gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "results.json"
-    words = ["--tiny", "--methods", "lora", "--trainers", "lora_ft,unsloth", "--tokens", "96", "--steps", "1"]
+    words = ["--tiny", "--methods", "lora", "--trainers", "lora_ft,unsloth", "--steps", "1"]
     assert gpu.main([*words, "--out", str(out)]) == 0
     report = json.loads(out.read_text())
     assert report["date"] and report["environment"]["versions"]["torch"] == torch.__version__
-    ours, unsloth = report["results"]
-    assert ours["check"]["passed"] and ours["tokens_per_second"] > 0 and ours["share"] > 0
-    assert unsloth["skipped"] == "unsloth is not installed"
-    assert "unsloth is not installed" in capsys.readouterr().out
+    auto, every_1, *unsloth = report["results"]
+    assert [r["case"]["checkpoint"] for r in (auto, every_1, *unsloth)] == ["auto", "every_1", "every_1", "off"]
+    for ours in (auto, every_1):
+        assert ours["check"]["passed"] and ours["tokens_per_second"] > 0 and ours["share"] > 0
+    assert {result["skipped"] for result in unsloth} == {"unsloth is not installed"}
+    assert "tiny lora unsloth off skipped: unsloth is not installed" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT's own, of the plain loop
-@pytest.mark.parametrize("trainer", ["lora_ft", "peft"])
+@pytest.mark.parametrize(
+    ("trainer", "checkpoint"), [("lora_ft", "auto"), ("lora_ft", "every_1"), ("peft", "every_1"), ("peft", "off")]
+)
 @pytest.mark.parametrize("rows", ["equal", "mixed"])
-def test_every_trainer_learns_in_nf4(gpu: ModuleType, trainer: str, rows: str) -> None:
+def test_every_trainer_learns_in_nf4(trainer: str, checkpoint: str, rows: str) -> None:
     torch.manual_seed(0)
-    result = gpu.measure(gpu.Case("tiny", "qlora", trainer, rows, tokens=200, steps=3))
+    result = gpu_trainers.measure(case(trainer, "qlora", checkpoint, rows))
     assert "failed" not in result, result["failed"]
     assert result["losses"][-1] < result["losses"][0]
-    assert len(result["seconds"]) == gpu.WARM_UP + 3
+    assert len(result["seconds"]) == gpu_trainers.WARM_UP + 2
 
 
-def test_trainers_are_given_the_same_model_and_see_the_same_loss(gpu: ModuleType) -> None:
-    case = gpu.Case("tiny", "lora", "peft", "mixed", tokens=300, steps=1)
-    batch, documents = gpu.draw(case)
-    assert torch.equal(batch.ids, torch.cat(documents)) and len(batch.ids) == 300
-    model = gpu.build(case, quantized=False)
-    assert all(map(torch.equal, model.parameters(), gpu.build(case, quantized=False).parameters()))
-    paths = gpu.choose_paths(model, gpu.config.Fast())
-    packed = gpu.token_loss_sum(model, batch, paths) / int((batch.targets != -100).sum())
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_peers_recompute_when_told_to_and_only_then(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recomputed = {}
+    for checkpoint in ("every_1", "off"):
+        one = case("peft", method, checkpoint)
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu_trainers, "padded_loop", lambda model, _: model)
+            model = gpu_trainers.peft_run(one, {})
+        recomputed[checkpoint] = {m.gradient_checkpointing for m in model.modules() if hasattr(m, "self_attn")}
+    assert recomputed == {"every_1": {True}, "off": {False}}
+
+
+def test_trainers_are_given_the_same_model_and_see_the_same_loss() -> None:
+    one = case("peft", rows="mixed")
+    batch, documents = gpu_trainers.draw(one)
+    assert torch.equal(batch.ids, torch.cat(documents)) and len(batch.ids) == 200
+    model = gpu_trainers.build(one, quantized=False)
+    assert all(map(torch.equal, model.parameters(), gpu_trainers.build(one, quantized=False).parameters()))
+    paths = use_fast_paths(model, config.Fast())
+    packed = gpu_trainers.token_loss_sum(model, batch, paths) / int((batch.targets != -100).sum())
     model.set_attn_implementation("sdpa")
-    padded, _ = gpu.padded_loop(model.requires_grad_(True), case)(1)
+    padded, _ = gpu_trainers.padded_loop(model.requires_grad_(True), one)(1)
     assert padded[0] == pytest.approx(float(packed), rel=1e-5)
 
 
-def test_a_wrong_fast_path_is_not_timed(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "compared", lambda *_: {"passed": False})
-    result = gpu.measure(gpu.Case("tiny", "lora", "lora_ft", "equal", tokens=64, steps=1))
+def test_unsloth_is_imported_before_what_it_patches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    patched = {"transformers", "peft", "trl", "lora_ft"}
+    lines = ["import sys", f"loaded = {patched} & sys.modules.keys()", "raise SystemExit(f'after {sorted(loaded)}')"]
+    (tmp_path / "unsloth.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert gpu.in_own_process(case("unsloth")) == {"failed": "after []"}
+
+
+def test_out_of_memory_is_a_skip_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*_: object) -> None:
+        raise torch.OutOfMemoryError("Tried to allocate 9 GiB.\nMore words")
+
+    monkeypatch.setitem(gpu_trainers.RUNS, "peft", run)
+    assert gpu_trainers.measure(case("peft")) == {"skipped": "out of memory: Tried to allocate 9 GiB."}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_our_paths_pass_the_check_and_the_base_is_left_as_it_was(
+    method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu.Case, "dtype", dtype)
+    built = []
+    monkeypatch.setattr(
+        gpu_trainers, "build", lambda *given, of=gpu_trainers.build: built.append(of(*given)) or built[-1]
+    )
+    facts: dict[str, dict[str, object]] = {}
+    gpu_trainers.lora_ft_run(case(method=method, rows="mixed"), facts)
+    assert facts["check"]["passed"], facts["check"]
+    before, after = (
+        {n.replace(".base_layer", ""): p for n, p in model.named_parameters() if "lora_" not in n}
+        for model in (gpu_trainers.build(case(method=method), method == "qlora"), built[0])
+    )
+    assert before.keys() == after.keys()
+    for name, parameter in before.items():
+        assert parameter.dtype == after[name].dtype and torch.equal(parameter, after[name]), name
+
+
+def test_a_wrong_fast_path_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = gpu_trainers.use_fast_paths
+
+    def wrong(model: torch.nn.Module, fast: config.Fast) -> object:
+        if fast.norm:
+            model.model.norm.variance_epsilon = 1e-4
+        return right(model, fast)
+
+    monkeypatch.setattr(gpu_trainers, "use_fast_paths", wrong)
+    result = gpu_trainers.measure(case())
     assert "differs" in result["failed"] and "tokens_per_second" not in result
 
 
-@pytest.mark.parametrize("changed", ["loss", "direction", "length", "nan"])
-def test_the_check_notices_each_difference(gpu: ModuleType, changed: str) -> None:
-    plain = (2.0, torch.tensor([1.0, 2.0]))
-    assert gpu.compared(plain, plain, torch.float32)["passed"]
+def gradients(dtype: torch.dtype) -> tuple[gpu_trainers.Gradient, gpu_trainers.Gradient]:
+    """What plain paths in a dtype may give, and the reference: a large matrix and a small one."""
+    drawn = torch.Generator().manual_seed(0)
+    exact = {name: torch.randn(size, generator=drawn) for name, size in (("large", (64, 64)), ("small", (4, 16)))}
+    return (2.0, {name: of.to(dtype).float() for name, of in exact.items()}), (2.0, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("changed", ["nothing", "loss", "zeroed", "noise", "length", "nan", "swapped sign"])
+def test_the_check_notices_each_difference(changed: str, dtype: torch.dtype) -> None:
+    plain, reference = gradients(dtype)
+    loss, small = plain[0], plain[1]["small"]
+    noise = torch.randn(small.shape, generator=torch.Generator().manual_seed(1))
     found = {
-        "loss": (2.1, plain[1]),
-        "direction": (2.0, torch.tensor([2.0, 1.0])),
-        "length": (2.0, 1.1 * plain[1]),
-        "nan": (2.0, torch.tensor([float("nan"), 2.0])),
-    }[changed]
-    assert not gpu.compared(plain, found, torch.float32)["passed"]
+        "zeroed": torch.zeros_like(small),
+        "noise": small + 0.05 * noise * small.norm() / noise.norm(),
+        "length": 1.05 * small,
+        "nan": small.where(small != small[0, 0], torch.nan),
+        "swapped sign": small.where(small != small.max(), -small),
+    }.get(changed, small)
+    given = (2.1 if changed == "loss" else loss, plain[1] | {"small": found})
+    check = gpu_trainers.compared(given, plain, reference, gpu_trainers.FLOOR[dtype])
+    assert check["passed"] == (changed == "nothing")
+    if changed != "nothing":
+        assert check["at"] == ("loss" if changed == "loss" else "small")
+    json.dumps(check, allow_nan=False)
 
 
-def test_operations_are_those_that_torch_counts(gpu: ModuleType) -> None:
-    """Plain paths over one document: torch counts dense attention and no checkpointing; the rest must agree."""
-    case = gpu.Case("tiny", "lora", "lora_ft", "equal", tokens=64, steps=1)
-    model = gpu.build(case, quantized=False)
-    peft_model = gpu.attach.attach(model, gpu.config.Adapter(r=gpu.RANK), "adapter0", 0, [])
-    model.set_attn_implementation("eager")
-    batch, _ = gpu.draw(case)
-    with FlopCounterMode(display=False) as counter:
-        peft_model(input_ids=batch.ids[None], labels=batch.ids[None]).loss.backward()
-    shape = gpu.SHAPES["tiny"]
-    # Six products in eager attention's forward and backward, not seven: nothing is computed again; and no mask halves.
-    square = 2 * 64 * shape["hidden_size"] * shape["num_hidden_layers"]
-    counted = counter.get_total_flops() / 64 - 6 * square + 7 * square / 2
-    assert gpu.flops_per_token(case) == pytest.approx(counted, rel=1e-9)
+def test_a_gradient_that_no_path_makes_is_no_agreement() -> None:
+    idle = (2.0, {"small": torch.zeros(4, 4)})
+    assert not gpu_trainers.compared(idle, idle, idle, 1e-3)["passed"]

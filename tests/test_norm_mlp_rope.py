@@ -10,10 +10,12 @@ from torch.nn import functional
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama import modeling_llama
 
+from lora_ft.ops.cross_entropy import linear_cross_entropy
 from lora_ft.ops.mlp import gelu, swiglu, swiglu_plain
 from lora_ft.ops.norm import layer_norm, rms_norm, rms_norm_plain
 from lora_ft.ops.recipe import recipe_of, with_recipe
 from lora_ft.ops.rope import rotate, rotate_plain
+from lora_ft.ops.tiled_attention import tiled_attention
 
 EPS = 1e-5
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -190,6 +192,15 @@ def test_a_recipe_makes_the_tensor_again_bit_for_bit(form: Callable[[Tensor], Te
     assert again.data_ptr() != y.data_ptr()
 
 
+def test_a_recipe_is_void_once_what_it_is_made_of_was_written_to() -> None:
+    """The norm itself would not notice where its input needs no gradient, as in the first layer."""
+    x = random(3, 8)
+    y = rms_norm(x, random(8), EPS)
+    assert recipe_of(y) is not None
+    x.add_(1)
+    assert recipe_of(y) is None
+
+
 def test_a_recipe_belongs_to_one_tensor_as_it_was() -> None:
     x = random(4, 6)
     y = with_recipe(x.clone(), torch.clone, x)
@@ -206,8 +217,10 @@ def test_a_recipe_belongs_to_one_tensor_as_it_was() -> None:
         lambda x: rms_norm(x, random(8), EPS),
         lambda x: swiglu(x, random(*x.shape)),
         lambda x: rotate(x, *angles(5, 8)),
+        lambda x: linear_cross_entropy(x.flatten(0, -2), random(9, 8), None, torch.arange(10) % 9),
+        lambda x: tiled_attention(x, x, x, (0, 5), None, 0.3),
     ],
-    ids=["rms_norm", "swiglu", "rotate"],
+    ids=["rms_norm", "swiglu", "rotate", "loss", "attention"],
 )
 def test_a_second_derivative_is_refused(form: Callable[[Tensor], Tensor]) -> None:
     """The row numbers are constants to autograd: a gradient of the gradient would be wrong in silence."""

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import FAMILIES, VOCABULARY, tiny_model
 from torch import Tensor
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, GPT2Config, GPT2LMHeadModel
 
 from lora_ft import config
 from lora_ft.adapters import attach, fast
@@ -148,6 +149,21 @@ def test_auto_is_settled_by_free_memory_and_says_both_figures(
     assert f"{free / 1e9:.2f} GB free" in reason
     monkeypatch.setattr(recompute, "available_bytes", lambda device: None)
     assert settle_checkpoint(model, choose_paths(model, FAST), 4096)[0] == "off"
+
+
+def test_a_model_of_several_parts_and_a_short_context_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 3 keeps its sizes in a config of its own for text; a learned context may be shorter than the probe."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "head_dim": 16, "vocab_size": VOCABULARY}  # fmt: skip
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    gemma = Gemma3ForConditionalGeneration(Gemma3Config(text_config=sizes, vision_config=vision)).requires_grad_(False)
+    short = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=16, vocab_size=VOCABULARY))
+    for model in (gemma, short):
+        model.get_input_embeddings().requires_grad_(True)
+        for free in (10**12, 0):
+            monkeypatch.setattr(recompute, "available_bytes", lambda device, free=free: free)
+            setting, _ = settle_checkpoint(model, choose_paths(model, FAST), 100)
+            assert setting == ("off" if free else "every_1")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

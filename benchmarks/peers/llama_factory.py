@@ -1,4 +1,7 @@
-"""LLaMA-Factory's own sft workflow on the pre-tokenized rows, with its defaults (activation checkpointing among them).
+"""LLaMA-Factory's own sft workflow on the pre-tokenized rows.
+
+default: its own defaults, activation checkpointing and rows in random order among them.
+best:    checkpointing off and batches of rows of like length.
 
 Its torchaudio import gets an empty module: the wheels need CUDA, and no text uses it.
 prepare writes the rows as the tokenized dataset that it loads by tokenized_path.
@@ -10,6 +13,11 @@ from importlib.util import module_from_spec
 
 import protocol
 from datasets import Dataset, DatasetDict
+
+VARIANTS = {
+    "default": {},
+    "best": {"disable_gradient_checkpointing": True, "train_sampling_strategy": "group_by_length"},
+}
 
 # Before LLaMA-Factory is imported; with a spec, since transformers asks whether there is such a package.
 sys.modules["torchaudio"] = module_from_spec(ModuleSpec("torchaudio", None))
@@ -34,7 +42,7 @@ def train(given: protocol.Arguments) -> None:
         "per_device_train_batch_size": case.rows_per_step, "gradient_accumulation_steps": 1, "max_steps": case.steps,
         "learning_rate": case.lr, "lr_scheduler_type": "constant", "max_grad_norm": case.clip, "weight_decay": 0.0,
         "seed": given.seed, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True,
-        "bf16": False, "fp16": False,
+        "bf16": False, "fp16": False, **VARIANTS[given.variant],
     }  # fmt: skip
     run_exp(recipe, callbacks=[timed(watch)])
     protocol.report(watch.outcome(given.out / "adapter", "llamafactory", "transformers", "peft"))

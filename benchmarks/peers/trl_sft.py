@@ -1,9 +1,10 @@
 """TRL's SFTTrainer on the pre-tokenized rows.
 
-default: its own defaults (activation checkpointing, chunked loss, rows in random order) but for what the case fixes,
-         fp32 being one of them.
-best:    checkpointing off and batches of rows of like length, the fastest exact setting on a CPU: its packing and its
-         padding-free batches need flash-attention to keep rows apart.
+default:      its own defaults (activation checkpointing, chunked loss, rows in random order) but for what the case
+              fixes, fp32 being one of them.
+best:         checkpointing off and batches of rows of like length.
+padding_free: as best, and the rows of a batch laid end to end. transformers' sdpa keeps them apart by their
+              position_ids, at the price of scores over the whole of the batch. No max_length: it refuses both together.
 """
 
 import protocol
@@ -12,7 +13,8 @@ from hf_trainer import timed
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
-VARIANTS = {"default": {}, "best": {"gradient_checkpointing": False, "train_sampling_strategy": "group_by_length"}}
+BEST = {"gradient_checkpointing": False, "train_sampling_strategy": "group_by_length"}
+VARIANTS = {"default": {}, "best": BEST, "padding_free": BEST | {"padding_free": True, "max_length": None}}
 
 
 def main() -> None:

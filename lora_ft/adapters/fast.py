@@ -6,7 +6,8 @@ layer.forward(x)    training, one plain LoRA active, no dropout, x in the adapte
                         -> PEFT's forward, so that its switches mean what they meant
 
 A LoRA on the head also brings its own form of the loss (`ops.token_loss` asks for it), so that its logits are
-never made for all positions at once. An int8 layer without a LoRA of this form keeps no input either.
+never made for all positions at once, not in evaluation either. An int8 layer without a LoRA of this form keeps
+no input.
 """
 
 import functools
@@ -27,6 +28,7 @@ from lora_ft.ops.weights import FrozenWeight, frozen_linear, frozen_weight, why_
 def use_fast_forwards(model: PeftModel, name: str) -> list[str]:
     """Replace the forward of every LoRA layer that can be; says how many stay plain for adapter `name`, and why."""
     reasons: Counter[str] = Counter()
+    computed = model.get_base_model().get_input_embeddings().weight.dtype
     for layer in model.modules():
         if not isinstance(layer, LoraLayer):
             if getattr(getattr(layer, "weight", None), "dtype", None) is torch.int8:
@@ -35,6 +37,8 @@ def use_fast_forwards(model: PeftModel, name: str) -> list[str]:
         if name not in layer.r:
             continue
         reason = _why_plain(layer, name) or why_no_weight(layer.get_base_layer(), layer.lora_A[name].weight.dtype)
+        if not reason and computed != layer.lora_A[name].weight.dtype:
+            reason = f"the base computes in {str(computed).removeprefix('torch.')}"
         if reason:
             reasons[reason] += 1
         _replace_forward(layer, _forward)
@@ -62,7 +66,7 @@ def _why_plain(layer: Any, name: str) -> str:
 def _fast(layer: Any, x: Tensor) -> tuple[str, FrozenWeight] | None:
     """The one adapter that takes the fast form for this input, and how to get the base's weight; else None."""
     active = [name for name in layer.active_adapters if name in layer.r]
-    if not (layer.training and torch.is_grad_enabled()) or layer.disable_adapters or layer.merged or len(active) != 1:
+    if layer.disable_adapters or layer.merged or len(active) != 1:
         return None
     (name,) = active
     if _why_plain(layer, name) or x.dtype != layer.lora_A[name].weight.dtype:
@@ -72,7 +76,8 @@ def _fast(layer: Any, x: Tensor) -> tuple[str, FrozenWeight] | None:
 
 
 def _forward(layer: Any, plain: Callable[..., Tensor], x: Tensor, *arguments: Any, **options: Any) -> Tensor:
-    chosen = None if arguments or options else _fast(layer, x)
+    trains = layer.training and torch.is_grad_enabled() and not (arguments or options)
+    chosen = _fast(layer, x) if trains else None
     if chosen is None:
         return plain(x, *arguments, **options)
     name, weight = chosen

@@ -4,7 +4,7 @@ r"""Chat templates that only copy contents are rendered once for each shape of c
 
 Whether a template only copies is found by rendering it with contents that may be joined, stripped at both ends and
 written, and that note anything else which is done with them: a length, a comparison, a search, a filter. A template
-that looks at contents (Qwen3 searches them for </think>) is left to the plain way, which takes ten times as long.
+that looks at contents (Qwen3 searches them for </think>) is left to the plain way, which takes several times as long.
 The probe is rendered under Jinja's sandbox, as transformers renders.
 """
 
@@ -15,7 +15,6 @@ from typing import Any
 
 import jinja2
 from jinja2 import nodes
-from transformers.utils.chat_template_utils import _cached_compile_jinja_template
 
 from lora_ft.data.rows import Message
 
@@ -30,7 +29,7 @@ _TRYING = "\u2003\n<b>&amp;{} \\n\t\"'%s {{{{ }}}} é你👋 </s>\r\n "
 # What reads no text: these look at types, at numbers, or at the length and order of the messages.
 _FILTERS = frozenset(("trim", "length", "count", "first", "last", "list", "reverse", "selectattr", "rejectattr"))
 _TESTS = frozenset(("defined", "undefined", "none", "string", "mapping", "iterable", "sequence", "boolean", "number"))
-_GLOBALS = ("namespace", "dict", "range", "raise_exception", "strftime_now")
+_GLOBALS = ("namespace", "dict", "range", "raise_exception")
 # These make plain text of what they join, and what happens to it next would go unseen.
 _JOINS = (nodes.Concat, nodes.AssignBlock, nodes.FilterBlock)
 
@@ -61,7 +60,7 @@ class Filler:
                 tools=None, documents=None, add_generation_prompt=generation_prompt, **self._variables,
             )  # fmt: skip
             expected = self._render(_chat(roles, trying), generation_prompt)
-        except (_Inspected, jinja2.TemplateError, TypeError, ValueError, LookupError):
+        except (_Inspected, jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError):
             return None
         fill = _filling(written)
         return fill if fill(trying) == expected else None
@@ -115,6 +114,8 @@ for _name in vars(str).keys() - vars(_Opaque).keys() - {"__new__", "__str__", "_
 
 def _probe_template(template: str) -> jinja2.Template | None:
     """The template under transformers' own environment, watched; None where its text shows that it cannot be."""
+    from transformers.utils.chat_template_utils import _cached_compile_jinja_template
+
     environment = _cached_compile_jinja_template("").environment
     environment.intercepted_binops = frozenset("%")
     environment.call_binop = _watched_operator(environment.call_binop)
@@ -127,6 +128,7 @@ def _probe_template(template: str) -> jinja2.Template | None:
     for table, allowed in ((environment.filters, _FILTERS), (environment.tests, _TESTS)):
         table.update({name: _watched(function) for name, function in table.items() if name not in allowed})
     environment.call = _watched_call(environment)
+    environment.getitem = _watched_look_up(environment.getitem)
     return probe
 
 
@@ -158,6 +160,15 @@ def _watched_operator(operate: Callable[..., Any]) -> Callable[..., Any]:
         if not (isinstance(left, int) and isinstance(right, int)):  # "%s" % content
             raise _Inspected
         return operate(context, operator, left, right)
+
+    return watched
+
+
+def _watched_look_up(look_up: Callable[..., Any]) -> Callable[..., Any]:
+    def watched(value: Any, key: Any) -> Any:
+        if isinstance(key, _Opaque):  # where a value takes no such key, Jinja reads the text and looks for an attribute
+            raise _Inspected
+        return look_up(value, key)
 
     return watched
 

@@ -22,7 +22,7 @@ from lora_ft.data.rows import ANSWER_CUE, Ledger, Message, Row, RowError
 from lora_ft.errors import ConfigError
 
 # A template refuses a chat by raise_exception (TemplateError), or trips over a value that it does not expect.
-_TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError)
+_TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError)
 
 # Llama 3's templates write a date into the system turn: this one, or today's where they find a clock. Rows must not
 # change overnight, so they get the date that Meta's templates fall back on. A template that asks the clock under no

@@ -3,8 +3,9 @@
 module.forward(x)    gradients wanted, weights frozen -> ops.norm, ops.mlp, ops.rope: same value and gradients
                      anything else (evaluation, generation, a norm that trains) -> transformers' forward
 
-Only `forward` of single modules is replaced, of classes that are known and tested: no class, no function and
-no state changes. Most of the memory won is inputs of LoRA layers, which take their recipes (`ops.recipe`).
+Only `forward` of single modules is replaced, of classes that are tested (layer norms and GELUs are torch's and
+transformers' own, the same in every architecture): no class, no function and no state changes. Most of the memory
+won is inputs of LoRA layers, which take their recipes (`ops.recipe`).
 """
 
 from collections import Counter
@@ -86,6 +87,9 @@ def _fast_forward(module: Any, kernels: Kernels) -> tuple[str, Forward | None]:
 
 
 def _rms_norm(module: Any, kernels: Kernels, x: Tensor) -> Tensor:
+    if x.dtype == torch.float64:  # transformers rounds to float32 inside even then, and would elsewhere than we do
+        plain: Tensor = type(module).forward(module, x)
+        return plain
     return kernels.rms_norm(x, module.weight, module.variance_epsilon)
 
 

@@ -27,9 +27,10 @@ from lora_ft.ops.weights import frozen_linear, frozen_weight
 def store_in_bfloat16(model: PreTrainedModel, but: Collection[str] = ()) -> int:
     """Store the frozen linear weights in bfloat16 where that keeps every bit; returns the number of bytes saved.
 
-    Call it before adapters are attached. `but` names what will be trained in full (adapter.modules_to_save): such
-    layers, and all inside of them, stay. Only architectures that the tests know take part: others may read the
-    weight's dtype to cast activations to it, as T5 does. Works layer by layer, with one layer's copy beside the model.
+    What belongs to an adapter stays, if one is attached already. `but` names what will be trained in full
+    (adapter.modules_to_save): such layers, and all inside of them, stay. Only architectures that the loss knows take
+    part: others may read the weight's dtype to cast activations to it, as T5 does. Works layer by layer, with one
+    layer's copy beside the model.
     """
     if model.config.model_type not in TESTED:
         return 0
@@ -38,6 +39,8 @@ def store_in_bfloat16(model: PreTrainedModel, but: Collection[str] = ()) -> int:
     for name, module in model.named_modules():
         layer: Any = module
         if type(layer) not in (nn.Linear, Conv1D) or layer is model.get_output_embeddings():
+            continue
+        if any(part.startswith(("lora_", "modules_to_save")) for part in name.split(".")):
             continue
         shared = holders[id(layer.weight)] > 1
         if shared or layer.weight.requires_grad or any(f".{part}." in f".{name}." for part in but):

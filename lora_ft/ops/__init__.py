@@ -1,4 +1,4 @@
-"""Tensor functions, the plain form beside the fast one; nothing here knows settings beyond `fast`, or files.
+"""Tensor functions, the plain form beside the fast one; nothing here knows files.
 
 token_loss       packed tokens -> sum of losses; chooses which of the paths below a model takes
 attention        causal within documents                  tiled_attention  the same on a CPU, tile by tile

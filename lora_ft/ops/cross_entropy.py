@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, linear
 
 CHUNK_ROWS = 256
@@ -104,6 +105,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         # Not in place: a second backward over the same graph must see the same gradients.
         scaled = [None if g is None else g * grad_outputs[0].to(g.dtype) for g in ctx.saved_tensors]

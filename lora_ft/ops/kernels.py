@@ -69,7 +69,10 @@ def compiled_kernels(backend: str = "inductor") -> Kernels:
 
 
 def liger_kernels() -> Kernels:
-    """Liger's autograd functions (liger-kernel 0.8); they compute in the Llama casting mode, as transformers does."""
+    """Liger's autograd functions (liger-kernel 0.8.5); they compute in the Llama casting mode, as transformers does.
+
+    Its SwiGLU writes gradients over the gate and up that it kept: a graph has one backward, as training needs.
+    """
     functions: Any = importlib.import_module("liger_kernel.ops")
 
     def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -25,11 +25,15 @@ class Recipe(NamedTuple):
 
 def with_recipe(y: Tensor, function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
     """Tag `y`, which is `function(*tensors)`, and return it."""
-    setattr(y, _ATTRIBUTE, (Recipe(function, tensors), y._version))
+    setattr(y, _ATTRIBUTE, (Recipe(function, tensors), _versions(y, tensors)))
     return y
 
 
 def recipe_of(x: Tensor) -> Recipe | None:
-    """How to compute `x` again; None where nobody said, or where `x` was written to since."""
-    recipe, version = getattr(x, _ATTRIBUTE, (None, 0))
-    return recipe if x._version == version else None
+    """How to compute `x` again; None where nobody said, or where it or what it is made of was written to since."""
+    recipe, versions = getattr(x, _ATTRIBUTE, (None, ()))
+    return recipe if recipe is not None and _versions(x, recipe.tensors) == versions else None
+
+
+def _versions(y: Tensor, tensors: tuple[Tensor | None, ...]) -> tuple[int, ...]:
+    return tuple(tensor._version for tensor in (y, *tensors) if tensor is not None)

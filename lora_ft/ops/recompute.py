@@ -30,7 +30,7 @@ from lora_ft.ops.token_loss import Batch, Paths, token_loss_sum
 # Part of the free memory that a run may plan with; the rest is for what a measurement of a few tokens cannot see:
 # the allocator's gaps, buffers inside kernels, and on a CPU the other processes.
 USABLE = 0.8
-_PROBE_TOKENS = (8, 24)
+_MOST_PROBE_TOKENS = 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +94,9 @@ def settle_checkpoint(model: PreTrainedModel, paths: Paths, tokens: int) -> tupl
 
 def _more_than_kept(model: PreTrainedModel) -> int:
     """Bytes a token, two or three times what any path keeps: where even that fits, nothing is measured."""
-    shape = model.config
-    width = 16 * (shape.hidden_size + (getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size))
-    return 4 * shape.num_hidden_layers * width
+    hidden = _width(model)
+    inner = getattr(model.config.get_text_config(), "intermediate_size", None)  # a number a layer in some
+    return 4 * len(_layers(model)) * 16 * (hidden + (inner if isinstance(inner, int) else 4 * hidden))
 
 
 def fewest_recomputed(footprint: Footprint, tokens: int, budget: int) -> int:
@@ -114,7 +114,7 @@ def measure(model: PreTrainedModel, paths: Paths) -> Footprint:
     devices = [model.device] if model.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
-            few, many = _PROBE_TOKENS
+            few, many = _probe_tokens(model)
             slopes = []
             for setting in ("off", "every_1"):
                 recompute_layers(model, setting)
@@ -124,7 +124,7 @@ def measure(model: PreTrainedModel, paths: Paths) -> Footprint:
             layer.gradient_checkpointing = was
         model.train(training)
     # A recomputed layer keeps its input, which is one row of the hidden state a token.
-    recomputed = float(model.config.hidden_size * _embedding_itemsize(model))
+    recomputed = float(_width(model) * model.get_input_embeddings().weight.element_size())
     kept, every_1 = slopes
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     return Footprint(
@@ -164,12 +164,20 @@ def _left_by_cgroups(membership: Path, root: Path) -> list[int]:
     return left
 
 
+def _probe_tokens(model: PreTrainedModel) -> tuple[int, int]:
+    """Two lengths of a short document that the model's positions hold."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", _MOST_PROBE_TOKENS)
+    many = min(_MOST_PROBE_TOKENS, context)
+    return max(1, many // 3), many
+
+
 def _layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
-def _embedding_itemsize(model: PreTrainedModel) -> int:
-    return model.get_input_embeddings().weight.element_size()
+def _width(model: PreTrainedModel) -> int:
+    """Of the hidden state; configs of models with several parts name it elsewhere."""
+    return int(model.get_input_embeddings().weight.shape[1])
 
 
 def _bytes_kept(model: PreTrainedModel, paths: Paths, tokens: int) -> int:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # 48 and 128 rows were slower, 96 the same.
 TILE_ROWS = 64
@@ -97,6 +98,7 @@ class _TiledAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value = ctx.saved_tensors
         q, k, v, groups = _grouped(query, len(key[0])).mul(ctx.scale).contiguous(), key[0], value[0], len(key[0])

@@ -29,14 +29,14 @@ def unpacked_weights(model: nn.Module) -> Iterator[None]:
     if sum(_unpacked_bytes(layer) for layer in layers) > _MOST_BYTES:
         layers = []
     before = {layer: layer.__dict__.get("forward") for layer in layers}
-    for layer in layers:
-        weight = cast(FrozenWeight, frozen_weight(layer, layer.compute_dtype))
-        layer.forward = functools.partial(_forward, weight(), layer.bias)
     try:
+        for layer in layers:
+            weight = cast(FrozenWeight, frozen_weight(layer, layer.compute_dtype))
+            layer.forward = functools.partial(_forward, weight(), layer.bias)
         yield
     finally:
         for layer, forward in before.items():
-            del layer.forward
+            layer.__dict__.pop("forward", None)
             if forward is not None:
                 layer.forward = forward
 

@@ -133,7 +133,8 @@ def _settle_checkpoint(
     """What train.checkpoint=auto is for the largest micro-batch of the run."""
     if train.checkpoint != "auto":
         return train.checkpoint
-    largest = max(sum(len(rows[i].ids) for i in step) for step in steps)
+    together = sum if train.packing and paths.packs else max
+    largest = max(together(len(rows[i].ids) for i in step) for step in steps)
     setting, why = settle_checkpoint(
         model.get_base_model(), paths, min(largest, train.tokens_per_microbatch or largest)
     )

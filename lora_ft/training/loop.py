@@ -41,9 +41,11 @@ def _turns(learner: Learner, observe: Observer) -> Iterator[int]:
     """Train one learner, giving the base away after every step; yields the 1-based step."""
     for step in range(len(learner.steps)):
         _activate(learner)
+        metrics = _gradient(learner, step)
         if step == 0 and learner.heldout:
+            # The adapter is still as it was; so the first step need not wait for seconds of evaluation.
             observe(learner, {"step": 0} | _evaluate(learner, 0))
-        metrics = _train_step(learner, step)
+        metrics |= _update(learner, step, metrics)
         if _evaluation_due(learner, step + 1):
             metrics |= _evaluate(learner, step + 1)
         observe(learner, metrics)
@@ -64,8 +66,8 @@ def _activate(learner: Learner) -> None:
     learner.model.train()
 
 
-def _train_step(learner: Learner, step: int) -> Metrics:
-    """One optimizer step over the rows planned for it; NonFiniteError before a bad gradient reaches the adapter."""
+def _gradient(learner: Learner, step: int) -> Metrics:
+    """The gradient of one optimizer step over the rows planned for it; NonFiniteError where it is not finite."""
     started = time.perf_counter()
     cfg, rows = learner.cfg, [learner.rows[i] for i in learner.steps[step]]
     packed = micro_batches(rows, cfg.train.tokens_per_microbatch, cfg.train.packing and learner.paths.packs)
@@ -88,26 +90,29 @@ def _train_step(learner: Learner, step: int) -> Metrics:
         raise NonFiniteError(
             f"step {step + 1}: loss {loss}, gradient norm {norm}; rows {places}{', ...' if len(rows) > 5 else ''}"
         )
-    rate = optimizers.learning_rate(cfg.optim, step, len(learner.steps))
-    optimizers.set_learning_rate(learner.optimizer, rate)
-    learner.optimizer.step()
-    seconds = time.perf_counter() - started
-    tokens = sum(len(row.ids) for row in rows)
-    learner.tokens += tokens
-    learner.seconds += seconds
-    learner.losses.append(loss)
     return {
         "step": step + 1,
         "loss": loss,
         "grad_norm": norm,
-        "lr": rate,
         "rows": len(rows),
-        "tokens": tokens,
+        "tokens": sum(len(row.ids) for row in rows),
         "supervised_tokens": supervised,
         "micro_batches": len(packed),
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
+        "seconds": time.perf_counter() - started,
     }
+
+
+def _update(learner: Learner, step: int, gradient: Metrics) -> Metrics:
+    """Let the optimizer take the step whose gradient is there; the metrics that this adds and changes."""
+    started = time.perf_counter()
+    rate = optimizers.learning_rate(learner.cfg.optim, step, len(learner.steps))
+    optimizers.set_learning_rate(learner.optimizer, rate)
+    learner.optimizer.step()
+    seconds = gradient["seconds"] + time.perf_counter() - started
+    learner.tokens += gradient["tokens"]
+    learner.seconds += seconds
+    learner.losses.append(gradient["loss"])
+    return {"lr": rate, "seconds": seconds, "tokens_per_second": gradient["tokens"] / seconds}
 
 
 def _evaluation_due(learner: Learner, step: int) -> bool:

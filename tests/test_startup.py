@@ -1,0 +1,43 @@
+"""What a run on local files needs, in a process of its own: no network, and no slow import that it has no use for."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from tiny import tiny_folder
+
+# torch's compiler (2.7 s), the hub's datasets (1 s), trackers and what only tests and extras use
+UNUSED = ("torch._inductor.kernel.mm", "datasets", "pandas", "pyarrow", "tensorboard", "sklearn", "sacrebleu", "gguf")
+
+CHILD = """
+import socket, sys
+def refuse(*arguments, **options):
+    sys.stderr.write(f"NETWORK {arguments}")
+    raise OSError("no network in this test")
+socket.getaddrinfo = socket.create_connection = socket.socket.connect = refuse
+from lora_ft import entry
+try:
+    entry.run("train", sys.argv[2:])
+finally:
+    import gc
+    unused = [name for name in sys.argv[1].split() if name in sys.modules]
+    print(gc.get_freeze_count() > 100_000, gc.isenabled(), *unused)
+"""
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_a_run_on_local_files_asks_no_network_and_imports_nothing_that_it_does_not_use(tmp_path, quant):
+    rows = [{"prompt": f"How many legs have {n} spiders?", "completion": f"{8 * n} legs."} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [f"model.path={tiny_folder(tmp_path, 'llama')}", f"quant={quant}", "data.path=rows.jsonl",
+             "train.max_steps=1", "hydra.run.dir=run"]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, " ".join(UNUSED), *words],
+        cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "0"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "NETWORK" not in done.stderr
+    assert done.stdout.splitlines()[-1] == "True True"
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
