@@ -45,7 +45,7 @@ def linear_cross_entropy_plain(
     logits = linear(hidden, weight, bias)
     if lora is not None:
         logits = logits + linear(linear(hidden, lora.a), lora.b) * lora.scaling
-    return cross_entropy(_at_least_float32(logits), targets, reduction="sum")
+    return cross_entropy(at_least_float32(logits), targets, reduction="sum")
 
 
 def linear_cross_entropy(
@@ -62,7 +62,8 @@ def linear_cross_entropy(
     return total
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor itself in float32 and float64, half precision as float32: losses are summed in no less."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
@@ -81,7 +82,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scaling: float,
     ) -> Tensor:
         gradients = [torch.zeros_like(t) if t is not None and t.requires_grad else None for t in (hidden, a, b)]
-        dtype = _at_least_float32(hidden[:0]).dtype
+        dtype = at_least_float32(hidden[:0]).dtype
         total = torch.zeros((), dtype=dtype, device=hidden.device)
         buffer = hidden.new_empty((weight.shape[0], min(CHUNK_ROWS, hidden.shape[0])), dtype=dtype)
         for start in range(0, hidden.shape[0], CHUNK_ROWS):

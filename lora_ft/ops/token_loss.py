@@ -9,14 +9,13 @@ paths are chosen once for a model (`choose_paths`), each exact and each switchab
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from lora_ft import config
 from lora_ft.ops import attention
-from lora_ft.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_plain
+from lora_ft.ops.cross_entropy import at_least_float32, linear_cross_entropy, linear_cross_entropy_plain
 
 IGNORED = -100
 
@@ -74,8 +73,7 @@ def token_loss_sum(model: PreTrainedModel, batch: Batch, paths: Paths) -> Tensor
     if paths.passes_starts:
         inputs["document_starts"] = batch.starts
     if not paths.supervised_rows_only:
-        logits = model(**inputs).logits[0]
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = at_least_float32(model(**inputs).logits[0])
         return cross_entropy(logits, batch.targets, ignore_index=IGNORED, reduction="sum")
     hidden = getattr(model, model.base_model_prefix)(**inputs).last_hidden_state[0]
     supervised = (batch.targets != IGNORED).nonzero()[:, 0]
@@ -96,6 +94,4 @@ def _head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     if loss is not None:
         return loss
     # Another adapted head (modules_to_save, trained token rows) computes its logits itself.
-    logits = head(hidden)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return cross_entropy(logits, targets, reduction="sum")
+    return cross_entropy(at_least_float32(head(hidden)), targets, reduction="sum")
