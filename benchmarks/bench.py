@@ -101,7 +101,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
                         help=f"of {','.join(CASES)}")  # fmt: skip
     parser.add_argument("--trainers", type=_names, default=[],
                         help=f"of {','.join(ALL)}; a bare name: all of its; default: by case")  # fmt: skip
-    parser.add_argument("--steps", type=int, default=4, help="optimizer steps; the first is not timed")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--write", action="store_true", help="into results/ and README.md")
     given = parser.parse_args(arguments)

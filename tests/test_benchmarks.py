@@ -113,8 +113,10 @@ def test_rows_that_are_not_what_their_kind_promises_are_refused() -> None:
         case.check_shape("equal", case.measured([(51, 50), (52, 50)]))
 
 
-def test_the_first_step_is_not_timed_and_ratios_are_taken_within_a_round() -> None:
-    assert summary.tokens_per_second([100, 100, 300], [60.0, 1.0, 3.0]) == 100.0
+def test_all_rows_are_timed_and_ratios_are_taken_within_a_round() -> None:
+    for order in ([0, 1, 2], [2, 0, 1]):  # the same rows at the same speeds, in another order
+        tokens, seconds = ([values[i] for i in order] for values in ([100, 100, 300], [2.0, 1.0, 3.0]))
+        assert summary.tokens_per_second(tokens, seconds) == pytest.approx(500 / 6)
     runs = [
         record(trainer, number, tokens_per_second=speed)
         for trainer, speeds in (("ours:fp32", [100.0, 20.0, 90.0]), ("peer:a", [50.0, 10.0, 30.0]))
