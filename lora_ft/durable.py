@@ -7,25 +7,32 @@ crash nor a full disk leaves half of it under the name that a reader looks for:
 
 A folder is staged the same way as a whole (`staged_folder`). Modes follow the umask: safetensors' own
 writer leaves 0600 and does not fsync (safetensors issue 782), which is why nothing here uses it.
-A place that cannot be written, or is full, is a `WriteError`: a message to the user, an OSError to those who catch one.
+A place that is full, broken or not to be written is a `WriteError`: a message to the user, an OSError to those who
+catch one.
+
+Every operation on the disk is a call of a function of `os`, so that tests can end the process at each of them
+(tests/faults). What a process that was killed left under a temporary name, `clear_leftovers` removes.
 """
 
 import contextlib
 import errno
 import json
 import os
+import re
 import secrets
-import shutil
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_ft.errors import ResourceError
+from lora_ft.redact import redact
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_BROKEN = {errno.EIO}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR,
-            errno.ENAMETOOLONG}  # fmt: skip
+            errno.ELOOP, errno.ENAMETOOLONG}  # fmt: skip
+_LEFTOVER = re.compile(r"(.+\.tmp|\..+\.(tmp|old))-[0-9a-f]{8}")
 
 
 class TensorSpec(NamedTuple):
@@ -48,15 +55,32 @@ class WriteError(ResourceError, OSError):
 
 
 @contextlib.contextmanager
-def writing(path: Path | None = None, reasons: set[int] = _FULL | _REFUSED) -> Iterator[None]:
-    """Turn an OSError of these reasons into a WriteError that names `path`, or the place the error names."""
+def writing(
+    path: Path | None = None, reasons: set[int] = _FULL | _BROKEN | _REFUSED, num_bytes: int | None = None
+) -> Iterator[None]:
+    """Turn an OSError of these reasons into a WriteError that names `path`, or the place the error names.
+
+    Where the disk is full it also says how many bytes are free, and how many were needed if `num_bytes` is known.
+    """
     try:
         yield
     except OSError as error:
         place = path or error.filename
         if error.errno not in reasons or isinstance(error, WriteError) or not place:
             raise
-        raise WriteError(error.errno, error.strerror, str(place)) from error
+        reason = error.strerror
+        if error.errno in _FULL:
+            needed = "" if num_bytes is None else f"{num_bytes:,} bytes needed, "
+            reason = f"{reason} ({needed}{free_bytes(Path(place).parent):,} free)"
+        raise WriteError(error.errno, reason, str(place)) from error
+
+
+def free_bytes(folder: Path) -> int:
+    """What this user may still write below a folder, or where it will be made."""
+    while not folder.exists():
+        folder = folder.absolute().parent
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize
 
 
 def cache_folder(kind: str) -> Path:
@@ -68,11 +92,12 @@ def cache_folder(kind: str) -> Path:
 
 def write_bytes(path: Path, data: Buffer) -> None:
     """Write a whole file atomically; an existing one is replaced, a link under the name is not followed."""
-    write_stream(path, [data])
+    write_stream(path, [data], memoryview(data).nbytes)
 
 
 def write_text(path: Path, text: str) -> None:
-    write_bytes(path, text.encode("utf-8"))
+    """Write text as UTF-8, secrets of the environment redacted."""
+    write_bytes(path, redact(text).encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -80,23 +105,30 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def write_stream(path: Path, chunks: Iterable[Buffer]) -> None:
-    """Write a file atomically from buffers that are held one at a time."""
+def write_stream(path: Path, chunks: Iterable[Buffer], num_bytes: int | None = None) -> None:
+    """Write a file atomically from buffers that are held one at a time; a full disk's message names `num_bytes`."""
     temporary = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
-    with writing(path):
+    with writing(path, num_bytes=num_bytes):
         try:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
-            with open(descriptor, "wb") as file:
+            try:
                 for chunk in chunks:
-                    file.write(chunk)
-                file.flush()
+                    _write_all(descriptor, chunk)
                 os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):  # the reason above counts, not that nothing is there to delete
                 os.unlink(temporary)
             raise
         _fsync_folder(path.parent)
+
+
+def _write_all(descriptor: int, data: Buffer) -> None:
+    rest = memoryview(data).cast("B")
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
 
 
 def write_tensors(path: Path, specs: list[TensorSpec], buffers: Iterable[Buffer], metadata: dict[str, str]) -> None:
@@ -106,7 +138,7 @@ def write_tensors(path: Path, specs: list[TensorSpec], buffers: Iterable[Buffer]
     then the raw little-endian tensors (https://github.com/huggingface/safetensors, README).
     Raises ValueError where a buffer's size is not the one its spec declares.
     """
-    write_stream(path, _tensor_file(specs, buffers, metadata))
+    write_stream(path, _tensor_file(specs, buffers, metadata), sum(spec.num_bytes for spec in specs))
 
 
 def _tensor_file(specs: list[TensorSpec], buffers: Iterable[Buffer], metadata: dict[str, str]) -> Iterator[Buffer]:
@@ -127,20 +159,90 @@ def _tensor_file(specs: list[TensorSpec], buffers: Iterable[Buffer], metadata: d
 
 def append_line(path: Path, line: str) -> None:
     """Append one line to a log of lines; a reader sees it at once, a crash can cut only the last line."""
-    append_bytes(path, line.encode("utf-8") + b"\n")
+    append_bytes(path, redact(line).encode("utf-8") + b"\n")
 
 
 def append_bytes(path: Path, data: Buffer) -> None:
     """Append a record to a file that readers follow while it grows (metrics, event files)."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
-    with writing(path), open(os.open(path, flags, 0o666), "ab", buffering=0) as file:
-        file.write(data)
+    with _opened(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, memoryview(data).nbytes) as descriptor:
+        _write_all(descriptor, data)
+
+
+def cut(path: Path, num_bytes: int) -> None:
+    """Shorten a file that grows to its first `num_bytes` bytes; one that is not there stays so."""
+    if path.exists():
+        with _opened(path, os.O_WRONLY) as descriptor:
+            os.ftruncate(descriptor, num_bytes)
+            os.fsync(descriptor)
+
+
+def settle(path: Path) -> int:
+    """Bring a file that grows onto the disk, its name too; returns its length in bytes, 0 where it is not there."""
+    if not path.exists():
+        return 0
+    with _opened(path, os.O_WRONLY) as descriptor:
+        os.fsync(descriptor)
+        _fsync_folder(path.parent)
+        return os.fstat(descriptor).st_size
+
+
+@contextlib.contextmanager
+def _opened(path: Path, flags: int, num_bytes: int | None = None) -> Iterator[int]:
+    with writing(path, num_bytes=num_bytes):
+        descriptor = os.open(path, flags | os.O_NOFOLLOW, 0o666)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file for good; one that is not there is removed."""
+    if path.exists():
+        with writing(path):
+            os.unlink(path)
+            _fsync_folder(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder: under its name it is whole at every moment, or not there."""
+    aside = path.with_name(f".{path.name}.old-{secrets.token_hex(4)}")
+    with writing(path):
+        os.rename(path, aside)
+        _fsync_folder(path.parent)
+        _remove_tree(aside)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed left in a folder under temporary names."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if _LEFTOVER.fullmatch(path.name):
+            with writing(path):
+                _remove_tree(path)
+
+
+def meant_name(name: str) -> str:
+    """The name that a file or folder under a temporary one was to have; other names as they are."""
+    return re.sub(r"^\.?(.+)\.(tmp|old)-[0-9a-f]{8}$", r"\1", name) if _LEFTOVER.fullmatch(name) else name
+
+
+def _remove_tree(path: Path) -> None:
+    if path.is_symlink() or not path.is_dir():
+        os.unlink(path)
+        return
+    for child in sorted(path.iterdir()):
+        _remove_tree(child)
+    os.rmdir(path)
 
 
 def make_folder(path: Path) -> None:
     """Make a folder and its parents; existing ones are left as they are."""
     with writing(path):
-        path.mkdir(parents=True, exist_ok=True)
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        if not path.is_dir():
+            os.makedirs(path, exist_ok=True)
+        for folder in missing:
+            _fsync_folder(folder.parent)
 
 
 @contextlib.contextmanager
@@ -153,7 +255,7 @@ def staged_folder(path: Path) -> Iterator[Path]:
     make_folder(path.parent)
     staging = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
     with writing(path):
-        staging.mkdir()
+        os.mkdir(staging)
     try:
         with writing(path, _FULL):  # whoever writes here reads as well: what it does not find is no matter of the place
             yield staging
@@ -161,9 +263,10 @@ def staged_folder(path: Path) -> Iterator[Path]:
             _settle(staging)
             _replace_folder(staging, path)
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
+        if staging.exists():
+            with contextlib.suppress(OSError):  # as above: the reason counts
+                _remove_tree(staging)
         raise
-    _fsync_folder(path.parent)
 
 
 def _settle(folder: Path) -> None:
@@ -172,22 +275,24 @@ def _settle(folder: Path) -> None:
     for root, _, files in os.walk(folder):
         for name in files:
             descriptor = os.open(Path(root) / name, os.O_RDONLY | os.O_NOFOLLOW)
-            os.fchmod(descriptor, 0o666 & ~mask)
-            os.fsync(descriptor)
-            os.close(descriptor)
+            try:
+                os.fchmod(descriptor, 0o666 & ~mask)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
         _fsync_folder(Path(root))
 
 
 def _replace_folder(staging: Path, path: Path) -> None:
-    if not path.exists():
-        staging.rename(path)
-        return
     # A folder cannot be renamed over a full one: move the old one aside first, so that a complete
     # folder exists under one of the two names at every moment.
-    old = path.with_name(f".{path.name}.old-{secrets.token_hex(4)}")
-    path.rename(old)
-    staging.rename(path)
-    shutil.rmtree(old)
+    old = path.with_name(f".{path.name}.old-{secrets.token_hex(4)}") if path.exists() else None
+    if old:
+        os.rename(path, old)
+    os.rename(staging, path)
+    _fsync_folder(path.parent)
+    if old:
+        _remove_tree(old)
 
 
 def _fsync_folder(path: Path) -> None:

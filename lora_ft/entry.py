@@ -9,6 +9,7 @@ A verb is a module with one plain function over its dataclass; importing it (and
 """
 
 import argparse
+import contextlib
 import difflib
 import gc
 import importlib
@@ -19,9 +20,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lora_ft import config
+from lora_ft import config, redact
 from lora_ft.cli import completion, help
-from lora_ft.errors import ConfigError, LoraFtError
+from lora_ft.errors import ConfigError, Interrupted, LoraFtError
 
 INTERRUPTED = 130
 READER_LEFT = 141  # as a process ends that SIGPIPE stops
@@ -36,6 +37,7 @@ class Invocation:
     overrides: list[str]
 
 
+@redact.shown()
 def run(verb: str | None = None, arguments: list[str] | None = None) -> NoReturn:
     """Run one command and leave with its exit code; arguments are those after the verb, default the process's own."""
     words = sys.argv[1:] if arguments is None else arguments
@@ -43,14 +45,22 @@ def run(verb: str | None = None, arguments: list[str] | None = None) -> NoReturn
         code = _command(words if verb is None else [verb, *words])
         sys.stdout.flush()  # here: a reader that left would be a traceback while Python shuts down
     except LoraFtError as error:
-        sys.stderr.write(f"lora-ft: {error}\n")
-        code = error.exit_code
+        code = _said(error, error.exit_code)
+    except Interrupted as error:
+        code = _said(error, error.exit_code)
     except KeyboardInterrupt:
         code = INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to say is said to nobody
         code = READER_LEFT
     sys.exit(code)
+
+
+def _said(error: BaseException, code: int) -> int:
+    """Tell the user, if anybody still reads; the exit code is the same."""
+    with contextlib.suppress(BrokenPipeError):
+        sys.stderr.write(f"lora-ft: {error}\n")
+    return code
 
 
 def _command(arguments: list[str]) -> int:

@@ -9,7 +9,8 @@
     ├── NonFiniteError   8  a loss or gradient norm that is not a number
     └── SecurityError    9  a file or setting that could run code or leave its folder
 
-Exit 0 is success, 1 a bug of ours, 3 a sweep that failed in part, 130, 141 and 143 a signal.
+Exit 0 is success, 1 a bug of ours, 3 a sweep that failed in part, 130 and 143 a signal (Interrupted), 141 a reader
+of the output that left.
 """
 
 
@@ -45,3 +46,11 @@ class NonFiniteError(LoraFtError):
 
 class SecurityError(LoraFtError):
     exit_code = 9
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM, with what it left behind; as a KeyboardInterrupt it ends a whole sweep, not a job of it."""
+
+    def __init__(self, signum: int, message: str = "") -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signum

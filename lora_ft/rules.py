@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from lora_ft.config import Keep, MergeRun, TrainRun
+from lora_ft.config import Keep, MergeRun, OnResume, TrainRun
 from lora_ft.errors import ConfigError
 
 
@@ -29,6 +29,7 @@ class Setting:
     unit: str
     text: bool
     path: bool
+    on_resume: OnResume
 
 
 def settings(schema: type, prefix: str = "") -> Iterator[Setting]:
@@ -38,7 +39,7 @@ def settings(schema: type, prefix: str = "") -> Iterator[Setting]:
             yield from settings(f.type, f"{prefix}{f.name}.")
         else:
             default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-            kinds = {name: f.metadata[name] for name in ("meaning", "unit", "text", "path")}
+            kinds = {name: f.metadata[name] for name in ("meaning", "unit", "text", "path", "on_resume")}
             yield Setting(prefix + f.name, f.type, default, **kinds)
 
 
@@ -145,3 +146,43 @@ def to_plain(cfg: Any) -> dict[str, Any]:
         for f in dataclasses.fields(cfg)
         for value in [getattr(cfg, f.name)]
     }
+
+
+def lasting(cfg: Any) -> dict[str, Any]:
+    """The settings that decide a run's result, by dotted key and as plain values, where they are not the default.
+
+    A setting that a later version adds, and that changes nothing by default, is so no other run.
+    """
+    plain = to_plain(cfg)
+    chosen = {s.key: _at(plain, s) for s in settings(type(cfg)) if s.on_resume is OnResume.same}
+    return {s.key: chosen[s.key] for s in settings(type(cfg)) if chosen.get(s.key, _at({}, s)) != _at({}, s)}
+
+
+def changes(stored: dict[str, Any], cfg: Any) -> dict[str, Any]:
+    """What a resumed run is to do otherwise than `stored` (as of `to_plain`), by dotted key.
+
+    Raises ConfigError that lists the settings which may not change, with both values.
+    """
+    plain, changed, refused = to_plain(cfg), {}, []
+    for setting in settings(type(cfg)):
+        before, now = _at(stored, setting), _at(plain, setting)
+        if before == now or setting.key == "resume":
+            continue
+        higher = None not in (before, now) and setting.on_resume is OnResume.higher
+        if setting.on_resume is OnResume.free or (higher and now > before):
+            changed[setting.key] = now
+        else:
+            refused.append(f"  {setting.key}: {before} -> {now}" + (" (may be raised only)" if higher else ""))
+    if refused:
+        raise ConfigError("a resumed run keeps the settings that decide its result:\n" + "\n".join(refused))
+    return changed
+
+
+def _at(plain: dict[str, Any], setting: Setting) -> Any:
+    """The plain value of a setting; the default where a stored config is older than the setting."""
+    node: Any = plain
+    for part in setting.key.split("."):
+        if not isinstance(node, dict) or part not in node:
+            return setting.default.value if isinstance(setting.default, Enum) else setting.default
+        node = node[part]
+    return node

@@ -2,31 +2,41 @@
 
 runs/2026-11-23_10-15-00-123456/
   config.yaml        the composed config, resolved; never rewritten
+  changed.json       settings that a resumed run has otherwise, by dotted key: {"train.epochs": 3}
   overrides.txt      the overrides of the command line, one a line
   environment.json   versions, machine, command
+  check.json         what was known of rows, steps and layers before training (training/preflight.py)
   metrics.jsonl      one object a step: {"step": 1, "loss": ..., ...}
+  checkpoints/       states to resume from (training/checkpoint.py)
   result.json        the outcome: losses, tokens per second, peak memory, where the adapter is
   adapter/           stock PEFT files, tokenizer, lora_ft.json
   tensorboard/       event files, with track=tensorboard
   eval.json          written by lora-ft eval
 """
 
+import contextlib
+import errno
+import fcntl
+import functools
 import json
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lora_ft import durable
-from lora_ft.errors import ConfigError
+from lora_ft import durable, foreign, rules
+from lora_ft.errors import CheckpointError, ConfigError
 
 PACKAGES = ("lora_ft", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "hydra-core")
 
-_BEFORE_TRAINING = {"config.yaml", "overrides.txt", "environment.json", "log.txt"}
+METRICS, RESULT, CHECK, CHECKPOINTS = "metrics.jsonl", "result.json", "check.json", "checkpoints"
+_CONFIG, _CHANGED = "config.yaml", "changed.json"
+_BEFORE_TRAINING = {"config.yaml", "overrides.txt", "environment.json", "log.txt", "tensorboard", CHECK}
 
 
 def create(folder: Path, config: dict[str, Any], overrides: list[str]) -> None:
@@ -35,11 +45,89 @@ def create(folder: Path, config: dict[str, Any], overrides: list[str]) -> None:
     What a start that failed before its first step left behind is no obstacle to the next.
     """
     durable.make_folder(folder)
-    if not {path.name for path in folder.iterdir()} <= _BEFORE_TRAINING:
-        raise ConfigError(f"the run folder must be empty, but {folder} is not: choose another hydra.run.dir")
-    durable.write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    if not _names(folder) <= _BEFORE_TRAINING:
+        raise ConfigError(
+            f"the run folder must be empty, but {folder} is not: choose another hydra.run.dir, or resume=auto"
+        )
+    durable.clear_leftovers(folder)
     durable.write_text(folder / "overrides.txt", "".join(f"{o}\n" for o in overrides))
     durable.write_json(folder / "environment.json", environment())
+    # Last: a folder that has it holds a run, which can be resumed.
+    durable.write_text(folder / _CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run folder while this one trains in it; ConfigError where one is there.
+
+    The lock is the kernel's, on the folder itself: it ends with the process, however that ends. Where a file system
+    has no locks there is none.
+    """
+    durable.make_folder(folder)
+    with durable.writing(folder):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        _lock(descriptor, folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"{folder} is in use: another process trains in it") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+            raise
+
+
+def exists(folder: Path) -> bool:
+    """Whether a run in this folder has begun to train; what a start that failed left behind is none."""
+    return (folder / _CONFIG).is_file() and not _names(folder) <= _BEFORE_TRAINING
+
+
+def _names(folder: Path) -> set[str]:
+    """What lies in a folder; a file that was being written when its process was killed, by the name it was to have."""
+    return {durable.meant_name(path.name) for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def reopen(folder: Path, cfg: Any) -> bool:
+    """Check that a run can go on with these settings; False where it is finished and they ask nothing more of it.
+
+    Raises ConfigError for settings that a resumed run may not change, CheckpointError where a finished run is to be
+    longer and its last state is gone.
+    """
+    durable.clear_leftovers(folder)
+    changed = rules.changes(read_config(folder), cfg)
+    if not (folder / RESULT).is_file():
+        return True
+    if not _longer(changed):
+        return False
+    if not any((folder / CHECKPOINTS).glob("step-*")):
+        raise CheckpointError(f"{folder} is finished, and has no checkpoint to go on from")
+    return True
+
+
+def keep_changes(folder: Path, cfg: Any) -> bool:
+    """Write down what a run that goes on does otherwise than before; whether it is longer than it was to be."""
+    changed = rules.changes(read_config(folder), cfg)
+    if _longer(changed):
+        durable.remove(folder / RESULT)  # first: with its result a run that was to go on would count as finished
+    if changed:
+        durable.write_json(folder / _CHANGED, _read_changed(folder) | changed)
+    return _longer(changed)
+
+
+def _longer(changed: dict[str, Any]) -> bool:
+    return "train.epochs" in changed or "train.max_steps" in changed
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """What a finished run wrote of its outcome."""
+    foreign.check_place(folder / RESULT, folder)
+    return foreign.json_object(folder / RESULT, ConfigError)
 
 
 def environment() -> dict[str, Any]:
@@ -53,6 +141,7 @@ def environment() -> dict[str, Any]:
     }
 
 
+@functools.cache  # read from files, 10 ms, and every checkpoint has them
 def versions() -> dict[str, str]:
     """Installed versions of the packages that a result depends on; absent ones are left out."""
     found = {}
@@ -65,22 +154,34 @@ def versions() -> dict[str, str]:
 
 
 def append_metrics(folder: Path, values: dict[str, Any]) -> None:
-    durable.append_line(folder / "metrics.jsonl", json.dumps(values, allow_nan=False))
+    durable.append_line(folder / METRICS, json.dumps(values, allow_nan=False))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return [json.loads(line) for line in (folder / METRICS).read_text("utf-8").splitlines()]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The stored config of a run; ConfigError where the folder is not one."""
-    path = folder / "config.yaml"
+    """The config of a run, with what was changed when it was resumed; ConfigError where the folder is not one."""
+    path = folder / _CONFIG
     if not path.is_file():
-        raise ConfigError(f"run={folder} is not a run folder: it has no config.yaml")
+        raise ConfigError(f"{folder} is not a run folder: it has no {_CONFIG}")
     loaded = yaml.safe_load(path.read_text("utf-8"))
     if not isinstance(loaded, dict):
-        raise ConfigError(f"run={folder}: config.yaml holds no settings")
+        raise ConfigError(f"{folder}: {_CONFIG} holds no settings")
+    for key, value in _read_changed(folder).items():
+        group, _, name = key.rpartition(".")
+        settings = loaded.setdefault(group, {}) if group else loaded
+        if not isinstance(settings, dict):
+            raise ConfigError(f"{folder}: {group} of {_CONFIG} must be a mapping, got {settings}")
+        settings[name] = value
     return loaded
+
+
+def _read_changed(folder: Path) -> dict[str, Any]:
+    path = folder / _CHANGED
+    foreign.check_place(path, folder)
+    return foreign.json_object(path, ConfigError) if path.is_file() else {}
 
 
 def adapter_folder(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Fit adapters to data: prepare -> load -> attach -> fit -> check -> save. Read this file first.
+"""Fit adapters to data: check first -> load -> attach -> resume -> fit -> audit -> save. Read this file first.
 
 lora-ft train model=smollm2_135m quant=nf4 data=chatterbot adapter.r=8 train.max_steps=50
 
@@ -10,16 +10,19 @@ base -load-> frozen model -attach-> + adapter --+-> loop: loss_sum / supervised 
 import hashlib
 import logging
 import os
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
+from transformers import PreTrainedTokenizerBase
 
 from lora_ft import config, durable, entry, rules, runs
 from lora_ft.adapters import audit, files, origin
-from lora_ft.data.prepare import Dataset, prepare
+from lora_ft.config import Schedule
+from lora_ft.data.prepare import Dataset
 from lora_ft.errors import ConfigError
 from lora_ft.evaluation import compare
 from lora_ft.models.fingerprint import fingerprint
@@ -27,11 +30,14 @@ from lora_ft.models.load import Base, load_base, load_tokenizer, resolve_device
 from lora_ft.ops.allocator import keep_freed_memory
 from lora_ft.ops.dropout import switch_off_dropout
 from lora_ft.ops.kernels import Kernels, choose_kernels
+from lora_ft.training import checkpoint
 from lora_ft.training.learner import Learner, make_learner, overfitting
 from lora_ft.training.loop import Metrics, Observer, fit
 from lora_ft.training.metrics import observers, peak_memory_bytes
 from lora_ft.training.paths import use_fast_paths
+from lora_ft.training.preflight import check_first
 from lora_ft.training.progress import Progress, displayed
+from lora_ft.training.stop import Stop, on_signals
 
 log = logging.getLogger("lora_ft")
 
@@ -59,16 +65,25 @@ class Result:
 
 def main(cfg: config.TrainRun, invocation: entry.Invocation) -> float | None:
     """Run one training from the command line; returns the held-out loss, which a sweeper can minimize."""
-    runs.create(invocation.folder, rules.to_plain(cfg), invocation.overrides)
-    with displayed([invocation.folder]) as progress:
-        (result,) = train([cfg], [invocation.folder], progress)
+    folder = invocation.folder
+    with runs.locked(folder):
+        if not (cfg.resume and runs.exists(folder)):
+            runs.create(folder, rules.to_plain(cfg), invocation.overrides)
+        elif not runs.reopen(folder, cfg):
+            sys.stdout.write(f"{folder} is finished: nothing to resume\n")
+            return runs.read_result(folder).get("heldout_loss")
+        with displayed([folder]) as progress, on_signals() as stop:
+            (result,) = train([cfg], [folder], progress, stop)
     return result.heldout_loss
 
 
-def train(cfgs: list[config.TrainRun], folders: list[Path], progress: Progress) -> list[Result]:
+def train(
+    cfgs: list[config.TrainRun], folders: list[Path], progress: Progress, stop: Stop | None = None
+) -> list[Result]:
     """Train one adapter per config over one base; the configs share model, quant, fast and device.
 
-    Each folder must have been made by `runs.create`. Errors are those of lora_ft.errors.
+    Each folder must have been made by `runs.create`; a learner whose folder holds a checkpoint goes on from there.
+    Errors are those of lora_ft.errors, and Interrupted where `stop` was asked for.
     """
     cfg = cfgs[0]
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -77,11 +92,15 @@ def train(cfgs: list[config.TrainRun], folders: list[Path], progress: Progress) 
     keep_freed_memory()
     kernels = choose_kernels(resolve_device(cfg.device), compile_=cfg.fast.compile, liger=cfg.fast.liger)
     tokenizer = load_tokenizer(cfg.model)
-    datasets = [prepare(c.data, tokenizer) for c in cfgs]
+    datasets = [_checked(c, tokenizer, folder) for c, folder in zip(cfgs, folders, strict=True)]
     base = load_base(cfg.model, cfg.quant, cfg.device, tokenizer)
     switch_off_dropout(base.model)
     before = fingerprint(base.model)
-    learners = _make_learners(cfgs, folders, base, datasets, kernels)
+    learners = _make_learners(cfgs, folders, base, datasets, kernels, before)
+    for learner in learners:
+        checkpoint.resume(learner)
+        if runs.keep_changes(learner.folder, learner.cfg) and learner.cfg.optim.schedule is not Schedule.constant:
+            log.warning("the learning rate goes on by the schedule of the longer run, not from where it had fallen to")
     log.info("ready in %.1f s", time.perf_counter() - started)
     outlets: dict[str, list[Observer]] = {learner.name: [*observers(learner), progress] for learner in learners}
 
@@ -89,14 +108,28 @@ def train(cfgs: list[config.TrainRun], folders: list[Path], progress: Progress) 
         for outlet in outlets[learner.name]:
             outlet(learner, metrics)
 
-    fit(learners, observe)
+    fit(learners, observe, stop)
     progress.end()
     audit.check_base_unchanged(before, fingerprint(base.model))
     return [_finish(learner, base, dataset) for learner, dataset in zip(learners, datasets, strict=True)]
 
 
+def _checked(cfg: config.TrainRun, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Dataset:
+    """The rows of a run, after all checks that need no weights: what `lora-ft check` shows is kept in check.json."""
+    dataset, preflight = check_first(cfg, tokenizer, folder)
+    durable.write_json(folder / runs.CHECK, asdict(preflight))
+    for warning in preflight.warnings:
+        log.warning(warning)
+    return dataset
+
+
 def _make_learners(
-    cfgs: list[config.TrainRun], folders: list[Path], base: Base, datasets: list[Dataset], kernels: Kernels
+    cfgs: list[config.TrainRun],
+    folders: list[Path],
+    base: Base,
+    datasets: list[Dataset],
+    kernels: Kernels,
+    base_fingerprint: str,
 ) -> list[Learner]:
     in_full = {part for cfg in cfgs for part in cfg.adapter.modules_to_save}
     paths = use_fast_paths(base.model, cfgs[0].fast, kernels, in_full)
@@ -105,7 +138,7 @@ def _make_learners(
     model, learners = base.model, []
     for number, (cfg, folder, dataset) in enumerate(zip(cfgs, folders, datasets, strict=True)):
         log.info(str(dataset.report))
-        learner = make_learner(f"adapter{number}", cfg, folder, base, model, dataset, paths)
+        learner = make_learner(f"adapter{number}", cfg, folder, base, model, dataset, paths, base_fingerprint)
         model = learner.model
         log.info("%s parameters train, %d steps", f"{learner.num_trainable:,}", len(learner.steps))
         learners.append(learner)
@@ -115,6 +148,7 @@ def _make_learners(
 def _finish(learner: Learner, base: Base, dataset: Dataset) -> Result:
     """Check what was learned, save it, compare it with the base, and say so."""
     adapter, train = learner.folder / "adapter", learner.cfg.train
+    learner.take_kept_state()
     source = origin.Origin(base.identity, learner.cfg.quant, dataset.report.sha256)
     files.save(learner.model, learner.name, adapter, base.tokenizer, source)
     for sentence in overfitting(learner):
@@ -148,7 +182,7 @@ def _finish(learner: Learner, base: Base, dataset: Dataset) -> Result:
         peak_memory_bytes=peak_memory_bytes(base.model.device),
         adapter_sha256=hashlib.sha256((adapter / files.WEIGHTS).read_bytes()).hexdigest(),
     )
-    durable.write_json(learner.folder / "result.json", asdict(result))
+    durable.write_json(learner.folder / runs.RESULT, asdict(result))
     _print(learner, base, comparison, result)
     return result
 

@@ -75,6 +75,7 @@ save_file({k: v.contiguous() for k, v in out.items()}, sys.argv[3])
 """
 
 
+@pytest.mark.closes("A19")
 def test_peft_alone_and_transformers_alone_compute_what_was_trained(tmp_path: Path) -> None:
     """In a process of their own that never imports lora_ft; 1e-5 of the largest logit, in fp32."""
     models = {name: trained(family, settings) for name, (family, settings) in VARIANTS.items()}
@@ -102,6 +103,7 @@ def test_what_is_saved_is_loaded_bit_for_bit(name: str, tmp_path: Path) -> None:
     assert not any(p.requires_grad for p in loaded.parameters())
 
 
+@pytest.mark.closes("A22", "D05")
 @pytest.mark.parametrize("tie", [False, True])
 def test_rows_of_added_tokens_travel_with_the_adapter(tie: bool, tmp_path: Path) -> None:
     """Ids behind the base's vocabulary: the loader makes room, the adapter brings the rows."""
@@ -124,6 +126,7 @@ def test_rows_of_added_tokens_travel_with_the_adapter(tie: bool, tmp_path: Path)
     assert torch.equal(loaded(input_ids=ids).logits[..., new], model(input_ids=ids).logits[..., new])
 
 
+@pytest.mark.closes("C09")
 def test_saving_twice_gives_the_same_bytes_readable_by_others(tmp_path: Path) -> None:
     os.umask(0o022)
     first, second = (saved(trained("llama", {}), tmp_path / name) for name in ("one", "two"))
@@ -134,6 +137,7 @@ def test_saving_twice_gives_the_same_bytes_readable_by_others(tmp_path: Path) ->
         assert path.stat().st_mode & 0o777 == 0o644
 
 
+@pytest.mark.closes("D04")
 def test_the_config_names_the_public_base_and_sorts_its_targets(tmp_path: Path) -> None:
     folder = saved(trained("llama", {}), tmp_path / "adapter")
     fields = json.loads((folder / files.CONFIG).read_text())
@@ -151,6 +155,7 @@ def check(folder: Path, base: Base, **quant: object) -> None:
     origin.check_source(folder, files.read_config(folder), base, config.Quant(**quant))
 
 
+@pytest.mark.closes("D03")
 def test_another_base_quantization_tokenizer_or_template_is_refused(tmp_path: Path) -> None:
     folder = saved(trained("llama", {}), tmp_path / "adapter")
     check(folder, base_of())
@@ -168,6 +173,17 @@ def test_another_base_quantization_tokenizer_or_template_is_refused(tmp_path: Pa
         check(folder, base)
 
 
+@pytest.mark.closes("B05")
+@pytest.mark.parametrize(("kind", "double"), [("none", True), ("fp4", True), ("int8", True), ("nf4", False)])
+def test_a_base_quantized_in_another_way_is_another_base(kind: str, double: bool, tmp_path: Path) -> None:
+    nf4 = config.Quant(kind=config.QuantKind.nf4)
+    files.save(trained("llama", {}), "adapter0", tmp_path / "a", tiny_tokenizer(), origin.Origin(BASE, nf4, "d"))
+    check(tmp_path / "a", base_of(), kind=config.QuantKind.nf4)
+    with pytest.raises(MismatchError, match=r"quantization: trained on .*'nf4', 'double': True.*, now"):
+        check(tmp_path / "a", base_of(), kind=config.QuantKind[kind], double=double)
+
+
+@pytest.mark.closes("D08")
 def test_an_adapter_made_elsewhere_is_compared_by_name_and_refused_by_kind(tmp_path: Path, caplog) -> None:
     folder = saved(trained("llama", {}), tmp_path / "adapter")
     (folder / origin.RECORD).unlink()
@@ -186,9 +202,9 @@ def test_a_broken_record_or_config_is_named(tmp_path: Path) -> None:
     folder = saved(trained("llama", {}), tmp_path / "adapter")
     for name, text, said in (
         (origin.RECORD, "{}", "not a record of format 1"),
-        (origin.RECORD, '{"format": 1', "lora_ft.json is not JSON"),
-        (origin.RECORD, "[]", "holds no JSON object"),
-        (files.CONFIG, '{"peft_type": ', "adapter_config.json is not JSON"),
+        (origin.RECORD, '{"format": 1', "lora_ft.json is not valid JSON"),
+        (origin.RECORD, "[]", "must hold a JSON object"),
+        (files.CONFIG, '{"peft_type": ', "adapter_config.json is not valid JSON"),
         (files.CONFIG, '{"peft_type": "LORA", "r": 0}', "adapter"),
     ):
         before = (folder / name).read_text()
@@ -199,6 +215,7 @@ def test_a_broken_record_or_config_is_named(tmp_path: Path) -> None:
         (folder / name).write_text(before)
 
 
+@pytest.mark.closes("D01")
 def test_an_adapter_of_another_architecture_is_refused(tmp_path: Path) -> None:
     folder = saved(trained("llama", {}), tmp_path / "adapter")
     with pytest.raises(MismatchError, match="does not fit this base"):
@@ -216,6 +233,7 @@ def first_key(tensors: dict) -> str:
     return sorted(tensors)[0]
 
 
+@pytest.mark.closes("D01")
 @pytest.mark.parametrize(
     "change, said",
     [
@@ -236,7 +254,7 @@ def test_a_cut_file_other_formats_and_unknown_settings_are_refused(tmp_path: Pat
     weights, settings = folder / files.WEIGHTS, folder / files.CONFIG
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(MismatchError, match="not a whole safetensors file"):
+    with pytest.raises(MismatchError, match="not a safetensors file"):
         files.load(tiny_model("llama"), folder, "again")
     fields = json.loads(settings.read_text())
     settings.write_text(json.dumps(fields | {"use_telepathy": True}))
@@ -257,6 +275,7 @@ def test_continuing_needs_the_same_method(tmp_path: Path) -> None:
         files.check_same_method(folder, model.peft_config["next"])
 
 
+@pytest.mark.closes("A15")
 def test_an_adapter_continues_where_it_was(tmp_path: Path) -> None:
     source = trained("llama", {})
     folder = saved(source, tmp_path / "adapter")

@@ -28,6 +28,7 @@ def attached(
     return attach.attach(model, config.Adapter(**{"r": 4, **settings}), "first", seed, list(tokens))
 
 
+@pytest.mark.closes("A15", "A21")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("settings", [{}, {"rslora": True}, {"dora": True}])
 def test_only_the_adapter_trains_and_its_size_follows_from_its_ranks(family: str, settings: dict) -> None:
@@ -43,6 +44,7 @@ def test_ranks_that_differ_by_layer_are_counted() -> None:
     assert found == 2 * (4 * (64 + 64) + 2 * (64 + 32))
 
 
+@pytest.mark.closes("A21")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_linear_is_every_linear_layer_of_the_blocks_and_not_the_head(family: str) -> None:
     model = tiny_model(family)
@@ -60,6 +62,7 @@ def test_a_new_adapter_is_the_base_bit_for_bit(family: str) -> None:
     assert torch.equal(model(input_ids=IDS).logits, expected)
 
 
+@pytest.mark.closes("A23")
 def test_the_seed_alone_decides_the_first_matrices() -> None:
     torch.manual_seed(5)
     first = attach.trainable(attached(seed=3), "first")
@@ -69,6 +72,7 @@ def test_the_seed_alone_decides_the_first_matrices() -> None:
     assert not all(torch.equal(first[n], other[n]) for n in first)
 
 
+@pytest.mark.closes("A17")
 def test_adapters_stay_in_float32_over_a_bfloat16_base() -> None:
     model = attached(dtype=torch.bfloat16)
     assert {p.dtype for p in attach.trainable(model, "first").values()} == {torch.float32}
@@ -82,6 +86,7 @@ def test_a_second_adapter_on_the_same_base_trains_alone() -> None:
     assert not set(parameters) & set(attach.trainable(model, "first"))
 
 
+@pytest.mark.closes("A21")
 @pytest.mark.parametrize(
     "settings, said",
     [
@@ -99,6 +104,7 @@ def test_names_that_match_nothing_are_refused(settings: dict, said: str) -> None
         attached(**settings)
 
 
+@pytest.mark.closes("A20")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -115,6 +121,7 @@ def test_one_of_two_tied_matrices_is_refused_and_an_untied_one_is_not(settings: 
     audit.check_trainable(model, "first", attach.trainable(model, "first"))
 
 
+@pytest.mark.closes("A17")
 def test_whole_layers_in_half_precision_are_refused_with_the_remedy() -> None:
     with pytest.raises(ConfigError, match=r"modules_to_save.*model\.dtype=float32"):
         attached(dtype=torch.bfloat16, modules_to_save=["norm"])
@@ -122,6 +129,7 @@ def test_whole_layers_in_half_precision_are_refused_with_the_remedy() -> None:
         attached(dtype=torch.bfloat16, tokens=(510, 511))
 
 
+@pytest.mark.closes("A22")
 @pytest.mark.parametrize("tie", [False, True])
 def test_rows_of_added_tokens_train_and_no_other_row_does(tie: bool) -> None:
     model = attached(tie=tie, tokens=(510, 511))
@@ -140,6 +148,7 @@ def test_the_audit_finds_a_base_that_trains() -> None:
         audit.check_trainable(model, "first", attach.trainable(model, "first"))
 
 
+@pytest.mark.closes("A15")
 def test_the_audit_finds_a_frozen_matrix() -> None:
     model = attached()
     parameters = attach.trainable(model, "first")
@@ -148,6 +157,7 @@ def test_the_audit_finds_a_frozen_matrix() -> None:
         audit.check_trainable(model, "first", parameters)
 
 
+@pytest.mark.closes("A16")
 def test_the_audit_finds_a_matrix_that_never_moved() -> None:
     parameters = attach.trainable(attached(), "first")
     before = {n: p.detach().clone() for n, p in parameters.items()}
@@ -161,6 +171,7 @@ def test_the_audit_finds_a_matrix_that_never_moved() -> None:
         audit.check_moved(before, parameters)
 
 
+@pytest.mark.closes("A16")
 def test_the_audit_finds_a_matrix_without_a_gradient() -> None:
     model = attached()
     parameters = attach.trainable(model, "first")
@@ -171,6 +182,7 @@ def test_the_audit_finds_a_matrix_without_a_gradient() -> None:
         audit.check_gradients(parameters)
 
 
+@pytest.mark.closes("D07")
 def test_one_name_inside_another_is_another_adapter() -> None:
     model = attached()
     attach.attach(model, config.Adapter(r=2), "first0", 1, [])

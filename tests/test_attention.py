@@ -173,6 +173,7 @@ def test_attention_refuses_what_it_would_ignore(name: str) -> None:
         attention.packed_causal_attention(torch.nn.Identity(), *made, None, document_starts=[0, 3], **{name: 1.0})
 
 
+@pytest.mark.closes("A10")
 def test_a_packed_model_refuses_a_call_without_boundaries() -> None:
     """A key cache with no mask would be silently wrong; generation goes through plain_attention."""
     model = tiny_model("llama")

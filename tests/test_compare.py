@@ -66,6 +66,7 @@ def test_added_tokens_are_off_with_the_adapter(tmp_path: Path) -> None:
     assert not torch.equal(off, model(ids).logits)
 
 
+@pytest.mark.closes("A14")
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("frozen", [True, False])
 def test_comparing_changes_neither_mode_nor_what_trains(tmp_path: Path, training: bool, frozen: bool) -> None:

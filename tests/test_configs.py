@@ -13,7 +13,7 @@ from lora_ft.cli import choices, composition, overrides
 FILES = sorted(config.CONF.rglob("*.yaml"))
 CHOICES = [path for path in FILES if path.parent != config.CONF]
 GROUPS = sorted({path.parent.name for path in CHOICES})
-GIVEN = {"train": ["data.path=x"], "merge": ["out=x"]}
+TRAINING = ("train", "check")
 
 
 def name_of(path):
@@ -23,7 +23,7 @@ def name_of(path):
 def composed(verb, *words):
     """The config that a verb would receive, as its dataclass."""
     received = []
-    extra = ["hydra.run.dir=."] if verb == "train" else ["adapter_path=a"]
+    extra = ["hydra.run.dir=."] if verb in TRAINING else ["adapter_path=a"]
     command = composition.Command(verb, [*extra, *words])
     assert composition.run(command, lambda cfg, folder, typed: received.append(cfg)) == 0
     return received[0]
@@ -50,7 +50,7 @@ def test_a_choice_composes_to_the_defaults_and_what_it_holds(path):
         assert held == {**held, **written}
 
 
-@pytest.mark.parametrize("verb", [verb for verb in config.SCHEMAS if verb != "train"])
+@pytest.mark.parametrize("verb", [verb for verb in config.SCHEMAS if verb not in TRAINING])
 def test_a_verb_that_reads_runs_takes_the_choices_of_its_groups(verb):
     chosen = {group: list(choices.of(group))[-1] for group in choices.groups(verb)}
     given = ["out=x"] if verb == "merge" else []
@@ -127,6 +127,15 @@ def test_the_commands_that_we_promise_compose(words, expected):
     for key, value in expected.items():
         group, name = key.split(".")
         assert plain(getattr(getattr(cfg, group), name)) == value
+
+
+@pytest.mark.parametrize("path", sorted((config.CONF / "experiment").glob("*.yaml")), ids=name_of)
+def test_check_composes_what_train_composes(path):
+    words = [f"experiment={path.stem}", "adapter=dora", "train=smoke", "optim.schedule=wsd"]
+    trained, checked = (composed(verb, *words) for verb in TRAINING)
+    assert isinstance(checked, config.CheckRun)
+    assert plain(checked) == plain(trained)
+    assert choices.groups("check") == choices.groups("train")
 
 
 def test_rslora_keeps_the_scale_of_lora_at_the_default_rank():

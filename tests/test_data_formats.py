@@ -19,7 +19,10 @@ def unused(*rows, **settings):
 
 def read(*rows, **settings):
     records = [Record(f"f.jsonl:{n}", values) for n, values in enumerate(rows, 1)]
-    return formats.rows(records, Data(path="f.jsonl", **settings), Ledger())
+    ledger = Ledger()
+    found = formats.rows(records, Data(path="f.jsonl", **settings), ledger)
+    ledger.raise_bad()
+    return found
 
 
 def chat(*contents, roles=("user", "assistant")):
@@ -152,6 +155,7 @@ def test_alpaca_has_input_system_and_history_in_both_forms():
     )
 
 
+@pytest.mark.closes("F02", "F03")
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -191,12 +195,28 @@ def test_a_bad_row_is_named_with_place_and_field(values, message):
         parse(values)
 
 
+@pytest.mark.closes("F02", "F03")
 @pytest.mark.parametrize("bad", [1, 2, 3])
 def test_a_row_without_a_column_is_bad_wherever_it_stands(bad):
     rows = [{"prompt": "a", "completion": "b"} for _ in range(3)]
     del rows[bad - 1]["completion"]
     with pytest.raises(DataError, match=rf"1 bad row:\n  f\.jsonl:{bad}: completion: is missing: \{{'prompt': 'a'\}}"):
         parse(*rows)
+
+
+@pytest.mark.closes("F02")
+def test_the_format_is_that_of_most_rows_wherever_the_others_stand():
+    pair, told = {"prompt": "a", "completion": "b"}, {"messages": QA}
+    with pytest.raises(DataError, match=r"1 bad row:\n  f\.jsonl:1: prompt: is missing: .*2\+2"):
+        parse(told, pair, pair)
+    with pytest.raises(DataError, match=r"1 bad row:\n  f\.jsonl:3: messages: is missing: .*completion"):
+        parse(told, told, pair)
+    assert parse(told | pair, pair, pair)[0] is Format.prompt_completion, "the first row reads either way"
+
+
+def test_rows_that_each_lack_a_column_have_the_format_that_they_make_together():
+    with pytest.raises(DataError, match=r"2 bad rows:\n.*:1: completion: is missing.*\n.*:2: prompt: is missing"):
+        parse({"prompt": "a"}, {"completion": "b"})
 
 
 @pytest.mark.parametrize(
@@ -302,6 +322,7 @@ def test_without_a_template_a_table_ends_its_prompt_as_alpaca_does():
     assert table.messages[0]["content"] == "### Instruction:\nx", "a chat template needs no such mark"
 
 
+@pytest.mark.closes("F03")
 @pytest.mark.parametrize("bad", [None, "", " ", ["x"], {"x": 1}])
 def test_a_table_row_without_a_value_is_bad(bad):
     with pytest.raises(DataError, match=r"f\.jsonl:2: a: "):

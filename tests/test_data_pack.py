@@ -62,6 +62,7 @@ def document_by_definition(row):
     return tuple(row.ids), tuple(range(len(row.ids))), tuple(following)
 
 
+@pytest.mark.closes("A11")
 @settings(deadline=None)
 @given(token_rows(), st.integers(12, 40) | st.none(), st.booleans())
 def test_micro_batches_hold_each_row_once_with_its_own_positions_and_targets(rows, capacity, packing):

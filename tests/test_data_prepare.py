@@ -46,6 +46,7 @@ def equal(a, b):
     return all(np.array_equal(x, y) for x, y in zip(astuple(a), astuple(b), strict=True))
 
 
+@pytest.mark.closes("F08")
 def test_rows_are_split_by_content_so_that_other_rows_and_their_order_move_none(tmp_path):
     rows = questions(60)
     whole = prepare.prepare(Data(path=write(tmp_path, rows), eval_fraction=0.3), TOKENIZER)
@@ -61,6 +62,7 @@ def test_a_larger_fraction_holds_out_the_same_rows_and_more(tmp_path):
     assert held[0] < held[1] < held[2]
 
 
+@pytest.mark.closes("F07")
 def test_rows_equal_but_for_case_and_blanks_lie_on_one_side(tmp_path):
     rows = questions(30)
     doubles = [{k: f"  {v.upper()}\n" for k, v in row.items()} for row in rows]
@@ -91,6 +93,7 @@ def test_a_second_file_is_held_out_whole(tmp_path):
     assert len(data.train) == 15
 
 
+@pytest.mark.closes("F07")
 def test_a_row_that_leaks_into_the_second_file_is_an_error_with_both_places(tmp_path):
     rows = questions(5)
     leaked = {k: v.upper() + " " for k, v in rows[3].items()}
@@ -112,10 +115,10 @@ def test_questions_are_the_held_out_prompts_up_to_their_last_answer(tmp_path):
 
 def test_a_row_of_several_documents_asks_its_last_question(tmp_path):
     tokenizer = tiny_tokenizer()
-    # History is shown in capitals, so that each answer has a document of its own.
+    # History is marked as such, so that each answer has a document of its own.
     tokenizer.chat_template = CHATML.replace(
         "message['content']",
-        "(message['content'] | upper if message['role'] == 'assistant' and not loop.last else message['content'])",
+        "message['content'] + (' (earlier)' if message['role'] == 'assistant' and not loop.last else '')",
     )
     chat = [{"role": r, "content": c} for r, c in zip(["user", "assistant"] * 2, "abcd", strict=True)]
     extra = write(tmp_path, [{"messages": chat}], "eval.jsonl")
@@ -149,6 +152,7 @@ def lengths(rows):
     return [len(row.ids) for row in rows]
 
 
+@pytest.mark.closes("A12", "F05")
 def test_rows_over_max_length_are_an_error_with_count_and_the_worst_row(tmp_path):
     path = write(tmp_path, LONG)
     longest = max(lengths(prepare.prepare(Data(path=path, eval_fraction=0), TOKENIZER).train))
@@ -162,6 +166,7 @@ def test_rows_over_max_length_are_an_error_with_count_and_the_worst_row(tmp_path
     )
 
 
+@pytest.mark.closes("A12", "F05")
 def test_dropped_rows_are_counted(tmp_path):
     settings = Data(path=write(tmp_path, LONG), eval_fraction=0, max_length=40, too_long=TooLong.drop)
     data = prepare.prepare(settings, TOKENIZER)
@@ -182,6 +187,7 @@ def targets(rows):
     )
 
 
+@pytest.mark.closes("A12", "F05")
 @pytest.mark.parametrize("max_length", [2, 3, 7, 20, 21, 1000])
 def test_windows_hold_every_target_of_a_text_once_and_its_end_only_at_the_end(tmp_path, max_length):
     path = write(tmp_path, TEXTS)
@@ -228,6 +234,7 @@ def test_the_advice_for_long_rows_names_what_helps_them_and_nothing_else(tmp_pat
         prepare.prepare(Data(path=more, eval_fraction=0, max_length=20, **settings), TOKENIZER)
 
 
+@pytest.mark.closes("A12")
 def test_truncation_takes_from_the_start_of_the_prompt_and_keeps_bos_and_answer(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ bos_token }}" + CHATML
@@ -244,6 +251,7 @@ def test_truncation_takes_from_the_start_of_the_prompt_and_keeps_bos_and_answer(
         assert tokenizer.decode(after.ids[after.supervised]) == "Said.<|im_end|>"
 
 
+@pytest.mark.closes("A12")
 def test_truncation_leaves_one_token_to_predict_the_answer_from(tmp_path):
     path = write(tmp_path, [{"prompt": "Say it. " * 9, "completion": "Said."}])
     answer = int(prepare.prepare(Data(path=path), TOKENIZER).train[0].supervised.sum())
@@ -262,6 +270,7 @@ def test_the_prompt_of_a_truncated_question_ends_where_its_answer_begins(tmp_pat
     assert np.array_equal(question.prompt_ids, row.ids[: row.supervised.argmax()])
 
 
+@pytest.mark.closes("A12")
 @pytest.mark.parametrize(
     ("row", "train_on"),
     [
@@ -279,6 +288,7 @@ def test_an_answer_longer_than_max_length_is_an_error_even_under_truncation(tmp_
         prepare.prepare(settings, TOKENIZER)
 
 
+@pytest.mark.closes("F05")
 def test_every_row_read_is_in_the_dataset_or_counted(tmp_path):
     settings = Data(path="package:chatterbot_corpus/data/english", max_length=100, too_long=TooLong.drop)
     report = prepare.prepare(settings, TOKENIZER).report
@@ -308,6 +318,7 @@ def test_the_report_adds_up(tmp_path):
     assert all(row.ids.dtype == np.int32 and row.supervised.dtype == np.bool_ for row in data.train)
 
 
+@pytest.mark.closes("A04")
 def test_a_text_of_one_token_leaves_nothing_to_supervise(tmp_path):
     with pytest.raises(DataError, match=r"rows\.jsonl:2: row: has no supervised token"):
         prepare.prepare(Data(path=write(tmp_path, [{"text": "fine"}, {"text": "<|im_end|>"}])), TOKENIZER)
@@ -354,6 +365,7 @@ def changed_tokenizer(template=None, token=None):
     return tokenizer
 
 
+@pytest.mark.closes("F06")
 @pytest.mark.parametrize(
     ("settings", "tokenizer", "answer"),
     [
@@ -370,6 +382,7 @@ def test_a_change_of_any_input_misses_the_cache(tmp_path, cached, settings, toke
     assert not prepare.prepare(Data(path=write(tmp_path, rows), **settings), tokenizer).report.cached
 
 
+@pytest.mark.closes("F06")
 def test_a_change_of_code_or_libraries_misses_the_cache(tmp_path, cached, monkeypatch):
     settings = Data(path=write(tmp_path, questions(9)))
     prepare.prepare(settings, TOKENIZER)
@@ -377,6 +390,7 @@ def test_a_change_of_code_or_libraries_misses_the_cache(tmp_path, cached, monkey
     assert not prepare.prepare(settings, TOKENIZER).report.cached
 
 
+@pytest.mark.closes("F06")
 @pytest.mark.parametrize("damage", [b"", b"not a tensor file", "cut", "flip"])
 def test_a_damaged_cache_file_is_made_again(tmp_path, cached, damage, caplog):
     settings = Data(path=write(tmp_path, questions(9)))
@@ -411,6 +425,7 @@ def test_the_hash_of_the_rows_depends_on_ids_masks_and_side(tmp_path):
     assert len(hashes) == len(settings)
 
 
+@pytest.mark.closes("F07")
 def test_duplicates_are_left_out_when_asked_and_counted_either_way(tmp_path):
     path = write(tmp_path, questions(9) + questions(4))
     both = {asked: prepare.prepare(Data(path=path, deduplicate=asked), TOKENIZER) for asked in (False, True)}

@@ -41,6 +41,7 @@ JSON_VALUES = st.recursive(
 )
 
 
+@pytest.mark.closes("F01", "F04")
 @settings(deadline=None)
 @given(st.lists(st.dictionaries(st.sampled_from("abc"), JSON_VALUES, min_size=1), max_size=6), st.data())
 def test_any_valid_jsonl_comes_back_with_physical_line_numbers(tmp_path_factory, rows, data):
@@ -57,6 +58,7 @@ def test_any_valid_jsonl_comes_back_with_physical_line_numbers(tmp_path_factory,
 GOOD = b'{"text": "good"}\n'
 
 
+@pytest.mark.closes("F01", "F04")
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -68,7 +70,7 @@ GOOD = b'{"text": "good"}\n'
         (b'{"text": NaN}', "number: NaN is not JSON"),
         (b'{"text": -Infinity}', "number: -Infinity is not JSON"),
         (b'{"text": 1e999}', "number: 1e999 is too large"),
-        (b'{"text": ' + b"1" * 5000 + b"}", "number: Exceeds the limit"),
+        (b'{"text": ' + b"1" * 5000 + b"}", "number: of 5000 digits is too large"),
         (b'{"text": "\\ud83d alone"}', "text: holds half a surrogate pair"),
         (b'{"text": "caf\xe9"}', "line: not UTF-8 at byte 14"),
         (b'{"text": "\xed\xa0\x80"}', "line: not UTF-8 at byte 11"),
@@ -76,8 +78,8 @@ GOOD = b'{"text": "good"}\n'
         (b'["text"]', "row: must be an object with columns"),
         (b"{}", "row: must be an object with columns"),
         (b"null", "row: must be an object with columns"),
-        (b'{"a":' * 10**5, "row: nested too deeply"),
-        (b"[" * 10**5, "row: nested too deeply"),
+        (b'{"a":' * 10**5, "row: nested more than 64 deep"),
+        (b"[" * 10**5, "row: nested more than 64 deep"),
         (b'{"text": "\x00"}', "not JSON: Invalid control character"),
     ],
 )
@@ -94,6 +96,7 @@ def test_a_bad_line_is_named_with_its_number_field_reason_and_a_short_excerpt(tm
     assert len(shown) <= len(f"  {path}:3: ") + len(message) + 100 + LONGEST_EXCERPT
 
 
+@pytest.mark.closes("F09")
 def test_a_line_over_the_limit_is_one_bad_row_and_reading_goes_on_behind_it(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MOST_LINE_BYTES", 2**20)
     path = write(tmp_path, "long.jsonl", b'{"text": "' + b"x" * (3 * 2**20) + b'"}\n' + b'{"text": 1 1}\n' + GOOD)
@@ -101,6 +104,7 @@ def test_a_line_over_the_limit_is_one_bad_row_and_reading_goes_on_behind_it(tmp_
         read(path)
 
 
+@pytest.mark.closes("F01")
 def test_bad_rows_are_collected_up_to_twenty_in_one_error(tmp_path):
     with pytest.raises(DataError) as caught:
         read(write(tmp_path, "many.jsonl", b"[]\n" * 100))
@@ -126,7 +130,7 @@ def test_json_is_a_list_of_objects_or_data_around_one_or_lines(tmp_path):
         ('[{"text": "a"}, 7]', r"a\.json:row 2: row: must be an object with columns: 7"),
         ('[{"text": "a"}, {"text": "\\udc00"}]', r"a\.json:row 2: text: holds half a surrogate"),
         ('[{"text": NaN}]', "NaN is not JSON"),
-        ("[" * 10**5, "nested too deeply"),
+        ("[" * 10**5, r"a\.json:1: row: nested more than 64 deep"),
     ],
 )
 def test_bad_json_is_located(tmp_path, document, message):
@@ -159,6 +163,7 @@ def test_tsv_is_parted_by_tabs(tmp_path):
     assert read(write(tmp_path, "a.tsv", "q\ta\n1,5\t2\n"))[0][1] == {"q": "1,5", "a": "2"}
 
 
+@pytest.mark.closes("F01", "F04")
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -168,7 +173,7 @@ def test_tsv_is_parted_by_tabs(tmp_path):
         ("a,a\n1,2\n", r"a\.csv:1: header"),
         (",\n1,2\n", r"a\.csv:1: header"),
         ("", r"a\.csv:1: header"),
-        (b"a,b\n1,2\n\xff,2\n", r"a\.csv:3: not UTF-8: byte 0xff"),
+        (b"a,b\n1,2\n\xff,2\n", r"a\.csv:3: a: is not UTF-8: "),
     ],
 )
 def test_bad_csv_is_located(tmp_path, text, message):
@@ -176,6 +181,7 @@ def test_bad_csv_is_located(tmp_path, text, message):
         read(write(tmp_path, "a.csv", text))
 
 
+@pytest.mark.closes("F02")
 def test_parquet_keeps_types_and_counts_rows(tmp_path):
     rows = [{"messages": [{"role": "user", "content": "hi"}], "n": 1}, {"messages": [], "n": None}]
     path = tmp_path / "a.parquet"
@@ -184,7 +190,7 @@ def test_parquet_keeps_types_and_counts_rows(tmp_path):
 
 
 def test_a_damaged_parquet_file_is_a_data_error(tmp_path):
-    with pytest.raises(DataError, match=r"a\.parquet:row 1: not readable as Parquet"):
+    with pytest.raises(DataError, match=r"a\.parquet:row 1: file: not readable as Parquet"):
         read(write(tmp_path, "a.parquet", b"PAR1 this is none"))
 
 

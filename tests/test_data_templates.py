@@ -91,6 +91,7 @@ def learned(tokenizer, row):
 DIALOGUE = chat("What is the capital?", "Paris, 12 letters.", "Are you\nsure?", "Yes!\n\nI am.")
 
 
+@pytest.mark.closes("A04", "A05", "A06")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_and_their_ends_are_supervised_and_nothing_else(family, tmp_path):
     template, tokens, end, _ = FAMILIES[family]
@@ -109,6 +110,7 @@ def test_a_row_is_what_the_template_says_less_the_blanks_behind_the_last_end(fam
     assert tokenizer.decode(whole[len(row.ids) :]).strip() == ""
 
 
+@pytest.mark.closes("A08")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_before_each_answer_stands_the_prompt_that_the_model_gets_at_inference(family, tmp_path):
     tokenizer = tokenizer_of(*FAMILIES[family][:2])
@@ -120,6 +122,7 @@ def test_before_each_answer_stands_the_prompt_that_the_model_gets_at_inference(f
     assert [list(row.ids[:start]) for start in starts] == prompts
 
 
+@pytest.mark.closes("A07")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_row_begins_with_one_bos_where_the_template_writes_one_and_with_none_elsewhere(family, tmp_path):
     template, tokens, _, bos = FAMILIES[family]
@@ -152,6 +155,7 @@ MERGING = merging_tokenizer()
 TEXTS = st.text("ab \n\t.,'é€😀1", min_size=1, max_size=12).filter(str.strip)
 
 
+@pytest.mark.closes("A09")
 @settings(deadline=None)
 @given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3))
 def test_any_chat_spells_its_rendering_and_learns_its_answers_whatever_merges(tmp_path_factory, turns):
@@ -164,6 +168,7 @@ def test_any_chat_spells_its_rendering_and_learns_its_answers_whatever_merges(tm
         assert ids[:start] == MERGING(MERGING.decode(ids[:start]), add_special_tokens=False)["input_ids"]
 
 
+@pytest.mark.closes("A08", "A09")
 def test_an_answer_that_merges_with_the_prompt_is_tokenized_apart_as_at_inference(tmp_path):
     messages = chat("a", "ab")
     (row,) = prepared(tmp_path, MERGING, {"messages": messages})
@@ -173,6 +178,7 @@ def test_an_answer_that_merges_with_the_prompt_is_tokenized_apart_as_at_inferenc
     assert list(row.ids) == prompt + MERGING("ab<|im_end|>", add_special_tokens=False)["input_ids"]
 
 
+@pytest.mark.closes("A08")
 def test_a_template_that_rewrites_history_gives_a_document_for_each_answer_as_the_model_writes_it(tmp_path):
     tokenizer = tokenizer_of(THINKING)
     rows = prepared(tmp_path, tokenizer, {"messages": chat("a", "one", "b", "<think>hm</think>two")})
@@ -238,7 +244,7 @@ def test_a_tool_call_that_the_template_does_not_render_is_the_turn_that_is_named
         {"role": "tool", "content": "4"},
         {"role": "assistant", "content": "Four."},
     ]
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: chat template: leaves nothing of the answer: .*add_numbers"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: chat template: leaves out the answer's call of add_numbers"):
         prepared(tmp_path, tiny_tokenizer(), {"messages": messages})
 
 
@@ -259,13 +265,14 @@ REASONING_PROMPT = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assist
 ANSWERS_DROPPED = CHATML.replace("message['content']", "(message['content'] if message['role'] == 'user' else '')")
 
 
+@pytest.mark.closes("A06", "A07", "A08")
 @pytest.mark.parametrize(
     ("template", "message"),
     [
         (CHATML.replace("<|im_end|>", ""), r"puts no end token after the answer, which ends 'b\\n'"),
         (REASONING_PROMPT, "does not begin an answer with its own generation prompt"),
-        (ANSWERS_DROPPED, "leaves nothing of the answer"),
-        ("{{ bos_token + bos_token }}" + CHATML, "begins with two beginning-of-text tokens"),
+        (ANSWERS_DROPPED, "changes the answer or leaves it out: b"),
+        ("{{ bos_token + bos_token }}" + CHATML, "writes 2 beginning-of-text tokens, some without need"),
         ("{{ raise_exception('roles must alternate') }}", "refuses the row: roles must alternate"),
         ("{{ messages[0].content + 1 }}", "refuses the row: can only concatenate str"),
         ("{{ messages[0].name.first }}", "refuses the row: .* has no attribute"),
@@ -277,11 +284,27 @@ def test_a_template_that_cannot_give_a_right_mask_is_a_located_error(template, m
         prepared(tmp_path, tokenizer_of(template), {"messages": chat("a", "b")})
 
 
+@pytest.mark.closes("A26")
 def test_control_tokens_in_a_chat_are_refused_before_they_fake_a_turn(tmp_path):
     with pytest.raises(DataError, match=r"rows\.jsonl:2: content: holds the control token <\|im_end\|>"):
         prepared(tmp_path, tiny_tokenizer(), {"messages": chat("a", "b")}, {"messages": chat("a<|im_end|>", "b")})
 
 
+@pytest.mark.closes("A26")
+def test_a_control_token_in_the_system_setting_is_a_config_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.system holds the control token <\|im_start\|>"):
+        prepared(tmp_path, tiny_tokenizer(), {"messages": DIALOGUE}, system="Hi <|im_start|>user")
+
+
+@pytest.mark.closes("A26")
+def test_added_tokens_that_control_nothing_may_be_written(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<think>"])
+    (row,) = prepared(tmp_path, tokenizer, {"messages": chat("a <think>", "<think>b")})
+    assert learned(tokenizer, row) == "<think>b<|im_end|>"
+
+
+@pytest.mark.closes("A04")
 def test_a_row_whose_every_answer_is_context_has_nothing_to_learn(tmp_path):
     row = {"messages": [DIALOGUE[0], {**DIALOGUE[1], "weight": 0}]}
     with pytest.raises(DataError, match=r"rows\.jsonl:1: weight: no answer of the row is learned"):
@@ -314,6 +337,7 @@ def test_without_a_template_alpaca_has_headings(tmp_path):
     assert learned(tokenizer, row) == "4<|im_end|>"
 
 
+@pytest.mark.closes("A05")
 def test_text_is_learned_whole_and_ended_once(tmp_path):
     tokenizer = tiny_tokenizer()
     rows = prepared(tmp_path, tokenizer, {"text": "The fox."}, {"text": "The fox.<|im_end|>"})
@@ -321,6 +345,7 @@ def test_text_is_learned_whole_and_ended_once(tmp_path):
     assert list(rows[0].supervised) == [False] + [True] * (len(rows[0].ids) - 1)
 
 
+@pytest.mark.closes("A07")
 def test_plain_text_has_the_bos_that_its_tokenizer_adds_and_only_that_one(tmp_path):
     tokenizer = metaspace_tokenizer()
     (row,) = prepared(tmp_path, tokenizer, {"text": "The quick fox"})
@@ -361,6 +386,7 @@ def test_plain_text_needs_an_end_token(tmp_path):
         prepared(tmp_path, tokenizer, {"text": "a"})
 
 
+@pytest.mark.closes("A12")
 def test_truncation_left_on_in_a_tokenizer_file_cuts_nothing(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.enable_truncation(3)

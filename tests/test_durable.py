@@ -3,11 +3,13 @@
 import ast
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from faults.shim import Fault, Shim, unsafe
 
 import lora_ft
 from lora_ft import durable
@@ -28,6 +30,7 @@ def umask(request: pytest.FixtureRequest):
     os.umask(before)
 
 
+@pytest.mark.closes("C09")
 def test_what_is_written_is_read_and_modes_follow_the_umask(tmp_path: Path, umask: int) -> None:
     durable.write_bytes(tmp_path / "a", b"one")
     durable.write_bytes(tmp_path / "a", b"two")
@@ -38,6 +41,7 @@ def test_what_is_written_is_read_and_modes_follow_the_umask(tmp_path: Path, umas
     assert {mode(tmp_path / "a"), mode(tmp_path / "lines")} == {0o666 & ~umask}
 
 
+@pytest.mark.closes("C08")
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     durable.write_bytes(tmp_path / "a", b"old")
 
@@ -88,6 +92,7 @@ def test_a_buffer_of_another_size_than_declared_is_refused(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.closes("C09")
 def test_a_staged_folder_appears_whole_with_modes_by_the_umask(tmp_path: Path, umask: int) -> None:
     with durable.staged_folder(tmp_path / "out") as staging:
         (staging / "inner").mkdir()
@@ -185,3 +190,108 @@ def test_the_cache_is_where_xdg_says_if_that_is_absolute(tmp_path: Path, monkeyp
         assert durable.cache_folder("rows") == Path(expected) / "lora_ft" / "rows" == cache.folder()
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert durable.cache_folder("models") == Path("/home/me/.cache/lora_ft/models")
+
+
+def several(folder: Path) -> dict[str, Callable[[], object]]:
+    """Every way to change the disk, over a folder made for it: a file, a file that grows, and a folder with a file."""
+
+    def staged() -> None:
+        with durable.staged_folder(folder / "folder") as staging:
+            (staging / "inner").mkdir()
+            (staging / "inner" / "library").write_text("a library's own")
+            durable.write_text(staging / "ours", "new")
+
+    return {
+        "write_text": lambda: durable.write_text(folder / "file", "new"),
+        "append_line": lambda: durable.append_line(folder / "lines", "new"),
+        "cut": lambda: durable.cut(folder / "lines", 1),
+        "settle": lambda: durable.settle(folder / "lines"),
+        "remove": lambda: durable.remove(folder / "file"),
+        "remove_folder": lambda: durable.remove_folder(folder / "folder"),
+        "make_folder": lambda: durable.make_folder(folder / "a" / "b"),
+        "staged_folder": staged,
+    }
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def made(folder: Path) -> Path:
+    (folder / "folder").mkdir(parents=True)
+    for name in ("file", "lines", "folder/old"):
+        (folder / name).write_text("old\n")
+    return folder
+
+
+@pytest.mark.closes("C08")
+@pytest.mark.parametrize("name", several(Path()))
+def test_a_disk_that_fails_at_any_operation_is_said_and_leaves_old_or_new(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The place is named, and of a full one the bytes that are free."""
+    old, shim = content(made(tmp_path / "0")), Shim()
+    monkeypatch.setattr(durable, "os", shim)
+    several(tmp_path / "0")[name]()
+    new = content(tmp_path / "0")
+    for kind, expected in (
+        ("full", r"cannot be written: No space left on device \(([\d,]+ bytes needed, )?[\d,]+ free\)"),
+        ("broken", "cannot be written: Input/output error"),
+    ):
+        for at in range(1, shim.count + 1):
+            folder = made(tmp_path / f"{kind}{at}")
+            monkeypatch.setattr(durable, "os", Shim(Fault(at, kind)))
+            with pytest.raises(durable.WriteError, match=f"{folder}.* {expected}"):
+                several(folder)[name]()
+            monkeypatch.setattr(durable, "os", Shim())
+            durable.clear_leftovers(folder)
+            found = content(folder)
+            if name == "append_line":  # what it began to append
+                assert found["lines"] in ("old\n", "old\nne", "old\nnew\n")
+            elif name == "staged_folder" and "folder/ours" not in found and "folder/old" not in found:
+                assert "folder" not in {
+                    path.name for path in folder.iterdir()
+                }  # between the two names: gone as a whole
+            else:
+                assert found in (old, new), at
+
+
+@pytest.mark.closes("C01")
+@pytest.mark.parametrize("name", several(Path()))
+def test_a_power_failure_finds_every_name_after_its_bytes(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, shim = made(tmp_path / "0"), Shim()
+    monkeypatch.setattr(durable, "os", shim)
+    several(folder)[name]()
+    assert unsafe(shim.trace) == []
+    if name == "make_folder":
+        assert {change.path for change in shim.trace if change.name == "fsync"} == {str(folder), str(folder / "a")}
+
+
+def test_only_what_has_a_temporary_name_is_cleared(tmp_path: Path) -> None:
+    ours = ("state.json.tmp-0123abcd", ".step-00000002.tmp-0123abcd", ".adapter.old-0123abcd")
+    theirs = ("notes.tmp", "a.tmp-xyz", ".tmp-0123abcd", "a.old-0123abcd", "a.tmp-0123abcde", ".adapter.tmp-0123ABCD")
+    for name in (*ours, *theirs):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "inner").write_text("")
+    (tmp_path / "target").mkdir()
+    (tmp_path / ".link.tmp-0123abcd").symlink_to(tmp_path / "target")
+    durable.clear_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*theirs, "target"}
+    durable.clear_leftovers(tmp_path / "absent")
+
+
+def test_a_file_that_grows_is_cut_and_measured(tmp_path: Path) -> None:
+    lines = tmp_path / "lines"
+    assert durable.settle(lines) == 0
+    durable.cut(lines, 5)
+    assert not lines.exists()
+    for word in ("one", "two"):
+        durable.append_line(lines, word)
+    assert durable.settle(lines) == 8
+    durable.cut(lines, 4)
+    assert lines.read_bytes() == b"one\n"
+    durable.remove(lines)
+    durable.remove(lines)
+    assert not lines.exists()

@@ -147,6 +147,7 @@ def test_mappings_take_new_keys_without_plus_with_text_or_numbers_and_dotted_lay
     assert calls[1][0] == cfg and calls[1][1].overrides == invocation.overrides
 
 
+@pytest.mark.closes("E06")
 @pytest.mark.parametrize(
     ("word", "message"),
     [
@@ -431,8 +432,8 @@ def test_one_run_can_be_evaluated_under_several_settings(calls, tmp_path):
 @pytest.mark.parametrize(
     ("stored", "message"),
     [
-        (None, "run=r is not a run folder: it has no config.yaml"),
-        ("[]", "run=r: config.yaml holds no settings"),
+        (None, "r is not a run folder: it has no config.yaml"),
+        ("[]", "r: config.yaml holds no settings"),
         ("data: {foo: 3}", "r/config.yaml: data.foo is not a setting; nearest: data.format"),
         ("data: {max_length: a}", "r/config.yaml: data.max_length must be an integer, got a"),
         ("[3", "while parsing a flow sequence in r/config.yaml"),
@@ -452,6 +453,7 @@ def test_a_run_gets_an_absolute_folder_and_hydra_writes_nothing(calls, tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+@pytest.mark.closes("E03")
 def test_fifty_starts_within_a_second_get_fifty_folders(calls):
     assert call("train", "data.path=x") == 0 and call("train", "data.path=x") == 0  # Hydra's resolvers are there now
     assert calls[0][1].folder != calls[1][1].folder
@@ -533,6 +535,7 @@ def test_a_bug_of_ours_keeps_its_traceback(calls):
         entry.run("train", ["data.path=x"])
 
 
+@pytest.mark.closes("E01")
 @pytest.mark.parametrize(("failing", "code"), [([], 0), ([4], 3), ([4, 8], 4)])
 def test_a_sweep_goes_on_after_a_failed_job_and_says_how_it_ended(calls, capfd, failing, code):
     def outcome(cfg):

@@ -224,6 +224,7 @@ def test_an_adapter_made_elsewhere_is_evaluated_and_its_other_base_is_said(
     assert not list(tmp_path.rglob("eval.json"))
 
 
+@pytest.mark.closes("D08")
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 @pytest.mark.parametrize(
     ("options", "message"),

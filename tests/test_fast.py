@@ -64,6 +64,7 @@ def test_an_input_that_needs_no_gradient_gets_none() -> None:
     assert a.grad is not None and b.grad is not None
 
 
+@pytest.mark.closes("A19")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
 def test_a_model_learns_the_same(family: str, dtype: torch.dtype, bound: float) -> None:

@@ -71,6 +71,7 @@ def exact_logits(cfg: config.TrainRun, ids: torch.Tensor) -> torch.Tensor:
     return logits
 
 
+@pytest.mark.closes("A19", "B01", "B03", "B08")
 def test_a_fresh_process_loads_it_alone_and_its_logits_are_the_adapters(tmp_path: Path) -> None:
     cases = [
         ("gpt2", {"tie": True}), ("gpt2", {"tie": True, "rslora": True}), ("gpt2", {"tie": True, "dora": True}),
@@ -92,6 +93,7 @@ def test_a_fresh_process_loads_it_alone_and_its_logits_are_the_adapters(tmp_path
         assert json.loads((out / "config.json").read_text()).keys() & {"quantization_config"} == set()
 
 
+@pytest.mark.closes("A19", "A20")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tie", [True, False])
 def test_every_family_merges_and_ties_stay_ties(tmp_path: Path, family: str, tie: bool) -> None:
@@ -108,11 +110,13 @@ def test_every_kind_of_adapter_merges(tmp_path: Path, options: dict[str, Any]) -
     assert merged(tmp_path / "out", settings(tmp_path, "llama", **options)) < 1e-5
 
 
+@pytest.mark.closes("A19")
 def test_gpt2s_embeddings_and_norms_merge(tmp_path: Path) -> None:
     options = {"targets": ["wte", "c_attn"], "modules_to_save": ["ln_f"], "dora": True}
     assert merged(tmp_path / "out", settings(tmp_path, "gpt2", **options)) < 1e-5
 
 
+@pytest.mark.closes("A22")
 @pytest.mark.parametrize("tie", [True, False])
 def test_added_tokens_are_in_the_merged_model(tmp_path: Path, tie: bool) -> None:
     cfg = settings(tmp_path, "llama", tie=tie)
@@ -176,6 +180,7 @@ def test_large_models_are_written_in_shards(tmp_path: Path, monkeypatch: pytest.
     assert tensors == index["weight_map"]
 
 
+@pytest.mark.closes("B02")
 def test_the_attached_model_is_left_as_it_was(tmp_path: Path) -> None:
     base, model = adapted(settings(tmp_path, "llama", quant="nf4"))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -203,6 +208,7 @@ def damaged_weights(*args: Any) -> torch.Tensor:
     return merge.dequantized(args[0].get_base_layer())  # the adapter forgotten
 
 
+@pytest.mark.closes("B03")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_merge_that_is_not_the_adapter_is_refused_and_nothing_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], dtype: str
@@ -243,6 +249,7 @@ def test_weights_that_overflow_are_refused(tmp_path: Path) -> None:
         merge.write(model, base.tokenizer, tmp_path / "out", torch.float16)
 
 
+@pytest.mark.closes("A20")
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_one_end_of_a_tie_changed_alone_is_refused(tmp_path: Path) -> None:

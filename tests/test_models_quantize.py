@@ -46,6 +46,7 @@ def base_of(folder: Path, kind: str, **settings) -> load.Base:
     return load.load_base(model, config.Quant(kind=config.QuantKind(kind), **quant), "cpu")
 
 
+@pytest.mark.closes("B04")
 @pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -86,6 +87,7 @@ def test_logits_and_gradients_are_those_of_a_model_with_the_dequantized_weights(
         assert expected.norm() > 0
 
 
+@pytest.mark.closes("B03")
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_dequantized_weights_follow_the_published_levels_and_block_scales(tmp_path, kind, double):
@@ -198,6 +200,7 @@ def test_added_tokens_go_with_quantized_layers(tmp_path):
     assert base.model(torch.tensor([[512]])).logits.shape[-1] == 513
 
 
+@pytest.mark.closes("B04")
 def test_a_quantized_head_or_a_layer_left_out_is_an_error_that_names_it(tmp_path):
     folder = tiny_folder(tmp_path, "llama")
     # What a skip list of one's own does in transformers: its default list, with lm_head, is forgotten.
@@ -207,6 +210,7 @@ def test_a_quantized_head_or_a_layer_left_out_is_an_error_that_names_it(tmp_path
         quantize.check_plan(model)
 
 
+@pytest.mark.closes("B06")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kernel_that_computes_wrong_products_is_found_when_the_base_loads(tmp_path, kind, monkeypatch):
     folder = tiny_folder(tmp_path, "gpt2")

@@ -50,6 +50,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
+@pytest.mark.closes("A10")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_documents_learn_what_documents_alone_learn(family: str) -> None:
     """Loss and every gradient of the base, in float64, fast and plain: no token sees another document (A10)."""
@@ -78,6 +79,7 @@ def test_unpacked_attention_would_be_noticed() -> None:
     assert relative(token_loss_sum(model, leaking, paths).detach(), token_loss_sum(model, batch, paths).detach()) > 1e-4
 
 
+@pytest.mark.closes("A10")
 def test_an_untested_architecture_is_left_as_it_is_and_gets_one_row_at_a_time() -> None:
     """OPT lets packed documents see each other: only alone do they get the loss that is theirs (A10)."""
     config_ = OPTConfig(vocab_size=VOCABULARY, hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4,

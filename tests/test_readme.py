@@ -27,6 +27,7 @@ SHORT = {
     "eval": ("eval.samples=1", "eval.max_new_tokens=4", "device=cpu"),
     "chat": ("sampling.max_new_tokens=4", "device=cpu"),
     "merge": ("device=cpu",),
+    "check": ("device=cpu",),
 }
 
 

@@ -53,6 +53,7 @@ def loss_and_gradients(model: torch.nn.Module, setting: str) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, trained)]
 
 
+@pytest.mark.closes("A16")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_recomputing_layers_changes_no_bit_of_what_is_learned(family: str, dropout: float) -> None:

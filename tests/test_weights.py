@@ -59,6 +59,7 @@ def learned(product: Any, inputs: Tensor) -> tuple[Tensor, Tensor]:
     return y.detach(), gradient
 
 
+@pytest.mark.closes("B03")
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("shape", SHAPES)

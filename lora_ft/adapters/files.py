@@ -10,6 +10,7 @@ quantization is a MismatchError (peft issues 2566 and 2699; transformers issue 3
 """
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_ft import durable
+from lora_ft import durable, foreign, limits
 from lora_ft.adapters import origin
 from lora_ft.adapters.attach import inject
 from lora_ft.errors import MismatchError, SecurityError
 from lora_ft.models.load import Identity
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+_HEADER_LIMIT = 10 * 2**20  # bytes: 50,000 tensors and more
 
 # Always written; of the others only what differs from PEFT's default, so that older PEFT reads the file.
 _ALWAYS = (
@@ -88,9 +91,12 @@ def _plain(value: Any) -> Any:
 
 def load(model: PreTrainedModel, folder: Path, name: str) -> PeftModel:
     """Put a saved adapter onto a base for inference, or fail: keys and shapes must match to the last one."""
+    saved = read_config(folder)
     try:
-        peft_model = inject(model, read_config(folder), name)
-    except ValueError as error:  # PEFT: no layer of this model has a name that the adapter targets, or a rank is 0
+        with limits.bounded(f"{folder / CONFIG}: matching its patterns with the names of layers"):
+            _try_patterns(saved, model)
+        peft_model = inject(model, saved, name)
+    except (ValueError, TypeError, re.error) as error:  # PEFT: no layer of such a name, a rank of 0, an odd type
         raise MismatchError(f"the adapter in {folder} does not fit this base: {error}") from error
     load_tensors(peft_model, folder, name)
     peft_model.eval().requires_grad_(False)
@@ -111,17 +117,42 @@ def read_config(folder: Path) -> LoraConfig:
         raise MismatchError(f"{folder} holds no adapter: {CONFIG} is missing")
     if not (folder / WEIGHTS).is_file():
         raise SecurityError(f"{folder}: {WEIGHTS} is missing; other formats of weights can run code and are not read")
-    fields = origin.read_json(path)
+    foreign.check_folder(folder)
+    fields = foreign.json_object(path, MismatchError)
     if fields.get("peft_type") != "LORA":
         raise MismatchError(f"{folder}: peft_type must be LORA, got {fields.get('peft_type')}")
+    _refuse_code(path, fields)
     known = {f.name for f in dataclasses.fields(LoraConfig)}
     unknown = sorted(k for k in fields if k not in known and k != "auto_mapping")
     if unknown:
         raise MismatchError(f"{folder}: the installed PEFT does not know {', '.join(unknown)} of {CONFIG}")
     try:
-        return LoraConfig(**{k: v for k, v in fields.items() if k in known and k not in ("peft_type", "auto_mapping")})
-    except (TypeError, ValueError) as error:
+        found = LoraConfig(**{k: v for k, v in fields.items() if k in known and k not in ("peft_type", "auto_mapping")})
+        highest = max([found.r, *(found.rank_pattern or {}).values()])
+    except (TypeError, ValueError, AttributeError) as error:
         raise MismatchError(f"{path}: {error}") from error
+    if highest > (folder / WEIGHTS).stat().st_size:  # before PEFT makes matrices of this size
+        raise MismatchError(f"{path}: rank {highest} is larger than {WEIGHTS} has bytes")
+    return found
+
+
+def _refuse_code(path: Path, fields: dict[str, Any]) -> None:
+    """Classes that PEFT would import by the names in a file: its own AutoPeftModel's, and Megatron's."""
+    mapping = fields.get("auto_mapping")
+    library = mapping.get("parent_library") if isinstance(mapping, dict) else mapping
+    if library is not None and str(library).partition(".")[0] not in ("transformers", "peft"):
+        raise SecurityError(f"{path}: auto_mapping asks to import {str(library)[:80]}")
+    if fields.get("megatron_config") is not None:
+        raise SecurityError(f"{path}: megatron_config asks to import {str(fields.get('megatron_core'))[:80]}")
+
+
+def _try_patterns(saved: LoraConfig, model: PreTrainedModel) -> None:
+    """Match as PEFT will: a pattern can take time without end, and PEFT's own matching is watched by nobody."""
+    patterns = [p for p in (saved.target_modules, saved.exclude_modules) if isinstance(p, str)]
+    patterns += [rf"(.*\.)?({key})$" for key in (*(saved.rank_pattern or {}), *(saved.alpha_pattern or {}))]
+    for pattern in map(re.compile, patterns):
+        for name, _ in model.named_modules():
+            pattern.fullmatch(name)
 
 
 def check_same_method(folder: Path, attached: LoraConfig) -> None:
@@ -138,10 +169,11 @@ def check_same_method(folder: Path, attached: LoraConfig) -> None:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
+    foreign.tensor_header(path, _HEADER_LIMIT, MismatchError)
     try:
         return safetensors.torch.load(path.read_bytes())
     except SafetensorError as error:
-        raise MismatchError(f"{path} is not a whole safetensors file: {error}") from error
+        raise MismatchError(f"{path} is not a safetensors file: {error}") from error
 
 
 def _compare(expected: dict[str, Tensor], found: dict[str, Tensor], place: str, *, exact: bool) -> None:

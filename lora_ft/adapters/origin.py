@@ -6,7 +6,6 @@
 
 import dataclasses
 import hashlib
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, runs
+from lora_ft import config, foreign, runs
 from lora_ft.config import QuantKind
 from lora_ft.errors import MismatchError
 from lora_ft.models.load import Base, Identity
@@ -82,7 +81,7 @@ def check_source(folder: Path, saved: LoraConfig, base: Base, quant: config.Quan
     known = {Path(name).name for name in (base.identity.id, base.identity.path, base.identity.folder) if name}
     named = saved.base_model_name_or_path
     if (folder / RECORD).is_file():
-        _check_record(folder, read_json(folder / RECORD), base, quant)
+        _check_record(folder, foreign.json_object(folder / RECORD, MismatchError), base, quant)
     elif named and Path(named).name not in known:
         log.warning("the adapter says that it was trained on %s; the base given is %s", named, base.identity.path)
 
@@ -99,17 +98,6 @@ def _check_record(folder: Path, found: dict[str, Any], base: Base, quant: config
     if problems:
         name = recorded.get("id") or recorded.get("path")
         raise MismatchError(f"the adapter in {folder} was made for another base ({name}):\n" + "\n".join(problems))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of an adapter folder; MismatchError where the file is anything else."""
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise MismatchError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise MismatchError(f"{path} holds no JSON object")
-    return found
 
 
 def loading_lines(folder: Path, base: Base, cfg: config.TrainRun) -> list[str]:

@@ -11,9 +11,10 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, runs
+from lora_ft import config, foreign, runs
 from lora_ft.adapters import files, origin
 from lora_ft.errors import ConfigError, ResourceError
+from lora_ft.models import locate
 from lora_ft.models.load import Base, load_base, load_tokenizer, read_tokenizer
 
 NAME = "default"
@@ -25,7 +26,9 @@ _DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 def adapter_folder(run: str | None, adapter_path: str | None) -> Path:
     """The adapter's folder on this machine; ConfigError where there is none, ResourceError where it must be fetched."""
     if run:
-        return runs.adapter_folder(Path(run).expanduser())
+        path = runs.adapter_folder(Path(run).expanduser())
+        foreign.check_place(path, path.parent)
+        return path
     path = Path(adapter_path or "").expanduser()
     if path.is_dir():
         return path
@@ -60,6 +63,8 @@ def adapter_tokenizer(folder: Path, model: config.Model) -> PreTrainedTokenizerB
     """
     if not all((folder / name).is_file() for name in _TOKENIZER_FILES):
         return load_tokenizer(model)
+    foreign.check_folder(folder)
+    locate.check_tokenizer(folder)
     tokenizer: PreTrainedTokenizerBase = read_tokenizer(folder, str(folder))
     if not tokenizer.chat_template:
         tokenizer.chat_template = load_tokenizer(replace(model, added_tokens=[])).chat_template

@@ -30,11 +30,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from lora_ft import config, durable, rules, runs
-from lora_ft.cli import help, overrides
-from lora_ft.errors import ConfigError, LoraFtError, ResourceError, SecurityError
+from lora_ft import config, durable, foreign, rules, runs
+from lora_ft.cli import guard, help, overrides
+from lora_ft.errors import ConfigError, LoraFtError, ResourceError
 
-_SECRET = re.compile(r"token|secret|passw|credential|api_?key|private_?key", re.IGNORECASE)
 SWEEP_FAILED_IN_PART = 3
 # what saves memory, by the setting that says so; a verb is advised of those that it has
 _SAVINGS = {
@@ -71,8 +70,9 @@ def run(command: Command, main: Main) -> int:
     outcomes = Outcomes()
     with _hydra(command) as (hydra, words):
         composed = _composed(hydra, command, words)
+        _check_auto(command, composed)
+        guard.check_composed(composed)
         if composed.hydra.mode is RunMode.MULTIRUN:
-            _refuse_secrets(composed.hydra.job)
             with durable.writing():  # the folders, which Hydra makes; what goes wrong in a job is kept by the job
                 hydra.multirun(command.verb, _job(command, main, outcomes, report=True), words)
             return _sweep_code(outcomes)
@@ -102,11 +102,11 @@ def _hydra(command: Command) -> Iterator[tuple[Hydra, list[str]]]:
     version.setbase("1.3")
     store = ConfigStore.instance()
     store.store(f"{command.verb}_schema", config.SCHEMAS[command.verb])
-    search_path = create_config_search_path(f"file://{config.CONF}")
+    search_path = create_config_search_path(guard.source(config.CONF))
     if command.config_dir:
         if not command.config_dir.is_dir():
             raise ConfigError(f"--config-dir {command.config_dir} is not a folder")
-        search_path.prepend(provider="--config-dir", path=f"file://{command.config_dir.resolve()}", anchor="schema")
+        search_path.prepend(provider="--config-dir", path=guard.source(command.config_dir.resolve()), anchor="schema")
     GlobalHydra.instance().clear()
     try:
         store.store("stored_run", _stored_run(command))
@@ -120,8 +120,23 @@ def _hydra(command: Command) -> Iterator[tuple[Hydra, list[str]]]:
         GlobalHydra.instance().clear()
 
 
+def _check_auto(command: Command, composed: DictConfig) -> None:
+    """resume=auto needs a folder that is the same when the command is given again; the default holds the time."""
+    if _folder(command, "resume") != "auto":
+        return
+    group = "sweep" if composed.hydra.mode is RunMode.MULTIRUN else "run"
+    folder = typing.cast(dict[str, Any], OmegaConf.to_container(composed.hydra[group], resolve=False))["dir"]
+    if "${now:" in folder:
+        raise ConfigError(f"resume=auto needs a folder that stays the same: hydra.{group}.dir=DIR, got {folder}")
+
+
 def _implied(command: Command) -> list[str]:
-    """A typed model.path is another base: the id and revision of a default, an experiment or a run are not its own."""
+    """What the words say without saying it: the folder of a run to resume, and that a typed model.path is another base.
+
+    The id and revision of a default, an experiment or a run are not that base's own.
+    """
+    if folder := _resumed(command):
+        return overrides.translate(command.verb, [f"hydra.run.dir={overrides.escape(folder)}"], sweep=False)
     typed = {key for key in ("model", "model.path", "model.id", "model.revision")
              if overrides.chosen(command.words, key) is not None}  # fmt: skip
     if "model.path" not in typed or "model" in typed:
@@ -130,14 +145,50 @@ def _implied(command: Command) -> list[str]:
 
 
 def _stored_run(command: Command) -> dict[str, Any]:
-    """The groups of run=FOLDER that the verb shares with it, without those that the user chose anew."""
-    run_folder = overrides.chosen(command.words, "run")
+    """What the verb shares with run=FOLDER or resume=FOLDER, without the groups that the user chose anew."""
     schema = config.SCHEMAS[command.verb]
-    if run_folder in (None, "", "null") or "run" not in (s.key for s in rules.settings(schema)):
-        return {}
-    stored = runs.read_config(Path(rules.expand_home(run_folder)))
-    return {group: overrides.escape(stored[group]) for group in rules.groups(schema)
-            if group in stored and overrides.chosen(command.words, group) is None}  # fmt: skip
+    if folder := _resumed(command):
+        shared = {f.name for f in dataclasses.fields(schema)} - {"resume"}
+    else:
+        folder, shared = _run(command), set(rules.groups(schema))
+    stored = _read_stored(Path(folder)) if folder else {}
+    return {name: overrides.escape(stored[name]) for name in shared
+            if name in stored and overrides.chosen(command.words, name) is None}  # fmt: skip
+
+
+def _read_stored(folder: Path) -> dict[str, Any]:
+    """The config of a run folder, which may be somebody else's."""
+    path = folder / "config.yaml"
+    if path.is_file():
+        foreign.check_place(path, folder)
+        foreign.check_yaml(path.read_bytes(), str(path), ConfigError)
+    return runs.read_config(folder)
+
+
+def _run(command: Command) -> str | None:
+    """The folder of run=FOLDER, for the verbs that have it."""
+    return _folder(command, "run")
+
+
+def _resumed(command: Command) -> str | None:
+    """The folder of resume=FOLDER, absolute; resume=auto names none."""
+    folder = _folder(command, "resume")
+    if folder in (None, "auto"):
+        return None
+    if command.multirun:
+        raise ConfigError(f"resume={folder} continues one run: without -m, or resume=auto with hydra.sweep.dir=DIR")
+    if overrides.chosen(command.words, "hydra.run.dir") is not None:
+        raise ConfigError(f"resume={folder} goes on in that folder: leave out hydra.run.dir, or write resume=auto")
+    if typed := [w for w in command.words if w.startswith(("experiment=", "+")) and not w.startswith("+hydra")]:
+        raise ConfigError(f"resume={folder} keeps the settings of that run: leave out {typed[0]}")
+    return str(Path(folder).absolute())
+
+
+def _folder(command: Command, key: str) -> str | None:
+    value = overrides.chosen(command.words, key)
+    if value in (None, "", "null") or overrides.declared(command.verb, key) is None:
+        return None
+    return rules.expand_home(value)
 
 
 def _composed(hydra: Hydra, command: Command, words: list[str]) -> DictConfig:
@@ -145,7 +196,7 @@ def _composed(hydra: Hydra, command: Command, words: list[str]) -> DictConfig:
     composed: DictConfig = hydra.compose_config(command.verb, words, run_mode=mode)
     container = typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=False))
     for key in _keys({name: node for name, node in container.items() if name != "hydra"}):
-        if "_target_" in key.split("."):
+        if guard.TARGET in key.split("."):
             raise overrides.unknown(command.verb, key)
     return composed
 
@@ -170,6 +221,7 @@ def _checked(command: Command, composed: DictConfig) -> Any:
         raise _explained(command, error) from error
     rules.locate_paths(cfg)
     rules.validate(cfg)
+    guard.check_secrets(rules.to_plain(cfg))
     return cfg
 
 
@@ -223,19 +275,11 @@ def _sweep_code(outcomes: Outcomes) -> int:
     return SWEEP_FAILED_IN_PART if outcomes.succeeded else alone
 
 
-def _refuse_secrets(job: Any) -> None:
-    """Hydra writes the composed config to multirun.yaml, values of env_set and env_copy included."""
-    for name in (*job.env_set, *job.env_copy):
-        if _SECRET.search(name):
-            raise SecurityError(f"hydra.job.env_set: {name} would be written in clear to multirun.yaml; "
-                                "export it before the command instead")  # fmt: skip
-
-
 def _explained(command: Command, error: Exception) -> LoraFtError:
     """The error of Hydra or OmegaConf in our words: the file if it is not the command line, the setting, the rule."""
     verb, inner = command.verb, error.__cause__ or error.__context__
     cause = inner if isinstance(error, HydraException) and isinstance(inner, OmegaConfBaseException) else error
-    stored = f"{overrides.chosen(command.words, 'run')}/config.yaml"
+    stored = f"{_resumed(command) or _run(command)}/config.yaml"
     if isinstance(error, UnicodeDecodeError):
         return ConfigError(f"{_holder(command, error.object)} is not UTF-8")
     if isinstance(error, yaml.YAMLError):
@@ -267,7 +311,7 @@ def _explained(command: Command, error: Exception) -> LoraFtError:
 def _holder(command: Command, text: bytes) -> Path:
     """The file, of those that a user may have written, that holds this text; Hydra does not say which it read."""
     files = sorted(command.config_dir.rglob("*.yaml")) if command.config_dir else []
-    stored = Path(rules.expand_home(overrides.chosen(command.words, "run") or "")) / "config.yaml"
+    stored = Path(_resumed(command) or _run(command) or "") / "config.yaml"
     return next((file for file in files if text in file.read_bytes()), stored)
 
 

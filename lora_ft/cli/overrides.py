@@ -21,7 +21,7 @@ from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 
 from lora_ft import config, rules
-from lora_ft.cli import choices, help
+from lora_ft.cli import choices, guard, help
 from lora_ft.errors import ConfigError, SecurityError
 
 # Folders of Hydra's that hold free text as well; `${now:...}` keeps its meaning in them.
@@ -65,7 +65,7 @@ def escape(value: Any) -> Any:
 
 def unknown(verb: str, key: str) -> ConfigError | SecurityError:
     """The error for a key that no setting has, with the nearest that one has."""
-    if "_target_" in key.split("."):
+    if guard.TARGET in key.split("."):
         return SecurityError(f"{key}: configs name settings and choices, never code to run")
     names = [s.key for s in rules.settings(config.SCHEMAS[verb])] + list(choices.groups(verb))
     near = _nearest(key, names)
@@ -85,7 +85,7 @@ def _translated(verb: str, word: str, sweep: bool) -> str:
     if setting is None:
         if key in choices.groups(verb):
             return f"{key}={_quoted(value) if _NAME.fullmatch(value) else value}"
-        if prefix and _NAME.fullmatch(key) and key != "_target_":
+        if prefix and _NAME.fullmatch(key) and key != guard.TARGET:
             return word  # a group of the user's own folder, or nothing that Hydra knows either
         raise unknown(verb, key)
     if _is_text(setting, key):
@@ -104,6 +104,7 @@ def _parsable(verb: str, word: str, override: str, parser: OverridesParser, swee
     except OverrideParseException as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise ConfigError(f"{word} cannot be read: {reason} (inside brackets, put text into quotes)") from error
+    guard.check_override(word, parsed.key_or_group, parsed.value())
     if parsed.is_sweep_override() and not sweep:
         setting = declared(verb, parsed.key_or_group)
         advice = "add -m to run each of them"

@@ -20,8 +20,6 @@ from lora_ft.errors import DataError
 # tells the two apart: all longer lists of the English corpus were read.
 _ALTERNATIVES = ("computers", "emotion")
 
-_DEEPEST = 20
-
 
 def conversations(text: str, label: str, ledger: Ledger) -> Iterator[Record]:
     """Yield `messages` rows, lines spoken in turn by user and assistant; DataError where the file is no such corpus.
@@ -34,7 +32,8 @@ def conversations(text: str, label: str, ledger: Ledger) -> Iterator[Record]:
         # A lone string where a list belongs is a question without an answer (the corpus has eight).
         nodes = conversation.value if isinstance(conversation, yaml.SequenceNode) else [conversation]
         if not all(isinstance(node, yaml.ScalarNode) for node in nodes):
-            ledger.add_bad(place, "conversations", "must be lists of lines", "")
+            shown = text.split("\n", conversation.start_mark.line + 1)[conversation.start_mark.line]
+            ledger.add_bad(place, "conversations", "must be lists of lines", shown)
         elif topic in _ALTERNATIVES and len(nodes) > 2:
             for node in nodes[1:]:
                 yield Record(f"{label}:{node.start_mark.line + 1}", {"messages": _dialogue([nodes[0], node])})
@@ -47,7 +46,6 @@ def conversations(text: str, label: str, ledger: Ledger) -> Iterator[Record]:
 def _conversation_nodes(text: str, label: str) -> list[Any]:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        _refuse_depth(text, loader, label)
         root = yaml.compose(text, loader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
@@ -59,15 +57,6 @@ def _conversation_nodes(text: str, label: str) -> list[Any]:
         if key.value == "conversations" and isinstance(value, yaml.SequenceNode):
             return list(value.value)
     raise DataError(f"{label}: must hold `conversations`, a list of lists of lines")
-
-
-def _refuse_depth(text: str, loader: Any, label: str) -> None:
-    """The C composer recurses without a limit, and a deep document would end the process; the parser does not."""
-    depth = 0
-    for event in yaml.parse(text, loader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > _DEEPEST:
-            raise DataError(f"{label}: nested more than {_DEEPEST} deep")
 
 
 def _dialogue(nodes: list[Any]) -> list[Message]:

@@ -11,6 +11,7 @@ An OpenAI message's "weight": 0 keeps an assistant message from being learned; "
 "system" leads the chat of any format that has no system message.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from lora_ft import config
 from lora_ft.config import Format
 from lora_ft.data import table
-from lora_ft.data.rows import ANSWER_CUE, Ledger, Message, Record, Row, RowError
+from lora_ft.data.rows import ANSWER_CUE, Ledger, Message, Record, Row, RowError, excerpt, is_blank
 from lora_ft.errors import ConfigError, DataError
 
 COLUMNS = {
@@ -44,32 +45,40 @@ _MAY_FOLLOW = {
 def rows(records: Iterable[Record], data: config.Data, ledger: Ledger) -> tuple[Format, list[Row], list[str]]:
     """Read at most `data.max_rows` records; the format, the rows, and the columns that nothing reads.
 
-    The columns of all records decide, so that a field which some rows lack is theirs to answer for: bad rows go into
-    the ledger. Raises ConfigError for columns that no record has, DataError where no format fits or no row is left.
+    Bad rows go into the ledger; it is raised where no row is good. Raises ConfigError for columns that no record has,
+    DataError where no format fits or there is no row.
     """
     held = list(islice(records, data.max_rows))
     if not held:
         ledger.raise_bad()
         raise DataError("there is no row to learn from in the data")
+    columns = Counter(tuple(_renamed(record.values, data.columns)) for record in held)
     names = list(dict.fromkeys(name for record in held for name in record.values))
-    found, parse, read = _parser(names, data)
+    found, parse, read = _parser(names, columns, data)
     parsed: list[Row] = []
     for record in held:
         try:
             parsed.append(parse(record.place, _renamed(record.values, data.columns)))
         except RowError as error:
             ledger.add_bad(record.place, _as_in_file(error.name, data.columns), error.reason, record.values)
-    ledger.raise_bad()
+    if not parsed:
+        ledger.raise_bad()
     in_file = {data.columns.get(name, name) for name in read}
     return found, parsed, [name or "(unnamed)" for name in names if name not in in_file]
 
 
-def _parser(names: list[str], data: config.Data) -> tuple[Format, Callable[[str, dict[str, Any]], Row], Iterable[str]]:
+Columns = Counter[tuple[str, ...]]
+"""How many rows have which columns."""
+
+
+def _parser(
+    names: list[str], columns: Columns, data: config.Data
+) -> tuple[Format, Callable[[str, dict[str, Any]], Row], Iterable[str]]:
     """The format of rows with these columns, what makes a row of it, and the columns that this reads."""
     if missing := [name for name in data.columns.values() if name not in names]:
         raise ConfigError(f"data.columns names {missing[0]}, which is no column of {data.path}: {_listed(names)}")
     known = {*names, *data.columns}
-    found = detect(known, data)
+    found = _detect(columns, data)
     if found is Format.table:
         return found, table.parser(data, known), table.fields(data)
     if data.prompt is not None or data.answer is not None:
@@ -81,34 +90,48 @@ def _parser(names: list[str], data: config.Data) -> tuple[Format, Callable[[str,
     return found, _PARSERS[found], COLUMNS[found]
 
 
-def detect(names: set[str], data: config.Data) -> Format:
-    """The format of rows with these column names; DataError where there is none."""
+def _detect(columns: Columns, data: config.Data) -> Format:
+    """The format that most rows have the columns of: those that do not are the bad ones. DataError where there is none.
+
+    Rows that each lack something may still have the columns of a format together.
+    """
     if data.format is not Format.auto:
         return data.format
     if data.prompt is not None or data.answer is not None:
         return Format.table
-    if "messages" in names:
-        return Format.messages
-    if "conversations" in names:
-        return Format.conversations
-    if {"chosen", "rejected"} <= names:
+    votes: Counter[Format] = Counter()
+    for names, count in columns.items():
+        if found := _format_of(set(names)):
+            votes[found] += count
+    together = {name for names in columns for name in names}
+    if votes:
+        return votes.most_common(1)[0][0]
+    if found := _format_of(together):
+        return found
+    if {"chosen", "rejected"} <= together:
         raise DataError(
             f"{data.path}: chosen and rejected are preference pairs; rows to imitate have prompt + completion"
         )
-    if {"prompt", "completion"} <= names:
-        return Format.prompt_completion
-    if {"instruction", "output"} <= names:
-        return Format.alpaca
-    if "text" in names:
-        return Format.text
     raise DataError(
-        f"{data.path}: no format has the columns {_listed(names)}: name one with data.format=, rename columns with "
+        f"{data.path}: no format has the columns {_listed(together)}: name one with data.format=, rename columns with "
         f"data.columns=, or write data.prompt= and data.answer= over them"
     )
 
 
+# Columns that make a format, the first that fits; {"chosen", "rejected"} makes none.
+_MARKS = (
+    (Format.messages, {"messages"}), (Format.conversations, {"conversations"}),
+    (None, {"chosen", "rejected"}), (Format.prompt_completion, {"prompt", "completion"}),
+    (Format.alpaca, {"instruction", "output"}), (Format.text, {"text"}),
+)  # fmt: skip
+
+
+def _format_of(names: set[str]) -> Format | None:
+    return next((found for found, marks in _MARKS if marks <= names), None)
+
+
 def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(map(str, names)))
+    return excerpt(", ".join(sorted(map(str, names))), longest=300)
 
 
 def _renamed(values: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
@@ -172,7 +195,9 @@ def _history(values: dict[str, Any]) -> list[tuple[str, str]]:
     if not isinstance(pairs, list):
         raise RowError("history", "must be a list of [instruction, answer]")
     for pair in pairs:
-        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) and t.strip() for t in pair)):
+        if not (
+            isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) and not is_blank(t) for t in pair)
+        ):
             raise RowError("history", "must be a list of [instruction, answer]")
     return [(question, answer) for question, answer in pairs]
 
@@ -193,7 +218,7 @@ def _text(values: dict[str, Any], name: str) -> str:
     value = values[name]
     if not isinstance(value, str):
         raise RowError(name, f"must be text, got {_kind(value)}")
-    if not value.strip():
+    if is_blank(value):
         raise RowError(name, "is empty")
     return value
 
@@ -202,7 +227,7 @@ def _optional_text(values: dict[str, Any], name: str) -> str:
     value = values.get(name)
     if not isinstance(value, str | None):
         raise RowError(name, f"must be text, got {_kind(value)}")
-    return value if value and value.strip() else ""
+    return value if value and not is_blank(value) else ""
 
 
 def _kind(value: object) -> str:
@@ -215,6 +240,9 @@ def _tools(values: dict[str, Any]) -> list[Any] | None:
     tools = values.get("tools")
     if not isinstance(tools, list | None):
         raise RowError("tools", f"must be a list, got {_kind(tools)}")
+    for index, tool in enumerate(tools or []):
+        if not isinstance(tool, dict):
+            raise RowError(f"tools[{index}]", f"must be an object, got {_kind(tool)}")
     return tools or None
 
 
@@ -250,15 +278,29 @@ def _message(message: object, name: str) -> Message:
     kept = {key: value for key, value in message.items() if value is not None and key not in ("from", "value")}
     role = message.get("role", message.get("from"))
     if not isinstance(role, str) or role not in _ROLES:
-        raise RowError(name, f"role {role!r} is none of {', '.join(_ROLES)}")
+        raise RowError(name, f"role {excerpt(repr(role))} is none of {', '.join(_ROLES)}")
+    if calls := kept.get("tool_calls"):
+        _check_calls(calls, _ROLES[role], name)
     content = _content(message.get("content", message.get("value")), name)
-    if content is None and not kept.get("tool_calls"):
+    if content is None and not calls:
         raise RowError(name, f"the content of {role} is missing")
-    if not (content or "").strip() and _ROLES[role] in ("user", "assistant") and not kept.get("tool_calls"):
+    if is_blank(content or "") and _ROLES[role] in ("user", "assistant") and not calls:
         raise RowError(name, f"the content of {role} is empty")
     if kept.get("weight", 1) not in (0, 1):
-        raise RowError(name, f"weight must be 0 or 1, got {kept['weight']!r}")
+        raise RowError(name, f"weight must be 0 or 1, got {excerpt(kept['weight'])}")
     return {**kept, "role": _ROLES[role], "content": content or ""}
+
+
+def _check_calls(calls: object, role: str, name: str) -> None:
+    """A template writes what it is given: of a call without a name, nothing, and of a text each letter."""
+    if role != "assistant":
+        raise RowError(name, f"tool_calls belong to the assistant, not to {role}")
+    if not isinstance(calls, list):
+        raise RowError(name, f"tool_calls must be a list, got {_kind(calls)}")
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, dict) else call
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or is_blank(function["name"]):
+            raise RowError(name, "tool_calls must be objects with the name of a function")
 
 
 def _content(content: object, name: str) -> str | None:

@@ -103,7 +103,10 @@ def prepare(data: config.Data, tokenizer: Any) -> Dataset:
 
 
 def prepare_rows(found: Rows, data: config.Data, tokenizer: Any) -> Dataset:
-    """Tokenize and measure rows that were read: those to train on, and those held out, which may be all."""
+    """Tokenize and measure rows that were read: those to train on, and those held out, which may be all.
+
+    Raises one DataError that lists the bad rows, those included that were bad as they were read.
+    """
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"the tokenizer must be a fast one (tokenizer.json), got {type(tokenizer).__name__}")
     rows, ledger = found.rows, found.ledger
@@ -129,12 +132,11 @@ def prepare_rows(found: Rows, data: config.Data, tokenizer: Any) -> Dataset:
 
 def _tokenized(rows: list[Row], data: config.Data, tokenizer: Any, ledger: Ledger) -> tuple[list[Encoded], bool]:
     """Documents of all rows in order, and whether they came from the cache."""
-    name = cache.key(rows, tokenizer, data) if len(rows) >= _CACHED_FROM_ROWS else None
+    name = cache.key(rows, tokenizer, data) if len(rows) >= _CACHED_FROM_ROWS and not ledger.bad else None
     if name and (kept := cache.load(name)) is not None:
         return kept, True
     rendered = templates.scripts(rows, data, tokenizer, ledger)
     documents = list(tokenize.encode(rows, rendered, tokenizer, data.train_on, ledger))
-    ledger.raise_bad()
     for document in documents:
         if not document.supervised.any():
             ledger.add_bad(rows[document.row].place, "row", "has no supervised token", rows[document.row].answer)

@@ -34,7 +34,10 @@ class Rows:
 
 
 def read(data: config.Data) -> Rows:
-    """Read, check and split the rows of `data`; raises what `prepare` raises, but for faults of a tokenizer."""
+    """Read, check and split the rows of `data`; raises what `prepare` raises, but for faults of a tokenizer.
+
+    Bad rows stay in the ledger until the others were rendered too, so that one error lists all of them.
+    """
     _refuse_hub_settings(data)
     ledger = Ledger()
     found, rows, unused = formats.rows(records(data.path, "data.path", data, ledger), data, ledger)

@@ -6,6 +6,8 @@ Row("chat.jsonl:12", messages=[{"role": "user", ...}, {"role": "assistant", ...}
 chat.jsonl:13: completion: is empty: {"prompt": "2+3?", "completion": ""}
 """
 
+import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +19,9 @@ from lora_ft.errors import DataError
 
 MOST_BAD_ROWS = 20
 LONGEST_EXCERPT = 120
+_LONGEST_REASON = 300  # some quote the row
+# Unicode's categories of what has no shape. What Python's tables lack (Cn) may be a new emoji, and private use has one.
+_UNSEEN = frozenset(("Cc", "Cf", "Zs", "Zl", "Zp"))
 
 Message = dict[str, Any]
 
@@ -85,20 +90,36 @@ class Ledger:
 
     def add_bad(self, place: str, name: str, reason: str, shown: object) -> None:
         """Note a bad row; raise DataError at once when MOST_BAD_ROWS are known."""
-        self.bad.append(f"{place}: {name}: {reason}: {excerpt(shown)}")
+        why = f"{excerpt(name)}: {excerpt(reason, longest=_LONGEST_REASON)}"
+        self.bad.append(f"{printable(place)}: {why}: {excerpt(shown)}")
         if len(self.bad) == MOST_BAD_ROWS:
             self.raise_bad(" (stopped there)")
 
     def raise_bad(self, suffix: str = "") -> None:
-        """Raise one DataError that lists every bad row, if there is any."""
+        """Raise one DataError that lists every bad row by file and line, if there is any."""
         if self.bad:
             count = "1 bad row" if len(self.bad) == 1 else f"{len(self.bad)} bad rows"
-            raise DataError(f"{count}{suffix}:\n" + "\n".join(f"  {line}" for line in self.bad))
+            raise DataError(f"{count}{suffix}:\n" + "\n".join(f"  {line}" for line in sorted(self.bad, key=_by_number)))
 
 
-def excerpt(shown: object, near: int = 0) -> str:
-    """At most LONGEST_EXCERPT printable characters of a value, around position `near`."""
-    start = max(0, near - LONGEST_EXCERPT // 2)
-    window = str(shown)[start : start + LONGEST_EXCERPT + 1]
-    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(window.split()))
-    return text if len(text) <= LONGEST_EXCERPT else text[: LONGEST_EXCERPT - 3] + "..."
+def _by_number(line: str) -> list[str | int]:
+    """a.jsonl:9 before a.jsonl:10."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]{1,18})", line))]
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text can be seen: blanks, and characters without a shape such as NUL or U+200B."""
+    return all(unicodedata.category(c) in _UNSEEN for c in text)
+
+
+def printable(text: str) -> str:
+    """The text with a sign for each character that a terminal could obey or not write."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def excerpt(shown: object, near: int = 0, longest: int = LONGEST_EXCERPT) -> str:
+    """At most `longest` printable characters of a value, around position `near`."""
+    start = max(0, near - longest // 2)
+    window = str(shown)[start : start + longest + 1]
+    text = printable(" ".join(window.split()))
+    return text if len(text) <= longest else text[: longest - 3] + "..."

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_ft import config
+from lora_ft import config, foreign
 from lora_ft.data.files import READERS, read_file
 from lora_ft.data.rows import Ledger, Record, excerpt
 from lora_ft.errors import DataError, ResourceError, SecurityError
@@ -26,7 +26,7 @@ def records(path: str, key: str, data: config.Data, ledger: Ledger) -> Iterator[
     """Yield the rows at `path`, the value of the setting `key`; a folder's files in order of their names.
 
     Raises DataError (a missing or mixed place), ResourceError (a package or hub dataset that is not to be
-    had here) or SecurityError (a path that leaves its package).
+    had here) or SecurityError (a path that leaves its package, a link that leaves its folder).
     """
     if not path:
         raise DataError(f"{key} is empty")  # and not the current folder
@@ -36,6 +36,8 @@ def records(path: str, key: str, data: config.Data, ledger: Ledger) -> Iterator[
             yield from read_file(file, file.name, ledger)
     elif (local := Path(path).expanduser()).exists():
         for file in _files(local, path, key):
+            if file != local:  # what the user names may be a link, what a folder holds may not
+                foreign.check_place(file, local)
             yield from read_file(file, str(file), ledger)
     elif _HUB_ID.fullmatch(path) and local.suffix.lower() not in READERS and not path.startswith("."):
         yield from _hub(path, key, data)
@@ -44,7 +46,7 @@ def records(path: str, key: str, data: config.Data, ledger: Ledger) -> Iterator[
 
 
 def _files(place: Path, path: str, key: str) -> list[Path]:
-    if place.is_file():
+    if not place.is_dir():
         if place.suffix.lower() not in READERS:
             raise DataError(f"{key}: {path} is of no kind that is read: {', '.join(READERS)}")
         return [place]
@@ -87,5 +89,8 @@ def _hub(path: str, key: str, data: config.Data) -> Iterator[Record]:
             f"{key}: {path} is no file or folder here, and not to be had from the hub ({excerpt(error)}): "
             f"check the name, data.name, data.split and the network, or give a file"
         ) from None
+    if isinstance(rows, datasets.Dataset):
+        # As they are stored: an image's or a sound's row holds a path, which datasets would open, wherever it leads.
+        rows = (values for batch in rows.with_format("arrow").iter(1000) for values in batch.to_pylist())
     for number, values in enumerate(rows, 1):
         yield Record(f"{path}:row {number}", values)

@@ -10,12 +10,13 @@ Without a chat template something else must part the two: the prompt then ends w
 `{{` and `}}` stand for braces. A field is a column's whole name, spaces included; nothing else is looked up.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from lora_ft import config
-from lora_ft.data.rows import ANSWER_CUE, Row, RowError
+from lora_ft.data.rows import ANSWER_CUE, Row, RowError, is_blank
 from lora_ft.errors import ConfigError
 
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
@@ -66,7 +67,7 @@ def _compile(key: str, template: str | None, known: set[str]) -> list[tuple[str,
 
 def _filled(pieces: list[tuple[str, str]], values: dict[str, Any], key: str) -> str:
     text = "".join(literal + (_cell(values, column) if column else "") for literal, column in pieces)
-    if not text.strip():
+    if is_blank(text):
         raise RowError(key, "gives an empty text")
     return text
 
@@ -79,7 +80,9 @@ def _cell(values: dict[str, Any], column: str) -> str:
         return "true" if value else "false"
     if isinstance(value, dict | list | bytes):
         raise RowError(column, f"must be text or a number, got {type(value).__name__}")
+    if isinstance(value, float) and not math.isfinite(value):  # how pandas writes a number that is missing
+        raise RowError(column, f"is {value}, which is no value")
     text = str(value)
-    if not text.strip():
+    if is_blank(text):
         raise RowError(column, "is empty")
     return text

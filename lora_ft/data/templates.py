@@ -15,14 +15,19 @@ from typing import Any
 
 import jinja2
 
-from lora_ft import config
+from lora_ft import config, limits
 from lora_ft.config import TrainOn
+from lora_ft.data import fidelity
+from lora_ft.data.fidelity import Trials
 from lora_ft.data.fill import Filler, is_plain
-from lora_ft.data.rows import ANSWER_CUE, Ledger, Message, Row, RowError
-from lora_ft.errors import ConfigError
+from lora_ft.data.rows import ANSWER_CUE, Ledger, Message, Row, RowError, excerpt
+from lora_ft.errors import ConfigError, SecurityError
 
-# A template refuses a chat by raise_exception (TemplateError), or trips over a value that it does not expect.
-_TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError)
+# A template refuses a chat by raise_exception (TemplateError), trips over a value that it does not expect, or becomes
+# no Python (SyntaxError: more than twenty loops inside of one another).
+_TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, SyntaxError)
+
+_LONGEST_TEXT = 64 * 2**20  # characters; the longest line of a file has a quarter
 
 # Llama 3's templates write a date into the system turn: this one, or today's where they find a clock. Rows must not
 # change overnight, so they get the date that Meta's templates fall back on. A template that asks the clock under no
@@ -57,14 +62,17 @@ def scripts(rows: Iterable[Row], data: config.Data, tokenizer: Any, ledger: Ledg
     Raises ConfigError where the settings and the tokenizer cannot render the rows at all.
     """
     control = control_tokens(tokenizer)
+    if found := control.search(data.system or ""):
+        raise ConfigError(f"data.system holds the control token {found[0]}")
     has_template = bool(tokenizer.chat_template)
     filler = _filler(tokenizer)
+    trials = Trials(tokenizer, lambda messages, prompt: _rendered(messages, tokenizer, prompt))
     for index, row in enumerate(rows):
         if row.messages and has_template:
             try:
-                yield index, _chat(row, data, tokenizer, control, filler)
+                yield index, _chat(row, data, tokenizer, control, filler, trials)
             except RowError as error:
-                ledger.add_bad(row.place, error.name, error.reason, row.answer)
+                ledger.add_bad(row.place, error.name, error.reason, error.shown or row.answer or row.messages[-1])
         elif row.plain_prompt is None:
             raise ConfigError(
                 f"{row.place} is a chat, and the tokenizer has no chat template: give one with model.chat_template=FILE"
@@ -89,13 +97,17 @@ def _filler(tokenizer: Any) -> Filler | None:
     return Filler(template, variables, lambda messages, prompt: render(messages, tokenizer, prompt))
 
 
-def _chat(row: Row, data: config.Data, tokenizer: Any, control: re.Pattern[str], filler: Filler | None) -> Script:
+def _chat(
+    row: Row, data: config.Data, tokenizer: Any, control: re.Pattern[str], filler: Filler | None, trials: Trials
+) -> Script:
     messages, plain = row.messages, all(map(is_plain, row.messages))
     for message in messages:
         shown = message["content"] if plain else json.dumps(message, ensure_ascii=False, default=str)
         if found := control.search(shown):
             # The tokenizer would read it as the end of a turn or worse, and its rank in the mask with it.
-            raise RowError("content", f"holds the control token {found[0]}")
+            raise RowError("content", f"holds the control token {found[0]}", excerpt(shown, near=found.start()))
+    if found := control.search(json.dumps(row.tools or "", ensure_ascii=False, default=str)):
+        raise RowError("tools", f"holds the control token {found[0]}", row.tools)
     if data.system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": data.system}, *messages]
     roles = tuple([message["role"] for message in messages])
@@ -113,22 +125,39 @@ def _chat(row: Row, data: config.Data, tokenizer: Any, control: re.Pattern[str],
             filled = filler.text(roles[:end], contents, generation_prompt)
             if filled is not None:
                 return filled
-        try:
-            return render(messages[:end], tokenizer, generation_prompt, row.tools)
-        except _TEMPLATE_FAULTS as error:
-            raise RowError("chat template", f"refuses the row: {error}") from None
+        return _rendered(messages[:end], tokenizer, generation_prompt, row.tools)
 
     turns = [Turn(text(i, True), text(i + 1, False), messages[i].get("content") or messages[i]) for i in learned]
+    for i, turn in zip(learned, turns, strict=True):
+        fidelity.check(messages, i, turn.prompt, turn.through, row.tools)
+        trials.check(roles[: i + 1])
     return Script(turns, len(answers), plain=False)
 
 
+def _rendered(messages: list[Message], tokenizer: Any, prompt: bool, tools: list[Any] | None = None) -> str:
+    try:
+        return render(messages, tokenizer, prompt, tools)
+    except _TEMPLATE_FAULTS as error:
+        raise RowError("chat template", f"refuses the row: {error}") from None
+
+
 def render(messages: list[Message], tokenizer: Any, generation_prompt: bool, tools: list[Any] | None = None) -> str:
-    """The text of a chat by the tokenizer's own template; whatever the template raises passes through."""
-    return str(
-        tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=generation_prompt, date_string=_DATE
-        )
-    )
+    """The text of a chat by the tokenizer's own template; whatever the template raises passes through.
+
+    Raises SecurityError for a template that reaches for Python's insides, has no end, or explodes.
+    """
+    try:
+        with limits.bounded("the chat template"):
+            text = str(
+                tokenizer.apply_chat_template(
+                    messages, tools=tools, tokenize=False, add_generation_prompt=generation_prompt, date_string=_DATE
+                )
+            )
+    except jinja2.exceptions.SecurityError as error:
+        raise SecurityError(f"the chat template is no template but an attack: {error}") from None
+    if len(text) > _LONGEST_TEXT:
+        raise SecurityError(f"the chat template made {len(text):,} characters of a chat, {_LONGEST_TEXT:,} are allowed")
+    return text
 
 
 def plain_prompt(text: str, data: config.Data) -> str:

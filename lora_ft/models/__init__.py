@@ -6,6 +6,7 @@
     gguf         GGUF file -> metadata and tensors
     vocabulary   GGUF metadata -> tokenizer
     quantize     which layers become int8, nf4 or fp4, and the proof that they did
+    skeleton     a base without its weights, to check settings on
     storage      what a loaded base need not keep in memory
     blocks       norms, MLPs and rotary attentions that keep less while they train
     fingerprint  model -> hash of the frozen weights: did training leave the base alone?

@@ -81,7 +81,7 @@ def read(path: Path) -> Gguf:
         blob = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
         return _parse(path, blob)
-    except (struct.error, UnicodeDecodeError, _Cut) as error:
+    except (struct.error, UnicodeDecodeError, RecursionError, _Cut) as error:
         raise ConfigError(f"{path} is cut short or damaged: {error}") from None
 
 

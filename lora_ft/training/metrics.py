@@ -21,18 +21,19 @@ def observers(learner: Learner) -> list[Observer]:
     """The recipients of a learner's metrics, as its `track` settings say."""
     chosen: list[Observer] = [lambda who, metrics: runs.append_metrics(who.folder, metrics)]
     if learner.cfg.track.name is config.Tracker.tensorboard:
-        write = event_file(learner.folder / "tensorboard")
+        write = event_file(learner.folder / "tensorboard", learner.step)
         chosen.append(lambda _, metrics: write(metrics))
     return chosen
 
 
-def event_file(folder: Path) -> Callable[[Metrics], None]:
+def event_file(folder: Path, first_step: int = 0) -> Callable[[Metrics], None]:
     """Start an event file that `tensorboard --logdir` reads while it grows; returns the function that adds a step.
 
+    A run resumed after `first_step` steps says so, and TensorBoard leaves out what earlier files hold of later ones.
     TensorBoard's own writer keeps its file open and buffered; records are appended here one step at a time.
     """
     try:
-        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.record_writer import RecordWriter
     except ImportError as error:
@@ -40,6 +41,9 @@ def event_file(folder: Path) -> Callable[[Metrics], None]:
     durable.make_folder(folder)
     records = RecordWriter(_Appender(folder / f"events.out.tfevents.{time.time_ns()}.lora_ft"))
     records.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+    if first_step:
+        start = SessionLog(status=SessionLog.START)
+        records.write(Event(wall_time=time.time(), step=first_step + 1, session_log=start).SerializeToString())
 
     def write(metrics: Metrics) -> None:
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items() if name != "step"]

@@ -84,6 +84,49 @@ def build(flat: Flat, optim: config.Optim) -> torch.optim.Optimizer:
     return built
 
 
+def state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What the optimizer remembers, by group and name (`0.exp_avg`, `1.state1`); counts of steps become tensors."""
+    return {
+        f"{group}.{name}": _own(name, value)
+        for group, parameter in enumerate(_parameters(optimizer))
+        for name, value in optimizer.state[parameter].items()
+    }
+
+
+def _own(name: str, value: Tensor | int) -> Tensor:
+    if not isinstance(value, Tensor):
+        return torch.tensor(value)
+    # bitsandbytes' groups share one table of codes, and the tensors of a file may share nothing.
+    return value.clone() if name.startswith("qmap") else value
+
+
+def restore(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Give an optimizer that has made no step yet what `state` returned of another."""
+    for number, parameter in enumerate(_parameters(optimizer)):
+        found = {name.partition(".")[2]: value for name, value in tensors.items() if name.startswith(f"{number}.")}
+        memory = optimizer.state[parameter]
+        if hasattr(optimizer, "init_state"):  # bitsandbytes', whose buffers may be paged: filled where they are
+            optimizer.init_state(optimizer.param_groups[number], parameter, number, 0)
+        for name, value in found.items():
+            if name not in memory:
+                memory[name] = value.to(parameter.device)
+            elif isinstance(memory[name], Tensor):
+                memory[name].copy_(value)
+            else:
+                memory[name] = value.item()
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [group["params"][0] for group in optimizer.param_groups]
+
+
+def state_bytes(num_parameters: int, name: config.Optimizer) -> int:
+    """Size of what an optimizer remembers: two moments in fp32, or in 8 bits with a scale for each 256 of them."""
+    if name is config.Optimizer.adamw_8bit:
+        return 2 * num_parameters + 2 * 4 * math.ceil(num_parameters / 256)
+    return 2 * 4 * num_parameters
+
+
 def learning_rate(optim: config.Optim, step: int, num_steps: int) -> float:
     """The learning rate of 0-based `step` of `num_steps`.
 

@@ -6,6 +6,7 @@ Messages and lines go to stderr and, without the live display, into the run's lo
 """
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Iterator
@@ -72,6 +73,8 @@ def _line(learner: Learner, metrics: Metrics) -> str:
 def displayed(folders: list[Path]) -> Iterator[Progress]:
     """Show progress and this package's messages until the block ends; both are kept in each folder's log.txt."""
     console = Console(stderr=True)
+    # A reader that left is no reason to stop training; rich would exit.
+    console.on_broken_pipe = functools.partial(setattr, console, "quiet", True)  # type: ignore[method-assign]
     live = Live(console=console, transient=False, auto_refresh=False) if console.is_terminal else None
     handlers = [_ConsoleHandler(console), *(_FileHandler(folder / "log.txt") for folder in folders)]
     level = log.level

@@ -1,0 +1,225 @@
+"""Show what `train` would do with the same words, before any weight is loaded: rows, masks, steps, layers, disk.
+
+lora-ft check experiment=demo optim.lr=1e-4
+
+rows.jsonl:3 (shortest): 24 tokens, 6 supervised
+  <|im_start|>user↵
+  How many legs has a spider?<|im_end|>↵
+  <|im_start|>assistant↵
+  ⟦Eight.<|im_end|>⟧
+...
+steps            40 of at most 1,024 tokens (median 980, smallest 700, largest 1,020), 1.3 epochs
+learning rate    ▃▆██▇▇▆▆▅▅▄▄▃▃▂▂▁▁
+                 1.25e-04 first, at most 5.00e-04 after 4 steps of warm-up, 9.51e-07 last
+
+Exit 0, whatever it warns of, or the code of the error that train would end with.
+"""
+
+import itertools
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from lora_ft import config, entry, rules, runs
+from lora_ft.data.prepare import Dataset, TokenRow
+from lora_ft.data.rows import excerpt
+from lora_ft.data.tokenize import Vocabulary
+from lora_ft.models.load import load_tokenizer, resolve_device
+from lora_ft.ops.kernels import choose_kernels
+from lora_ft.training.preflight import Preflight, check_first
+
+_BAR = 40  # columns
+_LONG = 320  # characters of a stretch of text; longer ones lose their middle
+_MOST_PARTS = 9  # of a row, supervised and masked in turns; of more the middle is left out
+_LEVELS = "▁▂▃▄▅▆▇█"
+_LONE_BLANK = re.compile(r"(?<= ) | (?= )|^ | $", re.MULTILINE)
+
+Facts = Iterator[tuple[str, RenderableType]]
+
+
+def main(cfg: config.CheckRun, invocation: entry.Invocation) -> None:
+    """Print the page; raises what train would raise before its first step, but for what the weights themselves show."""
+    if cfg.resume and runs.exists(invocation.folder):
+        rules.changes(runs.read_config(invocation.folder), cfg)
+    choose_kernels(resolve_device(cfg.device), compile_=cfg.fast.compile, liger=cfg.fast.liger)
+    tokenizer = load_tokenizer(cfg.model)
+    dataset, preflight = check_first(cfg, tokenizer, invocation.folder)
+    console = Console()
+    with console.capture() as shown:
+        console.print(page(cfg, dataset, preflight, tokenizer))
+    for line in shown.get().splitlines():  # rich fills lines with blanks, and here blanks are what one looks for
+        sys.stdout.write(line.rstrip().encode(console.encoding, "replace").decode(console.encoding) + "\n")
+
+
+def page(cfg: config.TrainRun, dataset: Dataset, preflight: Preflight, tokenizer: Any) -> RenderableType:
+    """All that is known of a run, for a person: three rows, figures of rows and of the training, warnings."""
+    legend = "training rows: ⟦supervised⟧ and masked; · blank, ↵ end of a line, → tabulator"
+    samples = [part for kind, row in _samples(dataset.train) for part in _sample(kind, row, tokenizer)]
+    warnings = [Text(f"! {warning}", "yellow") for warning in preflight.warnings] or [Text("no warnings", "green")]
+    return Group(
+        Text(legend, "bold"), Text(), *samples,
+        Text("rows", "bold"), _table(_row_facts(cfg, preflight)), Text(),
+        Text("training", "bold"), _table(_training_facts(cfg, preflight)), Text(),
+        *warnings,
+    )  # fmt: skip
+
+
+def _samples(rows: list[TokenRow]) -> list[tuple[str, TokenRow]]:
+    """Up to three rows that differ the most in length."""
+    by_length = sorted(rows, key=lambda row: len(row.ids))
+    chosen = {"shortest": by_length[0], "longest": by_length[-1], "median": by_length[len(by_length) // 2]}
+    return [(kind, chosen[kind]) for kind in ("shortest", "longest", "median")[: len(rows)]]
+
+
+def _sample(kind: str, row: TokenRow, tokenizer: Any) -> Iterator[RenderableType]:
+    supervised = int(row.supervised.sum())
+    yield Text(f"{excerpt(row.place)} ({kind}): {len(row.ids):,} tokens, {supervised:,} supervised", "dim")
+    text = Text(overflow="fold")
+    control = _control_tokens(tokenizer)
+    for part, learned in _shortened(list(_parts(row, Vocabulary(tokenizer)))):
+        style = "green" if learned else "dim"
+        text.append("⟦" if learned else "", style)
+        for number, piece in enumerate(control.split(part)):  # blanks beside a control token are at an end, too
+            text.append(_marked(piece), "cyan" if number % 2 else style)
+        text.append("⟧" if learned else "", style)
+    yield Padding(text, (0, 0, 1, 2))
+
+
+def _control_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """Matches, as a group to split by, each added token that is no blank."""
+    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
+    return re.compile(f"({'|'.join(map(re.escape, sorted(tokens, key=len, reverse=True))) or '(?!)'})")
+
+
+def _parts(row: TokenRow, vocabulary: Vocabulary) -> Iterator[tuple[str, bool]]:
+    """Stretches of supervised and of masked text in turns. Some tokenizers drop a blank before the first token: so
+    each is what the tokens up to its end add to those before it."""
+    edges = [0, *(np.flatnonzero(np.diff(row.supervised)) + 1).tolist(), len(row.ids)]
+    before = ""
+    for start, end in itertools.pairwise(edges):
+        until = vocabulary.text(row.ids[:end].tolist())
+        yield until[len(before) :], bool(row.supervised[start])
+        before = until
+
+
+def _shortened(parts: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
+    if (more := len(parts) - _MOST_PARTS) > 0:
+        half = _MOST_PARTS // 2
+        parts = [*parts[:half], (f"\n... {more + 1} more parts ...\n", False), *parts[-half:]]
+    return [(_without_middle(text), learned) for text, learned in parts]
+
+
+def _without_middle(text: str) -> str:
+    if len(text) <= _LONG:
+        return text
+    return f"{text[: _LONG // 2]} ... {len(text) - _LONG:,} more characters ... {text[-_LONG // 2 :]}"
+
+
+def _marked(text: str) -> str:
+    """Text with its blanks visible, and nothing in it that a terminal obeys."""
+    return "".join(map(_spelled, _LONE_BLANK.sub("·", text)))
+
+
+def _spelled(character: str) -> str:
+    if character in "\n\t":
+        return "↵\n" if character == "\n" else "→"
+    if character.isprintable():
+        return character
+    return (
+        character.encode("ascii", "backslashreplace").decode() if ord(character) > 127 else f"\\x{ord(character):02x}"
+    )
+
+
+def _row_facts(cfg: config.TrainRun, preflight: Preflight) -> Facts:
+    rows, seen = preflight.rows, preflight.seen
+    left_out = "".join(f", {count:,} {reason} left out" for reason, count in rows.left_out.items())
+    yield "read", f"{rows.rows:,} rows ({rows.format}), {rows.duplicates:,} duplicates{left_out}"
+    if rows.unused:
+        yield "not used", f"columns {excerpt(', '.join(rows.unused))}"
+    yield "documents", f"{rows.train_documents:,} to train on, {rows.heldout_documents:,} held out"
+    part = rows.supervised_tokens / rows.train_tokens
+    yield "tokens", f"{rows.train_tokens:,} to train on, {rows.supervised_tokens:,} of them supervised ({part:.1%})"
+    yield (
+        "length",
+        (
+            f"median {seen.median:,.0f}, 95% have at most {seen.percentile_95:,.0f}, the longest {rows.longest:,} "
+            f"tokens (data.max_length={cfg.data.max_length})"
+        ),
+    )
+    yield "", _histogram(seen.histogram)
+    if rows.truncated or rows.split:
+        what = f"{rows.truncated:,} prompts cut" if rows.truncated else f"{rows.split:,} texts cut into windows"
+        yield "too long", f"{what} (data.too_long={cfg.data.too_long.value})"
+    yield (
+        "begin",
+        f"{seen.begun:,} of {rows.train_documents:,} with {seen.begin}"
+        if seen.begin
+        else "the tokenizer puts no token before text",
+    )
+    yield "end", "".join(f"{count:,} with {end}, " for end, count in seen.ends.items()) + f"{seen.unended:,} with none"
+    if seen.prompts:
+        same = seen.prompts - len(seen.other_prompts)
+        yield "prompts", f"{same} of {seen.prompts} looked at are, token by token, what the model will be asked"
+    yield "overlap", f"{seen.asked_before:,} held-out rows ask what a training row asks"
+
+
+def _histogram(bins: list[tuple[int, int, int]]) -> Text:
+    most = max(count for _, _, count in bins)
+    width = len(f"{bins[-1][1]:,}")
+    return Text("\n").join(
+        Text(f"{low:>{width},} to {high:>{width},} ")
+        .append("█" * -(-_BAR * count // most), "blue")
+        .append(f" {count:,}")
+        for low, high, count in bins
+    )
+
+
+def _training_facts(cfg: config.TrainRun, preflight: Preflight) -> Facts:
+    steps, layers, disk = preflight.steps, preflight.layers, preflight.disk
+    yield (
+        "steps",
+        (
+            f"{steps.count:,} of at most {cfg.train.tokens_per_step:,} tokens (median {steps.median:,.0f}, smallest "
+            f"{steps.smallest:,}, largest {steps.largest:,}), {steps.epochs:.3g} epochs"
+        ),
+    )
+    yield "learning rate", _curve(steps.rates)
+    warmup = f" after {cfg.optim.warmup_steps:,} steps of warm-up" if cfg.optim.warmup_steps else ""
+    yield "", f"{steps.first_rate:.2e} first, at most {steps.peak_rate:.2e}{warmup}, {steps.last_rate:.2e} last"
+    yield "layers", f"{layers.count:,}: " + ", ".join(f"{n} {t}" for t, n in layers.targets.items())
+    yield "trainable", f"{layers.trainable:,} parameters, {layers.trainable / layers.base:.2%} of {layers.base:,}"
+    rule = "alpha / sqrt(r)" if cfg.adapter.rslora else "alpha / r"
+    yield "scale", f"{' and '.join(f'{scale:.4g}' for scale in layers.scales)} ({rule})"
+    yield (
+        "disk",
+        f"{_megabytes(disk.needed)} with checkpoints ({_megabytes(disk.adapter)} the adapter's weights), "
+        f"{_megabytes(disk.free)} free",
+    )
+
+
+def _curve(rates: list[float]) -> str:
+    return "".join(_LEVELS[min(int(len(_LEVELS) * rate / max(rates)), len(_LEVELS) - 1)] for rate in rates)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"
+
+
+def _table(facts: Iterable[tuple[str, RenderableType]]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", min_width=13)
+    table.add_column(overflow="fold")
+    for name, value in facts:
+        table.add_row(f"  {name}", Text(value) if isinstance(value, str) else value)
+    return table
+
+
+if __name__ == "__main__":
+    entry.run("check")

@@ -1,0 +1,154 @@
+"""What no config may hold: code to run, places to look elsewhere for configs, secrets. No torch here.
+
+    callbacks: {mine: {_target_: os.system, ...}}     SecurityError: my.yaml: _target_ ...
+    data.system="the key is hf_..."                    SecurityError: data.system holds a Hugging Face token ...
+
+A folder given with --config-dir may come from somebody else. Hydra makes objects of its callbacks, launchers and
+loggers by the names in a config, and imports the packages of a search path: a folder of ours holds settings only,
+and each of its files is looked at when it is read, before Hydra acts on it. What the user types may choose among
+the launchers and sweepers that are installed, by name.
+"""
+
+import re
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.sources_registry import SourcesRegistry
+from hydra.plugins.config_source import ConfigResult
+from omegaconf import DictConfig, OmegaConf
+
+from lora_ft import config, foreign, redact
+from lora_ft.errors import ConfigError, SecurityError
+
+TARGET = "_target_"
+# By these Hydra imports, makes objects, or sets what every library in this process sees.
+_HYDRAS_OWN = {"searchpath", "callbacks", "job_logging", "hydra_logging", "env_set", "env_copy"}
+# A reference that OmegaConf resolves late, in a folder's name for each job of a sweep; behind a backslash it is text.
+_VARIABLE = re.compile(r"(?<!\\)\$\{\s*oc\.env\s*:\s*['\"]?([^\s,}'\"]+)")
+_LOGGING = {"version", "root", "disable_existing_loggers"}  # the keys of Hydra's logging config named none
+
+
+class Settings(FileConfigSource):
+    """Hydra's folder of configs, each file checked when it is read."""
+
+    @staticmethod
+    def scheme() -> str:
+        return "settings"
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        path = Path(self.path) / self._normalize_file_name(config_path)
+        if path.is_file():
+            foreign.check_place(path, Path(self.path))  # a choice may be named ../../elsewhere
+            if Path(self.path) != config.CONF:
+                _check_file(path)
+        return super().load_config(config_path)
+
+
+def source(folder: Path) -> str:
+    """A folder of configs as Hydra's search path names it."""
+    SourcesRegistry.instance().register(Settings)
+    return f"{Settings.scheme()}://{folder}"
+
+
+def _check_file(path: Path) -> None:
+    data = path.read_bytes()
+    foreign.check_yaml(data, str(path), ConfigError)
+    try:
+        root = yaml.compose(data, yaml.SafeLoader)
+    except yaml.YAMLError:
+        return  # Hydra finds it as well, and says where
+    package = re.search(rb"@package\s+(\S+)", data[:512])
+    names = [package[1].decode("utf-8", "replace")] if package else []
+    for name in [*names, *_keys(root)]:
+        if found := {TARGET, *_HYDRAS_OWN} & set(re.split(r"[.@/: ]", name)):
+            raise SecurityError(
+                f"{path}: {found.pop()}: a folder of configs holds settings and choices, never code to run or places "
+                "to take it from"
+            )
+
+
+def _keys(root: yaml.Node | None) -> Iterator[str]:
+    """The keys of a document's mappings, each once however many aliases lead to it."""
+    left, seen = [root], set()
+    while left:
+        node = left.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            yield from (str(key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            left += [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            left += node.value
+
+
+def check_override(word: str, key: str, value: Any) -> None:
+    """SecurityError for an override, as Hydra parsed it, that names code, or another place to look for configs."""
+    if key == "hydra.searchpath":
+        raise SecurityError(f"{word}: a search path can import packages; give one folder of configs with --config-dir")
+    if TARGET in {part for name in [key, *_names(value)] for part in name.split(".")}:
+        raise SecurityError(f"{word}: configs name settings and choices, never code to run")
+
+
+def _names(value: Any) -> Iterator[str]:
+    """The keys in a parsed value: of mappings, and of those in lists and sweeps."""
+    if isinstance(value, dict):
+        for name, child in value.items():
+            yield str(name)
+            yield from _names(child)
+    elif isinstance(inner := getattr(value, "list", value), list):
+        for child in inner:
+            yield from _names(child)
+
+
+def check_composed(composed: DictConfig) -> None:
+    """Check Hydra's own part of a composed config, and that no part of it, nor a folder to be made, holds a secret."""
+    hydra = typing.cast(dict[str, Any], OmegaConf.to_container(composed.hydra, resolve=False))
+    if hydra["callbacks"]:
+        raise SecurityError(f"hydra.callbacks: {', '.join(hydra['callbacks'])}: lora-ft runs no callbacks of Hydra's")
+    for key in ("job_logging", "hydra_logging"):
+        if set(hydra[key] or ()) - _LOGGING or hydra[key].get("root"):
+            raise SecurityError(f"hydra.{key}: a logging config can name classes to run; lora-ft keeps its own log.txt")
+    for name in (*hydra["job"]["env_set"], *hydra["job"]["env_copy"]):
+        if redact.is_secret_name(name):
+            raise SecurityError(
+                f"hydra.job.env_set: {name} would be written in clear to multirun.yaml; "
+                "export it before the command instead"
+            )
+    plain = typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=False))
+    for value in _texts(plain):
+        for name in _VARIABLE.findall(value):
+            if redact.is_secret_name(name):
+                raise SecurityError(f"{value[:80]}: the value of {name} would be written to files of the run")
+    check_secrets({**plain, "hydra": {}})  # first: hydra's part quotes the words of the line, and is no key of theirs
+    check_secrets(hydra, "hydra")
+    for key in ("hydra.run.dir", "hydra.sweep.dir"):
+        check_secrets(str(OmegaConf.select(composed, key)), key)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for child in value.values() if isinstance(value, dict) else value:
+            yield from _texts(child)
+
+
+def check_secrets(value: Any, key: str = "") -> None:
+    """SecurityError where a plain config holds a secret: its files say what the run ran with, and are shared."""
+    if isinstance(value, dict):
+        for name, child in value.items():
+            check_secrets(str(name), key or "the name of a setting")
+            check_secrets(child, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for child in value:
+            check_secrets(child, key)
+    elif isinstance(value, str) and (name := redact.held(value)):
+        raise SecurityError(
+            f"{key} holds a secret ({name}), which would be written to files of the run: "
+            "leave it in the environment, where libraries look for it"
+        )

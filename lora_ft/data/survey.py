@@ -1,0 +1,191 @@
+"""What rows and their tokens say before anything is trained: lengths, ends, prompts, and what people wrote in them.
+
+    survey(found, dataset, data, tokenizer)  -> Survey(median=51, unended=0, other_prompts=0, ...)
+    warnings(seen, dataset.report)         -> ["3 rows hold <think> in what people wrote: ...", ...]
+
+`prepare` refuses what is wrong with a row. Here is what it can be sure of afterwards, proved on the tokens
+themselves, and what is allowed but seldom meant.
+"""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lora_ft import config
+from lora_ft.config import TooLong, TrainOn
+from lora_ft.data.prepare import Dataset, Report, TokenRow
+from lora_ft.data.read import Rows
+from lora_ft.data.rows import Row, excerpt
+from lora_ft.data.templates import render
+from lora_ft.data.tokenize import Vocabulary
+
+_BINS = 8
+_PROMPTS_COMPARED = 32  # rendered by transformers itself, a third of a millisecond each
+_FEW_SUPERVISED = 0.01
+_MANY_DUPLICATES = 0.01
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Counts over the training documents, where nothing else is said; lengths in tokens.
+
+    histogram: [shortest, longest, documents] of each bin. begin: the beginning-of-text token, None where the
+    tokenizer puts none before text; begun: documents that begin with it. ends: documents by their last token, which is
+    learned; unended: documents that stop without one. prompts: rows whose prompt was rendered again, as it is when the
+    model is asked; other_prompts: places of those that were trained behind another. written: rows by the added token
+    that a person wrote in them. asked_before: held-out rows whose prompt, or whole text, is that of a training row but
+    for case, blanks and punctuation.
+    """
+
+    median: float
+    percentile_95: float
+    histogram: list[tuple[int, int, int]]
+    begin: str | None
+    begun: int
+    ends: dict[str, int]
+    unended: int
+    prompts: int
+    other_prompts: list[str]
+    written: dict[str, int]
+    asked_before: int
+
+
+def survey(found: Rows, dataset: Dataset, data: config.Data, tokenizer: Any) -> Survey:
+    """Look at rows as they were read, and at the documents that `prepare_rows` made of them."""
+    lengths = np.array([len(document.ids) for document in dataset.train])
+    vocabulary = Vocabulary(tokenizer)
+    lead = vocabulary.lead
+    ends, unended = _ends(dataset.train, data, tokenizer)
+    compared = list(_prompts_again(found, dataset, data, vocabulary))
+    return Survey(
+        median=float(np.median(lengths)),
+        percentile_95=float(np.percentile(lengths, 95)),
+        histogram=_histogram(lengths),
+        begin=tokenizer.convert_ids_to_tokens(lead[0]) if lead else None,
+        begun=sum(int(document.ids[0]) == lead[0] for document in dataset.train) if lead else 0,
+        ends=ends,
+        unended=unended,
+        prompts=len(compared),
+        other_prompts=[place for place, same in compared if not same],
+        written=_written(found.rows, tokenizer),
+        asked_before=_asked_before(found),
+    )
+
+
+def warnings(seen: Survey, report: Report, data: config.Data) -> Iterator[str]:
+    """What of it the user should know, in sentences."""
+    documents = f"{report.train_documents:,} documents"
+    if report.supervised_tokens < _FEW_SUPERVISED * report.train_tokens:
+        part = report.supervised_tokens / report.train_tokens
+        yield f"only {part:.2%} of the tokens are supervised: nearly all of the work teaches nothing"
+    if seen.unended:
+        yield f"{seen.unended:,} of {documents} do not learn where they end: the model would not stop there"
+    if seen.begin and seen.begun < report.train_documents:
+        yield (
+            f"{report.train_documents - seen.begun:,} of {documents} do not begin with {seen.begin}, which the "
+            "tokenizer puts before text: the chat template leaves it out"
+        )
+    if seen.other_prompts:
+        yield (
+            f"{len(seen.other_prompts)} of {seen.prompts} prompts are another when the model is asked than in "
+            f"training, first that of {seen.other_prompts[0]}: the chat template depends on more than the chat"
+        )
+    for token, count in seen.written.items():
+        yield (
+            f"{excerpt(token)} stands in what people wrote, in {count:,} of {report.rows:,} rows: the model reads it "
+            "as one token, not as text"
+        )
+    if not data.deduplicate and report.duplicates > _MANY_DUPLICATES * report.rows:
+        yield f"{report.duplicates:,} of {report.rows:,} rows are duplicates: data.deduplicate=true leaves them out"
+    if seen.asked_before:
+        yield (
+            f"what {seen.asked_before:,} of the held-out rows ask, a training row asks as well (case, blanks and "
+            "punctuation aside): the held-out loss is partly that of rows learned by heart"
+        )
+
+
+def _histogram(lengths: np.ndarray[Any, Any]) -> list[tuple[int, int, int]]:
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    edges = np.unique(np.linspace(shortest, longest + 1, _BINS + 1).round().astype(int))
+    counts, _ = np.histogram(lengths, edges)
+    return [
+        (int(low), int(high) - 1, int(count)) for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
+    ]
+
+
+def _ends(documents: list[TokenRow], data: config.Data, tokenizer: Any) -> tuple[dict[str, int], int]:
+    """Documents by the end token that they learn, and how many learn none; of a text in windows the last one counts."""
+    if data.too_long is TooLong.split:
+        documents = list({document.place: document for document in documents}.values())
+    ends = {tokenizer.eos_token_id, *tokenizer.added_tokens_decoder}
+    last = Counter(int(d.ids[-1]) for d in documents if d.supervised[-1] and int(d.ids[-1]) in ends)
+    named = {str(tokenizer.convert_ids_to_tokens(token)): count for token, count in last.most_common()}
+    return named, len(documents) - last.total()
+
+
+def _prompts_again(
+    found: Rows, dataset: Dataset, data: config.Data, vocabulary: Vocabulary
+) -> Iterator[tuple[str, bool]]:
+    """Some chats' places, and whether their last prompt, rendered and tokenized as at inference, begins their tokens.
+
+    The plain way all through: transformers renders, and the tokenizer reads the text as a whole. It shows a template
+    that depends on the clock or on chance, and holds our faster ways to the truth.
+    """
+    tokenizer = vocabulary.tokenizer
+    if not tokenizer.chat_template:
+        return
+    last = {document.place: document for document in dataset.train}
+    chats = [row for row in found.training_rows if row.messages and row.place in last]
+    for row in chats[:: max(1, len(chats) // _PROMPTS_COMPARED)][:_PROMPTS_COMPARED]:
+        ids = last[row.place].ids
+        if data.too_long is TooLong.truncate_prompt and len(ids) == data.max_length:
+            continue  # it may have been cut
+        messages = row.messages[: _last_learned(row, data)]
+        if data.system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": data.system}, *messages]
+        (prompt,) = vocabulary.ids_whole([render(messages, tokenizer, True, row.tools)])
+        yield row.place, prompt == ids[: len(prompt)].tolist()
+
+
+def _last_learned(row: Row, data: config.Data) -> int:
+    """The index of the last message that is learned as an answer."""
+    answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
+    return answers[-1] if data.train_on is TrainOn.all else max(i for i in answers if i not in row.context)
+
+
+def _written(rows: list[Row], tokenizer: Any) -> dict[str, int]:
+    """Rows by the added token that stands in a message which is no answer, or in a text that no template renders.
+
+    An answer may well hold <think>: a model is to write it. Blanks are tokens of some vocabularies, and only text.
+    `prepare` has refused chats that hold special tokens, but plain text may separate documents by them on purpose.
+    """
+    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
+    pattern = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
+    counts: Counter[str] = Counter()
+    for row in rows:
+        if row.messages and tokenizer.chat_template:
+            texts = [str(message["content"]) for message in row.messages if message["role"] != "assistant"]
+        else:
+            texts = [row.plain_prompt or "", row.answer]
+        counts.update({token for text in texts for token in pattern.findall(text)})
+    return dict(counts.most_common())
+
+
+def _asked_before(found: Rows) -> int:
+    """Equal rows are on one side, or an error; rows that only ask the same are found here."""
+    if not any(found.aside):
+        return 0
+    asked = [_asked(row) for row in found.rows]
+    trained = {text for text, aside in zip(asked, found.aside, strict=True) if not aside}
+    return sum(text in trained for text, aside in zip(asked, found.aside, strict=True) if aside and text)
+
+
+def _asked(row: Row) -> str:
+    """Letters and digits of what stands before a chat's last answer, or of the whole text."""
+    text = " ".join(str(m["content"]) for m in row.messages[:-1]) if row.messages else row.answer
+    return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", text).casefold())

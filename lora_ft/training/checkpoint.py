@@ -1,0 +1,249 @@
+"""A run's state between two steps: saved so that it is whole or not there, loaded so that training goes on exactly.
+
+    run/checkpoints/step-00000200/
+      state.safetensors    values [P], optimizer.0.exp_avg, ..., losses [steps], best_values [P] with train.keep=best
+      state.json           what else the learner knows: evaluations, tokens, seconds, length of metrics.jsonl, inputs
+      manifest.json        size and sha256 of both
+
+A folder is a checkpoint if the manifest that its files give is, byte by byte, the one it holds. No generator is in it:
+the order of rows and every draw of dropout are functions of seed and position (data/order.py), and the learning rate
+is one of the step, so that the number of steps done says where all of them stand.
+
+Older checkpoints go when the newest has been read back; the newest `train.keep_checkpoints` and the one with the lowest
+held-out loss stay. What a folder of unreadable files costs is the steps since the one before it.
+"""
+
+import hashlib
+import json
+import logging
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lora_ft import config, durable, foreign, runs
+from lora_ft.errors import CheckpointError, ResourceError
+from lora_ft.evaluation.heldout import Heldout
+from lora_ft.training import optimizers
+from lora_ft.training.learner import Evaluation, Learner
+
+log = logging.getLogger("lora_ft")
+
+FOLDER, TENSORS, STATE, MANIFEST = runs.CHECKPOINTS, "state.safetensors", "state.json", "manifest.json"
+_FORMAT = 1
+_NAME = re.compile(r"step-\d{8,}")
+_MOST_HEADER_BYTES = 10**6
+_HEADERS_BYTES = 4096  # of the two smaller files and of the header of the tensors
+
+
+def is_due(learner: Learner) -> bool:
+    """Whether the step just done is the last, or one after which `train.save_every_steps` asks for a checkpoint."""
+    every = learner.cfg.train.save_every_steps
+    return learner.is_done or (every is not None and learner.step % every == 0)
+
+
+def save(learner: Learner) -> None:
+    """Write the learner's state if it is not there yet, read it back, and only then let older checkpoints go.
+
+    Raises CheckpointError if what is read back differs, durable.WriteError where the disk is full.
+    """
+    path = learner.folder / FOLDER / f"step-{learner.step:08d}"
+    if _problem(path) is None:
+        return
+    contents = {TENSORS: safetensors.torch.save(_tensors(learner)), STATE: _json(_state(learner))}
+    # Hashed as they are in memory, so that what is read back is compared with what was meant.
+    meant = {n: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for n, data in contents.items()}
+    contents[MANIFEST] = _manifest(learner.step, meant)
+    with durable.staged_folder(path) as staging:
+        for name, data in contents.items():
+            durable.write_bytes(staging / name, data)
+    if problem := _problem(path):
+        raise CheckpointError(f"{path} was written, but {problem}")
+    log.debug("checkpoint after step %d", learner.step)
+    _let_go(path.parent, learner.cfg.train.keep_checkpoints)
+
+
+def resume(learner: Learner) -> None:
+    """Put a fresh learner where its run's newest valid checkpoint stands, or leave it at the start where there is none.
+
+    The run's metrics are cut back to that place. Raises CheckpointError where no checkpoint is valid, or where the
+    valid one belongs to other inputs.
+    """
+    durable.clear_leftovers(learner.folder / FOLDER)
+    found = newest(learner.folder)
+    if found is None:
+        if (learner.folder / runs.METRICS).exists():
+            log.warning("the run had come to no checkpoint: from the beginning")
+        durable.cut(learner.folder / runs.METRICS, 0)
+        return
+    state = _read_state(found)
+    _check_inputs(found, state["inputs"], learner.inputs)
+    for difference in _differences(state["environment"], _environment(learner)):
+        log.warning("resuming elsewhere than the run began, which may change bytes: %s", difference)
+    foreign.tensor_header(found / TENSORS, _MOST_HEADER_BYTES, CheckpointError)
+    _fill(learner, state, safetensors.torch.load((found / TENSORS).read_bytes()))
+    durable.cut(learner.folder / runs.METRICS, state["metrics_bytes"])
+    for path in _all(found.parent):
+        if path.name > found.name:  # named in the log as no checkpoint any more
+            durable.remove_folder(path)
+    _let_go(found.parent, learner.cfg.train.keep_checkpoints)  # what the run did not come to
+    log.info("resuming after step %d of %d", learner.step, len(learner.steps))
+
+
+def newest(run: Path) -> Path | None:
+    """The newest valid checkpoint of a run, None where it has none; those that are not valid are named in the log."""
+    problems = []
+    foreign.check_place(run / FOLDER, run)
+    for path in reversed(_all(run / FOLDER)):
+        foreign.check_place(path, run)
+        problem = _problem(path) or _metrics_problem(path, run)
+        if problem is None:
+            return path
+        problems.append(f"{path}: {problem}")
+        log.warning("not a checkpoint any more: %s", problems[-1])
+    if problems:
+        problems.append(f"to begin again, remove {run / FOLDER} and {run / runs.METRICS}")
+        raise CheckpointError("no checkpoint is valid:\n" + "\n".join(problems))
+    return None
+
+
+def bytes_needed(num_parameters: int, num_steps: int, cfg: config.TrainRun) -> int:
+    """What a run's checkpoints and adapter will be at most at one time; in bytes.
+
+    A new checkpoint stands beside those that stay until it has been read back: the newest, and the one of the lowest
+    held-out loss where that is measured on the way.
+    """
+    train, values = cfg.train, 4 * num_parameters
+    state = optimizers.state_bytes(num_parameters, cfg.optim.name)
+    best = values if train.keep is config.Keep.best else 0
+    checkpoint = values + state + best + 8 * num_steps + _HEADERS_BYTES
+    written = 1 if train.save_every_steps is None else num_steps // train.save_every_steps + 1
+    stay = train.keep_checkpoints + (train.eval_every_steps is not None)
+    return max(min(written, stay + 1) * checkpoint, min(written, stay) * checkpoint + values)
+
+
+def check_free_space(folder: Path, num_bytes: int) -> None:
+    """ResourceError where a run's folder has no room for `num_bytes`; what its checkpoints take is room, too."""
+    free = durable.free_bytes(folder)
+    there = sum(path.stat().st_size for path in (folder / FOLDER).glob("*/*"))
+    if num_bytes > free + there:
+        raise ResourceError(
+            f"{folder}: adapter and checkpoints need {num_bytes:,} bytes, {free + there:,} are free: make room, or "
+            "lower train.keep_checkpoints"
+        )
+
+
+def _tensors(learner: Learner) -> dict[str, Tensor]:
+    tensors = {"values": learner.flat.values, "losses": torch.tensor(learner.losses, dtype=torch.float64)}
+    if learner.best_values is not None:
+        tensors["best_values"] = learner.best_values
+    tensors |= {f"optimizer.{key}": value for key, value in optimizers.state(learner.optimizer).items()}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _state(learner: Learner) -> dict[str, Any]:
+    return {
+        "format": _FORMAT,
+        "step": learner.step,
+        "tokens": learner.tokens,
+        "seconds": learner.seconds,
+        "evaluations": [asdict(evaluation) for evaluation in learner.evaluations],
+        "heldout_loss": _heldout_loss(learner),
+        "metrics_bytes": durable.settle(learner.folder / runs.METRICS),
+        "inputs": learner.inputs,
+        "environment": _environment(learner),
+    }
+
+
+def _heldout_loss(learner: Learner) -> float | None:
+    """The loss of the state as it is now, where the step just done was evaluated."""
+    last = learner.evaluations[-1] if learner.evaluations else None
+    return last.heldout.loss if last and last.step == learner.step else None
+
+
+def _environment(learner: Learner) -> dict[str, Any]:
+    return {"device": str(learner.base.device), "threads": torch.get_num_threads(), **runs.versions()}
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    names = sorted(before.keys() | now.keys())
+    return [f"{n} was {before.get(n)}, is {now.get(n)}" for n in names if before.get(n) != now.get(n)]
+
+
+def _check_inputs(path: Path, recorded: dict[str, str], inputs: dict[str, str]) -> None:
+    if problems := _differences(recorded, inputs):
+        raise CheckpointError(f"{path} belongs to other inputs than these: " + "; ".join(problems))
+
+
+def _fill(learner: Learner, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    learner.flat.values.copy_(tensors["values"])
+    optimizers.restore(
+        learner.optimizer, {k.removeprefix("optimizer."): t for k, t in tensors.items() if k.startswith("optimizer.")}
+    )
+    learner.losses[:] = tensors["losses"].tolist()
+    learner.evaluations[:] = [Evaluation(e["step"], Heldout(**e["heldout"])) for e in state["evaluations"]]
+    if "best_values" in tensors:
+        learner.best_values = tensors["best_values"].to(learner.flat.values.device)
+    learner.tokens, learner.seconds = state["tokens"], state["seconds"]
+
+
+def _all(folder: Path) -> list[Path]:
+    """What stands under the name of a checkpoint, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
+
+
+def _let_go(folder: Path, keep: int) -> None:
+    valid = [path for path in _all(folder) if not _problem(path)]
+    losses = {path: _read_state(path)["heldout_loss"] for path in valid}
+    best = min((path for path in valid if losses[path] is not None), key=lambda path: losses[path], default=None)
+    for path in _all(folder):
+        if path not in valid[-keep:] and path != best:
+            durable.remove_folder(path)
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=2, allow_nan=False).encode() + b"\n"
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """Size and hash of a plain file; OSError for anything else."""
+    if path.is_symlink() or not path.is_file():
+        raise OSError(f"{path.name} is no plain file")
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    state = foreign.json_object(path / STATE, CheckpointError)
+    if state.get("format") != _FORMAT:
+        raise CheckpointError(f"{path / STATE} must be of format {_FORMAT}, got {state.get('format')}")
+    return state
+
+
+def _manifest(step: int, files: dict[str, dict[str, Any]]) -> bytes:
+    return _json({"format": _FORMAT, "step": step, "files": dict(sorted(files.items()))})
+
+
+def _problem(path: Path) -> str | None:
+    """What keeps a folder from being a checkpoint, None where nothing does."""
+    try:
+        found = {name: _described(path / name) for name in (TENSORS, STATE)}
+        recorded = (path / MANIFEST).read_bytes()
+    except OSError as error:
+        return str(error)
+    if recorded == _manifest(int(path.name.removeprefix("step-")), found):
+        return None
+    return f"its files do not have the sizes and hashes that {MANIFEST} names"
+
+
+def _metrics_problem(path: Path, run: Path) -> str | None:
+    written = _read_state(path)["metrics_bytes"]
+    metrics = run / runs.METRICS
+    found = metrics.stat().st_size if metrics.exists() else 0
+    if found >= written:
+        return None
+    return f"{runs.METRICS} was {written:,} bytes long when it was written, and has {found:,}"

@@ -1,0 +1,61 @@
+"""SIGINT and SIGTERM: the first lets the running step end and its state be saved, a second stops at once.
+
+    with on_signals() as stop:
+        fit(learners, observe, stop)       # after each step: stop.signum
+
+Outside the steps (while the base loads, while base and adapter are compared) nothing is half done that a checkpoint
+could keep, so that the first signal stops at once there.
+"""
+
+import contextlib
+import os
+import signal
+import types
+from collections.abc import Iterator
+
+from lora_ft.errors import Interrupted
+
+_STDERR = 2
+
+
+class Stop:
+    """What a signal asked for: `signum` is None until one came between `fit`'s first and last step."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._can_wait = False
+
+    @contextlib.contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """While this lasts, somebody looks at `signum` after every step."""
+        self._can_wait = True
+        try:
+            yield
+        finally:
+            self._can_wait = False
+
+    def ask(self, signum: int, _frame: types.FrameType | None = None) -> None:
+        """The signals' handler."""
+        name = signal.Signals(signum).name
+        if self.signum is not None or not self._can_wait:
+            raise Interrupted(signum, f"stopped by {name}")
+        self.signum = signum
+        # Not through sys.stderr: a signal may come while it is being written to. Ctrl-C ends `| tee log` as well.
+        with contextlib.suppress(OSError):
+            os.write(_STDERR, f"\n{name}: this step, then a checkpoint; again to stop now\n".encode())
+
+
+@contextlib.contextmanager
+def on_signals() -> Iterator[Stop]:
+    """Let a Stop receive SIGINT and SIGTERM until the block ends; for the main thread, as Python's handlers are.
+
+    A signal that the process was started to ignore (SIGINT, in the background of a script) stays ignored.
+    """
+    stop = Stop()
+    wanted = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN]
+    before = {signum: signal.signal(signum, stop.ask) for signum in wanted}
+    try:
+        yield stop
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

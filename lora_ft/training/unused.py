@@ -1,0 +1,61 @@
+"""Settings that a user changed and that change nothing: most often, something else was meant.
+
+    lora-ft train optim.decay_fraction=0.1      "optim.decay_fraction has no effect: it is for optim.schedule=wsd"
+
+What contradicts another setting is an error of rules.py; here the run is right, only not what was typed.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from lora_ft import config, rules
+from lora_ft.config import QuantKind, Schedule
+from lora_ft.data.prepare import Dataset
+
+
+def without_effect(cfg: config.TrainRun, dataset: Dataset, num_steps: int, largest_step: int) -> list[str]:
+    """A sentence for each such setting; `largest_step` in tokens."""
+    changed = {s.key for s in rules.settings(type(cfg)) if _value(cfg, s.key) != s.default}
+    cases = [*_by_settings(cfg), *_by_rows(cfg, dataset), *_by_steps(cfg, num_steps, largest_step)]
+    return [f"{key} has no effect: {why}" for key, idle, why in cases if idle and key in changed]
+
+
+def _value(cfg: Any, key: str) -> Any:
+    for name in key.split("."):
+        cfg = getattr(cfg, name)
+    return cfg
+
+
+_Cases = Iterator[tuple[str, bool, str]]  # setting, whether it has no effect, why
+
+
+def _by_settings(cfg: config.TrainRun) -> _Cases:
+    kind, schedule = cfg.quant.kind, cfg.optim.schedule
+    four_bits = kind in (QuantKind.nf4, QuantKind.fp4)
+    yield "quant.double", not four_bits, f"it is for nf4 and fp4, and quant.kind={kind.value}"
+    yield "quant.compute_dtype", not four_bits, f"it is for nf4 and fp4, and quant.kind={kind.value}"
+    yield "optim.decay_fraction", schedule is not Schedule.wsd, f"it is for wsd, and optim.schedule={schedule.value}"
+    yield "optim.min_lr_ratio", schedule is Schedule.constant, "a constant learning rate does not fall"
+    yield "train.epochs", cfg.train.max_steps is not None, "train.max_steps overrides it"
+    apart = "data.eval_path" if cfg.data.eval_path else "data.eval_split"
+    yield "data.eval_fraction", bool(cfg.data.eval_path or cfg.data.eval_split), f"{apart} names the held-out rows"
+    looks_only = isinstance(cfg, config.CheckRun) and cfg.resume == "auto"
+    yield "resume", looks_only, "check looks at a run from its beginning"
+
+
+def _by_rows(cfg: config.TrainRun, dataset: Dataset) -> _Cases:
+    none = "no row is held out"
+    yield "train.eval_every_steps", not dataset.heldout, none
+    yield "train.eval_rows", not dataset.heldout, none
+    yield "train.samples", not dataset.questions, "the held-out rows ask nothing" if dataset.heldout else none
+    text = dataset.report.format == "text"
+    yield "data.train_on", text, "plain text is learned as a whole"
+    yield "model.chat_template", text, "plain text is not rendered by a template"
+
+
+def _by_steps(cfg: config.TrainRun, num_steps: int, largest_step: int) -> _Cases:
+    train = cfg.train
+    every, most = train.eval_every_steps or 1, train.tokens_per_microbatch or 0
+    yield "train.eval_every_steps", every >= num_steps, f"the run is evaluated at its end, after {num_steps} steps"
+    yield "train.tokens_per_microbatch", most >= largest_step, f"no step has more than {largest_step:,} tokens"
+    yield "train.keep_checkpoints", train.save_every_steps is None, "train.save_every_steps=null writes none"

@@ -1,0 +1,105 @@
+"""Adapters: folders that would run code, read elsewhere, never end, or take memory without measure."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+
+from attacks import Attack, Place
+from attacks.bases import HEADERS, Row, change, header, large_header
+from lora_ft import config
+from lora_ft.adapters import files, origin, source
+from lora_ft.errors import MismatchError, SecurityError
+
+
+def _open(place: Place) -> object:
+    """As eval, chat and merge do: the folder is a run's, with the base beside it."""
+    adapter = source.adapter_folder(str(place.folder), None)
+    model = config.Model(path=str(place.folder.parent / "base"), dtype=config.Dtype.float32)
+    tokenizer = source.adapter_tokenizer(adapter, model)
+    return source.open_adapter(adapter, model, config.Quant(), "cpu", tokenizer)
+
+
+def _settings(**fields: object) -> Callable[[Place], None]:
+    return lambda place: change(place.folder / "adapter" / files.CONFIG, **fields)
+
+
+def _pickled(name: str) -> Callable[[Place], None]:
+    def build(place: Place) -> None:
+        (place.folder / "adapter" / files.WEIGHTS).unlink()
+        (place.folder / "adapter" / name).write_bytes(place.pickle())
+
+    return build
+
+
+def _link(name: str) -> Callable[[Place], None]:
+    def build(place: Place) -> None:
+        path = place.folder / name
+        shutil.move(path, place.outside / path.name)
+        path.symlink_to(place.outside / path.name)
+
+    return build
+
+
+def _another_base(place: Place) -> None:
+    (place.folder / "adapter" / origin.RECORD).unlink()
+    shutil.copytree(place.folder.parent / "base", place.outside, dirs_exist_ok=True)
+    change(place.folder / "adapter" / files.CONFIG, base_model_name_or_path=str(place.outside))
+
+
+def _imported(place: Place) -> None:
+    place.plant_code(place.folder / "megatron.py")
+    change(place.folder / "adapter" / files.CONFIG, megatron_config={"a": 1}, megatron_core="megatron")
+
+
+def _tokenizer_code(place: Place) -> None:
+    place.plant_code(place.folder / "adapter" / "evil.py")
+    auto_map = {"AutoTokenizer": [None, "evil.Evil"]}
+    change(place.folder / "adapter" / "tokenizer_config.json", tokenizer_class="Evil", auto_map=auto_map)
+
+
+def _versioned_tokenizer(place: Place) -> None:
+    names = ["../../outside/tokenizer.4.0.0.json"]
+    change(place.folder / "adapter" / "tokenizer_config.json", fast_tokenizer_files=names)
+
+
+def _deep(name: str) -> Callable[[Place], None]:
+    text = json.dumps({"peft_type": "LORA"})[:-1] + ', "a": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    return lambda place: (place.folder / "adapter" / name).write_text(text) and None
+
+
+_MAPPING = {"base_model_class": "Evil", "parent_library": "evil"}
+_ENDLESS = r"(([a-z_]+|\.|[0-9])+)+!"
+
+_ADAPTERS: list[Row] = [
+    ("a pickled adapter", _pickled("adapter_model.bin"), SecurityError, "can run code"),
+    ("a pickled adapter, .pt", _pickled("adapter_model.pt"), SecurityError, "can run code"),
+    ("a pickled adapter under the name of safetensors", _pickled(files.WEIGHTS), MismatchError, "not a safetensors"),
+    ("a class of its own", _settings(auto_mapping=_MAPPING), SecurityError, "auto_mapping asks to import evil"),
+    ("a module to import", _imported, SecurityError, "megatron_config asks to import"),
+    ("code for its tokenizer", _tokenizer_code, SecurityError, "auto_map asks to run"),
+    ("a tokenizer elsewhere", _versioned_tokenizer, SecurityError, "no file of this folder"),
+    ("another base, by path", _another_base, None, ""),
+    *((f"a link: {name}", _link(name), SecurityError, "a link out of its folder")
+      for name in (f"adapter/{files.CONFIG}", f"adapter/{files.WEIGHTS}", f"adapter/{origin.RECORD}",
+                   "adapter/tokenizer.json", "adapter/chat_template.jinja", "adapter")),
+    ("an adapter's header over the limit", lambda p: large_header(p.folder / "adapter" / files.WEIGHTS, 11 * 2**20),
+     SecurityError, "longer than the"),
+    ("an adapter's header nested without end",
+     lambda p: header(p.folder / "adapter" / files.WEIGHTS, '{"a":' * 50_000), SecurityError, "nested too deeply"),
+    *((f"an adapter with {name}", lambda p, w=write: w(p.folder / "adapter" / files.WEIGHTS), MismatchError,
+       r"adapter_model\.safetensors is not a safe") for name, write in HEADERS.items()),
+    ("a rank of 10^12", _settings(r=10**12), MismatchError, "larger than adapter_model.safetensors has bytes"),
+    ("a rank of 10^12 for one layer", _settings(rank_pattern={"q_proj": 10**12}), MismatchError, "larger than"),
+    ("a pattern that takes for ever", _settings(target_modules=_ENDLESS), SecurityError, "did not come to an end"),
+    ("a pattern that takes for ever, of ranks",
+     _settings(rank_pattern={_ENDLESS: 4}), SecurityError, "did not come to an end"),
+    ("a pattern that is none", _settings(target_modules="(["), MismatchError, "does not fit this base"),
+    ("layers by path", _settings(target_modules=["../../outside"]), MismatchError, "does not fit this base"),
+    ("an adapter's config nested without end", _deep(files.CONFIG), SecurityError, "nested too deeply"),
+    ("an adapter's record nested without end", _deep(origin.RECORD), SecurityError, "nested too deeply"),
+    ("an adapter's record of 17 MiB", lambda p: os.truncate(p.folder / "adapter" / origin.RECORD, 17 * 2**20),
+     SecurityError, "larger than 16 MiB"),
+]  # fmt: skip
+
+ATTACKS = [Attack(name, build, _open, error, says) for name, build, error, says in _ADAPTERS]

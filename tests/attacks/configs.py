@@ -1,0 +1,125 @@
+"""Configs: folders for --config-dir, run folders and words that would run code, or never come to an end."""
+
+from collections.abc import Callable
+
+from attacks import Attack, Place
+from lora_ft.cli import composition
+from lora_ft.errors import ConfigError, LoraFtError, SecurityError
+
+GLOBAL = "# @package _global_\n"
+BOMB = "a: &a0 [x, x]\n" + "".join(f"b{i}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(12))
+_CALL = "{_target_: builtins.open, file: CANARY, mode: w}"
+
+
+def _compose(place: Place, words: list[str], folder: bool) -> object:
+    told = [word.replace("CANARY", str(place.canary)) for word in words]
+    place_to_run = [f"hydra.run.dir={place.folder}/run", f"hydra.sweep.dir={place.folder}/sweep"]
+    command = composition.Command("train", ["data.path=x", *told, *place_to_run], "hydra.mode=MULTIRUN" in told,
+                                  place.folder if folder else None)  # fmt: skip
+    return composition.run(command, lambda cfg, folder, typed: None)
+
+
+def _files(files: dict[str, str]) -> Callable[[Place], None]:
+    def build(place: Place) -> None:
+        for name, text in files.items():
+            path = place.folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text.replace("CANARY", str(place.canary)).replace("OUTSIDE", str(place.outside)))
+
+    return build
+
+
+def _folder_of_configs(
+    name: str, files: dict[str, str], says: str, words: tuple[str, ...] = (), error: type[LoraFtError] = SecurityError
+) -> Attack:
+    """The file experiment/mine.yaml is chosen, others by the words given."""
+    chosen = ["experiment=mine"] if "experiment/mine.yaml" in files else []
+    return Attack(name, _files(files), lambda place: _compose(place, [*chosen, *words], folder=True), error, says)
+
+
+def _mine(name: str, text: str, says: str, error: type[LoraFtError] = SecurityError) -> Attack:
+    return _folder_of_configs(name, {"experiment/mine.yaml": text}, says, error=error)
+
+
+def _words(name: str, *words: str, says: str = "never code to run") -> Attack:
+    return Attack(name, lambda place: None, lambda place: _compose(place, [*words], folder=False), SecurityError, says)
+
+
+def _linked(place: Place) -> None:
+    (place.outside / "mine.yaml").write_text(GLOBAL + "seed: 3\n")
+    (place.folder / "experiment").mkdir()
+    (place.folder / "experiment" / "mine.yaml").symlink_to(place.outside / "mine.yaml")
+
+
+def _elsewhere(place: Place) -> None:
+    (place.outside / "mine.yaml").write_text(GLOBAL + "seed: 3\n")
+    _files({"experiment/mine.yaml": GLOBAL + "defaults:\n  - ../../outside/mine\n"})(place)
+
+
+def _stored(name: str, text: str, says: str, verb: str = "eval", error: type[LoraFtError] = SecurityError) -> Attack:
+    """A run folder of somebody else's, given as run= or resume=."""
+
+    def run(place: Place) -> object:
+        key = "run" if verb == "eval" else "resume"
+        command = composition.Command(verb, [f"{key}={place.folder}"])
+        return composition.run(command, lambda cfg, folder, typed: None)
+
+    return Attack(name, _files({"config.yaml": text}), run, error, says)
+
+
+def _linked_run(place: Place) -> None:
+    (place.outside / "config.yaml").write_text("seed: 3\n")
+    (place.folder / "config.yaml").symlink_to(place.outside / "config.yaml")
+
+
+_CODE = "never code to run"
+_TRAIN = f"hydra:\n  callbacks:\n    c: {_CALL}\n"
+_LOGGING = "version: 1\nhandlers:\n  h: {(): builtins.open, file: CANARY, mode: w}\nroot: {handlers: [h]}\n"
+
+ATTACKS = [
+    _mine("_target_ in a group", f"{GLOBAL}adapter: {_CALL}\n", _CODE),
+    _mine("_target_ at the top", f"{GLOBAL}_target_: builtins.open\n", _CODE),
+    _mine("_target_ in quotes", f'{GLOBAL}adapter: {{"_target_": builtins.open}}\n', _CODE),
+    _mine("_target_ in escapes", f'{GLOBAL}adapter: {{"\\x5ftarget\\u005f": builtins.open}}\n', _CODE),
+    _mine("_target_ merged in", f"{GLOBAL}x: &x {_CALL}\nadapter: {{<<: *x}}\n", _CODE),
+    _mine("_target_ in a list", f"{GLOBAL}adapter: {{targets: [{_CALL}]}}\n", _CODE),
+    _mine("_target_ by its package", "# @package adapter._target_\nx: 1\n", _CODE),
+    _mine("_target_ by a package in the defaults", f"{GLOBAL}defaults:\n  - /model@x._target_: gpt2\n", _CODE),
+    _words("_target_ typed", "adapter._target_=builtins.open"),
+    _words("_target_ added", "+adapter._target_=builtins.open"),
+    _words("_target_ forced", "++x._target_=builtins.open"),
+    _words("_target_ in a mapping", "+x={_target_:builtins.open}"),
+    _words("_target_ of a callback", f"+hydra.callbacks.c={_CALL.replace(': ', ':')}"),
+    _words("_target_ of the launcher", "hydra.launcher._target_=builtins.open", "hydra.mode=MULTIRUN"),
+    _words("_target_ in a sweep", "+hydra.callbacks.c=choice({_target_:os.getcwd},{a:1})", "hydra.mode=MULTIRUN"),
+    _mine("callbacks", f"{GLOBAL}hydra:\n  callbacks:\n    c: {_CALL}\n", _CODE),
+    _mine("callbacks without a target", f"{GLOBAL}hydra: {{callbacks: {{c: {{x: 1}}}}}}\n", _CODE),
+    _mine("a launcher", f"{GLOBAL}hydra:\n  launcher: {_CALL}\n", _CODE),
+    _mine("the environment", f"{GLOBAL}hydra:\n  job: {{env_set: {{HF_ENDPOINT: 'http://evil'}}}}\n", _CODE),
+    _mine("a search path", f"{GLOBAL}hydra:\n  searchpath: ['pkg://evil']\n", _CODE),
+    Attack("a config in the place of lora_ft's own", _files({"train.yaml": _TRAIN, "hydra_settings.yaml": _TRAIN}),
+           lambda place: _compose(place, [], folder=True), None),
+    _words("a search path typed", "hydra.searchpath=[pkg://evil]", says="search path can import"),
+    _words("callbacks typed without a target", "+hydra.callbacks.c={x:1}", says="runs no callbacks"),
+    _words("logging to a class typed", "++hydra.job_logging.handlers.h.class=evil.Evil", says="name classes to run"),
+    _folder_of_configs("logging to a class, by its group", {"hydra/job_logging/evil.yaml": _LOGGING},
+                       "name classes to run", ("hydra/job_logging=evil",)),
+    _mine("aliases of aliases", GLOBAL + BOMB, "aliases make it"),
+    _mine("an alias inside of itself", GLOBAL + "a: &a [*a]\n", "aliases make it"),
+    _mine("a config of 1 MiB", GLOBAL + "# " + "x" * 2**20, "larger than 1 MiB"),
+    _mine("a config nested without end", GLOBAL + "a: " + "[" * 100_000, "nested more than", error=ConfigError),
+    _mine("a tag of Python's", GLOBAL + "a: !!python/object/apply:builtins.open [CANARY, w]\n", "asks for more than"),
+    _mine("a tag of its own", GLOBAL + "a: !evil 1\n", "asks for more than data"),
+    Attack("a config that is a link", _linked,
+           lambda place: _compose(place, ["experiment=mine"], folder=True), SecurityError, "a link out of its folder"),
+    Attack("a config of another folder", _elsewhere,
+           lambda place: _compose(place, ["experiment=mine"], folder=True), SecurityError, "out of its folder"),
+    _stored("a stored run of aliases", BOMB, "aliases make it"),
+    _stored("a stored run of aliases, resumed", BOMB, "aliases make it", "train"),
+    _stored("a stored run with a tag", "a: !!python/name:os.system\n", "asks for more than data"),
+    _stored("a stored run with _target_", "model: {_target_: builtins.open}\n", _CODE),
+    _stored("a stored run with _target_, resumed", "model: {_target_: builtins.open}\n", _CODE, "train"),
+    Attack("a stored run that is a link", _linked_run,
+           lambda place: composition.run(composition.Command("eval", [f"run={place.folder}"]), lambda *_: None),
+           SecurityError, "a link out of its folder"),
+]  # fmt: skip

@@ -1,0 +1,310 @@
+"""Faults in runs of a tiny model, each followed by a resume that has to give the bytes of the run that had none.
+
+    python tests/faults/loop.py FOLDER fresh:kill continued:full logged:broken moments:40 signals:20
+
+FOLDER holds a base in llama/. One process loads it and forks for every attempt, which it can because it has one thread.
+What it prints is JSON, for each word: the operations of the run, the faults that fired, what went wrong after them, and
+the seconds it took.
+"""
+
+import dataclasses
+import gc
+import hashlib
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from faults.shim import Change, Fault, Shim
+
+from lora_ft import config, durable, entry, runs, train
+from lora_ft.adapters import files
+from lora_ft.data.prepare import prepare
+from lora_ft.errors import Interrupted, LoraFtError
+from lora_ft.models.load import load_base, load_tokenizer
+from lora_ft.training import checkpoint
+
+KILLED, CODE_OF_DISK = -signal.SIGKILL, 7
+_MESSAGES = {
+    "full": re.compile(r"(/.+) cannot be written: No space left on device \((?:[\d,]+ bytes needed, )?[\d,]+ free\)"),
+    "broken": re.compile(r"(/.+) cannot be written: Input/output error"),
+}
+_TEMPORARY = re.compile(r"\.(tmp|old)-[0-9a-f]{8}")
+_CHECKPOINT = re.compile(r"checkpoints/step-(\d+)$")
+
+
+def settings(folder: Path) -> config.TrainRun:
+    """All at once that a resume could get wrong: dropout, order, packing, accumulation, schedule, best, patience."""
+    rows = folder / "rows.jsonl"
+    pairs = [(f"{'What is ' * (i % 3 + 1)}{i}?", f"It is {'so ' * (i % 4)}{i}.") for i in range(10)]
+    rows.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs))
+    cfg = config.TrainRun(device="cpu", resume="auto")
+    cfg.model.path, cfg.model.dtype = str(folder / "llama"), config.Dtype.float32
+    cfg.adapter = config.Adapter(r=2, dropout=0.1, targets=["q_proj", "v_proj"])
+    cfg.data.path, cfg.data.eval_fraction = str(rows), 0.3
+    cfg.train = config.Train(
+        max_steps=5, tokens_per_step=120, tokens_per_microbatch=70, eval_every_steps=2, keep=config.Keep.best,
+        patience=2, samples=0, save_every_steps=2, keep_checkpoints=1, checkpoint="off",
+    )  # fmt: skip
+    cfg.optim = config.Optim(lr=0.1, schedule=config.Schedule.cosine, warmup_steps=2, weight_decay=0.01)
+    return cfg
+
+
+@dataclass
+class Outcome:
+    """Of one kind of fault: the points where it was to fire, how often it did, and what went wrong after it."""
+
+    points: int
+    faults: int = 0
+    failures: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A run to spoil: its settings, its folder, what was in that before, and what comes of it if nothing fails.
+
+    A third of all operations are lines of log.txt: `logs` says whether they are made.
+    """
+
+    cfg: config.TrainRun
+    run: Path
+    before: Path | None
+    logs: bool
+    trace: list[Change]
+    expected: dict[str, object]
+
+    def begin(self) -> None:
+        shutil.rmtree(self.run, ignore_errors=True)
+        if self.before:
+            shutil.copytree(self.before, self.run)
+
+    def attempt(self, shim: Shim | None = None) -> tuple[int, str]:
+        """Begin or continue the run; its exit code, negative for a signal, and its message."""
+        return ended(fork(self.cfg, self.run, self.logs, shim), self.run)
+
+    def saved_before(self, change: int) -> int:
+        """The step of the newest checkpoint when this change, counted from 1, is about to happen; 0 without one."""
+        done = [_CHECKPOINT.search(c.to) for c in self.trace[: change - 1]]
+        return max([_newest_step(self.before), *(int(found[1]) for found in done if found)])
+
+
+def main() -> None:
+    folder, words = Path(sys.argv[1]), sys.argv[2:]
+    torch.set_num_threads(1)
+    cfg = settings(folder)
+    _load_once(cfg, folder)
+    short = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, max_steps=3))
+    longer = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, max_steps=4, keep_checkpoints=2))
+    scenario(short, folder / "short", None)
+    scenarios = {
+        "fresh": scenario(cfg, folder / "run", None),
+        "continued": scenario(longer, folder / "run", folder / "short"),
+        "logged": scenario(cfg, folder / "run", None, logs=True),
+    }
+    outcomes: dict[str, object] = {}
+    for word in words:
+        started, (what, how) = time.perf_counter(), word.split(":")
+        if what in scenarios:
+            outcome = at_every_change(scenarios[what], how)
+        else:
+            outcome = {"moments": at_moments, "signals": by_signals}[what](scenarios["fresh"], int(how))
+        outcome.seconds = time.perf_counter() - started
+        outcomes[word] = dataclasses.asdict(outcome)
+    sys.stdout.write(json.dumps(outcomes))
+
+
+def at_every_change(scene: Scenario, kind: str) -> Outcome:
+    """Let change 1, 2, 3, ... of the run fail until there is none, and resume after each."""
+    outcome = Outcome(points=len(scene.trace))
+    for number in range(1, len(scene.trace) + 2):
+        scene.begin()
+        code, message = scene.attempt(Shim(Fault(number, kind)))
+        if code == 0:
+            break
+        outcome.faults += 1
+        change = scene.trace[number - 1]
+        problems = [*_wrong_end(kind, code, message, scene.run), *_wrong_resume(scene, scene.saved_before(number))]
+        outcome.failures += [f"{kind} at {number} ({change.name} {change.path}): {p}" for p in problems]
+    return outcome
+
+
+def _wrong_end(kind: str, code: int, message: str, run: Path) -> Iterator[str]:
+    """What an attempt should not have ended as, after this kind of fault."""
+    expected = CODE_OF_DISK if kind in _MESSAGES else KILLED
+    if code != expected:
+        yield f"ended with {code} instead of {expected}: {message}"
+    elif kind in _MESSAGES:
+        found = _MESSAGES[kind].fullmatch(message)
+        if not found or not found[1].startswith(str(run)):
+            yield f"the message names no place in the run, or not what is wrong with it: {message}"
+
+
+def _wrong_resume(scene: Scenario, saved: int) -> Iterator[str]:
+    """What is wrong with the run when it is resumed after a fault; `saved` is the step it should go on from."""
+    if (newest := _newest_step(scene.run)) != saved:
+        yield f"the newest checkpoint is that of step {newest} instead of {saved}"
+    code, message = scene.attempt()
+    if code != 0:
+        yield f"the resume ended with {code}: {message}"
+    else:
+        yield from _differences(scene.expected, result(scene.run))
+
+
+def at_moments(scene: Scenario, number: int) -> Outcome:
+    """SIGKILL at random moments, in the run and in its resumes alike, until one of these comes to its end."""
+    outcome = Outcome(points=number)
+    random.seed(time.time_ns())
+    duration = _duration(scene)
+    while outcome.faults < number:
+        scene.begin()
+        kills: list[float] = []
+        while True:
+            pid = fork(scene.cfg, scene.run, scene.logs)
+            moment = random.uniform(0, duration)
+            time.sleep(moment)
+            os.kill(pid, signal.SIGKILL)
+            code, message = ended(pid, scene.run)
+            if code != KILLED:
+                break
+            outcome.faults += 1
+            kills.append(moment)
+        problems = [message] if code else _differences(scene.expected, result(scene.run))
+        outcome.failures += [f"kills after {kills} s: {problem}" for problem in problems]
+    return outcome
+
+
+def by_signals(scene: Scenario, number: int) -> Outcome:
+    """SIGTERM or SIGINT at random moments, every other time twice; what was trained until then is not lost."""
+    outcome = Outcome(points=number)
+    random.seed(time.time_ns())
+    duration = _duration(scene)
+    while outcome.faults < number:
+        scene.begin()
+        pid = fork(scene.cfg, scene.run, scene.logs)
+        signum, twice = random.choice((signal.SIGTERM, signal.SIGINT)), random.random() < 0.5
+        moment = random.uniform(0, duration)
+        time.sleep(moment)
+        os.kill(pid, signum)
+        if twice:
+            time.sleep(random.uniform(0, 0.005))
+            os.kill(pid, signum)
+        code, message = ended(pid, scene.run)
+        if code == 0:
+            continue
+        outcome.faults += 1
+        where = f"{signum.name}{' twice' if twice else ''} after {moment} s"
+        # Before the handlers are there, a process ends as any does that has none.
+        if code not in (128 + signum, -signum):
+            outcome.failures.append(f"{where}: ended with {code}: {message}")
+        if "go on with" in message and _newest_step(scene.run) != _last_step(scene.run):
+            outcome.failures.append(f"{where}: step {_last_step(scene.run)} is done and not saved")
+        outcome.failures += [f"{where}: {p}" for p in _wrong_resume(scene, _newest_step(scene.run))]
+    return outcome
+
+
+def scenario(cfg: config.TrainRun, run: Path, before: Path | None, *, logs: bool = False) -> Scenario:
+    """A scenario, and what it gives when nothing fails."""
+    shutil.rmtree(run, ignore_errors=True)
+    if before:
+        shutil.copytree(before, run)
+    code, message = ended(fork(cfg, run, logs, Shim(), run.parent / "trace"), run)
+    assert code == 0, message
+    trace = [Change(**change) for change in json.loads((run.parent / "trace").read_text())]
+    return Scenario(cfg, run, before, logs, trace, result(run))
+
+
+def result(run: Path) -> dict[str, object]:
+    """What must be the same however often a run was interrupted; of the metrics all but times and speed."""
+    metrics = [{k: v for k, v in m.items() if "second" not in k} for m in runs.read_metrics(run)]
+    weights = (run / "adapter" / files.WEIGHTS).read_bytes()
+    return {
+        "adapter": hashlib.sha256(weights).hexdigest(),
+        "metrics": metrics,
+        "checkpoints": sorted(path.name for path in (run / checkpoint.FOLDER).iterdir()),
+        "temporary names": sorted(str(p.relative_to(run)) for p in run.rglob("*") if _TEMPORARY.search(p.name)),
+        "files": sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()),
+    }
+
+
+def _differences(expected: dict[str, object], found: dict[str, object]) -> list[str]:
+    return [f"{name} {found[name]} instead of {expected[name]}" for name in expected if found[name] != expected[name]]
+
+
+def _newest_step(run: Path | None) -> int:
+    found = checkpoint.newest(run) if run else None
+    return int(found.name.removeprefix("step-")) if found else 0
+
+
+def _last_step(run: Path) -> int:
+    return max(m["step"] for m in runs.read_metrics(run))
+
+
+def _duration(scene: Scenario) -> float:
+    scene.begin()
+    started = time.perf_counter()
+    assert scene.attempt()[0] == 0
+    return time.perf_counter() - started
+
+
+def fork(cfg: config.TrainRun, run: Path, logs: bool, shim: Shim | None = None, trace: Path | None = None) -> int:
+    """Begin or continue the run in a forked process, whose trace is written if it ends by itself; its pid."""
+    assert len(list(Path("/proc/self/task").iterdir())) == 1, "a process of several threads must not be forked"
+    if pid := os.fork():
+        return pid
+    code, message = 1, ""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as SIGTERM: outside of training there is nothing to finish
+    logging.getLogger("lora_ft").disabled = not logs
+    try:
+        durable.os = shim or Shim()
+        with _silent():
+            train.main(cfg, entry.Invocation(run, []))
+        code = 0
+    except (LoraFtError, Interrupted) as error:
+        code, message = error.exit_code, str(error)
+    except BaseException as error:
+        message = repr(error)
+    run.with_suffix(".message").write_text(message)
+    if trace:
+        trace.write_text(json.dumps([dataclasses.asdict(change) for change in durable.os.trace]))
+    os._exit(code)
+
+
+def ended(pid: int, run: Path) -> tuple[int, str]:
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return code, run.with_suffix(".message").read_text() if code >= 0 else ""
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+def _load_once(cfg: config.TrainRun, folder: Path) -> None:
+    """Let `train` find tokenizer, rows and base loaded; a first run makes the imports that all others would make."""
+    tokenizer = load_tokenizer(cfg.model)
+    dataset = prepare(cfg.data, tokenizer)
+    bases = [load_base(cfg.model, cfg.quant, cfg.device, tokenizer) for _ in range(2)]
+    train.load_tokenizer = lambda *_: tokenizer
+    train.prepare = lambda *_: dataset
+    train.load_base = lambda *_: bases.pop()
+    with _silent():
+        train.main(cfg, entry.Invocation(folder / "first", []))
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+
+
+if __name__ == "__main__":
+    main()

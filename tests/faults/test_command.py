@@ -1,0 +1,111 @@
+"""The installed command under SIGKILL at random moments: with resume=auto, the bytes of a run that was never killed."""
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from finished import call, rows_file
+from tiny import tiny_folder
+
+from lora_ft import runs
+from lora_ft.adapters import files
+
+PROGRAM = Path(sys.executable).with_name("lora-ft")
+QUICK = ("train.max_steps=40", "train.tokens_per_step=160", "train.tokens_per_microbatch=80", "adapter.r=4",
+         "adapter.dropout=0.1", "optim.lr=0.01", "optim.schedule=cosine", "optim.warmup_steps=5",
+         "data.eval_fraction=0.4", "train.samples=0", "train.eval_every_steps=20", "train.save_every_steps=2",
+         "device=cpu")  # fmt: skip
+METHODS = {"lora": (), "dora": ("adapter=dora",), "nf4": ("quant=nf4",)}
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def words(folder: Path, method: str) -> tuple[str, ...]:
+    base = folder / "llama" if (folder / "llama").is_dir() else tiny_folder(folder, "llama")
+    return ("model=local", f"model.path={base}", f"data.path={rows_file(folder)}", *METHODS[method], *QUICK)
+
+
+def weights(run: Path) -> str:
+    return hashlib.sha256((run / "adapter" / files.WEIGHTS).read_bytes()).hexdigest()
+
+
+def started(run: Path, *typed: str) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
+    command = [PROGRAM, "train", *typed, f"hydra.run.dir={run}", "resume=auto"]
+    nowhere = subprocess.DEVNULL  # what it says is in log.txt
+    return subprocess.Popen(command, env=environment, stdout=nowhere, stderr=nowhere)
+
+
+def lines(run: Path) -> int:
+    metrics = run / runs.METRICS
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
+def interrupted(run: Path, typed: tuple[str, ...], how: signal.Signals, longest: float) -> int:
+    """Begin or continue the run and send the signal at a random moment after its first step; the exit code."""
+    before, process = lines(run), started(run, *typed)
+    while process.poll() is None and lines(run) in (0, before):
+        time.sleep(0.005)
+    time.sleep(random.uniform(0, longest))
+    process.send_signal(how)
+    return process.wait()
+
+
+def check(run: Path, expected: str) -> None:
+    assert weights(run) == expected
+    assert [m["step"] for m in runs.read_metrics(run)] == list(range(41))
+
+
+def reference(folder: Path, typed: tuple[str, ...]) -> str:
+    """Trained in this process, which gives the installed command's bytes (test_same_bytes.py)."""
+    assert call("train", *typed, f"hydra.run.dir={folder / 'whole'}") == 0
+    return weights(folder / "whole")
+
+
+@pytest.mark.closes("C01", "C03")
+@pytest.mark.parametrize("method", METHODS)
+def test_the_command_that_was_killed_goes_on_to_the_same_bytes(method: str, tmp_path: Path) -> None:
+    typed = words(tmp_path, method)
+    expected = reference(tmp_path, typed)
+    assert interrupted(tmp_path / "run", typed, signal.SIGKILL, 0.3) in (-signal.SIGKILL, 0)
+    assert call("train", *typed, f"hydra.run.dir={tmp_path / 'run'}", "resume=auto") == 0
+    check(tmp_path / "run", expected)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("method", METHODS)
+def test_the_command_that_is_killed_again_and_again_comes_to_the_same_bytes(method: str, tmp_path: Path) -> None:
+    """Seven times for each method, twenty-one in all."""
+    typed = words(tmp_path, method)
+    expected, kills, round_number = reference(tmp_path, typed), 0, 0
+    while kills < 7:
+        round_number += 1
+        run = tmp_path / f"run{round_number}"
+        for _ in range(3):
+            kills += interrupted(run, typed, signal.SIGKILL, 0.2) == -signal.SIGKILL
+        assert started(run, *typed).wait() == 0
+        check(run, expected)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_that_is_asked_to_stop_says_so_by_its_exit_code(how: signal.Signals, tmp_path: Path) -> None:
+    typed = words(tmp_path, "lora")
+    expected = reference(tmp_path, typed)
+    assert interrupted(tmp_path / "run", typed, how, 0.1) == 128 + how
+    assert started(tmp_path / "run", *typed).wait() == 0
+    check(tmp_path / "run", expected)

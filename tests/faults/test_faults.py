@@ -1,0 +1,68 @@
+"""A run that is killed, or whose disk is full or broken, at any operation: resumed, it gives the same bytes.
+
+Each test runs loop.py in a process of its own, which has one thread and forks for every fault, and judges its findings.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny import tiny_model, tiny_tokenizer
+
+HERE = Path(__file__).resolve().parent
+LONG = ("logged:kill", "logged:full", "logged:broken", "moments:100", "signals:50")
+
+Record = Callable[[str, object], None]
+
+
+def check(folder: Path, record_property: Record, *words: str) -> None:
+    """Let loop.py do what these words say, over a base of one layer: every fault fires, and none leaves a trace."""
+    model = tiny_model("llama")
+    model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers = 1
+    model.save_pretrained(folder / "llama")
+    tiny_tokenizer().save_pretrained(folder / "llama")
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",  # its threads would forbid to fork
+        "PYTHONPATH": str(HERE.parent),
+    }
+    command = [sys.executable, HERE / "loop.py", folder, *words]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    outcomes = json.loads(ended.stdout)
+    for word in words:
+        points, faults, failures, seconds = (outcomes[word][n] for n in ("points", "faults", "failures", "seconds"))
+        kind = "random moments" if word[-1].isdigit() else "operations"
+        figure = f"{kind} {points}, faults {faults}, failures {len(failures)} ({seconds:.0f} s)"
+        record_property("figure", f"{word}: {figure}")
+    assert [failure for word in words for failure in outcomes[word]["failures"]] == []
+    assert all(outcomes[word]["faults"] >= outcomes[word]["points"] >= 10 for word in words)
+
+
+@pytest.mark.closes("C01", "C03", "C04", "C05")
+def test_a_run_killed_at_any_operation_goes_on_to_the_same_bytes(tmp_path: Path, record_property: Record) -> None:
+    check(tmp_path, record_property, "fresh:kill", "continued:kill")
+
+
+@pytest.mark.closes("C08")
+def test_a_disk_full_or_broken_at_any_operation_is_said_and_costs_no_checkpoint(
+    tmp_path: Path, record_property: Record
+) -> None:
+    check(tmp_path, record_property, "continued:full", "continued:broken")
+
+
+@pytest.mark.closes("C01", "C03", "C11")
+def test_kills_and_signals_at_random_moments_lose_nothing_that_was_saved(
+    tmp_path: Path, record_property: Record
+) -> None:
+    check(tmp_path, record_property, "moments:40", "signals:10")
+
+
+@pytest.mark.nightly
+def test_more_of_the_same(tmp_path: Path, record_property: Record) -> None:
+    check(tmp_path, record_property, *LONG)

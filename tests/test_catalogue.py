@@ -1,0 +1,48 @@
+"""The table of known failures is what the tests say, and every mark names one of them."""
+
+from collections import Counter
+from pathlib import Path
+
+import catalogue
+import pytest
+
+
+def test_the_table_is_what_the_marks_say() -> None:
+    assert catalogue.TABLE.read_text("utf-8") == catalogue.table(catalogue.closed_by()), "run make catalogue"
+
+
+def test_every_failure_of_the_catalogue_has_a_row() -> None:
+    sizes = Counter(number[0] for number in catalogue.FAILURES)
+    assert sizes == {"A": 26, "B": 8, "C": 11, "D": 9, "E": 7, "F": 9, "G": 5}
+    rows = [
+        line.split(" | ") for line in catalogue.table({"A02": ["`test_a.py::test_b`"]}).splitlines() if "| " in line
+    ]
+    found = {row[0].removeprefix("| "): row[2] for row in rows if len(row) == 3}
+    assert found.pop("ID") == "closed by |"
+    assert found.keys() == catalogue.FAILURES.keys()
+    assert {number for number, tests in found.items() if tests != "open |"} == {"A02"}
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ('@pytest.mark.closes("A99")\ndef test_one(): ...', r"test_x\.py:1: no such failure: 'A99'"),
+        ("@pytest.mark.closes()\ndef test_one(): ...", r"no such failure: pytest\.mark\.closes"),
+        ("@pytest.mark.closes(A01)\ndef test_one(): ...", "no such failure: A01"),
+        ('@pytest.mark.closes("A01")\ndef helps(): ...', "closes is a mark of one test, written above it"),
+        ('pytestmark = pytest.mark.closes("A01")', "closes is a mark of one test, written above it"),
+    ],
+)
+def test_a_mark_that_says_nothing_is_refused(source: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "test_x.py").write_text(source)
+    with pytest.raises(ValueError, match=said):
+        catalogue.closed_by(tmp_path)
+
+
+def test_marks_are_found_in_folders_and_beside_other_marks(tmp_path: Path) -> None:
+    (tmp_path / "inside").mkdir()
+    above = '@pytest.mark.parametrize("a", [1])\n@pytest.mark.closes("A01", "B02")\n@pytest.mark.nightly\n'
+    (tmp_path / "inside" / "test_x.py").write_text(f"{above}def test_one(a): ...\n")
+    (tmp_path / "test_y.py").write_text('@pytest.mark.closes("A01")\ndef test_two(): ...\n')
+    tests = ["`inside/test_x.py::test_one` (nightly)", "`test_y.py::test_two`"]
+    assert catalogue.closed_by(tmp_path) == {"A01": tests, "B02": tests[:1]}

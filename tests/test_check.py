@@ -1,0 +1,232 @@
+"""The check verb as a user meets it: the page for a good file, one message and an exit code for each broken one."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from finished import call, finished_run
+from rich.console import Console
+from tiny import tiny_folder, tiny_tokenizer
+
+from lora_ft import check, config
+from lora_ft.data.rows import TokenRow
+from lora_ft.data.tokenize import Vocabulary
+from lora_ft.training.preflight import check_first
+
+COMMAND = str(Path(sys.executable).with_name("lora-ft"))
+GOOD = [{"prompt": f"How many legs have {n} spiders?", "completion": f"They have {8 * n} legs."} for n in range(24)]
+SHORT = ("train.tokens_per_step=80", "train.epochs=2", "adapter.r=4", "adapter.alpha=8", "data.eval_fraction=0.2")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A tiny llama that reads texts of any length that is used here."""
+    folder = tiny_folder(tmp_path_factory.mktemp("base"), "llama")
+    settings = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 4096}
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def checked(base, *words, content=None, name="rows.jsonl"):
+    """The exit code of a check over a file of this content."""
+    content = lines(GOOD) if content is None else content
+    Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return call("check", "model=local", f"model.path={base}", f"data.path={name}", *SHORT, *words)
+
+
+def test_a_good_file_gives_a_page_that_fits_and_leaves_nothing_behind(base, capfd):
+    assert checked(base) == 0
+    out, err = capfd.readouterr()
+    assert err == "" and "\x1b" not in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert not any(line != line.rstrip() for line in out.splitlines())
+    for word in ("read", "documents", "tokens", "length", "begin", "end", "prompts", "overlap", "steps",
+                 "learning rate", "layers", "trainable", "scale", "disk"):  # fmt: skip
+        assert re.search(rf"^  {word} ", out, re.MULTILINE), word
+    assert out.count("⟦") == out.count("⟧") == 1 + 3  # the legend and three rows
+    assert len(re.findall(r"⟦They have \d+ legs\.<\|im_end\|>⟧", out)) == 3
+    assert "<|im_start|>assistant↵" in out and "24 rows (prompt_completion), 0 duplicates" in out
+    assert out.splitlines()[-1] == "no warnings"
+    assert [path.name for path in Path().iterdir()] == ["rows.jsonl"]
+
+
+def test_the_installed_command_checks_what_train_would_train_without_reading_a_weight(base, tmp_path):
+    """Weights of the right header and size, of which all is lost: check has no use for them."""
+    hollow = tmp_path / "hollow"
+    hollow.mkdir()
+    for path in base.iterdir():
+        (hollow / path.name).write_bytes(path.read_bytes())
+    weights = (hollow / "model.safetensors").read_bytes()
+    header = 8 + int.from_bytes(weights[:8], "little")
+    (hollow / "model.safetensors").write_bytes(weights[:header] + bytes(len(weights) - header))
+    (tmp_path / "rows.jsonl").write_text(lines(GOOD))
+    words = ["model=local", f"model.path={hollow}", "data.path=rows.jsonl", "device=cpu", "optim.decay_fraction=0.5"]
+    done = subprocess.run([COMMAND, "check", *words], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"})  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "! optim.decay_fraction has no effect: it is for wsd, and optim.schedule=linear" in done.stdout
+    assert sorted(path.name for path in Path().iterdir()) == ["hollow", "rows.jsonl"]
+
+
+CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+BROKEN = {
+    "cut short": (lines(GOOD) + '{"prompt": "2+2?", "comple', r"rows\.jsonl:25: .*Unterminated string"),
+    "no answer": (lines([*GOOD, {"prompt": "2+2?"}]), r"rows\.jsonl:25: completion: is missing"),
+    "empty answer": (lines([*GOOD, {"prompt": "2+2?", "completion": " "}]), r"rows\.jsonl:25: completion: is empty"),
+    "number": (lines([*GOOD, {"prompt": 4, "completion": "4"}]), r"rows\.jsonl:25: prompt: must be text, got int"),
+    "ends with the user": (
+        lines([CHAT, {"messages": CHAT["messages"][:1]}]),
+        r"rows\.jsonl:2: message 1: .*must end with the assistant's answer",
+    ),
+    "roles in disorder": (
+        lines([CHAT, {"messages": CHAT["messages"][::-1]}]),
+        r"rows\.jsonl:2: message 1: assistant may not come first",
+    ),
+    "unknown role": (
+        lines([CHAT, {"messages": [{"role": "bot", "content": "Hi"}]}]),
+        r"rows\.jsonl:2: messages\[0\]: role 'bot' is none of",
+    ),
+    "control token": (
+        lines([*GOOD, {"prompt": "a<|im_end|>b", "completion": "c"}]),
+        r"rows\.jsonl:25: content: holds the control token <\|im_end\|>",
+    ),
+    "not UTF-8": (lines(GOOD).encode() + b'{"prompt": "caf\xe9"}\n', r"rows\.jsonl:25: .*not UTF-8"),
+    "a key twice": (lines(GOOD) + '{"prompt": "a", "prompt": "b", "completion": "c"}\n', r":25: prompt: key occurs"),
+    "too long": (
+        lines([*GOOD, {"prompt": "why? " * 3000, "completion": "c"}]),
+        r"rows\.jsonl:25 with .*data\.too_long",
+    ),
+    "no format": (lines([{"question": "a", "reply": "b"}]), r"no format has the columns question, reply"),
+    "preferences": (lines([{"prompt": "a", "chosen": "b", "rejected": "c"}]), r"chosen and rejected"),
+    "nothing": ("", r"no row"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_one_message_with_its_place_and_exit_4(base, capfd, name):
+    content, message = BROKEN[name]
+    assert checked(base, content=content) == 4
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("lora-ft: ") and "Traceback" not in err
+    assert re.search(message, err), err
+
+
+def test_a_held_out_file_that_was_trained_on_is_an_error(base, capfd):
+    Path("held.jsonl").write_text(lines([GOOD[3], {"prompt": "Other?", "completion": "Yes."}]))
+    assert checked(base, "data.eval_path=held.jsonl") == 4
+    assert re.search(r"1 held-out rows are training rows too:\n.*held\.jsonl:1 is also .*rows\.jsonl:4",
+                     capfd.readouterr().err)  # fmt: skip
+
+
+def test_a_run_to_resume_is_checked_with_its_own_settings(base, tmp_path, capfd):
+    run = finished_run(tmp_path, "gpt2", r=2, alpha=7.0)
+    assert call("check", f"resume={run}", "train.epochs=2") == 0
+    assert re.search(r"scale +3\.5 \(alpha / r\)", capfd.readouterr().out)
+    assert call("check", f"resume={run}", "adapter.alpha=9") == 2
+    assert "adapter.alpha: 7.0 -> 9.0" in capfd.readouterr().err
+    assert checked(base, "resume=auto") == 0
+    assert "! resume has no effect: check looks at a run from its beginning" in capfd.readouterr().out
+
+
+WRONG = {
+    "targets": (["adapter.targets=[q_prj]"], 2, "q_prj matches no layer of this model, which has down_proj"),
+    "warm-up": (["optim.warmup_steps=500"], 2, r"optim.warmup_steps must be below the run's \d+ steps, got 500"),
+    "micro-batch": (["train.tokens_per_microbatch=9"], 2, "must be at least the longest row: .*rows.jsonl:"),
+    "GPU": (["fast.compile=true"], 2, "fast.compile=true needs a CUDA device"),
+    "added token": (["model.added_tokens=['<never>']"], 4, "no training row holds <never>"),
+    "base": (["model.path=./absent"], 7, "there is no such folder"),
+    "template": (["model.chat_template=never_ends.jinja"], 4, "puts no end token after the answer"),
+    "start": (["adapter.init_from=run/adapter"], 5, "was made for another base"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_setting_that_would_end_training_ends_the_check_with_its_code(base, tmp_path, capfd, name):
+    words, code, message = WRONG[name]
+    Path("never_ends.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+                                        "{% if add_generation_prompt %}assistant: {% endif %}")  # fmt: skip
+    if name == "start":
+        finished_run(tmp_path, "gpt2", r=4, alpha=8.0)
+    assert checked(base, *words) == code
+    assert re.search(message, capfd.readouterr().err)
+
+
+def shown(base, tmp_path, rows, width=80, color=None, **data):
+    """The page over these rows, as text."""
+    (tmp_path / "rows.jsonl").write_text(lines(rows))
+    cfg = config.CheckRun(device="cpu", data=config.Data(path="rows.jsonl", eval_fraction=0.0, **data))
+    cfg.model.path = str(base)
+    tokenizer = tiny_tokenizer()
+    console = Console(width=width, color_system=color, force_terminal=color is not None)
+    with console.capture() as captured:
+        console.print(check.page(cfg, *check_first(cfg, tokenizer, tmp_path), tokenizer))
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+def test_blanks_are_visible_and_nothing_reaches_a_terminal_that_it_obeys(base, tmp_path):
+    page = shown(base, tmp_path, [{"prompt": "a  b \n\tc\x1b[31m\u202e[bold]x[/bold]", "completion": " d\u00a0e "}])
+    assert "a··b·↵\n" in page and "→c\\x1b[31m\\u202e[bold]x[/bold]" in page
+    assert "⟦·d\\xa0e·<|im_end|>⟧" in page
+    assert "\x1b" not in page and "\u202e" not in page
+
+
+def test_supervised_masked_and_control_tokens_have_colours_in_a_terminal(base, tmp_path):
+    page = shown(base, tmp_path, [{"prompt": "a", "completion": "b"}], color="standard")
+    assert "\x1b[32mb\x1b[0m\x1b[36m<|im_end|>" in page and "\x1b[2" in page
+
+
+def test_long_texts_and_long_chats_lose_their_middle_and_keep_every_bracket(base, tmp_path):
+    chat = [{"role": r, "content": f"{r} {n}"} for n in range(12) for r in ("user", "assistant")]
+    chat[0]["content"] = "start " + "x" * 500 + " stop"
+    page = " ".join(shown(base, tmp_path, [{"messages": chat}]).split())
+    assert "start" in page and "stop" in page and "more characters" in page
+    assert "assistant 0" in page and "assistant 11" in page and "assistant 6" not in page and "more parts" in page
+    assert page.count("⟦") == page.count("⟧")
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 7])
+def test_up_to_three_rows_are_shown_each_once(base, tmp_path, number):
+    page = shown(base, tmp_path, GOOD[:number])
+    places = re.findall(r"^rows\.jsonl:(\d+) \(", page, re.MULTILINE)
+    assert len(places) == len(set(places)) == min(number, 3)
+
+
+def test_parts_of_a_row_put_together_are_its_text():
+    tokenizer = tiny_tokenizer()
+    vocabulary = Vocabulary(tokenizer)
+    text = "What is the capital of France? The capital of France is Paris. Καλημέρα"
+    (ids,) = vocabulary.ids([text])
+    for period in (1, 2, 5):
+        row = TokenRow(ids=check.np.array(ids), supervised=check.np.arange(len(ids)) // period % 2 == 1, place="x")
+        parts = list(check._parts(row, vocabulary))
+        assert len(parts) == -(-len(ids) // period)
+        if "\ufffd" not in "".join(part for part, _ in parts):
+            assert "".join(part for part, _ in parts) == text
+    assert [learned for _, learned in parts] == [i % 2 == 1 for i in range(len(parts))]
+
+
+@pytest.mark.parametrize("width", [60, 80, 160])
+def test_the_page_fits_a_terminal_of_any_usual_width(base, tmp_path, width):
+    page = shown(base, tmp_path, GOOD, width=width)
+    assert max(map(len, page.splitlines())) <= width
+
+
+def test_the_page_says_what_was_cut_left_out_and_not_used(base, tmp_path):
+    rows = [{**row, "score": 1} for row in GOOD] + [{"prompt": "why " * 90, "completion": "So."}]
+    cut = shown(base, tmp_path, rows, max_length=64, too_long=config.TooLong.truncate_prompt)
+    assert "1 prompts cut (data.too_long=truncate_prompt)" in cut and "columns score" in cut
+    dropped = shown(base, tmp_path, rows, max_length=64, too_long=config.TooLong.drop)
+    assert re.search(r"1 longer than\s+data\.max_length left out", dropped)

@@ -1,0 +1,384 @@
+"""A checkpoint is whole or none: what spoils it is found, an older one takes its place, and rotation keeps the best."""
+
+import contextlib
+import random
+import shutil
+import signal
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from faults.shim import Fault, Shim
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+from learners import SETTINGS, learner_on, some_rows
+from tiny import tiny_model, tiny_tokenizer
+
+from lora_ft import config, durable, runs
+from lora_ft.adapters import files, origin
+from lora_ft.errors import CheckpointError, Interrupted, MismatchError, ResourceError
+from lora_ft.evaluation.heldout import Heldout
+from lora_ft.models.load import Identity
+from lora_ft.training import checkpoint, optimizers
+from lora_ft.training.learner import Evaluation, Learner
+from lora_ft.training.loop import fit
+from lora_ft.training.stop import Stop
+
+SMALL = config.Adapter(r=1, targets=["q_proj"])
+FILES = (checkpoint.TENSORS, checkpoint.STATE, checkpoint.MANIFEST)
+
+
+def learner_in(run: Path, **settings: object) -> Learner:
+    """A learner at its start, with held-out rows; a checkpoint every two of six steps, all of them kept."""
+    run.mkdir(exist_ok=True)
+    train = {"max_steps": 6, "tokens_per_step": 60, "save_every_steps": 2, "keep_checkpoints": 9, "checkpoint": "off"}
+    chosen = {"train": config.Train(**train | settings.pop("train", {}))} | settings
+    return learner_on(tiny_model("llama"), run, heldout=some_rows(4, seed=9), **chosen)
+
+
+def fitted(learner: Learner) -> Learner:
+    fit([learner], lambda who, metrics: runs.append_metrics(who.folder, metrics))
+    return learner
+
+
+def step_of(path: Path | None) -> int:
+    return int(path.name.removeprefix("step-")) if path else 0
+
+
+def steps_in(run: Path) -> list[int]:
+    return sorted(map(step_of, (run / checkpoint.FOLDER).glob("step-*")))
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Runs of six steps that differ in their seed, with checkpoints of 100 kB after steps 2, 4 and 6."""
+    folder = tmp_path_factory.mktemp("runs")
+    for seed in (0, 1):
+        fitted(learner_in(folder / str(seed), seed=seed))
+    return folder / "0", folder / "1"
+
+
+@pytest.fixture
+def run(two_runs: tuple[Path, Path], tmp_path: Path) -> Path:
+    shutil.copytree(two_runs[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+# --- what spoils a checkpoint -----------------------------------------------------------------------------------------
+
+
+def flipped(data: bytes, chance: random.Random) -> bytes:
+    place = chance.randrange(len(data))
+    return data[:place] + bytes([data[place] ^ chance.randrange(1, 256)]) + data[place + 1 :]
+
+
+def truncated(data: bytes, chance: random.Random) -> bytes:
+    return data[: chance.randrange(len(data))]
+
+
+def zeroed(data: bytes, chance: random.Random) -> bytes:
+    """With a page of zeros that was none: what a file system may leave after a power failure."""
+    pages = [start for start in range(0, len(data), 4096) if any(data[start : start + 4096])]
+    start = chance.choice(pages)
+    return data[:start] + bytes(len(data[start : start + 4096])) + data[start + 4096 :]
+
+
+@pytest.mark.closes("C01")
+@pytest.mark.parametrize(("spoiled", "times"), [(flipped, 1000), (truncated, 200), (zeroed, 50)])
+def test_every_spoiled_file_is_found_and_the_one_before_is_the_newest(
+    spoiled, times: int, run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    newest, chance = run / checkpoint.FOLDER / "step-00000006", random.Random(0)
+    whole = {name: (newest / name).read_bytes() for name in FILES}
+    for number in range(times):
+        name = FILES[number % 3]
+        caplog.clear()
+        (newest / name).write_bytes(spoiled(whole[name], chance))
+        assert step_of(checkpoint.newest(run)) == 4, (number, name)
+        assert str(newest) in caplog.text
+        (newest / name).write_bytes(whole[name])
+    caplog.clear()
+    assert step_of(checkpoint.newest(run)) == 6
+    assert not caplog.records
+
+
+@pytest.mark.closes("C01")
+def test_every_file_of_another_checkpoint_is_found(two_runs: tuple[Path, Path], run: Path) -> None:
+    """Between steps, between runs, and between the files of one checkpoint; also when all three come together."""
+    newest = run / checkpoint.FOLDER / "step-00000006"
+    others = [path for other in two_runs for path in (other / checkpoint.FOLDER).glob("step-*/*")]
+    whole = {name: (newest / name).read_bytes() for name in FILES}
+    swapped = [(n, o) for n in FILES for o in others if o.read_bytes() != whole[n]]
+    assert len(swapped) >= 50
+    for name, other in swapped:
+        (newest / name).write_bytes(other.read_bytes())
+        assert step_of(checkpoint.newest(run)) == 4, (name, other)
+        (newest / name).write_bytes(whole[name])
+    shutil.rmtree(newest)
+    shutil.copytree(newest.with_name("step-00000002"), newest)
+    assert step_of(checkpoint.newest(run)) == 4
+
+
+@pytest.mark.parametrize("spoil", ["missing", "link", "file", "empty"])
+def test_what_lacks_one_of_the_three_files_is_no_checkpoint(spoil: str, run: Path) -> None:
+    newest = run / checkpoint.FOLDER / "step-00000006"
+    state = newest / checkpoint.STATE
+    match spoil:
+        case "missing":
+            state.unlink()
+        case "link":
+            state.rename(run / "elsewhere")
+            state.symlink_to(run / "elsewhere")
+        case "file":
+            shutil.rmtree(newest)
+            newest.write_text("")
+        case "empty":
+            shutil.rmtree(newest)
+            newest.mkdir()
+    assert step_of(checkpoint.newest(run)) == 4
+
+
+def test_what_a_file_manager_leaves_in_a_checkpoint_does_not_spoil_it(run: Path) -> None:
+    newest = run / checkpoint.FOLDER / "step-00000006"
+    (newest / ".DS_Store").write_text("")
+    (newest / ".ipynb_checkpoints").mkdir()
+    assert step_of(checkpoint.newest(run)) == 6
+
+
+def test_a_checkpoint_whose_metrics_are_shorter_than_it_knows_is_none(run: Path) -> None:
+    metrics = run / runs.METRICS
+    metrics.write_bytes(metrics.read_bytes()[:-1])
+    assert step_of(checkpoint.newest(run)) == 4
+    metrics.unlink()
+    with pytest.raises(CheckpointError, match=r"step-00000002: metrics\.jsonl was [\d,]+ bytes long when .* has 0"):
+        checkpoint.newest(run)
+
+
+@pytest.mark.closes("C05")
+def test_a_run_of_which_no_checkpoint_is_valid_is_not_begun_afresh(run: Path) -> None:
+    for path in (run / checkpoint.FOLDER).iterdir():
+        (path / checkpoint.TENSORS).write_bytes(b"")
+    learner, before = learner_in(run), (run / runs.METRICS).read_bytes()
+    with pytest.raises(CheckpointError, match="no checkpoint is valid") as caught:
+        checkpoint.resume(learner)
+    assert caught.value.exit_code == 6
+    assert all(f"step-0000000{step}: its files do not have" in str(caught.value) for step in (2, 4, 6))
+    assert learner.step == 0
+    assert (run / runs.METRICS).read_bytes() == before
+
+
+# --- resumed exactly --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.closes("C01", "C05")
+def test_a_spoiled_checkpoint_costs_the_steps_since_the_one_before_and_nothing_else(
+    run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected, metrics = (run / runs.METRICS).read_text(), runs.read_metrics(run)
+    values = checkpoint.safetensors.torch.load_file(run / "checkpoints" / "step-00000006" / checkpoint.TENSORS)
+    (run / "checkpoints" / "step-00000006" / checkpoint.STATE).write_bytes(b"{}")
+    learner = learner_in(run)
+    checkpoint.resume(learner)
+    assert "step-00000006: its files do not have the sizes and hashes" in caplog.text
+    assert (learner.step, steps_in(run)) == (4, [2, 4])
+    assert expected.startswith((run / runs.METRICS).read_text())
+    fitted(learner)
+    assert torch.equal(learner.flat.values, values["values"])
+    assert [(m["step"], m.get("loss")) for m in runs.read_metrics(run)] == [(m["step"], m.get("loss")) for m in metrics]
+
+
+def test_a_run_that_was_moved_is_resumed_where_it_is_now(run: Path, tmp_path: Path) -> None:
+    run.rename(tmp_path / "elsewhere")
+    learner = learner_in(tmp_path / "elsewhere")
+    checkpoint.resume(learner)
+    assert learner.step == 6
+
+
+@pytest.mark.closes("C06")
+@pytest.mark.parametrize("change", [{"seed": 3}, {"adapter": config.Adapter(r=2, alpha=8)}, {"rows": some_rows(11)}])
+def test_a_checkpoint_of_other_inputs_is_refused(change: dict, run: Path) -> None:
+    learner = learner_in(run, **change)
+    before = learner.flat.values.clone()
+    if "rows" in change:
+        learner.inputs["data"] = "another"  # the tests' datasets are nobody's
+    with pytest.raises(CheckpointError, match=r"belongs to other inputs than these: .* was .*, is "):
+        checkpoint.resume(learner)
+    assert torch.equal(learner.flat.values, before)
+
+
+@pytest.mark.closes("B07")
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("name", list(config.Optimizer))
+def test_every_bit_of_an_optimizers_state_survives_and_the_next_steps_are_the_same(
+    name: config.Optimizer, tmp_path: Path
+) -> None:
+    """The matrices are large enough (4,096) to be kept in 8 bits; a group of DoRA's magnitudes is too small for it."""
+    optim = replace(SETTINGS["optim"], name=name, lora_plus_ratio=2.0)
+    settings = {"adapter": config.Adapter(r=16, dora=True, dropout=0.1), "optim": optim}
+    expected = fitted(learner_in(tmp_path / "one", train={"keep": config.Keep.best}, **settings))
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "two" / "checkpoints" / f"step-0000000{step}")
+    learner = learner_in(tmp_path / "two", train={"keep": config.Keep.best}, **settings)
+    checkpoint.resume(learner)
+    kinds = {n: str(t.dtype) for n, t in optimizers.state(learner.optimizer).items()}
+    in_8_bits = {n for n, kind in kinds.items() if kind == "torch.uint8"}
+    assert in_8_bits == ({f"{g}.state{n}" for g in (0, 1) for n in (1, 2)} if "8bit" in name.value else set())
+    saved = checkpoint.safetensors.torch.load_file(tmp_path / "one/checkpoints/step-00000002" / checkpoint.TENSORS)
+    for key, tensor in optimizers.state(learner.optimizer).items():
+        assert saved[f"optimizer.{key}"].dtype == tensor.dtype
+        assert torch.equal(saved[f"optimizer.{key}"], tensor.cpu()), key
+    fitted(learner)
+    assert torch.equal(learner.flat.values, expected.flat.values)
+    assert torch.equal(learner.best_values, expected.best_values)
+    assert (learner.losses, learner.evaluations) == (expected.losses, expected.evaluations)
+    for key, tensor in optimizers.state(expected.optimizer).items():
+        assert torch.equal(tensor, optimizers.state(learner.optimizer)[key]), key
+
+
+# --- rotation ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Learner:
+    """A learner whose checkpoints take milliseconds; where it stands is set by hand."""
+    return learner_in(tmp_path_factory.mktemp("small"), adapter=SMALL, train={"max_steps": 50})
+
+
+def stand(learner: Learner, step: int, loss: float | None) -> None:
+    """Let the learner have done so many steps, the last of which was evaluated, or not."""
+    learner.losses[:] = [1.0] * step
+    if loss is not None:
+        learner.evaluations.append(Evaluation(step, Heldout(loss, 10, 2)))
+
+
+SAVES = st.lists(
+    st.tuples(
+        st.sampled_from([None, None, 1.0, 2.0, 3.0]),  # the held-out loss after the step
+        st.sampled_from([None, None, "broken", "full"]),  # what happens to the disk while it is saved,
+        st.integers(1, 40),  # at this operation
+    ),
+    min_size=1,
+    max_size=10,
+)
+
+
+@pytest.mark.closes("C07")
+@examples(max_examples=60, deadline=None)
+@given(saves=SAVES, keep=st.integers(1, 3))
+def test_the_newest_and_the_best_are_there_whatever_happens_to_the_disk(
+    small: Learner, saves: list[tuple[float | None, str | None, int]], keep: int
+) -> None:
+    small.cfg.train.keep_checkpoints, small.losses[:], small.evaluations[:] = keep, [], []
+    written: dict[int, float | None] = {}
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        small.folder = Path(folder)
+        for step, (loss, fault, at) in enumerate(saves, 1):
+            stand(small, step, loss)
+            patch.setattr(durable, "os", Shim(Fault(at, fault) if fault else None))
+            with contextlib.suppress(OSError):
+                checkpoint.save(small)
+            newest = step_of(checkpoint.newest(small.folder))
+            assert newest in (step, max(written, default=0))
+            if newest == step:
+                written[step] = loss
+            there = set(steps_in(small.folder))
+            assert set(sorted(written)[-keep:]) <= there
+            evaluated = {s: value for s, value in written.items() if value is not None}
+            assert not evaluated or min(evaluated.values()) in {evaluated[s] for s in there & evaluated.keys()}
+            if fault is None:
+                assert len(there) <= keep + 1
+
+
+@pytest.mark.closes("C07")
+def test_the_old_checkpoint_stays_until_the_new_one_is_read_back_as_it_was_meant(
+    small: Learner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What reaches the disk is another byte than what stood in memory: no hash of the file itself could tell."""
+    small.folder, small.evaluations[:], small.cfg.train.keep_checkpoints = tmp_path, [], 1
+    stand(small, 1, None)
+    checkpoint.save(small)
+    write = durable.write_bytes
+    monkeypatch.setattr(durable, "write_bytes", lambda path, data: write(path, flipped(data, random.Random(1))))
+    stand(small, 2, None)
+    with pytest.raises(CheckpointError, match=r"step-00000002 was written, but its files do not have the sizes"):
+        checkpoint.save(small)
+    assert step_of(checkpoint.newest(tmp_path)) == 1
+    monkeypatch.undo()
+    checkpoint.save(small)
+    assert steps_in(tmp_path) == [2]
+
+
+def test_what_a_killed_process_did_not_come_to_is_cleared_at_the_resume(run: Path) -> None:
+    (run / "checkpoints" / ".step-00000008.tmp-0123abcd").mkdir()
+    (run / "checkpoints" / ".step-00000002.old-0123abcd").mkdir()
+    checkpoint.resume(learner_in(run, train={"keep_checkpoints": 1, "save_every_steps": 1}))
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000006"]
+
+
+# --- room on the disk -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.closes("C08")
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize(
+    ("train", "optimizer"),
+    [
+        ({}, "adamw"),
+        ({"keep_checkpoints": 2, "save_every_steps": 2}, "paged_adamw"),
+        ({"eval_every_steps": 1, "keep": config.Keep.best}, "adamw"),
+        ({"eval_every_steps": 2, "keep_checkpoints": 2}, "adamw_8bit"),
+        ({"save_every_steps": 6}, "adamw"),
+    ],
+)
+def test_the_bytes_needed_are_those_that_are_written_at_most_at_one_time(
+    train: dict, optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within 5 %, the tokenizer included, of a run that was stopped once, and whose first held-out loss is the best."""
+    sizes = []
+    watch = lambda: sizes.append(sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()))  # noqa: E731
+    monkeypatch.setattr(durable, "os", Shim(watch=watch))
+    optim = config.Optim(lr=0.3, name=config.Optimizer(optimizer))
+    settings = {"save_every_steps": 1, "keep_checkpoints": 1} | train
+    learner, stop = learner_in(tmp_path, adapter=config.Adapter(r=64), optim=optim, train=settings), Stop()
+    with pytest.raises(Interrupted):
+        fit([learner], lambda *_: stop.ask(signal.SIGTERM) if learner.step == 3 and not stop.signum else None, stop)
+    fit([learner], lambda *_: None)
+    source = origin.Origin(Identity("tiny", "tiny", None, None, "c", None), learner.cfg.quant, "d")
+    files.save(learner.model, learner.name, tmp_path / "adapter", tiny_tokenizer(), source)
+    needed = checkpoint.bytes_needed(learner.num_trainable, len(learner.steps), learner.cfg)
+    assert needed == pytest.approx(max(sizes), rel=0.05)
+
+
+@pytest.mark.closes("C08")
+def test_a_run_that_will_not_fit_is_refused_with_both_figures_and_what_is_there_counts_as_room(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = sum(path.stat().st_size for path in (run / "checkpoints").glob("*/*"))
+    needed = 2 * there
+    monkeypatch.setattr(durable, "free_bytes", lambda _: needed - there)
+    checkpoint.check_free_space(run, needed)
+    monkeypatch.setattr(durable, "free_bytes", lambda _: needed - there - 1)
+    with pytest.raises(ResourceError, match=f"{run}: .* need {needed:,} bytes, {needed - 1:,} are free") as caught:
+        checkpoint.check_free_space(run, needed)
+    assert caught.value.exit_code == 7
+
+
+# --- the adapter itself -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.closes("C10")
+@pytest.mark.parametrize("lost", [1, 1000])
+def test_an_adapter_that_lost_tensors_on_its_way_to_the_disk_gets_no_name(
+    lost: int, small: Learner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = checkpoint.safetensors.torch.save
+    shorter = lambda tensors, **more: save(dict(list(tensors.items())[lost:]), **more)  # noqa: E731
+    monkeypatch.setattr(checkpoint.safetensors.torch, "save", shorter)
+    source = origin.Origin(Identity("tiny", "tiny", None, None, "c", None), small.cfg.quant, "d")
+    with pytest.raises(MismatchError, match=r"missing tensors: [1-9]"):
+        files.save(small.model, small.name, tmp_path / "adapter", tiny_tokenizer(), source)
+    assert list(tmp_path.iterdir()) == []

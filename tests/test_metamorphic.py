@@ -1,0 +1,203 @@
+"""What may be done to a run without changing what it learns: the same adapter, losses and gradient norms.
+
+In float64 to 1e-12 and in float32 to 1e-6, in norm; to the bit where nothing is added in another order. Each case is
+an epoch of three steps, of 8, 8 and 3 rows, whose lengths and answers differ.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import StringIO
+from itertools import pairwise, product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from learners import learner_on, some_rows
+from rich.console import Console
+from tiny import tiny_model
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from lora_ft import config, runs
+from lora_ft.data.pack import micro_batches
+from lora_ft.evaluation.heldout import heldout_loss, to_batch
+from lora_ft.ops.token_loss import Batch, Paths, token_loss_sum
+from lora_ft.training import loop
+from lora_ft.training.learner import Learner
+from lora_ft.training.loop import fit
+from lora_ft.training.metrics import observers
+from lora_ft.training.progress import Progress
+
+FAMILIES = ("gpt2", "llama", "qwen3")
+BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6}
+ROWS, HELDOUT = some_rows(19), some_rows(5, seed=9)
+OPTIM = config.Optim(lr=1e-3, weight_decay=0.01, schedule=config.Schedule.cosine, warmup_steps=1, clip=0.5)
+STEPS = np.split(np.arange(19), [8, 16])
+
+Outcome = tuple[Tensor, Tensor, Tensor]
+Watch = Callable[[Learner, loop.Metrics], None]
+
+
+def outcome(
+    family: str,
+    dtype: torch.dtype,
+    folder: Path,
+    *,
+    steps: list[np.ndarray] = STEPS,
+    watch: Callable[[Learner], Watch] | None = None,
+    fast: bool = True,
+    track: config.Tracker = config.Tracker.none,
+    **train: object,
+) -> Outcome:
+    """The final adapter, and the loss and gradient norm of every step; `watch` makes one more observer."""
+    learner = learner_on(
+        tiny_model(family, dtype=dtype), folder, rows=ROWS, heldout=HELDOUT, fast=fast, track=config.Track(track),
+        train=config.Train(**{"tokens_per_step": 100, "checkpoint": "off", **train}), optim=OPTIM,
+    )  # fmt: skip
+    learner.steps = steps
+    seen: list[loop.Metrics] = []
+    watching = [lambda _, metrics: seen.append(metrics), *([watch(learner)] if watch else [])]
+    fit([learner], lambda who, metrics: [see(who, metrics) for see in watching])
+    seen = [metrics for metrics in seen if "loss" in metrics]
+    adapter = torch.cat([p.detach().flatten() for _, p in sorted(learner.parameters.items())])
+    assert len(seen) == len(steps)
+    losses, norms = (torch.tensor([m[name] for m in seen], dtype=torch.float64) for name in ("loss", "grad_norm"))
+    return adapter, losses, norms
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A family of models in a dtype, and what the plain call learns: a step in one packed micro-batch, all kept."""
+
+    family: str
+    dtype: torch.dtype
+    expected: Outcome
+
+    def check(self, found: Outcome, *, to_the_bit: bool = False) -> None:
+        for ours, theirs in zip(found, self.expected, strict=True):
+            assert float((ours - theirs).norm() / theirs.norm()) < BOUNDS[self.dtype]
+            assert torch.equal(ours, theirs) or not to_the_bit
+
+
+@pytest.fixture(scope="module", params=product(FAMILIES, BOUNDS), ids=str)
+def kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kind:
+    family, dtype = request.param
+    return Kind(family, dtype, outcome(family, dtype, tmp_path_factory.mktemp("expected")))
+
+
+@pytest.mark.closes("A01")
+@pytest.mark.parametrize("rows_together", [4, 2, 1])
+def test_a_step_may_be_cut_into_any_micro_batches(
+    rows_together: int, kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8 rows as 2 x 4, 4 x 2 and 8 x 1."""
+
+    def cut(rows, capacity, packing):
+        parts = [rows[i : i + rows_together] for i in range(0, len(rows), rows_together)]
+        return [batch for part in parts for batch in micro_batches(part, None, True)]
+
+    monkeypatch.setattr(loop, "micro_batches", cut)
+    kind.check(outcome(kind.family, kind.dtype, tmp_path))
+
+
+@pytest.mark.parametrize("change", [{"tokens_per_microbatch": 40}, {"packing": False}], ids=str)
+def test_packing_and_the_size_of_a_micro_batch_are_free(change: dict, kind: Kind, tmp_path: Path) -> None:
+    kind.check(outcome(kind.family, kind.dtype, tmp_path, **change))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_order_of_rows_within_a_step_is_free(packing: bool, kind: Kind, tmp_path: Path) -> None:
+    generator = np.random.default_rng(1)
+    steps = [generator.permutation(step) for step in STEPS]
+    kind.check(outcome(kind.family, kind.dtype, tmp_path, steps=steps, packing=packing))
+
+
+def padded(side: str, more: int) -> Callable[[PreTrainedModel, Batch, Paths], Tensor]:
+    """The loss of a micro-batch as transformers computes it over rows padded to the longest and `more`."""
+
+    def loss_sum(model: PreTrainedModel, batch: Batch, paths: Paths) -> Tensor:
+        longest = max(end - start for start, end in pairwise(batch.starts)) + more
+        shape = (len(batch.starts) - 1, longest)
+        ids, mask, targets = torch.full(shape, 3), torch.zeros(shape, dtype=torch.int64), torch.full(shape, -100)
+        for row, (start, end) in enumerate(pairwise(batch.starts)):
+            at = slice(0, end - start) if side == "right" else slice(longest - (end - start), longest)
+            ids[row, at], mask[row, at], targets[row, at] = batch.ids[start:end], 1, batch.targets[start:end]
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        return cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+    return loss_sum
+
+
+@pytest.mark.closes("A10")
+@pytest.mark.parametrize(("side", "more"), [("right", 9), ("left", 0)])
+def test_rows_end_to_end_learn_what_padded_rows_learn(
+    side: str, more: int, kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The padded ones through transformers' own forward, attention and mask."""
+    monkeypatch.setattr(loop, "token_loss_sum", padded(side, more))
+    kind.check(outcome(kind.family, kind.dtype, tmp_path, fast=False))
+
+
+@pytest.mark.parametrize("every", ["every_1", "every_2"])
+def test_recomputing_activations_changes_no_bit(every: str, kind: Kind, tmp_path: Path) -> None:
+    kind.check(outcome(kind.family, kind.dtype, tmp_path, checkpoint=every), to_the_bit=True)
+
+
+@pytest.mark.parametrize("change", [{"eval_every_steps": 1}, {"eval_every_steps": 2, "eval_rows": 1}], ids=str)
+def test_how_often_and_on_how_much_is_evaluated_changes_no_bit(change: dict, kind: Kind, tmp_path: Path) -> None:
+    found = outcome(kind.family, kind.dtype, tmp_path, **change)
+    kind.check(found, to_the_bit=True)
+
+
+def test_who_watches_changes_no_bit(kind: Kind, tmp_path: Path) -> None:
+    """metrics.jsonl, TensorBoard and a person, against nobody."""
+    screen = Console(file=StringIO())
+
+    def watch(learner: Learner) -> Watch:
+        outlets = [*observers(learner), Progress(screen, None)]
+        return lambda who, metrics: [outlet(who, metrics) for outlet in outlets]
+
+    found = outcome(kind.family, kind.dtype, tmp_path, watch=watch, track=config.Tracker.tensorboard)
+    kind.check(found, to_the_bit=True)
+    assert [m["step"] for m in runs.read_metrics(tmp_path)] == [*range(len(STEPS) + 1)]
+    assert "held out" in screen.file.getvalue()
+
+
+@pytest.mark.closes("A14", "A25")
+def test_the_held_out_loss_is_a_mean_over_tokens_whatever_its_batches(kind: Kind, tmp_path: Path) -> None:
+    """Twice the same bits although dropout acts in training, to which the model is given back."""
+    learner = learner_on(
+        tiny_model(kind.family, dtype=kind.dtype),
+        tmp_path,
+        adapter=config.Adapter(r=4, alpha=64, dropout=0.3),
+        rows=ROWS,
+        optim=OPTIM,
+    )
+    with torch.no_grad():
+        for name, parameter in learner.parameters.items():
+            parameter.add_(0.1 * ("lora_B" in name))
+    model = learner.base.train()
+    (batch,) = [to_batch(b, model.device) for b in micro_batches(HELDOUT, None, True)]
+    assert token_loss_sum(model, batch, learner.paths) != token_loss_sum(model, batch, learner.paths)
+    state = torch.get_rng_state()
+    alone = [heldout_loss(model, [row], learner.paths, 1) for row in HELDOUT]
+    mean = math.fsum(h.loss * h.tokens for h in alone) / sum(h.tokens for h in alone)
+    for capacity in (1, 40, 90, 10_000):
+        found = heldout_loss(model, HELDOUT, learner.paths, capacity)
+        assert found.loss == pytest.approx(mean, rel=BOUNDS[kind.dtype])
+        assert found.tokens == sum(int(row.supervised.sum()) for row in HELDOUT)
+        assert found == heldout_loss(model, HELDOUT, learner.paths, capacity)
+    assert mean != pytest.approx(math.fsum(h.loss for h in alone) / len(alone), rel=1e-5)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_comparisons_above_can_fail(kind: Kind, tmp_path: Path) -> None:
+    """One row less in one step moves the adapter by far more than the bounds."""
+    found = outcome(kind.family, kind.dtype, tmp_path, steps=[STEPS[0][:-1], *STEPS[1:]])
+    for ours, theirs in zip(found, kind.expected, strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) > 1e3 * BOUNDS[torch.float32]

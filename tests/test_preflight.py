@@ -1,0 +1,392 @@
+"""What is said of a run before it starts is what the run then does, and each warning stands for something real."""
+
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+from finished import call, finished_run
+from tiny import BOS, FAMILIES, SENTENCES, tiny_folder, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
+
+from lora_ft import check, config, durable, runs
+from lora_ft.adapters import files
+from lora_ft.data.prepare import prepare_rows
+from lora_ft.data.read import read
+from lora_ft.data.survey import survey, warnings
+from lora_ft.errors import ConfigError, MismatchError, ResourceError
+from lora_ft.models.load import load_base, load_tokenizer
+from lora_ft.models.skeleton import load_skeleton
+from lora_ft.training import checkpoint
+from lora_ft.training.preflight import check_first
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """A folder with a tiny model of every family, and one of a llama with tied ends."""
+    folder = tmp_path_factory.mktemp("bases")
+    for family in FAMILIES:
+        tiny_folder(folder, family)
+    (folder / "tied").mkdir()
+    tiny_folder(folder / "tied", "llama", tie=True)
+    return folder
+
+
+def pairs(number=24, question="What is {} and {}?", answer="It is {}."):
+    return [{"prompt": question.format(n, n), "completion": answer.format(2 * n)} for n in range(number)]
+
+
+def rows_at(folder, rows):
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def run_over(bases, tmp_path, rows, family="llama", **data):
+    """Settings of a run of about ten steps over these rows, of which nothing is to be said."""
+    cfg = config.TrainRun(device="cpu")
+    cfg.model.path = str(bases / family)
+    cfg.data = config.Data(**{"path": str(rows_at(tmp_path, rows)), "eval_fraction": 0.2} | data)
+    cfg.train.tokens_per_step, cfg.train.epochs = 80, 2
+    cfg.adapter.r, cfg.adapter.alpha = 4, 8.0
+    return cfg
+
+
+def said(cfg, tmp_path):
+    return check_first(cfg, load_tokenizer(cfg.model), tmp_path)[1].warnings
+
+
+def test_of_a_good_run_nothing_is_to_be_said(bases, tmp_path):
+    assert said(run_over(bases, tmp_path, pairs()), tmp_path) == []
+
+
+@pytest.mark.parametrize("place", [*FAMILIES, "tied/llama"])
+def test_the_skeleton_has_the_names_shapes_and_dtypes_of_the_base_and_holds_nothing(bases, place):
+    model = config.Model(path=str(bases / place), added_tokens=["<one>", "<two>"])
+    tokenizer = load_tokenizer(model)
+    base, skeleton = (load(model, config.Quant(), "cpu", tokenizer) for load in (load_base, load_skeleton))
+    expected, found = ({n: (p.shape, p.dtype) for n, p in b.model.named_parameters()} for b in (base, skeleton))
+    assert found == expected
+    assert {p.device.type for p in skeleton.model.parameters()} == {"meta"}
+    assert skeleton.identity == base.identity
+    assert skeleton.model.generation_config.eos_token_id == base.model.generation_config.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("llama", ["quant=nf4", "adapter.rank_pattern={q_proj:2}", "adapter.targets=[q_proj,mlp.up_proj]"]),
+        ("llama", ["adapter=dora", "adapter.modules_to_save=[norm]", "model.added_tokens=['What','It']"]),
+        ("gpt2", ["adapter=rslora", "train.max_steps=7", "optim.schedule=cosine"]),
+    ],
+)
+@pytest.mark.closes("A21")
+def test_train_does_what_check_said(bases, tmp_path, monkeypatch, family, words):
+    seen = []
+    monkeypatch.setattr(check, "page", lambda cfg, dataset, preflight, tokenizer: seen.append(preflight) or "")
+    path = rows_at(tmp_path, pairs())
+    words = ["model=local", f"model.path={bases / family}", f"data.path={path}", "train.tokens_per_step=80",
+             "data.eval_fraction=0.2", "optim.warmup_steps=2", "train.samples=0", *words]  # fmt: skip
+    folder = tmp_path / "run"
+    assert call("check", *words) == 0
+    assert call("train", *words, f"hydra.run.dir={folder}") == 0
+    (found,) = seen
+    result = json.loads((folder / "result.json").read_text())
+    steps = [metrics for metrics in runs.read_metrics(folder) if metrics["step"]]
+    tokens = [step["tokens"] for step in steps]
+    assert (found.steps.count, found.layers.trainable) == (result["steps"], result["trainable_parameters"])
+    assert (found.steps.smallest, found.steps.median, found.steps.largest) == (
+        min(tokens), np.median(tokens), max(tokens)
+    )  # fmt: skip
+    assert found.steps.rates == [step["lr"] for step in steps]
+    assert found.rows.sha256 == json.loads((folder / "adapter" / "lora_ft.json").read_text())["data_sha256"]
+    saved = sum(t.nbytes for t in files._read_tensors(folder / "adapter" / files.WEIGHTS).values())
+    assert found.disk.adapter == saved == 4 * found.layers.trainable
+    if "model.added_tokens=['What','It']" not in words:
+        assert found.layers.count * 2 == sum(
+            ".lora_" in key for key in files._read_tensors(folder / "adapter" / files.WEIGHTS)
+        ) - found.layers.count * ("adapter=dora" in words)
+
+
+@pytest.mark.closes("A21")
+def test_layers_are_counted_by_the_pattern_that_was_given(bases, tmp_path):
+    cfg = run_over(bases, tmp_path, pairs())
+    cfg.adapter.targets = ["layers.0.self_attn.q_proj", "v_proj"]
+    cfg.adapter.rank_pattern, cfg.adapter.alpha_pattern = {"v_proj": 2}, {"v_proj": 2.0}
+    layers = check_first(cfg, tiny_tokenizer(), tmp_path)[1].layers
+    assert (layers.targets, layers.count) == ({"layers.0.self_attn.q_proj": 1, "v_proj": 2}, 3)
+    assert layers.trainable == 4 * (64 + 64) + 2 * 2 * (64 + 32)
+    assert layers.scales == [1.0, 2.0]
+    cfg.adapter.targets = ["all-linear"]
+    layers = check_first(cfg, tiny_tokenizer(), tmp_path)[1].layers
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert [*layers.targets.items()] == [(name, 2) for name in names]
+
+
+def test_the_report_is_json_and_comes_back_as_it_was(bases, tmp_path):
+    found = asdict(check_first(run_over(bases, tmp_path, pairs()), tiny_tokenizer(), tmp_path)[1])
+    durable.write_json(tmp_path / "check.json", found)
+    assert json.loads((tmp_path / "check.json").read_text()) == json.loads(json.dumps(found))
+    lengths = found["seen"]["histogram"]
+    assert sum(count for _, _, count in lengths) == found["rows"]["train_documents"]
+    assert lengths[0][0] <= found["seen"]["median"] <= lengths[-1][1]
+
+
+def test_errors_of_training_come_before_the_weights_are_read(bases, tmp_path, monkeypatch):
+    """Those of rows are in test_check.py."""
+    tokenizer = tiny_tokenizer()
+    cfg = run_over(bases, tmp_path, pairs())
+    for change, error, message in (
+        (("adapter", "targets", ["q_prj"]), ConfigError, "q_prj matches no layer"),
+        (("adapter", "modules_to_save", ["nrm"]), ConfigError, "nrm matches no layer"),
+        (("optim", "warmup_steps", 1000), ConfigError, "below the run's"),
+        (("train", "tokens_per_microbatch", 5), ConfigError, "at least the longest row"),
+        (("model", "dtype", config.Dtype.float16), ConfigError, "float16 is not for CPUs"),
+    ):
+        group, name, value = change
+        changed = replace(cfg, **{group: replace(getattr(cfg, group), **{name: value})})
+        with pytest.raises(error, match=message):
+            check_first(changed, tokenizer, tmp_path)
+    other = finished_run(tmp_path, "gpt2", r=4, alpha=8.0)
+    with pytest.raises(MismatchError, match="made for another base"):
+        check_first(replace(cfg, adapter=replace(cfg.adapter, init_from=str(other / "adapter"))), tokenizer, tmp_path)
+
+
+@pytest.mark.closes("C08")
+def test_a_disk_that_is_too_full_is_said_with_both_figures(bases, tmp_path, monkeypatch):
+    cfg = run_over(bases, tmp_path, pairs())
+    found = check_first(cfg, tiny_tokenizer(), tmp_path)[1]
+    assert found.disk.needed == checkpoint.bytes_needed(found.layers.trainable, found.steps.count, cfg)
+    monkeypatch.setattr(durable, "free_bytes", lambda folder: found.disk.needed - 1)
+    with pytest.raises(ResourceError, match=f"need {found.disk.needed:,} bytes, {found.disk.needed - 1:,} are free"):
+        check_first(cfg, tiny_tokenizer(), tmp_path)
+    monkeypatch.setattr(durable, "free_bytes", lambda folder: found.disk.needed)
+    check_first(cfg, tiny_tokenizer(), tmp_path)
+
+
+def surveyed(cfg, tokenizer, change=lambda document: document):
+    """The warnings over rows whose documents were changed behind `prepare`'s back."""
+    found = read(cfg.data)
+    dataset = prepare_rows(found, cfg.data, tokenizer)
+    dataset = replace(dataset, train=[change(document) for document in dataset.train])
+    return list(warnings(survey(found, dataset, cfg.data, tokenizer), dataset.report, cfg.data))
+
+
+@pytest.mark.closes("A05", "A06")
+def test_documents_that_do_not_learn_their_end_are_counted(bases, tmp_path):
+    cfg = run_over(bases, tmp_path, pairs(4), eval_fraction=0.0)
+    masked = lambda d: replace(d, supervised=np.append(d.supervised[:-1], False))  # noqa: E731
+    cut = lambda d: replace(d, ids=d.ids[:-1], supervised=d.supervised[:-1])  # noqa: E731
+    for change in (masked, cut):
+        (sentence,) = surveyed(cfg, tiny_tokenizer(), change)
+        assert "4 of 4 documents do not learn where they end" in sentence
+
+
+def test_of_a_text_in_windows_only_the_last_needs_an_end(bases, tmp_path):
+    cfg = run_over(bases, tmp_path, [{"text": " ".join(SENTENCES)}], eval_fraction=0.0, max_length=32,
+                   too_long=config.TooLong.split)  # fmt: skip
+    found = check_first(cfg, tiny_tokenizer(), tmp_path)[1]
+    assert (found.seen.unended, found.seen.ends, found.rows.split) == (0, {"<|im_end|>": 1}, 1)
+    cut = lambda d: replace(d, ids=d.ids[:-1], supervised=d.supervised[:-1])  # noqa: E731
+    assert any(
+        "1 of " in sentence and "where they end" in sentence for sentence in surveyed(cfg, tiny_tokenizer(), cut)
+    )
+
+
+@pytest.mark.closes("A07")
+def test_a_template_that_leaves_out_the_beginning_is_noted(bases, tmp_path):
+    cfg = run_over(bases, tmp_path, pairs(4), eval_fraction=0.0)
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
+    (sentence,) = surveyed(cfg, tokenizer)
+    assert sentence.startswith(f"4 of 4 documents do not begin with {BOS}")
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    assert surveyed(cfg, tokenizer) == []
+
+
+@pytest.mark.closes("A08")
+@pytest.mark.parametrize("train_on", config.TrainOn)
+def test_a_prompt_that_is_another_when_the_model_is_asked_is_found(bases, tmp_path, train_on):
+    chat = [{"role": role, "content": f"{role} says {n}"} for n in range(3) for role in ("user", "assistant")]
+    rows = [{"messages": [*chat[:4], {"role": "user", "content": str(n)}, chat[-1]]} for n in range(40)]
+    rows[3]["messages"][-1]["weight"] = 0 if train_on is config.TrainOn.answers else 1
+    cfg = run_over(bases, tmp_path, rows, eval_fraction=0.0, train_on=train_on, system="Be brief.")
+    tokenizer = tiny_tokenizer()
+    found = read(cfg.data)
+    assert survey(found, prepare_rows(found, cfg.data, tokenizer), cfg.data, tokenizer).prompts == 32
+    assert surveyed(cfg, tokenizer) == []
+    other = lambda d: replace(d, ids=np.append([5], d.ids[1:])) if d.place.endswith(":1") else d  # noqa: E731
+    (sentence,) = surveyed(cfg, tokenizer, other)
+    assert sentence.startswith("1 of 32 prompts are another") and "rows.jsonl:1:" in sentence
+
+
+def test_prompts_that_were_cut_are_not_taken_for_others(bases, tmp_path):
+    cfg = run_over(bases, tmp_path, pairs(8, question="What is {} and {}, tell me that please, be so kind, would you?"),
+                   eval_fraction=0.0, max_length=20, too_long=config.TooLong.truncate_prompt)  # fmt: skip
+    tokenizer = tiny_tokenizer()
+    found = read(cfg.data)
+    dataset = prepare_rows(found, cfg.data, tokenizer)
+    assert dataset.report.truncated == 8
+    assert survey(found, dataset, cfg.data, tokenizer).prompts == 0
+
+
+@pytest.mark.closes("A26")
+def test_added_tokens_in_what_people_wrote_are_counted_and_those_of_answers_are_not(bases, tmp_path):
+    rows = pairs(12)
+    rows[1]["prompt"] = "<tool> and <tool> and <think> and \u2002"
+    rows[2]["prompt"] = "a <think>"
+    rows[3]["completion"] = "<think>so</think> 6"
+    cfg = run_over(bases, tmp_path, rows)
+    cfg.model.added_tokens = ["<think>", "</think>", "<tool>", "<tool_call>"]
+    tokenizer = load_tokenizer(cfg.model)
+    sentences = [s for s in surveyed(cfg, tokenizer) if "people wrote" in s]
+    assert [s.partition(":")[0] for s in sentences] == [
+        "<think> stands in what people wrote, in 2 of 12 rows", "<tool> stands in what people wrote, in 1 of 12 rows"
+    ]  # fmt: skip
+
+
+@pytest.mark.closes("A26")
+def test_special_tokens_in_plain_text_are_counted(bases, tmp_path):
+    cfg = run_over(bases, tmp_path, [{"text": SENTENCES[1] + BOS + SENTENCES[2]}, {"text": SENTENCES[3]}])
+    assert any(s.startswith(f"{BOS} stands in what people wrote, in 1 of 2") for s in surveyed(cfg, tiny_tokenizer()))
+
+
+@pytest.mark.closes("F07")
+def test_held_out_rows_that_ask_what_was_trained_on_are_counted(bases, tmp_path):
+    held = tmp_path / "held.jsonl"
+    asked = ["what is 1 & 1", "WHAT is 2 and 2 ?!", "What is 2 and 2?", "What is 99 and 99?"]
+    held.write_text("".join(json.dumps({"prompt": p, "completion": "Other."}) + "\n" for p in asked))
+    cfg = run_over(bases, tmp_path, pairs(), eval_path=str(held), eval_fraction=0.05)
+    (sentence,) = surveyed(cfg, tiny_tokenizer())
+    assert sentence.startswith("what 2 of the held-out rows ask, a training row asks as well")
+
+
+@pytest.mark.closes("A04")
+def test_a_supervised_part_of_nearly_nothing_is_noted(bases, tmp_path):
+    cfg = run_over(
+        bases, tmp_path, pairs(2, question="{} {}" + " and on" * 500, answer="{}"), eval_fraction=0.0, max_length=4000
+    )
+    (sentence,) = surveyed(cfg, tiny_tokenizer())
+    assert sentence.startswith("only 0.") and "supervised" in sentence
+
+
+def test_duplicates_are_noted_until_they_are_left_out(bases, tmp_path):
+    cfg = run_over(bases, tmp_path, pairs() + pairs(3))
+    assert any(s.startswith("3 of 27 rows are duplicates") for s in surveyed(cfg, tiny_tokenizer()))
+    cfg.data.deduplicate = True
+    assert surveyed(cfg, tiny_tokenizer()) == []
+
+
+def test_an_end_of_turn_that_no_file_of_the_base_calls_an_end_is_noted(tmp_path):
+    base = tiny_folder(tmp_path, "llama")
+    cfg = run_over(tmp_path, tmp_path, pairs())
+    tokenizer = load_tokenizer(cfg.model)
+    tokenizer.eos_token = BOS
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((base / name).read_text()) | {"eos_token_id": 0}
+        (base / name).write_text(json.dumps(settings))
+    _, found = check_first(cfg, tokenizer, tmp_path)
+    (sentence,) = found.warnings
+    assert f"documents end with <|im_end|> ({found.rows.train_documents}), which neither" in sentence
+    (base / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [0, 2]}))
+    assert check_first(cfg, tokenizer, tmp_path)[1].warnings == []
+
+
+@pytest.mark.closes("A24")
+@pytest.mark.parametrize(
+    ("r", "alpha", "rslora", "shown"),
+    [(4, 33.0, False, "8.25 (alpha / r)"), (64, 15.0, False, "0.234 (alpha / r)"), (4, 32.0, True, "16 (alpha / sqrt"),
+     (64, 16.0, False, None), (4, 32.0, False, None), (16, 8.0, True, None)],
+)  # fmt: skip
+def test_a_scale_that_no_published_recipe_has_is_noted(bases, tmp_path, r, alpha, rslora, shown):
+    cfg = run_over(bases, tmp_path, pairs())
+    cfg.adapter = config.Adapter(r=r, alpha=alpha, rslora=rslora)
+    sentences = [s for s in said(cfg, tmp_path) if "scaled by" in s]
+    assert len(sentences) == (shown is not None)
+    assert all(f"scaled by {shown}" in s for s in sentences)
+
+
+def test_a_rank_that_is_no_saving_and_steps_that_are_few_or_single_documents_are_noted(bases, tmp_path):
+    cfg = run_over(bases, tmp_path, pairs())
+    cfg.adapter.r, cfg.adapter.alpha = 32, 32.0
+    assert [s.partition(" get")[0] for s in said(cfg, tmp_path)] == ["8 of 14 layers"]  # q, k, v and o of two
+    cfg.adapter.r, cfg.train.tokens_per_step, cfg.train.epochs = 8, 20, 1
+    dataset, found = check_first(cfg, tiny_tokenizer(), tmp_path)
+    long = sum(len(document.ids) > 20 for document in dataset.train)
+    assert long and any(s.startswith(f"{long} of {len(dataset.train)} documents are longer") for s in found.warnings)
+    cfg.train.tokens_per_step = 5000
+    assert any(s.startswith("few steps (1)") for s in said(cfg, tmp_path))
+    cfg.train.max_steps = 1
+    assert said(cfg, tmp_path) == []
+
+
+UNUSED = {
+    "quant.double": (False, {}),
+    "quant.compute_dtype": (config.Dtype.bfloat16, {}),
+    "optim.decay_fraction": (0.5, {}),
+    "optim.min_lr_ratio": (0.1, {"optim.schedule": config.Schedule.constant}),
+    "train.epochs": (3, {"train.max_steps": 12, "train.epochs": 1}),
+    "train.eval_every_steps": (100, {}),
+    "train.eval_rows": (5, {"data.eval_fraction": 0.0}),
+    "train.samples": (5, {"data.eval_fraction": 0.0}),
+    "train.tokens_per_microbatch": (80, {}),
+    "train.keep_checkpoints": (3, {"train.save_every_steps": None}),
+    "data.eval_fraction": (0.3, {"data.eval_path": "HELD", "data.eval_fraction": 0.05}),
+    "data.train_on": (config.TrainOn.last_answer, {"data.path": "TEXTS"}),
+    "model.chat_template": ("TEMPLATE", {"data.path": "TEXTS"}),
+}
+USED = {
+    "quant.double": {"quant.kind": config.QuantKind.nf4},
+    "quant.compute_dtype": {"quant.kind": config.QuantKind.fp4},
+    "optim.decay_fraction": {"optim.schedule": config.Schedule.wsd},
+    "train.eval_every_steps": {"train.epochs": 40},
+    "train.tokens_per_microbatch": {"train.tokens_per_step": 160},
+}
+
+
+def with_values(cfg, values, places):
+    for key, value in values.items():
+        group, name = key.split(".")
+        setattr(getattr(cfg, group), name, places.get(value, value) if isinstance(value, str) else value)
+    return cfg
+
+
+@pytest.mark.parametrize("key", UNUSED)
+def test_a_changed_setting_without_effect_is_named_only_where_it_has_none(bases, tmp_path, key):
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": s * (i + 1)}) + "\n"
+                                          for i in range(3) for s in SENTENCES))  # fmt: skip
+    (tmp_path / "held.jsonl").write_text('{"prompt": "Other?", "completion": "Yes."}\n')
+    (tmp_path / "template.jinja").write_text(tiny_tokenizer().chat_template)
+    places = {"HELD": str(tmp_path / "held.jsonl"), "TEXTS": str(tmp_path / "texts.jsonl"),
+              "TEMPLATE": str(tmp_path / "template.jinja")}  # fmt: skip
+    value, others = UNUSED[key]
+    unused = lambda *changes: [  # noqa: E731
+        s.partition(" has no effect: ")[0]
+        for s in said(with_values(run_over(bases, tmp_path, pairs(48)), {k: v for c in changes for k, v in c.items()},
+                                  places), tmp_path)
+        if " has no effect: " in s
+    ]  # fmt: skip
+    assert key in unused(others, {key: value})
+    assert key not in unused(others)  # a default is nobody's mistake
+    assert key not in unused({key: value}, USED.get(key, {}))
+
+
+def test_a_layer_count_needs_no_memory(bases, tmp_path):
+    """The adapter of a base with a million times the parameters: on the meta device nothing is allocated."""
+    folder = tmp_path / "large"
+    folder.mkdir()
+    for path in (bases / "llama").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {"hidden_size": 65536, "intermediate_size": 4 * 65536, "num_hidden_layers": 3}
+    (folder / "config.json").write_text(json.dumps(settings))
+    cfg = run_over(tmp_path, tmp_path, pairs(), family="large")
+    layers = check_first(cfg, tiny_tokenizer(), tmp_path)[1].layers
+    assert layers.base > 10**11 and layers.count == 21
+
+
+def test_no_folder_is_made_and_none_is_needed(bases, tmp_path):
+    cfg = run_over(bases, tmp_path, pairs())
+    before = sorted(tmp_path.iterdir())
+    check_first(cfg, tiny_tokenizer(), tmp_path / "runs" / "later")
+    assert sorted(tmp_path.iterdir()) == before

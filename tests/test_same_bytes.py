@@ -1,0 +1,98 @@
+"""The same command gives the same bytes; how often a run evaluates, saves and speaks changes none of them."""
+
+import functools
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from finished import call, rows_file
+from tiny import tiny_folder
+
+from lora_ft.adapters import files
+
+QUICK = ("train.max_steps=6", "train.tokens_per_step=160", "train.tokens_per_microbatch=80", "adapter.r=8",
+         "optim.lr=0.01", "optim.schedule=cosine", "data.eval_fraction=0.4", "train.samples=0")  # fmt: skip
+VARIANTS = {
+    "dropout": ("adapter.dropout=0.1",),
+    "dora": ("adapter=dora",),
+    "nf4": ("quant=nf4", "adapter.dropout=0.1"),
+    "adamw_8bit": ("optim=adamw_8bit",),
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """The words that name a tiny base and its rows."""
+    folder = tmp_path_factory.mktemp("inputs")
+    return ("model=local", f"model.path={tiny_folder(folder, 'llama')}", f"data.path={rows_file(folder)}", *QUICK)
+
+
+def sha256(run: Path) -> str:
+    return hashlib.sha256((run / "adapter" / files.WEIGHTS).read_bytes()).hexdigest()
+
+
+def trained(run: Path, *words: str) -> str:
+    """Train in this process, whatever random numbers were drawn in it before; the hash of the adapter's file."""
+    torch.rand(len(run.name))
+    assert call("train", *words, f"hydra.run.dir={run}") == 0
+    return sha256(run)
+
+
+@pytest.fixture(scope="module")
+def first(inputs: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """The hash of a variant, trained once."""
+    return functools.cache(lambda name: trained(tmp_path_factory.mktemp(name) / "run", *inputs, *VARIANTS[name]))
+
+
+@pytest.mark.closes("A23")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_same_command_twice_gives_the_same_adapter(
+    name: str, inputs: tuple[str, ...], first: Callable[[str], str], tmp_path: Path
+) -> None:
+    assert trained(tmp_path / "second", *inputs, *VARIANTS[name]) == first(name)
+
+
+def test_another_seed_and_another_method_give_another_adapter(
+    inputs: tuple[str, ...], first: Callable[[str], str], tmp_path: Path
+) -> None:
+    assert len({*map(first, VARIANTS), trained(tmp_path / "other", *inputs, *VARIANTS["dropout"], "seed=1")}) == 5
+
+
+@pytest.mark.closes("A23")
+def test_the_installed_command_gives_the_bytes_that_this_process_gives(
+    inputs: tuple[str, ...], first: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Another process, another folder, other hashes of strings: only the number of threads is the same."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONHASHSEED": "7"}
+    program = Path(sys.executable).with_name("lora-ft")
+    words = [*inputs, *VARIANTS["nf4"], "device=cpu", f"hydra.run.dir={tmp_path / 'run'}"]
+    subprocess.run([program, "train", *words], check=True, cwd=tmp_path, env=environment, capture_output=True)
+    assert sha256(tmp_path / "run") == first("nf4")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("train.eval_every_steps=1", "train.save_every_steps=1"),
+        ("train.eval_every_steps=4", "train.eval_rows=1", "train.save_every_steps=3", "train.keep_checkpoints=2"),
+        ("train.save_every_steps=null", "track=tensorboard", "train.samples=1"),
+        ("train.checkpoint=every_1",),
+    ],
+)
+def test_evaluating_saving_and_telling_more_or_less_often_changes_no_byte(
+    change: tuple[str, ...], inputs: tuple[str, ...], first: Callable[[str], str], tmp_path: Path
+) -> None:
+    assert trained(tmp_path / "run", *inputs, *VARIANTS["dropout"], *change) == first("dropout")
+
+
+def test_the_live_line_of_a_terminal_changes_no_byte(
+    inputs: tuple[str, ...], first: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes any stream for a terminal then
+    assert trained(tmp_path / "run", *inputs, *VARIANTS["dropout"]) == first("dropout")
+    assert "\x1b[2K" in capsys.readouterr().err, "a line was replaced"

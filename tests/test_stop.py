@@ -1,0 +1,196 @@
+"""SIGINT and SIGTERM: the step ends, its state is saved, the exit code says which; the second one stops at once."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from finished import call, rows_file
+from learners import learner_on
+from tiny import tiny_folder, tiny_model
+
+from lora_ft import config, durable, runs, train
+from lora_ft.adapters import files
+from lora_ft.errors import Interrupted
+from lora_ft.training import checkpoint, loop
+from lora_ft.training.loop import fit
+from lora_ft.training.stop import Stop, on_signals
+
+QUICK = ("train.max_steps=5", "train.tokens_per_step=160", "train.tokens_per_microbatch=80", "adapter.r=2",
+         "adapter.dropout=0.1", "adapter.targets=[q_proj,v_proj]", "optim.lr=0.01", "data.eval_fraction=0.4",
+         "train.samples=0", "train.save_every_steps=2")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    folder = tmp_path_factory.mktemp("inputs")
+    return ("model=local", f"model.path={tiny_folder(folder, 'llama')}", f"data.path={rows_file(folder)}", *QUICK)
+
+
+@pytest.fixture(scope="module")
+def expected(words: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> str:
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert call("train", *words, f"hydra.run.dir={run}") == 0
+    return weights(run)
+
+
+def weights(run: Path) -> str:
+    return hashlib.sha256((run / "adapter" / files.WEIGHTS).read_bytes()).hexdigest()
+
+
+def saved(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / checkpoint.FOLDER).glob("*"))
+
+
+def ask_in(
+    monkeypatch: pytest.MonkeyPatch, module: object, name: str, when: Callable[..., bool], *signals: int
+) -> None:
+    """Let the process get these signals whenever this function is called with such arguments."""
+    real = getattr(module, name)
+
+    def asked(*arguments: object) -> object:
+        if when(*arguments):
+            for signum in signals:
+                os.kill(os.getpid(), signum)
+        return real(*arguments)
+
+    monkeypatch.setattr(module, name, asked)
+
+
+@pytest.mark.closes("C11")
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_a_signal_lets_the_step_end_and_saves_it(
+    signum: signal.Signals, code: int, step: int, words: tuple[str, ...], expected: str, tmp_path: Path, capfd
+) -> None:
+    """It comes in the middle of a step, before a forward pass."""
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        asked: list[int] = []
+
+        def in_the_step(*_: object) -> bool:
+            """Once, when all lines but this step's are written (that of step 0 is written late in step 1)."""
+            written = len(runs.read_metrics(run)) if (run / runs.METRICS).exists() else 0
+            return max(1, written) == step and not asked and not asked.append(1)
+
+        ask_in(patch, loop, "token_loss_sum", in_the_step, signum)
+        assert call("train", *words, f"hydra.run.dir={run}") == code
+    said = capfd.readouterr().err
+    assert f"{signum.name}: this step, then a checkpoint; again to stop now" in said
+    assert f"stopped by {signum.name} after step {step} of 5; go on with: lora-ft train resume={run}" in said
+    assert "Traceback" not in said
+    assert saved(run)[-1] == f"step-{step:08d}"
+    assert [m["step"] for m in runs.read_metrics(run)] == list(range(step + 1))
+    assert not (run / "adapter").exists()
+    assert call("train", f"resume={run}") == 0
+    assert weights(run) == expected
+    assert [m["step"] for m in runs.read_metrics(run)] == list(range(6))
+
+
+@pytest.mark.closes("C11")
+@pytest.mark.parametrize("place", ["in the step", "while it saves"])
+def test_a_second_signal_stops_at_once_and_the_last_checkpoint_is_intact(
+    place: str, words: tuple[str, ...], expected: str, tmp_path: Path, capfd
+) -> None:
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        if place == "in the step":
+            third = lambda learner: learner.step == 2  # noqa: E731
+            ask_in(patch, loop, "_activate", third, signal.SIGTERM, signal.SIGINT)
+        else:
+            ask_in(patch, loop, "_activate", lambda learner: learner.step == 2, signal.SIGTERM)
+            state = lambda path, _: path.name == checkpoint.STATE and saved(run)[-1] == "step-00000002"  # noqa: E731
+            ask_in(patch, durable, "write_bytes", state, signal.SIGINT)
+        assert call("train", *words, f"hydra.run.dir={run}") == 130
+    assert "lora-ft: stopped by SIGINT\n" in capfd.readouterr().err
+    assert saved(run) == ["step-00000002"]
+    assert call("train", f"resume={run}") == 0
+    assert weights(run) == expected
+
+
+@pytest.mark.parametrize("place", ["load_base", "_finish"])
+def test_outside_of_the_steps_a_signal_stops_at_once(
+    place: str, words: tuple[str, ...], expected: str, tmp_path: Path, capfd
+) -> None:
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        ask_in(patch, train, place, lambda *_: True, signal.SIGTERM)
+        assert call("train", *words, f"hydra.run.dir={run}") == 143
+    assert "lora-ft: stopped by SIGTERM\n" in capfd.readouterr().err
+    assert saved(run)[-1:] == ([] if place == "load_base" else ["step-00000005"])
+    assert call("train", f"resume={run}") == 0
+    assert weights(run) == expected
+
+
+def test_a_reader_of_the_messages_that_left_costs_no_work(words: tuple[str, ...], tmp_path: Path) -> None:
+    """Ctrl-C reaches `| tee log`, too: the step is finished and saved all the same."""
+    run, (reads, writes) = tmp_path / "run", os.pipe()
+    os.close(reads)
+    command = [
+        Path(sys.executable).with_name("lora-ft"),
+        "train",
+        *words,
+        "train.max_steps=100000",
+        f"hydra.run.dir={run}",
+    ]
+    process = subprocess.Popen(command, stdout=writes, stderr=writes)
+    os.close(writes)
+    while process.poll() is None and not (run / runs.METRICS).exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() in (130, 141)
+    assert checkpoint.newest(run) == run / "checkpoints" / f"step-{runs.read_metrics(run)[-1]['step']:08d}"
+
+
+def test_a_signal_that_the_process_was_told_to_ignore_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with on_signals():
+            signal.raise_signal(signal.SIGINT)
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_handlers_are_given_back(tmp_path: Path) -> None:
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    with on_signals() as stop:
+        assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == [stop.ask] * 2
+        with pytest.raises(Interrupted, match="stopped by SIGINT") as caught:
+            signal.raise_signal(signal.SIGINT)
+    assert caught.value.exit_code == 130
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_every_learner_of_a_base_is_saved_where_it_stands(tmp_path: Path) -> None:
+    """One has done its step of this turn, the other not; resumed, both end as if alone."""
+    train_settings = config.Train(max_steps=4, tokens_per_step=60, checkpoint="off", save_every_steps=None)
+
+    def learners(folder: Path) -> list:
+        model, made = tiny_model("llama"), []
+        for name, seed in (("first", 0), ("second", 1)):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            onto = made[-1].model if made else None
+            made.append(learner_on(model, folder / name, name=name, onto=onto, seed=seed, train=train_settings,
+                                   adapter=config.Adapter(r=2, dropout=0.1), optim=config.Optim()))  # fmt: skip
+        return made
+
+    whole = learners(tmp_path / "whole")
+    fit(whole, lambda *_: None)
+    stop, begun = Stop(), learners(tmp_path / "stopped")
+    with pytest.raises(Interrupted, match="after step 2 of 4"):
+        fit(begun, lambda who, m: stop.ask(signal.SIGTERM) if (who.name, m["step"]) == ("first", 2) else None, stop)
+    assert [learner.step for learner in begun] == [2, 1]
+    resumed = learners(tmp_path / "stopped")
+    for learner in resumed:
+        checkpoint.resume(learner)
+    assert [learner.step for learner in resumed] == [2, 1]
+    fit(resumed, lambda *_: None)
+    for one, other in zip(whole, resumed, strict=True):
+        assert torch.equal(one.flat.values, other.flat.values)

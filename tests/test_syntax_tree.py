@@ -1,0 +1,220 @@
+"""What the code itself cannot do, read off its syntax trees: write past durable.py, unpickle, run what a file names."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lora_ft
+
+ROOT = Path(lora_ft.__file__).parent.parent
+SOURCES = sorted([*ROOT.glob("lora_ft/**/*.py"), *ROOT.glob("hydra_plugins/**/*.py")])
+
+CODE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "tempfile"}
+CODE_CALLS = {
+    "eval", "exec", "__import__", "torch.save", "torch.load", "yaml.load", "yaml.load_all", "yaml.unsafe_load",
+    "yaml.full_load", "os.system", "os.popen", "numpy.load", "np.load", "jinja2.Template", "jinja2.Environment",
+}  # fmt: skip
+LAST_NAMES = {"instantiate", "AutoPeftModelForCausalLM", "get_class", "get_method", "get_object"}
+
+# functions of os and shutil, and methods of pathlib, safetensors, numpy and others, that change the disk
+WRITING_MODULES = {
+    "os": {"mkdir", "makedirs", "rename", "renames", "replace", "unlink", "remove", "removedirs", "rmdir", "truncate",
+           "ftruncate", "symlink", "link", "chmod", "chown", "fchmod", "mkfifo", "utime"},
+    "shutil": {"copy", "copy2", "copyfile", "copytree", "move", "rmtree", "make_archive", "unpack_archive"},
+    "np": {"save", "savez", "savez_compressed", "savetxt"},
+    "numpy": {"save", "savez", "savez_compressed", "savetxt"},
+}  # fmt: skip
+WRITING_METHODS = {
+    "write_text", "write_bytes", "mkdir", "rename", "unlink", "rmdir", "touch", "symlink_to", "hardlink_to", "chmod",
+    "save_file", "tofile", "to_csv", "to_parquet", "to_json", "push_to_hub", "write_table",
+}  # fmt: skip
+WRITE_FLAGS = {"O_WRONLY", "O_RDWR", "O_CREAT", "O_APPEND", "O_TRUNC", "O_TMPFILE"}
+
+
+def dotted(node: ast.AST) -> str:
+    """`a.b.c` of an expression of names and attributes; `?.c` where it begins otherwise."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else "?"
+
+
+def runs_code(tree: ast.Module) -> Iterator[str]:
+    """What could run code that a file names or holds."""
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+        yield from (f"imports {n}" for n in names if n.partition(".")[0] in CODE_MODULES or n in CODE_CALLS)
+        yield from (f"imports {n}" for n in names if n.rpartition(".")[2] in LAST_NAMES)
+        if isinstance(node, ast.Constant) and node.value == "_target_":
+            yield "names _target_"
+        if isinstance(node, ast.Call):
+            called = dotted(node.func)
+            if called in CODE_CALLS or called.rpartition(".")[2] in LAST_NAMES:
+                yield f"calls {called}"
+            if called.endswith("import_module") and not (node.args and isinstance(node.args[0], ast.Constant)):
+                yield "imports a module by a name that is computed"
+            for keyword in node.keywords:
+                is_false = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+                if keyword.arg in ("trust_remote_code", "allow_pickle", "shell", "use_kernels") and not is_false:
+                    yield f"{keyword.arg} is not False"
+
+
+def writes(tree: ast.Module) -> Iterator[str]:
+    """What could write to the disk by another way than durable."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            found = {alias.name for alias in node.names} & (
+                WRITING_MODULES.get(str(node.module), set()) | {"save_file"}
+            )
+            yield from (f"imports {node.module}.{name}" for name in found)
+        if not isinstance(node, ast.Call):
+            continue
+        called = dotted(node.func)
+        owner, _, name = called.rpartition(".")
+        if name in WRITING_MODULES.get(owner, set()) or (owner != "durable" and owner and name in WRITING_METHODS):
+            yield f"calls {called}"
+        elif name == "replace" and isinstance(node.func, ast.Attribute) and len(node.args) == 1 and not node.keywords:
+            yield f"calls {called}"  # a path's; a text's has two arguments, dataclasses' has keywords
+        elif called == "os.open":
+            flags = {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)}
+            if flags & WRITE_FLAGS and dotted(node.args[0]) != "os.devnull":
+                yield "opens a file for writing"
+        elif name == "open" and owner != "os" and not _reads(node, is_method=isinstance(node.func, ast.Attribute)):
+            yield "opens a file for writing, or in a mode that is computed"
+
+
+def _reads(call: ast.Call, *, is_method: bool) -> bool:
+    position = 0 if is_method else 1
+    modes = [k.value for k in call.keywords if k.arg == "mode"] or call.args[position : position + 1]
+    return all(isinstance(m, ast.Constant) and set(str(m.value)) <= set("rbt") for m in modes)
+
+
+def saved_unstaged(trees: dict[str, ast.Module]) -> list[str]:
+    """Calls of libraries' writers, save_pretrained, that no `with durable.staged_folder(...)` encloses.
+
+    A function that saves into a folder it is given passes the duty on to all who call it.
+    """
+    duties, wrong = {"save_pretrained"}, []
+    for _ in range(3):
+        wrong = [
+            (place, *found) for place, tree in trees.items() for found in _bare(tree, duties, "durable.staged_folder")
+        ]
+        duties |= {function for _, function, _ in wrong if function in ("write", "write_folder")}
+    return [f"{place}: {function} calls {name}" for place, function, name in wrong
+            if function not in duties]  # fmt: skip
+
+
+def _bare(tree: ast.Module, duties: set[str], block: str) -> Iterator[tuple[str, str]]:
+    """(function, callee) for each call of a callee in `duties` that no `with block(...)` encloses."""
+
+    def walk(node: ast.AST, function: str) -> Iterator[tuple[str, str]]:
+        if isinstance(node, ast.FunctionDef):
+            function = node.name
+        if isinstance(node, ast.With):
+            items = [dotted(item.context_expr.func) for item in node.items if isinstance(item.context_expr, ast.Call)]
+            if block in items:
+                return
+        if isinstance(node, ast.Call):
+            called = dotted(node.func)
+            owner, _, name = called.rpartition(".")
+            if name in duties and (name != "write" or owner == "merge"):
+                yield function, called
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child, function)
+
+    return walk(tree, "module")
+
+
+def place_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+TREES = {place_of(path): ast.parse(path.read_text("utf-8")) for path in SOURCES}
+
+
+@pytest.mark.parametrize("place", TREES)
+def test_no_file_runs_code_that_data_names(place: str) -> None:
+    allowed = {
+        "lora_ft/cli/guard.py": {"names _target_"},  # to refuse it
+        "lora_ft/entry.py": {"imports a module by a name that is computed"},  # a verb of config.SCHEMAS
+    }
+    assert set(runs_code(TREES[place])) - allowed.get(place, set()) == set()
+
+
+@pytest.mark.parametrize("place", [place for place in TREES if place != "lora_ft/durable.py"])
+def test_only_durable_writes(place: str) -> None:
+    assert set(writes(TREES[place])) == set()
+
+
+def test_libraries_write_into_staged_folders_only() -> None:
+    assert saved_unstaged(TREES) == []
+
+
+def test_chat_templates_are_rendered_and_compiled_within_limits_only() -> None:
+    names = {"apply_chat_template", "_compile_jinja_template"}
+    assert {place: found for place, tree in TREES.items() if (found := [*_bare(tree, names, "limits.bounded")])} == {}
+    planted = ast.parse("def f(t):\n    return t.apply_chat_template(chat)")
+    assert list(_bare(planted, names, "limits.bounded")) == [("f", "t.apply_chat_template")]
+
+
+def test_an_allowed_exception_is_still_needed() -> None:
+    assert set(runs_code(TREES["lora_ft/cli/guard.py"])) and set(runs_code(TREES["lora_ft/entry.py"]))
+    assert set(writes(TREES["lora_ft/durable.py"]))
+
+
+@pytest.mark.parametrize(
+    "snippet",
+    [
+        "import pickle", "from pickle import loads", "import joblib.numpy_pickle", "from torch import load",
+        "torch.load(path)", "torch.save(state, path)", "yaml.load(text, yaml.Loader)", "eval(text)", "exec(text)",
+        "from hydra.utils import instantiate", "hydra.utils.instantiate(cfg)", "cfg['_target_']", "os.system(command)",
+        "AutoModel.from_pretrained(x, trust_remote_code=True)", "f(trust_remote_code=cfg.trust)",
+        "np.load(p, allow_pickle=True)", "subprocess.run(c, shell=True)", "importlib.import_module(name)",
+        "from peft import AutoPeftModelForCausalLM", "__import__(name)", "jinja2.Template(text).render()",
+    ],
+)  # fmt: skip
+def test_the_check_finds_planted_code(snippet: str) -> None:
+    assert list(runs_code(ast.parse(snippet)))
+
+
+@pytest.mark.parametrize(
+    "snippet",
+    [
+        "open(p, 'w')", "open(p, mode='ab')", "open(p, mode)", "path.open('x')", "path.open('r+')", "Path(p).open(m)",
+        "os.open(p, os.O_WRONLY | os.O_CREAT)", "path.write_text('x')", "(a / b).write_bytes(b'')", "path.mkdir()",
+        "path.rename(other)", "path.replace(other)", "(a / 'b').unlink()", "os.rename(a, b)", "os.makedirs(p)",
+        "shutil.rmtree(p)", "shutil.copy(a, b)", "from shutil import move", "from os import replace",
+        "safetensors.torch.save_file(t, p)", "from safetensors.torch import save_file", "np.save(p, x)",
+        "table.to_parquet(p)", "path.touch()", "path.symlink_to(other)", "array.tofile(p)",
+    ],
+)  # fmt: skip
+def test_the_check_finds_planted_writes(snippet: str) -> None:
+    assert list(writes(ast.parse(snippet)))
+
+
+@pytest.mark.parametrize(
+    "snippet",
+    [
+        "open(p)", "open(p, 'rb')", "path.open()", "path.open('rb')", "os.open(p, os.O_RDONLY)",
+        "text.replace('a', 'b')",
+        "dataclasses.replace(cfg, r=4)", "replace(cfg, r=4)", "durable.write_text(p, 'x')", "path.read_text()",
+        "os.open(os.devnull, os.O_WRONLY)", "shutil.disk_usage(p)", "safetensors.torch.save(tensors)",
+        "importlib.import_module('flash_attn')", "model.eval()", "re.compile('x')", "yaml.safe_load(text)",
+    ],
+)  # fmt: skip
+def test_the_check_leaves_reading_alone(snippet: str) -> None:
+    assert [*runs_code(ast.parse(snippet)), *writes(ast.parse(snippet))] == []
+
+
+def test_the_check_finds_what_is_saved_outside_of_a_staged_folder() -> None:
+    bare = ast.parse("def save(folder):\n    tokenizer.save_pretrained(folder)")
+    staged = ast.parse("def save(f):\n    with durable.staged_folder(f) as s:\n        tokenizer.save_pretrained(s)")
+    passed_on = ast.parse("def write_folder(f):\n    t.save_pretrained(f)\ndef other(f):\n    write_folder(f)")
+    assert saved_unstaged({"a": bare}) == ["a: save calls tokenizer.save_pretrained"]
+    assert saved_unstaged({"a": staged}) == []
+    assert saved_unstaged({"a": passed_on}) == ["a: other calls write_folder"]
