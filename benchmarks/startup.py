@@ -45,7 +45,7 @@ def imported(name, package=None):
     train = import_module(name, package)
     mark("import")
     from lora_ft.training import loop
-    for name, phase in [("load_tokenizer", "tokenizer"), ("prepare", "rows"), ("load_base", "weights"),
+    for name, phase in [("load_tokenizer", "tokenizer"), ("check_first", "rows and checks"), ("load_base", "weights"),
                         ("fingerprint", "fingerprint"), ("_make_learners", "adapter")]:
         timed(train, name, phase)
     def step(*args):
