@@ -32,7 +32,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 _BROKEN = {errno.EIO}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR,
             errno.ELOOP, errno.ENAMETOOLONG}  # fmt: skip
-_LEFTOVER = re.compile(r"(.+\.tmp|\..+\.(tmp|old))-[0-9a-f]{8}")
+_LEFTOVER = re.compile(r"(?:\.(?P<folder>.+)\.(?:tmp|old)|(?P<file>.+)\.tmp)-[0-9a-f]{8}")
 
 
 class TensorSpec(NamedTuple):
@@ -223,7 +223,8 @@ def clear_leftovers(folder: Path) -> None:
 
 def meant_name(name: str) -> str:
     """The name that a file or folder under a temporary one was to have; other names as they are."""
-    return re.sub(r"^\.?(.+)\.(tmp|old)-[0-9a-f]{8}$", r"\1", name) if _LEFTOVER.fullmatch(name) else name
+    found = _LEFTOVER.fullmatch(name)
+    return found["folder"] or found["file"] if found else name
 
 
 def _remove_tree(path: Path) -> None:

@@ -36,7 +36,7 @@ PACKAGES = ("lora_ft", "torch", "transformers", "peft", "bitsandbytes", "safeten
 
 METRICS, RESULT, CHECK, CHECKPOINTS = "metrics.jsonl", "result.json", "check.json", "checkpoints"
 _CONFIG, _CHANGED = "config.yaml", "changed.json"
-_BEFORE_TRAINING = {"config.yaml", "overrides.txt", "environment.json", "log.txt", "tensorboard", CHECK}
+_BEFORE_TRAINING = {_CONFIG, "overrides.txt", "environment.json", "log.txt", "tensorboard", CHECK}
 
 
 def create(folder: Path, config: dict[str, Any], overrides: list[str]) -> None:
@@ -162,10 +162,15 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config of a run, with what was changed when it was resumed; ConfigError where the folder is not one."""
+    """The config of a run, which may be somebody else's, with what was changed when it was resumed.
+
+    Raises ConfigError where the folder is not one, and what lora_ft.foreign raises.
+    """
     path = folder / _CONFIG
     if not path.is_file():
         raise ConfigError(f"{folder} is not a run folder: it has no {_CONFIG}")
+    foreign.check_place(path, folder)
+    foreign.check_yaml(path.read_bytes(), str(path), ConfigError)
     loaded = yaml.safe_load(path.read_text("utf-8"))
     if not isinstance(loaded, dict):
         raise ConfigError(f"{folder}: {_CONFIG} holds no settings")

@@ -30,7 +30,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from lora_ft import config, durable, foreign, rules, runs
+from lora_ft import config, durable, rules, runs
 from lora_ft.cli import guard, help, overrides
 from lora_ft.errors import ConfigError, LoraFtError, ResourceError
 
@@ -151,18 +151,9 @@ def _stored_run(command: Command) -> dict[str, Any]:
         shared = {f.name for f in dataclasses.fields(schema)} - {"resume"}
     else:
         folder, shared = _run(command), set(rules.groups(schema))
-    stored = _read_stored(Path(folder)) if folder else {}
+    stored = runs.read_config(Path(folder)) if folder else {}
     return {name: overrides.escape(stored[name]) for name in shared
             if name in stored and overrides.chosen(command.words, name) is None}  # fmt: skip
-
-
-def _read_stored(folder: Path) -> dict[str, Any]:
-    """The config of a run folder, which may be somebody else's."""
-    path = folder / "config.yaml"
-    if path.is_file():
-        foreign.check_place(path, folder)
-        foreign.check_yaml(path.read_bytes(), str(path), ConfigError)
-    return runs.read_config(folder)
 
 
 def _run(command: Command) -> str | None:
