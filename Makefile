@@ -19,13 +19,13 @@ bench: .venv/bench
 	$(BIN)/python benchmarks/bench.py --write
 
 check: .venv/test
-	$(BIN)/ruff format --check lora_ft tests benchmarks
-	$(BIN)/ruff check lora_ft tests benchmarks
+	$(BIN)/ruff format --check lora_ft hydra_plugins tests benchmarks
+	$(BIN)/ruff check lora_ft hydra_plugins tests benchmarks
 	$(BIN)/mypy
 
 format: .venv/test
-	$(BIN)/ruff format lora_ft tests benchmarks
-	$(BIN)/ruff check --fix lora_ft tests benchmarks
+	$(BIN)/ruff format lora_ft hydra_plugins tests benchmarks
+	$(BIN)/ruff check --fix lora_ft hydra_plugins tests benchmarks
 
 catalogue: .venv/test
 	$(BIN)/python tests/catalogue.py

@@ -45,8 +45,9 @@ def imported(name, package=None):
     train = import_module(name, package)
     mark("import")
     from lora_ft.training import loop
-    for name, phase in [("load_tokenizer", "tokenizer"), ("check_first", "rows and checks"), ("load_base", "weights"),
-                        ("fingerprint", "fingerprint"), ("_make_learners", "adapter")]:
+    for name, phase in [("load_tokenizer", "tokenizer"), ("read_rows", "rows and checks"),
+                        ("check_first", "rows and checks"), ("load_base", "weights"),
+                        ("fingerprint", "fingerprint"), ("_begin", "adapter")]:
         timed(train, name, phase)
     def step(*args):
         mark("other")

@@ -12,7 +12,8 @@ steps            40 of at most 1,024 tokens (median 980, smallest 700, largest 1
 learning rate    ▃▆██▇▇▆▆▅▅▄▄▃▃▂▂▁▁
                  1.25e-04 first, at most 5.00e-04 after 4 steps of warm-up, 9.51e-07 last
 
-Exit 0, whatever it warns of, or the code of the error that train would end with.
+Exit 0, whatever it warns of, or the code of the error that train would end with. An error hides only what cannot be
+known because of it, and all errors are said at once.
 """
 
 import itertools
@@ -28,12 +29,13 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_ft import config, entry, rules, runs
-from lora_ft.data.prepare import Dataset, TokenRow
+from lora_ft.adapters.outline import Layers
+from lora_ft.data.prepare import TokenRow
+from lora_ft.data.read import read
 from lora_ft.data.rows import excerpt
 from lora_ft.data.tokenize import Vocabulary
-from lora_ft.models.load import load_tokenizer, resolve_device
-from lora_ft.ops.kernels import choose_kernels
-from lora_ft.training.preflight import Preflight, check_first
+from lora_ft.models.load import load_tokenizer
+from lora_ft.training.preflight import Known, Rows, Steps, Tries, check_machine, look, read_rows
 
 _BAR = 40  # columns
 _LONG = 320  # characters of a stretch of text; longer ones lose their middle
@@ -45,30 +47,42 @@ Facts = Iterator[tuple[str, RenderableType]]
 
 
 def main(cfg: config.CheckRun, invocation: entry.Invocation) -> None:
-    """Print the page; raises what train would raise before its first step, but for what the weights themselves show."""
+    """Print what is known, and raise all that train would end with, but for what the weights themselves show."""
+    tries = Tries()
     if cfg.resume and runs.exists(invocation.folder):
-        rules.changes(runs.read_config(invocation.folder), cfg)
-    choose_kernels(resolve_device(cfg.device), compile_=cfg.fast.compile, liger=cfg.fast.liger)
-    tokenizer = load_tokenizer(cfg.model)
-    dataset, preflight = check_first(cfg, tokenizer, invocation.folder)
+        tries(rules.changes, runs.read_config(invocation.folder), cfg)
+    tries(check_machine, cfg)
+    if tokenizer := tries(load_tokenizer, cfg.model):
+        known = look(tries, cfg, tries(read_rows, cfg, tokenizer), tokenizer, invocation.folder)
+        _write(page(cfg, known, tokenizer))
+    else:
+        tries(lambda: read(cfg.data).ledger.raise_bad())
+    tries.end()
+
+
+def _write(content: RenderableType) -> None:
     console = Console()
     with console.capture() as shown:
-        console.print(page(cfg, dataset, preflight, tokenizer))
+        console.print(content)
     for line in shown.get().splitlines():  # rich fills lines with blanks, and here blanks are what one looks for
         sys.stdout.write(line.rstrip().encode(console.encoding, "replace").decode(console.encoding) + "\n")
+    sys.stdout.flush()  # errors follow, on stderr
 
 
-def page(cfg: config.TrainRun, dataset: Dataset, preflight: Preflight, tokenizer: Any) -> RenderableType:
+def page(cfg: config.TrainRun, known: Known, tokenizer: Any) -> RenderableType:
     """All that is known of a run, for a person: three rows, figures of rows and of the training, warnings."""
-    legend = "training rows: ⟦supervised⟧ and masked; · blank, ↵ end of a line, → tabulator"
-    samples = [part for kind, row in _samples(dataset.train) for part in _sample(kind, row, tokenizer)]
-    warnings = [Text(f"! {warning}", "yellow") for warning in preflight.warnings] or [Text("no warnings", "green")]
-    return Group(
-        Text(legend, "bold"), Text(), *samples,
-        Text("rows", "bold"), _table(_row_facts(cfg, preflight)), Text(),
-        Text("training", "bold"), _table(_training_facts(cfg, preflight)), Text(),
-        *warnings,
-    )  # fmt: skip
+    parts: list[RenderableType] = []
+    if known.rows:
+        legend = "training rows: ⟦supervised⟧ and masked; · blank, ↵ end of a line, → tabulator"
+        samples = [part for kind, row in _samples(known.rows.dataset.train) for part in _sample(kind, row, tokenizer)]
+        parts += [Text(legend, "bold"), Text(), *samples]
+        parts += [Text("rows", "bold"), _table(_row_facts(cfg, known.rows)), Text()]
+    if known.steps or known.layers:
+        parts += [Text("training", "bold"), _table(_training_facts(cfg, known)), Text()]
+    parts += [Text(f"! {warning}", "yellow") for warning in known.warnings]
+    if not known.warnings and known.disk:
+        parts.append(Text("no warnings", "green"))
+    return Group(*parts)
 
 
 def _samples(rows: list[TokenRow]) -> list[tuple[str, TokenRow]]:
@@ -137,8 +151,8 @@ def _spelled(character: str) -> str:
     )
 
 
-def _row_facts(cfg: config.TrainRun, preflight: Preflight) -> Facts:
-    rows, seen = preflight.rows, preflight.seen
+def _row_facts(cfg: config.TrainRun, found: Rows) -> Facts:
+    rows, seen = found.dataset.report, found.seen
     left_out = "".join(f", {count:,} {reason} left out" for reason, count in rows.left_out.items())
     yield "read", f"{rows.rows:,} rows ({rows.format}), {rows.duplicates:,} duplicates{left_out}"
     if rows.unused:
@@ -181,8 +195,20 @@ def _histogram(bins: list[tuple[int, int, int]]) -> Text:
     )
 
 
-def _training_facts(cfg: config.TrainRun, preflight: Preflight) -> Facts:
-    steps, layers, disk = preflight.steps, preflight.layers, preflight.disk
+def _training_facts(cfg: config.TrainRun, known: Known) -> Facts:
+    if known.steps:
+        yield from _step_facts(cfg, known.steps)
+    if known.layers:
+        yield from _layer_facts(cfg, known.layers)
+    if known.disk:
+        yield (
+            "disk",
+            f"{_megabytes(known.disk.needed)} with checkpoints ({_megabytes(known.disk.adapter)} the adapter's "
+            f"weights), {_megabytes(known.disk.free)} free",
+        )
+
+
+def _step_facts(cfg: config.TrainRun, steps: Steps) -> Facts:
     yield (
         "steps",
         (
@@ -193,15 +219,13 @@ def _training_facts(cfg: config.TrainRun, preflight: Preflight) -> Facts:
     yield "learning rate", _curve(steps.rates)
     warmup = f" after {cfg.optim.warmup_steps:,} steps of warm-up" if cfg.optim.warmup_steps else ""
     yield "", f"{steps.first_rate:.2e} first, at most {steps.peak_rate:.2e}{warmup}, {steps.last_rate:.2e} last"
+
+
+def _layer_facts(cfg: config.TrainRun, layers: Layers) -> Facts:
     yield "layers", f"{layers.count:,}: " + ", ".join(f"{n} {t}" for t, n in layers.targets.items())
     yield "trainable", f"{layers.trainable:,} parameters, {layers.trainable / layers.base:.2%} of {layers.base:,}"
     rule = "alpha / sqrt(r)" if cfg.adapter.rslora else "alpha / r"
     yield "scale", f"{' and '.join(f'{scale:.4g}' for scale in layers.scales)} ({rule})"
-    yield (
-        "disk",
-        f"{_megabytes(disk.needed)} with checkpoints ({_megabytes(disk.adapter)} the adapter's weights), "
-        f"{_megabytes(disk.free)} free",
-    )
 
 
 def _curve(rates: list[float]) -> str:

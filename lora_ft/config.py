@@ -11,6 +11,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from lora_ft.setting import OnResume, setting
+
 # In a checkout conf/ lies beside the package; in an installed wheel it lies inside it.
 _HERE = Path(__file__).resolve().parent
 CONF = next(d for d in (_HERE / "conf", _HERE.parent / "conf") if d.is_dir())
@@ -74,47 +76,13 @@ class Keep(Enum):
 class Tracker(Enum):
     none = "none"
     tensorboard = "tensorboard"
+    wandb = "wandb"
+    mlflow = "mlflow"
 
 
-class OnResume(Enum):
-    """What a resumed run may do with a setting: keep it, raise it, or have another one, as it changes no result."""
-
-    same = "same"
-    higher = "higher"
-    free = "free"
-
-
-def setting(
-    default: Any,
-    meaning: str,
-    *,
-    unit: str = "",
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-    pattern: str = "",
-    text: bool = False,
-    path: bool = False,
-    on_resume: OnResume = OnResume.same,
-) -> Any:
-    """Declare a setting: its default, its meaning for `--help`, its unit and the rule its value obeys.
-
-    `text` marks free text, whose value the command line takes literally; `path` marks such a text that may name a
-    place on this machine. `on_resume` says whether a run that is continued may have another value.
-    """
-    metadata = {
-        "meaning": meaning,
-        "unit": unit,
-        "text": text or path,
-        "path": path,
-        "pattern": pattern,
-        "bounds": {"at least": at_least, "above": above, "at most": at_most, "below": below},
-        "on_resume": on_resume,
-    }
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+class ShareBase(Enum):
+    interleaved = "interleaved"
+    none = "none"
 
 
 @dataclass
@@ -266,6 +234,9 @@ class Track:
     name: Tracker = setting(
         Tracker.none, "tracker that receives the metrics beside metrics.jsonl", on_resume=OnResume.free
     )
+    project: str = setting(
+        "lora_ft", "wandb, mlflow: project, or experiment, of the run", text=True, on_resume=OnResume.free
+    )
 
 
 @dataclass
@@ -282,6 +253,31 @@ class Sampling:
     max_new_tokens: int = setting(256, "longest answer", unit="tokens", at_least=1)
     temperature: float = setting(0.0, "0: the likeliest token each time", at_least=0)
     top_p: float = setting(1.0, "sample from the likeliest tokens of this total probability", above=0, at_most=1)
+
+
+@dataclass
+class Sweep:
+    halving: bool = setting(False, "stop the jobs of a shared base whose held-out loss falls behind (arXiv 1502.07943)")
+    eta: int = setting(3, "halving: one in so many goes on at each rung", at_least=2)
+    min_steps: int = setting(
+        20, "halving: steps before the first rung; each further rung is eta times as far", unit="steps", at_least=1
+    )
+
+
+@dataclass
+class Launcher:
+    """How the jobs of a sweep are run: `hydra.launcher.*` of the launcher lora_ft."""
+
+    share_base: ShareBase = setting(
+        ShareBase.interleaved, "jobs that differ in adapter, optim, train and seed only take turns on one base, or none"
+    )
+    max_learners_per_base: int | None = setting(
+        None, "most jobs that share a base at a time; null: what memory allows", unit="jobs", at_least=1
+    )
+    devices: list[str] = setting([], "CUDA devices, by number; one process on each; []: all that are visible")
+    job_timeout: float | None = setting(
+        None, "longest time that one turn of a job (a step, loading, the end) may take", unit="seconds", above=0
+    )
 
 
 _DEVICE = r"auto|cpu|mps|cuda(:[0-9]+)?"
@@ -331,6 +327,20 @@ class CheckRun(TrainRun):
 
 
 @dataclass
+class SweepRun(TrainRun):
+    """Train once for each combination of values, as adapter.r=4,8,16, over one base, and report."""
+
+    sweep: Sweep = field(default_factory=Sweep)
+
+
+@dataclass
+class ReportRun:
+    """Tables and curves of a sweep: report.md, report.html, report.json and pictures in its folder."""
+
+    sweep: str = setting("", "sweep folder", path=True)
+
+
+@dataclass
 class EvalRun:
     """Compare base and adapter on held-out rows: loss, perplexity, task metrics, answers."""
 
@@ -374,4 +384,12 @@ class MergeRun:
     device: str = _device()
 
 
-SCHEMAS: dict[str, type] = {"train": TrainRun, "check": CheckRun, "eval": EvalRun, "chat": ChatRun, "merge": MergeRun}
+SCHEMAS: dict[str, type] = {
+    "train": TrainRun,
+    "sweep": SweepRun,
+    "check": CheckRun,
+    "eval": EvalRun,
+    "chat": ChatRun,
+    "merge": MergeRun,
+    "report": ReportRun,
+}

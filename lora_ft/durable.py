@@ -5,8 +5,9 @@ crash nor a full disk leaves half of it under the name that a reader looks for:
 
     write NAME.tmp-XXXX -> fsync -> rename to NAME -> fsync the folder
 
-A folder is staged the same way as a whole (`staged_folder`). Modes follow the umask: safetensors' own
-writer leaves 0600 and does not fsync (safetensors issue 782), which is why nothing here uses it.
+A folder is staged the same way as a whole (`write_files`, or `staged_folder` for what libraries write). Modes follow
+the umask: safetensors' own writer leaves 0600 and does not fsync (safetensors issue 782), which is why nothing here
+uses it.
 A place that is full, broken or not to be written is a `WriteError`: a message to the user, an OSError to those who
 catch one.
 
@@ -32,6 +33,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 _BROKEN = {errno.EIO}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR,
             errno.ELOOP, errno.ENAMETOOLONG}  # fmt: skip
+_BEAT_BYTES = 4096
 _LEFTOVER = re.compile(r"(?:\.(?P<folder>.+)\.(?:tmp|old)|(?P<file>.+)\.tmp)-[0-9a-f]{8}")
 
 
@@ -196,6 +198,18 @@ def _opened(path: Path, flags: int, num_bytes: int | None = None) -> Iterator[in
             os.close(descriptor)
 
 
+def beat(path: Path, record: str) -> None:
+    """Replace the one record of a file in place, for readers in other processes; the file's time is the record's.
+
+    It is not brought to the disk, which would take longer than a short step. Records are of up to 4,095 bytes.
+    """
+    data = redact(record).encode("utf-8").ljust(_BEAT_BYTES - 1) + b"\n"
+    if len(data) > _BEAT_BYTES:
+        raise ValueError(f"a record of {len(data)} bytes, where {_BEAT_BYTES} are the most")
+    with _opened(path, os.O_WRONLY | os.O_CREAT, len(data)) as descriptor:
+        _write_all(descriptor, data)
+
+
 def remove(path: Path) -> None:
     """Remove a file for good; one that is not there is removed."""
     if path.exists():
@@ -253,15 +267,34 @@ def staged_folder(path: Path) -> Iterator[Path]:
     An existing folder under the name is replaced only then. Library writers (tokenizers, processors)
     write here; their files are fsynced, and given modes by the umask, before the rename.
     """
+    with _staged(path) as staging:
+        with writing(path, _FULL):  # whoever writes here reads as well: what it does not find is no matter of the place
+            yield staging
+        with writing(path):
+            _settle(staging)
+
+
+def write_files(path: Path, contents: dict[str, Buffer]) -> None:
+    """Write a folder of plain files that takes its name when all are on the disk; an older one is replaced then."""
+    with _staged(path) as staging:
+        for name, data in contents.items():
+            with _opened(staging / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, memoryview(data).nbytes) as descriptor:
+                _write_all(descriptor, data)
+                os.fsync(descriptor)
+        with writing(path):
+            _fsync_folder(staging)
+
+
+@contextlib.contextmanager
+def _staged(path: Path) -> Iterator[Path]:
+    """A folder beside `path` that takes its name at the end, or goes; its contents must be on the disk by then."""
     make_folder(path.parent)
     staging = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
     with writing(path):
         os.mkdir(staging)
     try:
-        with writing(path, _FULL):  # whoever writes here reads as well: what it does not find is no matter of the place
-            yield staging
+        yield staging
         with writing(path):
-            _settle(staging)
             _replace_folder(staging, path)
     except BaseException:
         if staging.exists():
@@ -302,3 +335,9 @@ def _fsync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def open_log(path: Path) -> int:
+    """A new file, opened to append, for the output of another process; its descriptor, which the caller closes."""
+    with writing(path):
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW, 0o666)

@@ -3,6 +3,7 @@
 A verb is a module with one plain function over its dataclass; importing it (and torch) waits until the config is valid.
 
     def main(cfg: config.TrainRun, invocation: entry.Invocation) -> float | None: ...
+    def end(sweep: Path) -> int: ...           # of lora_ft.sweep alone: when all jobs have ended; the exit code
 
     if __name__ == "__main__":
         entry.run("train")
@@ -84,8 +85,9 @@ def _command(arguments: list[str]) -> int:
 def _compose(verb: str, words: list[str], flags: argparse.Namespace) -> int:
     from lora_ft.cli import composition  # Hydra takes a third of a second, which help and completion do not have
 
-    sweep = flags.multirun or "hydra.mode=MULTIRUN" in words
-    command = composition.Command(verb, words, sweep, flags.config_dir)
+    multirun = flags.multirun or verb == "sweep" or "hydra.mode=MULTIRUN" in words
+    verb = "sweep" if multirun and verb == "train" else verb
+    command = composition.Command(verb, words, multirun, flags.config_dir)
     if flags.cfg or flags.info:
         composition.show(command, part=flags.cfg, package=flags.package, resolve=flags.resolve, info=flags.info)
         return 0
@@ -94,7 +96,11 @@ def _compose(verb: str, words: list[str], flags: argparse.Namespace) -> int:
         result: float | None = _import(f"lora_ft.{verb}").main(cfg, Invocation(folder, overrides))
         return result
 
-    return composition.run(command, main)
+    def end(sweep: Path) -> int:
+        code: int = _import(f"lora_ft.{verb}").end(sweep)
+        return code
+
+    return composition.run(command, main, end)
 
 
 def _import(name: str) -> Any:

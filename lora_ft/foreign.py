@@ -89,10 +89,11 @@ def _depth_exceeds(value: Any, limit: int) -> bool:
 
 @dataclass(frozen=True)
 class Header:
-    """The first bytes of a safetensors file, up to the data, and where in the data its tensors lie, in order."""
+    """The first bytes of a safetensors file, up to the data; where in the data its tensors lie, in order; shapes."""
 
     raw: bytes
     places: list[tuple[int, int]]
+    shapes: dict[str, tuple[int, ...]]
 
 
 def tensor_header(path: Path, most_bytes: int, kind: type[LoraFtError]) -> Header:
@@ -110,7 +111,10 @@ def tensor_header(path: Path, most_bytes: int, kind: type[LoraFtError]) -> Heade
             raise SecurityError(f"{path}: its header of {length:,} bytes is longer than the {most_bytes:,} allowed")
         raw = start + file.read(length)
     try:
-        return Header(raw, _places(json.loads(raw[8:], object_pairs_hook=_unique), size - len(raw)))
+        tensors = json.loads(raw[8:], object_pairs_hook=_unique)
+        tensors.pop("__metadata__", None)
+        places = _places(tensors, size - len(raw))
+        return Header(raw, places, {name: tuple(entry["shape"]) for name, entry in tensors.items()})
     except RecursionError:
         raise SecurityError(f"{path}: its header is nested too deeply") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -124,10 +128,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _places(header: dict[str, Any], num_bytes: int) -> list[tuple[int, int]]:
+def _places(tensors: dict[str, Any], num_bytes: int) -> list[tuple[int, int]]:
     places, at = [], 0
-    tensors = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
-    for name, entry in sorted(tensors, key=lambda tensor: tensor[1]["data_offsets"]):
+    for name, entry in sorted(tensors.items(), key=lambda tensor: tensor[1]["data_offsets"]):
         (begin, end), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
         if any(type(n) is not int or n < 0 for n in (begin, end, *shape)):
             raise ValueError(f"{name[:80]} has a size or an offset that is no whole number, or negative")

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from lora_ft.config import Keep, MergeRun, OnResume, TrainRun
+from lora_ft.config import Data, Keep, Launcher, MergeRun, ReportRun, SweepRun, TrainRun
 from lora_ft.errors import ConfigError
+from lora_ft.setting import OnResume
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,9 @@ def expand_home(path: str) -> str:
     return os.path.expanduser(path)  # noqa: PTH111  (pathlib raises for an unknown name)
 
 
-def validate(cfg: Any) -> None:
+def validate(cfg: Any, prefix: str = "") -> None:
     """Check every rule of a composed config; raise one ConfigError that names all violations."""
-    problems = [*_broken_rules(cfg), *_broken_combinations(cfg)]
+    problems = [*_broken_rules(cfg, prefix), *_broken_combinations(cfg)]
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -119,12 +120,17 @@ def _broken_combinations(cfg: Any) -> Iterator[str]:
             )
         if not cfg.adapter.targets:
             yield "adapter.targets must name at least one layer, got []"
-        if (cfg.train.keep is Keep.best or cfg.train.patience) and not (
-            cfg.data.eval_fraction or cfg.data.eval_path or cfg.data.eval_split
-        ):
+        if (cfg.train.keep is Keep.best or cfg.train.patience) and not _holds_out(cfg.data):
             yield "train.keep=best and train.patience need held-out rows: data.eval_fraction or data.eval_path"
         if cfg.train.patience and not cfg.train.eval_every_steps:
             yield "train.patience needs train.eval_every_steps, got null"
+        if isinstance(cfg, SweepRun) and cfg.sweep.halving and not _holds_out(cfg.data):
+            yield "sweep.halving needs held-out rows: data.eval_fraction or data.eval_path"
+    elif isinstance(cfg, Launcher):
+        return
+    elif isinstance(cfg, ReportRun):
+        if not cfg.sweep:
+            yield "sweep is empty: name the folder of a sweep, sweep=FOLDER"
     elif not (cfg.run or cfg.adapter_path):
         yield "name a run with run=FOLDER, or an adapter made elsewhere with adapter_path=DIR_OR_ID and model=NAME"
     elif cfg.run and cfg.adapter_path:
@@ -133,6 +139,10 @@ def _broken_combinations(cfg: Any) -> Iterator[str]:
         yield "adapter_path needs the base it was trained on: model=NAME, or model=local model.path=PLACE"
     if isinstance(cfg, MergeRun) and not cfg.out:
         yield "out is empty: name the folder to write, out=DIR"
+
+
+def _holds_out(data: Data) -> bool:
+    return bool(data.eval_fraction or data.eval_path or data.eval_split)
 
 
 def to_plain(cfg: Any) -> dict[str, Any]:

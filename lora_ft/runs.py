@@ -9,9 +9,12 @@ runs/2026-11-23_10-15-00-123456/
   metrics.jsonl      one object a step: {"step": 1, "loss": ..., ...}
   checkpoints/       states to resume from (training/checkpoint.py)
   result.json        the outcome: losses, tokens per second, peak memory, where the adapter is
+  failure.json       in its place, for a job of a sweep that failed: kind of error, exit code, message
   adapter/           stock PEFT files, tokenizer, lora_ft.json
   tensorboard/       event files, with track=tensorboard
   eval.json          written by lora-ft eval
+
+A sweep folder holds a run folder for each job, and sweep.json: the words that began it.
 """
 
 import contextlib
@@ -21,7 +24,9 @@ import functools
 import json
 import os
 import platform
+import shlex
 import sys
+import traceback
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -30,13 +35,30 @@ from typing import Any
 import yaml
 
 from lora_ft import durable, foreign, rules
-from lora_ft.errors import CheckpointError, ConfigError
+from lora_ft.errors import CheckpointError, ConfigError, LoraFtError
+from lora_ft.redact import redact
 
 PACKAGES = ("lora_ft", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "hydra-core")
 
 METRICS, RESULT, CHECK, CHECKPOINTS = "metrics.jsonl", "result.json", "check.json", "checkpoints"
+FAILURE, OVERRIDES, LOG, SWEEP = "failure.json", "overrides.txt", "log.txt", "sweep.json"
 _CONFIG, _CHANGED = "config.yaml", "changed.json"
-_BEFORE_TRAINING = {_CONFIG, "overrides.txt", "environment.json", "log.txt", "tensorboard", CHECK}
+_BEFORE_TRAINING = {_CONFIG, OVERRIDES, "environment.json", LOG, "tensorboard", CHECK, FAILURE}
+
+
+def begin(folder: Path, cfg: Any, overrides: list[str]) -> bool:
+    """Start the run of a folder that is `locked`, or reopen it where `cfg.resume` says so and it has begun to train.
+
+    False where it is finished and nothing more is asked of it. Raises what `create` and `reopen` raise.
+    """
+    if cfg.resume and exists(folder):
+        goes_on = reopen(folder, cfg)
+    else:
+        create(folder, rules.to_plain(cfg), overrides)
+        goes_on = True
+    if goes_on:
+        durable.remove(folder / FAILURE)
+    return goes_on
 
 
 def create(folder: Path, config: dict[str, Any], overrides: list[str]) -> None:
@@ -50,15 +72,74 @@ def create(folder: Path, config: dict[str, Any], overrides: list[str]) -> None:
             f"the run folder must be empty, but {folder} is not: choose another hydra.run.dir, or resume=auto"
         )
     durable.clear_leftovers(folder)
-    durable.write_text(folder / "overrides.txt", "".join(f"{o}\n" for o in overrides))
+    write_overrides(folder, overrides)
     durable.write_json(folder / "environment.json", environment())
     # Last: a folder that has it holds a run, which can be resumed.
     durable.write_text(folder / _CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
 
+def write_overrides(folder: Path, overrides: list[str]) -> None:
+    durable.write_text(folder / OVERRIDES, "".join(f"{o}\n" for o in overrides))
+
+
+def write_failure(folder: Path, error: BaseException) -> None:
+    """Keep why a job failed; a bug's traceback goes into the run's log."""
+    known = isinstance(error, LoraFtError)
+    if not known:
+        durable.append_line(folder / LOG, "".join(traceback.format_exception(error)))
+    failure = {
+        "kind": type(error).__name__,
+        "exit_code": error.exit_code if isinstance(error, LoraFtError) else 1,
+        # Redacted before it is JSON, too: what a message quotes is escaped twice there.
+        "message": redact(str(error) if known else f"{type(error).__name__}: {error}"),
+    }
+    durable.write_json(folder / FAILURE, failure)
+
+
+def fail(folder: Path, error: BaseException, overrides: list[str]) -> None:
+    """`write_failure` for a job that may not have come to make its folder."""
+    durable.make_folder(folder)
+    if not (folder / OVERRIDES).is_file():
+        write_overrides(folder, overrides)
+    write_failure(folder, error)
+
+
+def read_failure(folder: Path) -> dict[str, Any] | None:
+    """What `write_failure` kept; None where the run has not failed."""
+    path = folder / FAILURE
+    foreign.check_place(path, folder)
+    return foreign.json_object(path, ConfigError) if path.is_file() else None
+
+
+def create_sweep(folder: Path, words: list[str], config_dir: Path | None, *, resumed: bool) -> None:
+    """Keep the words that begin a sweep in its folder, which is `locked`; ConfigError where that holds anything.
+
+    A sweep that is resumed has its words already.
+    """
+    if not any(folder.iterdir()):
+        found = {"words": words, "config_dir": str(config_dir.resolve()) if config_dir else None}
+        durable.write_json(folder / SWEEP, found)
+    elif not (resumed and (folder / SWEEP).is_file()):
+        raise ConfigError(f"the sweep folder must be empty, but {folder} is not: choose another hydra.sweep.dir, or "
+                          f"go on with: lora-ft sweep resume={shlex.quote(str(folder))}")  # fmt: skip
+
+
+def read_sweep(folder: Path) -> tuple[list[str], Path | None]:
+    """The words that began a sweep, and its folder of configs; ConfigError where the folder holds no sweep."""
+    path = folder / SWEEP
+    if not path.is_file():
+        raise ConfigError(f"{folder} is not a sweep folder: it has no {SWEEP}")
+    foreign.check_place(path, folder)
+    found = foreign.json_object(path, ConfigError)
+    words, config_dir = found.get("words"), found.get("config_dir")
+    if not (isinstance(words, list) and all(isinstance(w, str) for w in words) and isinstance(config_dir, str | None)):
+        raise ConfigError(f"{path} must hold words and config_dir of a sweep")
+    return words, Path(config_dir) if config_dir else None
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a run folder while this one trains in it; ConfigError where one is there.
+    """Keep other processes out of the folder of a run or sweep while this one works in it; ConfigError where one is.
 
     The lock is the kernel's, on the folder itself: it ends with the process, however that ends. Where a file system
     has no locks there is none.
@@ -77,7 +158,7 @@ def _lock(descriptor: int, folder: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ConfigError(f"{folder} is in use: another process trains in it") from None
+        raise ConfigError(f"{folder} is in use: another process works in it") from None
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
             raise
@@ -91,6 +172,11 @@ def exists(folder: Path) -> bool:
 def _names(folder: Path) -> set[str]:
     """What lies in a folder; a file that was being written when its process was killed, by the name it was to have."""
     return {durable.meant_name(path.name) for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def is_finished(folder: Path, cfg: Any) -> bool:
+    """Whether a run has its result, and these settings ask for nothing more; ConfigError for others than its own."""
+    return (folder / RESULT).is_file() and not _longer(rules.changes(read_config(folder), cfg))
 
 
 def reopen(folder: Path, cfg: Any) -> bool:
@@ -193,5 +279,5 @@ def adapter_folder(folder: Path) -> Path:
     """The adapter of a finished run; ConfigError where the run has not written one."""
     path = folder / "adapter"
     if not (path / "adapter_config.json").is_file():
-        raise ConfigError(f"run={folder} has no adapter: the run did not finish (see {folder / 'log.txt'})")
+        raise ConfigError(f"run={folder} has no adapter: the run did not finish (see {folder / LOG})")
     return path

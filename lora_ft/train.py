@@ -5,71 +5,80 @@ lora-ft train model=smollm2_135m quant=nf4 data=chatterbot adapter.r=8 train.max
 rows -prepare-> token rows --------------------+
 base -load-> frozen model -attach-> + adapter --+-> loop: loss_sum / supervised tokens -> backward, step
                                                 +-> RUN FOLDER: metrics, result, adapter/
+
+Several adapters take turns on one base (`lora-ft sweep`); what they share is made once.
 """
 
-import hashlib
 import logging
-import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from rich.console import Console
-from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, durable, entry, rules, runs
-from lora_ft.adapters import audit, files, origin
+from lora_ft import config, durable, entry, runs
+from lora_ft.adapters import audit
 from lora_ft.config import Schedule
 from lora_ft.data.prepare import Dataset
-from lora_ft.errors import ConfigError
-from lora_ft.evaluation import compare
+from lora_ft.errors import ResourceError
+from lora_ft.evaluation.compare import Comparison
 from lora_ft.models.fingerprint import fingerprint
 from lora_ft.models.load import Base, load_base, load_tokenizer, resolve_device
 from lora_ft.ops.allocator import keep_freed_memory
 from lora_ft.ops.dropout import switch_off_dropout
-from lora_ft.ops.kernels import Kernels, choose_kernels
-from lora_ft.training import checkpoint
-from lora_ft.training.learner import Learner, make_learner, overfitting
-from lora_ft.training.loop import Metrics, Observer, fit
-from lora_ft.training.metrics import observers, peak_memory_bytes
+from lora_ft.ops.kernels import choose_kernels
+from lora_ft.ops.recompute import available_bytes
+from lora_ft.ops.token_loss import Paths
+from lora_ft.training import checkpoint, logs
+from lora_ft.training.finish import Result, finish
+from lora_ft.training.halving import Halving
+from lora_ft.training.learner import Learner, make_learner
+from lora_ft.training.loop import Metrics, Observer, Watcher, fit_each
+from lora_ft.training.metrics import observers
+from lora_ft.training.optimizers import learner_bytes
 from lora_ft.training.paths import use_fast_paths
-from lora_ft.training.preflight import check_first
-from lora_ft.training.progress import Progress, displayed
+from lora_ft.training.preflight import Rows, check_first, check_machine, read_rows
+from lora_ft.training.progress import displayed
 from lora_ft.training.stop import Stop, on_signals
 
 log = logging.getLogger("lora_ft")
 
-_SAMPLE_TOKENS = 48  # enough to see what an answer is like
+
+@dataclass(frozen=True)
+class Job:
+    """One adapter to train: its place in the list it came in, settings, run folder and number of parameters."""
+
+    number: int
+    cfg: config.TrainRun
+    folder: Path
+    num_trainable: int
 
 
 @dataclass(frozen=True)
-class Result:
-    """What result.json holds: the outcome of one run; losses in nats per token, None where nothing was held out."""
+class Shared:
+    """What is there once for all adapters of a base; `fingerprint` is of its bytes before the first step.
 
-    heldout_loss: float | None
-    base_heldout_loss: float | None
-    heldout_tokens: int
-    best_step: int | None
-    best_heldout_loss: float | None
-    steps: int
-    stopped_early: bool
-    tokens: int
-    tokens_per_second: float
-    train_seconds: float
-    trainable_parameters: int
-    peak_memory_bytes: int
-    adapter_sha256: str
+    compared: comparisons with the bare base, by what decides the base's part in them.
+    """
+
+    base: Base
+    dataset: Dataset
+    paths: Paths
+    fingerprint: str
+    compared: dict[object, Comparison] = field(default_factory=dict)
+
+
+class BaseTouched(Exception):
+    """A job failed while its adapter was being attached: the base may hold traces of it, and has to be loaded again."""
 
 
 def main(cfg: config.TrainRun, invocation: entry.Invocation) -> float | None:
     """Run one training from the command line; returns the held-out loss, which a sweeper can minimize."""
     folder = invocation.folder
     with runs.locked(folder):
-        if not (cfg.resume and runs.exists(folder)):
-            runs.create(folder, rules.to_plain(cfg), invocation.overrides)
-        elif not runs.reopen(folder, cfg):
+        if not runs.begin(folder, cfg, invocation.overrides):
             sys.stdout.write(f"{folder} is finished: nothing to resume\n")
             return runs.read_result(folder).get("heldout_loss")
         with displayed([folder]) as progress, on_signals() as stop:
@@ -78,127 +87,141 @@ def main(cfg: config.TrainRun, invocation: entry.Invocation) -> float | None:
 
 
 def train(
-    cfgs: list[config.TrainRun], folders: list[Path], progress: Progress, stop: Stop | None = None
+    cfgs: list[config.TrainRun], folders: list[Path], progress: Watcher, stop: Stop | None = None
 ) -> list[Result]:
-    """Train one adapter per config over one base; the configs share model, quant, fast and device.
+    """Train one adapter per config over one base, as `train_each` does; the first failure is raised."""
+    results = {}
+    for number, outcome in train_each(cfgs, folders, progress, stop):
+        if isinstance(outcome, Exception):
+            raise outcome
+        results[number] = outcome
+    if left := len(cfgs) - len(results):
+        raise ResourceError(f"out of memory for {len(cfgs)} adapters on one base at a time: train {left} of them apart")
+    return [results[number] for number in range(len(cfgs))]
 
-    Each folder must have been made by `runs.create`; a learner whose folder holds a checkpoint goes on from there.
-    Errors are those of lora_ft.errors, and Interrupted where `stop` was asked for.
+
+def train_each(
+    cfgs: list[config.TrainRun],
+    folders: list[Path],
+    progress: Watcher,
+    stop: Stop | None = None,
+    halving: Halving | None = None,
+) -> Iterator[tuple[int, Result | Exception]]:
+    """Train one adapter per config over one base; yields number and outcome of each as it ends.
+
+    The configs share model, quant, data, fast and device. Each folder must have been made by `runs.create`; a learner
+    whose folder holds a checkpoint goes on from there. What fails for one is yielded, what fails for all is raised:
+    errors of lora_ft.errors, BaseTouched, and Interrupted where `stop` was asked for. Where memory does not allow all
+    of them on one base, the last ones are left out.
     """
-    cfg = cfgs[0]
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(f"training runs in one process so far, got WORLD_SIZE={os.environ['WORLD_SIZE']}")
     started = time.perf_counter()
+    progress.turn(None, "loading")
     keep_freed_memory()
+    check_machine(cfgs[0])
+    tokenizer = load_tokenizer(cfgs[0].model)
+    rows = read_rows(cfgs[0], tokenizer)
+    jobs = []
+    for number, (cfg, folder) in enumerate(zip(cfgs, folders, strict=True)):
+        try:
+            jobs.append(_checked(number, cfg, folder, rows, tokenizer))
+        except Exception as error:
+            yield number, error
+    if not jobs:
+        return
+    shared = _load(jobs, rows.dataset, tokenizer)
+    learners: dict[str, tuple[Job, Learner]] = {}
+    for job in _fitting(jobs, shared.base):
+        try:
+            learner = _begin(job, shared, [learner for _, learner in learners.values()], halving)
+        except Exception as error:
+            yield job.number, error
+            raise BaseTouched from None
+        learners[learner.name] = job, learner
+    log.info("ready in %.1f s", time.perf_counter() - started)
+    left = len(learners)
+    for learner, failure in _fit(learners, progress, stop, halving):
+        job, left = learners[learner.name][0], left - 1
+        progress.turn(job.folder, "end")
+        if not left:
+            progress.end()
+        yield job.number, failure or _ended(learner, shared)
+
+
+def _checked(number: int, cfg: config.TrainRun, folder: Path, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Job:
+    """All checks of a run that need no weights: what `lora-ft check` shows is kept in check.json."""
+    with logs.about(folder):
+        preflight = check_first(cfg, rows, tokenizer, folder)
+        durable.write_json(folder / runs.CHECK, asdict(preflight))
+        for warning in preflight.warnings:
+            log.warning(warning)
+    return Job(number, cfg, folder, preflight.layers.trainable)
+
+
+def _load(jobs: list[Job], dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Shared:
+    cfg = jobs[0].cfg
     kernels = choose_kernels(resolve_device(cfg.device), compile_=cfg.fast.compile, liger=cfg.fast.liger)
-    tokenizer = load_tokenizer(cfg.model)
-    datasets = [_checked(c, tokenizer, folder) for c, folder in zip(cfgs, folders, strict=True)]
     base = load_base(cfg.model, cfg.quant, cfg.device, tokenizer)
     switch_off_dropout(base.model)
     before = fingerprint(base.model)
-    learners = _make_learners(cfgs, folders, base, datasets, kernels, before)
-    for learner in learners:
+    paths = use_fast_paths(
+        base.model, cfg.fast, kernels, {part for job in jobs for part in job.cfg.adapter.modules_to_save}
+    )
+    for reason in paths.reasons:
+        log.info(reason)
+    log.info(str(dataset.report))
+    return Shared(base, dataset, paths, before)
+
+
+def _fitting(jobs: list[Job], base: Base) -> list[Job]:
+    """The first jobs whose learners leave half of the memory that is left to their steps; one always."""
+    available, taken = available_bytes(base.model.device), 0
+    for count, job in enumerate(jobs):
+        taken += learner_bytes(job.num_trainable, job.cfg)
+        if count and available is not None and taken > available / 2:
+            log.info("memory allows %d of %d adapters on this base at a time", count, len(jobs))
+            return jobs[:count]
+    return jobs
+
+
+def _begin(job: Job, shared: Shared, others: list[Learner], halving: Halving | None) -> Learner:
+    """The learner of a job, where its run's newest checkpoint stands."""
+    with logs.about(job.folder):
+        model = others[-1].model if others else shared.base.model
+        name = f"adapter{len(others)}"
+        learner = make_learner(
+            name, job.cfg, job.folder, shared.base, model, shared.dataset, shared.paths, shared.fingerprint
+        )
+        log.info("%s parameters train, %d steps", f"{learner.num_trainable:,}", len(learner.steps))
+        if halving:
+            halving.set_rungs(learner)
         checkpoint.resume(learner)
-        if runs.keep_changes(learner.folder, learner.cfg) and learner.cfg.optim.schedule is not Schedule.constant:
+        if runs.keep_changes(job.folder, job.cfg) and job.cfg.optim.schedule is not Schedule.constant:
             log.warning("the learning rate goes on by the schedule of the longer run, not from where it had fallen to")
-    log.info("ready in %.1f s", time.perf_counter() - started)
-    outlets: dict[str, list[Observer]] = {learner.name: [*observers(learner), progress] for learner in learners}
+    return learner
+
+
+def _fit(
+    learners: dict[str, tuple[Job, Learner]], progress: Watcher, stop: Stop | None, halving: Halving | None
+) -> Iterator[tuple[Learner, Exception | None]]:
+    outlets: dict[str, list[Observer]] = {name: [*observers(one), progress] for name, (_, one) in learners.items()}
 
     def observe(learner: Learner, metrics: Metrics) -> None:
         for outlet in outlets[learner.name]:
             outlet(learner, metrics)
 
-    fit(learners, observe, stop)
-    progress.end()
-    audit.check_base_unchanged(before, fingerprint(base.model))
-    return [_finish(learner, base, dataset) for learner, dataset in zip(learners, datasets, strict=True)]
+    def begins(learner: Learner) -> None:
+        progress.turn(learner.folder, "step")
+
+    return fit_each([learner for _, learner in learners.values()], observe, stop, halving, begins)
 
 
-def _checked(cfg: config.TrainRun, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Dataset:
-    """The rows of a run, after all checks that need no weights: what `lora-ft check` shows is kept in check.json."""
-    dataset, preflight = check_first(cfg, tokenizer, folder)
-    durable.write_json(folder / runs.CHECK, asdict(preflight))
-    for warning in preflight.warnings:
-        log.warning(warning)
-    return dataset
-
-
-def _make_learners(
-    cfgs: list[config.TrainRun],
-    folders: list[Path],
-    base: Base,
-    datasets: list[Dataset],
-    kernels: Kernels,
-    base_fingerprint: str,
-) -> list[Learner]:
-    in_full = {part for cfg in cfgs for part in cfg.adapter.modules_to_save}
-    paths = use_fast_paths(base.model, cfgs[0].fast, kernels, in_full)
-    for reason in paths.reasons:
-        log.info(reason)
-    model, learners = base.model, []
-    for number, (cfg, folder, dataset) in enumerate(zip(cfgs, folders, datasets, strict=True)):
-        log.info(str(dataset.report))
-        learner = make_learner(f"adapter{number}", cfg, folder, base, model, dataset, paths, base_fingerprint)
-        model = learner.model
-        log.info("%s parameters train, %d steps", f"{learner.num_trainable:,}", len(learner.steps))
-        learners.append(learner)
-    return learners
-
-
-def _finish(learner: Learner, base: Base, dataset: Dataset) -> Result:
-    """Check what was learned, save it, compare it with the base, and say so."""
-    adapter, train = learner.folder / "adapter", learner.cfg.train
-    learner.take_kept_state()
-    source = origin.Origin(base.identity, learner.cfg.quant, dataset.report.sha256)
-    files.save(learner.model, learner.name, adapter, base.tokenizer, source)
-    for sentence in overfitting(learner):
-        log.info(sentence)
-    comparison = None
-    if learner.heldout:
-        learner.model.set_adapter(learner.name)
-        log.info("comparing base and adapter on %d held-out rows", len(learner.heldout))
-        comparison = compare.compare(
-            learner.model,
-            base.tokenizer,
-            learner.heldout,
-            learner.questions,
-            learner.paths,
-            train.tokens_per_microbatch or train.tokens_per_step,
-            train.samples,
-            _SAMPLE_TOKENS,
-        )
-    result = Result(
-        heldout_loss=comparison.adapter.loss if comparison else None,
-        base_heldout_loss=comparison.base.loss if comparison else None,
-        heldout_tokens=comparison.adapter.tokens if comparison else 0,
-        best_step=learner.best.step if learner.best else None,
-        best_heldout_loss=learner.best.heldout.loss if learner.best else None,
-        steps=len(learner.losses),
-        stopped_early=learner.stopped_early,
-        tokens=learner.tokens,
-        tokens_per_second=learner.tokens / learner.seconds,
-        train_seconds=learner.seconds,
-        trainable_parameters=learner.num_trainable,
-        peak_memory_bytes=peak_memory_bytes(base.model.device),
-        adapter_sha256=hashlib.sha256((adapter / files.WEIGHTS).read_bytes()).hexdigest(),
-    )
-    durable.write_json(learner.folder / runs.RESULT, asdict(result))
-    _print(learner, base, comparison, result)
-    return result
-
-
-def _print(learner: Learner, base: Base, comparison: compare.Comparison | None, result: Result) -> None:
-    facts = {
-        "trainable parameters": f"{result.trainable_parameters:,}",
-        "speed": f"{result.tokens_per_second:.0f} tokens/s ({result.tokens:,} tokens in {result.train_seconds:.0f} s)",
-        "peak memory": f"{result.peak_memory_bytes / 1e9:.2f} GB",
-        "adapter": str(learner.folder / "adapter"),
-    }
-    console = Console()
-    console.print(compare.render(comparison, facts))
-    # Lines to copy: outside of any table, and never folded.
-    lines = origin.loading_lines(learner.folder / "adapter", base, learner.cfg)
-    console.print(Text("\n" + "\n".join(lines)), soft_wrap=True)
+def _ended(learner: Learner, shared: Shared) -> Result | Exception:
+    with logs.about(learner.folder):
+        try:
+            audit.check_base_unchanged(shared.fingerprint, fingerprint(shared.base.model))
+            return finish(learner, shared.base, shared.dataset, shared.compared)
+        except Exception as error:
+            return error
 
 
 if __name__ == "__main__":

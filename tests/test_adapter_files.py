@@ -1,18 +1,26 @@
 """The adapter folder: what others load, byte for byte the same twice, and what our loader refuses."""
 
+import dataclasses
+import hashlib
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import finished
 import pytest
 import safetensors.torch
 import torch
+import transformers
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from tiny import FAMILIES, VOCABULARY, tiny_model, tiny_tokenizer
 
-from lora_ft import config
+from lora_ft import config, durable, runs
 from lora_ft.adapters import attach, files, origin
 from lora_ft.errors import MismatchError, SecurityError
 from lora_ft.models.load import Base, Identity
@@ -101,6 +109,9 @@ def test_what_is_saved_is_loaded_bit_for_bit(name: str, tmp_path: Path) -> None:
     loaded = files.load(tiny_model(family), saved(model, tmp_path / "adapter"), "again")
     assert torch.equal(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits)
     assert not any(p.requires_grad for p in loaded.parameters())
+    assert not any(
+        module.training for module in files.load(tiny_model(family).train(), tmp_path / "adapter", "b").modules()
+    )
 
 
 @pytest.mark.closes("A22", "D05")
@@ -147,6 +158,52 @@ def test_the_config_names_the_public_base_and_sorts_its_targets(tmp_path: Path) 
     assert "somewhere" not in (folder / files.CONFIG).read_text()
 
 
+def test_the_config_holds_what_any_peft_needs_and_of_the_rest_what_differs_from_its_default(tmp_path: Path) -> None:
+    """Nothing that an older PEFT does not know, and dicts in an order of their own."""
+    plain = json.loads((saved(trained("llama", {}), tmp_path / "plain") / files.CONFIG).read_text())
+    assert plain.keys() == {*files._ALWAYS, "peft_version"}
+    assert list(plain) == sorted(plain)
+    model = trained("llama", {"targets": ["q_proj", "v_proj"], "alpha_pattern": {"v_proj": 7, "q_proj": 9}})
+    model.peft_config["adapter0"].layers_to_transform = [1]
+    text = (saved(model, tmp_path / "more") / files.CONFIG).read_text()
+    assert json.loads(text).keys() - plain.keys() == {"layers_to_transform"}
+    assert text.index('"q_proj": 9') < text.index('"v_proj": 7')
+    local = origin.Origin(dataclasses.replace(BASE, id=None, revision=None), config.Quant(), "d")
+    files.save(model, "adapter0", tmp_path / "local", tiny_tokenizer(), local)
+    fields = json.loads((tmp_path / "local" / files.CONFIG).read_text())
+    assert (fields["base_model_name_or_path"], fields["revision"]) == ("somewhere", None)
+
+
+@pytest.mark.parametrize("templated", [True, False])
+def test_the_record_holds_what_decides_the_base_and_the_text_of_tokens(templated: bool, tmp_path: Path) -> None:
+    tokenizer, model = tiny_tokenizer(), trained("llama", {})
+    if not templated:
+        tokenizer.chat_template = None
+    source = origin.Origin(dataclasses.replace(BASE, folder="/home/alice/tiny"), config.Quant(), "d")
+    files.save(model, "adapter0", tmp_path / "a", tokenizer, source)
+    digest = lambda text: hashlib.sha256(text.encode()).hexdigest()  # noqa: E731
+    assert json.loads((tmp_path / "a" / origin.RECORD).read_text()) == {
+        "format": 1,
+        "base": {"id": "org/tiny", "path": "somewhere", "folder": None, "revision": "abc", "config_sha256": "c",
+                 "weights_sha256": {"w": "1"}},
+        "quant": {"kind": "none"},
+        "data_sha256": "d",
+        "tokenizer_sha256": digest(tokenizer.backend_tokenizer.to_str()),
+        "chat_template_sha256": digest(tokenizer.chat_template) if templated else None,
+        "tensors": {key: list(tensor.shape) for key, tensor in files.tensors_of(model, "adapter0").items()},
+        "packages": runs.versions(),
+    }  # fmt: skip
+
+
+@pytest.mark.closes("C10")
+def test_an_adapter_that_reached_the_disk_with_another_byte_gets_no_name(tmp_path: Path, monkeypatch) -> None:
+    write = durable.write_bytes
+    monkeypatch.setattr(durable, "write_bytes", lambda path, data: write(path, data[:-1] + bytes([data[-1] ^ 1])))
+    with pytest.raises(MismatchError, match=r"adapter does not fit: the bytes read back differ from the bytes written"):
+        saved(trained("llama", {}), tmp_path / "adapter")
+    assert list(tmp_path.iterdir()) == []
+
+
 def base_of(**changes: object) -> Base:
     return Base(model=None, tokenizer=tiny_tokenizer(), identity=Identity(**{**vars(BASE), **changes}), quantized=())
 
@@ -161,6 +218,8 @@ def test_another_base_quantization_tokenizer_or_template_is_refused(tmp_path: Pa
     check(folder, base_of())
     with pytest.raises(MismatchError, match=r"another base \(org/tiny\).*\n.*weights_sha256"):
         check(folder, base_of(weights_sha256={"w": "2"}))
+    with pytest.raises(MismatchError, match=r"another base \(org/tiny\):\nbase config_sha256: trained on c, now d$"):
+        check(folder, base_of(config_sha256="d"))
     with pytest.raises(MismatchError, match=r"quantization.*nf4"):
         check(folder, base_of(), kind=config.QuantKind.nf4)
     base = base_of()
@@ -188,6 +247,8 @@ def test_an_adapter_made_elsewhere_is_compared_by_name_and_refused_by_kind(tmp_p
     folder = saved(trained("llama", {}), tmp_path / "adapter")
     (folder / origin.RECORD).unlink()
     check(folder, base_of())
+    for same in ({"id": None, "path": "/models/tiny/"}, {"id": None, "folder": "/models/tiny"}, {"id": "else/tiny"}):
+        check(folder, base_of(**same))
     assert caplog.text == ""
     check(folder, base_of(id="org/other", path="org/other"))
     assert "trained on org/tiny; the base given is org/other" in caplog.text
@@ -202,6 +263,8 @@ def test_a_broken_record_or_config_is_named(tmp_path: Path) -> None:
     folder = saved(trained("llama", {}), tmp_path / "adapter")
     for name, text, said in (
         (origin.RECORD, "{}", "not a record of format 1"),
+        (origin.RECORD, '{"format": 2, "base": {}}', "not a record of format 1, got 2"),
+        (origin.RECORD, '{"format": 1, "base": "tiny"}', "not a record of format 1"),
         (origin.RECORD, '{"format": 1', "lora_ft.json is not valid JSON"),
         (origin.RECORD, "[]", "must hold a JSON object"),
         (files.CONFIG, '{"peft_type": ', "adapter_config.json is not valid JSON"),
@@ -268,11 +331,146 @@ def test_a_cut_file_other_formats_and_unknown_settings_are_refused(tmp_path: Pat
         files.read_config(folder)
 
 
-def test_continuing_needs_the_same_method(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"alpha": 9}, r"lora_alpha 8(\.0)? instead of 9"),
+        ({"rslora": True}, "use_rslora False instead of True"),
+        ({"dora": True}, "use_dora False instead of True"),
+        ({"alpha_pattern": {"q_proj": 7}}, "alpha_pattern {} instead of {'q_proj': 7"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern {} instead of {'q_proj': 2"),
+        ({"r": 3}, "r 4 instead of 3"),
+    ],
+)
+def test_continuing_needs_the_same_method(change: dict[str, Any], said: str, tmp_path: Path) -> None:
     folder = saved(trained("llama", {}), tmp_path / "adapter")
-    model = attach.attach(tiny_model("llama").requires_grad_(False), config.Adapter(r=4, alpha=9), "next", 1, [])
-    with pytest.raises(MismatchError, match=r"init_from.*lora_alpha 8.* instead of 9"):
+    asked = config.Adapter(**{"r": 4, "alpha": 8} | change)
+    model = attach.attach(tiny_model("llama").requires_grad_(False), asked, "next", 1, [])
+    with pytest.raises(MismatchError, match=rf"init_from=.*/adapter has {said}[^,]*: give the adapter the same"):
         files.check_same_method(folder, model.peft_config["next"])
+
+
+def test_what_differs_is_counted_and_five_names_of_it_are_shown(tmp_path: Path) -> None:
+    folder = saved(trained("llama", {}), tmp_path / "adapter")
+    whole = sorted(safetensors.torch.load_file(folder / files.WEIGHTS))
+    rewrite(folder, lambda tensors: [tensors.pop(key) for key in whole[:7]] and tensors.update(x=torch.zeros(1)))
+    said = f"missing tensors: 7, first {', '.join(whole[:5])}; unexpected tensors: 1, first x"
+    with pytest.raises(MismatchError) as caught:
+        files.load(tiny_model("llama"), folder, "again")
+    assert str(caught.value) == f"the adapter in {folder} does not fit: {said}"
+
+
+def test_a_folder_without_a_config_and_a_file_with_metadata_that_are_no_texts_are_named(tmp_path: Path) -> None:
+    folder = saved(trained("llama", {}), tmp_path / "adapter")
+    weights = (folder / files.WEIGHTS).read_bytes()
+    (length,) = struct.unpack("<Q", weights[:8])
+    header = json.dumps({**json.loads(weights[8 : 8 + length]), "__metadata__": {"format": 1}}).encode()
+    (folder / files.WEIGHTS).write_bytes(struct.pack("<Q", len(header)) + header + weights[8 + length :])
+    with pytest.raises(MismatchError, match=r"adapter_model\.safetensors is not a safetensors file: "):
+        files.load(tiny_model("llama"), folder, "again")
+    (folder / files.CONFIG).unlink()
+    with pytest.raises(MismatchError, match=r"adapter holds no adapter: adapter_config\.json is missing"):
+        files.read_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"rank_pattern": {"q_proj": "many"}}, r"a rank must be an integer of at least 1, got 'many'"),
+        ({"r": "4"}, r"adapter_config\.json: a rank must be an integer of at least 1, got '4'"),
+        ({"r": None}, r"adapter_config\.json: a rank must be an integer of at least 1, got None"),
+        ({"rank_pattern": [1]}, r"adapter_config\.json: .* has no attribute"),
+        ({"target_modules": "(q_proj"}, "does not fit this base: missing \\)"),
+        ({"exclude_modules": "(q_proj"}, "does not fit this base: missing \\)"),
+        ({"rank_pattern": {"(q_proj": 4}}, "does not fit this base: missing \\)"),
+        ({"alpha_pattern": {"(q_proj": 4}}, "does not fit this base: missing \\)"),
+        ({"target_modules": ["no_such_layer"]}, "does not fit this base: .*no_such_layer"),
+    ],
+)
+def test_settings_that_peft_cannot_follow_are_named(settings: dict[str, Any], said: str, tmp_path: Path) -> None:
+    folder = saved(trained("llama", {}), tmp_path / "adapter")
+    fields = json.loads((folder / files.CONFIG).read_text())
+    (folder / files.CONFIG).write_text(json.dumps(fields | settings))
+    with pytest.raises(MismatchError, match=said):
+        files.load(tiny_model("llama"), folder, "again")
+
+
+@pytest.mark.parametrize("place", [{"r": 0}, {"rank_pattern": {"no_such_layer": 0}}])
+def test_a_rank_of_more_rows_than_the_file_has_bytes_is_refused_before_it_is_made(place: dict, tmp_path: Path) -> None:
+    folder = saved(trained("llama", {}), tmp_path / "adapter")
+    fields, size = json.loads((folder / files.CONFIG).read_text()), (folder / files.WEIGHTS).stat().st_size
+
+    def with_rank(rank: int) -> None:
+        changed = {"r": rank} if "r" in place else {"rank_pattern": {"no_such_layer": rank}}
+        (folder / files.CONFIG).write_text(json.dumps(fields | changed))
+
+    with_rank(size)
+    files.read_config(folder)
+    with_rank(size + 1)
+    with pytest.raises(MismatchError, match=rf"rank {size + 1} is larger than adapter_model\.safetensors has bytes"):
+        files.read_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "refused"),
+    [
+        (None, None),
+        ({"base_model_class": "LlamaForCausalLM", "parent_library": "transformers.models.llama.modeling_llama"}, None),
+        ({"parent_library": "peft"}, None),
+        ({}, None),
+        ({"parent_library": "transformers_evil.models"}, "transformers_evil.models"),
+        ("evil", "evil"),
+        ({"parent_library": "e" * 90}, "e" * 80),
+    ],
+)
+def test_classes_that_peft_would_import_are_those_of_its_own_libraries(
+    mapping: object, refused: str | None, tmp_path: Path
+) -> None:
+    folder = saved(trained("llama", {}), tmp_path / "adapter")
+    fields = json.loads((folder / files.CONFIG).read_text())
+    (folder / files.CONFIG).write_text(json.dumps(fields | {"auto_mapping": mapping}))
+    if refused is None:
+        assert files.read_config(folder).r == 4
+    else:
+        with pytest.raises(SecurityError, match=f"auto_mapping asks to import {refused}$"):
+            files.read_config(folder)
+
+
+@pytest.mark.closes("D09")
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of transformers, in PEFT
+@pytest.mark.parametrize("quant", ["none", "nf4", "fp4", "int8"])
+@pytest.mark.parametrize("added", [[], ["<new>", "<newer>"]])
+def test_the_lines_that_load_an_adapter_load_it_with_transformers_and_peft_alone(
+    quant: str, added: list[str], tmp_path: Path
+) -> None:
+    cfg = finished.settings(tmp_path, "llama", quant=quant)
+    cfg.model.added_tokens = added
+    base, model = finished.adapted(cfg)
+    files.save(model, "first", tmp_path / "it's", base.tokenizer, origin.Origin(base.identity, cfg.quant, "d"))
+    names = {"torch": torch, "PeftModel": PeftModel} | {
+        name: getattr(transformers, name) for name in ("AutoModelForCausalLM", "BitsAndBytesConfig")
+    }
+    exec("\n".join(origin.loading_lines(tmp_path / "it's", base, cfg)), names)  # noqa: S102
+    if quant in ("nf4", "fp4"):  # stock layers of 4 bits round more than ours: their weights are compared
+        pairs = zip(names["model"].modules(), model.modules(), strict=True)
+        weights = [(m.weight, n.weight) for m, n in pairs if isinstance(m, Linear4bit)]
+        assert len(weights) == 14
+        assert all(torch.equal(*(dequantize_4bit(w.data, w.quant_state) for w in pair)) for pair in weights)
+        return
+    ids = torch.tensor([[5, 99, 42, VOCABULARY + len(added) - 1]])
+    found, expected = (m.eval()(input_ids=ids).logits.detach() for m in (names["model"], model))
+    assert found.dtype == expected.dtype and torch.allclose(found, expected, atol=1e-4)
+
+
+def test_the_lines_name_a_base_of_the_hub_by_its_commit_and_a_local_one_by_its_folder(tmp_path: Path) -> None:
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    hub = dataclasses.replace(base_of(folder="/cache/x"), model=model)
+    local = dataclasses.replace(base_of(folder="/models/x", revision=None), model=model)
+    first = [origin.loading_lines(tmp_path, base, config.TrainRun())[0] for base in (hub, local)]
+    assert first == [
+        "base = AutoModelForCausalLM.from_pretrained('org/tiny', revision='abc', dtype=torch.bfloat16)",
+        "base = AutoModelForCausalLM.from_pretrained('/models/x', dtype=torch.bfloat16)",
+    ]
 
 
 @pytest.mark.closes("A15")

@@ -11,7 +11,7 @@ from finished import finished_run
 from tiny import tiny_folder
 
 from lora_ft import durable, entry, limits
-from lora_ft.data import files
+from lora_ft.data import parquet
 from lora_ft.errors import ConfigError, DataError, MismatchError, SecurityError
 
 CORPUS = {module.__name__.rpartition(".")[2]: module.ATTACKS for module in (bases, adapters, configs, templates, rows)}
@@ -30,7 +30,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def place(made: Path, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Place:
     monkeypatch.setattr(limits, "SECONDS", 0.3)
     monkeypatch.setattr(limits, "NUM_BYTES", 2**28)
-    monkeypatch.setattr(files, "_ALWAYS_UNPACKED", 2**20)
+    monkeypatch.setattr(parquet, "_ALWAYS_UNPACKED", 2**20)
     monkeypatch.chdir(tmp_path)
     found = Place(tmp_path / "given", tmp_path / "outside", tmp_path / "canary")
     kind = next(kind for kind, attacks in CORPUS.items() if request.getfixturevalue("attack") in attacks)

@@ -21,7 +21,7 @@ from pyarrow import parquet
 from tiny import tiny_tokenizer
 
 from lora_ft.config import Data, TooLong
-from lora_ft.data import files
+from lora_ft.data import jsonl
 from lora_ft.data.prepare import prepare
 from lora_ft.data.rows import LONGEST_EXCERPT, MOST_BAD_ROWS, is_blank
 from lora_ft.errors import DataError
@@ -508,7 +508,7 @@ CLASSES = {
 def blamed(path: Path, **settings: Any) -> list[str]:
     """The lines of the error that a file of rows ends in."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(DataError) as caught:
-        patch.setattr(files, "MOST_LINE_BYTES", LONG_LINE)
+        patch.setattr(jsonl, "MOST_LINE_BYTES", LONG_LINE)
         prepare(Data(path=str(path), eval_fraction=0, **settings), TOKENIZER)
     assert caught.value.exit_code == 4
     head, *lines = str(caught.value).split("\n")

@@ -15,7 +15,7 @@ from tiny import tiny_folder, tiny_tokenizer
 from lora_ft import check, config
 from lora_ft.data.rows import TokenRow
 from lora_ft.data.tokenize import Vocabulary
-from lora_ft.training.preflight import check_first
+from lora_ft.training.preflight import Tries, look, read_rows
 
 COMMAND = str(Path(sys.executable).with_name("lora-ft"))
 GOOD = [{"prompt": f"How many legs have {n} spiders?", "completion": f"They have {8 * n} legs."} for n in range(24)]
@@ -120,8 +120,56 @@ def test_a_broken_file_is_one_message_with_its_place_and_exit_4(base, capfd, nam
     content, message = BROKEN[name]
     assert checked(base, content=content) == 4
     out, err = capfd.readouterr()
-    assert out == "" and err.startswith("lora-ft: ") and "Traceback" not in err
+    assert err.startswith("lora-ft: ") and "Traceback" not in err
     assert re.search(message, err), err
+    assert re.findall(r"^\S+.*|^  [a-z]+", out, re.MULTILINE) == ["training", "  layers", "  trainable", "  scale"]
+
+
+def test_an_error_hides_only_what_it_makes_unknown(base, capfd):
+    whole, without_layers = ["steps", "learning", "layers", "trainable", "scale", "disk"], ["steps", "learning"]
+    for word, known in (
+        ("adapter.targets=[q_prj]", without_layers),
+        ("optim.warmup_steps=500", whole),
+        ("train.tokens_per_microbatch=9", whole),
+        ("fast.compile=true", whole),
+    ):
+        assert checked(base, word) == 2
+        out, err = capfd.readouterr()
+        assert out.count("⟦") == 1 + 3 and "  documents " in out
+        assert re.findall(r"^  ([a-z]+)", out.partition("\ntraining\n")[2], re.MULTILINE) == known, word
+        assert word.partition("=")[0] in err and "errors" not in err
+
+
+def test_all_errors_are_said_at_once_and_the_first_one_of_training_gives_the_code(base, capfd, monkeypatch):
+    broken = lines([*GOOD, {"prompt": "2+2?"}, {"prompt": 4, "completion": "4"}])
+    assert checked(base, "adapter.targets=[q_prj]", content=broken) == 4
+    out, err = capfd.readouterr()
+    assert out == ""
+    head, first, missing, number, second = err.splitlines()
+    assert head == "lora-ft: 2 errors, of which training would end with the first:" and first == "- 2 bad rows:"
+    assert re.fullmatch(r"    \S*rows\.jsonl:25: completion: is missing: .*", missing)
+    assert re.fullmatch(r"    \S*rows\.jsonl:26: prompt: must be text.*", number)
+    assert second.startswith("- adapter.targets: q_prj matches no layer of this model")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert checked(base, "optim.warmup_steps=500", "adapter.targets=[q_prj]") == 2
+    assert re.search(r"3 errors.*\n- training runs in one.*WORLD_SIZE=2\n- optim.*\n- adapter", capfd.readouterr().err)
+
+
+def test_rows_are_read_also_where_there_is_no_base_to_read_them_with(capfd):
+    assert checked("./absent", content=lines([*GOOD, {"prompt": "2+2?"}])) == 7
+    out, err = capfd.readouterr()
+    assert out == "" and "- model.path=./absent: there is no such folder" in err
+    assert re.search(r"^    \S*rows\.jsonl:25: completion: is missing", err, re.MULTILINE)
+
+
+def test_check_says_of_several_processes_what_train_says(base, capfd, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert checked(base) == 2
+    said = capfd.readouterr().err
+    assert said == "lora-ft: training runs in one process so far, got WORLD_SIZE=2\n"
+    words = ["model=local", f"model.path={base}", "data.path=rows.jsonl", "hydra.run.dir=run"]
+    assert call("train", *words) == 2
+    assert capfd.readouterr().err == said
 
 
 def test_a_held_out_file_that_was_trained_on_is_an_error(base, capfd):
@@ -170,9 +218,10 @@ def shown(base, tmp_path, rows, width=80, color=None, **data):
     cfg = config.CheckRun(device="cpu", data=config.Data(path="rows.jsonl", eval_fraction=0.0, **data))
     cfg.model.path = str(base)
     tokenizer = tiny_tokenizer()
+    rows = read_rows(cfg, tokenizer)
     console = Console(width=width, color_system=color, force_terminal=color is not None)
     with console.capture() as captured:
-        console.print(check.page(cfg, *check_first(cfg, tokenizer, tmp_path), tokenizer))
+        console.print(check.page(cfg, look(Tries(), cfg, rows, tokenizer, tmp_path), tokenizer))
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 

@@ -301,8 +301,9 @@ def test_the_old_checkpoint_stays_until_the_new_one_is_read_back_as_it_was_meant
     small.folder, small.evaluations[:], small.cfg.train.keep_checkpoints = tmp_path, [], 1
     stand(small, 1, None)
     checkpoint.save(small)
-    write = durable.write_bytes
-    monkeypatch.setattr(durable, "write_bytes", lambda path, data: write(path, flipped(data, random.Random(1))))
+    write, chance = durable.write_files, random.Random(1)
+    spoiled = lambda path, contents: write(path, {name: flipped(data, chance) for name, data in contents.items()})  # noqa: E731
+    monkeypatch.setattr(durable, "write_files", spoiled)
     stand(small, 2, None)
     with pytest.raises(CheckpointError, match=r"step-00000002 was written, but its files do not have the sizes"):
         checkpoint.save(small)
@@ -310,6 +311,44 @@ def test_the_old_checkpoint_stays_until_the_new_one_is_read_back_as_it_was_meant
     monkeypatch.undo()
     checkpoint.save(small)
     assert steps_in(tmp_path) == [2]
+
+
+def test_a_save_reads_what_it_wrote_and_no_checkpoint_twice(
+    small: Learner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small.folder, small.evaluations[:], small.cfg.train.keep_checkpoints = tmp_path, [], 3
+    described, read = checkpoint._described, []
+
+    def noted(path: Path) -> dict:
+        found = described(path)
+        read.append((path.parent.name, path.name))
+        return found
+
+    monkeypatch.setattr(checkpoint, "_described", noted)
+    for step in range(1, 6):
+        stand(small, step, 9.0 - step)
+        checkpoint.save(small)
+    assert steps_in(tmp_path) == [3, 4, 5]
+    assert read == [(f"step-0000000{n}", name) for n in range(1, 6) for name in (checkpoint.TENSORS, checkpoint.STATE)]
+    read.clear()
+    assert step_of(checkpoint.newest(tmp_path)) == 5
+    assert len(read) == 2  # what a run goes on from is read again, whatever was known of it
+
+
+@pytest.mark.closes("C07")
+@pytest.mark.parametrize("name", FILES)
+def test_a_checkpoint_that_was_spoiled_since_it_was_read_back_is_not_counted_among_those_to_keep(
+    name: str, small: Learner, tmp_path: Path
+) -> None:
+    small.folder, small.evaluations[:], small.cfg.train.keep_checkpoints = tmp_path, [], 2
+    for step in (1, 2):
+        stand(small, step, None)
+        checkpoint.save(small)
+    spoiled = tmp_path / "checkpoints" / "step-00000002" / name
+    spoiled.write_bytes(spoiled.read_bytes()[:-1])
+    stand(small, 3, None)
+    checkpoint.save(small)
+    assert steps_in(tmp_path) == [1, 3]
 
 
 def test_what_a_killed_process_did_not_come_to_is_cleared_at_the_resume(run: Path) -> None:

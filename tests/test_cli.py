@@ -57,7 +57,13 @@ def test_the_command_and_both_module_forms_are_one(tmp_path):
     assert done[0].stderr == done[1].stderr
 
 
-@pytest.mark.parametrize("verb", config.SCHEMAS)
+@pytest.mark.parametrize("verb", ["sweep", "report"])
+def test_what_only_starts_processes_and_reads_files_needs_no_torch(verb):
+    code = f"import sys, lora_ft.{verb}, lora_ft.sweeps.launch; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("verb", [verb for verb in config.SCHEMAS if verb not in ("sweep", "report")])
 def test_a_verb_runs_no_code_from_the_hub_and_leaves_the_compiler_out_whatever_is_imported_first(tmp_path, verb):
     (tmp_path / "kernels.py").write_text("print('kernels was imported')")  # bitsandbytes asks on some processors only
     seen = "find_spec('kernels'), is_kernels_available(), 'torch._inductor.kernel.mm' in sys.modules"

@@ -25,7 +25,7 @@ def composed(verb, *words):
     received = []
     extra = ["hydra.run.dir=."] if verb in TRAINING else ["adapter_path=a"]
     command = composition.Command(verb, [*extra, *words])
-    assert composition.run(command, lambda cfg, folder, typed: received.append(cfg)) == 0
+    assert composition.run(command, lambda cfg, folder, typed: received.append(cfg), lambda sweep: 0) == 0
     return received[0]
 
 
@@ -50,7 +50,7 @@ def test_a_choice_composes_to_the_defaults_and_what_it_holds(path):
         assert held == {**held, **written}
 
 
-@pytest.mark.parametrize("verb", [verb for verb in config.SCHEMAS if verb not in TRAINING])
+@pytest.mark.parametrize("verb", [verb for verb in config.SCHEMAS if verb not in (*TRAINING, "sweep", "report")])
 def test_a_verb_that_reads_runs_takes_the_choices_of_its_groups(verb):
     chosen = {group: list(choices.of(group))[-1] for group in choices.groups(verb)}
     given = ["out=x"] if verb == "merge" else []
@@ -155,7 +155,7 @@ def test_what_a_run_stores_composes_again_to_the_same_groups(tmp_path):
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(stored), "utf-8")
     command = composition.Command("eval", ["run=run"])
     received = []
-    composition.run(command, lambda cfg, folder, typed: received.append(cfg))
+    composition.run(command, lambda cfg, folder, typed: received.append(cfg), lambda sweep: 0)
     for group in ("model", "quant", "data", "fast"):
         assert getattr(received[0], group) == getattr(cfg, group)
 

@@ -37,6 +37,8 @@ def test_chunked_loss_equals_plain_loss(rows: int, with_bias: bool, with_lora: b
     assert relative(results[1][0], results[0][0]) < 1e-14
     for found, expected in zip(results[1][1:], results[0][1:], strict=True):
         assert relative(found, expected) < 1e-12
+    with torch.no_grad():
+        assert relative(linear_cross_entropy(hidden, weight, bias, targets, lora), results[0][0]) < 1e-14
 
 
 def test_extreme_logits_give_the_plain_loss() -> None:
@@ -81,7 +83,26 @@ def test_chunked_loss_is_near_float64_in_lower_precision(dtype: torch.dtype, bou
     assert relative(gradient.double(), expected_gradient) < bound
 
 
-def test_chunked_loss_refuses_a_head_that_trains() -> None:
-    weight = torch.randn(9, 6, requires_grad=True)
+@pytest.mark.parametrize(("weight_trains", "bias_trains"), [(True, None), (True, False), (False, True)])
+def test_chunked_loss_refuses_a_head_that_trains(weight_trains: bool, bias_trains: bool | None) -> None:
+    weight = torch.randn(9, 6, requires_grad=weight_trains)
+    bias = None if bias_trains is None else torch.randn(9, requires_grad=bias_trains)
     with pytest.raises(ValueError, match="head"):
-        linear_cross_entropy(torch.randn(2, 6), weight, None, torch.tensor([1, 2]))
+        linear_cross_entropy(torch.randn(2, 6), weight, bias, torch.tensor([1, 2]))
+
+
+def test_chunked_loss_gives_gradients_to_what_learns_and_to_nothing_else() -> None:
+    """A LoRA on the head alone, over a body that is frozen: its gradients are those of the plain loss."""
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight, a, b = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((7, 6), (9, 6), (2, 6), (9, 2))
+    )
+    targets = torch.randint(0, 9, (7,), generator=generator)
+    for learn in ([a], [b], [a, b], [hidden, b]):
+        for tensor in (hidden, a, b):
+            tensor.requires_grad_(any(tensor is one for one in learn))
+        forms = (linear_cross_entropy_plain, linear_cross_entropy)
+        results = [
+            torch.autograd.grad(form(hidden, weight, None, targets, HeadLora(a, b, 0.5)), learn) for form in forms
+        ]
+        assert all(relative(found, expected) < 1e-13 for expected, found in zip(*results, strict=True))

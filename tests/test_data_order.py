@@ -33,6 +33,11 @@ def test_an_epoch_is_a_permutation_and_the_same_each_time(num_rows, seed, epoch)
     assert np.array_equal(order, epoch_order(num_rows, seed, epoch))
 
 
+def test_an_order_is_the_rows_sorted_by_raw_draws_of_its_epoch():
+    draws = [int(draw) for draw in np.random.PCG64(derive(7, "order", 2)).random_raw(30)]
+    assert list(epoch_order(30, 7, 2)) == sorted(range(30), key=lambda row: draws[row])
+
+
 def test_epochs_and_seeds_order_rows_differently():
     orders = {tuple(epoch_order(50, seed, epoch)) for seed in range(5) for epoch in range(5)}
     assert len(orders) == 25

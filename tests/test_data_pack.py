@@ -4,12 +4,14 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_ft.data.pack import UNSUPERVISED, best_fit, micro_batches
 from lora_ft.data.rows import TokenRow
 from lora_ft.errors import ConfigError
+from lora_ft.ops.token_loss import IGNORED
 
 
 def best_fit_by_definition(lengths, capacity):
@@ -86,3 +88,7 @@ def test_a_row_longer_than_the_capacity_is_refused_by_name(packing):
 
 def test_no_rows_make_no_micro_batch():
     assert micro_batches([], None, True) == micro_batches([], 5, False) == []
+
+
+def test_an_unsupervised_target_is_what_the_loss_ignores():
+    assert UNSUPERVISED == IGNORED == torch.nn.CrossEntropyLoss().ignore_index

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from lora_ft.config import Data
-from lora_ft.data import files
+from lora_ft.data import jsonl
 from lora_ft.data.rows import LONGEST_EXCERPT, MOST_BAD_ROWS, Ledger
 from lora_ft.data.sources import records
 from lora_ft.errors import DataError, ResourceError, SecurityError
@@ -98,7 +98,7 @@ def test_a_bad_line_is_named_with_its_number_field_reason_and_a_short_excerpt(tm
 
 @pytest.mark.closes("F09")
 def test_a_line_over_the_limit_is_one_bad_row_and_reading_goes_on_behind_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MOST_LINE_BYTES", 2**20)
+    monkeypatch.setattr(jsonl, "MOST_LINE_BYTES", 2**20)
     path = write(tmp_path, "long.jsonl", b'{"text": "' + b"x" * (3 * 2**20) + b'"}\n' + b'{"text": 1 1}\n' + GOOD)
     with pytest.raises(DataError, match=r"(?s)2 bad rows.*:1: line: longer than 1 MiB.*:2: column 12: not JSON"):
         read(path)

@@ -100,6 +100,16 @@ def test_a_staged_folder_appears_whole_with_modes_by_the_umask(tmp_path: Path, u
         assert not (tmp_path / "out").exists()
     assert mode(tmp_path / "out" / "inner" / "private") == 0o666 & ~umask
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert os.umask(umask) == umask  # of the process, as it was
+
+
+def test_a_link_in_a_staged_folder_is_refused_and_its_target_untouched(tmp_path: Path) -> None:
+    (tmp_path / "target").write_text("mine")
+    (tmp_path / "target").chmod(0o600)
+    with pytest.raises(OSError, match="symbolic links"), durable.staged_folder(tmp_path / "out") as staging:
+        (staging / "link").symlink_to(tmp_path / "target")
+    assert mode(tmp_path / "target") == 0o600
+    assert [p.name for p in tmp_path.iterdir()] == ["target"]
 
 
 def test_a_staged_folder_replaces_the_old_one_only_at_the_end(tmp_path: Path) -> None:
@@ -183,6 +193,14 @@ def test_a_full_disk_is_named_and_what_a_writer_does_not_find_is_not_taken_for_o
     assert not list(tmp_path.iterdir())
 
 
+def test_without_a_path_the_place_is_the_one_that_the_error_names_and_without_both_the_error_stays() -> None:
+    with pytest.raises(durable.WriteError, match=r"^/a/b cannot be written: Read-only file system$"), durable.writing():
+        raise OSError(errno.EROFS, "Read-only file system", "/a/b")
+    with pytest.raises(OSError, match="Read-only") as caught, durable.writing():
+        raise OSError(errno.EROFS, "Read-only file system")
+    assert not isinstance(caught.value, durable.WriteError)
+
+
 def test_the_cache_is_where_xdg_says_if_that_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     for value, expected in {str(tmp_path): tmp_path, "": "/home/me/.cache", "relative/x": "/home/me/.cache"}.items():
@@ -210,6 +228,7 @@ def several(folder: Path) -> dict[str, Callable[[], object]]:
         "remove_folder": lambda: durable.remove_folder(folder / "folder"),
         "make_folder": lambda: durable.make_folder(folder / "a" / "b"),
         "staged_folder": staged,
+        "write_files": lambda: durable.write_files(folder / "folder", {"ours": b"new", "more": b"2"}),
     }
 
 
@@ -248,7 +267,7 @@ def test_a_disk_that_fails_at_any_operation_is_said_and_leaves_old_or_new(
             found = content(folder)
             if name == "append_line":  # what it began to append
                 assert found["lines"] in ("old\n", "old\nne", "old\nnew\n")
-            elif name == "staged_folder" and "folder/ours" not in found and "folder/old" not in found:
+            elif name in ("staged_folder", "write_files") and "folder/ours" not in found and "folder/old" not in found:
                 assert "folder" not in {
                     path.name for path in folder.iterdir()
                 }  # between the two names: gone as a whole
@@ -269,7 +288,30 @@ def test_a_power_failure_finds_every_name_after_its_bytes(
         assert {change.path for change in shim.trace if change.name == "fsync"} == {str(folder), str(folder / "a")}
 
 
-def test_only_what_has_a_temporary_name_is_cleared(tmp_path: Path) -> None:
+@pytest.mark.closes("C09")
+def test_a_folder_of_files_is_brought_to_the_disk_once_with_modes_by_the_umask(
+    tmp_path: Path, umask: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shim = Shim()
+    monkeypatch.setattr(durable, "os", shim)
+    durable.write_files(tmp_path / "out", {"a": b"1", "b": b""})
+    assert [c.name for c in shim.trace] == [
+        "mkdir",
+        "open",
+        "write",
+        "fsync",
+        "open",
+        "fsync",
+        "fsync",
+        "rename",
+        "fsync",
+    ]
+    assert {p.name: (p.read_bytes(), mode(p)) for p in (tmp_path / "out").iterdir()} == {
+        "a": (b"1", 0o666 & ~umask), "b": (b"", 0o666 & ~umask)
+    }  # fmt: skip
+
+
+def test_only_what_has_a_temporary_name_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = ("state.json.tmp-0123abcd", ".step-00000002.tmp-0123abcd", ".adapter.old-0123abcd")
     theirs = ("notes.tmp", "a.tmp-xyz", ".tmp-0123abcd", "a.old-0123abcd", "a.tmp-0123abcde", ".adapter.tmp-0123ABCD")
     for name in (*ours, *theirs):
@@ -277,6 +319,11 @@ def test_only_what_has_a_temporary_name_is_cleared(tmp_path: Path) -> None:
         (tmp_path / name / "inner").write_text("")
     (tmp_path / "target").mkdir()
     (tmp_path / ".link.tmp-0123abcd").symlink_to(tmp_path / "target")
+    assert [*map(durable.meant_name, ours)] == ["state.json", "step-00000002", "adapter"]
+    assert [*map(durable.meant_name, theirs)] == [*theirs]
+    monkeypatch.setattr(durable, "os", Shim(Fault(1, "broken")))
+    with pytest.raises(durable.WriteError, match=f"{tmp_path}.* cannot be written: Input/output error"):
+        durable.clear_leftovers(tmp_path)
     durable.clear_leftovers(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {*theirs, "target"}
     durable.clear_leftovers(tmp_path / "absent")

@@ -1,5 +1,6 @@
 """The way from the command line to a verb's dataclass, in one process: quoting, errors, runs, sweeps."""
 
+import json
 import re
 import sys
 import time
@@ -21,6 +22,8 @@ AWKWARD = [
     "${", "$", "{a}", "[a,b]", "a=b", "a: b", "", " ", " lead", "trail ", "~", "+", "true", "3", "Null", "'null'",
     "choice(a,b)", "größe 你好 🙂", "tab\tnewline\n", "#", "%s", "{'a': 1}", "\\\\${x}\\", "--help", "a,b", "''",
 ]  # fmt: skip
+HERE = "hydra/launcher=basic"  # jobs in this process, where the stand-in verbs are
+SWEEP = ("train", "-m", HERE)
 BASE = {"adapter_path": "it's, (odd)", "model.path": "b=c"}
 
 
@@ -45,10 +48,14 @@ def stub():
         calls.append((cfg, invocation))
         return calls.outcome(cfg)
 
+    def end(sweep):
+        codes = [json.loads(path.read_text())["exit_code"] for path in sorted(sweep.glob("*/failure.json"))]
+        return 0 if not codes else codes[0] if len(codes) == sum(path.is_dir() for path in sweep.iterdir()) else 3
+
     saved = {}
     for verb in config.SCHEMAS:
         module = types.ModuleType(f"lora_ft.{verb}")
-        module.main = main
+        module.main, module.end = main, end
         saved[module.__name__] = sys.modules.get(module.__name__)
         sys.modules[module.__name__] = module
     yield calls
@@ -120,7 +127,7 @@ def test_every_text_setting_takes_awkward_text_as_it_was_typed(calls, start):
 def test_any_text_arrives_in_every_job_of_a_sweep_as_it_was_typed(calls, text):
     assume(text not in ("null", "???") and not re.search(r",\S", text))
     calls.clear()
-    assert call("train", "-m", f"data.path=x{text}", "adapter.r=4,8") == 0
+    assert call(*SWEEP, f"data.path=x{text}", "adapter.r=4,8") == 0
     assert [(cfg.data.path, cfg.adapter.r) for cfg, _ in calls] == [(f"x{text}", 4), (f"x{text}", 8)]
     assert [i.overrides for _, i in calls] == [[f"data.path=x{text}", f"adapter.r={r}"] for r in (4, 8)]
 
@@ -310,7 +317,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(calls, tmp_path, monkeypatch):
 def test_a_run_folder_that_cannot_be_made_is_named_with_the_reason(calls, capfd, tmp_path, place, sweep):
     (tmp_path / "file").write_text("")
     place = place.format(file=tmp_path / "file")
-    words = ["-m", f"hydra.sweep.dir={place}"] if sweep else [f"hydra.run.dir={place}"]
+    words = ["-m", "hydra/launcher=basic", f"hydra.sweep.dir={place}"] if sweep else [f"hydra.run.dir={place}"]
     assert call("train", "data.path=x", *words) == 7
     err = capfd.readouterr().err
     assert re.fullmatch(rf"lora-ft: {place}(/0)? cannot be written: (No such|Not a|File exists).*\n", err) and not calls
@@ -351,7 +358,7 @@ def test_memory_that_does_not_suffice_is_a_message_with_what_saves_some(calls, c
     err = capfd.readouterr().err
     assert err.startswith("lora-ft: out of memory") and err.count("\n") == 1
     assert err.endswith("lower train.tokens_per_microbatch, or set train.checkpoint=every_1 or quant=nf4\n")
-    assert call("train", "-m", "data.path=x", "seed=1,2") == 7
+    assert call(*SWEEP, "data.path=x", "seed=1,2") == 7
     assert re.match(r"job 0 \(.*\): out of memory", capfd.readouterr().err)
     assert call("merge", "adapter_path=a", "model.path=b", "out=c") == 7
     assert "train." not in capfd.readouterr().err
@@ -480,11 +487,12 @@ def test_verbs_that_make_no_run_leave_the_current_folder_as_it_is(calls, tmp_pat
     assert calls[0][1].folder == tmp_path and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("words", [["-m", "train", "data.path=x", "adapter.r=4,8"],
-                                   ["train", "-m", "data.path=x", "adapter.r=4,8"],
-                                   ["train", "data.path=x", "-m", "adapter.r=4,8"],
-                                   ["train", "data.path=x", "adapter.r=4,8", "--multirun"],
-                                   ["train", "data.path=x", "adapter.r=4,8", "hydra.mode=MULTIRUN"]])  # fmt: skip
+@pytest.mark.parametrize("words", [["-m", "train", HERE, "data.path=x", "adapter.r=4,8"],
+                                   ["train", "-m", HERE, "data.path=x", "adapter.r=4,8"],
+                                   ["sweep", HERE, "data.path=x", "adapter.r=4,8"],
+                                   ["train", HERE, "data.path=x", "-m", "adapter.r=4,8"],
+                                   ["train", HERE, "data.path=x", "adapter.r=4,8", "--multirun"],
+                                   ["train", HERE, "data.path=x", "adapter.r=4,8", "hydra.mode=MULTIRUN"]])  # fmt: skip
 def test_the_multirun_flag_may_stand_anywhere(calls, words):
     assert call(*words) == 0
     assert [cfg.adapter.r for cfg, _ in calls] == [4, 8]
@@ -493,22 +501,22 @@ def test_the_multirun_flag_may_stand_anywhere(calls, words):
 
 
 def test_texts_and_choices_are_swept_when_named_one_by_one(calls):
-    assert call("train", "-m", "data.path=choice(a,'b, c')", "data=chat,alpaca") == 0
+    assert call(*SWEEP, "data.path=choice(a,'b, c')", "data=chat,alpaca") == 0
     assert [(cfg.data.path, cfg.data.format.name) for cfg, _ in calls] == [
         ("a", "messages"), ("a", "alpaca"), ("b, c", "messages"), ("b, c", "alpaca")]  # fmt: skip
     assert calls[2][1].overrides == ["data.path=b, c", "data=chat"]
 
 
 def test_a_text_in_a_sweep_that_may_be_one_or_several_is_refused_with_both_ways_to_say_it(calls, capfd):
-    message = refused(capfd, "train", "-m", "data.path=a,b")
+    message = refused(capfd, *SWEEP, "data.path=a,b")
     several, one = re.findall(r"data\.path=choice\([^)]*\)", message)
-    assert call("train", "-m", several) == 0 and call("train", "-m", one) == 0
+    assert call(*SWEEP, several) == 0 and call(*SWEEP, one) == 0
     assert [cfg.data.path for cfg, _ in calls] == ["a", "b", "a,b"]
 
 
 @pytest.mark.parametrize("word", ["adapter.rr=4,8", "quant=nf4,nf5", "adapter.r=4,b"])
 def test_a_sweep_with_a_wrong_value_starts_no_job(calls, capfd, word):
-    refused(capfd, "train", "-m", "data.path=x", word)
+    refused(capfd, *SWEEP, "data.path=x", word)
     assert not calls
 
 
@@ -544,7 +552,7 @@ def test_a_sweep_goes_on_after_a_failed_job_and_says_how_it_ended(calls, capfd, 
         return 1.0
 
     calls.outcome = outcome
-    assert call("train", "-m", "data.path=x", "adapter.r=4,8") == code
+    assert call(*SWEEP, "data.path=x", "adapter.r=4,8") == code
     err = capfd.readouterr().err.splitlines()
     assert err == [f"job {[4, 8].index(r)} (data.path=x adapter.r={r}): no rows" for r in failing]
     assert len(calls) == 2
@@ -552,7 +560,7 @@ def test_a_sweep_goes_on_after_a_failed_job_and_says_how_it_ended(calls, capfd, 
 
 def test_a_bug_in_one_job_of_a_sweep_is_traced_and_the_others_run(calls, capfd):
     calls.outcome = lambda cfg: 1 / (cfg.adapter.r - 4)
-    assert call("train", "-m", "data.path=x", "adapter.r=4,8") == 3
+    assert call(*SWEEP, "data.path=x", "adapter.r=4,8") == 3
     err = capfd.readouterr().err
     assert "ZeroDivisionError" in err and "Error executing job" not in err and len(calls) == 2
 
@@ -560,7 +568,7 @@ def test_a_bug_in_one_job_of_a_sweep_is_traced_and_the_others_run(calls, capfd):
 @pytest.mark.parametrize("word", ["+hydra.job.env_set.HF_TOKEN=hush", "hydra.job.env_copy=[MY_API_KEY]"])
 def test_secrets_are_kept_out_of_the_files_of_a_sweep(calls, capfd, tmp_path, monkeypatch, word):
     monkeypatch.setenv("MY_API_KEY", "hush")
-    assert call("train", "-m", "data.path=x", "adapter.r=4,8", word) == 9
+    assert call(*SWEEP, "data.path=x", "adapter.r=4,8", word) == 9
     assert "export it" in capfd.readouterr().err
     assert not any("hush" in path.read_text() for path in tmp_path.rglob("*") if path.is_file())
 

@@ -11,7 +11,8 @@ PACKAGE = Path(lora_ft.__file__).parent
 
 FLOORS = {
     "__main__": 9,
-    "check": 8, "eval": 8, "chat": 8, "merge": 8,
+    "sweep": 8, "report": 8, "check": 8, "eval": 8, "chat": 8, "merge": 8,
+    "sweeps": 7,
     "train": 6,
     "exports": 5,
     "training": 4,
@@ -19,9 +20,9 @@ FLOORS = {
     "models": 2, "data": 2,
     "ops": 1,
     "config": 0, "rules": 0, "entry": 0, "cli": 0, "errors": 0, "durable": 0, "runs": 0,
-    "foreign": 0, "limits": 0, "redact": 0,
+    "setting": 0, "foreign": 0, "limits": 0, "redact": 0,
 }  # fmt: skip
-VERBS = {"train", "check", "eval", "chat", "merge"}
+VERBS = {"sweep", "report", "check", "eval", "chat", "merge"}  # train stands below them
 SHRUGS = ("util", "helper", "manager", "common", "misc", "base_")
 
 

@@ -4,7 +4,9 @@ import json
 import shutil
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import huggingface_hub.constants
 import pytest
 import torch
@@ -16,6 +18,7 @@ from lora_ft import config
 from lora_ft.errors import ConfigError, ResourceError, SecurityError
 from lora_ft.models import load, locate
 from lora_ft.models.fingerprint import fingerprint
+from lora_ft.models.skeleton import load_skeleton
 
 IDS = torch.tensor([[5, 300, 7, 44, 511, 20]])
 NONE = config.Quant()
@@ -99,6 +102,65 @@ def test_a_hub_id_resolves_to_its_commit_in_the_hubs_cache(tmp_path, offline_hub
     for revision in (None, "main", commit):
         identity = load.load_base(config.Model(path="someone/tiny", revision=revision), NONE, "cpu").identity
         assert (identity.id, identity.path, identity.revision) == ("someone/tiny", "someone/tiny", commit)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The model someone/tiny on a hub behind huggingface_hub: its folder, and the names that were fetched from it."""
+    folder, fetched, commit = tiny_folder(tmp_path, "llama"), [], "0123456789abcdef0123456789abcdef01234567"
+
+    def tree(*_, **__):
+        return [huggingface_hub.RepoFile(path=p.name, size=p.stat().st_size, oid=p.name) for p in folder.iterdir()]
+
+    def download(_, *, filename, revision, cache_dir, **__):
+        place = Path(cache_dir) / "models--someone--tiny" / "snapshots" / revision / filename
+        if not place.is_file():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / filename, place)
+            fetched.append(filename)
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: SimpleNamespace(sha=commit))
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_tree", tree)
+    monkeypatch.setattr("huggingface_hub._snapshot_download.hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    return folder, fetched
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_of_a_hub_id_are_fetched_when_they_are_loaded_and_nothing_twice(hub, sharded):
+    folder, fetched = hub
+    if sharded:
+        (folder / "model.safetensors.index.json").write_text(json.dumps(shard(folder)))
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    model = config.Model(path="someone/tiny")
+    tokenizer = load.load_tokenizer(model)
+    skeleton = load_skeleton(model, NONE, "cpu", tokenizer)
+    assert {"config.json", "tokenizer.json", "generation_config.json"} <= set(fetched)
+    assert not any(name.endswith((".safetensors", ".bin")) for name in fetched)
+    assert skeleton.identity.weights_sha256 is None
+    base = load.load_base(model, NONE, "cpu", tokenizer)
+    weights = locate.weight_files(folder, {path.name for path in folder.iterdir()})
+    assert sorted(fetched) == sorted(p.name for p in folder.iterdir() if p.suffix != ".bin")
+    assert sorted(base.identity.weights_sha256) == weights
+    assert load_skeleton(model, NONE, "cpu", tokenizer).identity == base.identity
+
+
+def test_a_hub_id_without_weights_that_can_be_loaded_is_refused_before_they_are_fetched(hub):
+    folder, fetched = hub
+    index = shard(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ResourceError, match=r"names model-00002-of-00002\.safetensors, which is not in the folder"):
+        load.load_tokenizer(config.Model(path="someone/tiny"))
+    assert not any(name.endswith(".safetensors") for name in fetched)
+
+
+def test_a_hub_id_with_pickled_weights_only_is_refused_before_they_are_fetched(hub):
+    folder, _ = hub
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(SecurityError, match=r"pickled weights only \(pytorch_model\.bin\)"):
+        load.load_tokenizer(config.Model(path="someone/tiny"))
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,11 @@ from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
 
 from lora_ft import config
+from lora_ft.adapters import attach
 from lora_ft.data.rows import TokenRow
 from lora_ft.evaluation.heldout import heldout_loss
 from lora_ft.models.load import load_base
+from lora_ft.ops import attention
 from lora_ft.ops.dropout import switch_off_dropout
 from lora_ft.ops.token_loss import Batch, choose_paths, token_loss_sum
 from lora_ft.ops.unpacked import unpacked_weights
@@ -98,6 +100,50 @@ def test_an_untested_architecture_is_left_as_it_is_and_gets_one_row_at_a_time() 
     assert heldout_loss(model, rows, paths, 1000).loss == pytest.approx(
         float(apart) / sum(int((b.targets >= 0).sum()) for b in alone(batch)), rel=1e-13
     )
+
+
+@pytest.mark.parametrize("takes_attention", [True, False])
+@pytest.mark.parametrize("takes_loss", [True, False])
+def test_each_switch_turns_off_its_own_path_and_says_so(takes_attention: bool, takes_loss: bool) -> None:
+    model = tiny_model("llama")
+    paths = choose_paths(model, config.Fast(attention=takes_attention, loss=takes_loss))
+    assert (paths.packs, paths.passes_starts, paths.supervised_rows_only) == (True, takes_attention, takes_loss)
+    assert model.config._attn_implementation == (attention.NAME if takes_attention else attention.PLAIN)
+    kernel = attention.choose_kernel(model.device, model.dtype, 16)
+    assert set(paths.reasons) == {
+        f"attention: {kernel[0]} ({kernel[1]})" if takes_attention else "plain attention: fast.attention=false",
+        *([] if takes_loss else ["plain loss: fast.loss=false"]),
+    }
+
+
+@pytest.mark.parametrize(("head_dim", "width"), [(32, 32), (None, 16)])
+def test_the_kernel_is_chosen_for_the_width_of_a_head(
+    head_dim: int | None, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 numbers and 4 heads make 16 each, where the model does not say otherwise."""
+    model, asked = tiny_model("llama"), []
+    model.config.head_dim = head_dim
+    monkeypatch.setattr(attention, "choose_kernel", lambda *a: asked.append(a) or ("kernel", "reason"))
+    choose_paths(model, FAST)
+    assert asked == [(model.device, model.dtype, width)]
+
+
+@pytest.mark.parametrize("settings", [{"targets": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}])
+@pytest.mark.parametrize("fast", [FAST, PLAIN])
+def test_a_head_whose_adapter_is_off_gives_the_bits_of_the_base(settings: dict, fast: config.Fast) -> None:
+    batch, bare = packed(), tiny_model("llama").requires_grad_(False)
+    expected = token_loss_sum(bare, batch, choose_paths(bare, fast))
+    model = attach.attach(tiny_model("llama").requires_grad_(False), config.Adapter(r=2, **settings), "first", 1, [])
+    with torch.no_grad():
+        for parameter in attach.trainable(model, "first").values():
+            parameter.add_(0.1)
+    base = model.get_base_model()
+    plain = token_loss_sum(base, batch, choose_paths(base, PLAIN)).detach()
+    switched_on = token_loss_sum(base, batch, choose_paths(base, fast)).detach()
+    assert relative(switched_on, plain) < 1e-6
+    assert relative(switched_on, expected) > 1e-3
+    with model.disable_adapter():
+        assert token_loss_sum(base, batch, choose_paths(base, fast)) == expected
 
 
 def test_a_frozen_base_makes_no_noise() -> None:

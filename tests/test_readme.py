@@ -28,6 +28,8 @@ SHORT = {
     "chat": ("sampling.max_new_tokens=4", "device=cpu"),
     "merge": ("device=cpu",),
     "check": ("device=cpu",),
+    "sweep": ("train.max_steps=1", "train.tokens_per_step=64", "train.eval_rows=2", "train.samples=1", "device=cpu"),
+    "report": (),
 }
 
 
@@ -52,7 +54,7 @@ def test_a_command_of_the_readme_runs_as_written(command: str, folder: Path, mon
         assert subprocess.run(["make", "--dry-run", *words], cwd=ROOT, check=True, capture_output=True).stdout
         return
     assert program == "lora-ft"
-    short = () if {"--help", "--cfg"} & set(words) else SHORT[words[0]]
+    short = () if {"--help", "--cfg"} & set(words) or words[1].startswith("resume=my_sweep") else SHORT[words[0]]
     with pytest.raises(SystemExit) as ended:
         entry.run(None, [*words, *short])
     shown = capfd.readouterr()

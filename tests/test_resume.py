@@ -175,7 +175,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(place: P
     [
         (("hydra.run.dir={run}",), r"the run folder must be empty, but .*whole is not: .* or resume=auto"),
         (("resume={run}", "hydra.run.dir={run}"), "goes on in that folder: leave out hydra.run.dir, or write resume="),
-        (("resume={run}", "-m"), r"continues one run: without -m, or resume=auto with hydra\.sweep\.dir=DIR"),
+        (("resume={run}", "-m"), r"whole is not a sweep folder: it has no sweep\.json"),
         (("resume=auto",), r"resume=auto needs a folder that stays the same: hydra\.run\.dir=DIR, got runs/\$\{now:"),
         (("resume=auto", "-m"), r"resume=auto needs a folder that stays the same: hydra\.sweep\.dir=DIR"),
         (("resume={place}",), r"place0? is not a run folder: it has no config\.yaml"),
@@ -200,7 +200,7 @@ def test_a_folder_that_another_process_trains_in_is_left_to_it(
     before = state(place / "whole")
     with runs.locked(place / "whole"):
         assert call("train", f"resume={place / 'whole'}", "train.max_steps=9") == 2
-    assert "whole is in use: another process trains in it" in capsys.readouterr().err
+    assert "whole is in use: another process works in it" in capsys.readouterr().err
     assert state(place / "whole") == before
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert call("train", f"resume={place / 'whole'}", "train.max_steps=9", "train.samples=1") == 2

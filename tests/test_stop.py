@@ -105,8 +105,8 @@ def test_a_second_signal_stops_at_once_and_the_last_checkpoint_is_intact(
             ask_in(patch, loop, "_activate", third, signal.SIGTERM, signal.SIGINT)
         else:
             ask_in(patch, loop, "_activate", lambda learner: learner.step == 2, signal.SIGTERM)
-            state = lambda path, _: path.name == checkpoint.STATE and saved(run)[-1] == "step-00000002"  # noqa: E731
-            ask_in(patch, durable, "write_bytes", state, signal.SIGINT)
+            state = lambda path, *_: path.name == checkpoint.STATE and saved(run)[-1] == "step-00000002"  # noqa: E731
+            ask_in(patch, durable, "_opened", state, signal.SIGINT)
         assert call("train", *words, f"hydra.run.dir={run}") == 130
     assert "lora-ft: stopped by SIGINT\n" in capfd.readouterr().err
     assert saved(run) == ["step-00000002"]
@@ -114,7 +114,7 @@ def test_a_second_signal_stops_at_once_and_the_last_checkpoint_is_intact(
     assert weights(run) == expected
 
 
-@pytest.mark.parametrize("place", ["load_base", "_finish"])
+@pytest.mark.parametrize("place", ["load_base", "finish"])
 def test_outside_of_the_steps_a_signal_stops_at_once(
     place: str, words: tuple[str, ...], expected: str, tmp_path: Path, capfd
 ) -> None:

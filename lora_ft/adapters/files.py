@@ -110,6 +110,13 @@ def load_tensors(model: PeftModel, folder: Path, name: str) -> None:
     set_peft_model_state_dict(model, tensors, adapter_name=name)
 
 
+def check_shapes(model: PeftModel, folder: Path, name: str) -> None:
+    """What `load_tensors` finds in keys and shapes, seen in the file's header alone; the adapter may be on meta."""
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    header = foreign.tensor_header(folder / WEIGHTS, _HEADER_LIMIT, MismatchError)
+    _compare_shapes(_shapes(state), header.shapes, str(folder))
+
+
 def read_config(folder: Path) -> LoraConfig:
     """The LoRA config of an adapter folder; MismatchError for other methods and for settings PEFT does not know."""
     path = folder / CONFIG
@@ -128,10 +135,12 @@ def read_config(folder: Path) -> LoraConfig:
         raise MismatchError(f"{folder}: the installed PEFT does not know {', '.join(unknown)} of {CONFIG}")
     try:
         found = LoraConfig(**{k: v for k, v in fields.items() if k in known and k not in ("peft_type", "auto_mapping")})
-        highest = max([found.r, *(found.rank_pattern or {}).values()])
+        ranks = [found.r, *(found.rank_pattern or {}).values()]
     except (TypeError, ValueError, AttributeError) as error:
         raise MismatchError(f"{path}: {error}") from error
-    if highest > (folder / WEIGHTS).stat().st_size:  # before PEFT makes matrices of this size
+    if wrong := [rank for rank in ranks if not isinstance(rank, int) or rank < 1]:
+        raise MismatchError(f"{path}: a rank must be an integer of at least 1, got {wrong[0]!r}")
+    if (highest := max(ranks)) > (folder / WEIGHTS).stat().st_size:  # before PEFT makes matrices of this size
         raise MismatchError(f"{path}: rank {highest} is larger than {WEIGHTS} has bytes")
     return found
 
@@ -177,18 +186,22 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _compare(expected: dict[str, Tensor], found: dict[str, Tensor], place: str, *, exact: bool) -> None:
+    _compare_shapes(_shapes(expected), _shapes(found), place)
+    if exact and any(not expected[k].equal(found[k]) for k in expected):
+        raise MismatchError(f"the adapter in {place} does not fit: the bytes read back differ from the bytes written")
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+
+
+def _compare_shapes(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], place: str) -> None:
     missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    shapes = [
-        f"{k} {tuple(found[k].shape)} instead of {tuple(t.shape)}"
-        for k, t in expected.items()
-        if k in found and found[k].shape != t.shape
-    ]
+    shapes = [f"{k} {found[k]} instead of {s}" for k, s in expected.items() if k in found and found[k] != s]
     problems = [
         f"{what}: {len(names)}, first {', '.join(names[:5])}"
         for what, names in (("missing tensors", missing), ("unexpected tensors", unexpected), ("other shapes", shapes))
         if names
     ]
-    if not problems and exact and any(not expected[k].equal(found[k]) for k in expected):
-        problems = ["the bytes read back differ from the bytes written"]
     if problems:
         raise MismatchError(f"the adapter in {place} does not fit: " + "; ".join(problems))

@@ -90,8 +90,11 @@ def _check_record(folder: Path, found: dict[str, Any], base: Base, quant: config
     recorded = found.get("base")
     if found.get("format") != _FORMAT or not isinstance(recorded, dict):
         raise MismatchError(f"{folder / RECORD} is not a record of format {_FORMAT}, got {found.get('format')}")
-    here = {"config_sha256": base.identity.config_sha256, "weights_sha256": base.identity.weights_sha256}
-    pairs = [(f"base {key}", recorded.get(key), value) for key, value in here.items()]
+    pairs: list[tuple[str, Any, Any]] = [
+        ("base config_sha256", recorded.get("config_sha256"), base.identity.config_sha256)
+    ]
+    if base.identity.weights_sha256 is not None:  # a skeleton's may not have been fetched: compared with the base's own
+        pairs.append(("base weights_sha256", recorded.get("weights_sha256"), base.identity.weights_sha256))
     pairs.append(("quantization", found.get("quant"), _recipe(quant)))
     pairs += [(key, found.get(key), value) for key, value in _tokenizer_hashes(base.tokenizer).items()]
     problems = [f"{what}: trained on {then}, now {now}" for what, then, now in pairs if then != now]

@@ -55,6 +55,7 @@ def layers(base: Base, cfg: config.TrainRun) -> Layers:
         source = Path(cfg.adapter.init_from)
         origin.check_source(source, files.read_config(source), base, cfg.quant)
         files.check_same_method(source, model.peft_config[_NAME])
+        files.check_shapes(model, source, _NAME)
     adapted = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and _NAME in layer.r]
     by_target = {target: attach.matched_layers(candidates, {target}) for target in resolved}
     order = {name: i for i, name in enumerate(candidates)}

@@ -15,8 +15,9 @@ from lora_ft import config
 def groups(verb: str) -> dict[str, str | None]:
     """The groups that a verb chooses from, in the order of its defaults list, each with its default choice."""
     primary = yaml.safe_load((config.CONF / f"{verb}.yaml").read_text("utf-8"))
+    named = [entry for entry in primary["defaults"] if isinstance(entry, dict)]
     return {
-        group: choice for entry in primary["defaults"] if isinstance(entry, dict) for group, choice in entry.items()
+        group: choice for entry in named for group, choice in entry.items() if not group.startswith("override hydra/")
     }
 
 

@@ -1,4 +1,4 @@
-"""One call of a verb through Hydra: compose, check, run its job or jobs, and say what went wrong. No torch here.
+"""One call of a verb through Hydra: compose, check, and run its job or jobs. No torch here.
 
     words -> overrides.translate -> Hydra composes conf/ over the schema -> dataclasses -> rules.validate -> verb
 
@@ -9,9 +9,7 @@ called here in the place of `hydra.main`, which prints and exits by itself.
 
 import contextlib
 import dataclasses
-import re
-import sys
-import traceback
+import functools
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,23 +23,20 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import env_override
+from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from lora_ft import config, durable, rules, runs
-from lora_ft.cli import guard, help, overrides
-from lora_ft.errors import ConfigError, LoraFtError, ResourceError
+from lora_ft.cli import guard, overrides
+from lora_ft.cli.explain import explained
+from lora_ft.cli.tasks import Outcomes, Task
+from lora_ft.errors import ConfigError, LoraFtError
 
 SWEEP_FAILED_IN_PART = 3
-# what saves memory, by the setting that says so; a verb is advised of those that it has
-_SAVINGS = {
-    "train.tokens_per_microbatch": "lower train.tokens_per_microbatch",
-    "train.checkpoint": "set train.checkpoint=every_1 or quant=nf4",
-    "eval.tokens_per_microbatch": "lower eval.tokens_per_microbatch",
-    "sampling.max_new_tokens": "lower sampling.max_new_tokens",
-}
 
 # what runs a job: its config, the absolute run folder, the overrides as typed
 Main = Callable[[Any, Path, list[str]], float | None]
@@ -57,37 +52,90 @@ class Command:
     config_dir: Path | None = None
 
 
-@dataclass
-class Outcomes:
-    """How the jobs of one call ended."""
-
-    succeeded: int = 0
-    failures: list[Exception] = dataclasses.field(default_factory=list)
-
-
-def run(command: Command, main: Main) -> int:
-    """Run the verb's job, or all jobs of a sweep; the exit code. A single job's own error is raised."""
-    outcomes = Outcomes()
+def run(command: Command, main: Main, end: Callable[[Path], int]) -> int:
+    """Run the verb's job, or all jobs of a sweep, which `end` closes; the exit code. A single job's error is raised."""
+    command = _continued(command)
     with _hydra(command) as (hydra, words):
         composed = _composed(hydra, command, words)
         _check_auto(command, composed)
         guard.check_composed(composed)
-        if composed.hydra.mode is RunMode.MULTIRUN:
+        multirun = composed.hydra.mode is RunMode.MULTIRUN
+        task = Task(command.verb, main, functools.partial(_checked, command), _implied(command), multirun)
+        if command.verb == "sweep":
+            return _sweep(hydra, command, composed, words, task, end)
+        if command.verb != "train" and not multirun:
+            _without_folder(composed, task)
+        else:
+            if not multirun:
+                _checked(command, composed)  # before Hydra makes the run folder
             with durable.writing():  # the folders, which Hydra makes; what goes wrong in a job is kept by the job
-                hydra.multirun(command.verb, _job(command, main, outcomes, report=True), words)
-            return _sweep_code(outcomes)
-        _checked(command, composed)  # before Hydra makes the run folder
-        with durable.writing():
-            hydra.run(command.verb, _job(command, main, outcomes, report=False), words)
-    if outcomes.failures:
-        raise outcomes.failures[0]
+                (hydra.multirun if multirun else hydra.run)(command.verb, task, words)
+    if multirun:
+        return _code(task.outcomes)
+    if task.outcomes.failures:
+        raise task.outcomes.failures[0]
     return 0
 
 
+def _without_folder(composed: DictConfig, task: Task) -> None:
+    """Run the job as `Hydra.run` does, but for the folder, which most verbs write nothing to."""
+    with open_dict(composed.hydra.runtime):
+        composed.hydra.runtime.output_dir = str(Path(str(composed.hydra.run.dir)).absolute())
+    HydraConfig.instance().set_config(composed)
+    with env_override(composed.hydra.job.env_set):
+        task(composed)
+
+
+def _sweep(
+    hydra: Hydra, command: Command, composed: DictConfig, words: list[str], task: Task, end: Callable[[Path], int]
+) -> int:
+    """Run a sweep in its folder, which is locked meanwhile; one that starts no job leaves none."""
+    _check_objective(composed)
+    with durable.writing():
+        folder = Path(str(composed.hydra.sweep.dir)).absolute()
+    with runs.locked(folder):
+        runs.create_sweep(folder, command.words, command.config_dir, resumed=_folder(command, "resume") == "auto")
+        # Composed anew for each job, `${now:...}` would name another folder for each.
+        place = overrides.translate("sweep", [f"hydra.sweep.dir={overrides.escape(str(folder))}"], sweep=False)
+        try:
+            with durable.writing():
+                hydra.multirun("sweep", task, [*words, *place])
+        except BaseException:
+            if not any(folder.rglob(runs.OVERRIDES)):  # which a job has from its start; until then its folder is empty
+                durable.remove_folder(folder)
+            raise
+        return end(folder)
+
+
+def _check_objective(composed: DictConfig) -> None:
+    """A sweeper that chooses values itself is given the held-out loss of each job, infinite where it failed."""
+    direction = OmegaConf.select(composed, "hydra.sweeper.direction")
+    if direction is None:
+        return
+    if getattr(direction, "name", direction) != "minimize":
+        raise ConfigError(f"hydra.sweeper.direction must be minimize, got {direction}: the value is a loss")
+    data = composed.data
+    if not (data.eval_fraction or data.eval_path or data.eval_split):
+        raise ConfigError("data.eval_fraction must be above 0 where a sweeper chooses by the held-out loss, got 0")
+
+
+def _code(outcomes: Outcomes) -> int:
+    if not outcomes.failures:
+        return 0
+    first = outcomes.failures[0]
+    alone = first.exit_code if isinstance(first, LoraFtError) else 1
+    return SWEEP_FAILED_IN_PART if outcomes.succeeded else alone
+
+
 def show(command: Command, *, part: str | None, package: str | None, resolve: bool, info: str | None) -> None:
-    """Print the composed config, or how it came about, as Hydra does for --cfg and --info."""
-    with _hydra(command) as (hydra, words):
+    """Print the composed config, or how it came about, as Hydra does for --cfg and --info.
+
+    Of a sweep it is what the jobs share: settings that vary have the value that they have when nobody gives any.
+    """
+    with _hydra(_continued(command)) as (hydra, words):
         composed = _composed(hydra, command, words)
+        parser = OverridesParser.create()
+        words = [word for word in words if not parser.parse_override(word).is_sweep_override()]
         if package and package != "_global_" and OmegaConf.select(composed, package) is None:
             raise ConfigError(f"--package {package}: the config has no such part")
         if info:
@@ -110,7 +158,8 @@ def _hydra(command: Command) -> Iterator[tuple[Hydra, list[str]]]:
     GlobalHydra.instance().clear()
     try:
         store.store("stored_run", _stored_run(command))
-        hydra = Hydra.create_main_hydra2(task_name=command.verb, config_search_path=search_path)
+        hydra = Hydra(task_name=command.verb, config_loader=guard.Loader(search_path))
+        GlobalHydra.instance().initialize(hydra)
         mode = ["hydra.mode=MULTIRUN"] if command.multirun else []
         translated = overrides.translate(command.verb, command.words, sweep=command.multirun)
         yield hydra, [*_implied(command), *translated, *mode]
@@ -118,6 +167,30 @@ def _hydra(command: Command) -> Iterator[tuple[Hydra, list[str]]]:
         raise _explained(command, error) from error
     finally:
         GlobalHydra.instance().clear()
+
+
+def _explained(command: Command, error: Exception) -> LoraFtError:
+    if isinstance(error.__cause__, LoraFtError):
+        return error.__cause__  # of our launcher, which Hydra makes
+    stored = Path(_resumed(command) or _run(command) or "") / "config.yaml"
+    return explained(command.verb, error, stored, command.config_dir)
+
+
+def _continued(command: Command) -> Command:
+    """The command that began a sweep, for resume=FOLDER: its jobs go on, or begin, in their folders."""
+    folder = _folder(command, "resume")
+    if command.verb != "sweep" or folder in (None, "auto"):
+        return command
+    place = Path(folder).absolute()
+    stored, config_dir = runs.read_sweep(place)
+    given = [word for word in command.words if not word.startswith("resume=")]
+    if several := [w for w in given if not w.startswith("hydra.launcher.")]:
+        raise ConfigError(
+            f"resume={folder} runs what is missing of that sweep, with its own words: leave out {several[0]}"
+        )
+    kept = [w for w in stored if not w.startswith(("resume=", "hydra.sweep.dir="))]
+    words = [*kept, *given, "resume=auto", f"hydra.sweep.dir={overrides.escape(str(place))}"]
+    return Command("sweep", words, multirun=True, config_dir=config_dir)
 
 
 def _check_auto(command: Command, composed: DictConfig) -> None:
@@ -167,7 +240,7 @@ def _resumed(command: Command) -> str | None:
     if folder in (None, "auto"):
         return None
     if command.multirun:
-        raise ConfigError(f"resume={folder} continues one run: without -m, or resume=auto with hydra.sweep.dir=DIR")
+        raise ConfigError(f"resume={folder} continues one run: leave out -m")
     if overrides.chosen(command.words, "hydra.run.dir") is not None:
         raise ConfigError(f"resume={folder} goes on in that folder: leave out hydra.run.dir, or write resume=auto")
     if typed := [w for w in command.words if w.startswith(("experiment=", "+")) and not w.startswith("+hydra")]:
@@ -214,100 +287,3 @@ def _checked(command: Command, composed: DictConfig) -> Any:
     rules.validate(cfg)
     guard.check_secrets(rules.to_plain(cfg))
     return cfg
-
-
-def _job(command: Command, main: Main, outcomes: Outcomes, *, report: bool) -> Callable[[DictConfig], float | None]:
-    """The task that Hydra calls once for each job; it keeps failures, because Hydra reports them its own way."""
-
-    def task(composed: DictConfig) -> float | None:
-        hydra = HydraConfig.get()
-        listed = OmegaConf.to_container(hydra.overrides.task, resolve=False)
-        own = [word for word in typing.cast(list[str], listed) if word not in _implied(command)]
-        typed = list(overrides.as_typed(command.verb, own))
-        try:
-            result = main(_checked(command, composed), Path(hydra.runtime.output_dir), typed)
-        except Exception as error:
-            failure = _out_of_memory(command.verb, error) or error
-            outcomes.failures.append(failure)
-            if report:
-                _report(f"job {hydra.job.num} ({' '.join(typed)})", failure)
-            return None
-        outcomes.succeeded += 1
-        return result
-
-    return task
-
-
-def _out_of_memory(verb: str, error: Exception) -> ResourceError | None:
-    """Memory that did not suffice, with what saves some; torch, which is not imported here, is known by its names."""
-    on_gpu = type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch")
-    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    if not (on_gpu or on_cpu or isinstance(error, MemoryError)):
-        return None
-    known = {setting.key for setting in rules.settings(config.SCHEMAS[verb])}
-    advice = ", or ".join(words for key, words in _SAVINGS.items() if key in known) or "use a machine with more of it"
-    reason = str(error).partition("DefaultCPUAllocator: ")[2] or str(error)
-    # without the error as its cause, whose frames would keep the model in memory for the next jobs of a sweep
-    return ResourceError(f"out of memory{f' ({reason})' if reason else ''}: {advice}")
-
-
-def _report(job: str, failure: Exception) -> None:
-    if isinstance(failure, LoraFtError):
-        sys.stderr.write(f"{job}: {failure}\n")
-    else:
-        sys.stderr.write(f"{job}:\n{''.join(traceback.format_exception(failure))}")
-
-
-def _sweep_code(outcomes: Outcomes) -> int:
-    if not outcomes.failures:
-        return 0
-    first = outcomes.failures[0]
-    alone = first.exit_code if isinstance(first, LoraFtError) else 1
-    return SWEEP_FAILED_IN_PART if outcomes.succeeded else alone
-
-
-def _explained(command: Command, error: Exception) -> LoraFtError:
-    """The error of Hydra or OmegaConf in our words: the file if it is not the command line, the setting, the rule."""
-    verb, inner = command.verb, error.__cause__ or error.__context__
-    cause = inner if isinstance(error, HydraException) and isinstance(inner, OmegaConfBaseException) else error
-    stored = f"{_resumed(command) or _run(command)}/config.yaml"
-    if isinstance(error, UnicodeDecodeError):
-        return ConfigError(f"{_holder(command, error.object)} is not UTF-8")
-    if isinstance(error, yaml.YAMLError):
-        return ConfigError(" ".join(str(error).split()).replace('"<unicode string>"', stored))
-    place = re.match(r"In '([^']+)'", str(error))
-    where = f"{place[1]}.yaml: " if place and place[1] not in (verb, "hydra/config") else ""
-    where = where.replace("stored_run.yaml", stored)
-    if isinstance(error, MissingConfigException):
-        return ConfigError(where + _missing(error))
-    key = str(getattr(cause, "full_key", None) or "")
-    group = place[1].rpartition("/")[0] if place else ""
-    if group and group not in rules.groups(config.SCHEMAS[verb]) and (key == group or f"@{group}." in str(error)):
-        return ConfigError(f"{where}its first line must be '# @package _global_'")
-    if key and isinstance(cause, ConfigKeyError | ConfigAttributeError):
-        found = overrides.unknown(verb, key)
-        return type(found)(where + str(found))
-    reason = str(cause).splitlines()[0]
-    if unset := re.search(r"Environment variable '(.*)' not found", reason):
-        return ConfigError(f"{where}{key}: the environment variable {unset[1]} is not set")
-    setting = overrides.declared(verb, key.partition("[")[0])
-    if setting:
-        rule = help.type_words(setting.type if key == setting.key else typing.get_args(setting.type)[-1])
-        typed = re.match(r"Error merging override [^=]*=(.*)", str(error), re.DOTALL)
-        value = typed or re.search(r"[Vv]alue '(.*?)'(?: of type|,)", reason)
-        return ConfigError(f"{where}{key} must be {rule}, " + (f"got {value[1]}" if value else f"but: {reason}"))
-    return ConfigError(where + (f"{key}: {reason}" if key else reason))
-
-
-def _holder(command: Command, text: bytes) -> Path:
-    """The file, of those that a user may have written, that holds this text; Hydra does not say which it read."""
-    files = sorted(command.config_dir.rglob("*.yaml")) if command.config_dir else []
-    stored = Path(_resumed(command) or _run(command) or "") / "config.yaml"
-    return next((file for file in files if text in file.read_bytes()), stored)
-
-
-def _missing(error: MissingConfigException) -> str:
-    group, _, choice = str(error.missing_cfg_file).rpartition("/")
-    if error.options:
-        return f"{group}={choice}: choose one of {', '.join(sorted(error.options))}"
-    return f"{error.missing_cfg_file}: no such file in the folders of configs"

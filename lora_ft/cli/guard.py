@@ -6,7 +6,8 @@
 A folder given with --config-dir may come from somebody else. Hydra makes objects of its callbacks, launchers and
 loggers by the names in a config, and imports the packages of a search path: a folder of ours holds settings only,
 and each of its files is looked at when it is read, before Hydra acts on it. What the user types may choose among
-the launchers and sweepers that are installed, by name.
+the launchers and sweepers that are installed, by name. What a sweeper makes of its settings is no exception: the
+words of each job are looked at as well.
 """
 
 import re
@@ -16,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.sources_registry import SourcesRegistry
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 
@@ -25,8 +28,11 @@ from lora_ft import config, foreign, redact
 from lora_ft.errors import ConfigError, SecurityError
 
 TARGET = "_target_"
-# By these Hydra imports, makes objects, or sets what every library in this process sees.
-_HYDRAS_OWN = {"searchpath", "callbacks", "job_logging", "hydra_logging", "env_set", "env_copy"}
+_CODE = {TARGET, "custom_search_space"}  # the second names a function that Optuna's sweeper calls
+# By these Hydra imports, makes objects, or sets what every library in this process sees; overrides are words that
+# nobody typed.
+_HYDRAS_OWN = {"searchpath", "callbacks", "job_logging", "hydra_logging", "env_set", "env_copy", "overrides"}
+_COMMANDS = ("setup", "additional_parameters")  # of a cluster's launcher: what its shell runs, or how
 # A reference that OmegaConf resolves late, in a folder's name for each job of a sweep; behind a backslash it is text.
 _VARIABLE = re.compile(r"(?<!\\)\$\{\s*oc\.env\s*:\s*['\"]?([^\s,}'\"]+)")
 _LOGGING = {"version", "root", "disable_existing_loggers"}  # the keys of Hydra's logging config named none
@@ -54,6 +60,18 @@ def source(folder: Path) -> str:
     return f"{Settings.scheme()}://{folder}"
 
 
+class Loader(ConfigLoaderImpl):
+    """Hydra's composition; it checks the words of each job, which may come from a sweeper's settings in a file."""
+
+    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        for parsed in OverridesParser.create().parse_overrides(sweep_overrides):
+            word, key = str(parsed.input_line), parsed.key_or_group
+            check_override(word, key, parsed.value())
+            if "hydra" in re.split(r"[./]", f"{key}.{parsed.package}"):
+                raise SecurityError(f"{word}: a job has settings of lora-ft's only; those of Hydra's are the sweep's")
+        return super().load_sweep_config(master_config, sweep_overrides)
+
+
 def _check_file(path: Path) -> None:
     data = path.read_bytes()
     foreign.check_yaml(data, str(path), ConfigError)
@@ -64,7 +82,7 @@ def _check_file(path: Path) -> None:
     package = re.search(rb"@package\s+(\S+)", data[:512])
     names = [package[1].decode("utf-8", "replace")] if package else []
     for name in [*names, *_keys(root)]:
-        if found := {TARGET, *_HYDRAS_OWN} & set(re.split(r"[.@/: ]", name)):
+        if found := (_CODE | _HYDRAS_OWN) & set(re.split(r"[.@/: ]", name)):
             raise SecurityError(
                 f"{path}: {found.pop()}: a folder of configs holds settings and choices, never code to run or places "
                 "to take it from"
@@ -90,7 +108,7 @@ def check_override(word: str, key: str, value: Any) -> None:
     """SecurityError for an override, as Hydra parsed it, that names code, or another place to look for configs."""
     if key == "hydra.searchpath":
         raise SecurityError(f"{word}: a search path can import packages; give one folder of configs with --config-dir")
-    if TARGET in {part for name in [key, *_names(value)] for part in name.split(".")}:
+    if _CODE & {part for name in [key, *_names(value)] for part in name.split(".")}:
         raise SecurityError(f"{word}: configs name settings and choices, never code to run")
 
 
@@ -113,6 +131,7 @@ def check_composed(composed: DictConfig) -> None:
     for key in ("job_logging", "hydra_logging"):
         if set(hydra[key] or ()) - _LOGGING or hydra[key].get("root"):
             raise SecurityError(f"hydra.{key}: a logging config can name classes to run; lora-ft keeps its own log.txt")
+    _check_launcher(hydra["launcher"], hydra["overrides"]["hydra"])
     for name in (*hydra["job"]["env_set"], *hydra["job"]["env_copy"]):
         if redact.is_secret_name(name):
             raise SecurityError(
@@ -128,6 +147,16 @@ def check_composed(composed: DictConfig) -> None:
     check_secrets(hydra, "hydra")
     for key in ("hydra.run.dir", "hydra.sweep.dir"):
         check_secrets(str(OmegaConf.select(composed, key)), key)
+
+
+def _check_launcher(launcher: dict[str, Any], typed: list[str]) -> None:
+    """A cluster's launcher writes a shell script: its commands are those that were typed, its values one line each."""
+    for key in _COMMANDS:
+        if launcher.get(key) and not any(word.lstrip("+").startswith(f"hydra.launcher.{key}") for word in typed):
+            raise SecurityError(f"hydra.launcher.{key} is for a shell to run: give it on the command line")
+    for text in _texts(launcher):
+        if "\n" in text:
+            raise SecurityError(f"hydra.launcher: {text!r}: a line of its own would be a command of a shell's script")
 
 
 def _texts(value: Any) -> Iterator[str]:

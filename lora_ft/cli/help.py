@@ -9,7 +9,7 @@ import dataclasses
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ def overview() -> str:
         _row("lora-ft VERB --help", "choices and settings of a verb"),
         _row("lora-ft --version", "version of this package"),
         _row('eval "$(lora-ft -sc install=bash)"', "complete verbs, settings and choices with the tabulator"),
-        "", "first steps", "  lora-ft train experiment=demo",
+        "", "first steps", "  lora-ft train experiment=demo", "  lora-ft sweep experiment=demo adapter.r=2,4,8",
         "  lora-ft train model=qwen3_0_6b quant=nf4 data=chat data.path=my.jsonl",
     ]) + "\n"  # fmt: skip
 
@@ -51,7 +51,10 @@ def page(verb: str, more: Sequence[Path] = ()) -> str:
     for group, default in choices.groups(verb).items():
         lines += ["", f"choices of {group}" + (f" (default: {default})" if default else "")]
         lines += [_row(f"{group}={name}", text) for name, text in choices.of(group, more).items()]
-    return "\n".join([*lines, *_settings(schema)]) + "\n"
+    lines += _settings(rules.settings(schema))
+    if verb == "sweep":
+        lines += _settings(rules.settings(config.Launcher, "hydra.launcher."))
+    return "\n".join(lines) + "\n"
 
 
 def type_words(annotation: Any) -> str:
@@ -84,9 +87,9 @@ def show(value: Any) -> str:
     return str(value)
 
 
-def _settings(schema: type) -> Iterator[str]:
+def _settings(settings: Iterable[rules.Setting]) -> Iterator[str]:
     section = None
-    for setting in rules.settings(schema):
+    for setting in settings:
         group, _, name = setting.key.rpartition(".")
         if group != section:
             section = group

@@ -26,6 +26,7 @@ from lora_ft.errors import ConfigError, SecurityError
 
 # Folders of Hydra's that hold free text as well; `${now:...}` keeps its meaning in them.
 _HYDRA_FOLDERS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
+_PARAMS = "hydra.sweeper.params"
 _WORD = re.compile(r"(?P<prefix>\+\+?|~)?(?P<key>[^=]*)(?P<equals>=)?(?P<value>.*)", re.DOTALL)
 _NAME = re.compile(r"[\w/-]*")
 _CHOICE = re.compile(r"choice\(.*\)", re.DOTALL)
@@ -76,7 +77,7 @@ def _translated(verb: str, word: str, sweep: bool) -> str:
     parts = _split(word)
     prefix, key, value = parts["prefix"] or "", parts["key"], parts["value"]
     if key.startswith(("hydra.", "hydra/")):
-        return f"{prefix}{key}={_quoted(value)}" if key in _HYDRA_FOLDERS and parts["equals"] else word
+        return _hydras(word, prefix, key, value) if parts["equals"] else word
     if prefix == "~":
         raise ConfigError(f"{word}: a setting cannot be deleted; give it a value")
     if not parts["equals"] or not key:
@@ -96,6 +97,17 @@ def _translated(verb: str, word: str, sweep: bool) -> str:
     # Hydra closes mappings to new keys but for '++', and takes the dots of a layer's name for nesting but in braces
     name = key[len(setting.key) + 1 :]
     return f"++{setting.key}={{{name}:{value}}}" if "." in name else f"++{key}={value}"
+
+
+def _hydras(word: str, prefix: str, key: str, value: str) -> str:
+    if key in _HYDRA_FOLDERS:
+        return f"{prefix}{key}={_quoted(value)}"
+    # Hydra can neither make nor reach into a mapping that is null, but merges one around it; values are text to it
+    if key == _PARAMS:
+        return f"++hydra.sweeper={{params:{value}}}"
+    if key.startswith(f"{_PARAMS}."):
+        return f"++hydra.sweeper={{params:{{{key[len(_PARAMS) + 1 :]}:{_quoted(value)}}}}}"
+    return word
 
 
 def _parsable(verb: str, word: str, override: str, parser: OverridesParser, sweep: bool) -> str:

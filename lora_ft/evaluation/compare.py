@@ -59,10 +59,12 @@ def compare(
     tokens_per_microbatch: int,
     num_samples: int,
     max_new_tokens: int,
+    earlier: Comparison | None = None,
 ) -> Comparison:
     """Evaluate `rows`, and answer the first `num_samples` questions greedily, without and with the adapter.
 
-    The active adapter is the one compared. Raises NonFiniteError for a loss that is not a number.
+    The active adapter is the one compared. What the base gave in an `earlier` comparison of the same rows, questions
+    and limits is taken from there. Raises NonFiniteError for a loss that is not a number.
     """
     inner: PreTrainedModel = model.get_base_model()
     asked = questions[:num_samples]
@@ -74,8 +76,11 @@ def compare(
             raise NonFiniteError(f"held-out loss {heldout.loss}: the weights of the base or of the adapter are broken")
         return heldout, [generate(inner, tokenizer, question.prompt_ids, greedy, seed=0) for question in asked]
 
-    with adapter_off(model):
-        base_loss, base_answers = measured()
+    if earlier:
+        base_loss, base_answers = earlier.base, [answers.base for answers in earlier.answers]
+    else:
+        with adapter_off(model):
+            base_loss, base_answers = measured()
     adapter_loss, adapter_answers = measured()
     told = zip(asked, base_answers, adapter_answers, strict=True)
     return Comparison(base_loss, adapter_loss, [Answers(q.prompt, q.answer, base, own) for q, base, own in told])

@@ -69,12 +69,12 @@ def resolve_dtype(dtype: config.Dtype, device: torch.device) -> torch.dtype:
 
 
 def load_tokenizer(model: config.Model) -> "PreTrainedTokenizerBase":
-    """The base's fast tokenizer, with model.chat_template and model.added_tokens applied.
+    """The base's fast tokenizer, with model.chat_template and model.added_tokens applied; needs no weights.
 
     Raises what `locate` raises, and ConfigError for a tokenizer that has no fast version, a template
     that does not parse, or a token to add that is empty, repeated or there already.
     """
-    tokenizer = read_tokenizer(Path(locate(model).folder or ""), model.path)
+    tokenizer = read_tokenizer(Path(locate(model, weights=False).folder or ""), model.path)
     if model.chat_template is not None:
         tokenizer.chat_template = _read_template(Path(model.chat_template).expanduser())
     _add_tokens(tokenizer, model.added_tokens)

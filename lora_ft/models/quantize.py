@@ -143,11 +143,20 @@ def settle(model: Any, quantized: tuple[str, ...]) -> None:
     layers = [model.get_submodule(name) for name in quantized]
     for layer in layers:
         layer.support_avx512bf16_for_cpu = False
+        if layer.weight.dtype is torch.int8:
+            layer.init_8bit_state = functools.partial(_keep_scales, layer)
         if layer.bias is not None:  # the first forward would do this, and change the base
             layer.bias.data = layer.bias.data.to(_compute_dtype(layer, model))
     if layers:
         smallest = min(layers, key=lambda layer: layer.weight.numel())
         _self_test(smallest, _compute_dtype(smallest, model))
+
+
+def _keep_scales(layer: Any) -> None:
+    """bitsandbytes' own takes the scales from the weight at the first forward, and a weight that is moved then, as
+    PEFT's DoRA moves it at each forward on a CPU, has none."""
+    layer.state.CB, layer.state.SCB = layer.weight.CB, layer.weight.SCB
+    layer.weight.CB = None
 
 
 def _compute_dtype(layer: Any, model: Any) -> torch.dtype:

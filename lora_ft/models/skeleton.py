@@ -2,8 +2,9 @@
 
     base = load_skeleton(cfg.model, cfg.quant, cfg.device, tokenizer)      # 8B parameters in no memory
 
-It takes a quarter of a second where weights take seconds to minutes, so that what an adapter's settings get wrong
-is known before. Quantized layers are plain ones here: they have the same names and shapes.
+It takes a quarter of a second where weights take seconds to minutes, and those of a hub id are not even fetched, so
+that what an adapter's settings get wrong is known before. Quantized layers are plain ones here: they have the same
+names and shapes.
 """
 
 from pathlib import Path
@@ -28,7 +29,7 @@ def load_skeleton(model: config.Model, quant: config.Quant, device: str, tokeniz
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    identity = locate(model)
+    identity = locate(model, weights=False)
     target = load.resolve_device(device)
     dtype = load.resolve_dtype(model.dtype, target)
     if quant.compute_dtype is not config.Dtype.auto:

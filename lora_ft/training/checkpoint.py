@@ -13,6 +13,7 @@ Older checkpoints go when the newest has been read back; the newest `train.keep_
 held-out loss stay. What a folder of unreadable files costs is the steps since the one before it.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -34,10 +35,15 @@ from lora_ft.training.learner import Evaluation, Learner
 log = logging.getLogger("lora_ft")
 
 FOLDER, TENSORS, STATE, MANIFEST = runs.CHECKPOINTS, "state.safetensors", "state.json", "manifest.json"
-_FORMAT = 1
+_FORMAT = 2
 _NAME = re.compile(r"step-\d{8,}")
 _MOST_HEADER_BYTES = 10**6
 _HEADERS_BYTES = 4096  # of the two smaller files and of the header of the tensors
+
+# Checkpoints that this process has read and found whole, and how their files were then: to choose which may go, they
+# need not be read again at every save. To resume from one, or to prove that one was written, it always is.
+_Stamp = list[tuple[int, int, int]]
+_read: dict[Path, _Stamp] = {}
 
 
 def is_due(learner: Learner) -> bool:
@@ -58,9 +64,7 @@ def save(learner: Learner) -> None:
     # Hashed as they are in memory, so that what is read back is compared with what was meant.
     meant = {n: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for n, data in contents.items()}
     contents[MANIFEST] = _manifest(learner.step, meant)
-    with durable.staged_folder(path) as staging:
-        for name, data in contents.items():
-            durable.write_bytes(staging / name, data)
+    durable.write_files(path, contents)
     if problem := _problem(path):
         raise CheckpointError(f"{path} was written, but {problem}")
     log.debug("checkpoint after step %d", learner.step)
@@ -153,6 +157,8 @@ def _state(learner: Learner) -> dict[str, Any]:
         "seconds": learner.seconds,
         "evaluations": [asdict(evaluation) for evaluation in learner.evaluations],
         "heldout_loss": _heldout_loss(learner),
+        "rungs_passed": learner.rungs_passed,
+        "stopped_by": learner.stopped_by,
         "metrics_bytes": durable.settle(learner.folder / runs.METRICS),
         "inputs": learner.inputs,
         "environment": _environment(learner),
@@ -189,6 +195,7 @@ def _fill(learner: Learner, state: dict[str, Any], tensors: dict[str, Tensor]) -
     if "best_values" in tensors:
         learner.best_values = tensors["best_values"].to(learner.flat.values.device)
     learner.tokens, learner.seconds = state["tokens"], state["seconds"]
+    learner.rungs_passed, learner.stopped_by = state["rungs_passed"], state["stopped_by"]
 
 
 def _all(folder: Path) -> list[Path]:
@@ -197,12 +204,13 @@ def _all(folder: Path) -> list[Path]:
 
 
 def _let_go(folder: Path, keep: int) -> None:
-    valid = [path for path in _all(folder) if not _problem(path)]
+    valid = [path for path in _all(folder) if not _problem_now(path)]
     losses = {path: _read_state(path)["heldout_loss"] for path in valid}
     best = min((path for path in valid if losses[path] is not None), key=lambda path: losses[path], default=None)
     for path in _all(folder):
         if path not in valid[-keep:] and path != best:
             durable.remove_folder(path)
+            _read.pop(path, None)
 
 
 def _json(value: Any) -> bytes:
@@ -229,15 +237,31 @@ def _manifest(step: int, files: dict[str, dict[str, Any]]) -> bytes:
 
 
 def _problem(path: Path) -> str | None:
-    """What keeps a folder from being a checkpoint, None where nothing does."""
+    """What keeps a folder from being a checkpoint, None where nothing does; all of it is read."""
     try:
+        stamp = _stamp(path)
         found = {name: _described(path / name) for name in (TENSORS, STATE)}
         recorded = (path / MANIFEST).read_bytes()
     except OSError as error:
         return str(error)
     if recorded == _manifest(int(path.name.removeprefix("step-")), found):
+        _read[path] = stamp
         return None
     return f"its files do not have the sizes and hashes that {MANIFEST} names"
+
+
+def _problem_now(path: Path) -> str | None:
+    """As `_problem`, but files that this process has found whole, and that are as they were, are not read again."""
+    with contextlib.suppress(OSError):
+        if path in _read and _read[path] == _stamp(path):
+            return None
+    return _problem(path)
+
+
+def _stamp(path: Path) -> _Stamp:
+    """What changes when one of a checkpoint's files is written or replaced."""
+    found = [(path / name).lstat() for name in (TENSORS, STATE, MANIFEST)]
+    return [(file.st_ino, file.st_size, file.st_mtime_ns) for file in found]
 
 
 def _metrics_problem(path: Path, run: Path) -> str | None:

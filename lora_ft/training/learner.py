@@ -44,7 +44,8 @@ class Learner:
     """State of one adapter's training; `steps` lists the row numbers of every optimizer step, in order.
 
     `inputs` are hashes of what it learns from: settings, data, base and the adapter's shapes. What changes while it
-    trains, and so stands in a checkpoint, is the optimizer, `flat.values` and the fields with a default.
+    trains, and so stands in a checkpoint, is the optimizer, `flat.values` and the fields with a default; `rungs` are
+    the steps at which training/halving.py compares it with others.
     """
 
     name: str
@@ -68,6 +69,9 @@ class Learner:
     best_values: Tensor | None = None
     tokens: int = 0
     seconds: float = 0.0
+    rungs: tuple[int, ...] = ()
+    rungs_passed: int = 0
+    stopped_by: str | None = None
 
     @property
     def step(self) -> int:
@@ -76,12 +80,12 @@ class Learner:
 
     @property
     def is_done(self) -> bool:
-        """Whether no step follows: all are done, or `train.patience` is at its end."""
-        return self.step == len(self.steps) or self._out_of_patience
+        """Whether no step follows: all are done, `train.patience` is at its end, or halving stopped it."""
+        return self.step == len(self.steps) or self._out_of_patience or self.stopped_by is not None
 
     @property
     def stopped_early(self) -> bool:
-        return self._out_of_patience and self.step < len(self.steps)
+        return self.is_done and self.step < len(self.steps)
 
     def take_kept_state(self) -> None:
         """Give the adapter the state that `train.keep` asks for; the last thing done to it, as no step can follow."""
@@ -159,7 +163,7 @@ def make_learner(
             "settings": _sha256(rules.lasting(cfg)),
             "data": dataset.report.sha256,
             "base": base_fingerprint,
-            "adapter": _sha256([[n, list(p.shape)] for n, p in parameters.items()]),
+            "adapter": _sha256([[n.replace(f".{name}", ""), list(p.shape)] for n, p in parameters.items()]),
         },
         checkpoint=_settle_checkpoint(peft_model, paths, dataset.train, steps, cfg.train),
     )

@@ -8,12 +8,14 @@ The sum is divided once by the supervised tokens of all micro-batches: cutting a
 other micro-batches changes rounding, never the gradient (A01).
 """
 
+import contextlib
 import math
 import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -25,7 +27,8 @@ from lora_ft.errors import CheckpointError, Interrupted, NonFiniteError
 from lora_ft.evaluation.heldout import heldout_loss, to_batch
 from lora_ft.ops.recompute import recompute_layers
 from lora_ft.ops.token_loss import token_loss_sum
-from lora_ft.training import checkpoint, optimizers
+from lora_ft.training import checkpoint, logs, optimizers
+from lora_ft.training.halving import Halving
 from lora_ft.training.learner import Evaluation, Learner
 from lora_ft.training.stop import Stop
 
@@ -33,20 +36,64 @@ Metrics = dict[str, Any]
 Observer = Callable[[Learner, Metrics], None]
 
 
-def fit(learners: list[Learner], observe: Observer, stop: Stop | None = None) -> None:
-    """Train every learner from where it stands to its end; `observe` receives the metrics of each step.
+class Watcher(Protocol):
+    """Who follows a training from outside: an observer of each step that is told of turns and of the end, too."""
 
-    The evaluation before the first step is observed as step 0. When `stop` is asked for, the step is finished, every
-    learner saved, and Interrupted raised.
+    def __call__(self, learner: Learner, metrics: Metrics) -> None: ...
+
+    def turn(self, folder: Path | None, doing: str) -> None:
+        """A turn begins, of the run of this folder, or of all where None: loading, step or end."""
+
+    def end(self) -> None:
+        """The last step is done: what follows is the outcome."""
+
+
+def fit(learners: list[Learner], observe: Observer, stop: Stop | None = None) -> None:
+    """Train every learner from where it stands to its end; the first failure of one is raised."""
+    for _, failure in fit_each(learners, observe, stop):
+        if failure:
+            raise failure
+
+
+def fit_each(
+    learners: list[Learner],
+    observe: Observer,
+    stop: Stop | None = None,
+    halving: Halving | None = None,
+    begins: Callable[[Learner], None] = lambda _: None,
+) -> Iterator[tuple[Learner, Exception | None]]:
+    """Train every learner from where it stands; yields each as it ends, with what it failed of, while others wait.
+
+    `observe` receives the metrics of each step, the evaluation before the first as step 0; `begins` is called before
+    each turn. When `stop` is asked for, the step is finished, every learner saved, and Interrupted raised.
     """
-    turns, stop = {learner.name: _turns(learner, observe) for learner in learners}, stop or Stop()
-    with stop.between_steps():
+    stop = stop or Stop()
+    turns = {learner.name: (learner, _turns(learner, observe)) for learner in learners}
+    with contextlib.ExitStack() as while_steps_follow:
+        while_steps_follow.enter_context(stop.between_steps())
         while turns:
-            for name, turn in list(turns.items()):
-                if next(turn, None) is None:
-                    del turns[name]
-                if stop.signum is not None:
-                    _save_and_leave(learners, stop.signum)
+            if halving:
+                halving.decide([learner for learner, _ in turns.values()])
+            for learner, turn in [pair for pair in turns.values() if not (halving and halving.waits(pair[0]))]:
+                begins(learner)
+                failure, has_ended = _advance(learner, turn)
+                sound = [other for other, _ in turns.values() if not (failure and other is learner)]
+                if stop.signum is not None and sound:
+                    _save_and_leave(sound, stop.signum)
+                if has_ended:
+                    del turns[learner.name]
+                    if not turns:
+                        while_steps_follow.close()
+                    yield learner, failure
+
+
+def _advance(learner: Learner, turn: Iterator[int]) -> tuple[Exception | None, bool]:
+    """One turn of a learner; what it failed of, and whether no turn follows."""
+    with logs.about(learner.folder):
+        try:
+            return None, next(turn, None) is None
+        except Exception as error:  # the learner's own: it is handed on, and the others have the base as it was
+            return error, True
 
 
 def _save_and_leave(learners: list[Learner], signum: int) -> NoReturn:
@@ -145,7 +192,8 @@ def _update(learner: Learner, gradient: Metrics) -> Metrics:
 
 def _evaluation_due(learner: Learner) -> bool:
     every, step = learner.cfg.train.eval_every_steps, learner.step
-    return bool(learner.heldout) and (step == len(learner.steps) or (every is not None and step % every == 0))
+    wanted = step == len(learner.steps) or (every is not None and step % every == 0) or step in learner.rungs
+    return bool(learner.heldout) and wanted
 
 
 def _evaluate(learner: Learner) -> Metrics:

@@ -127,6 +127,12 @@ def state_bytes(num_parameters: int, name: config.Optimizer) -> int:
     return 2 * 4 * num_parameters
 
 
+def learner_bytes(num_parameters: int, cfg: config.TrainRun) -> int:
+    """Memory that one learner holds between its turns: values, gradients, the start, the best, the optimizer's."""
+    copies = 4 if cfg.train.keep is config.Keep.best else 3
+    return copies * 4 * num_parameters + state_bytes(num_parameters, cfg.optim.name)
+
+
 def learning_rate(optim: config.Optim, step: int, num_steps: int) -> float:
     """The learning rate of 0-based `step` of `num_steps`.
 

@@ -1,17 +1,21 @@
 """What is known of a run before its base is loaded: rows, masks, steps, learning rate, layers, disk.
 
-    dataset, preflight = check_first(cfg, tokenizer, folder)    # raises what training would raise, minutes earlier
-    preflight.steps.count, preflight.layers.trainable           # equal those of the run's result.json
-    preflight.warnings                                          # allowed, but seldom meant
+    rows = read_rows(cfg, tokenizer)                           # raise what training would raise, minutes earlier
+    preflight = check_first(cfg, rows, tokenizer, folder)
+    preflight.steps.count, preflight.layers.trainable          # equal those of the run's result.json
+    preflight.warnings                                         # allowed, but seldom meant
 
 `lora-ft check` shows it; `train` does it first, keeps it as check.json and logs the warnings. Nothing is computed
 twice in two ways: rows come from `prepare_rows`, steps from `plan_steps`, and the layers are PEFT's own, attached to
 the base's skeleton.
 """
 
-from collections.abc import Iterator
+import os
+import textwrap
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -23,14 +27,18 @@ from lora_ft.data.prepare import Dataset, Report, prepare_rows
 from lora_ft.data.read import read
 from lora_ft.data.survey import Survey, survey
 from lora_ft.data.survey import warnings as warnings_of_rows
-from lora_ft.models.load import Base
+from lora_ft.errors import ConfigError, LoraFtError
+from lora_ft.models.load import Base, resolve_device
 from lora_ft.models.skeleton import load_skeleton
+from lora_ft.ops.kernels import choose_kernels
 from lora_ft.training import checkpoint, learner
 from lora_ft.training.optimizers import learning_rate
 from lora_ft.training.unused import without_effect
 
 _RATES = 60  # points of the learning rate's curve, which fit on a line
 _FEW_STEPS = 10
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,14 @@ class Disk:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Rows to train on, and what is noticed about them; runs whose `data` and `model` are equal can share it."""
+
+    dataset: Dataset
+    seen: Survey
+
+
+@dataclass(frozen=True)
 class Preflight:
     """All that check.json holds."""
 
@@ -73,35 +89,106 @@ class Preflight:
     warnings: list[str]
 
 
-def check_first(cfg: config.TrainRun, tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[Dataset, Preflight]:
-    """Read and tokenize the rows of a run that will write below `folder`, and check all that needs no weights.
+@dataclass(frozen=True)
+class Known:
+    """As much of it as can be known; None is what an error stands in the way of."""
 
-    Raises what `prepare` and `make_learner` raise, and ResourceError where the disk is too full.
-    """
+    rows: Rows | None
+    steps: Steps | None
+    layers: Layers | None
+    disk: Disk | None
+    warnings: list[str]
+
+
+class Tries:
+    """Parts of a check: one that fails does not keep the next from being tried. In the order of training, which would
+    end with the first of the errors."""
+
+    def __init__(self) -> None:
+        self.errors: list[LoraFtError] = []
+
+    def __call__(self, part: Callable[..., Found], *arguments: Any) -> Found | None:
+        """What the part returns, or None, its error kept; one that is known already is not kept twice."""
+        try:
+            return part(*arguments)
+        except LoraFtError as error:
+            if str(error) not in map(str, self.errors):
+                self.errors.append(error)
+            return None
+
+    def end(self) -> None:
+        """Raise the errors, if there are any: as one, with the exit code of the first."""
+        if len(self.errors) > 1:
+            together = LoraFtError(
+                f"{len(self.errors)} errors, of which training would end with the first:\n"
+                + "\n".join(textwrap.indent(str(error), "  ").replace("  ", "- ", 1) for error in self.errors)
+            )
+            together.exit_code = self.errors[0].exit_code
+            raise together
+        for error in self.errors:
+            raise error
+
+
+def check_machine(cfg: config.TrainRun) -> None:
+    """ConfigError for what no other rows would change: several processes, a device or kernels that are not here."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"training runs in one process so far, got WORLD_SIZE={os.environ['WORLD_SIZE']}")
+    choose_kernels(resolve_device(cfg.device), compile_=cfg.fast.compile, liger=cfg.fast.liger)
+
+
+def read_rows(cfg: config.TrainRun, tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """Read, tokenize and survey the rows of a run; raises what `prepare` raises."""
     found = read(cfg.data)
     dataset = prepare_rows(found, cfg.data, tokenizer)
-    seen = survey(found, dataset, cfg.data, tokenizer)
-    base = load_skeleton(cfg.model, cfg.quant, cfg.device, tokenizer)
-    steps = _steps(cfg, base, dataset)
-    layers = outline.layers(base, cfg)
-    disk = _disk(cfg, folder, layers.trainable, steps.count)
+    return Rows(dataset, survey(found, dataset, cfg.data, tokenizer))
+
+
+def check_first(cfg: config.TrainRun, rows: Rows, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Preflight:
+    """Check all that needs no weights of a run that trains on `rows` and will write below `folder`.
+
+    Raises what `make_learner` raises, and ResourceError where the disk is too full; several errors as one.
+    """
+    tries = Tries()
+    known = look(tries, cfg, rows, tokenizer, folder)
+    tries.end()
+    assert known.steps and known.layers and known.disk  # only an error leaves one out
+    return Preflight(rows.dataset.report, rows.seen, known.steps, known.layers, known.disk, known.warnings)
+
+
+def look(
+    tries: Tries, cfg: config.TrainRun, rows: Rows | None, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> Known:
+    """All that can be known of such a run, also without its rows; what fails is in `tries`."""
+    base = tries(load_skeleton, cfg.model, cfg.quant, cfg.device, tokenizer)
+    steps = _steps(cfg, rows.dataset) if rows else None
+    if rows and steps:
+        tries(learner.check_added_tokens, cfg.model, tokenizer, rows.dataset.train)
+        if base:
+            tries(_check_lengths, cfg, base, rows.dataset)
+        tries(learner.check_warmup, cfg.optim, steps.count)
+    layers = tries(outline.layers, base, cfg) if base else None
+    disk = tries(_disk, cfg, folder, layers.trainable, steps.count) if layers and steps else None
     said = [
-        *warnings_of_rows(seen, dataset.report, cfg.data),
-        *_foreign_ends(seen, base),
-        *_doubtful_steps(steps, len(dataset.train), cfg.train),
-        *outline.warnings(layers, cfg.adapter),
-        *without_effect(cfg, dataset, steps.count, steps.largest),
+        *(warnings_of_rows(rows.seen, rows.dataset.report, cfg.data) if rows else ()),
+        *(_foreign_ends(rows.seen, base) if rows and base else ()),
+        *(_doubtful_steps(steps, len(rows.dataset.train), cfg.train) if rows and steps else ()),
+        *(outline.warnings(layers, cfg.adapter) if layers else ()),
+        *(_unseen_weights(base) if base and cfg.adapter.init_from else ()),
+        *without_effect(
+            cfg, rows.dataset if rows else None, steps.count if steps else 0, steps.largest if steps else 0
+        ),
     ]
-    return dataset, Preflight(dataset.report, seen, steps, layers, disk, said)
+    return Known(rows, steps, layers, disk, said)
 
 
-def _steps(cfg: config.TrainRun, base: Base, dataset: Dataset) -> Steps:
-    learner.check_added_tokens(cfg.model, base.tokenizer, dataset.train)
+def _check_lengths(cfg: config.TrainRun, base: Base, dataset: Dataset) -> None:
     heldout, _ = learner.evaluation_rows(dataset, cfg.train.eval_rows)
+    learner.check_lengths([*dataset.train, *heldout], base.model, cfg.train)
+
+
+def _steps(cfg: config.TrainRun, dataset: Dataset) -> Steps:
     lengths = np.array([len(document.ids) for document in dataset.train])
     planned = learner.plan_steps(lengths.tolist(), cfg.train, cfg.seed)
-    learner.check_lengths([*dataset.train, *heldout], base.model, cfg.train)
-    learner.check_warmup(cfg.optim, len(planned))
     count = len(planned)
     tokens = [int(lengths[step].sum()) for step in planned]
     rates = [learning_rate(cfg.optim, step, count) for step in range(count)]
@@ -136,6 +223,11 @@ def _foreign_ends(seen: Survey, base: Base) -> Iterator[str]:
                 f"documents end with {end} ({count:,}), which neither the tokenizer nor generation_config.json calls "
                 "an end: other programs will not stop there"
             )
+
+
+def _unseen_weights(base: Base) -> Iterator[str]:
+    if base.identity.weights_sha256 is None:
+        yield "the base's weights are not on this machine: whether adapter.init_from was trained on them is seen later"
 
 
 def _doubtful_steps(steps: Steps, documents: int, train: config.Train) -> Iterator[str]:

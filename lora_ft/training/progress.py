@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from lora_ft import durable
 from lora_ft.training.learner import Learner
+from lora_ft.training.logs import LogFile
 from lora_ft.training.loop import Metrics
 from lora_ft.training.metrics import peak_memory_bytes
 
@@ -43,6 +43,9 @@ class Progress:
         elif "heldout_loss" in metrics or time.monotonic() - self._last_shown >= _SECONDS_BETWEEN_LINES:
             self._console.print(Text(line), soft_wrap=True)
             self._last_shown = time.monotonic()
+
+    def turn(self, folder: Path | None, doing: str) -> None:
+        """Nothing that a person would see."""
 
     def end(self) -> None:
         """Leave the last line where it is; what follows is printed below it."""
@@ -76,7 +79,7 @@ def displayed(folders: list[Path]) -> Iterator[Progress]:
     # A reader that left is no reason to stop training; rich would exit.
     console.on_broken_pipe = functools.partial(setattr, console, "quiet", True)  # type: ignore[method-assign]
     live = Live(console=console, transient=False, auto_refresh=False) if console.is_terminal else None
-    handlers = [_ConsoleHandler(console), *(_FileHandler(folder / "log.txt") for folder in folders)]
+    handlers = [_ConsoleHandler(console), *map(LogFile, folders)]
     level = log.level
     log.setLevel(logging.DEBUG)
     for handler in handlers:
@@ -99,14 +102,3 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._console.print(Text(record.getMessage()), soft_wrap=True)
-
-
-class _FileHandler(logging.Handler):
-    """Everything, steps too, into a file that is complete after every line."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(logging.DEBUG)
-        self._path = path
-
-    def emit(self, record: logging.LogRecord) -> None:
-        durable.append_line(self._path, f"{time.strftime('%H:%M:%S')} {record.getMessage()}")

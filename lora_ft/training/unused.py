@@ -13,10 +13,12 @@ from lora_ft.config import QuantKind, Schedule
 from lora_ft.data.prepare import Dataset
 
 
-def without_effect(cfg: config.TrainRun, dataset: Dataset, num_steps: int, largest_step: int) -> list[str]:
-    """A sentence for each such setting; `largest_step` in tokens."""
+def without_effect(cfg: config.TrainRun, dataset: Dataset | None, num_steps: int, largest_step: int) -> list[str]:
+    """A sentence for each such setting, of those that need no rows where there are none; `largest_step` in tokens."""
     changed = {s.key for s in rules.settings(type(cfg)) if _value(cfg, s.key) != s.default}
-    cases = [*_by_settings(cfg), *_by_rows(cfg, dataset), *_by_steps(cfg, num_steps, largest_step)]
+    cases = [*_by_settings(cfg)]
+    if dataset:
+        cases += [*_by_rows(cfg, dataset), *_by_steps(cfg, num_steps, largest_step)]
     return [f"{key} has no effect: {why}" for key, idle, why in cases if idle and key in changed]
 
 

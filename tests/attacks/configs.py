@@ -16,7 +16,7 @@ def _compose(place: Place, words: list[str], folder: bool) -> object:
     place_to_run = [f"hydra.run.dir={place.folder}/run", f"hydra.sweep.dir={place.folder}/sweep"]
     command = composition.Command("train", ["data.path=x", *told, *place_to_run], "hydra.mode=MULTIRUN" in told,
                                   place.folder if folder else None)  # fmt: skip
-    return composition.run(command, lambda cfg, folder, typed: None)
+    return composition.run(command, lambda cfg, folder, typed: None, lambda sweep: 0)
 
 
 def _files(files: dict[str, str]) -> Callable[[Place], None]:
@@ -62,7 +62,7 @@ def _stored(name: str, text: str, says: str, verb: str = "eval", error: type[Lor
     def run(place: Place) -> object:
         key = "run" if verb == "eval" else "resume"
         command = composition.Command(verb, [f"{key}={place.folder}"])
-        return composition.run(command, lambda cfg, folder, typed: None)
+        return composition.run(command, lambda cfg, folder, typed: None, lambda sweep: 0)
 
     return Attack(name, _files({"config.yaml": text}), run, error, says)
 
@@ -120,6 +120,7 @@ ATTACKS = [
     _stored("a stored run with _target_", "model: {_target_: builtins.open}\n", _CODE),
     _stored("a stored run with _target_, resumed", "model: {_target_: builtins.open}\n", _CODE, "train"),
     Attack("a stored run that is a link", _linked_run,
-           lambda place: composition.run(composition.Command("eval", [f"run={place.folder}"]), lambda *_: None),
+           lambda place: composition.run(
+               composition.Command("eval", [f"run={place.folder}"]), lambda *_: None, lambda _: 0),
            SecurityError, "a link out of its folder"),
 ]  # fmt: skip

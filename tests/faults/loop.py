@@ -29,10 +29,10 @@ from faults.shim import Change, Fault, Shim
 
 from lora_ft import config, durable, entry, runs, train
 from lora_ft.adapters import files
-from lora_ft.data.prepare import prepare
 from lora_ft.errors import Interrupted, LoraFtError
 from lora_ft.models.load import load_base, load_tokenizer
 from lora_ft.training import checkpoint
+from lora_ft.training.preflight import read_rows
 
 KILLED, CODE_OF_DISK = -signal.SIGKILL, 7
 _MESSAGES = {
@@ -294,10 +294,10 @@ def _silent() -> Iterator[None]:
 def _load_once(cfg: config.TrainRun, folder: Path) -> None:
     """Let `train` find tokenizer, rows and base loaded; a first run makes the imports that all others would make."""
     tokenizer = load_tokenizer(cfg.model)
-    dataset = prepare(cfg.data, tokenizer)
+    rows = read_rows(cfg, tokenizer)
     bases = [load_base(cfg.model, cfg.quant, cfg.device, tokenizer) for _ in range(2)]
     train.load_tokenizer = lambda *_: tokenizer
-    train.prepare = lambda *_: dataset
+    train.read_rows = lambda *_: rows
     train.load_base = lambda *_: bases.pop()
     with _silent():
         train.main(cfg, entry.Invocation(folder / "first", []))

@@ -14,7 +14,7 @@ import pytest
 from tiny import tiny_model, tiny_tokenizer
 
 HERE = Path(__file__).resolve().parent
-LONG = ("logged:kill", "logged:full", "logged:broken", "moments:100", "signals:50")
+LONG = ("logged:kill", "logged:full", "logged:broken", "moments:300", "signals:50")
 
 Record = Callable[[str, object], None]
 
@@ -60,7 +60,7 @@ def test_a_disk_full_or_broken_at_any_operation_is_said_and_costs_no_checkpoint(
 def test_kills_and_signals_at_random_moments_lose_nothing_that_was_saved(
     tmp_path: Path, record_property: Record
 ) -> None:
-    check(tmp_path, record_property, "moments:40", "signals:10")
+    check(tmp_path, record_property, "moments:100", "signals:10")
 
 
 @pytest.mark.nightly

@@ -1,0 +1,114 @@
+"""A verb as the task that Hydra calls, once for each job; failures are kept, as Hydra would tell them its own way.
+
+task(composed)             runs the job here: main(cfg, folder, words)
+task.plan(composed)        what it would run, for a launcher that runs jobs elsewhere
+"""
+
+import sys
+import traceback
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from lora_ft import config, redact, rules, runs
+from lora_ft.cli import overrides
+from lora_ft.errors import ConfigError, LoraFtError, ResourceError
+
+FAILED = float("inf")  # the value of a job that failed: what minimizes a loss never takes it for the best
+
+_OF_THE_SWEEP = ("sweep.", "resume=")  # words that a job on its own would not have
+# what saves memory, by the setting that says so; a verb is advised of those that it has
+_SAVINGS = {
+    "train.tokens_per_microbatch": "lower train.tokens_per_microbatch",
+    "train.checkpoint": "set train.checkpoint=every_1 or quant=nf4",
+    "eval.tokens_per_microbatch": "lower eval.tokens_per_microbatch",
+    "sampling.max_new_tokens": "lower sampling.max_new_tokens",
+}
+
+
+@dataclass
+class Outcomes:
+    """How the jobs of one call ended."""
+
+    succeeded: int = 0
+    failures: list[Exception] = field(default_factory=list)
+
+
+class Plan(typing.NamedTuple):
+    """What a job runs: its config, checked, the absolute run folder, and the overrides as typed."""
+
+    cfg: Any
+    folder: Path
+    words: list[str]
+
+
+@dataclass(frozen=True)
+class Task:
+    """The job of a verb: `checked` makes a composed config the verb's dataclass, `implied` are words nobody typed."""
+
+    verb: str
+    main: Callable[[Any, Path, list[str]], float | None]
+    checked: Callable[[DictConfig], Any]
+    implied: list[str]
+    multirun: bool
+    outcomes: Outcomes = field(default_factory=Outcomes)
+
+    def plan(self, composed: DictConfig) -> Plan:
+        """What a job runs; ConfigError, with the job's number and words, where its config breaks a rule."""
+        folder, words = self._place()
+        try:
+            return Plan(self.checked(composed), folder, words)
+        except ConfigError as error:
+            raise ConfigError(f"job {HydraConfig.get().job.num} ({' '.join(words)}): {error}") from error
+
+    def __call__(self, composed: DictConfig) -> float | None:
+        folder, words = self._place()
+        try:
+            # A launcher may call this in a process of its own, where nothing else keeps secrets off the screen.
+            with redact.shown():
+                result = self.main(self.checked(composed), folder, words)
+        except Exception as error:
+            self.failed(error, folder, words)
+            return FAILED
+        self.outcomes.succeeded += 1
+        return result
+
+    def failed(self, error: Exception, folder: Path, words: list[str]) -> None:
+        """Keep why a job failed; the jobs of a sweep leave it in their folders, and say it at once."""
+        failure = out_of_memory(self.verb, error) or error
+        self.outcomes.failures.append(failure)
+        if self.verb == "sweep":
+            runs.fail(folder, failure, words)
+        if self.multirun:
+            number = HydraConfig.get().job.num
+            sys.stderr.write(f"job {number} ({' '.join(words)}): {_told(failure)}\n")
+
+    def _place(self) -> tuple[Path, list[str]]:
+        hydra = HydraConfig.get()
+        listed = typing.cast(list[str], OmegaConf.to_container(hydra.overrides.task, resolve=False))
+        own = [word for word in listed if word not in self.implied and not word.startswith(_OF_THE_SWEEP)]
+        return Path(hydra.runtime.output_dir), list(overrides.as_typed(self.verb, own))
+
+
+def _told(failure: Exception) -> str:
+    if isinstance(failure, LoraFtError):
+        return str(failure)
+    return "\n" + "".join(traceback.format_exception(failure)).rstrip()
+
+
+def out_of_memory(verb: str, error: Exception) -> ResourceError | None:
+    """Memory that did not suffice, with what saves some; torch, which is not imported here, is known by its names."""
+    on_gpu = type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch")
+    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    if not (on_gpu or on_cpu or isinstance(error, MemoryError)):
+        return None
+    known = {setting.key for setting in rules.settings(config.SCHEMAS[verb])}
+    advice = ", or ".join(words for key, words in _SAVINGS.items() if key in known) or "use a machine with more of it"
+    reason = str(error).partition("DefaultCPUAllocator: ")[2] or str(error)
+    # without the error as its cause, whose frames would keep the model in memory for the next jobs of a sweep
+    return ResourceError(f"out of memory{f' ({reason})' if reason else ''}: {advice}")

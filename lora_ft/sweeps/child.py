@@ -1,0 +1,160 @@
+"""One child process of a sweep: started with its jobs, watched by its heartbeat, ended. No torch here.
+
+    F/children/3.log     all that child 3 says
+    F/children/3.json    its heartbeat: {"folder": "/abs/F/7", "turn": 17, "doing": "step"}, written as a turn begins
+
+The child leads a session of its own: Ctrl-C in a terminal reaches the parent only, which passes it on. What holds it
+to its parent is the pipe to its stdin, which ends when the parent does, however that ends.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_ft import config, durable, rules, runs
+from lora_ft.errors import LoraFtError, ResourceError
+from lora_ft.sweeps import jobs
+from lora_ft.sweeps.jobs import Job
+
+FOLDER = "children"
+_GOOD_ENDS = (0, 75, 130, 143)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Whose turn it is in a child: the folder of a job, None while it loads for all of them; loading, step or end."""
+
+    folder: Path | None = None
+    doing: str = "loading"
+
+
+class Child:
+    """A running process and the jobs it was given; `device` is what CUDA_VISIBLE_DEVICES says, or stands for."""
+
+    def __init__(
+        self, number: int, given: list[Job], device: str, process: subprocess.Popen[bytes], heartbeat: Path, line: bytes
+    ) -> None:
+        self.number, self.jobs, self.device = number, given, device
+        self.log = heartbeat.with_suffix(".log")
+        self.overdue: Turn | None = None  # the turn in which it was killed for taking too long
+        assert process.stdin
+        os.set_blocking(process.stdin.fileno(), False)
+        self._process, self._stdin, self._unsent, self._heartbeat = process, process.stdin, line, heartbeat
+        self._last_beat, self._turn_began = 0, time.monotonic()
+
+    def ended(self) -> int | None:
+        """Its exit code, negative for a signal; None while it runs. To be asked often: this feeds its stdin as well."""
+        if self._process.returncode is None:
+            self._feed()
+            if self._process.poll() is not None:
+                self._stdin.close()
+                if self._process.returncode not in _GOOD_ENDS:
+                    self._kill_group()  # what it had started
+        return self._process.returncode
+
+    def _feed(self) -> None:
+        """Give it as much of its jobs as its pipe takes now: a pipe holds about fifteen, and a child may never read."""
+        with contextlib.suppress(BrokenPipeError):  # its exit code will say what happened to it
+            while self._unsent and (taken := self._stdin.write(self._unsent)):
+                self._unsent = self._unsent[taken:]
+
+    def seconds_in_turn(self) -> float:
+        """Since its heartbeat was last seen to change, or its start; by this process's clock, which nobody sets."""
+        with contextlib.suppress(FileNotFoundError):
+            if (beat := self._heartbeat.stat().st_mtime_ns) != self._last_beat:
+                self._last_beat, self._turn_began = beat, time.monotonic()
+        return time.monotonic() - self._turn_began
+
+    def signal(self, signum: int) -> None:
+        self._process.send_signal(signum)
+
+    def kill(self) -> None:
+        if self._process.returncode is None:
+            self._kill_group()
+
+    def kill_overdue(self) -> None:
+        self.overdue = turn(self._heartbeat)
+        self.kill()
+
+    def _kill_group(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: nobody is left but the dead
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def command() -> list[str]:
+    """What a child runs; the traceback of a crash in compiled code goes into its log."""
+    return [sys.executable, "-X", "faulthandler", "-m", "lora_ft.sweeps.worker"]
+
+
+def start(given: list[Job], device: str, sweep: config.Sweep, folder: Path) -> Child:
+    """Start a process for these jobs of the sweep in `folder`; ResourceError where the system has no more of them."""
+    number = 1 + max((int(p.stem) for p in (folder / FOLDER).iterdir() if p.stem.isdecimal()), default=0)
+    heartbeat = (folder / FOLDER / f"{number}.json").absolute()
+    order = {"jobs": [jobs.to_plain(job) for job in given], "heartbeat": str(heartbeat), "sweep": rules.to_plain(sweep)}
+    assigned = device and ":" not in given[0].cfg.device  # cuda:N counts by what the parent sees
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": device} if assigned else {})
+    log = durable.open_log(heartbeat.with_suffix(".log"))
+    try:
+        process = subprocess.Popen(command(), bufsize=0, stdin=subprocess.PIPE, stdout=log, stderr=log,
+                                   start_new_session=True, env=environment)  # fmt: skip
+    except OSError as error:
+        raise ResourceError(f"no process can be started for a job: {error.strerror}") from error
+    finally:
+        os.close(log)
+    return Child(number, given, device, process, heartbeat, json.dumps(order).encode() + b"\n")
+
+
+def turn(heartbeat: Path) -> Turn:
+    """Whose turn a heartbeat says it is; that of a child that has none yet, or has half of one, is all its jobs'."""
+    try:
+        record: dict[str, Any] = json.loads(heartbeat.read_bytes())
+        return Turn(Path(record["folder"]) if record["folder"] else None, record["doing"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return Turn()
+
+
+def death(child: Child, job: Job, timeout: float | None) -> LoraFtError:
+    """Why a job has no outcome although its process ended, for its failure.json."""
+    code = child.ended() or 0
+    step = _last_step(job.folder)
+    when = f"after step {step}" if step else "before its first step"
+    see = f"see {child.log}"
+    if child.overdue:
+        told = f"no progress for {timeout:g} s in its turn ({child.overdue.doing}, {when}; "
+        return ResourceError(f"{told}hydra.launcher.job_timeout={timeout:g}); {see}")
+    if code == -signal.SIGKILL:
+        often = "the system's answer to too little memory, often"
+        return ResourceError(f"its process was killed by SIGKILL ({often}) {when}; {see}")
+    if code < 0:
+        return LoraFtError(f"its process was killed by {_name(-code)} {when}; {see}")
+    if code in (130, 143):
+        return LoraFtError(
+            f"its process was stopped by {_name(code - 128)}, which this sweep did not send, {when}; {see}"
+        )
+    return LoraFtError(f"its process ended with exit code {code} and without an outcome {when}; {see}")
+
+
+def _name(signum: int) -> str:
+    return signal.Signals(signum).name if signum in set(signal.Signals) else f"signal {signum}"
+
+
+def _last_step(folder: Path) -> int:
+    """The last step in metrics.jsonl whose line is whole; 0 where there is none."""
+    path = folder / runs.METRICS
+    for line in reversed(path.read_bytes().splitlines() if path.is_file() else []):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            return int(json.loads(line)["step"])
+    return 0
+
+
+def from_checkpoint(job: Job) -> Job:
+    """The job, to go on where an earlier process left it, or to begin."""
+    return dataclasses.replace(job, cfg=dataclasses.replace(job.cfg, resume="auto"))

@@ -1,0 +1,201 @@
+"""The processes of a sweep: jobs dealt to children, children watched, jobs of one that died run again. No torch here.
+
+    jobs -grouped-> [0 1 2 3 4 5] [6]  -cut for two GPUs->  [0 2 4] [1 3 5] [6]  -> one child at a time on each
+
+A job ends with result.json or failure.json in its folder, which its child writes. A child that dies takes only itself
+along: each of its jobs that has no outcome goes on in a child of its own, from its checkpoint, and fails if that one
+dies, too. While children run, running.json holds the folders of the jobs of each.
+"""
+
+import contextlib
+import shlex
+import signal
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from lora_ft import config, durable, runs
+from lora_ft.errors import Interrupted
+from lora_ft.sweeps import child, devices, jobs
+from lora_ft.sweeps.child import Child
+from lora_ft.sweeps.jobs import Job
+
+RUNNING = "running.json"
+_SECONDS_BETWEEN_WATCHES = 0.25
+_SECONDS_BETWEEN_LOOKS = 0.02
+_SECONDS_TO_LEAVE = 10.0  # for children, where the parent itself fails
+
+Devices = dict[str, list[str]]
+
+
+def run(
+    given: list[Job], launcher: config.Launcher, sweep: config.Sweep, folder: Path, watch: Callable[[], None]
+) -> None:
+    """Bring each job to an outcome, in children of this process; those that are finished are left alone.
+
+    `watch` is called about four times a second, and whenever a child has ended. Raises Interrupted when SIGINT or
+    SIGTERM came and the children, which got it as well, have saved and left (a second signal kills them), and
+    ResourceError where a process cannot be started. Whatever it raises, no child is left behind. For the main thread.
+    """
+    todo = [job for job in given if not runs.is_finished(job.folder, job.cfg)]
+    for job in todo:
+        durable.remove(job.folder / runs.FAILURE)  # of an earlier attempt
+    usable = {setting: devices.usable(setting, launcher.devices) for setting in {job.cfg.device for job in todo}}
+    waiting, running = _cut(todo, launcher, usable), list[Child]()
+    durable.make_folder(folder / child.FOLDER)
+    with _on_signals() as signals:
+        try:
+            while running or (waiting and not signals.came):
+                while not signals.came and (ready := _ready(waiting, running, usable)):
+                    piece, device = ready
+                    waiting.remove(piece)
+                    running.append(child.start(piece, device, sweep, folder))
+                    _note(running, folder)
+                _pause(running, signals)
+                signals.pass_on(running)
+                for ended in [c for c in running if c.ended() is not None]:
+                    if not signals.came:
+                        waiting += _again(ended, launcher.job_timeout)
+                    running.remove(ended)
+                    _note(running, folder)
+                if launcher.job_timeout:
+                    _kill_overdue(running, launcher.job_timeout)
+                watch()
+        finally:
+            _end(running, signals)
+            durable.remove(folder / RUNNING)
+    if signals.came:
+        raise Interrupted(signals.came[-1], f"stopped by {signal.Signals(signals.came[-1]).name}; "
+                                            f"go on with: lora-ft sweep resume={shlex.quote(str(folder))}")  # fmt: skip
+
+
+def _cut(todo: list[Job], launcher: config.Launcher, usable: Devices) -> list[list[Job]]:
+    """Groups that share a base, cut so that every device has a part of each, and no part more jobs than may share."""
+    pieces = []
+    for group in jobs.grouped(todo, launcher.share_base):
+        most = launcher.max_learners_per_base or len(group)
+        for part in jobs.pieces(group, len(usable[group[0].cfg.device])):
+            pieces += [part[i : i + most] for i in range(0, len(part), most)]
+    return pieces
+
+
+def _ready(waiting: list[list[Job]], running: list[Child], usable: Devices) -> tuple[list[Job], str] | None:
+    """The first piece in line that has a free device, and that device."""
+    busy = {c.device for c in running}
+    free = ((piece, name) for piece in waiting for name in usable[piece[0].cfg.device] if name not in busy)
+    return next(free, None)
+
+
+def _pause(running: list[Child], signals: "_Signals") -> None:
+    """Until a child has ended or a signal came, a quarter of a second at most."""
+    until = time.monotonic() + _SECONDS_BETWEEN_WATCHES
+    while time.monotonic() < until and not signals.new() and all(c.ended() is None for c in running):
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def _note(running: list[Child], folder: Path) -> None:
+    durable.write_json(folder / RUNNING, {str(c.number): [str(job.folder) for job in c.jobs] for c in running})
+
+
+def _again(ended: Child, timeout: float | None) -> list[list[Job]]:
+    """What of a child's jobs has to be run again, each list in one child; the failures that are certain are written.
+
+    It comes to an end: together only where at least one job had its outcome, alone only what was not.
+    """
+    left = [job for job in ended.jobs if not _has_outcome(job)]
+    if len(ended.jobs) == 1:
+        _fail(ended, left, timeout)
+        return []
+    alone = [job for job in ended.jobs if _ran_out_of_memory(job)]
+    for job in alone:
+        durable.remove(job.folder / runs.FAILURE)
+    together = list[Job]()
+    if ended.overdue:
+        _fail(ended, [job for job in left if job.folder == ended.overdue.folder], timeout)
+        alone += [job for job in left if job.folder != ended.overdue.folder]
+    elif ended.ended() in (0, 75) and len(left) < len(ended.jobs):
+        together = left
+    else:
+        alone += left
+    return [[child.from_checkpoint(job) for job in part] for part in (together, *([job] for job in alone)) if part]
+
+
+def _has_outcome(job: Job) -> bool:
+    return (job.folder / runs.FAILURE).is_file() or runs.is_finished(job.folder, job.cfg)
+
+
+def _ran_out_of_memory(job: Job) -> bool:
+    failure = runs.read_failure(job.folder)
+    return bool(failure and failure["kind"] == "ResourceError" and "out of memory" in failure["message"])
+
+
+def _fail(ended: Child, dead: list[Job], timeout: float | None) -> None:
+    for job in dead:
+        durable.make_folder(job.folder)
+        runs.write_failure(job.folder, child.death(ended, job, timeout))
+
+
+def _kill_overdue(running: list[Child], timeout: float) -> None:
+    for late in running:
+        if not late.overdue and late.seconds_in_turn() > timeout:
+            late.kill_overdue()
+
+
+def _end(running: list[Child], signals: "_Signals") -> None:
+    """End the children that are left, in peace if they can: the parent leaves because something failed in it."""
+    for left in running:
+        left.signal(signal.SIGTERM)
+    _wait(running, lambda: len(signals.came) > 1)
+    for left in running:
+        left.kill()
+    _wait(running, lambda: False)
+
+
+def _wait(running: list[Child], enough: Callable[[], bool]) -> None:
+    until = time.monotonic() + _SECONDS_TO_LEAVE
+    while any(c.ended() is None for c in running) and time.monotonic() < until and not enough():
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+class _Signals:
+    """SIGINT and SIGTERM as they came, and how many of them the children know of."""
+
+    def __init__(self) -> None:
+        self.came: list[int] = []
+        self._passed = 0
+
+    def hear(self, signum: int, _frame: types.FrameType | None) -> None:
+        """The signals' handler: it may interrupt anything, such as the start of a child, and so only takes note."""
+        self.came.append(signum)
+
+    def new(self) -> bool:
+        return len(self.came) > self._passed
+
+    def pass_on(self, running: list[Child]) -> None:
+        """Give the children a first signal, and end them at a second."""
+        for signum in self.came[self._passed :]:
+            self._passed += 1
+            for c in running:
+                if self._passed == 1:
+                    c.signal(signum)
+                else:
+                    c.kill()
+            if self._passed == 1:
+                with contextlib.suppress(OSError):  # Ctrl-C ends `| tee log` as well
+                    sys.stderr.write(f"{signal.Signals(signum).name}: the step of each job, then a checkpoint; "
+                                     "again to stop now\n")  # fmt: skip
+
+
+@contextlib.contextmanager
+def _on_signals() -> Iterator[_Signals]:
+    """Note SIGINT and SIGTERM until the block ends; what the process was started to ignore stays ignored."""
+    signals = _Signals()
+    wanted = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN]
+    before = {signum: signal.signal(signum, signals.hear) for signum in wanted}
+    try:
+        yield signals
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,315 @@
+"""A sweep as its files tell it, while it runs, when it has ended, and after it was broken off. No torch here.
+
+sweep = read(Path("runs/2026-11-24_10-15-00-123456"))
+sweep.jobs[3].state, .settings["adapter.r"], .figures.heldout_loss, .curve.losses
+
+The files may be half-written, spoiled or somebody else's: a job with such a file is unreadable, for a reason that is
+told, and the others are read. A number that is not finite is none, and no text holds a secret or a control character.
+"""
+
+import functools
+import json
+import math
+import os
+import shlex
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lora_ft import config, foreign, redact, rules, runs
+from lora_ft.errors import ConfigError, LoraFtError
+
+ADAPTER = "adapter/adapter_model.safetensors"
+
+_POINTS = 120  # of a curve; a chart shows no more, and to read all of a long run would cost a step's time
+_MOST_METRICS_BYTES = 256 * 2**20
+_MOST_OVERRIDES_BYTES = 2**20
+
+
+class State(Enum):
+    finished = "finished"
+    stopped = "stopped"  # by halving or by patience: finished, with fewer steps
+    running = "running"
+    interrupted = "interrupted"
+    waiting = "not started"
+    failed = "failed"
+    unreadable = "unreadable"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What result.json says of a finished job, and the size of its adapter; None where unknown or not finite."""
+
+    heldout_loss: float | None = None
+    base_heldout_loss: float | None = None
+    heldout_tokens: int | None = None
+    best_step: int | None = None
+    best_heldout_loss: float | None = None
+    steps: int | None = None
+    tokens: int | None = None
+    tokens_per_second: float | None = None
+    train_seconds: float | None = None
+    trainable_parameters: int | None = None
+    peak_memory_bytes: int | None = None
+    adapter_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Losses by step; of a long run every `stride`-th step's train loss, and each held-out loss."""
+
+    losses: tuple[tuple[int, float], ...] = ()
+    heldout: tuple[tuple[int, float], ...] = ()
+    stride: int = 1
+    last_step: int | None = None
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """One job: `settings` by dotted key (empty before its config was written), `words` as typed."""
+
+    name: str
+    folder: Path
+    words: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+    state: State = State.waiting
+    reason: str = ""
+    exit_code: int | None = None
+    figures: Figures = Figures()
+    curve: Curve = Curve()
+
+    @property
+    def is_finished(self) -> bool:
+        return self.state in (State.finished, State.stopped)
+
+    @property
+    def log(self) -> str | None:
+        """Path of its log, to be shown; None where it has none."""
+        path = self.folder / runs.LOG
+        return shown(str(path)) if path.is_file() else None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep folder: the words that began it, and its jobs in the order of their numbers."""
+
+    folder: Path
+    words: tuple[str, ...]
+    config_dir: Path | None
+    jobs: tuple[JobResult, ...]
+
+    @property
+    def own_command(self) -> str:
+        return shlex.join(["lora-ft", "sweep", *self._choices, *self.words])
+
+    def command(self, job: JobResult) -> str:
+        """The command that runs this job alone."""
+        return shlex.join(["lora-ft", "train", *self._choices, *job.words])
+
+    @property
+    def _choices(self) -> list[str]:
+        return ["--config-dir", shown(str(self.config_dir))] if self.config_dir else []
+
+
+def read(folder: Path) -> Sweep:
+    """Read a sweep folder; ConfigError where it is none, which its sweep.json decides."""
+    words, config_dir = runs.read_sweep(folder)
+    root = folder.absolute()
+    in_use = _locked_inodes()
+    jobs = tuple(_job(root, path, in_use) for path in _job_folders(root))
+    return Sweep(root, tuple(map(shown, words)), config_dir, jobs)
+
+
+def _job_folders(root: Path) -> list[Path]:
+    """The folders that hold overrides.txt, at any depth: by number where all have one for a name, else by name."""
+    found = []
+    for place, folders, files in os.walk(root):
+        if runs.OVERRIDES in files and place != str(root):
+            found.append(Path(place))
+            folders.clear()  # what lies in a run is the run's own
+        folders[:] = [name for name in folders if not name.startswith(".")]
+    names = {path: path.relative_to(root).as_posix() for path in found}
+    if all(name.isdecimal() for name in names.values()):
+        return sorted(found, key=lambda path: int(names[path]))
+    return sorted(found, key=lambda path: names[path])
+
+
+def _job(root: Path, folder: Path, in_use: set[int] | None) -> JobResult:
+    known: dict[str, Any] = {"name": shown(folder.relative_to(root).as_posix()), "folder": folder}
+    try:
+        known["words"] = _words(folder)
+        known["settings"] = _settings(folder, _stamp(folder / "config.yaml"), _stamp(folder / "changed.json"))
+        known["curve"] = _curve(folder, _stamp(folder / runs.METRICS))
+        known |= _outcome(folder, known["curve"], in_use)
+    except (LoraFtError, OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        reason = str(error).replace(f"{folder}{os.sep}", "").replace(f"{folder}: ", "")
+        known |= {"state": State.unreadable, "reason": shown(reason)}
+    return JobResult(**known)
+
+
+def _words(folder: Path) -> tuple[str, ...]:
+    path = folder / runs.OVERRIDES
+    foreign.check_place(path, folder)
+    if path.stat().st_size > _MOST_OVERRIDES_BYTES:
+        raise ConfigError(f"{path} is larger than {_MOST_OVERRIDES_BYTES // 2**20} MiB")
+    return tuple(line for line in shown(path.read_text("utf-8")).split("\n") if line)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Changes with the file; of one that is not there it is (0, 0)."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return 0, 0
+    return found.st_mtime_ns, found.st_size
+
+
+@functools.lru_cache(maxsize=4096)  # YAML takes 10 ms a file, and a report is written after each job
+def _settings(folder: Path, config_stamp: tuple[int, int], changed_stamp: tuple[int, int]) -> dict[str, Any]:
+    if config_stamp == (0, 0):
+        return {}
+    return _defaults() | _flat(runs.read_config(folder))
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    """What a config that is older than a setting ran with."""
+    declared = {setting.key: setting.default for setting in rules.settings(config.TrainRun)}
+    return _flat({key: value.value if isinstance(value, Enum) else value for key, value in declared.items()})
+
+
+def _flat(node: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in node.items():
+        key = f"{prefix}{name}"
+        flat |= _flat(value, f"{key}.") if isinstance(value, dict) else {shown(key): _plain(value)}
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    """A setting's value as JSON has it."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, bool | int | float) else shown(str(value))
+
+
+def shown(text: str) -> str:
+    """A text without secrets, its control characters, which a terminal would obey, replaced.
+
+    Here, where texts are short: a whole page of curves takes a tenth of a second to search.
+    """
+    clean = text if text.isprintable() else "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+    return redact.redact(clean)
+
+
+@functools.lru_cache(maxsize=1024)  # most jobs have ended, and read no other than before
+def _curve(folder: Path, stamp: tuple[int, int]) -> Curve:
+    path = folder / runs.METRICS
+    if not os.path.lexists(path):
+        return Curve()
+    foreign.check_place(path, folder)
+    if path.stat().st_size > _MOST_METRICS_BYTES:
+        raise ConfigError(f"{path} is larger than {_MOST_METRICS_BYTES // 2**20} MiB")
+    lines = path.read_bytes().split(b"\n")
+    lines.pop()  # nothing, or a line that is being written
+    stride = max(1, math.ceil(len(lines) / _POINTS))
+    losses, heldout, last_step = [], [], None
+    for number, line in enumerate(lines):
+        if number % stride and number != len(lines) - 1 and b'"heldout_loss"' not in line:
+            continue
+        last_step, values = _metrics(path, number, line)
+        if (loss := finite(values.get("loss"))) is not None:
+            losses.append((last_step, loss))
+        if (loss := finite(values.get("heldout_loss"))) is not None:
+            heldout.append((last_step, loss))
+    return Curve(tuple(losses), tuple(heldout), stride, last_step)
+
+
+def _metrics(path: Path, number: int, line: bytes) -> tuple[int, dict[str, Any]]:
+    try:
+        values = json.loads(line.decode("utf-8"))
+    except ValueError:
+        values = None
+    if not isinstance(values, dict) or type(step := values.get("step")) is not int:
+        raise ConfigError(f"{path}:{number + 1} is no step: {line[:60].decode('utf-8', 'replace')!r}")
+    return step, values
+
+
+def finite(value: Any) -> float | None:
+    """A number that is finite, else None."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
+
+
+def _outcome(folder: Path, curve: Curve, in_use: set[int] | None) -> dict[str, Any]:
+    if os.path.lexists(folder / runs.RESULT):
+        return _finished(folder)
+    if failure := runs.read_failure(folder):
+        code = failure.get("exit_code")
+        kind, message = (shown(str(failure.get(name, ""))) for name in ("kind", "message"))
+        reason = message if message.startswith(kind) else f"{kind}: {message}"
+        known = type(code) is int and 0 < code < 256
+        return {"state": State.failed, "reason": reason, "exit_code": code if known else 1}
+    return _unfinished(folder, curve, in_use)
+
+
+def _finished(folder: Path) -> dict[str, Any]:
+    result = runs.read_result(folder)
+    adapter = folder / ADAPTER
+    size = adapter.stat().st_size if adapter.is_file() else None
+    numbers = {f.name: _number(result, f.name) for f in fields(Figures) if f.name != "adapter_bytes"}
+    stopped_by, reason = result.get("stopped_by"), ""
+    if stopped_by is not None:
+        reason = shown(str(stopped_by))
+    elif result.get("stopped_early") is True:
+        reason = f"patience at step {numbers['steps']}"
+    state = State.stopped if reason else State.finished
+    return {"state": state, "reason": reason, "figures": Figures(**numbers, adapter_bytes=size)}
+
+
+def _number(result: dict[str, Any], name: str) -> Any:
+    value = result.get(name)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise ConfigError(f"{runs.RESULT}: {name} must be a number, got {str(value)[:60]!r}")
+    return finite(value)
+
+
+def _unfinished(folder: Path, curve: Curve, in_use: set[int] | None) -> dict[str, Any]:
+    reason = ""
+    if curve.last_step is not None:
+        reason = f"step {curve.last_step}{_of_steps(folder)}"
+        reason += f", held-out loss {curve.heldout[-1][1]:.4f}" if curve.heldout else ""
+    begun = curve.last_step is not None or (folder / "config.yaml").is_file()
+    if in_use is None and begun:
+        return {"state": State.interrupted, "reason": ", ".join(filter(None, ["or running", reason]))}
+    if in_use and folder.stat().st_ino in in_use:
+        return {"state": State.running, "reason": reason or "loading"}
+    return {"state": State.interrupted if begun else State.waiting, "reason": reason}
+
+
+def _of_steps(folder: Path) -> str:
+    path = folder / runs.CHECK
+    if not path.is_file():
+        return ""
+    foreign.check_place(path, folder)
+    steps = foreign.json_object(path, ConfigError).get("steps")
+    count = steps.get("count") if isinstance(steps, dict) else None
+    return f" of {count}" if type(count) is int else ""
+
+
+def _locked_inodes() -> set[int] | None:
+    """Inodes that processes of this machine hold locks on, as who trains does on its folder; None where it is not told.
+
+    Asking for the lock itself would take it, if only for a moment, from a job that begins just then. Devices are not
+    compared: what the kernel lists here and what stat says of a file differ on some file systems.
+    """
+    try:
+        lines = Path("/proc/locks").read_text("ascii").splitlines()
+    except OSError:
+        return None
+    locks = [line.split() for line in lines if " FLOCK " in line and "->" not in line]
+    return {int(words[5].rpartition(":")[2]) for words in locks if len(words) > 5}

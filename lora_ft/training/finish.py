@@ -1,0 +1,120 @@
+"""The end of a run: the adapter saved, compared with the bare base, and what came of it told and kept.
+
+learner -> adapter/  ->  base against adapter on held-out rows  ->  result.json
+"""
+
+import hashlib
+import logging
+from dataclasses import asdict, dataclass
+
+from rich.console import Console
+from rich.text import Text
+
+from lora_ft import durable, runs
+from lora_ft.adapters import files, origin
+from lora_ft.data.prepare import Dataset
+from lora_ft.evaluation import compare
+from lora_ft.evaluation.compare import Comparison
+from lora_ft.models.load import Base
+from lora_ft.training.learner import Learner, overfitting
+from lora_ft.training.metrics import peak_memory_bytes
+
+log = logging.getLogger("lora_ft")
+
+_SAMPLE_TOKENS = 48  # enough to see what an answer is like
+
+
+@dataclass(frozen=True)
+class Result:
+    """What result.json holds: the outcome of one run; losses in nats per token, None where nothing was held out.
+
+    peak_memory_bytes is of the process, whose base other runs may share; stopped_by says what ended a run that had
+    not come to its end.
+    """
+
+    heldout_loss: float | None
+    base_heldout_loss: float | None
+    heldout_tokens: int
+    best_step: int | None
+    best_heldout_loss: float | None
+    steps: int
+    stopped_early: bool
+    stopped_by: str | None
+    tokens: int
+    tokens_per_second: float
+    train_seconds: float
+    trainable_parameters: int
+    peak_memory_bytes: int
+    adapter_sha256: str
+
+
+def finish(learner: Learner, base: Base, dataset: Dataset, compared: dict[object, Comparison]) -> Result:
+    """Save what was learned, compare it with the base, and say so; `compared` is handed from one adapter to the next,
+    so that the base is measured once."""
+    adapter = learner.folder / "adapter"
+    learner.take_kept_state()
+    source = origin.Origin(base.identity, learner.cfg.quant, dataset.report.sha256)
+    files.save(learner.model, learner.name, adapter, base.tokenizer, source)
+    for sentence in overfitting(learner):
+        log.info(sentence)
+    comparison = _compared(learner, base, compared) if learner.heldout else None
+    result = _result(learner, comparison)
+    durable.write_json(learner.folder / runs.RESULT, asdict(result))
+    _print(learner, base, comparison, result)
+    return result
+
+
+def _compared(learner: Learner, base: Base, compared: dict[object, Comparison]) -> Comparison:
+    train = learner.cfg.train
+    learner.model.set_adapter(learner.name)
+    log.info("comparing base and adapter on %d held-out rows", len(learner.heldout))
+    capacity = train.tokens_per_microbatch or train.tokens_per_step
+    decides = (len(learner.heldout), capacity, train.samples)
+    comparison = compare.compare(
+        learner.model,
+        base.tokenizer,
+        learner.heldout,
+        learner.questions,
+        learner.paths,
+        capacity,
+        train.samples,
+        _SAMPLE_TOKENS,
+        compared.get(decides),
+    )
+    compared[decides] = comparison
+    return comparison
+
+
+def _result(learner: Learner, comparison: Comparison | None) -> Result:
+    weights = (learner.folder / "adapter" / files.WEIGHTS).read_bytes()
+    patience = f"train.patience={learner.cfg.train.patience}" if learner.stopped_early else None
+    return Result(
+        heldout_loss=comparison.adapter.loss if comparison else None,
+        base_heldout_loss=comparison.base.loss if comparison else None,
+        heldout_tokens=comparison.adapter.tokens if comparison else 0,
+        best_step=learner.best.step if learner.best else None,
+        best_heldout_loss=learner.best.heldout.loss if learner.best else None,
+        steps=learner.step,
+        stopped_early=learner.stopped_early,
+        stopped_by=learner.stopped_by or patience,
+        tokens=learner.tokens,
+        tokens_per_second=learner.tokens / learner.seconds,
+        train_seconds=learner.seconds,
+        trainable_parameters=learner.num_trainable,
+        peak_memory_bytes=peak_memory_bytes(learner.base.device),
+        adapter_sha256=hashlib.sha256(weights).hexdigest(),
+    )
+
+
+def _print(learner: Learner, base: Base, comparison: Comparison | None, result: Result) -> None:
+    facts = {
+        "trainable parameters": f"{result.trainable_parameters:,}",
+        "speed": f"{result.tokens_per_second:.0f} tokens/s ({result.tokens:,} tokens in {result.train_seconds:.0f} s)",
+        "peak memory": f"{result.peak_memory_bytes / 1e9:.2f} GB",
+        "adapter": str(learner.folder / "adapter"),
+    }
+    console = Console()
+    console.print(compare.render(comparison, facts))
+    # Lines to copy: outside of any table, and never folded.
+    lines = origin.loading_lines(learner.folder / "adapter", base, learner.cfg)
+    console.print(Text("\n" + "\n".join(lines)), soft_wrap=True)

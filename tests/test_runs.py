@@ -1,0 +1,198 @@
+"""The run folder: what it says of a run, to whom it belongs, and when a run in it may begin or go on."""
+
+import errno
+import fcntl
+import json
+import os
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from lora_ft import config, durable, rules, runs
+from lora_ft.errors import CheckpointError, ConfigError
+
+
+def settings(**train: object) -> config.TrainRun:
+    return config.TrainRun(train=config.Train(**{"epochs": 2, "max_steps": 6} | train))
+
+
+def begun(folder: Path, *, finished: bool = False) -> Path:
+    """A run that has come to its second step, or to its end."""
+    runs.create(folder, rules.to_plain(settings()), ["train.epochs=2", "train.max_steps=6"])
+    for step in (1, 2):
+        runs.append_metrics(folder, {"step": step, "loss": 1 / 3})
+    (folder / runs.CHECKPOINTS / "step-00000002").mkdir(parents=True)
+    if finished:
+        durable.write_json(folder / runs.RESULT, {"steps": 6})
+    return folder
+
+
+def test_what_is_known_before_training_is_read_back(tmp_path: Path) -> None:
+    folder = begun(tmp_path / "a" / "run")
+    assert runs.read_config(folder) == rules.to_plain(settings())
+    assert list(runs.read_config(folder)) == list(rules.to_plain(settings()))  # in the order of the settings
+    assert (folder / "overrides.txt").read_text() == "train.epochs=2\ntrain.max_steps=6\n"
+    assert json.loads((folder / "environment.json").read_text()) == runs.environment()
+    assert runs.read_metrics(folder) == [{"step": 1, "loss": 1 / 3}, {"step": 2, "loss": 1 / 3}]
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        runs.append_metrics(folder, {"loss": float("nan")})
+    assert len(runs.read_metrics(folder)) == 2
+
+
+def test_the_environment_names_what_can_be_installed_again_and_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/home/alice/secret/lora-ft"])
+    found = runs.environment()
+    assert found["packages"] == {name: metadata.version(name) for name in runs.PACKAGES}
+    assert found["processors"] == len(os.sched_getaffinity(0))
+    assert found["verb"] == "lora-ft" and "alice" not in json.dumps(found)
+
+
+def test_a_package_that_is_absent_is_left_out_and_the_ones_behind_it_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "PACKAGES", ("torch", "no-such-package", "peft"))
+    assert runs.versions.__wrapped__() == {name: metadata.version(name) for name in ("torch", "peft")}
+
+
+def test_a_folder_with_leftovers_of_a_start_takes_a_run_and_one_with_anything_else_does_not(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("log.txt", "check.json.tmp-0123abcd", "overrides.txt"):
+        (folder / name).write_text("old")
+    assert not runs.exists(folder)
+    runs.create(folder, {"seed": 1}, [])
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml", "environment.json", "log.txt", "overrides.txt"
+    }  # fmt: skip
+    assert (folder / "overrides.txt").read_text() == ""
+    assert not runs.exists(folder)
+    runs.append_metrics(folder, {"step": 1})
+    assert runs.exists(folder)
+    with pytest.raises(ConfigError, match=r"the run folder must be empty, but .*run is not"):
+        runs.create(folder, {"seed": 2}, [])
+    assert runs.read_config(folder) == {"seed": 1}
+    (folder / "config.yaml").unlink()
+    assert not runs.exists(folder)
+    assert not runs.exists(tmp_path / "absent")
+
+
+def test_one_process_at_a_time_holds_a_folder(tmp_path: Path) -> None:
+    def taken() -> bool:
+        other = os.open(tmp_path / "run", os.O_RDONLY)
+        try:
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(other)
+        return False
+
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with runs.locked(tmp_path / "run"):
+        assert taken()
+        with pytest.raises(ConfigError, match="run is in use: another process"), runs.locked(tmp_path / "run"):
+            raise AssertionError("two at a time")
+        assert taken()
+    assert not taken()
+    with pytest.raises(RuntimeError, match="stop"), runs.locked(tmp_path / "run"):
+        raise RuntimeError("stop")
+    assert not taken()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@pytest.mark.parametrize(("number", "goes_on"), [(errno.ENOLCK, True), (errno.ENOTSUP, True), (errno.EIO, False)])
+def test_only_a_file_system_without_locks_is_used_without_one(
+    number: int, goes_on: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    held = []
+    if goes_on:
+        with runs.locked(tmp_path):
+            held.append(True)
+    else:
+        with pytest.raises(OSError, match=os.strerror(number)), runs.locked(tmp_path):
+            held.append(True)
+    assert bool(held) == goes_on
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("change", [{}, {"samples": 9}, {"epochs": 3}, {"max_steps": 9}])
+def test_a_run_goes_on_unless_it_is_finished_and_asked_for_nothing_longer(
+    finished: bool, change: dict[str, int], tmp_path: Path
+) -> None:
+    folder, cfg = begun(tmp_path / "run", finished=finished), settings()
+    (folder / "result.json.tmp-0123abcd").write_text("{")
+    for key, value in change.items():
+        setattr(cfg.train, key, value)
+    longer = bool(change.keys() & {"epochs", "max_steps"})
+    assert runs.reopen(folder, cfg) == (longer or not finished)
+    assert not list(folder.glob("*.tmp-*"))
+    assert runs.read_config(folder) == rules.to_plain(settings())  # reopening alone changes nothing
+    assert (folder / runs.RESULT).exists() == finished
+    assert runs.keep_changes(folder, cfg) == longer
+    assert (folder / runs.RESULT).exists() == (finished and not longer)
+    assert runs.read_config(folder) == rules.to_plain(cfg)
+    assert (folder / "changed.json").exists() == bool(change)
+
+
+def test_changes_of_several_resumes_add_up_and_the_first_config_stays(tmp_path: Path) -> None:
+    folder = begun(tmp_path / "run")
+    first, cfg = (folder / "config.yaml").read_bytes(), settings()
+    for change in ({"epochs": 3}, {"keep_checkpoints": 7}, {"epochs": 5}):
+        for key, value in change.items():
+            setattr(cfg.train, key, value)
+        runs.keep_changes(folder, cfg)
+    assert json.loads((folder / "changed.json").read_text()) == {"train.epochs": 5, "train.keep_checkpoints": 7}
+    assert (folder / "config.yaml").read_bytes() == first
+
+
+def test_a_finished_run_is_made_longer_only_from_a_checkpoint(tmp_path: Path) -> None:
+    folder = begun(tmp_path / "run", finished=True)
+    (folder / runs.CHECKPOINTS / "step-00000002").rmdir()
+    with pytest.raises(CheckpointError, match="is finished, and has no checkpoint to go on from"):
+        runs.reopen(folder, settings(epochs=3))
+    assert runs.read_result(folder) == {"steps": 6}
+    with pytest.raises(ConfigError, match=r"train\.epochs: 2 -> 1 \(may be raised only\)"):
+        runs.reopen(folder, settings(epochs=1))
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"seed": 2}, {"seed": 2, "train": {"epochs": 2}}),
+        ({"train.epochs": 3, "train.samples": 4}, {"seed": 1, "train": {"epochs": 3, "samples": 4}}),
+        ({"optim.lr": 0.5}, {"seed": 1, "train": {"epochs": 2}, "optim": {"lr": 0.5}}),
+    ],
+)
+def test_a_config_is_read_with_what_was_changed(changed: dict, expected: dict, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 1\ntrain:\n  epochs: 2\n")
+    (tmp_path / "changed.json").write_text(json.dumps(changed))
+    assert runs.read_config(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"is not a run folder: it has no config\.yaml"),
+        ("[]", r"config\.yaml holds no settings"),
+        ("", r"config\.yaml holds no settings"),
+        ("train: [1]", r"train of config\.yaml must be a mapping, got \[1\]"),
+    ],
+)
+def test_what_is_no_config_of_a_run_is_named(text: str | None, message: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "config.yaml").write_text(text)
+    (tmp_path / "changed.json").write_text('{"train.epochs": 3}')
+    with pytest.raises(ConfigError, match=message):
+        runs.read_config(tmp_path)
+
+
+def test_a_run_without_an_adapter_has_not_finished(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    with pytest.raises(ConfigError, match=r"has no adapter: the run did not finish \(see .*log\.txt\)"):
+        runs.adapter_folder(tmp_path)
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    assert runs.adapter_folder(tmp_path) == tmp_path / "adapter"

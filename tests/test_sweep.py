@@ -1,0 +1,233 @@
+"""Sweeps with real training: together as alone, byte for byte; a failure is one job's own; resumed, the rest runs."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finished import call, rows_file, settings
+from test_resume import inputs, weights
+from tiny import tiny_folder
+
+from lora_ft import config, rules, runs, train
+from lora_ft.errors import ConfigError, NonFiniteError
+from lora_ft.sweeps import jobs
+from lora_ft.training.halving import Halving
+
+PLANTED = Path(__file__).parent / "sweeps" / "planted"
+PROGRAM = Path(sys.executable).with_name("lora-ft")
+
+
+class Nobody:
+    """Follows a training without a word."""
+
+    def __call__(self, learner: Any, metrics: Any) -> None: ...
+
+    def turn(self, folder: Path | None, doing: str) -> None: ...
+
+    def end(self) -> None: ...
+
+
+def varied(tmp_path: Path, quant: str) -> list[config.TrainRun]:
+    """Jobs that may share a base: other ranks, scales, methods, targets, dropout, rates, steps, schedules, seeds."""
+    base = settings(tmp_path, "llama", quant=quant)
+    base.train = config.Train(max_steps=6, tokens_per_step=120, samples=0, eval_every_steps=3, save_every_steps=4)
+    base.optim = config.Optim(lr=0.01)
+    changes: list[dict[str, Any]] = [
+        {"adapter": config.Adapter(r=2, alpha=4)},
+        {"adapter": config.Adapter(r=6, alpha=4, dropout=0.2), "optim": config.Optim(lr=0.003, lora_plus_ratio=4)},
+        {"adapter": config.Adapter(r=3, alpha=6, dora=True, dropout=0.1), "seed": 5},
+        {"adapter": config.Adapter(r=4, rslora=True, targets=["q_proj", "v_proj"])},
+        {
+            "train": dataclasses.replace(
+                base.train, max_steps=4, tokens_per_step=90, tokens_per_microbatch=60, packing=False
+            )
+        },
+        {"train": dataclasses.replace(base.train, keep=config.Keep.best, eval_every_steps=1, checkpoint="every_1")},
+        {"optim": config.Optim(lr=0.02, schedule=config.Schedule.cosine, warmup_steps=2, clip=0.1), "seed": 9},
+    ]
+    return [dataclasses.replace(base, **change) for change in changes]
+
+
+def begun(cfg: config.TrainRun, folder: Path) -> Path:
+    runs.create(folder, rules.to_plain(cfg), [])
+    return folder
+
+
+@pytest.mark.closes("E05")
+@pytest.mark.parametrize("quant", ["none", "nf4", "int8"])
+def test_adapters_that_take_turns_on_a_base_are_those_that_each_would_be_alone(quant: str, tmp_path: Path) -> None:
+    """With one of them failing in the middle, and one after its checkpoint."""
+    cfgs = varied(tmp_path, quant)
+    alone = [train.train([cfg], [begun(cfg, tmp_path / f"alone{n}")], Nobody())[0] for n, cfg in enumerate(cfgs)]
+    broken = dataclasses.replace(cfgs[0], optim=config.Optim(lr=1e30, clip=0), adapter=config.Adapter(r=5))
+    together = [*cfgs[:3], broken, *cfgs[3:]]
+    folders = [begun(cfg, tmp_path / f"together{n}") for n, cfg in enumerate(together)]
+    outcomes = dict(train.train_each(together, folders, Nobody()))
+    assert isinstance(outcomes.pop(3), NonFiniteError)
+    found = [outcomes[number] for number in sorted(outcomes)]
+    assert [r.adapter_sha256 for r in found] == [r.adapter_sha256 for r in alone]
+    assert [r.heldout_loss for r in found] == [r.heldout_loss for r in alone]
+    assert [r.base_heldout_loss for r in found] == [r.base_heldout_loss for r in alone]
+    assert len({r.adapter_sha256 for r in found}) == len(cfgs)
+    for number, folder in enumerate(f for n, f in enumerate(folders) if n != 3):
+        # Each log is about its own run: the same lines as alone but for times, speed, memory and places.
+        assert steps_of(folder) == steps_of(tmp_path / f"alone{number}")
+
+
+def steps_of(folder: Path) -> list[tuple[int, Any, Any]]:
+    return [(m["step"], m.get("loss"), m.get("heldout_loss")) for m in runs.read_metrics(folder)]
+
+
+@pytest.mark.parametrize("change", [{"quant": config.Quant(config.QuantKind.nf4)}, {"device": "cpu"},
+                                    {"fast": config.Fast(lora=False)}, {"data": config.Data(path="elsewhere")},
+                                    {"model": config.Model(path="other")},
+                                    {"adapter": config.Adapter(modules_to_save=["lm_head"])}])  # fmt: skip
+def test_jobs_whose_base_rows_or_paths_differ_share_none(change: dict[str, Any], tmp_path: Path) -> None:
+    cfg = config.TrainRun()
+    other = dataclasses.replace(cfg, **change)
+    given = [jobs.Job(n, tmp_path, c, []) for n, c in enumerate([cfg, other, cfg, other])]
+    assert [[j.number for j in g] for g in jobs.grouped(given, config.ShareBase.interleaved)] == [[0, 2], [1, 3]]
+    assert len(jobs.grouped(given, config.ShareBase.none)) == 4
+
+
+def test_a_job_with_tokens_of_its_own_shares_no_base(tmp_path: Path) -> None:
+    cfg = dataclasses.replace(config.TrainRun(), model=config.Model(added_tokens=["<a>"]))
+    assert len(jobs.grouped([jobs.Job(n, tmp_path, cfg, []) for n in range(2)], config.ShareBase.interleaved)) == 2
+
+
+def test_a_job_survives_its_way_to_another_process(tmp_path: Path) -> None:
+    cfg = config.TrainRun()
+    cfg.adapter.rank_pattern, cfg.data.system, cfg.quant.kind = (
+        {"layers.0.q_proj": 3},
+        "${x} \\${y}",
+        config.QuantKind.nf4,
+    )
+    job = jobs.Job(3, tmp_path / "3", cfg, ["adapter.r=4", "data.system=${x}"])
+    assert jobs.from_plain(json.loads(json.dumps(jobs.to_plain(job)))) == job
+
+
+@pytest.mark.closes("A24")
+def test_ranks_swept_under_one_alpha_are_warned_of(tmp_path: Path) -> None:
+    def said(*adapters: config.Adapter) -> list[str]:
+        cfgs = [dataclasses.replace(config.TrainRun(), adapter=adapter) for adapter in adapters]
+        return list(jobs.warnings([jobs.Job(n, tmp_path, cfg, []) for n, cfg in enumerate(cfgs)]))
+
+    [warning] = said(config.Adapter(r=4, alpha=32), config.Adapter(r=16, alpha=32))
+    assert "falls from 8 to 2" in warning and "adapter.alpha=${adapter.r}" in warning and "rslora" in warning
+    assert not said(config.Adapter(r=4, alpha=4), config.Adapter(r=16, alpha=16))
+    assert not said(config.Adapter(r=4, rslora=True), config.Adapter(r=16, rslora=True))
+    assert not said(config.Adapter(r=4, alpha=32), config.Adapter(r=4, alpha=64))
+
+
+def test_halving_stops_those_that_fall_behind_and_leaves_the_others_as_they_are_alone(tmp_path: Path) -> None:
+    base = settings(tmp_path, "llama")
+    base.train = config.Train(max_steps=10, tokens_per_step=120, samples=0)
+    cfgs = [dataclasses.replace(base, optim=config.Optim(lr=lr)) for lr in (1e-5, 0.03, 1e-4, 0.01, 1e-3, 3e-4)]
+    folders = [begun(cfg, tmp_path / f"job{n}") for n, cfg in enumerate(cfgs)]
+    results = dict(train.train_each(cfgs, folders, Nobody(), halving=Halving(eta=2, min_steps=2)))
+    steps = [results[n].steps for n in range(6)]
+    assert sorted(steps) == [2, 2, 2, 4, 8, 10]  # six, three go on; of these two, of these one
+    at = {rung: {n: m["heldout_loss"] for n in range(6) for m in runs.read_metrics(folders[n]) if m["step"] == rung}
+          for rung in (2, 4, 8)}  # fmt: skip
+    for rung, losses in at.items():
+        stopped = [n for n in losses if steps[n] == rung]
+        assert min(losses[n] for n in stopped) >= max(losses[n] for n in losses if n not in stopped)
+        for n in stopped:
+            assert f"halving at step {rung}" in results[n].stopped_by and results[n].stopped_early
+    [winner] = [n for n in range(6) if steps[n] == 10]
+    assert results[winner].stopped_by is None
+    alone = train.train([cfgs[winner]], [begun(cfgs[winner], tmp_path / "alone")], Nobody())[0]
+    assert alone.adapter_sha256 == results[winner].adapter_sha256
+
+
+def test_halving_needs_held_out_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call("sweep", "data.path=x", "seed=1,2", "sweep.halving=true", "data.eval_fraction=0") == 2
+    assert "sweep.halving needs held-out rows" in capsys.readouterr().err
+    assert not list(tmp_path.glob("runs/*"))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    tiny_folder(folder, "llama")
+    rows_file(folder)
+    return folder
+
+
+def swept(place: Path, folder: Path, *words: str, **environment: str) -> int:
+    """The exit code of a sweep by the installed command."""
+    command = [PROGRAM, "sweep", *inputs(place), f"hydra.sweep.dir={folder}", *words]
+    return subprocess.run(command, env=os.environ | environment, check=False, capture_output=True).returncode
+
+
+def outcomes(folder: Path) -> dict[int, str]:
+    """What lies in the job folders of a sweep: finished, or the kind of failure."""
+    found = {}
+    for job in (path for path in folder.iterdir() if path.name.isdigit()):
+        failure = runs.read_failure(job)
+        found[int(job.name)] = failure["kind"] if failure else "finished" if (job / runs.RESULT).is_file() else "open"
+    return dict(sorted(found.items()))
+
+
+@pytest.mark.closes("E01", "E02", "E04")
+def test_jobs_that_fail_die_or_hang_take_no_other_along_and_only_they_run_again(place: Path, tmp_path: Path) -> None:
+    planted = {1: "raise", 2: "kill", 4: "nan", 5: "hang"}
+    sweep = tmp_path / "sweep"
+    words = ("seed=range(0,6)", "hydra.launcher.job_timeout=20")
+    assert swept(place, sweep, *words, PYTHONPATH=str(PLANTED), PLANTED=json.dumps(planted)) == 3
+    kinds = outcomes(sweep)
+    assert {n for n, kind in kinds.items() if kind == "finished"} == {0, 3}
+    assert kinds[1] == "ZeroDivisionError" and kinds[4] == "NonFiniteError"
+    report = json.loads((sweep / "report.json").read_text())
+    reasons = {int(job["name"]): job["reason"] for job in report["jobs"]}
+    assert "SIGKILL" in reasons[2] and "no progress" in reasons[5] and "planted" in reasons[1]
+    before = {n: (sweep / str(n) / runs.RESULT).stat().st_mtime_ns for n in (0, 3)}
+    resumed = subprocess.run([PROGRAM, "sweep", f"resume={sweep}"], check=False, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    assert set(outcomes(sweep).values()) == {"finished"}
+    assert {n: (sweep / str(n) / runs.RESULT).stat().st_mtime_ns for n in (0, 3)} == before
+    for n in range(6):
+        assert call("train", *inputs(place), f"seed={n}", f"hydra.run.dir={tmp_path / f'alone{n}'}") == 0
+        assert weights(sweep / str(n)) == weights(tmp_path / f"alone{n}")
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(how: signal.Signals, place: Path, tmp_path: Path) -> None:
+    sweep, words = tmp_path / "sweep", ("adapter.r=2,3", "train.max_steps=40")
+    command = [PROGRAM, "sweep", *inputs(place), *words, f"hydra.sweep.dir={sweep}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not all((sweep / n / runs.METRICS).exists() for n in "01"):
+        time.sleep(0.01)
+    process.send_signal(how)
+    _, said = process.communicate()
+    assert process.returncode == (-signal.SIGKILL if how is signal.SIGKILL else 128 + how)
+    if how is not signal.SIGKILL:
+        assert f"go on with: lora-ft sweep resume={sweep}" in said
+    for job in (sweep / "0", sweep / "1"):
+        wait_until_left(job)  # a killed parent's child sees it, and saves
+        done = runs.read_metrics(job)[-1]["step"]
+        assert (job / "checkpoints" / f"step-{done:08d}").is_dir() and not (job / runs.RESULT).exists()
+    assert subprocess.run([PROGRAM, "sweep", f"resume={sweep}"], check=False, capture_output=True).returncode == 0
+    for n, r in enumerate((2, 3)):
+        alone = tmp_path / f"alone{r}"
+        assert call("train", *inputs(place), "train.max_steps=40", f"adapter.r={r}", f"hydra.run.dir={alone}") == 0
+        assert weights(sweep / str(n)) == weights(alone)
+        assert [m["step"] for m in runs.read_metrics(sweep / str(n))] == list(range(41))
+
+
+def wait_until_left(job: Path) -> None:
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        with contextlib.suppress(ConfigError), runs.locked(job):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{job} is still in use")

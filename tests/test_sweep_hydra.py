@@ -1,0 +1,383 @@
+"""Hydra's side of a sweep: its own test suites, sweepers and launchers of others, the words, resuming, folders."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from finished import call, rows_file
+from hydra.test_utils.launcher_common_tests import IntegrationTestSuite, LauncherTestSuite
+from tiny import tiny_folder
+
+from lora_ft import config, durable, entry, rules, runs, sweep
+from lora_ft.cli import composition
+from lora_ft.errors import ConfigError, NonFiniteError
+from lora_ft.sweeps import children, launch
+from lora_ft.sweeps.jobs import Job
+
+
+@pytest.mark.filterwarnings("ignore:Future Hydra versions:UserWarning")  # of the suites' own programs
+@pytest.mark.parametrize(("launcher_name", "overrides"), [("lora_ft", [])])
+class TestLauncher(LauncherTestSuite):
+    """A task of another program, in which this launcher is installed."""
+
+
+@pytest.mark.parametrize(("task_launcher_cfg", "extra_flags"), [({}, ["-m", "hydra/launcher=lora_ft"])])
+class TestProgram(IntegrationTestSuite):
+    """The same in a process of its own."""
+
+
+@pytest.fixture
+def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    return f"data.path={rows_file(tmp_path)}"
+
+
+class Jobs(list[Job]):
+    """The jobs that were to be trained, and how each ends: `loss(job)` is its held-out loss, or raises."""
+
+    loss: Callable[[Job], float | None] = staticmethod(lambda job: 1.0)
+
+
+@pytest.fixture
+def trained(rows: str, monkeypatch: pytest.MonkeyPatch) -> Jobs:
+    """Stands for the children: a job has its result at once, and nothing is trained."""
+    jobs = Jobs()
+
+    def run(left: list[Job], settings: Any, sweep: Any, folder: Path, watch: Callable[[], None]) -> None:
+        for job in left:
+            jobs.append(job)
+            try:
+                result = {"heldout_loss": jobs.loss(job)}
+            except NonFiniteError as error:
+                runs.fail(job.folder, error, job.words)
+                continue
+            durable.remove(job.folder / runs.FAILURE)
+            durable.write_text(job.folder / "config.yaml", yaml.safe_dump(rules.to_plain(job.cfg)))
+            durable.write_json(job.folder / runs.RESULT, result)
+
+    monkeypatch.setattr(children, "run", run)
+    monkeypatch.setattr(launch.report, "write", lambda folder, *, pictures: None)
+    monkeypatch.setattr(sweep, "end", lambda folder: 3 if any(folder.rglob(runs.FAILURE)) else 0)
+    return jobs
+
+
+def values(jobs: list[Job], *keys: str) -> list[tuple[Any, ...]]:
+    def value(job: Job, key: str) -> Any:
+        found: Any = job.cfg
+        for name in key.split("."):
+            found = getattr(found, name)
+        return found
+
+    return [tuple(value(job, key) for key in keys) for job in jobs]
+
+
+def refused(capfd: pytest.CaptureFixture[str], *words: str, verb: str = "sweep", code: int = 2) -> str:
+    """The message of a sweep that ends before it begins and leaves no folder behind."""
+    before = set(Path().rglob("*"))
+    assert call(verb, *words) == code
+    assert set(Path().rglob("*")) - before <= {Path("runs")}
+    message = capfd.readouterr().err
+    assert message.startswith("lora-ft: ") and "Traceback" not in message
+    return message
+
+
+SYNTAX = {
+    "adapter.r=choice(2,4) seed=range(1,3)": [(2, 1), (2, 2), (4, 1), (4, 2)],
+    "adapter.r=3 seed=sort(3,1,2,reverse=true)": [(3, 3), (3, 2), (3, 1)],
+    "hydra.sweeper.params={adapter.r:'2,4',seed:'range(0,2)'}": [(2, 0), (2, 1), (4, 0), (4, 1)],
+    "hydra.sweeper.params.adapter.r=2,4 seed=1": [(2, 1), (4, 1)],
+}
+
+
+@pytest.mark.parametrize("words", SYNTAX)
+def test_hydras_notations_of_several_values_are_the_jobs_that_they_name(trained: Jobs, rows: str, words: str) -> None:
+    assert call("sweep", rows, *words.split()) == 0
+    assert values(trained, "adapter.r", "seed") == SYNTAX[words]
+    assert [job.number for job in trained] == list(range(len(trained)))
+    assert [job.folder.name for job in trained] == [str(job.number) for job in trained]
+
+
+def test_a_glob_is_the_choices_of_a_group(trained: Jobs, rows: str) -> None:
+    assert call("sweep", rows, "adapter=glob(*lora)") == 0
+    assert sorted(values(trained, "adapter.rslora")) == [(False,), (True,)]
+
+
+def test_a_job_has_the_words_that_it_would_have_alone(trained: Jobs, rows: str) -> None:
+    words = (rows, "sweep.halving=true", "sweep.min_steps=5", "resume=auto", "hydra.sweep.dir=here", "adapter.r=2,4")
+    assert call("train", "-m", *words) == 0
+    for number, rank in ((0, 2), (1, 4)):
+        typed = (Path("here") / str(number) / "overrides.txt").read_text().splitlines()
+        assert sorted(typed) == sorted([rows, f"adapter.r={rank}", "device=cpu"])
+
+
+@pytest.mark.closes("E06")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("adapter.r=4,0", r"job 1 (adapter.r=0 "),
+        ("adapter.rr=4,8", "adapter.rr is not a setting; nearest: adapter.r"),
+        ("hydra.sweeper.params.adapter.rr=4,8", "adapter.rr is not a setting; nearest: adapter.r"),
+        ("adapter.r=4,eight", "adapter.r must be an integer, got eight"),
+        ("quant=nf4,nf5", "quant=nf5: choose one of"),
+        ("hydra.launcher.max_learners_per_base=0", "hydra.launcher.max_learners_per_base must be at least 1, got 0"),
+        ("hydra.launcher.share=none", "hydra.launcher.share"),
+        ("adapter.r=4,8 hydra.sweep.dir=here seed=-1", "job 0 (adapter.r=4 "),
+    ],
+)
+def test_a_wrong_value_in_a_grid_ends_the_sweep_before_it_begins(trained, rows, capfd, words, message) -> None:
+    assert message in refused(capfd, *words.split(), rows)
+    assert trained == []
+
+
+@pytest.mark.closes("E04")
+def test_resume_runs_what_is_missing_or_failed_with_the_words_that_began_the_sweep(trained, rows, capfd) -> None:
+    def nan(job: Job) -> float:
+        raise NonFiniteError("loss is nan")
+
+    trained.loss = lambda job: nan(job) if job.number == 1 else 2.0
+    assert call("sweep", rows, "adapter.r=2,4,8", "hydra.sweep.dir=here") == 3
+    trained.clear()
+    trained.loss = lambda job: 3.0
+    with pytest.MonkeyPatch.context() as elsewhere:
+        elsewhere.chdir("/")
+        assert resumed("sweep", f"resume={Path(rows.partition('=')[2]).parent / 'here'}") == 0
+    assert values(trained, "adapter.r") == [(4,)]
+    assert not Path("here/1/failure.json").exists()
+    trained.clear()
+    assert resumed("train", "-m", "resume=here", "hydra.launcher.share_base=none") == 0
+    assert trained == []
+
+
+def resumed(*words: str) -> int:
+    """`call` says device=cpu as well, which a resumed sweep has of its own words."""
+    with pytest.raises(SystemExit) as ended:
+        entry.run(None, list(words))
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.closes("E04")
+def test_a_sweep_is_resumed_as_it_was_or_not_at_all(trained: Jobs, rows: str, capfd) -> None:
+    assert call("sweep", rows, "adapter.r=2,4", "hydra.sweep.dir=here") == 0
+    held = {path: path.stat().st_mtime_ns for path in Path("here").rglob("*") if path.is_file()}
+    for words, message in {
+        ("sweep", "resume=here", "adapter.r=16"): "leave out adapter.r=16",
+        ("train", "-m", "resume=here", "adapter.r=16"): "leave out adapter.r=16",
+        ("sweep", "resume=here", "hydra.sweep.dir=there"): "leave out hydra.sweep.dir=there",
+        ("sweep", "resume=here/0"): "here/0 is not a sweep folder: it has no sweep.json",
+        ("train", "resume=nowhere", "-m"): "nowhere is not a sweep folder",
+        ("sweep", rows, "adapter.r=2,4", "hydra.sweep.dir=here"): "the sweep folder must be empty",
+    }.items():
+        capfd.readouterr()
+        assert resumed(*words) == 2
+        assert message in capfd.readouterr().err
+    assert held == {path: path.stat().st_mtime_ns for path in Path("here").rglob("*") if path.is_file()}
+
+
+@pytest.mark.closes("E03")
+def test_of_fifty_sweeps_that_begin_at_once_in_one_folder_one_has_it(tmp_path: Path) -> None:
+    began, refusals = [], []
+    together = threading.Barrier(50)
+
+    def begin(number: int) -> None:
+        together.wait()
+        try:
+            with runs.locked(tmp_path / "sweep"):
+                runs.create_sweep(tmp_path / "sweep", [f"seed={number}"], None, resumed=False)
+                began.append(number)
+        except ConfigError as error:
+            refusals.append(str(error))
+
+    threads = [threading.Thread(target=begin, args=(number,)) for number in range(50)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(began) == 1 and len(refusals) == 49
+    assert runs.read_sweep(tmp_path / "sweep") == ([f"seed={began[0]}"], None)
+    assert all("is in use" in refusal or "must be empty" in refusal for refusal in refusals)
+
+
+@pytest.mark.closes("E03")
+def test_sweeps_of_one_second_have_folders_of_their_own(trained: Jobs, rows: str) -> None:
+    assert [call("sweep", rows, "seed=1,2") for _ in range(2)] == [0, 0]
+    assert len({job.folder for job in trained}) == 4
+    assert len({job.folder.parent for job in trained}) == 2
+
+
+def test_the_environment_that_hydra_sets_reaches_the_children(trained: Jobs, rows: str) -> None:
+    def seen(job: Job) -> float:
+        return float(os.environ["LORA_FT_TEST"])
+
+    trained.loss = seen
+    assert call("sweep", rows, "adapter.r=2,4", "hydra.sweep.dir=here", "+hydra.job.env_set.LORA_FT_TEST='2.5'") == 0
+    assert runs.read_result(Path("here/1")) == {"heldout_loss": 2.5}
+    assert "LORA_FT_TEST" not in os.environ
+
+
+OPTUNAS_OWN = pytest.mark.filterwarnings("ignore:.*declarative_base:DeprecationWarning")
+
+
+@OPTUNAS_OWN
+@pytest.mark.closes("E07")
+def test_a_trial_that_fails_is_infinite_to_optuna_and_the_held_out_loss_decides(trained: Jobs, rows: str) -> None:
+    def loss(job: Job) -> float:
+        if job.cfg.adapter.r == 4:
+            raise NonFiniteError("loss is nan")
+        return 1 / job.cfg.adapter.r
+
+    trained.loss = loss
+    words = ("hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "adapter.r=choice(2,4,8,0)", "hydra.sweep.dir=here")
+    assert call("sweep", rows, *words) == 3
+    found = yaml.safe_load(Path("here/optimization_results.yaml").read_text())
+    assert found == {"name": "optuna", "best_params": {"adapter.r": 8}, "best_value": 0.125}
+    kinds = [runs.read_failure(path.parent)["kind"] for path in Path("here").rglob(runs.FAILURE)]
+    assert sorted(kinds) == ["ConfigError", "NonFiniteError"], "a value that optuna chose ends its own job only"
+    assert sorted(values(trained, "adapter.r")) == [(2,), (4,), (8,)]
+
+
+@OPTUNAS_OWN
+def test_optuna_takes_its_search_space_from_words_from_params_and_from_a_folder(trained: Jobs, rows: str) -> None:
+    optuna = ("hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.sampler.seed=1")
+    space = "tag(log,interval(1e-4,1e-2))"
+    Path("mine/experiment").mkdir(parents=True)
+    Path("mine/experiment/space.yaml").write_text(
+        f"# @package _global_\nhydra:\n  sweeper:\n    params:\n      optim.lr: {space}\n"
+    )
+    for words in ([f"optim.lr={space}"], [f"hydra.sweeper.params.optim.lr={space}"],
+                  ["--config-dir", "mine", "experiment=space"]):  # fmt: skip
+        assert call("sweep", rows, *optuna, *words) == 0
+    found = [lr for (lr,) in values(trained, "optim.lr")]
+    assert found[:3] == found[3:6] == found[6:] and len(set(found)) == 3
+    assert all(1e-4 <= lr <= 1e-2 for lr in found)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("hydra.sweeper.direction=maximize", "hydra.sweeper.direction must be minimize, got maximize"),
+        ("data.eval_fraction=0", "data.eval_fraction must be above 0 where a sweeper chooses"),
+    ],
+)
+@pytest.mark.closes("E07")
+def test_optuna_is_not_asked_for_the_worst_nor_for_what_is_not_measured(trained, rows, capfd, word, message) -> None:
+    assert message in refused(capfd, rows, "hydra/sweeper=optuna", "adapter.r=choice(2,4)", word)
+    assert trained == []
+
+
+ATTACKS = {
+    "a function by name": "hydra: {sweeper: {custom_search_space: os.system}}",
+    "logging of a job": "hydra: {sweeper: {params: {hydra: '{job_logging: {root: {level: DEBUG}}}'}}}",
+    "the same, added": "hydra: {sweeper: {params: {++hydra: '{job_logging: {root: {level: DEBUG}}}'}}}",
+    "a launcher for jobs": "hydra: {sweeper: {params: {hydra/launcher: basic}}}",
+    "a target in a value": "hydra: {sweeper: {params: {+x: '{_target_: os.system}'}}}",
+    "words nobody typed": "hydra: {overrides: {hydra: ['hydra.job_logging.handlers.x=1']}}",
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_folder_of_configs_cannot_run_code_through_a_sweeper(trained, rows, capfd, name: str) -> None:
+    Path("mine/experiment").mkdir(parents=True)
+    Path("mine/experiment/bad.yaml").write_text(f"# @package _global_\n{ATTACKS[name]}\n")
+    refused(capfd, rows, "--config-dir", "mine", "experiment=bad", "hydra/sweeper=basic" if "params" in ATTACKS[name]
+            else "hydra/sweeper=optuna", "hydra.sweep.dir=here", "adapter.r=choice(2,4)", code=9)  # fmt: skip
+    assert trained == []
+
+
+@pytest.mark.parametrize(
+    "settings", ["setup: [touch gone]", 'comment: "x\\ntouch gone"', "additional_parameters: {x: y}"]
+)
+def test_a_folder_of_configs_has_no_commands_for_a_cluster(rows, capfd, settings: str) -> None:
+    Path("mine/experiment").mkdir(parents=True)
+    Path("mine/experiment/bad.yaml").write_text(f"# @package _global_\nhydra: {{launcher: {{{settings}}}}}\n")
+    words = (rows, "--config-dir", "mine", "experiment=bad", "hydra/launcher=submitit_slurm", "seed=1,2")
+    assert "hydra.launcher" in refused(capfd, *words, code=9)
+
+
+def test_a_cluster_is_composed_with_what_was_typed_for_it(rows: str, capfd) -> None:
+    words = (rows, "hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu", "adapter.r=4,8,16", "--cfg", "hydra",
+             "hydra.launcher.setup=[module load cuda]")  # fmt: skip
+    assert call("sweep", *words) == 0
+    launcher = yaml.safe_load(capfd.readouterr().out)["hydra"]["launcher"]
+    assert launcher["_target_"].endswith("SlurmLauncher")
+    assert launcher["partition"] == "gpu" and launcher["setup"] == ["module load cuda"]
+
+
+def test_a_verb_that_makes_no_run_leaves_no_folder(rows: str, tmp_path: Path) -> None:
+    calls = []
+
+    def main(cfg: Any, folder: Path, words: list[str]) -> None:
+        calls.append((cfg.adapter.r, folder, words, os.environ.get("LORA_FT_TEST")))
+
+    words = [rows, "adapter.r=3", "hydra.run.dir=gone/deep", "+hydra.job.env_set.LORA_FT_TEST=set"]
+    assert composition.run(composition.Command("check", words), main, lambda sweep: 0) == 0
+    assert calls == [(3, tmp_path / "gone" / "deep", [rows, "adapter.r=3"], "set")]
+    assert not Path("gone").exists()
+
+    def memory(*_: Any) -> None:
+        raise MemoryError
+
+    with pytest.raises(Exception, match="out of memory: lower train.tokens_per_microbatch"):
+        composition.run(composition.Command("check", words), memory, lambda sweep: 0)
+
+
+def hashes(folder: Path) -> list[str]:
+    """sha256 of each job's adapter; empty where it has none."""
+    jobs = sorted(path for path in folder.iterdir() if path.name.isdecimal())
+    weights = [job / "adapter" / "adapter_model.safetensors" for job in jobs]
+    return [hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "" for path in weights]
+
+
+def command(launcher: str, *words: str) -> Path:
+    """A sweep in processes of its own, of one thread each; the task goes to joblib's and submitit's by cloudpickle."""
+    line = [
+        sys.executable,
+        "-m",
+        "lora_ft",
+        "sweep",
+        *words,
+        f"hydra/launcher={launcher}",
+        f"hydra.sweep.dir={launcher}",
+    ]
+    done = subprocess.run(line, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == (3 if any(Path(launcher).glob("*/failure.json")) else 0), done.stderr
+    return Path(launcher)
+
+
+@pytest.fixture
+def small(rows: str, tmp_path: Path) -> tuple[str, ...]:
+    return (f"model.path={tiny_folder(tmp_path, 'llama')}", rows, "data.eval_fraction=0.4", "train.max_steps=2",
+            "device=cpu")  # fmt: skip
+
+
+@pytest.mark.closes("E01")
+def test_the_launchers_of_others_leave_the_same_adapters_and_a_failure_where_there_is_none(small, rows) -> None:
+    ours = command("lora_ft", *small, "adapter.r=2,4")
+    joblib = command("joblib", *small, "adapter.r=2,0,4", "hydra.launcher.n_jobs=2")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert call("sweep", *small, "adapter.r=2,4", "hydra/launcher=basic", "hydra.sweep.dir=basic") == 0
+    finally:
+        torch.set_num_threads(threads)
+    two, four = hashes(ours)
+    assert "" not in (two, four) and two != four
+    assert hashes(Path("basic")) == [two, four]
+    assert hashes(joblib) == [two, "", four]
+    failure = runs.read_failure(joblib / "1")
+    assert failure and failure["exit_code"] == 2 and "adapter.r must be at least 1, got 0" in failure["message"]
+    assert runs.read_result(joblib / "2")["heldout_loss"] == runs.read_result(ours / "1")["heldout_loss"]
+
+
+@pytest.mark.nightly
+def test_a_job_that_submitit_runs_leaves_the_same_adapter(small) -> None:
+    ours, submitit = (command(launcher, *small, "adapter.r=2") for launcher in ("lora_ft", "submitit_local"))
+    assert hashes(submitit) == hashes(ours) != [""]

@@ -1,0 +1,370 @@
+"""What a sweep's files tell: ranking, seeds, failures, spoiled files, exit codes, report.json and report.md."""
+
+import io
+import json
+import logging
+import math
+import shlex
+import statistics
+import sys
+
+import pytest
+from rich.console import Console
+from sweep_folders import BASE_LOSS, job, metrics, sweep_folder
+
+from lora_ft import runs
+from lora_ft.errors import ConfigError
+from lora_ft.sweeps import charts, report, results, standing, tables
+from lora_ft.sweeps.results import State
+
+
+def read(folder):
+    return results.read(folder)
+
+
+def names(jobs):
+    return [one.name for one in jobs]
+
+
+def only_board(folder):
+    [board] = standing.of(read(folder)).boards
+    return board
+
+
+def record(folder, **options):
+    report.write(folder, pictures=False, **options)
+    return json.loads((folder / "report.json").read_text(), parse_constant=pytest.fail)
+
+
+def printed(sweep, width=200):
+    console = Console(file=io.StringIO(), width=width)
+    console.print(report.table(sweep))
+    return console.file.getvalue()
+
+
+@pytest.fixture
+def twenty(tmp_path):
+    """Twenty jobs of which eight failed, one of them before its config was written."""
+    folder = sweep_folder(tmp_path, ["data.path=x", "adapter.r=2,4,8,16,32", "seed=1,2,3,4"])
+    cases = [(r, seed) for r in (2, 4, 8, 16, 32) for seed in (1, 2, 3, 4)]
+    for number, (r, seed) in enumerate(cases):
+        words, settings = [f"adapter.r={r}", f"seed={seed}"], {"adapter.r": r, "seed": seed}
+        if number % 5 in (1, 3):
+            early = number == 1
+            job(folder, number, words, None if early else settings, failure=("DataError", 4, f"no row {number}"))
+        else:
+            job(folder, number, words, settings, loss=2 + 1 / (1 + number), adapter_bytes=1000 * r)
+    return folder
+
+
+@pytest.mark.closes("E01", "E07")
+def test_of_twenty_jobs_with_eight_failures_twelve_are_ranked_and_eight_named_with_reason_and_log(twenty):
+    sweep = report.write(twenty, pictures=False)
+    known = standing.of(sweep)
+    assert [board.heldout_tokens for board in known.boards] == [859]
+    assert len(known.boards[0].ranked) == 12
+    assert names(known.rest) == [str(n) for n in range(20) if n % 5 in (1, 3)]
+    shown, text = printed(sweep), (twenty / "report.md").read_text()
+    for one in known.rest:
+        for place in (shown, text):
+            assert f"DataError: no row {one.name}" in place
+            assert str(twenty / one.name / "log.txt") in place
+    assert report.exit_code(sweep) == 3
+
+
+def test_the_best_loss_leads_and_equal_losses_share_a_place(tmp_path):
+    folder = sweep_folder(tmp_path, ["adapter.r=1,2,3,4"])
+    for number, loss in enumerate([2.5, 2.25, 2.5, 2.75]):
+        job(folder, number, [f"adapter.r={number + 1}"], {"adapter.r": number + 1}, loss=loss)
+    board = only_board(folder)
+    assert names(board.ranked) == ["1", "0", "2", "3"]
+    assert [board.place(one) for one in board.ranked] == [1, 2, 2, 4]
+
+
+@pytest.mark.closes("E07")
+@pytest.mark.parametrize("loss", [math.nan, -math.inf, math.inf, None])
+def test_a_loss_that_is_not_finite_has_no_place_and_does_not_reach_the_json(tmp_path, loss):
+    folder = sweep_folder(tmp_path, ["seed=0,1"])
+    job(folder, 0, ["seed=0"], {"seed": 0}, result={"heldout_loss": loss})
+    job(folder, 1, ["seed=1"], {"seed": 1}, loss=900.0)
+    board = only_board(folder)
+    assert names(board.ranked) == ["1", "0"]
+    assert [board.place(one) for one in board.ranked] == [1, None]
+    [setting] = board.settings
+    assert (setting.mean, setting.deviation, len(setting.losses)) == (900.0, None, 1)
+    stored = record(folder)
+    assert stored["best_job"] == "1"
+    assert stored["jobs"][0]["heldout_loss_nats_per_token"] is None
+    assert stored["jobs"][1]["perplexity"] is None  # exp(900) is no float
+
+
+def test_seeds_are_repeats_of_one_setting_with_mean_and_sample_deviation(tmp_path):
+    folder, losses = sweep_folder(tmp_path, ["adapter.r=4,8", "seed=1,2,3"]), {}
+    for number, (r, seed) in enumerate((r, seed) for r in (4, 8) for seed in (1, 2, 3)):
+        losses[r, seed] = 2 + 1 / (r + seed * seed)
+        job(folder, number, [f"adapter.r={r}"], {"adapter.r": r, "seed": seed}, loss=losses[r, seed])
+    known = standing.of(read(folder))
+    assert (known.columns, known.has_seeds) == (("adapter.r",), True)
+    for setting in known.boards[0].settings:
+        own = [losses[setting.values["adapter.r"], seed] for seed in (1, 2, 3)]
+        assert setting.mean == pytest.approx(math.fsum(own) / 3)
+        assert setting.deviation == pytest.approx(
+            math.sqrt(math.fsum((x - statistics.fmean(own)) ** 2 for x in own) / 2)
+        )
+    assert [table.title for table in tables.tables(known)] == ["Leaderboard", "Settings"]
+
+
+def test_losses_over_other_rows_are_on_another_leaderboard_and_rounding_of_the_base_is_none(tmp_path):
+    folder = sweep_folder(tmp_path, ["data.max_length=64,128,256"])
+    job(folder, 0, ["data.max_length=64"], {"data.max_length": 64}, loss=2.5)
+    job(folder, 1, ["data.max_length=128"], {"data.max_length": 128}, loss=2.4, base_loss=BASE_LOSS * (1 + 1e-7))
+    job(folder, 2, ["data.max_length=256"], {"data.max_length": 256}, loss=1.0, result={"heldout_tokens": 5})
+    job(folder, 3, ["data.max_length=512"], {"data.max_length": 512}, loss=1.1, base_loss=BASE_LOSS - 0.5)
+    known = standing.of(read(folder))
+    assert names(known.boards[0].ranked) == ["1", "0"]
+    assert len(known.boards) == 3
+    assert known.best is None
+    titles = [table.title for table in tables.tables(known)]
+    assert titles == ["Leaderboard 1", "Leaderboard 2", "Leaderboard 3"]
+    assert "not to be compared" in next(tables.tables(known)).note
+
+
+def test_the_settings_that_differ_are_columns_in_the_order_of_their_declaration(tmp_path):
+    folder = sweep_folder(tmp_path, ["optim.lr=1e-4,2e-4"])
+    for number, (lr, alpha) in enumerate([(1e-4, 8.0), (2e-4, 16.0)]):
+        job(folder, number, [f"optim.lr={lr}"], {"optim.lr": lr, "adapter.alpha": alpha, "data.path": "x"}, loss=2.0)
+    known = standing.of(read(folder))
+    assert known.columns == ("adapter.alpha", "optim.lr")
+    assert tables.value_text(known.value(known.sweep.jobs[0], "optim.lr")) == "0.0001"
+
+
+def test_a_job_without_config_is_told_by_its_words(tmp_path):
+    folder = sweep_folder(tmp_path, ["adapter.r=4,8", "adapter=lora,dora"])
+    job(folder, 0, ["adapter=lora", "adapter.r=4"], {"adapter.r": 4}, loss=2.0)
+    job(folder, 1, ["adapter=dora", "adapter.r=8"])
+    known = standing.of(read(folder))
+    assert known.columns == ("adapter.r", "adapter")
+    assert [known.value(one, "adapter.r") for one in known.sweep.jobs] == [4, 8]
+    assert [known.value(one, "adapter") for one in known.sweep.jobs] == ["lora", "dora"]
+
+
+def test_what_halving_and_patience_stopped_is_finished_and_says_why(tmp_path):
+    folder = sweep_folder(tmp_path, ["adapter.r=1,2"])
+    why = "halving at step 20: held-out loss 2.41 was 3rd of 4, 2 go on"
+    job(folder, 0, ["adapter.r=1"], {"adapter.r": 1}, loss=2.41, result={"stopped_by": why})
+    job(folder, 1, ["adapter.r=2"], {"adapter.r": 2}, loss=2.2, result={"stopped_early": True})
+    sweep = report.write(folder, pictures=False)
+    assert [one.state for one in sweep.jobs] == [State.stopped] * 2
+    assert why in printed(sweep)
+    assert why in (folder / "report.md").read_text()
+    assert sweep.jobs[1].reason == "patience at step 20"
+    assert report.exit_code(sweep) == 0
+
+
+def test_jobs_that_run_wait_or_were_interrupted_are_told_apart(tmp_path):
+    folder = sweep_folder(tmp_path, ["adapter.r=1,2,3,4"])
+    for number in (0, 1):
+        job(folder, number, [f"adapter.r={number}"], {"adapter.r": number + 1}, steps=12)
+    loading = job(folder, 2, ["adapter.r=2"], {"adapter.r": 3})
+    job(folder, 3, ["adapter.r=3"])
+    if results._locked_inodes() is None:
+        pytest.skip("this system lists no locks (/proc/locks)")
+    with runs.locked(folder / "0"), runs.locked(loading):
+        states = [(one.state, one.reason) for one in read(folder).jobs]
+    assert states[0] == (State.running, "step 12 of 40, held-out loss 2.5137")
+    assert states[1] == (State.interrupted, "step 12 of 40, held-out loss 2.5137")
+    assert states[2] == (State.running, "loading")
+    assert states[3] == (State.waiting, "")
+    assert read(folder).jobs[0].state is State.interrupted
+    assert report.exit_code(read(folder)) == 3
+
+
+def test_a_line_that_is_being_written_is_left_out(tmp_path):
+    folder = sweep_folder(tmp_path, ["adapter.r=1"])
+    path = job(folder, 0, ["adapter.r=1"], {"adapter.r": 1}, steps=5) / "metrics.jsonl"
+    whole = read(folder).jobs[0].curve
+    path.write_text(path.read_text() + '{"step": 6, "lo')
+    assert read(folder).jobs[0].curve == whole
+
+
+SPOILED = {
+    "result.json": ['{"heldout_loss": 2.', '{"heldout_loss": "good"}', "[]", "\xff", '{"steps": true}', "[" * 10**5],
+    "metrics.jsonl": ['{"step": 1, "loss": 2.0}\nnonsense\n', '{"loss": 1.0}\n', "\x00\x00\n", "[1]\n", '"\udcff"\n'],
+    "config.yaml": ["adapter: [", "just text", "&a [*a, *a]", "a: !!python/object:os.system x", "\x00"],
+    "failure.json": ["{", "[]"],
+    "changed.json": ["{", '{"device.x": 1}'],
+    "overrides.txt": ["\udcff\n"],
+    "check.json": ["{"],
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in SPOILED.items() for text in texts])
+def test_a_spoiled_file_makes_its_job_unreadable_and_no_other(tmp_path, name, text):
+    folder = sweep_folder(tmp_path, ["adapter.r=1,2"])
+    job(folder, 0, ["adapter.r=1"], {"adapter.r": 1}, loss=2.0)
+    spoiled = job(folder, 1, ["adapter.r=2"], {"adapter.r": 2}, steps=3)
+    (spoiled / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+    sweep = report.write(folder, pictures=False)
+    assert [one.state for one in sweep.jobs] == [State.finished, State.unreadable]
+    assert sweep.jobs[1].reason
+    assert report.exit_code(sweep) == 3
+    assert sweep.jobs[1].reason.splitlines()[0] in printed(sweep, 2000)
+
+
+def test_a_link_out_of_the_job_and_a_folder_under_a_files_name_are_not_followed(tmp_path):
+    folder = sweep_folder(tmp_path, ["adapter.r=1,2"])
+    (tmp_path / "secret.json").write_text('{"heldout_loss": 0.1}')
+    (job(folder, 0, ["adapter.r=1"], {"adapter.r": 1}) / "result.json").symlink_to(tmp_path / "secret.json")
+    (job(folder, 1, ["adapter.r=2"], {"adapter.r": 2}) / "metrics.jsonl").mkdir()
+    assert [one.state for one in read(folder).jobs] == [State.unreadable] * 2
+    assert "link out of its folder" in read(folder).jobs[0].reason
+
+
+def test_jobs_are_found_at_any_depth_and_ordered_by_number_or_by_name(tmp_path):
+    numbered, nested = sweep_folder(tmp_path, ["a=1"], "n"), sweep_folder(tmp_path, ["a=1"], "m")
+    for number in (10, 9, 2):
+        job(numbered, number, ["seed=1"])
+    for name in ("b/x", "a/y z", "a/c/d"):
+        job(nested, name, ["seed=1"])
+    job(nested, ".0.tmp-01234567", ["seed=1"])
+    job(nested, "a/y z/checkpoints/inner", ["seed=1"])
+    assert names(read(numbered).jobs) == ["2", "9", "10"]
+    assert names(read(nested).jobs) == ["a/c/d", "a/y z", "b/x"]
+
+
+def test_exit_codes(tmp_path):
+    folder = sweep_folder(tmp_path, ["seed=1,2"])
+    assert report.exit_code(read(folder)) == 0
+    job(folder, 0, ["seed=1"], {}, failure=("ResourceError", 7, "no memory"))
+    job(folder, 1, ["seed=2"], {}, failure=("DataError", 4, "no rows"))
+    assert report.exit_code(read(folder)) == 7
+    (folder / "0" / "failure.json").write_text(json.dumps({"kind": "KeyError", "exit_code": "0", "message": "x"}))
+    assert report.exit_code(read(folder)) == 1
+    job(folder, 2, ["seed=3"], {}, loss=2.0)
+    assert report.exit_code(read(folder)) == 3
+
+
+def test_an_empty_sweep_has_a_report_and_no_sweep_is_an_error(tmp_path):
+    folder = sweep_folder(tmp_path, ["adapter.r=1"])
+    assert record(folder)["jobs"] == []
+    assert "Leaderboard" in printed(read(folder))
+    with pytest.raises(ConfigError, match=r"is not a sweep folder: it has no sweep\.json"):
+        report.write(tmp_path, pictures=False)
+
+
+def test_the_command_of_a_job_gives_its_words_back_to_a_shell(tmp_path):
+    words = ["data.system=What's 2+2, and why?", "adapter.alpha=${adapter.r}", "data.path=a b.jsonl", 'x=<b>"']
+    folder = sweep_folder(tmp_path, words, config_dir=str(tmp_path))
+    job(folder, 0, words)
+    [command] = [one["command"] for one in record(folder)["jobs"]]
+    assert shlex.split(command) == ["lora-ft", "train", "--config-dir", str(tmp_path), *words]
+    assert command in (folder / "report.md").read_text()
+
+
+def test_report_json_is_the_same_bytes_for_the_same_files_and_names_its_units(twenty):
+    report.write(twenty, pictures=False)
+    first = (twenty / "report.json").read_bytes()
+    report.write(twenty, pictures=False)
+    assert (twenty / "report.json").read_bytes() == first
+    stored = json.loads(first)
+    assert list(stored) == sorted(stored)
+    assert {"train_seconds", "adapter_bytes", "heldout_loss_nats_per_token"} <= stored["jobs"][0].keys()
+
+
+def test_markdown_cells_break_no_table_and_start_no_tag(tmp_path):
+    folder = sweep_folder(tmp_path, ["data.path=a,b"])
+    job(folder, 0, ["data.path=a"], {"data.path": "<script>x|y</script>`*"}, loss=2.0)
+    job(folder, 1, ["data.path=b"], {"data.path": "b"}, failure=("ConfigError", 2, "two\nlines | and a bar"))
+    report.write(folder, pictures=False)
+    lines = [line for line in (folder / "report.md").read_text().splitlines() if line.startswith("|")]
+    head = lines[0].count("|")
+    board = lines[: lines.index(next(line for line in lines if line.startswith("| job")))]
+    assert all(line.replace("\\|", "").count("|") == head for line in board)
+    assert "\\<script\\>x\\|y" in board[3]
+
+
+def test_secrets_and_control_characters_reach_no_report(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_API_KEY", "s3cr3t&value<9")
+    folder = sweep_folder(tmp_path, ["data.system=s3cr3t&value<9"])
+    job(folder, 0, ["data.system=s3cr3t&value<9"], failure=("OSError", 1, "\x1b[31mred s3cr3t&value<9"))
+    job(folder, 1, ["a=1"], {"data.system": "s3cr3t&value<9"}, loss=2.0)
+    shown = printed(report.write(folder, pictures=False))
+    for text in (shown, *((folder / name).read_text() for name in (report.MARKDOWN, report.HTML, report.JSON))):
+        assert "s3cr3t" not in text
+        assert "\x1b[31m" not in text
+        assert "redacted MY_API_KEY" in text
+
+
+def test_a_long_curve_is_thinned_but_keeps_its_ends_and_every_evaluation(tmp_path):
+    folder = sweep_folder(tmp_path, ["seed=0"])
+    metrics(job(folder, 0, ["seed=0"], {}), 5000, 3.0, 2.0, evaluations=50)
+    curve = read(folder).jobs[0].curve
+    assert len(curve.losses) < 250
+    assert [step for step, _ in curve.heldout] == list(range(0, 5001, 100))
+    assert (curve.last_step, curve.losses[-1][0]) == (5000, 5000)
+    assert curve.stride == math.ceil(5001 / results._POINTS)
+
+
+def test_smoothing_is_the_mean_of_a_window_and_leaves_a_constant_as_it_is():
+    flat = tuple((step, 2.0) for step in range(100))
+    assert [y for _, y in charts.smoothed(flat)] == pytest.approx([2.0] * 100)
+    points = tuple((step, float(step * step % 17)) for step in range(100))
+    half = 100 // 16
+    assert charts.smoothed(points)[50][1] == pytest.approx(
+        statistics.fmean(y for _, y in points[50 - half : 51 + half])
+    )
+
+
+def test_no_point_is_smaller_and_better_than_one_on_the_front():
+    points = [(float(7 * i % 13), float(5 * i % 11)) for i in range(40)]
+    front = charts.front(points)
+    for x, y in front:
+        assert not any(px <= x and py <= y and (px, py) != (x, y) for px, py in points)
+    for px, py in points:
+        assert any(x <= px and y <= py for x, y in front)
+
+
+def test_ranks_are_joined_through_the_means_of_their_seeds_for_each_other_setting(tmp_path):
+    folder = sweep_folder(tmp_path, ["adapter.r=2,8", "optim.lr=1e-4,1e-3", "seed=1,2"])
+    cases = [(r, lr, seed) for r in (2, 8) for lr in (1e-4, 1e-3) for seed in (1, 2)]
+    for number, (r, lr, seed) in enumerate(cases):  # alpha follows the rank, and so makes no line of its own
+        settings = {"adapter.r": r, "adapter.alpha": 2.0 * r, "optim.lr": lr, "seed": seed}
+        job(folder, number, [f"adapter.r={r}"], settings, loss=r + lr + seed / 8, adapter_bytes=r * 1000)
+    by_name = {chart.name: chart for chart in charts.charts(standing.of(read(folder)))}
+    lines = [series for series in by_name["rank"].series if series.kind is charts.Kind.means]
+    assert [(line.label, line.points) for line in lines] == [
+        (f"optim.lr {lr:g}", tuple((r, pytest.approx(r + lr + 1.5 / 8)) for r in (2, 8))) for lr in (1e-4, 1e-3)
+    ]
+    assert sum(series.kind is charts.Kind.points for series in by_name["rank"].series) == len(cases)
+    assert by_name["rank"].log2
+
+
+def test_charts_that_have_nothing_to_compare_are_left_out(tmp_path):
+    folder = sweep_folder(tmp_path, ["seed=0"])
+    assert charts.charts(standing.of(read(folder))) == []
+    job(folder, 0, ["seed=0"], {}, loss=2.0)
+    assert [chart.name for chart in charts.charts(standing.of(read(folder)))] == ["train_loss", "heldout_loss"]
+
+
+def test_a_run_that_diverged_does_not_hide_the_others():
+    calm = [charts.Series(charts.Kind.line, ((1, 3.0), (2, 2.5), (3, 2.25)), n) for n in range(6)]
+    wild = charts.Series(charts.Kind.line, ((1, 3.0), (2, 1e6)), 6)
+    low, high, cut = charts.y_range(charts.Chart("c", "c", "x", "y", (*calm, wild)))
+    assert cut and low < 2.25 and 3.0 < high < 10
+    assert not charts.y_range(charts.Chart("c", "c", "x", "y", tuple(calm)))[2]
+
+
+def test_pictures_are_written_and_linked_and_without_matplotlib_one_line_says_what_to_install(
+    twenty, monkeypatch, caplog
+):
+    with monkeypatch.context() as without, caplog.at_level(logging.WARNING, "lora_ft"):
+        without.setitem(sys.modules, "matplotlib.figure", None)
+        report.write(twenty, pictures=True)
+    assert caplog.messages == ["no pictures beside the report: they need matplotlib: pip install 'lora_ft[plots]'"]
+    assert ".png" not in (twenty / "report.md").read_text()
+    assert (twenty / "report.html").is_file() and not list(twenty.glob("*.png"))
+    sweep = report.write(twenty, pictures=True)
+    for name in ("train_loss", "heldout_loss", "rank", "size"):
+        assert (twenty / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"]({name}.png)" in (twenty / "report.md").read_text()
+    assert {path.name for path in report.written(sweep)} >= {"report.md", "report.html", "report.json", "rank.png"}
