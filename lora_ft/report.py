@@ -13,14 +13,14 @@ from rich.console import Console
 from rich.text import Text
 
 from lora_ft import config, entry
-from lora_ft.sweeps import report
+from lora_ft.sweeps import report, terminal
 
 
 def main(cfg: config.ReportRun, invocation: entry.Invocation) -> None:
     """Print the tables, write the reports, and say where they are; ConfigError where `sweep` is no sweep folder."""
     sweep = report.write(Path(cfg.sweep).expanduser(), pictures=True)
     console = Console()
-    console.print(report.table(sweep))
+    console.print(terminal.table(sweep))
     for path in report.written(sweep):
         console.print(Text(str(path)), soft_wrap=True)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lora_ft import config, entry
-from lora_ft.sweeps import jobs, report
+from lora_ft.sweeps import jobs, report, terminal
 
 
 def main(cfg: config.SweepRun, invocation: entry.Invocation) -> float | None:
@@ -24,7 +24,7 @@ def main(cfg: config.SweepRun, invocation: entry.Invocation) -> float | None:
 def end(folder: Path) -> int:
     """Report on a sweep whose jobs have ended; returns its exit code."""
     sweep = report.write(folder, pictures=True)
-    Console().print(report.table(sweep))
+    Console().print(terminal.table(sweep))
     sys.stdout.write(f"\n{folder / 'report.html'}\n")
     return report.exit_code(sweep)
 

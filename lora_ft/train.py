@@ -35,13 +35,13 @@ from lora_ft.training import checkpoint, logs
 from lora_ft.training.finish import Result, finish
 from lora_ft.training.halving import Halving
 from lora_ft.training.learner import Learner, make_learner
-from lora_ft.training.loop import Metrics, Observer, Watcher, fit_each
-from lora_ft.training.metrics import observers
+from lora_ft.training.loop import Metrics, Watcher, fit_each
 from lora_ft.training.optimizers import learner_bytes
 from lora_ft.training.paths import use_fast_paths
 from lora_ft.training.preflight import Rows, check_first, check_machine, read_rows
 from lora_ft.training.progress import displayed
 from lora_ft.training.stop import Stop, on_signals
+from lora_ft.training.trackers import Tracked, tracked
 
 log = logging.getLogger("lora_ft")
 
@@ -139,12 +139,15 @@ def train_each(
         learners[learner.name] = job, learner
     log.info("ready in %.1f s", time.perf_counter() - started)
     left = len(learners)
-    for learner, failure in _fit(learners, progress, stop, halving):
-        job, left = learners[learner.name][0], left - 1
-        progress.turn(job.folder, "end")
-        if not left:
-            progress.end()
-        yield job.number, failure or _ended(learner, shared)
+    with tracked([learner for _, learner in learners.values()]) as track:
+        for learner, failure in _fit(learners, track, progress, stop, halving):
+            job, left = learners[learner.name][0], left - 1
+            progress.turn(job.folder, "end")
+            if not left:
+                progress.end()
+            outcome = failure or _ended(learner, shared)
+            track.ended(learner, outcome)
+            yield job.number, outcome
 
 
 def _checked(number: int, cfg: config.TrainRun, folder: Path, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Job:
@@ -201,13 +204,15 @@ def _begin(job: Job, shared: Shared, others: list[Learner], halving: Halving | N
 
 
 def _fit(
-    learners: dict[str, tuple[Job, Learner]], progress: Watcher, stop: Stop | None, halving: Halving | None
+    learners: dict[str, tuple[Job, Learner]],
+    track: Tracked,
+    progress: Watcher,
+    stop: Stop | None,
+    halving: Halving | None,
 ) -> Iterator[tuple[Learner, Exception | None]]:
-    outlets: dict[str, list[Observer]] = {name: [*observers(one), progress] for name, (_, one) in learners.items()}
-
     def observe(learner: Learner, metrics: Metrics) -> None:
-        for outlet in outlets[learner.name]:
-            outlet(learner, metrics)
+        track(learner, metrics)
+        progress(learner, metrics)
 
     def begins(learner: Learner) -> None:
         progress.turn(learner.folder, "step")

@@ -420,12 +420,14 @@ def tokenizer_with(pre_tokenizer, normalizer=None, added=()):
 
 PLAIN_TOKENS = [AddedToken("<think>", normalized=False), AddedToken("Ab", normalized=True)]
 STRIPPING = [AddedToken("<mask>", normalized=False, lstrip=True)]
+STRIPPING_BEHIND = [AddedToken("<mask>", normalized=False, rstrip=True)]
 WHOLE_WORD = [AddedToken("ab", normalized=False, single_word=True)]
 LOWER = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Lowercase()])
 VOCABULARIES = {name: Vocabulary(tokenizer_with(step)) for name, step in PRE_TOKENIZERS.items()} | {
     "normalized": Vocabulary(tokenizer_with(None, LOWER, PLAIN_TOKENS)),
     "added": Vocabulary(tokenizer_with(PRE_TOKENIZERS["byte level"], None, PLAIN_TOKENS)),
     "stripping": Vocabulary(tokenizer_with(PRE_TOKENIZERS["byte level"], None, STRIPPING)),
+    "stripping behind": Vocabulary(tokenizer_with(PRE_TOKENIZERS["byte level"], None, STRIPPING_BEHIND)),
     "whole words": Vocabulary(tokenizer_with(PRE_TOKENIZERS["byte level"], None, WHOLE_WORD)),
 }
 PARTS = st.sampled_from(["<|", "<|im_end|>", "<think>", "<mask>", "Ab", "ab", "a", " ", "\n", "1", "é", "▁", "|>", "."])
@@ -439,5 +441,5 @@ def test_texts_cut_at_added_tokens_have_the_ids_of_the_whole_texts(name, texts):
 
 @pytest.mark.parametrize("name", VOCABULARIES)
 def test_texts_are_cut_where_parts_do_not_depend_on_their_place(name):
-    depends = name in ("metaspace at the start", "stripping", "whole words")
+    depends = name in ("metaspace at the start", "stripping", "stripping behind", "whole words")
     assert (VOCABULARIES[name].split is None) == depends

@@ -342,3 +342,53 @@ def test_a_file_that_grows_is_cut_and_measured(tmp_path: Path) -> None:
     durable.remove(lines)
     durable.remove(lines)
     assert not lines.exists()
+
+
+def descriptors() -> set[str]:
+    return {str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()}
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux, whose /proc says what a descriptor is of")
+def test_names_that_appear_or_go_are_on_the_disk_and_no_file_stays_open(tmp_path: Path, monkeypatch) -> None:
+    """What the mutants of durable.py that lived had in common: an fsync or a close less."""
+    brought: list[str] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        brought.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(durable.os, "fsync", noted)
+    before, folder = descriptors(), str(tmp_path)
+
+    def after(step: Callable[[], object]) -> set[str]:
+        brought.clear()
+        step()
+        assert {name for name in descriptors() - before if name.startswith(folder)} == set()
+        return set(brought)
+
+    durable.append_line(tmp_path / "lines", "x")
+    assert after(lambda: durable.settle(tmp_path / "lines")) == {folder, f"{folder}/lines"}
+    assert after(lambda: durable.remove(tmp_path / "lines")) == {folder}
+    assert after(lambda: durable.make_folder(tmp_path / "a" / "b")) == {folder, f"{folder}/a"}
+    assert after(lambda: durable.remove_folder(tmp_path / "a")) == {folder}
+    durable.beat(tmp_path / "beat", "now")
+    assert after(lambda: durable.beat(tmp_path / "beat", "then")) == set()
+    with durable.staged_folder(tmp_path / "staged") as staging:
+        (staging / "inner").mkdir()
+        (staging / "inner" / "file").write_text("x")
+        held = {str(staging), f"{staging}/inner", f"{staging}/inner/file"}
+        brought.clear()
+    assert set(brought) >= held | {folder}
+
+
+def test_a_record_that_has_no_place_in_its_file_is_refused(tmp_path: Path) -> None:
+    durable.beat(tmp_path / "beat", "x" * 4095)
+    assert (tmp_path / "beat").stat().st_size == 4096
+    with pytest.raises(ValueError, match="4097 bytes, where 4096 are the most"):
+        durable.beat(tmp_path / "beat", "x" * 4096)
+
+
+def test_the_room_on_a_disk_is_counted_in_bytes(tmp_path: Path) -> None:
+    found = os.statvfs(tmp_path)
+    assert 0.5 < durable.free_bytes(tmp_path / "not" / "there") / (found.f_bavail * found.f_frsize) < 2

@@ -28,8 +28,8 @@ from lora_ft.ops.token_loss import Batch, Paths, token_loss_sum
 from lora_ft.training import loop
 from lora_ft.training.learner import Learner
 from lora_ft.training.loop import fit
-from lora_ft.training.metrics import observers
 from lora_ft.training.progress import Progress
+from lora_ft.training.trackers import Tracked
 
 FAMILIES = ("gpt2", "llama", "qwen3")
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -158,7 +158,7 @@ def test_who_watches_changes_no_bit(kind: Kind, tmp_path: Path) -> None:
     screen = Console(file=StringIO())
 
     def watch(learner: Learner) -> Watch:
-        outlets = [*observers(learner), Progress(screen, None)]
+        outlets = [Tracked([learner]), Progress(screen, None)]
         return lambda who, metrics: [outlet(who, metrics) for outlet in outlets]
 
     found = outcome(kind.family, kind.dtype, tmp_path, watch=watch, track=config.Tracker.tensorboard)

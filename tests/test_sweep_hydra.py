@@ -13,6 +13,8 @@ import pytest
 import torch
 import yaml
 from finished import call, rows_file
+from hydra import version
+from hydra.core.singleton import Singleton
 from hydra.test_utils.launcher_common_tests import IntegrationTestSuite, LauncherTestSuite
 from tiny import tiny_folder
 
@@ -27,6 +29,12 @@ from lora_ft.sweeps.jobs import Job
 @pytest.mark.parametrize(("launcher_name", "overrides"), [("lora_ft", [])])
 class TestLauncher(LauncherTestSuite):
     """A task of another program, in which this launcher is installed."""
+
+    @pytest.fixture(autouse=True)
+    def own_version_base(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The suite names no version_base, and so depends on what ran before it in the process."""
+        monkeypatch.setitem(Singleton._instances, version.VersionBase, version.VersionBase.__new__(version.VersionBase))
+        version.VersionBase.instance().setbase(version.__compat_version__)
 
 
 @pytest.mark.nightly

@@ -14,7 +14,7 @@ from sweep_folders import BASE_LOSS, job, metrics, sweep_folder
 
 from lora_ft import runs
 from lora_ft.errors import ConfigError
-from lora_ft.sweeps import charts, report, results, standing, tables
+from lora_ft.sweeps import charts, report, results, standing, tables, terminal
 from lora_ft.sweeps.results import State
 
 
@@ -38,7 +38,7 @@ def record(folder, **options):
 
 def printed(sweep, width=200):
     console = Console(file=io.StringIO(), width=width)
-    console.print(report.table(sweep))
+    console.print(terminal.table(sweep))
     return console.file.getvalue()
 
 
@@ -368,3 +368,17 @@ def test_pictures_are_written_and_linked_and_without_matplotlib_one_line_says_wh
         assert (twenty / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f"]({name}.png)" in (twenty / "report.md").read_text()
     assert {path.name for path in report.written(sweep)} >= {"report.md", "report.html", "report.json", "rank.png"}
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_a_terminal_shows_whole_numbers_in_lines_of_their_own_however_narrow_it_is(width, twenty):
+    sweep = read(twenty)
+    [board] = standing.of(sweep).boards
+    lines = printed(sweep, width).splitlines()
+    assert max(map(len, lines)) <= width
+    begin = next(i for i, line in enumerate(lines) if line.lstrip().startswith("#"))
+    shown = [line.split() for line in lines[begin + 3 : begin + 3 + 20]]
+    assert [words[1] for words in shown[:12]] == names(board.ranked)
+    assert [words[-1] for words in shown] == ["finished"] * 12 + ["failed"] * 8
+    assert all(f"{job.figures.heldout_loss:.4f}" in words for job, words in zip(board.ranked, shown, strict=False))
+    assert ("parameters" in lines[begin]) == (width >= 100)

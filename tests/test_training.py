@@ -9,7 +9,7 @@ import pytest
 import torch
 from learners import SETTINGS, learner_on, some_rows, trained
 from peft import LoraConfig, get_peft_model
-from tiny import FAMILIES, tiny_model
+from tiny import FAMILIES, tiny_model, tiny_tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,6 +18,8 @@ from lora_ft.adapters import audit
 from lora_ft.data.prepare import prepare
 from lora_ft.data.rows import TokenRow
 from lora_ft.errors import ConfigError, DataError, MismatchError, NonFiniteError
+from lora_ft.evaluation.compare import adapter_off, compare
+from lora_ft.evaluation.heldout import heldout_loss
 from lora_ft.models.load import load_base, load_tokenizer
 from lora_ft.training import learner as learner_module
 from lora_ft.training import loop
@@ -331,3 +333,56 @@ def test_fifty_steps_of_smollm2_fast_and_plain_equal_a_plain_peft_loop(tmp_path:
     assert fast.losses == pytest.approx(plain.losses, rel=1e-5)
     assert fast.losses == pytest.approx(losses, rel=1e-5)
     assert sum(losses[-10:]) < sum(losses[:10])
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("adapter", [{}, {"targets": ["lm_head", "all-linear"]}, {"dropout": 0.5}])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # of GPT-2's head, which is no Conv1D as its other layers are
+def test_an_adapter_is_its_base_before_its_first_step_to_the_bit(family, adapter, fast, tmp_path):
+    """What lets an evaluation before the first step stand for the base's own."""
+    settings = {"adapter": config.Adapter(r=4, **adapter)}
+    learner = learner_on(tiny_model(family), tmp_path, heldout=some_rows(5, seed=9), fast=fast, **settings)
+    assert learner.starts_as_base
+    with adapter_off(learner.model):
+        bare = heldout_loss(learner.base, learner.heldout, learner.paths, 60)
+    fit([learner], lambda *_: None)
+    assert learner.evaluations[0].heldout == bare
+    assert learner.measured == (bare, heldout_loss(learner.base, learner.heldout, learner.paths, 60))
+    assert learner.measured[0] != learner.measured[1]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "train", "known"),
+    [
+        ({}, {}, (True, True)),
+        ({"dora": True}, {}, (False, True)),
+        ({}, {"eval_every_steps": 1, "keep": config.Keep.best}, (True, True)),
+    ],
+)
+def test_the_comparison_at_the_end_takes_what_training_has_measured(adapter, train, known, tmp_path):
+    settings = {
+        "adapter": config.Adapter(r=4, **adapter),
+        "train": config.Train(max_steps=6, tokens_per_step=60, **train),
+    }
+    learner = learner_on(tiny_model("llama"), tmp_path, heldout=some_rows(5, seed=9), **settings)
+    fit([learner], lambda *_: None)
+    learner.take_kept_state()
+    assert tuple(loss is not None for loss in learner.measured) == known
+    rest = (learner.heldout, [], learner.paths, 60, 0, 1)
+    plain = compare(learner.model, tiny_tokenizer(), *rest)
+    assert compare(learner.model, tiny_tokenizer(), *rest, known=learner.measured) == plain
+    assert all(loss in (None, own) for loss, own in zip(learner.measured, (plain.base, plain.adapter), strict=True))
+
+
+def test_learners_of_one_base_evaluate_it_once(tmp_path, monkeypatch):
+    first = learner_on(tiny_model("llama"), tmp_path, heldout=some_rows(5, seed=9))
+    others = [
+        learner_on(first.base, tmp_path, heldout=some_rows(5, seed=9), name=f"other{r}", onto=first.model,
+                   adapter=config.Adapter(r=r, dora=r == 3))
+        for r in (2, 3)
+    ]  # fmt: skip
+    begun = []
+    monkeypatch.setattr(loop, "heldout_loss", lambda *given: begun.append(given) or heldout_loss(*given))
+    fit([first, *others], lambda *_: None)
+    assert len(begun) == 2 + 3  # the base for two of them and DoRA's own, and the end of each

@@ -60,18 +60,20 @@ def compare(
     num_samples: int,
     max_new_tokens: int,
     earlier: Comparison | None = None,
+    known: tuple[Heldout | None, Heldout | None] = (None, None),
 ) -> Comparison:
     """Evaluate `rows`, and answer the first `num_samples` questions greedily, without and with the adapter.
 
     The active adapter is the one compared. What the base gave in an `earlier` comparison of the same rows, questions
-    and limits is taken from there. Raises NonFiniteError for a loss that is not a number.
+    and limits is taken from there; losses of base and adapter that are `known` are not measured again. Raises
+    NonFiniteError for a loss that is not a number.
     """
     inner: PreTrainedModel = model.get_base_model()
     asked = questions[:num_samples]
     greedy = config.Sampling(max_new_tokens=max_new_tokens)
 
-    def measured() -> tuple[Heldout, list[str]]:
-        heldout = heldout_loss(inner, rows, paths, tokens_per_microbatch)
+    def measured(loss: Heldout | None) -> tuple[Heldout, list[str]]:
+        heldout = loss or heldout_loss(inner, rows, paths, tokens_per_microbatch)
         if not math.isfinite(heldout.loss):
             raise NonFiniteError(f"held-out loss {heldout.loss}: the weights of the base or of the adapter are broken")
         return heldout, [generate(inner, tokenizer, question.prompt_ids, greedy, seed=0) for question in asked]
@@ -80,8 +82,8 @@ def compare(
         base_loss, base_answers = earlier.base, [answers.base for answers in earlier.answers]
     else:
         with adapter_off(model):
-            base_loss, base_answers = measured()
-    adapter_loss, adapter_answers = measured()
+            base_loss, base_answers = measured(known[0])
+    adapter_loss, adapter_answers = measured(known[1])
     told = zip(asked, base_answers, adapter_answers, strict=True)
     return Comparison(base_loss, adapter_loss, [Answers(q.prompt, q.answer, base, own) for q, base, own in told])
 

@@ -1,21 +1,13 @@
 """What is written of a sweep: report.md, report.json, report.html and pictures, from its files alone. No torch here.
 
 sweep = write(folder, pictures=False)      # after each job; with pictures at the end
-console.print(table(sweep))                # the same figures in a terminal
 sys.exit(exit_code(sweep))                 # 0 all finished, 3 some did not, all failed: the first failure's own
 """
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-from rich import box
-from rich.console import Group, RenderableType
-from rich.padding import Padding
-from rich.table import Table as RichTable
-from rich.text import Text
 
 from lora_ft import durable
 from lora_ft.sweeps import plots, results, standing, tables
@@ -56,32 +48,6 @@ def exit_code(sweep: Sweep) -> int:
     if all(job.state is State.failed for job in sweep.jobs):
         return sweep.jobs[0].exit_code or 1
     return _FAILED_IN_PART
-
-
-def table(sweep: Sweep) -> RenderableType:
-    """The tables of report.md for a terminal: leaderboard, and what failed with its reason and log."""
-    return Group(*(part for one in tables.tables(standing.of(sweep)) for part in _rich(one)))
-
-
-def _rich(table: Table) -> Iterator[RenderableType]:
-    yield Text(f"\n{table.title}", style="bold")
-    if table.note:
-        yield Text(table.note, style="dim")
-    if table.title.startswith(("Without", "Stopped")):  # long texts, which columns would make into ribbons
-        names = [column.name for column in table.columns]
-        for row in table.rows:
-            texts = dict(zip(names, (cell.text for cell in row), strict=True))
-            yield Text(f"job {texts['job']}  {texts['status']}{': ' * bool(texts['why'])}{texts['why']}")
-            if texts.get("log"):
-                yield Padding(Text(texts["log"], style="dim", overflow="fold"), (0, 0, 0, 2))
-        return
-    drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
-    for column in table.columns:
-        drawn.add_column(Text(column.short or column.name), justify="right" if column.is_number else "left",
-                         overflow="fold")  # fmt: skip
-    for row in table.rows:
-        drawn.add_row(*(Text(cell.text) for cell in row))
-    yield drawn
 
 
 def markdown(known: Standing) -> str:

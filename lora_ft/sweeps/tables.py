@@ -17,11 +17,15 @@ _STATUS = 48  # characters of a reason beside a job's figures
 
 @dataclass(frozen=True)
 class Column:
-    """A table's column: its name, a short one for narrow places, and whether its cells are numbers."""
+    """A table's column: its name, a short one for narrow places, and whether its cells are numbers.
+
+    spare: where the place is too narrow for all, the column with the highest is the first to be left out; 0: never.
+    """
 
     name: str
     short: str = ""
     is_number: bool = True
+    spare: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,11 +68,11 @@ def _leaderboard(standing: Standing, board: Board, number: str, rest: Iterable[J
         Column("job", is_number=False),
         *_setting_columns(standing, seed=standing.has_seeds),
         Column("held-out loss, nats per token", "loss"),
-        Column("perplexity", "ppl"),
-        Column("tokens/s"),
-        Column("peak memory, GB", "GB"),
-        Column("adapter, MB", "MB"),
-        Column("parameters, trainable", "parameters"),
+        Column("perplexity", "ppl", spare=1),
+        Column("tokens/s", spare=2),
+        Column("peak memory, GB", "GB", spare=3),
+        Column("adapter, MB", "MB", spare=4),
+        Column("parameters, trainable", "parameters", spare=5),
         Column("train time", "time"),
         Column("status", is_number=False),
     )

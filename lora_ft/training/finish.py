@@ -80,6 +80,7 @@ def _compared(learner: Learner, base: Base, compared: dict[object, Comparison]) 
         train.samples,
         _SAMPLE_TOKENS,
         compared.get(decides),
+        learner.measured,
     )
     compared[decides] = comparison
     return comparison

@@ -112,6 +112,20 @@ class Learner:
         """How many evaluations have passed since the best one."""
         return len(self.evaluations) - 1 - self.evaluations.index(self.best) if self.best else 0
 
+    @property
+    def starts_as_base(self) -> bool:
+        """Whether the adapter adds nothing before its first step, so that what it is then is its base, bit for bit."""
+        adapter = self.cfg.adapter
+        return not (adapter.dora or adapter.init_from or adapter.modules_to_save or self.cfg.model.added_tokens)
+
+    @property
+    def measured(self) -> tuple[Heldout | None, Heldout | None]:
+        """Held-out losses of the base and of the state that is kept, None where no evaluation was of it."""
+        first, last = self.evaluations[:1], self.evaluations[-1:]
+        kept = [self.best] if self.cfg.train.keep is config.Keep.best else last
+        base = next((e.heldout for e in first if e.step == 0 and self.starts_as_base), None)
+        return base, next((e.heldout for e in kept if e and (e is self.best or e.step == self.step)), None)
+
 
 def make_learner(
     name: str,

@@ -24,7 +24,7 @@ from lora_ft.adapters import audit
 from lora_ft.data.order import derive
 from lora_ft.data.pack import micro_batches
 from lora_ft.errors import CheckpointError, Interrupted, NonFiniteError
-from lora_ft.evaluation.heldout import heldout_loss, to_batch
+from lora_ft.evaluation.heldout import Heldout, heldout_loss, to_batch
 from lora_ft.ops.recompute import recompute_layers
 from lora_ft.ops.token_loss import token_loss_sum
 from lora_ft.training import checkpoint, logs, optimizers
@@ -68,7 +68,8 @@ def fit_each(
     each turn. When `stop` is asked for, the step is finished, every learner saved, and Interrupted raised.
     """
     stop = stop or Stop()
-    turns = {learner.name: (learner, _turns(learner, observe)) for learner in learners}
+    bases: dict[object, Heldout] = {}
+    turns = {learner.name: (learner, _turns(learner, observe, bases)) for learner in learners}
     with contextlib.ExitStack() as while_steps_follow:
         while_steps_follow.enter_context(stop.between_steps())
         while turns:
@@ -107,18 +108,21 @@ def _save_and_leave(learners: list[Learner], signum: int) -> NoReturn:
     )
 
 
-def _turns(learner: Learner, observe: Observer) -> Iterator[int]:
-    """Train one learner, giving the base away after every step; yields the number of steps done."""
+def _turns(learner: Learner, observe: Observer, bases: dict[object, Heldout]) -> Iterator[int]:
+    """Train one learner, giving the base away after every step; yields the number of steps done.
+
+    `bases` holds evaluations of the base, which learners that start as it hand on to each other.
+    """
     first = learner.step
     while not learner.is_done:
         _activate(learner)
         metrics = _gradient(learner, audited=learner.step == first)
         if learner.step == 0 and learner.heldout:
             # The adapter is still as it was; so the first step need not wait for seconds of evaluation.
-            observe(learner, {"step": 0} | _evaluate(learner))
+            observe(learner, {"step": 0} | _evaluate(learner, bases if learner.starts_as_base else {}))
         metrics |= _update(learner, metrics)
         if _evaluation_due(learner):
-            metrics |= _evaluate(learner)
+            metrics |= _evaluate(learner, {})
         observe(learner, metrics)
         if checkpoint.is_due(learner):
             checkpoint.save(learner)
@@ -196,10 +200,16 @@ def _evaluation_due(learner: Learner) -> bool:
     return bool(learner.heldout) and wanted
 
 
-def _evaluate(learner: Learner) -> Metrics:
-    """Held-out loss of the adapter as it is now; the best state so far is kept in memory if it will be wanted."""
+def _evaluate(learner: Learner, known: dict[object, Heldout]) -> Metrics:
+    """Held-out loss of the adapter as it is now; the best state so far is kept in memory if it will be wanted.
+
+    What is `known` of the same rows in the same micro-batches is not measured again, and what is measured is added.
+    """
     capacity = learner.cfg.train.tokens_per_microbatch or learner.cfg.train.tokens_per_step
-    heldout = heldout_loss(learner.base, learner.heldout, learner.paths, capacity)
+    decides = len(learner.heldout), capacity
+    if decides not in known:
+        known[decides] = heldout_loss(learner.base, learner.heldout, learner.paths, capacity)
+    heldout = known[decides]
     if not math.isfinite(heldout.loss):
         raise NonFiniteError(f"step {learner.step}: held-out loss {heldout.loss}")
     learner.evaluations.append(Evaluation(learner.step, heldout))

@@ -31,7 +31,7 @@ from lora_ft.errors import ConfigError, LoraFtError
 from lora_ft.models.load import Base, resolve_device
 from lora_ft.models.skeleton import load_skeleton
 from lora_ft.ops.kernels import choose_kernels
-from lora_ft.training import checkpoint, learner
+from lora_ft.training import checkpoint, learner, trackers
 from lora_ft.training.optimizers import learning_rate
 from lora_ft.training.unused import without_effect
 
@@ -160,6 +160,7 @@ def look(
 ) -> Known:
     """All that can be known of such a run, also without its rows; what fails is in `tries`."""
     base = tries(load_skeleton, cfg.model, cfg.quant, cfg.device, tokenizer)
+    tries(trackers.check, cfg.track)
     steps = _steps(cfg, rows.dataset) if rows else None
     if rows and steps:
         tries(learner.check_added_tokens, cfg.model, tokenizer, rows.dataset.train)
