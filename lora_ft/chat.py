@@ -64,6 +64,7 @@ def main(cfg: config.ChatRun, invocation: entry.Invocation) -> None:
     """Answer `prompt` on stdout, or hold a session over stdin and stdout."""
     keep_freed_memory()
     adapter = source.adapter_folder(cfg.run, cfg.adapter_path)
+    cfg = source.with_base(cfg, adapter, invocation.overrides)
     tokenizer = source.adapter_tokenizer(adapter, cfg.model)
     _, model = source.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
     system = cfg.data.system if cfg.system is None else cfg.system

@@ -7,82 +7,30 @@ the YAML files in `conf/` name choices and hold only what differs from the defau
 """
 
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from lora_ft.setting import OnResume, setting
+from lora_ft.values import (
+    Also,
+    Combination,
+    Dtype,
+    Format,
+    GgufType,
+    Keep,
+    Onto,
+    Optimizer,
+    QuantKind,
+    Schedule,
+    ShareBase,
+    TooLong,
+    Tracker,
+    TrainOn,
+)
 
 # In a checkout conf/ lies beside the package; in an installed wheel it lies inside it.
 _HERE = Path(__file__).resolve().parent
 CONF = next(d for d in (_HERE / "conf", _HERE.parent / "conf") if d.is_dir())
-
-
-class Dtype(Enum):
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class QuantKind(Enum):
-    none = "none"
-    int8 = "int8"
-    nf4 = "nf4"
-    fp4 = "fp4"
-
-
-class Format(Enum):
-    auto = "auto"
-    messages = "messages"
-    conversations = "conversations"
-    prompt_completion = "prompt_completion"
-    alpaca = "alpaca"
-    text = "text"
-    table = "table"
-
-
-class TooLong(Enum):
-    error = "error"
-    drop = "drop"
-    truncate_prompt = "truncate_prompt"
-    split = "split"
-
-
-class TrainOn(Enum):
-    answers = "answers"
-    last_answer = "last_answer"
-    all = "all"
-
-
-class Optimizer(Enum):
-    adamw = "adamw"
-    adamw_8bit = "adamw_8bit"
-    paged_adamw = "paged_adamw"
-
-
-class Schedule(Enum):
-    constant = "constant"
-    linear = "linear"
-    cosine = "cosine"
-    wsd = "wsd"
-
-
-class Keep(Enum):
-    last = "last"
-    best = "best"
-
-
-class Tracker(Enum):
-    none = "none"
-    tensorboard = "tensorboard"
-    wandb = "wandb"
-    mlflow = "mlflow"
-
-
-class ShareBase(Enum):
-    interleaved = "interleaved"
-    none = "none"
 
 
 @dataclass
@@ -296,7 +244,7 @@ def _run() -> Any:
 
 
 def _adapter_path() -> Any:
-    return setting(None, "adapter made elsewhere: folder or hub id; needs model=", path=True)
+    return setting(None, "adapter made elsewhere: folder or hub id; model= where it does not name its base", path=True)
 
 
 @dataclass
@@ -373,12 +321,50 @@ class ChatRun:
 
 @dataclass
 class MergeRun:
-    """Add the adapter to the base it was trained on and write a model that needs no adapter."""
+    """Write a model that needs no adapter; or make one adapter of several, or a smaller one."""
 
     run: str | None = _run()
     adapter_path: str | None = _adapter_path()
-    out: str = setting("", "folder to write; must not exist", path=True)
+    out: str = setting("", "folder to write, or with gguf= a file; must not exist", path=True)
+    onto: Onto = setting(
+        Onto.auto,
+        "weights that a quantized run's adapter is added to: dequantized, those it was trained on; original, those of "
+        "the base; auto: measure both on the held-out rows and take the better",
+    )
     dtype: Dtype = setting(Dtype.auto, "dtype of the written weights; auto: the dtype of computation")
+    gguf: GgufType | None = setting(None, "write one GGUF file instead of a folder, its matrices of this type")
+    adapters: list[str] = setting([], "run or adapter folders to combine into one adapter; no model is written then")
+    weights: list[float] = setting([], "adapters: weight of each; []: equal, 1 in all")
+    method: Combination = setting(Combination.linear, "adapters: how they are combined")
+    density: float = setting(0.5, "ties, dare_ties: part of each update that is kept", above=0, at_most=1)
+    truncate_rank: int | None = setting(
+        None,
+        "write a smaller adapter of at most this rank instead, by SVD; the loss at each rank is printed",
+        at_least=1,
+    )
+    model: Model = field(default_factory=Model)
+    quant: Quant = field(default_factory=Quant)
+    data: Data = field(default_factory=Data)
+    eval_rows: int = setting(64, "most held-out rows that are measured", unit="rows", at_least=1)
+    device: str = _device()
+    seed: int = _seed()
+
+
+@dataclass
+class PublishRun:
+    """Package an adapter, send it, fetch it back, and prove that PEFT alone loads what was trained."""
+
+    run: str | None = _run()
+    adapter_path: str | None = _adapter_path()
+    to: str = setting(
+        "", "dir:PATH, hf:OWNER/NAME, oci:HOST/NAME:TAG, or a URL of fsspec (s3://..., gs://...)", text=True
+    )
+    public: bool = setting(False, "hf: a new repository is public")
+    license: str | None = setting(None, "license of the adapter, as the hub names it: apache-2.0, mit, ...", text=True)
+    also: list[Also] = setting([], "of gguf, mlx: the adapter in these formats as well, for llama.cpp and MLX")
+    dry_run: bool = setting(False, "make and prove the package, say what would be sent, send nothing")
+    lint_only: bool = setting(False, "say who can load the adapter, and do nothing else")
+    verify_only: bool = setting(False, "prove again what was published: adapter_path=DIR_OR_ID")
     model: Model = field(default_factory=Model)
     quant: Quant = field(default_factory=Quant)
     device: str = _device()
@@ -391,5 +377,6 @@ SCHEMAS: dict[str, type] = {
     "eval": EvalRun,
     "chat": ChatRun,
     "merge": MergeRun,
+    "publish": PublishRun,
     "report": ReportRun,
 }

@@ -274,6 +274,19 @@ def staged_folder(path: Path) -> Iterator[Path]:
             _settle(staging)
 
 
+@contextlib.contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`, for what is needed on the way to it; it goes when the block ends."""
+    make_folder(path.parent)
+    scratch = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
+    with writing(path, _FULL):
+        os.mkdir(scratch)
+        try:
+            yield scratch
+        finally:
+            _remove_tree(scratch)
+
+
 def write_files(path: Path, contents: dict[str, Buffer]) -> None:
     """Write a folder of plain files that takes its name when all are on the disk; an older one is replaced then."""
     with _staged(path) as staging:

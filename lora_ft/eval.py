@@ -50,6 +50,7 @@ def main(cfg: config.EvalRun, invocation: entry.Invocation) -> float:
     metrics.check(cfg.eval.metrics)
     keep_freed_memory()
     adapter = source.adapter_folder(cfg.run, cfg.adapter_path)
+    cfg = source.with_base(cfg, adapter, invocation.overrides)
     tokenizer = source.adapter_tokenizer(adapter, cfg.model)
     dataset, told, apart = _rows(cfg, invocation.overrides, tokenizer)
     rows, questions = evaluation_rows(dataset, cfg.eval.rows or len(dataset.heldout))

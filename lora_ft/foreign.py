@@ -4,12 +4,14 @@ check_folder(folder)                             no link leads out of it, nothin
 json_object(path, ConfigError)                   {"model_type": "llama", ...}
 tensor_header(path, 10**7, MismatchError)        the bytes of a safetensors header that describes exactly its file
 check_yaml(data, "my.yaml", ConfigError)         no alias bomb, no tag that builds objects, not deep, not large
+is_hub_id("owner/name")                          whether a name may be one of the hub's
 
 What is malformed is an error of the kind given; what only an attack would hold is a SecurityError.
 """
 
 import json
 import os
+import re
 import struct
 from dataclasses import dataclass
 from math import prod
@@ -35,6 +37,17 @@ _BITS = {
     "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
 _TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map", "merge")}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+
+
+def is_hub_id(name: object) -> bool:
+    """NAME or OWNER/NAME, as the hub has them; a folder of this machine may be called so as well."""
+    return isinstance(name, str) and bool(_HUB_ID.fullmatch(name)) and ".." not in name
+
+
+def is_public_id(name: object) -> bool:
+    """Whether a name says the same to everybody: a hub id, and no place of this machine."""
+    return is_hub_id(name) and not Path(str(name)).exists()
 
 
 def check_folder(folder: Path) -> None:

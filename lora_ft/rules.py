@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from lora_ft.config import Data, Keep, Launcher, MergeRun, ReportRun, SweepRun, TrainRun
+from lora_ft.config import Data, Dtype, Keep, Launcher, MergeRun, PublishRun, ReportRun, SweepRun, TrainRun
 from lora_ft.errors import ConfigError
 from lora_ft.setting import OnResume
 
@@ -131,14 +131,30 @@ def _broken_combinations(cfg: Any) -> Iterator[str]:
     elif isinstance(cfg, ReportRun):
         if not cfg.sweep:
             yield "sweep is empty: name the folder of a sweep, sweep=FOLDER"
+    elif isinstance(cfg, MergeRun) and cfg.adapters:
+        if cfg.run or cfg.adapter_path:
+            yield "adapters names the adapters to combine: leave run and adapter_path out"
     elif not (cfg.run or cfg.adapter_path):
-        yield "name a run with run=FOLDER, or an adapter made elsewhere with adapter_path=DIR_OR_ID and model=NAME"
+        yield "name a run with run=FOLDER, or an adapter made elsewhere with adapter_path=DIR_OR_ID"
     elif cfg.run and cfg.adapter_path:
         yield "run and adapter_path name two adapters: give one of them"
-    elif not cfg.model.path:
-        yield "adapter_path needs the base it was trained on: model=NAME, or model=local model.path=PLACE"
-    if isinstance(cfg, MergeRun) and not cfg.out:
+    if isinstance(cfg, MergeRun):
+        yield from _broken_merge(cfg)
+    elif isinstance(cfg, PublishRun) and not (cfg.to or cfg.lint_only or cfg.verify_only):
+        yield "to is empty: name a place, to=dir:PATH or hf:OWNER/NAME or oci:HOST/NAME:TAG or a URL"
+
+
+def _broken_merge(cfg: MergeRun) -> Iterator[str]:
+    if not cfg.out:
         yield "out is empty: name the folder to write, out=DIR"
+    if cfg.gguf and cfg.dtype is not Dtype.auto:
+        yield f"gguf={cfg.gguf.value} decides the dtype of the file: leave dtype out, got {cfg.dtype.value}"
+    if cfg.weights and len(cfg.weights) != len(cfg.adapters):
+        yield f"weights must be as many as adapters ({len(cfg.adapters)}), got {len(cfg.weights)}"
+    if cfg.gguf and (cfg.adapters or cfg.truncate_rank):
+        yield "gguf writes a merged model, adapters and truncate_rank an adapter: give one of them"
+    if cfg.adapters and cfg.truncate_rank:
+        yield "adapters and truncate_rank are two commands: combine first, then make the result smaller"
 
 
 def _holds_out(data: Data) -> bool:

@@ -53,7 +53,7 @@ def test_a_choice_composes_to_the_defaults_and_what_it_holds(path):
 @pytest.mark.parametrize("verb", [verb for verb in config.SCHEMAS if verb not in (*TRAINING, "sweep", "report")])
 def test_a_verb_that_reads_runs_takes_the_choices_of_its_groups(verb):
     chosen = {group: list(choices.of(group))[-1] for group in choices.groups(verb)}
-    given = ["out=x"] if verb == "merge" else []
+    given = {"merge": ["out=x"], "publish": ["to=dir:x"]}.get(verb, [])
     cfg = composed(verb, *given, *(f"{group}={name}" for group, name in chosen.items()))
     for group, name in chosen.items():
         written = OmegaConf.to_container(OmegaConf.load(config.CONF / group / f"{name}.yaml"), resolve=False)

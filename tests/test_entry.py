@@ -185,7 +185,7 @@ def test_mappings_take_new_keys_without_plus_with_text_or_numbers_and_dotted_lay
         ("hydra.run.dir=${oc.env:NOPE}", "hydra.run.dir: the environment variable NOPE is not set"),
         ("optim.lr=fast", "optim.lr must be a number, got fast"),
         ("train.packing=maybe", "train.packing must be true or false, got maybe"),
-        ("model.dtype=f32", "model.dtype must be one of auto, float32, bfloat16, float16, got f32"),
+        ("model.dtype=f32", "model.dtype must be one of auto, float32, bfloat16, float16, fp32, bf16, fp16, got f32"),
         ("adapter.targets=all-linear", "adapter.targets must be a list like [a,b], got all-linear"),
         ("adapter.rank_pattern={q:b}", "adapter.rank_pattern.q must be an integer, got {q:b}"),
         ("adapter.targets=q,v", "adapter.targets=q,v names several values: write adapter.targets=[q,v]"),

@@ -11,18 +11,18 @@ PACKAGE = Path(lora_ft.__file__).parent
 
 FLOORS = {
     "__main__": 9,
-    "sweep": 8, "report": 8, "check": 8, "eval": 8, "chat": 8, "merge": 8,
+    "sweep": 8, "report": 8, "check": 8, "eval": 8, "chat": 8, "merge": 8, "publish": 8,
     "sweeps": 7,
-    "train": 6,
+    "train": 6, "publishing": 6,
     "exports": 5,
     "training": 4,
     "adapters": 3, "evaluation": 3,
     "models": 2, "data": 2,
     "ops": 1,
     "config": 0, "rules": 0, "entry": 0, "cli": 0, "errors": 0, "durable": 0, "runs": 0,
-    "setting": 0, "foreign": 0, "limits": 0, "redact": 0,
+    "setting": 0, "values": 0, "foreign": 0, "limits": 0, "redact": 0,
 }  # fmt: skip
-VERBS = {"sweep", "report", "check", "eval", "chat", "merge"}  # train stands below them
+VERBS = {"sweep", "report", "check", "eval", "chat", "merge", "publish"}  # train stands below them
 SHRUGS = ("util", "helper", "manager", "common", "misc", "base_")
 
 

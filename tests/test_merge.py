@@ -11,14 +11,17 @@ from typing import Any
 import pytest
 import torch
 from finished import adapted, call, finished_run, saved_run, settings
-from safetensors.torch import load_file
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, tiny_folder
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lora_ft import config
 from lora_ft.adapters import source
-from lora_ft.errors import MismatchError
-from lora_ft.exports import merge, verify
+from lora_ft.errors import NonFiniteError
+from lora_ft.exports import merge, stream, verify
+from lora_ft.models import convert
+from lora_ft.models.load import load_base
 from lora_ft.models.quantize import dequantize_reference
 
 VARIANTS: list[dict[str, Any]] = [
@@ -51,11 +54,20 @@ assert "peft" not in sys.modules or not hasattr(model, "peft_config")
 """
 
 
+def opened(folder: Path, cfg: config.TrainRun) -> stream.Opened:
+    """The adapter of `saved_run`, saved beside `folder` and put onto its hollow base."""
+    run = saved_run(folder.with_name(f"{folder.name}.run"), cfg)
+    tokenizer = source.adapter_tokenizer(run / "adapter", cfg.model)
+    return stream.open_adapter(run / "adapter", cfg.model, cfg.quant, "cpu", tokenizer)
+
+
 def merged(folder: Path, cfg: config.TrainRun, dtype: torch.dtype = torch.float32) -> float:
-    base, model = adapted(cfg)
+    found = opened(folder, cfg)
     folder.mkdir()
-    merge.write(model, base.tokenizer, folder, dtype)
-    return verify.check(folder, verify.probe(model, len(base.tokenizer)))
+    with stream.flowing(found.model, found.modules, found.trained_on):
+        expected = verify.probe(found.model, len(found.base.tokenizer))
+    merge.write(merge.Merged(found.model, found.trained_on, dtype), found.base.tokenizer, folder)
+    return verify.check(folder, expected)
 
 
 def exact_logits(cfg: config.TrainRun, ids: torch.Tensor) -> torch.Tensor:
@@ -77,6 +89,7 @@ def test_a_fresh_process_loads_it_alone_and_its_logits_are_the_adapters(tmp_path
         ("gpt2", {"tie": True}), ("gpt2", {"tie": True, "rslora": True}), ("gpt2", {"tie": True, "dora": True}),
         ("llama", {}), ("llama", {"rslora": True}), ("llama", {"dora": True}),
         ("llama", {"quant": "nf4"}), ("llama", {"quant": "int8"}), ("llama", {"quant": "nf4", "dora": True}),
+        ("gpt2", {"quant": "nf4"}), ("gpt2", {"quant": "int8"}),
     ]  # fmt: skip
     runs = []
     for number, (family, options) in enumerate(cases):
@@ -180,18 +193,86 @@ def test_large_models_are_written_in_shards(tmp_path: Path, monkeypatch: pytest.
     assert tensors == index["weight_map"]
 
 
-@pytest.mark.closes("B02")
-def test_the_attached_model_is_left_as_it_was(tmp_path: Path) -> None:
-    base, model = adapted(settings(tmp_path, "llama", quant="nf4"))
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    with torch.no_grad():
-        logits = model(torch.tensor([[5, 6, 7]])).logits
-    (tmp_path / "out").mkdir()
-    verify.probe(model, 512)
-    merge.write(model, base.tokenizer, tmp_path / "out", torch.float32)
-    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    with torch.no_grad():
-        assert torch.equal(model(torch.tensor([[5, 6, 7]])).logits, logits)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("quant", ["none", "nf4", "int8"])
+def test_flowing_through_files_gives_the_bytes_of_a_base_in_memory(tmp_path: Path, family: str, quant: str) -> None:
+    cfg = settings(tmp_path, family, quant=quant, tie=family != "llama")
+    cfg.quant.compute_dtype = config.Dtype.bfloat16  # to which a quantized layer's bias is rounded
+    found = opened(tmp_path / "out", cfg)
+    whole, _ = source.open_adapter(tmp_path / "out.run" / "adapter", cfg.model, cfg.quant, "cpu", found.base.tokenizer)
+    read = stream.loaded(whole.model, found.modules)
+    merged, twin = (merge.Merged(found.model, each, torch.float32) for each in (found.trained_on, read))
+    assert merged.names.keys() == twin.names.keys()
+    for name in merged.names:
+        assert torch.equal(merged[name], twin[name]), name
+
+
+@pytest.mark.parametrize("options", VARIANTS[:7])
+def test_peft_merges_to_the_same_weights_in_float64(tmp_path: Path, options: dict[str, Any]) -> None:
+    cfg = settings(tmp_path, "llama", **options)
+    found = opened(tmp_path / "out", cfg)
+    _, attached = source.open_adapter(
+        tmp_path / "out.run" / "adapter", cfg.model, cfg.quant, "cpu", found.base.tokenizer
+    )
+    expected = attached.double().merge_and_unload().state_dict()
+    merged = merge.Merged(found.model, found.trained_on, torch.float32)
+    assert merged.names.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.allclose(merged[name].double(), weight, rtol=1e-5, atol=1e-6), name
+
+
+def test_no_weight_of_the_base_stays_in_memory(tmp_path: Path) -> None:
+    found = opened(tmp_path / "out", settings(tmp_path, "llama", dora=True, modules_to_save=["lm_head"]))
+    hollow = [p for m in found.modules for p in m._parameters.values() if p is not None and p.numel() > 1]
+    alive: list[int] = []
+    most = 0
+
+    def read(name: str) -> torch.Tensor:
+        nonlocal most
+        held = sum(
+            p.untyped_storage().nbytes() > 8 for m in found.modules for p in m._parameters.values() if p is not None
+        )
+        most = max(most, held)
+        alive.append(1)
+        return found.trained_on(name)
+
+    with stream.flowing(found.model, found.modules, read):
+        first = verify.probe(found.model, 512)
+    assert most <= 1 and len(alive) >= len(hollow) - 1  # the head's copy was trained: the base's is not asked for
+    assert all(
+        p.untyped_storage().nbytes() <= 8 for m in found.modules for p in m._parameters.values() if p is not None
+    )
+    _, attached = source.open_adapter(tmp_path / "out.run" / "adapter",
+                                      config.Model(path=str(tmp_path / "llama")), config.Quant(), "cpu",
+                                      found.base.tokenizer)  # fmt: skip
+    assert torch.equal(verify.probe(attached, 512).logits, first.logits)
+
+
+def test_files_of_other_names_and_shards_are_read_as_transformers_reads_them(tmp_path: Path) -> None:
+    cfg = settings(tmp_path, "gpt2", tie=True)
+    model = AutoModelForCausalLM.from_pretrained(cfg.model.path)
+    weights = {k.removeprefix("transformer."): t for k, t in model.state_dict().items() if k != "lm_head.weight"}
+    folder = Path(cfg.model.path)
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    files = {f"model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
+    for file, keys in files.items():
+        save_file({key: weights[key].clone() for key in keys}, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {key: file for file, keys in files.items() for key in keys}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert merged(tmp_path / "out", cfg) < 1e-5
+
+
+def test_an_architecture_that_computes_its_tensors_is_loaded_as_a_whole_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = settings(tmp_path, "llama", quant="nf4")
+    assert merged(tmp_path / "streamed", cfg) < 1e-5
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules", ["norm"])
+    assert merged(tmp_path / "whole", cfg) < 1e-5
+    assert "the base is loaded as a whole" in caplog.text and "float32" in caplog.text
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("streamed", "whole"))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_what_is_written_has_the_modes_of_the_umask_and_the_runs_template(tmp_path: Path) -> None:
@@ -204,8 +285,8 @@ def test_what_is_written_has_the_modes_of_the_umask_and_the_runs_template(tmp_pa
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["out"]
 
 
-def damaged_weights(*args: Any) -> torch.Tensor:
-    return merge.dequantized(args[0].get_base_layer())  # the adapter forgotten
+def damaged_weights(layer: Any, adapter: str, weight: torch.Tensor) -> torch.Tensor:
+    return weight  # the adapter forgotten
 
 
 @pytest.mark.closes("B03")
@@ -242,50 +323,95 @@ def test_a_disk_too_small_is_found_before_anything_is_written(
 
 
 def test_weights_that_overflow_are_refused(tmp_path: Path) -> None:
-    base, model = adapted(settings(tmp_path, "llama"))
-    base.model.model.layers[0].self_attn.q_proj.lora_B["first"].weight.data[0, 0] = 1e6
-    (tmp_path / "out").mkdir()
-    with pytest.raises(MismatchError, match=r"layers.0.self_attn.q_proj.weight: .* not finite in torch.float16"):
-        merge.write(model, base.tokenizer, tmp_path / "out", torch.float16)
+    found = opened(tmp_path / "out", settings(tmp_path, "llama"))
+    layer = found.base.model.model.layers[0].self_attn.q_proj
+    layer.lora_B["default"].weight.data[0, 0] = 1e7
+    with pytest.raises(NonFiniteError, match=r"layers.0.self_attn.q_proj.weight: .* overflow torch.float16"):
+        merge.Merged(found.model, found.trained_on, torch.float16)["model.layers.0.self_attn.q_proj.weight"]
+    layer.lora_B["default"].weight.data[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"layers.0.self_attn.q_proj.weight: .* not finite"):
+        merge.Merged(found.model, found.trained_on, torch.float32)["model.layers.0.self_attn.q_proj.weight"]
+
+
+def test_an_overflow_ends_in_exit_8_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = settings(tmp_path, "llama")
+    path = Path(cfg.model.path) / "model.safetensors"
+    weights = load_file(path)
+    weights["model.layers.1.mlp.up_proj.weight"][3, 3] = 1e6
+    save_file(weights, path, metadata={"format": "pt"})
+    run = saved_run(tmp_path / "run", cfg)
+    before = sorted(tmp_path.iterdir())
+    assert call("merge", f"run={run}", f"out={tmp_path / 'out'}", "dtype=fp16") == 8
+    assert "layers.1.mlp.up_proj.weight" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.closes("D03", "B05")
+@pytest.mark.parametrize("change", ["base", "quant"])
+def test_an_adapter_of_another_base_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str) -> None:
+    run = finished_run(tmp_path, "llama", quant="nf4")
+    other = tiny_folder(tmp_path / "other", "llama", seed=5)
+    words = [f"model.path={other}"] if change == "base" else ["quant.kind=fp4"]
+    assert call("merge", f"run={run}", f"out={tmp_path / 'out'}", *words) == 5
+    told = capsys.readouterr().err
+    assert ("weights_sha256" if change == "base" else "quantization") in told
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.closes("A20")
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-def test_one_end_of_a_tie_changed_alone_is_refused(tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    from lora_ft.models.load import load_base
-
-    base = load_base(config.Model(path=str(tiny_folder(tmp_path, "llama", tie=True))), config.Quant(), "cpu")
-    model = get_peft_model(base.model, LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
-    (tmp_path / "out").mkdir()
-    with pytest.raises(MismatchError, match=r"lm_head.weight and model.embed_tokens.weight are one matrix"):
-        merge.write(model, base.tokenizer, tmp_path / "out", torch.float32)
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-@pytest.mark.parametrize("options", [{"lora_bias": True}, {"alora_invocation_tokens": [5]}])
-def test_kinds_that_no_weight_can_hold_are_refused(tmp_path: Path, options: dict[str, Any]) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    from lora_ft.models.load import load_base
-
-    base = load_base(config.Model(path=str(tiny_folder(tmp_path, "gpt_neox"))), config.Quant(), "cpu")
-    kind = LoraConfig(r=2, target_modules=["dense"], task_type="CAUSAL_LM", **options)
-    model = get_peft_model(base.model, kind)
-    (tmp_path / "out").mkdir()
-    with pytest.raises(MismatchError, match=r"attention.dense: an adapter of this kind"):
-        merge.write(model, base.tokenizer, tmp_path / "out", torch.float32)
+@pytest.mark.parametrize("end", ["lm_head", "embed_tokens"])
+def test_one_end_of_a_tie_changed_alone_is_written_untied(
+    tmp_path: Path, end: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = settings(tmp_path, "llama", tie=True)
+    elsewhere(tmp_path / "adapter", cfg, r=2, target_modules=[end], init_lora_weights=False)
+    words = [f"adapter_path={tmp_path / 'adapter'}", f"model.path={cfg.model.path}", f"out={tmp_path / 'out'}"]
+    assert call("merge", "model=local", *words) == 0
+    assert "written as one of its own" in caplog.text
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    base = load_file(Path(cfg.model.path) / "model.safetensors")["model.embed_tokens.weight"]
+    changed, kept = ("lm_head", "model.embed_tokens") if end == "lm_head" else ("model.embed_tokens", "lm_head")
+    assert torch.equal(weights[f"{kept}.weight"], base) and not torch.equal(weights[f"{changed}.weight"], base)
 
 
-def test_a_saved_adapter_merges_like_the_one_in_memory(tmp_path: Path) -> None:
-    cfg = settings(tmp_path, "gpt2", tie=True, rslora=True, modules_to_save=["ln_f"])
-    run = saved_run(tmp_path / "run", cfg)
-    merged(tmp_path / "memory", cfg)
-    tokenizer = source.adapter_tokenizer(run / "adapter", cfg.model)
-    _, model = source.open_adapter(run / "adapter", cfg.model, cfg.quant, "cpu", tokenizer)
-    (tmp_path / "saved").mkdir()
-    merge.write(model, tokenizer, tmp_path / "saved", torch.float32)
-    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("memory", "saved"))
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated", "ignore:Adapter 'default'")
+def test_kinds_that_no_weight_can_hold_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = settings(tmp_path, "gpt_neox")
+    elsewhere(tmp_path / "adapter", cfg, r=2, target_modules=["dense"], lora_bias=True)
+    words = [f"adapter_path={tmp_path / 'adapter'}", f"model.path={cfg.model.path}", f"out={tmp_path / 'out'}"]
+    assert call("merge", "model=local", *words) == 5
+    assert "attention.dense: an adapter of this kind" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def elsewhere(folder: Path, cfg: config.TrainRun, **options: Any) -> None:
+    """An adapter as PEFT alone saves it."""
+    base = load_base(cfg.model, cfg.quant, "cpu")
+    model = get_peft_model(base.model, LoraConfig(task_type="CAUSAL_LM", **options))
+    model.save_pretrained(folder, save_embedding_layers=False)
+
+
+def test_a_run_without_quantization_says_that_onto_is_without_effect(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = finished_run(tmp_path, "llama")
+    assert call("merge", f"run={run}", f"out={tmp_path / 'out'}", "onto=original") == 0
+    assert "onto=original is without effect" in caplog.text
+    assert not (tmp_path / "out" / "merge.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["f32", "q8_0"])
+def test_a_gguf_file_holds_the_merged_model(tmp_path: Path, kind: str) -> None:
+    run = finished_run(tmp_path, "llama")
+    assert call("merge", f"run={run}", f"out={tmp_path / 'folder'}") == 0
+    assert call("merge", f"run={run}", f"out={tmp_path / 'new' / 'model.gguf'}", f"gguf={kind}") == 0
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["model.gguf"]
+    back = convert.converted(tmp_path / "new" / "model.gguf")[0]
+    expected, found = load_file(tmp_path / "folder" / "model.safetensors"), load_file(back / "model.safetensors")
+    assert expected.keys() == found.keys()
+    for name, weight in expected.items():
+        error = float((found[name] - weight).norm() / weight.norm())
+        assert error == 0 if kind == "f32" else error < 0.01

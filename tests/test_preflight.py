@@ -107,11 +107,11 @@ def test_train_does_what_check_said(bases, tmp_path, monkeypatch, family, words)
     assert (
         found.rows.dataset.report.sha256 == json.loads((folder / "adapter" / "lora_ft.json").read_text())["data_sha256"]
     )
-    saved = sum(t.nbytes for t in files._read_tensors(folder / "adapter" / files.WEIGHTS).values())
+    saved = sum(t.nbytes for t in files.read_tensors(folder / "adapter").values())
     assert found.disk.adapter == saved == 4 * found.layers.trainable
     if "model.added_tokens=['What','It']" not in words:
         assert found.layers.count * 2 == sum(
-            ".lora_" in key for key in files._read_tensors(folder / "adapter" / files.WEIGHTS)
+            ".lora_" in key for key in files.read_tensors(folder / "adapter")
         ) - found.layers.count * ("adapter=dora" in words)
 
 

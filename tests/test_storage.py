@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES, tiny_folder, tiny_model, tiny_tokenizer
+from tiny import FAMILIES, tiny_folder, tiny_model
 from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
 
 from lora_ft import config
 from lora_ft.adapters import attach, fast
-from lora_ft.exports import merge
 from lora_ft.models.fingerprint import fingerprint
 from lora_ft.models.load import load_base
 from lora_ft.models.storage import leave_file, store_in_bfloat16
@@ -110,22 +109,6 @@ def test_generation_unpacks_once_and_gives_the_stored_forward_back(tmp_path: Pat
             assert not set(inside.values()) & set(forwards.values())
             assert torch.equal(model(input_ids=IDS).logits, expected)
     assert {name: vars(m)["forward"] for name, m in model.named_modules() if "forward" in vars(m)} == forwards
-
-
-@pytest.mark.parametrize("settings", [{}, {"dora": True}], ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_merging_writes_the_bytes_that_it_writes_over_full_weights(
-    tmp_path: Path, family: str, settings: dict[str, Any]
-) -> None:
-    written = []
-    for store in (False, True):
-        model = base_of(tmp_path, family)
-        assert bool(store and store_in_bfloat16(model)) == store
-        folder = tmp_path / f"merged-{store}"
-        folder.mkdir()
-        merge.write(adapted(model, False, **settings), tiny_tokenizer(), folder, torch.float32)
-        written.append((folder / "model.safetensors").read_bytes())
-    assert written[0] == written[1]
 
 
 def test_autograd_keeps_no_upcast_weight(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import lora_ft
 ROOT = Path(lora_ft.__file__).parent.parent
 SOURCES = sorted([*ROOT.glob("lora_ft/**/*.py"), *ROOT.glob("hydra_plugins/**/*.py")])
 
+STAGED = {"durable.staged_folder", "durable.scratch_folder"}
 CODE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "tempfile"}
 CODE_CALLS = {
     "eval", "exec", "__import__", "torch.save", "torch.load", "yaml.load", "yaml.load_all", "yaml.unsafe_load",
@@ -95,29 +96,27 @@ def _reads(call: ast.Call, *, is_method: bool) -> bool:
 
 
 def saved_unstaged(trees: dict[str, ast.Module]) -> list[str]:
-    """Calls of libraries' writers, save_pretrained, that no `with durable.staged_folder(...)` encloses.
+    """Calls of libraries' writers, save_pretrained, that no `with` of a staged or scratch folder encloses.
 
     A function that saves into a folder it is given passes the duty on to all who call it.
     """
     duties, wrong = {"save_pretrained"}, []
     for _ in range(3):
-        wrong = [
-            (place, *found) for place, tree in trees.items() for found in _bare(tree, duties, "durable.staged_folder")
-        ]
+        wrong = [(place, *found) for place, tree in trees.items() for found in _bare(tree, duties, STAGED)]
         duties |= {function for _, function, _ in wrong if function in ("write", "write_folder")}
     return [f"{place}: {function} calls {name}" for place, function, name in wrong
             if function not in duties]  # fmt: skip
 
 
-def _bare(tree: ast.Module, duties: set[str], block: str) -> Iterator[tuple[str, str]]:
-    """(function, callee) for each call of a callee in `duties` that no `with block(...)` encloses."""
+def _bare(tree: ast.Module, duties: set[str], blocks: set[str]) -> Iterator[tuple[str, str]]:
+    """(function, callee) for each call of a callee in `duties` that no `with` of these blocks encloses."""
 
     def walk(node: ast.AST, function: str) -> Iterator[tuple[str, str]]:
         if isinstance(node, ast.FunctionDef):
             function = node.name
         if isinstance(node, ast.With):
             items = [dotted(item.context_expr.func) for item in node.items if isinstance(item.context_expr, ast.Call)]
-            if block in items:
+            if blocks & set(items):
                 return
         if isinstance(node, ast.Call):
             called = dotted(node.func)
@@ -157,7 +156,7 @@ def test_libraries_write_into_staged_folders_only() -> None:
 
 def test_chat_templates_are_rendered_and_compiled_within_limits_only() -> None:
     names = {"apply_chat_template", "_compile_jinja_template"}
-    assert {place: found for place, tree in TREES.items() if (found := [*_bare(tree, names, "limits.bounded")])} == {}
+    assert {place: found for place, tree in TREES.items() if (found := [*_bare(tree, names, {"limits.bounded"})])} == {}
     planted = ast.parse("def f(t):\n    return t.apply_chat_template(chat)")
     assert list(_bare(planted, names, "limits.bounded")) == [("f", "t.apply_chat_template")]
 

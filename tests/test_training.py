@@ -338,7 +338,6 @@ def test_fifty_steps_of_smollm2_fast_and_plain_equal_a_plain_peft_loop(tmp_path:
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("adapter", [{}, {"targets": ["lm_head", "all-linear"]}, {"dropout": 0.5}])
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # of GPT-2's head, which is no Conv1D as its other layers are
 def test_an_adapter_is_its_base_before_its_first_step_to_the_bit(family, adapter, fast, tmp_path):
     """What lets an evaluation before the first step stand for the base's own."""
     settings = {"adapter": config.Adapter(r=4, **adapter)}

@@ -66,6 +66,8 @@ def inject(model: PreTrainedModel, peft_config: LoraConfig, name: str) -> PeftMo
     with warnings.catch_warnings():
         # PEFT 0.21 still reads a property that transformers 5.23 has renamed.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        # It sets this for each layer as the layer is: GPT-2's head is no Conv1D, nor are its quantized layers.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)
         return get_peft_model(model, peft_config, adapter_name=name)
 
 

@@ -9,25 +9,30 @@ Loading is strict where PEFT only warns: a key too many or too few, another shap
 quantization is a MismatchError (peft issues 2566 and 2699; transformers issue 38927).
 """
 
+import contextlib
 import dataclasses
+import math
 import re
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft import durable, foreign, limits
-from lora_ft.adapters import origin
+from lora_ft.adapters import declared, origin
 from lora_ft.adapters.attach import inject
-from lora_ft.errors import MismatchError, SecurityError
+from lora_ft.errors import MismatchError, ResourceError, SecurityError
 from lora_ft.models.load import Identity
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _HEADER_LIMIT = 10 * 2**20  # bytes: 50,000 tensors and more
 
 # Always written; of the others only what differs from PEFT's default, so that older PEFT reads the file.
@@ -51,6 +56,15 @@ _ALWAYS = (
     "alpha_pattern",
 )
 
+# Settings that leave an adapter a product of two matrices and a scale, and DoRA's magnitudes.
+PLAIN = frozenset({
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
+    "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "loftq_config",
+    "eva_config", "runtime_config", "use_dora",
+})  # fmt: skip
+_LOADED = PLAIN | {"modules_to_save", "trainable_token_indices", "lora_bias", "ensure_weight_tying"}
+
 
 def tensors_of(model: PeftModel, name: str) -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's file keys, contiguous, on the CPU."""
@@ -60,16 +74,27 @@ def tensors_of(model: PeftModel, name: str) -> dict[str, Tensor]:
 
 def save(model: PeftModel, name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, source: origin.Origin) -> None:
     """Write the adapter folder in one move and read it back; MismatchError if what was written differs (C10)."""
-    tensors = tensors_of(model, name)
+    write(tensors_of(model, name), model.peft_config[name], folder, tokenizer, source)
+
+
+def write(
+    tensors: dict[str, Tensor],
+    peft_config: LoraConfig,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    source: origin.Origin,
+) -> None:
+    """`save` for an adapter that is on no model: tensors under PEFT's file keys, and their config."""
     with durable.staged_folder(folder) as staging:
         tokenizer.save_pretrained(staging)
         durable.write_bytes(staging / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
-        durable.write_json(staging / CONFIG, _config_fields(model.peft_config[name], source.base))
+        durable.write_json(staging / CONFIG, config_fields(peft_config, source.base))
         durable.write_json(staging / origin.RECORD, origin.record(tensors, tokenizer, source))
-        _compare(tensors, _read_tensors(staging / WEIGHTS), str(folder), exact=True)
+        _compare(tensors, read_tensors(staging), str(folder), exact=True)
 
 
-def _config_fields(peft_config: LoraConfig, base: Identity) -> dict[str, Any]:
+def config_fields(peft_config: LoraConfig, base: Identity) -> dict[str, Any]:
+    """What adapter_config.json holds: plain types in a stable order, and the base by its id where it has one."""
     defaults = LoraConfig().to_dict()
     fields = {
         k: _plain(v)
@@ -92,11 +117,13 @@ def _plain(value: Any) -> Any:
 def load(model: PreTrainedModel, folder: Path, name: str) -> PeftModel:
     """Put a saved adapter onto a base for inference, or fail: keys and shapes must match to the last one."""
     saved = read_config(folder)
+    check_settings(folder, saved, _LOADED)
     try:
         with limits.bounded(f"{folder / CONFIG}: matching its patterns with the names of layers"):
             _try_patterns(saved, model)
         peft_model = inject(model, saved, name)
-    except (ValueError, TypeError, re.error) as error:  # PEFT: no layer of such a name, a rank of 0, an odd type
+    # PEFT: no layer of such a name, rows beyond a matrix, an odd type
+    except (ValueError, TypeError, IndexError, re.error) as error:
         raise MismatchError(f"the adapter in {folder} does not fit this base: {error}") from error
     load_tensors(peft_model, folder, name)
     peft_model.eval().requires_grad_(False)
@@ -105,7 +132,7 @@ def load(model: PreTrainedModel, folder: Path, name: str) -> PeftModel:
 
 def load_tensors(model: PeftModel, folder: Path, name: str) -> None:
     """Fill an attached adapter from a folder's file; MismatchError names keys and shapes that differ (D01)."""
-    tensors = _read_tensors(folder / WEIGHTS)
+    tensors = read_tensors(folder)
     _compare(tensors_of(model, name), tensors, str(folder), exact=False)
     set_peft_model_state_dict(model, tensors, adapter_name=name)
 
@@ -117,6 +144,16 @@ def check_shapes(model: PeftModel, folder: Path, name: str) -> None:
     _compare_shapes(_shapes(state), header.shapes, str(folder))
 
 
+@contextlib.contextmanager
+def _readable() -> Iterator[None]:
+    """safetensors' own writer leaves files that their owner alone can read (safetensors issue 782)."""
+    try:
+        yield
+    except PermissionError as error:
+        raise ResourceError(f"{error.filename} cannot be read by this user: its owner can run chmod -R a+rX") from None
+
+
+@_readable()
 def read_config(folder: Path) -> LoraConfig:
     """The LoRA config of an adapter folder; MismatchError for other methods and for settings PEFT does not know."""
     path = folder / CONFIG
@@ -133,16 +170,31 @@ def read_config(folder: Path) -> LoraConfig:
     unknown = sorted(k for k in fields if k not in known and k != "auto_mapping")
     if unknown:
         raise MismatchError(f"{folder}: the installed PEFT does not know {', '.join(unknown)} of {CONFIG}")
+    declared.check(path, fields, LoraConfig)
     try:
         found = LoraConfig(**{k: v for k, v in fields.items() if k in known and k not in ("peft_type", "auto_mapping")})
         ranks = [found.r, *(found.rank_pattern or {}).values()]
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, ImportError) as error:  # ImportError: scipy, for LoftQ
         raise MismatchError(f"{path}: {error}") from error
-    if wrong := [rank for rank in ranks if not isinstance(rank, int) or rank < 1]:
+    if wrong := [rank for rank in ranks if type(rank) is not int or rank < 1]:
         raise MismatchError(f"{path}: a rank must be an integer of at least 1, got {wrong[0]!r}")
+    alphas = [found.lora_alpha, *(found.alpha_pattern or {}).values()]
+    if wrong := [alpha for alpha in alphas if not (declared.is_number(alpha) and math.isfinite(alpha))]:
+        raise MismatchError(f"{path}: an alpha must be a finite number, got {wrong[0]!r}")
     if (highest := max(ranks)) > (folder / WEIGHTS).stat().st_size:  # before PEFT makes matrices of this size
         raise MismatchError(f"{path}: rank {highest} is larger than {WEIGHTS} has bytes")
     return found
+
+
+def check_settings(folder: Path, saved: LoraConfig, allowed: Collection[str], remedy: str = "") -> None:
+    """MismatchError for a setting outside of `allowed` that is not as PEFT has it by default (aLoRA, Arrow, ...)."""
+    defaults = LoraConfig()
+    for field in dataclasses.fields(saved):
+        value = getattr(saved, field.name)
+        if field.name not in allowed and value and value != getattr(defaults, field.name):
+            raise MismatchError(
+                f"the adapter in {folder} has {field.name}={str(value)[:80]}, with which it is not a plain LoRA{remedy}"
+            )
 
 
 def _refuse_code(path: Path, fields: dict[str, Any]) -> None:
@@ -177,12 +229,22 @@ def check_same_method(folder: Path, attached: LoraConfig) -> None:
         raise MismatchError(f"adapter.init_from={folder} has {', '.join(problems)}: give the adapter the same settings")
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+@_readable()
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter folder under PEFT's file keys; MismatchError for a number that is not finite."""
+    path = folder / WEIGHTS
     foreign.tensor_header(path, _HEADER_LIMIT, MismatchError)
     try:
-        return safetensors.torch.load(path.read_bytes())
+        tensors = safetensors.torch.load(path.read_bytes())
     except SafetensorError as error:
         raise MismatchError(f"{path} is not a safetensors file: {error}") from error
+    if others := [name for name, tensor in tensors.items() if tensor.dtype not in _DTYPES]:
+        raise MismatchError(
+            f"{path}: {others[0]} is stored as {tensors[others[0]].dtype}, not as floating-point numbers"
+        )
+    if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+        raise MismatchError(f"{path}: {', '.join(broken[:5])} ({len(broken)} in all) hold numbers that are not finite")
+    return tensors
 
 
 def _compare(expected: dict[str, Tensor], found: dict[str, Tensor], place: str, *, exact: bool) -> None:

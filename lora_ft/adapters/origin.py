@@ -31,11 +31,16 @@ _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 @dataclass(frozen=True)
 class Origin:
-    """The base of an adapter, the base's quantization, and the rows that the adapter learned."""
+    """The base of an adapter, the base's quantization, and the rows that the adapter learned.
+
+    data_sha256: None where nothing tells. made_from: hashes of the adapters that it was made from, and how; None where
+    it was trained.
+    """
 
     base: Identity
     quant: config.Quant
-    data_sha256: str
+    data_sha256: str | None
+    made_from: dict[str, Any] | None = None
 
 
 def record(tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, source: Origin) -> dict[str, Any]:
@@ -45,6 +50,7 @@ def record(tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, sourc
         "base": dataclasses.asdict(source.base) | {"folder": None},
         "quant": _recipe(source.quant),
         "data_sha256": source.data_sha256,
+        **({"made_from": source.made_from} if source.made_from else {}),
         **_tokenizer_hashes(tokenizer),
         "tensors": {key: list(t.shape) for key, t in tensors.items()},
         "packages": runs.versions(),
@@ -71,6 +77,17 @@ def check_source(folder: Path, saved: LoraConfig, base: Base, quant: config.Quan
     An adapter without a record was made elsewhere; only names can be compared then, and one model may have
     several: that is a warning. Raises MismatchError, also for a kind that cannot be told apart from its base.
     """
+    check_kind(folder, saved)
+    known = {Path(name).name for name in (base.identity.id, base.identity.path, base.identity.folder) if name}
+    named = saved.base_model_name_or_path
+    if (folder / RECORD).is_file():
+        _check_record(folder, read_record(folder), base, quant)
+    elif named and Path(named).name not in known:
+        log.warning("the adapter says that it was trained on %s; the base given is %s", named, base.identity.path)
+
+
+def check_kind(folder: Path, saved: LoraConfig) -> None:
+    """MismatchError for an adapter that changes the base's own weights or biases."""
     if saved.bias != "none":
         raise MismatchError(f"{folder}: it was trained with bias={saved.bias}, which changes the base's own biases")
     if saved.init_lora_weights not in _PLAIN_INITS:
@@ -78,18 +95,18 @@ def check_source(folder: Path, saved: LoraConfig, base: Base, quant: config.Quan
             f"{folder}: init_lora_weights={saved.init_lora_weights} changes the base's own weights; "
             "convert it to a plain LoRA first (PEFT: path_initial_model_for_weight_conversion)"
         )
-    known = {Path(name).name for name in (base.identity.id, base.identity.path, base.identity.folder) if name}
-    named = saved.base_model_name_or_path
-    if (folder / RECORD).is_file():
-        _check_record(folder, foreign.json_object(folder / RECORD, MismatchError), base, quant)
-    elif named and Path(named).name not in known:
-        log.warning("the adapter says that it was trained on %s; the base given is %s", named, base.identity.path)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What lora_ft.json of an adapter folder holds; MismatchError where it is not such a record."""
+    found = foreign.json_object(folder / RECORD, MismatchError)
+    if found.get("format") != _FORMAT or not isinstance(found.get("base"), dict):
+        raise MismatchError(f"{folder / RECORD} is not a record of format {_FORMAT}, got {found.get('format')}")
+    return found
 
 
 def _check_record(folder: Path, found: dict[str, Any], base: Base, quant: config.Quant) -> None:
-    recorded = found.get("base")
-    if found.get("format") != _FORMAT or not isinstance(recorded, dict):
-        raise MismatchError(f"{folder / RECORD} is not a record of format {_FORMAT}, got {found.get('format')}")
+    recorded = found["base"]
     pairs: list[tuple[str, Any, Any]] = [
         ("base config_sha256", recorded.get("config_sha256"), base.identity.config_sha256)
     ]
@@ -103,25 +120,51 @@ def _check_record(folder: Path, found: dict[str, Any], base: Base, quant: config
         raise MismatchError(f"the adapter in {folder} was made for another base ({name}):\n" + "\n".join(problems))
 
 
+@dataclass(frozen=True)
+class Loading:
+    """How transformers alone loads a base as its adapter was trained: what the printed lines and the proof share."""
+
+    place: str
+    revision: str | None
+    dtype: str
+    quantization: dict[str, Any]  # arguments of BitsAndBytesConfig, a dtype by its name; {} without quantization
+    rows: int | None  # of the embedding, where tokens were added
+    device: str
+
+    def lines(self, adapter: str) -> list[str]:
+        """The lines of Python that load the base, and an adapter onto it."""
+        arguments = [repr(self.place), *([f"revision={self.revision!r}"] if self.revision else [])]
+        arguments.append(f"dtype=torch.{self.dtype}")
+        if self.quantization:
+            values = {k: f"torch.{v}" if k.endswith("dtype") else repr(v) for k, v in self.quantization.items()}
+            given = ", ".join(f"{name}={value}" for name, value in values.items())
+            arguments.append(f"quantization_config=BitsAndBytesConfig({given})")
+        lines = [f"base = AutoModelForCausalLM.from_pretrained({', '.join(arguments)})"]
+        if self.rows:
+            lines.append(f"base.resize_token_embeddings({self.rows}, mean_resizing=False)")
+        return [*lines, f"model = PeftModel.from_pretrained(base, {adapter!r})"]
+
+
+def loading(base: Base, quant: config.Quant, model: config.Model) -> Loading:
+    """How to load this base elsewhere: by its id where it has a commit on the hub, else from its folder."""
+    place, dtype = base.identity, str(base.model.dtype).removeprefix("torch.")
+    rows = base.model.get_input_embeddings().weight.shape[0] if model.added_tokens else None
+    name = place.id if place.revision else place.folder
+    return Loading(str(name), place.revision, dtype, _quantization(quant, dtype), rows, str(base.model.device))
+
+
+def _quantization(quant: config.Quant, dtype: str) -> dict[str, Any]:
+    if quant.kind is QuantKind.none:
+        return {}
+    if quant.kind is QuantKind.int8:
+        return {"load_in_8bit": True}
+    compute = dtype if quant.compute_dtype is config.Dtype.auto else quant.compute_dtype.value
+    return {
+        "load_in_4bit": True, "bnb_4bit_quant_type": quant.kind.value, "bnb_4bit_use_double_quant": quant.double,
+        "bnb_4bit_compute_dtype": compute,
+    }  # fmt: skip
+
+
 def loading_lines(folder: Path, base: Base, cfg: config.TrainRun) -> list[str]:
     """The lines of Python that load base and adapter with transformers and PEFT alone, as they were trained."""
-    place, compute = base.identity, f"torch.{str(base.model.dtype).removeprefix('torch.')}"
-    arguments = [repr(place.id if place.revision else place.folder)]
-    arguments += [f"revision={place.revision!r}"] if place.revision else []
-    arguments += [f"dtype={compute}", *_quantization(cfg.quant, compute)]
-    lines = [f"base = AutoModelForCausalLM.from_pretrained({', '.join(arguments)})"]
-    if cfg.model.added_tokens:
-        rows = base.model.get_input_embeddings().weight.shape[0]
-        lines.append(f"base.resize_token_embeddings({rows}, mean_resizing=False)")
-    return [*lines, f"model = PeftModel.from_pretrained(base, {str(folder)!r})"]
-
-
-def _quantization(quant: config.Quant, compute: str) -> list[str]:
-    if quant.kind is QuantKind.none:
-        return []
-    if quant.kind is QuantKind.int8:
-        return ["quantization_config=BitsAndBytesConfig(load_in_8bit=True)"]
-    return [
-        f"quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type={quant.kind.value!r}, "
-        f"bnb_4bit_use_double_quant={quant.double}, bnb_4bit_compute_dtype={compute})"
-    ]
+    return loading(base, cfg.quant, cfg.model).lines(str(folder))

@@ -2,25 +2,32 @@
 
 run=runs/2026-11-23_10-15-00       runs/2026-11-23_10-15-00/adapter
 adapter_path=./somebodys-adapter   that folder
-adapter_path=owner/name            downloaded: JSON, safetensors, templates and tokenizer files, nothing else
+adapter_path=owner/name            downloaded: JSON, safetensors, templates, tokenizer files, the card, nothing else
+
+A run brings its base; an adapter made elsewhere names one, in lora_ft.json or in PEFT's own file (`with_base`).
 """
 
+import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from lora_ft import config, foreign, runs
 from lora_ft.adapters import files, origin
-from lora_ft.errors import ConfigError, ResourceError
+from lora_ft.cli import overrides
+from lora_ft.errors import ConfigError, MismatchError, ResourceError
 from lora_ft.models import locate
 from lora_ft.models.load import Base, load_base, load_tokenizer, read_tokenizer
+
+log = logging.getLogger("lora_ft")
 
 NAME = "default"
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-_DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+_DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]
 
 
 def adapter_folder(run: str | None, adapter_path: str | None) -> Path:
@@ -56,6 +63,95 @@ def _download(hub_id: str) -> Path:
         raise ResourceError(f"adapter_path={hub_id} cannot be stored on this machine: {error}") from None
 
 
+Settings = TypeVar("Settings", config.EvalRun, config.ChatRun, config.MergeRun, config.PublishRun)
+
+
+def with_base(cfg: Settings, adapter: Path, typed: list[str]) -> Settings:
+    """The settings with the base and the quantization that an adapter made elsewhere names, where none were given.
+
+    `typed` are the words of the command: what they say wins. Logs which base was taken, and what cannot be checked of
+    it. ConfigError where the adapter names none that could be found.
+    """
+    if cfg.run:
+        return cfg
+    recorded = _record(adapter)
+    quant = cfg.quant
+    if recorded and not any(overrides.chosen(typed, key) for key in ("quant", "quant.kind")):
+        quant = _recorded_quant(adapter, recorded, cfg.quant)
+    named = files.read_config(adapter)
+    tokens = cfg.model.added_tokens or (_added_tokens(adapter, named.trainable_token_indices) if recorded else [])
+    if cfg.model.path:
+        return replace(cfg, model=replace(cfg.model, added_tokens=tokens), quant=quant)
+    if recorded:
+        model = replace(_recorded_base(cfg.model, recorded["base"]), added_tokens=tokens)
+    else:
+        model = _named_base(cfg.model, str(named.base_model_name_or_path or ""), named.revision)
+    if not model.path:
+        raise ConfigError(
+            f"{adapter} does not say where its base is found (it names {named.base_model_name_or_path}): "
+            "add model=NAME, or model=local model.path=PLACE"
+        )
+    place = model.path + (f" (revision {model.revision})" if model.revision else "")
+    if recorded:
+        log.warning("the base is %s, as %s has it", place, adapter / origin.RECORD)
+    else:
+        log.warning(
+            "the base is %s, by its name alone: %s has no %s, so that nothing tells whether its weights, its "
+            "quantization and its chat template are those that it was trained with", place, adapter, origin.RECORD,
+        )  # fmt: skip
+    return replace(cfg, model=model, quant=quant)
+
+
+def _record(adapter: Path) -> dict[str, Any] | None:
+    path = adapter / origin.RECORD
+    foreign.check_place(path, adapter)
+    return origin.read_record(adapter) if path.is_file() else None
+
+
+def _recorded_base(model: config.Model, base: dict[str, Any]) -> config.Model:
+    """The hub id where its commit is recorded; else the place on this machine, if it is still there; else the id."""
+    named, path, revision = (str(base.get(key) or "") for key in ("id", "path", "revision"))
+    if foreign.is_hub_id(named) and revision:
+        return replace(model, path=named, id=named, revision=revision)
+    if _is_here(path):
+        return replace(model, path=path, id=model.id or (named if foreign.is_hub_id(named) else None))
+    return replace(model, path=named, id=named) if foreign.is_hub_id(named) else model
+
+
+def _named_base(model: config.Model, named: str, revision: str | None) -> config.Model:
+    if _is_here(named):
+        return replace(model, path=named)
+    return replace(model, path=named, revision=revision or model.revision) if foreign.is_hub_id(named) else model
+
+
+def _is_here(path: str) -> bool:
+    """A place of this machine that a model is loaded from; the loader checks what lies there."""
+    place = Path(path or "/nowhere")
+    return path.startswith("package:") or place.is_dir() or (place.suffix == ".gguf" and place.is_file())
+
+
+def _recorded_quant(adapter: Path, recorded: dict[str, Any], quant: config.Quant) -> config.Quant:
+    found = recorded.get("quant")
+    names = [kind.value for kind in config.QuantKind]
+    if not isinstance(found, dict) or found.get("kind") not in names or not isinstance(found.get("double", True), bool):
+        raise MismatchError(f"{adapter / origin.RECORD}: quant must hold a kind of {', '.join(names)}, got {found}")
+    return replace(quant, kind=config.QuantKind(found["kind"]), double=found.get("double", quant.double))
+
+
+def _added_tokens(adapter: Path, rows: Any) -> list[str]:
+    """The tokens that a run of ours added to its base: those whose rows its adapter trains."""
+    if not rows:
+        return []
+    tokenizer = _own_tokenizer(adapter)
+    ids = {i for matrix in (rows.values() if isinstance(rows, dict) else [rows]) for i in matrix}
+    if wrong := [i for i in ids if type(i) is not int or not 0 <= i < len(tokenizer)]:
+        raise MismatchError(
+            f"{adapter} trains a row for token {wrong[0]}, and its tokenizer has {len(tokenizer)} tokens"
+        )
+    tokens: list[str] = tokenizer.convert_ids_to_tokens(sorted(ids))
+    return tokens
+
+
 def adapter_tokenizer(folder: Path, model: config.Model) -> PreTrainedTokenizerBase:
     """The tokenizer and template that the adapter was trained with, which lie beside it; else the base's.
 
@@ -63,11 +159,16 @@ def adapter_tokenizer(folder: Path, model: config.Model) -> PreTrainedTokenizerB
     """
     if not all((folder / name).is_file() for name in _TOKENIZER_FILES):
         return load_tokenizer(model)
+    tokenizer = _own_tokenizer(folder)
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = load_tokenizer(replace(model, added_tokens=[])).chat_template
+    return tokenizer
+
+
+def _own_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     foreign.check_folder(folder)
     locate.check_tokenizer(folder)
     tokenizer: PreTrainedTokenizerBase = read_tokenizer(folder, str(folder))
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = load_tokenizer(replace(model, added_tokens=[])).chat_template
     return tokenizer
 
 

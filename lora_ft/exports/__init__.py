@@ -1,5 +1,6 @@
-"""What leaves a run: a merged model that needs no adapter.
+"""What leaves a run: a model that needs no adapter, an adapter in other formats, a smaller one, one of several.
 
-merge      base weights + adapter -> a folder that transformers loads alone
-verify     that folder's logits against those of the attached adapter
+merge, stream, onto, verify        base weights + adapter -> a folder that transformers loads alone
+combine, truncate                  several adapters into one; a smaller one
+pairs, gguf_*, mlx                 the same for llama.cpp and MLX
 """

@@ -5,27 +5,34 @@
     saved    W' = the layer trained in full
     tokens   W' = W with the trained rows in it
 
-W of a quantized layer is what its codes stand for: the weights that the adapter was trained on. Adding to
-the codes themselves would round small updates away (peft issue 2321), and the unquantized original is
-another model than the one trained on. A written tensor is W' rounded once to the dtype asked for.
+W comes one tensor at a time (stream.py): of a quantized layer what its codes stand for, which the adapter was
+trained on, or the original. Adding to the codes themselves would round small updates away (peft issue 2321). A
+written tensor is W' rounded once to the dtype asked for.
+
+An adapter may change one end of a tied model, its embedding or its head: then both are written, untied.
 """
 
 import copy
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from lora_ft import durable
-from lora_ft.errors import MismatchError, ResourceError
+from lora_ft.errors import MismatchError, NonFiniteError, ResourceError
+from lora_ft.exports.stream import Read, inmost
+
+log = logging.getLogger("lora_ft")
 
 SHARD_BYTES = 5_000_000_000
 
@@ -36,33 +43,83 @@ _CODES = {
 _OTHER_FILES_BYTES = 50_000_000  # tokenizer and configs, generously
 
 
-def write(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype) -> None:
-    """Write the active adapter's merged model into an existing folder: weights in `dtype`, configs, tokenizer.
+class Merged:
+    """The merged model's tensors by name, each computed when asked for, on the CPU, in `dtype`.
 
-    Holds one merged tensor at a time beside the model, which stays as it was. Raises ResourceError where
-    the disk is too small, MismatchError for an adapter that cannot be expressed in the base's weights.
+    `plain` is the model that a fresh process builds to load them, on the meta device; `names` are those of its
+    tensors that are written, of tied ones the first. Raises MismatchError for an adapter that cannot be expressed in
+    the base's weights.
     """
-    base: PreTrainedModel = model.get_base_model()
-    plain = _plain_twin(base)
-    names, ties = _written_names(plain)
-    _check_adapter(base, model.active_adapter)
-    _check_space(folder, sum(_spec(n, t, dtype).num_bytes for n, t in names.items()))
-    tensors = _Merged(base, model.active_adapter, dtype)
-    for name, twin in ties.items():
-        if not torch.equal(tensors[name], tensors[twin]):
-            raise MismatchError(
-                f"{name} and {twin} are one matrix in this model, and the adapter changes only one of them: "
-                "merged, the change would be lost or appear twice"
-            )
-    _write_weights(folder, names, tensors, dtype)
-    _write_configs(folder, base, dtype)
+
+    def __init__(self, model: PeftModel, read: Read, dtype: torch.dtype) -> None:
+        self._base: PreTrainedModel = model.get_base_model()
+        self._adapter, self._read, self.dtype = model.active_adapter, read, dtype
+        _check_adapter(self._base, self._adapter)
+        self.plain = _plain_twin(_plain_config(self._base, dtype))
+        names, ties = _written_names(self.plain)
+        if apart := [name for name, twin in ties.items() if not self._equal(name, twin)]:
+            log.warning("the adapter changes one of two tied matrices: %s is written as one of its own", apart[0])
+            untied = copy.deepcopy(self.plain.config)
+            untied.tie_word_embeddings = False
+            self.plain = _plain_twin(untied)
+            names, ties = _written_names(self.plain)
+            if any(name in ties for name in apart):
+                raise MismatchError(f"{apart[0]} cannot be untied in this architecture, and the adapter changes it")
+        self.names = names
+        self.plain.generation_config = self._base.generation_config
+
+    def _equal(self, name: str, twin: str) -> bool:
+        """Whether two tensors are the same bytes, with one of them in memory at a time."""
+        first, second = (xxhash.xxh3_128_digest(_bytes(self[key])) for key in (name, twin))
+        return first == second
+
+    def __getitem__(self, name: str) -> Tensor:
+        exact = self._exact(name).detach()
+        if not exact.is_floating_point():
+            return exact.cpu().contiguous()
+        rounded = exact.to(device="cpu", dtype=self.dtype).contiguous()
+        if not torch.isfinite(rounded).all():
+            if torch.isfinite(exact).all():
+                raise NonFiniteError(f"{name}: the merged weights overflow {self.dtype}: try dtype=float32 or bfloat16")
+            raise NonFiniteError(f"{name}: the weights of the base or of the adapter are not finite")
+        return rounded
+
+    def _exact(self, name: str) -> Tensor:
+        *path, leaf = name.split(".")
+        module: Any = self._base
+        trained = False
+        for part in path:
+            module = getattr(module, part)
+            if isinstance(module, ModulesToSaveWrapper):
+                trained = trained or self._adapter in module.modules_to_save
+                module = dict(module.modules_to_save.items()).get(self._adapter, module.original_module)
+        if trained:
+            return getattr(module, leaf)
+        if leaf == "weight" and isinstance(module, LoraLayer) and self._adapter in module.scaling:
+            return _lora_weight(module, self._adapter, self._read(name))
+        if leaf == "weight" and isinstance(module, TrainableTokensWrapper):
+            tokens = module.token_adapter
+            if self._adapter in tokens.token_indices:
+                rows = torch.tensor(tokens.token_indices[self._adapter])
+                delta = tokens.trainable_tokens_delta[self._adapter].detach().cpu()
+                weight = self._read(name)
+                return weight.index_copy(0, rows, delta.to(weight.dtype))
+        return self._read(name)
+
+
+def write(merged: Merged, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a merged model into an existing folder: weights, configs, tokenizer; ResourceError for a disk too small."""
+    specs = [_spec(name, tensor, merged.dtype) for name, tensor in merged.names.items()]
+    _check_space(folder, sum(spec.num_bytes for spec in specs))
+    _write_weights(folder, specs, merged)
+    _write_configs(folder, merged.plain)
     tokenizer.save_pretrained(folder)
 
 
-def _plain_twin(base: PreTrainedModel) -> PreTrainedModel:
+def _plain_twin(config: Any) -> PreTrainedModel:
     """The architecture alone, without data: what a fresh process will build, and so the names that it looks for."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(_plain_config(base, base.dtype))
+        return AutoModelForCausalLM.from_config(config)
 
 
 def _plain_config(base: PreTrainedModel, dtype: torch.dtype) -> Any:
@@ -96,76 +153,16 @@ def _check_adapter(base: PreTrainedModel, adapter: str) -> None:
                 raise MismatchError(f"{name}: an adapter of this kind ({kind}, or with biases) cannot be merged")
 
 
-class _Merged:
-    """The merged model's tensors by name, each computed when asked for, on the CPU, in `dtype`."""
-
-    def __init__(self, base: PreTrainedModel, adapter: str, dtype: torch.dtype) -> None:
-        self._base, self._adapter, self._dtype = base, adapter, dtype
-
-    def __getitem__(self, name: str) -> Tensor:
-        *path, leaf = name.split(".")
-        module: Any = self._base
-        for part in path:
-            module = self._trained(getattr(module, part))
-        tensor = self._weight(module) if leaf == "weight" else getattr(_inmost(module), leaf)
-        if not tensor.is_floating_point():
-            return tensor.cpu().contiguous()
-        rounded = tensor.detach().to(device="cpu", dtype=self._dtype).contiguous()
-        if not torch.isfinite(rounded).all():
-            raise MismatchError(f"{name}: the merged weights are not finite in {self._dtype}: try dtype=float32")
-        return rounded
-
-    def _trained(self, module: Any) -> Any:
-        """The copy that `modules_to_save` trained, where there is one."""
-        if isinstance(module, ModulesToSaveWrapper):
-            return dict(module.modules_to_save.items()).get(self._adapter, module.original_module)
-        return module
-
-    def _weight(self, module: Any) -> Tensor:
-        if isinstance(module, LoraLayer) and self._adapter in module.scaling:
-            return _lora_weight(module, self._adapter)
-        if isinstance(module, TrainableTokensWrapper) and self._adapter in module.token_adapter.token_indices:
-            tokens, weight = module.token_adapter, dequantized(_inmost(module))
-            rows = torch.tensor(tokens.token_indices[self._adapter], device=weight.device)
-            return weight.index_copy(0, rows, tokens.trainable_tokens_delta[self._adapter].to(weight))
-        return dequantized(_inmost(module))
-
-
-def _inmost(module: Any) -> Any:
-    """The base's own layer inside PEFT's wrappers."""
-    while isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper)):
-        module = module.get_base_layer() if isinstance(module, LoraLayer) else module.original_module
-    return module
-
-
-def _lora_weight(layer: Any, adapter: str) -> Tensor:
+def _lora_weight(layer: Any, adapter: str, weight: Tensor) -> Tensor:
     """W' of an adapted layer in float32 at least, laid out as its W: [out, in]; Conv1D [in, out]; embedding [V, E]."""
-    base = layer.get_base_layer()
-    weight = dequantized(base)
     # PEFT's delta has the layout of W; the sum is taken in the adapter's precision and rounded when written.
-    merged = weight.to(torch.promote_types(weight.dtype, torch.float32)) + layer.get_delta_weight(adapter).detach()
+    delta = layer.get_delta_weight(adapter).detach().cpu()
+    merged = delta.to(torch.promote_types(weight.dtype, torch.float32)).contiguous().add_(weight)
     if layer.use_dora.get(adapter):
-        inputs = 0 if isinstance(base, (Conv1D, nn.Embedding)) else 1
+        inputs = 0 if isinstance(inmost(layer), (Conv1D, nn.Embedding)) else 1
         norm = torch.linalg.vector_norm(merged, dim=inputs, keepdim=True)
-        merged *= layer.lora_magnitude_vector[adapter].weight.detach().view_as(norm) / norm
+        merged *= layer.lora_magnitude_vector[adapter].weight.detach().cpu().view_as(norm) / norm
     return merged
-
-
-def dequantized(layer: Any) -> Tensor:
-    """The weights that a layer computes with: bitsandbytes' own dequantization of its codes, or W as it is."""
-    weight = layer.weight
-    kind = type(weight).__name__
-    if kind == "Params4bit":
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(weight.data, weight.quant_state)
-    if kind == "Int8Params":
-        from bitsandbytes.functional import int8_vectorwise_dequant
-
-        # The row scales move from the weight to the layer's state at the first forward.
-        scales = weight.SCB if weight.SCB is not None else layer.state.SCB
-        return int8_vectorwise_dequant(weight.data, scales)
-    return weight.detach()
 
 
 def _spec(name: str, tensor: Tensor, dtype: torch.dtype) -> durable.TensorSpec:
@@ -181,10 +178,10 @@ def _check_space(folder: Path, weights_bytes: int) -> None:
         )
 
 
-def _write_weights(folder: Path, names: dict[str, Tensor], tensors: _Merged, dtype: torch.dtype) -> None:
+def _write_weights(folder: Path, every: list[durable.TensorSpec], merged: Merged) -> None:
     """One file, or several of at most SHARD_BYTES with an index, as transformers names them."""
     shards: list[list[durable.TensorSpec]] = [[]]
-    for spec in (_spec(name, tensor, dtype) for name, tensor in names.items()):
+    for spec in every:
         if shards[-1] and sum(s.num_bytes for s in shards[-1]) + spec.num_bytes > SHARD_BYTES:
             shards.append([])
         shards[-1].append(spec)
@@ -192,7 +189,7 @@ def _write_weights(folder: Path, names: dict[str, Tensor], tensors: _Merged, dty
     for number, specs in enumerate(shards, start=1):
         part = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
         file = f"model{part}.safetensors"
-        durable.write_tensors(folder / file, specs, (_bytes(tensors[s.name]) for s in specs), {"format": "pt"})
+        durable.write_tensors(folder / file, specs, (_bytes(merged[s.name]) for s in specs), {"format": "pt"})
         weight_map |= {s.name: file for s in specs}
     if len(shards) > 1:
         total = sum(s.num_bytes for specs in shards for s in specs)
@@ -204,8 +201,8 @@ def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
-def _write_configs(folder: Path, base: PreTrainedModel, dtype: torch.dtype) -> None:
-    settings = json.loads(_plain_config(base, dtype).to_json_string())
+def _write_configs(folder: Path, plain: PreTrainedModel) -> None:
+    settings = json.loads(plain.config.to_json_string())
     # transformers 5 alone knows the new names. Readers of the old ones (transformers 4, mlx-lm, converters) would
     # fall back to a rope_theta of 10,000 without a word, and to float32.
     settings["torch_dtype"] = settings["dtype"]
@@ -215,5 +212,5 @@ def _write_configs(folder: Path, base: PreTrainedModel, dtype: torch.dtype) -> N
         if rope.get("rope_type", "default") != "default":
             settings["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     durable.write_json(folder / "config.json", settings)
-    if base.generation_config:
-        durable.write_text(folder / "generation_config.json", base.generation_config.to_json_string())
+    if plain.generation_config:
+        durable.write_text(folder / "generation_config.json", plain.generation_config.to_json_string())

@@ -64,7 +64,7 @@ def locate(model: config.Model, *, weights: bool = True) -> Identity:
     if model.revision and (in_package or path.suffix == ".gguf" or path.is_dir()):
         raise ConfigError(f"model.revision={model.revision}: {model.path} is no hub id, and nothing else has revisions")
     if in_package:
-        return _from_gguf(model, _package_file(model.path))
+        return _from_gguf(model, package_file(model.path))
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ResourceError(f"model.path={model.path}: there is no such file")
@@ -110,7 +110,7 @@ def _listed(hub_id: str, commit: str) -> set[str]:
         return set()
 
 
-def _package_file(path: str) -> Path:
+def package_file(path: str) -> Path:
     package, _, file = path.removeprefix("package:").partition("/")
     if not package.isidentifier() or not file.endswith(".gguf") or ".." in Path(file).parts:
         raise ConfigError(f"model.path={path} must have the form package:NAME/FILE.gguf")

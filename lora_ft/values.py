@@ -1,0 +1,96 @@
+"""What settings choose from, by name. config.py says which setting, and passes these names on. No torch here."""
+
+from enum import Enum
+
+
+class Dtype(Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    fp32, bf16, fp16 = float32, bfloat16, float16  # other names of the same
+
+
+class QuantKind(Enum):
+    none = "none"
+    int8 = "int8"
+    nf4 = "nf4"
+    fp4 = "fp4"
+
+
+class Format(Enum):
+    auto = "auto"
+    messages = "messages"
+    conversations = "conversations"
+    prompt_completion = "prompt_completion"
+    alpaca = "alpaca"
+    text = "text"
+    table = "table"
+
+
+class TooLong(Enum):
+    error = "error"
+    drop = "drop"
+    truncate_prompt = "truncate_prompt"
+    split = "split"
+
+
+class TrainOn(Enum):
+    answers = "answers"
+    last_answer = "last_answer"
+    all = "all"
+
+
+class Optimizer(Enum):
+    adamw = "adamw"
+    adamw_8bit = "adamw_8bit"
+    paged_adamw = "paged_adamw"
+
+
+class Schedule(Enum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+    wsd = "wsd"
+
+
+class Keep(Enum):
+    last = "last"
+    best = "best"
+
+
+class Tracker(Enum):
+    none = "none"
+    tensorboard = "tensorboard"
+    wandb = "wandb"
+    mlflow = "mlflow"
+
+
+class Onto(Enum):
+    auto = "auto"
+    dequantized = "dequantized"
+    original = "original"
+
+
+class Combination(Enum):
+    linear = "linear"
+    ties = "ties"
+    dare_ties = "dare_ties"
+    svd = "svd"
+
+
+class GgufType(Enum):
+    f32 = "f32"
+    f16 = "f16"
+    bf16 = "bf16"
+    q8_0 = "q8_0"
+
+
+class Also(Enum):
+    gguf = "gguf"
+    mlx = "mlx"
+
+
+class ShareBase(Enum):
+    interleaved = "interleaved"
+    none = "none"

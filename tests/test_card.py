@@ -1,0 +1,252 @@
+"""The model card: front matter that the hub takes, true sentences, and nothing that a name could smuggle in."""
+
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from finished import finished_run
+from huggingface_hub import ModelCard, ModelCardData
+
+from lora_ft import config, durable
+from lora_ft.adapters import files, origin
+from lora_ft.errors import ConfigError
+from lora_ft.publishing import card, curve, lint, story
+from lora_ft.publishing.proof import Proof
+
+PROOF = Proof(
+    keys=28, outputs=14, zero_outputs=0, files=None, distance=3.4e-7, allowed=1e-5, effect=0.25, kernels=None,
+    seconds=3.1, versions={"peft": "0.21.2", "torch": "2.13.0"},
+)  # fmt: skip
+LOADING = origin.Loading("org/base", "a" * 40, "float32", {}, None, "cpu")
+HOSTILE = "# Heading\n---\nlicense: evil\n---\n| a | b |\n</script>`code` ``` ![x](http://evil) <img src=x>\t\x1b[31m"
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished_run(tmp_path_factory.mktemp("run"), "llama", rslora=True) / "adapter"
+
+
+def subject(adapter: Path, told: story.Story | None = None, **values: Any) -> card.Subject:
+    config, record = (json.loads((adapter / name).read_text()) for name in (files.CONFIG, origin.RECORD))
+    found = card.Subject(
+        name="me/mine", config=config, record=record, loading=LOADING, license="mit", story=told,
+        verdicts=lint.lint(adapter, None), files=frozenset(), proof=PROOF,
+    )  # fmt: skip
+    return replace(found, **values)
+
+
+def front(text: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(text.split("---\n")[1])
+    return found
+
+
+def told(**values: Any) -> story.Story:
+    scores = story.Scores(
+        "by lora-ft eval", {"loss": 3.25, "perplexity": 25.8}, {"loss": 2.4, "perplexity": 11.02}, 99, 7
+    )
+    found = story.Story(
+        settings={"optim.lr": 0.001}, data="org/rows on the Hugging Face hub", dataset="org/rows", dataset_config=None,
+        dataset_split="train", dataset_revision=None, rows=(90, 10), steps=40, tokens=4000, heldout=[scores],
+        merge=None, curves=([], []),
+    )  # fmt: skip
+    return replace(found, **values)
+
+
+def test_the_front_matter_is_what_the_hub_reads(adapter: Path) -> None:
+    text = card.render(subject(adapter, told()))
+    found = front(text)
+    assert found["base_model"] == "org/base"
+    assert found["base_model_relation"] == "adapter"
+    assert (found["library_name"], found["pipeline_tag"], found["license"]) == ("peft", "text-generation", "mit")
+    assert found["tags"] == ["base_model:adapter:org/base", "lora", "rslora", "transformers"]
+    assert found["datasets"] == ["org/rows"]
+    data = ModelCard(text).data
+    assert isinstance(data, ModelCardData)
+    assert data.eval_results is not None
+    figures = {(r.metric_type, r.metric_value, r.dataset_type, r.dataset_split) for r in data.eval_results}
+    assert figures == {("loss", 2.4, "org/rows", "train"), ("perplexity", 11.02, "org/rows", "train")}
+    assert yaml.safe_load(data.to_yaml()) == found, "read and written again it says the same"
+
+
+def test_a_picture_is_shown_where_there_is_one(adapter: Path) -> None:
+    without = told(heldout=[])
+    assert "## Results" not in card.render(subject(adapter, without))
+    assert "![loss by step](loss.svg)" in card.render(subject(adapter, without, files=frozenset({card.CURVE})))
+
+
+def test_what_is_not_known_is_left_out(adapter: Path) -> None:
+    found = front(card.render(subject(adapter, told(dataset=None, data="a local file (.jsonl)"), license=None)))
+    assert found.keys().isdisjoint({"license", "datasets", "language"})
+    assert "model-index" in found
+    alone = card.render(subject(adapter))
+    assert front(alone).keys().isdisjoint({"model-index", "datasets"})
+    assert "## Results" not in alone and "made elsewhere" in alone
+
+
+def test_results_settings_and_rows_are_told(adapter: Path) -> None:
+    text = card.render(subject(adapter, told(merge={"onto": "original", "original": {"loss": 2.41}})))
+    assert "| `loss` | 3.2500 | 2.4000 |" in text
+    assert "| `optim.lr` | `0.001` |" in text
+    assert "90 of its rows trained on and 10 held out" in text
+    assert "| `original.loss` | `2.41` |" in text
+    assert "99 tokens of 7 rows" in text
+
+
+@pytest.mark.parametrize("place", ["settings", "data", "metric", "base", "merge"])
+def test_no_name_is_markup(adapter: Path, place: str) -> None:
+    clean = subject(adapter, told())
+    scores = story.Scores(HOSTILE, {HOSTILE: 1.0}, {HOSTILE: 2.0}, 9, None)
+    hostile = {
+        "settings": subject(adapter, told(settings={"data.system": HOSTILE, HOSTILE: HOSTILE})),
+        "data": subject(adapter, told(data=HOSTILE)),
+        "metric": subject(adapter, told(heldout=[replace(scores, when="by lora-ft eval")])),
+        "base": subject(adapter, told(), config=clean.config | {"target_modules": [HOSTILE]}),
+        "merge": subject(adapter, told(merge={HOSTILE: HOSTILE})),
+    }[place]
+    text = card.render(hostile)
+    assert front(text).get("license") == "mit"
+    body = text.split("---\n", 2)[2]
+    assert "\x1b" not in text
+    assert not re.search(r"^# Heading", body, re.MULTILINE)
+    # outside of code there is nothing of it: the longest run of backticks that opens a span closes it
+    outside = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", re.sub(r"```\w*\n.*?\n```", "", body, flags=re.DOTALL))
+    for part in ("evil", "<img", "</script>", "Heading"):
+        assert part not in outside, outside
+    rows = [line for line in body.splitlines() if line.startswith("|")]
+    widths = [len(re.findall(r"(?<!\\)\|", row)) for row in rows]
+    assert set(widths) <= {3, 4, 5}
+
+
+def test_only_consumers_that_can_load_it_are_told_how(adapter: Path) -> None:
+    plain = subject(adapter, files=frozenset({"adapter.gguf", "mlx/adapters.safetensors"}))
+    text = card.render(plain)
+    assert all(f"With {name}:" in text for name in ("PEFT", "transformers", "vLLM", "llama.cpp", "MLX"))
+    verdicts = [
+        replace(v, level=lint.Level.REFUSED) if v.consumer == "vLLM"
+        else replace(v, level=lint.Level.WARN) if v.consumer == "llama.cpp" else v
+        for v in plain.verdicts
+    ]  # fmt: skip
+    other = card.render(replace(plain, verdicts=verdicts, files=frozenset()))
+    assert "With vLLM:" not in other and "With MLX:" not in other
+
+
+def test_the_flag_that_vllm_needs_is_in_its_line(adapter: Path) -> None:
+    wide = [replace(v, level=lint.Level.WARN, reason="rank 64 ...: start it with --max-lora-rank 64")
+            if v.consumer == "vLLM" else v for v in lint.lint(adapter, None)]  # fmt: skip
+    assert "--enable-lora --max-lora-rank 64 --lora-modules" in card.render(subject(adapter, verdicts=wide))
+
+
+def test_the_lines_of_python_are_python_and_load_what_was_trained(adapter: Path) -> None:
+    quantized = replace(LOADING, quantization={"load_in_4bit": True, "bnb_4bit_compute_dtype": "float32"}, rows=514)
+    text = card.render(subject(adapter, loading=quantized, record={"quant": {"kind": "nf4", "double": True}}))
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    for block in blocks:
+        compile(block, "card", "exec")
+    assert "BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)" in blocks[0]
+    assert "base.resize_token_embeddings(514" in blocks[0]
+    assert "quantized to nf4" in text
+
+
+def test_the_same_adapter_has_the_same_card_whatever_the_clock_says(adapter: Path) -> None:
+    one = card.render(subject(adapter, told()))
+    two = card.render(subject(adapter, told(), proof=replace(PROOF, seconds=9.0, distance=3.9e-7)))
+    assert one == two
+    assert "within 1e-06" in one
+
+
+@pytest.mark.parametrize("value", ["`", "``", "a`b", "`a", "a`", "|", "\n", "", "x" * 9999, "\u202eevil", "a\x00b"])
+def test_code_is_one_span(value: str) -> None:
+    shown = card.code(value)
+    fence = re.match(r"`+", shown)
+    assert fence and shown.endswith(fence[0]) and "\n" not in shown and len(shown) < 400
+    inside = shown[len(fence[0]) : -len(fence[0])]
+    assert fence[0] not in re.findall(r"`+", inside)
+    assert "\u202e" not in shown and "\x00" not in shown
+
+
+def scored(loss: float) -> dict[str, float]:
+    return {"loss": loss, "perplexity": math.exp(loss)}
+
+
+def run_folder(tmp_path: Path, data: str) -> Path:
+    run = tmp_path / "run"
+    run.mkdir()
+    stored = {"data": {"path": data, "name": None, "split": "train", "prompt": "{a}"}, "seed": 7,
+              "model": {"path": "/home/me/tiny"},
+              "adapter": {"r": 8, "dropout": 0.0}, "track": {"project": "secret plans"}}  # fmt: skip
+    (run / "config.yaml").write_text(yaml.safe_dump(stored))
+    durable.write_json(
+        run / "result.json", {"base_heldout_loss": 3.0, "heldout_loss": 2.0, "heldout_tokens": 9, "steps": 4}
+    )
+    durable.write_json(run / "check.json", {"rows": {"train_documents": 5, "heldout_documents": 2}})
+    lines = [{"step": 0, "heldout_loss": 3.0}, {"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.25, "heldout_loss": 2.0}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "lo')
+    return run
+
+
+def test_a_run_is_told_without_its_places(tmp_path: Path) -> None:
+    found = story.read(run_folder(tmp_path, "/home/me/private/rows.jsonl"))
+    assert (found.data, found.dataset) == ("a local file (.jsonl)", None)
+    assert found.settings == {"adapter.r": 8, "data.prompt": "{a}", "seed": 7}
+    assert "private" not in repr(found) and "secret" not in repr(found)
+    assert found.rows == (5, 2)
+    assert found.heldout == [story.Scores("at the end of training", scored(3.0), scored(2.0), 9, None)]
+    assert found.curves == ([(1, 2.5), (2, 2.25)], [(0, 3.0), (2, 2.0)])
+
+
+@pytest.mark.parametrize(
+    ("path", "told", "dataset"),
+    [
+        ("org/rows", "org/rows on the Hugging Face hub", "org/rows"),
+        ("package:chatterbot_corpus/data/english", "files of the package chatterbot_corpus", None),
+        ("/home/me/rows", "a local folder", None),
+        ("rows.csv", "a local file (.csv)", None),
+        ("../org", "a local folder", None),
+    ],
+)
+def test_where_rows_came_from(tmp_path: Path, path: str, told: str, dataset: str | None) -> None:
+    found = story.read(run_folder(tmp_path, path))
+    assert (found.data, found.dataset) == (told, dataset)
+
+
+def test_an_evaluation_goes_before_the_end_of_training_and_a_broken_one_is_named(tmp_path: Path) -> None:
+    run = run_folder(tmp_path, "org/rows")
+    scored = {"loss": 2.0, "perplexity": None, "chrf": 40.0}
+    durable.write_json(run / "eval.json", {"base": scored, "adapter": scored, "tokens": 9, "rows": 3})
+    assert story.read(run).heldout[-1] == story.Scores(
+        "by lora-ft eval", *[{"loss": 2.0, "chrf": 40.0}] * 2, 9, 3
+    )  # fmt: skip
+    durable.write_json(run / "eval.json", {"base": [], "adapter": scored})
+    with pytest.raises(ConfigError, match=r"eval\.json is not as lora-ft wrote it"):
+        story.read(run)
+
+
+def test_the_picture_has_every_point_and_no_more_than_fit() -> None:
+    drawn = curve.draw([(1, 3.0), (2, 2.0), (3, float("nan"))], [(0, 3.5), (3, 1.5)])
+    assert drawn and drawn == curve.draw([(1, 3.0), (2, 2.0)], [(0, 3.5), (3, 1.5)])
+    assert drawn.count("<circle") == 2 and "3.500" in drawn and "1.500" in drawn
+    long = curve.draw([(n, 1 / n) for n in range(1, 100_000)], [])
+    assert long and len(long) < 20_000 and "99999" in long
+    assert curve.draw([], []) is None and curve.draw([(1, 2.0)], []) is None
+
+
+def test_a_flat_curve_is_drawn() -> None:
+    drawn = curve.draw([(1, 2.0), (2, 2.0)], [])
+    assert drawn and "nan" not in drawn
+
+
+def test_a_license_is_read_from_the_card_of_the_bases_folder(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    for content, expected in (
+        ("---\nlicense: apache-2.0\n---\n# x", "apache-2.0"), ("# no front matter", None), ("---\n: : [\n---\n", None),
+        ("---\nlicense: [a, b]\n---\n", None), ("---\nlicense: &a [*a]\n---\n", None),
+        ("---\r\nlicense: mit\r\n---", "mit"),
+        ("---\nlicense: !!python/object:os.system {}\n---\n", None),
+    ):  # fmt: skip
+        readme.write_text(content)
+        assert story.license_of(config.Model(path=str(tmp_path)), str(tmp_path)) == expected

