@@ -335,7 +335,10 @@ class MergeRun:
     gguf: GgufType | None = setting(None, "write one GGUF file instead of a folder, its matrices of this type")
     adapters: list[str] = setting([], "run or adapter folders to combine into one adapter; no model is written then")
     weights: list[float] = setting([], "adapters: weight of each; []: equal, 1 in all")
-    method: Combination = setting(Combination.linear, "adapters: how they are combined")
+    method: Combination = setting(
+        Combination.svd,
+        "adapters: svd, the weighted sum of their updates; linear, ties, dare_ties add matrices instead, as PEFT does",
+    )
     density: float = setting(0.5, "ties, dare_ties: part of each update that is kept", above=0, at_most=1)
     truncate_rank: int | None = setting(
         None,

@@ -1,0 +1,97 @@
+"""Which weights an adapter of a quantized run is merged onto: both are measured, and what is written is the better."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from finished import call, finished_run
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from lora_ft import config, runs
+from lora_ft.adapters import source
+from lora_ft.data.prepare import prepare
+from lora_ft.evaluation.heldout import heldout_loss
+from lora_ft.exports import onto
+from lora_ft.models.quantize import dequantize_reference
+from lora_ft.ops.token_loss import choose_paths
+from lora_ft.training.learner import evaluation_rows
+from lora_ft.values import Onto
+
+OFF = config.Fast(attention=False, loss=False)
+
+
+def heldout(run: Path, tokenizer):
+    data = config.Data(**{name: runs.read_config(run)["data"][name] for name in ("path", "eval_fraction")})
+    return evaluation_rows(prepare(data, tokenizer), 64)[0]
+
+
+@pytest.mark.closes("B01", "B02")
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_both_targets_are_measured_as_anybody_would_and_the_better_is_written(
+    tmp_path: Path, quant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = finished_run(tmp_path, "llama", quant=quant)
+    assert call("merge", f"run={run}", f"out={tmp_path / 'auto'}") == 0
+    shown, measured = capsys.readouterr().out, json.loads((run / "merge.json").read_text())
+    assert json.loads((tmp_path / "auto" / "merge.json").read_text()) == measured
+    tokenizer = source.adapter_tokenizer(run / "adapter", config.Model())
+    rows = heldout(run, tokenizer)
+    for name in ("dequantized", "original"):
+        assert call("merge", f"run={run}", f"out={tmp_path / name}", f"onto={name}") == 0
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
+        alone = heldout_loss(model, rows, choose_paths(model, OFF), 1024)
+        assert measured[name]["loss"] == pytest.approx(alone.loss, rel=1e-5)
+        assert f"{measured[name]['loss']:.4f}" in shown
+        assert measured["tokens"] == alone.tokens
+    # int8 rounds activations as well while it is attached, which no weight can hold.
+    assert measured["dequantized"]["loss"] == pytest.approx(
+        measured["attached_loss"], rel=1e-5 if quant == "nf4" else 0.05
+    )
+    assert 0 <= measured["dequantized"]["kl"] < measured["original"]["kl"]
+    written, taken = (load_file(tmp_path / name / "model.safetensors") for name in ("auto", measured["onto"]))
+    assert written.keys() == taken.keys() and all(torch.equal(written[key], taken[key]) for key in written)
+
+
+@pytest.mark.closes("B03")
+def test_the_targets_differ_by_what_quantization_took_from_the_weights(tmp_path: Path) -> None:
+    run = finished_run(tmp_path, "llama", quant="nf4")
+    for name in ("dequantized", "original"):
+        assert call("merge", f"run={run}", f"out={tmp_path / name}", f"onto={name}") == 0
+    base, _ = source.open_adapter(
+        run / "adapter", config.Model(path=str(tmp_path / "llama"), dtype=config.Dtype.float32),
+        config.Quant(kind=config.QuantKind.nf4), "cpu", source.adapter_tokenizer(run / "adapter", config.Model()),
+    )  # fmt: skip
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "llama").state_dict()
+    onto_codes, onto_weights = (load_file(tmp_path / n / "model.safetensors") for n in ("dequantized", "original"))
+    quantized = {name.replace(".base_layer", ""): module for name, module in base.model.named_modules()
+                 if type(getattr(module, "weight", None)).__name__ == "Params4bit" and "lora" not in name}  # fmt: skip
+    assert len(quantized) == 14
+    for name, module in quantized.items():
+        lost = plain[f"{name}.weight"] - dequantize_reference(module)
+        apart = onto_weights[f"{name}.weight"] - onto_codes[f"{name}.weight"]
+        torch.testing.assert_close(apart, lost, rtol=0, atol=1e-6)
+    others = [key for key in plain if key.removesuffix(".weight") not in quantized]
+    assert others and all(torch.equal(onto_codes[key], onto_weights[key]) for key in others if key in onto_codes)
+
+
+def test_without_rows_to_measure_on_the_adapter_stays_on_what_it_was_trained_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = finished_run(tmp_path, "llama", quant="nf4")
+    assert call("merge", f"run={run}", f"out={tmp_path / 'auto'}", "data.eval_fraction=0") == 0
+    assert "no row is held out to measure on" in caplog.text
+    assert call("merge", f"run={run}", f"out={tmp_path / 'told'}", "onto=dequantized") == 0
+    written, told = (load_file(tmp_path / name / "model.safetensors") for name in ("auto", "told"))
+    assert all(torch.equal(written[key], told[key]) for key in told)
+    assert not (run / "merge.json").exists() and not (tmp_path / "auto" / "merge.json").exists()
+
+
+@given(st.floats(0.1, 9), st.floats(0.1, 9), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
+def test_the_lower_loss_wins_and_within_noise_the_nearer_model(a, b, kl_a, kl_b, noise) -> None:
+    taken = onto.better({Onto.dequantized: onto.Target(a, kl_a), Onto.original: onto.Target(b, kl_b)}, noise)
+    first = a <= b if abs(a - b) > noise else kl_a <= kl_b
+    assert taken is (Onto.dequantized if first else Onto.original)
