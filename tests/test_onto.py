@@ -95,3 +95,22 @@ def test_the_lower_loss_wins_and_within_noise_the_nearer_model(a, b, kl_a, kl_b,
     taken = onto.better({Onto.dequantized: onto.Target(a, kl_a), Onto.original: onto.Target(b, kl_b)}, noise)
     first = a <= b if abs(a - b) > noise else kl_a <= kl_b
     assert taken is (Onto.dequantized if first else Onto.original)
+
+
+@pytest.mark.nightly
+def test_a_real_quantized_run_loses_nothing_by_being_merged(tmp_path: Path) -> None:
+    short = ("train.max_steps=4", "train.tokens_per_step=256", "train.eval_rows=8", "train.samples=0")
+    run = tmp_path / "run"
+    assert call("train", "model=smollm2_135m", "quant=nf4", "data=chatterbot", *short, f"hydra.run.dir={run}") == 0
+    assert call("merge", f"run={run}", f"out={tmp_path / 'out'}", "eval_rows=8") == 0
+    measured = json.loads((run / "merge.json").read_text())
+    assert measured["attached_loss"] == pytest.approx(runs.read_result(run)["heldout_loss"], rel=1e-4)
+    assert measured["dequantized"]["loss"] == pytest.approx(measured["attached_loss"], rel=0.005)
+    taken = measured[measured["onto"]]["loss"]
+    assert taken <= measured["attached_loss"] * 1.005
+    tokenizer = source.adapter_tokenizer(run / "adapter", config.Model())
+    rows = evaluation_rows(
+        prepare(config.Data(path="package:chatterbot_corpus/data/english", deduplicate=True), tokenizer), 8
+    )[0]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert heldout_loss(model, rows, choose_paths(model, OFF), 1024).loss == pytest.approx(taken, rel=1e-4)
