@@ -35,10 +35,10 @@ from lora_ft.evaluation import metrics
 from lora_ft.evaluation.compare import Comparison, compare, render
 from lora_ft.evaluation.heldout import Heldout
 from lora_ft.io import durable
+from lora_ft.models.acceleration import accelerated
 from lora_ft.models.load import resolve_device
 from lora_ft.ops.allocator import keep_freed_memory
 from lora_ft.ops.kernels import choose_kernels
-from lora_ft.training.paths import use_fast_paths
 from lora_ft.training.state import evaluation_rows
 
 log = logging.getLogger("lora_ft")
@@ -63,16 +63,17 @@ def main(cfg: config.EvalRun, invocation: entry.Invocation) -> float:
         _say_other_rows(adapter, dataset)
     kernels = choose_kernels(resolve_device(cfg.device), compile_=cfg.fast.compile, liger=cfg.fast.liger)
     base, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
-    comparison = compare(
-        model,
-        tokenizer,
-        rows,
-        questions,
-        use_fast_paths(base.model, cfg.fast, kernels),
-        cfg.eval.tokens_per_microbatch,
-        len(questions) if cfg.eval.metrics else cfg.eval.samples,
-        cfg.eval.max_new_tokens,
-    )
+    with accelerated(base.model, cfg.fast, kernels) as made:
+        comparison = compare(
+            model,
+            tokenizer,
+            rows,
+            questions,
+            made.paths,
+            cfg.eval.tokens_per_microbatch,
+            len(questions) if cfg.eval.metrics else cfg.eval.samples,
+            cfg.eval.max_new_tokens,
+        )
     scores = _scores(comparison, cfg.eval.metrics, dataset.answers)
     shown = replace(comparison, answers=comparison.answers[: cfg.eval.samples])
     facts = {"evaluated": told}

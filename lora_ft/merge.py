@@ -29,9 +29,9 @@ from lora_ft.errors import ConfigError, DataError, ResourceError
 from lora_ft.evaluation.heldout import heldout_loss
 from lora_ft.exports import combine, gguf_model, merge, onto, stream, truncate, verify
 from lora_ft.io import durable
+from lora_ft.models.acceleration import accelerated
 from lora_ft.models.load import Base
 from lora_ft.ops.allocator import keep_freed_memory
-from lora_ft.training.paths import use_fast_paths
 from lora_ft.training.state import evaluation_rows
 from lora_ft.values import Dtype, Onto, QuantKind
 
@@ -160,9 +160,9 @@ def _truncate(cfg: config.MergeRun, adapter: Path, tokenizer: PreTrainedTokenize
     rows = _heldout_rows(cfg, tokenizer)
     if not rows:
         log.warning("no row is held out: what a rank keeps is shown by the update's norm alone")
-    paths = use_fast_paths(base.model, config.Fast())
-    loss = (lambda: heldout_loss(base.model, rows, paths, _TOKENS_PER_PASS).loss) if rows else None
-    kept = truncate.table_of(model, loading.NAME, found, rank, loss)
+    with accelerated(base.model, config.Fast()) as made:
+        loss = (lambda: heldout_loss(base.model, rows, made.paths, _TOKENS_PER_PASS).loss) if rows else None
+        kept = truncate.table_of(model, loading.NAME, found, rank, loss)
     Console().print(truncate.render(kept, rank))
     small = {layer: pair.cut(rank) for layer, pair in found.items()}
     made_from = _origin(base, cfg.quant, [adapter], {"method": "truncated"})

@@ -26,6 +26,7 @@ from lora_ft.data.dataset import Dataset
 from lora_ft.errors import ResourceError
 from lora_ft.evaluation.compare import Comparison
 from lora_ft.io import durable
+from lora_ft.models.acceleration import accelerate
 from lora_ft.models.fingerprint import fingerprint
 from lora_ft.models.load import Base, load_base, load_tokenizer, resolve_device
 from lora_ft.ops.allocator import keep_freed_memory
@@ -38,7 +39,6 @@ from lora_ft.training.dry_run import Rows, check_first, check_machine, read_rows
 from lora_ft.training.finish import Result, finish
 from lora_ft.training.halving import Halving
 from lora_ft.training.optimizers import learner_bytes
-from lora_ft.training.paths import use_fast_paths
 from lora_ft.training.progress import displayed
 from lora_ft.training.signals import Stop, on_signals
 from lora_ft.training.state import Learner, make_learner
@@ -168,13 +168,11 @@ def _load(jobs: list[Job], dataset: Dataset, tokenizer: PreTrainedTokenizerBase)
     base = load_base(cfg.model, cfg.quant, cfg.device, tokenizer)
     switch_off_dropout(base.model)
     before = fingerprint(base.model)
-    paths = use_fast_paths(
-        base.model, cfg.fast, kernels, {part for job in jobs for part in job.cfg.adapter.modules_to_save}
-    )
-    for reason in paths.reasons:
+    made = accelerate(base.model, cfg.fast, kernels, {part for job in jobs for part in job.cfg.adapter.modules_to_save})
+    for reason in made.reasons:
         log.info(reason)
     log.info(str(dataset.report))
-    return Shared(base, dataset, paths, before)
+    return Shared(base, dataset, made.paths, before)
 
 
 def _fitting(jobs: list[Job], base: Base) -> list[Job]:

@@ -16,10 +16,9 @@ from transformers import PreTrainedModel
 from lora_ft import config
 from lora_ft.data.dataset import Dataset
 from lora_ft.data.rows import TokenRow
+from lora_ft.models.acceleration import accelerate
 from lora_ft.models.load import Base, Identity
 from lora_ft.ops.dropout import switch_off_dropout
-from lora_ft.ops.token_loss import choose_paths
-from lora_ft.training.paths import use_fast_paths
 from lora_ft.training.state import Learner, make_learner
 from lora_ft.training.trainer import fit
 
@@ -69,7 +68,7 @@ def learner_on(
     dataset = Dataset(
         train=some_rows() if rows is None else rows, heldout=heldout or [], questions=[], answers=None, report=Report()
     )
-    paths = use_fast_paths(model, cfg.fast) if onto is None else choose_paths(model, cfg.fast)
+    paths = accelerate(model, cfg.fast).paths
     return make_learner(name, cfg, folder, base, onto or model, dataset, paths, "f")
 
 

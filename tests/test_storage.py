@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES, tiny_folder, tiny_model
+from tiny import FAMILIES, accelerate_adapter, tiny_folder, tiny_model
 from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
 
 from lora_ft import config
-from lora_ft.adapters import attach, fast
+from lora_ft.adapters import attach
+from lora_ft.models.acceleration import dequantized_weights
 from lora_ft.models.fingerprint import fingerprint
 from lora_ft.models.load import load_base
 from lora_ft.models.storage import leave_file, store_in_bfloat16
-from lora_ft.ops.dequantized import unpacked_weights
 from lora_ft.ops.dropout import switch_off_dropout
 
 IDS = torch.tensor([[5, 99, 42, 7, 300, 11]])
@@ -38,7 +38,7 @@ def adapted(model: Any, use_fast: bool, **settings: object) -> Any:
         for parameter in attach.trainable(made, "first").values():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     if use_fast:
-        fast.use_fast_forwards(made, "first")
+        accelerate_adapter(made, "first")
     return made.train()
 
 
@@ -103,7 +103,7 @@ def test_generation_unpacks_once_and_gives_the_stored_forward_back(tmp_path: Pat
     forwards = {name: vars(m)["forward"] for name, m in model.named_modules() if "forward" in vars(m)}
     with torch.no_grad():
         expected = model(input_ids=IDS).logits
-        with unpacked_weights(model):
+        with dequantized_weights(model):
             inside = {name: vars(m)["forward"] for name, m in model.named_modules() if "forward" in vars(m)}
             assert inside.keys() == forwards.keys()
             assert not set(inside.values()) & set(forwards.values())

@@ -21,8 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lora_ft import config
 from lora_ft.errors import ConfigError, NonFiniteError
 from lora_ft.io import limits
-from lora_ft.ops.attention import plain_attention
-from lora_ft.ops.dequantized import unpacked_weights
+from lora_ft.models.acceleration import dequantized_weights, plain_attention
 
 # Terminals obey control characters, and a model can write any: they are shown, not sent.
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -72,7 +71,7 @@ def _inference(model: PreTrainedModel) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        with plain_attention(model), unpacked_weights(model), torch.no_grad():
+        with plain_attention(model), dequantized_weights(model), torch.no_grad():
             yield
     finally:
         model.train(was_training)

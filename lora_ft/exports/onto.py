@@ -10,7 +10,7 @@ token), the lower KL(attached || merged) does: the model that is more like the o
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -19,15 +19,18 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
+from lora_ft import config
 from lora_ft.data.dataset import TokenRow
 from lora_ft.data.packing import micro_batches
 from lora_ft.errors import NonFiniteError
 from lora_ft.evaluation.heldout import to_batch
 from lora_ft.exports import stream
 from lora_ft.exports.merge import Merged
-from lora_ft.ops.token_loss import IGNORED, TESTED
+from lora_ft.models.acceleration import accelerated
+from lora_ft.ops.token_loss import IGNORED
 from lora_ft.values import Onto
 
+_PLAIN = config.Fast(**{field.name: False for field in fields(config.Fast)})
 _TOKENS_PER_PASS = 1024  # their logits are held of two models at a time: 0.4 GB for a vocabulary of 49,152
 
 
@@ -138,7 +141,9 @@ def _log_probs(
     attached: PreTrainedModel, merged: dict[Onto, _Flowing], rows: Sequence[TokenRow]
 ) -> Iterator[tuple[_Scored, Iterator[tuple[Onto, _Scored]]]]:
     capacity = max([_TOKENS_PER_PASS, *(len(row.ids) for row in rows)])
-    for packed in micro_batches(rows, capacity, attached.config.model_type in TESTED):
+    with accelerated(attached, _PLAIN) as made:
+        packs = made.paths.packs
+    for packed in micro_batches(rows, capacity, packs):
         batch = to_batch(packed, attached.device)
         inputs = {"input_ids": batch.ids[None], "position_ids": batch.positions[None], "use_cache": False}
         supervised = (batch.targets != IGNORED).nonzero()[:, 0]

@@ -4,6 +4,7 @@ Everything that one learner needs and another must not see stands here, so that 
 turns on one base and each still learns exactly what it would learn alone.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft import config, validation
-from lora_ft.adapters import attach, audit, fast, files, provenance
+from lora_ft.adapters import attach, audit, files, provenance
 from lora_ft.data.dataset import Dataset, Question, TokenRow
 from lora_ft.data.sampler import derive, epoch_order, steps_of_epoch
 from lora_ft.errors import ConfigError, DataError
 from lora_ft.evaluation.generate import context_length
 from lora_ft.evaluation.heldout import Heldout
+from lora_ft.models.acceleration import accelerated_lora
 from lora_ft.models.load import Base
 from lora_ft.ops.gradient_checkpointing import settle_checkpoint
 from lora_ft.ops.token_loss import Paths
@@ -64,6 +66,7 @@ class Learner:
     optimizer: torch.optim.Optimizer
     num_trainable: int
     inputs: dict[str, str]
+    acceleration: contextlib.ExitStack
     evaluations: list[Evaluation] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     best_values: Tensor | None = None
@@ -153,7 +156,8 @@ def make_learner(
         provenance.check_source(source, files.read_config(source), base, cfg.quant)
         files.check_same_method(source, peft_model.peft_config[name])
         files.load_tensors(peft_model, source, name)
-    for reason in fast.use_fast_forwards(peft_model, name) if cfg.fast.lora else ["plain lora: fast.lora=false"]:
+    acceleration = contextlib.ExitStack()
+    for reason in acceleration.enter_context(accelerated_lora(peft_model, name, cfg.fast)):
         log.info(reason)
     parameters = attach.trainable(peft_model, name)
     num_trainable = audit.check_trainable(peft_model, name, parameters)
@@ -179,6 +183,7 @@ def make_learner(
             "base": base_fingerprint,
             "adapter": _sha256([[n.replace(f".{name}", ""), list(p.shape)] for n, p in parameters.items()]),
         },
+        acceleration=acceleration,
         checkpoint=_settle_checkpoint(peft_model, paths, dataset.train, steps, cfg.train),
     )
 
