@@ -189,7 +189,7 @@ def _loss_and_gradient(model: PreTrainedModel, loss: Callable[[], Tensor]) -> tu
         embedded.append(output.detach().requires_grad_())
         return embedded[-1]
 
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     for module in model.modules():
         # On a CPU an int8 layer multiplies with its dequantized weight in training, and rounds activations otherwise.
@@ -202,5 +202,6 @@ def _loss_and_gradient(model: PreTrainedModel, loss: Callable[[], Tensor]) -> tu
             (gradient,) = torch.autograd.grad(value, embedded[:1])
     finally:
         hook.remove()
-        model.train(was_training)
+        for module, was_training in modes.items():
+            module.training = was_training
     return float(value.detach()), at_least_float32(gradient[0])
