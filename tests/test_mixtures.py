@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from tiny import MIXTURES, tiny_folder, tiny_tokenizer
 
 from lora_ft import config
-from lora_ft.adapters import outline
+from lora_ft.adapters import summary
 from lora_ft.errors import ConfigError
 from lora_ft.models.load import load_base
-from lora_ft.models.skeleton import load_skeleton
+from lora_ft.models.meta_model import load_skeleton
 
 # The tensors of these families that belong to no linear layer, as their files on disk name them.
 EXPERTS = re.compile(
@@ -39,8 +39,8 @@ def seen(bases, family, quant="none", **adapter):
         adapter = {"targets": ATTENTION} | adapter
     cfg = config.TrainRun(device="cpu", adapter=config.Adapter(r=4, alpha=8.0, **adapter))
     cfg.model.path, cfg.quant.kind = str(bases / family), config.QuantKind[quant]
-    layers = outline.layers(load_skeleton(cfg.model, cfg.quant, "cpu", tiny_tokenizer()), cfg)
-    return layers, list(outline.warnings(layers, cfg))
+    layers = summary.layers(load_skeleton(cfg.model, cfg.quant, "cpu", tiny_tokenizer()), cfg)
+    return layers, list(summary.warnings(layers, cfg))
 
 
 def expert_weights(bases, family):
@@ -68,10 +68,10 @@ def test_bytes_are_those_of_the_dtype_that_the_base_has(bases):
     cfg = config.TrainRun(device="cpu", adapter=config.Adapter(r=4, alpha=8.0))
     cfg.model.path, cfg.model.dtype = str(bases / "mixtral"), config.Dtype.bfloat16
     cfg.quant.kind = config.QuantKind.nf4
-    layers = outline.layers(load_skeleton(cfg.model, cfg.quant, "cpu", tiny_tokenizer()), cfg)
+    layers = summary.layers(load_skeleton(cfg.model, cfg.quant, "cpu", tiny_tokenizer()), cfg)
     count, _ = expert_weights(bases, "mixtral")
     assert layers.out_of_reach_bytes == 2 * count
-    assert "stay at 16 bits each" in list(outline.warnings(layers, cfg))[1]
+    assert "stay at 16 bits each" in list(summary.warnings(layers, cfg))[1]
 
 
 @pytest.mark.parametrize("quant", ["nf4", "fp4", "int8"])
