@@ -73,6 +73,14 @@ def columns(**values: st.SearchStrategy[Any]) -> st.SearchStrategy[bytes]:
 
 USER, SAID = TEXT.map(user), TEXT.map(said)
 
+ARGUMENTS = r"messages\[1\]\.tool_calls\[0\]\.arguments"
+
+
+def calls(arguments: st.SearchStrategy[Any]) -> st.SearchStrategy[bytes]:
+    return chats(
+        USER, arguments.map(lambda a: said("a") | {"tool_calls": [{"function": {"name": "f", "arguments": a}}]})
+    )
+
 
 # Files: from pieces, some of them bad, to a path and the places of the bad ones.
 
@@ -350,6 +358,16 @@ CLASSES = {
     "calls of the user": Class(
         chats(USER.map(lambda m: m | {"tool_calls": [{"name": "add"}]}), SAID),
         r"messages\[0\]: tool_calls belong to the assistant, not to user",
+    ),
+    "arguments that are no JSON": Class(
+        calls(TEXT.map(lambda t: f"{{'{t}': 1}}")), rf"{ARGUMENTS}: is not JSON: .+ at character 2"
+    ),
+    "arguments that are no object": Class(
+        calls(NUMBER | st.lists(TEXT) | NUMBER.map(json.dumps) | TEXT.map(json.dumps) | st.just('"{}"')),
+        rf"{ARGUMENTS}: must be an object or the JSON text of one, got \w+",
+    ),
+    "arguments with a key twice": Class(
+        calls(st.just('{"a": 1, "a": 2}')), f"{ARGUMENTS}: a: key occurs twice in one object"
     ),
     "a system column that is no text": Class(chats(USER, SAID, system=NO_TEXT), r"system: must be text, got \w+"),
     "control tokens in a question": Class(

@@ -128,15 +128,18 @@ def test_openai_weights_parts_tools_and_tool_calls():
         {"role": "assistant", "content": "4", "weight": 1},
     ]
     _, (row,) = parse({"messages": messages, "tools": [{"type": "function"}]})
+    added = {"name": "add", "arguments": {"a": 2}}
     assert row.messages[:3] == [
         {"role": "system", "content": "Use tools."},
         {"role": "user", "content": "2+2?"},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": added}]},
     ]
     assert row.messages[3]["tool_call_id"] == "1"
     assert row.context == {2}
     assert row.tools == [{"type": "function"}]
-    assert messages[2]["weight"] == 0, "the caller's rows stay as they were"
+    assert messages[2]["weight"] == 0 and call["function"]["arguments"] == '{"a": 2}', (
+        "the caller's rows stay as they were"
+    )
 
 
 def test_answers_in_a_conversational_prompt_are_context():

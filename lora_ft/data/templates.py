@@ -7,6 +7,7 @@ is asked for it, and the same text with the answer.
     through  <|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -120,18 +121,56 @@ def _chat(
     if not learned:
         raise RowError("weight", "no answer of the row is learned, so that it has no supervised token")
 
-    def text(end: int, generation_prompt: bool) -> str:
-        if filler and contents:
-            filled = filler.text(roles[:end], contents, generation_prompt)
-            if filled is not None:
-                return filled
-        return _rendered(messages[:end], tokenizer, generation_prompt, row.tools)
+    def turn(form: list[Message], answer: int) -> Turn:
+        def text(end: int, generation_prompt: bool) -> str:
+            if filler and contents:
+                filled = filler.text(roles[:end], contents, generation_prompt)
+                if filled is not None:
+                    return filled
+            return _rendered(form[:end], tokenizer, generation_prompt, row.tools)
 
-    turns = [Turn(text(i, True), text(i + 1, False), messages[i].get("content") or messages[i]) for i in learned]
-    for i, turn in zip(learned, turns, strict=True):
-        fidelity.check(messages, i, turn.prompt, turn.through, row.tools)
-        trials.check(roles[: i + 1])
-    return Script(turns, len(answers), plain=False)
+        made = Turn(text(answer, True), text(answer + 1, False), form[answer].get("content") or form[answer])
+        fidelity.check(form, answer, made.prompt, made.through, row.tools)
+        trials.check(roles[: answer + 1])
+        return made
+
+    refused: list[RowError] = []
+    for form in _forms(messages):
+        try:
+            return Script([turn(form, i) for i in learned], len(answers), plain=False)
+        except RowError as error:
+            refused.append(error)
+    raise refused[0]
+
+
+def _forms(messages: list[Message]) -> Iterator[list[Message]]:
+    """Yield the chat as it is, with the arguments of tool calls as objects, and then with their JSON text instead.
+
+    Most templates write an object as JSON. Some join the text that OpenAI's API returns to other text.
+    """
+    yield messages
+    if any(message.get("tool_calls") for message in messages):
+        yield [
+            {**m, "tool_calls": [_with_text(call) for call in m["tool_calls"]]} if m.get("tool_calls") else m
+            for m in messages
+        ]
+
+
+def _with_text(call: dict[str, Any]) -> dict[str, Any]:
+    if "function" in call:
+        return {**call, "function": _with_text(call["function"])}
+    if "arguments" not in call:
+        return call
+    return {**call, "arguments": json.dumps(call["arguments"], ensure_ascii=False, default=str)}
+
+
+def prompts(messages: list[Message], tokenizer: Any, tools: list[Any] | None) -> list[str]:
+    """Render what the model is asked before it answers, in each form of tool calls that the template accepts."""
+    found = []
+    for form in _forms(messages):
+        with contextlib.suppress(RowError):
+            found.append(_rendered(form, tokenizer, True, tools))
+    return found
 
 
 def _rendered(messages: list[Message], tokenizer: Any, prompt: bool, tools: list[Any] | None = None) -> str:
