@@ -189,6 +189,32 @@ def test_parquet_keeps_types_and_counts_rows(tmp_path):
     assert read(path) == [(f"{path}:row 1", rows[0]), (f"{path}:row 2", rows[1])]
 
 
+# Each row lacks keys that the other has: Arrow has one schema for all rows.
+UNEVEN = [
+    {"turns": [{"role": "user", "content": "a"}, {"calls": [{"name": "f", "arguments": {"x": 1}}]}], "note": None},
+    {"turns": [{"calls": [{"name": "g", "arguments": {"y": [None, 2]}}], "role": "tool"}, {}], "note": "b"},
+]
+
+
+def test_nulls_that_arrow_fills_in_are_no_values_of_a_parquet_row(tmp_path):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.Table.from_pylist(UNEVEN), path)
+    assert [values for _, values in read(path)] == UNEVEN
+
+
+def test_nulls_that_arrow_fills_in_are_no_values_of_a_hub_row(monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: datasets.Dataset.from_list(UNEVEN))
+    assert [values for _, values in read("org/name")] == UNEVEN
+
+
+def test_a_null_that_a_json_file_writes_is_kept(tmp_path):
+    row = {"turns": [{"role": "user", "content": None, "more": {"x": None}}]}
+    assert read(write(tmp_path, "a.jsonl", json.dumps(row)))[0][1] == row
+    assert read(write(tmp_path, "a.json", json.dumps([row])))[0][1] == row
+
+
 def test_a_damaged_parquet_file_is_a_data_error(tmp_path):
     with pytest.raises(DataError, match=r"a\.parquet:row 1: file: not readable as Parquet"):
         read(write(tmp_path, "a.parquet", b"PAR1 this is none"))

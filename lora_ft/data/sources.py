@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lora_ft import config, foreign
 from lora_ft.data.files import READERS, read_file
+from lora_ft.data.parquet import without_filled_nulls
 from lora_ft.data.rows import Ledger, Record, excerpt
 from lora_ft.errors import DataError, ResourceError, SecurityError
 
@@ -91,6 +92,7 @@ def _hub(path: str, key: str, data: config.Data) -> Iterator[Record]:
         ) from None
     if isinstance(rows, datasets.Dataset):
         # As they are stored: an image's or a sound's row holds a path, which datasets would open, wherever it leads.
-        rows = (values for batch in rows.with_format("arrow").iter(1000) for values in batch.to_pylist())
+        batches = rows.with_format("arrow").iter(1000)
+        rows = (without_filled_nulls(values) for batch in batches for values in batch.to_pylist())
     for number, values in enumerate(rows, 1):
         yield Record(f"{path}:row {number}", values)
