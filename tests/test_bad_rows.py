@@ -336,9 +336,25 @@ CLASSES = {
         ),
         r"messages\[1\]: weight must be 0 or 1, got .{0,120}",
     ),
+    "a flag that is no boolean": Class(
+        chats(
+            USER,
+            st.builds(
+                lambda k, v: said("a") | {k: v},
+                st.sampled_from(["train", "loss"]),
+                TEXT | st.integers() | st.floats(0, 9) | st.lists(TEXT),
+            ),
+        ),
+        r"messages\[1\]: (train|loss) must be true or false, got .{0,120}",
+    ),
     "nothing to learn": Class(
-        chats(USER, TEXT.map(lambda t: said(t) | {"weight": 0})),
-        "weight: no answer of the row is learned, so that it has no supervised token",
+        chats(
+            USER,
+            st.builds(
+                lambda t, f: said(t) | f, TEXT, st.sampled_from([{"weight": 0}, {"train": False}, {"loss": False}])
+            ),
+        ),
+        "messages: no answer of the row is learned: weight, train or loss excludes each that data.train_on selects",
     ),
     "tools of another type": Class(
         chats(USER, SAID, tools=NUMBER | TEXT | st.dictionaries(WORD, TEXT)), r"tools: must be a list, got \w+"

@@ -179,6 +179,8 @@ def test_alpaca_has_input_system_and_history_in_both_forms():
         ({"messages": chat("a", 4)}, r"messages\[1\]: content must be text, got int"),
         ({"messages": chat([{"type": "image_url"}], "b")}, r"messages\[0\]: content must be text, got list"),
         ({"messages": [QA[0], {**QA[1], "weight": 0.5}]}, r"messages\[1\]: weight must be 0 or 1, got 0.5"),
+        ({"messages": [QA[0], {**QA[1], "train": 0}]}, r"messages\[1\]: train must be true or false, got 0"),
+        ({"messages": [{**QA[0], "loss": "no"}, QA[1]]}, r"messages\[0\]: loss must be true or false, got no"),
         ({"messages": QA, "tools": "add"}, "tools: must be a list, got text"),
         ({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt"}]}, r"conversations\[1\]: the content of"),
         ({"conversations": SHARE_GPT, "system": 7}, "system: must be text, got int"),

@@ -213,6 +213,22 @@ def test_answers_of_weight_0_and_answers_in_a_prompt_are_context(tmp_path):
     assert [learned(tokenizer, row) for row in rows] == ["Yes!\n\nI am.<|im_end|>"] * 3
 
 
+@pytest.mark.parametrize("flag", [{"train": False}, {"loss": False}, {"weight": 0}, {"train": False, "loss": True}])
+def test_an_answer_that_is_flagged_is_context(flag, tmp_path):
+    tokenizer = tiny_tokenizer()
+    others = {"train": True, "loss": None, "weight": 1}
+    messages = [DIALOGUE[0], {**DIALOGUE[1], **flag}, {**DIALOGUE[2], **others}, {**DIALOGUE[3], **others}]
+    shared = [{"from": m["role"], "value": m["content"]} for m in DIALOGUE]
+    shared[1] |= flag
+    rows = prepared(tmp_path, tokenizer, {"messages": messages}, {"messages": DIALOGUE})
+    rows += prepared(tmp_path, tokenizer, {"conversations": shared})
+    both = "Paris, 12 letters.<|im_end|>Yes!\n\nI am.<|im_end|>"
+    assert [learned(tokenizer, row) for row in rows] == ["Yes!\n\nI am.<|im_end|>", both, "Yes!\n\nI am.<|im_end|>"]
+    assert [list(row.ids) for row in rows] == [list(rows[1].ids)] * 3, "the template sees no flag"
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: messages: .* data\.train_on=all learns every message"):
+        prepared(tmp_path, tokenizer, {"messages": messages}, train_on=TrainOn.all)
+
+
 def test_data_system_goes_before_chats_that_have_none(tmp_path):
     tokenizer = tiny_tokenizer()
     own = [{"role": "system", "content": "Mine."}, *chat("a", "b", "c", "d")]
@@ -307,9 +323,10 @@ def test_added_tokens_that_control_nothing_may_be_written(tmp_path):
 
 
 @pytest.mark.closes("A04")
-def test_a_row_whose_every_answer_is_context_has_nothing_to_learn(tmp_path):
-    row = {"messages": [DIALOGUE[0], {**DIALOGUE[1], "weight": 0}]}
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: weight: no answer of the row is learned"):
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"loss": False}])
+def test_a_row_whose_every_answer_is_context_has_nothing_to_learn(flag, tmp_path):
+    row = {"messages": [DIALOGUE[0], {**DIALOGUE[1], **flag}]}
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: messages: no answer of the row is learned"):
         prepared(tmp_path, tiny_tokenizer(), row)
 
 

@@ -7,7 +7,7 @@
     table              {"english": "good", "german": "gut"}           with data.prompt and data.answer
     text               {"text": "Two and two are four."}
 
-An OpenAI message's "weight": 0 keeps an assistant message from being learned; "tools" go to the template. A column
+A message with "weight": 0, "train": false or "loss": false is not learned; "tools" go to the template. A column
 "system" leads the chat of any format that has no system message.
 """
 
@@ -248,7 +248,7 @@ def _tools(values: dict[str, Any]) -> list[Any] | None:
 
 
 def _chat(place: str, messages: list[Message], values: dict[str, Any], context: frozenset[int] = frozenset()) -> Row:
-    """Check the order of roles and that the chat ends with an answer; take the weights off the messages."""
+    """Check the order of roles and that the chat ends with an answer; take the marks of `_message` off the messages."""
     last = ""
     for index, message in enumerate(messages):
         if message["role"] not in _MAY_FOLLOW[last]:
@@ -257,8 +257,9 @@ def _chat(place: str, messages: list[Message], values: dict[str, Any], context: 
         last = message["role"]
     if last != "assistant":
         raise RowError(f"message {len(messages)}", f"the chat must end with the assistant's answer, ends with {last}")
-    unlearned = {i for i, message in enumerate(messages) if message.pop("weight", 1) == 0}
-    return Row(place, messages, messages[-1].get("content") or "", context=context | unlearned, tools=_tools(values))
+    excluded = frozenset(i for i, message in enumerate(messages) if message.pop("weight", 1) == 0)
+    answer = messages[-1].get("content") or ""
+    return Row(place, messages, answer, context=context | excluded, excluded=excluded, tools=_tools(values))
 
 
 def _message_list(values: dict[str, Any], column: str) -> list[Message]:
@@ -273,7 +274,10 @@ def _message_list(values: dict[str, Any], column: str) -> list[Message]:
 
 
 def _message(message: object, name: str) -> Message:
-    """A message with OpenAI's keys; what templates may read beside them (tool_calls, name, ...) is kept."""
+    """A message with OpenAI's keys; what templates may read beside them (tool_calls, name, ...) is kept.
+
+    A message that is not learned has "weight": 0, whichever key said so.
+    """
     if not isinstance(message, dict):
         raise RowError(name, f"must be an object, got {_kind(message)}")
     kept = {key: value for key, value in message.items() if value is not None and key not in ("from", "value")}
@@ -289,6 +293,12 @@ def _message(message: object, name: str) -> Message:
         raise RowError(name, f"the content of {role} is empty")
     if kept.get("weight", 1) not in (0, 1):
         raise RowError(name, f"weight must be 0 or 1, got {excerpt(kept['weight'])}")
+    for flag in ("train", "loss"):
+        learned = kept.pop(flag, True)
+        if not isinstance(learned, bool):
+            raise RowError(name, f"{flag} must be true or false, got {excerpt(learned)}")
+        if not learned:
+            kept["weight"] = 0
     return {**kept, "role": _ROLES[role], "content": content or ""}
 
 

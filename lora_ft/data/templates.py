@@ -102,24 +102,13 @@ def _chat(
     row: Row, data: config.Data, tokenizer: Any, control: re.Pattern[str], filler: Filler | None, trials: Trials
 ) -> Script:
     messages, plain = row.messages, all(map(is_plain, row.messages))
-    for message in messages:
-        shown = message["content"] if plain else json.dumps(message, ensure_ascii=False, default=str)
-        if found := control.search(shown):
-            # The tokenizer would read it as the end of a turn or worse, and its rank in the mask with it.
-            raise RowError("content", f"holds the control token {found[0]}", excerpt(shown, near=found.start()))
-    if found := control.search(json.dumps(row.tools or "", ensure_ascii=False, default=str)):
-        raise RowError("tools", f"holds the control token {found[0]}", row.tools)
+    _refuse_control_tokens(row, plain, control)
     if data.system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": data.system}, *messages]
     roles = tuple([message["role"] for message in messages])
     contents = [message["content"] for message in messages] if filler and plain and not row.tools else None
-    answers = [i for i, role in enumerate(roles) if role == "assistant"]
-    learned = answers if data.train_on is TrainOn.answers else answers[-1:]
-    if data.train_on is not TrainOn.all:
-        moved = len(messages) - len(row.messages)
-        learned = [i for i in learned if i - moved not in row.context]
-    if not learned:
-        raise RowError("weight", "no answer of the row is learned, so that it has no supervised token")
+    moved = len(messages) - len(row.messages)
+    learned = [i + moved for i in _learned(row, data.train_on)]
 
     def turn(form: list[Message], answer: int) -> Turn:
         def text(end: int, generation_prompt: bool) -> str:
@@ -137,14 +126,44 @@ def _chat(
     refused: list[RowError] = []
     for form in _forms(messages):
         try:
-            return Script([turn(form, i) for i in learned], len(answers), plain=False)
+            return Script([turn(form, i) for i in learned], roles.count("assistant"), plain=False)
         except RowError as error:
             refused.append(error)
     raise refused[0]
 
 
+def _refuse_control_tokens(row: Row, plain: bool, control: re.Pattern[str]) -> None:
+    """RowError for a control token in a message or tool: the tokenizer would read it as the end of a turn."""
+    for message in row.messages:
+        shown = message["content"] if plain else json.dumps(message, ensure_ascii=False, default=str)
+        if found := control.search(shown):
+            raise RowError("content", f"holds the control token {found[0]}", excerpt(shown, near=found.start()))
+    if found := control.search(json.dumps(row.tools or "", ensure_ascii=False, default=str)):
+        raise RowError("tools", f"holds the control token {found[0]}", row.tools)
+
+
+def _learned(row: Row, train_on: TrainOn) -> list[int]:
+    """The indices of the answers that are learned, at least one. With train_on=all the last stands for the row."""
+    answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
+    if train_on is TrainOn.all:
+        if row.excluded:
+            first = min(row.excluded)
+            reason = (
+                f"message {first + 1} has weight 0, train false or loss false, and data.train_on=all learns every "
+                "message: choose data.train_on=answers"
+            )
+            raise RowError("messages", reason, row.messages[first])
+        return answers[-1:]
+    chosen = answers if train_on is TrainOn.answers else answers[-1:]
+    learned = [i for i in chosen if i not in row.context]
+    if not learned:
+        reason = "no answer of the row is learned: weight, train or loss excludes each that data.train_on selects"
+        raise RowError("messages", reason)
+    return learned
+
+
 def _forms(messages: list[Message]) -> Iterator[list[Message]]:
-    """Yield the chat as it is, with the arguments of tool calls as objects, and then with their JSON text instead.
+    """Yield the chat with the arguments of tool calls as objects, and then with their JSON text.
 
     Most templates write an object as JSON. Some join the text that OpenAI's API returns to other text.
     """
@@ -159,8 +178,6 @@ def _forms(messages: list[Message]) -> Iterator[list[Message]]:
 def _with_text(call: dict[str, Any]) -> dict[str, Any]:
     if "function" in call:
         return {**call, "function": _with_text(call["function"])}
-    if "arguments" not in call:
-        return call
     return {**call, "arguments": json.dumps(call["arguments"], ensure_ascii=False, default=str)}
 
 
