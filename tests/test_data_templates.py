@@ -10,9 +10,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from lora_ft.config import Data, TrainOn
-from lora_ft.data.prepare import prepare, prepare_rows
+from lora_ft.data.dataset import prepare, prepare_rows
 from lora_ft.data.read import read
-from lora_ft.data.survey import survey
+from lora_ft.data.statistics import survey
 from lora_ft.data.tokenize import Vocabulary
 from lora_ft.errors import ConfigError, DataError
 

@@ -16,13 +16,14 @@ from typing import Any
 
 import jinja2
 
-from lora_ft import config, limits
+from lora_ft import config
 from lora_ft.config import TrainOn
-from lora_ft.data import fidelity
-from lora_ft.data.fidelity import Trials
+from lora_ft.data import template_checks
 from lora_ft.data.fill import Filler, is_plain
 from lora_ft.data.rows import ANSWER_CUE, Ledger, Message, Row, RowError, excerpt
+from lora_ft.data.template_checks import Trials
 from lora_ft.errors import ConfigError, SecurityError
+from lora_ft.io import limits
 
 # A template refuses a chat by raise_exception (TemplateError), trips over a value that it does not expect, or becomes
 # no Python (SyntaxError: more than twenty loops inside of one another).
@@ -119,7 +120,7 @@ def _chat(
             return _rendered(form[:end], tokenizer, generation_prompt, row.tools)
 
         made = Turn(text(answer, True), text(answer + 1, False), form[answer].get("content") or form[answer])
-        fidelity.check(form, answer, made.prompt, made.through, row.tools)
+        template_checks.check(form, answer, made.prompt, made.through, row.tools)
         trials.check(roles[: answer + 1])
         return made
 
