@@ -29,7 +29,7 @@ from lora_ft import config, runs
 from lora_ft.adapters import loading, provenance
 from lora_ft.cli import entry, overrides
 from lora_ft.data.dataset import Dataset, labels, prepare, prepare_rows
-from lora_ft.data.read import Rows, read, read_heldout
+from lora_ft.data.read import Rows, eval_split, read, read_heldout
 from lora_ft.errors import ConfigError, DataError, ResourceError
 from lora_ft.evaluation import metrics
 from lora_ft.evaluation.compare import Comparison, compare, render
@@ -90,7 +90,7 @@ def _rows(cfg: config.EvalRun, typed: list[str], tokenizer: PreTrainedTokenizerB
     data = _given(cfg.data, own, typed)
     same = own is not None and _place(data) == _place(own)
     if same or overrides.chosen(typed, "data.eval_fraction") or data.eval_path or data.eval_split:
-        if place := data.eval_path or data.eval_split:
+        if place := data.eval_path or eval_split(data):
             return prepare(data, tokenizer), f"all rows of {place}", False
         return prepare(data, tokenizer), f"the rows of {data.path} that data.eval_fraction holds out", False
     trained = _read_own(own)
@@ -113,7 +113,7 @@ def _own_data(run: str | None) -> config.Data | None:
 def _given(data: config.Data, own: config.Data | None, typed: list[str]) -> config.Data:
     """The settings of the rows to evaluate, without what a run's settings say of the run's own rows only."""
     if data.eval_path and not data.path:  # data=NAME data.eval_path=FILE
-        return replace(data, path=data.eval_path, eval_path=None)
+        return replace(data, path=data.eval_path, split=data.eval_split or data.split, eval_path=None, eval_split=None)
     if own is None or overrides.chosen(typed, "data") is not None or _place(data) == _place(own):
         return data
     inherited = ["max_rows", "eval_path", "eval_split"]

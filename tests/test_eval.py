@@ -88,6 +88,25 @@ def test_a_file_given_to_be_evaluated_is_evaluated_whole(
     assert caplog.text == "", "none of the rows is one of the run's, so there is nothing to warn of"
 
 
+def test_a_folder_with_splits_is_evaluated_on_its_validation_files_or_on_a_chosen_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = settings(tmp_path, "llama")
+    cfg.data.path = str(tmp_path / "splits")
+    for name, pairs in (("train", LABELS), ("val", OTHERS[:3]), ("test", OTHERS[3:5])):
+        file_of(tmp_path / "splits" / f"{name}.jsonl", pairs)
+    run = saved_run(tmp_path / "run", cfg)
+    place = f"data.eval_path={tmp_path / 'splits'}"
+    for words, rows, told in (
+        ([], 3, "all rows of validation"),
+        (["data.split=test"], 2, "all rows of"),
+        (["data=completion", place, "data.eval_split=test"], 2, "all rows of"),
+    ):
+        assert call("eval", f"run={run}", "eval.samples=0", *words) == 0
+        assert json.loads((run / "eval.json").read_text())["rows"] == rows
+        assert told in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_limits_of_the_runs_own_rows_are_not_those_of_others(tmp_path: Path) -> None:
     cfg = settings(tmp_path, "llama")
     extra = file_of(tmp_path / "extra" / "heldout.jsonl", LABELS[:2])
