@@ -23,7 +23,7 @@ import torch
 from lora_ft import config, limits
 from lora_ft.errors import ConfigError, ResourceError
 from lora_ft.models import quantize
-from lora_ft.models.locate import Identity, locate
+from lora_ft.models.resolve import Identity, locate
 from lora_ft.models.storage import leave_file
 
 if TYPE_CHECKING:

@@ -23,9 +23,10 @@ from transformers import PreTrainedTokenizerBase
 from lora_ft import config, durable
 from lora_ft.adapters import files, origin, source
 from lora_ft.errors import MismatchError
-from lora_ft.exports import gguf_adapter, mlx
+from lora_ft.export import mlx
+from lora_ft.export.gguf import adapter as gguf_adapter
 from lora_ft.models.load import Identity, resolve_device
-from lora_ft.models.locate import locate
+from lora_ft.models.resolve import locate
 from lora_ft.models.skeleton import load_skeleton
 from lora_ft.publishing import card, curve, lint, proof, sums
 from lora_ft.publishing.proof import Proof

@@ -30,7 +30,7 @@ from lora_ft import foreign
 from lora_ft.adapters.files import read_config
 from lora_ft.adapters.origin import Loading
 from lora_ft.errors import MismatchError
-from lora_ft.exports import verify
+from lora_ft.export import verify
 from lora_ft.publishing import sums
 
 log = logging.getLogger("lora_ft")

@@ -1,12 +1,12 @@
-"""Which weights a quantized run's adapter is better added to: measured on held-out rows, before any is written.
+"""Choose the weights that a quantized run's adapter is added to, by the loss on the eval set.
 
                               loss        KL    nats per token
     attached adapter        2.0870               on the quantized base that it was trained on
-    merged onto dequantized 2.0871    0.0002     that base's weights, as its codes have them
-    merged onto original    2.0790    0.0105     the weights that were quantized     <- taken
+    merged onto dequantized 2.0871    0.0002     the dequantized weights of that base
+    merged onto original    2.0790    0.0105     the weights before quantization     <- chosen
 
-The lower loss wins. Where the losses differ by less than noise (two standard errors of the mean difference, token by
-token), the lower KL(attached || merged) does: the model that is more like the one that was trained and evaluated.
+The lower loss wins. If the losses differ by less than noise (two standard errors of the mean difference per token),
+the lower KL(attached || merged) wins: the model that is closer to the one that was trained and evaluated.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,27 +23,27 @@ from lora_ft.data.pack import micro_batches
 from lora_ft.data.prepare import TokenRow
 from lora_ft.errors import NonFiniteError
 from lora_ft.evaluation.heldout import to_batch
-from lora_ft.exports import stream
-from lora_ft.exports.merge import Merged
+from lora_ft.export.merge import MergedModel
+from lora_ft.export.weight_stream import streamed, use_placeholders
 from lora_ft.ops.token_loss import IGNORED, TESTED
 from lora_ft.values import Onto
 
-_TOKENS_PER_PASS = 1024  # their logits are held of two models at a time: 0.4 GB for a vocabulary of 49,152
+_TOKENS_PER_PASS = 1024  # logits of two models are in memory: 0.4 GB for a vocabulary of 49,152
 
 
 @dataclass(frozen=True)
 class Target:
-    """A merged model: loss in nats per token, and KL of its distributions from the attached adapter's."""
+    """Loss of a merged model in nats per token, and KL of its distributions from the attached adapter's."""
 
     loss: float
     kl: float
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What was measured on `tokens` supervised tokens of `rows` rows, and the target that came out better.
+class Comparison:
+    """The losses on `tokens` supervised tokens of `rows` rows, and the better target.
 
-    Losses below `noise` apart count as equal. dtype: of the merged weights.
+    Losses that differ by less than `noise` count as equal. dtype: of the merged weights.
     """
 
     better: Onto
@@ -56,18 +56,18 @@ class Measured:
     dtype: str
 
     def record(self) -> dict[str, Any]:
-        """As merge.json holds it."""
+        """Return the contents of merge.json."""
         return {"onto": self.better.value} | {k: v for k, v in asdict(self).items() if k != "better"}
 
     def table(self) -> Table:
-        """As a person reads it."""
+        """Return the table for the terminal."""
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         for header in ("", "loss", "KL", ""):
             table.add_column(header, justify="right" if header else "left")
         table.add_row("attached adapter", f"{self.attached_loss:.4f}", "", "nats per token")
         for onto, target in ((Onto.dequantized, self.dequantized), (Onto.original, self.original)):
-            taken = f"taken: {self._reason()}" if onto is self.better else ""
-            table.add_row(f"merged onto {onto.value}", f"{target.loss:.4f}", f"{target.kl:.4f}", taken)
+            chosen = f"chosen: {self._reason()}" if onto is self.better else ""
+            table.add_row(f"merged onto {onto.value}", f"{target.loss:.4f}", f"{target.kl:.4f}", chosen)
         return table
 
     def _reason(self) -> str:
@@ -75,15 +75,12 @@ class Measured:
         return "lower loss" if apart > self.noise else f"closer to the adapter, losses within noise ({self.noise:.4f})"
 
 
-def measure(
-    attached: PreTrainedModel, dequantized: Merged, original: Merged, rows: Sequence[TokenRow], dtype: torch.dtype
-) -> Measured:
+def compare(attached: PreTrainedModel, targets: dict[Onto, MergedModel], rows: Sequence[TokenRow]) -> Comparison:
     """Compare both merged models with the adapter attached to its quantized base, on that base's device.
 
-    `attached` is in memory; the merged models are not, but flow through it layer by layer. Raises NonFiniteError.
+    Only `attached` is in memory as a whole; the merged models are streamed layer by layer. Raises NonFiniteError.
     """
-    merged = {onto: _Flowing(tensors, attached.device) for onto, tensors in
-              ((Onto.dequantized, dequantized), (Onto.original, original))}  # fmt: skip
+    merged = {onto: _Streamed(tensors, attached.device) for onto, tensors in targets.items()}
     own: list[Tensor] = []
     losses: dict[Onto, list[Tensor]] = {onto: [] for onto in merged}
     divergence = dict.fromkeys(merged, 0.0)
@@ -96,19 +93,19 @@ def measure(
     both = {onto: torch.cat(parts) for onto, parts in losses.items()}
     num = len(base)
     if not all(torch.isfinite(loss).all() for loss in (base, *both.values())):
-        raise NonFiniteError("a held-out loss is not finite: the weights of the base or of the adapter are broken")
-    targets = {onto: Target(float(loss.mean()), max(0.0, divergence[onto] / num)) for onto, loss in both.items()}
+        raise NonFiniteError("an eval loss is not finite: the weights of the base or of the adapter are broken")
+    measured = {onto: Target(float(loss.mean()), max(0.0, divergence[onto] / num)) for onto, loss in both.items()}
     difference = both[Onto.original] - both[Onto.dequantized]
     noise = 2 * float(difference.std()) / num**0.5 if num > 1 else float("inf")
-    return Measured(
-        better=better(targets, noise), attached_loss=float(base.mean()), dequantized=targets[Onto.dequantized],
-        original=targets[Onto.original], noise=noise, tokens=num, rows=len(rows),
-        dtype=str(dtype).removeprefix("torch."),
+    return Comparison(
+        better=better(measured, noise), attached_loss=float(base.mean()), dequantized=measured[Onto.dequantized],
+        original=measured[Onto.original], noise=noise, tokens=num, rows=len(rows),
+        dtype=str(targets[Onto.original].dtype).removeprefix("torch."),
     )  # fmt: skip
 
 
 def better(targets: dict[Onto, Target], noise: float) -> Onto:
-    """The target of lower loss; of losses within `noise`, that of lower KL."""
+    """Return the target of lower loss, or of lower KL if the losses are within `noise`."""
     apart = abs(targets[Onto.original].loss - targets[Onto.dequantized].loss)
     return min(targets, key=lambda onto: targets[onto].loss if apart > noise else targets[onto].kl)
 
@@ -121,21 +118,21 @@ class _Scored:
     loss: Tensor
 
 
-class _Flowing:
-    """A merged model that is called like one in memory."""
+class _Streamed:
+    """A merged model that can be called as if it were in memory."""
 
-    def __init__(self, tensors: Merged, device: torch.device) -> None:
+    def __init__(self, tensors: MergedModel, device: torch.device) -> None:
         self._model, self._tensors = tensors.plain.eval(), tensors
-        self._modules = stream.hollow(self._model, device)
+        self._modules = use_placeholders(self._model, device)
 
     def __call__(self, **inputs: Any) -> Any:
-        with stream.flowing(self._model, self._modules, self._tensors.__getitem__):
+        with streamed(self._model, self._modules, self._tensors.__getitem__):
             return self._model(**inputs)
 
 
 @torch.no_grad()
 def _log_probs(
-    attached: PreTrainedModel, merged: dict[Onto, _Flowing], rows: Sequence[TokenRow]
+    attached: PreTrainedModel, merged: dict[Onto, _Streamed], rows: Sequence[TokenRow]
 ) -> Iterator[tuple[_Scored, Iterator[tuple[Onto, _Scored]]]]:
     capacity = max([_TOKENS_PER_PASS, *(len(row.ids) for row in rows)])
     for packed in micro_batches(rows, capacity, attached.config.model_type in TESTED):
@@ -152,5 +149,5 @@ def _log_probs(
 
 
 def _divergence(expected: Tensor, found: Tensor) -> float:
-    """KL(expected || found), summed over positions."""
+    """Return KL(expected || found), summed over positions."""
     return float((expected.exp() * (expected - found)).sum(dim=-1).double().sum())
