@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tiny import FAMILIES, tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lora_ft import config
+from lora_ft import merge as merge_command
 from lora_ft.adapters import source
 from lora_ft.errors import NonFiniteError
 from lora_ft.export import merge, verify, weight_stream
@@ -300,6 +302,31 @@ def test_a_merge_that_is_not_the_adapter_is_refused_and_nothing_is_left(
     assert call("merge", f"run={run}", f"out={tmp_path / 'out'}", f"dtype={dtype}") == 5
     assert "the merged model is not the adapter on its base" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_from_python_a_merge_returns_what_it_measured_and_prints_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = settings(tmp_path, "llama", quant="nf4")
+    run = saved_run(tmp_path / "run", cfg)
+    command = config.MergeRun(run=str(run), model=cfg.model, quant=cfg.quant, data=cfg.data, device="cpu")
+    capsys.readouterr()
+    result = merge_command.merge(replace(command, out=str(tmp_path / "out")))
+    assert result.out == tmp_path / "out" and str(result.out) in result.summary and result.rank is None
+    assert result.distance is not None and result.distance < 1e-5
+    assert result.comparison and result.comparison.record() == json.loads((run / "merge.json").read_text())
+    small = merge_command.merge(replace(command, out=str(tmp_path / "small"), truncate_rank=2))
+    assert small.rank == 2 and [row.rank for row in small.ranks] == [1, 2, 4]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_model_that_gguf_cannot_hold_is_refused_before_it_is_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = finished_run(tmp_path, "gpt_neox")
+    monkeypatch.setattr(merge, "write_folder", lambda *arguments: pytest.fail("merged"))
+    assert call("merge", f"run={run}", f"out={tmp_path / 'm.gguf'}", "gguf=f16") == 2
+    assert "GGUF files are written for models of type llama" in capsys.readouterr().err
 
 
 def test_an_existing_folder_is_never_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

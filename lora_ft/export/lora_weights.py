@@ -43,6 +43,12 @@ class LayerWeights:
     def rank(self) -> int:
         return int(self.a.shape[0])
 
+    def rescaled_b(self, scale: float) -> np.ndarray:
+        """Return the B whose product with A, times `scale`, is the same update; B itself for its own scale."""
+        if scale == self.scale:
+            return self.b
+        return (self.b.astype(np.float64) * (self.scale / scale)).astype(np.float32)
+
 
 @dataclass(frozen=True)
 class AdapterWeights:

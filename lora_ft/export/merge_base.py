@@ -9,7 +9,7 @@ The lower loss wins. If the losses differ by less than noise (two standard error
 the lower KL(attached || merged) wins: the model that is closer to the one that was trained and evaluated.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from lora_ft.errors import NonFiniteError
 from lora_ft.evaluation.heldout import to_batch
 from lora_ft.export.merge import MergedModel
 from lora_ft.export.weight_stream import streamed, use_placeholders
-from lora_ft.ops.token_loss import IGNORED, TESTED
+from lora_ft.ops.token_loss import IGNORED, TESTED, Batch
 from lora_ft.values import Onto
 
 _TOKENS_PER_PASS = 1024  # logits of two models are in memory: 0.4 GB for a vocabulary of 49,152
@@ -75,6 +75,7 @@ class Comparison:
         return "lower loss" if apart > self.noise else f"closer to the adapter, losses within noise ({self.noise:.4f})"
 
 
+@torch.no_grad()
 def compare(attached: PreTrainedModel, targets: dict[Onto, MergedModel], rows: Sequence[TokenRow]) -> Comparison:
     """Compare both merged models with the adapter attached to its quantized base, on that base's device.
 
@@ -84,11 +85,15 @@ def compare(attached: PreTrainedModel, targets: dict[Onto, MergedModel], rows: S
     own: list[Tensor] = []
     losses: dict[Onto, list[Tensor]] = {onto: [] for onto in merged}
     divergence = dict.fromkeys(merged, 0.0)
-    for expected, found in _log_probs(attached, merged, rows):
-        own.append(expected.loss)
-        for onto, each in found:
-            losses[onto].append(each.loss)
-            divergence[onto] += _divergence(expected.log_probs, each.log_probs)
+    capacity = max([_TOKENS_PER_PASS, *(len(row.ids) for row in rows)])
+    for packed in micro_batches(rows, capacity, attached.config.model_type in TESTED):
+        batch = to_batch(packed, attached.device)
+        expected, loss = _log_probs(attached, batch)
+        own.append(loss)
+        for onto, model in merged.items():
+            found, loss = _log_probs(model, batch)
+            losses[onto].append(loss)
+            divergence[onto] += float((expected.exp() * (expected - found)).sum(dim=-1).double().sum())
     base = torch.cat(own)
     both = {onto: torch.cat(parts) for onto, parts in losses.items()}
     num = len(base)
@@ -110,14 +115,6 @@ def better(targets: dict[Onto, Target], noise: float) -> Onto:
     return min(targets, key=lambda onto: targets[onto].loss if apart > noise else targets[onto].kl)
 
 
-@dataclass(frozen=True)
-class _Scored:
-    """Log-probabilities [N, V] at supervised positions in float32, and the losses [N] of their targets in float64."""
-
-    log_probs: Tensor
-    loss: Tensor
-
-
 class _Streamed:
     """A merged model that can be called as if it were in memory."""
 
@@ -130,24 +127,9 @@ class _Streamed:
             return self._model(**inputs)
 
 
-@torch.no_grad()
-def _log_probs(
-    attached: PreTrainedModel, merged: dict[Onto, _Streamed], rows: Sequence[TokenRow]
-) -> Iterator[tuple[_Scored, Iterator[tuple[Onto, _Scored]]]]:
-    capacity = max([_TOKENS_PER_PASS, *(len(row.ids) for row in rows)])
-    for packed in micro_batches(rows, capacity, attached.config.model_type in TESTED):
-        batch = to_batch(packed, attached.device)
-        inputs = {"input_ids": batch.ids[None], "position_ids": batch.positions[None], "use_cache": False}
-        supervised = (batch.targets != IGNORED).nonzero()[:, 0]
-        targets = batch.targets[supervised]
-
-        def scored(model: Any, inputs: Any = inputs, rows: Tensor = supervised, targets: Tensor = targets) -> _Scored:
-            log_probs = log_softmax(model(**inputs).logits[0][rows].float(), dim=-1)
-            return _Scored(log_probs, -log_probs.gather(1, targets[:, None])[:, 0].double().cpu())
-
-        yield scored(attached), ((onto, scored(model)) for onto, model in merged.items())
-
-
-def _divergence(expected: Tensor, found: Tensor) -> float:
-    """Return KL(expected || found), summed over positions."""
-    return float((expected.exp() * (expected - found)).sum(dim=-1).double().sum())
+def _log_probs(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities [N, V] at supervised positions in float32, and the losses [N] in float64 on the CPU."""
+    supervised = (batch.targets != IGNORED).nonzero()[:, 0]
+    output = model(input_ids=batch.ids[None], position_ids=batch.positions[None], use_cache=False)
+    log_probs = log_softmax(output.logits[0][supervised].float(), dim=-1)
+    return log_probs, -log_probs.gather(1, batch.targets[supervised, None])[:, 0].double().cpu()

@@ -79,9 +79,8 @@ def _check(adapter: Path, family: Family, layer: LayerWeights, base: Any, *, dor
 
 def _matrices(layer: LayerWeights, rank: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
     """Return lora_a [in, rank] and lora_b [rank, out] that compute the same as PEFT with mlx-lm's one scale."""
-    b = layer.b if layer.scale == scale else (layer.b.astype(np.float64) * (layer.scale / scale)).astype(np.float32)
     zeros = ((0, 0), (0, rank - layer.rank))
-    return np.pad(layer.a.T, zeros), np.pad(b, zeros).T
+    return np.pad(layer.a.T, zeros), np.pad(layer.rescaled_b(scale), zeros).T
 
 
 def _keys(names: list[str], layers: int) -> list[str]:

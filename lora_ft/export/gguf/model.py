@@ -9,7 +9,6 @@ An unknown tensor is an error before anything is written. Keys: llama.cpp b10605
 """
 
 import logging
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,17 +24,15 @@ from lora_ft.export.gguf import tokenizer as gguf_tokenizer
 from lora_ft.export.gguf import writer
 from lora_ft.export.gguf.layout import Layout, layout_of
 from lora_ft.export.gguf.writer import Kind, PlannedTensor, Value
+from lora_ft.models.gguf.convert import llama3_divisors
 from lora_ft.models.load import read_tokenizer
-from lora_ft.models.resolve import HEADER_LIMIT, weight_files
+from lora_ft.models.resolve import weight_files
 
 log = logging.getLogger("lora_ft")
 
 _KINDS = {GgufType.f32: Kind.F32, GgufType.f16: Kind.F16, GgufType.bf16: Kind.BF16, GgufType.q8_0: Kind.Q8_0}
 _FILE_TYPES = {GgufType.f32: 0, GgufType.f16: 1, GgufType.q8_0: 7, GgufType.bf16: 32}  # llama.cpp's llama_ftype
 _BLOCK = 32  # numbers that share a scale in Q8_0
-
-# Constants in checkpoints of old versions: causal masks, rotary frequencies.
-_CONSTANTS = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
 
 
 def check(folder: Path, tokenizer: Any) -> None:
@@ -47,7 +44,7 @@ def check(folder: Path, tokenizer: Any) -> None:
 
 
 def write(folder: Path, out: Path, kind: GgufType) -> None:
-    """Write a folder as transformers saves it to the GGUF file `out`, its matrices in this type.
+    """Write a merged model's folder, already verified, to the GGUF file `out`, its matrices in this type.
 
     Holds one tensor at a time. Raises ConfigError for an architecture, a setting, a tokenizer or a tensor that the
     format cannot express, and for numbers beyond float16's range if that is the type.
@@ -55,7 +52,7 @@ def write(folder: Path, out: Path, kind: GgufType) -> None:
     layout = layout_of(foreign.json_object(folder / "config.json", ConfigError))
     tokenizer = read_tokenizer(folder, str(folder))
     files = _files(folder)
-    shapes = _expected(layout, files)
+    shapes = _shapes(layout, files)
     metadata: dict[str, Value] = {
         "general.architecture": layout.family.architecture,
         "general.type": "model",
@@ -65,7 +62,8 @@ def write(folder: Path, out: Path, kind: GgufType) -> None:
         **{f"{layout.family.architecture}.{key}": value for key, value in _sizes(layout).items()},
         **gguf_tokenizer.metadata(tokenizer, layout.config.vocab_size, _ends(folder, tokenizer, layout.config)),
     }
-    divisors = _rope_divisors(layout)
+    settings = getattr(layout.config, "rope_parameters", None) or {}
+    divisors = [llama3_divisors(layout.config)] if settings.get("rope_type") == "llama3" else []
     tensors = [PlannedTensor("rope_freqs.weight", array.shape, Kind.F32) for array in divisors]
     tensors += [_planned(layout, name, shape, _KINDS[kind]) for name, shape in shapes.items()]
     writer.write(out, metadata, tensors, _arrays(layout, files, shapes, divisors))
@@ -73,35 +71,26 @@ def write(folder: Path, out: Path, kind: GgufType) -> None:
 
 def _files(folder: Path) -> dict[str, Path]:
     """Return the file of each tensor."""
-    names = weight_files(folder, {path.name for path in folder.iterdir()})
-    headers = {folder / name: foreign.tensor_header(folder / name, HEADER_LIMIT, ConfigError) for name in names}
-    return {key: path for path, header in headers.items() for key in header.shapes}
+    found: dict[str, Path] = {}
+    for name in weight_files(folder, {path.name for path in folder.iterdir()}):
+        with safe_open(folder / name, "pt") as file:
+            found |= dict.fromkeys(file.keys(), folder / name)
+    return found
 
 
-def _expected(layout: Layout, files: dict[str, Path]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the model's tensors by name, tied ones once; raises ConfigError if the files differ."""
+def _shapes(layout: Layout, files: dict[str, Path]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the model's tensors by name, tied ones once; raises ConfigError for one without a place."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(layout.config)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    twins = dict(model.named_parameters(remove_duplicate=False)).keys() - shapes.keys()
-    constants = {name for name in files if _CONSTANTS.search(name)}
-    for name in sorted(shapes.keys() ^ (files.keys() - twins - constants)):
-        state = "missing in the files" if name in shapes else "not a part of the model that config.json describes"
-        raise ConfigError(f"{name} is {state}")
-    for name in sorted(shapes):
+    for name in shapes:
         module = name.rpartition(".")[0]
         if layout.name(module) is None:
             raise ConfigError(f"{module} has no place in a {layout.family.architecture} GGUF file")
-        with safe_open(files[name], "pt") as file:
-            found = tuple(file.get_slice(name).get_shape())
-        if found != shapes[name]:
-            raise ConfigError(f"{name} has shape {found}, config.json asks for {shapes[name]}")
-    for name in sorted(twins & files.keys()):
-        first = next(n for n, p in model.named_parameters() if p is model.get_parameter(name))
-        if not torch.equal(_tensor(files, name), _tensor(files, first)):
-            raise ConfigError(f"{name} and {first} are one matrix by config.json, and two in the files")
+        if name not in files:
+            raise ConfigError(f"{name} is missing in the files")
     return shapes
 
 
@@ -170,19 +159,6 @@ def _rope(settings: dict[str, Any], head: int) -> dict[str, Value]:
     if kind == "linear":
         values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(settings["factor"])}
     return values
-
-
-def _rope_divisors(layout: Layout) -> list[np.ndarray]:
-    """Return the divisors of the rotary frequencies with Llama 3's scaling; an empty list for other models."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    settings = getattr(layout.config, "rope_parameters", None) or {}
-    if settings.get("rope_type") != "llama3":
-        return []
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](layout.config, torch.device("cpu"))
-    size = 2 * len(scaled)
-    plain = settings["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
-    return [(plain / scaled.double()).float().numpy()]
 
 
 def _ends(folder: Path, tokenizer: Any, config: Any) -> list[int]:

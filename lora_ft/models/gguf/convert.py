@@ -113,7 +113,7 @@ def _config(source: reader.GgufFile, family: Family) -> Any:
         heads = values["num_attention_heads"]
         values = {"num_key_value_heads": heads, "head_dim": values["hidden_size"] // heads} | values
         values["rope_parameters"] = _rope(source, family.architecture)
-    return AutoConfig.for_model(
+    config = AutoConfig.for_model(
         family.model_type,
         architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.model_type]],
         vocab_size=reader.shape(source.tensors["token_embd.weight"])[0],
@@ -121,6 +121,11 @@ def _config(source: reader.GgufFile, family: Family) -> Any:
         **{name: source.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _TOKEN_IDS.items()},
         **values,
     )
+    if family.is_rotary and (divisors := source.tensors.get("rope_freqs.weight")):
+        found, expected = reader.values(divisors), llama3_divisors(config)
+        if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-4):
+            raise ConfigError(f"{source.path}: rope_freqs.weight is not Llama 3's scaling: use the safetensors model")
+    return config
 
 
 def _is_tied(source: reader.GgufFile) -> bool:
@@ -130,7 +135,7 @@ def _is_tied(source: reader.GgufFile) -> bool:
 
 
 def _rope(source: reader.GgufFile, architecture: str) -> dict[str, Any]:
-    """Return the rotary settings; of Llama 3's scaling the file has the divisors only, which must be recognized."""
+    """Return the rotary settings; of Llama 3's scaling the file has the divisors only, which `_config` compares."""
     theta = source.metadata.get(f"{architecture}.rope.freq_base", 10000.0)
     kind = source.metadata.get(f"{architecture}.rope.scaling.type", "none")
     divisors = source.tensors.get("rope_freqs.weight")
@@ -141,19 +146,19 @@ def _rope(source: reader.GgufFile, architecture: str) -> dict[str, Any]:
         raise ConfigError(f"{source.path}: rotary scaling of type {kind} cannot be read: use the safetensors model")
     if divisors is None:
         return {"rope_type": "default", "rope_theta": theta}
-    found = reader.values(divisors)
-    scaling = {"factor": float(found.max()), **_LLAMA3}
-    if not np.allclose(found, _llama3_divisors(2 * len(found), theta, scaling), rtol=1e-4):
-        raise ConfigError(f"{source.path}: rope_freqs.weight is not Llama 3's scaling: use the safetensors model")
-    return {"rope_type": "llama3", "rope_theta": theta, **scaling}
+    return {"rope_type": "llama3", "rope_theta": theta, "factor": float(reader.values(divisors).max()), **_LLAMA3}
 
 
-def _llama3_divisors(head_dim: int, theta: float, scaling: dict[str, Any]) -> Any:
-    """Return the divisor of each rotary frequency: 1 for short waves, `factor` for long ones, smooth between."""
-    waves = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    low, high, factor = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["factor"]
-    smooth = np.clip((scaling["original_max_position_embeddings"] / waves - low) / (high - low), 0, 1)
-    return 1 / ((1 - smooth) / factor + smooth)
+def llama3_divisors(config: Any) -> np.ndarray[Any, Any]:
+    """Return the divisors of the rotary frequencies, in float32, by transformers' own Llama 3 scaling."""
+    import torch
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    size = 2 * len(scaled)
+    plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
+    divisors: np.ndarray[Any, Any] = (plain / scaled.double()).float().numpy()
+    return divisors
 
 
 def _tensors(source: reader.GgufFile, family: Family, config: Any) -> Tensors:
