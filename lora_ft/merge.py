@@ -23,18 +23,20 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, durable, entry
-from lora_ft.adapters import files, origin, source
-from lora_ft.data.prepare import TokenRow, prepare
+from lora_ft import config
+from lora_ft.adapters import files, loading, provenance
+from lora_ft.cli import entry
+from lora_ft.data.dataset import TokenRow, prepare
 from lora_ft.errors import ConfigError, DataError, ResourceError
 from lora_ft.evaluation.heldout import heldout_loss
 from lora_ft.export import combine, merge_base, truncate, verify, weight_stream
 from lora_ft.export import merge as merged_model
 from lora_ft.export.gguf import model as gguf_model
+from lora_ft.io import durable
 from lora_ft.models.load import Base
 from lora_ft.ops.allocator import keep_freed_memory
-from lora_ft.training.learner import evaluation_rows
 from lora_ft.training.paths import use_fast_paths
+from lora_ft.training.state import evaluation_rows
 from lora_ft.values import Dtype, Onto, QuantKind
 
 log = logging.getLogger("lora_ft")
@@ -62,7 +64,7 @@ class MergeResult:
 def main(cfg: config.MergeRun, invocation: entry.Invocation) -> None:
     """Run the command: take the base from the adapter's record if none is given, merge, print the result."""
     keep_freed_memory()
-    result = merge(source.with_base(cfg, _adapters(cfg)[0], invocation.overrides))
+    result = merge(loading.with_base(cfg, _adapters(cfg)[0], invocation.overrides))
     console = Console()
     if result.comparison:
         console.print(result.comparison.table())
@@ -81,7 +83,7 @@ def merge(cfg: config.MergeRun) -> MergeResult:
     if out.exists() or out.is_symlink():
         raise ConfigError(f"out={cfg.out} exists already: choose a new name, merge never replaces anything")
     adapters = _adapters(cfg)
-    tokenizer = source.adapter_tokenizer(adapters[0], cfg.model)
+    tokenizer = loading.adapter_tokenizer(adapters[0], cfg.model)
     if cfg.adapters:
         return _combine(cfg, adapters, tokenizer, out)
     if cfg.truncate_rank:
@@ -92,9 +94,9 @@ def merge(cfg: config.MergeRun) -> MergeResult:
 def _adapters(cfg: config.MergeRun) -> list[Path]:
     """Return the adapter folders; each of `cfg.adapters` is a run folder or an adapter."""
     if not cfg.adapters:
-        return [source.adapter_folder(cfg.run, cfg.adapter_path)]
+        return [loading.adapter_folder(cfg.run, cfg.adapter_path)]
     is_run = {path: (Path(path).expanduser() / "config.yaml").is_file() for path in cfg.adapters}
-    return [source.adapter_folder(path if is_run[path] else None, path) for path in cfg.adapters]
+    return [loading.adapter_folder(path if is_run[path] else None, path) for path in cfg.adapters]
 
 
 def _merge(cfg: config.MergeRun, adapter: Path, tokenizer: PreTrainedTokenizerBase, out: Path) -> MergeResult:
@@ -149,7 +151,7 @@ def _target(
         log.warning("no eval rows to measure on: merging onto the dequantized base, which the adapter was trained on")
         return Onto.dequantized, None
     log.info("measuring both targets on %d eval rows; onto=dequantized or onto=original skips this", len(rows))
-    base, model = source.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
+    base, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
     reads = {Onto.dequantized: weight_stream.loaded(base.model, opened.modules), Onto.original: opened.original}
     targets = {onto: merged_model.MergedModel(opened.model, read, dtype) for onto, read in reads.items()}
     comparison = merge_base.compare(base.model, targets, rows)
@@ -187,12 +189,14 @@ def _truncate(
     cfg: config.MergeRun, adapter: Path, tokenizer: PreTrainedTokenizerBase, out: Path, rank: int
 ) -> MergeResult:
     saved = truncate.check(adapter, rank)
-    base, model = source.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
-    found = truncate.updates(model, source.NAME)
-    ranks = truncate.compare_ranks(model, source.NAME, found, rank, _eval_loss(cfg, base, tokenizer))
+    base, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
+    found = truncate.updates(model, loading.NAME)
+    ranks = truncate.compare_ranks(model, loading.NAME, found, rank, _eval_loss(cfg, base, tokenizer))
     small = {layer: update.truncated(rank) for layer, update in found.items()}
     made_from = _origin(base, cfg.quant, [adapter], {"method": "truncated"})
-    files.write(truncate.tensors(model, source.NAME, small), truncate.settings(saved, small), out, tokenizer, made_from)
+    files.write(
+        truncate.tensors(model, loading.NAME, small), truncate.settings(saved, small), out, tokenizer, made_from
+    )
     return MergeResult(out, f"adapter of rank {rank} in {out}", rank=rank, ranks=ranks)
 
 
@@ -205,13 +209,13 @@ def _eval_loss(cfg: config.MergeRun, base: Base, tokenizer: PreTrainedTokenizerB
     return lambda: heldout_loss(base.model, rows, paths, _TOKENS_PER_PASS).loss
 
 
-def _origin(base: Base, quant: config.Quant, adapters: list[Path], how: dict[str, Any]) -> origin.Origin:
+def _origin(base: Base, quant: config.Quant, adapters: list[Path], how: dict[str, Any]) -> provenance.Origin:
     """Record the base, the rows if all sources record them, and the hashes of the source adapters."""
-    known = [origin.read_record(adapter) if (adapter / origin.RECORD).is_file() else {} for adapter in adapters]
+    known = [provenance.read_record(adapter) if (adapter / provenance.RECORD).is_file() else {} for adapter in adapters]
     rows = [record.get("data_sha256") for record in known]
     data = rows[0] if len(rows) == 1 else hashlib.sha256(json.dumps(rows).encode()).hexdigest() if all(rows) else None
     hashes = [hashlib.sha256((adapter / files.WEIGHTS).read_bytes()).hexdigest() for adapter in adapters]
-    return origin.Origin(base.identity, quant, data, how | {"adapter_sha256": hashes})
+    return provenance.Origin(base.identity, quant, data, how | {"adapter_sha256": hashes})
 
 
 if __name__ == "__main__":

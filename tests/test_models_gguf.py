@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lora_ft import config
-from lora_ft.data.prepare import prepare
+from lora_ft.data.dataset import prepare
 from lora_ft.errors import ConfigError, ResourceError
 from lora_ft.models import load, resolve
 from lora_ft.models.gguf import convert, reader

@@ -14,9 +14,9 @@ import numpy as np
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
-from lora_ft import limits
-from lora_ft.adapters import files, origin
+from lora_ft.adapters import files, provenance
 from lora_ft.errors import MismatchError
+from lora_ft.io import limits
 
 REMEDY = "write a merged model instead: lora-ft merge, for llama.cpp with gguf=f16"
 
@@ -61,7 +61,7 @@ class AdapterWeights:
 def read(folder: Path) -> AdapterWeights:
     """Read an adapter; raises MismatchError for one that is more than A, B and scales."""
     saved = files.read_config(folder)
-    origin.check_kind(folder, saved)
+    provenance.check_kind(folder, saved)
     files.check_settings(folder, saved, files.PLAIN, f"; {REMEDY}")
     found: dict[str, dict[str, np.ndarray]] = {}
     embeddings = set()

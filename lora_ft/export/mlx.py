@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from lora_ft import durable
 from lora_ft.errors import MismatchError
 from lora_ft.export import lora_weights
 from lora_ft.export.gguf.layout import read_config
 from lora_ft.export.lora_weights import REMEDY, LayerWeights
+from lora_ft.io import durable
 from lora_ft.models.families import Family
 
 _LAYER = re.compile(r"model\.(layers|h)\.\d+\.(?P<key>.+)")

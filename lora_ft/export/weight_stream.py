@@ -32,11 +32,11 @@ from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from lora_ft import config
-from lora_ft.adapters import files, origin, source
+from lora_ft.adapters import files, loading, provenance
 from lora_ft.config import QuantKind
 from lora_ft.models import load, quantize, resolve
 from lora_ft.models.load import Base
-from lora_ft.models.skeleton import load_skeleton
+from lora_ft.models.meta_model import load_skeleton
 
 log = logging.getLogger("lora_ft")
 
@@ -64,11 +64,11 @@ def open_adapter(
     """
     skeleton = load_skeleton(model, quant, device, tokenizer)
     base = replace(skeleton, identity=resolve.locate(model))  # downloads the weights of a hub id
-    origin.check_source(folder, files.read_config(folder), base, quant)
+    provenance.check_source(folder, files.read_config(folder), base, quant)
     trained_on = _tensors(base, model, quant, device)
     original = trained_on if quant.kind is QuantKind.none else _tensors(base, model, config.Quant(), device)
     modules = use_placeholders(base.model)
-    return StreamedAdapter(base, files.load(base.model, folder, source.NAME), modules, trained_on, original)
+    return StreamedAdapter(base, files.load(base.model, folder, loading.NAME), modules, trained_on, original)
 
 
 def use_placeholders(network: PreTrainedModel, device: torch.device | str = "cpu") -> Modules:

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_ft import config, foreign
+from lora_ft import config
 from lora_ft.errors import ConfigError, ResourceError, SecurityError
+from lora_ft.io import untrusted
 
 # What a download may fetch: no pickles, no code, no second copy of the weights in another layout.
 _DESCRIBING = ["*.json", "*.txt", "*.jinja", "*.model"]
@@ -162,7 +163,7 @@ def check_config(folder: Path) -> None:
             f"{folder} holds a model and an adapter_config.json, for which transformers would also load the adapter's "
             "weights, even pickled ones: move the adapter to another folder, and pass that as adapter_path"
         )
-    foreign.check_folder(folder)
+    untrusted.check_folder(folder)
     check_tokenizer(folder)
     settings = _read_json(folder / "config.json")
     _refuse_code(folder / "config.json", settings, _is_known_model)
@@ -191,7 +192,7 @@ def check_tokenizer(folder: Path) -> None:
                 raise SecurityError(f"{path}: fast_tokenizer_files names {name!r}, which is no file of this folder")
     for name in _JSON:
         if (folder / name).is_file():
-            foreign.json_object(folder / name, ConfigError)  # transformers does not limit the nesting
+            untrusted.json_object(folder / name, ConfigError)  # transformers does not limit the nesting
 
 
 def _refuse_code(path: Path, settings: dict[str, Any], is_known: Callable[[dict[str, Any]], bool]) -> None:
@@ -268,11 +269,11 @@ def weight_files(folder: Path, names: set[str]) -> list[str]:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{path.parent} is not a model folder: it has no {path.name}")
-    return foreign.json_object(path, ConfigError)
+    return untrusted.json_object(path, ConfigError)
 
 
 def _weights_hash(path: Path) -> str:
-    header = foreign.tensor_header(path, _HEADER_LIMIT, ConfigError)
+    header = untrusted.tensor_header(path, _HEADER_LIMIT, ConfigError)
     digest = hashlib.sha256(header.raw)
     with path.open("rb") as file:
         for begin, end in header.places:

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from peft import LoraConfig
 
-from lora_ft import foreign
 from lora_ft.errors import MismatchError
 from lora_ft.export import lora_weights
 from lora_ft.export.gguf import writer
 from lora_ft.export.gguf.layout import Layout, layout_of
 from lora_ft.export.gguf.writer import Kind, PlannedTensor, Value
 from lora_ft.export.lora_weights import REMEDY, LayerWeights
+from lora_ft.io import untrusted
 
 
 def write(adapter: Path, base_config: dict[str, Any], out: Path) -> None:
@@ -66,7 +66,7 @@ def _matrices(layout: Layout, layer: LayerWeights, alpha: float) -> tuple[np.nda
 def _metadata(layout: Layout, saved: LoraConfig, alpha: float) -> dict[str, Value]:
     base = str(saved.base_model_name_or_path or "")
     metadata: dict[str, Value] = {"general.architecture": layout.family.architecture, "general.type": "adapter"}
-    if foreign.is_public_id(base):  # a local path is useless to others, and may reveal too much
+    if untrusted.is_public_id(base):  # a local path is useless to others, and may reveal too much
         owner, _, name = base.rpartition("/")
         metadata |= {
             "general.name": f"{name} LoRA",

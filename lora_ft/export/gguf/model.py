@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from lora_ft import foreign
 from lora_ft.config import GgufType
 from lora_ft.errors import ConfigError
 from lora_ft.export.gguf import tokenizer as gguf_tokenizer
 from lora_ft.export.gguf import writer
 from lora_ft.export.gguf.layout import Layout, layout_of
 from lora_ft.export.gguf.writer import Kind, PlannedTensor, Value
+from lora_ft.io import untrusted
 from lora_ft.models.gguf.convert import llama3_divisors
 from lora_ft.models.load import read_tokenizer
 from lora_ft.models.resolve import weight_files
@@ -37,7 +37,7 @@ _BLOCK = 32  # numbers that share a scale in Q8_0
 
 def check(folder: Path, tokenizer: Any) -> None:
     """Raise the ConfigError that `write` would raise for a folder's config and this tokenizer, before a merge."""
-    layout = layout_of(foreign.json_object(folder / "config.json", ConfigError))
+    layout = layout_of(untrusted.json_object(folder / "config.json", ConfigError))
     _sizes(layout)
     rows = max(layout.config.vocab_size, len(tokenizer))  # of added tokens as well
     gguf_tokenizer.metadata(tokenizer, rows, _ends(folder, tokenizer, layout.config))
@@ -49,7 +49,7 @@ def write(folder: Path, out: Path, kind: GgufType) -> None:
     Holds one tensor at a time. Raises ConfigError for an architecture, a setting, a tokenizer or a tensor that the
     format cannot express, and for numbers beyond float16's range if that is the type.
     """
-    layout = layout_of(foreign.json_object(folder / "config.json", ConfigError))
+    layout = layout_of(untrusted.json_object(folder / "config.json", ConfigError))
     tokenizer = read_tokenizer(folder, str(folder))
     files = _files(folder)
     shapes = _shapes(layout, files)
@@ -164,7 +164,7 @@ def _rope(settings: dict[str, Any], head: int) -> dict[str, Value]:
 def _ends(folder: Path, tokenizer: Any, config: Any) -> list[int]:
     """Return the ids that end a generation, from generation_config.json, else config.json, else the tokenizer."""
     path = folder / "generation_config.json"
-    generation = foreign.json_object(path, ConfigError) if path.is_file() else {}
+    generation = untrusted.json_object(path, ConfigError) if path.is_file() else {}
     for found in (generation.get("eos_token_id"), config.eos_token_id, tokenizer.eos_token_id):
         if found is not None:
             return found if isinstance(found, list) else [found]

@@ -15,8 +15,8 @@ from gguf.constants import GGMLQuantizationType as Kind
 from gguf.gguf_writer import GGUFWriter, WriterState
 from gguf.quants import quantize
 
-from lora_ft import durable
 from lora_ft.errors import ConfigError
+from lora_ft.io import durable
 
 __all__ = ["Kind", "PlannedTensor", "Value", "write"]
 

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from gguf.gguf_reader import ReaderTensor
 
-from lora_ft import durable
 from lora_ft.errors import ConfigError, ResourceError
+from lora_ft.io import durable
 from lora_ft.models.families import FAMILIES, Family, deinterleave, family_of_gguf
 from lora_ft.models.gguf import reader, tokenizer
 
