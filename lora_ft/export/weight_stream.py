@@ -60,7 +60,7 @@ def open_adapter(
 ) -> StreamedAdapter:
     """Put an adapter onto a base of placeholders; `device` is the one that quantizes weights.
 
-    Raises the errors of `source.open_adapter`.
+    Raises the errors of `loading.open_adapter`.
     """
     skeleton = load_skeleton(model, quant, device, tokenizer)
     base = replace(skeleton, identity=resolve.locate(model))  # downloads the weights of a hub id
