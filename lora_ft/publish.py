@@ -30,7 +30,7 @@ from lora_ft.config import QuantKind
 from lora_ft.errors import ConfigError, MismatchError
 from lora_ft.io import durable, untrusted
 from lora_ft.models.load import Identity
-from lora_ft.models.locate import locate
+from lora_ft.models.resolve import locate
 from lora_ft.ops.allocator import keep_freed_memory
 from lora_ft.publishing import lint, package, places, plain, proof, scan, story, sums
 from lora_ft.publishing.facts import Level

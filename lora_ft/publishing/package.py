@@ -24,11 +24,12 @@ from lora_ft import config
 from lora_ft.adapters import files, provenance
 from lora_ft.adapters.loading import adapter_tokenizer
 from lora_ft.errors import MismatchError
-from lora_ft.exports import gguf_adapter, mlx
+from lora_ft.export import mlx
+from lora_ft.export.gguf import adapter as gguf_adapter
 from lora_ft.io import durable
 from lora_ft.models.load import Identity, resolve_device
-from lora_ft.models.locate import locate
 from lora_ft.models.meta_model import load_skeleton
+from lora_ft.models.resolve import locate
 from lora_ft.publishing import card, curve, lint, proof, sums
 from lora_ft.publishing.proof import Proof
 from lora_ft.publishing.story import Story

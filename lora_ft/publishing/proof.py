@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_ft.adapters.files import read_config
 from lora_ft.adapters.provenance import Loading
 from lora_ft.errors import MismatchError
-from lora_ft.exports import verify
+from lora_ft.export import verify
 from lora_ft.io import untrusted
 from lora_ft.publishing import sums
 
