@@ -23,7 +23,7 @@ from lora_ft.adapters import audit
 from lora_ft.config import Schedule
 from lora_ft.data.prepare import Dataset
 from lora_ft.errors import ResourceError
-from lora_ft.evaluation.compare import Comparison
+from lora_ft.evaluation.comparison import Comparison
 from lora_ft.models.fingerprint import fingerprint
 from lora_ft.models.load import Base, load_base, load_tokenizer, resolve_device
 from lora_ft.ops.allocator import keep_freed_memory
