@@ -61,7 +61,7 @@ def test_a_session_runs_over_a_pipe_in_a_process_of_its_own(tmp_path: Path) -> N
 
 
 def test_the_prompt_is_the_one_that_training_saw(tmp_path: Path) -> None:
-    """What precedes the answer in a prepared row is what chat asks, to the token (catalogue A08)."""
+    """A chat prompt has the tokens that precede the answer in a prepared row (catalogue A08)."""
     cfg = settings(tmp_path, "llama")
     cfg.data.system = "Be brief."
     talk = chat.Session(None, tiny_tokenizer(), "Be brief.", config.Sampling(), 0)  # type: ignore[arg-type]

@@ -109,7 +109,7 @@ def adapter_off(model: PeftModel) -> Iterator[None]:
 def render(
     comparison: Comparison | None, facts: dict[str, str], scores: dict[str, tuple[float, float]] | None = None
 ) -> RenderableType:
-    """Lay out the result of train or eval for the terminal, without truncation; `comparison` is None without eval rows.
+    """Lay out the result of train or eval for the terminal, without truncation; None without eval rows.
 
     `scores` are further figures of base and adapter, by name; `facts` are lines below the table and the answers.
     """

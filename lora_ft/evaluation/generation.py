@@ -6,7 +6,7 @@ answer    4 <|im_end|>                 ends before the stop token, or at the lon
 A batch is padded on the left; attention mask and position ids hide the padding:
 
     . . . 2 + 2 ? | 4 <|im_end|>
-    What is pi? . | 3 . 14 <|im_end|>   (longest prompt of the batch: no padding)
+    What is pi? . | 3 . 14 <|im_end|>   (the longest prompt of a batch is not padded)
 
 transformers computes the answers. Only `config.Sampling` and the seed decide them: the model's own
 generation_config (top_k, repetition penalty, ...) is set aside, and the global random state is restored.
@@ -77,7 +77,7 @@ def stream(
     seed: int,
     on_text: Callable[[str], None],
 ) -> str:
-    """Answer one prompt as `generate` does, and pass the text to `on_text` piece by piece as it is computed."""
+    """Answer one prompt, the same as `generate`, and pass each piece of text to `on_text` when it is computed."""
     stops = stop_tokens(model, tokenizer)
     [room] = _rooms(model, [prompt], sampling)
     pieces = _Pieces(tokenizer, stops, on_text)
@@ -99,7 +99,7 @@ def _rooms(model: PreTrainedModel, prompts: Sequence[np.ndarray], sampling: conf
 
 
 def _can_pad(model: PreTrainedModel) -> bool:
-    """Whether padding changes no number: the model takes positions, and a mask of what to attend to."""
+    """True if padding changes no result: the model takes position ids and an attention mask."""
     return {"attention_mask", "position_ids"} <= inspect.signature(model.forward).parameters.keys()
 
 
