@@ -26,21 +26,22 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, durable, entry, runs
-from lora_ft.adapters import origin, source
-from lora_ft.cli import overrides
-from lora_ft.data.prepare import Dataset, labels, prepare, prepare_rows
+from lora_ft import config, runs
+from lora_ft.adapters import loading, provenance
+from lora_ft.cli import entry, overrides
+from lora_ft.data.dataset import Dataset, labels, prepare, prepare_rows
 from lora_ft.data.read import Rows, read, read_heldout
 from lora_ft.errors import ConfigError, DataError, ResourceError
 from lora_ft.evaluation import metrics
 from lora_ft.evaluation.comparison import Comparison, EvalSet, compare, render
 from lora_ft.evaluation.loss import EvalLoss
+from lora_ft.io import durable
 from lora_ft.models.load import resolve_device
 from lora_ft.ops.allocator import keep_freed_memory
 from lora_ft.ops.kernels import choose_kernels
 from lora_ft.ops.token_loss import Paths
-from lora_ft.training.learner import evaluation_rows
 from lora_ft.training.paths import use_fast_paths
+from lora_ft.training.state import evaluation_rows
 
 log = logging.getLogger("lora_ft")
 
@@ -78,9 +79,9 @@ def evaluate(cfg: config.EvalRun, typed: list[str]) -> EvalResult:
     `typed` are the overrides that `cfg` was composed from: a setting given there is preferred to the run's.
     """
     metrics.check(cfg.eval.metrics)
-    adapter = source.adapter_folder(cfg.run, cfg.adapter_path)
-    cfg = source.with_base(cfg, adapter, typed)
-    tokenizer = source.adapter_tokenizer(adapter, cfg.model)
+    adapter = loading.adapter_folder(cfg.run, cfg.adapter_path)
+    cfg = loading.with_base(cfg, adapter, typed)
+    tokenizer = loading.adapter_tokenizer(adapter, cfg.model)
     dataset, described, disjoint = _rows(cfg, typed, tokenizer)
     eval_set = _eval_set(cfg.eval, dataset)
     if not disjoint:
@@ -108,7 +109,7 @@ def _eval_set(settings: config.Eval, dataset: Dataset) -> EvalSet:
 
 def _open(cfg: config.EvalRun, adapter: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[PeftModel, Paths]:
     kernels = choose_kernels(resolve_device(cfg.device), compile_=cfg.fast.compile, liger=cfg.fast.liger)
-    base, model = source.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
+    base, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
     return model, use_fast_paths(base.model, cfg.fast, kernels)
 
 
@@ -168,7 +169,7 @@ def _read_own(own: config.Data | None) -> Rows | None:
 
 def _warn_of_other_rows(adapter: Path, dataset: Dataset) -> None:
     """Warn about rows other than the run's own: the run may have trained on some, which lowers its loss."""
-    record = adapter / origin.RECORD
+    record = adapter / provenance.RECORD
     if record.is_file() and json.loads(record.read_text("utf-8"))["data_sha256"] != dataset.report.sha256:
         log.warning(
             "these rows, or their split, are not the run's own: if the run trained on some of them, "
