@@ -193,7 +193,7 @@ class Track:
 
 @dataclass
 class Eval:
-    rows: int | None = setting(None, "most held-out rows; null: all", unit="rows", at_least=1)
+    rows: int | None = setting(None, "most eval rows; null: all", unit="rows", at_least=1)
     metrics: list[str] = setting([], "of exact_match, accuracy, f1, chrf, bleu, rouge_l, on generated answers")
     samples: int = setting(3, "answers shown side by side", unit="rows", at_least=0)
     max_new_tokens: int = setting(64, "longest generated answer", unit="tokens", at_least=1)
@@ -294,7 +294,7 @@ class ReportRun:
 
 @dataclass
 class EvalRun:
-    """Compare base and adapter on held-out rows: loss, perplexity, task metrics, answers."""
+    """Compare base and adapter on eval rows: loss, perplexity, task metrics, answers."""
 
     run: str | None = _run()
     adapter_path: str | None = _adapter_path()

@@ -28,7 +28,7 @@ from lora_ft.adapters import files, loading, provenance
 from lora_ft.cli import entry
 from lora_ft.data.dataset import TokenRow, prepare
 from lora_ft.errors import ConfigError, DataError, ResourceError
-from lora_ft.evaluation.heldout import heldout_loss
+from lora_ft.evaluation.loss import eval_loss
 from lora_ft.export import combine, merge_base, truncate, verify, weight_stream
 from lora_ft.export import merge as merged_model
 from lora_ft.export.gguf import model as gguf_model
@@ -206,7 +206,7 @@ def _eval_loss(cfg: config.MergeRun, base: Base, tokenizer: PreTrainedTokenizerB
         log.warning("no eval rows: the table shows the kept share of the update's norm alone")
         return None
     paths = use_fast_paths(base.model, config.Fast())
-    return lambda: heldout_loss(base.model, rows, paths, _TOKENS_PER_PASS).loss
+    return lambda: eval_loss(base.model, rows, paths, _TOKENS_PER_PASS).loss
 
 
 def _origin(base: Base, quant: config.Quant, adapters: list[Path], how: dict[str, Any]) -> provenance.Origin:

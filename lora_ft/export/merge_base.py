@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from lora_ft.data.dataset import TokenRow
 from lora_ft.data.packing import micro_batches
 from lora_ft.errors import NonFiniteError
-from lora_ft.evaluation.heldout import to_batch
+from lora_ft.evaluation.loss import to_batch
 from lora_ft.export.merge import MergedModel
 from lora_ft.export.weight_stream import streamed, use_placeholders
 from lora_ft.ops.token_loss import IGNORED, TESTED, Batch
