@@ -23,13 +23,14 @@ from lora_ft.exports.gguf_file import write as write_file
 from lora_ft.exports.pairs import WAY_OUT
 
 
-def write(adapter: Path, base_config: dict[str, Any], out: Path) -> None:
+def write(adapter: Path, base_config: dict[str, Any], out: Path, saved: LoraConfig | None = None) -> None:
     """Write the PEFT adapter in folder `adapter` to the GGUF file `out`; `base_config` is the base's config.json.
+    `saved` is the adapter's config if it was read already.
 
     Raises MismatchError for what a GGUF adapter cannot hold, ConfigError for an architecture not known here.
     """
     layout = gguf_names.layout(base_config)
-    found = pairs.read(adapter)
+    found = pairs.read(adapter, saved)
     if found.config.use_dora:
         raise MismatchError(f"{adapter}: llama.cpp reads no DoRA; {WAY_OUT}")
     # Kept exact where all layers agree: then no B is touched, and alpha is PEFT's own, or times sqrt(r).

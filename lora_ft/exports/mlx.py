@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from peft import LoraConfig
 
 from lora_ft import durable
 from lora_ft.errors import ConfigError, MismatchError
@@ -24,8 +25,9 @@ _PREFIXES = {kind: "" for kind in ("llama", "mistral", "qwen2", "qwen3")} | {"gp
 _LAYER = re.compile(r"(model\.layers|model\.h)\.\d+\.(?P<key>.+)")
 
 
-def write(adapter: Path, base_config: dict[str, Any], folder: Path) -> None:
+def write(adapter: Path, base_config: dict[str, Any], folder: Path, saved: LoraConfig | None = None) -> None:
     """Write the PEFT adapter in folder `adapter` for mlx-lm; `base_config` is the base's config.json.
+    `saved` is the adapter's config if it was read already.
 
     Raises MismatchError for what mlx-lm does not compute, ConfigError for an architecture not known here.
     """
@@ -33,7 +35,7 @@ def write(adapter: Path, base_config: dict[str, Any], folder: Path) -> None:
     if kind not in _PREFIXES:
         raise ConfigError(f"MLX adapters are written for models of type {', '.join(_PREFIXES)}, got {kind}")
     base = gguf_names.read_config(base_config)
-    found = pairs.read(adapter)
+    found = pairs.read(adapter, saved)
     for pair in found.pairs:
         _check(adapter, pair, base, dora=found.config.use_dora)
     rank = max((pair.rank for pair in found.pairs), default=found.config.r)

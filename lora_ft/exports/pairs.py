@@ -51,9 +51,12 @@ class Matrices:
     pairs: list[Pair]
 
 
-def read(folder: Path) -> Matrices:
-    """Read an adapter that is A, B and scales, or say what else it is: MismatchError."""
-    saved = files.read_config(folder)
+def read(folder: Path, saved: LoraConfig | None = None) -> Matrices:
+    """Read an adapter that consists of A, B and scales; MismatchError names anything else in it.
+
+    `saved` is the folder's config if it was read already.
+    """
+    saved = saved or files.read_config(folder)
     origin.check_kind(folder, saved)
     files.check_settings(folder, saved, files.PLAIN, f"; {WAY_OUT}")
     found: dict[str, dict[str, np.ndarray]] = {}
