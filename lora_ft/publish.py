@@ -20,9 +20,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lora_ft import config, durable, entry, runs
-from lora_ft.adapters import files, source
+from lora_ft import config, runs
+from lora_ft.adapters import files, loading
+from lora_ft.cli import entry
 from lora_ft.errors import MismatchError
+from lora_ft.io import durable
 from lora_ft.ops.allocator import keep_freed_memory
 from lora_ft.publishing import (
     checksums,
@@ -78,9 +80,9 @@ def main(cfg: config.PublishRun, invocation: entry.Invocation) -> None:
 def publish(cfg: config.PublishRun, overrides: list[str]) -> PublishResult:
     """Package, verify and send an adapter; `overrides` of the command take precedence over the adapter's own files."""
     destination = destinations.parse(cfg.to)
-    adapter = source.adapter_folder(cfg.run, cfg.adapter_path)
+    adapter = loading.adapter_folder(cfg.run, cfg.adapter_path)
     saved = files.read_config(adapter)
-    cfg = source.with_base(cfg, adapter, overrides, saved)
+    cfg = loading.with_base(cfg, adapter, overrides, saved)
     keep_freed_memory()
     with _workplace(adapter, cfg) as workplace:
         folder, fetched = workplace / "package", workplace / "fetched"
@@ -103,7 +105,7 @@ def publish(cfg: config.PublishRun, overrides: list[str]) -> PublishResult:
 def verify(cfg: config.PublishRun, overrides: list[str]) -> Verification:
     """Verify an adapter again: a run's, one in a folder, or the one that is on the hub under an id."""
     if cfg.run or Path(cfg.adapter_path or "").expanduser().is_dir():
-        return _verify_folder(cfg, source.adapter_folder(cfg.run, cfg.adapter_path), overrides)
+        return _verify_folder(cfg, loading.adapter_folder(cfg.run, cfg.adapter_path), overrides)
     with _workplace(Path(str(cfg.adapter_path)), cfg) as workplace:
         destinations.parse(f"{prepare.HUB}{cfg.adapter_path}").fetch(workplace / "fetched", None)
         return _verify_folder(cfg, workplace / "fetched", overrides)
@@ -111,7 +113,7 @@ def verify(cfg: config.PublishRun, overrides: list[str]) -> Verification:
 
 def _verify_folder(cfg: config.PublishRun, folder: Path, overrides: list[str]) -> Verification:
     saved = files.read_config(folder)
-    cfg = source.with_base(cfg, folder, overrides, saved)
+    cfg = loading.with_base(cfg, folder, overrides, saved)
     return verification.verify(folder, prepare.loading(folder, saved, cfg), saved)
 
 
@@ -120,7 +122,7 @@ def check_compatibility(cfg: config.PublishRun) -> list[Verdict]:
     base_config = prepare.base_config(cfg.model)
     if base_config is None:
         log.warning("no base is named (model=): the check does not compare the adapter with its base")
-    return compatibility.verdicts(source.adapter_folder(cfg.run, cfg.adapter_path), base_config)
+    return compatibility.verdicts(loading.adapter_folder(cfg.run, cfg.adapter_path), base_config)
 
 
 @contextlib.contextmanager

@@ -10,8 +10,8 @@ from typing import Any
 import fsspec
 import pytest
 
-from lora_ft import durable
 from lora_ft.errors import ConfigError, MismatchError, ResourceError, SecurityError
+from lora_ft.io import durable
 from lora_ft.publishing import checksums, destinations
 
 RECORD = json.dumps({"base": {"id": "org/base"}}).encode()

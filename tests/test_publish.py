@@ -17,8 +17,9 @@ from finished import call, finished_run, saved_run, settings
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_folder, tiny_model, tiny_tokenizer
 
-from lora_ft import config, foreign, runs
-from lora_ft.adapters import files, origin
+from lora_ft import config, runs
+from lora_ft.adapters import files, provenance
+from lora_ft.io import untrusted
 from lora_ft.publishing import (
     checksums,
     pissa_to_lora,
@@ -73,7 +74,7 @@ def test_nothing_of_this_machine_is_in_a_package(tmp_path: Path) -> None:
         data = (out / name).read_bytes()
         assert str(tmp_path).encode() not in data, name
         assert str(Path.home()).encode() not in data or len(Path.home().parts) < 3, name
-    record = json.loads((out / origin.RECORD).read_text())
+    record = json.loads((out / provenance.RECORD).read_text())
     assert record["base"]["id"] == record["base"]["path"] == "org/tiny"
     assert json.loads((out / files.CONFIG).read_text())["base_model_name_or_path"] == "org/tiny"
 
@@ -179,7 +180,7 @@ def test_an_adapter_made_elsewhere_is_published_without_what_lay_beside_it(tmp_p
     assert "my own words" not in (out / "README.md").read_text()
     assert b"private" not in (out / files.WEIGHTS).read_bytes()
     assert "made elsewhere" in (out / "README.md").read_text()
-    assert json.loads((out / origin.RECORD).read_text())["data_sha256"] is None
+    assert json.loads((out / provenance.RECORD).read_text())["data_sha256"] is None
 
 
 def by_peft(**options: Any) -> PeftModel:
@@ -345,7 +346,7 @@ def test_a_publish_reads_each_adapter_config_at_most_once_and_starts_one_worker(
         words = [f"adapter_path={made_by_peft(tmp_path / 'it')}", "model=local", f"model.path={tmp_path / 'llama'}"]
     reads: Counter[Path] = Counter()
     workers = []
-    read, work = foreign.json_object, verification._run_worker
+    read, work = untrusted.json_object, verification._run_worker
 
     def counted(path: Path, kind: Any) -> dict[str, Any]:
         reads[path] += path.name == files.CONFIG
@@ -355,7 +356,7 @@ def test_a_publish_reads_each_adapter_config_at_most_once_and_starts_one_worker(
         workers.append(request["folder"])
         return work(request)
 
-    monkeypatch.setattr(foreign, "json_object", counted)
+    monkeypatch.setattr(untrusted, "json_object", counted)
     monkeypatch.setattr(verification, "_run_worker", worker)
     assert call("publish", *words, f"to=dir:{tmp_path / 'out'}", ID, "formats=[gguf,mlx]") == 0
     assert len(workers) == 1, "equal hashes of what came back make a second verification unnecessary"
@@ -445,7 +446,7 @@ def test_a_record_that_does_not_say_how_to_load_its_base_is_refused(
     tmp_path: Path, said: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = finished_run(tmp_path, "llama")
-    path = run / "adapter" / origin.RECORD
+    path = run / "adapter" / provenance.RECORD
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"loading": said}))
     assert publish(run, "verify_only=true") == 5

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 from sweep_folders import job, sweep_folder
 
-from lora_ft import entry
+from lora_ft.cli import entry
 from lora_ft.sweeps import report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

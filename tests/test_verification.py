@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_folder
 
 from lora_ft import config
-from lora_ft.adapters import files, origin
+from lora_ft.adapters import files, provenance
 from lora_ft.errors import MismatchError, SecurityError
 from lora_ft.models.load import resolve_dtype
 from lora_ft.publishing import checksums, verification, verify_worker
 
-Packaged = tuple[Path, origin.Loading]
+Packaged = tuple[Path, provenance.Loading]
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
@@ -46,7 +46,7 @@ def packaged(tmp_path: Path, cfg: config.TrainRun) -> Packaged:
     folder = saved_run(tmp_path / "run", cfg) / "adapter"
     base, model = adapted(cfg)
     (folder / verification.PROBE).write_bytes(verification.make_probe(model, base.tokenizer))
-    return folder, origin.loading(base, cfg.quant, cfg.model)
+    return folder, provenance.loading(base, cfg.quant, cfg.model)
 
 
 @pytest.fixture
@@ -251,7 +251,7 @@ def test_how_a_base_is_loaded_says_in_what_it_computes(tmp_path: Path) -> None:
     cfg.model.added_tokens = ["<new>"]
     base, _ = adapted(cfg)
     place = tmp_path / "llama"
-    assert origin.loading(base, cfg.quant, cfg.model).lines("it's") == [
+    assert provenance.loading(base, cfg.quant, cfg.model).lines("it's") == [
         f"base = AutoModelForCausalLM.from_pretrained('{place}', dtype=torch.float32, "
         "quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', "
         "bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16))",

@@ -13,9 +13,9 @@ import numpy as np
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
-from lora_ft import limits
-from lora_ft.adapters import files, origin
+from lora_ft.adapters import files, provenance
 from lora_ft.errors import MismatchError
+from lora_ft.io import limits
 
 WAY_OUT = "write a merged model instead: lora-ft merge, for llama.cpp with gguf=f16"
 
@@ -57,7 +57,7 @@ def read(folder: Path, saved: LoraConfig | None = None) -> Matrices:
     `saved` is the folder's config if it was read already.
     """
     saved = saved or files.read_config(folder)
-    origin.check_kind(folder, saved)
+    provenance.check_kind(folder, saved)
     files.check_settings(folder, saved, files.PLAIN, f"; {WAY_OUT}")
     found: dict[str, dict[str, np.ndarray]] = {}
     embeddings = set()

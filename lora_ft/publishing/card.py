@@ -21,7 +21,7 @@ from typing import Any
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
-from lora_ft.adapters.origin import Loading
+from lora_ft.adapters.provenance import Loading
 from lora_ft.publishing.adapter_facts import Level
 from lora_ft.publishing.compatibility import FILES, Verdict
 from lora_ft.publishing.training_summary import TrainingSummary

@@ -10,8 +10,8 @@ import hashlib
 import re
 from pathlib import Path, PurePosixPath
 
-from lora_ft import foreign
 from lora_ft.errors import MismatchError
+from lora_ft.io import untrusted
 
 FILE = "SHA256SUMS"
 
@@ -22,7 +22,7 @@ _WRITTEN_BY_HUB = ".gitattributes"
 
 def is_package(names: set[str]) -> bool:
     """Return whether files with these names were sent by `lora-ft publish`."""
-    from lora_ft.adapters.origin import RECORD  # loads torch, which the destinations do not need otherwise
+    from lora_ft.adapters.provenance import RECORD  # loads torch, which the destinations do not need otherwise
 
     return {FILE, RECORD} <= names
 
@@ -31,7 +31,7 @@ def file_names(folder: Path) -> set[str]:
     """Return all files below a folder as POSIX paths; SecurityError for a link that leaves the folder."""
     found = {path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
     for path in found:
-        foreign.check_place(path, folder)
+        untrusted.check_place(path, folder)
     return {path.relative_to(folder).as_posix() for path in found}
 
 
@@ -73,7 +73,7 @@ def read(folder: Path) -> dict[str, str]:
     path = folder / FILE
     if not path.is_file():
         raise MismatchError(f"{folder} has no {FILE}: it is not a package of lora-ft publish, or it is incomplete")
-    foreign.check_place(path, folder)
+    untrusted.check_place(path, folder)
     with path.open("rb") as file:
         data = file.read(_MOST_BYTES + 1)
     if len(data) > _MOST_BYTES:

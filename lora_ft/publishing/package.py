@@ -23,9 +23,10 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, durable
-from lora_ft.adapters import files, origin
+from lora_ft import config
+from lora_ft.adapters import files, provenance
 from lora_ft.exports import gguf_adapter, mlx
+from lora_ft.io import durable
 from lora_ft.models.load import Identity
 from lora_ft.publishing import card, checksums, compatibility, curve, verification
 from lora_ft.publishing.training_summary import TrainingSummary
@@ -49,7 +50,7 @@ class Contents:
     probe: bytes
     base_config: dict[str, Any]
     quant: config.Quant
-    loading: origin.Loading
+    loading: provenance.Loading
     public: Identity
     summary: TrainingSummary | None
     license: str | None
@@ -71,7 +72,7 @@ def assemble(folder: Path, contents: Contents) -> Verification:
         # Written anew, because metadata in the file of somebody else may be private.
         durable.write_bytes(staging / files.WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
         durable.write_json(staging / files.CONFIG, fields)
-        durable.write_json(staging / origin.RECORD, record)
+        durable.write_json(staging / provenance.RECORD, record)
         durable.write_bytes(staging / verification.PROBE, contents.probe)
         _write_extras(staging, contents)
         verified = verification.verify(staging, contents.loading, contents.saved)
@@ -85,11 +86,11 @@ def assemble(folder: Path, contents: Contents) -> Verification:
     return verified
 
 
-def _record(contents: Contents, elsewhere: origin.Loading, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _record(contents: Contents, elsewhere: provenance.Loading, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Return lora_ft.json as it was saved with the adapter, if it was, with the public base and how to load it."""
-    recorded = (contents.adapter / origin.RECORD).is_file()
-    kept = origin.read_record(contents.adapter) if recorded else {"data_sha256": None}
-    made = origin.record(tensors, contents.tokenizer, origin.Origin(contents.public, contents.quant, ""))
+    recorded = (contents.adapter / provenance.RECORD).is_file()
+    kept = provenance.read_record(contents.adapter) if recorded else {"data_sha256": None}
+    made = provenance.record(tensors, contents.tokenizer, provenance.Origin(contents.public, contents.quant, ""))
     base = dataclasses.asdict(contents.public) | {"folder": None}
     loading = {key: value for key, value in dataclasses.asdict(elsewhere).items() if key != "device"}
     return made | {key: kept[key] for key in made if key in kept} | {"base": base, "loading": loading}

@@ -8,13 +8,14 @@ from typing import Any
 
 from peft import LoraConfig
 
-from lora_ft import config, foreign, runs
-from lora_ft.adapters import files, origin, source
+from lora_ft import config, runs
+from lora_ft.adapters import files, loading, provenance
 from lora_ft.config import QuantKind
 from lora_ft.errors import ConfigError, MismatchError
+from lora_ft.io import untrusted
 from lora_ft.models.load import Identity, resolve_device
 from lora_ft.models.locate import locate
-from lora_ft.models.skeleton import load_skeleton
+from lora_ft.models.meta_model import load_skeleton
 from lora_ft.publishing import pissa_to_lora, secret_scan, training_summary, verification
 from lora_ft.publishing.package import Contents
 
@@ -37,8 +38,8 @@ def contents(cfg: config.PublishRun, adapter: Path, saved: LoraConfig, workplace
         pissa_to_lora.convert(adapter, saved, workplace / "converted")
         adapter = workplace / "converted"
         saved = files.read_config(adapter)
-    tokenizer = source.adapter_tokenizer(adapter, cfg.model)
-    base, model = source.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer, saved)
+    tokenizer = loading.adapter_tokenizer(adapter, cfg.model)
+    base, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer, saved)
     found = Contents(
         adapter=adapter,
         saved=saved,
@@ -46,7 +47,7 @@ def contents(cfg: config.PublishRun, adapter: Path, saved: LoraConfig, workplace
         probe=verification.make_probe(model, tokenizer),
         base_config=_json_config(base.identity.folder),
         quant=cfg.quant,
-        loading=origin.loading(base, cfg.quant, cfg.model),
+        loading=provenance.loading(base, cfg.quant, cfg.model),
         public=_public(base.identity, base_id, saved),
         summary=training_summary.read(Path(cfg.run).expanduser()) if cfg.run else None,
         license=license_name,
@@ -61,13 +62,13 @@ def contents(cfg: config.PublishRun, adapter: Path, saved: LoraConfig, workplace
 def _base_id(cfg: config.PublishRun, adapter: Path, saved: LoraConfig) -> str:
     """Return the hub id by which others find the base; ConfigError if only a path of this machine is known."""
     named = saved.base_model_name_or_path
-    found = cfg.model.id or locate(cfg.model, weights=False).id or (named if foreign.is_public_id(named) else None)
+    found = cfg.model.id or locate(cfg.model, weights=False).id or (named if untrusted.is_public_id(named) else None)
     if not found:
         raise ConfigError(
             f"the base of {adapter} has no hub id, only a path of this machine ({cfg.model.path or named}), where "
             "nobody else can find it: add model.id=OWNER/NAME, the base's id on the hub"
         )
-    if not foreign.is_hub_id(found):
+    if not untrusted.is_hub_id(found):
         raise ConfigError(f"model.id must be a hub id, OWNER/NAME, got {found}")
     return found
 
@@ -103,15 +104,15 @@ def base_config(model: config.Model) -> dict[str, Any] | None:
 
 
 def _json_config(folder: str | None) -> dict[str, Any]:
-    return foreign.json_object(Path(str(folder)) / "config.json", ConfigError)
+    return untrusted.json_object(Path(str(folder)) / "config.json", ConfigError)
 
 
-def loading(folder: Path, saved: LoraConfig, cfg: config.PublishRun) -> origin.Loading:
+def loading(folder: Path, saved: LoraConfig, cfg: config.PublishRun) -> provenance.Loading:
     """Return how the base of an adapter folder is loaded from this machine, according to the folder's record.
 
     Somebody else may have written the record: MismatchError if lora_ft never writes its values, or for another base.
     """
-    record = origin.read_record(folder).get("loading") if (folder / origin.RECORD).is_file() else None
+    record = provenance.read_record(folder).get("loading") if (folder / provenance.RECORD).is_file() else None
     record = record if isinstance(record, dict) else {}
     quantization = record.get("quantization")
     compute = quantization.get("bnb_4bit_compute_dtype") if isinstance(quantization, dict) else None
@@ -119,9 +120,9 @@ def loading(folder: Path, saved: LoraConfig, cfg: config.PublishRun) -> origin.L
         model = dataclasses.replace(cfg.model, dtype=config.Dtype(record.get("dtype", cfg.model.dtype.value)))
         quant = dataclasses.replace(cfg.quant, compute_dtype=config.Dtype(compute or cfg.quant.compute_dtype.value))
     except ValueError as error:
-        raise MismatchError(f"{folder / origin.RECORD} does not say how its base is loaded: {error}") from None
+        raise MismatchError(f"{folder / provenance.RECORD} does not say how its base is loaded: {error}") from None
     place = locate(model)  # with its weights, which a skeleton does not fetch
-    base = load_skeleton(model, quant, cfg.device, source.adapter_tokenizer(folder, model))
-    origin.check_source(folder, saved, base, quant)
-    made = origin.loading(base, quant, model)
+    base = load_skeleton(model, quant, cfg.device, loading.adapter_tokenizer(folder, model))
+    provenance.check_source(folder, saved, base, quant)
+    made = provenance.loading(base, quant, model)
     return dataclasses.replace(made, place=str(place.folder), revision=None, device=str(resolve_device(cfg.device)))

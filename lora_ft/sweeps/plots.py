@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from lora_ft import durable
+from lora_ft.io import durable
 from lora_ft.sweeps.charts import Chart, Kind, doublings, ticks, x_range, y_range
 from lora_ft.sweeps.svg import DASHES, HUES
 

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lora_ft import durable
+from lora_ft.io import durable
 from lora_ft.sweeps import plots, results, standing, tables
 from lora_ft.sweeps.charts import charts
 from lora_ft.sweeps.page import page

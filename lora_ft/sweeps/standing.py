@@ -13,7 +13,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from lora_ft import config, rules
+from lora_ft import config, validation
 from lora_ft.sweeps.results import JobResult, State, Sweep
 
 SEED = "seed"
@@ -119,7 +119,7 @@ def _differing(jobs: tuple[JobResult, ...]) -> tuple[tuple[str, ...], bool]:
     differ = {key for key, values in seen.items() if len(values) > 1}
     if all(job.settings for job in jobs):  # a choice such as model=NAME is told by what it chose
         differ &= {key for job in jobs for key in job.settings} | {SEED}
-    declared = [setting.key for setting in rules.settings(config.TrainRun)]
+    declared = [setting.key for setting in validation.settings(config.TrainRun)]
     order = {key: number for number, key in enumerate(declared)}
     columns = sorted(differ - _NOT_COMPARED, key=lambda key: (order.get(key, len(order)), key))
     return tuple(columns), SEED in differ
