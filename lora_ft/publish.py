@@ -114,7 +114,7 @@ def verify(cfg: config.PublishRun, overrides: list[str]) -> Verification:
 def _verify_folder(cfg: config.PublishRun, folder: Path, overrides: list[str]) -> Verification:
     saved = files.read_config(folder)
     cfg = loading.with_base(cfg, folder, overrides, saved)
-    return verification.verify(folder, prepare.loading(folder, saved, cfg), saved)
+    return verification.verify(folder, prepare.base_loading(folder, saved, cfg), saved)
 
 
 def check_compatibility(cfg: config.PublishRun) -> list[Verdict]:

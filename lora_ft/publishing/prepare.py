@@ -107,7 +107,7 @@ def _json_config(folder: str | None) -> dict[str, Any]:
     return untrusted.json_object(Path(str(folder)) / "config.json", ConfigError)
 
 
-def loading(folder: Path, saved: LoraConfig, cfg: config.PublishRun) -> provenance.Loading:
+def base_loading(folder: Path, saved: LoraConfig, cfg: config.PublishRun) -> provenance.Loading:
     """Return how the base of an adapter folder is loaded from this machine, according to the folder's record.
 
     Somebody else may have written the record: MismatchError if lora_ft never writes its values, or for another base.
