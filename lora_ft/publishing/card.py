@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.sandbox
 from huggingface_hub import EvalResult, ModelCardData
 
 from lora_ft.adapters.provenance import Loading
@@ -75,7 +76,7 @@ def render(contents: CardContents) -> str:
 
 
 def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
         autoescape=False,  # Markdown: the filters below escape
     )  # fmt: skip
