@@ -12,7 +12,7 @@ new one as a whole.
 import contextlib
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,12 +77,12 @@ def main(cfg: config.PublishRun, invocation: entry.Invocation) -> None:
         _print_result(publish(cfg, invocation.overrides))
 
 
-def publish(cfg: config.PublishRun, overrides: list[str]) -> PublishResult:
+def publish(cfg: config.PublishRun, overrides: Sequence[str] = ()) -> PublishResult:
     """Package, verify and send an adapter; `overrides` of the command take precedence over the adapter's own files."""
     destination = destinations.parse(cfg.to)
     adapter = loading.adapter_folder(cfg.run, cfg.adapter_path)
     saved = files.read_config(adapter)
-    cfg = loading.with_base(cfg, adapter, overrides, saved)
+    cfg = loading.with_base(cfg, adapter, list(overrides), saved)
     keep_freed_memory()
     with _workplace(adapter, cfg) as workplace:
         folder, fetched = workplace / "package", workplace / "fetched"
@@ -102,7 +102,7 @@ def publish(cfg: config.PublishRun, overrides: list[str]) -> PublishResult:
         return PublishResult(description, address, folder, listed, verified)
 
 
-def verify(cfg: config.PublishRun, overrides: list[str]) -> Verification:
+def verify(cfg: config.PublishRun, overrides: Sequence[str] = ()) -> Verification:
     """Verify an adapter again: a run's, one in a folder, or the one that is on the hub under an id."""
     if cfg.run or Path(cfg.adapter_path or "").expanduser().is_dir():
         return _verify_folder(cfg, loading.adapter_folder(cfg.run, cfg.adapter_path), overrides)
@@ -111,9 +111,9 @@ def verify(cfg: config.PublishRun, overrides: list[str]) -> Verification:
         return _verify_folder(cfg, workplace / "fetched", overrides)
 
 
-def _verify_folder(cfg: config.PublishRun, folder: Path, overrides: list[str]) -> Verification:
+def _verify_folder(cfg: config.PublishRun, folder: Path, overrides: Sequence[str]) -> Verification:
     saved = files.read_config(folder)
-    cfg = loading.with_base(cfg, folder, overrides, saved)
+    cfg = loading.with_base(cfg, folder, list(overrides), saved)
     return verification.verify(folder, prepare.base_loading(folder, saved, cfg), saved)
 
 

@@ -50,8 +50,8 @@ def base_config(adapter: Path) -> dict[str, Any]:
     return found
 
 
-def linted(adapter: Path, *, base: bool = True) -> dict[str, Verdict]:
-    """Verdicts by consumer; of the files, the worst."""
+def checked(adapter: Path, *, base: bool = True) -> dict[str, Verdict]:
+    """Verdicts by program; of the files, the worst."""
     found = compatibility.verdicts(adapter, base_config(adapter) if base else None)
     by_level = sorted(found, key=lambda v: v.level)
     return {v.program: v for v in by_level}
@@ -75,13 +75,13 @@ def with_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[
     return folder
 
 
-def test_every_consumer_has_one_line_after_those_of_the_files(made: dict[str, Path]) -> None:
+def test_every_program_has_one_verdict_after_those_of_the_files(made: dict[str, Path]) -> None:
     found = [v.program for v in compatibility.verdicts(made["plain"], None)]
     assert found == [FILES] * (len(found) - len(compatibility.PROGRAMS)) + [*compatibility.PROGRAMS]
 
 
 def test_a_plain_adapter_is_read_by_all_but_ollama(made: dict[str, Path]) -> None:
-    found = linted(made["plain"])
+    found = checked(made["plain"])
     refused = {name for name, verdict in found.items() if verdict.level is Level.REFUSED}
     assert refused == {"Ollama"}
     assert "gguf=" in found["Ollama"].remedy
@@ -91,7 +91,7 @@ def test_a_plain_adapter_is_read_by_all_but_ollama(made: dict[str, Path]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("kind", "consumer", "level", "reason"),
+    ("kind", "program", "level", "reason"),
     [
         ("rslora", "llama.cpp", Level.WARN, "rsLoRA's scale"),
         ("dora", "PEFT", Level.OK, "0.14.0 or newer"),
@@ -109,8 +109,8 @@ def test_a_plain_adapter_is_read_by_all_but_ollama(made: dict[str, Path]) -> Non
         ("neox", "MLX", Level.REFUSED, "gpt_neox"),
     ],
 )
-def test_who_reads_what(made: dict[str, Path], kind: str, consumer: str, level: Level, reason: str) -> None:
-    verdict = linted(made[kind])[consumer]
+def test_who_reads_what(made: dict[str, Path], kind: str, program: str, level: Level, reason: str) -> None:
+    verdict = checked(made[kind])[program]
     assert verdict.level is level
     assert reason in verdict.reason
     assert verdict.level is Level.OK or (verdict.remedy and verdict.source)
@@ -125,14 +125,14 @@ def test_what_is_said_of_our_own_formats_is_what_their_writers_do(
         "llama.cpp": lambda: gguf_adapter.write(made[kind], described, tmp_path / "adapter.gguf"),
         "MLX": lambda: mlx.write(made[kind], described, tmp_path / "mlx"),
     }
-    found = linted(made[kind])
-    for consumer, write in writers.items():
+    found = checked(made[kind])
+    for program, write in writers.items():
         try:
             write()
             written = True
         except (MismatchError, ConfigError):
             written = False
-        assert written is (found[consumer].level is not Level.REFUSED), (consumer, found[consumer])
+        assert written is (found[program].level is not Level.REFUSED), (program, found[program])
 
 
 def test_a_gguf_file_beside_it_settles_what_llama_cpp_s_own_converter_gets_wrong(
@@ -140,7 +140,7 @@ def test_a_gguf_file_beside_it_settles_what_llama_cpp_s_own_converter_gets_wrong
 ) -> None:
     folder = copied(made["rslora"], tmp_path)
     gguf_adapter.write(folder, base_config(made["rslora"]), folder / "adapter.gguf")
-    assert linted(folder)["llama.cpp"].level is Level.OK
+    assert checked(folder)["llama.cpp"].level is Level.OK
 
 
 @pytest.mark.parametrize(("rank", "needed"), [(16, None), (17, 32), (200, 256), (512, 512)])
@@ -154,7 +154,7 @@ def test_vllm_is_given_the_next_rank_that_it_allows(
         }
 
     folder = with_tensors(with_config(copied(made["plain"], tmp_path), r=rank), wider)
-    verdict = linted(folder)["vLLM"]
+    verdict = checked(folder)["vLLM"]
     assert verdict.level is (Level.WARN if needed else Level.OK)
     assert verdict.reason.endswith(f"--max-lora-rank {needed}" if needed else "")
 
@@ -163,7 +163,7 @@ def test_a_rank_beyond_vllm_is_made_smaller_by_merge(made: dict[str, Path], tmp_
     def wider(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {k: torch.ones((600, t.shape[1]) if ".lora_A." in k else (t.shape[0], 600)) for k, t in tensors.items()}
 
-    verdict = linted(with_tensors(with_config(copied(made["plain"], tmp_path), r=600), wider))["vLLM"]
+    verdict = checked(with_tensors(with_config(copied(made["plain"], tmp_path), r=600), wider))["vLLM"]
     assert verdict.level is Level.REFUSED
     assert "truncate_rank=512" in verdict.remedy
 
@@ -215,7 +215,7 @@ def test_broken_tensors_are_refused_without_a_base(
     made: dict[str, Path], tmp_path: Path, change: Callable[..., dict[str, torch.Tensor]], reason: str
 ) -> None:
     folder = with_tensors(copied(made["plain"], tmp_path), change)
-    verdict = linted(folder, base=False)[FILES]
+    verdict = checked(folder, base=False)[FILES]
     assert verdict.level is Level.REFUSED
     assert any(reason in v.reason for v in compatibility.verdicts(folder, None) if v.level is Level.REFUSED)
     assert compatibility.is_unusable(compatibility.verdicts(folder, None))
@@ -228,7 +228,7 @@ def test_what_peft_itself_saves_beside_a_and_b_is_no_mistake(made: dict[str, Pat
 
     folder = with_tensors(copied(made["plain"], tmp_path), with_embeddings)
     assert not compatibility.is_unusable(compatibility.verdicts(folder, base_config(made["plain"])))
-    assert "trained in full" in linted(folder)["vLLM"].reason
+    assert "trained in full" in checked(folder)["vLLM"].reason
 
 
 def test_an_adapter_of_parameters_is_not_measured_by_the_rules_of_layers(made: dict[str, Path], tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_a_target_without_a_tensor_is_judged_by_what_the_base_has(made: dict[str
         return [v.level for v in found if v.program == FILES and "has no tensor" in v.reason]
 
     assert levels("query_key_value", described) == [], "PEFT leaves out what the base lacks"
-    assert linted(folder)["vLLM"].level is Level.REFUSED
+    assert checked(folder)["vLLM"].level is Level.REFUSED
     assert levels("query_key_value", None) == [Level.WARN]
     assert levels("lm_head", described) == [Level.REFUSED]
 
@@ -303,7 +303,7 @@ def test_what_is_right_is_not_told(made: dict[str, Path], tmp_path: Path) -> Non
 @pytest.mark.closes("D08")
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda"])
 def test_an_adapter_that_changed_its_base_is_for_peft_alone(made: dict[str, Path], tmp_path: Path, init: str) -> None:
-    found = linted(with_config(copied(made["plain"], tmp_path), init_lora_weights=init))
+    found = checked(with_config(copied(made["plain"], tmp_path), init_lora_weights=init))
     assert {name for name, v in found.items() if v.level is Level.REFUSED} == {*compatibility.PROGRAMS} - {
         "PEFT",
         "transformers",
@@ -322,7 +322,7 @@ def test_the_head_of_a_tied_base_cannot_be_adapted_alone(made: dict[str, Path]) 
     tied = base_config(made["embedding"]) | {"tie_word_embeddings": True}
     found = {v.program: v for v in compatibility.verdicts(made["embedding"], tied)}
     assert found["llama.cpp"].level is Level.REFUSED and "share one matrix" in found["llama.cpp"].reason
-    assert linted(made["embedding"])["llama.cpp"].level is not Level.REFUSED
+    assert checked(made["embedding"])["llama.cpp"].level is not Level.REFUSED
 
 
 @pytest.mark.parametrize(
@@ -390,16 +390,16 @@ def test_mutated_folders_never_crash_the_check(made: dict[str, Path], tmp_path: 
             (folder / name).write_bytes(data)
 
 
-def test_the_verb_prints_the_table_and_leaves_with_0(
+def test_command_prints_the_table_and_exits_with_0(
     made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call("publish", "lint_only=true", f"adapter_path={made['dora']}") == 0
     shown = capsys.readouterr().out
-    assert all(consumer in shown for consumer in compatibility.PROGRAMS)
+    assert all(program in shown for program in compatibility.PROGRAMS)
     assert "REFUSED" in shown and "DoRA" in shown
 
 
-def test_the_verb_leaves_with_5_where_the_files_are_broken(
+def test_command_exits_with_5_if_the_files_are_broken(
     made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = with_tensors(copied(made["plain"], tmp_path), broken)
@@ -408,7 +408,7 @@ def test_the_verb_leaves_with_5_where_the_files_are_broken(
     assert "PEFT" in shown.out and "hold NaN" in shown.err
 
 
-def test_the_verb_looks_at_the_base_that_is_named(
+def test_command_compares_the_adapter_with_the_named_base(
     made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tiny_folder(tmp_path, "gpt2")

@@ -138,7 +138,7 @@ def test_what_is_at_the_place_is_replaced_as_a_whole_or_left(
 
 
 @pytest.mark.parametrize("options", [{"quant": "nf4"}, {"quant": "int8"}, {"dora": True, "tie": True}])
-def test_every_kind_of_run_is_published_and_proven(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_every_kind_of_run_is_published_and_verified(tmp_path: Path, options: dict[str, Any]) -> None:
     run, out = finished_run(tmp_path, "llama", **options), tmp_path / "out"
     assert publish(run, f"to=dir:{out}", ID) == 0
     card = (out / "README.md").read_text()
@@ -368,14 +368,14 @@ def test_a_publish_reads_each_adapter_config_at_most_once_and_starts_one_worker(
     assert sum(reads.values()) == 1 and len(workers) == 2
 
 
-def test_a_proof_that_fails_leaves_nothing(
+def test_a_failed_verification_leaves_nothing(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def other(model: Any, tokenizer: Any) -> bytes:
-        tensors = safetensors.torch.load(proof_of(model, tokenizer))
+        tensors = safetensors.torch.load(make_probe(model, tokenizer))
         return safetensors.torch.save(tensors | {"adapter": tensors["adapter"] * 1.001})
 
-    proof_of = verification.make_probe
+    make_probe = verification.make_probe
     monkeypatch.setattr(verification, "make_probe", other)
     assert publish(finished_run(tmp_path, "llama"), f"to=dir:{tmp_path / 'out'}", ID) == 5
     assert "1.0e-05 is allowed" in capsys.readouterr().err
@@ -398,7 +398,7 @@ def test_verify_finds_what_was_changed_after_it_was_published(
     assert call("publish", *words) == 5
     assert f"changed: {files.WEIGHTS}" in capsys.readouterr().err
     (out / checksums.FILE).unlink()
-    assert call("publish", *words) == 5, "without sums the logits tell"
+    assert call("publish", *words) == 5, "without checksums the logits show it"
     assert "logits" in capsys.readouterr().err
     other = tiny_folder(tmp_path / "more", "llama", seed=1) if (tmp_path / "more").mkdir() is None else None
     assert call("publish", *words[:-1], f"model.path={other}") == 5
@@ -434,7 +434,7 @@ def test_what_was_sent_is_fetched_by_its_revision_whatever_is_newest(
     assert asked == ["c0ffee"]
 
 
-def test_verify_proves_a_run_and_says_what_it_cannot(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_verify_checks_a_run_and_names_what_it_cannot_check(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = finished_run(tmp_path, "llama")
     assert publish(run, "verify_only=true") == 0
     assert "there is no SHA256SUMS" in caplog.text and "there is no probe.safetensors" in caplog.text

@@ -73,9 +73,7 @@ def test_a_process_that_has_no_lora_ft_proves_a_package(tmp_path: Path, monkeypa
     assert proven.kernels and proven.versions["peft"]
 
 
-def test_why_the_strangers_process_failed_is_told_in_its_last_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_error_of_the_worker_is_its_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, loading = published(tmp_path)
     program = tmp_path / "fails.py"
     program.write_text("raise RuntimeError('size mismatch for lora_A')")
@@ -215,7 +213,7 @@ def test_a_folder_that_would_make_peft_run_code_is_not_handed_to_it(
 
 
 @pytest.mark.usefixtures("here")
-def test_without_a_probe_keys_and_effect_are_still_proven(tmp_path: Path) -> None:
+def test_without_a_probe_keys_and_effect_are_still_verified(tmp_path: Path) -> None:
     folder, loading = published(tmp_path)
     (folder / verification.PROBE).unlink()
     proven = verification.verify(folder, loading)
@@ -260,7 +258,7 @@ def test_how_a_base_is_loaded_says_in_what_it_computes(tmp_path: Path) -> None:
     ]
 
 
-def test_the_program_of_the_stranger_is_no_module_of_ours() -> None:
+def test_worker_imports_nothing_of_lora_ft() -> None:
     text = Path(verify_worker.__file__).read_text()
     assert "import lora_ft" not in text and "from lora_ft" not in text
     assert os.environ.get("HF_HUB_OFFLINE") is None  # set for that program only

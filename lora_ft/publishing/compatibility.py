@@ -58,6 +58,9 @@ _TOLERANT = (0, 14)  # since this release PEFT drops unknown keys with a warning
 _DESCRIPTIVE = ("peft_version", "qalora_group_size")  # the result does not depend on these keys
 
 
+_Reason = Callable[[AdapterFacts], str | None]
+
+
 @dataclass(frozen=True)
 class Verdict:
     """The result for one program; `source` names the code or issue it follows."""
@@ -75,7 +78,7 @@ class _Rule:
 
     program: str
     level: Level
-    reason: Callable[[AdapterFacts], str | None]
+    reason: _Reason
     remedy: str
     source: str
 
@@ -135,7 +138,7 @@ def minimum_peft(config: dict[str, Any]) -> str:
     return "{}.{}.0".format(*max(wanted, default=(0, 5)))
 
 
-def _feature(name: str, holds: Callable[[AdapterFacts], Any]) -> Callable[[AdapterFacts], str | None]:
+def _feature(name: str, holds: Callable[[AdapterFacts], Any]) -> _Reason:
     return lambda found: name if holds(found) else None
 
 
@@ -160,13 +163,10 @@ _varying = _feature("ranks or alphas that differ between layers",
                 lambda f: f.config.get("rank_pattern") or f.config.get("alpha_pattern"))  # fmt: skip
 
 
-def _keeps_base(init: Any) -> bool:
-    return not isinstance(init, str) or init in _VLLM_INITS
-
-
 def _changed_base(found: AdapterFacts) -> str | None:
     init = found.config.get("init_lora_weights")
-    return None if _keeps_base(init) else f"init_lora_weights={str(init)[:40]} changed the base during training"
+    keeps_base = not isinstance(init, str) or init in _VLLM_INITS
+    return None if keeps_base else f"init_lora_weights={str(init)[:40]} changed the base during training"
 
 
 def _rare(found: AdapterFacts) -> str | None:
@@ -221,10 +221,8 @@ def _upstream_gguf(found: AdapterFacts) -> str | None:
     return f"its own convert_lora_to_gguf.py converts {' and '.join(wrong)} incorrectly" if wrong else None
 
 
-def _rules(
-    consumer: str, source: str, remedy: str, *reasons: Callable[[AdapterFacts], str | None]
-) -> tuple[_Rule, ...]:
-    return tuple(_Rule(consumer, Level.REFUSED, reason, remedy, source) for reason in reasons)
+def _rules(program: str, source: str, remedy: str, *reasons: _Reason) -> tuple[_Rule, ...]:
+    return tuple(_Rule(program, Level.REFUSED, reason, remedy, source) for reason in reasons)
 
 
 _RULES = (
