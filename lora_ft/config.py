@@ -12,7 +12,7 @@ from typing import Any
 
 from lora_ft.setting import OnResume, setting
 from lora_ft.values import (
-    Also,
+    AdapterFormat,
     Combination,
     Dtype,
     Format,
@@ -359,19 +359,17 @@ class MergeRun:
 
 @dataclass
 class PublishRun:
-    """Package an adapter, send it, fetch it back, and prove that PEFT alone loads what was trained."""
+    """Package an adapter, verify that PEFT alone loads what was trained, send it, and compare what arrived."""
 
     run: str | None = _run()
     adapter_path: str | None = _adapter_path()
-    to: str = setting(
-        "", "dir:PATH, hf:OWNER/NAME, oci:HOST/NAME:TAG, or a URL of fsspec (s3://..., gs://...)", text=True
-    )
+    to: str = setting("", "dir:PATH, hf:OWNER/NAME, or a URL of fsspec (s3://..., gs://...)", text=True)
     public: bool = setting(False, "hf: a new repository is public")
     license: str | None = setting(None, "license of the adapter, as the hub names it: apache-2.0, mit, ...", text=True)
-    also: list[Also] = setting([], "of gguf, mlx: the adapter in these formats as well, for llama.cpp and MLX")
-    dry_run: bool = setting(False, "make and prove the package, say what would be sent, send nothing")
-    lint_only: bool = setting(False, "say who can load the adapter, and do nothing else")
-    verify_only: bool = setting(False, "prove again what was published: adapter_path=DIR_OR_ID")
+    formats: list[AdapterFormat] = setting([], "additional formats: gguf for llama.cpp, mlx for MLX")
+    dry_run: bool = setting(False, "make and verify the package, send nothing")
+    lint_only: bool = setting(False, "show which programs can load the adapter, and do nothing else")
+    verify_only: bool = setting(False, "verify a published adapter again: adapter_path=DIR_OR_ID")
     model: Model = field(default_factory=Model)
     quant: Quant = field(default_factory=Quant)
     device: str = _device()

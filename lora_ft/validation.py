@@ -141,7 +141,7 @@ def _broken_combinations(cfg: Any) -> Iterator[str]:
     if isinstance(cfg, MergeRun):
         yield from _broken_merge(cfg)
     elif isinstance(cfg, PublishRun) and not (cfg.to or cfg.lint_only or cfg.verify_only):
-        yield "to is empty: name a place, to=dir:PATH or hf:OWNER/NAME or oci:HOST/NAME:TAG or a URL"
+        yield "to is empty: name a destination, to=dir:PATH, hf:OWNER/NAME or a URL (s3://BUCKET/PREFIX)"
 
 
 def _broken_merge(cfg: MergeRun) -> Iterator[str]:

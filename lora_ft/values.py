@@ -86,7 +86,7 @@ class GgufType(Enum):
     q8_0 = "q8_0"
 
 
-class Also(Enum):
+class AdapterFormat(Enum):
     gguf = "gguf"
     mlx = "mlx"
 

@@ -1,5 +1,7 @@
 """Merged models: anybody loads them, they are the adapter on its base, and nothing is left of one that is not."""
 
+import contextlib
+import functools
 import json
 import shutil
 import subprocess
@@ -442,3 +444,15 @@ def test_a_gguf_file_holds_the_merged_model(tmp_path: Path, kind: str) -> None:
     for name, weight in expected.items():
         error = float((found[name] - weight).norm() / weight.norm())
         assert error == 0 if kind == "f32" else error < 0.01
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_probe_gives_back_the_forward_that_a_quantized_layer_had(tmp_path: Path, fails: bool) -> None:
+    base, model = adapted(settings(tmp_path, "llama", quant="nf4"))
+    layers = [m for m in base.model.modules() if type(getattr(m, "weight", None)).__name__ == "Params4bit"]
+    layers = [m for m in layers if isinstance(m, torch.nn.Linear)]
+    own = layers[0].forward = functools.partial(type(layers[0]).forward, layers[0])
+    with pytest.raises(IndexError) if fails else contextlib.nullcontext():
+        verify.probe(model, 10**6 if fails else 512)
+    assert layers[0].forward is own
+    assert not any("forward" in vars(layer) for layer in layers[1:])

@@ -116,9 +116,12 @@ def _plain(value: Any) -> Any:
     return getattr(value, "value", value)
 
 
-def load(model: PreTrainedModel, folder: Path, name: str) -> PeftModel:
-    """Put a saved adapter onto a base for inference, or fail: keys and shapes must match to the last one."""
-    saved = read_config(folder)
+def load(model: PreTrainedModel, folder: Path, name: str, saved: LoraConfig | None = None) -> PeftModel:
+    """Put a saved adapter onto a base for inference, or fail: keys and shapes must match to the last one.
+
+    `saved` is the folder's config if it was read already.
+    """
+    saved = saved or read_config(folder)
     check_settings(folder, saved, _LOADED)
     try:
         with limits.bounded(f"{folder / CONFIG}: matching its patterns with the names of layers"):
@@ -155,16 +158,29 @@ def _readable() -> Iterator[None]:
         raise ResourceError(f"{error.filename} cannot be read by this user: its owner can run chmod -R a+rX") from None
 
 
-@_readable()
 def read_config(folder: Path) -> LoraConfig:
-    """The LoRA config of an adapter folder; MismatchError for other methods and for settings PEFT does not know."""
+    """Read the LoRA config of an adapter folder, or raise what `read_fields` and `parse_config` raise."""
+    return parse_config(folder, read_fields(folder))
+
+
+@_readable()
+def read_fields(folder: Path) -> dict[str, Any]:
+    """Read adapter_config.json as JSON; MismatchError or SecurityError for a folder that holds no adapter of PEFT."""
     path = folder / CONFIG
     if not path.is_file():
         raise MismatchError(f"{folder} holds no adapter: {CONFIG} is missing")
     if not (folder / WEIGHTS).is_file():
         raise SecurityError(f"{folder}: {WEIGHTS} is missing; other formats of weights can run code and are not read")
     untrusted.check_folder(folder)
-    fields = untrusted.json_object(path, MismatchError)
+    return untrusted.json_object(path, MismatchError)
+
+
+def parse_config(folder: Path, fields: dict[str, Any]) -> LoraConfig:
+    """Return the LoRA config that the fields of `folder` describe.
+
+    Raises MismatchError for other methods and for settings PEFT does not know, SecurityError for what would run code.
+    """
+    path = folder / CONFIG
     if fields.get("peft_type") != "LORA":
         raise MismatchError(f"{folder}: peft_type must be LORA, got {fields.get('peft_type')}")
     _refuse_code(path, fields)

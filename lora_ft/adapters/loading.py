@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from lora_ft import config, runs
@@ -67,11 +67,12 @@ def _download(hub_id: str) -> Path:
 Settings = TypeVar("Settings", config.EvalRun, config.ChatRun, config.MergeRun, config.PublishRun)
 
 
-def with_base(cfg: Settings, adapter: Path, typed: list[str]) -> Settings:
+def with_base(cfg: Settings, adapter: Path, typed: list[str], saved: LoraConfig | None = None) -> Settings:
     """The settings with the base and the quantization that an adapter made elsewhere names, where none were given.
 
-    `typed` are the words of the command: what they say wins. Logs which base was taken, and what cannot be checked of
-    it. ConfigError where the adapter names none that could be found.
+    `typed` are the overrides of the command, which take precedence; `saved` is the adapter's config if it was read
+    already. Logs which base was taken, and what cannot be checked of it. ConfigError if the adapter names no base that
+    could be found.
     """
     if cfg.run:
         return cfg
@@ -79,7 +80,7 @@ def with_base(cfg: Settings, adapter: Path, typed: list[str]) -> Settings:
     quant = cfg.quant
     if recorded and not any(overrides.chosen(typed, key) for key in ("quant", "quant.kind")):
         quant = _recorded_quant(adapter, recorded, cfg.quant)
-    named = files.read_config(adapter)
+    named = saved or files.read_config(adapter)
     tokens = cfg.model.added_tokens or (_added_tokens(adapter, named.trainable_token_indices) if recorded else [])
     if cfg.model.path:
         return replace(cfg, model=replace(cfg.model, added_tokens=tokens), quant=quant)
@@ -174,14 +175,20 @@ def _own_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def open_adapter(
-    folder: Path, model: config.Model, quant: config.Quant, device: str, tokenizer: PreTrainedTokenizerBase
+    folder: Path,
+    model: config.Model,
+    quant: config.Quant,
+    device: str,
+    tokenizer: PreTrainedTokenizerBase,
+    saved: LoraConfig | None = None,
 ) -> tuple[Base, PeftModel]:
     """Load the base and put the adapter onto it for inference, under the name `NAME`.
 
+    `saved` is the adapter's config if it was read already.
     Raises MismatchError where the adapter was made for another base, does not fit it to the last key and
     shape, or is of a kind that cannot be told apart from its base; and what `load_base` raises.
     """
-    saved = files.read_config(folder)
+    saved = saved or files.read_config(folder)
     base = load_base(model, quant, device, tokenizer)
     provenance.check_source(folder, saved, base, quant)
-    return base, files.load(base.model, folder, NAME)
+    return base, files.load(base.model, folder, NAME, saved)

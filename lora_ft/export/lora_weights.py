@@ -58,9 +58,12 @@ class AdapterWeights:
     layers: list[LayerWeights]
 
 
-def read(folder: Path) -> AdapterWeights:
-    """Read an adapter; raises MismatchError for one that is more than A, B and scales."""
-    saved = files.read_config(folder)
+def read(folder: Path, saved: LoraConfig | None = None) -> AdapterWeights:
+    """Read an adapter that consists of A, B and scales; MismatchError names anything else in it.
+
+    `saved` is the folder's config if it was read already.
+    """
+    saved = saved or files.read_config(folder)
     provenance.check_kind(folder, saved)
     files.check_settings(folder, saved, files.PLAIN, f"; {REMEDY}")
     found: dict[str, dict[str, np.ndarray]] = {}

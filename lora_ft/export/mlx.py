@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from peft import LoraConfig
 
 from lora_ft.errors import MismatchError
 from lora_ft.export import lora_weights
@@ -24,13 +25,14 @@ from lora_ft.models.families import Family
 _LAYER = re.compile(r"model\.(layers|h)\.\d+\.(?P<key>.+)")
 
 
-def write(adapter: Path, base_config: dict[str, Any], folder: Path) -> None:
-    """Write the PEFT adapter in folder `adapter` for mlx-lm; `base_config` is the base's config.json.
+def write(adapter: Path, base_config: dict[str, Any], folder: Path, saved: LoraConfig | None = None) -> None:
+    """Write the PEFT adapter in folder `adapter` for mlx-lm; `base_config` is the base's config.json,
+    `saved` the adapter's config if it was read already.
 
     Raises MismatchError for an adapter that mlx-lm computes differently, ConfigError for an unknown architecture.
     """
     family, base = read_config(base_config, "MLX adapters")
-    found = lora_weights.read(adapter)
+    found = lora_weights.read(adapter, saved)
     for layer in found.layers:
         _check(adapter, family, layer, base, dora=found.config.use_dora)
     rank = max((layer.rank for layer in found.layers), default=found.config.r)

@@ -60,13 +60,16 @@ def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 def _exact_products(base: PreTrainedModel) -> Iterator[None]:
     linears = [m for m in base.modules() if isinstance(m, nn.Linear)]
     layers: list[Any] = [m for m in linears if type(m.weight).__name__ in ("Params4bit", "Int8Params")]
-    for layer in layers:
-        layer.forward = functools.partial(_product, layer)
+    before = [vars(layer).get("forward") for layer in layers]
     try:
+        for layer in layers:
+            layer.forward = functools.partial(_product, layer)
         yield
     finally:
-        for layer in layers:
+        for layer, forward in zip(layers, before, strict=True):
             del layer.forward
+            if forward is not None:
+                layer.forward = forward
 
 
 def _product(layer: Any, inputs: Tensor) -> Tensor:

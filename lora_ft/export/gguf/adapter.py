@@ -24,13 +24,14 @@ from lora_ft.export.lora_weights import REMEDY, LayerWeights
 from lora_ft.io import untrusted
 
 
-def write(adapter: Path, base_config: dict[str, Any], out: Path) -> None:
-    """Write the PEFT adapter in folder `adapter` to the GGUF file `out`; `base_config` is the base's config.json.
+def write(adapter: Path, base_config: dict[str, Any], out: Path, saved: LoraConfig | None = None) -> None:
+    """Write the PEFT adapter in folder `adapter` to the GGUF file `out`; `base_config` is the base's config.json,
+    `saved` the adapter's config if it was read already.
 
     Raises MismatchError for an adapter that the format cannot express, ConfigError for an unknown architecture.
     """
     layout = layout_of(base_config)
-    found = lora_weights.read(adapter)
+    found = lora_weights.read(adapter, saved)
     if found.config.use_dora:
         raise MismatchError(f"{adapter}: llama.cpp reads no DoRA; {REMEDY}")
     # With equal scales alpha is PEFT's own (times sqrt(r) for rsLoRA), and no B is changed.

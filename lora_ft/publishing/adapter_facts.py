@@ -1,11 +1,9 @@
-"""What an adapter folder says of itself, read without trusting it: a stranger's folder is described, never a crash.
+"""Read an adapter folder without trusting it: an error in a file becomes a finding, never a crash.
 
-    facts = facts.read(folder, base_config)
-    facts.config      adapter_config.json, {} where it cannot be read
-    facts.layers      {"model.layers.0.self_attn.q_proj": ((8, 576), (576, 8)), ...}      shapes of A and B
-    facts.problems    (Finding(REFUSED, "adapter_model.safetensors is not a safetensors file, ..."), ...)
-
-checks.py says what is wrong with what was read.
+facts = adapter_facts.read(folder, base_config)
+facts.config      adapter_config.json, {} if it cannot be read
+facts.layers      {"model.layers.0.self_attn.q_proj": ((8, 576), (576, 8)), ...}      shapes of A and B
+facts.problems    (Finding(REFUSED, "adapter_model.safetensors is not a safetensors file, ..."), ...)
 """
 
 import json
@@ -39,7 +37,7 @@ class Level(IntEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong or has to be known, and what helps."""
+    """A fault or a fact that a user has to know, and its remedy."""
 
     level: Level
     reason: str
@@ -47,11 +45,11 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Facts:
+class AdapterFacts:
     """An adapter as its files describe it.
 
-    `layers` holds the shapes of A and B by the layer's name, None for the one that is missing; `whole` are the names of
-    other tensors: layers trained in full. `names` are the folder's files. `architecture` is the base's model_type.
+    `layers` holds the shapes of A and B by layer name, None for a missing one. `whole` names the other tensors, which
+    belong to layers trained in full. `names` are the files of the folder. `architecture` is the base's model_type.
     """
 
     config: dict[str, Any]
@@ -62,33 +60,33 @@ class Facts:
     num_tokens: int | None
     names: frozenset[str]
     architecture: str | None
-    is_tied: bool  # embedding and head of the base are one matrix
+    is_tied: bool  # the base's embedding and head share one matrix
     base_config: dict[str, Any]
-    base_shapes: dict[str, tuple[int, ...]]  # of parameters by name; {} where the base is not known
+    base_shapes: dict[str, tuple[int, ...]]  # of parameters by name; {} if the base is not known
     problems: tuple[Finding, ...]
 
     @property
     def rank(self) -> int:
-        """The highest rank of a layer; 0 where there is none."""
+        """Return the highest rank of a layer, or 0."""
         return max((a[0] for a, _ in self.layers.values() if a), default=0)
 
     def has_layer(self, name: str) -> bool:
-        """Whether the base has a layer of this name, or whose name ends with it."""
+        """Return whether the base has a layer with this name or name ending."""
         return any(is_named(parameter.rpartition(".")[0], name) for parameter in self.base_shapes)
 
     def adapts(self, *names: str) -> bool:
-        """Whether a layer of one of these names is adapted, or trained in full."""
+        """Return whether a layer with one of these names is adapted or trained in full."""
         touched = [*self.layers, *(key.rpartition(".")[0] for key in self.whole)]
         return any(layer.rpartition(".")[2] in names for layer in touched)
 
 
 def is_named(layer: str, name: str) -> bool:
-    """PEFT's rule: a name is a layer's own, or its last parts."""
+    """Return whether PEFT matches a name with a layer: equal, or its last parts."""
     return layer == name or layer.endswith(f".{name}")
 
 
 def front_matter(path: Path) -> dict[str, Any]:
-    """The YAML between the first two lines of dashes of a model card; {} where there is none that can be read."""
+    """Return the YAML front matter of a model card, {} if it cannot be read."""
     if not path.is_file() or path.stat().st_size > untrusted.MOST_YAML_BYTES:
         return {}
     found = re.match(r"---\r?\n(.*?)\r?\n---", path.read_text("utf-8", errors="replace"), re.DOTALL)
@@ -97,24 +95,24 @@ def front_matter(path: Path) -> dict[str, Any]:
     try:
         untrusted.check_yaml(found[1], str(path), MismatchError)
         loaded = yaml.safe_load(found[1])
-    except (LoraFtError, yaml.YAMLError, ValueError):  # ValueError: a date that is none
+    except (LoraFtError, yaml.YAMLError, ValueError):  # ValueError: an invalid date
         return {}
     return loaded if isinstance(loaded, dict) else {}
 
 
-def read(folder: Path, base_config: dict[str, Any] | None) -> Facts:
-    """Describe an adapter folder; what cannot be read of it is one of `problems`."""
+def read(folder: Path, base_config: dict[str, Any] | None) -> AdapterFacts:
+    """Describe an adapter folder; `problems` lists the parts that cannot be read."""
     problems: list[Finding] = []
     config = _config(folder, problems)
     shapes = _shapes(folder, problems)
-    layers, whole, parts = _sorted(shapes)
+    layers, whole, parts = _group(shapes)
     base = base_config or {}
     kind = base.get("model_type")
     if kind is None and any(layer.rpartition(".")[2] == "c_attn" for layer in layers):
         kind = "gpt2"
     found = [path for path in (*folder.iterdir(), *folder.glob("mlx/*")) if path.is_file()]
     base_shapes, tied = _described(base)
-    return Facts(
+    return AdapterFacts(
         config=config, layers=layers, whole=whole, has_tokens="token_adapter.trainable_tokens_delta" in parts,
         has_biases="bias" in parts, num_tokens=_num_tokens(folder),
         names=frozenset(path.relative_to(folder).as_posix() for path in found), architecture=kind,
@@ -124,7 +122,7 @@ def read(folder: Path, base_config: dict[str, Any] | None) -> Facts:
 
 
 def _described(base_config: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]], bool | None]:
-    """Names and shapes of a base's parameters, and whether its ends are tied; {}, None for what transformers lacks."""
+    """Return a base's parameter shapes and whether its embedding is tied; ({}, None) if transformers lacks it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     rest = {key: value for key, value in base_config.items() if key != "model_type"}
@@ -139,14 +137,15 @@ def _described(base_config: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]],
 
 def _config(folder: Path, problems: list[Finding]) -> dict[str, Any]:
     if not (folder / files.CONFIG).is_file():
-        problems.append(Finding(Level.REFUSED, f"{files.CONFIG} is missing", "give the folder that PEFT wrote"))
-    elif (folder / files.WEIGHTS).is_file():  # else said as such, below
+        problems.append(Finding(Level.REFUSED, f"{files.CONFIG} is missing", "use the folder that PEFT wrote"))
+    elif (folder / files.WEIGHTS).is_file():  # else reported by _shapes
         try:
-            with warnings.catch_warnings(action="ignore"):  # of PEFT, on what only training needs
-                files.read_config(folder)
-            return untrusted.json_object(folder / files.CONFIG, MismatchError)
+            fields = files.read_fields(folder)
+            with warnings.catch_warnings(action="ignore"):  # PEFT warns of settings that only training needs
+                files.parse_config(folder, fields)
+            return fields
         except (LoraFtError, OSError) as error:
-            problems.append(Finding(Level.REFUSED, _plain(error, folder)))
+            problems.append(Finding(Level.REFUSED, _first_line(error, folder)))
     return {}
 
 
@@ -156,26 +155,27 @@ def _shapes(folder: Path, problems: list[Finding]) -> dict[str, tuple[int, ...]]
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
         problems.append(
             Finding(Level.REFUSED, f"its weights are pickled ({pickled[0]}), which can run code when loaded",
-                    "load it with PEFT where its maker is trusted, and save it again: PEFT writes safetensors")
+                    "if you trust its author, load it with PEFT and save it again: PEFT writes safetensors")
             if pickled else
-            Finding(Level.REFUSED, f"{files.WEIGHTS} is missing", "give the folder that PEFT wrote")
+            Finding(Level.REFUSED, f"{files.WEIGHTS} is missing", "use the folder that PEFT wrote")
         )  # fmt: skip
         return {}
     try:
         return untrusted.tensor_header(path, _HEADER_LIMIT, MismatchError).shapes
     except (LoraFtError, OSError) as error:
-        problems.append(Finding(Level.REFUSED, _plain(error, folder)))
+        problems.append(Finding(Level.REFUSED, _first_line(error, folder)))
         return {}
 
 
-def _plain(error: Exception, folder: Path) -> str:
-    """An error's first line, the folder left out of its paths."""
+def _first_line(error: Exception, folder: Path) -> str:
+    """Return the first line of an error without the folder in its paths."""
     return str(error).splitlines()[0].replace(f"{folder}/", "") if str(error) else type(error).__name__
 
 
-def _sorted(
+def _group(
     shapes: dict[str, tuple[int, ...]],
 ) -> tuple[dict[str, tuple[tuple[int, ...] | None, tuple[int, ...] | None]], tuple[str, ...], set[str]]:
+    """Return the shapes of A and B by layer, the names of other tensors, and the kinds of parts that occur."""
     pairs: dict[str, list[tuple[int, ...] | None]] = {}
     whole, parts = [], set()
     for key, shape in sorted(shapes.items()):
@@ -190,7 +190,7 @@ def _sorted(
 
 
 def _num_tokens(folder: Path) -> int | None:
-    """The size of the tokenizer beside the adapter: its highest token id, and one more."""
+    """Return the size of the tokenizer beside the adapter: its highest token id plus one."""
     path = folder / "tokenizer.json"
     if not path.is_file() or path.stat().st_size > 64 * 2**20:
         return None

@@ -1,12 +1,12 @@
-"""Load an adapter as a stranger would: a program of its own that knows torch, transformers, PEFT, and nothing of ours.
+"""Load an adapter with torch, transformers and PEFT alone, in a process that does not know lora_ft.
 
     echo '{"folder": ..., "base": {"place": ..., "dtype": "float32", ...}, "ids": null, "columns": null}' \
-        | python -P alone.py > logits.safetensors
+        | python -P verify_worker.py > logits.safetensors
 
-It writes one safetensors file to its standard output: `adapter` and `base`, logits [T, K] in float32 with the adapter
-and without it, and of a quantized base `as_loaded`, with the rounding of its kernels, which the others are free of.
-The file's metadata holds a report in JSON: keys and versions. proof.py starts this program, and is the judge.
--P: without it, files beside this one would take the place of Python's own modules.
+It writes one safetensors file to its standard output: `adapter` and `base`, logits [T, K] in float32 with and without
+the adapter. For a quantized base these come from exact products, and `as_loaded` from its kernels, with their rounding.
+The file's metadata holds a report in JSON: keys and versions. verification.py starts it and judges its answer.
+-P keeps files beside this one from replacing Python's own modules.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ _PACKAGES = ("torch", "transformers", "peft", "safetensors", "bitsandbytes")
 
 
 def load(folder: str, base: dict[str, Any]) -> PeftModel:
-    """What the lines of the model card do; fields of `base` are those of origin.Loading."""
+    """Load base and adapter as the lines of the model card do; `base` has the fields of origin.Loading."""
     dtype = getattr(torch, base["dtype"])
     quantization = dict(base["quantization"])
     if "bnb_4bit_compute_dtype" in quantization:
@@ -46,7 +46,7 @@ def load(folder: str, base: dict[str, Any]) -> PeftModel:
 
 
 def compare_keys(model: PeftModel, folder: str) -> dict[str, Any]:
-    """Whether the attached adapter is the file, to the last key, shape and value: PEFT only warns where it is not."""
+    """Compare every key, shape and value of the attached adapter with the file; PEFT only warns of a difference."""
     stored = safetensors.torch.load_file(Path(folder) / _WEIGHTS)
     attached = get_peft_model_state_dict(model, save_embedding_layers=False)
     both = stored.keys() & attached.keys()
@@ -67,12 +67,12 @@ def _equal(attached: Tensor, stored: Tensor) -> bool:
 
 
 def spread(rows: int, count: int) -> list[int]:
-    """Indices from the first row to the last."""
+    """Return `count` indices from the first row to the last."""
     return torch.linspace(0, rows - 1, count).long().tolist()
 
 
 def logits(model: PeftModel, ids: list[int], columns: list[int]) -> Tensor:
-    """Columns of the logits for one sequence of ids: [T, K] float32 on the CPU."""
+    """Return columns of the logits for one sequence of ids: [T, K] float32 on the CPU."""
     with torch.no_grad():
         output = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
     return output.logits[0].float().cpu()[:, columns].contiguous()
@@ -80,19 +80,24 @@ def logits(model: PeftModel, ids: list[int], columns: list[int]) -> Tensor:
 
 @contextlib.contextmanager
 def exact_products(layers: list[Any]) -> Iterator[None]:
-    """Let quantized layers multiply by the weights that their codes stand for.
+    """Make quantized layers multiply by their dequantized weights.
 
-    Kernels round more, each in its way: int8 rounds activations too, and 4 bits are bfloat16 products on some CPUs.
+    Kernels add rounding of their own: int8 rounds activations, and some CPUs compute 4-bit products in bfloat16.
     """
-    for layer in layers:
-        layer.forward = functools.partial(_product, layer)
-    yield
-    for layer in layers:
-        del layer.forward
+    before = [vars(layer).get("forward") for layer in layers]
+    try:
+        for layer in layers:
+            layer.forward = functools.partial(_product, layer)
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
 
 
 def quantized_layers(model: PeftModel) -> list[Any]:
-    """The base's layers of 8 and 4 bits."""
+    """Return the 8-bit and 4-bit layers of the base."""
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     return [m for m in linears if type(m.weight).__name__ in ("Params4bit", "Int8Params")]
 
@@ -109,8 +114,8 @@ def _product(layer: Any, inputs: Tensor) -> Tensor:
     return torch.nn.functional.linear(inputs, plain.to(inputs.dtype), bias)
 
 
-def prove(request: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Logits and report for a request."""
+def verify(request: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return logits and report for a request."""
     model = load(request["folder"], request["base"])
     report = compare_keys(model, request["folder"])
     rows = model.get_input_embeddings().weight.shape[0]
@@ -127,11 +132,11 @@ def prove(request: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def main() -> None:
-    """Read a request from standard input and answer on standard output, which nobody else writes to meanwhile."""
+    """Read a request from standard input and answer on standard output; other output goes to standard error."""
     answer = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     logging.disable_progress_bar()
-    found, report = prove(json.load(sys.stdin))
+    found, report = verify(json.load(sys.stdin))
     with os.fdopen(answer, "wb") as stream:
         stream.write(safetensors.torch.save(found, metadata={"report": json.dumps(report)}))
 

@@ -1,5 +1,6 @@
-"""The proof of a package: a stranger's process finds the adapter that was trained, and every other is refused."""
+"""Verification: a process without lora_ft finds the adapter that was trained, and any other one is refused."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -17,9 +18,9 @@ from lora_ft import config
 from lora_ft.adapters import files, provenance
 from lora_ft.errors import MismatchError, SecurityError
 from lora_ft.models.load import resolve_dtype
-from lora_ft.publishing import alone, proof, sums
+from lora_ft.publishing import checksums, verification, verify_worker
 
-Proven = tuple[Path, provenance.Loading]
+Packaged = tuple[Path, provenance.Loading]
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
@@ -34,24 +35,24 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def published(tmp_path: Path, family: str = "llama", *, added: tuple[str, ...] = (), **options: Any) -> Proven:
+def published(tmp_path: Path, family: str = "llama", *, added: tuple[str, ...] = (), **options: Any) -> Packaged:
     """An adapter folder with its probe, and how its base is loaded."""
     cfg = settings(tmp_path, family, **options)
     cfg.model.added_tokens = list(added)
     return packaged(tmp_path, cfg)
 
 
-def packaged(tmp_path: Path, cfg: config.TrainRun) -> Proven:
+def packaged(tmp_path: Path, cfg: config.TrainRun) -> Packaged:
     folder = saved_run(tmp_path / "run", cfg) / "adapter"
     base, model = adapted(cfg)
-    (folder / proof.PROBE).write_bytes(proof.make_probe(model, base.tokenizer))
+    (folder / verification.PROBE).write_bytes(verification.make_probe(model, base.tokenizer))
     return folder, provenance.loading(base, cfg.quant, cfg.model)
 
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stranger's program in this process, which takes a tenth of a second instead of ten."""
-    monkeypatch.setattr(proof, "_alone", alone.prove)
+    """Run the worker in this process, which takes a tenth of a second instead of ten."""
+    monkeypatch.setattr(verification, "_run_worker", verify_worker.verify)
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of transformers, in PEFT
@@ -60,33 +61,31 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:Futu
 @pytest.mark.closes("D01", "D04")
 def test_a_process_that_has_no_lora_ft_proves_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, loading = published(tmp_path, quant="nf4", added=("<new>", "<newer>"))
-    (folder / sums.SUMS).write_text(sums.render(sums.measured(folder)))
+    (folder / checksums.FILE).write_text(checksums.render(checksums.compute(folder)))
     trap = tmp_path / "trap" / "lora_ft"
     trap.mkdir(parents=True)
     (trap / "__init__.py").write_text("raise SystemExit('lora_ft was imported')")
     monkeypatch.setenv("PYTHONPATH", str(trap.parent))
-    proven = proof.prove(folder, loading)
+    proven = verification.verify(folder, loading)
     assert proven.distance is not None and proven.distance <= proven.allowed == 1e-5 < proven.effect
     assert proven.keys == len(load_file(folder / files.WEIGHTS)) and proven.zero_outputs == 0
-    assert proven.files == len(sums.read(folder))
+    assert proven.files == len(checksums.read(folder))
     assert proven.kernels and proven.versions["peft"]
 
 
-def test_why_the_strangers_process_failed_is_told_in_its_last_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_error_of_the_worker_is_its_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, loading = published(tmp_path)
     program = tmp_path / "fails.py"
     program.write_text("raise RuntimeError('size mismatch for lora_A')")
-    monkeypatch.setattr(proof, "_ALONE", program)
+    monkeypatch.setattr(verification, "_WORKER", program)
     with pytest.raises(MismatchError, match=r"does not load with PEFT alone: RuntimeError: size mismatch for lora_A$"):
-        proof.prove(folder, loading)
+        verification.verify(folder, loading)
 
 
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(("family", "options"), VARIANTS)
 def test_every_kind_of_adapter_is_found_as_it_was(family: str, options: dict[str, Any], tmp_path: Path) -> None:
-    proven = proof.prove(*published(tmp_path, family, **options))
+    proven = verification.verify(*published(tmp_path, family, **options))
     assert proven.distance is not None and proven.distance <= 1e-5 < proven.effect
     assert (proven.kernels is None) == ("quant" not in options)
     assert proven.outputs > 0 and proven.files is None
@@ -96,7 +95,7 @@ def test_every_kind_of_adapter_is_found_as_it_was(family: str, options: dict[str
 def test_half_precision_is_allowed_its_rounding(tmp_path: Path) -> None:
     cfg = settings(tmp_path, "llama")
     cfg.model.dtype = config.Dtype.bfloat16
-    proven = proof.prove(*packaged(tmp_path, cfg))
+    proven = verification.verify(*packaged(tmp_path, cfg))
     assert proven.distance is not None and proven.distance <= proven.allowed == 2**-5 < proven.effect
     assert resolve_dtype(cfg.model.dtype, torch.device("cpu")) is torch.bfloat16
 
@@ -106,12 +105,12 @@ def test_the_probe_is_the_same_bytes_twice_and_keeps_added_tokens_from_the_base(
     added: tuple[str, ...], tmp_path: Path
 ) -> None:
     folder, _ = published(tmp_path, added=added)
-    first = (folder / proof.PROBE).read_bytes()
+    first = (folder / verification.PROBE).read_bytes()
     cfg = settings(tmp_path, "llama")
     cfg.model.added_tokens = list(added)
     base, model = adapted(cfg)
-    assert proof.make_probe(model, base.tokenizer) == first
-    found = load_file(folder / proof.PROBE)
+    assert verification.make_probe(model, base.tokenizer) == first
+    found = load_file(folder / verification.PROBE)
     tokens = len(base.tokenizer)
     assert found["ids"][-1] == found["columns"][-1] == tokens - 1
     rows, width = found["base"].shape
@@ -147,22 +146,22 @@ def rslora(folder: Path) -> None:
 
 
 def no_probe_of_ours(folder: Path) -> None:
-    save_file({"ids": torch.arange(3)}, folder / proof.PROBE)
+    save_file({"ids": torch.arange(3)}, folder / verification.PROBE)
 
 
 def too_large(folder: Path) -> None:
-    (folder / proof.PROBE).write_bytes(b"x" * (2**20 + 1))
+    (folder / verification.PROBE).write_bytes(b"x" * (2**20 + 1))
 
 
 def of_many_tokens(folder: Path) -> None:
-    found = load_file(folder / proof.PROBE)
+    found = load_file(folder / verification.PROBE)
     longer = {name: torch.cat([found[name]] * 2) for name in ("ids", "adapter")}
-    save_file(found | longer, folder / proof.PROBE)
+    save_file(found | longer, folder / verification.PROBE)
 
 
 def another_shape(folder: Path) -> None:
-    found = load_file(folder / proof.PROBE)
-    save_file(found | {"adapter": found["adapter"][:, 1:].contiguous()}, folder / proof.PROBE)
+    found = load_file(folder / verification.PROBE)
+    save_file(found | {"adapter": found["adapter"][:, 1:].contiguous()}, folder / verification.PROBE)
 
 
 @pytest.mark.usefixtures("here")
@@ -172,24 +171,24 @@ def another_shape(folder: Path) -> None:
     ("change", "reason"),
     [
         (renamed, "missing: 1, first .*unexpected: 1, first "),
-        (scaled, "the adapter in .* is not what the probe was made with"),
+        (scaled, "the adapter in .* does not match the probe"),
         (zeroed, "changes nothing: all of its 14 matrices B are 0"),
-        (another_alpha, "the adapter in .* is not what the probe was made with"),
-        (rslora, "the adapter in .* is not what the probe was made with"),
-        (no_probe_of_ours, "is no probe"),
+        (another_alpha, "the adapter in .* does not match the probe"),
+        (rslora, "the adapter in .* does not match the probe"),
+        (no_probe_of_ours, "is not a probe"),
         (too_large, "larger than 1 MiB"),
-        (another_shape, "is no probe"),
-        (of_many_tokens, "is no probe: .* at most 64 x 256"),
+        (another_shape, "is not a probe"),
+        (of_many_tokens, "is not a probe: .* at most 64 x 256"),
     ],
 )
 def test_what_is_not_the_adapter_that_was_trained_is_refused(
     change: Callable[[Path], None], reason: str, tmp_path: Path
 ) -> None:
     folder, loading = published(tmp_path)
-    proof.prove(folder, loading)
+    verification.verify(folder, loading)
     change(folder)
     with pytest.raises(MismatchError, match=reason):
-        proof.prove(folder, loading)
+        verification.verify(folder, loading)
 
 
 @pytest.mark.usefixtures("here")
@@ -197,39 +196,39 @@ def test_what_is_not_the_adapter_that_was_trained_is_refused(
 def test_a_base_that_is_another_one_is_told_from_a_broken_adapter(tmp_path: Path) -> None:
     folder, loading = published(tmp_path)
     other = tiny_folder(tmp_path / "other", "llama", seed=1)
-    with pytest.raises(MismatchError, match=rf"the base alone \({other}\) is not what the probe was made with"):
-        proof.prove(folder, dataclasses.replace(loading, place=str(other)))
+    with pytest.raises(MismatchError, match=rf"the base alone \({other}\) does not match the probe"):
+        verification.verify(folder, dataclasses.replace(loading, place=str(other)))
 
 
 def test_a_folder_that_would_make_peft_run_code_is_not_handed_to_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, loading = published(tmp_path)
-    monkeypatch.setattr(proof, "_alone", lambda request: pytest.fail("it was loaded"))
+    monkeypatch.setattr(verification, "_run_worker", lambda request: pytest.fail("it was loaded"))
     fields = json.loads((folder / files.CONFIG).read_text())
     mapping = {"parent_library": "os", "base_model_class": "system"}
     (folder / files.CONFIG).write_text(json.dumps(fields | {"auto_mapping": mapping}))
     with pytest.raises(SecurityError, match="auto_mapping asks to import os"):
-        proof.prove(folder, loading)
+        verification.verify(folder, loading)
 
 
 @pytest.mark.usefixtures("here")
-def test_without_a_probe_keys_and_effect_are_still_proven(tmp_path: Path) -> None:
+def test_without_a_probe_keys_and_effect_are_still_verified(tmp_path: Path) -> None:
     folder, loading = published(tmp_path)
-    (folder / proof.PROBE).unlink()
-    proven = proof.prove(folder, loading)
+    (folder / verification.PROBE).unlink()
+    proven = verification.verify(folder, loading)
     assert proven.distance is None and proven.effect > 0 and proven.keys == 28
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda f: (f / "extra").write_text("x"), "not listed extra"),
-        (lambda f: (f / files.CONFIG).unlink(), "missing adapter_config.json"),
-        (lambda f: (f / files.CONFIG).write_text("{}"), "of other bytes adapter_config.json"),
-        (lambda f: (f / sums.SUMS).write_text("abc"), "SHA256SUMS:1 is not a sha256"),
-        (lambda f: (f / sums.SUMS).write_text(f"{'0' * 64}  ../x\n"), "SHA256SUMS:1 is not a sha256"),
-        (lambda f: (f / sums.SUMS).write_text(f"{'0' * 64}  /x\n"), "SHA256SUMS:1 is not a sha256"),
+        (lambda f: (f / "extra").write_text("x"), "not listed: extra"),
+        (lambda f: (f / files.CONFIG).unlink(), "missing: adapter_config.json"),
+        (lambda f: (f / files.CONFIG).write_text("{}"), "changed: adapter_config.json"),
+        (lambda f: (f / checksums.FILE).write_text("abc"), "SHA256SUMS:1 is not a sha256"),
+        (lambda f: (f / checksums.FILE).write_text(f"{'0' * 64}  ../x\n"), "SHA256SUMS:1 is not a sha256"),
+        (lambda f: (f / checksums.FILE).write_text(f"{'0' * 64}  /x\n"), "SHA256SUMS:1 is not a sha256"),
     ],
 )
 def test_a_folder_that_is_not_what_its_sums_say_is_refused(
@@ -237,11 +236,11 @@ def test_a_folder_that_is_not_what_its_sums_say_is_refused(
 ) -> None:
     for name in (files.CONFIG, "README.md"):
         (tmp_path / name).write_text(name)
-    (tmp_path / sums.SUMS).write_text(sums.render(sums.measured(tmp_path)))
-    assert sums.check(tmp_path) == sums.measured(tmp_path)
+    (tmp_path / checksums.FILE).write_text(checksums.render(checksums.compute(tmp_path)))
+    assert checksums.check(tmp_path) == checksums.compute(tmp_path)
     change(tmp_path)
     with pytest.raises(MismatchError, match=reason):
-        sums.check(tmp_path)
+        checksums.check(tmp_path)
 
 
 def test_how_a_base_is_loaded_says_in_what_it_computes(tmp_path: Path) -> None:
@@ -259,7 +258,22 @@ def test_how_a_base_is_loaded_says_in_what_it_computes(tmp_path: Path) -> None:
     ]
 
 
-def test_the_program_of_the_stranger_is_no_module_of_ours() -> None:
-    text = Path(alone.__file__).read_text()
+def test_worker_imports_nothing_of_lora_ft() -> None:
+    text = Path(verify_worker.__file__).read_text()
     assert "import lora_ft" not in text and "from lora_ft" not in text
     assert os.environ.get("HF_HUB_OFFLINE") is None  # set for that program only
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_exact_products_give_back_the_forward_that_a_layer_had(fails: bool) -> None:
+    def own(inputs: torch.Tensor) -> torch.Tensor:
+        return inputs
+
+    patched, plain = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    patched.forward = own  # type: ignore[method-assign,assignment]
+    with contextlib.suppress(ZeroDivisionError), verify_worker.exact_products([patched, plain]):
+        assert patched.forward is not own and "forward" in vars(plain)
+        if fails:
+            raise ZeroDivisionError
+    assert patched.forward is own
+    assert "forward" not in vars(plain)

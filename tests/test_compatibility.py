@@ -1,4 +1,4 @@
-"""Lint: what is wrong with an adapter's files, and who can load it; on anybody's folder, without a crash."""
+"""Compatibility: faults of an adapter's files and the programs that can load it; no folder makes the check crash."""
 
 import json
 import random
@@ -18,8 +18,9 @@ from lora_ft.adapters import files
 from lora_ft.errors import ConfigError, MismatchError
 from lora_ft.export import mlx
 from lora_ft.export.gguf import adapter as gguf_adapter
-from lora_ft.publishing import lint
-from lora_ft.publishing.lint import FILES, Level, Verdict
+from lora_ft.publishing import compatibility
+from lora_ft.publishing.adapter_facts import Level
+from lora_ft.publishing.compatibility import FILES, Verdict
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llama", {}),
@@ -50,11 +51,11 @@ def base_config(adapter: Path) -> dict[str, Any]:
     return found
 
 
-def linted(adapter: Path, *, base: bool = True) -> dict[str, Verdict]:
-    """Verdicts by consumer; of the files, the worst."""
-    found = lint.lint(adapter, base_config(adapter) if base else None)
+def checked(adapter: Path, *, base: bool = True) -> dict[str, Verdict]:
+    """Verdicts by program; of the files, the worst."""
+    found = compatibility.verdicts(adapter, base_config(adapter) if base else None)
     by_level = sorted(found, key=lambda v: v.level)
-    return {v.consumer: v for v in by_level}
+    return {v.program: v for v in by_level}
 
 
 def copied(adapter: Path, to: Path) -> Path:
@@ -75,21 +76,23 @@ def with_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[
     return folder
 
 
-def test_every_consumer_has_one_line_after_those_of_the_files(made: dict[str, Path]) -> None:
-    found = [v.consumer for v in lint.lint(made["plain"], None)]
-    assert found == [FILES] * (len(found) - len(lint.CONSUMERS)) + [*lint.CONSUMERS]
+def test_every_program_has_one_verdict_after_those_of_the_files(made: dict[str, Path]) -> None:
+    found = [v.program for v in compatibility.verdicts(made["plain"], None)]
+    assert found == [FILES] * (len(found) - len(compatibility.PROGRAMS)) + [*compatibility.PROGRAMS]
 
 
 def test_a_plain_adapter_is_read_by_all_but_ollama(made: dict[str, Path]) -> None:
-    found = linted(made["plain"])
+    found = checked(made["plain"])
     refused = {name for name, verdict in found.items() if verdict.level is Level.REFUSED}
     assert refused == {"Ollama"}
     assert "gguf=" in found["Ollama"].remedy
-    assert {name for name in found if name != FILES and found[name].level is Level.OK} == {*lint.CONSUMERS} - {"Ollama"}
+    assert {name for name in found if name != FILES and found[name].level is Level.OK} == {*compatibility.PROGRAMS} - {
+        "Ollama"
+    }
 
 
 @pytest.mark.parametrize(
-    ("kind", "consumer", "level", "reason"),
+    ("kind", "program", "level", "reason"),
     [
         ("rslora", "llama.cpp", Level.WARN, "rsLoRA's scale"),
         ("dora", "PEFT", Level.OK, "0.14.0 or newer"),
@@ -97,7 +100,7 @@ def test_a_plain_adapter_is_read_by_all_but_ollama(made: dict[str, Path]) -> Non
         ("dora", "vLLM", Level.REFUSED, "DoRA"),
         ("dora", "llama.cpp", Level.REFUSED, "DoRA"),
         ("dora", "MLX", Level.OK, ""),
-        ("patterns", "SGLang", Level.WARN, "differ from layer to layer"),
+        ("patterns", "SGLang", Level.WARN, "differ between layers"),
         ("patterns", "llama.cpp", Level.WARN, "alpha_pattern"),
         ("saved", "vLLM", Level.REFUSED, "trained in full"),
         ("saved", "transformers", Level.REFUSED, "trained in full"),
@@ -107,8 +110,8 @@ def test_a_plain_adapter_is_read_by_all_but_ollama(made: dict[str, Path]) -> Non
         ("neox", "MLX", Level.REFUSED, "gpt_neox"),
     ],
 )
-def test_who_reads_what(made: dict[str, Path], kind: str, consumer: str, level: Level, reason: str) -> None:
-    verdict = linted(made[kind])[consumer]
+def test_who_reads_what(made: dict[str, Path], kind: str, program: str, level: Level, reason: str) -> None:
+    verdict = checked(made[kind])[program]
     assert verdict.level is level
     assert reason in verdict.reason
     assert verdict.level is Level.OK or (verdict.remedy and verdict.source)
@@ -123,14 +126,14 @@ def test_what_is_said_of_our_own_formats_is_what_their_writers_do(
         "llama.cpp": lambda: gguf_adapter.write(made[kind], described, tmp_path / "adapter.gguf"),
         "MLX": lambda: mlx.write(made[kind], described, tmp_path / "mlx"),
     }
-    found = linted(made[kind])
-    for consumer, write in writers.items():
+    found = checked(made[kind])
+    for program, write in writers.items():
         try:
             write()
             written = True
         except (MismatchError, ConfigError):
             written = False
-        assert written is (found[consumer].level is not Level.REFUSED), (consumer, found[consumer])
+        assert written is (found[program].level is not Level.REFUSED), (program, found[program])
 
 
 def test_a_gguf_file_beside_it_settles_what_llama_cpp_s_own_converter_gets_wrong(
@@ -138,7 +141,7 @@ def test_a_gguf_file_beside_it_settles_what_llama_cpp_s_own_converter_gets_wrong
 ) -> None:
     folder = copied(made["rslora"], tmp_path)
     gguf_adapter.write(folder, base_config(made["rslora"]), folder / "adapter.gguf")
-    assert linted(folder)["llama.cpp"].level is Level.OK
+    assert checked(folder)["llama.cpp"].level is Level.OK
 
 
 @pytest.mark.parametrize(("rank", "needed"), [(16, None), (17, 32), (200, 256), (512, 512)])
@@ -152,7 +155,7 @@ def test_vllm_is_given_the_next_rank_that_it_allows(
         }
 
     folder = with_tensors(with_config(copied(made["plain"], tmp_path), r=rank), wider)
-    verdict = linted(folder)["vLLM"]
+    verdict = checked(folder)["vLLM"]
     assert verdict.level is (Level.WARN if needed else Level.OK)
     assert verdict.reason.endswith(f"--max-lora-rank {needed}" if needed else "")
 
@@ -161,7 +164,7 @@ def test_a_rank_beyond_vllm_is_made_smaller_by_merge(made: dict[str, Path], tmp_
     def wider(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {k: torch.ones((600, t.shape[1]) if ".lora_A." in k else (t.shape[0], 600)) for k, t in tensors.items()}
 
-    verdict = linted(with_tensors(with_config(copied(made["plain"], tmp_path), r=600), wider))["vLLM"]
+    verdict = checked(with_tensors(with_config(copied(made["plain"], tmp_path), r=600), wider))["vLLM"]
     assert verdict.level is Level.REFUSED
     assert "truncate_rank=512" in verdict.remedy
 
@@ -200,10 +203,10 @@ def untrained(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (renamed, "has no lora_B: a tensor is missing, or was renamed"),
-        (both_renamed, "is in the weights, but no target"),
-        (oddly_named, "lora_C.weight is no part of a LoRA"),
-        (cut, "is no rank of adapter_config.json"),
+        (renamed, "has no lora_B: a tensor is missing or was renamed"),
+        (both_renamed, "is in the weights, but is not a target"),
+        (oddly_named, "lora_C.weight is not part of a LoRA"),
+        (cut, "no rank of adapter_config.json"),
         (broken, "1 of 28 tensors hold NaN or infinities, first base_model"),
         (infinite, "hold NaN or infinities"),
         (untrained, "every lora_B is zero: the adapter changes nothing"),
@@ -213,10 +216,10 @@ def test_broken_tensors_are_refused_without_a_base(
     made: dict[str, Path], tmp_path: Path, change: Callable[..., dict[str, torch.Tensor]], reason: str
 ) -> None:
     folder = with_tensors(copied(made["plain"], tmp_path), change)
-    verdict = linted(folder, base=False)[FILES]
+    verdict = checked(folder, base=False)[FILES]
     assert verdict.level is Level.REFUSED
-    assert any(reason in v.reason for v in lint.lint(folder, None) if v.level is Level.REFUSED)
-    assert lint.is_refused(lint.lint(folder, None))
+    assert any(reason in v.reason for v in compatibility.verdicts(folder, None) if v.level is Level.REFUSED)
+    assert compatibility.is_unusable(compatibility.verdicts(folder, None))
 
 
 def test_what_peft_itself_saves_beside_a_and_b_is_no_mistake(made: dict[str, Path], tmp_path: Path) -> None:
@@ -225,8 +228,8 @@ def test_what_peft_itself_saves_beside_a_and_b_is_no_mistake(made: dict[str, Pat
         return tensors | {f"base_model.model.{name}": torch.ones(514, 64) for name in names}
 
     folder = with_tensors(copied(made["plain"], tmp_path), with_embeddings)
-    assert not lint.is_refused(lint.lint(folder, base_config(made["plain"])))
-    assert "trained in full" in linted(folder)["vLLM"].reason
+    assert not compatibility.is_unusable(compatibility.verdicts(folder, base_config(made["plain"])))
+    assert "trained in full" in checked(folder)["vLLM"].reason
 
 
 def test_an_adapter_of_parameters_is_not_measured_by_the_rules_of_layers(made: dict[str, Path], tmp_path: Path) -> None:
@@ -236,9 +239,9 @@ def test_an_adapter_of_parameters_is_not_measured_by_the_rules_of_layers(made: d
 
     folder = copied(made["plain"], tmp_path)
     with_config(folder, target_modules=[], target_parameters=["mlp.experts.gate_up_proj"])
-    found = lint.lint(with_tensors(folder, of_experts), base_config(made["plain"]))
-    assert not lint.is_refused(found)
-    assert {v.consumer: v.level for v in found}["vLLM"] is Level.REFUSED
+    found = compatibility.verdicts(with_tensors(folder, of_experts), base_config(made["plain"]))
+    assert not compatibility.is_unusable(found)
+    assert {v.program: v.level for v in found}["vLLM"] is Level.REFUSED
 
 
 def test_a_target_without_a_tensor_is_judged_by_what_the_base_has(made: dict[str, Path], tmp_path: Path) -> None:
@@ -246,11 +249,11 @@ def test_a_target_without_a_tensor_is_judged_by_what_the_base_has(made: dict[str
     folder, described = copied(made["plain"], tmp_path), base_config(made["plain"])
 
     def levels(target: str, config: dict[str, Any] | None) -> list[Level]:
-        found = lint.lint(with_config(folder, target_modules=[*targets, target]), config)
-        return [v.level for v in found if v.consumer == FILES and "has no tensor" in v.reason]
+        found = compatibility.verdicts(with_config(folder, target_modules=[*targets, target]), config)
+        return [v.level for v in found if v.program == FILES and "has no tensor" in v.reason]
 
     assert levels("query_key_value", described) == [], "PEFT leaves out what the base lacks"
-    assert linted(folder)["vLLM"].level is Level.REFUSED
+    assert checked(folder)["vLLM"].level is Level.REFUSED
     assert levels("query_key_value", None) == [Level.WARN]
     assert levels("lm_head", described) == [Level.REFUSED]
 
@@ -259,22 +262,22 @@ def test_layers_that_did_not_train_are_a_warning(made: dict[str, Path], tmp_path
     def one(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {k: torch.zeros_like(t) if "0.mlp.up_proj.lora_B" in k else t for k, t in tensors.items()}
 
-    found = lint.lint(with_tensors(copied(made["plain"], tmp_path), one), None)
+    found = compatibility.verdicts(with_tensors(copied(made["plain"], tmp_path), one), None)
     assert [v.level for v in found if "1 of 14 lora_B are zero" in v.reason] == [Level.WARN]
-    assert not lint.is_refused(found)
+    assert not compatibility.is_unusable(found)
 
 
 @pytest.mark.closes("D03")
 def test_another_base_is_found_by_its_config_alone(made: dict[str, Path], tmp_path: Path) -> None:
     other = json.loads((tiny_folder(tmp_path, "llama") / "config.json").read_text())
     for config, reason in (
-        (other | {"intermediate_size": 96}, "in the base, A"),
+        (other | {"intermediate_size": 96}, "in the base, but A"),
         (other | {"num_hidden_layers": 1}, "the base has no layer model.layers.1"),
         (base_config(made["gpt2"]), "the base has no layer"),
     ):
-        found = lint.lint(made["plain"], config)
+        found = compatibility.verdicts(made["plain"], config)
         assert any(reason in v.reason and v.level is Level.REFUSED for v in found), config
-    assert not lint.is_refused(lint.lint(made["plain"], {"model_type": "of the future"}))
+    assert not compatibility.is_unusable(compatibility.verdicts(made["plain"], {"model_type": "of the future"}))
 
 
 def test_a_local_base_a_closed_mode_and_no_license_are_told_with_what_helps(
@@ -282,12 +285,12 @@ def test_a_local_base_a_closed_mode_and_no_license_are_told_with_what_helps(
 ) -> None:
     folder = copied(made["plain"], tmp_path)
     (folder / files.WEIGHTS).chmod(0o600)
-    found = [v for v in lint.lint(folder, None) if v.consumer == FILES]
+    found = [v for v in compatibility.verdicts(folder, None) if v.program == FILES]
     assert [v.level for v in found] == [Level.WARN] * 3
     assert [v.remedy for v in found] == [
-        "chmod 644, or publish it, which does that", "publish with model.id=OWNER/NAME", "publish with license=NAME",
+        "chmod 644; publishing does that as well", "publish with model.id=OWNER/NAME", "publish with license=NAME",
     ]  # fmt: skip
-    assert "0600" in found[0].reason and "no hub id" in found[1].reason
+    assert "0600" in found[0].reason and "not a hub id" in found[1].reason
 
 
 def test_what_is_right_is_not_told(made: dict[str, Path], tmp_path: Path) -> None:
@@ -295,14 +298,14 @@ def test_what_is_right_is_not_told(made: dict[str, Path], tmp_path: Path) -> Non
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
     for path in folder.iterdir():
         path.chmod(0o644)
-    assert [v for v in lint.lint(folder, base_config(made["plain"])) if v.consumer == FILES] == []
+    assert [v for v in compatibility.verdicts(folder, base_config(made["plain"])) if v.program == FILES] == []
 
 
 @pytest.mark.closes("D08")
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda"])
 def test_an_adapter_that_changed_its_base_is_for_peft_alone(made: dict[str, Path], tmp_path: Path, init: str) -> None:
-    found = linted(with_config(copied(made["plain"], tmp_path), init_lora_weights=init))
-    assert {name for name, v in found.items() if v.level is Level.REFUSED} == {*lint.CONSUMERS} - {
+    found = checked(with_config(copied(made["plain"], tmp_path), init_lora_weights=init))
+    assert {name for name, v in found.items() if v.level is Level.REFUSED} == {*compatibility.PROGRAMS} - {
         "PEFT",
         "transformers",
     }
@@ -311,16 +314,16 @@ def test_an_adapter_that_changed_its_base_is_for_peft_alone(made: dict[str, Path
 
 def test_more_tokens_than_the_base_has_rows_are_told(made: dict[str, Path]) -> None:
     smaller = base_config(made["plain"]) | {"vocab_size": 500}
-    found = {v.consumer: v for v in lint.lint(made["plain"], smaller)}
+    found = {v.program: v for v in compatibility.verdicts(made["plain"], smaller)}
     assert "base.resize_token_embeddings(512, mean_resizing=False)" in found["PEFT"].reason
     assert found["vLLM"].level is Level.REFUSED
 
 
 def test_the_head_of_a_tied_base_cannot_be_adapted_alone(made: dict[str, Path]) -> None:
     tied = base_config(made["embedding"]) | {"tie_word_embeddings": True}
-    found = {v.consumer: v for v in lint.lint(made["embedding"], tied)}
-    assert found["llama.cpp"].level is Level.REFUSED and "one matrix" in found["llama.cpp"].reason
-    assert linted(made["embedding"])["llama.cpp"].level is not Level.REFUSED
+    found = {v.program: v for v in compatibility.verdicts(made["embedding"], tied)}
+    assert found["llama.cpp"].level is Level.REFUSED and "share one matrix" in found["llama.cpp"].reason
+    assert checked(made["embedding"])["llama.cpp"].level is not Level.REFUSED
 
 
 @pytest.mark.parametrize(
@@ -337,12 +340,12 @@ def test_the_head_of_a_tied_base_cannot_be_adapted_alone(made: dict[str, Path]) 
 )
 @pytest.mark.closes("D06")
 def test_the_first_peft_that_reads_a_config(config: dict[str, Any], release: str) -> None:
-    assert lint.minimum_peft(config) == release
+    assert compatibility.minimum_peft(config) == release
 
 
 def test_a_config_with_all_of_peft_s_defaults_asks_for_no_more_than_one_that_drops_what_it_does_not_know() -> None:
     """Also of a PEFT to come: a new key whose default is neither None nor False would be taken for a wish."""
-    assert lint.minimum_peft(LoraConfig(target_modules=["q_proj"]).to_dict()) == "0.14.0"
+    assert compatibility.minimum_peft(LoraConfig(target_modules=["q_proj"]).to_dict()) == "0.14.0"
 
 
 @pytest.mark.parametrize(
@@ -356,12 +359,12 @@ def test_a_config_with_all_of_peft_s_defaults_asks_for_no_more_than_one_that_dro
 def test_a_broken_config_is_a_finding(made: dict[str, Path], tmp_path: Path, content: bytes) -> None:
     folder = copied(made["plain"], tmp_path)
     (folder / files.CONFIG).write_bytes(content)
-    found = lint.lint(folder, base_config(made["plain"]))
-    assert lint.is_refused(found)
-    assert all(v.level is Level.REFUSED for v in found if v.consumer != FILES)
+    found = compatibility.verdicts(folder, base_config(made["plain"]))
+    assert compatibility.is_unusable(found)
+    assert all(v.level is Level.REFUSED for v in found if v.program != FILES)
 
 
-def test_mutated_folders_never_crash_the_lint(made: dict[str, Path], tmp_path: Path) -> None:
+def test_mutated_folders_never_crash_the_check(made: dict[str, Path], tmp_path: Path) -> None:
     """Values of the config, bytes of the weights' header, and files that are missing, by a seeded generator."""
     folder = copied(made["plain"], tmp_path)
     draw, kept = random.Random(6), {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -381,21 +384,23 @@ def test_mutated_folders_never_crash_the_lint(made: dict[str, Path], tmp_path: P
                 (folder / files.WEIGHTS).write_bytes(data)
             case _:
                 (folder / draw.choice(sorted(kept))).unlink()
-        assert len(lint.lint(folder, described if draw.random() < 0.2 else None)) >= len(lint.CONSUMERS)
+        assert len(compatibility.verdicts(folder, described if draw.random() < 0.2 else None)) >= len(
+            compatibility.PROGRAMS
+        )
         for name, data in kept.items():
             (folder / name).write_bytes(data)
 
 
-def test_the_verb_prints_the_table_and_leaves_with_0(
+def test_command_prints_the_table_and_exits_with_0(
     made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call("publish", "lint_only=true", f"adapter_path={made['dora']}") == 0
     shown = capsys.readouterr().out
-    assert all(consumer in shown for consumer in lint.CONSUMERS)
+    assert all(program in shown for program in compatibility.PROGRAMS)
     assert "REFUSED" in shown and "DoRA" in shown
 
 
-def test_the_verb_leaves_with_5_where_the_files_are_broken(
+def test_command_exits_with_5_if_the_files_are_broken(
     made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = with_tensors(copied(made["plain"], tmp_path), broken)
@@ -404,7 +409,7 @@ def test_the_verb_leaves_with_5_where_the_files_are_broken(
     assert "PEFT" in shown.out and "hold NaN" in shown.err
 
 
-def test_the_verb_looks_at_the_base_that_is_named(
+def test_command_compares_the_adapter_with_the_named_base(
     made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tiny_folder(tmp_path, "gpt2")

@@ -1,10 +1,11 @@
-"""What may leave: files of known names and sizes, without a secret and without a path of this machine.
+"""Search a package for private data before it is sent.
 
     check(folder, {"/home/me/models/tiny"})
     SecurityError: tokenizer_config.json holds what looks like a secret (Hugging Face token): nothing was sent
 
-Everything in a package is searched that a person could have put a text into: whole text files, the header of a
-safetensors file, the metadata of a GGUF file. What is found is named by file and kind, never shown.
+Only files of known names and limited sizes may leave, without a secret and without a path of this machine. The search
+covers whole text files, the header of a safetensors file and the metadata of a GGUF file. The error names the file and
+the kind of secret, never the secret.
 """
 
 import fnmatch
@@ -15,7 +16,7 @@ from pathlib import Path
 from lora_ft.errors import SecurityError
 from lora_ft.io import redact
 from lora_ft.models.gguf import reader
-from lora_ft.publishing import sums
+from lora_ft.publishing import checksums
 
 TEXT_BYTES = 64 * 2**20  # the largest tokenizers have 35 MB
 WEIGHTS_BYTES = 16 * 2**30
@@ -29,22 +30,19 @@ _ALLOWED = (
 )  # fmt: skip
 
 
-def check(folder: Path, places: set[str]) -> None:
-    """Search a package before it is sent; `places` are paths of this machine that nothing may name.
-
-    Raises SecurityError, which names the file and what kind of thing it holds.
-    """
-    for name in sorted(sums.names(folder)):
-        path = folder / name
+def check(folder: Path, local_paths: set[str]) -> None:
+    """Raise SecurityError if a file of the package may not leave, holds a secret, or names one of `local_paths`."""
+    for name in sorted(checksums.file_names(folder)):
+        file = folder / name
         if not any(_matches(name, pattern) for pattern in _ALLOWED):
-            raise SecurityError(f"{name} is no file of a published adapter: nothing was sent")
-        most, size = (WEIGHTS_BYTES if path.suffix in _WEIGHTS else TEXT_BYTES), path.stat().st_size
-        if size > most:
-            raise SecurityError(f"{name} has {size:,} bytes, more than the {most:,} of its kind: nothing was sent")
-        for text in _texts(path):
+            raise SecurityError(f"{name} is not a file of a published adapter: nothing was sent")
+        limit, size = (WEIGHTS_BYTES if file.suffix in _WEIGHTS else TEXT_BYTES), file.stat().st_size
+        if size > limit:
+            raise SecurityError(f"{name} has {size:,} bytes, the limit is {limit:,}: nothing was sent")
+        for text in _texts(file):
             if kind := redact.held(text):
                 raise SecurityError(f"{name} holds what looks like a secret ({kind}): nothing was sent")
-            if any(place in text for place in places):
+            if any(path in text for path in local_paths):
                 raise SecurityError(f"{name} names a folder or file of this machine: nothing was sent")
 
 
@@ -72,10 +70,10 @@ def _strings(value: object) -> Iterator[str]:
             yield from _strings(child)
 
 
-def local_places(*paths: str | Path | None) -> set[str]:
-    """Those of the given paths that are absolute, the home folder and the current one, where they are telling.
+def local_paths(*paths: str | Path | None) -> set[str]:
+    """Return the absolute paths among the given ones, the home folder and the current folder, resolved and as given.
 
-    A path of one part (/root, /tmp) is a word that any vocabulary may hold.
+    A path of one part (/root, /tmp) is left out: any vocabulary may hold it as a word.
     """
     known = [path for given in (*paths, Path.home(), Path.cwd()) if given and (path := Path(given)).is_absolute()]
-    return {str(place) for path in known for place in (path, path.resolve()) if len(place.parts) > 2}
+    return {str(form) for path in known for form in (path, path.resolve()) if len(form.parts) > 2}

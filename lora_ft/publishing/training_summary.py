@@ -1,11 +1,11 @@
-"""What is known of how an adapter came about, from its run folder: what the card tells, and nothing private.
+"""Facts of a training run for the card of its adapter, read from the run folder; nothing private is among them.
 
-    story = read(Path("my_run"))
-    story.data            "openassistant/oasst1", hub id     or "a local file (.jsonl)": never its path
-    story.settings        {"adapter.r": 16, "optim.lr": 0.0001, ...}     what differs from the defaults
-    story.heldout[0]      Scores("at the end of training", {"loss": 3.25, ...}, {"loss": 2.4, ...}, 859 tokens, ...)
+    summary = read(Path("my_run"))
+    summary.data            "openassistant/oasst1 on the ... hub", or "a local file (.jsonl)": never its path
+    summary.settings        {"adapter.r": 16, "optim.lr": 0.0001, ...}     the settings that differ from the defaults
+    summary.evaluations     [Scores("at the end of training", {"loss": 3.25, ...}, {"loss": 2.4, ...}, 859 tokens, ...)]
 
-An adapter made elsewhere has no run, and no story.
+An adapter made elsewhere has no run and no summary.
 """
 
 import json
@@ -20,16 +20,16 @@ from lora_ft.errors import ConfigError
 from lora_ft.io import untrusted
 from lora_ft.models import resolve
 from lora_ft.models.gguf import reader
-from lora_ft.publishing import facts
+from lora_ft.publishing.adapter_facts import front_matter
 from lora_ft.setting import OnResume
 
-# Settings that name a place of this machine, or that the card tells otherwise.
-_TOLD = ("data.revision", "data.name", "data.split", "model.revision", "model.id")
+# The card shows these in other places.
+_SHOWN_ELSEWHERE = ("data.revision", "data.name", "data.split", "model.revision", "model.id")
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Held-out figures of base and adapter over the same rows: loss in nats per token, perplexity, metrics."""
+    """Figures of base and adapter on the same evaluation rows: loss in nats per token, perplexity, metrics."""
 
     when: str
     base: dict[str, float]
@@ -39,11 +39,11 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Story:
-    """A run, as far as others may know it.
+class TrainingSummary:
+    """The public facts of a run.
 
-    `data` says in words where the rows came from, `dataset` is their hub id where they have one. `rows` are counts
-    of documents: trained on, held out. `curves` are points of (step, loss): of training, held out.
+    `data` describes the source of the rows; `dataset` is their hub id if they have one. `rows` counts training and
+    evaluation documents. `curves` are the (step, loss) points of training and evaluation.
     """
 
     settings: dict[str, Any]
@@ -55,22 +55,22 @@ class Story:
     rows: tuple[int, int] | None
     steps: int | None
     tokens: int | None
-    heldout: list[Scores]
+    evaluations: list[Scores]
     merge: dict[str, Any] | None
     curves: tuple[list[tuple[float, float]], list[tuple[float, float]]]
 
 
-def read(run: Path) -> Story:
-    """The story of a finished run; raises what reading a run's files raises."""
+def read(run: Path) -> TrainingSummary:
+    """Read the summary of a finished run; raises what reading a run's files raises."""
     stored = runs.read_config(run)
     data = stored.get("data") or {}
-    told, dataset = _place(str(data.get("path", "")))
+    described, dataset = _describe_source(str(data.get("path", "")))
     hub = data if dataset else {}
     result, check = _json(run / runs.RESULT), _json(run / runs.CHECK)
     counts = check.get("rows") or {}
     rows = (counts["train_documents"], counts["heldout_documents"]) if "heldout_documents" in counts else None
-    return Story(
-        _settings(stored), told, dataset, hub.get("name"), hub.get("split"), hub.get("revision"),
+    return TrainingSummary(
+        _settings(stored), described, dataset, hub.get("name"), hub.get("split"), hub.get("revision"),
         rows, result.get("steps"), result.get("tokens"), _scores(run, result), _json(run / "merge.json") or None,
         _curves(run),
     )  # fmt: skip
@@ -84,7 +84,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _settings(stored: dict[str, Any]) -> dict[str, Any]:
-    """What decides a run's result and is not the default, in the order of config.py; places are left out."""
+    """Return the settings that decide a result and differ from the default, without paths."""
     plain = validation.to_plain(TrainRun())
     found: dict[str, Any] = {}
     for setting in validation.settings(TrainRun):
@@ -92,13 +92,18 @@ def _settings(stored: dict[str, Any]) -> dict[str, Any]:
         holder = stored.get(group) if group else stored
         value = holder.get(name) if isinstance(holder, dict) else None
         default = (plain[group] if group else plain)[name]
-        if setting.on_resume is OnResume.same and not setting.path and setting.key not in _TOLD and value is not None:
+        if (
+            setting.on_resume is OnResume.same
+            and not setting.path
+            and setting.key not in _SHOWN_ELSEWHERE
+            and value is not None
+        ):
             found |= {setting.key: value} if value != default else {}
     return found
 
 
-def _place(path: str) -> tuple[str, str | None]:
-    """How rows are spoken of, and their hub id; a place of this machine is not named."""
+def _describe_source(path: str) -> tuple[str, str | None]:
+    """Describe the source of rows without a path of this machine, and return its hub id if it has one."""
     if path.startswith("package:"):
         return f"files of the package {path.removeprefix('package:').partition('/')[0]}", None
     if Path(path).suffix.lower() in (".jsonl", ".json", ".csv", ".parquet", ".txt", ".yml", ".yaml", ".tsv"):
@@ -118,7 +123,7 @@ def _scores(run: Path, result: dict[str, Any]) -> list[Scores]:
             base, adapter = (_figures(evaluated[name]) for name in ("base", "adapter"))
             found.append(Scores("by lora-ft eval", base, adapter, int(evaluated["tokens"]), int(evaluated["rows"])))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{run}: {runs.RESULT} or eval.json is not as lora-ft wrote it: {error!r}") from error
+        raise ConfigError(f"{run}: {runs.RESULT} or eval.json is not what lora-ft wrote: {error!r}") from error
     return found
 
 
@@ -137,18 +142,18 @@ def _curves(run: Path) -> tuple[list[tuple[float, float]], list[tuple[float, flo
     for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
         try:
             found.append(json.loads(line))
-        except ValueError:  # the last line of a process that was killed
+        except ValueError:  # an incomplete last line of a killed process
             continue
     return tuple([(m["step"], m[key]) for m in found if m.get(key) is not None] for key in ("loss", "heldout_loss"))  # type: ignore[return-value]
 
 
 def license_of(model: config.Model, folder: str | None) -> str | None:
-    """The license that a base states: a GGUF file's own, or that of the card in its folder."""
+    """Return the license that a base states in its GGUF file or in the card of its folder."""
     path = Path(model.path).expanduser()
     if model.path.startswith("package:"):
         path = resolve.package_file(model.path)
     if path.suffix == ".gguf":
         stated = reader.read(path).metadata.get("general.license")
     else:
-        stated = facts.front_matter(Path(folder or path) / "README.md").get("license")
+        stated = front_matter(Path(folder or path) / "README.md").get("license")
     return stated if isinstance(stated, str) and stated else None
