@@ -18,10 +18,10 @@ from lora_ft.sweeps import report, terminal
 
 def main(cfg: config.ReportRun, invocation: entry.Invocation) -> None:
     """Print the tables, write the reports, and say where they are; ConfigError where `sweep` is no sweep folder."""
-    sweep = report.write(Path(cfg.sweep).expanduser(), pictures=True)
+    written = report.write(Path(cfg.sweep).expanduser(), pictures=True)
     console = Console()
-    console.print(terminal.table(sweep))
-    for path in report.written(sweep):
+    console.print(terminal.table(written.ranking))
+    for path in written.paths:
         console.print(Text(str(path)), soft_wrap=True)
 
 

@@ -26,7 +26,7 @@ from lora_ft.publishing.lint import FILES, Verdict
 from lora_ft.publishing.proof import Proof
 from lora_ft.publishing.story import Scores, Story
 
-CURVE = "loss.svg"
+CURVE = "loss.png"
 _LONGEST = 300  # characters of a setting
 
 

@@ -4,7 +4,7 @@
     tokenizer.json  tokenizer_config.json  chat_template.jinja
     lora_ft.json         hashes of base, data and tokenizer; how the base is loaded; no path of this machine
     probe.safetensors    logits, by which anybody can prove the adapter again
-    loss.svg  adapter.gguf  mlx/                        where there are losses; with also=[gguf,mlx]
+    loss.png  adapter.gguf  mlx/                        where there are losses; with also=[gguf,mlx]
     README.md  SHA256SUMS                               the card, which holds the proof; and the hash of every file
 
 It is made of what was loaded and checked, not of files that lay in the adapter's folder: nothing else can come along.
@@ -96,7 +96,7 @@ def _record(contents: Contents, elsewhere: origin.Loading, tensors: dict[str, Te
 
 def _write_extras(folder: Path, contents: Contents) -> None:
     if contents.story and (drawn := curve.draw(*contents.story.curves)):
-        durable.write_text(folder / card.CURVE, drawn)
+        durable.write_bytes(folder / card.CURVE, drawn)
     if config.Also.gguf in contents.also:
         gguf_adapter.write(folder, contents.base_config, folder / GGUF)
     if config.Also.mlx in contents.also:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shlex
+import sys
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
@@ -69,11 +70,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class JobResult:
-    """One job: `settings` by dotted key (empty before its config was written), `words` as typed."""
+    """One job: `number` counts from 0 in the sweep; `settings` by dotted key are empty until its config is written."""
 
     name: str
     folder: Path
-    words: tuple[str, ...] = ()
+    number: int = 0
+    overrides: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     state: State = State.waiting
     reason: str = ""
@@ -94,20 +96,20 @@ class JobResult:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep folder: the words that began it, and its jobs in the order of their numbers."""
+    """A sweep folder: the overrides of its command, and its jobs in order."""
 
     folder: Path
-    words: tuple[str, ...]
+    overrides: tuple[str, ...]
     config_dir: Path | None
     jobs: tuple[JobResult, ...]
 
     @property
     def own_command(self) -> str:
-        return shlex.join(["lora-ft", "sweep", *self._choices, *self.words])
+        return shlex.join(["lora-ft", "sweep", *self._choices, *self.overrides])
 
     def command(self, job: JobResult) -> str:
         """The command that runs this job alone."""
-        return shlex.join(["lora-ft", "train", *self._choices, *job.words])
+        return shlex.join(["lora-ft", "train", *self._choices, *job.overrides])
 
     @property
     def _choices(self) -> list[str]:
@@ -116,11 +118,11 @@ class Sweep:
 
 def read(folder: Path) -> Sweep:
     """Read a sweep folder; ConfigError where it is none, which its sweep.json decides."""
-    words, config_dir = runs.read_sweep(folder)
+    overrides, config_dir = runs.read_sweep(folder)
     root = folder.absolute()
     in_use = _locked_inodes()
-    jobs = tuple(_job(root, path, in_use) for path in _job_folders(root))
-    return Sweep(root, tuple(map(shown, words)), config_dir, jobs)
+    jobs = tuple(_job(root, path, number, in_use) for number, path in enumerate(_job_folders(root)))
+    return Sweep(root, tuple(map(shown, overrides)), config_dir, jobs)
 
 
 def _job_folders(root: Path) -> list[Path]:
@@ -137,10 +139,11 @@ def _job_folders(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: names[path])
 
 
-def _job(root: Path, folder: Path, in_use: set[int] | None) -> JobResult:
-    known: dict[str, Any] = {"name": shown(folder.relative_to(root).as_posix()), "folder": folder}
+def _job(root: Path, folder: Path, number: int, in_use: set[int] | None) -> JobResult:
+    name = shown(folder.relative_to(root).as_posix())
+    known: dict[str, Any] = {"name": name, "folder": folder, "number": number}
     try:
-        known["words"] = _words(folder)
+        known["overrides"] = _overrides(folder)
         known["settings"] = _settings(folder, _stamp(folder / "config.yaml"), _stamp(folder / "changed.json"))
         known["curve"] = _curve(folder, _stamp(folder / runs.METRICS))
         known |= _outcome(folder, known["curve"], in_use)
@@ -150,7 +153,7 @@ def _job(root: Path, folder: Path, in_use: set[int] | None) -> JobResult:
     return JobResult(**known)
 
 
-def _words(folder: Path) -> tuple[str, ...]:
+def _overrides(folder: Path) -> tuple[str, ...]:
     path = folder / runs.OVERRIDES
     foreign.check_place(path, folder)
     if path.stat().st_size > _MOST_OVERRIDES_BYTES:
@@ -241,8 +244,9 @@ def _metrics(path: Path, number: int, line: bytes) -> tuple[int, dict[str, Any]]
 
 
 def finite(value: Any) -> float | None:
-    """A number that is finite, else None."""
-    return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
+    """The value if it is a number that a float can hold, else None."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and abs(value) <= sys.float_info.max else None
 
 
 def _outcome(folder: Path, curve: Curve, in_use: set[int] | None) -> dict[str, Any]:

@@ -4,7 +4,7 @@ metrics.jsonl   {"step": 7, "loss": 2.31, "tokens_per_second": 143.0, "heldout_l
 """
 
 import json
-import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ class View:
     reason: str  # why it was stopped, or failed
 
 
-class Follower:
-    """Follows the files of one job."""
+class MetricsReader:
+    """Read the files of one job as they grow."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -134,5 +134,5 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def _number(value: Any, kind: type = float) -> Any:
-    """A finite number of this kind; None for anything else."""
-    return kind(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    """The value as this kind of number; None if it is not a number that a float can hold."""
+    return kind(value) if isinstance(value, int | float) and abs(value) <= sys.float_info.max else None
