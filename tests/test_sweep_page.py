@@ -235,7 +235,7 @@ def test_a_browser_shows_the_page_without_an_error_and_its_script_sorts_and_mark
 
 
 def _console(path, width, tmp_path):
-    """What a headless browser writes to the console of a page."""
+    """The lines that a headless browser writes to the console of a page."""
     done = subprocess.run(
         [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--log-level=0",
          f"--window-size={width},900", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=2000",

@@ -1,4 +1,4 @@
-"""What a sweep's files tell: ranking, seeds, failures, spoiled files, exit codes, report.json and report.md."""
+"""Reports from a sweep's files: ranking, seeds, failures, spoiled files, exit codes, report.json and report.md."""
 
 import io
 import json
@@ -376,6 +376,15 @@ def test_numbers_that_cannot_be_drawn_stop_no_report(tmp_path, number):
     assert len(drawn(folder)["heldout_loss"].svg) < 20_000
     steps = "".join(f'{{"step": {step}, "loss": 2.0}}\n' for step in (1, "1" + "0" * 400))
     (odd / "metrics.jsonl").write_text(steps)
+    report.write(folder, pictures=True)
+
+
+def test_a_setting_may_be_any_text_in_the_pictures(tmp_path):
+    folder = sweep_folder(tmp_path, ["adapter.r=2,4"])
+    for number, text in enumerate(["$\\frac{x$ <b>", "你好\n😀", "_hidden", ""] * 2):
+        settings = {"adapter.r": 2 + 2 * (number // 4), "data.system": text}
+        job(folder, number, [f"adapter.r={number}"], settings, loss=2.0 + number / 10)
+    assert len(drawn(folder)["rank"].means) == 4
     report.write(folder, pictures=True)
 
 

@@ -10,6 +10,7 @@ with drawing("train_loss"):
 import contextlib
 import io
 import re
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree as ET
@@ -106,12 +107,16 @@ def svg(figure: "Figure", label: str = "", titles: dict[int, str] | None = None)
 def png(figure: "Figure", title: str) -> bytes:
     """The figure as a PNG file, with a title and a legend of the labelled lines."""
     added: list[Any] = [figure.text(2 / _WIDTH, 1.03, title, fontsize=11)]
-    handles, labels = figure.axes[0].get_legend_handles_labels()
+    axes = figure.axes[0]
+    handles, labels = axes.get_legend_handles_labels()
     if 1 < len(handles) <= _MOST_NAMED:
-        added.append(figure.axes[0].legend(handles, [label[:60] for label in labels], loc="upper left", fontsize=8,
-                                           bbox_to_anchor=(1.02, 1.05), frameon=False))  # fmt: skip
+        names = [" ".join(label.split())[:60] for label in labels]
+        added.append(axes.legend(handles, names, loc="upper left", bbox_to_anchor=(1.02, 1.05), fontsize=8,
+                                 frameon=False))  # fmt: skip
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=150, bbox_inches="tight", facecolor="white", transparent=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # of a setting's text in the legend
+        figure.savefig(file, format="png", dpi=150, bbox_inches="tight", facecolor="white", transparent=False)
     for artist in added:
         artist.remove()
     return file.getvalue()

@@ -27,7 +27,7 @@ _SPECIAL = re.compile(r"([\\`*\[\]<>|#~])")
 
 @dataclass(frozen=True)
 class Report:
-    """A sweep as it was read, and the files that were written."""
+    """The ranking of a sweep and the paths of the files written."""
 
     ranking: Ranking
     paths: tuple[Path, ...]

@@ -4,6 +4,7 @@ for table in tables(ranking):          leaderboards, repeats with other seeds, s
     table.rows[0].cells[3].text        "2.3366"; .value is what it is sorted by
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -171,7 +172,11 @@ def _job_columns(ranking: Ranking) -> Iterator[JobColumn]:
     yield Column("job", kind="text"), lambda job: Cell(job.name, number.get(job.name))
     names = [*ranking.columns, SEED] if ranking.has_seeds else [*ranking.columns]
     for name, column in zip(names, _setting_columns(names), strict=True):
-        yield column, lambda job, name=name: _setting(values_of(job), name)  # type: ignore[misc]
+        yield column, functools.partial(_setting_of, name)
+
+
+def _setting_of(name: str, job: JobResult) -> Cell:
+    return _setting(values_of(job), name)
 
 
 def _setting_columns(names: Sequence[str]) -> list[Column]:
