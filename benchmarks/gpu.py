@@ -33,7 +33,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lora_ft import durable
+from lora_ft.io import durable
 
 RESULTS = Path(__file__).parent / "results"
 CHILD = Path(__file__).with_name("gpu_trainers.py")

@@ -15,7 +15,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
-from lora_ft import config, rules, runs
+from lora_ft import config, runs, validation
 from lora_ft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class LoraFtLauncher(Launcher):
 
     def __init__(self, **settings: Any) -> None:
         self._settings = config.Launcher(**settings)
-        rules.validate(self._settings, "hydra.launcher.")
+        validation.validate(self._settings, "hydra.launcher.")
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self._context, self._task, self._config = hydra_context, task_function, config

@@ -2,7 +2,7 @@
 
 from typing import NoReturn
 
-from lora_ft import entry
+from lora_ft.cli import entry
 
 
 def main() -> NoReturn:

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING
 import jinja2
 import numpy as np
 
-from lora_ft import config, entry
-from lora_ft.adapters import source
-from lora_ft.data.templates import control_tokens, plain_prompt, render
+from lora_ft import config
+from lora_ft.adapters import loading
+from lora_ft.cli import entry
+from lora_ft.data.chat_template import control_tokens, plain_prompt, render
 from lora_ft.data.tokenize import Vocabulary
 from lora_ft.errors import ConfigError
 from lora_ft.evaluation.compare import adapter_off
@@ -63,10 +64,10 @@ class Session:
 def main(cfg: config.ChatRun, invocation: entry.Invocation) -> None:
     """Answer `prompt` on stdout, or hold a session over stdin and stdout."""
     keep_freed_memory()
-    adapter = source.adapter_folder(cfg.run, cfg.adapter_path)
-    cfg = source.with_base(cfg, adapter, invocation.overrides)
-    tokenizer = source.adapter_tokenizer(adapter, cfg.model)
-    _, model = source.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
+    adapter = loading.adapter_folder(cfg.run, cfg.adapter_path)
+    cfg = loading.with_base(cfg, adapter, invocation.overrides)
+    tokenizer = loading.adapter_tokenizer(adapter, cfg.model)
+    _, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
     system = cfg.data.system if cfg.system is None else cfg.system
     session = Session(model, tokenizer, system, cfg.sampling, cfg.seed, cfg.data)
     if cfg.prompt is None:

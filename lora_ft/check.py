@@ -28,14 +28,15 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from lora_ft import config, entry, rules, runs
-from lora_ft.adapters.outline import Layers
-from lora_ft.data.prepare import TokenRow
+from lora_ft import config, runs, validation
+from lora_ft.adapters.summary import Layers
+from lora_ft.cli import entry
+from lora_ft.data.dataset import TokenRow
 from lora_ft.data.read import read
 from lora_ft.data.rows import excerpt
 from lora_ft.data.tokenize import Vocabulary
 from lora_ft.models.load import load_tokenizer
-from lora_ft.training.preflight import Known, Rows, Steps, Tries, check_machine, look, read_rows
+from lora_ft.training.dry_run import Known, Rows, Steps, Tries, check_machine, look, read_rows
 
 _BAR = 40  # columns
 _LONG = 320  # characters of a stretch of text; longer ones lose their middle
@@ -50,7 +51,7 @@ def main(cfg: config.CheckRun, invocation: entry.Invocation) -> None:
     """Print what is known, and raise all that train would end with, but for what the weights themselves show."""
     tries = Tries()
     if cfg.resume and runs.exists(invocation.folder):
-        tries(rules.changes, runs.read_config(invocation.folder), cfg)
+        tries(validation.changes, runs.read_config(invocation.folder), cfg)
     tries(check_machine, cfg)
     if tokenizer := tries(load_tokenizer, cfg.model):
         known = look(tries, cfg, tries(read_rows, cfg, tokenizer), tokenizer, invocation.folder)

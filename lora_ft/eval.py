@@ -25,20 +25,21 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, durable, entry, runs
-from lora_ft.adapters import origin, source
-from lora_ft.cli import overrides
-from lora_ft.data.prepare import Dataset, labels, prepare, prepare_rows
+from lora_ft import config, runs
+from lora_ft.adapters import loading, provenance
+from lora_ft.cli import entry, overrides
+from lora_ft.data.dataset import Dataset, labels, prepare, prepare_rows
 from lora_ft.data.read import Rows, read, read_heldout
 from lora_ft.errors import ConfigError, DataError, ResourceError
 from lora_ft.evaluation import metrics
 from lora_ft.evaluation.compare import Comparison, compare, render
 from lora_ft.evaluation.heldout import Heldout
+from lora_ft.io import durable
 from lora_ft.models.load import resolve_device
 from lora_ft.ops.allocator import keep_freed_memory
 from lora_ft.ops.kernels import choose_kernels
-from lora_ft.training.learner import evaluation_rows
 from lora_ft.training.paths import use_fast_paths
+from lora_ft.training.state import evaluation_rows
 
 log = logging.getLogger("lora_ft")
 
@@ -49,9 +50,9 @@ def main(cfg: config.EvalRun, invocation: entry.Invocation) -> float:
     """Print the comparison, write eval.json into the run folder if there is one, and return the adapter's loss."""
     metrics.check(cfg.eval.metrics)
     keep_freed_memory()
-    adapter = source.adapter_folder(cfg.run, cfg.adapter_path)
-    cfg = source.with_base(cfg, adapter, invocation.overrides)
-    tokenizer = source.adapter_tokenizer(adapter, cfg.model)
+    adapter = loading.adapter_folder(cfg.run, cfg.adapter_path)
+    cfg = loading.with_base(cfg, adapter, invocation.overrides)
+    tokenizer = loading.adapter_tokenizer(adapter, cfg.model)
     dataset, told, apart = _rows(cfg, invocation.overrides, tokenizer)
     rows, questions = evaluation_rows(dataset, cfg.eval.rows or len(dataset.heldout))
     if not rows:
@@ -61,7 +62,7 @@ def main(cfg: config.EvalRun, invocation: entry.Invocation) -> float:
     if not apart:
         _say_other_rows(adapter, dataset)
     kernels = choose_kernels(resolve_device(cfg.device), compile_=cfg.fast.compile, liger=cfg.fast.liger)
-    base, model = source.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
+    base, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
     comparison = compare(
         model,
         tokenizer,
@@ -138,7 +139,7 @@ def _read_own(own: config.Data | None) -> Rows | None:
 
 def _say_other_rows(adapter: Path, dataset: Dataset) -> None:
     """Rows other than the run's own may hold some that it learned, and then its loss looks better than it is."""
-    record = adapter / origin.RECORD
+    record = adapter / provenance.RECORD
     if record.is_file() and json.loads(record.read_text("utf-8"))["data_sha256"] != dataset.report.sha256:
         log.warning(
             "these rows, or their split, are not the run's own: where rows that it was trained on are among "

@@ -21,17 +21,18 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, durable, entry
-from lora_ft.adapters import files, origin, source
-from lora_ft.cli import overrides
-from lora_ft.data.prepare import TokenRow, prepare
+from lora_ft import config
+from lora_ft.adapters import files, loading, provenance
+from lora_ft.cli import entry, overrides
+from lora_ft.data.dataset import TokenRow, prepare
 from lora_ft.errors import ConfigError, DataError, ResourceError
 from lora_ft.evaluation.heldout import heldout_loss
 from lora_ft.exports import combine, gguf_model, merge, onto, stream, truncate, verify
+from lora_ft.io import durable
 from lora_ft.models.load import Base
 from lora_ft.ops.allocator import keep_freed_memory
-from lora_ft.training.learner import evaluation_rows
 from lora_ft.training.paths import use_fast_paths
+from lora_ft.training.state import evaluation_rows
 from lora_ft.values import Dtype, Onto, QuantKind
 
 log = logging.getLogger("lora_ft")
@@ -46,9 +47,9 @@ def main(cfg: config.MergeRun, invocation: entry.Invocation) -> None:
     if out.exists() or out.is_symlink():
         raise ConfigError(f"out={cfg.out} exists already: give it a new name, merge never replaces anything")
     keep_freed_memory()
-    places = [_adapter_of(place) for place in cfg.adapters] or [source.adapter_folder(cfg.run, cfg.adapter_path)]
-    cfg = source.with_base(cfg, places[0], invocation.overrides)
-    tokenizer = source.adapter_tokenizer(places[0], cfg.model)
+    places = [_adapter_of(place) for place in cfg.adapters] or [loading.adapter_folder(cfg.run, cfg.adapter_path)]
+    cfg = loading.with_base(cfg, places[0], invocation.overrides)
+    tokenizer = loading.adapter_tokenizer(places[0], cfg.model)
     if cfg.adapters:
         _combine(cfg, places, tokenizer, out)
     elif cfg.truncate_rank:
@@ -60,7 +61,7 @@ def main(cfg: config.MergeRun, invocation: entry.Invocation) -> None:
 def _adapter_of(place: str) -> Path:
     """The adapter of a run folder, or an adapter's own place."""
     is_run = (Path(place).expanduser() / "config.yaml").is_file()
-    return source.adapter_folder(place if is_run else None, None if is_run else place)
+    return loading.adapter_folder(place if is_run else None, None if is_run else place)
 
 
 def _merge(
@@ -116,7 +117,7 @@ def _target(
     log.info(
         "measuring both targets on %d held-out rows; onto=dequantized or onto=original measures nothing", len(rows)
     )
-    base, model = source.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
+    base, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
     measured = onto.measure(
         base.model,
         merge.Merged(opened.model, stream.loaded(base.model, opened.modules), dtype),
@@ -154,28 +155,30 @@ def _combine(cfg: config.MergeRun, places: list[Path], tokenizer: PreTrainedToke
 
 def _truncate(cfg: config.MergeRun, adapter: Path, tokenizer: PreTrainedTokenizerBase, out: Path, rank: int) -> None:
     saved = truncate.check(adapter, rank)
-    base, model = source.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
-    found = truncate.pairs(model, source.NAME)
+    base, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
+    found = truncate.pairs(model, loading.NAME)
     rows = _heldout_rows(cfg, tokenizer)
     if not rows:
         log.warning("no row is held out: what a rank keeps is shown by the update's norm alone")
     paths = use_fast_paths(base.model, config.Fast())
     loss = (lambda: heldout_loss(base.model, rows, paths, _TOKENS_PER_PASS).loss) if rows else None
-    kept = truncate.table_of(model, source.NAME, found, rank, loss)
+    kept = truncate.table_of(model, loading.NAME, found, rank, loss)
     Console().print(truncate.render(kept, rank))
     small = {layer: pair.cut(rank) for layer, pair in found.items()}
     made_from = _origin(base, cfg.quant, [adapter], {"method": "truncated"})
-    files.write(truncate.tensors(model, source.NAME, small), truncate.settings(saved, small), out, tokenizer, made_from)
+    files.write(
+        truncate.tensors(model, loading.NAME, small), truncate.settings(saved, small), out, tokenizer, made_from
+    )
     _say(f"adapter of rank {rank} in {out}")
 
 
-def _origin(base: Base, quant: config.Quant, adapters: list[Path], how: dict[str, Any]) -> origin.Origin:
+def _origin(base: Base, quant: config.Quant, adapters: list[Path], how: dict[str, Any]) -> provenance.Origin:
     """Where an adapter made of others comes from: their base, their rows where these are recorded, themselves."""
-    known = [origin.read_record(adapter) if (adapter / origin.RECORD).is_file() else {} for adapter in adapters]
+    known = [provenance.read_record(adapter) if (adapter / provenance.RECORD).is_file() else {} for adapter in adapters]
     rows = [record.get("data_sha256") for record in known]
     data = rows[0] if len(rows) == 1 else hashlib.sha256(json.dumps(rows).encode()).hexdigest() if all(rows) else None
     hashes = [hashlib.sha256((adapter / files.WEIGHTS).read_bytes()).hexdigest() for adapter in adapters]
-    return origin.Origin(base.identity, quant, data, how | {"adapter_sha256": hashes})
+    return provenance.Origin(base.identity, quant, data, how | {"adapter_sha256": hashes})
 
 
 def _say(sentence: str) -> None:

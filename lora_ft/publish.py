@@ -23,10 +23,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lora_ft import config, durable, entry, foreign, runs
-from lora_ft.adapters import files, origin, source
+from lora_ft import config, runs
+from lora_ft.adapters import files, loading, provenance
+from lora_ft.cli import entry
 from lora_ft.config import QuantKind
 from lora_ft.errors import ConfigError, MismatchError
+from lora_ft.io import durable, untrusted
 from lora_ft.models.load import Identity
 from lora_ft.models.locate import locate
 from lora_ft.ops.allocator import keep_freed_memory
@@ -56,8 +58,8 @@ def main(cfg: config.PublishRun, invocation: entry.Invocation) -> None:
 
 def _publish(cfg: config.PublishRun, typed: list[str]) -> None:
     place = places.parse(cfg.to)
-    adapter = source.adapter_folder(cfg.run, cfg.adapter_path)
-    cfg = source.with_base(cfg, adapter, typed)
+    adapter = loading.adapter_folder(cfg.run, cfg.adapter_path)
+    cfg = loading.with_base(cfg, adapter, typed)
     public_id, stated = _public_id(cfg, adapter), _license(cfg)
     keep_freed_memory()
     with _workplace(adapter, cfg) as workplace:
@@ -97,13 +99,13 @@ def _workplace(adapter: Path, cfg: config.PublishRun) -> Iterator[Path]:
 def _public_id(cfg: config.PublishRun, adapter: Path) -> str:
     """The hub id of the base, by which others find it; ConfigError where only a place of this machine is known."""
     named = files.read_config(adapter).base_model_name_or_path
-    found = cfg.model.id or locate(cfg.model, weights=False).id or (named if foreign.is_public_id(named) else None)
+    found = cfg.model.id or locate(cfg.model, weights=False).id or (named if untrusted.is_public_id(named) else None)
     if not found:
         raise ConfigError(
             f"the base of {adapter} is known by a place of this machine only ({cfg.model.path or named}), where nobody "
             "else finds it: add model.id=OWNER/NAME, the base's id on the hub"
         )
-    if not foreign.is_hub_id(found):
+    if not untrusted.is_hub_id(found):
         raise ConfigError(f"model.id must be an id of the hub, OWNER/NAME, got {found}")
     return found
 
@@ -122,15 +124,15 @@ def _contents(
     cfg: config.PublishRun, adapter: Path, workplace: Path, public_id: str, stated: str | None
 ) -> package.Contents:
     opened = _plain(cfg, adapter, workplace)
-    tokenizer = source.adapter_tokenizer(adapter, cfg.model)
-    base, model = source.open_adapter(opened, cfg.model, cfg.quant, cfg.device, tokenizer)
+    tokenizer = loading.adapter_tokenizer(adapter, cfg.model)
+    base, model = loading.open_adapter(opened, cfg.model, cfg.quant, cfg.device, tokenizer)
     contents = package.Contents(
         adapter=opened,
         tokenizer=tokenizer,
         probe=proof.make_probe(model, tokenizer),
-        base_config=foreign.json_object(Path(str(base.identity.folder)) / "config.json", ConfigError),
+        base_config=untrusted.json_object(Path(str(base.identity.folder)) / "config.json", ConfigError),
         quant=cfg.quant,
-        loading=origin.loading(base, cfg.quant, cfg.model),
+        loading=provenance.loading(base, cfg.quant, cfg.model),
         public=_public(base.identity, public_id, files.read_config(opened)),
         story=story.read(Path(cfg.run).expanduser()) if cfg.run else None,
         license=stated,
@@ -195,7 +197,7 @@ def _say_proof(console: Console, proven: Proof) -> None:
 
 def _lint(cfg: config.PublishRun) -> None:
     """Print who can load an adapter; MismatchError where nobody can."""
-    adapter = source.adapter_folder(cfg.run, cfg.adapter_path)
+    adapter = loading.adapter_folder(cfg.run, cfg.adapter_path)
     verdicts = lint.lint(adapter, _base_config(cfg))
     table = Table(box=None, header_style="bold")
     for column in ("consumer", "verdict", "why", "what helps"):
@@ -215,13 +217,13 @@ def _base_config(cfg: config.PublishRun) -> dict[str, Any] | None:
         log.warning("no base is named (model=): whether the adapter fits it is not looked at")
         return None
     folder = locate(cfg.model, weights=False).folder
-    return foreign.json_object(Path(str(folder)) / "config.json", ConfigError)
+    return untrusted.json_object(Path(str(folder)) / "config.json", ConfigError)
 
 
 def _verify(cfg: config.PublishRun, typed: list[str]) -> None:
     """Prove again what was published: a folder, or what lies on the hub under an id."""
     if cfg.run or Path(cfg.adapter_path or "").expanduser().is_dir():
-        _verify_folder(cfg, source.adapter_folder(cfg.run, cfg.adapter_path), typed)
+        _verify_folder(cfg, loading.adapter_folder(cfg.run, cfg.adapter_path), typed)
         return
     with _workplace(Path(str(cfg.adapter_path)), cfg) as workplace:
         places.parse(f"{_HUB}{cfg.adapter_path}").fetch(workplace / "fetched", None)
@@ -229,7 +231,7 @@ def _verify(cfg: config.PublishRun, typed: list[str]) -> None:
 
 
 def _verify_folder(cfg: config.PublishRun, folder: Path, typed: list[str]) -> None:
-    cfg = source.with_base(cfg, folder, typed)
+    cfg = loading.with_base(cfg, folder, typed)
     proven = proof.prove(folder, package.loading(folder, cfg.model, cfg.quant, cfg.device))
     console = Console()
     _say_proof(console, proven)

@@ -5,7 +5,7 @@ runs/2026-11-23_10-15-00-123456/
   changed.json       settings that a resumed run has otherwise, by dotted key: {"train.epochs": 3}
   overrides.txt      the overrides of the command line, one a line
   environment.json   versions, machine, command
-  check.json         what was known of rows, steps and layers before training (training/preflight.py)
+  check.json         what was known of rows, steps and layers before training (training/dry_run.py)
   metrics.jsonl      one object a step: {"step": 1, "loss": ..., ...}
   checkpoints/       states to resume from (training/checkpoint.py)
   result.json        the outcome: losses, tokens per second, peak memory, where the adapter is
@@ -34,9 +34,10 @@ from typing import Any
 
 import yaml
 
-from lora_ft import durable, foreign, rules
+from lora_ft import validation
 from lora_ft.errors import CheckpointError, ConfigError, LoraFtError
-from lora_ft.redact import redact
+from lora_ft.io import durable, untrusted
+from lora_ft.io.redact import redact
 
 PACKAGES = ("lora_ft", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "hydra-core")
 
@@ -54,7 +55,7 @@ def begin(folder: Path, cfg: Any, overrides: list[str]) -> bool:
     if cfg.resume and exists(folder):
         goes_on = reopen(folder, cfg)
     else:
-        create(folder, rules.to_plain(cfg), overrides)
+        create(folder, validation.to_plain(cfg), overrides)
         goes_on = True
     if goes_on:
         durable.remove(folder / FAILURE)
@@ -107,8 +108,8 @@ def fail(folder: Path, error: BaseException, overrides: list[str]) -> None:
 def read_failure(folder: Path) -> dict[str, Any] | None:
     """What `write_failure` kept; None where the run has not failed."""
     path = folder / FAILURE
-    foreign.check_place(path, folder)
-    return foreign.json_object(path, ConfigError) if path.is_file() else None
+    untrusted.check_place(path, folder)
+    return untrusted.json_object(path, ConfigError) if path.is_file() else None
 
 
 def create_sweep(folder: Path, words: list[str], config_dir: Path | None, *, resumed: bool) -> None:
@@ -129,8 +130,8 @@ def read_sweep(folder: Path) -> tuple[list[str], Path | None]:
     path = folder / SWEEP
     if not path.is_file():
         raise ConfigError(f"{folder} is not a sweep folder: it has no {SWEEP}")
-    foreign.check_place(path, folder)
-    found = foreign.json_object(path, ConfigError)
+    untrusted.check_place(path, folder)
+    found = untrusted.json_object(path, ConfigError)
     words, config_dir = found.get("words"), found.get("config_dir")
     if not (isinstance(words, list) and all(isinstance(w, str) for w in words) and isinstance(config_dir, str | None)):
         raise ConfigError(f"{path} must hold words and config_dir of a sweep")
@@ -176,7 +177,7 @@ def _names(folder: Path) -> set[str]:
 
 def is_finished(folder: Path, cfg: Any) -> bool:
     """Whether a run has its result, and these settings ask for nothing more; ConfigError for others than its own."""
-    return (folder / RESULT).is_file() and not _longer(rules.changes(read_config(folder), cfg))
+    return (folder / RESULT).is_file() and not _longer(validation.changes(read_config(folder), cfg))
 
 
 def reopen(folder: Path, cfg: Any) -> bool:
@@ -186,7 +187,7 @@ def reopen(folder: Path, cfg: Any) -> bool:
     longer and its last state is gone.
     """
     durable.clear_leftovers(folder)
-    changed = rules.changes(read_config(folder), cfg)
+    changed = validation.changes(read_config(folder), cfg)
     if not (folder / RESULT).is_file():
         return True
     if not _longer(changed):
@@ -198,7 +199,7 @@ def reopen(folder: Path, cfg: Any) -> bool:
 
 def keep_changes(folder: Path, cfg: Any) -> bool:
     """Write down what a run that goes on does otherwise than before; whether it is longer than it was to be."""
-    changed = rules.changes(read_config(folder), cfg)
+    changed = validation.changes(read_config(folder), cfg)
     if _longer(changed):
         durable.remove(folder / RESULT)  # first: with its result a run that was to go on would count as finished
     if changed:
@@ -212,8 +213,8 @@ def _longer(changed: dict[str, Any]) -> bool:
 
 def read_result(folder: Path) -> dict[str, Any]:
     """What a finished run wrote of its outcome."""
-    foreign.check_place(folder / RESULT, folder)
-    return foreign.json_object(folder / RESULT, ConfigError)
+    untrusted.check_place(folder / RESULT, folder)
+    return untrusted.json_object(folder / RESULT, ConfigError)
 
 
 def environment() -> dict[str, Any]:
@@ -250,13 +251,13 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def read_config(folder: Path) -> dict[str, Any]:
     """The config of a run, which may be somebody else's, with what was changed when it was resumed.
 
-    Raises ConfigError where the folder is not one, and what lora_ft.foreign raises.
+    Raises ConfigError where the folder is not one, and what lora_ft.io.untrusted raises.
     """
     path = folder / _CONFIG
     if not path.is_file():
         raise ConfigError(f"{folder} is not a run folder: it has no {_CONFIG}")
-    foreign.check_place(path, folder)
-    foreign.check_yaml(path.read_bytes(), str(path), ConfigError)
+    untrusted.check_place(path, folder)
+    untrusted.check_yaml(path.read_bytes(), str(path), ConfigError)
     loaded = yaml.safe_load(path.read_text("utf-8"))
     if not isinstance(loaded, dict):
         raise ConfigError(f"{folder}: {_CONFIG} holds no settings")
@@ -271,8 +272,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _read_changed(folder: Path) -> dict[str, Any]:
     path = folder / _CHANGED
-    foreign.check_place(path, folder)
-    return foreign.json_object(path, ConfigError) if path.is_file() else {}
+    untrusted.check_place(path, folder)
+    return untrusted.json_object(path, ConfigError) if path.is_file() else {}
 
 
 def adapter_folder(folder: Path) -> Path:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lora_ft import config, entry
+from lora_ft import config
+from lora_ft.cli import entry
 from lora_ft.sweeps import jobs, report, terminal
 
 

@@ -18,30 +18,32 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, durable, entry, runs
+from lora_ft import config, runs
 from lora_ft.adapters import audit
+from lora_ft.cli import entry
 from lora_ft.config import Schedule
-from lora_ft.data.prepare import Dataset
+from lora_ft.data.dataset import Dataset
 from lora_ft.errors import ResourceError
 from lora_ft.evaluation.compare import Comparison
+from lora_ft.io import durable
 from lora_ft.models.fingerprint import fingerprint
 from lora_ft.models.load import Base, load_base, load_tokenizer, resolve_device
 from lora_ft.ops.allocator import keep_freed_memory
 from lora_ft.ops.dropout import switch_off_dropout
+from lora_ft.ops.gradient_checkpointing import available_bytes
 from lora_ft.ops.kernels import choose_kernels
-from lora_ft.ops.recompute import available_bytes
 from lora_ft.ops.token_loss import Paths
 from lora_ft.training import checkpoint, logs
+from lora_ft.training.dry_run import Rows, check_first, check_machine, read_rows
 from lora_ft.training.finish import Result, finish
 from lora_ft.training.halving import Halving
-from lora_ft.training.learner import Learner, make_learner
-from lora_ft.training.loop import Metrics, Watcher, fit_each
 from lora_ft.training.optimizers import learner_bytes
 from lora_ft.training.paths import use_fast_paths
-from lora_ft.training.preflight import Rows, check_first, check_machine, read_rows
 from lora_ft.training.progress import displayed
-from lora_ft.training.stop import Stop, on_signals
+from lora_ft.training.signals import Stop, on_signals
+from lora_ft.training.state import Learner, make_learner
 from lora_ft.training.trackers import Tracked, tracked
+from lora_ft.training.trainer import Metrics, Watcher, fit_each
 
 log = logging.getLogger("lora_ft")
 

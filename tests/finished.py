@@ -12,9 +12,10 @@ import torch
 from peft import PeftModel
 from tiny import tiny_folder
 
-from lora_ft import config, entry, rules, runs
-from lora_ft.adapters import attach, files, origin
-from lora_ft.data.prepare import prepare
+from lora_ft import config, runs, validation
+from lora_ft.adapters import attach, files, provenance
+from lora_ft.cli import entry
+from lora_ft.data.dataset import prepare
 from lora_ft.models.load import Base, load_base, load_tokenizer
 
 QUESTIONS = [
@@ -65,9 +66,9 @@ def finished_run(tmp_path: Path, family: str, *, name: str = "run", **options: A
 
 
 def saved_run(folder: Path, cfg: config.TrainRun) -> Path:
-    runs.create(folder, rules.to_plain(cfg), [])
+    runs.create(folder, validation.to_plain(cfg), [])
     base, model = adapted(cfg)
-    source = origin.Origin(base.identity, cfg.quant, prepare(cfg.data, base.tokenizer).report.sha256)
+    source = provenance.Origin(base.identity, cfg.quant, prepare(cfg.data, base.tokenizer).report.sha256)
     files.save(model, "first", folder / "adapter", base.tokenizer, source)
     return folder
 

@@ -14,14 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lora_ft import config
-from lora_ft.data.prepare import Dataset
+from lora_ft.data.dataset import Dataset
 from lora_ft.data.rows import TokenRow
 from lora_ft.models.load import Base, Identity
 from lora_ft.ops.dropout import switch_off_dropout
 from lora_ft.ops.token_loss import choose_paths
-from lora_ft.training.learner import Learner, make_learner
-from lora_ft.training.loop import fit
 from lora_ft.training.paths import use_fast_paths
+from lora_ft.training.state import Learner, make_learner
+from lora_ft.training.trainer import fit
 
 IDENTITY = Identity(id="tiny", path="tiny", folder=None, revision=None, config_sha256="c", weights_sha256=None)
 SETTINGS = {

@@ -1,7 +1,7 @@
 """Do the tests notice? Break one file in many small ways, run its tests on each, and count the mutants that live.
 
-    python tests/mutants.py lora_ft/data/pack.py tests/test_data_pack.py           # 45 of its mutants, seed 0
-    python tests/mutants.py --most 200 --seed 1 lora_ft/durable.py tests/test_durable.py
+    python tests/mutants.py lora_ft/data/packing.py tests/test_data_pack.py           # 45 of its mutants, seed 0
+    python tests/mutants.py --most 200 --seed 1 lora_ft/io/durable.py tests/test_durable.py
 
 A mutant has one comparison turned, one condition negated, one number moved by one, one value not returned or one call
 left out. Words for people (messages, log lines, docstrings) are left alone. It is killed when a test fails or hangs;

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from lora_ft import config, rules
+from lora_ft import config, validation
 
 BASE_LOSS = 3.25
 
@@ -75,7 +75,7 @@ def metrics(folder: Path, steps: int, begin: float, end: float, evaluations: int
 
 
 def _config(settings: dict[str, Any]) -> dict[str, Any]:
-    plain = rules.to_plain(config.TrainRun())
+    plain = validation.to_plain(config.TrainRun())
     for key, value in settings.items():
         group, _, name = key.rpartition(".")
         (plain[group] if group else plain)[name] = value

@@ -20,16 +20,17 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from tiny import FAMILIES, VOCABULARY, tiny_model, tiny_tokenizer
 
-from lora_ft import config, durable, runs
-from lora_ft.adapters import attach, files, origin
+from lora_ft import config, runs
+from lora_ft.adapters import attach, files, provenance
 from lora_ft.errors import MismatchError, SecurityError
+from lora_ft.io import durable
 from lora_ft.models.load import Base, Identity
 
 IDS = torch.tensor([[5, 99, 42, 7, 300, 11]])
 BASE = Identity(
     id="org/tiny", path="somewhere", folder=None, revision="abc", config_sha256="c", weights_sha256={"w": "1"}
 )
-ORIGIN = origin.Origin(BASE, config.Quant(), data_sha256="d")
+ORIGIN = provenance.Origin(BASE, config.Quant(), data_sha256="d")
 
 VARIANTS = {
     **{family: (family, {}) for family in FAMILIES},
@@ -142,7 +143,7 @@ def test_saving_twice_gives_the_same_bytes_readable_by_others(tmp_path: Path) ->
     os.umask(0o022)
     first, second = (saved(trained("llama", {}), tmp_path / name) for name in ("one", "two"))
     names = {p.name for p in first.iterdir()}
-    assert {files.WEIGHTS, files.CONFIG, origin.RECORD, "tokenizer.json", "chat_template.jinja"} <= names
+    assert {files.WEIGHTS, files.CONFIG, provenance.RECORD, "tokenizer.json", "chat_template.jinja"} <= names
     for path in first.iterdir():
         assert path.read_bytes() == (second / path.name).read_bytes()
         assert path.stat().st_mode & 0o777 == 0o644
@@ -168,7 +169,7 @@ def test_the_config_holds_what_any_peft_needs_and_of_the_rest_what_differs_from_
     text = (saved(model, tmp_path / "more") / files.CONFIG).read_text()
     assert json.loads(text).keys() - plain.keys() == {"layers_to_transform"}
     assert text.index('"q_proj": 9') < text.index('"v_proj": 7')
-    local = origin.Origin(dataclasses.replace(BASE, id=None, revision=None), config.Quant(), "d")
+    local = provenance.Origin(dataclasses.replace(BASE, id=None, revision=None), config.Quant(), "d")
     files.save(model, "adapter0", tmp_path / "local", tiny_tokenizer(), local)
     fields = json.loads((tmp_path / "local" / files.CONFIG).read_text())
     assert (fields["base_model_name_or_path"], fields["revision"]) == ("somewhere", None)
@@ -179,10 +180,10 @@ def test_the_record_holds_what_decides_the_base_and_the_text_of_tokens(templated
     tokenizer, model = tiny_tokenizer(), trained("llama", {})
     if not templated:
         tokenizer.chat_template = None
-    source = origin.Origin(dataclasses.replace(BASE, folder="/home/alice/tiny"), config.Quant(), "d")
+    source = provenance.Origin(dataclasses.replace(BASE, folder="/home/alice/tiny"), config.Quant(), "d")
     files.save(model, "adapter0", tmp_path / "a", tokenizer, source)
     digest = lambda text: hashlib.sha256(text.encode()).hexdigest()  # noqa: E731
-    assert json.loads((tmp_path / "a" / origin.RECORD).read_text()) == {
+    assert json.loads((tmp_path / "a" / provenance.RECORD).read_text()) == {
         "format": 1,
         "base": {"id": "org/tiny", "path": "somewhere", "folder": None, "revision": "abc", "config_sha256": "c",
                  "weights_sha256": {"w": "1"}},
@@ -209,7 +210,7 @@ def base_of(**changes: object) -> Base:
 
 
 def check(folder: Path, base: Base, **quant: object) -> None:
-    origin.check_source(folder, files.read_config(folder), base, config.Quant(**quant))
+    provenance.check_source(folder, files.read_config(folder), base, config.Quant(**quant))
 
 
 @pytest.mark.closes("D03")
@@ -236,7 +237,7 @@ def test_another_base_quantization_tokenizer_or_template_is_refused(tmp_path: Pa
 @pytest.mark.parametrize(("kind", "double"), [("none", True), ("fp4", True), ("int8", True), ("nf4", False)])
 def test_a_base_quantized_in_another_way_is_another_base(kind: str, double: bool, tmp_path: Path) -> None:
     nf4 = config.Quant(kind=config.QuantKind.nf4)
-    files.save(trained("llama", {}), "adapter0", tmp_path / "a", tiny_tokenizer(), origin.Origin(BASE, nf4, "d"))
+    files.save(trained("llama", {}), "adapter0", tmp_path / "a", tiny_tokenizer(), provenance.Origin(BASE, nf4, "d"))
     check(tmp_path / "a", base_of(), kind=config.QuantKind.nf4)
     with pytest.raises(MismatchError, match=r"quantization: trained on .*'nf4', 'double': True.*, now"):
         check(tmp_path / "a", base_of(), kind=config.QuantKind[kind], double=double)
@@ -245,7 +246,7 @@ def test_a_base_quantized_in_another_way_is_another_base(kind: str, double: bool
 @pytest.mark.closes("D08")
 def test_an_adapter_made_elsewhere_is_compared_by_name_and_refused_by_kind(tmp_path: Path, caplog) -> None:
     folder = saved(trained("llama", {}), tmp_path / "adapter")
-    (folder / origin.RECORD).unlink()
+    (folder / provenance.RECORD).unlink()
     check(folder, base_of())
     for same in ({"id": None, "path": "/models/tiny/"}, {"id": None, "folder": "/models/tiny"}, {"id": "else/tiny"}):
         check(folder, base_of(**same))
@@ -262,11 +263,11 @@ def test_an_adapter_made_elsewhere_is_compared_by_name_and_refused_by_kind(tmp_p
 def test_a_broken_record_or_config_is_named(tmp_path: Path) -> None:
     folder = saved(trained("llama", {}), tmp_path / "adapter")
     for name, text, said in (
-        (origin.RECORD, "{}", "not a record of format 1"),
-        (origin.RECORD, '{"format": 2, "base": {}}', "not a record of format 1, got 2"),
-        (origin.RECORD, '{"format": 1, "base": "tiny"}', "not a record of format 1"),
-        (origin.RECORD, '{"format": 1', "lora_ft.json is not valid JSON"),
-        (origin.RECORD, "[]", "must hold a JSON object"),
+        (provenance.RECORD, "{}", "not a record of format 1"),
+        (provenance.RECORD, '{"format": 2, "base": {}}', "not a record of format 1, got 2"),
+        (provenance.RECORD, '{"format": 1, "base": "tiny"}', "not a record of format 1"),
+        (provenance.RECORD, '{"format": 1', "lora_ft.json is not valid JSON"),
+        (provenance.RECORD, "[]", "must hold a JSON object"),
         (files.CONFIG, '{"peft_type": ', "adapter_config.json is not valid JSON"),
         (files.CONFIG, '{"peft_type": "LORA", "r": 0}', "adapter"),
     ):
@@ -447,11 +448,11 @@ def test_the_lines_that_load_an_adapter_load_it_with_transformers_and_peft_alone
     cfg = finished.settings(tmp_path, "llama", quant=quant)
     cfg.model.added_tokens = added
     base, model = finished.adapted(cfg)
-    files.save(model, "first", tmp_path / "it's", base.tokenizer, origin.Origin(base.identity, cfg.quant, "d"))
+    files.save(model, "first", tmp_path / "it's", base.tokenizer, provenance.Origin(base.identity, cfg.quant, "d"))
     names = {"torch": torch, "PeftModel": PeftModel} | {
         name: getattr(transformers, name) for name in ("AutoModelForCausalLM", "BitsAndBytesConfig")
     }
-    exec("\n".join(origin.loading_lines(tmp_path / "it's", base, cfg)), names)  # noqa: S102
+    exec("\n".join(provenance.loading_lines(tmp_path / "it's", base, cfg)), names)  # noqa: S102
     if quant in ("nf4", "fp4"):  # stock layers of 4 bits round more than ours: their weights are compared
         pairs = zip(names["model"].modules(), model.modules(), strict=True)
         weights = [(m.weight, n.weight) for m, n in pairs if isinstance(m, Linear4bit)]
@@ -467,7 +468,7 @@ def test_the_lines_name_a_base_of_the_hub_by_its_commit_and_a_local_one_by_its_f
     model = tiny_model("llama", dtype=torch.bfloat16)
     hub = dataclasses.replace(base_of(folder="/cache/x"), model=model)
     local = dataclasses.replace(base_of(folder="/models/x", revision=None), model=model)
-    first = [origin.loading_lines(tmp_path, base, config.TrainRun())[0] for base in (hub, local)]
+    first = [provenance.loading_lines(tmp_path, base, config.TrainRun())[0] for base in (hub, local)]
     assert first == [
         "base = AutoModelForCausalLM.from_pretrained('org/tiny', revision='abc', dtype=torch.bfloat16)",
         "base = AutoModelForCausalLM.from_pretrained('/models/x', dtype=torch.bfloat16)",

@@ -10,9 +10,10 @@ from attacks import Attack, Place, adapters, bases, configs, opened_in, rows, te
 from finished import finished_run
 from tiny import tiny_folder
 
-from lora_ft import durable, entry, limits
+from lora_ft.cli import entry
 from lora_ft.data import parquet
 from lora_ft.errors import ConfigError, DataError, MismatchError, SecurityError
+from lora_ft.io import durable, limits
 
 CORPUS = {module.__name__.rpartition(".")[2]: module.ATTACKS for module in (bases, adapters, configs, templates, rows)}
 

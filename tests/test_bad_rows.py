@@ -22,7 +22,7 @@ from tiny import tiny_tokenizer
 
 from lora_ft.config import Data, TooLong
 from lora_ft.data import jsonl
-from lora_ft.data.prepare import prepare
+from lora_ft.data.dataset import prepare
 from lora_ft.data.rows import LONGEST_EXCERPT, MOST_BAD_ROWS, is_blank
 from lora_ft.errors import DataError
 

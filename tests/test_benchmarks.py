@@ -24,7 +24,7 @@ from peers import protocol  # noqa: E402
 
 from lora_ft import config  # noqa: E402
 from lora_ft.adapters import attach  # noqa: E402
-from lora_ft.data.order import epoch_order, steps_of_epoch  # noqa: E402
+from lora_ft.data.sampler import epoch_order, steps_of_epoch  # noqa: E402
 
 
 def record(trainer: str, number: int = 0, **changes: object) -> summary.Record:

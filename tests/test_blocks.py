@@ -22,8 +22,8 @@ from lora_ft import config
 from lora_ft.adapters import attach, fast
 from lora_ft.models import blocks
 from lora_ft.models.blocks import use_fast_blocks
+from lora_ft.ops.gradient_checkpointing import recompute_layers
 from lora_ft.ops.kernels import OWN, Kernels
-from lora_ft.ops.recompute import recompute_layers
 from lora_ft.ops.token_loss import Batch, choose_paths, token_loss_sum
 
 LENGTHS = (9, 1, 14)

@@ -7,7 +7,7 @@ from test_data_templates import tokenizer_of
 from tiny import CHATML
 
 from lora_ft.config import Data, TrainOn
-from lora_ft.data.prepare import prepare
+from lora_ft.data.dataset import prepare
 from lora_ft.errors import DataError
 
 ROWS = [

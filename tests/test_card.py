@@ -12,9 +12,10 @@ import yaml
 from finished import finished_run
 from huggingface_hub import ModelCard, ModelCardData
 
-from lora_ft import config, durable
-from lora_ft.adapters import files, origin
+from lora_ft import config
+from lora_ft.adapters import files, provenance
 from lora_ft.errors import ConfigError
+from lora_ft.io import durable
 from lora_ft.publishing import card, curve, lint, story
 from lora_ft.publishing.proof import Proof
 
@@ -22,7 +23,7 @@ PROOF = Proof(
     keys=28, outputs=14, zero_outputs=0, files=None, distance=3.4e-7, allowed=1e-5, effect=0.25, kernels=None,
     seconds=3.1, versions={"peft": "0.21.2", "torch": "2.13.0"},
 )  # fmt: skip
-LOADING = origin.Loading("org/base", "a" * 40, "float32", {}, None, "cpu")
+LOADING = provenance.Loading("org/base", "a" * 40, "float32", {}, None, "cpu")
 HOSTILE = "# Heading\n---\nlicense: evil\n---\n| a | b |\n</script>`code` ``` ![x](http://evil) <img src=x>\t\x1b[31m"
 
 
@@ -32,7 +33,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def subject(adapter: Path, told: story.Story | None = None, **values: Any) -> card.Subject:
-    config, record = (json.loads((adapter / name).read_text()) for name in (files.CONFIG, origin.RECORD))
+    config, record = (json.loads((adapter / name).read_text()) for name in (files.CONFIG, provenance.RECORD))
     found = card.Subject(
         name="me/mine", config=config, record=record, loading=LOADING, license="mit", story=told,
         verdicts=lint.lint(adapter, None), files=frozenset(), proof=PROOF,

@@ -12,7 +12,7 @@ from finished import adapted, call, finished_run, settings
 from tiny import EOS, TURN, tiny_tokenizer
 
 from lora_ft import chat, config
-from lora_ft.data.prepare import prepare
+from lora_ft.data.dataset import prepare
 from lora_ft.errors import ConfigError
 from lora_ft.evaluation.compare import adapter_off
 from lora_ft.evaluation.generate import generate

@@ -15,7 +15,7 @@ from tiny import tiny_folder, tiny_tokenizer
 from lora_ft import check, config
 from lora_ft.data.rows import TokenRow
 from lora_ft.data.tokenize import Vocabulary
-from lora_ft.training.preflight import Tries, look, read_rows
+from lora_ft.training.dry_run import Tries, look, read_rows
 
 COMMAND = str(Path(sys.executable).with_name("lora-ft"))
 GOOD = [{"prompt": f"How many legs have {n} spiders?", "completion": f"They have {8 * n} legs."} for n in range(24)]

@@ -17,15 +17,16 @@ from hypothesis import strategies as st
 from learners import SETTINGS, learner_on, some_rows
 from tiny import tiny_model, tiny_tokenizer
 
-from lora_ft import config, durable, runs
-from lora_ft.adapters import files, origin
+from lora_ft import config, runs
+from lora_ft.adapters import files, provenance
 from lora_ft.errors import CheckpointError, Interrupted, MismatchError, ResourceError
 from lora_ft.evaluation.heldout import Heldout
+from lora_ft.io import durable
 from lora_ft.models.load import Identity
 from lora_ft.training import checkpoint, optimizers
-from lora_ft.training.learner import Evaluation, Learner
-from lora_ft.training.loop import fit
-from lora_ft.training.stop import Stop
+from lora_ft.training.signals import Stop
+from lora_ft.training.state import Evaluation, Learner
+from lora_ft.training.trainer import fit
 
 SMALL = config.Adapter(r=1, targets=["q_proj"])
 FILES = (checkpoint.TENSORS, checkpoint.STATE, checkpoint.MANIFEST)
@@ -386,7 +387,7 @@ def test_the_bytes_needed_are_those_that_are_written_at_most_at_one_time(
     with pytest.raises(Interrupted):
         fit([learner], lambda *_: stop.ask(signal.SIGTERM) if learner.step == 3 and not stop.signum else None, stop)
     fit([learner], lambda *_: None)
-    source = origin.Origin(Identity("tiny", "tiny", None, None, "c", None), learner.cfg.quant, "d")
+    source = provenance.Origin(Identity("tiny", "tiny", None, None, "c", None), learner.cfg.quant, "d")
     files.save(learner.model, learner.name, tmp_path / "adapter", tiny_tokenizer(), source)
     needed = checkpoint.bytes_needed(learner.num_trainable, len(learner.steps), learner.cfg)
     assert needed == pytest.approx(max(sizes), rel=0.05)
@@ -417,7 +418,7 @@ def test_an_adapter_that_lost_tensors_on_its_way_to_the_disk_gets_no_name(
     save = checkpoint.safetensors.torch.save
     shorter = lambda tensors, **more: save(dict(list(tensors.items())[lost:]), **more)  # noqa: E731
     monkeypatch.setattr(checkpoint.safetensors.torch, "save", shorter)
-    source = origin.Origin(Identity("tiny", "tiny", None, None, "c", None), small.cfg.quant, "d")
+    source = provenance.Origin(Identity("tiny", "tiny", None, None, "c", None), small.cfg.quant, "d")
     with pytest.raises(MismatchError, match=r"missing tensors: [1-9]"):
         files.save(small.model, small.name, tmp_path / "adapter", tiny_tokenizer(), source)
     assert list(tmp_path.iterdir()) == []

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_ft import config, entry, rules
-from lora_ft.cli import choices, help
+from lora_ft import config, validation
+from lora_ft.cli import choices, entry, help
 
 COMMAND = str(Path(sys.executable).with_name("lora-ft"))
 LIGHT = ("torch", "transformers", "peft", "numpy", "hydra", "omegaconf")
@@ -121,7 +121,7 @@ def test_the_page_of_a_verb_names_every_choice_and_setting_with_type_default_uni
     page = help.page(verb)
     words = " ".join(page.split())
     assert max(map(len, page.splitlines())) <= 100
-    for setting in rules.settings(config.SCHEMAS[verb]):
+    for setting in validation.settings(config.SCHEMAS[verb]):
         kind = help.type_words(setting.type).removeprefix("an ").removeprefix("a ")
         unit = f", {setting.unit}" if setting.unit else ""
         assert f"{setting.key}={help.show(setting.default)}" in words

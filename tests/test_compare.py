@@ -12,7 +12,7 @@ from rich.console import Console
 from tiny import FAMILIES
 
 from lora_ft import config
-from lora_ft.data.prepare import prepare
+from lora_ft.data.dataset import prepare
 from lora_ft.errors import NonFiniteError
 from lora_ft.evaluation.compare import Answers, Comparison, adapter_off, compare, render
 from lora_ft.evaluation.generate import generate

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_ft import config, rules
+from lora_ft import config, validation
 from lora_ft.cli import choices, completion
 
 BREAKS = "\"'><=;|&(: "  # bash's own list
@@ -88,7 +88,7 @@ def test_verbs_are_offered_first_and_then_groups_and_settings():
 
 @pytest.mark.parametrize("verb", config.SCHEMAS)
 def test_every_setting_and_every_choice_of_a_verb_is_offered(verb):
-    for setting in rules.settings(config.SCHEMAS[verb]):
+    for setting in validation.settings(config.SCHEMAS[verb]):
         assert f"{setting.key}=" in offered(f"lora-ft {verb} {setting.key}")
     for group in choices.groups(verb):
         assert offered(f"lora-ft {verb} {group}=") == [f"{group}={name} " for name in choices.of(group)]

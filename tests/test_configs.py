@@ -7,7 +7,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from lora_ft import config, rules
+from lora_ft import config, validation
 from lora_ft.cli import choices, composition, overrides
 
 FILES = sorted(config.CONF.rglob("*.yaml"))
@@ -63,7 +63,7 @@ def test_a_verb_that_reads_runs_takes_the_choices_of_its_groups(verb):
 
 @pytest.mark.parametrize("path", CHOICES, ids=name_of)
 def test_a_choice_holds_only_what_differs_from_the_defaults(path):
-    defaults = {s.key: plain(s.default) for s in rules.settings(config.TrainRun)}
+    defaults = {s.key: plain(s.default) for s in validation.settings(config.TrainRun)}
     written = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     written.pop("defaults", None)
     nested = written if path.parent.name == "experiment" else {path.parent.name: written}
@@ -85,12 +85,12 @@ def test_a_file_says_in_a_comment_what_it_is_for_and_names_no_code(path):
 def test_the_groups_of_a_verb_are_folders_with_their_default_choice(verb):
     for group, default in choices.groups(verb).items():
         assert group in GROUPS
-        assert group == "experiment" or group in rules.groups(config.SCHEMAS[verb])
+        assert group == "experiment" or group in validation.groups(config.SCHEMAS[verb])
         assert default is None or default in choices.of(group)
 
 
 def test_every_group_of_the_training_schema_has_choices():
-    assert {*rules.groups(config.TrainRun), "experiment"} == set(choices.groups("train")) == set(GROUPS)
+    assert {*validation.groups(config.TrainRun), "experiment"} == set(choices.groups("train")) == set(GROUPS)
 
 
 @pytest.mark.parametrize("name", ["classify", "summarize", "translate", "answer"])
@@ -161,7 +161,7 @@ def test_what_a_run_stores_composes_again_to_the_same_groups(tmp_path):
 
 
 def test_a_setting_is_found_by_its_key_and_an_entry_of_a_mapping_by_its_mapping():
-    for setting in rules.settings(config.TrainRun):
+    for setting in validation.settings(config.TrainRun):
         assert overrides.declared("train", setting.key) == setting
     assert overrides.declared("train", "data.columns.text").key == "data.columns"
     assert overrides.declared("train", "adapter.r.x") is None

@@ -7,9 +7,9 @@ from test_data_templates import FAMILIES, THINKING, tokenizer_of
 from tiny import CHATML
 
 from lora_ft.config import Data
+from lora_ft.data.chat_template import render, scripts
 from lora_ft.data.fill import Filler, is_plain
 from lora_ft.data.rows import Ledger, Row
-from lora_ft.data.templates import render, scripts
 
 AWKWARD = st.text("ab1 \n\t\u2003%s{}'\"\\<&>é€😀\ue000\ue001", min_size=1, max_size=12).filter(str.strip)
 

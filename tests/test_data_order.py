@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_ft.data.order import derive, epoch_order, steps_of_epoch
+from lora_ft.data.sampler import derive, epoch_order, steps_of_epoch
 
 LENGTHS = st.lists(st.integers(1, 50), max_size=40)
 

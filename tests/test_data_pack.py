@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_ft.data.pack import UNSUPERVISED, best_fit, micro_batches
+from lora_ft.data.packing import UNSUPERVISED, best_fit, micro_batches
 from lora_ft.data.rows import TokenRow
 from lora_ft.errors import ConfigError
 from lora_ft.ops.token_loss import IGNORED

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from tiny import CHATML, tiny_tokenizer
 
-from lora_ft import durable
 from lora_ft.config import Data, TooLong, TrainOn
-from lora_ft.data import cache, prepare
+from lora_ft.data import cache, dataset
 from lora_ft.errors import ConfigError, DataError
+from lora_ft.io import durable
 
 TOKENIZER = tiny_tokenizer()
 
@@ -49,8 +49,8 @@ def equal(a, b):
 @pytest.mark.closes("F08")
 def test_rows_are_split_by_content_so_that_other_rows_and_their_order_move_none(tmp_path):
     rows = questions(60)
-    whole = prepare.prepare(Data(path=write(tmp_path, rows), eval_fraction=0.3), TOKENIZER)
-    part = prepare.prepare(Data(path=write(tmp_path, rows[::-2]), eval_fraction=0.3), TOKENIZER)
+    whole = dataset.prepare(Data(path=write(tmp_path, rows), eval_fraction=0.3), TOKENIZER)
+    part = dataset.prepare(Data(path=write(tmp_path, rows[::-2]), eval_fraction=0.3), TOKENIZER)
     assert 5 < len(whole.heldout) < 40
     assert set(texts(part.heldout)) < set(texts(whole.heldout))
     assert set(texts(part.train)) < set(texts(whole.train))
@@ -58,7 +58,7 @@ def test_rows_are_split_by_content_so_that_other_rows_and_their_order_move_none(
 
 def test_a_larger_fraction_holds_out_the_same_rows_and_more(tmp_path):
     path = write(tmp_path, questions(60))
-    held = [set(texts(prepare.prepare(Data(path=path, eval_fraction=f), TOKENIZER).heldout)) for f in (0.1, 0.4, 0.8)]
+    held = [set(texts(dataset.prepare(Data(path=path, eval_fraction=f), TOKENIZER).heldout)) for f in (0.1, 0.4, 0.8)]
     assert held[0] < held[1] < held[2]
 
 
@@ -66,7 +66,7 @@ def test_a_larger_fraction_holds_out_the_same_rows_and_more(tmp_path):
 def test_rows_equal_but_for_case_and_blanks_lie_on_one_side(tmp_path):
     rows = questions(30)
     doubles = [{k: f"  {v.upper()}\n" for k, v in row.items()} for row in rows]
-    data = prepare.prepare(Data(path=write(tmp_path, rows + doubles), eval_fraction=0.3), TOKENIZER)
+    data = dataset.prepare(Data(path=write(tmp_path, rows + doubles), eval_fraction=0.3), TOKENIZER)
     sides = [{row.place.rpartition(":")[2] for row in side} for side in (data.train, data.heldout)]
     for line in range(1, 31):
         assert any({str(line), str(line + 30)} <= side for side in sides)
@@ -75,20 +75,20 @@ def test_rows_equal_but_for_case_and_blanks_lie_on_one_side(tmp_path):
 
 @pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
 def test_both_sides_hold_a_row_where_there_are_two(tmp_path, fraction):
-    data = prepare.prepare(Data(path=write(tmp_path, questions(2)), eval_fraction=fraction), TOKENIZER)
+    data = dataset.prepare(Data(path=write(tmp_path, questions(2)), eval_fraction=fraction), TOKENIZER)
     assert (len(data.train), len(data.heldout)) == (1, 1)
 
 
 def test_nothing_is_held_out_of_one_row_or_at_fraction_0(tmp_path):
     path = write(tmp_path, questions(1))
-    assert prepare.prepare(Data(path=path, eval_fraction=0.5), TOKENIZER).heldout == []
-    assert prepare.prepare(Data(path=write(tmp_path, questions(50)), eval_fraction=0), TOKENIZER).heldout == []
+    assert dataset.prepare(Data(path=path, eval_fraction=0.5), TOKENIZER).heldout == []
+    assert dataset.prepare(Data(path=write(tmp_path, questions(50)), eval_fraction=0), TOKENIZER).heldout == []
 
 
 def test_a_second_file_is_held_out_whole(tmp_path):
     rows = questions(20)
     path, extra = write(tmp_path, rows[:15]), write(tmp_path, rows[15:], "eval.jsonl")
-    data = prepare.prepare(Data(path=path, eval_path=extra, eval_fraction=0.5), TOKENIZER)
+    data = dataset.prepare(Data(path=path, eval_path=extra, eval_fraction=0.5), TOKENIZER)
     assert [row.place for row in data.heldout] == [f"{extra}:{n}" for n in range(1, 6)]
     assert len(data.train) == 15
 
@@ -99,13 +99,13 @@ def test_a_row_that_leaks_into_the_second_file_is_an_error_with_both_places(tmp_
     leaked = {k: v.upper() + " " for k, v in rows[3].items()}
     path, extra = write(tmp_path, rows), write(tmp_path, [*questions(7)[5:], leaked], "eval.jsonl")
     with pytest.raises(DataError, match=r"1 held-out rows .*\n  .*eval\.jsonl:3 is also .*rows\.jsonl:4"):
-        prepare.prepare(Data(path=path, eval_path=extra), TOKENIZER)
+        dataset.prepare(Data(path=path, eval_path=extra), TOKENIZER)
 
 
 def test_questions_are_the_held_out_prompts_up_to_their_last_answer(tmp_path):
     chat = [{"role": r, "content": c} for r, c in zip(["user", "assistant"] * 2, "abcd", strict=True)]
     extra = write(tmp_path, [{"messages": chat}], "eval.jsonl")
-    data = prepare.prepare(Data(path=write(tmp_path, questions(3)), eval_path=extra), TOKENIZER)
+    data = dataset.prepare(Data(path=write(tmp_path, questions(3)), eval_path=extra), TOKENIZER)
     (question,) = data.questions
     ids = TOKENIZER.apply_chat_template(chat[:3], add_generation_prompt=True, return_dict=False)
     assert list(question.prompt_ids) == ids
@@ -122,7 +122,7 @@ def test_a_row_of_several_documents_asks_its_last_question(tmp_path):
     )
     chat = [{"role": r, "content": c} for r, c in zip(["user", "assistant"] * 2, "abcd", strict=True)]
     extra = write(tmp_path, [{"messages": chat}], "eval.jsonl")
-    data = prepare.prepare(Data(path=write(tmp_path, questions(3)), eval_path=extra), tokenizer)
+    data = dataset.prepare(Data(path=write(tmp_path, questions(3)), eval_path=extra), tokenizer)
     (question,) = data.questions
     assert len(data.heldout) == 2
     ids = tokenizer.apply_chat_template(chat[:3], add_generation_prompt=True, return_dict=False)
@@ -131,7 +131,7 @@ def test_a_row_of_several_documents_asks_its_last_question(tmp_path):
 
 def test_plain_text_asks_no_questions(tmp_path):
     rows = [{"text": f"Document {n}."} for n in range(20)]
-    data = prepare.prepare(Data(path=write(tmp_path, rows), eval_fraction=0.5), TOKENIZER)
+    data = dataset.prepare(Data(path=write(tmp_path, rows), eval_fraction=0.5), TOKENIZER)
     assert data.heldout
     assert data.questions == []
     assert data.answers is None
@@ -139,10 +139,10 @@ def test_plain_text_asks_no_questions(tmp_path):
 
 def test_few_distinct_answers_of_the_training_rows_are_its_labels(tmp_path):
     rows = [{"prompt": f"Is {n} even?", "completion": "no" if n % 2 else "yes"} for n in range(60)]
-    assert prepare.prepare(Data(path=write(tmp_path, rows)), TOKENIZER).answers == ["no", "yes"]
+    assert dataset.prepare(Data(path=write(tmp_path, rows)), TOKENIZER).answers == ["no", "yes"]
     extra = write(tmp_path, [{"prompt": "Is it even?", "completion": "unseen"}], "eval.jsonl")
-    assert prepare.prepare(Data(path=write(tmp_path, rows), eval_path=extra), TOKENIZER).answers == ["no", "yes"]
-    assert prepare.prepare(Data(path=write(tmp_path, questions(60))), TOKENIZER).answers is None
+    assert dataset.prepare(Data(path=write(tmp_path, rows), eval_path=extra), TOKENIZER).answers == ["no", "yes"]
+    assert dataset.prepare(Data(path=write(tmp_path, questions(60))), TOKENIZER).answers is None
 
 
 LONG = [{"prompt": "Say it. " * n, "completion": "Said."} for n in (1, 30, 1, 40)]
@@ -155,26 +155,26 @@ def lengths(rows):
 @pytest.mark.closes("A12", "F05")
 def test_rows_over_max_length_are_an_error_with_count_and_the_worst_row(tmp_path):
     path = write(tmp_path, LONG)
-    longest = max(lengths(prepare.prepare(Data(path=path, eval_fraction=0), TOKENIZER).train))
+    longest = max(lengths(dataset.prepare(Data(path=path, eval_fraction=0), TOKENIZER).train))
     with pytest.raises(DataError) as caught:
-        prepare.prepare(Data(path=path, eval_fraction=0, max_length=40), TOKENIZER)
+        dataset.prepare(Data(path=path, eval_fraction=0, max_length=40), TOKENIZER)
     assert str(caught.value).startswith(
         f"2 of 4 rows are longer than data.max_length=40, the longest is {path}:4 with {longest} tokens"
     )
     assert (
-        lengths(prepare.prepare(Data(path=path, eval_fraction=0, max_length=longest), TOKENIZER).train)[-1] == longest
+        lengths(dataset.prepare(Data(path=path, eval_fraction=0, max_length=longest), TOKENIZER).train)[-1] == longest
     )
 
 
 @pytest.mark.closes("A12", "F05")
 def test_dropped_rows_are_counted(tmp_path):
     settings = Data(path=write(tmp_path, LONG), eval_fraction=0, max_length=40, too_long=TooLong.drop)
-    data = prepare.prepare(settings, TOKENIZER)
+    data = dataset.prepare(settings, TOKENIZER)
     assert [row.place.rpartition(":")[2] for row in data.train] == ["1", "3"]
     assert data.report.left_out == {"longer than data.max_length": 2}
     settings.max_length = 5
     with pytest.raises(DataError, match=r"no row is left to train on: 4 longer than data\.max_length"):
-        prepare.prepare(settings, TOKENIZER)
+        dataset.prepare(settings, TOKENIZER)
 
 
 TEXTS = [{"text": "The fox jumps over 12 dogs. " * n} for n in (1, 3, 9)]
@@ -191,9 +191,9 @@ def targets(rows):
 @pytest.mark.parametrize("max_length", [2, 3, 7, 20, 21, 1000])
 def test_windows_hold_every_target_of_a_text_once_and_its_end_only_at_the_end(tmp_path, max_length):
     path = write(tmp_path, TEXTS)
-    whole = prepare.prepare(Data(path=path, eval_fraction=0, max_length=4096), TOKENIZER)
+    whole = dataset.prepare(Data(path=path, eval_fraction=0, max_length=4096), TOKENIZER)
     settings = Data(path=path, eval_fraction=0, max_length=max_length, too_long=TooLong.split)
-    data = prepare.prepare(settings, TOKENIZER)
+    data = dataset.prepare(settings, TOKENIZER)
     assert targets(data.train) == targets(whole.train)
     assert all(2 <= len(row.ids) <= max_length and not row.supervised[0] for row in data.train)
     for row in whole.train:
@@ -208,7 +208,7 @@ def test_windows_hold_every_target_of_a_text_once_and_its_end_only_at_the_end(tm
 def test_windows_of_a_text_lie_on_one_side(tmp_path):
     rows = [{"text": f"Number {n}. " * 9} for n in range(20)]
     settings = Data(path=write(tmp_path, rows), eval_fraction=0.4, max_length=9, too_long=TooLong.split)
-    data = prepare.prepare(settings, TOKENIZER)
+    data = dataset.prepare(settings, TOKENIZER)
     assert not {row.place for row in data.train} & {row.place for row in data.heldout}
     assert len({row.place for row in data.heldout}) < len(data.heldout)
 
@@ -227,11 +227,11 @@ def test_windows_of_a_text_lie_on_one_side(tmp_path):
 def test_the_advice_for_long_rows_names_what_helps_them_and_nothing_else(tmp_path, rows, settings, advice):
     data = Data(path=write(tmp_path, rows), eval_fraction=0, max_length=20, **settings)
     with pytest.raises(DataError, match=rf"data\.max_length=20.*raise it, or choose data\.too_long={advice}$"):
-        prepare.prepare(data, TOKENIZER)
+        dataset.prepare(data, TOKENIZER)
     for cure in advice.split(" or "):
         settings["too_long"] = TooLong[cure]
         more = write(tmp_path, [*rows, {"text": "a"} if rows is TEXTS else {"prompt": "a", "completion": "b"}])
-        prepare.prepare(Data(path=more, eval_fraction=0, max_length=20, **settings), TOKENIZER)
+        dataset.prepare(Data(path=more, eval_fraction=0, max_length=20, **settings), TOKENIZER)
 
 
 @pytest.mark.closes("A12")
@@ -239,8 +239,8 @@ def test_truncation_takes_from_the_start_of_the_prompt_and_keeps_bos_and_answer(
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ bos_token }}" + CHATML
     path = write(tmp_path, LONG)
-    whole = prepare.prepare(Data(path=path, eval_fraction=0), tokenizer)
-    data = prepare.prepare(Data(path=path, eval_fraction=0, max_length=40, too_long=TooLong.truncate_prompt), tokenizer)
+    whole = dataset.prepare(Data(path=path, eval_fraction=0), tokenizer)
+    data = dataset.prepare(Data(path=path, eval_fraction=0, max_length=40, too_long=TooLong.truncate_prompt), tokenizer)
     assert data.report.truncated == 2
     for before, after in zip(whole.train, data.train, strict=True):
         assert len(after.ids) == min(len(before.ids), 40)
@@ -254,18 +254,18 @@ def test_truncation_takes_from_the_start_of_the_prompt_and_keeps_bos_and_answer(
 @pytest.mark.closes("A12")
 def test_truncation_leaves_one_token_to_predict_the_answer_from(tmp_path):
     path = write(tmp_path, [{"prompt": "Say it. " * 9, "completion": "Said."}])
-    answer = int(prepare.prepare(Data(path=path), TOKENIZER).train[0].supervised.sum())
+    answer = int(dataset.prepare(Data(path=path), TOKENIZER).train[0].supervised.sum())
     settings = Data(path=path, max_length=answer + 1, too_long=TooLong.truncate_prompt)
-    assert prepare.prepare(settings, TOKENIZER).train[0].supervised.tolist() == [False] + [True] * answer
+    assert dataset.prepare(settings, TOKENIZER).train[0].supervised.tolist() == [False] + [True] * answer
     settings.max_length = answer
     with pytest.raises(DataError, match="answers are never cut"):
-        prepare.prepare(settings, TOKENIZER)
+        dataset.prepare(settings, TOKENIZER)
 
 
 def test_the_prompt_of_a_truncated_question_ends_where_its_answer_begins(tmp_path):
     settings = Data(path=write(tmp_path, LONG[:1]), eval_path=write(tmp_path, LONG[1:2], "eval.jsonl"),
                     max_length=40, too_long=TooLong.truncate_prompt)  # fmt: skip
-    data = prepare.prepare(settings, TOKENIZER)
+    data = dataset.prepare(settings, TOKENIZER)
     (row,), (question,) = data.heldout, data.questions
     assert np.array_equal(question.prompt_ids, row.ids[: row.supervised.argmax()])
 
@@ -285,13 +285,13 @@ def test_the_prompt_of_a_truncated_question_ends_where_its_answer_begins(tmp_pat
 def test_an_answer_longer_than_max_length_is_an_error_even_under_truncation(tmp_path, row, train_on):
     settings = Data(path=write(tmp_path, [row]), max_length=40, too_long=TooLong.truncate_prompt, train_on=train_on)
     with pytest.raises(DataError, match=r"1 of 1 rows .*rows\.jsonl:1 .* without their prompts: answers are never cut"):
-        prepare.prepare(settings, TOKENIZER)
+        dataset.prepare(settings, TOKENIZER)
 
 
 @pytest.mark.closes("F05")
 def test_every_row_read_is_in_the_dataset_or_counted(tmp_path):
     settings = Data(path="package:chatterbot_corpus/data/english", max_length=100, too_long=TooLong.drop)
-    report = prepare.prepare(settings, TOKENIZER).report
+    report = dataset.prepare(settings, TOKENIZER).report
     assert report.train_documents + report.heldout_documents + report.left_out["longer than data.max_length"] == (
         report.rows
     )
@@ -302,14 +302,14 @@ def test_every_row_read_is_in_the_dataset_or_counted(tmp_path):
 def test_the_report_lists_columns_that_nothing_reads(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text(",text,label\n0,a,b\n1,c,d\n")
-    report = prepare.prepare(Data(path=str(path)), TOKENIZER).report
+    report = dataset.prepare(Data(path=str(path)), TOKENIZER).report
     assert report.unused == ["(unnamed)", "label"]
     assert str(report).endswith("; columns not used: (unnamed), label")
-    assert "not used" not in str(prepare.prepare(Data(path=write(tmp_path, questions(3))), TOKENIZER).report)
+    assert "not used" not in str(dataset.prepare(Data(path=write(tmp_path, questions(3))), TOKENIZER).report)
 
 
 def test_the_report_adds_up(tmp_path):
-    data = prepare.prepare(Data(path=write(tmp_path, questions(30)), eval_fraction=0.3), TOKENIZER)
+    data = dataset.prepare(Data(path=write(tmp_path, questions(30)), eval_fraction=0.3), TOKENIZER)
     report = data.report
     assert report.train_tokens == sum(lengths(data.train))
     assert report.heldout_tokens == sum(lengths(data.heldout))
@@ -321,11 +321,11 @@ def test_the_report_adds_up(tmp_path):
 @pytest.mark.closes("A04")
 def test_a_text_of_one_token_leaves_nothing_to_supervise(tmp_path):
     with pytest.raises(DataError, match=r"rows\.jsonl:2: row: has no supervised token"):
-        prepare.prepare(Data(path=write(tmp_path, [{"text": "fine"}, {"text": "<|im_end|>"}])), TOKENIZER)
+        dataset.prepare(Data(path=write(tmp_path, [{"text": "fine"}, {"text": "<|im_end|>"}])), TOKENIZER)
 
 
 def test_max_rows_limits_what_is_read(tmp_path):
-    data = prepare.prepare(Data(path=write(tmp_path, questions(30)), max_rows=7, eval_fraction=0), TOKENIZER)
+    data = dataset.prepare(Data(path=write(tmp_path, questions(30)), max_rows=7, eval_fraction=0), TOKENIZER)
     assert len(data.train) == 7
 
 
@@ -334,27 +334,27 @@ def test_a_slow_tokenizer_is_refused(tmp_path):
         is_fast = False
 
     with pytest.raises(ConfigError, match="must be a fast one"):
-        prepare.prepare(Data(path=write(tmp_path, questions(2))), Slow())
+        dataset.prepare(Data(path=write(tmp_path, questions(2))), Slow())
 
 
 @pytest.fixture
 def cached(monkeypatch):
-    monkeypatch.setattr(prepare, "_CACHED_FROM_ROWS", 1)
+    monkeypatch.setattr(dataset, "_CACHED_FROM_ROWS", 1)
 
 
 def test_few_rows_are_not_cached(tmp_path):
-    prepare.prepare(Data(path=write(tmp_path, questions(9))), TOKENIZER)
+    dataset.prepare(Data(path=write(tmp_path, questions(9))), TOKENIZER)
     assert not cache.folder().exists()
 
 
 def test_a_second_run_reads_the_same_rows_from_the_cache(tmp_path, cached):
     settings = Data(path=write(tmp_path, questions(30)), eval_fraction=0.3)
-    first, second = (prepare.prepare(settings, TOKENIZER) for _ in range(2))
+    first, second = (dataset.prepare(settings, TOKENIZER) for _ in range(2))
     assert (first.report.cached, second.report.cached) == (False, True)
     assert same(first, second)
     # What is decided after tokenizing shares the cache.
     settings.max_length, settings.eval_fraction, settings.too_long = 20, 0.6, TooLong.truncate_prompt
-    assert prepare.prepare(settings, TOKENIZER).report.cached
+    assert dataset.prepare(settings, TOKENIZER).report.cached
 
 
 def changed_tokenizer(template=None, token=None):
@@ -377,24 +377,24 @@ def changed_tokenizer(template=None, token=None):
     ],
 )
 def test_a_change_of_any_input_misses_the_cache(tmp_path, cached, settings, tokenizer, answer):
-    prepare.prepare(Data(path=write(tmp_path, questions(9))), TOKENIZER)
+    dataset.prepare(Data(path=write(tmp_path, questions(9))), TOKENIZER)
     rows = questions(9) if answer is None else [*questions(8), *questions(9, answer)[8:]]
-    assert not prepare.prepare(Data(path=write(tmp_path, rows), **settings), tokenizer).report.cached
+    assert not dataset.prepare(Data(path=write(tmp_path, rows), **settings), tokenizer).report.cached
 
 
 @pytest.mark.closes("F06")
 def test_a_change_of_code_or_libraries_misses_the_cache(tmp_path, cached, monkeypatch):
     settings = Data(path=write(tmp_path, questions(9)))
-    prepare.prepare(settings, TOKENIZER)
+    dataset.prepare(settings, TOKENIZER)
     monkeypatch.setattr(cache, "_code", lambda: "another version")
-    assert not prepare.prepare(settings, TOKENIZER).report.cached
+    assert not dataset.prepare(settings, TOKENIZER).report.cached
 
 
 @pytest.mark.closes("F06")
 @pytest.mark.parametrize("damage", [b"", b"not a tensor file", "cut", "flip"])
 def test_a_damaged_cache_file_is_made_again(tmp_path, cached, damage, caplog):
     settings = Data(path=write(tmp_path, questions(9)))
-    first = prepare.prepare(settings, TOKENIZER)
+    first = dataset.prepare(settings, TOKENIZER)
     (file,) = cache.folder().iterdir()
     whole = file.read_bytes()
     if damage == "cut":
@@ -402,7 +402,7 @@ def test_a_damaged_cache_file_is_made_again(tmp_path, cached, damage, caplog):
     elif damage == "flip":
         damage = whole[:-400] + bytes([whole[-400] ^ 1]) + whole[-399:]
     file.write_bytes(damage)
-    again = prepare.prepare(settings, TOKENIZER)
+    again = dataset.prepare(settings, TOKENIZER)
     assert not again.report.cached
     assert same(first, again)
     assert "damaged and made again" in caplog.text
@@ -414,24 +414,24 @@ def test_a_cache_that_cannot_be_written_is_reported_and_no_more(tmp_path, cached
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(durable, "write_tensors", full)
-    assert prepare.prepare(Data(path=write(tmp_path, questions(9))), TOKENIZER).train
+    assert dataset.prepare(Data(path=write(tmp_path, questions(9))), TOKENIZER).train
     assert "rows are not cached: [Errno 28] No space left" in caplog.text
 
 
 def test_the_hash_of_the_rows_depends_on_ids_masks_and_side(tmp_path):
     path = write(tmp_path, questions(9))
     settings = [{}, {"train_on": TrainOn.all}, {"system": "s"}, {"eval_fraction": 0}, {"max_rows": 8}]
-    hashes = {prepare.prepare(Data(path=path, **given), TOKENIZER).report.sha256 for given in settings}
+    hashes = {dataset.prepare(Data(path=path, **given), TOKENIZER).report.sha256 for given in settings}
     assert len(hashes) == len(settings)
 
 
 @pytest.mark.closes("F07")
 def test_duplicates_are_left_out_when_asked_and_counted_either_way(tmp_path):
     path = write(tmp_path, questions(9) + questions(4))
-    both = {asked: prepare.prepare(Data(path=path, deduplicate=asked), TOKENIZER) for asked in (False, True)}
+    both = {asked: dataset.prepare(Data(path=path, deduplicate=asked), TOKENIZER) for asked in (False, True)}
     assert [both[asked].report.duplicates for asked in (False, True)] == [4, 4]
     assert len(both[False].train) + len(both[False].heldout) == 13
-    once = prepare.prepare(Data(path=write(tmp_path, questions(9), "once.jsonl")), TOKENIZER)
+    once = dataset.prepare(Data(path=write(tmp_path, questions(9), "once.jsonl")), TOKENIZER)
     assert both[True].report.sha256 == once.report.sha256 != both[False].report.sha256
     assert both[True].report.left_out == {"equal to an earlier row": 4}
     assert "4 equal to an earlier row" in str(both[True].report)
@@ -442,7 +442,7 @@ def test_a_split_of_a_hub_dataset_can_be_held_out(monkeypatch):
 
     splits = {"train": questions(9), "test": [{"prompt": "Who?", "completion": "Nobody."}]}
     monkeypatch.setattr(datasets, "load_dataset", lambda path, name, *, split, revision: splits[split])
-    dataset = prepare.prepare(Data(path="org/rows", eval_split="test"), TOKENIZER)
+    dataset = dataset.prepare(Data(path="org/rows", eval_split="test"), TOKENIZER)
     assert (len(dataset.train), len(dataset.heldout)) == (9, 1)
     assert dataset.questions[0].answer == "Nobody."
 
@@ -455,10 +455,10 @@ def test_the_cache_of_a_template_that_asks_the_clock_lasts_a_day(tmp_path, cache
 
     settings = Data(path=write(tmp_path, questions(9)))
     for template, kept in ((CHATML, True), ("{{ strftime_now('%d %B %Y') }}" + CHATML, False)):
-        prepare.prepare(settings, changed_tokenizer(template))
+        dataset.prepare(settings, changed_tokenizer(template))
         with monkeypatch.context() as patch:
             patch.setattr(cache.datetime, "date", Tomorrow)
-            assert prepare.prepare(settings, changed_tokenizer(template)).report.cached is kept
+            assert dataset.prepare(settings, changed_tokenizer(template)).report.cached is kept
 
 
 @pytest.mark.parametrize(
@@ -475,9 +475,9 @@ def test_the_cache_of_a_template_that_asks_the_clock_lasts_a_day(tmp_path, cache
 )
 def test_settings_of_hub_datasets_are_refused_where_the_rows_are_a_file(tmp_path, settings, message):
     with pytest.raises(ConfigError, match=message):
-        prepare.prepare(Data(path=write(tmp_path, questions(9)), **settings), TOKENIZER)
+        dataset.prepare(Data(path=write(tmp_path, questions(9)), **settings), TOKENIZER)
     with pytest.raises(ConfigError, match=r"of (a hub dataset|hub datasets)"):
-        prepare.prepare(Data(path="package:chatterbot_corpus/data/english", **settings), TOKENIZER)
+        dataset.prepare(Data(path="package:chatterbot_corpus/data/english", **settings), TOKENIZER)
 
 
 def test_settings_of_hub_datasets_stand_where_only_the_held_out_rows_are_a_file(tmp_path, monkeypatch):
@@ -486,5 +486,5 @@ def test_settings_of_hub_datasets_stand_where_only_the_held_out_rows_are_a_file(
     splits = {"train[:9]": questions(9)}
     monkeypatch.setattr(datasets, "load_dataset", lambda path, name, *, split, revision: splits[split])
     extra = write(tmp_path, questions(12)[9:])
-    dataset = prepare.prepare(Data(path="org/rows", split="train[:9]", eval_path=extra), TOKENIZER)
+    dataset = dataset.prepare(Data(path="org/rows", split="train[:9]", eval_path=extra), TOKENIZER)
     assert (len(dataset.train), len(dataset.heldout)) == (9, 3)

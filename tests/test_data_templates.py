@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from lora_ft.config import Data, TrainOn
-from lora_ft.data.prepare import prepare
+from lora_ft.data.dataset import prepare
 from lora_ft.data.tokenize import Vocabulary
 from lora_ft.errors import ConfigError, DataError
 

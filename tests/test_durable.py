@@ -12,9 +12,9 @@ import torch
 from faults.shim import Fault, Shim, unsafe
 
 import lora_ft
-from lora_ft import durable
 from lora_ft.data import cache
 from lora_ft.errors import ResourceError
+from lora_ft.io import durable
 
 PACKAGE = Path(lora_ft.__file__).parent
 
@@ -155,7 +155,7 @@ def test_nothing_else_in_the_package_writes_files() -> None:
     sources = sorted(PACKAGE.rglob("*.py"))
     assert len(sources) > 10
     found = {p.relative_to(PACKAGE).as_posix(): writers(ast.parse(p.read_text("utf-8"))) for p in sources}
-    assert found.pop("durable.py")
+    assert found.pop("io/durable.py")
     assert {name: calls for name, calls in found.items() if calls} == {}
 
 
@@ -350,7 +350,7 @@ def descriptors() -> set[str]:
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux, whose /proc says what a descriptor is of")
 def test_names_that_appear_or_go_are_on_the_disk_and_no_file_stays_open(tmp_path: Path, monkeypatch) -> None:
-    """What the mutants of durable.py that lived had in common: an fsync or a close less."""
+    """What the mutants of io/durable.py that lived had in common: an fsync or a close less."""
     brought: list[str] = []
     fsync = os.fsync
 

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from lora_ft import config, durable, entry, errors, rules
-from lora_ft.cli import overrides
+from lora_ft import config, errors, validation
+from lora_ft.cli import entry, overrides
+from lora_ft.io import durable
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)
 AWKWARD = [
@@ -106,7 +107,7 @@ def test_any_text_arrives_as_it_was_typed_and_is_reported_so(calls, text):
 
 @pytest.mark.parametrize("start", range(0, len(AWKWARD), 12))
 def test_every_text_setting_takes_awkward_text_as_it_was_typed(calls, start):
-    keys = [s.key for s in rules.settings(config.ChatRun) if s.text and s.key not in ("run", *BASE)]
+    keys = [s.key for s in validation.settings(config.ChatRun) if s.text and s.key not in ("run", *BASE)]
     given = dict(zip(keys, AWKWARD[start : start + 12], strict=False))
     signs = ("", "+", "++") * len(given)
     words = [f"{sign}{key}={text}" for sign, (key, text) in zip(signs, given.items(), strict=False)]

@@ -10,9 +10,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import TURN, tiny_folder, tiny_model
 
-from lora_ft import config, rules, runs
-from lora_ft.adapters import source
-from lora_ft.data.prepare import prepare
+from lora_ft import config, runs, validation
+from lora_ft.adapters import loading
+from lora_ft.data.dataset import prepare
 from lora_ft.evaluation.heldout import heldout_loss
 from lora_ft.models.load import load_base
 from lora_ft.ops.token_loss import choose_paths
@@ -194,7 +194,7 @@ def test_the_adapters_own_tokenizer_and_template_are_used(tmp_path: Path) -> Non
     run = finished_run(tmp_path, "llama")
     template = tmp_path / "llama" / "chat_template.jinja"
     template.write_text(template.read_text().replace(TURN, f"{TURN}{TURN}"))
-    tokenizer = source.adapter_tokenizer(run / "adapter", config.Model(path=str(tmp_path / "llama")))
+    tokenizer = loading.adapter_tokenizer(run / "adapter", config.Model(path=str(tmp_path / "llama")))
     assert TURN * 2 not in tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
     assert call("eval", f"run={run}", "eval.samples=0") == 0
 
@@ -265,6 +265,6 @@ def test_an_adapter_that_is_not_here_is_named(
 
 
 def test_an_unfinished_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runs.create(tmp_path / "run", rules.to_plain(settings(tmp_path, "llama")), [])
+    runs.create(tmp_path / "run", validation.to_plain(settings(tmp_path, "llama")), [])
     assert call("eval", f"run={tmp_path / 'run'}") == 2
     assert "has no adapter: the run did not finish" in capsys.readouterr().err

@@ -23,7 +23,7 @@ from tiny import tiny_folder, tiny_model, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_ft import config
-from lora_ft.adapters import attach, files, origin, source
+from lora_ft.adapters import attach, files, loading, provenance
 from lora_ft.errors import ConfigError, LoraFtError, MismatchError, ResourceError
 from lora_ft.models.load import Base, Identity
 
@@ -62,7 +62,7 @@ def test_an_adapter_of_ours_needs_neither_base_nor_quantization_named(
     assert call("eval", f"adapter_path={run / 'adapter'}", *rows) == 0
     assert losses(capsys.readouterr().out) == losses(expected)
     [said] = [record.getMessage() for record in caplog.records if record.name == "lora_ft"]
-    assert said == f"the base is {tmp_path / 'llama'}, as {run / 'adapter' / origin.RECORD} has it"
+    assert said == f"the base is {tmp_path / 'llama'}, as {run / 'adapter' / provenance.RECORD} has it"
 
 
 def losses(shown: str) -> list[str]:
@@ -95,7 +95,7 @@ def with_base(adapter: Path, *typed: str, **model: Any) -> config.EvalRun:
     cfg = config.EvalRun(adapter_path=str(adapter))
     for name, value in model.items():
         setattr(cfg.model, name, value)
-    return source.with_base(cfg, adapter, list(typed))
+    return loading.with_base(cfg, adapter, list(typed))
 
 
 @pytest.fixture
@@ -104,12 +104,12 @@ def recorded(tmp_path: Path) -> Path:
 
 
 def record_base(adapter: Path, **changes: Any) -> None:
-    found = json.loads((adapter / origin.RECORD).read_text())
-    edit(adapter / origin.RECORD, base=found["base"] | changes)
+    found = json.loads((adapter / provenance.RECORD).read_text())
+    edit(adapter / provenance.RECORD, base=found["base"] | changes)
 
 
 def test_a_recorded_commit_of_the_hub_goes_before_a_path_and_a_path_before_an_id(recorded: Path) -> None:
-    here = json.loads((recorded / origin.RECORD).read_text())["base"]["path"]
+    here = json.loads((recorded / provenance.RECORD).read_text())["base"]["path"]
     record_base(recorded, id="org/tiny", revision="abc123")
     found = with_base(recorded).model
     assert (found.path, found.id, found.revision) == ("org/tiny", "org/tiny", "abc123")
@@ -128,7 +128,7 @@ def test_what_is_typed_wins(recorded: Path) -> None:
     given = with_base(recorded, path="else/where", revision="v1")
     assert (given.model.path, given.model.revision, given.quant.kind.value) == ("else/where", "v1", "nf4")
     cfg = config.EvalRun(run="a")
-    assert source.with_base(cfg, recorded, []) is cfg
+    assert loading.with_base(cfg, recorded, []) is cfg
 
 
 @pytest.mark.parametrize("wrong", [99999, -1, 1.5])
@@ -164,7 +164,7 @@ def test_a_hub_id_and_its_revision_are_taken_from_pefts_own_file(tmp_path: Path)
     ],
 )
 def test_a_record_that_says_nothing_usable_is_named(changes: dict[str, Any], said: str, recorded: Path) -> None:
-    edit(recorded / origin.RECORD, **changes)
+    edit(recorded / provenance.RECORD, **changes)
     with pytest.raises(MismatchError, match=said):
         with_base(recorded)
 
@@ -292,8 +292,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     )  # fmt: skip
     model = attach.attach(copy.deepcopy(network), asked, "first", 0, [])
     folder = tmp_path_factory.mktemp("whole") / "adapter"
-    files.save(model, "first", folder, tokenizer, origin.Origin(identity, config.Quant(), "d"))
-    names = (files.WEIGHTS, files.CONFIG, origin.RECORD)
+    files.save(model, "first", folder, tokenizer, provenance.Origin(identity, config.Quant(), "d"))
+    names = (files.WEIGHTS, files.CONFIG, provenance.RECORD)
     return Whole({name: (folder / name).read_bytes() for name in names}, Base(network, tokenizer, identity, ()))
 
 
@@ -402,15 +402,15 @@ def damaged(whole: Whole, place: Path, data: st.DataObject) -> None:
         return
     OUTCOMES["loaded"] += 1
     stored = safetensors.torch.load(contents[files.WEIGHTS])
-    found = files.tensors_of(model, source.NAME)
+    found = files.tensors_of(model, loading.NAME)
     assert found.keys() == stored.keys()
     assert all(torch.equal(found[key], stored[key].to(found[key].dtype)) for key in found)
 
 
 def opened(folder: Path, base: Base) -> PeftModel:
     """What `source.open_adapter` does once the base is loaded."""
-    origin.check_source(folder, files.read_config(folder), base, config.Quant())
-    return files.load(copy.deepcopy(base.model), folder, source.NAME)
+    provenance.check_source(folder, files.read_config(folder), base, config.Quant())
+    return files.load(copy.deepcopy(base.model), folder, loading.NAME)
 
 
 @pytest.mark.closes("D01")

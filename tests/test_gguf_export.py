@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers, processor
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, Qwen2Config
 
 from lora_ft import config
-from lora_ft.adapters import files, origin
+from lora_ft.adapters import files, provenance
 from lora_ft.config import GgufType
 from lora_ft.errors import ConfigError, MismatchError
 from lora_ft.exports import gguf_adapter, gguf_file, gguf_model, gguf_names, gguf_tokens, pairs, verify
@@ -51,7 +51,7 @@ def adapter_of(tmp_path: Path, family: str, **options: Any) -> tuple[PeftModel, 
     """A tiny model with an adapter that changes it, the adapter's folder, and the base's folder beside it."""
     cfg = finished.settings(tmp_path, family, **options)
     base, model = finished.adapted(cfg)
-    files.save(model, "first", tmp_path / "adapter", base.tokenizer, origin.Origin(base.identity, cfg.quant, "d"))
+    files.save(model, "first", tmp_path / "adapter", base.tokenizer, provenance.Origin(base.identity, cfg.quant, "d"))
     return model, tmp_path / "adapter"
 
 
@@ -662,7 +662,7 @@ def test_smollm2_in_llamacpp_is_smollm2_in_peft(tmp_path: Path, monkeypatch: Any
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:
                 parameter *= 0.02  # an effect of the size that training has
-    files.save(model, "first", tmp_path / "adapter", base.tokenizer, origin.Origin(base.identity, cfg.quant, "d"))
+    files.save(model, "first", tmp_path / "adapter", base.tokenizer, provenance.Origin(base.identity, cfg.quant, "d"))
     folder = Path(str(base.identity.folder))
     gguf_model.write(folder, tmp_path / "base.gguf", GgufType.f32)
     gguf_adapter.write(tmp_path / "adapter", base_config(folder), tmp_path / "adapter.gguf")

@@ -16,7 +16,7 @@ from hub.server import READER, Hub
 from safetensors.torch import load_file
 from tiny import tiny_folder
 
-from lora_ft.adapters import files, origin
+from lora_ft.adapters import files, provenance
 from lora_ft.publishing import proof, sums
 
 CLIENT = Path(__file__).parent / "hub" / "client.py"
@@ -279,7 +279,7 @@ def test_a_published_adapter_loads_by_its_id_with_peft_alone(hub: Hub, client: C
     cfg = settings(tmp_path, "llama", rslora=True)
     folder = tmp_path / "package"
     base, model = adapted(cfg)
-    files.save(model, "first", folder, base.tokenizer, origin.Origin(base.identity, cfg.quant, "d"))
+    files.save(model, "first", folder, base.tokenizer, provenance.Origin(base.identity, cfg.quant, "d"))
     package(folder, {"README.md": CARD, proof.PROBE: proof.make_probe(model, base.tokenizer)})
     address = client("send", folder, "words", False)["value"]
     sources = tiny_folder(tmp_path / "again", "llama")

@@ -17,7 +17,7 @@ from tiny import FAMILIES, tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lora_ft import config
-from lora_ft.adapters import source
+from lora_ft.adapters import loading
 from lora_ft.errors import NonFiniteError
 from lora_ft.exports import merge, stream, verify
 from lora_ft.models import convert
@@ -57,7 +57,7 @@ assert "peft" not in sys.modules or not hasattr(model, "peft_config")
 def opened(folder: Path, cfg: config.TrainRun) -> stream.Opened:
     """The adapter of `saved_run`, saved beside `folder` and put onto its hollow base."""
     run = saved_run(folder.with_name(f"{folder.name}.run"), cfg)
-    tokenizer = source.adapter_tokenizer(run / "adapter", cfg.model)
+    tokenizer = loading.adapter_tokenizer(run / "adapter", cfg.model)
     return stream.open_adapter(run / "adapter", cfg.model, cfg.quant, "cpu", tokenizer)
 
 
@@ -199,7 +199,7 @@ def test_flowing_through_files_gives_the_bytes_of_a_base_in_memory(tmp_path: Pat
     cfg = settings(tmp_path, family, quant=quant, tie=family != "llama")
     cfg.quant.compute_dtype = config.Dtype.bfloat16  # to which a quantized layer's bias is rounded
     found = opened(tmp_path / "out", cfg)
-    whole, _ = source.open_adapter(tmp_path / "out.run" / "adapter", cfg.model, cfg.quant, "cpu", found.base.tokenizer)
+    whole, _ = loading.open_adapter(tmp_path / "out.run" / "adapter", cfg.model, cfg.quant, "cpu", found.base.tokenizer)
     read = stream.loaded(whole.model, found.modules)
     merged, twin = (merge.Merged(found.model, each, torch.float32) for each in (found.trained_on, read))
     assert merged.names.keys() == twin.names.keys()
@@ -211,7 +211,7 @@ def test_flowing_through_files_gives_the_bytes_of_a_base_in_memory(tmp_path: Pat
 def test_peft_merges_to_the_same_weights_in_float64(tmp_path: Path, options: dict[str, Any]) -> None:
     cfg = settings(tmp_path, "llama", **options)
     found = opened(tmp_path / "out", cfg)
-    _, attached = source.open_adapter(
+    _, attached = loading.open_adapter(
         tmp_path / "out.run" / "adapter", cfg.model, cfg.quant, "cpu", found.base.tokenizer
     )
     expected = attached.double().merge_and_unload().state_dict()
@@ -242,7 +242,7 @@ def test_no_weight_of_the_base_stays_in_memory(tmp_path: Path) -> None:
     assert all(
         p.untyped_storage().nbytes() <= 8 for m in found.modules for p in m._parameters.values() if p is not None
     )
-    _, attached = source.open_adapter(tmp_path / "out.run" / "adapter",
+    _, attached = loading.open_adapter(tmp_path / "out.run" / "adapter",
                                       config.Model(path=str(tmp_path / "llama")), config.Quant(), "cpu",
                                       found.base.tokenizer)  # fmt: skip
     assert torch.equal(verify.probe(attached, 512).logits, first.logits)

@@ -22,14 +22,14 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from lora_ft import config, runs
-from lora_ft.data.pack import micro_batches
+from lora_ft.data.packing import micro_batches
 from lora_ft.evaluation.heldout import heldout_loss, to_batch
 from lora_ft.ops.token_loss import Batch, Paths, token_loss_sum
-from lora_ft.training import loop
-from lora_ft.training.learner import Learner
-from lora_ft.training.loop import fit
+from lora_ft.training import trainer
 from lora_ft.training.progress import Progress
+from lora_ft.training.state import Learner
 from lora_ft.training.trackers import Tracked
+from lora_ft.training.trainer import fit
 
 FAMILIES = ("gpt2", "llama", "qwen3")
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -38,7 +38,7 @@ OPTIM = config.Optim(lr=1e-3, weight_decay=0.01, schedule=config.Schedule.cosine
 STEPS = np.split(np.arange(19), [8, 16])
 
 Outcome = tuple[Tensor, Tensor, Tensor]
-Watch = Callable[[Learner, loop.Metrics], None]
+Watch = Callable[[Learner, trainer.Metrics], None]
 
 
 def outcome(
@@ -58,7 +58,7 @@ def outcome(
         train=config.Train(**{"tokens_per_step": 100, "checkpoint": "off", **train}), optim=OPTIM,
     )  # fmt: skip
     learner.steps = steps
-    seen: list[loop.Metrics] = []
+    seen: list[trainer.Metrics] = []
     watching = [lambda _, metrics: seen.append(metrics), *([watch(learner)] if watch else [])]
     fit([learner], lambda who, metrics: [see(who, metrics) for see in watching])
     seen = [metrics for metrics in seen if "loss" in metrics]
@@ -99,7 +99,7 @@ def test_a_step_may_be_cut_into_any_micro_batches(
         parts = [rows[i : i + rows_together] for i in range(0, len(rows), rows_together)]
         return [batch for part in parts for batch in micro_batches(part, None, True)]
 
-    monkeypatch.setattr(loop, "micro_batches", cut)
+    monkeypatch.setattr(trainer, "micro_batches", cut)
     kind.check(outcome(kind.family, kind.dtype, tmp_path))
 
 
@@ -138,7 +138,7 @@ def test_rows_end_to_end_learn_what_padded_rows_learn(
     side: str, more: int, kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The padded ones through transformers' own forward, attention and mask."""
-    monkeypatch.setattr(loop, "token_loss_sum", padded(side, more))
+    monkeypatch.setattr(trainer, "token_loss_sum", padded(side, more))
     kind.check(outcome(kind.family, kind.dtype, tmp_path, fast=False))
 
 

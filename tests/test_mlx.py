@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
-from lora_ft.adapters import files, origin
+from lora_ft.adapters import files, provenance
 from lora_ft.errors import ConfigError, MismatchError
 from lora_ft.exports import mlx
 
@@ -36,7 +36,7 @@ IDS = [5, 99, 42, 7, 300, 11]
 def written(tmp_path: Path, family: str, **options: Any) -> tuple[PeftModel, Path]:
     cfg = finished.settings(tmp_path, family, **options)
     base, model = finished.adapted(cfg)
-    files.save(model, "first", tmp_path / "adapter", base.tokenizer, origin.Origin(base.identity, cfg.quant, "d"))
+    files.save(model, "first", tmp_path / "adapter", base.tokenizer, provenance.Origin(base.identity, cfg.quant, "d"))
     mlx.write(tmp_path / "adapter", base_config(tmp_path / family), tmp_path / "mlx")
     return model, tmp_path / "mlx"
 

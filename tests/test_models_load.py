@@ -18,7 +18,7 @@ from lora_ft import config
 from lora_ft.errors import ConfigError, ResourceError, SecurityError
 from lora_ft.models import load, locate
 from lora_ft.models.fingerprint import fingerprint
-from lora_ft.models.skeleton import load_skeleton
+from lora_ft.models.meta_model import load_skeleton
 
 IDS = torch.tensor([[5, 300, 7, 44, 511, 20]])
 NONE = config.Quant()

@@ -13,7 +13,7 @@ from transformers.models.llama import modeling_llama
 from lora_ft.ops.cross_entropy import linear_cross_entropy
 from lora_ft.ops.mlp import gelu, swiglu, swiglu_plain
 from lora_ft.ops.norm import layer_norm, rms_norm, rms_norm_plain
-from lora_ft.ops.recipe import recipe_of, with_recipe
+from lora_ft.ops.recomputable import recipe_of, with_recipe
 from lora_ft.ops.rope import rotate, rotate_plain
 from lora_ft.ops.tiled_attention import tiled_attention
 

@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lora_ft import config, runs
-from lora_ft.adapters import source
-from lora_ft.data.prepare import prepare
+from lora_ft.adapters import loading
+from lora_ft.data.dataset import prepare
 from lora_ft.evaluation.heldout import heldout_loss
 from lora_ft.exports import onto
 from lora_ft.models.quantize import dequantize_reference
 from lora_ft.ops.token_loss import choose_paths
-from lora_ft.training.learner import evaluation_rows
+from lora_ft.training.state import evaluation_rows
 from lora_ft.values import Onto
 
 OFF = config.Fast(attention=False, loss=False)
@@ -38,7 +38,7 @@ def test_both_targets_are_measured_as_anybody_would_and_the_better_is_written(
     assert call("merge", f"run={run}", f"out={tmp_path / 'auto'}") == 0
     shown, measured = capsys.readouterr().out, json.loads((run / "merge.json").read_text())
     assert json.loads((tmp_path / "auto" / "merge.json").read_text()) == measured
-    tokenizer = source.adapter_tokenizer(run / "adapter", config.Model())
+    tokenizer = loading.adapter_tokenizer(run / "adapter", config.Model())
     rows = heldout(run, tokenizer)
     for name in ("dequantized", "original"):
         assert call("merge", f"run={run}", f"out={tmp_path / name}", f"onto={name}") == 0
@@ -61,9 +61,9 @@ def test_the_targets_differ_by_what_quantization_took_from_the_weights(tmp_path:
     run = finished_run(tmp_path, "llama", quant="nf4")
     for name in ("dequantized", "original"):
         assert call("merge", f"run={run}", f"out={tmp_path / name}", f"onto={name}") == 0
-    base, _ = source.open_adapter(
+    base, _ = loading.open_adapter(
         run / "adapter", config.Model(path=str(tmp_path / "llama"), dtype=config.Dtype.float32),
-        config.Quant(kind=config.QuantKind.nf4), "cpu", source.adapter_tokenizer(run / "adapter", config.Model()),
+        config.Quant(kind=config.QuantKind.nf4), "cpu", loading.adapter_tokenizer(run / "adapter", config.Model()),
     )  # fmt: skip
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "llama").state_dict()
     onto_codes, onto_weights = (load_file(tmp_path / n / "model.safetensors") for n in ("dequantized", "original"))
@@ -108,7 +108,7 @@ def test_a_real_quantized_run_loses_nothing_by_being_merged(tmp_path: Path) -> N
     assert measured["dequantized"]["loss"] == pytest.approx(measured["attached_loss"], rel=0.005)
     taken = measured[measured["onto"]]["loss"]
     assert taken <= measured["attached_loss"] * 1.005
-    tokenizer = source.adapter_tokenizer(run / "adapter", config.Model())
+    tokenizer = loading.adapter_tokenizer(run / "adapter", config.Model())
     rows = evaluation_rows(
         prepare(config.Data(path="package:chatterbot_corpus/data/english", deduplicate=True), tokenizer), 8
     )[0]

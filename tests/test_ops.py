@@ -16,9 +16,9 @@ from lora_ft.data.rows import TokenRow
 from lora_ft.evaluation.heldout import heldout_loss
 from lora_ft.models.load import load_base
 from lora_ft.ops import attention
+from lora_ft.ops.dequantized import unpacked_weights
 from lora_ft.ops.dropout import switch_off_dropout
 from lora_ft.ops.token_loss import Batch, choose_paths, token_loss_sum
-from lora_ft.ops.unpacked import unpacked_weights
 
 FAST, PLAIN = config.Fast(), config.Fast(attention=False, loss=False)
 LENGTHS = (9, 1, 17, 4)

@@ -15,8 +15,8 @@ from typing import Any
 import fsspec
 import pytest
 
-from lora_ft import durable
 from lora_ft.errors import ConfigError, MismatchError, ResourceError, SecurityError
+from lora_ft.io import durable
 from lora_ft.publishing import places, sums
 from lora_ft.publishing.place_oci import Registry
 

@@ -10,16 +10,17 @@ from safetensors.torch import load_file, save_file
 from tiny import BOS, FAMILIES, SENTENCES, tiny_folder, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from lora_ft import check, config, durable, runs
+from lora_ft import check, config, runs
 from lora_ft.adapters import attach, files
-from lora_ft.data.prepare import prepare_rows
+from lora_ft.data.dataset import prepare_rows
 from lora_ft.data.read import read
-from lora_ft.data.survey import survey, warnings
+from lora_ft.data.statistics import survey, warnings
 from lora_ft.errors import ConfigError, MismatchError, ResourceError
+from lora_ft.io import durable
 from lora_ft.models.load import load_base, load_tokenizer
-from lora_ft.models.skeleton import load_skeleton
+from lora_ft.models.meta_model import load_skeleton
 from lora_ft.training import checkpoint
-from lora_ft.training.preflight import Preflight, check_first, read_rows
+from lora_ft.training.dry_run import Preflight, check_first, read_rows
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +194,7 @@ def test_of_weights_that_were_not_fetched_it_is_said_that_they_are_compared_with
         base = load_skeleton(*given)
         return replace(base, identity=replace(base.identity, weights_sha256=None))
 
-    monkeypatch.setattr("lora_ft.training.preflight.load_skeleton", unfetched)
+    monkeypatch.setattr("lora_ft.training.dry_run.load_skeleton", unfetched)
     assert not any("weights" in sentence for sentence in said(cfg, tmp_path))
     cfg.adapter.init_from = str(run / "adapter")
     assert any(s.startswith("the base's weights are not on this machine") for s in said(cfg, tmp_path))

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_folder
 
 from lora_ft import config
-from lora_ft.adapters import files, origin
+from lora_ft.adapters import files, provenance
 from lora_ft.errors import MismatchError, SecurityError
 from lora_ft.models.load import resolve_dtype
 from lora_ft.publishing import alone, proof, sums
 
-Proven = tuple[Path, origin.Loading]
+Proven = tuple[Path, provenance.Loading]
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
@@ -45,7 +45,7 @@ def packaged(tmp_path: Path, cfg: config.TrainRun) -> Proven:
     folder = saved_run(tmp_path / "run", cfg) / "adapter"
     base, model = adapted(cfg)
     (folder / proof.PROBE).write_bytes(proof.make_probe(model, base.tokenizer))
-    return folder, origin.loading(base, cfg.quant, cfg.model)
+    return folder, provenance.loading(base, cfg.quant, cfg.model)
 
 
 @pytest.fixture
@@ -250,7 +250,7 @@ def test_how_a_base_is_loaded_says_in_what_it_computes(tmp_path: Path) -> None:
     cfg.model.added_tokens = ["<new>"]
     base, _ = adapted(cfg)
     place = tmp_path / "llama"
-    assert origin.loading(base, cfg.quant, cfg.model).lines("it's") == [
+    assert provenance.loading(base, cfg.quant, cfg.model).lines("it's") == [
         f"base = AutoModelForCausalLM.from_pretrained('{place}', dtype=torch.float32, "
         "quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', "
         "bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16))",

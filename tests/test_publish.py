@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_folder, tiny_model, tiny_tokenizer
 
 from lora_ft import config, runs
-from lora_ft.adapters import files, origin
+from lora_ft.adapters import files, provenance
 from lora_ft.publishing import alone, place_dir, places, plain, proof, story, sums
 
 ID = "model.id=org/tiny"
@@ -65,7 +65,7 @@ def test_nothing_of_this_machine_is_in_a_package(tmp_path: Path) -> None:
         data = (out / name).read_bytes()
         assert str(tmp_path).encode() not in data, name
         assert str(Path.home()).encode() not in data or len(Path.home().parts) < 3, name
-    record = json.loads((out / origin.RECORD).read_text())
+    record = json.loads((out / provenance.RECORD).read_text())
     assert record["base"]["id"] == record["base"]["path"] == "org/tiny"
     assert json.loads((out / files.CONFIG).read_text())["base_model_name_or_path"] == "org/tiny"
 
@@ -171,7 +171,7 @@ def test_an_adapter_made_elsewhere_is_published_without_what_lay_beside_it(tmp_p
     assert "my own words" not in (out / "README.md").read_text()
     assert b"private" not in (out / files.WEIGHTS).read_bytes()
     assert "made elsewhere" in (out / "README.md").read_text()
-    assert json.loads((out / origin.RECORD).read_text())["data_sha256"] is None
+    assert json.loads((out / provenance.RECORD).read_text())["data_sha256"] is None
 
 
 def by_peft(**options: Any) -> PeftModel:
@@ -406,7 +406,7 @@ def test_a_record_that_does_not_say_how_to_load_its_base_is_refused(
     tmp_path: Path, said: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = finished_run(tmp_path, "llama")
-    path = run / "adapter" / origin.RECORD
+    path = run / "adapter" / provenance.RECORD
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"loading": said}))
     assert publish(run, "verify_only=true") == 5

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import lora_ft
-from lora_ft import config, entry
+from lora_ft import config
+from lora_ft.cli import entry
 from lora_ft.errors import LoraFtError
 
 ROOT = Path(lora_ft.__file__).parent.parent

@@ -14,9 +14,15 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration, GPT2Confi
 from lora_ft import config
 from lora_ft.adapters import attach, fast
 from lora_ft.errors import ConfigError
-from lora_ft.ops import recompute
+from lora_ft.ops import gradient_checkpointing
 from lora_ft.ops.dropout import switch_off_dropout
-from lora_ft.ops.recompute import Footprint, fewest_recomputed, measure, recompute_layers, settle_checkpoint
+from lora_ft.ops.gradient_checkpointing import (
+    Footprint,
+    fewest_recomputed,
+    measure,
+    recompute_layers,
+    settle_checkpoint,
+)
 from lora_ft.ops.token_loss import Batch, choose_paths, token_loss_sum
 
 FAST = config.Fast()
@@ -86,7 +92,7 @@ def test_a_model_without_such_layers_says_so() -> None:
 
 def kept_bytes(model: torch.nn.Module, setting: str, num_tokens: int) -> int:
     recompute_layers(model, setting)
-    return recompute._bytes_kept(model, choose_paths(model, FAST), num_tokens)
+    return gradient_checkpointing._bytes_kept(model, choose_paths(model, FAST), num_tokens)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -104,10 +110,10 @@ def test_measuring_leaves_model_settings_and_random_state_as_they_were() -> None
     model = adapted("llama", 0.3)
     model.eval()
     recompute_layers(model, "every_2")
-    before = [layer.gradient_checkpointing for layer in recompute._layers(model)]
+    before = [layer.gradient_checkpointing for layer in gradient_checkpointing._layers(model)]
     state = torch.get_rng_state()
     measure(model, choose_paths(model, FAST))
-    assert [layer.gradient_checkpointing for layer in recompute._layers(model)] == before == [True, False]
+    assert [layer.gradient_checkpointing for layer in gradient_checkpointing._layers(model)] == before == [True, False]
     assert not model.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -143,12 +149,12 @@ def test_auto_is_settled_by_free_memory_and_says_both_figures(
     free: int, setting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = adapted("qwen3")
-    monkeypatch.setattr(recompute, "available_bytes", lambda device: free)
+    monkeypatch.setattr(gradient_checkpointing, "available_bytes", lambda device: free)
     found, reason = settle_checkpoint(model, choose_paths(model, FAST), 4096)
     assert found == setting
     assert reason.startswith(f"train.checkpoint=auto: {setting}") and "4,096 tokens" in reason
     assert f"{free / 1e9:.2f} GB free" in reason
-    monkeypatch.setattr(recompute, "available_bytes", lambda device: None)
+    monkeypatch.setattr(gradient_checkpointing, "available_bytes", lambda device: None)
     assert settle_checkpoint(model, choose_paths(model, FAST), 4096)[0] == "off"
 
 
@@ -162,7 +168,7 @@ def test_a_model_of_several_parts_and_a_short_context_are_measured(monkeypatch: 
     for model in (gemma, short):
         model.get_input_embeddings().requires_grad_(True)
         for free in (10**12, 0):
-            monkeypatch.setattr(recompute, "available_bytes", lambda device, free=free: free)
+            monkeypatch.setattr(gradient_checkpointing, "available_bytes", lambda device, free=free: free)
             setting, _ = settle_checkpoint(model, choose_paths(model, FAST), 100)
             assert setting == ("off" if free else "every_1")
 
@@ -171,9 +177,9 @@ def test_a_model_of_several_parts_and_a_short_context_are_measured(monkeypatch: 
 def test_where_memory_is_plenty_nothing_is_measured(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(family)
     measured = measure(model, choose_paths(model, FAST)).peak(4096, 0)
-    assert 4096 * recompute._more_than_kept(model) > measured
-    monkeypatch.setattr(recompute, "available_bytes", lambda device: 10**12)
-    monkeypatch.setattr(recompute, "measure", None)
+    assert 4096 * gradient_checkpointing._more_than_kept(model) > measured
+    monkeypatch.setattr(gradient_checkpointing, "available_bytes", lambda device: 10**12)
+    monkeypatch.setattr(gradient_checkpointing, "measure", None)
     assert settle_checkpoint(model, choose_paths(model, FAST), 4096)[0] == "off"
 
 
@@ -187,11 +193,11 @@ def test_the_smallest_limit_of_a_control_group_counts(tmp_path: Path) -> None:
         (folder / "memory.stat").write_text(f"anon 1\ninactive_file {cache}\n")
     membership = tmp_path / "cgroup"
     membership.write_text("0::/user/job\n")
-    assert recompute._left_by_cgroups(membership, root) == [600, 4990]
+    assert gradient_checkpointing._left_by_cgroups(membership, root) == [600, 4990]
     membership.write_text("4:memory:/old\n")
-    assert recompute._left_by_cgroups(membership, root) == []
-    assert recompute._left_by_cgroups(tmp_path / "none", root) == []
+    assert gradient_checkpointing._left_by_cgroups(membership, root) == []
+    assert gradient_checkpointing._left_by_cgroups(tmp_path / "none", root) == []
 
 
 def test_free_memory_of_this_machine_is_known() -> None:
-    assert 0 < (recompute.available_bytes(torch.device("cpu")) or 1) < 2**50
+    assert 0 < (gradient_checkpointing.available_bytes(torch.device("cpu")) or 1) < 2**50

@@ -14,9 +14,11 @@ from faults.shim import Shim, unsafe
 from finished import call, rows_file
 from tiny import tiny_folder
 
-from lora_ft import durable, entry, runs
+from lora_ft import runs
 from lora_ft.adapters import files
+from lora_ft.cli import entry
 from lora_ft.errors import ResourceError
+from lora_ft.io import durable
 from lora_ft.training import checkpoint
 
 QUICK = ("train.max_steps=6", "train.tokens_per_step=160", "train.tokens_per_microbatch=80", "adapter.r=2",

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_ft import config, durable, rules, runs
+from lora_ft import config, runs, validation
 from lora_ft.errors import CheckpointError, ConfigError
+from lora_ft.io import durable
 
 
 def settings(**train: object) -> config.TrainRun:
@@ -20,7 +21,7 @@ def settings(**train: object) -> config.TrainRun:
 
 def begun(folder: Path, *, finished: bool = False) -> Path:
     """A run that has come to its second step, or to its end."""
-    runs.create(folder, rules.to_plain(settings()), ["train.epochs=2", "train.max_steps=6"])
+    runs.create(folder, validation.to_plain(settings()), ["train.epochs=2", "train.max_steps=6"])
     for step in (1, 2):
         runs.append_metrics(folder, {"step": step, "loss": 1 / 3})
     (folder / runs.CHECKPOINTS / "step-00000002").mkdir(parents=True)
@@ -31,8 +32,8 @@ def begun(folder: Path, *, finished: bool = False) -> Path:
 
 def test_what_is_known_before_training_is_read_back(tmp_path: Path) -> None:
     folder = begun(tmp_path / "a" / "run")
-    assert runs.read_config(folder) == rules.to_plain(settings())
-    assert list(runs.read_config(folder)) == list(rules.to_plain(settings()))  # in the order of the settings
+    assert runs.read_config(folder) == validation.to_plain(settings())
+    assert list(runs.read_config(folder)) == list(validation.to_plain(settings()))  # in the order of the settings
     assert (folder / "overrides.txt").read_text() == "train.epochs=2\ntrain.max_steps=6\n"
     assert json.loads((folder / "environment.json").read_text()) == runs.environment()
     assert runs.read_metrics(folder) == [{"step": 1, "loss": 1 / 3}, {"step": 2, "loss": 1 / 3}]
@@ -130,11 +131,11 @@ def test_a_run_goes_on_unless_it_is_finished_and_asked_for_nothing_longer(
     longer = bool(change.keys() & {"epochs", "max_steps"})
     assert runs.reopen(folder, cfg) == (longer or not finished)
     assert not list(folder.glob("*.tmp-*"))
-    assert runs.read_config(folder) == rules.to_plain(settings())  # reopening alone changes nothing
+    assert runs.read_config(folder) == validation.to_plain(settings())  # reopening alone changes nothing
     assert (folder / runs.RESULT).exists() == finished
     assert runs.keep_changes(folder, cfg) == longer
     assert (folder / runs.RESULT).exists() == (finished and not longer)
-    assert runs.read_config(folder) == rules.to_plain(cfg)
+    assert runs.read_config(folder) == validation.to_plain(cfg)
     assert (folder / "changed.json").exists() == bool(change)
 
 

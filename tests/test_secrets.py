@@ -10,8 +10,9 @@ import pytest
 from finished import rows_file
 from tiny import tiny_folder
 
-from lora_ft import durable, entry, redact
+from lora_ft.cli import entry
 from lora_ft.errors import DataError
+from lora_ft.io import durable, redact
 
 # Forms that are made up; each provider's own check of a real one would fail.
 CANARIES = {

@@ -15,12 +15,13 @@ from finished import call, rows_file
 from learners import learner_on
 from tiny import tiny_folder, tiny_model
 
-from lora_ft import config, durable, runs, train
+from lora_ft import config, runs, train
 from lora_ft.adapters import files
 from lora_ft.errors import Interrupted
-from lora_ft.training import checkpoint, loop
-from lora_ft.training.loop import fit
-from lora_ft.training.stop import Stop, on_signals
+from lora_ft.io import durable
+from lora_ft.training import checkpoint, trainer
+from lora_ft.training.signals import Stop, on_signals
+from lora_ft.training.trainer import fit
 
 QUICK = ("train.max_steps=5", "train.tokens_per_step=160", "train.tokens_per_microbatch=80", "adapter.r=2",
          "adapter.dropout=0.1", "adapter.targets=[q_proj,v_proj]", "optim.lr=0.01", "data.eval_fraction=0.4",
@@ -79,7 +80,7 @@ def test_a_signal_lets_the_step_end_and_saves_it(
             written = len(runs.read_metrics(run)) if (run / runs.METRICS).exists() else 0
             return max(1, written) == step and not asked and not asked.append(1)
 
-        ask_in(patch, loop, "token_loss_sum", in_the_step, signum)
+        ask_in(patch, trainer, "token_loss_sum", in_the_step, signum)
         assert call("train", *words, f"hydra.run.dir={run}") == code
     said = capfd.readouterr().err
     assert f"{signum.name}: this step, then a checkpoint; again to stop now" in said
@@ -102,9 +103,9 @@ def test_a_second_signal_stops_at_once_and_the_last_checkpoint_is_intact(
     with pytest.MonkeyPatch.context() as patch:
         if place == "in the step":
             third = lambda learner: learner.step == 2  # noqa: E731
-            ask_in(patch, loop, "_activate", third, signal.SIGTERM, signal.SIGINT)
+            ask_in(patch, trainer, "_activate", third, signal.SIGTERM, signal.SIGINT)
         else:
-            ask_in(patch, loop, "_activate", lambda learner: learner.step == 2, signal.SIGTERM)
+            ask_in(patch, trainer, "_activate", lambda learner: learner.step == 2, signal.SIGTERM)
             state = lambda path, *_: path.name == checkpoint.STATE and saved(run)[-1] == "step-00000002"  # noqa: E731
             ask_in(patch, durable, "_opened", state, signal.SIGINT)
         assert call("train", *words, f"hydra.run.dir={run}") == 130

@@ -15,8 +15,8 @@ from lora_ft.adapters import attach, fast
 from lora_ft.models.fingerprint import fingerprint
 from lora_ft.models.load import load_base
 from lora_ft.models.storage import leave_file, store_in_bfloat16
+from lora_ft.ops.dequantized import unpacked_weights
 from lora_ft.ops.dropout import switch_off_dropout
-from lora_ft.ops.unpacked import unpacked_weights
 
 IDS = torch.tensor([[5, 99, 42, 7, 300, 11]])
 

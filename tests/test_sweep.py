@@ -16,7 +16,7 @@ from finished import call, rows_file, settings
 from test_resume import inputs, weights
 from tiny import tiny_folder
 
-from lora_ft import config, rules, runs, train
+from lora_ft import config, runs, train, validation
 from lora_ft.errors import ConfigError, NonFiniteError
 from lora_ft.sweeps import jobs
 from lora_ft.training.halving import Halving
@@ -57,7 +57,7 @@ def varied(tmp_path: Path, quant: str) -> list[config.TrainRun]:
 
 
 def begun(cfg: config.TrainRun, folder: Path) -> Path:
-    runs.create(folder, rules.to_plain(cfg), [])
+    runs.create(folder, validation.to_plain(cfg), [])
     return folder
 
 

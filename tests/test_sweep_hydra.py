@@ -18,9 +18,10 @@ from hydra.core.singleton import Singleton
 from hydra.test_utils.launcher_common_tests import IntegrationTestSuite, LauncherTestSuite
 from tiny import tiny_folder
 
-from lora_ft import durable, entry, rules, runs, sweep
-from lora_ft.cli import composition
+from lora_ft import runs, sweep, validation
+from lora_ft.cli import composition, entry
 from lora_ft.errors import ConfigError, NonFiniteError, ResourceError
+from lora_ft.io import durable
 from lora_ft.sweeps import children, launch
 from lora_ft.sweeps.jobs import Job
 
@@ -69,7 +70,7 @@ def trained(rows: str, monkeypatch: pytest.MonkeyPatch) -> Jobs:
                 runs.fail(job.folder, error, job.words)
                 continue
             durable.remove(job.folder / runs.FAILURE)
-            durable.write_text(job.folder / "config.yaml", yaml.safe_dump(rules.to_plain(job.cfg)))
+            durable.write_text(job.folder / "config.yaml", yaml.safe_dump(validation.to_plain(job.cfg)))
             durable.write_json(job.folder / runs.RESULT, result)
 
     monkeypatch.setattr(children, "run", run)

@@ -15,8 +15,9 @@ import pytest
 import yaml
 from rich.console import Console
 
-from lora_ft import config, durable, rules, runs
+from lora_ft import config, runs, validation
 from lora_ft.errors import ResourceError
+from lora_ft.io import durable
 from lora_ft.sweeps import child, children, live, metrics_reader
 from lora_ft.sweeps.jobs import Job
 from lora_ft.sweeps.metrics_reader import MetricsReader, View
@@ -29,7 +30,7 @@ def made(folder: Path, *words: str, **train: Any) -> list[Job]:
         cfg = config.TrainRun(train=config.Train(**train))
         job = Job(number, folder / str(number), cfg, ["data=chatterbot", *text.split()])
         job.folder.mkdir(parents=True)
-        (job.folder / "config.yaml").write_text(yaml.safe_dump(rules.to_plain(cfg)))
+        (job.folder / "config.yaml").write_text(yaml.safe_dump(validation.to_plain(cfg)))
         jobs.append(job)
     return jobs
 

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import pytest
 from sweep_folders import job, metrics, sweep_folder
 
-from lora_ft import entry
+from lora_ft.cli import entry
 from lora_ft.evaluation import charts
 from lora_ft.sweeps import report
 

@@ -1,4 +1,4 @@
-"""What the code itself cannot do, read off its syntax trees: write past durable.py, unpickle, run what a file names."""
+"""What the code itself cannot do, read off its syntax trees: write past io/durable.py, unpickle, run what a file names."""
 
 import ast
 from collections.abc import Iterator
@@ -140,12 +140,12 @@ TREES = {place_of(path): ast.parse(path.read_text("utf-8")) for path in SOURCES}
 def test_no_file_runs_code_that_data_names(place: str) -> None:
     allowed = {
         "lora_ft/cli/guard.py": {"names _target_"},  # to refuse it
-        "lora_ft/entry.py": {"imports a module by a name that is computed"},  # a verb of config.SCHEMAS
+        "lora_ft/cli/entry.py": {"imports a module by a name that is computed"},  # a verb of config.SCHEMAS
     }
     assert set(runs_code(TREES[place])) - allowed.get(place, set()) == set()
 
 
-@pytest.mark.parametrize("place", [place for place in TREES if place != "lora_ft/durable.py"])
+@pytest.mark.parametrize("place", [place for place in TREES if place != "lora_ft/io/durable.py"])
 def test_only_durable_writes(place: str) -> None:
     assert set(writes(TREES[place])) == set()
 
@@ -162,8 +162,8 @@ def test_chat_templates_are_rendered_and_compiled_within_limits_only() -> None:
 
 
 def test_an_allowed_exception_is_still_needed() -> None:
-    assert set(runs_code(TREES["lora_ft/cli/guard.py"])) and set(runs_code(TREES["lora_ft/entry.py"]))
-    assert set(writes(TREES["lora_ft/durable.py"]))
+    assert set(runs_code(TREES["lora_ft/cli/guard.py"])) and set(runs_code(TREES["lora_ft/cli/entry.py"]))
+    assert set(writes(TREES["lora_ft/io/durable.py"]))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from lora_ft.config import Data, TrainOn
-from lora_ft.data.prepare import prepare
+from lora_ft.data.dataset import prepare
 from lora_ft.data.rows import TokenRow
 from lora_ft.models import gguf, vocabulary
 

@@ -26,7 +26,7 @@ from lora_ft import config, runs
 from lora_ft.errors import ConfigError, Interrupted, NonFiniteError, ResourceError
 from lora_ft.training import trackers
 from lora_ft.training.finish import Result
-from lora_ft.training.loop import fit
+from lora_ft.training.trainer import fit
 
 BOTH = pytest.mark.parametrize("tool", ["wandb", "mlflow"])
 RESULT = Result(

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from lora_ft import config, runs
 from lora_ft.adapters import audit, files
-from lora_ft.data.prepare import prepare
+from lora_ft.data.dataset import prepare
 from lora_ft.errors import MismatchError
 
 QUICK = (

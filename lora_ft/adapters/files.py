@@ -24,10 +24,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_ft import durable, foreign, limits
-from lora_ft.adapters import declared, origin
+from lora_ft.adapters import provenance
 from lora_ft.adapters.attach import inject
 from lora_ft.errors import MismatchError, ResourceError, SecurityError
+from lora_ft.io import declared, durable, limits, untrusted
 from lora_ft.models.load import Identity
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -72,7 +72,9 @@ def tensors_of(model: PeftModel, name: str) -> dict[str, Tensor]:
     return {key: tensor.detach().cpu().contiguous() for key, tensor in sorted(state.items())}
 
 
-def save(model: PeftModel, name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, source: origin.Origin) -> None:
+def save(
+    model: PeftModel, name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, source: provenance.Origin
+) -> None:
     """Write the adapter folder in one move and read it back; MismatchError if what was written differs (C10)."""
     write(tensors_of(model, name), model.peft_config[name], folder, tokenizer, source)
 
@@ -82,14 +84,14 @@ def write(
     peft_config: LoraConfig,
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
-    source: origin.Origin,
+    source: provenance.Origin,
 ) -> None:
     """`save` for an adapter that is on no model: tensors under PEFT's file keys, and their config."""
     with durable.staged_folder(folder) as staging:
         tokenizer.save_pretrained(staging)
         durable.write_bytes(staging / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
         durable.write_json(staging / CONFIG, config_fields(peft_config, source.base))
-        durable.write_json(staging / origin.RECORD, origin.record(tensors, tokenizer, source))
+        durable.write_json(staging / provenance.RECORD, provenance.record(tensors, tokenizer, source))
         _compare(tensors, read_tensors(staging), str(folder), exact=True)
 
 
@@ -140,7 +142,7 @@ def load_tensors(model: PeftModel, folder: Path, name: str) -> None:
 def check_shapes(model: PeftModel, folder: Path, name: str) -> None:
     """What `load_tensors` finds in keys and shapes, seen in the file's header alone; the adapter may be on meta."""
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    header = foreign.tensor_header(folder / WEIGHTS, _HEADER_LIMIT, MismatchError)
+    header = untrusted.tensor_header(folder / WEIGHTS, _HEADER_LIMIT, MismatchError)
     _compare_shapes(_shapes(state), header.shapes, str(folder))
 
 
@@ -161,8 +163,8 @@ def read_config(folder: Path) -> LoraConfig:
         raise MismatchError(f"{folder} holds no adapter: {CONFIG} is missing")
     if not (folder / WEIGHTS).is_file():
         raise SecurityError(f"{folder}: {WEIGHTS} is missing; other formats of weights can run code and are not read")
-    foreign.check_folder(folder)
-    fields = foreign.json_object(path, MismatchError)
+    untrusted.check_folder(folder)
+    fields = untrusted.json_object(path, MismatchError)
     if fields.get("peft_type") != "LORA":
         raise MismatchError(f"{folder}: peft_type must be LORA, got {fields.get('peft_type')}")
     _refuse_code(path, fields)
@@ -233,7 +235,7 @@ def check_same_method(folder: Path, attached: LoraConfig) -> None:
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """The tensors of an adapter folder under PEFT's file keys; MismatchError for a number that is not finite."""
     path = folder / WEIGHTS
-    foreign.tensor_header(path, _HEADER_LIMIT, MismatchError)
+    untrusted.tensor_header(path, _HEADER_LIMIT, MismatchError)
     try:
         tensors = safetensors.torch.load(path.read_bytes())
     except SafetensorError as error:

@@ -1,4 +1,4 @@
-"""What stands behind `entry.py`: from the words of a command line to the dataclass of a verb. No torch here.
+"""What stands behind `cli/entry.py`: from the words of a command line to the dataclass of a verb. No torch here.
 
 words ─┬─ --help ── help ───────┐
        ├─ <TAB> ─── completion ─┼── choices (what conf/ offers, read without Hydra)

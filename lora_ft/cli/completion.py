@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from enum import Enum
 from pathlib import Path
 
-from lora_ft import config, rules
+from lora_ft import config, validation
 from lora_ft.cli import choices, help
 
 # COMP_WORDBREAKS says at which characters readline begins the word that it replaces: '=' and ':' unless a user
@@ -57,18 +57,18 @@ def _keys(verb: str, word: str) -> Iterator[str]:
     elif word.startswith("hydra."):
         yield from _HYDRA
     elif "." in word:
-        yield from (f"{s.key}=" for s in rules.settings(schema))
+        yield from (f"{s.key}=" for s in validation.settings(schema))
     else:
         yield from (f"{group}=" for group in choices.groups(verb))
-        yield from (f"{group}." for group in rules.groups(schema))
-        yield from (f"{s.key}=" for s in rules.settings(schema) if "." not in s.key)
+        yield from (f"{group}." for group in validation.groups(schema))
+        yield from (f"{s.key}=" for s in validation.settings(schema) if "." not in s.key)
 
 
 def _values(verb: str, key: str, typed: str, more: list[Path]) -> Iterator[str]:
     if key in choices.groups(verb):
         yield from (f"{key}={name} " for name in choices.of(key, more))
         return
-    setting = next((s for s in rules.settings(config.SCHEMAS[verb]) if s.key == key), None)
+    setting = next((s for s in validation.settings(config.SCHEMAS[verb]) if s.key == key), None)
     kind = help.required(setting.type) if setting else None
     if f"{key}=" in _HYDRA or (setting and setting.text):
         yield from _files(f"{key}=", typed)

@@ -30,11 +30,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_ft import config, durable, rules, runs
+from lora_ft import config, runs, validation
 from lora_ft.cli import guard, overrides
 from lora_ft.cli.explain import explained
 from lora_ft.cli.tasks import Outcomes, Task
 from lora_ft.errors import ConfigError, LoraFtError
+from lora_ft.io import durable
 
 SWEEP_FAILED_IN_PART = 3
 
@@ -223,7 +224,7 @@ def _stored_run(command: Command) -> dict[str, Any]:
     if folder := _resumed(command):
         shared = {f.name for f in dataclasses.fields(schema)} - {"resume"}
     else:
-        folder, shared = _run(command), set(rules.groups(schema))
+        folder, shared = _run(command), set(validation.groups(schema))
     stored = runs.read_config(Path(folder)) if folder else {}
     return {name: overrides.escape(stored[name]) for name in shared
             if name in stored and overrides.chosen(command.words, name) is None}  # fmt: skip
@@ -252,7 +253,7 @@ def _folder(command: Command, key: str) -> str | None:
     value = overrides.chosen(command.words, key)
     if value in (None, "", "null") or overrides.declared(command.verb, key) is None:
         return None
-    return rules.expand_home(value)
+    return validation.expand_home(value)
 
 
 def _composed(hydra: Hydra, command: Command, words: list[str]) -> DictConfig:
@@ -283,7 +284,7 @@ def _checked(command: Command, composed: DictConfig) -> Any:
         cfg = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.masked_copy(composed, names)))
     except OmegaConfBaseException as error:
         raise _explained(command, error) from error
-    rules.locate_paths(cfg)
-    rules.validate(cfg)
-    guard.check_secrets(rules.to_plain(cfg))
+    validation.locate_paths(cfg)
+    validation.validate(cfg)
+    guard.check_secrets(validation.to_plain(cfg))
     return cfg

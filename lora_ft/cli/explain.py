@@ -12,7 +12,7 @@ import yaml
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from lora_ft import config, rules
+from lora_ft import config, validation
 from lora_ft.cli import help, overrides
 from lora_ft.errors import ConfigError, LoraFtError
 
@@ -33,7 +33,7 @@ def explained(verb: str, error: Exception, stored: Path, config_dir: Path | None
         return ConfigError(where + _missing(error))
     key = str(getattr(cause, "full_key", None) or "")
     group = place[1].rpartition("/")[0] if place else ""
-    if group and group not in rules.groups(config.SCHEMAS[verb]) and (key == group or f"@{group}." in str(error)):
+    if group and group not in validation.groups(config.SCHEMAS[verb]) and (key == group or f"@{group}." in str(error)):
         return ConfigError(f"{where}its first line must be '# @package _global_'")
     if key and isinstance(cause, ConfigKeyError | ConfigAttributeError):
         found = overrides.unknown(verb, key)

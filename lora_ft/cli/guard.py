@@ -24,8 +24,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 
-from lora_ft import config, foreign, redact
+from lora_ft import config
 from lora_ft.errors import ConfigError, SecurityError
+from lora_ft.io import redact, untrusted
 
 TARGET = "_target_"
 _CODE = {TARGET, "custom_search_space"}  # the second names a function that Optuna's sweeper calls
@@ -48,7 +49,7 @@ class Settings(FileConfigSource):
     def load_config(self, config_path: str) -> ConfigResult:
         path = Path(self.path) / self._normalize_file_name(config_path)
         if path.is_file():
-            foreign.check_place(path, Path(self.path))  # a choice may be named ../../elsewhere
+            untrusted.check_place(path, Path(self.path))  # a choice may be named ../../elsewhere
             if Path(self.path) != config.CONF:
                 _check_file(path)
         return super().load_config(config_path)
@@ -74,7 +75,7 @@ class Loader(ConfigLoaderImpl):
 
 def _check_file(path: Path) -> None:
     data = path.read_bytes()
-    foreign.check_yaml(data, str(path), ConfigError)
+    untrusted.check_yaml(data, str(path), ConfigError)
     try:
         root = yaml.compose(data, yaml.SafeLoader)
     except yaml.YAMLError:

@@ -14,7 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from lora_ft import config, rules
+from lora_ft import config, validation
 from lora_ft.cli import choices
 
 WIDTH = 100
@@ -51,9 +51,9 @@ def page(verb: str, more: Sequence[Path] = ()) -> str:
     for group, default in choices.groups(verb).items():
         lines += ["", f"choices of {group}" + (f" (default: {default})" if default else "")]
         lines += [_row(f"{group}={name}", text) for name, text in choices.of(group, more).items()]
-    lines += _settings(rules.settings(schema))
+    lines += _settings(validation.settings(schema))
     if verb == "sweep":
-        lines += _settings(rules.settings(config.Launcher, "hydra.launcher."))
+        lines += _settings(validation.settings(config.Launcher, "hydra.launcher."))
     return "\n".join(lines) + "\n"
 
 
@@ -87,7 +87,7 @@ def show(value: Any) -> str:
     return str(value)
 
 
-def _settings(settings: Iterable[rules.Setting]) -> Iterator[str]:
+def _settings(settings: Iterable[validation.Setting]) -> Iterator[str]:
     section = None
     for setting in settings:
         group, _, name = setting.key.rpartition(".")

@@ -20,7 +20,7 @@ from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 
-from lora_ft import config, rules
+from lora_ft import config, validation
 from lora_ft.cli import choices, guard, help
 from lora_ft.errors import ConfigError, SecurityError
 
@@ -68,7 +68,7 @@ def unknown(verb: str, key: str) -> ConfigError | SecurityError:
     """The error for a key that no setting has, with the nearest that one has."""
     if guard.TARGET in key.split("."):
         return SecurityError(f"{key}: configs name settings and choices, never code to run")
-    names = [s.key for s in rules.settings(config.SCHEMAS[verb])] + list(choices.groups(verb))
+    names = [s.key for s in validation.settings(config.SCHEMAS[verb])] + list(choices.groups(verb))
     near = _nearest(key, names)
     return ConfigError(f"{key} is not a setting" + (f"; nearest: {near}" if near else f" of lora-ft {verb}"))
 
@@ -126,7 +126,7 @@ def _parsable(verb: str, word: str, override: str, parser: OverridesParser, swee
     return override
 
 
-def _text(word: str, value: str, setting: rules.Setting, sweep: bool) -> str:
+def _text(word: str, value: str, setting: validation.Setting, sweep: bool) -> str:
     if value == "null" and help.required(setting.type) is not setting.type:
         return value
     if value == "???":
@@ -158,19 +158,19 @@ def _plus(parsed: Override) -> str:
     return "+" if parsed.is_add() else ""
 
 
-def declared(verb: str, key: str) -> rules.Setting | None:
+def declared(verb: str, key: str) -> validation.Setting | None:
     """The setting of this key, or the mapping that the key is an entry of."""
-    for setting in rules.settings(config.SCHEMAS[verb]):
+    for setting in validation.settings(config.SCHEMAS[verb]):
         if setting.key == key or (_is_mapping(setting) and key.startswith(f"{setting.key}.")):
             return setting
     return None
 
 
-def _is_mapping(setting: rules.Setting) -> bool:
+def _is_mapping(setting: validation.Setting) -> bool:
     return typing.get_origin(setting.type) is dict
 
 
-def _is_text(setting: rules.Setting, key: str) -> bool:
+def _is_text(setting: validation.Setting, key: str) -> bool:
     return setting.text or (setting.key != key and typing.get_args(setting.type)[-1] is str)
 
 

@@ -15,9 +15,10 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from lora_ft import config, redact, rules, runs
+from lora_ft import config, runs, validation
 from lora_ft.cli import overrides
 from lora_ft.errors import ConfigError, LoraFtError, ResourceError
+from lora_ft.io import redact
 
 FAILED = float("inf")  # the value of a job that failed: what minimizes a loss never takes it for the best
 
@@ -107,7 +108,7 @@ def out_of_memory(verb: str, error: Exception) -> ResourceError | None:
     on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     if not (on_gpu or on_cpu or isinstance(error, MemoryError)):
         return None
-    known = {setting.key for setting in rules.settings(config.SCHEMAS[verb])}
+    known = {setting.key for setting in validation.settings(config.SCHEMAS[verb])}
     advice = ", or ".join(words for key, words in _SAVINGS.items() if key in known) or "use a machine with more of it"
     reason = str(error).partition("DefaultCPUAllocator: ")[2] or str(error)
     # without the error as its cause, whose frames would keep the model in memory for the next jobs of a sweep

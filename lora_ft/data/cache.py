@@ -20,9 +20,10 @@ import numpy as np
 import safetensors
 from numpy.typing import NDArray
 
-from lora_ft import config, durable
+from lora_ft import config
 from lora_ft.data.rows import Row
 from lora_ft.data.tokenize import Encoded
+from lora_ft.io import durable
 
 log = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ a bad one goes into the ledger with place, field, reason and an excerpt.
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lora_ft import foreign
 from lora_ft.data import chatterbot, jsonl, parquet, text
 from lora_ft.data.rows import Ledger, Record, excerpt
 from lora_ft.errors import DataError
+from lora_ft.io import untrusted
 
 
 def read_file(path: Path, label: str, ledger: Ledger) -> Iterator[Record]:
@@ -26,7 +26,7 @@ def read_file(path: Path, label: str, ledger: Ledger) -> Iterator[Record]:
 
 def _yaml(path: Path, label: str, ledger: Ledger) -> Iterator[Record]:
     data = path.read_bytes()
-    foreign.check_yaml(data, label, DataError)
+    untrusted.check_yaml(data, label, DataError)
     return chatterbot.conversations(text.decode(data, label), label, ledger)
 
 

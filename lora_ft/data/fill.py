@@ -16,8 +16,8 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 
-from lora_ft import limits
 from lora_ft.data.rows import Message
+from lora_ft.io import limits
 
 Render = Callable[[list[Message], bool], str]
 Fill = Callable[[list[str]], str]

@@ -8,10 +8,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_ft import config, foreign
+from lora_ft import config
 from lora_ft.data.files import READERS, read_file
 from lora_ft.data.rows import Ledger, Record, excerpt
 from lora_ft.errors import DataError, ResourceError, SecurityError
+from lora_ft.io import untrusted
 
 _PACKAGE = re.compile(r"package:([A-Za-z_]\w*)/(.+)")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -37,7 +38,7 @@ def records(path: str, key: str, data: config.Data, ledger: Ledger) -> Iterator[
     elif (local := Path(path).expanduser()).exists():
         for file in _files(local, path, key):
             if file != local:  # what the user names may be a link, what a folder holds may not
-                foreign.check_place(file, local)
+                untrusted.check_place(file, local)
             yield from read_file(file, str(file), ledger)
     elif _HUB_ID.fullmatch(path) and local.suffix.lower() not in READERS and not path.startswith("."):
         yield from _hub(path, key, data)

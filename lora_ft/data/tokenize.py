@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_ft.config import TrainOn
+from lora_ft.data.chat_template import Script, Turn
 from lora_ft.data.rows import Ledger, Row, RowError
-from lora_ft.data.templates import Script, Turn
 from lora_ft.errors import ConfigError
 
 # Four thousand short rows: enough for the tokenizer's threads to share, and a few dozen megabytes at most.

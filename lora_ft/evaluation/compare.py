@@ -22,7 +22,7 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft import config
-from lora_ft.data.prepare import Question, TokenRow
+from lora_ft.data.dataset import Question, TokenRow
 from lora_ft.errors import NonFiniteError
 from lora_ft.evaluation.generate import generate, visible
 from lora_ft.evaluation.heldout import Heldout, heldout_loss

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_ft import config, limits
+from lora_ft import config
 from lora_ft.errors import ConfigError, NonFiniteError
+from lora_ft.io import limits
 from lora_ft.ops.attention import plain_attention
-from lora_ft.ops.unpacked import unpacked_weights
+from lora_ft.ops.dequantized import unpacked_weights
 
 # Terminals obey control characters, and a model can write any: they are shown, not sent.
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from lora_ft.data.pack import MicroBatch, micro_batches
+from lora_ft.data.packing import MicroBatch, micro_batches
 from lora_ft.data.rows import TokenRow
 from lora_ft.ops.token_loss import Batch, Paths, token_loss_sum
 

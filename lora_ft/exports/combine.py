@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 
 from lora_ft import config
-from lora_ft.adapters import files, origin, source
+from lora_ft.adapters import files, loading, provenance
 from lora_ft.errors import ConfigError, MismatchError
 from lora_ft.exports import truncate
 from lora_ft.models.load import Base
@@ -48,7 +48,7 @@ def check(base: Base, quant: config.Quant, folders: list[Path]) -> None:
             raise MismatchError(
                 f"{folder} is a DoRA: its magnitudes belong to the norm of its own W + s B A, and have no sum; merge it"
             )
-        origin.check_source(folder, saved, base, quant)
+        provenance.check_source(folder, saved, base, quant)
 
 
 def combine(
@@ -59,9 +59,9 @@ def combine(
     `density` is the part of entries that ties and dare_ties keep; `seed` decides dare_ties' draws. Raises ConfigError
     where the method does not combine these ranks, MismatchError where the adapters are of other layers.
     """
-    names = [source.NAME, *(f"a{number:03}" for number in range(1, len(folders)))]
+    names = [loading.NAME, *(f"a{number:03}" for number in range(1, len(folders)))]
     for name, folder in zip(names[1:], folders[1:], strict=True):
-        model.add_adapter(name, _of_same_layers(files.read_config(folder), model.peft_config[source.NAME]))
+        model.add_adapter(name, _of_same_layers(files.read_config(folder), model.peft_config[loading.NAME]))
         files.load_tensors(model, folder, name)
     parts = [truncate.pairs(model, name) for name in names]
     highest = _check_ranks(parts, method)

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from peft import LoraConfig
 
-from lora_ft import foreign
 from lora_ft.errors import MismatchError
 from lora_ft.exports import gguf_names, pairs
 from lora_ft.exports.gguf_file import Kind, Planned, Value
 from lora_ft.exports.gguf_file import write as write_file
 from lora_ft.exports.pairs import WAY_OUT
+from lora_ft.io import untrusted
 
 
 def write(adapter: Path, base_config: dict[str, Any], out: Path) -> None:
@@ -65,7 +65,7 @@ def _matrices(layout: gguf_names.Layout, pair: pairs.Pair, alpha: float) -> tupl
 def _metadata(layout: gguf_names.Layout, saved: LoraConfig, alpha: float) -> dict[str, Value]:
     base = str(saved.base_model_name_or_path or "")
     metadata: dict[str, Value] = {"general.architecture": layout.architecture, "general.type": "adapter"}
-    if foreign.is_public_id(base):  # a path says nothing elsewhere, and too much
+    if untrusted.is_public_id(base):  # a path says nothing elsewhere, and too much
         owner, _, name = base.rpartition("/")
         metadata |= {
             "general.name": f"{name} LoRA",

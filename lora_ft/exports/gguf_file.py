@@ -20,8 +20,8 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Kind
 from gguf.quants import quantize
 
-from lora_ft import durable
 from lora_ft.errors import ConfigError
+from lora_ft.io import durable
 
 __all__ = ["Kind", "Planned", "Value", "write"]
 

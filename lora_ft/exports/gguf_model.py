@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from lora_ft import foreign
 from lora_ft.config import GgufType
 from lora_ft.errors import ConfigError
 from lora_ft.exports import gguf_names, gguf_tokens
 from lora_ft.exports.gguf_file import Kind, Planned, Value
 from lora_ft.exports.gguf_file import write as write_file
+from lora_ft.io import untrusted
 from lora_ft.models import locate
 from lora_ft.models.load import read_tokenizer
 
@@ -40,7 +40,7 @@ _CONSTANTS = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
 
 def check(folder: Path, tokenizer: Any) -> None:
     """Raise what `write` would of a folder's config and of this tokenizer, before the weights are merged."""
-    layout = gguf_names.layout(foreign.json_object(folder / "config.json", ConfigError))
+    layout = gguf_names.layout(untrusted.json_object(folder / "config.json", ConfigError))
     _sizes(layout)
     rows = max(layout.config.vocab_size, len(tokenizer))  # of added tokens as well
     gguf_tokens.metadata(tokenizer, rows, _ends(folder, tokenizer, layout.config))
@@ -52,7 +52,7 @@ def write(folder: Path, out: Path, kind: GgufType) -> None:
     Holds one tensor at a time. Raises ConfigError for an architecture, a setting, a tokenizer or a tensor that the
     file could not hold, and for numbers beyond float16's range where that is the type.
     """
-    fields = foreign.json_object(folder / "config.json", ConfigError)
+    fields = untrusted.json_object(folder / "config.json", ConfigError)
     layout = gguf_names.layout(fields)
     tokenizer = read_tokenizer(folder, str(folder))
     places = _places(folder)
@@ -75,7 +75,7 @@ def write(folder: Path, out: Path, kind: GgufType) -> None:
 def _places(folder: Path) -> dict[str, Path]:
     """Which file of the folder holds a tensor."""
     names = locate.weight_files(folder, {path.name for path in folder.iterdir()})
-    headers = {folder / name: foreign.tensor_header(folder / name, _HEADER_LIMIT, ConfigError) for name in names}
+    headers = {folder / name: untrusted.tensor_header(folder / name, _HEADER_LIMIT, ConfigError) for name in names}
     return {key: path for path, header in headers.items() for key in header.shapes}
 
 
@@ -198,7 +198,7 @@ def _rope_divisors(layout: gguf_names.Layout) -> list[np.ndarray]:
 def _ends(folder: Path, tokenizer: Any, config: Any) -> list[int]:
     """The ids that end a generation: those of generation_config.json, else config.json's, else the tokenizer's."""
     path = folder / "generation_config.json"
-    generation = foreign.json_object(path, ConfigError) if path.is_file() else {}
+    generation = untrusted.json_object(path, ConfigError) if path.is_file() else {}
     for found in (generation.get("eos_token_id"), config.eos_token_id, tokenizer.eos_token_id):
         if found is not None:
             return found if isinstance(found, list) else [found]

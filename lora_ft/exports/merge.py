@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from lora_ft import durable
 from lora_ft.errors import MismatchError, NonFiniteError, ResourceError
 from lora_ft.exports.stream import Read, inmost
+from lora_ft.io import durable
 
 log = logging.getLogger("lora_ft")
 

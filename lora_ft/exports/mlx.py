@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from lora_ft import durable
 from lora_ft.errors import ConfigError, MismatchError
 from lora_ft.exports import gguf_names, pairs
 from lora_ft.exports.pairs import WAY_OUT
+from lora_ft.io import durable
 
 # In mlx-lm these models' layers have transformers' names, but for GPT-2's.
 _PREFIXES = {kind: "" for kind in ("llama", "mistral", "qwen2", "qwen3")} | {"gpt2": "model."}

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
-from lora_ft.data.pack import micro_batches
-from lora_ft.data.prepare import TokenRow
+from lora_ft.data.dataset import TokenRow
+from lora_ft.data.packing import micro_batches
 from lora_ft.errors import NonFiniteError
 from lora_ft.evaluation.heldout import to_batch
 from lora_ft.exports import stream

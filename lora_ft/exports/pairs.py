@@ -13,9 +13,9 @@ import numpy as np
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
-from lora_ft import limits
-from lora_ft.adapters import files, origin
+from lora_ft.adapters import files, provenance
 from lora_ft.errors import MismatchError
+from lora_ft.io import limits
 
 WAY_OUT = "write a merged model instead: lora-ft merge, for llama.cpp with gguf=f16"
 
@@ -54,7 +54,7 @@ class Matrices:
 def read(folder: Path) -> Matrices:
     """Read an adapter that is A, B and scales, or say what else it is: MismatchError."""
     saved = files.read_config(folder)
-    origin.check_kind(folder, saved)
+    provenance.check_kind(folder, saved)
     files.check_settings(folder, saved, files.PLAIN, f"; {WAY_OUT}")
     found: dict[str, dict[str, np.ndarray]] = {}
     embeddings = set()

@@ -32,11 +32,11 @@ from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from lora_ft import config
-from lora_ft.adapters import files, origin, source
+from lora_ft.adapters import files, loading, provenance
 from lora_ft.config import QuantKind
 from lora_ft.models import load, locate, quantize
 from lora_ft.models.load import Base
-from lora_ft.models.skeleton import load_skeleton
+from lora_ft.models.meta_model import load_skeleton
 
 log = logging.getLogger("lora_ft")
 
@@ -64,11 +64,11 @@ def open_adapter(
     """
     skeleton = load_skeleton(model, quant, device, tokenizer)
     base = replace(skeleton, identity=locate.locate(model))  # with the weights of a hub id, which a skeleton lacks
-    origin.check_source(folder, files.read_config(folder), base, quant)
+    provenance.check_source(folder, files.read_config(folder), base, quant)
     trained_on = _tensors(base, model, quant, device)
     original = trained_on if quant.kind is QuantKind.none else _tensors(base, model, config.Quant(), device)
     modules = hollow(base.model)
-    return Opened(base, files.load(base.model, folder, source.NAME), modules, trained_on, original)
+    return Opened(base, files.load(base.model, folder, loading.NAME), modules, trained_on, original)
 
 
 def hollow(network: PreTrainedModel, device: torch.device | str = "cpu") -> Modules:

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_ft import durable
 from lora_ft.errors import ConfigError, ResourceError
+from lora_ft.io import durable
 from lora_ft.models import gguf, vocabulary
 
 # Part of the cache's folder names: raise it when the same file would convert to other bytes.

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_ft import config, limits
+from lora_ft import config
 from lora_ft.errors import ConfigError, ResourceError
+from lora_ft.io import limits
 from lora_ft.models import quantize
 from lora_ft.models.locate import Identity, locate
 from lora_ft.models.storage import leave_file

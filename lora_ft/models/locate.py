@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_ft import config, foreign
+from lora_ft import config
 from lora_ft.errors import ConfigError, ResourceError, SecurityError
+from lora_ft.io import untrusted
 from lora_ft.models import convert
 
 # What a download may fetch: no pickles, no code, no second copy of the weights in another layout.
@@ -160,7 +161,7 @@ def check_config(folder: Path) -> None:
             f"{folder} holds a model and an adapter_config.json, for which transformers would load other weights as "
             "well, pickled ones too: take the adapter out, and give it as adapter_path"
         )
-    foreign.check_folder(folder)
+    untrusted.check_folder(folder)
     check_tokenizer(folder)
     settings = _read_json(folder / "config.json")
     _refuse_code(folder / "config.json", settings, _is_known_model)
@@ -189,7 +190,7 @@ def check_tokenizer(folder: Path) -> None:
                 raise SecurityError(f"{path}: fast_tokenizer_files names {name!r}, which is no file of this folder")
     for name in _JSON:
         if (folder / name).is_file():
-            foreign.json_object(folder / name, ConfigError)  # transformers meets a nesting bomb without a handler
+            untrusted.json_object(folder / name, ConfigError)  # transformers meets a nesting bomb without a handler
 
 
 def _refuse_code(path: Path, settings: dict[str, Any], is_known: Callable[[dict[str, Any]], bool]) -> None:
@@ -266,11 +267,11 @@ def weight_files(folder: Path, names: set[str]) -> list[str]:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{path.parent} is not a model folder: it has no {path.name}")
-    return foreign.json_object(path, ConfigError)
+    return untrusted.json_object(path, ConfigError)
 
 
 def _weights_hash(path: Path) -> str:
-    header = foreign.tensor_header(path, _HEADER_LIMIT, ConfigError)
+    header = untrusted.tensor_header(path, _HEADER_LIMIT, ConfigError)
     digest = hashlib.sha256(header.raw)
     with path.open("rb") as file:
         for begin, end in header.places:

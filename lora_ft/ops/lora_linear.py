@@ -9,7 +9,7 @@
                                         the backward needs B' dy anyway, and adds A' to it for less than a
                                         second merged weight would cost
     rebuilt    quantized weights        are made in the forward and again in the backward; only their codes stay
-               an x with a recipe       (ops/recipe.py: a norm's output, SwiGLU's product) is made again from
+               an x with a recipe       (ops/recomputable.py: a norm's output, SwiGLU's product) is made again from
                                         what its recipe keeps, and is itself not kept
 
 Shapes: T tokens, I inputs, O outputs, r rank; x [.., I], W [O, I], A [r, I], B [O, r], y [.., O].
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from lora_ft.ops.recipe import Recipe, recipe_of
+from lora_ft.ops.recomputable import Recipe, recipe_of
 from lora_ft.ops.weights import FrozenWeight
 
 

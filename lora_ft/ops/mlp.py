@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from lora_ft.ops.recipe import with_recipe
+from lora_ft.ops.recomputable import with_recipe
 
 
 def swiglu_plain(gate: Tensor, up: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from lora_ft.ops.recipe import with_recipe
+from lora_ft.ops.recomputable import with_recipe
 
 
 def rms_norm_plain(x: Tensor, weight: Tensor, eps: float) -> Tensor:

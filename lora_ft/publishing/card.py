@@ -20,7 +20,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from lora_ft import config
-from lora_ft.adapters.origin import Loading
+from lora_ft.adapters.provenance import Loading
 from lora_ft.publishing.facts import Level
 from lora_ft.publishing.lint import FILES, Verdict
 from lora_ft.publishing.proof import Proof

@@ -13,8 +13,8 @@ from pathlib import Path
 import safetensors
 import torch
 
-from lora_ft import foreign
 from lora_ft.adapters import files
+from lora_ft.io import untrusted
 from lora_ft.publishing.facts import Facts, Finding, Level, front_matter, is_named
 
 # Settings with which names and shapes of A and B follow rules of their own.
@@ -139,7 +139,7 @@ def _modes(folder: Path, names: frozenset[str]) -> Iterator[Finding]:
 
 def _naming(facts: Facts) -> Iterator[Finding]:
     base = facts.config.get("base_model_name_or_path")
-    if facts.config and not foreign.is_public_id(base):
+    if facts.config and not untrusted.is_public_id(base):
         what = "names no base" if not base else f"names the base {str(base)[:80]!r}, which is no hub id"
         yield Finding(Level.WARN, f"{files.CONFIG} {what}: others cannot find it", "publish with model.id=OWNER/NAME")
     elif facts.config and not facts.config.get("revision"):

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 import yaml
 
-from lora_ft import foreign
 from lora_ft.adapters import files
 from lora_ft.errors import LoraFtError, MismatchError
+from lora_ft.io import untrusted
 
 _HEADER_LIMIT = 10 * 2**20
 _PREFIX = "base_model.model."
@@ -89,13 +89,13 @@ def is_named(layer: str, name: str) -> bool:
 
 def front_matter(path: Path) -> dict[str, Any]:
     """The YAML between the first two lines of dashes of a model card; {} where there is none that can be read."""
-    if not path.is_file() or path.stat().st_size > foreign.MOST_YAML_BYTES:
+    if not path.is_file() or path.stat().st_size > untrusted.MOST_YAML_BYTES:
         return {}
     found = re.match(r"---\r?\n(.*?)\r?\n---", path.read_text("utf-8", errors="replace"), re.DOTALL)
     if not found:
         return {}
     try:
-        foreign.check_yaml(found[1], str(path), MismatchError)
+        untrusted.check_yaml(found[1], str(path), MismatchError)
         loaded = yaml.safe_load(found[1])
     except (LoraFtError, yaml.YAMLError, ValueError):  # ValueError: a date that is none
         return {}
@@ -144,7 +144,7 @@ def _config(folder: Path, problems: list[Finding]) -> dict[str, Any]:
         try:
             with warnings.catch_warnings(action="ignore"):  # of PEFT, on what only training needs
                 files.read_config(folder)
-            return foreign.json_object(folder / files.CONFIG, MismatchError)
+            return untrusted.json_object(folder / files.CONFIG, MismatchError)
         except (LoraFtError, OSError) as error:
             problems.append(Finding(Level.REFUSED, _plain(error, folder)))
     return {}
@@ -162,7 +162,7 @@ def _shapes(folder: Path, problems: list[Finding]) -> dict[str, tuple[int, ...]]
         )  # fmt: skip
         return {}
     try:
-        return foreign.tensor_header(path, _HEADER_LIMIT, MismatchError).shapes
+        return untrusted.tensor_header(path, _HEADER_LIMIT, MismatchError).shapes
     except (LoraFtError, OSError) as error:
         problems.append(Finding(Level.REFUSED, _plain(error, folder)))
         return {}

@@ -20,13 +20,14 @@ import safetensors.torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, durable
-from lora_ft.adapters import files, origin, source
+from lora_ft import config
+from lora_ft.adapters import files, loading, provenance
 from lora_ft.errors import MismatchError
 from lora_ft.exports import gguf_adapter, mlx
+from lora_ft.io import durable
 from lora_ft.models.load import Identity, resolve_device
 from lora_ft.models.locate import locate
-from lora_ft.models.skeleton import load_skeleton
+from lora_ft.models.meta_model import load_skeleton
 from lora_ft.publishing import card, curve, lint, proof, sums
 from lora_ft.publishing.proof import Proof
 from lora_ft.publishing.story import Story
@@ -48,7 +49,7 @@ class Contents:
     probe: bytes
     base_config: dict[str, Any]
     quant: config.Quant
-    loading: origin.Loading
+    loading: provenance.Loading
     public: Identity
     story: Story | None
     license: str | None
@@ -70,7 +71,7 @@ def assemble(place: Path, contents: Contents) -> Proof:
         # Written anew: metadata of a stranger's file stay behind.
         durable.write_bytes(staging / files.WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
         durable.write_json(staging / files.CONFIG, fields)
-        durable.write_json(staging / origin.RECORD, record)
+        durable.write_json(staging / provenance.RECORD, record)
         durable.write_bytes(staging / proof.PROBE, contents.probe)
         _write_extras(staging, contents)
         proven = proof.prove(staging, contents.loading)
@@ -84,11 +85,11 @@ def assemble(place: Path, contents: Contents) -> Proof:
     return proven
 
 
-def _record(contents: Contents, elsewhere: origin.Loading, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _record(contents: Contents, elsewhere: provenance.Loading, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """lora_ft.json as it was when lora_ft saved the adapter, if it did; the base by its id, and how to load it."""
-    recorded = (contents.adapter / origin.RECORD).is_file()
-    kept = origin.read_record(contents.adapter) if recorded else {"data_sha256": None}
-    made = origin.record(tensors, contents.tokenizer, origin.Origin(contents.public, contents.quant, ""))
+    recorded = (contents.adapter / provenance.RECORD).is_file()
+    kept = provenance.read_record(contents.adapter) if recorded else {"data_sha256": None}
+    made = provenance.record(tensors, contents.tokenizer, provenance.Origin(contents.public, contents.quant, ""))
     base = dataclasses.asdict(contents.public) | {"folder": None}
     loading = {key: value for key, value in dataclasses.asdict(elsewhere).items() if key != "device"}
     return made | {key: kept[key] for key in made if key in kept} | {"base": base, "loading": loading}
@@ -103,12 +104,12 @@ def _write_extras(folder: Path, contents: Contents) -> None:
         mlx.write(folder, contents.base_config, folder / MLX)
 
 
-def loading(folder: Path, model: config.Model, quant: config.Quant, device: str) -> origin.Loading:
+def loading(folder: Path, model: config.Model, quant: config.Quant, device: str) -> provenance.Loading:
     """How an adapter's base is loaded from where it lies on this machine, as the folder's record says, if it has one.
 
     A record is a stranger's: MismatchError where it says what lora_ft never writes, or where this is another base.
     """
-    told = origin.read_record(folder).get("loading") if (folder / origin.RECORD).is_file() else None
+    told = provenance.read_record(folder).get("loading") if (folder / provenance.RECORD).is_file() else None
     told = told if isinstance(told, dict) else {}
     quantization = told.get("quantization")
     compute = quantization.get("bnb_4bit_compute_dtype") if isinstance(quantization, dict) else None
@@ -116,9 +117,9 @@ def loading(folder: Path, model: config.Model, quant: config.Quant, device: str)
         model = dataclasses.replace(model, dtype=config.Dtype(told.get("dtype", model.dtype.value)))
         quant = dataclasses.replace(quant, compute_dtype=config.Dtype(compute or quant.compute_dtype.value))
     except ValueError as error:
-        raise MismatchError(f"{folder / origin.RECORD} does not say how its base is loaded: {error}") from None
+        raise MismatchError(f"{folder / provenance.RECORD} does not say how its base is loaded: {error}") from None
     place = locate(model)  # with its weights, which a skeleton does not fetch
-    base = load_skeleton(model, quant, device, source.adapter_tokenizer(folder, model))
-    origin.check_source(folder, files.read_config(folder), base, quant)
-    made = origin.loading(base, quant, model)
+    base = load_skeleton(model, quant, device, loading.adapter_tokenizer(folder, model))
+    provenance.check_source(folder, files.read_config(folder), base, quant)
+    made = provenance.loading(base, quant, model)
     return dataclasses.replace(made, place=str(place.folder), revision=None, device=str(resolve_device(device)))

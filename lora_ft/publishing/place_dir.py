@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_ft import durable
 from lora_ft.errors import ConfigError, ResourceError
+from lora_ft.io import durable
 from lora_ft.publishing import sums
 
 _CHUNK = 2**20

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_ft import durable
 from lora_ft.errors import ConfigError, MismatchError, ResourceError, SecurityError
+from lora_ft.io import durable
 from lora_ft.publishing import sums
 from lora_ft.publishing.hub_errors import explained, patiently
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_ft import durable, foreign
 from lora_ft.errors import ConfigError, MismatchError, ResourceError
+from lora_ft.io import durable, untrusted
 from lora_ft.publishing import sums
 
 _FORM = re.compile(
@@ -193,9 +193,9 @@ def _manifest_of(folder: Path, message: str) -> tuple[dict[str, Any], list[Path]
         }
         for path, (name, digest) in zip(files, sorted(listed.items()), strict=True)
     ]
-    from lora_ft.adapters.origin import RECORD  # loads torch, which a place has no need of otherwise
+    from lora_ft.adapters.provenance import RECORD  # loads torch, which a place has no need of otherwise
 
-    base = foreign.json_object(folder / RECORD, MismatchError).get("base", {})
+    base = untrusted.json_object(folder / RECORD, MismatchError).get("base", {})
     annotations = {"org.opencontainers.image.description": message, _BASE: base.get("id")}
     return {
         "schemaVersion": 2,

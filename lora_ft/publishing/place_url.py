@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_ft import durable
 from lora_ft.errors import ConfigError, ResourceError, SecurityError
+from lora_ft.io import durable
 from lora_ft.publishing import sums
 
 _SENDING = f"{sums.SUMS}.sending"

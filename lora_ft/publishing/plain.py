@@ -17,9 +17,9 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from lora_ft import durable
 from lora_ft.adapters import files
 from lora_ft.errors import MismatchError
+from lora_ft.io import durable
 from lora_ft.models.load import Identity
 
 _SCALES = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")

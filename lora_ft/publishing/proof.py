@@ -26,11 +26,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import foreign
 from lora_ft.adapters.files import read_config
-from lora_ft.adapters.origin import Loading
+from lora_ft.adapters.provenance import Loading
 from lora_ft.errors import MismatchError
 from lora_ft.exports import verify
+from lora_ft.io import untrusted
 from lora_ft.publishing import sums
 
 log = logging.getLogger("lora_ft")
@@ -131,10 +131,10 @@ def prove(folder: Path, loading: Loading) -> Proof:
 
 
 def _read_probe(path: Path) -> dict[str, Tensor]:
-    foreign.check_place(path, path.parent)
+    untrusted.check_place(path, path.parent)
     if path.stat().st_size > _MOST_BYTES:
         raise MismatchError(f"{path} is larger than {_MOST_BYTES // 2**20} MiB, which no probe is")
-    foreign.tensor_header(path, _HEADER_LIMIT, MismatchError)
+    untrusted.tensor_header(path, _HEADER_LIMIT, MismatchError)
     found = safetensors.torch.load_file(path)
     kinds = {name: (t.dtype, t.dim()) for name, t in found.items()}
     whole, real = (torch.int64, 1), (torch.float32, 2)

@@ -12,8 +12,8 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_ft import redact
 from lora_ft.errors import SecurityError
+from lora_ft.io import redact
 from lora_ft.models import gguf
 from lora_ft.publishing import sums
 

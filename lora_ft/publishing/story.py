@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_ft import config, foreign, rules, runs
+from lora_ft import config, runs, validation
 from lora_ft.config import TrainRun
 from lora_ft.errors import ConfigError
+from lora_ft.io import untrusted
 from lora_ft.models import gguf, locate
 from lora_ft.publishing import facts
 from lora_ft.setting import OnResume
@@ -77,15 +78,15 @@ def read(run: Path) -> Story:
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    foreign.check_place(path, path.parent)
-    return foreign.json_object(path, ConfigError)
+    untrusted.check_place(path, path.parent)
+    return untrusted.json_object(path, ConfigError)
 
 
 def _settings(stored: dict[str, Any]) -> dict[str, Any]:
     """What decides a run's result and is not the default, in the order of config.py; places are left out."""
-    plain = rules.to_plain(TrainRun())
+    plain = validation.to_plain(TrainRun())
     found: dict[str, Any] = {}
-    for setting in rules.settings(TrainRun):
+    for setting in validation.settings(TrainRun):
         group, _, name = setting.key.rpartition(".")
         holder = stored.get(group) if group else stored
         value = holder.get(name) if isinstance(holder, dict) else None
@@ -101,7 +102,7 @@ def _place(path: str) -> tuple[str, str | None]:
         return f"files of the package {path.removeprefix('package:').partition('/')[0]}", None
     if Path(path).suffix.lower() in (".jsonl", ".json", ".csv", ".parquet", ".txt", ".yml", ".yaml", ".tsv"):
         return f"a local file ({Path(path).suffix.lower()})", None
-    if foreign.is_public_id(path):
+    if untrusted.is_public_id(path):
         return f"{path} on the Hugging Face hub", path
     return "a local folder", None
 
@@ -130,7 +131,7 @@ def _figures(measured: dict[str, Any]) -> dict[str, float]:
 
 def _curves(run: Path) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
     path = run / runs.METRICS
-    foreign.check_place(path, run)
+    untrusted.check_place(path, run)
     found = []
     for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
         try:

@@ -10,8 +10,8 @@ import hashlib
 import re
 from pathlib import Path, PurePosixPath
 
-from lora_ft import foreign
 from lora_ft.errors import MismatchError
+from lora_ft.io import untrusted
 
 SUMS = "SHA256SUMS"
 
@@ -22,7 +22,7 @@ _OF_THE_HUB = ".gitattributes"
 
 def is_package(names: set[str]) -> bool:
     """Whether files of these names are what `lora-ft publish` sends."""
-    from lora_ft.adapters.origin import RECORD  # loads torch, which a place has no need of otherwise
+    from lora_ft.adapters.provenance import RECORD  # loads torch, which a place has no need of otherwise
 
     return {SUMS, RECORD} <= names
 
@@ -38,7 +38,7 @@ def names(folder: Path) -> set[str]:
     """Files of a folder and the folders in it, as POSIX paths; SecurityError for one that leads out of it."""
     found = {path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
     for path in found:
-        foreign.check_place(path, folder)
+        untrusted.check_place(path, folder)
     return {path.relative_to(folder).as_posix() for path in found}
 
 
@@ -73,7 +73,7 @@ def read(folder: Path) -> dict[str, str]:
     path = folder / SUMS
     if not path.is_file():
         raise MismatchError(f"{folder} has no {SUMS}: it is no package that lora-ft publish made, or not whole")
-    foreign.check_place(path, folder)
+    untrusted.check_place(path, folder)
     with path.open("rb") as file:
         data = file.read(_MOST_BYTES + 1)
     if len(data) > _MOST_BYTES:

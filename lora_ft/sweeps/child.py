@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_ft import config, durable, rules, runs
+from lora_ft import config, runs, validation
 from lora_ft.errors import LoraFtError, ResourceError
+from lora_ft.io import durable
 from lora_ft.sweeps import jobs
 from lora_ft.sweeps.jobs import Job
 
@@ -98,7 +99,11 @@ def start(given: list[Job], device: str, sweep: config.Sweep, folder: Path) -> C
     """Start a process for these jobs of the sweep in `folder`; ResourceError where the system has no more of them."""
     number = 1 + max((int(p.stem) for p in (folder / FOLDER).iterdir() if p.stem.isdecimal()), default=0)
     heartbeat = (folder / FOLDER / f"{number}.json").absolute()
-    order = {"jobs": [jobs.to_plain(job) for job in given], "heartbeat": str(heartbeat), "sweep": rules.to_plain(sweep)}
+    order = {
+        "jobs": [jobs.to_plain(job) for job in given],
+        "heartbeat": str(heartbeat),
+        "sweep": validation.to_plain(sweep),
+    }
     assigned = device and ":" not in given[0].cfg.device  # cuda:N counts by what the parent sees
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": device} if assigned else {})
     log = durable.open_log(heartbeat.with_suffix(".log"))

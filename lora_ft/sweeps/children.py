@@ -16,8 +16,9 @@ import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lora_ft import config, durable, runs
+from lora_ft import config, runs
 from lora_ft.errors import Interrupted
+from lora_ft.io import durable
 from lora_ft.sweeps import child, devices, jobs
 from lora_ft.sweeps.child import Child
 from lora_ft.sweeps.jobs import Job

@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from lora_ft import config, rules
+from lora_ft import config, validation
 from lora_ft.cli import overrides
 
 _ALONE = ("adapter", "optim", "train", "seed", "track", "resume")  # what one job may have otherwise than another
@@ -41,7 +41,7 @@ def grouped(jobs: list[Job], share: config.ShareBase) -> list[list[Job]]:
 
 
 def _shared(cfg: config.TrainRun) -> str:
-    plain = rules.to_plain(cfg)
+    plain = validation.to_plain(cfg)
     same = {name: value for name, value in plain.items() if name not in _ALONE}
     # A layer that one job trains in full is computed by its plain path in all.
     return json.dumps([same, sorted(cfg.adapter.modules_to_save)], sort_keys=True)
@@ -59,7 +59,7 @@ def alone(cfg: config.SweepRun) -> config.TrainRun:
 
 def to_plain(job: Job) -> dict[str, Any]:
     """A job as JSON has it, for `from_plain` in another process."""
-    return {"number": job.number, "folder": str(job.folder), "cfg": rules.to_plain(job.cfg), "words": job.words}
+    return {"number": job.number, "folder": str(job.folder), "cfg": validation.to_plain(job.cfg), "words": job.words}
 
 
 def from_plain(plain: dict[str, Any]) -> Job:

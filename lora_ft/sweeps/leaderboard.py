@@ -13,7 +13,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from lora_ft import config, rules
+from lora_ft import config, validation
 from lora_ft.sweeps.results import JobResult, State, Sweep
 
 SEED = "seed"
@@ -114,7 +114,7 @@ def _differing(jobs: tuple[JobResult, ...]) -> tuple[tuple[str, ...], bool]:
     differ = {key for key, values in seen.items() if len(values) > 1}
     if all(job.settings for job in jobs):  # the config shows what a choice such as model=NAME stands for
         differ &= {key for job in jobs for key in job.settings} | {SEED}
-    order = {setting.key: number for number, setting in enumerate(rules.settings(config.TrainRun))}
+    order = {setting.key: number for number, setting in enumerate(validation.settings(config.TrainRun))}
     columns = sorted(differ - _NOT_COMPARED, key=lambda key: (order.get(key, len(order)), key))
     return tuple(columns), SEED in differ
 

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_ft import runs
-from lora_ft.redact import redact
+from lora_ft.io.redact import redact
 from lora_ft.sweeps.jobs import Job
 from lora_ft.sweeps.metrics_reader import ENDS, MetricsReader, View, turns
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_ft import durable
+from lora_ft.io import durable
 from lora_ft.sweeps import figures, leaderboard, results, tables
 from lora_ft.sweeps.figures import Chart
 from lora_ft.sweeps.leaderboard import Board, Ranking

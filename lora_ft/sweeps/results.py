@@ -20,8 +20,9 @@ from typing import Any
 
 import yaml
 
-from lora_ft import config, foreign, redact, rules, runs
+from lora_ft import config, runs, validation
 from lora_ft.errors import ConfigError, LoraFtError
+from lora_ft.io import redact, untrusted
 
 ADAPTER = "adapter/adapter_model.safetensors"
 
@@ -155,7 +156,7 @@ def _job(root: Path, folder: Path, number: int, in_use: set[int] | None) -> JobR
 
 def _overrides(folder: Path) -> tuple[str, ...]:
     path = folder / runs.OVERRIDES
-    foreign.check_place(path, folder)
+    untrusted.check_place(path, folder)
     if path.stat().st_size > _MOST_OVERRIDES_BYTES:
         raise ConfigError(f"{path} is larger than {_MOST_OVERRIDES_BYTES // 2**20} MiB")
     return tuple(line for line in shown(path.read_text("utf-8")).split("\n") if line)
@@ -180,7 +181,7 @@ def _settings(folder: Path, config_stamp: tuple[int, int], changed_stamp: tuple[
 @functools.cache
 def _defaults() -> dict[str, Any]:
     """The defaults, for settings that are newer than a job's config."""
-    declared = {setting.key: setting.default for setting in rules.settings(config.TrainRun)}
+    declared = {setting.key: setting.default for setting in validation.settings(config.TrainRun)}
     return _flat({key: value.value if isinstance(value, Enum) else value for key, value in declared.items()})
 
 
@@ -215,7 +216,7 @@ def _curve(folder: Path, stamp: tuple[int, int]) -> Curve:
     path = folder / runs.METRICS
     if not os.path.lexists(path):
         return Curve()
-    foreign.check_place(path, folder)
+    untrusted.check_place(path, folder)
     if path.stat().st_size > _MOST_METRICS_BYTES:
         raise ConfigError(f"{path} is larger than {_MOST_METRICS_BYTES // 2**20} MiB")
     lines = path.read_bytes().split(b"\n")
@@ -299,8 +300,8 @@ def _of_steps(folder: Path) -> str:
     path = folder / runs.CHECK
     if not path.is_file():
         return ""
-    foreign.check_place(path, folder)
-    steps = foreign.json_object(path, ConfigError).get("steps")
+    untrusted.check_place(path, folder)
+    steps = untrusted.json_object(path, ConfigError).get("steps")
     count = steps.get("count") if isinstance(steps, dict) else None
     return f" of {count}" if type(count) is int else ""
 

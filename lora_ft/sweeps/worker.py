@@ -19,17 +19,18 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_ft import config, durable, redact, runs
+from lora_ft import config, runs
 from lora_ft.cli import tasks
 from lora_ft.errors import Interrupted
+from lora_ft.io import durable, redact
 from lora_ft.sweeps import jobs
 from lora_ft.sweeps.jobs import Job
 from lora_ft.train import BaseTouched, train_each
 from lora_ft.training.halving import Halving
-from lora_ft.training.learner import Learner
-from lora_ft.training.loop import Metrics
 from lora_ft.training.progress import displayed
-from lora_ft.training.stop import Stop, on_signals
+from lora_ft.training.signals import Stop, on_signals
+from lora_ft.training.state import Learner
+from lora_ft.training.trainer import Metrics
 
 AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 

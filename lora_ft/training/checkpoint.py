@@ -6,7 +6,7 @@
       manifest.json        size and sha256 of both
 
 A folder is a checkpoint if the manifest that its files give is, byte by byte, the one it holds. No generator is in it:
-the order of rows and every draw of dropout are functions of seed and position (data/order.py), and the learning rate
+the order of rows and every draw of dropout are functions of seed and position (data/sampler.py), and the learning rate
 is one of the step, so that the number of steps done says where all of them stand.
 
 Older checkpoints go when the newest has been read back; the newest `train.keep_checkpoints` and the one with the lowest
@@ -26,11 +26,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lora_ft import config, durable, foreign, runs
+from lora_ft import config, runs
 from lora_ft.errors import CheckpointError, ResourceError
 from lora_ft.evaluation.heldout import Heldout
+from lora_ft.io import durable, untrusted
 from lora_ft.training import optimizers
-from lora_ft.training.learner import Evaluation, Learner
+from lora_ft.training.state import Evaluation, Learner
 
 log = logging.getLogger("lora_ft")
 
@@ -88,7 +89,7 @@ def resume(learner: Learner) -> None:
     _check_inputs(found, state["inputs"], learner.inputs)
     for difference in _differences(state["environment"], _environment(learner)):
         log.warning("resuming elsewhere than the run began, which may change bytes: %s", difference)
-    foreign.tensor_header(found / TENSORS, _MOST_HEADER_BYTES, CheckpointError)
+    untrusted.tensor_header(found / TENSORS, _MOST_HEADER_BYTES, CheckpointError)
     _fill(learner, state, safetensors.torch.load((found / TENSORS).read_bytes()))
     durable.cut(learner.folder / runs.METRICS, state["metrics_bytes"])
     for path in _all(found.parent):
@@ -101,9 +102,9 @@ def resume(learner: Learner) -> None:
 def newest(run: Path) -> Path | None:
     """The newest valid checkpoint of a run, None where it has none; those that are not valid are named in the log."""
     problems = []
-    foreign.check_place(run / FOLDER, run)
+    untrusted.check_place(run / FOLDER, run)
     for path in reversed(_all(run / FOLDER)):
-        foreign.check_place(path, run)
+        untrusted.check_place(path, run)
         problem = _problem(path) or _metrics_problem(path, run)
         if problem is None:
             return path
@@ -226,7 +227,7 @@ def _described(path: Path) -> dict[str, Any]:
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    state = foreign.json_object(path / STATE, CheckpointError)
+    state = untrusted.json_object(path / STATE, CheckpointError)
     if state.get("format") != _FORMAT:
         raise CheckpointError(f"{path / STATE} must be of format {_FORMAT}, got {state.get('format')}")
     return state

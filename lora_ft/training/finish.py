@@ -10,14 +10,15 @@ from dataclasses import asdict, dataclass
 from rich.console import Console
 from rich.text import Text
 
-from lora_ft import durable, runs
-from lora_ft.adapters import files, origin
-from lora_ft.data.prepare import Dataset
+from lora_ft import runs
+from lora_ft.adapters import files, provenance
+from lora_ft.data.dataset import Dataset
 from lora_ft.evaluation import compare
 from lora_ft.evaluation.compare import Comparison
+from lora_ft.io import durable
 from lora_ft.models.load import Base
-from lora_ft.training.learner import Learner, overfitting
 from lora_ft.training.metrics import peak_memory_bytes
+from lora_ft.training.state import Learner, overfitting
 
 log = logging.getLogger("lora_ft")
 
@@ -53,7 +54,7 @@ def finish(learner: Learner, base: Base, dataset: Dataset, compared: dict[object
     so that the base is measured once."""
     adapter = learner.folder / "adapter"
     learner.take_kept_state()
-    source = origin.Origin(base.identity, learner.cfg.quant, dataset.report.sha256)
+    source = provenance.Origin(base.identity, learner.cfg.quant, dataset.report.sha256)
     files.save(learner.model, learner.name, adapter, base.tokenizer, source)
     for sentence in overfitting(learner):
         log.info(sentence)
@@ -117,5 +118,5 @@ def _print(learner: Learner, base: Base, comparison: Comparison | None, result: 
     console = Console()
     console.print(compare.render(comparison, facts))
     # Lines to copy: outside of any table, and never folded.
-    lines = origin.loading_lines(learner.folder / "adapter", base, learner.cfg)
+    lines = provenance.loading_lines(learner.folder / "adapter", base, learner.cfg)
     console.print(Text("\n" + "\n".join(lines)), soft_wrap=True)

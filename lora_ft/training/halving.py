@@ -8,7 +8,7 @@ At a rung a learner waits until all others have come to it, so that who goes on 
 import math
 from dataclasses import dataclass
 
-from lora_ft.training.learner import Learner
+from lora_ft.training.state import Learner
 
 
 @dataclass(frozen=True)

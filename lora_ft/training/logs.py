@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
 
-from lora_ft import durable, runs
+from lora_ft import runs
+from lora_ft.io import durable
 
 _subject: ContextVar[Path | None] = ContextVar("subject", default=None)
 

@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from lora_ft.training.learner import Learner
 from lora_ft.training.logs import LogFile
-from lora_ft.training.loop import Metrics
 from lora_ft.training.metrics import peak_memory_bytes
+from lora_ft.training.state import Learner
+from lora_ft.training.trainer import Metrics
 
 log = logging.getLogger("lora_ft")
 

@@ -25,13 +25,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_ft import config, durable, foreign, rules, runs
+from lora_ft import config, runs, validation
 from lora_ft.config import Tracker
 from lora_ft.errors import ConfigError, LoraFtError, ResourceError
+from lora_ft.io import durable, untrusted
 from lora_ft.training import logs
 from lora_ft.training.finish import Result
-from lora_ft.training.learner import Learner
-from lora_ft.training.loop import Metrics
+from lora_ft.training.state import Learner
+from lora_ft.training.trainer import Metrics
 
 log = logging.getLogger("lora_ft")
 
@@ -211,7 +212,7 @@ def _wandb(learner: Learner, _first_step: int) -> Remote:
     try:
         run = wandb.init(
             project=learner.cfg.track.project, group=group, name=name, id=_id(learner.folder), resume="allow",
-            dir=str(learner.folder), config=rules.to_plain(learner.cfg), reinit="create_new",
+            dir=str(learner.folder), config=validation.to_plain(learner.cfg), reinit="create_new",
             settings=wandb.Settings(console="off", symlink=False),
         )  # fmt: skip
     finally:
@@ -253,7 +254,7 @@ def _mlflow(learner: Learner, _first_step: int) -> Remote:
         group, name = _place(learner.folder)
         tags = {"lora_ft.id": key} | ({"group": group} if group else {})
         run_id = client.create_run(experiment, run_name=name, tags=tags).info.run_id
-        settings = [Param(name, value) for name, value in _flat(rules.to_plain(learner.cfg)).items()]
+        settings = [Param(name, value) for name, value in _flat(validation.to_plain(learner.cfg)).items()]
         for start in range(0, len(settings), 100):  # the most that a server takes at a time
             client.log_batch(run_id, params=settings[start : start + 100])
     held = [m.step for name in ("loss", "heldout_loss") for m in client.get_metric_history(run_id, name)]
@@ -332,9 +333,9 @@ def _place(folder: Path) -> tuple[str | None, str]:
 def _id(folder: Path) -> str:
     """The id of a run in every tracker: of its folder's path and the time it was begun, then what tracker.json says."""
     path = folder / ID
-    foreign.check_place(path, folder)
+    untrusted.check_place(path, folder)
     if path.is_file():
-        kept = foreign.json_object(path, ConfigError).get("id")
+        kept = untrusted.json_object(path, ConfigError).get("id")
         if not (isinstance(kept, str) and kept.isalnum()):
             raise ConfigError(f"{path} must hold the id of the run in its tracker")
         return kept

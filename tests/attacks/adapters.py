@@ -8,16 +8,16 @@ from collections.abc import Callable
 from attacks import Attack, Place
 from attacks.bases import HEADERS, Row, change, header, large_header
 from lora_ft import config
-from lora_ft.adapters import files, origin, source
+from lora_ft.adapters import files, loading, provenance
 from lora_ft.errors import MismatchError, SecurityError
 
 
 def _open(place: Place) -> object:
     """As eval, chat and merge do: the folder is a run's, with the base beside it."""
-    adapter = source.adapter_folder(str(place.folder), None)
+    adapter = loading.adapter_folder(str(place.folder), None)
     model = config.Model(path=str(place.folder.parent / "base"), dtype=config.Dtype.float32)
-    tokenizer = source.adapter_tokenizer(adapter, model)
-    return source.open_adapter(adapter, model, config.Quant(), "cpu", tokenizer)
+    tokenizer = loading.adapter_tokenizer(adapter, model)
+    return loading.open_adapter(adapter, model, config.Quant(), "cpu", tokenizer)
 
 
 def _settings(**fields: object) -> Callable[[Place], None]:
@@ -42,7 +42,7 @@ def _link(name: str) -> Callable[[Place], None]:
 
 
 def _another_base(place: Place) -> None:
-    (place.folder / "adapter" / origin.RECORD).unlink()
+    (place.folder / "adapter" / provenance.RECORD).unlink()
     shutil.copytree(place.folder.parent / "base", place.outside, dirs_exist_ok=True)
     change(place.folder / "adapter" / files.CONFIG, base_model_name_or_path=str(place.outside))
 
@@ -81,7 +81,7 @@ _ADAPTERS: list[Row] = [
     ("a tokenizer elsewhere", _versioned_tokenizer, SecurityError, "no file of this folder"),
     ("another base, by path", _another_base, None, ""),
     *((f"a link: {name}", _link(name), SecurityError, "a link out of its folder")
-      for name in (f"adapter/{files.CONFIG}", f"adapter/{files.WEIGHTS}", f"adapter/{origin.RECORD}",
+      for name in (f"adapter/{files.CONFIG}", f"adapter/{files.WEIGHTS}", f"adapter/{provenance.RECORD}",
                    "adapter/tokenizer.json", "adapter/chat_template.jinja", "adapter")),
     ("an adapter's header over the limit", lambda p: large_header(p.folder / "adapter" / files.WEIGHTS, 11 * 2**20),
      SecurityError, "longer than the"),
@@ -97,8 +97,8 @@ _ADAPTERS: list[Row] = [
     ("a pattern that is none", _settings(target_modules="(["), MismatchError, "does not fit this base"),
     ("layers by path", _settings(target_modules=["../../outside"]), MismatchError, "does not fit this base"),
     ("an adapter's config nested without end", _deep(files.CONFIG), SecurityError, "nested too deeply"),
-    ("an adapter's record nested without end", _deep(origin.RECORD), SecurityError, "nested too deeply"),
-    ("an adapter's record of 17 MiB", lambda p: os.truncate(p.folder / "adapter" / origin.RECORD, 17 * 2**20),
+    ("an adapter's record nested without end", _deep(provenance.RECORD), SecurityError, "nested too deeply"),
+    ("an adapter's record of 17 MiB", lambda p: os.truncate(p.folder / "adapter" / provenance.RECORD, 17 * 2**20),
      SecurityError, "larger than 16 MiB"),
 ]  # fmt: skip
 

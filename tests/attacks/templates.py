@@ -4,8 +4,8 @@ from tiny import tiny_tokenizer
 
 from attacks import Attack, Place
 from lora_ft import config
+from lora_ft.data.chat_template import scripts
 from lora_ft.data.rows import Ledger, Row
-from lora_ft.data.templates import scripts
 from lora_ft.errors import DataError, LoraFtError, SecurityError
 
 _CHAT = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]

@@ -27,12 +27,14 @@ from pathlib import Path
 import torch
 from faults.shim import Change, Fault, Shim
 
-from lora_ft import config, durable, entry, runs, train
+from lora_ft import config, runs, train
 from lora_ft.adapters import files
+from lora_ft.cli import entry
 from lora_ft.errors import Interrupted, LoraFtError
+from lora_ft.io import durable
 from lora_ft.models.load import load_base, load_tokenizer
 from lora_ft.training import checkpoint
-from lora_ft.training.preflight import read_rows
+from lora_ft.training.dry_run import read_rows
 
 KILLED, CODE_OF_DISK = -signal.SIGKILL, 7
 _MESSAGES = {

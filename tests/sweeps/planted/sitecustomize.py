@@ -10,10 +10,10 @@ import sys
 import time
 
 if "lora_ft.sweeps.worker" in sys.orig_argv:
-    from lora_ft.training import loop
+    from lora_ft.training import trainer
 
     _planted = json.loads(os.environ["PLANTED"])
-    _gradient = loop._gradient
+    _gradient = trainer._gradient
 
     def planted(learner, *, audited):
         match _planted.get(str(learner.cfg.seed)) if learner.step == 2 else None:
@@ -31,4 +31,4 @@ if "lora_ft.sweeps.worker" in sys.orig_argv:
                 learner.flat.values.fill_(float("nan"))
         return _gradient(learner, audited=audited)
 
-    loop._gradient = planted
+    trainer._gradient = planted

@@ -21,16 +21,16 @@ import torch
 
 from lora_ft import config
 from lora_ft.adapters import audit
-from lora_ft.data.order import derive
-from lora_ft.data.pack import micro_batches
+from lora_ft.data.packing import micro_batches
+from lora_ft.data.sampler import derive
 from lora_ft.errors import CheckpointError, Interrupted, NonFiniteError
 from lora_ft.evaluation.heldout import Heldout, heldout_loss, to_batch
-from lora_ft.ops.recompute import recompute_layers
+from lora_ft.ops.gradient_checkpointing import recompute_layers
 from lora_ft.ops.token_loss import token_loss_sum
 from lora_ft.training import checkpoint, logs, optimizers
 from lora_ft.training.halving import Halving
-from lora_ft.training.learner import Evaluation, Learner
-from lora_ft.training.stop import Stop
+from lora_ft.training.signals import Stop
+from lora_ft.training.state import Evaluation, Learner
 
 Metrics = dict[str, Any]
 Observer = Callable[[Learner, Metrics], None]

@@ -20,20 +20,21 @@ from typing import Any, TypeVar
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, durable
-from lora_ft.adapters import outline
-from lora_ft.adapters.outline import Layers
-from lora_ft.data.prepare import Dataset, Report, prepare_rows
+from lora_ft import config
+from lora_ft.adapters import summary
+from lora_ft.adapters.summary import Layers
+from lora_ft.data.dataset import Dataset, Report, prepare_rows
 from lora_ft.data.read import read
-from lora_ft.data.survey import Survey, survey
-from lora_ft.data.survey import warnings as warnings_of_rows
+from lora_ft.data.statistics import Survey, survey
+from lora_ft.data.statistics import warnings as warnings_of_rows
 from lora_ft.errors import ConfigError, LoraFtError
+from lora_ft.io import durable
 from lora_ft.models.load import Base, resolve_device
-from lora_ft.models.skeleton import load_skeleton
+from lora_ft.models.meta_model import load_skeleton
 from lora_ft.ops.kernels import choose_kernels
-from lora_ft.training import checkpoint, learner, trackers
+from lora_ft.training import checkpoint, state, trackers
+from lora_ft.training.ineffective_settings import without_effect
 from lora_ft.training.optimizers import learning_rate
-from lora_ft.training.unused import without_effect
 
 _RATES = 60  # points of the learning rate's curve, which fit on a line
 _FEW_STEPS = 10
@@ -163,17 +164,17 @@ def look(
     tries(trackers.check, cfg.track)
     steps = _steps(cfg, rows.dataset) if rows else None
     if rows and steps:
-        tries(learner.check_added_tokens, cfg.model, tokenizer, rows.dataset.train)
+        tries(state.check_added_tokens, cfg.model, tokenizer, rows.dataset.train)
         if base:
             tries(_check_lengths, cfg, base, rows.dataset)
-        tries(learner.check_warmup, cfg.optim, steps.count)
-    layers = tries(outline.layers, base, cfg) if base else None
+        tries(state.check_warmup, cfg.optim, steps.count)
+    layers = tries(summary.layers, base, cfg) if base else None
     disk = tries(_disk, cfg, folder, layers.trainable, steps.count) if layers and steps else None
     said = [
         *(warnings_of_rows(rows.seen, rows.dataset.report, cfg.data) if rows else ()),
         *(_foreign_ends(rows.seen, base) if rows and base else ()),
         *(_doubtful_steps(steps, len(rows.dataset.train), cfg.train) if rows and steps else ()),
-        *(outline.warnings(layers, cfg.adapter) if layers else ()),
+        *(summary.warnings(layers, cfg.adapter) if layers else ()),
         *(_unseen_weights(base) if base and cfg.adapter.init_from else ()),
         *without_effect(
             cfg, rows.dataset if rows else None, steps.count if steps else 0, steps.largest if steps else 0
@@ -183,13 +184,13 @@ def look(
 
 
 def _check_lengths(cfg: config.TrainRun, base: Base, dataset: Dataset) -> None:
-    heldout, _ = learner.evaluation_rows(dataset, cfg.train.eval_rows)
-    learner.check_lengths([*dataset.train, *heldout], base.model, cfg.train)
+    heldout, _ = state.evaluation_rows(dataset, cfg.train.eval_rows)
+    state.check_lengths([*dataset.train, *heldout], base.model, cfg.train)
 
 
 def _steps(cfg: config.TrainRun, dataset: Dataset) -> Steps:
     lengths = np.array([len(document.ids) for document in dataset.train])
-    planned = learner.plan_steps(lengths.tolist(), cfg.train, cfg.seed)
+    planned = state.plan_steps(lengths.tolist(), cfg.train, cfg.seed)
     count = len(planned)
     tokens = [int(lengths[step].sum()) for step in planned]
     rates = [learning_rate(cfg.optim, step, count) for step in range(count)]

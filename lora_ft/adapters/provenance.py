@@ -15,9 +15,10 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, foreign, runs
+from lora_ft import config, runs
 from lora_ft.config import QuantKind
 from lora_ft.errors import MismatchError
+from lora_ft.io import untrusted
 from lora_ft.models.load import Base, Identity
 
 log = logging.getLogger("lora_ft")
@@ -99,7 +100,7 @@ def check_kind(folder: Path, saved: LoraConfig) -> None:
 
 def read_record(folder: Path) -> dict[str, Any]:
     """What lora_ft.json of an adapter folder holds; MismatchError where it is not such a record."""
-    found = foreign.json_object(folder / RECORD, MismatchError)
+    found = untrusted.json_object(folder / RECORD, MismatchError)
     if found.get("format") != _FORMAT or not isinstance(found.get("base"), dict):
         raise MismatchError(f"{folder / RECORD} is not a record of format {_FORMAT}, got {found.get('format')}")
     return found

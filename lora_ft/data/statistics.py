@@ -18,10 +18,10 @@ import numpy as np
 
 from lora_ft import config
 from lora_ft.config import TooLong, TrainOn
-from lora_ft.data.prepare import Dataset, Report, TokenRow
+from lora_ft.data.chat_template import render
+from lora_ft.data.dataset import Dataset, Report, TokenRow
 from lora_ft.data.read import Rows
 from lora_ft.data.rows import Row, excerpt
-from lora_ft.data.templates import render
 from lora_ft.data.tokenize import Vocabulary
 
 _BINS = 8

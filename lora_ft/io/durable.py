@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_ft.errors import ResourceError
-from lora_ft.redact import redact
+from lora_ft.io.redact import redact
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _BROKEN = {errno.EIO}

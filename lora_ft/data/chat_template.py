@@ -15,13 +15,14 @@ from typing import Any
 
 import jinja2
 
-from lora_ft import config, limits
+from lora_ft import config
 from lora_ft.config import TrainOn
-from lora_ft.data import fidelity
-from lora_ft.data.fidelity import Trials
+from lora_ft.data import template_checks
 from lora_ft.data.fill import Filler, is_plain
 from lora_ft.data.rows import ANSWER_CUE, Ledger, Message, Row, RowError, excerpt
+from lora_ft.data.template_checks import Trials
 from lora_ft.errors import ConfigError, SecurityError
+from lora_ft.io import limits
 
 # A template refuses a chat by raise_exception (TemplateError), trips over a value that it does not expect, or becomes
 # no Python (SyntaxError: more than twenty loops inside of one another).
@@ -129,7 +130,7 @@ def _chat(
 
     turns = [Turn(text(i, True), text(i + 1, False), messages[i].get("content") or messages[i]) for i in learned]
     for i, turn in zip(learned, turns, strict=True):
-        fidelity.check(messages, i, turn.prompt, turn.through, row.tools)
+        template_checks.check(messages, i, turn.prompt, turn.through, row.tools)
         trials.check(roles[: i + 1])
     return Script(turns, len(answers), plain=False)
 

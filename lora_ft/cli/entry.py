@@ -21,9 +21,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lora_ft import config, redact
+from lora_ft import config
 from lora_ft.cli import completion, help
 from lora_ft.errors import ConfigError, Interrupted, LoraFtError
+from lora_ft.io import redact
 
 INTERRUPTED = 130
 READER_LEFT = 141  # as a process ends that SIGPIPE stops

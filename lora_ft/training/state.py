@@ -18,15 +18,15 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_ft import config, rules
-from lora_ft.adapters import attach, audit, fast, files, origin
-from lora_ft.data.order import derive, epoch_order, steps_of_epoch
-from lora_ft.data.prepare import Dataset, Question, TokenRow
+from lora_ft import config, validation
+from lora_ft.adapters import attach, audit, fast, files, provenance
+from lora_ft.data.dataset import Dataset, Question, TokenRow
+from lora_ft.data.sampler import derive, epoch_order, steps_of_epoch
 from lora_ft.errors import ConfigError, DataError
 from lora_ft.evaluation.generate import context_length
 from lora_ft.evaluation.heldout import Heldout
 from lora_ft.models.load import Base
-from lora_ft.ops.recompute import settle_checkpoint
+from lora_ft.ops.gradient_checkpointing import settle_checkpoint
 from lora_ft.ops.token_loss import Paths
 from lora_ft.training import optimizers
 
@@ -150,7 +150,7 @@ def make_learner(
     peft_model = attach.attach(model, cfg.adapter, name, derive(cfg.seed, "adapter"), token_ids)
     if cfg.adapter.init_from:
         source = Path(cfg.adapter.init_from)
-        origin.check_source(source, files.read_config(source), base, cfg.quant)
+        provenance.check_source(source, files.read_config(source), base, cfg.quant)
         files.check_same_method(source, peft_model.peft_config[name])
         files.load_tensors(peft_model, source, name)
     for reason in fast.use_fast_forwards(peft_model, name) if cfg.fast.lora else ["plain lora: fast.lora=false"]:
@@ -174,7 +174,7 @@ def make_learner(
         optimizer=optimizers.build(flat, cfg.optim),
         num_trainable=num_trainable,
         inputs={
-            "settings": _sha256(rules.lasting(cfg)),
+            "settings": _sha256(validation.lasting(cfg)),
             "data": dataset.report.sha256,
             "base": base_fingerprint,
             "adapter": _sha256([[n.replace(f".{name}", ""), list(p.shape)] for n, p in parameters.items()]),

@@ -14,7 +14,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from lora_ft import config
-from lora_ft.adapters import attach, audit, files, origin
+from lora_ft.adapters import attach, audit, files, provenance
 from lora_ft.models.load import Base
 
 _NAME = "outline"
@@ -53,7 +53,7 @@ def layers(base: Base, cfg: config.TrainRun) -> Layers:
         model = attach.attach(base.model, cfg.adapter, _NAME, 0, token_ids)
     if cfg.adapter.init_from:
         source = Path(cfg.adapter.init_from)
-        origin.check_source(source, files.read_config(source), base, cfg.quant)
+        provenance.check_source(source, files.read_config(source), base, cfg.quant)
         files.check_same_method(source, model.peft_config[_NAME])
         files.check_shapes(model, source, _NAME)
     adapted = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and _NAME in layer.r]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lora_ft import config
 from lora_ft.config import TooLong
-from lora_ft.data import cache, templates, tokenize
+from lora_ft.data import cache, chat_template, tokenize
 from lora_ft.data.read import Rows, read
 from lora_ft.data.rows import Ledger, Row, excerpt
 from lora_ft.data.rows import TokenRow as TokenRow
@@ -135,7 +135,7 @@ def _tokenized(rows: list[Row], data: config.Data, tokenizer: Any, ledger: Ledge
     name = cache.key(rows, tokenizer, data) if len(rows) >= _CACHED_FROM_ROWS and not ledger.bad else None
     if name and (kept := cache.load(name)) is not None:
         return kept, True
-    rendered = templates.scripts(rows, data, tokenizer, ledger)
+    rendered = chat_template.scripts(rows, data, tokenizer, ledger)
     documents = list(tokenize.encode(rows, rendered, tokenizer, data.train_on, ledger))
     for document in documents:
         if not document.supervised.any():

@@ -2,20 +2,20 @@
 
     lora-ft train optim.decay_fraction=0.1      "optim.decay_fraction has no effect: it is for optim.schedule=wsd"
 
-What contradicts another setting is an error of rules.py; here the run is right, only not what was typed.
+What contradicts another setting is an error of validation.py; here the run is right, only not what was typed.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
-from lora_ft import config, rules
+from lora_ft import config, validation
 from lora_ft.config import QuantKind, Schedule
-from lora_ft.data.prepare import Dataset
+from lora_ft.data.dataset import Dataset
 
 
 def without_effect(cfg: config.TrainRun, dataset: Dataset | None, num_steps: int, largest_step: int) -> list[str]:
     """A sentence for each such setting, of those that need no rows where there are none; `largest_step` in tokens."""
-    changed = {s.key for s in rules.settings(type(cfg)) if _value(cfg, s.key) != s.default}
+    changed = {s.key for s in validation.settings(type(cfg)) if _value(cfg, s.key) != s.default}
     cases = [*_by_settings(cfg)]
     if dataset:
         cases += [*_by_rows(cfg, dataset), *_by_steps(cfg, num_steps, largest_step)]

@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, foreign, runs
-from lora_ft.adapters import files, origin
+from lora_ft import config, runs
+from lora_ft.adapters import files, provenance
 from lora_ft.cli import overrides
 from lora_ft.errors import ConfigError, MismatchError, ResourceError
+from lora_ft.io import untrusted
 from lora_ft.models import locate
 from lora_ft.models.load import Base, load_base, load_tokenizer, read_tokenizer
 
@@ -34,7 +35,7 @@ def adapter_folder(run: str | None, adapter_path: str | None) -> Path:
     """The adapter's folder on this machine; ConfigError where there is none, ResourceError where it must be fetched."""
     if run:
         path = runs.adapter_folder(Path(run).expanduser())
-        foreign.check_place(path, path.parent)
+        untrusted.check_place(path, path.parent)
         return path
     path = Path(adapter_path or "").expanduser()
     if path.is_dir():
@@ -93,35 +94,35 @@ def with_base(cfg: Settings, adapter: Path, typed: list[str]) -> Settings:
         )
     place = model.path + (f" (revision {model.revision})" if model.revision else "")
     if recorded:
-        log.warning("the base is %s, as %s has it", place, adapter / origin.RECORD)
+        log.warning("the base is %s, as %s has it", place, adapter / provenance.RECORD)
     else:
         log.warning(
             "the base is %s, by its name alone: %s has no %s, so that nothing tells whether its weights, its "
-            "quantization and its chat template are those that it was trained with", place, adapter, origin.RECORD,
+            "quantization and its chat template are those that it was trained with", place, adapter, provenance.RECORD,
         )  # fmt: skip
     return replace(cfg, model=model, quant=quant)
 
 
 def _record(adapter: Path) -> dict[str, Any] | None:
-    path = adapter / origin.RECORD
-    foreign.check_place(path, adapter)
-    return origin.read_record(adapter) if path.is_file() else None
+    path = adapter / provenance.RECORD
+    untrusted.check_place(path, adapter)
+    return provenance.read_record(adapter) if path.is_file() else None
 
 
 def _recorded_base(model: config.Model, base: dict[str, Any]) -> config.Model:
     """The hub id where its commit is recorded; else the place on this machine, if it is still there; else the id."""
     named, path, revision = (str(base.get(key) or "") for key in ("id", "path", "revision"))
-    if foreign.is_hub_id(named) and revision:
+    if untrusted.is_hub_id(named) and revision:
         return replace(model, path=named, id=named, revision=revision)
     if _is_here(path):
-        return replace(model, path=path, id=model.id or (named if foreign.is_hub_id(named) else None))
-    return replace(model, path=named, id=named) if foreign.is_hub_id(named) else model
+        return replace(model, path=path, id=model.id or (named if untrusted.is_hub_id(named) else None))
+    return replace(model, path=named, id=named) if untrusted.is_hub_id(named) else model
 
 
 def _named_base(model: config.Model, named: str, revision: str | None) -> config.Model:
     if _is_here(named):
         return replace(model, path=named)
-    return replace(model, path=named, revision=revision or model.revision) if foreign.is_hub_id(named) else model
+    return replace(model, path=named, revision=revision or model.revision) if untrusted.is_hub_id(named) else model
 
 
 def _is_here(path: str) -> bool:
@@ -134,7 +135,7 @@ def _recorded_quant(adapter: Path, recorded: dict[str, Any], quant: config.Quant
     found = recorded.get("quant")
     names = [kind.value for kind in config.QuantKind]
     if not isinstance(found, dict) or found.get("kind") not in names or not isinstance(found.get("double", True), bool):
-        raise MismatchError(f"{adapter / origin.RECORD}: quant must hold a kind of {', '.join(names)}, got {found}")
+        raise MismatchError(f"{adapter / provenance.RECORD}: quant must hold a kind of {', '.join(names)}, got {found}")
     return replace(quant, kind=config.QuantKind(found["kind"]), double=found.get("double", quant.double))
 
 
@@ -166,7 +167,7 @@ def adapter_tokenizer(folder: Path, model: config.Model) -> PreTrainedTokenizerB
 
 
 def _own_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    foreign.check_folder(folder)
+    untrusted.check_folder(folder)
     locate.check_tokenizer(folder)
     tokenizer: PreTrainedTokenizerBase = read_tokenizer(folder, str(folder))
     return tokenizer
@@ -182,5 +183,5 @@ def open_adapter(
     """
     saved = files.read_config(folder)
     base = load_base(model, quant, device, tokenizer)
-    origin.check_source(folder, saved, base, quant)
+    provenance.check_source(folder, saved, base, quant)
     return base, files.load(base.model, folder, NAME)
