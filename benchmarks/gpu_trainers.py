@@ -29,8 +29,8 @@ from ceiling import flop
 from gpu import SHAPES, Case, lengths_of
 
 from lora_ft import config
-from lora_ft.io import durable
 from lora_ft.adapters import attach, fast
+from lora_ft.io import durable
 from lora_ft.models.quantize import import_bitsandbytes, settle
 from lora_ft.ops.gradient_checkpointing import recompute_layers, settle_checkpoint
 from lora_ft.ops.token_loss import Batch, token_loss_sum

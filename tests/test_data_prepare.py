@@ -442,9 +442,9 @@ def test_a_split_of_a_hub_dataset_can_be_held_out(monkeypatch):
 
     splits = {"train": questions(9), "test": [{"prompt": "Who?", "completion": "Nobody."}]}
     monkeypatch.setattr(datasets, "load_dataset", lambda path, name, *, split, revision: splits[split])
-    dataset = dataset.prepare(Data(path="org/rows", eval_split="test"), TOKENIZER)
-    assert (len(dataset.train), len(dataset.heldout)) == (9, 1)
-    assert dataset.questions[0].answer == "Nobody."
+    prepared = dataset.prepare(Data(path="org/rows", eval_split="test"), TOKENIZER)
+    assert (len(prepared.train), len(prepared.heldout)) == (9, 1)
+    assert prepared.questions[0].answer == "Nobody."
 
 
 def test_the_cache_of_a_template_that_asks_the_clock_lasts_a_day(tmp_path, cached, monkeypatch):
@@ -486,5 +486,5 @@ def test_settings_of_hub_datasets_stand_where_only_the_held_out_rows_are_a_file(
     splits = {"train[:9]": questions(9)}
     monkeypatch.setattr(datasets, "load_dataset", lambda path, name, *, split, revision: splits[split])
     extra = write(tmp_path, questions(12)[9:])
-    dataset = dataset.prepare(Data(path="org/rows", split="train[:9]", eval_path=extra), TOKENIZER)
-    assert (len(dataset.train), len(dataset.heldout)) == (9, 3)
+    prepared = dataset.prepare(Data(path="org/rows", split="train[:9]", eval_path=extra), TOKENIZER)
+    assert (len(prepared.train), len(prepared.heldout)) == (9, 3)

@@ -1,4 +1,4 @@
-"""What the code itself cannot do, read off its syntax trees: write past io/durable.py, unpickle, run what a file names."""
+"""What the code cannot do, read off its syntax trees: write past io/durable.py, unpickle, run what a file names."""
 
 import ast
 from collections.abc import Iterator

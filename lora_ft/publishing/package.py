@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lora_ft import config
-from lora_ft.adapters import files, loading, provenance
+from lora_ft.adapters import files, provenance
+from lora_ft.adapters.loading import adapter_tokenizer
 from lora_ft.errors import MismatchError
 from lora_ft.exports import gguf_adapter, mlx
 from lora_ft.io import durable
@@ -119,7 +120,7 @@ def loading(folder: Path, model: config.Model, quant: config.Quant, device: str)
     except ValueError as error:
         raise MismatchError(f"{folder / provenance.RECORD} does not say how its base is loaded: {error}") from None
     place = locate(model)  # with its weights, which a skeleton does not fetch
-    base = load_skeleton(model, quant, device, loading.adapter_tokenizer(folder, model))
+    base = load_skeleton(model, quant, device, adapter_tokenizer(folder, model))
     provenance.check_source(folder, files.read_config(folder), base, quant)
     made = provenance.loading(base, quant, model)
     return dataclasses.replace(made, place=str(place.folder), revision=None, device=str(resolve_device(device)))

@@ -1,4 +1,4 @@
-"""An `os` for io/durable.py that counts the operations which change the disk, lets one of them fail, and keeps a record.
+"""An `os` for io/durable.py that counts disk operations, lets one of them fail, and keeps a record.
 
 durable.os = Shim(Fault(7, "kill"))     # the process ends by SIGKILL in the place of its seventh change
 durable.os = Shim()                     # nothing fails; shim.trace is what was done, for `unsafe` to judge
