@@ -28,7 +28,7 @@ from lora_ft.publishing.compatibility import FILES, Verdict
 from lora_ft.publishing.training_summary import TrainingSummary
 from lora_ft.publishing.verification import Verification
 
-CURVE = "loss.svg"
+CURVE = "loss.png"
 _LONGEST = 300  # characters of a setting
 
 

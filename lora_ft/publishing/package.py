@@ -4,7 +4,7 @@
     tokenizer.json  tokenizer_config.json  chat_template.jinja
     lora_ft.json         hashes of base, data and tokenizer; how to load the base; no path of this machine
     probe.safetensors    logits, by which anybody can verify the adapter again
-    loss.svg             if the run recorded losses
+    loss.png             if the run recorded losses
     adapter.gguf  mlx/   with formats=[gguf,mlx]
     README.md            the model card, with the result of the verification
     SHA256SUMS           the hash of every file
@@ -99,7 +99,7 @@ def _record(contents: Contents, elsewhere: provenance.Loading, tensors: dict[str
 
 def _write_extras(folder: Path, contents: Contents) -> None:
     if contents.summary and (drawn := curve.draw(*contents.summary.curves)):
-        durable.write_text(folder / card.CURVE, drawn)
+        durable.write_bytes(folder / card.CURVE, drawn)
     if config.AdapterFormat.gguf in contents.formats:
         gguf_adapter.write(folder, contents.base_config, folder / GGUF, contents.saved)
     if config.AdapterFormat.mlx in contents.formats:

@@ -24,7 +24,7 @@ WEIGHTS_BYTES = 16 * 2**30
 _WEIGHTS = (".safetensors", ".gguf")
 _ALLOWED = (
     "adapter_config.json", "adapter_model.safetensors", "lora_ft.json", "probe.safetensors", "README.md", "SHA256SUMS",
-    "loss.svg", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "loss.png", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
     "additional_chat_templates/*.jinja", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model",
     "adapter.gguf", "mlx/adapters.safetensors", "mlx/adapter_config.json",
 )  # fmt: skip

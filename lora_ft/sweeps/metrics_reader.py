@@ -1,10 +1,10 @@
-"""What the files of a sweep's jobs say while they are written: read as they grow, never whole twice. No torch here.
+"""Read the files of a sweep's jobs while they grow, each line once. No torch here.
 
 metrics.jsonl   {"step": 7, "loss": 2.31, "tokens_per_second": 143.0, "heldout_loss": 2.29}     one line a step
 """
 
 import json
-import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ from lora_ft.sweeps import child, children
 from lora_ft.sweeps.jobs import Job
 
 ENDS = ("finished", "stopped", "failed")
-_MOST_BYTES = 2**18  # of one job's metrics at a time: 50 long ones that are there already are caught up with in pieces
+_MOST_BYTES = 2**18  # of one job's metrics at a time, so that the display of 50 long resumed jobs starts at once
 
 
 @dataclass(frozen=True)
 class View:
-    """One job as of now. state: waiting, loading, running, finished, stopped or failed; losses in nats per token."""
+    """The state of one job now: waiting, loading, running, finished, stopped or failed. Losses in nats per token."""
 
     job: Job
     state: str
@@ -29,12 +29,12 @@ class View:
     heldout_loss: float | None
     best_heldout_loss: float | None
     tokens_per_second: float | None
-    seconds: float | None  # of training, for one that has a result
-    reason: str  # why it was stopped, or failed
+    seconds: float | None  # of training, once there is a result
+    reason: str  # of stopping or failing
 
 
-class Follower:
-    """Follows the files of one job."""
+class MetricsReader:
+    """Read the files of one job as they grow."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -43,13 +43,13 @@ class Follower:
         self._best: float | None = None
         self._num_steps: int | None = None
         self._end: View | None = None
-        result = job.folder / runs.RESULT  # of a run that is to be longer now
+        result = job.folder / runs.RESULT  # left by an earlier, shorter run
         self._outdated = (
             result.stat().st_mtime_ns if result.is_file() and not runs.is_finished(job.folder, job.cfg) else 0
         )
 
     def view(self, turn: child.Turn | None) -> View:
-        """The job now; `turn` is whose turn it is in the child that has it, None where none has."""
+        """The job now; `turn` tells which job its process works on, None if no process has it."""
         if self._end:
             return self._end
         folder = self.job.folder
@@ -81,7 +81,7 @@ class Follower:
         )
 
     def _read_on(self) -> None:
-        """Take in the next lines; from the beginning where the file was cut, as it is when a run goes on."""
+        """Read the next lines; from the start if the file became shorter, as it does when a run is resumed."""
         try:
             with (self.job.folder / runs.METRICS).open("rb") as file:
                 if file.seek(0, 2) < self._offset:
@@ -94,7 +94,7 @@ class Follower:
         self._offset += len(whole)
         lines = whole.splitlines()
         for line in lines:
-            if line is lines[-1] or b'"heldout_loss"' in line:  # the others are not worth their parsing
+            if line is lines[-1] or b'"heldout_loss"' in line:  # parsing the others would only take time
                 self._take(_object(line))
 
     def _take(self, metrics: dict[str, Any]) -> None:
@@ -106,7 +106,7 @@ class Follower:
 
 
 def turns(folder: Path) -> dict[Path, child.Turn]:
-    """For each job's folder that a child of the sweep has now: whose turn it is there."""
+    """By job folder, the turn of the process that has the job now."""
     found = dict[Path, child.Turn]()
     for number, folders in _read(folder / children.RUNNING).items():
         turn = child.turn(folder / child.FOLDER / f"{number}.json")
@@ -115,7 +115,7 @@ def turns(folder: Path) -> dict[Path, child.Turn]:
 
 
 def _read(path: Path, outdated: int = 0) -> dict[str, Any]:
-    """A file of JSON that one of our processes writes, or {}: it may come and go between a look and the next."""
+    """A JSON file of one of our processes, {} if it does not exist or is outdated."""
     try:
         return {} if path.stat().st_mtime_ns == outdated else _object(path.read_bytes())
     except FileNotFoundError:
@@ -125,7 +125,7 @@ def _read(path: Path, outdated: int = 0) -> dict[str, Any]:
 def _object(data: bytes) -> dict[str, Any]:
     try:
         return _mapping(json.loads(data))
-    except ValueError:  # a line that a killed process left half written
+    except ValueError:  # a killed process left half a line
         return {}
 
 
@@ -134,5 +134,5 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def _number(value: Any, kind: type = float) -> Any:
-    """A finite number of this kind; None for anything else."""
-    return kind(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    """The value as this kind of number; None if it is not a number that a float can hold."""
+    return kind(value) if isinstance(value, int | float) and abs(value) <= sys.float_info.max else None

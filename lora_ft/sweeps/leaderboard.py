@@ -1,10 +1,10 @@
-"""Who is ahead: jobs ranked by held-out loss, and seeds as repeats of one setting. No torch here.
+"""Rank the jobs of a sweep by held-out loss; jobs that differ only in their seed are repeats of one setting.
 
-standing = of(sweep)
-standing.boards[0].ranked[0].name        the best job; a second board where the held-out rows are others
-standing.columns                         the settings that differ: ("adapter.r", "optim.lr")
+ranking = rank(sweep)
+ranking.boards[0].ranked[0].name         the best job
+ranking.columns                          the settings that differ: ("adapter.r", "optim.lr")
 
-Losses are compared where the same rows were held out, which equal counts of tokens and equal losses of the base show.
+Jobs share a board only if they were evaluated on the same rows (same token count and same loss of the base). No torch.
 """
 
 import json
@@ -18,12 +18,12 @@ from lora_ft.sweeps.results import JobResult, State, Sweep
 
 SEED = "seed"
 _NOT_COMPARED = {SEED, "resume", "track.name"}
-_SAME_LOSS = 1e-5  # relative: micro-batches of another size round otherwise
+_SAME_LOSS = 1e-5  # relative; micro-batches of another size round differently
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Jobs that differ in their seed only: mean of their held-out losses and, of two and more, standard deviation."""
+    """Jobs that differ only in their seed, with the mean and the standard deviation of their held-out losses."""
 
     values: dict[str, Any]
     jobs: tuple[JobResult, ...]
@@ -33,8 +33,8 @@ class Setting:
         return [job.figures.heldout_loss for job in self.jobs if job.figures.heldout_loss is not None]
 
     @property
-    def mean(self) -> float:
-        return statistics.fmean(self.losses)
+    def mean(self) -> float | None:
+        return statistics.fmean(self.losses) if self.losses else None
 
     @property
     def deviation(self) -> float | None:
@@ -43,7 +43,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Board:
-    """Finished jobs whose held-out rows are the same, best first; those without a finite loss last."""
+    """Finished jobs evaluated on the same rows, best first; jobs without a finite loss come last."""
 
     heldout_tokens: int | None
     base_loss: float | None
@@ -51,17 +51,15 @@ class Board:
     settings: tuple[Setting, ...]
 
     def place(self, job: JobResult) -> int | None:
-        """1 for the lowest loss, the same for equal ones; None without a finite loss."""
+        """1 for the lowest loss; jobs with equal losses share a place; None without a finite loss."""
         loss = job.figures.heldout_loss
-        if loss is None:
-            return None
-        return 1 + sum(other.figures.heldout_loss < loss for other in self.ranked
-                       if other.figures.heldout_loss is not None)  # fmt: skip
+        losses = [other.figures.heldout_loss for other in self.ranked]
+        return None if loss is None else 1 + sum(other < loss for other in losses if other is not None)
 
 
 @dataclass(frozen=True)
-class Standing:
-    """A sweep's jobs in order: `columns` are the settings that differ, seed apart; `rest` has no result."""
+class Ranking:
+    """The boards of a sweep; `columns` are the settings that differ except the seed; `rest` are unfinished jobs."""
 
     sweep: Sweep
     columns: tuple[str, ...]
@@ -71,38 +69,35 @@ class Standing:
 
     @property
     def best(self) -> JobResult | None:
-        """The job of the lowest loss, where there is one board to be best on."""
+        """The job with the lowest loss; None if jobs are on several boards."""
         ranked = self.boards[0].ranked if len(self.boards) == 1 else ()
         return ranked[0] if ranked and ranked[0].figures.heldout_loss is not None else None
 
-    def value(self, job: JobResult, column: str) -> Any:
-        """A setting of a job; None where neither config nor words tell."""
-        return values_of(job).get(column)
-
     def values(self, job: JobResult) -> dict[str, Any]:
-        """The settings that differ, and the seed where it does, as far as they are known of this job."""
+        """The settings of a job that differ between jobs, with the seed if it differs."""
         names = [*self.columns, SEED] if self.has_seeds else self.columns
         known = values_of(job)
         return {name: known[name] for name in names if name in known}
 
 
-def of(sweep: Sweep) -> Standing:
+def rank(sweep: Sweep) -> Ranking:
     columns, has_seeds = _differing(sweep.jobs)
     boards = tuple(_board(jobs, columns) for jobs in _comparable(sweep.jobs))
     rest = sorted((job for job in sweep.jobs if not job.is_finished), key=lambda job: [*State].index(job.state))
-    return Standing(sweep, columns, has_seeds, boards, tuple(rest))
+    return Ranking(sweep, columns, has_seeds, boards, tuple(rest))
 
 
 def values_of(job: JobResult) -> dict[str, Any]:
-    """Settings by dotted key: of the config, and, as long as that is not written, what the words say."""
-    words = dict(word.lstrip("+").split("=", 1) for word in job.words if "=" in word and not word.startswith("hydra"))
+    """Settings by dotted key: from the config, or from the overrides until the config is written."""
+    pairs = [override.lstrip("+").split("=", 1) for override in job.overrides if "=" in override]
+    overrides = {key: text for key, text in pairs if not key.startswith("hydra")}
     if job.settings:
-        return {key: value for key, value in words.items() if key not in job.settings} | job.settings
-    return {key: _scalar(value) for key, value in words.items()}
+        return overrides | job.settings
+    return {key: _scalar(text) for key, text in overrides.items()}
 
 
 def _scalar(text: str) -> Any:
-    """What a typed value is in a config, for values that are no text."""
+    """The value that a config holds for an override that is not text."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -117,21 +112,19 @@ def _differing(jobs: tuple[JobResult, ...]) -> tuple[tuple[str, ...], bool]:
         for key, value in values_of(job).items():
             seen.setdefault(key, set()).add(json.dumps(value))
     differ = {key for key, values in seen.items() if len(values) > 1}
-    if all(job.settings for job in jobs):  # a choice such as model=NAME is told by what it chose
+    if all(job.settings for job in jobs):  # the config shows what a choice such as model=NAME stands for
         differ &= {key for job in jobs for key in job.settings} | {SEED}
-    declared = [setting.key for setting in validation.settings(config.TrainRun)]
-    order = {key: number for number, key in enumerate(declared)}
+    order = {setting.key: number for number, setting in enumerate(validation.settings(config.TrainRun))}
     columns = sorted(differ - _NOT_COMPARED, key=lambda key: (order.get(key, len(order)), key))
     return tuple(columns), SEED in differ
 
 
 def _comparable(jobs: tuple[JobResult, ...]) -> list[list[JobResult]]:
-    """Finished jobs by their held-out rows, the most jobs first."""
+    """Group finished jobs by the rows they were evaluated on, the largest group first."""
 
     def rows(job: JobResult) -> tuple[int, float]:
-        figures = job.figures
-        base = figures.base_heldout_loss
-        return figures.heldout_tokens or 0, math.inf if base is None else base
+        base = job.figures.base_heldout_loss
+        return job.figures.heldout_tokens or 0, math.inf if base is None else base
 
     groups: list[list[JobResult]] = []
     for job in sorted((job for job in jobs if job.is_finished), key=rows):
@@ -145,14 +138,18 @@ def _comparable(jobs: tuple[JobResult, ...]) -> list[list[JobResult]]:
 
 
 def _board(jobs: list[JobResult], columns: tuple[str, ...]) -> Board:
-    def loss(job: JobResult) -> float:
-        return math.inf if job.figures.heldout_loss is None else job.figures.heldout_loss
+    def last_if_none(loss: float | None) -> float:
+        return math.inf if loss is None else loss
 
     repeats: dict[str, list[JobResult]] = {}
     for job in jobs:
         repeats.setdefault(json.dumps([values_of(job).get(column) for column in columns]), []).append(job)
     settings = [Setting({column: values_of(same[0]).get(column) for column in columns}, tuple(same))
                 for same in repeats.values()]  # fmt: skip
-    settings.sort(key=lambda setting: setting.mean if setting.losses else math.inf)
     first = jobs[0].figures
-    return Board(first.heldout_tokens, first.base_heldout_loss, tuple(sorted(jobs, key=loss)), tuple(settings))
+    return Board(
+        first.heldout_tokens,
+        first.base_heldout_loss,
+        tuple(sorted(jobs, key=lambda job: last_if_none(job.figures.heldout_loss))),
+        tuple(sorted(settings, key=lambda setting: last_if_none(setting.mean))),
+    )
