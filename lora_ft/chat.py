@@ -27,8 +27,8 @@ from lora_ft.cli import entry
 from lora_ft.data.chat_template import control_tokens, plain_prompt, render
 from lora_ft.data.tokenize import Vocabulary
 from lora_ft.errors import ConfigError
-from lora_ft.evaluation.compare import adapter_off
-from lora_ft.evaluation.generate import context_length, generate, visible
+from lora_ft.evaluation.comparison import adapter_off
+from lora_ft.evaluation.generation import context_length, generate, visible
 from lora_ft.ops.allocator import keep_freed_memory
 
 if TYPE_CHECKING:

@@ -32,8 +32,8 @@ from lora_ft.data.dataset import Dataset, labels, prepare, prepare_rows
 from lora_ft.data.read import Rows, read, read_heldout
 from lora_ft.errors import ConfigError, DataError, ResourceError
 from lora_ft.evaluation import metrics
-from lora_ft.evaluation.compare import Comparison, compare, render
-from lora_ft.evaluation.heldout import Heldout
+from lora_ft.evaluation.comparison import Comparison, compare, render
+from lora_ft.evaluation.loss import EvalLoss
 from lora_ft.io import durable
 from lora_ft.models.load import resolve_device
 from lora_ft.ops.allocator import keep_freed_memory
@@ -168,7 +168,7 @@ def _record(comparison: Comparison, scores: tuple[Scores, Scores], dataset: Data
     }
 
 
-def _losses(heldout: Heldout) -> dict[str, float | None]:
+def _losses(heldout: EvalLoss) -> dict[str, float | None]:
     """JSON has no infinity: a perplexity beyond all floats is null."""
     return {name: value if math.isfinite(value) else None
             for name, value in (("loss", heldout.loss), ("perplexity", heldout.perplexity))}  # fmt: skip

@@ -26,7 +26,7 @@ from lora_ft.adapters import files, loading, provenance
 from lora_ft.cli import entry, overrides
 from lora_ft.data.dataset import TokenRow, prepare
 from lora_ft.errors import ConfigError, DataError, ResourceError
-from lora_ft.evaluation.heldout import heldout_loss
+from lora_ft.evaluation.loss import eval_loss
 from lora_ft.exports import combine, gguf_model, merge, onto, stream, truncate, verify
 from lora_ft.io import durable
 from lora_ft.models.load import Base
@@ -161,7 +161,7 @@ def _truncate(cfg: config.MergeRun, adapter: Path, tokenizer: PreTrainedTokenize
     if not rows:
         log.warning("no row is held out: what a rank keeps is shown by the update's norm alone")
     paths = use_fast_paths(base.model, config.Fast())
-    loss = (lambda: heldout_loss(base.model, rows, paths, _TOKENS_PER_PASS).loss) if rows else None
+    loss = (lambda: eval_loss(base.model, rows, paths, _TOKENS_PER_PASS).loss) if rows else None
     kept = truncate.table_of(model, loading.NAME, found, rank, loss)
     Console().print(truncate.render(kept, rank))
     small = {layer: pair.cut(rank) for layer, pair in found.items()}

@@ -14,8 +14,8 @@ from tiny import EOS, TURN, tiny_tokenizer
 from lora_ft import chat, config
 from lora_ft.data.dataset import prepare
 from lora_ft.errors import ConfigError
-from lora_ft.evaluation.compare import adapter_off
-from lora_ft.evaluation.generate import generate
+from lora_ft.evaluation.comparison import adapter_off
+from lora_ft.evaluation.generation import generate
 
 QUESTION = "What's (roughly) 2+2, and why?"
 

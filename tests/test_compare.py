@@ -14,9 +14,9 @@ from tiny import FAMILIES
 from lora_ft import config
 from lora_ft.data.dataset import prepare
 from lora_ft.errors import NonFiniteError
-from lora_ft.evaluation.compare import Answers, Comparison, adapter_off, compare, render
-from lora_ft.evaluation.generate import generate
-from lora_ft.evaluation.heldout import Heldout, heldout_loss
+from lora_ft.evaluation.comparison import Answers, Comparison, adapter_off, compare, render
+from lora_ft.evaluation.generation import generate
+from lora_ft.evaluation.loss import EvalLoss, eval_loss
 from lora_ft.models.load import load_base
 from lora_ft.ops.token_loss import choose_paths
 
@@ -43,7 +43,7 @@ def test_the_base_through_the_adapters_model_is_the_bare_base_to_the_bit(
     paths = choose_paths(bare.model, config.Fast())
     choose_paths(model.get_base_model(), config.Fast())
     found = compare(model, bare.tokenizer, dataset.heldout, dataset.questions, paths, 100, 2, 8)
-    assert found.base == heldout_loss(bare.model, dataset.heldout, paths, 100)
+    assert found.base == eval_loss(bare.model, dataset.heldout, paths, 100)
     assert found.adapter.loss != found.base.loss
     assert (found.adapter.tokens, found.adapter.rows) == (found.base.tokens, found.base.rows)
     greedy = config.Sampling(max_new_tokens=8)
@@ -104,7 +104,7 @@ def test_a_loss_that_is_not_a_number_is_refused(tmp_path: Path) -> None:
 
 
 def comparison(*answers: Answers) -> Comparison:
-    return Comparison(Heldout(3.1419, 1234, 56), Heldout(2.0871, 1234, 56), list(answers))
+    return Comparison(EvalLoss(3.1419, 1234, 56), EvalLoss(2.0871, 1234, 56), list(answers))
 
 
 def shown(width: int, *args: Any) -> str:
@@ -146,4 +146,4 @@ def test_scores_and_facts_are_shown_and_nothing_held_out_is_said() -> None:
 
 
 def test_a_perplexity_beyond_all_floats_is_shown() -> None:
-    assert "over 1e304" in shown(80, Comparison(Heldout(800.0, 1, 1), Heldout(2.0, 1, 1), []), {})
+    assert "over 1e304" in shown(80, Comparison(EvalLoss(800.0, 1, 1), EvalLoss(2.0, 1, 1), []), {})

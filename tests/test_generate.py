@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from lora_ft import config
 from lora_ft.config import Sampling
 from lora_ft.errors import ConfigError, NonFiniteError
-from lora_ft.evaluation.generate import choose, generate, stop_tokens, visible
+from lora_ft.evaluation.generation import choose, generate, stop_tokens, visible
 from lora_ft.ops.token_loss import choose_paths
 
 TOKENIZER = tiny_tokenizer()

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from lora_ft.data.dataset import TokenRow
 from lora_ft.data.packing import micro_batches
 from lora_ft.errors import NonFiniteError
-from lora_ft.evaluation.heldout import to_batch
+from lora_ft.evaluation.loss import to_batch
 from lora_ft.exports import stream
 from lora_ft.exports.merge import Merged
 from lora_ft.ops.token_loss import IGNORED, TESTED

@@ -23,7 +23,7 @@ from rich.text import Text
 
 from lora_ft import runs
 from lora_ft.io.redact import redact
-from lora_ft.sweeps.follow import ENDS, Follower, View, turns
+from lora_ft.sweeps.follow import ENDS, Follower, View, beats
 from lora_ft.sweeps.jobs import Job
 
 _SECONDS_BETWEEN_LOOKS = 1.0
@@ -82,7 +82,7 @@ class _Display:
             self._told = self._looked
 
     def _look(self) -> list[View]:
-        now = turns(self._folder)
+        now = beats(self._folder)
         return [follower.view(now.get(follower.job.folder)) for follower in self._followers]
 
     def _say(self, lines: list[str]) -> None:

@@ -18,7 +18,7 @@ from lora_ft.ops.token_loss import Batch, Paths, token_loss_sum
 
 
 @dataclass(frozen=True)
-class Heldout:
+class EvalLoss:
     """Token-weighted loss in nats, over `tokens` supervised tokens of `rows` rows."""
 
     loss: float
@@ -41,7 +41,7 @@ def to_batch(packed: MicroBatch, device: torch.device) -> Batch:
 
 
 @torch.no_grad()
-def heldout_loss(model: PreTrainedModel, rows: Sequence[TokenRow], paths: Paths, tokens_per_microbatch: int) -> Heldout:
+def eval_loss(model: PreTrainedModel, rows: Sequence[TokenRow], paths: Paths, tokens_per_microbatch: int) -> EvalLoss:
     """Evaluate rows without dropout and without touching any random state; the model's mode is given back.
 
     `tokens_per_microbatch` bounds a forward pass; a row longer than that is a pass of its own.
@@ -55,4 +55,4 @@ def heldout_loss(model: PreTrainedModel, rows: Sequence[TokenRow], paths: Paths,
         total += token_loss_sum(model, batch, paths).item()
         tokens += int((batch.targets >= 0).sum())
     model.train(was_training)
-    return Heldout(total / tokens, tokens, len(rows))
+    return EvalLoss(total / tokens, tokens, len(rows))

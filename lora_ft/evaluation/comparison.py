@@ -24,8 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lora_ft import config
 from lora_ft.data.dataset import Question, TokenRow
 from lora_ft.errors import NonFiniteError
-from lora_ft.evaluation.generate import generate, visible
-from lora_ft.evaluation.heldout import Heldout, heldout_loss
+from lora_ft.evaluation.generation import generate, visible
+from lora_ft.evaluation.loss import EvalLoss, eval_loss
 from lora_ft.ops.token_loss import Paths
 
 _WIDE = 100  # columns; below, four texts side by side would be ribbons of words
@@ -45,8 +45,8 @@ class Answers:
 class Comparison:
     """Held-out losses of base and adapter over the same rows, and their answers to some of the questions."""
 
-    base: Heldout
-    adapter: Heldout
+    base: EvalLoss
+    adapter: EvalLoss
     answers: list[Answers]
 
 
@@ -60,7 +60,7 @@ def compare(
     num_samples: int,
     max_new_tokens: int,
     earlier: Comparison | None = None,
-    known: tuple[Heldout | None, Heldout | None] = (None, None),
+    known: tuple[EvalLoss | None, EvalLoss | None] = (None, None),
 ) -> Comparison:
     """Evaluate `rows`, and answer the first `num_samples` questions greedily, without and with the adapter.
 
@@ -72,8 +72,8 @@ def compare(
     asked = questions[:num_samples]
     greedy = config.Sampling(max_new_tokens=max_new_tokens)
 
-    def measured(loss: Heldout | None) -> tuple[Heldout, list[str]]:
-        heldout = loss or heldout_loss(inner, rows, paths, tokens_per_microbatch)
+    def measured(loss: EvalLoss | None) -> tuple[EvalLoss, list[str]]:
+        heldout = loss or eval_loss(inner, rows, paths, tokens_per_microbatch)
         if not math.isfinite(heldout.loss):
             raise NonFiniteError(f"held-out loss {heldout.loss}: the weights of the base or of the adapter are broken")
         return heldout, [generate(inner, tokenizer, question.prompt_ids, greedy, seed=0) for question in asked]
