@@ -22,7 +22,6 @@ from lora_ft.values import (
     Optimizer,
     QuantKind,
     Schedule,
-    ShareBase,
     TooLong,
     Tracker,
     TrainOn,
@@ -220,15 +219,10 @@ class Sweep:
 class Launcher:
     """How the jobs of a sweep are run: `hydra.launcher.*` of the launcher lora_ft."""
 
-    share_base: ShareBase = setting(
-        ShareBase.interleaved, "jobs that differ in adapter, optim, train and seed only take turns on one base, or none"
-    )
-    max_learners_per_base: int | None = setting(
-        None, "most jobs that share a base at a time; null: what memory allows", unit="jobs", at_least=1
-    )
+    share_base: bool = setting(True, "train compatible jobs on one loaded base, or each in a process of its own")
     devices: list[str] = setting([], "CUDA devices, by number; one process on each; []: all that are visible")
     job_timeout: float | None = setting(
-        None, "longest time that one turn of a job (a step, loading, the end) may take", unit="seconds", above=0
+        None, "longest time that a step of a job, its loading or its end may take", unit="seconds", above=0
     )
 
 

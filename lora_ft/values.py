@@ -89,8 +89,3 @@ class GgufType(Enum):
 class AdapterFormat(Enum):
     gguf = "gguf"
     mlx = "mlx"
-
-
-class ShareBase(Enum):
-    interleaved = "interleaved"
-    none = "none"

@@ -10,9 +10,11 @@ never made for all positions at once, not in evaluation either. An int8 layer wi
 no input.
 """
 
+import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import Any
 
 import torch
@@ -20,19 +22,34 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from lora_ft import config
 from lora_ft.ops.cross_entropy import HeadLora, linear_cross_entropy
 from lora_ft.ops.lora_linear import lora_linear
 from lora_ft.ops.weights import FrozenWeight, frozen_linear, frozen_weight, why_no_weight
 
 
-def use_fast_forwards(model: PeftModel, name: str) -> list[str]:
-    """Replace the forward of every LoRA layer that can be; says how many stay plain for adapter `name`, and why."""
+@contextlib.contextmanager
+def accelerated_lora(model: PeftModel, name: str, fast: config.Fast) -> Iterator[list[str]]:
+    """Replace the forward of every LoRA layer that can be, until the block ends; yields which stay plain, and why."""
+    replaced: list[nn.Module] = []
+    try:
+        yield _replace_all(model, name, replaced) if fast.lora else ["plain lora: fast.lora=false"]
+    finally:
+        for layer in replaced:
+            vars(layer).pop("token_loss_sum", None)
+            plain = layer.forward.args[1]
+            del layer.forward
+            if not isinstance(plain, MethodType):  # of the class: nothing to give back to the instance
+                layer.forward = plain
+
+
+def _replace_all(model: PeftModel, name: str, replaced: list[nn.Module]) -> list[str]:
     reasons: Counter[str] = Counter()
     computed = model.get_base_model().get_input_embeddings().weight.dtype
     for layer in model.modules():
         if not isinstance(layer, LoraLayer):
             if getattr(getattr(layer, "weight", None), "dtype", None) is torch.int8:
-                _replace_forward(layer, _int8_forward)
+                _replace_forward(layer, _int8_forward, replaced)
             continue
         if name not in layer.r:
             continue
@@ -41,15 +58,14 @@ def use_fast_forwards(model: PeftModel, name: str) -> list[str]:
             reason = f"the base computes in {str(computed).removeprefix('torch.')}"
         if reason:
             reasons[reason] += 1
-        _replace_forward(layer, _forward)
+        _replace_forward(layer, _forward, replaced)
         layer.token_loss_sum = functools.partial(_head_loss, layer)
     return [f"{count} LoRA layers compute as PEFT does: {reason}" for reason, count in reasons.items()]
 
 
-def _replace_forward(layer: Any, forward: Callable[..., Tensor]) -> None:
-    replaced = getattr(layer.forward, "func", None)
-    if replaced is not forward:
-        layer.forward = functools.partial(forward, layer, layer.forward)
+def _replace_forward(layer: Any, forward: Callable[..., Tensor], replaced: list[nn.Module]) -> None:
+    layer.forward = functools.partial(forward, layer, layer.forward)
+    replaced.append(layer)
 
 
 def _why_plain(layer: Any, name: str) -> str:

@@ -31,11 +31,11 @@ class Job:
     words: list[str]
 
 
-def grouped(jobs: list[Job], share: config.ShareBase) -> list[list[Job]]:
+def grouped(jobs: list[Job], share: bool) -> list[list[Job]]:
     """The jobs by the base that they share, in the order of their numbers; a job that shares with none is alone."""
     groups: dict[str, list[Job]] = {}
     for job in jobs:
-        alone = share is config.ShareBase.none or job.cfg.model.added_tokens
+        alone = not share or job.cfg.model.added_tokens
         groups.setdefault(f"job {job.number}" if alone else _shared(job.cfg), []).append(job)
     return list(groups.values())
 

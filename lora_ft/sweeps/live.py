@@ -24,7 +24,7 @@ from rich.text import Text
 from lora_ft import runs
 from lora_ft.io.redact import redact
 from lora_ft.sweeps.jobs import Job
-from lora_ft.sweeps.metrics_reader import ENDS, MetricsReader, View, turns
+from lora_ft.sweeps.metrics_reader import ENDS, MetricsReader, View, beats
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_BETWEEN_LINES = 30.0
@@ -82,7 +82,7 @@ class _Display:
             self._told = self._looked
 
     def _look(self) -> list[View]:
-        now = turns(self._folder)
+        now = beats(self._folder)
         return [reader.view(now.get(reader.job.folder)) for reader in self._readers]
 
     def _say(self, lines: list[str]) -> None:

@@ -48,13 +48,13 @@ class MetricsReader:
             result.stat().st_mtime_ns if result.is_file() and not runs.is_finished(job.folder, job.cfg) else 0
         )
 
-    def view(self, turn: child.Turn | None) -> View:
-        """The job now; `turn` tells which job its process works on, None if no process has it."""
+    def view(self, beat: child.Beat | None) -> View:
+        """The job now; `beat` is that of the child that runs it, None if none does."""
         if self._end:
             return self._end
         folder = self.job.folder
         self._read_on()
-        running = bool(turn and turn.doing != "loading" and self._offset)
+        running = bool(beat and beat.doing != "loading" and self._offset)
         if not running or self._num_steps is None:
             self._num_steps = _number(_mapping(_read(folder / runs.CHECK).get("steps")).get("count"), int)
         if result := _read(folder / runs.RESULT, self._outdated):
@@ -63,7 +63,7 @@ class MetricsReader:
             return self._end
         if failure := _read(folder / runs.FAILURE):
             return self._view("failed", {}, str(failure.get("message")))
-        return self._view("running" if running else "loading" if turn else "waiting", {}, "")
+        return self._view("running" if running else "loading" if beat else "waiting", {}, "")
 
     def _view(self, state: str, result: dict[str, Any], reason: str) -> View:
         found = self._last | {"heldout_loss": self._heldout, "best_heldout_loss": self._best} | result
@@ -105,13 +105,10 @@ class MetricsReader:
             self._best = heldout if self._best is None else min(self._best, heldout)
 
 
-def turns(folder: Path) -> dict[Path, child.Turn]:
-    """By job folder, the turn of the process that has the job now."""
-    found = dict[Path, child.Turn]()
-    for number, folders in _read(folder / children.RUNNING).items():
-        turn = child.turn(folder / child.FOLDER / f"{number}.json")
-        found |= {Path(f): turn for f in folders}
-    return found
+def beats(folder: Path) -> dict[Path, child.Beat]:
+    """Return, by the folder of each job that a child of the sweep runs now, what it does."""
+    found = (child.beat(folder / child.FOLDER / f"{number}.json") for number in _read(folder / children.RUNNING))
+    return {beat.folder: beat for beat in found if beat.folder}
 
 
 def _read(path: Path, outdated: int = 0) -> dict[str, Any]:

@@ -1,10 +1,12 @@
-"""Learners over tiny models and random rows, as `make_learner` makes them: any family, any dtype, float64 too.
+"""Training states over tiny models and random rows, as `attached` makes them: any family, any dtype, float64 too.
 
-learner = learner_on(tiny_model("llama", dtype=torch.float64), tmp_path, train=config.Train(max_steps=8))
-adapter = trained(learner)               # its final values, one vector; learner.losses has a loss a step
+state = state_on(tiny_model("llama", dtype=torch.float64), tmp_path, train=config.Train(max_steps=8))
+adapter = trained(state)                 # its final values, one vector; state.losses has a loss a step
+detach(state)                            # the base as it was
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +20,9 @@ from lora_ft.data.dataset import Dataset
 from lora_ft.data.rows import TokenRow
 from lora_ft.models.load import Base, Identity
 from lora_ft.ops.dropout import switch_off_dropout
-from lora_ft.ops.token_loss import choose_paths
+from lora_ft.training.callbacks import Callback
 from lora_ft.training.paths import use_fast_paths
-from lora_ft.training.state import Learner, make_learner
+from lora_ft.training.state import TrainingState, attached
 from lora_ft.training.trainer import fit
 
 IDENTITY = Identity(id="tiny", path="tiny", folder=None, revision=None, config_sha256="c", weights_sha256=None)
@@ -51,29 +53,50 @@ class Report:
 OFF = config.Fast(**{field.name: False for field in dataclasses.fields(config.Fast)})
 
 
-def learner_on(
+def state_on(
     model: PreTrainedModel,
     folder: Path,
     *,
     rows: list[TokenRow] | None = None,
     heldout: list[TokenRow] | None = None,
     fast: bool = True,
-    name: str = "first",
-    onto: object = None,
     **settings: object,
-) -> Learner:
+) -> TrainingState:
+    """Attach an adapter to a bare model, which stays attached until `detach`."""
+    folder.mkdir(parents=True, exist_ok=True)
     cfg = config.TrainRun(**{**SETTINGS, **settings}, fast=config.Fast() if fast else OFF)
-    if onto is None:
-        switch_off_dropout(model)
+    switch_off_dropout(model)
     base = Base(model=model.requires_grad_(False), tokenizer=tiny_tokenizer(), identity=IDENTITY, quantized=())
     dataset = Dataset(
         train=some_rows() if rows is None else rows, heldout=heldout or [], questions=[], answers=None, report=Report()
     )
-    paths = use_fast_paths(model, cfg.fast) if onto is None else choose_paths(model, cfg.fast)
-    return make_learner(name, cfg, folder, base, onto or model, dataset, paths, "f")
+    context = attached(cfg, folder, base, dataset, use_fast_paths(model, cfg.fast), "f")
+    state = context.__enter__()
+    state.context = context  # or its end would come with that of this function
+    return state
 
 
-def trained(learner: Learner) -> Tensor:
-    """Train to the end; the adapter as one vector, in the order of its names."""
-    fit([learner], lambda *_: None)
-    return torch.cat([p.detach().flatten() for _, p in sorted(learner.parameters.items())])
+def detach(state: TrainingState) -> None:
+    state.context.__exit__(None, None, None)
+
+
+class Observer(Callback):
+    """Collects the metrics of every line of metrics.jsonl, and calls `then` with state and metrics."""
+
+    def __init__(self, then: Callable[[TrainingState, dict], object] = lambda *_: None) -> None:
+        self.seen: list[dict] = []
+        self._then = then
+
+    def on_step(self, state: TrainingState, metrics: dict) -> None:
+        self.seen.append(metrics)
+        self._then(state, metrics)
+
+    def on_evaluate(self, state: TrainingState, metrics: dict) -> None:
+        if metrics["step"] == 0:
+            self.on_step(state, metrics)
+
+
+def trained(state: TrainingState, until: int | None = None) -> Tensor:
+    """Train to the end, or for some steps; the adapter as one vector, in the order of its names."""
+    fit(state, until=until)
+    return torch.cat([p.detach().flatten() for _, p in sorted(state.parameters.items())])
