@@ -20,7 +20,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft import config
 from lora_ft.errors import ConfigError, NonFiniteError
-from lora_ft.io import limits
 from lora_ft.ops.attention import plain_attention
 from lora_ft.ops.dequantized import unpacked_weights
 
@@ -132,8 +131,7 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     answer = "two"
     chat = [{"role": "user", "content": "one"}, {"role": "assistant", "content": answer}]
     try:
-        with limits.bounded("the chat template"):
-            rendered = str(tokenizer.apply_chat_template(chat, tokenize=False))
+        rendered = str(tokenizer.apply_chat_template(chat, tokenize=False))
     except jinja2.TemplateError:  # it wants other chats than this one; the end of text is a stop token all the same
         return None
     behind = tokenizer.encode(rendered.rpartition(answer)[2].strip(), add_special_tokens=False)

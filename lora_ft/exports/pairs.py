@@ -15,7 +15,6 @@ from peft.utils.other import get_pattern_key
 
 from lora_ft.adapters import files, provenance
 from lora_ft.errors import MismatchError
-from lora_ft.io import limits
 
 WAY_OUT = "write a merged model instead: lora-ft merge, for llama.cpp with gguf=f16"
 
@@ -65,9 +64,8 @@ def read(folder: Path) -> Matrices:
         found.setdefault(match["module"], {})[match["part"]] = tensor.float().numpy()
         if match["embedding"]:
             embeddings.add(match["module"])
-    with limits.bounded(f"{folder}: matching its patterns with the names of layers"):
-        return Matrices(saved, [_pair(folder, saved, name, parts, name in embeddings)
-                                for name, parts in sorted(found.items(), key=_order)])  # fmt: skip
+    return Matrices(saved, [_pair(folder, saved, name, parts, name in embeddings)
+                            for name, parts in sorted(found.items(), key=_order)])  # fmt: skip
 
 
 def _order(item: tuple[str, dict[str, np.ndarray]]) -> list[str]:

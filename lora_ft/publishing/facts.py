@@ -95,9 +95,9 @@ def front_matter(path: Path) -> dict[str, Any]:
     if not found:
         return {}
     try:
-        untrusted.check_yaml(found[1], str(path), MismatchError)
+        untrusted.check_yaml(found[1], str(path))
         loaded = yaml.safe_load(found[1])
-    except (LoraFtError, yaml.YAMLError, ValueError):  # ValueError: a date that is none
+    except (LoraFtError, yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that is none
         return {}
     return loaded if isinstance(loaded, dict) else {}
 
