@@ -21,11 +21,10 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, runs
+from lora_ft import config, runs, validation
 from lora_ft.adapters import loading, provenance
 from lora_ft.cli import entry, overrides
 from lora_ft.data.dataset import Dataset, labels, prepare, prepare_rows
@@ -51,7 +50,7 @@ def main(cfg: config.EvalRun, invocation: entry.Invocation) -> float:
     metrics.check(cfg.eval.metrics)
     keep_freed_memory()
     adapter = loading.adapter_folder(cfg.run, cfg.adapter_path)
-    cfg = loading.with_base(cfg, adapter, invocation.overrides)
+    cfg = loading.with_base(cfg, adapter)
     tokenizer = loading.adapter_tokenizer(adapter, cfg.model)
     dataset, told, apart = _rows(cfg, invocation.overrides, tokenizer)
     rows, questions = evaluation_rows(dataset, cfg.eval.rows or len(dataset.heldout))
@@ -105,9 +104,8 @@ def _own_data(run: str | None) -> config.Data | None:
     if not run:
         return None
     stored = runs.read_config(Path(run).expanduser())["data"]
-    known = {f.name: overrides.escape(stored[f.name]) for f in fields(config.Data) if f.name in stored}
-    made: config.Data = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config.Data), known))  # type: ignore[assignment]
-    return made
+    known = {f.name: stored[f.name] for f in fields(config.Data) if f.name in stored}
+    return validation.from_plain(config.Data, known)
 
 
 def _given(data: config.Data, own: config.Data | None, typed: list[str]) -> config.Data:

@@ -48,7 +48,7 @@ def main(cfg: config.MergeRun, invocation: entry.Invocation) -> None:
         raise ConfigError(f"out={cfg.out} exists already: give it a new name, merge never replaces anything")
     keep_freed_memory()
     places = [_adapter_of(place) for place in cfg.adapters] or [loading.adapter_folder(cfg.run, cfg.adapter_path)]
-    cfg = loading.with_base(cfg, places[0], invocation.overrides)
+    cfg = loading.with_base(cfg, places[0])
     tokenizer = loading.adapter_tokenizer(places[0], cfg.model)
     if cfg.adapters:
         _combine(cfg, places, tokenizer, out)

@@ -51,15 +51,15 @@ def main(cfg: config.PublishRun, invocation: entry.Invocation) -> None:
     if cfg.lint_only:
         _lint(cfg)
     elif cfg.verify_only:
-        _verify(cfg, invocation.overrides)
+        _verify(cfg)
     else:
-        _publish(cfg, invocation.overrides)
+        _publish(cfg)
 
 
-def _publish(cfg: config.PublishRun, typed: list[str]) -> None:
+def _publish(cfg: config.PublishRun) -> None:
     place = places.parse(cfg.to)
     adapter = loading.adapter_folder(cfg.run, cfg.adapter_path)
-    cfg = loading.with_base(cfg, adapter, typed)
+    cfg = loading.with_base(cfg, adapter)
     public_id, stated = _public_id(cfg, adapter), _license(cfg)
     keep_freed_memory()
     with _workplace(adapter, cfg) as workplace:
@@ -220,18 +220,18 @@ def _base_config(cfg: config.PublishRun) -> dict[str, Any] | None:
     return untrusted.json_object(Path(str(folder)) / "config.json", ConfigError)
 
 
-def _verify(cfg: config.PublishRun, typed: list[str]) -> None:
+def _verify(cfg: config.PublishRun) -> None:
     """Prove again what was published: a folder, or what lies on the hub under an id."""
     if cfg.run or Path(cfg.adapter_path or "").expanduser().is_dir():
-        _verify_folder(cfg, loading.adapter_folder(cfg.run, cfg.adapter_path), typed)
+        _verify_folder(cfg, loading.adapter_folder(cfg.run, cfg.adapter_path))
         return
     with _workplace(Path(str(cfg.adapter_path)), cfg) as workplace:
         places.parse(f"{_HUB}{cfg.adapter_path}").fetch(workplace / "fetched", None)
-        _verify_folder(cfg, workplace / "fetched", typed)
+        _verify_folder(cfg, workplace / "fetched")
 
 
-def _verify_folder(cfg: config.PublishRun, folder: Path, typed: list[str]) -> None:
-    cfg = loading.with_base(cfg, folder, typed)
+def _verify_folder(cfg: config.PublishRun, folder: Path) -> None:
+    cfg = loading.with_base(cfg, folder)
     proven = proof.prove(folder, package.loading(folder, cfg.model, cfg.quant, cfg.device))
     console = Console()
     _say_proof(console, proven)

@@ -160,7 +160,8 @@ def check_yaml(data: bytes | str, label: str) -> None:
         for event in yaml.parse(data, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
             tag = getattr(event, "tag", None)
             if tag not in _TAGS | {None, "!"}:
-                raise SecurityError(f"{label}:{event.start_mark.line + 1}: the tag {tag} asks for more than data")
+                line = event.start_mark.line + 1 if event.start_mark else 1
+                raise SecurityError(f"{label}:{line}: the tag {tag} asks for more than data")
     except (yaml.YAMLError, UnicodeDecodeError):
         return
 

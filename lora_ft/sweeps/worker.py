@@ -20,8 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lora_ft import config, runs
-from lora_ft.cli import tasks
-from lora_ft.errors import Interrupted
+from lora_ft.errors import Interrupted, out_of_memory
 from lora_ft.io import durable, redact
 from lora_ft.sweeps import jobs
 from lora_ft.sweeps.jobs import Job
@@ -106,7 +105,7 @@ def _run(group: list[Job], heartbeat: Heartbeat, stop: Stop, halving: Halving | 
 
 def _fail(job: Job, error: Exception) -> None:
     log.error("job %d failed: %s", job.number, error)
-    runs.write_failure(job.folder, tasks.out_of_memory("train", error) or error)
+    runs.write_failure(job.folder, out_of_memory("train", error) or error)
 
 
 if __name__ == "__main__":
