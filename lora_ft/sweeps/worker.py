@@ -21,7 +21,7 @@ from pathlib import Path
 
 from lora_ft import config, runs
 from lora_ft.errors import Interrupted, out_of_memory
-from lora_ft.io import durable, redact
+from lora_ft.io import durable, process, redact
 from lora_ft.sweeps import jobs
 from lora_ft.sweeps.jobs import Job
 from lora_ft.train import BaseTouched, train_each
@@ -56,6 +56,7 @@ class Heartbeat:
 
 
 def main() -> int:
+    process.prepare()
     told = json.loads(sys.stdin.readline())
     threading.Thread(target=_stop_without_parent, daemon=True).start()
     group = [jobs.from_plain(job) for job in told["jobs"]]
