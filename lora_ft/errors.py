@@ -17,6 +17,7 @@ _TRAINING = "lower train.tokens_per_microbatch, or set train.checkpoint=every_1 
 _SAVES_MEMORY = {
     "train": _TRAINING,
     "sweep": _TRAINING,
+    "check": _TRAINING,
     "eval": "lower eval.tokens_per_microbatch",
     "chat": "lower sampling.max_new_tokens",
 }

@@ -1,4 +1,4 @@
-"""What a process needs before a library of models is used: no compiled code from the hub, no chatter. No torch here.
+"""Prepare a process for libraries of models: no compiled code from the hub, no warnings of theirs. No torch here.
 
 process.prepare()     # at the start of a command, of a sweep's worker, of a function of the Python API
 """

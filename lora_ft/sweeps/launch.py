@@ -1,6 +1,6 @@
 """Run the jobs of a sweep that have no result yet, and keep its report up to date.
 
-jobs -> [children] -> result.json, failure.json -> held-out losses
+jobs -> [children] -> result.json, failure.json -> eval losses
 """
 
 import sys
@@ -12,7 +12,7 @@ from lora_ft.sweeps.jobs import Job
 
 
 def launch(planned: list[Job], sweep: config.Sweep, settings: config.Launcher, folder: Path) -> dict[int, float | None]:
-    """Run the jobs that have no result yet; return the held-out loss of each job that has one now, by number."""
+    """Run the jobs that have no result yet; return the eval loss of each job that has a result now, by number."""
     for warning in jobs.warnings(planned):
         sys.stderr.write(f"{warning}\n")
     left = [job for job in planned if not runs.is_finished(job.folder, job.cfg)]
