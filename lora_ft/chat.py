@@ -65,7 +65,7 @@ def main(cfg: config.ChatRun, invocation: entry.Invocation) -> None:
     """Answer `prompt` on stdout, or hold a session over stdin and stdout."""
     keep_freed_memory()
     adapter = loading.adapter_folder(cfg.run, cfg.adapter_path)
-    cfg = loading.with_base(cfg, adapter, invocation.overrides)
+    cfg = loading.with_base(cfg, adapter)
     tokenizer = loading.adapter_tokenizer(adapter, cfg.model)
     _, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
     system = cfg.data.system if cfg.system is None else cfg.system

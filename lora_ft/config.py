@@ -50,6 +50,18 @@ class Quant:
 
 
 @dataclass
+class RecordedQuant(Quant):
+    """Quantization of an adapter's base; `adapters.loading.with_base` fills in the record's, and makes it a Quant."""
+
+    kind: QuantKind | None = setting(  # type: ignore[assignment]
+        None, "precision of the frozen linear layers; null: as the adapter's record says"
+    )
+    double: bool | None = setting(  # type: ignore[assignment]
+        None, "nf4, fp4: quantize the scales as well; null: as the adapter's record says"
+    )
+
+
+@dataclass
 class Adapter:
     r: int = setting(16, "rank", at_least=1)
     alpha: float = setting(32.0, "lora_alpha; the update is scaled by alpha / r", above=0)
@@ -293,7 +305,7 @@ class EvalRun:
     run: str | None = _run()
     adapter_path: str | None = _adapter_path()
     model: Model = field(default_factory=Model)
-    quant: Quant = field(default_factory=Quant)
+    quant: Quant = field(default_factory=RecordedQuant)
     data: Data = field(default_factory=Data)
     fast: Fast = field(default_factory=Fast)
     eval: Eval = field(default_factory=Eval)
@@ -310,7 +322,7 @@ class ChatRun:
     prompt: str | None = setting(None, "one question; without it an interactive session", text=True)
     system: str | None = setting(None, "system message; null: the one of the run's data", text=True)
     model: Model = field(default_factory=Model)
-    quant: Quant = field(default_factory=Quant)
+    quant: Quant = field(default_factory=RecordedQuant)
     data: Data = field(default_factory=Data)
     sampling: Sampling = field(default_factory=Sampling)
     device: str = _device()
@@ -344,7 +356,7 @@ class MergeRun:
         at_least=1,
     )
     model: Model = field(default_factory=Model)
-    quant: Quant = field(default_factory=Quant)
+    quant: Quant = field(default_factory=RecordedQuant)
     data: Data = field(default_factory=Data)
     eval_rows: int = setting(64, "most held-out rows that are measured", unit="rows", at_least=1)
     device: str = _device()
@@ -365,7 +377,7 @@ class PublishRun:
     lint_only: bool = setting(False, "show which programs can load the adapter, and do nothing else")
     verify_only: bool = setting(False, "verify a published adapter again: adapter_path=DIR_OR_ID")
     model: Model = field(default_factory=Model)
-    quant: Quant = field(default_factory=Quant)
+    quant: Quant = field(default_factory=RecordedQuant)
     device: str = _device()
 
 

@@ -21,12 +21,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, runs
+from lora_ft import config, runs, validation
 from lora_ft.adapters import loading, provenance
 from lora_ft.cli import entry, overrides
 from lora_ft.data.dataset import Dataset, labels, prepare, prepare_rows
@@ -80,7 +79,7 @@ def evaluate(cfg: config.EvalRun, typed: list[str]) -> EvalResult:
     """
     metrics.check(cfg.eval.metrics)
     adapter = loading.adapter_folder(cfg.run, cfg.adapter_path)
-    cfg = loading.with_base(cfg, adapter, typed)
+    cfg = loading.with_base(cfg, adapter)
     tokenizer = loading.adapter_tokenizer(adapter, cfg.model)
     dataset, described, disjoint = _rows(cfg, typed, tokenizer)
     eval_set = _eval_set(cfg.eval, dataset)
@@ -134,9 +133,8 @@ def _own_data(run: str | None) -> config.Data | None:
     if not run:
         return None
     stored = runs.read_config(Path(run).expanduser())["data"]
-    known = {f.name: overrides.escape(stored[f.name]) for f in fields(config.Data) if f.name in stored}
-    made: config.Data = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config.Data), known))  # type: ignore[assignment]
-    return made
+    known = {f.name: stored[f.name] for f in fields(config.Data) if f.name in stored}
+    return validation.from_plain(config.Data, known)
 
 
 def _given(data: config.Data, own: config.Data | None, typed: list[str]) -> config.Data:

@@ -64,7 +64,7 @@ class MergeResult:
 def main(cfg: config.MergeRun, invocation: entry.Invocation) -> None:
     """Run the command: take the base from the adapter's record if none is given, merge, print the result."""
     keep_freed_memory()
-    result = merge(loading.with_base(cfg, _adapters(cfg)[0], invocation.overrides))
+    result = merge(loading.with_base(cfg, _adapters(cfg)[0]))
     console = Console()
     if result.comparison:
         console.print(result.comparison.table())

@@ -12,7 +12,7 @@ new one as a whole.
 import contextlib
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,17 +72,17 @@ def main(cfg: config.PublishRun, invocation: entry.Invocation) -> None:
             adapter = cfg.run or cfg.adapter_path
             raise MismatchError(f"{adapter} cannot be used: {'; '.join(faults) or 'no program can load it'}")
     elif cfg.verify_only:
-        _print_verification(verify(cfg, invocation.overrides))
+        _print_verification(verify(cfg))
     else:
-        _print_result(publish(cfg, invocation.overrides))
+        _print_result(publish(cfg))
 
 
-def publish(cfg: config.PublishRun, overrides: Sequence[str] = ()) -> PublishResult:
-    """Package, verify and send an adapter; `overrides` of the command take precedence over the adapter's own files."""
+def publish(cfg: config.PublishRun) -> PublishResult:
+    """Package, verify and send an adapter."""
     destination = destinations.parse(cfg.to)
     adapter = loading.adapter_folder(cfg.run, cfg.adapter_path)
     saved = files.read_config(adapter)
-    cfg = loading.with_base(cfg, adapter, list(overrides), saved)
+    cfg = loading.with_base(cfg, adapter, saved)
     keep_freed_memory()
     with _workplace(adapter, cfg) as workplace:
         folder, fetched = workplace / "package", workplace / "fetched"
@@ -102,18 +102,18 @@ def publish(cfg: config.PublishRun, overrides: Sequence[str] = ()) -> PublishRes
         return PublishResult(description, address, folder, listed, verified)
 
 
-def verify(cfg: config.PublishRun, overrides: Sequence[str] = ()) -> Verification:
+def verify(cfg: config.PublishRun) -> Verification:
     """Verify an adapter again: a run's, one in a folder, or the one that is on the hub under an id."""
     if cfg.run or Path(cfg.adapter_path or "").expanduser().is_dir():
-        return _verify_folder(cfg, loading.adapter_folder(cfg.run, cfg.adapter_path), overrides)
+        return _verify_folder(cfg, loading.adapter_folder(cfg.run, cfg.adapter_path))
     with _workplace(Path(str(cfg.adapter_path)), cfg) as workplace:
         destinations.parse(f"{prepare.HUB}{cfg.adapter_path}").fetch(workplace / "fetched", None)
-        return _verify_folder(cfg, workplace / "fetched", overrides)
+        return _verify_folder(cfg, workplace / "fetched")
 
 
-def _verify_folder(cfg: config.PublishRun, folder: Path, overrides: Sequence[str]) -> Verification:
+def _verify_folder(cfg: config.PublishRun, folder: Path) -> Verification:
     saved = files.read_config(folder)
-    cfg = loading.with_base(cfg, folder, list(overrides), saved)
+    cfg = loading.with_base(cfg, folder, saved)
     return verification.verify(folder, prepare.base_loading(folder, saved, cfg), saved)
 
 

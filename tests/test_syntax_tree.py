@@ -154,13 +154,6 @@ def test_libraries_write_into_staged_folders_only() -> None:
     assert saved_unstaged(TREES) == []
 
 
-def test_chat_templates_are_rendered_and_compiled_within_limits_only() -> None:
-    names = {"apply_chat_template", "_compile_jinja_template"}
-    assert {place: found for place, tree in TREES.items() if (found := [*_bare(tree, names, {"limits.bounded"})])} == {}
-    planted = ast.parse("def f(t):\n    return t.apply_chat_template(chat)")
-    assert list(_bare(planted, names, "limits.bounded")) == [("f", "t.apply_chat_template")]
-
-
 def test_an_allowed_exception_is_still_needed() -> None:
     assert set(runs_code(TREES["lora_ft/cli/guard.py"])) and set(runs_code(TREES["lora_ft/cli/entry.py"]))
     assert set(writes(TREES["lora_ft/io/durable.py"]))

@@ -16,7 +16,6 @@ from peft.utils.other import get_pattern_key
 
 from lora_ft.adapters import files, provenance
 from lora_ft.errors import MismatchError
-from lora_ft.io import limits
 
 REMEDY = "write a merged model instead: lora-ft merge, for llama.cpp with gguf=f16"
 
@@ -75,10 +74,9 @@ def read(folder: Path, saved: LoraConfig | None = None) -> AdapterWeights:
         found.setdefault(match["module"], {})[match["part"]] = tensor.float().numpy()
         if match["embedding"]:
             embeddings.add(match["module"])
-    with limits.bounded(f"{folder}: matching its patterns with the names of layers"):
-        layers = [
-            _layer(folder, saved, name, parts, name in embeddings) for name, parts in sorted(found.items(), key=_order)
-        ]
+    layers = [
+        _layer(folder, saved, name, parts, name in embeddings) for name, parts in sorted(found.items(), key=_order)
+    ]
     return AdapterWeights(saved, layers)
 
 

@@ -93,9 +93,9 @@ def front_matter(path: Path) -> dict[str, Any]:
     if not found:
         return {}
     try:
-        untrusted.check_yaml(found[1], str(path), MismatchError)
+        untrusted.check_yaml(found[1], str(path))
         loaded = yaml.safe_load(found[1])
-    except (LoraFtError, yaml.YAMLError, ValueError):  # ValueError: an invalid date
+    except (LoraFtError, yaml.YAMLError, ValueError, RecursionError):  # ValueError: an invalid date
         return {}
     return loaded if isinstance(loaded, dict) else {}
 

@@ -13,10 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from lora_ft import config, validation
-from lora_ft.cli import overrides
 
 _ALONE = ("adapter", "optim", "train", "seed", "track", "resume")  # what one job may have otherwise than another
 
@@ -63,8 +60,7 @@ def to_plain(job: Job) -> dict[str, Any]:
 
 
 def from_plain(plain: dict[str, Any]) -> Job:
-    settings = OmegaConf.merge(config.TrainRun, overrides.escape(plain["cfg"]))
-    cfg: Any = OmegaConf.to_object(settings)
+    cfg = validation.from_plain(config.TrainRun, plain["cfg"])
     return Job(plain["number"], Path(plain["folder"]), cfg, plain["words"])
 
 

@@ -21,9 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_ft import config, runs, train
-from lora_ft.cli import tasks
-from lora_ft.errors import Interrupted
-from lora_ft.io import durable, redact
+from lora_ft.errors import Interrupted, out_of_memory
+from lora_ft.io import durable, process, redact
 from lora_ft.models.fingerprint import fingerprint
 from lora_ft.sweeps import jobs
 from lora_ft.sweeps.halving import Halving
@@ -66,6 +65,7 @@ class StopAtStart(Callback):
 
 
 def main() -> int:
+    process.prepare()
     order = json.loads(sys.stdin.readline())
     threading.Thread(target=_stop_without_parent, daemon=True).start()
     group = [jobs.from_plain(job) for job in order["jobs"]]
@@ -140,7 +140,7 @@ class Worker:
                 return train.train_job(job.cfg, job.folder, self._shared, told, self._stop, until) is not None
             except Exception as error:
                 log.error("job %d failed: %s", job.number, error)
-                runs.write_failure(job.folder, tasks.out_of_memory("train", error) or error)
+                runs.write_failure(job.folder, out_of_memory("train", error) or error)
             # Behind the handler: a handled exception holds the frames it came through, and their tensors.
             gc.collect()
             if self._shared and (loaded := self._shared.base):
