@@ -72,7 +72,9 @@ class Data:
     format: Format = setting(Format.auto, "what a row is; auto: by its columns")
     columns: dict[str, str] = setting({}, "other names of columns, expected name to name in the file")
     name: str | None = setting(None, "configuration of a hub dataset", text=True)
-    split: str = setting("train", "split of a hub dataset", text=True)
+    split: str = setting(
+        "train", "split of a hub dataset, or of a folder with files named for splits; all: every file", text=True
+    )
     revision: str | None = setting(None, "branch, tag or commit of a hub dataset", text=True)
     prompt: str | None = setting(None, "table: template of the prompt, with {column} fields", text=True)
     answer: str | None = setting(None, "table: template of the answer, with {column} fields", text=True)
@@ -84,9 +86,11 @@ class Data:
         TooLong.error, "what happens to a longer row; answers are never cut; split: plain text into windows"
     )
     train_on: TrainOn = setting(TrainOn.answers, "which tokens are supervised")
-    eval_fraction: float = setting(0.05, "held-out part of the rows, chosen by their content", at_least=0, below=1)
+    eval_fraction: float = setting(
+        0.05, "held-out part of the rows, chosen by their content; 0: none", at_least=0, below=1
+    )
     eval_split: str | None = setting(
-        None, "split of the hub dataset that is held out; eval_fraction is then unused", text=True
+        None, "split to evaluate on; null: a folder's validation files if it has any, else eval_fraction", text=True
     )
     eval_path: str | None = setting(
         None, "rows held out, from a place of their own; eval_fraction is then unused", path=True
@@ -189,7 +193,7 @@ class Track:
 
 @dataclass
 class Eval:
-    rows: int | None = setting(None, "most held-out rows; null: all", unit="rows", at_least=1)
+    rows: int | None = setting(None, "most eval rows; null: all", unit="rows", at_least=1)
     metrics: list[str] = setting([], "of exact_match, accuracy, f1, chrf, bleu, rouge_l, on generated answers")
     samples: int = setting(3, "answers shown side by side", unit="rows", at_least=0)
     max_new_tokens: int = setting(64, "longest generated answer", unit="tokens", at_least=1)
@@ -290,7 +294,7 @@ class ReportRun:
 
 @dataclass
 class EvalRun:
-    """Compare base and adapter on held-out rows: loss, perplexity, task metrics, answers."""
+    """Compare base and adapter on eval rows: loss, perplexity, task metrics, answers."""
 
     run: str | None = _run()
     adapter_path: str | None = _adapter_path()

@@ -24,7 +24,7 @@ from lora_ft.cli import entry
 from lora_ft.config import Schedule
 from lora_ft.data.dataset import Dataset
 from lora_ft.errors import ResourceError
-from lora_ft.evaluation.compare import Comparison
+from lora_ft.evaluation.comparison import Comparison
 from lora_ft.io import durable
 from lora_ft.models.fingerprint import fingerprint
 from lora_ft.models.load import Base, load_base, load_tokenizer, resolve_device

@@ -16,7 +16,7 @@ FLOORS = {
     "sweep": 8, "report": 8, "check": 8, "eval": 8, "chat": 8, "merge": 8, "publish": 8,
     "sweeps": 7,
     "train": 6, "publishing": 6,
-    "exports": 5,
+    "export": 5,
     "training": 4,
     "adapters": 3, "evaluation": 3,
     "models": 2, "data": 2,

@@ -20,7 +20,7 @@ from tiny import tiny_model, tiny_tokenizer
 from lora_ft import config, runs
 from lora_ft.adapters import files, provenance
 from lora_ft.errors import CheckpointError, Interrupted, MismatchError, ResourceError
-from lora_ft.evaluation.heldout import Heldout
+from lora_ft.evaluation.loss import EvalLoss
 from lora_ft.io import durable
 from lora_ft.models.load import Identity
 from lora_ft.training import checkpoint, optimizers
@@ -253,7 +253,7 @@ def stand(learner: Learner, step: int, loss: float | None) -> None:
     """Let the learner have done so many steps, the last of which was evaluated, or not."""
     learner.losses[:] = [1.0] * step
     if loss is not None:
-        learner.evaluations.append(Evaluation(step, Heldout(loss, 10, 2)))
+        learner.evaluations.append(Evaluation(step, EvalLoss(loss, 10, 2)))
 
 
 SAVES = st.lists(

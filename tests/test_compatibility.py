@@ -16,7 +16,8 @@ from tiny import tiny_folder
 
 from lora_ft.adapters import files
 from lora_ft.errors import ConfigError, MismatchError
-from lora_ft.exports import gguf_adapter, mlx
+from lora_ft.export import mlx
+from lora_ft.export.gguf import adapter as gguf_adapter
 from lora_ft.publishing import compatibility
 from lora_ft.publishing.adapter_facts import Level
 from lora_ft.publishing.compatibility import FILES, Verdict

@@ -66,7 +66,7 @@ def test_an_adapter_of_ours_needs_neither_base_nor_quantization_named(
 
 
 def losses(shown: str) -> list[str]:
-    return [line for line in shown.splitlines() if "held-out loss" in line]
+    return [line for line in shown.splitlines() if "eval loss" in line]
 
 
 def test_tokens_that_a_run_added_are_known_from_its_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

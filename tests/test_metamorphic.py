@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from lora_ft import config, runs
 from lora_ft.data.packing import micro_batches
-from lora_ft.evaluation.heldout import heldout_loss, to_batch
+from lora_ft.evaluation.loss import eval_loss, to_batch
 from lora_ft.ops.token_loss import Batch, Paths, token_loss_sum
 from lora_ft.training import trainer
 from lora_ft.training.progress import Progress
@@ -184,13 +184,13 @@ def test_the_held_out_loss_is_a_mean_over_tokens_whatever_its_batches(kind: Kind
     (batch,) = [to_batch(b, model.device) for b in micro_batches(HELDOUT, None, True)]
     assert token_loss_sum(model, batch, learner.paths) != token_loss_sum(model, batch, learner.paths)
     state = torch.get_rng_state()
-    alone = [heldout_loss(model, [row], learner.paths, 1) for row in HELDOUT]
+    alone = [eval_loss(model, [row], learner.paths, 1) for row in HELDOUT]
     mean = math.fsum(h.loss * h.tokens for h in alone) / sum(h.tokens for h in alone)
     for capacity in (1, 40, 90, 10_000):
-        found = heldout_loss(model, HELDOUT, learner.paths, capacity)
+        found = eval_loss(model, HELDOUT, learner.paths, capacity)
         assert found.loss == pytest.approx(mean, rel=BOUNDS[kind.dtype])
         assert found.tokens == sum(int(row.supervised.sum()) for row in HELDOUT)
-        assert found == heldout_loss(model, HELDOUT, learner.paths, capacity)
+        assert found == eval_loss(model, HELDOUT, learner.paths, capacity)
     assert mean != pytest.approx(math.fsum(h.loss for h in alone) / len(alone), rel=1e-5)
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)

@@ -18,8 +18,8 @@ from lora_ft.adapters import audit
 from lora_ft.data.dataset import prepare
 from lora_ft.data.rows import TokenRow
 from lora_ft.errors import ConfigError, DataError, MismatchError, NonFiniteError
-from lora_ft.evaluation.compare import adapter_off, compare
-from lora_ft.evaluation.heldout import heldout_loss
+from lora_ft.evaluation.comparison import EvalSet, adapter_off, compare
+from lora_ft.evaluation.loss import eval_loss
 from lora_ft.models.load import load_base, load_tokenizer
 from lora_ft.training import state as learner_module
 from lora_ft.training import trainer
@@ -344,10 +344,10 @@ def test_an_adapter_is_its_base_before_its_first_step_to_the_bit(family, adapter
     learner = learner_on(tiny_model(family), tmp_path, heldout=some_rows(5, seed=9), fast=fast, **settings)
     assert learner.starts_as_base
     with adapter_off(learner.model):
-        bare = heldout_loss(learner.base, learner.heldout, learner.paths, 60)
+        bare = eval_loss(learner.base, learner.heldout, learner.paths, 60)
     fit([learner], lambda *_: None)
     assert learner.evaluations[0].heldout == bare
-    assert learner.measured == (bare, heldout_loss(learner.base, learner.heldout, learner.paths, 60))
+    assert learner.measured == (bare, eval_loss(learner.base, learner.heldout, learner.paths, 60))
     assert learner.measured[0] != learner.measured[1]
 
 
@@ -368,7 +368,7 @@ def test_the_comparison_at_the_end_takes_what_training_has_measured(adapter, tra
     fit([learner], lambda *_: None)
     learner.take_kept_state()
     assert tuple(loss is not None for loss in learner.measured) == known
-    rest = (learner.heldout, [], learner.paths, 60, 0, 1)
+    rest = (EvalSet(learner.heldout, [], 60, 1), learner.paths)
     plain = compare(learner.model, tiny_tokenizer(), *rest)
     assert compare(learner.model, tiny_tokenizer(), *rest, known=learner.measured) == plain
     assert all(loss in (None, own) for loss, own in zip(learner.measured, (plain.base, plain.adapter), strict=True))
@@ -382,6 +382,6 @@ def test_learners_of_one_base_evaluate_it_once(tmp_path, monkeypatch):
         for r in (2, 3)
     ]  # fmt: skip
     begun = []
-    monkeypatch.setattr(trainer, "heldout_loss", lambda *given: begun.append(given) or heldout_loss(*given))
+    monkeypatch.setattr(trainer, "eval_loss", lambda *given: begun.append(given) or eval_loss(*given))
     fit([first, *others], lambda *_: None)
     assert len(begun) == 2 + 3  # the base for two of them and DoRA's own, and the end of each

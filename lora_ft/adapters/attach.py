@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -34,6 +35,7 @@ def attach(
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     layers = adaptable_layers(base)
     targets = resolve_targets(base, layers, adapter.targets)
+    _check_names(base, targets)
     _check_patterns(adapter, matched_layers(layers, targets))
     _check_ties(base, adapter, targets)
     _check_full_modules(base, adapter, token_ids)
@@ -138,6 +140,34 @@ def matched_layers(layers: dict[str, nn.Module], targets: set[str]) -> set[str]:
     return {name for name in layers if any(name == t or name.endswith("." + t) for t in targets)}
 
 
+def _check_names(model: PreTrainedModel, targets: set[str]) -> None:
+    """Refuse linear layers that PEFT takes for experts, whose tensors it would adapt in place of the layers.
+
+    Experts were linear layers of these names before transformers 5; shared experts and dense MLPs still are.
+    """
+    taken, others = set(), set()
+    for target in targets | resolve_targets(model, adaptable_layers(model), [ALL_LINEAR]):
+        name = target.rpartition(".")[2]
+        if not _is_converted(model, name):
+            others.add(name)
+        elif target in targets:
+            taken.add(name)
+    if taken:
+        raise ConfigError(
+            f"adapter.targets: PEFT takes {', '.join(sorted(taken))} for the experts of {model.config.model_type}, "
+            f"which cannot be trained yet: leave them out, as in adapter.targets=[{','.join(sorted(others))}]"
+        )
+
+
+def _is_converted(model: PreTrainedModel, target: str) -> bool:
+    converted = LoraConfig(target_modules=[target])
+    try:
+        convert_peft_config_for_transformers(converted, model, None)
+    except ValueError:  # one name of a pair that is one tensor now
+        return True
+    return converted.target_modules != {target}
+
+
 def _check_patterns(adapter: config.Adapter, matched: set[str]) -> None:
     for key, pattern in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
         for target, value in pattern.items():
@@ -189,5 +219,5 @@ def trainable(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
 
 
 def is_lora_b(parameter: str) -> bool:
-    """Whether a parameter's name is that of a B, the matrix that starts at zero."""
+    """Tell from its name that a parameter is a B, the matrix that starts at zero."""
     return ".lora_B." in parameter or ".lora_embedding_B." in parameter

@@ -20,7 +20,7 @@ from lora_ft.adapters import files, provenance
 from lora_ft.cli import overrides
 from lora_ft.errors import ConfigError, MismatchError, ResourceError
 from lora_ft.io import untrusted
-from lora_ft.models import locate
+from lora_ft.models import resolve
 from lora_ft.models.load import Base, load_base, load_tokenizer, read_tokenizer
 
 log = logging.getLogger("lora_ft")
@@ -169,7 +169,7 @@ def adapter_tokenizer(folder: Path, model: config.Model) -> PreTrainedTokenizerB
 
 def _own_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     untrusted.check_folder(folder)
-    locate.check_tokenizer(folder)
+    resolve.check_tokenizer(folder)
     tokenizer: PreTrainedTokenizerBase = read_tokenizer(folder, str(folder))
     return tokenizer
 

@@ -24,7 +24,7 @@ from lora_ft import config
 from lora_ft.errors import ConfigError, ResourceError
 from lora_ft.io import limits
 from lora_ft.models import quantize
-from lora_ft.models.locate import Identity, locate
+from lora_ft.models.resolve import Identity, locate
 from lora_ft.models.storage import leave_file
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_ft import config
 from lora_ft.adapters import files, provenance
-from lora_ft.exports import gguf_adapter, mlx
+from lora_ft.export import mlx
+from lora_ft.export.gguf import adapter as gguf_adapter
 from lora_ft.io import durable
 from lora_ft.models.load import Identity
 from lora_ft.publishing import card, checksums, compatibility, curve, verification

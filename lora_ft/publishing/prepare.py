@@ -14,8 +14,8 @@ from lora_ft.config import QuantKind
 from lora_ft.errors import ConfigError, MismatchError
 from lora_ft.io import untrusted
 from lora_ft.models.load import Identity, resolve_device
-from lora_ft.models.locate import locate
 from lora_ft.models.meta_model import load_skeleton
+from lora_ft.models.resolve import locate
 from lora_ft.publishing import pissa_to_lora, secret_scan, training_summary, verification
 from lora_ft.publishing.package import Contents
 

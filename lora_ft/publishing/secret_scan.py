@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lora_ft.errors import SecurityError
 from lora_ft.io import redact
-from lora_ft.models import gguf
+from lora_ft.models.gguf import reader
 from lora_ft.publishing import checksums
 
 TEXT_BYTES = 64 * 2**20  # the largest tokenizers have 35 MB
@@ -56,7 +56,7 @@ def _texts(path: Path) -> Iterator[str]:
             (length,) = struct.unpack("<Q", file.read(8))
             yield file.read(length).decode("utf-8", errors="replace")
     elif path.suffix == ".gguf":
-        found = gguf.read(path)
+        found = reader.read(path)
         yield "\n".join(_strings([*found.metadata.items(), *found.tensors]))
     else:
         yield path.read_text("utf-8", errors="replace")

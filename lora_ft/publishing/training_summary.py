@@ -18,7 +18,8 @@ from lora_ft import config, runs, validation
 from lora_ft.config import TrainRun
 from lora_ft.errors import ConfigError
 from lora_ft.io import untrusted
-from lora_ft.models import gguf, locate
+from lora_ft.models import resolve
+from lora_ft.models.gguf import reader
 from lora_ft.publishing.adapter_facts import front_matter
 from lora_ft.setting import OnResume
 
@@ -150,9 +151,9 @@ def license_of(model: config.Model, folder: str | None) -> str | None:
     """Return the license that a base states in its GGUF file or in the card of its folder."""
     path = Path(model.path).expanduser()
     if model.path.startswith("package:"):
-        path = locate.package_file(model.path)
+        path = resolve.package_file(model.path)
     if path.suffix == ".gguf":
-        stated = gguf.read(path).metadata.get("general.license")
+        stated = reader.read(path).metadata.get("general.license")
     else:
         stated = front_matter(Path(folder or path) / "README.md").get("license")
     return stated if isinstance(stated, str) and stated else None

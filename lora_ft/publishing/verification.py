@@ -29,8 +29,8 @@ from transformers import PreTrainedTokenizerBase
 from lora_ft.adapters.files import read_config
 from lora_ft.adapters.provenance import Loading
 from lora_ft.errors import MismatchError
-from lora_ft.exports.verify import distance as logit_distance
-from lora_ft.exports.verify import probe, tolerance
+from lora_ft.export.verify import distance as logit_distance
+from lora_ft.export.verify import probe, tolerance
 from lora_ft.io import untrusted
 from lora_ft.publishing import checksums
 

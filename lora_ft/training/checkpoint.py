@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lora_ft import config, runs
 from lora_ft.errors import CheckpointError, ResourceError
-from lora_ft.evaluation.heldout import Heldout
+from lora_ft.evaluation.loss import EvalLoss
 from lora_ft.io import durable, untrusted
 from lora_ft.training import optimizers
 from lora_ft.training.state import Evaluation, Learner
@@ -192,7 +192,7 @@ def _fill(learner: Learner, state: dict[str, Any], tensors: dict[str, Tensor]) -
         learner.optimizer, {k.removeprefix("optimizer."): t for k, t in tensors.items() if k.startswith("optimizer.")}
     )
     learner.losses[:] = tensors["losses"].tolist()
-    learner.evaluations[:] = [Evaluation(e["step"], Heldout(**e["heldout"])) for e in state["evaluations"]]
+    learner.evaluations[:] = [Evaluation(e["step"], EvalLoss(**e["heldout"])) for e in state["evaluations"]]
     if "best_values" in tensors:
         learner.best_values = tensors["best_values"].to(learner.flat.values.device)
     learner.tokens, learner.seconds = state["tokens"], state["seconds"]

@@ -13,8 +13,7 @@ from rich.text import Text
 from lora_ft import runs
 from lora_ft.adapters import files, provenance
 from lora_ft.data.dataset import Dataset
-from lora_ft.evaluation import compare
-from lora_ft.evaluation.compare import Comparison
+from lora_ft.evaluation.comparison import Comparison, EvalSet, compare, render
 from lora_ft.io import durable
 from lora_ft.models.load import Base
 from lora_ft.training.metrics import peak_memory_bytes
@@ -68,23 +67,14 @@ def finish(learner: Learner, base: Base, dataset: Dataset, compared: dict[object
 def _compared(learner: Learner, base: Base, compared: dict[object, Comparison]) -> Comparison:
     train = learner.cfg.train
     learner.model.set_adapter(learner.name)
-    log.info("comparing base and adapter on %d held-out rows", len(learner.heldout))
+    log.info("comparing base and adapter on %d eval rows", len(learner.heldout))
     capacity = train.tokens_per_microbatch or train.tokens_per_step
     decides = (len(learner.heldout), capacity, train.samples)
-    comparison = compare.compare(
-        learner.model,
-        base.tokenizer,
-        learner.heldout,
-        learner.questions,
-        learner.paths,
-        capacity,
-        train.samples,
-        _SAMPLE_TOKENS,
-        compared.get(decides),
-        learner.measured,
+    eval_set = EvalSet(learner.heldout, learner.questions[: train.samples], capacity, _SAMPLE_TOKENS)
+    compared[decides] = compare(
+        learner.model, base.tokenizer, eval_set, learner.paths, compared.get(decides), learner.measured
     )
-    compared[decides] = comparison
-    return comparison
+    return compared[decides]
 
 
 def _result(learner: Learner, comparison: Comparison | None) -> Result:
@@ -116,7 +106,7 @@ def _print(learner: Learner, base: Base, comparison: Comparison | None, result: 
         "adapter": str(learner.folder / "adapter"),
     }
     console = Console()
-    console.print(compare.render(comparison, facts))
+    console.print(render(comparison, facts))
     # Lines to copy: outside of any table, and never folded.
     lines = provenance.loading_lines(learner.folder / "adapter", base, learner.cfg)
     console.print(Text("\n" + "\n".join(lines)), soft_wrap=True)

@@ -23,8 +23,8 @@ from lora_ft.adapters import attach, audit, fast, files, provenance
 from lora_ft.data.dataset import Dataset, Question, TokenRow
 from lora_ft.data.sampler import derive, epoch_order, steps_of_epoch
 from lora_ft.errors import ConfigError, DataError
-from lora_ft.evaluation.generate import context_length
-from lora_ft.evaluation.heldout import Heldout
+from lora_ft.evaluation.generation import context_length
+from lora_ft.evaluation.loss import EvalLoss
 from lora_ft.models.load import Base
 from lora_ft.ops.gradient_checkpointing import settle_checkpoint
 from lora_ft.ops.token_loss import Paths
@@ -36,7 +36,7 @@ log = logging.getLogger("lora_ft")
 @dataclass(frozen=True)
 class Evaluation:
     step: int
-    heldout: Heldout
+    heldout: EvalLoss
 
 
 @dataclass
@@ -119,7 +119,7 @@ class Learner:
         return not (adapter.dora or adapter.init_from or adapter.modules_to_save or self.cfg.model.added_tokens)
 
     @property
-    def measured(self) -> tuple[Heldout | None, Heldout | None]:
+    def measured(self) -> tuple[EvalLoss | None, EvalLoss | None]:
         """Held-out losses of the base and of the state that is kept, None where no evaluation was of it."""
         first, last = self.evaluations[:1], self.evaluations[-1:]
         kept = [self.best] if self.cfg.train.keep is config.Keep.best else last

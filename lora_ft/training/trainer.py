@@ -24,7 +24,7 @@ from lora_ft.adapters import audit
 from lora_ft.data.packing import micro_batches
 from lora_ft.data.sampler import derive
 from lora_ft.errors import CheckpointError, Interrupted, NonFiniteError
-from lora_ft.evaluation.heldout import Heldout, heldout_loss, to_batch
+from lora_ft.evaluation.loss import EvalLoss, eval_loss, to_batch
 from lora_ft.ops.gradient_checkpointing import recompute_layers
 from lora_ft.ops.token_loss import token_loss_sum
 from lora_ft.training import checkpoint, logs, optimizers
@@ -68,7 +68,7 @@ def fit_each(
     each turn. When `stop` is asked for, the step is finished, every learner saved, and Interrupted raised.
     """
     stop = stop or Stop()
-    bases: dict[object, Heldout] = {}
+    bases: dict[object, EvalLoss] = {}
     turns = {learner.name: (learner, _turns(learner, observe, bases)) for learner in learners}
     with contextlib.ExitStack() as while_steps_follow:
         while_steps_follow.enter_context(stop.between_steps())
@@ -108,7 +108,7 @@ def _save_and_leave(learners: list[Learner], signum: int) -> NoReturn:
     )
 
 
-def _turns(learner: Learner, observe: Observer, bases: dict[object, Heldout]) -> Iterator[int]:
+def _turns(learner: Learner, observe: Observer, bases: dict[object, EvalLoss]) -> Iterator[int]:
     """Train one learner, giving the base away after every step; yields the number of steps done.
 
     `bases` holds evaluations of the base, which learners that start as it hand on to each other.
@@ -200,7 +200,7 @@ def _evaluation_due(learner: Learner) -> bool:
     return bool(learner.heldout) and wanted
 
 
-def _evaluate(learner: Learner, known: dict[object, Heldout]) -> Metrics:
+def _evaluate(learner: Learner, known: dict[object, EvalLoss]) -> Metrics:
     """Held-out loss of the adapter as it is now; the best state so far is kept in memory if it will be wanted.
 
     What is `known` of the same rows in the same micro-batches is not measured again, and what is measured is added.
@@ -208,7 +208,7 @@ def _evaluate(learner: Learner, known: dict[object, Heldout]) -> Metrics:
     capacity = learner.cfg.train.tokens_per_microbatch or learner.cfg.train.tokens_per_step
     decides = len(learner.heldout), capacity
     if decides not in known:
-        known[decides] = heldout_loss(learner.base, learner.heldout, learner.paths, capacity)
+        known[decides] = eval_loss(learner.base, learner.heldout, learner.paths, capacity)
     heldout = known[decides]
     if not math.isfinite(heldout.loss):
         raise NonFiniteError(f"step {learner.step}: held-out loss {heldout.loss}")

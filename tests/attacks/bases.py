@@ -206,6 +206,7 @@ _GGUF: list[Row] = [
      _gguf(_text("a") + struct.pack("<I", 9) + _ARRAY_IN_ARRAY * 5_000), ConfigError, "damaged"),
     ("GGUF: 2^62 keys", _gguf(b"", num_keys=2**62), ConfigError, "damaged"),
     ("GGUF: a text of 2^62 bytes", _gguf(struct.pack("<Q", 2**62)), ConfigError, "damaged"),
+    ("GGUF: an array of 2^62 bytes", _gguf(_text("a") + struct.pack("<IIQ", 9, 0, 2**62)), ConfigError, "damaged"),
     ("GGUF: a tensor with a path for a name", _gguf(_TRAVERSING, num_tensors=1), ConfigError, "lacks"),
 ]  # fmt: skip
 

@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lora_ft.errors import MismatchError
-from lora_ft.exports.stream import dequantized
+from lora_ft.export.weight_stream import dequantized
 from lora_ft.models.load import quiet
 from lora_ft.ops.attention import plain_attention
 

@@ -1,15 +1,15 @@
-"""A base that is never in memory as a whole: its tensors come from its files one at a time, and go.
+"""Stream the weights of a base from its files, one tensor at a time, so that it is never in memory as a whole.
 
     opened = open_adapter(folder, model, quant, "auto", tokenizer)
-    opened.model                               base and adapter as PEFT puts them together; the base's weights are
-                                               hollow: of their shape and dtype, on one number of memory
-    opened.trained_on("model.norm.weight")     what the adapter was trained on: quantized layers dequantized
-    opened.original("model.norm.weight")       what the base's own files hold
-    with flowing(opened.model, opened.modules, opened.trained_on):
-        opened.model(ids)                      each layer gets its weights as it runs, and loses them behind it
+    opened.model                               base and adapter joined by PEFT; the base's weights are placeholders of
+                                               the right shape and dtype, each with one element of memory
+    opened.trained_on("model.norm.weight")     the weights that the adapter was trained on: quantized ones dequantized
+    opened.original("model.norm.weight")       the weights in the base's own files
+    with streamed(opened.model, opened.modules, opened.trained_on):
+        opened.model(ids)                      each layer gets its weights before it runs, and drops them after it
 
-What a tensor is called in the files is decided as transformers decides it when it loads. Architectures whose
-tensors it computes from several (mixtures of experts) are loaded as a whole after all, and that is said.
+Names in the files are mapped to names in the model by transformers' own rules. Architectures with tensors that
+transformers computes from several (mixtures of experts) are loaded as a whole, with a warning.
 """
 
 import contextlib
@@ -34,19 +34,19 @@ from transformers.pytorch_utils import Conv1D
 from lora_ft import config
 from lora_ft.adapters import files, loading, provenance
 from lora_ft.config import QuantKind
-from lora_ft.models import load, locate, quantize
+from lora_ft.models import load, quantize, resolve
 from lora_ft.models.load import Base
 from lora_ft.models.meta_model import load_skeleton
 
 log = logging.getLogger("lora_ft")
 
-Read = Callable[[str], Tensor]  # a tensor of the base by its name in the model, on the CPU; not to be written to
-Modules = dict[nn.Module, str]  # the base's own modules and their names, whatever PEFT wraps around them
+Read = Callable[[str], Tensor]  # returns a tensor of the base by its name in the model, on the CPU; read only
+Modules = dict[nn.Module, str]  # the base's own modules and their names without PEFT's wrappers
 
 
 @dataclass(frozen=True)
-class Opened:
-    """An adapter on its hollow base, and where the base's tensors come from."""
+class StreamedAdapter:
+    """An adapter on a base of placeholders, and the functions that read the base's tensors."""
 
     base: Base
     model: PeftModel
@@ -57,31 +57,31 @@ class Opened:
 
 def open_adapter(
     folder: Path, model: config.Model, quant: config.Quant, device: str, tokenizer: PreTrainedTokenizerBase
-) -> Opened:
-    """Put an adapter onto the hollow base of these settings; `device` is where weights are quantized.
+) -> StreamedAdapter:
+    """Put an adapter onto a base of placeholders; `device` is the one that quantizes weights.
 
-    Raises what `source.open_adapter` raises.
+    Raises the errors of `loading.open_adapter`.
     """
     skeleton = load_skeleton(model, quant, device, tokenizer)
-    base = replace(skeleton, identity=locate.locate(model))  # with the weights of a hub id, which a skeleton lacks
+    base = replace(skeleton, identity=resolve.locate(model))  # downloads the weights of a hub id
     provenance.check_source(folder, files.read_config(folder), base, quant)
     trained_on = _tensors(base, model, quant, device)
     original = trained_on if quant.kind is QuantKind.none else _tensors(base, model, config.Quant(), device)
-    modules = hollow(base.model)
-    return Opened(base, files.load(base.model, folder, loading.NAME), modules, trained_on, original)
+    modules = use_placeholders(base.model)
+    return StreamedAdapter(base, files.load(base.model, folder, loading.NAME), modules, trained_on, original)
 
 
-def hollow(network: PreTrainedModel, device: torch.device | str = "cpu") -> Modules:
-    """Take a model from the meta device to `device` without its weights: each is one zero, seen as the whole shape.
+def use_placeholders(network: PreTrainedModel, device: torch.device | str = "cpu") -> Modules:
+    """Move a model from the meta device to `device` without its weights: each is one zero, expanded to its shape.
 
-    Unlike on the meta device, PEFT makes and loads adapters as ever. Buffers that are not saved, such as rotary
-    frequencies, are computed. Ties stay.
+    Unlike on the meta device, PEFT can create and load adapters. Buffers that are not saved, such as rotary
+    frequencies, are computed. Ties are kept.
     """
     for name, buffer in list(network.named_non_persistent_buffers()):
         owner, _, key = name.rpartition(".")
         network.get_submodule(owner)._buffers[key] = torch.empty_like(buffer, device=device)
     with torch.device(device):
-        network.initialize_weights()  # for weights on the meta device it does nothing
+        network.initialize_weights()  # does nothing for weights on the meta device
     seen: dict[int, Any] = {}
     for module in network.modules():
         for held, key, tensor in _own(module):
@@ -92,7 +92,7 @@ def hollow(network: PreTrainedModel, device: torch.device | str = "cpu") -> Modu
 
 
 def _own(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
-    """A module's own parameters and saved buffers: the dictionary that holds each, its key, and itself."""
+    """Return a module's own parameters and saved buffers: the dictionary that holds each, its key, the tensor."""
     saved = {key for key in module._buffers if key not in module._non_persistent_buffers_set}
     held: list[tuple[dict[str, Any], str, Any]] = [(module._parameters, k, p) for k, p in module._parameters.items()]
     held += [(module._buffers, k, b) for k, b in module._buffers.items() if k in saved]
@@ -100,10 +100,10 @@ def _own(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
 
 
 @contextlib.contextmanager
-def flowing(model: nn.Module, modules: Modules, read: Read) -> Iterator[None]:
-    """Give every layer of a hollow model the weights that `read` has for it while it runs, and no longer.
+def streamed(model: nn.Module, modules: Modules, read: Read) -> Iterator[None]:
+    """Give every layer of a model of placeholders its weights from `read` while it runs, and no longer.
 
-    A layer and what PEFT wraps around it are one: DoRA and trained tokens read the weight besides.
+    A layer and PEFT's wrapper around it are one unit: DoRA and trained tokens also read the weight.
     """
     hooks: list[Any] = []
 
@@ -143,32 +143,32 @@ def _units(module: nn.Module, modules: Modules) -> Iterator[nn.Module]:
 
 
 def loaded(network: PreTrainedModel, modules: Modules) -> Read:
-    """The tensors of a base that is in memory, under the names that `modules` of its hollow twin have."""
+    """Return a reader for a base in memory, under the names in `modules` of its twin with placeholders."""
     twins = {name: module for module, name in modules.items()}
 
     def read(name: str) -> Tensor:
         path, _, leaf = name.rpartition(".")
         module: Any = network
         for part in path.split("."):
-            module = inmost(getattr(module, part))
+            module = innermost_layer(getattr(module, part))
         if leaf != "weight":
             return getattr(module, leaf).detach().cpu()
         weight = dequantized(module).cpu()
-        # A quantized Conv1D is a linear layer, and keeps its weight the other way round.
+        # A quantized Conv1D is a linear layer, with a transposed weight.
         return weight.T if isinstance(twins[path], Conv1D) and not isinstance(module, Conv1D) else weight
 
     return read
 
 
-def inmost(module: Any) -> Any:
-    """The base's own layer inside PEFT's wrappers."""
+def innermost_layer(module: Any) -> Any:
+    """Return the base's own layer inside PEFT's wrappers."""
     while isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper)):
         module = module.get_base_layer() if isinstance(module, LoraLayer) else module.original_module
     return module
 
 
 def dequantized(layer: Any) -> Tensor:
-    """The weights that a layer computes with: bitsandbytes' own dequantization of its codes, or W as it is."""
+    """Return the weight that a layer computes with, dequantized by bitsandbytes if it is quantized."""
     weight = layer.weight
     kind = type(weight).__name__
     if kind == "Params4bit":
@@ -185,16 +185,16 @@ def dequantized(layer: Any) -> Tensor:
 
 
 def _tensors(base: Base, model: config.Model, quant: config.Quant, device: str) -> Read:
-    """The tensors that `load_base` would load with this quantization, each made as it is asked for."""
+    """Return a reader for the tensors that `load_base` would load with this quantization, one at a time."""
     folder = Path(str(base.identity.folder))
-    places = _places(base.model, folder, len(model.added_tokens))
-    if isinstance(places, str):
-        log.warning("the base is loaded as a whole, which takes its size in memory: %s", places)
+    locations = _locations(base.model, folder, len(model.added_tokens))
+    if isinstance(locations, str):
+        log.warning("the base is loaded as a whole, which takes its size in memory: %s", locations)
         names: Modules = {module: name for name, module in base.model.named_modules()}
         load_once = functools.cache(lambda: loaded(load.load_base(model, quant, device, base.tokenizer).model, names))
         return lambda name: load_once()(name)
     return _FromFiles(
-        places=places,
+        locations=locations,
         dtypes={name: tensor.dtype for name, tensor in base.model.state_dict().items()},
         ends={name for name, module in base.model.named_modules() if module in _ends(base.model)},
         tokens=len(base.tokenizer),
@@ -210,7 +210,7 @@ def _ends(network: PreTrainedModel) -> list[nn.Module | None]:
 
 
 def _planned(network: PreTrainedModel) -> dict[str, bool]:
-    """The layers that quantization takes (`quantize.check_plan`), and which of them are Conv1D."""
+    """Return the layers that are quantized (`quantize.check_plan`), with True for those that are Conv1D."""
     head = network.get_output_embeddings()
     return {
         name: isinstance(module, Conv1D)
@@ -219,10 +219,10 @@ def _planned(network: PreTrainedModel) -> dict[str, bool]:
     }
 
 
-def _places(network: PreTrainedModel, folder: Path, added: int) -> dict[str, tuple[Path, str]] | str:
-    """Where each of a model's tensors lies, (file, name there); or why they cannot be taken from the files one by one.
+def _locations(network: PreTrainedModel, folder: Path, added: int) -> dict[str, tuple[Path, str]] | str:
+    """Return (file, name in the file) of each of a model's tensors, or the reason why they cannot be streamed.
 
-    A tensor that is tied to another may lie there under either name.
+    Tied tensors may be stored under either name.
     """
     if getattr(network, "_keep_in_fp32_modules", None) or getattr(network, "_keep_in_fp32_modules_strict", None):
         return "transformers keeps some of its layers in float32"
@@ -232,7 +232,7 @@ def _places(network: PreTrainedModel, folder: Path, added: int) -> dict[str, tup
     renamings = [entry for entry in transforms if not isinstance(entry, WeightConverter)]
     embeddings = {id(end.weight) for end in _ends(network) if end is not None}
     found: dict[str, tuple[Path, str]] = {}
-    for path in (folder / name for name in locate.weight_files(folder, {p.name for p in folder.iterdir()})):
+    for path in (folder / name for name in resolve.weight_files(folder, {p.name for p in folder.iterdir()})):
         with safe_open(path, "pt") as stored:
             for key in sorted(stored.keys()):
                 name, converter = rename_source_key(key, renamings, converters, network.base_model_prefix, state)
@@ -247,18 +247,18 @@ def _places(network: PreTrainedModel, folder: Path, added: int) -> dict[str, tup
                 if shape != expected and not grows:
                     return f"{key} has the shape {shape} in its files, and {expected} in the model"
                 found[name] = (path, key)
-    by_tensor = {id(state[name]): place for name, place in found.items()}
-    places = {name: found.get(name) or by_tensor.get(id(tensor)) for name, tensor in state.items()}
-    if missing := [name for name, place in places.items() if place is None]:
+    by_tensor = {id(state[name]): location for name, location in found.items()}
+    missing = [name for name, tensor in state.items() if id(tensor) not in by_tensor]
+    if missing:
         return f"its files lack {missing[0]}"
-    return {name: place for name, place in places.items() if place}
+    return {name: found.get(name) or by_tensor[id(tensor)] for name, tensor in state.items()}
 
 
 @dataclass(frozen=True)
 class _FromFiles:
     """Reads a base's tensors as `load_base` makes them: dtype, rows of added tokens, quantization."""
 
-    places: dict[str, tuple[Path, str]]
+    locations: dict[str, tuple[Path, str]]
     dtypes: dict[str, torch.dtype]
     ends: set[str]
     tokens: int
@@ -268,8 +268,8 @@ class _FromFiles:
     device: torch.device
 
     def __call__(self, name: str) -> Tensor:
-        path, key = self.places[name]
-        with safe_open(path, "pt") as stored:  # mapped as long as the tensor lives, and no page longer
+        path, key = self.locations[name]
+        with safe_open(path, "pt") as stored:  # the file stays mapped as long as the tensor lives
             tensor: Tensor = stored.get_tensor(key).to(self.dtypes[name])
         module, _, leaf = name.rpartition(".")
         if module in self.ends and self.added:
@@ -283,14 +283,14 @@ class _FromFiles:
         return tensor
 
     def _with_added_rows(self, matrix: Tensor) -> Tensor:
-        """As `load.fit_embeddings` leaves it: added tokens begin as the mean of the others."""
+        """Add the rows as `load.fit_embeddings` does: added tokens start as the mean of the others."""
         old = matrix[: self.tokens - self.added]
         mean = old.mean(dim=0, dtype=torch.float32).to(matrix.dtype)
         return torch.cat([old, mean.expand(self.added, -1), matrix[self.tokens :]])
 
 
 def _through_codes(weight: Tensor, quant: config.Quant, device: torch.device) -> Tensor:
-    """What a layer [out, in] computes with once its weight is quantized, on the CPU."""
+    """Quantize a weight [out, in] and dequantize it again, on the CPU."""
     nn_ = quantize.import_bitsandbytes().nn
     out_features, in_features = weight.shape
     if quant.kind is QuantKind.int8:

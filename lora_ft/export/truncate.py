@@ -1,7 +1,7 @@
-"""A smaller adapter of a larger one: of each layer's update s B A the part of highest rank that fits, by SVD.
+"""Reduce the rank of an adapter: keep the nearest update of lower rank of each layer's s B A, by SVD.
 
-B A = Qb (Rb Ra') Qa'        two thin QR decompositions, and an SVD of r by r numbers: exact, and milliseconds
-    = U S V'                 the first k singular values are the best that rank k can keep (Eckart-Young)
+B A = Qb (Rb Ra') Qa'        two thin QR decompositions and an SVD of an r by r matrix: exact, in milliseconds
+    = U S V'                 the first k singular values give the nearest matrix of rank k (Eckart-Young)
 new B = U sqrt(S), new A = sqrt(S) V', scale 1
 
 rank   loss      of the update's norm
@@ -25,21 +25,21 @@ from lora_ft.errors import ConfigError, MismatchError
 
 
 @dataclass(frozen=True)
-class Pair:
-    """An update as `left` [out, r] times `right` [r, in] in float64, singular directions in falling order."""
+class Update:
+    """A layer's update as `left` [out, r] times `right` [r, in] in float64, singular values in descending order."""
 
     left: Tensor
     right: Tensor
     values: Tensor
 
-    def cut(self, rank: int) -> "Pair":
-        """The first `rank` directions: the nearest update of that rank."""
-        return Pair(self.left[:, :rank], self.right[:rank], self.values[:rank])
+    def truncated(self, rank: int) -> "Update":
+        """Return the nearest update of this rank."""
+        return Update(self.left[:, :rank], self.right[:rank], self.values[:rank])
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What a rank keeps: the part of the updates' norm over all layers, and the held-out loss where there are rows."""
+class RankQuality:
+    """The fraction of the updates' norm over all layers that a rank keeps, and its eval loss if there are rows."""
 
     rank: int
     norm: float
@@ -47,12 +47,12 @@ class Kept:
 
 
 def check(folder: Path, rank: int) -> LoraConfig:
-    """The config of an adapter that can be made smaller; MismatchError for DoRA, ConfigError for nothing to do."""
+    """Return the config of an adapter; raises MismatchError for DoRA, ConfigError if `rank` is not below its rank."""
     saved = files.read_config(folder)
     files.check_settings(folder, saved, files.PLAIN | {"modules_to_save", "trainable_token_indices"})
     if saved.use_dora:
         raise MismatchError(
-            f"{folder} is a DoRA: its magnitudes were learned for the norm of W + s B A, which a smaller rank changes; "
+            f"{folder} is a DoRA: its magnitudes were trained for the norm of W + s B A, which a lower rank changes; "
             "merge it, or train it with a smaller adapter.r"
         )
     if not all((saved.lora_alpha, *saved.alpha_pattern.values())):
@@ -63,8 +63,8 @@ def check(folder: Path, rank: int) -> LoraConfig:
     return saved
 
 
-def pairs(model: PeftModel, name: str) -> dict[str, Pair]:
-    """The updates of adapter `name` by layer, without the names of PEFT's wrappers."""
+def updates(model: PeftModel, name: str) -> dict[str, Update]:
+    """Return the updates of adapter `name` by layer, named without PEFT's wrappers."""
     return {
         layer: decomposed(left.detach().cpu(), right.detach().cpu(), module.scaling[name])
         for layer, module, left, right in _layers(model, name)
@@ -72,7 +72,7 @@ def pairs(model: PeftModel, name: str) -> dict[str, Pair]:
 
 
 def _layers(model: PeftModel, name: str) -> Iterator[tuple[str, LoraLayer, nn.Parameter, nn.Parameter]]:
-    """Layer, module, B and A of every layer that an adapter has."""
+    """Yield name, module, B and A of every layer of an adapter."""
     for layer, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer) and name in module.scaling:
             if name in module.lora_A:
@@ -81,17 +81,17 @@ def _layers(model: PeftModel, name: str) -> Iterator[tuple[str, LoraLayer, nn.Pa
                 yield layer, module, module.lora_embedding_B[name], module.lora_embedding_A[name]
 
 
-def decomposed(left: Tensor, right: Tensor, scale: float) -> Pair:
-    """scale * left [out, r] @ right [r, in], its singular values shared evenly between both sides."""
+def decomposed(left: Tensor, right: Tensor, scale: float) -> Update:
+    """Decompose scale * left [out, r] @ right [r, in]; each side gets the square root of the singular values."""
     q_left, r_left = torch.linalg.qr(left.double())
     q_right, r_right = torch.linalg.qr(right.double().T)
     u, values, v = torch.linalg.svd(scale * r_left @ r_right.T)
     root = values.sqrt()
-    return Pair(q_left @ u * root, root[:, None] * (v @ q_right.T), values)
+    return Update(q_left @ u * root, root[:, None] * (v @ q_right.T), values)
 
 
-def tensors(model: PeftModel, name: str, found: dict[str, Pair]) -> dict[str, Tensor]:
-    """The adapter's tensors under PEFT's file keys, with these updates in the place of its own; scale 1."""
+def tensors(model: PeftModel, name: str, found: dict[str, Update]) -> dict[str, Tensor]:
+    """Return the adapter's tensors under PEFT's file keys, its updates replaced by these, for scale 1."""
     kept = files.tensors_of(model, name)
     for key in kept:
         layer, _, part = key.removesuffix(".weight").removeprefix("base_model.model.").rpartition(".")
@@ -102,44 +102,46 @@ def tensors(model: PeftModel, name: str, found: dict[str, Pair]) -> dict[str, Te
     return kept
 
 
-def settings(saved: LoraConfig, found: dict[str, Pair]) -> LoraConfig:
-    """The config of an adapter with these updates: the highest rank, scale 1, other ranks of layers."""
-    rank = max(len(pair.values) for pair in found.values())
-    less = {layer: len(pair.values) for layer, pair in found.items() if len(pair.values) < rank}
+def settings(saved: LoraConfig, found: dict[str, Update]) -> LoraConfig:
+    """Return the config of an adapter with these updates: the highest rank, scale 1, lower ranks by layer."""
+    rank = max(len(update.values) for update in found.values())
+    less = {layer: len(update.values) for layer, update in found.items() if len(update.values) < rank}
     return replace(saved, r=rank, lora_alpha=rank, use_rslora=False, rank_pattern=less, alpha_pattern=dict(less))
 
 
-def table_of(
-    model: PeftModel, name: str, found: dict[str, Pair], rank: int, loss: Callable[[], float] | None
-) -> list[Kept]:
-    """What powers of two, `rank` and the present rank keep. The attached adapter is set to each, and set back.
+def compare_ranks(
+    model: PeftModel, name: str, found: dict[str, Update], rank: int, loss: Callable[[], float] | None
+) -> list[RankQuality]:
+    """Measure powers of two, `rank` and the present rank; the attached adapter is set to each, then restored.
 
-    `loss` measures the model as it is.
+    `loss` returns the loss of the model with its current weights.
     """
-    highest = max(len(pair.values) for pair in found.values())
+    highest = max(len(update.values) for update in found.values())
     ranks = sorted({rank, highest, *(1 << n for n in range(highest.bit_length()))})
     total = _squared_norm(found)
     before = [(matrix, matrix.data) for _, _, *both in _layers(model, name) for matrix in both]
     kept = []
     for each in ranks:
-        cut = {layer: pair.cut(each) for layer, pair in found.items()}
+        small = {layer: update.truncated(each) for layer, update in found.items()}
         for layer, module, left, right in _layers(model, name):
-            left.data = (cut[layer].left / module.scaling[name]).to(left)
-            right.data = cut[layer].right.to(right)
-        kept.append(Kept(each, (_squared_norm(cut) / total) ** 0.5 if total else 1.0, loss() if loss else None))
+            left.data = (small[layer].left / module.scaling[name]).to(left)
+            right.data = small[layer].right.to(right)
+        kept.append(
+            RankQuality(each, (_squared_norm(small) / total) ** 0.5 if total else 1.0, loss() if loss else None)
+        )
     for matrix, data in before:
         matrix.data = data
     return kept
 
 
-def _squared_norm(found: dict[str, Pair]) -> float:
-    return sum(float(pair.values.square().sum()) for pair in found.values())
+def _squared_norm(found: dict[str, Update]) -> float:
+    return sum(float(update.values.square().sum()) for update in found.values())
 
 
-def render(kept: list[Kept], rank: int) -> Table:
-    """The table as a person reads it."""
+def render(kept: list[RankQuality], rank: int) -> Table:
+    """Return the table for the terminal."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for header in ("rank", "held-out loss", "of the update's norm", ""):
+    for header in ("rank", "eval loss", "of the update's norm", ""):
         table.add_column(header, justify="right" if header else "left")
     for row in kept:
         loss = "" if row.loss is None else f"{row.loss:.4f}"

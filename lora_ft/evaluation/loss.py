@@ -1,8 +1,8 @@
-"""Held-out loss: the mean over supervised tokens, whatever the batches they come in.
+"""Eval loss: the mean over the supervised tokens of the eval rows, independent of how they are batched.
 
     loss = sum of token losses / supervised tokens        perplexity = exp(loss)
 
-A mean of batch means would move with the batch size (A25); here only rounding does.
+A mean of batch means would depend on the batch size (A25); here only rounding does.
 """
 
 import math
@@ -18,7 +18,7 @@ from lora_ft.ops.token_loss import Batch, Paths, token_loss_sum
 
 
 @dataclass(frozen=True)
-class Heldout:
+class EvalLoss:
     """Token-weighted loss in nats, over `tokens` supervised tokens of `rows` rows."""
 
     loss: float
@@ -41,8 +41,8 @@ def to_batch(packed: MicroBatch, device: torch.device) -> Batch:
 
 
 @torch.no_grad()
-def heldout_loss(model: PreTrainedModel, rows: Sequence[TokenRow], paths: Paths, tokens_per_microbatch: int) -> Heldout:
-    """Evaluate rows without dropout and without touching any random state; the model's mode is given back.
+def eval_loss(model: PreTrainedModel, rows: Sequence[TokenRow], paths: Paths, tokens_per_microbatch: int) -> EvalLoss:
+    """Evaluate rows without dropout and without touching any random state; the model's mode is restored.
 
     `tokens_per_microbatch` bounds a forward pass; a row longer than that is a pass of its own.
     """
@@ -55,4 +55,4 @@ def heldout_loss(model: PreTrainedModel, rows: Sequence[TokenRow], paths: Paths,
         total += token_loss_sum(model, batch, paths).item()
         tokens += int((batch.targets >= 0).sum())
     model.train(was_training)
-    return Heldout(total / tokens, tokens, len(rows))
+    return EvalLoss(total / tokens, tokens, len(rows))

@@ -1,15 +1,15 @@
-"""Add an adapter to the weights of its base and write them as a model of its own.
+"""Add an adapter to the weights of its base and write them as a model that needs no adapter.
 
     LoRA     W' = W + s B A                         s: alpha / r, or alpha / sqrt(r) with rsLoRA
     DoRA     W' = m (W + s B A) / |W + s B A|       the norm over each output's inputs
-    saved    W' = the layer trained in full
+    saved    W' = the fully trained layer
     tokens   W' = W with the trained rows in it
 
-W comes one tensor at a time (stream.py): of a quantized layer what its codes stand for, which the adapter was
+W is read one tensor at a time (weight_stream.py): for a quantized layer the dequantized weight, which the adapter was
 trained on, or the original. Adding to the codes themselves would round small updates away (peft issue 2321). A
-written tensor is W' rounded once to the dtype asked for.
+written tensor is W' rounded once to the requested dtype.
 
-An adapter may change one end of a tied model, its embedding or its head: then both are written, untied.
+If an adapter changes only the embedding or only the head of a tied model, both are written, untied.
 """
 
 import copy
@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.pytorch_utils import Conv1D
 
 from lora_ft.errors import MismatchError, NonFiniteError, ResourceError
-from lora_ft.exports.stream import Read, inmost
+from lora_ft.export.weight_stream import Read, innermost_layer
 from lora_ft.io import durable
 
 log = logging.getLogger("lora_ft")
@@ -43,12 +43,11 @@ _CODES = {
 _OTHER_FILES_BYTES = 50_000_000  # tokenizer and configs, generously
 
 
-class Merged:
-    """The merged model's tensors by name, each computed when asked for, on the CPU, in `dtype`.
+class MergedModel:
+    """The merged model's tensors by name, each computed on access, on the CPU, in `dtype`.
 
-    `plain` is the model that a fresh process builds to load them, on the meta device; `names` are those of its
-    tensors that are written, of tied ones the first. Raises MismatchError for an adapter that cannot be expressed in
-    the base's weights.
+    `plain` is the model without data, on the meta device, as a new process builds it; `names` are its tensors to
+    write, tied ones once. Raises MismatchError for an adapter that cannot be expressed in the base's weights.
     """
 
     def __init__(self, model: PeftModel, read: Read, dtype: torch.dtype) -> None:
@@ -58,7 +57,7 @@ class Merged:
         self.plain = _plain_twin(_plain_config(self._base, dtype))
         names, ties = _written_names(self.plain)
         if apart := [name for name, twin in ties.items() if not self._equal(name, twin)]:
-            log.warning("the adapter changes one of two tied matrices: %s is written as one of its own", apart[0])
+            log.warning("the adapter changes one of two tied matrices: %s is written untied", apart[0])
             untied = copy.deepcopy(self.plain.config)
             untied.tie_word_embeddings = False
             self.plain = _plain_twin(untied)
@@ -69,7 +68,7 @@ class Merged:
         self.plain.generation_config = self._base.generation_config
 
     def _equal(self, name: str, twin: str) -> bool:
-        """Whether two tensors are the same bytes, with one of them in memory at a time."""
+        """Compare the bytes of two tensors, one of them in memory at a time."""
         first, second = (xxhash.xxh3_128_digest(_bytes(self[key])) for key in (name, twin))
         return first == second
 
@@ -107,8 +106,8 @@ class Merged:
         return self._read(name)
 
 
-def write(merged: Merged, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a merged model into an existing folder: weights, configs, tokenizer; ResourceError for a disk too small."""
+def write_folder(merged: MergedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write weights, configs and tokenizer into an existing folder; raises ResourceError if the disk is too small."""
     specs = [_spec(name, tensor, merged.dtype) for name, tensor in merged.names.items()]
     _check_space(folder, sum(spec.num_bytes for spec in specs))
     _write_weights(folder, specs, merged)
@@ -117,7 +116,7 @@ def write(merged: Merged, tokenizer: PreTrainedTokenizerBase, folder: Path) -> N
 
 
 def _plain_twin(config: Any) -> PreTrainedModel:
-    """The architecture alone, without data: what a fresh process will build, and so the names that it looks for."""
+    """Build the model without data, as a new process will, for the names of its tensors."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
@@ -131,7 +130,7 @@ def _plain_config(base: PreTrainedModel, dtype: torch.dtype) -> Any:
 
 
 def _written_names(plain: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors to write by name, and the other names of tied ones: {"lm_head.weight": "model.embed_tokens.weight"}."""
+    """Return the tensors to write, and tied names: {"lm_head.weight": "model.embed_tokens.weight"}."""
     first: dict[int, str] = {}
     names, ties = {}, {}
     for name, tensor in plain.state_dict(keep_vars=True).items():
@@ -154,12 +153,12 @@ def _check_adapter(base: PreTrainedModel, adapter: str) -> None:
 
 
 def _lora_weight(layer: Any, adapter: str, weight: Tensor) -> Tensor:
-    """W' of an adapted layer in float32 at least, laid out as its W: [out, in]; Conv1D [in, out]; embedding [V, E]."""
+    """Compute W' in at least float32, laid out as W: [out, in]; Conv1D [in, out]; embedding [V, E]."""
     # PEFT's delta has the layout of W; the sum is taken in the adapter's precision and rounded when written.
     delta = layer.get_delta_weight(adapter).detach().cpu()
     merged = delta.to(torch.promote_types(weight.dtype, torch.float32)).contiguous().add_(weight)
     if layer.use_dora.get(adapter):
-        inputs = 0 if isinstance(inmost(layer), (Conv1D, nn.Embedding)) else 1
+        inputs = 0 if isinstance(innermost_layer(layer), (Conv1D, nn.Embedding)) else 1
         norm = torch.linalg.vector_norm(merged, dim=inputs, keepdim=True)
         merged *= layer.lora_magnitude_vector[adapter].weight.detach().cpu().view_as(norm) / norm
     return merged
@@ -178,8 +177,8 @@ def _check_space(folder: Path, weights_bytes: int) -> None:
         )
 
 
-def _write_weights(folder: Path, every: list[durable.TensorSpec], merged: Merged) -> None:
-    """One file, or several of at most SHARD_BYTES with an index, as transformers names them."""
+def _write_weights(folder: Path, every: list[durable.TensorSpec], merged: MergedModel) -> None:
+    """Write one file, or shards of at most SHARD_BYTES with an index, named as transformers names them."""
     shards: list[list[durable.TensorSpec]] = [[]]
     for spec in every:
         if shards[-1] and sum(s.num_bytes for s in shards[-1]) + spec.num_bytes > SHARD_BYTES:
@@ -203,8 +202,8 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 def _write_configs(folder: Path, plain: PreTrainedModel) -> None:
     settings = json.loads(plain.config.to_json_string())
-    # transformers 5 alone knows the new names. Readers of the old ones (transformers 4, mlx-lm, converters) would
-    # fall back to a rope_theta of 10,000 without a word, and to float32.
+    # Only transformers 5 knows the new names. Readers of the old ones (transformers 4, mlx-lm, converters) would
+    # silently use a rope_theta of 10,000, and float32.
     settings["torch_dtype"] = settings["dtype"]
     rope = settings.get("rope_parameters") or {}
     if "rope_theta" in rope:

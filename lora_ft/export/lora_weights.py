@@ -1,6 +1,7 @@
-"""An adapter folder as matrices by layer, for formats that hold LoRA's A and B and one scale, and nothing else.
+"""Read an adapter folder as one A, B and scale per layer, for formats that can hold nothing else.
 
-read(Path("my_run/adapter")).pairs[0]    # Pair("model.layers.0.mlp.down_proj", a [16, 1536], b [576, 16], scale 2.0)
+read(Path("my_run/adapter")).layers[0]
+# LayerWeights("model.layers.0.mlp.down_proj", a [16, 1536], b [576, 16], scale 2.0)
 """
 
 import math
@@ -17,7 +18,7 @@ from lora_ft.adapters import files, provenance
 from lora_ft.errors import MismatchError
 from lora_ft.io import limits
 
-WAY_OUT = "write a merged model instead: lora-ft merge, for llama.cpp with gguf=f16"
+REMEDY = "write a merged model instead: lora-ft merge, for llama.cpp with gguf=f16"
 
 _KEY = re.compile(
     r"base_model\.model\.(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<part>A|B|magnitude_vector)(\.weight)?"
@@ -25,8 +26,8 @@ _KEY = re.compile(
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A layer's A [r, in] and B [out, r] in float32, and by what their product is scaled.
+class LayerWeights:
+    """A layer's A [r, in] and B [out, r] in float32, and the scale of their product.
 
     For an embedding `in` is its number of tokens. `magnitude` [out] is DoRA's.
     """
@@ -42,43 +43,51 @@ class Pair:
     def rank(self) -> int:
         return int(self.a.shape[0])
 
+    def rescaled_b(self, scale: float) -> np.ndarray:
+        """Return the B whose product with A, times `scale`, is the same update; B itself for its own scale."""
+        if scale == self.scale:
+            return self.b
+        return (self.b.astype(np.float64) * (self.scale / scale)).astype(np.float32)
+
 
 @dataclass(frozen=True)
-class Matrices:
-    """What was read: PEFT's config and the layers' matrices, in the order of their names."""
+class AdapterWeights:
+    """PEFT's config and the layers' weights, in the order of the layers."""
 
     config: LoraConfig
-    pairs: list[Pair]
+    layers: list[LayerWeights]
 
 
-def read(folder: Path, saved: LoraConfig | None = None) -> Matrices:
+def read(folder: Path, saved: LoraConfig | None = None) -> AdapterWeights:
     """Read an adapter that consists of A, B and scales; MismatchError names anything else in it.
 
     `saved` is the folder's config if it was read already.
     """
     saved = saved or files.read_config(folder)
     provenance.check_kind(folder, saved)
-    files.check_settings(folder, saved, files.PLAIN, f"; {WAY_OUT}")
+    files.check_settings(folder, saved, files.PLAIN, f"; {REMEDY}")
     found: dict[str, dict[str, np.ndarray]] = {}
     embeddings = set()
     for key, tensor in files.read_tensors(folder).items():
         match = _KEY.fullmatch(key)
         if not match:
-            raise MismatchError(f"the adapter in {folder} holds {key}, neither A nor B of a LoRA; {WAY_OUT}")
+            raise MismatchError(f"the adapter in {folder} holds {key}, neither A nor B of a LoRA; {REMEDY}")
         found.setdefault(match["module"], {})[match["part"]] = tensor.float().numpy()
         if match["embedding"]:
             embeddings.add(match["module"])
     with limits.bounded(f"{folder}: matching its patterns with the names of layers"):
-        return Matrices(saved, [_pair(folder, saved, name, parts, name in embeddings)
-                                for name, parts in sorted(found.items(), key=_order)])  # fmt: skip
+        layers = [
+            _layer(folder, saved, name, parts, name in embeddings) for name, parts in sorted(found.items(), key=_order)
+        ]
+    return AdapterWeights(saved, layers)
 
 
 def _order(item: tuple[str, dict[str, np.ndarray]]) -> list[str]:
-    """model.layers.10 after model.layers.9."""
+    """Sort model.layers.10 after model.layers.9."""
     return [part.rjust(6, "0") if part.isdecimal() else part for part in item[0].split(".")]
 
 
-def _pair(folder: Path, saved: LoraConfig, module: str, parts: dict[str, np.ndarray], embedding: bool) -> Pair:
+def _layer(folder: Path, saved: LoraConfig, module: str, parts: dict[str, np.ndarray], embedding: bool) -> LayerWeights:
     a, b, magnitude = parts.get("A"), parts.get("B"), parts.get("magnitude_vector")
     rank = _value(folder, saved.rank_pattern, module, saved.r)
     if a is None or b is None or a.ndim != 2 or b.ndim != 2 or (a.shape[0], b.shape[1]) != (rank, rank):
@@ -88,12 +97,12 @@ def _pair(folder: Path, saved: LoraConfig, module: str, parts: dict[str, np.ndar
     if not alpha:
         raise MismatchError(f"the adapter in {folder}: {module} has a lora_alpha of 0, and so no effect")
     scale = alpha / (math.sqrt(rank) if saved.use_rslora else rank)
-    return Pair(module, a, b, scale, embedding, None if magnitude is None else magnitude.reshape(-1))
+    return LayerWeights(module, a, b, scale, embedding, None if magnitude is None else magnitude.reshape(-1))
 
 
 def _value(folder: Path, pattern: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """A layer's own rank or alpha, by PEFT's rule."""
+    """Return a layer's own rank or alpha by PEFT's rule, or the default."""
     try:
         return (pattern or {}).get(get_pattern_key(list(pattern or {}), module), default)
     except re.error as error:
-        raise MismatchError(f"the adapter in {folder} has a pattern that is none: {error}") from None
+        raise MismatchError(f"the adapter in {folder} has an invalid pattern: {error}") from None

@@ -1,4 +1,4 @@
-"""Base against adapter on one model: the base is the bare one to the bit, and the table shows all of it."""
+"""Base against adapter on one model: the base is the bare one to the bit, and the table shows everything."""
 
 from collections import Counter
 from io import StringIO
@@ -14,9 +14,9 @@ from tiny import FAMILIES
 from lora_ft import config
 from lora_ft.data.dataset import prepare
 from lora_ft.errors import NonFiniteError
-from lora_ft.evaluation.compare import Answers, Comparison, adapter_off, compare, render
-from lora_ft.evaluation.generate import generate
-from lora_ft.evaluation.heldout import Heldout, heldout_loss
+from lora_ft.evaluation.comparison import Answers, Comparison, EvalSet, adapter_off, compare, render
+from lora_ft.evaluation.generation import generate
+from lora_ft.evaluation.loss import EvalLoss, eval_loss
 from lora_ft.models.load import load_base
 from lora_ft.ops.token_loss import choose_paths
 
@@ -42,15 +42,16 @@ def test_the_base_through_the_adapters_model_is_the_bare_base_to_the_bit(
     assert dataset.heldout and dataset.questions
     paths = choose_paths(bare.model, config.Fast())
     choose_paths(model.get_base_model(), config.Fast())
-    found = compare(model, bare.tokenizer, dataset.heldout, dataset.questions, paths, 100, 2, 8)
-    assert found.base == heldout_loss(bare.model, dataset.heldout, paths, 100)
+    found = compare(model, bare.tokenizer, EvalSet(dataset.heldout, dataset.questions[:2], 100, 8), paths)
+    assert found.base == eval_loss(bare.model, dataset.heldout, paths, 100)
     assert found.adapter.loss != found.base.loss
     assert (found.adapter.tokens, found.adapter.rows) == (found.base.tokens, found.base.rows)
     greedy = config.Sampling(max_new_tokens=8)
     for answers, question in zip(found.answers, dataset.questions, strict=False):
         assert (answers.question, answers.reference) == (question.prompt, question.answer)
-        assert answers.base == generate(bare.model, bare.tokenizer, question.prompt_ids, greedy, 0)
-        assert answers.adapter == generate(model.get_base_model(), bare.tokenizer, question.prompt_ids, greedy, 0)
+        assert [answers.base] == generate(bare.model, bare.tokenizer, [question.prompt_ids], greedy, 0)
+        alone = generate(model.get_base_model(), bare.tokenizer, [question.prompt_ids], greedy, 0)
+        assert [answers.adapter] == alone
     assert len(found.answers) == min(2, len(dataset.questions))
 
 
@@ -79,7 +80,7 @@ def test_comparing_changes_neither_mode_nor_what_trains(tmp_path: Path, training
     dataset = prepare(cfg.data, base.tokenizer)
     paths = choose_paths(base.model, config.Fast())
     state = torch.get_rng_state()
-    compare(model, base.tokenizer, dataset.heldout, dataset.questions, paths, 64, 1, 4)
+    compare(model, base.tokenizer, EvalSet(dataset.heldout, dataset.questions[:1], 64, 4), paths)
     assert [(n, p.requires_grad) for n, p in model.named_parameters()] == before
     assert base.model.training is training
     assert torch.equal(torch.get_rng_state(), state)
@@ -99,12 +100,12 @@ def test_a_loss_that_is_not_a_number_is_refused(tmp_path: Path) -> None:
     base.model.model.norm.weight.data[0] = float("nan")
     dataset = prepare(cfg.data, base.tokenizer)
     paths = choose_paths(base.model, config.Fast())
-    with pytest.raises(NonFiniteError, match="held-out loss nan"):
-        compare(model, base.tokenizer, dataset.heldout, [], paths, 64, 0, 4)
+    with pytest.raises(NonFiniteError, match="eval loss nan"):
+        compare(model, base.tokenizer, EvalSet(dataset.heldout, [], 64, 4), paths)
 
 
 def comparison(*answers: Answers) -> Comparison:
-    return Comparison(Heldout(3.1419, 1234, 56), Heldout(2.0871, 1234, 56), list(answers))
+    return Comparison(EvalLoss(3.1419, 1234, 56), EvalLoss(2.0871, 1234, 56), list(answers))
 
 
 def shown(width: int, *args: Any) -> str:
@@ -139,11 +140,11 @@ def test_base_and_adapter_stand_side_by_side_in_a_wide_terminal_only() -> None:
     assert not any("the base says" in li and "the adapter says" in li for li in shown(80, answers, {}).splitlines())
 
 
-def test_scores_and_facts_are_shown_and_nothing_held_out_is_said() -> None:
+def test_scores_and_facts_are_shown_and_a_missing_eval_set_is_reported() -> None:
     text = shown(80, comparison(), {"speed": "12 tokens/s"}, {"chrf": (12.5, 44.25)})
     assert "12.5000" in text and "44.2500" in text and "12 tokens/s" in text
-    assert "nothing was held out" in shown(80, None, {"speed": "12 tokens/s"})
+    assert "no eval rows" in shown(80, None, {"speed": "12 tokens/s"})
 
 
 def test_a_perplexity_beyond_all_floats_is_shown() -> None:
-    assert "over 1e304" in shown(80, Comparison(Heldout(800.0, 1, 1), Heldout(2.0, 1, 1), []), {})
+    assert "over 1e304" in shown(80, Comparison(EvalLoss(800.0, 1, 1), EvalLoss(2.0, 1, 1), []), {})

@@ -1,8 +1,8 @@
-"""Base against adapter: the same held-out rows, the same questions, one model with the adapter off and on.
+"""Base against adapter: the same eval rows and the same prompts, one model with the adapter off and on.
 
-                      base     adapter
-held-out loss        3.142       2.087     nats per token
-perplexity           23.15        8.06     113 tokens of 12 rows
+                  base     adapter
+eval loss        3.142       2.087     nats per token
+perplexity       23.15        8.06     113 tokens of 12 rows
 
 question    How many legs has a spider?
 reference   Eight.
@@ -24,16 +24,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lora_ft import config
 from lora_ft.data.dataset import Question, TokenRow
 from lora_ft.errors import NonFiniteError
-from lora_ft.evaluation.generate import generate, visible
-from lora_ft.evaluation.heldout import Heldout, heldout_loss
+from lora_ft.evaluation.generation import generate, visible
+from lora_ft.evaluation.loss import EvalLoss, eval_loss
 from lora_ft.ops.token_loss import Paths
 
-_WIDE = 100  # columns; below, four texts side by side would be ribbons of words
+_WIDE = 100  # columns; in a narrower terminal, four texts side by side are unreadable
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Rows for the loss and prompts to answer greedily, with the size of a forward pass and of an answer in tokens."""
+
+    rows: Sequence[TokenRow]
+    prompts: Sequence[Question]
+    tokens_per_microbatch: int
+    max_new_tokens: int
 
 
 @dataclass(frozen=True)
 class Answers:
-    """A held-out question, the answer that the data gives, and the two models' own."""
+    """A prompt of the eval set, its reference answer, and the answers of both models."""
 
     question: str
     reference: str
@@ -43,74 +53,69 @@ class Answers:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Held-out losses of base and adapter over the same rows, and their answers to some of the questions."""
+    """Losses of base and adapter over the same rows, and their answers to the same prompts."""
 
-    base: Heldout
-    adapter: Heldout
+    base: EvalLoss
+    adapter: EvalLoss
     answers: list[Answers]
 
 
 def compare(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[TokenRow],
-    questions: Sequence[Question],
+    eval_set: EvalSet,
     paths: Paths,
-    tokens_per_microbatch: int,
-    num_samples: int,
-    max_new_tokens: int,
     earlier: Comparison | None = None,
-    known: tuple[Heldout | None, Heldout | None] = (None, None),
+    known: tuple[EvalLoss | None, EvalLoss | None] = (None, None),
 ) -> Comparison:
-    """Evaluate `rows`, and answer the first `num_samples` questions greedily, without and with the adapter.
+    """Evaluate the bare base and the active adapter on one eval set.
 
-    The active adapter is the one compared. What the base gave in an `earlier` comparison of the same rows, questions
-    and limits is taken from there; losses of base and adapter that are `known` are not measured again. Raises
-    NonFiniteError for a loss that is not a number.
+    The base's part is taken from an `earlier` comparison on the same base and eval set. Losses of base and adapter
+    that are `known` are not computed again. Raises NonFiniteError for a loss that is NaN or infinite.
     """
     inner: PreTrainedModel = model.get_base_model()
-    asked = questions[:num_samples]
-    greedy = config.Sampling(max_new_tokens=max_new_tokens)
 
-    def measured(loss: Heldout | None) -> tuple[Heldout, list[str]]:
-        heldout = loss or heldout_loss(inner, rows, paths, tokens_per_microbatch)
-        if not math.isfinite(heldout.loss):
-            raise NonFiniteError(f"held-out loss {heldout.loss}: the weights of the base or of the adapter are broken")
-        return heldout, [generate(inner, tokenizer, question.prompt_ids, greedy, seed=0) for question in asked]
+    def loss_and_answers(loss: EvalLoss | None) -> tuple[EvalLoss, list[str]]:
+        loss = loss or eval_loss(inner, eval_set.rows, paths, eval_set.tokens_per_microbatch)
+        if not math.isfinite(loss.loss):
+            raise NonFiniteError(f"eval loss {loss.loss}: the weights of the base or of the adapter are broken")
+        prompts = [prompt.prompt_ids for prompt in eval_set.prompts]
+        greedy = config.Sampling(max_new_tokens=eval_set.max_new_tokens)
+        return loss, generate(inner, tokenizer, prompts, greedy, seed=0)
 
     if earlier:
-        base_loss, base_answers = earlier.base, [answers.base for answers in earlier.answers]
+        base, base_answers = earlier.base, [answers.base for answers in earlier.answers]
     else:
         with adapter_off(model):
-            base_loss, base_answers = measured(known[0])
-    adapter_loss, adapter_answers = measured(known[1])
-    told = zip(asked, base_answers, adapter_answers, strict=True)
-    return Comparison(base_loss, adapter_loss, [Answers(q.prompt, q.answer, base, own) for q, base, own in told])
+            base, base_answers = loss_and_answers(known[0])
+    adapter, adapter_answers = loss_and_answers(known[1])
+    rows = zip(eval_set.prompts, base_answers, adapter_answers, strict=True)
+    return Comparison(base, adapter, [Answers(p.prompt, p.answer, off, on) for p, off, on in rows])
 
 
 @contextlib.contextmanager
 def adapter_off(model: PeftModel) -> Iterator[None]:
-    """The bare base, bit for bit, until the block ends; what trains and what does not is given back as it was."""
-    # PEFT freezes every adapter here and unfreezes the active one behind the block, loaded for inference or not.
-    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    """The bare base, bit for bit, until the block ends; every requires_grad is then restored."""
+    # PEFT freezes every adapter here and unfreezes the active one after the block, even one loaded for inference.
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         with model.disable_adapter():
             yield
     finally:
-        for parameter, required in trains:
+        for parameter, required in trainable:
             parameter.requires_grad = required
 
 
 def render(
     comparison: Comparison | None, facts: dict[str, str], scores: dict[str, tuple[float, float]] | None = None
 ) -> RenderableType:
-    """What a person reads at the end of train and eval; None where nothing was held out. Nothing is cut.
+    """Lay out the result of train or eval for the terminal, without truncation; None without eval rows.
 
-    `scores` are further figures of base and adapter, by name; `facts` are lines below it all.
+    `scores` are further figures of base and adapter, by name; `facts` are lines below the table and the answers.
     """
     parts: list[RenderableType] = []
     if comparison is None:
-        parts.append(Text("nothing was held out, so there is nothing to compare"))
+        parts.append(Text("no eval rows: base and adapter are not compared"))
     else:
         parts += [_figures(comparison, scores or {}), Text(), *(_Side(answers) for answers in comparison.answers)]
     return Group(*parts, _pairs(facts.items()))
@@ -122,7 +127,7 @@ def _figures(comparison: Comparison, scores: dict[str, tuple[float, float]]) -> 
     for header in ("", "base", "adapter", ""):
         table.add_column(header, justify="right" if header else "left", overflow="fold")
     counted = f"{base.tokens:,} tokens of {base.rows:,} rows"
-    table.add_row("held-out loss", _number(base.loss), _number(adapter.loss), "nats per token")
+    table.add_row("eval loss", _number(base.loss), _number(adapter.loss), "nats per token")
     table.add_row("perplexity", _number(base.perplexity), _number(adapter.perplexity), counted)
     for name, values in scores.items():
         table.add_row(name, *map(_number, values))
@@ -135,7 +140,7 @@ def _number(value: float) -> str:
 
 @dataclass(frozen=True)
 class _Side:
-    """One question and its answers: columns where the terminal is wide, else lines below each other."""
+    """One prompt and its answers: columns in a wide terminal, else lines below each other."""
 
     answers: Answers
 
@@ -160,5 +165,5 @@ def _pairs(items: Iterable[tuple[str, str]]) -> Table:
 
 
 def _text(value: str) -> Text:
-    """Text as it is: no markup is read from it, and control characters do not reach the terminal."""
+    """Text shown literally: without markup, and with its control characters escaped."""
     return Text(visible(value), overflow="fold")

@@ -1,31 +1,30 @@
-"""What a GGUF file says of a tokenizer: the other direction of `models/vocabulary.py`.
+"""Describe a tokenizer in the metadata of a GGUF file: the inverse of `models/gguf/tokenizer.py`.
 
     tokenizer.ggml.tokens  [...]    by id, rows without a token as [PAD7]
-    tokenizer.ggml.pre     "smollm" the rule of cutting, found by comparing the tokenizer's own with each known one
+    tokenizer.ggml.pre     "smollm" the splitting rule, found by comparing the tokenizer's own with each known one
 
-A file names the rule, it does not hold it, so only known rules can be written. What was written is built again by our
-own reader and compared with the source, vocabulary, merges, cuts and special tokens: a difference is an error.
+A GGUF file holds the name of the rule, not the rule itself, so only known rules can be written. The metadata is read
+back by our own reader and compared with the source: a different vocabulary, merge, split or special token is an error.
 """
 
 import json
 from typing import Any
 
 from lora_ft.errors import ConfigError
-from lora_ft.exports.gguf_file import Value
-from lora_ft.models import vocabulary
+from lora_ft.export.gguf.writer import Value
+from lora_ft.models.gguf.tokenizer import RULES, build
 
-_RULES = ("gpt-2", "smollm", "llama-bpe", "qwen2")
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
 
 def metadata(tokenizer: Any, rows: int, ends: list[int]) -> dict[str, Value]:
-    """The keys of a GGUF file for a fast tokenizer of byte-level BPE, over an embedding of so many rows.
+    """Return the metadata for a fast tokenizer of byte-level BPE and an embedding of this many rows.
 
-    `ends` are the ids that end a generation. Raises ConfigError for a tokenizer that the file could not describe: of
-    another kind, with another rule of cutting, or whose tokens, as read back, are not its own.
+    `ends` are the ids that end a generation. Raises ConfigError for another kind of tokenizer, an unknown splitting
+    rule, and a tokenizer that the metadata would not reproduce.
     """
     if not ends:
-        raise ConfigError("the tokenizer has no end token, without which llama.cpp takes token 11 for it")
+        raise ConfigError("the tokenizer has no end token, and llama.cpp would use token 11 as its end token")
     stored = _stored(tokenizer)
     tokens, types = _tokens(stored, rows)
     values: dict[str, Value] = {
@@ -37,7 +36,7 @@ def metadata(tokenizer: Any, rows: int, ends: list[int]) -> dict[str, Value]:
         **_special(tokenizer, ends),
         **_templates(tokenizer.chat_template),
     }
-    _check(stored, tokenizer, vocabulary.build(values))
+    _check(stored, tokenizer, build(values))
     return values
 
 
@@ -67,20 +66,20 @@ def _tokens(stored: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
 
 
 def _rule(stored: dict[str, Any]) -> str:
-    own = _cutting(stored)
-    for rule in _RULES:
+    own = _splitting(stored)
+    for rule in RULES:
         bare = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": rule, "tokenizer.ggml.tokens": ["a"],
                 "tokenizer.ggml.merges": [], "tokenizer.ggml.add_bos_token": False}  # fmt: skip
-        if _cutting(_stored(vocabulary.build(bare))) == own:
+        if _splitting(_stored(build(bare))) == own:
             return rule
     raise ConfigError(
-        f"the tokenizer cuts text by a rule of its own ({json.dumps(own)[:200]}), and a GGUF file can only name one "
-        f"of those that llama.cpp knows; written are {', '.join(_RULES)}"
+        f"the tokenizer splits text by a rule of its own ({json.dumps(own)[:200]}), and a GGUF file can only name one "
+        f"of those that llama.cpp knows; written are {', '.join(RULES)}"
     )
 
 
-def _cutting(stored: dict[str, Any]) -> dict[str, Any]:
-    """All that decides where text is cut and what is merged, in one form: a sequence of one is its part."""
+def _splitting(stored: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that decide where text is split and merged, nested sequences flattened."""
     steps = [step for name in ("normalizer", "pre_tokenizer") for step in _steps(stored[name])]
     return {"steps": steps, "ignore_merges": bool(stored["model"].get("ignore_merges"))}
 
@@ -90,11 +89,11 @@ def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
         return []
     if part["type"] == "Sequence":
         return [step for inner in part.get("normalizers") or part["pretokenizers"] for step in _steps(inner)]
-    return [{key: value for key, value in part.items() if key != "trim_offsets"}]  # places in the text, not tokens
+    return [{key: value for key, value in part.items() if key != "trim_offsets"}]  # changes offsets, not tokens
 
 
 def _special(tokenizer: Any, ends: list[int]) -> dict[str, Value]:
-    """Ids by their role, and whether a text begins with bos or ends with eos; `ends` beyond the first is eot's."""
+    """Return the ids by role, and the flags for bos before and eos after a text; a second end becomes eot."""
     first = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
     others = [i for i in ends if i != first]
     if len(others) > 1:
@@ -119,7 +118,7 @@ def _templates(template: str | dict[str, str] | None) -> dict[str, Value]:
 
 
 def _check(stored: dict[str, Any], tokenizer: Any, read_back: Any) -> None:
-    """The tokenizer that our reader builds gives the same ids: it is the same in all that decides them."""
+    """Compare all that decides the ids with the tokenizer that our reader builds; raises ConfigError."""
     found = _stored(read_back)
     settings = ("continuing_subword_prefix", "end_of_word_suffix", "dropout")
     wrong = [f"a {name}" for name in settings if stored["model"].get(name)]
