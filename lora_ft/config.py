@@ -365,7 +365,7 @@ class MergeRun:
 
 @dataclass
 class PublishRun:
-    """Package an adapter, verify that PEFT alone loads what was trained, send it, and compare what arrived."""
+    """Package an adapter, verify it with PEFT alone, send it, and compare what arrived."""
 
     run: str | None = _run()
     adapter_path: str | None = _adapter_path()
