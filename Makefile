@@ -15,7 +15,7 @@ test: .venv/test
 	# One thread each: tiny models gain nothing from more, and the processes would wait for one another.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
-bench: .venv/bench
+bench: .venv/demo
 	$(BIN)/python benchmarks/bench.py --write
 
 check: .venv/test
@@ -41,10 +41,6 @@ catalogue: .venv/test
 
 .venv/test: .venv/demo
 	$(INSTALL) --editable '.[test]'
-	touch $@
-
-.venv/bench: .venv/demo
-	$(INSTALL) --editable '.[demo,bench]'
 	touch $@
 
 clean:

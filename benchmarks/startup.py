@@ -34,7 +34,7 @@ def timed(module, name, phase):
     setattr(module, name, outer)
 
 import importlib
-from lora_ft import entry
+from lora_ft.cli import entry
 mark("read the command")
 import_module = importlib.import_module
 

@@ -9,7 +9,7 @@ lora-ft chat run=runs/2026-11-23_10-15-00 prompt="How many legs has a spider?"  
     you> And an insect?
     base> An insect has ...
 
-The prompt is rendered as training rendered it: by the tokenizer's own chat template, which lies beside the adapter.
+The prompt is rendered as in training: by the chat template that is saved with the adapter.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ from lora_ft.cli import entry
 from lora_ft.data.chat_template import control_tokens, plain_prompt, render
 from lora_ft.data.tokenize import Vocabulary
 from lora_ft.errors import ConfigError
-from lora_ft.evaluation.compare import adapter_off
-from lora_ft.evaluation.generate import context_length, generate, visible
+from lora_ft.evaluation.comparison import adapter_off
+from lora_ft.evaluation.generation import context_length, stream, visible
 from lora_ft.ops.allocator import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 HELP = """\
 /base      the base answers from here on        /adapter   the adapter answers again
-/reset     forget what was said                 /help      this list
+/reset     forget the conversation              /help      this list
 /quit      end, as Ctrl-D does                  Ctrl-C     stop the answer"""
 
 Message = dict[str, str]
@@ -45,7 +45,7 @@ Message = dict[str, str]
 
 @dataclass
 class Session:
-    """A conversation: what was said, who answers, and what answers are drawn with."""
+    """A conversation: its messages, the model that answers, and the sampling settings."""
 
     model: "PeftModel"
     tokenizer: "PreTrainedTokenizerBase"
@@ -65,7 +65,7 @@ def main(cfg: config.ChatRun, invocation: entry.Invocation) -> None:
     """Answer `prompt` on stdout, or hold a session over stdin and stdout."""
     keep_freed_memory()
     adapter = loading.adapter_folder(cfg.run, cfg.adapter_path)
-    cfg = loading.with_base(cfg, adapter, invocation.overrides)
+    cfg = loading.with_base(cfg, adapter)
     tokenizer = loading.adapter_tokenizer(adapter, cfg.model)
     _, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
     system = cfg.data.system if cfg.system is None else cfg.system
@@ -78,7 +78,7 @@ def main(cfg: config.ChatRun, invocation: entry.Invocation) -> None:
 
 
 def converse(session: Session) -> None:
-    """Read lines until the input ends: commands are obeyed, everything else is answered."""
+    """Read lines until the input ends; run those that are commands, answer all others."""
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (gives input() its history and editing)
@@ -96,7 +96,7 @@ def converse(session: Session) -> None:
 
 
 def obey(session: Session, command: str) -> str:
-    """Carry out a command; returns what to say about it."""
+    """Run a command; returns the reply to print."""
     match command:
         case "/base" | "/adapter":
             session.adapter_on = command == "/adapter"
@@ -110,7 +110,7 @@ def obey(session: Session, command: str) -> str:
 
 
 def _reply(session: Session, text: str) -> None:
-    """Answer a line of the session; a mistake in it is said, and the session goes on."""
+    """Answer a line of the session; an error in the line is printed, and the session continues."""
     _write(f"{session.speaker}> ")
     try:
         answer(session, text, _write)
@@ -122,9 +122,9 @@ def _reply(session: Session, text: str) -> None:
 
 
 def answer(session: Session, text: str, on_text: Callable[[str], None]) -> str:
-    """The answer to `text` after what was said before; both are remembered, as far as the answer came.
+    """Answer `text` after the messages so far, and append both; a stopped answer is kept up to that point.
 
-    Raises ConfigError for a text that cannot be asked (nothing is remembered then).
+    Raises ConfigError for a text that cannot be a prompt; nothing is appended then.
     """
     asked = {"role": "user", "content": text}
     prompt = _fitted_prompt(session, asked, on_text)
@@ -141,16 +141,16 @@ def answer(session: Session, text: str, on_text: Callable[[str], None]) -> str:
     with contextlib.nullcontext() if session.adapter_on else adapter_off(session.model):
         try:
             base = session.model.get_base_model()
-            generate(base, session.tokenizer, prompt, session.sampling, session.seed, on_piece)
+            stream(base, session.tokenizer, prompt, session.sampling, session.seed, on_piece)
         except KeyboardInterrupt:
-            remember()  # a stopped answer was said as well
+            remember()
             raise
     remember()
     return "".join(pieces)
 
 
 def _fitted_prompt(session: Session, asked: Message, say: Callable[[str], None]) -> np.ndarray:
-    """Ids of the prompt; the oldest turns are dropped, and it is said, while they leave no room for an answer."""
+    """Ids of the prompt; the oldest turns are dropped, with a notice, while they leave no room for an answer."""
     context, wanted = context_length(session.model.get_base_model()), session.sampling.max_new_tokens
     dropped = 0
     while len(ids := prompt_ids(session, asked)) + min(wanted, context // 2) > context and session.messages:
@@ -162,9 +162,9 @@ def _fitted_prompt(session: Session, asked: Message, say: Callable[[str], None])
 
 
 def prompt_ids(session: Session, asked: Message) -> np.ndarray:
-    """What the model is asked, as training rendered it: int32 [length], one beginning-of-text token at most.
+    """Ids of the prompt, rendered as in training: int32 [length], at most one beginning-of-text token.
 
-    Raises ConfigError for text that holds a control token, and for what the template refuses.
+    Raises ConfigError for text that holds a control token, and for a conversation that the template refuses.
     """
     tokenizer, vocabulary = session.tokenizer, Vocabulary(session.tokenizer)
     if found := control_tokens(tokenizer).search(asked["content"]):
@@ -183,7 +183,7 @@ def prompt_ids(session: Session, asked: Message) -> np.ndarray:
 
 
 def _read_line() -> str | None:
-    """A line of the user, None at the end of the input; Ctrl-C at the prompt gives a fresh line."""
+    """Read a line of the user, None at the end of the input; Ctrl-C at the prompt gives a fresh line."""
     if not sys.stdin.isatty():
         return sys.stdin.readline() or None
     try:

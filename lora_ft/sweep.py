@@ -24,10 +24,10 @@ def main(cfg: config.SweepRun, invocation: entry.Invocation) -> float | None:
 
 def end(folder: Path) -> int:
     """Report on a sweep whose jobs have ended; returns its exit code."""
-    sweep = report.write(folder, pictures=True)
-    Console().print(terminal.table(sweep))
+    written = report.write(folder, pictures=True)
+    Console().print(terminal.table(written.ranking))
     sys.stdout.write(f"\n{folder / 'report.html'}\n")
-    return report.exit_code(sweep)
+    return report.exit_code(written.sweep)
 
 
 if __name__ == "__main__":

@@ -86,11 +86,6 @@ class GgufType(Enum):
     q8_0 = "q8_0"
 
 
-class Also(Enum):
+class AdapterFormat(Enum):
     gguf = "gguf"
     mlx = "mlx"
-
-
-class ShareBase(Enum):
-    interleaved = "interleaved"
-    none = "none"

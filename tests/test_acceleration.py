@@ -20,6 +20,7 @@ from lora_ft.models import self_check
 from lora_ft.models.acceleration import Accelerated, accelerate, accelerated, accelerated_lora, replaced_forwards
 from lora_ft.models.load import load_base
 from lora_ft.ops import attention
+from lora_ft.ops.dropout import switch_off_dropout
 from lora_ft.ops.token_loss import IGNORED, PLAIN_PATHS, Batch, Paths, token_loss_sum
 
 FAST = config.Fast()
@@ -56,7 +57,9 @@ def built(family: str, dtype: torch.dtype = torch.float32, **settings: Any) -> P
     made = AutoConfig.for_model(family, **{**SIZES, **SETTINGS[family], **settings})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(made, dtype=dtype).eval().requires_grad_(False)
+        model = AutoModelForCausalLM.from_config(made, dtype=dtype).eval().requires_grad_(False)
+    switch_off_dropout(model)
+    return model
 
 
 def adapted(model: PreTrainedModel) -> PeftModel:

@@ -14,8 +14,8 @@ from tiny import EOS, TURN, tiny_tokenizer
 from lora_ft import chat, config
 from lora_ft.data.dataset import prepare
 from lora_ft.errors import ConfigError
-from lora_ft.evaluation.compare import adapter_off
-from lora_ft.evaluation.generate import generate
+from lora_ft.evaluation.comparison import adapter_off
+from lora_ft.evaluation.generation import generate
 
 QUESTION = "What's (roughly) 2+2, and why?"
 
@@ -36,7 +36,7 @@ def test_one_prompt_gives_one_answer_and_nothing_else(tmp_path: Path, capsys: py
     base, model = adapted(settings(tmp_path, "llama"))
     prompt = f"{TURN}system\nBe brief.{EOS}\n{TURN}user\n{QUESTION}{EOS}\n{TURN}assistant\n"
     ids = np.array(base.tokenizer.encode(prompt, add_special_tokens=False))
-    expected = generate(model.get_base_model(), base.tokenizer, ids, config.Sampling(max_new_tokens=9), 0)
+    [expected] = generate(model.get_base_model(), base.tokenizer, [ids], config.Sampling(max_new_tokens=9), 0)
     assert capsys.readouterr().out == expected + "\n"
     assert expected
 
@@ -61,7 +61,7 @@ def test_a_session_runs_over_a_pipe_in_a_process_of_its_own(tmp_path: Path) -> N
 
 
 def test_the_prompt_is_the_one_that_training_saw(tmp_path: Path) -> None:
-    """What precedes the answer in a prepared row is what chat asks, to the token (catalogue A08)."""
+    """A chat prompt has the tokens that precede the answer in a prepared row (catalogue A08)."""
     cfg = settings(tmp_path, "llama")
     cfg.data.system = "Be brief."
     talk = chat.Session(None, tiny_tokenizer(), "Be brief.", config.Sampling(), 0)  # type: ignore[arg-type]
@@ -86,8 +86,8 @@ def test_the_base_answers_with_the_adapter_off_and_the_adapter_is_back_afterward
     off = chat.answer(talk, "One?", lambda piece: None)
     ids = chat.prompt_ids(chat.Session(talk.model, talk.tokenizer, None, talk.sampling, 0), talk.messages[0])
     with adapter_off(talk.model):
-        assert generate(talk.model.get_base_model(), talk.tokenizer, ids, talk.sampling, 0) == off
-    assert generate(talk.model.get_base_model(), talk.tokenizer, ids, talk.sampling, 0) != off
+        assert generate(talk.model.get_base_model(), talk.tokenizer, [ids], talk.sampling, 0) == [off]
+    assert generate(talk.model.get_base_model(), talk.tokenizer, [ids], talk.sampling, 0) != [off]
 
 
 def test_the_oldest_turns_are_dropped_and_it_is_said(tmp_path: Path) -> None:

@@ -447,6 +447,62 @@ def test_a_split_of_a_hub_dataset_can_be_held_out(monkeypatch):
     assert prepared.questions[0].answer == "Nobody."
 
 
+def split_folder(folder, **splits):
+    folder.mkdir()
+    for name, rows in splits.items():
+        write(folder, rows, f"{name}.jsonl")
+    return str(folder)
+
+
+def places(rows):
+    return sorted(row.place.rpartition("/")[2] for row in rows)
+
+
+TEN = questions(10)
+
+
+def test_validation_files_of_a_folder_are_its_eval_rows_and_test_rows_are_not_read(tmp_path, caplog):
+    folder = split_folder(tmp_path / "rows", train=TEN[:6], val=TEN[6:8], test=[{"prompt": "bad row"}])
+    with caplog.at_level("INFO", logger="lora_ft"):
+        prepared = dataset.prepare(Data(path=folder), TOKENIZER)
+    assert places(prepared.train) == [f"train.jsonl:{n}" for n in range(1, 7)]
+    assert places(prepared.heldout) == ["val.jsonl:1", "val.jsonl:2"]
+    assert "the eval rows are its validation files, and data.eval_fraction is not used" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "trained", "evaluated"),
+    [
+        ({"eval_fraction": 0}, "train", []),
+        ({"eval_split": "test"}, "train", ["test"]),
+        ({"eval_split": "validation", "eval_fraction": 0}, "train", ["val"]),
+        ({"split": "test", "eval_fraction": 0}, "test", []),
+        ({"split": "test", "eval_split": "dev"}, "test", ["val"]),
+    ],
+)
+def test_settings_choose_other_splits_of_a_folder(tmp_path, settings, trained, evaluated):
+    folder = split_folder(tmp_path / "rows", train=TEN[:6], val=TEN[6:8], test=TEN[8:])
+    prepared = dataset.prepare(Data(path=folder, **settings), TOKENIZER)
+    assert {place.partition(".")[0] for place in places(prepared.train)} == {trained}
+    assert sorted({place.partition(".")[0] for place in places(prepared.heldout)}) == evaluated
+
+
+def test_a_part_of_the_train_files_is_held_out_where_there_are_no_validation_files(tmp_path):
+    folder = split_folder(tmp_path / "rows", train=TEN[:8], test=TEN[8:])
+    prepared = dataset.prepare(Data(path=folder, eval_fraction=0.3), TOKENIZER)
+    assert len(prepared.heldout) > 0 and len(prepared.train) + len(prepared.heldout) == 8
+    assert {place.partition(".")[0] for place in places(prepared.heldout)} == {"train"}
+
+
+def test_a_folder_of_eval_rows_that_has_splits_needs_a_choice(tmp_path):
+    rows = write(tmp_path, TEN[:6])
+    folder = split_folder(tmp_path / "more", train=TEN[6:8], test=TEN[8:])
+    with pytest.raises(ConfigError, match=r"more has files of the splits test, train: choose data\.eval_split"):
+        dataset.prepare(Data(path=rows, eval_path=folder), TOKENIZER)
+    prepared = dataset.prepare(Data(path=rows, eval_path=folder, eval_split="test"), TOKENIZER)
+    assert places(prepared.heldout) == ["test.jsonl:1", "test.jsonl:2"]
+
+
 def test_the_cache_of_a_template_that_asks_the_clock_lasts_a_day(tmp_path, cached, monkeypatch):
     class Tomorrow(cache.datetime.date):
         @classmethod
@@ -464,19 +520,19 @@ def test_the_cache_of_a_template_that_asks_the_clock_lasts_a_day(tmp_path, cache
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"split": "test"}, r"data\.split=test is a setting of hub datasets, and .*rows\.jsonl is none"),
+        ({"split": "test"}, r"data\.split=test is a split of a hub dataset or folder, and .*rows\.jsonl has none"),
         ({"name": "small"}, r"data\.name=small is a setting of hub datasets"),
         ({"revision": "v1"}, r"data\.revision=v1 is a setting of hub datasets"),
         (
             {"eval_split": "test"},
-            r"data\.eval_split is a split of a hub dataset, and .*rows\.jsonl is none: .*eval_path",
+            r"data\.eval_split=test is a split of a hub dataset or folder, and .*rows\.jsonl has none: .*eval_path",
         ),
     ],
 )
 def test_settings_of_hub_datasets_are_refused_where_the_rows_are_a_file(tmp_path, settings, message):
     with pytest.raises(ConfigError, match=message):
         dataset.prepare(Data(path=write(tmp_path, questions(9)), **settings), TOKENIZER)
-    with pytest.raises(ConfigError, match=r"of (a hub dataset|hub datasets)"):
+    with pytest.raises(ConfigError, match=r"of (a hub dataset or folder|hub datasets)"):
         dataset.prepare(Data(path="package:chatterbot_corpus/data/english", **settings), TOKENIZER)
 
 

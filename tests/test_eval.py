@@ -13,7 +13,7 @@ from tiny import TURN, tiny_folder, tiny_model
 from lora_ft import config, runs, validation
 from lora_ft.adapters import loading
 from lora_ft.data.dataset import prepare
-from lora_ft.evaluation.heldout import heldout_loss
+from lora_ft.evaluation.loss import eval_loss
 from lora_ft.models.acceleration import accelerate
 from lora_ft.models.load import load_base
 
@@ -32,7 +32,7 @@ def test_it_reports_what_the_adapter_and_the_bare_base_score_on_the_runs_split(
     bare = load_base(cfg.model, cfg.quant, "cpu")
     dataset = prepare(cfg.data, bare.tokenizer)
     for name, network in (("base", bare.model), ("adapter", base.model)):
-        expected = heldout_loss(network, dataset.heldout, accelerate(network, config.Fast()).paths, 1024)
+        expected = eval_loss(network, dataset.heldout, accelerate(network, config.Fast()).paths, 1024)
         assert found[name]["loss"] == pytest.approx(expected.loss, rel=1e-6)
         assert found[name]["perplexity"] == pytest.approx(math.exp(expected.loss), rel=1e-5)
     assert found["base"]["loss"] != found["adapter"]["loss"]
@@ -88,6 +88,25 @@ def test_a_file_given_to_be_evaluated_is_evaluated_whole(
     assert caplog.text == "", "none of the rows is one of the run's, so there is nothing to warn of"
 
 
+def test_a_folder_with_splits_is_evaluated_on_its_validation_files_or_on_a_chosen_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = settings(tmp_path, "llama")
+    cfg.data.path = str(tmp_path / "splits")
+    for name, pairs in (("train", LABELS), ("val", OTHERS[:3]), ("test", OTHERS[3:5])):
+        file_of(tmp_path / "splits" / f"{name}.jsonl", pairs)
+    run = saved_run(tmp_path / "run", cfg)
+    place = f"data.eval_path={tmp_path / 'splits'}"
+    for words, rows, told in (
+        ([], 3, "all rows of validation"),
+        (["data.split=test"], 2, "all rows of"),
+        (["data=completion", place, "data.eval_split=test"], 2, "all rows of"),
+    ):
+        assert call("eval", f"run={run}", "eval.samples=0", *words) == 0
+        assert json.loads((run / "eval.json").read_text())["rows"] == rows
+        assert told in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_limits_of_the_runs_own_rows_are_not_those_of_others(tmp_path: Path) -> None:
     cfg = settings(tmp_path, "llama")
     extra = file_of(tmp_path / "extra" / "heldout.jsonl", LABELS[:2])
@@ -126,7 +145,7 @@ def test_a_typed_split_of_other_rows_is_obeyed(tmp_path: Path, capsys: pytest.Ca
     words = ["eval.samples=0", "data=completion", f"data.path={test}", "data.eval_fraction=0.1"]
     assert call("eval", f"run={run}", *words) == 0
     assert json.loads((run / "eval.json").read_text())["rows"] < len(OTHERS)
-    assert "data.eval_fraction holds out" in " ".join(capsys.readouterr().out.split())
+    assert "data.eval_fraction sets apart" in " ".join(capsys.readouterr().out.split())
 
 
 def test_rows_are_evaluated_unchecked_where_the_runs_own_are_gone(
@@ -136,7 +155,7 @@ def test_rows_are_evaluated_unchecked_where_the_runs_own_are_gone(
     test = file_of(tmp_path / "other" / "test.jsonl", OTHERS)
     (tmp_path / "rows.jsonl").unlink()
     assert call("eval", f"run={run}", "eval.samples=0", "data=completion", f"data.path={test}") == 0
-    assert "the run's own rows cannot be read" in caplog.text and "are not the run's own" in caplog.text
+    assert "cannot read the run's own rows" in caplog.text and "are not the run's own" in caplog.text
 
 
 def test_labels_are_those_of_the_runs_training_rows(tmp_path: Path) -> None:
@@ -153,7 +172,7 @@ def test_labels_are_those_of_the_runs_training_rows(tmp_path: Path) -> None:
     ("words", "code", "message"),
     [
         (["eval.metrics=[blue]"], 2, "eval.metrics: blue is not a metric; choose from exact_match"),
-        (["data.eval_fraction=0"], 4, "no row is held out"),
+        (["data.eval_fraction=0"], 4, "there are no eval rows"),
         (["quant.kind=nf4"], 5, "quantization: trained on"),
         (["run=nowhere"], 2, "nowhere"),
     ],
@@ -219,7 +238,7 @@ def test_an_adapter_made_elsewhere_is_evaluated_and_its_other_base_is_said(
         "data.eval_fraction=0.5",
     ]
     assert call("eval", *words) == 0
-    assert "held-out loss" in capsys.readouterr().out
+    assert "eval loss" in capsys.readouterr().out
     assert "trained on somebody/elses-llama" in caplog.text
     assert not list(tmp_path.rglob("eval.json"))
 

@@ -14,7 +14,7 @@ from transformers import OPTConfig, OPTForCausalLM
 from lora_ft import config
 from lora_ft.adapters import attach
 from lora_ft.data.rows import TokenRow
-from lora_ft.evaluation.heldout import heldout_loss
+from lora_ft.evaluation.loss import eval_loss
 from lora_ft.models.acceleration import accelerate, dequantized_weights
 from lora_ft.models.load import load_base
 from lora_ft.ops import attention
@@ -100,7 +100,7 @@ def test_a_model_that_lets_packed_documents_see_each_other_gets_one_row_at_a_tim
     leaking = token_loss_sum(model, batch, dataclasses.replace(paths, packs=True)).detach()
     assert relative(leaking, apart) > 1e-4
     rows = [TokenRow(b.ids.numpy().astype(np.int32), np.roll(b.targets.numpy() >= 0, 1), "here") for b in alone(batch)]
-    assert heldout_loss(model, rows, paths, 1000).loss == pytest.approx(
+    assert eval_loss(model, rows, paths, 1000).loss == pytest.approx(
         float(apart) / sum(int((b.targets >= 0).sum()) for b in alone(batch)), rel=1e-13
     )
 

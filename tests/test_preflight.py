@@ -394,6 +394,17 @@ USED = {
 }
 
 
+def test_the_eval_fraction_is_named_where_validation_files_take_its_place(bases, tmp_path):
+    folder = tmp_path / "splits"
+    folder.mkdir()
+    rows_at(folder, pairs()).rename(folder / "train.jsonl")
+    cfg = run_over(bases, tmp_path, pairs(), path=str(folder))
+    assert said(cfg, tmp_path) == []
+    rows_at(folder, pairs(6, "Who is {} of {}?")).rename(folder / "validation.jsonl")
+    told = f"data.eval_fraction has no effect: the held-out rows are the validation files of {folder}"
+    assert told in said(cfg, tmp_path)
+
+
 def with_values(cfg, values, places):
     for key, value in values.items():
         group, name = key.split(".")

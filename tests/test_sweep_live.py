@@ -18,9 +18,9 @@ from rich.console import Console
 from lora_ft import config, runs, validation
 from lora_ft.errors import ResourceError
 from lora_ft.io import durable
-from lora_ft.sweeps import child, children, follow, live
-from lora_ft.sweeps.follow import Follower, View
+from lora_ft.sweeps import child, children, live, metrics_reader
 from lora_ft.sweeps.jobs import Job
+from lora_ft.sweeps.metrics_reader import MetricsReader, View
 
 
 def made(folder: Path, *words: str, **train: Any) -> list[Job]:
@@ -156,8 +156,8 @@ def test_a_finished_run_that_is_to_be_longer_is_not_finished(tmp_path: Path) -> 
     (job,) = made(tmp_path, "adapter.r=4", max_steps=4)
     finished(job)
     longer = dataclasses.replace(job, cfg=dataclasses.replace(job.cfg, train=config.Train(max_steps=8)))
-    follower = Follower(longer)
-    assert Follower(job).view(None).state == "finished"
+    follower = MetricsReader(longer)
+    assert MetricsReader(job).view(None).state == "finished"
     assert follower.view(None).state == "waiting"
     finished(job, steps=8)
     assert follower.view(None).state == "finished"
@@ -165,7 +165,7 @@ def test_a_finished_run_that_is_to_be_longer_is_not_finished(tmp_path: Path) -> 
 
 def test_metrics_are_read_as_they_grow_and_never_again(tmp_path: Path) -> None:
     (job,) = made(tmp_path, "adapter.r=4")
-    follower, turn = Follower(job), child.Turn(job.folder, "step")
+    follower, turn = MetricsReader(job), child.Turn(job.folder, "step")
     assert follower.view(turn).state == "loading"
     steps(job, 1, 3, heldout_loss=2.5)
     path = job.folder / runs.METRICS
@@ -185,13 +185,13 @@ def test_metrics_are_read_as_they_grow_and_never_again(tmp_path: Path) -> None:
 
 
 def test_a_long_file_is_caught_up_with_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(follow, "_MOST_BYTES", 1000)
+    monkeypatch.setattr(metrics_reader, "_MOST_BYTES", 1000)
     (job,) = made(tmp_path, "adapter.r=4")
     lines = [
         json.dumps({"step": n, "loss": 2.0, **({"heldout_loss": 5 - n / 50} if n % 7 == 0 else {})}) for n in range(101)
     ]
     (job.folder / runs.METRICS).write_text("\n".join(lines) + "\n")
-    follower, looks = Follower(job), 0
+    follower, looks = MetricsReader(job), 0
     while (seen := follower.view(None)).step < 100:
         looks += 1
     assert looks >= 2
@@ -203,7 +203,7 @@ def test_spoiled_files_say_nothing(spoiled: str, tmp_path: Path) -> None:
     (job,) = made(tmp_path, "adapter.r=4")
     for name in (runs.CHECK, runs.METRICS):
         (job.folder / name).write_text(spoiled + "\n", "latin-1")
-    seen = Follower(job).view(child.Turn(job.folder, "step"))
+    seen = MetricsReader(job).view(child.Turn(job.folder, "step"))
     assert seen == View(job, "running", 0, None, None, None, None, None, None, "")
 
 
@@ -212,7 +212,7 @@ def test_losses_that_are_no_numbers_are_not_shown_and_never_the_best(tmp_path: P
     values = ("NaN", "2.5", "-Infinity", "null", '"1"')
     (job.folder / runs.METRICS).write_text("".join(f'{{"step": 1, "heldout_loss": {v}}}\n' for v in values))
     finished(job, heldout_loss=None)
-    seen = Follower(job).view(None)
+    seen = MetricsReader(job).view(None)
     assert (seen.heldout_loss, seen.best_heldout_loss) == (None, 2.5)
 
 

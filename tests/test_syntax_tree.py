@@ -172,7 +172,7 @@ def test_only_durable_writes(place: str) -> None:
 @pytest.mark.parametrize("place", TREES)
 def test_one_module_replaces_forwards(place: str) -> None:
     # The second one is a program of its own, which runs without lora_ft.
-    allowed = {"lora_ft/models/acceleration.py", "lora_ft/publishing/alone.py", "lora_ft/publishing/verify_worker.py"}
+    allowed = {"lora_ft/models/acceleration.py", "lora_ft/publishing/verify_worker.py"}
     assert set(replaces_forwards(TREES[place])) == set() or place in allowed
 
 
@@ -191,13 +191,6 @@ def test_the_check_finds_planted_forwards(snippet: str) -> None:
 
 def test_libraries_write_into_staged_folders_only() -> None:
     assert saved_unstaged(TREES) == []
-
-
-def test_chat_templates_are_rendered_and_compiled_within_limits_only() -> None:
-    names = {"apply_chat_template", "_compile_jinja_template"}
-    assert {place: found for place, tree in TREES.items() if (found := [*_bare(tree, names, {"limits.bounded"})])} == {}
-    planted = ast.parse("def f(t):\n    return t.apply_chat_template(chat)")
-    assert list(_bare(planted, names, "limits.bounded")) == [("f", "t.apply_chat_template")]
 
 
 def test_an_allowed_exception_is_still_needed() -> None:

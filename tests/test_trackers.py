@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from finished import rows_file
-from learners import learner_on, some_rows
+from states import some_rows, state_on
 from tiny import tiny_folder, tiny_model
 
 from lora_ft import config, runs
@@ -160,7 +160,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def run_of(folder: Path, tool: str, project: str = "lora_ft", name: str = "adapter0") -> Any:
-    """What trackers read of a learner."""
+    """What trackers read of a state."""
     folder.mkdir(parents=True, exist_ok=True)
     cfg = config.TrainRun(track=config.Track(config.Tracker(tool), project))
     return SimpleNamespace(name=name, cfg=cfg, folder=folder)
@@ -195,12 +195,12 @@ def back_to(folder: Path, step: int) -> None:
 
 
 def test_wandb_holds_settings_steps_and_summary_of_a_run(fakes: dict[str, Any], tmp_path: Path) -> None:
-    learner, hook = run_of(tmp_path / "my run", "wandb", project="mine"), sys.excepthook
-    with trackers.tracked([learner]) as track:
+    state, hook = run_of(tmp_path / "my run", "wandb", project="mine"), sys.excepthook
+    with trackers.tracked([state]) as track:
         for step in range(3):
-            track(learner, row(step))
+            track(state, row(step))
         assert fakes["wandb"].services == 1
-        track.ended(learner, RESULT)
+        track.ended(state, RESULT)
     assert sys.excepthook is hook, "tracebacks are ours, without secrets"
     assert fakes["wandb"].services == 0
     (held,) = fakes["wandb"].runs.values()
@@ -209,22 +209,22 @@ def test_wandb_holds_settings_steps_and_summary_of_a_run(fakes: dict[str, Any], 
     assert given["dir"] == str(tmp_path / "my run")
     assert given["config"]["adapter"]["r"] == 16 and given["config"]["optim"]["name"] == "adamw"
     assert given["settings"]["console"] == "off"
-    assert held_steps(fakes["wandb"]) == written(learner.folder)
+    assert held_steps(fakes["wandb"]) == written(state.folder)
     assert (held.summary["result/heldout_loss"], held.status) == (2.25, 0)
     assert "result/stopped_by" not in held.summary
 
 
 def test_mlflow_holds_settings_steps_and_summary_of_a_run(fakes: dict[str, Any], tmp_path: Path) -> None:
-    learner = run_of(tmp_path / "my run", "mlflow", project="mine")
-    with trackers.tracked([learner]) as track:
+    state = run_of(tmp_path / "my run", "mlflow", project="mine")
+    with trackers.tracked([state]) as track:
         for step in range(3):
-            track(learner, row(step))
-        track.ended(learner, RESULT)
+            track(state, row(step))
+        track.ended(state, RESULT)
     (held,) = fakes["mlflow"].runs.values()
     assert list(fakes["mlflow"].experiments) == ["mine"] and held.name == "my run" and "group" not in held.tags
     assert (held.params["adapter.r"], held.params["optim.name"], held.params["resume"]) == ("16", "adamw", "null")
     assert json.loads(held.params["adapter.targets"]) == ["all-linear"]
-    assert held_steps(fakes["mlflow"]) == written(learner.folder)
+    assert held_steps(fakes["mlflow"]) == written(state.folder)
     final = {p.key: (p.step, p.value) for p in held.points if p.key.startswith("result/")}
     assert final["result/heldout_loss"] == (2, 2.25)
     assert (held.tags["result/adapter_sha256"], held.status) == ("ab", "FINISHED")
@@ -233,7 +233,7 @@ def test_mlflow_holds_settings_steps_and_summary_of_a_run(fakes: dict[str, Any],
 
 def test_mlflow_uses_the_server_that_the_environment_names(fakes: dict[str, Any], tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
-    trackers.Tracked([learner := run_of(tmp_path, "mlflow")])(learner, row(1))
+    trackers.Tracked([state := run_of(tmp_path, "mlflow")])(state, row(1))
     assert fakes["mlflow"].uris == ["http://tracking:5000"]
     assert "MLFLOW_ALLOW_FILE_STORE" not in os.environ
 
@@ -241,13 +241,13 @@ def test_mlflow_uses_the_server_that_the_environment_names(fakes: dict[str, Any]
 def test_mlflow_is_sent_at_most_a_batch_a_second_and_all_at_the_end(fakes, tmp_path: Path, monkeypatch) -> None:
     now = [100.0]
     monkeypatch.setattr(trackers.time, "monotonic", lambda: now[0])
-    learner = run_of(tmp_path, "mlflow")
-    with trackers.tracked([learner]) as track:
+    state = run_of(tmp_path, "mlflow")
+    with trackers.tracked([state]) as track:
         for step in range(21):
-            track(learner, row(step))
+            track(state, row(step))
             now[0] += 0.25
         assert fakes["mlflow"].batches == 1 + 5
-        track.ended(learner, RESULT)
+        track.ended(state, RESULT)
     assert held_steps(fakes["mlflow"]) == written(tmp_path)
 
 
@@ -273,27 +273,27 @@ def test_a_resumed_run_goes_on_in_the_same_run_and_no_step_comes_twice(
     tool: str, fakes: dict[str, Any], tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setattr(trackers, "_MLFLOW_SECONDS", 0.0)
-    learner = run_of(tmp_path, tool)
-    first = trackers.Tracked([learner])  # killed after step 5; its checkpoint is of step 3
+    state = run_of(tmp_path, tool)
+    first = trackers.Tracked([state])  # killed after step 5; its checkpoint is of step 3
     for step in range(6):
-        first(learner, row(step))
+        first(state, row(step))
     back_to(tmp_path, step=3)
-    with trackers.tracked([learner]) as track:
+    with trackers.tracked([state]) as track:
         for step in range(4, 8):
-            track(learner, row(step))
-        track.ended(learner, RESULT)
+            track(state, row(step))
+        track.ended(state, RESULT)
     assert held_steps(fakes[tool]) == written(tmp_path)
 
 
 @BOTH
 def test_a_resumed_run_brings_what_the_tracker_has_missed(tool: str, fakes: dict[str, Any], tmp_path: Path) -> None:
-    learner = run_of(tmp_path, "none")
-    before = trackers.Tracked([learner])
+    state = run_of(tmp_path, "none")
+    before = trackers.Tracked([state])
     for step in range(4):
-        before(learner, row(step))
-    with trackers.tracked([learner := run_of(tmp_path, tool)]) as track:
-        track(learner, row(4))
-        track.ended(learner, RESULT)
+        before(state, row(step))
+    with trackers.tracked([state := run_of(tmp_path, tool)]) as track:
+        track(state, row(4))
+        track.ended(state, RESULT)
     assert held_steps(fakes[tool]) == written(tmp_path)
     assert [step for step, _ in held_steps(fakes[tool])] == [*range(5)]
 
@@ -314,8 +314,8 @@ def test_how_a_run_ended_is_marked(
 ) -> None:
     told, broken_off = (run_of(tmp_path / name, tool, name=name) for name in ("told", "broken off"))
     with pytest.raises(type(ending)), trackers.tracked([told, broken_off]) as track:
-        for learner in (told, broken_off):
-            track(learner, row(1))
+        for state in (told, broken_off):
+            track(state, row(1))
         track.ended(told, RESULT)
         raise ending
     finished, other = (held.status for held in fakes[tool].runs.values())
@@ -329,8 +329,8 @@ def test_a_run_that_fails_before_its_first_metrics_leaves_nothing(
     tool: str, fakes: dict[str, Any], tmp_path: Path
 ) -> None:
     """So that its folder can be begun again."""
-    with trackers.tracked([learner := run_of(tmp_path, tool)]) as track:
-        track.ended(learner, NonFiniteError("loss nan"))
+    with trackers.tracked([state := run_of(tmp_path, tool)]) as track:
+        track.ended(state, NonFiniteError("loss nan"))
     assert not fakes[tool].runs and not list(tmp_path.iterdir())
 
 
@@ -341,15 +341,15 @@ def test_no_bit_of_the_result_depends_on_a_tracker(
 ) -> None:
     def adapter(name: str, tracker: str) -> torch.Tensor:
         (tmp_path / name).mkdir()
-        learner = learner_on(
+        state = state_on(
             tiny_model("llama"), tmp_path / name, heldout=some_rows(3, seed=1),
             train=config.Train(max_steps=3, tokens_per_step=60), optim=config.Optim(),
             track=config.Track(config.Tracker(tracker)),
         )  # fmt: skip
-        with trackers.tracked([learner]) as track:
-            fit([learner], track)
-            track.ended(learner, RESULT)
-        return torch.cat([p.detach().flatten() for _, p in sorted(learner.parameters.items())])
+        with trackers.tracked([state]) as track:
+            fit([state], track)
+            track.ended(state, RESULT)
+        return torch.cat([p.detach().flatten() for _, p in sorted(state.parameters.items())])
 
     fakes[tool].is_down = is_down
     assert torch.equal(adapter("with", tool), adapter("without", "none"))
@@ -365,12 +365,12 @@ def test_no_bit_of_the_result_depends_on_a_tracker(
 
 def test_mlflow_gets_all_at_the_end_where_its_server_was_away(fakes, tmp_path: Path, monkeypatch, caplog) -> None:
     monkeypatch.setattr(trackers, "_MLFLOW_SECONDS", 0.0)
-    with trackers.tracked([learner := run_of(tmp_path, "mlflow")]) as track:
+    with trackers.tracked([state := run_of(tmp_path, "mlflow")]) as track:
         for step in range(8):
             fakes["mlflow"].is_down = step in (3, 4)
-            track(learner, row(step))
+            track(state, row(step))
         assert [step for step, _ in held_steps(fakes["mlflow"])] == [0, 1, 2]
-        track.ended(learner, RESULT)
+        track.ended(state, RESULT)
     assert held_steps(fakes["mlflow"]) == written(tmp_path)
     assert len(caplog.records) == 1
 
@@ -378,11 +378,11 @@ def test_mlflow_gets_all_at_the_end_where_its_server_was_away(fakes, tmp_path: P
 def test_tensorboard_is_appended_to_from_where_a_run_goes_on(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    learner = run_of(tmp_path, "tensorboard")
+    state = run_of(tmp_path, "tensorboard")
     for steps in (range(6), range(4, 8)):
-        with trackers.tracked([learner]) as track:
+        with trackers.tracked([state]) as track:
             for step in steps:
-                track(learner, row(step))
+                track(state, row(step))
             back_to(tmp_path, step=3)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()

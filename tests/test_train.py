@@ -81,7 +81,7 @@ def test_a_run_leaves_a_folder_that_explains_itself(
     assert sum(t.numel() for t in tensors.values()) == found["trainable_parameters"]
     shown = capsys.readouterr().out
     for word in (
-        "held-out loss",
+        "eval loss",
         "perplexity",
         "trainable parameters",
         "tokens/s",
@@ -211,7 +211,7 @@ def test_several_processes_are_refused_so_far(tmp_path: Path, capfd, monkeypatch
 def test_without_held_out_rows_a_run_trains_and_says_so(tmp_path: Path, capsys) -> None:
     assert train(tmp_path, "data.eval_fraction=0") == 0
     assert result(tmp_path)["heldout_loss"] is None
-    assert "nothing was held out" in capsys.readouterr().out
+    assert "no eval rows" in capsys.readouterr().out
 
 
 def test_questions_are_answered_by_base_and_adapter(tmp_path: Path, capsys) -> None:

@@ -97,7 +97,7 @@ def _sweep(
     with runs.locked(folder):
         runs.create_sweep(folder, command.words, command.config_dir, resumed=_folder(command, "resume") == "auto")
         # Composed anew for each job, `${now:...}` would name another folder for each.
-        place = overrides.translate("sweep", [f"hydra.sweep.dir={overrides.escape(str(folder))}"], sweep=False)
+        place = overrides.translate("sweep", [f"hydra.sweep.dir={validation.escape(str(folder))}"], sweep=False)
         try:
             with durable.writing():
                 hydra.multirun("sweep", task, [*words, *place])
@@ -190,7 +190,7 @@ def _continued(command: Command) -> Command:
             f"resume={folder} runs what is missing of that sweep, with its own words: leave out {several[0]}"
         )
     kept = [w for w in stored if not w.startswith(("resume=", "hydra.sweep.dir="))]
-    words = [*kept, *given, "resume=auto", f"hydra.sweep.dir={overrides.escape(str(place))}"]
+    words = [*kept, *given, "resume=auto", f"hydra.sweep.dir={validation.escape(str(place))}"]
     return Command("sweep", words, multirun=True, config_dir=config_dir)
 
 
@@ -210,7 +210,7 @@ def _implied(command: Command) -> list[str]:
     The id and revision of a default, an experiment or a run are not that base's own.
     """
     if folder := _resumed(command):
-        return overrides.translate(command.verb, [f"hydra.run.dir={overrides.escape(folder)}"], sweep=False)
+        return overrides.translate(command.verb, [f"hydra.run.dir={validation.escape(folder)}"], sweep=False)
     typed = {key for key in ("model", "model.path", "model.id", "model.revision")
              if overrides.chosen(command.words, key) is not None}  # fmt: skip
     if "model.path" not in typed or "model" in typed:
@@ -226,7 +226,7 @@ def _stored_run(command: Command) -> dict[str, Any]:
     else:
         folder, shared = _run(command), set(validation.groups(schema))
     stored = runs.read_config(Path(folder)) if folder else {}
-    return {name: overrides.escape(stored[name]) for name in shared
+    return {name: validation.escape(stored[name]) for name in shared
             if name in stored and overrides.chosen(command.words, name) is None}  # fmt: skip
 
 

@@ -41,7 +41,7 @@ def key(rows: list[Row], tokenizer: Any, data: config.Data) -> str:
     digest.update(json.dumps(options, default=str).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     for row in rows:
-        values = [row.messages, row.answer, row.plain_prompt, sorted(row.context), row.tools]
+        values = [row.messages, row.answer, row.plain_prompt, sorted(row.context), sorted(row.excluded), row.tools]
         digest.update(json.dumps(values, default=str).encode())
     return digest.hexdigest()
 

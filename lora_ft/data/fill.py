@@ -17,7 +17,6 @@ import jinja2
 from jinja2 import nodes
 
 from lora_ft.data.rows import Message
-from lora_ft.io import limits
 
 Render = Callable[[list[Message], bool], str]
 Fill = Callable[[list[str]], str]
@@ -40,8 +39,7 @@ class Filler:
 
     def __init__(self, template: str, variables: dict[str, Any], render: Render) -> None:
         self._render, self._variables = render, variables
-        with limits.bounded("the chat template"):
-            self._probe = _probe_template(template)
+        self._probe = _probe_template(template)
         self._shapes: dict[tuple[tuple[str, ...], bool], Fill | None] = {}
 
     def text(self, roles: tuple[str, ...], contents: list[str], generation_prompt: bool) -> str | None:
@@ -57,13 +55,13 @@ class Filler:
             return None
         trying = [_TRYING.format(i) for i in range(len(roles))]
         try:
-            with limits.bounded("the chat template"):
-                written = self._probe.render(
-                    messages=_chat(roles, [_Opaque(f"\ue000{i}\ue001") for i in range(len(roles))]),
-                    tools=None, documents=None, add_generation_prompt=generation_prompt, **self._variables,
-                )  # fmt: skip
+            written = self._probe.render(
+                messages=_chat(roles, [_Opaque(f"\ue000{i}\ue001") for i in range(len(roles))]),
+                tools=None, documents=None, add_generation_prompt=generation_prompt, **self._variables,
+            )  # fmt: skip
             expected = self._render(_chat(roles, trying), generation_prompt)
-        except (_Inspected, jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, SyntaxError):
+        except (_Inspected, jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, SyntaxError,
+                RecursionError):  # fmt: skip
             return None
         fill = _filling(written)
         return fill if fill(trying) == expected else None
@@ -126,7 +124,7 @@ def _probe_template(template: str) -> jinja2.Template | None:
         if any(_unwatched(environment.parse(template))):
             return None
         probe = environment.from_string(template)
-    except (jinja2.TemplateError, SyntaxError):
+    except (jinja2.TemplateError, SyntaxError, RecursionError):
         return None
     for table, allowed in ((environment.filters, _FILTERS), (environment.tests, _TESTS)):
         table.update({name: _watched(function) for name, function in table.items() if name not in allowed})

@@ -7,10 +7,11 @@
     table              {"english": "good", "german": "gut"}           with data.prompt and data.answer
     text               {"text": "Two and two are four."}
 
-An OpenAI message's "weight": 0 keeps an assistant message from being learned; "tools" go to the template. A column
+A message with "weight": 0, "train": false or "loss": false is not learned; "tools" go to the template. A column
 "system" leads the chat of any format that has no system message.
 """
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import islice
@@ -18,7 +19,7 @@ from typing import Any
 
 from lora_ft import config
 from lora_ft.config import Format
-from lora_ft.data import table
+from lora_ft.data import jsonl, table
 from lora_ft.data.rows import ANSWER_CUE, Ledger, Message, Record, Row, RowError, excerpt, is_blank
 from lora_ft.errors import ConfigError, DataError
 
@@ -247,7 +248,7 @@ def _tools(values: dict[str, Any]) -> list[Any] | None:
 
 
 def _chat(place: str, messages: list[Message], values: dict[str, Any], context: frozenset[int] = frozenset()) -> Row:
-    """Check the order of roles and that the chat ends with an answer; take the weights off the messages."""
+    """Check the order of roles and that the chat ends with an answer; take the marks of `_message` off the messages."""
     last = ""
     for index, message in enumerate(messages):
         if message["role"] not in _MAY_FOLLOW[last]:
@@ -256,8 +257,9 @@ def _chat(place: str, messages: list[Message], values: dict[str, Any], context: 
         last = message["role"]
     if last != "assistant":
         raise RowError(f"message {len(messages)}", f"the chat must end with the assistant's answer, ends with {last}")
-    unlearned = {i for i, message in enumerate(messages) if message.pop("weight", 1) == 0}
-    return Row(place, messages, messages[-1].get("content") or "", context=context | unlearned, tools=_tools(values))
+    excluded = frozenset(i for i, message in enumerate(messages) if message.pop("weight", 1) == 0)
+    answer = messages[-1].get("content") or ""
+    return Row(place, messages, answer, context=context | excluded, excluded=excluded, tools=_tools(values))
 
 
 def _message_list(values: dict[str, Any], column: str) -> list[Message]:
@@ -272,7 +274,10 @@ def _message_list(values: dict[str, Any], column: str) -> list[Message]:
 
 
 def _message(message: object, name: str) -> Message:
-    """A message with OpenAI's keys; what templates may read beside them (tool_calls, name, ...) is kept."""
+    """A message with OpenAI's keys; what templates may read beside them (tool_calls, name, ...) is kept.
+
+    A message that is not learned has "weight": 0, whichever key said so.
+    """
     if not isinstance(message, dict):
         raise RowError(name, f"must be an object, got {_kind(message)}")
     kept = {key: value for key, value in message.items() if value is not None and key not in ("from", "value")}
@@ -280,7 +285,7 @@ def _message(message: object, name: str) -> Message:
     if not isinstance(role, str) or role not in _ROLES:
         raise RowError(name, f"role {excerpt(repr(role))} is none of {', '.join(_ROLES)}")
     if calls := kept.get("tool_calls"):
-        _check_calls(calls, _ROLES[role], name)
+        kept["tool_calls"] = _calls(calls, _ROLES[role], name)
     content = _content(message.get("content", message.get("value")), name)
     if content is None and not calls:
         raise RowError(name, f"the content of {role} is missing")
@@ -288,19 +293,47 @@ def _message(message: object, name: str) -> Message:
         raise RowError(name, f"the content of {role} is empty")
     if kept.get("weight", 1) not in (0, 1):
         raise RowError(name, f"weight must be 0 or 1, got {excerpt(kept['weight'])}")
+    for flag in ("train", "loss"):
+        learned = kept.pop(flag, True)
+        if not isinstance(learned, bool):
+            raise RowError(name, f"{flag} must be true or false, got {excerpt(learned)}")
+        if not learned:
+            kept["weight"] = 0
     return {**kept, "role": _ROLES[role], "content": content or ""}
 
 
-def _check_calls(calls: object, role: str, name: str) -> None:
-    """A template writes what it is given: of a call without a name, nothing, and of a text each letter."""
+def _calls(calls: object, role: str, name: str) -> list[dict[str, Any]]:
+    """Check the tool calls of a message and make their arguments objects, which OpenAI writes as JSON text."""
     if role != "assistant":
         raise RowError(name, f"tool_calls belong to the assistant, not to {role}")
     if not isinstance(calls, list):
         raise RowError(name, f"tool_calls must be a list, got {_kind(calls)}")
-    for call in calls:
+    checked = []
+    for index, call in enumerate(calls):
         function = call.get("function", call) if isinstance(call, dict) else call
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or is_blank(function["name"]):
             raise RowError(name, "tool_calls must be objects with the name of a function")
+        arguments = _arguments(function.get("arguments"), f"{name}.tool_calls[{index}].arguments")
+        function = {**function, "arguments": arguments}
+        checked.append({**call, "function": function} if "function" in call else function)
+    return checked
+
+
+def _arguments(value: object, name: str) -> dict[str, Any]:
+    """The arguments of a tool call as an object; a call that has none, null or empty text gets an empty one."""
+    if value is None or (isinstance(value, str) and is_blank(value)):
+        return {}
+    found = value
+    if isinstance(value, str):
+        try:
+            found = jsonl.parse(value)
+        except json.JSONDecodeError as error:
+            raise RowError(name, f"is not JSON: {error.msg} at character {error.pos + 1}", value) from None
+        except RowError as error:
+            raise RowError(name, f"{error.name}: {error.reason}", value) from None
+    if not isinstance(found, dict):
+        raise RowError(name, f"must be an object or the JSON text of one, got {_kind(found)}", value)
+    return found
 
 
 def _content(content: object, name: str) -> str | None:

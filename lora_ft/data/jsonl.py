@@ -53,13 +53,9 @@ def _parse_line(line: bytes, place: str, ledger: Ledger) -> dict[str, Any] | Non
         ledger.add_bad(place, "line", f"not UTF-8 at byte {error.start + 1}", line[:200].decode("utf-8", "replace"))
         return None
     try:
-        if _too_deep(text) is not None:
-            raise RowError("row", _DEPTH_REASON)
-        values = _DECODER.decode(text)
+        values = parse(text)
         if not isinstance(values, dict) or not values:
             raise RowError("row", "must be an object with columns")
-        if _SURROGATE.search(text):
-            _refuse_surrogates(values)
     except json.JSONDecodeError as error:
         ledger.add_bad(place, f"column {error.colno}", f"not JSON: {error.msg}", excerpt(text, near=error.pos))
         return None
@@ -67,6 +63,16 @@ def _parse_line(line: bytes, place: str, ledger: Ledger) -> dict[str, Any] | Non
         ledger.add_bad(place, error.name, error.reason, text)
         return None
     return values
+
+
+def parse(text: str) -> object:
+    """Decode one JSON value. Raises JSONDecodeError, and RowError for what json accepts and this module refuses."""
+    if _too_deep(text) is not None:
+        raise RowError("row", _DEPTH_REASON)
+    value = _DECODER.decode(text)
+    if isinstance(value, dict) and _SURROGATE.search(text):
+        _refuse_surrogates(value)
+    return value
 
 
 def _too_deep(text: str) -> int | None:

@@ -1,6 +1,9 @@
 """Parquet files: rows as Python's own values, and not more of them than a file of this size plausibly unpacks to.
 
 chat.parquet:row 3      counted from 1
+
+Arrow has one schema for all rows: an object has the keys of all other objects in its place, null where it had none.
+These nulls are dropped. A null that the author of the rows wrote into an object looks the same and is dropped as well.
 """
 
 from collections.abc import Iterable, Iterator
@@ -33,10 +36,21 @@ def rows(path: Path, label: str, ledger: Ledger) -> Iterator[Record]:
                     if isinstance(values, RowError):
                         ledger.add_bad(f"{label}:row {number}", values.name, values.reason, values.shown)
                     else:
-                        yield Record(f"{label}:row {number}", values)
+                        yield Record(f"{label}:row {number}", without_filled_nulls(values))
     # Damaged pages come as OSError without a number.
     except (pyarrow.ArrowException, OSError) as error:
         ledger.add_bad(f"{label}:row {number + 1}", "file", "not readable as Parquet", error)
+
+
+def without_filled_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """Drop the keys that are null in the objects inside a row of Arrow. Columns and items of lists stay."""
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _batches(file: Any, path: Path, label: str) -> Iterator[Any]:

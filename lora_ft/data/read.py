@@ -3,14 +3,17 @@
 read(Data(path="chat.jsonl")) -> Rows(format, rows=[Row ...], hashes=[...], aside=[False, True, ...], ...)
 """
 
+import logging
 from dataclasses import dataclass, replace
 
 from lora_ft import config
 from lora_ft.config import Format
 from lora_ft.data import formats, split
 from lora_ft.data.rows import Ledger, Row
-from lora_ft.data.sources import is_local, records
+from lora_ft.data.sources import ALL_SPLITS, folder_splits, is_local, records, split_name
 from lora_ft.errors import ConfigError
+
+log = logging.getLogger("lora_ft")
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,10 @@ def read(data: config.Data) -> Rows:
 
     Bad rows stay in the ledger until the others were rendered too, so that one error lists all of them.
     """
-    _refuse_hub_settings(data)
+    _check_splits(data)
+    if eval_split(data) != data.eval_split:
+        log.info(f"{data.path}: the eval rows are its validation files, and data.eval_fraction is not used")
+        data = replace(data, eval_split=eval_split(data))
     ledger = Ledger()
     found, rows, unused = formats.rows(records(data.path, "data.path", data, ledger), data, ledger)
     rows, hashes, duplicates = _unique(rows, data, ledger)
@@ -62,18 +68,34 @@ def read_heldout(data: config.Data, trained: Rows | None) -> Rows:
     return replace(found, aside=[True] * len(found.rows))
 
 
-def _refuse_hub_settings(data: config.Data) -> None:
-    """ConfigError for a setting of hub datasets where the place that it would choose from is a file."""
-    if data.eval_split and is_local(data.eval_path or data.path):
+def eval_split(data: config.Data) -> str | None:
+    """The split of the eval rows: data.eval_split, or by default the validation files of the folder of train files."""
+    if data.eval_split or data.eval_path or not data.eval_fraction or split_name(data.split) != "train":
+        return data.eval_split
+    return "validation" if {"train", "validation"} <= folder_splits(data.path, "data.path") else None
+
+
+def _check_splits(data: config.Data) -> None:
+    """ConfigError for settings of hub datasets and folders with splits where the rows come from neither."""
+    apart = data.eval_path or data.path
+    named = folder_splits(apart, "data.eval_path" if data.eval_path else "data.path")
+    if data.eval_split and is_local(apart) and not named:
         raise ConfigError(
-            f"data.eval_split is a split of a hub dataset, and {data.eval_path or data.path} is none: "
-            "hold out a file with data.eval_path, or a part with data.eval_fraction"
+            f"data.eval_split={data.eval_split} is a split of a hub dataset or folder, and {apart} has none: "
+            "evaluate on a file with data.eval_path, or on a part with data.eval_fraction"
         )
-    if all(is_local(place) for place in (data.path, data.eval_path) if place):
-        default = config.Data()
-        for name in ("name", "split", "revision"):
-            if (value := getattr(data, name)) != getattr(default, name):
-                raise ConfigError(f"data.{name}={value} is a setting of hub datasets, and {data.path} is none")
+    if data.eval_path and named and not data.eval_split:
+        raise ConfigError(
+            f"data.eval_path={apart} has files of the splits {', '.join(sorted(named))}: choose data.eval_split"
+        )
+    if not all(is_local(place) for place in (data.path, data.eval_path) if place):
+        return
+    default = config.Data()
+    for name in ("name", "revision"):
+        if (value := getattr(data, name)) != getattr(default, name):
+            raise ConfigError(f"data.{name}={value} is a setting of hub datasets, and {data.path} is none")
+    if data.split not in (default.split, ALL_SPLITS) and not folder_splits(data.path, "data.path"):
+        raise ConfigError(f"data.split={data.split} is a split of a hub dataset or folder, and {data.path} has none")
 
 
 def _unique(rows: list[Row], data: config.Data, ledger: Ledger) -> tuple[list[Row], list[bytes], int]:

@@ -45,6 +45,7 @@ class Row:
     plain_prompt: the text before `answer` where no template is used; None if only a template can render the row.
     answer: the last answer, or the whole text.
     context: indices of assistant messages that are not learned.
+    excluded: indices of messages, of any role, that the row itself marks as not learned.
     """
 
     place: str
@@ -52,6 +53,7 @@ class Row:
     answer: str
     plain_prompt: str | None = None
     context: frozenset[int] = frozenset()
+    excluded: frozenset[int] = frozenset()
     tools: list[Any] | None = None
 
 

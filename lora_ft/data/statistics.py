@@ -18,7 +18,7 @@ import numpy as np
 
 from lora_ft import config
 from lora_ft.config import TooLong, TrainOn
-from lora_ft.data.chat_template import render
+from lora_ft.data.chat_template import prompts
 from lora_ft.data.dataset import Dataset, Report, TokenRow
 from lora_ft.data.read import Rows
 from lora_ft.data.rows import Row, excerpt
@@ -148,8 +148,8 @@ def _prompts_again(
         messages = row.messages[: _last_learned(row, data)]
         if data.system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": data.system}, *messages]
-        (prompt,) = vocabulary.ids_whole([render(messages, tokenizer, True, row.tools)])
-        yield row.place, prompt == ids[: len(prompt)].tolist()
+        asked = vocabulary.ids_whole(prompts(messages, tokenizer, row.tools))
+        yield row.place, any(prompt == ids[: len(prompt)].tolist() for prompt in asked)
 
 
 def _last_learned(row: Row, data: config.Data) -> int:

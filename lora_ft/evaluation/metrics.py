@@ -41,9 +41,9 @@ def check(names: Sequence[str]) -> None:
 
 
 def scores(names: Sequence[str], answers: Texts, references: Texts, labels: Texts | None) -> dict[str, float]:
-    """The metrics `names` of answers against references, one each; `labels` are the training rows' distinct answers.
+    """Compute metrics of answers against references, one each; `labels` are the training rows' distinct answers.
 
-    Raises DataError for accuracy or f1 where the training answers are no labels (labels is None).
+    Raises DataError for accuracy or f1 without labels.
     """
     check(names)
     if labels is None and (needing := [name for name in names if name in ("accuracy", "f1")]):
@@ -69,13 +69,13 @@ def exact_match(answers: Texts, references: Texts) -> float:
 
 
 def accuracy(answers: Texts, references: Texts, labels: Texts) -> float:
-    """Share of right answers among `labels`; a reference outside them cannot be answered rightly."""
+    """Share of right answers among `labels`; a reference outside them always counts as wrong."""
     known = {label.strip() for label in labels}
     return sum(a == r and a in known for a, r in zip(answers, references, strict=True)) / len(references)
 
 
 def macro_f1(answers: Texts, references: Texts, labels: Texts) -> float:
-    """Mean F1 over the labels that occur, as reference or as answer; 0 where none does (scikit-learn)."""
+    """Mean F1 over the labels that occur, as reference or as answer; 0 if no label occurs (scikit-learn)."""
     from sklearn.metrics import f1_score
 
     known = {label.strip() for label in labels}

@@ -22,9 +22,8 @@ import torch
 
 from lora_ft import config
 from lora_ft.errors import ConfigError, ResourceError
-from lora_ft.io import limits
 from lora_ft.models import quantize
-from lora_ft.models.locate import Identity, locate
+from lora_ft.models.resolve import Identity, locate
 from lora_ft.models.storage import leave_file
 
 if TYPE_CHECKING:
@@ -120,11 +119,10 @@ def _read_template(path: Path) -> str:
 
     try:
         template = path.read_text("utf-8")
-        with limits.bounded(f"model.chat_template={path}"):  # compiling computes what is constant
-            _compile_jinja_template(template)
+        _compile_jinja_template(template)
     except OSError as error:
         raise ConfigError(f"model.chat_template={path}: {error.strerror}") from None
-    except (jinja2.TemplateSyntaxError, SyntaxError, UnicodeDecodeError) as error:
+    except (jinja2.TemplateSyntaxError, SyntaxError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}:{getattr(error, 'lineno', 1)}: not a Jinja template: {error}") from None
     return template
 

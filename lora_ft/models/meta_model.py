@@ -16,7 +16,7 @@ from lora_ft import config
 from lora_ft.errors import ConfigError
 from lora_ft.models import load
 from lora_ft.models.load import Base
-from lora_ft.models.locate import locate
+from lora_ft.models.resolve import locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -5,7 +5,7 @@ jobs       what a sweep is made of, and which jobs may share a base
 children   the processes: queue, signals, what is run again
 child      one of them: start, heartbeat, death            devices    the GPUs they may have
 worker     what runs in it
-live       what a person sees meanwhile                    follow     files read as they grow
-results    a sweep as its files tell it                    standing   who is better, and what is comparable
-report     what is written of it, by way of tables, charts, svg, style, page and plots
+live       what a person sees meanwhile                    metrics_reader   a job's files, read as they grow
+results    state, figures and curves of each job           leaderboard      jobs ranked by held-out loss
+report     report.md, report.json, report.html and PNG charts, made from tables, figures and page
 """

@@ -1,7 +1,7 @@
 """One child process of a sweep: started with its jobs, watched by its heartbeat, ended. No torch here.
 
     F/children/3.log     all that child 3 says
-    F/children/3.json    its heartbeat: {"folder": "/abs/F/7", "turn": 17, "doing": "step"}, written as a turn begins
+    F/children/3.json    its heartbeat: {"folder": "/abs/F/7", "beat": 17, "doing": "step"}, written as each begins
 
 The child leads a session of its own: Ctrl-C in a terminal reaches the parent only, which passes it on. What holds it
 to its parent is the pipe to its stdin, which ends when the parent does, however that ends.
@@ -30,8 +30,8 @@ _GOOD_ENDS = (0, 75, 130, 143)
 
 
 @dataclass(frozen=True)
-class Turn:
-    """Whose turn it is in a child: the folder of a job, None while it loads for all of them; loading, step or end."""
+class Beat:
+    """The job that a child is running, None before the first, and what it does: loading, step or end."""
 
     folder: Path | None = None
     doing: str = "loading"
@@ -45,11 +45,11 @@ class Child:
     ) -> None:
         self.number, self.jobs, self.device = number, given, device
         self.log = heartbeat.with_suffix(".log")
-        self.overdue: Turn | None = None  # the turn in which it was killed for taking too long
+        self.overdue: Beat | None = None  # where it was killed for taking too long
         assert process.stdin
         os.set_blocking(process.stdin.fileno(), False)
         self._process, self._stdin, self._unsent, self._heartbeat = process, process.stdin, line, heartbeat
-        self._last_beat, self._turn_began = 0, time.monotonic()
+        self._last_beat, self._beat_began = 0, time.monotonic()
 
     def ended(self) -> int | None:
         """Its exit code, negative for a signal; None while it runs. To be asked often: this feeds its stdin as well."""
@@ -67,12 +67,16 @@ class Child:
             while self._unsent and (taken := self._stdin.write(self._unsent)):
                 self._unsent = self._unsent[taken:]
 
-    def seconds_in_turn(self) -> float:
+    def seconds_since_beat(self) -> float:
         """Since its heartbeat was last seen to change, or its start; by this process's clock, which nobody sets."""
         with contextlib.suppress(FileNotFoundError):
-            if (beat := self._heartbeat.stat().st_mtime_ns) != self._last_beat:
-                self._last_beat, self._turn_began = beat, time.monotonic()
-        return time.monotonic() - self._turn_began
+            if (changed := self._heartbeat.stat().st_mtime_ns) != self._last_beat:
+                self._last_beat, self._beat_began = changed, time.monotonic()
+        return time.monotonic() - self._beat_began
+
+    def beat(self) -> Beat:
+        """Return the job that it runs, and what it does, by its heartbeat."""
+        return beat(self._heartbeat)
 
     def signal(self, signum: int) -> None:
         self._process.send_signal(signum)
@@ -82,7 +86,7 @@ class Child:
             self._kill_group()
 
     def kill_overdue(self) -> None:
-        self.overdue = turn(self._heartbeat)
+        self.overdue = beat(self._heartbeat)
         self.kill()
 
     def _kill_group(self) -> None:
@@ -117,13 +121,13 @@ def start(given: list[Job], device: str, sweep: config.Sweep, folder: Path) -> C
     return Child(number, given, device, process, heartbeat, json.dumps(order).encode() + b"\n")
 
 
-def turn(heartbeat: Path) -> Turn:
-    """Whose turn a heartbeat says it is; that of a child that has none yet, or has half of one, is all its jobs'."""
+def beat(heartbeat: Path) -> Beat:
+    """Read a heartbeat; a child that has none yet, or half of one, has begun no job."""
     try:
         record: dict[str, Any] = json.loads(heartbeat.read_bytes())
-        return Turn(Path(record["folder"]) if record["folder"] else None, record["doing"])
+        return Beat(Path(record["folder"]) if record["folder"] else None, record["doing"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return Turn()
+        return Beat()
 
 
 def death(child: Child, job: Job, timeout: float | None) -> LoraFtError:
@@ -133,7 +137,7 @@ def death(child: Child, job: Job, timeout: float | None) -> LoraFtError:
     when = f"after step {step}" if step else "before its first step"
     see = f"see {child.log}"
     if child.overdue:
-        told = f"no progress for {timeout:g} s in its turn ({child.overdue.doing}, {when}; "
+        told = f"no progress for {timeout:g} s ({child.overdue.doing}, {when}; "
         return ResourceError(f"{told}hydra.launcher.job_timeout={timeout:g}); {see}")
     if code == -signal.SIGKILL:
         often = "the system's answer to too little memory, often"

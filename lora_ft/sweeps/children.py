@@ -1,10 +1,10 @@
-"""The processes of a sweep: jobs dealt to children, children watched, jobs of one that died run again. No torch here.
+"""The processes of a sweep: jobs dealt to children, children watched, jobs left by one that died run again. No torch.
 
     jobs -grouped-> [0 1 2 3 4 5] [6]  -cut for two GPUs->  [0 2 4] [1 3 5] [6]  -> one child at a time on each
 
-A job ends with result.json or failure.json in its folder, which its child writes. A child that dies takes only itself
-along: each of its jobs that has no outcome goes on in a child of its own, from its checkpoint, and fails if that one
-dies, too. While children run, running.json holds the folders of the jobs of each.
+A job ends with result.json or failure.json in its folder, which its child writes. A child that dies takes its running
+job along, which fails; its other jobs go on in a new child. While children run, running.json holds the folders of the
+jobs of each.
 """
 
 import contextlib
@@ -57,8 +57,8 @@ def run(
                 _pause(running, signals)
                 signals.pass_on(running)
                 for ended in [c for c in running if c.ended() is not None]:
-                    if not signals.came:
-                        waiting += _again(ended, launcher.job_timeout)
+                    if not signals.came and (left := _left(ended, launcher.job_timeout)):
+                        waiting.append(left)
                     running.remove(ended)
                     _note(running, folder)
                 if launcher.job_timeout:
@@ -73,12 +73,10 @@ def run(
 
 
 def _cut(todo: list[Job], launcher: config.Launcher, usable: Devices) -> list[list[Job]]:
-    """Groups that share a base, cut so that every device has a part of each, and no part more jobs than may share."""
+    """Cut groups that share a base so that every device has a part of each."""
     pieces = []
     for group in jobs.grouped(todo, launcher.share_base):
-        most = launcher.max_learners_per_base or len(group)
-        for part in jobs.pieces(group, len(usable[group[0].cfg.device])):
-            pieces += [part[i : i + most] for i in range(0, len(part), most)]
+        pieces += jobs.pieces(group, len(usable[group[0].cfg.device]))
     return pieces
 
 
@@ -100,47 +98,29 @@ def _note(running: list[Child], folder: Path) -> None:
     durable.write_json(folder / RUNNING, {str(c.number): [str(job.folder) for job in c.jobs] for c in running})
 
 
-def _again(ended: Child, timeout: float | None) -> list[list[Job]]:
-    """What of a child's jobs has to be run again, each list in one child; the failures that are certain are written.
+def _left(ended: Child, timeout: float | None) -> list[Job]:
+    """Write the failure of the job that a child died with; return its other jobs without outcome.
 
-    It comes to an end: together only where at least one job had its outcome, alone only what was not.
+    Each call leaves fewer jobs: a child that brought none to an outcome fails its first.
     """
     left = [job for job in ended.jobs if not _has_outcome(job)]
-    if len(ended.jobs) == 1:
-        _fail(ended, left, timeout)
-        return []
-    alone = [job for job in ended.jobs if _ran_out_of_memory(job)]
-    for job in alone:
-        durable.remove(job.folder / runs.FAILURE)
-    together = list[Job]()
-    if ended.overdue:
-        _fail(ended, [job for job in left if job.folder == ended.overdue.folder], timeout)
-        alone += [job for job in left if job.folder != ended.overdue.folder]
-    elif ended.ended() in (0, 75) and len(left) < len(ended.jobs):
-        together = left
-    else:
-        alone += left
-    return [[child.from_checkpoint(job) for job in part] for part in (together, *([job] for job in alone)) if part]
+    changed_base = ended.ended() == 75 and len(left) < len(ended.jobs)
+    if left and not changed_base:
+        folder = (ended.overdue or ended.beat()).folder
+        dead = next((job for job in left if job.folder == folder), left[0])
+        durable.make_folder(dead.folder)
+        runs.write_failure(dead.folder, child.death(ended, dead, timeout))
+        left.remove(dead)
+    return [child.from_checkpoint(job) for job in left]
 
 
 def _has_outcome(job: Job) -> bool:
     return (job.folder / runs.FAILURE).is_file() or runs.is_finished(job.folder, job.cfg)
 
 
-def _ran_out_of_memory(job: Job) -> bool:
-    failure = runs.read_failure(job.folder)
-    return bool(failure and failure["kind"] == "ResourceError" and "out of memory" in failure["message"])
-
-
-def _fail(ended: Child, dead: list[Job], timeout: float | None) -> None:
-    for job in dead:
-        durable.make_folder(job.folder)
-        runs.write_failure(job.folder, child.death(ended, job, timeout))
-
-
 def _kill_overdue(running: list[Child], timeout: float) -> None:
     for late in running:
-        if not late.overdue and late.seconds_in_turn() > timeout:
+        if not late.overdue and late.seconds_since_beat() > timeout:
             late.kill_overdue()
 
 

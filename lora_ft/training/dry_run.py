@@ -174,7 +174,7 @@ def look(
         *(warnings_of_rows(rows.seen, rows.dataset.report, cfg.data) if rows else ()),
         *(_foreign_ends(rows.seen, base) if rows and base else ()),
         *(_doubtful_steps(steps, len(rows.dataset.train), cfg.train) if rows and steps else ()),
-        *(summary.warnings(layers, cfg.adapter) if layers else ()),
+        *(summary.warnings(layers, cfg) if layers else ()),
         *(_unseen_weights(base) if base and cfg.adapter.init_from else ()),
         *without_effect(
             cfg, rows.dataset if rows else None, steps.count if steps else 0, steps.largest if steps else 0

@@ -29,10 +29,9 @@ from lora_ft import config, runs, validation
 from lora_ft.config import Tracker
 from lora_ft.errors import ConfigError, LoraFtError, ResourceError
 from lora_ft.io import durable, untrusted
-from lora_ft.training import logs
+from lora_ft.training.callbacks import Callback, Metrics
 from lora_ft.training.finish import Result
-from lora_ft.training.state import Learner
-from lora_ft.training.trainer import Metrics
+from lora_ft.training.state import TrainingState
 
 log = logging.getLogger("lora_ft")
 
@@ -57,41 +56,34 @@ class Remote:
     end: Callable[[Outcome], None]
 
 
-class Tracked:
-    """An observer that keeps the metrics of several learners, each with its tracker."""
+class TrackerCallback(Callback):
+    """Sends the metrics of a run to its tracker."""
 
-    def __init__(self, learners: list[Learner]) -> None:
-        self._tracks = {learner.name: _Track(learner) for learner in learners}
+    def __init__(self) -> None:
+        self._track: _Track | None = None
 
-    def __call__(self, learner: Learner, metrics: Metrics) -> None:
-        runs.append_metrics(learner.folder, metrics)
-        self._tracks[learner.name].follow(metrics)
+    def on_start(self, state: TrainingState) -> None:
+        self._track = _Track(state)
 
-    def ended(self, learner: Learner, outcome: Outcome) -> None:
-        """Mark the end of a learner, once: its result goes into the tracker's summary, a failure into its state."""
-        if track := self._tracks.pop(learner.name, None):
-            with logs.about(learner.folder):
-                track.end(outcome)
+    def on_step(self, state: TrainingState, metrics: Metrics) -> None:
+        assert self._track
+        self._track.follow(metrics)
 
+    def on_evaluate(self, state: TrainingState, metrics: Metrics) -> None:
+        if metrics["step"] == 0:
+            self.on_step(state, metrics)
 
-@contextlib.contextmanager
-def tracked(learners: list[Learner]) -> Iterator[Tracked]:
-    """Keep the metrics of these learners until the block ends; those without an outcome end with what ended it.
-
-    Raises what `check` raises.
-    """
-    for learner in learners:
-        check(learner.cfg.track)
-    track = Tracked(learners)
-    try:
-        yield track
-    except BaseException as error:
-        for learner in learners:
-            track.ended(learner, error)
-        raise
-    finally:
-        if any(learner.cfg.track.name is Tracker.wandb for learner in learners):
+    def on_end(self, state: TrainingState, outcome: Outcome) -> None:
+        if self._track:
+            self._track.end(outcome)
+        if state.cfg.track.name is Tracker.wandb:
             _end_wandb_service()
+
+
+def callbacks(track: config.Track) -> list[Callback]:
+    """Return the callback that sends metrics to the tracker; raises what `check` raises."""
+    check(track)
+    return [] if track.name is Tracker.none else [TrackerCallback()]
 
 
 def check(track: config.Track) -> None:
@@ -116,9 +108,9 @@ def check(track: config.Track) -> None:
 class _Track:
     """One learner's run in its tracker, opened with the first metrics; a start that fails before them leaves none."""
 
-    def __init__(self, learner: Learner) -> None:
-        self._learner = learner
-        self._open = _OPEN.get(learner.cfg.track.name)
+    def __init__(self, state: TrainingState) -> None:
+        self._state = state
+        self._open = _OPEN.get(state.cfg.track.name)
         self._remote: Remote | None = None
         self._first: int | None = None
         self._is_lost = False
@@ -134,7 +126,7 @@ class _Track:
 
     def end(self, outcome: Outcome) -> None:
         # wandb's service keeps the id of a run that it failed to begin, and lets none begin under it again.
-        lost_for_good = self._is_lost and self._learner.cfg.track.name is Tracker.wandb
+        lost_for_good = self._is_lost and self._state.cfg.track.name is Tracker.wandb
         if self._first is not None and not lost_for_good:
             with self._warned():
                 self._send([])
@@ -144,8 +136,8 @@ class _Track:
     def _send(self, rows: list[Metrics]) -> None:
         if self._remote is None:
             assert self._open and self._first is not None
-            self._remote = self._open(self._learner, self._first)
-            rows = runs.read_metrics(self._learner.folder)
+            self._remote = self._open(self._state, self._first)
+            rows = runs.read_metrics(self._state.folder)
         for row in rows:
             # A step that was taken again after a resume is there with the same loss.
             if row["step"] > self._remote.last_step:
@@ -159,12 +151,12 @@ class _Track:
             raise
         except Exception as error:  # of a client whose failures are its own, and no reason to lose a run
             self._remote, self._is_lost = None, True
-            name = self._learner.cfg.track.name.value
+            name = self._state.cfg.track.name.value
             log.warning("track=%s failed; %s has all: %s: %s", name, runs.METRICS, type(error).__name__, error)
 
 
-def _tensorboard(learner: Learner, first_step: int) -> Remote:
-    write = event_file(learner.folder / "tensorboard", max(0, first_step - 1))
+def _tensorboard(state: TrainingState, first_step: int) -> Remote:
+    write = event_file(state.folder / "tensorboard", max(0, first_step - 1))
     return Remote(first_step - 1, write, lambda _: None)
 
 
@@ -203,16 +195,16 @@ class _Appender:
         durable.append_bytes(self._path, data)
 
 
-def _wandb(learner: Learner, _first_step: int) -> Remote:
+def _wandb(state: TrainingState, _first_step: int) -> Remote:
     import wandb
 
-    group, name = _place(learner.folder)
+    group, name = _place(state.folder)
     # wandb's hooks would print a crash's traceback beside ours, with the secrets that ours leaves out.
     hooks = sys.exit, sys.excepthook
     try:
         run = wandb.init(
-            project=learner.cfg.track.project, group=group, name=name, id=_id(learner.folder), resume="allow",
-            dir=str(learner.folder), config=validation.to_plain(learner.cfg), reinit="create_new",
+            project=state.cfg.track.project, group=group, name=name, id=_id(state.folder), resume="allow",
+            dir=str(state.folder), config=validation.to_plain(state.cfg), reinit="create_new",
             settings=wandb.Settings(console="off", symlink=False),
         )  # fmt: skip
     finally:
@@ -237,24 +229,24 @@ def _end_wandb_service() -> None:
         log.warning("track=wandb: its service did not end well: %s: %s", type(error).__name__, error)
 
 
-def _mlflow(learner: Learner, _first_step: int) -> Remote:
+def _mlflow(state: TrainingState, _first_step: int) -> Remote:
     import mlflow
     from mlflow.entities import Metric, Param, RunTag
 
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-        uri = (learner.folder.resolve() / "mlflow").as_uri()
+        uri = (state.folder.resolve() / "mlflow").as_uri()
     client = mlflow.MlflowClient(tracking_uri=uri)
-    experiment, key = _experiment(client, learner.cfg.track.project), _id(learner.folder)
+    experiment, key = _experiment(client, state.cfg.track.project), _id(state.folder)
     if found := client.search_runs([experiment], f"tags.`lora_ft.id` = '{key}'", max_results=1):
         run_id = found[0].info.run_id
         client.update_run(run_id, status="RUNNING")
     else:
-        group, name = _place(learner.folder)
+        group, name = _place(state.folder)
         tags = {"lora_ft.id": key} | ({"group": group} if group else {})
         run_id = client.create_run(experiment, run_name=name, tags=tags).info.run_id
-        settings = [Param(name, value) for name, value in _flat(validation.to_plain(learner.cfg)).items()]
+        settings = [Param(name, value) for name, value in _flat(validation.to_plain(state.cfg)).items()]
         for start in range(0, len(settings), 100):  # the most that a server takes at a time
             client.log_batch(run_id, params=settings[start : start + 100])
     held = [m.step for name in ("loss", "heldout_loss") for m in client.get_metric_history(run_id, name)]

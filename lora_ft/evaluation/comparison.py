@@ -1,0 +1,169 @@
+"""Base against adapter: the same eval rows and the same prompts, one model with the adapter off and on.
+
+                  base     adapter
+eval loss        3.142       2.087     nats per token
+perplexity       23.15        8.06     113 tokens of 12 rows
+
+question    How many legs has a spider?
+reference   Eight.
+base        A spider is a ...
+adapter     Eight.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from peft import PeftModel
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lora_ft import config
+from lora_ft.data.dataset import Question, TokenRow
+from lora_ft.errors import NonFiniteError
+from lora_ft.evaluation.generation import generate, visible
+from lora_ft.evaluation.loss import EvalLoss, eval_loss
+from lora_ft.ops.token_loss import Paths
+
+_WIDE = 100  # columns; in a narrower terminal, four texts side by side are unreadable
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Rows for the loss and prompts to answer greedily, with the size of a forward pass and of an answer in tokens."""
+
+    rows: Sequence[TokenRow]
+    prompts: Sequence[Question]
+    tokens_per_microbatch: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A prompt of the eval set, its reference answer, and the answers of both models."""
+
+    question: str
+    reference: str
+    base: str
+    adapter: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Losses of base and adapter over the same rows, and their answers to the same prompts."""
+
+    base: EvalLoss
+    adapter: EvalLoss
+    answers: list[Answers]
+
+
+def compare(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    eval_set: EvalSet,
+    paths: Paths,
+    earlier: Comparison | None = None,
+    known: tuple[EvalLoss | None, EvalLoss | None] = (None, None),
+) -> Comparison:
+    """Evaluate the bare base and the active adapter on one eval set.
+
+    The base's part is taken from an `earlier` comparison on the same base and eval set. Losses of base and adapter
+    that are `known` are not computed again. Raises NonFiniteError for a loss that is NaN or infinite.
+    """
+    inner: PreTrainedModel = model.get_base_model()
+
+    def loss_and_answers(loss: EvalLoss | None) -> tuple[EvalLoss, list[str]]:
+        loss = loss or eval_loss(inner, eval_set.rows, paths, eval_set.tokens_per_microbatch)
+        if not math.isfinite(loss.loss):
+            raise NonFiniteError(f"eval loss {loss.loss}: the weights of the base or of the adapter are broken")
+        prompts = [prompt.prompt_ids for prompt in eval_set.prompts]
+        greedy = config.Sampling(max_new_tokens=eval_set.max_new_tokens)
+        return loss, generate(inner, tokenizer, prompts, greedy, seed=0)
+
+    if earlier:
+        base, base_answers = earlier.base, [answers.base for answers in earlier.answers]
+    else:
+        with adapter_off(model):
+            base, base_answers = loss_and_answers(known[0])
+    adapter, adapter_answers = loss_and_answers(known[1])
+    rows = zip(eval_set.prompts, base_answers, adapter_answers, strict=True)
+    return Comparison(base, adapter, [Answers(p.prompt, p.answer, off, on) for p, off, on in rows])
+
+
+@contextlib.contextmanager
+def adapter_off(model: PeftModel) -> Iterator[None]:
+    """The bare base, bit for bit, until the block ends; every requires_grad is then restored."""
+    # PEFT freezes every adapter here and unfreezes the active one after the block, even one loaded for inference.
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, required in trainable:
+            parameter.requires_grad = required
+
+
+def render(
+    comparison: Comparison | None, facts: dict[str, str], scores: dict[str, tuple[float, float]] | None = None
+) -> RenderableType:
+    """Lay out the result of train or eval for the terminal, without truncation; None without eval rows.
+
+    `scores` are further figures of base and adapter, by name; `facts` are lines below the table and the answers.
+    """
+    parts: list[RenderableType] = []
+    if comparison is None:
+        parts.append(Text("no eval rows: base and adapter are not compared"))
+    else:
+        parts += [_figures(comparison, scores or {}), Text(), *(_Side(answers) for answers in comparison.answers)]
+    return Group(*parts, _pairs(facts.items()))
+
+
+def _figures(comparison: Comparison, scores: dict[str, tuple[float, float]]) -> Table:
+    base, adapter = comparison.base, comparison.adapter
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for header in ("", "base", "adapter", ""):
+        table.add_column(header, justify="right" if header else "left", overflow="fold")
+    counted = f"{base.tokens:,} tokens of {base.rows:,} rows"
+    table.add_row("eval loss", _number(base.loss), _number(adapter.loss), "nats per token")
+    table.add_row("perplexity", _number(base.perplexity), _number(adapter.perplexity), counted)
+    for name, values in scores.items():
+        table.add_row(name, *map(_number, values))
+    return table
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if value < 1e4 else f"{value:.3g}" if math.isfinite(value) else "over 1e304"
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One prompt and its answers: columns in a wide terminal, else lines below each other."""
+
+    answers: Answers
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        texts = vars(self.answers)
+        if options.max_width < _WIDE:
+            yield _pairs(texts.items())
+        else:
+            table = Table(*texts, box=None, padding=(0, 2, 0, 0), header_style="dim")
+            table.add_row(*map(_text, texts.values()))
+            yield table
+        yield Text()
+
+
+def _pairs(items: Iterable[tuple[str, str]]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(overflow="fold", style="dim")
+    table.add_column(overflow="fold")
+    for name, value in items:
+        table.add_row(Text(name), _text(value))
+    return table
+
+
+def _text(value: str) -> Text:
+    """Text shown literally: without markup, and with its control characters escaped."""
+    return Text(visible(value), overflow="fold")

@@ -1,0 +1,240 @@
+"""Answers of a model: many prompts in batches, or one prompt with its text streamed.
+
+prompt    <|im_start|>user\\n2+2?<|im_end|>\\n<|im_start|>assistant\\n
+answer    4 <|im_end|>                 ends before the stop token, or at the longest allowed length
+
+A batch is padded on the left; attention mask and position ids hide the padding:
+
+    . . . 2 + 2 ? | 4 <|im_end|>
+    What is pi? . | 3 . 14 <|im_end|>   (the longest prompt of a batch is not padded)
+
+transformers computes the answers. Only `config.Sampling` and the seed decide them: the model's own
+generation_config (top_k, repetition penalty, ...) is set aside, and the global random state is restored.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+
+import jinja2
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from lora_ft import config
+from lora_ft.errors import ConfigError, NonFiniteError
+from lora_ft.models.acceleration import dequantized_weights, plain_attention
+
+# Terminals obey control characters, and a model can write any: they are escaped.
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+_UNFINISHED = "\ufffd"
+_PAD = 0  # any token: the mask hides it, and nothing after a stop token is read
+_COLDEST = 1e-6  # at lower temperatures only rounding could be drawn
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[np.ndarray],
+    sampling: config.Sampling,
+    seed: int,
+    tokens_per_batch: int = 8192,
+) -> list[str]:
+    """Answer prompts (int [length], generation prompt included), without special tokens, in the order given.
+
+    Greedy at temperature 0, in batches of at most `tokens_per_batch` tokens (prompts, padding and answers). A drawn
+    answer depends on its prompt and the seed, so each is computed alone. The model's mode, attention and generation
+    settings are restored. Raises ConfigError for a prompt that leaves no room in the model's context, NonFiniteError
+    for logits that are NaN or infinite.
+    """
+    answers = [""] * len(prompts)
+    stops = stop_tokens(model, tokenizer)
+    limit = 0 if _draws(sampling) else tokens_per_batch
+    batches = list(_batches([len(p) for p in prompts], _rooms(model, prompts, sampling), _can_pad(model), limit))
+    with _inference(model):
+        for indices, room in batches:
+            batch = [prompts[i] for i in indices]
+            for i, ids in zip(indices, _new_tokens(model, batch, room, sampling, seed, stops), strict=True):
+                answers[i] = _decode(tokenizer, ids)
+    return answers
+
+
+def stream(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: np.ndarray,
+    sampling: config.Sampling,
+    seed: int,
+    on_text: Callable[[str], None],
+) -> str:
+    """Answer one prompt, the same as `generate`, and pass each piece of text to `on_text` when it is computed."""
+    stops = stop_tokens(model, tokenizer)
+    [room] = _rooms(model, [prompt], sampling)
+    pieces = _Pieces(tokenizer, stops, on_text)
+    with _inference(model):
+        [ids] = _new_tokens(model, [prompt], room, sampling, seed, stops, pieces)
+    return _decode(tokenizer, ids)
+
+
+def _draws(sampling: config.Sampling) -> bool:
+    return sampling.temperature >= _COLDEST
+
+
+def _rooms(model: PreTrainedModel, prompts: Sequence[np.ndarray], sampling: config.Sampling) -> list[int]:
+    """Most new tokens of each answer: `max_new_tokens`, or what the model's context leaves."""
+    context = context_length(model)
+    if (longest := max(map(len, prompts), default=0)) >= context:
+        raise ConfigError(f"the prompt has {longest} tokens, which leaves no room in the model's context of {context}")
+    return [min(sampling.max_new_tokens, context - len(prompt)) for prompt in prompts]
+
+
+def _can_pad(model: PreTrainedModel) -> bool:
+    """True if padding changes no result: the model takes position ids and an attention mask."""
+    return {"attention_mask", "position_ids"} <= inspect.signature(model.forward).parameters.keys()
+
+
+def _batches(lengths: list[int], rooms: list[int], can_pad: bool, tokens: int) -> Iterator[tuple[list[int], int]]:
+    """Indices of prompts to answer together, longest prompts first, with the room of their answers.
+
+    Without padding, only prompts of one length share a batch.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for (room, _), group in groupby(order, key=lambda i: (rooms[i], can_pad or lengths[i])):
+        indices = list(group)
+        while indices:
+            size = max(1, tokens // (lengths[indices[0]] + room))
+            yield indices[:size], room
+            del indices[:size]
+
+
+@contextlib.contextmanager
+def _inference(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode, plain attention and no generation settings but ours; restored with the random state."""
+    was_training, own_settings = model.training, model.generation_config
+    devices = [] if model.device.type == "cpu" else [model.device]
+    model.eval()
+    # `generate` fills what a GenerationConfig leaves open from the model's own.
+    model.generation_config = GenerationConfig()
+    try:
+        with (
+            torch.random.fork_rng(devices, device_type=model.device.type),
+            plain_attention(model),
+            dequantized_weights(model),
+        ):
+            yield
+    finally:
+        model.generation_config = own_settings
+        model.train(was_training)
+
+
+def _new_tokens(
+    model: PreTrainedModel,
+    prompts: Sequence[np.ndarray],
+    room: int,
+    sampling: config.Sampling,
+    seed: int,
+    stops: set[int],
+    streamer: BaseStreamer | None = None,
+) -> list[list[int]]:
+    """Ids of the answers to one batch of prompts, each without its stop token and what follows it."""
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), _PAD)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.as_tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    # Zero turns off top_k, which is 50 where nothing is said.
+    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if _draws(sampling) else {}
+    settings = GenerationConfig(
+        max_new_tokens=room, do_sample=bool(drawn), eos_token_id=sorted(stops) or None, pad_token_id=_PAD, **drawn
+    )
+    torch.manual_seed(seed)
+    output: Tensor = model.generate(
+        ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        generation_config=settings,
+        logits_processor=LogitsProcessorList([_CheckFinite()]),
+        streamer=streamer,
+    )
+    answers: list[list[int]] = output[:, longest:].tolist()
+    return [answer[: next((i for i, token in enumerate(answer) if token in stops), None)] for answer in answers]
+
+
+class _CheckFinite(LogitsProcessor):
+    """Raise NonFiniteError for logits that are NaN or infinite (-inf masks a token, and passes)."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not (scores < torch.inf).all():
+            raise NonFiniteError("the model's logits are not finite: its weights, or the adapter's, are broken")
+        return scores
+
+
+class _Pieces(BaseStreamer):
+    """Text of an answer as its tokens arrive; a character of several tokens is passed on whole."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: set[int], on_text: Callable[[str], None]) -> None:
+        self._tokenizer, self._stops, self._on_text = tokenizer, stops, on_text
+        self._ids: list[int] = []
+        self._sent = 0
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt ([1, length], ignored), then each new token ([1])."""
+        if value.ndim == 1 and (token := int(value)) not in self._stops:
+            self._ids.append(token)
+            # Decoding all tokens each time costs far less than the model's step.
+            text = _decode(self._tokenizer, self._ids)
+            if not text.endswith(_UNFINISHED):
+                self._send(text)
+
+    def end(self) -> None:
+        """Pass on what is left: the bytes of a character that was cut off."""
+        self._send(_decode(self._tokenizer, self._ids))
+
+    def _send(self, text: str) -> None:
+        if len(text) > self._sent:
+            piece, self._sent = text[self._sent :], len(text)
+            self._on_text(piece)
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """The most tokens that the model can read; no limit where the architecture names none."""
+    return int(getattr(model.config, "max_position_embeddings", None) or 1 << 62)
+
+
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that end an answer: the model's and the tokenizer's end of text, and the template's end of turn."""
+    listed = model.generation_config.eos_token_id if model.generation_config else None
+    found = set(listed if isinstance(listed, list) else [listed])
+    return (found | {tokenizer.eos_token_id, _end_of_turn(tokenizer)}) - {None}
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The added token that the chat template puts right after an answer, which may not be the tokenizer's eos."""
+    if not tokenizer.chat_template:
+        return None
+    answer = "two"
+    chat = [{"role": "user", "content": "one"}, {"role": "assistant", "content": answer}]
+    try:
+        rendered = str(tokenizer.apply_chat_template(chat, tokenize=False))
+    except jinja2.TemplateError:  # the template refuses this conversation; the end of text remains a stop token
+        return None
+    after = tokenizer.encode(rendered.rpartition(answer)[2].strip(), add_special_tokens=False)
+    return after[0] if after and after[0] in tokenizer.added_tokens_decoder else None
+
+
+def visible(text: str) -> str:
+    """Text that is safe to show in a terminal: control characters but newline and tab are escaped."""
+    return text.translate(_CONTROLS)
