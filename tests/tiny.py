@@ -110,9 +110,9 @@ def tiny_model(family: str, *, tie: bool = False, dtype: torch.dtype = torch.flo
 
 
 def accelerate_adapter(model: PeftModel, name: str) -> list[str]:
-    """Enter `accelerated_lora` for as long as the model lives; returns its reasons."""
+    """Enter `accelerated_lora` for as long as the base lives; returns its reasons."""
     context = accelerated_lora(model, name, Fast())
-    vars(model).setdefault("held_by_the_test", []).append(context)
+    vars(model.get_base_model()).setdefault("held_by_the_test", []).append(context)
     return context.__enter__()
 
 

@@ -16,6 +16,7 @@ number is switched off, and the reason is logged. No list of families decides.
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +29,6 @@ from transformers import PreTrainedModel
 from lora_ft import config
 from lora_ft.models import accelerated_blocks, path_choice, self_check, storage
 from lora_ft.models import accelerated_lora as lora_layers
-from lora_ft.ops import attention
 from lora_ft.ops.dequantized import dequantized_forwards
 from lora_ft.ops.kernels import OWN, Kernels
 from lora_ft.ops.token_loss import PLAIN_PATHS, Paths
@@ -47,8 +47,7 @@ class Accelerated:
 
     def restore(self) -> None:
         """Give back every forward, the attention implementation and the storage, last replaced first."""
-        while self.undo:
-            self.undo.pop()()
+        _undo_all(self.undo)
 
 
 def accelerate(
@@ -66,7 +65,8 @@ def accelerate(
     """
     made = Accelerated()
     try:
-        _accelerate(made, model, fast, kernels, modules_to_save, check)
+        with warnings.catch_warnings(action="ignore"):  # of attempts that are given up, and as errors they would decide
+            _accelerate(made, model, fast, kernels, modules_to_save, check)
     except BaseException:
         made.restore()
         raise
@@ -92,14 +92,12 @@ def accelerated_lora(model: PeftModel, name: str, fast: config.Fast) -> Iterator
         yield ["plain lora: fast.lora=false"]
         return
     found = lora_layers.fast_forwards(model, name)
-    with replaced_forwards(found.lora | found.int8):
-        for layer, loss in found.head_losses.items():
-            layer.token_loss_sum = loss
-        try:
-            yield found.reasons
-        finally:
-            for layer in found.head_losses:
-                del layer.token_loss_sum
+    undo = [_replace(layer, forward) for layer, forward in (found.lora | found.int8).items()]
+    undo += [_replace(layer, loss, "token_loss_sum") for layer, loss in found.head_losses.items()]
+    try:
+        yield found.reasons
+    finally:
+        _undo_all(undo)
 
 
 @contextlib.contextmanager
@@ -112,16 +110,11 @@ def dequantized_weights(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def plain_attention(model: PreTrainedModel) -> Iterator[None]:
     """Let the model attend as transformers does, for generation, until the block ends."""
-    undo = (
-        path_choice.set_attention(model, attention.PLAIN)
-        if model.config._attn_implementation == attention.NAME
-        else None
-    )
+    undo = path_choice.set_attention(model, path_choice.plain_name(model))
     try:
         yield
     finally:
-        if undo:
-            undo()
+        undo()
 
 
 @contextlib.contextmanager
@@ -131,20 +124,24 @@ def replaced_forwards(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
     try:
         yield
     finally:
-        while undo:
-            undo.pop()()
+        _undo_all(undo)
 
 
-def _replace(module: Any, forward: Forward) -> Undo:
-    own = vars(module).get("forward")
-    module.forward = forward
+def _replace(module: nn.Module, value: Forward, name: str = "forward") -> Undo:
+    own = vars(module).get(name)
+    setattr(module, name, value)
 
     def undo() -> None:
-        del module.forward
+        delattr(module, name)
         if own is not None:
-            module.forward = own
+            setattr(module, name, own)
 
     return undo
+
+
+def _undo_all(undo: list[Undo]) -> None:
+    while undo:
+        undo.pop()()
 
 
 def _accelerate(

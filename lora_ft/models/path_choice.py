@@ -34,7 +34,7 @@ def choose_paths(
     wished = [name for name in _SWITCHES if name == "packing" or getattr(fast, name)]
     if not reference.plain_head and "loss" in wished:
         wished.remove("loss")
-    plain = _plain_name(model)
+    plain = plain_name(model)
     problems: dict[frozenset[str], str] = {}
     for count in range(len(wished) + 1):
         for switched_off in map(frozenset, combinations(wished, count)):
@@ -51,13 +51,16 @@ def unchecked_paths(model: PreTrainedModel, fast: config.Fast) -> tuple[Paths, l
     """Set the model's attention and return the paths that `fast` asks for."""
     lines = [f"plain {name}: fast.{name}=false" for name in ("attention", "loss") if not getattr(fast, name)]
     switched_on = frozenset(name for name in _SWITCHES if name == "packing" or getattr(fast, name))
-    paths = _set(model, _plain_name(model), switched_on)
+    paths = _set(model, plain_name(model), switched_on)
     return paths, [*lines, *_kernel_line(model, paths)]
 
 
-def _plain_name(model: PreTrainedModel) -> str:
+def plain_name(model: PreTrainedModel) -> str:
+    """Return the name of transformers' attention for a model: the one that it has, unless it has ours."""
     own: str = model.config._attn_implementation
-    return attention.PLAIN if own == attention.NAME else own
+    if own != attention.NAME:
+        return own
+    return attention.PLAIN if model._supports_sdpa else "eager"
 
 
 def _set(model: PreTrainedModel, plain: str, switched_on: frozenset[str]) -> Paths:
