@@ -19,9 +19,8 @@ import logging
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
@@ -41,6 +40,9 @@ from lora_ft.ops.kernels import choose_kernels
 from lora_ft.ops.token_loss import Paths
 from lora_ft.training.paths import use_fast_paths
 from lora_ft.training.state import evaluation_rows
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 log = logging.getLogger("lora_ft")
 
@@ -106,7 +108,7 @@ def _eval_set(settings: config.Eval, dataset: Dataset) -> EvalSet:
     return EvalSet(rows, prompts[:wanted], settings.tokens_per_microbatch, settings.max_new_tokens)
 
 
-def _open(cfg: config.EvalRun, adapter: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[PeftModel, Paths]:
+def _open(cfg: config.EvalRun, adapter: Path, tokenizer: PreTrainedTokenizerBase) -> "tuple[PeftModel, Paths]":
     kernels = choose_kernels(resolve_device(cfg.device), compile_=cfg.fast.compile, liger=cfg.fast.liger)
     base, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
     return model, use_fast_paths(base.model, cfg.fast, kernels)
