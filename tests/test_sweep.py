@@ -181,11 +181,15 @@ def outcomes(folder: Path) -> dict[int, str]:
 
 
 @pytest.mark.closes("E01", "E02", "E04")
-def test_jobs_that_fail_die_or_hang_take_no_other_along_and_only_they_run_again(place: Path, tmp_path: Path) -> None:
+def test_jobs_that_fail_die_or_hang_take_no_other_along_and_only_they_run_again(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     planted = {1: "raise", 2: "kill", 4: "nan", 5: "hang"}
     sweep = tmp_path / "sweep"
     words = ("seed=range(0,6)", "hydra.launcher.job_timeout=20")
-    assert swept(place, sweep, *words, PYTHONPATH=str(PLANTED), PLANTED=json.dumps(planted)) == 3
+    with monkeypatch.context() as planting:
+        planting.setenv("PYTHONPATH", str(PLANTED), prepend=os.pathsep)
+        assert swept(place, sweep, *words, PLANTED=json.dumps(planted)) == 3
     kinds = outcomes(sweep)
     assert {n for n, kind in kinds.items() if kind == "finished"} == {0, 3}
     assert kinds[1] == "ZeroDivisionError" and kinds[4] == "NonFiniteError"

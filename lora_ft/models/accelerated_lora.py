@@ -15,16 +15,17 @@ This module only makes forwards. models/acceleration.py puts them in place.
 import functools
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lora_ft.ops.cross_entropy import HeadLora, linear_cross_entropy
 from lora_ft.ops.lora_linear import lora_linear
 from lora_ft.ops.weights import FrozenWeight, frozen_linear, frozen_weight, why_no_weight
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 Forward = Callable[..., Tensor]
 
@@ -38,8 +39,10 @@ class LoraForwards(NamedTuple):
     reasons: list[str]
 
 
-def fast_forwards(model: PeftModel, name: str) -> LoraForwards:
+def fast_forwards(model: "PeftModel", name: str) -> LoraForwards:
     """Return the new forwards for adapter `name`; the reasons count the layers that stay plain."""
+    from peft.tuners.lora import LoraLayer
+
     found = LoraForwards({}, {}, {}, [])
     reasons: Counter[str] = Counter()
     computed = model.get_base_model().get_input_embeddings().weight.dtype

@@ -19,10 +19,9 @@ import functools
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -32,6 +31,9 @@ from lora_ft.models import accelerated_lora as lora_layers
 from lora_ft.ops.dequantized import dequantized_forwards
 from lora_ft.ops.kernels import OWN, Kernels
 from lora_ft.ops.token_loss import PLAIN_PATHS, Paths
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 Undo = Callable[[], None]
 Forward = Callable[..., Any]
@@ -86,7 +88,7 @@ def accelerated(
 
 
 @contextlib.contextmanager
-def accelerated_lora(model: PeftModel, name: str, fast: config.Fast) -> Iterator[list[str]]:
+def accelerated_lora(model: "PeftModel", name: str, fast: config.Fast) -> Iterator[list[str]]:
     """Replace the forwards of adapter `name` until the block ends; yields which layers stay plain, and why."""
     if not fast.lora:
         yield ["plain lora: fast.lora=false"]

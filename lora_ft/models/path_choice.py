@@ -71,8 +71,9 @@ def _set(model: PreTrainedModel, plain: str, switched_on: frozenset[str]) -> Pat
 def set_attention(model: PreTrainedModel, name: str) -> Callable[[], None]:
     """Set the attention implementation, and return the function that sets it back."""
     before = model.config._attn_implementation
-    with quiet():  # a model whose attention cannot be set would log a warning; find_problem tells
-        model.set_attn_implementation(name)
+    if name != before:
+        with quiet():  # a model whose attention cannot be set would log a warning; find_problem tells
+            model.set_attn_implementation(name)
 
     def undo() -> None:
         if model.config._attn_implementation != before:
