@@ -293,7 +293,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{folder} is not a run folder: it has no {_CONFIG}")
     untrusted.check_place(path, folder)
-    untrusted.check_yaml(path.read_bytes(), str(path))
+    untrusted.check_yaml(path.read_bytes(), str(path), ConfigError)
     loaded = yaml.safe_load(path.read_text("utf-8"))
     if not isinstance(loaded, dict):
         raise ConfigError(f"{folder}: {_CONFIG} holds no settings")
