@@ -63,7 +63,6 @@ class EvalResult:
 
 def main(cfg: config.EvalRun, invocation: entry.Invocation) -> float:
     """Evaluate, print the comparison, and return the adapter's loss."""
-    keep_freed_memory()
     result = evaluate(cfg, invocation.overrides)
     facts = {"evaluated": result.rows} | ({"written to": str(result.path)} if result.path else {})
     Console().print(render(_shown(result.comparison, cfg.eval.samples), facts, result.metrics))
@@ -75,7 +74,9 @@ def evaluate(cfg: config.EvalRun, typed: list[str]) -> EvalResult:
 
     `typed` are the overrides that `cfg` was composed from: a setting given there is preferred to the run's.
     """
+    validation.validate(cfg)
     metrics.check(cfg.eval.metrics)
+    keep_freed_memory()
     adapter = loading.adapter_folder(cfg.run, cfg.adapter_path)
     cfg = loading.with_base(cfg, adapter)
     tokenizer = loading.adapter_tokenizer(adapter, cfg.model)

@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config
+from lora_ft import config, validation
 from lora_ft.adapters import files, loading, provenance
 from lora_ft.cli import entry
 from lora_ft.data.dataset import TokenRow, prepare
@@ -63,9 +63,8 @@ class MergeResult:
 
 
 def main(cfg: config.MergeRun, invocation: entry.Invocation) -> None:
-    """Run the command: take the base from the adapter's record if none is given, merge, print the result."""
-    keep_freed_memory()
-    result = merge(loading.with_base(cfg, _adapters(cfg)[0]))
+    """Merge and print the result."""
+    result = merge(cfg)
     console = Console()
     if result.comparison:
         console.print(result.comparison.table())
@@ -77,13 +76,16 @@ def main(cfg: config.MergeRun, invocation: entry.Invocation) -> None:
 def merge(cfg: config.MergeRun) -> MergeResult:
     """Write a merged model, one adapter of several, or a smaller adapter to `cfg.out`, which must not exist.
 
-    `cfg.model` and `cfg.quant` must describe the adapter's base. Raises ConfigError, MismatchError for an adapter that
-    cannot be merged, NonFiniteError for weights that overflow, ResourceError for a disk that is too small.
+    The base is the one that the adapter's record names where `cfg` names none. Raises ConfigError, MismatchError for
+    an adapter that cannot be merged, NonFiniteError for weights that overflow, ResourceError for a full disk.
     """
+    validation.validate(cfg)
     out = Path(cfg.out).expanduser()
     if out.exists() or out.is_symlink():
         raise ConfigError(f"out={cfg.out} exists already: choose a new name, merge never replaces anything")
+    keep_freed_memory()
     adapters = _adapters(cfg)
+    cfg = loading.with_base(cfg, adapters[0])
     tokenizer = loading.adapter_tokenizer(adapters[0], cfg.model)
     if cfg.adapters:
         return _combine(cfg, adapters, tokenizer, out)

@@ -16,10 +16,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, runs
+from lora_ft import config, runs, validation
 from lora_ft.adapters import audit
 from lora_ft.cli import entry
 from lora_ft.config import Schedule
@@ -77,6 +78,35 @@ def main(cfg: config.TrainRun, invocation: entry.Invocation) -> float | None:
         with displayed(folder) as progress, on_signals() as stop:
             result = train_job(cfg, folder, prepare(cfg), [progress], stop)
     return result.heldout_loss if result else None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, its result, and the lines of metrics.jsonl."""
+
+    folder: Path
+    result: Result
+    history: list[dict[str, Any]]
+
+
+def train(
+    cfg: config.TrainRun,
+    rows: Any = None,
+    eval_rows: Any = None,
+    folder: str | Path | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Run:
+    """Train one adapter from Python; see `lora_ft.train`."""
+    folder = Path(folder or runs.new_folder()).expanduser().absolute()
+    cfg = runs.with_rows(cfg, folder, rows, eval_rows)
+    validation.locate_paths(cfg)
+    validation.validate(cfg)
+    with runs.locked(folder):
+        if runs.begin(folder, cfg, []):
+            runs.write_rows(folder, rows, eval_rows)
+            with displayed(folder) as progress, on_signals() as stop:
+                train_job(cfg, folder, prepare(cfg), [progress, *callbacks], stop)
+    return Run(folder, Result(**runs.read_result(folder)), runs.read_metrics(folder))
 
 
 def prepare(cfg: config.TrainRun) -> Shared:

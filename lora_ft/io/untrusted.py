@@ -200,3 +200,14 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint in (bool, str, dict, types.NoneType):
         return isinstance(value, hint)
     return origin is tuple and isinstance(value, list)
+
+
+def without_filled_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """Drop the keys that are null in the objects inside a row of Arrow. Columns and items of lists stay."""
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
