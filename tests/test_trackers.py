@@ -36,7 +36,7 @@ RESULT = Result(
 
 
 class Server:
-    """Holds what a tracker was sent. `make` takes the place of the tracker's class in accelerate."""
+    """Stand-in for a tracker's class in accelerate; keeps the runs that it starts and what they are sent."""
 
     requires_logging_directory = False
 
@@ -70,7 +70,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Server:
 
 
 def run_of(folder: Path, tool: Tracker = Tracker.wandb) -> Any:
-    """What the callback reads of a state."""
+    """Return a stand-in for a state, with all that the callback reads of it."""
     folder.mkdir(parents=True, exist_ok=True)
     return SimpleNamespace(cfg=config.TrainRun(track=config.Track(tool, "mine")), folder=folder)
 

@@ -3,7 +3,7 @@
     track=wandb track.project=my_project        # TrackerCallback sends settings, metrics and result
     tracker.json                                # {"tracker": "wandb", "id": "..."}: where a resumed run continues
 
-metrics.jsonl is complete without a tracker. A tracker that fails costs one warning, and the run goes on without it.
+metrics.jsonl is complete without a tracker. After an error of a tracker, training continues without it.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ _UNLESS_SET = {
     },
 }
 
-# The id of the tracker's own run; the other trackers begin a new run when a run is resumed.
+# The id of the tracker's own run; a resumed run is a new one in trackers that are not listed.
 _ID: dict[Tracker, Callable[[Any], str]] = {
     Tracker.wandb: lambda run: run.id,
     Tracker.mlflow: lambda run: run.info.run_id,
@@ -166,9 +166,19 @@ class TrackerCallback(Callback):
             case Tracker.comet_ml:
                 from comet_ml import ExperimentConfig
 
-                offline = str(folder / "comet_ml")
-                settings = ExperimentConfig(name=name, tags=[group] if group else None, offline_directory=offline)
+                settings = ExperimentConfig(
+                    name=name,
+                    tags=[group] if group else None,
+                    auto_output_logging=False,
+                    offline_directory=str(folder / "comet_ml"),
+                )
                 return {"experiment_key": kept, "experiment_config": settings}
+            case Tracker.dvclive:
+                return {"dir": str(folder / "dvclive"), "resume": kept is not None}
+            case Tracker.swanlab:
+                return {"name": name, "group": group, "log_dir": str(folder / "swanlab")}
+            case Tracker.clearml:
+                return {"task_name": name}
         return {}
 
     def _log_result(self, result: Result) -> None:
@@ -176,7 +186,7 @@ class TrackerCallback(Callback):
         if self._name is Tracker.wandb:  # its history takes no step twice
             self._tracker.run.summary.update(values)
         else:
-            numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+            numbers = {name: float(value) for name, value in values.items() if not isinstance(value, str)}
             self._tracker.log(numbers, step=result.steps)
 
     def _finish(self, outcome: Outcome) -> None:
