@@ -17,8 +17,8 @@ from lora_ft.errors import NonFiniteError
 from lora_ft.evaluation.comparison import Answers, Comparison, EvalSet, adapter_off, compare, render
 from lora_ft.evaluation.generation import generate
 from lora_ft.evaluation.loss import EvalLoss, eval_loss
+from lora_ft.models.acceleration import accelerate
 from lora_ft.models.load import load_base
-from lora_ft.ops.token_loss import choose_paths
 
 NASTY = "[bold red]no markup[/] \x1b[31mno colour " + "unbroken" * 30
 
@@ -40,8 +40,8 @@ def test_the_base_through_the_adapters_model_is_the_bare_base_to_the_bit(
     bare = load_base(cfg.model, cfg.quant, "cpu")
     dataset = prepare(cfg.data, bare.tokenizer)
     assert dataset.heldout and dataset.questions
-    paths = choose_paths(bare.model, config.Fast())
-    choose_paths(model.get_base_model(), config.Fast())
+    paths = accelerate(bare.model, config.Fast()).paths
+    accelerate(model.get_base_model(), config.Fast())
     found = compare(model, bare.tokenizer, EvalSet(dataset.heldout, dataset.questions[:2], 100, 8), paths)
     assert found.base == eval_loss(bare.model, dataset.heldout, paths, 100)
     assert found.adapter.loss != found.base.loss
@@ -78,7 +78,7 @@ def test_comparing_changes_neither_mode_nor_what_trains(tmp_path: Path, training
     model.train(training)
     before = [(n, p.requires_grad) for n, p in model.named_parameters()]
     dataset = prepare(cfg.data, base.tokenizer)
-    paths = choose_paths(base.model, config.Fast())
+    paths = accelerate(base.model, config.Fast()).paths
     state = torch.get_rng_state()
     compare(model, base.tokenizer, EvalSet(dataset.heldout, dataset.questions[:1], 64, 4), paths)
     assert [(n, p.requires_grad) for n, p in model.named_parameters()] == before
@@ -99,7 +99,7 @@ def test_a_loss_that_is_not_a_number_is_refused(tmp_path: Path) -> None:
     base, model = adapted(cfg)
     base.model.model.norm.weight.data[0] = float("nan")
     dataset = prepare(cfg.data, base.tokenizer)
-    paths = choose_paths(base.model, config.Fast())
+    paths = accelerate(base.model, config.Fast()).paths
     with pytest.raises(NonFiniteError, match="eval loss nan"):
         compare(model, base.tokenizer, EvalSet(dataset.heldout, [], 64, 4), paths)
 
