@@ -198,7 +198,7 @@ class Track:
         Tracker.none, "tracker that receives the metrics beside metrics.jsonl", on_resume=OnResume.free
     )
     project: str = setting(
-        "lora_ft", "wandb, mlflow: project, or experiment, of the run", text=True, on_resume=OnResume.free
+        "lora_ft", "project of the run in its tracker; mlflow: experiment", text=True, on_resume=OnResume.free
     )
 
 

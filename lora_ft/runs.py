@@ -12,7 +12,7 @@ runs/2026-11-23_10-15-00-123456/
   result.json        the outcome: losses, tokens per second, peak memory, where the adapter is
   failure.json       in its place, for a job of a sweep that failed: kind of error, exit code, message
   adapter/           stock PEFT files, tokenizer, lora_ft.json
-  tracker.json       the run's id in its tracker; tensorboard/ wandb/ mlflow/ hold what stays on this machine
+  tracker.json       the run's tracker and id in it; tensorboard/, wandb/, mlflow/ hold its files on this machine
   eval.json          written by lora-ft eval; merge.json by lora-ft merge, which weights were better to merge onto
 
 A sweep folder holds a run folder for each job, and sweep.json: the words that began it.

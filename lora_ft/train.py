@@ -150,10 +150,10 @@ def train_job(
             log.info("ready in %.1f s", time.perf_counter() - started)
             told.on_start(state)
             fit(state, [told], stop, until, shared.base_losses)
-            if not state.is_done:
-                return None
-            audit.check_base_unchanged(loaded.fingerprint, fingerprint(base.model))
-            result = finish(state, base, dataset, shared.comparisons)
+            result = None
+            if state.is_done:
+                audit.check_base_unchanged(loaded.fingerprint, fingerprint(base.model))
+                result = finish(state, base, dataset, shared.comparisons)
         except BaseException as error:
             told.on_end(state, error)
             raise

@@ -60,10 +60,18 @@ class Keep(Enum):
 
 
 class Tracker(Enum):
+    """The names of `accelerate.tracking`."""
+
     none = "none"
     tensorboard = "tensorboard"
     wandb = "wandb"
     mlflow = "mlflow"
+    aim = "aim"
+    clearml = "clearml"
+    comet_ml = "comet_ml"
+    dvclive = "dvclive"
+    swanlab = "swanlab"
+    trackio = "trackio"
 
 
 class Onto(Enum):

@@ -60,6 +60,8 @@ def outcome(
     for callback in callbacks:
         callback.on_start(state)
     fit(state, [seen, *callbacks])
+    for callback in callbacks:
+        callback.on_end(state, None)
     seen = [metrics for metrics in seen.seen if "loss" in metrics]
     adapter = torch.cat([p.detach().flatten() for _, p in sorted(state.parameters.items())])
     assert len(seen) == len(steps)

@@ -15,13 +15,14 @@ fails the run.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union
 
 if TYPE_CHECKING:
     from lora_ft.training.finish import Result
     from lora_ft.training.state import TrainingState
 
 Metrics = dict[str, Any]
+Outcome = Union["Result", BaseException, None]
 
 
 class Callback:
@@ -39,8 +40,8 @@ class Callback:
     def on_checkpoint(self, state: "TrainingState", path: Path) -> None:
         """Called when a checkpoint is written and read back."""
 
-    def on_end(self, state: "TrainingState", outcome: "Result | BaseException") -> None:
-        """Called once at the end, with the result or with the exception that ended the run."""
+    def on_end(self, state: "TrainingState", outcome: Outcome) -> None:
+        """Called once at the end: with the result, the exception that ended the run, or None if it pauses at a rung."""
 
 
 class Callbacks(Callback):
@@ -65,6 +66,6 @@ class Callbacks(Callback):
         for callback in self._callbacks:
             callback.on_checkpoint(state, path)
 
-    def on_end(self, state: "TrainingState", outcome: "Result | BaseException") -> None:
+    def on_end(self, state: "TrainingState", outcome: Outcome) -> None:
         for callback in self._callbacks:
             callback.on_end(state, outcome)
