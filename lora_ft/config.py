@@ -232,6 +232,7 @@ class Launcher:
     """How the jobs of a sweep are run: `hydra.launcher.*` of the launcher lora_ft."""
 
     share_base: bool = setting(True, "train compatible jobs on one loaded base, or each in a process of its own")
+    executor: str = setting("local", "what runs the jobs: local, a process on each device", text=True)
     devices: list[str] = setting([], "CUDA devices, by number; one process on each; []: all that are visible")
     job_timeout: float | None = setting(
         None, "longest time that a step of a job, its loading or its end may take", unit="seconds", above=0

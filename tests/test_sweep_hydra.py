@@ -23,7 +23,7 @@ from lora_ft import runs, validation
 from lora_ft.cli import composition, entry
 from lora_ft.errors import ConfigError, NonFiniteError, ResourceError
 from lora_ft.io import durable
-from lora_ft.sweeps import children, launch
+from lora_ft.sweeps import launch, scheduler
 from lora_ft.sweeps.jobs import Job
 
 
@@ -74,7 +74,7 @@ def trained(rows: str, monkeypatch: pytest.MonkeyPatch) -> Jobs:
             durable.write_text(job.folder / "config.yaml", yaml.safe_dump(validation.to_plain(job.cfg)))
             durable.write_json(job.folder / runs.RESULT, result)
 
-    monkeypatch.setattr(children, "run", run)
+    monkeypatch.setattr(scheduler, "run", run)
     monkeypatch.setattr(launch.report, "write", lambda folder, *, pictures: None)
     monkeypatch.setattr(
         importlib.import_module("lora_ft.sweep"), "end", lambda folder: 3 if any(folder.rglob(runs.FAILURE)) else 0

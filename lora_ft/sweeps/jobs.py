@@ -64,6 +64,11 @@ def from_plain(plain: dict[str, Any]) -> Job:
     return Job(plain["number"], Path(plain["folder"]), cfg, plain["words"])
 
 
+def from_checkpoint(job: Job) -> Job:
+    """Return the job with `resume=auto`, to go on where an earlier process left it, or to begin."""
+    return dataclasses.replace(job, cfg=dataclasses.replace(job.cfg, resume="auto"))
+
+
 def warnings(jobs: list[Job]) -> Iterator[str]:
     """What the values that were chosen do beside what they say."""
     adapters = [job.cfg.adapter for job in jobs]

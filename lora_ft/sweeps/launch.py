@@ -1,14 +1,17 @@
 """Run the jobs of a sweep that have no result yet, and keep its report up to date.
 
-jobs -> [children] -> result.json, failure.json -> eval losses
+jobs -> scheduler -> workers -> result.json, failure.json -> eval losses
 """
 
 import sys
+import time
 from pathlib import Path
 
 from lora_ft import config, runs
-from lora_ft.sweeps import children, jobs, live, report
+from lora_ft.sweeps import jobs, live, report, scheduler
 from lora_ft.sweeps.jobs import Job
+
+_SECONDS_BETWEEN_REPORTS = 30.0
 
 
 def launch(planned: list[Job], sweep: config.Sweep, settings: config.Launcher, folder: Path) -> dict[int, float | None]:
@@ -19,17 +22,18 @@ def launch(planned: list[Job], sweep: config.Sweep, settings: config.Launcher, f
     for job in left:
         if not runs.exists(job.folder):
             runs.write_overrides(job.folder, job.words)
-    ended = -1
+    ended, written = -1, -_SECONDS_BETWEEN_REPORTS
     with live.displayed(planned, folder) as show:
 
         def watch() -> None:
-            nonlocal ended
+            nonlocal ended, written
             show()
             now = sum((job.folder / name).exists() for job in planned for name in (runs.RESULT, runs.FAILURE))
-            if now != ended:
+            # A report takes half a second of a processor that the jobs use; the command writes the last one.
+            if now != ended and time.monotonic() - written >= _SECONDS_BETWEEN_REPORTS:
                 report.write(folder, pictures=False)
-                ended = now
+                ended, written = now, time.monotonic()
 
-        children.run(left, settings, sweep, folder, watch)
+        scheduler.run(left, settings, sweep, folder, watch)
     finished = [job for job in planned if (job.folder / runs.RESULT).is_file()]
     return {job.number: runs.read_result(job.folder).get("heldout_loss") for job in finished}

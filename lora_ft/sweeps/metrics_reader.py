@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_ft import runs
-from lora_ft.sweeps import child, children
+from lora_ft.sweeps import scheduler
+from lora_ft.sweeps.executors import local
+from lora_ft.sweeps.executors.interface import Beat
 from lora_ft.sweeps.jobs import Job
 
 ENDS = ("finished", "stopped", "failed")
@@ -48,8 +50,8 @@ class MetricsReader:
             result.stat().st_mtime_ns if result.is_file() and not runs.is_finished(job.folder, job.cfg) else 0
         )
 
-    def view(self, beat: child.Beat | None) -> View:
-        """The job now; `beat` is that of the child that runs it, None if none does."""
+    def view(self, beat: Beat | None) -> View:
+        """The job now; `beat` is that of the worker that runs it, None if none does."""
         if self._end:
             return self._end
         folder = self.job.folder
@@ -105,9 +107,9 @@ class MetricsReader:
             self._best = heldout if self._best is None else min(self._best, heldout)
 
 
-def beats(folder: Path) -> dict[Path, child.Beat]:
-    """Return, by the folder of each job that a child of the sweep runs now, what it does."""
-    found = (child.beat(folder / child.FOLDER / f"{number}.json") for number in _read(folder / children.RUNNING))
+def beats(folder: Path) -> dict[Path, Beat]:
+    """Return, by the folder of each job that a worker of the sweep runs now, what it does."""
+    found = (local.beat(folder / local.FOLDER / f"{number}.json") for number in _read(folder / scheduler.RUNNING))
     return {beat.folder: beat for beat in found if beat.folder}
 
 

@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
-from lora_ft import config, runs
-from lora_ft.errors import Interrupted, ResourceError
-from lora_ft.sweeps import child, children, devices
+from lora_ft import config, runs, validation
+from lora_ft.errors import ConfigError, Interrupted, ResourceError
+from lora_ft.sweeps import devices, scheduler
+from lora_ft.sweeps.executors import EXECUTORS, local
+from lora_ft.sweeps.executors.interface import Beat
 from lora_ft.sweeps.jobs import Job
 
 HERE = Path(__file__).parent / "sweeps"
@@ -23,7 +25,7 @@ HERE = Path(__file__).parent / "sweeps"
 
 @pytest.fixture(autouse=True)
 def fake_children(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(child, "command", lambda: [sys.executable, "-I", "-S", str(HERE / "fake_worker.py")])
+    monkeypatch.setattr(local, "command", lambda: [sys.executable, "-I", "-S", str(HERE / "fake_worker.py")])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
@@ -34,13 +36,13 @@ def made(folder: Path, *words: str, device: str = "auto") -> list[Job]:
 def run(jobs: list[Job], folder: Path, watch: Callable[[], None] = lambda: None, **launcher: Any) -> None:
     """Run the jobs; afterwards no process is left that they had, and no sign of one."""
     try:
-        children.run(jobs, config.Launcher(**launcher), config.Sweep(), folder, watch)
+        scheduler.run(jobs, config.Launcher(**launcher), config.Sweep(), folder, watch)
     finally:
         for job in jobs:
             for process in seen(job):
                 with pytest.raises(ProcessLookupError):  # a zombie could still be sent a signal
                     os.kill(process["pid"], 0)
-        assert not (folder / children.RUNNING).exists()
+        assert not (folder / scheduler.RUNNING).exists()
 
 
 def seen(job: Job) -> list[dict[str, Any]]:
@@ -111,7 +113,7 @@ def test_the_jobs_behind_one_that_changed_the_base_have_a_new_one(tmp_path: Path
 
 def test_a_child_that_brings_no_job_to_an_outcome_is_not_started_for_ever(tmp_path: Path, monkeypatch) -> None:
     for code in (0, 75):
-        monkeypatch.setattr(child, "command", lambda: [sys.executable, "-I", "-S", "-c", f"raise SystemExit({code})"])  # noqa: B023
+        monkeypatch.setattr(local, "command", lambda: [sys.executable, "-I", "-S", "-c", f"raise SystemExit({code})"])  # noqa: B023
         jobs = made(tmp_path / str(code), "finish", "finish")
         run(jobs, tmp_path / str(code))
         assert all(f"ended with exit code {code} and without an outcome" in outcome for outcome in outcomes(jobs))
@@ -155,11 +157,11 @@ def test_what_is_finished_is_left_alone_and_what_had_failed_is_not(tmp_path: Pat
 def test_every_child_keeps_a_log_of_its_own_also_over_two_sweeps(tmp_path: Path) -> None:
     jobs = made(tmp_path, "exit", "finish")
     run(jobs, tmp_path)
-    assert sorted(p.name for p in (tmp_path / child.FOLDER).glob("*.log")) == ["1.log", "2.log"]
+    assert sorted(p.name for p in (tmp_path / local.FOLDER).glob("*.log")) == ["1.log", "2.log"]
     run(jobs, tmp_path)
-    logs = [(tmp_path / child.FOLDER / f"{n}.log").read_text() for n in (1, 2, 3)]
+    logs = [(tmp_path / local.FOLDER / f"{n}.log").read_text() for n in (1, 2, 3)]
     assert logs == [f"worker with {count} jobs\n" for count in (2, 1, 1)]
-    assert not (tmp_path / child.FOLDER / "4.log").exists()
+    assert not (tmp_path / local.FOLDER / "4.log").exists()
 
 
 def test_a_child_gets_more_jobs_than_a_pipe_holds(tmp_path: Path) -> None:
@@ -172,16 +174,16 @@ def test_a_child_gets_more_jobs_than_a_pipe_holds(tmp_path: Path) -> None:
 
 def test_a_child_that_dies_before_it_reads_its_jobs_fails_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        child, "command", lambda: [sys.executable, "-I", "-S", "-c", "raise SystemExit('no such module')"]
+        local, "command", lambda: [sys.executable, "-I", "-S", "-c", "raise SystemExit('no such module')"]
     )
     jobs = made(tmp_path, *["finish"] * 30)
     run(jobs[:2], tmp_path, share_base=False)
     assert all("exit code 1 and without an outcome before its first step" in message for message in outcomes(jobs[:2]))
-    assert (tmp_path / child.FOLDER / "1.log").read_text() == "no such module\n"
+    assert (tmp_path / local.FOLDER / "1.log").read_text() == "no such module\n"
 
 
 def test_no_child_can_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(child, "command", lambda: [str(tmp_path / "nowhere")])
+    monkeypatch.setattr(local, "command", lambda: [str(tmp_path / "nowhere")])
     with pytest.raises(ResourceError, match="no process can be started for a job: No such file"):
         run(made(tmp_path, "finish"), tmp_path)
 
@@ -197,7 +199,7 @@ def test_a_job_that_hangs_fails_and_the_others_go_on(tmp_path: Path) -> None:
 
 
 def test_a_child_without_a_heartbeat_is_timed_from_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(child, "command", lambda: ["sleep", "60"])
+    monkeypatch.setattr(local, "command", lambda: ["sleep", "60"])
     jobs = made(tmp_path, "finish")
     run(jobs, tmp_path, job_timeout=0.3)
     assert outcomes(jobs)[0].startswith("no progress for 0.3 s (loading")
@@ -271,7 +273,7 @@ def test_a_job_that_somebody_else_stops_fails(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("what", ["slow", "deaf"])
 def test_an_error_of_the_parent_ends_its_children(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(children, "_SECONDS_TO_LEAVE", 0.5)
+    monkeypatch.setattr(scheduler, "_SECONDS_TO_LEAVE", 0.5)
     jobs = made(tmp_path, what, what, device="cuda")
 
     def watch() -> None:
@@ -317,7 +319,7 @@ def test_each_device_has_a_child_with_a_part_of_each_group(tmp_path: Path) -> No
 
 
 def running(folder: Path) -> int:
-    path = folder / children.RUNNING
+    path = folder / scheduler.RUNNING
     return len(json.loads(path.read_text())) if path.exists() else 0
 
 
@@ -373,3 +375,35 @@ def test_without_a_word_of_the_environment_device_files_are_counted(
     assert devices.visible() == ["0", "1"]
     assert devices.usable("cuda:1", []) == ["1"]
     assert devices.usable("cuda:6", []) == ["6"]
+
+
+class InOrder:
+    """A toy executor: no processes, each group is brought to its outcome when it is submitted."""
+
+    def __init__(self) -> None:
+        self.number, self.jobs, self.slot, self.overdue = 0, [], "here", None
+
+    def slots(self, device, chosen):
+        return ["here"]
+
+    def submit(self, group, slot, sweep, folder):
+        for job in group:
+            runs.create(job.folder, validation.to_plain(job.cfg), job.words)
+            (job.folder / runs.RESULT).write_text("{}")
+        self.jobs = group
+        return self
+
+    def ended(self):
+        return 0
+
+    def beat(self):
+        return Beat()
+
+
+def test_another_executor_is_one_class_and_one_line(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(EXECUTORS, "toy", InOrder())
+    jobs = made(tmp_path, "finish", "finish")
+    run(jobs, tmp_path, executor="toy")
+    assert outcomes(jobs) == ["finished"] * 2 and seen(jobs[0]) == []
+    with pytest.raises(ConfigError, match=r"hydra\.launcher\.executor must be one of local, toy, got slurm"):
+        run(made(tmp_path / "other", "finish"), tmp_path, executor="slurm")

@@ -1,49 +1,40 @@
-"""One child process of a sweep: started with its jobs, watched by its heartbeat, ended. No torch here.
+"""Local processes: a worker process for each group, watched by its heartbeat. No torch here.
 
-    F/children/3.log     all that child 3 says
-    F/children/3.json    its heartbeat: {"folder": "/abs/F/7", "beat": 17, "doing": "step"}, written as each begins
+    F/children/3.log     everything that child 3 prints
+    F/children/3.json    its heartbeat: {"folder": "/abs/F/7", "beat": 17, "doing": "step"}
 
-The child leads a session of its own: Ctrl-C in a terminal reaches the parent only, which passes it on. What holds it
-to its parent is the pipe to its stdin, which ends when the parent does, however that ends.
+The child leads a session of its own: Ctrl-C in a terminal reaches the parent only, which passes it on. The pipe to its
+stdin ends when the parent does, however that ends; then it saves and leaves.
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_ft import config, runs, validation
 from lora_ft.errors import LoraFtError, ResourceError
 from lora_ft.io import durable
-from lora_ft.sweeps import jobs
+from lora_ft.sweeps import devices, jobs
+from lora_ft.sweeps.executors.interface import Beat
 from lora_ft.sweeps.jobs import Job
 
 FOLDER = "children"
 _GOOD_ENDS = (0, 75, 130, 143)
 
 
-@dataclass(frozen=True)
-class Beat:
-    """The job that a child is running, None before the first, and what it does: loading, step or end."""
-
-    folder: Path | None = None
-    doing: str = "loading"
-
-
 class Child:
-    """A running process and the jobs it was given; `device` is what CUDA_VISIBLE_DEVICES says, or stands for."""
+    """A running process and the jobs it was given; `slot` is the device it may use."""
 
     def __init__(
-        self, number: int, given: list[Job], device: str, process: subprocess.Popen[bytes], heartbeat: Path, line: bytes
+        self, number: int, given: list[Job], slot: str, process: subprocess.Popen[bytes], heartbeat: Path, line: bytes
     ) -> None:
-        self.number, self.jobs, self.device = number, given, device
+        self.number, self.jobs, self.slot = number, given, slot
         self.log = heartbeat.with_suffix(".log")
         self.overdue: Beat | None = None  # where it was killed for taking too long
         assert process.stdin
@@ -89,6 +80,26 @@ class Child:
         self.overdue = beat(self._heartbeat)
         self.kill()
 
+    def death(self, job: Job, timeout: float | None) -> LoraFtError:
+        """Return why a job has no outcome although its process ended."""
+        code = self.ended() or 0
+        step = _last_step(job.folder)
+        when = f"after step {step}" if step else "before its first step"
+        see = f"see {self.log}"
+        if self.overdue:
+            told = f"no progress for {timeout:g} s ({self.overdue.doing}, {when}; "
+            return ResourceError(f"{told}hydra.launcher.job_timeout={timeout:g}); {see}")
+        if code == -signal.SIGKILL:
+            often = "the system's answer to too little memory, often"
+            return ResourceError(f"its process was killed by SIGKILL ({often}) {when}; {see}")
+        if code < 0:
+            return LoraFtError(f"its process was killed by {_name(-code)} {when}; {see}")
+        if code in (130, 143):
+            return LoraFtError(
+                f"its process was stopped by {_name(code - 128)}, which this sweep did not send, {when}; {see}"
+            )
+        return LoraFtError(f"its process ended with exit code {code} and without an outcome {when}; {see}")
+
     def _kill_group(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: nobody is left but the dead
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -99,26 +110,34 @@ def command() -> list[str]:
     return [sys.executable, "-X", "faulthandler", "-m", "lora_ft.sweeps.worker"]
 
 
-def start(given: list[Job], device: str, sweep: config.Sweep, folder: Path) -> Child:
-    """Start a process for these jobs of the sweep in `folder`; ResourceError where the system has no more of them."""
-    number = 1 + max((int(p.stem) for p in (folder / FOLDER).iterdir() if p.stem.isdecimal()), default=0)
-    heartbeat = (folder / FOLDER / f"{number}.json").absolute()
-    order = {
-        "jobs": [jobs.to_plain(job) for job in given],
-        "heartbeat": str(heartbeat),
-        "sweep": validation.to_plain(sweep),
-    }
-    assigned = device and ":" not in given[0].cfg.device  # cuda:N counts by what the parent sees
-    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": device} if assigned else {})
-    log = durable.open_log(heartbeat.with_suffix(".log"))
-    try:
-        process = subprocess.Popen(command(), bufsize=0, stdin=subprocess.PIPE, stdout=log, stderr=log,
-                                   start_new_session=True, env=environment)  # fmt: skip
-    except OSError as error:
-        raise ResourceError(f"no process can be started for a job: {error.strerror}") from error
-    finally:
-        os.close(log)
-    return Child(number, given, device, process, heartbeat, json.dumps(order).encode() + b"\n")
+class LocalProcesses:
+    """One worker process at a time on each device."""
+
+    def slots(self, device: str, chosen: list[str]) -> list[str]:
+        """Return the devices that can run a job with this setting `device`; [""] for the CPU."""
+        return devices.usable(device, chosen)
+
+    def submit(self, group: list[Job], slot: str, sweep: config.Sweep, folder: Path) -> Child:
+        """Start a process for a group of the sweep in `folder`; ResourceError if the system refuses."""
+        durable.make_folder(folder / FOLDER)
+        number = 1 + max((int(p.stem) for p in (folder / FOLDER).iterdir() if p.stem.isdecimal()), default=0)
+        heartbeat = (folder / FOLDER / f"{number}.json").absolute()
+        order = {
+            "jobs": [jobs.to_plain(job) for job in group],
+            "heartbeat": str(heartbeat),
+            "sweep": validation.to_plain(sweep),
+        }
+        assigned = slot and ":" not in group[0].cfg.device  # cuda:N counts by what the parent sees
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": slot} if assigned else {})
+        log = durable.open_log(heartbeat.with_suffix(".log"))
+        try:
+            process = subprocess.Popen(command(), bufsize=0, stdin=subprocess.PIPE, stdout=log, stderr=log,
+                                       start_new_session=True, env=environment)  # fmt: skip
+        except OSError as error:
+            raise ResourceError(f"no process can be started for a job: {error.strerror}") from error
+        finally:
+            os.close(log)
+        return Child(number, group, slot, process, heartbeat, json.dumps(order).encode() + b"\n")
 
 
 def beat(heartbeat: Path) -> Beat:
@@ -128,27 +147,6 @@ def beat(heartbeat: Path) -> Beat:
         return Beat(Path(record["folder"]) if record["folder"] else None, record["doing"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return Beat()
-
-
-def death(child: Child, job: Job, timeout: float | None) -> LoraFtError:
-    """Why a job has no outcome although its process ended, for its failure.json."""
-    code = child.ended() or 0
-    step = _last_step(job.folder)
-    when = f"after step {step}" if step else "before its first step"
-    see = f"see {child.log}"
-    if child.overdue:
-        told = f"no progress for {timeout:g} s ({child.overdue.doing}, {when}; "
-        return ResourceError(f"{told}hydra.launcher.job_timeout={timeout:g}); {see}")
-    if code == -signal.SIGKILL:
-        often = "the system's answer to too little memory, often"
-        return ResourceError(f"its process was killed by SIGKILL ({often}) {when}; {see}")
-    if code < 0:
-        return LoraFtError(f"its process was killed by {_name(-code)} {when}; {see}")
-    if code in (130, 143):
-        return LoraFtError(
-            f"its process was stopped by {_name(code - 128)}, which this sweep did not send, {when}; {see}"
-        )
-    return LoraFtError(f"its process ended with exit code {code} and without an outcome {when}; {see}")
 
 
 def _name(signum: int) -> str:
@@ -162,8 +160,3 @@ def _last_step(folder: Path) -> int:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             return int(json.loads(line)["step"])
     return 0
-
-
-def from_checkpoint(job: Job) -> Job:
-    """The job, to go on where an earlier process left it, or to begin."""
-    return dataclasses.replace(job, cfg=dataclasses.replace(job.cfg, resume="auto"))
