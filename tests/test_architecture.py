@@ -63,7 +63,7 @@ def violations(graph: dict[str, set[str]]) -> Iterator[str]:
     for name, others in graph.items():
         top = name.partition(".")[0]
         for other, below in ((other, other.partition(".")[0]) for other in sorted(others)):
-            is_command = name in COMMANDS | {"__main__"}
+            is_command = name in COMMANDS | {"__init__", "__main__"}
             is_within = top == below or FLOORS[top] == FLOORS[below] == 0
             if below == "cli" and top != "cli" and not is_command:
                 yield f"{name} imports {other}: only a command may"
