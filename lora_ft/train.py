@@ -19,7 +19,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, runs
+from lora_ft import config, objectives, runs
 from lora_ft.adapters import audit
 from lora_ft.cli import entry
 from lora_ft.config import Schedule
@@ -135,7 +135,8 @@ def train_job(
 def load(cfg: config.TrainRun, shared: Shared) -> LoadedBase:
     """Load the base of a run, freeze and accelerate it."""
     kernels = choose_kernels(resolve_device(cfg.device), compile_=cfg.fast.compile, liger=cfg.fast.liger)
-    base = load_base(cfg.model, cfg.quant, cfg.device, shared.tokenizer)
+    model_class = objectives.find(cfg.objective).model_class
+    base = load_base(cfg.model, cfg.quant, cfg.device, shared.tokenizer, model_class)
     switch_off_dropout(base.model)
     before = fingerprint(base.model)
     paths = use_fast_paths(base.model, cfg.fast, kernels, set(cfg.adapter.modules_to_save))

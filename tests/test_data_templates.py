@@ -192,7 +192,7 @@ def test_a_template_that_rewrites_history_gives_a_document_for_each_answer_as_th
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\none<|im_end|>\n<|im_start|>user\nb<|im_end|>\n"
         "<|im_start|>assistant\n",
     ]
-    assert {row.place for row in rows} == {f"{tmp_path}/rows.jsonl:1"}
+    assert {row.source for row in rows} == {f"{tmp_path}/rows.jsonl:1"}
 
 
 def test_train_on_chooses_the_last_answer_or_everything(tmp_path):

@@ -1,5 +1,6 @@
 """Every fast path against its plain twin and against float64."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from lora_ft import config
 from lora_ft.adapters import attach
-from lora_ft.data.rows import TokenRow
+from lora_ft.data.rows import Example
 from lora_ft.evaluation.loss import eval_loss
 from lora_ft.models.load import load_base
+from lora_ft.objectives.sft import Sft
 from lora_ft.ops import attention
 from lora_ft.ops.dequantized import unpacked_weights
 from lora_ft.ops.dropout import switch_off_dropout
@@ -77,7 +79,7 @@ def test_unpacked_attention_would_be_noticed() -> None:
     model = tiny_model("llama", dtype=torch.float64)
     batch, paths = packed(), choose_paths(tiny_model("llama", dtype=torch.float64), FAST)
     choose_paths(model, FAST)
-    leaking = batch._replace(starts=[0, len(batch.ids)])
+    leaking = replace(batch, starts=[0, len(batch.ids)])
     assert relative(token_loss_sum(model, leaking, paths).detach(), token_loss_sum(model, batch, paths).detach()) > 1e-4
 
 
@@ -95,9 +97,11 @@ def test_an_untested_architecture_is_left_as_it_is_and_gets_one_row_at_a_time() 
     assert model.config._attn_implementation == implementation
     batch = packed()
     apart = sum(token_loss_sum(model, b, paths).detach() for b in alone(batch))
-    assert relative(token_loss_sum(model, batch, paths).detach(), apart) > 1e-4
-    rows = [TokenRow(b.ids.numpy().astype(np.int32), np.roll(b.targets.numpy() >= 0, 1), "here") for b in alone(batch)]
-    assert eval_loss(model, rows, paths, 1000).loss == pytest.approx(
+    together = replace(paths, packs=True)
+    assert relative(token_loss_sum(model, batch, together).detach(), apart) > 1e-4
+    assert relative(token_loss_sum(model, batch, paths).detach(), apart) < 1e-13
+    rows = [Example(b.ids.numpy().astype(np.int32), np.roll(b.targets.numpy() >= 0, 1), "here") for b in alone(batch)]
+    assert eval_loss(model, Sft().loss, rows, paths, 1000).loss == pytest.approx(
         float(apart) / sum(int((b.targets >= 0).sum()) for b in alone(batch)), rel=1e-13
     )
 

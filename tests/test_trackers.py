@@ -342,7 +342,7 @@ def test_no_bit_of_the_result_depends_on_a_tracker(
     def adapter(name: str, tracker: str) -> torch.Tensor:
         (tmp_path / name).mkdir()
         state = state_on(
-            tiny_model("llama"), tmp_path / name, heldout=some_rows(3, seed=1),
+            tiny_model("llama"), tmp_path / name, eval_examples=some_rows(3, seed=1),
             train=config.Train(max_steps=3, tokens_per_step=60), optim=config.Optim(),
             track=config.Track(config.Tracker(tracker)),
         )  # fmt: skip

@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
-from lora_ft.data.dataset import TokenRow
-from lora_ft.data.packing import micro_batches
+from lora_ft.data.packing import longest_group, micro_batches
+from lora_ft.data.rows import Example
 from lora_ft.errors import NonFiniteError
-from lora_ft.evaluation.loss import to_batch
 from lora_ft.export.merge import MergedModel
 from lora_ft.export.weight_stream import streamed, use_placeholders
-from lora_ft.ops.token_loss import IGNORED, TESTED, Batch
+from lora_ft.ops.batch import Batch
+from lora_ft.ops.token_loss import TESTED
 from lora_ft.values import Onto
 
 _TOKENS_PER_PASS = 1024  # logits of two models are in memory: 0.4 GB for a vocabulary of 49,152
@@ -76,7 +76,7 @@ class Comparison:
 
 
 @torch.no_grad()
-def compare(attached: PreTrainedModel, targets: dict[Onto, MergedModel], rows: Sequence[TokenRow]) -> Comparison:
+def compare(attached: PreTrainedModel, targets: dict[Onto, MergedModel], examples: Sequence[Example]) -> Comparison:
     """Compare both merged models with the adapter attached to its quantized base, on that base's device.
 
     Only `attached` is in memory as a whole; the merged models are streamed layer by layer. Raises NonFiniteError.
@@ -85,9 +85,9 @@ def compare(attached: PreTrainedModel, targets: dict[Onto, MergedModel], rows: S
     own: list[Tensor] = []
     losses: dict[Onto, list[Tensor]] = {onto: [] for onto in merged}
     divergence = dict.fromkeys(merged, 0.0)
-    capacity = max([_TOKENS_PER_PASS, *(len(row.ids) for row in rows)])
-    for packed in micro_batches(rows, capacity, attached.config.model_type in TESTED):
-        batch = to_batch(packed, attached.device)
+    capacity = max(_TOKENS_PER_PASS, longest_group(examples))
+    for packed in micro_batches(examples, capacity, attached.config.model_type in TESTED):
+        batch = packed.to(attached.device)
         expected, loss = _log_probs(attached, batch)
         own.append(loss)
         for onto, model in merged.items():
@@ -104,7 +104,7 @@ def compare(attached: PreTrainedModel, targets: dict[Onto, MergedModel], rows: S
     noise = 2 * float(difference.std()) / num**0.5 if num > 1 else float("inf")
     return Comparison(
         better=better(measured, noise), attached_loss=float(base.mean()), dequantized=measured[Onto.dequantized],
-        original=measured[Onto.original], noise=noise, tokens=num, rows=len(rows),
+        original=measured[Onto.original], noise=noise, tokens=num, rows=len(examples),
         dtype=str(targets[Onto.original].dtype).removeprefix("torch."),
     )  # fmt: skip
 
@@ -129,7 +129,6 @@ class _Streamed:
 
 def _log_probs(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return log-probabilities [N, V] at supervised positions in float32, and the losses [N] in float64 on the CPU."""
-    supervised = (batch.targets != IGNORED).nonzero()[:, 0]
     output = model(input_ids=batch.ids[None], position_ids=batch.positions[None], use_cache=False)
-    log_probs = log_softmax(output.logits[0][supervised].float(), dim=-1)
-    return log_probs, -log_probs.gather(1, batch.targets[supervised, None])[:, 0].double().cpu()
+    log_probs = log_softmax(output.logits[0][batch.supervised].float(), dim=-1)
+    return log_probs, -log_probs.gather(1, batch.targets[batch.supervised, None])[:, 0].double().cpu()

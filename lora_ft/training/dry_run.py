@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config
+from lora_ft import config, objectives
 from lora_ft.adapters import summary
 from lora_ft.adapters.summary import Layers
 from lora_ft.data.dataset import Dataset, Report, prepare_rows
@@ -138,9 +138,9 @@ def check_machine(cfg: config.TrainRun) -> None:
 
 
 def read_rows(cfg: config.TrainRun, tokenizer: PreTrainedTokenizerBase) -> Rows:
-    """Read, tokenize and survey the rows of a run; raises what `prepare` raises."""
+    """Read the rows of a run, make and survey its examples; raises the errors of `prepare`."""
     found = read(cfg.data)
-    dataset = prepare_rows(found, cfg.data, tokenizer)
+    dataset = prepare_rows(found, cfg.data, tokenizer, objectives.find(cfg.objective).examples)
     return Rows(dataset, survey(found, dataset, cfg.data, tokenizer))
 
 
@@ -160,7 +160,10 @@ def look(
     tries: Tries, cfg: config.TrainRun, rows: Rows | None, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> Known:
     """All that can be known of such a run, also without its rows; what fails is in `tries`."""
-    base = tries(load_skeleton, cfg.model, cfg.quant, cfg.device, tokenizer)
+    objective = tries(objectives.find, cfg.objective)
+    base = tries(
+        load_skeleton, cfg.model, cfg.quant, cfg.device, tokenizer, objective.model_class if objective else None
+    )
     tries(trackers.check, cfg.track)
     steps = _steps(cfg, rows.dataset) if rows else None
     if rows and steps:
@@ -184,13 +187,13 @@ def look(
 
 
 def _check_lengths(cfg: config.TrainRun, base: Base, dataset: Dataset) -> None:
-    heldout, _ = state.evaluation_rows(dataset, cfg.train.eval_rows)
-    state.check_lengths([*dataset.train, *heldout], base.model, cfg.train)
+    eval_examples, _ = state.choose_eval(dataset, cfg.train.eval_rows)
+    state.check_lengths([*dataset.train, *eval_examples], base.model, cfg.train)
 
 
 def _steps(cfg: config.TrainRun, dataset: Dataset) -> Steps:
     lengths = np.array([len(document.ids) for document in dataset.train])
-    planned = state.plan_steps(lengths.tolist(), cfg.train, cfg.seed)
+    planned = state.plan_steps(dataset.train, cfg.train, cfg.seed)
     count = len(planned)
     tokens = [int(lengths[step].sum()) for step in planned]
     rates = [learning_rate(cfg.optim, step, count) for step in range(count)]
