@@ -19,7 +19,7 @@ import logging
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
@@ -34,15 +34,11 @@ from lora_ft.evaluation import metrics
 from lora_ft.evaluation.comparison import Comparison, EvalSet, compare, render
 from lora_ft.evaluation.loss import EvalLoss
 from lora_ft.io import durable
+from lora_ft.models.acceleration import accelerated
 from lora_ft.models.load import resolve_device
 from lora_ft.ops.allocator import keep_freed_memory
 from lora_ft.ops.kernels import choose_kernels
-from lora_ft.ops.token_loss import Paths
-from lora_ft.training.paths import use_fast_paths
 from lora_ft.training.state import choose_eval
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 log = logging.getLogger("lora_ft")
 
@@ -67,7 +63,6 @@ class EvalResult:
 
 def main(cfg: config.EvalRun, invocation: entry.Invocation) -> float:
     """Evaluate, print the comparison, and return the adapter's loss."""
-    keep_freed_memory()
     result = evaluate(cfg, invocation.overrides)
     facts = {"evaluated": result.rows} | ({"written to": str(result.path)} if result.path else {})
     Console().print(render(_shown(result.comparison, cfg.eval.samples), facts, result.metrics))
@@ -79,7 +74,9 @@ def evaluate(cfg: config.EvalRun, typed: list[str]) -> EvalResult:
 
     `typed` are the overrides that `cfg` was composed from: a setting given there is preferred to the run's.
     """
+    validation.validate(cfg)
     metrics.check(cfg.eval.metrics)
+    keep_freed_memory()
     adapter = loading.adapter_folder(cfg.run, cfg.adapter_path)
     cfg = loading.with_base(cfg, adapter)
     tokenizer = loading.adapter_tokenizer(adapter, cfg.model)
@@ -87,8 +84,10 @@ def evaluate(cfg: config.EvalRun, typed: list[str]) -> EvalResult:
     eval_set = _eval_set(cfg, dataset)
     if not disjoint:
         _warn_of_other_rows(adapter, dataset)
-    model, paths = _open(cfg, adapter, tokenizer)
-    comparison = compare(model, tokenizer, eval_set, paths)
+    kernels = choose_kernels(resolve_device(cfg.device), compile_=cfg.fast.compile, liger=cfg.fast.liger)
+    base, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
+    with accelerated(base.model, cfg.fast, kernels) as made:
+        comparison = compare(model, tokenizer, eval_set, made.paths)
     found = _metrics(comparison, cfg.eval.metrics, dataset.answers)
     path = Path(cfg.run).expanduser() / _FILE if cfg.run else None
     result = EvalResult(comparison, found, described, dataset.report.sha256, path)
@@ -113,12 +112,6 @@ def _eval_set(cfg: config.EvalRun, dataset: Dataset) -> EvalSet:
         settings.max_new_tokens,
         objectives.find(cfg.objective).loss,
     )
-
-
-def _open(cfg: config.EvalRun, adapter: Path, tokenizer: PreTrainedTokenizerBase) -> "tuple[PeftModel, Paths]":
-    kernels = choose_kernels(resolve_device(cfg.device), compile_=cfg.fast.compile, liger=cfg.fast.liger)
-    base, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
-    return model, use_fast_paths(base.model, cfg.fast, kernels)
 
 
 def _rows(cfg: config.EvalRun, typed: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, str, bool]:

@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config
+from lora_ft import config, validation
 from lora_ft.adapters import files, loading, provenance
 from lora_ft.cli import entry
 from lora_ft.data.dataset import prepare
@@ -34,10 +34,11 @@ from lora_ft.export import combine, merge_base, truncate, verify, weight_stream
 from lora_ft.export import merge as merged_model
 from lora_ft.export.gguf import model as gguf_model
 from lora_ft.io import durable
+from lora_ft.models.acceleration import accelerated
 from lora_ft.models.load import Base
 from lora_ft.objectives.sft import Sft
 from lora_ft.ops.allocator import keep_freed_memory
-from lora_ft.training.paths import use_fast_paths
+from lora_ft.ops.token_loss import Paths
 from lora_ft.training.state import choose_eval
 from lora_ft.values import Dtype, Onto, QuantKind
 
@@ -64,9 +65,8 @@ class MergeResult:
 
 
 def main(cfg: config.MergeRun, invocation: entry.Invocation) -> None:
-    """Run the command: take the base from the adapter's record if none is given, merge, print the result."""
-    keep_freed_memory()
-    result = merge(loading.with_base(cfg, _adapters(cfg)[0]))
+    """Merge and print the result."""
+    result = merge(cfg)
     console = Console()
     if result.comparison:
         console.print(result.comparison.table())
@@ -78,13 +78,16 @@ def main(cfg: config.MergeRun, invocation: entry.Invocation) -> None:
 def merge(cfg: config.MergeRun) -> MergeResult:
     """Write a merged model, one adapter of several, or a smaller adapter to `cfg.out`, which must not exist.
 
-    `cfg.model` and `cfg.quant` must describe the adapter's base. Raises ConfigError, MismatchError for an adapter that
-    cannot be merged, NonFiniteError for weights that overflow, ResourceError for a disk that is too small.
+    The base is the one that the adapter's record names where `cfg` names none. Raises ConfigError, MismatchError for
+    an adapter that cannot be merged, NonFiniteError for weights that overflow, ResourceError for a full disk.
     """
+    validation.validate(cfg)
     out = Path(cfg.out).expanduser()
     if out.exists() or out.is_symlink():
         raise ConfigError(f"out={cfg.out} exists already: choose a new name, merge never replaces anything")
+    keep_freed_memory()
     adapters = _adapters(cfg)
+    cfg = loading.with_base(cfg, adapters[0])
     tokenizer = loading.adapter_tokenizer(adapters[0], cfg.model)
     if cfg.adapters:
         return _combine(cfg, adapters, tokenizer, out)
@@ -193,7 +196,8 @@ def _truncate(
     saved = truncate.check(adapter, rank)
     base, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
     found = truncate.updates(model, loading.NAME)
-    ranks = truncate.compare_ranks(model, loading.NAME, found, rank, _eval_loss(cfg, base, tokenizer))
+    with accelerated(base.model, config.Fast()) as made:
+        ranks = truncate.compare_ranks(model, loading.NAME, found, rank, _eval_loss(cfg, base, made.paths, tokenizer))
     small = {layer: update.truncated(rank) for layer, update in found.items()}
     made_from = _origin(base, cfg.quant, [adapter], {"method": "truncated"})
     files.write(
@@ -202,12 +206,13 @@ def _truncate(
     return MergeResult(out, f"adapter of rank {rank} in {out}", rank=rank, ranks=ranks)
 
 
-def _eval_loss(cfg: config.MergeRun, base: Base, tokenizer: PreTrainedTokenizerBase) -> Callable[[], float] | None:
+def _eval_loss(
+    cfg: config.MergeRun, base: Base, paths: Paths, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[], float] | None:
     examples = _eval_examples(cfg, tokenizer)
     if not examples:
         log.warning("no eval rows: the table shows the kept share of the update's norm alone")
         return None
-    paths = use_fast_paths(base.model, config.Fast())
     return lambda: eval_loss(base.model, Sft().loss, examples, paths, _TOKENS_PER_PASS).loss
 
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lora_ft import config, runs
+from lora_ft import config, runs, validation
 from lora_ft.adapters import files, loading
 from lora_ft.cli import entry
 from lora_ft.errors import MismatchError
@@ -79,6 +79,7 @@ def main(cfg: config.PublishRun, invocation: entry.Invocation) -> None:
 
 def publish(cfg: config.PublishRun) -> PublishResult:
     """Package, verify and send an adapter."""
+    validation.validate(cfg)
     destination = destinations.parse(cfg.to)
     adapter = loading.adapter_folder(cfg.run, cfg.adapter_path)
     saved = files.read_config(adapter)

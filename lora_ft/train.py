@@ -16,27 +16,27 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, objectives, runs
+from lora_ft import config, objectives, runs, validation
 from lora_ft.adapters import audit
 from lora_ft.cli import entry
 from lora_ft.config import Schedule
 from lora_ft.evaluation.comparison import Comparison
 from lora_ft.evaluation.loss import EvalLoss
 from lora_ft.io import durable
+from lora_ft.models.acceleration import Accelerated, accelerate
 from lora_ft.models.fingerprint import fingerprint
 from lora_ft.models.load import Base, load_base, load_tokenizer, resolve_device
 from lora_ft.ops.allocator import keep_freed_memory
 from lora_ft.ops.dropout import switch_off_dropout
 from lora_ft.ops.kernels import choose_kernels
-from lora_ft.ops.token_loss import Paths
 from lora_ft.training import checkpoint, trackers
 from lora_ft.training.callbacks import Callback, Callbacks
 from lora_ft.training.dry_run import Rows, check_first, check_machine, read_rows
 from lora_ft.training.finish import Result, finish
-from lora_ft.training.paths import use_fast_paths
 from lora_ft.training.progress import displayed
 from lora_ft.training.signals import Stop, on_signals
 from lora_ft.training.state import attached
@@ -50,7 +50,7 @@ class LoadedBase:
     """A frozen base, accelerated, with the fingerprint of its weights."""
 
     base: Base
-    paths: Paths
+    accelerated: Accelerated
     fingerprint: str
 
 
@@ -80,6 +80,35 @@ def main(cfg: config.TrainRun, invocation: entry.Invocation) -> float | None:
     return result.heldout_loss if result else None
 
 
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, its result, and the lines of metrics.jsonl."""
+
+    folder: Path
+    result: Result
+    history: list[dict[str, Any]]
+
+
+def train(
+    cfg: config.TrainRun,
+    rows: Any = None,
+    eval_rows: Any = None,
+    folder: str | Path | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Run:
+    """Train one adapter from Python; see `lora_ft.train`."""
+    folder = Path(folder or runs.new_folder()).expanduser().absolute()
+    cfg = runs.with_rows(cfg, folder, rows, eval_rows)
+    validation.locate_paths(cfg)
+    validation.validate(cfg)
+    with runs.locked(folder):
+        if runs.begin(folder, cfg, []):
+            runs.write_rows(folder, rows, eval_rows)
+            with displayed(folder) as progress, on_signals() as stop:
+                train_job(cfg, folder, prepare(cfg), [progress, *callbacks], stop)
+    return Run(folder, Result(**runs.read_result(folder)), runs.read_metrics(folder))
+
+
 def prepare(cfg: config.TrainRun) -> Shared:
     """Read the tokenizer and the rows of a run; no weights are loaded."""
     keep_freed_memory()
@@ -107,12 +136,12 @@ def train_job(
     for warning in check.warnings:
         log.warning(warning)
     shared.base = loaded = shared.base or load(cfg, shared)
-    for reason in loaded.paths.reasons:
+    for reason in loaded.accelerated.reasons:
         log.info(reason)
     base, dataset = loaded.base, shared.rows.dataset
     log.info(str(dataset.report))
     told = Callbacks([*trackers.callbacks(cfg.track), *callbacks])
-    with attached(cfg, folder, base, dataset, loaded.paths, loaded.fingerprint) as state:
+    with attached(cfg, folder, base, dataset, loaded.accelerated.paths, loaded.fingerprint) as state:
         log.info("%s parameters train, %d steps", f"{state.num_trainable:,}", len(state.steps))
         try:
             checkpoint.resume(state)
@@ -139,8 +168,8 @@ def load(cfg: config.TrainRun, shared: Shared) -> LoadedBase:
     base = load_base(cfg.model, cfg.quant, cfg.device, shared.tokenizer, model_class)
     switch_off_dropout(base.model)
     before = fingerprint(base.model)
-    paths = use_fast_paths(base.model, cfg.fast, kernels, set(cfg.adapter.modules_to_save))
-    return LoadedBase(base, paths, before)
+    made = accelerate(base.model, cfg.fast, kernels, set(cfg.adapter.modules_to_save))
+    return LoadedBase(base, made, before)
 
 
 if __name__ == "__main__":

@@ -85,6 +85,12 @@ def validate(cfg: Any, prefix: str = "") -> None:
         raise ConfigError("\n".join(problems))
 
 
+def validate_values(cfg: Any) -> None:
+    """Check the rule of each setting, and not what they must be together; raise one ConfigError."""
+    if problems := [*_broken_rules(cfg)]:
+        raise ConfigError("\n".join(problems))
+
+
 def _broken_rules(cfg: Any, prefix: str = "") -> Iterator[str]:
     for f in dataclasses.fields(cfg):
         key, value = prefix + f.name, getattr(cfg, f.name)

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 from lora_ft import config
 from lora_ft.data.dataset import Dataset
 from lora_ft.data.rows import Example
+from lora_ft.models.acceleration import accelerate
 from lora_ft.models.load import Base, Identity
 from lora_ft.ops.dropout import switch_off_dropout
 from lora_ft.training.callbacks import Callback
-from lora_ft.training.paths import use_fast_paths
 from lora_ft.training.state import TrainingState, attached
 from lora_ft.training.trainer import fit
 
@@ -74,7 +74,7 @@ def state_on(
         answers=None,
         report=Report(),
     )
-    context = attached(cfg, folder, base, dataset, use_fast_paths(model, cfg.fast), "f")
+    context = attached(cfg, folder, base, dataset, accelerate(model, cfg.fast).paths, "f")
     state = context.__enter__()
     state.context = context  # or its end would come with that of this function
     return state

@@ -14,9 +14,9 @@ from lora_ft import config, runs, validation
 from lora_ft.adapters import loading
 from lora_ft.data.dataset import prepare
 from lora_ft.evaluation.loss import eval_loss
+from lora_ft.models.acceleration import accelerate
 from lora_ft.models.load import load_base
 from lora_ft.objectives.sft import Sft
-from lora_ft.ops.token_loss import choose_paths
 
 LABELS = [(f"Is {n} even?", "yes" if n % 2 == 0 else "no") for n in range(24)]
 
@@ -33,7 +33,7 @@ def test_it_reports_what_the_adapter_and_the_bare_base_score_on_the_runs_split(
     bare = load_base(cfg.model, cfg.quant, "cpu")
     dataset = prepare(cfg.data, bare.tokenizer)
     for name, network in (("base", bare.model), ("adapter", base.model)):
-        expected = eval_loss(network, Sft().loss, dataset.eval, choose_paths(network, config.Fast()), 1024)
+        expected = eval_loss(network, Sft().loss, dataset.eval, accelerate(network, config.Fast()).paths, 1024)
         assert found[name]["loss"] == pytest.approx(expected.loss, rel=1e-6)
         assert found[name]["perplexity"] == pytest.approx(math.exp(expected.loss), rel=1e-5)
     assert found["base"]["loss"] != found["adapter"]["loss"]

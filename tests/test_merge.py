@@ -20,10 +20,10 @@ from tiny import FAMILIES, tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lora_ft import config
-from lora_ft import merge as merge_command
 from lora_ft.adapters import loading
 from lora_ft.errors import NonFiniteError
 from lora_ft.export import merge, verify, weight_stream
+from lora_ft.merge import merge as merge_adapter
 from lora_ft.models.gguf import convert
 from lora_ft.models.load import load_base
 from lora_ft.models.quantize import dequantize_reference
@@ -313,11 +313,11 @@ def test_from_python_a_merge_returns_what_it_measured_and_prints_nothing(
     run = saved_run(tmp_path / "run", cfg)
     command = config.MergeRun(run=str(run), model=cfg.model, quant=cfg.quant, data=cfg.data, device="cpu")
     capsys.readouterr()
-    result = merge_command.merge(replace(command, out=str(tmp_path / "out")))
+    result = merge_adapter(replace(command, out=str(tmp_path / "out")))
     assert result.out == tmp_path / "out" and str(result.out) in result.summary and result.rank is None
     assert result.distance is not None and result.distance < 1e-5
     assert result.comparison and result.comparison.record() == json.loads((run / "merge.json").read_text())
-    small = merge_command.merge(replace(command, out=str(tmp_path / "small"), truncate_rank=2))
+    small = merge_adapter(replace(command, out=str(tmp_path / "small"), truncate_rank=2))
     assert small.rank == 2 and [row.rank for row in small.ranks] == [1, 2, 4]
     assert capsys.readouterr().out == ""
 

@@ -16,9 +16,9 @@ from lora_ft.adapters import loading
 from lora_ft.data.dataset import prepare
 from lora_ft.evaluation.loss import eval_loss
 from lora_ft.export import merge_base
+from lora_ft.models.acceleration import accelerate
 from lora_ft.models.quantize import dequantize_reference
 from lora_ft.objectives.sft import Sft
-from lora_ft.ops.token_loss import choose_paths
 from lora_ft.training.state import choose_eval
 from lora_ft.values import Onto
 
@@ -44,7 +44,7 @@ def test_both_targets_are_measured_as_anybody_would_and_the_better_is_written(
     for name in ("dequantized", "original"):
         assert call("merge", f"run={run}", f"out={tmp_path / name}", f"onto={name}") == 0
         model = AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
-        alone = eval_loss(model, Sft().loss, rows, choose_paths(model, OFF), 1024)
+        alone = eval_loss(model, Sft().loss, rows, accelerate(model, OFF).paths, 1024)
         assert measured[name]["loss"] == pytest.approx(alone.loss, rel=1e-5)
         assert f"{measured[name]['loss']:.4f}" in shown
         assert measured["tokens"] == alone.tokens
@@ -116,4 +116,4 @@ def test_a_real_quantized_run_loses_nothing_by_being_merged(tmp_path: Path) -> N
         prepare(config.Data(path="package:chatterbot_corpus/data/english", deduplicate=True), tokenizer), 8
     )[0]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    assert eval_loss(model, Sft().loss, rows, choose_paths(model, OFF), 1024).loss == pytest.approx(taken, rel=1e-4)
+    assert eval_loss(model, Sft().loss, rows, accelerate(model, OFF).paths, 1024).loss == pytest.approx(taken, rel=1e-4)

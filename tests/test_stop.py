@@ -13,7 +13,7 @@ import pytest
 from finished import call, rows_file
 from tiny import tiny_folder
 
-from lora_ft import runs, train
+from lora_ft import runs
 from lora_ft.adapters import files
 from lora_ft.errors import Interrupted
 from lora_ft.io import durable
@@ -119,7 +119,7 @@ def test_outside_of_the_steps_a_signal_stops_at_once(
 ) -> None:
     run = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        ask_in(patch, train, place, lambda *_: True, signal.SIGTERM)
+        ask_in(patch, sys.modules["lora_ft.train"], place, lambda *_: True, signal.SIGTERM)
         assert call("train", *words, f"hydra.run.dir={run}") == 143
     assert "lora-ft: stopped by SIGTERM\n" in capfd.readouterr().err
     assert saved(run)[-1:] == ([] if place == "load_base" else ["step-00000005"])

@@ -16,11 +16,12 @@ from finished import call, rows_file, settings
 from test_resume import inputs, weights
 from tiny import tiny_folder
 
-from lora_ft import config, runs, train, validation
+from lora_ft import config, runs, validation
 from lora_ft.errors import ConfigError
 from lora_ft.sweeps import jobs
 from lora_ft.sweeps.halving import Halving
 from lora_ft.sweeps.worker import Heartbeat, Worker
+from lora_ft.train import prepare, train_job
 from lora_ft.training.finish import Result
 from lora_ft.training.signals import Stop
 
@@ -52,7 +53,7 @@ def varied(tmp_path: Path, quant: str) -> list[config.TrainRun]:
 def alone(cfg: config.TrainRun, folder: Path) -> Result:
     """Train a run as `lora-ft train` does."""
     runs.create(folder, validation.to_plain(cfg), [])
-    result = train.train_job(cfg, folder, train.prepare(cfg))
+    result = train_job(cfg, folder, prepare(cfg))
     assert result
     return result
 

@@ -1,6 +1,7 @@
 """Hydra's side of a sweep: its own test suites, sweepers and launchers of others, the words, resuming, folders."""
 
 import hashlib
+import importlib
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from hydra.core.singleton import Singleton
 from hydra.test_utils.launcher_common_tests import IntegrationTestSuite, LauncherTestSuite
 from tiny import tiny_folder
 
-from lora_ft import runs, sweep, validation
+from lora_ft import runs, validation
 from lora_ft.cli import composition, entry
 from lora_ft.errors import ConfigError, NonFiniteError, ResourceError
 from lora_ft.io import durable
@@ -75,7 +76,9 @@ def trained(rows: str, monkeypatch: pytest.MonkeyPatch) -> Jobs:
 
     monkeypatch.setattr(children, "run", run)
     monkeypatch.setattr(launch.report, "write", lambda folder, *, pictures: None)
-    monkeypatch.setattr(sweep, "end", lambda folder: 3 if any(folder.rglob(runs.FAILURE)) else 0)
+    monkeypatch.setattr(
+        importlib.import_module("lora_ft.sweep"), "end", lambda folder: 3 if any(folder.rglob(runs.FAILURE)) else 0
+    )
     return jobs
 
 

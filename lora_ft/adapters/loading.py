@@ -15,12 +15,13 @@ from typing import Any, TypeVar
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, runs
+from lora_ft import config, runs, validation
 from lora_ft.adapters import files, provenance
 from lora_ft.errors import ConfigError, MismatchError, ResourceError
 from lora_ft.io import untrusted
 from lora_ft.models import resolve
 from lora_ft.models.load import Base, load_base, load_tokenizer, read_tokenizer
+from lora_ft.ops.allocator import keep_freed_memory
 
 log = logging.getLogger("lora_ft")
 
@@ -178,6 +179,17 @@ def _own_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     resolve.check_tokenizer(folder)
     tokenizer: PreTrainedTokenizerBase = read_tokenizer(folder, str(folder))
     return tokenizer
+
+
+def load(cfg: config.ChatRun) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Load the adapter that `run` or `adapter_path` names onto its base, for inference."""
+    validation.validate(cfg)
+    keep_freed_memory()
+    adapter = adapter_folder(cfg.run, cfg.adapter_path)
+    cfg = with_base(cfg, adapter)
+    tokenizer = adapter_tokenizer(adapter, cfg.model)
+    _, model = open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
+    return model, tokenizer
 
 
 def open_adapter(

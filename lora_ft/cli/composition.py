@@ -78,6 +78,17 @@ def run(command: Command, main: Main, end: Callable[[Path], int]) -> int:
     return 0
 
 
+def compose(verb: str, words: list[str], config_dir: Path | None = None) -> Any:
+    """Compose the config of a command as its dataclass; the rules of single settings are checked."""
+    if verb not in config.SCHEMAS:
+        raise ConfigError(f"{verb} is not a command; there are {', '.join(config.SCHEMAS)}")
+    command = Command(verb, words, config_dir=config_dir)
+    with _hydra(command) as (hydra, translated):
+        composed = _composed(hydra, command, translated)
+        guard.check_composed(composed)
+        return _checked(command, composed, validation.validate_values)
+
+
 def _without_folder(composed: DictConfig, task: Task) -> None:
     """Run the job as `Hydra.run` does, but for the folder, which most verbs write nothing to."""
     with open_dict(composed.hydra.runtime):
@@ -273,7 +284,7 @@ def _keys(node: Any, prefix: str = "") -> Iterator[str]:
             yield from _keys(child, f"{prefix}{name}.")
 
 
-def _checked(command: Command, composed: DictConfig) -> Any:
+def _checked(command: Command, composed: DictConfig, check: Callable[[Any], None] = validation.validate) -> Any:
     """The composed config as the verb's dataclass, its rules checked; ConfigError."""
     schema = config.SCHEMAS[command.verb]
     names = [str(name) for name in composed if name != "hydra"]
@@ -285,6 +296,6 @@ def _checked(command: Command, composed: DictConfig) -> Any:
     except OmegaConfBaseException as error:
         raise _explained(command, error) from error
     validation.locate_paths(cfg)
-    validation.validate(cfg)
+    check(cfg)
     guard.check_secrets(validation.to_plain(cfg))
     return cfg

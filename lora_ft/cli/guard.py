@@ -25,7 +25,7 @@ from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 
 from lora_ft import config
-from lora_ft.errors import SecurityError
+from lora_ft.errors import ConfigError, SecurityError
 from lora_ft.io import redact, untrusted
 
 TARGET = "_target_"
@@ -75,7 +75,7 @@ class Loader(ConfigLoaderImpl):
 
 def _check_file(path: Path) -> None:
     data = path.read_bytes()
-    untrusted.check_yaml(data, str(path))
+    untrusted.check_yaml(data, str(path), ConfigError)
     try:
         root = yaml.compose(data, yaml.SafeLoader)
     except yaml.YAMLError:

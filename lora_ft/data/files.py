@@ -26,7 +26,7 @@ def read_file(path: Path, label: str, ledger: Ledger) -> Iterator[Record]:
 
 def _yaml(path: Path, label: str, ledger: Ledger) -> Iterator[Record]:
     data = path.read_bytes()
-    untrusted.check_yaml(data, label)
+    untrusted.check_yaml(data, label, DataError)
     return chatterbot.conversations(text.decode(data, label), label, ledger)
 
 

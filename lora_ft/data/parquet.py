@@ -12,6 +12,7 @@ from typing import Any
 
 from lora_ft.data.rows import Ledger, Record, RowError, excerpt
 from lora_ft.errors import DataError, SecurityError
+from lora_ft.io import untrusted
 
 # What a file may unpack to: so many times its size, and always so many bytes.
 _MOST_UNPACKED = 200
@@ -36,21 +37,10 @@ def rows(path: Path, label: str, ledger: Ledger) -> Iterator[Record]:
                     if isinstance(values, RowError):
                         ledger.add_bad(f"{label}:row {number}", values.name, values.reason, values.shown)
                     else:
-                        yield f"{label}:row {number}", without_filled_nulls(values)
+                        yield f"{label}:row {number}", untrusted.without_filled_nulls(values)
     # Damaged pages come as OSError without a number.
     except (pyarrow.ArrowException, OSError) as error:
         ledger.add_bad(f"{label}:row {number + 1}", "file", "not readable as Parquet", error)
-
-
-def without_filled_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """Drop the keys that are null in the objects inside a row of Arrow. Columns and items of lists stay."""
-    return {name: _without_nulls(value) for name, value in row.items()}
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _batches(file: Any, path: Path, label: str) -> Iterator[Any]:

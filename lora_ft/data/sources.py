@@ -12,7 +12,6 @@ from pathlib import Path
 
 from lora_ft import config
 from lora_ft.data.files import READERS, read_file
-from lora_ft.data.parquet import without_filled_nulls
 from lora_ft.data.rows import Ledger, Record, excerpt
 from lora_ft.errors import DataError, ResourceError, SecurityError
 from lora_ft.io import untrusted
@@ -151,6 +150,6 @@ def _hub(path: str, key: str, data: config.Data) -> Iterator[Record]:
     if isinstance(rows, datasets.Dataset):
         # As they are stored: an image's or a sound's row holds a path, which datasets would open, wherever it leads.
         batches = rows.with_format("arrow").iter(1000)
-        rows = (without_filled_nulls(values) for batch in batches for values in batch.to_pylist())
+        rows = (untrusted.without_filled_nulls(values) for batch in batches for values in batch.to_pylist())
     for number, values in enumerate(rows, 1):
         yield f"{path}:row {number}", values

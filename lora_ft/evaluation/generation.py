@@ -32,8 +32,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from lora_ft import config
 from lora_ft.errors import ConfigError, NonFiniteError
-from lora_ft.ops.attention import plain_attention
-from lora_ft.ops.dequantized import unpacked_weights
+from lora_ft.models.acceleration import dequantized_weights, plain_attention
 
 # Terminals obey control characters, and a model can write any: they are escaped.
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -129,7 +128,7 @@ def _inference(model: PreTrainedModel) -> Iterator[None]:
         with (
             torch.random.fork_rng(devices, device_type=model.device.type),
             plain_attention(model),
-            unpacked_weights(model),
+            dequantized_weights(model),
         ):
             yield
     finally:

@@ -10,7 +10,7 @@ the lower KL(attached || merged) wins: the model that is closer to the one that 
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -19,15 +19,17 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
+from lora_ft import config
 from lora_ft.data.packing import longest_group, micro_batches
 from lora_ft.data.rows import Example
 from lora_ft.errors import NonFiniteError
 from lora_ft.export.merge import MergedModel
 from lora_ft.export.weight_stream import streamed, use_placeholders
+from lora_ft.models.acceleration import accelerated
 from lora_ft.ops.batch import Batch
-from lora_ft.ops.token_loss import TESTED
 from lora_ft.values import Onto
 
+_PLAIN = config.Fast(**{field.name: False for field in fields(config.Fast)})
 _TOKENS_PER_PASS = 1024  # logits of two models are in memory: 0.4 GB for a vocabulary of 49,152
 
 
@@ -86,7 +88,9 @@ def compare(attached: PreTrainedModel, targets: dict[Onto, MergedModel], example
     losses: dict[Onto, list[Tensor]] = {onto: [] for onto in merged}
     divergence = dict.fromkeys(merged, 0.0)
     capacity = max(_TOKENS_PER_PASS, longest_group(examples))
-    for packed in micro_batches(examples, capacity, attached.config.model_type in TESTED):
+    with accelerated(attached, _PLAIN) as made:
+        packs = made.paths.packs
+    for packed in micro_batches(examples, capacity, packs):
         batch = packed.to(attached.device)
         expected, loss = _log_probs(attached, batch)
         own.append(loss)

@@ -4,9 +4,8 @@ attached model --probe--> logits [T, V] ----------------------+
 written folder --from_pretrained, in this process--> logits --+--> distance <= tolerance, or MismatchError
 """
 
-import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lora_ft.errors import MismatchError
 from lora_ft.export.weight_stream import dequantized
+from lora_ft.models.acceleration import plain_attention, replaced_forwards
 from lora_ft.models.load import quiet
-from lora_ft.ops.attention import plain_attention
 
 _PROBE_TOKENS = 64
 
@@ -43,7 +42,7 @@ def probe(model: PeftModel, num_tokens: int) -> Probe:
     base: PreTrainedModel = model.get_base_model()
     length = min(_PROBE_TOKENS, getattr(base.config, "max_position_embeddings", None) or _PROBE_TOKENS)
     ids = torch.linspace(0, num_tokens - 1, length).long()
-    with plain_attention(base), _exact_products(base):
+    with plain_attention(base), replaced_forwards(_exact_products(base)):
         logits = _logits(base, ids)
     return Probe(ids, logits, base.device)
 
@@ -56,20 +55,10 @@ def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return output.logits[0].float().cpu()
 
 
-@contextlib.contextmanager
-def _exact_products(base: PreTrainedModel) -> Iterator[None]:
+def _exact_products(base: PreTrainedModel) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
     linears = [m for m in base.modules() if isinstance(m, nn.Linear)]
-    layers: list[Any] = [m for m in linears if type(m.weight).__name__ in ("Params4bit", "Int8Params")]
-    before = [vars(layer).get("forward") for layer in layers]
-    try:
-        for layer in layers:
-            layer.forward = functools.partial(_product, layer)
-        yield
-    finally:
-        for layer, forward in zip(layers, before, strict=True):
-            del layer.forward
-            if forward is not None:
-                layer.forward = forward
+    layers = [m for m in linears if type(m.weight).__name__ in ("Params4bit", "Int8Params")]
+    return {layer: functools.partial(_product, layer) for layer in layers}
 
 
 def _product(layer: Any, inputs: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 check_folder(folder)                                    no link leads out of it, nothing in it is a pipe or a device
 json_object(path, ConfigError)                          {"model_type": "llama", ...}
 tensor_header(path, 10**7, MismatchError)               the safetensors header, which describes exactly its file
-check_yaml(data, "my.yaml")                             no tag that builds objects, not large
+check_yaml(data, "my.yaml", ConfigError)                no tag that builds objects, not large, not deep
 check_types(path, fields, LoraConfig, MismatchError)    values of the types that a dataclass declares
 is_hub_id("owner/name")                                 the form that the hub's names have
 
@@ -28,6 +28,7 @@ from lora_ft.errors import LoraFtError, SecurityError
 
 MOST_JSON_BYTES = 16 * 2**20
 MOST_YAML_BYTES = 2**20
+_DEEPEST_YAML = 20
 
 # Suffixes of files that tokenizers and models are read from; nothing reads the others.
 _READ = {".json", ".jinja", ".model", ".safetensors", ".txt", ".yaml", ".yml", ".tiktoken"}
@@ -149,18 +150,23 @@ def _places(tensors: dict[str, Any], num_bytes: int) -> list[tuple[int, int]]:
     return places
 
 
-def check_yaml(data: bytes | str, label: str) -> None:
-    """Check the size and the tags of a YAML document without building it; syntax errors are left to its reader.
+def check_yaml(data: bytes | str, label: str, kind: type[LoraFtError]) -> None:
+    """Check size, tags and depth of a YAML document without building it; syntax errors are left to its reader.
 
-    Raises SecurityError for a document of over MOST_YAML_BYTES, and for a tag that asks for more than plain data.
+    Raises SecurityError for a document of over MOST_YAML_BYTES and for a tag that asks for more than plain data, an
+    error of `kind` for deep nesting: libyaml composes by recursion in C, which ends the process.
     """
+    depth = 0
     if len(data) > MOST_YAML_BYTES:
         raise SecurityError(f"{label} is larger than {MOST_YAML_BYTES // 2**20} MiB")
     try:
         for event in yaml.parse(data, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            line = event.start_mark.line + 1 if event.start_mark else 1
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST_YAML:
+                raise kind(f"{label}:{line}: nested more than {_DEEPEST_YAML} deep")
             tag = getattr(event, "tag", None)
             if tag not in _TAGS | {None, "!"}:
-                line = event.start_mark.line + 1 if event.start_mark else 1
                 raise SecurityError(f"{label}:{line}: the tag {tag} asks for more than data")
     except (yaml.YAMLError, UnicodeDecodeError):
         return
@@ -194,3 +200,14 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint in (bool, str, dict, types.NoneType):
         return isinstance(value, hint)
     return origin is tuple and isinstance(value, list)
+
+
+def without_filled_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """Drop the keys that are null in the objects inside a row of Arrow. Columns and items of lists stay."""
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

@@ -7,8 +7,8 @@
     quantize     which layers become int8, nf4 or fp4, and the proof that they did
     skeleton     a base without its weights, to check settings on
     storage      what a loaded base need not keep in memory
-    blocks       norms, MLPs and rotary attentions that keep less while they train
+    acceleration the one module that replaces forwards, of the base and of an adapter, and gives them back
     fingerprint  model -> hash of the frozen weights: did training leave the base alone?
 
-Nothing here knows about adapters.
+Only acceleration knows about adapters.
 """

@@ -2,8 +2,8 @@
 
     ids [T] -> body (attention within documents) -> hidden [T, E] -> supervised rows [N, E] -> head -> sums of losses
 
-The plain path runs the model's own forward over a dense mask and takes the loss of all logits; the fast
-paths are chosen once for a model (`choose_paths`), each exact and each switchable (`fast.*`).
+The plain path runs the model's own forward over a dense mask and takes the loss of all logits. The fast
+paths are chosen once for a model (models/acceleration.py), each exact and each switchable (`fast.*`).
 """
 
 from dataclasses import dataclass
@@ -14,45 +14,25 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from lora_ft import config
-from lora_ft.ops import attention
 from lora_ft.ops.batch import IGNORED, Batch
 from lora_ft.ops.cross_entropy import at_least_float32, linear_cross_entropy, linear_cross_entropy_plain
-
-# Architectures whose fast paths are tested against the plain ones; others take the plain paths.
-TESTED = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
 class Paths:
-    """The paths chosen for a model, and why a fast one was not taken.
+    """The paths chosen for a model.
 
-    packs: whether documents may share a forward pass. An untested architecture may let them see each other
-    there (OPT, BLOOM and Falcon do, in transformers 5.23), and so gets one at a time.
+    packs: documents may share a forward pass. Some families let them see each other there, and so get one at a time.
+    passes_starts: the model's attention is ops/attention.py, which takes the boundaries of the documents.
+    supervised_rows_only: the loss takes head and cross-entropy of the supervised positions only.
     """
 
     packs: bool
     passes_starts: bool
     supervised_rows_only: bool
-    reasons: tuple[str, ...]
 
 
-def choose_paths(model: PreTrainedModel, fast: config.Fast) -> Paths:
-    """Choose the paths for this architecture and set the model's attention; the choice is for logging."""
-    known = model.config.model_type in TESTED
-    reasons = []
-    if not known:
-        what = model.config.model_type
-        reasons = [f"plain paths, one row in a forward pass: {what} is not among the tested architectures"]
-    reasons += [f"plain {name}: fast.{name}=false" for name in ("attention", "loss") if not getattr(fast, name)]
-    if known:
-        model.set_attn_implementation(attention.NAME if fast.attention else attention.PLAIN)
-        if fast.attention:
-            head_width = getattr(model.config, "head_dim", None) or (
-                model.config.hidden_size // model.config.num_attention_heads
-            )
-            reasons.append("attention: {} ({})".format(*attention.choose_kernel(model.device, model.dtype, head_width)))
-    return Paths(known, known and fast.attention, known and fast.loss, tuple(reasons))
+PLAIN_PATHS = Paths(packs=False, passes_starts=False, supervised_rows_only=False)
 
 
 def token_loss_sum(model: PreTrainedModel, batch: Batch, paths: Paths) -> Tensor:
@@ -77,7 +57,9 @@ def _loss_sums(
     model: PreTrainedModel, batch: Batch, paths: Paths, counts: list[int], starts: list[int]
 ) -> list[Tensor]:
     """Loss sums of consecutive parts of a batch, given the supervised positions and the boundaries of each part."""
-    inputs = {"input_ids": batch.ids[None], "position_ids": batch.positions[None], "use_cache": False}
+    inputs = {"input_ids": batch.ids[None], "use_cache": False}
+    if paths.packs:  # the positions of a document alone are the model's own, and some models take no others
+        inputs["position_ids"] = batch.positions[None]
     if paths.passes_starts:
         inputs["document_starts"] = batch.starts
     if not paths.supervised_rows_only:
@@ -99,7 +81,7 @@ def _head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
         frozen = not any(p.requires_grad for p in head.parameters())
         form = linear_cross_entropy if frozen else linear_cross_entropy_plain
         return form(hidden, head.weight, head.bias, targets)
-    # A LoRA on the head brings the chunked form along (adapters/fast.py), where that is exact for it.
+    # A LoRA on the head brings the chunked form along (models/accelerated_lora.py), where that is exact for it.
     own_form = getattr(head, "token_loss_sum", None)
     loss = own_form(hidden, targets) if own_form is not None else None
     if loss is not None:

@@ -93,7 +93,7 @@ def front_matter(path: Path) -> dict[str, Any]:
     if not found:
         return {}
     try:
-        untrusted.check_yaml(found[1], str(path))
+        untrusted.check_yaml(found[1], str(path), MismatchError)
         loaded = yaml.safe_load(found[1])
     except (LoraFtError, yaml.YAMLError, ValueError, RecursionError):  # ValueError: an invalid date
         return {}

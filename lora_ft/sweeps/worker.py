@@ -20,13 +20,14 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_ft import config, runs, train
+from lora_ft import config, runs
 from lora_ft.errors import Interrupted, out_of_memory
 from lora_ft.io import durable, process, redact
 from lora_ft.models.fingerprint import fingerprint
 from lora_ft.sweeps import jobs
 from lora_ft.sweeps.halving import Halving
 from lora_ft.sweeps.jobs import Job
+from lora_ft.train import Shared, prepare, train_job
 from lora_ft.training.callbacks import Callback, Metrics
 from lora_ft.training.progress import displayed
 from lora_ft.training.signals import Stop, on_signals
@@ -92,7 +93,7 @@ class Worker:
 
     def __init__(self, heartbeat: Heartbeat, stop: Stop) -> None:
         self._heartbeat, self._stop = heartbeat, stop
-        self._shared: train.Shared | None = None
+        self._shared: Shared | None = None
         self._begun: set[int] = set()
         self._base_has_changed = False
 
@@ -135,9 +136,9 @@ class Worker:
                 if job.number not in self._begun:
                     runs.begin(job.folder, job.cfg, job.words)
                     self._begun.add(job.number)
-                self._shared = self._shared or train.prepare(job.cfg)
+                self._shared = self._shared or prepare(job.cfg)
                 told = [self._heartbeat, progress, *callbacks]
-                return train.train_job(job.cfg, job.folder, self._shared, told, self._stop, until) is not None
+                return train_job(job.cfg, job.folder, self._shared, told, self._stop, until) is not None
             except Exception as error:
                 log.error("job %d failed: %s", job.number, error)
                 runs.write_failure(job.folder, out_of_memory("train", error) or error)

@@ -10,6 +10,7 @@ import functools
 import logging
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -83,13 +84,19 @@ def _line(state: TrainingState, metrics: Metrics) -> str:
     return "  ".join(parts)
 
 
+def live_on(console: Console) -> Live | None:
+    """Return a live line for a terminal or a notebook (where rich needs ipywidgets), None for plain output."""
+    is_live = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
+    return Live(console=console, transient=False, auto_refresh=False) if is_live else None
+
+
 @contextlib.contextmanager
 def displayed(folder: Path) -> Iterator[Progress]:
     """Show progress and this package's messages until the block ends; both are kept in the run's log.txt."""
     console = Console(stderr=True)
     # A reader that left is no reason to stop training; rich would exit.
     console.on_broken_pipe = functools.partial(setattr, console, "quiet", True)  # type: ignore[method-assign]
-    live = Live(console=console, transient=False, auto_refresh=False) if console.is_terminal else None
+    live = live_on(console)
     handlers = [_ConsoleHandler(console), LogFile(folder)]
     level = log.level
     log.setLevel(logging.DEBUG)

@@ -25,7 +25,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft import config, objectives, validation
 from lora_ft.adapters import attach, audit, files, provenance
-from lora_ft.adapters.fast import accelerated_lora
 from lora_ft.data.dataset import Dataset, EvalPrompt
 from lora_ft.data.packing import check_capacity, group_lengths, grouped, longest_group
 from lora_ft.data.rows import Example
@@ -33,6 +32,7 @@ from lora_ft.data.sampler import derive, epoch_order, steps_of_epoch
 from lora_ft.errors import ConfigError, DataError
 from lora_ft.evaluation.generation import context_length
 from lora_ft.evaluation.loss import EvalLoss
+from lora_ft.models.acceleration import accelerated_lora
 from lora_ft.models.load import Base
 from lora_ft.objectives import Objective
 from lora_ft.ops.gradient_checkpointing import settle_checkpoint

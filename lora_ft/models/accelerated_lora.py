@@ -1,55 +1,55 @@
-"""Let LoRA layers compute with one function while they train; everything else stays PEFT's own forward.
+"""Forwards of LoRA layers as one function while they train; everything else stays PEFT's own forward.
 
 layer.forward(x)    training, one plain LoRA active, no dropout, x in the adapter's dtype
                         -> ops.lora_linear: same value and gradients, fewer passes over memory
                     anything else (adapter off, merged, several active, DoRA, evaluation, bfloat16 ...)
                         -> PEFT's forward, so that its switches mean what they meant
 
-A LoRA on the head also brings its own form of the loss (`ops.token_loss` asks for it), so that its logits are
+A LoRA on the head also has its own form of the loss (`ops.token_loss` asks for `token_loss_sum`). Its logits are
 never made for all positions at once, not in evaluation either. An int8 layer without a LoRA of this form keeps
 no input.
+
+This module only makes forwards. models/acceleration.py puts them in place.
 """
 
-import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
-from types import MethodType
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from lora_ft import config
 from lora_ft.ops.cross_entropy import HeadLora, linear_cross_entropy
 from lora_ft.ops.lora_linear import lora_linear
 from lora_ft.ops.weights import FrozenWeight, frozen_linear, frozen_weight, why_no_weight
 
+if TYPE_CHECKING:
+    from peft import PeftModel
 
-@contextlib.contextmanager
-def accelerated_lora(model: PeftModel, name: str, fast: config.Fast) -> Iterator[list[str]]:
-    """Replace the forward of every LoRA layer that can be, until the block ends; yields which stay plain, and why."""
-    replaced: list[nn.Module] = []
-    try:
-        yield _replace_all(model, name, replaced) if fast.lora else ["plain lora: fast.lora=false"]
-    finally:
-        for layer in replaced:
-            vars(layer).pop("token_loss_sum", None)
-            plain = layer.forward.args[1]
-            del layer.forward
-            if not isinstance(plain, MethodType):  # of the class: nothing to give back to the instance
-                layer.forward = plain
+Forward = Callable[..., Tensor]
 
 
-def _replace_all(model: PeftModel, name: str, replaced: list[nn.Module]) -> list[str]:
+class LoraForwards(NamedTuple):
+    """New forwards by module, losses of adapted heads by module, and lines for the log."""
+
+    lora: dict[nn.Module, Forward]
+    int8: dict[nn.Module, Forward]
+    head_losses: dict[nn.Module, Forward]
+    reasons: list[str]
+
+
+def fast_forwards(model: "PeftModel", name: str) -> LoraForwards:
+    """Return the new forwards for adapter `name`; the reasons count the layers that stay plain."""
+    from peft.tuners.lora import LoraLayer
+
+    found = LoraForwards({}, {}, {}, [])
     reasons: Counter[str] = Counter()
     computed = model.get_base_model().get_input_embeddings().weight.dtype
     for layer in model.modules():
         if not isinstance(layer, LoraLayer):
             if getattr(getattr(layer, "weight", None), "dtype", None) is torch.int8:
-                _replace_forward(layer, _int8_forward, replaced)
+                found.int8[layer] = functools.partial(_int8_forward, layer, layer.forward)
             continue
         if name not in layer.r:
             continue
@@ -58,18 +58,14 @@ def _replace_all(model: PeftModel, name: str, replaced: list[nn.Module]) -> list
             reason = f"the base computes in {str(computed).removeprefix('torch.')}"
         if reason:
             reasons[reason] += 1
-        _replace_forward(layer, _forward, replaced)
-        layer.token_loss_sum = functools.partial(_head_loss, layer)
-    return [f"{count} LoRA layers compute as PEFT does: {reason}" for reason, count in reasons.items()]
-
-
-def _replace_forward(layer: Any, forward: Callable[..., Tensor], replaced: list[nn.Module]) -> None:
-    layer.forward = functools.partial(forward, layer, layer.forward)
-    replaced.append(layer)
+        found.lora[layer] = functools.partial(_forward, layer, layer.forward)
+        found.head_losses[layer] = functools.partial(_head_loss, layer)
+    found.reasons.extend(f"{count} LoRA layers compute as PEFT does: {reason}" for reason, count in reasons.items())
+    return found
 
 
 def _why_plain(layer: Any, name: str) -> str:
-    """What of an adapter keeps its layer from the fast form, whatever the base; empty where nothing does."""
+    """Return what of an adapter keeps its layer from the fast form, for any base; empty if nothing does."""
     if name not in layer.lora_A:
         return "embeddings"
     if name in layer.lora_variant:
@@ -80,7 +76,7 @@ def _why_plain(layer: Any, name: str) -> str:
 
 
 def _fast(layer: Any, x: Tensor) -> tuple[str, FrozenWeight] | None:
-    """The one adapter that takes the fast form for this input, and how to get the base's weight; else None."""
+    """Return the one adapter that takes the fast form for this input, with the base's weight; else None."""
     active = [name for name in layer.active_adapters if name in layer.r]
     if layer.disable_adapters or layer.merged or len(active) != 1:
         return None
@@ -102,7 +98,7 @@ def _forward(layer: Any, plain: Callable[..., Tensor], x: Tensor, *arguments: An
 
 
 def _head_loss(layer: Any, hidden: Tensor, targets: Tensor) -> Tensor | None:
-    """Sum of cross-entropies of a head with this LoRA, in chunks; None where the layer's own logits are needed."""
+    """Sum of cross-entropies of a head with this LoRA, in chunks; None if the layer's own logits are needed."""
     chosen = _fast(layer, hidden)
     if chosen is None:
         return None
