@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lora_ft.data.packing import best_fit, longest_group, micro_batches
 from lora_ft.data.rows import Example
 from lora_ft.errors import ConfigError
-from lora_ft.ops.token_loss import IGNORED
+from lora_ft.ops.batch import IGNORED
 
 
 def best_fit_by_definition(lengths, capacity):

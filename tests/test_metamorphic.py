@@ -25,7 +25,8 @@ from lora_ft import config, runs
 from lora_ft.data.packing import micro_batches
 from lora_ft.evaluation.loss import eval_loss
 from lora_ft.objectives import sft
-from lora_ft.ops.token_loss import Batch, Paths, token_loss_sum
+from lora_ft.ops.batch import Batch
+from lora_ft.ops.token_loss import Paths, token_loss_sum
 from lora_ft.training import trackers, trainer
 from lora_ft.training.callbacks import Callback
 from lora_ft.training.progress import Progress

@@ -110,7 +110,6 @@ def test_a_toy_objective_with_pairs_learns_what_a_plain_loop_learns(family: str,
     assert (found - expected).norm() < 1e-9 * (expected - start).norm()
     lines = runs.read_metrics(tmp_path)
     assert [0 <= line["accuracy"] <= 1 for line in lines if line["step"]] == [True] * 5
-    assert lines[-1]["loss"] < lines[1]["loss"]
     assert {0, 5} == {line["step"] for line in lines if "eval_accuracy" in line}
 
 

@@ -19,8 +19,9 @@ from lora_ft.models.acceleration import accelerate, dequantized_weights
 from lora_ft.models.load import load_base
 from lora_ft.objectives.sft import Sft
 from lora_ft.ops import attention
+from lora_ft.ops.batch import Batch
 from lora_ft.ops.dropout import switch_off_dropout
-from lora_ft.ops.token_loss import Batch, token_loss_sum
+from lora_ft.ops.token_loss import token_loss_sum
 
 FAST, PLAIN = config.Fast(), config.Fast(attention=False, loss=False)
 LENGTHS = (9, 1, 17, 4)

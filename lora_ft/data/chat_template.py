@@ -76,7 +76,7 @@ def turns(rows: Iterable[Row], data: config.Data, tokenizer: Any, ledger: Ledger
 
 
 def control_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """A pattern of the tokenizer's special tokens, longest first; it matches nothing where there are none."""
+    """A pattern of the tokenizer's special tokens, longest first; without any it matches nothing."""
     tokens = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
 
@@ -187,7 +187,7 @@ def render(messages: list[Message], tokenizer: Any, generation_prompt: bool, too
 
 
 def plain_prompt(text: str, data: config.Data) -> str:
-    """What a model without a template is asked, as rows of this format were laid out when it learned."""
+    """Lay out a question for a model without a template, as rows of this format were laid out in training."""
     if data.format is config.Format.alpaca:
         return f"### Instruction:\n{text}{ANSWER_CUE}"
     return text + ANSWER_CUE if data.prompt else text

@@ -43,7 +43,7 @@ class EvalPrompt:
 
 @dataclass(frozen=True)
 class Report:
-    """What was read, and what became of it. Rows are counted as read; a row may give several documents.
+    """Counts of the rows that were read and of the documents made of them; a row may give several documents.
 
     left_out: counts by reason. truncated: documents whose prompt was cut. split: texts cut into windows.
     duplicates: rows equal to an earlier one but for case and blanks. unused: columns that nothing reads.
@@ -181,7 +181,7 @@ def _too_long(long: list[Example], rows: list[Row], data: config.Data) -> str:
 
 
 def _advice(long: list[Example], rows: list[Row], data: config.Data, tokenizer: Any) -> str:
-    """What helps all of these documents, and nothing that does not."""
+    """Name the choices that help all of these documents."""
     cures = ["drop"]
     if all(len(_cut(d, data.max_length, tokenizer).ids) <= data.max_length for d in long):
         cures.append("truncate_prompt")

@@ -1,4 +1,4 @@
-"""The types of this folder: a row as it is read, an example as it is trained on; and the ledger of bad rows.
+"""The types of this folder: the row of a file, the example made of it, and the ledger of bad rows.
 
 ("chat.jsonl:12", {"prompt": "2+2?", "completion": "4"})          as a file holds it
 Row("chat.jsonl:12", messages=[{"role": "user", ...}, {"role": "assistant", ...}], answer="4", ...)
@@ -116,7 +116,7 @@ def _by_number(line: str) -> list[str | int]:
 
 
 def is_blank(text: str) -> bool:
-    """Whether nothing of a text can be seen: blanks, and characters without a shape such as NUL or U+200B."""
+    """Return True if a text shows nothing: blanks, and characters without a shape such as NUL or U+200B."""
     return all(unicodedata.category(c) in _UNSEEN for c in text)
 
 

@@ -36,7 +36,7 @@ Rendered = tuple[int, list[Turn]]
 
 
 class Vocabulary:
-    """What the masks need to know of a tokenizer: its begin and end tokens, and which tokens are blank."""
+    """A tokenizer with what masks need: its begin and end tokens, and its blank tokens."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -84,7 +84,7 @@ _LOCAL = frozenset(("ByteLevel", "Split", "Digits", "Punctuation", "Whitespace",
 
 
 def _splitter(backend: Any) -> Callable[[str], list[str]] | None:
-    """What cuts a text at its added tokens as the tokenizer itself does first; None where the parts are not all.
+    """Return a function that cuts a text at its added tokens as the tokenizer does first; None if parts are not local.
 
     The tokenizer looks for the longest of these tokens from left to right, and normalizes, cuts and merges each part
     between them on its own. Tokens that take blanks or word boundaries around them with them are not cut at.

@@ -1,4 +1,4 @@
-"""What is known of a run before its base is loaded: rows, masks, steps, learning rate, layers, disk.
+"""Check a run before its base is loaded: rows, masks, steps, learning rate, layers, disk.
 
     rows = read_rows(cfg, tokenizer)                           # raise what training would raise, minutes earlier
     preflight = check_first(cfg, rows, tokenizer, folder)
@@ -109,7 +109,7 @@ class Tries:
         self.errors: list[LoraFtError] = []
 
     def __call__(self, part: Callable[..., Found], *arguments: Any) -> Found | None:
-        """What the part returns, or None, its error kept; one that is known already is not kept twice."""
+        """Return the result of the part, or None and keep its error, unless that is known already."""
         try:
             return part(*arguments)
         except LoraFtError as error:

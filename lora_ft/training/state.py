@@ -224,7 +224,7 @@ def _sha256(value: Any) -> str:
 def _settle_checkpoint(
     model: PeftModel, paths: Paths, examples: list[Example], steps: list[np.ndarray], train: config.Train
 ) -> str:
-    """What train.checkpoint=auto is for the largest micro-batch of the run."""
+    """Settle train.checkpoint=auto for the largest micro-batch of the run."""
     if train.checkpoint != "auto":
         return train.checkpoint
     packs = train.packing and paths.packs

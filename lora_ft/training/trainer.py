@@ -173,7 +173,7 @@ def _evaluation_is_due(state: TrainingState) -> bool:
 
 
 def _evaluate(state: TrainingState, known: dict[object, EvalLoss]) -> Metrics:
-    """Measure the eval loss of the adapter as it is now; keep its values in memory if they are the best and wanted.
+    """Measure the eval loss of the current adapter; keep its values in memory if they are the best and wanted.
 
     A loss that is `known`, of the same rows in the same micro-batches, is not measured again; a measured one is added.
     """
