@@ -34,8 +34,9 @@ from lora_ft.adapters import attach
 from lora_ft.io import durable
 from lora_ft.models.acceleration import accelerate, accelerated, accelerated_lora
 from lora_ft.models.quantize import import_bitsandbytes, settle
+from lora_ft.ops.batch import Batch
 from lora_ft.ops.gradient_checkpointing import recompute_layers, settle_checkpoint
-from lora_ft.ops.token_loss import Batch, token_loss_sum
+from lora_ft.ops.token_loss import token_loss_sum
 from lora_ft.training import optimizers
 from lora_ft.training.metrics import peak_memory_bytes
 

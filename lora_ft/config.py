@@ -109,6 +109,11 @@ class Data:
 
 
 @dataclass
+class Objective:
+    name: str = setting("sft", "what is learned; sft: to write the supervised tokens", text=True)
+
+
+@dataclass
 class Optim:
     name: Optimizer = setting(Optimizer.adamw, "optimizer; the 8-bit and paged ones are bitsandbytes'")
     lr: float = setting(2e-4, "peak learning rate", above=0)
@@ -265,6 +270,7 @@ class TrainRun:
     model: Model = field(default_factory=Model)
     quant: Quant = field(default_factory=Quant)
     adapter: Adapter = field(default_factory=Adapter)
+    objective: Objective = field(default_factory=Objective)
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
     optim: Optim = field(default_factory=Optim)
@@ -307,6 +313,7 @@ class EvalRun:
     adapter_path: str | None = _adapter_path()
     model: Model = field(default_factory=Model)
     quant: Quant = field(default_factory=RecordedQuant)
+    objective: Objective = field(default_factory=Objective)
     data: Data = field(default_factory=Data)
     fast: Fast = field(default_factory=Fast)
     eval: Eval = field(default_factory=Eval)

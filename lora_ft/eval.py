@@ -24,11 +24,11 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, runs, validation
+from lora_ft import config, objectives, runs, validation
 from lora_ft.adapters import loading, provenance
 from lora_ft.cli import entry, overrides
 from lora_ft.data.dataset import Dataset, labels, prepare, prepare_rows
-from lora_ft.data.read import Rows, eval_split, read, read_heldout
+from lora_ft.data.read import Rows, eval_split, read, read_eval
 from lora_ft.errors import ConfigError, DataError, ResourceError
 from lora_ft.evaluation import metrics
 from lora_ft.evaluation.comparison import Comparison, EvalSet, compare, render
@@ -38,7 +38,7 @@ from lora_ft.models.acceleration import accelerated
 from lora_ft.models.load import resolve_device
 from lora_ft.ops.allocator import keep_freed_memory
 from lora_ft.ops.kernels import choose_kernels
-from lora_ft.training.state import evaluation_rows
+from lora_ft.training.state import choose_eval
 
 log = logging.getLogger("lora_ft")
 
@@ -81,7 +81,7 @@ def evaluate(cfg: config.EvalRun, typed: list[str]) -> EvalResult:
     cfg = loading.with_base(cfg, adapter)
     tokenizer = loading.adapter_tokenizer(adapter, cfg.model)
     dataset, described, disjoint = _rows(cfg, typed, tokenizer)
-    eval_set = _eval_set(cfg.eval, dataset)
+    eval_set = _eval_set(cfg, dataset)
     if not disjoint:
         _warn_of_other_rows(adapter, dataset)
     kernels = choose_kernels(resolve_device(cfg.device), compile_=cfg.fast.compile, liger=cfg.fast.liger)
@@ -96,30 +96,42 @@ def evaluate(cfg: config.EvalRun, typed: list[str]) -> EvalResult:
     return result
 
 
-def _eval_set(settings: config.Eval, dataset: Dataset) -> EvalSet:
-    """Rows and prompts within the limits of `settings`: metrics need all answers, else only samples are generated."""
-    rows, prompts = evaluation_rows(dataset, settings.rows or len(dataset.heldout))
-    if not rows:
+def _eval_set(cfg: config.EvalRun, dataset: Dataset) -> EvalSet:
+    """Choose examples and prompts within the limits of `cfg.eval`: all prompts for metrics, else the samples."""
+    settings = cfg.eval
+    examples, prompts = choose_eval(dataset, settings.rows or len(dataset.eval))
+    if not examples:
         raise DataError("there are no eval rows: set data.eval_fraction above 0, or data.eval_path=FILE")
     if settings.metrics and not prompts:
         raise DataError("eval.metrics needs questions and answers, but the eval rows are plain text")
     wanted = len(prompts) if settings.metrics else settings.samples
-    return EvalSet(rows, prompts[:wanted], settings.tokens_per_microbatch, settings.max_new_tokens)
+    return EvalSet(
+        examples,
+        prompts[:wanted],
+        settings.tokens_per_microbatch,
+        settings.max_new_tokens,
+        objectives.find(cfg.objective).loss,
+    )
 
 
 def _rows(cfg: config.EvalRun, typed: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, str, bool]:
     """The rows to evaluate, their description, and whether it is known that the run did not train on them."""
     own = _own_data(cfg.run)
+    make_examples = objectives.find(cfg.objective).examples
     data = _given(cfg.data, own, typed)
     same = own is not None and _identity(data) == _identity(own)
     if same or overrides.chosen(typed, "data.eval_fraction") or data.eval_path or data.eval_split:
         if place := data.eval_path or eval_split(data):
-            return prepare(data, tokenizer), f"all rows of {place}", False
-        return prepare(data, tokenizer), f"the rows of {data.path} that data.eval_fraction sets apart", False
+            return prepare(data, tokenizer, make_examples), f"all rows of {place}", False
+        return (
+            prepare(data, tokenizer, make_examples),
+            f"the rows of {data.path} that data.eval_fraction sets apart",
+            False,
+        )
     trained = _read_own(own)
-    found = read_heldout(data, trained)
+    found = read_eval(data, trained)
     learned = trained.training_rows if trained else found.rows
-    dataset = replace(prepare_rows(found, data, tokenizer), answers=labels(learned))
+    dataset = replace(prepare_rows(found, data, tokenizer, make_examples), answers=labels(learned))
     return dataset, f"all rows of {data.path}", trained is not None
 
 

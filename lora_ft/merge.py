@@ -26,7 +26,8 @@ from transformers import PreTrainedTokenizerBase
 from lora_ft import config, validation
 from lora_ft.adapters import files, loading, provenance
 from lora_ft.cli import entry
-from lora_ft.data.dataset import TokenRow, prepare
+from lora_ft.data.dataset import prepare
+from lora_ft.data.rows import Example
 from lora_ft.errors import ConfigError, DataError, ResourceError
 from lora_ft.evaluation.loss import eval_loss
 from lora_ft.export import combine, merge_base, truncate, verify, weight_stream
@@ -35,9 +36,10 @@ from lora_ft.export.gguf import model as gguf_model
 from lora_ft.io import durable
 from lora_ft.models.acceleration import accelerated
 from lora_ft.models.load import Base
+from lora_ft.objectives.sft import Sft
 from lora_ft.ops.allocator import keep_freed_memory
 from lora_ft.ops.token_loss import Paths
-from lora_ft.training.state import evaluation_rows
+from lora_ft.training.state import choose_eval
 from lora_ft.values import Dtype, Onto, QuantKind
 
 log = logging.getLogger("lora_ft")
@@ -149,7 +151,7 @@ def _target(
         return Onto.dequantized, None
     if cfg.onto is not Onto.auto:
         return cfg.onto, None
-    rows = _eval_rows(cfg, tokenizer)
+    rows = _eval_examples(cfg, tokenizer)
     if not rows:
         log.warning("no eval rows to measure on: merging onto the dequantized base, which the adapter was trained on")
         return Onto.dequantized, None
@@ -163,12 +165,12 @@ def _target(
     return comparison.better, comparison
 
 
-def _eval_rows(cfg: config.MergeRun, tokenizer: PreTrainedTokenizerBase) -> list[TokenRow]:
+def _eval_examples(cfg: config.MergeRun, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """Return the eval set of the training run; an empty list if there is none or it cannot be read any more."""
     if not cfg.data.path:
         return []
     try:
-        return evaluation_rows(prepare(cfg.data, tokenizer), cfg.eval_rows)[0]
+        return choose_eval(prepare(cfg.data, tokenizer), cfg.eval_rows)[0]
     except (ConfigError, DataError, ResourceError) as error:
         log.warning("the eval rows cannot be read: %s", error)
         return []
@@ -207,11 +209,11 @@ def _truncate(
 def _eval_loss(
     cfg: config.MergeRun, base: Base, paths: Paths, tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[], float] | None:
-    rows = _eval_rows(cfg, tokenizer)
-    if not rows:
+    examples = _eval_examples(cfg, tokenizer)
+    if not examples:
         log.warning("no eval rows: the table shows the kept share of the update's norm alone")
         return None
-    return lambda: eval_loss(base.model, rows, paths, _TOKENS_PER_PASS).loss
+    return lambda: eval_loss(base.model, Sft().loss, examples, paths, _TOKENS_PER_PASS).loss
 
 
 def _origin(base: Base, quant: config.Quant, adapters: list[Path], how: dict[str, Any]) -> provenance.Origin:

@@ -20,7 +20,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, runs, validation
+from lora_ft import config, objectives, runs, validation
 from lora_ft.adapters import audit
 from lora_ft.cli import entry
 from lora_ft.config import Schedule
@@ -164,7 +164,8 @@ def train_job(
 def load(cfg: config.TrainRun, shared: Shared) -> LoadedBase:
     """Load the base of a run, freeze and accelerate it."""
     kernels = choose_kernels(resolve_device(cfg.device), compile_=cfg.fast.compile, liger=cfg.fast.liger)
-    base = load_base(cfg.model, cfg.quant, cfg.device, shared.tokenizer)
+    model_class = objectives.find(cfg.objective).model_class
+    base = load_base(cfg.model, cfg.quant, cfg.device, shared.tokenizer, model_class)
     switch_off_dropout(base.model)
     before = fingerprint(base.model)
     made = accelerate(base.model, cfg.fast, kernels, set(cfg.adapter.modules_to_save))

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from lora_ft import config
 from lora_ft.data.dataset import Dataset
-from lora_ft.data.rows import TokenRow
+from lora_ft.data.rows import Example
 from lora_ft.models.acceleration import accelerate
 from lora_ft.models.load import Base, Identity
 from lora_ft.ops.dropout import switch_off_dropout
@@ -33,7 +33,7 @@ SETTINGS = {
 }
 
 
-def some_rows(num_rows: int = 12, seed: int = 0, longest: int = 30) -> list[TokenRow]:
+def some_rows(num_rows: int = 12, seed: int = 0, longest: int = 30) -> list[Example]:
     """Rows of random ids and lengths; about half of the tokens after a prompt are supervised."""
     generator = np.random.default_rng(seed)
     rows = []
@@ -42,7 +42,7 @@ def some_rows(num_rows: int = 12, seed: int = 0, longest: int = 30) -> list[Toke
         supervised = generator.random(length) < 0.6
         supervised[:2], supervised[-1] = False, True
         ids = generator.integers(4, VOCABULARY, length).astype(np.int32)
-        rows.append(TokenRow(ids=ids, supervised=supervised, place=f"rows:{number + 1}"))
+        rows.append(Example(ids=ids, supervised=supervised, source=f"rows:{number + 1}"))
     return rows
 
 
@@ -57,8 +57,8 @@ def state_on(
     model: PreTrainedModel,
     folder: Path,
     *,
-    rows: list[TokenRow] | None = None,
-    heldout: list[TokenRow] | None = None,
+    examples: list[Example] | None = None,
+    eval_examples: list[Example] | None = None,
     fast: bool = True,
     **settings: object,
 ) -> TrainingState:
@@ -68,7 +68,11 @@ def state_on(
     switch_off_dropout(model)
     base = Base(model=model.requires_grad_(False), tokenizer=tiny_tokenizer(), identity=IDENTITY, quantized=())
     dataset = Dataset(
-        train=some_rows() if rows is None else rows, heldout=heldout or [], questions=[], answers=None, report=Report()
+        train=some_rows() if examples is None else examples,
+        eval=eval_examples or [],
+        eval_prompts=[],
+        answers=None,
+        report=Report(),
     )
     context = attached(cfg, folder, base, dataset, accelerate(model, cfg.fast).paths, "f")
     state = context.__enter__()

@@ -20,8 +20,9 @@ from lora_ft.models import self_check
 from lora_ft.models.acceleration import Accelerated, accelerate, accelerated, accelerated_lora, replaced_forwards
 from lora_ft.models.load import load_base
 from lora_ft.ops import attention
+from lora_ft.ops.batch import IGNORED, Batch
 from lora_ft.ops.dropout import switch_off_dropout
-from lora_ft.ops.token_loss import IGNORED, PLAIN_PATHS, Batch, Paths, token_loss_sum
+from lora_ft.ops.token_loss import PLAIN_PATHS, Paths, token_loss_sum
 
 FAST = config.Fast()
 LENGTHS = (9, 1, 14)

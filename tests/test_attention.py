@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from lora_ft import config
 from lora_ft.models.acceleration import accelerate, plain_attention
 from lora_ft.ops import attention
+from lora_ft.ops.batch import Batch
 from lora_ft.ops.tiled_attention import TILE_ROWS, Tile, tiled_attention, tiles, worth_it
-from lora_ft.ops.token_loss import Batch, token_loss_sum
+from lora_ft.ops.token_loss import token_loss_sum
 
 LONG = (2 * TILE_ROWS + 5, 1, TILE_ROWS, 3, TILE_ROWS + 1)
 

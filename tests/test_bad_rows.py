@@ -600,7 +600,7 @@ def test_whatever_is_wrong_one_error_lists_all_of_it_and_the_other_rows_are_trai
 
     path, _ = lines_file(folder, [(False, b"" if name else line) for name, line in order])
     dataset = prepare(Data(path=str(path), eval_fraction=0.3), TOKENIZER)
-    trained = {row.place for row in dataset.train + dataset.heldout}
+    trained = {row.source for row in dataset.train + dataset.eval}
     assert trained == {f"{path}:{n}" for n, (name, _) in enumerate(order, 1) if not name}
     assert dataset.report.rows == len(good) == dataset.report.train_documents + dataset.report.heldout_documents
 
@@ -716,4 +716,4 @@ def test_a_csv_row_ends_where_its_fields_do(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text(out.getvalue())
     rows = prepare(Data(path=str(path), eval_fraction=0), TOKENIZER).train
-    assert [row.place.rpartition(":")[2] for row in rows] == ["2", "3", "6", "7", "8"]
+    assert [row.source.rpartition(":")[2] for row in rows] == ["2", "3", "6", "7", "8"]

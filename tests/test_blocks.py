@@ -24,9 +24,10 @@ from lora_ft import config
 from lora_ft.adapters import attach
 from lora_ft.models import accelerated_blocks
 from lora_ft.models.acceleration import accelerate
+from lora_ft.ops.batch import Batch
 from lora_ft.ops.gradient_checkpointing import recompute_layers
 from lora_ft.ops.kernels import OWN, Kernels
-from lora_ft.ops.token_loss import Batch, token_loss_sum
+from lora_ft.ops.token_loss import token_loss_sum
 
 LENGTHS = (9, 1, 14)
 IDS = torch.randint(4, VOCABULARY, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))
@@ -163,7 +164,9 @@ def test_packed_documents_keep_their_boundaries(family: str) -> None:
     use_fast_blocks(model, config.Fast())
     found = token_loss_sum(model.get_base_model(), batch, paths).detach()
     assert relative(found, expected) < 1e-6
-    leaking = token_loss_sum(model.get_base_model(), batch._replace(starts=[0, IDS.shape[1]]), paths).detach()
+    leaking = token_loss_sum(
+        model.get_base_model(), dataclasses.replace(batch, starts=[0, IDS.shape[1]]), paths
+    ).detach()
     assert relative(leaking, expected) > 1e-4
 
 

@@ -37,7 +37,7 @@ def state_in(run: Path, **settings: object) -> TrainingState:
     run.mkdir(exist_ok=True)
     train = {"max_steps": 6, "tokens_per_step": 60, "save_every_steps": 2, "keep_checkpoints": 9, "checkpoint": "off"}
     chosen = {"train": config.Train(**train | settings.pop("train", {}))} | settings
-    return state_on(tiny_model("llama"), run, heldout=some_rows(4, seed=9), **chosen)
+    return state_on(tiny_model("llama"), run, eval_examples=some_rows(4, seed=9), **chosen)
 
 
 def fitted(state: TrainingState) -> TrainingState:

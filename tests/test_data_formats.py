@@ -4,7 +4,7 @@ import pytest
 
 from lora_ft.config import Data, Format
 from lora_ft.data import formats
-from lora_ft.data.rows import Ledger, Record
+from lora_ft.data.rows import Ledger
 from lora_ft.errors import ConfigError, DataError
 
 
@@ -18,7 +18,7 @@ def unused(*rows, **settings):
 
 
 def read(*rows, **settings):
-    records = [Record(f"f.jsonl:{n}", values) for n, values in enumerate(rows, 1)]
+    records = [(f"f.jsonl:{n}", values) for n, values in enumerate(rows, 1)]
     ledger = Ledger()
     found = formats.rows(records, Data(path="f.jsonl", **settings), ledger)
     ledger.raise_bad()
@@ -48,7 +48,7 @@ def test_a_format_is_found_by_its_columns_and_all_say_the_same_chat(values, foun
     detected, (row,) = parse(values)
     assert detected is found
     assert row.messages == QA
-    assert (row.answer, row.place) == ("4", "f.jsonl:1")
+    assert (row.answer, row.source) == ("4", "f.jsonl:1")
 
 
 def test_text_is_the_last_format_tried():
@@ -336,8 +336,8 @@ def test_a_table_row_without_a_value_is_bad(bad):
 
 def test_max_rows_reads_no_further():
     def records():
-        yield Record("f:1", {"text": "a"})
-        yield Record("f:2", {"text": "b"})
+        yield "f:1", {"text": "a"}
+        yield "f:2", {"text": "b"}
         raise AssertionError("read past max_rows")
 
     assert len(formats.rows(records(), Data(max_rows=2), Ledger())[1]) == 2

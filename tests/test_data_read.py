@@ -20,7 +20,7 @@ from lora_ft.errors import DataError, ResourceError, SecurityError
 def read(path, **settings):
     """Records at a path as (place, values); raises what the ledger holds."""
     ledger = Ledger()
-    found = [(r.place, r.values) for r in records(str(path), "data.path", Data(path=str(path), **settings), ledger)]
+    found = list(records(str(path), "data.path", Data(path=str(path), **settings), ledger))
     ledger.raise_bad()
     return found
 
@@ -321,8 +321,8 @@ def chatterbot(folder, text, name="topic.yml"):
     path = write(folder, name, text)
     found = list(records(str(path), "data.path", Data(), ledger))
     ledger.raise_bad()
-    chats = [[m["content"] for m in r.values["messages"]] for r in found]
-    return chats, [r.place.rpartition(":")[2] for r in found], dict(+ledger.left_out)
+    chats = [[m["content"] for m in values["messages"]] for _, values in found]
+    return chats, [source.rpartition(":")[2] for source, _ in found], dict(+ledger.left_out)
 
 
 def test_chatterbot_lines_alternate_and_a_last_user_line_is_counted(tmp_path):

@@ -10,8 +10,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from lora_ft.config import Data, TrainOn
+from lora_ft.data.chat_template import turns
 from lora_ft.data.dataset import prepare, prepare_rows
 from lora_ft.data.read import read
+from lora_ft.data.rows import Ledger, Row
 from lora_ft.data.statistics import survey
 from lora_ft.data.tokenize import Vocabulary
 from lora_ft.errors import ConfigError, DataError
@@ -192,7 +194,7 @@ def test_a_template_that_rewrites_history_gives_a_document_for_each_answer_as_th
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\none<|im_end|>\n<|im_start|>user\nb<|im_end|>\n"
         "<|im_start|>assistant\n",
     ]
-    assert {row.place for row in rows} == {f"{tmp_path}/rows.jsonl:1"}
+    assert {row.source for row in rows} == {f"{tmp_path}/rows.jsonl:1"}
 
 
 def test_train_on_chooses_the_last_answer_or_everything(tmp_path):
@@ -546,3 +548,11 @@ def test_a_template_may_write_arguments_in_a_form_of_its_own(tmp_path):
     tokenizer = tokenizer_of(template)
     (row,) = prepared(tmp_path, tokenizer, {"messages": call_chat(json.dumps(ARGUMENTS))})
     assert '<city>Lima é "x"</city><near>[1, 2.5, true, null]</near>' in learned(tokenizer, row)
+
+
+def test_messages_are_rendered_with_all_they_have():
+    tokenizer = tokenizer_of("{% for m in messages %}{{ m.name or m.role }}: {{ m.content }}<|im_end|>{% endfor %}")
+    question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    rows = [Row("1", [question, answer], "b"), Row("2", [{**question, "name": "Ann"}, answer], "b")]
+    texts = [made[0].through for _, made in turns(rows, Data(), tokenizer, Ledger())]
+    assert texts == ["user: a<|im_end|>assistant: b<|im_end|>", "Ann: a<|im_end|>assistant: b<|im_end|>"]

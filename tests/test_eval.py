@@ -16,6 +16,7 @@ from lora_ft.data.dataset import prepare
 from lora_ft.evaluation.loss import eval_loss
 from lora_ft.models.acceleration import accelerate
 from lora_ft.models.load import load_base
+from lora_ft.objectives.sft import Sft
 
 LABELS = [(f"Is {n} even?", "yes" if n % 2 == 0 else "no") for n in range(24)]
 
@@ -32,12 +33,12 @@ def test_it_reports_what_the_adapter_and_the_bare_base_score_on_the_runs_split(
     bare = load_base(cfg.model, cfg.quant, "cpu")
     dataset = prepare(cfg.data, bare.tokenizer)
     for name, network in (("base", bare.model), ("adapter", base.model)):
-        expected = eval_loss(network, dataset.heldout, accelerate(network, config.Fast()).paths, 1024)
+        expected = eval_loss(network, Sft().loss, dataset.eval, accelerate(network, config.Fast()).paths, 1024)
         assert found[name]["loss"] == pytest.approx(expected.loss, rel=1e-6)
         assert found[name]["perplexity"] == pytest.approx(math.exp(expected.loss), rel=1e-5)
     assert found["base"]["loss"] != found["adapter"]["loss"]
-    assert found["tokens"] == sum(int(row.supervised.sum()) for row in dataset.heldout)
-    assert found["rows"] == len(dataset.heldout)
+    assert found["tokens"] == sum(int(row.supervised.sum()) for row in dataset.eval)
+    assert found["rows"] == len(dataset.eval)
     assert found["data_sha256"] == dataset.report.sha256
     assert {s["question"] for s in found["samples"]} <= {q for q, _ in QUESTIONS}
     told = capsys.readouterr().out
@@ -121,7 +122,7 @@ def test_the_limits_of_the_runs_own_rows_are_not_those_of_others(tmp_path: Path)
 def trained_and_heldout(tmp_path: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     cfg = settings(tmp_path, "llama")
     dataset = prepare(cfg.data, load_base(cfg.model, cfg.quant, "cpu").tokenizer)
-    lines = [[int(row.place.rpartition(":")[2]) - 1 for row in side] for side in (dataset.train, dataset.heldout)]
+    lines = [[int(row.source.rpartition(":")[2]) - 1 for row in side] for side in (dataset.train, dataset.eval)]
     return [QUESTIONS[i] for i in lines[0]], [QUESTIONS[i] for i in lines[1]]
 
 

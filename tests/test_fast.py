@@ -14,9 +14,10 @@ from lora_ft.adapters import attach
 from lora_ft.models import accelerated_lora
 from lora_ft.models.acceleration import accelerate
 from lora_ft.models.load import load_base
+from lora_ft.ops.batch import Batch
 from lora_ft.ops.dropout import switch_off_dropout
 from lora_ft.ops.lora_linear import lora_linear, lora_linear_plain, merging_pays
-from lora_ft.ops.token_loss import Batch, token_loss_sum
+from lora_ft.ops.token_loss import token_loss_sum
 from lora_ft.ops.weights import FrozenWeight
 
 IDS = torch.tensor([[5, 99, 42, 7, 300, 11]])

@@ -23,8 +23,10 @@ from transformers import PreTrainedModel
 
 from lora_ft import config, runs
 from lora_ft.data.packing import micro_batches
-from lora_ft.evaluation.loss import eval_loss, to_batch
-from lora_ft.ops.token_loss import Batch, Paths, token_loss_sum
+from lora_ft.evaluation.loss import eval_loss
+from lora_ft.objectives import sft
+from lora_ft.ops.batch import Batch
+from lora_ft.ops.token_loss import Paths, token_loss_sum
 from lora_ft.training import trackers, trainer
 from lora_ft.training.callbacks import Callback
 from lora_ft.training.progress import Progress
@@ -52,7 +54,8 @@ def outcome(
 ) -> Outcome:
     """The final adapter, and the loss and gradient norm of every step."""
     state = state_on(
-        tiny_model(family, dtype=dtype), folder, rows=ROWS, heldout=HELDOUT, fast=fast, track=config.Track(track),
+        tiny_model(family, dtype=dtype), folder, examples=ROWS, eval_examples=HELDOUT, fast=fast,
+        track=config.Track(track),
         train=config.Train(**{"tokens_per_step": 100, "checkpoint": "off", **train}), optim=OPTIM,
     )  # fmt: skip
     state.steps = steps
@@ -139,7 +142,7 @@ def test_rows_end_to_end_learn_what_padded_rows_learn(
     side: str, more: int, kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The padded ones through transformers' own forward, attention and mask."""
-    monkeypatch.setattr(trainer, "token_loss_sum", padded(side, more))
+    monkeypatch.setattr(sft, "token_loss_sum", padded(side, more))
     kind.check(outcome(kind.family, kind.dtype, tmp_path, fast=False))
 
 
@@ -171,23 +174,23 @@ def test_the_held_out_loss_is_a_mean_over_tokens_whatever_its_batches(kind: Kind
         tiny_model(kind.family, dtype=kind.dtype),
         tmp_path,
         adapter=config.Adapter(r=4, alpha=64, dropout=0.3),
-        rows=ROWS,
+        examples=ROWS,
         optim=OPTIM,
     )
     with torch.no_grad():
         for name, parameter in state.parameters.items():
             parameter.add_(0.1 * ("lora_B" in name))
     model = state.base.train()
-    (batch,) = [to_batch(b, model.device) for b in micro_batches(HELDOUT, None, True)]
+    (batch,) = [b.to(model.device) for b in micro_batches(HELDOUT, None, True)]
     assert token_loss_sum(model, batch, state.paths) != token_loss_sum(model, batch, state.paths)
     generator = torch.get_rng_state()
-    alone = [eval_loss(model, [row], state.paths, 1) for row in HELDOUT]
+    alone = [eval_loss(model, sft.Sft().loss, [row], state.paths, 1) for row in HELDOUT]
     mean = math.fsum(h.loss * h.tokens for h in alone) / sum(h.tokens for h in alone)
     for capacity in (1, 40, 90, 10_000):
-        found = eval_loss(model, HELDOUT, state.paths, capacity)
+        found = eval_loss(model, sft.Sft().loss, HELDOUT, state.paths, capacity)
         assert found.loss == pytest.approx(mean, rel=BOUNDS[kind.dtype])
         assert found.tokens == sum(int(row.supervised.sum()) for row in HELDOUT)
-        assert found == eval_loss(model, HELDOUT, state.paths, capacity)
+        assert found == eval_loss(model, sft.Sft().loss, HELDOUT, state.paths, capacity)
     assert mean != pytest.approx(math.fsum(h.loss for h in alone) / len(alone), rel=1e-5)
     assert model.training
     assert torch.equal(torch.get_rng_state(), generator)

@@ -13,13 +13,15 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from lora_ft import config
 from lora_ft.adapters import attach
-from lora_ft.data.rows import TokenRow
+from lora_ft.data.rows import Example
 from lora_ft.evaluation.loss import eval_loss
 from lora_ft.models.acceleration import accelerate, dequantized_weights
 from lora_ft.models.load import load_base
+from lora_ft.objectives.sft import Sft
 from lora_ft.ops import attention
+from lora_ft.ops.batch import Batch
 from lora_ft.ops.dropout import switch_off_dropout
-from lora_ft.ops.token_loss import Batch, token_loss_sum
+from lora_ft.ops.token_loss import token_loss_sum
 
 FAST, PLAIN = config.Fast(), config.Fast(attention=False, loss=False)
 LENGTHS = (9, 1, 17, 4)
@@ -78,7 +80,7 @@ def test_unpacked_attention_would_be_noticed() -> None:
     model = tiny_model("llama", dtype=torch.float64)
     batch, paths = packed(), accelerate(tiny_model("llama", dtype=torch.float64), FAST).paths
     accelerate(model, FAST)
-    leaking = batch._replace(starts=[0, len(batch.ids)])
+    leaking = dataclasses.replace(batch, starts=[0, len(batch.ids)])
     assert relative(token_loss_sum(model, leaking, paths).detach(), token_loss_sum(model, batch, paths).detach()) > 1e-4
 
 
@@ -99,8 +101,9 @@ def test_a_model_that_lets_packed_documents_see_each_other_gets_one_row_at_a_tim
     apart = sum(token_loss_sum(model, b, paths).detach() for b in alone(batch))
     leaking = token_loss_sum(model, batch, dataclasses.replace(paths, packs=True)).detach()
     assert relative(leaking, apart) > 1e-4
-    rows = [TokenRow(b.ids.numpy().astype(np.int32), np.roll(b.targets.numpy() >= 0, 1), "here") for b in alone(batch)]
-    assert eval_loss(model, rows, paths, 1000).loss == pytest.approx(
+    assert relative(token_loss_sum(model, batch, paths).detach(), apart) < 1e-13
+    rows = [Example(b.ids.numpy().astype(np.int32), np.roll(b.targets.numpy() >= 0, 1), "here") for b in alone(batch)]
+    assert eval_loss(model, Sft().loss, rows, paths, 1000).loss == pytest.approx(
         float(apart) / sum(int((b.targets >= 0).sum()) for b in alone(batch)), rel=1e-13
     )
 

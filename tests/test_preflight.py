@@ -262,7 +262,7 @@ def test_a_prompt_that_is_another_when_the_model_is_asked_is_found(bases, tmp_pa
     found = read(cfg.data)
     assert survey(found, prepare_rows(found, cfg.data, tokenizer), cfg.data, tokenizer).prompts == 32
     assert surveyed(cfg, tokenizer) == []
-    other = lambda d: replace(d, ids=np.append([5], d.ids[1:])) if d.place.endswith(":1") else d  # noqa: E731
+    other = lambda d: replace(d, ids=np.append([5], d.ids[1:])) if d.source.endswith(":1") else d  # noqa: E731
     (sentence,) = surveyed(cfg, tokenizer, other)
     assert sentence.startswith("1 of 32 prompts are another") and "rows.jsonl:1:" in sentence
 

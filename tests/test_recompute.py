@@ -16,6 +16,7 @@ from lora_ft.adapters import attach
 from lora_ft.errors import ConfigError
 from lora_ft.models.acceleration import accelerate
 from lora_ft.ops import gradient_checkpointing
+from lora_ft.ops.batch import Batch
 from lora_ft.ops.dropout import switch_off_dropout
 from lora_ft.ops.gradient_checkpointing import (
     Footprint,
@@ -24,7 +25,7 @@ from lora_ft.ops.gradient_checkpointing import (
     recompute_layers,
     settle_checkpoint,
 )
-from lora_ft.ops.token_loss import Batch, token_loss_sum
+from lora_ft.ops.token_loss import token_loss_sum
 
 FAST = config.Fast()
 

@@ -17,6 +17,7 @@ from lora_ft import runs
 from lora_ft.adapters import files
 from lora_ft.errors import Interrupted
 from lora_ft.io import durable
+from lora_ft.objectives import sft
 from lora_ft.training import checkpoint, trainer
 from lora_ft.training.signals import on_signals
 
@@ -77,7 +78,7 @@ def test_a_signal_lets_the_step_end_and_saves_it(
             written = len(runs.read_metrics(run)) if (run / runs.METRICS).exists() else 0
             return max(1, written) == step and not asked and not asked.append(1)
 
-        ask_in(patch, trainer, "token_loss_sum", in_the_step, signum)
+        ask_in(patch, sft, "token_loss_sum", in_the_step, signum)
         assert call("train", *words, f"hydra.run.dir={run}") == code
     said = capfd.readouterr().err
     assert f"{signum.name}: this step, then a checkpoint; again to stop now" in said

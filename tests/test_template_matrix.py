@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_ft.config import Data, TrainOn
 from lora_ft.data.dataset import prepare
-from lora_ft.data.rows import TokenRow
+from lora_ft.data.rows import Example
 from lora_ft.models.gguf import reader
 from lora_ft.models.gguf.tokenizer import build
 
@@ -259,17 +259,17 @@ def conversations(family: Family) -> list[dict[str, Any]]:
     return rows + [{"messages": called(n), "tools": TOOLS} for n in range(1, 4)] * family.tools
 
 
-def prepared(folder: Path, rows: list[Any], tokenizer: Any, train_on: TrainOn) -> list[list[TokenRow]]:
+def prepared(folder: Path, rows: list[Any], tokenizer: Any, train_on: TrainOn) -> list[list[Example]]:
     """The documents of each row."""
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    found: list[list[TokenRow]] = [[] for _ in rows]
+    found: list[list[Example]] = [[] for _ in rows]
     for document in prepare(Data(path=str(path), eval_fraction=0, train_on=train_on, max_length=8192), tokenizer).train:
-        found[int(document.place.rpartition(":")[2]) - 1].append(document)
+        found[int(document.source.rpartition(":")[2]) - 1].append(document)
     return found
 
 
-def spans(document: TokenRow) -> list[tuple[int, int]]:
+def spans(document: Example) -> list[tuple[int, int]]:
     """Stretches of supervised tokens."""
     learned = [*document.supervised.tolist(), False]
     starts = [i for i in range(1, len(learned)) if learned[i] and not learned[i - 1]]

@@ -166,7 +166,7 @@ def test_a_tracker_that_fails_costs_one_warning_and_no_bit(
 ) -> None:
     def adapter(name: str, callbacks: list[Any]) -> torch.Tensor:
         state = state_on(
-            tiny_model("llama"), tmp_path / name, heldout=some_rows(3, seed=1),
+            tiny_model("llama"), tmp_path / name, eval_examples=some_rows(3, seed=1),
             train=config.Train(max_steps=3, tokens_per_step=60), optim=config.Optim(),
             track=config.Track(Tracker.wandb),
         )  # fmt: skip

@@ -266,7 +266,7 @@ def test_the_printed_lines_load_what_was_trained(words: tuple[str, ...], tmp_pat
         exec(code, names)  # noqa: S102 (what was printed is what is tested)
     model = names["model"].eval()
     cfg = rules_of(tmp_path / "run")
-    heldout = prepare(cfg, AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter")).heldout
+    heldout = prepare(cfg, AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter")).eval
     total = tokens = 0
     with torch.no_grad():
         for row in heldout:

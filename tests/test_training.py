@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from lora_ft import config, runs
 from lora_ft.adapters import audit
 from lora_ft.data.dataset import prepare
-from lora_ft.data.rows import TokenRow
+from lora_ft.data.rows import Example
 from lora_ft.errors import ConfigError, DataError, MismatchError, NonFiniteError
 from lora_ft.evaluation.comparison import EvalSet, adapter_off, compare
 from lora_ft.evaluation.loss import eval_loss
@@ -53,7 +53,7 @@ def plain_loop(model: PreTrainedModel, state: TrainingState) -> tuple[Tensor, li
     optimizer = torch.optim.AdamW(parameters.values(), lr=cfg.optim.lr, weight_decay=cfg.optim.weight_decay)
     losses = []
     for step, chosen in enumerate(state.steps):
-        rows = [state.rows[i] for i in chosen]
+        rows = [state.examples[i] for i in chosen]
         longest = max(len(r.ids) for r in rows)
         ids, labels = torch.zeros(len(rows), longest, dtype=torch.int64), torch.full((len(rows), longest), -100)
         mask = torch.zeros_like(ids)
@@ -153,12 +153,12 @@ def test_every_matrix_moves_and_the_loss_falls(tmp_path: Path) -> None:
 
 @pytest.mark.closes("A11")
 def test_steps_are_epochs_or_a_number_and_cover_each_row_once_an_epoch() -> None:
-    lengths = [len(r.ids) for r in some_rows(40)]
-    steps = plan_steps(lengths, config.Train(epochs=3, tokens_per_step=100), seed=5)
+    examples = some_rows(40)
+    steps = plan_steps(examples, config.Train(epochs=3, tokens_per_step=100), seed=5)
     assert sorted(np.concatenate(steps)) == sorted([*range(40)] * 3)
-    assert all(sum(lengths[i] for i in step) <= 100 for step in steps)
+    assert all(sum(len(examples[i].ids) for i in step) <= 100 for step in steps)
     for number in (1, 7, len(steps) + 30):
-        planned = plan_steps(lengths, config.Train(max_steps=number, tokens_per_step=100), seed=5)
+        planned = plan_steps(examples, config.Train(max_steps=number, tokens_per_step=100), seed=5)
         assert len(planned) == number
         assert all(np.array_equal(a, b) for a, b in zip(planned, steps, strict=False))
 
@@ -183,7 +183,7 @@ def test_checkpoint_auto_is_told_the_largest_micro_batch(packing: bool, tmp_path
     state = state_on(
         tiny_model("llama"), tmp_path, train=config.Train(max_steps=6, tokens_per_step=60, packing=packing)
     )
-    steps = [[len(state.rows[i].ids) for i in step] for step in state.steps]
+    steps = [[len(state.examples[i].ids) for i in step] for step in state.steps]
     assert told == [max(map(sum if packing else max, steps))]
     assert state.checkpoint == "off"
 
@@ -192,7 +192,7 @@ def test_a_row_that_no_micro_batch_can_hold_is_named(tmp_path: Path) -> None:
     train = SETTINGS["train"]
     rows = sorted(some_rows(), key=lambda row: len(row.ids))
     train = dataclasses.replace(train, tokens_per_microbatch=len(rows[-1].ids) - 1)
-    with pytest.raises(ConfigError, match=rf"train\.tokens_per_microbatch.*{rows[-1].place} has"):
+    with pytest.raises(ConfigError, match=rf"train\.tokens_per_microbatch.*{rows[-1].source} has"):
         state_on(tiny_model("llama"), tmp_path, train=train)
 
 
@@ -200,7 +200,7 @@ def test_a_row_longer_than_the_models_context_is_named_before_any_step(tmp_path:
     """Llama would train past its positions in silence, GPT-2 has none to look up."""
     for family in ("llama", "gpt2"):
         with pytest.raises(DataError, match=r"rows:\d+ has \d+ tokens, and this model reads 256"):
-            state_on(tiny_model(family), tmp_path, rows=some_rows(40, longest=300))
+            state_on(tiny_model(family), tmp_path, examples=some_rows(40, longest=300))
 
 
 @pytest.mark.closes("A13")
@@ -245,7 +245,8 @@ def test_dropout_of_the_adapter_acts_in_training_and_not_in_evaluation(tmp_path:
         seen = Observer()
         adapter = config.Adapter(r=4, alpha=64, dropout=dropout)
         # A rate of almost nothing: whatever moves the loss from step to step is noise.
-        state = state_on(tiny_model("llama"), tmp_path, rows=rows, heldout=rows[:1], adapter=adapter, train=train,
+        state = state_on(tiny_model("llama"), tmp_path, examples=rows, eval_examples=rows[:1],
+                             adapter=adapter, train=train,
                              optim=config.Optim(lr=1e-12))  # fmt: skip
         with torch.no_grad():
             for name, parameter in state.parameters.items():
@@ -272,8 +273,8 @@ def test_a_held_out_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> Non
     model = tiny_model("llama")
     with torch.no_grad():
         model.get_input_embeddings().weight[3] = float("inf")
-    broken = TokenRow(ids=np.array([3, 5, 6], dtype=np.int32), supervised=np.array([False, True, True]), place="x:1")
-    state = state_on(model, tmp_path, heldout=[*some_rows(2, seed=4), broken])
+    broken = Example(ids=np.array([3, 5, 6], dtype=np.int32), supervised=np.array([False, True, True]), source="x:1")
+    state = state_on(model, tmp_path, eval_examples=[*some_rows(2, seed=4), broken])
     with pytest.raises(NonFiniteError, match="step 0: held-out loss nan"):
         fit(state)
 
@@ -302,9 +303,9 @@ def test_a_start_that_nothing_beats_is_kept_and_said(tmp_path: Path) -> None:
     model, ids = tiny_model("llama"), [5]
     for _ in range(20):
         ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-    own = TokenRow(ids=np.array(ids, dtype=np.int32), supervised=np.array([False] + [True] * 20), place="own:1")
+    own = Example(ids=np.array(ids, dtype=np.int32), supervised=np.array([False] + [True] * 20), source="own:1")
     train = dataclasses.replace(SETTINGS["train"], max_steps=8, eval_every_steps=1, keep=config.Keep.best)
-    state = state_on(model, tmp_path, heldout=[own], train=train, optim=config.Optim(lr=0.1))
+    state = state_on(model, tmp_path, eval_examples=[own], train=train, optim=config.Optim(lr=0.1))
     trained(state)
     state.take_kept_state()
     assert state.best.step == 0
@@ -326,7 +327,7 @@ def test_fifty_steps_of_smollm2_fast_and_plain_equal_a_plain_peft_loop(tmp_path:
             base,
             tmp_path,
             fast=is_fast,
-            rows=rows,
+            examples=rows,
             train=config.Train(max_steps=50, tokens_per_step=64),
             optim=config.Optim(lr=5e-5, weight_decay=0.01, schedule=config.Schedule.cosine, warmup_steps=5, clip=0.5),
         )
@@ -346,13 +347,13 @@ def test_fifty_steps_of_smollm2_fast_and_plain_equal_a_plain_peft_loop(tmp_path:
 def test_an_adapter_is_its_base_before_its_first_step_to_the_bit(family, adapter, fast, tmp_path):
     """What lets an evaluation before the first step stand for the base's own."""
     settings = {"adapter": config.Adapter(r=4, **adapter)}
-    state = state_on(tiny_model(family), tmp_path, heldout=some_rows(5, seed=9), fast=fast, **settings)
+    state = state_on(tiny_model(family), tmp_path, eval_examples=some_rows(5, seed=9), fast=fast, **settings)
     assert state.starts_as_base
     with adapter_off(state.model):
-        bare = eval_loss(state.base, state.heldout, state.paths, 60)
+        bare = eval_loss(state.base, state.objective.loss, state.eval_examples, state.paths, 60)
     fit(state)
     assert state.evaluations[0].heldout == bare
-    assert state.measured == (bare, eval_loss(state.base, state.heldout, state.paths, 60))
+    assert state.measured == (bare, eval_loss(state.base, state.objective.loss, state.eval_examples, state.paths, 60))
     assert state.measured[0] != state.measured[1]
 
 
@@ -369,11 +370,11 @@ def test_the_comparison_at_the_end_takes_what_training_has_measured(adapter, tra
         "adapter": config.Adapter(r=4, **adapter),
         "train": config.Train(max_steps=6, tokens_per_step=60, **train),
     }
-    state = state_on(tiny_model("llama"), tmp_path, heldout=some_rows(5, seed=9), **settings)
+    state = state_on(tiny_model("llama"), tmp_path, eval_examples=some_rows(5, seed=9), **settings)
     fit(state)
     state.take_kept_state()
     assert tuple(loss is not None for loss in state.measured) == known
-    rest = (EvalSet(state.heldout, [], 60, 1), state.paths)
+    rest = (EvalSet(state.eval_examples, [], 60, 1, state.objective.loss), state.paths)
     plain = compare(state.model, tiny_tokenizer(), *rest)
     assert compare(state.model, tiny_tokenizer(), *rest, known=state.measured) == plain
     assert all(loss in (None, own) for loss, own in zip(state.measured, (plain.base, plain.adapter), strict=True))
@@ -384,7 +385,7 @@ def test_adapters_of_one_base_evaluate_it_once(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "eval_loss", lambda *given: begun.append(given) or eval_loss(*given))
     for r in (4, 2, 3):
         state = state_on(
-            model, tmp_path / str(r), heldout=some_rows(5, seed=9), adapter=config.Adapter(r=r, dora=r == 3)
+            model, tmp_path / str(r), eval_examples=some_rows(5, seed=9), adapter=config.Adapter(r=r, dora=r == 3)
         )
         fit(state, base_losses=base_losses)
         detach(state)
@@ -444,10 +445,10 @@ def test_a_base_is_as_it_was_when_attaching_fails_midway(tmp_path: Path, monkeyp
 def test_a_run_in_pieces_is_the_run_in_one(tmp_path: Path) -> None:
     """Until a step, detached, attached again and resumed: the same bytes, and one line a step."""
     settings = {"adapter": config.Adapter(r=4, dropout=0.1), "train": config.Train(max_steps=9, tokens_per_step=60)}
-    whole = trained(state_on(tiny_model("llama"), tmp_path / "whole", heldout=some_rows(4, seed=9), **settings))
+    whole = trained(state_on(tiny_model("llama"), tmp_path / "whole", eval_examples=some_rows(4, seed=9), **settings))
     model = tiny_model("llama")
     for until in (3, 7, None):
-        state = state_on(model, tmp_path / "pieces", heldout=some_rows(4, seed=9), **settings)
+        state = state_on(model, tmp_path / "pieces", eval_examples=some_rows(4, seed=9), **settings)
         checkpoint.resume(state)
         found = trained(state, until)
         assert state.step == (until or 9)
@@ -470,7 +471,7 @@ class StopAt(Callback):
 
 
 def test_a_callback_stops_a_run(tmp_path: Path) -> None:
-    state = state_on(tiny_model("llama"), tmp_path, heldout=some_rows(4, seed=9))
+    state = state_on(tiny_model("llama"), tmp_path, eval_examples=some_rows(4, seed=9))
     fit(state, [StopAt(3)])
     assert (state.step, state.is_done, state.stopped_early, state.stopped_by) == (3, True, True, "step 3")
     assert checkpoint.newest(tmp_path).name == "step-00000003"

@@ -51,7 +51,7 @@ def test_fifty_steps_of_smollm2_have_the_losses_of_trl(tmp_path: Path) -> None:
     rows = [row for row in prepare(data, tokenizer).train if len(row.ids) < 32][: STEPS * rows_per_step]
     assert len({len(row.ids) for row in rows}) > 5
     base = load_base(MODEL, config.Quant(), "cpu", tokenizer)
-    state = state_on(base.model, tmp_path, rows=rows, train=config.Train(max_steps=STEPS), optim=OPTIM)
+    state = state_on(base.model, tmp_path, examples=rows, train=config.Train(max_steps=STEPS), optim=OPTIM)
     state.steps = list(np.arange(len(rows)).reshape(STEPS, rows_per_step))
 
     case = tmp_path / "case"

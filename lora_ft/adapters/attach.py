@@ -24,7 +24,14 @@ from lora_ft.errors import ConfigError
 ALL_LINEAR = "all-linear"
 
 
-def attach(base: PreTrainedModel, adapter: config.Adapter, name: str, seed: int, token_ids: list[int]) -> PeftModel:
+def attach(
+    base: PreTrainedModel,
+    adapter: config.Adapter,
+    name: str,
+    seed: int,
+    token_ids: list[int],
+    task_type: TaskType = TaskType.CAUSAL_LM,
+) -> PeftModel:
     """Inject the adapter under `name` and return the PEFT model; only its parameters train, in fp32 at least.
 
     `seed` alone decides the initial matrices. `token_ids` are added tokens, whose embedding rows are
@@ -49,7 +56,7 @@ def attach(base: PreTrainedModel, adapter: config.Adapter, name: str, seed: int,
         use_dora=adapter.dora,
         fan_in_fan_out=any(isinstance(layers[n], Conv1D) for n in matched_layers(layers, targets)),
         trainable_token_indices=_token_rows(base, token_ids),
-        task_type=TaskType.CAUSAL_LM,
+        task_type=task_type,
     )
     torch.manual_seed(seed)
     return inject(base, peft_config, name)

@@ -19,7 +19,6 @@ import jinja2
 from lora_ft import config
 from lora_ft.config import TrainOn
 from lora_ft.data import template_checks
-from lora_ft.data.fill import Filler, is_plain
 from lora_ft.data.rows import ANSWER_CUE, Ledger, Message, Row, RowError, excerpt
 from lora_ft.data.template_checks import Trials
 from lora_ft.errors import ConfigError, SecurityError
@@ -40,105 +39,80 @@ _DATE = "26 Jul 2024"
 class Turn:
     """prompt: all that precedes the answer. through: the same and the answer, with what the template puts after it.
 
-    answer: the message itself, for what is said about it.
+    answer: the message itself, for messages about it. plain: no template wrote begin and end of the text.
     """
 
     prompt: str
     through: str
     answer: object
+    plain: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Script:
-    """A row's turns. answers: how many answers the row has. plain: no template wrote begin and end of the text."""
+def turns(rows: Iterable[Row], data: config.Data, tokenizer: Any, ledger: Ledger) -> Iterator[tuple[int, list[Turn]]]:
+    """Render rows; yield each good one's index and turns. Faults of a row go into the ledger.
 
-    turns: list[Turn]
-    answers: int
-    plain: bool
-
-
-def scripts(rows: Iterable[Row], data: config.Data, tokenizer: Any, ledger: Ledger) -> Iterator[tuple[int, Script]]:
-    """Render rows; yield each good one's index and script. Faults of a row go into the ledger.
-
-    Raises ConfigError where the settings and the tokenizer cannot render the rows at all.
+    Raises ConfigError if the settings and the tokenizer cannot render the rows at all.
     """
     control = control_tokens(tokenizer)
     if found := control.search(data.system or ""):
         raise ConfigError(f"data.system holds the control token {found[0]}")
     has_template = bool(tokenizer.chat_template)
-    filler = _filler(tokenizer)
     trials = Trials(tokenizer, lambda messages, prompt: _rendered(messages, tokenizer, prompt))
     for index, row in enumerate(rows):
         if row.messages and has_template:
             try:
-                yield index, _chat(row, data, tokenizer, control, filler, trials)
+                yield index, _chat(row, data, tokenizer, control, trials)
             except RowError as error:
-                ledger.add_bad(row.place, error.name, error.reason, error.shown or row.answer or row.messages[-1])
+                ledger.add_bad(row.source, error.name, error.reason, error.shown or row.answer or row.messages[-1])
         elif row.plain_prompt is None:
             raise ConfigError(
-                f"{row.place} is a chat, and the tokenizer has no chat template: give one with model.chat_template=FILE"
+                f"{row.source} is a chat, and the tokenizer has no chat template: give one with "
+                "model.chat_template=FILE"
             )
         elif data.system:
-            raise ConfigError(f"data.system needs rows that a chat template renders; {row.place} is plain text")
+            raise ConfigError(f"data.system needs rows that a chat template renders; {row.source} is plain text")
         else:
-            yield index, Script([Turn(row.plain_prompt, row.plain_prompt + row.answer, row.answer)], 1, plain=True)
+            yield index, [Turn(row.plain_prompt, row.plain_prompt + row.answer, row.answer, plain=True)]
 
 
 def control_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """A pattern of the tokenizer's special tokens, longest first; it matches nothing where there are none."""
+    """A pattern of the tokenizer's special tokens, longest first; without any it matches nothing."""
     tokens = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
 
 
-def _filler(tokenizer: Any) -> Filler | None:
-    template = tokenizer.chat_template
-    if not isinstance(template, str):
-        return None  # none, or several by name, of which transformers chooses
-    variables = {**tokenizer.special_tokens_map, "date_string": _DATE}
-    return Filler(template, variables, lambda messages, prompt: render(messages, tokenizer, prompt))
-
-
-def _chat(
-    row: Row, data: config.Data, tokenizer: Any, control: re.Pattern[str], filler: Filler | None, trials: Trials
-) -> Script:
-    messages, plain = row.messages, all(map(is_plain, row.messages))
-    _refuse_control_tokens(row, plain, control)
+def _chat(row: Row, data: config.Data, tokenizer: Any, control: re.Pattern[str], trials: Trials) -> list[Turn]:
+    _refuse_control_tokens(row, control)
+    messages = row.messages
     if data.system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": data.system}, *messages]
     roles = tuple([message["role"] for message in messages])
-    contents = [message["content"] for message in messages] if filler and plain and not row.tools else None
     moved = len(messages) - len(row.messages)
     learned = [i + moved for i in _learned(row, data.train_on)]
 
     def turn(form: list[Message], answer: int) -> Turn:
-        def text(end: int, generation_prompt: bool) -> str:
-            if filler and contents:
-                filled = filler.text(roles[:end], contents, generation_prompt)
-                if filled is not None:
-                    return filled
-            return _rendered(form[:end], tokenizer, generation_prompt, row.tools)
-
-        made = Turn(text(answer, True), text(answer + 1, False), form[answer].get("content") or form[answer])
-        template_checks.check(form, answer, made.prompt, made.through, row.tools)
+        prompt = _rendered(form[:answer], tokenizer, True, row.tools)
+        through = _rendered(form[: answer + 1], tokenizer, False, row.tools)
+        template_checks.check(form, answer, prompt, through, row.tools)
         trials.check(roles[: answer + 1])
-        return made
+        return Turn(prompt, through, form[answer].get("content") or form[answer])
 
     refused: list[RowError] = []
     for form in _forms(messages):
         try:
-            return Script([turn(form, i) for i in learned], roles.count("assistant"), plain=False)
+            return [turn(form, i) for i in learned]
         except RowError as error:
             refused.append(error)
     raise refused[0]
 
 
-def _refuse_control_tokens(row: Row, plain: bool, control: re.Pattern[str]) -> None:
+def _refuse_control_tokens(row: Row, control: re.Pattern[str]) -> None:
     """RowError for a control token in a message or tool: the tokenizer would read it as the end of a turn."""
     for message in row.messages:
-        shown = message["content"] if plain else json.dumps(message, ensure_ascii=False, default=str)
+        shown = message["content"] if len(message) == 2 else json.dumps(message, ensure_ascii=False, default=str)
         if found := control.search(shown):
             raise RowError("content", f"holds the control token {found[0]}", excerpt(shown, near=found.start()))
-    if found := control.search(json.dumps(row.tools or "", ensure_ascii=False, default=str)):
+    if row.tools and (found := control.search(json.dumps(row.tools, ensure_ascii=False, default=str))):
         raise RowError("tools", f"holds the control token {found[0]}", row.tools)
 
 
@@ -213,7 +187,7 @@ def render(messages: list[Message], tokenizer: Any, generation_prompt: bool, too
 
 
 def plain_prompt(text: str, data: config.Data) -> str:
-    """What a model without a template is asked, as rows of this format were laid out when it learned."""
+    """Lay out a question for a model without a template, as rows of this format were laid out in training."""
     if data.format is config.Format.alpaca:
         return f"### Instruction:\n{text}{ANSWER_CUE}"
     return text + ANSWER_CUE if data.prompt else text

@@ -53,15 +53,15 @@ def rows(records: Iterable[Record], data: config.Data, ledger: Ledger) -> tuple[
     if not held:
         ledger.raise_bad()
         raise DataError("there is no row to learn from in the data")
-    columns = Counter(tuple(_renamed(record.values, data.columns)) for record in held)
-    names = list(dict.fromkeys(name for record in held for name in record.values))
+    columns = Counter(tuple(_renamed(values, data.columns)) for _, values in held)
+    names = list(dict.fromkeys(name for _, values in held for name in values))
     found, parse, read = _parser(names, columns, data)
     parsed: list[Row] = []
-    for record in held:
+    for source, values in held:
         try:
-            parsed.append(parse(record.place, _renamed(record.values, data.columns)))
+            parsed.append(parse(source, _renamed(values, data.columns)))
         except RowError as error:
-            ledger.add_bad(record.place, _as_in_file(error.name, data.columns), error.reason, record.values)
+            ledger.add_bad(source, _as_in_file(error.name, data.columns), error.reason, values)
     if not parsed:
         ledger.raise_bad()
     in_file = {data.columns.get(name, name) for name in read}
@@ -149,12 +149,12 @@ def _as_in_file(name: str, columns: dict[str, str]) -> str:
     return columns.get(column, column) + bracket + index
 
 
-def _messages_row(place: str, values: dict[str, Any]) -> Row:
-    return _chat(place, _led(_message_list(values, "messages"), values), values)
+def _messages_row(source: str, values: dict[str, Any]) -> Row:
+    return _chat(source, _led(_message_list(values, "messages"), values), values)
 
 
-def _conversations_row(place: str, values: dict[str, Any]) -> Row:
-    return _chat(place, _led(_message_list(values, "conversations"), values), values)
+def _conversations_row(source: str, values: dict[str, Any]) -> Row:
+    return _chat(source, _led(_message_list(values, "conversations"), values), values)
 
 
 def _led(messages: list[Message], values: dict[str, Any]) -> list[Message]:
@@ -165,18 +165,18 @@ def _led(messages: list[Message], values: dict[str, Any]) -> list[Message]:
     return [{"role": "system", "content": system}, *messages]
 
 
-def _prompt_completion_row(place: str, values: dict[str, Any]) -> Row:
+def _prompt_completion_row(source: str, values: dict[str, Any]) -> Row:
     if isinstance(values.get("prompt"), list):
         asked = _led(_message_list(values, "prompt"), values)
         context = frozenset(i for i, message in enumerate(asked) if message["role"] == "assistant")
-        return _chat(place, asked + _message_list(values, "completion"), values, context)
+        return _chat(source, asked + _message_list(values, "completion"), values, context)
     prompt, completion = _text(values, "prompt"), _text(values, "completion")
     messages = _led([{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}], values)
     system = f"{messages[0]['content']}\n\n" if len(messages) > 2 else ""
-    return Row(place, messages, completion, plain_prompt=system + prompt, tools=_tools(values))
+    return Row(source, messages, completion, plain_prompt=system + prompt, tools=_tools(values))
 
 
-def _alpaca_row(place: str, values: dict[str, Any]) -> Row:
+def _alpaca_row(source: str, values: dict[str, Any]) -> Row:
     """Templates get instruction and input as one user message; plain text gets Alpaca's headings."""
     instruction, output = _text(values, "instruction"), _text(values, "output")
     extra, system = _optional_text(values, "input"), _optional_text(values, "system")
@@ -188,7 +188,7 @@ def _alpaca_row(place: str, values: dict[str, Any]) -> Row:
     for question, answer in turns[:-1]:
         plain += f"### Instruction:\n{question}{ANSWER_CUE}{answer}\n\n"
     heading = f"\n\n### Input:\n{extra}" if extra else ""
-    return Row(place, messages, output, f"{plain}### Instruction:\n{instruction}{heading}{ANSWER_CUE}")
+    return Row(source, messages, output, f"{plain}### Instruction:\n{instruction}{heading}{ANSWER_CUE}")
 
 
 def _history(values: dict[str, Any]) -> list[tuple[str, str]]:
@@ -203,8 +203,8 @@ def _history(values: dict[str, Any]) -> list[tuple[str, str]]:
     return [(question, answer) for question, answer in pairs]
 
 
-def _text_row(place: str, values: dict[str, Any]) -> Row:
-    return Row(place, [], _text(values, "text"), plain_prompt="")
+def _text_row(source: str, values: dict[str, Any]) -> Row:
+    return Row(source, [], _text(values, "text"), plain_prompt="")
 
 
 _PARSERS: dict[Format, Callable[[str, dict[str, Any]], Row]] = {
@@ -247,7 +247,7 @@ def _tools(values: dict[str, Any]) -> list[Any] | None:
     return tools or None
 
 
-def _chat(place: str, messages: list[Message], values: dict[str, Any], context: frozenset[int] = frozenset()) -> Row:
+def _chat(source: str, messages: list[Message], values: dict[str, Any], context: frozenset[int] = frozenset()) -> Row:
     """Check the order of roles and that the chat ends with an answer; take the marks of `_message` off the messages."""
     last = ""
     for index, message in enumerate(messages):
@@ -259,7 +259,7 @@ def _chat(place: str, messages: list[Message], values: dict[str, Any], context: 
         raise RowError(f"message {len(messages)}", f"the chat must end with the assistant's answer, ends with {last}")
     excluded = frozenset(i for i, message in enumerate(messages) if message.pop("weight", 1) == 0)
     answer = messages[-1].get("content") or ""
-    return Row(place, messages, answer, context=context | excluded, excluded=excluded, tools=_tools(values))
+    return Row(source, messages, answer, context=context | excluded, excluded=excluded, tools=_tools(values))
 
 
 def _message_list(values: dict[str, Any], column: str) -> list[Message]:

@@ -37,7 +37,7 @@ def rows(path: Path, label: str, ledger: Ledger) -> Iterator[Record]:
                     if isinstance(values, RowError):
                         ledger.add_bad(f"{label}:row {number}", values.name, values.reason, values.shown)
                     else:
-                        yield Record(f"{label}:row {number}", untrusted.without_filled_nulls(values))
+                        yield f"{label}:row {number}", untrusted.without_filled_nulls(values)
     # Damaged pages come as OSError without a number.
     except (pyarrow.ArrowException, OSError) as error:
         ledger.add_bad(f"{label}:row {number + 1}", "file", "not readable as Parquet", error)

@@ -1,10 +1,10 @@
 """Settings in, checked rows out, each on its side of the split: all that needs no tokenizer.
 
-read(Data(path="chat.jsonl")) -> Rows(format, rows=[Row ...], hashes=[...], aside=[False, True, ...], ...)
+read(Data(path="chat.jsonl")) -> Rows(format, rows=[Row ...], hashes=[...], is_eval=[False, True, ...], ...)
 """
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from lora_ft import config
 from lora_ft.config import Format
@@ -18,26 +18,28 @@ log = logging.getLogger("lora_ft")
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows as they were read. hashes: of their content. aside: True for each that is held out.
+    """Rows as they were read. hashes: of their content. is_eval: True for each row of the eval set.
 
     duplicates: rows equal to an earlier one but for case and blanks. unused: columns that nothing reads.
+    from_cache: names of the cached files that their examples were loaded from.
     """
 
     format: Format
     rows: list[Row]
     hashes: list[bytes]
-    aside: list[bool]
+    is_eval: list[bool]
     duplicates: int
     unused: list[str]
     ledger: Ledger
+    from_cache: list[str] = field(default_factory=list)
 
     @property
     def training_rows(self) -> list[Row]:
-        return [row for row, aside in zip(self.rows, self.aside, strict=True) if not aside]
+        return [row for row, is_eval in zip(self.rows, self.is_eval, strict=True) if not is_eval]
 
 
 def read(data: config.Data) -> Rows:
-    """Read, check and split the rows of `data`; raises what `prepare` raises, but for faults of a tokenizer.
+    """Read, check and split the rows of `data`; raises the errors of `prepare` but for those of a tokenizer.
 
     Bad rows stay in the ledger until the others were rendered too, so that one error lists all of them.
     """
@@ -53,19 +55,19 @@ def read(data: config.Data) -> Rows:
         _, extra, more_unused = formats.rows(records(apart.path, key, apart, ledger), apart, ledger)
         extra, extra_hashes, more = _unique(extra, data, ledger)
         split.refuse_leaks(rows, extra, hashes, extra_hashes)
-        aside = [False] * len(rows) + [True] * len(extra)
+        is_eval = [False] * len(rows) + [True] * len(extra)
         unused = list(dict.fromkeys(unused + more_unused))
-        return Rows(found, rows + extra, hashes + extra_hashes, aside, duplicates + more, unused, ledger)
-    return Rows(found, rows, hashes, split.held_out(hashes, data.eval_fraction), duplicates, unused, ledger)
+        return Rows(found, rows + extra, hashes + extra_hashes, is_eval, duplicates + more, unused, ledger)
+    return Rows(found, rows, hashes, split.choose_eval(hashes, data.eval_fraction), duplicates, unused, ledger)
 
 
-def read_heldout(data: config.Data, trained: Rows | None) -> Rows:
-    """Every row of `data.path`, all held out; DataError where one is a training row of `trained`."""
+def read_eval(data: config.Data, trained: Rows | None) -> Rows:
+    """Read every row of `data.path` as an eval row; DataError if one is a training row of `trained`."""
     found = read(replace(data, eval_fraction=0.0, eval_path=None, eval_split=None))
     if trained:
-        learned = [h for h, aside in zip(trained.hashes, trained.aside, strict=True) if not aside]
+        learned = [h for h, is_eval in zip(trained.hashes, trained.is_eval, strict=True) if not is_eval]
         split.refuse_leaks(trained.training_rows, found.rows, learned, found.hashes)
-    return replace(found, aside=[True] * len(found.rows))
+    return replace(found, is_eval=[True] * len(found.rows))
 
 
 def eval_split(data: config.Data) -> str | None:
@@ -88,7 +90,7 @@ def _check_splits(data: config.Data) -> None:
         raise ConfigError(
             f"data.eval_path={apart} has files of the splits {', '.join(sorted(named))}: choose data.eval_split"
         )
-    if not all(is_local(place) for place in (data.path, data.eval_path) if place):
+    if not all(is_local(path) for path in (data.path, data.eval_path) if path):
         return
     default = config.Data()
     for name in ("name", "revision"):
@@ -111,7 +113,7 @@ def _unique(rows: list[Row], data: config.Data, ledger: Ledger) -> tuple[list[Ro
 
 
 def _apart(data: config.Data) -> tuple[str, config.Data]:
-    """Where rows are held out that have a place of their own, as settings, and the setting that says so."""
+    """The setting that names the source of the eval rows, and the settings to read them with."""
     if data.eval_path:
         return "data.eval_path", replace(data, path=data.eval_path, split=data.eval_split or data.split)
     return "data.eval_split", replace(data, split=str(data.eval_split))

@@ -152,4 +152,4 @@ def _hub(path: str, key: str, data: config.Data) -> Iterator[Record]:
         batches = rows.with_format("arrow").iter(1000)
         rows = (untrusted.without_filled_nulls(values) for batch in batches for values in batch.to_pylist())
     for number, values in enumerate(rows, 1):
-        yield Record(f"{path}:row {number}", values)
+        yield f"{path}:row {number}", values

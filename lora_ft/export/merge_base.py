@@ -20,14 +20,13 @@ from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
 from lora_ft import config
-from lora_ft.data.dataset import TokenRow
-from lora_ft.data.packing import micro_batches
+from lora_ft.data.packing import longest_group, micro_batches
+from lora_ft.data.rows import Example
 from lora_ft.errors import NonFiniteError
-from lora_ft.evaluation.loss import to_batch
 from lora_ft.export.merge import MergedModel
 from lora_ft.export.weight_stream import streamed, use_placeholders
 from lora_ft.models.acceleration import accelerated
-from lora_ft.ops.token_loss import IGNORED, Batch
+from lora_ft.ops.batch import Batch
 from lora_ft.values import Onto
 
 _PLAIN = config.Fast(**{field.name: False for field in fields(config.Fast)})
@@ -79,7 +78,7 @@ class Comparison:
 
 
 @torch.no_grad()
-def compare(attached: PreTrainedModel, targets: dict[Onto, MergedModel], rows: Sequence[TokenRow]) -> Comparison:
+def compare(attached: PreTrainedModel, targets: dict[Onto, MergedModel], examples: Sequence[Example]) -> Comparison:
     """Compare both merged models with the adapter attached to its quantized base, on that base's device.
 
     Only `attached` is in memory as a whole; the merged models are streamed layer by layer. Raises NonFiniteError.
@@ -88,11 +87,11 @@ def compare(attached: PreTrainedModel, targets: dict[Onto, MergedModel], rows: S
     own: list[Tensor] = []
     losses: dict[Onto, list[Tensor]] = {onto: [] for onto in merged}
     divergence = dict.fromkeys(merged, 0.0)
-    capacity = max([_TOKENS_PER_PASS, *(len(row.ids) for row in rows)])
+    capacity = max(_TOKENS_PER_PASS, longest_group(examples))
     with accelerated(attached, _PLAIN) as made:
         packs = made.paths.packs
-    for packed in micro_batches(rows, capacity, packs):
-        batch = to_batch(packed, attached.device)
+    for packed in micro_batches(examples, capacity, packs):
+        batch = packed.to(attached.device)
         expected, loss = _log_probs(attached, batch)
         own.append(loss)
         for onto, model in merged.items():
@@ -109,7 +108,7 @@ def compare(attached: PreTrainedModel, targets: dict[Onto, MergedModel], rows: S
     noise = 2 * float(difference.std()) / num**0.5 if num > 1 else float("inf")
     return Comparison(
         better=better(measured, noise), attached_loss=float(base.mean()), dequantized=measured[Onto.dequantized],
-        original=measured[Onto.original], noise=noise, tokens=num, rows=len(rows),
+        original=measured[Onto.original], noise=noise, tokens=num, rows=len(examples),
         dtype=str(targets[Onto.original].dtype).removeprefix("torch."),
     )  # fmt: skip
 
@@ -134,7 +133,6 @@ class _Streamed:
 
 def _log_probs(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return log-probabilities [N, V] at supervised positions in float32, and the losses [N] in float64 on the CPU."""
-    supervised = (batch.targets != IGNORED).nonzero()[:, 0]
     output = model(input_ids=batch.ids[None], position_ids=batch.positions[None], use_cache=False)
-    log_probs = log_softmax(output.logits[0][supervised].float(), dim=-1)
-    return log_probs, -log_probs.gather(1, batch.targets[supervised, None])[:, 0].double().cpu()
+    log_probs = log_softmax(output.logits[0][batch.supervised].float(), dim=-1)
+    return log_probs, -log_probs.gather(1, batch.targets[batch.supervised, None])[:, 0].double().cpu()

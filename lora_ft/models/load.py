@@ -137,21 +137,34 @@ def _add_tokens(tokenizer: Any, tokens: list[str]) -> None:
 
 
 def load_base(
-    model: config.Model, quant: config.Quant, device: str, tokenizer: "PreTrainedTokenizerBase | None" = None
+    model: config.Model,
+    quant: config.Quant,
+    device: str,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    model_class: Any = None,
 ) -> Base:
     """Load a frozen base in `model.dtype` on `device`, its linear layers quantized as `quant` says.
+
+    `model_class` is of transformers, AutoModelForCausalLM by default.
 
     Rows of added tokens start as the mean of the rows that the tokenizer used before, and so do not
     depend on a seed. Raises what `locate` raises, ConfigError for weights that do not fit the config,
     ResourceError where memory does not suffice.
     """
+    from transformers import AutoModelForCausalLM
+
     identity = locate(model)
     target = resolve_device(device)
     dtype = resolve_dtype(model.dtype, target)
     compute = dtype if quant.compute_dtype is config.Dtype.auto else resolve_dtype(quant.compute_dtype, target)
     tokenizer = tokenizer or load_tokenizer(model)
     network = _load_weights(
-        model.path, str(identity.folder), dtype, target, quantize.bitsandbytes_config(quant, compute)
+        model.path,
+        str(identity.folder),
+        dtype,
+        target,
+        quantize.bitsandbytes_config(quant, compute),
+        model_class or AutoModelForCausalLM,
     )
     quantized: tuple[str, ...] = ()
     if quant.kind is not config.QuantKind.none:
@@ -162,13 +175,14 @@ def load_base(
     return Base(network.requires_grad_(False).eval(), tokenizer, identity, quantized)
 
 
-def _load_weights(path: str, folder: str, dtype: torch.dtype, device: torch.device, quantization: Any) -> Any:
+def _load_weights(
+    path: str, folder: str, dtype: torch.dtype, device: torch.device, quantization: Any, model_class: Any
+) -> Any:
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     try:
         with quiet():
-            network, report = AutoModelForCausalLM.from_pretrained(
+            network, report = model_class.from_pretrained(
                 folder, dtype=dtype, device_map={"": device}, quantization_config=quantization,
                 use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True,
                 ignore_mismatched_sizes=True,  # as part of the report; refused below

@@ -23,8 +23,9 @@ from transformers import PreTrainedModel
 
 from lora_ft.models.load import first_line
 from lora_ft.ops import attention
+from lora_ft.ops.batch import IGNORED, Batch
 from lora_ft.ops.cross_entropy import at_least_float32
-from lora_ft.ops.token_loss import IGNORED, Batch, Paths, token_loss_sum
+from lora_ft.ops.token_loss import Paths, token_loss_sum
 
 _LENGTHS = (5, 7)
 # Largest difference of loss and gradient, relative to the norm. Families round to float32 inside even in float64.

@@ -27,7 +27,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_ft.errors import ConfigError
-from lora_ft.ops.token_loss import Batch, Paths, token_loss_sum
+from lora_ft.ops.batch import Batch
+from lora_ft.ops.token_loss import Paths, token_loss_sum
 
 # Part of the free memory that a run may plan with; the rest is for what a measurement of a few tokens cannot see:
 # the allocator's gaps, buffers inside kernels, and on a CPU the other processes.

@@ -1,30 +1,21 @@
-"""From packed tokens to the sum of their losses: the one way that training and evaluation call a model.
+"""From packed tokens to sums of their losses, of a whole batch or of each document: how objectives call a model.
 
-    ids [T] -> body (attention within documents) -> hidden [T, E] -> supervised rows [N, E] -> head -> sum of losses
+    ids [T] -> body (attention within documents) -> hidden [T, E] -> supervised rows [N, E] -> head -> sums of losses
 
 The plain path runs the model's own forward over a dense mask and takes the loss of all logits. The fast
 paths are chosen once for a model (models/acceleration.py), each exact and each switchable (`fast.*`).
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from lora_ft.ops.batch import IGNORED, Batch
 from lora_ft.ops.cross_entropy import at_least_float32, linear_cross_entropy, linear_cross_entropy_plain
-
-IGNORED = -100
-
-
-class Batch(NamedTuple):
-    """Packed documents as tensors: ids, positions, targets int64 [T]; cumulative document boundaries."""
-
-    ids: Tensor
-    positions: Tensor
-    targets: Tensor
-    starts: list[int]
 
 
 @dataclass(frozen=True)
@@ -49,6 +40,23 @@ def token_loss_sum(model: PreTrainedModel, batch: Batch, paths: Paths) -> Tensor
 
     `model` is the transformers model, with or without adapter layers inside.
     """
+    if len(batch.counts) > 1 and not paths.packs:
+        return document_loss_sums(model, batch, paths).sum()
+    (total,) = _loss_sums(model, batch, paths, [sum(batch.counts)], [0, len(batch.ids)])
+    return total
+
+
+def document_loss_sums(model: PreTrainedModel, batch: Batch, paths: Paths) -> Tensor:
+    """The same sum for each document of the batch; [documents]. The documents share a forward pass if `paths.packs`."""
+    if not paths.packs:
+        return torch.stack([token_loss_sum(model, document, paths) for document in batch.documents()])
+    return torch.stack(_loss_sums(model, batch, paths, batch.counts, batch.starts))
+
+
+def _loss_sums(
+    model: PreTrainedModel, batch: Batch, paths: Paths, counts: list[int], starts: list[int]
+) -> list[Tensor]:
+    """Loss sums of consecutive parts of a batch, given the supervised positions and the boundaries of each part."""
     inputs = {"input_ids": batch.ids[None], "use_cache": False}
     if paths.packs:  # the positions of a document alone are the model's own, and some models take no others
         inputs["position_ids"] = batch.positions[None]
@@ -56,10 +64,13 @@ def token_loss_sum(model: PreTrainedModel, batch: Batch, paths: Paths) -> Tensor
         inputs["document_starts"] = batch.starts
     if not paths.supervised_rows_only:
         logits = at_least_float32(model(**inputs).logits[0])
-        return cross_entropy(logits, batch.targets, ignore_index=IGNORED, reduction="sum")
-    hidden = getattr(model, model.base_model_prefix)(**inputs).last_hidden_state[0]
-    supervised = (batch.targets != IGNORED).nonzero()[:, 0]
-    return _head_loss(model.get_output_embeddings(), hidden[supervised], batch.targets[supervised])
+        return [
+            cross_entropy(logits[start:end], batch.targets[start:end], ignore_index=IGNORED, reduction="sum")
+            for start, end in pairwise(starts)
+        ]
+    hidden = getattr(model, model.base_model_prefix)(**inputs).last_hidden_state[0][batch.supervised]
+    parts = zip(hidden.split(counts), batch.targets[batch.supervised].split(counts), strict=True)
+    return [_head_loss(model.get_output_embeddings(), rows, targets) for rows, targets in parts]
 
 
 def _head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:

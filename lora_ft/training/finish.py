@@ -1,6 +1,6 @@
-"""The end of a run: the adapter saved, compared with the bare base, and what came of it told and kept.
+"""The end of a run: save the adapter, compare it with the bare base, write and print the result.
 
-state -> adapter/  ->  base against adapter on held-out rows  ->  result.json
+state -> adapter/  ->  base against adapter on the eval set  ->  result.json
 """
 
 import hashlib
@@ -57,7 +57,7 @@ def finish(state: TrainingState, base: Base, dataset: Dataset, compared: dict[ob
     files.save(state.model, NAME, adapter, base.tokenizer, source)
     for sentence in overfitting(state):
         log.info(sentence)
-    comparison = _compared(state, base, compared) if state.heldout else None
+    comparison = _compared(state, base, compared) if state.eval_examples else None
     result = _result(state, comparison)
     durable.write_json(state.folder / runs.RESULT, asdict(result))
     _print(state, base, comparison, result)
@@ -66,10 +66,12 @@ def finish(state: TrainingState, base: Base, dataset: Dataset, compared: dict[ob
 
 def _compared(state: TrainingState, base: Base, compared: dict[object, Comparison]) -> Comparison:
     train = state.cfg.train
-    log.info("comparing base and adapter on %d eval rows", len(state.heldout))
+    log.info("comparing base and adapter on %d eval rows", len(state.eval_examples))
     capacity = train.tokens_per_microbatch or train.tokens_per_step
-    decides = (len(state.heldout), capacity, train.samples)
-    eval_set = EvalSet(state.heldout, state.questions[: train.samples], capacity, _SAMPLE_TOKENS)
+    decides = (len(state.eval_examples), capacity, train.samples)
+    eval_set = EvalSet(
+        state.eval_examples, state.eval_prompts[: train.samples], capacity, _SAMPLE_TOKENS, state.objective.loss
+    )
     compared[decides] = compare(
         state.model, base.tokenizer, eval_set, state.paths, compared.get(decides), state.measured
     )

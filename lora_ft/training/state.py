@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,18 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_ft import config, validation
+from lora_ft import config, objectives, validation
 from lora_ft.adapters import attach, audit, files, provenance
-from lora_ft.data.dataset import Dataset, Question, TokenRow
+from lora_ft.data.dataset import Dataset, EvalPrompt
+from lora_ft.data.packing import check_capacity, group_lengths, grouped, longest_group
+from lora_ft.data.rows import Example
 from lora_ft.data.sampler import derive, epoch_order, steps_of_epoch
 from lora_ft.errors import ConfigError, DataError
 from lora_ft.evaluation.generation import context_length
 from lora_ft.evaluation.loss import EvalLoss
 from lora_ft.models.acceleration import accelerated_lora
 from lora_ft.models.load import Base
+from lora_ft.objectives import Objective
 from lora_ft.ops.gradient_checkpointing import settle_checkpoint
 from lora_ft.ops.token_loss import Paths
 from lora_ft.training import optimizers
@@ -49,7 +52,7 @@ class Evaluation:
 
 @dataclass
 class TrainingState:
-    """State of one adapter's training; `steps` lists the row numbers of every optimizer step, in order.
+    """State of one adapter's training; `steps` lists the examples of every optimizer step by index.
 
     inputs: hashes of the settings, the data, the base and the adapter's shapes. A checkpoint holds the optimizer,
     `flat.values` and the fields with a default.
@@ -59,9 +62,10 @@ class TrainingState:
     folder: Path
     model: PeftModel
     paths: Paths
-    rows: list[TokenRow]
-    heldout: list[TokenRow]
-    questions: list[Question]
+    objective: Objective
+    examples: list[Example]
+    eval_examples: list[Example]
+    eval_prompts: list[EvalPrompt]
     steps: list[np.ndarray]
     parameters: dict[str, nn.Parameter]
     start: dict[str, Tensor]
@@ -159,7 +163,14 @@ def _attach(cfg: config.TrainRun, base: Base, dataset: Dataset) -> PeftModel:
     check_added_tokens(cfg.model, base.tokenizer, dataset.train)
     token_ids = base.tokenizer.convert_tokens_to_ids(list(cfg.model.added_tokens))
     try:
-        model = attach.attach(base.model, cfg.adapter, NAME, derive(cfg.seed, "adapter"), token_ids)
+        model = attach.attach(
+            base.model,
+            cfg.adapter,
+            NAME,
+            derive(cfg.seed, "adapter"),
+            token_ids,
+            objectives.find(cfg.objective).task_type,
+        )
         if cfg.adapter.init_from:
             source = Path(cfg.adapter.init_from)
             provenance.check_source(source, files.read_config(source), base, cfg.quant)
@@ -174,9 +185,9 @@ def _attach(cfg: config.TrainRun, base: Base, dataset: Dataset) -> PeftModel:
 def _state(
     cfg: config.TrainRun, folder: Path, model: PeftModel, dataset: Dataset, paths: Paths, base_fingerprint: str
 ) -> TrainingState:
-    heldout, questions = evaluation_rows(dataset, cfg.train.eval_rows)
-    steps = plan_steps([len(r.ids) for r in dataset.train], cfg.train, cfg.seed)
-    check_lengths([*dataset.train, *heldout], model.get_base_model(), cfg.train)
+    eval_examples, eval_prompts = choose_eval(dataset, cfg.train.eval_rows)
+    steps = plan_steps(dataset.train, cfg.train, cfg.seed)
+    check_lengths([*dataset.train, *eval_examples], model.get_base_model(), cfg.train)
     check_warmup(cfg.optim, len(steps))
     parameters = attach.trainable(model, NAME)
     num_trainable = audit.check_trainable(model, NAME, parameters)
@@ -186,9 +197,10 @@ def _state(
         folder=folder,
         model=model,
         paths=paths,
-        rows=dataset.train,
-        heldout=heldout,
-        questions=questions,
+        objective=objectives.find(cfg.objective),
+        examples=dataset.train,
+        eval_examples=eval_examples,
+        eval_prompts=eval_prompts,
         steps=steps,
         parameters=parameters,
         start={n: p.detach().clone() for n, p in parameters.items()},
@@ -210,13 +222,14 @@ def _sha256(value: Any) -> str:
 
 
 def _settle_checkpoint(
-    model: PeftModel, paths: Paths, rows: list[TokenRow], steps: list[np.ndarray], train: config.Train
+    model: PeftModel, paths: Paths, examples: list[Example], steps: list[np.ndarray], train: config.Train
 ) -> str:
-    """What train.checkpoint=auto is for the largest micro-batch of the run."""
+    """Settle train.checkpoint=auto for the largest micro-batch of the run."""
     if train.checkpoint != "auto":
         return train.checkpoint
-    together = sum if train.packing and paths.packs else max
-    largest = max(together(len(rows[i].ids) for i in step) for step in steps)
+    packs = train.packing and paths.packs
+    of_steps = ([examples[i] for i in step] for step in steps)
+    largest = max(sum(len(e.ids) for e in step) if packs else longest_group(step) for step in of_steps)
     setting, why = settle_checkpoint(
         model.get_base_model(), paths, min(largest, train.tokens_per_microbatch or largest)
     )
@@ -224,17 +237,13 @@ def _settle_checkpoint(
     return setting
 
 
-def check_lengths(rows: list[TokenRow], model: PreTrainedModel, train: config.Train) -> None:
-    """Before any step: every row fits a micro-batch and the model's context (a learned position may not exist)."""
-    longest = max(rows, key=lambda row: len(row.ids))
+def check_lengths(examples: list[Example], model: PreTrainedModel, train: config.Train) -> None:
+    """Check that every example fits a micro-batch and the model's context (a learned position may not exist)."""
+    check_capacity(examples, train.tokens_per_microbatch)
+    longest = max(examples, key=lambda example: len(example.ids))
     length, context = len(longest.ids), context_length(model)
-    if train.tokens_per_microbatch is not None and length > train.tokens_per_microbatch:
-        raise ConfigError(
-            f"train.tokens_per_microbatch must be at least the longest row: {longest.place} has {length} tokens, "
-            f"got {train.tokens_per_microbatch}"
-        )
     if length > context:
-        raise DataError(f"{longest.place} has {length} tokens, and this model reads {context}: lower data.max_length")
+        raise DataError(f"{longest.source} has {length} tokens, and this model reads {context}: lower data.max_length")
 
 
 def check_warmup(optim: config.Optim, num_steps: int) -> None:
@@ -242,40 +251,48 @@ def check_warmup(optim: config.Optim, num_steps: int) -> None:
         raise ConfigError(f"optim.warmup_steps must be below the run's {num_steps} steps, got {optim.warmup_steps}")
 
 
-def check_added_tokens(model: config.Model, tokenizer: PreTrainedTokenizerBase, rows: list[TokenRow]) -> None:
+def check_added_tokens(model: config.Model, tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> None:
     """A token that no row holds would stay the mean of all others (A22)."""
     if not model.added_tokens:
         return
-    seen = set(np.unique(np.concatenate([row.ids for row in rows])).tolist())
+    seen = set(np.unique(np.concatenate([example.ids for example in examples])).tolist())
     unseen = [token for token in model.added_tokens if tokenizer.convert_tokens_to_ids(token) not in seen]
     if unseen:
         raise DataError(f"model.added_tokens: no training row holds {', '.join(unseen)}, so they would learn nothing")
 
 
-def evaluation_rows(dataset: Dataset, num_rows: int) -> tuple[list[TokenRow], list[Question]]:
-    """The rows, and the questions among them, that an evaluation inside train reads.
+def choose_eval(dataset: Dataset, number: int) -> tuple[list[Example], list[EvalPrompt]]:
+    """Choose `number` groups of eval examples, and the prompts of their rows, for an evaluation inside train.
 
-    The choice does not depend on `seed`: runs that differ in their seed are compared on the same rows.
+    The choice does not depend on `seed`: runs that differ in their seed are compared on the same examples.
     """
-    chosen = [dataset.heldout[i] for i in epoch_order(len(dataset.heldout), 0, 0)[:num_rows]]
-    of_place = {question.place: question for question in dataset.questions}
-    # A row may give several documents, but asks one question.
-    places = dict.fromkeys(row.place for row in chosen)
-    return chosen, [of_place[place] for place in places if place in of_place]
+    groups = grouped(dataset.eval)
+    chosen = [dataset.eval[i] for group in epoch_order(len(groups), 0, 0)[:number] for i in groups[group]]
+    prompts = {prompt.source: prompt for prompt in dataset.eval_prompts}
+    # A row may give several examples, but one prompt.
+    sources = dict.fromkeys(example.source for example in chosen)
+    return chosen, [prompts[source] for source in sources if source in prompts]
 
 
-def plan_steps(lengths: list[int], train: config.Train, seed: int) -> list[np.ndarray]:
-    """Row numbers of every optimizer step of the run: a pure function, so that a position is one integer."""
+def plan_steps(examples: Sequence[Example], train: config.Train, seed: int) -> list[np.ndarray]:
+    """Plan the optimizer steps of a run, each as indices of examples; a pure function, so a position is one integer.
+
+    The examples of a group are in one step.
+    """
+    groups = grouped(examples)
+    lengths = group_lengths(examples, groups)
     steps: list[np.ndarray] = []
     for epoch in range(train.epochs if train.max_steps is None else train.max_steps):
-        steps += steps_of_epoch(lengths, epoch_order(len(lengths), seed, epoch), train.tokens_per_step)
+        order = epoch_order(len(groups), seed, epoch)
+        for step in steps_of_epoch(lengths, order, train.tokens_per_step):
+            steps.append(np.concatenate([groups[group] for group in step]))
         if train.max_steps is not None and len(steps) >= train.max_steps:
             return steps[: train.max_steps]
     return steps
 
 
 def overfitting(state: TrainingState) -> list[str]:
-    """What the curves say of overfitting, in sentences; empty where nothing was held out."""
+    """Describe signs of overfitting, in sentences; empty without an eval set."""
     if not state.best or not state.losses:
         return []
     last = state.evaluations[-1].heldout.loss

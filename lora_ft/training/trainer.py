@@ -1,11 +1,12 @@
 """The training loop: optimizer steps of one adapter on a frozen base.
 
-    step:  micro-batch  loss_sum -> backward     gradients add up
-           micro-batch  loss_sum -> backward
+    step:  micro-batch  loss sum -> backward     gradients add up
+           micro-batch  loss sum -> backward
            divide by the weight of the STEP -> norm -> clip -> rate -> optimizer -> metrics -> checkpoint
 
-The sum is divided once by the supervised tokens of all micro-batches: cutting a step into other micro-batches changes
-rounding, never the gradient (A01).
+The objective gives loss sums and weights; for sft the weight is the number of supervised tokens. The gradient is
+divided once, by the weight of all micro-batches: cutting a step into other micro-batches changes rounding, never the
+gradient (A01).
 """
 
 import math
@@ -22,9 +23,9 @@ from lora_ft.adapters import audit
 from lora_ft.data.packing import micro_batches
 from lora_ft.data.sampler import derive
 from lora_ft.errors import CheckpointError, Interrupted, NonFiniteError
-from lora_ft.evaluation.loss import EvalLoss, eval_loss, to_batch
+from lora_ft.evaluation.loss import EvalLoss, eval_loss
+from lora_ft.ops.batch import LossSum
 from lora_ft.ops.gradient_checkpointing import recomputed_layers
-from lora_ft.ops.token_loss import token_loss_sum
 from lora_ft.training import checkpoint, optimizers
 from lora_ft.training.callbacks import Callback, Callbacks, Metrics
 from lora_ft.training.ranks import Ranks
@@ -69,13 +70,13 @@ def _step(
 ) -> None:
     """One optimizer step with what follows it: evaluation, metrics, callbacks, checkpoint."""
     metrics = _gradient(state, ranks, audited=audited)
-    if state.step == 0 and state.heldout:
+    if state.step == 0 and state.eval_examples:
         # The adapter is still as it was; so the first step need not wait for seconds of evaluation.
         start = {"step": 0} | _evaluate(state, base_losses if state.starts_as_base else {})
         runs.append_metrics(state.folder, start)
         told.on_evaluate(state, start)
     metrics |= _update(state, metrics)
-    is_evaluated = bool(state.heldout) and (_evaluation_is_due(state) or state.step == until)
+    is_evaluated = bool(state.eval_examples) and (_evaluation_is_due(state) or state.step == until)
     if is_evaluated:
         metrics |= _evaluate(state, {})
     runs.append_metrics(state.folder, metrics)
@@ -96,41 +97,54 @@ def _save_and_leave(state: TrainingState, signum: int) -> NoReturn:
 
 
 def _gradient(state: TrainingState, ranks: Ranks, *, audited: bool) -> Metrics:
-    """Compute the gradient of the next step over its rows; NonFiniteError if it is not finite."""
+    """Compute the gradient of the next step over its examples; NonFiniteError if it is not finite."""
     started, step = time.perf_counter(), state.step
-    cfg, rows = state.cfg, [state.rows[i] for i in state.steps[step]]
-    packed = micro_batches(rows, cfg.train.tokens_per_microbatch, cfg.train.packing and state.paths.packs)
-    supervised = sum(int((p.targets >= 0).sum()) for p in packed)
+    cfg, examples = state.cfg, [state.examples[i] for i in state.steps[step]]
+    packed = micro_batches(examples, cfg.train.tokens_per_microbatch, cfg.train.packing and state.paths.packs)
     state.flat.gradients.zero_()
-    loss = 0.0
-    for micro, micro_batch in ranks.share(packed):
+    parts: list[LossSum] = []
+    for micro, batch in ranks.share(packed):
         # Dropout draws from the global generator: seeding it here makes the draw a function of the position.
         torch.manual_seed(derive(cfg.seed, "dropout", step, micro))
-        loss_sum = token_loss_sum(state.base, to_batch(micro_batch, state.base.device), state.paths)
-        loss_sum.backward()
-        loss += float(loss_sum.detach()) / supervised
+        part = state.objective.loss(state.base, batch.to(state.base.device), state.paths)
+        part.sum.backward()
+        parts.append(part.detach())
     ranks.sum(state.flat.gradients)
+    weight, means = _means(parts, ranks)
+    loss = means["loss"]
     # Divided here, in the adapter's float32: half a model's gradients would vanish in float16 before.
-    state.flat.gradients.div_(supervised)
+    state.flat.gradients.div_(weight)
     if audited:
         audit.check_gradients(state.parameters)
     norm = optimizers.clip(state.flat.gradients, cfg.optim.clip)
     if not (math.isfinite(norm) and math.isfinite(loss)):
-        places = ", ".join(row.place for row in rows[:5])
+        sources = ", ".join([example.source for example in examples[:5]] + ["..."] * (len(examples) > 5))
         raise NonFiniteError(
-            f"step {step + 1}: loss {loss}, gradient norm {norm}; rows {places}{', ...' if len(rows) > 5 else ''}; "
+            f"step {step + 1}: loss {loss}, gradient norm {norm}; rows {sources}; "
             f"last checkpoint: {_last_checkpoint(state)}"
         )
     return {
         "step": step + 1,
-        "loss": loss,
+        **means,
         "grad_norm": norm,
-        "rows": len(rows),
-        "tokens": sum(len(row.ids) for row in rows),
-        "supervised_tokens": supervised,
+        "rows": len(examples),
+        "tokens": sum(len(example.ids) for example in examples),
+        "supervised_tokens": sum(sum(batch.counts) for batch in packed),
         "micro_batches": len(packed),
         "seconds": time.perf_counter() - started,
     }
+
+
+def _means(parts: list[LossSum], ranks: Ranks) -> tuple[float, dict[str, float]]:
+    """Return the weight of a step over all micro-batches and ranks, and the means of the loss and the other metrics."""
+    sums = {"loss": [part.sum for part in parts]}
+    sums |= {name: [part.metrics[name] for part in parts] for name in sorted(parts[0].metrics)}
+    # One copy of all micro-batches' values: each copy waits for the GPU.
+    totals = [sum(torch.stack(values).tolist()) for values in sums.values()]
+    weight, *totals = ranks.sum(
+        torch.tensor([sum(part.weight for part in parts), *totals], dtype=torch.float64)
+    ).tolist()
+    return weight, {name: total / weight for name, total in zip(sums, totals, strict=True)}
 
 
 def _last_checkpoint(state: TrainingState) -> str:
@@ -159,18 +173,18 @@ def _evaluation_is_due(state: TrainingState) -> bool:
 
 
 def _evaluate(state: TrainingState, known: dict[object, EvalLoss]) -> Metrics:
-    """Measure the eval loss of the adapter as it is now; keep its values in memory if they are the best and wanted.
+    """Measure the eval loss of the current adapter; keep its values in memory if they are the best and wanted.
 
     A loss that is `known`, of the same rows in the same micro-batches, is not measured again; a measured one is added.
     """
     capacity = state.cfg.train.tokens_per_microbatch or state.cfg.train.tokens_per_step
-    decides = len(state.heldout), capacity
+    decides = len(state.eval_examples), capacity
     if decides not in known:
-        known[decides] = eval_loss(state.base, state.heldout, state.paths, capacity)
-    heldout = known[decides]
-    if not math.isfinite(heldout.loss):
-        raise NonFiniteError(f"step {state.step}: held-out loss {heldout.loss}")
-    state.evaluations.append(Evaluation(state.step, heldout))
+        known[decides] = eval_loss(state.base, state.objective.loss, state.eval_examples, state.paths, capacity)
+    found = known[decides]
+    if not math.isfinite(found.loss):
+        raise NonFiniteError(f"step {state.step}: held-out loss {found.loss}")
+    state.evaluations.append(Evaluation(state.step, found))
     if state.cfg.train.keep is config.Keep.best and state.evaluations_without_gain == 0:
         state.best_values = state.flat.values.clone()
-    return {"heldout_loss": heldout.loss}
+    return {"heldout_loss": found.loss} | {f"eval_{name}": value for name, value in found.metrics.items()}
