@@ -72,6 +72,7 @@ class Adapter:
     modules_to_save: list[str] = setting([], "layers trained in full and saved with the adapter")
     rank_pattern: dict[str, int] = setting({}, "ranks that differ from r, by layer name")
     alpha_pattern: dict[str, float] = setting({}, "alphas that differ from alpha, by layer name")
+    init: str = setting("default", "how the matrices start: default or gaussian", text=True)
     init_from: str | None = setting(None, "adapter folder to continue from; its base must be this base", path=True)
 
 
