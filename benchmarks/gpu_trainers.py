@@ -12,6 +12,7 @@ import sys
 if __name__ == "__main__" and sys.argv[1] == "unsloth":
     import unsloth  # noqa: F401  it patches transformers, peft and trl as they are imported: before all of them
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -29,14 +30,15 @@ from ceiling import flop
 from gpu import SHAPES, Case, lengths_of
 
 from lora_ft import config
-from lora_ft.adapters import attach, fast
+from lora_ft.adapters import attach
 from lora_ft.io import durable
+from lora_ft.models.acceleration import accelerate, accelerated, accelerated_lora
 from lora_ft.models.quantize import import_bitsandbytes, settle
+from lora_ft.ops.batch import Batch
 from lora_ft.ops.gradient_checkpointing import recompute_layers, settle_checkpoint
-from lora_ft.ops.token_loss import Batch, token_loss_sum
+from lora_ft.ops.token_loss import token_loss_sum
 from lora_ft.training import optimizers
 from lora_ft.training.metrics import peak_memory_bytes
-from lora_ft.training.paths import use_fast_paths
 
 RANK, ALPHA, RATE = 16, 32.0, 2e-4
 WARM_UP = 2  # steps in which kernels are chosen, compiled and loaded; not counted
@@ -138,15 +140,19 @@ def lora_ft_run(case: Case, facts: dict[str, Any]) -> Run:
         return gradient(few), {n: p.grad.clone() for n, p in parameters.items() if p.grad is not None}
 
     recompute_layers(model, "every_1")
-    paths = use_fast_paths(model, config.Fast(**{field.name: False for field in dataclasses.fields(config.Fast)}))
-    plain = of_few()
-    compute_in(model, torch.float32)
-    reference = of_few()
-    compute_in(model, case.dtype)
+    with accelerated(
+        model, config.Fast(**dict.fromkeys((f.name for f in dataclasses.fields(config.Fast)), False))
+    ) as off:
+        paths = off.paths
+        plain = of_few()
+        compute_in(model, torch.float32)
+        reference = of_few()
+        compute_in(model, case.dtype)
     # Without storage, which has to come before adapters do, and plain paths come first here; drawn weights offer it
     # nothing: they are bfloat16 already, or float32 of all bits.
-    paths = use_fast_paths(model, config.Fast(storage=False))
-    facts["paths"] = [*paths.reasons, *fast.use_fast_forwards(peft_model, name)]
+    made, adapter = accelerate(model, config.Fast(storage=False)), contextlib.ExitStack()
+    paths = made.paths
+    facts["paths"] = [*made.reasons, *adapter.enter_context(accelerated_lora(peft_model, name, config.Fast()))]
     facts["check"] = compared(of_few(), plain, reference, FLOOR[case.dtype])
     del plain, reference
     setting = case.checkpoint
@@ -155,7 +161,7 @@ def lora_ft_run(case: Case, facts: dict[str, Any]) -> Run:
         facts["paths"].append(reason)
     recompute_layers(model, setting)
 
-    def step() -> float:
+    def step(_: object = adapter) -> float:  # accelerated for as long as steps follow
         loss = gradient(batch)
         optimizers.clip(flat.gradients, 1.0)
         optimizer.step()

@@ -34,7 +34,7 @@ def timed(module, name, phase):
     setattr(module, name, outer)
 
 import importlib
-from lora_ft import entry
+from lora_ft.cli import entry
 mark("read the command")
 import_module = importlib.import_module
 
@@ -44,7 +44,7 @@ def imported(name, package=None):
     mark("read the command")
     train = import_module(name, package)
     mark("import")
-    from lora_ft.training import loop
+    from lora_ft.objectives import sft
     for name, phase in [("load_tokenizer", "tokenizer"), ("read_rows", "rows and checks"),
                         ("check_first", "rows and checks"), ("load_base", "weights"),
                         ("fingerprint", "fingerprint"), ("_begin", "adapter")]:
@@ -54,7 +54,7 @@ def imported(name, package=None):
         with open(out, "w") as file:
             json.dump(marks, file)
         os._exit(0)
-    loop.token_loss_sum = step
+    sft.token_loss_sum = step
     return train
 
 importlib.import_module = imported

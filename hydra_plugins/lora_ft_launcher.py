@@ -74,6 +74,7 @@ class LoraFtLauncher(Launcher):
         values themselves, only the job.
         """
         from lora_ft.cli.tasks import FAILED
+        from lora_ft.sweeps import jobs
         from lora_ft.sweeps.launch import launch
 
         returns = {job.hydra.job.num: self._run_here(job, task.plan) for job in composed}
@@ -84,8 +85,12 @@ class LoraFtLauncher(Launcher):
         for number, error in wrong.items():
             runs.fail(places[number], error, list(returns[number].overrides or []))
         plans = {n: r._return_value for n, r in returns.items() if n not in wrong}
-        with env_override(self._config.hydra.job.env_set):
-            values = launch(plans, self._settings, Path(str(self._config.hydra.sweep.dir)))
+        planned = [jobs.Job(n, plan.folder, jobs.alone(plan.cfg), plan.words) for n, plan in plans.items()]
+        values: dict[int, float | None] = {}
+        if planned:
+            sweep = next(iter(plans.values())).cfg.sweep
+            with env_override(self._config.hydra.job.env_set):
+                values = launch(planned, sweep, self._settings, Path(str(self._config.hydra.sweep.dir)))
         for number, returned in returns.items():
             returned.status, returned.return_value = JobStatus.COMPLETED, values.get(number, FAILED)
         return list(returns.values())

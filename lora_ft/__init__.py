@@ -1,13 +1,133 @@
-"""Small adapters over frozen GPT models. Importing the package imports nothing else, and keeps compiled code out.
+"""Small adapters over frozen GPT models. Importing the package imports nothing else and changes nothing.
 
-Where the package `kernels` is installed, bitsandbytes (while it is imported, which PEFT does) and transformers fetch
-compiled code from the hub and run it. This stands here because it must precede any of their imports, in any order.
+    import lora_ft
+
+    cfg = lora_ft.compose("train", ["model=qwen3_0_6b", "quant=nf4", "adapter.r=16"])
+    run = lora_ft.train(cfg, rows=[{"prompt": "2+2?", "completion": "4"}, ...], folder="my_run")
+    model, tokenizer = lora_ft.load("my_run")
+
+Errors that a user can act on are `lora_ft.errors.LoraFtError`. docs/python.md shows every function.
 """
 
-import logging
 import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-# None makes `import kernels` fail, which both take for "not installed". A program that uses it already keeps it.
-sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
-# It warns of the missing kernels, and of its slower paths at each call.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+    from lora_ft import config
+    from lora_ft.eval import EvalResult
+    from lora_ft.merge import MergeResult
+    from lora_ft.publish import PublishResult
+    from lora_ft.sweeps.leaderboard import Ranking
+    from lora_ft.train import Run
+    from lora_ft.training.callbacks import Callback
+
+    Rows: TypeAlias = Iterable[Mapping[str, Any]] | Dataset
+    Source: TypeAlias = str | Path
+
+__all__ = ["Callback", "compose", "evaluate", "load", "merge", "publish", "sweep", "train"]
+
+
+def compose(command: str, overrides: Sequence[str] = (), config_dir: "str | Path | None" = None) -> Any:
+    """Compose the config of a command from overrides, as the command line does; a plain, typed dataclass.
+
+    Raises ConfigError for an unknown setting or choice, or a value that breaks its rule. What a whole config must
+    have, such as data, is checked when it is used.
+    """
+    from lora_ft.cli import composition
+
+    return composition.compose(command, list(overrides), Path(config_dir) if config_dir else None)
+
+
+def train(
+    cfg: "config.TrainRun",
+    rows: "Rows | None" = None,
+    eval_rows: "Rows | None" = None,
+    folder: "Source | None" = None,
+    callbacks: "Sequence[Callback]" = (),
+) -> "Run":
+    """Train one adapter and return its run: `folder`, `result`, `history` (a dict a step).
+
+    rows, eval_rows: dicts or a `datasets.Dataset`; default: those of `cfg.data`. They are written into the run folder,
+    where `evaluate` and a resumed run find them. folder: default: a new one under `runs/`. `cfg.resume = "auto"`
+    continues the run in the folder. SIGINT (Ctrl-C) finishes the step and saves a checkpoint.
+    """
+    from lora_ft.train import train as implementation
+
+    return implementation(cfg, rows, eval_rows, folder, callbacks)
+
+
+def load(
+    source: "Source", overrides: Sequence[str] = (), device: str = "auto"
+) -> "tuple[PeftModel, PreTrainedTokenizerBase]":
+    """Load an adapter onto its base for inference: a run folder, an adapter folder or a hub id.
+
+    `overrides` choose the base where the adapter does not name it, as in `["model=smollm2_135m"]`.
+    """
+    from lora_ft.adapters import loading
+
+    cfg = compose("chat", [*_source(source), *overrides, f"device={device}"])
+    return loading.load(cfg)
+
+
+def evaluate(source: "Source", metrics: Sequence[str] = (), overrides: Sequence[str] = ()) -> "EvalResult":
+    """Compare base and adapter on eval rows: loss, and metrics of generated answers, as `lora-ft eval` does."""
+    from lora_ft.eval import evaluate as implementation
+
+    words = [*_source(source), *([f"eval.metrics=[{','.join(metrics)}]"] if metrics else []), *overrides]
+    return implementation(compose("eval", words), words)
+
+
+def merge(source: "Source", out: "Source", overrides: Sequence[str] = ()) -> "MergeResult":
+    """Write a model that needs no adapter to the new folder or file `out`, as `lora-ft merge` does."""
+    from lora_ft.merge import merge as implementation
+
+    return implementation(compose("merge", [*_source(source), f"out={out}", *overrides]))
+
+
+def publish(source: "Source", to: str, overrides: Sequence[str] = ()) -> "PublishResult":
+    """Package an adapter, verify it and send it to `dir:PATH`, `hf:OWNER/NAME` or an fsspec URL."""
+    from lora_ft.publish import publish as implementation
+
+    return implementation(compose("publish", [*_source(source), f"to={to}", *overrides]))
+
+
+def sweep(overrides: Sequence[str], folder: "Source") -> "Ranking":
+    """Train once for each combination of values, as in `["adapter.r=4,8"]`; return the ranking of the jobs.
+
+    The sweep's folder holds a run folder for each job and the report. Jobs that fail are in the ranking.
+    """
+    from lora_ft.sweep import sweep as implementation
+
+    return implementation(list(overrides), Path(folder))
+
+
+def _source(source: "Source") -> list[str]:
+    """Return the override that names an adapter: `run=` for a run folder, else `adapter_path=`."""
+    is_run = (Path(source).expanduser() / "config.yaml").is_file()
+    return [f"run={source}" if is_run else f"adapter_path={source}"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Callback":  # here: `import lora_ft` imports no module of its own
+        from lora_ft.training.callbacks import Callback
+
+        return Callback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class _Package(ModuleType):
+    """Keeps the functions above when a command's module of the same name (lora_ft.train) is imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in __all__ and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

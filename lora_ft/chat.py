@@ -29,7 +29,6 @@ from lora_ft.data.tokenize import Vocabulary
 from lora_ft.errors import ConfigError
 from lora_ft.evaluation.comparison import adapter_off
 from lora_ft.evaluation.generation import context_length, stream, visible
-from lora_ft.ops.allocator import keep_freed_memory
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -63,11 +62,7 @@ class Session:
 
 def main(cfg: config.ChatRun, invocation: entry.Invocation) -> None:
     """Answer `prompt` on stdout, or hold a session over stdin and stdout."""
-    keep_freed_memory()
-    adapter = loading.adapter_folder(cfg.run, cfg.adapter_path)
-    cfg = loading.with_base(cfg, adapter, invocation.overrides)
-    tokenizer = loading.adapter_tokenizer(adapter, cfg.model)
-    _, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
+    model, tokenizer = loading.load(cfg)
     system = cfg.data.system if cfg.system is None else cfg.system
     session = Session(model, tokenizer, system, cfg.sampling, cfg.seed, cfg.data)
     if cfg.prompt is None:

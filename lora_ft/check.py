@@ -31,9 +31,8 @@ from rich.text import Text
 from lora_ft import config, runs, validation
 from lora_ft.adapters.summary import Layers
 from lora_ft.cli import entry
-from lora_ft.data.dataset import TokenRow
 from lora_ft.data.read import read
-from lora_ft.data.rows import excerpt
+from lora_ft.data.rows import Example, excerpt
 from lora_ft.data.tokenize import Vocabulary
 from lora_ft.models.load import load_tokenizer
 from lora_ft.training.dry_run import Known, Rows, Steps, Tries, check_machine, look, read_rows
@@ -86,19 +85,19 @@ def page(cfg: config.TrainRun, known: Known, tokenizer: Any) -> RenderableType:
     return Group(*parts)
 
 
-def _samples(rows: list[TokenRow]) -> list[tuple[str, TokenRow]]:
-    """Up to three rows that differ the most in length."""
-    by_length = sorted(rows, key=lambda row: len(row.ids))
+def _samples(examples: list[Example]) -> list[tuple[str, Example]]:
+    """Choose up to three examples that differ the most in length."""
+    by_length = sorted(examples, key=lambda example: len(example.ids))
     chosen = {"shortest": by_length[0], "longest": by_length[-1], "median": by_length[len(by_length) // 2]}
-    return [(kind, chosen[kind]) for kind in ("shortest", "longest", "median")[: len(rows)]]
+    return [(kind, chosen[kind]) for kind in ("shortest", "longest", "median")[: len(examples)]]
 
 
-def _sample(kind: str, row: TokenRow, tokenizer: Any) -> Iterator[RenderableType]:
-    supervised = int(row.supervised.sum())
-    yield Text(f"{excerpt(row.place)} ({kind}): {len(row.ids):,} tokens, {supervised:,} supervised", "dim")
+def _sample(kind: str, example: Example, tokenizer: Any) -> Iterator[RenderableType]:
+    supervised = int(example.supervised.sum())
+    yield Text(f"{excerpt(example.source)} ({kind}): {len(example.ids):,} tokens, {supervised:,} supervised", "dim")
     text = Text(overflow="fold")
     control = _control_tokens(tokenizer)
-    for part, learned in _shortened(list(_parts(row, Vocabulary(tokenizer)))):
+    for part, learned in _shortened(list(_parts(example, Vocabulary(tokenizer)))):
         style = "green" if learned else "dim"
         text.append("⟦" if learned else "", style)
         for number, piece in enumerate(control.split(part)):  # blanks beside a control token are at an end, too
@@ -113,14 +112,14 @@ def _control_tokens(tokenizer: Any) -> re.Pattern[str]:
     return re.compile(f"({'|'.join(map(re.escape, sorted(tokens, key=len, reverse=True))) or '(?!)'})")
 
 
-def _parts(row: TokenRow, vocabulary: Vocabulary) -> Iterator[tuple[str, bool]]:
+def _parts(example: Example, vocabulary: Vocabulary) -> Iterator[tuple[str, bool]]:
     """Stretches of supervised and of masked text in turns. Some tokenizers drop a blank before the first token: so
     each is what the tokens up to its end add to those before it."""
-    edges = [0, *(np.flatnonzero(np.diff(row.supervised)) + 1).tolist(), len(row.ids)]
+    edges = [0, *(np.flatnonzero(np.diff(example.supervised)) + 1).tolist(), len(example.ids)]
     before = ""
     for start, end in itertools.pairwise(edges):
-        until = vocabulary.text(row.ids[:end].tolist())
-        yield until[len(before) :], bool(row.supervised[start])
+        until = vocabulary.text(example.ids[:end].tolist())
+        yield until[len(before) :], bool(example.supervised[start])
         before = until
 
 

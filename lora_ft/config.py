@@ -12,7 +12,7 @@ from typing import Any
 
 from lora_ft.setting import OnResume, setting
 from lora_ft.values import (
-    Also,
+    AdapterFormat,
     Combination,
     Dtype,
     Format,
@@ -22,7 +22,6 @@ from lora_ft.values import (
     Optimizer,
     QuantKind,
     Schedule,
-    ShareBase,
     TooLong,
     Tracker,
     TrainOn,
@@ -51,6 +50,18 @@ class Quant:
 
 
 @dataclass
+class RecordedQuant(Quant):
+    """Quantization of an adapter's base; `adapters.loading.with_base` fills in the record's, and makes it a Quant."""
+
+    kind: QuantKind | None = setting(  # type: ignore[assignment]
+        None, "precision of the frozen linear layers; null: as the adapter's record says"
+    )
+    double: bool | None = setting(  # type: ignore[assignment]
+        None, "nf4, fp4: quantize the scales as well; null: as the adapter's record says"
+    )
+
+
+@dataclass
 class Adapter:
     r: int = setting(16, "rank", at_least=1)
     alpha: float = setting(32.0, "lora_alpha; the update is scaled by alpha / r", above=0)
@@ -72,7 +83,9 @@ class Data:
     format: Format = setting(Format.auto, "what a row is; auto: by its columns")
     columns: dict[str, str] = setting({}, "other names of columns, expected name to name in the file")
     name: str | None = setting(None, "configuration of a hub dataset", text=True)
-    split: str = setting("train", "split of a hub dataset", text=True)
+    split: str = setting(
+        "train", "split of a hub dataset, or of a folder with files named for splits; all: every file", text=True
+    )
     revision: str | None = setting(None, "branch, tag or commit of a hub dataset", text=True)
     prompt: str | None = setting(None, "table: template of the prompt, with {column} fields", text=True)
     answer: str | None = setting(None, "table: template of the answer, with {column} fields", text=True)
@@ -84,13 +97,20 @@ class Data:
         TooLong.error, "what happens to a longer row; answers are never cut; split: plain text into windows"
     )
     train_on: TrainOn = setting(TrainOn.answers, "which tokens are supervised")
-    eval_fraction: float = setting(0.05, "held-out part of the rows, chosen by their content", at_least=0, below=1)
+    eval_fraction: float = setting(
+        0.05, "held-out part of the rows, chosen by their content; 0: none", at_least=0, below=1
+    )
     eval_split: str | None = setting(
-        None, "split of the hub dataset that is held out; eval_fraction is then unused", text=True
+        None, "split to evaluate on; null: a folder's validation files if it has any, else eval_fraction", text=True
     )
     eval_path: str | None = setting(
         None, "rows held out, from a place of their own; eval_fraction is then unused", path=True
     )
+
+
+@dataclass
+class Objective:
+    name: str = setting("sft", "what is learned; sft: to write the supervised tokens", text=True)
 
 
 @dataclass
@@ -183,7 +203,7 @@ class Track:
         Tracker.none, "tracker that receives the metrics beside metrics.jsonl", on_resume=OnResume.free
     )
     project: str = setting(
-        "lora_ft", "wandb, mlflow: project, or experiment, of the run", text=True, on_resume=OnResume.free
+        "lora_ft", "project of the run in its tracker; mlflow: experiment", text=True, on_resume=OnResume.free
     )
 
 
@@ -216,15 +236,11 @@ class Sweep:
 class Launcher:
     """How the jobs of a sweep are run: `hydra.launcher.*` of the launcher lora_ft."""
 
-    share_base: ShareBase = setting(
-        ShareBase.interleaved, "jobs that differ in adapter, optim, train and seed only take turns on one base, or none"
-    )
-    max_learners_per_base: int | None = setting(
-        None, "most jobs that share a base at a time; null: what memory allows", unit="jobs", at_least=1
-    )
+    share_base: bool = setting(True, "train compatible jobs on one loaded base, or each in a process of its own")
+    executor: str = setting("local", "what runs the jobs: local, a process on each device", text=True)
     devices: list[str] = setting([], "CUDA devices, by number; one process on each; []: all that are visible")
     job_timeout: float | None = setting(
-        None, "longest time that one turn of a job (a step, loading, the end) may take", unit="seconds", above=0
+        None, "longest time that a step of a job, its loading or its end may take", unit="seconds", above=0
     )
 
 
@@ -254,6 +270,7 @@ class TrainRun:
     model: Model = field(default_factory=Model)
     quant: Quant = field(default_factory=Quant)
     adapter: Adapter = field(default_factory=Adapter)
+    objective: Objective = field(default_factory=Objective)
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
     optim: Optim = field(default_factory=Optim)
@@ -295,7 +312,8 @@ class EvalRun:
     run: str | None = _run()
     adapter_path: str | None = _adapter_path()
     model: Model = field(default_factory=Model)
-    quant: Quant = field(default_factory=Quant)
+    quant: Quant = field(default_factory=RecordedQuant)
+    objective: Objective = field(default_factory=Objective)
     data: Data = field(default_factory=Data)
     fast: Fast = field(default_factory=Fast)
     eval: Eval = field(default_factory=Eval)
@@ -312,7 +330,7 @@ class ChatRun:
     prompt: str | None = setting(None, "one question; without it an interactive session", text=True)
     system: str | None = setting(None, "system message; null: the one of the run's data", text=True)
     model: Model = field(default_factory=Model)
-    quant: Quant = field(default_factory=Quant)
+    quant: Quant = field(default_factory=RecordedQuant)
     data: Data = field(default_factory=Data)
     sampling: Sampling = field(default_factory=Sampling)
     device: str = _device()
@@ -346,7 +364,7 @@ class MergeRun:
         at_least=1,
     )
     model: Model = field(default_factory=Model)
-    quant: Quant = field(default_factory=Quant)
+    quant: Quant = field(default_factory=RecordedQuant)
     data: Data = field(default_factory=Data)
     eval_rows: int = setting(64, "most held-out rows that are measured", unit="rows", at_least=1)
     device: str = _device()
@@ -355,21 +373,19 @@ class MergeRun:
 
 @dataclass
 class PublishRun:
-    """Package an adapter, send it, fetch it back, and prove that PEFT alone loads what was trained."""
+    """Package an adapter, verify it with PEFT alone, send it, and compare what arrived."""
 
     run: str | None = _run()
     adapter_path: str | None = _adapter_path()
-    to: str = setting(
-        "", "dir:PATH, hf:OWNER/NAME, oci:HOST/NAME:TAG, or a URL of fsspec (s3://..., gs://...)", text=True
-    )
+    to: str = setting("", "dir:PATH, hf:OWNER/NAME, or a URL of fsspec (s3://..., gs://...)", text=True)
     public: bool = setting(False, "hf: a new repository is public")
     license: str | None = setting(None, "license of the adapter, as the hub names it: apache-2.0, mit, ...", text=True)
-    also: list[Also] = setting([], "of gguf, mlx: the adapter in these formats as well, for llama.cpp and MLX")
-    dry_run: bool = setting(False, "make and prove the package, say what would be sent, send nothing")
-    lint_only: bool = setting(False, "say who can load the adapter, and do nothing else")
-    verify_only: bool = setting(False, "prove again what was published: adapter_path=DIR_OR_ID")
+    formats: list[AdapterFormat] = setting([], "additional formats: gguf for llama.cpp, mlx for MLX")
+    dry_run: bool = setting(False, "make and verify the package, send nothing")
+    lint_only: bool = setting(False, "show which programs can load the adapter, and do nothing else")
+    verify_only: bool = setting(False, "verify a published adapter again: adapter_path=DIR_OR_ID")
     model: Model = field(default_factory=Model)
-    quant: Quant = field(default_factory=Quant)
+    quant: Quant = field(default_factory=RecordedQuant)
     device: str = _device()
 
 

@@ -13,6 +13,15 @@ Exit 0 is success, 1 a bug of ours, 3 a sweep that failed in part, 130 and 143 a
 of the output that left.
 """
 
+_TRAINING = "lower train.tokens_per_microbatch, or set train.checkpoint=every_1 or quant=nf4"
+_SAVES_MEMORY = {
+    "train": _TRAINING,
+    "sweep": _TRAINING,
+    "check": _TRAINING,
+    "eval": "lower eval.tokens_per_microbatch",
+    "chat": "lower sampling.max_new_tokens",
+}
+
 
 class LoraFtError(Exception):
     """A mistake or a condition that the user can act on: shown as one message, without a traceback."""
@@ -54,3 +63,18 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, signum: int, message: str = "") -> None:
         super().__init__(message)
         self.exit_code = 128 + signum
+
+
+def out_of_memory(command: str, error: Exception) -> ResourceError | None:
+    """Return the error to show for memory that did not suffice, with settings that need less; None for other errors.
+
+    torch is not imported here: its errors are known by their names.
+    """
+    on_gpu = type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch")
+    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    if not (on_gpu or on_cpu or isinstance(error, MemoryError)):
+        return None
+    advice = _SAVES_MEMORY.get(command, "use a machine with more of it")
+    reason = str(error).partition("DefaultCPUAllocator: ")[2] or str(error)
+    # The error is not the cause: its frames would keep the model in memory for the next jobs of a sweep.
+    return ResourceError(f"out of memory{f' ({reason})' if reason else ''}: {advice}")

@@ -21,27 +21,24 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, runs
+from lora_ft import config, objectives, runs, validation
 from lora_ft.adapters import loading, provenance
 from lora_ft.cli import entry, overrides
 from lora_ft.data.dataset import Dataset, labels, prepare, prepare_rows
-from lora_ft.data.read import Rows, read, read_heldout
+from lora_ft.data.read import Rows, eval_split, read, read_eval
 from lora_ft.errors import ConfigError, DataError, ResourceError
 from lora_ft.evaluation import metrics
 from lora_ft.evaluation.comparison import Comparison, EvalSet, compare, render
 from lora_ft.evaluation.loss import EvalLoss
 from lora_ft.io import durable
+from lora_ft.models.acceleration import accelerated
 from lora_ft.models.load import resolve_device
 from lora_ft.ops.allocator import keep_freed_memory
 from lora_ft.ops.kernels import choose_kernels
-from lora_ft.ops.token_loss import Paths
-from lora_ft.training.paths import use_fast_paths
-from lora_ft.training.state import evaluation_rows
+from lora_ft.training.state import choose_eval
 
 log = logging.getLogger("lora_ft")
 
@@ -66,7 +63,6 @@ class EvalResult:
 
 def main(cfg: config.EvalRun, invocation: entry.Invocation) -> float:
     """Evaluate, print the comparison, and return the adapter's loss."""
-    keep_freed_memory()
     result = evaluate(cfg, invocation.overrides)
     facts = {"evaluated": result.rows} | ({"written to": str(result.path)} if result.path else {})
     Console().print(render(_shown(result.comparison, cfg.eval.samples), facts, result.metrics))
@@ -78,16 +74,20 @@ def evaluate(cfg: config.EvalRun, typed: list[str]) -> EvalResult:
 
     `typed` are the overrides that `cfg` was composed from: a setting given there is preferred to the run's.
     """
+    validation.validate(cfg)
     metrics.check(cfg.eval.metrics)
+    keep_freed_memory()
     adapter = loading.adapter_folder(cfg.run, cfg.adapter_path)
-    cfg = loading.with_base(cfg, adapter, typed)
+    cfg = loading.with_base(cfg, adapter)
     tokenizer = loading.adapter_tokenizer(adapter, cfg.model)
     dataset, described, disjoint = _rows(cfg, typed, tokenizer)
-    eval_set = _eval_set(cfg.eval, dataset)
+    eval_set = _eval_set(cfg, dataset)
     if not disjoint:
         _warn_of_other_rows(adapter, dataset)
-    model, paths = _open(cfg, adapter, tokenizer)
-    comparison = compare(model, tokenizer, eval_set, paths)
+    kernels = choose_kernels(resolve_device(cfg.device), compile_=cfg.fast.compile, liger=cfg.fast.liger)
+    base, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
+    with accelerated(base.model, cfg.fast, kernels) as made:
+        comparison = compare(model, tokenizer, eval_set, made.paths)
     found = _metrics(comparison, cfg.eval.metrics, dataset.answers)
     path = Path(cfg.run).expanduser() / _FILE if cfg.run else None
     result = EvalResult(comparison, found, described, dataset.report.sha256, path)
@@ -96,36 +96,42 @@ def evaluate(cfg: config.EvalRun, typed: list[str]) -> EvalResult:
     return result
 
 
-def _eval_set(settings: config.Eval, dataset: Dataset) -> EvalSet:
-    """Rows and prompts within the limits of `settings`: metrics need all answers, else only samples are generated."""
-    rows, prompts = evaluation_rows(dataset, settings.rows or len(dataset.heldout))
-    if not rows:
+def _eval_set(cfg: config.EvalRun, dataset: Dataset) -> EvalSet:
+    """Choose examples and prompts within the limits of `cfg.eval`: all prompts for metrics, else the samples."""
+    settings = cfg.eval
+    examples, prompts = choose_eval(dataset, settings.rows or len(dataset.eval))
+    if not examples:
         raise DataError("there are no eval rows: set data.eval_fraction above 0, or data.eval_path=FILE")
     if settings.metrics and not prompts:
         raise DataError("eval.metrics needs questions and answers, but the eval rows are plain text")
     wanted = len(prompts) if settings.metrics else settings.samples
-    return EvalSet(rows, prompts[:wanted], settings.tokens_per_microbatch, settings.max_new_tokens)
-
-
-def _open(cfg: config.EvalRun, adapter: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[PeftModel, Paths]:
-    kernels = choose_kernels(resolve_device(cfg.device), compile_=cfg.fast.compile, liger=cfg.fast.liger)
-    base, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
-    return model, use_fast_paths(base.model, cfg.fast, kernels)
+    return EvalSet(
+        examples,
+        prompts[:wanted],
+        settings.tokens_per_microbatch,
+        settings.max_new_tokens,
+        objectives.find(cfg.objective).loss,
+    )
 
 
 def _rows(cfg: config.EvalRun, typed: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, str, bool]:
     """The rows to evaluate, their description, and whether it is known that the run did not train on them."""
     own = _own_data(cfg.run)
+    make_examples = objectives.find(cfg.objective).examples
     data = _given(cfg.data, own, typed)
     same = own is not None and _identity(data) == _identity(own)
     if same or overrides.chosen(typed, "data.eval_fraction") or data.eval_path or data.eval_split:
-        if given := data.eval_path or data.eval_split:
-            return prepare(data, tokenizer), f"all rows of {given}", False
-        return prepare(data, tokenizer), f"the rows of {data.path} that data.eval_fraction sets apart", False
+        if place := data.eval_path or eval_split(data):
+            return prepare(data, tokenizer, make_examples), f"all rows of {place}", False
+        return (
+            prepare(data, tokenizer, make_examples),
+            f"the rows of {data.path} that data.eval_fraction sets apart",
+            False,
+        )
     trained = _read_own(own)
-    found = read_heldout(data, trained)
+    found = read_eval(data, trained)
     learned = trained.training_rows if trained else found.rows
-    dataset = replace(prepare_rows(found, data, tokenizer), answers=labels(learned))
+    dataset = replace(prepare_rows(found, data, tokenizer, make_examples), answers=labels(learned))
     return dataset, f"all rows of {data.path}", trained is not None
 
 
@@ -134,15 +140,14 @@ def _own_data(run: str | None) -> config.Data | None:
     if not run:
         return None
     stored = runs.read_config(Path(run).expanduser())["data"]
-    known = {f.name: overrides.escape(stored[f.name]) for f in fields(config.Data) if f.name in stored}
-    made: config.Data = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config.Data), known))  # type: ignore[assignment]
-    return made
+    known = {f.name: stored[f.name] for f in fields(config.Data) if f.name in stored}
+    return validation.from_plain(config.Data, known)
 
 
 def _given(data: config.Data, own: config.Data | None, typed: list[str]) -> config.Data:
     """The data settings to evaluate, without those of the run's settings that hold for the run's own rows only."""
     if data.eval_path and not data.path:  # data=NAME data.eval_path=FILE
-        return replace(data, path=data.eval_path, eval_path=None)
+        return replace(data, path=data.eval_path, split=data.eval_split or data.split, eval_path=None, eval_split=None)
     if own is None or overrides.chosen(typed, "data") is not None or _identity(data) == _identity(own):
         return data
     inherited = ["max_rows", "eval_path", "eval_split"]

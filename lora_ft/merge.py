@@ -1,19 +1,21 @@
-"""Merge an adapter into its base: open -> probe -> write -> load again and compare -> give the folder its name.
+"""Merge an adapter into its base: open, probe, write, load again, compare logits, rename to the final name.
 
 lora-ft merge run=runs/2026-11-23_10-15-00 out=my-model dtype=bf16      # loads with transformers alone
 lora-ft merge run=runs/2026-11-23_10-15-00 out=my-model.gguf gguf=q8_0  # for llama.cpp, Ollama
-lora-ft merge adapters=[runs/a,runs/b] weights=[0.7,0.3] out=both       # one adapter of several
+lora-ft merge adapters=[runs/a,runs/b] weights=[0.7,0.3] out=both       # combine adapters into one
 lora-ft merge run=runs/2026-11-23_10-15-00 truncate_rank=8 out=small    # a smaller adapter
 
-The base is never in memory as a whole: its tensors come and go one at a time. A run on a quantized base is added to
-what its codes stand for or to the original weights, whichever is better on the rows held out (onto=). Where a check
-fails nothing is left.
+The base is never in memory as a whole: its tensors are streamed one at a time. The adapter of a quantized run is added
+to the dequantized or to the original weights, whichever is better on the eval set (onto=). If a check fails, nothing
+is written.
 """
 
 import gc
 import hashlib
 import json
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,168 +23,206 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config
+from lora_ft import config, validation
 from lora_ft.adapters import files, loading, provenance
-from lora_ft.cli import entry, overrides
-from lora_ft.data.dataset import TokenRow, prepare
+from lora_ft.cli import entry
+from lora_ft.data.dataset import prepare
+from lora_ft.data.rows import Example
 from lora_ft.errors import ConfigError, DataError, ResourceError
 from lora_ft.evaluation.loss import eval_loss
-from lora_ft.exports import combine, gguf_model, merge, onto, stream, truncate, verify
+from lora_ft.export import combine, merge_base, truncate, verify, weight_stream
+from lora_ft.export import merge as merged_model
+from lora_ft.export.gguf import model as gguf_model
 from lora_ft.io import durable
+from lora_ft.models.acceleration import accelerated
 from lora_ft.models.load import Base
+from lora_ft.objectives.sft import Sft
 from lora_ft.ops.allocator import keep_freed_memory
-from lora_ft.training.paths import use_fast_paths
-from lora_ft.training.state import evaluation_rows
+from lora_ft.ops.token_loss import Paths
+from lora_ft.training.state import choose_eval
 from lora_ft.values import Dtype, Onto, QuantKind
 
 log = logging.getLogger("lora_ft")
 
-_MEASURED = "merge.json"
+_COMPARISON = "merge.json"
 _TOKENS_PER_PASS = 1024
 
 
+@dataclass(frozen=True)
+class MergeResult:
+    """The folder or file that was written, a sentence about it, and the measurements; None if not applicable.
+
+    distance: of a merged model's logits from the adapter's, as a share of these; of a combined adapter's update from
+    the weighted sum of its sources'. comparison: of the two targets of a quantized run. ranks: of a smaller adapter.
+    """
+
+    out: Path
+    summary: str
+    distance: float | None = None
+    comparison: merge_base.Comparison | None = None
+    rank: int | None = None
+    ranks: list[truncate.RankQuality] = field(default_factory=list)
+
+
 def main(cfg: config.MergeRun, invocation: entry.Invocation) -> None:
-    """Write the merged model of an adapter into `out`, which is new; or one adapter of several, or a smaller one."""
+    """Merge and print the result."""
+    result = merge(cfg)
+    console = Console()
+    if result.comparison:
+        console.print(result.comparison.table())
+    if result.ranks and result.rank:
+        console.print(truncate.render(result.ranks, result.rank))
+    console.print(result.summary, markup=False, highlight=False, soft_wrap=True)
+
+
+def merge(cfg: config.MergeRun) -> MergeResult:
+    """Write a merged model, one adapter of several, or a smaller adapter to `cfg.out`, which must not exist.
+
+    The base is the one that the adapter's record names where `cfg` names none. Raises ConfigError, MismatchError for
+    an adapter that cannot be merged, NonFiniteError for weights that overflow, ResourceError for a full disk.
+    """
+    validation.validate(cfg)
     out = Path(cfg.out).expanduser()
     if out.exists() or out.is_symlink():
-        raise ConfigError(f"out={cfg.out} exists already: give it a new name, merge never replaces anything")
+        raise ConfigError(f"out={cfg.out} exists already: choose a new name, merge never replaces anything")
     keep_freed_memory()
-    places = [_adapter_of(place) for place in cfg.adapters] or [loading.adapter_folder(cfg.run, cfg.adapter_path)]
-    cfg = loading.with_base(cfg, places[0], invocation.overrides)
-    tokenizer = loading.adapter_tokenizer(places[0], cfg.model)
+    adapters = _adapters(cfg)
+    cfg = loading.with_base(cfg, adapters[0])
+    tokenizer = loading.adapter_tokenizer(adapters[0], cfg.model)
     if cfg.adapters:
-        _combine(cfg, places, tokenizer, out)
-    elif cfg.truncate_rank:
-        _truncate(cfg, places[0], tokenizer, out, cfg.truncate_rank)
-    else:
-        _merge(cfg, places[0], tokenizer, out, invocation.overrides)
+        return _combine(cfg, adapters, tokenizer, out)
+    if cfg.truncate_rank:
+        return _truncate(cfg, adapters[0], tokenizer, out, cfg.truncate_rank)
+    return _merge(cfg, adapters[0], tokenizer, out)
 
 
-def _adapter_of(place: str) -> Path:
-    """The adapter of a run folder, or an adapter's own place."""
-    is_run = (Path(place).expanduser() / "config.yaml").is_file()
-    return loading.adapter_folder(place if is_run else None, None if is_run else place)
+def _adapters(cfg: config.MergeRun) -> list[Path]:
+    """Return the adapter folders; each of `cfg.adapters` is a run folder or an adapter."""
+    if not cfg.adapters:
+        return [loading.adapter_folder(cfg.run, cfg.adapter_path)]
+    is_run = {path: (Path(path).expanduser() / "config.yaml").is_file() for path in cfg.adapters}
+    return [loading.adapter_folder(path if is_run[path] else None, path) for path in cfg.adapters]
 
 
-def _merge(
-    cfg: config.MergeRun, adapter: Path, tokenizer: PreTrainedTokenizerBase, out: Path, typed: list[str]
-) -> None:
-    opened = stream.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
+def _merge(cfg: config.MergeRun, adapter: Path, tokenizer: PreTrainedTokenizerBase, out: Path) -> MergeResult:
+    opened = weight_stream.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
     dtype = opened.base.model.dtype if cfg.dtype is Dtype.auto else getattr(torch, cfg.dtype.value)
     if cfg.gguf:
-        dtype = torch.float32  # rounded once, by the file's own type
-    target, measured = _target(cfg, adapter, tokenizer, opened, dtype, typed)
-    read = opened.original if target is Onto.original else opened.trained_on
-    with stream.flowing(opened.model, opened.modules, read):
+        gguf_model.check(Path(str(opened.base.identity.folder)), tokenizer)
+        dtype = torch.float32  # rounded once, to the type of the file
+    onto, comparison = _target(cfg, adapter, tokenizer, opened, dtype)
+    read = opened.original if onto is Onto.original else opened.trained_on
+    with weight_stream.streamed(opened.model, opened.modules, read):
         expected = verify.probe(opened.model, len(tokenizer))
-    merged = merge.Merged(opened.model, read, dtype)
+    merged = merged_model.MergedModel(opened.model, read, dtype)
     if cfg.gguf:
         with durable.scratch_folder(out) as folder:
-            merge.write(merged, tokenizer, folder)
+            merged_model.write_folder(merged, tokenizer, folder)
             distance = verify.check(folder, expected)
             gguf_model.write(folder, out, cfg.gguf)
     else:
         with durable.staged_folder(out) as folder:
-            merge.write(merged, tokenizer, folder)
+            merged_model.write_folder(merged, tokenizer, folder)
             distance = verify.check(folder, expected)
-            if measured:
-                durable.write_json(folder / _MEASURED, measured.record())
-    if measured and cfg.run:
-        durable.write_json(Path(cfg.run).expanduser() / _MEASURED, measured.record())
+            if comparison:
+                durable.write_json(folder / _COMPARISON, comparison.record())
+    if comparison and cfg.run:
+        durable.write_json(Path(cfg.run).expanduser() / _COMPARISON, comparison.record())
     num_bytes = out.stat().st_size if cfg.gguf else sum(file.stat().st_size for file in out.glob("*.safetensors"))
     stored = cfg.gguf.value if cfg.gguf else str(dtype).removeprefix("torch.")
-    _say(f"merged model in {out} ({num_bytes / 1e9:.2f} GB, {stored}); its logits are {distance:.1e} away from the "
-         f"adapter's, {verify.tolerance(dtype):.1e} is allowed")  # fmt: skip
+    summary = (
+        f"merged model in {out} ({num_bytes / 1e9:.2f} GB, {stored}); its logits are {distance:.1e} away from the "
+        f"adapter's, {verify.tolerance(dtype):.1e} is allowed"
+    )
+    return MergeResult(out, summary, distance, comparison)
 
 
 def _target(
     cfg: config.MergeRun,
     adapter: Path,
     tokenizer: PreTrainedTokenizerBase,
-    opened: stream.Opened,
+    opened: weight_stream.StreamedAdapter,
     dtype: torch.dtype,
-    typed: list[str],
-) -> tuple[Onto, onto.Measured | None]:
-    """Which weights the adapter is added to, and what was measured to know it."""
+) -> tuple[Onto, merge_base.Comparison | None]:
+    """Choose the weights that the adapter is added to, by a comparison if it is needed."""
     if cfg.quant.kind is QuantKind.none:
-        if overrides.chosen(typed, "onto"):
-            log.warning("onto=%s is without effect: the adapter's base is not quantized", cfg.onto.value)
+        if cfg.onto is not Onto.auto:
+            log.warning("onto=%s has no effect: the adapter's base is not quantized", cfg.onto.value)
         return Onto.dequantized, None
     if cfg.onto is not Onto.auto:
         return cfg.onto, None
-    rows = _heldout_rows(cfg, tokenizer)
+    rows = _eval_examples(cfg, tokenizer)
     if not rows:
-        log.warning("no row is held out to measure on: merged onto the dequantized base, which it was trained on")
+        log.warning("no eval rows to measure on: merging onto the dequantized base, which the adapter was trained on")
         return Onto.dequantized, None
-    log.info(
-        "measuring both targets on %d held-out rows; onto=dequantized or onto=original measures nothing", len(rows)
-    )
+    log.info("measuring both targets on %d eval rows; onto=dequantized or onto=original skips this", len(rows))
     base, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
-    measured = onto.measure(
-        base.model,
-        merge.Merged(opened.model, stream.loaded(base.model, opened.modules), dtype),
-        merge.Merged(opened.model, opened.original, dtype),
-        rows,
-        dtype,
-    )
-    del base, model
-    gc.collect()  # modules refer to each other in circles
-    Console().print(measured.table())
-    return measured.better, measured
+    reads = {Onto.dequantized: weight_stream.loaded(base.model, opened.modules), Onto.original: opened.original}
+    targets = {onto: merged_model.MergedModel(opened.model, read, dtype) for onto, read in reads.items()}
+    comparison = merge_base.compare(base.model, targets, rows)
+    del base, model, reads, targets
+    gc.collect()  # modules refer to each other in cycles
+    return comparison.better, comparison
 
 
-def _heldout_rows(cfg: config.MergeRun, tokenizer: PreTrainedTokenizerBase) -> list[TokenRow]:
-    """The rows that train evaluated on; none where data says none, or cannot be read any more."""
+def _eval_examples(cfg: config.MergeRun, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """Return the eval set of the training run; an empty list if there is none or it cannot be read any more."""
     if not cfg.data.path:
         return []
     try:
-        return evaluation_rows(prepare(cfg.data, tokenizer), cfg.eval_rows)[0]
+        return choose_eval(prepare(cfg.data, tokenizer), cfg.eval_rows)[0]
     except (ConfigError, DataError, ResourceError) as error:
-        log.warning("the held-out rows cannot be read: %s", error)
+        log.warning("the eval rows cannot be read: %s", error)
         return []
 
 
-def _combine(cfg: config.MergeRun, places: list[Path], tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    weights = cfg.weights or [1 / len(places)] * len(places)
-    opened = stream.open_adapter(places[0], cfg.model, cfg.quant, cfg.device, tokenizer)
-    combine.check(opened.base, cfg.quant, places)
-    made = combine.combine(opened.model, places, weights, cfg.method, cfg.density, cfg.seed)
+def _combine(cfg: config.MergeRun, adapters: list[Path], tokenizer: PreTrainedTokenizerBase, out: Path) -> MergeResult:
+    weights = cfg.weights or [1 / len(adapters)] * len(adapters)
+    opened = weight_stream.open_adapter(adapters[0], cfg.model, cfg.quant, cfg.device, tokenizer)
+    combine.check(opened.base, cfg.quant, adapters)
+    made = combine.combine(opened.model, adapters, weights, cfg.method, cfg.density, cfg.seed)
     how = {"method": cfg.method.value, "weights": weights, "density": cfg.density, "seed": cfg.seed}
-    files.write(made.tensors, made.config, out, tokenizer, _origin(opened.base, cfg.quant, places, how))
-    _say(f"adapter of rank {made.config.r} in {out}, of {len(places)} by {cfg.method.value}; its update is "
-         f"{made.distance:.1%} away from their weighted sum")  # fmt: skip
+    files.write(made.tensors, made.config, out, tokenizer, _origin(opened.base, cfg.quant, adapters, how))
+    summary = (
+        f"adapter of rank {made.config.r} in {out}, of {len(adapters)} by {cfg.method.value}; its update is "
+        f"{made.distance:.1%} away from their weighted sum"
+    )
+    return MergeResult(out, summary, made.distance, rank=made.config.r)
 
 
-def _truncate(cfg: config.MergeRun, adapter: Path, tokenizer: PreTrainedTokenizerBase, out: Path, rank: int) -> None:
+def _truncate(
+    cfg: config.MergeRun, adapter: Path, tokenizer: PreTrainedTokenizerBase, out: Path, rank: int
+) -> MergeResult:
     saved = truncate.check(adapter, rank)
     base, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
-    found = truncate.pairs(model, loading.NAME)
-    rows = _heldout_rows(cfg, tokenizer)
-    if not rows:
-        log.warning("no row is held out: what a rank keeps is shown by the update's norm alone")
-    paths = use_fast_paths(base.model, config.Fast())
-    loss = (lambda: eval_loss(base.model, rows, paths, _TOKENS_PER_PASS).loss) if rows else None
-    kept = truncate.table_of(model, loading.NAME, found, rank, loss)
-    Console().print(truncate.render(kept, rank))
-    small = {layer: pair.cut(rank) for layer, pair in found.items()}
+    found = truncate.updates(model, loading.NAME)
+    with accelerated(base.model, config.Fast()) as made:
+        ranks = truncate.compare_ranks(model, loading.NAME, found, rank, _eval_loss(cfg, base, made.paths, tokenizer))
+    small = {layer: update.truncated(rank) for layer, update in found.items()}
     made_from = _origin(base, cfg.quant, [adapter], {"method": "truncated"})
     files.write(
         truncate.tensors(model, loading.NAME, small), truncate.settings(saved, small), out, tokenizer, made_from
     )
-    _say(f"adapter of rank {rank} in {out}")
+    return MergeResult(out, f"adapter of rank {rank} in {out}", rank=rank, ranks=ranks)
+
+
+def _eval_loss(
+    cfg: config.MergeRun, base: Base, paths: Paths, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[], float] | None:
+    examples = _eval_examples(cfg, tokenizer)
+    if not examples:
+        log.warning("no eval rows: the table shows the kept share of the update's norm alone")
+        return None
+    return lambda: eval_loss(base.model, Sft().loss, examples, paths, _TOKENS_PER_PASS).loss
 
 
 def _origin(base: Base, quant: config.Quant, adapters: list[Path], how: dict[str, Any]) -> provenance.Origin:
-    """Where an adapter made of others comes from: their base, their rows where these are recorded, themselves."""
+    """Record the base, the rows if all sources record them, and the hashes of the source adapters."""
     known = [provenance.read_record(adapter) if (adapter / provenance.RECORD).is_file() else {} for adapter in adapters]
     rows = [record.get("data_sha256") for record in known]
     data = rows[0] if len(rows) == 1 else hashlib.sha256(json.dumps(rows).encode()).hexdigest() if all(rows) else None
     hashes = [hashlib.sha256((adapter / files.WEIGHTS).read_bytes()).hexdigest() for adapter in adapters]
     return provenance.Origin(base.identity, quant, data, how | {"adapter_sha256": hashes})
-
-
-def _say(sentence: str) -> None:
-    Console().print(sentence, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tables and curves of a sweep, from its files: while it runs, when it has ended, and after it was broken off.
+"""Report on a sweep from its files, while it runs and afterwards.
 
 lora-ft report sweep=runs/2026-11-24_10-15-00-123456
 
@@ -18,11 +18,11 @@ from lora_ft.sweeps import report, terminal
 
 
 def main(cfg: config.ReportRun, invocation: entry.Invocation) -> None:
-    """Print the tables, write the reports, and say where they are; ConfigError where `sweep` is no sweep folder."""
-    sweep = report.write(Path(cfg.sweep).expanduser(), pictures=True)
+    """Print the tables, write the reports and print their paths; ConfigError if `sweep` is not a sweep folder."""
+    written = report.write(Path(cfg.sweep).expanduser(), pictures=True)
     console = Console()
-    console.print(terminal.table(sweep))
-    for path in report.written(sweep):
+    console.print(terminal.table(written.ranking))
+    for path in written.paths:
         console.print(Text(str(path)), soft_wrap=True)
 
 

@@ -5,19 +5,22 @@ runs/2026-11-23_10-15-00-123456/
   changed.json       settings that a resumed run has otherwise, by dotted key: {"train.epochs": 3}
   overrides.txt      the overrides of the command line, one a line
   environment.json   versions, machine, command
+  rows.jsonl         rows that were given in Python; eval_rows.jsonl
   check.json         what was known of rows, steps and layers before training (training/dry_run.py)
   metrics.jsonl      one object a step: {"step": 1, "loss": ..., ...}
   checkpoints/       states to resume from (training/checkpoint.py)
   result.json        the outcome: losses, tokens per second, peak memory, where the adapter is
   failure.json       in its place, for a job of a sweep that failed: kind of error, exit code, message
   adapter/           stock PEFT files, tokenizer, lora_ft.json
-  tracker.json       the run's id in its tracker; tensorboard/ wandb/ mlflow/ hold what stays on this machine
+  tracker.json       the run's tracker and id in it; tensorboard/, wandb/, mlflow/ hold its files on this machine
   eval.json          written by lora-ft eval; merge.json by lora-ft merge, which weights were better to merge onto
 
 A sweep folder holds a run folder for each job, and sweep.json: the words that began it.
 """
 
 import contextlib
+import dataclasses
+import datetime
 import errno
 import fcntl
 import functools
@@ -27,7 +30,7 @@ import platform
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,7 +38,7 @@ from typing import Any
 import yaml
 
 from lora_ft import validation
-from lora_ft.errors import CheckpointError, ConfigError, LoraFtError
+from lora_ft.errors import CheckpointError, ConfigError, DataError, LoraFtError
 from lora_ft.io import durable, untrusted
 from lora_ft.io.redact import redact
 
@@ -43,8 +46,9 @@ PACKAGES = ("lora_ft", "torch", "transformers", "peft", "bitsandbytes", "safeten
 
 METRICS, RESULT, CHECK, CHECKPOINTS = "metrics.jsonl", "result.json", "check.json", "checkpoints"
 FAILURE, OVERRIDES, LOG, SWEEP = "failure.json", "overrides.txt", "log.txt", "sweep.json"
+ROWS, EVAL_ROWS = "rows.jsonl", "eval_rows.jsonl"  # given in Python
 _CONFIG, _CHANGED = "config.yaml", "changed.json"
-_BEFORE_TRAINING = {_CONFIG, OVERRIDES, "environment.json", LOG, "tensorboard", CHECK, FAILURE}
+_BEFORE_TRAINING = {_CONFIG, OVERRIDES, "environment.json", LOG, "tensorboard", CHECK, FAILURE, ROWS, EVAL_ROWS}
 
 
 def begin(folder: Path, cfg: Any, overrides: list[str]) -> bool:
@@ -77,6 +81,38 @@ def create(folder: Path, config: dict[str, Any], overrides: list[str]) -> None:
     durable.write_json(folder / "environment.json", environment())
     # Last: a folder that has it holds a run, which can be resumed.
     durable.write_text(folder / _CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+
+def new_folder() -> Path:
+    """Return a new folder's path under runs/, named by the time, as the commands do."""
+    return Path("runs") / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
+
+
+def with_rows(cfg: Any, folder: Path, rows: Any, eval_rows: Any) -> Any:
+    """Return a copy of a config whose data are rows that `write_rows` puts into the run folder, where any are given."""
+    paths = {"path": (rows, ROWS), "eval_path": (eval_rows, EVAL_ROWS)}
+    given = {key: str(folder / name) for key, (found, name) in paths.items() if found is not None}
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **given))
+
+
+def write_rows(folder: Path, rows: Any, eval_rows: Any) -> None:
+    """Write rows that were given in Python, dicts or a datasets.Dataset, as JSON lines; DataError names a bad one."""
+    for name, given in ((ROWS, rows), (EVAL_ROWS, eval_rows)):
+        if given is not None:
+            durable.write_text(folder / name, "".join(_json_lines(given, name)))
+
+
+def _json_lines(rows: Any, name: str) -> Iterator[str]:
+    if hasattr(rows, "with_format"):  # datasets: as stored, for an image's row holds a path that would be opened
+        rows = (row for batch in rows.with_format("arrow").iter(1000) for row in batch.to_pylist())
+        rows = map(untrusted.without_filled_nulls, rows)
+    for number, row in enumerate(rows, 1):
+        try:
+            if not isinstance(row, Mapping):
+                raise TypeError(f"it is of type {type(row).__name__}, not a dict")
+            yield json.dumps(dict(row), ensure_ascii=False, allow_nan=False) + "\n"
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{name.partition('.')[0]}[{number - 1}] cannot be stored as JSON: {error}") from None
 
 
 def write_overrides(folder: Path, overrides: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 lora-ft sweep model=smollm2_135m data=chatterbot adapter.r=2,4,8
 
-words -> Hydra's sweeper -> hydra/launcher=lora_ft -> sweeps/ -> SWEEP FOLDER: 0/ 1/ 2/ report.html
+overrides -> Hydra's sweeper -> hydra/launcher=lora_ft -> sweeps/ -> SWEEP FOLDER: 0/ 1/ 2/ report.html
 """
 
 import sys
@@ -10,24 +10,37 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lora_ft import config
+from lora_ft import config, validation
 from lora_ft.cli import entry
-from lora_ft.sweeps import jobs, report, terminal
+from lora_ft.sweeps import jobs, leaderboard, report, results, terminal
 
 
 def main(cfg: config.SweepRun, invocation: entry.Invocation) -> float | None:
-    """One job of a sweep in this process, for other launchers than ours; returns the held-out loss."""
-    from lora_ft import train  # here: the process that only launches jobs needs no torch
+    """Run one job of a sweep in this process, for other launchers than ours; return the eval loss."""
+    from lora_ft.train import main as train  # here: the process that only launches jobs needs no torch
 
-    return train.main(jobs.alone(cfg), invocation)
+    return train(jobs.alone(cfg), invocation)
+
+
+def sweep(overrides: list[str], folder: Path) -> leaderboard.Ranking:
+    """Run a sweep with its report in `folder`; return the ranking of its jobs."""
+    from lora_ft.cli import composition
+
+    place = f"hydra.sweep.dir={validation.escape(str(folder.absolute()))}"
+    composition.run(composition.Command("sweep", [*overrides, place], multirun=True), _unused, end)
+    return leaderboard.rank(results.read(folder))
+
+
+def _unused(*_: object) -> None:
+    raise AssertionError("hydra/launcher=lora_ft runs jobs in processes of their own")
 
 
 def end(folder: Path) -> int:
     """Report on a sweep whose jobs have ended; returns its exit code."""
-    sweep = report.write(folder, pictures=True)
-    Console().print(terminal.table(sweep))
+    written = report.write(folder, pictures=True)
+    Console().print(terminal.table(written.ranking))
     sys.stdout.write(f"\n{folder / 'report.html'}\n")
-    return report.exit_code(sweep)
+    return report.exit_code(written.sweep)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 for setting in settings(TrainRun): ...      # Setting("adapter.r", int, 16, "rank", unit="", text=False, path=False)
 locate_paths(cfg)                           # data.path: rows.jsonl -> /home/me/rows.jsonl
 validate(cfg)                               # ConfigError: adapter.r must be at least 1, got 0
+to_plain(cfg), from_plain(TrainRun, plain)  # {"model": {"path": ..., "dtype": "auto", ...}, ...} and back
 """
 
 import dataclasses
@@ -12,11 +13,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from lora_ft.config import Data, Dtype, Keep, Launcher, MergeRun, PublishRun, ReportRun, SweepRun, TrainRun
 from lora_ft.errors import ConfigError
 from lora_ft.setting import OnResume
+
+Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,8 @@ class Setting:
 def settings(schema: type, prefix: str = "") -> Iterator[Setting]:
     """Walk a schema depth first and yield its settings with dotted keys, in order of declaration."""
     for f in dataclasses.fields(schema):
-        if isinstance(f.type, type) and dataclasses.is_dataclass(f.type):
-            yield from settings(f.type, f"{prefix}{f.name}.")
+        if group := _group(f):
+            yield from settings(group, f"{prefix}{f.name}.")
         else:
             default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
             kinds = {name: f.metadata[name] for name in ("meaning", "unit", "text", "path", "on_resume")}
@@ -45,12 +48,14 @@ def settings(schema: type, prefix: str = "") -> Iterator[Setting]:
 
 
 def groups(schema: type) -> dict[str, type]:
-    """The config groups of a schema: field name to dataclass."""
-    return {
-        f.name: f.type
-        for f in dataclasses.fields(schema)
-        if isinstance(f.type, type) and dataclasses.is_dataclass(f.type)
-    }
+    """Return the config groups of a schema: field name to dataclass."""
+    return {f.name: group for f in dataclasses.fields(schema) if (group := _group(f))}
+
+
+def _group(field: "dataclasses.Field[Any]") -> type | None:
+    """Return the dataclass of a group; its default may be of a subclass of the declared type."""
+    default: Any = field.default_factory
+    return default if isinstance(default, type) and dataclasses.is_dataclass(default) else None
 
 
 def locate_paths(cfg: Any) -> None:
@@ -77,6 +82,12 @@ def validate(cfg: Any, prefix: str = "") -> None:
     """Check every rule of a composed config; raise one ConfigError that names all violations."""
     problems = [*_broken_rules(cfg, prefix), *_broken_combinations(cfg)]
     if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def validate_values(cfg: Any) -> None:
+    """Check the rule of each setting, and not what they must be together; raise one ConfigError."""
+    if problems := [*_broken_rules(cfg)]:
         raise ConfigError("\n".join(problems))
 
 
@@ -141,7 +152,7 @@ def _broken_combinations(cfg: Any) -> Iterator[str]:
     if isinstance(cfg, MergeRun):
         yield from _broken_merge(cfg)
     elif isinstance(cfg, PublishRun) and not (cfg.to or cfg.lint_only or cfg.verify_only):
-        yield "to is empty: name a place, to=dir:PATH or hf:OWNER/NAME or oci:HOST/NAME:TAG or a URL"
+        yield "to is empty: name a destination, to=dir:PATH, hf:OWNER/NAME or a URL (s3://BUCKET/PREFIX)"
 
 
 def _broken_merge(cfg: MergeRun) -> Iterator[str]:
@@ -172,6 +183,30 @@ def to_plain(cfg: Any) -> dict[str, Any]:
         for f in dataclasses.fields(cfg)
         for value in [getattr(cfg, f.name)]
     }
+
+
+def from_plain(schema: type[Config], plain: dict[str, Any]) -> Config:
+    """Rebuild a config from the form of `to_plain`; settings that are not there have their defaults.
+
+    Raises ConfigError for an unknown setting and for a value of another type.
+    """
+    from omegaconf import OmegaConf  # 0.1 s, which help and completion do not need
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        made: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), escape(plain)))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{schema.__name__}: {str(error).splitlines()[0]}") from error
+    return cast(Config, made)
+
+
+def escape(value: Any) -> Any:
+    r"""Make `${` literal text to OmegaConf (`\${`) in a string, or in all strings of lists and mappings."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    if isinstance(value, list):
+        return [escape(item) for item in value]
+    return {key: escape(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def lasting(cfg: Any) -> dict[str, Any]:

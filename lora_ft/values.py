@@ -60,10 +60,18 @@ class Keep(Enum):
 
 
 class Tracker(Enum):
+    """The names of `accelerate.tracking`."""
+
     none = "none"
     tensorboard = "tensorboard"
     wandb = "wandb"
     mlflow = "mlflow"
+    aim = "aim"
+    clearml = "clearml"
+    comet_ml = "comet_ml"
+    dvclive = "dvclive"
+    swanlab = "swanlab"
+    trackio = "trackio"
 
 
 class Onto(Enum):
@@ -86,11 +94,6 @@ class GgufType(Enum):
     q8_0 = "q8_0"
 
 
-class Also(Enum):
+class AdapterFormat(Enum):
     gguf = "gguf"
     mlx = "mlx"
-
-
-class ShareBase(Enum):
-    interleaved = "interleaved"
-    none = "none"

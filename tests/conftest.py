@@ -1,11 +1,19 @@
-"""What holds for all tests: signals arrive, and figures are shown at the end.
+"""Setup of all tests: a plain processor on request, signals that arrive, and figures at the end.
 
 record_property("figure", "190 kills, 0 failures")
 """
 
+import os
+import runpy
 import signal
+from pathlib import Path
 
 import pytest
+
+if os.environ.get("LORA_FT_TEST_PLAIN_CPU"):  # before anything imports torch; child processes find it in PYTHONPATH
+    _plain_cpu = Path(__file__).parent / "plain_cpu"
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_plain_cpu), os.environ.get("PYTHONPATH")]))
+    runpy.run_path(str(_plain_cpu / "sitecustomize.py"))
 
 
 def pytest_configure() -> None:

@@ -13,7 +13,7 @@ from tiny import tiny_folder
 from lora_ft.cli import entry
 from lora_ft.data import parquet
 from lora_ft.errors import ConfigError, DataError, MismatchError, SecurityError
-from lora_ft.io import durable, limits
+from lora_ft.io import durable
 
 CORPUS = {module.__name__.rpartition(".")[2]: module.ATTACKS for module in (bases, adapters, configs, templates, rows)}
 
@@ -29,8 +29,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(made: Path, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Place:
-    monkeypatch.setattr(limits, "SECONDS", 0.3)
-    monkeypatch.setattr(limits, "NUM_BYTES", 2**28)
     monkeypatch.setattr(parquet, "_ALWAYS_UNPACKED", 2**20)
     monkeypatch.chdir(tmp_path)
     found = Place(tmp_path / "given", tmp_path / "outside", tmp_path / "canary")
@@ -123,11 +121,6 @@ def test_a_folder_named_by_a_link_may_be_read_and_so_may_the_cache_of_the_hub(ma
         (snapshot / file.name).symlink_to(Path("../../blobs") / str(number))
     (tmp_path / "named").symlink_to(snapshot)
     bases._load(Place(tmp_path / "named", tmp_path, tmp_path))
-
-
-def test_what_ends_in_time_is_not_disturbed() -> None:
-    with limits.bounded("a sum"):
-        assert sum(range(1000)) == 499500
 
 
 def test_base_and_adapter_of_the_corpus_are_good_before_they_are_changed(made: Path, tmp_path: Path) -> None:

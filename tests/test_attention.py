@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lora_ft import config
+from lora_ft.models.acceleration import accelerate, plain_attention
 from lora_ft.ops import attention
+from lora_ft.ops.batch import Batch
 from lora_ft.ops.tiled_attention import TILE_ROWS, Tile, tiled_attention, tiles, worth_it
-from lora_ft.ops.token_loss import Batch, choose_paths, token_loss_sum
+from lora_ft.ops.token_loss import token_loss_sum
 
 LONG = (2 * TILE_ROWS + 5, 1, TILE_ROWS, 3, TILE_ROWS + 1)
 
@@ -147,7 +149,7 @@ def test_a_model_over_tiles_learns_what_it_learns_over_a_dense_mask(family: str)
     batch = Batch(ids, torch.cat([torch.arange(80), torch.arange(100)]), ids.roll(-1), starts)
     results = []
     for fast in (config.Fast(), config.Fast(attention=False)):
-        loss = token_loss_sum(model, batch, choose_paths(model, fast))
+        loss = token_loss_sum(model, batch, accelerate(model, fast).paths)
         results.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
     for tiled, dense in zip(*results, strict=True):
         assert float((tiled - dense).norm() / dense.norm()) < 1e-11
@@ -177,10 +179,10 @@ def test_attention_refuses_what_it_would_ignore(name: str) -> None:
 def test_a_packed_model_refuses_a_call_without_boundaries() -> None:
     """A key cache with no mask would be silently wrong; generation goes through plain_attention."""
     model = tiny_model("llama")
-    choose_paths(model, config.Fast())
+    accelerate(model, config.Fast())
     with pytest.raises(ValueError, match="document_starts"):
         model(input_ids=torch.tensor([[5, 6, 7]]))
-    with attention.plain_attention(model):
+    with plain_attention(model):
         model(input_ids=torch.tensor([[5, 6, 7]]))
     with pytest.raises(ValueError, match="document_starts"):
         model(input_ids=torch.tensor([[5, 6, 7]]))

@@ -73,6 +73,14 @@ def columns(**values: st.SearchStrategy[Any]) -> st.SearchStrategy[bytes]:
 
 USER, SAID = TEXT.map(user), TEXT.map(said)
 
+ARGUMENTS = r"messages\[1\]\.tool_calls\[0\]\.arguments"
+
+
+def calls(arguments: st.SearchStrategy[Any]) -> st.SearchStrategy[bytes]:
+    return chats(
+        USER, arguments.map(lambda a: said("a") | {"tool_calls": [{"function": {"name": "f", "arguments": a}}]})
+    )
+
 
 # Files: from pieces, some of them bad, to a path and the places of the bad ones.
 
@@ -328,9 +336,25 @@ CLASSES = {
         ),
         r"messages\[1\]: weight must be 0 or 1, got .{0,120}",
     ),
+    "a flag that is no boolean": Class(
+        chats(
+            USER,
+            st.builds(
+                lambda k, v: said("a") | {k: v},
+                st.sampled_from(["train", "loss"]),
+                TEXT | st.integers() | st.floats(0, 9) | st.lists(TEXT),
+            ),
+        ),
+        r"messages\[1\]: (train|loss) must be true or false, got .{0,120}",
+    ),
     "nothing to learn": Class(
-        chats(USER, TEXT.map(lambda t: said(t) | {"weight": 0})),
-        "weight: no answer of the row is learned, so that it has no supervised token",
+        chats(
+            USER,
+            st.builds(
+                lambda t, f: said(t) | f, TEXT, st.sampled_from([{"weight": 0}, {"train": False}, {"loss": False}])
+            ),
+        ),
+        "messages: no answer of the row is learned: weight, train or loss excludes each that data.train_on selects",
     ),
     "tools of another type": Class(
         chats(USER, SAID, tools=NUMBER | TEXT | st.dictionaries(WORD, TEXT)), r"tools: must be a list, got \w+"
@@ -350,6 +374,16 @@ CLASSES = {
     "calls of the user": Class(
         chats(USER.map(lambda m: m | {"tool_calls": [{"name": "add"}]}), SAID),
         r"messages\[0\]: tool_calls belong to the assistant, not to user",
+    ),
+    "arguments that are no JSON": Class(
+        calls(TEXT.map(lambda t: f"{{'{t}': 1}}")), rf"{ARGUMENTS}: is not JSON: .+ at character 2"
+    ),
+    "arguments that are no object": Class(
+        calls(NUMBER | st.lists(TEXT) | NUMBER.map(json.dumps) | TEXT.map(json.dumps) | st.just('"{}"')),
+        rf"{ARGUMENTS}: must be an object or the JSON text of one, got \w+",
+    ),
+    "arguments with a key twice": Class(
+        calls(st.just('{"a": 1, "a": 2}')), f"{ARGUMENTS}: a: key occurs twice in one object"
     ),
     "a system column that is no text": Class(chats(USER, SAID, system=NO_TEXT), r"system: must be text, got \w+"),
     "control tokens in a question": Class(
@@ -566,7 +600,7 @@ def test_whatever_is_wrong_one_error_lists_all_of_it_and_the_other_rows_are_trai
 
     path, _ = lines_file(folder, [(False, b"" if name else line) for name, line in order])
     dataset = prepare(Data(path=str(path), eval_fraction=0.3), TOKENIZER)
-    trained = {row.place for row in dataset.train + dataset.heldout}
+    trained = {row.source for row in dataset.train + dataset.eval}
     assert trained == {f"{path}:{n}" for n, (name, _) in enumerate(order, 1) if not name}
     assert dataset.report.rows == len(good) == dataset.report.train_documents + dataset.report.heldout_documents
 
@@ -682,4 +716,4 @@ def test_a_csv_row_ends_where_its_fields_do(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text(out.getvalue())
     rows = prepare(Data(path=str(path), eval_fraction=0), TOKENIZER).train
-    assert [row.place.rpartition(":")[2] for row in rows] == ["2", "3", "6", "7", "8"]
+    assert [row.source.rpartition(":")[2] for row in rows] == ["2", "3", "6", "7", "8"]

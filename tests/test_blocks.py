@@ -1,12 +1,14 @@
 """Blocks that keep less inside real models: the same loss and gradients, and nothing else of the model changes."""
 
 import copy
+import dataclasses
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from tiny import FAMILIES, VOCABULARY, tiny_model
+from tiny import FAMILIES, VOCABULARY, accelerate_adapter, tiny_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -19,12 +21,13 @@ from transformers import (
 )
 
 from lora_ft import config
-from lora_ft.adapters import attach, fast
-from lora_ft.models import blocks
-from lora_ft.models.blocks import use_fast_blocks
+from lora_ft.adapters import attach
+from lora_ft.models import accelerated_blocks
+from lora_ft.models.acceleration import accelerate
+from lora_ft.ops.batch import Batch
 from lora_ft.ops.gradient_checkpointing import recompute_layers
 from lora_ft.ops.kernels import OWN, Kernels
-from lora_ft.ops.token_loss import Batch, choose_paths, token_loss_sum
+from lora_ft.ops.token_loss import token_loss_sum
 
 LENGTHS = (9, 1, 14)
 IDS = torch.randint(4, VOCABULARY, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))
@@ -37,7 +40,13 @@ OTHERS = {
     "qwen2": Qwen2Config(num_key_value_heads=2, **SIZES),
 }
 ALL = (*FAMILIES, *OTHERS)
-ON = {"norm": True, "mlp": True, "rope": True}
+BLOCKS = config.Fast(storage=False, attention=False, loss=False, lora=False)
+
+
+def use_fast_blocks(model: Any, fast: config.Fast = BLOCKS, **options: Any) -> list[str]:
+    """Replace the blocks alone; returns the lines about them."""
+    lines = accelerate(model.get_base_model() if isinstance(model, PeftModel) else model, fast, **options).reasons
+    return [line for line in lines if "blocks" in line or line.startswith(("plain norm", "plain mlp", "plain rope"))]
 
 
 def built(model_config: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -100,7 +109,7 @@ def kept_bytes(model: PeftModel) -> int:
 def test_a_model_learns_the_same(family: str, dtype: torch.dtype, bound: float) -> None:
     model = adapted(base(family, dtype))
     logits, gradients = learned(model)
-    lines = use_fast_blocks(model, **ON)
+    lines = use_fast_blocks(model)
     found_logits, found_gradients = learned(model)
     assert not [line for line in lines if "transformers" in line]
     assert relative(found_gradients, gradients) < bound
@@ -115,7 +124,7 @@ def test_layer_norms_and_gelu_hold_to_float64(family: str) -> None:
     """These models have no fp32 inside, so that in float64 nothing but the order of operations differs."""
     model = adapted(base(family, torch.float64))
     expected = learned(model)
-    use_fast_blocks(model, **ON)
+    use_fast_blocks(model)
     assert all(relative(f, e) < 1e-12 for f, e in zip(learned(model), expected, strict=True))
 
 
@@ -124,7 +133,7 @@ def test_gradients_are_as_near_to_float64_as_the_plain_ones(family: str) -> None
     model = adapted(base(family))
     exact = learned(copy.deepcopy(model).double())[1]
     plain = relative(learned(model)[1], exact)
-    use_fast_blocks(model, **ON)
+    use_fast_blocks(model)
     assert relative(learned(model)[1], exact) < 2 * plain < 1e-5
 
 
@@ -133,8 +142,8 @@ def test_gradients_are_as_near_to_float64_as_the_plain_ones(family: str) -> None
 def test_lora_layers_take_the_recipes_and_learn_the_same(family: str, checkpoint: str) -> None:
     model = adapted(base(family))
     expected = learned(model)
-    use_fast_blocks(model, **ON)
-    fast.use_fast_forwards(model, "first")
+    use_fast_blocks(model)
+    accelerate_adapter(model, "first")
     recompute_layers(model.get_base_model(), checkpoint)
     model.train()  # recomputation asks for it; the tiny models have no dropout but gpt2's and gpt_neox's
     for module in model.modules():
@@ -150,12 +159,14 @@ def test_packed_documents_keep_their_boundaries(family: str) -> None:
     model = adapted(base(family))
     starts = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
     batch = Batch(IDS[0], POSITIONS[0], IDS[0].roll(-1), starts)
-    paths = choose_paths(model.get_base_model(), config.Fast())
+    paths = accelerate(model.get_base_model(), config.Fast(norm=False, mlp=False, rope=False)).paths
     expected = token_loss_sum(model.get_base_model(), batch, paths).detach()
-    use_fast_blocks(model, **ON)
+    use_fast_blocks(model, config.Fast())
     found = token_loss_sum(model.get_base_model(), batch, paths).detach()
     assert relative(found, expected) < 1e-6
-    leaking = token_loss_sum(model.get_base_model(), batch._replace(starts=[0, IDS.shape[1]]), paths).detach()
+    leaking = token_loss_sum(
+        model.get_base_model(), dataclasses.replace(batch, starts=[0, IDS.shape[1]]), paths
+    ).detach()
     assert relative(leaking, expected) > 1e-4
 
 
@@ -164,9 +175,9 @@ def test_a_layer_keeps_neither_normed_inputs_nor_the_product(family: str) -> Non
     """What a layer of the tiny models keeps less in fp32, at the least: two normed inputs and the MLP's product."""
     tokens, hidden, inner, layers = IDS.shape[1], 64, 128, 2
     model = adapted(base(family))
-    fast.use_fast_forwards(model, "first")
+    accelerate_adapter(model, "first")
     before = kept_bytes(model)
-    use_fast_blocks(model, **ON)
+    use_fast_blocks(model)
     saved = before - kept_bytes(model)
     assert saved >= 4 * tokens * layers * (2 * hidden + inner)
 
@@ -175,9 +186,9 @@ def test_without_recipes_taken_the_gradients_are_the_same() -> None:
     """PEFT's own LoRA forward (with dropout, say) keeps its input itself; and so does a layer that casts it."""
     model = adapted(base("llama"), targets=["q_proj", "down_proj"])
     expected = learned(model)
-    use_fast_blocks(model, **ON)
+    use_fast_blocks(model)
     plain = learned(model)
-    fast.use_fast_forwards(model, "first")
+    accelerate_adapter(model, "first")
     assert relative(plain[1], expected[1]) < 2e-5
     assert relative(learned(model)[1], expected[1]) < 2e-5
 
@@ -186,8 +197,11 @@ def test_without_recipes_taken_the_gradients_are_the_same() -> None:
 def test_without_gradients_the_model_is_its_own(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bare, model = base(family), base(family)
     names = list(model.state_dict())
-    monkeypatch.setattr(blocks, "layer_norm", None)
-    use_fast_blocks(model, **ON, kernels=Kernels(None, None, None))
+    use_fast_blocks(model)
+    monkeypatch.setattr(accelerated_blocks, "layer_norm", None)
+    for module in model.modules():
+        if "forward" in vars(module):  # _forward(module, plain, fast)
+            module.forward = partial(module.forward.func, *module.forward.args[:2], None)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             assert torch.equal(model(input_ids=IDS).logits, bare(input_ids=IDS).logits)
@@ -202,15 +216,18 @@ def test_gradients_wanted_the_given_kernels_run() -> None:
     calls: list[str] = []
     watched = Kernels(*(lambda *a, f=f, n=n: calls.append(n) or f(*a) for n, f in OWN._asdict().items()))
     model = adapted(base("llama"))
-    use_fast_blocks(model, **ON, kernels=watched)
+    use_fast_blocks(model, kernels=watched)
+    calls_of_the_check = calls.copy()
+    calls.clear()
     learned(model)
+    assert set(calls_of_the_check) == set(calls)
     assert {name: calls.count(name) for name in calls} == {"rms_norm": 5, "swiglu": 2, "rotate": 2}
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox"])
 def test_a_cache_of_keys_and_asked_for_attentions_work_with_gradients(family: str) -> None:
     bare, model = base(family), base(family)
-    use_fast_blocks(model, **ON)
+    use_fast_blocks(model)
     results = []
     for m in (bare, model):
         m.set_attn_implementation("eager")
@@ -224,7 +241,7 @@ def test_a_cache_of_keys_and_asked_for_attentions_work_with_gradients(family: st
 def test_tied_embeddings_learn_the_same() -> None:
     model = adapted(base("llama", tie=True))
     expected = learned(model)
-    use_fast_blocks(model, **ON)
+    use_fast_blocks(model)
     assert all(relative(f, e) < 2e-5 for f, e in zip(learned(model), expected, strict=True))
 
 
@@ -234,17 +251,17 @@ def test_a_norm_that_trains_is_plain_and_has_weights_of_its_own(family: str, nor
     """PEFT trains a deep copy of the norm, which must not compute with the weights that it was copied from."""
     model = base(family)
     if not late:
-        use_fast_blocks(model, **ON)
+        use_fast_blocks(model)
     found = adapted(model, modules_to_save=[norm])
     expected = adapted(base(family), modules_to_save=[norm])
     if late:
-        use_fast_blocks(found, **ON)
+        use_fast_blocks(found)
     assert all(relative(f, e) < 2e-5 for f, e in zip(learned(found), learned(expected), strict=True))
 
 
 def test_a_copied_model_computes_with_its_own_weights() -> None:
     model = base("llama")
-    use_fast_blocks(model, **ON)
+    use_fast_blocks(model)
     copied = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -254,13 +271,13 @@ def test_a_copied_model_computes_with_its_own_weights() -> None:
 
 def test_what_is_done_is_said_and_done_once() -> None:
     model = base("qwen3")
-    assert use_fast_blocks(model, norm=True, mlp=False, rope=True) == [
+    assert use_fast_blocks(model, dataclasses.replace(BLOCKS, mlp=False)) == [
         "plain mlp: fast.mlp=false",
         "9 norm, 2 rope blocks keep less while training",
     ]
     assert not [m for m in model.modules() if type(m).__name__ == "Qwen3MLP" and "forward" in vars(m)]
-    assert use_fast_blocks(model, **ON) == ["2 mlp blocks keep less while training"]
-    assert use_fast_blocks(model, **ON) == []
+    assert use_fast_blocks(model) == ["2 mlp blocks keep less while training"]
+    assert use_fast_blocks(model) == []
 
 
 @pytest.mark.parametrize(
@@ -269,7 +286,7 @@ def test_what_is_done_is_said_and_done_once() -> None:
         (
             GemmaConfig(num_key_value_heads=2, head_dim=16, **SIZES),  # its norm multiplies by 1 + weight
             {
-                "2 blocks compute as transformers does: GemmaAttention",
+                "2 rope blocks keep less while training",
                 "2 blocks compute as transformers does: GemmaMLP",
                 "5 blocks compute as transformers does: GemmaRMSNorm",
             },
@@ -286,6 +303,6 @@ def test_what_is_done_is_said_and_done_once() -> None:
 def test_blocks_that_are_not_known_stay_as_they_are(model_config: Any, lines: set[str]) -> None:
     model = adapted(built(model_config).requires_grad_(False))
     expected = learned(model)
-    assert set(use_fast_blocks(model, **ON)) == lines
+    assert set(use_fast_blocks(model)) == lines
     assert torch.equal(learned(model)[0], expected[0])
     assert relative(learned(model)[1], expected[1]) < 2e-5

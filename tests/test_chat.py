@@ -65,7 +65,7 @@ def test_the_prompt_is_the_one_that_training_saw(tmp_path: Path) -> None:
     cfg = settings(tmp_path, "llama")
     cfg.data.system = "Be brief."
     talk = chat.Session(None, tiny_tokenizer(), "Be brief.", config.Sampling(), 0)  # type: ignore[arg-type]
-    for question in prepare(cfg.data, tiny_tokenizer()).questions:
+    for question in prepare(cfg.data, tiny_tokenizer()).eval_prompts:
         asked = {"role": "user", "content": question.prompt}
         assert chat.prompt_ids(talk, asked).tolist() == question.prompt_ids.tolist()
 

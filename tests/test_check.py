@@ -13,7 +13,7 @@ from rich.console import Console
 from tiny import tiny_folder, tiny_tokenizer
 
 from lora_ft import check, config
-from lora_ft.data.rows import TokenRow
+from lora_ft.data.rows import Example
 from lora_ft.data.tokenize import Vocabulary
 from lora_ft.training.dry_run import Tries, look, read_rows
 
@@ -259,7 +259,7 @@ def test_parts_of_a_row_put_together_are_its_text():
     text = "What is the capital of France? The capital of France is Paris. Καλημέρα"
     (ids,) = vocabulary.ids([text])
     for period in (1, 2, 5):
-        row = TokenRow(ids=check.np.array(ids), supervised=check.np.arange(len(ids)) // period % 2 == 1, place="x")
+        row = Example(ids=check.np.array(ids), supervised=check.np.arange(len(ids)) // period % 2 == 1, source="x")
         parts = list(check._parts(row, vocabulary))
         assert len(parts) == -(-len(ids) // period)
         if "\ufffd" not in "".join(part for part, _ in parts):

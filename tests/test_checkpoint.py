@@ -14,7 +14,7 @@ from faults.shim import Fault, Shim
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
-from learners import SETTINGS, learner_on, some_rows
+from states import SETTINGS, Observer, some_rows, state_on
 from tiny import tiny_model, tiny_tokenizer
 
 from lora_ft import config, runs
@@ -25,24 +25,24 @@ from lora_ft.io import durable
 from lora_ft.models.load import Identity
 from lora_ft.training import checkpoint, optimizers
 from lora_ft.training.signals import Stop
-from lora_ft.training.state import Evaluation, Learner
+from lora_ft.training.state import Evaluation, TrainingState
 from lora_ft.training.trainer import fit
 
 SMALL = config.Adapter(r=1, targets=["q_proj"])
 FILES = (checkpoint.TENSORS, checkpoint.STATE, checkpoint.MANIFEST)
 
 
-def learner_in(run: Path, **settings: object) -> Learner:
-    """A learner at its start, with held-out rows; a checkpoint every two of six steps, all of them kept."""
+def state_in(run: Path, **settings: object) -> TrainingState:
+    """A state at its start, with held-out rows; a checkpoint every two of six steps, all of them kept."""
     run.mkdir(exist_ok=True)
     train = {"max_steps": 6, "tokens_per_step": 60, "save_every_steps": 2, "keep_checkpoints": 9, "checkpoint": "off"}
     chosen = {"train": config.Train(**train | settings.pop("train", {}))} | settings
-    return learner_on(tiny_model("llama"), run, heldout=some_rows(4, seed=9), **chosen)
+    return state_on(tiny_model("llama"), run, eval_examples=some_rows(4, seed=9), **chosen)
 
 
-def fitted(learner: Learner) -> Learner:
-    fit([learner], lambda who, metrics: runs.append_metrics(who.folder, metrics))
-    return learner
+def fitted(state: TrainingState) -> TrainingState:
+    fit(state)
+    return state
 
 
 def step_of(path: Path | None) -> int:
@@ -58,7 +58,7 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Runs of six steps that differ in their seed, with checkpoints of 100 kB after steps 2, 4 and 6."""
     folder = tmp_path_factory.mktemp("runs")
     for seed in (0, 1):
-        fitted(learner_in(folder / str(seed), seed=seed))
+        fitted(state_in(folder / str(seed), seed=seed))
     return folder / "0", folder / "1"
 
 
@@ -162,12 +162,12 @@ def test_a_checkpoint_whose_metrics_are_shorter_than_it_knows_is_none(run: Path)
 def test_a_run_of_which_no_checkpoint_is_valid_is_not_begun_afresh(run: Path) -> None:
     for path in (run / checkpoint.FOLDER).iterdir():
         (path / checkpoint.TENSORS).write_bytes(b"")
-    learner, before = learner_in(run), (run / runs.METRICS).read_bytes()
+    state, before = state_in(run), (run / runs.METRICS).read_bytes()
     with pytest.raises(CheckpointError, match="no checkpoint is valid") as caught:
-        checkpoint.resume(learner)
+        checkpoint.resume(state)
     assert caught.value.exit_code == 6
     assert all(f"step-0000000{step}: its files do not have" in str(caught.value) for step in (2, 4, 6))
-    assert learner.step == 0
+    assert state.step == 0
     assert (run / runs.METRICS).read_bytes() == before
 
 
@@ -181,33 +181,33 @@ def test_a_spoiled_checkpoint_costs_the_steps_since_the_one_before_and_nothing_e
     expected, metrics = (run / runs.METRICS).read_text(), runs.read_metrics(run)
     values = checkpoint.safetensors.torch.load_file(run / "checkpoints" / "step-00000006" / checkpoint.TENSORS)
     (run / "checkpoints" / "step-00000006" / checkpoint.STATE).write_bytes(b"{}")
-    learner = learner_in(run)
-    checkpoint.resume(learner)
+    state = state_in(run)
+    checkpoint.resume(state)
     assert "step-00000006: its files do not have the sizes and hashes" in caplog.text
-    assert (learner.step, steps_in(run)) == (4, [2, 4])
+    assert (state.step, steps_in(run)) == (4, [2, 4])
     assert expected.startswith((run / runs.METRICS).read_text())
-    fitted(learner)
-    assert torch.equal(learner.flat.values, values["values"])
+    fitted(state)
+    assert torch.equal(state.flat.values, values["values"])
     assert [(m["step"], m.get("loss")) for m in runs.read_metrics(run)] == [(m["step"], m.get("loss")) for m in metrics]
 
 
 def test_a_run_that_was_moved_is_resumed_where_it_is_now(run: Path, tmp_path: Path) -> None:
     run.rename(tmp_path / "elsewhere")
-    learner = learner_in(tmp_path / "elsewhere")
-    checkpoint.resume(learner)
-    assert learner.step == 6
+    state = state_in(tmp_path / "elsewhere")
+    checkpoint.resume(state)
+    assert state.step == 6
 
 
 @pytest.mark.closes("C06")
 @pytest.mark.parametrize("change", [{"seed": 3}, {"adapter": config.Adapter(r=2, alpha=8)}, {"rows": some_rows(11)}])
 def test_a_checkpoint_of_other_inputs_is_refused(change: dict, run: Path) -> None:
-    learner = learner_in(run, **change)
-    before = learner.flat.values.clone()
+    state = state_in(run, **change)
+    before = state.flat.values.clone()
     if "rows" in change:
-        learner.inputs["data"] = "another"  # the tests' datasets are nobody's
+        state.inputs["data"] = "another"  # the tests' datasets are nobody's
     with pytest.raises(CheckpointError, match=r"belongs to other inputs than these: .* was .*, is "):
-        checkpoint.resume(learner)
-    assert torch.equal(learner.flat.values, before)
+        checkpoint.resume(state)
+    assert torch.equal(state.flat.values, before)
 
 
 @pytest.mark.closes("B07")
@@ -219,41 +219,41 @@ def test_every_bit_of_an_optimizers_state_survives_and_the_next_steps_are_the_sa
     """The matrices are large enough (4,096) to be kept in 8 bits; a group of DoRA's magnitudes is too small for it."""
     optim = replace(SETTINGS["optim"], name=name, lora_plus_ratio=2.0)
     settings = {"adapter": config.Adapter(r=16, dora=True, dropout=0.1), "optim": optim}
-    expected = fitted(learner_in(tmp_path / "one", train={"keep": config.Keep.best}, **settings))
+    expected = fitted(state_in(tmp_path / "one", train={"keep": config.Keep.best}, **settings))
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     for step in (4, 6):
         shutil.rmtree(tmp_path / "two" / "checkpoints" / f"step-0000000{step}")
-    learner = learner_in(tmp_path / "two", train={"keep": config.Keep.best}, **settings)
-    checkpoint.resume(learner)
-    kinds = {n: str(t.dtype) for n, t in optimizers.state(learner.optimizer).items()}
+    state = state_in(tmp_path / "two", train={"keep": config.Keep.best}, **settings)
+    checkpoint.resume(state)
+    kinds = {n: str(t.dtype) for n, t in optimizers.state(state.optimizer).items()}
     in_8_bits = {n for n, kind in kinds.items() if kind == "torch.uint8"}
     assert in_8_bits == ({f"{g}.state{n}" for g in (0, 1) for n in (1, 2)} if "8bit" in name.value else set())
     saved = checkpoint.safetensors.torch.load_file(tmp_path / "one/checkpoints/step-00000002" / checkpoint.TENSORS)
-    for key, tensor in optimizers.state(learner.optimizer).items():
+    for key, tensor in optimizers.state(state.optimizer).items():
         assert saved[f"optimizer.{key}"].dtype == tensor.dtype
         assert torch.equal(saved[f"optimizer.{key}"], tensor.cpu()), key
-    fitted(learner)
-    assert torch.equal(learner.flat.values, expected.flat.values)
-    assert torch.equal(learner.best_values, expected.best_values)
-    assert (learner.losses, learner.evaluations) == (expected.losses, expected.evaluations)
+    fitted(state)
+    assert torch.equal(state.flat.values, expected.flat.values)
+    assert torch.equal(state.best_values, expected.best_values)
+    assert (state.losses, state.evaluations) == (expected.losses, expected.evaluations)
     for key, tensor in optimizers.state(expected.optimizer).items():
-        assert torch.equal(tensor, optimizers.state(learner.optimizer)[key]), key
+        assert torch.equal(tensor, optimizers.state(state.optimizer)[key]), key
 
 
 # --- rotation ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Learner:
-    """A learner whose checkpoints take milliseconds; where it stands is set by hand."""
-    return learner_in(tmp_path_factory.mktemp("small"), adapter=SMALL, train={"max_steps": 50})
+def small(tmp_path_factory: pytest.TempPathFactory) -> TrainingState:
+    """A state whose checkpoints take milliseconds; where it stands is set by hand."""
+    return state_in(tmp_path_factory.mktemp("small"), adapter=SMALL, train={"max_steps": 50})
 
 
-def stand(learner: Learner, step: int, loss: float | None) -> None:
-    """Let the learner have done so many steps, the last of which was evaluated, or not."""
-    learner.losses[:] = [1.0] * step
+def stand(state: TrainingState, step: int, loss: float | None) -> None:
+    """Let the state have done so many steps, the last of which was evaluated, or not."""
+    state.losses[:] = [1.0] * step
     if loss is not None:
-        learner.evaluations.append(Evaluation(step, EvalLoss(loss, 10, 2)))
+        state.evaluations.append(Evaluation(step, EvalLoss(loss, 10, 2)))
 
 
 SAVES = st.lists(
@@ -271,7 +271,7 @@ SAVES = st.lists(
 @examples(max_examples=60, deadline=None)
 @given(saves=SAVES, keep=st.integers(1, 3))
 def test_the_newest_and_the_best_are_there_whatever_happens_to_the_disk(
-    small: Learner, saves: list[tuple[float | None, str | None, int]], keep: int
+    small: TrainingState, saves: list[tuple[float | None, str | None, int]], keep: int
 ) -> None:
     small.cfg.train.keep_checkpoints, small.losses[:], small.evaluations[:] = keep, [], []
     written: dict[int, float | None] = {}
@@ -296,7 +296,7 @@ def test_the_newest_and_the_best_are_there_whatever_happens_to_the_disk(
 
 @pytest.mark.closes("C07")
 def test_the_old_checkpoint_stays_until_the_new_one_is_read_back_as_it_was_meant(
-    small: Learner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: TrainingState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What reaches the disk is another byte than what stood in memory: no hash of the file itself could tell."""
     small.folder, small.evaluations[:], small.cfg.train.keep_checkpoints = tmp_path, [], 1
@@ -315,7 +315,7 @@ def test_the_old_checkpoint_stays_until_the_new_one_is_read_back_as_it_was_meant
 
 
 def test_a_save_reads_what_it_wrote_and_no_checkpoint_twice(
-    small: Learner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: TrainingState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small.folder, small.evaluations[:], small.cfg.train.keep_checkpoints = tmp_path, [], 3
     described, read = checkpoint._described, []
@@ -339,7 +339,7 @@ def test_a_save_reads_what_it_wrote_and_no_checkpoint_twice(
 @pytest.mark.closes("C07")
 @pytest.mark.parametrize("name", FILES)
 def test_a_checkpoint_that_was_spoiled_since_it_was_read_back_is_not_counted_among_those_to_keep(
-    name: str, small: Learner, tmp_path: Path
+    name: str, small: TrainingState, tmp_path: Path
 ) -> None:
     small.folder, small.evaluations[:], small.cfg.train.keep_checkpoints = tmp_path, [], 2
     for step in (1, 2):
@@ -355,7 +355,7 @@ def test_a_checkpoint_that_was_spoiled_since_it_was_read_back_is_not_counted_amo
 def test_what_a_killed_process_did_not_come_to_is_cleared_at_the_resume(run: Path) -> None:
     (run / "checkpoints" / ".step-00000008.tmp-0123abcd").mkdir()
     (run / "checkpoints" / ".step-00000002.old-0123abcd").mkdir()
-    checkpoint.resume(learner_in(run, train={"keep_checkpoints": 1, "save_every_steps": 1}))
+    checkpoint.resume(state_in(run, train={"keep_checkpoints": 1, "save_every_steps": 1}))
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000006"]
 
 
@@ -383,13 +383,17 @@ def test_the_bytes_needed_are_those_that_are_written_at_most_at_one_time(
     monkeypatch.setattr(durable, "os", Shim(watch=watch))
     optim = config.Optim(lr=0.3, name=config.Optimizer(optimizer))
     settings = {"save_every_steps": 1, "keep_checkpoints": 1} | train
-    learner, stop = learner_in(tmp_path, adapter=config.Adapter(r=64), optim=optim, train=settings), Stop()
+    state, stop = state_in(tmp_path, adapter=config.Adapter(r=64), optim=optim, train=settings), Stop()
     with pytest.raises(Interrupted):
-        fit([learner], lambda *_: stop.ask(signal.SIGTERM) if learner.step == 3 and not stop.signum else None, stop)
-    fit([learner], lambda *_: None)
-    source = provenance.Origin(Identity("tiny", "tiny", None, None, "c", None), learner.cfg.quant, "d")
-    files.save(learner.model, learner.name, tmp_path / "adapter", tiny_tokenizer(), source)
-    needed = checkpoint.bytes_needed(learner.num_trainable, len(learner.steps), learner.cfg)
+        fit(
+            state,
+            [Observer(lambda *_: stop.ask(signal.SIGTERM) if state.step == 3 and not stop.signum else None)],
+            stop,
+        )
+    fit(state)
+    source = provenance.Origin(Identity("tiny", "tiny", None, None, "c", None), state.cfg.quant, "d")
+    files.save(state.model, state.name, tmp_path / "adapter", tiny_tokenizer(), source)
+    needed = checkpoint.bytes_needed(state.num_trainable, len(state.steps), state.cfg)
     assert needed == pytest.approx(max(sizes), rel=0.05)
 
 
@@ -413,7 +417,7 @@ def test_a_run_that_will_not_fit_is_refused_with_both_figures_and_what_is_there_
 @pytest.mark.closes("C10")
 @pytest.mark.parametrize("lost", [1, 1000])
 def test_an_adapter_that_lost_tensors_on_its_way_to_the_disk_gets_no_name(
-    lost: int, small: Learner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lost: int, small: TrainingState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save = checkpoint.safetensors.torch.save
     shorter = lambda tensors, **more: save(dict(list(tensors.items())[lost:]), **more)  # noqa: E731

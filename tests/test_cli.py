@@ -63,16 +63,38 @@ def test_what_only_starts_processes_and_reads_files_needs_no_torch(verb):
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+RUN_AS_MODULE = """
+import runpy, sys
+module, *sys.argv[1:] = sys.argv[1:]
+try:
+    runpy.run_module(module, run_name="__main__")
+except SystemExit as ended:
+    assert ended.code == 0
+import peft, bitsandbytes
+from importlib.util import find_spec
+from transformers.utils import is_kernels_available
+print(find_spec("kernels"), is_kernels_available(), "torch._inductor.kernel.mm" in sys.modules)
+"""
+
+
 @pytest.mark.parametrize("verb", [verb for verb in config.SCHEMAS if verb not in ("sweep", "report")])
-def test_a_verb_runs_no_code_from_the_hub_and_leaves_the_compiler_out_whatever_is_imported_first(tmp_path, verb):
+def test_a_command_runs_no_code_from_the_hub_and_leaves_the_compiler_out(tmp_path, verb):
     (tmp_path / "kernels.py").write_text("print('kernels was imported')")  # bitsandbytes asks on some processors only
-    seen = "find_spec('kernels'), is_kernels_available(), 'torch._inductor.kernel.mm' in sys.modules"
+    path = f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}"
+    done = process([sys.executable, "-c", RUN_AS_MODULE, f"lora_ft.{verb}", "--help"], tmp_path, PYTHONPATH=path)
+    assert (done.returncode, done.stdout.splitlines()[-1], done.stderr) == (0, "None False False", "")
+    assert "kernels was imported" not in done.stdout
+
+
+def test_importing_the_package_changes_nothing_in_the_process(tmp_path):
     code = (
-        f"import lora_ft.{verb}, peft, bitsandbytes, sys\nfrom importlib.util import find_spec\n"
-        f"from transformers.utils import is_kernels_available\nprint({seen})"
+        "import logging, sys; before = set(sys.modules)\nimport lora_ft\n"
+        "print(sorted(set(sys.modules) - before), sorted(logging.root.manager.loggerDict), logging.root.level)\n"
+        "from lora_ft.io import process\nprocess.prepare()\n"
+        "print(sys.modules['kernels'], logging.getLogger('bitsandbytes').level)"
     )
-    done = process([sys.executable, "-c", code], tmp_path, PYTHONPATH=str(tmp_path))
-    assert (done.returncode, done.stdout, done.stderr) == (0, "None False False\n", "")
+    done = process([sys.executable, "-c", code], tmp_path, PYTHONPATH=str(Path(__file__).parents[1]))
+    assert (done.stdout.splitlines(), done.stderr) == (["['lora_ft'] [] 30", "None 40"], "")
 
 
 @pytest.mark.parametrize("words", ["train --help", "--help", "train data.path=x --cfg job"])
@@ -85,7 +107,7 @@ def test_a_reader_that_leaves_early_is_left_in_peace(tmp_path, words):
 
 @pytest.mark.parametrize("verb", config.SCHEMAS)
 def test_every_verb_can_be_run_as_a_module(verb):
-    source = Path(entry.__file__).with_name(f"{verb}.py").read_text("utf-8")
+    source = Path(entry.__file__).parents[1].joinpath(f"{verb}.py").read_text("utf-8")
     assert source.endswith(f'if __name__ == "__main__":\n    entry.run("{verb}")\n')
     assert re.search(r"^def main\(", source, re.MULTILINE)
 

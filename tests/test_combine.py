@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_ft import config
 from lora_ft.adapters import files
-from lora_ft.exports import truncate
+from lora_ft.export import truncate
 from lora_ft.models.load import load_base
 
 
@@ -142,7 +142,7 @@ def test_a_smaller_adapter_is_the_nearest_of_its_rank(
 def test_the_table_of_ranks_measures_each_and_leaves_the_adapter_as_it_was(tmp_path: Path) -> None:
     _, model = adapted(settings(tmp_path, "llama", r=5))
     before = files.tensors_of(model, "first")
-    found = truncate.pairs(model, "first")
+    found = truncate.updates(model, "first")
 
     def size() -> float:
         return sum(
@@ -150,7 +150,7 @@ def test_the_table_of_ranks_measures_each_and_leaves_the_adapter_as_it_was(tmp_p
         )
 
     whole = size()
-    kept = truncate.table_of(model, "first", found, 3, size)
+    kept = truncate.compare_ranks(model, "first", found, 3, size)
     assert [row.rank for row in kept] == [1, 2, 3, 4, 5]
     assert kept[-1].norm == 1.0 and all(row.loss == pytest.approx(row.norm**2 * whole, rel=1e-4) for row in kept)
     assert all(torch.equal(tensor, before[key]) for key, tensor in files.tensors_of(model, "first").items())

@@ -17,8 +17,9 @@ from lora_ft.errors import NonFiniteError
 from lora_ft.evaluation.comparison import Answers, Comparison, EvalSet, adapter_off, compare, render
 from lora_ft.evaluation.generation import generate
 from lora_ft.evaluation.loss import EvalLoss, eval_loss
+from lora_ft.models.acceleration import accelerate
 from lora_ft.models.load import load_base
-from lora_ft.ops.token_loss import choose_paths
+from lora_ft.objectives.sft import Sft
 
 NASTY = "[bold red]no markup[/] \x1b[31mno colour " + "unbroken" * 30
 
@@ -39,20 +40,20 @@ def test_the_base_through_the_adapters_model_is_the_bare_base_to_the_bit(
     _, model = adapted(cfg)
     bare = load_base(cfg.model, cfg.quant, "cpu")
     dataset = prepare(cfg.data, bare.tokenizer)
-    assert dataset.heldout and dataset.questions
-    paths = choose_paths(bare.model, config.Fast())
-    choose_paths(model.get_base_model(), config.Fast())
-    found = compare(model, bare.tokenizer, EvalSet(dataset.heldout, dataset.questions[:2], 100, 8), paths)
-    assert found.base == eval_loss(bare.model, dataset.heldout, paths, 100)
+    assert dataset.eval and dataset.eval_prompts
+    paths = accelerate(bare.model, config.Fast()).paths
+    accelerate(model.get_base_model(), config.Fast())
+    found = compare(model, bare.tokenizer, EvalSet(dataset.eval, dataset.eval_prompts[:2], 100, 8, Sft().loss), paths)
+    assert found.base == eval_loss(bare.model, Sft().loss, dataset.eval, paths, 100)
     assert found.adapter.loss != found.base.loss
     assert (found.adapter.tokens, found.adapter.rows) == (found.base.tokens, found.base.rows)
     greedy = config.Sampling(max_new_tokens=8)
-    for answers, question in zip(found.answers, dataset.questions, strict=False):
+    for answers, question in zip(found.answers, dataset.eval_prompts, strict=False):
         assert (answers.question, answers.reference) == (question.prompt, question.answer)
         assert [answers.base] == generate(bare.model, bare.tokenizer, [question.prompt_ids], greedy, 0)
         alone = generate(model.get_base_model(), bare.tokenizer, [question.prompt_ids], greedy, 0)
         assert [answers.adapter] == alone
-    assert len(found.answers) == min(2, len(dataset.questions))
+    assert len(found.answers) == min(2, len(dataset.eval_prompts))
 
 
 def test_added_tokens_are_off_with_the_adapter(tmp_path: Path) -> None:
@@ -78,9 +79,9 @@ def test_comparing_changes_neither_mode_nor_what_trains(tmp_path: Path, training
     model.train(training)
     before = [(n, p.requires_grad) for n, p in model.named_parameters()]
     dataset = prepare(cfg.data, base.tokenizer)
-    paths = choose_paths(base.model, config.Fast())
+    paths = accelerate(base.model, config.Fast()).paths
     state = torch.get_rng_state()
-    compare(model, base.tokenizer, EvalSet(dataset.heldout, dataset.questions[:1], 64, 4), paths)
+    compare(model, base.tokenizer, EvalSet(dataset.eval, dataset.eval_prompts[:1], 64, 4, Sft().loss), paths)
     assert [(n, p.requires_grad) for n, p in model.named_parameters()] == before
     assert base.model.training is training
     assert torch.equal(torch.get_rng_state(), state)
@@ -99,9 +100,9 @@ def test_a_loss_that_is_not_a_number_is_refused(tmp_path: Path) -> None:
     base, model = adapted(cfg)
     base.model.model.norm.weight.data[0] = float("nan")
     dataset = prepare(cfg.data, base.tokenizer)
-    paths = choose_paths(base.model, config.Fast())
+    paths = accelerate(base.model, config.Fast()).paths
     with pytest.raises(NonFiniteError, match="eval loss nan"):
-        compare(model, base.tokenizer, EvalSet(dataset.heldout, [], 64, 4), paths)
+        compare(model, base.tokenizer, EvalSet(dataset.eval, [], 64, 4, Sft().loss), paths)
 
 
 def comparison(*answers: Answers) -> Comparison:

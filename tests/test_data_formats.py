@@ -4,7 +4,7 @@ import pytest
 
 from lora_ft.config import Data, Format
 from lora_ft.data import formats
-from lora_ft.data.rows import Ledger, Record
+from lora_ft.data.rows import Ledger
 from lora_ft.errors import ConfigError, DataError
 
 
@@ -18,7 +18,7 @@ def unused(*rows, **settings):
 
 
 def read(*rows, **settings):
-    records = [Record(f"f.jsonl:{n}", values) for n, values in enumerate(rows, 1)]
+    records = [(f"f.jsonl:{n}", values) for n, values in enumerate(rows, 1)]
     ledger = Ledger()
     found = formats.rows(records, Data(path="f.jsonl", **settings), ledger)
     ledger.raise_bad()
@@ -48,7 +48,7 @@ def test_a_format_is_found_by_its_columns_and_all_say_the_same_chat(values, foun
     detected, (row,) = parse(values)
     assert detected is found
     assert row.messages == QA
-    assert (row.answer, row.place) == ("4", "f.jsonl:1")
+    assert (row.answer, row.source) == ("4", "f.jsonl:1")
 
 
 def test_text_is_the_last_format_tried():
@@ -128,15 +128,18 @@ def test_openai_weights_parts_tools_and_tool_calls():
         {"role": "assistant", "content": "4", "weight": 1},
     ]
     _, (row,) = parse({"messages": messages, "tools": [{"type": "function"}]})
+    added = {"name": "add", "arguments": {"a": 2}}
     assert row.messages[:3] == [
         {"role": "system", "content": "Use tools."},
         {"role": "user", "content": "2+2?"},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": added}]},
     ]
     assert row.messages[3]["tool_call_id"] == "1"
     assert row.context == {2}
     assert row.tools == [{"type": "function"}]
-    assert messages[2]["weight"] == 0, "the caller's rows stay as they were"
+    assert messages[2]["weight"] == 0 and call["function"]["arguments"] == '{"a": 2}', (
+        "the caller's rows stay as they were"
+    )
 
 
 def test_answers_in_a_conversational_prompt_are_context():
@@ -176,6 +179,8 @@ def test_alpaca_has_input_system_and_history_in_both_forms():
         ({"messages": chat("a", 4)}, r"messages\[1\]: content must be text, got int"),
         ({"messages": chat([{"type": "image_url"}], "b")}, r"messages\[0\]: content must be text, got list"),
         ({"messages": [QA[0], {**QA[1], "weight": 0.5}]}, r"messages\[1\]: weight must be 0 or 1, got 0.5"),
+        ({"messages": [QA[0], {**QA[1], "train": 0}]}, r"messages\[1\]: train must be true or false, got 0"),
+        ({"messages": [{**QA[0], "loss": "no"}, QA[1]]}, r"messages\[0\]: loss must be true or false, got no"),
         ({"messages": QA, "tools": "add"}, "tools: must be a list, got text"),
         ({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt"}]}, r"conversations\[1\]: the content of"),
         ({"conversations": SHARE_GPT, "system": 7}, "system: must be text, got int"),
@@ -331,8 +336,8 @@ def test_a_table_row_without_a_value_is_bad(bad):
 
 def test_max_rows_reads_no_further():
     def records():
-        yield Record("f:1", {"text": "a"})
-        yield Record("f:2", {"text": "b"})
+        yield "f:1", {"text": "a"}
+        yield "f:2", {"text": "b"}
         raise AssertionError("read past max_rows")
 
     assert len(formats.rows(records(), Data(max_rows=2), Ledger())[1]) == 2

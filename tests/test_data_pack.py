@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_ft.data.packing import UNSUPERVISED, best_fit, micro_batches
-from lora_ft.data.rows import TokenRow
+from lora_ft.data.packing import best_fit, longest_group, micro_batches
+from lora_ft.data.rows import Example
 from lora_ft.errors import ConfigError
-from lora_ft.ops.token_loss import IGNORED
+from lora_ft.ops.batch import IGNORED
 
 
 def best_fit_by_definition(lengths, capacity):
@@ -46,20 +46,19 @@ def token_rows(draw):
     for number in range(draw(st.integers(1, 8))):
         ids = draw(st.lists(st.integers(0, 30), min_size=1, max_size=12))
         supervised = [False, *draw(st.lists(st.booleans(), min_size=len(ids) - 1, max_size=len(ids) - 1))]
-        rows.append(TokenRow(np.array(ids, np.int32), np.array(supervised, np.bool_), f"rows.jsonl:{number + 1}"))
+        rows.append(Example(np.array(ids, np.int32), np.array(supervised, np.bool_), f"rows.jsonl:{number + 1}"))
     return rows
 
 
 def documents(batch):
     """Each document of a micro-batch as tuples of ids, positions and targets."""
     cuts = [slice(a, b) for a, b in pairwise(batch.starts)]
-    return [tuple(map(tuple, (batch.ids[cut], batch.positions[cut], batch.targets[cut]))) for cut in cuts]
+    return [tuple(tuple(a[cut].tolist()) for a in (batch.ids, batch.positions, batch.targets)) for cut in cuts]
 
 
 def document_by_definition(row):
     following = [
-        int(row.ids[i + 1]) if i + 1 < len(row.ids) and row.supervised[i + 1] else UNSUPERVISED
-        for i in range(len(row.ids))
+        int(row.ids[i + 1]) if i + 1 < len(row.ids) and row.supervised[i + 1] else IGNORED for i in range(len(row.ids))
     ]
     return tuple(row.ids), tuple(range(len(row.ids))), tuple(following)
 
@@ -76,12 +75,39 @@ def test_micro_batches_hold_each_row_once_with_its_own_positions_and_targets(row
     if packing:
         assert len(batches) == 1 if capacity is None else all(len(batch.ids) <= capacity for batch in batches)
     for batch in batches:
-        assert [a.dtype for a in (batch.ids, batch.positions, batch.starts, batch.targets)] == ["i8", "i8", "i4", "i8"]
+        assert {a.dtype for a in (batch.ids, batch.positions, batch.targets)} == {torch.int64}
+        assert torch.equal(batch.supervised, (batch.targets != IGNORED).nonzero()[:, 0])
+        assert batch.counts == [sum(t != IGNORED for t in targets) for *_, targets in documents(batch)]
+        assert [documents(alone) for alone in batch.documents()] == [[one] for one in documents(batch)]
+
+
+@given(token_rows(), st.data())
+def test_examples_of_a_group_are_next_to_each_other_in_one_micro_batch(rows, data):
+    groups = data.draw(st.lists(st.integers(0, 3) | st.none(), min_size=len(rows), max_size=len(rows)))
+    rows = [
+        Example(np.array([n, *row.ids[1:]], np.int32), row.supervised, row.source, group=group)
+        for n, (row, group) in enumerate(zip(rows, groups, strict=True))
+    ]
+    together = [[i for i, group in enumerate(groups) if group == wanted] for wanted in set(groups) - {None}]
+    for packing in (True, False):
+        for capacity in (None, longest_group(rows)):
+            found = [[ids[0] for ids, *_ in documents(batch)] for batch in micro_batches(rows, capacity, packing)]
+            assert sorted(n for batch in found for n in batch) == [*range(len(rows))]
+            for group in together:
+                (batch,) = [batch for batch in found if group[0] in batch]
+                start = batch.index(group[0])
+                assert batch[start : start + len(group)] == group
+
+
+def test_a_group_longer_than_the_capacity_is_refused():
+    rows = [Example(np.arange(5, dtype=np.int32), np.arange(5) > 0, f"rows.jsonl:{n}", group=1) for n in (4, 5)]
+    with pytest.raises(ConfigError, match=r"rows\.jsonl:4 has 10 tokens, got 9"):
+        micro_batches(rows, 9, True)
 
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_row_longer_than_the_capacity_is_refused_by_name(packing):
-    row = TokenRow(np.arange(9, dtype=np.int32), np.zeros(9, np.bool_), "rows.jsonl:4")
+    row = Example(np.arange(9, dtype=np.int32), np.zeros(9, np.bool_), "rows.jsonl:4")
     with pytest.raises(ConfigError, match=r"train\.tokens_per_microbatch .*rows\.jsonl:4 has 9 tokens, got 8"):
         micro_batches([row], 8, packing)
 
@@ -91,4 +117,4 @@ def test_no_rows_make_no_micro_batch():
 
 
 def test_an_unsupervised_target_is_what_the_loss_ignores():
-    assert UNSUPERVISED == IGNORED == torch.nn.CrossEntropyLoss().ignore_index
+    assert torch.nn.CrossEntropyLoss().ignore_index == IGNORED

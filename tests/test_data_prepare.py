@@ -38,7 +38,7 @@ def same(a, b):
     """Equality of datasets, arrays included."""
     return all(
         len(mine) == len(theirs) and all(map(equal, mine, theirs))
-        for mine, theirs in ((a.train, b.train), (a.heldout, b.heldout), (a.questions, b.questions))
+        for mine, theirs in ((a.train, b.train), (a.eval, b.eval), (a.eval_prompts, b.eval_prompts))
     ) and a.report.sha256 == b.report.sha256  # fmt: skip
 
 
@@ -51,14 +51,14 @@ def test_rows_are_split_by_content_so_that_other_rows_and_their_order_move_none(
     rows = questions(60)
     whole = dataset.prepare(Data(path=write(tmp_path, rows), eval_fraction=0.3), TOKENIZER)
     part = dataset.prepare(Data(path=write(tmp_path, rows[::-2]), eval_fraction=0.3), TOKENIZER)
-    assert 5 < len(whole.heldout) < 40
-    assert set(texts(part.heldout)) < set(texts(whole.heldout))
+    assert 5 < len(whole.eval) < 40
+    assert set(texts(part.eval)) < set(texts(whole.eval))
     assert set(texts(part.train)) < set(texts(whole.train))
 
 
 def test_a_larger_fraction_holds_out_the_same_rows_and_more(tmp_path):
     path = write(tmp_path, questions(60))
-    held = [set(texts(dataset.prepare(Data(path=path, eval_fraction=f), TOKENIZER).heldout)) for f in (0.1, 0.4, 0.8)]
+    held = [set(texts(dataset.prepare(Data(path=path, eval_fraction=f), TOKENIZER).eval)) for f in (0.1, 0.4, 0.8)]
     assert held[0] < held[1] < held[2]
 
 
@@ -67,7 +67,7 @@ def test_rows_equal_but_for_case_and_blanks_lie_on_one_side(tmp_path):
     rows = questions(30)
     doubles = [{k: f"  {v.upper()}\n" for k, v in row.items()} for row in rows]
     data = dataset.prepare(Data(path=write(tmp_path, rows + doubles), eval_fraction=0.3), TOKENIZER)
-    sides = [{row.place.rpartition(":")[2] for row in side} for side in (data.train, data.heldout)]
+    sides = [{row.source.rpartition(":")[2] for row in side} for side in (data.train, data.eval)]
     for line in range(1, 31):
         assert any({str(line), str(line + 30)} <= side for side in sides)
     assert data.report.duplicates == 30
@@ -76,20 +76,20 @@ def test_rows_equal_but_for_case_and_blanks_lie_on_one_side(tmp_path):
 @pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
 def test_both_sides_hold_a_row_where_there_are_two(tmp_path, fraction):
     data = dataset.prepare(Data(path=write(tmp_path, questions(2)), eval_fraction=fraction), TOKENIZER)
-    assert (len(data.train), len(data.heldout)) == (1, 1)
+    assert (len(data.train), len(data.eval)) == (1, 1)
 
 
 def test_nothing_is_held_out_of_one_row_or_at_fraction_0(tmp_path):
     path = write(tmp_path, questions(1))
-    assert dataset.prepare(Data(path=path, eval_fraction=0.5), TOKENIZER).heldout == []
-    assert dataset.prepare(Data(path=write(tmp_path, questions(50)), eval_fraction=0), TOKENIZER).heldout == []
+    assert dataset.prepare(Data(path=path, eval_fraction=0.5), TOKENIZER).eval == []
+    assert dataset.prepare(Data(path=write(tmp_path, questions(50)), eval_fraction=0), TOKENIZER).eval == []
 
 
 def test_a_second_file_is_held_out_whole(tmp_path):
     rows = questions(20)
     path, extra = write(tmp_path, rows[:15]), write(tmp_path, rows[15:], "eval.jsonl")
     data = dataset.prepare(Data(path=path, eval_path=extra, eval_fraction=0.5), TOKENIZER)
-    assert [row.place for row in data.heldout] == [f"{extra}:{n}" for n in range(1, 6)]
+    assert [row.source for row in data.eval] == [f"{extra}:{n}" for n in range(1, 6)]
     assert len(data.train) == 15
 
 
@@ -106,11 +106,11 @@ def test_questions_are_the_held_out_prompts_up_to_their_last_answer(tmp_path):
     chat = [{"role": r, "content": c} for r, c in zip(["user", "assistant"] * 2, "abcd", strict=True)]
     extra = write(tmp_path, [{"messages": chat}], "eval.jsonl")
     data = dataset.prepare(Data(path=write(tmp_path, questions(3)), eval_path=extra), TOKENIZER)
-    (question,) = data.questions
+    (question,) = data.eval_prompts
     ids = TOKENIZER.apply_chat_template(chat[:3], add_generation_prompt=True, return_dict=False)
     assert list(question.prompt_ids) == ids
     assert question.prompt_ids.dtype == np.int32
-    assert (question.prompt, question.answer, question.place) == ("c", "d", f"{extra}:1")
+    assert (question.prompt, question.answer, question.source) == ("c", "d", f"{extra}:1")
 
 
 def test_a_row_of_several_documents_asks_its_last_question(tmp_path):
@@ -123,8 +123,8 @@ def test_a_row_of_several_documents_asks_its_last_question(tmp_path):
     chat = [{"role": r, "content": c} for r, c in zip(["user", "assistant"] * 2, "abcd", strict=True)]
     extra = write(tmp_path, [{"messages": chat}], "eval.jsonl")
     data = dataset.prepare(Data(path=write(tmp_path, questions(3)), eval_path=extra), tokenizer)
-    (question,) = data.questions
-    assert len(data.heldout) == 2
+    (question,) = data.eval_prompts
+    assert len(data.eval) == 2
     ids = tokenizer.apply_chat_template(chat[:3], add_generation_prompt=True, return_dict=False)
     assert list(question.prompt_ids) == ids
 
@@ -132,8 +132,8 @@ def test_a_row_of_several_documents_asks_its_last_question(tmp_path):
 def test_plain_text_asks_no_questions(tmp_path):
     rows = [{"text": f"Document {n}."} for n in range(20)]
     data = dataset.prepare(Data(path=write(tmp_path, rows), eval_fraction=0.5), TOKENIZER)
-    assert data.heldout
-    assert data.questions == []
+    assert data.eval
+    assert data.eval_prompts == []
     assert data.answers is None
 
 
@@ -170,7 +170,7 @@ def test_rows_over_max_length_are_an_error_with_count_and_the_worst_row(tmp_path
 def test_dropped_rows_are_counted(tmp_path):
     settings = Data(path=write(tmp_path, LONG), eval_fraction=0, max_length=40, too_long=TooLong.drop)
     data = dataset.prepare(settings, TOKENIZER)
-    assert [row.place.rpartition(":")[2] for row in data.train] == ["1", "3"]
+    assert [row.source.rpartition(":")[2] for row in data.train] == ["1", "3"]
     assert data.report.left_out == {"longer than data.max_length": 2}
     settings.max_length = 5
     with pytest.raises(DataError, match=r"no row is left to train on: 4 longer than data\.max_length"):
@@ -197,7 +197,7 @@ def test_windows_hold_every_target_of_a_text_once_and_its_end_only_at_the_end(tm
     assert targets(data.train) == targets(whole.train)
     assert all(2 <= len(row.ids) <= max_length and not row.supervised[0] for row in data.train)
     for row in whole.train:
-        windows = [window.ids for window in data.train if window.place == row.place]
+        windows = [window.ids for window in data.train if window.source == row.source]
         assert np.array_equal(np.concatenate([windows[0], *(ids[1:] for ids in windows[1:])]), row.ids)
         assert [TOKENIZER.eos_token_id in ids for ids in windows] == [False] * (len(windows) - 1) + [True]
     cut = sum(len(row.ids) > max_length for row in whole.train)
@@ -209,8 +209,8 @@ def test_windows_of_a_text_lie_on_one_side(tmp_path):
     rows = [{"text": f"Number {n}. " * 9} for n in range(20)]
     settings = Data(path=write(tmp_path, rows), eval_fraction=0.4, max_length=9, too_long=TooLong.split)
     data = dataset.prepare(settings, TOKENIZER)
-    assert not {row.place for row in data.train} & {row.place for row in data.heldout}
-    assert len({row.place for row in data.heldout}) < len(data.heldout)
+    assert not {row.source for row in data.train} & {row.source for row in data.eval}
+    assert len({row.source for row in data.eval}) < len(data.eval)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_the_prompt_of_a_truncated_question_ends_where_its_answer_begins(tmp_pat
     settings = Data(path=write(tmp_path, LONG[:1]), eval_path=write(tmp_path, LONG[1:2], "eval.jsonl"),
                     max_length=40, too_long=TooLong.truncate_prompt)  # fmt: skip
     data = dataset.prepare(settings, TOKENIZER)
-    (row,), (question,) = data.heldout, data.questions
+    (row,), (question,) = data.eval, data.eval_prompts
     assert np.array_equal(question.prompt_ids, row.ids[: row.supervised.argmax()])
 
 
@@ -312,9 +312,9 @@ def test_the_report_adds_up(tmp_path):
     data = dataset.prepare(Data(path=write(tmp_path, questions(30)), eval_fraction=0.3), TOKENIZER)
     report = data.report
     assert report.train_tokens == sum(lengths(data.train))
-    assert report.heldout_tokens == sum(lengths(data.heldout))
+    assert report.heldout_tokens == sum(lengths(data.eval))
     assert report.supervised_tokens == sum(int(row.supervised.sum()) for row in data.train)
-    assert report.longest == max(lengths(data.train + data.heldout))
+    assert report.longest == max(lengths(data.train + data.eval))
     assert all(row.ids.dtype == np.int32 and row.supervised.dtype == np.bool_ for row in data.train)
 
 
@@ -430,7 +430,7 @@ def test_duplicates_are_left_out_when_asked_and_counted_either_way(tmp_path):
     path = write(tmp_path, questions(9) + questions(4))
     both = {asked: dataset.prepare(Data(path=path, deduplicate=asked), TOKENIZER) for asked in (False, True)}
     assert [both[asked].report.duplicates for asked in (False, True)] == [4, 4]
-    assert len(both[False].train) + len(both[False].heldout) == 13
+    assert len(both[False].train) + len(both[False].eval) == 13
     once = dataset.prepare(Data(path=write(tmp_path, questions(9), "once.jsonl")), TOKENIZER)
     assert both[True].report.sha256 == once.report.sha256 != both[False].report.sha256
     assert both[True].report.left_out == {"equal to an earlier row": 4}
@@ -443,8 +443,64 @@ def test_a_split_of_a_hub_dataset_can_be_held_out(monkeypatch):
     splits = {"train": questions(9), "test": [{"prompt": "Who?", "completion": "Nobody."}]}
     monkeypatch.setattr(datasets, "load_dataset", lambda path, name, *, split, revision: splits[split])
     prepared = dataset.prepare(Data(path="org/rows", eval_split="test"), TOKENIZER)
-    assert (len(prepared.train), len(prepared.heldout)) == (9, 1)
-    assert prepared.questions[0].answer == "Nobody."
+    assert (len(prepared.train), len(prepared.eval)) == (9, 1)
+    assert prepared.eval_prompts[0].answer == "Nobody."
+
+
+def split_folder(folder, **splits):
+    folder.mkdir()
+    for name, rows in splits.items():
+        write(folder, rows, f"{name}.jsonl")
+    return str(folder)
+
+
+def places(rows):
+    return sorted(row.source.rpartition("/")[2] for row in rows)
+
+
+TEN = questions(10)
+
+
+def test_validation_files_of_a_folder_are_its_eval_rows_and_test_rows_are_not_read(tmp_path, caplog):
+    folder = split_folder(tmp_path / "rows", train=TEN[:6], val=TEN[6:8], test=[{"prompt": "bad row"}])
+    with caplog.at_level("INFO", logger="lora_ft"):
+        prepared = dataset.prepare(Data(path=folder), TOKENIZER)
+    assert places(prepared.train) == [f"train.jsonl:{n}" for n in range(1, 7)]
+    assert places(prepared.eval) == ["val.jsonl:1", "val.jsonl:2"]
+    assert "the eval rows are its validation files, and data.eval_fraction is not used" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "trained", "evaluated"),
+    [
+        ({"eval_fraction": 0}, "train", []),
+        ({"eval_split": "test"}, "train", ["test"]),
+        ({"eval_split": "validation", "eval_fraction": 0}, "train", ["val"]),
+        ({"split": "test", "eval_fraction": 0}, "test", []),
+        ({"split": "test", "eval_split": "dev"}, "test", ["val"]),
+    ],
+)
+def test_settings_choose_other_splits_of_a_folder(tmp_path, settings, trained, evaluated):
+    folder = split_folder(tmp_path / "rows", train=TEN[:6], val=TEN[6:8], test=TEN[8:])
+    prepared = dataset.prepare(Data(path=folder, **settings), TOKENIZER)
+    assert {place.partition(".")[0] for place in places(prepared.train)} == {trained}
+    assert sorted({place.partition(".")[0] for place in places(prepared.eval)}) == evaluated
+
+
+def test_a_part_of_the_train_files_is_held_out_where_there_are_no_validation_files(tmp_path):
+    folder = split_folder(tmp_path / "rows", train=TEN[:8], test=TEN[8:])
+    prepared = dataset.prepare(Data(path=folder, eval_fraction=0.3), TOKENIZER)
+    assert len(prepared.eval) > 0 and len(prepared.train) + len(prepared.eval) == 8
+    assert {place.partition(".")[0] for place in places(prepared.eval)} == {"train"}
+
+
+def test_a_folder_of_eval_rows_that_has_splits_needs_a_choice(tmp_path):
+    rows = write(tmp_path, TEN[:6])
+    folder = split_folder(tmp_path / "more", train=TEN[6:8], test=TEN[8:])
+    with pytest.raises(ConfigError, match=r"more has files of the splits test, train: choose data\.eval_split"):
+        dataset.prepare(Data(path=rows, eval_path=folder), TOKENIZER)
+    prepared = dataset.prepare(Data(path=rows, eval_path=folder, eval_split="test"), TOKENIZER)
+    assert places(prepared.eval) == ["test.jsonl:1", "test.jsonl:2"]
 
 
 def test_the_cache_of_a_template_that_asks_the_clock_lasts_a_day(tmp_path, cached, monkeypatch):
@@ -464,19 +520,19 @@ def test_the_cache_of_a_template_that_asks_the_clock_lasts_a_day(tmp_path, cache
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"split": "test"}, r"data\.split=test is a setting of hub datasets, and .*rows\.jsonl is none"),
+        ({"split": "test"}, r"data\.split=test is a split of a hub dataset or folder, and .*rows\.jsonl has none"),
         ({"name": "small"}, r"data\.name=small is a setting of hub datasets"),
         ({"revision": "v1"}, r"data\.revision=v1 is a setting of hub datasets"),
         (
             {"eval_split": "test"},
-            r"data\.eval_split is a split of a hub dataset, and .*rows\.jsonl is none: .*eval_path",
+            r"data\.eval_split=test is a split of a hub dataset or folder, and .*rows\.jsonl has none: .*eval_path",
         ),
     ],
 )
 def test_settings_of_hub_datasets_are_refused_where_the_rows_are_a_file(tmp_path, settings, message):
     with pytest.raises(ConfigError, match=message):
         dataset.prepare(Data(path=write(tmp_path, questions(9)), **settings), TOKENIZER)
-    with pytest.raises(ConfigError, match=r"of (a hub dataset|hub datasets)"):
+    with pytest.raises(ConfigError, match=r"of (a hub dataset or folder|hub datasets)"):
         dataset.prepare(Data(path="package:chatterbot_corpus/data/english", **settings), TOKENIZER)
 
 
@@ -487,4 +543,4 @@ def test_settings_of_hub_datasets_stand_where_only_the_held_out_rows_are_a_file(
     monkeypatch.setattr(datasets, "load_dataset", lambda path, name, *, split, revision: splits[split])
     extra = write(tmp_path, questions(12)[9:])
     prepared = dataset.prepare(Data(path="org/rows", split="train[:9]", eval_path=extra), TOKENIZER)
-    assert (len(prepared.train), len(prepared.heldout)) == (9, 3)
+    assert (len(prepared.train), len(prepared.eval)) == (9, 3)

@@ -20,7 +20,7 @@ from lora_ft.errors import DataError, ResourceError, SecurityError
 def read(path, **settings):
     """Records at a path as (place, values); raises what the ledger holds."""
     ledger = Ledger()
-    found = [(r.place, r.values) for r in records(str(path), "data.path", Data(path=str(path), **settings), ledger)]
+    found = list(records(str(path), "data.path", Data(path=str(path), **settings), ledger))
     ledger.raise_bad()
     return found
 
@@ -189,6 +189,32 @@ def test_parquet_keeps_types_and_counts_rows(tmp_path):
     assert read(path) == [(f"{path}:row 1", rows[0]), (f"{path}:row 2", rows[1])]
 
 
+# Each row lacks keys that the other has: Arrow has one schema for all rows.
+UNEVEN = [
+    {"turns": [{"role": "user", "content": "a"}, {"calls": [{"name": "f", "arguments": {"x": 1}}]}], "note": None},
+    {"turns": [{"calls": [{"name": "g", "arguments": {"y": [None, 2]}}], "role": "tool"}, {}], "note": "b"},
+]
+
+
+def test_nulls_that_arrow_fills_in_are_no_values_of_a_parquet_row(tmp_path):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.Table.from_pylist(UNEVEN), path)
+    assert [values for _, values in read(path)] == UNEVEN
+
+
+def test_nulls_that_arrow_fills_in_are_no_values_of_a_hub_row(monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: datasets.Dataset.from_list(UNEVEN))
+    assert [values for _, values in read("org/name")] == UNEVEN
+
+
+def test_a_null_that_a_json_file_writes_is_kept(tmp_path):
+    row = {"turns": [{"role": "user", "content": None, "more": {"x": None}}]}
+    assert read(write(tmp_path, "a.jsonl", json.dumps(row)))[0][1] == row
+    assert read(write(tmp_path, "a.json", json.dumps([row])))[0][1] == row
+
+
 def test_a_damaged_parquet_file_is_a_data_error(tmp_path):
     with pytest.raises(DataError, match=r"a\.parquet:row 1: file: not readable as Parquet"):
         read(write(tmp_path, "a.parquet", b"PAR1 this is none"))
@@ -206,6 +232,54 @@ def test_a_folder_is_its_files_in_order_and_of_one_kind(tmp_path):
     assert [values["text"] for _, values in read(tmp_path)] == ["a", "b"]
     write(tmp_path, "c.csv", "text\nc")
     with pytest.raises(DataError, match=r"mixes kinds of files: \.csv, \.jsonl"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"train": ["train"], "validation": ["validation"], "test": ["test"]},
+        {"train": ["train-00000-of-00002", "train-00001-of-00002"], "validation": ["dev-00000-of-00001"], "test": []},
+        {"train": ["my_train"], "validation": ["my_val", "other.valid"], "test": ["my_test1"]},
+        {"train": ["Training"], "validation": ["qa eval"], "test": ["testing"]},
+    ],
+)
+def test_a_folder_is_read_by_the_splits_that_its_files_are_named_for(tmp_path, names):
+    for name in (name for of_split in names.values() for name in of_split):
+        write(tmp_path, f"{name}.jsonl", json.dumps({"text": name}))
+    assert [values["text"] for _, values in read(tmp_path)] == names["train"]
+    for split in (split for split, files in names.items() if files):
+        assert [values["text"] for _, values in read(tmp_path, split=split)] == names[split]
+    everything = sorted(name for files in names.values() for name in files)
+    assert sorted(values["text"] for _, values in read(tmp_path, split="all")) == everything
+    assert read(tmp_path, split="val") == read(tmp_path, split="validation")
+
+
+def test_files_of_other_kinds_may_belong_to_other_splits(tmp_path):
+    write(tmp_path, "train.jsonl", '{"text": "a"}')
+    write(tmp_path, "test.csv", "text\nb")
+    assert [values for _, values in read(tmp_path)] == [{"text": "a"}]
+    with pytest.raises(DataError, match="mixes kinds of files"):
+        read(tmp_path, split="all")
+
+
+def test_a_folder_in_which_some_files_are_named_for_splits_is_refused(tmp_path):
+    for name in ("notes", "test", "train_test"):  # the last is named for two
+        write(tmp_path, f"{name}.jsonl", json.dumps({"text": name}))
+    message = (
+        r"some files for splits \(test\.jsonl\) and others not \(notes\.jsonl, train_test\.jsonl\): .*data\.split=all"
+    )
+    with pytest.raises(DataError, match=message):
+        read(tmp_path)
+    assert len(read(tmp_path, split="all")) == 3
+    (tmp_path / "test.jsonl").unlink()
+    assert len(read(tmp_path)) == 2, "no name tells of a split"
+
+
+def test_a_split_that_a_folder_lacks_is_named_with_those_that_it_has(tmp_path):
+    write(tmp_path, "test.jsonl", '{"text": "a"}')
+    write(tmp_path, "dev.jsonl", '{"text": "a"}')
+    with pytest.raises(DataError, match=r"has no files of the split train: choose data\.split=test or validation"):
         read(tmp_path)
 
 
@@ -247,8 +321,8 @@ def chatterbot(folder, text, name="topic.yml"):
     path = write(folder, name, text)
     found = list(records(str(path), "data.path", Data(), ledger))
     ledger.raise_bad()
-    chats = [[m["content"] for m in r.values["messages"]] for r in found]
-    return chats, [r.place.rpartition(":")[2] for r in found], dict(+ledger.left_out)
+    chats = [[m["content"] for m in values["messages"]] for _, values in found]
+    return chats, [source.rpartition(":")[2] for source, _ in found], dict(+ledger.left_out)
 
 
 def test_chatterbot_lines_alternate_and_a_last_user_line_is_counted(tmp_path):

@@ -10,7 +10,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from lora_ft.config import Data, TrainOn
-from lora_ft.data.dataset import prepare
+from lora_ft.data.chat_template import turns
+from lora_ft.data.dataset import prepare, prepare_rows
+from lora_ft.data.read import read
+from lora_ft.data.rows import Ledger, Row
+from lora_ft.data.statistics import survey
 from lora_ft.data.tokenize import Vocabulary
 from lora_ft.errors import ConfigError, DataError
 
@@ -190,7 +194,7 @@ def test_a_template_that_rewrites_history_gives_a_document_for_each_answer_as_th
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\none<|im_end|>\n<|im_start|>user\nb<|im_end|>\n"
         "<|im_start|>assistant\n",
     ]
-    assert {row.place for row in rows} == {f"{tmp_path}/rows.jsonl:1"}
+    assert {row.source for row in rows} == {f"{tmp_path}/rows.jsonl:1"}
 
 
 def test_train_on_chooses_the_last_answer_or_everything(tmp_path):
@@ -209,6 +213,22 @@ def test_answers_of_weight_0_and_answers_in_a_prompt_are_context(tmp_path):
     rows += prepared(tmp_path, tokenizer, {"prompt": DIALOGUE[:3], "completion": DIALOGUE[3:]})
     rows += prepared(tmp_path, tokenizer, {"messages": weighted}, system="Be brief.")
     assert [learned(tokenizer, row) for row in rows] == ["Yes!\n\nI am.<|im_end|>"] * 3
+
+
+@pytest.mark.parametrize("flag", [{"train": False}, {"loss": False}, {"weight": 0}, {"train": False, "loss": True}])
+def test_an_answer_that_is_flagged_is_context(flag, tmp_path):
+    tokenizer = tiny_tokenizer()
+    others = {"train": True, "loss": None, "weight": 1}
+    messages = [DIALOGUE[0], {**DIALOGUE[1], **flag}, {**DIALOGUE[2], **others}, {**DIALOGUE[3], **others}]
+    shared = [{"from": m["role"], "value": m["content"]} for m in DIALOGUE]
+    shared[1] |= flag
+    rows = prepared(tmp_path, tokenizer, {"messages": messages}, {"messages": DIALOGUE})
+    rows += prepared(tmp_path, tokenizer, {"conversations": shared})
+    both = "Paris, 12 letters.<|im_end|>Yes!\n\nI am.<|im_end|>"
+    assert [learned(tokenizer, row) for row in rows] == ["Yes!\n\nI am.<|im_end|>", both, "Yes!\n\nI am.<|im_end|>"]
+    assert [list(row.ids) for row in rows] == [list(rows[1].ids)] * 3, "the template sees no flag"
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: messages: .* data\.train_on=all learns every message"):
+        prepared(tmp_path, tokenizer, {"messages": messages}, train_on=TrainOn.all)
 
 
 def test_data_system_goes_before_chats_that_have_none(tmp_path):
@@ -305,9 +325,10 @@ def test_added_tokens_that_control_nothing_may_be_written(tmp_path):
 
 
 @pytest.mark.closes("A04")
-def test_a_row_whose_every_answer_is_context_has_nothing_to_learn(tmp_path):
-    row = {"messages": [DIALOGUE[0], {**DIALOGUE[1], "weight": 0}]}
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: weight: no answer of the row is learned"):
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"loss": False}])
+def test_a_row_whose_every_answer_is_context_has_nothing_to_learn(flag, tmp_path):
+    row = {"messages": [DIALOGUE[0], {**DIALOGUE[1], **flag}]}
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: messages: no answer of the row is learned"):
         prepared(tmp_path, tiny_tokenizer(), row)
 
 
@@ -443,3 +464,95 @@ def test_texts_cut_at_added_tokens_have_the_ids_of_the_whole_texts(name, texts):
 def test_texts_are_cut_where_parts_do_not_depend_on_their_place(name):
     depends = name in ("metaspace at the start", "stripping", "stripping behind", "whole words")
     assert (VOCABULARIES[name].split is None) == depends
+
+
+def tool_template(arguments):
+    """ChatML that writes each tool call as JSON, its arguments by this Jinja expression over `f`."""
+    call = """{"name": "' + f.name + '", "arguments": """
+    calls = (
+        "{% for call in message.tool_calls or [] %}{% set f = call.function or call %}{{ '" + call + "' }}"
+        "{{ " + arguments + " }}{{ '}' }}{% endfor %}"
+    )  # fmt: skip
+    return CHATML.replace(" + '<|im_end|>' + '\n' }}", " }}" + calls + "{{ '<|im_end|>\n' }}")
+
+
+def call_chat(arguments, wrapped=True):
+    function = {"name": "find", "arguments": arguments}
+    call = {"type": "function", "function": function, "id": "call_0"} if wrapped else function
+    return [
+        {"role": "user", "content": "Where is Lima?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": '{"country": "Peru"}'},
+        {"role": "assistant", "content": "In Peru."},
+    ]
+
+
+ARGUMENTS = {"city": 'Lima é "x"', "near": [1, 2.5, True, None], "more": {"it's": "a\nb"}}
+TO_JSON = "f.arguments | tojson"
+TEXT_OR_OBJECT = "f.arguments if f.arguments is string else f.arguments | tojson"
+JOINS_TEXT = "'' + f.arguments"
+PRINTS = "f.arguments"
+PRINTS_STRING = "f.arguments | string"
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+@pytest.mark.parametrize("encode", [json.dumps, dict], ids=["text", "object"])
+@pytest.mark.parametrize("written", [TO_JSON, TEXT_OR_OBJECT, JOINS_TEXT, PRINTS, PRINTS_STRING])
+def test_tool_call_arguments_are_learned_as_one_json_object(written, encode, wrapped, tmp_path):
+    tokenizer = tokenizer_of(tool_template(written))
+    (row,) = prepared(tmp_path, tokenizer, {"messages": call_chat(encode(ARGUMENTS), wrapped)})
+    call, answer, _ = learned(tokenizer, row).split("<|im_end|>")
+    assert json.loads(call) == {"name": "find", "arguments": ARGUMENTS}
+    assert answer == "In Peru."
+
+
+@pytest.mark.parametrize("written", [TO_JSON, JOINS_TEXT])
+def test_the_prompt_of_a_row_with_a_tool_call_is_the_same_when_rendered_again(written, tmp_path):
+    tokenizer = tokenizer_of(tool_template(written))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": call_chat(json.dumps(ARGUMENTS))}))
+    data = Data(path=str(tmp_path / "rows.jsonl"))
+    found = read(data)
+    seen = survey(found, prepare_rows(found, data, tokenizer), data, tokenizer)
+    assert (seen.prompts, seen.other_prompts) == (1, [])
+
+
+@pytest.mark.parametrize("written", [TO_JSON, JOINS_TEXT, PRINTS])
+@pytest.mark.parametrize("empty", ["", " ", None, "{}", {}])
+def test_a_tool_call_with_empty_arguments_has_an_empty_object(empty, written, tmp_path):
+    tokenizer = tokenizer_of(tool_template(written))
+    given, missing = call_chat(empty), call_chat(empty)
+    del missing[1]["tool_calls"][0]["function"]["arguments"]
+    for row in prepared(tmp_path, tokenizer, {"messages": given}, {"messages": missing}):
+        assert learned(tokenizer, row).startswith('{"name": "find", "arguments": {}}')
+
+
+@pytest.mark.parametrize(
+    ("written", "missing"),
+    [
+        ("{'city': f.arguments.city} | tojson", "near"),
+        ("(f.arguments | tojson)[:12]", "Lima"),
+        ("f.arguments | tojson | upper", "city"),
+        ("{}", "city"),
+    ],
+)
+@pytest.mark.parametrize("train_on", [TrainOn.answers, TrainOn.last_answer])
+def test_a_template_that_leaves_out_an_argument_is_refused(written, missing, train_on, tmp_path):
+    tokenizer = tokenizer_of(tool_template(written))
+    with pytest.raises(DataError, match=rf"rows\.jsonl:1: chat template: leaves out {missing}.* call of find"):
+        prepared(tmp_path, tokenizer, {"messages": call_chat(ARGUMENTS)}, train_on=train_on)
+
+
+def test_a_template_may_write_arguments_in_a_form_of_its_own(tmp_path):
+    pairs = "{% for k, v in f.arguments | items %}<{{ k }}>{{ v if v is string else v | tojson }}</{{ k }}>{% endfor %}"
+    template = tool_template("'@'").replace("{{ '@' }}", pairs)
+    tokenizer = tokenizer_of(template)
+    (row,) = prepared(tmp_path, tokenizer, {"messages": call_chat(json.dumps(ARGUMENTS))})
+    assert '<city>Lima é "x"</city><near>[1, 2.5, true, null]</near>' in learned(tokenizer, row)
+
+
+def test_messages_are_rendered_with_all_they_have():
+    tokenizer = tokenizer_of("{% for m in messages %}{{ m.name or m.role }}: {{ m.content }}<|im_end|>{% endfor %}")
+    question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    rows = [Row("1", [question, answer], "b"), Row("2", [{**question, "name": "Ann"}, answer], "b")]
+    texts = [made[0].through for _, made in turns(rows, Data(), tokenizer, Ledger())]
+    assert texts == ["user: a<|im_end|>assistant: b<|im_end|>", "Ann: a<|im_end|>assistant: b<|im_end|>"]

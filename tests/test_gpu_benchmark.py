@@ -13,7 +13,7 @@ import gpu
 import gpu_trainers
 
 from lora_ft import config
-from lora_ft.training.paths import use_fast_paths
+from lora_ft.models.acceleration import accelerate
 
 
 def case(trainer: str = "lora_ft", method: str = "lora", checkpoint: str = "every_1", rows: str = "equal") -> gpu.Case:
@@ -68,7 +68,7 @@ def test_trainers_are_given_the_same_model_and_see_the_same_loss() -> None:
     assert torch.equal(batch.ids, torch.cat(documents)) and len(batch.ids) == 200
     model = gpu_trainers.build(one, quantized=False)
     assert all(map(torch.equal, model.parameters(), gpu_trainers.build(one, quantized=False).parameters()))
-    paths = use_fast_paths(model, config.Fast())
+    paths = accelerate(model, config.Fast()).paths
     packed = gpu_trainers.token_loss_sum(model, batch, paths) / int((batch.targets != -100).sum())
     model.set_attn_implementation("sdpa")
     padded, _ = gpu_trainers.padded_loop(model.requires_grad_(True), one)(1)
@@ -115,14 +115,14 @@ def test_our_paths_pass_the_check_and_the_base_is_left_as_it_was(
 
 
 def test_a_wrong_fast_path_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = gpu_trainers.use_fast_paths
+    right = gpu_trainers.accelerate
 
-    def wrong(model: torch.nn.Module, fast: config.Fast) -> object:
+    def wrong(model: torch.nn.Module, fast: config.Fast, **options: bool) -> object:
         if fast.norm:
             model.model.norm.variance_epsilon = 1e-4
-        return right(model, fast)
+        return right(model, fast, **options)
 
-    monkeypatch.setattr(gpu_trainers, "use_fast_paths", wrong)
+    monkeypatch.setattr(gpu_trainers, "accelerate", wrong)
     result = gpu_trainers.measure(case())
     assert "differs" in result["failed"] and "tokens_per_second" not in result
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny import tiny_folder
 
 from lora_ft.adapters import files, provenance
-from lora_ft.publishing import proof, sums
+from lora_ft.publishing import checksums, verification
 
 CLIENT = Path(__file__).parent / "hub" / "client.py"
 CARD = b"---\nbase_model: team/base\nlicense: mit\n---\nwords\n"
@@ -81,7 +81,7 @@ def package(folder: Path, contents: dict[str, bytes]) -> Path:
     for name, data in contents.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
-    (folder / sums.SUMS).write_text(sums.render(sums.measured(folder)))
+    (folder / checksums.FILE).write_text(checksums.render(checksums.compute(folder)))
     return folder
 
 
@@ -92,7 +92,7 @@ def there(hub: Hub, name: str = "me/x") -> dict[str, bytes]:
 
 
 def of(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in sums.names(folder)}
+    return {name: (folder / name).read_bytes() for name in checksums.file_names(folder)}
 
 
 @pytest.mark.closes("G02", "G03")
@@ -125,7 +125,7 @@ def test_a_newer_package_replaces_an_older_and_leaves_the_files_of_others(
     client("send", package(tmp_path / "old", OLD), "words", False)
     hub.put("me/x", {"notes.txt": b"mine"})
     told = client("check", False)["value"]
-    assert told.endswith("; what else is there stays: notes.txt)")
+    assert told.endswith("; other files there are kept: notes.txt)")
     client("send", package(tmp_path / "new", NEW), "words", False)
     assert there(hub) == of(tmp_path / "new") | {"notes.txt": b"mine"}
     assert client("fetch", tmp_path / "back", None)["value"] is None
@@ -222,9 +222,9 @@ def test_who_sees_a_repository_is_as_was_asked_for_or_nothing_is_sent(hub: Hub, 
     hub.put("me/closed", {"README.md": b"x"}, private=True)
     for do, given in (("check", ()), ("send", (folder, "words"))):
         answer = client(do, *given, False, to="hf:me/open")
-        assert answer["error"] == "SecurityError" and "is public: say public=true" in answer["message"]
+        assert answer["error"] == "SecurityError" and "is public: add public=true" in answer["message"]
         answer = client(do, *given, True, to="hf:me/closed")
-        assert answer["error"] == "ConfigError" and "is private, and public=true is for new" in answer["message"]
+        assert answer["error"] == "ConfigError" and "is private, and public=true applies to new" in answer["message"]
     assert {name: len(r.commits) for name, r in hub.repositories.items()} == {"me/open": 1, "me/closed": 1}
     assert client("check", True, to="hf:me/new")["value"] == f"{hub.url}/me/new (new, PUBLIC)"
     assert "value" in client("send", folder, "words", True, to="hf:me/new")
@@ -242,11 +242,11 @@ def test_what_the_user_can_set_right_is_said(hub: Hub, client: Client, tmp_path:
     answer = client("check", False, token="")
     assert answer["error"] == "ResourceError" and "no login for the hub: set HF_TOKEN" in answer["message"]
     answer = client("check", False, token="hf_" + "x" * 30)
-    assert answer["error"] == "ResourceError" and "the hub knows no such token" in answer["message"]
+    assert answer["error"] == "ResourceError" and "the hub does not know this token" in answer["message"]
     answer = client("check", False, token=READER)
-    assert answer["error"] == "ResourceError" and "the token of me may only read" in answer["message"]
+    assert answer["error"] == "ResourceError" and "the token of me can only read" in answer["message"]
     answer = client("send", package(tmp_path / "new", NEW), "words", False, to="hf:them/x")
-    assert answer["error"] == "ResourceError" and "you may not write to hf:them/x" in answer["message"]
+    assert answer["error"] == "ResourceError" and "this token may not write to hf:them/x" in answer["message"]
     for wrong in ("hf:x", "hf:me/x/y", "hf:me/-x", "hf:", "hf:me/a b"):
         answer = client("check", False, to=wrong)
         assert answer["error"] == "ConfigError" and f"to={wrong}" in answer["message"]
@@ -280,16 +280,16 @@ def test_a_published_adapter_loads_by_its_id_with_peft_alone(hub: Hub, client: C
     folder = tmp_path / "package"
     base, model = adapted(cfg)
     files.save(model, "first", folder, base.tokenizer, provenance.Origin(base.identity, cfg.quant, "d"))
-    package(folder, {"README.md": CARD, proof.PROBE: proof.make_probe(model, base.tokenizer)})
+    package(folder, {"README.md": CARD, verification.PROBE: verification.make_probe(model, base.tokenizer)})
     address = client("send", folder, "words", False)["value"]
     sources = tiny_folder(tmp_path / "again", "llama")
     commit = hub.put("team/base", {p.name: p.read_bytes() for p in sources.iterdir()})
     subprocess.run(
         [sys.executable, "-c", LOADS, "team/base", commit, *address.removeprefix("hf:").split("@"),
-         str(folder / proof.PROBE), str(tmp_path / "logits")],
+         str(folder / verification.PROBE), str(tmp_path / "logits")],
         env=hub.environment(), check=True, cwd=tmp_path, capture_output=True,
     )  # fmt: skip
-    expected, found = load_file(folder / proof.PROBE)["adapter"], load_file(tmp_path / "logits")["logits"]
+    expected, found = load_file(folder / verification.PROBE)["adapter"], load_file(tmp_path / "logits")["logits"]
     assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-5
     assert (folder / files.WEIGHTS).stat().st_mode & 0o777 == 0o644
 
@@ -311,9 +311,9 @@ def test_publish_sends_a_run_to_the_hub_and_proves_what_came_back(hub: Hub, tmp_
     for _ in range(2):
         told = publish(f"run={run}", "to=hf:me/x", "license=mit")
         commit = hub.repositories["me/x"].commits[-1][0]
-        assert f"sent to hf:me/x@{commit}, fetched back, and proven again" in told
+        assert f"sent to hf:me/x@{commit}; the files fetched back are identical" in told
     assert hub.repositories["me/x"].private and len(hub.repositories["me/x"].commits) == 2
     assert environment["HF_TOKEN"].encode() not in b"".join(there(hub).values())
     assert str(tmp_path).encode() not in b"".join(there(hub).values())
     told = publish("verify_only=true", "adapter_path=me/x", f"model.path={cfg.model.path}")
-    assert f"all {len(there(hub)) - 1} files are as {sums.SUMS} says" in told
+    assert f"all {len(there(hub)) - 1} files match {checksums.FILE}" in told

@@ -1,10 +1,13 @@
 """Merged models: anybody loads them, they are the adapter on its base, and nothing is left of one that is not."""
 
+import contextlib
+import functools
 import json
 import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from lora_ft import config
 from lora_ft.adapters import loading
 from lora_ft.errors import NonFiniteError
-from lora_ft.exports import merge, stream, verify
-from lora_ft.models import convert
+from lora_ft.export import merge, verify, weight_stream
+from lora_ft.merge import merge as merge_adapter
+from lora_ft.models.gguf import convert
 from lora_ft.models.load import load_base
 from lora_ft.models.quantize import dequantize_reference
 
@@ -54,19 +58,19 @@ assert "peft" not in sys.modules or not hasattr(model, "peft_config")
 """
 
 
-def opened(folder: Path, cfg: config.TrainRun) -> stream.Opened:
+def opened(folder: Path, cfg: config.TrainRun) -> weight_stream.StreamedAdapter:
     """The adapter of `saved_run`, saved beside `folder` and put onto its hollow base."""
     run = saved_run(folder.with_name(f"{folder.name}.run"), cfg)
     tokenizer = loading.adapter_tokenizer(run / "adapter", cfg.model)
-    return stream.open_adapter(run / "adapter", cfg.model, cfg.quant, "cpu", tokenizer)
+    return weight_stream.open_adapter(run / "adapter", cfg.model, cfg.quant, "cpu", tokenizer)
 
 
 def merged(folder: Path, cfg: config.TrainRun, dtype: torch.dtype = torch.float32) -> float:
     found = opened(folder, cfg)
     folder.mkdir()
-    with stream.flowing(found.model, found.modules, found.trained_on):
+    with weight_stream.streamed(found.model, found.modules, found.trained_on):
         expected = verify.probe(found.model, len(found.base.tokenizer))
-    merge.write(merge.Merged(found.model, found.trained_on, dtype), found.base.tokenizer, folder)
+    merge.write_folder(merge.MergedModel(found.model, found.trained_on, dtype), found.base.tokenizer, folder)
     return verify.check(folder, expected)
 
 
@@ -200,8 +204,8 @@ def test_flowing_through_files_gives_the_bytes_of_a_base_in_memory(tmp_path: Pat
     cfg.quant.compute_dtype = config.Dtype.bfloat16  # to which a quantized layer's bias is rounded
     found = opened(tmp_path / "out", cfg)
     whole, _ = loading.open_adapter(tmp_path / "out.run" / "adapter", cfg.model, cfg.quant, "cpu", found.base.tokenizer)
-    read = stream.loaded(whole.model, found.modules)
-    merged, twin = (merge.Merged(found.model, each, torch.float32) for each in (found.trained_on, read))
+    read = weight_stream.loaded(whole.model, found.modules)
+    merged, twin = (merge.MergedModel(found.model, each, torch.float32) for each in (found.trained_on, read))
     assert merged.names.keys() == twin.names.keys()
     for name in merged.names:
         assert torch.equal(merged[name], twin[name]), name
@@ -215,7 +219,7 @@ def test_peft_merges_to_the_same_weights_in_float64(tmp_path: Path, options: dic
         tmp_path / "out.run" / "adapter", cfg.model, cfg.quant, "cpu", found.base.tokenizer
     )
     expected = attached.double().merge_and_unload().state_dict()
-    merged = merge.Merged(found.model, found.trained_on, torch.float32)
+    merged = merge.MergedModel(found.model, found.trained_on, torch.float32)
     assert merged.names.keys() == expected.keys()
     for name, weight in expected.items():
         assert torch.allclose(merged[name].double(), weight, rtol=1e-5, atol=1e-6), name
@@ -236,7 +240,7 @@ def test_no_weight_of_the_base_stays_in_memory(tmp_path: Path) -> None:
         alive.append(1)
         return found.trained_on(name)
 
-    with stream.flowing(found.model, found.modules, read):
+    with weight_stream.streamed(found.model, found.modules, read):
         first = verify.probe(found.model, 512)
     assert most <= 1 and len(alive) >= len(hollow) - 1  # the head's copy was trained: the base's is not asked for
     assert all(
@@ -302,6 +306,31 @@ def test_a_merge_that_is_not_the_adapter_is_refused_and_nothing_is_left(
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_from_python_a_merge_returns_what_it_measured_and_prints_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = settings(tmp_path, "llama", quant="nf4")
+    run = saved_run(tmp_path / "run", cfg)
+    command = config.MergeRun(run=str(run), model=cfg.model, quant=cfg.quant, data=cfg.data, device="cpu")
+    capsys.readouterr()
+    result = merge_adapter(replace(command, out=str(tmp_path / "out")))
+    assert result.out == tmp_path / "out" and str(result.out) in result.summary and result.rank is None
+    assert result.distance is not None and result.distance < 1e-5
+    assert result.comparison and result.comparison.record() == json.loads((run / "merge.json").read_text())
+    small = merge_adapter(replace(command, out=str(tmp_path / "small"), truncate_rank=2))
+    assert small.rank == 2 and [row.rank for row in small.ranks] == [1, 2, 4]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_model_that_gguf_cannot_hold_is_refused_before_it_is_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = finished_run(tmp_path, "gpt_neox")
+    monkeypatch.setattr(merge, "write_folder", lambda *arguments: pytest.fail("merged"))
+    assert call("merge", f"run={run}", f"out={tmp_path / 'm.gguf'}", "gguf=f16") == 2
+    assert "GGUF files are written for models of type llama" in capsys.readouterr().err
+
+
 def test_an_existing_folder_is_never_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = finished_run(tmp_path, "llama")
     (tmp_path / "out").mkdir()
@@ -327,10 +356,10 @@ def test_weights_that_overflow_are_refused(tmp_path: Path) -> None:
     layer = found.base.model.model.layers[0].self_attn.q_proj
     layer.lora_B["default"].weight.data[0, 0] = 1e7
     with pytest.raises(NonFiniteError, match=r"layers.0.self_attn.q_proj.weight: .* overflow torch.float16"):
-        merge.Merged(found.model, found.trained_on, torch.float16)["model.layers.0.self_attn.q_proj.weight"]
+        merge.MergedModel(found.model, found.trained_on, torch.float16)["model.layers.0.self_attn.q_proj.weight"]
     layer.lora_B["default"].weight.data[0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match=r"layers.0.self_attn.q_proj.weight: .* not finite"):
-        merge.Merged(found.model, found.trained_on, torch.float32)["model.layers.0.self_attn.q_proj.weight"]
+        merge.MergedModel(found.model, found.trained_on, torch.float32)["model.layers.0.self_attn.q_proj.weight"]
 
 
 def test_an_overflow_ends_in_exit_8_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -369,7 +398,7 @@ def test_one_end_of_a_tie_changed_alone_is_written_untied(
     elsewhere(tmp_path / "adapter", cfg, r=2, target_modules=[end], init_lora_weights=False)
     words = [f"adapter_path={tmp_path / 'adapter'}", f"model.path={cfg.model.path}", f"out={tmp_path / 'out'}"]
     assert call("merge", "model=local", *words) == 0
-    assert "written as one of its own" in caplog.text
+    assert "is written untied" in caplog.text
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
     weights = load_file(tmp_path / "out" / "model.safetensors")
     base = load_file(Path(cfg.model.path) / "model.safetensors")["model.embed_tokens.weight"]
@@ -399,7 +428,7 @@ def test_a_run_without_quantization_says_that_onto_is_without_effect(
 ) -> None:
     run = finished_run(tmp_path, "llama")
     assert call("merge", f"run={run}", f"out={tmp_path / 'out'}", "onto=original") == 0
-    assert "onto=original is without effect" in caplog.text
+    assert "onto=original has no effect" in caplog.text
     assert not (tmp_path / "out" / "merge.json").exists()
 
 
@@ -415,3 +444,15 @@ def test_a_gguf_file_holds_the_merged_model(tmp_path: Path, kind: str) -> None:
     for name, weight in expected.items():
         error = float((found[name] - weight).norm() / weight.norm())
         assert error == 0 if kind == "f32" else error < 0.01
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_probe_gives_back_the_forward_that_a_quantized_layer_had(tmp_path: Path, fails: bool) -> None:
+    base, model = adapted(settings(tmp_path, "llama", quant="nf4"))
+    layers = [m for m in base.model.modules() if type(getattr(m, "weight", None)).__name__ == "Params4bit"]
+    layers = [m for m in layers if isinstance(m, torch.nn.Linear)]
+    own = layers[0].forward = functools.partial(type(layers[0]).forward, layers[0])
+    with pytest.raises(IndexError) if fails else contextlib.nullcontext():
+        verify.probe(model, 10**6 if fails else 512)
+    assert layers[0].forward is own
+    assert not any("forward" in vars(layer) for layer in layers[1:])

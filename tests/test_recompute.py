@@ -7,14 +7,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import FAMILIES, VOCABULARY, tiny_model
+from tiny import FAMILIES, VOCABULARY, accelerate_adapter, tiny_model
 from torch import Tensor
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, GPT2Config, GPT2LMHeadModel
 
 from lora_ft import config
-from lora_ft.adapters import attach, fast
+from lora_ft.adapters import attach
 from lora_ft.errors import ConfigError
+from lora_ft.models.acceleration import accelerate
 from lora_ft.ops import gradient_checkpointing
+from lora_ft.ops.batch import Batch
 from lora_ft.ops.dropout import switch_off_dropout
 from lora_ft.ops.gradient_checkpointing import (
     Footprint,
@@ -23,7 +25,7 @@ from lora_ft.ops.gradient_checkpointing import (
     recompute_layers,
     settle_checkpoint,
 )
-from lora_ft.ops.token_loss import Batch, choose_paths, token_loss_sum
+from lora_ft.ops.token_loss import token_loss_sum
 
 FAST = config.Fast()
 
@@ -42,7 +44,7 @@ def adapted(family: str, dropout: float = 0.0) -> torch.nn.Module:
     model = tiny_model(family).requires_grad_(False)
     switch_off_dropout(model)
     peft_model = attach.attach(model, config.Adapter(r=4, dropout=dropout), "adapter0", 0, [])
-    fast.use_fast_forwards(peft_model, "adapter0")
+    accelerate_adapter(peft_model, "adapter0")
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -51,7 +53,7 @@ def adapted(family: str, dropout: float = 0.0) -> torch.nn.Module:
 
 
 def loss_and_gradients(model: torch.nn.Module, setting: str) -> list[Tensor]:
-    paths = choose_paths(model, FAST)
+    paths = accelerate(model, FAST).paths
     recompute_layers(model, setting)
     torch.manual_seed(3)
     loss = token_loss_sum(model, packed(70, 66, 90), paths)
@@ -76,7 +78,7 @@ def test_another_noise_would_be_noticed() -> None:
     model = adapted("llama", 0.3)
     before = loss_and_gradients(model, "off")
     torch.manual_seed(4)
-    loss = token_loss_sum(model, packed(70, 66, 90), choose_paths(model, FAST))
+    loss = token_loss_sum(model, packed(70, 66, 90), accelerate(model, FAST).paths)
     assert not torch.equal(before[0], loss.detach())
 
 
@@ -86,20 +88,20 @@ def test_a_model_without_such_layers_says_so() -> None:
 
     with pytest.raises(ConfigError, match=r"train\.checkpoint=every_1"):
         recompute_layers(Plain(), "every_1")
-    setting, reason = settle_checkpoint(Plain(), choose_paths(tiny_model("llama"), FAST), 100)
+    setting, reason = settle_checkpoint(Plain(), accelerate(tiny_model("llama"), FAST).paths, 100)
     assert setting == "off" and "no layers" in reason
 
 
 def kept_bytes(model: torch.nn.Module, setting: str, num_tokens: int) -> int:
     recompute_layers(model, setting)
-    return gradient_checkpointing._bytes_kept(model, choose_paths(model, FAST), num_tokens)
+    return gradient_checkpointing._bytes_kept(model, accelerate(model, FAST).paths, num_tokens)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_measured_on_a_few_tokens_holds_for_many(family: str) -> None:
     """Documents long enough for tiles keep a little less than the few tokens that are measured, never more."""
     model = adapted(family)
-    footprint = measure(model, choose_paths(model, FAST))
+    footprint = measure(model, accelerate(model, FAST).paths)
     layers = footprint.num_layers * footprint.layer
     assert 0.8 < kept_bytes(model, "off", 200) / (200 * (layers + footprint.rest)) <= 1.01
     recomputed = footprint.num_layers * footprint.recomputed_layer
@@ -112,7 +114,7 @@ def test_measuring_leaves_model_settings_and_random_state_as_they_were() -> None
     recompute_layers(model, "every_2")
     before = [layer.gradient_checkpointing for layer in gradient_checkpointing._layers(model)]
     state = torch.get_rng_state()
-    measure(model, choose_paths(model, FAST))
+    measure(model, accelerate(model, FAST).paths)
     assert [layer.gradient_checkpointing for layer in gradient_checkpointing._layers(model)] == before == [True, False]
     assert not model.training
     assert torch.equal(torch.get_rng_state(), state)
@@ -150,12 +152,12 @@ def test_auto_is_settled_by_free_memory_and_says_both_figures(
 ) -> None:
     model = adapted("qwen3")
     monkeypatch.setattr(gradient_checkpointing, "available_bytes", lambda device: free)
-    found, reason = settle_checkpoint(model, choose_paths(model, FAST), 4096)
+    found, reason = settle_checkpoint(model, accelerate(model, FAST).paths, 4096)
     assert found == setting
     assert reason.startswith(f"train.checkpoint=auto: {setting}") and "4,096 tokens" in reason
     assert f"{free / 1e9:.2f} GB free" in reason
     monkeypatch.setattr(gradient_checkpointing, "available_bytes", lambda device: None)
-    assert settle_checkpoint(model, choose_paths(model, FAST), 4096)[0] == "off"
+    assert settle_checkpoint(model, accelerate(model, FAST).paths, 4096)[0] == "off"
 
 
 def test_a_model_of_several_parts_and_a_short_context_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,18 +171,18 @@ def test_a_model_of_several_parts_and_a_short_context_are_measured(monkeypatch: 
         model.get_input_embeddings().requires_grad_(True)
         for free in (10**12, 0):
             monkeypatch.setattr(gradient_checkpointing, "available_bytes", lambda device, free=free: free)
-            setting, _ = settle_checkpoint(model, choose_paths(model, FAST), 100)
+            setting, _ = settle_checkpoint(model, accelerate(model, FAST).paths, 100)
             assert setting == ("off" if free else "every_1")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_where_memory_is_plenty_nothing_is_measured(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(family)
-    measured = measure(model, choose_paths(model, FAST)).peak(4096, 0)
+    measured = measure(model, accelerate(model, FAST).paths).peak(4096, 0)
     assert 4096 * gradient_checkpointing._more_than_kept(model) > measured
     monkeypatch.setattr(gradient_checkpointing, "available_bytes", lambda device: 10**12)
     monkeypatch.setattr(gradient_checkpointing, "measure", None)
-    assert settle_checkpoint(model, choose_paths(model, FAST), 4096)[0] == "off"
+    assert settle_checkpoint(model, accelerate(model, FAST).paths, 4096)[0] == "off"
 
 
 def test_the_smallest_limit_of_a_control_group_counts(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_streams_are_redacted_and_come_back(planted: dict[str, str], capsys: pyt
 
 def test_a_traceback_of_a_bug_is_redacted(planted: dict[str, str]) -> None:
     code = (
-        "import os, sys; from lora_ft import entry\n"
+        "import os, sys; from lora_ft.cli import entry\n"
         "from lora_ft.cli import composition\n"
         "def fail(*_): raise ZeroDivisionError(*os.environ.values())\n"
         "composition.run = fail\n"

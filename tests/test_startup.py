@@ -17,7 +17,7 @@ def refuse(*arguments, **options):
     sys.stderr.write(f"NETWORK {arguments}")
     raise OSError("no network in this test")
 socket.getaddrinfo = socket.create_connection = socket.socket.connect = refuse
-from lora_ft import entry
+from lora_ft.cli import entry
 try:
     entry.run("train", sys.argv[2:])
 finally:

@@ -10,18 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from finished import call, rows_file
-from learners import learner_on
-from tiny import tiny_folder, tiny_model
+from tiny import tiny_folder
 
-from lora_ft import config, runs, train
+from lora_ft import runs
 from lora_ft.adapters import files
 from lora_ft.errors import Interrupted
 from lora_ft.io import durable
+from lora_ft.objectives import sft
 from lora_ft.training import checkpoint, trainer
-from lora_ft.training.signals import Stop, on_signals
-from lora_ft.training.trainer import fit
+from lora_ft.training.signals import on_signals
 
 QUICK = ("train.max_steps=5", "train.tokens_per_step=160", "train.tokens_per_microbatch=80", "adapter.r=2",
          "adapter.dropout=0.1", "adapter.targets=[q_proj,v_proj]", "optim.lr=0.01", "data.eval_fraction=0.4",
@@ -55,11 +53,11 @@ def ask_in(
     """Let the process get these signals whenever this function is called with such arguments."""
     real = getattr(module, name)
 
-    def asked(*arguments: object) -> object:
+    def asked(*arguments: object, **options: object) -> object:
         if when(*arguments):
             for signum in signals:
                 os.kill(os.getpid(), signum)
-        return real(*arguments)
+        return real(*arguments, **options)
 
     monkeypatch.setattr(module, name, asked)
 
@@ -80,7 +78,7 @@ def test_a_signal_lets_the_step_end_and_saves_it(
             written = len(runs.read_metrics(run)) if (run / runs.METRICS).exists() else 0
             return max(1, written) == step and not asked and not asked.append(1)
 
-        ask_in(patch, trainer, "token_loss_sum", in_the_step, signum)
+        ask_in(patch, sft, "token_loss_sum", in_the_step, signum)
         assert call("train", *words, f"hydra.run.dir={run}") == code
     said = capfd.readouterr().err
     assert f"{signum.name}: this step, then a checkpoint; again to stop now" in said
@@ -102,10 +100,10 @@ def test_a_second_signal_stops_at_once_and_the_last_checkpoint_is_intact(
     run = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         if place == "in the step":
-            third = lambda learner: learner.step == 2  # noqa: E731
-            ask_in(patch, trainer, "_activate", third, signal.SIGTERM, signal.SIGINT)
+            third = lambda state, *_: state.step == 2  # noqa: E731
+            ask_in(patch, trainer, "_gradient", third, signal.SIGTERM, signal.SIGINT)
         else:
-            ask_in(patch, trainer, "_activate", lambda learner: learner.step == 2, signal.SIGTERM)
+            ask_in(patch, trainer, "_gradient", lambda state, *_: state.step == 2, signal.SIGTERM)
             state = lambda path, *_: path.name == checkpoint.STATE and saved(run)[-1] == "step-00000002"  # noqa: E731
             ask_in(patch, durable, "_opened", state, signal.SIGINT)
         assert call("train", *words, f"hydra.run.dir={run}") == 130
@@ -121,7 +119,7 @@ def test_outside_of_the_steps_a_signal_stops_at_once(
 ) -> None:
     run = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        ask_in(patch, train, place, lambda *_: True, signal.SIGTERM)
+        ask_in(patch, sys.modules["lora_ft.train"], place, lambda *_: True, signal.SIGTERM)
         assert call("train", *words, f"hydra.run.dir={run}") == 143
     assert "lora-ft: stopped by SIGTERM\n" in capfd.readouterr().err
     assert saved(run)[-1:] == ([] if place == "load_base" else ["step-00000005"])
@@ -167,31 +165,3 @@ def test_handlers_are_given_back(tmp_path: Path) -> None:
             signal.raise_signal(signal.SIGINT)
     assert caught.value.exit_code == 130
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
-
-
-def test_every_learner_of_a_base_is_saved_where_it_stands(tmp_path: Path) -> None:
-    """One has done its step of this turn, the other not; resumed, both end as if alone."""
-    train_settings = config.Train(max_steps=4, tokens_per_step=60, checkpoint="off", save_every_steps=None)
-
-    def learners(folder: Path) -> list:
-        model, made = tiny_model("llama"), []
-        for name, seed in (("first", 0), ("second", 1)):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            onto = made[-1].model if made else None
-            made.append(learner_on(model, folder / name, name=name, onto=onto, seed=seed, train=train_settings,
-                                   adapter=config.Adapter(r=2, dropout=0.1), optim=config.Optim()))  # fmt: skip
-        return made
-
-    whole = learners(tmp_path / "whole")
-    fit(whole, lambda *_: None)
-    stop, begun = Stop(), learners(tmp_path / "stopped")
-    with pytest.raises(Interrupted, match="after step 2 of 4"):
-        fit(begun, lambda who, m: stop.ask(signal.SIGTERM) if (who.name, m["step"]) == ("first", 2) else None, stop)
-    assert [learner.step for learner in begun] == [2, 1]
-    resumed = learners(tmp_path / "stopped")
-    for learner in resumed:
-        checkpoint.resume(learner)
-    assert [learner.step for learner in resumed] == [2, 1]
-    fit(resumed, lambda *_: None)
-    for one, other in zip(whole, resumed, strict=True):
-        assert torch.equal(one.flat.values, other.flat.values)

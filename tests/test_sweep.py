@@ -16,23 +16,17 @@ from finished import call, rows_file, settings
 from test_resume import inputs, weights
 from tiny import tiny_folder
 
-from lora_ft import config, runs, train, validation
-from lora_ft.errors import ConfigError, NonFiniteError
+from lora_ft import config, runs, validation
+from lora_ft.errors import ConfigError
 from lora_ft.sweeps import jobs
-from lora_ft.training.halving import Halving
+from lora_ft.sweeps.halving import Halving
+from lora_ft.sweeps.worker import Heartbeat, Worker
+from lora_ft.train import prepare, train_job
+from lora_ft.training.finish import Result
+from lora_ft.training.signals import Stop
 
 PLANTED = Path(__file__).parent / "sweeps" / "planted"
 PROGRAM = Path(sys.executable).with_name("lora-ft")
-
-
-class Nobody:
-    """Follows a training without a word."""
-
-    def __call__(self, learner: Any, metrics: Any) -> None: ...
-
-    def turn(self, folder: Path | None, doing: str) -> None: ...
-
-    def end(self) -> None: ...
 
 
 def varied(tmp_path: Path, quant: str) -> list[config.TrainRun]:
@@ -56,30 +50,38 @@ def varied(tmp_path: Path, quant: str) -> list[config.TrainRun]:
     return [dataclasses.replace(base, **change) for change in changes]
 
 
-def begun(cfg: config.TrainRun, folder: Path) -> Path:
+def alone(cfg: config.TrainRun, folder: Path) -> Result:
+    """Train a run as `lora-ft train` does."""
     runs.create(folder, validation.to_plain(cfg), [])
-    return folder
+    result = train_job(cfg, folder, prepare(cfg))
+    assert result
+    return result
+
+
+def together(cfgs: list[config.TrainRun], folder: Path, halving: Halving | None = None) -> list[dict[str, Any]]:
+    """The results of jobs that one worker trains on one base; {} for one that failed."""
+    group = [jobs.Job(n, folder / str(n), cfg, []) for n, cfg in enumerate(cfgs)]
+    worker = Worker(Heartbeat(folder / "heartbeat.json"), Stop())
+    folder.mkdir()
+    assert (worker.run_with_halving(group, halving) if halving else worker.run(group)) == 0
+    return [runs.read_result(job.folder) if (job.folder / runs.RESULT).is_file() else {} for job in group]
 
 
 @pytest.mark.closes("E05")
 @pytest.mark.parametrize("quant", ["none", "nf4", "int8"])
-def test_adapters_that_take_turns_on_a_base_are_those_that_each_would_be_alone(quant: str, tmp_path: Path) -> None:
-    """With one of them failing in the middle, and one after its checkpoint."""
+def test_adapters_trained_in_turn_on_a_base_are_those_that_each_would_be_alone(quant: str, tmp_path: Path) -> None:
+    """With one of them failing among them: it leaves the base as it was."""
     cfgs = varied(tmp_path, quant)
-    alone = [train.train([cfg], [begun(cfg, tmp_path / f"alone{n}")], Nobody())[0] for n, cfg in enumerate(cfgs)]
+    expected = [alone(cfg, tmp_path / f"alone{n}") for n, cfg in enumerate(cfgs)]
     broken = dataclasses.replace(cfgs[0], optim=config.Optim(lr=1e30, clip=0), adapter=config.Adapter(r=5))
-    together = [*cfgs[:3], broken, *cfgs[3:]]
-    folders = [begun(cfg, tmp_path / f"together{n}") for n, cfg in enumerate(together)]
-    outcomes = dict(train.train_each(together, folders, Nobody()))
-    assert isinstance(outcomes.pop(3), NonFiniteError)
-    found = [outcomes[number] for number in sorted(outcomes)]
-    assert [r.adapter_sha256 for r in found] == [r.adapter_sha256 for r in alone]
-    assert [r.heldout_loss for r in found] == [r.heldout_loss for r in alone]
-    assert [r.base_heldout_loss for r in found] == [r.base_heldout_loss for r in alone]
-    assert len({r.adapter_sha256 for r in found}) == len(cfgs)
-    for number, folder in enumerate(f for n, f in enumerate(folders) if n != 3):
-        # Each log is about its own run: the same lines as alone but for times, speed, memory and places.
-        assert steps_of(folder) == steps_of(tmp_path / f"alone{number}")
+    found = together([*cfgs[:3], broken, *cfgs[3:]], tmp_path / "together")
+    assert runs.read_failure(tmp_path / "together" / "3")["kind"] == "NonFiniteError"
+    assert found.pop(3) == {}
+    for key in ("adapter_sha256", "heldout_loss", "base_heldout_loss"):
+        assert [r[key] for r in found] == [getattr(r, key) for r in expected]
+    assert len({r["adapter_sha256"] for r in found}) == len(cfgs)
+    for number, place in enumerate(n for n in range(len(cfgs) + 1) if n != 3):
+        assert steps_of(tmp_path / "together" / str(place)) == steps_of(tmp_path / f"alone{number}")
 
 
 def steps_of(folder: Path) -> list[tuple[int, Any, Any]]:
@@ -94,13 +96,13 @@ def test_jobs_whose_base_rows_or_paths_differ_share_none(change: dict[str, Any],
     cfg = config.TrainRun()
     other = dataclasses.replace(cfg, **change)
     given = [jobs.Job(n, tmp_path, c, []) for n, c in enumerate([cfg, other, cfg, other])]
-    assert [[j.number for j in g] for g in jobs.grouped(given, config.ShareBase.interleaved)] == [[0, 2], [1, 3]]
-    assert len(jobs.grouped(given, config.ShareBase.none)) == 4
+    assert [[j.number for j in g] for g in jobs.grouped(given, True)] == [[0, 2], [1, 3]]
+    assert len(jobs.grouped(given, False)) == 4
 
 
 def test_a_job_with_tokens_of_its_own_shares_no_base(tmp_path: Path) -> None:
     cfg = dataclasses.replace(config.TrainRun(), model=config.Model(added_tokens=["<a>"]))
-    assert len(jobs.grouped([jobs.Job(n, tmp_path, cfg, []) for n in range(2)], config.ShareBase.interleaved)) == 2
+    assert len(jobs.grouped([jobs.Job(n, tmp_path, cfg, []) for n in range(2)], True)) == 2
 
 
 def test_a_job_survives_its_way_to_another_process(tmp_path: Path) -> None:
@@ -131,9 +133,9 @@ def test_halving_stops_those_that_fall_behind_and_leaves_the_others_as_they_are_
     base = settings(tmp_path, "llama")
     base.train = config.Train(max_steps=10, tokens_per_step=120, samples=0)
     cfgs = [dataclasses.replace(base, optim=config.Optim(lr=lr)) for lr in (1e-5, 0.03, 1e-4, 0.01, 1e-3, 3e-4)]
-    folders = [begun(cfg, tmp_path / f"job{n}") for n, cfg in enumerate(cfgs)]
-    results = dict(train.train_each(cfgs, folders, Nobody(), halving=Halving(eta=2, min_steps=2)))
-    steps = [results[n].steps for n in range(6)]
+    results = together(cfgs, tmp_path / "together", Halving(eta=2, min_steps=2))
+    folders = [tmp_path / "together" / str(n) for n in range(6)]
+    steps = [results[n]["steps"] for n in range(6)]
     assert sorted(steps) == [2, 2, 2, 4, 8, 10]  # six, three go on; of these two, of these one
     at = {rung: {n: m["heldout_loss"] for n in range(6) for m in runs.read_metrics(folders[n]) if m["step"] == rung}
           for rung in (2, 4, 8)}  # fmt: skip
@@ -141,11 +143,12 @@ def test_halving_stops_those_that_fall_behind_and_leaves_the_others_as_they_are_
         stopped = [n for n in losses if steps[n] == rung]
         assert min(losses[n] for n in stopped) >= max(losses[n] for n in losses if n not in stopped)
         for n in stopped:
-            assert f"halving at step {rung}" in results[n].stopped_by and results[n].stopped_early
+            assert f"halving at step {rung}" in results[n]["stopped_by"] and results[n]["stopped_early"]
     [winner] = [n for n in range(6) if steps[n] == 10]
-    assert results[winner].stopped_by is None
-    alone = train.train([cfgs[winner]], [begun(cfgs[winner], tmp_path / "alone")], Nobody())[0]
-    assert alone.adapter_sha256 == results[winner].adapter_sha256
+    assert results[winner]["stopped_by"] is None
+    assert alone(cfgs[winner], tmp_path / "alone").adapter_sha256 == results[winner]["adapter_sha256"]
+    for n, folder in enumerate(folders):
+        assert [m["step"] for m in runs.read_metrics(folder)] == list(range(steps[n] + 1))
 
 
 def test_halving_needs_held_out_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch) -> None:
@@ -179,11 +182,15 @@ def outcomes(folder: Path) -> dict[int, str]:
 
 
 @pytest.mark.closes("E01", "E02", "E04")
-def test_jobs_that_fail_die_or_hang_take_no_other_along_and_only_they_run_again(place: Path, tmp_path: Path) -> None:
+def test_jobs_that_fail_die_or_hang_take_no_other_along_and_only_they_run_again(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     planted = {1: "raise", 2: "kill", 4: "nan", 5: "hang"}
     sweep = tmp_path / "sweep"
     words = ("seed=range(0,6)", "hydra.launcher.job_timeout=20")
-    assert swept(place, sweep, *words, PYTHONPATH=str(PLANTED), PLANTED=json.dumps(planted)) == 3
+    with monkeypatch.context() as planting:
+        planting.setenv("PYTHONPATH", str(PLANTED), prepend=os.pathsep)
+        assert swept(place, sweep, *words, PLANTED=json.dumps(planted)) == 3
     kinds = outcomes(sweep)
     assert {n for n, kind in kinds.items() if kind == "finished"} == {0, 3}
     assert kinds[1] == "ZeroDivisionError" and kinds[4] == "NonFiniteError"
@@ -205,17 +212,17 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(how: signal.Signals,
     sweep, words = tmp_path / "sweep", ("adapter.r=2,3", "train.max_steps=40")
     command = [PROGRAM, "sweep", *inputs(place), *words, f"hydra.sweep.dir={sweep}"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not all((sweep / n / runs.METRICS).exists() for n in "01"):
+    while process.poll() is None and not (sweep / "0" / runs.METRICS).exists():
         time.sleep(0.01)
     process.send_signal(how)
     _, said = process.communicate()
     assert process.returncode == (-signal.SIGKILL if how is signal.SIGKILL else 128 + how)
     if how is not signal.SIGKILL:
         assert f"go on with: lora-ft sweep resume={sweep}" in said
-    for job in (sweep / "0", sweep / "1"):
-        wait_until_left(job)  # a killed parent's child sees it, and saves
-        done = runs.read_metrics(job)[-1]["step"]
-        assert (job / "checkpoints" / f"step-{done:08d}").is_dir() and not (job / runs.RESULT).exists()
+    wait_until_left(sweep / "0")  # a killed parent's child sees it, and saves
+    done = runs.read_metrics(sweep / "0")[-1]["step"]
+    assert (sweep / "0" / "checkpoints" / f"step-{done:08d}").is_dir() and not (sweep / "0" / runs.RESULT).exists()
+    assert not (sweep / "1" / runs.METRICS).exists()
     assert subprocess.run([PROGRAM, "sweep", f"resume={sweep}"], check=False, capture_output=True).returncode == 0
     for n, r in enumerate((2, 3)):
         alone = tmp_path / f"alone{r}"

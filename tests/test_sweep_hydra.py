@@ -1,6 +1,7 @@
 """Hydra's side of a sweep: its own test suites, sweepers and launchers of others, the words, resuming, folders."""
 
 import hashlib
+import importlib
 import os
 import subprocess
 import sys
@@ -18,11 +19,11 @@ from hydra.core.singleton import Singleton
 from hydra.test_utils.launcher_common_tests import IntegrationTestSuite, LauncherTestSuite
 from tiny import tiny_folder
 
-from lora_ft import runs, sweep, validation
+from lora_ft import runs, validation
 from lora_ft.cli import composition, entry
 from lora_ft.errors import ConfigError, NonFiniteError, ResourceError
 from lora_ft.io import durable
-from lora_ft.sweeps import children, launch
+from lora_ft.sweeps import launch, scheduler
 from lora_ft.sweeps.jobs import Job
 
 
@@ -73,9 +74,11 @@ def trained(rows: str, monkeypatch: pytest.MonkeyPatch) -> Jobs:
             durable.write_text(job.folder / "config.yaml", yaml.safe_dump(validation.to_plain(job.cfg)))
             durable.write_json(job.folder / runs.RESULT, result)
 
-    monkeypatch.setattr(children, "run", run)
+    monkeypatch.setattr(scheduler, "run", run)
     monkeypatch.setattr(launch.report, "write", lambda folder, *, pictures: None)
-    monkeypatch.setattr(sweep, "end", lambda folder: 3 if any(folder.rglob(runs.FAILURE)) else 0)
+    monkeypatch.setattr(
+        importlib.import_module("lora_ft.sweep"), "end", lambda folder: 3 if any(folder.rglob(runs.FAILURE)) else 0
+    )
     return jobs
 
 

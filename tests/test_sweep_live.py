@@ -18,9 +18,11 @@ from rich.console import Console
 from lora_ft import config, runs, validation
 from lora_ft.errors import ResourceError
 from lora_ft.io import durable
-from lora_ft.sweeps import child, children, follow, live
-from lora_ft.sweeps.follow import Follower, View
+from lora_ft.sweeps import live, metrics_reader, scheduler
+from lora_ft.sweeps.executors import local
+from lora_ft.sweeps.executors.interface import Beat
 from lora_ft.sweeps.jobs import Job
+from lora_ft.sweeps.metrics_reader import MetricsReader, View
 
 
 def made(folder: Path, *words: str, **train: Any) -> list[Job]:
@@ -38,11 +40,11 @@ def made(folder: Path, *words: str, **train: Any) -> list[Job]:
 def running(folder: Path, whose: dict[int, list[Job]], turn: Job | None = None, doing: str = "step") -> None:
     """Children that run, each with its jobs, and their heartbeats."""
     told = {str(number): [str(job.folder) for job in jobs] for number, jobs in whose.items()}
-    (folder / children.RUNNING).write_text(json.dumps(told))
-    (folder / child.FOLDER).mkdir(exist_ok=True)
+    (folder / scheduler.RUNNING).write_text(json.dumps(told))
+    (folder / local.FOLDER).mkdir(exist_ok=True)
     for number in whose:
-        record = {"folder": str(turn.folder) if turn else None, "turn": 1, "doing": doing}
-        durable.beat(folder / child.FOLDER / f"{number}.json", json.dumps(record))
+        record = {"folder": str(turn.folder) if turn else None, "beat": 1, "doing": doing}
+        durable.beat(folder / local.FOLDER / f"{number}.json", json.dumps(record))
 
 
 def steps(job: Job, first: int, last: int, **more: Any) -> None:
@@ -71,9 +73,9 @@ def test_each_state_is_told_once_with_what_a_person_wants_to_know(
     with live.displayed(jobs, tmp_path) as show:
         show()
         assert said() == [], "all wait"
-        running(tmp_path, {1: [first, second]}, doing="loading")
+        running(tmp_path, {1: [first, second]}, turn=first, doing="loading")
         show()
-        assert said() == ["jobs 0 (adapter.r=4), 1 (adapter.r=8): loading"]
+        assert said() == ["job 0 (adapter.r=4): loading"], "the other waits until the first has ended"
         counted(first, 4)
         steps(first, 1, 2)
         running(tmp_path, {1: [first, second]}, turn=first)
@@ -103,14 +105,12 @@ def test_a_job_whose_process_died_waits_until_it_is_run_again(
         show()
         running(tmp_path, {})
         show()
-        running(tmp_path, {2: jobs[:1]}, doing="loading")
+        running(tmp_path, {2: jobs[:1]}, turn=jobs[0], doing="loading")
         show()
     told = capfd.readouterr().err.splitlines()
     assert told == [
         "job 0 (adapter.r=4): running",
-        "job 1 (adapter.r=8): loading",
         "job 0 (adapter.r=4): waiting, after step 3",
-        "job 1 (adapter.r=8): waiting",
         "job 0 (adapter.r=4): loading",
     ]
 
@@ -156,8 +156,8 @@ def test_a_finished_run_that_is_to_be_longer_is_not_finished(tmp_path: Path) -> 
     (job,) = made(tmp_path, "adapter.r=4", max_steps=4)
     finished(job)
     longer = dataclasses.replace(job, cfg=dataclasses.replace(job.cfg, train=config.Train(max_steps=8)))
-    follower = Follower(longer)
-    assert Follower(job).view(None).state == "finished"
+    follower = MetricsReader(longer)
+    assert MetricsReader(job).view(None).state == "finished"
     assert follower.view(None).state == "waiting"
     finished(job, steps=8)
     assert follower.view(None).state == "finished"
@@ -165,33 +165,33 @@ def test_a_finished_run_that_is_to_be_longer_is_not_finished(tmp_path: Path) -> 
 
 def test_metrics_are_read_as_they_grow_and_never_again(tmp_path: Path) -> None:
     (job,) = made(tmp_path, "adapter.r=4")
-    follower, turn = Follower(job), child.Turn(job.folder, "step")
-    assert follower.view(turn).state == "loading"
+    follower, beat = MetricsReader(job), Beat(job.folder, "step")
+    assert follower.view(beat).state == "loading"
     steps(job, 1, 3, heldout_loss=2.5)
     path = job.folder / runs.METRICS
     with path.open("a") as file:
         file.write('{"step": 4, "loss": 2.0, "heldo')
         file.flush()
-        seen = follower.view(turn)
+        seen = follower.view(beat)
         assert (seen.step, seen.heldout_loss, seen.best_heldout_loss) == (3, 2.5, 2.5), "half a line is none"
         file.write('ut_loss": 2.7}\n')
     path.write_bytes(path.read_bytes().replace(b"2.5", b"0.1"))  # what was read is not read again
-    seen = follower.view(turn)
+    seen = follower.view(beat)
     assert (seen.step, seen.loss, seen.heldout_loss, seen.best_heldout_loss) == (4, 2.0, 2.7, 2.5)
     durable.cut(path, 0)  # a run that goes on from its checkpoint
     steps(job, 1, 1, heldout_loss=2.6)
-    seen = follower.view(turn)
+    seen = follower.view(beat)
     assert (seen.step, seen.heldout_loss, seen.best_heldout_loss) == (1, 2.6, 2.6)
 
 
 def test_a_long_file_is_caught_up_with_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(follow, "_MOST_BYTES", 1000)
+    monkeypatch.setattr(metrics_reader, "_MOST_BYTES", 1000)
     (job,) = made(tmp_path, "adapter.r=4")
     lines = [
         json.dumps({"step": n, "loss": 2.0, **({"heldout_loss": 5 - n / 50} if n % 7 == 0 else {})}) for n in range(101)
     ]
     (job.folder / runs.METRICS).write_text("\n".join(lines) + "\n")
-    follower, looks = Follower(job), 0
+    follower, looks = MetricsReader(job), 0
     while (seen := follower.view(None)).step < 100:
         looks += 1
     assert looks >= 2
@@ -203,7 +203,7 @@ def test_spoiled_files_say_nothing(spoiled: str, tmp_path: Path) -> None:
     (job,) = made(tmp_path, "adapter.r=4")
     for name in (runs.CHECK, runs.METRICS):
         (job.folder / name).write_text(spoiled + "\n", "latin-1")
-    seen = Follower(job).view(child.Turn(job.folder, "step"))
+    seen = MetricsReader(job).view(Beat(job.folder, "step"))
     assert seen == View(job, "running", 0, None, None, None, None, None, None, "")
 
 
@@ -212,7 +212,7 @@ def test_losses_that_are_no_numbers_are_not_shown_and_never_the_best(tmp_path: P
     values = ("NaN", "2.5", "-Infinity", "null", '"1"')
     (job.folder / runs.METRICS).write_text("".join(f'{{"step": 1, "heldout_loss": {v}}}\n' for v in values))
     finished(job, heldout_loss=None)
-    seen = Follower(job).view(None)
+    seen = MetricsReader(job).view(None)
     assert (seen.heldout_loss, seen.best_heldout_loss) == (None, 2.5)
 
 

@@ -3,14 +3,16 @@
 import base64
 import hashlib
 import re
+import shlex
 import shutil
 import subprocess
 from html.parser import HTMLParser
 
 import pytest
-from sweep_folders import job, sweep_folder
+from sweep_folders import job, metrics, sweep_folder
 
 from lora_ft.cli import entry
+from lora_ft.evaluation import charts
 from lora_ft.sweeps import report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -23,34 +25,58 @@ def call(*words):
     return int(ended.value.code or 0)
 
 
-class Elements(HTMLParser):
-    """All elements of a page with their attributes, and whether each was closed."""
+class Element:
+    def __init__(self, tag, attributes, parent):
+        self.tag, self.attributes, self.parent, self.parts = tag, attributes, parent, []
 
-    VOID = ("meta", "link", "br")
+    @property
+    def text(self):
+        return "".join(part if isinstance(part, str) else part.text for part in self.parts)
 
-    def __init__(self, text):
+    @property
+    def all(self):
+        children = [part for part in self.parts if isinstance(part, Element)]
+        return [one for child in children for one in (child, *child.all)]
+
+    def of(self, tag, **attributes):
+        wanted = {name.strip("_").replace("_", "-"): value for name, value in attributes.items()}
+        return [one for one in self.all if one.tag == tag and wanted.items() <= one.attributes.items()]
+
+
+class Page(HTMLParser):
+    """A page as a tree of elements; each must be closed."""
+
+    def __init__(self, source):
         super().__init__()
-        self.found, self.open = [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.found.append((tag, dict(attributes)))
-        self.open += [] if tag in self.VOID else [tag]
+        self.source = source
+        self.root = self.open = Element("", {}, None)
+        self.feed(source)
+        self.close()
+        assert self.open is self.root
+        self.of, self.all = self.root.of, self.root.all
 
     def handle_startendtag(self, tag, attributes):
-        self.found.append((tag, dict(attributes)))
+        self.open.parts.append(Element(tag, dict(attributes), self.open))
+
+    def handle_starttag(self, tag, attributes):
+        self.handle_startendtag(tag, attributes)
+        if tag != "meta":
+            self.open = self.open.parts[-1]
 
     def handle_endtag(self, tag):
-        assert self.open.pop() == tag
+        assert self.open.tag == tag
+        self.open = self.open.parent
 
-    def of(self, tag):
-        return [attributes for name, attributes in self.found if name == tag]
+    def handle_data(self, data):
+        self.open.parts.append(data)
+
+    def charts(self):
+        return {chart.attributes["aria-label"]: chart for chart in self.of("svg", _class="chart")}
 
 
 def page_of(folder):
     report.write(folder, pictures=False)
-    text = (folder / "report.html").read_text("utf-8")
-    return text, Elements(text)
+    return Page((folder / "report.html").read_text("utf-8"))
 
 
 @pytest.fixture
@@ -73,25 +99,25 @@ def mixed(tmp_path):
 
 
 def test_the_page_is_whole_and_asks_for_nothing_outside_of_itself(mixed):
-    text, page = page_of(mixed)
-    assert page.open == []
-    assert not re.search(
-        r"https?://|//\w|@import|url\((?!#area-)", text.partition("<main>")[2].partition("<script>")[0]
-    )
-    assert all(not attributes.keys() & {"src", "srcset", "style"} for _, attributes in page.found)
-    assert [a["href"] for _, a in page.found if "href" in a and not a["href"].startswith("#")] == []
-    ids = [attributes["id"] for _, attributes in page.found if "id" in attributes]
+    page = page_of(mixed)
+    [main] = page.of("main")
+    for one in main.all:
+        assert not any(re.search(r"//|@import|url\((?!#)", value) for value in one.attributes.values() if value)
+    assert all(not one.attributes.keys() & {"src", "srcset", "style"} for one in page.all)
+    ids = [one.attributes["id"] for one in page.all if "id" in one.attributes]
     assert len(ids) == len(set(ids))
-    assert {a["href"][1:] for a in page.of("use")} <= set(ids)
+    links = [one.attributes["href"] for one in page.all if "href" in one.attributes]
+    links += [one.attributes["clip-path"][4:-1] for one in page.all if "clip-path" in one.attributes]
+    assert len(links) > 50 and {link for link in links} <= {f"#{name}" for name in ids}
 
 
 def test_the_policy_holds_the_hashes_of_the_style_and_the_script_and_allows_no_others(mixed):
-    text, page = page_of(mixed)
-    [policy] = [a["content"] for a in page.of("meta") if a.get("http-equiv") == "Content-Security-Policy"]
+    page = page_of(mixed)
+    [policy] = [one.attributes["content"] for one in page.of("meta", http_equiv="Content-Security-Policy")]
     assert policy.startswith("default-src 'none'; ")
     for tag, kind in (("style", "style-src"), ("script", "script-src")):
-        [inline] = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
-        digest = base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
+        [inline] = page.of(tag)
+        digest = base64.b64encode(hashlib.sha256(inline.text.encode()).digest()).decode()
         assert f"{kind} 'sha256-{digest}';" in policy
     assert "unsafe" not in policy
 
@@ -102,20 +128,54 @@ def test_what_a_setting_a_path_a_word_or_a_message_holds_is_text(tmp_path):
         settings = {"data.system": f"{EVIL}{number}", "adapter.r": 2 + number}
         job(folder, f"<script>{number}", [f"data.system={EVIL}{number}"], settings, loss=2.0 + number)
     job(folder, "x", ["adapter.r=1"], {"data.path": EVIL}, failure=(EVIL, 4, EVIL))
-    text, page = page_of(folder)
+    page = page_of(folder)
     assert len(page.of("script")) == 1
-    assert "alert" not in text.partition("<script>")[2]
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;&quot;&#x27;&amp;|" in text
+    assert "alert" not in page.of("script")[0].text
+    assert {one.tag for one in page.of("main")[0].all}.isdisjoint({"script", "style", "img", "iframe"})
+    assert [one.text for one in page.of("h1")] == ["Sweep s<script>"]
+    assert EVIL in [one.text for one in page.of("td")]
+    titles = [one.text for one in page.charts()["Train loss"].of("title")]
+    assert any(f"data.system {EVIL}1" in title for title in titles)
+    assert any(f"data.system={EVIL}0" in shlex.split(one.text)[-1] for one in page.of("code", _class="cmd"))
 
 
 def test_each_job_has_a_row_with_its_command_and_the_charts_show_the_jobs_that_have_points(mixed):
-    text, page = page_of(mixed)
-    assert sum(a.get("class") == "cmd" for a in page.of("code")) == 8
-    assert "lora-ft train adapter.r=8 optim.lr=0.001 seed=2" in text
-    charts = re.findall(r'<svg class="chart".*?</svg>', text, re.DOTALL)
-    shown = [set(re.findall(r'data-job="(\d)"', chart)) for chart in charts]
-    assert shown == [set("012457"), set("012457"), set("01257"), set("01257")]
-    assert "nan" not in "".join(charts).lower()
+    page = page_of(mixed)
+    commands = [one.text for one in page.of("code", _class="cmd")]
+    assert len(commands) == 8 and "lora-ft train adapter.r=8 optim.lr=0.001 seed=2" in commands
+    shown = {
+        name: {group.attributes["data-job"] for group in chart.of("g", _class="run")}
+        for name, chart in page.charts().items()
+    }
+    ranked = set("01257")
+    assert shown == {
+        "Train loss": set("012457"),
+        "Held-out loss": set("012457"),
+        "Held-out loss against rank": ranked,
+        "Held-out loss against adapter size": ranked,
+    }
+    for chart in page.charts().values():
+        for one in chart.all:
+            numbers = re.findall(r"nan|inf", " ".join(one.attributes.get(name, "") for name in ("d", "x", "y")))
+            assert numbers == []
+
+
+def test_the_colours_of_the_charts_are_variables_of_the_style_the_light_ones_those_of_the_pictures(mixed):
+    page = page_of(mixed)
+    [style] = page.of("style")
+    light, dark = (dict(re.findall(r"(--\w+): (#\w+);", part)) for part in style.text.split("@media", 2)[:2])
+    assert [light[f"--c{number}"] for number in range(6)] == [*charts.HUES]
+    used = {value for chart in page.charts().values() for one in chart.all for name, value in one.attributes.items()
+            if name in ("fill", "stroke") and value != "none"}  # fmt: skip
+    names = {found[1] for value in used if (found := re.fullmatch(r"var\((--\w+)\)", value))}
+    assert len(names) == len(used) and names <= dark.keys() & light.keys()
+
+
+def test_a_curve_of_one_point_shows_its_point(tmp_path):
+    folder = sweep_folder(tmp_path, ["adapter.r=1"])
+    metrics(job(folder, 0, ["adapter.r=1"], {"adapter.r": 1}), 1, 3.0, 2.0)
+    [group] = [one for one in page_of(folder).charts()["Train loss"].of("g", _class="run") if one.of("use")]
+    assert len(group.of("use")) == 1
 
 
 @pytest.mark.parametrize("jobs", [0, 1])
@@ -123,9 +183,9 @@ def test_a_sweep_of_no_or_one_job_has_a_page(tmp_path, jobs):
     folder = sweep_folder(tmp_path, ["adapter.r=1"])
     for number in range(jobs):
         job(folder, number, ["adapter.r=1"], {"adapter.r": 1}, loss=2.0)
-    text, page = page_of(folder)
-    assert page.open == []
-    assert ("No job has begun." in text) is (jobs == 0)
+    page = page_of(folder)
+    assert ("No job has begun." in page.of("main")[0].text) is (jobs == 0)
+    assert len(page.charts()) == 2 * jobs
 
 
 def test_the_command_writes_the_report_and_says_where_and_what_a_folder_lacks_that_is_no_sweep(mixed, capsys):
@@ -147,13 +207,13 @@ def test_a_browser_shows_the_page_without_an_error_and_its_script_sorts_and_mark
     text = path.read_text("utf-8")
     probe = """
     document.querySelectorAll("th button")[4].click();
-    document.querySelector('svg.chart [data-job="1"] .reach').dispatchEvent(
+    document.querySelector('svg.chart [data-job="1"] path').dispatchEvent(
       new PointerEvent("pointerover", {bubbles: true}));
     const out = {
       order: [...document.querySelectorAll("tbody")[0].rows].map(r => r.cells[4].textContent),
       hot: [...document.querySelectorAll(".hot")].map(e => e.tagName.toLowerCase()),
       wide: document.documentElement.scrollWidth > innerWidth,
-      points: [...document.querySelectorAll("svg.chart")].map(s => s.querySelectorAll("path.dot, path.line").length),
+      points: [...document.querySelectorAll("svg.chart")].map(s => s.querySelectorAll("g.run").length),
     };
     console.error("FOUND " + JSON.stringify(out));
     """
@@ -175,7 +235,7 @@ def test_a_browser_shows_the_page_without_an_error_and_its_script_sorts_and_mark
 
 
 def _console(path, width, tmp_path):
-    """What a headless browser writes to the console of a page."""
+    """The lines that a headless browser writes to the console of a page."""
     done = subprocess.run(
         [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--log-level=0",
          f"--window-size={width},900", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=2000",

@@ -1,12 +1,10 @@
-"""What a sweep's files tell: ranking, seeds, failures, spoiled files, exit codes, report.json and report.md."""
+"""Reports from a sweep's files: ranking, seeds, failures, spoiled files, exit codes, report.json and report.md."""
 
 import io
 import json
-import logging
 import math
 import shlex
 import statistics
-import sys
 
 import pytest
 from rich.console import Console
@@ -14,7 +12,7 @@ from sweep_folders import BASE_LOSS, job, metrics, sweep_folder
 
 from lora_ft import runs
 from lora_ft.errors import ConfigError
-from lora_ft.sweeps import charts, report, results, standing, tables, terminal
+from lora_ft.sweeps import figures, leaderboard, report, results, tables, terminal
 from lora_ft.sweeps.results import State
 
 
@@ -27,7 +25,7 @@ def names(jobs):
 
 
 def only_board(folder):
-    [board] = standing.of(read(folder)).boards
+    [board] = leaderboard.rank(read(folder)).boards
     return board
 
 
@@ -38,7 +36,7 @@ def record(folder, **options):
 
 def printed(sweep, width=200):
     console = Console(file=io.StringIO(), width=width)
-    console.print(terminal.table(sweep))
+    console.print(terminal.table(leaderboard.rank(sweep)))
     return console.file.getvalue()
 
 
@@ -59,8 +57,8 @@ def twenty(tmp_path):
 
 @pytest.mark.closes("E01", "E07")
 def test_of_twenty_jobs_with_eight_failures_twelve_are_ranked_and_eight_named_with_reason_and_log(twenty):
-    sweep = report.write(twenty, pictures=False)
-    known = standing.of(sweep)
+    sweep = report.write(twenty, pictures=False).sweep
+    known = leaderboard.rank(sweep)
     assert [board.heldout_tokens for board in known.boards] == [859]
     assert len(known.boards[0].ranked) == 12
     assert names(known.rest) == [str(n) for n in range(20) if n % 5 in (1, 3)]
@@ -103,7 +101,7 @@ def test_seeds_are_repeats_of_one_setting_with_mean_and_sample_deviation(tmp_pat
     for number, (r, seed) in enumerate((r, seed) for r in (4, 8) for seed in (1, 2, 3)):
         losses[r, seed] = 2 + 1 / (r + seed * seed)
         job(folder, number, [f"adapter.r={r}"], {"adapter.r": r, "seed": seed}, loss=losses[r, seed])
-    known = standing.of(read(folder))
+    known = leaderboard.rank(read(folder))
     assert (known.columns, known.has_seeds) == (("adapter.r",), True)
     for setting in known.boards[0].settings:
         own = [losses[setting.values["adapter.r"], seed] for seed in (1, 2, 3)]
@@ -120,7 +118,7 @@ def test_losses_over_other_rows_are_on_another_leaderboard_and_rounding_of_the_b
     job(folder, 1, ["data.max_length=128"], {"data.max_length": 128}, loss=2.4, base_loss=BASE_LOSS * (1 + 1e-7))
     job(folder, 2, ["data.max_length=256"], {"data.max_length": 256}, loss=1.0, result={"heldout_tokens": 5})
     job(folder, 3, ["data.max_length=512"], {"data.max_length": 512}, loss=1.1, base_loss=BASE_LOSS - 0.5)
-    known = standing.of(read(folder))
+    known = leaderboard.rank(read(folder))
     assert names(known.boards[0].ranked) == ["1", "0"]
     assert len(known.boards) == 3
     assert known.best is None
@@ -133,19 +131,19 @@ def test_the_settings_that_differ_are_columns_in_the_order_of_their_declaration(
     folder = sweep_folder(tmp_path, ["optim.lr=1e-4,2e-4"])
     for number, (lr, alpha) in enumerate([(1e-4, 8.0), (2e-4, 16.0)]):
         job(folder, number, [f"optim.lr={lr}"], {"optim.lr": lr, "adapter.alpha": alpha, "data.path": "x"}, loss=2.0)
-    known = standing.of(read(folder))
+    known = leaderboard.rank(read(folder))
     assert known.columns == ("adapter.alpha", "optim.lr")
-    assert tables.value_text(known.value(known.sweep.jobs[0], "optim.lr")) == "0.0001"
+    assert tables.value_text(known.values(known.sweep.jobs[0])["optim.lr"]) == "0.0001"
 
 
 def test_a_job_without_config_is_told_by_its_words(tmp_path):
     folder = sweep_folder(tmp_path, ["adapter.r=4,8", "adapter=lora,dora"])
     job(folder, 0, ["adapter=lora", "adapter.r=4"], {"adapter.r": 4}, loss=2.0)
     job(folder, 1, ["adapter=dora", "adapter.r=8"])
-    known = standing.of(read(folder))
+    known = leaderboard.rank(read(folder))
     assert known.columns == ("adapter.r", "adapter")
-    assert [known.value(one, "adapter.r") for one in known.sweep.jobs] == [4, 8]
-    assert [known.value(one, "adapter") for one in known.sweep.jobs] == ["lora", "dora"]
+    assert [known.values(one)["adapter.r"] for one in known.sweep.jobs] == [4, 8]
+    assert [known.values(one)["adapter"] for one in known.sweep.jobs] == ["lora", "dora"]
 
 
 def test_what_halving_and_patience_stopped_is_finished_and_says_why(tmp_path):
@@ -153,7 +151,7 @@ def test_what_halving_and_patience_stopped_is_finished_and_says_why(tmp_path):
     why = "halving at step 20: held-out loss 2.41 was 3rd of 4, 2 go on"
     job(folder, 0, ["adapter.r=1"], {"adapter.r": 1}, loss=2.41, result={"stopped_by": why})
     job(folder, 1, ["adapter.r=2"], {"adapter.r": 2}, loss=2.2, result={"stopped_early": True})
-    sweep = report.write(folder, pictures=False)
+    sweep = report.write(folder, pictures=False).sweep
     assert [one.state for one in sweep.jobs] == [State.stopped] * 2
     assert why in printed(sweep)
     assert why in (folder / "report.md").read_text()
@@ -204,7 +202,7 @@ def test_a_spoiled_file_makes_its_job_unreadable_and_no_other(tmp_path, name, te
     job(folder, 0, ["adapter.r=1"], {"adapter.r": 1}, loss=2.0)
     spoiled = job(folder, 1, ["adapter.r=2"], {"adapter.r": 2}, steps=3)
     (spoiled / name).write_bytes(text.encode("utf-8", "surrogateescape"))
-    sweep = report.write(folder, pictures=False)
+    sweep = report.write(folder, pictures=False).sweep
     assert [one.state for one in sweep.jobs] == [State.finished, State.unreadable]
     assert sweep.jobs[1].reason
     assert report.exit_code(sweep) == 3
@@ -288,7 +286,7 @@ def test_secrets_and_control_characters_reach_no_report(tmp_path, monkeypatch):
     folder = sweep_folder(tmp_path, ["data.system=s3cr3t&value<9"])
     job(folder, 0, ["data.system=s3cr3t&value<9"], failure=("OSError", 1, "\x1b[31mred s3cr3t&value<9"))
     job(folder, 1, ["a=1"], {"data.system": "s3cr3t&value<9"}, loss=2.0)
-    shown = printed(report.write(folder, pictures=False))
+    shown = printed(report.write(folder, pictures=False).sweep)
     for text in (shown, *((folder / name).read_text() for name in (report.MARKDOWN, report.HTML, report.JSON))):
         assert "s3cr3t" not in text
         assert "\x1b[31m" not in text
@@ -305,19 +303,28 @@ def test_a_long_curve_is_thinned_but_keeps_its_ends_and_every_evaluation(tmp_pat
     assert curve.stride == math.ceil(5001 / results._POINTS)
 
 
+def drawn(folder):
+    return {chart.name: chart for chart in figures.charts(leaderboard.rank(read(folder)))}
+
+
+def lines_of(chart):
+    [axes] = chart.figure.axes
+    return axes.get_lines()
+
+
 def test_smoothing_is_the_mean_of_a_window_and_leaves_a_constant_as_it_is():
-    flat = tuple((step, 2.0) for step in range(100))
-    assert [y for _, y in charts.smoothed(flat)] == pytest.approx([2.0] * 100)
-    points = tuple((step, float(step * step % 17)) for step in range(100))
+    flat = [(step, 2.0) for step in range(100)]
+    assert [y for _, y in figures.smoothed(flat)] == pytest.approx([2.0] * 100)
+    points = [(step, float(step * step % 17)) for step in range(100)]
     half = 100 // 16
-    assert charts.smoothed(points)[50][1] == pytest.approx(
+    assert figures.smoothed(points)[50][1] == pytest.approx(
         statistics.fmean(y for _, y in points[50 - half : 51 + half])
     )
 
 
 def test_no_point_is_smaller_and_better_than_one_on_the_front():
     points = [(float(7 * i % 13), float(5 * i % 11)) for i in range(40)]
-    front = charts.front(points)
+    front = figures.front(points)
     for x, y in front:
         assert not any(px <= x and py <= y and (px, py) != (x, y) for px, py in points)
     for px, py in points:
@@ -327,53 +334,81 @@ def test_no_point_is_smaller_and_better_than_one_on_the_front():
 def test_ranks_are_joined_through_the_means_of_their_seeds_for_each_other_setting(tmp_path):
     folder = sweep_folder(tmp_path, ["adapter.r=2,8", "optim.lr=1e-4,1e-3", "seed=1,2"])
     cases = [(r, lr, seed) for r in (2, 8) for lr in (1e-4, 1e-3) for seed in (1, 2)]
-    for number, (r, lr, seed) in enumerate(cases):  # alpha follows the rank, and so makes no line of its own
+    for number, (r, lr, seed) in enumerate(cases):  # alpha follows the rank and makes no line of its own
         settings = {"adapter.r": r, "adapter.alpha": 2.0 * r, "optim.lr": lr, "seed": seed}
         job(folder, number, [f"adapter.r={r}"], settings, loss=r + lr + seed / 8, adapter_bytes=r * 1000)
-    by_name = {chart.name: chart for chart in charts.charts(standing.of(read(folder)))}
-    lines = [series for series in by_name["rank"].series if series.kind is charts.Kind.means]
-    assert [(line.label, line.points) for line in lines] == [
-        (f"optim.lr {lr:g}", tuple((r, pytest.approx(r + lr + 1.5 / 8)) for r in (2, 8))) for lr in (1e-4, 1e-3)
+    chart = drawn(folder)["rank"]
+    means = [line for line in lines_of(chart) if line.get_gid() == "mean"]
+    assert [(line.get_label(), [*map(tuple, line.get_xydata())]) for line in means] == [
+        (f"optim.lr {lr:g}", [(r, pytest.approx(r + lr + 1.5 / 8)) for r in (2, 8)]) for lr in (1e-4, 1e-3)
     ]
-    assert sum(series.kind is charts.Kind.points for series in by_name["rank"].series) == len(cases)
-    assert by_name["rank"].log2
+    assert chart.means == ("optim.lr 0.0001", "optim.lr 0.001")
+    points = {line.get_gid(): tuple(line.get_xydata()[0]) for line in lines_of(chart) if line.get_gid() != "mean"}
+    assert points == {f"job-{n}": (r, r + lr + seed / 8) for n, (r, lr, seed) in enumerate(cases)}
+    assert chart.figure.axes[0].get_xscale() == "log"
 
 
 def test_charts_that_have_nothing_to_compare_are_left_out(tmp_path):
     folder = sweep_folder(tmp_path, ["seed=0"])
-    assert charts.charts(standing.of(read(folder))) == []
+    assert drawn(folder) == {}
     job(folder, 0, ["seed=0"], {}, loss=2.0)
-    assert [chart.name for chart in charts.charts(standing.of(read(folder)))] == ["train_loss", "heldout_loss"]
+    assert [*drawn(folder)] == ["train_loss", "heldout_loss"]
 
 
-def test_a_run_that_diverged_does_not_hide_the_others():
-    calm = [charts.Series(charts.Kind.line, ((1, 3.0), (2, 2.5), (3, 2.25)), n) for n in range(6)]
-    wild = charts.Series(charts.Kind.line, ((1, 3.0), (2, 1e6)), 6)
-    low, high, cut = charts.y_range(charts.Chart("c", "c", "x", "y", (*calm, wild)))
-    assert cut and low < 2.25 and 3.0 < high < 10
-    assert not charts.y_range(charts.Chart("c", "c", "x", "y", tuple(calm)))[2]
+def test_a_diverged_run_does_not_flatten_the_others(tmp_path):
+    folder = sweep_folder(tmp_path, ["seed=0,1,2,3"])
+    for number in range(3):
+        job(folder, number, [f"seed={number}"], {"seed": number}, loss=2.25)
+    assert "cut off" not in drawn(folder)["heldout_loss"].note
+    metrics(job(folder, 3, ["seed=3"], {"seed": 3}), 2, 3.0, 1e6, evaluations=1)
+    chart = drawn(folder)["heldout_loss"]
+    low, high = chart.figure.axes[0].get_ylim()
+    assert "cut off" in chart.note and low < 2.25 and 3.25 < high < 10
 
 
-def test_pictures_are_written_and_linked_and_without_matplotlib_one_line_says_what_to_install(
-    twenty, monkeypatch, caplog
-):
-    with monkeypatch.context() as without, caplog.at_level(logging.WARNING, "lora_ft"):
-        without.setitem(sys.modules, "matplotlib.figure", None)
-        report.write(twenty, pictures=True)
-    assert caplog.messages == ["no pictures beside the report: they need matplotlib: pip install 'lora_ft[plots]'"]
-    assert ".png" not in (twenty / "report.md").read_text()
-    assert (twenty / "report.html").is_file() and not list(twenty.glob("*.png"))
-    sweep = report.write(twenty, pictures=True)
-    for name in ("train_loss", "heldout_loss", "rank", "size"):
+@pytest.mark.parametrize("number", ["1e308", "-1e308", "1e-320", "1" + "0" * 400, "NaN", "-Infinity"])
+def test_numbers_that_cannot_be_drawn_stop_no_report(tmp_path, number):
+    folder = sweep_folder(tmp_path, ["seed=0,1"])
+    job(folder, 0, ["seed=0"], {"seed": 0}, loss=2.0)
+    odd = job(folder, 1, ["seed=1"], {"seed": 1}, loss=2.1)
+    line = f'{{"step": 1, "loss": {number}, "heldout_loss": {number}}}\n'
+    (odd / "metrics.jsonl").write_text(f'{{"step": 0, "heldout_loss": 3.0}}\n{line}')
+    assert len(drawn(folder)["heldout_loss"].svg) < 20_000
+    steps = "".join(f'{{"step": {step}, "loss": 2.0}}\n' for step in (1, "1" + "0" * 400))
+    (odd / "metrics.jsonl").write_text(steps)
+    report.write(folder, pictures=True)
+
+
+def test_a_setting_may_be_any_text_in_the_pictures(tmp_path):
+    folder = sweep_folder(tmp_path, ["adapter.r=2,4"])
+    for number, text in enumerate(["$\\frac{x$ <b>", "你好\n😀", "_hidden", ""] * 2):
+        settings = {"adapter.r": 2 + 2 * (number // 4), "data.system": text}
+        job(folder, number, [f"adapter.r={number}"], settings, loss=2.0 + number / 10)
+    assert len(drawn(folder)["rank"].means) == 4
+    report.write(folder, pictures=True)
+
+
+def test_the_same_files_give_the_same_bytes_of_page_and_pictures(twenty):
+    first = {path: path.read_bytes() for path in report.write(twenty, pictures=True).paths}
+    assert {path: path.read_bytes() for path in report.write(twenty, pictures=True).paths} == first
+
+
+def test_pictures_are_written_and_linked(twenty):
+    paths = report.write(twenty, pictures=False).paths
+    assert [path.name for path in paths] == ["report.md", "report.html", "report.json"]
+    assert ".png" not in (twenty / "report.md").read_text() and not list(twenty.glob("*.png"))
+    paths = report.write(twenty, pictures=True).paths
+    names = ["train_loss", "heldout_loss", "rank", "size"]
+    assert [path.name for path in paths[3:]] == [f"{name}.png" for name in names]
+    for name in names:
         assert (twenty / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f"]({name}.png)" in (twenty / "report.md").read_text()
-    assert {path.name for path in report.written(sweep)} >= {"report.md", "report.html", "report.json", "rank.png"}
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 200])
 def test_a_terminal_shows_whole_numbers_in_lines_of_their_own_however_narrow_it_is(width, twenty):
     sweep = read(twenty)
-    [board] = standing.of(sweep).boards
+    [board] = leaderboard.rank(sweep).boards
     lines = printed(sweep, width).splitlines()
     assert max(map(len, lines)) <= width
     begin = next(i for i, line in enumerate(lines) if line.lstrip().startswith("#"))

@@ -95,6 +95,25 @@ def _reads(call: ast.Call, *, is_method: bool) -> bool:
     return all(isinstance(m, ast.Constant) and set(str(m.value)) <= set("rbt") for m in modes)
 
 
+def replaces_forwards(tree: ast.Module) -> Iterator[str]:
+    """Assignments of an attribute `forward`, and other ways to set one by name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr == "forward" and not isinstance(node.ctx, ast.Load):
+            yield f"changes {dotted(node)}"
+        if isinstance(node, ast.Call):
+            called = dotted(node.func).rpartition(".")[2]
+            if called in ("setattr", "delattr", "__setattr__", "update") and _names_forward(node):
+                yield f"calls {called} with a forward"
+        if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load) and _names_forward(node.slice):
+            yield "sets a key named forward"
+
+
+def _names_forward(node: ast.AST) -> bool:
+    return any(isinstance(part, ast.Constant) and part.value == "forward" for part in ast.walk(node)) or (
+        isinstance(node, ast.Call) and any(keyword.arg == "forward" for keyword in node.keywords)
+    )
+
+
 def saved_unstaged(trees: dict[str, ast.Module]) -> list[str]:
     """Calls of libraries' writers, save_pretrained, that no `with` of a staged or scratch folder encloses.
 
@@ -150,15 +169,28 @@ def test_only_durable_writes(place: str) -> None:
     assert set(writes(TREES[place])) == set()
 
 
+@pytest.mark.parametrize("place", TREES)
+def test_one_module_replaces_forwards(place: str) -> None:
+    # The second one is a program of its own, which runs without lora_ft.
+    allowed = {"lora_ft/models/acceleration.py", "lora_ft/publishing/verify_worker.py"}
+    assert set(replaces_forwards(TREES[place])) == set() or place in allowed
+
+
+@pytest.mark.parametrize(
+    "snippet",
+    [
+        "layer.forward = f", "a.b.forward: F = f", "del layer.forward", "setattr(layer, 'forward', f)",
+        "layer.__dict__['forward'] = f", "vars(layer)['forward'] = f", "vars(layer).update(forward=f)",
+        "layer.forward, x = f, 1", "object.__setattr__(layer, 'forward', f)",
+    ],
+)  # fmt: skip
+def test_the_check_finds_planted_forwards(snippet: str) -> None:
+    assert list(replaces_forwards(ast.parse(snippet)))
+    assert not list(replaces_forwards(ast.parse("y = layer.forward(x)\nf = vars(layer).get('forward')")))
+
+
 def test_libraries_write_into_staged_folders_only() -> None:
     assert saved_unstaged(TREES) == []
-
-
-def test_chat_templates_are_rendered_and_compiled_within_limits_only() -> None:
-    names = {"apply_chat_template", "_compile_jinja_template"}
-    assert {place: found for place, tree in TREES.items() if (found := [*_bare(tree, names, {"limits.bounded"})])} == {}
-    planted = ast.parse("def f(t):\n    return t.apply_chat_template(chat)")
-    assert list(_bare(planted, names, "limits.bounded")) == [("f", "t.apply_chat_template")]
 
 
 def test_an_allowed_exception_is_still_needed() -> None:

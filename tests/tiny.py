@@ -1,4 +1,4 @@
-"""Tiny real objects for tests: random models of four families, and a tokenizer trained on the sentences below.
+"""Tiny real objects for tests: random models of several families, and a tokenizer trained on the sentences below.
 
 model = tiny_model("llama")              # 2 layers, hidden 64, 4 heads (2 of keys and values), vocabulary 512
 tokenizer = tiny_tokenizer()             # byte-level BPE, ChatML, ids 0..3: bos, turn start, eos, pad
@@ -8,18 +8,31 @@ folder = tiny_folder(tmp_path, "gpt2")   # both, saved as transformers saves the
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
+    GraniteMoeConfig,
+    GraniteMoeHybridConfig,
     LlamaConfig,
+    MixtralConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
+from lora_ft.config import Fast
+from lora_ft.models.acceleration import accelerated_lora
+
 FAMILIES = ("gpt2", "llama", "qwen3", "gpt_neox")
+# Mixtures of four experts, two of which see a token; deepseek_v3 has them in its second layer alone.
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "granitemoehybrid", "gpt_oss", "deepseek_v3")
 VOCABULARY = 512
 BOS, TURN, EOS, PAD = SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 
@@ -43,6 +56,7 @@ SENTENCES = (
 )
 
 _SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+_EXPERTS = {"num_key_value_heads": 2, "num_experts_per_tok": 2}
 _IDS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 3, "vocab_size": VOCABULARY}
 
 
@@ -61,11 +75,45 @@ def tiny_model(family: str, *, tie: bool = False, dtype: torch.dtype = torch.flo
             config = Qwen3Config(num_key_value_heads=2, head_dim=16, **_SIZES, **shared)
         case "gpt_neox":
             config = GPTNeoXConfig(**_SIZES, **shared)
+        case "mixtral":
+            config = MixtralConfig(num_local_experts=4, **_EXPERTS, **_SIZES, **shared)
+        case "qwen2_moe":
+            config = Qwen2MoeConfig(
+                num_experts=4, moe_intermediate_size=128, shared_expert_intermediate_size=128,
+                **_EXPERTS, **_SIZES, **shared,
+            )  # fmt: skip
+        case "qwen3_moe":
+            config = Qwen3MoeConfig(
+                num_experts=4, moe_intermediate_size=128, head_dim=16, **_EXPERTS, **_SIZES, **shared
+            )
+        case "granitemoe":
+            config = GraniteMoeConfig(num_local_experts=4, **_EXPERTS, **_SIZES, **shared)
+        case "granitemoehybrid":
+            config = GraniteMoeHybridConfig(
+                num_local_experts=4, layer_types=["mamba", "attention"], shared_intermediate_size=128,
+                mamba_n_heads=4, mamba_d_head=32, mamba_d_state=16, mamba_n_groups=1,
+                **_EXPERTS, **_SIZES, **shared,
+            )  # fmt: skip
+        case "gpt_oss":
+            config = GptOssConfig(num_local_experts=4, head_dim=16, **_EXPERTS, **_SIZES, **shared)
+        case "deepseek_v3":
+            config = DeepseekV3Config(
+                n_routed_experts=4, moe_intermediate_size=128, first_k_dense_replace=1, n_group=1, topk_group=1,
+                q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16,
+                **_EXPERTS | {"num_key_value_heads": 4}, **_SIZES, **shared,
+            )  # fmt: skip
         case _:
-            raise ValueError(f"no tiny model of family {family}: there are {', '.join(FAMILIES)}")
+            raise ValueError(f"no tiny model of family {family}: there are {', '.join((*FAMILIES, *MIXTURES))}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def accelerate_adapter(model: PeftModel, name: str) -> list[str]:
+    """Enter `accelerated_lora` for as long as the base lives; returns its reasons."""
+    context = accelerated_lora(model, name, Fast())
+    vars(model.get_base_model()).setdefault("held_by_the_test", []).append(context)
+    return context.__enter__()
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

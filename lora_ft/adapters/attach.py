@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -23,7 +25,12 @@ ALL_LINEAR = "all-linear"
 
 
 def attach(
-    model: PreTrainedModel | PeftModel, adapter: config.Adapter, name: str, seed: int, token_ids: list[int]
+    base: PreTrainedModel,
+    adapter: config.Adapter,
+    name: str,
+    seed: int,
+    token_ids: list[int],
+    task_type: TaskType = TaskType.CAUSAL_LM,
 ) -> PeftModel:
     """Inject the adapter under `name` and return the PEFT model; only its parameters train, in fp32 at least.
 
@@ -31,9 +38,9 @@ def attach(
     trained beside the adapter. Raises ConfigError for targets that match nothing and for what cannot
     be saved or merged truthfully (tied embeddings, modules_to_save in half precision).
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
     layers = adaptable_layers(base)
     targets = resolve_targets(base, layers, adapter.targets)
+    _check_names(base, targets)
     _check_patterns(adapter, matched_layers(layers, targets))
     _check_ties(base, adapter, targets)
     _check_full_modules(base, adapter, token_ids)
@@ -49,14 +56,26 @@ def attach(
         use_dora=adapter.dora,
         fan_in_fan_out=any(isinstance(layers[n], Conv1D) for n in matched_layers(layers, targets)),
         trainable_token_indices=_token_rows(base, token_ids),
-        task_type=TaskType.CAUSAL_LM,
+        task_type=task_type,
     )
     torch.manual_seed(seed)
-    if isinstance(model, PeftModel):
-        model.add_adapter(name, peft_config)
-        model.set_adapter(name)
-        return model
     return inject(base, peft_config, name)
+
+
+def detach(base: PreTrainedModel) -> None:
+    """Take every layer of an adapter off its base, also after an `attach` that failed midway.
+
+    The base's modules, attributes and bytes are then those from before.
+    """
+    for parent in list(base.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, BaseTunerLayer):
+                setattr(parent, name, child.get_base_layer())
+            elif isinstance(child, AuxiliaryTrainingWrapper):
+                setattr(parent, name, child.original_module)
+    for name in ("peft_config", "_hf_peft_config_loaded"):
+        vars(base).pop(name, None)
+    base.requires_grad_(False)
 
 
 def inject(model: PreTrainedModel, peft_config: LoraConfig, name: str) -> PeftModel:
@@ -138,6 +157,34 @@ def matched_layers(layers: dict[str, nn.Module], targets: set[str]) -> set[str]:
     return {name for name in layers if any(name == t or name.endswith("." + t) for t in targets)}
 
 
+def _check_names(model: PreTrainedModel, targets: set[str]) -> None:
+    """Refuse linear layers that PEFT takes for experts, whose tensors it would adapt in place of the layers.
+
+    Experts were linear layers of these names before transformers 5; shared experts and dense MLPs still are.
+    """
+    taken, others = set(), set()
+    for target in targets | resolve_targets(model, adaptable_layers(model), [ALL_LINEAR]):
+        name = target.rpartition(".")[2]
+        if not _is_converted(model, name):
+            others.add(name)
+        elif target in targets:
+            taken.add(name)
+    if taken:
+        raise ConfigError(
+            f"adapter.targets: PEFT takes {', '.join(sorted(taken))} for the experts of {model.config.model_type}, "
+            f"which cannot be trained yet: leave them out, as in adapter.targets=[{','.join(sorted(others))}]"
+        )
+
+
+def _is_converted(model: PreTrainedModel, target: str) -> bool:
+    converted = LoraConfig(target_modules=[target])
+    try:
+        convert_peft_config_for_transformers(converted, model, None)
+    except ValueError:  # one name of a pair that is one tensor now
+        return True
+    return converted.target_modules != {target}
+
+
 def _check_patterns(adapter: config.Adapter, matched: set[str]) -> None:
     for key, pattern in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
         for target, value in pattern.items():
@@ -189,5 +236,10 @@ def trainable(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
 
 
 def is_lora_b(parameter: str) -> bool:
-    """Whether a parameter's name is that of a B, the matrix that starts at zero."""
+    """Return True for the name of a B, the matrix on the output's side."""
     return ".lora_B." in parameter or ".lora_embedding_B." in parameter
+
+
+def starts_at_zero(parameter: str) -> bool:
+    """Return True for the name of the matrix that PEFT sets to zero: B, but A of an embedding."""
+    return ".lora_B." in parameter or ".lora_embedding_A." in parameter

@@ -9,7 +9,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from lora_ft.adapters.attach import is_lora_b
+from lora_ft.adapters.attach import starts_at_zero
 from lora_ft.errors import MismatchError
 
 
@@ -39,11 +39,11 @@ def _expected_parameters(layer: LoraLayer, name: str) -> int:
 
 
 def check_gradients(parameters: dict[str, nn.Parameter]) -> None:
-    """After the first backward every lora_B has a gradient; MismatchError names those that have none (A16).
+    """Raise MismatchError if a matrix that starts at zero has no gradient after the first backward (A16).
 
     They would learn nothing for the whole run: checkpointing that cuts the graph, or a layer that is never called.
     """
-    idle = [n for n, p in parameters.items() if is_lora_b(n) and (p.grad is None or not p.grad.any())]
+    idle = [n for n, p in parameters.items() if starts_at_zero(n) and (p.grad is None or not p.grad.any())]
     if idle:
         raise MismatchError(
             f"{len(idle)} adapter matrices get no gradient, so their layers would learn nothing: {', '.join(idle[:5])}"
@@ -51,8 +51,8 @@ def check_gradients(parameters: dict[str, nn.Parameter]) -> None:
 
 
 def check_moved(before: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> None:
-    """Every lora_B differs from what it was before training; MismatchError names those that do not (A16)."""
-    stuck = [n for n, p in parameters.items() if is_lora_b(n) and torch.equal(before[n], p.detach())]
+    """Raise MismatchError if a matrix that starts at zero is what it was before training (A16)."""
+    stuck = [n for n, p in parameters.items() if starts_at_zero(n) and torch.equal(before[n], p.detach())]
     if stuck:
         raise MismatchError(
             f"{len(stuck)} adapter matrices never moved, so their layers learned nothing: {', '.join(stuck[:5])}"

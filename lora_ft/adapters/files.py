@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lora_ft.adapters import provenance
 from lora_ft.adapters.attach import inject
 from lora_ft.errors import MismatchError, ResourceError, SecurityError
-from lora_ft.io import declared, durable, limits, untrusted
+from lora_ft.io import durable, untrusted
 from lora_ft.models.load import Identity
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -116,13 +116,14 @@ def _plain(value: Any) -> Any:
     return getattr(value, "value", value)
 
 
-def load(model: PreTrainedModel, folder: Path, name: str) -> PeftModel:
-    """Put a saved adapter onto a base for inference, or fail: keys and shapes must match to the last one."""
-    saved = read_config(folder)
+def load(model: PreTrainedModel, folder: Path, name: str, saved: LoraConfig | None = None) -> PeftModel:
+    """Put a saved adapter onto a base for inference, or fail: keys and shapes must match to the last one.
+
+    `saved` is the folder's config if it was read already.
+    """
+    saved = saved or read_config(folder)
     check_settings(folder, saved, _LOADED)
     try:
-        with limits.bounded(f"{folder / CONFIG}: matching its patterns with the names of layers"):
-            _try_patterns(saved, model)
         peft_model = inject(model, saved, name)
     # PEFT: no layer of such a name, rows beyond a matrix, an odd type
     except (ValueError, TypeError, IndexError, re.error) as error:
@@ -155,16 +156,29 @@ def _readable() -> Iterator[None]:
         raise ResourceError(f"{error.filename} cannot be read by this user: its owner can run chmod -R a+rX") from None
 
 
-@_readable()
 def read_config(folder: Path) -> LoraConfig:
-    """The LoRA config of an adapter folder; MismatchError for other methods and for settings PEFT does not know."""
+    """Read the LoRA config of an adapter folder, or raise what `read_fields` and `parse_config` raise."""
+    return parse_config(folder, read_fields(folder))
+
+
+@_readable()
+def read_fields(folder: Path) -> dict[str, Any]:
+    """Read adapter_config.json as JSON; MismatchError or SecurityError for a folder that holds no adapter of PEFT."""
     path = folder / CONFIG
     if not path.is_file():
         raise MismatchError(f"{folder} holds no adapter: {CONFIG} is missing")
     if not (folder / WEIGHTS).is_file():
         raise SecurityError(f"{folder}: {WEIGHTS} is missing; other formats of weights can run code and are not read")
     untrusted.check_folder(folder)
-    fields = untrusted.json_object(path, MismatchError)
+    return untrusted.json_object(path, MismatchError)
+
+
+def parse_config(folder: Path, fields: dict[str, Any]) -> LoraConfig:
+    """Return the LoRA config that the fields of `folder` describe.
+
+    Raises MismatchError for other methods and for settings PEFT does not know, SecurityError for what would run code.
+    """
+    path = folder / CONFIG
     if fields.get("peft_type") != "LORA":
         raise MismatchError(f"{folder}: peft_type must be LORA, got {fields.get('peft_type')}")
     _refuse_code(path, fields)
@@ -172,7 +186,7 @@ def read_config(folder: Path) -> LoraConfig:
     unknown = sorted(k for k in fields if k not in known and k != "auto_mapping")
     if unknown:
         raise MismatchError(f"{folder}: the installed PEFT does not know {', '.join(unknown)} of {CONFIG}")
-    declared.check(path, fields, LoraConfig)
+    untrusted.check_types(path, fields, LoraConfig, MismatchError)
     try:
         found = LoraConfig(**{k: v for k, v in fields.items() if k in known and k not in ("peft_type", "auto_mapping")})
         ranks = [found.r, *(found.rank_pattern or {}).values()]
@@ -181,7 +195,7 @@ def read_config(folder: Path) -> LoraConfig:
     if wrong := [rank for rank in ranks if type(rank) is not int or rank < 1]:
         raise MismatchError(f"{path}: a rank must be an integer of at least 1, got {wrong[0]!r}")
     alphas = [found.lora_alpha, *(found.alpha_pattern or {}).values()]
-    if wrong := [alpha for alpha in alphas if not (declared.is_number(alpha) and math.isfinite(alpha))]:
+    if wrong := [alpha for alpha in alphas if type(alpha) not in (int, float) or not math.isfinite(alpha)]:
         raise MismatchError(f"{path}: an alpha must be a finite number, got {wrong[0]!r}")
     if (highest := max(ranks)) > (folder / WEIGHTS).stat().st_size:  # before PEFT makes matrices of this size
         raise MismatchError(f"{path}: rank {highest} is larger than {WEIGHTS} has bytes")
@@ -207,15 +221,6 @@ def _refuse_code(path: Path, fields: dict[str, Any]) -> None:
         raise SecurityError(f"{path}: auto_mapping asks to import {str(library)[:80]}")
     if fields.get("megatron_config") is not None:
         raise SecurityError(f"{path}: megatron_config asks to import {str(fields.get('megatron_core'))[:80]}")
-
-
-def _try_patterns(saved: LoraConfig, model: PreTrainedModel) -> None:
-    """Match as PEFT will: a pattern can take time without end, and PEFT's own matching is watched by nobody."""
-    patterns = [p for p in (saved.target_modules, saved.exclude_modules) if isinstance(p, str)]
-    patterns += [rf"(.*\.)?({key})$" for key in (*(saved.rank_pattern or {}), *(saved.alpha_pattern or {}))]
-    for pattern in map(re.compile, patterns):
-        for name, _ in model.named_modules():
-            pattern.fullmatch(name)
 
 
 def check_same_method(folder: Path, attached: LoraConfig) -> None:

@@ -1,4 +1,4 @@
-"""From what the command line names to a model with its adapter: a run, a folder, or a hub id.
+"""Load a base with an adapter, which is named by a run, a folder or a hub id.
 
 run=runs/2026-11-23_10-15-00       runs/2026-11-23_10-15-00/adapter
 adapter_path=./somebodys-adapter   that folder
@@ -12,16 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, runs
+from lora_ft import config, runs, validation
 from lora_ft.adapters import files, provenance
-from lora_ft.cli import overrides
 from lora_ft.errors import ConfigError, MismatchError, ResourceError
 from lora_ft.io import untrusted
-from lora_ft.models import locate
+from lora_ft.models import resolve
 from lora_ft.models.load import Base, load_base, load_tokenizer, read_tokenizer
+from lora_ft.ops.allocator import keep_freed_memory
 
 log = logging.getLogger("lora_ft")
 
@@ -67,19 +67,17 @@ def _download(hub_id: str) -> Path:
 Settings = TypeVar("Settings", config.EvalRun, config.ChatRun, config.MergeRun, config.PublishRun)
 
 
-def with_base(cfg: Settings, adapter: Path, typed: list[str]) -> Settings:
-    """The settings with the base and the quantization that an adapter made elsewhere names, where none were given.
+def with_base(cfg: Settings, adapter: Path, saved: LoraConfig | None = None) -> Settings:
+    """Fill in the quantization that an adapter's record names and, for an adapter made elsewhere, its base.
 
-    `typed` are the words of the command: what they say wins. Logs which base was taken, and what cannot be checked of
-    it. ConfigError where the adapter names none that could be found.
+    A setting that has a value stays as it is; `saved` is the adapter's config if it was read already. Logs which base
+    was taken, and what of it cannot be checked. Raises ConfigError if the adapter names no base that could be found.
     """
-    if cfg.run:
-        return cfg
     recorded = _record(adapter)
-    quant = cfg.quant
-    if recorded and not any(overrides.chosen(typed, key) for key in ("quant", "quant.kind")):
-        quant = _recorded_quant(adapter, recorded, cfg.quant)
-    named = files.read_config(adapter)
+    quant = _quant(cfg.quant, adapter, recorded)
+    if cfg.run:
+        return replace(cfg, quant=quant)
+    named = saved or files.read_config(adapter)
     tokens = cfg.model.added_tokens or (_added_tokens(adapter, named.trainable_token_indices) if recorded else [])
     if cfg.model.path:
         return replace(cfg, model=replace(cfg.model, added_tokens=tokens), quant=quant)
@@ -131,12 +129,22 @@ def _is_here(path: str) -> bool:
     return path.startswith("package:") or place.is_dir() or (place.suffix == ".gguf" and place.is_file())
 
 
-def _recorded_quant(adapter: Path, recorded: dict[str, Any], quant: config.Quant) -> config.Quant:
+def _quant(given: config.Quant, adapter: Path, recorded: dict[str, Any] | None) -> config.Quant:
+    """Replace each unset (None) setting by the one recorded, or by the default if there is no record."""
+    kind: config.QuantKind | None = given.kind
+    double: bool | None = given.double
+    known = _recorded_quant(adapter, recorded) if recorded and None in (kind, double) else config.Quant()
+    return config.Quant(
+        known.kind if kind is None else kind, known.double if double is None else double, given.compute_dtype
+    )
+
+
+def _recorded_quant(adapter: Path, recorded: dict[str, Any]) -> config.Quant:
     found = recorded.get("quant")
     names = [kind.value for kind in config.QuantKind]
     if not isinstance(found, dict) or found.get("kind") not in names or not isinstance(found.get("double", True), bool):
         raise MismatchError(f"{adapter / provenance.RECORD}: quant must hold a kind of {', '.join(names)}, got {found}")
-    return replace(quant, kind=config.QuantKind(found["kind"]), double=found.get("double", quant.double))
+    return config.Quant(config.QuantKind(found["kind"]), found.get("double", True))
 
 
 def _added_tokens(adapter: Path, rows: Any) -> list[str]:
@@ -168,20 +176,37 @@ def adapter_tokenizer(folder: Path, model: config.Model) -> PreTrainedTokenizerB
 
 def _own_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     untrusted.check_folder(folder)
-    locate.check_tokenizer(folder)
+    resolve.check_tokenizer(folder)
     tokenizer: PreTrainedTokenizerBase = read_tokenizer(folder, str(folder))
     return tokenizer
 
 
+def load(cfg: config.ChatRun) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Load the adapter that `run` or `adapter_path` names onto its base, for inference."""
+    validation.validate(cfg)
+    keep_freed_memory()
+    adapter = adapter_folder(cfg.run, cfg.adapter_path)
+    cfg = with_base(cfg, adapter)
+    tokenizer = adapter_tokenizer(adapter, cfg.model)
+    _, model = open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
+    return model, tokenizer
+
+
 def open_adapter(
-    folder: Path, model: config.Model, quant: config.Quant, device: str, tokenizer: PreTrainedTokenizerBase
+    folder: Path,
+    model: config.Model,
+    quant: config.Quant,
+    device: str,
+    tokenizer: PreTrainedTokenizerBase,
+    saved: LoraConfig | None = None,
 ) -> tuple[Base, PeftModel]:
     """Load the base and put the adapter onto it for inference, under the name `NAME`.
 
+    `saved` is the adapter's config if it was read already.
     Raises MismatchError where the adapter was made for another base, does not fit it to the last key and
     shape, or is of a kind that cannot be told apart from its base; and what `load_base` raises.
     """
-    saved = files.read_config(folder)
+    saved = saved or files.read_config(folder)
     base = load_base(model, quant, device, tokenizer)
     provenance.check_source(folder, saved, base, quant)
-    return base, files.load(base.model, folder, NAME)
+    return base, files.load(base.model, folder, NAME, saved)

@@ -1,8 +1,8 @@
-"""What an adapter will train, found on a base's skeleton before any weight is read: layers, parameters, scales.
+"""Count the layers and parameters that an adapter trains, and those it cannot reach, on a base without weights.
 
     layers(skeleton, cfg) -> Layers(count=210, targets={"q_proj": 30, ...}, trainable=4_884_480, scales=[2.0], ...)
 
-PEFT injects into the skeleton as it will into the base, so that nothing is counted by a rule of our own.
+PEFT injects into the skeleton as it does into the base, so the counts of trained layers are its own.
 """
 
 from collections import Counter
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from peft.tuners.lora import LoraLayer
+from transformers import PreTrainedModel
 
 from lora_ft import config
 from lora_ft.adapters import attach, audit, files, provenance
@@ -23,13 +24,18 @@ _NAME = "outline"
 # (r 4, alpha 32). Beyond them a learning rate taken from any of these means another size of update.
 _USUAL_SCALE = (0.25, 8.0)
 
+# Routers and convolutions are far below this share of a large model, experts are far above it.
+_NOTABLE_SHARE = 0.01
+
 
 @dataclass(frozen=True)
 class Layers:
-    """What trains. count: adapted layers. targets: the same by pattern, which may overlap.
+    """The layers of a base as an adapter sees them. count: adapted layers. targets: the same by pattern, may overlap.
 
     trainable, base: parameters. scales: of the products B A. over_full: layers whose two matrices have as many
-    parameters as the layer, or more.
+    parameters as the layer, or more. out_of_reach: parameters that neither an adapter nor quantization changes, by the
+    last two parts of their names, largest first: tensors of two or more dimensions whose module is no linear layer and
+    no embedding, such as {"experts.gate_up_proj": 9_663_676_416, ...}. out_of_reach_bytes: their size in memory.
     """
 
     count: int
@@ -38,6 +44,8 @@ class Layers:
     base: int
     scales: list[float]
     over_full: int
+    out_of_reach: dict[str, int]
+    out_of_reach_bytes: int
 
 
 def layers(base: Base, cfg: config.TrainRun) -> Layers:
@@ -48,6 +56,7 @@ def layers(base: Base, cfg: config.TrainRun) -> Layers:
     candidates = attach.adaptable_layers(base.model)
     resolved = attach.resolve_targets(base.model, candidates, cfg.adapter.targets)
     base_parameters = sum(parameter.numel() for parameter in base.model.parameters())
+    out_of_reach = _out_of_reach(base.model, cfg.adapter)
     token_ids = base.tokenizer.convert_tokens_to_ids(list(cfg.model.added_tokens))
     with torch.device("meta"):
         model = attach.attach(base.model, cfg.adapter, _NAME, 0, token_ids)
@@ -70,7 +79,30 @@ def layers(base: Base, cfg: config.TrainRun) -> Layers:
         base=base_parameters,
         scales=sorted({float(layer.scaling[_NAME]) for layer in adapted}),
         over_full=sum(_is_over_full(layer) for layer in adapted),
+        out_of_reach=_sizes(out_of_reach),
+        out_of_reach_bytes=sum(parameter.nbytes for parameter in out_of_reach.values()),
     )
+
+
+def _out_of_reach(model: PreTrainedModel, adapter: config.Adapter) -> dict[str, torch.nn.Parameter]:
+    """Parameters of two or more dimensions outside linear layers, embeddings and the modules that are trained whole."""
+    adaptable = attach.adaptable_layers(model)
+    modules = dict(model.named_modules())
+    whole = attach.matched_layers(modules, set(adapter.modules_to_save))
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.dim() >= 2
+        and name.rpartition(".")[0] not in adaptable
+        and not any(name.startswith(f"{module}.") for module in whole)
+    }
+
+
+def _sizes(parameters: dict[str, torch.nn.Parameter]) -> dict[str, int]:
+    sizes: Counter[str] = Counter()
+    for name, parameter in parameters.items():
+        sizes[".".join(name.split(".")[-2:])] += parameter.numel()
+    return dict(sizes.most_common())
 
 
 def _is_over_full(layer: LoraLayer) -> bool:
@@ -78,11 +110,11 @@ def _is_over_full(layer: LoraLayer) -> bool:
     return bool(layer.r[_NAME] * (rows + columns) >= rows * columns)
 
 
-def warnings(layers: Layers, adapter: config.Adapter) -> Iterator[str]:
-    """What is allowed and seldom meant, in sentences."""
+def warnings(layers: Layers, cfg: config.TrainRun) -> Iterator[str]:
+    """Sentences about what is allowed and seldom meant."""
     low, high = _USUAL_SCALE
     if not all(low <= scale <= high for scale in layers.scales):
-        rule = "alpha / sqrt(r)" if adapter.rslora else "alpha / r"
+        rule = "alpha / sqrt(r)" if cfg.adapter.rslora else "alpha / r"
         yield (
             f"the update is scaled by {' and '.join(f'{scale:.3g}' for scale in layers.scales)} ({rule}); published "
             f"recipes have {low} to {high:g}, most 1 to 2: another scale acts like another learning rate"
@@ -91,4 +123,22 @@ def warnings(layers: Layers, adapter: config.Adapter) -> Iterator[str]:
         yield (
             f"{layers.over_full:,} of {layers.count:,} layers get as many parameters from adapter.r as they have "
             "themselves: a lower rank or adapter.modules_to_save does the same with less"
+        )
+    if sum(layers.out_of_reach.values()) >= _NOTABLE_SHARE * layers.base:
+        yield from _out_of_reach_warnings(layers, cfg.quant)
+
+
+def _out_of_reach_warnings(layers: Layers, quant: config.Quant) -> Iterator[str]:
+    count = sum(layers.out_of_reach.values())
+    share = f"{count / layers.base:.1%} of the base's weights"
+    parts = ", ".join(f"{name} {size / layers.base:.1%}" for name, size in layers.out_of_reach.items())
+    yield (
+        f"{share} ({count:,}) are not adapted and stay frozen: adapter.targets reaches linear layers and embeddings, "
+        f"and these are tensors of other modules, such as experts, routers or convolutions ({parts})"
+    )
+    if quant.kind is not config.QuantKind.none:
+        bits, size = round(8 * layers.out_of_reach_bytes / count), layers.out_of_reach_bytes
+        yield (
+            f"quant={quant.kind.value} quantizes linear layers only: {share} stay at {bits} bits each, "
+            + (f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{size / 1e9:,.1f} GB")
         )

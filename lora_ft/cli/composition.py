@@ -78,6 +78,17 @@ def run(command: Command, main: Main, end: Callable[[Path], int]) -> int:
     return 0
 
 
+def compose(verb: str, words: list[str], config_dir: Path | None = None) -> Any:
+    """Compose the config of a command as its dataclass; the rules of single settings are checked."""
+    if verb not in config.SCHEMAS:
+        raise ConfigError(f"{verb} is not a command; there are {', '.join(config.SCHEMAS)}")
+    command = Command(verb, words, config_dir=config_dir)
+    with _hydra(command) as (hydra, translated):
+        composed = _composed(hydra, command, translated)
+        guard.check_composed(composed)
+        return _checked(command, composed, validation.validate_values)
+
+
 def _without_folder(composed: DictConfig, task: Task) -> None:
     """Run the job as `Hydra.run` does, but for the folder, which most verbs write nothing to."""
     with open_dict(composed.hydra.runtime):
@@ -97,7 +108,7 @@ def _sweep(
     with runs.locked(folder):
         runs.create_sweep(folder, command.words, command.config_dir, resumed=_folder(command, "resume") == "auto")
         # Composed anew for each job, `${now:...}` would name another folder for each.
-        place = overrides.translate("sweep", [f"hydra.sweep.dir={overrides.escape(str(folder))}"], sweep=False)
+        place = overrides.translate("sweep", [f"hydra.sweep.dir={validation.escape(str(folder))}"], sweep=False)
         try:
             with durable.writing():
                 hydra.multirun("sweep", task, [*words, *place])
@@ -190,7 +201,7 @@ def _continued(command: Command) -> Command:
             f"resume={folder} runs what is missing of that sweep, with its own words: leave out {several[0]}"
         )
     kept = [w for w in stored if not w.startswith(("resume=", "hydra.sweep.dir="))]
-    words = [*kept, *given, "resume=auto", f"hydra.sweep.dir={overrides.escape(str(place))}"]
+    words = [*kept, *given, "resume=auto", f"hydra.sweep.dir={validation.escape(str(place))}"]
     return Command("sweep", words, multirun=True, config_dir=config_dir)
 
 
@@ -210,7 +221,7 @@ def _implied(command: Command) -> list[str]:
     The id and revision of a default, an experiment or a run are not that base's own.
     """
     if folder := _resumed(command):
-        return overrides.translate(command.verb, [f"hydra.run.dir={overrides.escape(folder)}"], sweep=False)
+        return overrides.translate(command.verb, [f"hydra.run.dir={validation.escape(folder)}"], sweep=False)
     typed = {key for key in ("model", "model.path", "model.id", "model.revision")
              if overrides.chosen(command.words, key) is not None}  # fmt: skip
     if "model.path" not in typed or "model" in typed:
@@ -226,7 +237,7 @@ def _stored_run(command: Command) -> dict[str, Any]:
     else:
         folder, shared = _run(command), set(validation.groups(schema))
     stored = runs.read_config(Path(folder)) if folder else {}
-    return {name: overrides.escape(stored[name]) for name in shared
+    return {name: validation.escape(stored[name]) for name in shared
             if name in stored and overrides.chosen(command.words, name) is None}  # fmt: skip
 
 
@@ -273,7 +284,7 @@ def _keys(node: Any, prefix: str = "") -> Iterator[str]:
             yield from _keys(child, f"{prefix}{name}.")
 
 
-def _checked(command: Command, composed: DictConfig) -> Any:
+def _checked(command: Command, composed: DictConfig, check: Callable[[Any], None] = validation.validate) -> Any:
     """The composed config as the verb's dataclass, its rules checked; ConfigError."""
     schema = config.SCHEMAS[command.verb]
     names = [str(name) for name in composed if name != "hydra"]
@@ -285,6 +296,6 @@ def _checked(command: Command, composed: DictConfig) -> Any:
     except OmegaConfBaseException as error:
         raise _explained(command, error) from error
     validation.locate_paths(cfg)
-    validation.validate(cfg)
+    check(cfg)
     guard.check_secrets(validation.to_plain(cfg))
     return cfg

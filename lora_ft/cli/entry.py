@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from lora_ft import config
 from lora_ft.cli import completion, help
 from lora_ft.errors import ConfigError, Interrupted, LoraFtError
-from lora_ft.io import redact
+from lora_ft.io import process, redact
 
 INTERRUPTED = 130
 READER_LEFT = 141  # as a process ends that SIGPIPE stops
@@ -42,6 +42,7 @@ class Invocation:
 @redact.shown()
 def run(verb: str | None = None, arguments: list[str] | None = None) -> NoReturn:
     """Run one command and leave with its exit code; arguments are those after the verb, default the process's own."""
+    process.prepare()
     words = sys.argv[1:] if arguments is None else arguments
     try:
         code = _command(words if verb is None else [verb, *words])

@@ -13,7 +13,6 @@ import difflib
 import re
 import typing
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
@@ -53,15 +52,6 @@ def chosen(words: list[str], key: str) -> str | None:
     """The value typed for a key; the last one counts."""
     found = [m["value"] for m in map(_split, words) if m["key"] == key and m["equals"]]
     return found[-1] if found else None
-
-
-def escape(value: Any) -> Any:
-    r"""Make `${` literal text to OmegaConf (`\${`) in a string, or in all strings of lists and mappings."""
-    if isinstance(value, str):
-        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
-    if isinstance(value, list):
-        return [escape(item) for item in value]
-    return {key: escape(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def unknown(verb: str, key: str) -> ConfigError | SecurityError:
@@ -137,7 +127,7 @@ def _text(word: str, value: str, setting: validation.Setting, sweep: bool) -> st
         key = _split(word)["key"]
         raise ConfigError(f"{word}: one text or several? {key}=choice({value}) runs each, "
                           f"{key}=choice({_quoted(value)}) is one")  # fmt: skip
-    return _quoted(escape(value))
+    return _quoted(validation.escape(value))
 
 
 def _split(word: str) -> re.Match[str]:

@@ -15,21 +15,14 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from lora_ft import config, runs, validation
+from lora_ft import runs
 from lora_ft.cli import overrides
-from lora_ft.errors import ConfigError, LoraFtError, ResourceError
+from lora_ft.errors import ConfigError, LoraFtError, out_of_memory
 from lora_ft.io import redact
 
 FAILED = float("inf")  # the value of a job that failed: what minimizes a loss never takes it for the best
 
 _OF_THE_SWEEP = ("sweep.", "resume=")  # words that a job on its own would not have
-# what saves memory, by the setting that says so; a verb is advised of those that it has
-_SAVINGS = {
-    "train.tokens_per_microbatch": "lower train.tokens_per_microbatch",
-    "train.checkpoint": "set train.checkpoint=every_1 or quant=nf4",
-    "eval.tokens_per_microbatch": "lower eval.tokens_per_microbatch",
-    "sampling.max_new_tokens": "lower sampling.max_new_tokens",
-}
 
 
 @dataclass
@@ -100,16 +93,3 @@ def _told(failure: Exception) -> str:
     if isinstance(failure, LoraFtError):
         return str(failure)
     return "\n" + "".join(traceback.format_exception(failure)).rstrip()
-
-
-def out_of_memory(verb: str, error: Exception) -> ResourceError | None:
-    """Memory that did not suffice, with what saves some; torch, which is not imported here, is known by its names."""
-    on_gpu = type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch")
-    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    if not (on_gpu or on_cpu or isinstance(error, MemoryError)):
-        return None
-    known = {setting.key for setting in validation.settings(config.SCHEMAS[verb])}
-    advice = ", or ".join(words for key, words in _SAVINGS.items() if key in known) or "use a machine with more of it"
-    reason = str(error).partition("DefaultCPUAllocator: ")[2] or str(error)
-    # without the error as its cause, whose frames would keep the model in memory for the next jobs of a sweep
-    return ResourceError(f"out of memory{f' ({reason})' if reason else ''}: {advice}")

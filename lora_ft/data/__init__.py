@@ -1,5 +1,5 @@
-"""Rows of data become packed tokens; numpy only, the tokenizer object is handed in.
+"""Rows of data become packed tokens; the tokenizer object is handed in.
 
-data.path -sources, files-> Record -formats, read (split)-> Row -templates-> Script -tokenize-> Encoded
-          -prepare (length, cache)-> TokenRow -order-> steps -pack-> MicroBatch
+data.path -sources, files, formats, read (split)-> Row -chat_template, tokenize, dataset (length, cache)-> Example
+          -sampler-> steps -packing-> Batch (ops/batch.py)
 """

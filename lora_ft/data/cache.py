@@ -21,8 +21,7 @@ import safetensors
 from numpy.typing import NDArray
 
 from lora_ft import config
-from lora_ft.data.rows import Row
-from lora_ft.data.tokenize import Encoded
+from lora_ft.data.rows import Example, Row
 from lora_ft.io import durable
 
 log = logging.getLogger(__name__)
@@ -41,7 +40,7 @@ def key(rows: list[Row], tokenizer: Any, data: config.Data) -> str:
     digest.update(json.dumps(options, default=str).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     for row in rows:
-        values = [row.messages, row.answer, row.plain_prompt, sorted(row.context), row.tools]
+        values = [row.messages, row.answer, row.plain_prompt, sorted(row.context), sorted(row.excluded), row.tools]
         digest.update(json.dumps(values, default=str).encode())
     return digest.hexdigest()
 
@@ -56,8 +55,8 @@ def _code() -> str:
     return " ".join([digest.hexdigest(), *versions])
 
 
-def load(name: str) -> list[Encoded] | None:
-    """The documents stored under a key; None where there are none, or none that verify."""
+def load(name: str, rows: list[Row]) -> list[Example] | None:
+    """Load the examples of rows that are stored under a key; None if there are none, or none that verify."""
     path = folder() / f"{name}.safetensors"
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
@@ -73,16 +72,23 @@ def load(name: str) -> list[Encoded] | None:
         return None
     ends = np.cumsum(bounds[:, 1])
     return [
-        Encoded(ids[end - length : end], supervised[end - length : end].astype(np.bool_), row, prompt_end, answer_start)
+        Example(
+            ids[end - length : end],
+            supervised[end - length : end].astype(np.bool_),
+            rows[row].source,
+            row,
+            prompt_end,
+            answer_start,
+        )
         for end, (row, length, prompt_end, answer_start) in zip(ends.tolist(), bounds.tolist(), strict=True)
     ]
 
 
-def store(name: str, documents: list[Encoded]) -> None:
-    """Keep documents under a key; a place that cannot be written is reported and otherwise of no consequence."""
-    ids = np.concatenate([d.ids for d in documents])
-    supervised = np.concatenate([d.supervised for d in documents]).astype(np.uint8)
-    bounds = np.array([(d.row, len(d.ids), d.prompt_end, d.answer_start) for d in documents], dtype=np.int64)
+def store(name: str, examples: list[Example]) -> None:
+    """Keep examples under a key; a folder that cannot be written costs a warning."""
+    ids = np.concatenate([d.ids for d in examples])
+    supervised = np.concatenate([d.supervised for d in examples]).astype(np.uint8)
+    bounds = np.array([(d.row, len(d.ids), d.prompt_end, d.answer_start) for d in examples], dtype=np.int64)
     arrays = {"ids": (ids, "I32"), "supervised": (supervised, "U8"), "bounds": (bounds, "I64")}
     specs = [durable.TensorSpec(n, code, array.shape, array.nbytes) for n, (array, code) in arrays.items()]
     buffers = [array.tobytes() for array, _ in arrays.values()]

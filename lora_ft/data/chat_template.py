@@ -7,6 +7,7 @@ is asked for it, and the same text with the answer.
     through  <|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -18,17 +19,15 @@ import jinja2
 from lora_ft import config
 from lora_ft.config import TrainOn
 from lora_ft.data import template_checks
-from lora_ft.data.fill import Filler, is_plain
 from lora_ft.data.rows import ANSWER_CUE, Ledger, Message, Row, RowError, excerpt
 from lora_ft.data.template_checks import Trials
 from lora_ft.errors import ConfigError, SecurityError
-from lora_ft.io import limits
 
 # A template refuses a chat by raise_exception (TemplateError), trips over a value that it does not expect, or becomes
 # no Python (SyntaxError: more than twenty loops inside of one another).
-_TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, SyntaxError)
-
-_LONGEST_TEXT = 64 * 2**20  # characters; the longest line of a file has a quarter
+_TEMPLATE_FAULTS = (
+    jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, SyntaxError, RecursionError, MemoryError,
+)  # fmt: skip
 
 # Llama 3's templates write a date into the system turn: this one, or today's where they find a clock. Rows must not
 # change overnight, so they get the date that Meta's templates fall back on. A template that asks the clock under no
@@ -40,99 +39,129 @@ _DATE = "26 Jul 2024"
 class Turn:
     """prompt: all that precedes the answer. through: the same and the answer, with what the template puts after it.
 
-    answer: the message itself, for what is said about it.
+    answer: the message itself, for messages about it. plain: no template wrote begin and end of the text.
     """
 
     prompt: str
     through: str
     answer: object
+    plain: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Script:
-    """A row's turns. answers: how many answers the row has. plain: no template wrote begin and end of the text."""
+def turns(rows: Iterable[Row], data: config.Data, tokenizer: Any, ledger: Ledger) -> Iterator[tuple[int, list[Turn]]]:
+    """Render rows; yield each good one's index and turns. Faults of a row go into the ledger.
 
-    turns: list[Turn]
-    answers: int
-    plain: bool
-
-
-def scripts(rows: Iterable[Row], data: config.Data, tokenizer: Any, ledger: Ledger) -> Iterator[tuple[int, Script]]:
-    """Render rows; yield each good one's index and script. Faults of a row go into the ledger.
-
-    Raises ConfigError where the settings and the tokenizer cannot render the rows at all.
+    Raises ConfigError if the settings and the tokenizer cannot render the rows at all.
     """
     control = control_tokens(tokenizer)
     if found := control.search(data.system or ""):
         raise ConfigError(f"data.system holds the control token {found[0]}")
     has_template = bool(tokenizer.chat_template)
-    filler = _filler(tokenizer)
     trials = Trials(tokenizer, lambda messages, prompt: _rendered(messages, tokenizer, prompt))
     for index, row in enumerate(rows):
         if row.messages and has_template:
             try:
-                yield index, _chat(row, data, tokenizer, control, filler, trials)
+                yield index, _chat(row, data, tokenizer, control, trials)
             except RowError as error:
-                ledger.add_bad(row.place, error.name, error.reason, error.shown or row.answer or row.messages[-1])
+                ledger.add_bad(row.source, error.name, error.reason, error.shown or row.answer or row.messages[-1])
         elif row.plain_prompt is None:
             raise ConfigError(
-                f"{row.place} is a chat, and the tokenizer has no chat template: give one with model.chat_template=FILE"
+                f"{row.source} is a chat, and the tokenizer has no chat template: give one with "
+                "model.chat_template=FILE"
             )
         elif data.system:
-            raise ConfigError(f"data.system needs rows that a chat template renders; {row.place} is plain text")
+            raise ConfigError(f"data.system needs rows that a chat template renders; {row.source} is plain text")
         else:
-            yield index, Script([Turn(row.plain_prompt, row.plain_prompt + row.answer, row.answer)], 1, plain=True)
+            yield index, [Turn(row.plain_prompt, row.plain_prompt + row.answer, row.answer, plain=True)]
 
 
 def control_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """A pattern of the tokenizer's special tokens, longest first; it matches nothing where there are none."""
+    """A pattern of the tokenizer's special tokens, longest first; without any it matches nothing."""
     tokens = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
 
 
-def _filler(tokenizer: Any) -> Filler | None:
-    template = tokenizer.chat_template
-    if not isinstance(template, str):
-        return None  # none, or several by name, of which transformers chooses
-    variables = {**tokenizer.special_tokens_map, "date_string": _DATE}
-    return Filler(template, variables, lambda messages, prompt: render(messages, tokenizer, prompt))
-
-
-def _chat(
-    row: Row, data: config.Data, tokenizer: Any, control: re.Pattern[str], filler: Filler | None, trials: Trials
-) -> Script:
-    messages, plain = row.messages, all(map(is_plain, row.messages))
-    for message in messages:
-        shown = message["content"] if plain else json.dumps(message, ensure_ascii=False, default=str)
-        if found := control.search(shown):
-            # The tokenizer would read it as the end of a turn or worse, and its rank in the mask with it.
-            raise RowError("content", f"holds the control token {found[0]}", excerpt(shown, near=found.start()))
-    if found := control.search(json.dumps(row.tools or "", ensure_ascii=False, default=str)):
-        raise RowError("tools", f"holds the control token {found[0]}", row.tools)
+def _chat(row: Row, data: config.Data, tokenizer: Any, control: re.Pattern[str], trials: Trials) -> list[Turn]:
+    _refuse_control_tokens(row, control)
+    messages = row.messages
     if data.system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": data.system}, *messages]
     roles = tuple([message["role"] for message in messages])
-    contents = [message["content"] for message in messages] if filler and plain and not row.tools else None
-    answers = [i for i, role in enumerate(roles) if role == "assistant"]
-    learned = answers if data.train_on is TrainOn.answers else answers[-1:]
-    if data.train_on is not TrainOn.all:
-        moved = len(messages) - len(row.messages)
-        learned = [i for i in learned if i - moved not in row.context]
+    moved = len(messages) - len(row.messages)
+    learned = [i + moved for i in _learned(row, data.train_on)]
+
+    def turn(form: list[Message], answer: int) -> Turn:
+        prompt = _rendered(form[:answer], tokenizer, True, row.tools)
+        through = _rendered(form[: answer + 1], tokenizer, False, row.tools)
+        template_checks.check(form, answer, prompt, through, row.tools)
+        trials.check(roles[: answer + 1])
+        return Turn(prompt, through, form[answer].get("content") or form[answer])
+
+    refused: list[RowError] = []
+    for form in _forms(messages):
+        try:
+            return [turn(form, i) for i in learned]
+        except RowError as error:
+            refused.append(error)
+    raise refused[0]
+
+
+def _refuse_control_tokens(row: Row, control: re.Pattern[str]) -> None:
+    """RowError for a control token in a message or tool: the tokenizer would read it as the end of a turn."""
+    for message in row.messages:
+        shown = message["content"] if len(message) == 2 else json.dumps(message, ensure_ascii=False, default=str)
+        if found := control.search(shown):
+            raise RowError("content", f"holds the control token {found[0]}", excerpt(shown, near=found.start()))
+    if row.tools and (found := control.search(json.dumps(row.tools, ensure_ascii=False, default=str))):
+        raise RowError("tools", f"holds the control token {found[0]}", row.tools)
+
+
+def _learned(row: Row, train_on: TrainOn) -> list[int]:
+    """The indices of the answers that are learned, at least one. With train_on=all the last stands for the row."""
+    answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
+    if train_on is TrainOn.all:
+        if row.excluded:
+            first = min(row.excluded)
+            reason = (
+                f"message {first + 1} has weight 0, train false or loss false, and data.train_on=all learns every "
+                "message: choose data.train_on=answers"
+            )
+            raise RowError("messages", reason, row.messages[first])
+        return answers[-1:]
+    chosen = answers if train_on is TrainOn.answers else answers[-1:]
+    learned = [i for i in chosen if i not in row.context]
     if not learned:
-        raise RowError("weight", "no answer of the row is learned, so that it has no supervised token")
+        reason = "no answer of the row is learned: weight, train or loss excludes each that data.train_on selects"
+        raise RowError("messages", reason)
+    return learned
 
-    def text(end: int, generation_prompt: bool) -> str:
-        if filler and contents:
-            filled = filler.text(roles[:end], contents, generation_prompt)
-            if filled is not None:
-                return filled
-        return _rendered(messages[:end], tokenizer, generation_prompt, row.tools)
 
-    turns = [Turn(text(i, True), text(i + 1, False), messages[i].get("content") or messages[i]) for i in learned]
-    for i, turn in zip(learned, turns, strict=True):
-        template_checks.check(messages, i, turn.prompt, turn.through, row.tools)
-        trials.check(roles[: i + 1])
-    return Script(turns, len(answers), plain=False)
+def _forms(messages: list[Message]) -> Iterator[list[Message]]:
+    """Yield the chat with the arguments of tool calls as objects, and then with their JSON text.
+
+    Most templates write an object as JSON. Some join the text that OpenAI's API returns to other text.
+    """
+    yield messages
+    if any(message.get("tool_calls") for message in messages):
+        yield [
+            {**m, "tool_calls": [_with_text(call) for call in m["tool_calls"]]} if m.get("tool_calls") else m
+            for m in messages
+        ]
+
+
+def _with_text(call: dict[str, Any]) -> dict[str, Any]:
+    if "function" in call:
+        return {**call, "function": _with_text(call["function"])}
+    return {**call, "arguments": json.dumps(call["arguments"], ensure_ascii=False, default=str)}
+
+
+def prompts(messages: list[Message], tokenizer: Any, tools: list[Any] | None) -> list[str]:
+    """Render what the model is asked before it answers, in each form of tool calls that the template accepts."""
+    found = []
+    for form in _forms(messages):
+        with contextlib.suppress(RowError):
+            found.append(_rendered(form, tokenizer, True, tools))
+    return found
 
 
 def _rendered(messages: list[Message], tokenizer: Any, prompt: bool, tools: list[Any] | None = None) -> str:
@@ -143,26 +172,22 @@ def _rendered(messages: list[Message], tokenizer: Any, prompt: bool, tools: list
 
 
 def render(messages: list[Message], tokenizer: Any, generation_prompt: bool, tools: list[Any] | None = None) -> str:
-    """The text of a chat by the tokenizer's own template; whatever the template raises passes through.
+    """Render a chat by the tokenizer's own template, in Jinja's sandbox; whatever the template raises passes through.
 
-    Raises SecurityError for a template that reaches for Python's insides, has no end, or explodes.
+    Raises SecurityError for a template that reaches for Python's internals.
     """
     try:
-        with limits.bounded("the chat template"):
-            text = str(
-                tokenizer.apply_chat_template(
-                    messages, tools=tools, tokenize=False, add_generation_prompt=generation_prompt, date_string=_DATE
-                )
+        return str(
+            tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=generation_prompt, date_string=_DATE
             )
+        )
     except jinja2.exceptions.SecurityError as error:
         raise SecurityError(f"the chat template is no template but an attack: {error}") from None
-    if len(text) > _LONGEST_TEXT:
-        raise SecurityError(f"the chat template made {len(text):,} characters of a chat, {_LONGEST_TEXT:,} are allowed")
-    return text
 
 
 def plain_prompt(text: str, data: config.Data) -> str:
-    """What a model without a template is asked, as rows of this format were laid out when it learned."""
+    """Lay out a question for a model without a template, as rows of this format were laid out in training."""
     if data.format is config.Format.alpaca:
         return f"### Instruction:\n{text}{ANSWER_CUE}"
     return text + ANSWER_CUE if data.prompt else text

@@ -28,19 +28,19 @@ def conversations(text: str, label: str, ledger: Ledger) -> Iterator[Record]:
     """
     topic = label.rpartition("/")[2].partition(".")[0]
     for conversation in _conversation_nodes(text, label):
-        place = f"{label}:{conversation.start_mark.line + 1}"
+        source = f"{label}:{conversation.start_mark.line + 1}"
         # A lone string where a list belongs is a question without an answer (the corpus has eight).
         nodes = conversation.value if isinstance(conversation, yaml.SequenceNode) else [conversation]
         if not all(isinstance(node, yaml.ScalarNode) for node in nodes):
             shown = text.split("\n", conversation.start_mark.line + 1)[conversation.start_mark.line]
-            ledger.add_bad(place, "conversations", "must be lists of lines", shown)
+            ledger.add_bad(source, "conversations", "must be lists of lines", shown)
         elif topic in _ALTERNATIVES and len(nodes) > 2:
             for node in nodes[1:]:
-                yield Record(f"{label}:{node.start_mark.line + 1}", {"messages": _dialogue([nodes[0], node])})
+                yield f"{label}:{node.start_mark.line + 1}", {"messages": _dialogue([nodes[0], node])}
         else:
             ledger.left_out["user turns without an answer"] += len(nodes) % 2
             if len(nodes) > 1:
-                yield Record(place, {"messages": _dialogue(nodes[: len(nodes) // 2 * 2])})
+                yield source, {"messages": _dialogue(nodes[: len(nodes) // 2 * 2])}
 
 
 def _conversation_nodes(text: str, label: str) -> list[Any]:

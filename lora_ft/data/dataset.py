@@ -1,13 +1,13 @@
 """Settings and a tokenizer in, a checked dataset out: the front door of this folder.
 
-    prepare(Data(path="chat.jsonl"), tokenizer) -> Dataset(train=[TokenRow ...], heldout=[...], questions=[...], ...)
+    prepare(Data(path="chat.jsonl"), tokenizer) -> Dataset(train=[Example ...], eval=[...], eval_prompts=[...], ...)
 
 Every row that was read is in the dataset, or counted in its report, or named in an error.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,9 +18,7 @@ from lora_ft import config
 from lora_ft.config import TooLong
 from lora_ft.data import cache, chat_template, tokenize
 from lora_ft.data.read import Rows, read
-from lora_ft.data.rows import Ledger, Row, excerpt
-from lora_ft.data.rows import TokenRow as TokenRow
-from lora_ft.data.tokenize import Encoded
+from lora_ft.data.rows import Example, Row, excerpt
 from lora_ft.errors import ConfigError, DataError
 
 MOST_LABELS = 50
@@ -30,22 +28,22 @@ _CACHED_FROM_ROWS = 1000
 
 
 @dataclass(frozen=True)
-class Question:
-    """A held-out prompt for generation and metrics.
+class EvalPrompt:
+    """A prompt of the eval set, for generation and metrics.
 
     prompt_ids: int32, the row up to its last answer, generation prompt included. prompt: the last user message.
-    answer: the reference. place: of the row.
+    answer: the reference. source: file and line of the row.
     """
 
     prompt_ids: NDArray[np.int32]
     prompt: str
     answer: str
-    place: str
+    source: str
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was read, and what became of it. Rows are counted as read; a row may give several documents.
+    """Counts of the rows that were read and of the documents made of them; a row may give several documents.
 
     left_out: counts by reason. truncated: documents whose prompt was cut. split: texts cut into windows.
     duplicates: rows equal to an earlier one but for case and blanks. unused: columns that nothing reads.
@@ -84,102 +82,106 @@ class Report:
 
 @dataclass(frozen=True)
 class Dataset:
-    """answers: the `labels` of the training rows."""
+    """Examples to train on and of the eval set, the prompts of the eval set, and the `labels` of the training rows."""
 
-    train: list[TokenRow]
-    heldout: list[TokenRow]
-    questions: list[Question]
+    train: list[Example]
+    eval: list[Example]
+    eval_prompts: list[EvalPrompt]
     answers: list[str] | None
     report: Report
 
 
-def prepare(data: config.Data, tokenizer: Any) -> Dataset:
+def tokenized(found: Rows, tokenizer: Any, data: config.Data) -> list[Example]:
+    """Render and tokenize rows, or load them from the cache; each document is an example. Faults go into the ledger."""
+    rows, ledger = found.rows, found.ledger
+    name = cache.key(rows, tokenizer, data) if len(rows) >= _CACHED_FROM_ROWS and not ledger.bad else None
+    if name and (kept := cache.load(name, rows)) is not None:
+        found.from_cache.append(name)
+        return kept
+    rendered = chat_template.turns(rows, data, tokenizer, ledger)
+    examples = list(tokenize.encode(rows, rendered, tokenizer, data.train_on, ledger))
+    if name and not ledger.bad and all(example.supervised.any() for example in examples):
+        cache.store(name, examples)
+    return examples
+
+
+MakeExamples = Callable[[Rows, Any, config.Data], list[Example]]  # `Objective.examples`
+
+
+def prepare(data: config.Data, tokenizer: Any, make_examples: MakeExamples = tokenized) -> Dataset:
     """Read, check, split, tokenize and measure the rows of `data`.
 
     The tokenizer is a fast one of transformers. Raises DataError (rows), ConfigError (settings, tokenizer),
     ResourceError (a package or hub dataset that is not here), SecurityError.
     """
-    return prepare_rows(read(data), data, tokenizer)
+    return prepare_rows(read(data), data, tokenizer, make_examples)
 
 
-def prepare_rows(found: Rows, data: config.Data, tokenizer: Any) -> Dataset:
-    """Tokenize and measure rows that were read: those to train on, and those held out, which may be all.
+def prepare_rows(found: Rows, data: config.Data, tokenizer: Any, make_examples: MakeExamples = tokenized) -> Dataset:
+    """Make examples of rows that were read, and measure them; all rows may be eval rows.
 
     Raises one DataError that lists the bad rows, those included that were bad as they were read.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"the tokenizer must be a fast one (tokenizer.json), got {type(tokenizer).__name__}")
     rows, ledger = found.rows, found.ledger
-    documents, cached = _tokenized(rows, data, tokenizer, ledger)
-    fitted, cut = _fitted(documents, rows, data, tokenizer, ledger)
-    train = [d for d in fitted if not found.aside[d.row]]
-    heldout = [d for d in fitted if found.aside[d.row]]
-    if not (heldout if all(found.aside) else train):
+    examples = make_examples(found, tokenizer, data)
+    for example in examples:
+        if not example.supervised.any():
+            ledger.add_bad(example.source, "row", "has no supervised token", rows[example.row].answer)
+    ledger.raise_bad()
+    fitted, cut = _fitted(examples, found, data, tokenizer)
+    train = [example for example in fitted if not found.is_eval[example.row]]
+    eval_ = [example for example in fitted if found.is_eval[example.row]]
+    if not (eval_ if all(found.is_eval) else train):
         left_out = ", ".join(f"{count} {reason}" for reason, count in ledger.left_out.items())
-        raise DataError(f"no row is left to {'evaluate' if all(found.aside) else 'train on'}: {left_out}")
+        raise DataError(f"no row is left to {'evaluate' if all(found.is_eval) else 'train on'}: {left_out}")
     report = Report(
-        format=found.format.name, rows=len(rows), train_documents=len(train), heldout_documents=len(heldout),
+        format=found.format.name, rows=len(rows), train_documents=len(train), heldout_documents=len(eval_),
         left_out=dict(+ledger.left_out), truncated=cut if data.too_long is TooLong.truncate_prompt else 0,
         split=cut if data.too_long is TooLong.split else 0, duplicates=found.duplicates, unused=found.unused,
-        train_tokens=_tokens(train), heldout_tokens=_tokens(heldout),
-        supervised_tokens=sum(int(d.supervised.sum()) for d in train), longest=max(len(d.ids) for d in fitted),
-        cached=cached, sha256=_sha256(train, heldout), template_sha256=_template_sha256(tokenizer),
+        train_tokens=_tokens(train), heldout_tokens=_tokens(eval_),
+        supervised_tokens=sum(int(example.supervised.sum()) for example in train),
+        longest=max(len(example.ids) for example in fitted), cached=bool(found.from_cache),
+        sha256=_sha256(train, eval_), template_sha256=_template_sha256(tokenizer),
         tokenizer_sha256=hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
     )  # fmt: skip
-    return Dataset(_token_rows(train, rows), _token_rows(heldout, rows), _questions(heldout, rows),
-                   labels(rows[d.row] for d in train), report)  # fmt: skip
+    return Dataset(train, eval_, _eval_prompts(eval_, rows), labels(rows[example.row] for example in train), report)
 
 
-def _tokenized(rows: list[Row], data: config.Data, tokenizer: Any, ledger: Ledger) -> tuple[list[Encoded], bool]:
-    """Documents of all rows in order, and whether they came from the cache."""
-    name = cache.key(rows, tokenizer, data) if len(rows) >= _CACHED_FROM_ROWS and not ledger.bad else None
-    if name and (kept := cache.load(name)) is not None:
-        return kept, True
-    rendered = chat_template.scripts(rows, data, tokenizer, ledger)
-    documents = list(tokenize.encode(rows, rendered, tokenizer, data.train_on, ledger))
-    for document in documents:
-        if not document.supervised.any():
-            ledger.add_bad(rows[document.row].place, "row", "has no supervised token", rows[document.row].answer)
-    ledger.raise_bad()
-    if name:
-        cache.store(name, documents)
-    return documents, False
-
-
-def _fitted(
-    documents: list[Encoded], rows: list[Row], data: config.Data, tokenizer: Any, ledger: Ledger
-) -> tuple[list[Encoded], int]:
-    """Documents of at most `data.max_length` tokens by `data.too_long`, and how many were cut to it."""
-    long = [d for d in documents if len(d.ids) > data.max_length]
+def _fitted(examples: list[Example], found: Rows, data: config.Data, tokenizer: Any) -> tuple[list[Example], int]:
+    """Examples of at most `data.max_length` tokens by `data.too_long`, and the number that were cut to it."""
+    rows = found.rows
+    long = [example for example in examples if len(example.ids) > data.max_length]
     if not long:
-        return documents, 0
+        return examples, 0
     if data.too_long is TooLong.drop:
         # A row goes as a whole: a part of its documents would be half a conversation.
-        gone = {d.row for d in long}
-        ledger.left_out["longer than data.max_length"] += len(gone)
-        return [d for d in documents if d.row not in gone], 0
+        gone = {example.row for example in long}
+        found.ledger.left_out["longer than data.max_length"] += len(gone)
+        return [example for example in examples if example.row not in gone], 0
     if data.too_long is TooLong.error:
         raise DataError(f"{_too_long(long, rows, data)}: {_advice(long, rows, data, tokenizer)}")
     if data.too_long is TooLong.split:
-        if stuck := [d for d in long if rows[d.row].messages]:
+        if stuck := [example for example in long if rows[example.row].messages]:
             why = "only plain text is cut into windows"
             raise DataError(f"{_too_long(stuck, rows, data)}, and {why}: {_advice(stuck, rows, data, tokenizer)}")
-        return [window for d in documents for window in _windows(d, data.max_length)], len(long)
-    cut = [_cut(d, data.max_length, tokenizer) if len(d.ids) > data.max_length else d for d in documents]
-    if stuck := [d for d in cut if len(d.ids) > data.max_length]:
+        return [window for example in examples for window in _windows(example, data.max_length)], len(long)
+    cut = [_cut(e, data.max_length, tokenizer) if len(e.ids) > data.max_length else e for e in examples]
+    if stuck := [example for example in cut if len(example.ids) > data.max_length]:
         why = "without their prompts: answers are never cut"
         raise DataError(f"{_too_long(stuck, rows, data)} {why}; {_advice(stuck, rows, data, tokenizer)}")
     return cut, len(long)
 
 
-def _too_long(long: list[Encoded], rows: list[Row], data: config.Data) -> str:
+def _too_long(long: list[Example], rows: list[Row], data: config.Data) -> str:
     worst = max(long, key=lambda d: len(d.ids))
     return (f"{len({d.row for d in long})} of {len(rows)} rows are longer than data.max_length={data.max_length}, "
-            f"the longest is {rows[worst.row].place} with {len(worst.ids)} tokens")  # fmt: skip
+            f"the longest is {worst.source} with {len(worst.ids)} tokens")  # fmt: skip
 
 
-def _advice(long: list[Encoded], rows: list[Row], data: config.Data, tokenizer: Any) -> str:
-    """What helps all of these documents, and nothing that does not."""
+def _advice(long: list[Example], rows: list[Row], data: config.Data, tokenizer: Any) -> str:
+    """Name the choices that help all of these documents."""
     cures = ["drop"]
     if all(len(_cut(d, data.max_length, tokenizer).ids) <= data.max_length for d in long):
         cures.append("truncate_prompt")
@@ -188,7 +190,7 @@ def _advice(long: list[Encoded], rows: list[Row], data: config.Data, tokenizer: 
     return f"raise it, or choose data.too_long={' or '.join(cures)}"
 
 
-def _windows(document: Encoded, max_length: int) -> Iterator[Encoded]:
+def _windows(document: Example, max_length: int) -> Iterator[Example]:
     """Cut a text so that every target stays one, once; the end token stands where the text ends, and only there.
 
         max_length=4    a b c d e f g .      targets of the whole:  b c d e f g .
@@ -204,7 +206,7 @@ def _windows(document: Encoded, max_length: int) -> Iterator[Encoded]:
         yield replace(document, ids=document.ids[start : start + max_length], supervised=supervised)
 
 
-def _cut(document: Encoded, max_length: int, tokenizer: Any) -> Encoded:
+def _cut(document: Example, max_length: int, tokenizer: Any) -> Example:
     """Take tokens from the start of the first prompt, behind a beginning-of-text token; as they were if too few."""
     keep = int(document.ids[0] == tokenizer.bos_token_id)
     excess = len(document.ids) - max_length
@@ -218,17 +220,11 @@ def _cut(document: Encoded, max_length: int, tokenizer: Any) -> Encoded:
                    answer_start=document.answer_start - excess)  # fmt: skip
 
 
-def _token_rows(documents: Iterable[Encoded], rows: list[Row]) -> list[TokenRow]:
-    return [TokenRow(d.ids, d.supervised, rows[d.row].place) for d in documents]
-
-
-def _questions(documents: Iterable[Encoded], rows: list[Row]) -> list[Question]:
-    """One for each held-out row that has a prompt, from its last document."""
-    last = {d.row: d for d in documents}
+def _eval_prompts(examples: Iterable[Example], rows: list[Row]) -> list[EvalPrompt]:
+    """Make a prompt of the last example of each row that asks something."""
+    last = {example.row: example for example in examples if example.answer_start and rows[example.row].messages}
     return [
-        Question(d.ids[: d.answer_start], _asked(rows[d.row]), rows[d.row].answer, rows[d.row].place)
-        for d in last.values()
-        if rows[d.row].messages
+        EvalPrompt(e.ids[: e.answer_start], _asked(rows[e.row]), rows[e.row].answer, e.source) for e in last.values()
     ]
 
 
@@ -242,15 +238,15 @@ def labels(rows: Iterable[Row]) -> list[str] | None:
     return sorted(answers) if 0 < len(answers) <= MOST_LABELS else None
 
 
-def _tokens(documents: Iterable[Encoded]) -> int:
-    return sum(len(d.ids) for d in documents)
+def _tokens(examples: Iterable[Example]) -> int:
+    return sum(len(example.ids) for example in examples)
 
 
-def _sha256(*sides: list[Encoded]) -> str:
+def _sha256(*sides: list[Example]) -> str:
     digest = hashlib.sha256()
-    for documents in sides:
-        for d in documents:
-            digest.update(len(d.ids).to_bytes(8, "little") + d.ids.tobytes() + d.supervised.tobytes())
+    for examples in sides:
+        for e in examples:
+            digest.update(len(e.ids).to_bytes(8, "little") + e.ids.tobytes() + e.supervised.tobytes())
         digest.update(b"side")
     return digest.hexdigest()
 

@@ -7,10 +7,11 @@
     table              {"english": "good", "german": "gut"}           with data.prompt and data.answer
     text               {"text": "Two and two are four."}
 
-An OpenAI message's "weight": 0 keeps an assistant message from being learned; "tools" go to the template. A column
+A message with "weight": 0, "train": false or "loss": false is not learned; "tools" go to the template. A column
 "system" leads the chat of any format that has no system message.
 """
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import islice
@@ -18,7 +19,7 @@ from typing import Any
 
 from lora_ft import config
 from lora_ft.config import Format
-from lora_ft.data import table
+from lora_ft.data import jsonl, table
 from lora_ft.data.rows import ANSWER_CUE, Ledger, Message, Record, Row, RowError, excerpt, is_blank
 from lora_ft.errors import ConfigError, DataError
 
@@ -52,15 +53,15 @@ def rows(records: Iterable[Record], data: config.Data, ledger: Ledger) -> tuple[
     if not held:
         ledger.raise_bad()
         raise DataError("there is no row to learn from in the data")
-    columns = Counter(tuple(_renamed(record.values, data.columns)) for record in held)
-    names = list(dict.fromkeys(name for record in held for name in record.values))
+    columns = Counter(tuple(_renamed(values, data.columns)) for _, values in held)
+    names = list(dict.fromkeys(name for _, values in held for name in values))
     found, parse, read = _parser(names, columns, data)
     parsed: list[Row] = []
-    for record in held:
+    for source, values in held:
         try:
-            parsed.append(parse(record.place, _renamed(record.values, data.columns)))
+            parsed.append(parse(source, _renamed(values, data.columns)))
         except RowError as error:
-            ledger.add_bad(record.place, _as_in_file(error.name, data.columns), error.reason, record.values)
+            ledger.add_bad(source, _as_in_file(error.name, data.columns), error.reason, values)
     if not parsed:
         ledger.raise_bad()
     in_file = {data.columns.get(name, name) for name in read}
@@ -148,12 +149,12 @@ def _as_in_file(name: str, columns: dict[str, str]) -> str:
     return columns.get(column, column) + bracket + index
 
 
-def _messages_row(place: str, values: dict[str, Any]) -> Row:
-    return _chat(place, _led(_message_list(values, "messages"), values), values)
+def _messages_row(source: str, values: dict[str, Any]) -> Row:
+    return _chat(source, _led(_message_list(values, "messages"), values), values)
 
 
-def _conversations_row(place: str, values: dict[str, Any]) -> Row:
-    return _chat(place, _led(_message_list(values, "conversations"), values), values)
+def _conversations_row(source: str, values: dict[str, Any]) -> Row:
+    return _chat(source, _led(_message_list(values, "conversations"), values), values)
 
 
 def _led(messages: list[Message], values: dict[str, Any]) -> list[Message]:
@@ -164,18 +165,18 @@ def _led(messages: list[Message], values: dict[str, Any]) -> list[Message]:
     return [{"role": "system", "content": system}, *messages]
 
 
-def _prompt_completion_row(place: str, values: dict[str, Any]) -> Row:
+def _prompt_completion_row(source: str, values: dict[str, Any]) -> Row:
     if isinstance(values.get("prompt"), list):
         asked = _led(_message_list(values, "prompt"), values)
         context = frozenset(i for i, message in enumerate(asked) if message["role"] == "assistant")
-        return _chat(place, asked + _message_list(values, "completion"), values, context)
+        return _chat(source, asked + _message_list(values, "completion"), values, context)
     prompt, completion = _text(values, "prompt"), _text(values, "completion")
     messages = _led([{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}], values)
     system = f"{messages[0]['content']}\n\n" if len(messages) > 2 else ""
-    return Row(place, messages, completion, plain_prompt=system + prompt, tools=_tools(values))
+    return Row(source, messages, completion, plain_prompt=system + prompt, tools=_tools(values))
 
 
-def _alpaca_row(place: str, values: dict[str, Any]) -> Row:
+def _alpaca_row(source: str, values: dict[str, Any]) -> Row:
     """Templates get instruction and input as one user message; plain text gets Alpaca's headings."""
     instruction, output = _text(values, "instruction"), _text(values, "output")
     extra, system = _optional_text(values, "input"), _optional_text(values, "system")
@@ -187,7 +188,7 @@ def _alpaca_row(place: str, values: dict[str, Any]) -> Row:
     for question, answer in turns[:-1]:
         plain += f"### Instruction:\n{question}{ANSWER_CUE}{answer}\n\n"
     heading = f"\n\n### Input:\n{extra}" if extra else ""
-    return Row(place, messages, output, f"{plain}### Instruction:\n{instruction}{heading}{ANSWER_CUE}")
+    return Row(source, messages, output, f"{plain}### Instruction:\n{instruction}{heading}{ANSWER_CUE}")
 
 
 def _history(values: dict[str, Any]) -> list[tuple[str, str]]:
@@ -202,8 +203,8 @@ def _history(values: dict[str, Any]) -> list[tuple[str, str]]:
     return [(question, answer) for question, answer in pairs]
 
 
-def _text_row(place: str, values: dict[str, Any]) -> Row:
-    return Row(place, [], _text(values, "text"), plain_prompt="")
+def _text_row(source: str, values: dict[str, Any]) -> Row:
+    return Row(source, [], _text(values, "text"), plain_prompt="")
 
 
 _PARSERS: dict[Format, Callable[[str, dict[str, Any]], Row]] = {
@@ -246,8 +247,8 @@ def _tools(values: dict[str, Any]) -> list[Any] | None:
     return tools or None
 
 
-def _chat(place: str, messages: list[Message], values: dict[str, Any], context: frozenset[int] = frozenset()) -> Row:
-    """Check the order of roles and that the chat ends with an answer; take the weights off the messages."""
+def _chat(source: str, messages: list[Message], values: dict[str, Any], context: frozenset[int] = frozenset()) -> Row:
+    """Check the order of roles and that the chat ends with an answer; take the marks of `_message` off the messages."""
     last = ""
     for index, message in enumerate(messages):
         if message["role"] not in _MAY_FOLLOW[last]:
@@ -256,8 +257,9 @@ def _chat(place: str, messages: list[Message], values: dict[str, Any], context: 
         last = message["role"]
     if last != "assistant":
         raise RowError(f"message {len(messages)}", f"the chat must end with the assistant's answer, ends with {last}")
-    unlearned = {i for i, message in enumerate(messages) if message.pop("weight", 1) == 0}
-    return Row(place, messages, messages[-1].get("content") or "", context=context | unlearned, tools=_tools(values))
+    excluded = frozenset(i for i, message in enumerate(messages) if message.pop("weight", 1) == 0)
+    answer = messages[-1].get("content") or ""
+    return Row(source, messages, answer, context=context | excluded, excluded=excluded, tools=_tools(values))
 
 
 def _message_list(values: dict[str, Any], column: str) -> list[Message]:
@@ -272,7 +274,10 @@ def _message_list(values: dict[str, Any], column: str) -> list[Message]:
 
 
 def _message(message: object, name: str) -> Message:
-    """A message with OpenAI's keys; what templates may read beside them (tool_calls, name, ...) is kept."""
+    """A message with OpenAI's keys; what templates may read beside them (tool_calls, name, ...) is kept.
+
+    A message that is not learned has "weight": 0, whichever key said so.
+    """
     if not isinstance(message, dict):
         raise RowError(name, f"must be an object, got {_kind(message)}")
     kept = {key: value for key, value in message.items() if value is not None and key not in ("from", "value")}
@@ -280,7 +285,7 @@ def _message(message: object, name: str) -> Message:
     if not isinstance(role, str) or role not in _ROLES:
         raise RowError(name, f"role {excerpt(repr(role))} is none of {', '.join(_ROLES)}")
     if calls := kept.get("tool_calls"):
-        _check_calls(calls, _ROLES[role], name)
+        kept["tool_calls"] = _calls(calls, _ROLES[role], name)
     content = _content(message.get("content", message.get("value")), name)
     if content is None and not calls:
         raise RowError(name, f"the content of {role} is missing")
@@ -288,19 +293,47 @@ def _message(message: object, name: str) -> Message:
         raise RowError(name, f"the content of {role} is empty")
     if kept.get("weight", 1) not in (0, 1):
         raise RowError(name, f"weight must be 0 or 1, got {excerpt(kept['weight'])}")
+    for flag in ("train", "loss"):
+        learned = kept.pop(flag, True)
+        if not isinstance(learned, bool):
+            raise RowError(name, f"{flag} must be true or false, got {excerpt(learned)}")
+        if not learned:
+            kept["weight"] = 0
     return {**kept, "role": _ROLES[role], "content": content or ""}
 
 
-def _check_calls(calls: object, role: str, name: str) -> None:
-    """A template writes what it is given: of a call without a name, nothing, and of a text each letter."""
+def _calls(calls: object, role: str, name: str) -> list[dict[str, Any]]:
+    """Check the tool calls of a message and make their arguments objects, which OpenAI writes as JSON text."""
     if role != "assistant":
         raise RowError(name, f"tool_calls belong to the assistant, not to {role}")
     if not isinstance(calls, list):
         raise RowError(name, f"tool_calls must be a list, got {_kind(calls)}")
-    for call in calls:
+    checked = []
+    for index, call in enumerate(calls):
         function = call.get("function", call) if isinstance(call, dict) else call
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or is_blank(function["name"]):
             raise RowError(name, "tool_calls must be objects with the name of a function")
+        arguments = _arguments(function.get("arguments"), f"{name}.tool_calls[{index}].arguments")
+        function = {**function, "arguments": arguments}
+        checked.append({**call, "function": function} if "function" in call else function)
+    return checked
+
+
+def _arguments(value: object, name: str) -> dict[str, Any]:
+    """The arguments of a tool call as an object; a call that has none, null or empty text gets an empty one."""
+    if value is None or (isinstance(value, str) and is_blank(value)):
+        return {}
+    found = value
+    if isinstance(value, str):
+        try:
+            found = jsonl.parse(value)
+        except json.JSONDecodeError as error:
+            raise RowError(name, f"is not JSON: {error.msg} at character {error.pos + 1}", value) from None
+        except RowError as error:
+            raise RowError(name, f"{error.name}: {error.reason}", value) from None
+    if not isinstance(found, dict):
+        raise RowError(name, f"must be an object or the JSON text of one, got {_kind(found)}", value)
+    return found
 
 
 def _content(content: object, name: str) -> str | None:

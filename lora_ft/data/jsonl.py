@@ -34,39 +34,45 @@ def lines(path: Path, label: str, ledger: Ledger) -> Iterator[Record]:
         number = 0
         while line := file.readline(MOST_LINE_BYTES + 1):
             number += 1
-            place = f"{label}:{number}"
+            source = f"{label}:{number}"
             if len(line) > MOST_LINE_BYTES:
-                ledger.add_bad(place, "line", f"longer than {MOST_LINE_BYTES // 2**20} MiB", line[:200])
+                ledger.add_bad(source, "line", f"longer than {MOST_LINE_BYTES // 2**20} MiB", line[:200])
                 while line and not line.endswith(b"\n"):
                     line = file.readline(MOST_LINE_BYTES)
-            elif values := _parse_line(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, place, ledger):
-                yield Record(place, values)
+            elif values := _parse_line(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, source, ledger):
+                yield source, values
 
 
-def _parse_line(line: bytes, place: str, ledger: Ledger) -> dict[str, Any] | None:
+def _parse_line(line: bytes, source: str, ledger: Ledger) -> dict[str, Any] | None:
     """The object of one line; None for an empty line and for a bad one, which the ledger then holds."""
     if not line.strip():
         return None
     try:
         text = line.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
-        ledger.add_bad(place, "line", f"not UTF-8 at byte {error.start + 1}", line[:200].decode("utf-8", "replace"))
+        ledger.add_bad(source, "line", f"not UTF-8 at byte {error.start + 1}", line[:200].decode("utf-8", "replace"))
         return None
     try:
-        if _too_deep(text) is not None:
-            raise RowError("row", _DEPTH_REASON)
-        values = _DECODER.decode(text)
+        values = parse(text)
         if not isinstance(values, dict) or not values:
             raise RowError("row", "must be an object with columns")
-        if _SURROGATE.search(text):
-            _refuse_surrogates(values)
     except json.JSONDecodeError as error:
-        ledger.add_bad(place, f"column {error.colno}", f"not JSON: {error.msg}", excerpt(text, near=error.pos))
+        ledger.add_bad(source, f"column {error.colno}", f"not JSON: {error.msg}", excerpt(text, near=error.pos))
         return None
     except RowError as error:
-        ledger.add_bad(place, error.name, error.reason, text)
+        ledger.add_bad(source, error.name, error.reason, text)
         return None
     return values
+
+
+def parse(text: str) -> object:
+    """Decode one JSON value. Raises JSONDecodeError, and RowError for what json accepts and this module refuses."""
+    if _too_deep(text) is not None:
+        raise RowError("row", _DEPTH_REASON)
+    value = _DECODER.decode(text)
+    if isinstance(value, dict) and _SURROGATE.search(text):
+        _refuse_surrogates(value)
+    return value
 
 
 def _too_deep(text: str) -> int | None:
@@ -156,7 +162,7 @@ def rows(path: Path, label: str, ledger: Ledger) -> Iterator[Record]:
         why = f": {refused[0]}" if refused else ""
         raise DataError(f'{label}: must be a list of objects, or {{"data": [...]}} around one{why}: {excerpt(text)}')
     for number, values in enumerate(listed, 1):
-        place = f"{label}:row {number}"
+        source = f"{label}:row {number}"
         try:
             if refused and (inside := _refused_in(values)):
                 raise inside
@@ -164,9 +170,9 @@ def rows(path: Path, label: str, ledger: Ledger) -> Iterator[Record]:
                 raise RowError("row", "must be an object with columns")
             _refuse_surrogates(values)
         except RowError as error:
-            ledger.add_bad(place, error.name, error.reason, values if error.shown is None else error.shown)
+            ledger.add_bad(source, error.name, error.reason, values if error.shown is None else error.shown)
         else:
-            yield Record(place, values)
+            yield source, values
 
 
 def _refused_in(value: object) -> RowError | None:

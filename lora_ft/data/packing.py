@@ -1,39 +1,17 @@
-"""Rows packed into micro-batches without padding.
+"""Examples packed into micro-batches without padding; those of one group stay together.
 
 best_fit([5, 3, 4, 2], capacity=7) -> [[0, 3], [1, 2]]       5+2 and 3+4 tokens
 """
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 
-from lora_ft.data.rows import TokenRow
+from lora_ft.data.rows import Example
 from lora_ft.errors import ConfigError
-
-UNSUPERVISED = -100  # torch's cross-entropy ignores this target by default
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Rows laid end to end; `targets[i]` is the token that position i predicts.
-
-    Two rows, `2+2? =4.` and `Hi Ho.`, whose answers `4.` and `Ho.` are supervised:
-
-        ids        2+2?   =     4     .    | Hi    Ho    .
-        positions  0      1     2     3    | 0     1     2      restart at each document
-        starts     0                         4                7
-        targets    -100   4     .    -100  | Ho    .    -100    next token of the same document
-
-    ids, positions, targets: int64 [tokens]. starts: int32 [documents + 1], cumulative boundaries.
-    """
-
-    ids: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    starts: NDArray[np.int32]
-    targets: NDArray[np.int64]
+from lora_ft.ops.batch import IGNORED, Batch
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -56,29 +34,54 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def micro_batches(rows: Sequence[TokenRow], capacity: int | None, packing: bool) -> list[MicroBatch]:
-    """Cut the rows of a step into micro-batches of at most `capacity` tokens (None: all together).
+def grouped(examples: Sequence[Example]) -> list[list[int]]:
+    """Indices of the examples of each group, in the order of the examples; an example without a group is one alone."""
+    groups: dict[tuple[str, int], list[int]] = {}
+    for index, example in enumerate(examples):
+        key = ("example", index) if example.group is None else ("group", example.group)
+        groups.setdefault(key, []).append(index)
+    return list(groups.values())
 
-    Without packing each row is one alone. Raises ConfigError for a row that is longer than the capacity.
+
+def group_lengths(examples: Sequence[Example], groups: Sequence[Sequence[int]]) -> list[int]:
+    """Number of tokens of each group."""
+    return [sum(len(examples[i].ids) for i in group) for group in groups]
+
+
+def longest_group(examples: Sequence[Example]) -> int:
+    """Number of tokens of the longest group: a micro-batch must hold as many."""
+    return max(group_lengths(examples, grouped(examples)), default=0)
+
+
+def check_capacity(examples: Sequence[Example], capacity: int | None) -> None:
+    """ConfigError that names the longest group if it is longer than a micro-batch may be."""
+    groups = grouped(examples)
+    length, group = max(zip(group_lengths(examples, groups), groups, strict=True), default=(0, []))
+    if capacity is not None and length > capacity:
+        raise ConfigError(
+            f"train.tokens_per_microbatch must be at least the longest row: {examples[group[0]].source} has {length} "
+            f"tokens, got {capacity}"
+        )
+
+
+def micro_batches(examples: Sequence[Example], capacity: int | None, packing: bool) -> list[Batch]:
+    """Cut the examples of a step into micro-batches of at most `capacity` tokens (None: all together).
+
+    Without packing each group is one alone. Raises ConfigError if a group is longer than the capacity.
     """
-    for row in rows:
-        if capacity is not None and len(row.ids) > capacity:
-            raise ConfigError(
-                f"train.tokens_per_microbatch must be at least the longest row: {row.place} has {len(row.ids)} "
-                f"tokens, got {capacity}"
-            )
-    if not packing:
-        return [_lay_out([row]) for row in rows]
-    lengths = [len(row.ids) for row in rows]
-    return [_lay_out([rows[i] for i in bin_]) for bin_ in best_fit(lengths, capacity or sum(lengths))]
+    check_capacity(examples, capacity)
+    groups = grouped(examples)
+    lengths = group_lengths(examples, groups)
+    bins = best_fit(lengths, capacity or sum(lengths)) if packing else [[i] for i in range(len(groups))]
+    return [_pack([examples[i] for group in bin_ for i in groups[group]]) for bin_ in bins]
 
 
-def _lay_out(rows: Sequence[TokenRow]) -> MicroBatch:
-    ids = np.concatenate([row.ids for row in rows]).astype(np.int64)
-    supervised = np.concatenate([row.supervised for row in rows])
-    positions = np.concatenate([np.arange(len(row.ids), dtype=np.int64) for row in rows])
+def _pack(examples: Sequence[Example]) -> Batch:
+    ids = np.concatenate([example.ids for example in examples]).astype(np.int64)
+    supervised = np.concatenate([example.supervised for example in examples])
+    positions = np.concatenate([np.arange(len(example.ids), dtype=np.int64) for example in examples])
     # A document's first token is never supervised, so a shift of the whole cannot cross a boundary.
-    targets = np.full(len(ids), UNSUPERVISED, dtype=np.int64)
+    targets = np.full(len(ids), IGNORED, dtype=np.int64)
     targets[:-1][supervised[1:]] = ids[1:][supervised[1:]]
-    starts = np.cumsum([0, *(len(row.ids) for row in rows)], dtype=np.int32)
-    return MicroBatch(ids, positions, starts, targets)
+    starts = np.cumsum([0, *(len(example.ids) for example in examples)]).tolist()
+    return Batch(torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(targets), starts)

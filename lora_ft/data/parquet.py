@@ -1,6 +1,9 @@
 """Parquet files: rows as Python's own values, and not more of them than a file of this size plausibly unpacks to.
 
 chat.parquet:row 3      counted from 1
+
+Arrow has one schema for all rows: an object has the keys of all other objects in its place, null where it had none.
+These nulls are dropped. A null that the author of the rows wrote into an object looks the same and is dropped as well.
 """
 
 from collections.abc import Iterable, Iterator
@@ -9,6 +12,7 @@ from typing import Any
 
 from lora_ft.data.rows import Ledger, Record, RowError, excerpt
 from lora_ft.errors import DataError, SecurityError
+from lora_ft.io import untrusted
 
 # What a file may unpack to: so many times its size, and always so many bytes.
 _MOST_UNPACKED = 200
@@ -33,7 +37,7 @@ def rows(path: Path, label: str, ledger: Ledger) -> Iterator[Record]:
                     if isinstance(values, RowError):
                         ledger.add_bad(f"{label}:row {number}", values.name, values.reason, values.shown)
                     else:
-                        yield Record(f"{label}:row {number}", values)
+                        yield f"{label}:row {number}", untrusted.without_filled_nulls(values)
     # Damaged pages come as OSError without a number.
     except (pyarrow.ArrowException, OSError) as error:
         ledger.add_bad(f"{label}:row {number + 1}", "file", "not readable as Parquet", error)

@@ -1,7 +1,8 @@
-"""What passes from reader to tokenizer, and the ledger of the rows that could not pass.
+"""The types of this folder: the row of a file, the example made of it, and the ledger of bad rows.
 
-Record("chat.jsonl:12", {"prompt": "2+2?", "completion": "4"})
+("chat.jsonl:12", {"prompt": "2+2?", "completion": "4"})          as a file holds it
 Row("chat.jsonl:12", messages=[{"role": "user", ...}, {"role": "assistant", ...}], answer="4", ...)
+Example(ids=[1, 9, 4, 2], supervised=[False, False, True, True], source="chat.jsonl:12", ...)
 
 chat.jsonl:13: completion: is empty: {"prompt": "2+3?", "completion": ""}
 """
@@ -29,48 +30,55 @@ Message = dict[str, Any]
 ANSWER_CUE = "\n\n### Response:\n"
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """A row as its file holds it, with the place that a message about it names."""
-
-    place: str
-    values: dict[str, Any]
+Record = tuple[str, dict[str, Any]]
+"""A row as its file holds it: its source, file:line, and its columns."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row whatever its format was: a chat, a prompt with its answer, or a text.
+    """A row of any format: a chat, a prompt with its answer, or a text.
 
+    source: file and line, for messages about the row.
     messages: the chat for the tokenizer's template; empty for plain text.
     plain_prompt: the text before `answer` where no template is used; None if only a template can render the row.
     answer: the last answer, or the whole text.
     context: indices of assistant messages that are not learned.
+    excluded: indices of messages, of any role, that the row itself marks as not learned.
     """
 
-    place: str
+    source: str
     messages: list[Message]
     answer: str
     plain_prompt: str | None = None
     context: frozenset[int] = frozenset()
+    excluded: frozenset[int] = frozenset()
     tools: list[Any] | None = None
 
 
 @dataclass(frozen=True)
-class TokenRow:
-    """One document of tokens, as the model is trained or evaluated on it.
+class Example:
+    """One document of tokens, from the tokenizer to packing.
 
     ids: int32 [length].
-    supervised: bool [length]; True where token i is a target, predicted from token i - 1; index 0 never is.
-    place: of the row it was made from.
+    supervised: bool [length]; True if token i is a target, predicted from token i - 1; index 0 never is.
+    source: file and line of its row. row: index of its row among those that were read.
+    prompt_end: tokens before the first answer, which may be cut. answer_start: tokens before the last answer; 0 if
+    there is no prompt to answer.
+    group: examples of one group, a number that is unique in the dataset, stay in one micro-batch, next to each other;
+    None: the example stands alone.
     """
 
     ids: NDArray[np.int32]
     supervised: NDArray[np.bool_]
-    place: str
+    source: str
+    row: int = 0
+    prompt_end: int = 0
+    answer_start: int = 0
+    group: int | None = None
 
 
 class RowError(Exception):
-    """One row's fault, raised where its place is not known and caught where it is, for the ledger.
+    """A fault of one row, raised where the source is not known, and caught where it is, for the ledger.
 
     name: of the field, message or column at fault. reason: what is wrong with it. shown: the part of the row that
     it is about, where the reader would not see it at once.
@@ -83,15 +91,15 @@ class RowError(Exception):
 
 @dataclass
 class Ledger:
-    """Rows that failed and rows left aside on purpose, so that rows in = rows out + rows named here."""
+    """Bad rows and rows left out on purpose, so that rows in = rows out + rows named here."""
 
     left_out: Counter[str] = field(default_factory=Counter)
     bad: list[str] = field(default_factory=list)
 
-    def add_bad(self, place: str, name: str, reason: str, shown: object) -> None:
+    def add_bad(self, source: str, name: str, reason: str, shown: object) -> None:
         """Note a bad row; raise DataError at once when MOST_BAD_ROWS are known."""
         why = f"{excerpt(name)}: {excerpt(reason, longest=_LONGEST_REASON)}"
-        self.bad.append(f"{printable(place)}: {why}: {excerpt(shown)}")
+        self.bad.append(f"{printable(source)}: {why}: {excerpt(shown)}")
         if len(self.bad) == MOST_BAD_ROWS:
             self.raise_bad(" (stopped there)")
 
@@ -108,7 +116,7 @@ def _by_number(line: str) -> list[str | int]:
 
 
 def is_blank(text: str) -> bool:
-    """Whether nothing of a text can be seen: blanks, and characters without a shape such as NUL or U+200B."""
+    """Return True if a text shows nothing: blanks, and characters without a shape such as NUL or U+200B."""
     return all(unicodedata.category(c) in _UNSEEN for c in text)
 
 

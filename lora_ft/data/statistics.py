@@ -18,10 +18,10 @@ import numpy as np
 
 from lora_ft import config
 from lora_ft.config import TooLong, TrainOn
-from lora_ft.data.chat_template import render
-from lora_ft.data.dataset import Dataset, Report, TokenRow
+from lora_ft.data.chat_template import prompts
+from lora_ft.data.dataset import Dataset, Report
 from lora_ft.data.read import Rows
-from lora_ft.data.rows import Row, excerpt
+from lora_ft.data.rows import Example, Row, excerpt
 from lora_ft.data.tokenize import Vocabulary
 
 _BINS = 8
@@ -37,7 +37,7 @@ class Survey:
     histogram: [shortest, longest, documents] of each bin. begin: the beginning-of-text token, None where the
     tokenizer puts none before text; begun: documents that begin with it. ends: documents by their last token, which is
     learned; unended: documents that stop without one. prompts: rows whose prompt was rendered again, as it is when the
-    model is asked; other_prompts: places of those that were trained behind another. written: rows by the added token
+    model is asked; other_prompts: sources of those that were trained behind another. written: rows by the added token
     that a person wrote in them. asked_before: held-out rows whose prompt, or whole text, is that of a training row but
     for case, blanks and punctuation.
     """
@@ -71,7 +71,7 @@ def survey(found: Rows, dataset: Dataset, data: config.Data, tokenizer: Any) -> 
         ends=ends,
         unended=unended,
         prompts=len(compared),
-        other_prompts=[place for place, same in compared if not same],
+        other_prompts=[source for source, same in compared if not same],
         written=_written(found.rows, tokenizer),
         asked_before=_asked_before(found),
     )
@@ -118,10 +118,10 @@ def _histogram(lengths: np.ndarray[Any, Any]) -> list[tuple[int, int, int]]:
     ]
 
 
-def _ends(documents: list[TokenRow], data: config.Data, tokenizer: Any) -> tuple[dict[str, int], int]:
+def _ends(documents: list[Example], data: config.Data, tokenizer: Any) -> tuple[dict[str, int], int]:
     """Documents by the end token that they learn, and how many learn none; of a text in windows the last one counts."""
     if data.too_long is TooLong.split:
-        documents = list({document.place: document for document in documents}.values())
+        documents = list({document.source: document for document in documents}.values())
     ends = {tokenizer.eos_token_id, *tokenizer.added_tokens_decoder}
     last = Counter(int(d.ids[-1]) for d in documents if d.supervised[-1] and int(d.ids[-1]) in ends)
     named = {str(tokenizer.convert_ids_to_tokens(token)): count for token, count in last.most_common()}
@@ -131,7 +131,7 @@ def _ends(documents: list[TokenRow], data: config.Data, tokenizer: Any) -> tuple
 def _prompts_again(
     found: Rows, dataset: Dataset, data: config.Data, vocabulary: Vocabulary
 ) -> Iterator[tuple[str, bool]]:
-    """Some chats' places, and whether their last prompt, rendered and tokenized as at inference, begins their tokens.
+    """Yield sources of some chats, and True if the last prompt, rendered as at inference, begins their tokens.
 
     The plain way all through: transformers renders, and the tokenizer reads the text as a whole. It shows a template
     that depends on the clock or on chance, and holds our faster ways to the truth.
@@ -139,17 +139,17 @@ def _prompts_again(
     tokenizer = vocabulary.tokenizer
     if not tokenizer.chat_template:
         return
-    last = {document.place: document for document in dataset.train}
-    chats = [row for row in found.training_rows if row.messages and row.place in last]
+    last = {document.source: document for document in dataset.train}
+    chats = [row for row in found.training_rows if row.messages and row.source in last]
     for row in chats[:: max(1, len(chats) // _PROMPTS_COMPARED)][:_PROMPTS_COMPARED]:
-        ids = last[row.place].ids
+        ids = last[row.source].ids
         if data.too_long is TooLong.truncate_prompt and len(ids) == data.max_length:
             continue  # it may have been cut
         messages = row.messages[: _last_learned(row, data)]
         if data.system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": data.system}, *messages]
-        (prompt,) = vocabulary.ids_whole([render(messages, tokenizer, True, row.tools)])
-        yield row.place, prompt == ids[: len(prompt)].tolist()
+        asked = vocabulary.ids_whole(prompts(messages, tokenizer, row.tools))
+        yield row.source, any(prompt == ids[: len(prompt)].tolist() for prompt in asked)
 
 
 def _last_learned(row: Row, data: config.Data) -> int:
@@ -178,11 +178,11 @@ def _written(rows: list[Row], tokenizer: Any) -> dict[str, int]:
 
 def _asked_before(found: Rows) -> int:
     """Equal rows are on one side, or an error; rows that only ask the same are found here."""
-    if not any(found.aside):
+    if not any(found.is_eval):
         return 0
     asked = [_asked(row) for row in found.rows]
-    trained = {text for text, aside in zip(asked, found.aside, strict=True) if not aside}
-    return sum(text in trained for text, aside in zip(asked, found.aside, strict=True) if aside and text)
+    trained = {text for text, is_eval in zip(asked, found.is_eval, strict=True) if not is_eval}
+    return sum(text in trained for text, is_eval in zip(asked, found.is_eval, strict=True) if is_eval and text)
 
 
 def _asked(row: Row) -> str:

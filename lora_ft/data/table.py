@@ -28,10 +28,10 @@ def parser(data: config.Data, columns: Iterable[str]) -> Callable[[str, dict[str
     prompt = _compile("data.prompt", data.prompt, known)
     answer = _compile("data.answer", data.answer, known)
 
-    def parse(place: str, values: dict[str, Any]) -> Row:
+    def parse(source: str, values: dict[str, Any]) -> Row:
         question, reply = _filled(prompt, values, "data.prompt"), _filled(answer, values, "data.answer")
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
-        return Row(place, messages, reply, plain_prompt=question + ANSWER_CUE)
+        return Row(source, messages, reply, plain_prompt=question + ANSWER_CUE)
 
     return parse
 

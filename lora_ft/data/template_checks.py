@@ -7,8 +7,9 @@
 stand in the template or in one another, `Trials` tries once for each shape of chat with words that nobody writes.
 """
 
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lora_ft.data.rows import Message, RowError
@@ -24,20 +25,20 @@ def check(messages: list[Message], answer: int, prompt: str, through: str, tools
     """RowError if the rendering of `messages` up to an answer does not hold all of their texts.
 
     Blanks at the ends do not count: many templates strip contents. A system message may stand anywhere, since some
-    write it into a later turn. Tools and calls are known by their names, since each template has a form of its own for
-    them; tool messages, which some write as JSON, are left to the template.
+    write it into a later turn. Each template has its own form for tools and calls: the names of both must be there, and
+    the keys and values of a call's arguments. Tool messages, which some write as JSON, are not checked.
     """
     behind = through[len(prompt) :] if through.startswith(prompt) else through
     learned, earlier = messages[answer], messages[:answer]
     for part in _ANSWER_PARTS:
         if isinstance(text := learned.get(part), str) and _lost(_THOUGHT.split(text), behind):
             raise RowError("chat template", "changes the answer or leaves it out", text)
-    for name in _names(learned.get("tool_calls")):
-        if name not in behind:
-            raise RowError("chat template", f"leaves out the answer's call of {name}", learned)
-    for name in _names(tools):
-        if name not in prompt:
-            raise RowError("chat template", f"leaves out the tool {name}", tools)
+    _check_calls(learned, behind, "the answer's")
+    for message in earlier:
+        _check_calls(message, prompt, "an earlier")
+    for tool in _functions(tools):
+        if tool["name"] not in prompt:
+            raise RowError("chat template", f"leaves out the tool {tool['name']}", tools)
     for message in earlier:
         if message["role"] == "system" and _lost([message["content"]], prompt):
             raise RowError("chat template", "changes the system message or leaves it out", message["content"])
@@ -59,10 +60,47 @@ def _lost(texts: list[str], rendering: str) -> str | None:
     return None
 
 
-def _names(functions: list[Any] | None) -> list[str]:
-    """The names of tools, or of tool calls, in OpenAI's form or without its wrapping."""
-    inner = [function.get("function", function) for function in functions or []]
-    return [f["name"] for f in inner if isinstance(f, dict) and isinstance(f.get("name"), str)]
+def _functions(listed: list[Any] | None) -> list[dict[str, Any]]:
+    """The functions of tools, or of tool calls, in OpenAI's form or without its wrapping."""
+    inner = [entry.get("function", entry) for entry in listed or []]
+    return [f for f in inner if isinstance(f, dict) and isinstance(f.get("name"), str)]
+
+
+def _check_calls(message: Message, rendering: str, whose: str) -> None:
+    """RowError if the rendering lacks the name or an argument of a tool call, or shows Python's form of an object."""
+    for function in _functions(message.get("tool_calls")):
+        call, arguments = f"{whose} call of {function['name']}", function.get("arguments", {})
+        if function["name"] not in rendering:
+            raise RowError("chat template", f"leaves out {call}", message)
+        as_json = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False, default=str)
+        if as_json in rendering:
+            continue
+        for value in _leaves(arguments):
+            if isinstance(arguments, str) or not any(form in rendering for form in _forms(value)):
+                raise RowError("chat template", f"leaves out {value} in {call}", message)
+        if str(arguments) in rendering:
+            raise RowError("chat template", f"writes the arguments of {call} as Python does, not as JSON", message)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """The keys of an object and the values that hold no others."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield key
+            yield from _leaves(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(inner)
+    else:
+        yield value
+
+
+def _forms(value: Any) -> set[str]:
+    """The forms in which a template may write a key or value: as it is, as in JSON, or as in Python."""
+    if isinstance(value, str):
+        text = value.strip()
+        return {text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1], repr(text)[1:-1]}
+    return {json.dumps(value, default=str), str(value)}
 
 
 class Trials:

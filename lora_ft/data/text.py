@@ -46,7 +46,7 @@ def table(path: Path, label: str, ledger: Ledger) -> Iterator[Record]:
         elif fields:
             values = dict(zip(header, fields, strict=True))
             if not (damaged and _is_damaged(f"{label}:{start}", values, ledger)):
-                yield Record(f"{label}:{start}", values)
+                yield f"{label}:{start}", values
 
 
 def paragraphs(path: Path, label: str, ledger: Ledger) -> Iterator[Record]:
@@ -57,9 +57,9 @@ def paragraphs(path: Path, label: str, ledger: Ledger) -> Iterator[Record]:
         if line.strip():
             paragraph.append(line)
         elif paragraph:
-            place, values = f"{label}:{number - len(paragraph)}", {"text": "\n".join(paragraph)}
-            if not (damaged and _is_damaged(place, values, ledger)):
-                yield Record(place, values)
+            source, values = f"{label}:{number - len(paragraph)}", {"text": "\n".join(paragraph)}
+            if not (damaged and _is_damaged(source, values, ledger)):
+                yield source, values
             paragraph = []
 
 
@@ -79,9 +79,9 @@ def _decode_damaged(data: bytes) -> tuple[str, bool]:
         return data.decode("utf-8-sig", "surrogateescape"), True
 
 
-def _is_damaged(place: str, values: dict[str, str], ledger: Ledger) -> bool:
+def _is_damaged(source: str, values: dict[str, str], ledger: Ledger) -> bool:
     for name, value in values.items():
         if found := _DAMAGE.search(name + value):
-            ledger.add_bad(place, name, "holds NUL" if found[0] == "\0" else "is not UTF-8", value)
+            ledger.add_bad(source, name, "holds NUL" if found[0] == "\0" else "is not UTF-8", value)
             return True
     return False

@@ -1,4 +1,4 @@
-"""Scripts become token ids and masks, found by comparing ids: no `{% generation %}` tags needed.
+"""Rendered turns become examples, ids with a mask found by comparing ids: no `{% generation %}` tags needed.
 
     ids         <|im_start|> user \n 2 + 2 ? <|im_end|> \n <|im_start|> assistant \n 4 <|im_end|>
     supervised                                                                       x x
@@ -17,41 +17,26 @@ The end-of-turn token is supervised; blanks that a template puts behind it are c
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lora_ft.config import TrainOn
-from lora_ft.data.chat_template import Script, Turn
-from lora_ft.data.rows import Ledger, Row, RowError
+from lora_ft.data.chat_template import Turn
+from lora_ft.data.rows import Example, Ledger, Row, RowError
 from lora_ft.errors import ConfigError
 
 # Four thousand short rows: enough for the tokenizer's threads to share, and a few dozen megabytes at most.
 _CHARACTERS_AT_ONCE = 1 << 20
 
-Indexed = tuple[int, Script]
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A document made of one row. ids: int32 [length]; supervised: bool [length].
-
-    row: index of the row. prompt_end: tokens before the first answer, which may be cut; answer_start: where the
-    last answer begins.
-    """
-
-    ids: NDArray[np.int32]
-    supervised: NDArray[np.bool_]
-    row: int
-    prompt_end: int
-    answer_start: int
+Rendered = tuple[int, list[Turn]]
+"""The index of a row, and its turns."""
 
 
 class Vocabulary:
-    """What the masks need to know of a tokenizer: its begin and end tokens, and which tokens are blank."""
+    """A tokenizer with what masks need: its begin and end tokens, and its blank tokens."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -99,7 +84,7 @@ _LOCAL = frozenset(("ByteLevel", "Split", "Digits", "Punctuation", "Whitespace",
 
 
 def _splitter(backend: Any) -> Callable[[str], list[str]] | None:
-    """What cuts a text at its added tokens as the tokenizer itself does first; None where the parts are not all.
+    """Return a function that cuts a text at its added tokens as the tokenizer does first; None if parts are not local.
 
     The tokenizer looks for the longest of these tokens from left to right, and normalizes, cuts and merges each part
     between them on its own. Tokens that take blanks or word boundaries around them with them are not cut at.
@@ -121,31 +106,33 @@ def _is_local(pre_tokenizer: Any) -> bool:
 
 
 def encode(
-    rows: list[Row], scripts: Iterable[Indexed], tokenizer: Any, train_on: TrainOn, ledger: Ledger
-) -> Iterator[Encoded]:
-    """Tokenize scripts, in their order; faults of a row go into the ledger.
+    rows: list[Row], rendered: Iterable[Rendered], tokenizer: Any, train_on: TrainOn, ledger: Ledger
+) -> Iterator[Example]:
+    """Tokenize the turns of rows, in their order; faults of a row go into the ledger.
 
     Raises ConfigError for a tokenizer without an end token where plain text needs one.
     """
     vocabulary = Vocabulary(tokenizer)
-    for chunk in _chunks(scripts):
-        ids = iter(vocabulary.ids([text for _, s in chunk for turn in s.turns for text in (turn.prompt, turn.through)]))
-        for index, script in chunk:
-            turns = [(turn, next(ids), next(ids)) for turn in script.turns]
+    for chunk in _chunks(rendered):
+        ids = iter(
+            vocabulary.ids([text for _, turns in chunk for turn in turns for text in (turn.prompt, turn.through)])
+        )
+        for index, turns in chunk:
+            tokenized = [(turn, next(ids), next(ids)) for turn in turns]
             try:
-                for document in _documents(index, script, turns, vocabulary):
-                    yield _learned_whole(document, script) if train_on is TrainOn.all else document
+                for example in _examples(index, rows[index], tokenized, vocabulary):
+                    yield _learned_whole(example, rows[index], turns) if train_on is TrainOn.all else example
             except RowError as error:
-                ledger.add_bad(rows[index].place, error.name, error.reason, error.shown)
+                ledger.add_bad(rows[index].source, error.name, error.reason, error.shown)
 
 
-def _chunks(scripts: Iterable[Indexed]) -> Iterator[list[Indexed]]:
-    """Scripts to tokenize at once; the last turn of a script is the longest."""
-    chunk: list[Indexed] = []
+def _chunks(rendered: Iterable[Rendered]) -> Iterator[list[Rendered]]:
+    """Rows to tokenize at once; the last turn of a row is the longest."""
+    chunk: list[Rendered] = []
     characters = 0
-    for index, script in scripts:
-        chunk.append((index, script))
-        characters += len(script.turns) * len(script.turns[-1].through)
+    for index, turns in rendered:
+        chunk.append((index, turns))
+        characters += len(turns) * len(turns[-1].through)
         if characters >= _CHARACTERS_AT_ONCE:
             yield chunk
             chunk, characters = [], 0
@@ -153,40 +140,43 @@ def _chunks(scripts: Iterable[Indexed]) -> Iterator[list[Indexed]]:
         yield chunk
 
 
-def _documents(
-    row: int, script: Script, turns: list[tuple[Turn, list[int], list[int]]], vocabulary: Vocabulary
-) -> Iterator[Encoded]:
+def _examples(
+    index: int, row: Row, turns: list[tuple[Turn, list[int], list[int]]], vocabulary: Vocabulary
+) -> Iterator[Example]:
     held: list[int] = []
     spans: list[tuple[int, int]] = []
     for turn, prompt, through in turns:
         ids = _joined(turn, prompt, through, vocabulary)
-        if script.plain:
+        if turn.plain:
             prompt, ids = vocabulary.lead + prompt, _ended(vocabulary.lead + ids, vocabulary)
         else:
             ids = _cut_behind_end(turn, ids, len(prompt), vocabulary)
         if vocabulary.bos is not None and ids[:2] == [vocabulary.bos] * 2:
-            name = "text" if script.plain else "chat template"
+            name = "text" if turn.plain else "chat template"
             raise RowError(name, "begins with two beginning-of-text tokens", turn.through)
         if spans and ids[: len(held)] != held:
-            yield _document(row, held, spans)
+            yield _example(index, row, held, spans)
             spans = []
         held = ids
         spans.append((len(prompt), len(ids)))
-    yield _document(row, held, spans)
+    yield _example(index, row, held, spans)
 
 
-def _document(row: int, ids: list[int], spans: list[tuple[int, int]]) -> Encoded:
+def _example(index: int, row: Row, ids: list[int], spans: list[tuple[int, int]]) -> Example:
     supervised = np.zeros(len(ids), dtype=np.bool_)
     for start, end in spans:
         supervised[start:end] = True
     supervised[0] = False  # nothing precedes it that could predict it
-    return Encoded(np.array(ids, dtype=np.int32), supervised, row, prompt_end=spans[0][0], answer_start=spans[-1][0])
+    return Example(
+        np.array(ids, dtype=np.int32), supervised, row.source, index, prompt_end=spans[0][0], answer_start=spans[-1][0]
+    )
 
 
-def _learned_whole(document: Encoded, script: Script) -> Encoded:
-    """Supervise everything; a row with earlier answers has then no prompt that may be cut."""
-    supervised = np.arange(len(document.ids)) > 0
-    return replace(document, supervised=supervised, prompt_end=document.prompt_end if script.answers == 1 else 0)
+def _learned_whole(example: Example, row: Row, turns: list[Turn]) -> Example:
+    """Supervise everything; a chat with earlier answers has then no prompt that may be cut."""
+    has_earlier = not turns[0].plain and sum(message["role"] == "assistant" for message in row.messages) > 1
+    supervised = np.arange(len(example.ids)) > 0
+    return replace(example, supervised=supervised, prompt_end=0 if has_earlier else example.prompt_end)
 
 
 def _joined(turn: Turn, prompt: list[int], through: list[int], vocabulary: Vocabulary) -> list[int]:

@@ -22,10 +22,11 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft import config
-from lora_ft.data.dataset import Question, TokenRow
+from lora_ft.data.dataset import EvalPrompt
+from lora_ft.data.rows import Example
 from lora_ft.errors import NonFiniteError
 from lora_ft.evaluation.generation import generate, visible
-from lora_ft.evaluation.loss import EvalLoss, eval_loss
+from lora_ft.evaluation.loss import EvalLoss, Loss, eval_loss
 from lora_ft.ops.token_loss import Paths
 
 _WIDE = 100  # columns; in a narrower terminal, four texts side by side are unreadable
@@ -33,12 +34,16 @@ _WIDE = 100  # columns; in a narrower terminal, four texts side by side are unre
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Rows for the loss and prompts to answer greedily, with the size of a forward pass and of an answer in tokens."""
+    """Examples for the loss and prompts to answer greedily, with the size of a forward pass and of an answer in tokens.
 
-    rows: Sequence[TokenRow]
-    prompts: Sequence[Question]
+    loss: of the objective.
+    """
+
+    examples: Sequence[Example]
+    prompts: Sequence[EvalPrompt]
     tokens_per_microbatch: int
     max_new_tokens: int
+    loss: Loss
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ def compare(
     inner: PreTrainedModel = model.get_base_model()
 
     def loss_and_answers(loss: EvalLoss | None) -> tuple[EvalLoss, list[str]]:
-        loss = loss or eval_loss(inner, eval_set.rows, paths, eval_set.tokens_per_microbatch)
+        loss = loss or eval_loss(inner, eval_set.loss, eval_set.examples, paths, eval_set.tokens_per_microbatch)
         if not math.isfinite(loss.loss):
             raise NonFiniteError(f"eval loss {loss.loss}: the weights of the base or of the adapter are broken")
         prompts = [prompt.prompt_ids for prompt in eval_set.prompts]

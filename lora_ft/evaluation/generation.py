@@ -32,9 +32,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from lora_ft import config
 from lora_ft.errors import ConfigError, NonFiniteError
-from lora_ft.io import limits
-from lora_ft.ops.attention import plain_attention
-from lora_ft.ops.dequantized import unpacked_weights
+from lora_ft.models.acceleration import dequantized_weights, plain_attention
 
 # Terminals obey control characters, and a model can write any: they are escaped.
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -130,7 +128,7 @@ def _inference(model: PreTrainedModel) -> Iterator[None]:
         with (
             torch.random.fork_rng(devices, device_type=model.device.type),
             plain_attention(model),
-            unpacked_weights(model),
+            dequantized_weights(model),
         ):
             yield
     finally:
@@ -230,8 +228,7 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     answer = "two"
     chat = [{"role": "user", "content": "one"}, {"role": "assistant", "content": answer}]
     try:
-        with limits.bounded("the chat template"):
-            rendered = str(tokenizer.apply_chat_template(chat, tokenize=False))
+        rendered = str(tokenizer.apply_chat_template(chat, tokenize=False))
     except jinja2.TemplateError:  # the template refuses this conversation; the end of text remains a stop token
         return None
     after = tokenizer.encode(rendered.rpartition(answer)[2].strip(), add_special_tokens=False)

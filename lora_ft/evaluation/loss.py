@@ -1,4 +1,4 @@
-"""Eval loss: the mean over the supervised tokens of the eval rows, independent of how they are batched.
+"""Eval loss: the mean over the supervised tokens of the eval set, independent of how its examples are batched.
 
     loss = sum of token losses / supervised tokens        perplexity = exp(loss)
 
@@ -6,53 +6,56 @@ A mean of batch means would depend on the batch size (A25); here only rounding d
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
 
-from lora_ft.data.packing import MicroBatch, micro_batches
-from lora_ft.data.rows import TokenRow
-from lora_ft.ops.token_loss import Batch, Paths, token_loss_sum
+from lora_ft.data.packing import longest_group, micro_batches
+from lora_ft.data.rows import Example
+from lora_ft.ops.batch import Batch, LossSum
+from lora_ft.ops.token_loss import Paths
+
+Loss = Callable[[PreTrainedModel, Batch, Paths], LossSum]  # `Objective.loss`
 
 
 @dataclass(frozen=True)
 class EvalLoss:
-    """Token-weighted loss in nats, over `tokens` supervised tokens of `rows` rows."""
+    """Weighted mean of the loss over `rows` examples with `tokens` supervised tokens; for sft, in nats per token.
+
+    metrics: the objective's further means, by name.
+    """
 
     loss: float
     tokens: int
     rows: int
+    metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
-def to_batch(packed: MicroBatch, device: torch.device) -> Batch:
-    """The tensors of a packed micro-batch on `device`."""
-    return Batch(
-        ids=torch.from_numpy(packed.ids).to(device),
-        positions=torch.from_numpy(packed.positions).to(device),
-        targets=torch.from_numpy(packed.targets).to(device),
-        starts=packed.starts.tolist(),
-    )
-
-
 @torch.no_grad()
-def eval_loss(model: PreTrainedModel, rows: Sequence[TokenRow], paths: Paths, tokens_per_microbatch: int) -> EvalLoss:
-    """Evaluate rows without dropout and without touching any random state; the model's mode is restored.
+def eval_loss(
+    model: PreTrainedModel, loss: Loss, examples: Sequence[Example], paths: Paths, tokens_per_microbatch: int
+) -> EvalLoss:
+    """Evaluate examples without dropout and without touching any random state; the model's mode is restored.
 
-    `tokens_per_microbatch` bounds a forward pass; a row longer than that is a pass of its own.
+    `tokens_per_microbatch` bounds a forward pass; a longer group of examples is a pass of its own.
     """
-    capacity = max([tokens_per_microbatch, *(len(row.ids) for row in rows)])
+    capacity = max(tokens_per_microbatch, longest_group(examples))
     was_training = model.training
     model.eval()
-    total, tokens = 0.0, 0
-    for packed in micro_batches(rows, capacity, paths.packs):
-        batch = to_batch(packed, model.device)
-        total += token_loss_sum(model, batch, paths).item()
-        tokens += int((batch.targets >= 0).sum())
+    total, weight, tokens = 0.0, 0.0, 0
+    metrics: Counter[str] = Counter()
+    for batch in micro_batches(examples, capacity, paths.packs):
+        found = loss(model, batch.to(model.device), paths)
+        total += found.sum.item()
+        weight += found.weight
+        tokens += sum(batch.counts)
+        metrics.update({name: value.item() for name, value in found.metrics.items()})
     model.train(was_training)
-    return EvalLoss(total / tokens, tokens, len(rows))
+    return EvalLoss(total / weight, tokens, len(examples), {name: value / weight for name, value in metrics.items()})

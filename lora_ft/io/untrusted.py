@@ -1,18 +1,22 @@
 """Files that somebody else wrote, checked before a library reads them. No torch here.
 
-check_folder(folder)                             no link leads out of it, nothing in it is a pipe or a device
-json_object(path, ConfigError)                   {"model_type": "llama", ...}
-tensor_header(path, 10**7, MismatchError)        the bytes of a safetensors header that describes exactly its file
-check_yaml(data, "my.yaml", ConfigError)         no alias bomb, no tag that builds objects, not deep, not large
-is_hub_id("owner/name")                          whether a name may be one of the hub's
+check_folder(folder)                                    no link leads out of it, nothing in it is a pipe or a device
+json_object(path, ConfigError)                          {"model_type": "llama", ...}
+tensor_header(path, 10**7, MismatchError)               the safetensors header, which describes exactly its file
+check_yaml(data, "my.yaml", ConfigError)                no tag that builds objects, not large, not deep
+check_types(path, fields, LoraConfig, MismatchError)    values of the types that a dataclass declares
+is_hub_id("owner/name")                                 the form that the hub's names have
 
-What is malformed is an error of the kind given; what only an attack would hold is a SecurityError.
+A malformed file is an error of the kind given. A file that only an attack would hold is a SecurityError.
 """
 
+import dataclasses
 import json
 import os
 import re
 import struct
+import types
+import typing
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -24,11 +28,9 @@ from lora_ft.errors import LoraFtError, SecurityError
 
 MOST_JSON_BYTES = 16 * 2**20
 MOST_YAML_BYTES = 2**20
-_MOST_NODES = 100_000  # of a YAML document whose aliases are written out
-_DEEPEST = 20
-_DEEPEST_JSON = 64  # a schema of tools in a template's settings has ten
+_DEEPEST_YAML = 20
 
-# What tokenizers and models are read from; the rest of a folder is nobody's business.
+# Suffixes of files that tokenizers and models are read from; nothing reads the others.
 _READ = {".json", ".jinja", ".model", ".safetensors", ".txt", ".yaml", ".yml", ".tiktoken"}
 _TEMPLATES = "additional_chat_templates"
 
@@ -41,12 +43,12 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 
 
 def is_hub_id(name: object) -> bool:
-    """NAME or OWNER/NAME, as the hub has them; a folder of this machine may be called so as well."""
+    """Return True for NAME or OWNER/NAME as the hub has them; a local folder may have such a name as well."""
     return isinstance(name, str) and bool(_HUB_ID.fullmatch(name)) and ".." not in name
 
 
 def is_public_id(name: object) -> bool:
-    """Whether a name says the same to everybody: a hub id, and no place of this machine."""
+    """Return True for a hub id that is not also a path on this machine."""
     return is_hub_id(name) and not Path(str(name)).exists()
 
 
@@ -59,7 +61,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check_place(path: Path, folder: Path) -> None:
-    """SecurityError where a path of this folder leads out of it, or is a pipe, a device or a socket.
+    """Raise SecurityError if a path of this folder leads out of it, or is a pipe, a device or a socket.
 
     Only the hub's own cache keeps files elsewhere: snapshots/COMMIT/config.json -> ../../blobs/HASH.
     """
@@ -74,11 +76,11 @@ def check_place(path: Path, folder: Path) -> None:
 
 
 def json_object(path: Path, kind: type[LoraFtError]) -> dict[str, Any]:
-    """A JSON object of at most MOST_JSON_BYTES; an error of `kind` where the file holds anything else."""
+    """Read a JSON object of at most MOST_JSON_BYTES; raise `kind` if the file holds anything else."""
     with path.open("rb") as file:
         data = file.read(MOST_JSON_BYTES + 1)
     if len(data) > MOST_JSON_BYTES:
-        raise SecurityError(f"{path} is larger than {MOST_JSON_BYTES // 2**20} MiB, which no file of this name is")
+        raise SecurityError(f"{path} is larger than {MOST_JSON_BYTES // 2**20} MiB, too large for a file of this name")
     try:
         value = json.loads(data.decode("utf-8"))
     except RecursionError:
@@ -87,22 +89,12 @@ def json_object(path: Path, kind: type[LoraFtError]) -> dict[str, Any]:
         raise kind(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise kind(f"{path} must hold a JSON object, got {type(value).__name__}")
-    if _depth_exceeds(value, _DEEPEST_JSON):
-        raise SecurityError(f"{path} is nested too deeply")
     return value
-
-
-def _depth_exceeds(value: Any, limit: int) -> bool:
-    level = [value]
-    for _ in range(limit):
-        level = [c for node in level if isinstance(node, dict | list)
-                 for c in (node.values() if isinstance(node, dict) else node)]  # fmt: skip
-    return bool(level)
 
 
 @dataclass(frozen=True)
 class Header:
-    """The first bytes of a safetensors file, up to the data; where in the data its tensors lie, in order; shapes."""
+    """The first bytes of a safetensors file, up to the data; byte ranges of its tensors, in order; their shapes."""
 
     raw: bytes
     places: list[tuple[int, int]]
@@ -110,9 +102,9 @@ class Header:
 
 
 def tensor_header(path: Path, most_bytes: int, kind: type[LoraFtError]) -> Header:
-    """The header of a safetensors file whose tensors cover the rest of the file: none missing, shared or unused.
+    """Read the header of a safetensors file; its tensors must cover the rest of the file without gap or overlap.
 
-    The length is believed only up to `most_bytes` and the file's size, before anything of it is read.
+    The length that the file states is checked against `most_bytes` and the file's size before the header is read.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -159,42 +151,63 @@ def _places(tensors: dict[str, Any], num_bytes: int) -> list[tuple[int, int]]:
 
 
 def check_yaml(data: bytes | str, label: str, kind: type[LoraFtError]) -> None:
-    """Walk a YAML document without building it. What does not parse is left to the one who will.
+    """Check size, tags and depth of a YAML document without building it; syntax errors are left to its reader.
 
-    Raises SecurityError for a document of over MOST_YAML_BYTES, whose aliases would expand without measure, or that
-    has tags; an error of `kind` for one nested too deeply, which composers take as recursion.
+    Raises SecurityError for a document of over MOST_YAML_BYTES and for a tag that asks for more than plain data, an
+    error of `kind` for deep nesting: libyaml composes by recursion in C, which ends the process.
     """
+    depth = 0
     if len(data) > MOST_YAML_BYTES:
         raise SecurityError(f"{label} is larger than {MOST_YAML_BYTES // 2**20} MiB")
-    sizes: dict[str, int] = {}  # of anchors that are whole: an alias inside of its own anchor has no end
-    counts = [0]
-    names: list[str | None] = []
     try:
         for event in yaml.parse(data, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-            place = f"{label}:{event.start_mark.line + 1 if event.start_mark else 1}"
+            line = event.start_mark.line + 1 if event.start_mark else 1
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST_YAML:
+                raise kind(f"{label}:{line}: nested more than {_DEEPEST_YAML} deep")
             tag = getattr(event, "tag", None)
             if tag not in _TAGS | {None, "!"}:
-                raise SecurityError(f"{place}: the tag {tag} asks for more than data")
-            if isinstance(event, yaml.CollectionStartEvent):
-                counts.append(1)
-                names.append(event.anchor)
-            elif isinstance(event, yaml.CollectionEndEvent):
-                size = counts.pop()
-                _note(sizes, names.pop(), size)
-                counts[-1] += size
-            elif isinstance(event, yaml.ScalarEvent):
-                _note(sizes, event.anchor, 1)
-                counts[-1] += 1
-            elif isinstance(event, yaml.AliasEvent):
-                counts[-1] += sizes.get(event.anchor or "", _MOST_NODES + 1)
-            if len(names) > _DEEPEST:
-                raise kind(f"{place}: nested more than {_DEEPEST} deep")
-            if counts[-1] > _MOST_NODES:
-                raise SecurityError(f"{place}: aliases make it more than {_MOST_NODES:,} values")
+                raise SecurityError(f"{label}:{line}: the tag {tag} asks for more than data")
     except (yaml.YAMLError, UnicodeDecodeError):
         return
 
 
-def _note(sizes: dict[str, int], anchor: str | None, size: int) -> None:
-    if anchor is not None:
-        sizes[anchor] = size
+def check_types(path: Path, fields: dict[str, Any], schema: type, kind: type[LoraFtError]) -> None:
+    """Check values of JSON against the types that a library's dataclass declares; an error of `kind` names the first.
+
+    PEFT takes the types of its settings for granted: on others it fails with any exception, much later, or never.
+    """
+    hints = typing.get_type_hints(schema)
+    for name, value in fields.items():
+        if name in hints and not _fits(value, hints[name]):
+            expected = hints[name].__name__ if isinstance(hints[name], type) else str(hints[name])
+            raise kind(f"{path}: {name} must be {expected.replace('typing.', '')}, got {value!r}"[:300])
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Compare a value with a type: numbers are one type, a choice is any text, a dataclass is a mapping."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(isinstance(value, dict) if dataclasses.is_dataclass(o) else _fits(value, o) for o in inner)
+    if origin is typing.Literal:
+        return isinstance(value, str)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(item, inner[1]) for item in value.values())
+    if hint in (int, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint in (bool, str, dict, types.NoneType):
+        return isinstance(value, hint)
+    return origin is tuple and isinstance(value, list)
+
+
+def without_filled_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """Drop the keys that are null in the objects inside a row of Arrow. Columns and items of lists stay."""
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

@@ -1,15 +1,14 @@
 """Base models: from a hub id, a folder or a GGUF file to a frozen model and its tokenizer.
 
     load         place -> tokenizer, and frozen (quantized) model; read first
-    locate       model.path -> a checked folder on this machine
-    convert      GGUF file -> such a folder, made once and cached
-    gguf         GGUF file -> metadata and tensors
-    vocabulary   GGUF metadata -> tokenizer
+    resolve      model.path -> a checked folder on this machine
+    gguf         GGUF file -> such a folder, made once and cached
+    families     names and layouts of the model families, in transformers and in GGUF
     quantize     which layers become int8, nf4 or fp4, and the proof that they did
     skeleton     a base without its weights, to check settings on
     storage      what a loaded base need not keep in memory
-    blocks       norms, MLPs and rotary attentions that keep less while they train
+    acceleration the one module that replaces forwards, of the base and of an adapter, and gives them back
     fingerprint  model -> hash of the frozen weights: did training leave the base alone?
 
-Nothing here knows about adapters.
+Only acceleration knows about adapters.
 """

@@ -22,9 +22,8 @@ import torch
 
 from lora_ft import config
 from lora_ft.errors import ConfigError, ResourceError
-from lora_ft.io import limits
 from lora_ft.models import quantize
-from lora_ft.models.locate import Identity, locate
+from lora_ft.models.resolve import Identity, locate
 from lora_ft.models.storage import leave_file
 
 if TYPE_CHECKING:
@@ -120,11 +119,10 @@ def _read_template(path: Path) -> str:
 
     try:
         template = path.read_text("utf-8")
-        with limits.bounded(f"model.chat_template={path}"):  # compiling computes what is constant
-            _compile_jinja_template(template)
+        _compile_jinja_template(template)
     except OSError as error:
         raise ConfigError(f"model.chat_template={path}: {error.strerror}") from None
-    except (jinja2.TemplateSyntaxError, SyntaxError, UnicodeDecodeError) as error:
+    except (jinja2.TemplateSyntaxError, SyntaxError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}:{getattr(error, 'lineno', 1)}: not a Jinja template: {error}") from None
     return template
 
@@ -139,21 +137,34 @@ def _add_tokens(tokenizer: Any, tokens: list[str]) -> None:
 
 
 def load_base(
-    model: config.Model, quant: config.Quant, device: str, tokenizer: "PreTrainedTokenizerBase | None" = None
+    model: config.Model,
+    quant: config.Quant,
+    device: str,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    model_class: Any = None,
 ) -> Base:
     """Load a frozen base in `model.dtype` on `device`, its linear layers quantized as `quant` says.
+
+    `model_class` is of transformers, AutoModelForCausalLM by default.
 
     Rows of added tokens start as the mean of the rows that the tokenizer used before, and so do not
     depend on a seed. Raises what `locate` raises, ConfigError for weights that do not fit the config,
     ResourceError where memory does not suffice.
     """
+    from transformers import AutoModelForCausalLM
+
     identity = locate(model)
     target = resolve_device(device)
     dtype = resolve_dtype(model.dtype, target)
     compute = dtype if quant.compute_dtype is config.Dtype.auto else resolve_dtype(quant.compute_dtype, target)
     tokenizer = tokenizer or load_tokenizer(model)
     network = _load_weights(
-        model.path, str(identity.folder), dtype, target, quantize.bitsandbytes_config(quant, compute)
+        model.path,
+        str(identity.folder),
+        dtype,
+        target,
+        quantize.bitsandbytes_config(quant, compute),
+        model_class or AutoModelForCausalLM,
     )
     quantized: tuple[str, ...] = ()
     if quant.kind is not config.QuantKind.none:
@@ -164,13 +175,14 @@ def load_base(
     return Base(network.requires_grad_(False).eval(), tokenizer, identity, quantized)
 
 
-def _load_weights(path: str, folder: str, dtype: torch.dtype, device: torch.device, quantization: Any) -> Any:
+def _load_weights(
+    path: str, folder: str, dtype: torch.dtype, device: torch.device, quantization: Any, model_class: Any
+) -> Any:
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     try:
         with quiet():
-            network, report = AutoModelForCausalLM.from_pretrained(
+            network, report = model_class.from_pretrained(
                 folder, dtype=dtype, device_map={"": device}, quantization_config=quantization,
                 use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True,
                 ignore_mismatched_sizes=True,  # as part of the report; refused below

@@ -8,7 +8,7 @@ names and shapes.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,13 +16,19 @@ from lora_ft import config
 from lora_ft.errors import ConfigError
 from lora_ft.models import load
 from lora_ft.models.load import Base
-from lora_ft.models.locate import locate
+from lora_ft.models.resolve import locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load_skeleton(model: config.Model, quant: config.Quant, device: str, tokenizer: "PreTrainedTokenizerBase") -> Base:
+def load_skeleton(
+    model: config.Model,
+    quant: config.Quant,
+    device: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    model_class: Any = None,
+) -> Base:
     """The base that `load_base` loads for these settings, its parameters on the meta device.
 
     Raises what `load_base` raises, but for what only the weights themselves can show.
@@ -38,7 +44,7 @@ def load_skeleton(model: config.Model, quant: config.Quant, device: str, tokeniz
     try:
         with load.quiet(), torch.device("meta"):
             described = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            network = AutoModelForCausalLM.from_config(described, dtype=dtype, trust_remote_code=False)
+            network = (model_class or AutoModelForCausalLM).from_config(described, dtype=dtype, trust_remote_code=False)
             if (folder / "generation_config.json").is_file():  # its end tokens, which are not always config.json's
                 network.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:

@@ -23,6 +23,7 @@ import torch
 
 from lora_ft import config
 from lora_ft.errors import ConfigError, ResourceError
+from lora_ft.io import process
 
 _CHUNK = 1 << 16  # float32 values: 256 KB, small enough for a core's own cache
 
@@ -49,7 +50,8 @@ def bitsandbytes_config(quant: config.Quant, compute: torch.dtype) -> Any:
 
 
 def import_bitsandbytes() -> Any:
-    """Import bitsandbytes without torch's compiler, and with our CPU kernel."""
+    """Import bitsandbytes without torch's compiler and without kernels from the hub, and with our CPU kernel."""
+    process.prepare()
     if "bitsandbytes" not in sys.modules:
         with _without_compiler():
             importlib.import_module("bitsandbytes")

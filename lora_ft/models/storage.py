@@ -1,18 +1,17 @@
 """Keep less of a loaded base in memory; nothing that is computed changes, not by a bit.
 
-    store_in_bfloat16   float32 weights whose values are bfloat16's (a bfloat16 checkpoint, computed in float32)
-                        -> half the bytes, made float32 again by each product
-    leave_file          weights that are still parts of the mapped file
-                        -> copies, so that the file's other pages leave the process
+    exact_bfloat16   float32 weights whose values are bfloat16's (a bfloat16 checkpoint, computed in float32)
+                     -> half the bytes, made float32 again by each product
+    leave_file       weights that are still parts of the mapped file
+                     -> copies, so that the file's other pages leave the process
 
-The embedding, the head and the norms stay as they are: they are read by others than their own forward.
+The embedding, the head and the norms stay as they are: other code than their own forward reads them.
 """
 
 import ctypes
-import functools
 import sys
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -20,45 +19,32 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_ft.ops.token_loss import TESTED
 from lora_ft.ops.weights import frozen_linear, frozen_weight
 
 
-def store_in_bfloat16(model: PreTrainedModel, but: Collection[str] = ()) -> int:
-    """Store the frozen linear weights in bfloat16 where that keeps every bit; returns the number of bytes saved.
+def exact_bfloat16(model: PreTrainedModel, modules_to_save: Collection[str] = ()) -> Iterator[tuple[nn.Module, Tensor]]:
+    """Yield the frozen linear layers whose weights bfloat16 holds exactly, each with that weight.
 
-    What belongs to an adapter stays, if one is attached already. `but` names what will be trained in full
-    (adapter.modules_to_save): such layers, and all inside of them, stay. Only architectures that the loss knows take
-    part: others may read the weight's dtype to cast activations to it, as T5 does. Works layer by layer, with one
-    layer's copy beside the model.
+    An attached adapter's layers stay, and so does every layer that `modules_to_save` names, or inside of one: it
+    will be trained in full. The caller replaces weight after weight, so that only one copy exists beside the model.
     """
-    if model.config.model_type not in TESTED:
-        return 0
     holders = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-    saved = 0
-    for name, module in model.named_modules():
+    for name, module in list(model.named_modules()):
         layer: Any = module
         if type(layer) not in (nn.Linear, Conv1D) or layer is model.get_output_embeddings():
             continue
         if any(part.startswith(("lora_", "modules_to_save")) for part in name.split(".")):
             continue
         shared = holders[id(layer.weight)] > 1
-        if shared or layer.weight.requires_grad or any(f".{part}." in f".{name}." for part in but):
+        if shared or layer.weight.requires_grad or any(f".{part}." in f".{name}." for part in modules_to_save):
             continue
         narrow = _narrow(layer.weight.detach())
         if narrow is not None:
-            saved += layer.weight.nbytes - narrow.nbytes
-            layer.weight.data = narrow
-            # bitsandbytes' name for it: PEFT reads it, and so makes the adapter's matrices in float32.
-            layer.compute_dtype = torch.float32
-            layer.forward = functools.partial(_forward, layer)
-    if saved:
-        _give_back_freed_memory()
-    return saved
+            yield layer, narrow
 
 
 def _narrow(weight: Tensor) -> Tensor | None:
-    """The weight in bfloat16, or None where that would lose a bit."""
+    """Return the weight in bfloat16, or None if that would lose a bit."""
     if weight.dtype != torch.float32:
         return None
     # Most bases are either bfloat16 throughout or not at all: one row tells, for nothing.
@@ -69,13 +55,14 @@ def _narrow(weight: Tensor) -> Tensor | None:
     return narrow
 
 
-def _forward(layer: Any, inputs: Tensor) -> Tensor:
+def stored_forward(layer: Any, inputs: Tensor) -> Tensor:
+    """Multiply with the weight upcast to `layer.compute_dtype`."""
     weight = frozen_weight(layer, layer.compute_dtype)
     assert weight is not None  # compute_dtype is what it asks for
     return frozen_linear(inputs, weight, layer.bias)
 
 
-def _give_back_freed_memory() -> None:
+def give_back_freed_memory() -> None:
     """Let glibc return the holes between the new weights, too small for activations; a no-op elsewhere.
 
     Without it SmolLM2-135M peaks 0.2 GB above the model with full weights, with it 0.16 GB below.

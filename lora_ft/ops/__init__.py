@@ -5,6 +5,6 @@ attention        causal within documents                  tiled_attention  the s
 cross_entropy    the head and its loss                    lora_linear      a layer and its LoRA as one function
 norm  mlp  rope  the rest of a block, keeping less        kernels          the three compiled, or Liger's
 recipe           a tensor that can be computed again      weights          a frozen weight, however it is stored
-recompute        activation checkpointing                 unpacked         small weights while generating
+recompute        activation checkpointing                 dequantized      small weights while generating
 dropout          the frozen base's own, switched off      allocator        memory that stays in the process
 """

@@ -30,7 +30,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lora_ft.ops.tiled_attention import tiled_attention, visible, worth_it
@@ -38,12 +37,17 @@ from lora_ft.ops.tiled_attention import tiled_attention, visible, worth_it
 NAME = "lora_ft_packed"
 PLAIN = "sdpa"
 
-# Keyword arguments of some architectures that change what attention computes; none may be dropped silently.
-_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache")
+# Keyword arguments that change nothing here. Any other one that is set may change what attention computes.
+_HARMLESS = {"position_ids", "position_embeddings", "use_cache", "return_dict", "output_attentions",
+             "output_hidden_states", "output_router_logits", "cache_position"}  # fmt: skip
+
+
+class Unsupported(ValueError):
+    """A call that packed attention would answer with other numbers than the model's own attention."""
 
 
 class Kernel(NamedTuple):
-    """What computes attention, and why, for the log."""
+    """The function that computes attention, and the reason for it."""
 
     name: Literal["tiled", "varlen", "flash_attn", "per_document"]
     reason: str
@@ -86,18 +90,27 @@ def packed_causal_attention(
     """Attend causally within each document; query [1, H, T, D], key and value [1, G, T, D], result [1, T, H, D].
 
     `document_starts` is passed to the model's forward and reaches here through transformers'
-    AttentionInterface. Raises ValueError without it: generation with a key cache needs a mask that
-    this name suppresses (see `plain_attention`); and for arguments that would otherwise be ignored.
+    AttentionInterface. Raises Unsupported without it (generation with a key cache needs a mask that this name
+    suppresses), for a mask, and for every argument that would otherwise be ignored.
     """
     if document_starts is None:
-        raise ValueError("packed attention needs document_starts: call the model through token_loss_sum")
-    for name in _UNSUPPORTED:
-        if kwargs.get(name) is not None:
-            raise ValueError(f"packed attention does not know {name}: use fast=off for this architecture")
+        raise Unsupported("packed attention needs document_starts: call the model through token_loss_sum")
+    if attention_mask is not None:
+        raise Unsupported("packed attention takes no attention_mask of the model's own")
+    if kwargs.pop("is_causal", None) is False or getattr(module, "is_causal", True) is False:
+        raise Unsupported("packed attention is causal, and this layer is not")
+    if unknown := sorted(name for name, value in kwargs.items() if value is not None and name not in _HARMLESS):
+        raise Unsupported(f"packed attention does not know {', '.join(unknown)}")
+    if not query.shape[2] == key.shape[2] == document_starts[-1]:
+        raise Unsupported(f"packed attention over {document_starts[-1]} tokens got {query.shape[2]} queries and "
+                          f"{key.shape[2]} keys")  # fmt: skip
+    for calls in _recorders:
+        calls.append(Call(sliding_window, query.shape[-1]))
     starts = tuple(document_starts)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     kernel = choose_kernel(query.device, query.dtype, query.shape[-1]).name
-    if dropout or (kernel == "tiled" and not worth_it(starts, sliding_window)):
+    one_width = query.shape[-1] == value.shape[-1]
+    if dropout or not one_width or (kernel == "tiled" and not worth_it(starts, sliding_window)):
         kernel = "per_document"
     arguments = (query, key, value, starts, sliding_window, scale)
     match kernel:
@@ -200,18 +213,25 @@ def _boundaries(starts: tuple[int, ...], device: torch.device) -> tuple[Tensor, 
     return torch.tensor(starts, dtype=torch.int32, device=device), longest
 
 
+class Call(NamedTuple):
+    """A layer's call of packed attention: its sliding window and the width of its heads."""
+
+    window: int | None
+    head_width: int
+
+
+_recorders: list[list[Call]] = []
+
+
 @contextlib.contextmanager
-def plain_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let the model attend as transformers does, for generation, and give it back as it was."""
-    before = model.config._attn_implementation
-    if before != NAME:
-        yield
-        return
-    model.set_attn_implementation(PLAIN)
+def recorded_calls() -> Iterator[list[Call]]:
+    """Record the calls of packed attention until the block ends."""
+    calls: list[Call] = []
+    _recorders.append(calls)
     try:
-        yield
+        yield calls
     finally:
-        model.set_attn_implementation(before)
+        _recorders.remove(calls)
 
 
 # Under a name that transformers' mask registry does not know, the model builds no mask at all.

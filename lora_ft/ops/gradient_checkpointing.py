@@ -11,9 +11,11 @@ What a layer keeps depends on dtype, dropout, quantization, adapter and on every
 measures it: four forward passes of a few tokens, and the bytes that autograd holds after each.
 """
 
+import contextlib
 import dataclasses
 import math
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -25,12 +27,14 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_ft.errors import ConfigError
-from lora_ft.ops.token_loss import Batch, Paths, token_loss_sum
+from lora_ft.ops.batch import Batch
+from lora_ft.ops.token_loss import Paths, token_loss_sum
 
 # Part of the free memory that a run may plan with; the rest is for what a measurement of a few tokens cannot see:
 # the allocator's gaps, buffers inside kernels, and on a CPU the other processes.
 USABLE = 0.8
 _MOST_PROBE_TOKENS = 24
+_ATTRIBUTES = ("gradient_checkpointing", "_gradient_checkpointing_func")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +72,21 @@ def recompute_layers(model: PreTrainedModel, setting: str) -> int:
         # preserve_rng_state (the default) replays dropout as it was in the forward.
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
     return len(chosen)
+
+
+@contextlib.contextmanager
+def recomputed_layers(model: PreTrainedModel, setting: str) -> Iterator[None]:
+    """Recompute layers by `setting` until the block ends; then they are as they were."""
+    layers = _layers(model)
+    before = [{name: value for name, value in vars(layer).items() if name in _ATTRIBUTES} for layer in layers]
+    recompute_layers(model, setting)
+    try:
+        yield
+    finally:
+        for layer, attributes in zip(layers, before, strict=True):
+            for name in _ATTRIBUTES:
+                vars(layer).pop(name, None)
+            vars(layer).update(attributes)
 
 
 def settle_checkpoint(model: PreTrainedModel, paths: Paths, tokens: int) -> tuple[str, str]:
@@ -108,7 +127,6 @@ def fewest_recomputed(footprint: Footprint, tokens: int, budget: int) -> int:
 def measure(model: PreTrainedModel, paths: Paths) -> Footprint:
     """Measure the footprint of a training step; model, settings and random state are left as they were."""
     layers = _layers(model)
-    before = [layer.gradient_checkpointing for layer in layers]
     training = model.training
     model.train()
     devices = [model.device] if model.device.type == "cuda" else []
@@ -117,11 +135,9 @@ def measure(model: PreTrainedModel, paths: Paths) -> Footprint:
             few, many = _probe_tokens(model)
             slopes = []
             for setting in ("off", "every_1"):
-                recompute_layers(model, setting)
-                slopes.append((_bytes_kept(model, paths, many) - _bytes_kept(model, paths, few)) / (many - few))
+                with recomputed_layers(model, setting):
+                    slopes.append((_bytes_kept(model, paths, many) - _bytes_kept(model, paths, few)) / (many - few))
     finally:
-        for layer, was in zip(layers, before, strict=True):
-            layer.gradient_checkpointing = was
         model.train(training)
     # A recomputed layer keeps its input, which is one row of the hidden state a token.
     recomputed = float(_width(model) * model.get_input_embeddings().weight.element_size())

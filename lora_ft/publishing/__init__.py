@@ -1,8 +1,8 @@
-"""How an adapter reaches others: a package that is proven before it goes and after it came, and who can load it.
+"""Publishing an adapter: a package that is verified before it is sent, and a report of the programs that can load it.
 
-lint, facts, checks                who can load an adapter, and what is wrong with it
-package, card, story, curve, plain what is published: files, and what is told of them
-scan, sums                         what may not leave; that it came whole
-proof, alone                       that a stranger loads what was trained
-places, place_*, hub_errors        where it goes
+prepare, package, card, training_summary, curve, pissa_to_lora   the files of a package and the text of its card
+verification, verify_worker                                      load the package with PEFT alone, compare logits
+compatibility, adapter_facts, adapter_checks                     programs that can load an adapter, faults of its files
+secret_scan, checksums                                           nothing private leaves; everything arrives whole
+destinations/                                                    a folder, the Hugging Face hub, an fsspec URL
 """

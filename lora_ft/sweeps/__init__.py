@@ -1,11 +1,10 @@
-"""Many runs as one: jobs that share a base take turns on it in one child process; reports are made from files alone.
+"""Many runs as one: jobs that share a base run one after the other in one worker; reports are made from files alone.
 
-launch     from Hydra's plans to each job's value
-jobs       what a sweep is made of, and which jobs may share a base
-children   the processes: queue, signals, what is run again
-child      one of them: start, heartbeat, death            devices    the GPUs they may have
-worker     what runs in it
-live       what a person sees meanwhile                    follow     files read as they grow
-results    a sweep as its files tell it                    standing   who is better, and what is comparable
-report     what is written of it, by way of tables, charts, svg, style, page and plots
+launch       the jobs of a sweep, brought to their values
+jobs         which jobs may share a base           halving        which jobs go on at a rung
+scheduler    queue, signals, what is run again     executors/     where workers run
+worker       what runs in one                      devices        the GPUs they may have
+live         what a person sees meanwhile          metrics_reader files read as they grow
+results      a sweep as its files tell it          leaderboard    ranking, and what is comparable
+report       what is written of it, by way of tables, figures and page
 """

@@ -13,10 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from lora_ft import config, validation
-from lora_ft.cli import overrides
 
 _ALONE = ("adapter", "optim", "train", "seed", "track", "resume")  # what one job may have otherwise than another
 
@@ -31,11 +28,11 @@ class Job:
     words: list[str]
 
 
-def grouped(jobs: list[Job], share: config.ShareBase) -> list[list[Job]]:
+def grouped(jobs: list[Job], share: bool) -> list[list[Job]]:
     """The jobs by the base that they share, in the order of their numbers; a job that shares with none is alone."""
     groups: dict[str, list[Job]] = {}
     for job in jobs:
-        alone = share is config.ShareBase.none or job.cfg.model.added_tokens
+        alone = not share or job.cfg.model.added_tokens
         groups.setdefault(f"job {job.number}" if alone else _shared(job.cfg), []).append(job)
     return list(groups.values())
 
@@ -63,9 +60,13 @@ def to_plain(job: Job) -> dict[str, Any]:
 
 
 def from_plain(plain: dict[str, Any]) -> Job:
-    settings = OmegaConf.merge(config.TrainRun, overrides.escape(plain["cfg"]))
-    cfg: Any = OmegaConf.to_object(settings)
+    cfg = validation.from_plain(config.TrainRun, plain["cfg"])
     return Job(plain["number"], Path(plain["folder"]), cfg, plain["words"])
+
+
+def from_checkpoint(job: Job) -> Job:
+    """Return the job with `resume=auto`, to go on where an earlier process left it, or to begin."""
+    return dataclasses.replace(job, cfg=dataclasses.replace(job.cfg, resume="auto"))
 
 
 def warnings(jobs: list[Job]) -> Iterator[str]:

@@ -23,8 +23,8 @@ from rich.text import Text
 
 from lora_ft import runs
 from lora_ft.io.redact import redact
-from lora_ft.sweeps.follow import ENDS, Follower, View, turns
 from lora_ft.sweeps.jobs import Job
+from lora_ft.sweeps.metrics_reader import ENDS, MetricsReader, View, beats
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_BETWEEN_LINES = 30.0
@@ -55,7 +55,7 @@ def displayed(jobs: list[Job], folder: Path) -> Iterator[Callable[[], None]]:
 class _Display:
     def __init__(self, jobs: list[Job], folder: Path, console: Console, live: Live | None) -> None:
         self._folder, self._console, self._live = folder, console, live
-        self._followers = [Follower(job) for job in jobs]
+        self._readers = [MetricsReader(job) for job in jobs]
         self._names = {job.number: name for job, name in zip(jobs, names(jobs), strict=True)}
         self._before = self._look()
         # What had failed is run again, what had a result is no news.
@@ -82,8 +82,8 @@ class _Display:
             self._told = self._looked
 
     def _look(self) -> list[View]:
-        now = turns(self._folder)
-        return [follower.view(now.get(follower.job.folder)) for follower in self._followers]
+        now = beats(self._folder)
+        return [reader.view(now.get(reader.job.folder)) for reader in self._readers]
 
     def _say(self, lines: list[str]) -> None:
         for line in lines:

@@ -1,20 +1,22 @@
-"""What is written of a sweep: report.md, report.json, report.html and pictures, from its files alone. No torch here.
+"""Write the reports of a sweep from its files: report.md, report.json, report.html and PNG charts. No torch here.
 
-sweep = write(folder, pictures=False)      # after each job; with pictures at the end
-sys.exit(exit_code(sweep))                 # 0 all finished, 3 some did not, all failed: the first failure's own
+report = write(folder, pictures=False)     # after each job; with pictures at the end
+sys.exit(exit_code(report.sweep))          # 0 all finished; 3 some did not; all failed: the first failure's own
 """
 
+import dataclasses
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_ft.io import durable
-from lora_ft.sweeps import plots, results, standing, tables
-from lora_ft.sweeps.charts import charts
+from lora_ft.sweeps import figures, leaderboard, results, tables
+from lora_ft.sweeps.figures import Chart
+from lora_ft.sweeps.leaderboard import Board, Ranking
 from lora_ft.sweeps.page import page
 from lora_ft.sweeps.results import JobResult, State, Sweep, shown
-from lora_ft.sweeps.standing import Board, Standing
 from lora_ft.sweeps.tables import Table
 
 MARKDOWN, JSON, HTML = "report.md", "report.json", "report.html"
@@ -23,26 +25,37 @@ _FAILED_IN_PART = 3
 _SPECIAL = re.compile(r"([\\`*\[\]<>|#~])")
 
 
-def write(folder: Path, pictures: bool) -> Sweep:
-    """Read a sweep and write its reports into its folder; ConfigError where the folder is none."""
-    sweep = results.read(folder)
-    known = standing.of(sweep)
-    if pictures:
-        plots.draw(charts(known), sweep.folder)
-    record = json.dumps(_record(known), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    for name, text in ((JSON, f"{record}\n"), (HTML, page(known)), (MARKDOWN, markdown(known))):
-        durable.write_bytes(sweep.folder / name, text.encode("utf-8", "replace"))  # without secrets: results.shown
-    return sweep
+@dataclass(frozen=True)
+class Report:
+    """The ranking of a sweep and the paths of the files written."""
+
+    ranking: Ranking
+    paths: tuple[Path, ...]
+
+    @property
+    def sweep(self) -> Sweep:
+        return self.ranking.sweep
 
 
-def written(sweep: Sweep) -> list[Path]:
-    """The reports and pictures that lie in a sweep's folder."""
-    names = [MARKDOWN, HTML, JSON, *(f"{chart.name}.png" for chart in charts(standing.of(sweep)))]
-    return [path for name in names if (path := sweep.folder / name).is_file()]
+def write(folder: Path, pictures: bool) -> Report:
+    """Read a sweep and write its reports into its folder; ConfigError if it is not a sweep folder."""
+    ranking = leaderboard.rank(results.read(folder))
+    charts = figures.charts(ranking)
+    record = json.dumps(_record(ranking), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    texts = {
+        MARKDOWN: markdown(ranking, charts if pictures else []),
+        HTML: page(ranking, charts),
+        JSON: f"{record}\n",
+    }
+    files = {name: text.encode("utf-8", "replace") for name, text in texts.items()}  # results.shown removed secrets
+    files |= {f"{chart.name}.png": chart.png() for chart in charts if pictures}
+    for name, content in files.items():
+        durable.write_bytes(ranking.sweep.folder / name, content)
+    return Report(ranking, tuple(ranking.sweep.folder / name for name in files))
 
 
 def exit_code(sweep: Sweep) -> int:
-    """What the sweep's command ends with."""
+    """The exit code of the sweep's command."""
     if all(job.is_finished for job in sweep.jobs):
         return 0
     if all(job.state is State.failed for job in sweep.jobs):
@@ -50,15 +63,14 @@ def exit_code(sweep: Sweep) -> int:
     return _FAILED_IN_PART
 
 
-def markdown(known: Standing) -> str:
-    """report.md: tables as GitHub shows them, pictures where they are, and the command of each job."""
-    sweep = known.sweep
+def markdown(ranking: Ranking, charts: list[Chart]) -> str:
+    """report.md: tables, links to the PNG files of `charts`, and the command of each job."""
+    sweep = ranking.sweep
     lines = [f"# Sweep {_escaped(shown(sweep.folder.name))}", "", "```sh", sweep.own_command, "```"]
-    for one in tables.tables(known):
-        lines += ["", f"## {one.title}", "", *([one.note, ""] if one.note else []), *_grid(one)]
-    if found := [chart for chart in charts(known) if (sweep.folder / f"{chart.name}.png").is_file()]:
-        lines += ["", "## Charts", ""]
-        lines += [f"![{chart.title}]({chart.name}.png)" for chart in found]
+    for table in tables.tables(ranking):
+        lines += ["", f"## {table.title}", "", *([table.note, ""] if table.note else []), *_grid(table)]
+    if charts:
+        lines += ["", "## Charts", "", *(f"![{chart.title}]({chart.name}.png)" for chart in charts)]
     if sweep.jobs:
         lines += ["", "## Each job alone", "", "```sh"]
         for job in sweep.jobs:
@@ -69,17 +81,16 @@ def markdown(known: Standing) -> str:
 
 def _grid(table: Table) -> list[str]:
     rows = [[_escaped(column.name) for column in table.columns]]
-    rows += [[_escaped(cell.text) for cell in row] for row in table.rows]
-    widths = [min(40, max(3, *(len(row[i]) for row in rows))) for i in range(len(table.columns))]
-    right = [column.is_number for column in table.columns]
+    rows += [[_escaped(cell.text) for cell in row.cells] for row in table.rows]
+    widths = [min(40, max(3, *map(len, texts))) for texts in zip(*rows, strict=True)]
+    numbers = [column.is_number for column in table.columns]
+    rows.insert(1, [f"{'-' * (w - 1)}:" if number else "-" * w for w, number in zip(widths, numbers, strict=True)])
 
     def line(row: list[str]) -> str:
-        cells = [text.rjust(width) if number else text.ljust(width)
-                 for text, width, number in zip(row, widths, right, strict=True)]  # fmt: skip
-        return f"| {' | '.join(cells)} |"
+        cells = zip(row, widths, numbers, strict=True)
+        return f"| {' | '.join(text.rjust(w) if number else text.ljust(w) for text, w, number in cells)} |"
 
-    ruler = [f"{'-' * (width - 1)}:" if number else "-" * width for width, number in zip(widths, right, strict=True)]
-    return [line(rows[0]), line(ruler), *map(line, rows[1:])]
+    return [line(row) for row in rows]
 
 
 def _escaped(text: str) -> str:
@@ -90,20 +101,22 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _record(known: Standing) -> dict[str, Any]:
-    """report.json: everything of the tables, with units in the names; null where a figure is unknown or not finite."""
-    sweep = known.sweep
-    places = {job.name: (number, board.place(job)) for number, board in enumerate(known.boards) for job in board.ranked}
+def _record(ranking: Ranking) -> dict[str, Any]:
+    """report.json: the figures of all tables, units in the names, null for unknown or not finite."""
+    sweep = ranking.sweep
+    places = {job.name: (n, board.place(job)) for n, board in enumerate(ranking.boards) for job in board.ranked}
     return {
-        "sweep": {"folder": shown(str(sweep.folder)), "words": list(sweep.words), "exit_code": exit_code(sweep)},
-        "differing_settings": list(known.columns),
-        "best_job": known.best.name if known.best else None,
-        "leaderboards": [_board(known, board) for board in known.boards],
-        "jobs": [_job(known, job, *places.get(job.name, (None, None))) for job in sweep.jobs],
-    }
+        "sweep": {
+            "folder": shown(str(sweep.folder)), "overrides": list(sweep.overrides), "exit_code": exit_code(sweep)
+        },
+        "differing_settings": list(ranking.columns),
+        "best_job": ranking.best.name if ranking.best else None,
+        "leaderboards": [_board(board) for board in ranking.boards],
+        "jobs": [_job(ranking, job, *places.get(job.name, (None, None))) for job in sweep.jobs],
+    }  # fmt: skip
 
 
-def _board(known: Standing, board: Board) -> dict[str, Any]:
+def _board(board: Board) -> dict[str, Any]:
     return {
         "heldout_tokens": board.heldout_tokens,
         "base_heldout_loss_nats_per_token": board.base_loss,
@@ -114,7 +127,7 @@ def _board(known: Standing, board: Board) -> dict[str, Any]:
                 "values": setting.values,
                 "jobs": [job.name for job in setting.jobs],
                 "n": len(setting.losses),
-                "mean_heldout_loss_nats_per_token": setting.mean if setting.losses else None,
+                "mean_heldout_loss_nats_per_token": setting.mean,
                 "standard_deviation_nats_per_token": setting.deviation,
             }
             for setting in board.settings
@@ -122,32 +135,24 @@ def _board(known: Standing, board: Board) -> dict[str, Any]:
     }
 
 
-def _job(known: Standing, job: JobResult, board: int | None, place: int | None) -> dict[str, Any]:
-    figures = job.figures
+_UNITS = {"heldout_loss": "nats_per_token", "base_heldout_loss": "nats_per_token",
+          "best_heldout_loss": "nats_per_token", "peak_memory_bytes": "of_process"}  # fmt: skip
+
+
+def _job(ranking: Ranking, job: JobResult, board: int | None, place: int | None) -> dict[str, Any]:
+    figures = dataclasses.asdict(job.figures)
     return {
         "name": job.name,
         "folder": shown(str(job.folder)),
         "log": job.log,
         "leaderboard": board,
         "place": place,
-        "settings": known.values(job),
-        "words": list(job.words),
-        "command": known.sweep.command(job),
+        "settings": ranking.values(job),
+        "overrides": list(job.overrides),
+        "command": ranking.sweep.command(job),
         "status": job.state.value,
         "reason": job.reason or None,
         "exit_code": job.exit_code,
         "last_step": job.curve.last_step,
-        "steps": figures.steps,
-        "tokens": figures.tokens,
-        "heldout_loss_nats_per_token": figures.heldout_loss,
-        "perplexity": tables.perplexity(figures.heldout_loss),
-        "base_heldout_loss_nats_per_token": figures.base_heldout_loss,
-        "heldout_tokens": figures.heldout_tokens,
-        "best_step": figures.best_step,
-        "best_heldout_loss_nats_per_token": figures.best_heldout_loss,
-        "tokens_per_second": figures.tokens_per_second,
-        "train_seconds": figures.train_seconds,
-        "peak_memory_bytes_of_process": figures.peak_memory_bytes,
-        "adapter_bytes": figures.adapter_bytes,
-        "trainable_parameters": figures.trainable_parameters,
-    }
+        "perplexity": tables.perplexity(job.figures.heldout_loss),
+    } | {f"{name}_{_UNITS[name]}" if name in _UNITS else name: value for name, value in figures.items()}

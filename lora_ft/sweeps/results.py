@@ -1,10 +1,10 @@
-"""A sweep as its files tell it, while it runs, when it has ended, and after it was broken off. No torch here.
+"""Read the state, figures and curves of a sweep's jobs from their files, running or ended. No torch here.
 
 sweep = read(Path("runs/2026-11-24_10-15-00-123456"))
 sweep.jobs[3].state, .settings["adapter.r"], .figures.heldout_loss, .curve.losses
 
-The files may be half-written, spoiled or somebody else's: a job with such a file is unreadable, for a reason that is
-told, and the others are read. A number that is not finite is none, and no text holds a secret or a control character.
+A file may be half written, damaged or from somebody else: its job is then unreadable with a reason, and the others are
+read. Numbers that are not finite become None. Texts hold no secrets and no control characters.
 """
 
 import functools
@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shlex
+import sys
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
@@ -25,14 +26,14 @@ from lora_ft.io import redact, untrusted
 
 ADAPTER = "adapter/adapter_model.safetensors"
 
-_POINTS = 120  # of a curve; a chart shows no more, and to read all of a long run would cost a step's time
+_POINTS = 120  # of a curve; a chart shows no more, and reading all of a long run takes as long as a training step
 _MOST_METRICS_BYTES = 256 * 2**20
 _MOST_OVERRIDES_BYTES = 2**20
 
 
 class State(Enum):
     finished = "finished"
-    stopped = "stopped"  # by halving or by patience: finished, with fewer steps
+    stopped = "stopped"  # by halving or patience: finished, with fewer steps
     running = "running"
     interrupted = "interrupted"
     waiting = "not started"
@@ -42,7 +43,7 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Figures:
-    """What result.json says of a finished job, and the size of its adapter; None where unknown or not finite."""
+    """The figures in a finished job's result.json and the size of its adapter; None if unknown or not finite."""
 
     heldout_loss: float | None = None
     base_heldout_loss: float | None = None
@@ -60,7 +61,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Curve:
-    """Losses by step; of a long run every `stride`-th step's train loss, and each held-out loss."""
+    """Losses by step: the train loss of every `stride`-th step, and every held-out loss."""
 
     losses: tuple[tuple[int, float], ...] = ()
     heldout: tuple[tuple[int, float], ...] = ()
@@ -70,11 +71,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class JobResult:
-    """One job: `settings` by dotted key (empty before its config was written), `words` as typed."""
+    """One job: `number` counts from 0 in the sweep; `settings` by dotted key are empty until its config is written."""
 
     name: str
     folder: Path
-    words: tuple[str, ...] = ()
+    number: int = 0
+    overrides: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     state: State = State.waiting
     reason: str = ""
@@ -88,27 +90,27 @@ class JobResult:
 
     @property
     def log(self) -> str | None:
-        """Path of its log, to be shown; None where it has none."""
+        """The path of its log as text, None if there is no log."""
         path = self.folder / runs.LOG
         return shown(str(path)) if path.is_file() else None
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep folder: the words that began it, and its jobs in the order of their numbers."""
+    """A sweep folder: the overrides of its command, and its jobs in order."""
 
     folder: Path
-    words: tuple[str, ...]
+    overrides: tuple[str, ...]
     config_dir: Path | None
     jobs: tuple[JobResult, ...]
 
     @property
     def own_command(self) -> str:
-        return shlex.join(["lora-ft", "sweep", *self._choices, *self.words])
+        return shlex.join(["lora-ft", "sweep", *self._choices, *self.overrides])
 
     def command(self, job: JobResult) -> str:
         """The command that runs this job alone."""
-        return shlex.join(["lora-ft", "train", *self._choices, *job.words])
+        return shlex.join(["lora-ft", "train", *self._choices, *job.overrides])
 
     @property
     def _choices(self) -> list[str]:
@@ -116,21 +118,21 @@ class Sweep:
 
 
 def read(folder: Path) -> Sweep:
-    """Read a sweep folder; ConfigError where it is none, which its sweep.json decides."""
-    words, config_dir = runs.read_sweep(folder)
+    """Read a sweep folder; ConfigError if it has no sweep.json."""
+    overrides, config_dir = runs.read_sweep(folder)
     root = folder.absolute()
     in_use = _locked_inodes()
-    jobs = tuple(_job(root, path, in_use) for path in _job_folders(root))
-    return Sweep(root, tuple(map(shown, words)), config_dir, jobs)
+    jobs = tuple(_job(root, path, number, in_use) for number, path in enumerate(_job_folders(root)))
+    return Sweep(root, tuple(map(shown, overrides)), config_dir, jobs)
 
 
 def _job_folders(root: Path) -> list[Path]:
-    """The folders that hold overrides.txt, at any depth: by number where all have one for a name, else by name."""
+    """The folders with an overrides.txt, at any depth; sorted by number if all names are numbers, else by name."""
     found = []
     for place, folders, files in os.walk(root):
         if runs.OVERRIDES in files and place != str(root):
             found.append(Path(place))
-            folders.clear()  # what lies in a run is the run's own
+            folders.clear()  # folders inside a run are not jobs
         folders[:] = [name for name in folders if not name.startswith(".")]
     names = {path: path.relative_to(root).as_posix() for path in found}
     if all(name.isdecimal() for name in names.values()):
@@ -138,10 +140,11 @@ def _job_folders(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: names[path])
 
 
-def _job(root: Path, folder: Path, in_use: set[int] | None) -> JobResult:
-    known: dict[str, Any] = {"name": shown(folder.relative_to(root).as_posix()), "folder": folder}
+def _job(root: Path, folder: Path, number: int, in_use: set[int] | None) -> JobResult:
+    name = shown(folder.relative_to(root).as_posix())
+    known: dict[str, Any] = {"name": name, "folder": folder, "number": number}
     try:
-        known["words"] = _words(folder)
+        known["overrides"] = _overrides(folder)
         known["settings"] = _settings(folder, _stamp(folder / "config.yaml"), _stamp(folder / "changed.json"))
         known["curve"] = _curve(folder, _stamp(folder / runs.METRICS))
         known |= _outcome(folder, known["curve"], in_use)
@@ -151,7 +154,7 @@ def _job(root: Path, folder: Path, in_use: set[int] | None) -> JobResult:
     return JobResult(**known)
 
 
-def _words(folder: Path) -> tuple[str, ...]:
+def _overrides(folder: Path) -> tuple[str, ...]:
     path = folder / runs.OVERRIDES
     untrusted.check_place(path, folder)
     if path.stat().st_size > _MOST_OVERRIDES_BYTES:
@@ -160,7 +163,7 @@ def _words(folder: Path) -> tuple[str, ...]:
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    """Changes with the file; of one that is not there it is (0, 0)."""
+    """Modification time and size, (0, 0) if there is no such file."""
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -177,7 +180,7 @@ def _settings(folder: Path, config_stamp: tuple[int, int], changed_stamp: tuple[
 
 @functools.cache
 def _defaults() -> dict[str, Any]:
-    """What a config that is older than a setting ran with."""
+    """The defaults, for settings that are newer than a job's config."""
     declared = {setting.key: setting.default for setting in validation.settings(config.TrainRun)}
     return _flat({key: value.value if isinstance(value, Enum) else value for key, value in declared.items()})
 
@@ -191,7 +194,7 @@ def _flat(node: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A setting's value as JSON has it."""
+    """A setting's value as a JSON value."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
@@ -200,15 +203,15 @@ def _plain(value: Any) -> Any:
 
 
 def shown(text: str) -> str:
-    """A text without secrets, its control characters, which a terminal would obey, replaced.
+    """Redact secrets and replace control characters, which a terminal would obey.
 
-    Here, where texts are short: a whole page of curves takes a tenth of a second to search.
+    Done on each short text: searching a whole page takes a tenth of a second.
     """
     clean = text if text.isprintable() else "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
     return redact.redact(clean)
 
 
-@functools.lru_cache(maxsize=1024)  # most jobs have ended, and read no other than before
+@functools.lru_cache(maxsize=1024)  # the files of most jobs no longer change
 def _curve(folder: Path, stamp: tuple[int, int]) -> Curve:
     path = folder / runs.METRICS
     if not os.path.lexists(path):
@@ -242,8 +245,9 @@ def _metrics(path: Path, number: int, line: bytes) -> tuple[int, dict[str, Any]]
 
 
 def finite(value: Any) -> float | None:
-    """A number that is finite, else None."""
-    return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
+    """The value if it is a number that a float can hold, else None."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and abs(value) <= sys.float_info.max else None
 
 
 def _outcome(folder: Path, curve: Curve, in_use: set[int] | None) -> dict[str, Any]:
@@ -303,10 +307,10 @@ def _of_steps(folder: Path) -> str:
 
 
 def _locked_inodes() -> set[int] | None:
-    """Inodes that processes of this machine hold locks on, as who trains does on its folder; None where it is not told.
+    """Inodes locked by processes of this machine, as training locks its folder; None if the system does not list them.
 
-    Asking for the lock itself would take it, if only for a moment, from a job that begins just then. Devices are not
-    compared: what the kernel lists here and what stat says of a file differ on some file systems.
+    Trying to take a lock could make a job that starts at the same moment fail. Devices are not compared: the kernel's
+    list and stat differ on some file systems.
     """
     try:
         lines = Path("/proc/locks").read_text("ascii").splitlines()

@@ -1,76 +1,86 @@
-"""The child process of a sweep: trains the jobs it is told of over one base, each to its outcome.
+"""The worker process of a sweep: trains its jobs one after the other on one loaded base, each to its outcome.
 
     stdin, one line    {"jobs": [{"number": 3, "folder": ..., "cfg": {...}, "words": [...]}, ...],
                         "heartbeat": FILE, "sweep": {"halving": false, ...}}
-    heartbeat          {"folder": ".../3", "turn": 17, "doing": "step"}     whose turn it is, since the file's time
-    exit code          0: every job has its result.json or failure.json, or was left out as memory did not allow it;
-                       AGAIN: the jobs without are to be run again, as one that failed may have left its traces
+    heartbeat          {"folder": ".../3", "beat": 17, "doing": "step"}     the running job, since the file's time
+    exit code          0: every job has its result.json or failure.json
+                       AGAIN: a failed job changed the base; the jobs without outcome need a new process
 
-stdin stays open as long as the parent lives. Its end is what SIGTERM is: the step is finished, all is saved.
+stdin stays open as long as the parent lives. Its end is what SIGTERM is: the step is finished, the state is saved.
 """
 
 import contextlib
+import gc
 import json
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 from lora_ft import config, runs
-from lora_ft.cli import tasks
-from lora_ft.errors import Interrupted
-from lora_ft.io import durable, redact
+from lora_ft.errors import Interrupted, out_of_memory
+from lora_ft.io import durable, process, redact
+from lora_ft.models.fingerprint import fingerprint
 from lora_ft.sweeps import jobs
+from lora_ft.sweeps.halving import Halving
 from lora_ft.sweeps.jobs import Job
-from lora_ft.train import BaseTouched, train_each
-from lora_ft.training.halving import Halving
+from lora_ft.train import Shared, prepare, train_job
+from lora_ft.training.callbacks import Callback, Metrics
 from lora_ft.training.progress import displayed
 from lora_ft.training.signals import Stop, on_signals
-from lora_ft.training.state import Learner
-from lora_ft.training.trainer import Metrics
+from lora_ft.training.state import TrainingState
 
 AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 
 log = logging.getLogger("lora_ft")
 
 
-class Heartbeat:
-    """Follows a training: whose turn it is goes into one file, steps into the log."""
+class Heartbeat(Callback):
+    """Writes which job is running, and what it does, into one file; the parent sees a job that hangs by it."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._turns = path, 0
+        self._path, self._beats = path, 0
 
-    def __call__(self, learner: Learner, metrics: Metrics) -> None:
-        log.debug("%s step %d of %d %s", learner.folder.name, metrics["step"], len(learner.steps), metrics)
+    def beat(self, folder: Path, doing: str) -> None:
+        self._beats += 1
+        durable.beat(self._path, json.dumps({"folder": str(folder), "beat": self._beats, "doing": doing}))
 
-    def turn(self, folder: Path | None, doing: str) -> None:
-        self._turns += 1
-        durable.beat(
-            self._path, json.dumps({"folder": str(folder) if folder else None, "turn": self._turns, "doing": doing})
-        )
+    def on_start(self, state: TrainingState) -> None:
+        self.beat(state.folder, "end" if state.is_done else "step")
 
-    def end(self) -> None:
-        """What follows is a turn of its own."""
+    def on_step(self, state: TrainingState, metrics: Metrics) -> None:
+        self.beat(state.folder, "end" if state.is_done else "step")
+
+
+class StopAtStart(Callback):
+    """Ends a run that fell behind where its checkpoint stands."""
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def on_start(self, state: TrainingState) -> None:
+        state.request_stop(self._reason)
 
 
 def main() -> int:
-    told = json.loads(sys.stdin.readline())
+    process.prepare()
+    order = json.loads(sys.stdin.readline())
     threading.Thread(target=_stop_without_parent, daemon=True).start()
-    group = [jobs.from_plain(job) for job in told["jobs"]]
-    sweep = config.Sweep(**told["sweep"])
+    group = [jobs.from_plain(job) for job in order["jobs"]]
+    sweep = config.Sweep(**order["sweep"])
     halving = Halving(sweep.eta, sweep.min_steps) if sweep.halving and len(group) > 1 else None
-    try:
-        with _opened(group), displayed([job.folder for job in group]), on_signals() as stop:
-            _run(group, Heartbeat(Path(told["heartbeat"])), stop, halving)
-    except BaseTouched:
-        return AGAIN
-    except Interrupted as error:
-        log.info(str(error))
-        return error.exit_code
-    return 0
+    with contextlib.ExitStack() as locks, on_signals() as stop:
+        for job in group:
+            locks.enter_context(runs.locked(job.folder))
+        try:
+            worker = Worker(Heartbeat(Path(order["heartbeat"])), stop)
+            return worker.run_with_halving(group, halving) if halving else worker.run(group)
+        except Interrupted as error:
+            log.info(str(error))
+            return error.exit_code
 
 
 def _stop_without_parent() -> None:
@@ -78,35 +88,70 @@ def _stop_without_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-@contextlib.contextmanager
-def _opened(group: list[Job]) -> Iterator[None]:
-    """The jobs' folders locked, and each run begun or reopened."""
-    with contextlib.ExitStack() as stack:
+class Worker:
+    """Trains jobs in turn on one base, which is loaded with the first of them."""
+
+    def __init__(self, heartbeat: Heartbeat, stop: Stop) -> None:
+        self._heartbeat, self._stop = heartbeat, stop
+        self._shared: Shared | None = None
+        self._begun: set[int] = set()
+        self._base_has_changed = False
+
+    def run(self, group: list[Job]) -> int:
+        """Train each job to its outcome; return the exit code of the process."""
         for job in group:
-            stack.enter_context(runs.locked(job.folder))
-            runs.begin(job.folder, job.cfg, job.words)
-        yield
+            self._train(job)
+            if self._base_has_changed:
+                return AGAIN
+        return 0
+
+    def run_with_halving(self, group: list[Job], halving: Halving) -> int:
+        """Train the jobs from rung to rung, and stop those that fall behind."""
+        active = group
+        for rung in halving.rungs():
+            ended = [job for job in active if self._steps(job) < rung and self._train(job, until=rung)]
+            active = [job for job in active if job not in ended]
+            at_rung = {job.number: _loss_at(job, rung) for job in active if self._steps(job) == rung}
+            stopped = halving.stopped(rung, at_rung, len(active) - len(at_rung))
+            for job in [job for job in active if job.number in stopped]:
+                self._train(job, callbacks=[StopAtStart(stopped[job.number])])
+            active = [job for job in active if job.number not in stopped]
+            if self._base_has_changed:
+                return AGAIN
+            if not active:
+                return 0
+        raise AssertionError("rungs have no end")
+
+    @staticmethod
+    def _steps(job: Job) -> int:
+        """Number of steps that a job's newest checkpoint holds, which every pause at a rung leaves."""
+        metrics = job.folder / runs.METRICS
+        return max((row["step"] for row in runs.read_metrics(job.folder)), default=0) if metrics.is_file() else 0
+
+    def _train(self, job: Job, until: int | None = None, callbacks: Sequence[Callback] = ()) -> bool:
+        """Train a job until `until` steps or its end; return True if it has an outcome, good or bad."""
+        self._heartbeat.beat(job.folder, "loading")
+        with displayed(job.folder) as progress:
+            try:
+                if job.number not in self._begun:
+                    runs.begin(job.folder, job.cfg, job.words)
+                    self._begun.add(job.number)
+                self._shared = self._shared or prepare(job.cfg)
+                told = [self._heartbeat, progress, *callbacks]
+                return train_job(job.cfg, job.folder, self._shared, told, self._stop, until) is not None
+            except Exception as error:
+                log.error("job %d failed: %s", job.number, error)
+                runs.write_failure(job.folder, out_of_memory("train", error) or error)
+            # Behind the handler: a handled exception holds the frames it came through, and their tensors.
+            gc.collect()
+            if self._shared and (loaded := self._shared.base):
+                self._base_has_changed |= fingerprint(loaded.base.model) != loaded.fingerprint
+        return True
 
 
-def _run(group: list[Job], heartbeat: Heartbeat, stop: Stop, halving: Halving | None) -> None:
-    """Train; what fails for one job, or for all that have no outcome yet, is kept in their folders."""
-    left = {number: job for number, job in enumerate(group)}
-    outcomes = train_each([job.cfg for job in group], [job.folder for job in group], heartbeat, stop, halving)
-    try:
-        for number, outcome in outcomes:
-            job = left.pop(number)
-            if isinstance(outcome, Exception):
-                _fail(job, outcome)
-    except BaseTouched:
-        raise
-    except Exception as error:
-        for job in left.values():
-            _fail(job, error)
-
-
-def _fail(job: Job, error: Exception) -> None:
-    log.error("job %d failed: %s", job.number, error)
-    runs.write_failure(job.folder, tasks.out_of_memory("train", error) or error)
+def _loss_at(job: Job, step: int) -> float:
+    found: float = next(row["heldout_loss"] for row in runs.read_metrics(job.folder) if row["step"] == step)
+    return found
 
 
 if __name__ == "__main__":

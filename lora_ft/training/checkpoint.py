@@ -2,7 +2,7 @@
 
     run/checkpoints/step-00000200/
       state.safetensors    values [P], optimizer.0.exp_avg, ..., losses [steps], best_values [P] with train.keep=best
-      state.json           what else the learner knows: evaluations, tokens, seconds, length of metrics.jsonl, inputs
+      state.json           the rest: evaluations, tokens, seconds, length of metrics.jsonl, inputs
       manifest.json        size and sha256 of both
 
 A folder is a checkpoint if the manifest that its files give is, byte by byte, the one it holds. No generator is in it:
@@ -31,12 +31,12 @@ from lora_ft.errors import CheckpointError, ResourceError
 from lora_ft.evaluation.loss import EvalLoss
 from lora_ft.io import durable, untrusted
 from lora_ft.training import optimizers
-from lora_ft.training.state import Evaluation, Learner
+from lora_ft.training.state import Evaluation, TrainingState
 
 log = logging.getLogger("lora_ft")
 
 FOLDER, TENSORS, STATE, MANIFEST = runs.CHECKPOINTS, "state.safetensors", "state.json", "manifest.json"
-_FORMAT = 2
+_FORMAT = 3
 _NAME = re.compile(r"step-\d{8,}")
 _MOST_HEADER_BYTES = 10**6
 _HEADERS_BYTES = 4096  # of the two smaller files and of the header of the tensors
@@ -47,56 +47,57 @@ _Stamp = list[tuple[int, int, int]]
 _read: dict[Path, _Stamp] = {}
 
 
-def is_due(learner: Learner) -> bool:
+def is_due(state: TrainingState) -> bool:
     """Whether the step just done is the last, or one after which `train.save_every_steps` asks for a checkpoint."""
-    every = learner.cfg.train.save_every_steps
-    return learner.is_done or (every is not None and learner.step % every == 0)
+    every = state.cfg.train.save_every_steps
+    return state.is_done or (every is not None and state.step % every == 0)
 
 
-def save(learner: Learner) -> None:
-    """Write the learner's state if it is not there yet, read it back, and only then let older checkpoints go.
+def save(state: TrainingState) -> Path:
+    """Write the state if it is not there yet, read it back, and only then remove older checkpoints.
 
     Raises CheckpointError if what is read back differs, durable.WriteError where the disk is full.
     """
-    path = learner.folder / FOLDER / f"step-{learner.step:08d}"
+    path = state.folder / FOLDER / f"step-{state.step:08d}"
     if _problem(path) is None:
-        return
-    contents = {TENSORS: safetensors.torch.save(_tensors(learner)), STATE: _json(_state(learner))}
+        return path
+    contents = {TENSORS: safetensors.torch.save(_tensors(state)), STATE: _json(_state(state))}
     # Hashed as they are in memory, so that what is read back is compared with what was meant.
     meant = {n: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for n, data in contents.items()}
-    contents[MANIFEST] = _manifest(learner.step, meant)
+    contents[MANIFEST] = _manifest(state.step, meant)
     durable.write_files(path, contents)
     if problem := _problem(path):
         raise CheckpointError(f"{path} was written, but {problem}")
-    log.debug("checkpoint after step %d", learner.step)
-    _let_go(path.parent, learner.cfg.train.keep_checkpoints)
+    log.debug("checkpoint after step %d", state.step)
+    _let_go(path.parent, state.cfg.train.keep_checkpoints)
+    return path
 
 
-def resume(learner: Learner) -> None:
-    """Put a fresh learner where its run's newest valid checkpoint stands, or leave it at the start where there is none.
+def resume(state: TrainingState) -> None:
+    """Restore a new state from its run's newest valid checkpoint, or leave it at step 0 if there is none.
 
     The run's metrics are cut back to that place. Raises CheckpointError where no checkpoint is valid, or where the
     valid one belongs to other inputs.
     """
-    durable.clear_leftovers(learner.folder / FOLDER)
-    found = newest(learner.folder)
+    durable.clear_leftovers(state.folder / FOLDER)
+    found = newest(state.folder)
     if found is None:
-        if (learner.folder / runs.METRICS).exists():
-            log.warning("the run had come to no checkpoint: from the beginning")
-        durable.cut(learner.folder / runs.METRICS, 0)
+        if (state.folder / runs.METRICS).exists():
+            log.warning("no checkpoint found; starting at step 0")
+        durable.cut(state.folder / runs.METRICS, 0)
         return
-    state = _read_state(found)
-    _check_inputs(found, state["inputs"], learner.inputs)
-    for difference in _differences(state["environment"], _environment(learner)):
+    saved = _read_state(found)
+    _check_inputs(found, saved["inputs"], state.inputs)
+    for difference in _differences(saved["environment"], _environment(state)):
         log.warning("resuming elsewhere than the run began, which may change bytes: %s", difference)
     untrusted.tensor_header(found / TENSORS, _MOST_HEADER_BYTES, CheckpointError)
-    _fill(learner, state, safetensors.torch.load((found / TENSORS).read_bytes()))
-    durable.cut(learner.folder / runs.METRICS, state["metrics_bytes"])
+    _fill(state, saved, safetensors.torch.load((found / TENSORS).read_bytes()))
+    durable.cut(state.folder / runs.METRICS, saved["metrics_bytes"])
     for path in _all(found.parent):
         if path.name > found.name:  # named in the log as no checkpoint any more
             durable.remove_folder(path)
-    _let_go(found.parent, learner.cfg.train.keep_checkpoints)  # what the run did not come to
-    log.info("resuming after step %d of %d", learner.step, len(learner.steps))
+    _let_go(found.parent, state.cfg.train.keep_checkpoints)  # what the run did not come to
+    log.info("resuming after step %d of %d", state.step, len(state.steps))
 
 
 def newest(run: Path) -> Path | None:
@@ -142,38 +143,37 @@ def check_free_space(folder: Path, num_bytes: int) -> None:
         )
 
 
-def _tensors(learner: Learner) -> dict[str, Tensor]:
-    tensors = {"values": learner.flat.values, "losses": torch.tensor(learner.losses, dtype=torch.float64)}
-    if learner.best_values is not None:
-        tensors["best_values"] = learner.best_values
-    tensors |= {f"optimizer.{key}": value for key, value in optimizers.state(learner.optimizer).items()}
+def _tensors(state: TrainingState) -> dict[str, Tensor]:
+    tensors = {"values": state.flat.values, "losses": torch.tensor(state.losses, dtype=torch.float64)}
+    if state.best_values is not None:
+        tensors["best_values"] = state.best_values
+    tensors |= {f"optimizer.{key}": value for key, value in optimizers.state(state.optimizer).items()}
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _state(learner: Learner) -> dict[str, Any]:
+def _state(state: TrainingState) -> dict[str, Any]:
     return {
         "format": _FORMAT,
-        "step": learner.step,
-        "tokens": learner.tokens,
-        "seconds": learner.seconds,
-        "evaluations": [asdict(evaluation) for evaluation in learner.evaluations],
-        "heldout_loss": _heldout_loss(learner),
-        "rungs_passed": learner.rungs_passed,
-        "stopped_by": learner.stopped_by,
-        "metrics_bytes": durable.settle(learner.folder / runs.METRICS),
-        "inputs": learner.inputs,
-        "environment": _environment(learner),
+        "step": state.step,
+        "tokens": state.tokens,
+        "seconds": state.seconds,
+        "evaluations": [asdict(evaluation) for evaluation in state.evaluations],
+        "heldout_loss": _heldout_loss(state),
+        "stopped_by": state.stopped_by,
+        "metrics_bytes": durable.settle(state.folder / runs.METRICS),
+        "inputs": state.inputs,
+        "environment": _environment(state),
     }
 
 
-def _heldout_loss(learner: Learner) -> float | None:
+def _heldout_loss(state: TrainingState) -> float | None:
     """The loss of the state as it is now, where the step just done was evaluated."""
-    last = learner.evaluations[-1] if learner.evaluations else None
-    return last.heldout.loss if last and last.step == learner.step else None
+    last = state.evaluations[-1] if state.evaluations else None
+    return last.heldout.loss if last and last.step == state.step else None
 
 
-def _environment(learner: Learner) -> dict[str, Any]:
-    return {"device": str(learner.base.device), "threads": torch.get_num_threads(), **runs.versions()}
+def _environment(state: TrainingState) -> dict[str, Any]:
+    return {"device": str(state.base.device), "threads": torch.get_num_threads(), **runs.versions()}
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -186,17 +186,17 @@ def _check_inputs(path: Path, recorded: dict[str, str], inputs: dict[str, str]) 
         raise CheckpointError(f"{path} belongs to other inputs than these: " + "; ".join(problems))
 
 
-def _fill(learner: Learner, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    learner.flat.values.copy_(tensors["values"])
+def _fill(state: TrainingState, saved: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    state.flat.values.copy_(tensors["values"])
     optimizers.restore(
-        learner.optimizer, {k.removeprefix("optimizer."): t for k, t in tensors.items() if k.startswith("optimizer.")}
+        state.optimizer, {k.removeprefix("optimizer."): t for k, t in tensors.items() if k.startswith("optimizer.")}
     )
-    learner.losses[:] = tensors["losses"].tolist()
-    learner.evaluations[:] = [Evaluation(e["step"], EvalLoss(**e["heldout"])) for e in state["evaluations"]]
+    state.losses[:] = tensors["losses"].tolist()
+    state.evaluations[:] = [Evaluation(e["step"], EvalLoss(**e["heldout"])) for e in saved["evaluations"]]
     if "best_values" in tensors:
-        learner.best_values = tensors["best_values"].to(learner.flat.values.device)
-    learner.tokens, learner.seconds = state["tokens"], state["seconds"]
-    learner.rungs_passed, learner.stopped_by = state["rungs_passed"], state["stopped_by"]
+        state.best_values = tensors["best_values"].to(state.flat.values.device)
+    state.tokens, state.seconds = saved["tokens"], saved["seconds"]
+    state.stopped_by = saved["stopped_by"]
 
 
 def _all(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""What is known of a run before its base is loaded: rows, masks, steps, learning rate, layers, disk.
+"""Check a run before its base is loaded: rows, masks, steps, learning rate, layers, disk.
 
     rows = read_rows(cfg, tokenizer)                           # raise what training would raise, minutes earlier
     preflight = check_first(cfg, rows, tokenizer, folder)
@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config
+from lora_ft import config, objectives
 from lora_ft.adapters import summary
 from lora_ft.adapters.summary import Layers
 from lora_ft.data.dataset import Dataset, Report, prepare_rows
@@ -109,7 +109,7 @@ class Tries:
         self.errors: list[LoraFtError] = []
 
     def __call__(self, part: Callable[..., Found], *arguments: Any) -> Found | None:
-        """What the part returns, or None, its error kept; one that is known already is not kept twice."""
+        """Return the result of the part, or None and keep its error, unless that is known already."""
         try:
             return part(*arguments)
         except LoraFtError as error:
@@ -138,9 +138,9 @@ def check_machine(cfg: config.TrainRun) -> None:
 
 
 def read_rows(cfg: config.TrainRun, tokenizer: PreTrainedTokenizerBase) -> Rows:
-    """Read, tokenize and survey the rows of a run; raises what `prepare` raises."""
+    """Read the rows of a run, make and survey its examples; raises the errors of `prepare`."""
     found = read(cfg.data)
-    dataset = prepare_rows(found, cfg.data, tokenizer)
+    dataset = prepare_rows(found, cfg.data, tokenizer, objectives.find(cfg.objective).examples)
     return Rows(dataset, survey(found, dataset, cfg.data, tokenizer))
 
 
@@ -160,7 +160,10 @@ def look(
     tries: Tries, cfg: config.TrainRun, rows: Rows | None, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> Known:
     """All that can be known of such a run, also without its rows; what fails is in `tries`."""
-    base = tries(load_skeleton, cfg.model, cfg.quant, cfg.device, tokenizer)
+    objective = tries(objectives.find, cfg.objective)
+    base = tries(
+        load_skeleton, cfg.model, cfg.quant, cfg.device, tokenizer, objective.model_class if objective else None
+    )
     tries(trackers.check, cfg.track)
     steps = _steps(cfg, rows.dataset) if rows else None
     if rows and steps:
@@ -174,7 +177,7 @@ def look(
         *(warnings_of_rows(rows.seen, rows.dataset.report, cfg.data) if rows else ()),
         *(_foreign_ends(rows.seen, base) if rows and base else ()),
         *(_doubtful_steps(steps, len(rows.dataset.train), cfg.train) if rows and steps else ()),
-        *(summary.warnings(layers, cfg.adapter) if layers else ()),
+        *(summary.warnings(layers, cfg) if layers else ()),
         *(_unseen_weights(base) if base and cfg.adapter.init_from else ()),
         *without_effect(
             cfg, rows.dataset if rows else None, steps.count if steps else 0, steps.largest if steps else 0
@@ -184,13 +187,13 @@ def look(
 
 
 def _check_lengths(cfg: config.TrainRun, base: Base, dataset: Dataset) -> None:
-    heldout, _ = state.evaluation_rows(dataset, cfg.train.eval_rows)
-    state.check_lengths([*dataset.train, *heldout], base.model, cfg.train)
+    eval_examples, _ = state.choose_eval(dataset, cfg.train.eval_rows)
+    state.check_lengths([*dataset.train, *eval_examples], base.model, cfg.train)
 
 
 def _steps(cfg: config.TrainRun, dataset: Dataset) -> Steps:
     lengths = np.array([len(document.ids) for document in dataset.train])
-    planned = state.plan_steps(lengths.tolist(), cfg.train, cfg.seed)
+    planned = state.plan_steps(dataset.train, cfg.train, cfg.seed)
     count = len(planned)
     tokens = [int(lengths[step].sum()) for step in planned]
     rates = [learning_rate(cfg.optim, step, count) for step in range(count)]

@@ -1,6 +1,6 @@
-"""The end of a run: the adapter saved, compared with the bare base, and what came of it told and kept.
+"""The end of a run: save the adapter, compare it with the bare base, write and print the result.
 
-learner -> adapter/  ->  base against adapter on held-out rows  ->  result.json
+state -> adapter/  ->  base against adapter on the eval set  ->  result.json
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from lora_ft.evaluation.comparison import Comparison, EvalSet, compare, render
 from lora_ft.io import durable
 from lora_ft.models.load import Base
 from lora_ft.training.metrics import peak_memory_bytes
-from lora_ft.training.state import Learner, overfitting
+from lora_ft.training.state import NAME, TrainingState, overfitting
 
 log = logging.getLogger("lora_ft")
 
@@ -48,65 +48,66 @@ class Result:
     adapter_sha256: str
 
 
-def finish(learner: Learner, base: Base, dataset: Dataset, compared: dict[object, Comparison]) -> Result:
+def finish(state: TrainingState, base: Base, dataset: Dataset, compared: dict[object, Comparison]) -> Result:
     """Save what was learned, compare it with the base, and say so; `compared` is handed from one adapter to the next,
     so that the base is measured once."""
-    adapter = learner.folder / "adapter"
-    learner.take_kept_state()
-    source = provenance.Origin(base.identity, learner.cfg.quant, dataset.report.sha256)
-    files.save(learner.model, learner.name, adapter, base.tokenizer, source)
-    for sentence in overfitting(learner):
+    adapter = state.folder / "adapter"
+    state.take_kept_state()
+    source = provenance.Origin(base.identity, state.cfg.quant, dataset.report.sha256)
+    files.save(state.model, NAME, adapter, base.tokenizer, source)
+    for sentence in overfitting(state):
         log.info(sentence)
-    comparison = _compared(learner, base, compared) if learner.heldout else None
-    result = _result(learner, comparison)
-    durable.write_json(learner.folder / runs.RESULT, asdict(result))
-    _print(learner, base, comparison, result)
+    comparison = _compared(state, base, compared) if state.eval_examples else None
+    result = _result(state, comparison)
+    durable.write_json(state.folder / runs.RESULT, asdict(result))
+    _print(state, base, comparison, result)
     return result
 
 
-def _compared(learner: Learner, base: Base, compared: dict[object, Comparison]) -> Comparison:
-    train = learner.cfg.train
-    learner.model.set_adapter(learner.name)
-    log.info("comparing base and adapter on %d eval rows", len(learner.heldout))
+def _compared(state: TrainingState, base: Base, compared: dict[object, Comparison]) -> Comparison:
+    train = state.cfg.train
+    log.info("comparing base and adapter on %d eval rows", len(state.eval_examples))
     capacity = train.tokens_per_microbatch or train.tokens_per_step
-    decides = (len(learner.heldout), capacity, train.samples)
-    eval_set = EvalSet(learner.heldout, learner.questions[: train.samples], capacity, _SAMPLE_TOKENS)
+    decides = (len(state.eval_examples), capacity, train.samples)
+    eval_set = EvalSet(
+        state.eval_examples, state.eval_prompts[: train.samples], capacity, _SAMPLE_TOKENS, state.objective.loss
+    )
     compared[decides] = compare(
-        learner.model, base.tokenizer, eval_set, learner.paths, compared.get(decides), learner.measured
+        state.model, base.tokenizer, eval_set, state.paths, compared.get(decides), state.measured
     )
     return compared[decides]
 
 
-def _result(learner: Learner, comparison: Comparison | None) -> Result:
-    weights = (learner.folder / "adapter" / files.WEIGHTS).read_bytes()
-    patience = f"train.patience={learner.cfg.train.patience}" if learner.stopped_early else None
+def _result(state: TrainingState, comparison: Comparison | None) -> Result:
+    weights = (state.folder / "adapter" / files.WEIGHTS).read_bytes()
+    patience = f"train.patience={state.cfg.train.patience}" if state.stopped_early else None
     return Result(
         heldout_loss=comparison.adapter.loss if comparison else None,
         base_heldout_loss=comparison.base.loss if comparison else None,
         heldout_tokens=comparison.adapter.tokens if comparison else 0,
-        best_step=learner.best.step if learner.best else None,
-        best_heldout_loss=learner.best.heldout.loss if learner.best else None,
-        steps=learner.step,
-        stopped_early=learner.stopped_early,
-        stopped_by=learner.stopped_by or patience,
-        tokens=learner.tokens,
-        tokens_per_second=learner.tokens / learner.seconds,
-        train_seconds=learner.seconds,
-        trainable_parameters=learner.num_trainable,
-        peak_memory_bytes=peak_memory_bytes(learner.base.device),
+        best_step=state.best.step if state.best else None,
+        best_heldout_loss=state.best.heldout.loss if state.best else None,
+        steps=state.step,
+        stopped_early=state.stopped_early,
+        stopped_by=state.stopped_by or patience,
+        tokens=state.tokens,
+        tokens_per_second=state.tokens / state.seconds,
+        train_seconds=state.seconds,
+        trainable_parameters=state.num_trainable,
+        peak_memory_bytes=peak_memory_bytes(state.base.device),
         adapter_sha256=hashlib.sha256(weights).hexdigest(),
     )
 
 
-def _print(learner: Learner, base: Base, comparison: Comparison | None, result: Result) -> None:
+def _print(state: TrainingState, base: Base, comparison: Comparison | None, result: Result) -> None:
     facts = {
         "trainable parameters": f"{result.trainable_parameters:,}",
         "speed": f"{result.tokens_per_second:.0f} tokens/s ({result.tokens:,} tokens in {result.train_seconds:.0f} s)",
         "peak memory": f"{result.peak_memory_bytes / 1e9:.2f} GB",
-        "adapter": str(learner.folder / "adapter"),
+        "adapter": str(state.folder / "adapter"),
     }
     console = Console()
     console.print(render(comparison, facts))
     # Lines to copy: outside of any table, and never folded.
-    lines = provenance.loading_lines(learner.folder / "adapter", base, learner.cfg)
+    lines = provenance.loading_lines(state.folder / "adapter", base, state.cfg)
     console.print(Text("\n" + "\n".join(lines)), soft_wrap=True)

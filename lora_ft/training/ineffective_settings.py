@@ -11,6 +11,7 @@ from typing import Any
 from lora_ft import config, validation
 from lora_ft.config import QuantKind, Schedule
 from lora_ft.data.dataset import Dataset
+from lora_ft.data.read import eval_split
 
 
 def without_effect(cfg: config.TrainRun, dataset: Dataset | None, num_steps: int, largest_step: int) -> list[str]:
@@ -47,9 +48,15 @@ def _by_settings(cfg: config.TrainRun) -> _Cases:
 
 def _by_rows(cfg: config.TrainRun, dataset: Dataset) -> _Cases:
     none = "no row is held out"
-    yield "train.eval_every_steps", not dataset.heldout, none
-    yield "train.eval_rows", not dataset.heldout, none
-    yield "train.samples", not dataset.questions, "the held-out rows ask nothing" if dataset.heldout else none
+    yield "train.eval_every_steps", not dataset.eval, none
+    yield "train.eval_rows", not dataset.eval, none
+    validation = eval_split(cfg.data) != cfg.data.eval_split
+    yield "data.eval_fraction", validation, f"the held-out rows are the validation files of {cfg.data.path}"
+    yield (
+        "train.samples",
+        not dataset.eval_prompts,
+        "the eval rows are plain text, without prompts" if dataset.eval else none,
+    )
     text = dataset.report.format == "text"
     yield "data.train_on", text, "plain text is learned as a whole"
     yield "model.chat_template", text, "plain text is not rendered by a template"

@@ -10,76 +10,94 @@ import functools
 import logging
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from lora_ft.training.logs import LogFile
+from lora_ft import runs
+from lora_ft.io import durable
+from lora_ft.training.callbacks import Callback, Metrics
 from lora_ft.training.metrics import peak_memory_bytes
-from lora_ft.training.state import Learner
-from lora_ft.training.trainer import Metrics
+from lora_ft.training.state import TrainingState
 
 log = logging.getLogger("lora_ft")
 
 _SECONDS_BETWEEN_LINES = 2.0
 
 
-class Progress:
-    """Shows each step as it ends; one line a learner, replaced in a terminal, appended elsewhere."""
+class Progress(Callback):
+    """Shows each step as it ends: one line, replaced in a terminal, appended elsewhere."""
 
     def __init__(self, console: Console, live: Live | None) -> None:
         self._console, self._live = console, live
-        self._lines: dict[str, str] = {}
         self._last_shown = 0.0
 
-    def __call__(self, learner: Learner, metrics: Metrics) -> None:
-        line = _line(learner, metrics)
+    def on_step(self, state: TrainingState, metrics: Metrics) -> None:
+        self._show(state, metrics)
+        if state.is_done and self._live:  # leave the last line where it is; what follows is printed below it
+            self._live.stop()
+
+    def on_evaluate(self, state: TrainingState, metrics: Metrics) -> None:
+        if metrics["step"] == 0:
+            self._show(state, metrics)
+
+    def _show(self, state: TrainingState, metrics: Metrics) -> None:
+        line = _line(state, metrics)
         log.debug(line)
-        self._lines[learner.name] = line
         if self._live:
-            self._live.update(Text("\n".join(self._lines.values())), refresh=True)
+            self._live.update(Text(line), refresh=True)
         elif "heldout_loss" in metrics or time.monotonic() - self._last_shown >= _SECONDS_BETWEEN_LINES:
             self._console.print(Text(line), soft_wrap=True)
             self._last_shown = time.monotonic()
 
-    def turn(self, folder: Path | None, doing: str) -> None:
-        """Nothing that a person would see."""
 
-    def end(self) -> None:
-        """Leave the last line where it is; what follows is printed below it."""
-        if self._live:
-            self._live.stop()
+class LogFile(logging.Handler):
+    """Writes messages and steps into a run's log.txt, which is complete after every line."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(logging.DEBUG)
+        self._folder = folder
+
+    def emit(self, record: logging.LogRecord) -> None:
+        durable.append_line(self._folder / runs.LOG, f"{time.strftime('%H:%M:%S')} {record.getMessage()}")
 
 
-def _line(learner: Learner, metrics: Metrics) -> str:
-    step, num_steps = metrics["step"], len(learner.steps)
+def _line(state: TrainingState, metrics: Metrics) -> str:
+    step, num_steps = metrics["step"], len(state.steps)
     parts = [f"step {step:>{len(str(num_steps))}}/{num_steps}"]
     if "loss" in metrics:
         parts.append(f"loss {metrics['loss']:.3f}")
-    if learner.evaluations:
-        parts.append(f"held out {learner.evaluations[-1].heldout.loss:.3f}")
+    if state.evaluations:
+        parts.append(f"held out {state.evaluations[-1].heldout.loss:.3f}")
     if "loss" in metrics:
-        left = learner.seconds / step * (num_steps - step)
+        left = state.seconds / step * (num_steps - step)
         parts += [
             f"lr {metrics['lr']:.1e}",
             f"norm {metrics['grad_norm']:.2f}",
             f"{metrics['tokens_per_second']:.0f} tokens/s",
             f"{left // 60:.0f}:{left % 60:02.0f} left",
         ]
-    parts.append(f"{peak_memory_bytes(learner.base.device) / 1e9:.1f} GB")
+    parts.append(f"{peak_memory_bytes(state.base.device) / 1e9:.1f} GB")
     return "  ".join(parts)
 
 
+def live_on(console: Console) -> Live | None:
+    """Return a live line for a terminal or a notebook (where rich needs ipywidgets), None for plain output."""
+    is_live = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
+    return Live(console=console, transient=False, auto_refresh=False) if is_live else None
+
+
 @contextlib.contextmanager
-def displayed(folders: list[Path]) -> Iterator[Progress]:
-    """Show progress and this package's messages until the block ends; both are kept in each folder's log.txt."""
+def displayed(folder: Path) -> Iterator[Progress]:
+    """Show progress and this package's messages until the block ends; both are kept in the run's log.txt."""
     console = Console(stderr=True)
     # A reader that left is no reason to stop training; rich would exit.
     console.on_broken_pipe = functools.partial(setattr, console, "quiet", True)  # type: ignore[method-assign]
-    live = Live(console=console, transient=False, auto_refresh=False) if console.is_terminal else None
-    handlers = [_ConsoleHandler(console), *map(LogFile, folders)]
+    live = live_on(console)
+    handlers = [_ConsoleHandler(console), LogFile(folder)]
     level = log.level
     log.setLevel(logging.DEBUG)
     for handler in handlers:

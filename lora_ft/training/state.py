@@ -1,13 +1,18 @@
-"""One adapter being trained: its parameters, optimizer, data order and memory of its best state.
+"""The state of one adapter's training: parameters, optimizer, planned steps, losses, evaluations, best values.
 
-Everything that one learner needs and another must not see stands here, so that several can take
-turns on one base and each still learns exactly what it would learn alone.
+with attached(cfg, folder, base, dataset, ...) as state:     adapter on the base, before its first step
+    checkpoint.resume(state)                                 or after the last step that was saved
+    trainer.fit(state)
+# the base is as it was before, and nothing of the adapter is left on it
 """
 
+import contextlib
+import gc
 import hashlib
 import json
 import logging
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,19 +23,25 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_ft import config, validation
-from lora_ft.adapters import attach, audit, fast, files, provenance
-from lora_ft.data.dataset import Dataset, Question, TokenRow
+from lora_ft import config, objectives, validation
+from lora_ft.adapters import attach, audit, files, provenance
+from lora_ft.data.dataset import Dataset, EvalPrompt
+from lora_ft.data.packing import check_capacity, group_lengths, grouped, longest_group
+from lora_ft.data.rows import Example
 from lora_ft.data.sampler import derive, epoch_order, steps_of_epoch
 from lora_ft.errors import ConfigError, DataError
 from lora_ft.evaluation.generation import context_length
 from lora_ft.evaluation.loss import EvalLoss
+from lora_ft.models.acceleration import accelerated_lora
 from lora_ft.models.load import Base
+from lora_ft.objectives import Objective
 from lora_ft.ops.gradient_checkpointing import settle_checkpoint
 from lora_ft.ops.token_loss import Paths
 from lora_ft.training import optimizers
 
 log = logging.getLogger("lora_ft")
+
+NAME = "default"  # of the adapter inside the PEFT model: one at a time
 
 
 @dataclass(frozen=True)
@@ -40,22 +51,21 @@ class Evaluation:
 
 
 @dataclass
-class Learner:
-    """State of one adapter's training; `steps` lists the row numbers of every optimizer step, in order.
+class TrainingState:
+    """State of one adapter's training; `steps` lists the examples of every optimizer step by index.
 
-    `inputs` are hashes of what it learns from: settings, data, base and the adapter's shapes. What changes while it
-    trains, and so stands in a checkpoint, is the optimizer, `flat.values` and the fields with a default; `rungs` are
-    the steps at which training/halving.py compares it with others.
+    inputs: hashes of the settings, the data, the base and the adapter's shapes. A checkpoint holds the optimizer,
+    `flat.values` and the fields with a default.
     """
 
-    name: str
     cfg: config.TrainRun
     folder: Path
     model: PeftModel
     paths: Paths
-    rows: list[TokenRow]
-    heldout: list[TokenRow]
-    questions: list[Question]
+    objective: Objective
+    examples: list[Example]
+    eval_examples: list[Example]
+    eval_prompts: list[EvalPrompt]
     steps: list[np.ndarray]
     parameters: dict[str, nn.Parameter]
     start: dict[str, Tensor]
@@ -69,26 +79,28 @@ class Learner:
     best_values: Tensor | None = None
     tokens: int = 0
     seconds: float = 0.0
-    rungs: tuple[int, ...] = ()
-    rungs_passed: int = 0
     stopped_by: str | None = None
 
     @property
     def step(self) -> int:
-        """How many optimizer steps are done."""
+        """Number of optimizer steps done."""
         return len(self.losses)
 
     @property
     def is_done(self) -> bool:
-        """Whether no step follows: all are done, `train.patience` is at its end, or halving stopped it."""
+        """True if no step follows: all are done, `train.patience` is used up, or a stop was requested."""
         return self.step == len(self.steps) or self._out_of_patience or self.stopped_by is not None
+
+    def request_stop(self, reason: str) -> None:
+        """End the run after the current step; the reason stands in result.json as `stopped_by`."""
+        self.stopped_by = self.stopped_by or reason
 
     @property
     def stopped_early(self) -> bool:
         return self.is_done and self.step < len(self.steps)
 
     def take_kept_state(self) -> None:
-        """Give the adapter the state that `train.keep` asks for; the last thing done to it, as no step can follow."""
+        """Set the adapter to the state that `train.keep` names. No step can follow."""
         if self.best_values is not None:
             self.flat.values.copy_(self.best_values)
 
@@ -99,7 +111,7 @@ class Learner:
 
     @property
     def base(self) -> PreTrainedModel:
-        """The transformers model with the adapter layers inside; the loss is computed through it."""
+        """The transformers model with the adapter layers inside."""
         base: PreTrainedModel = self.model.get_base_model()
         return base
 
@@ -109,64 +121,86 @@ class Learner:
 
     @property
     def evaluations_without_gain(self) -> int:
-        """How many evaluations have passed since the best one."""
+        """Number of evaluations since the best one."""
         return len(self.evaluations) - 1 - self.evaluations.index(self.best) if self.best else 0
 
     @property
     def starts_as_base(self) -> bool:
-        """Whether the adapter adds nothing before its first step, so that what it is then is its base, bit for bit."""
+        """True if the adapter adds nothing before its first step, so that the model is its base, bit for bit."""
         adapter = self.cfg.adapter
         return not (adapter.dora or adapter.init_from or adapter.modules_to_save or self.cfg.model.added_tokens)
 
     @property
     def measured(self) -> tuple[EvalLoss | None, EvalLoss | None]:
-        """Held-out losses of the base and of the state that is kept, None where no evaluation was of it."""
+        """Eval losses of the base and of the kept state; None for one that was not evaluated."""
         first, last = self.evaluations[:1], self.evaluations[-1:]
         kept = [self.best] if self.cfg.train.keep is config.Keep.best else last
         base = next((e.heldout for e in first if e.step == 0 and self.starts_as_base), None)
         return base, next((e.heldout for e in kept if e and (e is self.best or e.step == self.step)), None)
 
 
-def make_learner(
-    name: str,
-    cfg: config.TrainRun,
-    folder: Path,
-    base: Base,
-    model: PreTrainedModel | PeftModel,
-    dataset: Dataset,
-    paths: Paths,
-    base_fingerprint: str,
-) -> Learner:
-    """Attach an adapter to the base (or to the PEFT model of earlier learners) and prepare to train it.
+@contextlib.contextmanager
+def attached(
+    cfg: config.TrainRun, folder: Path, base: Base, dataset: Dataset, paths: Paths, base_fingerprint: str
+) -> Iterator[TrainingState]:
+    """Attach an adapter to the base and yield its training state; detach it at the end, however that comes.
 
-    Raises MismatchError where `adapter.init_from` does not fit this base or this adapter's shape.
+    Raises MismatchError if `adapter.init_from` does not fit this base or this adapter's shape.
     """
+    model = _attach(cfg, base, dataset)
+    try:
+        with accelerated_lora(model, NAME, cfg.fast) as reasons:
+            for reason in reasons:
+                log.info(reason)
+            yield _state(cfg, folder, model, dataset, paths, base_fingerprint)
+    finally:
+        attach.detach(base.model)
+        # The modules of an adapter refer to each other: what they hold is freed by the collector alone.
+        gc.collect()
+
+
+def _attach(cfg: config.TrainRun, base: Base, dataset: Dataset) -> PeftModel:
     check_added_tokens(cfg.model, base.tokenizer, dataset.train)
     token_ids = base.tokenizer.convert_tokens_to_ids(list(cfg.model.added_tokens))
-    heldout, questions = evaluation_rows(dataset, cfg.train.eval_rows)
-    steps = plan_steps([len(r.ids) for r in dataset.train], cfg.train, cfg.seed)
-    check_lengths([*dataset.train, *heldout], base.model, cfg.train)
+    try:
+        model = attach.attach(
+            base.model,
+            cfg.adapter,
+            NAME,
+            derive(cfg.seed, "adapter"),
+            token_ids,
+            objectives.find(cfg.objective).task_type,
+        )
+        if cfg.adapter.init_from:
+            source = Path(cfg.adapter.init_from)
+            provenance.check_source(source, files.read_config(source), base, cfg.quant)
+            files.check_same_method(source, model.peft_config[NAME])
+            files.load_tensors(model, source, NAME)
+    except BaseException:
+        attach.detach(base.model)
+        raise
+    return model
+
+
+def _state(
+    cfg: config.TrainRun, folder: Path, model: PeftModel, dataset: Dataset, paths: Paths, base_fingerprint: str
+) -> TrainingState:
+    eval_examples, eval_prompts = choose_eval(dataset, cfg.train.eval_rows)
+    steps = plan_steps(dataset.train, cfg.train, cfg.seed)
+    check_lengths([*dataset.train, *eval_examples], model.get_base_model(), cfg.train)
     check_warmup(cfg.optim, len(steps))
-    peft_model = attach.attach(model, cfg.adapter, name, derive(cfg.seed, "adapter"), token_ids)
-    if cfg.adapter.init_from:
-        source = Path(cfg.adapter.init_from)
-        provenance.check_source(source, files.read_config(source), base, cfg.quant)
-        files.check_same_method(source, peft_model.peft_config[name])
-        files.load_tensors(peft_model, source, name)
-    for reason in fast.use_fast_forwards(peft_model, name) if cfg.fast.lora else ["plain lora: fast.lora=false"]:
-        log.info(reason)
-    parameters = attach.trainable(peft_model, name)
-    num_trainable = audit.check_trainable(peft_model, name, parameters)
+    parameters = attach.trainable(model, NAME)
+    num_trainable = audit.check_trainable(model, NAME, parameters)
     flat = optimizers.flatten(parameters)
-    return Learner(
-        name=name,
+    return TrainingState(
         cfg=cfg,
         folder=folder,
-        model=peft_model,
+        model=model,
         paths=paths,
-        rows=dataset.train,
-        heldout=heldout,
-        questions=questions,
+        objective=objectives.find(cfg.objective),
+        examples=dataset.train,
+        eval_examples=eval_examples,
+        eval_prompts=eval_prompts,
         steps=steps,
         parameters=parameters,
         start={n: p.detach().clone() for n, p in parameters.items()},
@@ -177,9 +211,9 @@ def make_learner(
             "settings": _sha256(validation.lasting(cfg)),
             "data": dataset.report.sha256,
             "base": base_fingerprint,
-            "adapter": _sha256([[n.replace(f".{name}", ""), list(p.shape)] for n, p in parameters.items()]),
+            "adapter": _sha256([[n.replace(f".{NAME}", ""), list(p.shape)] for n, p in parameters.items()]),
         },
-        checkpoint=_settle_checkpoint(peft_model, paths, dataset.train, steps, cfg.train),
+        checkpoint=_settle_checkpoint(model, paths, dataset.train, steps, cfg.train),
     )
 
 
@@ -188,13 +222,14 @@ def _sha256(value: Any) -> str:
 
 
 def _settle_checkpoint(
-    model: PeftModel, paths: Paths, rows: list[TokenRow], steps: list[np.ndarray], train: config.Train
+    model: PeftModel, paths: Paths, examples: list[Example], steps: list[np.ndarray], train: config.Train
 ) -> str:
-    """What train.checkpoint=auto is for the largest micro-batch of the run."""
+    """Settle train.checkpoint=auto for the largest micro-batch of the run."""
     if train.checkpoint != "auto":
         return train.checkpoint
-    together = sum if train.packing and paths.packs else max
-    largest = max(together(len(rows[i].ids) for i in step) for step in steps)
+    packs = train.packing and paths.packs
+    of_steps = ([examples[i] for i in step] for step in steps)
+    largest = max(sum(len(e.ids) for e in step) if packs else longest_group(step) for step in of_steps)
     setting, why = settle_checkpoint(
         model.get_base_model(), paths, min(largest, train.tokens_per_microbatch or largest)
     )
@@ -202,17 +237,13 @@ def _settle_checkpoint(
     return setting
 
 
-def check_lengths(rows: list[TokenRow], model: PreTrainedModel, train: config.Train) -> None:
-    """Before any step: every row fits a micro-batch and the model's context (a learned position may not exist)."""
-    longest = max(rows, key=lambda row: len(row.ids))
+def check_lengths(examples: list[Example], model: PreTrainedModel, train: config.Train) -> None:
+    """Check that every example fits a micro-batch and the model's context (a learned position may not exist)."""
+    check_capacity(examples, train.tokens_per_microbatch)
+    longest = max(examples, key=lambda example: len(example.ids))
     length, context = len(longest.ids), context_length(model)
-    if train.tokens_per_microbatch is not None and length > train.tokens_per_microbatch:
-        raise ConfigError(
-            f"train.tokens_per_microbatch must be at least the longest row: {longest.place} has {length} tokens, "
-            f"got {train.tokens_per_microbatch}"
-        )
     if length > context:
-        raise DataError(f"{longest.place} has {length} tokens, and this model reads {context}: lower data.max_length")
+        raise DataError(f"{longest.source} has {length} tokens, and this model reads {context}: lower data.max_length")
 
 
 def check_warmup(optim: config.Optim, num_steps: int) -> None:
@@ -220,52 +251,60 @@ def check_warmup(optim: config.Optim, num_steps: int) -> None:
         raise ConfigError(f"optim.warmup_steps must be below the run's {num_steps} steps, got {optim.warmup_steps}")
 
 
-def check_added_tokens(model: config.Model, tokenizer: PreTrainedTokenizerBase, rows: list[TokenRow]) -> None:
+def check_added_tokens(model: config.Model, tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> None:
     """A token that no row holds would stay the mean of all others (A22)."""
     if not model.added_tokens:
         return
-    seen = set(np.unique(np.concatenate([row.ids for row in rows])).tolist())
+    seen = set(np.unique(np.concatenate([example.ids for example in examples])).tolist())
     unseen = [token for token in model.added_tokens if tokenizer.convert_tokens_to_ids(token) not in seen]
     if unseen:
         raise DataError(f"model.added_tokens: no training row holds {', '.join(unseen)}, so they would learn nothing")
 
 
-def evaluation_rows(dataset: Dataset, num_rows: int) -> tuple[list[TokenRow], list[Question]]:
-    """The rows, and the questions among them, that an evaluation inside train reads.
+def choose_eval(dataset: Dataset, number: int) -> tuple[list[Example], list[EvalPrompt]]:
+    """Choose `number` groups of eval examples, and the prompts of their rows, for an evaluation inside train.
 
-    The choice does not depend on `seed`: runs that differ in their seed are compared on the same rows.
+    The choice does not depend on `seed`: runs that differ in their seed are compared on the same examples.
     """
-    chosen = [dataset.heldout[i] for i in epoch_order(len(dataset.heldout), 0, 0)[:num_rows]]
-    of_place = {question.place: question for question in dataset.questions}
-    # A row may give several documents, but asks one question.
-    places = dict.fromkeys(row.place for row in chosen)
-    return chosen, [of_place[place] for place in places if place in of_place]
+    groups = grouped(dataset.eval)
+    chosen = [dataset.eval[i] for group in epoch_order(len(groups), 0, 0)[:number] for i in groups[group]]
+    prompts = {prompt.source: prompt for prompt in dataset.eval_prompts}
+    # A row may give several examples, but one prompt.
+    sources = dict.fromkeys(example.source for example in chosen)
+    return chosen, [prompts[source] for source in sources if source in prompts]
 
 
-def plan_steps(lengths: list[int], train: config.Train, seed: int) -> list[np.ndarray]:
-    """Row numbers of every optimizer step of the run: a pure function, so that a position is one integer."""
+def plan_steps(examples: Sequence[Example], train: config.Train, seed: int) -> list[np.ndarray]:
+    """Plan the optimizer steps of a run, each as indices of examples; a pure function, so a position is one integer.
+
+    The examples of a group are in one step.
+    """
+    groups = grouped(examples)
+    lengths = group_lengths(examples, groups)
     steps: list[np.ndarray] = []
     for epoch in range(train.epochs if train.max_steps is None else train.max_steps):
-        steps += steps_of_epoch(lengths, epoch_order(len(lengths), seed, epoch), train.tokens_per_step)
+        order = epoch_order(len(groups), seed, epoch)
+        for step in steps_of_epoch(lengths, order, train.tokens_per_step):
+            steps.append(np.concatenate([groups[group] for group in step]))
         if train.max_steps is not None and len(steps) >= train.max_steps:
             return steps[: train.max_steps]
     return steps
 
 
-def overfitting(learner: Learner) -> list[str]:
-    """What the curves say of overfitting, in sentences; empty where nothing was held out."""
-    if not learner.best or not learner.losses:
+def overfitting(state: TrainingState) -> list[str]:
+    """Describe signs of overfitting, in sentences; empty without an eval set."""
+    if not state.best or not state.losses:
         return []
-    last = learner.evaluations[-1].heldout.loss
-    window = learner.losses[-max(1, len(learner.losses) // 10) :]
+    last = state.evaluations[-1].heldout.loss
+    window = state.losses[-max(1, len(state.losses) // 10) :]
     train_loss = math.fsum(window) / len(window)
     said = [
         f"train loss {train_loss:.4f} (last {len(window)} steps), held-out loss {last:.4f}, "
-        f"best {learner.best.heldout.loss:.4f} at step {learner.best.step}"
+        f"best {state.best.heldout.loss:.4f} at step {state.best.step}"
     ]
-    if learner.best.step == 0:
+    if state.best.step == 0:
         said.append("no evaluation was better than the start: the learning rate may be too high")
-    rising, patience = learner.evaluations_without_gain, learner.cfg.train.patience or 2
+    rising, patience = state.evaluations_without_gain, state.cfg.train.patience or 2
     if rising >= patience:
         said.append(
             f"held-out loss has not improved for {rising} evaluations: the adapter overfits. Fewer epochs, "

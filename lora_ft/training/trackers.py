@@ -1,328 +1,225 @@
-"""Trackers: TensorBoard, Weights & Biases or MLflow show a copy of metrics.jsonl while it grows.
+"""The tracker of a run: TensorBoard, Weights & Biases, MLflow, Comet, Trackio and others, through accelerate.
 
-    with tracked(learners) as track:
-        track(learner, {"step": 7, "loss": 2.31, ...})    # a line of metrics.jsonl, and what the tracker lacks of it
-        track.ended(learner, result)                      # or what it failed of
+    track=wandb track.project=my_project        # TrackerCallback sends settings, metrics and result
+    tracker.json                                # {"tracker": "wandb", "id": "..."}: where a resumed run continues
 
-    metrics.jsonl --+-- tensorboard/     event files
-                    +-- wandb/           what `wandb sync` reads, with WANDB_MODE=offline
-                    +-- mlflow/          MLflow's file store, where MLFLOW_TRACKING_URI names no other
-
-No result depends on a tracker. One that is out of reach costs a warning; what it has missed is sent when the run is
-resumed, to MLflow at the end as well: tracker.json in the run's folder holds the id that finds it again. wandb sends
-what its server misses while the run goes on by itself.
+metrics.jsonl is complete without a tracker. After an error of a tracker, training continues without it.
 """
 
 import contextlib
-import hashlib
+import importlib.util
 import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lora_ft import config, runs, validation
 from lora_ft.config import Tracker
-from lora_ft.errors import ConfigError, LoraFtError, ResourceError
+from lora_ft.errors import ConfigError, ResourceError
 from lora_ft.io import durable, untrusted
-from lora_ft.training import logs
+from lora_ft.io.redact import redact
+from lora_ft.training.callbacks import Callback, Metrics, Outcome
 from lora_ft.training.finish import Result
-from lora_ft.training.state import Learner
-from lora_ft.training.trainer import Metrics
+from lora_ft.training.state import TrainingState
 
 log = logging.getLogger("lora_ft")
 
 ID = "tracker.json"
-_MLFLOW_SECONDS = 1.0  # each batch is a request that training waits for
 
-# Of the tools' own switches, those that say more about a machine than a run does, or send reports of the tool's use.
+# Defaults for switches of the tools that send reports of their use, or more about the machine than about the run.
 _UNLESS_SET = {
     Tracker.wandb: {"WANDB_ERROR_REPORTING": "false", "WANDB_DISABLE_GIT": "true", "WANDB_DISABLE_CODE": "true"},
     Tracker.mlflow: {"MLFLOW_DISABLE_TELEMETRY": "true"},
+    Tracker.comet_ml: {
+        "COMET_DISABLE_AUTO_LOGGING": "1",
+        "COMET_AUTO_LOG_ENV_DETAILS": "false",
+        "COMET_AUTO_LOG_CLI_ARGUMENTS": "false",
+        "COMET_AUTO_LOG_CODE": "false",
+        "COMET_AUTO_LOG_GIT_METADATA": "false",
+        "COMET_AUTO_LOG_GIT_PATCH": "false",
+    },
 }
 
-Outcome = Result | BaseException
+# The id of the tracker's own run; a resumed run is a new one in trackers that are not listed.
+_ID: dict[Tracker, Callable[[Any], str]] = {
+    Tracker.wandb: lambda run: run.id,
+    Tracker.mlflow: lambda run: run.info.run_id,
+    Tracker.trackio: lambda run: run.name,
+    Tracker.comet_ml: lambda experiment: experiment.get_key(),
+}
 
 
-@dataclass(frozen=True)
-class Remote:
-    """A run in a tracker: the last step it holds, and how it is sent a row of metrics, and its end."""
-
-    last_step: int
-    write: Callable[[Metrics], None]
-    end: Callable[[Outcome], None]
-
-
-class Tracked:
-    """An observer that keeps the metrics of several learners, each with its tracker."""
-
-    def __init__(self, learners: list[Learner]) -> None:
-        self._tracks = {learner.name: _Track(learner) for learner in learners}
-
-    def __call__(self, learner: Learner, metrics: Metrics) -> None:
-        runs.append_metrics(learner.folder, metrics)
-        self._tracks[learner.name].follow(metrics)
-
-    def ended(self, learner: Learner, outcome: Outcome) -> None:
-        """Mark the end of a learner, once: its result goes into the tracker's summary, a failure into its state."""
-        if track := self._tracks.pop(learner.name, None):
-            with logs.about(learner.folder):
-                track.end(outcome)
-
-
-@contextlib.contextmanager
-def tracked(learners: list[Learner]) -> Iterator[Tracked]:
-    """Keep the metrics of these learners until the block ends; those without an outcome end with what ended it.
-
-    Raises what `check` raises.
-    """
-    for learner in learners:
-        check(learner.cfg.track)
-    track = Tracked(learners)
-    try:
-        yield track
-    except BaseException as error:
-        for learner in learners:
-            track.ended(learner, error)
-        raise
-    finally:
-        if any(learner.cfg.track.name is Tracker.wandb for learner in learners):
-            _end_wandb_service()
+def callbacks(track: config.Track) -> list[Callback]:
+    """Return the callback that sends metrics to the tracker; raises what `check` raises."""
+    check(track)
+    return [] if track.name is Tracker.none else [TrackerCallback(track)]
 
 
 def check(track: config.Track) -> None:
-    """Refuse a tracker that cannot work: ResourceError for a package or an account that is not there."""
-    for name, value in _UNLESS_SET.get(track.name, {}).items():
-        os.environ.setdefault(name, value)
-    try:
-        match track.name:
-            case Tracker.tensorboard:
-                import tensorboard  # noqa: F401
-            case Tracker.wandb:
-                import wandb
+    """Raise ResourceError if the tracker's package or account is missing."""
+    name = track.name.value
+    if track.name is Tracker.none:
+        return
+    for variable, value in _UNLESS_SET.get(track.name, {}).items():
+        os.environ.setdefault(variable, value)
+    if importlib.util.find_spec(name) is None:
+        extras = (Tracker.tensorboard, Tracker.wandb, Tracker.mlflow)
+        package = f"'lora_ft[{name}]'" if track.name in extras else name
+        raise ResourceError(f"track={name} needs the package {name}: pip install {package}")
+    if track.name is Tracker.wandb:
+        import wandb
 
-                if wandb.setup().settings.mode in ("online", "shared") and not wandb.login(prompt=False, verify=False):
-                    raise ResourceError("track=wandb has no account: set WANDB_API_KEY, or WANDB_MODE=offline")
-            case Tracker.mlflow:
-                import mlflow  # noqa: F401
-    except ImportError as error:
-        raise ResourceError(f"track={track.name.value} needs it: pip install 'lora_ft[{track.name.value}]'") from error
+        if wandb.setup().settings.mode in ("online", "shared") and not wandb.login(prompt=False, verify=False):
+            raise ResourceError("track=wandb has no account: set WANDB_API_KEY, or WANDB_MODE=offline")
 
 
-class _Track:
-    """One learner's run in its tracker, opened with the first metrics; a start that fails before them leaves none."""
+class TrackerCallback(Callback):
+    """Sends settings, metrics and result of a run to its tracker, which is started with the first metrics."""
 
-    def __init__(self, learner: Learner) -> None:
-        self._learner = learner
-        self._open = _OPEN.get(learner.cfg.track.name)
-        self._remote: Remote | None = None
-        self._first: int | None = None
-        self._is_lost = False
+    def __init__(self, track: config.Track) -> None:
+        self._name, self._project = track.name, track.project
+        self._tracker: Any = None
+        self._has_failed = False
+        self._undo = contextlib.ExitStack()
 
-    def follow(self, metrics: Metrics) -> None:
-        if self._open is None:
+    def on_step(self, state: TrainingState, metrics: Metrics) -> None:
+        if self._has_failed:
             return
-        if self._first is None:
-            self._first = metrics["step"]
-        if not self._is_lost:
-            with self._warned():
-                self._send([metrics])
+        values = dict(metrics)
+        step = values.pop("step")
+        with self._warned():
+            if self._tracker is None:
+                self._start(state, step)
+            self._tracker.log(values, step=step)
 
-    def end(self, outcome: Outcome) -> None:
-        # wandb's service keeps the id of a run that it failed to begin, and lets none begin under it again.
-        lost_for_good = self._is_lost and self._learner.cfg.track.name is Tracker.wandb
-        if self._first is not None and not lost_for_good:
-            with self._warned():
-                self._send([])
-                assert self._remote
-                self._remote.end(outcome)
+    def on_evaluate(self, state: TrainingState, metrics: Metrics) -> None:
+        if metrics["step"] == 0:
+            self.on_step(state, metrics)
 
-    def _send(self, rows: list[Metrics]) -> None:
-        if self._remote is None:
-            assert self._open and self._first is not None
-            self._remote = self._open(self._learner, self._first)
-            rows = runs.read_metrics(self._learner.folder)
-        for row in rows:
-            # A step that was taken again after a resume is there with the same loss.
-            if row["step"] > self._remote.last_step:
-                self._remote.write(row)
+    def on_end(self, state: TrainingState, outcome: Outcome) -> None:
+        if self._has_failed or (self._tracker is None and not isinstance(outcome, Result)):
+            return
+        with self._warned():
+            if isinstance(outcome, Result):
+                if self._tracker is None:  # a resumed run that had no step left
+                    self._start(state, outcome.steps + 1)
+                self._log_result(outcome)
+            self._finish(outcome)
 
     @contextlib.contextmanager
     def _warned(self) -> Iterator[None]:
+        """Log an error of the tracker as a warning and give the tracker up."""
         try:
             yield
-        except LoraFtError:
-            raise
-        except Exception as error:  # of a client whose failures are its own, and no reason to lose a run
-            self._remote, self._is_lost = None, True
-            name = self._learner.cfg.track.name.value
-            log.warning("track=%s failed; %s has all: %s: %s", name, runs.METRICS, type(error).__name__, error)
+        except Exception as error:
+            name = self._name.value
+            log.warning("track=%s failed; %s is complete: %s: %s", name, runs.METRICS, type(error).__name__, error)
+            self._has_failed = True
+            with contextlib.suppress(Exception):  # it may have failed before it started
+                self._tracker.finish()
+            self._undo.close()
+
+    def _start(self, state: TrainingState, first_step: int) -> None:
+        """Start a run in the tracker, or continue the one that tracker.json names."""
+        from accelerate import PartialState  # a second, which a run without a tracker saves
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        PartialState()  # accelerate's logging needs it
+        kept = _read_id(state.folder, self._name)
+        kind = LOGGER_TYPE_TO_CLASS[self._name.value]
+        folders = [str(state.folder)] if kind.requires_logging_directory else []
+        # TensorBoard's writer puts its files into the folder of this name.
+        project = self._name.value if self._name is Tracker.tensorboard else self._project
+        hooks = sys.exit, sys.excepthook
+        self._tracker = kind(project, *folders, **self._options(state.folder, first_step, kept))
+        try:
+            self._tracker.start()
+        finally:
+            sys.exit, sys.excepthook = hooks  # wandb's would print tracebacks, with secrets
+        if kept is None:
+            found = _ID[self._name](self._tracker.tracker) if self._name in _ID else ""
+            durable.write_json(state.folder / ID, {"tracker": self._name.value, "id": found})
+            self._tracker.store_init_configuration(_flat(validation.to_plain(state.cfg)))
+
+    def _options(self, folder: Path, first_step: int, kept: str | None) -> dict[str, Any]:
+        """Return the arguments of the tracker's own start function."""
+        group, name = _group_and_name(folder)
+        match self._name:
+            case Tracker.tensorboard:
+                return {"purge_step": first_step}  # hides later steps of earlier files
+            case Tracker.wandb:
+                resume = {"id": kept, "resume": "allow"} if kept else {}
+                settings = {"console": "off", "symlink": False}
+                return {"name": name, "group": group, "dir": str(folder), "settings": settings, **resume}
+            case Tracker.mlflow:
+                if not os.environ.get("MLFLOW_TRACKING_URI"):
+                    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+                    os.environ["MLFLOW_TRACKING_URI"] = (folder.resolve() / "mlflow").as_uri()
+                    self._undo.callback(os.environ.pop, "MLFLOW_TRACKING_URI", None)
+                return {"run_name": name, "run_id": kept, "tags": {"group": group} if group else None}
+            case Tracker.trackio:
+                return {"name": kept or name, "group": group, "resume": "allow" if kept else "never"}
+            case Tracker.comet_ml:
+                from comet_ml import ExperimentConfig
+
+                settings = ExperimentConfig(
+                    name=name,
+                    tags=[group] if group else None,
+                    auto_output_logging=False,
+                    offline_directory=str(folder / "comet_ml"),
+                )
+                return {"experiment_key": kept, "experiment_config": settings}
+            case Tracker.dvclive:
+                return {"dir": str(folder / "dvclive"), "resume": kept is not None}
+            case Tracker.swanlab:
+                return {"name": name, "group": group, "log_dir": str(folder / "swanlab")}
+            case Tracker.clearml:
+                return {"task_name": name}
+        return {}
+
+    def _log_result(self, result: Result) -> None:
+        values = {f"result/{name}": value for name, value in asdict(result).items() if value is not None}
+        if self._name is Tracker.wandb:  # its history takes no step twice
+            self._tracker.run.summary.update(values)
+        else:
+            numbers = {name: float(value) for name, value in values.items() if not isinstance(value, str)}
+            self._tracker.log(numbers, step=result.steps)
+
+    def _finish(self, outcome: Outcome) -> None:
+        """End the run in the tracker; wandb and MLflow also show how it ended."""
+        is_good = outcome is None or isinstance(outcome, Result)
+        if self._name is Tracker.wandb:
+            self._tracker.run.finish(exit_code=0 if is_good else getattr(outcome, "exit_code", 1))
+        elif self._name is Tracker.mlflow:
+            import mlflow
+
+            failed = "FAILED" if isinstance(outcome, Exception) else "KILLED"
+            mlflow.end_run("FINISHED" if is_good else failed)
+        else:
+            self._tracker.finish()
+        self._tracker = None
+        self._undo.close()
 
 
-def _tensorboard(learner: Learner, first_step: int) -> Remote:
-    write = event_file(learner.folder / "tensorboard", max(0, first_step - 1))
-    return Remote(first_step - 1, write, lambda _: None)
-
-
-def event_file(folder: Path, first_step: int = 0) -> Callable[[Metrics], None]:
-    """Start an event file that `tensorboard --logdir` reads while it grows; returns the function that adds a step.
-
-    A run resumed after `first_step` steps says so, and TensorBoard leaves out what earlier files hold of later ones.
-    TensorBoard's own writer keeps its file open and buffered; records are appended here one step at a time.
-    """
-    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
-    durable.make_folder(folder)
-    records = RecordWriter(_Appender(folder / f"events.out.tfevents.{time.time_ns()}.lora_ft"))
-    records.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
-    if first_step:
-        start = SessionLog(status=SessionLog.START)
-        records.write(Event(wall_time=time.time(), step=first_step + 1, session_log=start).SerializeToString())
-
-    def write(metrics: Metrics) -> None:
-        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in _values(metrics).items()]
-        event = Event(wall_time=time.time(), step=metrics["step"], summary=Summary(value=scalars))
-        records.write(event.SerializeToString())
-
-    return write
-
-
-class _Appender:
-    """The file that TensorBoard's record framing writes to; each record is one append."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def write(self, data: bytes) -> None:
-        durable.append_bytes(self._path, data)
-
-
-def _wandb(learner: Learner, _first_step: int) -> Remote:
-    import wandb
-
-    group, name = _place(learner.folder)
-    # wandb's hooks would print a crash's traceback beside ours, with the secrets that ours leaves out.
-    hooks = sys.exit, sys.excepthook
-    try:
-        run = wandb.init(
-            project=learner.cfg.track.project, group=group, name=name, id=_id(learner.folder), resume="allow",
-            dir=str(learner.folder), config=validation.to_plain(learner.cfg), reinit="create_new",
-            settings=wandb.Settings(console="off", symlink=False),
-        )  # fmt: skip
-    finally:
-        sys.exit, sys.excepthook = hooks
-
-    def end(outcome: Outcome) -> None:
-        if isinstance(outcome, Result):
-            run.summary.update(_summary(outcome))
-        run.finish(exit_code=0 if isinstance(outcome, Result) else getattr(outcome, "exit_code", 1))
-
-    # Offline it starts at 0 whatever was kept: so each folder that `wandb sync` reads holds the run from its start.
-    return Remote(run.starting_step - 1, lambda row: run.log(_values(row), step=row["step"]), end)
-
-
-def _end_wandb_service() -> None:
-    """End the process that wandb started beside this one, once all runs in it have ended."""
-    import wandb
-
-    try:
-        wandb.teardown()
-    except (Exception, SystemExit) as error:  # it exits this process where the other one failed
-        log.warning("track=wandb: its service did not end well: %s: %s", type(error).__name__, error)
-
-
-def _mlflow(learner: Learner, _first_step: int) -> Remote:
-    import mlflow
-    from mlflow.entities import Metric, Param, RunTag
-
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
-    if not uri:
-        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-        uri = (learner.folder.resolve() / "mlflow").as_uri()
-    client = mlflow.MlflowClient(tracking_uri=uri)
-    experiment, key = _experiment(client, learner.cfg.track.project), _id(learner.folder)
-    if found := client.search_runs([experiment], f"tags.`lora_ft.id` = '{key}'", max_results=1):
-        run_id = found[0].info.run_id
-        client.update_run(run_id, status="RUNNING")
-    else:
-        group, name = _place(learner.folder)
-        tags = {"lora_ft.id": key} | ({"group": group} if group else {})
-        run_id = client.create_run(experiment, run_name=name, tags=tags).info.run_id
-        settings = [Param(name, value) for name, value in _flat(validation.to_plain(learner.cfg)).items()]
-        for start in range(0, len(settings), 100):  # the most that a server takes at a time
-            client.log_batch(run_id, params=settings[start : start + 100])
-    held = [m.step for name in ("loss", "heldout_loss") for m in client.get_metric_history(run_id, name)]
-    unsent: list[Metric] = []
-    sent_at = 0.0
-
-    def send() -> None:
-        nonlocal sent_at
-        for start in range(0, len(unsent), 1000):
-            client.log_batch(run_id, metrics=unsent[start : start + 1000])
-        unsent.clear()
-        sent_at = time.monotonic()
-
-    def write(row: Metrics) -> None:
-        now = int(time.time() * 1000)
-        unsent.extend(Metric(name, value, now, row["step"]) for name, value in _values(row).items())
-        if time.monotonic() - sent_at >= _MLFLOW_SECONDS:
-            send()
-
-    def end(outcome: Outcome) -> None:
-        if isinstance(outcome, Result):
-            summary, now = _summary(outcome), int(time.time() * 1000)
-            texts = {name: value for name, value in summary.items() if isinstance(value, str)}
-            unsent.extend(Metric(n, float(v), now, outcome.steps) for n, v in summary.items() if n not in texts)
-            client.log_batch(run_id, tags=[RunTag(name, value) for name, value in texts.items()])
-        send()
-        failed = "FAILED" if isinstance(outcome, Exception) else "KILLED"
-        client.set_terminated(run_id, "FINISHED" if isinstance(outcome, Result) else failed)
-
-    return Remote(max(held, default=-1), write, end)
-
-
-def _experiment(client: Any, name: str) -> str:
-    """The id of MLflow's experiment of this name, made where there is none; another run may make it first."""
-    import mlflow
-
-    try:
-        return str(client.create_experiment(name))
-    except mlflow.MlflowException:
-        if found := client.get_experiment_by_name(name):
-            return str(found.experiment_id)
-        raise
-
-
-_OPEN = {Tracker.tensorboard: _tensorboard, Tracker.wandb: _wandb, Tracker.mlflow: _mlflow}
-
-
-def _values(row: Metrics) -> Metrics:
-    return {name: value for name, value in row.items() if name != "step"}
-
-
-def _summary(result: Result) -> dict[str, Any]:
-    return {f"result/{name}": value for name, value in asdict(result).items() if value is not None}
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Settings by dotted key, as text; a mapping of layers stays one value."""
-    flat: dict[str, str] = {}
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return settings by dotted key; a list, a mapping below a group, and null become JSON text."""
+    flat: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, dict) and not prefix:
             flat |= _flat(value, f"{name}.")
+        elif isinstance(value, str):
+            flat[prefix + name] = redact(value)
         else:
-            flat[prefix + name] = value if isinstance(value, str) else json.dumps(value)
+            flat[prefix + name] = value if isinstance(value, int | float) else redact(json.dumps(value))
     return flat
 
 
-def _place(folder: Path) -> tuple[str | None, str]:
-    """The name of the sweep that a run belongs to, None where to none, and the run's own name."""
+def _group_and_name(folder: Path) -> tuple[str | None, str]:
+    """Return the name of the sweep that a run belongs to, if any, and the name of the run."""
     folder = folder.resolve()
     for above in folder.parents:
         if (above / runs.SWEEP).is_file():
@@ -330,16 +227,9 @@ def _place(folder: Path) -> tuple[str | None, str]:
     return None, folder.name
 
 
-def _id(folder: Path) -> str:
-    """The id of a run in every tracker: of its folder's path and the time it was begun, then what tracker.json says."""
+def _read_id(folder: Path, name: Tracker) -> str | None:
+    """Return the id that tracker.json holds for this tracker; None if the run is new to it."""
     path = folder / ID
     untrusted.check_place(path, folder)
-    if path.is_file():
-        kept = untrusted.json_object(path, ConfigError).get("id")
-        if not (isinstance(kept, str) and kept.isalnum()):
-            raise ConfigError(f"{path} must hold the id of the run in its tracker")
-        return kept
-    begun = f"{folder.resolve()} {time.time_ns()}"
-    made = hashlib.sha256(begun.encode()).hexdigest()[:16]
-    durable.write_json(path, {"id": made})
-    return made
+    found = untrusted.json_object(path, ConfigError) if path.is_file() else {}
+    return str(found["id"]) if found.get("tracker") == name.value else None

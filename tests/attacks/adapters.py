@@ -1,4 +1,4 @@
-"""Adapters: folders that would run code, read elsewhere, never end, or take memory without measure."""
+"""Adapters: folders that would run code, read files elsewhere, or claim sizes that they do not have."""
 
 import json
 import os
@@ -69,7 +69,6 @@ def _deep(name: str) -> Callable[[Place], None]:
 
 
 _MAPPING = {"base_model_class": "Evil", "parent_library": "evil"}
-_ENDLESS = r"(([a-z_]+|\.|[0-9])+)+!"
 
 _ADAPTERS: list[Row] = [
     ("a pickled adapter", _pickled("adapter_model.bin"), SecurityError, "can run code"),
@@ -91,9 +90,6 @@ _ADAPTERS: list[Row] = [
        r"adapter_model\.safetensors is not a safe") for name, write in HEADERS.items()),
     ("a rank of 10^12", _settings(r=10**12), MismatchError, "larger than adapter_model.safetensors has bytes"),
     ("a rank of 10^12 for one layer", _settings(rank_pattern={"q_proj": 10**12}), MismatchError, "larger than"),
-    ("a pattern that takes for ever", _settings(target_modules=_ENDLESS), SecurityError, "did not come to an end"),
-    ("a pattern that takes for ever, of ranks",
-     _settings(rank_pattern={_ENDLESS: 4}), SecurityError, "did not come to an end"),
     ("a pattern that is none", _settings(target_modules="(["), MismatchError, "does not fit this base"),
     ("layers by path", _settings(target_modules=["../../outside"]), MismatchError, "does not fit this base"),
     ("an adapter's config nested without end", _deep(files.CONFIG), SecurityError, "nested too deeply"),

@@ -1,13 +1,12 @@
-"""Configs: folders for --config-dir, run folders and words that would run code, or never come to an end."""
+"""Configs: folders for --config-dir, run folders and overrides that would run code."""
 
 from collections.abc import Callable
 
 from attacks import Attack, Place
 from lora_ft.cli import composition
-from lora_ft.errors import ConfigError, LoraFtError, SecurityError
+from lora_ft.errors import LoraFtError, SecurityError
 
 GLOBAL = "# @package _global_\n"
-BOMB = "a: &a0 [x, x]\n" + "".join(f"b{i}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(12))
 _CALL = "{_target_: builtins.open, file: CANARY, mode: w}"
 
 
@@ -104,18 +103,13 @@ ATTACKS = [
     _words("logging to a class typed", "++hydra.job_logging.handlers.h.class=evil.Evil", says="name classes to run"),
     _folder_of_configs("logging to a class, by its group", {"hydra/job_logging/evil.yaml": _LOGGING},
                        "name classes to run", ("hydra/job_logging=evil",)),
-    _mine("aliases of aliases", GLOBAL + BOMB, "aliases make it"),
-    _mine("an alias inside of itself", GLOBAL + "a: &a [*a]\n", "aliases make it"),
     _mine("a config of 1 MiB", GLOBAL + "# " + "x" * 2**20, "larger than 1 MiB"),
-    _mine("a config nested without end", GLOBAL + "a: " + "[" * 100_000, "nested more than", error=ConfigError),
     _mine("a tag of Python's", GLOBAL + "a: !!python/object/apply:builtins.open [CANARY, w]\n", "asks for more than"),
     _mine("a tag of its own", GLOBAL + "a: !evil 1\n", "asks for more than data"),
     Attack("a config that is a link", _linked,
            lambda place: _compose(place, ["experiment=mine"], folder=True), SecurityError, "a link out of its folder"),
     Attack("a config of another folder", _elsewhere,
            lambda place: _compose(place, ["experiment=mine"], folder=True), SecurityError, "out of its folder"),
-    _stored("a stored run of aliases", BOMB, "aliases make it"),
-    _stored("a stored run of aliases, resumed", BOMB, "aliases make it", "train"),
     _stored("a stored run with a tag", "a: !!python/name:os.system\n", "asks for more than data"),
     _stored("a stored run with _target_", "model: {_target_: builtins.open}\n", _CODE),
     _stored("a stored run with _target_, resumed", "model: {_target_: builtins.open}\n", _CODE, "train"),

@@ -9,7 +9,6 @@ import pytest
 from pyarrow import parquet
 
 from attacks import Attack, Place
-from attacks.configs import BOMB
 from lora_ft import config
 from lora_ft.data.rows import Ledger
 from lora_ft.data.sources import records
@@ -69,8 +68,6 @@ def _text(name: str, text: str) -> Callable[[Place], None]:
     return lambda place: (place.folder / name).write_text(text) and None
 
 
-_CONVERSATIONS = f"conversations:\n- [{', '.join(['*a12'] * 9)}]\n"
-
 _ROWS: list[tuple[str, Callable[[Place], None], Callable[[Place], object], type[LoraFtError] | None, str]] = [
     ("rows that name files", _paths, lambda p: _read(p, "rows.jsonl"), None, ""),
     ("rows that are a link", _link, _read, SecurityError, "a link out of its folder"),
@@ -78,7 +75,6 @@ _ROWS: list[tuple[str, Callable[[Place], None], Callable[[Place], object], type[
     ("rows in a small page", _page, _read, SecurityError, "would unpack to"),
     ("rows of a dictionary in lists", _nested_dictionary, _read, DataError, "a dictionary inside of"),
     ("rows nested without end", _text("rows.jsonl", '{"a":' * 100_000), _read, DataError, "nested"),
-    ("conversations of aliases", _text("rows.yml", BOMB + _CONVERSATIONS), _read, SecurityError, "aliases make it"),
     ("conversations with a tag", _text("rows.yml", "conversations: !!python/name:os.system\n"), _read,
      SecurityError, "asks for more than data"),
     ("conversations of 1 MiB", _text("rows.yml", "# " + "x" * 2**20), _read, SecurityError, "larger than 1 MiB"),

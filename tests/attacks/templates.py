@@ -4,7 +4,7 @@ from tiny import tiny_tokenizer
 
 from attacks import Attack, Place
 from lora_ft import config
-from lora_ft.data.chat_template import scripts
+from lora_ft.data.chat_template import turns
 from lora_ft.data.rows import Ledger, Row
 from lora_ft.errors import DataError, LoraFtError, SecurityError
 
@@ -15,7 +15,7 @@ def _render(template: str) -> object:
     tokenizer, ledger = tiny_tokenizer(), Ledger()
     tokenizer.chat_template = template
     rows = [Row(f"rows.jsonl:{i}", _CHAT, "4") for i in range(3)]
-    rendered = list(scripts(rows, config.Data(), tokenizer, ledger))
+    rendered = list(turns(rows, config.Data(), tokenizer, ledger))
     ledger.raise_bad()
     return rendered
 
@@ -29,9 +29,8 @@ def _attack(name: str, template: str, says: str, error: type[LoraFtError] = Secu
 
 # Jinja's sandbox shows nothing in the place of such a value, until something is asked of it.
 _EMPTY = "changes the answer or leaves it out"
-_UNSAFE, _TIME, _MEMORY = "no template but an attack", "did not come to an end", "MiB of memory"
+_UNSAFE = "no template but an attack"
 _OS = "__init__.__globals__['__builtins__']['open']('CANARY', 'w')"
-_DOUBLING = "{% set n = namespace(s='ab') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}"
 
 ATTACKS = [
     _attack("template: a class", "{{ ''.__class__ }}", _EMPTY, DataError),
@@ -44,21 +43,10 @@ ATTACKS = [
     _attack("template: code of a function", "{{ raise_exception.__code__.co_consts }}", _UNSAFE),
     _attack("template: changing the chat", "{{ messages.append(messages[0]) }}", _UNSAFE),
     _attack("template: a file", "{% include 'OUTSIDE/model.safetensors' %}", "refuses the row", DataError),
-    _attack("template: loops without end",
-            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", _TIME),
-    _attack("template: a test without end",
-            "{% for i in range(99999) %}{{ range(99999) | select('eq', 'x') | list }}{% endfor %}", _TIME),
-    _attack("template: a macro that calls itself", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "calls itself"),
-    _attack("template: doubling", _DOUBLING, _MEMORY),
-    _attack("template: a long text, constant", "{{ 'a' * 10**12 }}", _MEMORY),
-    _attack("template: a long text", "{{ messages[0].role * 10**12 }}", _MEMORY),
-    _attack("template: a wide text", "{{ messages[0].role.center(10**12) }}", _MEMORY),
-    _attack("template: a text that many machines hold", "{{ messages[0].role * 2**27 }}", _MEMORY),
-    _attack("template: a long list", "{{ [messages] * 10**10 }}", _MEMORY),
-    _attack("template: a large number", "{{ 7 ** (10 ** 9) }}", _TIME),
-    _attack("template: much text", "{% for i in range(90000) %}{{ 'abcdefgh' * 100 }}{% endfor %}", "characters of a"),
+    _attack("template: a macro that calls itself", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refuses the row",
+            DataError),
     _attack("template: a long range", "{% for i in range(10**9) %}{% endfor %}", "refuses the row", DataError),
-    _attack("template: brackets without end", "{{ " + "(" * 20_000 + " }}", "nested too deeply"),
+    _attack("template: brackets without end", "{{ " + "(" * 20_000 + " }}", "refuses the row", DataError),
     _attack("template: thirty loops deep",
             "".join(f"{{% for a{i} in messages %}}" for i in range(30)) + "{% endfor %}" * 30,
             "refuses the row", DataError),

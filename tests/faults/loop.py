@@ -10,6 +10,7 @@ the seconds it took.
 import dataclasses
 import gc
 import hashlib
+import importlib
 import json
 import logging
 import os
@@ -27,7 +28,7 @@ from pathlib import Path
 import torch
 from faults.shim import Change, Fault, Shim
 
-from lora_ft import config, runs, train
+from lora_ft import config, runs
 from lora_ft.adapters import files
 from lora_ft.cli import entry
 from lora_ft.errors import Interrupted, LoraFtError
@@ -35,6 +36,8 @@ from lora_ft.io import durable
 from lora_ft.models.load import load_base, load_tokenizer
 from lora_ft.training import checkpoint
 from lora_ft.training.dry_run import read_rows
+
+train = importlib.import_module("lora_ft.train")  # lora_ft.train is the function
 
 KILLED, CODE_OF_DISK = -signal.SIGKILL, 7
 _MESSAGES = {

@@ -29,7 +29,7 @@ def check(folder: Path, record_property: Record, *words: str) -> None:
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",  # its threads would forbid to fork
-        "PYTHONPATH": str(HERE.parent),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")])),
     }
     command = [sys.executable, HERE / "loop.py", folder, *words]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

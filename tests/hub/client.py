@@ -1,4 +1,4 @@
-"""Drives places in a process of its own, as the hub's client reads its settings once, when it is imported.
+"""Drives destinations in a process of its own, as the hub's client reads its settings once, when it is imported.
 
 One request a line, {"to": "hf:me/x", "do": "send", "with": ["folder", "message", false], "env": {...}}, one answer a
 line, {"value": ...} or {"error": "ConfigError", "message": ...}. Nobody waits here: the seconds asked for are summed.
@@ -21,16 +21,16 @@ def not_asleep(seconds: float) -> None:
 time.sleep = not_asleep
 
 from lora_ft.errors import LoraFtError  # noqa: E402
-from lora_ft.publishing import places  # noqa: E402
+from lora_ft.publishing import destinations  # noqa: E402
 
 for line in sys.stdin:
     request = json.loads(line)
     os.environ.update(request["env"])
     waited = 0.0
     try:
-        place = places.parse(request["to"])
+        destination = destinations.parse(request["to"])
         given = [Path(v) if isinstance(v, str) and v.startswith("/") else v for v in request["with"]]
-        answer = {"value": getattr(place, request["do"])(*given)}
+        answer = {"value": getattr(destination, request["do"])(*given)}
     except LoraFtError as error:
         answer = {"error": type(error).__name__, "message": str(error)}
     sys.stdout.write(json.dumps(answer | {"waited": waited}) + "\n")

@@ -1,8 +1,7 @@
-"""Stands in for `python -m lora_ft.sweeps.worker`: its files, its turns and its ends, without a model and at once.
+"""Stands in for `python -m lora_ft.sweeps.worker`: its files, its heartbeat and its ends, without a model and at once.
 
 What a job does is its first word: finish, fail, exit, kill, crash, hang, memory, taint, slow, deaf, hang_loading or
-kill_loading, and with "_together" behind it that, unless it is the only job of its process.
-A second word room=2 in the first job: so many of the jobs fit, the others are left out.
+kill_loading.
 """
 
 import json
@@ -18,7 +17,7 @@ asked = []
 
 
 def beat(folder: str | None, doing: str) -> None:
-    record = json.dumps({"folder": folder, "turn": time.monotonic_ns(), "doing": doing})
+    record = json.dumps({"folder": folder, "beat": time.monotonic_ns(), "doing": doing})
     Path(order["heartbeat"]).write_text(record.ljust(4095) + "\n")
 
 
@@ -29,7 +28,7 @@ def write(job: dict, name: str, value: dict) -> None:
 
 
 def does(job: dict, what: str) -> bool:
-    return job["words"][0] in ((what, f"{what}_together") if len(group) > 1 else (what,))
+    return job["words"][0] == what
 
 
 def end(code: int) -> None:
@@ -95,22 +94,19 @@ deaf = any(does(job, "deaf") for job in group)
 for signum in (signal.SIGINT, signal.SIGTERM):
     signal.signal(signum, signal.SIG_IGN if deaf else lambda signum, _: asked.append(signum))
 sys.stdout.write(f"worker with {len(group)} jobs\n")
-beat(None, "loading")
 for job in group:
     begin(job)
     os.environ["LEAK"] = "yes"
-for job in group:
+    beat(job["folder"], "loading")
     die(job, "_loading")
     if does(job, "taint"):
         write(job, "failure.json", {"kind": "ConfigError", "exit_code": 2, "message": "tainted"})
         end(75)
-room = int(group[0]["words"][1].removeprefix("room=")) if len(group[0]["words"]) > 1 else len(group)
-going = group[:room]
-while going:
-    for job in list(going):
-        if not step(job):
-            going.remove(job)
+    while True:
+        goes_on = step(job)
         (Path(job["folder"]) / "checkpoint").write_text(str(job["step"]))
         if asked and not deaf:
             end(128 + asked[0])
+        if not goes_on:
+            break
 end(0)

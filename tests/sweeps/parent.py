@@ -4,10 +4,11 @@ import sys
 from pathlib import Path
 
 from lora_ft import config
-from lora_ft.sweeps import child, children
+from lora_ft.sweeps import scheduler
+from lora_ft.sweeps.executors import local
 from lora_ft.sweeps.jobs import Job
 
 folder = Path(sys.argv[1])
-child.command = lambda: [sys.executable, "-I", "-S", str(Path(__file__).with_name("fake_worker.py"))]
+local.command = lambda: [sys.executable, "-I", "-S", str(Path(__file__).with_name("fake_worker.py"))]
 job = Job(0, folder / "0", config.TrainRun(), ["slow"])
-children.run([job], config.Launcher(), config.Sweep(), folder, lambda: None)
+scheduler.run([job], config.Launcher(), config.Sweep(), folder, lambda: None)

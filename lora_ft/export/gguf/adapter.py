@@ -1,0 +1,84 @@
+"""Write an adapter as the GGUF file that llama.cpp loads with --lora.
+
+    general.type "adapter"   general.architecture "llama"   adapter.type "lora"   adapter.lora.alpha 32.0
+    blk.0.attn_q.weight.lora_a  F32 [r, in]      blk.0.attn_q.weight.lora_b  F32 [out, r]
+
+llama.cpp adds (alpha / r) B A, with one alpha per file and r from each B. Other scales of PEFT are expressed in these:
+alpha * sqrt(r) for rsLoRA, and a factor in B if the layers' scales differ. B has the rows of W, so B of llama's q and k
+is reordered as W is. Only W of GPT-2's Conv1D is transposed, not A and B. Format: llama.cpp b10605,
+src/llama-adapter.cpp.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peft import LoraConfig
+
+from lora_ft.errors import MismatchError
+from lora_ft.export import lora_weights
+from lora_ft.export.gguf import writer
+from lora_ft.export.gguf.layout import Layout, layout_of
+from lora_ft.export.gguf.writer import Kind, PlannedTensor, Value
+from lora_ft.export.lora_weights import REMEDY, LayerWeights
+from lora_ft.io import untrusted
+
+
+def write(adapter: Path, base_config: dict[str, Any], out: Path, saved: LoraConfig | None = None) -> None:
+    """Write the PEFT adapter in folder `adapter` to the GGUF file `out`; `base_config` is the base's config.json,
+    `saved` the adapter's config if it was read already.
+
+    Raises MismatchError for an adapter that the format cannot express, ConfigError for an unknown architecture.
+    """
+    layout = layout_of(base_config)
+    found = lora_weights.read(adapter, saved)
+    if found.config.use_dora:
+        raise MismatchError(f"{adapter}: llama.cpp reads no DoRA; {REMEDY}")
+    # With equal scales alpha is PEFT's own (times sqrt(r) for rsLoRA), and no B is changed.
+    alpha = found.layers[0].scale * found.layers[0].rank if found.layers else float(found.config.lora_alpha)
+    arrays: dict[str, np.ndarray] = {}
+    for layer in found.layers:
+        name = _tensor_name(adapter, layout, layer)
+        arrays[f"{name}.weight.lora_a"], arrays[f"{name}.weight.lora_b"] = _matrices(layout, layer, alpha)
+    tensors = [PlannedTensor(name, array.shape, Kind.F32) for name, array in arrays.items()]
+    writer.write(out, _metadata(layout, found.config, alpha), tensors, arrays.values())
+
+
+def _tensor_name(adapter: Path, layout: Layout, layer: LayerWeights) -> str:
+    name = layout.name(layer.module)
+    if name is None:
+        raise MismatchError(
+            f"{adapter}: {layer.module} has no place in a {layout.family.architecture} GGUF file; {REMEDY}"
+        )
+    if name in ("token_embd", "output") and layout.config.tie_word_embeddings:
+        raise MismatchError(
+            f"{adapter}: {layer.module} shares its weight with the other end of the model, and llama.cpp would apply "
+            f"its adapter to both; {REMEDY}"
+        )
+    return name
+
+
+def _matrices(layout: Layout, layer: LayerWeights, alpha: float) -> tuple[np.ndarray, np.ndarray]:
+    # llama.cpp looks up rows of an embedding's A, which is therefore [tokens, r]
+    a = layer.a.T if layer.embedding else layer.a
+    return a, layout.rows(layer.module, layer.rescaled_b(alpha / layer.rank))
+
+
+def _metadata(layout: Layout, saved: LoraConfig, alpha: float) -> dict[str, Value]:
+    base = str(saved.base_model_name_or_path or "")
+    metadata: dict[str, Value] = {"general.architecture": layout.family.architecture, "general.type": "adapter"}
+    if untrusted.is_public_id(base):  # a local path is useless to others, and may reveal too much
+        owner, _, name = base.rpartition("/")
+        metadata |= {
+            "general.name": f"{name} LoRA",
+            "general.base_model.count": 1,
+            "general.base_model.0.name": name,
+            "general.base_model.0.repo_url": f"https://huggingface.co/{base}",
+            **({"general.base_model.0.organization": owner} if owner else {}),
+        }
+    return metadata | {
+        "general.file_type": 0,
+        "general.quantization_version": 2,
+        "adapter.type": "lora",
+        "adapter.lora.alpha": float(alpha),
+    }

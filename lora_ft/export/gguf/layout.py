@@ -1,0 +1,65 @@
+"""Name and lay out the weights of a transformers model as llama.cpp does; refuse models that it computes differently.
+
+model.layers.0.self_attn.q_proj  ->  blk.0.attn_q        rows of each head interleaved (llama only)
+transformer.h.0.attn.c_attn      ->  blk.0.attn_qkv      GPT-2's Conv1D has [in, out], GGUF [out, in]
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lora_ft.errors import ConfigError
+from lora_ft.models import families
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The family of a base and its transformers config."""
+
+    family: families.Family
+    config: Any
+
+    def name(self, module: str) -> str | None:
+        """Return GGUF's name of a module, without .weight or .bias; None if the model has no such module."""
+        return self.family.gguf_name(module, self.config.num_hidden_layers)
+
+    def rows(self, module: str, values: np.ndarray) -> np.ndarray:
+        """Reorder the rows of a weight [out, in], a bias [out] or LoRA's B [out, r] as GGUF has them."""
+        heads = self.family.rotary_heads(module, self.config)
+        if heads is None:
+            return values
+        if values.shape[0] % (2 * heads):
+            raise ConfigError(f"{module} has {values.shape[0]} rows, which are no {heads} heads of an even size")
+        interleaved: np.ndarray = families.interleave(values, heads)
+        return interleaved
+
+    def weight(self, module: str, values: np.ndarray) -> np.ndarray:
+        """Lay out a module's own weight or bias; LoRA's A and B of a Conv1D are [r, in] and [out, r] already."""
+        return self.rows(module, values.T if self.family.is_transposed(module) else values)
+
+
+def layout_of(base_config: dict[str, Any]) -> Layout:
+    """Return the layout for a base's config.json; raises ConfigError for a model that llama.cpp does not compute."""
+    family, config = read_config(base_config, "GGUF files")
+    for name, values in family.limits.items():
+        if getattr(config, name) not in values:
+            raise ConfigError(f"llama.cpp computes {family.model_type} with {name}={values[0]}, "
+                              f"config.json of the base has {name}={getattr(config, name)}")  # fmt: skip
+    return Layout(family, config)
+
+
+def read_config(base_config: dict[str, Any], output: str) -> tuple[families.Family, Any]:
+    """Return the family and transformers' config object for the fields of config.json; raises ConfigError."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    family = families.family(base_config.get("model_type"))
+    if family is None:
+        known = ", ".join(row.model_type for row in families.FAMILIES)
+        raise ConfigError(f"{output} are written for models of type {known}, got {base_config.get('model_type')}")
+    try:
+        return family, AutoConfig.for_model(**base_config)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ConfigError(f"config.json of the base is not one of a {family.model_type}: {reason}") from None

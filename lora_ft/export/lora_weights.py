@@ -1,0 +1,106 @@
+"""Read an adapter folder as one A, B and scale per layer, for formats that can hold nothing else.
+
+read(Path("my_run/adapter")).layers[0]
+# LayerWeights("model.layers.0.mlp.down_proj", a [16, 1536], b [576, 16], scale 2.0)
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+
+from lora_ft.adapters import files, provenance
+from lora_ft.errors import MismatchError
+
+REMEDY = "write a merged model instead: lora-ft merge, for llama.cpp with gguf=f16"
+
+_KEY = re.compile(
+    r"base_model\.model\.(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<part>A|B|magnitude_vector)(\.weight)?"
+)
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """A layer's A [r, in] and B [out, r] in float32, and the scale of their product.
+
+    For an embedding `in` is its number of tokens. `magnitude` [out] is DoRA's.
+    """
+
+    module: str
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+    embedding: bool
+    magnitude: np.ndarray | None
+
+    @property
+    def rank(self) -> int:
+        return int(self.a.shape[0])
+
+    def rescaled_b(self, scale: float) -> np.ndarray:
+        """Return the B whose product with A, times `scale`, is the same update; B itself for its own scale."""
+        if scale == self.scale:
+            return self.b
+        return (self.b.astype(np.float64) * (self.scale / scale)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """PEFT's config and the layers' weights, in the order of the layers."""
+
+    config: LoraConfig
+    layers: list[LayerWeights]
+
+
+def read(folder: Path, saved: LoraConfig | None = None) -> AdapterWeights:
+    """Read an adapter that consists of A, B and scales; MismatchError names anything else in it.
+
+    `saved` is the folder's config if it was read already.
+    """
+    saved = saved or files.read_config(folder)
+    provenance.check_kind(folder, saved)
+    files.check_settings(folder, saved, files.PLAIN, f"; {REMEDY}")
+    found: dict[str, dict[str, np.ndarray]] = {}
+    embeddings = set()
+    for key, tensor in files.read_tensors(folder).items():
+        match = _KEY.fullmatch(key)
+        if not match:
+            raise MismatchError(f"the adapter in {folder} holds {key}, neither A nor B of a LoRA; {REMEDY}")
+        found.setdefault(match["module"], {})[match["part"]] = tensor.float().numpy()
+        if match["embedding"]:
+            embeddings.add(match["module"])
+    layers = [
+        _layer(folder, saved, name, parts, name in embeddings) for name, parts in sorted(found.items(), key=_order)
+    ]
+    return AdapterWeights(saved, layers)
+
+
+def _order(item: tuple[str, dict[str, np.ndarray]]) -> list[str]:
+    """Sort model.layers.10 after model.layers.9."""
+    return [part.rjust(6, "0") if part.isdecimal() else part for part in item[0].split(".")]
+
+
+def _layer(folder: Path, saved: LoraConfig, module: str, parts: dict[str, np.ndarray], embedding: bool) -> LayerWeights:
+    a, b, magnitude = parts.get("A"), parts.get("B"), parts.get("magnitude_vector")
+    rank = _value(folder, saved.rank_pattern, module, saved.r)
+    if a is None or b is None or a.ndim != 2 or b.ndim != 2 or (a.shape[0], b.shape[1]) != (rank, rank):
+        shapes = ", ".join(f"{name} {value.shape}" for name, value in parts.items())
+        raise MismatchError(f"the adapter in {folder}: {module} needs A [{rank}, in] and B [out, {rank}], got {shapes}")
+    alpha = _value(folder, saved.alpha_pattern, module, saved.lora_alpha)
+    if not alpha:
+        raise MismatchError(f"the adapter in {folder}: {module} has a lora_alpha of 0, and so no effect")
+    scale = alpha / (math.sqrt(rank) if saved.use_rslora else rank)
+    return LayerWeights(module, a, b, scale, embedding, None if magnitude is None else magnitude.reshape(-1))
+
+
+def _value(folder: Path, pattern: dict[str, Any] | None, module: str, default: Any) -> Any:
+    """Return a layer's own rank or alpha by PEFT's rule, or the default."""
+    try:
+        return (pattern or {}).get(get_pattern_key(list(pattern or {}), module), default)
+    except re.error as error:
+        raise MismatchError(f"the adapter in {folder} has an invalid pattern: {error}") from None

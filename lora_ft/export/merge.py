@@ -1,0 +1,215 @@
+"""Add an adapter to the weights of its base and write them as a model that needs no adapter.
+
+    LoRA     W' = W + s B A                         s: alpha / r, or alpha / sqrt(r) with rsLoRA
+    DoRA     W' = m (W + s B A) / |W + s B A|       the norm over each output's inputs
+    saved    W' = the fully trained layer
+    tokens   W' = W with the trained rows in it
+
+W is read one tensor at a time (weight_stream.py): for a quantized layer the dequantized weight, which the adapter was
+trained on, or the original. Adding to the codes themselves would round small updates away (peft issue 2321). A
+written tensor is W' rounded once to the requested dtype.
+
+If an adapter changes only the embedding or only the head of a tied model, both are written, untied.
+"""
+
+import copy
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from lora_ft.errors import MismatchError, NonFiniteError, ResourceError
+from lora_ft.export.weight_stream import Read, innermost_layer
+from lora_ft.io import durable
+
+log = logging.getLogger("lora_ft")
+
+SHARD_BYTES = 5_000_000_000
+
+_CODES = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+_OTHER_FILES_BYTES = 50_000_000  # tokenizer and configs, generously
+
+
+class MergedModel:
+    """The merged model's tensors by name, each computed on access, on the CPU, in `dtype`.
+
+    `plain` is the model without data, on the meta device, as a new process builds it; `names` are its tensors to
+    write, tied ones once. Raises MismatchError for an adapter that cannot be expressed in the base's weights.
+    """
+
+    def __init__(self, model: PeftModel, read: Read, dtype: torch.dtype) -> None:
+        self._base: PreTrainedModel = model.get_base_model()
+        self._adapter, self._read, self.dtype = model.active_adapter, read, dtype
+        _check_adapter(self._base, self._adapter)
+        self.plain = _plain_twin(_plain_config(self._base, dtype))
+        names, ties = _written_names(self.plain)
+        if apart := [name for name, twin in ties.items() if not self._equal(name, twin)]:
+            log.warning("the adapter changes one of two tied matrices: %s is written untied", apart[0])
+            untied = copy.deepcopy(self.plain.config)
+            untied.tie_word_embeddings = False
+            self.plain = _plain_twin(untied)
+            names, ties = _written_names(self.plain)
+            if any(name in ties for name in apart):
+                raise MismatchError(f"{apart[0]} cannot be untied in this architecture, and the adapter changes it")
+        self.names = names
+        self.plain.generation_config = self._base.generation_config
+
+    def _equal(self, name: str, twin: str) -> bool:
+        """Compare the bytes of two tensors, one of them in memory at a time."""
+        first, second = (xxhash.xxh3_128_digest(_bytes(self[key])) for key in (name, twin))
+        return first == second
+
+    def __getitem__(self, name: str) -> Tensor:
+        exact = self._exact(name).detach()
+        if not exact.is_floating_point():
+            return exact.cpu().contiguous()
+        rounded = exact.to(device="cpu", dtype=self.dtype).contiguous()
+        if not torch.isfinite(rounded).all():
+            if torch.isfinite(exact).all():
+                raise NonFiniteError(f"{name}: the merged weights overflow {self.dtype}: try dtype=float32 or bfloat16")
+            raise NonFiniteError(f"{name}: the weights of the base or of the adapter are not finite")
+        return rounded
+
+    def _exact(self, name: str) -> Tensor:
+        *path, leaf = name.split(".")
+        module: Any = self._base
+        trained = False
+        for part in path:
+            module = getattr(module, part)
+            if isinstance(module, ModulesToSaveWrapper):
+                trained = trained or self._adapter in module.modules_to_save
+                module = dict(module.modules_to_save.items()).get(self._adapter, module.original_module)
+        if trained:
+            return getattr(module, leaf)
+        if leaf == "weight" and isinstance(module, LoraLayer) and self._adapter in module.scaling:
+            return _lora_weight(module, self._adapter, self._read(name))
+        if leaf == "weight" and isinstance(module, TrainableTokensWrapper):
+            tokens = module.token_adapter
+            if self._adapter in tokens.token_indices:
+                rows = torch.tensor(tokens.token_indices[self._adapter])
+                delta = tokens.trainable_tokens_delta[self._adapter].detach().cpu()
+                weight = self._read(name)
+                return weight.index_copy(0, rows, delta.to(weight.dtype))
+        return self._read(name)
+
+
+def write_folder(merged: MergedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write weights, configs and tokenizer into an existing folder; raises ResourceError if the disk is too small."""
+    specs = [_spec(name, tensor, merged.dtype) for name, tensor in merged.names.items()]
+    _check_space(folder, sum(spec.num_bytes for spec in specs))
+    _write_weights(folder, specs, merged)
+    _write_configs(folder, merged.plain)
+    tokenizer.save_pretrained(folder)
+
+
+def _plain_twin(config: Any) -> PreTrainedModel:
+    """Build the model without data, as a new process will, for the names of its tensors."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _plain_config(base: PreTrainedModel, dtype: torch.dtype) -> Any:
+    config = copy.deepcopy(base.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = dtype
+    return config
+
+
+def _written_names(plain: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors to write, and tied names: {"lm_head.weight": "model.embed_tokens.weight"}."""
+    first: dict[int, str] = {}
+    names, ties = {}, {}
+    for name, tensor in plain.state_dict(keep_vars=True).items():
+        twin = first.setdefault(id(tensor), name)
+        if twin == name:
+            names[name] = tensor
+        else:
+            ties[name] = twin
+    return names, ties
+
+
+def _check_adapter(base: PreTrainedModel, adapter: str) -> None:
+    for name, module in base.named_modules():
+        if isinstance(module, LoraLayer) and adapter in module.active_adapters:
+            variant = module.lora_variant.get(adapter)
+            known = isinstance(module.get_base_layer(), (nn.Linear, Conv1D, nn.Embedding))
+            if not known or (variant and not module.use_dora.get(adapter)) or module.lora_bias.get(adapter):
+                kind = type(variant or module.get_base_layer()).__name__
+                raise MismatchError(f"{name}: an adapter of this kind ({kind}, or with biases) cannot be merged")
+
+
+def _lora_weight(layer: Any, adapter: str, weight: Tensor) -> Tensor:
+    """Compute W' in at least float32, laid out as W: [out, in]; Conv1D [in, out]; embedding [V, E]."""
+    # PEFT's delta has the layout of W; the sum is taken in the adapter's precision and rounded when written.
+    delta = layer.get_delta_weight(adapter).detach().cpu()
+    merged = delta.to(torch.promote_types(weight.dtype, torch.float32)).contiguous().add_(weight)
+    if layer.use_dora.get(adapter):
+        inputs = 0 if isinstance(innermost_layer(layer), (Conv1D, nn.Embedding)) else 1
+        norm = torch.linalg.vector_norm(merged, dim=inputs, keepdim=True)
+        merged *= layer.lora_magnitude_vector[adapter].weight.detach().cpu().view_as(norm) / norm
+    return merged
+
+
+def _spec(name: str, tensor: Tensor, dtype: torch.dtype) -> durable.TensorSpec:
+    written = dtype if tensor.is_floating_point() else tensor.dtype
+    return durable.TensorSpec(name, _CODES[written], tuple(tensor.shape), tensor.numel() * written.itemsize)
+
+
+def _check_space(folder: Path, weights_bytes: int) -> None:
+    needed, free = weights_bytes + _OTHER_FILES_BYTES, shutil.disk_usage(folder).free
+    if free < needed:
+        raise ResourceError(
+            f"the disk of {folder.parent} is too small: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free"
+        )
+
+
+def _write_weights(folder: Path, every: list[durable.TensorSpec], merged: MergedModel) -> None:
+    """Write one file, or shards of at most SHARD_BYTES with an index, named as transformers names them."""
+    shards: list[list[durable.TensorSpec]] = [[]]
+    for spec in every:
+        if shards[-1] and sum(s.num_bytes for s in shards[-1]) + spec.num_bytes > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(spec)
+    weight_map: dict[str, str] = {}
+    for number, specs in enumerate(shards, start=1):
+        part = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        file = f"model{part}.safetensors"
+        durable.write_tensors(folder / file, specs, (_bytes(merged[s.name]) for s in specs), {"format": "pt"})
+        weight_map |= {s.name: file for s in specs}
+    if len(shards) > 1:
+        total = sum(s.num_bytes for specs in shards for s in specs)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        durable.write_json(folder / "model.safetensors.index.json", index)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def _write_configs(folder: Path, plain: PreTrainedModel) -> None:
+    settings = json.loads(plain.config.to_json_string())
+    # Only transformers 5 knows the new names. Readers of the old ones (transformers 4, mlx-lm, converters) would
+    # silently use a rope_theta of 10,000, and float32.
+    settings["torch_dtype"] = settings["dtype"]
+    rope = settings.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        settings["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            settings["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    durable.write_json(folder / "config.json", settings)
+    if plain.generation_config:
+        durable.write_text(folder / "generation_config.json", plain.generation_config.to_json_string())

@@ -1,0 +1,138 @@
+"""Choose the weights that a quantized run's adapter is added to, by the loss on the eval set.
+
+                              loss        KL    nats per token
+    attached adapter        2.0870               on the quantized base that it was trained on
+    merged onto dequantized 2.0871    0.0002     the dequantized weights of that base
+    merged onto original    2.0790    0.0105     the weights before quantization     <- chosen
+
+The lower loss wins. If the losses differ by less than noise (two standard errors of the mean difference per token),
+the lower KL(attached || merged) wins: the model that is closer to the one that was trained and evaluated.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+from torch.nn.functional import log_softmax
+from transformers import PreTrainedModel
+
+from lora_ft import config
+from lora_ft.data.packing import longest_group, micro_batches
+from lora_ft.data.rows import Example
+from lora_ft.errors import NonFiniteError
+from lora_ft.export.merge import MergedModel
+from lora_ft.export.weight_stream import streamed, use_placeholders
+from lora_ft.models.acceleration import accelerated
+from lora_ft.ops.batch import Batch
+from lora_ft.values import Onto
+
+_PLAIN = config.Fast(**{field.name: False for field in fields(config.Fast)})
+_TOKENS_PER_PASS = 1024  # logits of two models are in memory: 0.4 GB for a vocabulary of 49,152
+
+
+@dataclass(frozen=True)
+class Target:
+    """Loss of a merged model in nats per token, and KL of its distributions from the attached adapter's."""
+
+    loss: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The losses on `tokens` supervised tokens of `rows` rows, and the better target.
+
+    Losses that differ by less than `noise` count as equal. dtype: of the merged weights.
+    """
+
+    better: Onto
+    attached_loss: float
+    dequantized: Target
+    original: Target
+    noise: float
+    tokens: int
+    rows: int
+    dtype: str
+
+    def record(self) -> dict[str, Any]:
+        """Return the contents of merge.json."""
+        return {"onto": self.better.value} | {k: v for k, v in asdict(self).items() if k != "better"}
+
+    def table(self) -> Table:
+        """Return the table for the terminal."""
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        for header in ("", "loss", "KL", ""):
+            table.add_column(header, justify="right" if header else "left")
+        table.add_row("attached adapter", f"{self.attached_loss:.4f}", "", "nats per token")
+        for onto, target in ((Onto.dequantized, self.dequantized), (Onto.original, self.original)):
+            chosen = f"chosen: {self._reason()}" if onto is self.better else ""
+            table.add_row(f"merged onto {onto.value}", f"{target.loss:.4f}", f"{target.kl:.4f}", chosen)
+        return table
+
+    def _reason(self) -> str:
+        apart = abs(self.dequantized.loss - self.original.loss)
+        return "lower loss" if apart > self.noise else f"closer to the adapter, losses within noise ({self.noise:.4f})"
+
+
+@torch.no_grad()
+def compare(attached: PreTrainedModel, targets: dict[Onto, MergedModel], examples: Sequence[Example]) -> Comparison:
+    """Compare both merged models with the adapter attached to its quantized base, on that base's device.
+
+    Only `attached` is in memory as a whole; the merged models are streamed layer by layer. Raises NonFiniteError.
+    """
+    merged = {onto: _Streamed(tensors, attached.device) for onto, tensors in targets.items()}
+    own: list[Tensor] = []
+    losses: dict[Onto, list[Tensor]] = {onto: [] for onto in merged}
+    divergence = dict.fromkeys(merged, 0.0)
+    capacity = max(_TOKENS_PER_PASS, longest_group(examples))
+    with accelerated(attached, _PLAIN) as made:
+        packs = made.paths.packs
+    for packed in micro_batches(examples, capacity, packs):
+        batch = packed.to(attached.device)
+        expected, loss = _log_probs(attached, batch)
+        own.append(loss)
+        for onto, model in merged.items():
+            found, loss = _log_probs(model, batch)
+            losses[onto].append(loss)
+            divergence[onto] += float((expected.exp() * (expected - found)).sum(dim=-1).double().sum())
+    base = torch.cat(own)
+    both = {onto: torch.cat(parts) for onto, parts in losses.items()}
+    num = len(base)
+    if not all(torch.isfinite(loss).all() for loss in (base, *both.values())):
+        raise NonFiniteError("an eval loss is not finite: the weights of the base or of the adapter are broken")
+    measured = {onto: Target(float(loss.mean()), max(0.0, divergence[onto] / num)) for onto, loss in both.items()}
+    difference = both[Onto.original] - both[Onto.dequantized]
+    noise = 2 * float(difference.std()) / num**0.5 if num > 1 else float("inf")
+    return Comparison(
+        better=better(measured, noise), attached_loss=float(base.mean()), dequantized=measured[Onto.dequantized],
+        original=measured[Onto.original], noise=noise, tokens=num, rows=len(examples),
+        dtype=str(targets[Onto.original].dtype).removeprefix("torch."),
+    )  # fmt: skip
+
+
+def better(targets: dict[Onto, Target], noise: float) -> Onto:
+    """Return the target of lower loss, or of lower KL if the losses are within `noise`."""
+    apart = abs(targets[Onto.original].loss - targets[Onto.dequantized].loss)
+    return min(targets, key=lambda onto: targets[onto].loss if apart > noise else targets[onto].kl)
+
+
+class _Streamed:
+    """A merged model that can be called as if it were in memory."""
+
+    def __init__(self, tensors: MergedModel, device: torch.device) -> None:
+        self._model, self._tensors = tensors.plain.eval(), tensors
+        self._modules = use_placeholders(self._model, device)
+
+    def __call__(self, **inputs: Any) -> Any:
+        with streamed(self._model, self._modules, self._tensors.__getitem__):
+            return self._model(**inputs)
+
+
+def _log_probs(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities [N, V] at supervised positions in float32, and the losses [N] in float64 on the CPU."""
+    output = model(input_ids=batch.ids[None], position_ids=batch.positions[None], use_cache=False)
+    log_probs = log_softmax(output.logits[0][batch.supervised].float(), dim=-1)
+    return log_probs, -log_probs.gather(1, batch.targets[batch.supervised, None])[:, 0].double().cpu()

@@ -1,0 +1,237 @@
+"""Forwards of norms, MLPs and rotary attentions that keep less for the backward.
+
+module.forward(x)    gradients wanted, weights frozen -> ops.norm, ops.mlp, ops.rope: same value and gradients
+                     anything else (evaluation, generation, a norm that trains) -> transformers' forward
+
+A block is a candidate by its structure. Each class of candidates is then compared with its own forward: value and
+input gradient, in float32, on a small copy with random weights. The size, dtype and quantization of the loaded
+weights therefore hide nothing. A class that differs (Gemma multiplies by 1 + weight) stays plain.
+
+This module only makes forwards. models/acceleration.py puts them in place.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import activations
+
+from lora_ft import config
+from lora_ft.ops.kernels import Kernels
+from lora_ft.ops.mlp import gelu
+from lora_ft.ops.norm import layer_norm
+
+Forward = Callable[..., Any]
+
+_ROTATION = "apply_rotary_pos_emb"
+_GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+_DIFFERENCE = 1e-5  # of values and gradients, relative to their norms, in float32
+
+
+def fast_forwards(
+    model: nn.Module, fast: config.Fast, kernels: Kernels, *, check: bool = True
+) -> tuple[dict[nn.Module, Forward], list[str]]:
+    """Return the new forward of every block that has one, and lines for the log.
+
+    A block whose forward was replaced before is left alone. Without `check` every candidate is taken.
+    """
+    wanted = {"norm": fast.norm, "mlp": fast.mlp, "rope": fast.rope}
+    forwards: dict[nn.Module, Forward] = {}
+    replaced, plain = Counter[str](), Counter[str]()
+    compared: dict[Any, bool] = {}
+    for module in model.modules():
+        setting, form = _candidate(module)
+        if not setting or not wanted[setting] or "forward" in vars(module):
+            continue
+        if form is not None and check:
+            key = _rotation_of(module) if setting == "rope" else type(module)
+            if key not in compared:
+                compared[key] = _is_equal(setting, module, form, kernels)
+            if not compared[key]:
+                form = None
+        if form is None:
+            plain[type(module).__name__] += 1
+            continue
+        replaced[setting] += 1
+        # Partial objects all the way: a deep copy of the module (PEFT's modules_to_save) computes with its own weights.
+        forwards[module] = partial(_forward, module, module.forward, form(module, kernels))
+    lines = [f"plain {setting}: fast.{setting}=false" for setting, on in wanted.items() if not on]
+    if counts := [f"{replaced[setting]} {setting}" for setting in wanted if replaced[setting]]:
+        lines.append(f"{', '.join(counts)} blocks keep less while training")
+    return forwards, lines + [f"{count} blocks compute as transformers does: {name}" for name, count in plain.items()]
+
+
+def _forward(module: Any, plain: Forward, fast: Forward, *arguments: Any, **options: Any) -> Any:
+    # Only norms have parameters of their own; the projections below know whether they train.
+    trains = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+    return (fast if torch.is_grad_enabled() and not trains else plain)(*arguments, **options)
+
+
+def _candidate(module: Any) -> tuple[str, Callable[[Any, Kernels], Forward] | None]:
+    """Return the setting that a block belongs to, empty if none, and the function that makes its forward, if any."""
+    kind = type(module)
+    if kind is nn.LayerNorm and len(module.normalized_shape) == 1:
+        return "norm", lambda layer, _: partial(_layer_norm, layer)
+    if _is_rms_norm(module):
+        return "norm", lambda layer, kernels: partial(_rms_norm, layer, kernels)
+    if module._modules.keys() == _GATED and isinstance(module.act_fn, nn.SiLU | activations.SiLUActivation):
+        return "mlp", lambda layer, kernels: partial(_gated_mlp, layer, kernels)
+    if approximate := _approximation(module):
+        return "mlp", lambda *_: partial(gelu, approximate=approximate)
+    if _ROTATION in _names_in(kind.forward):
+        return "rope", _rotating
+    if kind.__name__.endswith("Norm"):
+        return "norm", None
+    if kind.__name__.endswith("MLP") and not any(_approximation(child) for child in module.children()):
+        return "mlp", None
+    return "", None
+
+
+def _is_rms_norm(module: Any) -> bool:
+    own = module._parameters
+    return (
+        type(module).__name__.endswith("Norm")
+        and own.keys() == {"weight"}
+        and not module._modules
+        and not module._buffers
+        and own["weight"].ndim == 1
+        and isinstance(_epsilon(module), float)
+    )
+
+
+def _epsilon(module: Any) -> Any:
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+
+
+def _rms_norm(module: Any, kernels: Kernels, x: Tensor) -> Tensor:
+    # transformers rounds to float32 inside even in float64; families differ in where they cast a mixture of dtypes.
+    if x.dtype == torch.float64 or x.dtype != module.weight.dtype:
+        plain: Tensor = type(module).forward(module, x)
+        return plain
+    return kernels.rms_norm(x, module.weight, _epsilon(module))
+
+
+def _layer_norm(module: Any, x: Tensor) -> Tensor:
+    return layer_norm(x, module.weight, module.bias, module.eps)
+
+
+def _gated_mlp(module: Any, kernels: Kernels, x: Tensor) -> Tensor:
+    product: Tensor = module.down_proj(kernels.swiglu(module.gate_proj(x), module.up_proj(x)))
+    return product
+
+
+def _approximation(module: nn.Module) -> str:
+    """Return which of torch's GELUs an activation is; empty for another function."""
+    if type(module) is activations.NewGELUActivation:
+        return "tanh"
+    if type(module) is activations.GELUActivation and module.act is nn.functional.gelu:
+        return "none"
+    return ""
+
+
+def _names_in(function: Any) -> tuple[str, ...]:
+    """Return the names that a function's code looks up; empty for anything but a plain function."""
+    return function.__code__.co_names if isinstance(function, FunctionType) else ()
+
+
+def _rotation_of(attention: nn.Module) -> Any:
+    own: Any = type(attention).forward
+    return own.__globals__[_ROTATION]
+
+
+def _rotating(attention: nn.Module, kernels: Kernels) -> Forward:
+    """Return the class's own forward, in which one name means our rotation.
+
+    transformers rotates through a function of its module. Other models use it too, so it is not replaced
+    there: this is the same code over a copy of the module's names.
+    """
+    own: Any = type(attention).forward
+    names = {**own.__globals__, _ROTATION: partial(_rotate_both, kernels, own.__globals__[_ROTATION])}
+    copied = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
+    copied.__kwdefaults__ = own.__kwdefaults__
+    return MethodType(copied, attention)
+
+
+def _rotate_both(kernels: Kernels, plain: Forward, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    # Other calls than those that were compared (more arguments, other shapes) keep the family's own function.
+    if not options and len(arguments) == 4 and all(isinstance(each, Tensor) for each in arguments):
+        q, k, cos, sin = arguments
+        one_dtype = q.dtype == k.dtype == cos.dtype == sin.dtype
+        if one_dtype and q.ndim == k.ndim == 4 and cos.ndim == 3 and cos.shape[1] == q.shape[2] == k.shape[2]:
+            return kernels.rotate(q, k, cos, sin)
+    turned: tuple[Tensor, Tensor] = plain(*arguments, **options)
+    return turned
+
+
+def _is_equal(setting: str, module: Any, form: Callable[[Any, Kernels], Forward], kernels: Kernels) -> bool:
+    """Compare a block's forward with its fast form on a small random copy, in float32 on the block's device."""
+    if isinstance(module, nn.LayerNorm) or _approximation(module):
+        return True  # torch's own functions
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    drawn = partial(_drawn, torch.Generator().manual_seed(0), device)
+    if setting == "rope":
+        rotation = _rotation_of(module)
+        # Heads of 16 numbers, all or half of them rotated. A family that rotates all cannot do with half.
+        return all(_is_same_rotation(rotation, kernels, drawn, width) for width in (16, 8))
+    small = copy.copy(module)
+    if setting == "norm":
+        width = len(module.weight)
+        vars(small)["_parameters"] = {"weight": drawn(width)}
+    else:
+        width = 8
+        shapes = {"gate_proj": (16, 8), "up_proj": (16, 8), "down_proj": (8, 16)}
+        layers = {name: _linear(drawn(*shape), drawn(shape[0])) for name, shape in shapes.items()}
+        vars(small)["_modules"] = {name: layers.get(name, child) for name, child in module._modules.items()}
+    plain = partial(type(module).forward, small)
+    return _agree(plain, form(small, kernels), (drawn(2, 3, width),))
+
+
+def _is_same_rotation(rotation: Forward, kernels: Kernels, drawn: Callable[..., Tensor], width: int) -> bool:
+    q, k = drawn(1, 4, 3, 16), drawn(1, 2, 3, 16)
+    angles = drawn(1, 3, width // 2).repeat(1, 1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    if width < 16:
+        try:
+            rotation(q, k, cos, sin)
+        except Exception:
+            return True
+    # Clones: Liger's kernel writes over its input.
+    return _agree(
+        lambda q, k: rotation(q, k, cos, sin), lambda q, k: kernels.rotate(q.clone(), k.clone(), cos, sin), (q, k)
+    )
+
+
+def _drawn(generator: torch.Generator, device: torch.device, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator).to(device)
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Module:
+    layer = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
+    layer.weight.data, layer.bias.data = weight, bias
+    return layer.requires_grad_(False)
+
+
+@torch.enable_grad()
+def _agree(plain: Forward, fast: Forward, inputs: tuple[Tensor, ...]) -> bool:
+    """Return whether two functions give the same tensors and the same gradients for their inputs."""
+    found = []
+    for function in (plain, fast):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        try:
+            results = function(*leaves)
+            results = results if isinstance(results, tuple) else (results,)
+            total = sum((r * torch.linspace(-1, 2, r.numel(), device=r.device).view(r.shape)).sum() for r in results)
+            found.append([*results, *torch.autograd.grad(total, leaves)])
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # another signature, another structure: whatever it is, the two are not the same
+            return False
+    return len(found[0]) == len(found[1]) and all(
+        a.shape == b.shape and a.dtype == b.dtype and bool((a - b).norm() <= _DIFFERENCE * a.norm())
+        for a, b in zip(*found, strict=True)
+    )

@@ -1,0 +1,1 @@
+"""Read GGUF files: the container, the conversion to a transformers folder, and the tokenizer."""

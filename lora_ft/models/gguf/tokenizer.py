@@ -1,0 +1,104 @@
+"""Build the tokenizer that a GGUF file's metadata describes.
+
+    tokenizer.ggml.model   "gpt2"                       byte-level BPE, the only kind read here
+    tokenizer.ggml.pre     "smollm"                     the rule that splits text before merging
+    tokenizer.ggml.tokens  ["<|endoftext|>", ...]       by id;  .token_type  [3, ...]  3 control, 4 user-defined
+    tokenizer.ggml.merges  ["Ġ t", "Ġ a", ...]          by rank
+
+The rules follow the tokenizers that the models were published with, not transformers' GGUF reader. In 5.23 that
+reader does not know `smollm` and falls back to GPT-2's rule, so that a number after two spaces or a line break gets
+other ids than the model was trained with:
+
+    "a  12"   published: a ĠĠ 1 2      transformers' GGUF reader: a Ġ Ġ 1 2
+"""
+
+from typing import Any
+
+from lora_ft.errors import ConfigError
+
+# ByteLevel itself applies GPT-2's rule. Llama 3 and Qwen 2 differ in the number of digits that stay together.
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+RULES = {
+    "gpt-2": "",
+    "smollm": "digits",
+    "llama-bpe": _WORDS + r"\p{N}{1,3}" + _REST,
+    "qwen2": _WORDS + r"\p{N}" + _REST,
+}
+_OTHER_NAMES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
+
+_CONTROL, _USER_DEFINED = 3, 4
+
+
+def build(metadata: dict[str, Any]) -> Any:
+    """Build a `PreTrainedTokenizerFast` with its chat template from the metadata of a GGUF file.
+
+    Raises ConfigError for an unknown kind of tokenizer or splitting rule: a guess would give other ids than the model
+    was trained with.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind != "gpt2":
+        raise ConfigError(
+            f"the GGUF file holds a tokenizer of kind {kind}; only byte-level BPE (gpt2) can be read: "
+            "use the model's safetensors folder or hub id instead"
+        )
+    tokens = metadata["tokenizer.ggml.tokens"]
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
+    special = {name: tokens[i] for name, i in ids.items() if i is not None}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_backend(metadata),
+        chat_template=metadata.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+        **special,
+    )
+
+
+def _backend(metadata: dict[str, Any]) -> Any:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+    rule = metadata.get("tokenizer.ggml.pre")
+    rule = _OTHER_NAMES.get(str(rule), rule)
+    if rule not in RULES:
+        raise ConfigError(
+            f"the GGUF file's pre-tokenizer is {rule}; known are {', '.join([*RULES, *_OTHER_NAMES])}: "
+            "use the model's safetensors folder or hub id instead"
+        )
+    tokens = metadata["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    # Llama 3 uses a piece that is a token as that token, even if no sequence of merges leads to it.
+    bpe = models.BPE({token: i for i, token in enumerate(tokens)}, merges, ignore_merges=rule == "llama-bpe")
+    backend = Tokenizer(bpe)
+    backend.pre_tokenizer = _pre_tokenizer(rule)
+    backend.decoder = decoders.ByteLevel()
+    if rule == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    kinds = metadata.get("tokenizer.ggml.token_type") or []
+    # These are found in text before it is split. strict=False: the types are optional.
+    for token, kind in zip(tokens, kinds, strict=False):
+        if kind == _CONTROL:
+            backend.add_special_tokens([AddedToken(token, normalized=False, special=True)])
+        elif kind == _USER_DEFINED:
+            backend.add_tokens([AddedToken(token, normalized=False, special=False)])
+    if metadata.get("tokenizer.ggml.add_bos_token", rule == "llama-bpe"):
+        bos = metadata["tokenizer.ggml.bos_token_id"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{tokens[bos]} $A", pair=f"{tokens[bos]} $A {tokens[bos]} $B", special_tokens=[(tokens[bos], bos)]
+        )
+    return backend
+
+
+def _pre_tokenizer(rule: str) -> Any:
+    from tokenizers import Regex, pre_tokenizers
+
+    by_gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    match RULES[rule]:
+        case "":
+            return by_gpt2
+        case "digits":
+            return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), by_gpt2])
+        case pattern:
+            bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+            return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), behavior="isolated"), bytes_only])

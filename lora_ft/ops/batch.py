@@ -1,0 +1,72 @@
+"""The types between packing, objective and trainer: a batch of packed documents, and the loss sum of a batch.
+
+Two documents, `2+2? =4.` and `Hi Ho.`, whose answers `4.` and `Ho.` are supervised:
+
+    ids        2+2?   =     4     .    | Hi    Ho    .
+    positions  0      1     2     3    | 0     1     2      restart at each document
+    targets    -100   4     .    -100  | Ho    .    -100    next token of the same document
+    starts     0                         4                7
+    supervised        1     2            4     5            counts [2, 2]
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # torch's cross-entropy ignores this target by default
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Documents laid end to end. ids, positions, targets: int64 [tokens]; starts: cumulative document boundaries."""
+
+    ids: Tensor
+    positions: Tensor
+    targets: Tensor
+    starts: list[int]
+
+    @cached_property
+    def supervised(self) -> Tensor:
+        """Indices of the positions with a target."""
+        return (self.targets != IGNORED).nonzero()[:, 0]
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Number of supervised positions of each document."""
+        boundaries = torch.tensor(self.starts, device=self.supervised.device)
+        counts: list[int] = torch.searchsorted(self.supervised, boundaries).diff().tolist()
+        return counts
+
+    def to(self, device: torch.device) -> "Batch":
+        """Copy the batch to a device. Its supervised positions are found before: on a GPU, that would wait for it."""
+        moved = Batch(self.ids.to(device), self.positions.to(device), self.targets.to(device), self.starts)
+        vars(moved).update(counts=self.counts, supervised=self.supervised.to(device))
+        return moved
+
+    def documents(self) -> list["Batch"]:
+        """Split the batch into batches of one document."""
+        return [
+            Batch(self.ids[start:end], self.positions[start:end], self.targets[start:end], [0, end - start])
+            for start, end in pairwise(self.starts)
+        ]
+
+
+@dataclass(frozen=True)
+class LossSum:
+    """The loss of a batch, not yet divided.
+
+    sum: scalar with its graph. weight: share of this batch in the number that the sum over a step is divided by.
+    metrics: further sums by name, divided by the same number and written to metrics.jsonl.
+    """
+
+    sum: Tensor
+    weight: float
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def detach(self) -> "LossSum":
+        """Return the same values without their graph."""
+        return LossSum(self.sum.detach(), self.weight, {name: value.detach() for name, value in self.metrics.items()})

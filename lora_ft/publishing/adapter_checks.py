@@ -1,0 +1,160 @@
+"""Faults of an adapter's files that concern every program that loads it.
+
+    REFUSED  3 of 84 tensors hold NaN or infinities, first ...
+    REFUSED  model.layers.0.mlp.up_proj has no lora_B: a tensor is missing or was renamed
+    WARN     adapter_config.json names the base '/home/me/tiny', which is not a hub id
+
+Tensors are read one at a time; names and shapes of the base come from its config alone.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import safetensors
+import torch
+
+from lora_ft.adapters import files
+from lora_ft.io import untrusted
+from lora_ft.publishing.adapter_facts import AdapterFacts, Finding, Level, front_matter, is_named
+
+# With these settings, names and shapes of A and B follow other rules.
+_OTHER_SHAPES = ("target_parameters", "layer_replication", "use_qalora", "use_bdlora", "megatron_config", "kasa_config",
+                 "monteclora_config", "velora_config", "arrow_config")  # fmt: skip
+# PEFT saves these in full after the vocabulary was resized; its config does not name them.
+_SAVED_UNNAMED = ("lm_head", "embed_out", "embed_tokens", "embed_in", "wte", "word_embeddings")
+
+
+def check(folder: Path, facts: AdapterFacts) -> Iterator[Finding]:
+    """Yield the problems that reading the folder found, then the faults of its content."""
+    yield from facts.problems
+    if facts.layers or facts.whole:
+        yield from _values(folder / files.WEIGHTS)
+        yield from _pairs(facts)
+        if not any(facts.config.get(name) for name in _OTHER_SHAPES):
+            yield from _ranks(facts)
+            yield from _targets(facts)
+            yield from _whole(facts)
+            yield from _unfitting(facts)
+    yield from _modes(folder, facts.names)
+    yield from _naming(facts)
+    yield from _others(folder, facts.names)
+
+
+def _values(path: Path) -> Iterator[Finding]:
+    """Find tensors that are not finite, and matrices B of zeros, which change nothing."""
+    broken, zero, matrices = [], [], 0
+    with safetensors.safe_open(path, framework="pt") as file:
+        keys = sorted(file.keys())
+        for key in keys:
+            tensor = file.get_tensor(key)
+            if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+                broken.append(key)
+            if ".lora_B" in key or ".lora_embedding_B" in key:
+                matrices += 1
+                zero += [key] if not tensor.any() else []
+    if broken:
+        yield Finding(Level.REFUSED, f"{len(broken)} of {len(keys)} tensors hold NaN or infinities, first {broken[0]}",
+                      "train again with a lower learning rate; these numbers cannot be repaired")  # fmt: skip
+    if zero and len(zero) == matrices:
+        yield Finding(Level.REFUSED, "every lora_B is zero: the adapter changes nothing", "it was never trained")
+    elif zero:
+        yield Finding(Level.WARN, f"{len(zero)} of {matrices} lora_B are zero, first {zero[0]}",
+                      "these layers did not train")  # fmt: skip
+
+
+def _pairs(facts: AdapterFacts) -> Iterator[Finding]:
+    for layer, (a, b) in facts.layers.items():
+        if a is None or b is None:
+            yield Finding(Level.REFUSED, f"{layer} has no {'lora_A' if a is None else 'lora_B'}: a tensor is missing "
+                          "or was renamed", "use the file that the trainer wrote")  # fmt: skip
+            return
+
+
+def _ranks(facts: AdapterFacts) -> Iterator[Finding]:
+    pattern = facts.config.get("rank_pattern")
+    known = {facts.config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())}
+    for layer, (a, b) in facts.layers.items():
+        if a and b and (len(a) < 2 or len(b) < 2 or a[0] != b[1] or a[0] not in known):
+            yield Finding(Level.REFUSED, f"{layer} has A {list(a)} and B {list(b)}, no rank of "
+                          f"{files.CONFIG} ({', '.join(map(str, sorted(map(str, known))))})",
+                          "weights and config do not belong together")  # fmt: skip
+            return
+
+
+def _targets(facts: AdapterFacts) -> Iterator[Finding]:
+    """Compare names in config and weights: PEFT drops or re-initializes unmatched layers with only a warning."""
+    targets = facts.config.get("target_modules")
+    if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
+        return
+    alone = [layer for layer in facts.layers if not any(is_named(layer, t) for t in targets)]
+    if alone:
+        yield Finding(Level.REFUSED, f"{alone[0]} is in the weights, but is not a target of {files.CONFIG}: PEFT "
+                      "would drop it with a warning",
+                      "a tensor was renamed, or the config belongs to another adapter")  # fmt: skip
+    idle = [t for t in targets if not any(is_named(layer, t) for layer in facts.layers)]
+    expected = [t for t in idle if facts.has_layer(t)]
+    if expected:
+        yield Finding(Level.REFUSED, f"target {expected[0]} of {files.CONFIG} has no tensor: PEFT would initialize it",
+                      "a tensor is missing or was renamed")  # fmt: skip
+    elif idle and not facts.base_shapes:
+        yield Finding(Level.WARN, f"target {idle[0]} of {files.CONFIG} has no tensor: one is missing, or the base "
+                      "has no such layer", "name the base with model=")  # fmt: skip
+
+
+def _whole(facts: AdapterFacts) -> Iterator[Finding]:
+    """Find tensors that are neither A nor B and that the config does not ask for."""
+    saved = facts.config.get("modules_to_save")
+    saved = saved if isinstance(saved, list) else []
+    if facts.config.get("bias", "none") == "none":
+        for key in facts.whole:
+            layer = key.rpartition(".")[0].removesuffix(".base_layer")
+            if layer.rpartition(".")[2] not in _SAVED_UNNAMED and not any(f".{n}." in f".{key}" for n in saved):
+                yield Finding(Level.REFUSED, f"{key} is not part of a LoRA, and modules_to_save does not name it",
+                              "a tensor was renamed, or the config belongs to another adapter")  # fmt: skip
+                return
+
+
+def _unfitting(facts: AdapterFacts) -> Iterator[Finding]:
+    """Find layers that this base lacks or has in other sizes."""
+    shapes, vocabulary = facts.base_shapes, facts.base_config.get("vocab_size")
+    for layer, (a, b) in facts.layers.items() if shapes else ():
+        if ".experts." in layer:  # transformers 5 keeps experts in one tensor, and PEFT converts older adapters for it
+            continue
+        weight = shapes.get(f"{layer}.weight")
+        if weight is None:
+            yield Finding(
+                Level.REFUSED, f"the base has no layer {layer}", "the adapter belongs to another base: name that one"
+            )
+            return
+        if a and b and weight[0] != vocabulary and {a[-1], b[0]} != set(weight):  # added tokens: reported elsewhere
+            yield Finding(Level.REFUSED, f"{layer} is {list(weight)} in the base, but A is {list(a)} "
+                          f"and B {list(b)}", "the adapter belongs to another base: name that one")  # fmt: skip
+            return
+
+
+def _modes(folder: Path, names: frozenset[str]) -> Iterator[Finding]:
+    closed = sorted(n for n in names if (folder / n).stat().st_mode & 0o044 != 0o044)
+    if closed:
+        yield Finding(Level.WARN, f"{closed[0]} has mode {(folder / closed[0]).stat().st_mode & 0o777:04o}: other "
+                      "users, and servers that run as such, cannot read it (safetensors issue 782)",
+                      "chmod 644; publishing does that as well")  # fmt: skip
+
+
+def _naming(facts: AdapterFacts) -> Iterator[Finding]:
+    base = facts.config.get("base_model_name_or_path")
+    if facts.config and not untrusted.is_public_id(base):
+        what = "names no base" if not base else f"names the base {str(base)[:80]!r}, which is not a hub id"
+        yield Finding(Level.WARN, f"{files.CONFIG} {what}: others cannot find it", "publish with model.id=OWNER/NAME")
+    elif facts.config and not facts.config.get("revision"):
+        yield Finding(Level.WARN, "no revision of the base is recorded: the base may change",
+                      "train with model.path=OWNER/NAME model.revision=COMMIT")  # fmt: skip
+
+
+def _others(folder: Path, names: frozenset[str]) -> Iterator[Finding]:
+    if not front_matter(folder / "README.md").get("license"):
+        yield Finding(Level.WARN, "no license: README.md does not name one", "publish with license=NAME")
+    if pickled := sorted(n for n in names if n.endswith((".bin", ".pt", ".pth"))) if files.WEIGHTS in names else []:
+        yield Finding(Level.WARN, f"{pickled[0]} lies beside the weights, and can run code when loaded", "leave it out")
+    if "added_tokens.json" in names:
+        yield Finding(Level.WARN, "added_tokens.json lies beside the weights: SGLang counts all its tokens as new ones",
+                      "leave it out")  # fmt: skip

@@ -1,0 +1,203 @@
+"""Read an adapter folder without trusting it: an error in a file becomes a finding, never a crash.
+
+facts = adapter_facts.read(folder, base_config)
+facts.config      adapter_config.json, {} if it cannot be read
+facts.layers      {"model.layers.0.self_attn.q_proj": ((8, 576), (576, 8)), ...}      shapes of A and B
+facts.problems    (Finding(REFUSED, "adapter_model.safetensors is not a safetensors file, ..."), ...)
+"""
+
+import json
+import re
+import warnings
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from lora_ft.adapters import files
+from lora_ft.errors import LoraFtError, MismatchError
+from lora_ft.io import untrusted
+
+_HEADER_LIMIT = 10 * 2**20
+_PREFIX = "base_model.model."
+_KEY = re.compile(
+    r"(?P<layer>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
+    r"|token_adapter\.trainable_tokens_delta)(?P<leaf>\.weight|\.bias)?"
+)
+
+
+class Level(IntEnum):
+    OK = 0
+    WARN = 1
+    REFUSED = 2
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A fault or a fact that a user has to know, and its remedy."""
+
+    level: Level
+    reason: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """An adapter as its files describe it.
+
+    `layers` holds the shapes of A and B by layer name, None for a missing one. `whole` names the other tensors, which
+    belong to layers trained in full. `names` are the files of the folder. `architecture` is the base's model_type.
+    """
+
+    config: dict[str, Any]
+    layers: dict[str, tuple[tuple[int, ...] | None, tuple[int, ...] | None]]
+    whole: tuple[str, ...]
+    has_tokens: bool
+    has_biases: bool
+    num_tokens: int | None
+    names: frozenset[str]
+    architecture: str | None
+    is_tied: bool  # the base's embedding and head share one matrix
+    base_config: dict[str, Any]
+    base_shapes: dict[str, tuple[int, ...]]  # of parameters by name; {} if the base is not known
+    problems: tuple[Finding, ...]
+
+    @property
+    def rank(self) -> int:
+        """Return the highest rank of a layer, or 0."""
+        return max((a[0] for a, _ in self.layers.values() if a), default=0)
+
+    def has_layer(self, name: str) -> bool:
+        """Return whether the base has a layer with this name or name ending."""
+        return any(is_named(parameter.rpartition(".")[0], name) for parameter in self.base_shapes)
+
+    def adapts(self, *names: str) -> bool:
+        """Return whether a layer with one of these names is adapted or trained in full."""
+        touched = [*self.layers, *(key.rpartition(".")[0] for key in self.whole)]
+        return any(layer.rpartition(".")[2] in names for layer in touched)
+
+
+def is_named(layer: str, name: str) -> bool:
+    """Return whether PEFT matches a name with a layer: equal, or its last parts."""
+    return layer == name or layer.endswith(f".{name}")
+
+
+def front_matter(path: Path) -> dict[str, Any]:
+    """Return the YAML front matter of a model card, {} if it cannot be read."""
+    if not path.is_file() or path.stat().st_size > untrusted.MOST_YAML_BYTES:
+        return {}
+    found = re.match(r"---\r?\n(.*?)\r?\n---", path.read_text("utf-8", errors="replace"), re.DOTALL)
+    if not found:
+        return {}
+    try:
+        untrusted.check_yaml(found[1], str(path), MismatchError)
+        loaded = yaml.safe_load(found[1])
+    except (LoraFtError, yaml.YAMLError, ValueError, RecursionError):  # ValueError: an invalid date
+        return {}
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def read(folder: Path, base_config: dict[str, Any] | None) -> AdapterFacts:
+    """Describe an adapter folder; `problems` lists the parts that cannot be read."""
+    problems: list[Finding] = []
+    config = _config(folder, problems)
+    shapes = _shapes(folder, problems)
+    layers, whole, parts = _group(shapes)
+    base = base_config or {}
+    kind = base.get("model_type")
+    if kind is None and any(layer.rpartition(".")[2] == "c_attn" for layer in layers):
+        kind = "gpt2"
+    found = [path for path in (*folder.iterdir(), *folder.glob("mlx/*")) if path.is_file()]
+    base_shapes, tied = _described(base)
+    return AdapterFacts(
+        config=config, layers=layers, whole=whole, has_tokens="token_adapter.trainable_tokens_delta" in parts,
+        has_biases="bias" in parts, num_tokens=_num_tokens(folder),
+        names=frozenset(path.relative_to(folder).as_posix() for path in found), architecture=kind,
+        is_tied=kind == "gpt2" if tied is None else tied, base_config=base, base_shapes=base_shapes,
+        problems=tuple(problems),
+    )  # fmt: skip
+
+
+def _described(base_config: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]], bool | None]:
+    """Return a base's parameter shapes and whether its embedding is tied; ({}, None) if transformers lacks it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    rest = {key: value for key, value in base_config.items() if key != "model_type"}
+    try:
+        known = AutoConfig.for_model(base_config.get("model_type"), **rest)
+        with torch.device("meta"):
+            network = AutoModelForCausalLM.from_config(known, trust_remote_code=False)
+    except (ValueError, TypeError, KeyError, AttributeError):  # another kind of model, or a config of another version
+        return {}, None
+    return {name: tuple(t.shape) for name, t in network.state_dict().items()}, bool(known.tie_word_embeddings)
+
+
+def _config(folder: Path, problems: list[Finding]) -> dict[str, Any]:
+    if not (folder / files.CONFIG).is_file():
+        problems.append(Finding(Level.REFUSED, f"{files.CONFIG} is missing", "use the folder that PEFT wrote"))
+    elif (folder / files.WEIGHTS).is_file():  # else reported by _shapes
+        try:
+            fields = files.read_fields(folder)
+            with warnings.catch_warnings(action="ignore"):  # PEFT warns of settings that only training needs
+                files.parse_config(folder, fields)
+            return fields
+        except (LoraFtError, OSError) as error:
+            problems.append(Finding(Level.REFUSED, _first_line(error, folder)))
+    return {}
+
+
+def _shapes(folder: Path, problems: list[Finding]) -> dict[str, tuple[int, ...]]:
+    path = folder / files.WEIGHTS
+    if not path.is_file():
+        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        problems.append(
+            Finding(Level.REFUSED, f"its weights are pickled ({pickled[0]}), which can run code when loaded",
+                    "if you trust its author, load it with PEFT and save it again: PEFT writes safetensors")
+            if pickled else
+            Finding(Level.REFUSED, f"{files.WEIGHTS} is missing", "use the folder that PEFT wrote")
+        )  # fmt: skip
+        return {}
+    try:
+        return untrusted.tensor_header(path, _HEADER_LIMIT, MismatchError).shapes
+    except (LoraFtError, OSError) as error:
+        problems.append(Finding(Level.REFUSED, _first_line(error, folder)))
+        return {}
+
+
+def _first_line(error: Exception, folder: Path) -> str:
+    """Return the first line of an error without the folder in its paths."""
+    return str(error).splitlines()[0].replace(f"{folder}/", "") if str(error) else type(error).__name__
+
+
+def _group(
+    shapes: dict[str, tuple[int, ...]],
+) -> tuple[dict[str, tuple[tuple[int, ...] | None, tuple[int, ...] | None]], tuple[str, ...], set[str]]:
+    """Return the shapes of A and B by layer, the names of other tensors, and the kinds of parts that occur."""
+    pairs: dict[str, list[tuple[int, ...] | None]] = {}
+    whole, parts = [], set()
+    for key, shape in sorted(shapes.items()):
+        found = _KEY.fullmatch(key.removeprefix(_PREFIX))
+        if not found:
+            whole.append(key.removeprefix(_PREFIX))
+            continue
+        parts.add("bias" if found["leaf"] == ".bias" else found["part"])
+        if found["part"].endswith(("_A", "_B")) and found["leaf"] != ".bias":
+            pairs.setdefault(found["layer"], [None, None])[found["part"].endswith("_B")] = shape
+    return {layer: (a, b) for layer, (a, b) in pairs.items()}, tuple(whole), parts
+
+
+def _num_tokens(folder: Path) -> int | None:
+    """Return the size of the tokenizer beside the adapter: its highest token id plus one."""
+    path = folder / "tokenizer.json"
+    if not path.is_file() or path.stat().st_size > 64 * 2**20:
+        return None
+    try:
+        described = json.loads(path.read_text("utf-8"))
+        vocabulary, added = described["model"]["vocab"], described.get("added_tokens") or []
+        ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+        return 1 + max([*ids, *(token["id"] for token in added)])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None

@@ -1,0 +1,128 @@
+"""From the settings of `publish` to the contents of a package: base, license, adapter, and all that the card tells."""
+
+import dataclasses
+import gc
+import re
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+
+from lora_ft import config, runs
+from lora_ft.adapters import files, loading, provenance
+from lora_ft.config import QuantKind
+from lora_ft.errors import ConfigError, MismatchError
+from lora_ft.io import untrusted
+from lora_ft.models.load import Identity, resolve_device
+from lora_ft.models.meta_model import load_skeleton
+from lora_ft.models.resolve import locate
+from lora_ft.publishing import pissa_to_lora, secret_scan, training_summary, verification
+from lora_ft.publishing.package import Contents
+
+HUB = "hf:"
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
+
+
+def contents(cfg: config.PublishRun, adapter: Path, saved: LoraConfig, workplace: Path) -> Contents:
+    """Load the adapter in folder `adapter`, with config `saved`, onto its base, and collect what its package holds.
+
+    Raises ConfigError if the base has no hub id or no license is known for the hub, before anything is loaded.
+    """
+    base_id, license_name = _base_id(cfg, adapter, saved), _license(cfg)
+    if pissa_to_lora.changes_base(saved):
+        if cfg.quant.kind is not QuantKind.none:
+            raise MismatchError(
+                f"{adapter}: with init_lora_weights={saved.init_lora_weights} an adapter of a quantized base cannot be "
+                "converted to a LoRA of the unchanged base"
+            )
+        pissa_to_lora.convert(adapter, saved, workplace / "converted")
+        adapter = workplace / "converted"
+        saved = files.read_config(adapter)
+    tokenizer = loading.adapter_tokenizer(adapter, cfg.model)
+    base, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer, saved)
+    found = Contents(
+        adapter=adapter,
+        saved=saved,
+        tokenizer=tokenizer,
+        probe=verification.make_probe(model, tokenizer),
+        base_config=_json_config(base.identity.folder),
+        quant=cfg.quant,
+        loading=provenance.loading(base, cfg.quant, cfg.model),
+        public=_public(base.identity, base_id, saved),
+        summary=training_summary.read(Path(cfg.run).expanduser()) if cfg.run else None,
+        license=license_name,
+        name=cfg.to.removeprefix(HUB) if cfg.to.startswith(HUB) else "PATH_OF_THIS_FOLDER",
+        formats=frozenset(cfg.formats),
+    )
+    del base, model
+    gc.collect()  # modules form reference cycles; the process that verifies the package needs the memory of the base
+    return found
+
+
+def _base_id(cfg: config.PublishRun, adapter: Path, saved: LoraConfig) -> str:
+    """Return the hub id by which others find the base; ConfigError if only a path of this machine is known."""
+    named = saved.base_model_name_or_path
+    found = cfg.model.id or locate(cfg.model, weights=False).id or (named if untrusted.is_public_id(named) else None)
+    if not found:
+        raise ConfigError(
+            f"the base of {adapter} has no hub id, only a path of this machine ({cfg.model.path or named}), where "
+            "nobody else can find it: add model.id=OWNER/NAME, the base's id on the hub"
+        )
+    if not untrusted.is_hub_id(found):
+        raise ConfigError(f"model.id must be a hub id, OWNER/NAME, got {found}")
+    return found
+
+
+def _license(cfg: config.PublishRun) -> str | None:
+    """Return license=, or the license that the base states; ConfigError if the hub requires one and none is known."""
+    stated = cfg.license or training_summary.license_of(cfg.model, locate(cfg.model, weights=False).folder)
+    if not stated and cfg.to.startswith(HUB):
+        raise ConfigError("the base states no license, and the hub requires one: add license=NAME (apache-2.0, mit)")
+    if stated and not _LICENSE.fullmatch(stated):
+        raise ConfigError(f"license must be a name that the hub knows, such as apache-2.0 or mit, got {stated}")
+    return stated
+
+
+def _public(base: Identity, base_id: str, saved: LoraConfig) -> Identity:
+    """Return the base as others find it: by its hub id, or by a file in a package that they can install."""
+    revision = base.revision or (saved.revision if saved.base_model_name_or_path == base_id else None)
+    path = base.path if base.path.startswith("package:") else base_id
+    return dataclasses.replace(base, id=base_id, path=path, folder=None, revision=revision)
+
+
+def local_paths(cfg: config.PublishRun, adapter: Path, workplace: Path) -> set[str]:
+    """Return the paths of this machine that no published file may name."""
+    stored = runs.read_config(Path(cfg.run).expanduser()) if cfg.run else {}
+    known = [group.get("path") for name in ("model", "data") if isinstance(group := stored.get(name), dict)]
+    base = locate(cfg.model, weights=False).folder
+    return secret_scan.local_paths(adapter, cfg.run, cfg.model.path, base, workplace, *known)
+
+
+def base_config(model: config.Model) -> dict[str, Any] | None:
+    """Return the config.json of the base, or None if the settings name no base."""
+    return _json_config(locate(model, weights=False).folder) if model.path else None
+
+
+def _json_config(folder: str | None) -> dict[str, Any]:
+    return untrusted.json_object(Path(str(folder)) / "config.json", ConfigError)
+
+
+def base_loading(folder: Path, saved: LoraConfig, cfg: config.PublishRun) -> provenance.Loading:
+    """Return how the base of an adapter folder is loaded from this machine, according to the folder's record.
+
+    Somebody else may have written the record: MismatchError if lora_ft never writes its values, or for another base.
+    """
+    record = provenance.read_record(folder).get("loading") if (folder / provenance.RECORD).is_file() else None
+    record = record if isinstance(record, dict) else {}
+    quantization = record.get("quantization")
+    compute = quantization.get("bnb_4bit_compute_dtype") if isinstance(quantization, dict) else None
+    try:
+        model = dataclasses.replace(cfg.model, dtype=config.Dtype(record.get("dtype", cfg.model.dtype.value)))
+        quant = dataclasses.replace(cfg.quant, compute_dtype=config.Dtype(compute or cfg.quant.compute_dtype.value))
+    except ValueError as error:
+        raise MismatchError(f"{folder / provenance.RECORD} does not say how its base is loaded: {error}") from None
+    place = locate(model)  # with its weights, which a skeleton does not fetch
+    base = load_skeleton(model, quant, cfg.device, loading.adapter_tokenizer(folder, model))
+    provenance.check_source(folder, saved, base, quant)
+    made = provenance.loading(base, quant, model)
+    return dataclasses.replace(made, place=str(place.folder), revision=None, device=str(resolve_device(cfg.device)))

@@ -1,0 +1,159 @@
+"""Facts of a training run for the card of its adapter, read from the run folder; nothing private is among them.
+
+    summary = read(Path("my_run"))
+    summary.data            "openassistant/oasst1 on the ... hub", or "a local file (.jsonl)": never its path
+    summary.settings        {"adapter.r": 16, "optim.lr": 0.0001, ...}     the settings that differ from the defaults
+    summary.evaluations     [Scores("at the end of training", {"loss": 3.25, ...}, {"loss": 2.4, ...}, 859 tokens, ...)]
+
+An adapter made elsewhere has no run and no summary.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_ft import config, runs, validation
+from lora_ft.config import TrainRun
+from lora_ft.errors import ConfigError
+from lora_ft.io import untrusted
+from lora_ft.models import resolve
+from lora_ft.models.gguf import reader
+from lora_ft.publishing.adapter_facts import front_matter
+from lora_ft.setting import OnResume
+
+# The card shows these in other places.
+_SHOWN_ELSEWHERE = ("data.revision", "data.name", "data.split", "model.revision", "model.id")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Figures of base and adapter on the same evaluation rows: loss in nats per token, perplexity, metrics."""
+
+    when: str
+    base: dict[str, float]
+    adapter: dict[str, float]
+    tokens: int
+    rows: int | None
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """The public facts of a run.
+
+    `data` describes the source of the rows; `dataset` is their hub id if they have one. `rows` counts training and
+    evaluation documents. `curves` are the (step, loss) points of training and evaluation.
+    """
+
+    settings: dict[str, Any]
+    data: str
+    dataset: str | None
+    dataset_config: str | None
+    dataset_split: str | None
+    dataset_revision: str | None
+    rows: tuple[int, int] | None
+    steps: int | None
+    tokens: int | None
+    evaluations: list[Scores]
+    merge: dict[str, Any] | None
+    curves: tuple[list[tuple[float, float]], list[tuple[float, float]]]
+
+
+def read(run: Path) -> TrainingSummary:
+    """Read the summary of a finished run; raises what reading a run's files raises."""
+    stored = runs.read_config(run)
+    data = stored.get("data") or {}
+    described, dataset = _describe_source(str(data.get("path", "")))
+    hub = data if dataset else {}
+    result, check = _json(run / runs.RESULT), _json(run / runs.CHECK)
+    counts = check.get("rows") or {}
+    rows = (counts["train_documents"], counts["heldout_documents"]) if "heldout_documents" in counts else None
+    return TrainingSummary(
+        _settings(stored), described, dataset, hub.get("name"), hub.get("split"), hub.get("revision"),
+        rows, result.get("steps"), result.get("tokens"), _scores(run, result), _json(run / "merge.json") or None,
+        _curves(run),
+    )  # fmt: skip
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    untrusted.check_place(path, path.parent)
+    return untrusted.json_object(path, ConfigError)
+
+
+def _settings(stored: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that decide a result and differ from the default, without paths."""
+    plain = validation.to_plain(TrainRun())
+    found: dict[str, Any] = {}
+    for setting in validation.settings(TrainRun):
+        group, _, name = setting.key.rpartition(".")
+        holder = stored.get(group) if group else stored
+        value = holder.get(name) if isinstance(holder, dict) else None
+        default = (plain[group] if group else plain)[name]
+        if (
+            setting.on_resume is OnResume.same
+            and not setting.path
+            and setting.key not in _SHOWN_ELSEWHERE
+            and value is not None
+        ):
+            found |= {setting.key: value} if value != default else {}
+    return found
+
+
+def _describe_source(path: str) -> tuple[str, str | None]:
+    """Describe the source of rows without a path of this machine, and return its hub id if it has one."""
+    if path.startswith("package:"):
+        return f"files of the package {path.removeprefix('package:').partition('/')[0]}", None
+    if Path(path).suffix.lower() in (".jsonl", ".json", ".csv", ".parquet", ".txt", ".yml", ".yaml", ".tsv"):
+        return f"a local file ({Path(path).suffix.lower()})", None
+    if untrusted.is_public_id(path):
+        return f"{path} on the Hugging Face hub", path
+    return "a local folder", None
+
+
+def _scores(run: Path, result: dict[str, Any]) -> list[Scores]:
+    evaluated, found = _json(run / "eval.json"), []
+    try:
+        if result.get("heldout_loss") is not None:
+            base, adapter = (_with_perplexity(float(result[key])) for key in ("base_heldout_loss", "heldout_loss"))
+            found.append(Scores("at the end of training", base, adapter, int(result["heldout_tokens"]), None))
+        if evaluated:
+            base, adapter = (_figures(evaluated[name]) for name in ("base", "adapter"))
+            found.append(Scores("by lora-ft eval", base, adapter, int(evaluated["tokens"]), int(evaluated["rows"])))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{run}: {runs.RESULT} or eval.json is not what lora-ft wrote: {error!r}") from error
+    return found
+
+
+def _with_perplexity(loss: float) -> dict[str, float]:
+    return {"loss": loss} | ({"perplexity": math.exp(loss)} if loss < 100 else {})
+
+
+def _figures(measured: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in measured.items() if value is not None}
+
+
+def _curves(run: Path) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    path = run / runs.METRICS
+    untrusted.check_place(path, run)
+    found = []
+    for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:  # an incomplete last line of a killed process
+            continue
+    return tuple([(m["step"], m[key]) for m in found if m.get(key) is not None] for key in ("loss", "heldout_loss"))  # type: ignore[return-value]
+
+
+def license_of(model: config.Model, folder: str | None) -> str | None:
+    """Return the license that a base states in its GGUF file or in the card of its folder."""
+    path = Path(model.path).expanduser()
+    if model.path.startswith("package:"):
+        path = resolve.package_file(model.path)
+    if path.suffix == ".gguf":
+        stated = reader.read(path).metadata.get("general.license")
+    else:
+        stated = front_matter(Path(folder or path) / "README.md").get("license")
+    return stated if isinstance(stated, str) and stated else None

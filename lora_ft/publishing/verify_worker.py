@@ -1,0 +1,145 @@
+"""Load an adapter with torch, transformers and PEFT alone, in a process that does not know lora_ft.
+
+    echo '{"folder": ..., "base": {"place": ..., "dtype": "float32", ...}, "ids": null, "columns": null}' \
+        | python -P verify_worker.py > logits.safetensors
+
+It writes one safetensors file to its standard output: `adapter` and `base`, logits [T, K] in float32 with and without
+the adapter. For a quantized base these come from exact products, and `as_loaded` from its kernels, with their rounding.
+The file's metadata holds a report in JSON: keys and versions. verification.py starts it and judges its answer.
+-P keeps files beside this one from replacing Python's own modules.
+"""
+
+import contextlib
+import functools
+import importlib.metadata
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.utils import logging
+
+_WEIGHTS = "adapter_model.safetensors"
+_PACKAGES = ("torch", "transformers", "peft", "safetensors", "bitsandbytes")
+
+
+def load(folder: str, base: dict[str, Any]) -> PeftModel:
+    """Load base and adapter as the lines of the model card do; `base` has the fields of origin.Loading."""
+    dtype = getattr(torch, base["dtype"])
+    quantization = dict(base["quantization"])
+    if "bnb_4bit_compute_dtype" in quantization:
+        quantization["bnb_4bit_compute_dtype"] = getattr(torch, quantization["bnb_4bit_compute_dtype"])
+    model = AutoModelForCausalLM.from_pretrained(
+        base["place"], revision=base["revision"], dtype=dtype, device_map={"": base["device"]}, use_safetensors=True,
+        trust_remote_code=False, quantization_config=BitsAndBytesConfig(**quantization) if quantization else None,
+    )  # fmt: skip
+    if base["rows"]:
+        model.resize_token_embeddings(base["rows"], mean_resizing=False)
+    return PeftModel.from_pretrained(model, folder).eval()
+
+
+def compare_keys(model: PeftModel, folder: str) -> dict[str, Any]:
+    """Compare every key, shape and value of the attached adapter with the file; PEFT only warns of a difference."""
+    stored = safetensors.torch.load_file(Path(folder) / _WEIGHTS)
+    attached = get_peft_model_state_dict(model, save_embedding_layers=False)
+    both = stored.keys() & attached.keys()
+    outputs = [key for key in stored if "lora_B" in key or "lora_embedding_B" in key]
+    return {
+        "keys": len(stored),
+        "missing": sorted(attached.keys() - stored.keys()),
+        "unexpected": sorted(stored.keys() - attached.keys()),
+        "differing": sorted(key for key in both if not _equal(attached[key], stored[key])),
+        "outputs": len(outputs),
+        "zero": sorted(key for key in outputs if not stored[key].any()),
+    }
+
+
+def _equal(attached: Tensor, stored: Tensor) -> bool:
+    # PEFT keeps half precision as float32, which changes no value.
+    return attached.shape == stored.shape and torch.equal(attached.cpu().float(), stored.float())
+
+
+def spread(rows: int, count: int) -> list[int]:
+    """Return `count` indices from the first row to the last."""
+    return torch.linspace(0, rows - 1, count).long().tolist()
+
+
+def logits(model: PeftModel, ids: list[int], columns: list[int]) -> Tensor:
+    """Return columns of the logits for one sequence of ids: [T, K] float32 on the CPU."""
+    with torch.no_grad():
+        output = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+    return output.logits[0].float().cpu()[:, columns].contiguous()
+
+
+@contextlib.contextmanager
+def exact_products(layers: list[Any]) -> Iterator[None]:
+    """Make quantized layers multiply by their dequantized weights.
+
+    Kernels add rounding of their own: int8 rounds activations, and some CPUs compute 4-bit products in bfloat16.
+    """
+    before = [vars(layer).get("forward") for layer in layers]
+    try:
+        for layer in layers:
+            layer.forward = functools.partial(_product, layer)
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
+
+
+def quantized_layers(model: PeftModel) -> list[Any]:
+    """Return the 8-bit and 4-bit layers of the base."""
+    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    return [m for m in linears if type(m.weight).__name__ in ("Params4bit", "Int8Params")]
+
+
+def _product(layer: Any, inputs: Tensor) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
+
+    weight = layer.weight
+    if type(weight).__name__ == "Params4bit":
+        plain = dequantize_4bit(weight.data, weight.quant_state)
+    else:  # the row scales move from the weight to the layer's state at the first forward
+        plain = int8_vectorwise_dequant(weight.data, weight.SCB if weight.SCB is not None else layer.state.SCB)
+    bias = None if layer.bias is None else layer.bias.to(inputs.dtype)
+    return torch.nn.functional.linear(inputs, plain.to(inputs.dtype), bias)
+
+
+def verify(request: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return logits and report for a request."""
+    model = load(request["folder"], request["base"])
+    report = compare_keys(model, request["folder"])
+    rows = model.get_input_embeddings().weight.shape[0]
+    run = functools.partial(logits, model, request["ids"] or spread(rows, 64), request["columns"] or spread(rows, 256))
+    layers = quantized_layers(model)
+    with exact_products(layers):
+        found = {"adapter": run()}
+        with model.disable_adapter():
+            found["base"] = run()
+    if layers:
+        found["as_loaded"] = run()
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return found, report | {"versions": versions}
+
+
+def main() -> None:
+    """Read a request from standard input and answer on standard output; other output goes to standard error."""
+    answer = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    logging.disable_progress_bar()
+    found, report = verify(json.load(sys.stdin))
+    with os.fdopen(answer, "wb") as stream:
+        stream.write(safetensors.torch.save(found, metadata={"report": json.dumps(report)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Rank the jobs of a sweep by held-out loss; jobs that differ only in their seed are repeats of one setting.
+
+ranking = rank(sweep)
+ranking.boards[0].ranked[0].name         the best job
+ranking.columns                          the settings that differ: ("adapter.r", "optim.lr")
+
+Jobs share a board only if they were evaluated on the same rows (same token count and same loss of the base). No torch.
+"""
+
+import json
+import math
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from lora_ft import config, validation
+from lora_ft.sweeps.results import JobResult, State, Sweep
+
+SEED = "seed"
+_NOT_COMPARED = {SEED, "resume", "track.name"}
+_SAME_LOSS = 1e-5  # relative; micro-batches of another size round differently
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Jobs that differ only in their seed, with the mean and the standard deviation of their held-out losses."""
+
+    values: dict[str, Any]
+    jobs: tuple[JobResult, ...]
+
+    @property
+    def losses(self) -> list[float]:
+        return [job.figures.heldout_loss for job in self.jobs if job.figures.heldout_loss is not None]
+
+    @property
+    def mean(self) -> float | None:
+        return statistics.fmean(self.losses) if self.losses else None
+
+    @property
+    def deviation(self) -> float | None:
+        return statistics.stdev(self.losses) if len(self.losses) > 1 else None
+
+
+@dataclass(frozen=True)
+class Board:
+    """Finished jobs evaluated on the same rows, best first; jobs without a finite loss come last."""
+
+    heldout_tokens: int | None
+    base_loss: float | None
+    ranked: tuple[JobResult, ...]
+    settings: tuple[Setting, ...]
+
+    def place(self, job: JobResult) -> int | None:
+        """1 for the lowest loss; jobs with equal losses share a place; None without a finite loss."""
+        loss = job.figures.heldout_loss
+        losses = [other.figures.heldout_loss for other in self.ranked]
+        return None if loss is None else 1 + sum(other < loss for other in losses if other is not None)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The boards of a sweep; `columns` are the settings that differ except the seed; `rest` are unfinished jobs."""
+
+    sweep: Sweep
+    columns: tuple[str, ...]
+    has_seeds: bool
+    boards: tuple[Board, ...]
+    rest: tuple[JobResult, ...]
+
+    @property
+    def best(self) -> JobResult | None:
+        """The job with the lowest loss; None if jobs are on several boards."""
+        ranked = self.boards[0].ranked if len(self.boards) == 1 else ()
+        return ranked[0] if ranked and ranked[0].figures.heldout_loss is not None else None
+
+    def values(self, job: JobResult) -> dict[str, Any]:
+        """The settings of a job that differ between jobs, with the seed if it differs."""
+        names = [*self.columns, SEED] if self.has_seeds else self.columns
+        known = values_of(job)
+        return {name: known[name] for name in names if name in known}
+
+
+def rank(sweep: Sweep) -> Ranking:
+    columns, has_seeds = _differing(sweep.jobs)
+    boards = tuple(_board(jobs, columns) for jobs in _comparable(sweep.jobs))
+    rest = sorted((job for job in sweep.jobs if not job.is_finished), key=lambda job: [*State].index(job.state))
+    return Ranking(sweep, columns, has_seeds, boards, tuple(rest))
+
+
+def values_of(job: JobResult) -> dict[str, Any]:
+    """Settings by dotted key: from the config, or from the overrides until the config is written."""
+    pairs = [override.lstrip("+").split("=", 1) for override in job.overrides if "=" in override]
+    overrides = {key: text for key, text in pairs if not key.startswith("hydra")}
+    if job.settings:
+        return overrides | job.settings
+    return {key: _scalar(text) for key, text in overrides.items()}
+
+
+def _scalar(text: str) -> Any:
+    """The value that a config holds for an override that is not text."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False, "null": None}.get(text.lower(), text)
+
+
+def _differing(jobs: tuple[JobResult, ...]) -> tuple[tuple[str, ...], bool]:
+    seen: dict[str, set[str]] = {}
+    for job in jobs:
+        for key, value in values_of(job).items():
+            seen.setdefault(key, set()).add(json.dumps(value))
+    differ = {key for key, values in seen.items() if len(values) > 1}
+    if all(job.settings for job in jobs):  # the config shows what a choice such as model=NAME stands for
+        differ &= {key for job in jobs for key in job.settings} | {SEED}
+    order = {setting.key: number for number, setting in enumerate(validation.settings(config.TrainRun))}
+    columns = sorted(differ - _NOT_COMPARED, key=lambda key: (order.get(key, len(order)), key))
+    return tuple(columns), SEED in differ
+
+
+def _comparable(jobs: tuple[JobResult, ...]) -> list[list[JobResult]]:
+    """Group finished jobs by the rows they were evaluated on, the largest group first."""
+
+    def rows(job: JobResult) -> tuple[int, float]:
+        base = job.figures.base_heldout_loss
+        return job.figures.heldout_tokens or 0, math.inf if base is None else base
+
+    groups: list[list[JobResult]] = []
+    for job in sorted((job for job in jobs if job.is_finished), key=rows):
+        tokens, base = rows(job)
+        before = rows(groups[-1][0]) if groups else (None, 0.0)
+        if before[0] == tokens and math.isclose(before[1], base, rel_tol=_SAME_LOSS):
+            groups[-1].append(job)
+        else:
+            groups.append([job])
+    return sorted(groups, key=len, reverse=True)
+
+
+def _board(jobs: list[JobResult], columns: tuple[str, ...]) -> Board:
+    def last_if_none(loss: float | None) -> float:
+        return math.inf if loss is None else loss
+
+    repeats: dict[str, list[JobResult]] = {}
+    for job in jobs:
+        repeats.setdefault(json.dumps([values_of(job).get(column) for column in columns]), []).append(job)
+    settings = [Setting({column: values_of(same[0]).get(column) for column in columns}, tuple(same))
+                for same in repeats.values()]  # fmt: skip
+    first = jobs[0].figures
+    return Board(
+        first.heldout_tokens,
+        first.base_heldout_loss,
+        tuple(sorted(jobs, key=lambda job: last_if_none(job.figures.heldout_loss))),
+        tuple(sorted(settings, key=lambda setting: last_if_none(setting.mean))),
+    )

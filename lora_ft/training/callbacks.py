@@ -1,0 +1,71 @@
+"""Callbacks: code that follows a training run. Subclass `Callback` and define only the methods you need.
+
+    class Log(lora_ft.Callback):
+        def on_step(self, state, metrics):
+            print(state.step, metrics["loss"])
+
+    class StopBelow(lora_ft.Callback):
+        def on_evaluate(self, state, metrics):
+            if metrics["heldout_loss"] < 2.0:
+                state.request_stop("the eval loss is below 2.0")
+
+The progress display, the trackers and the heartbeat of a sweep are callbacks, too. An exception raised in a callback
+fails the run.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
+
+if TYPE_CHECKING:
+    from lora_ft.training.finish import Result
+    from lora_ft.training.state import TrainingState
+
+Metrics = dict[str, Any]
+Outcome = Union["Result", BaseException, None]
+
+
+class Callback:
+    """Base of all callbacks: every method does nothing."""
+
+    def on_start(self, state: "TrainingState") -> None:
+        """Called when the adapter is attached and, if the run is resumed, restored; before the next step."""
+
+    def on_step(self, state: "TrainingState", metrics: Metrics) -> None:
+        """Called after each optimizer step, once its line is in metrics.jsonl."""
+
+    def on_evaluate(self, state: "TrainingState", metrics: Metrics) -> None:
+        """Called after each evaluation; `metrics` holds `step` (0 before the first step) and the eval loss."""
+
+    def on_checkpoint(self, state: "TrainingState", path: Path) -> None:
+        """Called when a checkpoint is written and read back."""
+
+    def on_end(self, state: "TrainingState", outcome: Outcome) -> None:
+        """Called once at the end: with the result, the exception that ended the run, or None if it pauses at a rung."""
+
+
+class Callbacks(Callback):
+    """Several callbacks as one, called in order."""
+
+    def __init__(self, callbacks: Sequence[Callback]) -> None:
+        self._callbacks = tuple(callbacks)
+
+    def on_start(self, state: "TrainingState") -> None:
+        for callback in self._callbacks:
+            callback.on_start(state)
+
+    def on_step(self, state: "TrainingState", metrics: Metrics) -> None:
+        for callback in self._callbacks:
+            callback.on_step(state, metrics)
+
+    def on_evaluate(self, state: "TrainingState", metrics: Metrics) -> None:
+        for callback in self._callbacks:
+            callback.on_evaluate(state, metrics)
+
+    def on_checkpoint(self, state: "TrainingState", path: Path) -> None:
+        for callback in self._callbacks:
+            callback.on_checkpoint(state, path)
+
+    def on_end(self, state: "TrainingState", outcome: Outcome) -> None:
+        for callback in self._callbacks:
+            callback.on_end(state, outcome)

@@ -1,0 +1,272 @@
+"""Any family trains: what the self-check leaves on changes no number, and everything is given back."""
+
+import copy
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny import FAMILIES, VOCABULARY, tiny_folder, tiny_model
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, T5Config
+from transformers.models.t5.modeling_t5 import T5DenseGatedActDense
+
+from lora_ft import config
+from lora_ft.adapters import attach
+from lora_ft.models import self_check
+from lora_ft.models.acceleration import Accelerated, accelerate, accelerated, accelerated_lora, replaced_forwards
+from lora_ft.models.load import load_base
+from lora_ft.ops import attention
+from lora_ft.ops.batch import IGNORED, Batch
+from lora_ft.ops.dropout import switch_off_dropout
+from lora_ft.ops.token_loss import PLAIN_PATHS, Paths, token_loss_sum
+
+FAST = config.Fast()
+LENGTHS = (9, 1, 14)
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 3,
+         "bos_token_id": 0, "eos_token_id": 2}  # fmt: skip
+WINDOW = {"head_dim": 16, "sliding_window": 128}
+# Settings of families that no table of this project names.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "olmo2": {}, "starcoder2": {}, "gemma": {"head_dim": 16}, "granite": {"logits_scaling": 8.0}, "stablelm": {},
+    "gemma2": WINDOW, "gemma3_text": WINDOW, "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "bloom": {}, "falcon": {"alibi": True}, "gpt_oss": {"head_dim": 16, "num_local_experts": 4},
+    "lfm2": {"layer_types": ["conv", "full_attention"]}, "llama4_text": {"head_dim": 16},
+}  # fmt: skip
+PACKS, ATTENTION, LOSS = "packs", "attention", "loss"
+EXPECTED = {
+    "olmo2": {PACKS, ATTENTION, LOSS},
+    "starcoder2": {PACKS, ATTENTION, LOSS},
+    "gemma": {PACKS, ATTENTION, LOSS},
+    "opt": {PACKS, ATTENTION, LOSS},
+    "gemma3_text": {PACKS, ATTENTION, LOSS},
+    "granite": {PACKS, ATTENTION},  # divides its logits
+    "gemma2": {PACKS},  # caps scores and logits
+    "stablelm": {PACKS, LOSS},  # hands no keyword on to its attention
+    "gpt_oss": {LOSS},  # adds sinks to the scores
+    "bloom": {LOSS},
+    "falcon": {LOSS},
+    "lfm2": {ATTENTION, LOSS},  # a convolution over time
+}
+
+
+def built(family: str, dtype: torch.dtype = torch.float32, **settings: Any) -> PreTrainedModel:
+    made = AutoConfig.for_model(family, **{**SIZES, **SETTINGS[family], **settings})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(made, dtype=dtype).eval().requires_grad_(False)
+    switch_off_dropout(model)
+    return model
+
+
+def adapted(model: PreTrainedModel) -> PeftModel:
+    peft_model = attach.attach(model, config.Adapter(r=3), "first", 1, [])
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in attach.trainable(peft_model, "first").values():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+    return peft_model.train()
+
+
+def documents() -> list[Batch]:
+    ids = torch.randint(4, VOCABULARY, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0))
+    return [
+        Batch(part, torch.arange(len(part)), torch.cat([part[1:], torch.tensor([IGNORED])]), [0, len(part)])
+        for part in ids.split(LENGTHS)
+    ]
+
+
+def packed(batches: list[Batch]) -> Batch:
+    ids, positions, targets = (
+        torch.cat([getattr(b, name) for b in batches]) for name in ("ids", "positions", "targets")
+    )
+    return Batch(ids, positions, targets, [0, *torch.tensor(LENGTHS).cumsum(0).tolist()])
+
+
+def learned(model: PeftModel, batches: list[Batch], paths: Paths) -> tuple[Tensor, Tensor]:
+    """Loss, and the gradient of all adapter parameters."""
+    loss = sum(token_loss_sum(model.get_base_model(), batch, paths) for batch in batches)
+    gradients = torch.autograd.grad(loss, list(attach.trainable(model, "first").values()))
+    return loss.detach(), torch.cat([g.flatten() for g in gradients])
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def switched_on(made: Accelerated) -> set[str]:
+    names = {PACKS: made.paths.packs, ATTENTION: made.paths.passes_starts, LOSS: made.paths.supervised_rows_only}
+    return {name for name, on in names.items() if on}
+
+
+def own_forwards(model: nn.Module) -> dict[str, Any]:
+    return {name: vars(module)["forward"] for name, module in model.named_modules() if "forward" in vars(module)}
+
+
+@pytest.mark.closes("A10")
+@pytest.mark.parametrize("family", EXPECTED)
+def test_a_family_learns_packed_and_fast_what_it_learns_alone_and_plain(family: str) -> None:
+    model = built(family)
+    expected = learned(adapted(copy.deepcopy(model)), documents()[::2], PLAIN_PATHS)
+    made = accelerate(model, FAST)
+    assert switched_on(made) == EXPECTED[family]
+    batches = [packed(documents())] if made.paths.packs else documents()[::2]
+    peft_model = adapted(model)
+    with accelerated_lora(peft_model, "first", FAST):
+        found = learned(peft_model, batches, made.paths)
+    assert all(relative(f, e) < 1e-4 for f, e in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon", "opt"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_leak_is_seen_in_every_dtype_and_has_its_reason(family: str, dtype: torch.dtype) -> None:
+    """Weights of the usual size, 0.02: attention hardly changes a random model's logits, and rounding hides it."""
+    made = accelerate(built(family, dtype), config.Fast(attention=False))
+    assert not made.paths.packs
+    assert "packing off, one row in a forward pass: packed documents see each other" in made.reasons
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_rounding_switches_nothing_off(family: str, dtype: torch.dtype) -> None:
+    made = accelerate(tiny_model(family, dtype=dtype).requires_grad_(False), FAST)
+    assert switched_on(made) == {PACKS, ATTENTION, LOSS}
+    assert not [line for line in made.reasons if "transformers" in line]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_quantization_switches_nothing_off(kind: str, tmp_path: Path) -> None:
+    quant = config.Quant(kind=config.QuantKind[kind])
+    base = load_base(config.Model(path=str(tiny_folder(tmp_path, "llama"))), quant, "cpu")
+    assert switched_on(accelerate(base.model, FAST)) == {PACKS, ATTENTION, LOSS}
+
+
+def test_chunks_and_windows_that_do_not_reach_the_kernel_are_declined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The documents of the check are shorter than any window."""
+    assert "plain attention: packed attention has no chunks" in accelerate(built("llama4_text"), FAST).reasons
+    model = built("gemma3_text")
+    assert ATTENTION in switched_on(accelerate(model, FAST))
+    model = built("gemma3_text")
+    for module in model.modules():
+        if hasattr(module, "sliding_window"):
+            module.sliding_window = None
+    made = accelerate(model, FAST)
+    assert switched_on(made) == {PACKS, LOSS}
+    assert any("have a sliding window that packed attention is not given" in line for line in made.reasons)
+
+
+def test_the_window_is_obeyed_in_long_documents() -> None:
+    model = built("gemma3_text", torch.float64, sliding_window=6)
+    expected = learned(adapted(copy.deepcopy(model)), documents()[::2], PLAIN_PATHS)
+    made = accelerate(model, FAST)
+    assert made.paths.passes_starts
+    found = learned(adapted(model), [packed(documents())], made.paths)
+    assert all(relative(f, e) < 1e-6 for f, e in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_restore_gives_everything_back(family: str, tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path, family, dtype=torch.bfloat16)
+    model = load_base(config.Model(path=str(folder)), config.Quant(), "cpu").model
+    ids = documents()[0].ids[None]
+    before = {name: (p.dtype, p.detach().clone()) for name, p in model.named_parameters()}
+    logits, implementation, attributes = model(input_ids=ids).logits, model.config._attn_implementation, _names(model)
+    with accelerated(model, FAST):
+        assert own_forwards(model)
+        assert any(p.dtype == torch.bfloat16 for p in model.parameters())
+        assert model.config._attn_implementation == attention.NAME
+    assert not own_forwards(model) and _names(model) == attributes
+    assert model.config._attn_implementation == implementation
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == before[name][0] and torch.equal(parameter, before[name][1])
+    assert torch.equal(model(input_ids=ids).logits, logits)
+
+
+def _names(model: nn.Module) -> dict[str, set[str]]:
+    return {name: set(vars(module)) for name, module in model.named_modules()}
+
+
+@pytest.mark.parametrize("quant", ["none", "int8"])
+def test_an_adapter_leaves_nothing_behind(quant: str, tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path, "llama")
+    model = load_base(config.Model(path=str(folder)), config.Quant(kind=config.QuantKind[quant]), "cpu").model
+    made = accelerate(model, FAST)
+    forwards, attributes = own_forwards(model), _names(model)
+    peft_model = adapted(model)
+    with accelerated_lora(peft_model, "first", FAST):
+        assert len(own_forwards(model)) > len(forwards)
+        learned(peft_model, documents(), made.paths)
+    seen = weakref.ref(peft_model)
+    peft_model.unload()
+    del peft_model
+    gc.collect()
+    assert seen() is None
+    # An int8 layer moves its scales to its state at the first forward; PEFT marks the base.
+    added = {name: names - attributes[name] for name, names in _names(model).items() if names - attributes[name]}
+    assert own_forwards(model) == forwards
+    assert all(not {"forward", "token_loss_sum"} & names for names in added.values())
+
+
+def test_a_replaced_forward_is_given_back_and_not_deleted() -> None:
+    layer = nn.Linear(2, 2)
+    layer.forward = own = lambda x: x
+    with replaced_forwards({layer: torch.neg}):
+        assert layer(torch.ones(1)) == -1
+    assert layer.forward is own
+
+
+def test_weights_that_activations_are_cast_to_are_not_stored_in_bfloat16() -> None:
+    """T5 casts the input of a layer to its weight's dtype; stored in bfloat16, the weight would round it."""
+    model = tiny_model("llama", dtype=torch.bfloat16).float().requires_grad_(False)
+    assert any("weights stored in bfloat16" in line for line in accelerate(copy.deepcopy(model), FAST).reasons)
+    size = T5Config(d_model=64, d_ff=96, feed_forward_proj="gated-gelu", dropout_rate=0.0)
+    for layer in model.model.layers:
+        layer.mlp = T5DenseGatedActDense(size).to(torch.bfloat16).float().eval().requires_grad_(False)
+    made = accelerate(model, FAST)
+    assert any(line.startswith("plain storage: this model computes otherwise") for line in made.reasons)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_block_that_is_wrong_in_place_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison on a small copy passes here: that of the whole model is the second line."""
+    monkeypatch.setattr("lora_ft.models.accelerated_blocks._is_equal", lambda *_: True)
+    model = built("gemma")
+    made = accelerate(model, FAST)
+    assert switched_on(made) == {PACKS, ATTENTION, LOSS} and not own_forwards(model)
+    assert any(line.startswith("all blocks compute as transformers does") for line in made.reasons)
+
+
+def test_a_base_without_a_finite_loss_stays_plain() -> None:
+    model = tiny_model("llama").requires_grad_(False)
+    model.model.norm.weight.fill_(float("nan"))
+    made = accelerate(model, FAST)
+    assert made.paths == PLAIN_PATHS and "not finite" in made.reasons[0] and not own_forwards(model)
+
+
+def test_memory_that_runs_out_is_no_answer_and_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_out(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    model = tiny_model("llama").requires_grad_(False)
+    monkeypatch.setattr(self_check, "token_loss_sum", run_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        accelerate(model, FAST)
+    assert not own_forwards(model) and model.config._attn_implementation == attention.PLAIN
+
+
+def test_the_check_draws_nothing_and_keeps_the_mode() -> None:
+    model = tiny_model("gpt2").requires_grad_(False).train()
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    accelerate(model, FAST)
+    assert torch.equal(torch.rand(3), expected) and model.training
+
+
+def test_without_a_check_everything_asked_for_is_taken() -> None:
+    made = accelerate(built("bloom"), FAST, check=False)
+    assert switched_on(made) == {PACKS, ATTENTION, LOSS}

@@ -1,0 +1,125 @@
+"""The Python API: docs/python.md runs as written, rows from lists and datasets, and the package stays light."""
+
+import io
+import json
+import re
+import runpy
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import datasets
+import pytest
+from finished import settings
+from rich.console import Console
+
+import lora_ft
+from lora_ft import config, runs
+from lora_ft.errors import ConfigError, DataError
+from lora_ft.training import progress
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text("utf-8"), re.DOTALL)
+# A run of the page, made short: the model and every line are those of the page.
+SHORT = ["train.max_steps=2", "train.tokens_per_step=64", "train.samples=1", "train.eval_rows=2", "device=cpu"]
+PAIRS = [{"prompt": f"What is {n} plus {n}?", "completion": f"It is {n + n}."} for n in range(30)]
+
+
+def test_the_page_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property) -> None:
+    monkeypatch.chdir(tmp_path)
+    compose, sweep, evaluate = lora_ft.compose, lora_ft.sweep, lora_ft.evaluate
+    monkeypatch.setattr(lora_ft, "compose", lambda command, words: compose(
+        command, [*words, *(SHORT if command == "train" and "adapter.rr=8" not in words else [])]))  # fmt: skip
+    monkeypatch.setattr(lora_ft, "sweep", lambda words, folder: sweep([*words, *SHORT], folder))
+    few = ["eval.max_new_tokens=4"]
+    monkeypatch.setattr(lora_ft, "evaluate", lambda source, metrics: evaluate(source, metrics, few))
+    assert len(BLOCKS) >= 7
+    (tmp_path / "page.py").write_text("\n".join(BLOCKS))
+    shown = io.StringIO()
+    with redirect_stdout(shown):
+        runpy.run_path(str(tmp_path / "page.py"))
+    assert "adapter.rr is not a setting; nearest: adapter.r" in shown.getvalue()
+    assert (tmp_path / "merged" / "config.json").is_file() and (tmp_path / "package" / "SHA256SUMS").is_file()
+    assert (tmp_path / "ranks" / "report.html").is_file() and "step 2 of 2: loss" in shown.getvalue()
+
+
+def tiny(tmp_path: Path, **train: object) -> config.TrainRun:
+    cfg = settings(tmp_path, "llama")
+    cfg.data = config.Data()
+    cfg.train = config.Train(**{"max_steps": 3, "tokens_per_step": 120, "samples": 0} | train)
+    return cfg
+
+
+def test_rows_from_a_list_a_dataset_and_a_file_give_the_same_adapter(tmp_path: Path) -> None:
+    cfg = tiny(tmp_path)
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
+    given = [{"rows": PAIRS}, {"rows": datasets.Dataset.from_list(PAIRS)}, {"rows": iter(PAIRS)}]
+    found = [lora_ft.train(cfg, **how, folder=tmp_path / f"run{n}") for n, how in enumerate(given)]
+    cfg.data.path = str(file)
+    found.append(lora_ft.train(cfg, folder=tmp_path / "file"))
+    assert len({run.result.adapter_sha256 for run in found}) == 1
+    assert [line["step"] for line in found[0].history] == [0, 1, 2, 3]
+    assert runs.read_config(found[0].folder)["data"]["path"] == str(found[0].folder / "rows.jsonl")
+
+
+def test_nulls_that_a_dataset_fills_in_are_not_learned(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": "a", "tool": {"name": "x"}}
+    rows = [{"messages": [{"role": "user", "content": "q"}, message]} for message in (call, {**call, "tool": {"y": 1}})]
+    runs.write_rows(tmp_path, datasets.Dataset.from_list(rows), None)
+    stored = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert stored[0]["messages"][1]["tool"] == {"name": "x"} and stored[1]["messages"][1]["tool"] == {"y": 1}
+
+
+@pytest.mark.parametrize(("row", "why"), [(["a"], r"rows\[1\] .* of type list, not a dict"),
+                                          ({"prompt": {1, 2}}, r"rows\[1\] cannot be stored as JSON: .*set"),
+                                          ({"prompt": float("nan")}, r"rows\[1\] cannot be stored")])  # fmt: skip
+def test_a_row_that_is_none_is_named(row: object, why: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=why):
+        lora_ft.train(tiny(tmp_path), rows=[PAIRS[0], row], folder=tmp_path / "run")
+    assert lora_ft.train(tiny(tmp_path), rows=PAIRS, folder=tmp_path / "run").result.steps == 3
+
+
+def test_a_run_is_resumed_from_python_and_from_the_command_line(tmp_path: Path) -> None:
+    class Stop(lora_ft.Callback):
+        def on_step(self, state, metrics):
+            if state.step == 2:
+                raise KeyboardInterrupt
+
+    cfg = tiny(tmp_path, save_every_steps=1)
+    expected = lora_ft.train(cfg, rows=PAIRS, folder=tmp_path / "whole").result
+    with pytest.raises(KeyboardInterrupt):
+        lora_ft.train(cfg, rows=PAIRS, folder=tmp_path / "run", callbacks=[Stop()])
+    cfg.resume = "auto"
+    run = lora_ft.train(cfg, rows=PAIRS, folder=tmp_path / "run")
+    assert run.result.adapter_sha256 == expected.adapter_sha256
+    assert [line["step"] for line in run.history] == [0, 1, 2, 3]
+
+
+def test_a_config_without_data_needs_rows(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.path is empty"):
+        lora_ft.train(tiny(tmp_path), folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_public_names_are_these() -> None:
+    assert sorted(lora_ft.__all__) == [
+        "Callback", "compose", "evaluate", "load", "merge", "publish", "sweep", "train",
+    ]  # fmt: skip
+    assert all(getattr(lora_ft, name).__doc__ for name in lora_ft.__all__)
+
+
+def test_a_function_stays_one_when_the_module_of_its_name_is_imported() -> None:
+    code = (
+        "import lora_ft.train, lora_ft.sweep, lora_ft; from lora_ft.train import Run; print(lora_ft.train.__module__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "lora_ft\n"
+
+
+def test_progress_is_live_in_a_notebook_and_in_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "find_spec", lambda name: name == "ipywidgets")
+    for settings_of, live in (({"force_jupyter": True}, True), ({"force_terminal": True}, True), ({}, False)):
+        console = Console(file=io.StringIO(), **settings_of)
+        assert (progress.live_on(console) is not None) is live

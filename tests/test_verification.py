@@ -1,0 +1,282 @@
+"""Verification: a process without lora_ft finds the adapter that was trained, and any other one is refused."""
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finished import adapted, saved_run, settings
+from safetensors.torch import load_file, save_file
+from tiny import tiny_folder
+
+from lora_ft import config
+from lora_ft.adapters import files, provenance
+from lora_ft.errors import MismatchError, SecurityError
+from lora_ft.models.load import resolve_dtype
+from lora_ft.models.quantize import import_bitsandbytes
+from lora_ft.publishing import checksums, verification, verify_worker
+
+Packaged = tuple[Path, provenance.Loading]
+
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("llama", {"rslora": True, "tie": True}),
+    ("gpt2", {"dora": True}),
+    ("gpt_neox", {"rank_pattern": {"0.mlp.dense_4h_to_h": 2}}),
+    ("qwen3", {"targets": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    ("llama", {"quant": "nf4"}),
+    ("llama", {"quant": "fp4", "dora": True}),
+    ("llama", {"quant": "int8"}),
+    ("llama", {"quant": "int8", "dora": True}),
+]
+
+
+def published(tmp_path: Path, family: str = "llama", *, added: tuple[str, ...] = (), **options: Any) -> Packaged:
+    """An adapter folder with its probe, and how its base is loaded."""
+    cfg = settings(tmp_path, family, **options)
+    cfg.model.added_tokens = list(added)
+    return packaged(tmp_path, cfg)
+
+
+def packaged(tmp_path: Path, cfg: config.TrainRun) -> Packaged:
+    folder = saved_run(tmp_path / "run", cfg) / "adapter"
+    base, model = adapted(cfg)
+    (folder / verification.PROBE).write_bytes(verification.make_probe(model, base.tokenizer))
+    return folder, provenance.loading(base, cfg.quant, cfg.model)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the worker in this process, which takes a tenth of a second instead of ten."""
+    monkeypatch.setattr(verification, "_run_worker", verify_worker.verify)
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of transformers, in PEFT
+
+
+@pytest.mark.closes("D01", "D04")
+def test_a_process_that_has_no_lora_ft_proves_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, loading = published(tmp_path, quant="nf4", added=("<new>", "<newer>"))
+    (folder / checksums.FILE).write_text(checksums.render(checksums.compute(folder)))
+    trap = tmp_path / "trap" / "lora_ft"
+    trap.mkdir(parents=True)
+    (trap / "__init__.py").write_text("raise SystemExit('lora_ft was imported')")
+    monkeypatch.setenv("PYTHONPATH", str(trap.parent), prepend=os.pathsep)
+    proven = verification.verify(folder, loading)
+    assert proven.distance is not None and proven.distance <= proven.allowed == 1e-5 < proven.effect
+    assert proven.keys == len(load_file(folder / files.WEIGHTS)) and proven.zero_outputs == 0
+    assert proven.files == len(checksums.read(folder))
+    bfloat16_products = bool(import_bitsandbytes().functional.has_avx512bf16())
+    assert proven.kernels is not None and (proven.kernels > 0) == bfloat16_products
+    assert proven.versions["peft"]
+
+
+def test_error_of_the_worker_is_its_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, loading = published(tmp_path)
+    program = tmp_path / "fails.py"
+    program.write_text("raise RuntimeError('size mismatch for lora_A')")
+    monkeypatch.setattr(verification, "_WORKER", program)
+    with pytest.raises(MismatchError, match=r"does not load with PEFT alone: RuntimeError: size mismatch for lora_A$"):
+        verification.verify(folder, loading)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(("family", "options"), VARIANTS)
+def test_every_kind_of_adapter_is_found_as_it_was(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+    proven = verification.verify(*published(tmp_path, family, **options))
+    assert proven.distance is not None and proven.distance <= 1e-5 < proven.effect
+    assert (proven.kernels is None) == ("quant" not in options)
+    assert proven.outputs > 0 and proven.files is None
+
+
+@pytest.mark.usefixtures("here")
+def test_half_precision_is_allowed_its_rounding(tmp_path: Path) -> None:
+    cfg = settings(tmp_path, "llama")
+    cfg.model.dtype = config.Dtype.bfloat16
+    proven = verification.verify(*packaged(tmp_path, cfg))
+    assert proven.distance is not None and proven.distance <= proven.allowed == 2**-5 < proven.effect
+    assert resolve_dtype(cfg.model.dtype, torch.device("cpu")) is torch.bfloat16
+
+
+@pytest.mark.parametrize("added", [(), ("<new>", "<newer>")])
+def test_the_probe_is_the_same_bytes_twice_and_keeps_added_tokens_from_the_base(
+    added: tuple[str, ...], tmp_path: Path
+) -> None:
+    folder, _ = published(tmp_path, added=added)
+    first = (folder / verification.PROBE).read_bytes()
+    cfg = settings(tmp_path, "llama")
+    cfg.model.added_tokens = list(added)
+    base, model = adapted(cfg)
+    assert verification.make_probe(model, base.tokenizer) == first
+    found = load_file(folder / verification.PROBE)
+    tokens = len(base.tokenizer)
+    assert found["ids"][-1] == found["columns"][-1] == tokens - 1
+    rows, width = found["base"].shape
+    assert (int(found["ids"].numel()), int(found["columns"].numel())) == tuple(found["adapter"].shape)
+    assert found["ids"][:rows].max() < tokens - len(added) and found["columns"][:width].max() < tokens - len(added)
+    assert (rows == 64) == (not added)
+
+
+def renamed(folder: Path) -> None:
+    tensors = load_file(folder / files.WEIGHTS)
+    first = sorted(tensors)[0]
+    save_file({k.replace(".layers.0.", ".layers.7.") if k == first else k: t for k, t in tensors.items()},
+              folder / files.WEIGHTS)  # fmt: skip
+
+
+def scaled(folder: Path, factor: float = 1.01) -> None:
+    tensors = load_file(folder / files.WEIGHTS)
+    save_file({k: t * factor if "lora_B" in k else t for k, t in tensors.items()}, folder / files.WEIGHTS)
+
+
+def zeroed(folder: Path) -> None:
+    scaled(folder, 0.0)
+
+
+def another_alpha(folder: Path) -> None:
+    fields = json.loads((folder / files.CONFIG).read_text())
+    (folder / files.CONFIG).write_text(json.dumps(fields | {"lora_alpha": fields["lora_alpha"] * 2}))
+
+
+def rslora(folder: Path) -> None:
+    fields = json.loads((folder / files.CONFIG).read_text())
+    (folder / files.CONFIG).write_text(json.dumps(fields | {"use_rslora": True}))
+
+
+def no_probe_of_ours(folder: Path) -> None:
+    save_file({"ids": torch.arange(3)}, folder / verification.PROBE)
+
+
+def too_large(folder: Path) -> None:
+    (folder / verification.PROBE).write_bytes(b"x" * (2**20 + 1))
+
+
+def of_many_tokens(folder: Path) -> None:
+    found = load_file(folder / verification.PROBE)
+    longer = {name: torch.cat([found[name]] * 2) for name in ("ids", "adapter")}
+    save_file(found | longer, folder / verification.PROBE)
+
+
+def another_shape(folder: Path) -> None:
+    found = load_file(folder / verification.PROBE)
+    save_file(found | {"adapter": found["adapter"][:, 1:].contiguous()}, folder / verification.PROBE)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+@pytest.mark.closes("D01")
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (renamed, "missing: 1, first .*unexpected: 1, first "),
+        (scaled, "the adapter in .* does not match the probe"),
+        (zeroed, "changes nothing: all of its 14 matrices B are 0"),
+        (another_alpha, "the adapter in .* does not match the probe"),
+        (rslora, "the adapter in .* does not match the probe"),
+        (no_probe_of_ours, "is not a probe"),
+        (too_large, "larger than 1 MiB"),
+        (another_shape, "is not a probe"),
+        (of_many_tokens, "is not a probe: .* at most 64 x 256"),
+    ],
+)
+def test_what_is_not_the_adapter_that_was_trained_is_refused(
+    change: Callable[[Path], None], reason: str, tmp_path: Path
+) -> None:
+    folder, loading = published(tmp_path)
+    verification.verify(folder, loading)
+    change(folder)
+    with pytest.raises(MismatchError, match=reason):
+        verification.verify(folder, loading)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.closes("D03", "D04")
+def test_a_base_that_is_another_one_is_told_from_a_broken_adapter(tmp_path: Path) -> None:
+    folder, loading = published(tmp_path)
+    other = tiny_folder(tmp_path / "other", "llama", seed=1)
+    with pytest.raises(MismatchError, match=rf"the base alone \({other}\) does not match the probe"):
+        verification.verify(folder, dataclasses.replace(loading, place=str(other)))
+
+
+def test_a_folder_that_would_make_peft_run_code_is_not_handed_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, loading = published(tmp_path)
+    monkeypatch.setattr(verification, "_run_worker", lambda request: pytest.fail("it was loaded"))
+    fields = json.loads((folder / files.CONFIG).read_text())
+    mapping = {"parent_library": "os", "base_model_class": "system"}
+    (folder / files.CONFIG).write_text(json.dumps(fields | {"auto_mapping": mapping}))
+    with pytest.raises(SecurityError, match="auto_mapping asks to import os"):
+        verification.verify(folder, loading)
+
+
+@pytest.mark.usefixtures("here")
+def test_without_a_probe_keys_and_effect_are_still_verified(tmp_path: Path) -> None:
+    folder, loading = published(tmp_path)
+    (folder / verification.PROBE).unlink()
+    proven = verification.verify(folder, loading)
+    assert proven.distance is None and proven.effect > 0 and proven.keys == 28
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda f: (f / "extra").write_text("x"), "not listed: extra"),
+        (lambda f: (f / files.CONFIG).unlink(), "missing: adapter_config.json"),
+        (lambda f: (f / files.CONFIG).write_text("{}"), "changed: adapter_config.json"),
+        (lambda f: (f / checksums.FILE).write_text("abc"), "SHA256SUMS:1 is not a sha256"),
+        (lambda f: (f / checksums.FILE).write_text(f"{'0' * 64}  ../x\n"), "SHA256SUMS:1 is not a sha256"),
+        (lambda f: (f / checksums.FILE).write_text(f"{'0' * 64}  /x\n"), "SHA256SUMS:1 is not a sha256"),
+    ],
+)
+def test_a_folder_that_is_not_what_its_sums_say_is_refused(
+    change: Callable[[Path], Any], reason: str, tmp_path: Path
+) -> None:
+    for name in (files.CONFIG, "README.md"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / checksums.FILE).write_text(checksums.render(checksums.compute(tmp_path)))
+    assert checksums.check(tmp_path) == checksums.compute(tmp_path)
+    change(tmp_path)
+    with pytest.raises(MismatchError, match=reason):
+        checksums.check(tmp_path)
+
+
+def test_how_a_base_is_loaded_says_in_what_it_computes(tmp_path: Path) -> None:
+    cfg = settings(tmp_path, "llama", quant="nf4")
+    cfg.quant.compute_dtype = config.Dtype.bfloat16
+    cfg.model.added_tokens = ["<new>"]
+    base, _ = adapted(cfg)
+    place = tmp_path / "llama"
+    assert provenance.loading(base, cfg.quant, cfg.model).lines("it's") == [
+        f"base = AutoModelForCausalLM.from_pretrained('{place}', dtype=torch.float32, "
+        "quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', "
+        "bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16))",
+        "base.resize_token_embeddings(513, mean_resizing=False)",
+        'model = PeftModel.from_pretrained(base, "it\'s")',
+    ]
+
+
+def test_worker_imports_nothing_of_lora_ft() -> None:
+    text = Path(verify_worker.__file__).read_text()
+    assert "import lora_ft" not in text and "from lora_ft" not in text
+    assert os.environ.get("HF_HUB_OFFLINE") is None  # set for that program only
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_exact_products_give_back_the_forward_that_a_layer_had(fails: bool) -> None:
+    def own(inputs: torch.Tensor) -> torch.Tensor:
+        return inputs
+
+    patched, plain = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    patched.forward = own  # type: ignore[method-assign,assignment]
+    with contextlib.suppress(ZeroDivisionError), verify_worker.exact_products([patched, plain]):
+        assert patched.forward is not own and "forward" in vars(plain)
+        if fails:
+            raise ZeroDivisionError
+    assert patched.forward is own
+    assert "forward" not in vars(plain)
