@@ -47,7 +47,7 @@ def generate(
     prompts: Sequence[np.ndarray],
     sampling: config.Sampling,
     seed: int,
-    tokens_per_batch: int = 8192,
+    tokens_per_batch: int = 4096,
 ) -> list[str]:
     """Answer prompts (int [length], generation prompt included), without special tokens, in the order given.
 
