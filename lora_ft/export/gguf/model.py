@@ -94,6 +94,12 @@ def _shapes(layout: Layout, files: dict[str, Path]) -> dict[str, tuple[int, ...]
     return shapes
 
 
+def _tensor(files: dict[str, Path], name: str) -> torch.Tensor:
+    with safe_open(files[name], "pt") as file:
+        tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+
 def _planned(layout: Layout, name: str, shape: tuple[int, ...], kind: Kind) -> PlannedTensor:
     module, _, leaf = name.rpartition(".")
     shape = shape[::-1] if layout.family.is_transposed(module) else shape
@@ -111,8 +117,7 @@ def _arrays(
 ) -> Iterator[np.ndarray]:
     yield from first
     for name in names:
-        with safe_open(files[name], "pt") as file:
-            yield layout.weight(name.rpartition(".")[0], file.get_tensor(name).float().numpy())
+        yield layout.weight(name.rpartition(".")[0], _tensor(files, name).float().numpy())
 
 
 def _sizes(layout: Layout) -> dict[str, Value]:
