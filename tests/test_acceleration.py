@@ -16,6 +16,7 @@ from transformers.models.t5.modeling_t5 import T5DenseGatedActDense
 
 from lora_ft import config
 from lora_ft.adapters import attach
+from lora_ft.evaluation.comparison import adapter_off
 from lora_ft.models import self_check
 from lora_ft.models.acceleration import Accelerated, accelerate, accelerated, accelerated_lora, replaced_forwards
 from lora_ft.models.load import load_base
@@ -229,6 +230,19 @@ def test_weights_that_activations_are_cast_to_are_not_stored_in_bfloat16() -> No
     made = accelerate(model, FAST)
     assert any(line.startswith("plain storage: this model computes otherwise") for line in made.reasons)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_the_head_below_an_adapter_keeps_its_storage() -> None:
+    """The loss of the bare base takes the head's weight itself."""
+    model = tiny_model("llama").requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.data = parameter.bfloat16().float()
+    (batch,) = documents()[:1]
+    expected = token_loss_sum(model, batch, PLAIN_PATHS)
+    peft_model = attach.attach(model, config.Adapter(r=3, targets=["lm_head", "q_proj"]), "first", 1, [])
+    with accelerated(model, FAST) as made, adapter_off(peft_model), torch.no_grad():
+        assert made.paths.supervised_rows_only
+        assert relative(token_loss_sum(model, batch, made.paths), expected) < 1e-5
 
 
 def test_a_block_that_is_wrong_in_place_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
