@@ -6,8 +6,8 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 import torch
-from tiny import BOS, EOS, FAMILIES, SENTENCES, tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, BloomConfig, MistralConfig, PreTrainedModel
+from tiny import BOS, EOS, FAMILIES, SENTENCES, VOCABULARY, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, BloomConfig, MistralConfig, Phi3Config, PreTrainedModel
 
 from lora_ft import config
 from lora_ft.config import Sampling
@@ -110,6 +110,22 @@ def test_greedy_answers_in_batches_equal_those_alone_in_the_callers_order(family
         for rows, length in batches:
             lengths[length] += rows
         assert lengths == Counter(len(prompt) for prompt in PROMPTS)
+
+
+def test_a_long_prompt_does_not_change_the_rotation_of_others() -> None:
+    """The frequencies of longrope follow the largest position of a forward pass."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "rope_theta": 1e4,
+            "original_max_position_embeddings": 24, "factor": 8.0}  # fmt: skip
+    settings = Phi3Config(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, original_max_position_embeddings=24, pad_token_id=3,
+        rope_parameters=rope, initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(settings).eval()
+    prompts = [np.arange(10, 10 + length) for length in (4, 40)]
+    alone = [generate(model, TOKENIZER, [prompt], Sampling(max_new_tokens=8), 0)[0] for prompt in prompts]
+    assert generate(model, TOKENIZER, prompts, Sampling(max_new_tokens=8), 0) == alone
 
 
 def test_a_long_prompt_in_a_batch_shortens_no_other_answer() -> None:
