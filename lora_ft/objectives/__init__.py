@@ -17,7 +17,7 @@ from lora_ft.ops.token_loss import Paths
 
 
 class Objective(Protocol):
-    """The interface of an objective. model_class: of transformers, with the head that the loss needs. task_type: of PEFT."""
+    """The interface of an objective. model_class: of transformers, with its head. task_type: of PEFT."""
 
     model_class: Any
     task_type: str
