@@ -281,7 +281,9 @@ def append_metrics(folder: Path, values: dict[str, Any]) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / METRICS).read_text("utf-8").splitlines()]
+    """Read the lines of metrics.jsonl that are whole: a process that was killed may leave half of its last one."""
+    text = (folder / METRICS).read_text("utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
