@@ -10,6 +10,7 @@ runs/2026-11-23_10-15-00-123456/
   metrics.jsonl      one object a step: {"step": 1, "loss": ..., ...}
   checkpoints/       states to resume from (training/checkpoint.py)
   result.json        the outcome: losses, tokens per second, peak memory, where the adapter is
+  halving.json       the last rung of successive halving that a job passed: {"passed": 20}
   failure.json       in its place, for a job of a sweep that failed: kind of error, exit code, message
   adapter/           stock PEFT files, tokenizer, lora_ft.json
   tracker.json       the run's tracker and id in it; tensorboard/, wandb/, mlflow/ hold its files on this machine
@@ -46,6 +47,7 @@ PACKAGES = ("lora_ft", "torch", "transformers", "peft", "bitsandbytes", "safeten
 
 METRICS, RESULT, CHECK, CHECKPOINTS = "metrics.jsonl", "result.json", "check.json", "checkpoints"
 FAILURE, OVERRIDES, LOG, SWEEP = "failure.json", "overrides.txt", "log.txt", "sweep.json"
+HALVING = "halving.json"
 ROWS, EVAL_ROWS = "rows.jsonl", "eval_rows.jsonl"  # given in Python
 _CONFIG, _CHANGED = "config.yaml", "changed.json"
 _BEFORE_TRAINING = {_CONFIG, OVERRIDES, "environment.json", LOG, "tensorboard", CHECK, FAILURE, ROWS, EVAL_ROWS}

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -157,6 +158,29 @@ def six(tmp_path: Path) -> list[config.TrainRun]:
     base = settings(tmp_path, "llama")
     base.train = config.Train(max_steps=10, tokens_per_step=120, samples=0)
     return [dataclasses.replace(base, optim=config.Optim(lr=lr)) for lr in (1e-5, 0.03, 1e-4, 0.01, 1e-3, 3e-4)]
+
+
+def test_halving_that_was_interrupted_stops_the_same_jobs(tmp_path: Path, monkeypatch) -> None:
+    """Calls 1-6 train to rung 2, 7-9 end three jobs there, 10-12 train to rung 4, 13 ends one there."""
+    cfgs = six(tmp_path)
+    expected = [result["steps"] for result in together(cfgs, tmp_path / "whole", Halving(eta=2, min_steps=2))]
+    for call_number in (8, 10, 11, 12):
+        calls = itertools.count(1)
+
+        def interrupted(*given: Any, calls=calls, last=call_number) -> Any:
+            if next(calls) == last:
+                raise KeyboardInterrupt
+            return train_job(*given)
+
+        folder = tmp_path / str(call_number)
+        monkeypatch.setattr(worker, "train_job", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            together(cfgs, folder, Halving(eta=2, min_steps=2))
+        group = [jobs.from_checkpoint(jobs.Job(n, folder / str(n), cfg, [])) for n, cfg in enumerate(cfgs)]
+        left = [job for job in group if not runs.is_finished(job.folder, job.cfg)]
+        monkeypatch.setattr(worker, "train_job", train_job)
+        assert Worker(Heartbeat(tmp_path / "beat"), Stop()).run_with_halving(left, Halving(eta=2, min_steps=2)) == 0
+        assert [runs.read_result(job.folder)["steps"] for job in group] == expected, call_number
 
 
 def test_a_base_that_a_failed_job_changed_trains_no_further_job(tmp_path: Path, monkeypatch) -> None:

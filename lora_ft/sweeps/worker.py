@@ -116,6 +116,10 @@ class Worker:
                     return AGAIN
             at_rung = {job.number: loss for job in active if (loss := _loss_at(job, rung)) is not None}
             stopped = halving.stopped(rung, at_rung, len(active) - len(at_rung))
+            # First those that go on: a sweep that is resumed in between must not choose among them again.
+            for job in active:
+                if job.number in at_rung and job.number not in stopped:
+                    durable.write_json(job.folder / runs.HALVING, {"passed": rung})
             for job in list(active):
                 if job.number in stopped:
                     self._train(job, callbacks=[StopAtStart(stopped[job.number])])
@@ -154,10 +158,16 @@ def _steps(job: Job) -> int:
 
 
 def _loss_at(job: Job, rung: int) -> float | None:
-    """Return the eval loss of a job that is paused at a rung; None if it is beyond, or was not evaluated there."""
-    if _steps(job) != rung:
+    """Return the eval loss of a job that waits at a rung; None if it has passed it, or was not evaluated there."""
+    if _steps(job) != rung or _passed(job) >= rung:
         return None
     return next((row.get("heldout_loss") for row in runs.read_metrics(job.folder) if row["step"] == rung), None)
+
+
+def _passed(job: Job) -> int:
+    """Return the last rung from which a job was chosen to go on, 0 if there is none."""
+    path = job.folder / runs.HALVING
+    return int(json.loads(path.read_bytes())["passed"]) if path.is_file() else 0
 
 
 if __name__ == "__main__":
