@@ -12,6 +12,7 @@ from pathlib import Path
 import datasets
 import pytest
 from finished import settings
+from hydra import compose, initialize_config_dir, version
 from rich.console import Console
 
 import lora_ft
@@ -101,6 +102,13 @@ def test_a_config_without_data_needs_rows(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.path is empty"):
         lora_ft.train(tiny(tmp_path), folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_hydra_app_that_composes_ours_keeps_its_own_state(tmp_path: Path) -> None:
+    (tmp_path / "app.yaml").write_text("x: 1\n")
+    with initialize_config_dir(str(tmp_path), version_base="1.2"):
+        lora_ft.compose("train", ["adapter.r=4"])
+        assert compose("app").x == 1 and str(version.getbase()) == "1.2"
 
 
 def test_the_public_names_are_these() -> None:
