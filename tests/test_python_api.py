@@ -98,6 +98,35 @@ def test_a_run_is_resumed_from_python_and_from_the_command_line(tmp_path: Path) 
     assert [line["step"] for line in run.history] == [0, 1, 2, 3]
 
 
+def test_a_stop_before_the_first_step_ends_the_run_after_it(tmp_path: Path) -> None:
+    class Stop(lora_ft.Callback):
+        def on_start(self, state):
+            state.request_stop("enough")
+
+    result = lora_ft.train(tiny(tmp_path), rows=PAIRS, folder=tmp_path / "run", callbacks=[Stop()]).result
+    assert (result.steps, result.stopped_by, result.stopped_early) == (1, "enough", True)
+
+
+def test_the_error_of_a_run_is_raised_whatever_its_callbacks_do_at_the_end(tmp_path: Path) -> None:
+    told = []
+
+    class Broken(lora_ft.Callback):
+        def on_step(self, state, metrics):
+            raise KeyError("first")
+
+        def on_end(self, state, outcome):
+            raise AttributeError("second")
+
+    class Last(lora_ft.Callback):
+        def on_end(self, state, outcome):
+            told.append(outcome)
+
+    with pytest.raises(KeyError, match="first") as caught:
+        lora_ft.train(tiny(tmp_path), rows=PAIRS, folder=tmp_path / "run", callbacks=[Broken(), Last()])
+    assert told == [caught.value]
+    assert "Broken.on_end failed: AttributeError: second" in (tmp_path / "run" / "log.txt").read_text()
+
+
 def test_a_config_without_data_needs_rows(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.path is empty"):
         lora_ft.train(tiny(tmp_path), folder=tmp_path / "run")
