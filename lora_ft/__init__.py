@@ -58,6 +58,7 @@ def train(
     where `evaluate` and a resumed run find them. folder: default: a new one under `runs/`. `cfg.resume = "auto"`
     continues the run in the folder. SIGINT (Ctrl-C) finishes the step and saves a checkpoint.
     """
+    _prepare()
     from lora_ft.train import train as implementation
 
     return implementation(cfg, rows, eval_rows, folder, callbacks)
@@ -70,14 +71,16 @@ def load(
 
     `overrides` choose the base where the adapter does not name it, as in `["model=smollm2_135m"]`.
     """
+    _prepare()
     from lora_ft.adapters import loading
 
-    cfg = compose("chat", [*_source(source), *overrides, f"device={device}"])
+    cfg = compose("chat", [*_source(source), f"device={device}", *overrides])
     return loading.load(cfg)
 
 
 def evaluate(source: "Source", metrics: Sequence[str] = (), overrides: Sequence[str] = ()) -> "EvalResult":
     """Compare base and adapter on eval rows: loss, and metrics of generated answers, as `lora-ft eval` does."""
+    _prepare()
     from lora_ft.eval import evaluate as implementation
 
     words = [*_source(source), *([f"eval.metrics=[{','.join(metrics)}]"] if metrics else []), *overrides]
@@ -86,6 +89,7 @@ def evaluate(source: "Source", metrics: Sequence[str] = (), overrides: Sequence[
 
 def merge(source: "Source", out: "Source", overrides: Sequence[str] = ()) -> "MergeResult":
     """Write a model that needs no adapter to the new folder or file `out`, as `lora-ft merge` does."""
+    _prepare()
     from lora_ft.merge import merge as implementation
 
     return implementation(compose("merge", [*_source(source), f"out={out}", *overrides]))
@@ -93,6 +97,7 @@ def merge(source: "Source", out: "Source", overrides: Sequence[str] = ()) -> "Me
 
 def publish(source: "Source", to: str, overrides: Sequence[str] = ()) -> "PublishResult":
     """Package an adapter, verify it and send it to `dir:PATH`, `hf:OWNER/NAME` or an fsspec URL."""
+    _prepare()
     from lora_ft.publish import publish as implementation
 
     return implementation(compose("publish", [*_source(source), f"to={to}", *overrides]))
@@ -106,6 +111,13 @@ def sweep(overrides: Sequence[str], folder: "Source") -> "Ranking":
     from lora_ft.sweep import sweep as implementation
 
     return implementation(list(overrides), Path(folder))
+
+
+def _prepare() -> None:
+    """Keep compiled code from the hub out of the process, before the libraries that would fetch it are imported."""
+    from lora_ft.io import process
+
+    process.prepare()
 
 
 def _source(source: "Source") -> list[str]:

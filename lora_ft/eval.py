@@ -24,7 +24,7 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, objectives, runs, validation
+from lora_ft import config, runs, validation
 from lora_ft.adapters import loading, provenance
 from lora_ft.cli import entry, overrides
 from lora_ft.data.dataset import Dataset, labels, prepare, prepare_rows
@@ -36,6 +36,7 @@ from lora_ft.evaluation.loss import EvalLoss
 from lora_ft.io import durable
 from lora_ft.models.acceleration import accelerated
 from lora_ft.models.load import resolve_device
+from lora_ft.objectives import find as find_objective
 from lora_ft.ops.allocator import keep_freed_memory
 from lora_ft.ops.kernels import choose_kernels
 from lora_ft.training.state import choose_eval
@@ -110,14 +111,14 @@ def _eval_set(cfg: config.EvalRun, dataset: Dataset) -> EvalSet:
         prompts[:wanted],
         settings.tokens_per_microbatch,
         settings.max_new_tokens,
-        objectives.find(cfg.objective).loss,
+        find_objective(cfg.objective).loss,
     )
 
 
 def _rows(cfg: config.EvalRun, typed: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, str, bool]:
     """The rows to evaluate, their description, and whether it is known that the run did not train on them."""
     own = _own_data(cfg.run)
-    make_examples = objectives.find(cfg.objective).examples
+    make_examples = find_objective(cfg.objective).examples
     data = _given(cfg.data, own, typed)
     same = own is not None and _identity(data) == _identity(own)
     if same or overrides.chosen(typed, "data.eval_fraction") or data.eval_path or data.eval_split:

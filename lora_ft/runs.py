@@ -10,6 +10,7 @@ runs/2026-11-23_10-15-00-123456/
   metrics.jsonl      one object a step: {"step": 1, "loss": ..., ...}
   checkpoints/       states to resume from (training/checkpoint.py)
   result.json        the outcome: losses, tokens per second, peak memory, where the adapter is
+  halving.json       the last rung of successive halving that a job passed: {"passed": 20}
   failure.json       in its place, for a job of a sweep that failed: kind of error, exit code, message
   adapter/           stock PEFT files, tokenizer, lora_ft.json
   tracker.json       the run's tracker and id in it; tensorboard/, wandb/, mlflow/ hold its files on this machine
@@ -19,7 +20,7 @@ A sweep folder holds a run folder for each job, and sweep.json: the words that b
 """
 
 import contextlib
-import dataclasses
+import copy
 import datetime
 import errno
 import fcntl
@@ -46,6 +47,7 @@ PACKAGES = ("lora_ft", "torch", "transformers", "peft", "bitsandbytes", "safeten
 
 METRICS, RESULT, CHECK, CHECKPOINTS = "metrics.jsonl", "result.json", "check.json", "checkpoints"
 FAILURE, OVERRIDES, LOG, SWEEP = "failure.json", "overrides.txt", "log.txt", "sweep.json"
+HALVING = "halving.json"
 ROWS, EVAL_ROWS = "rows.jsonl", "eval_rows.jsonl"  # given in Python
 _CONFIG, _CHANGED = "config.yaml", "changed.json"
 _BEFORE_TRAINING = {_CONFIG, OVERRIDES, "environment.json", LOG, "tensorboard", CHECK, FAILURE, ROWS, EVAL_ROWS}
@@ -89,17 +91,37 @@ def new_folder() -> Path:
 
 
 def with_rows(cfg: Any, folder: Path, rows: Any, eval_rows: Any) -> Any:
-    """Return a copy of a config whose data are rows that `write_rows` puts into the run folder, where any are given."""
-    paths = {"path": (rows, ROWS), "eval_path": (eval_rows, EVAL_ROWS)}
-    given = {key: str(folder / name) for key, (found, name) in paths.items() if found is not None}
-    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **given))
+    """Return a deep copy of a config; its data are the rows that `write_rows` puts into the run folder, if any.
+
+    A run that is resumed without rows and data finds those that it was begun with.
+    """
+    cfg = copy.deepcopy(cfg)
+    for key, given, name in (("path", rows, ROWS), ("eval_path", eval_rows, EVAL_ROWS)):
+        stored = cfg.resume and not getattr(cfg.data, key) and (folder / name).is_file()
+        if given is not None or stored:
+            setattr(cfg.data, key, str(folder / name))
+    return cfg
+
+
+def folder_of(cfg: Any, folder: str | Path | None) -> Path:
+    """Return the absolute folder of a run from Python: the one given, the one that `cfg.resume` names, or a new one."""
+    resumed = None if cfg.resume in (None, "auto") else cfg.resume
+    if cfg.resume == "auto" and folder is None:
+        raise ConfigError("resume=auto continues the run in a folder: name it with folder=")
+    if resumed and folder and Path(resumed).expanduser().absolute() != Path(folder).expanduser().absolute():
+        raise ConfigError(f"resume={resumed} continues the run in that folder, and folder={folder} names another")
+    return Path(folder or resumed or new_folder()).expanduser().absolute()
 
 
 def write_rows(folder: Path, rows: Any, eval_rows: Any) -> None:
     """Write rows that were given in Python, dicts or a datasets.Dataset, as JSON lines; DataError names a bad one."""
     for name, given in ((ROWS, rows), (EVAL_ROWS, eval_rows)):
-        if given is not None:
-            durable.write_text(folder / name, "".join(_json_lines(given, name)))
+        if given is None:
+            continue
+        text, path = "".join(_json_lines(given, name)), folder / name
+        if path.is_file() and path.read_text("utf-8") != text:
+            raise CheckpointError(f"{path} holds other rows than those given: the run cannot continue with them")
+        durable.write_text(path, text)
 
 
 def _json_lines(rows: Any, name: str) -> Iterator[str]:
@@ -110,7 +132,9 @@ def _json_lines(rows: Any, name: str) -> Iterator[str]:
         try:
             if not isinstance(row, Mapping):
                 raise TypeError(f"it is of type {type(row).__name__}, not a dict")
-            yield json.dumps(dict(row), ensure_ascii=False, allow_nan=False) + "\n"
+            line = json.dumps(dict(row), ensure_ascii=False, allow_nan=False) + "\n"
+            line.encode("utf-8")  # a lone surrogate has no bytes
+            yield line
         except (TypeError, ValueError) as error:
             raise DataError(f"{name.partition('.')[0]}[{number - 1}] cannot be stored as JSON: {error}") from None
 
@@ -281,7 +305,9 @@ def append_metrics(folder: Path, values: dict[str, Any]) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / METRICS).read_text("utf-8").splitlines()]
+    """Read the lines of metrics.jsonl that are whole: a process that was killed may leave half of its last one."""
+    text = (folder / METRICS).read_text("utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def read_config(folder: Path) -> dict[str, Any]:

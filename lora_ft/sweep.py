@@ -26,9 +26,9 @@ def sweep(overrides: list[str], folder: Path) -> leaderboard.Ranking:
     """Run a sweep with its report in `folder`; return the ranking of its jobs."""
     from lora_ft.cli import composition
 
-    place = f"hydra.sweep.dir={validation.escape(str(folder.absolute()))}"
+    place = f"hydra.sweep.dir={validation.escape(str(folder.expanduser().absolute()))}"
     composition.run(composition.Command("sweep", [*overrides, place], multirun=True), _unused, end)
-    return leaderboard.rank(results.read(folder))
+    return leaderboard.rank(results.read(folder.expanduser()))
 
 
 def _unused(*_: object) -> None:

@@ -66,7 +66,7 @@ def train(
     callbacks: Sequence[Callback] = (),
 ) -> Run:
     """Train one adapter from Python; see `lora_ft.train`."""
-    folder = Path(folder or runs.new_folder()).expanduser().absolute()
+    folder = runs.folder_of(cfg, folder)
     cfg = runs.with_rows(cfg, folder, rows, eval_rows)
     validation.locate_paths(cfg)
     validation.validate(cfg)

@@ -12,11 +12,12 @@ from pathlib import Path
 import datasets
 import pytest
 from finished import settings
+from hydra import compose, initialize_config_dir, version
 from rich.console import Console
 
 import lora_ft
 from lora_ft import config, runs
-from lora_ft.errors import ConfigError, DataError
+from lora_ft.errors import CheckpointError, ConfigError, DataError
 from lora_ft.training import progress
 
 ROOT = Path(__file__).parents[1]
@@ -97,10 +98,46 @@ def test_a_run_is_resumed_from_python_and_from_the_command_line(tmp_path: Path) 
     assert [line["step"] for line in run.history] == [0, 1, 2, 3]
 
 
+def test_a_stop_before_the_first_step_ends_the_run_after_it(tmp_path: Path) -> None:
+    class Stop(lora_ft.Callback):
+        def on_start(self, state):
+            state.request_stop("enough")
+
+    result = lora_ft.train(tiny(tmp_path), rows=PAIRS, folder=tmp_path / "run", callbacks=[Stop()]).result
+    assert (result.steps, result.stopped_by, result.stopped_early) == (1, "enough", True)
+
+
+def test_the_error_of_a_run_is_raised_whatever_its_callbacks_do_at_the_end(tmp_path: Path) -> None:
+    told = []
+
+    class Broken(lora_ft.Callback):
+        def on_step(self, state, metrics):
+            raise KeyError("first")
+
+        def on_end(self, state, outcome):
+            raise AttributeError("second")
+
+    class Last(lora_ft.Callback):
+        def on_end(self, state, outcome):
+            told.append(outcome)
+
+    with pytest.raises(KeyError, match="first") as caught:
+        lora_ft.train(tiny(tmp_path), rows=PAIRS, folder=tmp_path / "run", callbacks=[Broken(), Last()])
+    assert told == [caught.value]
+    assert "Broken.on_end failed: AttributeError: second" in (tmp_path / "run" / "log.txt").read_text()
+
+
 def test_a_config_without_data_needs_rows(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.path is empty"):
         lora_ft.train(tiny(tmp_path), folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_hydra_app_that_composes_ours_keeps_its_own_state(tmp_path: Path) -> None:
+    (tmp_path / "app.yaml").write_text("x: 1\n")
+    with initialize_config_dir(str(tmp_path), version_base="1.2"):
+        lora_ft.compose("train", ["adapter.r=4"])
+        assert compose("app").x == 1 and str(version.getbase()) == "1.2"
 
 
 def test_the_public_names_are_these() -> None:
@@ -123,3 +160,21 @@ def test_progress_is_live_in_a_notebook_and_in_a_terminal(tmp_path: Path, monkey
     for settings_of, live in (({"force_jupyter": True}, True), ({"force_terminal": True}, True), ({}, False)):
         console = Console(file=io.StringIO(), **settings_of)
         assert (progress.live_on(console) is not None) is live
+
+
+def test_a_resumed_run_finds_its_rows_and_refuses_others(tmp_path: Path) -> None:
+    cfg = tiny(tmp_path)
+    first = lora_ft.train(cfg, rows=PAIRS, folder=tmp_path / "run").result
+    before = (tmp_path / "run" / "rows.jsonl").read_bytes()
+    cfg.resume, cfg.train.max_steps = str(tmp_path / "run"), 5
+    with pytest.raises(ConfigError, match="names another"):
+        lora_ft.train(cfg, folder=tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="holds other rows than those given"):
+        lora_ft.train(cfg, rows=PAIRS[1:])
+    assert (tmp_path / "run" / "rows.jsonl").read_bytes() == before
+    assert cfg.data.path == "", "the caller's config is left as it was"
+    longer = lora_ft.train(cfg)
+    assert (first.steps, longer.result.steps, longer.folder) == (3, 5, tmp_path / "run")
+    cfg.resume = "auto"
+    with pytest.raises(ConfigError, match="name it with folder="):
+        lora_ft.train(cfg)

@@ -1,5 +1,6 @@
 """SIGINT and SIGTERM: the step ends, its state is saved, the exit code says which; the second one stops at once."""
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from lora_ft.adapters import files
 from lora_ft.errors import Interrupted
 from lora_ft.io import durable
 from lora_ft.objectives import sft
+from lora_ft.sweeps import scheduler
 from lora_ft.training import checkpoint, shared, trainer
 from lora_ft.training.signals import on_signals
 
@@ -166,3 +169,16 @@ def test_handlers_are_given_back(tmp_path: Path) -> None:
             signal.raise_signal(signal.SIGINT)
     assert caught.value.exit_code == 130
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize("handled", [on_signals, scheduler._on_signals])
+def test_in_another_thread_nothing_is_handled(handled: Callable[[], contextlib.AbstractContextManager[object]]) -> None:
+    """As in a web server: Python sets handlers in the main thread only."""
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+
+    def enter() -> list[object]:
+        with handled():
+            return [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(enter).result() == before

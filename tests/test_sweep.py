@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -12,16 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from finished import call, rows_file, settings
 from test_resume import inputs, weights
 from tiny import tiny_folder
 
 from lora_ft import config, runs, validation
 from lora_ft.errors import ConfigError
-from lora_ft.sweeps import jobs
+from lora_ft.sweeps import jobs, worker
 from lora_ft.sweeps.halving import Halving
 from lora_ft.sweeps.worker import Heartbeat, Worker
 from lora_ft.train import train_job
+from lora_ft.training import checkpoint
+from lora_ft.training.callbacks import Callback
 from lora_ft.training.finish import Result
 from lora_ft.training.shared import prepare
 from lora_ft.training.signals import Stop
@@ -62,9 +66,9 @@ def alone(cfg: config.TrainRun, folder: Path) -> Result:
 def together(cfgs: list[config.TrainRun], folder: Path, halving: Halving | None = None) -> list[dict[str, Any]]:
     """The results of jobs that one worker trains on one base; {} for one that failed."""
     group = [jobs.Job(n, folder / str(n), cfg, []) for n, cfg in enumerate(cfgs)]
-    worker = Worker(Heartbeat(folder / "heartbeat.json"), Stop())
+    made = Worker(Heartbeat(folder / "heartbeat.json"), Stop())
     folder.mkdir()
-    assert (worker.run_with_halving(group, halving) if halving else worker.run(group)) == 0
+    assert (made.run_with_halving(group, halving) if halving else made.run(group)) == 0
     return [runs.read_result(job.folder) if (job.folder / runs.RESULT).is_file() else {} for job in group]
 
 
@@ -131,9 +135,7 @@ def test_ranks_swept_under_one_alpha_are_warned_of(tmp_path: Path) -> None:
 
 
 def test_halving_stops_those_that_fall_behind_and_leaves_the_others_as_they_are_alone(tmp_path: Path) -> None:
-    base = settings(tmp_path, "llama")
-    base.train = config.Train(max_steps=10, tokens_per_step=120, samples=0)
-    cfgs = [dataclasses.replace(base, optim=config.Optim(lr=lr)) for lr in (1e-5, 0.03, 1e-4, 0.01, 1e-3, 3e-4)]
+    cfgs = six(tmp_path)
     results = together(cfgs, tmp_path / "together", Halving(eta=2, min_steps=2))
     folders = [tmp_path / "together" / str(n) for n in range(6)]
     steps = [results[n]["steps"] for n in range(6)]
@@ -150,6 +152,73 @@ def test_halving_stops_those_that_fall_behind_and_leaves_the_others_as_they_are_
     assert alone(cfgs[winner], tmp_path / "alone").adapter_sha256 == results[winner]["adapter_sha256"]
     for n, folder in enumerate(folders):
         assert [m["step"] for m in runs.read_metrics(folder)] == list(range(steps[n] + 1))
+
+
+def six(tmp_path: Path) -> list[config.TrainRun]:
+    """Jobs of ten steps that differ in their learning rate."""
+    base = settings(tmp_path, "llama")
+    base.train = config.Train(max_steps=10, tokens_per_step=120, samples=0)
+    return [dataclasses.replace(base, optim=config.Optim(lr=lr)) for lr in (1e-5, 0.03, 1e-4, 0.01, 1e-3, 3e-4)]
+
+
+def test_halving_that_was_interrupted_stops_the_same_jobs(tmp_path: Path, monkeypatch) -> None:
+    """Calls 1-6 train to rung 2, 7-9 end three jobs there, 10-12 train to rung 4, 13 ends one there."""
+    cfgs = six(tmp_path)
+    expected = [result["steps"] for result in together(cfgs, tmp_path / "whole", Halving(eta=2, min_steps=2))]
+    for call_number in (8, 10, 11, 12):
+        calls = itertools.count(1)
+
+        def interrupted(*given: Any, calls=calls, last=call_number) -> Any:
+            if next(calls) == last:
+                raise KeyboardInterrupt
+            return train_job(*given)
+
+        folder = tmp_path / str(call_number)
+        monkeypatch.setattr(worker, "train_job", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            together(cfgs, folder, Halving(eta=2, min_steps=2))
+        group = [jobs.from_checkpoint(jobs.Job(n, folder / str(n), cfg, [])) for n, cfg in enumerate(cfgs)]
+        left = [job for job in group if not runs.is_finished(job.folder, job.cfg)]
+        monkeypatch.setattr(worker, "train_job", train_job)
+        assert Worker(Heartbeat(tmp_path / "beat"), Stop()).run_with_halving(left, Halving(eta=2, min_steps=2)) == 0
+        assert [runs.read_result(job.folder)["steps"] for job in group] == expected, call_number
+
+
+def test_a_base_that_a_failed_job_changed_trains_no_further_job(tmp_path: Path, monkeypatch) -> None:
+    """Neither to its end nor to its rung: its checkpoint would hold what it learned on another base."""
+    trained = []
+
+    def spoil(cfg: config.TrainRun, folder: Path, shared: Any, *rest: Any) -> Any:
+        trained.append(folder.name)
+        if folder.name != "1":
+            return train_job(cfg, folder, shared, *rest)
+        with torch.no_grad():
+            next(shared.base.base.model.parameters()).add_(1)
+        raise ValueError("planted")
+
+    monkeypatch.setattr(worker, "train_job", spoil)
+    group = [jobs.Job(n, tmp_path / str(n), cfg, []) for n, cfg in enumerate(six(tmp_path)[:3])]
+    found = Worker(Heartbeat(tmp_path / "beat"), Stop()).run_with_halving(group, Halving(eta=2, min_steps=2))
+    assert found == worker.AGAIN and trained == ["0", "1"]
+
+
+def test_a_job_that_was_saved_at_a_rung_without_an_evaluation_goes_on(tmp_path: Path) -> None:
+    cfgs = [dataclasses.replace(cfg, resume="auto") for cfg in six(tmp_path)[:2]]
+    group = [jobs.Job(n, tmp_path / str(n), cfg, []) for n, cfg in enumerate(cfgs)]
+
+    class Leave(Callback):
+        def on_step(self, state: Any, metrics: Any) -> None:
+            if state.step == 2:
+                checkpoint.save(state)
+                raise KeyboardInterrupt
+
+    runs.begin(group[0].folder, cfgs[0], [])
+    with pytest.raises(KeyboardInterrupt):
+        train_job(cfgs[0], group[0].folder, prepare(cfgs[0]), [Leave()])
+    with (group[0].folder / runs.METRICS).open("a") as file:
+        file.write('{"step": 3, "lo')  # half a line of a process that was killed
+    assert Worker(Heartbeat(tmp_path / "beat"), Stop()).run_with_halving(group, Halving(eta=2, min_steps=2)) == 0
+    assert [runs.read_result(job.folder)["steps"] for job in group] == [10, 2]
 
 
 def test_halving_needs_held_out_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch) -> None:

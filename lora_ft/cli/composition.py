@@ -153,7 +153,11 @@ def show(command: Command, *, part: str | None, package: str | None, resolve: bo
 
 @contextlib.contextmanager
 def _hydra(command: Command) -> Iterator[tuple[Hydra, list[str]]]:
-    """Set up Hydra with our schemas, our `conf/` and the user's folder; yield it with the overrides to parse."""
+    """Set up Hydra with our schemas, our `conf/` and the user's folder; yield it with the overrides to parse.
+
+    Hydra's own state is then what it was: a program that calls lora_ft may be a Hydra app itself.
+    """
+    before = GlobalHydra.instance().hydra, HydraConfig.instance().cfg, version.VersionBase.instance().version_base
     version.setbase("1.3")
     store = ConfigStore.instance()
     store.store(f"{command.verb}_schema", config.SCHEMAS[command.verb])
@@ -173,7 +177,7 @@ def _hydra(command: Command) -> Iterator[tuple[Hydra, list[str]]]:
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
         raise _explained(command, error) from error
     finally:
-        GlobalHydra.instance().clear()
+        GlobalHydra.instance().hydra, HydraConfig.instance().cfg, version.VersionBase.instance().version_base = before
 
 
 def _explained(command: Command, error: Exception) -> LoraFtError:

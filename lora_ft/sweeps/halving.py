@@ -26,7 +26,8 @@ class Halving:
     def stopped(self, rung: int, losses: dict[int, float], beyond: int) -> dict[int, str]:
         """Return who stops, with the reason, of the jobs that have these eval losses at a rung.
 
-        `beyond` counts jobs that passed this rung before the sweep was interrupted: their places are taken.
+        `beyond` counts jobs that passed this rung before the sweep was interrupted: their places are taken. (A job that
+        passed is marked in its folder before any is stopped.)
         """
         places = max(0, math.ceil((len(losses) + beyond) / self.eta) - beyond)
         ranking = sorted(losses, key=lambda job: losses[job])

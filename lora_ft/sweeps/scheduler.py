@@ -22,6 +22,7 @@ from lora_ft.sweeps import jobs
 from lora_ft.sweeps.executors import executor
 from lora_ft.sweeps.executors.interface import Handle
 from lora_ft.sweeps.jobs import Job
+from lora_ft.training.signals import replaceable
 
 RUNNING = "running.json"
 _SECONDS_BETWEEN_WATCHES = 0.25
@@ -38,7 +39,7 @@ def run(
 
     `watch` is called about four times a second, and whenever a worker has ended. Raises Interrupted when SIGINT or
     SIGTERM came and the workers, which got it as well, have saved and left (a second signal kills them), and
-    ResourceError where a process cannot be started. Whatever it raises, no worker is left behind. For the main thread.
+    ResourceError where a process cannot be started. Whatever it raises, no worker is left behind.
     """
     todo = [job for job in given if not runs.is_finished(job.folder, job.cfg)]
     for job in todo:
@@ -173,8 +174,7 @@ class _Signals:
 def _on_signals() -> Iterator[_Signals]:
     """Note SIGINT and SIGTERM until the block ends; what the process was started to ignore stays ignored."""
     signals = _Signals()
-    wanted = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN]
-    before = {signum: signal.signal(signum, signals.hear) for signum in wanted}
+    before = {signum: signal.signal(signum, signals.hear) for signum in replaceable()}
     try:
         yield signals
     finally:

@@ -108,26 +108,28 @@ class Worker:
 
     def run_with_halving(self, group: list[Job], halving: Halving) -> int:
         """Train the jobs from rung to rung, and stop those that fall behind."""
-        active = group
+        active = list(group)
         for rung in halving.rungs():
-            ended = [job for job in active if self._steps(job) < rung and self._train(job, until=rung)]
-            active = [job for job in active if job not in ended]
-            at_rung = {job.number: _loss_at(job, rung) for job in active if self._steps(job) == rung}
+            for job in list(active):
+                if _steps(job) < rung and self._train(job, until=rung):
+                    active.remove(job)
+                if self._base_has_changed:
+                    return AGAIN
+            at_rung = {job.number: loss for job in active if (loss := _loss_at(job, rung)) is not None}
             stopped = halving.stopped(rung, at_rung, len(active) - len(at_rung))
-            for job in [job for job in active if job.number in stopped]:
-                self._train(job, callbacks=[StopAtStart(stopped[job.number])])
-            active = [job for job in active if job.number not in stopped]
-            if self._base_has_changed:
-                return AGAIN
+            # First those that go on: a sweep that is resumed in between must not choose among them again.
+            for job in active:
+                if job.number in at_rung and job.number not in stopped:
+                    durable.write_json(job.folder / runs.HALVING, {"passed": rung})
+            for job in list(active):
+                if job.number in stopped:
+                    self._train(job, callbacks=[StopAtStart(stopped[job.number])])
+                    active.remove(job)
+                if self._base_has_changed:
+                    return AGAIN
             if not active:
                 return 0
         raise AssertionError("rungs have no end")
-
-    @staticmethod
-    def _steps(job: Job) -> int:
-        """Number of steps that a job's newest checkpoint holds, which every pause at a rung leaves."""
-        metrics = job.folder / runs.METRICS
-        return max((row["step"] for row in runs.read_metrics(job.folder)), default=0) if metrics.is_file() else 0
 
     def _train(self, job: Job, until: int | None = None, callbacks: Sequence[Callback] = ()) -> bool:
         """Train a job until `until` steps or its end; return True if it has an outcome, good or bad."""
@@ -150,9 +152,23 @@ class Worker:
         return True
 
 
-def _loss_at(job: Job, step: int) -> float:
-    found: float = next(row["heldout_loss"] for row in runs.read_metrics(job.folder) if row["step"] == step)
-    return found
+def _steps(job: Job) -> int:
+    """Return the steps of a job's newest checkpoint, which every pause at a rung leaves; 0 if it has none."""
+    found = (job.folder / runs.CHECKPOINTS).glob("step-[0-9]*")
+    return max((int(path.name.removeprefix("step-")) for path in found), default=0)
+
+
+def _loss_at(job: Job, rung: int) -> float | None:
+    """Return the eval loss of a job that waits at a rung; None if it has passed it, or was not evaluated there."""
+    if _steps(job) != rung or _passed(job) >= rung:
+        return None
+    return next((row.get("heldout_loss") for row in runs.read_metrics(job.folder) if row["step"] == rung), None)
+
+
+def _passed(job: Job) -> int:
+    """Return the last rung from which a job was chosen to go on, 0 if there is none."""
+    path = job.folder / runs.HALVING
+    return int(json.loads(path.read_bytes())["passed"]) if path.is_file() else 0
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ The progress display, the trackers and the heartbeat of a sweep are callbacks, t
 fails the run.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
@@ -20,6 +21,8 @@ from typing import TYPE_CHECKING, Any, Union
 if TYPE_CHECKING:
     from lora_ft.training.finish import Result
     from lora_ft.training.state import TrainingState
+
+log = logging.getLogger("lora_ft")
 
 Metrics = dict[str, Any]
 Outcome = Union["Result", BaseException, None]
@@ -68,4 +71,10 @@ class Callbacks(Callback):
 
     def on_end(self, state: "TrainingState", outcome: Outcome) -> None:
         for callback in self._callbacks:
-            callback.on_end(state, outcome)
+            try:
+                callback.on_end(state, outcome)
+            except Exception as error:
+                if not isinstance(outcome, BaseException):
+                    raise
+                # The error that ended the run is raised, not this one.
+                log.warning("%s.on_end failed: %s: %s", type(callback).__name__, type(error).__name__, error)

@@ -10,6 +10,7 @@ could keep, so that the first signal stops at once there.
 import contextlib
 import os
 import signal
+import threading
 import types
 from collections.abc import Iterator
 
@@ -45,15 +46,23 @@ class Stop:
             os.write(_STDERR, f"\n{name}: this step, then a checkpoint; again to stop now\n".encode())
 
 
+def replaceable() -> list[signal.Signals]:
+    """Return which of SIGINT and SIGTERM this thread can handle, and give back later."""
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    kept = (signal.SIG_IGN, None)  # None: a handler that is not Python's, which could not be given back
+    return [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) not in kept]
+
+
 @contextlib.contextmanager
 def on_signals() -> Iterator[Stop]:
-    """Let a Stop receive SIGINT and SIGTERM until the block ends; for the main thread, as Python's handlers are.
+    """Let a Stop receive SIGINT and SIGTERM until the block ends.
 
-    A signal that the process was started to ignore (SIGINT, in the background of a script) stays ignored.
+    A signal that the process was started to ignore (SIGINT, in the background of a script) stays ignored. In another
+    thread than the main one, where Python sets no handlers, nothing is received.
     """
     stop = Stop()
-    wanted = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN]
-    before = {signum: signal.signal(signum, stop.ask) for signum in wanted}
+    before = {signum: signal.signal(signum, stop.ask) for signum in replaceable()}
     try:
         yield stop
     finally:

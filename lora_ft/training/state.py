@@ -88,11 +88,12 @@ class TrainingState:
 
     @property
     def is_done(self) -> bool:
-        """True if no step follows: all are done, `train.patience` is used up, or a stop was requested."""
-        return self.step == len(self.steps) or self._out_of_patience or self.stopped_by is not None
+        """True if no step follows: all are done, `train.patience` is used up, or a stop was requested after a step."""
+        is_stopped = self.stopped_by is not None and self.step > 0
+        return self.step == len(self.steps) or self._out_of_patience or is_stopped
 
     def request_stop(self, reason: str) -> None:
-        """End the run after the current step; the reason stands in result.json as `stopped_by`."""
+        """End the run after the current step, or after the first; the reason stands in result.json as `stopped_by`."""
         self.stopped_by = self.stopped_by or reason
 
     @property
