@@ -584,7 +584,7 @@ VALUES = (
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     values=st.dictionaries(st.from_regex(r"[a-z]{1,6}(\.[a-z]{1,4})?", fullmatch=True), VALUES, max_size=6),
     shapes=st.lists(st.tuples(st.integers(1, 5), st.sampled_from([32, 64])), max_size=4),

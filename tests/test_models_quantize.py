@@ -112,7 +112,7 @@ def by_bitsandbytes(weight: torch.Tensor, blocksize: int, kind: str) -> tuple[to
     return torch.ops.bitsandbytes.quantize_4bit.default.redispatch(key, weight, blocksize, kind, torch.uint8)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     shape=st.tuples(st.integers(1, 40), st.integers(1, 150)),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),

@@ -223,18 +223,6 @@ def test_rows_that_changed_meanwhile_are_another_run(
     assert state(tmp_path / "run" / checkpoint.FOLDER) == before
 
 
-def test_a_sweep_is_resumed_job_by_job(place: Path, tmp_path: Path) -> None:
-    words = (*inputs(place), "-m", "adapter.r=2,3", f"hydra.sweep.dir={tmp_path / 'sweep'}", "resume=auto")
-    assert call("train", *words) == 0
-    expected = [weights(tmp_path / "sweep" / job) for job in "01"]
-    first = state(tmp_path / "sweep" / "0")
-    (tmp_path / "sweep" / "1" / "result.json").unlink()
-    assert call("train", *words) == 0
-    assert [weights(tmp_path / "sweep" / job) for job in "01"] == expected
-    assert (tmp_path / "sweep" / "1" / "result.json").is_file()
-    assert state(tmp_path / "sweep" / "0") == first
-
-
 @pytest.mark.closes("C08")
 @pytest.mark.parametrize(
     ("number", "said"),

@@ -133,14 +133,6 @@ def test_tensorboard_reads_what_was_tracked(tmp_path: Path) -> None:
     assert [e.step for e in events.Scalars("heldout_loss")] == [m["step"] for m in lines if "heldout_loss" in m]
 
 
-def test_a_sweep_trains_one_run_per_value(tmp_path: Path) -> None:
-    base, data = tiny_folder(tmp_path, "llama"), rows_file(tmp_path)
-    words = ("model=local", f"model.path={base}", f"data.path={data}", f"hydra.sweep.dir={tmp_path / 'sweep'}", *QUICK)
-    assert call("train", "adapter.r=2,3", "-m", *[w for w in words if w != "adapter.r=2"]) == 0
-    sizes = [result(tmp_path / "sweep", str(job))["trainable_parameters"] for job in (0, 1)]
-    assert sizes[0] * 3 == sizes[1] * 2
-
-
 # What must end with its exit code and a message that names the thing.
 FAILURES = {
     "unknown key": (("adapter.rr=4",), 2, "adapter.rr"),
