@@ -134,7 +134,7 @@ def prepared(folder, template, train_on=TrainOn.answers):
 
 
 @pytest.mark.closes("A04", "A05", "A06", "A07", "A08", "A09")
-@pytest.mark.parametrize(("name", "train_on"), zip(BROKEN, cycle(TrainOn)))
+@pytest.mark.parametrize(("name", "train_on"), [*zip(BROKEN, cycle(TrainOn))])
 def test_a_broken_template_is_a_located_error(name, train_on, tmp_path):
     template, message = BROKEN[name]
     with pytest.raises(DataError, match=rf"1 bad row:\n  .*rows\.jsonl:1: chat template: ({message})"):

@@ -190,11 +190,6 @@ def broken(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def infinite(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    next(iter(tensors.values()))[0, 0] = torch.inf
-    return tensors
-
-
 def untrained(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: torch.zeros_like(t) if ".lora_B." in key else t for key, t in tensors.items()}
 
@@ -208,7 +203,6 @@ def untrained(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         (oddly_named, "lora_C.weight is not part of a LoRA"),
         (cut, "no rank of adapter_config.json"),
         (broken, "1 of 28 tensors hold NaN or infinities, first base_model"),
-        (infinite, "hold NaN or infinities"),
         (untrained, "every lora_B is zero: the adapter changes nothing"),
     ],
 )

@@ -200,6 +200,7 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     ("change", "said"),
     [
         (lambda t: t.update({KEY.replace("self_attn", "attention"): t.pop(KEY)}), "missing tensors: 1, first .*q_proj"),
+        (lambda t: t.update(stray=torch.zeros(1)), "unexpected tensors: 1, first stray"),
         (lambda t: t.update({KEY: torch.zeros(2, 63)}), r"other shapes: 1, first .*\(2, 63\) instead of \(2, 64\)"),
         (lambda t: t[KEY].__setitem__((1, 1), torch.nan), r"q_proj\.lora_A\.weight \(1 in all\) hold numbers that are"),
         (lambda t: t[KEY].__setitem__((1, 1), torch.inf), r"q_proj\.lora_A\.weight \(1 in all\) hold numbers that are"),
@@ -232,7 +233,6 @@ def test_another_base_under_the_same_name_is_refused(tmp_path: Path, capsys: pyt
         ({"alora_invocation_tokens": [1]}, r"alora_invocation_tokens=\[1\], with which it is not a plain LoRA"),
         ({"layer_replication": [[0, 1]]}, "layer_replication=.*not a plain LoRA"),
         ({"target_parameters": ["x"]}, "target_parameters=.*not a plain LoRA"),
-        ({"lora_alpha": None}, "lora_alpha must be .*, got None"),
         ({"lora_alpha": "8"}, "lora_alpha must be .*, got '8'"),
         ({"lora_alpha": float("inf")}, "an alpha must be a finite number, got inf"),
         ({"alpha_pattern": {"q_proj": "8"}}, "an alpha must be a finite number, got '8'"),

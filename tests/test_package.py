@@ -1,4 +1,4 @@
-"""A package as others meet it: files, hashes, and a process that knows PEFT alone."""
+"""A package as others meet it: its files, its hashes, PEFT alone loads it, and no secret is in it."""
 
 from pathlib import Path
 
@@ -72,6 +72,12 @@ def test_what_may_not_leave_is_named_by_file_and_kind(tmp_path: Path, name: str,
         secret_scan.check(planted(tmp_path, name, data), {"/home/me/plans"})
     assert name in str(caught.value)
     assert TOKEN not in str(caught.value) and "secret99" not in str(caught.value)
+
+
+def test_a_secret_of_the_environment_is_found_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_SERVICE_TOKEN", "Zx81-spectrum-48k")
+    with pytest.raises(SecurityError, match="MY_SERVICE_TOKEN"):
+        secret_scan.check(planted(tmp_path, "chat_template.jinja", b"{# Zx81-spectrum-48k #}"), set())
 
 
 def test_a_secret_in_the_metadata_of_a_gguf_file_is_found(tmp_path: Path) -> None:

@@ -298,6 +298,16 @@ def test_a_secret_in_a_package_is_found_named_by_its_kind_and_never_shown(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.closes("G04")
+def test_a_path_of_this_machine_is_not_sent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = settings(tmp_path, "llama")
+    template = tmp_path / "template.jinja"
+    template.write_text("{# see " + cfg.model.path + " #}" + tiny_tokenizer().chat_template)
+    cfg.model.chat_template = str(template)
+    assert publish(saved_run(tmp_path / "run", cfg), f"to=dir:{tmp_path / 'out'}", ID) == 9
+    assert "chat_template.jinja names a folder or file of this machine" in capsys.readouterr().err
+
+
 def test_what_comes_back_changed_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
