@@ -118,19 +118,6 @@ def test_the_best_adapter_is_the_one_saved(tmp_path: Path) -> None:
     assert found["heldout_loss"] == pytest.approx(found["best_heldout_loss"], rel=1e-6)
 
 
-def test_tensorboard_reads_what_was_tracked(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    assert train(tmp_path, "track=tensorboard") == 0
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    events.Reload()
-    lines = runs.read_metrics(tmp_path / "run")
-    losses = [(m["step"], m["loss"]) for m in lines if "loss" in m]
-    assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("loss")] == losses
-    assert [e.value for e in events.Scalars("result/heldout_loss")] == [pytest.approx(result(tmp_path)["heldout_loss"])]
-    assert [e.step for e in events.Scalars("heldout_loss")] == [m["step"] for m in lines if "heldout_loss" in m]
-
-
 # What must end with its exit code and a message that names the thing.
 FAILURES = {
     "missing model": (("model.path=nowhere/at-all-here.gguf",), 7, "nowhere/at-all-here.gguf"),
@@ -152,14 +139,6 @@ def test_a_mistake_ends_with_its_code_and_one_message(name: str, tmp_path: Path,
     shown = capfd.readouterr().err
     assert said in shown
     assert "Traceback" not in shown
-
-
-def test_a_used_folder_is_refused_and_left_alone(tmp_path: Path, capfd) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "thesis.txt").write_text("mine")
-    assert train(tmp_path) == 2
-    assert "must be empty" in capfd.readouterr().err
-    assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
 @pytest.mark.closes("A18")
@@ -207,11 +186,6 @@ def test_every_audit_is_always_on(check: str, tmp_path: Path, monkeypatch, capfd
 def test_added_tokens_that_no_row_holds_are_refused(tmp_path: Path, capfd) -> None:
     assert train(tmp_path, "model.added_tokens=['<never>']") == 4
     assert "no training row holds <never>" in capfd.readouterr().err
-
-
-def test_a_start_that_failed_does_not_block_its_folder(tmp_path: Path) -> None:
-    assert train(tmp_path, "data.path=nothing.jsonl") == 4
-    assert train(tmp_path) == 0
 
 
 @pytest.mark.parametrize(
