@@ -49,7 +49,8 @@ def result(tmp_path: Path, run: str = "run") -> dict:
         ("qwen3", ("quant=int8", "adapter=rslora")),
         ("gpt_neox", ("fast=off", "train.checkpoint=every_1")),
         ("llama", ("quant=fp4", "quant.double=false", "optim=adamw_8bit", "train.packing=false")),
-        ("llama", ("model.dtype=bfloat16", "model.added_tokens=['spider','France']")),
+        ("llama", ("model.dtype=bfloat16",)),
+        ("llama", ("model.added_tokens=['spider','France']",)),
         ("llama", ("adapter.modules_to_save=[norm]",)),
     ],
 )
