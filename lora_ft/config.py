@@ -1,16 +1,18 @@
-"""Every setting once: name, type, default, unit, rule and meaning. No torch here.
+"""The declaration of every setting: name, type, default, unit, rule and meaning. No torch here.
 
-Each verb has one root dataclass (`TrainRun`, `EvalRun`, ...), which Hydra uses as its schema;
+Each command has one root dataclass (`TrainRun`, `EvalRun`, ...), which Hydra uses as its schema;
 the YAML files in `conf/` name choices and hold only what differs from the defaults below.
 
     lora-ft train model=smollm2_135m adapter.r=8        # composes conf/train.yaml over TrainRun
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from lora_ft.setting import OnResume, setting
+from lora_ft.sweep_config import Launcher as Launcher
+from lora_ft.sweep_config import Sweep
 from lora_ft.values import (
     AdapterFormat,
     Combination,
@@ -72,6 +74,7 @@ class Adapter:
     modules_to_save: list[str] = setting([], "layers trained in full and saved with the adapter")
     rank_pattern: dict[str, int] = setting({}, "ranks that differ from r, by layer name")
     alpha_pattern: dict[str, float] = setting({}, "alphas that differ from alpha, by layer name")
+    init: str = setting("default", "how the matrices start: default or gaussian", text=True)
     init_from: str | None = setting(None, "adapter folder to continue from; its base must be this base", path=True)
 
 
@@ -223,44 +226,15 @@ class Sampling:
     top_p: float = setting(1.0, "sample from the likeliest tokens of this total probability", above=0, at_most=1)
 
 
-@dataclass
-class Sweep:
-    halving: bool = setting(False, "stop the jobs of a shared base whose held-out loss falls behind (arXiv 1502.07943)")
-    eta: int = setting(3, "halving: one in so many goes on at each rung", at_least=2)
-    min_steps: int = setting(
-        20, "halving: steps before the first rung; each further rung is eta times as far", unit="steps", at_least=1
-    )
-
-
-@dataclass
-class Launcher:
-    """How the jobs of a sweep are run: `hydra.launcher.*` of the launcher lora_ft."""
-
-    share_base: bool = setting(True, "train compatible jobs on one loaded base, or each in a process of its own")
-    executor: str = setting("local", "what runs the jobs: local, a process on each device", text=True)
-    devices: list[str] = setting([], "CUDA devices, by number; one process on each; []: all that are visible")
-    job_timeout: float | None = setting(
-        None, "longest time that a step of a job, its loading or its end may take", unit="seconds", above=0
-    )
-
-
-_DEVICE = r"auto|cpu|mps|cuda(:[0-9]+)?"
-
-
-def _seed() -> Any:
-    return setting(0, "source of every random choice: order of rows, adapter init, dropout", at_least=0)
-
-
-def _device() -> Any:
-    return setting("auto", "auto, cpu, cuda, cuda:N or mps", pattern=_DEVICE, on_resume=OnResume.free)
-
-
-def _run() -> Any:
-    return setting(None, "run folder that train wrote", path=True)
-
-
-def _adapter_path() -> Any:
-    return setting(None, "adapter made elsewhere: folder or hub id; model= where it does not name its base", path=True)
+# Settings that several commands have.
+_seed = partial(setting, 0, "source of every random choice: order of rows, adapter init, dropout", at_least=0)
+_device = partial(
+    setting, "auto", "auto, cpu, cuda, cuda:N or mps", pattern=r"auto|cpu|mps|cuda(:[0-9]+)?", on_resume=OnResume.free
+)
+_run = partial(setting, None, "run folder that train wrote", path=True)
+_adapter_path = partial(
+    setting, None, "adapter made elsewhere: folder or hub id; model= where it does not name its base", path=True
+)
 
 
 @dataclass

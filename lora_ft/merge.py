@@ -14,7 +14,6 @@ import gc
 import hashlib
 import json
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,6 @@ from lora_ft.models.acceleration import accelerated
 from lora_ft.models.load import Base
 from lora_ft.objectives.sft import Sft
 from lora_ft.ops.allocator import keep_freed_memory
-from lora_ft.ops.token_loss import Paths
 from lora_ft.training.state import choose_eval
 from lora_ft.values import Dtype, Onto, QuantKind
 
@@ -115,17 +113,13 @@ def _merge(cfg: config.MergeRun, adapter: Path, tokenizer: PreTrainedTokenizerBa
     with weight_stream.streamed(opened.model, opened.modules, read):
         expected = verify.probe(opened.model, len(tokenizer))
     merged = merged_model.MergedModel(opened.model, read, dtype)
-    if cfg.gguf:
-        with durable.scratch_folder(out) as folder:
-            merged_model.write_folder(merged, tokenizer, folder)
-            distance = verify.check(folder, expected)
+    with durable.scratch_folder(out) if cfg.gguf else durable.staged_folder(out) as folder:
+        merged_model.write_folder(merged, tokenizer, folder)
+        distance = verify.check(folder, expected)
+        if cfg.gguf:
             gguf_model.write(folder, out, cfg.gguf)
-    else:
-        with durable.staged_folder(out) as folder:
-            merged_model.write_folder(merged, tokenizer, folder)
-            distance = verify.check(folder, expected)
-            if comparison:
-                durable.write_json(folder / _COMPARISON, comparison.record())
+        elif comparison:
+            durable.write_json(folder / _COMPARISON, comparison.record())
     if comparison and cfg.run:
         durable.write_json(Path(cfg.run).expanduser() / _COMPARISON, comparison.record())
     num_bytes = out.stat().st_size if cfg.gguf else sum(file.stat().st_size for file in out.glob("*.safetensors"))
@@ -196,24 +190,21 @@ def _truncate(
     saved = truncate.check(adapter, rank)
     base, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
     found = truncate.updates(model, loading.NAME)
+    rows = _eval_examples(cfg, tokenizer)
+    if not rows:
+        log.warning("no eval rows: the table shows the kept share of the update's norm alone")
     with accelerated(base.model, config.Fast()) as made:
-        ranks = truncate.compare_ranks(model, loading.NAME, found, rank, _eval_loss(cfg, base, made.paths, tokenizer))
+
+        def loss() -> float:
+            return eval_loss(base.model, Sft().loss, rows, made.paths, _TOKENS_PER_PASS).loss
+
+        ranks = truncate.compare_ranks(model, loading.NAME, found, rank, loss if rows else None)
     small = {layer: update.truncated(rank) for layer, update in found.items()}
     made_from = _origin(base, cfg.quant, [adapter], {"method": "truncated"})
     files.write(
         truncate.tensors(model, loading.NAME, small), truncate.settings(saved, small), out, tokenizer, made_from
     )
     return MergeResult(out, f"adapter of rank {rank} in {out}", rank=rank, ranks=ranks)
-
-
-def _eval_loss(
-    cfg: config.MergeRun, base: Base, paths: Paths, tokenizer: PreTrainedTokenizerBase
-) -> Callable[[], float] | None:
-    examples = _eval_examples(cfg, tokenizer)
-    if not examples:
-        log.warning("no eval rows: the table shows the kept share of the update's norm alone")
-        return None
-    return lambda: eval_loss(base.model, Sft().loss, examples, paths, _TOKENS_PER_PASS).loss
 
 
 def _origin(base: Base, quant: config.Quant, adapters: list[Path], how: dict[str, Any]) -> provenance.Origin:

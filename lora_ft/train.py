@@ -14,58 +14,27 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from lora_ft import config, objectives, runs, validation
-from lora_ft.adapters import audit
+from lora_ft import config, runs, validation
+from lora_ft.adapters import audit, init
 from lora_ft.cli import entry
 from lora_ft.config import Schedule
-from lora_ft.evaluation.comparison import Comparison
-from lora_ft.evaluation.loss import EvalLoss
 from lora_ft.io import durable
-from lora_ft.models.acceleration import Accelerated, accelerate
 from lora_ft.models.fingerprint import fingerprint
-from lora_ft.models.load import Base, load_base, load_tokenizer, resolve_device
-from lora_ft.ops.allocator import keep_freed_memory
-from lora_ft.ops.dropout import switch_off_dropout
-from lora_ft.ops.kernels import choose_kernels
 from lora_ft.training import checkpoint, trackers
 from lora_ft.training.callbacks import Callback, Callbacks
-from lora_ft.training.dry_run import Rows, check_first, check_machine, read_rows
+from lora_ft.training.dry_run import check_first
 from lora_ft.training.finish import Result, finish
 from lora_ft.training.progress import displayed
+from lora_ft.training.shared import Shared, load, prepare
 from lora_ft.training.signals import Stop, on_signals
 from lora_ft.training.state import attached
 from lora_ft.training.trainer import fit
 
 log = logging.getLogger("lora_ft")
-
-
-@dataclass(frozen=True)
-class LoadedBase:
-    """A frozen base, accelerated, with the fingerprint of its weights."""
-
-    base: Base
-    accelerated: Accelerated
-    fingerprint: str
-
-
-@dataclass
-class Shared:
-    """What the jobs of a sweep share: tokenizer, rows and, once loaded, the base.
-
-    base_losses, comparisons: what was measured of the bare base, by what decides it, so that it is measured once.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    rows: Rows
-    base: LoadedBase | None = None
-    base_losses: dict[object, EvalLoss] = field(default_factory=dict)
-    comparisons: dict[object, Comparison] = field(default_factory=dict)
 
 
 def main(cfg: config.TrainRun, invocation: entry.Invocation) -> float | None:
@@ -109,14 +78,6 @@ def train(
     return Run(folder, Result(**runs.read_result(folder)), runs.read_metrics(folder))
 
 
-def prepare(cfg: config.TrainRun) -> Shared:
-    """Read the tokenizer and the rows of a run; no weights are loaded."""
-    keep_freed_memory()
-    check_machine(cfg)
-    tokenizer = load_tokenizer(cfg.model)
-    return Shared(tokenizer, read_rows(cfg, tokenizer))
-
-
 def train_job(
     cfg: config.TrainRun,
     folder: Path,
@@ -135,10 +96,12 @@ def train_job(
     durable.write_json(folder / runs.CHECK, asdict(check))
     for warning in check.warnings:
         log.warning(warning)
-    shared.base = loaded = shared.base or load(cfg, shared)
+    shared.base = loaded = shared.base or load(cfg, shared.tokenizer)
     for reason in loaded.accelerated.reasons:
         log.info(reason)
     base, dataset = loaded.base, shared.rows.dataset
+    if changes_base := init.find(cfg.adapter.init).changes_base:
+        shared.base = None  # the next job loads one of its own
     log.info(str(dataset.report))
     told = Callbacks([*trackers.callbacks(cfg.track), *callbacks])
     with attached(cfg, folder, base, dataset, loaded.accelerated.paths, loaded.fingerprint) as state:
@@ -152,24 +115,14 @@ def train_job(
             fit(state, [told], stop, until, shared.base_losses)
             result = None
             if state.is_done:
-                audit.check_base_unchanged(loaded.fingerprint, fingerprint(base.model))
+                if not changes_base:
+                    audit.check_base_unchanged(loaded.fingerprint, fingerprint(base.model))
                 result = finish(state, base, dataset, shared.comparisons)
         except BaseException as error:
             told.on_end(state, error)
             raise
         told.on_end(state, result)
     return result
-
-
-def load(cfg: config.TrainRun, shared: Shared) -> LoadedBase:
-    """Load the base of a run, freeze and accelerate it."""
-    kernels = choose_kernels(resolve_device(cfg.device), compile_=cfg.fast.compile, liger=cfg.fast.liger)
-    model_class = objectives.find(cfg.objective).model_class
-    base = load_base(cfg.model, cfg.quant, cfg.device, shared.tokenizer, model_class)
-    switch_off_dropout(base.model)
-    before = fingerprint(base.model)
-    made = accelerate(base.model, cfg.fast, kernels, set(cfg.adapter.modules_to_save))
-    return LoadedBase(base, made, before)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,14 @@ from transformers.models.t5.modeling_t5 import T5DenseGatedActDense
 
 from lora_ft import config
 from lora_ft.adapters import attach
+from lora_ft.evaluation.comparison import adapter_off
 from lora_ft.models import self_check
 from lora_ft.models.acceleration import Accelerated, accelerate, accelerated, accelerated_lora, replaced_forwards
 from lora_ft.models.load import load_base
 from lora_ft.ops import attention
 from lora_ft.ops.batch import IGNORED, Batch
 from lora_ft.ops.dropout import switch_off_dropout
-from lora_ft.ops.token_loss import PLAIN_PATHS, Paths, token_loss_sum
+from lora_ft.ops.token_loss import PLAIN_PATHS, Paths, document_loss_sums, token_loss_sum
 
 FAST = config.Fast()
 LENGTHS = (9, 1, 14)
@@ -35,7 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "olmo2": {}, "starcoder2": {}, "gemma": {"head_dim": 16}, "granite": {"logits_scaling": 8.0}, "stablelm": {},
     "gemma2": WINDOW, "gemma3_text": WINDOW, "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
     "bloom": {}, "falcon": {"alibi": True}, "gpt_oss": {"head_dim": 16, "num_local_experts": 4},
-    "lfm2": {"layer_types": ["conv", "full_attention"]}, "llama4_text": {"head_dim": 16},
+    "phi3": {}, "lfm2": {"layer_types": ["conv", "full_attention"]}, "llama4_text": {"head_dim": 16},
 }  # fmt: skip
 PACKS, ATTENTION, LOSS = "packs", "attention", "loss"
 EXPECTED = {
@@ -230,6 +231,31 @@ def test_weights_that_activations_are_cast_to_are_not_stored_in_bfloat16() -> No
     made = accelerate(model, FAST)
     assert any(line.startswith("plain storage: this model computes otherwise") for line in made.reasons)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_long_document_does_not_change_the_rotation_of_others() -> None:
+    """The frequencies of longrope follow the largest position of a forward pass; the check's documents are short."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "rope_theta": 1e4,
+            "original_max_position_embeddings": 12, "factor": 16.0}  # fmt: skip
+    model = built("phi3", rope_parameters=rope, original_max_position_embeddings=12, initializer_range=0.2)
+    batches = documents()
+    expected = [token_loss_sum(model, batch, PLAIN_PATHS) for batch in batches]
+    with accelerated(model, FAST) as made, torch.no_grad():
+        found = document_loss_sums(model, packed(batches), made.paths)
+    assert relative(found, torch.stack(expected)) < 1e-5
+
+
+def test_the_head_below_an_adapter_keeps_its_storage() -> None:
+    """The loss of the bare base takes the head's weight itself."""
+    model = tiny_model("llama").requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.data = parameter.bfloat16().float()
+    (batch,) = documents()[:1]
+    expected = token_loss_sum(model, batch, PLAIN_PATHS)
+    peft_model = attach.attach(model, config.Adapter(r=3, targets=["lm_head", "q_proj"]), "first", 1, [])
+    with accelerated(model, FAST) as made, adapter_off(peft_model), torch.no_grad():
+        assert made.paths.supervised_rows_only
+        assert relative(token_loss_sum(model, batch, made.paths), expected) < 1e-5
 
 
 def test_a_block_that_is_wrong_in_place_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from accelerated import accelerate_adapter
 from peft import PeftModel
-from tiny import FAMILIES, VOCABULARY, accelerate_adapter, tiny_model
+from tiny import FAMILIES, VOCABULARY, tiny_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,

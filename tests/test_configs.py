@@ -159,7 +159,7 @@ def test_what_a_run_stores_composes_again_to_the_same_groups(tmp_path):
     received = []
     composition.run(command, lambda cfg, folder, typed: received.append(cfg), lambda sweep: 0)
     for group in ("model", "quant", "data", "fast"):
-        assert getattr(received[0], group) == getattr(cfg, group)
+        assert plain(getattr(received[0], group)) == plain(getattr(cfg, group))
 
 
 def test_a_setting_is_found_by_its_key_and_an_entry_of_a_mapping_by_its_mapping():

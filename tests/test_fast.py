@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from accelerated import accelerate_adapter
 from peft import LoraConfig, PeftModel
-from tiny import FAMILIES, VOCABULARY, accelerate_adapter, tiny_folder, tiny_model
+from tiny import FAMILIES, VOCABULARY, tiny_folder, tiny_model
 from torch import Tensor
 
 from lora_ft import config

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerated import accelerate_adapter
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import FAMILIES, VOCABULARY, accelerate_adapter, tiny_model
+from tiny import FAMILIES, VOCABULARY, tiny_model
 from torch import Tensor
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, GPT2Config, GPT2LMHeadModel
 

@@ -18,7 +18,7 @@ from lora_ft.adapters import files
 from lora_ft.errors import Interrupted
 from lora_ft.io import durable
 from lora_ft.objectives import sft
-from lora_ft.training import checkpoint, trainer
+from lora_ft.training import checkpoint, shared, trainer
 from lora_ft.training.signals import on_signals
 
 QUICK = ("train.max_steps=5", "train.tokens_per_step=160", "train.tokens_per_microbatch=80", "adapter.r=2",
@@ -120,7 +120,8 @@ def test_outside_of_the_steps_a_signal_stops_at_once(
 ) -> None:
     run = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        ask_in(patch, sys.modules["lora_ft.train"], place, lambda *_: True, signal.SIGTERM)
+        module = shared if place == "load_base" else sys.modules["lora_ft.train"]
+        ask_in(patch, module, place, lambda *_: True, signal.SIGTERM)
         assert call("train", *words, f"hydra.run.dir={run}") == 143
     assert "lora-ft: stopped by SIGTERM\n" in capfd.readouterr().err
     assert saved(run)[-1:] == ([] if place == "load_base" else ["step-00000005"])

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES, accelerate_adapter, tiny_folder, tiny_model
+from accelerated import accelerate_adapter
+from tiny import FAMILIES, tiny_folder, tiny_model
 from torch import Tensor
 
 from lora_ft import config

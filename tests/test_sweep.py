@@ -21,8 +21,9 @@ from lora_ft.errors import ConfigError
 from lora_ft.sweeps import jobs
 from lora_ft.sweeps.halving import Halving
 from lora_ft.sweeps.worker import Heartbeat, Worker
-from lora_ft.train import prepare, train_job
+from lora_ft.train import train_job
 from lora_ft.training.finish import Result
+from lora_ft.training.shared import prepare
 from lora_ft.training.signals import Stop
 
 PLANTED = Path(__file__).parent / "sweeps" / "planted"

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from lora_ft import config, runs
 from lora_ft.adapters import audit
+from lora_ft.adapters.init import INITS, Init
 from lora_ft.data.dataset import prepare
 from lora_ft.data.rows import Example
 from lora_ft.errors import ConfigError, DataError, MismatchError, NonFiniteError
@@ -471,3 +472,30 @@ def test_a_callback_stops_a_run(tmp_path: Path) -> None:
     fit(state, [StopAt(3)])
     assert (state.step, state.is_done, state.stopped_early, state.stopped_by) == (3, True, True, "step 3")
     assert checkpoint.newest(tmp_path).name == "step-00000003"
+
+
+def ones_in_a(model, name, examples) -> None:
+    """A toy initialization that reads rows: A holds the number of examples."""
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.lora_A[name].weight.data.fill_(len(examples))
+
+
+def test_another_initialization_is_a_function_and_a_line(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(INITS, "toy", Init("toy", changes_base=False, needs_rows=True, apply=ones_in_a))
+    state = state_on(tiny_model("llama"), tmp_path, adapter=config.Adapter(r=4, init="toy"))
+    matrices = [p for n, p in state.start.items() if ".lora_A." in n]
+    assert matrices and all((a == len(state.examples)).all() for a in matrices)
+    detach(state)
+    with pytest.raises(ConfigError, match=r"adapter\.init must be one of default, gaussian, toy, got pissa"):
+        state_on(tiny_model("llama"), tmp_path, adapter=config.Adapter(init="pissa"))
+
+
+def test_gaussian_starts_as_its_base_and_elsewhere_than_the_default(tmp_path: Path) -> None:
+    starts = {}
+    for name in INITS:
+        state = state_on(tiny_model("llama"), tmp_path / name, adapter=config.Adapter(r=8, init=name))
+        starts[name] = torch.cat([p.flatten() for n, p in state.start.items() if ".lora_A." in n])
+        assert state.starts_as_base and not any(p.any() for n, p in state.start.items() if ".lora_B." in n)
+    assert starts["gaussian"].std().item() == pytest.approx(1 / 8, rel=0.05)
+    assert not torch.equal(*starts.values())

@@ -8,7 +8,6 @@ folder = tiny_folder(tmp_path, "gpt2")   # both, saved as transformers saves the
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -26,9 +25,6 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
 )
-
-from lora_ft.config import Fast
-from lora_ft.models.acceleration import accelerated_lora
 
 FAMILIES = ("gpt2", "llama", "qwen3", "gpt_neox")
 # Mixtures of four experts, two of which see a token; deepseek_v3 has them in its second layer alone.
@@ -107,13 +103,6 @@ def tiny_model(family: str, *, tie: bool = False, dtype: torch.dtype = torch.flo
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-
-
-def accelerate_adapter(model: PeftModel, name: str) -> list[str]:
-    """Enter `accelerated_lora` for as long as the base lives; returns its reasons."""
-    context = accelerated_lora(model, name, Fast())
-    vars(model.get_base_model()).setdefault("held_by_the_test", []).append(context)
-    return context.__enter__()
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

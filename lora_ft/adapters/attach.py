@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -30,7 +30,7 @@ def attach(
     name: str,
     seed: int,
     token_ids: list[int],
-    task_type: TaskType = TaskType.CAUSAL_LM,
+    task_type: str = "CAUSAL_LM",
 ) -> PeftModel:
     """Inject the adapter under `name` and return the PEFT model; only its parameters train, in fp32 at least.
 

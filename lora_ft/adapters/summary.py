@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from lora_ft import config
-from lora_ft.adapters import attach, audit, files, provenance
+from lora_ft.adapters import attach, audit, files, init, provenance
 from lora_ft.models.load import Base
 
 _NAME = "outline"
@@ -60,6 +60,7 @@ def layers(base: Base, cfg: config.TrainRun) -> Layers:
     token_ids = base.tokenizer.convert_tokens_to_ids(list(cfg.model.added_tokens))
     with torch.device("meta"):
         model = attach.attach(base.model, cfg.adapter, _NAME, 0, token_ids)
+    init.find(cfg.adapter.init)
     if cfg.adapter.init_from:
         source = Path(cfg.adapter.init_from)
         provenance.check_source(source, files.read_config(source), base, cfg.quant)

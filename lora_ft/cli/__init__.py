@@ -1,6 +1,6 @@
-"""What stands behind `cli/entry.py`: from the words of a command line to the dataclass of a verb. No torch here.
+"""Turn a command line into the dataclass of a command. No torch here.
 
-words ─┬─ --help ── help ───────┐
-       ├─ <TAB> ─── completion ─┼── choices (what conf/ offers, read without Hydra)
-       └─ overrides (checked, quoted) ── composition (Hydra) ── rules.validate ── the verb's main
+arguments ─┬─ --help ── help ───────┐
+           ├─ <TAB> ─── completion ─┼── choices (read from conf/ without Hydra)
+           └─ overrides (checked, quoted) ── composition (Hydra) ── validate ── the command's main
 """

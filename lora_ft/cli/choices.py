@@ -1,4 +1,4 @@
-"""The config groups of `conf/` and their choices, read without Hydra, which takes a second to ask. No torch here.
+"""Read the config groups of `conf/` and their choices without Hydra, which would take a second. No torch here.
 
 conf/train.yaml            defaults: [..., quant: none, ...]     groups("train")["quant"] == "none"
 conf/quant/nf4.yaml        # 4-bit NormalFloat, as in QLoRA      of("quant")["nf4"] == "4-bit NormalFloat, ..."
@@ -13,7 +13,7 @@ from lora_ft import config
 
 
 def groups(verb: str) -> dict[str, str | None]:
-    """The groups that a verb chooses from, in the order of its defaults list, each with its default choice."""
+    """Return the groups of a command with their default choices, in the order of its defaults list."""
     primary = yaml.safe_load((config.CONF / f"{verb}.yaml").read_text("utf-8"))
     named = [entry for entry in primary["defaults"] if isinstance(entry, dict)]
     return {
@@ -22,7 +22,7 @@ def groups(verb: str) -> dict[str, str | None]:
 
 
 def of(group: str, more: Sequence[Path] = ()) -> dict[str, str]:
-    """The choices of a group, ours and those of the user's own folders, each with its meaning."""
+    """Return the choices of a group and their meanings, ours and those of the user's own folders."""
     folders = [folder / group for folder in (config.CONF, *more)]
     files = {
         path.relative_to(folder).with_suffix("").as_posix(): path
@@ -33,7 +33,7 @@ def of(group: str, more: Sequence[Path] = ()) -> dict[str, str]:
 
 
 def meaning(path: Path) -> str:
-    """The first comment of a YAML file that is not a directive to Hydra; empty where there is none."""
+    """Return the first comment of a YAML file that is not a directive to Hydra; empty if there is none."""
     for line in path.read_text("utf-8", errors="replace").splitlines():
         if not line.startswith("#"):
             break

@@ -1,4 +1,4 @@
-r"""Completion for bash: verbs, groups and their choices, settings and their values, files. No torch here.
+r"""Completion for bash: commands, groups and their choices, settings and their values, files. No torch here.
 
 lora-ft tr<TAB>                  train
 lora-ft train quant=<TAB>        fp4  int8  nf4  none
@@ -29,7 +29,7 @@ _HYDRA = ("hydra.run.dir=", "hydra.sweep.dir=")
 
 
 def reply(line: str, word_breaks: str) -> list[str]:
-    """What may follow the command line typed so far, cut to the part that readline replaces."""
+    """Return the completions of a command line, cut to the part that readline replaces."""
     *before, word = line.split(" ")
     words = [w for w in before[1:] if w]
     cut = max((word.rfind(mark) for mark in "=:" if mark in word_breaks), default=-1) + 1

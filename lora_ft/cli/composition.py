@@ -1,10 +1,10 @@
-"""One call of a verb through Hydra: compose, check, and run its job or jobs. No torch here.
+"""Compose and check the config of a command through Hydra, and run its job or jobs. No torch here.
 
-    words -> overrides.translate -> Hydra composes conf/ over the schema -> dataclasses -> rules.validate -> verb
+    overrides -> overrides.translate -> Hydra composes conf/ over the schema -> dataclass -> validate -> the command
 
-Hydra's own reports (exit 1, "Error executing job with overrides", advice to add a '+') never appear: what a user can
-act on becomes a LoraFtError, and everything else is a bug of ours, which keeps its traceback. This is why `Hydra` is
-called here in the place of `hydra.main`, which prints and exits by itself.
+This module calls `Hydra` instead of `hydra.main`, which prints its own reports (exit 1, "Error executing job with
+overrides", advice to add a '+') and exits. An error that a user can act on becomes a LoraFtError; any other is a bug
+of ours and keeps its traceback.
 """
 
 import contextlib
@@ -33,19 +33,19 @@ from omegaconf.errors import OmegaConfBaseException
 from lora_ft import config, runs, validation
 from lora_ft.cli import guard, overrides
 from lora_ft.cli.explain import explained
-from lora_ft.cli.tasks import Outcomes, Task
+from lora_ft.cli.tasks import Task
 from lora_ft.errors import ConfigError, LoraFtError
 from lora_ft.io import durable
 
 SWEEP_FAILED_IN_PART = 3
 
-# what runs a job: its config, the absolute run folder, the overrides as typed
+# Runs a job, given its config, the absolute run folder, and the overrides as typed.
 Main = Callable[[Any, Path, list[str]], float | None]
 
 
 @dataclass(frozen=True)
 class Command:
-    """What a user called: the verb, the overrides as typed, and the flags that Hydra knows."""
+    """A command line: the command's name, the overrides as typed, and the flags that Hydra knows."""
 
     verb: str
     words: list[str]
@@ -54,7 +54,7 @@ class Command:
 
 
 def run(command: Command, main: Main, end: Callable[[Path], int]) -> int:
-    """Run the verb's job, or all jobs of a sweep, which `end` closes; the exit code. A single job's error is raised."""
+    """Run a command's job, or all jobs of a sweep and then `end`. Return the exit code; raise a single job's error."""
     command = _continued(command)
     with _hydra(command) as (hydra, words):
         composed = _composed(hydra, command, words)
@@ -69,13 +69,16 @@ def run(command: Command, main: Main, end: Callable[[Path], int]) -> int:
         else:
             if not multirun:
                 _checked(command, composed)  # before Hydra makes the run folder
-            with durable.writing():  # the folders, which Hydra makes; what goes wrong in a job is kept by the job
+            with durable.writing():  # for the folders that Hydra makes; a job keeps its own errors
                 (hydra.multirun if multirun else hydra.run)(command.verb, task, words)
-    if multirun:
-        return _code(task.outcomes)
-    if task.outcomes.failures:
-        raise task.outcomes.failures[0]
-    return 0
+    if not task.failures:
+        return 0
+    first = task.failures[0]
+    if not multirun:
+        raise first
+    if task.succeeded:
+        return SWEEP_FAILED_IN_PART
+    return first.exit_code if isinstance(first, LoraFtError) else 1
 
 
 def compose(verb: str, words: list[str], config_dir: Path | None = None) -> Any:
@@ -90,7 +93,7 @@ def compose(verb: str, words: list[str], config_dir: Path | None = None) -> Any:
 
 
 def _without_folder(composed: DictConfig, task: Task) -> None:
-    """Run the job as `Hydra.run` does, but for the folder, which most verbs write nothing to."""
+    """Run the job as `Hydra.run` does, without making the folder, to which most commands write nothing."""
     with open_dict(composed.hydra.runtime):
         composed.hydra.runtime.output_dir = str(Path(str(composed.hydra.run.dir)).absolute())
     HydraConfig.instance().set_config(composed)
@@ -101,26 +104,26 @@ def _without_folder(composed: DictConfig, task: Task) -> None:
 def _sweep(
     hydra: Hydra, command: Command, composed: DictConfig, words: list[str], task: Task, end: Callable[[Path], int]
 ) -> int:
-    """Run a sweep in its folder, which is locked meanwhile; one that starts no job leaves none."""
+    """Run a sweep in its folder, which is locked meanwhile; remove the folder if no job has started."""
     _check_objective(composed)
     with durable.writing():
         folder = Path(str(composed.hydra.sweep.dir)).absolute()
     with runs.locked(folder):
         runs.create_sweep(folder, command.words, command.config_dir, resumed=_folder(command, "resume") == "auto")
-        # Composed anew for each job, `${now:...}` would name another folder for each.
+        # Fixed here, because Hydra composes each job anew and `${now:...}` would give each another folder.
         place = overrides.translate("sweep", [f"hydra.sweep.dir={validation.escape(str(folder))}"], sweep=False)
         try:
             with durable.writing():
                 hydra.multirun("sweep", task, [*words, *place])
         except BaseException:
-            if not any(folder.rglob(runs.OVERRIDES)):  # which a job has from its start; until then its folder is empty
+            if not any(folder.rglob(runs.OVERRIDES)):  # a job writes it first of all
                 durable.remove_folder(folder)
             raise
         return end(folder)
 
 
 def _check_objective(composed: DictConfig) -> None:
-    """A sweeper that chooses values itself is given the held-out loss of each job, infinite where it failed."""
+    """Check that a sweeper that chooses values itself minimizes, and that each job has a held-out loss to give it."""
     direction = OmegaConf.select(composed, "hydra.sweeper.direction")
     if direction is None:
         return
@@ -131,18 +134,10 @@ def _check_objective(composed: DictConfig) -> None:
         raise ConfigError("data.eval_fraction must be above 0 where a sweeper chooses by the held-out loss, got 0")
 
 
-def _code(outcomes: Outcomes) -> int:
-    if not outcomes.failures:
-        return 0
-    first = outcomes.failures[0]
-    alone = first.exit_code if isinstance(first, LoraFtError) else 1
-    return SWEEP_FAILED_IN_PART if outcomes.succeeded else alone
-
-
 def show(command: Command, *, part: str | None, package: str | None, resolve: bool, info: str | None) -> None:
-    """Print the composed config, or how it came about, as Hydra does for --cfg and --info.
+    """Print the composed config, or how it was composed, as Hydra does for --cfg and --info.
 
-    Of a sweep it is what the jobs share: settings that vary have the value that they have when nobody gives any.
+    For a sweep, settings that vary between jobs are shown with their default value.
     """
     with _hydra(_continued(command)) as (hydra, words):
         composed = _composed(hydra, command, words)
@@ -158,7 +153,7 @@ def show(command: Command, *, part: str | None, package: str | None, resolve: bo
 
 @contextlib.contextmanager
 def _hydra(command: Command) -> Iterator[tuple[Hydra, list[str]]]:
-    """Hydra with our schemas, our `conf/` and the user's folder, and the overrides it is to parse."""
+    """Set up Hydra with our schemas, our `conf/` and the user's folder; yield it with the overrides to parse."""
     version.setbase("1.3")
     store = ConfigStore.instance()
     store.store(f"{command.verb}_schema", config.SCHEMAS[command.verb])
@@ -183,13 +178,13 @@ def _hydra(command: Command) -> Iterator[tuple[Hydra, list[str]]]:
 
 def _explained(command: Command, error: Exception) -> LoraFtError:
     if isinstance(error.__cause__, LoraFtError):
-        return error.__cause__  # of our launcher, which Hydra makes
-    stored = Path(_resumed(command) or _run(command) or "") / "config.yaml"
+        return error.__cause__  # raised by our launcher, which Hydra makes
+    stored = Path(_resumed(command) or _folder(command, "run") or "") / "config.yaml"
     return explained(command.verb, error, stored, command.config_dir)
 
 
 def _continued(command: Command) -> Command:
-    """The command that began a sweep, for resume=FOLDER: its jobs go on, or begin, in their folders."""
+    """Return the command that began a sweep for resume=FOLDER, so that its jobs continue or start in their folders."""
     folder = _folder(command, "resume")
     if command.verb != "sweep" or folder in (None, "auto"):
         return command
@@ -206,7 +201,7 @@ def _continued(command: Command) -> Command:
 
 
 def _check_auto(command: Command, composed: DictConfig) -> None:
-    """resume=auto needs a folder that is the same when the command is given again; the default holds the time."""
+    """Check that resume=auto has a folder that is the same next time; the default folder's name holds the time."""
     if _folder(command, "resume") != "auto":
         return
     group = "sweep" if composed.hydra.mode is RunMode.MULTIRUN else "run"
@@ -216,9 +211,10 @@ def _check_auto(command: Command, composed: DictConfig) -> None:
 
 
 def _implied(command: Command) -> list[str]:
-    """What the words say without saying it: the folder of a run to resume, and that a typed model.path is another base.
+    """Return the overrides that follow from those typed.
 
-    The id and revision of a default, an experiment or a run are not that base's own.
+    resume=FOLDER implies the run folder. A typed model.path is another base, so it clears the id and revision that
+    come from a default, an experiment or a run.
     """
     if folder := _resumed(command):
         return overrides.translate(command.verb, [f"hydra.run.dir={validation.escape(folder)}"], sweep=False)
@@ -230,24 +226,19 @@ def _implied(command: Command) -> list[str]:
 
 
 def _stored_run(command: Command) -> dict[str, Any]:
-    """What the verb shares with run=FOLDER or resume=FOLDER, without the groups that the user chose anew."""
+    """Return the settings taken from run=FOLDER or resume=FOLDER, without the groups that the user chose anew."""
     schema = config.SCHEMAS[command.verb]
     if folder := _resumed(command):
         shared = {f.name for f in dataclasses.fields(schema)} - {"resume"}
     else:
-        folder, shared = _run(command), set(validation.groups(schema))
+        folder, shared = _folder(command, "run"), set(validation.groups(schema))
     stored = runs.read_config(Path(folder)) if folder else {}
     return {name: validation.escape(stored[name]) for name in shared
             if name in stored and overrides.chosen(command.words, name) is None}  # fmt: skip
 
 
-def _run(command: Command) -> str | None:
-    """The folder of run=FOLDER, for the verbs that have it."""
-    return _folder(command, "run")
-
-
 def _resumed(command: Command) -> str | None:
-    """The folder of resume=FOLDER, absolute; resume=auto names none."""
+    """Return the absolute folder of resume=FOLDER; None for resume=auto."""
     folder = _folder(command, "resume")
     if folder in (None, "auto"):
         return None
@@ -285,7 +276,7 @@ def _keys(node: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _checked(command: Command, composed: DictConfig, check: Callable[[Any], None] = validation.validate) -> Any:
-    """The composed config as the verb's dataclass, its rules checked; ConfigError."""
+    """Convert a composed config to the command's dataclass and check its rules; raises ConfigError."""
     schema = config.SCHEMAS[command.verb]
     names = [str(name) for name in composed if name != "hydra"]
     for name in names:

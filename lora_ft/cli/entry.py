@@ -1,9 +1,9 @@
-"""The way in: `lora-ft VERB key=value ...`, the same as `python -m lora_ft.VERB key=value ...`. No torch here.
+"""The command line: `lora-ft COMMAND key=value ...`, or `python -m lora_ft.COMMAND key=value ...`. No torch here.
 
-A verb is a module with one plain function over its dataclass; importing it (and torch) waits until the config is valid.
+A command is a module with a function over its dataclass. It is imported, and torch with it, once the config is valid.
 
     def main(cfg: config.TrainRun, invocation: entry.Invocation) -> float | None: ...
-    def end(sweep: Path) -> int: ...           # of lora_ft.sweep alone: when all jobs have ended; the exit code
+    def end(sweep: Path) -> int: ...           # only in lora_ft.sweep, called when all jobs have ended: the exit code
 
     if __name__ == "__main__":
         entry.run("train")
@@ -27,13 +27,15 @@ from lora_ft.errors import ConfigError, Interrupted, LoraFtError
 from lora_ft.io import process, redact
 
 INTERRUPTED = 130
-READER_LEFT = 141  # as a process ends that SIGPIPE stops
+READER_LEFT = 141  # the exit code of a process that SIGPIPE stops
 
 
 @dataclass(frozen=True)
 class Invocation:
-    """How a verb was called: the absolute folder of the run (for verbs that make none, the current one), and the
-    user's own overrides as typed, group choices included, settings of Hydra's not."""
+    """The absolute folder of the run, and the user's overrides as typed, with group choices, without Hydra's settings.
+
+    For commands that make no run folder, it is the current one.
+    """
 
     folder: Path
     overrides: list[str]
@@ -41,29 +43,22 @@ class Invocation:
 
 @redact.shown()
 def run(verb: str | None = None, arguments: list[str] | None = None) -> NoReturn:
-    """Run one command and leave with its exit code; arguments are those after the verb, default the process's own."""
+    """Run one command and exit with its code. `arguments` follow the command's name; default: those of the process."""
     process.prepare()
     words = sys.argv[1:] if arguments is None else arguments
     try:
         code = _command(words if verb is None else [verb, *words])
         sys.stdout.flush()  # here: a reader that left would be a traceback while Python shuts down
-    except LoraFtError as error:
-        code = _said(error, error.exit_code)
-    except Interrupted as error:
-        code = _said(error, error.exit_code)
+    except (LoraFtError, Interrupted) as error:
+        code = error.exit_code
+        with contextlib.suppress(BrokenPipeError):
+            sys.stderr.write(f"lora-ft: {error}\n")
     except KeyboardInterrupt:
         code = INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to say is said to nobody
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads the rest
         code = READER_LEFT
     sys.exit(code)
-
-
-def _said(error: BaseException, code: int) -> int:
-    """Tell the user, if anybody still reads; the exit code is the same."""
-    with contextlib.suppress(BrokenPipeError):
-        sys.stderr.write(f"lora-ft: {error}\n")
-    return code
 
 
 def _command(arguments: list[str]) -> int:
@@ -93,22 +88,17 @@ def _compose(verb: str, words: list[str], flags: argparse.Namespace) -> int:
     if flags.cfg or flags.info:
         composition.show(command, part=flags.cfg, package=flags.package, resolve=flags.resolve, info=flags.info)
         return 0
-
-    def main(cfg: Any, folder: Path, overrides: list[str]) -> float | None:
-        result: float | None = _import(f"lora_ft.{verb}").main(cfg, Invocation(folder, overrides))
-        return result
-
-    def end(sweep: Path) -> int:
-        code: int = _import(f"lora_ft.{verb}").end(sweep)
-        return code
-
-    return composition.run(command, main, end)
+    return composition.run(
+        command,
+        lambda cfg, folder, overrides: _import(f"lora_ft.{verb}").main(cfg, Invocation(folder, overrides)),
+        lambda sweep: _import(f"lora_ft.{verb}").end(sweep),
+    )
 
 
 def _import(name: str) -> Any:
-    """Import a verb, its modules left out of garbage collection, which would walk a million objects that stay.
+    """Import a command and exclude its modules from garbage collection, which would walk a million lasting objects.
 
-    At the first import only: in a sweep, the freeze would keep what an earlier job left behind.
+    Only at the first import: in a sweep, freezing again would keep the garbage of an earlier job.
     """
     if name not in sys.modules:
         gc.disable()
@@ -121,7 +111,7 @@ def _import(name: str) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    """Hydra's flags, which may stand anywhere on the line; not its --experimental-rerun, which unpickles a file."""
+    """Parse Hydra's flags anywhere on the line, except its --experimental-rerun, which unpickles a file."""
     parser = argparse.ArgumentParser(prog="lora-ft", add_help=False, allow_abbrev=False,
                                      usage="lora-ft VERB key=value ... (lora-ft --help)")  # fmt: skip
     parser.add_argument("words", nargs="*")

@@ -1,11 +1,10 @@
-"""Errors of Hydra and OmegaConf in our words: the file if it is not the command line, the setting, the rule. No torch.
+"""Explain errors of Hydra and OmegaConf: the file if it is not the command line, the setting, the rule. No torch.
 
 Value 'abc' of type 'str' could not be converted to Integer    ->    adapter.r must be an integer, got abc
 """
 
 import re
 import typing
-from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
@@ -18,12 +17,14 @@ from lora_ft.errors import ConfigError, LoraFtError
 
 
 def explained(verb: str, error: Exception, stored: Path, config_dir: Path | None) -> LoraFtError:
-    """What a user can act on; `stored` is the config of the run named on the line, `config_dir` the user's folder."""
+    """Return the error to show; `stored` is the config of the run on the line, `config_dir` the user's folder."""
     inner = error.__cause__ or error.__context__
     cause = inner if isinstance(error, HydraException) and isinstance(inner, OmegaConfBaseException) else error
     if isinstance(error, UnicodeDecodeError):
+        # Hydra does not say which file it read: it is the user's file with this text.
         files = sorted(config_dir.rglob("*.yaml")) if config_dir else []
-        return ConfigError(f"{_holder(files, error.object) or stored} is not UTF-8")
+        found = next((file for file in files if error.object in file.read_bytes()), stored)
+        return ConfigError(f"{found} is not UTF-8")
     if isinstance(error, yaml.YAMLError):
         return ConfigError(" ".join(str(error).split()).replace('"<unicode string>"', str(stored)))
     place = re.match(r"In '([^']+)'", str(error))
@@ -36,8 +37,8 @@ def explained(verb: str, error: Exception, stored: Path, config_dir: Path | None
     if group and group not in validation.groups(config.SCHEMAS[verb]) and (key == group or f"@{group}." in str(error)):
         return ConfigError(f"{where}its first line must be '# @package _global_'")
     if key and isinstance(cause, ConfigKeyError | ConfigAttributeError):
-        found = overrides.unknown(verb, key)
-        return type(found)(where + str(found))
+        unknown = overrides.unknown(verb, key)
+        return type(unknown)(where + str(unknown))
     return ConfigError(where + _broken_rule(verb, key, error, str(cause).splitlines()[0]))
 
 
@@ -51,11 +52,6 @@ def _broken_rule(verb: str, key: str, error: Exception, reason: str) -> str:
     typed = re.match(r"Error merging override [^=]*=(.*)", str(error), re.DOTALL)
     value = typed or re.search(r"[Vv]alue '(.*?)'(?: of type|,)", reason)
     return f"{key} must be {rule}, " + (f"got {value[1]}" if value else f"but: {reason}")
-
-
-def _holder(files: Iterable[Path], text: bytes) -> Path | None:
-    """The file, of those that a user may have written, that holds this text; Hydra does not say which it read."""
-    return next((file for file in files if text in file.read_bytes()), None)
 
 
 def _missing(error: MissingConfigException) -> str:

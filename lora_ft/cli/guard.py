@@ -1,13 +1,12 @@
-"""What no config may hold: code to run, places to look elsewhere for configs, secrets. No torch here.
+"""Refuse configs that hold code to run, other places to look for configs, or secrets. No torch here.
 
     callbacks: {mine: {_target_: os.system, ...}}     SecurityError: my.yaml: _target_ ...
     data.system="the key is hf_..."                    SecurityError: data.system holds a Hugging Face token ...
 
-A folder given with --config-dir may come from somebody else. Hydra makes objects of its callbacks, launchers and
-loggers by the names in a config, and imports the packages of a search path: a folder of ours holds settings only,
-and each of its files is looked at when it is read, before Hydra acts on it. What the user types may choose among
-the launchers and sweepers that are installed, by name. What a sweeper makes of its settings is no exception: the
-words of each job are looked at as well.
+A folder given with --config-dir may come from somebody else. Hydra instantiates its callbacks, launchers and loggers
+by the names in a config, and imports the packages of a search path. So a folder of configs may hold settings only, and
+each of its files is checked when it is read, before Hydra acts on it. On the command line, a user may choose among the
+installed launchers and sweepers by name. The overrides that a sweeper makes for each job are checked as well.
 """
 
 import re
@@ -30,8 +29,8 @@ from lora_ft.io import redact, untrusted
 
 TARGET = "_target_"
 _CODE = {TARGET, "custom_search_space"}  # the second names a function that Optuna's sweeper calls
-# By these Hydra imports, makes objects, or sets what every library in this process sees; overrides are words that
-# nobody typed.
+# With these Hydra imports, instantiates, or changes the environment of this process; `overrides` would be settings
+# that nobody typed.
 _HYDRAS_OWN = {"searchpath", "callbacks", "job_logging", "hydra_logging", "env_set", "env_copy", "overrides"}
 _COMMANDS = ("setup", "additional_parameters")  # of a cluster's launcher: what its shell runs, or how
 # A reference that OmegaConf resolves late, in a folder's name for each job of a sweep; behind a backslash it is text.

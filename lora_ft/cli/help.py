@@ -90,15 +90,14 @@ def show(value: Any) -> str:
 def _settings(settings: Iterable[validation.Setting]) -> Iterator[str]:
     section = None
     for setting in settings:
-        group, _, name = setting.key.rpartition(".")
+        group = setting.key.rpartition(".")[0]
         if group != section:
             section = group
             yield ""
             yield f"settings of {group}.*" if group else "settings"
         kind = type_words(setting.type).removeprefix("an ").removeprefix("a ")
         words = kind if not setting.unit else f"{kind}, {setting.unit}"
-        shown = f"{group}.{name}" if group else name
-        yield _row(f"{shown}={show(setting.default)}", f"{setting.meaning} ({words})")
+        yield _row(f"{setting.key}={show(setting.default)}", f"{setting.meaning} ({words})")
 
 
 def _summary(schema: type) -> str:

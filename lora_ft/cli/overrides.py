@@ -1,12 +1,12 @@
-r"""What the user typed, made into what Hydra reads: keys are checked, free text and paths are quoted. No torch here.
+r"""Translate the overrides that a user typed for Hydra: check keys, quote free text and paths. No torch here.
 
     typed                                  handed to Hydra
     prompt=What's 2+2, and why?            prompt='What\'s 2+2, and why?'
     data.columns.source=English text       ++data.columns.source='English text'
     adapter.rr=4                           ConfigError: adapter.rr is not a setting; nearest: adapter.r
 
-The value of a text setting is taken literally: quotes, `${...}` and all. Two words are not: `null` is no value
-where the setting may have none, and in a sweep `choice(a,b)` is several values (Hydra's own notation).
+The value of a text setting is taken literally, with quotes and `${...}`. There are two exceptions: `null` is no value
+if the setting is optional, and in a sweep `choice(a,b)` is several values (Hydra's notation).
 """
 
 import difflib
@@ -15,7 +15,7 @@ import typing
 from collections.abc import Iterable, Iterator
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 
@@ -43,9 +43,10 @@ def as_typed(verb: str, overrides: Iterable[str]) -> Iterator[str]:
         key, value = parsed.key_or_group, parsed.value()
         setting = declared(verb, key)
         if isinstance(value, str) and (setting is None or _is_text(setting, key)):
-            yield f"{_plus(parsed)}{key}={_unescaped(value)}"
+            typed = OmegaConf.create({"text": value})["text"]  # undoes the escapes
         else:
-            yield f"{_plus(parsed)}{key}={parsed.get_value_string()}"
+            typed = parsed.get_value_string()
+        yield f"{'+' if parsed.is_add() else ''}{key}={typed}"
 
 
 def chosen(words: list[str], key: str) -> str | None:
@@ -138,14 +139,6 @@ def _split(word: str) -> re.Match[str]:
 
 def _quoted(text: str) -> str:
     return QuotedString(text=text, quote=Quote.single).with_quotes()
-
-
-def _unescaped(text: str) -> str:
-    return str(OmegaConf.create({"text": text})["text"])
-
-
-def _plus(parsed: Override) -> str:
-    return "+" if parsed.is_add() else ""
 
 
 def declared(verb: str, key: str) -> validation.Setting | None:

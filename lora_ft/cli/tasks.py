@@ -1,7 +1,7 @@
-"""A verb as the task that Hydra calls, once for each job; failures are kept, as Hydra would tell them its own way.
+"""The task that Hydra calls once for each job of a command. It keeps failures, which Hydra would report its own way.
 
 task(composed)             runs the job here: main(cfg, folder, words)
-task.plan(composed)        what it would run, for a launcher that runs jobs elsewhere
+task.plan(composed)        the job's config, folder and overrides, for a launcher that runs jobs elsewhere
 """
 
 import sys
@@ -20,40 +20,36 @@ from lora_ft.cli import overrides
 from lora_ft.errors import ConfigError, LoraFtError, out_of_memory
 from lora_ft.io import redact
 
-FAILED = float("inf")  # the value of a job that failed: what minimizes a loss never takes it for the best
+FAILED = float("inf")  # the value of a job that failed: a sweeper that minimizes a loss never takes it for the best
 
-_OF_THE_SWEEP = ("sweep.", "resume=")  # words that a job on its own would not have
-
-
-@dataclass
-class Outcomes:
-    """How the jobs of one call ended."""
-
-    succeeded: int = 0
-    failures: list[Exception] = field(default_factory=list)
+_OF_THE_SWEEP = ("sweep.", "resume=")  # overrides that a job on its own would not have
 
 
 class Plan(typing.NamedTuple):
-    """What a job runs: its config, checked, the absolute run folder, and the overrides as typed."""
+    """The parts of a job: its checked config, the absolute run folder, and the overrides as typed."""
 
     cfg: Any
     folder: Path
     words: list[str]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Task:
-    """The job of a verb: `checked` makes a composed config the verb's dataclass, `implied` are words nobody typed."""
+    """The jobs of one call of a command, and their outcomes.
+
+    `checked` turns a composed config into the command's dataclass; `implied` are overrides that nobody typed.
+    """
 
     verb: str
     main: Callable[[Any, Path, list[str]], float | None]
     checked: Callable[[DictConfig], Any]
     implied: list[str]
     multirun: bool
-    outcomes: Outcomes = field(default_factory=Outcomes)
+    succeeded: int = 0
+    failures: list[Exception] = field(default_factory=list)
 
     def plan(self, composed: DictConfig) -> Plan:
-        """What a job runs; ConfigError, with the job's number and words, where its config breaks a rule."""
+        """Return the parts of a job; a ConfigError about its config names the job's number and overrides."""
         folder, words = self._place()
         try:
             return Plan(self.checked(composed), folder, words)
@@ -69,13 +65,13 @@ class Task:
         except Exception as error:
             self.failed(error, folder, words)
             return FAILED
-        self.outcomes.succeeded += 1
+        self.succeeded += 1
         return result
 
     def failed(self, error: Exception, folder: Path, words: list[str]) -> None:
-        """Keep why a job failed; the jobs of a sweep leave it in their folders, and say it at once."""
+        """Keep why a job failed; the jobs of a sweep also write it to their folders and to stderr."""
         failure = out_of_memory(self.verb, error) or error
-        self.outcomes.failures.append(failure)
+        self.failures.append(failure)
         if self.verb == "sweep":
             runs.fail(folder, failure, words)
         if self.multirun:

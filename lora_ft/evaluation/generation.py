@@ -33,6 +33,7 @@ from transformers.generation.streamers import BaseStreamer
 from lora_ft import config
 from lora_ft.errors import ConfigError, NonFiniteError
 from lora_ft.models.acceleration import dequantized_weights, plain_attention
+from lora_ft.models.path_choice import longest_shared
 
 # Terminals obey control characters, and a model can write any: they are escaped.
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -47,7 +48,7 @@ def generate(
     prompts: Sequence[np.ndarray],
     sampling: config.Sampling,
     seed: int,
-    tokens_per_batch: int = 8192,
+    tokens_per_batch: int = 4096,
 ) -> list[str]:
     """Answer prompts (int [length], generation prompt included), without special tokens, in the order given.
 
@@ -59,7 +60,9 @@ def generate(
     answers = [""] * len(prompts)
     stops = stop_tokens(model, tokenizer)
     limit = 0 if _draws(sampling) else tokens_per_batch
-    batches = list(_batches([len(p) for p in prompts], _rooms(model, prompts, sampling), _can_pad(model), limit))
+    lengths, rooms = [len(p) for p in prompts], _rooms(model, prompts, sampling)
+    longest = max(map(sum, zip(lengths, rooms, strict=True)), default=0)
+    batches = list(_batches(lengths, rooms, _can_pad(model, longest), limit))
     with _inference(model):
         for indices, room in batches:
             batch = [prompts[i] for i in indices]
@@ -97,9 +100,12 @@ def _rooms(model: PreTrainedModel, prompts: Sequence[np.ndarray], sampling: conf
     return [min(sampling.max_new_tokens, context - len(prompt)) for prompt in prompts]
 
 
-def _can_pad(model: PreTrainedModel) -> bool:
-    """True if padding changes no result: the model takes position ids and an attention mask."""
-    return {"attention_mask", "position_ids"} <= inspect.signature(model.forward).parameters.keys()
+def _can_pad(model: PreTrainedModel, longest: int) -> bool:
+    """True if padding changes no result of up to `longest` tokens: the model takes position ids and a mask."""
+    limit = longest_shared(model)
+    return (limit is None or longest <= limit) and {"attention_mask", "position_ids"} <= inspect.signature(
+        model.forward
+    ).parameters.keys()
 
 
 def _batches(lengths: list[int], rooms: list[int], can_pad: bool, tokens: int) -> Iterator[tuple[list[int], int]]:

@@ -89,7 +89,7 @@ def compare(attached: PreTrainedModel, targets: dict[Onto, MergedModel], example
     divergence = dict.fromkeys(merged, 0.0)
     capacity = max(_TOKENS_PER_PASS, longest_group(examples))
     with accelerated(attached, _PLAIN) as made:
-        packs = made.paths.packs
+        packs = made.paths.packs and made.paths.longest_shared is None
     for packed in micro_batches(examples, capacity, packs):
         batch = packed.to(attached.device)
         expected, loss = _log_probs(attached, batch)

@@ -1,4 +1,4 @@
-"""Prove that a written model is the adapter on its base: load it as anybody would, and compare logits.
+"""Verify a merged model: load the written folder with transformers alone, and compare its logits.
 
 attached model --probe--> logits [T, V] ----------------------+
 written folder --from_pretrained, in this process--> logits --+--> distance <= tolerance, or MismatchError
@@ -34,10 +34,10 @@ class Probe:
 
 
 def probe(model: PeftModel, num_tokens: int) -> Probe:
-    """Logits of the attached adapter for tokens spread over the vocabulary of `num_tokens`, the last one included.
+    """Compute the attached adapter's logits for tokens spread over the vocabulary, the last one included.
 
-    Quantized layers multiply by their dequantized weights here, without the rounding that a kernel adds of
-    its own (int8 rounds activations too): what remains is what merging must preserve.
+    Quantized layers multiply by their dequantized weights here: the kernels round as well (int8 also rounds
+    activations), and merging does not preserve that.
     """
     base: PreTrainedModel = model.get_base_model()
     length = min(_PROBE_TOKENS, getattr(base.config, "max_position_embeddings", None) or _PROBE_TOKENS)
@@ -56,9 +56,11 @@ def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def _exact_products(base: PreTrainedModel) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
-    linears = [m for m in base.modules() if isinstance(m, nn.Linear)]
-    layers = [m for m in linears if type(m.weight).__name__ in ("Params4bit", "Int8Params")]
-    return {layer: functools.partial(_product, layer) for layer in layers}
+    return {
+        layer: functools.partial(_product, layer)
+        for layer in base.modules()
+        if isinstance(layer, nn.Linear) and type(layer.weight).__name__ in ("Params4bit", "Int8Params")
+    }
 
 
 def _product(layer: Any, inputs: Tensor) -> Tensor:
@@ -67,9 +69,9 @@ def _product(layer: Any, inputs: Tensor) -> Tensor:
 
 
 def check(folder: Path, expected: Probe) -> float:
-    """Load the written folder as anybody would and compare logits; returns their `distance`.
+    """Load the written folder and return the `distance` of its logits from the expected ones.
 
-    Raises MismatchError where tensors are missing or too many, and where the distance is above `tolerance`.
+    Raises MismatchError if tensors are missing or unexpected, or if the distance is above `tolerance`.
     """
     with quiet():
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -88,11 +90,10 @@ def check(folder: Path, expected: Probe) -> float:
 
 
 def distance(logits: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
-    """How far logits [T, V] are from the expected ones, as a share of these.
+    """Return the relative distance of logits [T, V] from the expected ones.
 
-    In float32 the largest difference over the largest logit. In half precision the norm of the difference
-    over the norm, token by token, of which the median: some tokens of some models (attention sinks) lie ten
-    times as far out as all others, although nothing but rounding happened.
+    In float32: the largest difference over the largest logit. In half precision: the norm of the difference over
+    the norm, as the median over tokens, because rounding moves some tokens (attention sinks) ten times as far.
     """
     difference = logits - expected
     if dtype in (torch.float32, torch.float64):
@@ -101,10 +102,10 @@ def distance(logits: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """The largest `distance` that rounding explains: 1e-5, or 8 roundings of a number of half precision.
+    """Return the largest `distance` that rounding explains: 1e-5, or 8 u in half precision.
 
-    Every weight and activation is rounded by up to u (2^-8 in bfloat16, 2^-11 in float16). Random adapters
-    on tiny models and on SmolLM2-135M came out 2 to 3.5 u away, whatever the depth; a whole adapter that is
-    lost or added twice lies far beyond, one that hardly changes its base does not.
+    Every weight and activation is rounded by up to u (2^-8 in bfloat16, 2^-11 in float16). Random adapters on tiny
+    models and on SmolLM2-135M were 2 to 3.5 u away at any depth. An adapter that is lost or added twice is far beyond
+    the limit, unless it hardly changes its base.
     """
     return 1e-5 if dtype in (torch.float32, torch.float64) else 8 * torch.finfo(dtype).eps / 2

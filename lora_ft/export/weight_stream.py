@@ -33,10 +33,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_ft import config
 from lora_ft.adapters import files, loading, provenance
-from lora_ft.config import QuantKind
 from lora_ft.models import load, quantize, resolve
 from lora_ft.models.load import Base
 from lora_ft.models.meta_model import load_skeleton
+from lora_ft.values import Dtype, QuantKind
 
 log = logging.getLogger("lora_ft")
 
@@ -93,9 +93,9 @@ def use_placeholders(network: PreTrainedModel, device: torch.device | str = "cpu
 
 def _own(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
     """Return a module's own parameters and saved buffers: the dictionary that holds each, its key, the tensor."""
-    saved = {key for key in module._buffers if key not in module._non_persistent_buffers_set}
+    skipped = module._non_persistent_buffers_set
     held: list[tuple[dict[str, Any], str, Any]] = [(module._parameters, k, p) for k, p in module._parameters.items()]
-    held += [(module._buffers, k, b) for k, b in module._buffers.items() if k in saved]
+    held += [(module._buffers, k, b) for k, b in module._buffers.items() if k not in skipped]
     return [(where, key, tensor) for where, key, tensor in held if tensor is not None]
 
 
@@ -191,18 +191,38 @@ def _tensors(base: Base, model: config.Model, quant: config.Quant, device: str) 
     if isinstance(locations, str):
         log.warning("the base is loaded as a whole, which takes its size in memory: %s", locations)
         names: Modules = {module: name for name, module in base.model.named_modules()}
-        load_once = functools.cache(lambda: loaded(load.load_base(model, quant, device, base.tokenizer).model, names))
-        return lambda name: load_once()(name)
-    return _FromFiles(
-        locations=locations,
-        dtypes={name: tensor.dtype for name, tensor in base.model.state_dict().items()},
-        ends={name for name, module in base.model.named_modules() if module in _ends(base.model)},
-        tokens=len(base.tokenizer),
-        added=len(model.added_tokens),
-        quant=quant,
-        quantized=_planned(base.model) if quant.kind is not QuantKind.none else {},
-        device=load.resolve_device(device),
-    )
+        read = functools.cache(lambda: loaded(load.load_base(model, quant, device, base.tokenizer).model, names))
+        return lambda name: read()(name)
+    return _from_files(base, locations, len(model.added_tokens), quant, load.resolve_device(device))
+
+
+def _from_files(
+    base: Base, locations: dict[str, tuple[Path, str]], added: int, quant: config.Quant, device: torch.device
+) -> Read:
+    """Return a reader that makes tensors as `load_base` does: dtype, rows of added tokens, quantization."""
+    dtypes = {name: tensor.dtype for name, tensor in base.model.state_dict().items()}
+    ends = {name for name, module in base.model.named_modules() if module in _ends(base.model)}
+    quantized = _planned(base.model) if quant.kind is not QuantKind.none else {}
+    num_tokens = len(base.tokenizer)
+
+    def read(name: str) -> Tensor:
+        path, key = locations[name]
+        with safe_open(path, "pt") as stored:  # the file stays mapped as long as the tensor lives
+            tensor: Tensor = stored.get_tensor(key).to(dtypes[name])
+        module, _, leaf = name.rpartition(".")
+        if module in ends and added:  # as `load.fit_embeddings`: added tokens start as the mean of the others
+            old = tensor[: num_tokens - added]
+            mean = old.mean(dim=0, dtype=torch.float32).to(tensor.dtype)
+            tensor = torch.cat([old, mean.expand(added, -1), tensor[num_tokens:]])
+        if module in quantized and leaf == "weight":
+            if quantized[module]:  # a Conv1D
+                return _through_codes(tensor.T, quant, device).T
+            return _through_codes(tensor, quant, device)
+        if module in quantized and quant.compute_dtype is not Dtype.auto:
+            return tensor.to(load.resolve_dtype(quant.compute_dtype, device))  # as `quantize.settle` does
+        return tensor
+
+    return read
 
 
 def _ends(network: PreTrainedModel) -> list[nn.Module | None]:
@@ -252,41 +272,6 @@ def _locations(network: PreTrainedModel, folder: Path, added: int) -> dict[str, 
     if missing:
         return f"its files lack {missing[0]}"
     return {name: found.get(name) or by_tensor[id(tensor)] for name, tensor in state.items()}
-
-
-@dataclass(frozen=True)
-class _FromFiles:
-    """Reads a base's tensors as `load_base` makes them: dtype, rows of added tokens, quantization."""
-
-    locations: dict[str, tuple[Path, str]]
-    dtypes: dict[str, torch.dtype]
-    ends: set[str]
-    tokens: int
-    added: int
-    quant: config.Quant
-    quantized: dict[str, bool]
-    device: torch.device
-
-    def __call__(self, name: str) -> Tensor:
-        path, key = self.locations[name]
-        with safe_open(path, "pt") as stored:  # the file stays mapped as long as the tensor lives
-            tensor: Tensor = stored.get_tensor(key).to(self.dtypes[name])
-        module, _, leaf = name.rpartition(".")
-        if module in self.ends and self.added:
-            tensor = self._with_added_rows(tensor)
-        if module in self.quantized and leaf == "weight":
-            conv1d = self.quantized[module]
-            tensor = _through_codes(tensor.T if conv1d else tensor, self.quant, self.device)
-            tensor = tensor.T if conv1d else tensor
-        elif module in self.quantized and self.quant.compute_dtype is not config.Dtype.auto:
-            tensor = tensor.to(load.resolve_dtype(self.quant.compute_dtype, self.device))  # as `quantize.settle` does
-        return tensor
-
-    def _with_added_rows(self, matrix: Tensor) -> Tensor:
-        """Add the rows as `load.fit_embeddings` does: added tokens start as the mean of the others."""
-        old = matrix[: self.tokens - self.added]
-        mean = old.mean(dim=0, dtype=torch.float32).to(matrix.dtype)
-        return torch.cat([old, mean.expand(self.added, -1), matrix[self.tokens :]])
 
 
 def _through_codes(weight: Tensor, quant: config.Quant, device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ Each switch that is off has its reason: the problem that the choice has with it 
 
 from collections.abc import Callable
 from itertools import combinations
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -65,7 +66,24 @@ def plain_name(model: PreTrainedModel) -> str:
 
 def _set(model: PreTrainedModel, plain: str, switched_on: frozenset[str]) -> Paths:
     set_attention(model, attention.NAME if "attention" in switched_on else plain)
-    return Paths("packing" in switched_on, "attention" in switched_on, "loss" in switched_on)
+    return Paths("packing" in switched_on, "attention" in switched_on, "loss" in switched_on, longest_shared(model))
+
+
+def longest_shared(model: PreTrainedModel) -> int | None:
+    """Return the length up to which documents leave each other's rotary frequencies alone; None for any length.
+
+    `dynamic` and `longrope` frequencies of all tokens follow the largest position of a forward pass.
+    """
+    limits: list[int] = []
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        for layer, kind in (kinds if isinstance(kinds, dict) else {None: kinds}).items():
+            if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
+                text: Any = module.config
+                rope = text.rope_parameters if layer is None else text.rope_parameters[layer]
+                trained = rope.get("original_max_position_embeddings")
+                limits.append(min(trained or text.max_position_embeddings, text.max_position_embeddings))
+    return min(limits, default=None)
 
 
 def set_attention(model: PreTrainedModel, name: str) -> Callable[[], None]:

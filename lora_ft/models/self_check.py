@@ -69,7 +69,7 @@ class Reference(NamedTuple):
 
 
 def make_reference(model: PreTrainedModel) -> tuple[Reference | None, str]:
-    """Compute the truth with the model as it is; None with the reason if there is none."""
+    """Compute the truth with the current forwards; None with the reason if that fails."""
     try:
         reference = _truth(model, _draw(model))
     except torch.OutOfMemoryError:
@@ -88,7 +88,7 @@ def is_same(model: PreTrainedModel, reference: Reference) -> bool:
 
 
 def find_problem(model: PreTrainedModel, paths: Paths, reference: Reference) -> str:
-    """Describe how the loss on `paths` is another than the truth; empty if it is the same.
+    """Describe the difference between the loss on `paths` and the truth; empty if there is none.
 
     Any error counts as a problem of these paths, except for memory that ran out.
     """

@@ -29,9 +29,11 @@ def exact_bfloat16(model: PreTrainedModel, modules_to_save: Collection[str] = ()
     will be trained in full. The caller replaces weight after weight, so that only one copy exists beside the model.
     """
     holders = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    head = model.get_output_embeddings()
+    in_head = set(head.modules()) if head is not None else set()  # with an adapter, the head is a part of its layer
     for name, module in list(model.named_modules()):
         layer: Any = module
-        if type(layer) not in (nn.Linear, Conv1D) or layer is model.get_output_embeddings():
+        if type(layer) not in (nn.Linear, Conv1D) or layer in in_head:
             continue
         if any(part.startswith(("lora_", "modules_to_save")) for part in name.split(".")):
             continue

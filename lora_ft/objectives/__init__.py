@@ -5,7 +5,6 @@ A new objective is a module of this folder and a line in `OBJECTIVES`; `objectiv
 
 from typing import Any, Protocol
 
-from peft import TaskType
 from transformers import PreTrainedModel
 
 from lora_ft import config
@@ -18,10 +17,10 @@ from lora_ft.ops.token_loss import Paths
 
 
 class Objective(Protocol):
-    """The interface of an objective. model_class: of transformers, with the head that the loss needs."""
+    """The interface of an objective. model_class: of transformers, with its head. task_type: of PEFT."""
 
     model_class: Any
-    task_type: TaskType
+    task_type: str
 
     def examples(self, rows: Rows, tokenizer: Any, data: config.Data) -> list[Example]:
         """Make examples of rows, in the order of the rows; a fault of a row goes into `rows.ledger`.

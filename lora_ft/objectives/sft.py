@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from peft import TaskType
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lora_ft import config
@@ -17,7 +16,7 @@ class Sft:
     """The objective `sft`."""
 
     model_class = AutoModelForCausalLM
-    task_type = TaskType.CAUSAL_LM
+    task_type = "CAUSAL_LM"
 
     def examples(self, rows: Rows, tokenizer: Any, data: config.Data) -> list[Example]:
         """Return the documents of rows, rendered and tokenized; each stands alone."""

@@ -2,7 +2,7 @@
 
 A layer in 4 bits, or in bfloat16 but computing in float32, makes its weight at each call. A training step pays
 for that once in a thousand tokens; an answer pays for every single one, and spends most of its time there. The
-numbers are the same to the bit. (int8 stays as it is: outside of training it rounds activations as well.)
+numbers are the same to the bit. (int8 layers are left alone: outside of training they round activations as well.)
 """
 
 import functools

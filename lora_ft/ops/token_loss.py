@@ -25,11 +25,18 @@ class Paths:
     packs: documents may share a forward pass. Some families let them see each other there, and so get one at a time.
     passes_starts: the model's attention is ops/attention.py, which takes the boundaries of the documents.
     supervised_rows_only: the loss takes head and cross-entropy of the supervised positions only.
+    longest_shared: documents of a batch with a longer one do not share a forward pass; None for no limit.
     """
 
     packs: bool
     passes_starts: bool
     supervised_rows_only: bool
+    longest_shared: int | None = None
+
+    def share(self, batch: Batch) -> bool:
+        """Return whether the documents of a batch may share a forward pass."""
+        longest = max(end - start for start, end in pairwise(batch.starts))
+        return self.packs and (self.longest_shared is None or longest <= self.longest_shared)
 
 
 PLAIN_PATHS = Paths(packs=False, passes_starts=False, supervised_rows_only=False)
@@ -40,15 +47,15 @@ def token_loss_sum(model: PreTrainedModel, batch: Batch, paths: Paths) -> Tensor
 
     `model` is the transformers model, with or without adapter layers inside.
     """
-    if len(batch.counts) > 1 and not paths.packs:
+    if len(batch.counts) > 1 and not paths.share(batch):
         return document_loss_sums(model, batch, paths).sum()
     (total,) = _loss_sums(model, batch, paths, [sum(batch.counts)], [0, len(batch.ids)])
     return total
 
 
 def document_loss_sums(model: PreTrainedModel, batch: Batch, paths: Paths) -> Tensor:
-    """The same sum for each document of the batch; [documents]. The documents share a forward pass if `paths.packs`."""
-    if not paths.packs:
+    """The same sum for each document of the batch; [documents]. They share a forward pass if `paths` let them."""
+    if not paths.share(batch):
         return torch.stack([token_loss_sum(model, document, paths) for document in batch.documents()])
     return torch.stack(_loss_sums(model, batch, paths, batch.counts, batch.starts))
 

@@ -112,7 +112,7 @@ def _train_loss(ranking: Ranking, axes: "Axes") -> str:
 
 
 def smoothed(points: Points) -> list[tuple[float, float]]:
-    """The mean over a window of an eighth of the curve around each point; the window is cut off at the ends."""
+    """Average each point over a window of an eighth of the curve; the window is cut off at the ends."""
     sums = [0.0, *itertools.accumulate(loss for _, loss in points)]
     half = max(1, len(points) // 16)
     ends = [(max(0, i - half), min(len(points), i + half + 1)) for i in range(len(points))]
@@ -140,7 +140,7 @@ def _against_rank(ranking: Ranking, board: Board, axes: "Axes") -> str:
     for number, (label, losses) in enumerate(lines.items()):
         means = [(r, statistics.fmean(losses[r])) for r in sorted(losses)]
         axes.plot(*_columns(means), gid=_MEAN, label=label, **mean_look(number))
-    _points(axes, [(job, r, loss) for job, r, loss in found])
+    _points(axes, found)
     _use_log2(axes, ranks)
     return "Points: jobs. Lines: means over seeds." if ranking.has_seeds else ""
 
@@ -156,7 +156,7 @@ def _rank(job: JobResult) -> int | None:
 
 
 def _independent(ranking: Ranking, jobs: list[tuple[JobResult, int]]) -> list[str]:
-    """The differing settings that do not follow from the rank, as alpha=${adapter.r} does."""
+    """Return the differing settings that do not follow from the rank, as alpha=${adapter.r} does."""
 
     def varies(name: str) -> bool:
         seen = {(r, json.dumps(values_of(job).get(name))) for job, r in jobs}
@@ -184,7 +184,7 @@ def _against_size(board: Board, axes: "Axes") -> str:
 
 
 def front(points: Points) -> list[tuple[float, float]]:
-    """The points that no other point equals or beats in both coordinates, in order of x."""
+    """Return the points that no other point equals or beats in both coordinates, in order of x."""
     kept: list[tuple[float, float]] = []
     for x, y in sorted(points):
         if not kept or y < kept[-1][1]:
@@ -198,7 +198,7 @@ def _with_loss(board: Board) -> Iterator[tuple[JobResult, float]]:
             yield job, job.figures.heldout_loss
 
 
-def _points(axes: "Axes", found: list[tuple[JobResult, float, float]]) -> None:
+def _points(axes: "Axes", found: Sequence[tuple[JobResult, float, float]]) -> None:
     for job, x, loss in found:
         _plot(axes, job, [(x, loss)], linestyle="none", label=f"job {job.name}")
 

@@ -7,6 +7,7 @@ ranking.columns                          the settings that differ: ("adapter.r",
 Jobs share a board only if they were evaluated on the same rows (same token count and same loss of the base). No torch.
 """
 
+import contextlib
 import json
 import math
 import statistics
@@ -88,7 +89,7 @@ def rank(sweep: Sweep) -> Ranking:
 
 
 def values_of(job: JobResult) -> dict[str, Any]:
-    """Settings by dotted key: from the config, or from the overrides until the config is written."""
+    """Return settings by dotted key: from the config, or from the overrides until the config is written."""
     pairs = [override.lstrip("+").split("=", 1) for override in job.overrides if "=" in override]
     overrides = {key: text for key, text in pairs if not key.startswith("hydra")}
     if job.settings:
@@ -97,12 +98,10 @@ def values_of(job: JobResult) -> dict[str, Any]:
 
 
 def _scalar(text: str) -> Any:
-    """The value that a config holds for an override that is not text."""
+    """Parse an override's value as a config would hold it."""
     for kind in (int, float):
-        try:
+        with contextlib.suppress(ValueError):
             return kind(text)
-        except ValueError:
-            continue
     return {"true": True, "false": False, "null": None}.get(text.lower(), text)
 
 

@@ -1,4 +1,4 @@
-"""One display of all jobs of a sweep while they run, in the parent and from files alone. No torch here.
+"""Show all jobs of a sweep while they run, in one display of the parent process and from files alone. No torch here.
 
     job               state      step   loss  held out   best  tokens/s
       0  adapter.r=4  finished  40/40  2.114     2.305  2.305       143
@@ -6,7 +6,7 @@
       2  adapter.r=16 waiting
     1 finished, 1 running, 1 left; 2:31 so far, about 5 min left
 
-Where stderr is not a terminal: a line where a job's state changes, and one on the whole every half minute.
+If stderr is not a terminal: one line per change of a job's state, and a summary line every half minute.
 """
 
 import contextlib
@@ -28,18 +28,19 @@ from lora_ft.sweeps.metrics_reader import ENDS, MetricsReader, View, beats
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_BETWEEN_LINES = 30.0
-_FIRST = ("running", "loading", "failed", "waiting", "stopped", "finished")  # where not all fit
+_FIRST = ("running", "loading", "failed", "waiting", "stopped", "finished")  # if not all fit
 _STYLES = {"running": "bold", "failed": "red", "waiting": "dim", "stopped": "yellow", "finished": "green"}
 _OTHER_LINES = 4  # of a terminal: header, jobs left out, the whole, the cursor's
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
-_LEAST_SECONDS, _LEAST_PART = 15.0, 0.05  # of a sweep, before its end can be told
+_LEAST_SECONDS, _LEAST_PART = 15.0, 0.05  # of a sweep, before its end is estimated
 
 
 @contextlib.contextmanager
 def displayed(jobs: list[Job], folder: Path) -> Iterator[Callable[[], None]]:
-    """Show the jobs of the sweep in `folder` until the block ends; what is yielded looks again, once a second at most.
+    """Show the jobs of the sweep in `folder` until the block ends.
 
-    A reader of stderr that leaves is no reason to stop.
+    Call the yielded function often: it updates the display at most once a second. The sweep goes on if the reader of
+    stderr leaves.
     """
     console = Console(stderr=True)
     console.on_broken_pipe = functools.partial(setattr, console, "quiet", True)  # type: ignore[method-assign]
@@ -58,7 +59,7 @@ class _Display:
         self._readers = [MetricsReader(job) for job in jobs]
         self._names = {job.number: name for job, name in zip(jobs, names(jobs), strict=True)}
         self._before = self._look()
-        # What had failed is run again, what had a result is no news.
+        # Failed jobs are run again, and jobs with a result were reported earlier.
         self._states = {v.job.number: "waiting" if v.state == "failed" else v.state for v in self._before}
         self._began = self._told = time.monotonic()
         self._looked = -_SECONDS_BETWEEN_LOOKS
@@ -68,12 +69,12 @@ class _Display:
             self.show()
 
     def show(self) -> None:
-        """Look at the files, and show what they say."""
+        """Read the files and show the jobs' state."""
         views = self._look()
         self._looked = time.monotonic()
         changed = [v for v in views if v.state != self._states[v.job.number]]
         self._states |= {v.job.number: v.state for v in changed}
-        # In a terminal the table shows the others, and has no room for reasons.
+        # In a terminal the table shows the other changes; it has no room for reasons.
         self._say(self._news([v for v in changed if v.state == "failed"] if self._live else changed))
         if self._live:
             self._live.update(page(views, self._names, self._whole(views), self._console.height), refresh=True)
@@ -90,7 +91,7 @@ class _Display:
             self._console.print(Text(visible(line)), soft_wrap=True)
 
     def _news(self, changed: list[View]) -> list[str]:
-        """A line for each job, but one for all that have nothing more to say than the same."""
+        """Return one line per job; jobs with the same news share a line."""
         alike: dict[str, list[str]] = {}
         for view in changed:
             name = self._names[view.job.number]
@@ -104,18 +105,18 @@ class _Display:
 
 
 def names(jobs: list[Job]) -> list[str]:
-    """For each job its words that not all have."""
+    """Return for each job its overrides that not all jobs have."""
     shared = set.intersection(*(set(job.words) for job in jobs)) if jobs else set()
     return [redact(" ".join(word for word in job.words if word not in shared)) for job in jobs]
 
 
 def visible(text: str) -> str:
-    """Text in which nothing is left that a terminal obeys."""
+    """Replace control characters, which a terminal would obey."""
     return text.translate(_CONTROLS)
 
 
 def news(view: View) -> str:
-    """What there is to say of a job that came into this state."""
+    """Return the text about a job that has just changed to this state."""
     match view.state:
         case "finished":
             loss = f", held-out loss {view.heldout_loss:.3f}" if view.heldout_loss is not None else ""
@@ -134,7 +135,7 @@ def news(view: View) -> str:
 
 
 def page(views: list[View], titles: dict[int, str], whole: str, height: int) -> Group:
-    """The table of a terminal of so many lines: those that matter most where not all fit, in the order of numbers."""
+    """Make the table for a terminal of `height` lines; if not all jobs fit, it shows those that matter most."""
     room = max(1, height - _OTHER_LINES)
     first = {v.job.number for v in sorted(views, key=lambda v: _FIRST.index(v.state))[:room]}
     table = Table(box=None, pad_edge=False, header_style="dim")
@@ -169,7 +170,7 @@ def counts(views: list[View]) -> str:
 
 
 def seconds_left(before: list[View], now: list[View], seconds: float) -> float | None:
-    """By the steps made so far, if all jobs' steps cost about the same and enough were made to tell; else None."""
+    """Estimate from the steps made so far; None if the jobs' steps differ in cost or too few were made."""
     cfgs = [view.job.cfg for view in now]
     alike = {(c.model.path, c.quant.kind, c.data.path, c.data.max_length, c.train.tokens_per_step) for c in cfgs}
     known = [v.num_steps for v in now if v.num_steps]

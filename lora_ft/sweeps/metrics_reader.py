@@ -51,7 +51,7 @@ class MetricsReader:
         )
 
     def view(self, beat: Beat | None) -> View:
-        """The job now; `beat` is that of the worker that runs it, None if none does."""
+        """Return the job's present state; `beat` is from the worker that runs it, None if none does."""
         if self._end:
             return self._end
         folder = self.job.folder
@@ -96,25 +96,24 @@ class MetricsReader:
         self._offset += len(whole)
         lines = whole.splitlines()
         for line in lines:
-            if line is lines[-1] or b'"heldout_loss"' in line:  # parsing the others would only take time
-                self._take(_object(line))
-
-    def _take(self, metrics: dict[str, Any]) -> None:
-        self._last = metrics or self._last
-        self._step = _number(metrics.get("step"), int) or self._step
-        if (heldout := _number(metrics.get("heldout_loss"))) is not None:
-            self._heldout = heldout
-            self._best = heldout if self._best is None else min(self._best, heldout)
+            if line is not lines[-1] and b'"heldout_loss"' not in line:
+                continue  # parsing it would only take time
+            metrics = _object(line)
+            self._last = metrics or self._last
+            self._step = _number(metrics.get("step"), int) or self._step
+            if (heldout := _number(metrics.get("heldout_loss"))) is not None:
+                self._heldout = heldout
+                self._best = heldout if self._best is None else min(self._best, heldout)
 
 
 def beats(folder: Path) -> dict[Path, Beat]:
-    """Return, by the folder of each job that a worker of the sweep runs now, what it does."""
+    """Return the heartbeats of the workers of a sweep by the folder of the job that each runs now."""
     found = (local.beat(folder / local.FOLDER / f"{number}.json") for number in _read(folder / scheduler.RUNNING))
     return {beat.folder: beat for beat in found if beat.folder}
 
 
 def _read(path: Path, outdated: int = 0) -> dict[str, Any]:
-    """A JSON file of one of our processes, {} if it does not exist or is outdated."""
+    """Read a JSON file of one of our processes; {} if it does not exist or is outdated."""
     try:
         return {} if path.stat().st_mtime_ns == outdated else _object(path.read_bytes())
     except FileNotFoundError:
@@ -133,5 +132,5 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def _number(value: Any, kind: type = float) -> Any:
-    """The value as this kind of number; None if it is not a number that a float can hold."""
+    """Return the value as this kind of number; None if it is not a number that a float can hold."""
     return kind(value) if isinstance(value, int | float) and abs(value) <= sys.float_info.max else None

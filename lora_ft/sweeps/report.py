@@ -55,7 +55,7 @@ def write(folder: Path, pictures: bool) -> Report:
 
 
 def exit_code(sweep: Sweep) -> int:
-    """The exit code of the sweep's command."""
+    """Return the exit code of the sweep's command."""
     if all(job.is_finished for job in sweep.jobs):
         return 0
     if all(job.state is State.failed for job in sweep.jobs):
@@ -64,7 +64,7 @@ def exit_code(sweep: Sweep) -> int:
 
 
 def markdown(ranking: Ranking, charts: list[Chart]) -> str:
-    """report.md: tables, links to the PNG files of `charts`, and the command of each job."""
+    """Make report.md: tables, links to the PNG files of `charts`, and the command of each job."""
     sweep = ranking.sweep
     lines = [f"# Sweep {_escaped(shown(sweep.folder.name))}", "", "```sh", sweep.own_command, "```"]
     for table in tables.tables(ranking):
@@ -102,7 +102,7 @@ def _one_line(text: str) -> str:
 
 
 def _record(ranking: Ranking) -> dict[str, Any]:
-    """report.json: the figures of all tables, units in the names, null for unknown or not finite."""
+    """Make report.json: the figures of all tables, units in the names, null for unknown or not finite."""
     sweep = ranking.sweep
     places = {job.name: (n, board.place(job)) for n, board in enumerate(ranking.boards) for job in board.ranked}
     return {

@@ -127,7 +127,7 @@ def read(folder: Path) -> Sweep:
 
 
 def _job_folders(root: Path) -> list[Path]:
-    """The folders with an overrides.txt, at any depth; sorted by number if all names are numbers, else by name."""
+    """Find folders with an overrides.txt at any depth; sort them by number if all names are numbers, else by name."""
     found = []
     for place, folders, files in os.walk(root):
         if runs.OVERRIDES in files and place != str(root):
@@ -144,7 +144,8 @@ def _job(root: Path, folder: Path, number: int, in_use: set[int] | None) -> JobR
     name = shown(folder.relative_to(root).as_posix())
     known: dict[str, Any] = {"name": name, "folder": folder, "number": number}
     try:
-        known["overrides"] = _overrides(folder)
+        overrides = _checked(folder / runs.OVERRIDES, _MOST_OVERRIDES_BYTES).read_text("utf-8")
+        known["overrides"] = tuple(line for line in shown(overrides).split("\n") if line)
         known["settings"] = _settings(folder, _stamp(folder / "config.yaml"), _stamp(folder / "changed.json"))
         known["curve"] = _curve(folder, _stamp(folder / runs.METRICS))
         known |= _outcome(folder, known["curve"], in_use)
@@ -154,16 +155,15 @@ def _job(root: Path, folder: Path, number: int, in_use: set[int] | None) -> JobR
     return JobResult(**known)
 
 
-def _overrides(folder: Path) -> tuple[str, ...]:
-    path = folder / runs.OVERRIDES
-    untrusted.check_place(path, folder)
-    if path.stat().st_size > _MOST_OVERRIDES_BYTES:
-        raise ConfigError(f"{path} is larger than {_MOST_OVERRIDES_BYTES // 2**20} MiB")
-    return tuple(line for line in shown(path.read_text("utf-8")).split("\n") if line)
+def _checked(path: Path, most_bytes: int) -> Path:
+    untrusted.check_place(path, path.parent)
+    if path.stat().st_size > most_bytes:
+        raise ConfigError(f"{path} is larger than {most_bytes // 2**20} MiB")
+    return path
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    """Modification time and size, (0, 0) if there is no such file."""
+    """Return modification time and size, (0, 0) if there is no such file."""
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -180,9 +180,9 @@ def _settings(folder: Path, config_stamp: tuple[int, int], changed_stamp: tuple[
 
 @functools.cache
 def _defaults() -> dict[str, Any]:
-    """The defaults, for settings that are newer than a job's config."""
-    declared = {setting.key: setting.default for setting in validation.settings(config.TrainRun)}
-    return _flat({key: value.value if isinstance(value, Enum) else value for key, value in declared.items()})
+    """Return the defaults of all settings, for those that are newer than a job's config."""
+    defaults = {setting.key: setting.default for setting in validation.settings(config.TrainRun)}
+    return _flat({key: value.value if isinstance(value, Enum) else value for key, value in defaults.items()})
 
 
 def _flat(node: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
@@ -194,7 +194,7 @@ def _flat(node: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A setting's value as a JSON value."""
+    """Convert a setting's value to a JSON value."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
@@ -216,10 +216,7 @@ def _curve(folder: Path, stamp: tuple[int, int]) -> Curve:
     path = folder / runs.METRICS
     if not os.path.lexists(path):
         return Curve()
-    untrusted.check_place(path, folder)
-    if path.stat().st_size > _MOST_METRICS_BYTES:
-        raise ConfigError(f"{path} is larger than {_MOST_METRICS_BYTES // 2**20} MiB")
-    lines = path.read_bytes().split(b"\n")
+    lines = _checked(path, _MOST_METRICS_BYTES).read_bytes().split(b"\n")
     lines.pop()  # nothing, or a line that is being written
     stride = max(1, math.ceil(len(lines) / _POINTS))
     losses, heldout, last_step = [], [], None
@@ -245,7 +242,7 @@ def _metrics(path: Path, number: int, line: bytes) -> tuple[int, dict[str, Any]]
 
 
 def finite(value: Any) -> float | None:
-    """The value if it is a number that a float can hold, else None."""
+    """Return the value if it is a number that a float can hold, else None."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return value if is_number and abs(value) <= sys.float_info.max else None
 
@@ -307,7 +304,7 @@ def _of_steps(folder: Path) -> str:
 
 
 def _locked_inodes() -> set[int] | None:
-    """Inodes locked by processes of this machine, as training locks its folder; None if the system does not list them.
+    """Return the inodes that processes of this machine lock, as training locks its folder; None if they are unknown.
 
     Trying to take a lock could make a job that starts at the same moment fail. Devices are not compared: the kernel's
     list and stat differ on some file systems.

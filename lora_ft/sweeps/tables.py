@@ -167,7 +167,7 @@ def _rows(columns: list[JobColumn], jobs: Iterable[JobResult]) -> list[Row]:
 
 
 def _job_columns(ranking: Ranking) -> Iterator[JobColumn]:
-    """The job's name and the settings by which it differs."""
+    """Yield the columns of the job's name and of the settings in which the jobs differ."""
     number = {job.name: finite(int(job.name)) for job in ranking.sweep.jobs if job.name.isdecimal()}
     yield Column("job", kind="text"), lambda job: Cell(job.name, number.get(job.name))
     names = [*ranking.columns, SEED] if ranking.has_seeds else [*ranking.columns]
@@ -189,7 +189,7 @@ def _setting(values: dict[str, Any], name: str) -> Cell:
 
 
 def value_text(value: Any) -> str:
-    """A setting's value as typed on the command line."""
+    """Return a setting's value as typed on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
@@ -200,7 +200,7 @@ def value_text(value: Any) -> str:
 
 
 def describe(values: dict[str, Any]) -> str:
-    """Settings and their values in one line."""
+    """Return settings and their values in one line."""
     return ", ".join(f"{name} {value_text(value)}" for name, value in values.items())
 
 
@@ -230,7 +230,7 @@ def duration(seconds: float) -> str:
 
 
 def status(job: JobResult) -> str:
-    """A job's state in one line, with the beginning of the reason."""
+    """Return a job's state in one line, with the beginning of the reason."""
     first = job.reason.partition("\n")[0]
     first = first if len(first) <= _STATUS else f"{first[: _STATUS - 1].rstrip()}…"
     return f"{job.state.value}: {first}" if first else job.state.value

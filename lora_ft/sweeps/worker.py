@@ -27,9 +27,10 @@ from lora_ft.models.fingerprint import fingerprint
 from lora_ft.sweeps import jobs
 from lora_ft.sweeps.halving import Halving
 from lora_ft.sweeps.jobs import Job
-from lora_ft.train import Shared, prepare, train_job
+from lora_ft.train import train_job
 from lora_ft.training.callbacks import Callback, Metrics
 from lora_ft.training.progress import displayed
+from lora_ft.training.shared import Shared, prepare
 from lora_ft.training.signals import Stop, on_signals
 from lora_ft.training.state import TrainingState
 

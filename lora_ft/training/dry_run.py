@@ -10,7 +10,6 @@ twice in two ways: rows come from `prepare_rows`, steps from `plan_steps`, and t
 the base's skeleton.
 """
 
-import os
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,12 +26,12 @@ from lora_ft.data.dataset import Dataset, Report, prepare_rows
 from lora_ft.data.read import read
 from lora_ft.data.statistics import Survey, survey
 from lora_ft.data.statistics import warnings as warnings_of_rows
-from lora_ft.errors import ConfigError, LoraFtError
+from lora_ft.errors import LoraFtError
 from lora_ft.io import durable
 from lora_ft.models.load import Base, resolve_device
 from lora_ft.models.meta_model import load_skeleton
 from lora_ft.ops.kernels import choose_kernels
-from lora_ft.training import checkpoint, state, trackers
+from lora_ft.training import checkpoint, ranks, state, trackers
 from lora_ft.training.ineffective_settings import without_effect
 from lora_ft.training.optimizers import learning_rate
 
@@ -132,8 +131,7 @@ class Tries:
 
 def check_machine(cfg: config.TrainRun) -> None:
     """ConfigError for what no other rows would change: several processes, a device or kernels that are not here."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(f"training runs in one process so far, got WORLD_SIZE={os.environ['WORLD_SIZE']}")
+    ranks.current()
     choose_kernels(resolve_device(cfg.device), compile_=cfg.fast.compile, liger=cfg.fast.liger)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft import config, objectives, validation
-from lora_ft.adapters import attach, audit, files, provenance
+from lora_ft.adapters import attach, audit, files, init, provenance
 from lora_ft.data.dataset import Dataset, EvalPrompt
 from lora_ft.data.packing import check_capacity, group_lengths, grouped, longest_group
 from lora_ft.data.rows import Example
@@ -128,7 +128,8 @@ class TrainingState:
     def starts_as_base(self) -> bool:
         """True if the adapter adds nothing before its first step, so that the model is its base, bit for bit."""
         adapter = self.cfg.adapter
-        return not (adapter.dora or adapter.init_from or adapter.modules_to_save or self.cfg.model.added_tokens)
+        trains_more = adapter.dora or adapter.modules_to_save or self.cfg.model.added_tokens
+        return not (trains_more or adapter.init_from or init.find(adapter.init).changes_base)
 
     @property
     def measured(self) -> tuple[EvalLoss | None, EvalLoss | None]:
@@ -171,6 +172,7 @@ def _attach(cfg: config.TrainRun, base: Base, dataset: Dataset) -> PeftModel:
             token_ids,
             objectives.find(cfg.objective).task_type,
         )
+        init.find(cfg.adapter.init).apply(model, NAME, dataset.train)
         if cfg.adapter.init_from:
             source = Path(cfg.adapter.init_from)
             provenance.check_source(source, files.read_config(source), base, cfg.quant)

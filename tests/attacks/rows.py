@@ -60,8 +60,8 @@ def _read_hub(place: Place) -> None:
     found = datasets.Dataset.from_dict({"text": ["a"], "image": [{"path": target, "bytes": None}]}, features=features)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "load_dataset", lambda *args, **kwargs: found)
-        (row,) = records("evil/images", "data.path", config.Data(), Ledger())
-    assert row.values["image"]["path"] == target
+        ((_, values),) = records("evil/images", "data.path", config.Data(), Ledger())
+    assert values["image"]["path"] == target
 
 
 def _text(name: str, text: str) -> Callable[[Place], None]:

@@ -34,7 +34,7 @@ from lora_ft.cli import entry
 from lora_ft.errors import Interrupted, LoraFtError
 from lora_ft.io import durable
 from lora_ft.models.load import load_base, load_tokenizer
-from lora_ft.training import checkpoint
+from lora_ft.training import checkpoint, shared
 from lora_ft.training.dry_run import read_rows
 
 train = importlib.import_module("lora_ft.train")  # lora_ft.train is the function
@@ -303,9 +303,9 @@ def _load_once(cfg: config.TrainRun, folder: Path) -> None:
     tokenizer = load_tokenizer(cfg.model)
     rows = read_rows(cfg, tokenizer)
     bases = [load_base(cfg.model, cfg.quant, cfg.device, tokenizer) for _ in range(2)]
-    train.load_tokenizer = lambda *_: tokenizer
-    train.read_rows = lambda *_: rows
-    train.load_base = lambda *_: bases.pop()
+    shared.load_tokenizer = lambda *_: tokenizer
+    shared.read_rows = lambda *_: rows
+    shared.load_base = lambda *_: bases.pop()
     with _silent():
         train.main(cfg, entry.Invocation(folder / "first", []))
     gc.collect()

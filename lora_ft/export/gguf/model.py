@@ -9,7 +9,7 @@ An unknown tensor is an error before anything is written. Keys: llama.cpp b10605
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from lora_ft.config import GgufType
 from lora_ft.errors import ConfigError
 from lora_ft.export.gguf import tokenizer as gguf_tokenizer
 from lora_ft.export.gguf import writer
@@ -27,6 +26,7 @@ from lora_ft.io import untrusted
 from lora_ft.models.gguf.convert import llama3_divisors
 from lora_ft.models.load import read_tokenizer
 from lora_ft.models.resolve import weight_files
+from lora_ft.values import GgufType
 
 log = logging.getLogger("lora_ft")
 
@@ -113,7 +113,7 @@ def _planned(layout: Layout, name: str, shape: tuple[int, ...], kind: Kind) -> P
 
 
 def _arrays(
-    layout: Layout, files: dict[str, Path], names: dict[str, Any], first: list[np.ndarray]
+    layout: Layout, files: dict[str, Path], names: Iterable[str], first: list[np.ndarray]
 ) -> Iterator[np.ndarray]:
     yield from first
     for name in names:

@@ -15,8 +15,8 @@ if "lora_ft.sweeps.worker" in sys.orig_argv:
     _planted = json.loads(os.environ["PLANTED"])
     _gradient = trainer._gradient
 
-    def planted(learner, *, audited):
-        match _planted.get(str(learner.cfg.seed)) if learner.step == 2 else None:
+    def planted(state, *given, **options):
+        match _planted.get(str(state.cfg.seed)) if state.step == 2 else None:
             case "raise":
                 raise ZeroDivisionError("planted")
             case "exit":
@@ -28,7 +28,7 @@ if "lora_ft.sweeps.worker" in sys.orig_argv:
             case "memory":
                 raise MemoryError
             case "nan":
-                learner.flat.values.fill_(float("nan"))
-        return _gradient(learner, audited=audited)
+                state.flat.values.fill_(float("nan"))
+        return _gradient(state, *given, **options)
 
     trainer._gradient = planted

@@ -1,0 +1,62 @@
+"""What the jobs of a sweep share, and a single run has for itself: tokenizer, rows, and the loaded base.
+
+shared = prepare(cfg)                      # no weights yet
+shared.base = load(cfg, shared.tokenizer)  # frozen, accelerated, its weights hashed
+"""
+
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerBase
+
+from lora_ft import config, objectives
+from lora_ft.evaluation.comparison import Comparison
+from lora_ft.evaluation.loss import EvalLoss
+from lora_ft.models.acceleration import Accelerated, accelerate
+from lora_ft.models.fingerprint import fingerprint
+from lora_ft.models.load import Base, load_base, load_tokenizer, resolve_device
+from lora_ft.ops.allocator import keep_freed_memory
+from lora_ft.ops.dropout import switch_off_dropout
+from lora_ft.ops.kernels import choose_kernels
+from lora_ft.training.dry_run import Rows, check_machine, read_rows
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A frozen base, accelerated, with the fingerprint of its weights."""
+
+    base: Base
+    accelerated: Accelerated
+    fingerprint: str
+
+
+@dataclass
+class Shared:
+    """What the jobs of a sweep share: tokenizer, rows and, once loaded, the base.
+
+    base_losses, comparisons: what was measured of the bare base, by what decides it, so that it is measured once.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    rows: Rows
+    base: LoadedBase | None = None
+    base_losses: dict[object, EvalLoss] = field(default_factory=dict)
+    comparisons: dict[object, Comparison] = field(default_factory=dict)
+
+
+def prepare(cfg: config.TrainRun) -> Shared:
+    """Read the tokenizer and the rows of a run; no weights are loaded."""
+    keep_freed_memory()
+    check_machine(cfg)
+    tokenizer = load_tokenizer(cfg.model)
+    return Shared(tokenizer, read_rows(cfg, tokenizer))
+
+
+def load(cfg: config.TrainRun, tokenizer: PreTrainedTokenizerBase) -> LoadedBase:
+    """Load the base of a run, freeze and accelerate it."""
+    kernels = choose_kernels(resolve_device(cfg.device), compile_=cfg.fast.compile, liger=cfg.fast.liger)
+    model_class = objectives.find(cfg.objective).model_class
+    base = load_base(cfg.model, cfg.quant, cfg.device, tokenizer, model_class)
+    switch_off_dropout(base.model)
+    before = fingerprint(base.model)
+    made = accelerate(base.model, cfg.fast, kernels, set(cfg.adapter.modules_to_save))
+    return LoadedBase(base, made, before)
