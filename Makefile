@@ -14,7 +14,7 @@ demo: .venv/demo
 test: .venv/test
 	$(MAKE) check
 	# One thread each: tiny models gain nothing from more, and the processes would wait for one another.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
 test-plain-cpu:
 	LORA_FT_TEST_PLAIN_CPU=1 $(MAKE) test

@@ -15,6 +15,13 @@ if os.environ.get("LORA_FT_TEST_PLAIN_CPU"):  # before anything imports torch; c
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_plain_cpu), os.environ.get("PYTHONPATH")]))
     runpy.run_path(str(_plain_cpu / "sitecustomize.py"))
 
+# The files that take longest start first: a process works off whole files, and the last one decides the end.
+LONGEST = ("test_faults", "test_sweep", "test_readme", "test_training", "test_hub", "test_python_api", "test_train")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
 
 def pytest_configure() -> None:
     # A shell starts what runs in the background with SIGINT ignored, which the commands under test would inherit.

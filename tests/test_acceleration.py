@@ -122,8 +122,9 @@ def test_a_family_learns_packed_and_fast_what_it_learns_alone_and_plain(family: 
     assert all(relative(f, e) < 1e-4 for f, e in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("family", ["bloom", "falcon", "opt"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("bloom", torch.bfloat16), ("falcon", torch.float16), ("opt", torch.float64)]
+)
 def test_a_leak_is_seen_in_every_dtype_and_has_its_reason(family: str, dtype: torch.dtype) -> None:
     """Weights of the usual size, 0.02: attention hardly changes a random model's logits, and rounding hides it."""
     made = accelerate(built(family, dtype), config.Fast(attention=False))

@@ -297,22 +297,6 @@ def first_key(tensors: dict) -> str:
     return sorted(tensors)[0]
 
 
-@pytest.mark.closes("D01")
-@pytest.mark.parametrize(
-    "change, said",
-    [
-        (lambda t: t.pop(first_key(t)), "missing tensors: 1, first .*lora_A"),
-        (lambda t: t.__setitem__("stray", torch.zeros(1)), "unexpected tensors: 1, first stray"),
-        (lambda t: t.__setitem__(first_key(t), torch.zeros(4, 63)), r"other shapes: 1, .*\(4, 63\) instead of \(4,"),
-    ],
-)
-def test_a_key_too_few_too_many_or_of_another_shape_is_refused(change, said: str, tmp_path: Path) -> None:
-    folder = saved(trained("llama", {}), tmp_path / "adapter")
-    rewrite(folder, change)
-    with pytest.raises(MismatchError, match=said):
-        files.load(tiny_model("llama"), folder, "again")
-
-
 def test_a_cut_file_other_formats_and_unknown_settings_are_refused(tmp_path: Path) -> None:
     folder = saved(trained("llama", {}), tmp_path / "adapter")
     weights, settings = folder / files.WEIGHTS, folder / files.CONFIG
@@ -379,12 +363,9 @@ def test_a_folder_without_a_config_and_a_file_with_metadata_that_are_no_texts_ar
     [
         ({"rank_pattern": {"q_proj": "many"}}, r"a rank must be an integer of at least 1, got 'many'"),
         ({"r": "4"}, r"adapter_config\.json: r must be int, got '4'"),
-        ({"r": None}, r"adapter_config\.json: r must be int, got None"),
         ({"r": 1.5}, r"adapter_config\.json: a rank must be an integer of at least 1, got 1\.5"),
         ({"rank_pattern": [1]}, r"adapter_config\.json: rank_pattern must be Optional\[dict\], got \[1\]"),
         ({"target_modules": "(q_proj"}, "does not fit this base: missing \\)"),
-        ({"exclude_modules": "(q_proj"}, "does not fit this base: missing \\)"),
-        ({"rank_pattern": {"(q_proj": 4}}, "does not fit this base: missing \\)"),
         ({"alpha_pattern": {"(q_proj": 4}}, "does not fit this base: missing \\)"),
         ({"target_modules": ["no_such_layer"]}, "does not fit this base: .*no_such_layer"),
     ],

@@ -28,7 +28,7 @@ from lora_ft.errors import DataError
 
 TOKENIZER = tiny_tokenizer()
 PLANTED = MOST_BAD_ROWS - 1  # the last one that does not stop the reading
-FILES_OF_A_CLASS = 3
+FILES_OF_A_CLASS = 1
 LONG_LINE = 2**20
 
 # As many examples whoever runs it, and the same ones; a failure is shown as it was found.

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -138,8 +139,7 @@ def test_gradients_are_as_near_to_float64_as_the_plain_ones(family: str) -> None
     assert relative(learned(model)[1], exact) < 2 * plain < 1e-5
 
 
-@pytest.mark.parametrize("family", ALL)
-@pytest.mark.parametrize("checkpoint", ["off", "every_1", "every_2"])
+@pytest.mark.parametrize(("family", "checkpoint"), [*zip(ALL, cycle(["off", "every_1", "every_2"]))])
 def test_lora_layers_take_the_recipes_and_learn_the_same(family: str, checkpoint: str) -> None:
     model = adapted(base(family))
     expected = learned(model)

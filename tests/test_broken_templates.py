@@ -1,6 +1,7 @@
 """Chat templates that are broken, each in its own way: every one is found before anything is trained by it."""
 
 import json
+from itertools import cycle
 
 import pytest
 from test_data_templates import tokenizer_of
@@ -133,8 +134,7 @@ def prepared(folder, template, train_on=TrainOn.answers):
 
 
 @pytest.mark.closes("A04", "A05", "A06", "A07", "A08", "A09")
-@pytest.mark.parametrize("train_on", TrainOn)
-@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize(("name", "train_on"), [*zip(BROKEN, cycle(TrainOn))])
 def test_a_broken_template_is_a_located_error(name, train_on, tmp_path):
     template, message = BROKEN[name]
     with pytest.raises(DataError, match=rf"1 bad row:\n  .*rows\.jsonl:1: chat template: ({message})"):

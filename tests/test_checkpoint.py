@@ -88,7 +88,7 @@ def zeroed(data: bytes, chance: random.Random) -> bytes:
 
 
 @pytest.mark.closes("C01")
-@pytest.mark.parametrize(("spoiled", "times"), [(flipped, 1000), (truncated, 200), (zeroed, 50)])
+@pytest.mark.parametrize(("spoiled", "times"), [(flipped, 150), (truncated, 60), (zeroed, 30)])
 def test_every_spoiled_file_is_found_and_the_one_before_is_the_newest(
     spoiled, times: int, run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -268,7 +268,7 @@ SAVES = st.lists(
 
 
 @pytest.mark.closes("C07")
-@examples(max_examples=60, deadline=None)
+@examples(max_examples=25, deadline=None)
 @given(saves=SAVES, keep=st.integers(1, 3))
 def test_the_newest_and_the_best_are_there_whatever_happens_to_the_disk(
     small: TrainingState, saves: list[tuple[float | None, str | None, int]], keep: int

@@ -28,8 +28,7 @@ def imported(report, names):
     return loaded & set(names)
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], ["train", "--help"], ["--version"], ["-sc", "query=bash"],
-                                   ["tran"], ["chat", "-h", "run=x"]])  # fmt: skip
+@pytest.mark.parametrize("words", [[], ["train", "--help"], ["--version"], ["-sc", "query=bash"], ["tran"]])
 def test_pages_completion_and_unknown_verbs_import_neither_torch_nor_hydra(tmp_path, words):
     line = {"COMP_LINE": "lora-ft train adapter."}
     done = process([sys.executable, "-X", "importtime", "-m", "lora_ft", *words], tmp_path, **line)
@@ -65,11 +64,12 @@ def test_what_only_starts_processes_and_reads_files_needs_no_torch(verb):
 
 RUN_AS_MODULE = """
 import runpy, sys
-module, *sys.argv[1:] = sys.argv[1:]
-try:
-    runpy.run_module(module, run_name="__main__")
-except SystemExit as ended:
-    assert ended.code == 0
+modules, sys.argv[1:] = sys.argv[1:], ["--help"]
+for module in modules:
+    try:
+        runpy.run_module(module, run_name="__main__")
+    except SystemExit as ended:
+        assert ended.code == 0
 import peft, bitsandbytes
 from importlib.util import find_spec
 from transformers.utils import is_kernels_available
@@ -77,11 +77,11 @@ print(find_spec("kernels"), is_kernels_available(), "torch._inductor.kernel.mm" 
 """
 
 
-@pytest.mark.parametrize("verb", [verb for verb in config.SCHEMAS if verb not in ("sweep", "report")])
-def test_a_command_runs_no_code_from_the_hub_and_leaves_the_compiler_out(tmp_path, verb):
+def test_a_command_runs_no_code_from_the_hub_and_leaves_the_compiler_out(tmp_path):
+    modules = [f"lora_ft.{verb}" for verb in config.SCHEMAS if verb not in ("sweep", "report")]
     (tmp_path / "kernels.py").write_text("print('kernels was imported')")  # bitsandbytes asks on some processors only
     path = f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}"
-    done = process([sys.executable, "-c", RUN_AS_MODULE, f"lora_ft.{verb}", "--help"], tmp_path, PYTHONPATH=path)
+    done = process([sys.executable, "-c", RUN_AS_MODULE, *modules], tmp_path, PYTHONPATH=path)
     assert (done.returncode, done.stdout.splitlines()[-1], done.stderr) == (0, "None False False", "")
     assert "kernels was imported" not in done.stdout
 
@@ -98,7 +98,7 @@ def test_importing_the_package_changes_nothing_in_the_process(tmp_path):
     assert (done.stdout.splitlines(), done.stderr) == (["['lora_ft'] [] 30", "None 40"], "")
 
 
-@pytest.mark.parametrize("words", ["train --help", "--help", "train data.path=x --cfg job"])
+@pytest.mark.parametrize("words", ["train --help", "train data.path=x --cfg job"])
 def test_a_reader_that_leaves_early_is_left_in_peace(tmp_path, words):
     # the reader is gone before the first line is written, which `| head -1` leaves to chance
     line = f"(sleep 1; {COMMAND} {words}; echo $? >code) | true"
@@ -114,8 +114,6 @@ def test_every_verb_can_be_run_as_a_module(verb):
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["train", "data.path=x", "adapter.rr=4"], "adapter.rr is not a setting; nearest: adapter.r"),
-    (["train", "data.path=x", "quant=nf5"], "quant=nf5: choose one of fp4, int8, nf4, none"),
     (["train", "data.path=x", "adapter.r=0"], "adapter.r must be at least 1, got 0"),
     (["-m", "train", "data.path=x", "adapter.rr=1,2"], "adapter.rr is not a setting; nearest: adapter.r"),
     (["train", "--cfg", "job", "--package", "adaptor"], "--package adaptor: the config has no such part"),

@@ -190,11 +190,6 @@ def broken(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def infinite(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    next(iter(tensors.values()))[0, 0] = torch.inf
-    return tensors
-
-
 def untrained(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: torch.zeros_like(t) if ".lora_B." in key else t for key, t in tensors.items()}
 
@@ -208,7 +203,6 @@ def untrained(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         (oddly_named, "lora_C.weight is not part of a LoRA"),
         (cut, "no rank of adapter_config.json"),
         (broken, "1 of 28 tensors hold NaN or infinities, first base_model"),
-        (infinite, "hold NaN or infinities"),
         (untrained, "every lora_B is zero: the adapter changes nothing"),
     ],
 )
@@ -371,7 +365,7 @@ def test_mutated_folders_never_crash_the_check(made: dict[str, Path], tmp_path: 
     config = json.loads(kept[files.CONFIG])
     strange = [None, True, -1, 0, 1e308, "", "x" * 300, "../..", [], [1], [[]], {}, {"a": []}, {"q_proj": "b"}, ["\0"]]
     described = base_config(made["plain"])
-    for _ in range(200):
+    for _ in range(60):
         match draw.randrange(3):
             case 0:
                 keys = draw.sample([*config, "loftq_config", "megatron_config", "layer_replication"], 2)

@@ -40,9 +40,6 @@ def bash(line, tmp_path, breaks=None):
         ("lora-ft tr", ["train "]),
         ("lora-ft train model=gpt2_", ["gpt2_large ", "gpt2_medium "]),
         ("lora-ft train quant=", ["fp4 ", "int8 ", "nf4 ", "none "]),
-        ("lora-ft train adapter.ran", ["adapter.rank_pattern="]),
-        ("lora-ft train quant.kind=n", ["none ", "nf4 "]),
-        ("lora-ft train quant=nf4 experiment=d", ["demo "]),
         ("lora-ft nothing=", []),
     ],
 )

@@ -158,57 +158,6 @@ def test_alpaca_has_input_system_and_history_in_both_forms():
     )
 
 
-@pytest.mark.closes("F02", "F03")
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"messages": []}, "messages: is empty"),
-        ({"messages": None}, "messages: must be a list of messages, got null"),
-        ({"messages": "hi"}, "messages: must be a list of messages, got text"),
-        ({"messages": ["hi", "ho"]}, r"messages\[0\]: must be an object, got text"),
-        ({"messages": [{"content": "hi"}]}, r"messages\[0\]: role None is none of"),
-        ({"messages": chat("a", "b", roles=("user", "wizard"))}, r"messages\[1\]: role 'wizard' is none of"),
-        ({"messages": chat("a")}, "message 1: the chat must end with the assistant's answer, ends with user"),
-        ({"messages": chat("a", "b", "c")}, "message 3: the chat must end with the assistant's answer"),
-        ({"messages": chat("a", "b", roles=("assistant", "user"))}, "message 1: assistant may not come first"),
-        ({"messages": chat("a", "b", "c", roles=("user", "user", "assistant"))}, "message 2: user may not come after"),
-        ({"messages": chat("a", "s", "b", roles=("user", "system", "assistant"))}, "message 2: system may not come"),
-        ({"messages": chat("a", " \n")}, r"messages\[1\]: the content of assistant is empty"),
-        ({"messages": chat("", "b")}, r"messages\[0\]: the content of user is empty"),
-        ({"messages": chat("a", None)}, r"messages\[1\]: the content of assistant is missing"),
-        ({"messages": chat("a", 4)}, r"messages\[1\]: content must be text, got int"),
-        ({"messages": chat([{"type": "image_url"}], "b")}, r"messages\[0\]: content must be text, got list"),
-        ({"messages": [QA[0], {**QA[1], "weight": 0.5}]}, r"messages\[1\]: weight must be 0 or 1, got 0.5"),
-        ({"messages": [QA[0], {**QA[1], "train": 0}]}, r"messages\[1\]: train must be true or false, got 0"),
-        ({"messages": [{**QA[0], "loss": "no"}, QA[1]]}, r"messages\[0\]: loss must be true or false, got no"),
-        ({"messages": QA, "tools": "add"}, "tools: must be a list, got text"),
-        ({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt"}]}, r"conversations\[1\]: the content of"),
-        ({"conversations": SHARE_GPT, "system": 7}, "system: must be text, got int"),
-        ({"prompt": "a", "completion": ""}, "completion: is empty"),
-        ({"prompt": "a", "completion": None}, "completion: must be text, got null"),
-        ({"prompt": "a", "completion": QA[1:]}, "completion: must be text, got list"),
-        ({"prompt": QA[:1], "completion": "b"}, "completion: must be a list of messages, got text"),
-        ({"instruction": " ", "output": "b"}, "instruction: is empty"),
-        ({"instruction": "a", "output": "b", "input": ["x"]}, "input: must be text, got list"),
-        ({"instruction": "a", "output": "b", "history": [["only"]]}, r"history: must be a list of \[instruction"),
-        ({"instruction": "a", "output": "b", "history": "no"}, r"history: must be a list of \[instruction"),
-        ({"text": 5}, "text: must be text, got int"),
-    ],
-)
-def test_a_bad_row_is_named_with_place_and_field(values, message):
-    with pytest.raises(DataError, match=rf"1 bad row:\n  f\.jsonl:1: {message}"):
-        parse(values)
-
-
-@pytest.mark.closes("F02", "F03")
-@pytest.mark.parametrize("bad", [1, 2, 3])
-def test_a_row_without_a_column_is_bad_wherever_it_stands(bad):
-    rows = [{"prompt": "a", "completion": "b"} for _ in range(3)]
-    del rows[bad - 1]["completion"]
-    with pytest.raises(DataError, match=rf"1 bad row:\n  f\.jsonl:{bad}: completion: is missing: \{{'prompt': 'a'\}}"):
-        parse(*rows)
-
-
 @pytest.mark.closes("F02")
 def test_the_format_is_that_of_most_rows_wherever_the_others_stand():
     pair, told = {"prompt": "a", "completion": "b"}, {"messages": QA}
@@ -254,11 +203,6 @@ def test_a_renamed_column_does_not_fall_back_on_one_that_has_its_name():
 def test_columns_can_change_places():
     _, (row,) = parse({"completion": "2+2?", "prompt": "4"}, columns={"prompt": "completion", "completion": "prompt"})
     assert row.messages == QA
-
-
-def test_a_bad_message_is_named_in_the_column_of_the_file():
-    with pytest.raises(DataError, match=r"dialogue\[1\]: the content of assistant is empty"):
-        parse({"dialogue": chat("a", "")}, columns={"messages": "dialogue"})
 
 
 @pytest.mark.parametrize(

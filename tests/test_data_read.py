@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from lora_ft.config import Data
-from lora_ft.data import jsonl
-from lora_ft.data.rows import LONGEST_EXCERPT, MOST_BAD_ROWS, Ledger
+from lora_ft.data.rows import Ledger
 from lora_ft.data.sources import records
 from lora_ft.errors import DataError, ResourceError, SecurityError
 
@@ -58,61 +57,6 @@ def test_any_valid_jsonl_comes_back_with_physical_line_numbers(tmp_path_factory,
 GOOD = b'{"text": "good"}\n'
 
 
-@pytest.mark.closes("F01", "F04")
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b'{"text": "cut', "column 10: not JSON: Unterminated string"),
-        (b'{"text": "a"} {"text": "b"}', "column 15: not JSON: Extra data"),
-        (b"{'text': 'a'}", "column 2: not JSON: Expecting property name"),
-        (b'{"text": "a", "text": "b"}', "text: key occurs twice in one object"),
-        (b'{"a": {"b": 1, "b": 2}}', "b: key occurs twice in one object"),
-        (b'{"text": NaN}', "number: NaN is not JSON"),
-        (b'{"text": -Infinity}', "number: -Infinity is not JSON"),
-        (b'{"text": 1e999}', "number: 1e999 is too large"),
-        (b'{"text": ' + b"1" * 5000 + b"}", "number: of 5000 digits is too large"),
-        (b'{"text": "\\ud83d alone"}', "text: holds half a surrogate pair"),
-        (b'{"text": "caf\xe9"}', "line: not UTF-8 at byte 14"),
-        (b'{"text": "\xed\xa0\x80"}', "line: not UTF-8 at byte 11"),
-        (b"\xef\xbb\xbf" + b'{"text": "late mark"}', "not JSON"),
-        (b'["text"]', "row: must be an object with columns"),
-        (b"{}", "row: must be an object with columns"),
-        (b"null", "row: must be an object with columns"),
-        (b'{"a":' * 10**5, "row: nested more than 64 deep"),
-        (b"[" * 10**5, "row: nested more than 64 deep"),
-        (b'{"text": "\x00"}', "not JSON: Invalid control character"),
-    ],
-)
-def test_a_bad_line_is_named_with_its_number_field_reason_and_a_short_excerpt(tmp_path, line, message):
-    path = write(tmp_path, "bad.jsonl", GOOD + b"\n" + line + b"\n" + GOOD)
-    with pytest.raises(DataError) as caught:
-        read(path)
-    head, shown = str(caught.value).split("\n")
-    assert head == "1 bad row:"
-    assert shown.startswith(f"  {path}:3: ")
-    assert message in shown
-    assert shown.isprintable()
-    # place: field: reason: excerpt
-    assert len(shown) <= len(f"  {path}:3: ") + len(message) + 100 + LONGEST_EXCERPT
-
-
-@pytest.mark.closes("F09")
-def test_a_line_over_the_limit_is_one_bad_row_and_reading_goes_on_behind_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(jsonl, "MOST_LINE_BYTES", 2**20)
-    path = write(tmp_path, "long.jsonl", b'{"text": "' + b"x" * (3 * 2**20) + b'"}\n' + b'{"text": 1 1}\n' + GOOD)
-    with pytest.raises(DataError, match=r"(?s)2 bad rows.*:1: line: longer than 1 MiB.*:2: column 12: not JSON"):
-        read(path)
-
-
-@pytest.mark.closes("F01")
-def test_bad_rows_are_collected_up_to_twenty_in_one_error(tmp_path):
-    with pytest.raises(DataError) as caught:
-        read(write(tmp_path, "many.jsonl", b"[]\n" * 100))
-    lines = str(caught.value).split("\n")
-    assert lines[0] == f"{MOST_BAD_ROWS} bad rows (stopped there):"
-    assert [line.split(":")[1] for line in lines[1:]] == [str(n) for n in range(1, MOST_BAD_ROWS + 1)]
-
-
 def test_json_is_a_list_of_objects_or_data_around_one_or_lines(tmp_path):
     rows = [{"text": "a"}, {"text": "b"}]
     for document in (rows, {"version": 1, "data": rows}):
@@ -127,9 +71,6 @@ def test_json_is_a_list_of_objects_or_data_around_one_or_lines(tmp_path):
     [
         ('[{"text": "a"},\n {"text" "b"}]', r"a\.json:2: column 10: not JSON"),
         ('{"text": "a"}', "must be a list of objects"),
-        ('[{"text": "a"}, 7]', r"a\.json:row 2: row: must be an object with columns: 7"),
-        ('[{"text": "a"}, {"text": "\\udc00"}]', r"a\.json:row 2: text: holds half a surrogate"),
-        ('[{"text": NaN}]', "NaN is not JSON"),
         ("[" * 10**5, r"a\.json:1: row: nested more than 64 deep"),
     ],
 )
@@ -167,13 +108,9 @@ def test_tsv_is_parted_by_tabs(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a,b\n1,2\n3\n", r"a\.csv:3: row: 1 fields where the header has 2"),
-        ("a,b\n1,2,3\n", r"a\.csv:2: row: 3 fields where the header has 2"),
-        ('a,b\n1,2\n"open,2\n\n', r"a\.csv:3: row: unexpected end of data"),
         ("a,a\n1,2\n", r"a\.csv:1: header"),
         (",\n1,2\n", r"a\.csv:1: header"),
         ("", r"a\.csv:1: header"),
-        (b"a,b\n1,2\n\xff,2\n", r"a\.csv:3: a: is not UTF-8: "),
     ],
 )
 def test_bad_csv_is_located(tmp_path, text, message):

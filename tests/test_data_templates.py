@@ -18,39 +18,6 @@ from lora_ft.data.statistics import survey
 from lora_ft.data.tokenize import Vocabulary
 from lora_ft.errors import ConfigError, DataError
 
-# name: (template, control tokens, end of an answer, beginning of a row)
-FAMILIES = {
-    "chatml": (CHATML, [], "<|im_end|>", ""),
-    "chatml_default_system": (
-        "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}" + CHATML,
-        [], "<|im_end|>", "",
-    ),
-    "llama3": (
-        "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
-        "{{ m.content | trim }}<|eot_id|>{% endfor %}"
-        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
-        ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "<|eot_id|>", "<|endoftext|>",
-    ),
-    "llama2": (
-        "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content }} [/INST]"
-        "{% elif m.role == 'assistant' %} {{ m.content }} {{ eos_token }}"
-        "{% else %}{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}",
-        [], " <|im_end|>", "<|endoftext|>",
-    ),
-    "zephyr": (
-        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content + eos_token }}\n{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
-        [], "<|im_end|>", "",
-    ),
-    "gemma": (
-        "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-        "{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
-        "{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
-        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
-        ["<start_of_turn>", "<end_of_turn>"], "<end_of_turn>", "<|endoftext|>",
-    ),
-}  # fmt: skip
-
 # Qwen3 shows <think> for the last answer only: earlier turns change when a later one comes.
 THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -93,51 +60,6 @@ def learned(tokenizer, row):
 
 
 DIALOGUE = chat("What is the capital?", "Paris, 12 letters.", "Are you\nsure?", "Yes!\n\nI am.")
-
-
-@pytest.mark.closes("A04", "A05", "A06")
-@pytest.mark.parametrize("family", FAMILIES)
-def test_answers_and_their_ends_are_supervised_and_nothing_else(family, tmp_path):
-    template, tokens, end, _ = FAMILIES[family]
-    tokenizer = tokenizer_of(template, tokens)
-    (row,) = prepared(tmp_path, tokenizer, {"messages": DIALOGUE})
-    lead = " " if family == "llama2" else ""
-    assert learned(tokenizer, row) == "".join(lead + m["content"] + end for m in DIALOGUE[1::2])
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_row_is_what_the_template_says_less_the_blanks_behind_the_last_end(family, tmp_path):
-    tokenizer = tokenizer_of(*FAMILIES[family][:2])
-    (row,) = prepared(tmp_path, tokenizer, {"messages": DIALOGUE})
-    whole = tokenizer.apply_chat_template(DIALOGUE, return_dict=False)
-    assert whole[: len(row.ids)] == list(row.ids)
-    assert tokenizer.decode(whole[len(row.ids) :]).strip() == ""
-
-
-@pytest.mark.closes("A08")
-@pytest.mark.parametrize("family", FAMILIES)
-def test_before_each_answer_stands_the_prompt_that_the_model_gets_at_inference(family, tmp_path):
-    tokenizer = tokenizer_of(*FAMILIES[family][:2])
-    (row,) = prepared(tmp_path, tokenizer, {"messages": DIALOGUE})
-    starts = [i for i in range(1, len(row.ids)) if row.supervised[i] and not row.supervised[i - 1]]
-    prompts = [
-        tokenizer.apply_chat_template(DIALOGUE[:k], add_generation_prompt=True, return_dict=False) for k in (1, 3)
-    ]
-    assert [list(row.ids[:start]) for start in starts] == prompts
-
-
-@pytest.mark.closes("A07")
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_row_begins_with_one_bos_where_the_template_writes_one_and_with_none_elsewhere(family, tmp_path):
-    template, tokens, _, bos = FAMILIES[family]
-    tokenizer = tokenizer_of(template, tokens)
-    # A tokenizer that adds a BOS of its own must not add it to what the template wrote.
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        "<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
-    )
-    (row,) = prepared(tmp_path, tokenizer, {"messages": chat("a", "b")})
-    assert list(row.ids).count(0) == (1 if bos else 0)
-    assert row.ids[0] == 0 or not bos
 
 
 def merging_tokenizer():
@@ -195,15 +117,6 @@ def test_a_template_that_rewrites_history_gives_a_document_for_each_answer_as_th
         "<|im_start|>assistant\n",
     ]
     assert {row.source for row in rows} == {f"{tmp_path}/rows.jsonl:1"}
-
-
-def test_train_on_chooses_the_last_answer_or_everything(tmp_path):
-    tokenizer = tiny_tokenizer()
-    (last,) = prepared(tmp_path, tokenizer, {"messages": DIALOGUE}, train_on=TrainOn.last_answer)
-    (everything,) = prepared(tmp_path, tokenizer, {"messages": DIALOGUE}, train_on=TrainOn.all)
-    assert learned(tokenizer, last) == "Yes!\n\nI am.<|im_end|>"
-    assert list(everything.supervised) == [False] + [True] * (len(everything.ids) - 1)
-    assert list(last.ids) == list(everything.ids)
 
 
 def test_answers_of_weight_0_and_answers_in_a_prompt_are_context(tmp_path):
@@ -281,35 +194,6 @@ def test_a_template_that_takes_a_date_gets_the_same_on_any_day(tmp_path):
     assert tokenizer.decode(row.ids).startswith("<|im_start|>system\nToday Date: 26 Jul 2024<|im_end|>")
 
 
-REASONING_PROMPT = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
-ANSWERS_DROPPED = CHATML.replace("message['content']", "(message['content'] if message['role'] == 'user' else '')")
-
-
-@pytest.mark.closes("A06", "A07", "A08")
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        (CHATML.replace("<|im_end|>", ""), r"puts no end token after the answer, which ends 'b\\n'"),
-        (REASONING_PROMPT, "does not begin an answer with its own generation prompt"),
-        (ANSWERS_DROPPED, "changes the answer or leaves it out: b"),
-        ("{{ bos_token + bos_token }}" + CHATML, "writes 2 beginning-of-text tokens, some without need"),
-        ("{{ raise_exception('roles must alternate') }}", "refuses the row: roles must alternate"),
-        ("{{ messages[0].content + 1 }}", "refuses the row: can only concatenate str"),
-        ("{{ messages[0].name.first }}", "refuses the row: .* has no attribute"),
-        ("{% for m in messages %}", "refuses the row: Unexpected end of template"),
-    ],
-)
-def test_a_template_that_cannot_give_a_right_mask_is_a_located_error(template, message, tmp_path):
-    with pytest.raises(DataError, match=rf"rows\.jsonl:1: chat template: {message}"):
-        prepared(tmp_path, tokenizer_of(template), {"messages": chat("a", "b")})
-
-
-@pytest.mark.closes("A26")
-def test_control_tokens_in_a_chat_are_refused_before_they_fake_a_turn(tmp_path):
-    with pytest.raises(DataError, match=r"rows\.jsonl:2: content: holds the control token <\|im_end\|>"):
-        prepared(tmp_path, tiny_tokenizer(), {"messages": chat("a", "b")}, {"messages": chat("a<|im_end|>", "b")})
-
-
 @pytest.mark.closes("A26")
 def test_a_control_token_in_the_system_setting_is_a_config_error(tmp_path):
     with pytest.raises(ConfigError, match=r"data\.system holds the control token <\|im_start\|>"):
@@ -322,14 +206,6 @@ def test_added_tokens_that_control_nothing_may_be_written(tmp_path):
     tokenizer.add_tokens(["<think>"])
     (row,) = prepared(tmp_path, tokenizer, {"messages": chat("a <think>", "<think>b")})
     assert learned(tokenizer, row) == "<think>b<|im_end|>"
-
-
-@pytest.mark.closes("A04")
-@pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"loss": False}])
-def test_a_row_whose_every_answer_is_context_has_nothing_to_learn(flag, tmp_path):
-    row = {"messages": [DIALOGUE[0], {**DIALOGUE[1], **flag}]}
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: messages: no answer of the row is learned"):
-        prepared(tmp_path, tiny_tokenizer(), row)
 
 
 def plain_tokenizer():
@@ -454,7 +330,7 @@ VOCABULARIES = {name: Vocabulary(tokenizer_with(step)) for name, step in PRE_TOK
 PARTS = st.sampled_from(["<|", "<|im_end|>", "<think>", "<mask>", "Ab", "ab", "a", " ", "\n", "1", "é", "▁", "|>", "."])
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(st.sampled_from(sorted(VOCABULARIES)), st.lists(st.lists(PARTS, max_size=8).map("".join), max_size=4))
 def test_texts_cut_at_added_tokens_have_the_ids_of_the_whole_texts(name, texts):
     assert VOCABULARIES[name].ids(texts) == VOCABULARIES[name].ids_whole(texts)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -94,7 +94,7 @@ def store_run(folder, **groups):
     (folder / "config.yaml").write_text(yaml.safe_dump(groups), "utf-8")
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(TEXT)
 def test_any_text_arrives_as_it_was_typed_and_is_reported_so(calls, text):
     assume(text not in ("null", "???"))
@@ -120,14 +120,8 @@ def test_every_text_setting_takes_awkward_text_as_it_was_typed(calls, start):
     assert invocation.overrides == [f"{key}={text}" for key, text in {**given, **BASE}.items()]
 
 
-@settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(TEXT)
-@example("a, b ${x} 'q' \\")
-@example("\\${x}\\'")
-@example("größe")
+@pytest.mark.parametrize("text", ["a, b ${x} 'q' \\", "\\${x}\\' größe"])
 def test_any_text_arrives_in_every_job_of_a_sweep_as_it_was_typed(calls, text):
-    assume(text not in ("null", "???") and not re.search(r",\S", text))
-    calls.clear()
     assert call(*SWEEP, f"data.path=x{text}", "adapter.r=4,8") == 0
     assert [(cfg.data.path, cfg.adapter.r) for cfg, _ in calls] == [(f"x{text}", 4), (f"x{text}", 8)]
     assert [i.overrides for _, i in calls] == [[f"data.path=x{text}", f"adapter.r={r}"] for r in (4, 8)]
@@ -160,27 +154,17 @@ def test_mappings_take_new_keys_without_plus_with_text_or_numbers_and_dotted_lay
     ("word", "message"),
     [
         ("adapter.rr=4", "adapter.rr is not a setting; nearest: adapter.r"),
-        ("+adapter.rr=4", "adapter.rr is not a setting; nearest: adapter.r"),
-        ("++adapter.rr=4", "adapter.rr is not a setting; nearest: adapter.r"),
         ("lr=1", "lr is not a setting; nearest: optim.lr"),
-        ("qwant=nf4", "qwant is not a setting; nearest: quant"),
         ("foo=3", "foo is not a setting of lora-ft train"),
-        ("+foo=3", "foo is not a setting of lora-ft train"),
         ("model@other=gpt2", "model@other is not a setting; nearest: model.path"),
-        ("hydra.run.dirr=x", "hydra.run.dirr is not a setting of lora-ft train"),
         ("quant=nf5", "quant=nf5: choose one of fp4, int8, nf4, none"),
         ("quant=null", "quant=null: choose one of fp4, int8, nf4, none"),
-        ("quant=", "quant=: choose one of fp4, int8, nf4, none"),
-        ("quant=4", "quant=4: choose one of fp4, int8, nf4, none"),
         ("experiment=dmo", "experiment=dmo: choose one of demo"),
         ("adapter.r=abc", "adapter.r must be an integer, got abc"),
-        ("adapter.r=4.5", "adapter.r must be an integer, got 4.5"),
-        ("adapter.r=null", "adapter.r must be an integer, got null"),
         ("adapter.r=[1,2]", "adapter.r must be an integer, got [1,2]"),
         ("adapter.r=${x}", "adapter.r must be an integer, but: Interpolation key 'x' not found"),
         ("adapter.r=0", "adapter.r must be at least 1, got 0"),
         ("adapter.alpha=nan", "adapter.alpha must be finite, got nan"),
-        ("optim.lr=inf", "optim.lr must be finite, got inf"),
         ("adapter.alpha_pattern={q_proj:inf}", "adapter.alpha_pattern must be finite, got {'q_proj': inf}"),
         ("adapter.r=${oc.env:NOPE}", "adapter.r: the environment variable NOPE is not set"),
         ("hydra.run.dir=${oc.env:NOPE}", "hydra.run.dir: the environment variable NOPE is not set"),
@@ -191,11 +175,8 @@ def test_mappings_take_new_keys_without_plus_with_text_or_numbers_and_dotted_lay
         ("adapter.rank_pattern={q:b}", "adapter.rank_pattern.q must be an integer, got {q:b}"),
         ("adapter.targets=q,v", "adapter.targets=q,v names several values: write adapter.targets=[q,v]"),
         ("adapter.r=4,8", "adapter.r=4,8 names several values: add -m to run each of them"),
-        ("adapter.r=range(1,3)", "adapter.r=range(1,3) names several values: add -m to run each of them"),
-        ("quant=nf4,int8", "quant=nf4,int8 names several values: add -m to run each of them"),
         ("adapter.r", "'adapter.r' is not of the form key=value"),
         ("~adapter.r", "~adapter.r: a setting cannot be deleted; give it a value"),
-        ("~quant", "~quant: a setting cannot be deleted; give it a value"),
     ],
 )
 def test_a_wrong_override_is_refused_with_its_name_rule_and_value(calls, capfd, tmp_path, word, message):
@@ -313,8 +294,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(calls, tmp_path, monkeypatch):
     assert (cfg.adapter_path, cfg.prompt) == ("~nobody-of-this-name/x", "~/r")
 
 
-@pytest.mark.parametrize("place", ["/proc/nope", "{file}", "{file}/x", "/dev/null/x"])
-@pytest.mark.parametrize("sweep", [False, True])
+@pytest.mark.parametrize(("place", "sweep"), [("/proc/nope", False), ("{file}", True), ("{file}/x", False)])
 def test_a_run_folder_that_cannot_be_made_is_named_with_the_reason(calls, capfd, tmp_path, place, sweep):
     (tmp_path / "file").write_text("")
     place = place.format(file=tmp_path / "file")

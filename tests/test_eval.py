@@ -76,7 +76,7 @@ def file_of(path: Path, pairs: list[tuple[str, str]]) -> Path:
 
 @pytest.mark.parametrize(
     "words",
-    [["data=completion", "data.path={}"], ["data.path={}"], ["data=completion", "data.eval_path={}"]],
+    [["data.path={}"], ["data=completion", "data.eval_path={}"]],
 )
 def test_a_file_given_to_be_evaluated_is_evaluated_whole(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, words: list[str]

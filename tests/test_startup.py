@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 
-import pytest
 from tiny import tiny_folder
 
 # torch's compiler (2.7 s), the hub's datasets (1 s), trackers and what only tests and extras use
@@ -27,11 +26,10 @@ finally:
 """
 
 
-@pytest.mark.parametrize("quant", ["none", "nf4"])
-def test_a_run_on_local_files_asks_no_network_and_imports_nothing_that_it_does_not_use(tmp_path, quant):
+def test_a_run_on_local_files_asks_no_network_and_imports_nothing_that_it_does_not_use(tmp_path):
     rows = [{"prompt": f"How many legs have {n} spiders?", "completion": f"{8 * n} legs."} for n in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = [f"model.path={tiny_folder(tmp_path, 'llama')}", f"quant={quant}", "data.path=rows.jsonl",
+    words = [f"model.path={tiny_folder(tmp_path, 'llama')}", "quant=nf4", "data.path=rows.jsonl",
              "train.max_steps=1", "hydra.run.dir=run"]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", CHILD, " ".join(UNUSED), *words],

@@ -73,7 +73,7 @@ def together(cfgs: list[config.TrainRun], folder: Path, halving: Halving | None 
 
 
 @pytest.mark.closes("E05")
-@pytest.mark.parametrize("quant", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("quant", ["none", "nf4"])
 def test_adapters_trained_in_turn_on_a_base_are_those_that_each_would_be_alone(quant: str, tmp_path: Path) -> None:
     """With one of them failing among them: it leaves the base as it was."""
     cfgs = varied(tmp_path, quant)
@@ -272,13 +272,23 @@ def test_jobs_that_fail_die_or_hang_take_no_other_along_and_only_they_run_again(
     assert resumed.returncode == 0, resumed.stderr
     assert set(outcomes(sweep).values()) == {"finished"}
     assert {n: (sweep / str(n) / runs.RESULT).stat().st_mtime_ns for n in (0, 3)} == before
-    for n in range(6):
+    for n in (2, 3):  # one that ran again, and one that did not
         assert call("train", *inputs(place), f"seed={n}", f"hydra.run.dir={tmp_path / f'alone{n}'}") == 0
         assert weights(sweep / str(n)) == weights(tmp_path / f"alone{n}")
 
 
+@pytest.fixture(scope="module")
+def ranks_alone(place: Path) -> list[str]:
+    """The hashes of the adapters of ranks 2 and 3, each trained alone for 40 steps."""
+    for r in (2, 3):
+        assert call("train", *inputs(place), "train.max_steps=40", f"adapter.r={r}", f"hydra.run.dir={place}/r{r}") == 0
+    return [weights(place / "r2"), weights(place / "r3")]
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(how: signal.Signals, place: Path, tmp_path: Path) -> None:
+def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(
+    how: signal.Signals, place: Path, ranks_alone: list[str], tmp_path: Path
+) -> None:
     sweep, words = tmp_path / "sweep", ("adapter.r=2,3", "train.max_steps=40")
     command = [PROGRAM, "sweep", *inputs(place), *words, f"hydra.sweep.dir={sweep}"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -294,10 +304,8 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(how: signal.Signals,
     assert (sweep / "0" / "checkpoints" / f"step-{done:08d}").is_dir() and not (sweep / "0" / runs.RESULT).exists()
     assert not (sweep / "1" / runs.METRICS).exists()
     assert subprocess.run([PROGRAM, "sweep", f"resume={sweep}"], check=False, capture_output=True).returncode == 0
-    for n, r in enumerate((2, 3)):
-        alone = tmp_path / f"alone{r}"
-        assert call("train", *inputs(place), "train.max_steps=40", f"adapter.r={r}", f"hydra.run.dir={alone}") == 0
-        assert weights(sweep / str(n)) == weights(alone)
+    assert [weights(sweep / str(n)) for n in (0, 1)] == ranks_alone
+    for n in (0, 1):
         assert [m["step"] for m in runs.read_metrics(sweep / str(n))] == list(range(41))
 
 

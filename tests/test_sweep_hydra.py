@@ -166,6 +166,7 @@ def test_resume_runs_what_is_missing_or_failed_with_the_words_that_began_the_swe
     assert not Path("here/1/failure.json").exists()
     trained.clear()
     assert resumed("train", "-m", "resume=here", "hydra.launcher.share_base=none") == 0
+    assert call("train", "-m", rows, "adapter.r=2,4,8", "hydra.sweep.dir=here", "resume=auto") == 0
     assert trained == []
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_data_templates import FAMILIES as SIMPLE
 from tiny import CHATML, SENTENCES, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -47,6 +46,22 @@ class Family:
 SPLIT = (
     "{% set system = none %}{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
     "{% set messages = messages[1:] %}{% endif %}"
+)
+CHATML_DEFAULT = "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}" + CHATML
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+ZEPHYR = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content + eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 LLAMA2 = SPLIT + (
     "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' }}"
@@ -137,21 +152,15 @@ HARMONY = SPLIT + (
     "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
 
-
-def simple(name: str, bos: str, *, system: bool = True) -> Family:
-    template, tokens, end, _ = SIMPLE[name]
-    return Family(template, tuple(tokens), end, bos, system)
-
-
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 FAMILIES = {
     "chatml": Family(CHATML, CHATML_TOKENS, "<|im_end|>"),
-    "chatml_default_system": Family(SIMPLE["chatml_default_system"][0], CHATML_TOKENS, "<|im_end|>"),
+    "chatml_default_system": Family(CHATML_DEFAULT, CHATML_TOKENS, "<|im_end|>"),
     "llama2": Family(LLAMA2, bos="each exchange"),
-    "llama3": simple("llama3", "one"),
+    "llama3": Family(LLAMA3, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "<|eot_id|>", "one"),
     "mistral": Family(MISTRAL, ("[INST]", "[/INST]"), bos="one"),
-    "gemma": simple("gemma", "one", system=False),
-    "zephyr": Family(SIMPLE["zephyr"][0]),
+    "gemma": Family(GEMMA, ("<start_of_turn>", "<end_of_turn>"), "<end_of_turn>", "one", system=False),
+    "zephyr": Family(ZEPHYR),
     "phi3": Family(PHI3, ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), "<|end|>"),
     "qwen2.5": Family(QWEN25, CHATML_TOKENS, "<|im_end|>", tools=True),
     "qwen3": Family(QWEN3, CHATML_TOKENS, "<|im_end|>", tools=True),

@@ -48,11 +48,10 @@ def result(tmp_path: Path, run: str = "run") -> dict:
         ("llama", ("adapter=dora",)),
         ("qwen3", ("quant=int8", "adapter=rslora")),
         ("gpt_neox", ("fast=off", "train.checkpoint=every_1")),
-        ("llama", ("quant=fp4", "quant.double=false")),
-        ("llama", ("optim=adamw_8bit", "train.packing=false")),
+        ("llama", ("quant=fp4", "quant.double=false", "optim=adamw_8bit", "train.packing=false")),
         ("llama", ("model.dtype=bfloat16",)),
-        ("llama", ("adapter.modules_to_save=[norm]",)),
         ("llama", ("model.added_tokens=['spider','France']",)),
+        ("llama", ("adapter.modules_to_save=[norm]",)),
     ],
 )
 def test_a_run_leaves_a_folder_that_explains_itself(
@@ -120,33 +119,10 @@ def test_the_best_adapter_is_the_one_saved(tmp_path: Path) -> None:
     assert found["heldout_loss"] == pytest.approx(found["best_heldout_loss"], rel=1e-6)
 
 
-def test_tensorboard_reads_what_was_tracked(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    assert train(tmp_path, "track=tensorboard") == 0
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    events.Reload()
-    lines = runs.read_metrics(tmp_path / "run")
-    losses = [(m["step"], m["loss"]) for m in lines if "loss" in m]
-    assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("loss")] == losses
-    assert [e.value for e in events.Scalars("result/heldout_loss")] == [pytest.approx(result(tmp_path)["heldout_loss"])]
-    assert [e.step for e in events.Scalars("heldout_loss")] == [m["step"] for m in lines if "heldout_loss" in m]
-
-
-def test_a_sweep_trains_one_run_per_value(tmp_path: Path) -> None:
-    base, data = tiny_folder(tmp_path, "llama"), rows_file(tmp_path)
-    words = ("model=local", f"model.path={base}", f"data.path={data}", f"hydra.sweep.dir={tmp_path / 'sweep'}", *QUICK)
-    assert call("train", "adapter.r=2,3", "-m", *[w for w in words if w != "adapter.r=2"]) == 0
-    sizes = [result(tmp_path / "sweep", str(job))["trainable_parameters"] for job in (0, 1)]
-    assert sizes[0] * 3 == sizes[1] * 2
-
-
 # What must end with its exit code and a message that names the thing.
 FAILURES = {
-    "unknown key": (("adapter.rr=4",), 2, "adapter.rr"),
-    "unknown choice": (("quant=nf5",), 2, "nf5"),
-    "broken rule": (("adapter.r=0",), 2, "adapter.r must be at least 1, got 0"),
     "missing model": (("model.path=nowhere/at-all-here.gguf",), 7, "nowhere/at-all-here.gguf"),
+    "broken row": (("data.path={broken}",), 4, "broken.jsonl:2"),
     "missing file": (("data.path=nothing.jsonl",), 4, "nothing.jsonl"),
     "no target": (("adapter.targets=[qq_proj]",), 2, "adapter.targets: qq_proj matches no layer"),
     "row over its micro-batch": (("train.tokens_per_microbatch=10",), 2, "train.tokens_per_microbatch"),
@@ -159,36 +135,11 @@ FAILURES = {
 @pytest.mark.parametrize("name", FAILURES)
 def test_a_mistake_ends_with_its_code_and_one_message(name: str, tmp_path: Path, capfd) -> None:
     words, code, said = FAILURES[name]
-    assert train(tmp_path, *words) == code
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n')
+    assert train(tmp_path, *(word.replace("{broken}", str(tmp_path / "broken.jsonl")) for word in words)) == code
     shown = capfd.readouterr().err
     assert said in shown
     assert "Traceback" not in shown
-
-
-ROWS = {
-    "broken row": ('{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n', "rows.jsonl:2"),
-    "no assistant": ('{"messages": [{"role": "user", "content": "hello"}]}\n', "rows.jsonl:1"),
-    "empty answer": ('{"prompt": "a", "completion": ""}\n', "rows.jsonl:1"),
-}
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_a_bad_row_is_named_with_its_file_and_line(name: str, tmp_path: Path, capfd) -> None:
-    text, said = ROWS[name]
-    path = tmp_path / "rows.jsonl"
-    path.write_text(text)
-    assert train(tmp_path, f"data.path={path}") == 4
-    shown = capfd.readouterr().err
-    assert said in shown
-    assert "Traceback" not in shown
-
-
-def test_a_used_folder_is_refused_and_left_alone(tmp_path: Path, capfd) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "thesis.txt").write_text("mine")
-    assert train(tmp_path) == 2
-    assert "must be empty" in capfd.readouterr().err
-    assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
 @pytest.mark.closes("A18")
@@ -236,17 +187,6 @@ def test_every_audit_is_always_on(check: str, tmp_path: Path, monkeypatch, capfd
 def test_added_tokens_that_no_row_holds_are_refused(tmp_path: Path, capfd) -> None:
     assert train(tmp_path, "model.added_tokens=['<never>']") == 4
     assert "no training row holds <never>" in capfd.readouterr().err
-
-
-def test_a_start_that_failed_does_not_block_its_folder(tmp_path: Path) -> None:
-    assert train(tmp_path, "data.path=nothing.jsonl") == 4
-    assert train(tmp_path) == 0
-
-
-def test_a_run_whose_best_state_is_its_start_ends_well(tmp_path: Path, capfd) -> None:
-    words = ("train.keep=best", "train.eval_every_steps=1", "optim.lr=1e-12", "data.eval_fraction=0.4")
-    assert train(tmp_path, *words) == 0
-    assert (tmp_path / "run" / "adapter" / files.WEIGHTS).is_file()
 
 
 @pytest.mark.parametrize(

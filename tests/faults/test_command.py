@@ -77,7 +77,7 @@ def reference(folder: Path, typed: tuple[str, ...]) -> str:
 
 
 @pytest.mark.closes("C01", "C03")
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["lora", *(pytest.param(m, marks=pytest.mark.nightly) for m in ("dora", "nf4"))])
 def test_the_command_that_was_killed_goes_on_to_the_same_bytes(method: str, tmp_path: Path) -> None:
     typed = words(tmp_path, method)
     expected = reference(tmp_path, typed)
