@@ -3,7 +3,7 @@
 attach     settings -> matrices on the layers of a frozen base
 audit      only they train, all of them move, the base stays
 summary    which layers and how many parameters, by the base's shapes alone
-fast       their layers compute with ops.lora_linear while they train
+init       how its matrices start
 files      matrices <-> the folder that any PEFT user loads
 provenance what PEFT does not record: base hashes, quantization, data; and its check
 loading    run=, adapter_path= -> a base with its adapter
