@@ -25,7 +25,7 @@ from lora_ft.io import durable
 from lora_ft.models.load import Identity
 from lora_ft.training import checkpoint, optimizers
 from lora_ft.training.signals import Stop
-from lora_ft.training.state import Evaluation, TrainingState
+from lora_ft.training.state import NAME, Evaluation, TrainingState
 from lora_ft.training.trainer import fit
 
 SMALL = config.Adapter(r=1, targets=["q_proj"])
@@ -199,11 +199,13 @@ def test_a_run_that_was_moved_is_resumed_where_it_is_now(run: Path, tmp_path: Pa
 
 
 @pytest.mark.closes("C06")
-@pytest.mark.parametrize("change", [{"seed": 3}, {"adapter": config.Adapter(r=2, alpha=8)}, {"rows": some_rows(11)}])
+@pytest.mark.parametrize(
+    "change", [{"seed": 3}, {"adapter": config.Adapter(r=2, alpha=8)}, {"examples": some_rows(11)}]
+)
 def test_a_checkpoint_of_other_inputs_is_refused(change: dict, run: Path) -> None:
     state = state_in(run, **change)
     before = state.flat.values.clone()
-    if "rows" in change:
+    if "examples" in change:
         state.inputs["data"] = "another"  # the tests' datasets are nobody's
     with pytest.raises(CheckpointError, match=r"belongs to other inputs than these: .* was .*, is "):
         checkpoint.resume(state)
@@ -392,7 +394,7 @@ def test_the_bytes_needed_are_those_that_are_written_at_most_at_one_time(
         )
     fit(state)
     source = provenance.Origin(Identity("tiny", "tiny", None, None, "c", None), state.cfg.quant, "d")
-    files.save(state.model, state.name, tmp_path / "adapter", tiny_tokenizer(), source)
+    files.save(state.model, NAME, tmp_path / "adapter", tiny_tokenizer(), source)
     needed = checkpoint.bytes_needed(state.num_trainable, len(state.steps), state.cfg)
     assert needed == pytest.approx(max(sizes), rel=0.05)
 
@@ -424,5 +426,5 @@ def test_an_adapter_that_lost_tensors_on_its_way_to_the_disk_gets_no_name(
     monkeypatch.setattr(checkpoint.safetensors.torch, "save", shorter)
     source = provenance.Origin(Identity("tiny", "tiny", None, None, "c", None), small.cfg.quant, "d")
     with pytest.raises(MismatchError, match=r"missing tensors: [1-9]"):
-        files.save(small.model, small.name, tmp_path / "adapter", tiny_tokenizer(), source)
+        files.save(small.model, NAME, tmp_path / "adapter", tiny_tokenizer(), source)
     assert list(tmp_path.iterdir()) == []
