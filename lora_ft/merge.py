@@ -113,13 +113,17 @@ def _merge(cfg: config.MergeRun, adapter: Path, tokenizer: PreTrainedTokenizerBa
     with weight_stream.streamed(opened.model, opened.modules, read):
         expected = verify.probe(opened.model, len(tokenizer))
     merged = merged_model.MergedModel(opened.model, read, dtype)
-    with durable.scratch_folder(out) if cfg.gguf else durable.staged_folder(out) as folder:
-        merged_model.write_folder(merged, tokenizer, folder)
-        distance = verify.check(folder, expected)
-        if cfg.gguf:
+    if cfg.gguf:
+        with durable.scratch_folder(out) as folder:
+            merged_model.write_folder(merged, tokenizer, folder)
+            distance = verify.check(folder, expected)
             gguf_model.write(folder, out, cfg.gguf)
-        elif comparison:
-            durable.write_json(folder / _COMPARISON, comparison.record())
+    else:
+        with durable.staged_folder(out) as folder:
+            merged_model.write_folder(merged, tokenizer, folder)
+            distance = verify.check(folder, expected)
+            if comparison:
+                durable.write_json(folder / _COMPARISON, comparison.record())
     if comparison and cfg.run:
         durable.write_json(Path(cfg.run).expanduser() / _COMPARISON, comparison.record())
     num_bytes = out.stat().st_size if cfg.gguf else sum(file.stat().st_size for file in out.glob("*.safetensors"))

@@ -78,14 +78,6 @@ def test_adapters_stay_in_float32_over_a_bfloat16_base() -> None:
     assert {p.dtype for p in attach.trainable(model, "first").values()} == {torch.float32}
 
 
-def test_a_second_adapter_on_the_same_base_trains_alone() -> None:
-    model = attached()
-    attach.attach(model, config.Adapter(r=2, targets=["q_proj"]), "second", 1, [])
-    parameters = attach.trainable(model, "second")
-    assert audit.check_trainable(model, "second", parameters) == 2 * (64 + 64) * 2
-    assert not set(parameters) & set(attach.trainable(model, "first"))
-
-
 @pytest.mark.closes("A21")
 @pytest.mark.parametrize(
     "settings, said",
@@ -185,7 +177,7 @@ def test_the_audit_finds_a_matrix_without_a_gradient() -> None:
 @pytest.mark.closes("D07")
 def test_one_name_inside_another_is_another_adapter() -> None:
     model = attached()
-    attach.attach(model, config.Adapter(r=2), "first0", 1, [])
+    model.add_adapter("first0", model.peft_config["first"])
     assert len(attach.trainable(model, "first")) == len(attach.trainable(model, "first0")) == 28
 
 

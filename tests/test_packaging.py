@@ -28,7 +28,9 @@ def test_the_wheel_holds_the_modules_and_every_config_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     files = {name for name in names if ".dist-info/" not in name}
     modules = {f"{top}/{n}" for top in ("lora_ft", "hydra_plugins") for n in relative_files(ROOT / top, "*.py")}
-    modules |= {f"lora_ft/sweeps/{name}" for name in ("page.html.jinja", "page.css", "page.js")}
+    modules |= {f"lora_ft/sweeps/{name}" for name in ("page.html.jinja", "page.css", "page.js")} | {
+        "lora_ft/publishing/card.md.jinja"
+    }
     configs = {f"lora_ft/conf/{name}" for name in relative_files(ROOT / "conf", "*.yaml")}
     assert len(configs) > 30 and files == modules | configs
     entry_points = next(name for name in names if name.endswith("entry_points.txt"))

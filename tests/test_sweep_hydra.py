@@ -140,7 +140,7 @@ def test_a_job_has_the_words_that_it_would_have_alone(trained: Jobs, rows: str) 
         ("hydra.sweeper.params.adapter.rr=4,8", "adapter.rr is not a setting; nearest: adapter.r"),
         ("adapter.r=4,eight", "adapter.r must be an integer, got eight"),
         ("quant=nf4,nf5", "quant=nf5: choose one of"),
-        ("hydra.launcher.max_learners_per_base=0", "hydra.launcher.max_learners_per_base must be at least 1, got 0"),
+        ("hydra.launcher.job_timeout=0", "hydra.launcher.job_timeout must be above 0, got 0"),
         ("hydra.launcher.share=none", "hydra.launcher.share"),
         ("adapter.r=4,8 hydra.sweep.dir=here seed=-1", "job 0 (adapter.r=4 "),
     ],
@@ -165,7 +165,7 @@ def test_resume_runs_what_is_missing_or_failed_with_the_words_that_began_the_swe
     assert values(trained, "adapter.r") == [(4,)]
     assert not Path("here/1/failure.json").exists()
     trained.clear()
-    assert resumed("train", "-m", "resume=here", "hydra.launcher.share_base=none") == 0
+    assert resumed("train", "-m", "resume=here", "hydra.launcher.share_base=false") == 0
     assert call("train", "-m", rows, "adapter.r=2,4,8", "hydra.sweep.dir=here", "resume=auto") == 0
     assert trained == []
 

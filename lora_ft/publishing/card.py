@@ -1,4 +1,4 @@
-"""The model card, README.md: front matter that the hub accepts, and the text of card.md.j2.
+"""The model card, README.md: front matter that the hub accepts, and the text of card.md.jinja.
 
     ---
     base_model: HuggingFaceTB/SmolLM2-135M-Instruct       ids only, never a path of this machine
@@ -82,7 +82,7 @@ def _template() -> jinja2.Template:
     )  # fmt: skip
     environment.filters |= {"code": code, "cell": _cell, "text": _text, "figure": _figure, "at_most": _at_most,
                             "json": lambda value: json.dumps(value, ensure_ascii=False)}  # fmt: skip
-    return environment.from_string(Path(__file__).with_name("card.md.j2").read_text("utf-8"))
+    return environment.from_string(Path(__file__).with_name("card.md.jinja").read_text("utf-8"))
 
 
 def _method(config: dict[str, Any]) -> str:

@@ -9,4 +9,3 @@ dry_run      checks that need no weights           ineffective_settings  setting
 finish       adapter saved, compared, result.json  progress     the live display and log.txt
 signals      SIGINT and SIGTERM                    ranks        the processes of a run: one for now
 """
-

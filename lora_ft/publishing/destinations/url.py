@@ -57,7 +57,7 @@ class Url:
         with self._opened() as (store, root):
             stale = self._existing(store, root) - names
             for parent in sorted({f"{root}/{name}".rpartition("/")[0] for name in names}):
-                store.makedirs(parent, exist_ok=True)
+                store.mkdirs(parent, exist_ok=True)
             store.put_file(str(folder / _RECORD), f"{root}/{_RECORD}")
             store.put([str(folder / name) for name in files], [f"{root}/{name}" for name in files])
             if stale:
