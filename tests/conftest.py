@@ -6,8 +6,10 @@ record_property("figure", "190 kills, 0 failures")
 import os
 import runpy
 import signal
+import sys
 from pathlib import Path
 
+import absl.logging
 import pytest
 
 if os.environ.get("LORA_FT_TEST_PLAIN_CPU"):  # before anything imports torch; child processes find it in PYTHONPATH
@@ -27,6 +29,9 @@ def pytest_configure() -> None:
     # A shell starts what runs in the background with SIGINT ignored, which the commands under test would inherit.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # absl, which rouge_score and tensorboard import, closes the stderr that it found when Hydra sets up logging: in a
+    # test that would be the file that pytest captures into.
+    absl.logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
