@@ -22,7 +22,7 @@ from lora_ft.sweeps import jobs
 from lora_ft.sweeps.executors import executor
 from lora_ft.sweeps.executors.interface import Handle
 from lora_ft.sweeps.jobs import Job
-from lora_ft.training.signals import replaceable
+from lora_ft.training.signals import handled_by
 
 RUNNING = "running.json"
 _SECONDS_BETWEEN_WATCHES = 0.25
@@ -174,9 +174,5 @@ class _Signals:
 def _on_signals() -> Iterator[_Signals]:
     """Note SIGINT and SIGTERM until the block ends; what the process was started to ignore stays ignored."""
     signals = _Signals()
-    before = {signum: signal.signal(signum, signals.hear) for signum in replaceable()}
-    try:
+    with handled_by(signals.hear):
         yield signals
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from lora_ft.errors import Interrupted
 
@@ -55,6 +55,17 @@ def replaceable() -> list[signal.Signals]:
 
 
 @contextlib.contextmanager
+def handled_by(handler: Callable[[int, types.FrameType | None], None]) -> Iterator[None]:
+    """Let a handler receive the replaceable ones of SIGINT and SIGTERM until the block ends."""
+    before = {signum: signal.signal(signum, handler) for signum in replaceable()}
+    try:
+        yield
+    finally:
+        for signum, earlier in before.items():
+            signal.signal(signum, earlier)
+
+
+@contextlib.contextmanager
 def on_signals() -> Iterator[Stop]:
     """Let a Stop receive SIGINT and SIGTERM until the block ends.
 
@@ -62,9 +73,5 @@ def on_signals() -> Iterator[Stop]:
     thread than the main one, where Python sets no handlers, nothing is received.
     """
     stop = Stop()
-    before = {signum: signal.signal(signum, stop.ask) for signum in replaceable()}
-    try:
+    with handled_by(stop.ask):
         yield stop
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
