@@ -209,7 +209,7 @@ def one_run(trainer: str, folder: Path, number: int, python: Path, environment: 
 
 
 def evaluate(folder: Path, records: list[summary.Record], environment: dict[str, str]) -> None:
-    """Add the held-out losses to the records of a round, then remove what the runs wrote."""
+    """Add the eval losses to the records of a round, then remove what the runs wrote."""
     done = [record for record in records if not record["error"]]
     command = [
         sys.executable,
@@ -221,8 +221,8 @@ def evaluate(folder: Path, records: list[summary.Record], environment: dict[str,
         losses = json.loads(last_line(command, environment))
         for record in done:
             record |= {
-                "heldout_loss": losses[record["result"]],
-                "base_heldout_loss": losses[summary.base(record["trainer"])],
+                "eval_loss": losses[record["result"]],
+                "base_eval_loss": losses[summary.base(record["trainer"])],
             }
             shutil.rmtree(next(p for p in Path(record.pop("result")).parents if p.parent == RUNS))
 

@@ -1,7 +1,7 @@
 """The one case that every trainer gets, the same bytes for the same arguments: base, rows, recipe.
 
     build("mixed", "answers", steps=5) -> .cache/case-mixed-answers-5/
-                                            settings.json  train.jsonl  train_ids.jsonl  heldout_ids.jsonl
+                                            settings.json  train.jsonl  train_ids.jsonl  eval_ids.jsonl
                                             made_by.sha256: of the code that made them; other code makes them again
 
 mixed   lengths of a lognormal distribution, mean about 185 tokens, 5th to 95th percentile about 75 to 360
@@ -76,8 +76,8 @@ def build(kind: str, supervision: str, steps: int, cache: Path = CACHE) -> Path:
     tokenizer = load_tokenizer(config.Model(path=str(model)))
     rng = random.Random(0)
     count, pool = counter(tokenizer), conversations(rng)
-    heldout_pool, train_pool = pool[: len(pool) // 8], pool[len(pool) // 8 :]
-    parts = {"heldout": (HELDOUT_ROWS, heldout_pool), "train": (steps * ROWS_PER_STEP, train_pool)}
+    eval_pool, train_pool = pool[: len(pool) // 8], pool[len(pool) // 8 :]
+    parts = {"heldout": (HELDOUT_ROWS, eval_pool), "train": (steps * ROWS_PER_STEP, train_pool)}
     for part, (number, conversations_of_part) in parts.items():
         targets = drawn_lengths(kind, number, rng)
         rows = [one_row(endless(conversations_of_part), target, count, rng) for target in targets]

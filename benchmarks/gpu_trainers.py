@@ -114,7 +114,7 @@ def lora_ft_run(case: Case, facts: dict[str, Any]) -> Run:
     """Ours, as `lora-ft train` puts it together; `facts` receives what was checked and chosen."""
     model, name = build(case, case.method == "qlora"), "adapter0"
     batch, _ = draw(case)
-    peft_model = attach.attach(model, config.Adapter(r=RANK, alpha=ALPHA), name, 0, [])
+    peft_model = attach.attach(model, config.Adapter(r=RANK, lora_alpha=ALPHA), name, 0, [])
     parameters = attach.trainable(peft_model, name)
     for parameter_name, parameter in parameters.items():
         if attach.is_lora_b(parameter_name):  # zero at the start, where no gradient reaches lora_A

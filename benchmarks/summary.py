@@ -97,20 +97,20 @@ def fault(record: Record, case_tokens: int, steps: int) -> str:
         return f"{len(record['tokens'])} steps of {sum(record['tokens'])} tokens, not {steps} of {case_tokens}"
     if len(record["grad_norms"]) != steps or not all(0 < norm < math.inf for norm in record["grad_norms"]):
         return f"gradient norms {record['grad_norms']}"
-    if not all(math.isfinite(loss) for loss in (*record["losses"], record["heldout_loss"])):
+    if not all(math.isfinite(loss) for loss in (*record["losses"], record["eval_loss"])):
         return "a loss is not finite"
     if gain(record) <= 0:
-        return f"learned nothing: held-out loss fell by {gain(record):.3f}"
+        return f"learned nothing: eval loss fell by {gain(record):.3f}"
     return ""
 
 
 def gain(record: Record) -> float:
-    """By how much the held-out loss fell."""
-    return record["base_heldout_loss"] - record["heldout_loss"]
+    """By how much the eval loss fell."""
+    return record["base_eval_loss"] - record["eval_loss"]
 
 
 def off_reference(gains: Gains) -> dict[str, str]:
-    """Of trainers on one base: whose held-out loss fell in any round by another amount than is usual in that round."""
+    """Of trainers on one base: whose eval loss fell in any round by another amount than is usual in that round."""
     return {t: next(filter(None, (_difference(gains, t, number) for number in gains[t])), "") for t in gains}
 
 
@@ -135,7 +135,7 @@ def _difference(gains: Gains, trainer: str, number: int) -> str:
     if abs(found - usual) <= tolerance:
         return ""
     much = "less" if found < usual else "more"
-    return f"learned {much}: held-out loss fell by {found:.3f}, usual is {usual:.3f} ± {tolerance:.3f}"
+    return f"learned {much}: eval loss fell by {found:.3f}, usual is {usual:.3f} ± {tolerance:.3f}"
 
 
 def seed_spread(gains: Sequence[Sequence[float]]) -> float:
@@ -150,7 +150,7 @@ def seed_spread(gains: Sequence[Sequence[float]]) -> float:
 def table(records: Sequence[Record], found: dict[str, str]) -> str:
     """A Markdown table, the fastest trainer first, those that are out last; no ratio to or of one that is out."""
     lines = [
-        "| trainer | real tokens/s | ours is faster by | peak memory, GB | first step after, s | held-out loss | |",
+        "| trainer | real tokens/s | ours is faster by | peak memory, GB | first step after, s | eval loss | |",
         "|---|---|---|---|---|---|---|",
     ]
     order = sorted(trainers(records), key=lambda t: (bool(found[t]), -speed(records, t)))
@@ -165,7 +165,7 @@ def table(records: Sequence[Record], found: dict[str, str]) -> str:
                 spread(faster).shown(2) if faster else "",
                 spread([r["peak_tree_bytes"] / 1e9 for r in done]).shown(1),
                 spread([r["first_step_seconds"] for r in done]).shown(1),
-                spread([r["heldout_loss"] for r in done]).shown(3),
+                spread([r["eval_loss"] for r in done]).shown(3),
             ]
         else:
             cells += [""] * 5
@@ -182,7 +182,7 @@ def section(case: Record) -> str:
     records, rates = case["runs"], [rate / 1e9 for rate in case["gemm_flop_per_second"]]
     per_token = {name: count / case["tokens"] / 1e6 for name, count in case["flop"].items()}
     ceiling = statistics.median(rates) * 1e9 / (sum(per_token.values()) * 1e6)
-    of_base = {base(r["trainer"]): r["base_heldout_loss"] for r in records if not r["error"]}
+    of_base = {base(r["trainer"]): r["base_eval_loss"] for r in records if not r["error"]}
     bases = ", ".join(f"{loss:.3f} ({kind})" for kind, loss in sorted(of_base.items()))
     counted = ", ".join(f"{name} {count:.0f}" for name, count in per_token.items())
     reached = case["verdicts"].get(OURS) == ""
@@ -190,7 +190,7 @@ def section(case: Record) -> str:
     lines = [
         f"### {case['name']}",
         "",
-        f"Rows: {case['rows']}. {case['steps']} steps. Held-out loss of the base: {bases}.",
+        f"Rows: {case['rows']}. {case['steps']} steps. Eval loss of the base: {bases}.",
         f"GEMM {spread(rates).shown()} GFLOP/s; a token needs {sum(per_token.values()):.0f} MFLOP ({counted}): "
         f"ceiling {ceiling:.0f} tokens/s.{share}",
         "",

@@ -61,11 +61,11 @@ def compared(jobs: list[list[str]], together: list[str], place: Path) -> dict[st
     }
 
 
-def command(verb: str, words: list[str], place: Path) -> Measurement:
+def command(command: str, words: list[str], place: Path) -> Measurement:
     log = place / "log"
-    measured = run([PROGRAM, verb, *words], dict(os.environ), log)
+    measured = run([PROGRAM, command, *words], dict(os.environ), log)
     if measured.returncode:
-        raise SystemExit(f"{verb} {' '.join(words)} ended with {measured.returncode}:\n{log.read_text()}")
+        raise SystemExit(f"{command} {' '.join(words)} ended with {measured.returncode}:\n{log.read_text()}")
     return measured
 
 

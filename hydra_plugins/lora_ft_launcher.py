@@ -45,13 +45,13 @@ class LoraFtLauncher(Launcher):
 
         setup_globals()
         configure_log(self._config.hydra.hydra_logging, self._config.hydra.verbose)
-        composed = [self._composed(words, initial_job_idx + i) for i, words in enumerate(job_overrides)]
-        if isinstance(self._task, Task) and self._task.verb == "sweep":
+        composed = [self._composed(overrides, initial_job_idx + i) for i, overrides in enumerate(job_overrides)]
+        if isinstance(self._task, Task) and self._task.command == "sweep":
             return self._launched(self._task, composed)
         return [self._run_here(job, self._task) for job in composed]
 
-    def _composed(self, words: Sequence[str], number: int) -> DictConfig:
-        composed: DictConfig = self._context.config_loader.load_sweep_config(self._config, list(words))
+    def _composed(self, overrides: Sequence[str], number: int) -> DictConfig:
+        composed: DictConfig = self._context.config_loader.load_sweep_config(self._config, list(overrides))
         with open_dict(composed):
             composed.hydra.job.id = composed.hydra.job.num = number
         return composed
@@ -85,7 +85,7 @@ class LoraFtLauncher(Launcher):
         for number, error in wrong.items():
             runs.fail(places[number], error, list(returns[number].overrides or []))
         plans = {n: r._return_value for n, r in returns.items() if n not in wrong}
-        planned = [jobs.Job(n, plan.folder, jobs.alone(plan.cfg), plan.words) for n, plan in plans.items()]
+        planned = [jobs.Job(n, plan.folder, jobs.alone(plan.cfg), plan.overrides) for n, plan in plans.items()]
         values: dict[int, float | None] = {}
         if planned:
             sweep = next(iter(plans.values())).cfg.sweep

@@ -83,8 +83,8 @@ def evaluate(source: "Source", metrics: Sequence[str] = (), overrides: Sequence[
     _prepare()
     from lora_ft.eval import evaluate as implementation
 
-    words = [*_source(source), *([f"eval.metrics=[{','.join(metrics)}]"] if metrics else []), *overrides]
-    return implementation(compose("eval", words), words)
+    overrides = [*_source(source), *([f"eval.metrics=[{','.join(metrics)}]"] if metrics else []), *overrides]
+    return implementation(compose("eval", overrides), overrides)
 
 
 def merge(source: "Source", out: "Source", overrides: Sequence[str] = ()) -> "MergeResult":

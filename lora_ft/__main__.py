@@ -1,4 +1,4 @@
-"""`lora-ft VERB key=value ...` and `python -m lora_ft VERB key=value ...`."""
+"""`lora-ft COMMAND key=value ...` and `python -m lora_ft COMMAND key=value ...`."""
 
 from typing import NoReturn
 

@@ -1,4 +1,4 @@
-"""Show what `train` would do with the same words, before any weight is loaded: rows, masks, steps, layers, disk.
+"""Show what `train` would do with the same overrides, before any weight is loaded: rows, masks, steps, layers, disk.
 
 lora-ft check experiment=demo optim.lr=1e-4
 
@@ -157,7 +157,7 @@ def _row_facts(cfg: config.TrainRun, found: Rows) -> Facts:
     yield "read", f"{rows.rows:,} rows ({rows.format}), {rows.duplicates:,} duplicates{left_out}"
     if rows.unused:
         yield "not used", f"columns {excerpt(', '.join(rows.unused))}"
-    yield "documents", f"{rows.train_documents:,} to train on, {rows.heldout_documents:,} held out"
+    yield "documents", f"{rows.train_documents:,} to train on, {rows.eval_documents:,} to evaluate on"
     part = rows.supervised_tokens / rows.train_tokens
     yield "tokens", f"{rows.train_tokens:,} to train on, {rows.supervised_tokens:,} of them supervised ({part:.1%})"
     yield (
@@ -181,7 +181,7 @@ def _row_facts(cfg: config.TrainRun, found: Rows) -> Facts:
     if seen.prompts:
         same = seen.prompts - len(seen.other_prompts)
         yield "prompts", f"{same} of {seen.prompts} looked at are, token by token, what the model will be asked"
-    yield "overlap", f"{seen.asked_before:,} held-out rows ask what a training row asks"
+    yield "overlap", f"{seen.asked_before:,} eval rows ask what a training row asks"
 
 
 def _histogram(bins: list[tuple[int, int, int]]) -> Text:
@@ -224,7 +224,7 @@ def _step_facts(cfg: config.TrainRun, steps: Steps) -> Facts:
 def _layer_facts(cfg: config.TrainRun, layers: Layers) -> Facts:
     yield "layers", f"{layers.count:,}: " + ", ".join(f"{n} {t}" for t, n in layers.targets.items())
     yield "trainable", f"{layers.trainable:,} parameters, {layers.trainable / layers.base:.2%} of {layers.base:,}"
-    rule = "alpha / sqrt(r)" if cfg.adapter.rslora else "alpha / r"
+    rule = "lora_alpha / sqrt(r)" if cfg.adapter.use_rslora else "lora_alpha / r"
     yield "scale", f"{' and '.join(f'{scale:.4g}' for scale in layers.scales)} ({rule})"
 
 

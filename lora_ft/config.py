@@ -15,12 +15,12 @@ from lora_ft.sweep_config import Launcher as Launcher
 from lora_ft.sweep_config import Sweep
 from lora_ft.values import (
     AdapterFormat,
+    BaseWeights,
     Combination,
     Dtype,
     Format,
     GgufType,
     Keep,
-    Onto,
     Optimizer,
     QuantKind,
     Schedule,
@@ -38,7 +38,9 @@ CONF = next(d for d in (_HERE / "conf", _HERE.parent / "conf") if d.is_dir())
 class Model:
     path: str = setting("", "base model: hub id, local folder, GGUF file, or package:NAME/FILE.gguf", path=True)
     revision: str | None = setting(None, "branch, tag or commit of a hub id; recorded as a commit", text=True)
-    id: str | None = setting(None, "public hub id written into the adapter when path is a folder or a file", text=True)
+    hub_id: str | None = setting(
+        None, "public hub id written into the adapter when path is a folder or a file", text=True
+    )
     dtype: Dtype = setting(Dtype.auto, "dtype of weights and computation; auto: bfloat16 on GPUs that have it")
     chat_template: str | None = setting(None, "Jinja file that replaces the tokenizer's chat template", path=True)
     added_tokens: list[str] = setting([], "tokens to add; their rows are trained and saved with the adapter")
@@ -66,14 +68,16 @@ class RecordedQuant(Quant):
 @dataclass
 class Adapter:
     r: int = setting(16, "rank", at_least=1)
-    alpha: float = setting(32.0, "lora_alpha; the update is scaled by alpha / r", above=0)
-    dropout: float = setting(0.0, "lora_dropout, on the adapter's input", at_least=0, below=1)
-    rslora: bool = setting(False, "scale by alpha / sqrt(r) instead (arXiv 2312.03732)")
-    dora: bool = setting(False, "learn magnitude and direction apart (arXiv 2402.09353)")
-    targets: list[str] = setting(["all-linear"], "names of the layers to adapt, or all-linear (all but the head)")
+    lora_alpha: float = setting(32.0, "the update is scaled by lora_alpha / r", above=0)
+    lora_dropout: float = setting(0.0, "dropout on the adapter's input", at_least=0, below=1)
+    use_rslora: bool = setting(False, "scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732)")
+    use_dora: bool = setting(False, "learn magnitude and direction apart (arXiv 2402.09353)")
+    target_modules: list[str] = setting(
+        ["all-linear"], "names of the layers to adapt, or all-linear (all but the head)"
+    )
     modules_to_save: list[str] = setting([], "layers trained in full and saved with the adapter")
     rank_pattern: dict[str, int] = setting({}, "ranks that differ from r, by layer name")
-    alpha_pattern: dict[str, float] = setting({}, "alphas that differ from alpha, by layer name")
+    alpha_pattern: dict[str, float] = setting({}, "alphas that differ from lora_alpha, by layer name")
     init: str = setting("default", "how the matrices start: default or gaussian", text=True)
     init_from: str | None = setting(None, "adapter folder to continue from; its base must be this base", path=True)
 
@@ -100,14 +104,12 @@ class Data:
         TooLong.error, "what happens to a longer row; answers are never cut; split: plain text into windows"
     )
     train_on: TrainOn = setting(TrainOn.answers, "which tokens are supervised")
-    eval_fraction: float = setting(
-        0.05, "held-out part of the rows, chosen by their content; 0: none", at_least=0, below=1
-    )
+    eval_fraction: float = setting(0.05, "eval part of the rows, chosen by their content; 0: none", at_least=0, below=1)
     eval_split: str | None = setting(
         None, "split to evaluate on; null: a folder's validation files if it has any, else eval_fraction", text=True
     )
     eval_path: str | None = setting(
-        None, "rows held out, from a place of their own; eval_fraction is then unused", path=True
+        None, "eval rows from a file, folder or hub dataset of their own; eval_fraction is then unused", path=True
     )
 
 
@@ -131,7 +133,7 @@ class Optim:
         0.2, "wsd: last part of the run, in which lr falls to min_lr_ratio", above=0, at_most=1
     )
     min_lr_ratio: float = setting(0.0, "learning rate at the end, over lr", at_least=0, at_most=1)
-    clip: float = setting(1.0, "largest gradient norm; 0: no clipping", at_least=0)
+    max_grad_norm: float = setting(1.0, "largest gradient norm; 0: no clipping", at_least=0)
 
 
 @dataclass
@@ -149,25 +151,25 @@ class Train:
         None, "most tokens in one forward pass; null: the whole step", unit="tokens", at_least=1
     )
     packing: bool = setting(
-        True, "several rows in one forward pass; changes rounding only (adapter.dropout draws other noise)"
+        True, "several rows in one forward pass; changes rounding only (adapter.lora_dropout draws other noise)"
     )
-    checkpoint: str = setting(
+    gradient_checkpointing: str = setting(
         "auto",
         "recompute activations: off, every_k for each k-th layer, auto for as few layers as memory allows",
         pattern=r"auto|off|every_[1-9][0-9]*",
         on_resume=OnResume.free,
     )
     eval_every_steps: int | None = setting(
-        None, "held-out loss every so many steps; null: at the start and the end", unit="steps", at_least=1
+        None, "eval loss every so many steps; null: at the start and the end", unit="steps", at_least=1
     )
-    eval_rows: int = setting(64, "most held-out rows that an evaluation inside train reads", unit="rows", at_least=1)
-    keep: Keep = setting(Keep.last, "state that adapter/ holds at the end; best: lowest held-out loss")
+    eval_rows: int = setting(64, "most eval rows that an evaluation inside train reads", unit="rows", at_least=1)
+    keep: Keep = setting(Keep.last, "state that adapter/ holds at the end; best: lowest eval loss")
     patience: int | None = setting(
         None, "stop after so many evaluations without a better one", unit="evaluations", at_least=1
     )
     samples: int = setting(
         3,
-        "held-out prompts answered by base and adapter at the end",
+        "eval prompts answered by base and adapter at the end",
         unit="rows",
         at_least=0,
         on_resume=OnResume.free,
@@ -181,7 +183,7 @@ class Train:
     )
     keep_checkpoints: int = setting(
         2,
-        "newest checkpoints kept; the one of the lowest held-out loss is kept as well",
+        "newest checkpoints kept; the one of the lowest eval loss is kept as well",
         at_least=1,
         on_resume=OnResume.free,
     )
@@ -262,7 +264,7 @@ class TrainRun:
 
 @dataclass
 class CheckRun(TrainRun):
-    """Show what train would do with the same words: rows, masks, steps, layers; no weights are loaded."""
+    """Show what train would do with the same overrides: rows, masks, steps, layers; no weights are loaded."""
 
 
 @dataclass
@@ -318,10 +320,10 @@ class MergeRun:
     run: str | None = _run()
     adapter_path: str | None = _adapter_path()
     out: str = setting("", "folder to write, or with gguf= a file; must not exist", path=True)
-    onto: Onto = setting(
-        Onto.auto,
+    base_weights: BaseWeights = setting(
+        BaseWeights.auto,
         "weights that a quantized run's adapter is added to: dequantized, those it was trained on; original, those of "
-        "the base; auto: measure both on the held-out rows and take the better",
+        "the base; auto: measure both on the eval rows and take the better",
     )
     dtype: Dtype = setting(Dtype.auto, "dtype of the written weights; auto: the dtype of computation")
     gguf: GgufType | None = setting(None, "write one GGUF file instead of a folder, its matrices of this type")
@@ -340,7 +342,7 @@ class MergeRun:
     model: Model = field(default_factory=Model)
     quant: Quant = field(default_factory=RecordedQuant)
     data: Data = field(default_factory=Data)
-    eval_rows: int = setting(64, "most held-out rows that are measured", unit="rows", at_least=1)
+    eval_rows: int = setting(64, "most eval rows that are measured", unit="rows", at_least=1)
     device: str = _device()
     seed: int = _seed()
 
@@ -372,4 +374,18 @@ SCHEMAS: dict[str, type] = {
     "merge": MergeRun,
     "publish": PublishRun,
     "report": ReportRun,
+}
+
+# Settings of lora_ft 0.1 by their names now: for error messages, not accepted.
+RENAMED = {
+    "model.id": "model.hub_id",
+    "adapter.alpha": "adapter.lora_alpha",
+    "adapter.dropout": "adapter.lora_dropout",
+    "adapter.rslora": "adapter.use_rslora",
+    "adapter.dora": "adapter.use_dora",
+    "adapter.targets": "adapter.target_modules",
+    "optim.clip": "optim.max_grad_norm",
+    "train.checkpoint": "train.gradient_checkpointing",
+    "onto": "base_weights",
+    "also": "formats",
 }

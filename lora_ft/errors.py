@@ -13,7 +13,7 @@ Exit 0 is success, 1 a bug of ours, 3 a sweep that failed in part, 130 and 143 a
 of the output that left.
 """
 
-_TRAINING = "lower train.tokens_per_microbatch, or set train.checkpoint=every_1 or quant=nf4"
+_TRAINING = "lower train.tokens_per_microbatch, or set train.gradient_checkpointing=every_1 or quant=nf4"
 _SAVES_MEMORY = {
     "train": _TRAINING,
     "sweep": _TRAINING,

@@ -6,8 +6,8 @@ lora-ft merge adapters=[runs/a,runs/b] weights=[0.7,0.3] out=both       # combin
 lora-ft merge run=runs/2026-11-23_10-15-00 truncate_rank=8 out=small    # a smaller adapter
 
 The base is never in memory as a whole: its tensors are streamed one at a time. The adapter of a quantized run is added
-to the dequantized or to the original weights, whichever is better on the eval set (onto=). If a check fails, nothing
-is written.
+to the dequantized or to the original weights, whichever is better on the eval set (base_weights=). If a check fails,
+nothing is written.
 """
 
 import gc
@@ -38,7 +38,7 @@ from lora_ft.models.load import Base
 from lora_ft.objectives.sft import Sft
 from lora_ft.ops.allocator import keep_freed_memory
 from lora_ft.training.state import choose_eval
-from lora_ft.values import Dtype, Onto, QuantKind
+from lora_ft.values import BaseWeights, Dtype, QuantKind
 
 log = logging.getLogger("lora_ft")
 
@@ -108,8 +108,8 @@ def _merge(cfg: config.MergeRun, adapter: Path, tokenizer: PreTrainedTokenizerBa
     if cfg.gguf:
         gguf_model.check(Path(str(opened.base.identity.folder)), tokenizer)
         dtype = torch.float32  # rounded once, to the type of the file
-    onto, comparison = _target(cfg, adapter, tokenizer, opened, dtype)
-    read = opened.original if onto is Onto.original else opened.trained_on
+    kind, comparison = _target(cfg, adapter, tokenizer, opened, dtype)
+    read = opened.original if kind is BaseWeights.original else opened.trained_on
     with weight_stream.streamed(opened.model, opened.modules, read):
         expected = verify.probe(opened.model, len(tokenizer))
     merged = merged_model.MergedModel(opened.model, read, dtype)
@@ -141,22 +141,28 @@ def _target(
     tokenizer: PreTrainedTokenizerBase,
     opened: weight_stream.StreamedAdapter,
     dtype: torch.dtype,
-) -> tuple[Onto, merge_base.Comparison | None]:
+) -> tuple[BaseWeights, merge_base.Comparison | None]:
     """Choose the weights that the adapter is added to, by a comparison if it is needed."""
     if cfg.quant.kind is QuantKind.none:
-        if cfg.onto is not Onto.auto:
-            log.warning("onto=%s has no effect: the adapter's base is not quantized", cfg.onto.value)
-        return Onto.dequantized, None
-    if cfg.onto is not Onto.auto:
-        return cfg.onto, None
+        if cfg.base_weights is not BaseWeights.auto:
+            log.warning("base_weights=%s has no effect: the adapter's base is not quantized", cfg.base_weights.value)
+        return BaseWeights.dequantized, None
+    if cfg.base_weights is not BaseWeights.auto:
+        return cfg.base_weights, None
     rows = _eval_examples(cfg, tokenizer)
     if not rows:
         log.warning("no eval rows to measure on: merging onto the dequantized base, which the adapter was trained on")
-        return Onto.dequantized, None
-    log.info("measuring both targets on %d eval rows; onto=dequantized or onto=original skips this", len(rows))
+        return BaseWeights.dequantized, None
+    log.info(
+        "measuring both targets on %d eval rows; base_weights=dequantized or base_weights=original skips this",
+        len(rows),
+    )
     base, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
-    reads = {Onto.dequantized: weight_stream.loaded(base.model, opened.modules), Onto.original: opened.original}
-    targets = {onto: merged_model.MergedModel(opened.model, read, dtype) for onto, read in reads.items()}
+    reads = {
+        BaseWeights.dequantized: weight_stream.loaded(base.model, opened.modules),
+        BaseWeights.original: opened.original,
+    }
+    targets = {kind: merged_model.MergedModel(opened.model, read, dtype) for kind, read in reads.items()}
     comparison = merge_base.compare(base.model, targets, rows)
     del base, model, reads, targets
     gc.collect()  # modules refer to each other in cycles

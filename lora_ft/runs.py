@@ -1,4 +1,4 @@
-"""The run folder: what a run leaves behind, and the only thing one verb hands to another. No torch here.
+"""The run folder: what a run leaves behind, and the only thing one command hands to another. No torch here.
 
 runs/2026-11-23_10-15-00-123456/
   config.yaml        the composed config, resolved; never rewritten
@@ -16,7 +16,7 @@ runs/2026-11-23_10-15-00-123456/
   tracker.json       the run's tracker and id in it; tensorboard/, wandb/, mlflow/ hold its files on this machine
   eval.json          written by lora-ft eval; merge.json by lora-ft merge, which weights were better to merge onto
 
-A sweep folder holds a run folder for each job, and sweep.json: the words that began it.
+A sweep folder holds a run folder for each job, and sweep.json: the overrides that began it.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from typing import Any
 
 import yaml
 
-from lora_ft import validation
+from lora_ft import config, validation
 from lora_ft.errors import CheckpointError, ConfigError, DataError, LoraFtError
 from lora_ft.io import durable, untrusted
 from lora_ft.io.redact import redact
@@ -172,13 +172,13 @@ def read_failure(folder: Path) -> dict[str, Any] | None:
     return untrusted.json_object(path, ConfigError) if path.is_file() else None
 
 
-def create_sweep(folder: Path, words: list[str], config_dir: Path | None, *, resumed: bool) -> None:
-    """Keep the words that begin a sweep in its folder, which is `locked`; ConfigError where that holds anything.
+def create_sweep(folder: Path, overrides: list[str], config_dir: Path | None, *, resumed: bool) -> None:
+    """Keep the overrides that begin a sweep in its folder, which is `locked`; ConfigError where that holds anything.
 
-    A sweep that is resumed has its words already.
+    A sweep that is resumed has its overrides already.
     """
     if not any(folder.iterdir()):
-        found = {"words": words, "config_dir": str(config_dir.resolve()) if config_dir else None}
+        found = {"overrides": overrides, "config_dir": str(config_dir.resolve()) if config_dir else None}
         durable.write_json(folder / SWEEP, found)
     elif not (resumed and (folder / SWEEP).is_file()):
         raise ConfigError(f"the sweep folder must be empty, but {folder} is not: choose another hydra.sweep.dir, or "
@@ -186,16 +186,22 @@ def create_sweep(folder: Path, words: list[str], config_dir: Path | None, *, res
 
 
 def read_sweep(folder: Path) -> tuple[list[str], Path | None]:
-    """The words that began a sweep, and its folder of configs; ConfigError where the folder holds no sweep."""
+    """The overrides that began a sweep, and its folder of configs; ConfigError where the folder holds no sweep."""
     path = folder / SWEEP
     if not path.is_file():
         raise ConfigError(f"{folder} is not a sweep folder: it has no {SWEEP}")
     untrusted.check_place(path, folder)
     found = untrusted.json_object(path, ConfigError)
-    words, config_dir = found.get("words"), found.get("config_dir")
-    if not (isinstance(words, list) and all(isinstance(w, str) for w in words) and isinstance(config_dir, str | None)):
-        raise ConfigError(f"{path} must hold words and config_dir of a sweep")
-    return words, Path(config_dir) if config_dir else None
+    overrides, config_dir = found.get("overrides"), found.get("config_dir")
+    if not (
+        isinstance(overrides, list)
+        and all(isinstance(w, str) for w in overrides)
+        and isinstance(config_dir, str | None)
+    ):
+        if "words" in found:
+            raise ConfigError(f"{folder} is a sweep of lora_ft 0.1, which this version cannot resume")
+        raise ConfigError(f"{path} must hold overrides and config_dir of a sweep")
+    return overrides, Path(config_dir) if config_dir else None
 
 
 @contextlib.contextmanager
@@ -284,7 +290,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "packages": versions(),
-        "verb": Path(sys.argv[0]).stem,
+        "command": Path(sys.argv[0]).stem,
     }
 
 
@@ -323,6 +329,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     loaded = yaml.safe_load(path.read_text("utf-8"))
     if not isinstance(loaded, dict):
         raise ConfigError(f"{folder}: {_CONFIG} holds no settings")
+    _check_edition(folder, loaded)
     for key, value in _read_changed(folder).items():
         group, _, name = key.rpartition(".")
         settings = loaded.setdefault(group, {}) if group else loaded
@@ -330,6 +337,17 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise ConfigError(f"{folder}: {group} of {_CONFIG} must be a mapping, got {settings}")
         settings[name] = value
     return loaded
+
+
+def _check_edition(folder: Path, stored: dict[str, Any]) -> None:
+    """Raise ConfigError for a config that lora_ft 0.1 wrote: some of its settings have other names now."""
+    for group, settings in stored.items():
+        for name in settings if isinstance(settings, dict) else ():
+            if now := config.RENAMED.get(f"{group}.{name}"):
+                raise ConfigError(
+                    f"{folder} was written by lora_ft 0.1: its {group}.{name} is now {now}. Train again with this "
+                    f"version, or use the adapter alone: adapter_path={folder / 'adapter'}"
+                )
 
 
 def _read_changed(folder: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def sweep(overrides: list[str], folder: Path) -> leaderboard.Ranking:
     from lora_ft.cli import composition
 
     place = f"hydra.sweep.dir={validation.escape(str(folder.expanduser().absolute()))}"
-    composition.run(composition.Command("sweep", [*overrides, place], multirun=True), _unused, end)
+    composition.run(composition.CommandLine("sweep", [*overrides, place], multirun=True), _unused, end)
     return leaderboard.rank(results.read(folder.expanduser()))
 
 

@@ -7,7 +7,7 @@ from lora_ft.setting import setting
 
 @dataclass
 class Sweep:
-    halving: bool = setting(False, "stop the jobs of a shared base whose held-out loss falls behind (arXiv 1502.07943)")
+    halving: bool = setting(False, "stop the jobs of a shared base whose eval loss falls behind (arXiv 1502.07943)")
     eta: int = setting(3, "halving: one in so many goes on at each rung", at_least=2)
     min_steps: int = setting(
         20, "halving: steps before the first rung; each further rung is eta times as far", unit="steps", at_least=1

@@ -43,10 +43,10 @@ def main(cfg: config.TrainRun, invocation: entry.Invocation) -> float | None:
     with runs.locked(folder):
         if not runs.begin(folder, cfg, invocation.overrides):
             sys.stdout.write(f"{folder} is finished: nothing to resume\n")
-            return runs.read_result(folder).get("heldout_loss")
+            return runs.read_result(folder).get("eval_loss")
         with displayed(folder) as progress, on_signals() as stop:
             result = train_job(cfg, folder, prepare(cfg), [progress], stop)
-    return result.heldout_loss if result else None
+    return result.eval_loss if result else None
 
 
 @dataclass(frozen=True)

@@ -129,14 +129,14 @@ def _broken_combinations(cfg: Any) -> Iterator[str]:
                 f"optim.warmup_steps must be below train.max_steps ({cfg.train.max_steps}), "
                 f"got {cfg.optim.warmup_steps}"
             )
-        if not cfg.adapter.targets:
-            yield "adapter.targets must name at least one layer, got []"
+        if not cfg.adapter.target_modules:
+            yield "adapter.target_modules must name at least one layer, got []"
         if (cfg.train.keep is Keep.best or cfg.train.patience) and not _holds_out(cfg.data):
-            yield "train.keep=best and train.patience need held-out rows: data.eval_fraction or data.eval_path"
+            yield "train.keep=best and train.patience need eval rows: data.eval_fraction or data.eval_path"
         if cfg.train.patience and not cfg.train.eval_every_steps:
             yield "train.patience needs train.eval_every_steps, got null"
         if isinstance(cfg, SweepRun) and cfg.sweep.halving and not _holds_out(cfg.data):
-            yield "sweep.halving needs held-out rows: data.eval_fraction or data.eval_path"
+            yield "sweep.halving needs eval rows: data.eval_fraction or data.eval_path"
     elif isinstance(cfg, Launcher):
         return
     elif isinstance(cfg, ReportRun):

@@ -74,7 +74,7 @@ class Tracker(Enum):
     trackio = "trackio"
 
 
-class Onto(Enum):
+class BaseWeights(Enum):
     auto = "auto"
     dequantized = "dequantized"
     original = "original"

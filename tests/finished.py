@@ -1,6 +1,6 @@
 """Runs as train leaves them, made without training: the project's own functions, and matrices that do something.
 
-run = finished_run(tmp_path, "llama", dora=True)     # run/config.yaml, run/adapter/..., the base and rows beside it
+run = finished_run(tmp_path, "llama", use_dora=True)     # run/config.yaml, run/adapter/..., the base and rows beside it
 """
 
 import json
@@ -73,8 +73,8 @@ def saved_run(folder: Path, cfg: config.TrainRun) -> Path:
     return folder
 
 
-def call(verb: str, *words: str) -> int:
-    """Run a verb in this process, through the same door as the command line; its exit code."""
+def call(command: str, *words: str) -> int:
+    """Run a command in this process, through the same door as the command line; its exit code."""
     with pytest.raises(SystemExit) as ended:
-        entry.run(verb, [*words, "device=cpu"])
+        entry.run(command, [*words, "device=cpu"])
     return int(ended.value.code or 0)

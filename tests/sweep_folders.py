@@ -20,14 +20,14 @@ BASE_LOSS = 3.25
 def sweep_folder(tmp_path: Path, words: list[str], name: str = "sweep", config_dir: str | None = None) -> Path:
     folder = tmp_path / name
     folder.mkdir()
-    (folder / "sweep.json").write_text(json.dumps({"words": words, "config_dir": config_dir}))
+    (folder / "sweep.json").write_text(json.dumps({"overrides": words, "config_dir": config_dir}))
     return folder
 
 
 def job(
     sweep: Path,
     name: int | str,
-    words: list[str],
+    overrides: list[str],
     settings: dict[str, Any] | None = None,
     *,
     loss: float | None = None,
@@ -40,7 +40,7 @@ def job(
     """A job's folder: finished with a `loss` or a `result`, failed with a `failure`, else begun if it has `steps`."""
     folder = sweep / str(name)
     folder.mkdir(parents=True)
-    (folder / "overrides.txt").write_text("".join(f"{word}\n" for word in words))
+    (folder / "overrides.txt").write_text("".join(f"{word}\n" for word in overrides))
     if settings is not None:
         (folder / "config.yaml").write_text(yaml.safe_dump(_config(settings), sort_keys=False))
     if loss is not None or result is not None:
@@ -61,8 +61,8 @@ def job(
 
 
 def metrics(folder: Path, steps: int, begin: float, end: float, evaluations: int = 4) -> None:
-    """A curve that falls from `begin` to `end`, with a saw on it, and held-out losses at even distances."""
-    lines: list[dict[str, Any]] = [{"step": 0, "heldout_loss": begin}]
+    """A curve that falls from `begin` to `end`, with a saw on it, and eval losses at even distances."""
+    lines: list[dict[str, Any]] = [{"step": 0, "eval_loss": begin}]
     every = max(1, steps // evaluations)
     for step in range(1, steps + 1):
         smooth = end + (begin - end) * math.exp(-4 * step / steps)
@@ -70,7 +70,7 @@ def metrics(folder: Path, steps: int, begin: float, end: float, evaluations: int
         line = {"step": step, "loss": loss, "grad_norm": 0.84, "lr": 2e-4, "rows": 20, "tokens": 1011,
                 "supervised_tokens": 402, "micro_batches": 1, "seconds": 4.818006749000233,
                 "tokens_per_second": 206.9320472012381}  # fmt: skip
-        lines.append(line | ({"heldout_loss": smooth} if step % every == 0 else {}))
+        lines.append(line | ({"eval_loss": smooth} if step % every == 0 else {}))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -84,11 +84,11 @@ def _config(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _result(loss: float, steps: int, base_loss: float | None) -> dict[str, Any]:
     return {
-        "heldout_loss": loss,
-        "base_heldout_loss": base_loss,
-        "heldout_tokens": 859,
+        "eval_loss": loss,
+        "base_eval_loss": base_loss,
+        "eval_tokens": 859,
         "best_step": steps,
-        "best_heldout_loss": loss,
+        "best_eval_loss": loss,
         "steps": steps,
         "stopped_early": False,
         "stopped_by": None,

@@ -252,7 +252,7 @@ def test_the_head_below_an_adapter_keeps_its_storage() -> None:
         parameter.data = parameter.bfloat16().float()
     (batch,) = documents()[:1]
     expected = token_loss_sum(model, batch, PLAIN_PATHS)
-    peft_model = attach.attach(model, config.Adapter(r=3, targets=["lm_head", "q_proj"]), "first", 1, [])
+    peft_model = attach.attach(model, config.Adapter(r=3, target_modules=["lm_head", "q_proj"]), "first", 1, [])
     with accelerated(model, FAST) as made, adapter_off(peft_model), torch.no_grad():
         assert made.paths.supervised_rows_only
         assert relative(token_loss_sum(model, batch, made.paths), expected) < 1e-5

@@ -39,7 +39,7 @@ VARIANTS = {
     "gpt2_dora": ("gpt2", {"dora": True}),
     "patterns": ("llama", {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 7}}),
     "saved_norm": ("llama", {"modules_to_save": ["norm"]}),
-    "head": ("llama", {"targets": ["q_proj", "lm_head"]}),
+    "head": ("llama", {"target_modules": ["q_proj", "lm_head"]}),
 }
 
 # transformers 5.23 reads A and B only: it reports DoRA's magnitudes as unexpected, and modules saved whole.
@@ -164,7 +164,7 @@ def test_the_config_holds_what_any_peft_needs_and_of_the_rest_what_differs_from_
     plain = json.loads((saved(trained("llama", {}), tmp_path / "plain") / files.CONFIG).read_text())
     assert plain.keys() == {*files._ALWAYS, "peft_version"}
     assert list(plain) == sorted(plain)
-    model = trained("llama", {"targets": ["q_proj", "v_proj"], "alpha_pattern": {"v_proj": 7, "q_proj": 9}})
+    model = trained("llama", {"target_modules": ["q_proj", "v_proj"], "alpha_pattern": {"v_proj": 7, "q_proj": 9}})
     model.peft_config["adapter0"].layers_to_transform = [1]
     text = (saved(model, tmp_path / "more") / files.CONFIG).read_text()
     assert json.loads(text).keys() - plain.keys() == {"layers_to_transform"}
@@ -460,7 +460,7 @@ def test_the_lines_name_a_base_of_the_hub_by_its_commit_and_a_local_one_by_its_f
 def test_an_adapter_continues_where_it_was(tmp_path: Path) -> None:
     source = trained("llama", {})
     folder = saved(source, tmp_path / "adapter")
-    model = attach.attach(tiny_model("llama").requires_grad_(False), config.Adapter(r=4, alpha=8), "next", 1, [])
+    model = attach.attach(tiny_model("llama").requires_grad_(False), config.Adapter(r=4, lora_alpha=8), "next", 1, [])
     files.check_same_method(folder, model.peft_config["next"])
     files.load_tensors(model, folder, "next")
     assert torch.equal(model.eval()(input_ids=IDS).logits, source(input_ids=IDS).logits)

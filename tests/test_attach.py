@@ -39,7 +39,7 @@ def test_only_the_adapter_trains_and_its_size_follows_from_its_ranks(family: str
 
 
 def test_ranks_that_differ_by_layer_are_counted() -> None:
-    model = attached(targets=["q_proj", "v_proj"], rank_pattern={"v_proj": 2}, alpha_pattern={"v_proj": 8})
+    model = attached(target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2}, alpha_pattern={"v_proj": 8})
     found = audit.check_trainable(model, "first", attach.trainable(model, "first"))
     assert found == 2 * (4 * (64 + 64) + 2 * (64 + 32))
 
@@ -82,9 +82,9 @@ def test_adapters_stay_in_float32_over_a_bfloat16_base() -> None:
 @pytest.mark.parametrize(
     "settings, said",
     [
-        ({"targets": ["q_proj", "qq_proj"]}, r"adapter\.targets: qq_proj matches no layer.*q_proj"),
+        ({"target_modules": ["q_proj", "qq_proj"]}, r"adapter\.target_modules: qq_proj matches no layer.*q_proj"),
         (
-            {"targets": ["v_proj"], "rank_pattern": {"k_proj": 2}},
+            {"target_modules": ["v_proj"], "rank_pattern": {"k_proj": 2}},
             r"adapter\.rank_pattern: k_proj matches no adapted layer",
         ),
         ({"rank_pattern": {"k_proj": 0}}, r"adapter\.rank_pattern: k_proj must be above 0, got 0"),
@@ -100,8 +100,8 @@ def test_names_that_match_nothing_are_refused(settings: dict, said: str) -> None
 @pytest.mark.parametrize(
     "settings",
     [
-        {"targets": ["lm_head"]},
-        {"targets": ["embed_tokens"]},
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["embed_tokens"]},
         {"modules_to_save": ["lm_head"]},
         {"modules_to_save": ["embed_tokens"]},
     ],
@@ -186,7 +186,7 @@ def test_a_quantized_layer_cannot_be_trained_whole(kind: str, tmp_path: Path) ->
     quant = config.Quant(kind=config.QuantKind[kind])
     model = load_base(config.Model(path=str(tiny_folder(tmp_path, "llama"))), quant, "cpu").model
     with pytest.raises(ConfigError, match=r"modules_to_save: down_proj is quantized"):
-        attach.attach(model, config.Adapter(targets=["q_proj"], modules_to_save=["down_proj"]), "first", 1, [])
+        attach.attach(model, config.Adapter(target_modules=["q_proj"], modules_to_save=["down_proj"]), "first", 1, [])
 
 
 def test_a_changed_base_is_an_error() -> None:

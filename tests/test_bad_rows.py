@@ -602,7 +602,7 @@ def test_whatever_is_wrong_one_error_lists_all_of_it_and_the_other_rows_are_trai
     dataset = prepare(Data(path=str(path), eval_fraction=0.3), TOKENIZER)
     trained = {row.source for row in dataset.train + dataset.eval}
     assert trained == {f"{path}:{n}" for n, (name, _) in enumerate(order, 1) if not name}
-    assert dataset.report.rows == len(good) == dataset.report.train_documents + dataset.report.heldout_documents
+    assert dataset.report.rows == len(good) == dataset.report.train_documents + dataset.report.eval_documents
 
 
 @pytest.mark.closes("F05")
@@ -613,7 +613,7 @@ def test_rows_in_are_rows_trained_and_rows_counted_as_left_out(tmp_path_factory,
     path, _ = lines_file(tmp_path_factory.mktemp("counted"), [(False, dump(row)) for row in rows])
     data = Data(path=str(path), eval_fraction=0, max_length=max_length, too_long=TooLong.drop, deduplicate=deduplicate)
     report = prepare(data, TOKENIZER).report
-    assert report.train_documents + report.heldout_documents + sum(report.left_out.values()) == len(rows)
+    assert report.train_documents + report.eval_documents + sum(report.left_out.values()) == len(rows)
 
 
 @pytest.mark.closes("F01")

@@ -28,11 +28,11 @@ from lora_ft.data.sampler import epoch_order, steps_of_epoch  # noqa: E402
 
 
 def record(trainer: str, number: int = 0, **changes: object) -> summary.Record:
-    """A sound run of two steps of 100 tokens that lowered the held-out loss by 0.5."""
+    """A sound run of two steps of 100 tokens that lowered the eval loss by 0.5."""
     sound = {
         "trainer": trainer, "round": number, "error": "", "tokens": [100, 100], "seconds": [9.0, 1.0],
         "losses": [4.0, 3.8], "grad_norms": [1.0, 0.9], "tokens_per_second": 100.0, "peak_tree_bytes": 3e9,
-        "first_step_seconds": 5.0, "base_heldout_loss": 4.0, "heldout_loss": 3.5,
+        "first_step_seconds": 5.0, "base_eval_loss": 4.0, "eval_loss": 3.5,
     }  # fmt: skip
     return sound | changes
 
@@ -56,7 +56,7 @@ def test_drawn_lengths_have_the_promised_shape_and_equal_rows_one_length() -> No
 def test_a_case_is_the_same_bytes_each_time_and_its_rows_are_the_drawn_ones(small_case: Path, tmp_path: Path) -> None:
     (tmp_path / "SmolLM2-135M-Instruct").symlink_to(small_case.parent / "SmolLM2-135M-Instruct")
     again = case.build("mixed", "answers", 3, tmp_path)
-    for name in ("train.jsonl", "train_ids.jsonl", "heldout_ids.jsonl"):
+    for name in ("train.jsonl", "train_ids.jsonl", "eval_ids.jsonl"):
         assert (again / name).read_bytes() == (small_case / name).read_bytes()
     lengths = sorted(len(row["input_ids"]) for row in protocol.token_rows(small_case, "train"))
     assert lengths == sorted(case.drawn_lengths("mixed", 3 * case.ROWS_PER_STEP, random.Random(5)))
@@ -74,7 +74,7 @@ def test_ids_are_the_chat_templates_and_labels_leave_only_answers(small_case: Pa
         assert learned == "".join(f"{answer}<|im_end|>" for answer in answers)
 
 
-def test_no_heldout_row_asks_what_a_training_row_asks(small_case: Path) -> None:
+def test_no_eval_row_asks_what_a_training_row_asks(small_case: Path) -> None:
     def questions(part: str) -> set[str]:
         lines = (small_case / f"{part}.jsonl").read_text("utf-8").splitlines()
         turns = [message for line in lines for message in json.loads(line)["messages"]]
@@ -126,10 +126,10 @@ def test_all_rows_are_timed_and_ratios_are_taken_within_a_round() -> None:
     [
         ({"grad_norms": [1.0, 0.0]}, "gradient norms"),
         ({"grad_norms": [1.0, math.nan]}, "gradient norms"),
-        ({"heldout_loss": 4.0}, "learned nothing"),
-        ({"heldout_loss": 3.65}, "learned less"),
-        ({"heldout_loss": 2.0}, "learned more"),
-        ({"heldout_loss": math.nan}, "not finite"),
+        ({"eval_loss": 4.0}, "learned nothing"),
+        ({"eval_loss": 3.65}, "learned less"),
+        ({"eval_loss": 2.0}, "learned more"),
+        ({"eval_loss": math.nan}, "not finite"),
         ({"tokens": [100, 90]}, "2 steps of 190 tokens, not 2 of 200"),
         ({"error": "ended with 1"}, "ended with 1"),
     ],
@@ -137,7 +137,7 @@ def test_all_rows_are_timed_and_ratios_are_taken_within_a_round() -> None:
 def test_a_run_that_cheats_or_does_not_learn_is_out_however_fast(changes: dict[str, object], reason: str) -> None:
     runs = [
         record("ours:fp32"),
-        record("one:a", heldout_loss=3.53),
+        record("one:a", eval_loss=3.53),
         record("two:b", tokens_per_second=9e9, **changes),
     ]
     verdicts = summary.verdicts(runs, 200, 2)
@@ -156,14 +156,14 @@ def test_every_round_is_judged_and_a_trainer_cannot_widen_its_own_tolerance(
     gains: tuple[float, ...], reason: str
 ) -> None:
     usual = [record(t, n) for t in ("ours:fp32", "one:a", "two:a") for n in range(3)]
-    bad = [record("bad:a", n, heldout_loss=4.0 - gain) for n, gain in enumerate(gains)]
+    bad = [record("bad:a", n, eval_loss=4.0 - gain) for n, gain in enumerate(gains)]
     verdicts = summary.verdicts([*usual, *bad], 200, 2)
     assert reason in verdicts.pop("bad:a")
     assert set(verdicts.values()) == {""}
 
 
 def test_what_is_usual_is_one_vote_a_project_however_many_variants_it_has() -> None:
-    ours = [record(f"ours:{n}", heldout_loss=3.9) for n in range(5)]
+    ours = [record(f"ours:{n}", eval_loss=3.9) for n in range(5)]
     verdicts = summary.verdicts([*ours, record("one:a"), record("two:a"), record("three:a")], 200, 2)
     assert verdicts["one:a"] == verdicts["two:a"] == verdicts["three:a"] == ""
     assert all("learned less" in verdicts[f"ours:{n}"] for n in range(5))
@@ -171,9 +171,9 @@ def test_what_is_usual_is_one_vote_a_project_however_many_variants_it_has() -> N
 
 def test_the_tolerance_grows_with_what_seeds_do_to_the_others() -> None:
     steady = [record(t, n) for t in ("a", "b", "d") for n in range(3)]
-    steady += [record("c", n, heldout_loss=3.6) for n in range(3)]
+    steady += [record("c", n, eval_loss=3.6) for n in range(3)]
     assert "learned less" in summary.verdicts(steady, 200, 2)["c"]
-    spread = [r | {"heldout_loss": r["heldout_loss"] + 0.1 * (r["round"] - 1)} for r in steady]
+    spread = [r | {"eval_loss": r["eval_loss"] + 0.1 * (r["round"] - 1)} for r in steady]
     assert summary.verdicts(spread, 200, 2)["c"] == ""
 
 

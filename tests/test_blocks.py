@@ -185,7 +185,7 @@ def test_a_layer_keeps_neither_normed_inputs_nor_the_product(family: str) -> Non
 
 def test_without_recipes_taken_the_gradients_are_the_same() -> None:
     """PEFT's own LoRA forward (with dropout, say) keeps its input itself; and so does a layer that casts it."""
-    model = adapted(base("llama"), targets=["q_proj", "down_proj"])
+    model = adapted(base("llama"), target_modules=["q_proj", "down_proj"])
     expected = learned(model)
     use_fast_blocks(model)
     plain = learned(model)

@@ -31,7 +31,7 @@ HOSTILE = "# Heading\n---\nlicense: evil\n---\n| a | b |\n</script>`code` ``` ![
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finished_run(tmp_path_factory.mktemp("run"), "llama", rslora=True) / "adapter"
+    return finished_run(tmp_path_factory.mktemp("run"), "llama", use_rslora=True) / "adapter"
 
 
 def subject(adapter: Path, told: TrainingSummary | None = None, **values: Any) -> card.CardContents:
@@ -92,7 +92,7 @@ def test_what_is_not_known_is_left_out(adapter: Path) -> None:
 
 
 def test_results_settings_and_rows_are_told(adapter: Path) -> None:
-    text = card.render(subject(adapter, told(merge={"onto": "original", "original": {"loss": 2.41}})))
+    text = card.render(subject(adapter, told(merge={"base_weights": "original", "original": {"loss": 2.41}})))
     assert "| `loss` | 3.2500 | 2.4000 |" in text
     assert "| `optim.lr` | `0.001` |" in text
     assert "90 for training and 10 for evaluation" in text
@@ -183,11 +183,9 @@ def run_folder(tmp_path: Path, data: str) -> Path:
               "model": {"path": "/home/me/tiny"},
               "adapter": {"r": 8, "dropout": 0.0}, "track": {"project": "secret plans"}}  # fmt: skip
     (run / "config.yaml").write_text(yaml.safe_dump(stored))
-    durable.write_json(
-        run / "result.json", {"base_heldout_loss": 3.0, "heldout_loss": 2.0, "heldout_tokens": 9, "steps": 4}
-    )
-    durable.write_json(run / "check.json", {"rows": {"train_documents": 5, "heldout_documents": 2}})
-    lines = [{"step": 0, "heldout_loss": 3.0}, {"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.25, "heldout_loss": 2.0}]
+    durable.write_json(run / "result.json", {"base_eval_loss": 3.0, "eval_loss": 2.0, "eval_tokens": 9, "steps": 4})
+    durable.write_json(run / "check.json", {"rows": {"train_documents": 5, "eval_documents": 2}})
+    lines = [{"step": 0, "eval_loss": 3.0}, {"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.25, "eval_loss": 2.0}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "lo')
     return run
 

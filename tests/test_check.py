@@ -1,4 +1,4 @@
-"""The check verb as a user meets it: the page for a good file, one message and an exit code for each broken one."""
+"""The check command as a user meets it: the page for a good file, one message and an exit code for each broken one."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from lora_ft.training.dry_run import Tries, look, read_rows
 
 COMMAND = str(Path(sys.executable).with_name("lora-ft"))
 GOOD = [{"prompt": f"How many legs have {n} spiders?", "completion": f"They have {8 * n} legs."} for n in range(24)]
-SHORT = ("train.tokens_per_step=80", "train.epochs=2", "adapter.r=4", "adapter.alpha=8", "data.eval_fraction=0.2")
+SHORT = ("train.tokens_per_step=80", "train.epochs=2", "adapter.r=4", "adapter.lora_alpha=8", "data.eval_fraction=0.2")
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_a_broken_file_is_one_message_with_its_place_and_exit_4(base, capfd, nam
 def test_an_error_hides_only_what_it_makes_unknown(base, capfd):
     whole, without_layers = ["steps", "learning", "layers", "trainable", "scale", "disk"], ["steps", "learning"]
     for word, known in (
-        ("adapter.targets=[q_prj]", without_layers),
+        ("adapter.target_modules=[q_prj]", without_layers),
         ("optim.warmup_steps=500", whole),
         ("train.tokens_per_microbatch=9", whole),
         ("fast.compile=true", whole),
@@ -142,16 +142,16 @@ def test_an_error_hides_only_what_it_makes_unknown(base, capfd):
 
 def test_all_errors_are_said_at_once_and_the_first_one_of_training_gives_the_code(base, capfd, monkeypatch):
     broken = lines([*GOOD, {"prompt": "2+2?"}, {"prompt": 4, "completion": "4"}])
-    assert checked(base, "adapter.targets=[q_prj]", content=broken) == 4
+    assert checked(base, "adapter.target_modules=[q_prj]", content=broken) == 4
     out, err = capfd.readouterr()
     assert out == ""
     head, first, missing, number, second = err.splitlines()
     assert head == "lora-ft: 2 errors, of which training would end with the first:" and first == "- 2 bad rows:"
     assert re.fullmatch(r"    \S*rows\.jsonl:25: completion: is missing: .*", missing)
     assert re.fullmatch(r"    \S*rows\.jsonl:26: prompt: must be text.*", number)
-    assert second.startswith("- adapter.targets: q_prj matches no layer of this model")
+    assert second.startswith("- adapter.target_modules: q_prj matches no layer of this model")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert checked(base, "optim.warmup_steps=500", "adapter.targets=[q_prj]") == 2
+    assert checked(base, "optim.warmup_steps=500", "adapter.target_modules=[q_prj]") == 2
     assert re.search(r"3 errors.*\n- training runs in one.*WORLD_SIZE=2\n- optim.*\n- adapter", capfd.readouterr().err)
 
 
@@ -172,25 +172,25 @@ def test_check_says_of_several_processes_what_train_says(base, capfd, monkeypatc
     assert capfd.readouterr().err == said
 
 
-def test_a_held_out_file_that_was_trained_on_is_an_error(base, capfd):
+def test_a_eval_file_that_was_trained_on_is_an_error(base, capfd):
     Path("held.jsonl").write_text(lines([GOOD[3], {"prompt": "Other?", "completion": "Yes."}]))
     assert checked(base, "data.eval_path=held.jsonl") == 4
-    assert re.search(r"1 held-out rows are training rows too:\n.*held\.jsonl:1 is also .*rows\.jsonl:4",
+    assert re.search(r"1 eval rows are training rows too:\n.*held\.jsonl:1 is also .*rows\.jsonl:4",
                      capfd.readouterr().err)  # fmt: skip
 
 
 def test_a_run_to_resume_is_checked_with_its_own_settings(base, tmp_path, capfd):
-    run = finished_run(tmp_path, "gpt2", r=2, alpha=7.0)
+    run = finished_run(tmp_path, "gpt2", r=2, lora_alpha=7.0)
     assert call("check", f"resume={run}", "train.epochs=2") == 0
-    assert re.search(r"scale +3\.5 \(alpha / r\)", capfd.readouterr().out)
-    assert call("check", f"resume={run}", "adapter.alpha=9") == 2
-    assert "adapter.alpha: 7.0 -> 9.0" in capfd.readouterr().err
+    assert re.search(r"scale +3\.5 \(lora_alpha / r\)", capfd.readouterr().out)
+    assert call("check", f"resume={run}", "adapter.lora_alpha=9") == 2
+    assert "adapter.lora_alpha: 7.0 -> 9.0" in capfd.readouterr().err
     assert checked(base, "resume=auto") == 0
     assert "! resume has no effect: check looks at a run from its beginning" in capfd.readouterr().out
 
 
 WRONG = {
-    "targets": (["adapter.targets=[q_prj]"], 2, "q_prj matches no layer of this model, which has down_proj"),
+    "targets": (["adapter.target_modules=[q_prj]"], 2, "q_prj matches no layer of this model, which has down_proj"),
     "warm-up": (["optim.warmup_steps=500"], 2, r"optim.warmup_steps must be below the run's \d+ steps, got 500"),
     "micro-batch": (["train.tokens_per_microbatch=9"], 2, "must be at least the longest row: .*rows.jsonl:"),
     "GPU": (["fast.compile=true"], 2, "fast.compile=true needs a CUDA device"),
@@ -207,7 +207,7 @@ def test_a_setting_that_would_end_training_ends_the_check_with_its_code(base, tm
     Path("never_ends.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
                                         "{% if add_generation_prompt %}assistant: {% endif %}")  # fmt: skip
     if name == "start":
-        finished_run(tmp_path, "gpt2", r=4, alpha=8.0)
+        finished_run(tmp_path, "gpt2", r=4, lora_alpha=8.0)
     assert checked(base, *words) == code
     assert re.search(message, capfd.readouterr().err)
 

@@ -28,12 +28,12 @@ from lora_ft.training.signals import Stop
 from lora_ft.training.state import NAME, Evaluation, TrainingState
 from lora_ft.training.trainer import fit
 
-SMALL = config.Adapter(r=1, targets=["q_proj"])
+SMALL = config.Adapter(r=1, target_modules=["q_proj"])
 FILES = (checkpoint.TENSORS, checkpoint.STATE, checkpoint.MANIFEST)
 
 
 def state_in(run: Path, **settings: object) -> TrainingState:
-    """A state at its start, with held-out rows; a checkpoint every two of six steps, all of them kept."""
+    """A state at its start, with eval rows; a checkpoint every two of six steps, all of them kept."""
     run.mkdir(exist_ok=True)
     train = {"max_steps": 6, "tokens_per_step": 60, "save_every_steps": 2, "keep_checkpoints": 9, "checkpoint": "off"}
     chosen = {"train": config.Train(**train | settings.pop("train", {}))} | settings
@@ -200,7 +200,7 @@ def test_a_run_that_was_moved_is_resumed_where_it_is_now(run: Path, tmp_path: Pa
 
 @pytest.mark.closes("C06")
 @pytest.mark.parametrize(
-    "change", [{"seed": 3}, {"adapter": config.Adapter(r=2, alpha=8)}, {"examples": some_rows(11)}]
+    "change", [{"seed": 3}, {"adapter": config.Adapter(r=2, lora_alpha=8)}, {"examples": some_rows(11)}]
 )
 def test_a_checkpoint_of_other_inputs_is_refused(change: dict, run: Path) -> None:
     state = state_in(run, **change)
@@ -220,7 +220,7 @@ def test_every_bit_of_an_optimizers_state_survives_and_the_next_steps_are_the_sa
 ) -> None:
     """The matrices are large enough (4,096) to be kept in 8 bits; a group of DoRA's magnitudes is too small for it."""
     optim = replace(SETTINGS["optim"], name=name, lora_plus_ratio=2.0)
-    settings = {"adapter": config.Adapter(r=16, dora=True, dropout=0.1), "optim": optim}
+    settings = {"adapter": config.Adapter(r=16, use_dora=True, lora_dropout=0.1), "optim": optim}
     expected = fitted(state_in(tmp_path / "one", train={"keep": config.Keep.best}, **settings))
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     for step in (4, 6):
@@ -260,7 +260,7 @@ def stand(state: TrainingState, step: int, loss: float | None) -> None:
 
 SAVES = st.lists(
     st.tuples(
-        st.sampled_from([None, None, 1.0, 2.0, 3.0]),  # the held-out loss after the step
+        st.sampled_from([None, None, 1.0, 2.0, 3.0]),  # the eval loss after the step
         st.sampled_from([None, None, "broken", "full"]),  # what happens to the disk while it is saved,
         st.integers(1, 40),  # at this operation
     ),
@@ -379,7 +379,7 @@ def test_what_a_killed_process_did_not_come_to_is_cleared_at_the_resume(run: Pat
 def test_the_bytes_needed_are_those_that_are_written_at_most_at_one_time(
     train: dict, optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within 5 %, the tokenizer included, of a run that was stopped once, and whose first held-out loss is the best."""
+    """Within 5 %, the tokenizer included, of a run that was stopped once, and whose first eval loss is the best."""
     sizes = []
     watch = lambda: sizes.append(sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()))  # noqa: E731
     monkeypatch.setattr(durable, "os", Shim(watch=watch))

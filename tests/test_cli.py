@@ -29,7 +29,7 @@ def imported(report, names):
 
 
 @pytest.mark.parametrize("words", [[], ["train", "--help"], ["--version"], ["-sc", "query=bash"], ["tran"]])
-def test_pages_completion_and_unknown_verbs_import_neither_torch_nor_hydra(tmp_path, words):
+def test_pages_completion_and_unknown_commands_import_neither_torch_nor_hydra(tmp_path, words):
     line = {"COMP_LINE": "lora-ft train adapter."}
     done = process([sys.executable, "-X", "importtime", "-m", "lora_ft", *words], tmp_path, **line)
     assert done.returncode == (2 if words == ["tran"] else 0)
@@ -49,16 +49,16 @@ def test_a_wrong_setting_is_found_before_torch_is_imported(tmp_path, words):
 def test_the_command_and_both_module_forms_are_one(tmp_path):
     forms = [[COMMAND, "train"], [sys.executable, "-m", "lora_ft", "train"], [sys.executable, "-m", "lora_ft.train"]]
     done = [process([*form, "data.path=x", "experiment=absent"], tmp_path) for form in forms]
-    for d in done:  # importing a verb may bring warnings of other libraries before the message
+    for d in done:  # importing a command may bring warnings of other libraries before the message
         assert (d.returncode, d.stdout) == (2, "") and d.stderr.endswith(
             "lora-ft: experiment=absent: choose one of demo\n"
         )
     assert done[0].stderr == done[1].stderr
 
 
-@pytest.mark.parametrize("verb", ["sweep", "report"])
-def test_what_only_starts_processes_and_reads_files_needs_no_torch(verb):
-    code = f"import sys, lora_ft.{verb}, lora_ft.sweeps.launch; sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize("command", ["sweep", "report"])
+def test_what_only_starts_processes_and_reads_files_needs_no_torch(command):
+    code = f"import sys, lora_ft.{command}, lora_ft.sweeps.launch; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -78,7 +78,7 @@ print(find_spec("kernels"), is_kernels_available(), "torch._inductor.kernel.mm" 
 
 
 def test_a_command_runs_no_code_from_the_hub_and_leaves_the_compiler_out(tmp_path):
-    modules = [f"lora_ft.{verb}" for verb in config.SCHEMAS if verb not in ("sweep", "report")]
+    modules = [f"lora_ft.{command}" for command in config.SCHEMAS if command not in ("sweep", "report")]
     (tmp_path / "kernels.py").write_text("print('kernels was imported')")  # bitsandbytes asks on some processors only
     path = f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}"
     done = process([sys.executable, "-c", RUN_AS_MODULE, *modules], tmp_path, PYTHONPATH=path)
@@ -106,10 +106,10 @@ def test_a_reader_that_leaves_early_is_left_in_peace(tmp_path, words):
     assert (tmp_path / "code").read_text() == "141\n"
 
 
-@pytest.mark.parametrize("verb", config.SCHEMAS)
-def test_every_verb_can_be_run_as_a_module(verb):
-    source = Path(entry.__file__).parents[1].joinpath(f"{verb}.py").read_text("utf-8")
-    assert source.endswith(f'if __name__ == "__main__":\n    entry.run("{verb}")\n')
+@pytest.mark.parametrize("command", config.SCHEMAS)
+def test_every_command_can_be_run_as_a_module(command):
+    source = Path(entry.__file__).parents[1].joinpath(f"{command}.py").read_text("utf-8")
+    assert source.endswith(f'if __name__ == "__main__":\n    entry.run("{command}")\n')
     assert re.search(r"^def main\(", source, re.MULTILINE)
 
 
@@ -132,22 +132,22 @@ def test_config_flags_show_the_composed_config_and_how_it_came_about(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_overview_names_every_verb():
-    for verb, schema in config.SCHEMAS.items():
-        assert re.search(rf"^  {verb} +{re.escape(schema.__doc__[:20])}", help.overview(), re.MULTILINE)
+def test_the_overview_names_every_command():
+    for command, schema in config.SCHEMAS.items():
+        assert re.search(rf"^  {command} +{re.escape(schema.__doc__[:20])}", help.overview(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("verb", config.SCHEMAS)
-def test_the_page_of_a_verb_names_every_choice_and_setting_with_type_default_unit_and_meaning(verb):
-    page = help.page(verb)
+@pytest.mark.parametrize("command", config.SCHEMAS)
+def test_the_page_of_a_command_names_every_choice_and_setting_with_type_default_unit_and_meaning(command):
+    page = help.page(command)
     words = " ".join(page.split())
     assert max(map(len, page.splitlines())) <= 100
-    for setting in validation.settings(config.SCHEMAS[verb]):
+    for setting in validation.settings(config.SCHEMAS[command]):
         kind = help.type_words(setting.type).removeprefix("an ").removeprefix("a ")
         unit = f", {setting.unit}" if setting.unit else ""
         assert f"{setting.key}={help.show(setting.default)}" in words
         assert f"{setting.meaning} ({kind}{unit})" in words
-    for group, default in choices.groups(verb).items():
+    for group, default in choices.groups(command).items():
         assert f"choices of {group}" + (f" (default: {default})" if default else "") in words
         for name, meaning in choices.of(group).items():
             assert f"{group}={name} {meaning}".rstrip() in words

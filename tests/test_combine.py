@@ -51,7 +51,7 @@ def merged(tmp_path: Path, name: str, *words: str) -> Path:
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("words", [[], ["method=ties", "weights=[1,1]", "density=1.0"]], ids=str)
 def test_an_adapter_combined_with_itself_is_itself(tmp_path: Path, words: list[str], rslora: bool) -> None:
-    run = finished_run(tmp_path, "llama", rslora=rslora)
+    run = finished_run(tmp_path, "llama", use_rslora=rslora)
     out = merged(tmp_path, "both", f"adapters=[{run},{run}]", *words)
     assert near(updates(tmp_path, out), updates(tmp_path, run / "adapter"))
 
@@ -61,7 +61,7 @@ def test_linear_adds_matrices_and_says_how_far_that_is_from_adding_updates(
     tmp_path: Path, rslora: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A' = sum of sqrt(w s) A, B' = sum of sqrt(w s) B: the product holds what no adapter had, the mixed terms."""
-    runs = [other_run(tmp_path, name, factor, rslora=rslora) for name, factor in (("first", 1.0), ("second", 0.7))]
+    runs = [other_run(tmp_path, name, factor, use_rslora=rslora) for name, factor in (("first", 1.0), ("second", 0.7))]
     capsys.readouterr()
     out = merged(tmp_path, "out", f"adapters=[{runs[0]},{runs[1]}]", "weights=[0.3,0.7]", "method=linear")
     shown = capsys.readouterr().out
@@ -104,7 +104,7 @@ def test_what_was_combined_is_recorded_and_the_same_words_give_the_same_bytes(tm
         ({"r": 8}, ["method=linear"], 2, "method=svd"),
         ({"dora": True}, ["method=svd"], 5, "DoRA"),
         ({}, ["weights=[1]"], 2, "weights must be as many as adapters"),
-        ({"targets": ["q_proj"]}, ["method=svd"], 5, "does not fit"),
+        ({"target_modules": ["q_proj"]}, ["method=svd"], 5, "does not fit"),
     ],
 )
 def test_adapters_that_have_no_sum_are_refused(

@@ -27,9 +27,9 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "rslora": ("llama", {"rslora": True}),
     "dora": ("llama", {"dora": True}),
     "patterns": ("llama", {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 7.0}}),
-    "saved": ("llama", {"targets": ["q_proj"], "modules_to_save": ["lm_head"]}),
-    "embedding": ("llama", {"targets": ["embed_tokens", "q_proj"]}),
-    "tied_head": ("llama", {"targets": ["q_proj"]}),
+    "saved": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "embedding": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
+    "tied_head": ("llama", {"target_modules": ["q_proj"]}),
     "gpt2": ("gpt2", {}),
     "neox": ("gpt_neox", {}),
 }
@@ -282,7 +282,7 @@ def test_a_local_base_a_closed_mode_and_no_license_are_told_with_what_helps(
     found = [v for v in compatibility.verdicts(folder, None) if v.program == FILES]
     assert [v.level for v in found] == [Level.WARN] * 3
     assert [v.remedy for v in found] == [
-        "chmod 644; publishing does that as well", "publish with model.id=OWNER/NAME", "publish with license=NAME",
+        "chmod 644; publishing does that as well", "publish with model.hub_id=OWNER/NAME", "publish with license=NAME",
     ]  # fmt: skip
     assert "0600" in found[0].reason and "not a hub id" in found[1].reason
 

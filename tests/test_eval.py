@@ -110,7 +110,7 @@ def test_a_folder_with_splits_is_evaluated_on_its_validation_files_or_on_a_chose
 
 def test_the_limits_of_the_runs_own_rows_are_not_those_of_others(tmp_path: Path) -> None:
     cfg = settings(tmp_path, "llama")
-    extra = file_of(tmp_path / "extra" / "heldout.jsonl", LABELS[:2])
+    extra = file_of(tmp_path / "extra" / "eval_rows.jsonl", LABELS[:2])
     cfg.data.max_rows, cfg.data.eval_path = 3, str(extra)
     run = saved_run(tmp_path / "run", cfg)
     test = file_of(tmp_path / "other" / "test.jsonl", OTHERS)
@@ -119,24 +119,24 @@ def test_the_limits_of_the_runs_own_rows_are_not_those_of_others(tmp_path: Path)
         assert json.loads((run / "eval.json").read_text())["rows"] == rows
 
 
-def trained_and_heldout(tmp_path: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+def trained_and_eval(tmp_path: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     cfg = settings(tmp_path, "llama")
     dataset = prepare(cfg.data, load_base(cfg.model, cfg.quant, "cpu").tokenizer)
     lines = [[int(row.source.rpartition(":")[2]) - 1 for row in side] for side in (dataset.train, dataset.eval)]
     return [QUESTIONS[i] for i in lines[0]], [QUESTIONS[i] for i in lines[1]]
 
 
-def test_rows_that_the_run_was_trained_on_are_refused_and_those_it_held_out_are_not(
+def test_rows_that_the_run_was_trained_on_are_refused_and_those_it_eval_are_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = finished_run(tmp_path, "llama")
-    trained, heldout = trained_and_heldout(tmp_path)
+    trained, eval_rows = trained_and_eval(tmp_path)
     question, answer = trained[0]
     test = file_of(tmp_path / "other" / "test.jsonl", [*OTHERS, (question.upper(), answer)])
     assert call("eval", f"run={run}", "data=completion", f"data.path={test}") == 4
     told = capsys.readouterr().err
     assert f"{test}:{len(OTHERS) + 1} is also {tmp_path}/rows.jsonl:" in told
-    file_of(test, [*OTHERS, *heldout])
+    file_of(test, [*OTHERS, *eval_rows])
     assert call("eval", f"run={run}", "eval.samples=0", "data=completion", f"data.path={test}") == 0
 
 

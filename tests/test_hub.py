@@ -275,7 +275,7 @@ assert not any(name.startswith("lora_ft") for name in sys.modules)
 
 
 def test_a_published_adapter_loads_by_its_id_with_peft_alone(hub: Hub, client: Client, tmp_path: Path) -> None:
-    cfg = settings(tmp_path, "llama", rslora=True)
+    cfg = settings(tmp_path, "llama", use_rslora=True)
     folder = tmp_path / "package"
     base, model = adapted(cfg)
     files.save(model, "first", folder, base.tokenizer, provenance.Origin(base.identity, cfg.quant, "d"))
@@ -296,7 +296,7 @@ def test_a_published_adapter_loads_by_its_id_with_peft_alone(hub: Hub, client: C
 @pytest.mark.nightly
 def test_publish_sends_a_run_to_the_hub_and_proves_what_came_back(hub: Hub, tmp_path: Path) -> None:
     cfg = settings(tmp_path, "llama")
-    cfg.model.id = "team/base"
+    cfg.model.hub_id = "team/base"
     run = saved_run(tmp_path / "run", cfg)
     environment = hub.environment(XDG_CACHE_HOME=str(tmp_path / "cache"))
 

@@ -33,10 +33,10 @@ VARIANTS: list[dict[str, Any]] = [
     {},
     {"rslora": True},
     {"dora": True},
-    {"targets": ["all-linear"], "rank_pattern": dict.fromkeys(["0.mlp.down_proj", "1.mlp.up_proj"], 2)},
-    {"targets": ["embed_tokens", "q_proj", "lm_head"]},
-    {"targets": ["embed_tokens", "q_proj", "lm_head"], "dora": True},
-    {"targets": ["q_proj"], "modules_to_save": ["lm_head", "mlp"]},
+    {"target_modules": ["all-linear"], "rank_pattern": dict.fromkeys(["0.mlp.down_proj", "1.mlp.up_proj"], 2)},
+    {"target_modules": ["embed_tokens", "q_proj", "lm_head"]},
+    {"target_modules": ["embed_tokens", "q_proj", "lm_head"], "dora": True},
+    {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "mlp"]},
     {"quant": "nf4"},
     {"quant": "fp4", "dora": True},
     {"quant": "int8"},
@@ -130,7 +130,7 @@ def test_every_kind_of_adapter_merges(tmp_path: Path, options: dict[str, Any]) -
 
 @pytest.mark.closes("A19")
 def test_gpt2s_embeddings_and_norms_merge(tmp_path: Path) -> None:
-    options = {"targets": ["wte", "c_attn"], "modules_to_save": ["ln_f"], "dora": True}
+    options = {"target_modules": ["wte", "c_attn"], "modules_to_save": ["ln_f"], "dora": True}
     assert merged(tmp_path / "out", settings(tmp_path, "gpt2", **options)) < 1e-5
 
 
@@ -162,7 +162,7 @@ def test_half_precision_is_the_float32_merge_rounded_once(tmp_path: Path, family
 
 
 def test_a_base_in_bfloat16_is_merged_in_float32_and_written_in_bfloat16(tmp_path: Path) -> None:
-    cfg = settings(tmp_path, "llama", dora=True)
+    cfg = settings(tmp_path, "llama", use_dora=True)
     cfg.model.dtype = config.Dtype.bfloat16
     run = saved_run(tmp_path / "run", cfg)
     assert call("merge", f"run={run}", f"out={tmp_path / 'out'}") == 0
@@ -228,7 +228,7 @@ def test_peft_merges_to_the_same_weights_in_float64(tmp_path: Path, options: dic
 
 
 def test_no_weight_of_the_base_stays_in_memory(tmp_path: Path) -> None:
-    found = opened(tmp_path / "out", settings(tmp_path, "llama", dora=True, modules_to_save=["lm_head"]))
+    found = opened(tmp_path / "out", settings(tmp_path, "llama", use_dora=True, modules_to_save=["lm_head"]))
     hollow = [p for m in found.modules for p in m._parameters.values() if p is not None and p.numel() > 1]
     alive: list[int] = []
     most = 0
@@ -429,8 +429,8 @@ def test_a_run_without_quantization_says_that_onto_is_without_effect(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = finished_run(tmp_path, "llama")
-    assert call("merge", f"run={run}", f"out={tmp_path / 'out'}", "onto=original") == 0
-    assert "onto=original has no effect" in caplog.text
+    assert call("merge", f"run={run}", f"out={tmp_path / 'out'}", "base_weights=original") == 0
+    assert "base_weights=original has no effect" in caplog.text
     assert not (tmp_path / "out" / "merge.json").exists()
 
 

@@ -36,8 +36,8 @@ def bases(tmp_path_factory):
 def seen(bases, family, quant="none", **adapter):
     """The layers of a run, and the warnings about them."""
     if family == "deepseek_v3":
-        adapter = {"targets": ATTENTION} | adapter
-    cfg = config.TrainRun(device="cpu", adapter=config.Adapter(r=4, alpha=8.0, **adapter))
+        adapter = {"target_modules": ATTENTION} | adapter
+    cfg = config.TrainRun(device="cpu", adapter=config.Adapter(r=4, lora_alpha=8.0, **adapter))
     cfg.model.path, cfg.quant.kind = str(bases / family), config.QuantKind[quant]
     layers = summary.layers(load_skeleton(cfg.model, cfg.quant, "cpu", tiny_tokenizer()), cfg)
     return layers, list(summary.warnings(layers, cfg))
@@ -65,7 +65,7 @@ def test_share_of_weights_out_of_reach_equals_a_count_over_the_file(bases, famil
 
 
 def test_bytes_are_those_of_the_dtype_that_the_base_has(bases):
-    cfg = config.TrainRun(device="cpu", adapter=config.Adapter(r=4, alpha=8.0))
+    cfg = config.TrainRun(device="cpu", adapter=config.Adapter(r=4, lora_alpha=8.0))
     cfg.model.path, cfg.model.dtype = str(bases / "mixtral"), config.Dtype.bfloat16
     cfg.quant.kind = config.QuantKind.nf4
     layers = summary.layers(load_skeleton(cfg.model, cfg.quant, "cpu", tiny_tokenizer()), cfg)
@@ -97,7 +97,7 @@ def test_weights_said_to_stay_unquantized_are_so_in_the_loaded_base(bases, famil
 @pytest.mark.parametrize("targets", ["all-linear", "named"])
 def test_a_dense_base_has_nothing_out_of_reach(bases, family, targets):
     named = {"llama": "q_proj", "gpt2": "c_attn"}[family]
-    layers, warnings = seen(bases, family, "nf4", targets=[named if targets == "named" else targets])
+    layers, warnings = seen(bases, family, "nf4", target_modules=[named if targets == "named" else targets])
     assert (layers.out_of_reach, layers.out_of_reach_bytes, warnings) == ({}, 0, [])
 
 
@@ -107,10 +107,10 @@ def test_a_dense_base_has_nothing_out_of_reach(bases, family, targets):
 )
 def test_linear_layers_that_peft_takes_for_experts_are_refused(bases, targets, taken):
     with pytest.raises(ConfigError) as refused:
-        seen(bases, "deepseek_v3", targets=targets)
+        seen(bases, "deepseek_v3", target_modules=targets)
     assert str(refused.value) == (
-        f"adapter.targets: PEFT takes {taken} for the experts of deepseek_v3, which cannot be trained yet: "
-        f"leave them out, as in adapter.targets=[{','.join(ATTENTION)}]"
+        f"adapter.target_modules: PEFT takes {taken} for the experts of deepseek_v3, which cannot be trained yet: "
+        f"leave them out, as in adapter.target_modules=[{','.join(ATTENTION)}]"
     )
 
 
@@ -132,7 +132,7 @@ def test_check_and_train_warn(bases, tmp_path, capfd, monkeypatch, family, quant
     monkeypatch.chdir(tmp_path)
     cfg = settings(bases, family)
     words = ["model=local", f"model.path={bases / family}", f"data.path={cfg.data.path}", f"quant={quant}",
-             "train.max_steps=2", "train.samples=0", "adapter.r=4", "adapter.alpha=8"]  # fmt: skip
+             "train.max_steps=2", "train.samples=0", "adapter.r=4", "adapter.lora_alpha=8"]  # fmt: skip
     _, expected = seen(bases, family, quant)
     assert call("check", *words) == 0
     page = " ".join(capfd.readouterr().out.split())

@@ -24,8 +24,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "qwen3_rslora": ("qwen3", {"rslora": True, "r": 8}),
     "llama_patterns": ("llama", {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 7, "q_proj": 3}}),
-    "llama_one_layer": ("llama", {"targets": ["layers.1.mlp.up_proj", "q_proj"]}),
-    "llama_ends": ("llama", {"targets": ["q_proj", "lm_head", "embed_tokens"]}),
+    "llama_one_layer": ("llama", {"target_modules": ["layers.1.mlp.up_proj", "q_proj"]}),
+    "llama_ends": ("llama", {"target_modules": ["q_proj", "lm_head", "embed_tokens"]}),
     "llama_dora": ("llama", {"dora": True}),
     "gpt2": ("gpt2", {}),
     "gpt2_dora": ("gpt2", {"dora": True}),
@@ -68,13 +68,13 @@ def test_scale_times_a_times_b_is_pefts_update_of_every_layer(name: str, tmp_pat
 
 
 def test_layers_that_are_adapted_alike_are_named_once(tmp_path: Path) -> None:
-    _, folder = written(tmp_path, "llama", targets=ALL)
+    _, folder = written(tmp_path, "llama", target_modules=ALL)
     settings = json.loads((folder / "adapter_config.json").read_text())
     assert settings["num_layers"] == 2 and settings["fine_tune_type"] == "lora"
     assert settings["lora_parameters"]["keys"] == sorted(
         [f"self_attn.{name}" for name in ALL[:4]] + [f"mlp.{name}" for name in ALL[4:]]
     )
-    _, folder = written(tmp_path, "llama", targets=["layers.1.mlp.up_proj"])
+    _, folder = written(tmp_path, "llama", target_modules=["layers.1.mlp.up_proj"])
     keys = json.loads((folder / "adapter_config.json").read_text())["lora_parameters"]["keys"]
     assert keys == ["model.layers.1.mlp.up_proj"]
 
@@ -92,7 +92,11 @@ def test_the_same_adapter_gives_the_same_bytes_and_names_no_place(tmp_path: Path
     [
         ("gpt_neox", {}, "models of type llama, mistral, qwen2, qwen3, gpt2, got gpt_neox"),
         ("llama", {"modules_to_save": ["norm"]}, "modules_to_save=.* not a plain LoRA; write a merged model"),
-        ("llama", {"targets": ["embed_tokens"], "dora": True}, "mlx-lm computes DoRA of an embedding differently"),
+        (
+            "llama",
+            {"target_modules": ["embed_tokens"], "dora": True},
+            "mlx-lm computes DoRA of an embedding differently",
+        ),
     ],
 )
 def test_what_mlx_lm_does_not_compute_is_refused(
@@ -104,7 +108,7 @@ def test_what_mlx_lm_does_not_compute_is_refused(
 
 
 def test_one_end_of_a_tied_model_is_both_for_mlx_lm_and_refused(tmp_path: Path) -> None:
-    written(tmp_path, "llama", targets=["q_proj", "lm_head"])
+    written(tmp_path, "llama", target_modules=["q_proj", "lm_head"])
     tied = base_config(tmp_path / "llama") | {"tie_word_embeddings": True}
     with pytest.raises(MismatchError, match="lm_head is both ends of the model for mlx-lm, one for the adapter"):
         mlx.write(tmp_path / "adapter", tied, tmp_path / "other")

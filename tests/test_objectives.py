@@ -61,7 +61,7 @@ def preference_state(folder: Path, family: str = "llama", **train: object) -> Tr
         examples=paired(answers(range(10))),
         eval_examples=paired(answers(range(10, 13))),
         objective=config.Objective("preference"),
-        optim=config.Optim(lr=1e-3, schedule=config.Schedule.constant, clip=0.0),
+        optim=config.Optim(lr=1e-3, schedule=config.Schedule.constant, max_grad_norm=0.0),
         train=config.Train(max_steps=5, tokens_per_step=120, **train),
     )
 
@@ -142,7 +142,7 @@ def test_the_commands_take_the_objective_by_its_name(tmp_path: Path, capfd: pyte
     last = runs.read_metrics(run)[-1]
     assert 0 <= last["accuracy"] <= 1 and 0 <= last["eval_accuracy"] <= 1
     assert call("eval", f"run={run}", "device=cpu") == 0
-    assert json.loads((run / "eval.json").read_text())["adapter"]["loss"] == pytest.approx(last["heldout_loss"])
+    assert json.loads((run / "eval.json").read_text())["adapter"]["loss"] == pytest.approx(last["eval_loss"])
     capfd.readouterr()
     assert call("check", *words[:-1], "objective.name=preferences") == 2
     assert "objective.name must be one of sft, preference, got preferences" in capfd.readouterr().err

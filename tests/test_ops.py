@@ -135,7 +135,7 @@ def test_the_kernel_is_chosen_for_the_width_of_a_head(
     assert asked == [(model.device, model.dtype, width)]
 
 
-@pytest.mark.parametrize("settings", [{"targets": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}])
+@pytest.mark.parametrize("settings", [{"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}])
 @pytest.mark.parametrize("fast", [FAST, PLAIN])
 def test_a_head_whose_adapter_is_off_gives_the_bits_of_the_base(settings: dict, fast: config.Fast) -> None:
     batch, bare = packed(), tiny_model("llama").requires_grad_(False)

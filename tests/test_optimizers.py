@@ -27,7 +27,7 @@ def parameters(dtype: torch.dtype = torch.float64) -> dict[str, nn.Parameter]:
 @pytest.mark.parametrize("ratio", [1.0, 16.0])
 def test_flat_steps_equal_steps_over_separate_parameters(ratio: float) -> None:
     """AdamW with decay, clipping and LoRA+ groups, ten steps, in float64."""
-    optim = config.Optim(lr=0.01, weight_decay=0.1, lora_plus_ratio=ratio, clip=0.5)
+    optim = config.Optim(lr=0.01, weight_decay=0.1, lora_plus_ratio=ratio, max_grad_norm=0.5)
     flat_ones, separate = parameters(), parameters()
     flat = optimizers.flatten(flat_ones)
     ours = optimizers.build(flat, optim)
@@ -43,8 +43,8 @@ def test_flat_steps_equal_steps_over_separate_parameters(ratio: float) -> None:
         theirs.zero_grad()
         for ones in (flat_ones, separate):
             sum((p * math.sin(step + i)).pow(3).sum() for i, p in enumerate(ones.values())).backward()
-        norm = optimizers.clip(flat.gradients, optim.clip)
-        expected = nn.utils.clip_grad_norm_(list(separate.values()), optim.clip)
+        norm = optimizers.clip(flat.gradients, optim.max_grad_norm)
+        expected = nn.utils.clip_grad_norm_(list(separate.values()), optim.max_grad_norm)
         assert norm == pytest.approx(float(expected), rel=1e-13)
         optimizers.set_learning_rate(ours, optim.lr)
         ours.step()

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from lora_ft.errors import SecurityError
 from lora_ft.publishing import checksums, secret_scan, verification, verify_worker
 
-ID = "model.id=org/tiny"
+ID = "model.hub_id=org/tiny"
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of transformers, in PEFT
 
@@ -24,7 +24,7 @@ def test_a_package_loads_with_peft_alone_and_its_logits_are_those_of_the_run(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(verification, "_run_worker", verify_worker.verify)  # in this process
-    cfg = settings(tmp_path, "llama", rslora=True)
+    cfg = settings(tmp_path, "llama", use_rslora=True)
     run, out = saved_run(tmp_path / "run", cfg), tmp_path / "out"
     assert call("publish", f"run={run}", f"to=dir:{out}", ID, "license=mit", "formats=[gguf,mlx]") == 0
     assert "the files fetched back are identical" in capsys.readouterr().out

@@ -50,7 +50,7 @@ def run_over(bases, tmp_path, rows, family="llama", **data):
     cfg.model.path = str(bases / family)
     cfg.data = config.Data(**{"path": str(rows_at(tmp_path, rows)), "eval_fraction": 0.2} | data)
     cfg.train.tokens_per_step, cfg.train.epochs = 80, 2
-    cfg.adapter.r, cfg.adapter.alpha = 4, 8.0
+    cfg.adapter.r, cfg.adapter.lora_alpha = 4, 8.0
     return cfg
 
 
@@ -81,7 +81,7 @@ def test_the_skeleton_has_the_names_shapes_and_dtypes_of_the_base_and_holds_noth
 @pytest.mark.parametrize(
     ("family", "words"),
     [
-        ("llama", ["quant=nf4", "adapter.rank_pattern={q_proj:2}", "adapter.targets=[q_proj,mlp.up_proj]"]),
+        ("llama", ["quant=nf4", "adapter.rank_pattern={q_proj:2}", "adapter.target_modules=[q_proj,mlp.up_proj]"]),
         ("llama", ["adapter=dora", "adapter.modules_to_save=[norm]", "model.added_tokens=['What','It']"]),
         ("gpt2", ["adapter=rslora", "train.max_steps=7", "optim.schedule=cosine"]),
     ],
@@ -119,13 +119,13 @@ def test_train_does_what_check_said(bases, tmp_path, monkeypatch, family, words)
 @pytest.mark.closes("A21")
 def test_layers_are_counted_by_the_pattern_that_was_given(bases, tmp_path):
     cfg = run_over(bases, tmp_path, pairs())
-    cfg.adapter.targets = ["layers.0.self_attn.q_proj", "v_proj"]
+    cfg.adapter.target_modules = ["layers.0.self_attn.q_proj", "v_proj"]
     cfg.adapter.rank_pattern, cfg.adapter.alpha_pattern = {"v_proj": 2}, {"v_proj": 2.0}
     layers = preflight(cfg, tiny_tokenizer(), tmp_path).layers
     assert (layers.targets, layers.count) == ({"layers.0.self_attn.q_proj": 1, "v_proj": 2}, 3)
     assert layers.trainable == 4 * (64 + 64) + 2 * 2 * (64 + 32)
     assert layers.scales == [1.0, 2.0]
-    cfg.adapter.targets = ["all-linear"]
+    cfg.adapter.target_modules = ["all-linear"]
     layers = preflight(cfg, tiny_tokenizer(), tmp_path).layers
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     assert [*layers.targets.items()] == [(name, 2) for name in names]
@@ -155,16 +155,16 @@ def test_errors_of_training_come_before_the_weights_are_read(bases, tmp_path, mo
         changed = replace(cfg, **{group: replace(getattr(cfg, group), **{name: value})})
         with pytest.raises(error, match=message):
             preflight(changed, tokenizer, tmp_path)
-    other = finished_run(tmp_path, "gpt2", r=4, alpha=8.0)
+    other = finished_run(tmp_path, "gpt2", r=4, lora_alpha=8.0)
     with pytest.raises(MismatchError, match="made for another base"):
         preflight(replace(cfg, adapter=replace(cfg.adapter, init_from=str(other / "adapter"))), tokenizer, tmp_path)
 
 
 @pytest.mark.closes("C08")
 def test_a_start_with_other_tensors_is_found_in_its_header_and_said_as_when_it_is_loaded(tmp_path):
-    run = finished_run(tmp_path, "llama", r=4, alpha=8.0)
+    run = finished_run(tmp_path, "llama", r=4, lora_alpha=8.0)
     cfg = config.TrainRun(device="cpu", data=config.Data(path=str(tmp_path / "rows.jsonl"), eval_fraction=0.4))
-    cfg.model.path, cfg.adapter.r, cfg.adapter.alpha = str(tmp_path / "llama"), 4, 8.0
+    cfg.model.path, cfg.adapter.r, cfg.adapter.lora_alpha = str(tmp_path / "llama"), 4, 8.0
     cfg.adapter.init_from, cfg.train.tokens_per_step = str(run / "adapter"), 60
     tokenizer = load_tokenizer(cfg.model)
     preflight(cfg, tokenizer, tmp_path)
@@ -186,9 +186,9 @@ def test_a_start_with_other_tensors_is_found_in_its_header_and_said_as_when_it_i
 
 
 def test_of_weights_that_were_not_fetched_it_is_said_that_they_are_compared_with_the_start_later(tmp_path, monkeypatch):
-    run = finished_run(tmp_path, "llama", r=4, alpha=8.0)
+    run = finished_run(tmp_path, "llama", r=4, lora_alpha=8.0)
     cfg = config.TrainRun(device="cpu", data=config.Data(path=str(tmp_path / "rows.jsonl"), eval_fraction=0.4))
-    cfg.model.path, cfg.adapter = str(tmp_path / "llama"), config.Adapter(r=4, alpha=8.0)
+    cfg.model.path, cfg.adapter = str(tmp_path / "llama"), config.Adapter(r=4, lora_alpha=8.0)
 
     def unfetched(*given):
         base = load_skeleton(*given)
@@ -299,13 +299,13 @@ def test_special_tokens_in_plain_text_are_counted(bases, tmp_path):
 
 
 @pytest.mark.closes("F07")
-def test_held_out_rows_that_ask_what_was_trained_on_are_counted(bases, tmp_path):
+def test_eval_rows_that_ask_what_was_trained_on_are_counted(bases, tmp_path):
     held = tmp_path / "held.jsonl"
     asked = ["what is 1 & 1", "WHAT is 2 and 2 ?!", "What is 2 and 2?", "What is 99 and 99?"]
     held.write_text("".join(json.dumps({"prompt": p, "completion": "Other."}) + "\n" for p in asked))
     cfg = run_over(bases, tmp_path, pairs(), eval_path=str(held), eval_fraction=0.05)
     (sentence,) = surveyed(cfg, tiny_tokenizer())
-    assert sentence.startswith("what 2 of the held-out rows ask, a training row asks as well")
+    assert sentence.startswith("what 2 of the eval rows ask, a training row asks as well")
 
 
 @pytest.mark.closes("A04")
@@ -342,12 +342,12 @@ def test_an_end_of_turn_that_no_file_of_the_base_calls_an_end_is_noted(tmp_path)
 @pytest.mark.closes("A24")
 @pytest.mark.parametrize(
     ("r", "alpha", "rslora", "shown"),
-    [(4, 33.0, False, "8.25 (alpha / r)"), (64, 15.0, False, "0.234 (alpha / r)"), (4, 32.0, True, "16 (alpha / sqrt"),
+    [(4, 33.0, False, "8.25 (lora_alpha / r)"), (64, 15.0, False, "0.234 (lora_alpha / r)"), (4, 32.0, True, "16 (lora_alpha / sqrt"),
      (64, 16.0, False, None), (4, 32.0, False, None), (16, 8.0, True, None)],
 )  # fmt: skip
 def test_a_scale_that_no_published_recipe_has_is_noted(bases, tmp_path, r, alpha, rslora, shown):
     cfg = run_over(bases, tmp_path, pairs())
-    cfg.adapter = config.Adapter(r=r, alpha=alpha, rslora=rslora)
+    cfg.adapter = config.Adapter(r=r, lora_alpha=alpha, use_rslora=rslora)
     sentences = [s for s in said(cfg, tmp_path) if "scaled by" in s]
     assert len(sentences) == (shown is not None)
     assert all(f"scaled by {shown}" in s for s in sentences)
@@ -355,7 +355,7 @@ def test_a_scale_that_no_published_recipe_has_is_noted(bases, tmp_path, r, alpha
 
 def test_a_rank_that_is_no_saving_and_steps_that_are_few_or_single_documents_are_noted(bases, tmp_path):
     cfg = run_over(bases, tmp_path, pairs())
-    cfg.adapter.r, cfg.adapter.alpha = 32, 32.0
+    cfg.adapter.r, cfg.adapter.lora_alpha = 32, 32.0
     assert [s.partition(" get")[0] for s in said(cfg, tmp_path)] == ["8 of 14 layers"]  # q, k, v and o of two
     cfg.adapter.r, cfg.train.tokens_per_step, cfg.train.epochs = 8, 20, 1
     rows = read_rows(cfg, tiny_tokenizer())
@@ -401,7 +401,7 @@ def test_the_eval_fraction_is_named_where_validation_files_take_its_place(bases,
     cfg = run_over(bases, tmp_path, pairs(), path=str(folder))
     assert said(cfg, tmp_path) == []
     rows_at(folder, pairs(6, "Who is {} of {}?")).rename(folder / "validation.jsonl")
-    told = f"data.eval_fraction has no effect: the held-out rows are the validation files of {folder}"
+    told = f"data.eval_fraction has no effect: the eval rows are the validation files of {folder}"
     assert told in said(cfg, tmp_path)
 
 

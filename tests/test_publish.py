@@ -29,7 +29,7 @@ from lora_ft.publishing import (
 )
 from lora_ft.publishing.destinations import Directory, Hub, directory
 
-ID = "model.id=org/tiny"
+ID = "model.hub_id=org/tiny"
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of transformers, in PEFT
 
@@ -84,8 +84,8 @@ def test_a_base_that_only_this_machine_knows_is_refused_with_the_remedy(
 ) -> None:
     run = finished_run(tmp_path, "llama")
     assert publish(run, f"to=dir:{tmp_path / 'out'}") == 2
-    assert "model.id=OWNER/NAME" in capsys.readouterr().err
-    assert publish(run, f"to=dir:{tmp_path / 'out'}", "model.id=../elsewhere") == 2
+    assert "model.hub_id=OWNER/NAME" in capsys.readouterr().err
+    assert publish(run, f"to=dir:{tmp_path / 'out'}", "model.hub_id=../elsewhere") == 2
     assert not (tmp_path / "out").exists()
 
 
@@ -124,7 +124,7 @@ def test_a_dry_run_sends_nothing_and_leaves_the_package_to_be_looked_at(
 def test_what_is_at_the_place_is_replaced_as_a_whole_or_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first, second = finished_run(tmp_path, "llama"), finished_run(tmp_path, "llama", name="second", dora=True)
+    first, second = finished_run(tmp_path, "llama"), finished_run(tmp_path, "llama", name="second", use_dora=True)
     out = tmp_path / "out"
     assert publish(first, f"to=dir:{out}", ID, "formats=[gguf]") == 0
     assert publish(second, f"to=dir:{out}", ID) == 0
@@ -149,7 +149,7 @@ def test_every_kind_of_run_is_published_and_verified(tmp_path: Path, options: di
 def test_a_format_that_cannot_hold_the_adapter_is_refused_with_the_way_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], cache: Path
 ) -> None:
-    run = finished_run(tmp_path, "llama", dora=True)
+    run = finished_run(tmp_path, "llama", use_dora=True)
     assert publish(run, f"to=dir:{tmp_path / 'out'}", ID, "formats=[gguf]") == 5
     assert "lora-ft merge" in capsys.readouterr().err
     assert not (tmp_path / "out").exists() and not list(cache.iterdir())
@@ -215,7 +215,7 @@ def made_by_peft(folder: Path, *, base: str | None = None) -> Path:
         ("another base", 5, "does not fit"),
         ("wrong shape", 5, "does not fit"),
         ("NaN", 5, "not finite"),
-        ("local base path", 2, "model.id=OWNER/NAME"),
+        ("local base path", 2, "model.hub_id=OWNER/NAME"),
         ("mode 0600", 0, ""),
     ],
 )

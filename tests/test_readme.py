@@ -84,8 +84,8 @@ def test_there_are_commands_to_run() -> None:
     assert {c.split()[1] for c in COMMANDS if c.startswith("lora-ft")} == set(config.SCHEMAS)
 
 
-def test_every_verb_and_exit_code_is_named() -> None:
-    assert all(f"`lora-ft {verb}`" in README for verb in config.SCHEMAS)
+def test_every_command_and_exit_code_is_named() -> None:
+    assert all(f"`lora-ft {command}`" in README for command in config.SCHEMAS)
     (said,) = re.findall(r"Exit codes: (.*?)\.\n", README)
     codes = {error.exit_code for error in LoraFtError.__subclasses__()}
     assert {int(code) for code in re.findall(r"(?:^|, )(\d+) ", said)} == {0, 1, 3, 130, 141} | codes

@@ -44,7 +44,7 @@ def adapted(family: str, dropout: float = 0.0) -> torch.nn.Module:
     """A tiny model in training with an adapter whose every matrix gets a gradient."""
     model = tiny_model(family).requires_grad_(False)
     switch_off_dropout(model)
-    peft_model = attach.attach(model, config.Adapter(r=4, dropout=dropout), "adapter0", 0, [])
+    peft_model = attach.attach(model, config.Adapter(r=4, lora_dropout=dropout), "adapter0", 0, [])
     accelerate_adapter(peft_model, "adapter0")
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -87,7 +87,7 @@ def test_a_model_without_such_layers_says_so() -> None:
     class Plain(torch.nn.Module):
         config = tiny_model("llama").config
 
-    with pytest.raises(ConfigError, match=r"train\.checkpoint=every_1"):
+    with pytest.raises(ConfigError, match=r"train\.gradient_checkpointing=every_1"):
         recompute_layers(Plain(), "every_1")
     setting, reason = settle_checkpoint(Plain(), accelerate(tiny_model("llama"), FAST).paths, 100)
     assert setting == "off" and "no layers" in reason
@@ -155,7 +155,7 @@ def test_auto_is_settled_by_free_memory_and_says_both_figures(
     monkeypatch.setattr(gradient_checkpointing, "available_bytes", lambda device: free)
     found, reason = settle_checkpoint(model, accelerate(model, FAST).paths, 4096)
     assert found == setting
-    assert reason.startswith(f"train.checkpoint=auto: {setting}") and "4,096 tokens" in reason
+    assert reason.startswith(f"train.gradient_checkpointing=auto: {setting}") and "4,096 tokens" in reason
     assert f"{free / 1e9:.2f} GB free" in reason
     monkeypatch.setattr(gradient_checkpointing, "available_bytes", lambda device: None)
     assert settle_checkpoint(model, accelerate(model, FAST).paths, 4096)[0] == "off"

@@ -20,7 +20,7 @@ from lora_ft.io import durable
 from lora_ft.training import checkpoint
 
 QUICK = ("train.max_steps=6", "train.tokens_per_step=160", "train.tokens_per_microbatch=80", "adapter.r=2",
-         "adapter.dropout=0.1", "adapter.targets=[q_proj,v_proj]", "optim.lr=0.01", "optim.schedule=cosine",
+         "adapter.lora_dropout=0.1", "adapter.target_modules=[q_proj,v_proj]", "optim.lr=0.01", "optim.schedule=cosine",
          "optim.warmup_steps=2", "data.eval_fraction=0.4", "train.eval_every_steps=2", "train.samples=0",
          "train.save_every_steps=2")  # fmt: skip
 
@@ -118,11 +118,11 @@ def test_settings_that_decide_the_result_are_refused_with_both_values(
     stopped(place, run)
     before = state(run)
     capsys.readouterr()
-    assert call("train", f"resume={run}", "optim.lr=0.5", "adapter.dora=true", "train.max_steps=5", "seed=2") == 2
+    assert call("train", f"resume={run}", "optim.lr=0.5", "adapter.use_dora=true", "train.max_steps=5", "seed=2") == 2
     said = capsys.readouterr().err
     assert "a resumed run keeps the settings that decide its result:" in said
     assert said.splitlines()[1:] == [
-        "  adapter.dora: False -> True",
+        "  adapter.use_dora: False -> True",
         "  train.max_steps: 6 -> 5 (may be raised only)",
         "  optim.lr: 0.01 -> 0.5",
         "  seed: 0 -> 2",
@@ -134,7 +134,7 @@ def test_settings_that_decide_the_result_are_refused_with_both_values(
         "train.save_every_steps=1",
         "train.keep_checkpoints=3",
         "train.samples=1",
-        "train.checkpoint=every_1",
+        "train.gradient_checkpointing=every_1",
         "track=tensorboard",
         "device=cpu",
     )

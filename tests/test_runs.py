@@ -47,7 +47,7 @@ def test_the_environment_names_what_can_be_installed_again_and_no_place(monkeypa
     found = runs.environment()
     assert found["packages"] == {name: metadata.version(name) for name in runs.PACKAGES}
     assert found["processors"] == len(os.sched_getaffinity(0))
-    assert found["verb"] == "lora-ft" and "alice" not in json.dumps(found)
+    assert found["command"] == "lora-ft" and "alice" not in json.dumps(found)
 
 
 def test_a_package_that_is_absent_is_left_out_and_the_ones_behind_it_are_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,9 +18,9 @@ from lora_ft.adapters import files
 QUICK = ("train.max_steps=6", "train.tokens_per_step=160", "train.tokens_per_microbatch=80", "adapter.r=8",
          "optim.lr=0.01", "optim.schedule=cosine", "data.eval_fraction=0.4", "train.samples=0")  # fmt: skip
 VARIANTS = {
-    "dropout": ("adapter.dropout=0.1",),
+    "dropout": ("adapter.lora_dropout=0.1",),
     "dora": ("adapter=dora",),
-    "nf4": ("quant=nf4", "adapter.dropout=0.1"),
+    "nf4": ("quant=nf4", "adapter.lora_dropout=0.1"),
     "adamw_8bit": ("optim=adamw_8bit",),
 }
 
@@ -79,7 +79,7 @@ def test_the_installed_command_gives_the_bytes_that_this_process_gives(
     "change",
     [
         ("train.eval_every_steps=4", "train.eval_rows=1", "train.save_every_steps=3", "train.keep_checkpoints=2"),
-        ("train.eval_every_steps=1", "track=tensorboard", "train.samples=1", "train.checkpoint=every_1"),
+        ("train.eval_every_steps=1", "track=tensorboard", "train.samples=1", "train.gradient_checkpointing=every_1"),
     ],
 )
 def test_evaluating_saving_and_telling_more_or_less_often_changes_no_byte(

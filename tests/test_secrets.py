@@ -190,7 +190,7 @@ def test_no_secret_reaches_a_file_or_the_screen(
     words = _words(tmp_path, rows)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    several = ["-m", "adapter.alpha=8,16", "hydra.sweep.dir=sweep"] if sweep else ["hydra.run.dir=run"]
+    several = ["-m", "adapter.lora_alpha=8,16", "hydra.sweep.dir=sweep"] if sweep else ["hydra.run.dir=run"]
     # an unresolved reference may stand in multirun.yaml: it is a name, not a value
     code = _call(*words, *several, "hydra.job.env_copy=[HOME]")
     assert code == (0 if outcome == "ends" else DataError.exit_code)
@@ -205,12 +205,12 @@ def test_no_secret_reaches_a_file_or_the_screen(
 
 @pytest.mark.closes("G01")
 @pytest.mark.parametrize(
-    "words",
+    "overrides",
     [
         ["data.system=the key is {HF_TOKEN}"],
         ["data.system={HF_TOKEN}", "data.system=taken back"],
         ["data.path=https://me:{OPENAI_API_KEY}@host/rows.jsonl"],
-        ["adapter.targets=[q_proj,{NPM_AUTH}]"],
+        ["adapter.target_modules=[q_proj,{NPM_AUTH}]"],
         ["data.columns.{NPM_AUTH}=text"],
         ["hydra.run.dir=runs/${{oc.env:NPM_AUTH}}"],
         ["-m", "hydra.sweep.dir=runs/${{oc.env:NPM_AUTH}}"],
@@ -225,7 +225,7 @@ def test_no_secret_reaches_a_file_or_the_screen(
     ids=" ".join,
 )
 def test_a_secret_in_a_setting_is_refused_before_anything_is_written(
-    words: list[str], planted: dict[str, str], tmp_path: Path, monkeypatch, capfd
+    overrides: list[str], planted: dict[str, str], tmp_path: Path, monkeypatch, capfd
 ) -> None:
     """As a setting with exit 9; where nothing of that name or type can be set, as that mistake, without the value."""
     (tmp_path / "experiment").mkdir()
@@ -233,10 +233,10 @@ def test_a_secret_in_a_setting_is_refused_before_anything_is_written(
     (tmp_path / "experiment" / "mine.yaml").write_text(configured)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    told = [word.format(**planted) for word in words]
+    told = [word.format(**planted) for word in overrides]
     code = _call("--config-dir", str(tmp_path), "model.path=base", "data.path=rows.jsonl", *told)
     shown = capfd.readouterr()
-    malformed = words[0].startswith(("seed=", "experiment={", "adapter.{", "data.columns.{"))
+    malformed = overrides[0].startswith(("seed=", "experiment={", "adapter.{", "data.columns.{"))
     assert code == (2 if malformed and code == 2 else 9), shown.err
     assert leaks(shown.out, shown.err) == set()
     assert list(Path.cwd().rglob("*")) == []
@@ -245,7 +245,8 @@ def test_a_secret_in_a_setting_is_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("word", "key"),
     [("data.path=https://host/{NPM_AUTH}", "data.path"), ("data.system={HF_TOKEN}", "data.system"),
-     ("adapter.targets=[q_proj,{NPM_AUTH}]", "adapter.targets"), ("hydra.run.dir={NPM_AUTH}", "hydra.run.dir"),
+     ("adapter.target_modules=[q_proj,{NPM_AUTH}]", "adapter.target_modules"),
+      ("hydra.run.dir={NPM_AUTH}", "hydra.run.dir"),
      ("data.system='the password is postgres'", "data.system")],
 )  # fmt: skip
 def test_the_setting_that_holds_a_secret_is_named(word, key, planted, tmp_path, monkeypatch, capfd) -> None:

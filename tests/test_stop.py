@@ -25,7 +25,8 @@ from lora_ft.training import checkpoint, shared, trainer
 from lora_ft.training.signals import on_signals
 
 QUICK = ("train.max_steps=5", "train.tokens_per_step=160", "train.tokens_per_microbatch=80", "adapter.r=2",
-         "adapter.dropout=0.1", "adapter.targets=[q_proj,v_proj]", "optim.lr=0.01", "data.eval_fraction=0.4",
+         "adapter.lora_dropout=0.1", "adapter.target_modules=[q_proj,v_proj]", "optim.lr=0.01",
+         "data.eval_fraction=0.4",
          "train.samples=0", "train.save_every_steps=2")  # fmt: skip
 
 

@@ -40,17 +40,24 @@ def varied(tmp_path: Path, quant: str) -> list[config.TrainRun]:
     base.train = config.Train(max_steps=6, tokens_per_step=120, samples=0, eval_every_steps=3, save_every_steps=4)
     base.optim = config.Optim(lr=0.01)
     changes: list[dict[str, Any]] = [
-        {"adapter": config.Adapter(r=2, alpha=4)},
-        {"adapter": config.Adapter(r=6, alpha=4, dropout=0.2), "optim": config.Optim(lr=0.003, lora_plus_ratio=4)},
-        {"adapter": config.Adapter(r=3, alpha=6, dora=True, dropout=0.1), "seed": 5},
-        {"adapter": config.Adapter(r=4, rslora=True, targets=["q_proj", "v_proj"])},
+        {"adapter": config.Adapter(r=2, lora_alpha=4)},
+        {
+            "adapter": config.Adapter(r=6, lora_alpha=4, lora_dropout=0.2),
+            "optim": config.Optim(lr=0.003, lora_plus_ratio=4),
+        },
+        {"adapter": config.Adapter(r=3, lora_alpha=6, use_dora=True, lora_dropout=0.1), "seed": 5},
+        {"adapter": config.Adapter(r=4, use_rslora=True, target_modules=["q_proj", "v_proj"])},
         {
             "train": dataclasses.replace(
                 base.train, max_steps=4, tokens_per_step=90, tokens_per_microbatch=60, packing=False
             )
         },
-        {"train": dataclasses.replace(base.train, keep=config.Keep.best, eval_every_steps=1, checkpoint="every_1")},
-        {"optim": config.Optim(lr=0.02, schedule=config.Schedule.cosine, warmup_steps=2, clip=0.1), "seed": 9},
+        {
+            "train": dataclasses.replace(
+                base.train, keep=config.Keep.best, eval_every_steps=1, gradient_checkpointing="every_1"
+            )
+        },
+        {"optim": config.Optim(lr=0.02, schedule=config.Schedule.cosine, warmup_steps=2, max_grad_norm=0.1), "seed": 9},
     ]
     return [dataclasses.replace(base, **change) for change in changes]
 
@@ -78,11 +85,11 @@ def test_adapters_trained_in_turn_on_a_base_are_those_that_each_would_be_alone(q
     """With one of them failing among them: it leaves the base as it was."""
     cfgs = varied(tmp_path, quant)
     expected = [alone(cfg, tmp_path / f"alone{n}") for n, cfg in enumerate(cfgs)]
-    broken = dataclasses.replace(cfgs[0], optim=config.Optim(lr=1e30, clip=0), adapter=config.Adapter(r=5))
+    broken = dataclasses.replace(cfgs[0], optim=config.Optim(lr=1e30, max_grad_norm=0), adapter=config.Adapter(r=5))
     found = together([*cfgs[:3], broken, *cfgs[3:]], tmp_path / "together")
     assert runs.read_failure(tmp_path / "together" / "3")["kind"] == "NonFiniteError"
     assert found.pop(3) == {}
-    for key in ("adapter_sha256", "heldout_loss", "base_heldout_loss"):
+    for key in ("adapter_sha256", "eval_loss", "base_eval_loss"):
         assert [r[key] for r in found] == [getattr(r, key) for r in expected]
     assert len({r["adapter_sha256"] for r in found}) == len(cfgs)
     for number, place in enumerate(n for n in range(len(cfgs) + 1) if n != 3):
@@ -90,7 +97,7 @@ def test_adapters_trained_in_turn_on_a_base_are_those_that_each_would_be_alone(q
 
 
 def steps_of(folder: Path) -> list[tuple[int, Any, Any]]:
-    return [(m["step"], m.get("loss"), m.get("heldout_loss")) for m in runs.read_metrics(folder)]
+    return [(m["step"], m.get("loss"), m.get("eval_loss")) for m in runs.read_metrics(folder)]
 
 
 @pytest.mark.parametrize("change", [{"quant": config.Quant(config.QuantKind.nf4)}, {"device": "cpu"},
@@ -127,11 +134,11 @@ def test_ranks_swept_under_one_alpha_are_warned_of(tmp_path: Path) -> None:
         cfgs = [dataclasses.replace(config.TrainRun(), adapter=adapter) for adapter in adapters]
         return list(jobs.warnings([jobs.Job(n, tmp_path, cfg, []) for n, cfg in enumerate(cfgs)]))
 
-    [warning] = said(config.Adapter(r=4, alpha=32), config.Adapter(r=16, alpha=32))
-    assert "falls from 8 to 2" in warning and "adapter.alpha=${adapter.r}" in warning and "rslora" in warning
-    assert not said(config.Adapter(r=4, alpha=4), config.Adapter(r=16, alpha=16))
-    assert not said(config.Adapter(r=4, rslora=True), config.Adapter(r=16, rslora=True))
-    assert not said(config.Adapter(r=4, alpha=32), config.Adapter(r=4, alpha=64))
+    [warning] = said(config.Adapter(r=4, lora_alpha=32), config.Adapter(r=16, lora_alpha=32))
+    assert "falls from 8 to 2" in warning and "adapter.lora_alpha=${adapter.r}" in warning and "rslora" in warning
+    assert not said(config.Adapter(r=4, lora_alpha=4), config.Adapter(r=16, lora_alpha=16))
+    assert not said(config.Adapter(r=4, use_rslora=True), config.Adapter(r=16, use_rslora=True))
+    assert not said(config.Adapter(r=4, lora_alpha=32), config.Adapter(r=4, lora_alpha=64))
 
 
 def test_halving_stops_those_that_fall_behind_and_leaves_the_others_as_they_are_alone(tmp_path: Path) -> None:
@@ -140,7 +147,7 @@ def test_halving_stops_those_that_fall_behind_and_leaves_the_others_as_they_are_
     folders = [tmp_path / "together" / str(n) for n in range(6)]
     steps = [results[n]["steps"] for n in range(6)]
     assert sorted(steps) == [2, 2, 2, 4, 8, 10]  # six, three go on; of these two, of these one
-    at = {rung: {n: m["heldout_loss"] for n in range(6) for m in runs.read_metrics(folders[n]) if m["step"] == rung}
+    at = {rung: {n: m["eval_loss"] for n in range(6) for m in runs.read_metrics(folders[n]) if m["step"] == rung}
           for rung in (2, 4, 8)}  # fmt: skip
     for rung, losses in at.items():
         stopped = [n for n in losses if steps[n] == rung]
@@ -221,10 +228,10 @@ def test_a_job_that_was_saved_at_a_rung_without_an_evaluation_goes_on(tmp_path: 
     assert [runs.read_result(job.folder)["steps"] for job in group] == [10, 2]
 
 
-def test_halving_needs_held_out_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch) -> None:
+def test_halving_needs_eval_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert call("sweep", "data.path=x", "seed=1,2", "sweep.halving=true", "data.eval_fraction=0") == 2
-    assert "sweep.halving needs held-out rows" in capsys.readouterr().err
+    assert "sweep.halving needs eval rows" in capsys.readouterr().err
     assert not list(tmp_path.glob("runs/*"))
 
 

@@ -52,7 +52,7 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 class Jobs(list[Job]):
-    """The jobs that were to be trained, and how each ends: `loss(job)` is its held-out loss, or raises."""
+    """The jobs that were to be trained, and how each ends: `loss(job)` is its eval loss, or raises."""
 
     loss: Callable[[Job], float | None] = staticmethod(lambda job: 1.0)
 
@@ -66,9 +66,9 @@ def trained(rows: str, monkeypatch: pytest.MonkeyPatch) -> Jobs:
         for job in left:
             jobs.append(job)
             try:
-                result = {"heldout_loss": jobs.loss(job)}
+                result = {"eval_loss": jobs.loss(job)}
             except NonFiniteError as error:
-                runs.fail(job.folder, error, job.words)
+                runs.fail(job.folder, error, job.overrides)
                 continue
             durable.remove(job.folder / runs.FAILURE)
             durable.write_text(job.folder / "config.yaml", yaml.safe_dump(validation.to_plain(job.cfg)))
@@ -92,10 +92,10 @@ def values(jobs: list[Job], *keys: str) -> list[tuple[Any, ...]]:
     return [tuple(value(job, key) for key in keys) for job in jobs]
 
 
-def refused(capfd: pytest.CaptureFixture[str], *words: str, verb: str = "sweep", code: int = 2) -> str:
+def refused(capfd: pytest.CaptureFixture[str], *words: str, command: str = "sweep", code: int = 2) -> str:
     """The message of a sweep that ends before it begins and leaves no folder behind."""
     before = set(Path().rglob("*"))
-    assert call(verb, *words) == code
+    assert call(command, *words) == code
     assert set(Path().rglob("*")) - before <= {Path("runs")}
     message = capfd.readouterr().err
     assert message.startswith("lora-ft: ") and "Traceback" not in message
@@ -120,7 +120,7 @@ def test_hydras_notations_of_several_values_are_the_jobs_that_they_name(trained:
 
 def test_a_glob_is_the_choices_of_a_group(trained: Jobs, rows: str) -> None:
     assert call("sweep", rows, "adapter=glob(*lora)") == 0
-    assert sorted(values(trained, "adapter.rslora")) == [(False,), (True,)]
+    assert sorted(values(trained, "adapter.use_rslora")) == [(False,), (True,)]
 
 
 def test_a_job_has_the_words_that_it_would_have_alone(trained: Jobs, rows: str) -> None:
@@ -232,7 +232,7 @@ def test_the_environment_that_hydra_sets_reaches_the_children(trained: Jobs, row
 
     trained.loss = seen
     assert call("sweep", rows, "adapter.r=2,4", "hydra.sweep.dir=here", "+hydra.job.env_set.LORA_FT_TEST='2.5'") == 0
-    assert runs.read_result(Path("here/1")) == {"heldout_loss": 2.5}
+    assert runs.read_result(Path("here/1")) == {"eval_loss": 2.5}
     assert "LORA_FT_TEST" not in os.environ
 
 
@@ -241,7 +241,7 @@ OPTUNAS_OWN = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::
 
 @OPTUNAS_OWN
 @pytest.mark.closes("E07")
-def test_a_trial_that_fails_is_infinite_to_optuna_and_the_held_out_loss_decides(trained: Jobs, rows: str) -> None:
+def test_a_trial_that_fails_is_infinite_to_optuna_and_the_eval_loss_decides(trained: Jobs, rows: str) -> None:
     def loss(job: Job) -> float:
         if job.cfg.adapter.r == 4:
             raise NonFiniteError("loss is nan")
@@ -323,14 +323,14 @@ def test_a_cluster_is_composed_with_what_was_typed_for_it(rows: str, capfd) -> N
     assert launcher["partition"] == "gpu" and launcher["setup"] == ["module load cuda"]
 
 
-def test_a_verb_that_makes_no_run_leaves_no_folder(rows: str, tmp_path: Path) -> None:
+def test_a_command_that_makes_no_run_leaves_no_folder(rows: str, tmp_path: Path) -> None:
     calls = []
 
     def main(cfg: Any, folder: Path, words: list[str]) -> None:
         calls.append((cfg.adapter.r, folder, words, os.environ.get("LORA_FT_TEST")))
 
     words = [rows, "adapter.r=3", "hydra.run.dir=gone/deep", "+hydra.job.env_set.LORA_FT_TEST=set"]
-    assert composition.run(composition.Command("check", words), main, lambda sweep: 0) == 0
+    assert composition.run(composition.CommandLine("check", words), main, lambda sweep: 0) == 0
     assert calls == [(3, tmp_path / "gone" / "deep", [rows, "adapter.r=3"], "set")]
     assert not Path("gone").exists()
 
@@ -338,7 +338,7 @@ def test_a_verb_that_makes_no_run_leaves_no_folder(rows: str, tmp_path: Path) ->
         raise MemoryError
 
     with pytest.raises(ResourceError, match="out of memory: lower train"):
-        composition.run(composition.Command("check", words), memory, lambda sweep: 0)
+        composition.run(composition.CommandLine("check", words), memory, lambda sweep: 0)
 
 
 def hashes(folder: Path) -> list[str]:
@@ -392,7 +392,7 @@ def test_joblib_leaves_the_same_adapters_and_a_failure_where_there_is_none(small
     assert hashes(joblib) == [two, "", four]
     failure = runs.read_failure(joblib / "1")
     assert failure and failure["exit_code"] == 2 and "adapter.r must be at least 1, got 0" in failure["message"]
-    assert runs.read_result(joblib / "2")["heldout_loss"] == runs.read_result(ours / "1")["heldout_loss"]
+    assert runs.read_result(joblib / "2")["eval_loss"] == runs.read_result(ours / "1")["eval_loss"]
 
 
 @pytest.mark.nightly

@@ -57,7 +57,7 @@ def counted(job: Job, count: int) -> None:
 
 
 def finished(job: Job, **result: Any) -> None:
-    durable.write_json(job.folder / runs.RESULT, {"heldout_loss": 2.3014, "steps": 4, "train_seconds": 41.2} | result)
+    durable.write_json(job.folder / runs.RESULT, {"eval_loss": 2.3014, "steps": 4, "train_seconds": 41.2} | result)
 
 
 @pytest.fixture(autouse=True)
@@ -84,14 +84,14 @@ def test_each_state_is_told_once_with_what_a_person_wants_to_know(
         assert said() == ["job 0 (adapter.r=4): running, 4 steps"], "the other has made no step"
         finished(first)
         show()
-        assert said() == ["job 0 (adapter.r=4): finished, held-out loss 2.301, 41 s"]
+        assert said() == ["job 0 (adapter.r=4): finished, eval loss 2.301, 41 s"]
         (second.folder / runs.LOG).touch()
         runs.write_failure(second.folder, ResourceError("no memory\nat all"))
         show()
         assert said() == [f"job 1 (adapter.r=8): failed: no memory (see {second.folder / 'log.txt'})"]
-        finished(third, stopped_by="halving at step 20: held-out loss 2.41 was 3rd of 4, 2 go on")
+        finished(third, stopped_by="halving at step 20: eval loss 2.41 was 3rd of 4, 2 go on")
         show()
-        assert said() == ["job 2 (adapter.r=16): stopped: halving at step 20: held-out loss 2.41 was 3rd of 4, 2 go on"]
+        assert said() == ["job 2 (adapter.r=16): stopped: halving at step 20: eval loss 2.41 was 3rd of 4, 2 go on"]
     assert said() == []
 
 
@@ -149,7 +149,7 @@ def test_what_was_finished_before_is_no_news_and_what_had_failed_is_run_again(
         durable.remove(jobs[1].folder / runs.FAILURE)
         show()
         finished(jobs[1])
-    assert capfd.readouterr().err.splitlines() == ["job 1 (adapter.r=8): finished, held-out loss 2.301, 41 s"]
+    assert capfd.readouterr().err.splitlines() == ["job 1 (adapter.r=8): finished, eval loss 2.301, 41 s"]
 
 
 def test_a_finished_run_that_is_to_be_longer_is_not_finished(tmp_path: Path) -> None:
@@ -167,35 +167,35 @@ def test_metrics_are_read_as_they_grow_and_never_again(tmp_path: Path) -> None:
     (job,) = made(tmp_path, "adapter.r=4")
     follower, beat = MetricsReader(job), Beat(job.folder, "step")
     assert follower.view(beat).state == "loading"
-    steps(job, 1, 3, heldout_loss=2.5)
+    steps(job, 1, 3, eval_loss=2.5)
     path = job.folder / runs.METRICS
     with path.open("a") as file:
         file.write('{"step": 4, "loss": 2.0, "heldo')
         file.flush()
         seen = follower.view(beat)
-        assert (seen.step, seen.heldout_loss, seen.best_heldout_loss) == (3, 2.5, 2.5), "half a line is none"
+        assert (seen.step, seen.eval_loss, seen.best_eval_loss) == (3, 2.5, 2.5), "half a line is none"
         file.write('ut_loss": 2.7}\n')
     path.write_bytes(path.read_bytes().replace(b"2.5", b"0.1"))  # what was read is not read again
     seen = follower.view(beat)
-    assert (seen.step, seen.loss, seen.heldout_loss, seen.best_heldout_loss) == (4, 2.0, 2.7, 2.5)
+    assert (seen.step, seen.loss, seen.eval_loss, seen.best_eval_loss) == (4, 2.0, 2.7, 2.5)
     durable.cut(path, 0)  # a run that goes on from its checkpoint
-    steps(job, 1, 1, heldout_loss=2.6)
+    steps(job, 1, 1, eval_loss=2.6)
     seen = follower.view(beat)
-    assert (seen.step, seen.heldout_loss, seen.best_heldout_loss) == (1, 2.6, 2.6)
+    assert (seen.step, seen.eval_loss, seen.best_eval_loss) == (1, 2.6, 2.6)
 
 
 def test_a_long_file_is_caught_up_with_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics_reader, "_MOST_BYTES", 1000)
     (job,) = made(tmp_path, "adapter.r=4")
     lines = [
-        json.dumps({"step": n, "loss": 2.0, **({"heldout_loss": 5 - n / 50} if n % 7 == 0 else {})}) for n in range(101)
+        json.dumps({"step": n, "loss": 2.0, **({"eval_loss": 5 - n / 50} if n % 7 == 0 else {})}) for n in range(101)
     ]
     (job.folder / runs.METRICS).write_text("\n".join(lines) + "\n")
     follower, looks = MetricsReader(job), 0
     while (seen := follower.view(None)).step < 100:
         looks += 1
     assert looks >= 2
-    assert seen.best_heldout_loss == seen.heldout_loss == 5 - 98 / 50
+    assert seen.best_eval_loss == seen.eval_loss == 5 - 98 / 50
 
 
 @pytest.mark.parametrize("spoiled", ["", "{", "[]", "null", '{"steps": 7}', '{"steps": {"count": "many"}}', "\xff"])
@@ -210,10 +210,10 @@ def test_spoiled_files_say_nothing(spoiled: str, tmp_path: Path) -> None:
 def test_losses_that_are_no_numbers_are_not_shown_and_never_the_best(tmp_path: Path) -> None:
     (job,) = made(tmp_path, "adapter.r=4")
     values = ("NaN", "2.5", "-Infinity", "null", '"1"')
-    (job.folder / runs.METRICS).write_text("".join(f'{{"step": 1, "heldout_loss": {v}}}\n' for v in values))
-    finished(job, heldout_loss=None)
+    (job.folder / runs.METRICS).write_text("".join(f'{{"step": 1, "eval_loss": {v}}}\n' for v in values))
+    finished(job, eval_loss=None)
     seen = MetricsReader(job).view(None)
-    assert (seen.heldout_loss, seen.best_heldout_loss) == (None, 2.5)
+    assert (seen.eval_loss, seen.best_eval_loss) == (None, 2.5)
 
 
 def test_a_job_is_named_by_the_words_that_others_do_not_have(tmp_path: Path) -> None:

@@ -150,9 +150,9 @@ def test_each_job_has_a_row_with_its_command_and_the_charts_show_the_jobs_that_h
     ranked = set("01257")
     assert shown == {
         "Train loss": set("012457"),
-        "Held-out loss": set("012457"),
-        "Held-out loss against rank": ranked,
-        "Held-out loss against adapter size": ranked,
+        "Eval loss": set("012457"),
+        "Eval loss against rank": ranked,
+        "Eval loss against adapter size": ranked,
     }
     for chart in page.charts().values():
         for one in chart.all:

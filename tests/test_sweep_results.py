@@ -59,7 +59,7 @@ def twenty(tmp_path):
 def test_of_twenty_jobs_with_eight_failures_twelve_are_ranked_and_eight_named_with_reason_and_log(twenty):
     sweep = report.write(twenty, pictures=False).sweep
     known = leaderboard.rank(sweep)
-    assert [board.heldout_tokens for board in known.boards] == [859]
+    assert [board.eval_tokens for board in known.boards] == [859]
     assert len(known.boards[0].ranked) == 12
     assert names(known.rest) == [str(n) for n in range(20) if n % 5 in (1, 3)]
     shown, text = printed(sweep), (twenty / "report.md").read_text()
@@ -83,7 +83,7 @@ def test_the_best_loss_leads_and_equal_losses_share_a_place(tmp_path):
 @pytest.mark.parametrize("loss", [math.nan, -math.inf, math.inf, None])
 def test_a_loss_that_is_not_finite_has_no_place_and_does_not_reach_the_json(tmp_path, loss):
     folder = sweep_folder(tmp_path, ["seed=0,1"])
-    job(folder, 0, ["seed=0"], {"seed": 0}, result={"heldout_loss": loss})
+    job(folder, 0, ["seed=0"], {"seed": 0}, result={"eval_loss": loss})
     job(folder, 1, ["seed=1"], {"seed": 1}, loss=900.0)
     board = only_board(folder)
     assert names(board.ranked) == ["1", "0"]
@@ -92,7 +92,7 @@ def test_a_loss_that_is_not_finite_has_no_place_and_does_not_reach_the_json(tmp_
     assert (setting.mean, setting.deviation, len(setting.losses)) == (900.0, None, 1)
     stored = record(folder)
     assert stored["best_job"] == "1"
-    assert stored["jobs"][0]["heldout_loss_nats_per_token"] is None
+    assert stored["jobs"][0]["eval_loss_nats_per_token"] is None
     assert stored["jobs"][1]["perplexity"] is None  # exp(900) is no float
 
 
@@ -116,7 +116,7 @@ def test_losses_over_other_rows_are_on_another_leaderboard_and_rounding_of_the_b
     folder = sweep_folder(tmp_path, ["data.max_length=64,128,256"])
     job(folder, 0, ["data.max_length=64"], {"data.max_length": 64}, loss=2.5)
     job(folder, 1, ["data.max_length=128"], {"data.max_length": 128}, loss=2.4, base_loss=BASE_LOSS * (1 + 1e-7))
-    job(folder, 2, ["data.max_length=256"], {"data.max_length": 256}, loss=1.0, result={"heldout_tokens": 5})
+    job(folder, 2, ["data.max_length=256"], {"data.max_length": 256}, loss=1.0, result={"eval_tokens": 5})
     job(folder, 3, ["data.max_length=512"], {"data.max_length": 512}, loss=1.1, base_loss=BASE_LOSS - 0.5)
     known = leaderboard.rank(read(folder))
     assert names(known.boards[0].ranked) == ["1", "0"]
@@ -130,9 +130,15 @@ def test_losses_over_other_rows_are_on_another_leaderboard_and_rounding_of_the_b
 def test_the_settings_that_differ_are_columns_in_the_order_of_their_declaration(tmp_path):
     folder = sweep_folder(tmp_path, ["optim.lr=1e-4,2e-4"])
     for number, (lr, alpha) in enumerate([(1e-4, 8.0), (2e-4, 16.0)]):
-        job(folder, number, [f"optim.lr={lr}"], {"optim.lr": lr, "adapter.alpha": alpha, "data.path": "x"}, loss=2.0)
+        job(
+            folder,
+            number,
+            [f"optim.lr={lr}"],
+            {"optim.lr": lr, "adapter.lora_alpha": alpha, "data.path": "x"},
+            loss=2.0,
+        )
     known = leaderboard.rank(read(folder))
-    assert known.columns == ("adapter.alpha", "optim.lr")
+    assert known.columns == ("adapter.lora_alpha", "optim.lr")
     assert tables.value_text(known.values(known.sweep.jobs[0])["optim.lr"]) == "0.0001"
 
 
@@ -148,7 +154,7 @@ def test_a_job_without_config_is_told_by_its_words(tmp_path):
 
 def test_what_halving_and_patience_stopped_is_finished_and_says_why(tmp_path):
     folder = sweep_folder(tmp_path, ["adapter.r=1,2"])
-    why = "halving at step 20: held-out loss 2.41 was 3rd of 4, 2 go on"
+    why = "halving at step 20: eval loss 2.41 was 3rd of 4, 2 go on"
     job(folder, 0, ["adapter.r=1"], {"adapter.r": 1}, loss=2.41, result={"stopped_by": why})
     job(folder, 1, ["adapter.r=2"], {"adapter.r": 2}, loss=2.2, result={"stopped_early": True})
     sweep = report.write(folder, pictures=False).sweep
@@ -169,8 +175,8 @@ def test_jobs_that_run_wait_or_were_interrupted_are_told_apart(tmp_path):
         pytest.skip("this system lists no locks (/proc/locks)")
     with runs.locked(folder / "0"), runs.locked(loading):
         states = [(one.state, one.reason) for one in read(folder).jobs]
-    assert states[0] == (State.running, "step 12 of 40, held-out loss 2.5137")
-    assert states[1] == (State.interrupted, "step 12 of 40, held-out loss 2.5137")
+    assert states[0] == (State.running, "step 12 of 40, eval loss 2.5137")
+    assert states[1] == (State.interrupted, "step 12 of 40, eval loss 2.5137")
     assert states[2] == (State.running, "loading")
     assert states[3] == (State.waiting, "")
     assert read(folder).jobs[0].state is State.interrupted
@@ -186,7 +192,7 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path):
 
 
 SPOILED = {
-    "result.json": ['{"heldout_loss": 2.', '{"heldout_loss": "good"}', "[]", "\xff", '{"steps": true}', "[" * 10**5],
+    "result.json": ['{"eval_loss": 2.', '{"eval_loss": "good"}', "[]", "\xff", '{"steps": true}', "[" * 10**5],
     "metrics.jsonl": ['{"step": 1, "loss": 2.0}\nnonsense\n', '{"loss": 1.0}\n', "\x00\x00\n", "[1]\n", '"\udcff"\n'],
     "config.yaml": ["adapter: [", "just text", "&a [*a, *a]", "a: !!python/object:os.system x", "\x00"],
     "failure.json": ["{", "[]"],
@@ -211,7 +217,7 @@ def test_a_spoiled_file_makes_its_job_unreadable_and_no_other(tmp_path, name, te
 
 def test_a_link_out_of_the_job_and_a_folder_under_a_files_name_are_not_followed(tmp_path):
     folder = sweep_folder(tmp_path, ["adapter.r=1,2"])
-    (tmp_path / "secret.json").write_text('{"heldout_loss": 0.1}')
+    (tmp_path / "secret.json").write_text('{"eval_loss": 0.1}')
     (job(folder, 0, ["adapter.r=1"], {"adapter.r": 1}) / "result.json").symlink_to(tmp_path / "secret.json")
     (job(folder, 1, ["adapter.r=2"], {"adapter.r": 2}) / "metrics.jsonl").mkdir()
     assert [one.state for one in read(folder).jobs] == [State.unreadable] * 2
@@ -251,7 +257,7 @@ def test_an_empty_sweep_has_a_report_and_no_sweep_is_an_error(tmp_path):
 
 
 def test_the_command_of_a_job_gives_its_words_back_to_a_shell(tmp_path):
-    words = ["data.system=What's 2+2, and why?", "adapter.alpha=${adapter.r}", "data.path=a b.jsonl", 'x=<b>"']
+    words = ["data.system=What's 2+2, and why?", "adapter.lora_alpha=${adapter.r}", "data.path=a b.jsonl", 'x=<b>"']
     folder = sweep_folder(tmp_path, words, config_dir=str(tmp_path))
     job(folder, 0, words)
     [command] = [one["command"] for one in record(folder)["jobs"]]
@@ -266,7 +272,7 @@ def test_report_json_is_the_same_bytes_for_the_same_files_and_names_its_units(tw
     assert (twenty / "report.json").read_bytes() == first
     stored = json.loads(first)
     assert list(stored) == sorted(stored)
-    assert {"train_seconds", "adapter_bytes", "heldout_loss_nats_per_token"} <= stored["jobs"][0].keys()
+    assert {"train_seconds", "adapter_bytes", "eval_loss_nats_per_token"} <= stored["jobs"][0].keys()
 
 
 def test_markdown_cells_break_no_table_and_start_no_tag(tmp_path):
@@ -298,7 +304,7 @@ def test_a_long_curve_is_thinned_but_keeps_its_ends_and_every_evaluation(tmp_pat
     metrics(job(folder, 0, ["seed=0"], {}), 5000, 3.0, 2.0, evaluations=50)
     curve = read(folder).jobs[0].curve
     assert len(curve.losses) < 250
-    assert [step for step, _ in curve.heldout] == list(range(0, 5001, 100))
+    assert [step for step, _ in curve.eval_losses] == list(range(0, 5001, 100))
     assert (curve.last_step, curve.losses[-1][0]) == (5000, 5000)
     assert curve.stride == math.ceil(5001 / results._POINTS)
 
@@ -335,7 +341,7 @@ def test_ranks_are_joined_through_the_means_of_their_seeds_for_each_other_settin
     folder = sweep_folder(tmp_path, ["adapter.r=2,8", "optim.lr=1e-4,1e-3", "seed=1,2"])
     cases = [(r, lr, seed) for r in (2, 8) for lr in (1e-4, 1e-3) for seed in (1, 2)]
     for number, (r, lr, seed) in enumerate(cases):  # alpha follows the rank and makes no line of its own
-        settings = {"adapter.r": r, "adapter.alpha": 2.0 * r, "optim.lr": lr, "seed": seed}
+        settings = {"adapter.r": r, "adapter.lora_alpha": 2.0 * r, "optim.lr": lr, "seed": seed}
         job(folder, number, [f"adapter.r={r}"], settings, loss=r + lr + seed / 8, adapter_bytes=r * 1000)
     chart = drawn(folder)["rank"]
     means = [line for line in lines_of(chart) if line.get_gid() == "mean"]
@@ -352,16 +358,16 @@ def test_charts_that_have_nothing_to_compare_are_left_out(tmp_path):
     folder = sweep_folder(tmp_path, ["seed=0"])
     assert drawn(folder) == {}
     job(folder, 0, ["seed=0"], {}, loss=2.0)
-    assert [*drawn(folder)] == ["train_loss", "heldout_loss"]
+    assert [*drawn(folder)] == ["train_loss", "eval_loss"]
 
 
 def test_a_diverged_run_does_not_flatten_the_others(tmp_path):
     folder = sweep_folder(tmp_path, ["seed=0,1,2,3"])
     for number in range(3):
         job(folder, number, [f"seed={number}"], {"seed": number}, loss=2.25)
-    assert "cut off" not in drawn(folder)["heldout_loss"].note
+    assert "cut off" not in drawn(folder)["eval_loss"].note
     metrics(job(folder, 3, ["seed=3"], {"seed": 3}), 2, 3.0, 1e6, evaluations=1)
-    chart = drawn(folder)["heldout_loss"]
+    chart = drawn(folder)["eval_loss"]
     low, high = chart.figure.axes[0].get_ylim()
     assert "cut off" in chart.note and low < 2.25 and 3.25 < high < 10
 
@@ -371,9 +377,9 @@ def test_numbers_that_cannot_be_drawn_stop_no_report(tmp_path, number):
     folder = sweep_folder(tmp_path, ["seed=0,1"])
     job(folder, 0, ["seed=0"], {"seed": 0}, loss=2.0)
     odd = job(folder, 1, ["seed=1"], {"seed": 1}, loss=2.1)
-    line = f'{{"step": 1, "loss": {number}, "heldout_loss": {number}}}\n'
-    (odd / "metrics.jsonl").write_text(f'{{"step": 0, "heldout_loss": 3.0}}\n{line}')
-    assert len(drawn(folder)["heldout_loss"].svg) < 20_000
+    line = f'{{"step": 1, "loss": {number}, "eval_loss": {number}}}\n'
+    (odd / "metrics.jsonl").write_text(f'{{"step": 0, "eval_loss": 3.0}}\n{line}')
+    assert len(drawn(folder)["eval_loss"].svg) < 20_000
     steps = "".join(f'{{"step": {step}, "loss": 2.0}}\n' for step in (1, "1" + "0" * 400))
     (odd / "metrics.jsonl").write_text(steps)
     report.write(folder, pictures=True)
@@ -398,7 +404,7 @@ def test_pictures_are_written_and_linked(twenty):
     assert [path.name for path in paths] == ["report.md", "report.html", "report.json"]
     assert ".png" not in (twenty / "report.md").read_text() and not list(twenty.glob("*.png"))
     paths = report.write(twenty, pictures=True).paths
-    names = ["train_loss", "heldout_loss", "rank", "size"]
+    names = ["train_loss", "eval_loss", "rank", "size"]
     assert [path.name for path in paths[3:]] == [f"{name}.png" for name in names]
     for name in names:
         assert (twenty / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -415,5 +421,5 @@ def test_a_terminal_shows_whole_numbers_in_lines_of_their_own_however_narrow_it_
     shown = [line.split() for line in lines[begin + 3 : begin + 3 + 20]]
     assert [words[1] for words in shown[:12]] == names(board.ranked)
     assert [words[-1] for words in shown] == ["finished"] * 12 + ["failed"] * 8
-    assert all(f"{job.figures.heldout_loss:.4f}" in words for job, words in zip(board.ranked, shown, strict=False))
+    assert all(f"{job.figures.eval_loss:.4f}" in words for job, words in zip(board.ranked, shown, strict=False))
     assert ("parameters" in lines[begin]) == (width >= 100)

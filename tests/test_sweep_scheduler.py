@@ -327,7 +327,7 @@ def test_no_device_has_two_children_at_a_time(tmp_path: Path) -> None:
     """Jobs of cuda:1 count on the device that any job may get, and keep the environment that their number is of."""
     anywhere = made(tmp_path / "a", *["slow"] * 2, device="cuda")
     there = made(tmp_path / "b", *["slow"] * 2, device="cuda:1")
-    jobs = [Job(n, job.folder, job.cfg, job.words) for n, job in enumerate([*there, *anywhere])]
+    jobs = [Job(n, job.folder, job.cfg, job.overrides) for n, job in enumerate([*there, *anywhere])]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
         at_once: list[int] = []
@@ -388,7 +388,7 @@ class InOrder:
 
     def submit(self, group, slot, sweep, folder):
         for job in group:
-            runs.create(job.folder, validation.to_plain(job.cfg), job.words)
+            runs.create(job.folder, validation.to_plain(job.cfg), job.overrides)
             (job.folder / runs.RESULT).write_text("{}")
         self.jobs = group
         return self

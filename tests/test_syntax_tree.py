@@ -158,7 +158,7 @@ TREES = {place_of(path): ast.parse(path.read_text("utf-8")) for path in SOURCES}
 def test_no_file_runs_code_that_data_names() -> None:
     allowed = {
         "lora_ft/cli/guard.py": {"names _target_"},  # to refuse it
-        "lora_ft/cli/entry.py": {"imports a module by a name that is computed"},  # a verb of config.SCHEMAS
+        "lora_ft/cli/entry.py": {"imports a module by a name that is computed"},  # a command of config.SCHEMAS
     }
     found = {place: set(runs_code(tree)) - allowed.get(place, set()) for place, tree in TREES.items()}
     assert {place: kinds for place, kinds in found.items() if kinds} == {}

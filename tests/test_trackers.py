@@ -29,7 +29,7 @@ from lora_ft.training.finish import Result
 from lora_ft.training.trainer import fit
 
 RESULT = Result(
-    heldout_loss=2.25, base_heldout_loss=3.5, heldout_tokens=9, best_step=1, best_heldout_loss=2.0, steps=2,
+    eval_loss=2.25, base_eval_loss=3.5, eval_tokens=9, best_step=1, best_eval_loss=2.0, steps=2,
     stopped_early=False, stopped_by=None, tokens=60, tokens_per_second=30.0, train_seconds=2.0,
     trainable_parameters=8, peak_memory_bytes=7, adapter_sha256="ab",
 )  # fmt: skip
@@ -81,7 +81,7 @@ def follow(state: Any, steps: range, outcome: Any = RESULT) -> None:
         if step:
             callback.on_step(state, {"step": step, "loss": 4.0 / step, "lr": 0.5})
         else:
-            callback.on_evaluate(state, {"step": 0, "heldout_loss": 9.0})
+            callback.on_evaluate(state, {"step": 0, "eval_loss": 9.0})
     callback.on_end(state, outcome)
 
 
@@ -97,17 +97,17 @@ def test_a_tracker_gets_settings_metrics_and_result(server: Server, tmp_path: Pa
     assert (run.options["name"], run.options["group"]) == ("my run", None)
     assert run.options["dir"] == str(tmp_path / "my run")
     assert run.settings["adapter.r"] == 16 and run.settings["optim.name"] == "adamw"
-    assert (run.settings["resume"], run.settings["adapter.targets"]) == ("null", '["all-linear"]')
-    expected = [(0, {"heldout_loss": 9.0}), (1, {"loss": 4.0, "lr": 0.5}), (2, {"loss": 2.0, "lr": 0.5})]
+    assert (run.settings["resume"], run.settings["adapter.target_modules"]) == ("null", '["all-linear"]')
+    expected = [(0, {"eval_loss": 9.0}), (1, {"loss": 4.0, "lr": 0.5}), (2, {"loss": 2.0, "lr": 0.5})]
     assert run.rows == expected
-    assert run.summary["result/heldout_loss"] == 2.25 and "result/stopped_by" not in run.summary
+    assert run.summary["result/eval_loss"] == 2.25 and "result/stopped_by" not in run.summary
     assert run.ended == [0]
 
 
 def test_settings_hold_no_secret(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HUB_TOKEN", "c0ffee-c0ffee-0001")
     state = run_of(tmp_path)
-    state.cfg.data.path, state.cfg.adapter.targets = "https://c0ffee-c0ffee-0001/x", ["c0ffee-c0ffee-0001"]
+    state.cfg.data.path, state.cfg.adapter.target_modules = "https://c0ffee-c0ffee-0001/x", ["c0ffee-c0ffee-0001"]
     follow(state, range(1))
     assert "c0ffee" not in str(server.runs[0].settings)
 
@@ -199,7 +199,7 @@ def test_tensorboard_hides_the_steps_that_are_taken_again(tmp_path: Path) -> Non
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("lr")] == [(step, 0.5) for step in range(1, 8)]
-    assert [(e.step, e.value) for e in events.Scalars("result/heldout_loss")] == [(7, 2.25)]
+    assert [(e.step, e.value) for e in events.Scalars("result/eval_loss")] == [(7, 2.25)]
     (settings,) = (tmp_path / "tensorboard").glob("*/hparams.yml")
     assert "adapter.r: 16" in settings.read_text()
 
@@ -298,8 +298,8 @@ def test_real_clients_keep_a_run_that_is_stopped_and_resumed(tmp_path: Path) -> 
     assert adapters[0] == adapters[1] == adapters[2]
     key = json.loads((tmp_path / "wandb" / trackers.ID).read_text())["id"]
     parts = sorted((tmp_path / "wandb" / "wandb").glob(f"offline-run-*-{key}/run-{key}.wandb"))
-    assert len(parts) == 2 and b"heldout_loss" in parts[0].read_bytes()
-    assert b"result/heldout_loss" in parts[1].read_bytes()
+    assert len(parts) == 2 and b"eval_loss" in parts[0].read_bytes()
+    assert b"result/eval_loss" in parts[1].read_bytes()
 
     import mlflow
 
@@ -309,7 +309,7 @@ def test_real_clients_keep_a_run_that_is_stopped_and_resumed(tmp_path: Path) -> 
     (run,) = client.search_runs([experiment.experiment_id])
     assert (run.info.status, run.info.run_name, run.data.params["adapter.r"]) == ("FINISHED", "mlflow", "2")
     assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")] == [*range(1, 151)]
-    assert run.data.metrics["result/heldout_loss"] == runs.read_result(tmp_path / "mlflow")["heldout_loss"]
+    assert run.data.metrics["result/eval_loss"] == runs.read_result(tmp_path / "mlflow")["eval_loss"]
 
 
 @pytest.mark.interop

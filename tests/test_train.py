@@ -1,4 +1,4 @@
-"""The train verb from the command line to the run folder, on tiny models: what it leaves, and how it fails."""
+"""The train command from the command line to the run folder, on tiny models: what it leaves, and how it fails."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def result(tmp_path: Path, run: str = "run") -> dict:
         ("gpt2", ("quant=nf4",)),
         ("llama", ("adapter=dora",)),
         ("qwen3", ("quant=int8", "adapter=rslora")),
-        ("gpt_neox", ("fast=off", "train.checkpoint=every_1")),
+        ("gpt_neox", ("fast=off", "train.gradient_checkpointing=every_1")),
         ("llama", ("quant=fp4", "quant.double=false", "optim=adamw_8bit", "train.packing=false")),
         ("llama", ("model.dtype=bfloat16",)),
         ("llama", ("model.added_tokens=['spider','France']",)),
@@ -73,8 +73,8 @@ def test_a_run_leaves_a_folder_that_explains_itself(
     assert [m["step"] for m in runs.read_metrics(folder)] == [0, 1, 2, 3, 4]
     found = result(tmp_path)
     assert found["steps"] == 4
-    assert math.isfinite(found["heldout_loss"])
-    assert found["heldout_loss"] != found["base_heldout_loss"]
+    assert math.isfinite(found["eval_loss"])
+    assert found["eval_loss"] != found["base_eval_loss"]
     tensors = safetensors.torch.load_file(folder / "adapter" / files.WEIGHTS)
     assert {t.dtype for t in tensors.values()} == {torch.float32}
     assert sum(t.numel() for t in tensors.values()) == found["trainable_parameters"]
@@ -103,7 +103,7 @@ def test_training_continues_from_an_adapter_on_the_same_base_only(tmp_path: Path
     start = f"adapter.init_from={tmp_path / 'one' / 'adapter'}"
     assert train(tmp_path, start, "optim.lr=1e-9", run="two") == 0
     first, second = (runs.read_metrics(tmp_path / name) for name in ("one", "two"))
-    assert second[0]["heldout_loss"] == pytest.approx(first[-1]["heldout_loss"], rel=1e-5)
+    assert second[0]["eval_loss"] == pytest.approx(first[-1]["eval_loss"], rel=1e-5)
     capsys.readouterr()
     assert train(tmp_path, start, family="qwen3", run="three") == 5
     assert "made for another base" in capsys.readouterr().err
@@ -114,9 +114,9 @@ def test_training_continues_from_an_adapter_on_the_same_base_only(tmp_path: Path
 def test_the_best_adapter_is_the_one_saved(tmp_path: Path) -> None:
     assert train(tmp_path, "train.keep=best", "train.eval_every_steps=1", "optim.lr=0.2", "train.max_steps=8") == 0
     found = result(tmp_path)
-    curve = {m["step"]: m["heldout_loss"] for m in runs.read_metrics(tmp_path / "run")}
-    assert found["best_heldout_loss"] == min(curve.values()) == curve[found["best_step"]]
-    assert found["heldout_loss"] == pytest.approx(found["best_heldout_loss"], rel=1e-6)
+    curve = {m["step"]: m["eval_loss"] for m in runs.read_metrics(tmp_path / "run")}
+    assert found["best_eval_loss"] == min(curve.values()) == curve[found["best_step"]]
+    assert found["eval_loss"] == pytest.approx(found["best_eval_loss"], rel=1e-6)
 
 
 # What must end with its exit code and a message that names the thing.
@@ -124,7 +124,7 @@ FAILURES = {
     "missing model": (("model.path=nowhere/at-all-here.gguf",), 7, "nowhere/at-all-here.gguf"),
     "broken row": (("data.path={broken}",), 4, "broken.jsonl:2"),
     "missing file": (("data.path=nothing.jsonl",), 4, "nothing.jsonl"),
-    "no target": (("adapter.targets=[qq_proj]",), 2, "adapter.targets: qq_proj matches no layer"),
+    "no target": (("adapter.target_modules=[qq_proj]",), 2, "adapter.target_modules: qq_proj matches no layer"),
     "row over its micro-batch": (("train.tokens_per_microbatch=10",), 2, "train.tokens_per_microbatch"),
     "row over the length": (("data.max_length=20",), 4, "data.max_length"),
     "no such adapter": (("adapter.init_from=nowhere",), 5, "nowhere"),
@@ -160,9 +160,9 @@ def test_several_processes_are_refused_so_far(tmp_path: Path, capfd, monkeypatch
     assert "WORLD_SIZE=2" in capfd.readouterr().err
 
 
-def test_without_held_out_rows_a_run_trains_and_says_so(tmp_path: Path, capsys) -> None:
+def test_without_eval_rows_a_run_trains_and_says_so(tmp_path: Path, capsys) -> None:
     assert train(tmp_path, "data.eval_fraction=0") == 0
-    assert result(tmp_path)["heldout_loss"] is None
+    assert result(tmp_path)["eval_loss"] is None
     assert "no eval rows" in capsys.readouterr().out
 
 
@@ -206,10 +206,10 @@ def test_the_printed_lines_load_what_was_trained(words: tuple[str, ...], tmp_pat
         exec(code, names)  # noqa: S102 (what was printed is what is tested)
     model = names["model"].eval()
     cfg = rules_of(tmp_path / "run")
-    heldout = prepare(cfg, AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter")).eval
+    eval_rows = prepare(cfg, AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter")).eval
     total = tokens = 0
     with torch.no_grad():
-        for row in heldout:
+        for row in eval_rows:
             ids = torch.from_numpy(row.ids.astype("int64"))
             logits = model(input_ids=ids[None]).logits[0, :-1].float()
             losses = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
@@ -217,7 +217,7 @@ def test_the_printed_lines_load_what_was_trained(words: tuple[str, ...], tmp_pat
             tokens += int(row.supervised.sum())
     # bitsandbytes alone multiplies 4-bit weights in bfloat16 on CPUs that can; lora_ft does not let it.
     bound = {"quant=nf4": 1e-3, "model.dtype=bfloat16": 2e-2}.get("".join(words), 1e-5)
-    assert total / tokens == pytest.approx(result(tmp_path)["heldout_loss"], rel=bound)
+    assert total / tokens == pytest.approx(result(tmp_path)["eval_loss"], rel=bound)
 
 
 def rules_of(folder: Path) -> config.Data:

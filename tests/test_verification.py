@@ -28,7 +28,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"rslora": True, "tie": True}),
     ("gpt2", {"dora": True}),
     ("gpt_neox", {"rank_pattern": {"0.mlp.dense_4h_to_h": 2}}),
-    ("qwen3", {"targets": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    ("qwen3", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     ("llama", {"quant": "nf4"}),
     ("llama", {"quant": "fp4", "dora": True}),
     ("llama", {"quant": "int8"}),

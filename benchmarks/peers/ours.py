@@ -15,7 +15,7 @@ VARIANTS = {
     "fp32": [],
     "nf4": ["quant=nf4"],
     "int8": ["quant=int8"],
-    "checkpoint": ["train.checkpoint=every_1"],
+    "checkpoint": ["train.gradient_checkpointing=every_1"],
     "plain": ["fast=off"],
 }
 POLL_SECONDS = 0.01
@@ -26,8 +26,8 @@ def command(given: protocol.Arguments) -> list[str]:
     return [
         str(Path(sys.executable).with_name("lora-ft")), "train", "model=local", f"model.path={case.model}",
         "data=chat", f"data.path={given.case / 'train.jsonl'}", f"data.train_on={case.supervision}",
-        "data.eval_fraction=0", f"adapter.r={case.r}", f"adapter.alpha={case.alpha}", f"optim.lr={case.lr}",
-        "optim.schedule=constant", f"optim.clip={case.clip}", f"train.max_steps={case.steps}",
+        "data.eval_fraction=0", f"adapter.r={case.r}", f"adapter.lora_alpha={case.alpha}", f"optim.lr={case.lr}",
+        "optim.schedule=constant", f"optim.max_grad_norm={case.clip}", f"train.max_steps={case.steps}",
         f"train.tokens_per_step={case.tokens_per_step[given.seed % len(case.tokens_per_step)]}",
         "train.samples=0", f"seed={given.seed}", f"hydra.run.dir={given.out / 'run'}", *VARIANTS[given.variant],
     ]  # fmt: skip

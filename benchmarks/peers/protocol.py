@@ -6,7 +6,7 @@
     CASE/settings.json     what everybody trains with: `Settings`
     CASE/train.jsonl       {"messages": [...]} a line, for a trainer that tokenizes itself
     CASE/train_ids.jsonl   {"input_ids": [...], "labels": [...]} a line, the same rows; -100 is not supervised
-    CASE/heldout_ids.jsonl the rows of the common evaluation
+    CASE/eval_ids.jsonl the rows of the common evaluation
 
 The last line of a peer's output is an `Outcome` as JSON. Standard library only: every interpreter can read this file.
 """

@@ -2,7 +2,7 @@
 
 W x  ->  W x + (alpha / r) B A x        A [r, in] random, B [out, r] zero: the start is the base
 
-adapter.targets=[q_proj,v_proj]  ->  60 layers  ->  120 matrices that train, everything else frozen
+adapter.target_modules=[q_proj,v_proj]  ->  60 layers  ->  120 matrices that train, everything else frozen
 """
 
 import re
@@ -39,21 +39,21 @@ def attach(
     be saved or merged truthfully (tied embeddings, modules_to_save in half precision).
     """
     layers = adaptable_layers(base)
-    targets = resolve_targets(base, layers, adapter.targets)
+    targets = resolve_targets(base, layers, adapter.target_modules)
     _check_names(base, targets)
     _check_patterns(adapter, matched_layers(layers, targets))
     _check_ties(base, adapter, targets)
     _check_full_modules(base, adapter, token_ids)
     peft_config = LoraConfig(
         r=adapter.r,
-        lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
+        lora_alpha=adapter.lora_alpha,
+        lora_dropout=adapter.lora_dropout,
         target_modules=sorted(targets),
         modules_to_save=sorted(adapter.modules_to_save) or None,
         rank_pattern=dict(adapter.rank_pattern),
         alpha_pattern=dict(adapter.alpha_pattern),
-        use_rslora=adapter.rslora,
-        use_dora=adapter.dora,
+        use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora,
         fan_in_fan_out=any(isinstance(layers[n], Conv1D) for n in matched_layers(layers, targets)),
         trainable_token_indices=_token_rows(base, token_ids),
         task_type=task_type,
@@ -133,7 +133,7 @@ def resolve_targets(model: PreTrainedModel, layers: dict[str, nn.Module], target
     for target in sorted(resolved):
         if not matched_layers(layers, {target}):
             known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
-            raise ConfigError(f"adapter.targets: {target} matches no layer of this model, which has {known}")
+            raise ConfigError(f"adapter.target_modules: {target} matches no layer of this model, which has {known}")
     if ALL_LINEAR in targets:
         head = model.get_output_embeddings()
         linear = {
@@ -171,8 +171,9 @@ def _check_names(model: PreTrainedModel, targets: set[str]) -> None:
             taken.add(name)
     if taken:
         raise ConfigError(
-            f"adapter.targets: PEFT takes {', '.join(sorted(taken))} for the experts of {model.config.model_type}, "
-            f"which cannot be trained yet: leave them out, as in adapter.targets=[{','.join(sorted(others))}]"
+            f"adapter.target_modules: PEFT takes {', '.join(sorted(taken))} for the experts of "
+            f"{model.config.model_type}, which cannot be trained yet: leave them out, "
+            f"as in adapter.target_modules=[{','.join(sorted(others))}]"
         )
 
 

@@ -113,7 +113,7 @@ def _recorded_base(model: config.Model, base: dict[str, Any]) -> config.Model:
     if untrusted.is_hub_id(named) and revision:
         return replace(model, path=named, id=named, revision=revision)
     if _is_here(path):
-        return replace(model, path=path, id=model.id or (named if untrusted.is_hub_id(named) else None))
+        return replace(model, path=path, id=model.hub_id or (named if untrusted.is_hub_id(named) else None))
     return replace(model, path=named, id=named) if untrusted.is_hub_id(named) else model
 
 

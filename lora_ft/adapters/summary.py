@@ -20,7 +20,7 @@ from lora_ft.models.load import Base
 
 _NAME = "outline"
 
-# alpha / r of published recipes: 0.25 in QLoRA (r 64, alpha 16), 1 to 2 in most guides, 8 in LoRA's own GPT-2 runs
+# lora_alpha / r of published recipes: 0.25 in QLoRA (r 64, alpha 16), 1 to 2 in most guides, 8 in LoRA's own GPT-2 runs
 # (r 4, alpha 32). Beyond them a learning rate taken from any of these means another size of update.
 _USUAL_SCALE = (0.25, 8.0)
 
@@ -54,7 +54,7 @@ def layers(base: Base, cfg: config.TrainRun) -> Layers:
     Raises what `attach` raises, and MismatchError where `adapter.init_from` does not fit this base or this adapter.
     """
     candidates = attach.adaptable_layers(base.model)
-    resolved = attach.resolve_targets(base.model, candidates, cfg.adapter.targets)
+    resolved = attach.resolve_targets(base.model, candidates, cfg.adapter.target_modules)
     base_parameters = sum(parameter.numel() for parameter in base.model.parameters())
     out_of_reach = _out_of_reach(base.model, cfg.adapter)
     token_ids = base.tokenizer.convert_tokens_to_ids(list(cfg.model.added_tokens))
@@ -72,7 +72,7 @@ def layers(base: Base, cfg: config.TrainRun) -> Layers:
     targets: Counter[str] = Counter()
     for target, names in sorted(by_target.items(), key=lambda item: min(order[name] for name in item[1])):
         # all-linear names layers in full where a last part would match the head as well
-        targets[target if target in cfg.adapter.targets else target.rpartition(".")[2]] += len(names)
+        targets[target if target in cfg.adapter.target_modules else target.rpartition(".")[2]] += len(names)
     return Layers(
         count=len(adapted),
         targets=dict(targets),
@@ -115,7 +115,7 @@ def warnings(layers: Layers, cfg: config.TrainRun) -> Iterator[str]:
     """Sentences about what is allowed and seldom meant."""
     low, high = _USUAL_SCALE
     if not all(low <= scale <= high for scale in layers.scales):
-        rule = "alpha / sqrt(r)" if cfg.adapter.rslora else "alpha / r"
+        rule = "lora_alpha / sqrt(r)" if cfg.adapter.use_rslora else "lora_alpha / r"
         yield (
             f"the update is scaled by {' and '.join(f'{scale:.3g}' for scale in layers.scales)} ({rule}); published "
             f"recipes have {low} to {high:g}, most 1 to 2: another scale acts like another learning rate"
@@ -134,8 +134,8 @@ def _out_of_reach_warnings(layers: Layers, quant: config.Quant) -> Iterator[str]
     share = f"{count / layers.base:.1%} of the base's weights"
     parts = ", ".join(f"{name} {size / layers.base:.1%}" for name, size in layers.out_of_reach.items())
     yield (
-        f"{share} ({count:,}) are not adapted and stay frozen: adapter.targets reaches linear layers and embeddings, "
-        f"and these are tensors of other modules, such as experts, routers or convolutions ({parts})"
+        f"{share} ({count:,}) are not adapted and stay frozen: adapter.target_modules reaches linear layers and "
+        f"embeddings, and these are tensors of other modules, such as experts, routers or convolutions ({parts})"
     )
     if quant.kind is not config.QuantKind.none:
         bits, size = round(8 * layers.out_of_reach_bytes / count), layers.out_of_reach_bytes

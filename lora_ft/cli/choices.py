@@ -12,9 +12,9 @@ import yaml
 from lora_ft import config
 
 
-def groups(verb: str) -> dict[str, str | None]:
+def groups(command: str) -> dict[str, str | None]:
     """Return the groups of a command with their default choices, in the order of its defaults list."""
-    primary = yaml.safe_load((config.CONF / f"{verb}.yaml").read_text("utf-8"))
+    primary = yaml.safe_load((config.CONF / f"{command}.yaml").read_text("utf-8"))
     named = [entry for entry in primary["defaults"] if isinstance(entry, dict)]
     return {
         group: choice for entry in named for group, choice in entry.items() if not group.startswith("override hydra/")

@@ -2,7 +2,7 @@ r"""Completion for bash: commands, groups and their choices, settings and their 
 
 lora-ft tr<TAB>                  train
 lora-ft train quant=<TAB>        fp4  int8  nf4  none
-lora-ft train adapter.<TAB>      adapter.r=  adapter.alpha=  ...
+lora-ft train adapter.<TAB>      adapter.r=  adapter.lora_alpha=  ...
 """
 
 import itertools
@@ -38,20 +38,20 @@ def reply(line: str, word_breaks: str) -> list[str]:
 
 def candidates(words: list[str], word: str) -> list[str]:
     """Completions of `word` after `words` (the line without its command); a finished one ends with a blank."""
-    verb = next((w for w in words if w in config.SCHEMAS), None)
+    command = next((w for w in words if w in config.SCHEMAS), None)
     if words and words[-1] in ("--config-dir", "-cd"):
         found: Iterable[str] = _files("", word)
-    elif verb is None:
+    elif command is None:
         found = [f"{name} " for name in (*config.SCHEMAS, "--help", "--version")]
     elif "=" in word:
-        found = _values(verb, word.partition("=")[0], word.partition("=")[2], _own_folders(words))
+        found = _values(command, word.partition("=")[0], word.partition("=")[2], _own_folders(words))
     else:
-        found = _keys(verb, word)
+        found = _keys(command, word)
     return [c for c in found if c.startswith(word)]
 
 
-def _keys(verb: str, word: str) -> Iterator[str]:
-    schema = config.SCHEMAS[verb]
+def _keys(command: str, word: str) -> Iterator[str]:
+    schema = config.SCHEMAS[command]
     if word.startswith("-"):
         yield from (f"{flag} " for flag in _FLAGS)
     elif word.startswith("hydra."):
@@ -59,16 +59,16 @@ def _keys(verb: str, word: str) -> Iterator[str]:
     elif "." in word:
         yield from (f"{s.key}=" for s in validation.settings(schema))
     else:
-        yield from (f"{group}=" for group in choices.groups(verb))
+        yield from (f"{group}=" for group in choices.groups(command))
         yield from (f"{group}." for group in validation.groups(schema))
         yield from (f"{s.key}=" for s in validation.settings(schema) if "." not in s.key)
 
 
-def _values(verb: str, key: str, typed: str, more: list[Path]) -> Iterator[str]:
-    if key in choices.groups(verb):
+def _values(command: str, key: str, typed: str, more: list[Path]) -> Iterator[str]:
+    if key in choices.groups(command):
         yield from (f"{key}={name} " for name in choices.of(key, more))
         return
-    setting = next((s for s in validation.settings(config.SCHEMAS[verb]) if s.key == key), None)
+    setting = next((s for s in validation.settings(config.SCHEMAS[command]) if s.key == key), None)
     kind = help.required(setting.type) if setting else None
     if f"{key}=" in _HYDRA or (setting and setting.text):
         yield from _files(f"{key}=", typed)

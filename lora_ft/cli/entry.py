@@ -42,12 +42,12 @@ class Invocation:
 
 
 @redact.shown()
-def run(verb: str | None = None, arguments: list[str] | None = None) -> NoReturn:
+def run(command: str | None = None, arguments: list[str] | None = None) -> NoReturn:
     """Run one command and exit with its code. `arguments` follow the command's name; default: those of the process."""
     process.prepare()
     words = sys.argv[1:] if arguments is None else arguments
     try:
-        code = _command(words if verb is None else [verb, *words])
+        code = _command(words if command is None else [command, *words])
         sys.stdout.flush()  # here: a reader that left would be a traceback while Python shuts down
     except (LoraFtError, Interrupted) as error:
         code = error.exit_code
@@ -63,35 +63,35 @@ def run(verb: str | None = None, arguments: list[str] | None = None) -> NoReturn
 
 def _command(arguments: list[str]) -> int:
     flags = _parser().parse_intermixed_args(arguments)
-    verb, *words = flags.words or [""]
+    command, *words = flags.words or [""]
     if flags.complete:
         _complete(flags.words)
     elif flags.version:
         sys.stdout.write(f"lora_ft {metadata.version('lora_ft')}\n")
-    elif not verb:
+    elif not command:
         sys.stdout.write(help.overview())
-    elif verb not in config.SCHEMAS:
-        raise _unknown_verb(verb)
+    elif command not in config.SCHEMAS:
+        raise _unknown_command(command)
     elif flags.help:
-        sys.stdout.write(help.page(verb, [flags.config_dir] if flags.config_dir else []))
+        sys.stdout.write(help.page(command, [flags.config_dir] if flags.config_dir else []))
     else:
-        return _compose(verb, words, flags)
+        return _compose(command, words, flags)
     return 0
 
 
-def _compose(verb: str, words: list[str], flags: argparse.Namespace) -> int:
+def _compose(command: str, words: list[str], flags: argparse.Namespace) -> int:
     from lora_ft.cli import composition  # Hydra takes a third of a second, which help and completion do not have
 
-    multirun = flags.multirun or verb == "sweep" or "hydra.mode=MULTIRUN" in words
-    verb = "sweep" if multirun and verb == "train" else verb
-    command = composition.Command(verb, words, multirun, flags.config_dir)
+    multirun = flags.multirun or command == "sweep" or "hydra.mode=MULTIRUN" in words
+    command = "sweep" if multirun and command == "train" else command
+    line = composition.CommandLine(command, words, multirun, flags.config_dir)
     if flags.cfg or flags.info:
-        composition.show(command, part=flags.cfg, package=flags.package, resolve=flags.resolve, info=flags.info)
+        composition.show(line, part=flags.cfg, package=flags.package, resolve=flags.resolve, info=flags.info)
         return 0
     return composition.run(
-        command,
-        lambda cfg, folder, overrides: _import(f"lora_ft.{verb}").main(cfg, Invocation(folder, overrides)),
-        lambda sweep: _import(f"lora_ft.{verb}").end(sweep),
+        line,
+        lambda cfg, folder, overrides: _import(f"lora_ft.{command}").main(cfg, Invocation(folder, overrides)),
+        lambda sweep: _import(f"lora_ft.{command}").end(sweep),
     )
 
 
@@ -113,7 +113,7 @@ def _import(name: str) -> Any:
 def _parser() -> argparse.ArgumentParser:
     """Parse Hydra's flags anywhere on the line, except its --experimental-rerun, which unpickles a file."""
     parser = argparse.ArgumentParser(prog="lora-ft", add_help=False, allow_abbrev=False,
-                                     usage="lora-ft VERB key=value ... (lora-ft --help)")  # fmt: skip
+                                     usage="lora-ft COMMAND key=value ... (lora-ft --help)")  # fmt: skip
     parser.add_argument("words", nargs="*")
     parser.add_argument("--multirun", "-m", action="store_true")
     parser.add_argument("--config-dir", "-cd", type=Path)
@@ -128,10 +128,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _unknown_verb(verb: str) -> ConfigError:
-    near = difflib.get_close_matches(verb, config.SCHEMAS, n=1, cutoff=0.5)
+def _unknown_command(command: str) -> ConfigError:
+    near = difflib.get_close_matches(command, config.SCHEMAS, n=1, cutoff=0.5)
     nearest = f"; nearest: {near[0]}" if near else ""
-    return ConfigError(f"{verb} is not a verb{nearest} (there are {', '.join(config.SCHEMAS)})")
+    return ConfigError(f"{command} is not a command{nearest} (there are {', '.join(config.SCHEMAS)})")
 
 
 def _complete(words: list[str]) -> None:

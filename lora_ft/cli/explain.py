@@ -16,7 +16,7 @@ from lora_ft.cli import help, overrides
 from lora_ft.errors import ConfigError, LoraFtError
 
 
-def explained(verb: str, error: Exception, stored: Path, config_dir: Path | None) -> LoraFtError:
+def explained(command: str, error: Exception, stored: Path, config_dir: Path | None) -> LoraFtError:
     """Return the error to show; `stored` is the config of the run on the line, `config_dir` the user's folder."""
     inner = error.__cause__ or error.__context__
     cause = inner if isinstance(error, HydraException) and isinstance(inner, OmegaConfBaseException) else error
@@ -28,24 +28,28 @@ def explained(verb: str, error: Exception, stored: Path, config_dir: Path | None
     if isinstance(error, yaml.YAMLError):
         return ConfigError(" ".join(str(error).split()).replace('"<unicode string>"', str(stored)))
     place = re.match(r"In '([^']+)'", str(error))
-    where = f"{place[1]}.yaml: " if place and place[1] not in (verb, "hydra/config") else ""
+    where = f"{place[1]}.yaml: " if place and place[1] not in (command, "hydra/config") else ""
     where = where.replace("stored_run.yaml", str(stored))
     if isinstance(error, MissingConfigException):
         return ConfigError(where + _missing(error))
     key = str(getattr(cause, "full_key", None) or "")
     group = place[1].rpartition("/")[0] if place else ""
-    if group and group not in validation.groups(config.SCHEMAS[verb]) and (key == group or f"@{group}." in str(error)):
+    if (
+        group
+        and group not in validation.groups(config.SCHEMAS[command])
+        and (key == group or f"@{group}." in str(error))
+    ):
         return ConfigError(f"{where}its first line must be '# @package _global_'")
     if key and isinstance(cause, ConfigKeyError | ConfigAttributeError):
-        unknown = overrides.unknown(verb, key)
+        unknown = overrides.unknown(command, key)
         return type(unknown)(where + str(unknown))
-    return ConfigError(where + _broken_rule(verb, key, error, str(cause).splitlines()[0]))
+    return ConfigError(where + _broken_rule(command, key, error, str(cause).splitlines()[0]))
 
 
-def _broken_rule(verb: str, key: str, error: Exception, reason: str) -> str:
+def _broken_rule(command: str, key: str, error: Exception, reason: str) -> str:
     if unset := re.search(r"Environment variable '(.*)' not found", reason):
         return f"{key}: the environment variable {unset[1]} is not set"
-    setting = overrides.declared(verb, key.partition("[")[0])
+    setting = overrides.declared(command, key.partition("[")[0])
     if setting is None:
         return f"{key}: {reason}" if key else reason
     rule = help.type_words(setting.type if key == setting.key else typing.get_args(setting.type)[-1])

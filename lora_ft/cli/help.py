@@ -30,29 +30,29 @@ _FLAGS = {
 
 
 def overview() -> str:
-    """The page of `lora-ft --help`: what it is and the verbs."""
-    verbs = [_row(verb, _summary(schema)) for verb, schema in config.SCHEMAS.items()]
+    """The page of `lora-ft --help`: what it is and the commands."""
+    commands = [_row(command, _summary(schema)) for command, schema in config.SCHEMAS.items()]
     return "\n".join([
-        "usage: lora-ft VERB key=value ...", "", "Train small adapters over frozen GPT models.", "",
-        "verbs", *verbs, "",
-        _row("lora-ft VERB --help", "choices and settings of a verb"),
+        "usage: lora-ft COMMAND key=value ...", "", "Train small adapters over frozen GPT models.", "",
+        "commands", *commands, "",
+        _row("lora-ft COMMAND --help", "choices and settings of a command"),
         _row("lora-ft --version", "version of this package"),
-        _row('eval "$(lora-ft -sc install=bash)"', "complete verbs, settings and choices with the tabulator"),
+        _row('eval "$(lora-ft -sc install=bash)"', "complete commands, settings and choices with the tabulator"),
         "", "first steps", "  lora-ft train experiment=demo", "  lora-ft sweep experiment=demo adapter.r=2,4,8",
         "  lora-ft train model=qwen3_0_6b quant=nf4 data=chat data.path=my.jsonl",
     ]) + "\n"  # fmt: skip
 
 
-def page(verb: str, more: Sequence[Path] = ()) -> str:
-    """The page of `lora-ft VERB --help`; `more` are the folders of --config-dir."""
-    schema = config.SCHEMAS[verb]
-    lines = [f"usage: lora-ft {verb} [choice=NAME ...] [setting=VALUE ...]", "", _summary(schema), ""]
+def page(command: str, more: Sequence[Path] = ()) -> str:
+    """The page of `lora-ft COMMAND --help`; `more` are the folders of --config-dir."""
+    schema = config.SCHEMAS[command]
+    lines = [f"usage: lora-ft {command} [choice=NAME ...] [setting=VALUE ...]", "", _summary(schema), ""]
     lines += [_row(flag, text) for flag, text in _FLAGS.items()]
-    for group, default in choices.groups(verb).items():
+    for group, default in choices.groups(command).items():
         lines += ["", f"choices of {group}" + (f" (default: {default})" if default else "")]
         lines += [_row(f"{group}={name}", text) for name, text in choices.of(group, more).items()]
     lines += _settings(validation.settings(schema))
-    if verb == "sweep":
+    if command == "sweep":
         lines += _settings(validation.settings(config.Launcher, "hydra.launcher."))
     return "\n".join(lines) + "\n"
 

@@ -31,17 +31,17 @@ _NAME = re.compile(r"[\w/-]*")
 _CHOICE = re.compile(r"choice\(.*\)", re.DOTALL)
 
 
-def translate(verb: str, words: list[str], *, sweep: bool) -> list[str]:
+def translate(command: str, words: list[str], *, sweep: bool) -> list[str]:
     """The overrides that Hydra parses; ConfigError for one that is not a setting, a choice or a value."""
     parser = OverridesParser.create()
-    return [_parsable(verb, word, _translated(verb, word, sweep), parser, sweep) for word in words]
+    return [_parsable(command, word, _translated(command, word, sweep), parser, sweep) for word in words]
 
 
-def as_typed(verb: str, overrides: Iterable[str]) -> Iterator[str]:
+def as_typed(command: str, overrides: Iterable[str]) -> Iterator[str]:
     """Undo `translate` for overrides that Hydra reports, so that they can be typed again."""
     for parsed in OverridesParser.create().parse_overrides(list(overrides)):
         key, value = parsed.key_or_group, parsed.value()
-        setting = declared(verb, key)
+        setting = declared(command, key)
         if isinstance(value, str) and (setting is None or _is_text(setting, key)):
             typed = OmegaConf.create({"text": value})["text"]  # undoes the escapes
         else:
@@ -55,16 +55,18 @@ def chosen(words: list[str], key: str) -> str | None:
     return found[-1] if found else None
 
 
-def unknown(verb: str, key: str) -> ConfigError | SecurityError:
+def unknown(command: str, key: str) -> ConfigError | SecurityError:
     """The error for a key that no setting has, with the nearest that one has."""
     if guard.TARGET in key.split("."):
         return SecurityError(f"{key}: configs name settings and choices, never code to run")
-    names = [s.key for s in validation.settings(config.SCHEMAS[verb])] + list(choices.groups(verb))
+    if now := config.RENAMED.get(key):
+        return ConfigError(f"{key} was renamed: it is now {now}")
+    names = [s.key for s in validation.settings(config.SCHEMAS[command])] + list(choices.groups(command))
     near = _nearest(key, names)
-    return ConfigError(f"{key} is not a setting" + (f"; nearest: {near}" if near else f" of lora-ft {verb}"))
+    return ConfigError(f"{key} is not a setting" + (f"; nearest: {near}" if near else f" of lora-ft {command}"))
 
 
-def _translated(verb: str, word: str, sweep: bool) -> str:
+def _translated(command: str, word: str, sweep: bool) -> str:
     parts = _split(word)
     prefix, key, value = parts["prefix"] or "", parts["key"], parts["value"]
     if key.startswith(("hydra.", "hydra/")):
@@ -73,13 +75,13 @@ def _translated(verb: str, word: str, sweep: bool) -> str:
         raise ConfigError(f"{word}: a setting cannot be deleted; give it a value")
     if not parts["equals"] or not key:
         raise ConfigError(f"{word!r} is not of the form key=value")
-    setting = declared(verb, key)
+    setting = declared(command, key)
     if setting is None:
-        if key in choices.groups(verb):
+        if key in choices.groups(command):
             return f"{key}={_quoted(value) if _NAME.fullmatch(value) else value}"
         if prefix and _NAME.fullmatch(key) and key != guard.TARGET:
             return word  # a group of the user's own folder, or nothing that Hydra knows either
-        raise unknown(verb, key)
+        raise unknown(command, key)
     if _is_text(setting, key):
         # the settings of the one run that run= names are read before Hydra knows of several
         value = _text(word, value, setting, sweep and key != "run")
@@ -101,7 +103,7 @@ def _hydras(word: str, prefix: str, key: str, value: str) -> str:
     return word
 
 
-def _parsable(verb: str, word: str, override: str, parser: OverridesParser, sweep: bool) -> str:
+def _parsable(command: str, word: str, override: str, parser: OverridesParser, sweep: bool) -> str:
     try:
         [parsed] = parser.parse_overrides([override])
     except OverrideParseException as error:
@@ -109,7 +111,7 @@ def _parsable(verb: str, word: str, override: str, parser: OverridesParser, swee
         raise ConfigError(f"{word} cannot be read: {reason} (inside brackets, put text into quotes)") from error
     guard.check_override(word, parsed.key_or_group, parsed.value())
     if parsed.is_sweep_override() and not sweep:
-        setting = declared(verb, parsed.key_or_group)
+        setting = declared(command, parsed.key_or_group)
         advice = "add -m to run each of them"
         if setting and typing.get_origin(setting.type) is list:
             advice = f"write {setting.key}=[{parsed.get_value_string()}]"
@@ -141,9 +143,9 @@ def _quoted(text: str) -> str:
     return QuotedString(text=text, quote=Quote.single).with_quotes()
 
 
-def declared(verb: str, key: str) -> validation.Setting | None:
+def declared(command: str, key: str) -> validation.Setting | None:
     """The setting of this key, or the mapping that the key is an entry of."""
-    for setting in validation.settings(config.SCHEMAS[verb]):
+    for setting in validation.settings(config.SCHEMAS[command]):
         if setting.key == key or (_is_mapping(setting) and key.startswith(f"{setting.key}.")):
             return setting
     return None

@@ -1,6 +1,6 @@
 """The task that Hydra calls once for each job of a command. It keeps failures, which Hydra would report its own way.
 
-task(composed)             runs the job here: main(cfg, folder, words)
+task(composed)             runs the job here: main(cfg, folder, overrides)
 task.plan(composed)        the job's config, folder and overrides, for a launcher that runs jobs elsewhere
 """
 
@@ -30,7 +30,7 @@ class Plan(typing.NamedTuple):
 
     cfg: Any
     folder: Path
-    words: list[str]
+    overrides: list[str]
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Task:
     `checked` turns a composed config into the command's dataclass; `implied` are overrides that nobody typed.
     """
 
-    verb: str
+    command: str
     main: Callable[[Any, Path, list[str]], float | None]
     checked: Callable[[DictConfig], Any]
     implied: list[str]
@@ -50,39 +50,39 @@ class Task:
 
     def plan(self, composed: DictConfig) -> Plan:
         """Return the parts of a job; a ConfigError about its config names the job's number and overrides."""
-        folder, words = self._place()
+        folder, overrides = self._place()
         try:
-            return Plan(self.checked(composed), folder, words)
+            return Plan(self.checked(composed), folder, overrides)
         except ConfigError as error:
-            raise ConfigError(f"job {HydraConfig.get().job.num} ({' '.join(words)}): {error}") from error
+            raise ConfigError(f"job {HydraConfig.get().job.num} ({' '.join(overrides)}): {error}") from error
 
     def __call__(self, composed: DictConfig) -> float | None:
-        folder, words = self._place()
+        folder, overrides = self._place()
         try:
             # A launcher may call this in a process of its own, where nothing else keeps secrets off the screen.
             with redact.shown():
-                result = self.main(self.checked(composed), folder, words)
+                result = self.main(self.checked(composed), folder, overrides)
         except Exception as error:
-            self.failed(error, folder, words)
+            self.failed(error, folder, overrides)
             return FAILED
         self.succeeded += 1
         return result
 
-    def failed(self, error: Exception, folder: Path, words: list[str]) -> None:
+    def failed(self, error: Exception, folder: Path, overrides: list[str]) -> None:
         """Keep why a job failed; the jobs of a sweep also write it to their folders and to stderr."""
-        failure = out_of_memory(self.verb, error) or error
+        failure = out_of_memory(self.command, error) or error
         self.failures.append(failure)
-        if self.verb == "sweep":
-            runs.fail(folder, failure, words)
+        if self.command == "sweep":
+            runs.fail(folder, failure, overrides)
         if self.multirun:
             number = HydraConfig.get().job.num
-            sys.stderr.write(f"job {number} ({' '.join(words)}): {_told(failure)}\n")
+            sys.stderr.write(f"job {number} ({' '.join(overrides)}): {_told(failure)}\n")
 
     def _place(self) -> tuple[Path, list[str]]:
         hydra = HydraConfig.get()
         listed = typing.cast(list[str], OmegaConf.to_container(hydra.overrides.task, resolve=False))
         own = [word for word in listed if word not in self.implied and not word.startswith(_OF_THE_SWEEP)]
-        return Path(hydra.runtime.output_dir), list(overrides.as_typed(self.verb, own))
+        return Path(hydra.runtime.output_dir), list(overrides.as_typed(self.command, own))
 
 
 def _told(failure: Exception) -> str:

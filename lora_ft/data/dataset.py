@@ -53,14 +53,14 @@ class Report:
     format: str
     rows: int
     train_documents: int
-    heldout_documents: int
+    eval_documents: int
     left_out: dict[str, int]
     truncated: int
     split: int
     duplicates: int
     unused: list[str]
     train_tokens: int
-    heldout_tokens: int
+    eval_tokens: int
     supervised_tokens: int
     longest: int
     cached: bool
@@ -73,7 +73,7 @@ class Report:
         return (
             f"{self.rows:,} rows ({self.format}): {self.train_documents:,} documents of {self.train_tokens:,} tokens "
             f"to train on, {self.supervised_tokens:,} of them supervised, longest {self.longest:,}; "
-            f"{self.heldout_documents:,} held out; {self.duplicates:,} duplicates{left_out}"
+            f"{self.eval_documents:,} to evaluate on; {self.duplicates:,} duplicates{left_out}"
             + (f"; {self.truncated:,} prompts cut" if self.truncated else "")
             + (f"; {self.split:,} texts cut into windows" if self.split else "")
             + (f"; columns not used: {excerpt(', '.join(self.unused))}" if self.unused else "")
@@ -137,10 +137,10 @@ def prepare_rows(found: Rows, data: config.Data, tokenizer: Any, make_examples: 
         left_out = ", ".join(f"{count} {reason}" for reason, count in ledger.left_out.items())
         raise DataError(f"no row is left to {'evaluate' if all(found.is_eval) else 'train on'}: {left_out}")
     report = Report(
-        format=found.format.name, rows=len(rows), train_documents=len(train), heldout_documents=len(eval_),
+        format=found.format.name, rows=len(rows), train_documents=len(train), eval_documents=len(eval_),
         left_out=dict(+ledger.left_out), truncated=cut if data.too_long is TooLong.truncate_prompt else 0,
         split=cut if data.too_long is TooLong.split else 0, duplicates=found.duplicates, unused=found.unused,
-        train_tokens=_tokens(train), heldout_tokens=_tokens(eval_),
+        train_tokens=_tokens(train), eval_tokens=_tokens(eval_),
         supervised_tokens=sum(int(example.supervised.sum()) for example in train),
         longest=max(len(example.ids) for example in fitted), cached=bool(found.from_cache),
         sha256=_sha256(train, eval_), template_sha256=_template_sha256(tokenizer),

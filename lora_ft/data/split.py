@@ -43,4 +43,4 @@ def refuse_leaks(train: list[Row], eval_: list[Row], train_hashes: list[bytes], 
              for h, row in zip(eval_hashes, eval_, strict=True) if h in sources]  # fmt: skip
     if leaks:
         shown = "\n".join(leaks[:MOST_BAD_ROWS])
-        raise DataError(f"{len(leaks)} held-out rows are training rows too:\n{shown}")
+        raise DataError(f"{len(leaks)} eval rows are training rows too:\n{shown}")

@@ -38,7 +38,7 @@ class Survey:
     tokenizer puts none before text; begun: documents that begin with it. ends: documents by their last token, which is
     learned; unended: documents that stop without one. prompts: rows whose prompt was rendered again, as it is when the
     model is asked; other_prompts: sources of those that were trained behind another. written: rows by the added token
-    that a person wrote in them. asked_before: held-out rows whose prompt, or whole text, is that of a training row but
+    that a person wrote in them. asked_before: eval rows whose prompt, or whole text, is that of a training row but
     for case, blanks and punctuation.
     """
 
@@ -104,8 +104,8 @@ def warnings(seen: Survey, report: Report, data: config.Data) -> Iterator[str]:
         yield f"{report.duplicates:,} of {report.rows:,} rows are duplicates: data.deduplicate=true leaves them out"
     if seen.asked_before:
         yield (
-            f"what {seen.asked_before:,} of the held-out rows ask, a training row asks as well (case, blanks and "
-            "punctuation aside): the held-out loss is partly that of rows learned by heart"
+            f"what {seen.asked_before:,} of the eval rows ask, a training row asks as well (case, blanks and "
+            "punctuation aside): the eval loss is partly that of rows learned by heart"
         )
 
 

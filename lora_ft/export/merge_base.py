@@ -27,7 +27,7 @@ from lora_ft.export.merge import MergedModel
 from lora_ft.export.weight_stream import streamed, use_placeholders
 from lora_ft.models.acceleration import accelerated
 from lora_ft.ops.batch import Batch
-from lora_ft.values import Onto
+from lora_ft.values import BaseWeights
 
 _PLAIN = config.Fast(**{field.name: False for field in fields(config.Fast)})
 _TOKENS_PER_PASS = 1024  # logits of two models are in memory: 0.4 GB for a vocabulary of 49,152
@@ -48,7 +48,7 @@ class Comparison:
     Losses that differ by less than `noise` count as equal. dtype: of the merged weights.
     """
 
-    better: Onto
+    better: BaseWeights
     attached_loss: float
     dequantized: Target
     original: Target
@@ -59,7 +59,7 @@ class Comparison:
 
     def record(self) -> dict[str, Any]:
         """Return the contents of merge.json."""
-        return {"onto": self.better.value} | {k: v for k, v in asdict(self).items() if k != "better"}
+        return {"base_weights": self.better.value} | {k: v for k, v in asdict(self).items() if k != "better"}
 
     def table(self) -> Table:
         """Return the table for the terminal."""
@@ -67,9 +67,9 @@ class Comparison:
         for header in ("", "loss", "KL", ""):
             table.add_column(header, justify="right" if header else "left")
         table.add_row("attached adapter", f"{self.attached_loss:.4f}", "", "nats per token")
-        for onto, target in ((Onto.dequantized, self.dequantized), (Onto.original, self.original)):
-            chosen = f"chosen: {self._reason()}" if onto is self.better else ""
-            table.add_row(f"merged onto {onto.value}", f"{target.loss:.4f}", f"{target.kl:.4f}", chosen)
+        for kind, target in ((BaseWeights.dequantized, self.dequantized), (BaseWeights.original, self.original)):
+            chosen = f"chosen: {self._reason()}" if kind is self.better else ""
+            table.add_row(f"merged onto {kind.value}", f"{target.loss:.4f}", f"{target.kl:.4f}", chosen)
         return table
 
     def _reason(self) -> str:
@@ -78,14 +78,16 @@ class Comparison:
 
 
 @torch.no_grad()
-def compare(attached: PreTrainedModel, targets: dict[Onto, MergedModel], examples: Sequence[Example]) -> Comparison:
+def compare(
+    attached: PreTrainedModel, targets: dict[BaseWeights, MergedModel], examples: Sequence[Example]
+) -> Comparison:
     """Compare both merged models with the adapter attached to its quantized base, on that base's device.
 
     Only `attached` is in memory as a whole; the merged models are streamed layer by layer. Raises NonFiniteError.
     """
-    merged = {onto: _Streamed(tensors, attached.device) for onto, tensors in targets.items()}
+    merged = {kind: _Streamed(tensors, attached.device) for kind, tensors in targets.items()}
     own: list[Tensor] = []
-    losses: dict[Onto, list[Tensor]] = {onto: [] for onto in merged}
+    losses: dict[BaseWeights, list[Tensor]] = {kind: [] for kind in merged}
     divergence = dict.fromkeys(merged, 0.0)
     capacity = max(_TOKENS_PER_PASS, longest_group(examples))
     with accelerated(attached, _PLAIN) as made:
@@ -94,29 +96,29 @@ def compare(attached: PreTrainedModel, targets: dict[Onto, MergedModel], example
         batch = packed.to(attached.device)
         expected, loss = _log_probs(attached, batch)
         own.append(loss)
-        for onto, model in merged.items():
+        for kind, model in merged.items():
             found, loss = _log_probs(model, batch)
-            losses[onto].append(loss)
-            divergence[onto] += float((expected.exp() * (expected - found)).sum(dim=-1).double().sum())
+            losses[kind].append(loss)
+            divergence[kind] += float((expected.exp() * (expected - found)).sum(dim=-1).double().sum())
     base = torch.cat(own)
-    both = {onto: torch.cat(parts) for onto, parts in losses.items()}
+    both = {kind: torch.cat(parts) for kind, parts in losses.items()}
     num = len(base)
     if not all(torch.isfinite(loss).all() for loss in (base, *both.values())):
         raise NonFiniteError("an eval loss is not finite: the weights of the base or of the adapter are broken")
-    measured = {onto: Target(float(loss.mean()), max(0.0, divergence[onto] / num)) for onto, loss in both.items()}
-    difference = both[Onto.original] - both[Onto.dequantized]
+    measured = {kind: Target(float(loss.mean()), max(0.0, divergence[kind] / num)) for kind, loss in both.items()}
+    difference = both[BaseWeights.original] - both[BaseWeights.dequantized]
     noise = 2 * float(difference.std()) / num**0.5 if num > 1 else float("inf")
     return Comparison(
-        better=better(measured, noise), attached_loss=float(base.mean()), dequantized=measured[Onto.dequantized],
-        original=measured[Onto.original], noise=noise, tokens=num, rows=len(examples),
-        dtype=str(targets[Onto.original].dtype).removeprefix("torch."),
+        better=better(measured, noise), attached_loss=float(base.mean()), dequantized=measured[BaseWeights.dequantized],
+        original=measured[BaseWeights.original], noise=noise, tokens=num, rows=len(examples),
+        dtype=str(targets[BaseWeights.original].dtype).removeprefix("torch."),
     )  # fmt: skip
 
 
-def better(targets: dict[Onto, Target], noise: float) -> Onto:
+def better(targets: dict[BaseWeights, Target], noise: float) -> BaseWeights:
     """Return the target of lower loss, or of lower KL if the losses are within `noise`."""
-    apart = abs(targets[Onto.original].loss - targets[Onto.dequantized].loss)
-    return min(targets, key=lambda onto: targets[onto].loss if apart > noise else targets[onto].kl)
+    apart = abs(targets[BaseWeights.original].loss - targets[BaseWeights.dequantized].loss)
+    return min(targets, key=lambda kind: targets[kind].loss if apart > noise else targets[kind].kl)
 
 
 class _Streamed:

@@ -71,7 +71,7 @@ def _why_plain(layer: Any, name: str) -> str:
     if name in layer.lora_variant:
         return "DoRA"
     if not isinstance(layer.lora_dropout[name], nn.Identity):
-        return "adapter.dropout"
+        return "adapter.lora_dropout"
     return ""
 
 

@@ -70,7 +70,7 @@ def locate(model: config.Model, *, weights: bool = True) -> Identity:
             raise ResourceError(f"model.path={model.path}: there is no such file")
         return _from_gguf(model, path)
     if path.is_dir():
-        return _from_folder(model, path, model.id, None, _names(path))
+        return _from_folder(model, path, model.hub_id, None, _names(path))
     if path.is_absolute() or model.path.startswith((".", "~")) or model.path.count("/") > 1:
         raise ResourceError(
             f"model.path={model.path}: there is no such folder, and it is no hub id (NAME or OWNER/NAME)"
@@ -84,7 +84,7 @@ def _from_gguf(model: config.Model, path: Path) -> Identity:
     from lora_ft.models.gguf import convert  # imports the gguf package, which other runs do not need
 
     folder, digest = convert.converted(path)
-    return Identity(model.id, model.path, str(folder), None, _sha256(folder / "config.json"), {path.name: digest})
+    return Identity(model.hub_id, model.path, str(folder), None, _sha256(folder / "config.json"), {path.name: digest})
 
 
 def _from_folder(

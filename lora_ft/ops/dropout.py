@@ -1,7 +1,7 @@
 """The dropout of a frozen base, switched off: noise in weights that do not learn regularizes nothing.
 
 With it GPT-2's own 10 % would make what is learned depend on how a step is cut into micro-batches, which
-draw other masks. The adapter's dropout (`adapter.dropout`) is its own and stays.
+draw other masks. The adapter's dropout (`adapter.lora_dropout`) is its own and stays.
 """
 
 from torch import nn

@@ -66,7 +66,9 @@ def recompute_layers(model: PreTrainedModel, setting: str) -> int:
     every = 0 if setting == "off" else int(setting.removeprefix("every_"))
     chosen = layers[::every] if every else []
     if every and not chosen:
-        raise ConfigError(f"train.checkpoint={setting}: {model.config.model_type} has no layers that can be recomputed")
+        raise ConfigError(
+            f"train.gradient_checkpointing={setting}: {model.config.model_type} has no layers that can be recomputed"
+        )
     for layer in layers:
         layer.gradient_checkpointing = layer in chosen
         # preserve_rng_state (the default) replays dropout as it was in the forward.
@@ -95,17 +97,21 @@ def settle_checkpoint(model: PreTrainedModel, paths: Paths, tokens: int) -> tupl
     `model` is the transformers model with the adapter inside, its parameters marked as trained or frozen.
     """
     if not _layers(model):
-        return "off", f"train.checkpoint=auto: off, {model.config.model_type} has no layers that can be recomputed"
+        return (
+            "off",
+            f"train.gradient_checkpointing=auto: off, {model.config.model_type} has no layers that can be recomputed",
+        )
     free = available_bytes(model.device)
     if free is None:
-        return "off", "train.checkpoint=auto: off, this system does not say how much memory is free"
+        return "off", "train.gradient_checkpointing=auto: off, this system does not say how much memory is free"
     if tokens * _more_than_kept(model) <= USABLE * free:
-        return "off", "train.checkpoint=auto: off, this needs a fraction of the free memory"
+        return "off", "train.gradient_checkpointing=auto: off, this needs a fraction of the free memory"
     footprint = measure(model, paths)
     every = fewest_recomputed(footprint, tokens, int(USABLE * free))
     setting = f"every_{every}" if every else "off"
     return setting, (
-        f"train.checkpoint=auto: {setting}, {footprint.peak(tokens, every) / 1e9:.2f} GB for {tokens:,} tokens "
+        f"train.gradient_checkpointing=auto: {setting}, {footprint.peak(tokens, every) / 1e9:.2f} GB "
+        f"for {tokens:,} tokens "
         f"(off {footprint.peak(tokens, 0) / 1e9:.2f}, every_1 {footprint.peak(tokens, 1) / 1e9:.2f}), "
         f"{free / 1e9:.2f} GB free"
     )

@@ -144,7 +144,9 @@ def _naming(facts: AdapterFacts) -> Iterator[Finding]:
     base = facts.config.get("base_model_name_or_path")
     if facts.config and not untrusted.is_public_id(base):
         what = "names no base" if not base else f"names the base {str(base)[:80]!r}, which is not a hub id"
-        yield Finding(Level.WARN, f"{files.CONFIG} {what}: others cannot find it", "publish with model.id=OWNER/NAME")
+        yield Finding(
+            Level.WARN, f"{files.CONFIG} {what}: others cannot find it", "publish with model.hub_id=OWNER/NAME"
+        )
     elif facts.config and not facts.config.get("revision"):
         yield Finding(Level.WARN, "no revision of the base is recorded: the base may change",
                       "train with model.path=OWNER/NAME model.revision=COMMIT")  # fmt: skip

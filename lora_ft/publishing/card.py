@@ -60,7 +60,7 @@ def render(contents: CardContents) -> str:
         "target_modules": config.get("target_modules"),
     }
     if summary:  # r, alpha and targets are PEFT's own
-        known = ("adapter.r", "adapter.alpha", "adapter.targets")
+        known = ("adapter.r", "adapter.lora_alpha", "adapter.target_modules")
         settings |= {key: value for key, value in summary.settings.items() if key not in known}
     merge, curve = summary.merge if summary else None, CURVE if CURVE in contents.files else None
     text = _template().render(

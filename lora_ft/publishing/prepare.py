@@ -62,14 +62,16 @@ def contents(cfg: config.PublishRun, adapter: Path, saved: LoraConfig, workplace
 def _base_id(cfg: config.PublishRun, adapter: Path, saved: LoraConfig) -> str:
     """Return the hub id by which others find the base; ConfigError if only a path of this machine is known."""
     named = saved.base_model_name_or_path
-    found = cfg.model.id or locate(cfg.model, weights=False).id or (named if untrusted.is_public_id(named) else None)
+    found = (
+        cfg.model.hub_id or locate(cfg.model, weights=False).id or (named if untrusted.is_public_id(named) else None)
+    )
     if not found:
         raise ConfigError(
             f"the base of {adapter} has no hub id, only a path of this machine ({cfg.model.path or named}), where "
-            "nobody else can find it: add model.id=OWNER/NAME, the base's id on the hub"
+            "nobody else can find it: add model.hub_id=OWNER/NAME, the base's id on the hub"
         )
     if not untrusted.is_hub_id(found):
-        raise ConfigError(f"model.id must be a hub id, OWNER/NAME, got {found}")
+        raise ConfigError(f"model.hub_id must be a hub id, OWNER/NAME, got {found}")
     return found
 
 

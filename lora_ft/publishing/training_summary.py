@@ -24,7 +24,7 @@ from lora_ft.publishing.adapter_facts import front_matter
 from lora_ft.setting import OnResume
 
 # The card shows these in other places.
-_SHOWN_ELSEWHERE = ("data.revision", "data.name", "data.split", "model.revision", "model.id")
+_SHOWN_ELSEWHERE = ("data.revision", "data.name", "data.split", "model.revision", "model.hub_id")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def read(run: Path) -> TrainingSummary:
     hub = data if dataset else {}
     result, check = _json(run / runs.RESULT), _json(run / runs.CHECK)
     counts = check.get("rows") or {}
-    rows = (counts["train_documents"], counts["heldout_documents"]) if "heldout_documents" in counts else None
+    rows = (counts["train_documents"], counts["eval_documents"]) if "eval_documents" in counts else None
     return TrainingSummary(
         _settings(stored), described, dataset, hub.get("name"), hub.get("split"), hub.get("revision"),
         rows, result.get("steps"), result.get("tokens"), _scores(run, result), _json(run / "merge.json") or None,
@@ -116,9 +116,9 @@ def _describe_source(path: str) -> tuple[str, str | None]:
 def _scores(run: Path, result: dict[str, Any]) -> list[Scores]:
     evaluated, found = _json(run / "eval.json"), []
     try:
-        if result.get("heldout_loss") is not None:
-            base, adapter = (_with_perplexity(float(result[key])) for key in ("base_heldout_loss", "heldout_loss"))
-            found.append(Scores("at the end of training", base, adapter, int(result["heldout_tokens"]), None))
+        if result.get("eval_loss") is not None:
+            base, adapter = (_with_perplexity(float(result[key])) for key in ("base_eval_loss", "eval_loss"))
+            found.append(Scores("at the end of training", base, adapter, int(result["eval_tokens"]), None))
         if evaluated:
             base, adapter = (_figures(evaluated[name]) for name in ("base", "adapter"))
             found.append(Scores("by lora-ft eval", base, adapter, int(evaluated["tokens"]), int(evaluated["rows"])))
@@ -144,7 +144,7 @@ def _curves(run: Path) -> tuple[list[tuple[float, float]], list[tuple[float, flo
             found.append(json.loads(line))
         except ValueError:  # an incomplete last line of a killed process
             continue
-    return tuple([(m["step"], m[key]) for m in found if m.get(key) is not None] for key in ("loss", "heldout_loss"))  # type: ignore[return-value]
+    return tuple([(m["step"], m[key]) for m in found if m.get(key) is not None] for key in ("loss", "eval_loss"))  # type: ignore[return-value]
 
 
 def license_of(model: config.Model, folder: str | None) -> str | None:

@@ -1,4 +1,4 @@
-"""The charts of a sweep: train loss, held-out loss, loss against rank, loss against adapter size. No torch here.
+"""The charts of a sweep: train loss, eval loss, loss against rank, loss against adapter size. No torch here.
 
 for chart in charts(ranking):
     chart.svg                      # <svg> for the page
@@ -54,12 +54,12 @@ def charts(ranking: Ranking) -> list[Chart]:
     """Draw the charts that have something to show."""
     titles = {job.number: _title(ranking, job) for job in ranking.sweep.jobs}
     plans = [("train_loss", "Train loss", "step", functools.partial(_train_loss, ranking)),
-             ("heldout_loss", "Held-out loss", "step", functools.partial(_heldout_loss, ranking))]  # fmt: skip
+             ("eval_loss", "Eval loss", "step", functools.partial(_eval_loss, ranking))]  # fmt: skip
     for number, board in enumerate(ranking.boards, 1):
         which = "" if len(ranking.boards) == 1 else f"{number}"
-        plans += [(f"rank{which}", f"Held-out loss against rank {which}".strip(), "rank, log2 scale",
+        plans += [(f"rank{which}", f"Eval loss against rank {which}".strip(), "rank, log2 scale",
                    functools.partial(_against_rank, ranking, board)),
-                  (f"size{which}", f"Held-out loss against adapter size {which}".strip(), "adapter size, MB",
+                  (f"size{which}", f"Eval loss against adapter size {which}".strip(), "adapter size, MB",
                    functools.partial(_against_size, board))]  # fmt: skip
     made = []
     for name, title, x_label, draw in plans:
@@ -76,8 +76,8 @@ def charts(ranking: Ranking) -> list[Chart]:
 
 
 def _title(ranking: Ranking, job: JobResult) -> str:
-    loss = job.figures.heldout_loss
-    told = job.state.value if loss is None else f"held-out loss {loss_text(loss)}"
+    loss = job.figures.eval_loss
+    told = job.state.value if loss is None else f"eval loss {loss_text(loss)}"
     return ", ".join(filter(None, [f"job {job.name}", describe(ranking.values(job)), told]))
 
 
@@ -120,10 +120,10 @@ def smoothed(points: Points) -> list[tuple[float, float]]:
     return [(step, mean) for (step, _), mean in zip(points, means, strict=True)]
 
 
-def _heldout_loss(ranking: Ranking, axes: "Axes") -> str:
+def _eval_loss(ranking: Ranking, axes: "Axes") -> str:
     for job in ranking.sweep.jobs:
-        if job.curve.heldout:
-            _plot(axes, job, job.curve.heldout, label=f"job {job.name}")
+        if job.curve.eval_losses:
+            _plot(axes, job, job.curve.eval_losses, label=f"job {job.name}")
     return "Step 0 is the base."
 
 
@@ -194,8 +194,8 @@ def front(points: Points) -> list[tuple[float, float]]:
 
 def _with_loss(board: Board) -> Iterator[tuple[JobResult, float]]:
     for job in sorted(board.ranked, key=lambda job: job.number):
-        if job.figures.heldout_loss is not None:
-            yield job, job.figures.heldout_loss
+        if job.figures.eval_loss is not None:
+            yield job, job.figures.eval_loss
 
 
 def _points(axes: "Axes", found: Sequence[tuple[JobResult, float, float]]) -> None:

@@ -32,7 +32,7 @@ class Halving:
         places = max(0, math.ceil((len(losses) + beyond) / self.eta) - beyond)
         ranking = sorted(losses, key=lambda job: losses[job])
         return {
-            job: f"halving at step {rung}: held-out loss {losses[job]:.4f} is number {place} of {len(ranking)}, "
+            job: f"halving at step {rung}: eval loss {losses[job]:.4f} is number {place} of {len(ranking)}, "
             f"and {places} go on"
             for place, job in enumerate(ranking, 1)
             if place > places

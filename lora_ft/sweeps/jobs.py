@@ -20,12 +20,12 @@ _ALONE = ("adapter", "optim", "train", "seed", "track", "resume")  # what one jo
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a sweep: its number, absolute folder, settings and the words that gave them."""
+    """One run of a sweep: its number, absolute folder, settings and the overrides that gave them."""
 
     number: int
     folder: Path
     cfg: config.TrainRun
-    words: list[str]
+    overrides: list[str]
 
 
 def grouped(jobs: list[Job], share: bool) -> list[list[Job]]:
@@ -56,12 +56,17 @@ def alone(cfg: config.SweepRun) -> config.TrainRun:
 
 def to_plain(job: Job) -> dict[str, Any]:
     """A job as JSON has it, for `from_plain` in another process."""
-    return {"number": job.number, "folder": str(job.folder), "cfg": validation.to_plain(job.cfg), "words": job.words}
+    return {
+        "number": job.number,
+        "folder": str(job.folder),
+        "cfg": validation.to_plain(job.cfg),
+        "overrides": job.overrides,
+    }
 
 
 def from_plain(plain: dict[str, Any]) -> Job:
     cfg = validation.from_plain(config.TrainRun, plain["cfg"])
-    return Job(plain["number"], Path(plain["folder"]), cfg, plain["words"])
+    return Job(plain["number"], Path(plain["folder"]), cfg, plain["overrides"])
 
 
 def from_checkpoint(job: Job) -> Job:
@@ -73,10 +78,10 @@ def warnings(jobs: list[Job]) -> Iterator[str]:
     """What the values that were chosen do beside what they say."""
     adapters = [job.cfg.adapter for job in jobs]
     ranks = sorted({a.r for a in adapters})
-    if len(ranks) > 1 and len({a.alpha for a in adapters}) == 1 and not any(a.rslora for a in adapters):
-        scales = [adapters[0].alpha / r for r in ranks]
+    if len(ranks) > 1 and len({a.lora_alpha for a in adapters}) == 1 and not any(a.use_rslora for a in adapters):
+        scales = [adapters[0].lora_alpha / r for r in ranks]
         yield (
-            f"adapter.r goes from {ranks[0]} to {ranks[-1]} with adapter.alpha={adapters[0].alpha:g} for all: the "
-            f"update's scale, alpha / r, falls from {scales[0]:g} to {scales[-1]:g}, so that the effective learning "
-            "rate is swept as well; 'adapter.alpha=${adapter.r}' or adapter.rslora=true keeps them apart"
+            f"adapter.r goes from {ranks[0]} to {ranks[-1]} at one adapter.lora_alpha, {adapters[0].lora_alpha:g}: the "
+            f"update's scale, lora_alpha / r, falls from {scales[0]:g} to {scales[-1]:g}, so the effective learning rate "
+            "is swept as well. 'adapter.lora_alpha=${adapter.r}' or adapter.use_rslora=true keeps the scale constant"
         )

@@ -21,7 +21,7 @@ def launch(planned: list[Job], sweep: config.Sweep, settings: config.Launcher, f
     left = [job for job in planned if not runs.is_finished(job.folder, job.cfg)]
     for job in left:
         if not runs.exists(job.folder):
-            runs.write_overrides(job.folder, job.words)
+            runs.write_overrides(job.folder, job.overrides)
     ended, written = -1, -_SECONDS_BETWEEN_REPORTS
     with live.displayed(planned, folder) as show:
 
@@ -36,4 +36,4 @@ def launch(planned: list[Job], sweep: config.Sweep, settings: config.Launcher, f
 
         scheduler.run(left, settings, sweep, folder, watch)
     finished = [job for job in planned if (job.folder / runs.RESULT).is_file()]
-    return {job.number: runs.read_result(job.folder).get("heldout_loss") for job in finished}
+    return {job.number: runs.read_result(job.folder).get("eval_loss") for job in finished}

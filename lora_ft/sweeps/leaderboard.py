@@ -1,4 +1,4 @@
-"""Rank the jobs of a sweep by held-out loss; jobs that differ only in their seed are repeats of one setting.
+"""Rank the jobs of a sweep by eval loss; jobs that differ only in their seed are repeats of one setting.
 
 ranking = rank(sweep)
 ranking.boards[0].ranked[0].name         the best job
@@ -24,14 +24,14 @@ _SAME_LOSS = 1e-5  # relative; micro-batches of another size round differently
 
 @dataclass(frozen=True)
 class Setting:
-    """Jobs that differ only in their seed, with the mean and the standard deviation of their held-out losses."""
+    """Jobs that differ only in their seed, with the mean and the standard deviation of their eval losses."""
 
     values: dict[str, Any]
     jobs: tuple[JobResult, ...]
 
     @property
     def losses(self) -> list[float]:
-        return [job.figures.heldout_loss for job in self.jobs if job.figures.heldout_loss is not None]
+        return [job.figures.eval_loss for job in self.jobs if job.figures.eval_loss is not None]
 
     @property
     def mean(self) -> float | None:
@@ -46,15 +46,15 @@ class Setting:
 class Board:
     """Finished jobs evaluated on the same rows, best first; jobs without a finite loss come last."""
 
-    heldout_tokens: int | None
+    eval_tokens: int | None
     base_loss: float | None
     ranked: tuple[JobResult, ...]
     settings: tuple[Setting, ...]
 
     def place(self, job: JobResult) -> int | None:
         """1 for the lowest loss; jobs with equal losses share a place; None without a finite loss."""
-        loss = job.figures.heldout_loss
-        losses = [other.figures.heldout_loss for other in self.ranked]
+        loss = job.figures.eval_loss
+        losses = [other.figures.eval_loss for other in self.ranked]
         return None if loss is None else 1 + sum(other < loss for other in losses if other is not None)
 
 
@@ -72,7 +72,7 @@ class Ranking:
     def best(self) -> JobResult | None:
         """The job with the lowest loss; None if jobs are on several boards."""
         ranked = self.boards[0].ranked if len(self.boards) == 1 else ()
-        return ranked[0] if ranked and ranked[0].figures.heldout_loss is not None else None
+        return ranked[0] if ranked and ranked[0].figures.eval_loss is not None else None
 
     def values(self, job: JobResult) -> dict[str, Any]:
         """The settings of a job that differ between jobs, with the seed if it differs."""
@@ -122,8 +122,8 @@ def _comparable(jobs: tuple[JobResult, ...]) -> list[list[JobResult]]:
     """Group finished jobs by the rows they were evaluated on, the largest group first."""
 
     def rows(job: JobResult) -> tuple[int, float]:
-        base = job.figures.base_heldout_loss
-        return job.figures.heldout_tokens or 0, math.inf if base is None else base
+        base = job.figures.base_eval_loss
+        return job.figures.eval_tokens or 0, math.inf if base is None else base
 
     groups: list[list[JobResult]] = []
     for job in sorted((job for job in jobs if job.is_finished), key=rows):
@@ -147,8 +147,8 @@ def _board(jobs: list[JobResult], columns: tuple[str, ...]) -> Board:
                 for same in repeats.values()]  # fmt: skip
     first = jobs[0].figures
     return Board(
-        first.heldout_tokens,
-        first.base_heldout_loss,
-        tuple(sorted(jobs, key=lambda job: last_if_none(job.figures.heldout_loss))),
+        first.eval_tokens,
+        first.base_eval_loss,
+        tuple(sorted(jobs, key=lambda job: last_if_none(job.figures.eval_loss))),
         tuple(sorted(settings, key=lambda setting: last_if_none(setting.mean))),
     )

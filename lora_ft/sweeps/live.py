@@ -1,6 +1,6 @@
 """Show all jobs of a sweep while they run, in one display of the parent process and from files alone. No torch here.
 
-    job               state      step   loss  held out   best  tokens/s
+    job               state      step   loss  eval loss  best  tokens/s
       0  adapter.r=4  finished  40/40  2.114     2.305  2.305       143
       1  adapter.r=8  running   12/40  2.290     2.410  2.410       139
       2  adapter.r=16 waiting
@@ -106,8 +106,8 @@ class _Display:
 
 def names(jobs: list[Job]) -> list[str]:
     """Return for each job its overrides that not all jobs have."""
-    shared = set.intersection(*(set(job.words) for job in jobs)) if jobs else set()
-    return [redact(" ".join(word for word in job.words if word not in shared)) for job in jobs]
+    shared = set.intersection(*(set(job.overrides) for job in jobs)) if jobs else set()
+    return [redact(" ".join(word for word in job.overrides if word not in shared)) for job in jobs]
 
 
 def visible(text: str) -> str:
@@ -119,7 +119,7 @@ def news(view: View) -> str:
     """Return the text about a job that has just changed to this state."""
     match view.state:
         case "finished":
-            loss = f", held-out loss {view.heldout_loss:.3f}" if view.heldout_loss is not None else ""
+            loss = f", eval loss {view.eval_loss:.3f}" if view.eval_loss is not None else ""
             return "finished" + loss + (f", {view.seconds:.0f} s" if view.seconds is not None else "")
         case "failed":
             reason, log = view.reason.partition("\n")[0], view.job.folder / runs.LOG
@@ -142,7 +142,7 @@ def page(views: list[View], titles: dict[int, str], whole: str, height: int) -> 
     table.add_column("job", justify="right", no_wrap=True)
     table.add_column("")  # gives way in a narrow terminal
     table.add_column("state", no_wrap=True)
-    for title in ("step", "loss", "held out", "best", "tokens/s"):
+    for title in ("step", "loss", "eval loss", "best", "tokens/s"):
         table.add_column(title, justify="right", no_wrap=True)
     for v in (v for v in views if v.job.number in first):
         table.add_row(
@@ -150,7 +150,7 @@ def page(views: list[View], titles: dict[int, str], whole: str, height: int) -> 
             Text(visible(titles[v.job.number]), no_wrap=True, overflow="ellipsis"),
             Text(v.state, _STYLES.get(v.state, "")),
             f"{v.step}/{v.num_steps}" if v.num_steps else "",
-            *("" if loss is None else f"{loss:.3f}" for loss in (v.loss, v.heldout_loss, v.best_heldout_loss)),
+            *("" if loss is None else f"{loss:.3f}" for loss in (v.loss, v.eval_loss, v.best_eval_loss)),
             "" if v.tokens_per_second is None else f"{v.tokens_per_second:.0f}",
         )
     more = [Text(f"... {len(views) - len(first)} more", "dim")] if len(first) < len(views) else []

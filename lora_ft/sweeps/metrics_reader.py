@@ -1,6 +1,6 @@
 """Read the files of a sweep's jobs while they grow, each line once. No torch here.
 
-metrics.jsonl   {"step": 7, "loss": 2.31, "tokens_per_second": 143.0, "heldout_loss": 2.29}     one line a step
+metrics.jsonl   {"step": 7, "loss": 2.31, "tokens_per_second": 143.0, "eval_loss": 2.29}     one line a step
 """
 
 import json
@@ -28,8 +28,8 @@ class View:
     step: int
     num_steps: int | None
     loss: float | None
-    heldout_loss: float | None
-    best_heldout_loss: float | None
+    eval_loss: float | None
+    best_eval_loss: float | None
     tokens_per_second: float | None
     seconds: float | None  # of training, once there is a result
     reason: str  # of stopping or failing
@@ -41,7 +41,7 @@ class MetricsReader:
     def __init__(self, job: Job) -> None:
         self.job = job
         self._offset, self._step, self._last = 0, 0, dict[str, Any]()
-        self._heldout: float | None = None
+        self._eval_loss: float | None = None
         self._best: float | None = None
         self._num_steps: int | None = None
         self._end: View | None = None
@@ -68,15 +68,15 @@ class MetricsReader:
         return self._view("running" if running else "loading" if beat else "waiting", {}, "")
 
     def _view(self, state: str, result: dict[str, Any], reason: str) -> View:
-        found = self._last | {"heldout_loss": self._heldout, "best_heldout_loss": self._best} | result
+        found = self._last | {"eval_loss": self._eval_loss, "best_eval_loss": self._best} | result
         return View(
             job=self.job,
             state=state,
             step=_number(result.get("steps"), int) or self._step,
             num_steps=self._num_steps,
             loss=_number(found.get("loss")),
-            heldout_loss=_number(found["heldout_loss"]),
-            best_heldout_loss=_number(found["best_heldout_loss"]),
+            eval_loss=_number(found["eval_loss"]),
+            best_eval_loss=_number(found["best_eval_loss"]),
             tokens_per_second=_number(found.get("tokens_per_second")),
             seconds=_number(result.get("train_seconds")),
             reason=reason,
@@ -87,7 +87,7 @@ class MetricsReader:
         try:
             with (self.job.folder / runs.METRICS).open("rb") as file:
                 if file.seek(0, 2) < self._offset:
-                    self._offset, self._step, self._heldout, self._best = 0, 0, None, None
+                    self._offset, self._step, self._eval_loss, self._best = 0, 0, None, None
                 file.seek(self._offset)
                 data = file.read(_MOST_BYTES)
         except FileNotFoundError:
@@ -96,14 +96,14 @@ class MetricsReader:
         self._offset += len(whole)
         lines = whole.splitlines()
         for line in lines:
-            if line is not lines[-1] and b'"heldout_loss"' not in line:
+            if line is not lines[-1] and b'"eval_loss"' not in line:
                 continue  # parsing it would only take time
             metrics = _object(line)
             self._last = metrics or self._last
             self._step = _number(metrics.get("step"), int) or self._step
-            if (heldout := _number(metrics.get("heldout_loss"))) is not None:
-                self._heldout = heldout
-                self._best = heldout if self._best is None else min(self._best, heldout)
+            if (eval_loss := _number(metrics.get("eval_loss"))) is not None:
+                self._eval_loss = eval_loss
+                self._best = eval_loss if self._best is None else min(self._best, eval_loss)
 
 
 def beats(folder: Path) -> dict[Path, Beat]:

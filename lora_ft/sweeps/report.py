@@ -118,8 +118,8 @@ def _record(ranking: Ranking) -> dict[str, Any]:
 
 def _board(board: Board) -> dict[str, Any]:
     return {
-        "heldout_tokens": board.heldout_tokens,
-        "base_heldout_loss_nats_per_token": board.base_loss,
+        "eval_tokens": board.eval_tokens,
+        "base_eval_loss_nats_per_token": board.base_loss,
         "base_perplexity": tables.perplexity(board.base_loss),
         "jobs": [job.name for job in board.ranked],
         "settings": [
@@ -127,7 +127,7 @@ def _board(board: Board) -> dict[str, Any]:
                 "values": setting.values,
                 "jobs": [job.name for job in setting.jobs],
                 "n": len(setting.losses),
-                "mean_heldout_loss_nats_per_token": setting.mean,
+                "mean_eval_loss_nats_per_token": setting.mean,
                 "standard_deviation_nats_per_token": setting.deviation,
             }
             for setting in board.settings
@@ -135,8 +135,8 @@ def _board(board: Board) -> dict[str, Any]:
     }
 
 
-_UNITS = {"heldout_loss": "nats_per_token", "base_heldout_loss": "nats_per_token",
-          "best_heldout_loss": "nats_per_token", "peak_memory_bytes": "of_process"}  # fmt: skip
+_UNITS = {"eval_loss": "nats_per_token", "base_eval_loss": "nats_per_token",
+          "best_eval_loss": "nats_per_token", "peak_memory_bytes": "of_process"}  # fmt: skip
 
 
 def _job(ranking: Ranking, job: JobResult, board: int | None, place: int | None) -> dict[str, Any]:
@@ -154,5 +154,5 @@ def _job(ranking: Ranking, job: JobResult, board: int | None, place: int | None)
         "reason": job.reason or None,
         "exit_code": job.exit_code,
         "last_step": job.curve.last_step,
-        "perplexity": tables.perplexity(job.figures.heldout_loss),
+        "perplexity": tables.perplexity(job.figures.eval_loss),
     } | {f"{name}_{_UNITS[name]}" if name in _UNITS else name: value for name, value in figures.items()}

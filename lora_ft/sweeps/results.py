@@ -1,7 +1,7 @@
 """Read the state, figures and curves of a sweep's jobs from their files, running or ended. No torch here.
 
 sweep = read(Path("runs/2026-11-24_10-15-00-123456"))
-sweep.jobs[3].state, .settings["adapter.r"], .figures.heldout_loss, .curve.losses
+sweep.jobs[3].state, .settings["adapter.r"], .figures.eval_loss, .curve.losses
 
 A file may be half written, damaged or from somebody else: its job is then unreadable with a reason, and the others are
 read. Numbers that are not finite become None. Texts hold no secrets and no control characters.
@@ -45,11 +45,11 @@ class State(Enum):
 class Figures:
     """The figures in a finished job's result.json and the size of its adapter; None if unknown or not finite."""
 
-    heldout_loss: float | None = None
-    base_heldout_loss: float | None = None
-    heldout_tokens: int | None = None
+    eval_loss: float | None = None
+    base_eval_loss: float | None = None
+    eval_tokens: int | None = None
     best_step: int | None = None
-    best_heldout_loss: float | None = None
+    best_eval_loss: float | None = None
     steps: int | None = None
     tokens: int | None = None
     tokens_per_second: float | None = None
@@ -61,10 +61,10 @@ class Figures:
 
 @dataclass(frozen=True)
 class Curve:
-    """Losses by step: the train loss of every `stride`-th step, and every held-out loss."""
+    """Losses by step: the train loss of every `stride`-th step, and every eval loss."""
 
     losses: tuple[tuple[int, float], ...] = ()
-    heldout: tuple[tuple[int, float], ...] = ()
+    eval_losses: tuple[tuple[int, float], ...] = ()
     stride: int = 1
     last_step: int | None = None
 
@@ -219,16 +219,16 @@ def _curve(folder: Path, stamp: tuple[int, int]) -> Curve:
     lines = _checked(path, _MOST_METRICS_BYTES).read_bytes().split(b"\n")
     lines.pop()  # nothing, or a line that is being written
     stride = max(1, math.ceil(len(lines) / _POINTS))
-    losses, heldout, last_step = [], [], None
+    losses, eval_losses, last_step = [], [], None
     for number, line in enumerate(lines):
-        if number % stride and number != len(lines) - 1 and b'"heldout_loss"' not in line:
+        if number % stride and number != len(lines) - 1 and b'"eval_loss"' not in line:
             continue
         last_step, values = _metrics(path, number, line)
         if (loss := finite(values.get("loss"))) is not None:
             losses.append((last_step, loss))
-        if (loss := finite(values.get("heldout_loss"))) is not None:
-            heldout.append((last_step, loss))
-    return Curve(tuple(losses), tuple(heldout), stride, last_step)
+        if (loss := finite(values.get("eval_loss"))) is not None:
+            eval_losses.append((last_step, loss))
+    return Curve(tuple(losses), tuple(eval_losses), stride, last_step)
 
 
 def _metrics(path: Path, number: int, line: bytes) -> tuple[int, dict[str, Any]]:
@@ -284,7 +284,7 @@ def _unfinished(folder: Path, curve: Curve, in_use: set[int] | None) -> dict[str
     reason = ""
     if curve.last_step is not None:
         reason = f"step {curve.last_step}{_of_steps(folder)}"
-        reason += f", held-out loss {curve.heldout[-1][1]:.4f}" if curve.heldout else ""
+        reason += f", eval loss {curve.eval_losses[-1][1]:.4f}" if curve.eval_losses else ""
     begun = curve.last_step is not None or (folder / "config.yaml").is_file()
     if in_use is None and begun:
         return {"state": State.interrupted, "reason": ", ".join(filter(None, ["or running", reason]))}

@@ -89,7 +89,7 @@ def tables(ranking: Ranking) -> Iterator[Table]:
 def _leaderboard(ranking: Ranking, board: Board, title: str, rest: Iterable[JobResult]) -> Table:
     def loss(job: JobResult) -> Cell:
         missing = "not finite" if job.is_finished and board.base_loss else ""
-        return _number(job.figures.heldout_loss, loss_text, missing)
+        return _number(job.figures.eval_loss, loss_text, missing)
 
     def figure(name: str, form: str, unit: float = 1) -> Callable[[JobResult], Cell]:
         return lambda job: _number(getattr(job.figures, name), lambda value: form.format(value / unit))
@@ -97,8 +97,8 @@ def _leaderboard(ranking: Ranking, board: Board, title: str, rest: Iterable[JobR
     columns: list[JobColumn] = [
         (Column("place", "#"), lambda job: _number(board.place(job), str)),
         *_job_columns(ranking),
-        (Column("held-out loss", "loss", "nats per token"), loss),
-        (Column("perplexity", "ppl", spare=1), lambda job: _perplexity(job.figures.heldout_loss)),
+        (Column("eval loss", "loss", "nats per token"), loss),
+        (Column("perplexity", "ppl", spare=1), lambda job: _perplexity(job.figures.eval_loss)),
         (Column("tokens/s", spare=2), figure("tokens_per_second", "{:,.0f}")),
         (Column("peak memory", "GB", "GB", spare=3), figure("peak_memory_bytes", "{:.2f}", 1e9)),
         (Column("adapter", "MB", "MB", spare=4), figure("adapter_bytes", "{:.2f}", 1e6)),
@@ -108,7 +108,7 @@ def _leaderboard(ranking: Ranking, board: Board, title: str, rest: Iterable[JobR
     ]
     rows = _rows(columns, [*board.ranked, *rest])
     if board.base_loss is not None:
-        base = {"job": Cell("base"), "held-out loss": _number(board.base_loss, loss_text),
+        base = {"job": Cell("base"), "eval loss": _number(board.base_loss, loss_text),
                 "perplexity": _perplexity(board.base_loss)}  # fmt: skip
         rows.insert(0, Row(tuple(base.get(column.title, Cell()) for column, _ in columns)))
     return Table(Kind.leaderboard, title, _note(ranking, board), tuple(column for column, _ in columns), tuple(rows))
@@ -116,10 +116,10 @@ def _leaderboard(ranking: Ranking, board: Board, title: str, rest: Iterable[JobR
 
 def _note(ranking: Ranking, board: Board) -> str:
     notes = []
-    if board.heldout_tokens and board.base_loss is not None:
-        notes.append(f"Losses over the same {board.heldout_tokens:,} held-out tokens.")
+    if board.eval_tokens and board.base_loss is not None:
+        notes.append(f"Losses over the same {board.eval_tokens:,} eval tokens.")
     elif board.ranked:
-        notes.append("No held-out loss of the base, so there is nothing to rank by.")
+        notes.append("No eval loss of the base, so there is nothing to rank by.")
     if len(ranking.boards) > 1:
         notes.append("Losses of different leaderboards are of different rows or bases, and not to be compared.")
     if any(job.figures.peak_memory_bytes for job in board.ranked):
@@ -131,7 +131,7 @@ def _settings(ranking: Ranking, board: Board, title: str) -> Table:
     columns = [
         Column("place", "#"),
         *_setting_columns(ranking.columns),
-        Column("mean held-out loss", "mean loss", "nats per token"),
+        Column("mean eval loss", "mean loss", "nats per token"),
         Column("standard deviation", "deviation"),
         Column("n"),
         Column("jobs", kind="prose"),

@@ -1,6 +1,6 @@
 """The worker process of a sweep: trains its jobs one after the other on one loaded base, each to its outcome.
 
-    stdin, one line    {"jobs": [{"number": 3, "folder": ..., "cfg": {...}, "words": [...]}, ...],
+    stdin, one line    {"jobs": [{"number": 3, "folder": ..., "cfg": {...}, "overrides": [...]}, ...],
                         "heartbeat": FILE, "sweep": {"halving": false, ...}}
     heartbeat          {"folder": ".../3", "beat": 17, "doing": "step"}     the running job, since the file's time
     exit code          0: every job has its result.json or failure.json
@@ -137,7 +137,7 @@ class Worker:
         with displayed(job.folder) as progress:
             try:
                 if job.number not in self._begun:
-                    runs.begin(job.folder, job.cfg, job.words)
+                    runs.begin(job.folder, job.cfg, job.overrides)
                     self._begun.add(job.number)
                 self._shared = self._shared or prepare(job.cfg)
                 told = [self._heartbeat, progress, *callbacks]
@@ -162,7 +162,7 @@ def _loss_at(job: Job, rung: int) -> float | None:
     """Return the eval loss of a job that waits at a rung; None if it has passed it, or was not evaluated there."""
     if _steps(job) != rung or _passed(job) >= rung:
         return None
-    return next((row.get("heldout_loss") for row in runs.read_metrics(job.folder) if row["step"] == rung), None)
+    return next((row.get("eval_loss") for row in runs.read_metrics(job.folder) if row["step"] == rung), None)
 
 
 def _passed(job: Job) -> int:

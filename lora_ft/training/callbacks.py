@@ -6,7 +6,7 @@
 
     class StopBelow(lora_ft.Callback):
         def on_evaluate(self, state, metrics):
-            if metrics["heldout_loss"] < 2.0:
+            if metrics["eval_loss"] < 2.0:
                 state.request_stop("the eval loss is below 2.0")
 
 The progress display, the trackers and the heartbeat of a sweep are callbacks, too. An exception raised in a callback

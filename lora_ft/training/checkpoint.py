@@ -10,7 +10,7 @@ the order of rows and every draw of dropout are functions of seed and position (
 is one of the step, so that the number of steps done says where all of them stand.
 
 Older checkpoints go when the newest has been read back; the newest `train.keep_checkpoints` and the one with the lowest
-held-out loss stay. What a folder of unreadable files costs is the steps since the one before it.
+eval loss stay. What a folder of unreadable files costs is the steps since the one before it.
 """
 
 import contextlib
@@ -121,7 +121,7 @@ def bytes_needed(num_parameters: int, num_steps: int, cfg: config.TrainRun) -> i
     """What a run's checkpoints and adapter will be at most at one time; in bytes.
 
     A new checkpoint stands beside those that stay until it has been read back: the newest, and the one of the lowest
-    held-out loss where that is measured on the way.
+    eval loss where that is measured on the way.
     """
     train, values = cfg.train, 4 * num_parameters
     state = optimizers.state_bytes(num_parameters, cfg.optim.name)
@@ -158,7 +158,7 @@ def _state(state: TrainingState) -> dict[str, Any]:
         "tokens": state.tokens,
         "seconds": state.seconds,
         "evaluations": [asdict(evaluation) for evaluation in state.evaluations],
-        "heldout_loss": _heldout_loss(state),
+        "eval_loss": _eval_loss(state),
         "stopped_by": state.stopped_by,
         "metrics_bytes": durable.settle(state.folder / runs.METRICS),
         "inputs": state.inputs,
@@ -166,10 +166,10 @@ def _state(state: TrainingState) -> dict[str, Any]:
     }
 
 
-def _heldout_loss(state: TrainingState) -> float | None:
+def _eval_loss(state: TrainingState) -> float | None:
     """The loss of the state as it is now, where the step just done was evaluated."""
     last = state.evaluations[-1] if state.evaluations else None
-    return last.heldout.loss if last and last.step == state.step else None
+    return last.result.loss if last and last.step == state.step else None
 
 
 def _environment(state: TrainingState) -> dict[str, Any]:
@@ -192,7 +192,7 @@ def _fill(state: TrainingState, saved: dict[str, Any], tensors: dict[str, Tensor
         state.optimizer, {k.removeprefix("optimizer."): t for k, t in tensors.items() if k.startswith("optimizer.")}
     )
     state.losses[:] = tensors["losses"].tolist()
-    state.evaluations[:] = [Evaluation(e["step"], EvalLoss(**e["heldout"])) for e in saved["evaluations"]]
+    state.evaluations[:] = [Evaluation(e["step"], EvalLoss(**e["result"])) for e in saved["evaluations"]]
     if "best_values" in tensors:
         state.best_values = tensors["best_values"].to(state.flat.values.device)
     state.tokens, state.seconds = saved["tokens"], saved["seconds"]
@@ -206,7 +206,7 @@ def _all(folder: Path) -> list[Path]:
 
 def _let_go(folder: Path, keep: int) -> None:
     valid = [path for path in _all(folder) if not _problem_now(path)]
-    losses = {path: _read_state(path)["heldout_loss"] for path in valid}
+    losses = {path: _read_state(path)["eval_loss"] for path in valid}
     best = min((path for path in valid if losses[path] is not None), key=lambda path: losses[path], default=None)
     for path in _all(folder):
         if path not in valid[-keep:] and path != best:

@@ -26,17 +26,17 @@ _SAMPLE_TOKENS = 48  # enough to see what an answer is like
 
 @dataclass(frozen=True)
 class Result:
-    """What result.json holds: the outcome of one run; losses in nats per token, None where nothing was held out.
+    """What result.json holds: the outcome of one run; losses in nats per token, None without an eval set.
 
     peak_memory_bytes is of the process, whose base other runs may share; stopped_by says what ended a run that had
     not come to its end.
     """
 
-    heldout_loss: float | None
-    base_heldout_loss: float | None
-    heldout_tokens: int
+    eval_loss: float | None
+    base_eval_loss: float | None
+    eval_tokens: int
     best_step: int | None
-    best_heldout_loss: float | None
+    best_eval_loss: float | None
     steps: int
     stopped_early: bool
     stopped_by: str | None
@@ -82,11 +82,11 @@ def _result(state: TrainingState, comparison: Comparison | None) -> Result:
     weights = (state.folder / "adapter" / files.WEIGHTS).read_bytes()
     patience = f"train.patience={state.cfg.train.patience}" if state.stopped_early else None
     return Result(
-        heldout_loss=comparison.adapter.loss if comparison else None,
-        base_heldout_loss=comparison.base.loss if comparison else None,
-        heldout_tokens=comparison.adapter.tokens if comparison else 0,
+        eval_loss=comparison.adapter.loss if comparison else None,
+        base_eval_loss=comparison.base.loss if comparison else None,
+        eval_tokens=comparison.adapter.tokens if comparison else 0,
         best_step=state.best.step if state.best else None,
-        best_heldout_loss=state.best.heldout.loss if state.best else None,
+        best_eval_loss=state.best.result.loss if state.best else None,
         steps=state.step,
         stopped_early=state.stopped_early,
         stopped_by=state.stopped_by or patience,

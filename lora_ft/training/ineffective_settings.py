@@ -41,17 +41,17 @@ def _by_settings(cfg: config.TrainRun) -> _Cases:
     yield "optim.min_lr_ratio", schedule is Schedule.constant, "a constant learning rate does not fall"
     yield "train.epochs", cfg.train.max_steps is not None, "train.max_steps overrides it"
     apart = "data.eval_path" if cfg.data.eval_path else "data.eval_split"
-    yield "data.eval_fraction", bool(cfg.data.eval_path or cfg.data.eval_split), f"{apart} names the held-out rows"
+    yield "data.eval_fraction", bool(cfg.data.eval_path or cfg.data.eval_split), f"{apart} names the eval rows"
     looks_only = isinstance(cfg, config.CheckRun) and cfg.resume == "auto"
     yield "resume", looks_only, "check looks at a run from its beginning"
 
 
 def _by_rows(cfg: config.TrainRun, dataset: Dataset) -> _Cases:
-    none = "no row is held out"
+    none = "there are no eval rows"
     yield "train.eval_every_steps", not dataset.eval, none
     yield "train.eval_rows", not dataset.eval, none
     validation = eval_split(cfg.data) != cfg.data.eval_split
-    yield "data.eval_fraction", validation, f"the held-out rows are the validation files of {cfg.data.path}"
+    yield "data.eval_fraction", validation, f"the eval rows are the validation files of {cfg.data.path}"
     yield (
         "train.samples",
         not dataset.eval_prompts,

@@ -1,6 +1,6 @@
 """What a person sees while a run trains: a live line in a terminal, plain lines anywhere else.
 
-    step   42/180  loss 2.114  held out 2.305  lr 1.8e-04  norm 0.91  143 tokens/s  1.9 GB  3:12 left
+    step   42/180  loss 2.114  eval loss 2.305  lr 1.8e-04  norm 0.91  143 tokens/s  1.9 GB  3:12 left
 
 Messages and lines go to stderr and, without the live display, into the run's log.txt; stdout is for results.
 """
@@ -49,7 +49,7 @@ class Progress(Callback):
         log.debug(line)
         if self._live:
             self._live.update(Text(line), refresh=True)
-        elif "heldout_loss" in metrics or time.monotonic() - self._last_shown >= _SECONDS_BETWEEN_LINES:
+        elif "eval_loss" in metrics or time.monotonic() - self._last_shown >= _SECONDS_BETWEEN_LINES:
             self._console.print(Text(line), soft_wrap=True)
             self._last_shown = time.monotonic()
 
@@ -71,7 +71,7 @@ def _line(state: TrainingState, metrics: Metrics) -> str:
     if "loss" in metrics:
         parts.append(f"loss {metrics['loss']:.3f}")
     if state.evaluations:
-        parts.append(f"held out {state.evaluations[-1].heldout.loss:.3f}")
+        parts.append(f"eval loss {state.evaluations[-1].result.loss:.3f}")
     if "loss" in metrics:
         left = state.seconds / step * (num_steps - step)
         parts += [

@@ -47,7 +47,7 @@ NAME = "default"  # of the adapter inside the PEFT model: one at a time
 @dataclass(frozen=True)
 class Evaluation:
     step: int
-    heldout: EvalLoss
+    result: EvalLoss
 
 
 @dataclass
@@ -69,7 +69,7 @@ class TrainingState:
     steps: list[np.ndarray]
     parameters: dict[str, nn.Parameter]
     start: dict[str, Tensor]
-    checkpoint: str
+    gradient_checkpointing: str
     flat: optimizers.Flat
     optimizer: torch.optim.Optimizer
     num_trainable: int
@@ -118,7 +118,7 @@ class TrainingState:
 
     @property
     def best(self) -> Evaluation | None:
-        return min(self.evaluations, key=lambda e: e.heldout.loss, default=None)
+        return min(self.evaluations, key=lambda e: e.result.loss, default=None)
 
     @property
     def evaluations_without_gain(self) -> int:
@@ -129,7 +129,7 @@ class TrainingState:
     def starts_as_base(self) -> bool:
         """True if the adapter adds nothing before its first step, so that the model is its base, bit for bit."""
         adapter = self.cfg.adapter
-        trains_more = adapter.dora or adapter.modules_to_save or self.cfg.model.added_tokens
+        trains_more = adapter.use_dora or adapter.modules_to_save or self.cfg.model.added_tokens
         return not (trains_more or adapter.init_from or init.find(adapter.init).changes_base)
 
     @property
@@ -137,8 +137,8 @@ class TrainingState:
         """Eval losses of the base and of the kept state; None for one that was not evaluated."""
         first, last = self.evaluations[:1], self.evaluations[-1:]
         kept = [self.best] if self.cfg.train.keep is config.Keep.best else last
-        base = next((e.heldout for e in first if e.step == 0 and self.starts_as_base), None)
-        return base, next((e.heldout for e in kept if e and (e is self.best or e.step == self.step)), None)
+        base = next((e.result for e in first if e.step == 0 and self.starts_as_base), None)
+        return base, next((e.result for e in kept if e and (e is self.best or e.step == self.step)), None)
 
 
 @contextlib.contextmanager
@@ -216,7 +216,7 @@ def _state(
             "base": base_fingerprint,
             "adapter": _sha256([[n.replace(f".{NAME}", ""), list(p.shape)] for n, p in parameters.items()]),
         },
-        checkpoint=_settle_checkpoint(model, paths, dataset.train, steps, cfg.train),
+        gradient_checkpointing=_settle_checkpoint(model, paths, dataset.train, steps, cfg.train),
     )
 
 
@@ -227,9 +227,9 @@ def _sha256(value: Any) -> str:
 def _settle_checkpoint(
     model: PeftModel, paths: Paths, examples: list[Example], steps: list[np.ndarray], train: config.Train
 ) -> str:
-    """Settle train.checkpoint=auto for the largest micro-batch of the run."""
-    if train.checkpoint != "auto":
-        return train.checkpoint
+    """Settle train.gradient_checkpointing=auto for the largest micro-batch of the run."""
+    if train.gradient_checkpointing != "auto":
+        return train.gradient_checkpointing
     packs = train.packing and paths.packs
     of_steps = ([examples[i] for i in step] for step in steps)
     largest = max(sum(len(e.ids) for e in step) if packs else longest_group(step) for step in of_steps)
@@ -298,19 +298,19 @@ def overfitting(state: TrainingState) -> list[str]:
     """Describe signs of overfitting, in sentences; empty without an eval set."""
     if not state.best or not state.losses:
         return []
-    last = state.evaluations[-1].heldout.loss
+    last = state.evaluations[-1].result.loss
     window = state.losses[-max(1, len(state.losses) // 10) :]
     train_loss = math.fsum(window) / len(window)
     said = [
-        f"train loss {train_loss:.4f} (last {len(window)} steps), held-out loss {last:.4f}, "
-        f"best {state.best.heldout.loss:.4f} at step {state.best.step}"
+        f"train loss {train_loss:.4f} (last {len(window)} steps), eval loss {last:.4f}, "
+        f"best {state.best.result.loss:.4f} at step {state.best.step}"
     ]
     if state.best.step == 0:
         said.append("no evaluation was better than the start: the learning rate may be too high")
     rising, patience = state.evaluations_without_gain, state.cfg.train.patience or 2
     if rising >= patience:
         said.append(
-            f"held-out loss has not improved for {rising} evaluations: the adapter overfits. Fewer epochs, "
-            "train.keep=best, a lower adapter.r or some adapter.dropout help."
+            f"eval loss has not improved for {rising} evaluations: the adapter overfits. Fewer epochs, "
+            "train.keep=best, a lower adapter.r or some adapter.lora_dropout help."
         )
     return said

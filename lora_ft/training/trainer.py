@@ -50,7 +50,7 @@ def fit(
     base_losses = {} if base_losses is None else base_losses
     state.model.train()
     first = state.step
-    with stop.between_steps(), recomputed_layers(state.base, state.checkpoint):
+    with stop.between_steps(), recomputed_layers(state.base, state.gradient_checkpointing):
         while not (state.is_done or (until is not None and state.step >= until)):
             _step(state, told, ranks, base_losses, until, audited=state.step == first)
             if ranks.any(stop.signum is not None):
@@ -116,7 +116,7 @@ def _gradient(state: TrainingState, ranks: Ranks, *, audited: bool) -> Metrics:
     state.flat.gradients.div_(weight)
     if audited:
         audit.check_gradients(state.parameters)
-    norm = optimizers.clip(state.flat.gradients, cfg.optim.clip)
+    norm = optimizers.clip(state.flat.gradients, cfg.optim.max_grad_norm)
     if not (math.isfinite(norm) and math.isfinite(loss)):
         sources = ", ".join([example.source for example in examples[:5]] + ["..."] * (len(examples) > 5))
         raise NonFiniteError(
@@ -183,8 +183,8 @@ def _evaluate(state: TrainingState, known: dict[object, EvalLoss]) -> Metrics:
         known[decides] = eval_loss(state.base, state.objective.loss, state.eval_examples, state.paths, capacity)
     found = known[decides]
     if not math.isfinite(found.loss):
-        raise NonFiniteError(f"step {state.step}: held-out loss {found.loss}")
+        raise NonFiniteError(f"step {state.step}: eval loss {found.loss}")
     state.evaluations.append(Evaluation(state.step, found))
     if state.cfg.train.keep is config.Keep.best and state.evaluations_without_gain == 0:
         state.best_values = state.flat.values.clone()
-    return {"heldout_loss": found.loss} | {f"eval_{name}": value for name, value in found.metrics.items()}
+    return {"eval_loss": found.loss} | {f"eval_{name}": value for name, value in found.metrics.items()}

@@ -1,6 +1,6 @@
 """Files that somebody might hand to lora-ft with bad intent, made when the tests run; no blob of them lies in git.
 
-Each attack builds its files in a folder, hands them to the function that a verb would, and says how that must end.
+Each attack builds its files in a folder, hands them to the function that a command would, and says how that must end.
 `outside` holds what a path or link may lead to, and is watched by the kernel: whoever opens a file there is seen,
 whatever language he is written in. `canary` is a file that only code of the attacker's would make.
 """

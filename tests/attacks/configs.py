@@ -13,7 +13,7 @@ _CALL = "{_target_: builtins.open, file: CANARY, mode: w}"
 def _compose(place: Place, words: list[str], folder: bool) -> object:
     told = [word.replace("CANARY", str(place.canary)) for word in words]
     place_to_run = [f"hydra.run.dir={place.folder}/run", f"hydra.sweep.dir={place.folder}/sweep"]
-    command = composition.Command("train", ["data.path=x", *told, *place_to_run], "hydra.mode=MULTIRUN" in told,
+    command = composition.CommandLine("train", ["data.path=x", *told, *place_to_run], "hydra.mode=MULTIRUN" in told,
                                   place.folder if folder else None)  # fmt: skip
     return composition.run(command, lambda cfg, folder, typed: None, lambda sweep: 0)
 
@@ -55,13 +55,13 @@ def _elsewhere(place: Place) -> None:
     _files({"experiment/mine.yaml": GLOBAL + "defaults:\n  - ../../outside/mine\n"})(place)
 
 
-def _stored(name: str, text: str, says: str, verb: str = "eval", error: type[LoraFtError] = SecurityError) -> Attack:
+def _stored(name: str, text: str, says: str, command: str = "eval", error: type[LoraFtError] = SecurityError) -> Attack:
     """A run folder of somebody else's, given as run= or resume=."""
 
     def run(place: Place) -> object:
-        key = "run" if verb == "eval" else "resume"
-        command = composition.Command(verb, [f"{key}={place.folder}"])
-        return composition.run(command, lambda cfg, folder, typed: None, lambda sweep: 0)
+        key = "run" if command == "eval" else "resume"
+        line = composition.CommandLine(command, [f"{key}={place.folder}"])
+        return composition.run(line, lambda cfg, folder, typed: None, lambda sweep: 0)
 
     return Attack(name, _files({"config.yaml": text}), run, error, says)
 
@@ -115,6 +115,6 @@ ATTACKS = [
     _stored("a stored run with _target_, resumed", "model: {_target_: builtins.open}\n", _CODE, "train"),
     Attack("a stored run that is a link", _linked_run,
            lambda place: composition.run(
-               composition.Command("eval", [f"run={place.folder}"]), lambda *_: None, lambda _: 0),
+               composition.CommandLine("eval", [f"run={place.folder}"]), lambda *_: None, lambda _: 0),
            SecurityError, "a link out of its folder"),
 ]  # fmt: skip

@@ -55,11 +55,11 @@ def settings(folder: Path) -> config.TrainRun:
     rows.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs))
     cfg = config.TrainRun(device="cpu", resume="auto")
     cfg.model.path, cfg.model.dtype = str(folder / "llama"), config.Dtype.float32
-    cfg.adapter = config.Adapter(r=2, dropout=0.1, targets=["q_proj", "v_proj"])
+    cfg.adapter = config.Adapter(r=2, lora_dropout=0.1, target_modules=["q_proj", "v_proj"])
     cfg.data.path, cfg.data.eval_fraction = str(rows), 0.3
     cfg.train = config.Train(
         max_steps=5, tokens_per_step=120, tokens_per_microbatch=70, eval_every_steps=2, keep=config.Keep.best,
-        patience=2, samples=0, save_every_steps=2, keep_checkpoints=1, checkpoint="off",
+        patience=2, samples=0, save_every_steps=2, keep_checkpoints=1, gradient_checkpointing="off",
     )  # fmt: skip
     cfg.optim = config.Optim(lr=0.1, schedule=config.Schedule.cosine, warmup_steps=2, weight_decay=0.01)
     return cfg

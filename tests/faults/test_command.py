@@ -20,7 +20,7 @@ from lora_ft.adapters import files
 
 PROGRAM = Path(sys.executable).with_name("lora-ft")
 QUICK = ("train.max_steps=40", "train.tokens_per_step=160", "train.tokens_per_microbatch=80", "adapter.r=4",
-         "adapter.dropout=0.1", "optim.lr=0.01", "optim.schedule=cosine", "optim.warmup_steps=5",
+         "adapter.lora_dropout=0.1", "optim.lr=0.01", "optim.schedule=cosine", "optim.warmup_steps=5",
          "data.eval_fraction=0.4", "train.samples=0", "train.eval_every_steps=20", "train.save_every_steps=2",
          "device=cpu")  # fmt: skip
 METHODS = {"lora": (), "dora": ("adapter=dora",), "nf4": ("quant=nf4",)}

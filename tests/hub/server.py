@@ -320,9 +320,9 @@ class Handler(BaseHTTPRequestHandler):
         known = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         token = known if known in (WRITER, READER) else None
         method = "GET" if self.command == "HEAD" else self.command
-        for verb, pattern, act in ROUTES:
+        for command, pattern, act in ROUTES:
             match = re.fullmatch(pattern, unquote(asked.path))
-            if match and verb == method:
+            if match and command == method:
                 try:
                     found = act(self.hub, match, query, body, token)
                 except Refused as refused:

@@ -20,12 +20,12 @@ from lora_ft.models.acceleration import accelerate
 from lora_ft.models.quantize import dequantize_reference
 from lora_ft.objectives.sft import Sft
 from lora_ft.training.state import choose_eval
-from lora_ft.values import Onto
+from lora_ft.values import BaseWeights
 
 OFF = config.Fast(attention=False, loss=False)
 
 
-def heldout(run: Path, tokenizer):
+def eval_rows(run: Path, tokenizer):
     data = config.Data(**{name: runs.read_config(run)["data"][name] for name in ("path", "eval_fraction")})
     return choose_eval(prepare(data, tokenizer), 64)[0]
 
@@ -40,9 +40,9 @@ def test_both_targets_are_measured_as_anybody_would_and_the_better_is_written(
     shown, measured = capsys.readouterr().out, json.loads((run / "merge.json").read_text())
     assert json.loads((tmp_path / "auto" / "merge.json").read_text()) == measured
     tokenizer = loading.adapter_tokenizer(run / "adapter", config.Model())
-    rows = heldout(run, tokenizer)
+    rows = eval_rows(run, tokenizer)
     for name in ("dequantized", "original"):
-        assert call("merge", f"run={run}", f"out={tmp_path / name}", f"onto={name}") == 0
+        assert call("merge", f"run={run}", f"out={tmp_path / name}", f"base_weights={name}") == 0
         model = AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
         alone = eval_loss(model, Sft().loss, rows, accelerate(model, OFF).paths, 1024)
         assert measured[name]["loss"] == pytest.approx(alone.loss, rel=1e-5)
@@ -53,7 +53,7 @@ def test_both_targets_are_measured_as_anybody_would_and_the_better_is_written(
         measured["attached_loss"], rel=1e-5 if quant == "nf4" else 0.05
     )
     assert 0 <= measured["dequantized"]["kl"] < measured["original"]["kl"]
-    written, taken = (load_file(tmp_path / name / "model.safetensors") for name in ("auto", measured["onto"]))
+    written, taken = (load_file(tmp_path / name / "model.safetensors") for name in ("auto", measured["base_weights"]))
     assert written.keys() == taken.keys() and all(torch.equal(written[key], taken[key]) for key in written)
 
 
@@ -61,7 +61,7 @@ def test_both_targets_are_measured_as_anybody_would_and_the_better_is_written(
 def test_the_targets_differ_by_what_quantization_took_from_the_weights(tmp_path: Path) -> None:
     run = finished_run(tmp_path, "llama", quant="nf4")
     for name in ("dequantized", "original"):
-        assert call("merge", f"run={run}", f"out={tmp_path / name}", f"onto={name}") == 0
+        assert call("merge", f"run={run}", f"out={tmp_path / name}", f"base_weights={name}") == 0
     base, _ = loading.open_adapter(
         run / "adapter", config.Model(path=str(tmp_path / "llama"), dtype=config.Dtype.float32),
         config.Quant(kind=config.QuantKind.nf4), "cpu", loading.adapter_tokenizer(run / "adapter", config.Model()),
@@ -85,7 +85,7 @@ def test_without_rows_to_measure_on_the_adapter_stays_on_what_it_was_trained_on(
     run = finished_run(tmp_path, "llama", quant="nf4")
     assert call("merge", f"run={run}", f"out={tmp_path / 'auto'}", "data.eval_fraction=0") == 0
     assert "no eval rows to measure on" in caplog.text
-    assert call("merge", f"run={run}", f"out={tmp_path / 'told'}", "onto=dequantized") == 0
+    assert call("merge", f"run={run}", f"out={tmp_path / 'told'}", "base_weights=dequantized") == 0
     written, told = (load_file(tmp_path / name / "model.safetensors") for name in ("auto", "told"))
     assert all(torch.equal(written[key], told[key]) for key in told)
     assert not (run / "merge.json").exists() and not (tmp_path / "auto" / "merge.json").exists()
@@ -94,10 +94,10 @@ def test_without_rows_to_measure_on_the_adapter_stays_on_what_it_was_trained_on(
 @given(st.floats(0.1, 9), st.floats(0.1, 9), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
 def test_the_lower_loss_wins_and_within_noise_the_nearer_model(a, b, kl_a, kl_b, noise) -> None:
     taken = merge_base.better(
-        {Onto.dequantized: merge_base.Target(a, kl_a), Onto.original: merge_base.Target(b, kl_b)}, noise
+        {BaseWeights.dequantized: merge_base.Target(a, kl_a), BaseWeights.original: merge_base.Target(b, kl_b)}, noise
     )
     first = a <= b if abs(a - b) > noise else kl_a <= kl_b
-    assert taken is (Onto.dequantized if first else Onto.original)
+    assert taken is (BaseWeights.dequantized if first else BaseWeights.original)
 
 
 @pytest.mark.nightly
@@ -107,9 +107,9 @@ def test_a_real_quantized_run_loses_nothing_by_being_merged(tmp_path: Path) -> N
     assert call("train", "model=smollm2_135m", "quant=nf4", "data=chatterbot", *short, f"hydra.run.dir={run}") == 0
     assert call("merge", f"run={run}", f"out={tmp_path / 'out'}", "eval_rows=8") == 0
     measured = json.loads((run / "merge.json").read_text())
-    assert measured["attached_loss"] == pytest.approx(runs.read_result(run)["heldout_loss"], rel=1e-4)
+    assert measured["attached_loss"] == pytest.approx(runs.read_result(run)["eval_loss"], rel=1e-4)
     assert measured["dequantized"]["loss"] == pytest.approx(measured["attached_loss"], rel=0.005)
-    taken = measured[measured["onto"]]["loss"]
+    taken = measured[measured["base_weights"]]["loss"]
     assert taken <= measured["attached_loss"] * 1.005
     tokenizer = loading.adapter_tokenizer(run / "adapter", config.Model())
     rows = choose_eval(
