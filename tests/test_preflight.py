@@ -344,7 +344,8 @@ def test_an_end_of_turn_that_no_file_of_the_base_calls_an_end_is_noted(tmp_path)
     ("r", "alpha", "rslora", "shown"),
     [
         (4, 33.0, False, "8.25 (lora_alpha / r)"), (64, 15.0, False, "0.234 (lora_alpha / r)"),
-        (4, 32.0, True, "16 (lora_alpha / sqrt"), (64, 16.0, False, None), (4, 32.0, False, None), (16, 8.0, True, None),
+        (4, 32.0, True, "16 (lora_alpha / sqrt"), (64, 16.0, False, None),
+        (4, 32.0, False, None), (16, 8.0, True, None),
     ],
 )  # fmt: skip
 def test_a_scale_that_no_published_recipe_has_is_noted(bases, tmp_path, r, alpha, rslora, shown):

@@ -83,5 +83,5 @@ def warnings(jobs: list[Job]) -> Iterator[str]:
         yield (
             f"adapter.r goes from {ranks[0]} to {ranks[-1]} at one adapter.lora_alpha, {adapters[0].lora_alpha:g}: the "
             f"update's scale, lora_alpha / r, falls from {scales[0]:g} to {scales[-1]:g}, so the effective learning "
-            "rate is swept as well. 'adapter.lora_alpha=${adapter.r}' or adapter.use_rslora=true keeps the scale constant"
+            "rate is swept as well. 'adapter.lora_alpha=${adapter.r}' or adapter.use_rslora=true keeps it constant"
         )
