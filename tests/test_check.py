@@ -15,7 +15,7 @@ from tiny import tiny_folder, tiny_tokenizer
 from lora_ft import check, config
 from lora_ft.data.rows import Example
 from lora_ft.data.tokenize import Vocabulary
-from lora_ft.training.dry_run import Tries, look, read_rows
+from lora_ft.training.dry_run import ErrorCollector, partial_dry_run, read_rows
 
 COMMAND = str(Path(sys.executable).with_name("lora-ft"))
 GOOD = [{"prompt": f"How many legs have {n} spiders?", "completion": f"They have {8 * n} legs."} for n in range(24)]
@@ -221,7 +221,7 @@ def shown(base, tmp_path, rows, width=80, color=None, **data):
     rows = read_rows(cfg, tokenizer)
     console = Console(width=width, color_system=color, force_terminal=color is not None)
     with console.capture() as captured:
-        console.print(check.page(cfg, look(Tries(), cfg, rows, tokenizer, tmp_path), tokenizer))
+        console.print(check.page(cfg, partial_dry_run(ErrorCollector(), cfg, rows, tokenizer, tmp_path), tokenizer))
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 

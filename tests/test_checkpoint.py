@@ -35,7 +35,13 @@ FILES = (checkpoint.TENSORS, checkpoint.STATE, checkpoint.MANIFEST)
 def state_in(run: Path, **settings: object) -> TrainingState:
     """A state at its start, with eval rows; a checkpoint every two of six steps, all of them kept."""
     run.mkdir(exist_ok=True)
-    train = {"max_steps": 6, "tokens_per_step": 60, "save_every_steps": 2, "keep_checkpoints": 9, "checkpoint": "off"}
+    train = {
+        "max_steps": 6,
+        "tokens_per_step": 60,
+        "save_every_steps": 2,
+        "keep_checkpoints": 9,
+        "gradient_checkpointing": "off",
+    }
     chosen = {"train": config.Train(**train | settings.pop("train", {}))} | settings
     return state_on(tiny_model("llama"), run, eval_examples=some_rows(4, seed=9), **chosen)
 

@@ -319,8 +319,8 @@ def test_only_what_has_a_temporary_name_is_cleared(tmp_path: Path, monkeypatch: 
         (tmp_path / name / "inner").write_text("")
     (tmp_path / "target").mkdir()
     (tmp_path / ".link.tmp-0123abcd").symlink_to(tmp_path / "target")
-    assert [*map(durable.meant_name, ours)] == ["state.json", "step-00000002", "adapter"]
-    assert [*map(durable.meant_name, theirs)] == [*theirs]
+    assert [*map(durable.final_name, ours)] == ["state.json", "step-00000002", "adapter"]
+    assert [*map(durable.final_name, theirs)] == [*theirs]
     monkeypatch.setattr(durable, "os", Shim(Fault(1, "broken")))
     with pytest.raises(durable.WriteError, match=f"{tmp_path}.* cannot be written: Input/output error"):
         durable.clear_leftovers(tmp_path)

@@ -340,8 +340,8 @@ def test_steps_of_smollm2_fast_and_plain_equal_a_plain_peft_loop(steps: int, tmp
 @pytest.mark.parametrize(
     ("family", "adapter", "fast"),
     [("gpt2", {}, True), ("qwen3", {}, False), ("llama", {"target_modules": ["lm_head", "all-linear"]}, True),
-     ("llama", {"target_modules": ["lm_head", "all-linear"]}, False), ("llama", {"dropout": 0.5}, True),
-     ("gpt_neox", {"dropout": 0.5}, False)],
+     ("llama", {"target_modules": ["lm_head", "all-linear"]}, False), ("llama", {"lora_dropout": 0.5}, True),
+     ("gpt_neox", {"lora_dropout": 0.5}, False)],
 )  # fmt: skip
 def test_an_adapter_is_its_base_before_its_first_step_to_the_bit(family, adapter, fast, tmp_path):
     """What lets an evaluation before the first step stand for the base's own."""
@@ -360,7 +360,7 @@ def test_an_adapter_is_its_base_before_its_first_step_to_the_bit(family, adapter
     ("adapter", "train", "known"),
     [
         ({}, {}, (True, True)),
-        ({"dora": True}, {}, (False, True)),
+        ({"use_dora": True}, {}, (False, True)),
         ({}, {"eval_every_steps": 1, "keep": config.Keep.best}, (True, True)),
     ],
 )
@@ -402,7 +402,7 @@ def base_as_it_is(model: PreTrainedModel) -> list[tuple]:
 
 @pytest.mark.parametrize(
     "adapter",
-    [{"dora": True, "dropout": 0.5}, {"target_modules": ["lm_head", "all-linear"]}, {"modules_to_save": ["lm_head"]},
+    [{"use_dora": True, "lora_dropout": 0.5}, {"target_modules": ["lm_head", "all-linear"]}, {"modules_to_save": ["lm_head"]},
      {"target_modules": ["embed_tokens", "q_proj"]}],
 )  # fmt: skip
 @pytest.mark.parametrize("fails", [False, True])
