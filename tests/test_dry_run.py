@@ -145,9 +145,9 @@ def test_errors_of_training_come_before_the_weights_are_read(bases, tmp_path, mo
     tokenizer = tiny_tokenizer()
     cfg = run_over(bases, tmp_path, pairs())
     for change, error, message in (
-        (("adapter", "targets", ["q_prj"]), ConfigError, "q_prj matches no layer"),
+        (("adapter", "target_modules", ["q_prj"]), ConfigError, "q_prj matches no layer"),
         (("adapter", "modules_to_save", ["nrm"]), ConfigError, "nrm matches no layer"),
-        (("optim", "warmup_steps", 1000), ConfigError, "below the run's"),
+        (("optim", "warmup_steps", 1000), ConfigError, "less than the run's"),
         (("train", "tokens_per_microbatch", 5), ConfigError, "at least the longest row"),
         (("model", "dtype", config.Dtype.float16), ConfigError, "float16 is not for CPUs"),
     ):
@@ -334,7 +334,7 @@ def test_an_end_of_turn_that_no_file_of_the_base_calls_an_end_is_noted(tmp_path)
         (base / name).write_text(json.dumps(settings))
     found = dry_run_of(cfg, tokenizer, tmp_path)
     (sentence,) = found.warnings
-    assert f"documents end with <|im_end|> ({found.rows.train_documents}), which neither" in sentence
+    assert f"{found.rows.train_documents} documents end with <|im_end|>, which is a stop token neither" in sentence
     (base / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [0, 2]}))
     assert dry_run_of(cfg, tokenizer, tmp_path).warnings == []
 
@@ -368,7 +368,7 @@ def test_a_rank_that_is_no_saving_and_steps_that_are_few_or_single_documents_are
         s.startswith(f"{long} of {len(rows.dataset.train)} documents are longer") for s in found.warnings
     )
     cfg.train.tokens_per_step = 5000
-    assert any(s.startswith("few steps (1)") for s in said(cfg, tmp_path))
+    assert any(s.startswith("only 1 steps") for s in said(cfg, tmp_path))
     cfg.train.max_steps = 1
     assert said(cfg, tmp_path) == []
 
