@@ -34,9 +34,9 @@ ORIGIN = provenance.Origin(BASE, config.Quant(), data_sha256="d")
 
 VARIANTS = {
     **{family: (family, {}) for family in FAMILIES},
-    "rslora": ("llama", {"rslora": True}),
-    "dora": ("llama", {"dora": True}),
-    "gpt2_dora": ("gpt2", {"dora": True}),
+    "rslora": ("llama", {"use_rslora": True}),
+    "dora": ("llama", {"use_dora": True}),
+    "gpt2_dora": ("gpt2", {"use_dora": True}),
     "patterns": ("llama", {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 7}}),
     "saved_norm": ("llama", {"modules_to_save": ["norm"]}),
     "head": ("llama", {"target_modules": ["q_proj", "lm_head"]}),
@@ -49,7 +49,9 @@ PEFT_ONLY = ("dora", "gpt2_dora", "saved_norm")
 def trained(family: str, settings: dict, tokens: tuple[int, ...] = ()) -> PeftModel:
     """A tiny model with an adapter whose every parameter differs from its start."""
     model = tiny_model(family).requires_grad_(False)
-    peft_model = attach.attach(model, config.Adapter(**{"r": 4, "alpha": 8, **settings}), "adapter0", 1, list(tokens))
+    peft_model = attach.attach(
+        model, config.Adapter(**{"r": 4, "lora_alpha": 8, **settings}), "adapter0", 1, list(tokens)
+    )
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in attach.trainable(peft_model, "adapter0").values():
@@ -319,9 +321,9 @@ def test_a_cut_file_other_formats_and_unknown_settings_are_refused(tmp_path: Pat
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"alpha": 9}, r"lora_alpha 8(\.0)? instead of 9"),
-        ({"rslora": True}, "use_rslora False instead of True"),
-        ({"dora": True}, "use_dora False instead of True"),
+        ({"lora_alpha": 9}, r"lora_alpha 8(\.0)? instead of 9"),
+        ({"use_rslora": True}, "use_rslora False instead of True"),
+        ({"use_dora": True}, "use_dora False instead of True"),
         ({"alpha_pattern": {"q_proj": 7}}, "alpha_pattern {} instead of {'q_proj': 7"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern {} instead of {'q_proj': 2"),
         ({"r": 3}, "r 4 instead of 3"),
@@ -329,7 +331,7 @@ def test_a_cut_file_other_formats_and_unknown_settings_are_refused(tmp_path: Pat
 )
 def test_continuing_needs_the_same_method(change: dict[str, Any], said: str, tmp_path: Path) -> None:
     folder = saved(trained("llama", {}), tmp_path / "adapter")
-    asked = config.Adapter(**{"r": 4, "alpha": 8} | change)
+    asked = config.Adapter(**{"r": 4, "lora_alpha": 8} | change)
     model = attach.attach(tiny_model("llama").requires_grad_(False), asked, "next", 1, [])
     with pytest.raises(MismatchError, match=rf"init_from=.*/adapter has {said}[^,]*: give the adapter the same"):
         files.check_same_method(folder, model.peft_config["next"])

@@ -30,7 +30,7 @@ def attached(
 
 @pytest.mark.closes("A15", "A21")
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("settings", [{}, {"rslora": True}, {"dora": True}])
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_dora": True}])
 def test_only_the_adapter_trains_and_its_size_follows_from_its_ranks(family: str, settings: dict) -> None:
     model = attached(family, **settings)
     parameters = attach.trainable(model, "first")

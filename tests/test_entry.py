@@ -243,7 +243,7 @@ def test_a_file_that_is_not_utf_8_is_named(calls, capfd, tmp_path):
 def test_a_typed_base_does_not_take_the_name_of_the_default_one(calls, tmp_path, words):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "named.yaml").write_text(
-        "# @package _global_\nmodel: {path: p, id: someone/p, revision: main}\ndata: {path: x}\n"
+        "# @package _global_\nmodel: {path: p, hub_id: someone/p, revision: main}\ndata: {path: x}\n"
     )
     assert call("train", "--config-dir", ".", *words) == 0
     assert call("train", "--config-dir", ".", *words, "model.path=base/llama") == 0

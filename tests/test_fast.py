@@ -164,8 +164,8 @@ def test_switches_of_peft_keep_their_meaning() -> None:
 @pytest.mark.parametrize(
     ("dtype", "settings", "reason"),
     [
-        (torch.float32, {"dora": True}, "14 LoRA layers compute as PEFT does: DoRA"),
-        (torch.float32, {"dropout": 0.1}, "14 LoRA layers compute as PEFT does: adapter.lora_dropout"),
+        (torch.float32, {"use_dora": True}, "14 LoRA layers compute as PEFT does: DoRA"),
+        (torch.float32, {"lora_dropout": 0.1}, "14 LoRA layers compute as PEFT does: adapter.lora_dropout"),
         (torch.bfloat16, {}, "14 LoRA layers compute as PEFT does: the base computes in bfloat16"),
         (torch.float32, {"target_modules": ["embed_tokens"]}, "1 LoRA layers compute as PEFT does: embeddings"),
     ],

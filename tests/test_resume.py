@@ -120,10 +120,10 @@ def test_settings_that_decide_the_result_are_refused_with_both_values(
     capsys.readouterr()
     assert call("train", f"resume={run}", "optim.lr=0.5", "adapter.use_dora=true", "train.max_steps=5", "seed=2") == 2
     said = capsys.readouterr().err
-    assert "a resumed run keeps the settings that decide its result:" in said
+    assert "a resumed run cannot change the settings that decide its result:" in said
     assert said.splitlines()[1:] == [
         "  adapter.use_dora: False -> True",
-        "  train.max_steps: 6 -> 5 (may be raised only)",
+        "  train.max_steps: 6 -> 5 (can only be raised)",
         "  optim.lr: 0.01 -> 0.5",
         "  seed: 0 -> 2",
     ]

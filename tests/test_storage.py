@@ -79,7 +79,7 @@ def test_storing_saves_two_bytes_a_linear_weight_and_changes_no_logit_and_no_has
     assert fingerprint(model) != before
 
 
-@pytest.mark.parametrize("settings", [{}, {"dropout": 0.3}, {"dora": True}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"lora_dropout": 0.3}, {"use_dora": True}], ids=str)
 @pytest.mark.parametrize("use_fast", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_adapter_starts_and_learns_over_stored_weights_as_over_full_ones(

@@ -111,10 +111,10 @@ def _recorded_base(model: config.Model, base: dict[str, Any]) -> config.Model:
     """The hub id where its commit is recorded; else the place on this machine, if it is still there; else the id."""
     named, path, revision = (str(base.get(key) or "") for key in ("id", "path", "revision"))
     if untrusted.is_hub_id(named) and revision:
-        return replace(model, path=named, id=named, revision=revision)
+        return replace(model, path=named, hub_id=named, revision=revision)
     if _is_here(path):
-        return replace(model, path=path, id=model.hub_id or (named if untrusted.is_hub_id(named) else None))
-    return replace(model, path=named, id=named) if untrusted.is_hub_id(named) else model
+        return replace(model, path=path, hub_id=model.hub_id or (named if untrusted.is_hub_id(named) else None))
+    return replace(model, path=named, hub_id=named) if untrusted.is_hub_id(named) else model
 
 
 def _named_base(model: config.Model, named: str, revision: str | None) -> config.Model:
