@@ -18,7 +18,8 @@ import jinja2
 from lora_ft import config
 from lora_ft.config import TrainOn
 from lora_ft.data import template_checks
-from lora_ft.data.rows import ANSWER_CUE, Ledger, Message, Row, RowError, excerpt
+from lora_ft.data.messages import with_system
+from lora_ft.data.rows import ANSWER_CUE, Ledger, Message, Row, RowError, any_of, excerpt
 from lora_ft.data.template_checks import Trials
 from lora_ft.errors import ConfigError, SecurityError
 
@@ -77,18 +78,15 @@ def turns(rows: Iterable[Row], data: config.Data, tokenizer: Any, ledger: Ledger
 
 def control_tokens(tokenizer: Any) -> re.Pattern[str]:
     """Return a pattern that matches the tokenizer's special tokens; it matches nothing if there are none."""
-    tokens = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
+    return any_of(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
 
 
 def _chat(row: Row, data: config.Data, tokenizer: Any, control: re.Pattern[str], trials: Trials) -> list[Turn]:
     _refuse_control_tokens(row, control)
-    messages = row.messages
-    if data.system and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": data.system}, *messages]
+    messages = with_system(row.messages, data.system)
     roles = tuple([message["role"] for message in messages])
     offset = len(messages) - len(row.messages)
-    learned = [i + offset for i in _learned(row, data.train_on)]
+    answers = [i + offset for i in learned_answers(row, data.train_on)]
 
     def turn(form: list[Message], answer: int) -> Turn:
         prompt = _rendered(form[:answer], tokenizer, True, row.tools)
@@ -100,7 +98,7 @@ def _chat(row: Row, data: config.Data, tokenizer: Any, control: re.Pattern[str],
     errors: list[RowError] = []
     for form in _forms(messages):
         try:
-            return [turn(form, i) for i in learned]
+            return [turn(form, i) for i in answers]
         except RowError as error:
             errors.append(error)
     raise errors[0]
@@ -116,7 +114,7 @@ def _refuse_control_tokens(row: Row, control: re.Pattern[str]) -> None:
         raise RowError("tools", f"holds the control token {found[0]}", row.tools)
 
 
-def _learned(row: Row, train_on: TrainOn) -> list[int]:
+def learned_answers(row: Row, train_on: TrainOn) -> list[int]:
     """Return the indices of the answers to render, at least one; with train_on=all the last covers the whole row."""
     answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
     if train_on is TrainOn.all:

@@ -21,7 +21,7 @@ from typing import Any
 from lora_ft import config
 from lora_ft.config import Format
 from lora_ft.data import table
-from lora_ft.data.messages import check_order, messages_of, optional_text, text_of, tools_of
+from lora_ft.data.messages import check_order, messages_of, optional_text, text_of, tools_of, with_system
 from lora_ft.data.rows import ANSWER_CUE, Ledger, Message, Record, Row, RowError, excerpt, is_blank
 from lora_ft.errors import ConfigError, DataError
 
@@ -127,15 +127,7 @@ def _name_in_file(name: str, columns: dict[str, str]) -> str:
 
 
 def _chat_row(column: str, source: str, values: dict[str, Any]) -> Row:
-    return _chat(source, _with_system(messages_of(values, column), values), values)
-
-
-def _with_system(messages: list[Message], values: dict[str, Any]) -> list[Message]:
-    """Put the system message of the column `system` before a chat that has none."""
-    system = optional_text(values, "system")
-    if not system or messages[0]["role"] == "system":
-        return messages
-    return [{"role": "system", "content": system}, *messages]
+    return _chat(source, with_system(messages_of(values, column), optional_text(values, "system")), values)
 
 
 def _chat(source: str, messages: list[Message], values: dict[str, Any], context: frozenset[int] = frozenset()) -> Row:
@@ -147,14 +139,15 @@ def _chat(source: str, messages: list[Message], values: dict[str, Any], context:
 
 
 def _prompt_completion_row(source: str, values: dict[str, Any]) -> Row:
+    system = optional_text(values, "system")
     if isinstance(values.get("prompt"), list):
-        prompt_messages = _with_system(messages_of(values, "prompt"), values)
+        prompt_messages = with_system(messages_of(values, "prompt"), system)
         context = frozenset(i for i, message in enumerate(prompt_messages) if message["role"] == "assistant")
         return _chat(source, prompt_messages + messages_of(values, "completion"), values, context)
     prompt, completion = text_of(values, "prompt"), text_of(values, "completion")
-    messages = _with_system([{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}], values)
-    system = f"{messages[0]['content']}\n\n" if len(messages) > 2 else ""
-    return Row(source, messages, completion, plain_prompt=system + prompt, tools=tools_of(values))
+    messages = with_system([{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}], system)
+    plain = f"{system}\n\n{prompt}" if system else prompt
+    return Row(source, messages, completion, plain_prompt=plain, tools=tools_of(values))
 
 
 def _alpaca_row(source: str, values: dict[str, Any]) -> Row:

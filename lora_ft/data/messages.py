@@ -67,6 +67,13 @@ def messages_of(values: dict[str, Any], column: str) -> list[Message]:
     return [_message(message, f"{column}[{index}]") for index, message in enumerate(messages)]
 
 
+def with_system(messages: list[Message], system: str | None) -> list[Message]:
+    """Put a system message before a chat that has none; the chat is unchanged if `system` is empty."""
+    if not system or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
 def check_order(messages: list[Message]) -> None:
     """Raise RowError unless roles alternate as chat templates expect and the chat ends with an answer."""
     last = ""

@@ -10,6 +10,7 @@ chat.jsonl:13: completion: is empty: {"prompt": "2+3?", "completion": ""}
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,6 +120,11 @@ def _by_number(line: str) -> list[str | int]:
 def is_blank(text: str) -> bool:
     """Return True if no character of a text is visible: only whitespace, NUL, U+200B and the like."""
     return all(unicodedata.category(c) in _INVISIBLE for c in text)
+
+
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern that matches any of the texts, the longest first; without texts it matches nothing."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
 
 
 def printable(text: str) -> str:

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from lora_ft import config
-from lora_ft.config import TooLong, TrainOn
-from lora_ft.data.chat_template import prompts
+from lora_ft.config import TooLong
+from lora_ft.data.chat_template import learned_answers, prompts
 from lora_ft.data.dataset import Dataset, Report
+from lora_ft.data.messages import with_system
 from lora_ft.data.read import Rows
-from lora_ft.data.rows import Example, Row, excerpt
+from lora_ft.data.rows import Example, Row, any_of, excerpt
 from lora_ft.data.tokenize import Vocabulary
 
 _BINS = 8
@@ -148,17 +149,9 @@ def _prompts_again(
         ids = last[row.source].ids
         if data.too_long is TooLong.truncate_prompt and len(ids) == data.max_length:
             continue  # it may have been cut
-        messages = row.messages[: _last_learned(row, data)]
-        if data.system and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": data.system}, *messages]
+        messages = with_system(row.messages[: learned_answers(row, data.train_on)[-1]], data.system)
         asked = vocabulary.ids_whole(prompts(messages, tokenizer, row.tools))
         yield row.source, any(prompt == ids[: len(prompt)].tolist() for prompt in asked)
-
-
-def _last_learned(row: Row, data: config.Data) -> int:
-    """Return the index of the last message that is learned as an answer."""
-    answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
-    return answers[-1] if data.train_on is TrainOn.all else max(i for i in answers if i not in row.context)
 
 
 def _written(rows: list[Row], tokenizer: Any) -> dict[str, int]:
@@ -167,8 +160,7 @@ def _written(rows: list[Row], tokenizer: Any) -> dict[str, int]:
     Answers may contain <think> and the like, which the model is to write. Added tokens of whitespace are only text.
     `prepare` refuses special tokens in chats, but plain text may use them on purpose to separate documents.
     """
-    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
-    pattern = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
+    pattern = any_of(token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip())
     counts: Counter[str] = Counter()
     for row in rows:
         if row.messages and tokenizer.chat_template:

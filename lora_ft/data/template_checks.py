@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from lora_ft.data.rows import Message, RowError
+from lora_ft.data.rows import Message, RowError, any_of
 
 # An answer may have several parts; a template writes those that it knows.
 _ANSWER_PARTS = ("reasoning_content", "thinking", "content")
@@ -113,8 +113,7 @@ class Trials:
     def __init__(self, tokenizer: Any, render: Callable[[list[Message], bool], str]) -> None:
         self._render, self._bos, self._unknown = render, tokenizer.bos_token, tokenizer.unk_token
         self._eos = tokenizer.eos_token
-        tokens = [token.content for token in tokenizer.added_tokens_decoder.values()]
-        self._tokens = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
+        self._tokens = any_of(token.content for token in tokenizer.added_tokens_decoder.values())
         self._errors: dict[tuple[str, ...], str | None] = {}
 
     def check(self, roles: tuple[str, ...]) -> None:

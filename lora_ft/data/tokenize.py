@@ -25,7 +25,7 @@ import numpy as np
 
 from lora_ft.config import TrainOn
 from lora_ft.data.chat_template import Turn
-from lora_ft.data.rows import Example, Ledger, Row, RowError
+from lora_ft.data.rows import Example, Ledger, Row, RowError, any_of
 from lora_ft.errors import ConfigError
 
 # About four thousand short rows: enough work for the tokenizer's threads, and a few dozen megabytes at most.
@@ -95,8 +95,7 @@ def _splitter(backend: Any) -> Callable[[str], list[str]] | None:
     simple = not any(token.lstrip or token.rstrip or token.single_word for token in added)
     if not added or not simple or backend.encode_special_tokens or not _is_local(backend.pre_tokenizer):
         return None
-    longest_first = map(re.escape, sorted((token.content for token in added), key=len, reverse=True))
-    return re.compile(f"({'|'.join(longest_first)})").split
+    return re.compile(f"({any_of(token.content for token in added).pattern})").split
 
 
 def _is_local(pre_tokenizer: Any) -> bool:

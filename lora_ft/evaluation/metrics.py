@@ -9,7 +9,8 @@ references is removed, and nothing else is changed.
 
 import importlib.util
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 from lora_ft.errors import ConfigError, DataError, ResourceError
 
@@ -52,15 +53,15 @@ def scores(names: Sequence[str], answers: Texts, references: Texts, labels: Text
             "for that: use exact_match, chrf, bleu or rouge_l"
         )
     stripped = [text.strip() for text in answers], [text.strip() for text in references]
-    of_name: dict[str, Callable[[], float]] = {
-        "exact_match": lambda: exact_match(*stripped),
-        "accuracy": lambda: accuracy(*stripped, labels or ()),
-        "f1": lambda: macro_f1(*stripped, labels or ()),
-        "chrf": lambda: chrf(*stripped),
-        "bleu": lambda: bleu(*stripped),
-        "rouge_l": lambda: rouge_l(*stripped),
+    functions = {
+        "exact_match": exact_match,
+        "accuracy": partial(accuracy, labels=labels),
+        "f1": partial(macro_f1, labels=labels),
+        "chrf": chrf,
+        "bleu": bleu,
+        "rouge_l": rouge_l,
     }
-    return {name: of_name[name]() for name in names}
+    return {name: functions[name](*stripped) for name in names}
 
 
 def exact_match(answers: Texts, references: Texts) -> float:
