@@ -115,7 +115,7 @@ def shown(width: int, *args: Any) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
 
-@pytest.mark.parametrize("width", [20, 40, 80, 99, 100, 200])
+@pytest.mark.parametrize("width", [20, 99, 100])
 def test_no_text_is_truncated_at_any_width(width: int) -> None:
     shown_values = (
         comparison(Answers("Why?", "42", "b", NASTY)),

@@ -188,7 +188,7 @@ def targets(rows):
 
 
 @pytest.mark.closes("A12", "F05")
-@pytest.mark.parametrize("max_length", [2, 3, 7, 20, 21, 1000])
+@pytest.mark.parametrize("max_length", [2, 7, 20, 1000])
 def test_windows_have_every_target_of_a_text_once_and_one_end_token(tmp_path, max_length):
     path = write(tmp_path, TEXTS)
     whole = dataset.prepare(Data(path=path, eval_fraction=0, max_length=4096), TOKENIZER)
@@ -290,17 +290,6 @@ def test_answers_are_never_truncated(tmp_path, row, train_on):
         dataset.prepare(settings, TOKENIZER)
 
 
-@pytest.mark.closes("F05")
-def test_every_row_of_the_package_is_in_the_dataset_or_counted(tmp_path):
-    settings = Data(path="package:chatterbot_corpus/data/english", max_length=100, too_long=TooLong.drop)
-    report = dataset.prepare(settings, TOKENIZER).report
-    assert report.train_documents + report.eval_documents + report.left_out["longer than data.max_length"] == (
-        report.rows
-    )
-    assert report.left_out["user turns without an answer"] > 0
-    assert report.format == "messages"
-
-
 def test_the_report_lists_unused_columns(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text(",text,label\n0,a,b\n1,c,d\n")
@@ -324,11 +313,6 @@ def test_the_report_adds_up(tmp_path):
 def test_a_text_of_one_token_has_nothing_to_supervise(tmp_path):
     with pytest.raises(DataError, match=r"rows\.jsonl:2: row: has no supervised token"):
         dataset.prepare(Data(path=write(tmp_path, [{"text": "fine"}, {"text": "<|im_end|>"}])), TOKENIZER)
-
-
-def test_max_rows_limits_the_dataset(tmp_path):
-    data = dataset.prepare(Data(path=write(tmp_path, questions(30)), max_rows=7, eval_fraction=0), TOKENIZER)
-    assert len(data.train) == 7
 
 
 def test_a_slow_tokenizer_is_refused(tmp_path):

@@ -12,7 +12,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,6 @@ from lora_ft.io import untrusted
 
 # An escaped half of a surrogate pair. json accepts it without its other half; tokenizers fail on it.
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-
-# pyarrow raises these for values that Python cannot represent: text that is not UTF-8, years beyond 9999.
-_NO_PYTHON_VALUE = (ValueError, OverflowError, LookupError, NotImplementedError)
 
 
 def read_file(path: Path, label: str, ledger: Ledger) -> Iterator[Record]:
@@ -179,38 +176,23 @@ def _parquet(path: Path, label: str, ledger: Ledger) -> Iterator[Record]:
     import pyarrow
     from pyarrow import parquet
 
-    number = 0
+    first = 1  # number of the first row of the batch
     try:
         with parquet.ParquetFile(path) as file:
             if len(set(file.schema_arrow.names)) < len(file.schema_arrow.names):
                 raise DataError(f"{label}: two columns have the same name: {excerpt(file.schema_arrow.names)}")
-            for batch in file.iter_batches(batch_size=1024):
-                for values in _python_rows(batch):
-                    number += 1
-                    if isinstance(values, RowError):
-                        ledger.add_bad(f"{label}:row {number}", values.name, values.reason, values.shown)
-                    else:
-                        yield f"{label}:row {number}", untrusted.without_filled_nulls(values)
+            for batch in file.iter_batches(batch_size=100):
+                try:
+                    rows = batch.to_pylist()
+                # Values that Python cannot represent: text that is not UTF-8, years beyond 9999.
+                except (ValueError, OverflowError, LookupError, NotImplementedError) as error:
+                    batch_rows = f"{label}:row {first} to row {first + batch.num_rows - 1}"
+                    raise DataError(f"{batch_rows}: a value cannot be read: {excerpt(error)}") from None
+                for number, values in enumerate(rows, first):
+                    yield f"{label}:row {number}", untrusted.without_filled_nulls(values)
+                first += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:  # a damaged page is an OSError
-        ledger.add_bad(f"{label}:row {number + 1}", "file", "not readable as Parquet", error)
-
-
-def _python_rows(batch: Any) -> Iterable[dict[str, Any] | RowError]:
-    """Return the rows of a batch; they are converted one by one only if a value fails, to find it."""
-    try:
-        return batch.to_pylist()
-    except _NO_PYTHON_VALUE:
-        return (_python_row(batch.slice(i, 1)) for i in range(batch.num_rows))
-
-
-def _python_row(batch: Any) -> dict[str, Any] | RowError:
-    values = {}
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        try:
-            values[name] = column[0].as_py()
-        except _NO_PYTHON_VALUE as error:
-            return RowError(name, f"cannot be read: {error}", column.type)
-    return values
+        ledger.add_bad(f"{label}:row {first}", "file", "not readable as Parquet", error)
 
 
 def _yaml(path: Path, label: str, ledger: Ledger) -> Iterator[Record]:

@@ -53,7 +53,10 @@ def read(data: config.Data) -> Rows:
     rows, hashes, duplicates = _unique(rows, data, ledger)
     if not (data.eval_path or data.eval_split):
         return Rows(found, rows, hashes, split.choose_eval(hashes, data.eval_fraction), duplicates, unused, ledger)
-    key, eval_data = _eval_data(data)
+    if data.eval_path:
+        key, eval_data = "data.eval_path", replace(data, path=data.eval_path, split=data.eval_split or data.split)
+    else:
+        key, eval_data = "data.eval_split", replace(data, split=str(data.eval_split))
     _, eval_rows, more_unused = formats.rows(records(eval_data.path, key, eval_data, ledger), eval_data, ledger)
     eval_rows, eval_hashes, more_duplicates = _unique(eval_rows, data, ledger)
     split.refuse_leaks(rows, eval_rows, hashes, eval_hashes)
@@ -120,10 +123,3 @@ def _unique(rows: list[Row], data: config.Data, ledger: Ledger) -> tuple[list[Ro
     ledger.left_out["equal to an earlier row"] += duplicates
     kept = sorted(first.values())
     return [rows[i] for i in kept], [hashes[i] for i in kept], duplicates
-
-
-def _eval_data(data: config.Data) -> tuple[str, config.Data]:
-    """Return the setting that names the eval rows, and the settings to read them with."""
-    if data.eval_path:
-        return "data.eval_path", replace(data, path=data.eval_path, split=data.eval_split or data.split)
-    return "data.eval_split", replace(data, split=str(data.eval_split))
