@@ -54,7 +54,7 @@ def user(content: Any) -> dict[str, Any]:
     return {"role": "user", "content": content}
 
 
-def said(content: Any) -> dict[str, Any]:
+def assistant(content: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": content}
 
 
@@ -66,14 +66,14 @@ def columns(**values: st.SearchStrategy[Any]) -> st.SearchStrategy[bytes]:
     return st.fixed_dictionaries(values).map(dump)
 
 
-USER, SAID = TEXT.map(user), TEXT.map(said)
+USER, ASSISTANT = TEXT.map(user), TEXT.map(assistant)
 
 ARGUMENTS = r"messages\[1\]\.tool_calls\[0\]\.arguments"
 
 
 def calls(arguments: st.SearchStrategy[Any]) -> st.SearchStrategy[bytes]:
     return chats(
-        USER, arguments.map(lambda a: said("a") | {"tool_calls": [{"function": {"name": "f", "arguments": a}}]})
+        USER, arguments.map(lambda a: assistant("a") | {"tool_calls": [{"function": {"name": "f", "arguments": a}}]})
     )
 
 
@@ -117,7 +117,7 @@ def parquet_file(schema: pa.Schema) -> Callable[[Path, Pieces], tuple[Path, list
 
 
 TABLE = {"prompt": "{a}", "answer": "{b}"}
-GOOD_CHAT = chats(USER, SAID)
+GOOD_CHAT = chats(USER, ASSISTANT)
 GOOD_PAIR = columns(prompt=TEXT, completion=TEXT)
 GOOD_ALPACA = columns(instruction=TEXT, output=TEXT)
 GOOD_TEXT = columns(text=st.just("good text"))
@@ -133,7 +133,7 @@ CHATS_TABLE = parquet_file(
 )
 GOOD_ROW = st.fixed_dictionaries({"prompt": WORD, "completion": WORD})
 GOOD_NUMBERS = st.fixed_dictionaries({"a": WORD, "b": st.floats(allow_nan=False, allow_infinity=False)})
-GOOD_STRUCTS = st.tuples(USER, SAID).map(lambda t: {"messages": list(t)})
+GOOD_STRUCTS = st.tuples(USER, ASSISTANT).map(lambda t: {"messages": list(t)})
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ CASES = {
         chats(USER, TEXT.map(lambda t: {"content": t})), rf"messages\[1\]: role must be one of {ROLES}, got None"
     ),
     "unknown role": Case(
-        chats(st.tuples(WORD | NOT_TEXT, TEXT).map(lambda t: {"role": f"x{t[0]}" * 99, "content": t[1]}), SAID),
+        chats(st.tuples(WORD | NOT_TEXT, TEXT).map(lambda t: {"role": f"x{t[0]}" * 99, "content": t[1]}), ASSISTANT),
         rf"messages\[0\]: role must be one of {ROLES}, got .{{1,120}}",
     ),
     "role of another type": Case(
@@ -230,11 +230,11 @@ CASES = {
         rf"messages\[0\]: role must be one of {ROLES}, got .{{1,120}}",
     ),
     "no content": Case(
-        chats(USER, st.just({"role": "assistant"}) | st.just(said(None))),
+        chats(USER, st.just({"role": "assistant"}) | st.just(assistant(None))),
         r"messages\[1\]: the content of assistant is missing",
     ),
     "content of another type": Case(
-        chats((NUMBER | st.dictionaries(WORD, TEXT)).map(user), SAID),
+        chats((NUMBER | st.dictionaries(WORD, TEXT)).map(user), ASSISTANT),
         r"messages\[0\]: content must be text, got (int|float|bool|object)",
     ),
     "content parts that are not text": Case(
@@ -242,31 +242,33 @@ CASES = {
             st.lists(st.sampled_from([{"type": "image_url"}, {"type": "text", "text": 1}, "a", None]), min_size=1).map(
                 user
             ),
-            SAID,
+            ASSISTANT,
         ),
         r"messages\[0\]: content must be text, got list",
     ),
     "blank answer": Case(
-        chats(USER, (BLANK | st.just([])).map(said)), r"messages\[1\]: the content of assistant is empty"
+        chats(USER, (BLANK | st.just([])).map(assistant)), r"messages\[1\]: the content of assistant is empty"
     ),
-    "blank question": Case(chats(BLANK.map(user), SAID), r"messages\[0\]: the content of user is empty"),
-    "answer first": Case(chats(SAID, USER, SAID), "message 1: assistant may not be first"),
-    "two questions": Case(chats(USER, USER, SAID), "message 2: user may not follow user"),
-    "two answers": Case(chats(USER, SAID, SAID), "message 3: assistant may not follow assistant"),
+    "blank question": Case(chats(BLANK.map(user), ASSISTANT), r"messages\[0\]: the content of user is empty"),
+    "answer first": Case(chats(ASSISTANT, USER, ASSISTANT), "message 1: assistant may not be first"),
+    "two questions": Case(chats(USER, USER, ASSISTANT), "message 2: user may not follow user"),
+    "two answers": Case(chats(USER, ASSISTANT, ASSISTANT), "message 3: assistant may not follow assistant"),
     "later system message": Case(
-        chats(USER, TEXT.map(lambda t: {"role": "system", "content": t}), SAID), "message 2: system may not follow user"
+        chats(USER, TEXT.map(lambda t: {"role": "system", "content": t}), ASSISTANT),
+        "message 2: system may not follow user",
     ),
     "tool message without a call": Case(
-        chats(USER, TEXT.map(lambda t: {"role": "tool", "content": t}), SAID), "message 2: tool may not follow user"
+        chats(USER, TEXT.map(lambda t: {"role": "tool", "content": t}), ASSISTANT),
+        "message 2: tool may not follow user",
     ),
     "no answer at the end": Case(
-        chats(USER, SAID, USER), "message 3: the chat must end with an assistant message, it ends with user"
+        chats(USER, ASSISTANT, USER), "message 3: the chat must end with an assistant message, it ends with user"
     ),
     "weight between 0 and 1": Case(
         chats(
             USER,
             (st.floats(0.01, 0.99) | TEXT | st.integers(2, 10**99) | st.lists(TEXT)).map(
-                lambda w: said("a") | {"weight": w}
+                lambda w: assistant("a") | {"weight": w}
             ),
         ),
         r"messages\[1\]: weight must be 0 or 1, got .{0,120}",
@@ -275,7 +277,7 @@ CASES = {
         chats(
             USER,
             st.builds(
-                lambda k, v: said("a") | {k: v},
+                lambda k, v: assistant("a") | {k: v},
                 st.sampled_from(["train", "loss"]),
                 TEXT | st.integers() | st.floats(0, 9) | st.lists(TEXT),
             ),
@@ -286,28 +288,28 @@ CASES = {
         chats(
             USER,
             st.builds(
-                lambda t, f: said(t) | f, TEXT, st.sampled_from([{"weight": 0}, {"train": False}, {"loss": False}])
+                lambda t, f: assistant(t) | f, TEXT, st.sampled_from([{"weight": 0}, {"train": False}, {"loss": False}])
             ),
         ),
         "messages: no answer is learned: weight, train or loss excludes every answer that data.train_on selects",
     ),
     "tools of another type": Case(
-        chats(USER, SAID, tools=NUMBER | TEXT | st.dictionaries(WORD, TEXT)), r"tools: must be a list, got \w+"
+        chats(USER, ASSISTANT, tools=NUMBER | TEXT | st.dictionaries(WORD, TEXT)), r"tools: must be a list, got \w+"
     ),
     "tool of another type": Case(
-        chats(USER, SAID, tools=st.lists(NUMBER | TEXT | st.none(), min_size=1)),
+        chats(USER, ASSISTANT, tools=st.lists(NUMBER | TEXT | st.none(), min_size=1)),
         r"tools\[0\]: must be an object, got \w+",
     ),
     "tool calls of another type": Case(
-        chats(USER, (TEXT | st.integers(1, 9)).map(lambda c: said("a") | {"tool_calls": c})),
+        chats(USER, (TEXT | st.integers(1, 9)).map(lambda c: assistant("a") | {"tool_calls": c})),
         r"messages\[1\]: tool_calls must be a list, got (text|int)",
     ),
     "tool call without a name": Case(
-        chats(USER, (NOT_TEXT | BLANK).map(lambda n: said(None) | {"tool_calls": [{"function": {"name": n}}]})),
+        chats(USER, (NOT_TEXT | BLANK).map(lambda n: assistant(None) | {"tool_calls": [{"function": {"name": n}}]})),
         r"messages\[1\]: tool_calls must be objects with the name of a function",
     ),
     "tool calls of the user": Case(
-        chats(USER.map(lambda m: m | {"tool_calls": [{"name": "add"}]}), SAID),
+        chats(USER.map(lambda m: m | {"tool_calls": [{"name": "add"}]}), ASSISTANT),
         r"messages\[0\]: tool_calls belong to the assistant, not to user",
     ),
     "arguments that are not JSON": Case(
@@ -320,39 +322,39 @@ CASES = {
     "arguments with a key twice": Case(
         calls(st.just('{"a": 1, "a": 2}')), f"{ARGUMENTS}: a: key occurs twice in one object"
     ),
-    "system column of another type": Case(chats(USER, SAID, system=NOT_TEXT), r"system: must be text, got \w+"),
+    "system column of another type": Case(chats(USER, ASSISTANT, system=NOT_TEXT), r"system: must be text, got \w+"),
     "control token in a question": Case(
-        chats(st.builds(lambda a, c, b: user(a + c + b), TEXT, CONTROL, TEXT), SAID),
+        chats(st.builds(lambda a, c, b: user(a + c + b), TEXT, CONTROL, TEXT), ASSISTANT),
         r"content: holds the control token <\|\w+\|>",
     ),
     "control token in an answer": Case(
-        chats(USER, st.builds(lambda a, c: said(a * 99 + c), TEXT, CONTROL)),
+        chats(USER, st.builds(lambda a, c: assistant(a * 99 + c), TEXT, CONTROL)),
         r"content: holds the control token <\|\w+\|>",
     ),
     "control token in a tool call": Case(
-        chats(USER, CONTROL.map(lambda c: said("a") | {"tool_calls": [{"name": "f", "arguments": {"x": c}}]})),
+        chats(USER, CONTROL.map(lambda c: assistant("a") | {"tool_calls": [{"name": "f", "arguments": {"x": c}}]})),
         r"content: holds the control token <\|\w+\|>",
     ),
     "control token in a tool": Case(
-        chats(USER, SAID, tools=CONTROL.map(lambda c: [{"name": "f", "description": f"Say {c}"}])),
+        chats(USER, ASSISTANT, tools=CONTROL.map(lambda c: [{"name": "f", "description": f"Say {c}"}])),
         r"tools: holds the control token <\|\w+\|>",
     ),
     "tool that the template drops": Case(
-        chats(USER, SAID, tools=WORD.map(lambda name: [{"type": "function", "function": {"name": f"{name}_7"}}])),
-        "chat template: leaves out the tool [a-h]+_7",
+        chats(USER, ASSISTANT, tools=WORD.map(lambda name: [{"type": "function", "function": {"name": f"{name}_7"}}])),
+        "chat template: drops the tool [a-h]+_7",
     ),
     "tool call that the template drops": Case(
-        chats(USER, WORD.map(lambda name: said("a") | {"tool_calls": [{"name": f"{name}_7"}]})),
-        "chat template: leaves out the answer's call of [a-h]+_7",
+        chats(USER, WORD.map(lambda name: assistant("a") | {"tool_calls": [{"name": f"{name}_7"}]})),
+        "chat template: drops the answer's call of [a-h]+_7",
     ),
     "thoughts that the template drops": Case(
         chats(
             USER,
             st.tuples(WORD, st.sampled_from(["thinking", "reasoning_content"])).map(
-                lambda t: said("a") | {t[1]: t[0] * 9}
+                lambda t: assistant("a") | {t[1]: t[0] * 9}
             ),
         ),
-        "chat template: changes the answer or leaves it out",
+        "chat template: changes or drops the answer",
     ),
     # Other formats.
     "pairs among chats": Case(GOOD_PAIR | GOOD_ALPACA, "messages: is missing"),
@@ -411,7 +413,7 @@ CASES = {
         TABLE,
     ),
     "message without content in Parquet": Case(
-        USER.map(lambda m: {"messages": [m, said(None)]}),
+        USER.map(lambda m: {"messages": [m, assistant(None)]}),
         r"messages\[1\]: the content of assistant is missing",
         GOOD_STRUCTS,
         CHATS_TABLE,
@@ -552,7 +554,7 @@ def test_parquet_column_of_another_type_is_refused_and_not_converted(tmp_path, c
 
 def good_files(folder: Path) -> list[Path]:
     """Write a good file of each format."""
-    chat = dump({"messages": [user("a é"), said("b")], "tools": None})
+    chat = dump({"messages": [user("a é"), assistant("b")], "tools": None})
     pair = {"prompt": "a é", "completion": "b"}
     return [
         lines_file(folder, [(False, chat)] * 3)[0],

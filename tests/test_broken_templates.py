@@ -50,10 +50,10 @@ def over(messages: str) -> str:
 
 NO_END = r"puts no end token after the answer"
 NO_PROMPT = "does not begin an answer with its own generation prompt"
-NO_ANSWER = "changes the answer or leaves it out"
-NO_MESSAGE = "changes a message before the answer, moves it or leaves it out"
+NO_ANSWER = "changes or drops the answer"
+NO_MESSAGE = "changes, moves or drops a message before the answer"
 LOST = f"{NO_ANSWER}|{NO_MESSAGE}"  # answers are also part of the history of the last one
-NO_SYSTEM = "changes the system message or leaves it out"
+NO_SYSTEM = "changes or drops the system message"
 TWO_BOS = r"writes \d beginning-of-text tokens, more than it needs"
 BROKEN = {
     # The end of an answer.
@@ -89,7 +89,7 @@ BROKEN = {
     "another system message in the prompt": (
         "{% if add_generation_prompt %}Answer.{% else %}Learn.{% endif %}" + CHATML, NO_PROMPT),
     # The answer.
-    "answers left out": (answers("''"), LOST),
+    "answers dropped": (answers("''"), LOST),
     "answers in capitals": (answers(f"{CONTENT} | upper"), LOST),
     "answers cut": (answers(f"{CONTENT}[:12]"), LOST),
     "answers without punctuation": (answers(f"{CONTENT}.strip('?!.')"), LOST),
@@ -105,13 +105,13 @@ BROKEN = {
     "the same answer for all rows": (answers("'As an AI, I do not know.'"), LOST),
     "a misspelt key": (content("message['contents']"), f"{LOST}|refuses the row"),
     # Messages before the answer.
-    "the system message left out": (over("messages if message.role != 'system'"), NO_SYSTEM),
+    "the system message dropped": (over("messages if message.role != 'system'"), NO_SYSTEM),
     "the system message replaced": (content(f"'Help.' if message.role == 'system' else {CONTENT}"), NO_SYSTEM),
-    "questions left out": (over("messages if message.role != 'user'"), NO_MESSAGE),
+    "questions dropped": (over("messages if message.role != 'user'"), NO_MESSAGE),
     "questions in capitals": (questions(f"{CONTENT} | upper if message.role == 'user' else {CONTENT}"), NO_MESSAGE),
     "questions cut": (questions(f"{CONTENT} | truncate(15)"), NO_MESSAGE),
-    "earlier questions left out": (over("messages[:1] + messages[1:][-2:]"), f"{NO_MESSAGE}|{NO_PROMPT}"),
-    "earlier answers left out": (over(f"messages if loop.last or not ({ANSWER})"), f"{NO_MESSAGE}|refuses"),
+    "earlier questions dropped": (over("messages[:1] + messages[1:][-2:]"), f"{NO_MESSAGE}|{NO_PROMPT}"),
+    "earlier answers dropped": (over(f"messages if loop.last or not ({ANSWER})"), f"{NO_MESSAGE}|refuses"),
     "history reversed": (over("messages[:-1] | reverse | list + messages[-1:]"), f"{NO_MESSAGE}|{NO_PROMPT}"),
     "history sorted": (over("messages | sort(attribute='role', reverse=true)"), f"{NO_MESSAGE}|{NO_PROMPT}"),
     # The template itself.
@@ -147,7 +147,7 @@ CORRECT = {
     "contents stripped": content(f"{CONTENT} | trim"),
     "answers stripped of line ends": answers(f"{CONTENT}.strip('\n')"),
     "history marked": content(f"{CONTENT} + (' (earlier)' if {ANSWER} and not loop.last else '')"),
-    "earlier thoughts left out": content(f"{CONTENT} if loop.last else {CONTENT}.split('</think>')[-1]"),
+    "earlier thoughts dropped": content(f"{CONTENT} if loop.last else {CONTENT}.split('</think>')[-1]"),
     "thoughts on one line": answers(CONTENT + ".replace('<think>\n', '<think>').replace('\n</think>', '</think>')"),
     "one BOS": "{{ bos_token }}" + CHATML,
     "whitespace after the end": ends(END + " + '  \n'"),

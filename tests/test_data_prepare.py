@@ -414,8 +414,8 @@ def test_the_dataset_hash_depends_on_ids_masks_and_split(tmp_path):
 @pytest.mark.closes("F07")
 def test_duplicates_are_counted_and_left_out_on_request(tmp_path):
     path = write(tmp_path, questions(9) + questions(4))
-    both = {asked: dataset.prepare(Data(path=path, deduplicate=asked), TOKENIZER) for asked in (False, True)}
-    assert [both[asked].report.duplicates for asked in (False, True)] == [4, 4]
+    both = {drop: dataset.prepare(Data(path=path, deduplicate=drop), TOKENIZER) for drop in (False, True)}
+    assert [both[drop].report.duplicates for drop in (False, True)] == [4, 4]
     assert len(both[False].train) + len(both[False].eval) == 13
     once = dataset.prepare(Data(path=write(tmp_path, questions(9), "once.jsonl")), TOKENIZER)
     assert both[True].report.sha256 == once.report.sha256 != both[False].report.sha256

@@ -177,7 +177,7 @@ def test_a_tool_call_that_the_template_drops_is_reported(tmp_path):
         {"role": "tool", "content": "4"},
         {"role": "assistant", "content": "Four."},
     ]
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: chat template: leaves out the answer's call of add_numbers"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: chat template: drops the answer's call of add_numbers"):
         prepared(tmp_path, tiny_tokenizer(), {"messages": messages})
 
 
@@ -293,7 +293,7 @@ def test_truncation_enabled_in_a_tokenizer_file_has_no_effect(tmp_path):
 
 PRE_TOKENIZERS = {
     "byte level": pre_tokenizers.ByteLevel(add_prefix_space=False),
-    "byte level with a blank before": pre_tokenizers.ByteLevel(add_prefix_space=True),
+    "byte level with a space before": pre_tokenizers.ByteLevel(add_prefix_space=True),
     "digits and byte level": pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     ),
@@ -317,14 +317,14 @@ def tokenizer_with(pre_tokenizer, normalizer=None, added=()):
 
 PLAIN_TOKENS = [AddedToken("<think>", normalized=False), AddedToken("Ab", normalized=True)]
 STRIPPING = [AddedToken("<mask>", normalized=False, lstrip=True)]
-STRIPPING_BEHIND = [AddedToken("<mask>", normalized=False, rstrip=True)]
+STRIPPING_AFTER = [AddedToken("<mask>", normalized=False, rstrip=True)]
 WHOLE_WORD = [AddedToken("ab", normalized=False, single_word=True)]
 LOWER = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Lowercase()])
 VOCABULARIES = {name: Vocabulary(tokenizer_with(step)) for name, step in PRE_TOKENIZERS.items()} | {
     "normalized": Vocabulary(tokenizer_with(None, LOWER, PLAIN_TOKENS)),
     "added": Vocabulary(tokenizer_with(PRE_TOKENIZERS["byte level"], None, PLAIN_TOKENS)),
     "stripping": Vocabulary(tokenizer_with(PRE_TOKENIZERS["byte level"], None, STRIPPING)),
-    "stripping behind": Vocabulary(tokenizer_with(PRE_TOKENIZERS["byte level"], None, STRIPPING_BEHIND)),
+    "stripping after": Vocabulary(tokenizer_with(PRE_TOKENIZERS["byte level"], None, STRIPPING_AFTER)),
     "whole words": Vocabulary(tokenizer_with(PRE_TOKENIZERS["byte level"], None, WHOLE_WORD)),
 }
 PARTS = st.sampled_from(["<|", "<|im_end|>", "<think>", "<mask>", "Ab", "ab", "a", " ", "\n", "1", "é", "▁", "|>", "."])
@@ -338,7 +338,7 @@ def test_texts_cut_at_added_tokens_have_the_ids_of_uncut_texts(name, texts):
 
 @pytest.mark.parametrize("name", VOCABULARIES)
 def test_texts_are_cut_only_if_parts_do_not_depend_on_their_position(name):
-    depends = name in ("metaspace at the start", "stripping", "stripping behind", "whole words")
+    depends = name in ("metaspace at the start", "stripping", "stripping after", "whole words")
     assert (VOCABULARIES[name].split is None) == depends
 
 
@@ -414,7 +414,7 @@ def test_empty_arguments_of_a_tool_call_become_an_empty_object(empty, written, t
 @pytest.mark.parametrize("train_on", [TrainOn.answers, TrainOn.last_answer])
 def test_a_template_that_drops_an_argument_is_refused(written, missing, train_on, tmp_path):
     tokenizer = tokenizer_of(tool_template(written))
-    with pytest.raises(DataError, match=rf"rows\.jsonl:1: chat template: leaves out {missing}.* call of find"):
+    with pytest.raises(DataError, match=rf"rows\.jsonl:1: chat template: drops {missing}.* call of find"):
         prepared(tmp_path, tokenizer, {"messages": call_chat(ARGUMENTS)}, train_on=train_on)
 
 

@@ -72,7 +72,7 @@ def outcome(
 
 
 @dataclass(frozen=True)
-class Kind:
+class Baseline:
     """A model family in a dtype, and the expected outcome: one packed micro-batch per step, no recomputation."""
 
     family: str
@@ -90,15 +90,15 @@ class Kind:
     params=[("gpt2", torch.float64), ("llama", torch.float64), ("qwen3", torch.float64), ("llama", torch.float32)],
     ids=str,
 )
-def kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kind:
+def baseline(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Baseline:
     family, dtype = request.param
-    return Kind(family, dtype, outcome(family, dtype, tmp_path_factory.mktemp("expected")))
+    return Baseline(family, dtype, outcome(family, dtype, tmp_path_factory.mktemp("expected")))
 
 
 @pytest.mark.closes("A01")
 @pytest.mark.parametrize("rows_together", [4, 1])
 def test_the_cut_into_micro_batches_does_not_change_training(
-    rows_together: int, kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rows_together: int, baseline: Baseline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """8 rows as 2 x 4 and 8 x 1."""
 
@@ -107,19 +107,21 @@ def test_the_cut_into_micro_batches_does_not_change_training(
         return [batch for part in parts for batch in micro_batches(part, None, True)]
 
     monkeypatch.setattr(trainer, "micro_batches", cut)
-    kind.check(outcome(kind.family, kind.dtype, tmp_path))
+    baseline.check(outcome(baseline.family, baseline.dtype, tmp_path))
 
 
 @pytest.mark.parametrize("change", [{"tokens_per_microbatch": 40}, {"packing": False}], ids=str)
-def test_packing_and_micro_batch_size_do_not_change_training(change: dict, kind: Kind, tmp_path: Path) -> None:
-    kind.check(outcome(kind.family, kind.dtype, tmp_path, **change))
+def test_packing_and_micro_batch_size_do_not_change_training(change: dict, baseline: Baseline, tmp_path: Path) -> None:
+    baseline.check(outcome(baseline.family, baseline.dtype, tmp_path, **change))
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_the_order_of_rows_within_a_step_does_not_change_training(packing: bool, kind: Kind, tmp_path: Path) -> None:
+def test_the_order_of_rows_within_a_step_does_not_change_training(
+    packing: bool, baseline: Baseline, tmp_path: Path
+) -> None:
     generator = np.random.default_rng(1)
     steps = [generator.permutation(step) for step in STEPS]
-    kind.check(outcome(kind.family, kind.dtype, tmp_path, steps=steps, packing=packing))
+    baseline.check(outcome(baseline.family, baseline.dtype, tmp_path, steps=steps, packing=packing))
 
 
 def padded(side: str, more: int) -> Callable[[PreTrainedModel, Batch, Paths], Tensor]:
@@ -142,37 +144,37 @@ def padded(side: str, more: int) -> Callable[[PreTrainedModel, Batch, Paths], Te
 @pytest.mark.closes("A10")
 @pytest.mark.parametrize(("side", "more"), [("right", 9), ("left", 0)])
 def test_packed_rows_train_like_padded_rows(
-    side: str, more: int, kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    side: str, more: int, baseline: Baseline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Padded rows use transformers' own forward, attention and mask."""
     monkeypatch.setattr(sft, "token_loss_sum", padded(side, more))
-    kind.check(outcome(kind.family, kind.dtype, tmp_path, fast=False))
+    baseline.check(outcome(baseline.family, baseline.dtype, tmp_path, fast=False))
 
 
 @pytest.mark.parametrize("every", ["every_1", "every_2"])
-def test_recomputing_activations_is_bit_identical(every: str, kind: Kind, tmp_path: Path) -> None:
-    kind.check(outcome(kind.family, kind.dtype, tmp_path, gradient_checkpointing=every), bit_identical=True)
+def test_recomputing_activations_is_bit_identical(every: str, baseline: Baseline, tmp_path: Path) -> None:
+    baseline.check(outcome(baseline.family, baseline.dtype, tmp_path, gradient_checkpointing=every), bit_identical=True)
 
 
-def test_evaluation_settings_do_not_change_training(kind: Kind, tmp_path: Path) -> None:
-    found = outcome(kind.family, kind.dtype, tmp_path, eval_every_steps=2, eval_rows=1)
-    kind.check(found, bit_identical=True)
+def test_evaluation_settings_do_not_change_training(baseline: Baseline, tmp_path: Path) -> None:
+    found = outcome(baseline.family, baseline.dtype, tmp_path, eval_every_steps=2, eval_rows=1)
+    baseline.check(found, bit_identical=True)
 
 
-def test_trackers_and_progress_do_not_change_training(kind: Kind, tmp_path: Path) -> None:
+def test_trackers_and_progress_do_not_change_training(baseline: Baseline, tmp_path: Path) -> None:
     screen, track = Console(file=StringIO()), config.Tracker.tensorboard
     callbacks = [*trackers.callbacks(config.Track(track)), Progress(screen, None)]
-    found = outcome(kind.family, kind.dtype, tmp_path, callbacks=callbacks, track=track)
-    kind.check(found, bit_identical=True)
+    found = outcome(baseline.family, baseline.dtype, tmp_path, callbacks=callbacks, track=track)
+    baseline.check(found, bit_identical=True)
     assert [m["step"] for m in runs.read_metrics(tmp_path)] == [*range(len(STEPS) + 1)]
     assert "eval loss" in screen.file.getvalue()
 
 
 @pytest.mark.closes("A14", "A25")
-def test_the_eval_loss_is_a_mean_over_tokens_however_it_is_batched(kind: Kind, tmp_path: Path) -> None:
+def test_the_eval_loss_is_a_mean_over_tokens_however_it_is_batched(baseline: Baseline, tmp_path: Path) -> None:
     """Dropout is off during evaluation, and the model is in training mode again afterwards."""
     state = state_on(
-        tiny_model(kind.family, dtype=kind.dtype),
+        tiny_model(baseline.family, dtype=baseline.dtype),
         tmp_path,
         adapter=config.Adapter(r=4, lora_alpha=64, lora_dropout=0.3),
         examples=ROWS,
@@ -189,7 +191,7 @@ def test_the_eval_loss_is_a_mean_over_tokens_however_it_is_batched(kind: Kind, t
     mean = math.fsum(h.loss * h.tokens for h in alone) / sum(h.tokens for h in alone)
     for capacity in (1, 40, 90, 10_000):
         found = eval_loss(model, sft.Sft().loss, EVAL_ROWS, state.paths, capacity)
-        assert found.loss == pytest.approx(mean, rel=BOUNDS[kind.dtype])
+        assert found.loss == pytest.approx(mean, rel=BOUNDS[baseline.dtype])
         assert found.tokens == sum(int(row.supervised.sum()) for row in EVAL_ROWS)
         assert found == eval_loss(model, sft.Sft().loss, EVAL_ROWS, state.paths, capacity)
     assert mean != pytest.approx(math.fsum(h.loss for h in alone) / len(alone), rel=1e-5)
@@ -197,8 +199,8 @@ def test_the_eval_loss_is_a_mean_over_tokens_however_it_is_batched(kind: Kind, t
     assert torch.equal(torch.get_rng_state(), generator)
 
 
-def test_a_missing_row_exceeds_the_bounds(kind: Kind, tmp_path: Path) -> None:
+def test_a_missing_row_exceeds_the_bounds(baseline: Baseline, tmp_path: Path) -> None:
     """The bounds of the tests above are tight: one row less in one step changes the adapter by far more."""
-    found = outcome(kind.family, kind.dtype, tmp_path, steps=[STEPS[0][:-1], *STEPS[1:]])
-    for ours, theirs in zip(found, kind.expected, strict=True):
+    found = outcome(baseline.family, baseline.dtype, tmp_path, steps=[STEPS[0][:-1], *STEPS[1:]])
+    for ours, theirs in zip(found, baseline.expected, strict=True):
         assert float((ours - theirs).norm() / theirs.norm()) > 1e3 * BOUNDS[torch.float32]

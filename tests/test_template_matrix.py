@@ -71,9 +71,9 @@ LLAMA2 = SPLIT + (
 )
 # From version 3 on: the system text is part of the last question, so history is rendered differently later.
 MISTRAL = SPLIT + (
-    "{% set asked = messages | selectattr('role', 'equalto', 'user') | list | length %}{% set seen = namespace(n=0) %}"
+    "{% set total = messages | selectattr('role', 'equalto', 'user') | list | length %}{% set seen = namespace(n=0) %}"
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{% set seen.n = seen.n + 1 %}{{ '[INST] ' }}"
-    "{% if seen.n == asked and system is not none %}{{ system + '\n\n' }}{% endif %}{{ m.content + '[/INST]' }}"
+    "{% if seen.n == total and system is not none %}{{ system + '\n\n' }}{% endif %}{{ m.content + '[/INST]' }}"
     "{% else %}{{ ' ' + m.content | trim + eos_token }}{% endif %}{% endfor %}"
 )
 # Without a generation prompt an end-of-text token is written, also after an answer in the middle of a chat.
@@ -210,11 +210,11 @@ VOCABULARIES = {
 }
 
 
-def tokenizer_of(family: Family, kind: str) -> Any:
-    tokenizer = VOCABULARIES[kind]()
+def tokenizer_of(family: Family, vocabulary: str) -> Any:
+    tokenizer = VOCABULARIES[vocabulary]()
     tokenizer.add_special_tokens({"additional_special_tokens": [*family.tokens]}, replace_extra_special_tokens=False)
     tokenizer.add_tokens(PLAIN_TOKENS)
-    if kind == "smollm2":  # its BOS <|im_start|> also begins turns, which would hide a second BOS
+    if vocabulary == "smollm2":  # its BOS <|im_start|> also begins turns, which would hide a second BOS
         tokenizer.bos_token, tokenizer.eos_token = "<|endoftext|>", "<|im_end|>"
     tokenizer.chat_template = family.template
     return tokenizer
@@ -226,7 +226,7 @@ STYLES = {
     "unicode": ("{} é e\u0301 你好 👋🏽 \u200d Καλημέρα", "Ça va, {} 😀 \u00a0naïve ﷽"),
     "code": ("{}: fix\n\n```python\ndef f(x):\n\treturn {{x}}  # %s \\n\n```",
              "```\n<b>{}</b> && [x] 'x' \"y\"\n```\n- 1\n- 2"),
-    "blanks": ("  \n\t{} \u2003 \n\n", "\n\n  {}  \n   \n"),
+    "whitespace": ("  \n\t{} \u2003 \n\n", "\n\n  {}  \n   \n"),
     "thinking": ("{} why?", "<think>\nhm {}\n</think>\n\nBecause of {}."),
 }  # fmt: skip
 
@@ -238,10 +238,10 @@ def conversation(exchanges: int, style: str, family: Family) -> list[dict[str, A
         messages.append({"role": "system", "content": f"Be brief, {style}."})
     for n in range(exchanges):
         content = answer.format(f"answer{n}yy", f"answer{n}yy")
-        said = {"role": "assistant", "content": content}
+        reply = {"role": "assistant", "content": content}
         if style == "thinking" and family.thoughts == "thinking":
-            said = {"role": "assistant", "thinking": f"hm answer{n}yy", "content": f"Because of answer{n}yy."}
-        messages += [{"role": "user", "content": ask.format(f"question{n}xx")}, said]
+            reply = {"role": "assistant", "thinking": f"hm answer{n}yy", "content": f"Because of answer{n}yy."}
+        messages += [{"role": "user", "content": ask.format(f"question{n}xx")}, reply]
     return messages
 
 
@@ -286,18 +286,18 @@ def spans(document: Example) -> list[tuple[int, int]]:
 
 
 CASES = [
-    (family, kind)
+    (family, vocabulary)
     for family in FAMILIES
-    for kind in VOCABULARIES
-    if kind != "metaspace" or family in ("llama2", "mistral", "gemma", "zephyr", "vicuna", "alpaca")
+    for vocabulary in VOCABULARIES
+    if vocabulary != "metaspace" or family in ("llama2", "mistral", "gemma", "zephyr", "vicuna", "alpaca")
 ]
 
 
 @pytest.mark.closes("A05", "A06", "A07", "A08", "A09")
-@pytest.mark.parametrize(("name", "kind"), CASES)
-def test_each_answer_is_supervised_once_after_its_inference_prompt(name, kind, tmp_path):
+@pytest.mark.parametrize(("name", "vocabulary"), CASES)
+def test_each_answer_is_supervised_once_after_its_inference_prompt(name, vocabulary, tmp_path):
     family = FAMILIES[name]
-    tokenizer = tokenizer_of(family, kind)
+    tokenizer = tokenizer_of(family, vocabulary)
     rows = conversations(family)
     end = tokenizer.convert_tokens_to_ids((family.end or tokenizer.eos_token).strip())
     for row, documents in zip(rows, prepared(tmp_path, rows, tokenizer, TrainOn.answers), strict=True):
@@ -320,8 +320,8 @@ def test_each_answer_is_supervised_once_after_its_inference_prompt(name, kind, t
             assert sum(token in ends for token in ids[start:stop]) == 1
             assert ids[stop - 1] in ends | ({tokenizer.eos_token_id} if name == "phi3" else set())
         for document in documents:
-            asked = sum(f"question{n}xx" in tokenizer.decode(document.ids) for n in range(6))
-            expected = {"none": 0, "one": 1, "each exchange": asked}[family.bos]
+            questions = sum(f"question{n}xx" in tokenizer.decode(document.ids) for n in range(6))
+            expected = {"none": 0, "one": 1, "each exchange": questions}[family.bos]
             assert document.ids.tolist().count(tokenizer.bos_token_id) == expected
 
 

@@ -77,7 +77,7 @@ def turns(rows: Iterable[Row], data: config.Data, tokenizer: Any, ledger: Ledger
 
 
 def control_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """Return a pattern that matches the tokenizer's special tokens; it matches nothing if there are none."""
+    """Return a pattern that matches the tokenizer's special tokens."""
     return any_of(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
 
 

@@ -29,7 +29,7 @@ def conversations(data: bytes, label: str, ledger: Ledger) -> Iterator[Record]:
     topic = label.rpartition("/")[2].partition(".")[0]
     for conversation in _conversation_nodes(data, label):
         line = conversation.start_mark.line
-        # A string in place of a list is a question without an answer; the corpus has eight.
+        # A string instead of a list is a question without an answer; the corpus has eight.
         nodes = conversation.value if isinstance(conversation, yaml.SequenceNode) else [conversation]
         if not all(isinstance(node, yaml.ScalarNode) for node in nodes):
             shown = data.split(b"\n", line + 1)[line].decode("utf-8", "replace")

@@ -150,7 +150,7 @@ def prepare_rows(found: Rows, data: config.Data, tokenizer: Any, make_examples: 
 
 
 def _fitted(examples: list[Example], found: Rows, data: config.Data, tokenizer: Any) -> tuple[list[Example], int]:
-    """Return examples of at most `data.max_length` tokens, as `data.too_long` says, and the number that were cut."""
+    """Return examples of at most `data.max_length` tokens, according to `data.too_long`, and the number of cut ones."""
     rows = found.rows
     long = [example for example in examples if len(example.ids) > data.max_length]
     if not long:
@@ -236,7 +236,7 @@ def _question(row: Row) -> str:
 
 
 def labels(rows: Iterable[Row]) -> list[str] | None:
-    """Return the distinct last answers of chats, sorted; None if there are none or more than MOST_LABELS."""
+    """Return the distinct last answers of chats, sorted; None if there are more than MOST_LABELS, or no chats."""
     answers = {row.answer for row in rows if row.messages}
     return sorted(answers) if 0 < len(answers) <= MOST_LABELS else None
 

@@ -26,7 +26,7 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_file(path: Path, label: str, ledger: Ledger) -> Iterator[Record]:
-    """Yield the rows of one file by its suffix; `label` stands for the file in sources. Raises DataError."""
+    """Yield the rows of one file by its suffix; `label` is the file's name in sources. Raises DataError."""
     try:
         yield from READERS[path.suffix.lower()](path, label, ledger)
     except OSError as error:

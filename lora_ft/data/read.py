@@ -81,7 +81,7 @@ def read_eval(data: config.Data, trained: Rows | None) -> Rows:
 
 
 def eval_split(data: config.Data) -> str | None:
-    """Return the split of the eval rows: data.eval_split, or by default the validation files beside the train files."""
+    """Return the split of the eval rows: data.eval_split, or by default a folder's validation files."""
     if data.eval_split or data.eval_path or not data.eval_fraction or split_name(data.split) != "train":
         return data.eval_split
     return "validation" if {"train", "validation"} <= folder_splits(data.path, "data.path") else None

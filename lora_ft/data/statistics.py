@@ -92,7 +92,7 @@ def warnings(seen: Survey, report: Report, data: config.Data) -> Iterator[str]:
     if seen.begin and seen.begun < report.train_documents:
         yield (
             f"{report.train_documents - seen.begun:,} of {documents} do not begin with {seen.begin}, which the "
-            "tokenizer puts before text: the chat template leaves it out"
+            "tokenizer puts before text: the chat template omits it"
         )
     if seen.other_prompts:
         yield (
@@ -105,7 +105,7 @@ def warnings(seen: Survey, report: Report, data: config.Data) -> Iterator[str]:
             "token, not as text"
         )
     if not data.deduplicate and report.duplicates > _MANY_DUPLICATES * report.rows:
-        yield f"{report.duplicates:,} of {report.rows:,} rows are duplicates: data.deduplicate=true leaves them out"
+        yield f"{report.duplicates:,} of {report.rows:,} rows are duplicates: set data.deduplicate=true to drop them"
     if seen.asked_before:
         yield (
             f"{seen.asked_before:,} eval rows have the prompt of a training row (up to case, whitespace and "
@@ -150,8 +150,8 @@ def _prompts_again(
         if data.too_long is TooLong.truncate_prompt and len(ids) == data.max_length:
             continue  # it may have been cut
         messages = with_system(row.messages[: learned_answers(row, data.train_on)[-1]], data.system)
-        asked = vocabulary.ids_whole(prompts(messages, tokenizer, row.tools))
-        yield row.source, any(prompt == ids[: len(prompt)].tolist() for prompt in asked)
+        expected = vocabulary.ids_whole(prompts(messages, tokenizer, row.tools))
+        yield row.source, any(prompt == ids[: len(prompt)].tolist() for prompt in expected)
 
 
 def _written(rows: list[Row], tokenizer: Any) -> dict[str, int]:

@@ -33,20 +33,20 @@ def check(messages: list[Message], answer: int, prompt: str, through: str, tools
     learned, earlier = messages[answer], messages[:answer]
     for part in _ANSWER_PARTS:
         if isinstance(text := learned.get(part), str) and _missing(_THOUGHT.split(text), completion):
-            raise RowError("chat template", "changes the answer or leaves it out", text)
+            raise RowError("chat template", "changes or drops the answer", text)
     _check_calls(learned, completion, "the answer's")
     for message in earlier:
         _check_calls(message, prompt, "an earlier")
     for tool in _functions(tools):
         if tool["name"] not in prompt:
-            raise RowError("chat template", f"leaves out the tool {tool['name']}", tools)
+            raise RowError("chat template", f"drops the tool {tool['name']}", tools)
     for message in earlier:
         if message["role"] == "system" and _missing([message["content"]], prompt):
-            raise RowError("chat template", "changes the system message or leaves it out", message["content"])
+            raise RowError("chat template", "changes or drops the system message", message["content"])
     dialogue = [m["content"] if m["role"] == "user" else _THOUGHT.split(m["content"])[-1]
                 for m in earlier if m["role"] in ("user", "assistant")]  # fmt: skip
     if missing := _missing(dialogue, prompt):
-        raise RowError("chat template", "changes a message before the answer, moves it or leaves it out", missing)
+        raise RowError("chat template", "changes, moves or drops a message before the answer", missing)
 
 
 def _missing(texts: list[str], rendering: str) -> str | None:
@@ -72,13 +72,13 @@ def _check_calls(message: Message, rendering: str, whose: str) -> None:
     for function in _functions(message.get("tool_calls")):
         call, arguments = f"{whose} call of {function['name']}", function.get("arguments", {})
         if function["name"] not in rendering:
-            raise RowError("chat template", f"leaves out {call}", message)
+            raise RowError("chat template", f"drops {call}", message)
         as_json = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False, default=str)
         if as_json in rendering:
             continue
         for value in _leaves(arguments):
             if isinstance(arguments, str) or not any(form in rendering for form in _forms(value)):
-                raise RowError("chat template", f"leaves out {value} in {call}", message)
+                raise RowError("chat template", f"drops {value} in {call}", message)
         if str(arguments) in rendering:
             raise RowError("chat template", f"writes the arguments of {call} as Python, not as JSON", message)
 

@@ -210,5 +210,5 @@ def _cut_after_end(turn: Turn, ids: list[int], start: int, vocabulary: Vocabular
         reason = f"puts no end token after the answer, which ends in {shown!r}: the model would not learn to stop"
         raise RowError("chat template", reason, turn.answer)
     if end <= start + 1:
-        raise RowError("chat template", "leaves nothing of the answer", turn.answer)
+        raise RowError("chat template", "writes an empty answer", turn.answer)
     return ids[:end]

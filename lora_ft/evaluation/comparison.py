@@ -118,8 +118,9 @@ def adapter_off(model: PeftModel) -> Iterator[None]:
 def render(
     comparison: Comparison | None, facts: dict[str, str], scores: dict[str, tuple[float, float]] | None = None
 ) -> RenderableType:
-    """Render the result of train or eval for the terminal, without truncation; `comparison` is None without eval rows.
+    """Render the result of train or eval for the terminal, without truncation.
 
+    comparison: None if there are no eval rows.
     scores: further values of base and adapter, by name. facts: lines below the table and the answers.
     """
     parts: list[RenderableType] = []

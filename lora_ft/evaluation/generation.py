@@ -79,7 +79,7 @@ def stream(
     seed: int,
     on_text: Callable[[str], None],
 ) -> str:
-    """Answer one prompt as `generate` does, and pass each piece of text to `on_text` as soon as it is computed."""
+    """Answer one prompt as `generate` does, and pass each piece of text to `on_text` while the answer is computed."""
     stops = stop_tokens(model, tokenizer)
     [room] = _rooms(model, [prompt], sampling)
     pieces = _Pieces(tokenizer, stops, on_text)
