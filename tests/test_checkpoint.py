@@ -174,7 +174,7 @@ def test_a_run_of_which_no_checkpoint_is_valid_is_not_begun_afresh(run: Path) ->
     with pytest.raises(CheckpointError, match="no checkpoint is valid") as caught:
         checkpoint.resume(state)
     assert caught.value.exit_code == 6
-    assert all(f"step-0000000{step}: its files do not have" in str(caught.value) for step in (2, 4, 6))
+    assert all(f"step-0000000{step}: the sizes and hashes of" in str(caught.value) for step in (2, 4, 6))
     assert state.step == 0
     assert (run / runs.METRICS).read_bytes() == before
 

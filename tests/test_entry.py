@@ -431,7 +431,7 @@ def test_one_run_can_be_evaluated_under_several_settings(calls, tmp_path):
     ("stored", "message"),
     [
         (None, "r is not a run folder: it has no config.yaml"),
-        ("[]", "r: config.yaml holds no settings"),
+        ("[]", "r: config.yaml contains no settings"),
         ("data: {foo: 3}", "r/config.yaml: data.foo is not a setting; nearest: data.format"),
         ("data: {max_length: a}", "r/config.yaml: data.max_length must be an integer, got a"),
         ("[3", "while parsing a flow sequence in r/config.yaml"),

@@ -331,7 +331,7 @@ def bad_offsets() -> bytes:
         (lambda f: (f / "tokenizer.json").write_text("[]"), ConfigError, "not of a tokenizer's form"),
         (lambda f: rewrite_config(f, quantization_config="gptq"), ConfigError, r"quantized already \(gptq\)"),
         (lambda f: (f / "config.json").write_text("{,}"), ConfigError, r"config\.json is not valid JSON"),
-        (lambda f: (f / "config.json").write_text("[]"), ConfigError, "must hold a JSON object, got list"),
+        (lambda f: (f / "config.json").write_text("[]"), ConfigError, "must contain a JSON object, got list"),
         (lambda f: (f / "config.json").rename(f / "adapter_config.json"), ConfigError, "holds an adapter"),
         (lambda f: (f / "model.safetensors").unlink(), ConfigError, "has no weights"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\x08"), ConfigError, "not a safetensors file"),
@@ -353,7 +353,7 @@ def test_a_cut_weights_file_is_an_error(tmp_path):
     folder = tiny_folder(tmp_path, "llama")
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ConfigError, match="cut short"):
+    with pytest.raises(ConfigError, match="truncated|cut short"):
         base_of(folder)
 
 
