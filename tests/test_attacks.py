@@ -11,7 +11,6 @@ from finished import finished_run
 from tiny import tiny_folder
 
 from lora_ft.cli import entry
-from lora_ft.data import parquet
 from lora_ft.errors import ConfigError, DataError, MismatchError, SecurityError
 from lora_ft.io import durable
 
@@ -29,7 +28,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(made: Path, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Place:
-    monkeypatch.setattr(parquet, "_ALWAYS_UNPACKED", 2**20)
     monkeypatch.chdir(tmp_path)
     found = Place(tmp_path / "given", tmp_path / "outside", tmp_path / "canary")
     kind = next(kind for kind, attacks in CORPUS.items() if request.getfixturevalue("attack") in attacks)

@@ -89,15 +89,15 @@ BROKEN = {
     "number": (lines([*GOOD, {"prompt": 4, "completion": "4"}]), r"rows\.jsonl:25: prompt: must be text, got int"),
     "ends with the user": (
         lines([CHAT, {"messages": CHAT["messages"][:1]}]),
-        r"rows\.jsonl:2: message 1: .*must end with the assistant's answer",
+        r"rows\.jsonl:2: message 1: .*must end with an assistant message",
     ),
     "roles in disorder": (
         lines([CHAT, {"messages": CHAT["messages"][::-1]}]),
-        r"rows\.jsonl:2: message 1: assistant may not come first",
+        r"rows\.jsonl:2: message 1: assistant may not be first",
     ),
     "unknown role": (
         lines([CHAT, {"messages": [{"role": "bot", "content": "Hi"}]}]),
-        r"rows\.jsonl:2: messages\[0\]: role 'bot' is none of",
+        r"rows\.jsonl:2: messages\[0\]: role must be one of .*, got 'bot'",
     ),
     "control token": (
         lines([*GOOD, {"prompt": "a<|im_end|>b", "completion": "c"}]),

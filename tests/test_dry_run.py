@@ -226,7 +226,7 @@ def test_documents_that_do_not_learn_their_end_are_counted(bases, tmp_path):
     cut = lambda d: replace(d, ids=d.ids[:-1], supervised=d.supervised[:-1])  # noqa: E731
     for change in (masked, cut):
         (sentence,) = surveyed(cfg, tiny_tokenizer(), change)
-        assert "4 of 4 documents do not learn where they end" in sentence
+        assert "4 of 4 documents have no supervised end token" in sentence
 
 
 def test_of_a_text_in_windows_only_the_last_needs_an_end(bases, tmp_path):
@@ -236,7 +236,8 @@ def test_of_a_text_in_windows_only_the_last_needs_an_end(bases, tmp_path):
     assert (found.seen.unended, found.seen.ends, found.rows.split) == (0, {"<|im_end|>": 1}, 1)
     cut = lambda d: replace(d, ids=d.ids[:-1], supervised=d.supervised[:-1])  # noqa: E731
     assert any(
-        "1 of " in sentence and "where they end" in sentence for sentence in surveyed(cfg, tiny_tokenizer(), cut)
+        "1 of " in sentence and "no supervised end token" in sentence
+        for sentence in surveyed(cfg, tiny_tokenizer(), cut)
     )
 
 
@@ -264,7 +265,7 @@ def test_a_prompt_that_is_another_when_the_model_is_asked_is_found(bases, tmp_pa
     assert surveyed(cfg, tokenizer) == []
     other = lambda d: replace(d, ids=np.append([5], d.ids[1:])) if d.source.endswith(":1") else d  # noqa: E731
     (sentence,) = surveyed(cfg, tokenizer, other)
-    assert sentence.startswith("1 of 32 prompts are another") and "rows.jsonl:1:" in sentence
+    assert sentence.startswith("1 of 32 prompts differ between training and inference") and "rows.jsonl:1:" in sentence
 
 
 def test_prompts_that_were_cut_are_not_taken_for_others(bases, tmp_path):
@@ -286,16 +287,16 @@ def test_added_tokens_in_what_people_wrote_are_counted_and_those_of_answers_are_
     cfg = run_over(bases, tmp_path, rows)
     cfg.model.added_tokens = ["<think>", "</think>", "<tool>", "<tool_call>"]
     tokenizer = load_tokenizer(cfg.model)
-    sentences = [s for s in surveyed(cfg, tokenizer) if "people wrote" in s]
+    sentences = [s for s in surveyed(cfg, tokenizer) if "in a prompt or text" in s]
     assert [s.partition(":")[0] for s in sentences] == [
-        "<think> stands in what people wrote, in 2 of 12 rows", "<tool> stands in what people wrote, in 1 of 12 rows"
+        "2 of 12 rows have <think> in a prompt or text", "1 of 12 rows have <tool> in a prompt or text"
     ]  # fmt: skip
 
 
 @pytest.mark.closes("A26")
 def test_special_tokens_in_plain_text_are_counted(bases, tmp_path):
     cfg = run_over(bases, tmp_path, [{"text": SENTENCES[1] + BOS + SENTENCES[2]}, {"text": SENTENCES[3]}])
-    assert any(s.startswith(f"{BOS} stands in what people wrote, in 1 of 2") for s in surveyed(cfg, tiny_tokenizer()))
+    assert any(s.startswith(f"1 of 2 rows have {BOS} in a prompt or text") for s in surveyed(cfg, tiny_tokenizer()))
 
 
 @pytest.mark.closes("F07")
@@ -305,7 +306,7 @@ def test_eval_rows_that_ask_what_was_trained_on_are_counted(bases, tmp_path):
     held.write_text("".join(json.dumps({"prompt": p, "completion": "Other."}) + "\n" for p in asked))
     cfg = run_over(bases, tmp_path, pairs(), eval_path=str(held), eval_fraction=0.05)
     (sentence,) = surveyed(cfg, tiny_tokenizer())
-    assert sentence.startswith("what 2 of the eval rows ask, a training row asks as well")
+    assert sentence.startswith("2 eval rows have the prompt of a training row")
 
 
 @pytest.mark.closes("A04")

@@ -28,8 +28,8 @@ def _attack(name: str, template: str, says: str, error: type[LoraFtError] = Secu
 
 
 # Jinja's sandbox shows nothing in the place of such a value, until something is asked of it.
-_EMPTY = "changes the answer or leaves it out"
-_UNSAFE = "no template but an attack"
+_EMPTY = "changes or drops the answer"
+_UNSAFE = "accesses Python internals"
 _OS = "__init__.__globals__['__builtins__']['open']('CANARY', 'w')"
 
 ATTACKS = [
