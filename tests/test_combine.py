@@ -103,7 +103,7 @@ def test_combination_is_recorded_and_reproducible(tmp_path: Path) -> None:
     [
         ({"r": 8}, ["method=linear"], 2, "method=svd"),
         ({"use_dora": True}, ["method=svd"], 5, "DoRA"),
-        ({}, ["weights=[1]"], 2, "weights must be as many as adapters"),
+        ({}, ["weights=[1]"], 2, "weights must have one value per adapter (2), got 1"),
         ({"target_modules": ["q_proj"]}, ["method=svd"], 5, "does not fit"),
     ],
 )
