@@ -9,7 +9,6 @@ The adapter of a quantized run is added to the dequantized or to the original we
 the eval set (base_weights=). If a check fails, nothing is written.
 """
 
-import gc
 import hashlib
 import json
 import logging
@@ -112,15 +111,20 @@ def _merge(cfg: config.MergeRun, adapter: Path, tokenizer: PreTrainedTokenizerBa
     if cfg.gguf:
         gguf_model.check(Path(str(locate(cfg.model, weights=False).folder)), tokenizer)
         dtype = torch.float32  # rounded once, to the type of the file
-    staged = durable.scratch_folder if cfg.gguf else durable.staged_folder
-    with staged(out) as folder:
-        expected, comparison = _write(cfg, adapter, tokenizer, folder, dtype)
-        gc.collect()  # modules form reference cycles; the merged model needs the memory of the base
-        distance, allowed = verify.check(folder, expected)
-        if cfg.gguf:
+    merged, expected, comparison = _merged_model(cfg, adapter, tokenizer, dtype)
+    if cfg.gguf:
+        with durable.scratch_folder(out) as folder:
+            write_folder(merged, tokenizer, folder)
+            merged.release()
+            distance, allowed = verify.check(folder, expected)
             gguf_model.write(folder, out, cfg.gguf)
-        elif comparison:
-            durable.write_json(folder / _COMPARISON, comparison.record())
+    else:
+        with durable.staged_folder(out) as folder:
+            write_folder(merged, tokenizer, folder)
+            merged.release()
+            distance, allowed = verify.check(folder, expected)
+            if comparison:
+                durable.write_json(folder / _COMPARISON, comparison.record())
     if comparison and cfg.run:
         durable.write_json(Path(cfg.run).expanduser() / _COMPARISON, comparison.record())
     num_bytes = out.stat().st_size if cfg.gguf else sum(file.stat().st_size for file in out.glob("*.safetensors"))
@@ -132,10 +136,10 @@ def _merge(cfg: config.MergeRun, adapter: Path, tokenizer: PreTrainedTokenizerBa
     return MergeResult(out, summary, distance, comparison)
 
 
-def _write(
-    cfg: config.MergeRun, adapter: Path, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype
-) -> tuple[verify.Probe, merge_base.Comparison | None]:
-    """Write the merged model; return the attached adapter's logits, and the comparison of base weights if needed."""
+def _merged_model(
+    cfg: config.MergeRun, adapter: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+) -> tuple[MergedModel, verify.Probe, merge_base.Comparison | None]:
+    """Return the merged model, the attached adapter's logits, and the comparison of base weights if it was needed."""
     kinds, rows = _candidates(cfg, tokenizer)
     models = {kind: _attached(cfg, adapter, tokenizer, kind) for kind in kinds}
     merged = {kind: MergedModel(model, dtype) for kind, model in models.items()}
@@ -143,9 +147,7 @@ def _write(
     if len(kinds) > 1:
         comparison = merge_base.compare(models[BaseWeights.dequantized].get_base_model(), merged, rows)
         kind = comparison.better
-    expected = verify.probe(models[kind], len(tokenizer))
-    write_folder(merged[kind], tokenizer, folder)
-    return expected, comparison
+    return merged[kind], verify.probe(models[kind], len(tokenizer)), comparison
 
 
 def _candidates(cfg: config.MergeRun, tokenizer: PreTrainedTokenizerBase) -> tuple[list[BaseWeights], list[Example]]:

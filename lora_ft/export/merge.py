@@ -12,6 +12,7 @@ If an adapter changes only the embedding or only the head of a tied model, both 
 """
 
 import copy
+import gc
 import json
 import logging
 import shutil
@@ -66,6 +67,11 @@ class MergedModel:
                 raise MismatchError(f"{untied[0]} cannot be untied in this architecture, and the adapter changes it")
         self.names = names
         self.plain.generation_config = self._base.generation_config
+
+    def release(self) -> None:
+        """Free the base and the adapter, whose memory the verification of the written model needs."""
+        del self._base
+        gc.collect()  # modules form reference cycles
 
     def _equal(self, name: str, twin: str) -> bool:
         """Compare the bytes of two tensors, one of them in memory at a time."""
