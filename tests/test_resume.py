@@ -183,7 +183,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(place: P
     ("words", "message"),
     [
         (("hydra.run.dir={run}",), r"the run folder must be empty, but .*whole is not: .* or resume=auto"),
-        (("resume={run}", "hydra.run.dir={run}"), "goes on in that folder: leave out hydra.run.dir, or write resume="),
+        (("resume={run}", "hydra.run.dir={run}"), "continues in that folder: leave out hydra.run.dir, or write"),
         (("resume={run}", "-m"), r"whole is not a sweep folder: it has no sweep\.json"),
         (("resume=auto",), r"resume=auto needs a folder that stays the same: hydra\.run\.dir=DIR, got runs/\$\{now:"),
         (("resume=auto", "-m"), r"resume=auto needs a folder that stays the same: hydra\.sweep\.dir=DIR"),

@@ -1,6 +1,5 @@
 """SIGINT and SIGTERM: the step ends, its state is saved, the exit code says which; the second one stops at once."""
 
-import contextlib
 import hashlib
 import os
 import signal
@@ -20,7 +19,6 @@ from lora_ft.adapters import files
 from lora_ft.errors import Interrupted
 from lora_ft.io import durable
 from lora_ft.objectives import sft
-from lora_ft.sweeps import scheduler
 from lora_ft.training import checkpoint, shared, trainer
 from lora_ft.training.signals import on_signals
 
@@ -173,13 +171,12 @@ def test_handlers_are_given_back(tmp_path: Path) -> None:
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-@pytest.mark.parametrize("handled", [on_signals, scheduler._on_signals])
-def test_in_another_thread_nothing_is_handled(handled: Callable[[], contextlib.AbstractContextManager[object]]) -> None:
+def test_in_another_thread_nothing_is_handled() -> None:
     """As in a web server: Python sets handlers in the main thread only."""
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
 
     def enter() -> list[object]:
-        with handled():
+        with on_signals():
             return [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
 
     with ThreadPoolExecutor(1) as thread:
