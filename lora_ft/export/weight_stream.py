@@ -35,7 +35,7 @@ from lora_ft import config
 from lora_ft.adapters import files, loading, provenance
 from lora_ft.models import load, quantize, resolve
 from lora_ft.models.load import Base
-from lora_ft.models.meta_model import load_skeleton
+from lora_ft.models.meta_model import load_meta_model
 from lora_ft.values import Dtype, QuantKind
 
 log = logging.getLogger("lora_ft")
@@ -62,7 +62,7 @@ def open_adapter(
 
     Raises the errors of `loading.open_adapter`.
     """
-    skeleton = load_skeleton(model, quant, device, tokenizer)
+    skeleton = load_meta_model(model, quant, device, tokenizer)
     base = replace(skeleton, identity=resolve.locate(model))  # downloads the weights of a hub id
     provenance.check_source(folder, files.read_config(folder), base, quant)
     trained_on = _tensors(base, model, quant, device)

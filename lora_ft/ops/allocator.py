@@ -1,11 +1,11 @@
-"""Keep freed memory in the process: page faults of remapping large tensors cost half of a CPU training step.
+"""Keep freed memory in the process, because remapping it costs half of a CPU training step in page faults.
 
-glibc gives every block over a threshold back to the kernel when it is freed, and a training step frees
-and asks again for hundreds of megabytes of activations. Raising both thresholds before the first large
-allocation took a packed run of SmolLM2-135M from 68 to 137 tokens/s (two Zen 3 cores, fp32).
+glibc returns every block over a threshold to the kernel when it is freed, and a training step frees and
+allocates hundreds of megabytes of activations. Raising both thresholds before the first large allocation
+took a packed run of SmolLM2-135M from 68 to 137 tokens/s (two Zen 3 cores, fp32).
 
-Kept memory falls into pieces that fit nothing: a quarter of the process at 1,345 tokens a step. torch aligns large
-tensors to huge pages (2 MB) when asked to, which keeps the pieces equal: 3.0 -> 2.3 GB, at the same speed.
+Memory that is kept becomes fragmented: a quarter of the process at 1,345 tokens per step. torch can align large
+tensors to huge pages (2 MB), which makes the fragments equal in size: 3.0 -> 2.3 GB at the same speed.
 """
 
 import ctypes
@@ -17,9 +17,9 @@ _ONE_GIB = 1 << 30
 
 
 def keep_freed_memory() -> bool:
-    """Raise glibc's thresholds to 1 GiB and align large tensors; False, and nothing done, on any other C library.
+    """Raise glibc's thresholds to 1 GiB and align large tensors; do nothing and return False on other C libraries.
 
-    Call it before torch's first tensor of over 2 MB: torch asks for the variable once.
+    Call it before torch allocates its first tensor of over 2 MB: torch reads the variable once.
     """
     if not sys.platform.startswith("linux"):
         return False

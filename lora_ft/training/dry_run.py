@@ -29,7 +29,7 @@ from lora_ft.data.statistics import warnings as warnings_of_rows
 from lora_ft.errors import LoraFtError
 from lora_ft.io import durable
 from lora_ft.models.load import Base, resolve_device
-from lora_ft.models.meta_model import load_skeleton
+from lora_ft.models.meta_model import load_meta_model
 from lora_ft.ops.kernels import choose_kernels
 from lora_ft.training import checkpoint, ranks, state, trackers
 from lora_ft.training.ineffective_settings import without_effect
@@ -160,7 +160,7 @@ def look(
     """All that can be known of such a run, also without its rows; what fails is in `tries`."""
     objective = tries(objectives.find, cfg.objective)
     base = tries(
-        load_skeleton, cfg.model, cfg.quant, cfg.device, tokenizer, objective.model_class if objective else None
+        load_meta_model, cfg.model, cfg.quant, cfg.device, tokenizer, objective.model_class if objective else None
     )
     tries(trackers.check, cfg.track)
     steps = _steps(cfg, rows.dataset) if rows else None
