@@ -57,8 +57,8 @@ def built(model_config: Any, dtype: torch.dtype = torch.float32) -> PreTrainedMo
         return AutoModelForCausalLM.from_config(copy.deepcopy(model_config), dtype=dtype).eval()
 
 
-def base(family: str, dtype: torch.dtype = torch.float32, *, tie: bool = False) -> PreTrainedModel:
-    model = built(OTHERS[family], dtype) if family in OTHERS else tiny_model(family, dtype=dtype, tie=tie)
+def base(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    model = built(OTHERS[family], dtype) if family in OTHERS else tiny_model(family, dtype=dtype)
     with torch.no_grad():  # norms of ones and zeros would hide errors in their weights
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
@@ -100,21 +100,14 @@ def test_fast_blocks_give_the_same_logits_and_gradients(family: str, dtype: torc
     logits, gradients = learned(model)
     lines = use_fast_blocks(model)
     found_logits, found_gradients = learned(model)
+    if family in ("gpt2", "gpt_neox") and dtype is torch.float64:  # other models use fp32 inside
+        bound = 1e-12
     assert not [line for line in lines if "transformers" in line]
     assert relative(found_gradients, gradients) < bound
     if family == "gpt2":  # one operation instead of eight rounds differently
         assert relative(found_logits, logits) < bound
     else:
         assert torch.equal(found_logits, logits)
-
-
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
-def test_layer_norms_and_gelu_are_exact_in_float64(family: str) -> None:
-    """These models do not use fp32 inside, so in float64 only the order of operations differs."""
-    model = adapted(base(family, torch.float64))
-    expected = learned(model)
-    use_fast_blocks(model)
-    assert all(relative(f, e) < 1e-12 for f, e in zip(learned(model), expected, strict=True))
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -223,13 +216,6 @@ def test_key_cache_and_output_attentions_work_with_gradients(family: str) -> Non
         second = m(input_ids=IDS[:, 6:9], past_key_values=first.past_key_values, use_cache=True, output_attentions=True)
         results.append((second.logits, *second.attentions))
     assert all(torch.equal(f, e) for f, e in zip(*results, strict=True))
-
-
-def test_fast_blocks_give_the_same_gradients_with_tied_embeddings() -> None:
-    model = adapted(base("llama", tie=True))
-    expected = learned(model)
-    use_fast_blocks(model)
-    assert all(relative(f, e) < 2e-5 for f, e in zip(learned(model), expected, strict=True))
 
 
 @pytest.mark.parametrize(("family", "norm"), [("llama", "input_layernorm"), ("gpt2", "ln_1")])

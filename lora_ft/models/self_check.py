@@ -33,36 +33,14 @@ _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 0.05, tor
 _SAME_BITS = 1e-6  # the same function, except for the order of a few sums
 
 
-class Documents(NamedTuple):
-    """Token ids [T] of two documents, and targets [T] of the second; its last token has no target."""
-
-    first: Tensor
-    second: Tensor
-    targets: Tensor
-
-    def packed(self, paths: Paths) -> Batch:
-        """Return the batch to check: both documents if `paths` packs, otherwise the second one."""
-        if not paths.packs:
-            positions = torch.arange(len(self.second), device=self.second.device)
-            return Batch(self.second, positions, self.targets, [0, len(self.second)])
-        documents = (self.first, self.second)
-        ignored = torch.full_like(self.first, IGNORED)
-        return Batch(
-            ids=torch.cat(documents),
-            positions=torch.cat([torch.arange(len(ids), device=ids.device) for ids in documents]),
-            targets=torch.cat([ignored, self.targets]),
-            starts=[0, len(self.first), len(self.first) + len(self.second)],
-        )
-
-
 class Reference(NamedTuple):
-    """The documents, with loss and gradient [T, E] at the embeddings of the second one on the plain path.
+    """Two packed documents, with loss and gradient [T, E] at the embeddings of the second one on the plain path.
 
     plain_head: the logits are exactly the product of the last hidden state with the head, so the loss may compute
     the head for some rows only. Not so in Granite, which divides its logits, and Gemma 2, which caps them.
     """
 
-    documents: Documents
+    packed: Batch
     loss: float
     gradient: Tensor
     plain_head: bool
@@ -83,7 +61,7 @@ def make_reference(model: PreTrainedModel) -> tuple[Reference | None, str]:
 
 def is_same(model: PreTrainedModel, reference: Reference) -> bool:
     """Return True if the plain forward still computes the same, except for the last bits."""
-    again = _plain_reference(model, reference.documents)
+    again = _plain_reference(model, reference.packed)
     return _distance(reference, again.loss, again.gradient) <= _SAME_BITS
 
 
@@ -92,7 +70,8 @@ def find_problem(model: PreTrainedModel, paths: Paths, reference: Reference) -> 
 
     Any error counts as a problem of these paths, except running out of memory, which is raised.
     """
-    batch, length = reference.documents.packed(paths), len(reference.documents.second)
+    length = _LENGTHS[1]
+    batch = reference.packed if paths.packs else reference.packed.documents()[1]
     try:
         with attention.recorded_calls() as calls:
             loss, gradient = _loss_and_gradient(model, lambda: token_loss_sum(model, batch, paths))
@@ -113,24 +92,25 @@ def _named(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _draw(model: PreTrainedModel) -> Documents:
-    """Draw two documents from the middle of the vocabulary, away from special tokens."""
+def _draw(model: PreTrainedModel) -> Batch:
+    """Draw two documents from the middle of the vocabulary, away from special tokens; only the second has targets."""
     size = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(size // 8, size // 2 + 1, (sum(_LENGTHS),), generator=generator).to(model.device)
-    first, second = ids.split(_LENGTHS)
-    targets = second.roll(-1)
-    targets[[2, -1]] = IGNORED
-    return Documents(first, second, targets)
+    ids = torch.randint(size // 8, size // 2 + 1, (sum(_LENGTHS),), generator=generator)
+    targets = ids.roll(-1)
+    targets[: _LENGTHS[0]] = targets[_LENGTHS[0] + 2] = targets[-1] = IGNORED
+    positions = torch.cat([torch.arange(length) for length in _LENGTHS])
+    return Batch(ids, positions, targets, [0, _LENGTHS[0], sum(_LENGTHS)]).to(model.device)
 
 
-def _plain_reference(model: PreTrainedModel, documents: Documents) -> Reference:
+def _plain_reference(model: PreTrainedModel, packed: Batch) -> Reference:
     """Compute the second document by the model's own forward."""
+    second = packed.documents()[1]
     seen: dict[str, Tensor] = {}
 
     def loss() -> Tensor:
-        seen["logits"] = logits = model(input_ids=documents.second[None], use_cache=False).logits
-        return cross_entropy(at_least_float32(logits[0]), documents.targets, ignore_index=IGNORED, reduction="sum")
+        seen["logits"] = logits = model(input_ids=second.ids[None], use_cache=False).logits
+        return cross_entropy(at_least_float32(logits[0]), second.targets, ignore_index=IGNORED, reduction="sum")
 
     def note_hidden(_: nn.Module, __: Any, output: Any) -> None:
         seen["hidden"] = output[0]
@@ -150,7 +130,7 @@ def _plain_reference(model: PreTrainedModel, documents: Documents) -> Reference:
     # If the model calls parts of its body directly, no hidden state is recorded; find_problem compares the results.
     pairs = [(seen.get("made"), seen["logits"]), (seen.get("taken"), seen.get("hidden", seen.get("taken")))]
     plain_head = all(a is not None and b is not None and torch.equal(a.float(), b.float()) for a, b in pairs)
-    return Reference(documents, value, gradient, plain_head)
+    return Reference(packed, value, gradient, plain_head)
 
 
 def _distance(reference: Reference, loss: float, gradient: Tensor) -> float:

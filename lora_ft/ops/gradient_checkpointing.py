@@ -97,11 +97,10 @@ def settle_checkpoint(model: PreTrainedModel, paths: Paths, tokens: int) -> tupl
 
     `model` is the transformers model with the adapter inside; its parameters are marked as trained or frozen.
     """
-    every, reason = 0, ""
-    free = available_bytes(model.device)
+    every = 0
     if not _layers(model):
         reason = f"{model.config.model_type} has no layers that can be recomputed"
-    elif free is None:
+    elif (free := available_bytes(model.device)) is None:
         reason = "the free memory of this system is unknown"
     elif tokens * _more_than_kept(model) <= USABLE * free:
         reason = "the activations need a fraction of the free memory"
