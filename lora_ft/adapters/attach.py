@@ -7,7 +7,6 @@ adapter.target_modules=[q_proj,v_proj]  ->  60 layers  ->  120 matrices that tra
 
 import re
 import warnings
-from collections.abc import Iterator
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -101,30 +100,13 @@ def _token_rows(model: PreTrainedModel, token_ids: list[int]) -> dict[str, list[
 
 
 def _tied(model: PreTrainedModel) -> bool:
-    head = _unwrapped(model.get_output_embeddings())
-    return head is not None and head.weight is _unwrapped(model.get_input_embeddings()).weight  # type: ignore[union-attr]
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def adaptable_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Return the layers that LoRA can adapt, by name: linear (also quantized), Conv1D and embeddings."""
-    kinds = (nn.Linear, Conv1D, nn.Embedding)
-    return {
-        name.replace(".base_layer", ""): module
-        for name, module in _outside_adapters(model)
-        if isinstance(module, kinds)
-    }
-
-
-def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules of the base without adapter layers; an adapted layer occurs once, as its base layer."""
-    inside = {
-        f"{prefix}.{child}"
-        for prefix, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer)
-        for child, _ in module.named_modules()
-        if child and not child.startswith("base_layer")
-    }
-    return ((name, module) for name, module in model.named_modules() if name not in inside)
+    return {n: module for n, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D | nn.Embedding)}
 
 
 def resolve_targets(model: PreTrainedModel, layers: dict[str, nn.Module], targets: list[str]) -> set[str]:
@@ -136,20 +118,12 @@ def resolve_targets(model: PreTrainedModel, layers: dict[str, nn.Module], target
             raise ConfigError(f"adapter.target_modules: {target} matches no layer of this model: choose from {known}")
     if ALL_LINEAR in targets:
         head = model.get_output_embeddings()
-        linear = {
-            name
-            for name, module in layers.items()
-            if not isinstance(module, nn.Embedding) and module is not _unwrapped(head)
-        }
+        linear = {n for n, module in layers.items() if not isinstance(module, nn.Embedding) and module is not head}
         suffixes = {name.rpartition(".")[2] for name in linear}
         # q_proj is easier to read than 30 full names, and other loaders of the adapter expect it. If a suffix would
         # also match the head or an embedding, the full names are used.
         resolved |= suffixes if matched_layers(layers, suffixes) == linear else linear
     return resolved
-
-
-def _unwrapped(module: nn.Module | None) -> nn.Module | None:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def matched_layers(layers: dict[str, nn.Module], targets: set[str]) -> set[str]:

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from lora_ft import config
 from lora_ft.models import accelerated_blocks, path_choice, self_check, storage
 from lora_ft.models import accelerated_lora as lora_layers
+from lora_ft.ops.allocator import release_freed_memory
 from lora_ft.ops.kernels import OWN, Kernels
 from lora_ft.ops.token_loss import PLAIN_PATHS, Paths
 
@@ -194,7 +195,7 @@ def _store(undo: ExitStack, model: PreTrainedModel, modules_to_save: Collection[
         layer.compute_dtype = torch.float32
         _replace(undo, layer, functools.partial(storage.stored_forward, layer))
     if saved:
-        storage.release_freed_memory()
+        release_freed_memory()
     return saved
 
 

@@ -35,6 +35,7 @@ class Family:
 
     sizes: GGUF's metadata key, without the architecture, to the attribute of the config.
     limits: the values of config attributes that llama.cpp computes; a model with other values cannot be exported.
+    body: the module of the transformers model that holds the embedding and the layers.
     is_rotary: positions are rotary; otherwise the model has a matrix of positions.
     interleaved: llama.cpp stores the rotary halves of each head of q and k as pairs (0, n/2, 1, n/2 + 1, ...).
     transposed: endings of modules whose weight transformers stores as [in, out] (Conv1D).
@@ -44,6 +45,7 @@ class Family:
     architecture: str
     sizes: Mapping[str, str]
     limits: Mapping[str, tuple[Any, ...]]
+    body: str = "model"
     is_rotary: bool = True
     interleaved: bool = False
     transposed: tuple[str, ...] = ()
@@ -76,7 +78,7 @@ FAMILIES = (
     Family("mistral", "llama", _LLAMA_SIZES, _SILU, interleaved=True),
     Family("qwen2", "qwen2", _LLAMA_SIZES, _SILU),
     Family("qwen3", "qwen3", _LLAMA_SIZES, _SILU),
-    Family("gpt2", "gpt2", _GPT2_SIZES, _GPT2_LIMITS, is_rotary=False,
+    Family("gpt2", "gpt2", _GPT2_SIZES, _GPT2_LIMITS, body="transformer", is_rotary=False,
            transposed=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")),
 )  # fmt: skip
 

@@ -6,5 +6,5 @@ cross_entropy    the head and its loss                    lora_linear      a lin
 norm  mlp  rope  blocks that keep less for the backward   kernels          the three compiled, or Liger's
 recomputable     tensors that are computed again          weights          a frozen weight in any storage format
 gradient_checkpointing  layers recomputed in backward     dropout          switches off the frozen base's dropout
-allocator        keeps freed memory in the process
+allocator        when freed memory returns to the system
 """
