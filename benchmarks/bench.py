@@ -213,7 +213,7 @@ def evaluate(folder: Path, records: list[summary.Record], environment: dict[str,
     done = [record for record in records if not record["error"]]
     command = [
         sys.executable,
-        str(HERE / "heldout.py"),
+        str(HERE / "eval_loss.py"),
         str(folder),
         *(f"{summary.base(record['trainer'])}={record['result']}" for record in done),
     ]

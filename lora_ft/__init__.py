@@ -1,4 +1,4 @@
-"""Small adapters over frozen GPT models. Importing the package imports nothing else and changes nothing.
+"""Train LoRA adapters on frozen GPT models. Importing this package imports no other module and has no side effects.
 
     import lora_ft
 
@@ -35,10 +35,10 @@ __all__ = ["Callback", "compose", "evaluate", "load", "merge", "publish", "sweep
 
 
 def compose(command: str, overrides: Sequence[str] = (), config_dir: "str | Path | None" = None) -> Any:
-    """Compose the config of a command from overrides, as the command line does; a plain, typed dataclass.
+    """Compose the config of a command from overrides, as on the command line; a plain, typed dataclass.
 
-    Raises ConfigError for an unknown setting or choice, or a value that breaks its rule. What a whole config must
-    have, such as data, is checked when it is used.
+    Raises ConfigError for an unknown setting or choice, or a value that breaks its rule. Required settings, such as
+    data, are checked when the config is used.
     """
     from lora_ft.cli import composition
 
@@ -52,11 +52,11 @@ def train(
     folder: "Source | None" = None,
     callbacks: "Sequence[Callback]" = (),
 ) -> "Run":
-    """Train one adapter and return its run: `folder`, `result`, `history` (a dict a step).
+    """Train one adapter and return its run: `folder`, `result`, `history` (one dict per step).
 
-    rows, eval_rows: dicts or a `datasets.Dataset`; default: those of `cfg.data`. They are written into the run folder,
-    where `evaluate` and a resumed run find them. folder: default: a new one under `runs/`. `cfg.resume = "auto"`
-    continues the run in the folder. SIGINT (Ctrl-C) finishes the step and saves a checkpoint.
+    rows, eval_rows: dicts or a `datasets.Dataset`; by default those of `cfg.data`. They are stored in the run folder
+    for `evaluate` and a resumed run. folder: by default a new one under `runs/`. With `cfg.resume = "auto"` the run in
+    the folder is continued. SIGINT (Ctrl-C) finishes the current step and saves a checkpoint.
     """
     _prepare()
     from lora_ft.train import train as implementation
@@ -69,7 +69,7 @@ def load(
 ) -> "tuple[PeftModel, PreTrainedTokenizerBase]":
     """Load an adapter onto its base for inference: a run folder, an adapter folder or a hub id.
 
-    `overrides` choose the base where the adapter does not name it, as in `["model=smollm2_135m"]`.
+    `overrides` select the base if the adapter does not name it, as in `["model=smollm2_135m"]`.
     """
     _prepare()
     from lora_ft.adapters import loading
@@ -88,7 +88,7 @@ def evaluate(source: "Source", metrics: Sequence[str] = (), overrides: Sequence[
 
 
 def merge(source: "Source", out: "Source", overrides: Sequence[str] = ()) -> "MergeResult":
-    """Write a model that needs no adapter to the new folder or file `out`, as `lora-ft merge` does."""
+    """Merge an adapter into its base and write the model to `out`, as `lora-ft merge` does."""
     _prepare()
     from lora_ft.merge import merge as implementation
 
@@ -96,7 +96,7 @@ def merge(source: "Source", out: "Source", overrides: Sequence[str] = ()) -> "Me
 
 
 def publish(source: "Source", to: str, overrides: Sequence[str] = ()) -> "PublishResult":
-    """Package an adapter, verify it and send it to `dir:PATH`, `hf:OWNER/NAME` or an fsspec URL."""
+    """Package an adapter, verify it and upload it to `dir:PATH`, `hf:OWNER/NAME` or an fsspec URL."""
     _prepare()
     from lora_ft.publish import publish as implementation
 
@@ -106,7 +106,7 @@ def publish(source: "Source", to: str, overrides: Sequence[str] = ()) -> "Publis
 def sweep(overrides: Sequence[str], folder: "Source") -> "Ranking":
     """Train once for each combination of values, as in `["adapter.r=4,8"]`; return the ranking of the jobs.
 
-    The sweep's folder holds a run folder for each job and the report. Jobs that fail are in the ranking.
+    The folder gets a run folder per job and the report. Failed jobs are part of the ranking.
     """
     from lora_ft.sweep import sweep as implementation
 
@@ -114,7 +114,7 @@ def sweep(overrides: Sequence[str], folder: "Source") -> "Ranking":
 
 
 def _prepare() -> None:
-    """Keep compiled code from the hub out of the process, before the libraries that would fetch it are imported."""
+    """Block compiled code from the hub before the libraries that would download it are imported."""
     from lora_ft.io import process
 
     process.prepare()
@@ -127,7 +127,7 @@ def _source(source: "Source") -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Callback":  # here: `import lora_ft` imports no module of its own
+    if name == "Callback":  # lazy: `import lora_ft` imports no other module
         from lora_ft.training.callbacks import Callback
 
         return Callback
@@ -135,7 +135,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """Keeps the functions above when a command's module of the same name (lora_ft.train) is imported."""
+    """Keeps the functions above when a module of the same name (lora_ft.train) is imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in __all__ and isinstance(value, ModuleType)):

@@ -1,4 +1,4 @@
-"""Show what `train` would do with the same overrides, before any weight is loaded: rows, masks, steps, layers, disk.
+"""Show what `train` would do with the same overrides, without loading weights: rows, loss mask, steps, layers, disk.
 
 lora-ft check experiment=demo optim.lr=1e-4
 
@@ -12,8 +12,8 @@ steps            40 of at most 1,024 tokens (median 980, smallest 700, largest 1
 learning rate    ▃▆██▇▇▆▆▅▅▄▄▃▃▂▂▁▁
                  1.25e-04 first, at most 5.00e-04 after 4 steps of warm-up, 9.51e-07 last
 
-Exit 0, whatever it warns of, or the code of the error that train would end with. An error hides only what cannot be
-known because of it, and all errors are said at once.
+All errors are reported at once, with the exit code of the first that train would meet; warnings leave the exit code
+at 0.
 """
 
 import itertools
@@ -35,11 +35,19 @@ from lora_ft.data.read import read
 from lora_ft.data.rows import Example, excerpt
 from lora_ft.data.tokenize import Vocabulary
 from lora_ft.models.load import load_tokenizer
-from lora_ft.training.dry_run import Known, Rows, Steps, Tries, check_machine, look, read_rows
+from lora_ft.training.dry_run import (
+    ErrorCollector,
+    PartialDryRun,
+    Rows,
+    Steps,
+    check_machine,
+    partial_dry_run,
+    read_rows,
+)
 
 _BAR = 40  # columns
-_LONG = 320  # characters of a stretch of text; longer ones lose their middle
-_MOST_PARTS = 9  # of a row, supervised and masked in turns; of more the middle is left out
+_LONG = 320  # characters of a part of a row; the middle of longer ones is left out
+_MOST_PARTS = 9  # alternating supervised and masked parts of a row; the middle of more is left out
 _LEVELS = "▁▂▃▄▅▆▇█"
 _LONE_BLANK = re.compile(r"(?<= ) | (?= )|^ | $", re.MULTILINE)
 
@@ -47,40 +55,40 @@ Facts = Iterator[tuple[str, RenderableType]]
 
 
 def main(cfg: config.CheckRun, invocation: entry.Invocation) -> None:
-    """Print what is known, and raise all that train would end with, but for what the weights themselves show."""
-    tries = Tries()
+    """Print the dry run of a training, then raise its errors."""
+    collect = ErrorCollector()
     if cfg.resume and runs.exists(invocation.folder):
-        tries(validation.changes, runs.read_config(invocation.folder), cfg)
-    tries(check_machine, cfg)
-    if tokenizer := tries(load_tokenizer, cfg.model):
-        known = look(tries, cfg, tries(read_rows, cfg, tokenizer), tokenizer, invocation.folder)
-        _write(page(cfg, known, tokenizer))
+        collect(validation.changes, runs.read_config(invocation.folder), cfg)
+    collect(check_machine, cfg)
+    if tokenizer := collect(load_tokenizer, cfg.model):
+        found = partial_dry_run(collect, cfg, collect(read_rows, cfg, tokenizer), tokenizer, invocation.folder)
+        _write(page(cfg, found, tokenizer))
     else:
-        tries(lambda: read(cfg.data).ledger.raise_bad())
-    tries.end()
+        collect(lambda: read(cfg.data).ledger.raise_bad())
+    collect.raise_errors()
 
 
 def _write(content: RenderableType) -> None:
     console = Console()
     with console.capture() as shown:
         console.print(content)
-    for line in shown.get().splitlines():  # rich fills lines with blanks, and here blanks are what one looks for
+    for line in shown.get().splitlines():  # rich pads lines with spaces, and here spaces matter
         sys.stdout.write(line.rstrip().encode(console.encoding, "replace").decode(console.encoding) + "\n")
-    sys.stdout.flush()  # errors follow, on stderr
+    sys.stdout.flush()  # before errors on stderr
 
 
-def page(cfg: config.TrainRun, known: Known, tokenizer: Any) -> RenderableType:
-    """All that is known of a run, for a person: three rows, figures of rows and of the training, warnings."""
+def page(cfg: config.TrainRun, found: PartialDryRun, tokenizer: Any) -> RenderableType:
+    """Lay out a dry run for the terminal: three rows, statistics of the rows, figures of the training, warnings."""
     parts: list[RenderableType] = []
-    if known.rows:
-        legend = "training rows: ⟦supervised⟧ and masked; · blank, ↵ end of a line, → tabulator"
-        samples = [part for kind, row in _samples(known.rows.dataset.train) for part in _sample(kind, row, tokenizer)]
+    if found.rows:
+        legend = "training rows: ⟦supervised⟧ and masked; · space, ↵ end of line, → tab"
+        samples = [part for kind, row in _samples(found.rows.dataset.train) for part in _sample(kind, row, tokenizer)]
         parts += [Text(legend, "bold"), Text(), *samples]
-        parts += [Text("rows", "bold"), _table(_row_facts(cfg, known.rows)), Text()]
-    if known.steps or known.layers:
-        parts += [Text("training", "bold"), _table(_training_facts(cfg, known)), Text()]
-    parts += [Text(f"! {warning}", "yellow") for warning in known.warnings]
-    if not known.warnings and known.disk:
+        parts += [Text("rows", "bold"), _table(_row_facts(cfg, found.rows)), Text()]
+    if found.steps or found.layers:
+        parts += [Text("training", "bold"), _table(_training_facts(cfg, found)), Text()]
+    parts += [Text(f"! {warning}", "yellow") for warning in found.warnings]
+    if not found.warnings and found.disk:
         parts.append(Text("no warnings", "green"))
     return Group(*parts)
 
@@ -100,21 +108,25 @@ def _sample(kind: str, example: Example, tokenizer: Any) -> Iterator[RenderableT
     for part, learned in _shortened(list(_parts(example, Vocabulary(tokenizer)))):
         style = "green" if learned else "dim"
         text.append("⟦" if learned else "", style)
-        for number, piece in enumerate(control.split(part)):  # blanks beside a control token are at an end, too
+        for number, piece in enumerate(
+            control.split(part)
+        ):  # a space next to a control token is at the end of its part
             text.append(_marked(piece), "cyan" if number % 2 else style)
         text.append("⟧" if learned else "", style)
     yield Padding(text, (0, 0, 1, 2))
 
 
 def _control_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """Matches, as a group to split by, each added token that is no blank."""
+    """Return a pattern that matches each added token but whitespace, as a group to split by."""
     tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
     return re.compile(f"({'|'.join(map(re.escape, sorted(tokens, key=len, reverse=True))) or '(?!)'})")
 
 
 def _parts(example: Example, vocabulary: Vocabulary) -> Iterator[tuple[str, bool]]:
-    """Stretches of supervised and of masked text in turns. Some tokenizers drop a blank before the first token: so
-    each is what the tokens up to its end add to those before it."""
+    """Yield alternating supervised and masked parts of a text.
+
+    Some tokenizers drop a space before the first token, so a part is what its tokens add to the decoded text before it.
+    """
     edges = [0, *(np.flatnonzero(np.diff(example.supervised)) + 1).tolist(), len(example.ids)]
     before = ""
     for start, end in itertools.pairwise(edges):
@@ -137,7 +149,7 @@ def _without_middle(text: str) -> str:
 
 
 def _marked(text: str) -> str:
-    """Text with its blanks visible, and nothing in it that a terminal obeys."""
+    """Make lone spaces and control characters visible."""
     return "".join(map(_spelled, _LONE_BLANK.sub("·", text)))
 
 
@@ -175,13 +187,13 @@ def _row_facts(cfg: config.TrainRun, found: Rows) -> Facts:
         "begin",
         f"{seen.begun:,} of {rows.train_documents:,} with {seen.begin}"
         if seen.begin
-        else "the tokenizer puts no token before text",
+        else "the tokenizer adds no token before text",
     )
     yield "end", "".join(f"{count:,} with {end}, " for end, count in seen.ends.items()) + f"{seen.unended:,} with none"
     if seen.prompts:
         same = seen.prompts - len(seen.other_prompts)
-        yield "prompts", f"{same} of {seen.prompts} looked at are, token by token, what the model will be asked"
-    yield "overlap", f"{seen.asked_before:,} eval rows ask what a training row asks"
+        yield "prompts", f"{same} of {seen.prompts} examined equal the prompt at inference, token by token"
+    yield "overlap", f"{seen.asked_before:,} eval rows have the prompt of a training row"
 
 
 def _histogram(bins: list[tuple[int, int, int]]) -> Text:
@@ -195,16 +207,16 @@ def _histogram(bins: list[tuple[int, int, int]]) -> Text:
     )
 
 
-def _training_facts(cfg: config.TrainRun, known: Known) -> Facts:
-    if known.steps:
-        yield from _step_facts(cfg, known.steps)
-    if known.layers:
-        yield from _layer_facts(cfg, known.layers)
-    if known.disk:
+def _training_facts(cfg: config.TrainRun, found: PartialDryRun) -> Facts:
+    if found.steps:
+        yield from _step_facts(cfg, found.steps)
+    if found.layers:
+        yield from _layer_facts(cfg, found.layers)
+    if found.disk:
         yield (
             "disk",
-            f"{_megabytes(known.disk.needed)} with checkpoints ({_megabytes(known.disk.adapter)} the adapter's "
-            f"weights), {_megabytes(known.disk.free)} free",
+            f"{_megabytes(found.disk.needed)} with checkpoints ({_megabytes(found.disk.adapter)} the adapter's "
+            f"weights), {_megabytes(found.disk.free)} free",
         )
 
 

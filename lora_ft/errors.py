@@ -1,16 +1,16 @@
-"""The exit codes of lora-ft, one exception for each.
+"""Exceptions of lora_ft, one for each exit code.
 
     LoraFtError
-    ├── ConfigError      2  a setting, an override or the way a command was called
-    ├── DataError        4  a row, a file of rows, or what the rows leave to learn from
-    ├── MismatchError    5  an adapter and a base model that do not belong together
-    ├── CheckpointError  6  a saved state that does not verify
-    ├── ResourceError    7  memory, disk, or a model or package that is not on this machine
-    ├── NonFiniteError   8  a loss or gradient norm that is not a number
-    └── SecurityError    9  a file or setting that could run code or leave its folder
+    ├── ConfigError      2  a wrong setting, override or command line
+    ├── DataError        4  a bad row or file of rows, or rows without anything to train on
+    ├── MismatchError    5  an adapter and a base model that do not match
+    ├── CheckpointError  6  a damaged checkpoint, or one of another run
+    ├── ResourceError    7  not enough memory or disk, or a missing model or package
+    ├── NonFiniteError   8  a loss or gradient norm that is NaN or infinite
+    └── SecurityError    9  a file or setting that could run code, leave its folder or reveal a secret
 
-Exit 0 is success, 1 a bug of ours, 3 a sweep that failed in part, 130 and 143 a signal (Interrupted), 141 a reader
-of the output that left.
+Exit 0 is success, 1 a bug in lora_ft, 3 a sweep with failed jobs, 130 and 143 SIGINT and SIGTERM (Interrupted), 141 a
+closed output pipe.
 """
 
 _TRAINING = "lower train.tokens_per_microbatch, or set train.gradient_checkpointing=every_1 or quant=nf4"
@@ -24,7 +24,7 @@ _SAVES_MEMORY = {
 
 
 class LoraFtError(Exception):
-    """A mistake or a condition that the user can act on: shown as one message, without a traceback."""
+    """Base of all errors that a user can act on: shown as one message, without a traceback."""
 
     exit_code = 1
 
@@ -58,7 +58,7 @@ class SecurityError(LoraFtError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM, with what it left behind; as a KeyboardInterrupt it ends a whole sweep, not a job of it."""
+    """SIGINT or SIGTERM. A KeyboardInterrupt, so that it ends a whole sweep and not one job."""
 
     def __init__(self, signum: int, message: str = "") -> None:
         super().__init__(message)
@@ -66,15 +66,15 @@ class Interrupted(KeyboardInterrupt):
 
 
 def out_of_memory(command: str, error: Exception) -> ResourceError | None:
-    """Return the error to show for memory that did not suffice, with settings that need less; None for other errors.
+    """Return a ResourceError with advice for an out-of-memory error, None for other errors.
 
-    torch is not imported here: its errors are known by their names.
+    torch is not imported here, so its errors are recognized by name.
     """
     on_gpu = type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch")
     on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     if not (on_gpu or on_cpu or isinstance(error, MemoryError)):
         return None
-    advice = _SAVES_MEMORY.get(command, "use a machine with more of it")
+    advice = _SAVES_MEMORY.get(command, "use a machine with more memory")
     reason = str(error).partition("DefaultCPUAllocator: ")[2] or str(error)
-    # The error is not the cause: its frames would keep the model in memory for the next jobs of a sweep.
+    # Not chained: the frames of the error would keep the model in memory for the next jobs of a sweep.
     return ResourceError(f"out of memory{f' ({reason})' if reason else ''}: {advice}")

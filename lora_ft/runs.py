@@ -1,26 +1,25 @@
-"""The run folder: what a run leaves behind, and the only thing one command hands to another. No torch here.
+"""The run folder, the only interface between commands. No torch here.
 
 runs/2026-11-23_10-15-00-123456/
   config.yaml        the composed config, resolved; never rewritten
-  changed.json       settings that a resumed run has otherwise, by dotted key: {"train.epochs": 3}
-  overrides.txt      the overrides of the command line, one a line
+  changed.json       settings that a resumed run changed, by dotted key: {"train.epochs": 3}
+  overrides.txt      the overrides of the command line, one per line
   environment.json   versions, machine, command
-  rows.jsonl         rows that were given in Python; eval_rows.jsonl
-  check.json         what was known of rows, steps and layers before training (training/dry_run.py)
-  metrics.jsonl      one object a step: {"step": 1, "loss": ..., ...}
+  rows.jsonl         rows given in Python (run_rows.py); eval_rows.jsonl
+  check.json         the dry run: rows, steps, layers, warnings (training/dry_run.py)
+  metrics.jsonl      one object per step: {"step": 1, "loss": ..., ...}
   checkpoints/       states to resume from (training/checkpoint.py)
-  result.json        the outcome: losses, tokens per second, peak memory, where the adapter is
+  result.json        the outcome: losses, tokens per second, peak memory, sha256 of the adapter
   halving.json       the last rung of successive halving that a job passed: {"passed": 20}
-  failure.json       in its place, for a job of a sweep that failed: kind of error, exit code, message
+  failure.json       instead of result.json, for a failed job of a sweep: kind of error, exit code, message
   adapter/           stock PEFT files, tokenizer, lora_ft.json
-  tracker.json       the run's tracker and id in it; tensorboard/, wandb/, mlflow/ hold its files on this machine
-  eval.json          written by lora-ft eval; merge.json by lora-ft merge, which weights were better to merge onto
+  tracker.json       name and run id of the tracker; tensorboard/, wandb/, mlflow/ hold its local files
+  eval.json          written by lora-ft eval; merge.json by lora-ft merge: losses of the two merges of a quantized run
 
-A sweep folder holds a run folder for each job, and sweep.json: the overrides that began it.
+A sweep folder holds a run folder per job, and sweep.json: the overrides of the sweep.
 """
 
 import contextlib
-import copy
 import datetime
 import errno
 import fcntl
@@ -31,7 +30,7 @@ import platform
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ from typing import Any
 import yaml
 
 from lora_ft import config, validation
-from lora_ft.errors import CheckpointError, ConfigError, DataError, LoraFtError
+from lora_ft.errors import CheckpointError, ConfigError, LoraFtError
 from lora_ft.io import durable, untrusted
 from lora_ft.io.redact import redact
 
@@ -54,24 +53,24 @@ _BEFORE_TRAINING = {_CONFIG, OVERRIDES, "environment.json", LOG, "tensorboard", 
 
 
 def begin(folder: Path, cfg: Any, overrides: list[str]) -> bool:
-    """Start the run of a folder that is `locked`, or reopen it where `cfg.resume` says so and it has begun to train.
+    """Create the run of a `locked` folder, or reopen it if `cfg.resume` is set and it has begun to train.
 
-    False where it is finished and nothing more is asked of it. Raises what `create` and `reopen` raise.
+    Returns False if the run is finished. Raises the errors of `create` and `reopen`.
     """
     if cfg.resume and exists(folder):
-        goes_on = reopen(folder, cfg)
+        has_work = reopen(folder, cfg)
     else:
         create(folder, validation.to_plain(cfg), overrides)
-        goes_on = True
-    if goes_on:
+        has_work = True
+    if has_work:
         durable.remove(folder / FAILURE)
-    return goes_on
+    return has_work
 
 
 def create(folder: Path, config: dict[str, Any], overrides: list[str]) -> None:
-    """Start a run: refuse a folder that holds anything, then write what is known before training.
+    """Create a run: write its config, overrides and environment.
 
-    What a start that failed before its first step left behind is no obstacle to the next.
+    Raises ConfigError if the folder is not empty; the files of a run that failed before its first step are allowed.
     """
     durable.make_folder(folder)
     if not _names(folder) <= _BEFORE_TRAINING:
@@ -81,62 +80,23 @@ def create(folder: Path, config: dict[str, Any], overrides: list[str]) -> None:
     durable.clear_leftovers(folder)
     write_overrides(folder, overrides)
     durable.write_json(folder / "environment.json", environment())
-    # Last: a folder that has it holds a run, which can be resumed.
+    # Written last: it marks a run that can be resumed.
     durable.write_text(folder / _CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
 
 def new_folder() -> Path:
-    """Return a new folder's path under runs/, named by the time, as the commands do."""
+    """Return the path of a new folder under runs/, named by the time."""
     return Path("runs") / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
 
 
-def with_rows(cfg: Any, folder: Path, rows: Any, eval_rows: Any) -> Any:
-    """Return a deep copy of a config; its data are the rows that `write_rows` puts into the run folder, if any.
-
-    A run that is resumed without rows and data finds those that it was begun with.
-    """
-    cfg = copy.deepcopy(cfg)
-    for key, given, name in (("path", rows, ROWS), ("eval_path", eval_rows, EVAL_ROWS)):
-        stored = cfg.resume and not getattr(cfg.data, key) and (folder / name).is_file()
-        if given is not None or stored:
-            setattr(cfg.data, key, str(folder / name))
-    return cfg
-
-
 def folder_of(cfg: Any, folder: str | Path | None) -> Path:
-    """Return the absolute folder of a run from Python: the one given, the one that `cfg.resume` names, or a new one."""
+    """Return the absolute folder of a run: `folder`, the one that `cfg.resume` names, or a new one."""
     resumed = None if cfg.resume in (None, "auto") else cfg.resume
     if cfg.resume == "auto" and folder is None:
         raise ConfigError("resume=auto continues the run in a folder: name it with folder=")
     if resumed and folder and Path(resumed).expanduser().absolute() != Path(folder).expanduser().absolute():
-        raise ConfigError(f"resume={resumed} continues the run in that folder, and folder={folder} names another")
+        raise ConfigError(f"resume={resumed} and folder={folder} name two folders: give one of them")
     return Path(folder or resumed or new_folder()).expanduser().absolute()
-
-
-def write_rows(folder: Path, rows: Any, eval_rows: Any) -> None:
-    """Write rows that were given in Python, dicts or a datasets.Dataset, as JSON lines; DataError names a bad one."""
-    for name, given in ((ROWS, rows), (EVAL_ROWS, eval_rows)):
-        if given is None:
-            continue
-        text, path = "".join(_json_lines(given, name)), folder / name
-        if path.is_file() and path.read_text("utf-8") != text:
-            raise CheckpointError(f"{path} holds other rows than those given: the run cannot continue with them")
-        durable.write_text(path, text)
-
-
-def _json_lines(rows: Any, name: str) -> Iterator[str]:
-    if hasattr(rows, "with_format"):  # datasets: as stored, for an image's row holds a path that would be opened
-        rows = (row for batch in rows.with_format("arrow").iter(1000) for row in batch.to_pylist())
-        rows = map(untrusted.without_filled_nulls, rows)
-    for number, row in enumerate(rows, 1):
-        try:
-            if not isinstance(row, Mapping):
-                raise TypeError(f"it is of type {type(row).__name__}, not a dict")
-            line = json.dumps(dict(row), ensure_ascii=False, allow_nan=False) + "\n"
-            line.encode("utf-8")  # a lone surrogate has no bytes
-            yield line
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{name.partition('.')[0]}[{number - 1}] cannot be stored as JSON: {error}") from None
 
 
 def write_overrides(folder: Path, overrides: list[str]) -> None:
@@ -144,21 +104,21 @@ def write_overrides(folder: Path, overrides: list[str]) -> None:
 
 
 def write_failure(folder: Path, error: BaseException) -> None:
-    """Keep why a job failed; a bug's traceback goes into the run's log."""
+    """Write failure.json; the traceback of an unexpected error is appended to log.txt."""
     known = isinstance(error, LoraFtError)
     if not known:
         durable.append_line(folder / LOG, "".join(traceback.format_exception(error)))
     failure = {
         "kind": type(error).__name__,
         "exit_code": error.exit_code if isinstance(error, LoraFtError) else 1,
-        # Redacted before it is JSON, too: what a message quotes is escaped twice there.
+        # Redacted before it becomes JSON too, which escapes quotes in the message twice.
         "message": redact(str(error) if known else f"{type(error).__name__}: {error}"),
     }
     durable.write_json(folder / FAILURE, failure)
 
 
 def fail(folder: Path, error: BaseException, overrides: list[str]) -> None:
-    """`write_failure` for a job that may not have come to make its folder."""
+    """Write failure.json for a job whose folder may not exist yet."""
     durable.make_folder(folder)
     if not (folder / OVERRIDES).is_file():
         write_overrides(folder, overrides)
@@ -166,27 +126,27 @@ def fail(folder: Path, error: BaseException, overrides: list[str]) -> None:
 
 
 def read_failure(folder: Path) -> dict[str, Any] | None:
-    """What `write_failure` kept; None where the run has not failed."""
+    """Return the content of failure.json, or None if the run has not failed."""
     path = folder / FAILURE
     untrusted.check_place(path, folder)
     return untrusted.json_object(path, ConfigError) if path.is_file() else None
 
 
 def create_sweep(folder: Path, overrides: list[str], config_dir: Path | None, *, resumed: bool) -> None:
-    """Keep the overrides that begin a sweep in its folder, which is `locked`; ConfigError where that holds anything.
+    """Write sweep.json into the `locked` folder of a sweep, unless a resumed sweep has it already.
 
-    A sweep that is resumed has its overrides already.
+    Raises ConfigError if the folder holds anything else.
     """
     if not any(folder.iterdir()):
         found = {"overrides": overrides, "config_dir": str(config_dir.resolve()) if config_dir else None}
         durable.write_json(folder / SWEEP, found)
     elif not (resumed and (folder / SWEEP).is_file()):
         raise ConfigError(f"the sweep folder must be empty, but {folder} is not: choose another hydra.sweep.dir, or "
-                          f"go on with: lora-ft sweep resume={shlex.quote(str(folder))}")  # fmt: skip
+                          f"continue with: lora-ft sweep resume={shlex.quote(str(folder))}")  # fmt: skip
 
 
 def read_sweep(folder: Path) -> tuple[list[str], Path | None]:
-    """The overrides that began a sweep, and its folder of configs; ConfigError where the folder holds no sweep."""
+    """Return the overrides of a sweep and its --config-dir; raises ConfigError if the folder is not a sweep's."""
     path = folder / SWEEP
     if not path.is_file():
         raise ConfigError(f"{folder} is not a sweep folder: it has no {SWEEP}")
@@ -200,16 +160,15 @@ def read_sweep(folder: Path) -> tuple[list[str], Path | None]:
     ):
         if "words" in found:
             raise ConfigError(f"{folder} is a sweep of lora_ft 0.1, which this version cannot resume")
-        raise ConfigError(f"{path} must hold overrides and config_dir of a sweep")
+        raise ConfigError(f"{path} must contain overrides and config_dir of a sweep")
     return overrides, Path(config_dir) if config_dir else None
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of the folder of a run or sweep while this one works in it; ConfigError where one is.
+    """Lock the folder of a run or sweep until the block ends; raises ConfigError if another process has locked it.
 
-    The lock is the kernel's, on the folder itself: it ends with the process, however that ends. Where a file system
-    has no locks there is none.
+    The kernel releases the lock when the process ends in any way. File systems without locks are used without one.
     """
     durable.make_folder(folder)
     with durable.writing(folder):
@@ -225,32 +184,32 @@ def _lock(descriptor: int, folder: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ConfigError(f"{folder} is in use: another process works in it") from None
+        raise ConfigError(f"{folder} is in use by another process") from None
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
             raise
 
 
 def exists(folder: Path) -> bool:
-    """Whether a run in this folder has begun to train; what a start that failed left behind is none."""
+    """Return True if the run in this folder has begun to train."""
     return (folder / _CONFIG).is_file() and not _names(folder) <= _BEFORE_TRAINING
 
 
 def _names(folder: Path) -> set[str]:
-    """What lies in a folder; a file that was being written when its process was killed, by the name it was to have."""
-    return {durable.meant_name(path.name) for path in folder.iterdir()} if folder.is_dir() else set()
+    """Return the names in a folder; temporary files count by their final names."""
+    return {durable.final_name(path.name) for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 def is_finished(folder: Path, cfg: Any) -> bool:
-    """Whether a run has its result, and these settings ask for nothing more; ConfigError for others than its own."""
+    """Return True if a run has a result and `cfg` does not make it longer; raises ConfigError for other settings."""
     return (folder / RESULT).is_file() and not _longer(validation.changes(read_config(folder), cfg))
 
 
 def reopen(folder: Path, cfg: Any) -> bool:
-    """Check that a run can go on with these settings; False where it is finished and they ask nothing more of it.
+    """Check that a run can continue with these settings; return False if it is finished and they do not make it longer.
 
-    Raises ConfigError for settings that a resumed run may not change, CheckpointError where a finished run is to be
-    longer and its last state is gone.
+    Raises ConfigError for settings that a resumed run cannot change, CheckpointError if a finished run should be longer
+    and has no checkpoint.
     """
     durable.clear_leftovers(folder)
     changed = validation.changes(read_config(folder), cfg)
@@ -259,15 +218,15 @@ def reopen(folder: Path, cfg: Any) -> bool:
     if not _longer(changed):
         return False
     if not any((folder / CHECKPOINTS).glob("step-*")):
-        raise CheckpointError(f"{folder} is finished, and has no checkpoint to go on from")
+        raise CheckpointError(f"{folder} is finished and has no checkpoint to continue from")
     return True
 
 
 def keep_changes(folder: Path, cfg: Any) -> bool:
-    """Write down what a run that goes on does otherwise than before; whether it is longer than it was to be."""
+    """Write the settings that a resumed run changes to changed.json; return True if they make the run longer."""
     changed = validation.changes(read_config(folder), cfg)
     if _longer(changed):
-        durable.remove(folder / RESULT)  # first: with its result a run that was to go on would count as finished
+        durable.remove(folder / RESULT)  # first: a run with a result counts as finished
     if changed:
         durable.write_json(folder / _CHANGED, _read_changed(folder) | changed)
     return _longer(changed)
@@ -278,13 +237,13 @@ def _longer(changed: dict[str, Any]) -> bool:
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """What a finished run wrote of its outcome."""
+    """Return the content of result.json of a finished run."""
     untrusted.check_place(folder / RESULT, folder)
     return untrusted.json_object(folder / RESULT, ConfigError)
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine of this process: what a reader needs to repeat the run; no paths, no names."""
+    """Return versions and machine of this process, as needed to reproduce a run; no paths and no names."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -294,9 +253,9 @@ def environment() -> dict[str, Any]:
     }
 
 
-@functools.cache  # read from files, 10 ms, and every checkpoint has them
+@functools.cache  # takes 10 ms, and every checkpoint needs them
 def versions() -> dict[str, str]:
-    """Installed versions of the packages that a result depends on; absent ones are left out."""
+    """Return the installed versions of the packages that decide a result."""
     found = {}
     for name in PACKAGES:
         try:
@@ -311,15 +270,15 @@ def append_metrics(folder: Path, values: dict[str, Any]) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Read the lines of metrics.jsonl that are whole: a process that was killed may leave half of its last one."""
+    """Return the complete lines of metrics.jsonl; a killed process may leave a partial last one."""
     text = (folder / METRICS).read_text("utf-8")
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config of a run, which may be somebody else's, with what was changed when it was resumed.
+    """Return the config of a run, including the changes of resumed runs. The folder may be from another person.
 
-    Raises ConfigError where the folder is not one, and what lora_ft.io.untrusted raises.
+    Raises ConfigError if the folder is not a run folder, and the errors of lora_ft.io.untrusted.
     """
     path = folder / _CONFIG
     if not path.is_file():
@@ -328,7 +287,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     untrusted.check_yaml(path.read_bytes(), str(path), ConfigError)
     loaded = yaml.safe_load(path.read_text("utf-8"))
     if not isinstance(loaded, dict):
-        raise ConfigError(f"{folder}: {_CONFIG} holds no settings")
+        raise ConfigError(f"{folder}: {_CONFIG} contains no settings")
     _check_edition(folder, loaded)
     for key, value in _read_changed(folder).items():
         group, _, name = key.rpartition(".")
@@ -340,7 +299,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_edition(folder: Path, stored: dict[str, Any]) -> None:
-    """Raise ConfigError for a config that lora_ft 0.1 wrote: some of its settings have other names now."""
+    """Raise ConfigError for a config of lora_ft 0.1, some of whose settings have other names now."""
     for group, settings in stored.items():
         for name in settings if isinstance(settings, dict) else ():
             if now := config.RENAMED.get(f"{group}.{name}"):
@@ -357,7 +316,7 @@ def _read_changed(folder: Path) -> dict[str, Any]:
 
 
 def adapter_folder(folder: Path) -> Path:
-    """The adapter of a finished run; ConfigError where the run has not written one."""
+    """Return the adapter folder of a finished run; raises ConfigError if the run has none."""
     path = folder / "adapter"
     if not (path / "adapter_config.json").is_file():
         raise ConfigError(f"run={folder} has no adapter: the run did not finish (see {folder / LOG})")

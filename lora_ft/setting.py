@@ -1,4 +1,4 @@
-"""How a setting is declared: its default with meaning, unit and rule, for help, completion, validation. No torch here.
+"""Declaration of a setting: default, meaning, unit and rule, for help, completion and validation. No torch here.
 
 r: int = setting(16, "rank", at_least=1)
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class OnResume(Enum):
-    """What a resumed run may do with a setting: keep it, raise it, or have another one, as it changes no result."""
+    """Changes of a setting that a resumed run allows: none, a higher value, or any (it does not change the result)."""
 
     same = "same"
     higher = "higher"
@@ -30,10 +30,10 @@ def setting(
     path: bool = False,
     on_resume: OnResume = OnResume.same,
 ) -> Any:
-    """Declare a setting: its default, its meaning for `--help`, its unit and the rule its value obeys.
+    """Declare a setting with its default, meaning (for `--help`), unit and the rule for its value.
 
-    `text` marks free text, whose value the command line takes literally; `path` marks such a text that may name a
-    place on this machine. `on_resume` says whether a run that is continued may have another value.
+    text: free text, which the command line takes literally. path: free text that may be a local path. on_resume:
+    changes that a resumed run allows.
     """
     metadata = {
         "meaning": meaning,

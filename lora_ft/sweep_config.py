@@ -1,4 +1,4 @@
-"""Settings of a sweep and of its launcher, part of `config.py`. No torch here."""
+"""Settings of a sweep and of its launcher; part of `config.py`. No torch here."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,10 @@ from lora_ft.setting import setting
 
 @dataclass
 class Sweep:
-    halving: bool = setting(False, "stop the jobs of a shared base whose eval loss falls behind (arXiv 1502.07943)")
-    eta: int = setting(3, "halving: one in so many goes on at each rung", at_least=2)
+    halving: bool = setting(False, "successive halving: stop jobs with a high eval loss early (arXiv 1502.07943)")
+    eta: int = setting(3, "halving: keep one in eta jobs at each rung", at_least=2)
     min_steps: int = setting(
-        20, "halving: steps before the first rung; each further rung is eta times as far", unit="steps", at_least=1
+        20, "halving: steps before the first rung; each later rung is eta times as far", unit="steps", at_least=1
     )
 
 
@@ -19,8 +19,8 @@ class Launcher:
     """Settings of the launcher that runs the jobs of a sweep: `hydra.launcher.*`."""
 
     share_base: bool = setting(True, "train compatible jobs on one loaded base, or each in a process of its own")
-    executor: str = setting("local", "what runs the jobs: local, a process on each device", text=True)
-    devices: list[str] = setting([], "CUDA devices, by number; one process on each; []: all that are visible")
+    executor: str = setting("local", "where jobs run; local: one process per device", text=True)
+    devices: list[str] = setting([], "CUDA device numbers, one process each; []: all visible devices")
     job_timeout: float | None = setting(
-        None, "longest time that a step of a job, its loading or its end may take", unit="seconds", above=0
+        None, "kill a job without progress (a step, loading, or its end) for this long", unit="seconds", above=0
     )

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_ft import config, runs, validation
+from lora_ft import config, run_rows, runs, validation
 from lora_ft.adapters import audit, init
 from lora_ft.cli import entry
 from lora_ft.config import Schedule
@@ -26,7 +26,7 @@ from lora_ft.io import durable
 from lora_ft.models.fingerprint import fingerprint
 from lora_ft.training import checkpoint, trackers
 from lora_ft.training.callbacks import Callback, Callbacks
-from lora_ft.training.dry_run import check_first
+from lora_ft.training.dry_run import dry_run
 from lora_ft.training.finish import Result, finish
 from lora_ft.training.progress import displayed
 from lora_ft.training.shared import Shared, load, prepare
@@ -42,7 +42,7 @@ def main(cfg: config.TrainRun, invocation: entry.Invocation) -> float | None:
     folder = invocation.folder
     with runs.locked(folder):
         if not runs.begin(folder, cfg, invocation.overrides):
-            sys.stdout.write(f"{folder} is finished: nothing to resume\n")
+            sys.stdout.write(f"{folder} is already finished\n")
             return runs.read_result(folder).get("eval_loss")
         with displayed(folder) as progress, on_signals() as stop:
             result = train_job(cfg, folder, prepare(cfg), [progress], stop)
@@ -67,12 +67,12 @@ def train(
 ) -> Run:
     """Train one adapter from Python; see `lora_ft.train`."""
     folder = runs.folder_of(cfg, folder)
-    cfg = runs.with_rows(cfg, folder, rows, eval_rows)
+    cfg = run_rows.with_rows(cfg, folder, rows, eval_rows)
     validation.locate_paths(cfg)
     validation.validate(cfg)
     with runs.locked(folder):
         if runs.begin(folder, cfg, []):
-            runs.write_rows(folder, rows, eval_rows)
+            run_rows.write_rows(folder, rows, eval_rows)
             with displayed(folder) as progress, on_signals() as stop:
                 train_job(cfg, folder, prepare(cfg), [progress, *callbacks], stop)
     return Run(folder, Result(**runs.read_result(folder)), runs.read_metrics(folder))
@@ -88,11 +88,11 @@ def train_job(
 ) -> Result | None:
     """Train the run of a folder that was begun by `runs.begin`, from its newest checkpoint if it has one.
 
-    Returns None if `until` steps are done and more follow: the state is saved. Afterwards, and after an error, the
-    base is as it was before, and nothing of the adapter is left in memory.
+    Returns None if it paused after `until` steps, with a checkpoint. When it returns or raises, the base is unchanged
+    and the adapter's memory is freed.
     """
     started = time.perf_counter()
-    check = check_first(cfg, shared.rows, shared.tokenizer, folder)
+    check = dry_run(cfg, shared.rows, shared.tokenizer, folder)
     durable.write_json(folder / runs.CHECK, asdict(check))
     for warning in check.warnings:
         log.warning(warning)
@@ -101,27 +101,27 @@ def train_job(
         log.info(reason)
     base, dataset = loaded.base, shared.rows.dataset
     if changes_base := init.find(cfg.adapter.init).changes_base:
-        shared.base = None  # the next job loads one of its own
+        shared.base = None  # the next job loads its own
     log.info(str(dataset.report))
-    told = Callbacks([*trackers.callbacks(cfg.track), *callbacks])
+    callback = Callbacks([*trackers.callbacks(cfg.track), *callbacks])
     with attached(cfg, folder, base, dataset, loaded.accelerated.paths, loaded.fingerprint) as state:
         log.info("%s parameters train, %d steps", f"{state.num_trainable:,}", len(state.steps))
         try:
             checkpoint.resume(state)
             if runs.keep_changes(folder, cfg) and cfg.optim.schedule is not Schedule.constant:
-                log.warning("the learning rate follows the schedule of the longer run, not the one it had fallen to")
+                log.warning("the learning rate now follows the schedule of the longer run")
             log.info("ready in %.1f s", time.perf_counter() - started)
-            told.on_start(state)
-            fit(state, [told], stop, until, shared.base_losses)
+            callback.on_start(state)
+            fit(state, [callback], stop, until, shared.base_losses)
             result = None
             if state.is_done:
                 if not changes_base:
                     audit.check_base_unchanged(loaded.fingerprint, fingerprint(base.model))
                 result = finish(state, base, dataset, shared.comparisons)
         except BaseException as error:
-            told.on_end(state, error)
+            callback.on_end(state, error)
             raise
-        told.on_end(state, result)
+        callback.on_end(state, result)
     return result
 
 

@@ -1,4 +1,4 @@
-"""Walk and check the settings that `config.py` declares: for help, completion, quoting and validation. No torch here.
+"""Walk, check and convert the settings that `config.py` declares. No torch here.
 
 for setting in settings(TrainRun): ...      # Setting("adapter.r", int, 16, "rank", unit="", text=False, path=False)
 locate_paths(cfg)                           # data.path: rows.jsonl -> /home/me/rows.jsonl
@@ -24,7 +24,7 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True)
 class Setting:
-    """One declared setting of a schema, as help, quoting and validation read it."""
+    """One declared setting of a schema."""
 
     key: str
     type: Any
@@ -37,7 +37,7 @@ class Setting:
 
 
 def settings(schema: type, prefix: str = "") -> Iterator[Setting]:
-    """Walk a schema depth first and yield its settings with dotted keys, in order of declaration."""
+    """Yield the settings of a schema with dotted keys, in order of declaration."""
     for f in dataclasses.fields(schema):
         if group := _group(f):
             yield from settings(group, f"{prefix}{f.name}.")
@@ -59,9 +59,10 @@ def _group(field: "dataclasses.Field[Any]") -> type | None:
 
 
 def locate_paths(cfg: Any) -> None:
-    """Make a composed config hold in every folder: `~` is expanded, and a path that exists becomes absolute.
+    """Expand `~` in the paths of a config, and make existing paths absolute, so it works in every folder.
 
-    A hub id, `package:...` and a place that is not there stay as they are; a folder goes before a hub id of its name.
+    Other values (hub ids, `package:...`, missing files) are unchanged. An existing folder takes precedence over a hub
+    id of the same name.
     """
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)
@@ -69,24 +70,24 @@ def locate_paths(cfg: Any) -> None:
             locate_paths(value)
         elif value and f.metadata["path"]:
             path = expand_home(value)
-            # os.path: pathlib raises for a name that no file can have
+            # not pathlib, which raises for invalid file names
             setattr(cfg, f.name, os.path.abspath(path) if os.path.exists(path) else path)  # noqa: PTH100, PTH110
 
 
 def expand_home(path: str) -> str:
-    """`~/x` and `~name/x` with the home folder in its place; an unknown `~name` stays as it is."""
+    """Replace `~` and `~name` at the start of a path by the home folder; an unknown `~name` is unchanged."""
     return os.path.expanduser(path)  # noqa: PTH111  (pathlib raises for an unknown name)
 
 
 def validate(cfg: Any, prefix: str = "") -> None:
-    """Check every rule of a composed config; raise one ConfigError that names all violations."""
+    """Check every rule of a config; raise one ConfigError that lists all violations."""
     problems = [*_broken_rules(cfg, prefix), *_broken_combinations(cfg)]
     if problems:
         raise ConfigError("\n".join(problems))
 
 
 def validate_values(cfg: Any) -> None:
-    """Check the rule of each setting, and not what they must be together; raise one ConfigError."""
+    """Check the rule of each setting, but no rules about several settings; raise one ConfigError."""
     if problems := [*_broken_rules(cfg)]:
         raise ConfigError("\n".join(problems))
 
@@ -121,7 +122,7 @@ def _violations(metadata: Any, value: Any) -> Iterator[str]:
 def _broken_combinations(cfg: Any) -> Iterator[str]:
     if isinstance(cfg, TrainRun):
         if not cfg.model.path:
-            yield "model.path is empty: choose a base with model=NAME, or model=local model.path=PLACE"
+            yield "model.path is empty: choose a base with model=NAME, or model=local model.path=FOLDER"
         if not cfg.data.path:
             yield "data.path is empty: choose data with data=NAME or data.path=FILE"
         if cfg.optim.warmup_steps and cfg.train.max_steps and cfg.optim.warmup_steps >= cfg.train.max_steps:
@@ -131,49 +132,49 @@ def _broken_combinations(cfg: Any) -> Iterator[str]:
             )
         if not cfg.adapter.target_modules:
             yield "adapter.target_modules must name at least one layer, got []"
-        if (cfg.train.keep is Keep.best or cfg.train.patience) and not _holds_out(cfg.data):
+        if (cfg.train.keep is Keep.best or cfg.train.patience) and not _has_eval_rows(cfg.data):
             yield "train.keep=best and train.patience need eval rows: data.eval_fraction or data.eval_path"
         if cfg.train.patience and not cfg.train.eval_every_steps:
             yield "train.patience needs train.eval_every_steps, got null"
-        if isinstance(cfg, SweepRun) and cfg.sweep.halving and not _holds_out(cfg.data):
+        if isinstance(cfg, SweepRun) and cfg.sweep.halving and not _has_eval_rows(cfg.data):
             yield "sweep.halving needs eval rows: data.eval_fraction or data.eval_path"
     elif isinstance(cfg, Launcher):
         return
     elif isinstance(cfg, ReportRun):
         if not cfg.sweep:
-            yield "sweep is empty: name the folder of a sweep, sweep=FOLDER"
+            yield "sweep is empty: give the folder of a sweep, sweep=FOLDER"
     elif isinstance(cfg, MergeRun) and cfg.adapters:
         if cfg.run or cfg.adapter_path:
-            yield "adapters names the adapters to combine: leave run and adapter_path out"
+            yield "adapters lists the adapters to combine: leave out run and adapter_path"
     elif not (cfg.run or cfg.adapter_path):
-        yield "name a run with run=FOLDER, or an adapter made elsewhere with adapter_path=DIR_OR_ID"
+        yield "give a run with run=FOLDER, or an adapter with adapter_path=FOLDER_OR_HUB_ID"
     elif cfg.run and cfg.adapter_path:
-        yield "run and adapter_path name two adapters: give one of them"
+        yield "run and adapter_path are two adapters: give one of them"
     if isinstance(cfg, MergeRun):
         yield from _broken_merge(cfg)
     elif isinstance(cfg, PublishRun) and not (cfg.to or cfg.lint_only or cfg.verify_only):
-        yield "to is empty: name a destination, to=dir:PATH, hf:OWNER/NAME or a URL (s3://BUCKET/PREFIX)"
+        yield "to is empty: give a destination, to=dir:PATH, hf:OWNER/NAME or a URL (s3://BUCKET/PREFIX)"
 
 
 def _broken_merge(cfg: MergeRun) -> Iterator[str]:
     if not cfg.out:
-        yield "out is empty: name the folder to write, out=DIR"
+        yield "out is empty: give the folder to write, out=FOLDER"
     if cfg.gguf and cfg.dtype is not Dtype.auto:
-        yield f"gguf={cfg.gguf.value} decides the dtype of the file: leave dtype out, got {cfg.dtype.value}"
+        yield f"gguf={cfg.gguf.value} sets the dtype of the file: leave out dtype, got {cfg.dtype.value}"
     if cfg.weights and len(cfg.weights) != len(cfg.adapters):
-        yield f"weights must be as many as adapters ({len(cfg.adapters)}), got {len(cfg.weights)}"
+        yield f"weights must have one value per adapter ({len(cfg.adapters)}), got {len(cfg.weights)}"
     if cfg.gguf and (cfg.adapters or cfg.truncate_rank):
-        yield "gguf writes a merged model, adapters and truncate_rank an adapter: give one of them"
+        yield "gguf writes a merged model, but adapters and truncate_rank write an adapter: give one of them"
     if cfg.adapters and cfg.truncate_rank:
-        yield "adapters and truncate_rank are two commands: combine first, then make the result smaller"
+        yield "adapters and truncate_rank cannot be combined: combine the adapters first, then truncate the result"
 
 
-def _holds_out(data: Data) -> bool:
+def _has_eval_rows(data: Data) -> bool:
     return bool(data.eval_fraction or data.eval_path or data.eval_split)
 
 
 def to_plain(cfg: Any) -> dict[str, Any]:
-    """A config as plain dicts, lists and scalars, enums by name: what config.yaml holds."""
+    """Convert a config to plain dicts, lists and scalars, with enums by name, as in config.yaml."""
     return {
         f.name: to_plain(value)
         if dataclasses.is_dataclass(value)
@@ -186,7 +187,7 @@ def to_plain(cfg: Any) -> dict[str, Any]:
 
 
 def from_plain(schema: type[Config], plain: dict[str, Any]) -> Config:
-    """Rebuild a config from the form of `to_plain`; settings that are not there have their defaults.
+    """Rebuild a config from the result of `to_plain`; missing settings get their defaults.
 
     Raises ConfigError for an unknown setting and for a value of another type.
     """
@@ -210,9 +211,9 @@ def escape(value: Any) -> Any:
 
 
 def lasting(cfg: Any) -> dict[str, Any]:
-    """The settings that decide a run's result, by dotted key and as plain values, where they are not the default.
+    """Return the settings that decide a run's result, by dotted key, where they differ from the default.
 
-    A setting that a later version adds, and that changes nothing by default, is so no other run.
+    Defaults are omitted, so adding an option does not change existing config hashes.
     """
     plain = to_plain(cfg)
     chosen = {s.key: _at(plain, s) for s in settings(type(cfg)) if s.on_resume is OnResume.same}
@@ -220,9 +221,9 @@ def lasting(cfg: Any) -> dict[str, Any]:
 
 
 def changes(stored: dict[str, Any], cfg: Any) -> dict[str, Any]:
-    """What a resumed run is to do otherwise than `stored` (as of `to_plain`), by dotted key.
+    """Return the settings of a resumed run that differ from `stored` (a result of `to_plain`), by dotted key.
 
-    Raises ConfigError that lists the settings which may not change, with both values.
+    Raises ConfigError with all settings that cannot change, and both values.
     """
     plain, changed, refused = to_plain(cfg), {}, []
     for setting in settings(type(cfg)):
@@ -233,14 +234,14 @@ def changes(stored: dict[str, Any], cfg: Any) -> dict[str, Any]:
         if setting.on_resume is OnResume.free or (higher and now > before):
             changed[setting.key] = now
         else:
-            refused.append(f"  {setting.key}: {before} -> {now}" + (" (may be raised only)" if higher else ""))
+            refused.append(f"  {setting.key}: {before} -> {now}" + (" (can only be raised)" if higher else ""))
     if refused:
-        raise ConfigError("a resumed run keeps the settings that decide its result:\n" + "\n".join(refused))
+        raise ConfigError("a resumed run cannot change the settings that decide its result:\n" + "\n".join(refused))
     return changed
 
 
 def _at(plain: dict[str, Any], setting: Setting) -> Any:
-    """The plain value of a setting; the default where a stored config is older than the setting."""
+    """Return the plain value of a setting, or its default if the stored config does not have it."""
     node: Any = plain
     for part in setting.key.split("."):
         if not isinstance(node, dict) or part not in node:

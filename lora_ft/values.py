@@ -1,4 +1,4 @@
-"""What settings choose from, by name. config.py says which setting, and passes these names on. No torch here."""
+"""Enums of the settings in config.py, which exports them again. No torch here."""
 
 from enum import Enum
 
@@ -8,7 +8,7 @@ class Dtype(Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
-    fp32, bf16, fp16 = float32, bfloat16, float16  # other names of the same
+    fp32, bf16, fp16 = float32, bfloat16, float16  # aliases
 
 
 class QuantKind(Enum):
@@ -60,7 +60,7 @@ class Keep(Enum):
 
 
 class Tracker(Enum):
-    """The names of `accelerate.tracking`."""
+    """Trackers by their names in `accelerate.tracking`."""
 
     none = "none"
     tensorboard = "tensorboard"

@@ -271,7 +271,7 @@ def test_damaged_record_or_config_is_an_error(tmp_path: Path) -> None:
         (provenance.RECORD, '{"format": 2, "base": {}}', "not a record of format 1, got 2"),
         (provenance.RECORD, '{"format": 1, "base": "tiny"}', "not a record of format 1"),
         (provenance.RECORD, '{"format": 1', "lora_ft.json is not valid JSON"),
-        (provenance.RECORD, "[]", "must hold a JSON object"),
+        (provenance.RECORD, "[]", "must contain a JSON object"),
         (files.CONFIG, '{"peft_type": ', "adapter_config.json is not valid JSON"),
         (files.CONFIG, '{"peft_type": "LORA", "r": 0}', "adapter"),
     ):

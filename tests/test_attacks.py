@@ -79,7 +79,7 @@ def test_the_watch_sees_what_is_opened(tmp_path: Path) -> None:
 
 def test_each_promise_names_tests_that_there_are() -> None:
     tests = Path(__file__).parent
-    named = re.findall(r"`(test_\w+\.py)`", (tests.parent / "SECURITY.md").read_text("utf-8"))
+    named = re.findall(r"`(test_\w+\.py)`", (tests.parent / "docs" / "security.md").read_text("utf-8"))
     assert len(set(named)) >= 4 and all((tests / name).is_file() for name in named)
 
 

@@ -80,8 +80,8 @@ def test_no_eval_row_asks_what_a_training_row_asks(small_case: Path) -> None:
         turns = [message for line in lines for message in json.loads(line)["messages"]]
         return {turn["content"].casefold().strip(" ?.!") for turn in turns if turn["role"] == "user"}
 
-    assert len(questions("heldout")) > case.HELDOUT_ROWS
-    assert questions("train").isdisjoint(questions("heldout"))
+    assert len(questions("eval")) > case.EVAL_ROWS
+    assert questions("train").isdisjoint(questions("eval"))
 
 
 def test_a_case_made_by_other_code_is_made_again(small_case: Path, monkeypatch: pytest.MonkeyPatch) -> None:

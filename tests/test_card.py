@@ -181,7 +181,7 @@ def run_folder(tmp_path: Path, data: str) -> Path:
     run.mkdir()
     stored = {"data": {"path": data, "name": None, "split": "train", "prompt": "{a}"}, "seed": 7,
               "model": {"path": "/home/me/tiny"},
-              "adapter": {"r": 8, "dropout": 0.0}, "track": {"project": "secret plans"}}  # fmt: skip
+              "adapter": {"r": 8, "lora_dropout": 0.0}, "track": {"project": "secret plans"}}  # fmt: skip
     (run / "config.yaml").write_text(yaml.safe_dump(stored))
     durable.write_json(run / "result.json", {"base_eval_loss": 3.0, "eval_loss": 2.0, "eval_tokens": 9, "steps": 4})
     durable.write_json(run / "check.json", {"rows": {"train_documents": 5, "eval_documents": 2}})

@@ -15,7 +15,7 @@ from tiny import tiny_folder, tiny_tokenizer
 from lora_ft import check, config
 from lora_ft.data.rows import Example
 from lora_ft.data.tokenize import Vocabulary
-from lora_ft.training.dry_run import Tries, look, read_rows
+from lora_ft.training.dry_run import ErrorCollector, partial_dry_run, read_rows
 
 COMMAND = str(Path(sys.executable).with_name("lora-ft"))
 GOOD = [{"prompt": f"How many legs have {n} spiders?", "completion": f"They have {8 * n} legs."} for n in range(24)]
@@ -146,7 +146,7 @@ def test_all_errors_are_said_at_once_and_the_first_one_of_training_gives_the_cod
     out, err = capfd.readouterr()
     assert out == ""
     head, first, missing, number, second = err.splitlines()
-    assert head == "lora-ft: 2 errors, of which training would end with the first:" and first == "- 2 bad rows:"
+    assert head == "lora-ft: 2 errors; training would stop at the first:" and first == "- 2 bad rows:"
     assert re.fullmatch(r"    \S*rows\.jsonl:25: completion: is missing: .*", missing)
     assert re.fullmatch(r"    \S*rows\.jsonl:26: prompt: must be text.*", number)
     assert second.startswith("- adapter.target_modules: q_prj matches no layer of this model")
@@ -186,15 +186,15 @@ def test_a_run_to_resume_is_checked_with_its_own_settings(base, tmp_path, capfd)
     assert call("check", f"resume={run}", "adapter.lora_alpha=9") == 2
     assert "adapter.lora_alpha: 7.0 -> 9.0" in capfd.readouterr().err
     assert checked(base, "resume=auto") == 0
-    assert "! resume has no effect: check looks at a run from its beginning" in capfd.readouterr().out
+    assert "! resume has no effect: check always looks at a run from its first step" in capfd.readouterr().out
 
 
 WRONG = {
     "targets": (["adapter.target_modules=[q_prj]"], 2, "q_prj matches no layer of this model, which has down_proj"),
-    "warm-up": (["optim.warmup_steps=500"], 2, r"optim.warmup_steps must be below the run's \d+ steps, got 500"),
+    "warm-up": (["optim.warmup_steps=500"], 2, r"optim.warmup_steps must be less than the run's \d+ steps, got 500"),
     "micro-batch": (["train.tokens_per_microbatch=9"], 2, "must be at least the longest row: .*rows.jsonl:"),
     "GPU": (["fast.compile=true"], 2, "fast.compile=true needs a CUDA device"),
-    "added token": (["model.added_tokens=['<never>']"], 4, "no training row holds <never>"),
+    "added token": (["model.added_tokens=['<never>']"], 4, "no training row contains <never>"),
     "base": (["model.path=./absent"], 7, "there is no such folder"),
     "template": (["model.chat_template=never_ends.jinja"], 4, "puts no end token after the answer"),
     "start": (["adapter.init_from=run/adapter"], 5, "was made for another base"),
@@ -221,7 +221,7 @@ def shown(base, tmp_path, rows, width=80, color=None, **data):
     rows = read_rows(cfg, tokenizer)
     console = Console(width=width, color_system=color, force_terminal=color is not None)
     with console.capture() as captured:
-        console.print(check.page(cfg, look(Tries(), cfg, rows, tokenizer, tmp_path), tokenizer))
+        console.print(check.page(cfg, partial_dry_run(ErrorCollector(), cfg, rows, tokenizer, tmp_path), tokenizer))
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 

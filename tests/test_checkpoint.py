@@ -35,7 +35,13 @@ FILES = (checkpoint.TENSORS, checkpoint.STATE, checkpoint.MANIFEST)
 def state_in(run: Path, **settings: object) -> TrainingState:
     """A state at its start, with eval rows; a checkpoint every two of six steps, all of them kept."""
     run.mkdir(exist_ok=True)
-    train = {"max_steps": 6, "tokens_per_step": 60, "save_every_steps": 2, "keep_checkpoints": 9, "checkpoint": "off"}
+    train = {
+        "max_steps": 6,
+        "tokens_per_step": 60,
+        "save_every_steps": 2,
+        "keep_checkpoints": 9,
+        "gradient_checkpointing": "off",
+    }
     chosen = {"train": config.Train(**train | settings.pop("train", {}))} | settings
     return state_on(tiny_model("llama"), run, eval_examples=some_rows(4, seed=9), **chosen)
 
@@ -154,7 +160,9 @@ def test_a_checkpoint_whose_metrics_are_shorter_than_it_knows_is_none(run: Path)
     metrics.write_bytes(metrics.read_bytes()[:-1])
     assert step_of(checkpoint.newest(run)) == 4
     metrics.unlink()
-    with pytest.raises(CheckpointError, match=r"step-00000002: metrics\.jsonl was [\d,]+ bytes long when .* has 0"):
+    with pytest.raises(
+        CheckpointError, match=r"step-00000002: metrics\.jsonl had [\d,]+ bytes at this checkpoint and has 0"
+    ):
         checkpoint.newest(run)
 
 
@@ -166,7 +174,7 @@ def test_a_run_of_which_no_checkpoint_is_valid_is_not_begun_afresh(run: Path) ->
     with pytest.raises(CheckpointError, match="no checkpoint is valid") as caught:
         checkpoint.resume(state)
     assert caught.value.exit_code == 6
-    assert all(f"step-0000000{step}: its files do not have" in str(caught.value) for step in (2, 4, 6))
+    assert all(f"step-0000000{step}: the sizes and hashes of" in str(caught.value) for step in (2, 4, 6))
     assert state.step == 0
     assert (run / runs.METRICS).read_bytes() == before
 
@@ -183,7 +191,7 @@ def test_a_spoiled_checkpoint_costs_the_steps_since_the_one_before_and_nothing_e
     (run / "checkpoints" / "step-00000006" / checkpoint.STATE).write_bytes(b"{}")
     state = state_in(run)
     checkpoint.resume(state)
-    assert "step-00000006: its files do not have the sizes and hashes" in caplog.text
+    assert "step-00000006: the sizes and hashes of its files differ" in caplog.text
     assert (state.step, steps_in(run)) == (4, [2, 4])
     assert expected.startswith((run / runs.METRICS).read_text())
     fitted(state)
@@ -207,7 +215,7 @@ def test_a_checkpoint_of_other_inputs_is_refused(change: dict, run: Path) -> Non
     before = state.flat.values.clone()
     if "examples" in change:
         state.inputs["data"] = "another"  # the tests' datasets are nobody's
-    with pytest.raises(CheckpointError, match=r"belongs to other inputs than these: .* was .*, is "):
+    with pytest.raises(CheckpointError, match=r"does not belong to this run: .* was .*, is "):
         checkpoint.resume(state)
     assert torch.equal(state.flat.values, before)
 
@@ -308,7 +316,9 @@ def test_the_old_checkpoint_stays_until_the_new_one_is_read_back_as_it_was_meant
     spoiled = lambda path, contents: write(path, {name: flipped(data, chance) for name, data in contents.items()})  # noqa: E731
     monkeypatch.setattr(durable, "write_files", spoiled)
     stand(small, 2, None)
-    with pytest.raises(CheckpointError, match=r"step-00000002 was written, but its files do not have the sizes"):
+    with pytest.raises(
+        CheckpointError, match=r"step-00000002 was written, but the sizes and hashes of its files differ"
+    ):
         checkpoint.save(small)
     assert step_of(checkpoint.newest(tmp_path)) == 1
     monkeypatch.undo()

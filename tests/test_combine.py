@@ -102,7 +102,7 @@ def test_what_was_combined_is_recorded_and_the_same_words_give_the_same_bytes(tm
     ("options", "words", "code", "said"),
     [
         ({"r": 8}, ["method=linear"], 2, "method=svd"),
-        ({"dora": True}, ["method=svd"], 5, "DoRA"),
+        ({"use_dora": True}, ["method=svd"], 5, "DoRA"),
         ({}, ["weights=[1]"], 2, "weights must be as many as adapters"),
         ({"target_modules": ["q_proj"]}, ["method=svd"], 5, "does not fit"),
     ],
@@ -116,7 +116,7 @@ def test_adapters_that_have_no_sum_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("options", [{}, {"rslora": True}, {"alpha": 3.0}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"lora_alpha": 3.0}], ids=str)
 def test_a_smaller_adapter_is_the_nearest_of_its_rank(
     tmp_path: Path, options: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -160,7 +160,7 @@ def test_the_table_of_ranks_measures_each_and_leaves_the_adapter_as_it_was(tmp_p
     ("options", "rank", "code", "said"),
     [
         ({"r": 4}, 4, 2, "must be below the adapter's rank, 4"),
-        ({"dora": True}, 2, 5, "DoRA"),
+        ({"use_dora": True}, 2, 5, "DoRA"),
         ({}, 0, 2, "truncate_rank"),
     ],
 )

@@ -28,7 +28,7 @@ NASTY = "[bold red]no markup[/] \x1b[31mno colour " + "unbroken" * 30
     ("family", "options"),
     [(family, {}) for family in FAMILIES]
     + [
-        ("llama", {"tie": True, "dora": True}),
+        ("llama", {"tie": True, "use_dora": True}),
         ("llama", {"modules_to_save": ["lm_head"]}),
         ("llama", {"quant": "nf4"}),
     ],

@@ -24,8 +24,8 @@ from lora_ft.publishing.compatibility import FILES, Verdict
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llama", {}),
-    "rslora": ("llama", {"rslora": True}),
-    "dora": ("llama", {"dora": True}),
+    "rslora": ("llama", {"use_rslora": True}),
+    "dora": ("llama", {"use_dora": True}),
     "patterns": ("llama", {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 7.0}}),
     "saved": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "embedding": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),

@@ -87,7 +87,7 @@ def test_tensors_are_read_back_by_safetensors(tmp_path: Path) -> None:
 
 
 def test_a_buffer_of_another_size_than_declared_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a: 3 bytes where 4 were declared"):
+    with pytest.raises(ValueError, match="a: has 3 bytes, expected 4"):
         durable.write_tensors(tmp_path / "t", [durable.TensorSpec("a", "F32", (1,), 4)], [b"abc"], {})
     assert list(tmp_path.iterdir()) == []
 
@@ -319,8 +319,8 @@ def test_only_what_has_a_temporary_name_is_cleared(tmp_path: Path, monkeypatch: 
         (tmp_path / name / "inner").write_text("")
     (tmp_path / "target").mkdir()
     (tmp_path / ".link.tmp-0123abcd").symlink_to(tmp_path / "target")
-    assert [*map(durable.meant_name, ours)] == ["state.json", "step-00000002", "adapter"]
-    assert [*map(durable.meant_name, theirs)] == [*theirs]
+    assert [*map(durable.final_name, ours)] == ["state.json", "step-00000002", "adapter"]
+    assert [*map(durable.final_name, theirs)] == [*theirs]
     monkeypatch.setattr(durable, "os", Shim(Fault(1, "broken")))
     with pytest.raises(durable.WriteError, match=f"{tmp_path}.* cannot be written: Input/output error"):
         durable.clear_leftovers(tmp_path)
@@ -385,7 +385,7 @@ def test_names_that_appear_or_go_are_on_the_disk_and_no_file_stays_open(tmp_path
 def test_a_record_that_has_no_place_in_its_file_is_refused(tmp_path: Path) -> None:
     durable.beat(tmp_path / "beat", "x" * 4095)
     assert (tmp_path / "beat").stat().st_size == 4096
-    with pytest.raises(ValueError, match="4097 bytes, where 4096 are the most"):
+    with pytest.raises(ValueError, match="at most 4096 bytes, got 4097"):
         durable.beat(tmp_path / "beat", "x" * 4096)
 
 

@@ -243,7 +243,7 @@ def test_a_file_that_is_not_utf_8_is_named(calls, capfd, tmp_path):
 def test_a_typed_base_does_not_take_the_name_of_the_default_one(calls, tmp_path, words):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "named.yaml").write_text(
-        "# @package _global_\nmodel: {path: p, id: someone/p, revision: main}\ndata: {path: x}\n"
+        "# @package _global_\nmodel: {path: p, hub_id: someone/p, revision: main}\ndata: {path: x}\n"
     )
     assert call("train", "--config-dir", ".", *words) == 0
     assert call("train", "--config-dir", ".", *words, "model.path=base/llama") == 0
@@ -431,7 +431,7 @@ def test_one_run_can_be_evaluated_under_several_settings(calls, tmp_path):
     ("stored", "message"),
     [
         (None, "r is not a run folder: it has no config.yaml"),
-        ("[]", "r: config.yaml holds no settings"),
+        ("[]", "r: config.yaml contains no settings"),
         ("data: {foo: 3}", "r/config.yaml: data.foo is not a setting; nearest: data.format"),
         ("data: {max_length: a}", "r/config.yaml: data.max_length must be an integer, got a"),
         ("[3", "while parsing a flow sequence in r/config.yaml"),

@@ -45,11 +45,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "qwen3": ("qwen3", {}),
     "gpt2": ("gpt2", {}),
-    "llama_rslora": ("llama", {"rslora": True, "r": 8}),
-    "qwen3_rslora": ("qwen3", {"rslora": True, "r": 8}),
-    "gpt2_rslora": ("gpt2", {"rslora": True, "r": 8}),
+    "llama_rslora": ("llama", {"use_rslora": True, "r": 8}),
+    "qwen3_rslora": ("qwen3", {"use_rslora": True, "r": 8}),
+    "gpt2_rslora": ("gpt2", {"use_rslora": True, "r": 8}),
     "llama_patterns": ("llama", {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 7, "q_proj": 3}}),
-    "gpt2_patterns": ("gpt2", {"rank_pattern": {"mlp.c_proj": 2}, "alpha_pattern": {"c_attn": 7}, "rslora": True}),
+    "gpt2_patterns": ("gpt2", {"rank_pattern": {"mlp.c_proj": 2}, "alpha_pattern": {"c_attn": 7}, "use_rslora": True}),
     "llama_head": ("llama", {"target_modules": [*ALL, "lm_head"]}),
     "llama_embedding": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}),
 }
@@ -130,7 +130,7 @@ def without_patterns(monkeypatch: pytest.MonkeyPatch) -> None:
         (unpermuted, "llama", {"target_modules": ["q_proj"]}),
         (unpermuted, "llama", {"target_modules": ["k_proj"]}),
         (transposed, "gpt2", {"target_modules": ["attn.c_proj"]}),
-        (without_root, "llama", {"rslora": True, "r": 8}),
+        (without_root, "llama", {"use_rslora": True, "r": 8}),
         (without_patterns, "llama", {"alpha_pattern": {"v_proj": 7}}),
     ],
 )
@@ -174,7 +174,7 @@ def test_the_file_names_a_base_of_the_hub_never_a_path_and_is_the_same_twice(tmp
 @pytest.mark.parametrize(
     ("family", "options", "said"),
     [
-        ("llama", {"dora": True}, "llama.cpp reads no DoRA; .*lora-ft merge, for llama.cpp with gguf=f16"),
+        ("llama", {"use_dora": True}, "llama.cpp reads no DoRA; .*lora-ft merge, for llama.cpp with gguf=f16"),
         (
             "llama",
             {"modules_to_save": ["norm"]},

@@ -25,7 +25,7 @@ print(json.dumps([value for value, _ in found]))
 
 
 @pytest.mark.interop
-@pytest.mark.parametrize("options", [{}, {"rslora": True}, {"dora": True}], ids=["lora", "rslora", "dora"])
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["lora", "rslora", "dora"])
 def test_lm_eval_scores_what_was_trained(
     options: dict[str, bool], tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:

@@ -31,16 +31,16 @@ from lora_ft.models.quantize import dequantize_reference
 
 VARIANTS: list[dict[str, Any]] = [
     {},
-    {"rslora": True},
-    {"dora": True},
+    {"use_rslora": True},
+    {"use_dora": True},
     {"target_modules": ["all-linear"], "rank_pattern": dict.fromkeys(["0.mlp.down_proj", "1.mlp.up_proj"], 2)},
     {"target_modules": ["embed_tokens", "q_proj", "lm_head"]},
-    {"target_modules": ["embed_tokens", "q_proj", "lm_head"], "dora": True},
+    {"target_modules": ["embed_tokens", "q_proj", "lm_head"], "use_dora": True},
     {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "mlp"]},
     {"quant": "nf4"},
-    {"quant": "fp4", "dora": True},
+    {"quant": "fp4", "use_dora": True},
     {"quant": "int8"},
-    {"quant": "int8", "dora": True},
+    {"quant": "int8", "use_dora": True},
 ]
 
 FRESH = """
@@ -91,9 +91,9 @@ def exact_logits(cfg: config.TrainRun, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.closes("A19", "B01", "B03", "B08")
 def test_a_fresh_process_loads_it_alone_and_its_logits_are_the_adapters(tmp_path: Path) -> None:
     cases = [
-        ("gpt2", {"tie": True}), ("gpt2", {"tie": True, "rslora": True}), ("gpt2", {"tie": True, "dora": True}),
-        ("llama", {}), ("llama", {"rslora": True}), ("llama", {"dora": True}),
-        ("llama", {"quant": "nf4"}), ("llama", {"quant": "int8"}), ("llama", {"quant": "nf4", "dora": True}),
+        ("gpt2", {"tie": True}), ("gpt2", {"tie": True, "use_rslora": True}), ("gpt2", {"tie": True, "use_dora": True}),
+        ("llama", {}), ("llama", {"use_rslora": True}), ("llama", {"use_dora": True}),
+        ("llama", {"quant": "nf4"}), ("llama", {"quant": "int8"}), ("llama", {"quant": "nf4", "use_dora": True}),
         ("gpt2", {"quant": "nf4"}), ("gpt2", {"quant": "int8"}),
     ]  # fmt: skip
     runs = []
@@ -130,7 +130,7 @@ def test_every_kind_of_adapter_merges(tmp_path: Path, options: dict[str, Any]) -
 
 @pytest.mark.closes("A19")
 def test_gpt2s_embeddings_and_norms_merge(tmp_path: Path) -> None:
-    options = {"target_modules": ["wte", "c_attn"], "modules_to_save": ["ln_f"], "dora": True}
+    options = {"target_modules": ["wte", "c_attn"], "modules_to_save": ["ln_f"], "use_dora": True}
     assert merged(tmp_path / "out", settings(tmp_path, "gpt2", **options)) < 1e-5
 
 

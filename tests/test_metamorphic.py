@@ -55,7 +55,7 @@ def outcome(
     state = state_on(
         tiny_model(family, dtype=dtype), folder, examples=ROWS, eval_examples=EVAL_ROWS, fast=fast,
         track=config.Track(track),
-        train=config.Train(**{"tokens_per_step": 100, "checkpoint": "off", **train}), optim=OPTIM,
+        train=config.Train(**{"tokens_per_step": 100, "gradient_checkpointing": "off", **train}), optim=OPTIM,
     )  # fmt: skip
     state.steps = steps
     seen = Observer()

@@ -22,13 +22,13 @@ from lora_ft.export import mlx
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
-    "qwen3_rslora": ("qwen3", {"rslora": True, "r": 8}),
+    "qwen3_rslora": ("qwen3", {"use_rslora": True, "r": 8}),
     "llama_patterns": ("llama", {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 7, "q_proj": 3}}),
     "llama_one_layer": ("llama", {"target_modules": ["layers.1.mlp.up_proj", "q_proj"]}),
     "llama_ends": ("llama", {"target_modules": ["q_proj", "lm_head", "embed_tokens"]}),
-    "llama_dora": ("llama", {"dora": True}),
+    "llama_dora": ("llama", {"use_dora": True}),
     "gpt2": ("gpt2", {}),
-    "gpt2_dora": ("gpt2", {"dora": True}),
+    "gpt2_dora": ("gpt2", {"use_dora": True}),
 }
 IDS = [5, 99, 42, 7, 300, 11]
 
@@ -94,7 +94,7 @@ def test_the_same_adapter_gives_the_same_bytes_and_names_no_place(tmp_path: Path
         ("llama", {"modules_to_save": ["norm"]}, "modules_to_save=.* not a plain LoRA; write a merged model"),
         (
             "llama",
-            {"target_modules": ["embed_tokens"], "dora": True},
+            {"target_modules": ["embed_tokens"], "use_dora": True},
             "mlx-lm computes DoRA of an embedding differently",
         ),
     ],

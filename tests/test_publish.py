@@ -136,7 +136,7 @@ def test_what_is_at_the_place_is_replaced_as_a_whole_or_left(
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
 
 
-@pytest.mark.parametrize("options", [{"quant": "nf4"}, {"dora": True, "tie": True}])
+@pytest.mark.parametrize("options", [{"quant": "nf4"}, {"use_dora": True, "tie": True}])
 def test_every_kind_of_run_is_published_and_verified(tmp_path: Path, options: dict[str, Any]) -> None:
     run, out = finished_run(tmp_path, "llama", **options), tmp_path / "out"
     assert publish(run, f"to=dir:{out}", ID) == 0

@@ -17,7 +17,7 @@ from rich.console import Console
 from tiny import tiny_folder
 
 import lora_ft
-from lora_ft import config, runs
+from lora_ft import config, run_rows, runs
 from lora_ft.errors import CheckpointError, ConfigError, DataError
 from lora_ft.training import progress
 
@@ -71,12 +71,12 @@ def test_rows_from_a_list_a_dataset_and_a_file_give_the_same_adapter(tmp_path: P
 def test_nulls_that_a_dataset_fills_in_are_not_learned(tmp_path: Path) -> None:
     call = {"role": "assistant", "content": "a", "tool": {"name": "x"}}
     rows = [{"messages": [{"role": "user", "content": "q"}, message]} for message in (call, {**call, "tool": {"y": 1}})]
-    runs.write_rows(tmp_path, datasets.Dataset.from_list(rows), None)
+    run_rows.write_rows(tmp_path, datasets.Dataset.from_list(rows), None)
     stored = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert stored[0]["messages"][1]["tool"] == {"name": "x"} and stored[1]["messages"][1]["tool"] == {"y": 1}
 
 
-@pytest.mark.parametrize(("row", "why"), [(["a"], r"rows\[1\] .* of type list, not a dict"),
+@pytest.mark.parametrize(("row", "why"), [(["a"], r"rows\[1\] .*must be a dict, got list"),
                                           ({"prompt": {1, 2}}, r"rows\[1\] cannot be stored as JSON: .*set"),
                                           ({"prompt": float("nan")}, r"rows\[1\] cannot be stored")])  # fmt: skip
 def test_a_row_that_is_none_is_named(row: object, why: str, tmp_path: Path) -> None:
@@ -170,9 +170,9 @@ def test_a_resumed_run_finds_its_rows_and_refuses_others(tmp_path: Path) -> None
     first = lora_ft.train(cfg, rows=PAIRS, folder=tmp_path / "run").result
     before = (tmp_path / "run" / "rows.jsonl").read_bytes()
     cfg.resume, cfg.train.max_steps = str(tmp_path / "run"), 5
-    with pytest.raises(ConfigError, match="names another"):
+    with pytest.raises(ConfigError, match="name two folders"):
         lora_ft.train(cfg, folder=tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match="holds other rows than those given"):
+    with pytest.raises(CheckpointError, match="holds other rows: a resumed run"):
         lora_ft.train(cfg, rows=PAIRS[1:])
     assert (tmp_path / "run" / "rows.jsonl").read_bytes() == before
     assert cfg.data.path == "", "the caller's config is left as it was"

@@ -91,7 +91,9 @@ def test_the_folder_alone_is_enough_also_from_elsewhere(
     words = ("model.path=llama", "data.path=rows.jsonl", f"hydra.run.dir={tmp_path / 'my run'}")
     stopped(place, tmp_path / "my run", *words)
     advice = capsys.readouterr().err
-    assert f"stopped by SIGTERM after step 3 of 6; go on with: lora-ft train resume='{tmp_path / 'my run'}'" in advice
+    assert (
+        f"stopped by SIGTERM after step 3 of 6; continue with: lora-ft train resume='{tmp_path / 'my run'}'" in advice
+    )
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     with pytest.raises(SystemExit) as ended:
@@ -106,7 +108,7 @@ def test_a_finished_run_is_left_as_it_is(place: Path, capsys: pytest.CaptureFixt
     for words in ((f"resume={place / 'whole'}",), (*inputs(place), f"hydra.run.dir={place / 'whole'}", "resume=auto")):
         capsys.readouterr()
         assert call("train", *words) == 0
-        assert capsys.readouterr().out == f"{place / 'whole'} is finished: nothing to resume\n"
+        assert capsys.readouterr().out == f"{place / 'whole'} is already finished\n"
     assert state(place / "whole") == before
 
 
@@ -120,10 +122,10 @@ def test_settings_that_decide_the_result_are_refused_with_both_values(
     capsys.readouterr()
     assert call("train", f"resume={run}", "optim.lr=0.5", "adapter.use_dora=true", "train.max_steps=5", "seed=2") == 2
     said = capsys.readouterr().err
-    assert "a resumed run keeps the settings that decide its result:" in said
+    assert "a resumed run cannot change the settings that decide its result:" in said
     assert said.splitlines()[1:] == [
         "  adapter.use_dora: False -> True",
-        "  train.max_steps: 6 -> 5 (may be raised only)",
+        "  train.max_steps: 6 -> 5 (can only be raised)",
         "  optim.lr: 0.01 -> 0.5",
         "  seed: 0 -> 2",
     ]
@@ -207,7 +209,7 @@ def test_a_folder_that_another_process_trains_in_is_left_to_it(
     before = state(place / "whole")
     with runs.locked(place / "whole"):
         assert call("train", f"resume={place / 'whole'}", "train.max_steps=9") == 2
-    assert "whole is in use: another process works in it" in capsys.readouterr().err
+    assert "whole is in use by another process" in capsys.readouterr().err
     assert state(place / "whole") == before
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert call("train", f"resume={place / 'whole'}", "train.max_steps=9", "train.samples=1") == 2
@@ -224,7 +226,7 @@ def test_rows_that_changed_meanwhile_are_another_run(
     before = state(tmp_path / "run" / checkpoint.FOLDER)
     rows.write_text(rows.read_text().replace("Eight", "Nine"))
     assert call("train", f"resume={tmp_path / 'run'}") == 6
-    assert "step-00000003 belongs to other inputs than these: data was" in capsys.readouterr().err
+    assert "step-00000003 does not belong to this run: data was" in capsys.readouterr().err
     assert state(tmp_path / "run" / checkpoint.FOLDER) == before
 
 
@@ -267,7 +269,7 @@ def test_a_finished_run_is_not_made_longer_without_its_last_state(place: Path, t
     shutil.rmtree(run / "checkpoints")
     before = state(run)
     assert call("train", f"resume={run}", "train.max_steps=9") == 6
-    assert "is finished, and has no checkpoint to go on from" in capsys.readouterr().err
+    assert "is finished and has no checkpoint to continue from" in capsys.readouterr().err
     assert state(run) == before
 
 

@@ -91,7 +91,7 @@ def test_one_process_at_a_time_holds_a_folder(tmp_path: Path) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     with runs.locked(tmp_path / "run"):
         assert taken()
-        with pytest.raises(ConfigError, match="run is in use: another process"), runs.locked(tmp_path / "run"):
+        with pytest.raises(ConfigError, match="run is in use by another process"), runs.locked(tmp_path / "run"):
             raise AssertionError("two at a time")
         assert taken()
     assert not taken()
@@ -153,10 +153,10 @@ def test_changes_of_several_resumes_add_up_and_the_first_config_stays(tmp_path: 
 def test_a_finished_run_is_made_longer_only_from_a_checkpoint(tmp_path: Path) -> None:
     folder = begun(tmp_path / "run", finished=True)
     (folder / runs.CHECKPOINTS / "step-00000002").rmdir()
-    with pytest.raises(CheckpointError, match="is finished, and has no checkpoint to go on from"):
+    with pytest.raises(CheckpointError, match="is finished and has no checkpoint to continue from"):
         runs.reopen(folder, settings(epochs=3))
     assert runs.read_result(folder) == {"steps": 6}
-    with pytest.raises(ConfigError, match=r"train\.epochs: 2 -> 1 \(may be raised only\)"):
+    with pytest.raises(ConfigError, match=r"train\.epochs: 2 -> 1 \(can only be raised\)"):
         runs.reopen(folder, settings(epochs=1))
 
 
@@ -178,8 +178,8 @@ def test_a_config_is_read_with_what_was_changed(changed: dict, expected: dict, t
     ("text", "message"),
     [
         (None, r"is not a run folder: it has no config\.yaml"),
-        ("[]", r"config\.yaml holds no settings"),
-        ("", r"config\.yaml holds no settings"),
+        ("[]", r"config\.yaml contains no settings"),
+        ("", r"config\.yaml contains no settings"),
         ("train: [1]", r"train of config\.yaml must be a mapping, got \[1\]"),
     ],
 )

@@ -86,8 +86,8 @@ def test_a_signal_lets_the_step_end_and_saves_it(
         ask_in(patch, sft, "token_loss_sum", in_the_step, signum)
         assert call("train", *words, f"hydra.run.dir={run}") == code
     said = capfd.readouterr().err
-    assert f"{signum.name}: this step, then a checkpoint; again to stop now" in said
-    assert f"stopped by {signum.name} after step {step} of 5; go on with: lora-ft train resume={run}" in said
+    assert f"{signum.name}: finishing this step and saving a checkpoint; send it again to stop now" in said
+    assert f"stopped by {signum.name} after step {step} of 5; continue with: lora-ft train resume={run}" in said
     assert "Traceback" not in said
     assert saved(run)[-1] == f"step-{step:08d}"
     assert [m["step"] for m in runs.read_metrics(run)] == list(range(step + 1))

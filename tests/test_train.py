@@ -93,7 +93,7 @@ def test_a_run_leaves_a_folder_that_explains_itself(
 def test_the_stored_config_is_the_composed_one_and_the_overrides_those_typed(tmp_path: Path) -> None:
     assert train(tmp_path, "adapter=rslora") == 0
     stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert (stored["adapter"]["r"], stored["adapter"]["rslora"], stored["quant"]["kind"]) == (2, True, "none")
+    assert (stored["adapter"]["r"], stored["adapter"]["use_rslora"], stored["quant"]["kind"]) == (2, True, "none")
     assert "adapter=rslora" in (tmp_path / "run" / "overrides.txt").read_text().splitlines()
 
 
@@ -186,7 +186,7 @@ def test_every_audit_is_always_on(check: str, tmp_path: Path, monkeypatch, capfd
 @pytest.mark.closes("A22")
 def test_added_tokens_that_no_row_holds_are_refused(tmp_path: Path, capfd) -> None:
     assert train(tmp_path, "model.added_tokens=['<never>']") == 4
-    assert "no training row holds <never>" in capfd.readouterr().err
+    assert "no training row contains <never>" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -25,14 +25,14 @@ Packaged = tuple[Path, provenance.Loading]
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
-    ("llama", {"rslora": True, "tie": True}),
-    ("gpt2", {"dora": True}),
+    ("llama", {"use_rslora": True, "tie": True}),
+    ("gpt2", {"use_dora": True}),
     ("gpt_neox", {"rank_pattern": {"0.mlp.dense_4h_to_h": 2}}),
     ("qwen3", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     ("llama", {"quant": "nf4"}),
-    ("llama", {"quant": "fp4", "dora": True}),
+    ("llama", {"quant": "fp4", "use_dora": True}),
     ("llama", {"quant": "int8"}),
-    ("llama", {"quant": "int8", "dora": True}),
+    ("llama", {"quant": "int8", "use_dora": True}),
 ]
 
 

@@ -58,7 +58,7 @@ class Rows(DataModule):
         return self._loader("train", None, True)
 
     def val_dataloader(self) -> DataLoader:
-        return self._loader("heldout", 1, False)
+        return self._loader("eval", 1, False)
 
 
 def observe(watch: protocol.Stopwatch, micro_batches: int) -> None:

@@ -105,7 +105,7 @@ def arguments() -> Arguments:
 
 
 def token_rows(case: Path, part: str) -> list[dict[str, list[int]]]:
-    """The rows of `part` (train, heldout) as ids and labels."""
+    """The rows of `part` (train, eval) as ids and labels."""
     return [json.loads(line) for line in (case / f"{part}_ids.jsonl").read_text("utf-8").splitlines()]
 
 

@@ -222,11 +222,11 @@ def _implied(line: CommandLine) -> list[str]:
     """
     if folder := _resumed(line):
         return overrides.translate(line.command, [f"hydra.run.dir={validation.escape(folder)}"], sweep=False)
-    typed = {key for key in ("model", "model.path", "model.id", "model.revision")
+    typed = {key for key in ("model", "model.path", "model.hub_id", "model.revision")
              if overrides.chosen(line.overrides, key) is not None}  # fmt: skip
     if "model.path" not in typed or "model" in typed:
         return []
-    return [f"{key}=null" for key in ("model.id", "model.revision") if key not in typed]
+    return [f"{key}=null" for key in ("model.hub_id", "model.revision") if key not in typed]
 
 
 def _stored_run(line: CommandLine) -> dict[str, Any]:

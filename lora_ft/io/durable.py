@@ -1,18 +1,16 @@
-"""Every write of the project: complete under its name, or not there. No torch here.
+"""All writes of lora_ft: atomic and durable. No torch here.
 
-A file is written under a temporary name, fsynced, renamed, and its folder fsynced, so that neither a
-crash nor a full disk leaves half of it under the name that a reader looks for:
+A file is written under a temporary name, fsynced and renamed, and its folder is fsynced, so neither a crash nor a full
+disk leaves a partial file under the final name:
 
     write NAME.tmp-XXXX -> fsync -> rename to NAME -> fsync the folder
 
-A folder is staged the same way as a whole (`write_files`, or `staged_folder` for what libraries write). Modes follow
-the umask: safetensors' own writer leaves 0600 and does not fsync (safetensors issue 782), which is why nothing here
-uses it.
-A place that is full, broken or not to be written is a `WriteError`: a message to the user, an OSError to those who
-catch one.
+A folder is written the same way (`write_files`, or `staged_folder` for files written by libraries). Modes follow the
+umask. safetensors' own writer is not used: it creates files with mode 0600 and does not fsync (safetensors issue 782).
+A disk that is full, broken or read-only raises WriteError, which is both a message to the user and an OSError.
 
-Every operation on the disk is a call of a function of `os`, so that tests can end the process at each of them
-(tests/faults). What a process that was killed left under a temporary name, `clear_leftovers` removes.
+Every disk operation is a call of a function of `os`, so that tests can end the process at each of them (tests/faults).
+`clear_leftovers` removes the temporary files of a process that was killed.
 """
 
 import contextlib
@@ -50,7 +48,7 @@ Buffer = bytes | bytearray | memoryview
 
 
 class WriteError(ResourceError, OSError):
-    """A file or folder that cannot be written, for a reason that lies with the place."""
+    """A file or folder that cannot be written because of the disk, its permissions or its path."""
 
     def __str__(self) -> str:
         return f"{self.filename} cannot be written: {self.strerror}"
@@ -60,25 +58,25 @@ class WriteError(ResourceError, OSError):
 def writing(
     path: Path | None = None, reasons: set[int] = _FULL | _BROKEN | _REFUSED, num_bytes: int | None = None
 ) -> Iterator[None]:
-    """Turn an OSError of these reasons into a WriteError that names `path`, or the place the error names.
+    """Convert an OSError with one of these reasons to a WriteError that names `path`, or the path of the error.
 
-    Where the disk is full it also says how many bytes are free, and how many were needed if `num_bytes` is known.
+    For a full disk, the message includes the free bytes, and the needed ones if `num_bytes` is given.
     """
     try:
         yield
     except OSError as error:
-        place = path or error.filename
-        if error.errno not in reasons or isinstance(error, WriteError) or not place:
+        target = path or error.filename
+        if error.errno not in reasons or isinstance(error, WriteError) or not target:
             raise
         reason = error.strerror
         if error.errno in _FULL:
             needed = "" if num_bytes is None else f"{num_bytes:,} bytes needed, "
-            reason = f"{reason} ({needed}{free_bytes(Path(place).parent):,} free)"
-        raise WriteError(error.errno, reason, str(place)) from error
+            reason = f"{reason} ({needed}{free_bytes(Path(target).parent):,} free)"
+        raise WriteError(error.errno, reason, str(target)) from error
 
 
 def free_bytes(folder: Path) -> int:
-    """What this user may still write below a folder, or where it will be made."""
+    """Return the free bytes of the disk of a folder, which need not exist yet."""
     while not folder.exists():
         folder = folder.absolute().parent
     found = os.statvfs(folder)
@@ -86,29 +84,29 @@ def free_bytes(folder: Path) -> int:
 
 
 def cache_folder(kind: str) -> Path:
-    """The user's folder for files of this kind that can be made again; XDG_CACHE_HOME moves it."""
+    """Return the cache folder for files of this kind: below XDG_CACHE_HOME, or below ~/.cache."""
     home = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    # The XDG specification: a relative path is to be ignored.
+    # The XDG specification ignores a relative path.
     return (home if home.is_absolute() else Path.home() / ".cache") / "lora_ft" / kind
 
 
 def write_bytes(path: Path, data: Buffer) -> None:
-    """Write a whole file atomically; an existing one is replaced, a link under the name is not followed."""
+    """Write a file atomically; an existing file or link of that name is replaced."""
     write_stream(path, [data], memoryview(data).nbytes)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text as UTF-8, secrets of the environment redacted."""
+    """Write text as UTF-8, with secrets of the environment redacted."""
     write_bytes(path, redact(text).encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON with two spaces and a last newline; NaN and infinities are refused (they are no JSON)."""
+    """Write JSON with an indent of two; raises ValueError for NaN and infinities, which JSON does not have."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_stream(path: Path, chunks: Iterable[Buffer], num_bytes: int | None = None) -> None:
-    """Write a file atomically from buffers that are held one at a time; a full disk's message names `num_bytes`."""
+    """Write a file atomically from buffers, held one at a time; `num_bytes` is for the message of a full disk."""
     temporary = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
     with writing(path, num_bytes=num_bytes):
         try:
@@ -121,7 +119,7 @@ def write_stream(path: Path, chunks: Iterable[Buffer], num_bytes: int | None = N
                 os.close(descriptor)
             os.replace(temporary, path)
         except BaseException:
-            with contextlib.suppress(OSError):  # the reason above counts, not that nothing is there to delete
+            with contextlib.suppress(OSError):  # the first error matters
                 os.unlink(temporary)
             raise
         _fsync_folder(path.parent)
@@ -138,7 +136,7 @@ def write_tensors(path: Path, specs: list[TensorSpec], buffers: Iterable[Buffer]
 
     Format: eight bytes of header length, a JSON header padded with spaces to a multiple of eight,
     then the raw little-endian tensors (https://github.com/huggingface/safetensors, README).
-    Raises ValueError where a buffer's size is not the one its spec declares.
+    Raises ValueError if a buffer's size differs from its spec.
     """
     write_stream(path, _tensor_file(specs, buffers, metadata), sum(spec.num_bytes for spec in specs))
 
@@ -155,23 +153,23 @@ def _tensor_file(specs: list[TensorSpec], buffers: Iterable[Buffer], metadata: d
     yield struct.pack("<Q", len(encoded)) + encoded
     for spec, buffer in zip(specs, buffers, strict=True):
         if memoryview(buffer).nbytes != spec.num_bytes:
-            raise ValueError(f"{spec.name}: {memoryview(buffer).nbytes} bytes where {spec.num_bytes} were declared")
+            raise ValueError(f"{spec.name}: has {memoryview(buffer).nbytes} bytes, expected {spec.num_bytes}")
         yield buffer
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line to a log of lines; a reader sees it at once, a crash can cut only the last line."""
+    """Append one line to a file; a crash can truncate only the last line."""
     append_bytes(path, redact(line).encode("utf-8") + b"\n")
 
 
 def append_bytes(path: Path, data: Buffer) -> None:
-    """Append a record to a file that readers follow while it grows (metrics, event files)."""
+    """Append data to a file that other processes read while it grows."""
     with _opened(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, memoryview(data).nbytes) as descriptor:
         _write_all(descriptor, data)
 
 
 def cut(path: Path, num_bytes: int) -> None:
-    """Shorten a file that grows to its first `num_bytes` bytes; one that is not there stays so."""
+    """Truncate a file to its first `num_bytes` bytes; a missing file is ignored."""
     if path.exists():
         with _opened(path, os.O_WRONLY) as descriptor:
             os.ftruncate(descriptor, num_bytes)
@@ -179,7 +177,7 @@ def cut(path: Path, num_bytes: int) -> None:
 
 
 def settle(path: Path) -> int:
-    """Bring a file that grows onto the disk, its name too; returns its length in bytes, 0 where it is not there."""
+    """Fsync a growing file and its folder; return its length in bytes, 0 if it does not exist."""
     if not path.exists():
         return 0
     with _opened(path, os.O_WRONLY) as descriptor:
@@ -199,19 +197,19 @@ def _opened(path: Path, flags: int, num_bytes: int | None = None) -> Iterator[in
 
 
 def beat(path: Path, record: str) -> None:
-    """Replace the one record of a file in place, for readers in other processes; the file's time is the record's.
+    """Overwrite the single record of a file in place; its modification time is the time of the record.
 
-    It is not brought to the disk, which would take longer than a short step. Records are of up to 4,095 bytes.
+    Not fsynced, which would take longer than a short training step. A record has at most 4,095 bytes.
     """
     data = redact(record).encode("utf-8").ljust(_BEAT_BYTES - 1) + b"\n"
     if len(data) > _BEAT_BYTES:
-        raise ValueError(f"a record of {len(data)} bytes, where {_BEAT_BYTES} are the most")
+        raise ValueError(f"a record has at most {_BEAT_BYTES} bytes, got {len(data)}")
     with _opened(path, os.O_WRONLY | os.O_CREAT, len(data)) as descriptor:
         _write_all(descriptor, data)
 
 
 def remove(path: Path) -> None:
-    """Remove a file for good; one that is not there is removed."""
+    """Remove a file durably; a missing file is ignored."""
     if path.exists():
         with writing(path):
             os.unlink(path)
@@ -219,7 +217,7 @@ def remove(path: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder: under its name it is whole at every moment, or not there."""
+    """Remove a folder atomically: it is renamed first, so it is never visible with some of its files missing."""
     aside = path.with_name(f".{path.name}.old-{secrets.token_hex(4)}")
     with writing(path):
         os.rename(path, aside)
@@ -228,15 +226,15 @@ def remove_folder(path: Path) -> None:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what a process that was killed left in a folder under temporary names."""
+    """Remove the temporary files and folders that a killed process left in a folder."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if _LEFTOVER.fullmatch(path.name):
             with writing(path):
                 _remove_tree(path)
 
 
-def meant_name(name: str) -> str:
-    """The name that a file or folder under a temporary one was to have; other names as they are."""
+def final_name(name: str) -> str:
+    """Return the final name of a temporary file or folder; other names unchanged."""
     found = _LEFTOVER.fullmatch(name)
     return found["folder"] or found["file"] if found else name
 
@@ -251,7 +249,7 @@ def _remove_tree(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents; existing ones are left as they are."""
+    """Create a folder and its parents durably; existing folders are kept."""
     with writing(path):
         missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         if not path.is_dir():
@@ -262,13 +260,13 @@ def make_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def staged_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path` that takes its name when the block ends without an error.
+    """Yield an empty folder next to `path`, which replaces `path` when the block ends without an error.
 
-    An existing folder under the name is replaced only then. Library writers (tokenizers, processors)
-    write here; their files are fsynced, and given modes by the umask, before the rename.
+    Libraries (tokenizers, processors) write into it; their files are fsynced and get modes by the umask before the
+    rename.
     """
     with _staged(path) as staging:
-        with writing(path, _FULL):  # whoever writes here reads as well: what it does not find is no matter of the place
+        with writing(path, _FULL):  # libraries also read here: other errors may not be the disk's
             yield staging
         with writing(path):
             _settle(staging)
@@ -276,7 +274,7 @@ def staged_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path`, for what is needed on the way to it; it goes when the block ends."""
+    """Yield an empty folder next to `path` for intermediate files; it is removed when the block ends."""
     make_folder(path.parent)
     scratch = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
     with writing(path, _FULL):
@@ -288,7 +286,7 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 
 
 def write_files(path: Path, contents: dict[str, Buffer]) -> None:
-    """Write a folder of plain files that takes its name when all are on the disk; an older one is replaced then."""
+    """Write a folder of files atomically; an existing folder is replaced when all files are on the disk."""
     with _staged(path) as staging:
         for name, data in contents.items():
             with _opened(staging / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, memoryview(data).nbytes) as descriptor:
@@ -300,7 +298,7 @@ def write_files(path: Path, contents: dict[str, Buffer]) -> None:
 
 @contextlib.contextmanager
 def _staged(path: Path) -> Iterator[Path]:
-    """A folder beside `path` that takes its name at the end, or goes; its contents must be on the disk by then."""
+    """Yield a folder next to `path` that is renamed to it at the end, or removed after an error."""
     make_folder(path.parent)
     staging = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
     with writing(path):
@@ -311,7 +309,7 @@ def _staged(path: Path) -> Iterator[Path]:
             _replace_folder(staging, path)
     except BaseException:
         if staging.exists():
-            with contextlib.suppress(OSError):  # as above: the reason counts
+            with contextlib.suppress(OSError):  # the first error matters
                 _remove_tree(staging)
         raise
 
@@ -331,8 +329,8 @@ def _settle(folder: Path) -> None:
 
 
 def _replace_folder(staging: Path, path: Path) -> None:
-    # A folder cannot be renamed over a full one: move the old one aside first, so that a complete
-    # folder exists under one of the two names at every moment.
+    # A folder cannot be renamed over a non-empty one. The old one is renamed first, so a complete folder exists under
+    # one of the two names at every moment.
     old = path.with_name(f".{path.name}.old-{secrets.token_hex(4)}") if path.exists() else None
     if old:
         os.rename(path, old)
@@ -351,6 +349,6 @@ def _fsync_folder(path: Path) -> None:
 
 
 def open_log(path: Path) -> int:
-    """A new file, opened to append, for the output of another process; its descriptor, which the caller closes."""
+    """Create a file for the output of another process; return its descriptor, which the caller closes."""
     with writing(path):
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW, 0o666)

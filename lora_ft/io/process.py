@@ -1,4 +1,4 @@
-"""Prepare a process for libraries of models: no compiled code from the hub, no warnings of theirs. No torch here.
+"""Prepare a process before model libraries are imported. No torch here.
 
 process.prepare()     # at the start of a command, of a sweep's worker, of a function of the Python API
 """
@@ -8,12 +8,11 @@ import sys
 
 
 def prepare() -> None:
-    """Keep compiled code from the hub out of this process, and silence the warnings of bitsandbytes.
+    """Block compiled code from the hub, and hide the warnings of bitsandbytes. Safe to call more than once.
 
-    If the package `kernels` is installed, bitsandbytes (on import) and transformers fetch compiled code from the hub
-    and run it. None in `sys.modules` makes `import kernels` fail, which both take for "not installed". A program that
-    has imported it already keeps it. bitsandbytes warns of the missing kernels, and at each call of a slower path.
-    Calling this twice does no more than calling it once.
+    If the package `kernels` is installed, bitsandbytes (on import) and transformers download compiled code from the hub
+    and run it. None in `sys.modules` makes `import kernels` fail, which both treat as "not installed". If a program has
+    imported it already, it stays. bitsandbytes warns about missing kernels at each call of a slower path.
     """
     sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

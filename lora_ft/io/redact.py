@@ -1,17 +1,17 @@
-"""Secrets: how they are known, kept out of everything that is shown or stored, and refused in settings. No torch here.
+"""Secrets: detect them, redact them in everything shown or stored, refuse them in settings. No torch here.
 
 HF_TOKEN=hf_Abc...  and  "401 for hf_Abc..."          ->  "401 for [redacted HF_TOKEN]"
                          "https://me:pass@host/rows"  ->  "https://[redacted login]@host/rows"
 
-A secret is the value, of 8 characters or more, of an environment variable whose name says so, or a text of a form
-that only credentials have. What is said may lose it (`redact`); a setting may not hold it at all (`held`), because
-config.yaml has to be what the run ran with.
+A secret is the value (8 characters or more) of an environment variable with a name like *_TOKEN or *_KEY, or a text in
+the format of a known credential. Output is redacted (`redact`); a setting with a secret is refused (`held`), because
+config.yaml must be what the run used.
 
 POSTGRES_PASSWORD=postgres  and  "password=postgres"     ->  "password=[redacted POSTGRES_PASSWORD]"
-                                 "postgres_rows.jsonl"   ->  as it is
+                                 "postgres_rows.jsonl"   ->  unchanged
 
-Such a value, a short one of letters, is looked for as a word of its own, and not in names of files and folders. A value
-that is the path of something that exists says where a secret lies, and is none.
+A value of 8 to 15 letters may be an ordinary word: it is redacted only as a whole word, and not in file names. A value
+that is an existing path is not a secret.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from typing import Any, TextIO, cast
 
 _SHORTEST = 8
 _SHORTEST_ANYWHERE = 16  # of letters only; a word is shorter
-# An escape may stand before it, as in JSON's "password:\npostgres". The value leads the pattern: so a search is quick.
+# An escape may precede it, as in JSON's "password:\npostgres". The pattern starts with the value, for speed.
 _WORD = r"{0}(?:(?<![\w/-]{0})|(?<=\\[nrt]{0}))(?![\w/-]|\.\w)"
 
 _NAME = re.compile(
@@ -36,7 +36,7 @@ _NAME = re.compile(
     r"(?:[_.-]?(?:id|value|[0-9]+))?$|[_.-]pwd$|secret|passw|api_?key|private_?key",
     re.IGNORECASE,
 )
-# What no other text looks like: each provider's own prefix with a length that no word has.
+# Prefixes of providers with lengths that ordinary words do not have.
 _FORMS = {
     "Hugging Face token": r"\bhf_[A-Za-z0-9]{20,}",
     "OpenAI or Anthropic key": r"\bsk-[A-Za-z0-9_-]{20,}",
@@ -54,12 +54,12 @@ _FORM = re.compile("|".join(f"({form})" for form in _FORMS.values()), re.DOTALL)
 
 @functools.cache
 def is_secret_name(name: str) -> bool:
-    """Whether an environment variable of this name holds a secret by its name."""
+    """Return True if the name of an environment variable says that its value is secret."""
     return bool(_NAME.search(name))
 
 
 def redact(text: str) -> str:
-    """The text with each secret replaced by `[redacted NAME]`: the variable's name, or the kind of credential."""
+    """Replace each secret in a text by `[redacted NAME]`: the name of the variable or the type of credential."""
     for value, name in _values():
         text = f"[redacted {name}]".join(value.split(text))
     kinds = list(_FORMS)
@@ -67,7 +67,7 @@ def redact(text: str) -> str:
 
 
 def held(text: str) -> str | None:
-    """What kind of secret a text holds: the variable's name or the credential's; None where it holds none."""
+    """Return the name of the first secret in a text (variable or type of credential), or None."""
     for value, name in _values():
         if value.search(text):
             return name
@@ -76,25 +76,25 @@ def held(text: str) -> str | None:
 
 
 def _values() -> list[tuple[re.Pattern[str], str]]:
-    """What finds a value, and its variable's name: as it is, and as JSON and repr() write it; longest first."""
+    """Return patterns for secret values (raw, JSON and repr() forms) with variable names, longest first."""
     found = set()
     for name, value in os.environ.items():
-        if len(value) >= _SHORTEST and is_secret_name(name) and not _is_place(value):
+        if len(value) >= _SHORTEST and is_secret_name(name) and not _is_path(value):
             pattern = _WORD if value.isalpha() and len(value) < _SHORTEST_ANYWHERE else "{0}"
             found |= {(form, name, pattern) for form in (value, json.dumps(value)[1:-1], repr(value)[1:-1])}
     ordered = sorted(found, key=lambda one: (-len(one[0]), one))
     return [(re.compile(pattern.format(re.escape(form))), name) for form, name, pattern in ordered]
 
 
-def _is_place(value: str) -> bool:
+def _is_path(value: str) -> bool:
     return Path(value).is_absolute() and os.path.lexists(value)  # not Path.exists, which raises for a long value
 
 
 @contextlib.contextmanager
 def shown() -> Iterator[None]:
-    """Redact all that Python code writes to stdout and stderr until the block ends, and a crash's traceback after it.
+    """Redact what Python code writes to stdout and stderr until the block ends, and tracebacks of uncaught errors.
 
-    A secret is found in what one call writes: who prints it letter by letter is not stopped.
+    Each write is redacted by itself: a secret that is split over several writes is not found.
     """
     kept = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (cast(TextIO, _Redacted(stream)) for stream in kept)
@@ -110,7 +110,7 @@ def _traceback(kind: type[BaseException], error: BaseException, trace: Traceback
 
 
 class _Redacted:
-    """A text stream that passes on what it is given without secrets; everything else is the stream's own."""
+    """A text stream that redacts what is written to it."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

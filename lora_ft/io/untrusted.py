@@ -1,13 +1,13 @@
-"""Files that somebody else wrote, checked before a library reads them. No torch here.
+"""Checks of files from other people, made before a library reads them. No torch here.
 
 check_folder(folder)                                    no link leads out of it, nothing in it is a pipe or a device
 json_object(path, ConfigError)                          {"model_type": "llama", ...}
-tensor_header(path, 10**7, MismatchError)               the safetensors header, which describes exactly its file
-check_yaml(data, "my.yaml", ConfigError)                no tag that builds objects, not large, not deep
+tensor_header(path, 10**7, MismatchError)               the safetensors header, which must match the file exactly
+check_yaml(data, "my.yaml", ConfigError)                no tags that build objects, limited size and depth
 check_types(path, fields, LoraConfig, MismatchError)    values of the types that a dataclass declares
-is_hub_id("owner/name")                                 the form that the hub's names have
+is_hub_id("owner/name")                                 the form of hub ids
 
-A malformed file is an error of the kind given. A file that only an attack would hold is a SecurityError.
+A malformed file raises the given error type; content that only an attack would have raises SecurityError.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ MOST_JSON_BYTES = 16 * 2**20
 MOST_YAML_BYTES = 2**20
 _DEEPEST_YAML = 20
 
-# Suffixes of files that tokenizers and models are read from; nothing reads the others.
+# Suffixes of the files from which tokenizers and models are loaded.
 _READ = {".json", ".jinja", ".model", ".safetensors", ".txt", ".yaml", ".yml", ".tiktoken"}
 _TEMPLATES = "additional_chat_templates"
 
@@ -43,7 +43,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 
 
 def is_hub_id(name: object) -> bool:
-    """Return True for NAME or OWNER/NAME as the hub has them; a local folder may have such a name as well."""
+    """Return True for NAME or OWNER/NAME in the form of hub ids; a local folder may have such a name too."""
     return isinstance(name, str) and bool(_HUB_ID.fullmatch(name)) and ".." not in name
 
 
@@ -53,7 +53,7 @@ def is_public_id(name: object) -> bool:
 
 
 def check_folder(folder: Path) -> None:
-    """Check every file of a given folder that a model, tokenizer or adapter may be read from."""
+    """Check the path of every file in a folder from which a model, tokenizer or adapter may be loaded."""
     inner = folder / _TEMPLATES
     for path in sorted([*folder.iterdir(), *(inner.iterdir() if inner.is_dir() else [])]):
         if path.suffix.lower() in _READ or path == inner:
@@ -63,20 +63,20 @@ def check_folder(folder: Path) -> None:
 def check_place(path: Path, folder: Path) -> None:
     """Raise SecurityError if a path of this folder leads out of it, or is a pipe, a device or a socket.
 
-    Only the hub's own cache keeps files elsewhere: snapshots/COMMIT/config.json -> ../../blobs/HASH.
+    The hub's cache is an exception: snapshots/COMMIT/config.json -> ../../blobs/HASH.
     """
     root, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
     homes = [root]
     if root.parent.name == "snapshots":
         homes += [root.parent.parent / "blobs", root.parent.parent.parent / "blobs"]
     if not any(target.is_relative_to(home) for home in homes):
-        raise SecurityError(f"{path} is a link out of its folder, to {target}: put the file itself there")
+        raise SecurityError(f"{path} is a link to {target}, outside of its folder: replace the link by the file")
     if path.exists() and not (path.is_file() or path.is_dir()):
-        raise SecurityError(f"{path} is neither a file nor a folder")
+        raise SecurityError(f"{path} is neither a regular file nor a folder")
 
 
 def json_object(path: Path, kind: type[LoraFtError]) -> dict[str, Any]:
-    """Read a JSON object of at most MOST_JSON_BYTES; raise `kind` if the file holds anything else."""
+    """Read a JSON object of at most MOST_JSON_BYTES; raise `kind` if the file contains anything else."""
     with path.open("rb") as file:
         data = file.read(MOST_JSON_BYTES + 1)
     if len(data) > MOST_JSON_BYTES:
@@ -88,73 +88,73 @@ def json_object(path: Path, kind: type[LoraFtError]) -> dict[str, Any]:
     except ValueError as error:  # not UTF-8, not JSON, or an integer of more digits than Python converts
         raise kind(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise kind(f"{path} must hold a JSON object, got {type(value).__name__}")
+        raise kind(f"{path} must contain a JSON object, got {type(value).__name__}")
     return value
 
 
 @dataclass(frozen=True)
 class Header:
-    """The first bytes of a safetensors file, up to the data; byte ranges of its tensors, in order; their shapes."""
+    """Header of a safetensors file: its bytes, the byte ranges of the tensors in order, and their shapes."""
 
     raw: bytes
-    places: list[tuple[int, int]]
+    byte_ranges: list[tuple[int, int]]
     shapes: dict[str, tuple[int, ...]]
 
 
 def tensor_header(path: Path, most_bytes: int, kind: type[LoraFtError]) -> Header:
-    """Read the header of a safetensors file; its tensors must cover the rest of the file without gap or overlap.
+    """Read the header of a safetensors file; its tensors must cover the rest of the file without gaps or overlaps.
 
-    The length that the file states is checked against `most_bytes` and the file's size before the header is read.
+    The header length is checked against `most_bytes` and the file size before the header is read.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if length > size - 8:
-            raise kind(f"{path} is not a safetensors file, or cut short: its header would be longer than the file")
+            raise kind(f"{path} is not a safetensors file, or truncated: its header would be longer than the file")
         if length > most_bytes:
             raise SecurityError(f"{path}: its header of {length:,} bytes is longer than the {most_bytes:,} allowed")
         raw = start + file.read(length)
     try:
         tensors = json.loads(raw[8:], object_pairs_hook=_unique)
         tensors.pop("__metadata__", None)
-        places = _places(tensors, size - len(raw))
-        return Header(raw, places, {name: tuple(entry["shape"]) for name, entry in tensors.items()})
+        ranges = _byte_ranges(tensors, size - len(raw))
+        return Header(raw, ranges, {name: tuple(entry["shape"]) for name, entry in tensors.items()})
     except RecursionError:
         raise SecurityError(f"{path}: its header is nested too deeply") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise kind(f"{path} is not a safetensors file, or cut short: {error}") from None
+        raise kind(f"{path} is not a safetensors file, or truncated: {error}") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        raise ValueError("a name occurs twice in its header")
+        raise ValueError("a name occurs twice in the header")
     return values
 
 
-def _places(tensors: dict[str, Any], num_bytes: int) -> list[tuple[int, int]]:
-    places, at = [], 0
+def _byte_ranges(tensors: dict[str, Any], num_bytes: int) -> list[tuple[int, int]]:
+    ranges, at = [], 0
     for name, entry in sorted(tensors.items(), key=lambda tensor: tensor[1]["data_offsets"]):
         (begin, end), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
         if any(type(n) is not int or n < 0 for n in (begin, end, *shape)):
-            raise ValueError(f"{name[:80]} has a size or an offset that is no whole number, or negative")
+            raise ValueError(f"{name[:80]} has a size or offset that is not a non-negative integer")
         if begin != at or end < begin:
-            raise ValueError(f"{name[:80]} begins at byte {begin}, and what lies before it ends at {at}")
+            raise ValueError(f"{name[:80]} begins at byte {begin}, but the tensor before it ends at {at}")
         if prod(shape) * _BITS[dtype] != (end - begin) * 8:
             raise ValueError(f"{name[:80]} of {dtype} {shape} does not fill its {end - begin} bytes")
-        places.append((begin, end))
+        ranges.append((begin, end))
         at = end
     if at != num_bytes:
-        raise ValueError(f"its tensors take {at:,} bytes, and the file holds {num_bytes:,}")
-    return places
+        raise ValueError(f"its tensors take {at:,} bytes, but the file has {num_bytes:,}")
+    return ranges
 
 
 def check_yaml(data: bytes | str, label: str, kind: type[LoraFtError]) -> None:
     """Check size, tags and depth of a YAML document without building it; syntax errors are left to its reader.
 
-    Raises SecurityError for a document of over MOST_YAML_BYTES and for a tag that asks for more than plain data, an
-    error of `kind` for deep nesting: libyaml composes by recursion in C, which ends the process.
+    Raises SecurityError for a document larger than MOST_YAML_BYTES or a tag that builds objects, and `kind` for deep
+    nesting, at which libyaml overflows the C stack.
     """
     depth = 0
     if len(data) > MOST_YAML_BYTES:
@@ -167,15 +167,15 @@ def check_yaml(data: bytes | str, label: str, kind: type[LoraFtError]) -> None:
                 raise kind(f"{label}:{line}: nested more than {_DEEPEST_YAML} deep")
             tag = getattr(event, "tag", None)
             if tag not in _TAGS | {None, "!"}:
-                raise SecurityError(f"{label}:{line}: the tag {tag} asks for more than data")
+                raise SecurityError(f"{label}:{line}: the tag {tag} is not plain data")
     except (yaml.YAMLError, UnicodeDecodeError):
         return
 
 
 def check_types(path: Path, fields: dict[str, Any], schema: type, kind: type[LoraFtError]) -> None:
-    """Check values of JSON against the types that a library's dataclass declares; an error of `kind` names the first.
+    """Check JSON values against the field types of a library's dataclass; raise `kind` for the first mismatch.
 
-    PEFT takes the types of its settings for granted: on others it fails with any exception, much later, or never.
+    PEFT does not check the types of its settings: wrong ones fail much later, or never.
     """
     hints = typing.get_type_hints(schema)
     for name, value in fields.items():
@@ -185,7 +185,7 @@ def check_types(path: Path, fields: dict[str, Any], schema: type, kind: type[Lor
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Compare a value with a type: numbers are one type, a choice is any text, a dataclass is a mapping."""
+    """Return True if a JSON value fits a type hint; int and float are one type, a Literal is any string."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(isinstance(value, dict) if dataclasses.is_dataclass(o) else _fits(value, o) for o in inner)
@@ -203,7 +203,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def without_filled_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """Drop the keys that are null in the objects inside a row of Arrow. Columns and items of lists stay."""
+    """Drop null keys of the objects inside a row of Arrow; columns and list items are kept."""
     return {name: _without_nulls(value) for name, value in row.items()}
 
 

@@ -284,7 +284,7 @@ def _weights_hash(path: Path) -> str:
     header = untrusted.tensor_header(path, _HEADER_LIMIT, ConfigError)
     digest = hashlib.sha256(header.raw)
     with path.open("rb") as file:
-        for begin, end in header.places:
+        for begin, end in header.byte_ranges:
             file.seek(len(header.raw) + begin)
             digest.update(file.read(min(_SAMPLE, end - begin)))
     return digest.hexdigest()

@@ -32,23 +32,23 @@ class Callback:
     """Base of all callbacks: every method does nothing."""
 
     def on_start(self, state: "TrainingState") -> None:
-        """Called when the adapter is attached and, if the run is resumed, restored; before the next step."""
+        """Called when the adapter is attached and restored from its checkpoint, before the next step."""
 
     def on_step(self, state: "TrainingState", metrics: Metrics) -> None:
-        """Called after each optimizer step, once its line is in metrics.jsonl."""
+        """Called after each optimizer step, when its line is in metrics.jsonl."""
 
     def on_evaluate(self, state: "TrainingState", metrics: Metrics) -> None:
         """Called after each evaluation; `metrics` holds `step` (0 before the first step) and the eval loss."""
 
     def on_checkpoint(self, state: "TrainingState", path: Path) -> None:
-        """Called when a checkpoint is written and read back."""
+        """Called when a checkpoint is written and verified."""
 
     def on_end(self, state: "TrainingState", outcome: Outcome) -> None:
-        """Called once at the end: with the result, the exception that ended the run, or None if it pauses at a rung."""
+        """Called once at the end, with the result, the exception that ended the run, or None if the run is paused."""
 
 
 class Callbacks(Callback):
-    """Several callbacks as one, called in order."""
+    """Calls several callbacks in order."""
 
     def __init__(self, callbacks: Sequence[Callback]) -> None:
         self._callbacks = tuple(callbacks)

@@ -1,16 +1,16 @@
-"""A run's state between two steps: saved so that it is whole or not there, loaded so that training goes on exactly.
+"""Checkpoints: the state of a run between two steps, written atomically and restored exactly.
 
     run/checkpoints/step-00000200/
       state.safetensors    values [P], optimizer.0.exp_avg, ..., losses [steps], best_values [P] with train.keep=best
       state.json           the rest: evaluations, tokens, seconds, length of metrics.jsonl, inputs
       manifest.json        size and sha256 of both
 
-A folder is a checkpoint if the manifest that its files give is, byte by byte, the one it holds. No generator is in it:
-the order of rows and every draw of dropout are functions of seed and position (data/sampler.py), and the learning rate
-is one of the step, so that the number of steps done says where all of them stand.
+A folder is a valid checkpoint if the manifest computed from its files equals the stored one, byte by byte. Random
+states are not stored: the order of rows and every dropout mask are functions of seed and step (data/sampler.py), and
+the learning rate is a function of the step.
 
-Older checkpoints go when the newest has been read back; the newest `train.keep_checkpoints` and the one with the lowest
-eval loss stay. What a folder of unreadable files costs is the steps since the one before it.
+Older checkpoints are removed after the new one has been read back; the newest `train.keep_checkpoints` and the one with
+the lowest eval loss are kept. If a checkpoint is damaged, the one before it is used.
 """
 
 import contextlib
@@ -36,48 +36,48 @@ from lora_ft.training.state import Evaluation, TrainingState
 log = logging.getLogger("lora_ft")
 
 FOLDER, TENSORS, STATE, MANIFEST = runs.CHECKPOINTS, "state.safetensors", "state.json", "manifest.json"
-_FORMAT = 3
+_FORMAT = 4
 _NAME = re.compile(r"step-\d{8,}")
 _MOST_HEADER_BYTES = 10**6
 _HEADERS_BYTES = 4096  # of the two smaller files and of the header of the tensors
 
-# Checkpoints that this process has read and found whole, and how their files were then: to choose which may go, they
-# need not be read again at every save. To resume from one, or to prove that one was written, it always is.
+# Checkpoints that this process has verified, with the stamp of their files: choosing which to remove need not read them
+# again at every save. Resuming from one and verifying a new one always do.
 _Stamp = list[tuple[int, int, int]]
 _read: dict[Path, _Stamp] = {}
 
 
 def is_due(state: TrainingState) -> bool:
-    """Whether the step just done is the last, or one after which `train.save_every_steps` asks for a checkpoint."""
+    """Return True after the last step, and after every `train.save_every_steps` steps."""
     every = state.cfg.train.save_every_steps
     return state.is_done or (every is not None and state.step % every == 0)
 
 
 def save(state: TrainingState) -> Path:
-    """Write the state if it is not there yet, read it back, and only then remove older checkpoints.
+    """Write the state unless it is saved already, verify it, then remove older checkpoints; return its folder.
 
-    Raises CheckpointError if what is read back differs, durable.WriteError where the disk is full.
+    Raises CheckpointError if the files read back differ, durable.WriteError if the disk is full.
     """
     path = state.folder / FOLDER / f"step-{state.step:08d}"
     if _problem(path) is None:
         return path
     contents = {TENSORS: safetensors.torch.save(_tensors(state)), STATE: _json(_state(state))}
-    # Hashed as they are in memory, so that what is read back is compared with what was meant.
-    meant = {n: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for n, data in contents.items()}
-    contents[MANIFEST] = _manifest(state.step, meant)
+    # Hashed in memory, so that the files read back are compared with the intended bytes.
+    intended = {n: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for n, data in contents.items()}
+    contents[MANIFEST] = _manifest(state.step, intended)
     durable.write_files(path, contents)
     if problem := _problem(path):
         raise CheckpointError(f"{path} was written, but {problem}")
     log.debug("checkpoint after step %d", state.step)
-    _let_go(path.parent, state.cfg.train.keep_checkpoints)
+    _remove_old(path.parent, state.cfg.train.keep_checkpoints)
     return path
 
 
 def resume(state: TrainingState) -> None:
     """Restore a new state from its run's newest valid checkpoint, or leave it at step 0 if there is none.
 
-    The run's metrics are cut back to that place. Raises CheckpointError where no checkpoint is valid, or where the
-    valid one belongs to other inputs.
+    metrics.jsonl is cut to its length at the checkpoint. Raises CheckpointError if there are checkpoints and none is
+    valid, or if the newest valid one has other settings, data, base or adapter shapes.
     """
     durable.clear_leftovers(state.folder / FOLDER)
     found = newest(state.folder)
@@ -89,19 +89,22 @@ def resume(state: TrainingState) -> None:
     saved = _read_state(found)
     _check_inputs(found, saved["inputs"], state.inputs)
     for difference in _differences(saved["environment"], _environment(state)):
-        log.warning("resuming elsewhere than the run began, which may change bytes: %s", difference)
+        log.warning("resuming in another environment, so the result may differ in its last bits: %s", difference)
     untrusted.tensor_header(found / TENSORS, _MOST_HEADER_BYTES, CheckpointError)
     _fill(state, saved, safetensors.torch.load((found / TENSORS).read_bytes()))
     durable.cut(state.folder / runs.METRICS, saved["metrics_bytes"])
     for path in _all(found.parent):
-        if path.name > found.name:  # named in the log as no checkpoint any more
+        if path.name > found.name:  # damaged; the log names it
             durable.remove_folder(path)
-    _let_go(found.parent, state.cfg.train.keep_checkpoints)  # what the run did not come to
+    _remove_old(found.parent, state.cfg.train.keep_checkpoints)
     log.info("resuming after step %d of %d", state.step, len(state.steps))
 
 
 def newest(run: Path) -> Path | None:
-    """The newest valid checkpoint of a run, None where it has none; those that are not valid are named in the log."""
+    """Return the newest valid checkpoint of a run, or None if it has no checkpoints; log those that are damaged.
+
+    Raises CheckpointError if there are checkpoints and none is valid.
+    """
     problems = []
     untrusted.check_place(run / FOLDER, run)
     for path in reversed(_all(run / FOLDER)):
@@ -110,36 +113,35 @@ def newest(run: Path) -> Path | None:
         if problem is None:
             return path
         problems.append(f"{path}: {problem}")
-        log.warning("not a checkpoint any more: %s", problems[-1])
+        log.warning("damaged checkpoint: %s", problems[-1])
     if problems:
-        problems.append(f"to begin again, remove {run / FOLDER} and {run / runs.METRICS}")
+        problems.append(f"to start over, remove {run / FOLDER} and {run / runs.METRICS}")
         raise CheckpointError("no checkpoint is valid:\n" + "\n".join(problems))
     return None
 
 
 def bytes_needed(num_parameters: int, num_steps: int, cfg: config.TrainRun) -> int:
-    """What a run's checkpoints and adapter will be at most at one time; in bytes.
+    """Return the peak disk space of a run's checkpoints and adapter, in bytes.
 
-    A new checkpoint stands beside those that stay until it has been read back: the newest, and the one of the lowest
-    eval loss where that is measured on the way.
+    A new checkpoint exists beside the kept ones until it is verified.
     """
     train, values = cfg.train, 4 * num_parameters
     state = optimizers.state_bytes(num_parameters, cfg.optim.name)
     best = values if train.keep is config.Keep.best else 0
     checkpoint = values + state + best + 8 * num_steps + _HEADERS_BYTES
     written = 1 if train.save_every_steps is None else num_steps // train.save_every_steps + 1
-    stay = train.keep_checkpoints + (train.eval_every_steps is not None)
-    return max(min(written, stay + 1) * checkpoint, min(written, stay) * checkpoint + values)
+    kept = train.keep_checkpoints + (train.eval_every_steps is not None)
+    return max(min(written, kept + 1) * checkpoint, min(written, kept) * checkpoint + values)
 
 
 def check_free_space(folder: Path, num_bytes: int) -> None:
-    """ResourceError where a run's folder has no room for `num_bytes`; what its checkpoints take is room, too."""
+    """Raise ResourceError if the disk has no room for `num_bytes`; existing checkpoints of the run count as room."""
     free = durable.free_bytes(folder)
-    there = sum(path.stat().st_size for path in (folder / FOLDER).glob("*/*"))
-    if num_bytes > free + there:
+    reusable = sum(path.stat().st_size for path in (folder / FOLDER).glob("*/*"))
+    if num_bytes > free + reusable:
         raise ResourceError(
-            f"{folder}: adapter and checkpoints need {num_bytes:,} bytes, {free + there:,} are free: make room, or "
-            "lower train.keep_checkpoints"
+            f"{folder}: adapter and checkpoints need {num_bytes:,} bytes, {free + reusable:,} are free: make room "
+            "or lower train.keep_checkpoints"
         )
 
 
@@ -167,13 +169,15 @@ def _state(state: TrainingState) -> dict[str, Any]:
 
 
 def _eval_loss(state: TrainingState) -> float | None:
-    """The loss of the state as it is now, where the step just done was evaluated."""
+    """Return the eval loss of the current state, or None if the last step was not evaluated."""
     last = state.evaluations[-1] if state.evaluations else None
     return last.result.loss if last and last.step == state.step else None
 
 
 def _environment(state: TrainingState) -> dict[str, Any]:
-    return {"device": str(state.base.device), "threads": torch.get_num_threads(), **runs.versions()}
+    device = str(state.base.device)
+    cpu = torch.backends.cpu.get_cpu_capability()  # kernels for AVX2 and AVX-512 round differently
+    return {"device": device, "cpu": cpu, "threads": torch.get_num_threads(), **runs.versions()}
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -183,7 +187,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def _check_inputs(path: Path, recorded: dict[str, str], inputs: dict[str, str]) -> None:
     if problems := _differences(recorded, inputs):
-        raise CheckpointError(f"{path} belongs to other inputs than these: " + "; ".join(problems))
+        raise CheckpointError(f"{path} does not belong to this run: " + "; ".join(problems))
 
 
 def _fill(state: TrainingState, saved: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -200,11 +204,11 @@ def _fill(state: TrainingState, saved: dict[str, Any], tensors: dict[str, Tensor
 
 
 def _all(folder: Path) -> list[Path]:
-    """What stands under the name of a checkpoint, oldest first."""
+    """Return everything named like a checkpoint, oldest first."""
     return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
 
 
-def _let_go(folder: Path, keep: int) -> None:
+def _remove_old(folder: Path, keep: int) -> None:
     valid = [path for path in _all(folder) if not _problem_now(path)]
     losses = {path: _read_state(path)["eval_loss"] for path in valid}
     best = min((path for path in valid if losses[path] is not None), key=lambda path: losses[path], default=None)
@@ -219,9 +223,9 @@ def _json(value: Any) -> bytes:
 
 
 def _described(path: Path) -> dict[str, Any]:
-    """Size and hash of a plain file; OSError for anything else."""
+    """Return size and sha256 of a regular file; raises OSError for anything else."""
     if path.is_symlink() or not path.is_file():
-        raise OSError(f"{path.name} is no plain file")
+        raise OSError(f"{path.name} is not a regular file")
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
@@ -229,7 +233,9 @@ def _described(path: Path) -> dict[str, Any]:
 def _read_state(path: Path) -> dict[str, Any]:
     state = untrusted.json_object(path / STATE, CheckpointError)
     if state.get("format") != _FORMAT:
-        raise CheckpointError(f"{path / STATE} must be of format {_FORMAT}, got {state.get('format')}")
+        raise CheckpointError(
+            f"{path / STATE} has format {state.get('format')}; this version of lora_ft reads {_FORMAT}"
+        )
     return state
 
 
@@ -238,7 +244,7 @@ def _manifest(step: int, files: dict[str, dict[str, Any]]) -> bytes:
 
 
 def _problem(path: Path) -> str | None:
-    """What keeps a folder from being a checkpoint, None where nothing does; all of it is read."""
+    """Return why a folder is not a valid checkpoint, or None if it is; reads all of its files."""
     try:
         stamp = _stamp(path)
         found = {name: _described(path / name) for name in (TENSORS, STATE)}
@@ -248,11 +254,11 @@ def _problem(path: Path) -> str | None:
     if recorded == _manifest(int(path.name.removeprefix("step-")), found):
         _read[path] = stamp
         return None
-    return f"its files do not have the sizes and hashes that {MANIFEST} names"
+    return f"the sizes and hashes of its files differ from {MANIFEST}"
 
 
 def _problem_now(path: Path) -> str | None:
-    """As `_problem`, but files that this process has found whole, and that are as they were, are not read again."""
+    """As `_problem`, but skip files that this process has verified and that have not changed since."""
     with contextlib.suppress(OSError):
         if path in _read and _read[path] == _stamp(path):
             return None
@@ -260,7 +266,7 @@ def _problem_now(path: Path) -> str | None:
 
 
 def _stamp(path: Path) -> _Stamp:
-    """What changes when one of a checkpoint's files is written or replaced."""
+    """Return inode, size and time of each file, which change when it is written or replaced."""
     found = [(path / name).lstat() for name in (TENSORS, STATE, MANIFEST)]
     return [(file.st_ino, file.st_size, file.st_mtime_ns) for file in found]
 
@@ -271,4 +277,4 @@ def _metrics_problem(path: Path, run: Path) -> str | None:
     found = metrics.stat().st_size if metrics.exists() else 0
     if found >= written:
         return None
-    return f"{runs.METRICS} was {written:,} bytes long when it was written, and has {found:,}"
+    return f"{runs.METRICS} had {written:,} bytes at this checkpoint and has {found:,} now"

@@ -1,13 +1,13 @@
-"""Check a run before its base is loaded: rows, masks, steps, learning rate, layers, disk.
+"""Check a run before its base is loaded: rows, loss mask, steps, learning rate, layers, disk space.
 
-    rows = read_rows(cfg, tokenizer)                           # raise what training would raise, minutes earlier
-    preflight = check_first(cfg, rows, tokenizer, folder)
-    preflight.steps.count, preflight.layers.trainable          # equal those of the run's result.json
-    preflight.warnings                                         # allowed, but seldom meant
+    rows = read_rows(cfg, tokenizer)                 # raises what training would raise, minutes earlier
+    check = dry_run(cfg, rows, tokenizer, folder)
+    check.steps.count, check.layers.trainable        # equal those of the run's result.json
+    check.warnings                                   # allowed, but rarely intended
 
-`lora-ft check` shows it; `train` does it first, keeps it as check.json and logs the warnings. Nothing is computed
-twice in two ways: rows come from `prepare_rows`, steps from `plan_steps`, and the layers are PEFT's own, attached to
-the base's skeleton.
+`lora-ft check` prints it; `train` does it first, writes check.json and logs the warnings. It shares its code with
+training: rows come from `prepare_rows`, steps from `plan_steps`, and PEFT attaches the layers, to a base on the meta
+device.
 """
 
 import textwrap
@@ -32,10 +32,10 @@ from lora_ft.models.load import Base, resolve_device
 from lora_ft.models.meta_model import load_meta_model
 from lora_ft.ops.kernels import choose_kernels
 from lora_ft.training import checkpoint, ranks, state, trackers
-from lora_ft.training.ineffective_settings import without_effect
+from lora_ft.training.ineffective_settings import ineffective
 from lora_ft.training.optimizers import learning_rate
 
-_RATES = 60  # points of the learning rate's curve, which fit on a line
+_RATES = 60  # points of the learning rate's curve: one terminal line
 _FEW_STEPS = 10
 
 Found = TypeVar("Found")
@@ -43,7 +43,7 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class Steps:
-    """Optimizer steps of the run: their number, passes over the data, tokens in one, and learning rates.
+    """Optimizer steps of the run: number, passes over the data, tokens per step, learning rates.
 
     alone: documents longer than train.tokens_per_step. rates: evenly spaced over the run, first and last included.
     """
@@ -62,7 +62,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes: of the adapter's weights, of adapter and checkpoints at their most, and what is free."""
+    """Disk space in bytes: adapter weights, adapter and checkpoints at their peak, and free space."""
 
     adapter: int
     needed: int
@@ -71,15 +71,15 @@ class Disk:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows to train on, and what is noticed about them; runs whose `data` and `model` are equal can share it."""
+    """Examples of a run and their statistics; jobs with equal `data` and `model` settings share them."""
 
     dataset: Dataset
     seen: Survey
 
 
 @dataclass(frozen=True)
-class Preflight:
-    """All that check.json holds."""
+class DryRun:
+    """Content of check.json."""
 
     rows: Report
     seen: Survey
@@ -90,8 +90,8 @@ class Preflight:
 
 
 @dataclass(frozen=True)
-class Known:
-    """As much of it as can be known; None is what an error stands in the way of."""
+class PartialDryRun:
+    """Parts of a dry run; None for a part that an error prevented."""
 
     rows: Rows | None
     steps: Steps | None
@@ -100,15 +100,14 @@ class Known:
     warnings: list[str]
 
 
-class Tries:
-    """Parts of a check: one that fails does not keep the next from being tried. In the order of training, which would
-    end with the first of the errors."""
+class ErrorCollector:
+    """Calls the parts of a check in the order of training and collects their errors, so that one run shows all."""
 
     def __init__(self) -> None:
         self.errors: list[LoraFtError] = []
 
     def __call__(self, part: Callable[..., Found], *arguments: Any) -> Found | None:
-        """Return the result of the part, or None and keep its error, unless that is known already."""
+        """Return the part's result, or None after an error, which is kept once."""
         try:
             return part(*arguments)
         except LoraFtError as error:
@@ -116,11 +115,11 @@ class Tries:
                 self.errors.append(error)
             return None
 
-    def end(self) -> None:
-        """Raise the errors, if there are any: as one, with the exit code of the first."""
+    def raise_errors(self) -> None:
+        """Raise the collected errors, if any: several as one, with the exit code of the first."""
         if len(self.errors) > 1:
             together = LoraFtError(
-                f"{len(self.errors)} errors, of which training would end with the first:\n"
+                f"{len(self.errors)} errors; training would stop at the first:\n"
                 + "\n".join(textwrap.indent(str(error), "  ").replace("  ", "- ", 1) for error in self.errors)
             )
             together.exit_code = self.errors[0].exit_code
@@ -130,28 +129,28 @@ class Tries:
 
 
 def check_machine(cfg: config.TrainRun) -> None:
-    """ConfigError for what no other rows would change: several processes, a device or kernels that are not here."""
+    """Raise ConfigError if this machine cannot run it: several processes, a missing device, missing kernels."""
     ranks.current()
     choose_kernels(resolve_device(cfg.device), compile_=cfg.fast.compile, liger=cfg.fast.liger)
 
 
 def read_rows(cfg: config.TrainRun, tokenizer: PreTrainedTokenizerBase) -> Rows:
-    """Read the rows of a run, make and survey its examples; raises the errors of `prepare`."""
+    """Read the rows of a run, build its examples and their statistics; raises the errors of `prepare_rows`."""
     found = read(cfg.data)
     dataset = prepare_rows(found, cfg.data, tokenizer, objectives.find(cfg.objective).examples)
     return Rows(dataset, survey(found, dataset, cfg.data, tokenizer))
 
 
-def check_first(cfg: config.TrainRun, rows: Rows, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Preflight:
-    """Check all that needs no weights of a run that trains on `rows` and will write below `folder`.
+def dry_run(cfg: config.TrainRun, rows: Rows, tokenizer: PreTrainedTokenizerBase, folder: Path) -> DryRun:
+    """Check everything about a run that needs no weights; `folder` is where it will write.
 
-    Raises what `make_learner` raises, and ResourceError where the disk is too full; several errors as one.
+    Raises the errors that training would raise, and ResourceError if the disk is too full; several errors as one.
     """
-    tries = Tries()
-    known = look(tries, cfg, rows, tokenizer, folder)
-    tries.end()
-    assert known.steps and known.layers and known.disk  # only an error leaves one out
-    return Preflight(rows.dataset.report, rows.seen, known.steps, known.layers, known.disk, known.warnings)
+    collect = ErrorCollector()
+    found = partial_dry_run(collect, cfg, rows, tokenizer, folder)
+    collect.raise_errors()
+    assert found.steps and found.layers and found.disk  # a part is missing only after an error
+    return DryRun(rows.dataset.report, rows.seen, found.steps, found.layers, found.disk, found.warnings)
 
 
 def look(
@@ -162,26 +161,24 @@ def look(
     base = tries(
         load_meta_model, cfg.model, cfg.quant, cfg.device, tokenizer, objective.model_class if objective else None
     )
-    tries(trackers.check, cfg.track)
+    collect(trackers.check, cfg.track)
     steps = _steps(cfg, rows.dataset) if rows else None
     if rows and steps:
-        tries(state.check_added_tokens, cfg.model, tokenizer, rows.dataset.train)
+        collect(state.check_added_tokens, cfg.model, tokenizer, rows.dataset.train)
         if base:
-            tries(_check_lengths, cfg, base, rows.dataset)
-        tries(state.check_warmup, cfg.optim, steps.count)
-    layers = tries(summary.layers, base, cfg) if base else None
-    disk = tries(_disk, cfg, folder, layers.trainable, steps.count) if layers and steps else None
-    said = [
+            collect(_check_lengths, cfg, base, rows.dataset)
+        collect(state.check_warmup, cfg.optim, steps.count)
+    layers = collect(summary.layers, base, cfg) if base else None
+    disk = collect(_disk, cfg, folder, layers.trainable, steps.count) if layers and steps else None
+    warnings = [
         *(warnings_of_rows(rows.seen, rows.dataset.report, cfg.data) if rows else ()),
-        *(_foreign_ends(rows.seen, base) if rows and base else ()),
-        *(_doubtful_steps(steps, len(rows.dataset.train), cfg.train) if rows and steps else ()),
+        *(_unknown_stop_tokens(rows.seen, base) if rows and base else ()),
+        *(_step_warnings(steps, len(rows.dataset.train), cfg.train) if rows and steps else ()),
         *(summary.warnings(layers, cfg) if layers else ()),
-        *(_unseen_weights(base) if base and cfg.adapter.init_from else ()),
-        *without_effect(
-            cfg, rows.dataset if rows else None, steps.count if steps else 0, steps.largest if steps else 0
-        ),
+        *(_unverified_base(base) if base and cfg.adapter.init_from else ()),
+        *ineffective(cfg, rows.dataset if rows else None, steps.count if steps else 0, steps.largest if steps else 0),
     ]
-    return Known(rows, steps, layers, disk, said)
+    return PartialDryRun(rows, steps, layers, disk, warnings)
 
 
 def _check_lengths(cfg: config.TrainRun, base: Base, dataset: Dataset) -> None:
@@ -216,28 +213,28 @@ def _disk(cfg: config.TrainRun, folder: Path, num_trainable: int, num_steps: int
     return disk
 
 
-def _foreign_ends(seen: Survey, base: Base) -> Iterator[str]:
-    """Ends of turns that the base's files do not call an end: `lora-ft chat` knows them, other programs may not."""
+def _unknown_stop_tokens(seen: Survey, base: Base) -> Iterator[str]:
+    """Yield a warning for each end of turn that the base's files do not list: other programs do not stop there."""
     listed = base.model.generation_config.eos_token_id if base.model.generation_config else None
     known = {*(listed if isinstance(listed, list) else [listed]), base.tokenizer.eos_token_id}
     for end, count in seen.ends.items():
         if base.tokenizer.convert_tokens_to_ids(end) not in known:
             yield (
-                f"documents end with {end} ({count:,}), which neither the tokenizer nor generation_config.json calls "
-                "an end: other programs will not stop there"
+                f"{count:,} documents end with {end}, which is a stop token neither of the tokenizer nor of "
+                "generation_config.json: other programs will not stop there"
             )
 
 
-def _unseen_weights(base: Base) -> Iterator[str]:
+def _unverified_base(base: Base) -> Iterator[str]:
     if base.identity.weights_sha256 is None:
-        yield "the base's weights are not on this machine: whether adapter.init_from was trained on them is seen later"
+        yield "the base's weights are not on this machine: adapter.init_from is checked when they are loaded"
 
 
-def _doubtful_steps(steps: Steps, documents: int, train: config.Train) -> Iterator[str]:
+def _step_warnings(steps: Steps, documents: int, train: config.Train) -> Iterator[str]:
     if steps.alone:
         yield (
             f"{steps.alone:,} of {documents:,} documents are longer than train.tokens_per_step="
-            f"{train.tokens_per_step}: each is a step of its own"
+            f"{train.tokens_per_step}: each becomes a step of its own"
         )
     if steps.count < _FEW_STEPS and train.max_steps is None:
-        yield f"few steps ({steps.count}): lower train.tokens_per_step or raise train.epochs to learn more"
+        yield f"only {steps.count} steps: lower train.tokens_per_step or raise train.epochs to learn more"

@@ -21,15 +21,14 @@ from lora_ft.training.state import NAME, TrainingState, overfitting
 
 log = logging.getLogger("lora_ft")
 
-_SAMPLE_TOKENS = 48  # enough to see what an answer is like
+_SAMPLE_TOKENS = 48  # of each sample answer
 
 
 @dataclass(frozen=True)
 class Result:
-    """What result.json holds: the outcome of one run; losses in nats per token, None without an eval set.
+    """Content of result.json: the outcome of one run; losses in nats per token, None without an eval set.
 
-    peak_memory_bytes is of the process, whose base other runs may share; stopped_by says what ended a run that had
-    not come to its end.
+    peak_memory_bytes: of the process, which in a sweep trains several jobs. stopped_by: why a run ended early.
     """
 
     eval_loss: float | None
@@ -48,34 +47,34 @@ class Result:
     adapter_sha256: str
 
 
-def finish(state: TrainingState, base: Base, dataset: Dataset, compared: dict[object, Comparison]) -> Result:
-    """Save what was learned, compare it with the base, and say so; `compared` is handed from one adapter to the next,
-    so that the base is measured once."""
+def finish(state: TrainingState, base: Base, dataset: Dataset, comparisons: dict[object, Comparison]) -> Result:
+    """Save the adapter, compare it with the base, write and print the result.
+
+    `comparisons` caches comparisons, so that jobs on one base evaluate the base once.
+    """
     adapter = state.folder / "adapter"
     state.take_kept_state()
     source = provenance.Origin(base.identity, state.cfg.quant, dataset.report.sha256)
     files.save(state.model, NAME, adapter, base.tokenizer, source)
     for sentence in overfitting(state):
         log.info(sentence)
-    comparison = _compared(state, base, compared) if state.eval_examples else None
+    comparison = _compared(state, base, comparisons) if state.eval_examples else None
     result = _result(state, comparison)
     durable.write_json(state.folder / runs.RESULT, asdict(result))
     _print(state, base, comparison, result)
     return result
 
 
-def _compared(state: TrainingState, base: Base, compared: dict[object, Comparison]) -> Comparison:
+def _compared(state: TrainingState, base: Base, comparisons: dict[object, Comparison]) -> Comparison:
     train = state.cfg.train
     log.info("comparing base and adapter on %d eval rows", len(state.eval_examples))
     capacity = train.tokens_per_microbatch or train.tokens_per_step
-    decides = (len(state.eval_examples), capacity, train.samples)
+    key = (len(state.eval_examples), capacity, train.samples)
     eval_set = EvalSet(
         state.eval_examples, state.eval_prompts[: train.samples], capacity, _SAMPLE_TOKENS, state.objective.loss
     )
-    compared[decides] = compare(
-        state.model, base.tokenizer, eval_set, state.paths, compared.get(decides), state.measured
-    )
-    return compared[decides]
+    comparisons[key] = compare(state.model, base.tokenizer, eval_set, state.paths, comparisons.get(key), state.measured)
+    return comparisons[key]
 
 
 def _result(state: TrainingState, comparison: Comparison | None) -> Result:
@@ -108,6 +107,6 @@ def _print(state: TrainingState, base: Base, comparison: Comparison | None, resu
     }
     console = Console()
     console.print(render(comparison, facts))
-    # Lines to copy: outside of any table, and never folded.
+    # Lines to copy: not inside a table, and never wrapped.
     lines = provenance.loading_lines(state.folder / "adapter", base, state.cfg)
     console.print(Text("\n" + "\n".join(lines)), soft_wrap=True)

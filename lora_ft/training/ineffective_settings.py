@@ -1,8 +1,8 @@
-"""Settings that a user changed and that change nothing: most often, something else was meant.
+"""Warnings about settings that were changed and have no effect, usually because something else was intended.
 
     lora-ft train optim.decay_fraction=0.1      "optim.decay_fraction has no effect: it is for optim.schedule=wsd"
 
-What contradicts another setting is an error of validation.py; here the run is right, only not what was typed.
+Settings that contradict each other are errors of validation.py.
 """
 
 from collections.abc import Iterator
@@ -14,8 +14,8 @@ from lora_ft.data.dataset import Dataset
 from lora_ft.data.read import eval_split
 
 
-def without_effect(cfg: config.TrainRun, dataset: Dataset | None, num_steps: int, largest_step: int) -> list[str]:
-    """A sentence for each such setting, of those that need no rows where there are none; `largest_step` in tokens."""
+def ineffective(cfg: config.TrainRun, dataset: Dataset | None, num_steps: int, largest_step: int) -> list[str]:
+    """Return a sentence for each changed setting without effect; rules about rows need a dataset. Unit: tokens."""
     changed = {s.key for s in validation.settings(type(cfg)) if _value(cfg, s.key) != s.default}
     cases = [*_by_settings(cfg)]
     if dataset:
@@ -42,8 +42,8 @@ def _by_settings(cfg: config.TrainRun) -> _Cases:
     yield "train.epochs", cfg.train.max_steps is not None, "train.max_steps overrides it"
     apart = "data.eval_path" if cfg.data.eval_path else "data.eval_split"
     yield "data.eval_fraction", bool(cfg.data.eval_path or cfg.data.eval_split), f"{apart} names the eval rows"
-    looks_only = isinstance(cfg, config.CheckRun) and cfg.resume == "auto"
-    yield "resume", looks_only, "check looks at a run from its beginning"
+    only_checks = isinstance(cfg, config.CheckRun) and cfg.resume == "auto"
+    yield "resume", only_checks, "check always looks at a run from its first step"
 
 
 def _by_rows(cfg: config.TrainRun, dataset: Dataset) -> _Cases:

@@ -1,4 +1,4 @@
-"""What is measured of a process: its peak memory. The metrics of a step are kept by training/trackers.py."""
+"""Peak memory of this process."""
 
 import resource
 import sys
@@ -7,7 +7,7 @@ import torch
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory so far: allocated on the GPU where there is one, else resident in this process."""
+    """Return the peak memory so far: allocated on the GPU if `device` is one, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

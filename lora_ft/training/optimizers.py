@@ -1,7 +1,7 @@
-"""The optimizer of one learner, over a flat tensor, and its learning rate as a function of the step.
+"""The optimizer of an adapter, over one flat tensor, and the learning rate as a function of the step.
 
     flat       [ lora_A ... | lora_B ... | vectors ]     every parameter is a view, and so is every gradient:
-    gradient   [ lora_A ... | lora_B ... | vectors ]     one fused AdamW call a group, one norm, one copy to keep
+    gradient   [ lora_A ... | lora_B ... | vectors ]     one fused AdamW call per group, one norm, one copy
 
     lr  ^    ______________            warm-up, then the schedule; wsd (warm-up, stable, decay) falls
         |   /              \\ wsd      only in the last optim.decay_fraction of the run
@@ -22,7 +22,7 @@ from lora_ft.models.quantize import import_bitsandbytes
 
 @dataclass(frozen=True)
 class Flat:
-    """A learner's parameters as one tensor: values and gradients [P], and the sizes of the groups in it."""
+    """Trainable parameters as one tensor: values and gradients [P], and the sizes of its three groups."""
 
     values: Tensor
     gradients: Tensor
@@ -30,7 +30,7 @@ class Flat:
 
 
 def flatten(parameters: dict[str, nn.Parameter]) -> Flat:
-    """Move parameters into one tensor, group after group, each a view of it; all share dtype and device."""
+    """Move parameters into one tensor, ordered by group, and make each a view of it; dtype and device must be equal."""
     ordered = sorted(parameters.items(), key=_group)
     values = torch.cat([p.detach().reshape(-1) for _, p in ordered])
     gradients = torch.zeros_like(values)
@@ -53,9 +53,9 @@ def _group(named: tuple[str, nn.Parameter]) -> int:
 
 
 def build(flat: Flat, optim: config.Optim) -> torch.optim.Optimizer:
-    """The optimizer over the flat tensor: lora_B may learn faster (LoRA+, arXiv 2402.12354), vectors do not decay.
+    """Build the optimizer: lora_B may have a higher learning rate (LoRA+, arXiv 2402.12354), vectors do not decay.
 
-    Each group carries `lr_ratio`, its learning rate over the schedule's.
+    Each group has an `lr_ratio`, its learning rate divided by the schedule's.
     """
     groups = []
     options = ({"lr_ratio": 1.0}, {"lr_ratio": optim.lora_plus_ratio}, {"lr_ratio": 1.0, "weight_decay": 0.0})
@@ -85,7 +85,7 @@ def build(flat: Flat, optim: config.Optim) -> torch.optim.Optimizer:
 
 
 def state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What the optimizer remembers, by group and name (`0.exp_avg`, `1.state1`); counts of steps become tensors."""
+    """Return the optimizer's state by group and name (`0.exp_avg`, `1.state1`), step counts as tensors."""
     return {
         f"{group}.{name}": _own(name, value)
         for group, parameter in enumerate(_parameters(optimizer))
@@ -96,16 +96,16 @@ def state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def _own(name: str, value: Tensor | int) -> Tensor:
     if not isinstance(value, Tensor):
         return torch.tensor(value)
-    # bitsandbytes' groups share one table of codes, and the tensors of a file may share nothing.
+    # bitsandbytes' groups share one code table; tensors of a safetensors file must not share memory.
     return value.clone() if name.startswith("qmap") else value
 
 
 def restore(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Give an optimizer that has made no step yet what `state` returned of another."""
+    """Set the state of an optimizer that has taken no step to what `state` returned."""
     for number, parameter in enumerate(_parameters(optimizer)):
         found = {name.partition(".")[2]: value for name, value in tensors.items() if name.startswith(f"{number}.")}
         memory = optimizer.state[parameter]
-        if hasattr(optimizer, "init_state"):  # bitsandbytes', whose buffers may be paged: filled where they are
+        if hasattr(optimizer, "init_state"):  # bitsandbytes: its buffers may be paged, so they are filled in place
             optimizer.init_state(optimizer.param_groups[number], parameter, number, 0)
         for name, value in found.items():
             if name not in memory:
@@ -121,23 +121,17 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 
 def state_bytes(num_parameters: int, name: config.Optimizer) -> int:
-    """Size of what an optimizer remembers: two moments in fp32, or in 8 bits with a scale for each 256 of them."""
+    """Return the size of an optimizer's state: two moments in fp32, or in 8 bits with a scale per 256 values."""
     if name is config.Optimizer.adamw_8bit:
         return 2 * num_parameters + 2 * 4 * math.ceil(num_parameters / 256)
     return 2 * 4 * num_parameters
 
 
-def learner_bytes(num_parameters: int, cfg: config.TrainRun) -> int:
-    """Memory that one learner holds between its turns: values, gradients, the start, the best, the optimizer's."""
-    copies = 4 if cfg.train.keep is config.Keep.best else 3
-    return copies * 4 * num_parameters + state_bytes(num_parameters, cfg.optim.name)
-
-
 def learning_rate(optim: config.Optim, step: int, num_steps: int) -> float:
-    """The learning rate of 0-based `step` of `num_steps`.
+    """Return the learning rate of 0-based `step` of `num_steps`.
 
-    Warm-up gives lr (step + 1) / warmup_steps, so that no step is wasted at zero; afterwards
-    progress = (step - warmup_steps) / (num_steps - warmup_steps) runs from 0 towards 1.
+    Warm-up gives lr (step + 1) / warmup_steps, so no step is taken with a learning rate of 0; afterwards
+    progress = (step - warmup_steps) / (num_steps - warmup_steps) goes from 0 towards 1.
     """
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
@@ -146,7 +140,7 @@ def learning_rate(optim: config.Optim, step: int, num_steps: int) -> float:
 
 
 def _shape(optim: config.Optim, progress: float) -> float:
-    """The schedule's height, from 1 to 0, at a progress in [0, 1)."""
+    """Return the schedule's factor, from 1 to 0, at a progress in [0, 1)."""
     match optim.schedule:
         case config.Schedule.constant:
             return 1.0
@@ -163,10 +157,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
         group["lr"] = value * group["lr_ratio"]
 
 
-def clip(gradients: Tensor, largest_norm: float) -> float:
-    """The gradient's norm, after which the gradient is scaled down to `largest_norm` if that is above 0 and less."""
+def clip(gradients: Tensor, max_norm: float) -> float:
+    """Return the gradient norm; scale the gradient to `max_norm` if its norm is larger and `max_norm` is above 0."""
     norm = float(torch.linalg.vector_norm(gradients))
-    if 0 < largest_norm < norm and math.isfinite(norm):
-        # The 1e-6 is torch.nn.utils.clip_grad_norm_'s, so that both give the same numbers.
-        gradients.mul_(largest_norm / (norm + 1e-6))
+    if 0 < max_norm < norm and math.isfinite(norm):
+        # 1e-6 as in torch.nn.utils.clip_grad_norm_, so that both give the same numbers.
+        gradients.mul_(max_norm / (norm + 1e-6))
     return norm

@@ -1,8 +1,8 @@
-"""What a person sees while a run trains: a live line in a terminal, plain lines anywhere else.
+"""Progress display of a training run: a live line in a terminal or notebook, plain lines elsewhere.
 
     step   42/180  loss 2.114  eval loss 2.305  lr 1.8e-04  norm 0.91  143 tokens/s  1.9 GB  3:12 left
 
-Messages and lines go to stderr and, without the live display, into the run's log.txt; stdout is for results.
+Messages and progress go to stderr and to log.txt of the run; stdout is for results.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ _SECONDS_BETWEEN_LINES = 2.0
 
 
 class Progress(Callback):
-    """Shows each step as it ends: one line, replaced in a terminal, appended elsewhere."""
+    """Shows one line per step, replaced in a terminal, appended elsewhere."""
 
     def __init__(self, console: Console, live: Live | None) -> None:
         self._console, self._live = console, live
@@ -37,7 +37,7 @@ class Progress(Callback):
 
     def on_step(self, state: TrainingState, metrics: Metrics) -> None:
         self._show(state, metrics)
-        if state.is_done and self._live:  # leave the last line where it is; what follows is printed below it
+        if state.is_done and self._live:  # keeps the last line on the screen
             self._live.stop()
 
     def on_evaluate(self, state: TrainingState, metrics: Metrics) -> None:
@@ -55,7 +55,7 @@ class Progress(Callback):
 
 
 class LogFile(logging.Handler):
-    """Writes messages and steps into a run's log.txt, which is complete after every line."""
+    """Appends messages and steps to log.txt of a run; each line is on disk before training continues."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(logging.DEBUG)
@@ -85,16 +85,16 @@ def _line(state: TrainingState, metrics: Metrics) -> str:
 
 
 def live_on(console: Console) -> Live | None:
-    """Return a live line for a terminal or a notebook (where rich needs ipywidgets), None for plain output."""
+    """Return a live display for a terminal or a notebook (where rich needs ipywidgets), None for plain output."""
     is_live = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
     return Live(console=console, transient=False, auto_refresh=False) if is_live else None
 
 
 @contextlib.contextmanager
 def displayed(folder: Path) -> Iterator[Progress]:
-    """Show progress and this package's messages until the block ends; both are kept in the run's log.txt."""
+    """Show progress and the messages of lora_ft until the block ends, and write both to log.txt."""
     console = Console(stderr=True)
-    # A reader that left is no reason to stop training; rich would exit.
+    # rich would exit when the reader of a pipe is gone; training continues.
     console.on_broken_pipe = functools.partial(setattr, console, "quiet", True)  # type: ignore[method-assign]
     live = live_on(console)
     handlers = [_ConsoleHandler(console), LogFile(folder)]
@@ -112,7 +112,7 @@ def displayed(folder: Path) -> Iterator[Progress]:
 
 
 class _ConsoleHandler(logging.Handler):
-    """Messages above the live line, without its markup being read from them."""
+    """Prints messages above the live line, as plain text without markup."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(logging.INFO)

@@ -1,4 +1,4 @@
-"""What the jobs of a sweep share, and a single run has for itself: tokenizer, rows, and the loaded base.
+"""Objects that the jobs of a sweep share: tokenizer, rows and the loaded base. A single run has its own.
 
 shared = prepare(cfg)                      # no weights yet
 shared.base = load(cfg, shared.tokenizer)  # frozen, accelerated, its weights hashed
@@ -31,9 +31,9 @@ class LoadedBase:
 
 @dataclass
 class Shared:
-    """What the jobs of a sweep share: tokenizer, rows and, once loaded, the base.
+    """Tokenizer, rows and, once loaded, the base of one run or of several jobs.
 
-    base_losses, comparisons: what was measured of the bare base, by what decides it, so that it is measured once.
+    base_losses, comparisons: caches of measurements of the bare base, keyed by rows and batch size.
     """
 
     tokenizer: PreTrainedTokenizerBase

@@ -1,10 +1,9 @@
-"""SIGINT and SIGTERM: the first lets the running step end and its state be saved, a second stops at once.
+"""SIGINT and SIGTERM: the first finishes the current step and saves a checkpoint, the second stops at once.
 
     with on_signals() as stop:
-        fit(learners, observe, stop)       # after each step: stop.signum
+        fit(state, callbacks, stop)       # checks stop.signum after each step
 
-Outside the steps (while the base loads, while base and adapter are compared) nothing is half done that a checkpoint
-could keep, so that the first signal stops at once there.
+Outside of training steps (loading the base, comparing base and adapter) the first signal stops at once.
 """
 
 import contextlib
@@ -20,7 +19,7 @@ _STDERR = 2
 
 
 class Stop:
-    """What a signal asked for: `signum` is None until one came between `fit`'s first and last step."""
+    """The signal received during training steps; `signum` is None until then."""
 
     def __init__(self) -> None:
         self.signum: int | None = None
@@ -28,7 +27,7 @@ class Stop:
 
     @contextlib.contextmanager
     def between_steps(self) -> Iterator[None]:
-        """While this lasts, somebody looks at `signum` after every step."""
+        """Until the block ends, a first signal only sets `signum`, which the caller checks after every step."""
         self._can_wait = True
         try:
             yield
@@ -36,27 +35,29 @@ class Stop:
             self._can_wait = False
 
     def ask(self, signum: int, _frame: types.FrameType | None = None) -> None:
-        """The signals' handler."""
+        """Handle a signal; raises Interrupted for a second one, and outside of training steps."""
         name = signal.Signals(signum).name
         if self.signum is not None or not self._can_wait:
             raise Interrupted(signum, f"stopped by {name}")
         self.signum = signum
-        # Not through sys.stderr: a signal may come while it is being written to. Ctrl-C ends `| tee log` as well.
+        # Not sys.stderr, which may be in the middle of a write. Ctrl-C also ends the reader of a pipe (`| tee log`).
         with contextlib.suppress(OSError):
-            os.write(_STDERR, f"\n{name}: this step, then a checkpoint; again to stop now\n".encode())
+            os.write(
+                _STDERR, f"\n{name}: finishing this step and saving a checkpoint; send it again to stop now\n".encode()
+            )
 
 
 def replaceable() -> list[signal.Signals]:
-    """Return which of SIGINT and SIGTERM this thread can handle, and give back later."""
+    """Return those of SIGINT and SIGTERM whose handlers this thread can replace and restore."""
     if threading.current_thread() is not threading.main_thread():
         return []
-    kept = (signal.SIG_IGN, None)  # None: a handler that is not Python's, which could not be given back
+    kept = (signal.SIG_IGN, None)  # None: a handler not set from Python, which could not be restored
     return [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) not in kept]
 
 
 @contextlib.contextmanager
 def handled_by(handler: Callable[[int, types.FrameType | None], None]) -> Iterator[None]:
-    """Let a handler receive the replaceable ones of SIGINT and SIGTERM until the block ends."""
+    """Handle SIGINT and SIGTERM with `handler` until the block ends; signals that cannot be restored are skipped."""
     before = {signum: signal.signal(signum, handler) for signum in replaceable()}
     try:
         yield
@@ -67,10 +68,10 @@ def handled_by(handler: Callable[[int, types.FrameType | None], None]) -> Iterat
 
 @contextlib.contextmanager
 def on_signals() -> Iterator[Stop]:
-    """Let a Stop receive SIGINT and SIGTERM until the block ends.
+    """Yield a Stop that receives SIGINT and SIGTERM until the block ends.
 
-    A signal that the process was started to ignore (SIGINT, in the background of a script) stays ignored. In another
-    thread than the main one, where Python sets no handlers, nothing is received.
+    A signal that the process ignores from its start (SIGINT of a background job) stays ignored. Outside of the main
+    thread, where Python cannot set handlers, no signal is received.
     """
     stop = Stop()
     with handled_by(stop.ask):

@@ -1,9 +1,9 @@
-"""The state of one adapter's training: parameters, optimizer, planned steps, losses, evaluations, best values.
+"""The training state of one adapter: parameters, optimizer, planned steps, losses, evaluations, best values.
 
 with attached(cfg, folder, base, dataset, ...) as state:     adapter on the base, before its first step
-    checkpoint.resume(state)                                 or after the last step that was saved
+    checkpoint.resume(state)                                 restored from its newest checkpoint, if any
     trainer.fit(state)
-# the base is as it was before, and nothing of the adapter is left on it
+# the adapter is detached; the base is unchanged
 """
 
 import contextlib
@@ -41,11 +41,13 @@ from lora_ft.training import optimizers
 
 log = logging.getLogger("lora_ft")
 
-NAME = "default"  # of the adapter inside the PEFT model: one at a time
+NAME = "default"  # PEFT's name of the adapter
 
 
 @dataclass(frozen=True)
 class Evaluation:
+    """Result of an evaluation after `step` optimizer steps."""
+
     step: int
     result: EvalLoss
 
@@ -54,7 +56,7 @@ class Evaluation:
 class TrainingState:
     """State of one adapter's training; `steps` lists the examples of every optimizer step by index.
 
-    inputs: hashes of the settings, the data, the base and the adapter's shapes. A checkpoint holds the optimizer,
+    inputs: hashes of the settings, the data, the base and the adapter's shapes. A checkpoint stores the optimizer,
     `flat.values` and the fields with a default.
     """
 
@@ -88,20 +90,21 @@ class TrainingState:
 
     @property
     def is_done(self) -> bool:
-        """True if no step follows: all are done, `train.patience` is used up, or a stop was requested after a step."""
+        """True after the last step, when `train.patience` is exhausted, or when a stop was requested."""
         is_stopped = self.stopped_by is not None and self.step > 0
         return self.step == len(self.steps) or self._out_of_patience or is_stopped
 
     def request_stop(self, reason: str) -> None:
-        """End the run after the current step, or after the first; the reason stands in result.json as `stopped_by`."""
+        """End the run after the current step (or the first); `stopped_by` in result.json is the reason."""
         self.stopped_by = self.stopped_by or reason
 
     @property
     def stopped_early(self) -> bool:
+        """True if the run ended before its planned steps."""
         return self.is_done and self.step < len(self.steps)
 
     def take_kept_state(self) -> None:
-        """Set the adapter to the state that `train.keep` names. No step can follow."""
+        """Set the adapter to the state that `train.keep` selects. Call it after the last step."""
         if self.best_values is not None:
             self.flat.values.copy_(self.best_values)
 
@@ -127,14 +130,14 @@ class TrainingState:
 
     @property
     def starts_as_base(self) -> bool:
-        """True if the adapter adds nothing before its first step, so that the model is its base, bit for bit."""
+        """True if the model equals its base, bit for bit, before the first step."""
         adapter = self.cfg.adapter
         trains_more = adapter.use_dora or adapter.modules_to_save or self.cfg.model.added_tokens
         return not (trains_more or adapter.init_from or init.find(adapter.init).changes_base)
 
     @property
     def measured(self) -> tuple[EvalLoss | None, EvalLoss | None]:
-        """Eval losses of the base and of the kept state; None for one that was not evaluated."""
+        """Eval losses of the base and of the kept state; None if not evaluated."""
         first, last = self.evaluations[:1], self.evaluations[-1:]
         kept = [self.best] if self.cfg.train.keep is config.Keep.best else last
         base = next((e.result for e in first if e.step == 0 and self.starts_as_base), None)
@@ -145,7 +148,7 @@ class TrainingState:
 def attached(
     cfg: config.TrainRun, folder: Path, base: Base, dataset: Dataset, paths: Paths, base_fingerprint: str
 ) -> Iterator[TrainingState]:
-    """Attach an adapter to the base and yield its training state; detach it at the end, however that comes.
+    """Attach an adapter to the base and yield its training state; detach it when the block ends, also after an error.
 
     Raises MismatchError if `adapter.init_from` does not fit this base or this adapter's shape.
     """
@@ -157,7 +160,7 @@ def attached(
             yield _state(cfg, folder, model, dataset, paths, base_fingerprint)
     finally:
         attach.detach(base.model)
-        # The modules of an adapter refer to each other: what they hold is freed by the collector alone.
+        # The modules of an adapter form reference cycles, which only the garbage collector frees.
         gc.collect()
 
 
@@ -227,7 +230,7 @@ def _sha256(value: Any) -> str:
 def _settle_checkpoint(
     model: PeftModel, paths: Paths, examples: list[Example], steps: list[np.ndarray], train: config.Train
 ) -> str:
-    """Settle train.gradient_checkpointing=auto for the largest micro-batch of the run."""
+    """Resolve train.gradient_checkpointing=auto for the largest micro-batch of the run."""
     if train.gradient_checkpointing != "auto":
         return train.gradient_checkpointing
     packs = train.packing and paths.packs
@@ -241,27 +244,31 @@ def _settle_checkpoint(
 
 
 def check_lengths(examples: list[Example], model: PreTrainedModel, train: config.Train) -> None:
-    """Check that every example fits a micro-batch and the model's context (a learned position may not exist)."""
+    """Raise DataError if an example is longer than a micro-batch or than the model's context."""
     check_capacity(examples, train.tokens_per_microbatch)
     longest = max(examples, key=lambda example: len(example.ids))
     length, context = len(longest.ids), context_length(model)
     if length > context:
-        raise DataError(f"{longest.source} has {length} tokens, and this model reads {context}: lower data.max_length")
+        raise DataError(
+            f"{longest.source} has {length} tokens, but the model's context is {context} tokens: lower data.max_length"
+        )
 
 
 def check_warmup(optim: config.Optim, num_steps: int) -> None:
     if optim.warmup_steps and optim.warmup_steps >= num_steps:
-        raise ConfigError(f"optim.warmup_steps must be below the run's {num_steps} steps, got {optim.warmup_steps}")
+        raise ConfigError(f"optim.warmup_steps must be less than the run's {num_steps} steps, got {optim.warmup_steps}")
 
 
 def check_added_tokens(model: config.Model, tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> None:
-    """A token that no row holds would stay the mean of all others (A22)."""
+    """Raise DataError for an added token that no training row contains: its embedding would not be trained (A22)."""
     if not model.added_tokens:
         return
     seen = set(np.unique(np.concatenate([example.ids for example in examples])).tolist())
     unseen = [token for token in model.added_tokens if tokenizer.convert_tokens_to_ids(token) not in seen]
     if unseen:
-        raise DataError(f"model.added_tokens: no training row holds {', '.join(unseen)}, so they would learn nothing")
+        raise DataError(
+            f"model.added_tokens: no training row contains {', '.join(unseen)}, so they would not be trained"
+        )
 
 
 def choose_eval(dataset: Dataset, number: int) -> tuple[list[Example], list[EvalPrompt]]:
@@ -272,13 +279,13 @@ def choose_eval(dataset: Dataset, number: int) -> tuple[list[Example], list[Eval
     groups = grouped(dataset.eval)
     chosen = [dataset.eval[i] for group in epoch_order(len(groups), 0, 0)[:number] for i in groups[group]]
     prompts = {prompt.source: prompt for prompt in dataset.eval_prompts}
-    # A row may give several examples, but one prompt.
+    # A row may give several examples but has one prompt.
     sources = dict.fromkeys(example.source for example in chosen)
     return chosen, [prompts[source] for source in sources if source in prompts]
 
 
 def plan_steps(examples: Sequence[Example], train: config.Train, seed: int) -> list[np.ndarray]:
-    """Plan the optimizer steps of a run, each as indices of examples; a pure function, so a position is one integer.
+    """Plan the optimizer steps of a run, each as indices of examples, as a pure function of its arguments.
 
     The examples of a group are in one step.
     """
@@ -301,16 +308,16 @@ def overfitting(state: TrainingState) -> list[str]:
     last = state.evaluations[-1].result.loss
     window = state.losses[-max(1, len(state.losses) // 10) :]
     train_loss = math.fsum(window) / len(window)
-    said = [
+    sentences = [
         f"train loss {train_loss:.4f} (last {len(window)} steps), eval loss {last:.4f}, "
         f"best {state.best.result.loss:.4f} at step {state.best.step}"
     ]
     if state.best.step == 0:
-        said.append("no evaluation was better than the start: the learning rate may be too high")
+        sentences.append("no evaluation was better than before training: the learning rate may be too high")
     rising, patience = state.evaluations_without_gain, state.cfg.train.patience or 2
     if rising >= patience:
-        said.append(
-            f"eval loss has not improved for {rising} evaluations: the adapter overfits. Fewer epochs, "
-            "train.keep=best, a lower adapter.r or some adapter.lora_dropout help."
+        sentences.append(
+            f"eval loss has not improved for {rising} evaluations: the adapter overfits. Use fewer epochs, "
+            "train.keep=best, a lower adapter.r or adapter.lora_dropout."
         )
-    return said
+    return sentences

@@ -30,7 +30,7 @@ log = logging.getLogger("lora_ft")
 
 ID = "tracker.json"
 
-# Defaults for switches of the tools that send reports of their use, or more about the machine than about the run.
+# Defaults that turn off usage reports and the upload of code, command line and machine details.
 _UNLESS_SET = {
     Tracker.wandb: {"WANDB_ERROR_REPORTING": "false", "WANDB_DISABLE_GIT": "true", "WANDB_DISABLE_CODE": "true"},
     Tracker.mlflow: {"MLFLOW_DISABLE_TELEMETRY": "true"},
@@ -44,7 +44,7 @@ _UNLESS_SET = {
     },
 }
 
-# The id of the tracker's own run; a resumed run is a new one in trackers that are not listed.
+# The run id inside the tracker. Trackers that are not listed cannot continue a run: a resumed run becomes a new one.
 _ID: dict[Tracker, Callable[[Any], str]] = {
     Tracker.wandb: lambda run: run.id,
     Tracker.mlflow: lambda run: run.info.run_id,
@@ -78,7 +78,7 @@ def check(track: config.Track) -> None:
 
 
 class TrackerCallback(Callback):
-    """Sends settings, metrics and result of a run to its tracker, which is started with the first metrics."""
+    """Sends settings, metrics and result of a run to its tracker, started with the first metrics."""
 
     def __init__(self, track: config.Track) -> None:
         self._name, self._project = track.name, track.project
@@ -105,14 +105,14 @@ class TrackerCallback(Callback):
             return
         with self._warned():
             if isinstance(outcome, Result):
-                if self._tracker is None:  # a resumed run that had no step left
+                if self._tracker is None:  # a resumed run without further steps
                     self._start(state, outcome.steps + 1)
                 self._log_result(outcome)
             self._finish(outcome)
 
     @contextlib.contextmanager
     def _warned(self) -> Iterator[None]:
-        """Log an error of the tracker as a warning and give the tracker up."""
+        """Log an error of the tracker as a warning and stop using it."""
         try:
             yield
         except Exception as error:
@@ -125,34 +125,34 @@ class TrackerCallback(Callback):
 
     def _start(self, state: TrainingState, first_step: int) -> None:
         """Start a run in the tracker, or continue the one that tracker.json names."""
-        from accelerate import PartialState  # a second, which a run without a tracker saves
+        from accelerate import PartialState  # takes a second
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         PartialState()  # accelerate's logging needs it
-        kept = _read_id(state.folder, self._name)
+        known_id = _read_id(state.folder, self._name)
         kind = LOGGER_TYPE_TO_CLASS[self._name.value]
         folders = [str(state.folder)] if kind.requires_logging_directory else []
         # TensorBoard's writer puts its files into the folder of this name.
         project = self._name.value if self._name is Tracker.tensorboard else self._project
         hooks = sys.exit, sys.excepthook
-        self._tracker = kind(project, *folders, **self._options(state.folder, first_step, kept))
+        self._tracker = kind(project, *folders, **self._options(state.folder, first_step, known_id))
         try:
             self._tracker.start()
         finally:
-            sys.exit, sys.excepthook = hooks  # wandb's would print tracebacks, with secrets
-        if kept is None:
+            sys.exit, sys.excepthook = hooks  # wandb replaces them and would print tracebacks, which may hold secrets
+        if known_id is None:
             found = _ID[self._name](self._tracker.tracker) if self._name in _ID else ""
             durable.write_json(state.folder / ID, {"tracker": self._name.value, "id": found})
             self._tracker.store_init_configuration(_flat(validation.to_plain(state.cfg)))
 
-    def _options(self, folder: Path, first_step: int, kept: str | None) -> dict[str, Any]:
+    def _options(self, folder: Path, first_step: int, known_id: str | None) -> dict[str, Any]:
         """Return the arguments of the tracker's own start function."""
         group, name = _group_and_name(folder)
         match self._name:
             case Tracker.tensorboard:
                 return {"purge_step": first_step}  # hides later steps of earlier files
             case Tracker.wandb:
-                resume = {"id": kept, "resume": "allow"} if kept else {}
+                resume = {"id": known_id, "resume": "allow"} if known_id else {}
                 settings = {"console": "off", "symlink": False}
                 return {"name": name, "group": group, "dir": str(folder), "settings": settings, **resume}
             case Tracker.mlflow:
@@ -160,9 +160,9 @@ class TrackerCallback(Callback):
                     os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
                     os.environ["MLFLOW_TRACKING_URI"] = (folder.resolve() / "mlflow").as_uri()
                     self._undo.callback(os.environ.pop, "MLFLOW_TRACKING_URI", None)
-                return {"run_name": name, "run_id": kept, "tags": {"group": group} if group else None}
+                return {"run_name": name, "run_id": known_id, "tags": {"group": group} if group else None}
             case Tracker.trackio:
-                return {"name": kept or name, "group": group, "resume": "allow" if kept else "never"}
+                return {"name": known_id or name, "group": group, "resume": "allow" if known_id else "never"}
             case Tracker.comet_ml:
                 from comet_ml import ExperimentConfig
 
@@ -172,9 +172,9 @@ class TrackerCallback(Callback):
                     auto_output_logging=False,
                     offline_directory=str(folder / "comet_ml"),
                 )
-                return {"experiment_key": kept, "experiment_config": settings}
+                return {"experiment_key": known_id, "experiment_config": settings}
             case Tracker.dvclive:
-                return {"dir": str(folder / "dvclive"), "resume": kept is not None}
+                return {"dir": str(folder / "dvclive"), "resume": known_id is not None}
             case Tracker.swanlab:
                 return {"name": name, "group": group, "log_dir": str(folder / "swanlab")}
             case Tracker.clearml:
@@ -183,7 +183,7 @@ class TrackerCallback(Callback):
 
     def _log_result(self, result: Result) -> None:
         values = {f"result/{name}": value for name, value in asdict(result).items() if value is not None}
-        if self._name is Tracker.wandb:  # its history takes no step twice
+        if self._name is Tracker.wandb:  # its history rejects a repeated step
             self._tracker.run.summary.update(values)
         else:
             numbers = {name: float(value) for name, value in values.items() if not isinstance(value, str)}
@@ -191,14 +191,14 @@ class TrackerCallback(Callback):
 
     def _finish(self, outcome: Outcome) -> None:
         """End the run in the tracker; wandb and MLflow also show how it ended."""
-        is_good = outcome is None or isinstance(outcome, Result)
+        succeeded = outcome is None or isinstance(outcome, Result)
         if self._name is Tracker.wandb:
-            self._tracker.run.finish(exit_code=0 if is_good else getattr(outcome, "exit_code", 1))
+            self._tracker.run.finish(exit_code=0 if succeeded else getattr(outcome, "exit_code", 1))
         elif self._name is Tracker.mlflow:
             import mlflow
 
             failed = "FAILED" if isinstance(outcome, Exception) else "KILLED"
-            mlflow.end_run("FINISHED" if is_good else failed)
+            mlflow.end_run("FINISHED" if succeeded else failed)
         else:
             self._tracker.finish()
         self._tracker = None

@@ -41,18 +41,18 @@ def fit(
     base_losses: dict[object, EvalLoss] | None = None,
     ranks: Ranks = Ranks(),  # noqa: B008 - frozen
 ) -> None:
-    """Train from where the state stands to its end, or until `until` steps are done, which are evaluated and saved.
+    """Train from the state's step to the end of the run, or until `until` steps are done, then evaluate and save.
 
-    `base_losses` holds eval losses of the bare base by what decides them; adapters that start as their base share
-    them. When `stop` is asked for, the step is finished, the state saved, and Interrupted raised.
+    `base_losses` caches eval losses of the bare base, keyed by rows and batch size; adapters that start equal to their
+    base share them. When `stop` receives a signal, the step is finished, the state saved, and Interrupted raised.
     """
-    stop, told = stop or Stop(), Callbacks(callbacks)
+    stop, callback = stop or Stop(), Callbacks(callbacks)
     base_losses = {} if base_losses is None else base_losses
     state.model.train()
     first = state.step
     with stop.between_steps(), recomputed_layers(state.base, state.gradient_checkpointing):
         while not (state.is_done or (until is not None and state.step >= until)):
-            _step(state, told, ranks, base_losses, until, audited=state.step == first)
+            _step(state, callback, ranks, base_losses, until, audited=state.step == first)
             if ranks.any(stop.signum is not None):
                 _save_and_leave(state, stop.signum or signal.SIGTERM)
     if state.is_done:
@@ -61,30 +61,30 @@ def fit(
 
 def _step(
     state: TrainingState,
-    told: Callbacks,
+    callback: Callbacks,
     ranks: Ranks,
     base_losses: dict[object, EvalLoss],
     until: int | None,
     *,
     audited: bool,
 ) -> None:
-    """One optimizer step with what follows it: evaluation, metrics, callbacks, checkpoint."""
+    """Take one optimizer step, then evaluate, write metrics, call callbacks and save a checkpoint where due."""
     metrics = _gradient(state, ranks, audited=audited)
     if state.step == 0 and state.eval_examples:
-        # The adapter is still as it was; so the first step need not wait for seconds of evaluation.
+        # The gradient does not change the adapter: evaluating here delays the update, not the first forward pass.
         start = {"step": 0} | _evaluate(state, base_losses if state.starts_as_base else {})
         runs.append_metrics(state.folder, start)
-        told.on_evaluate(state, start)
+        callback.on_evaluate(state, start)
     metrics |= _update(state, metrics)
     is_evaluated = bool(state.eval_examples) and (_evaluation_is_due(state) or state.step == until)
     if is_evaluated:
         metrics |= _evaluate(state, {})
     runs.append_metrics(state.folder, metrics)
-    told.on_step(state, metrics)
+    callback.on_step(state, metrics)
     if is_evaluated:
-        told.on_evaluate(state, metrics)
+        callback.on_evaluate(state, metrics)
     if checkpoint.is_due(state) or state.step == until:
-        told.on_checkpoint(state, checkpoint.save(state))
+        callback.on_checkpoint(state, checkpoint.save(state))
 
 
 def _save_and_leave(state: TrainingState, signum: int) -> NoReturn:
@@ -92,19 +92,19 @@ def _save_and_leave(state: TrainingState, signum: int) -> NoReturn:
     raise Interrupted(
         signum,
         f"stopped by {signal.Signals(signum).name} after step {state.step} of {len(state.steps)}; "
-        f"go on with: lora-ft train resume={shlex.quote(str(state.folder))}",
+        f"continue with: lora-ft train resume={shlex.quote(str(state.folder))}",
     )
 
 
 def _gradient(state: TrainingState, ranks: Ranks, *, audited: bool) -> Metrics:
-    """Compute the gradient of the next step over its examples; NonFiniteError if it is not finite."""
+    """Compute the gradient of the next step; raises NonFiniteError if it or the loss is not finite."""
     started, step = time.perf_counter(), state.step
     cfg, examples = state.cfg, [state.examples[i] for i in state.steps[step]]
     packed = micro_batches(examples, cfg.train.tokens_per_microbatch, cfg.train.packing and state.paths.packs)
     state.flat.gradients.zero_()
     parts: list[LossSum] = []
     for micro, batch in ranks.share(packed):
-        # Dropout draws from the global generator: seeding it here makes the draw a function of the position.
+        # Dropout uses the global generator: seeding it here makes its masks a function of step and micro-batch.
         torch.manual_seed(derive(cfg.seed, "dropout", step, micro))
         part = state.objective.loss(state.base, batch.to(state.base.device), state.paths)
         part.sum.backward()
@@ -112,7 +112,7 @@ def _gradient(state: TrainingState, ranks: Ranks, *, audited: bool) -> Metrics:
     ranks.sum(state.flat.gradients)
     weight, means = _means(parts, ranks)
     loss = means["loss"]
-    # Divided here, in the adapter's float32: half a model's gradients would vanish in float16 before.
+    # Divided here, in the adapter's float32: a loss divided before backward would underflow in float16.
     state.flat.gradients.div_(weight)
     if audited:
         audit.check_gradients(state.parameters)
@@ -151,11 +151,11 @@ def _last_checkpoint(state: TrainingState) -> str:
     try:
         return str(checkpoint.newest(state.folder) or "none")
     except CheckpointError:
-        return "none that is valid"
+        return "none is valid"
 
 
 def _update(state: TrainingState, gradient: Metrics) -> Metrics:
-    """Take the optimizer step for the gradient; return the metrics that this adds and changes."""
+    """Set the learning rate and take the optimizer step; return the metrics that this adds or changes."""
     started = time.perf_counter()
     rate = optimizers.learning_rate(state.cfg.optim, state.step, len(state.steps))
     optimizers.set_learning_rate(state.optimizer, rate)
@@ -173,18 +173,18 @@ def _evaluation_is_due(state: TrainingState) -> bool:
 
 
 def _evaluate(state: TrainingState, known: dict[object, EvalLoss]) -> Metrics:
-    """Measure the eval loss of the current adapter; keep its values in memory if they are the best and wanted.
+    """Evaluate the current adapter; with train.keep=best, copy its values if the loss is the lowest so far.
 
-    A loss that is `known`, of the same rows in the same micro-batches, is not measured again; a measured one is added.
+    A loss in `known`, of the same rows in the same micro-batches, is not measured again; a measured one is added.
     """
     capacity = state.cfg.train.tokens_per_microbatch or state.cfg.train.tokens_per_step
-    decides = len(state.eval_examples), capacity
-    if decides not in known:
-        known[decides] = eval_loss(state.base, state.objective.loss, state.eval_examples, state.paths, capacity)
-    found = known[decides]
-    if not math.isfinite(found.loss):
-        raise NonFiniteError(f"step {state.step}: eval loss {found.loss}")
-    state.evaluations.append(Evaluation(state.step, found))
+    key = len(state.eval_examples), capacity
+    if key not in known:
+        known[key] = eval_loss(state.base, state.objective.loss, state.eval_examples, state.paths, capacity)
+    measured = known[key]
+    if not math.isfinite(measured.loss):
+        raise NonFiniteError(f"step {state.step}: eval loss {measured.loss}")
+    state.evaluations.append(Evaluation(state.step, measured))
     if state.cfg.train.keep is config.Keep.best and state.evaluations_without_gain == 0:
         state.best_values = state.flat.values.clone()
-    return {"eval_loss": found.loss} | {f"eval_{name}": value for name, value in found.metrics.items()}
+    return {"eval_loss": measured.loss} | {f"eval_{name}": value for name, value in measured.metrics.items()}

@@ -79,7 +79,7 @@ _ADAPTERS: list[Row] = [
     ("code for its tokenizer", _tokenizer_code, SecurityError, "auto_map asks to run"),
     ("a tokenizer elsewhere", _versioned_tokenizer, SecurityError, "not a file of this folder"),
     ("another base, by path", _another_base, None, ""),
-    *((f"a link: {name}", _link(name), SecurityError, "a link out of its folder")
+    *((f"a link: {name}", _link(name), SecurityError, "outside of its folder")
       for name in (f"adapter/{files.CONFIG}", f"adapter/{files.WEIGHTS}", f"adapter/{provenance.RECORD}",
                    "adapter/tokenizer.json", "adapter/chat_template.jinja", "adapter")),
     ("an adapter's header over the limit", lambda p: large_header(p.folder / "adapter" / files.WEIGHTS, 11 * 2**20),

@@ -181,8 +181,8 @@ _FOLDERS: list[Row] = [
     ("an adapter inside the model", _embedded_adapter, SecurityError, "holds a model and an adapter_config"),
     ("a shard above the folder", _index("../outside/model.safetensors"), SecurityError, "not the plain name"),
     ("a shard by absolute path", _index("{outside}/model.safetensors"), SecurityError, "not the plain name"),
-    ("a shard that is a link", _linked_shard, SecurityError, "a link out of its folder"),
-    *((f"a link: {name}", _link(name), SecurityError, "a link out of its folder")
+    ("a shard that is a link", _linked_shard, SecurityError, "outside of its folder"),
+    *((f"a link: {name}", _link(name), SecurityError, "outside of its folder")
       for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors",
                    "generation_config.json", "chat_template.jinja", "additional_chat_templates/tool.jinja")),
     ("a pipe", _pipe, SecurityError, "neither a file nor a folder"),

@@ -70,13 +70,13 @@ def _text(name: str, text: str) -> Callable[[Place], None]:
 
 _ROWS: list[tuple[str, Callable[[Place], None], Callable[[Place], object], type[LoraFtError] | None, str]] = [
     ("rows that name files", _paths, lambda p: _read(p, "rows.jsonl"), None, ""),
-    ("rows that are a link", _link, _read, SecurityError, "a link out of its folder"),
+    ("rows that are a link", _link, _read, SecurityError, "outside of its folder"),
     ("rows of a dictionary", _dictionary, _read, SecurityError, "unpacks to more than"),
     ("rows in a small page", _page, _read, SecurityError, "would unpack to"),
     ("rows of a dictionary in lists", _nested_dictionary, _read, DataError, "a dictionary inside of"),
     ("rows nested without end", _text("rows.jsonl", '{"a":' * 100_000), _read, DataError, "nested"),
     ("conversations with a tag", _text("rows.yml", "conversations: !!python/name:os.system\n"), _read,
-     SecurityError, "asks for more than data"),
+     SecurityError, "is not plain data"),
     ("conversations of 1 MiB", _text("rows.yml", "# " + "x" * 2**20), _read, SecurityError, "larger than 1 MiB"),
     ("rows in an archive", _text("rows.gz", "\x1f\x8b"), lambda p: _read(p, "rows.gz"), DataError, "no kind"),
     ("pictures of the hub", lambda p: None, _read_hub, None, ""),

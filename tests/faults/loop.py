@@ -214,7 +214,7 @@ def by_signals(scene: Scenario, number: int) -> Outcome:
         # Before the handlers are there, a process ends as any does that has none.
         if code not in (128 + signum, -signum):
             outcome.failures.append(f"{where}: ended with {code}: {message}")
-        if "go on with" in message and _newest_step(scene.run) != _last_step(scene.run):
+        if "continue with" in message and _newest_step(scene.run) != _last_step(scene.run):
             outcome.failures.append(f"{where}: step {_last_step(scene.run)} is done and not saved")
         outcome.failures += [f"{where}: {p}" for p in _wrong_resume(scene, _newest_step(scene.run))]
     return outcome

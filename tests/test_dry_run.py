@@ -20,7 +20,7 @@ from lora_ft.io import durable
 from lora_ft.models.load import load_base, load_tokenizer
 from lora_ft.models.meta_model import load_meta_model
 from lora_ft.training import checkpoint
-from lora_ft.training.dry_run import Preflight, check_first, read_rows
+from lora_ft.training.dry_run import DryRun, dry_run, read_rows
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +54,12 @@ def run_over(bases, tmp_path, rows, family="llama", **data):
     return cfg
 
 
-def preflight(cfg, tokenizer, folder) -> Preflight:
-    return check_first(cfg, read_rows(cfg, tokenizer), tokenizer, folder)
+def dry_run_of(cfg, tokenizer, folder) -> DryRun:
+    return dry_run(cfg, read_rows(cfg, tokenizer), tokenizer, folder)
 
 
 def said(cfg, tmp_path):
-    return preflight(cfg, load_tokenizer(cfg.model), tmp_path).warnings
+    return dry_run_of(cfg, load_tokenizer(cfg.model), tmp_path).warnings
 
 
 def test_of_a_good_run_nothing_is_to_be_said(bases, tmp_path):
@@ -121,18 +121,18 @@ def test_layers_are_counted_by_the_pattern_that_was_given(bases, tmp_path):
     cfg = run_over(bases, tmp_path, pairs())
     cfg.adapter.target_modules = ["layers.0.self_attn.q_proj", "v_proj"]
     cfg.adapter.rank_pattern, cfg.adapter.alpha_pattern = {"v_proj": 2}, {"v_proj": 2.0}
-    layers = preflight(cfg, tiny_tokenizer(), tmp_path).layers
+    layers = dry_run_of(cfg, tiny_tokenizer(), tmp_path).layers
     assert (layers.targets, layers.count) == ({"layers.0.self_attn.q_proj": 1, "v_proj": 2}, 3)
     assert layers.trainable == 4 * (64 + 64) + 2 * 2 * (64 + 32)
     assert layers.scales == [1.0, 2.0]
     cfg.adapter.target_modules = ["all-linear"]
-    layers = preflight(cfg, tiny_tokenizer(), tmp_path).layers
+    layers = dry_run_of(cfg, tiny_tokenizer(), tmp_path).layers
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     assert [*layers.targets.items()] == [(name, 2) for name in names]
 
 
 def test_the_report_is_json_and_comes_back_as_it_was(bases, tmp_path):
-    found = asdict(preflight(run_over(bases, tmp_path, pairs()), tiny_tokenizer(), tmp_path))
+    found = asdict(dry_run_of(run_over(bases, tmp_path, pairs()), tiny_tokenizer(), tmp_path))
     durable.write_json(tmp_path / "check.json", found)
     assert json.loads((tmp_path / "check.json").read_text()) == json.loads(json.dumps(found))
     lengths = found["seen"]["histogram"]
@@ -145,19 +145,19 @@ def test_errors_of_training_come_before_the_weights_are_read(bases, tmp_path, mo
     tokenizer = tiny_tokenizer()
     cfg = run_over(bases, tmp_path, pairs())
     for change, error, message in (
-        (("adapter", "targets", ["q_prj"]), ConfigError, "q_prj matches no layer"),
+        (("adapter", "target_modules", ["q_prj"]), ConfigError, "q_prj matches no layer"),
         (("adapter", "modules_to_save", ["nrm"]), ConfigError, "nrm matches no layer"),
-        (("optim", "warmup_steps", 1000), ConfigError, "below the run's"),
+        (("optim", "warmup_steps", 1000), ConfigError, "less than the run's"),
         (("train", "tokens_per_microbatch", 5), ConfigError, "at least the longest row"),
         (("model", "dtype", config.Dtype.float16), ConfigError, "float16 is not for CPUs"),
     ):
         group, name, value = change
         changed = replace(cfg, **{group: replace(getattr(cfg, group), **{name: value})})
         with pytest.raises(error, match=message):
-            preflight(changed, tokenizer, tmp_path)
+            dry_run_of(changed, tokenizer, tmp_path)
     other = finished_run(tmp_path, "gpt2", r=4, lora_alpha=8.0)
     with pytest.raises(MismatchError, match="made for another base"):
-        preflight(replace(cfg, adapter=replace(cfg.adapter, init_from=str(other / "adapter"))), tokenizer, tmp_path)
+        dry_run_of(replace(cfg, adapter=replace(cfg.adapter, init_from=str(other / "adapter"))), tokenizer, tmp_path)
 
 
 @pytest.mark.closes("C08")
@@ -167,7 +167,7 @@ def test_a_start_with_other_tensors_is_found_in_its_header_and_said_as_when_it_i
     cfg.model.path, cfg.adapter.r, cfg.adapter.lora_alpha = str(tmp_path / "llama"), 4, 8.0
     cfg.adapter.init_from, cfg.train.tokens_per_step = str(run / "adapter"), 60
     tokenizer = load_tokenizer(cfg.model)
-    preflight(cfg, tokenizer, tmp_path)
+    dry_run_of(cfg, tokenizer, tmp_path)
     path = run / "adapter" / files.WEIGHTS
     whole = load_file(path)
     first = next(iter(whole))
@@ -178,7 +178,7 @@ def test_a_start_with_other_tensors_is_found_in_its_header_and_said_as_when_it_i
     ):
         save_file(changed, path)
         with pytest.raises(MismatchError) as early:
-            preflight(cfg, tokenizer, tmp_path)
+            dry_run_of(cfg, tokenizer, tmp_path)
         base = load_base(cfg.model, cfg.quant, "cpu", tokenizer)
         with pytest.raises(MismatchError) as late:
             files.load_tensors(attach.attach(base.model, cfg.adapter, "first", 0, []), path.parent, "first")
@@ -202,13 +202,13 @@ def test_of_weights_that_were_not_fetched_it_is_said_that_they_are_compared_with
 
 def test_a_disk_that_is_too_full_is_said_with_both_figures(bases, tmp_path, monkeypatch):
     cfg = run_over(bases, tmp_path, pairs())
-    found = preflight(cfg, tiny_tokenizer(), tmp_path)
+    found = dry_run_of(cfg, tiny_tokenizer(), tmp_path)
     assert found.disk.needed == checkpoint.bytes_needed(found.layers.trainable, found.steps.count, cfg)
     monkeypatch.setattr(durable, "free_bytes", lambda folder: found.disk.needed - 1)
     with pytest.raises(ResourceError, match=f"need {found.disk.needed:,} bytes, {found.disk.needed - 1:,} are free"):
-        preflight(cfg, tiny_tokenizer(), tmp_path)
+        dry_run_of(cfg, tiny_tokenizer(), tmp_path)
     monkeypatch.setattr(durable, "free_bytes", lambda folder: found.disk.needed)
-    preflight(cfg, tiny_tokenizer(), tmp_path)
+    dry_run_of(cfg, tiny_tokenizer(), tmp_path)
 
 
 def surveyed(cfg, tokenizer, change=lambda document: document):
@@ -232,7 +232,7 @@ def test_documents_that_do_not_learn_their_end_are_counted(bases, tmp_path):
 def test_of_a_text_in_windows_only_the_last_needs_an_end(bases, tmp_path):
     cfg = run_over(bases, tmp_path, [{"text": " ".join(SENTENCES)}], eval_fraction=0.0, max_length=32,
                    too_long=config.TooLong.split)  # fmt: skip
-    found = preflight(cfg, tiny_tokenizer(), tmp_path)
+    found = dry_run_of(cfg, tiny_tokenizer(), tmp_path)
     assert (found.seen.unended, found.seen.ends, found.rows.split) == (0, {"<|im_end|>": 1}, 1)
     cut = lambda d: replace(d, ids=d.ids[:-1], supervised=d.supervised[:-1])  # noqa: E731
     assert any(
@@ -332,11 +332,11 @@ def test_an_end_of_turn_that_no_file_of_the_base_calls_an_end_is_noted(tmp_path)
     for name in ("config.json", "generation_config.json"):
         settings = json.loads((base / name).read_text()) | {"eos_token_id": 0}
         (base / name).write_text(json.dumps(settings))
-    found = preflight(cfg, tokenizer, tmp_path)
+    found = dry_run_of(cfg, tokenizer, tmp_path)
     (sentence,) = found.warnings
-    assert f"documents end with <|im_end|> ({found.rows.train_documents}), which neither" in sentence
+    assert f"{found.rows.train_documents} documents end with <|im_end|>, which is a stop token neither" in sentence
     (base / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [0, 2]}))
-    assert preflight(cfg, tokenizer, tmp_path).warnings == []
+    assert dry_run_of(cfg, tokenizer, tmp_path).warnings == []
 
 
 @pytest.mark.closes("A24")
@@ -362,13 +362,13 @@ def test_a_rank_that_is_no_saving_and_steps_that_are_few_or_single_documents_are
     assert [s.partition(" get")[0] for s in said(cfg, tmp_path)] == ["8 of 14 layers"]  # q, k, v and o of two
     cfg.adapter.r, cfg.train.tokens_per_step, cfg.train.epochs = 8, 20, 1
     rows = read_rows(cfg, tiny_tokenizer())
-    found = check_first(cfg, rows, tiny_tokenizer(), tmp_path)
+    found = dry_run(cfg, rows, tiny_tokenizer(), tmp_path)
     long = sum(len(document.ids) > 20 for document in rows.dataset.train)
     assert long and any(
         s.startswith(f"{long} of {len(rows.dataset.train)} documents are longer") for s in found.warnings
     )
     cfg.train.tokens_per_step = 5000
-    assert any(s.startswith("few steps (1)") for s in said(cfg, tmp_path))
+    assert any(s.startswith("only 1 steps") for s in said(cfg, tmp_path))
     cfg.train.max_steps = 1
     assert said(cfg, tmp_path) == []
 
@@ -445,12 +445,12 @@ def test_a_layer_count_needs_no_memory(bases, tmp_path):
     settings |= {"hidden_size": 65536, "intermediate_size": 4 * 65536, "num_hidden_layers": 3}
     (folder / "config.json").write_text(json.dumps(settings))
     cfg = run_over(tmp_path, tmp_path, pairs(), family="large")
-    layers = preflight(cfg, tiny_tokenizer(), tmp_path).layers
+    layers = dry_run_of(cfg, tiny_tokenizer(), tmp_path).layers
     assert layers.base > 10**11 and layers.count == 21
 
 
 def test_no_folder_is_made_and_none_is_needed(bases, tmp_path):
     cfg = run_over(bases, tmp_path, pairs())
     before = sorted(tmp_path.iterdir())
-    preflight(cfg, tiny_tokenizer(), tmp_path / "runs" / "later")
+    dry_run_of(cfg, tiny_tokenizer(), tmp_path / "runs" / "later")
     assert sorted(tmp_path.iterdir()) == before

@@ -1,6 +1,6 @@
 """One evaluator for all trainers: plain PEFT and transformers, row by row, on the same held-out ids and labels.
 
-python benchmarks/heldout.py CASE BASE=FOLDER ...   prints nats a supervised token, {"fp32": 3.91, "FOLDER": 3.42, ...}
+python benchmarks/eval_loss.py CASE BASE=FOLDER ...   prints nats per token: {"fp32": 3.91, "FOLDER": 3.42}
 
 A folder is a PEFT adapter, or a transformers model with the adapter merged into it. BASE is what an adapter was trained
 on, fp32 or nf4: one trained on 4 bits makes up for their error first, and loses on the unquantized base.
@@ -43,7 +43,7 @@ def load(folder: str, base: str) -> PreTrainedModel:
 def main() -> None:
     keep_freed_memory()
     case, trained = Path(sys.argv[1]), [argument.partition("=") for argument in sys.argv[2:]]
-    rows = token_rows(case, "heldout")
+    rows = token_rows(case, "eval")
     model = json.loads((case / "settings.json").read_text("utf-8"))["model"]
     losses = {base: loss(load(model, base), rows) for base in sorted({base for base, _, _ in trained})}
     for base, _, folder in trained:
