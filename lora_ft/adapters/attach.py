@@ -115,7 +115,7 @@ def resolve_targets(model: PreTrainedModel, layers: dict[str, nn.Module], target
     for target in sorted(resolved):
         if not matched_layers(layers, {target}):
             known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
-            raise ConfigError(f"adapter.target_modules: {target} matches no layer of this model: choose from {known}")
+            raise ConfigError(f"adapter.target_modules: {target} matches no layer of this model, which has {known}")
     if ALL_LINEAR in targets:
         head = model.get_output_embeddings()
         linear = {n for n, module in layers.items() if not isinstance(module, nn.Embedding) and module is not head}

@@ -123,8 +123,8 @@ def warnings(layers: Layers, cfg: config.TrainRun) -> Iterator[str]:
         )
     if layers.over_full:
         yield (
-            f"{layers.over_full:,} of {layers.count:,} layers get at least as many adapter parameters as they have weights: "
-            "lower adapter.r, or train these layers in full with adapter.modules_to_save"
+            f"{layers.over_full:,} of {layers.count:,} layers get at least as many adapter parameters as they have "
+            "weights: lower adapter.r, or train these layers in full with adapter.modules_to_save"
         )
     if sum(layers.out_of_reach.values()) >= _NOTABLE_SHARE * layers.base:
         yield from _out_of_reach_warnings(layers, cfg.quant)

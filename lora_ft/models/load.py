@@ -64,7 +64,7 @@ def resolve_dtype(dtype: config.Dtype, device: torch.device) -> torch.dtype:
         has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if has_bfloat16 else torch.float32
     if dtype is config.Dtype.float16 and device.type == "cpu":
-        raise ConfigError("dtype float16 is slow on a CPU and overflows easily: use bfloat16 or float32")
+        raise ConfigError("float16 is not for CPUs, where it is slow and overflows easily: use bfloat16 or float32")
     return getattr(torch, dtype.value)
 
 

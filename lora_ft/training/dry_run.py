@@ -153,12 +153,12 @@ def dry_run(cfg: config.TrainRun, rows: Rows, tokenizer: PreTrainedTokenizerBase
     return DryRun(rows.dataset.report, rows.seen, found.steps, found.layers, found.disk, found.warnings)
 
 
-def look(
-    tries: Tries, cfg: config.TrainRun, rows: Rows | None, tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> Known:
-    """All that can be known of such a run, also without its rows; what fails is in `tries`."""
-    objective = tries(objectives.find, cfg.objective)
-    base = tries(
+def partial_dry_run(
+    collect: ErrorCollector, cfg: config.TrainRun, rows: Rows | None, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> PartialDryRun:
+    """Check as much of a run as its errors allow, even without rows; `collect` keeps the errors."""
+    objective = collect(objectives.find, cfg.objective)
+    base = collect(
         load_meta_model, cfg.model, cfg.quant, cfg.device, tokenizer, objective.model_class if objective else None
     )
     collect(trackers.check, cfg.track)
