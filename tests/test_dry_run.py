@@ -18,7 +18,7 @@ from lora_ft.data.statistics import survey, warnings
 from lora_ft.errors import ConfigError, MismatchError, ResourceError
 from lora_ft.io import durable
 from lora_ft.models.load import load_base, load_tokenizer
-from lora_ft.models.meta_model import load_skeleton
+from lora_ft.models.meta_model import load_meta_model
 from lora_ft.training import checkpoint
 from lora_ft.training.dry_run import DryRun, dry_run, read_rows
 
@@ -70,7 +70,7 @@ def test_of_a_good_run_nothing_is_to_be_said(bases, tmp_path):
 def test_the_skeleton_has_the_names_shapes_and_dtypes_of_the_base_and_holds_nothing(bases, place):
     model = config.Model(path=str(bases / place), added_tokens=["<one>", "<two>"])
     tokenizer = load_tokenizer(model)
-    base, skeleton = (load(model, config.Quant(), "cpu", tokenizer) for load in (load_base, load_skeleton))
+    base, skeleton = (load(model, config.Quant(), "cpu", tokenizer) for load in (load_base, load_meta_model))
     expected, found = ({n: (p.shape, p.dtype) for n, p in b.model.named_parameters()} for b in (base, skeleton))
     assert found == expected
     assert {p.device.type for p in skeleton.model.parameters()} == {"meta"}
@@ -191,10 +191,10 @@ def test_of_weights_that_were_not_fetched_it_is_said_that_they_are_compared_with
     cfg.model.path, cfg.adapter = str(tmp_path / "llama"), config.Adapter(r=4, lora_alpha=8.0)
 
     def unfetched(*given):
-        base = load_skeleton(*given)
+        base = load_meta_model(*given)
         return replace(base, identity=replace(base.identity, weights_sha256=None))
 
-    monkeypatch.setattr("lora_ft.training.dry_run.load_skeleton", unfetched)
+    monkeypatch.setattr("lora_ft.training.dry_run.load_meta_model", unfetched)
     assert not any("weights" in sentence for sentence in said(cfg, tmp_path))
     cfg.adapter.init_from = str(run / "adapter")
     assert any(s.startswith("the base's weights are not on this machine") for s in said(cfg, tmp_path))

@@ -77,7 +77,7 @@ _ADAPTERS: list[Row] = [
     ("a class of its own", _settings(auto_mapping=_MAPPING), SecurityError, "auto_mapping asks to import evil"),
     ("a module to import", _imported, SecurityError, "megatron_config asks to import"),
     ("code for its tokenizer", _tokenizer_code, SecurityError, "auto_map asks to run"),
-    ("a tokenizer elsewhere", _versioned_tokenizer, SecurityError, "no file of this folder"),
+    ("a tokenizer elsewhere", _versioned_tokenizer, SecurityError, "not a file of this folder"),
     ("another base, by path", _another_base, None, ""),
     *((f"a link: {name}", _link(name), SecurityError, "outside of its folder")
       for name in (f"adapter/{files.CONFIG}", f"adapter/{files.WEIGHTS}", f"adapter/{provenance.RECORD}",

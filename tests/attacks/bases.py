@@ -186,7 +186,7 @@ _FOLDERS: list[Row] = [
       for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors",
                    "generation_config.json", "chat_template.jinja", "additional_chat_templates/tool.jinja")),
     ("a pipe", _pipe, SecurityError, "neither a regular file nor a folder"),
-    ("a tokenizer of some version, elsewhere", _versioned_tokenizer, SecurityError, "no file of this folder"),
+    ("a tokenizer of some version, elsewhere", _versioned_tokenizer, SecurityError, "not a file of this folder"),
     ("a vocabulary elsewhere", _vocabulary_elsewhere, None, ""),
     ("a header over the limit", lambda p: large_header(p.folder / "model.safetensors", 33 * 2**20),
      SecurityError, "longer than the"),
