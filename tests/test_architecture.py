@@ -71,15 +71,15 @@ def violations(graph: dict[str, set[str]]) -> Iterator[str]:
                 yield f"{name} (floor {FLOORS[top]}) imports {other} (floor {FLOORS[below]})"
 
 
-def test_the_table_names_every_folder_and_module_and_nothing_else() -> None:
+def test_floor_table_lists_every_folder_and_module() -> None:
     assert FLOORS.keys() == {name.partition(".")[0] for name in MODULES}
 
 
-def test_imports_go_down_only() -> None:
+def test_modules_import_only_from_lower_floors() -> None:
     assert set(violations(GRAPH)) == set(KNOWN_VIOLATIONS)
 
 
-def test_modules_import_each_other_in_no_circle() -> None:
+def test_imports_have_no_cycle() -> None:
     graphlib.TopologicalSorter(GRAPH).prepare()  # CycleError names the circle
 
 
@@ -94,7 +94,7 @@ def test_modules_import_each_other_in_no_circle() -> None:
         ("from lora_ft import config\nfrom lora_ft.ops import norm\nfrom lora_ft.models import quantize", []),
     ],
 )
-def test_a_wrong_import_is_found(code: str, found: list[str]) -> None:
+def test_wrong_imports_are_detected(code: str, found: list[str]) -> None:
     assert list(violations({"models.load": set(imports(ast.parse(code), set(MODULES)))})) == found
 
 
@@ -104,7 +104,7 @@ def test_floor_zero_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_importing_a_module_calls_nothing_for_its_effect() -> None:
+def test_importing_a_module_has_no_side_effects() -> None:
     allowed = {
         "adapters": ["import_bitsandbytes()"],  # the package says why
         "ops.attention": ["ALL_ATTENTION_FUNCTIONS.register(NAME, packed_causal_attention)"],  # a name of our own
@@ -121,9 +121,9 @@ def test_no_file_is_longer_than_400_lines() -> None:
     assert {n: count for n, p in MODULES.items() if (count := len(p.read_text("utf-8").splitlines())) > 400} == {}
 
 
-def test_no_name_is_vague() -> None:
+def test_module_names_are_not_vague() -> None:
     assert [name for name in MODULES if any(word in name for word in VAGUE)] == []
 
 
-def test_the_map_in_the_docs_is_the_tree() -> None:
+def test_map_in_the_docs_is_current() -> None:
     assert architecture_map.PAGE.read_text("utf-8") == architecture_map.page(), "run python tests/architecture_map.py"

@@ -45,7 +45,7 @@ def small_case(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return case.build("mixed", "answers", 3, cache)
 
 
-def test_drawn_lengths_have_the_promised_shape_and_equal_rows_one_length() -> None:
+def test_drawn_lengths_are_lognormal_or_equal() -> None:
     drawn = np.array(case.drawn_lengths("mixed", 400, random.Random(1)))
     assert 170 <= drawn.mean() <= 195
     assert np.percentile(drawn, 5) == pytest.approx(case.MEDIAN_TOKENS * math.exp(-1.645 * case.SIGMA), rel=0.02)
@@ -53,7 +53,7 @@ def test_drawn_lengths_have_the_promised_shape_and_equal_rows_one_length() -> No
     assert set(case.drawn_lengths("equal", 9, random.Random(1))) == {case.EQUAL_TOKENS}
 
 
-def test_a_case_is_the_same_bytes_each_time_and_its_rows_are_the_drawn_ones(small_case: Path, tmp_path: Path) -> None:
+def test_case_is_reproducible_and_has_the_drawn_lengths(small_case: Path, tmp_path: Path) -> None:
     (tmp_path / "SmolLM2-135M-Instruct").symlink_to(small_case.parent / "SmolLM2-135M-Instruct")
     again = case.build("mixed", "answers", 3, tmp_path)
     for name in ("train.jsonl", "train_ids.jsonl", "eval_ids.jsonl"):
@@ -62,7 +62,7 @@ def test_a_case_is_the_same_bytes_each_time_and_its_rows_are_the_drawn_ones(smal
     assert lengths == sorted(case.drawn_lengths("mixed", 3 * case.ROWS_PER_STEP, random.Random(5)))
 
 
-def test_ids_are_the_chat_templates_and_labels_leave_only_answers(small_case: Path) -> None:
+def test_ids_follow_the_chat_template_and_labels_cover_only_answers(small_case: Path) -> None:
     tokenizer = tiny_tokenizer()
     chats = [json.loads(line)["messages"] for line in (small_case / "train.jsonl").read_text("utf-8").splitlines()]
     for messages, row in zip(chats, protocol.token_rows(small_case, "train"), strict=True):
@@ -74,7 +74,7 @@ def test_ids_are_the_chat_templates_and_labels_leave_only_answers(small_case: Pa
         assert learned == "".join(f"{answer}<|im_end|>" for answer in answers)
 
 
-def test_no_eval_row_asks_what_a_training_row_asks(small_case: Path) -> None:
+def test_eval_questions_are_not_in_the_training_rows(small_case: Path) -> None:
     def questions(part: str) -> set[str]:
         lines = (small_case / f"{part}.jsonl").read_text("utf-8").splitlines()
         turns = [message for line in lines for message in json.loads(line)["messages"]]
@@ -84,7 +84,7 @@ def test_no_eval_row_asks_what_a_training_row_asks(small_case: Path) -> None:
     assert questions("train").isdisjoint(questions("eval"))
 
 
-def test_a_case_made_by_other_code_is_made_again(small_case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_case_is_rebuilt_if_its_code_changed(small_case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     leftover = small_case / "leftover"
     leftover.touch()
     assert case.build("mixed", "answers", 3, small_case.parent) == small_case
@@ -96,7 +96,7 @@ def test_a_case_made_by_other_code_is_made_again(small_case: Path, monkeypatch: 
     assert (small_case / "train.jsonl").read_bytes() == rows
 
 
-def test_counting_tokens_instead_of_rows_gives_as_many_steps_over_the_same_rows() -> None:
+def test_steps_by_tokens_have_the_same_number_and_rows_as_steps_by_rows() -> None:
     lengths = case.drawn_lengths("mixed", 40, random.Random(2))
     for seed in range(4):
         size = case.smallest_step(lengths, 5, seed)
@@ -106,7 +106,7 @@ def test_counting_tokens_instead_of_rows_gives_as_many_steps_over_the_same_rows(
         assert size < 1.25 * sum(lengths) / 5
 
 
-def test_all_rows_are_timed_and_ratios_are_taken_within_a_round() -> None:
+def test_throughput_counts_all_rows_and_ratios_are_per_round() -> None:
     for order in ([0, 1, 2], [2, 0, 1]):  # the same rows at the same speeds, in another order
         tokens, seconds = ([values[i] for i in order] for values in ([100, 100, 300], [2.0, 1.0, 3.0]))
         assert summary.tokens_per_second(tokens, seconds) == pytest.approx(500 / 6)
@@ -134,7 +134,7 @@ def test_all_rows_are_timed_and_ratios_are_taken_within_a_round() -> None:
         ({"error": "ended with 1"}, "ended with 1"),
     ],
 )
-def test_a_run_that_cheats_or_does_not_learn_is_out_however_fast(changes: dict[str, object], reason: str) -> None:
+def test_trainer_that_does_not_learn_is_disqualified(changes: dict[str, object], reason: str) -> None:
     runs = [
         record("ours:fp32"),
         record("one:a", eval_loss=3.53),
@@ -152,9 +152,7 @@ def test_a_run_that_cheats_or_does_not_learn_is_out_however_fast(changes: dict[s
     [((-0.3, 0.0, 0.5), "learned nothing"), ((0.5, 0.0, 0.5), "learned nothing"), ((0.5, 0.01, 0.5), "learned less"),
      ((0.1, 0.5, 0.9), "learned less"), ((0.5, 0.5, 0.9), "learned more")],
 )  # fmt: skip
-def test_every_round_is_judged_and_a_trainer_cannot_widen_its_own_tolerance(
-    gains: tuple[float, ...], reason: str
-) -> None:
+def test_every_round_is_checked_with_the_tolerance_of_the_other_trainers(gains: tuple[float, ...], reason: str) -> None:
     usual = [record(t, n) for t in ("ours:fp32", "one:a", "two:a") for n in range(3)]
     bad = [record("bad:a", n, eval_loss=4.0 - gain) for n, gain in enumerate(gains)]
     verdicts = summary.verdicts([*usual, *bad], 200, 2)
@@ -162,14 +160,14 @@ def test_every_round_is_judged_and_a_trainer_cannot_widen_its_own_tolerance(
     assert set(verdicts.values()) == {""}
 
 
-def test_what_is_usual_is_one_vote_a_project_however_many_variants_it_has() -> None:
+def test_typical_result_counts_each_project_once() -> None:
     ours = [record(f"ours:{n}", eval_loss=3.9) for n in range(5)]
     verdicts = summary.verdicts([*ours, record("one:a"), record("two:a"), record("three:a")], 200, 2)
     assert verdicts["one:a"] == verdicts["two:a"] == verdicts["three:a"] == ""
     assert all("learned less" in verdicts[f"ours:{n}"] for n in range(5))
 
 
-def test_the_tolerance_grows_with_what_seeds_do_to_the_others() -> None:
+def test_tolerance_grows_with_the_spread_over_seeds() -> None:
     steady = [record(t, n) for t in ("a", "b", "d") for n in range(3)]
     steady += [record("c", n, eval_loss=3.6) for n in range(3)]
     assert "learned less" in summary.verdicts(steady, 200, 2)["c"]
@@ -177,9 +175,7 @@ def test_the_tolerance_grows_with_what_seeds_do_to_the_others() -> None:
     assert summary.verdicts(spread, 200, 2)["c"] == ""
 
 
-def test_a_trainer_whose_preparation_failed_is_out_with_its_reason(
-    small_case: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trainer_with_failed_preparation_is_disqualified(small_case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
 
     def one_run(trainer: str, _: Path, number: int, *rest: object) -> summary.Record:
@@ -198,7 +194,7 @@ def test_a_trainer_whose_preparation_failed_is_out_with_its_reason(
         assert found["verdicts"][trainer] == "prepare: ended with 1: why"
 
 
-def test_the_results_document_names_every_trainer_and_replaces_only_what_is_between_the_markers() -> None:
+def test_results_name_every_trainer_and_replace_only_the_marked_section() -> None:
     runs = [record("ours:fp32"), record("peer:a", tokens_per_second=40.0), record("peer:b", error="ended with 1")]
     found = {
         "name": "mixed-all", "rows": "some", "steps": 2, "tokens": 200, "flop": {"linears": 200 * 10**9},
@@ -217,7 +213,7 @@ def test_the_results_document_names_every_trainer_and_replaces_only_what_is_betw
         summary.written_between("no markers", text)
 
 
-def test_flop_are_those_that_torch_counts() -> None:
+def test_flop_count_matches_torch() -> None:
     model = tiny_model("llama")
     model.set_attn_implementation("eager")
     adapted = attach.attach(model, config.Adapter(r=4), "default", 0, [])
@@ -234,7 +230,7 @@ def test_flop_are_those_that_torch_counts() -> None:
     assert sum(of_operator.values()) == counted.linears + counted.head + counted.lora
 
 
-def test_memory_is_that_of_the_whole_process_tree(tmp_path: Path) -> None:
+def test_peak_memory_includes_child_processes(tmp_path: Path) -> None:
     child = "import sys, time; held = b'1' * int(sys.argv[1]); time.sleep(1.2)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}, '200000000'])"
     found = measure.run([sys.executable, "-c", parent], {}, tmp_path / "log")
@@ -242,7 +238,7 @@ def test_memory_is_that_of_the_whole_process_tree(tmp_path: Path) -> None:
     assert 200e6 < found.peak_tree_bytes < 300e6
 
 
-def test_an_outcome_is_the_last_line_of_the_output() -> None:
+def test_outcome_is_parsed_from_the_last_line() -> None:
     watch = protocol.Stopwatch()
     for tokens in (5, 7):
         watch.forward(tokens)
@@ -258,7 +254,7 @@ def test_an_outcome_is_the_last_line_of_the_output() -> None:
             protocol.parse(output)
 
 
-def test_unknown_trainers_and_cases_are_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_trainers_and_cases_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.parsed(["--trainers", "ours:fp32,trl_sft"]).trainers == [
         "ours:fp32",
         "trl_sft:default",

@@ -7,11 +7,11 @@ import catalogue
 import pytest
 
 
-def test_the_table_is_what_the_marks_say() -> None:
+def test_catalogue_table_is_current() -> None:
     assert catalogue.TABLE.read_text("utf-8") == catalogue.table(catalogue.closed_by()), "run make catalogue"
 
 
-def test_every_failure_of_the_catalogue_has_a_row() -> None:
+def test_every_failure_has_a_row() -> None:
     sizes = Counter(number[0] for number in catalogue.FAILURES)
     assert sizes == {"A": 26, "B": 8, "C": 11, "D": 9, "E": 7, "F": 9, "G": 5}
     rows = [
@@ -33,13 +33,13 @@ def test_every_failure_of_the_catalogue_has_a_row() -> None:
         ('pytestmark = pytest.mark.closes("A01")', "closes is a mark of one test, written above it"),
     ],
 )
-def test_a_mark_that_says_nothing_is_refused(source: str, said: str, tmp_path: Path) -> None:
+def test_invalid_closes_marks_are_refused(source: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "test_x.py").write_text(source)
     with pytest.raises(ValueError, match=said):
         catalogue.closed_by(tmp_path)
 
 
-def test_marks_are_found_in_folders_and_beside_other_marks(tmp_path: Path) -> None:
+def test_closes_marks_are_found_in_subfolders_and_beside_other_marks(tmp_path: Path) -> None:
     (tmp_path / "inside").mkdir()
     above = '@pytest.mark.parametrize("a", [1])\n@pytest.mark.closes("A01", "B02")\n@pytest.mark.nightly\n'
     (tmp_path / "inside" / "test_x.py").write_text(f"{above}def test_one(a): ...\n")

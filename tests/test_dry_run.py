@@ -62,12 +62,12 @@ def said(cfg, tmp_path):
     return dry_run_of(cfg, load_tokenizer(cfg.model), tmp_path).warnings
 
 
-def test_of_a_good_run_nothing_is_to_be_said(bases, tmp_path):
+def test_good_run_has_no_warnings(bases, tmp_path):
     assert said(run_over(bases, tmp_path, pairs()), tmp_path) == []
 
 
 @pytest.mark.parametrize("place", [*FAMILIES, "tied/llama"])
-def test_the_skeleton_has_the_names_shapes_and_dtypes_of_the_base_and_holds_nothing(bases, place):
+def test_meta_model_has_the_names_shapes_and_dtypes_of_the_base(bases, place):
     model = config.Model(path=str(bases / place), added_tokens=["<one>", "<two>"])
     tokenizer = load_tokenizer(model)
     base, skeleton = (load(model, config.Quant(), "cpu", tokenizer) for load in (load_base, load_skeleton))
@@ -87,7 +87,7 @@ def test_the_skeleton_has_the_names_shapes_and_dtypes_of_the_base_and_holds_noth
     ],
 )
 @pytest.mark.closes("A21")
-def test_train_does_what_check_said(bases, tmp_path, monkeypatch, family, words):
+def test_training_matches_the_dry_run(bases, tmp_path, monkeypatch, family, words):
     seen = []
     monkeypatch.setattr(check, "page", lambda cfg, known, tokenizer: seen.append(known) or "")
     path = rows_at(tmp_path, pairs())
@@ -117,7 +117,7 @@ def test_train_does_what_check_said(bases, tmp_path, monkeypatch, family, words)
 
 
 @pytest.mark.closes("A21")
-def test_layers_are_counted_by_the_pattern_that_was_given(bases, tmp_path):
+def test_layers_are_counted_per_target_module(bases, tmp_path):
     cfg = run_over(bases, tmp_path, pairs())
     cfg.adapter.target_modules = ["layers.0.self_attn.q_proj", "v_proj"]
     cfg.adapter.rank_pattern, cfg.adapter.alpha_pattern = {"v_proj": 2}, {"v_proj": 2.0}
@@ -131,7 +131,7 @@ def test_layers_are_counted_by_the_pattern_that_was_given(bases, tmp_path):
     assert [*layers.targets.items()] == [(name, 2) for name in names]
 
 
-def test_the_report_is_json_and_comes_back_as_it_was(bases, tmp_path):
+def test_dry_run_report_round_trips_as_json(bases, tmp_path):
     found = asdict(dry_run_of(run_over(bases, tmp_path, pairs()), tiny_tokenizer(), tmp_path))
     durable.write_json(tmp_path / "check.json", found)
     assert json.loads((tmp_path / "check.json").read_text()) == json.loads(json.dumps(found))
@@ -140,7 +140,7 @@ def test_the_report_is_json_and_comes_back_as_it_was(bases, tmp_path):
     assert lengths[0][0] <= found["seen"]["median"] <= lengths[-1][1]
 
 
-def test_errors_of_training_come_before_the_weights_are_read(bases, tmp_path, monkeypatch):
+def test_setting_errors_are_found_before_weights_are_read(bases, tmp_path, monkeypatch):
     """Those of rows are in test_check.py."""
     tokenizer = tiny_tokenizer()
     cfg = run_over(bases, tmp_path, pairs())
@@ -161,7 +161,7 @@ def test_errors_of_training_come_before_the_weights_are_read(bases, tmp_path, mo
 
 
 @pytest.mark.closes("C08")
-def test_a_start_with_other_tensors_is_found_in_its_header_and_said_as_when_it_is_loaded(tmp_path):
+def test_wrong_init_from_tensors_give_the_same_error_in_dry_run_and_training(tmp_path):
     run = finished_run(tmp_path, "llama", r=4, lora_alpha=8.0)
     cfg = config.TrainRun(device="cpu", data=config.Data(path=str(tmp_path / "rows.jsonl"), eval_fraction=0.4))
     cfg.model.path, cfg.adapter.r, cfg.adapter.lora_alpha = str(tmp_path / "llama"), 4, 8.0
@@ -185,7 +185,7 @@ def test_a_start_with_other_tensors_is_found_in_its_header_and_said_as_when_it_i
         assert str(early.value) == str(late.value)
 
 
-def test_of_weights_that_were_not_fetched_it_is_said_that_they_are_compared_with_the_start_later(tmp_path, monkeypatch):
+def test_init_from_without_local_base_weights_gives_a_warning(tmp_path, monkeypatch):
     run = finished_run(tmp_path, "llama", r=4, lora_alpha=8.0)
     cfg = config.TrainRun(device="cpu", data=config.Data(path=str(tmp_path / "rows.jsonl"), eval_fraction=0.4))
     cfg.model.path, cfg.adapter = str(tmp_path / "llama"), config.Adapter(r=4, lora_alpha=8.0)
@@ -200,7 +200,7 @@ def test_of_weights_that_were_not_fetched_it_is_said_that_they_are_compared_with
     assert any(s.startswith("the base's weights are not on this machine") for s in said(cfg, tmp_path))
 
 
-def test_a_disk_that_is_too_full_is_said_with_both_figures(bases, tmp_path, monkeypatch):
+def test_too_little_disk_space_names_needed_and_free_bytes(bases, tmp_path, monkeypatch):
     cfg = run_over(bases, tmp_path, pairs())
     found = dry_run_of(cfg, tiny_tokenizer(), tmp_path)
     assert found.disk.needed == checkpoint.bytes_needed(found.layers.trainable, found.steps.count, cfg)
@@ -220,7 +220,7 @@ def surveyed(cfg, tokenizer, change=lambda document: document):
 
 
 @pytest.mark.closes("A05", "A06")
-def test_documents_that_do_not_learn_their_end_are_counted(bases, tmp_path):
+def test_documents_without_a_supervised_end_token_are_counted(bases, tmp_path):
     cfg = run_over(bases, tmp_path, pairs(4), eval_fraction=0.0)
     masked = lambda d: replace(d, supervised=np.append(d.supervised[:-1], False))  # noqa: E731
     cut = lambda d: replace(d, ids=d.ids[:-1], supervised=d.supervised[:-1])  # noqa: E731
@@ -229,7 +229,7 @@ def test_documents_that_do_not_learn_their_end_are_counted(bases, tmp_path):
         assert "4 of 4 documents do not learn where they end" in sentence
 
 
-def test_of_a_text_in_windows_only_the_last_needs_an_end(bases, tmp_path):
+def test_only_the_last_window_of_a_split_text_needs_an_end_token(bases, tmp_path):
     cfg = run_over(bases, tmp_path, [{"text": " ".join(SENTENCES)}], eval_fraction=0.0, max_length=32,
                    too_long=config.TooLong.split)  # fmt: skip
     found = dry_run_of(cfg, tiny_tokenizer(), tmp_path)
@@ -241,7 +241,7 @@ def test_of_a_text_in_windows_only_the_last_needs_an_end(bases, tmp_path):
 
 
 @pytest.mark.closes("A07")
-def test_a_template_that_leaves_out_the_beginning_is_noted(bases, tmp_path):
+def test_template_without_bos_gives_a_warning(bases, tmp_path):
     cfg = run_over(bases, tmp_path, pairs(4), eval_fraction=0.0)
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
@@ -253,7 +253,7 @@ def test_a_template_that_leaves_out_the_beginning_is_noted(bases, tmp_path):
 
 @pytest.mark.closes("A08")
 @pytest.mark.parametrize("train_on", config.TrainOn)
-def test_a_prompt_that_is_another_when_the_model_is_asked_is_found(bases, tmp_path, train_on):
+def test_prompt_that_differs_at_inference_gives_a_warning(bases, tmp_path, train_on):
     chat = [{"role": role, "content": f"{role} says {n}"} for n in range(3) for role in ("user", "assistant")]
     rows = [{"messages": [*chat[:4], {"role": "user", "content": str(n)}, chat[-1]]} for n in range(40)]
     rows[3]["messages"][-1]["weight"] = 0 if train_on is config.TrainOn.answers else 1
@@ -267,7 +267,7 @@ def test_a_prompt_that_is_another_when_the_model_is_asked_is_found(bases, tmp_pa
     assert sentence.startswith("1 of 32 prompts are another") and "rows.jsonl:1:" in sentence
 
 
-def test_prompts_that_were_cut_are_not_taken_for_others(bases, tmp_path):
+def test_truncated_prompts_are_not_compared(bases, tmp_path):
     cfg = run_over(bases, tmp_path, pairs(8, question="What is {} and {}, tell me that please, be so kind, would you?"),
                    eval_fraction=0.0, max_length=20, too_long=config.TooLong.truncate_prompt)  # fmt: skip
     tokenizer = tiny_tokenizer()
@@ -278,7 +278,7 @@ def test_prompts_that_were_cut_are_not_taken_for_others(bases, tmp_path):
 
 
 @pytest.mark.closes("A26")
-def test_added_tokens_in_what_people_wrote_are_counted_and_those_of_answers_are_not(bases, tmp_path):
+def test_added_tokens_are_counted_in_prompts_and_not_in_answers(bases, tmp_path):
     rows = pairs(12)
     rows[1]["prompt"] = "<tool> and <tool> and <think> and \u2002"
     rows[2]["prompt"] = "a <think>"
@@ -299,7 +299,7 @@ def test_special_tokens_in_plain_text_are_counted(bases, tmp_path):
 
 
 @pytest.mark.closes("F07")
-def test_eval_rows_that_ask_what_was_trained_on_are_counted(bases, tmp_path):
+def test_eval_rows_with_a_training_prompt_are_counted(bases, tmp_path):
     held = tmp_path / "held.jsonl"
     asked = ["what is 1 & 1", "WHAT is 2 and 2 ?!", "What is 2 and 2?", "What is 99 and 99?"]
     held.write_text("".join(json.dumps({"prompt": p, "completion": "Other."}) + "\n" for p in asked))
@@ -309,7 +309,7 @@ def test_eval_rows_that_ask_what_was_trained_on_are_counted(bases, tmp_path):
 
 
 @pytest.mark.closes("A04")
-def test_a_supervised_part_of_nearly_nothing_is_noted(bases, tmp_path):
+def test_small_supervised_share_gives_a_warning(bases, tmp_path):
     cfg = run_over(
         bases, tmp_path, pairs(2, question="{} {}" + " and on" * 500, answer="{}"), eval_fraction=0.0, max_length=4000
     )
@@ -317,14 +317,14 @@ def test_a_supervised_part_of_nearly_nothing_is_noted(bases, tmp_path):
     assert sentence.startswith("only 0.") and "supervised" in sentence
 
 
-def test_duplicates_are_noted_until_they_are_left_out(bases, tmp_path):
+def test_duplicate_rows_give_a_warning_unless_deduplicated(bases, tmp_path):
     cfg = run_over(bases, tmp_path, pairs() + pairs(3))
     assert any(s.startswith("3 of 27 rows are duplicates") for s in surveyed(cfg, tiny_tokenizer()))
     cfg.data.deduplicate = True
     assert surveyed(cfg, tiny_tokenizer()) == []
 
 
-def test_an_end_of_turn_that_no_file_of_the_base_calls_an_end_is_noted(tmp_path):
+def test_end_of_turn_that_is_not_a_stop_token_gives_a_warning(tmp_path):
     base = tiny_folder(tmp_path, "llama")
     cfg = run_over(tmp_path, tmp_path, pairs())
     tokenizer = load_tokenizer(cfg.model)
@@ -348,7 +348,7 @@ def test_an_end_of_turn_that_no_file_of_the_base_calls_an_end_is_noted(tmp_path)
         (4, 32.0, False, None), (16, 8.0, True, None),
     ],
 )  # fmt: skip
-def test_a_scale_that_no_published_recipe_has_is_noted(bases, tmp_path, r, alpha, rslora, shown):
+def test_unusual_adapter_scale_gives_a_warning(bases, tmp_path, r, alpha, rslora, shown):
     cfg = run_over(bases, tmp_path, pairs())
     cfg.adapter = config.Adapter(r=r, lora_alpha=alpha, use_rslora=rslora)
     sentences = [s for s in said(cfg, tmp_path) if "scaled by" in s]
@@ -356,7 +356,7 @@ def test_a_scale_that_no_published_recipe_has_is_noted(bases, tmp_path, r, alpha
     assert all(f"scaled by {shown}" in s for s in sentences)
 
 
-def test_a_rank_that_is_no_saving_and_steps_that_are_few_or_single_documents_are_noted(bases, tmp_path):
+def test_large_rank_few_steps_and_long_documents_give_warnings(bases, tmp_path):
     cfg = run_over(bases, tmp_path, pairs())
     cfg.adapter.r, cfg.adapter.lora_alpha = 32, 32.0
     assert [s.partition(" get")[0] for s in said(cfg, tmp_path)] == ["8 of 14 layers"]  # q, k, v and o of two
@@ -397,7 +397,7 @@ USED = {
 }
 
 
-def test_the_eval_fraction_is_named_where_validation_files_take_its_place(bases, tmp_path):
+def test_eval_fraction_beside_validation_files_gives_a_warning(bases, tmp_path):
     folder = tmp_path / "splits"
     folder.mkdir()
     rows_at(folder, pairs()).rename(folder / "train.jsonl")
@@ -416,7 +416,7 @@ def with_values(cfg, values, places):
 
 
 @pytest.mark.parametrize("key", UNUSED)
-def test_a_changed_setting_without_effect_is_named_only_where_it_has_none(bases, tmp_path, key):
+def test_changed_setting_without_effect_gives_a_warning(bases, tmp_path, key):
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": s * (i + 1)}) + "\n"
                                           for i in range(3) for s in SENTENCES))  # fmt: skip
     (tmp_path / "held.jsonl").write_text('{"prompt": "Other?", "completion": "Yes."}\n')
@@ -435,7 +435,7 @@ def test_a_changed_setting_without_effect_is_named_only_where_it_has_none(bases,
     assert key not in unused({key: value}, USED.get(key, {}))
 
 
-def test_a_layer_count_needs_no_memory(bases, tmp_path):
+def test_layer_count_of_a_huge_model_allocates_no_memory(bases, tmp_path):
     """The adapter of a base with a million times the parameters: on the meta device nothing is allocated."""
     folder = tmp_path / "large"
     folder.mkdir()
@@ -449,7 +449,7 @@ def test_a_layer_count_needs_no_memory(bases, tmp_path):
     assert layers.base > 10**11 and layers.count == 21
 
 
-def test_no_folder_is_made_and_none_is_needed(bases, tmp_path):
+def test_dry_run_creates_no_folder(bases, tmp_path):
     cfg = run_over(bases, tmp_path, pairs())
     before = sorted(tmp_path.iterdir())
     dry_run_of(cfg, tiny_tokenizer(), tmp_path / "runs" / "later")

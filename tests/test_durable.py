@@ -31,7 +31,7 @@ def umask(request: pytest.FixtureRequest):
 
 
 @pytest.mark.closes("C09")
-def test_what_is_written_is_read_and_modes_follow_the_umask(tmp_path: Path, umask: int) -> None:
+def test_written_files_are_readable_and_modes_follow_the_umask(tmp_path: Path, umask: int) -> None:
     durable.write_bytes(tmp_path / "a", b"one")
     durable.write_bytes(tmp_path / "a", b"two")
     durable.append_line(tmp_path / "lines", "ü")
@@ -42,7 +42,7 @@ def test_what_is_written_is_read_and_modes_follow_the_umask(tmp_path: Path, umas
 
 
 @pytest.mark.closes("C08")
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     durable.write_bytes(tmp_path / "a", b"old")
 
     def chunks():
@@ -55,7 +55,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     assert (tmp_path / "a").read_bytes() == b"old"
 
 
-def test_a_link_under_the_name_is_replaced_and_its_target_untouched(tmp_path: Path) -> None:
+def test_writes_never_follow_a_link(tmp_path: Path) -> None:
     (tmp_path / "target").write_bytes(b"precious")
     (tmp_path / "link").symlink_to(tmp_path / "target")
     durable.write_bytes(tmp_path / "link", b"new")
@@ -66,13 +66,13 @@ def test_a_link_under_the_name_is_replaced_and_its_target_untouched(tmp_path: Pa
         durable.append_line(tmp_path / "lines", "x")
 
 
-def test_json_refuses_numbers_that_json_has_not(tmp_path: Path) -> None:
+def test_nan_in_json_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         durable.write_json(tmp_path / "a.json", {"loss": float("nan")})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tensors_are_read_back_by_safetensors(tmp_path: Path) -> None:
+def test_written_tensors_load_with_safetensors(tmp_path: Path) -> None:
     tensors = {"b": torch.randn(3, 5), "a": torch.arange(7, dtype=torch.int64), "empty": torch.zeros(0, 4)}
     codes = {torch.float32: "F32", torch.int64: "I64"}
     specs = [
@@ -86,14 +86,14 @@ def test_tensors_are_read_back_by_safetensors(tmp_path: Path) -> None:
     assert all(torch.equal(found[n], tensors[n]) for n in tensors)
 
 
-def test_a_buffer_of_another_size_than_declared_is_refused(tmp_path: Path) -> None:
+def test_tensor_buffer_of_wrong_size_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a: has 3 bytes, expected 4"):
         durable.write_tensors(tmp_path / "t", [durable.TensorSpec("a", "F32", (1,), 4)], [b"abc"], {})
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.closes("C09")
-def test_a_staged_folder_appears_whole_with_modes_by_the_umask(tmp_path: Path, umask: int) -> None:
+def test_staged_folder_appears_complete_and_modes_follow_the_umask(tmp_path: Path, umask: int) -> None:
     with durable.staged_folder(tmp_path / "out") as staging:
         (staging / "inner").mkdir()
         os.close(os.open(staging / "inner" / "private", os.O_CREAT | os.O_WRONLY, 0o600))
@@ -103,7 +103,7 @@ def test_a_staged_folder_appears_whole_with_modes_by_the_umask(tmp_path: Path, u
     assert os.umask(umask) == umask  # of the process, as it was
 
 
-def test_a_link_in_a_staged_folder_is_refused_and_its_target_untouched(tmp_path: Path) -> None:
+def test_link_in_a_staged_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "target").write_text("mine")
     (tmp_path / "target").chmod(0o600)
     with pytest.raises(OSError, match="symbolic links"), durable.staged_folder(tmp_path / "out") as staging:
@@ -112,7 +112,7 @@ def test_a_link_in_a_staged_folder_is_refused_and_its_target_untouched(tmp_path:
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
 
 
-def test_a_staged_folder_replaces_the_old_one_only_at_the_end(tmp_path: Path) -> None:
+def test_staged_folder_replaces_the_old_one_only_on_success(tmp_path: Path) -> None:
     for content in ("old", "new"):
         with durable.staged_folder(tmp_path / "out") as staging:
             durable.write_text(staging / content, content)
@@ -159,7 +159,7 @@ def test_nothing_else_in_the_package_writes_files() -> None:
     assert {name: calls for name, calls in found.items() if calls} == {}
 
 
-def test_a_place_that_cannot_be_written_is_named_with_the_reason_and_is_an_oserror_too(tmp_path: Path) -> None:
+def test_write_error_names_path_and_reason(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     inside = tmp_path / "file" / "x"
     for write in (
@@ -176,7 +176,7 @@ def test_a_place_that_cannot_be_written_is_named_with_the_reason_and_is_an_oserr
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_full_disk_is_named_and_what_a_writer_does_not_find_is_not_taken_for_one(tmp_path: Path) -> None:
+def test_full_disk_is_a_write_error_and_a_missing_source_file_is_not(tmp_path: Path) -> None:
     def full():
         raise OSError(errno.ENOSPC, "No space left on device")
         yield b""
@@ -193,7 +193,7 @@ def test_a_full_disk_is_named_and_what_a_writer_does_not_find_is_not_taken_for_o
     assert not list(tmp_path.iterdir())
 
 
-def test_without_a_path_the_place_is_the_one_that_the_error_names_and_without_both_the_error_stays() -> None:
+def test_write_error_takes_its_path_from_the_oserror() -> None:
     with pytest.raises(durable.WriteError, match=r"^/a/b cannot be written: Read-only file system$"), durable.writing():
         raise OSError(errno.EROFS, "Read-only file system", "/a/b")
     with pytest.raises(OSError, match="Read-only") as caught, durable.writing():
@@ -201,7 +201,7 @@ def test_without_a_path_the_place_is_the_one_that_the_error_names_and_without_bo
     assert not isinstance(caught.value, durable.WriteError)
 
 
-def test_the_cache_is_where_xdg_says_if_that_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_folder_follows_an_absolute_xdg_cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     for value, expected in {str(tmp_path): tmp_path, "": "/home/me/.cache", "relative/x": "/home/me/.cache"}.items():
         monkeypatch.setenv("XDG_CACHE_HOME", value)
@@ -245,7 +245,7 @@ def made(folder: Path) -> Path:
 
 @pytest.mark.closes("C08")
 @pytest.mark.parametrize("name", several(Path()))
-def test_a_disk_that_fails_at_any_operation_is_said_and_leaves_old_or_new(
+def test_disk_error_is_reported_and_leaves_old_or_new_content(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The place is named, and of a full one the bytes that are free."""
@@ -277,9 +277,7 @@ def test_a_disk_that_fails_at_any_operation_is_said_and_leaves_old_or_new(
 
 @pytest.mark.closes("C01")
 @pytest.mark.parametrize("name", several(Path()))
-def test_a_power_failure_finds_every_name_after_its_bytes(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_operation_fsyncs_in_a_safe_order(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, shim = made(tmp_path / "0"), Shim()
     monkeypatch.setattr(durable, "os", shim)
     several(folder)[name]()
@@ -289,7 +287,7 @@ def test_a_power_failure_finds_every_name_after_its_bytes(
 
 
 @pytest.mark.closes("C09")
-def test_a_folder_of_files_is_brought_to_the_disk_once_with_modes_by_the_umask(
+def test_write_files_fsyncs_each_file_once_and_modes_follow_the_umask(
     tmp_path: Path, umask: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shim = Shim()
@@ -311,7 +309,7 @@ def test_a_folder_of_files_is_brought_to_the_disk_once_with_modes_by_the_umask(
     }  # fmt: skip
 
 
-def test_only_what_has_a_temporary_name_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clear_leftovers_removes_only_temporary_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = ("state.json.tmp-0123abcd", ".step-00000002.tmp-0123abcd", ".adapter.old-0123abcd")
     theirs = ("notes.tmp", "a.tmp-xyz", ".tmp-0123abcd", "a.old-0123abcd", "a.tmp-0123abcde", ".adapter.tmp-0123ABCD")
     for name in (*ours, *theirs):
@@ -329,7 +327,7 @@ def test_only_what_has_a_temporary_name_is_cleared(tmp_path: Path, monkeypatch: 
     durable.clear_leftovers(tmp_path / "absent")
 
 
-def test_a_file_that_grows_is_cut_and_measured(tmp_path: Path) -> None:
+def test_growing_file_is_measured_and_cut(tmp_path: Path) -> None:
     lines = tmp_path / "lines"
     assert durable.settle(lines) == 0
     durable.cut(lines, 5)
@@ -349,7 +347,7 @@ def descriptors() -> set[str]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux, whose /proc says what a descriptor is of")
-def test_names_that_appear_or_go_are_on_the_disk_and_no_file_stays_open(tmp_path: Path, monkeypatch) -> None:
+def test_created_and_removed_names_are_fsynced_and_files_are_closed(tmp_path: Path, monkeypatch) -> None:
     """What the mutants of io/durable.py that lived had in common: an fsync or a close less."""
     brought: list[str] = []
     fsync = os.fsync
@@ -382,13 +380,13 @@ def test_names_that_appear_or_go_are_on_the_disk_and_no_file_stays_open(tmp_path
     assert set(brought) >= held | {folder}
 
 
-def test_a_record_that_has_no_place_in_its_file_is_refused(tmp_path: Path) -> None:
+def test_heartbeat_above_4096_bytes_is_refused(tmp_path: Path) -> None:
     durable.beat(tmp_path / "beat", "x" * 4095)
     assert (tmp_path / "beat").stat().st_size == 4096
     with pytest.raises(ValueError, match="at most 4096 bytes, got 4097"):
         durable.beat(tmp_path / "beat", "x" * 4096)
 
 
-def test_the_room_on_a_disk_is_counted_in_bytes(tmp_path: Path) -> None:
+def test_free_space_is_in_bytes(tmp_path: Path) -> None:
     found = os.statvfs(tmp_path)
     assert 0.5 < durable.free_bytes(tmp_path / "not" / "there") / (found.f_bavail * found.f_frsize) < 2

@@ -20,7 +20,7 @@ def case(trainer: str = "lora_ft", method: str = "lora", checkpoint: str = "ever
     return gpu.Case("tiny", method, trainer, checkpoint, rows, tokens=200, steps=2)
 
 
-def test_the_command_writes_dated_results_and_says_what_it_skips(
+def test_command_writes_dated_results_and_reports_skipped_trainers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In this process; the test of unsloth's import starts the real one."""
@@ -56,7 +56,7 @@ def test_every_trainer_learns_in_nf4(trainer: str, checkpoint: str, rows: str) -
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_peers_recompute_when_told_to_and_only_then(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peft_follows_the_gradient_checkpointing_setting(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recomputed = {}
     for checkpoint in ("every_1", "off"):
         one = case("peft", method, checkpoint)
@@ -67,7 +67,7 @@ def test_peers_recompute_when_told_to_and_only_then(method: str, monkeypatch: py
     assert recomputed == {"every_1": {True}, "off": {False}}
 
 
-def test_trainers_are_given_the_same_model_and_see_the_same_loss() -> None:
+def test_packed_and_padded_trainers_have_the_same_loss() -> None:
     one = case("peft", rows="mixed")
     batch, documents = gpu_trainers.draw(one)
     assert torch.equal(batch.ids, torch.cat(documents)) and len(batch.ids) == 200
@@ -80,7 +80,9 @@ def test_trainers_are_given_the_same_model_and_see_the_same_loss() -> None:
     assert padded[0] == pytest.approx(float(packed), rel=1e-5)
 
 
-def test_unsloth_is_imported_before_what_it_patches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsloth_is_imported_before_the_libraries_that_it_patches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     patched = {"transformers", "peft", "trl", "lora_ft"}
     lines = ["import sys", f"loaded = {patched} & sys.modules.keys()", "raise SystemExit(f'after {sorted(loaded)}')"]
     (tmp_path / "unsloth.py").write_text("\n".join(lines))
@@ -89,7 +91,7 @@ def test_unsloth_is_imported_before_what_it_patches(tmp_path: Path, monkeypatch:
     assert gpu.in_own_process(case("unsloth")) == {"failed": "after []"}
 
 
-def test_out_of_memory_is_a_skip_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_is_reported_as_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*_: object) -> None:
         raise torch.OutOfMemoryError("Tried to allocate 9 GiB.\nMore words")
 
@@ -99,7 +101,7 @@ def test_out_of_memory_is_a_skip_with_its_reason(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_our_paths_pass_the_check_and_the_base_is_left_as_it_was(
+def test_fast_paths_pass_the_check_and_do_not_change_the_base(
     method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu.Case, "dtype", dtype)
@@ -119,7 +121,7 @@ def test_our_paths_pass_the_check_and_the_base_is_left_as_it_was(
         assert parameter.dtype == after[name].dtype and torch.equal(parameter, after[name]), name
 
 
-def test_a_wrong_fast_path_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_fast_path_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = gpu_trainers.accelerate
 
     def wrong(model: torch.nn.Module, fast: config.Fast, **options: bool) -> object:
@@ -141,7 +143,7 @@ def gradients(dtype: torch.dtype) -> tuple[gpu_trainers.Gradient, gpu_trainers.G
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("changed", ["nothing", "loss", "zeroed", "noise", "length", "nan", "swapped sign"])
-def test_the_check_notices_each_difference(changed: str, dtype: torch.dtype) -> None:
+def test_gradient_check_detects_each_difference(changed: str, dtype: torch.dtype) -> None:
     plain, reference = gradients(dtype)
     loss, small = plain[0], plain[1]["small"]
     noise = torch.randn(small.shape, generator=torch.Generator().manual_seed(1))
@@ -160,6 +162,6 @@ def test_the_check_notices_each_difference(changed: str, dtype: torch.dtype) -> 
     json.dumps(check, allow_nan=False)
 
 
-def test_a_gradient_that_no_path_makes_is_no_agreement() -> None:
+def test_zero_gradients_fail_the_check() -> None:
     idle = (2.0, {"small": torch.zeros(4, 4)})
     assert not gpu_trainers.compared(idle, idle, idle, 1e-3)["passed"]

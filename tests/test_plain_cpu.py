@@ -30,11 +30,11 @@ def features_of_child(*folders: Path) -> list[object]:
     return json.loads(done.stdout)
 
 
-def test_a_plain_cpu_has_no_avx512_for_torch_and_bitsandbytes() -> None:
+def test_plain_cpu_has_no_avx512_for_torch_and_bitsandbytes() -> None:
     here = Path(__file__).parent
     capability, bitsandbytes_bfloat16, _, newer = features_of_child(here / "plain_cpu", here)
     assert capability != "AVX512" and not bitsandbytes_bfloat16 and newer == []
 
 
-def test_child_processes_run_on_the_same_processor_as_the_tests() -> None:
+def test_child_processes_have_the_same_cpu_features() -> None:
     assert features_of_child(Path(__file__).parent) == features()

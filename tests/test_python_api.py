@@ -29,7 +29,9 @@ SHORT = ["train.max_steps=2", "train.tokens_per_step=64", "train.samples=1", "tr
 PAIRS = [{"prompt": f"What is {n} plus {n}?", "completion": f"It is {n + n}."} for n in range(30)]
 
 
-def test_the_page_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property) -> None:
+def test_python_examples_in_the_docs_run_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property
+) -> None:
     monkeypatch.chdir(tmp_path)
     tiny_folder(tmp_path, "llama")
     compose, sweep, evaluate = lora_ft.compose, lora_ft.sweep, lora_ft.evaluate
@@ -55,7 +57,7 @@ def tiny(tmp_path: Path, **train: object) -> config.TrainRun:
     return cfg
 
 
-def test_rows_from_a_list_a_dataset_and_a_file_give_the_same_adapter(tmp_path: Path) -> None:
+def test_rows_from_list_dataset_iterator_and_file_give_the_same_adapter(tmp_path: Path) -> None:
     cfg = tiny(tmp_path)
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
@@ -68,7 +70,7 @@ def test_rows_from_a_list_a_dataset_and_a_file_give_the_same_adapter(tmp_path: P
     assert runs.read_config(found[0].folder)["data"]["path"] == str(found[0].folder / "rows.jsonl")
 
 
-def test_nulls_that_a_dataset_fills_in_are_not_learned(tmp_path: Path) -> None:
+def test_nulls_added_by_a_dataset_are_removed(tmp_path: Path) -> None:
     call = {"role": "assistant", "content": "a", "tool": {"name": "x"}}
     rows = [{"messages": [{"role": "user", "content": "q"}, message]} for message in (call, {**call, "tool": {"y": 1}})]
     run_rows.write_rows(tmp_path, datasets.Dataset.from_list(rows), None)
@@ -79,13 +81,13 @@ def test_nulls_that_a_dataset_fills_in_are_not_learned(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("row", "why"), [(["a"], r"rows\[1\] .*must be a dict, got list"),
                                           ({"prompt": {1, 2}}, r"rows\[1\] cannot be stored as JSON: .*set"),
                                           ({"prompt": float("nan")}, r"rows\[1\] cannot be stored")])  # fmt: skip
-def test_a_row_that_is_none_is_named(row: object, why: str, tmp_path: Path) -> None:
+def test_invalid_row_is_named(row: object, why: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=why):
         lora_ft.train(tiny(tmp_path), rows=[PAIRS[0], row], folder=tmp_path / "run")
     assert lora_ft.train(tiny(tmp_path), rows=PAIRS, folder=tmp_path / "run").result.steps == 3
 
 
-def test_a_run_is_resumed_from_python_and_from_the_command_line(tmp_path: Path) -> None:
+def test_interrupted_run_is_resumed_from_python(tmp_path: Path) -> None:
     class Stop(lora_ft.Callback):
         def on_step(self, state, metrics):
             if state.step == 2:
@@ -101,7 +103,7 @@ def test_a_run_is_resumed_from_python_and_from_the_command_line(tmp_path: Path) 
     assert [line["step"] for line in run.history] == [0, 1, 2, 3]
 
 
-def test_a_stop_before_the_first_step_ends_the_run_after_it(tmp_path: Path) -> None:
+def test_stop_requested_before_the_first_step_takes_effect_after_it(tmp_path: Path) -> None:
     class Stop(lora_ft.Callback):
         def on_start(self, state):
             state.request_stop("enough")
@@ -110,7 +112,7 @@ def test_a_stop_before_the_first_step_ends_the_run_after_it(tmp_path: Path) -> N
     assert (result.steps, result.stopped_by, result.stopped_early) == (1, "enough", True)
 
 
-def test_the_error_of_a_run_is_raised_whatever_its_callbacks_do_at_the_end(tmp_path: Path) -> None:
+def test_error_of_a_run_is_raised_even_if_on_end_fails(tmp_path: Path) -> None:
     told = []
 
     class Broken(lora_ft.Callback):
@@ -130,27 +132,27 @@ def test_the_error_of_a_run_is_raised_whatever_its_callbacks_do_at_the_end(tmp_p
     assert "Broken.on_end failed: AttributeError: second" in (tmp_path / "run" / "log.txt").read_text()
 
 
-def test_a_config_without_data_needs_rows(tmp_path: Path) -> None:
+def test_config_without_data_path_needs_rows(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.path is empty"):
         lora_ft.train(tiny(tmp_path), folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_hydra_app_that_composes_ours_keeps_its_own_state(tmp_path: Path) -> None:
+def test_compose_keeps_the_state_of_another_hydra_app(tmp_path: Path) -> None:
     (tmp_path / "app.yaml").write_text("x: 1\n")
     with initialize_config_dir(str(tmp_path), version_base="1.2"):
         lora_ft.compose("train", ["adapter.r=4"])
         assert compose("app").x == 1 and str(version.getbase()) == "1.2"
 
 
-def test_the_public_names_are_these() -> None:
+def test_public_names_are_frozen() -> None:
     assert sorted(lora_ft.__all__) == [
         "Callback", "compose", "evaluate", "load", "merge", "publish", "sweep", "train",
     ]  # fmt: skip
     assert all(getattr(lora_ft, name).__doc__ for name in lora_ft.__all__)
 
 
-def test_a_function_stays_one_when_the_module_of_its_name_is_imported() -> None:
+def test_public_functions_survive_importing_modules_of_the_same_name() -> None:
     code = (
         "import lora_ft.train, lora_ft.sweep, lora_ft; from lora_ft.train import Run; print(lora_ft.train.__module__)"
     )
@@ -158,14 +160,14 @@ def test_a_function_stays_one_when_the_module_of_its_name_is_imported() -> None:
     assert done.stdout == "lora_ft\n"
 
 
-def test_progress_is_live_in_a_notebook_and_in_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_live_only_in_notebooks_and_terminals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "find_spec", lambda name: name == "ipywidgets")
     for settings_of, live in (({"force_jupyter": True}, True), ({"force_terminal": True}, True), ({}, False)):
         console = Console(file=io.StringIO(), **settings_of)
         assert (progress.live_on(console) is not None) is live
 
 
-def test_a_resumed_run_finds_its_rows_and_refuses_others(tmp_path: Path) -> None:
+def test_resumed_run_uses_its_stored_rows_and_refuses_others(tmp_path: Path) -> None:
     cfg = tiny(tmp_path)
     first = lora_ft.train(cfg, rows=PAIRS, folder=tmp_path / "run").result
     before = (tmp_path / "run" / "rows.jsonl").read_bytes()

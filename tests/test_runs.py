@@ -30,7 +30,7 @@ def begun(folder: Path, *, finished: bool = False) -> Path:
     return folder
 
 
-def test_what_is_known_before_training_is_read_back(tmp_path: Path) -> None:
+def test_created_run_folder_reads_back(tmp_path: Path) -> None:
     folder = begun(tmp_path / "a" / "run")
     assert runs.read_config(folder) == validation.to_plain(settings())
     assert list(runs.read_config(folder)) == list(validation.to_plain(settings()))  # in the order of the settings
@@ -42,7 +42,7 @@ def test_what_is_known_before_training_is_read_back(tmp_path: Path) -> None:
     assert len(runs.read_metrics(folder)) == 2
 
 
-def test_the_environment_names_what_can_be_installed_again_and_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_has_package_versions_and_no_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/home/alice/secret/lora-ft"])
     found = runs.environment()
     assert found["packages"] == {name: metadata.version(name) for name in runs.PACKAGES}
@@ -50,12 +50,12 @@ def test_the_environment_names_what_can_be_installed_again_and_no_place(monkeypa
     assert found["command"] == "lora-ft" and "alice" not in json.dumps(found)
 
 
-def test_a_package_that_is_absent_is_left_out_and_the_ones_behind_it_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_left_out_of_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "PACKAGES", ("torch", "no-such-package", "peft"))
     assert runs.versions.__wrapped__() == {name: metadata.version(name) for name in ("torch", "peft")}
 
 
-def test_a_folder_with_leftovers_of_a_start_takes_a_run_and_one_with_anything_else_does_not(tmp_path: Path) -> None:
+def test_create_accepts_an_empty_folder_or_leftovers_of_a_failed_start(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     for name in ("log.txt", "check.json.tmp-0123abcd", "overrides.txt"):
@@ -77,7 +77,7 @@ def test_a_folder_with_leftovers_of_a_start_takes_a_run_and_one_with_anything_el
     assert not runs.exists(tmp_path / "absent")
 
 
-def test_one_process_at_a_time_holds_a_folder(tmp_path: Path) -> None:
+def test_run_folder_is_locked_by_one_process(tmp_path: Path) -> None:
     def taken() -> bool:
         other = os.open(tmp_path / "run", os.O_RDONLY)
         try:
@@ -102,7 +102,7 @@ def test_one_process_at_a_time_holds_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "goes_on"), [(errno.ENOLCK, True), (errno.ENOTSUP, True), (errno.EIO, False)])
-def test_only_a_file_system_without_locks_is_used_without_one(
+def test_locking_is_skipped_only_if_the_file_system_has_no_locks(
     number: int, goes_on: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
@@ -121,7 +121,7 @@ def test_only_a_file_system_without_locks_is_used_without_one(
 
 @pytest.mark.parametrize("finished", [False, True])
 @pytest.mark.parametrize("change", [{}, {"samples": 9}, {"epochs": 3}, {"max_steps": 9}])
-def test_a_run_goes_on_unless_it_is_finished_and_asked_for_nothing_longer(
+def test_run_is_reopened_unless_finished_and_not_extended(
     finished: bool, change: dict[str, int], tmp_path: Path
 ) -> None:
     folder, cfg = begun(tmp_path / "run", finished=finished), settings()
@@ -139,7 +139,7 @@ def test_a_run_goes_on_unless_it_is_finished_and_asked_for_nothing_longer(
     assert (folder / "changed.json").exists() == bool(change)
 
 
-def test_changes_of_several_resumes_add_up_and_the_first_config_stays(tmp_path: Path) -> None:
+def test_changes_of_several_resumes_accumulate(tmp_path: Path) -> None:
     folder = begun(tmp_path / "run")
     first, cfg = (folder / "config.yaml").read_bytes(), settings()
     for change in ({"epochs": 3}, {"keep_checkpoints": 7}, {"epochs": 5}):
@@ -150,7 +150,7 @@ def test_changes_of_several_resumes_add_up_and_the_first_config_stays(tmp_path: 
     assert (folder / "config.yaml").read_bytes() == first
 
 
-def test_a_finished_run_is_made_longer_only_from_a_checkpoint(tmp_path: Path) -> None:
+def test_finished_run_is_extended_only_from_a_checkpoint(tmp_path: Path) -> None:
     folder = begun(tmp_path / "run", finished=True)
     (folder / runs.CHECKPOINTS / "step-00000002").rmdir()
     with pytest.raises(CheckpointError, match="is finished and has no checkpoint to continue from"):
@@ -168,7 +168,7 @@ def test_a_finished_run_is_made_longer_only_from_a_checkpoint(tmp_path: Path) ->
         ({"optim.lr": 0.5}, {"seed": 1, "train": {"epochs": 2}, "optim": {"lr": 0.5}}),
     ],
 )
-def test_a_config_is_read_with_what_was_changed(changed: dict, expected: dict, tmp_path: Path) -> None:
+def test_read_config_applies_changed_settings(changed: dict, expected: dict, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("seed: 1\ntrain:\n  epochs: 2\n")
     (tmp_path / "changed.json").write_text(json.dumps(changed))
     assert runs.read_config(tmp_path) == expected
@@ -183,7 +183,7 @@ def test_a_config_is_read_with_what_was_changed(changed: dict, expected: dict, t
         ("train: [1]", r"train of config\.yaml must be a mapping, got \[1\]"),
     ],
 )
-def test_what_is_no_config_of_a_run_is_named(text: str | None, message: str, tmp_path: Path) -> None:
+def test_invalid_run_config_is_refused(text: str | None, message: str, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "config.yaml").write_text(text)
     (tmp_path / "changed.json").write_text('{"train.epochs": 3}')
@@ -191,7 +191,7 @@ def test_what_is_no_config_of_a_run_is_named(text: str | None, message: str, tmp
         runs.read_config(tmp_path)
 
 
-def test_a_run_without_an_adapter_has_not_finished(tmp_path: Path) -> None:
+def test_run_without_an_adapter_is_reported_as_unfinished(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     with pytest.raises(ConfigError, match=r"has no adapter: the run did not finish \(see .*log\.txt\)"):
         runs.adapter_folder(tmp_path)

@@ -26,7 +26,7 @@ finally:
 """
 
 
-def test_a_run_on_local_files_asks_no_network_and_imports_nothing_that_it_does_not_use(tmp_path):
+def test_local_run_uses_no_network_and_no_unneeded_imports(tmp_path):
     rows = [{"prompt": f"How many legs have {n} spiders?", "completion": f"{8 * n} legs."} for n in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = [f"model.path={tiny_folder(tmp_path, 'llama')}", "quant=nf4", "data.path=rows.jsonl",

@@ -155,7 +155,7 @@ def place_of(path: Path) -> str:
 TREES = {place_of(path): ast.parse(path.read_text("utf-8")) for path in SOURCES}
 
 
-def test_no_file_runs_code_that_data_names() -> None:
+def test_no_module_runs_code_named_by_data() -> None:
     allowed = {
         "lora_ft/cli/guard.py": {"names _target_"},  # to refuse it
         "lora_ft/cli/entry.py": {"imports a module by a name that is computed"},  # a command of config.SCHEMAS
@@ -164,11 +164,11 @@ def test_no_file_runs_code_that_data_names() -> None:
     assert {place: kinds for place, kinds in found.items() if kinds} == {}
 
 
-def test_only_durable_writes() -> None:
+def test_only_durable_writes_files() -> None:
     assert [place for place in TREES if any(writes(TREES[place]))] == ["lora_ft/io/durable.py"]
 
 
-def test_one_module_replaces_forwards() -> None:
+def test_only_acceleration_replaces_forwards() -> None:
     # The second one is a program of its own, which runs without lora_ft.
     allowed = {"lora_ft/models/acceleration.py", "lora_ft/publishing/verify_worker.py"}
     assert {place for place in TREES if any(replaces_forwards(TREES[place]))} <= allowed
@@ -182,16 +182,16 @@ def test_one_module_replaces_forwards() -> None:
         "layer.forward, x = f, 1", "object.__setattr__(layer, 'forward', f)",
     ],
 )  # fmt: skip
-def test_the_check_finds_planted_forwards(snippet: str) -> None:
+def test_replaced_forwards_are_detected(snippet: str) -> None:
     assert list(replaces_forwards(ast.parse(snippet)))
     assert not list(replaces_forwards(ast.parse("y = layer.forward(x)\nf = vars(layer).get('forward')")))
 
 
-def test_libraries_write_into_staged_folders_only() -> None:
+def test_save_pretrained_writes_only_into_staged_folders() -> None:
     assert saved_unstaged(TREES) == []
 
 
-def test_an_allowed_exception_is_still_needed() -> None:
+def test_allowed_exceptions_are_still_needed() -> None:
     assert set(runs_code(TREES["lora_ft/cli/guard.py"])) and set(runs_code(TREES["lora_ft/cli/entry.py"]))
     assert set(writes(TREES["lora_ft/io/durable.py"]))
 
@@ -207,7 +207,7 @@ def test_an_allowed_exception_is_still_needed() -> None:
         "from peft import AutoPeftModelForCausalLM", "__import__(name)", "jinja2.Template(text).render()",
     ],
 )  # fmt: skip
-def test_the_check_finds_planted_code(snippet: str) -> None:
+def test_code_execution_is_detected(snippet: str) -> None:
     assert list(runs_code(ast.parse(snippet)))
 
 
@@ -222,7 +222,7 @@ def test_the_check_finds_planted_code(snippet: str) -> None:
         "table.to_parquet(p)", "path.touch()", "path.symlink_to(other)", "array.tofile(p)",
     ],
 )  # fmt: skip
-def test_the_check_finds_planted_writes(snippet: str) -> None:
+def test_writes_are_detected(snippet: str) -> None:
     assert list(writes(ast.parse(snippet)))
 
 
@@ -236,11 +236,11 @@ def test_the_check_finds_planted_writes(snippet: str) -> None:
         "importlib.import_module('flash_attn')", "model.eval()", "re.compile('x')", "yaml.safe_load(text)",
     ],
 )  # fmt: skip
-def test_the_check_leaves_reading_alone(snippet: str) -> None:
+def test_harmless_calls_are_not_reported(snippet: str) -> None:
     assert [*runs_code(ast.parse(snippet)), *writes(ast.parse(snippet))] == []
 
 
-def test_the_check_finds_what_is_saved_outside_of_a_staged_folder() -> None:
+def test_saving_outside_a_staged_folder_is_detected() -> None:
     bare = ast.parse("def save(folder):\n    tokenizer.save_pretrained(folder)")
     staged = ast.parse("def save(f):\n    with durable.staged_folder(f) as s:\n        tokenizer.save_pretrained(s)")
     passed_on = ast.parse("def write_folder(f):\n    t.save_pretrained(f)\ndef other(f):\n    write_folder(f)")

@@ -85,12 +85,12 @@ def follow(state: Any, steps: range, outcome: Any = RESULT) -> None:
     callback.on_end(state, outcome)
 
 
-def test_the_names_are_accelerates() -> None:
+def test_tracker_names_are_those_of_accelerate() -> None:
     assert {t.value for t in Tracker} == {"none", *accelerate.tracking.LOGGER_TYPE_TO_CLASS}
     assert {path.stem for path in (config.CONF / "track").iterdir()} <= {t.value for t in Tracker}
 
 
-def test_a_tracker_gets_settings_metrics_and_result(server: Server, tmp_path: Path) -> None:
+def test_tracker_receives_settings_metrics_and_result(server: Server, tmp_path: Path) -> None:
     follow(run_of(tmp_path / "my run"), range(3))
     (run,) = server.runs
     assert run.project == "mine"
@@ -104,7 +104,9 @@ def test_a_tracker_gets_settings_metrics_and_result(server: Server, tmp_path: Pa
     assert run.ended == [0]
 
 
-def test_settings_hold_no_secret(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_sent_to_a_tracker_contain_no_secret(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HUB_TOKEN", "c0ffee-c0ffee-0001")
     state = run_of(tmp_path)
     state.cfg.data.path, state.cfg.adapter.target_modules = "https://c0ffee-c0ffee-0001/x", ["c0ffee-c0ffee-0001"]
@@ -112,7 +114,7 @@ def test_settings_hold_no_secret(server: Server, tmp_path: Path, monkeypatch: py
     assert "c0ffee" not in str(server.runs[0].settings)
 
 
-def test_the_jobs_of_a_sweep_are_grouped_by_its_folder(server: Server, tmp_path: Path) -> None:
+def test_sweep_jobs_are_grouped_by_sweep_folder(server: Server, tmp_path: Path) -> None:
     for number in range(2):
         state = run_of(tmp_path / "ranks" / str(number))
         (tmp_path / "ranks" / runs.SWEEP).write_text("{}")
@@ -120,7 +122,7 @@ def test_the_jobs_of_a_sweep_are_grouped_by_its_folder(server: Server, tmp_path:
     assert [(r.options["group"], r.options["name"]) for r in server.runs] == [("ranks", "0"), ("ranks", "1")]
 
 
-def test_a_resumed_run_continues_in_its_tracker(server: Server, tmp_path: Path) -> None:
+def test_resumed_run_continues_its_tracker_run(server: Server, tmp_path: Path) -> None:
     follow(run_of(tmp_path), range(3), Interrupted(signal.SIGTERM, "stopped"))
     follow(run_of(tmp_path), range(3, 5))
     first, second = server.runs
@@ -129,7 +131,7 @@ def test_a_resumed_run_continues_in_its_tracker(server: Server, tmp_path: Path) 
     assert not second.settings and [step for step, _ in second.rows] == [3, 4]
 
 
-def test_a_resumed_run_without_a_step_left_sends_its_result(server: Server, tmp_path: Path) -> None:
+def test_resume_without_remaining_steps_sends_the_result(server: Server, tmp_path: Path) -> None:
     follow(run_of(tmp_path), range(3), None)
     follow(run_of(tmp_path), range(0))
     paused, ended = server.runs
@@ -137,7 +139,7 @@ def test_a_resumed_run_without_a_step_left_sends_its_result(server: Server, tmp_
     assert not paused.summary and ended.summary["result/steps"] == 2
 
 
-def test_an_id_is_of_one_tracker(server: Server, tmp_path: Path) -> None:
+def test_run_id_of_another_tracker_is_ignored(server: Server, tmp_path: Path) -> None:
     (tmp_path / trackers.ID).write_text(json.dumps({"tracker": "mlflow", "id": "other"}))
     follow(run_of(tmp_path), range(2))
     assert "id" not in server.runs[0].options
@@ -149,19 +151,19 @@ def test_an_id_is_of_one_tracker(server: Server, tmp_path: Path) -> None:
     [(NonFiniteError("loss nan"), 8), (ValueError("a bug"), 1), (KeyboardInterrupt(), 1), (None, 0)],
     ids=lambda value: type(value).__name__,
 )
-def test_wandb_shows_how_a_run_ended(outcome: Any, code: int, server: Server, tmp_path: Path) -> None:
+def test_wandb_receives_the_exit_code(outcome: Any, code: int, server: Server, tmp_path: Path) -> None:
     follow(run_of(tmp_path), range(2), outcome)
     assert server.runs[0].ended == [code]
 
 
-def test_a_run_that_fails_before_its_first_metrics_leaves_nothing(server: Server, tmp_path: Path) -> None:
+def test_run_that_fails_before_its_first_metrics_creates_nothing(server: Server, tmp_path: Path) -> None:
     """Its folder can be used again."""
     follow(run_of(tmp_path), range(0), NonFiniteError("loss nan"))
     assert not server.runs and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("fails_at", ["start", "store", "log", "finish"])
-def test_a_tracker_that_fails_costs_one_warning_and_no_bit(
+def test_tracker_failure_gives_one_warning_and_the_same_adapter(
     fails_at: str, server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def adapter(name: str, callbacks: list[Any]) -> torch.Tensor:
@@ -184,14 +186,14 @@ def test_a_tracker_that_fails_costs_one_warning_and_no_bit(
     assert [m["step"] for m in runs.read_metrics(tmp_path / "with")] == [0, 1, 2, 3]
 
 
-def test_a_run_is_finished_when_its_tracker_fails(server: Server, tmp_path: Path) -> None:
+def test_tracker_run_is_finished_after_a_failure(server: Server, tmp_path: Path) -> None:
     """The next job of a sweep starts its own."""
     server.fails_at = "log"
     follow(run_of(tmp_path), range(3))
     assert server.runs[0].ended == [None]
 
 
-def test_tensorboard_hides_the_steps_that_are_taken_again(tmp_path: Path) -> None:
+def test_tensorboard_shows_repeated_steps_once(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for steps in (range(6), range(4, 8), range(0)):
@@ -205,7 +207,7 @@ def test_tensorboard_hides_the_steps_that_are_taken_again(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("tool", "package"), [("wandb", r"'lora_ft\[wandb\]'"), ("trackio", "trackio")])
-def test_a_package_that_is_missing_is_named(tool: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tracker_package_is_named(tool: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, tool, None)
     with pytest.raises(ResourceError, match=rf"track={tool} needs the package {tool}: pip install {package}"):
         trackers.check(config.Track(Tracker(tool)))
@@ -225,7 +227,7 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return made
 
 
-def test_wandb_without_an_account_is_refused_unless_it_is_offline(wandb: ModuleType) -> None:
+def test_wandb_needs_an_api_key_unless_offline(wandb: ModuleType) -> None:
     track = config.Track(Tracker.wandb)
     with pytest.raises(ResourceError, match="set WANDB_API_KEY, or WANDB_MODE=offline"):
         trackers.check(track)
@@ -235,7 +237,7 @@ def test_wandb_without_an_account_is_refused_unless_it_is_offline(wandb: ModuleT
     trackers.check(track)
 
 
-def test_reports_about_the_machine_are_off_unless_the_environment_sets_them(
+def test_machine_reports_are_off_unless_the_environment_enables_them(
     wandb: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wandb.mode = "offline"
@@ -275,7 +277,7 @@ def wait_for_steps(process: "subprocess.Popen[str]", folder: Path) -> None:
 
 
 @pytest.mark.interop
-def test_real_clients_keep_a_run_that_is_stopped_and_resumed(tmp_path: Path) -> None:
+def test_real_trackers_record_a_stopped_and_resumed_run(tmp_path: Path) -> None:
     """wandb offline and MLflow's file store: same adapter as without, Ctrl-C works, no process is left."""
     needs("wandb", "mlflow")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "MLFLOW_"))}
@@ -313,7 +315,7 @@ def test_real_clients_keep_a_run_that_is_stopped_and_resumed(tmp_path: Path) -> 
 
 
 @pytest.mark.interop
-def test_the_service_of_wandb_ends_with_a_run_that_is_killed(tmp_path: Path) -> None:
+def test_wandb_service_exits_after_the_run_is_killed(tmp_path: Path) -> None:
     needs("wandb")
     environment = os.environ | {"WANDB_MODE": "offline", "HOME": str(tmp_path)}
     overrides = command(tmp_path, "run", "track=wandb", "train.max_steps=100000")

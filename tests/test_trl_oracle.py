@@ -43,7 +43,7 @@ def flat(tensors: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.nightly(reason="makes an environment with TRL and trains twice, minutes: pytest -m nightly -k trl -s")
 @pytest.mark.closes("A01", "A02", "A13")
-def test_fifty_steps_of_smollm2_have_the_losses_of_trl(tmp_path: Path) -> None:
+def test_smollm2_losses_match_trl(tmp_path: Path) -> None:
     """In fp32 to 1e-5 at every step; rows of unequal length, in padded micro-batches there, packed here."""
     tokenizer = load_tokenizer(MODEL)
     data = config.Data(path="package:chatterbot_corpus/data/english", system="Chat.", eval_fraction=0, deduplicate=True)

@@ -78,7 +78,7 @@ def reference(folder: Path, typed: tuple[str, ...]) -> str:
 
 @pytest.mark.closes("C01", "C03")
 @pytest.mark.parametrize("method", ["lora", *(pytest.param(m, marks=pytest.mark.nightly) for m in ("dora", "nf4"))])
-def test_the_command_that_was_killed_goes_on_to_the_same_bytes(method: str, tmp_path: Path) -> None:
+def test_killed_command_resumes_to_the_same_adapter(method: str, tmp_path: Path) -> None:
     typed = words(tmp_path, method)
     expected = reference(tmp_path, typed)
     assert interrupted(tmp_path / "run", typed, signal.SIGKILL, 0.3) in (-signal.SIGKILL, 0)
@@ -88,7 +88,7 @@ def test_the_command_that_was_killed_goes_on_to_the_same_bytes(method: str, tmp_
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("method", METHODS)
-def test_the_command_that_is_killed_again_and_again_comes_to_the_same_bytes(method: str, tmp_path: Path) -> None:
+def test_repeatedly_killed_command_resumes_to_the_same_adapter(method: str, tmp_path: Path) -> None:
     """Seven times for each method, twenty-one in all."""
     typed = words(tmp_path, method)
     expected, kills, round_number = reference(tmp_path, typed), 0, 0
@@ -103,7 +103,7 @@ def test_the_command_that_is_killed_again_and_again_comes_to_the_same_bytes(meth
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_the_command_that_is_asked_to_stop_says_so_by_its_exit_code(how: signal.Signals, tmp_path: Path) -> None:
+def test_signal_sets_the_exit_code_of_the_command(how: signal.Signals, tmp_path: Path) -> None:
     typed = words(tmp_path, "lora")
     expected = reference(tmp_path, typed)
     assert interrupted(tmp_path / "run", typed, how, 0.1) == 128 + how

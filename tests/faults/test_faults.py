@@ -57,24 +57,22 @@ def check(folder: Path, record_property: Record, *words: str) -> None:
 
 
 @pytest.mark.closes("C01", "C03", "C04", "C05")
-def test_a_run_killed_at_any_operation_goes_on_to_the_same_bytes(tmp_path: Path, record_property: Record) -> None:
+def test_run_killed_at_any_disk_operation_resumes_to_the_same_result(tmp_path: Path, record_property: Record) -> None:
     check(tmp_path, record_property, "fresh:kill:5", "continued:kill:5")
 
 
 @pytest.mark.closes("C08")
-def test_a_disk_full_or_broken_at_any_operation_is_said_and_costs_no_checkpoint(
+def test_disk_error_at_any_operation_is_reported_and_loses_no_checkpoint(
     tmp_path: Path, record_property: Record
 ) -> None:
     check(tmp_path, record_property, "continued:full:5", "continued:broken:5")
 
 
 @pytest.mark.closes("C01", "C03", "C11")
-def test_kills_and_signals_at_random_moments_lose_nothing_that_was_saved(
-    tmp_path: Path, record_property: Record
-) -> None:
+def test_kills_and_signals_at_random_moments_lose_no_checkpoint(tmp_path: Path, record_property: Record) -> None:
     check(tmp_path, record_property, "moments:20", "signals:10")
 
 
 @pytest.mark.nightly
-def test_more_of_the_same(tmp_path: Path, record_property: Record) -> None:
+def test_faults_at_every_disk_operation(tmp_path: Path, record_property: Record) -> None:
     check(tmp_path, record_property, *LONG)
