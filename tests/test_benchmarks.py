@@ -1,4 +1,4 @@
-"""The benchmark measures what it says: equal rows for all, ratios by pair, no credit without learning."""
+"""The benchmark gives all trainers the same rows, compares within rounds and disqualifies runs that do not learn."""
 
 import json
 import math
@@ -28,18 +28,18 @@ from lora_ft.data.sampler import epoch_order, steps_of_epoch  # noqa: E402
 
 
 def record(trainer: str, number: int = 0, **changes: object) -> summary.Record:
-    """A sound run of two steps of 100 tokens that lowered the eval loss by 0.5."""
-    sound = {
+    """Return a valid run of two steps of 100 tokens that lowered the eval loss by 0.5."""
+    valid = {
         "trainer": trainer, "round": number, "error": "", "tokens": [100, 100], "seconds": [9.0, 1.0],
         "losses": [4.0, 3.8], "grad_norms": [1.0, 0.9], "tokens_per_second": 100.0, "peak_tree_bytes": 3e9,
         "first_step_seconds": 5.0, "base_eval_loss": 4.0, "eval_loss": 3.5,
     }  # fmt: skip
-    return sound | changes
+    return valid | changes
 
 
 @pytest.fixture(scope="module")
 def small_case(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A case with a tiny model in the base's place; its rows are the corpus's own."""
+    """A case with a tiny model instead of SmolLM2 and rows of the real corpus."""
     cache = tmp_path_factory.mktemp("cache")
     tiny_folder(cache, "llama").rename(cache / "SmolLM2-135M-Instruct")
     return case.build("mixed", "answers", 3, cache)
@@ -107,7 +107,7 @@ def test_steps_by_tokens_have_the_same_number_and_rows_as_steps_by_rows() -> Non
 
 
 def test_throughput_counts_all_rows_and_ratios_are_per_round() -> None:
-    for order in ([0, 1, 2], [2, 0, 1]):  # the same rows at the same speeds, in another order
+    for order in ([0, 1, 2], [2, 0, 1]):  # the order of steps does not matter
         tokens, seconds = ([values[i] for i in order] for values in ([100, 100, 300], [2.0, 1.0, 3.0]))
         assert summary.tokens_per_second(tokens, seconds) == pytest.approx(500 / 6)
     runs = [
@@ -115,7 +115,7 @@ def test_throughput_counts_all_rows_and_ratios_are_per_round() -> None:
         for trainer, speeds in (("ours:fp32", [100.0, 20.0, 90.0]), ("peer:a", [50.0, 10.0, 30.0]))
         for number, speed in enumerate(speeds)
     ]
-    runs[3]["error"] = "ended with 1"  # round 0 of the peer: no pair
+    runs[3]["error"] = "ended with 1"  # the peer has no round 0, so it is not compared
     assert summary.ratios(runs, "ours:fp32", "peer:a", "tokens_per_second") == [2.0, 3.0]
     assert summary.spread([3.0, 1.0, 2.0]) == summary.Spread(2.0, 1.0, 3.0)
     assert summary.Spread(2.0, 1.0, 3.0).shown(1) == "2.0 (1.0-3.0)"
@@ -185,22 +185,23 @@ def test_trainer_with_failed_preparation_is_disqualified(small_case: Path, monke
     monkeypatch.setattr(bench, "one_run", one_run)
     monkeypatch.setattr(bench, "evaluate", lambda *_: None)
     monkeypatch.setattr(bench, "gemm_rate", lambda *_: 1e11)
-    given = bench.parsed(["--rounds", "2", "--steps", "3"])
-    asked = ["ours:fp32", "litgpt_lora:default", "litgpt_lora:batch"]
-    found = bench.run_case("mixed-answers", small_case, asked, given, dict.fromkeys(bench.PEERS, Path("python")))
+    arguments = bench.parsed(["--rounds", "2", "--steps", "3"])
+    trainers = ["ours:fp32", "litgpt_lora:default", "litgpt_lora:batch"]
+    pythons = dict.fromkeys(bench.PEERS, Path("python"))
+    result = bench.run_case("mixed-answers", small_case, trainers, arguments, pythons)
     assert ran == ["litgpt_lora:prepare", "ours:fp32", "ours:fp32"]
-    assert [run["trainer"] for run in found["runs"]] == asked * 2
-    for trainer in asked[1:]:
-        assert found["verdicts"][trainer] == "prepare: ended with 1: why"
+    assert [run["trainer"] for run in result["runs"]] == trainers * 2
+    for trainer in trainers[1:]:
+        assert result["verdicts"][trainer] == "prepare: ended with 1: why"
 
 
 def test_results_name_every_trainer_and_replace_only_the_marked_section() -> None:
     runs = [record("ours:fp32"), record("peer:a", tokens_per_second=40.0), record("peer:b", error="ended with 1")]
-    found = {
+    result = {
         "name": "mixed-all", "rows": "some", "steps": 2, "tokens": 200, "flop": {"linears": 200 * 10**9},
         "gemm_flop_per_second": [2e11, 2e11], "verdicts": summary.verdicts(runs, 200, 2), "runs": runs,
     }  # fmt: skip
-    text = summary.document({"date": "d", "machine": "m", "threads": 2, "rounds": 1, "cases": [found]})
+    text = summary.document({"date": "d", "machine": "m", "threads": 2, "rounds": 1, "cases": [result]})
     assert "ceiling 200 tokens/s" in text and "Ours reaches 50% of it" in text
     assert "| peer:a | 40 | 2.50 | 3.0 | 5.0 | 3.500 | learned |" in text
     assert "OUT: ended with 1" in text
@@ -225,7 +226,7 @@ def test_flop_count_matches_torch() -> None:
     for operator, count in counter.get_flop_counts()["Global"].items():
         of_operator[str(operator)] = of_operator.get(str(operator), 0) + count
     counted = ceiling.flop(model.config.to_dict(), [length], length, 4)
-    # Eager attention multiplies whole squares, of which a causal one needs the lower half and its diagonal.
+    # Eager attention computes the full square; causal attention needs only the lower half with its diagonal.
     assert of_operator.pop("aten.bmm") == counted.attention * 2 * length // (length + 1)
     assert sum(of_operator.values()) == counted.linears + counted.head + counted.lora
 
@@ -233,9 +234,9 @@ def test_flop_count_matches_torch() -> None:
 def test_peak_memory_includes_child_processes(tmp_path: Path) -> None:
     child = "import sys, time; held = b'1' * int(sys.argv[1]); time.sleep(1.2)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}, '200000000'])"
-    found = measure.run([sys.executable, "-c", parent], {}, tmp_path / "log")
-    assert found.returncode == 0
-    assert 200e6 < found.peak_tree_bytes < 300e6
+    process = measure.run([sys.executable, "-c", parent], {}, tmp_path / "log")
+    assert process.returncode == 0
+    assert 200e6 < process.peak_tree_bytes < 300e6
 
 
 def test_outcome_is_parsed_from_the_last_line() -> None:
@@ -261,7 +262,7 @@ def test_unknown_trainers_and_cases_are_refused(capsys: pytest.CaptureFixture[st
         "trl_sft:best",
         "trl_sft:padding_free",
     ]
-    for arguments, named in ((["--trainers", "ours:fp64"], "ours:fp64"), (["--cases", "long-all"], "long-all")):
+    for arguments, name in ((["--trainers", "ours:fp64"], "ours:fp64"), (["--cases", "long-all"], "long-all")):
         with pytest.raises(SystemExit):
             bench.parsed(arguments)
-        assert named in capsys.readouterr().err
+        assert name in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What is said of a run before it starts is what the run then does, and each warning stands for something real."""
+"""The dry run predicts the run exactly, finds its errors and gives a warning for each likely mistake."""
 
 import json
 from dataclasses import asdict, replace
@@ -25,7 +25,7 @@ from lora_ft.training.dry_run import DryRun, dry_run, read_rows
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """A folder with a tiny model of every family, and one of a llama with tied ends."""
+    """A folder with a tiny model of every family, and a llama with tied embeddings."""
     folder = tmp_path_factory.mktemp("bases")
     for family in FAMILIES:
         tiny_folder(folder, family)
@@ -45,7 +45,7 @@ def rows_at(folder, rows):
 
 
 def run_over(bases, tmp_path, rows, family="llama", **data):
-    """Settings of a run of about ten steps over these rows, of which nothing is to be said."""
+    """Return settings of a run of about ten steps on these rows that give no warning."""
     cfg = config.TrainRun(device="cpu")
     cfg.model.path = str(bases / family)
     cfg.data = config.Data(**{"path": str(rows_at(tmp_path, rows)), "eval_fraction": 0.2} | data)
@@ -58,28 +58,28 @@ def dry_run_of(cfg, tokenizer, folder) -> DryRun:
     return dry_run(cfg, read_rows(cfg, tokenizer), tokenizer, folder)
 
 
-def said(cfg, tmp_path):
+def warnings_of(cfg, tmp_path):
     return dry_run_of(cfg, load_tokenizer(cfg.model), tmp_path).warnings
 
 
 def test_good_run_has_no_warnings(bases, tmp_path):
-    assert said(run_over(bases, tmp_path, pairs()), tmp_path) == []
+    assert warnings_of(run_over(bases, tmp_path, pairs()), tmp_path) == []
 
 
-@pytest.mark.parametrize("place", [*FAMILIES, "tied/llama"])
-def test_meta_model_has_the_names_shapes_and_dtypes_of_the_base(bases, place):
-    model = config.Model(path=str(bases / place), added_tokens=["<one>", "<two>"])
+@pytest.mark.parametrize("folder", [*FAMILIES, "tied/llama"])
+def test_meta_model_has_the_names_shapes_and_dtypes_of_the_base(bases, folder):
+    model = config.Model(path=str(bases / folder), added_tokens=["<one>", "<two>"])
     tokenizer = load_tokenizer(model)
-    base, skeleton = (load(model, config.Quant(), "cpu", tokenizer) for load in (load_base, load_skeleton))
-    expected, found = ({n: (p.shape, p.dtype) for n, p in b.model.named_parameters()} for b in (base, skeleton))
-    assert found == expected
-    assert {p.device.type for p in skeleton.model.parameters()} == {"meta"}
-    assert skeleton.identity == base.identity
-    assert skeleton.model.generation_config.eos_token_id == base.model.generation_config.eos_token_id
+    base, meta = (load(model, config.Quant(), "cpu", tokenizer) for load in (load_base, load_skeleton))
+    expected, result = ({n: (p.shape, p.dtype) for n, p in b.model.named_parameters()} for b in (base, meta))
+    assert result == expected
+    assert {p.device.type for p in meta.model.parameters()} == {"meta"}
+    assert meta.identity == base.identity
+    assert meta.model.generation_config.eos_token_id == base.model.generation_config.eos_token_id
 
 
 @pytest.mark.parametrize(
-    ("family", "words"),
+    ("family", "overrides"),
     [
         ("llama", ["quant=nf4", "adapter.rank_pattern={q_proj:2}", "adapter.target_modules=[q_proj,mlp.up_proj]"]),
         ("llama", ["adapter=dora", "adapter.modules_to_save=[norm]", "model.added_tokens=['What','It']"]),
@@ -87,15 +87,15 @@ def test_meta_model_has_the_names_shapes_and_dtypes_of_the_base(bases, place):
     ],
 )
 @pytest.mark.closes("A21")
-def test_training_matches_the_dry_run(bases, tmp_path, monkeypatch, family, words):
+def test_training_matches_the_dry_run(bases, tmp_path, monkeypatch, family, overrides):
     seen = []
     monkeypatch.setattr(check, "page", lambda cfg, known, tokenizer: seen.append(known) or "")
     path = rows_at(tmp_path, pairs())
-    words = ["model=local", f"model.path={bases / family}", f"data.path={path}", "train.tokens_per_step=80",
-             "data.eval_fraction=0.2", "optim.warmup_steps=2", "train.samples=0", *words]  # fmt: skip
+    overrides = ["model=local", f"model.path={bases / family}", f"data.path={path}", "train.tokens_per_step=80",
+             "data.eval_fraction=0.2", "optim.warmup_steps=2", "train.samples=0", *overrides]  # fmt: skip
     folder = tmp_path / "run"
-    assert call("check", *words) == 0
-    assert call("train", *words, f"hydra.run.dir={folder}") == 0
+    assert call("check", *overrides) == 0
+    assert call("train", *overrides, f"hydra.run.dir={folder}") == 0
     (found,) = seen
     result = json.loads((folder / "result.json").read_text())
     steps = [metrics for metrics in runs.read_metrics(folder) if metrics["step"]]
@@ -110,10 +110,10 @@ def test_training_matches_the_dry_run(bases, tmp_path, monkeypatch, family, word
     )
     saved = sum(t.nbytes for t in files.read_tensors(folder / "adapter").values())
     assert found.disk.adapter == saved == 4 * found.layers.trainable
-    if "model.added_tokens=['What','It']" not in words:
+    if "model.added_tokens=['What','It']" not in overrides:
         assert found.layers.count * 2 == sum(
             ".lora_" in key for key in files.read_tensors(folder / "adapter")
-        ) - found.layers.count * ("adapter=dora" in words)
+        ) - found.layers.count * ("adapter=dora" in overrides)
 
 
 @pytest.mark.closes("A21")
@@ -141,7 +141,7 @@ def test_dry_run_report_round_trips_as_json(bases, tmp_path):
 
 
 def test_setting_errors_are_found_before_weights_are_read(bases, tmp_path, monkeypatch):
-    """Those of rows are in test_check.py."""
+    """Errors in rows are tested in test_check.py."""
     tokenizer = tiny_tokenizer()
     cfg = run_over(bases, tmp_path, pairs())
     for change, error, message in (
@@ -169,20 +169,20 @@ def test_wrong_init_from_tensors_give_the_same_error_in_dry_run_and_training(tmp
     tokenizer = load_tokenizer(cfg.model)
     dry_run_of(cfg, tokenizer, tmp_path)
     path = run / "adapter" / files.WEIGHTS
-    whole = load_file(path)
-    first = next(iter(whole))
+    tensors = load_file(path)
+    first = next(iter(tensors))
     for changed in (
-        {name: tensor for name, tensor in whole.items() if name != first},
-        whole | {"more": whole[first].clone()},
-        whole | {first: whole[first][:2].clone()},
+        {name: tensor for name, tensor in tensors.items() if name != first},
+        tensors | {"extra": tensors[first].clone()},
+        tensors | {first: tensors[first][:2].clone()},
     ):
         save_file(changed, path)
-        with pytest.raises(MismatchError) as early:
+        with pytest.raises(MismatchError) as in_dry_run:
             dry_run_of(cfg, tokenizer, tmp_path)
         base = load_base(cfg.model, cfg.quant, "cpu", tokenizer)
-        with pytest.raises(MismatchError) as late:
+        with pytest.raises(MismatchError) as in_training:
             files.load_tensors(attach.attach(base.model, cfg.adapter, "first", 0, []), path.parent, "first")
-        assert str(early.value) == str(late.value)
+        assert str(in_dry_run.value) == str(in_training.value)
 
 
 def test_init_from_without_local_base_weights_gives_a_warning(tmp_path, monkeypatch):
@@ -190,14 +190,14 @@ def test_init_from_without_local_base_weights_gives_a_warning(tmp_path, monkeypa
     cfg = config.TrainRun(device="cpu", data=config.Data(path=str(tmp_path / "rows.jsonl"), eval_fraction=0.4))
     cfg.model.path, cfg.adapter = str(tmp_path / "llama"), config.Adapter(r=4, lora_alpha=8.0)
 
-    def unfetched(*given):
-        base = load_skeleton(*given)
+    def without_weights(*args):
+        base = load_skeleton(*args)
         return replace(base, identity=replace(base.identity, weights_sha256=None))
 
-    monkeypatch.setattr("lora_ft.training.dry_run.load_skeleton", unfetched)
-    assert not any("weights" in sentence for sentence in said(cfg, tmp_path))
+    monkeypatch.setattr("lora_ft.training.dry_run.load_skeleton", without_weights)
+    assert not any("weights" in sentence for sentence in warnings_of(cfg, tmp_path))
     cfg.adapter.init_from = str(run / "adapter")
-    assert any(s.startswith("the base's weights are not on this machine") for s in said(cfg, tmp_path))
+    assert any(s.startswith("the base's weights are not on this machine") for s in warnings_of(cfg, tmp_path))
 
 
 def test_too_little_disk_space_names_needed_and_free_bytes(bases, tmp_path, monkeypatch):
@@ -212,7 +212,7 @@ def test_too_little_disk_space_names_needed_and_free_bytes(bases, tmp_path, monk
 
 
 def surveyed(cfg, tokenizer, change=lambda document: document):
-    """The warnings over rows whose documents were changed behind `prepare`'s back."""
+    """Return the warnings about rows whose prepared documents are changed by `change`."""
     found = read(cfg.data)
     dataset = prepare_rows(found, cfg.data, tokenizer)
     dataset = replace(dataset, train=[change(document) for document in dataset.train])
@@ -300,10 +300,10 @@ def test_special_tokens_in_plain_text_are_counted(bases, tmp_path):
 
 @pytest.mark.closes("F07")
 def test_eval_rows_with_a_training_prompt_are_counted(bases, tmp_path):
-    held = tmp_path / "held.jsonl"
-    asked = ["what is 1 & 1", "WHAT is 2 and 2 ?!", "What is 2 and 2?", "What is 99 and 99?"]
-    held.write_text("".join(json.dumps({"prompt": p, "completion": "Other."}) + "\n" for p in asked))
-    cfg = run_over(bases, tmp_path, pairs(), eval_path=str(held), eval_fraction=0.05)
+    eval_file = tmp_path / "eval.jsonl"
+    prompts = ["what is 1 & 1", "WHAT is 2 and 2 ?!", "What is 2 and 2?", "What is 99 and 99?"]
+    eval_file.write_text("".join(json.dumps({"prompt": p, "completion": "Other."}) + "\n" for p in prompts))
+    cfg = run_over(bases, tmp_path, pairs(), eval_path=str(eval_file), eval_fraction=0.05)
     (sentence,) = surveyed(cfg, tiny_tokenizer())
     assert sentence.startswith("what 2 of the eval rows ask, a training row asks as well")
 
@@ -351,7 +351,7 @@ def test_end_of_turn_that_is_not_a_stop_token_gives_a_warning(tmp_path):
 def test_unusual_adapter_scale_gives_a_warning(bases, tmp_path, r, alpha, rslora, shown):
     cfg = run_over(bases, tmp_path, pairs())
     cfg.adapter = config.Adapter(r=r, lora_alpha=alpha, use_rslora=rslora)
-    sentences = [s for s in said(cfg, tmp_path) if "scaled by" in s]
+    sentences = [s for s in warnings_of(cfg, tmp_path) if "scaled by" in s]
     assert len(sentences) == (shown is not None)
     assert all(f"scaled by {shown}" in s for s in sentences)
 
@@ -359,7 +359,7 @@ def test_unusual_adapter_scale_gives_a_warning(bases, tmp_path, r, alpha, rslora
 def test_large_rank_few_steps_and_long_documents_give_warnings(bases, tmp_path):
     cfg = run_over(bases, tmp_path, pairs())
     cfg.adapter.r, cfg.adapter.lora_alpha = 32, 32.0
-    assert [s.partition(" get")[0] for s in said(cfg, tmp_path)] == ["8 of 14 layers"]  # q, k, v and o of two
+    assert [s.partition(" get")[0] for s in warnings_of(cfg, tmp_path)] == ["8 of 14 layers"]  # q, k, v and o of two
     cfg.adapter.r, cfg.train.tokens_per_step, cfg.train.epochs = 8, 20, 1
     rows = read_rows(cfg, tiny_tokenizer())
     found = dry_run(cfg, rows, tiny_tokenizer(), tmp_path)
@@ -368,12 +368,13 @@ def test_large_rank_few_steps_and_long_documents_give_warnings(bases, tmp_path):
         s.startswith(f"{long} of {len(rows.dataset.train)} documents are longer") for s in found.warnings
     )
     cfg.train.tokens_per_step = 5000
-    assert any(s.startswith("only 1 steps") for s in said(cfg, tmp_path))
+    assert any(s.startswith("only 1 steps") for s in warnings_of(cfg, tmp_path))
     cfg.train.max_steps = 1
-    assert said(cfg, tmp_path) == []
+    assert warnings_of(cfg, tmp_path) == []
 
 
-UNUSED = {
+# setting: (a value without effect, the other settings that make it so)
+INEFFECTIVE = {
     "quant.double": (False, {}),
     "quant.compute_dtype": (config.Dtype.bfloat16, {}),
     "optim.decay_fraction": (0.5, {}),
@@ -384,11 +385,12 @@ UNUSED = {
     "train.samples": (5, {"data.eval_fraction": 0.0}),
     "train.tokens_per_microbatch": (80, {}),
     "train.keep_checkpoints": (3, {"train.save_every_steps": None}),
-    "data.eval_fraction": (0.3, {"data.eval_path": "HELD", "data.eval_fraction": 0.05}),
+    "data.eval_fraction": (0.3, {"data.eval_path": "EVAL", "data.eval_fraction": 0.05}),
     "data.train_on": (config.TrainOn.last_answer, {"data.path": "TEXTS"}),
     "model.chat_template": ("TEMPLATE", {"data.path": "TEXTS"}),
 }
-USED = {
+# setting: other settings with which the value above has an effect; the defaults for settings not listed
+EFFECTIVE = {
     "quant.double": {"quant.kind": config.QuantKind.nf4},
     "quant.compute_dtype": {"quant.kind": config.QuantKind.fp4},
     "optim.decay_fraction": {"optim.schedule": config.Schedule.wsd},
@@ -402,41 +404,41 @@ def test_eval_fraction_beside_validation_files_gives_a_warning(bases, tmp_path):
     folder.mkdir()
     rows_at(folder, pairs()).rename(folder / "train.jsonl")
     cfg = run_over(bases, tmp_path, pairs(), path=str(folder))
-    assert said(cfg, tmp_path) == []
+    assert warnings_of(cfg, tmp_path) == []
     rows_at(folder, pairs(6, "Who is {} of {}?")).rename(folder / "validation.jsonl")
-    told = f"data.eval_fraction has no effect: the eval rows are the validation files of {folder}"
-    assert told in said(cfg, tmp_path)
+    message = f"data.eval_fraction has no effect: the eval rows are the validation files of {folder}"
+    assert message in warnings_of(cfg, tmp_path)
 
 
-def with_values(cfg, values, places):
+def with_values(cfg, values, paths):
     for key, value in values.items():
         group, name = key.split(".")
-        setattr(getattr(cfg, group), name, places.get(value, value) if isinstance(value, str) else value)
+        setattr(getattr(cfg, group), name, paths.get(value, value) if isinstance(value, str) else value)
     return cfg
 
 
-@pytest.mark.parametrize("key", UNUSED)
+@pytest.mark.parametrize("key", INEFFECTIVE)
 def test_changed_setting_without_effect_gives_a_warning(bases, tmp_path, key):
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": s * (i + 1)}) + "\n"
                                           for i in range(3) for s in SENTENCES))  # fmt: skip
-    (tmp_path / "held.jsonl").write_text('{"prompt": "Other?", "completion": "Yes."}\n')
+    (tmp_path / "eval.jsonl").write_text('{"prompt": "Other?", "completion": "Yes."}\n')
     (tmp_path / "template.jinja").write_text(tiny_tokenizer().chat_template)
-    places = {"HELD": str(tmp_path / "held.jsonl"), "TEXTS": str(tmp_path / "texts.jsonl"),
+    paths = {"EVAL": str(tmp_path / "eval.jsonl"), "TEXTS": str(tmp_path / "texts.jsonl"),
               "TEMPLATE": str(tmp_path / "template.jinja")}  # fmt: skip
-    value, others = UNUSED[key]
-    unused = lambda *changes: [  # noqa: E731
+    value, others = INEFFECTIVE[key]
+    ineffective = lambda *changes: [  # noqa: E731
         s.partition(" has no effect: ")[0]
-        for s in said(with_values(run_over(bases, tmp_path, pairs(48)), {k: v for c in changes for k, v in c.items()},
-                                  places), tmp_path)
+        for s in warnings_of(with_values(run_over(bases, tmp_path, pairs(48)),
+                                         {k: v for c in changes for k, v in c.items()}, paths), tmp_path)
         if " has no effect: " in s
     ]  # fmt: skip
-    assert key in unused(others, {key: value})
-    assert key not in unused(others)  # a default is nobody's mistake
-    assert key not in unused({key: value}, USED.get(key, {}))
+    assert key in ineffective(others, {key: value})
+    assert key not in ineffective(others)  # a default value gives no warning
+    assert key not in ineffective({key: value}, EFFECTIVE.get(key, {}))
 
 
 def test_layer_count_of_a_huge_model_allocates_no_memory(bases, tmp_path):
-    """The adapter of a base with a million times the parameters: on the meta device nothing is allocated."""
+    """The base has over 10^11 parameters, on the meta device."""
     folder = tmp_path / "large"
     folder.mkdir()
     for path in (bases / "llama").iterdir():

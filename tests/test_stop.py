@@ -86,8 +86,8 @@ def test_signal_finishes_and_saves_the_current_step(
         signal_when(patch, sft, "token_loss_sum", in_the_step, signum)
         assert call("train", *overrides, f"hydra.run.dir={run}") == code
     message = capfd.readouterr().err
-    assert f"{signum.name}: this step, then a checkpoint; again to stop now" in message
-    assert f"stopped by {signum.name} after step {step} of 5; go on with: lora-ft train resume={run}" in message
+    assert f"{signum.name}: finishing this step and saving a checkpoint; press again to stop now" in message
+    assert f"stopped by {signum.name} after step {step} of 5; continue with: lora-ft train resume={run}" in message
     assert "Traceback" not in message
     assert saved(run)[-1] == f"step-{step:08d}"
     assert [m["step"] for m in runs.read_metrics(run)] == list(range(step + 1))

@@ -1,4 +1,4 @@
-"""What the code cannot do, read off its syntax trees: write past io/durable.py, unpickle, run what a file names."""
+"""Syntax tree checks: only io/durable.py writes files, nothing unpickles, and no code named by a file runs."""
 
 import ast
 from collections.abc import Iterator
@@ -35,14 +35,14 @@ WRITE_FLAGS = {"O_WRONLY", "O_RDWR", "O_CREAT", "O_APPEND", "O_TRUNC", "O_TMPFIL
 
 
 def dotted(node: ast.AST) -> str:
-    """`a.b.c` of an expression of names and attributes; `?.c` where it begins otherwise."""
+    """Return `a.b.c` for an expression of names and attributes, `?.c` if it begins with anything else."""
     if isinstance(node, ast.Attribute):
         return f"{dotted(node.value)}.{node.attr}"
     return node.id if isinstance(node, ast.Name) else "?"
 
 
 def runs_code(tree: ast.Module) -> Iterator[str]:
-    """What could run code that a file names or holds."""
+    """Yield statements that could run code from a file or named by one."""
     for node in ast.walk(tree):
         names = []
         if isinstance(node, ast.Import):
@@ -66,7 +66,7 @@ def runs_code(tree: ast.Module) -> Iterator[str]:
 
 
 def writes(tree: ast.Module) -> Iterator[str]:
-    """What could write to the disk by another way than durable."""
+    """Yield statements that could write to the disk without durable."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             found = {alias.name for alias in node.names} & (
@@ -80,7 +80,7 @@ def writes(tree: ast.Module) -> Iterator[str]:
         if name in WRITING_MODULES.get(owner, set()) or (owner != "durable" and owner and name in WRITING_METHODS):
             yield f"calls {called}"
         elif name == "replace" and isinstance(node.func, ast.Attribute) and len(node.args) == 1 and not node.keywords:
-            yield f"calls {called}"  # a path's; a text's has two arguments, dataclasses' has keywords
+            yield f"calls {called}"  # Path.replace; str.replace has two arguments, dataclasses.replace has keywords
         elif called == "os.open":
             flags = {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)}
             if flags & WRITE_FLAGS and dotted(node.args[0]) != "os.devnull":
@@ -96,7 +96,7 @@ def _reads(call: ast.Call, *, is_method: bool) -> bool:
 
 
 def replaces_forwards(tree: ast.Module) -> Iterator[str]:
-    """Assignments of an attribute `forward`, and other ways to set one by name."""
+    """Yield assignments to an attribute `forward`, and other ways to set it by name."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr == "forward" and not isinstance(node.ctx, ast.Load):
             yield f"changes {dotted(node)}"
@@ -115,20 +115,20 @@ def _names_forward(node: ast.AST) -> bool:
 
 
 def saved_unstaged(trees: dict[str, ast.Module]) -> list[str]:
-    """Calls of libraries' writers, save_pretrained, that no `with` of a staged or scratch folder encloses.
+    """Return calls of save_pretrained outside every `with` of a staged or scratch folder.
 
-    A function that saves into a folder it is given passes the duty on to all who call it.
+    A function that saves into a folder it is given needs the `with` at each of its calls instead.
     """
     duties, wrong = {"save_pretrained"}, []
     for _ in range(3):
-        wrong = [(place, *found) for place, tree in trees.items() for found in _bare(tree, duties, STAGED)]
+        wrong = [(path, *found) for path, tree in trees.items() for found in _bare(tree, duties, STAGED)]
         duties |= {function for _, function, _ in wrong if function in ("write", "write_folder")}
-    return [f"{place}: {function} calls {name}" for place, function, name in wrong
+    return [f"{path}: {function} calls {name}" for path, function, name in wrong
             if function not in duties]  # fmt: skip
 
 
 def _bare(tree: ast.Module, duties: set[str], blocks: set[str]) -> Iterator[tuple[str, str]]:
-    """(function, callee) for each call of a callee in `duties` that no `with` of these blocks encloses."""
+    """Yield (function, callee) for each call of a callee in `duties` outside every `with` of these blocks."""
 
     def walk(node: ast.AST, function: str) -> Iterator[tuple[str, str]]:
         if isinstance(node, ast.FunctionDef):
@@ -148,11 +148,11 @@ def _bare(tree: ast.Module, duties: set[str], blocks: set[str]) -> Iterator[tupl
     return walk(tree, "module")
 
 
-def place_of(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
+def relative_path(file: Path) -> str:
+    return file.relative_to(ROOT).as_posix()
 
 
-TREES = {place_of(path): ast.parse(path.read_text("utf-8")) for path in SOURCES}
+TREES = {relative_path(file): ast.parse(file.read_text("utf-8")) for file in SOURCES}
 
 
 def test_no_module_runs_code_named_by_data() -> None:
@@ -160,18 +160,18 @@ def test_no_module_runs_code_named_by_data() -> None:
         "lora_ft/cli/guard.py": {"names _target_"},  # to refuse it
         "lora_ft/cli/entry.py": {"imports a module by a name that is computed"},  # a command of config.SCHEMAS
     }
-    found = {place: set(runs_code(tree)) - allowed.get(place, set()) for place, tree in TREES.items()}
-    assert {place: kinds for place, kinds in found.items() if kinds} == {}
+    found = {path: set(runs_code(tree)) - allowed.get(path, set()) for path, tree in TREES.items()}
+    assert {path: kinds for path, kinds in found.items() if kinds} == {}
 
 
 def test_only_durable_writes_files() -> None:
-    assert [place for place in TREES if any(writes(TREES[place]))] == ["lora_ft/io/durable.py"]
+    assert [path for path in TREES if any(writes(TREES[path]))] == ["lora_ft/io/durable.py"]
 
 
 def test_only_acceleration_replaces_forwards() -> None:
-    # The second one is a program of its own, which runs without lora_ft.
+    # verify_worker.py is a separate program that runs without lora_ft.
     allowed = {"lora_ft/models/acceleration.py", "lora_ft/publishing/verify_worker.py"}
-    assert {place for place in TREES if any(replaces_forwards(TREES[place]))} <= allowed
+    assert {path for path in TREES if any(replaces_forwards(TREES[path]))} <= allowed
 
 
 @pytest.mark.parametrize(
