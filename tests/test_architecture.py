@@ -32,8 +32,8 @@ def floors() -> dict[str, int]:
 
 def modules() -> dict[str, Path]:
     """Return the files of the package by module, `sweeps.jobs`; for `__init__.py` the folder, `sweeps`."""
-    found = {path.relative_to(PACKAGE).with_suffix(""): path for path in sorted(PACKAGE.rglob("*.py"))}
-    return {".".join(name.parts).removesuffix(".__init__"): path for name, path in found.items()}
+    paths = {path.relative_to(PACKAGE).with_suffix(""): path for path in sorted(PACKAGE.rglob("*.py"))}
+    return {".".join(name.parts).removesuffix(".__init__"): path for name, path in paths.items()}
 
 
 def imports(tree: ast.AST, known: set[str]) -> Iterator[str]:
@@ -59,7 +59,7 @@ FLOORS = floors()
 
 
 def violations(graph: dict[str, set[str]]) -> Iterator[str]:
-    """Yield the imports that go to a floor not below, or to `cli` from a module that is no command."""
+    """Yield the imports from a floor that is not lower, and those of `cli` by a module that is not a command."""
     for name, others in graph.items():
         top = name.partition(".")[0]
         for other, below in ((other, other.partition(".")[0]) for other in sorted(others)):
@@ -80,7 +80,7 @@ def test_modules_import_only_from_lower_floors() -> None:
 
 
 def test_imports_have_no_cycle() -> None:
-    graphlib.TopologicalSorter(GRAPH).prepare()  # CycleError names the circle
+    graphlib.TopologicalSorter(GRAPH).prepare()  # CycleError names the cycle
 
 
 @pytest.mark.parametrize(
@@ -111,12 +111,12 @@ def test_importing_a_module_has_no_side_effects() -> None:
             "ALL_ATTENTION_FUNCTIONS.register(NAME, packed_causal_attention)"
         ],  # registers a name of lora_ft's own
     }
-    found = {}
+    calls_of = {}
     for name, path in MODULES.items():
         body = ast.parse(path.read_text("utf-8")).body
         calls = [ast.unparse(n) for n in body if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call)]
-        found |= {name: calls} if calls else {}
-    assert found == allowed
+        calls_of |= {name: calls} if calls else {}
+    assert calls_of == allowed
 
 
 def test_no_file_is_longer_than_400_lines() -> None:

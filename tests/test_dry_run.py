@@ -96,24 +96,25 @@ def test_training_matches_the_dry_run(bases, tmp_path, monkeypatch, family, over
     folder = tmp_path / "run"
     assert call("check", *overrides) == 0
     assert call("train", *overrides, f"hydra.run.dir={folder}") == 0
-    (found,) = seen
+    (report,) = seen
     result = json.loads((folder / "result.json").read_text())
     steps = [metrics for metrics in runs.read_metrics(folder) if metrics["step"]]
     tokens = [step["tokens"] for step in steps]
-    assert (found.steps.count, found.layers.trainable) == (result["steps"], result["trainable_parameters"])
-    assert (found.steps.smallest, found.steps.median, found.steps.largest) == (
+    assert (report.steps.count, report.layers.trainable) == (result["steps"], result["trainable_parameters"])
+    assert (report.steps.smallest, report.steps.median, report.steps.largest) == (
         min(tokens), np.median(tokens), max(tokens)
     )  # fmt: skip
-    assert found.steps.rates == [step["lr"] for step in steps]
+    assert report.steps.rates == [step["lr"] for step in steps]
     assert (
-        found.rows.dataset.report.sha256 == json.loads((folder / "adapter" / "lora_ft.json").read_text())["data_sha256"]
+        report.rows.dataset.report.sha256
+        == json.loads((folder / "adapter" / "lora_ft.json").read_text())["data_sha256"]
     )
     saved = sum(t.nbytes for t in files.read_tensors(folder / "adapter").values())
-    assert found.disk.adapter == saved == 4 * found.layers.trainable
+    assert report.disk.adapter == saved == 4 * report.layers.trainable
     if "model.added_tokens=['What','It']" not in overrides:
-        assert found.layers.count * 2 == sum(
+        assert report.layers.count * 2 == sum(
             ".lora_" in key for key in files.read_tensors(folder / "adapter")
-        ) - found.layers.count * ("adapter=dora" in overrides)
+        ) - report.layers.count * ("adapter=dora" in overrides)
 
 
 @pytest.mark.closes("A21")
@@ -132,12 +133,12 @@ def test_layers_are_counted_per_target_module(bases, tmp_path):
 
 
 def test_dry_run_report_round_trips_as_json(bases, tmp_path):
-    found = asdict(dry_run_of(run_over(bases, tmp_path, pairs()), tiny_tokenizer(), tmp_path))
-    durable.write_json(tmp_path / "check.json", found)
-    assert json.loads((tmp_path / "check.json").read_text()) == json.loads(json.dumps(found))
-    lengths = found["seen"]["histogram"]
-    assert sum(count for _, _, count in lengths) == found["rows"]["train_documents"]
-    assert lengths[0][0] <= found["seen"]["median"] <= lengths[-1][1]
+    report = asdict(dry_run_of(run_over(bases, tmp_path, pairs()), tiny_tokenizer(), tmp_path))
+    durable.write_json(tmp_path / "check.json", report)
+    assert json.loads((tmp_path / "check.json").read_text()) == json.loads(json.dumps(report))
+    lengths = report["seen"]["histogram"]
+    assert sum(count for _, _, count in lengths) == report["rows"]["train_documents"]
+    assert lengths[0][0] <= report["seen"]["median"] <= lengths[-1][1]
 
 
 def test_setting_errors_are_found_before_weights_are_read(bases, tmp_path, monkeypatch):
@@ -202,21 +203,21 @@ def test_init_from_without_local_base_weights_gives_a_warning(tmp_path, monkeypa
 
 def test_too_little_disk_space_names_needed_and_free_bytes(bases, tmp_path, monkeypatch):
     cfg = run_over(bases, tmp_path, pairs())
-    found = dry_run_of(cfg, tiny_tokenizer(), tmp_path)
-    assert found.disk.needed == checkpoint.bytes_needed(found.layers.trainable, found.steps.count, cfg)
-    monkeypatch.setattr(durable, "free_bytes", lambda folder: found.disk.needed - 1)
-    with pytest.raises(ResourceError, match=f"need {found.disk.needed:,} bytes, {found.disk.needed - 1:,} are free"):
+    report = dry_run_of(cfg, tiny_tokenizer(), tmp_path)
+    assert report.disk.needed == checkpoint.bytes_needed(report.layers.trainable, report.steps.count, cfg)
+    monkeypatch.setattr(durable, "free_bytes", lambda folder: report.disk.needed - 1)
+    with pytest.raises(ResourceError, match=f"need {report.disk.needed:,} bytes, {report.disk.needed - 1:,} are free"):
         dry_run_of(cfg, tiny_tokenizer(), tmp_path)
-    monkeypatch.setattr(durable, "free_bytes", lambda folder: found.disk.needed)
+    monkeypatch.setattr(durable, "free_bytes", lambda folder: report.disk.needed)
     dry_run_of(cfg, tiny_tokenizer(), tmp_path)
 
 
 def surveyed(cfg, tokenizer, change=lambda document: document):
     """Return the warnings about rows whose prepared documents are changed by `change`."""
-    found = read(cfg.data)
-    dataset = prepare_rows(found, cfg.data, tokenizer)
+    parsed = read(cfg.data)
+    dataset = prepare_rows(parsed, cfg.data, tokenizer)
     dataset = replace(dataset, train=[change(document) for document in dataset.train])
-    return list(warnings(survey(found, dataset, cfg.data, tokenizer), dataset.report, cfg.data))
+    return list(warnings(survey(parsed, dataset, cfg.data, tokenizer), dataset.report, cfg.data))
 
 
 @pytest.mark.closes("A05", "A06")
@@ -232,8 +233,8 @@ def test_documents_without_a_supervised_end_token_are_counted(bases, tmp_path):
 def test_only_the_last_window_of_a_split_text_needs_an_end_token(bases, tmp_path):
     cfg = run_over(bases, tmp_path, [{"text": " ".join(SENTENCES)}], eval_fraction=0.0, max_length=32,
                    too_long=config.TooLong.split)  # fmt: skip
-    found = dry_run_of(cfg, tiny_tokenizer(), tmp_path)
-    assert (found.seen.unended, found.seen.ends, found.rows.split) == (0, {"<|im_end|>": 1}, 1)
+    report = dry_run_of(cfg, tiny_tokenizer(), tmp_path)
+    assert (report.seen.unended, report.seen.ends, report.rows.split) == (0, {"<|im_end|>": 1}, 1)
     cut = lambda d: replace(d, ids=d.ids[:-1], supervised=d.supervised[:-1])  # noqa: E731
     assert any(
         "1 of " in sentence and "where they end" in sentence for sentence in surveyed(cfg, tiny_tokenizer(), cut)
@@ -259,8 +260,8 @@ def test_prompt_that_differs_at_inference_gives_a_warning(bases, tmp_path, train
     rows[3]["messages"][-1]["weight"] = 0 if train_on is config.TrainOn.answers else 1
     cfg = run_over(bases, tmp_path, rows, eval_fraction=0.0, train_on=train_on, system="Be brief.")
     tokenizer = tiny_tokenizer()
-    found = read(cfg.data)
-    assert survey(found, prepare_rows(found, cfg.data, tokenizer), cfg.data, tokenizer).prompts == 32
+    parsed = read(cfg.data)
+    assert survey(parsed, prepare_rows(parsed, cfg.data, tokenizer), cfg.data, tokenizer).prompts == 32
     assert surveyed(cfg, tokenizer) == []
     other = lambda d: replace(d, ids=np.append([5], d.ids[1:])) if d.source.endswith(":1") else d  # noqa: E731
     (sentence,) = surveyed(cfg, tokenizer, other)
@@ -271,10 +272,10 @@ def test_truncated_prompts_are_not_compared(bases, tmp_path):
     cfg = run_over(bases, tmp_path, pairs(8, question="What is {} and {}, tell me that please, be so kind, would you?"),
                    eval_fraction=0.0, max_length=20, too_long=config.TooLong.truncate_prompt)  # fmt: skip
     tokenizer = tiny_tokenizer()
-    found = read(cfg.data)
-    dataset = prepare_rows(found, cfg.data, tokenizer)
+    parsed = read(cfg.data)
+    dataset = prepare_rows(parsed, cfg.data, tokenizer)
     assert dataset.report.truncated == 8
-    assert survey(found, dataset, cfg.data, tokenizer).prompts == 0
+    assert survey(parsed, dataset, cfg.data, tokenizer).prompts == 0
 
 
 @pytest.mark.closes("A26")
@@ -332,9 +333,9 @@ def test_end_of_turn_that_is_not_a_stop_token_gives_a_warning(tmp_path):
     for name in ("config.json", "generation_config.json"):
         settings = json.loads((base / name).read_text()) | {"eos_token_id": 0}
         (base / name).write_text(json.dumps(settings))
-    found = dry_run_of(cfg, tokenizer, tmp_path)
-    (sentence,) = found.warnings
-    assert f"{found.rows.train_documents} documents end with <|im_end|>, which is a stop token neither" in sentence
+    report = dry_run_of(cfg, tokenizer, tmp_path)
+    (sentence,) = report.warnings
+    assert f"{report.rows.train_documents} documents end with <|im_end|>, which is a stop token neither" in sentence
     (base / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [0, 2]}))
     assert dry_run_of(cfg, tokenizer, tmp_path).warnings == []
 
@@ -362,10 +363,10 @@ def test_large_rank_few_steps_and_long_documents_give_warnings(bases, tmp_path):
     assert [s.partition(" get")[0] for s in warnings_of(cfg, tmp_path)] == ["8 of 14 layers"]  # q, k, v and o of two
     cfg.adapter.r, cfg.train.tokens_per_step, cfg.train.epochs = 8, 20, 1
     rows = read_rows(cfg, tiny_tokenizer())
-    found = dry_run(cfg, rows, tiny_tokenizer(), tmp_path)
+    report = dry_run(cfg, rows, tiny_tokenizer(), tmp_path)
     long = sum(len(document.ids) > 20 for document in rows.dataset.train)
     assert long and any(
-        s.startswith(f"{long} of {len(rows.dataset.train)} documents are longer") for s in found.warnings
+        s.startswith(f"{long} of {len(rows.dataset.train)} documents are longer") for s in report.warnings
     )
     cfg.train.tokens_per_step = 5000
     assert any(s.startswith("only 1 steps") for s in warnings_of(cfg, tmp_path))

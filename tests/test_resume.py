@@ -151,7 +151,7 @@ def test_more_epochs_continue_from_the_last_step_and_are_stored(prepared: Path, 
     run = tmp_path / "run"
     overrides = [override for override in inputs(prepared) if "max_steps" not in override]
     assert call("train", *overrides, f"hydra.run.dir={run}", "train.epochs=3") == 0
-    first, begun = curve(run), (run / "config.yaml").read_bytes()
+    first, original = curve(run), (run / "config.yaml").read_bytes()
     steps = json.loads((run / "result.json").read_text())["steps"]
     stopped(prepared, run, "resume=auto", "train.max_steps=null", "train.epochs=6", after=steps + 1)
     assert not (run / "result.json").exists()
@@ -159,7 +159,7 @@ def test_more_epochs_continue_from_the_last_step_and_are_stored(prepared: Path, 
     assert json.loads((run / "result.json").read_text())["steps"] == 2 * steps
     assert curve(run)[: len(first)] == first
     assert [m["step"] for m in curve(run)] == list(range(2 * steps + 1))
-    assert (run / "config.yaml").read_bytes() == begun
+    assert (run / "config.yaml").read_bytes() == original
     assert json.loads((run / "changed.json").read_text()) == {"train.epochs": 6}
     assert call("train", f"resume={run}", "train.epochs=5") == 2
 

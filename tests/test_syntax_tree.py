@@ -69,10 +69,10 @@ def writes(tree: ast.Module) -> Iterator[str]:
     """Yield statements that could write to the disk without durable."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
-            found = {alias.name for alias in node.names} & (
+            imported = {alias.name for alias in node.names} & (
                 WRITING_MODULES.get(str(node.module), set()) | {"save_file"}
             )
-            yield from (f"imports {node.module}.{name}" for name in found)
+            yield from (f"imports {node.module}.{name}" for name in imported)
         if not isinstance(node, ast.Call):
             continue
         called = dotted(node.func)
@@ -121,7 +121,7 @@ def saved_unstaged(trees: dict[str, ast.Module]) -> list[str]:
     """
     duties, wrong = {"save_pretrained"}, []
     for _ in range(3):
-        wrong = [(path, *found) for path, tree in trees.items() for found in _bare(tree, duties, STAGED)]
+        wrong = [(path, *call) for path, tree in trees.items() for call in _bare(tree, duties, STAGED)]
         duties |= {function for _, function, _ in wrong if function in ("write", "write_folder")}
     return [f"{path}: {function} calls {name}" for path, function, name in wrong
             if function not in duties]  # fmt: skip
@@ -160,8 +160,8 @@ def test_no_module_runs_code_named_by_data() -> None:
         "lora_ft/cli/guard.py": {"names _target_"},  # to refuse it
         "lora_ft/cli/entry.py": {"imports a module by a name that is computed"},  # a command of config.SCHEMAS
     }
-    found = {path: set(runs_code(tree)) - allowed.get(path, set()) for path, tree in TREES.items()}
-    assert {path: kinds for path, kinds in found.items() if kinds} == {}
+    violations = {path: set(runs_code(tree)) - allowed.get(path, set()) for path, tree in TREES.items()}
+    assert {path: kinds for path, kinds in violations.items() if kinds} == {}
 
 
 def test_only_durable_writes_files() -> None:
