@@ -252,6 +252,16 @@ def test_job_saved_at_a_rung_without_an_evaluation_continues(tmp_path: Path) -> 
     assert [runs.read_result(job.folder)["steps"] for job in group] == [10, 2]
 
 
+def test_job_whose_folder_is_in_use_fails_and_the_next_one_trains(tmp_path: Path) -> None:
+    cfgs = six(tmp_path)
+    with runs.locked(tmp_path / "busy"):
+        group = [jobs.Job(n, tmp_path / name, cfgs[n], []) for n, name in enumerate(["busy", "1"])]
+        assert Worker(Heartbeat(tmp_path / "beat"), Stop()).run(group) == 0
+    failure = runs.read_failure(tmp_path / "busy")
+    assert failure and "is in use by another process" in failure["message"]
+    assert runs.read_result(tmp_path / "1")["steps"] == 10
+
+
 def test_halving_needs_eval_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert call("sweep", "data.path=x", "seed=1,2", "sweep.halving=true", "data.eval_fraction=0") == 2

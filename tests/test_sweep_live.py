@@ -138,6 +138,15 @@ def test_earlier_results_are_not_printed_and_earlier_failures_wait(
     assert capfd.readouterr().err.splitlines() == ["job 1 (adapter.r=8): finished, eval loss 2.301, 41 s"]
 
 
+@pytest.mark.parametrize("text", ["\xff\n", "{}\n", "[1]\n", '{"step": "1"}\n'])
+def test_job_with_damaged_files_is_unreadable(text: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (job,) = jobs = made(tmp_path, "adapter.r=4")
+    with live.displayed(jobs, jobs) as show:
+        (job.folder / runs.METRICS).write_text(text, "latin-1")
+        show(running(job))
+    assert capfd.readouterr().err.startswith("job 0: unreadable: metrics.jsonl:1 holds no step: ")
+
+
 def test_finished_run_that_trains_for_longer_waits(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (job,) = made(tmp_path, "adapter.r=4", max_steps=4)
     finished(job)

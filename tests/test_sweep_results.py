@@ -163,7 +163,7 @@ def test_stopped_jobs_count_as_finished_and_show_the_reason(tmp_path):
     assert report.exit_code(sweep) == 0
 
 
-def test_running_waiting_and_interrupted_jobs_are_distinguished(tmp_path):
+def test_running_paused_waiting_and_interrupted_jobs_are_distinguished(tmp_path):
     folder = sweep_folder(tmp_path, ["adapter.r=1,2,3,4"])
     for number in (0, 1):
         job(folder, number, [f"adapter.r={number}"], {"adapter.r": number + 1}, steps=12)
@@ -173,6 +173,8 @@ def test_running_waiting_and_interrupted_jobs_are_distinguished(tmp_path):
         pytest.skip("this system lists no locks (/proc/locks)")
     with runs.locked(folder / "0"), runs.locked(loading):
         states = [(one.state, one.reason) for one in read(folder).jobs]
+        with runs.locked(folder):  # as a sweep does while it runs
+            assert [one.state for one in read(folder).jobs][1:] == [State.paused, State.running, State.waiting]
     assert states[0] == (State.running, "step 12 of 40, eval loss 2.5137")
     assert states[1] == (State.interrupted, "step 12 of 40, eval loss 2.5137")
     assert states[2] == (State.running, "loading")

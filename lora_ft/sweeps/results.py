@@ -12,7 +12,7 @@ import json
 import math
 import os
 import shlex
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class State(Enum):
     finished = "finished"
     stopped = "stopped"  # by halving or patience: finished, with fewer steps
     running = "running"
+    paused = "paused"  # begun; the running sweep will continue it
     interrupted = "interrupted"
     waiting = "not started"
     failed = "failed"
@@ -129,7 +130,9 @@ def read(folder: Path) -> Sweep:
     in_use, jobs = _locked_inodes(), []
     for number, path in enumerate(_job_folders(root)):
         is_running = None if in_use is None else path.stat().st_ino in in_use
-        jobs.append(read_job(path, number, path.relative_to(root).as_posix(), is_running))
+        job = read_job(path, number, path.relative_to(root).as_posix(), is_running)
+        is_paused = job.state is State.interrupted and root.stat().st_ino in (in_use or ())
+        jobs.append(replace(job, state=State.paused) if is_paused else job)
     return Sweep(root, tuple(map(shown, overrides)), config_dir, tuple(jobs))
 
 

@@ -9,7 +9,6 @@
 stdin stays open while the parent wants the jobs to run. Its end acts as SIGTERM: the step is finished, the state saved.
 """
 
-import contextlib
 import gc
 import json
 import logging
@@ -72,11 +71,9 @@ def main() -> int:
     group = [jobs.from_plain(job) for job in order["jobs"]]
     sweep = config.Sweep(**order["sweep"])
     halving = Halving(sweep.eta, sweep.min_steps) if sweep.halving and len(group) > 1 else None
-    with contextlib.ExitStack() as locks, on_signals() as stop:
-        for job in group:
-            locks.enter_context(runs.locked(job.folder))
+    with on_signals() as stop:
+        worker = Worker(Heartbeat(Path(order["heartbeat"])), stop)
         try:
-            worker = Worker(Heartbeat(Path(order["heartbeat"])), stop)
             return worker.run_with_halving(group, halving) if halving else worker.run(group)
         except Interrupted as error:
             log.info(str(error))
@@ -135,12 +132,13 @@ class Worker:
         self._heartbeat.beat(job.folder, "loading")
         with displayed(job.folder) as progress:
             try:
-                if job.number not in self._begun:
-                    runs.begin(job.folder, job.cfg, job.overrides)
-                    self._begun.add(job.number)
-                self._shared = self._shared or prepare(job.cfg)
-                callbacks = [self._heartbeat, progress, *callbacks]
-                return train_job(job.cfg, job.folder, self._shared, callbacks, self._stop, until) is not None
+                with runs.locked(job.folder):
+                    if job.number not in self._begun:
+                        runs.begin(job.folder, job.cfg, job.overrides)
+                        self._begun.add(job.number)
+                    self._shared = self._shared or prepare(job.cfg)
+                    callbacks = [self._heartbeat, progress, *callbacks]
+                    return train_job(job.cfg, job.folder, self._shared, callbacks, self._stop, until) is not None
             except Exception as error:
                 log.error("job %d failed: %s", job.number, error)
                 runs.write_failure(job.folder, out_of_memory("train", error) or error)
