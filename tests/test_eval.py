@@ -263,8 +263,8 @@ def test_an_adapter_that_changes_its_base_is_refused(
 @pytest.mark.parametrize(
     ("adapter", "code", "message"),
     [
-        ("./nowhere", 2, "there is no such folder, and it is no hub id"),
-        ("a/b/c", 2, "there is no such folder, and it is no hub id"),
+        ("./nowhere", 2, "there is no such folder, and it is not a hub id"),
+        ("a/b/c", 2, "there is no such folder, and it is not a hub id"),
         ("owner/name", 7, "adapter_path=owner/name is not on this machine and the hub cannot be reached"),
     ],
 )
