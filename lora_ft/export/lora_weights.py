@@ -63,7 +63,7 @@ def read(folder: Path, saved: LoraConfig | None = None) -> AdapterWeights:
     `saved` is the folder's config if it was read already.
     """
     saved = saved or files.read_config(folder)
-    provenance.check_kind(folder, saved)
+    provenance.check_keeps_base(folder, saved)
     files.check_settings(folder, saved, files.PLAIN, f"; {REMEDY}")
     found: dict[str, dict[str, np.ndarray]] = {}
     embeddings = set()
