@@ -1,24 +1,23 @@
-"""Merge an adapter into its base: open, probe, write, load again, compare logits, rename to the final name.
+"""Merge an adapter into its base: load, measure, write, load the result again, compare logits.
 
 lora-ft merge run=runs/2026-11-23_10-15-00 out=my-model dtype=bf16      # loads with transformers alone
 lora-ft merge run=runs/2026-11-23_10-15-00 out=my-model.gguf gguf=q8_0  # for llama.cpp, Ollama
 lora-ft merge adapters=[runs/a,runs/b] weights=[0.7,0.3] out=both       # combine adapters into one
 lora-ft merge run=runs/2026-11-23_10-15-00 truncate_rank=8 out=small    # a smaller adapter
 
-The base is never in memory as a whole: its tensors are streamed one at a time. The adapter of a quantized run is added
-to the dequantized or to the original weights, whichever is better on the eval set (base_weights=). If a check fails,
-nothing is written.
+The adapter of a quantized run is added to the dequantized or to the original weights, whichever has the lower loss on
+the eval set (base_weights=). If a check fails, nothing is written.
 """
 
-import gc
 import hashlib
 import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
@@ -29,12 +28,15 @@ from lora_ft.data.dataset import prepare
 from lora_ft.data.rows import Example
 from lora_ft.errors import ConfigError, DataError, ResourceError
 from lora_ft.evaluation.loss import eval_loss
-from lora_ft.export import combine, merge_base, truncate, verify, weight_stream
-from lora_ft.export import merge as merged_model
+from lora_ft.export import combine, merge_base, truncate, verify
 from lora_ft.export.gguf import model as gguf_model
+from lora_ft.export.merge import MergedModel, write_folder
+from lora_ft.export.weight_stream import use_placeholders
 from lora_ft.io import durable
 from lora_ft.models.acceleration import accelerated
-from lora_ft.models.load import Base
+from lora_ft.models.load import Base, load_base, resolve_device, resolve_dtype
+from lora_ft.models.meta_model import load_meta_model
+from lora_ft.models.resolve import locate
 from lora_ft.objectives.sft import Sft
 from lora_ft.ops.allocator import keep_freed_memory
 from lora_ft.training.state import choose_eval
@@ -50,8 +52,9 @@ _TOKENS_PER_PASS = 1024
 class MergeResult:
     """The folder or file that was written, a sentence about it, and the measurements; None if not applicable.
 
-    distance: of a merged model's logits from the adapter's, as a share of these; of a combined adapter's update from
-    the weighted sum of its sources'. comparison: of the two targets of a quantized run. ranks: of a smaller adapter.
+    distance: relative distance of a merged model's logits from the adapter's, or of a combined adapter's update from
+    the weighted sum of its sources' updates. comparison: of the base weights of a quantized run. rank, ranks: of a
+    smaller adapter, and the loss at each rank.
     """
 
     out: Path
@@ -76,13 +79,13 @@ def main(cfg: config.MergeRun, invocation: entry.Invocation) -> None:
 def merge(cfg: config.MergeRun) -> MergeResult:
     """Write a merged model, one adapter of several, or a smaller adapter to `cfg.out`, which must not exist.
 
-    The base is the one that the adapter's record names where `cfg` names none. Raises ConfigError, MismatchError for
+    If `cfg` names no base, the base is the one that the adapter's record names. Raises ConfigError, MismatchError for
     an adapter that cannot be merged, NonFiniteError for weights that overflow, ResourceError for a full disk.
     """
     validation.validate(cfg)
     out = Path(cfg.out).expanduser()
     if out.exists() or out.is_symlink():
-        raise ConfigError(f"out={cfg.out} exists already: choose a new name, merge never replaces anything")
+        raise ConfigError(f"out={cfg.out} exists already, and merge never replaces anything: choose a new name")
     keep_freed_memory()
     adapters = _adapters(cfg)
     cfg = loading.with_base(cfg, adapters[0])
@@ -103,25 +106,23 @@ def _adapters(cfg: config.MergeRun) -> list[Path]:
 
 
 def _merge(cfg: config.MergeRun, adapter: Path, tokenizer: PreTrainedTokenizerBase, out: Path) -> MergeResult:
-    opened = weight_stream.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
-    dtype = opened.base.model.dtype if cfg.dtype is Dtype.auto else getattr(torch, cfg.dtype.value)
+    base_dtype = resolve_dtype(cfg.model.dtype, resolve_device(cfg.device))
+    dtype = base_dtype if cfg.dtype is Dtype.auto else getattr(torch, cfg.dtype.value)
     if cfg.gguf:
-        gguf_model.check(Path(str(opened.base.identity.folder)), tokenizer)
+        gguf_model.check(Path(str(locate(cfg.model, weights=False).folder)), tokenizer)
         dtype = torch.float32  # rounded once, to the type of the file
-    kind, comparison = _target(cfg, adapter, tokenizer, opened, dtype)
-    read = opened.original if kind is BaseWeights.original else opened.trained_on
-    with weight_stream.streamed(opened.model, opened.modules, read):
-        expected = verify.probe(opened.model, len(tokenizer))
-    merged = merged_model.MergedModel(opened.model, read, dtype)
+    merged, expected, comparison = _merged_model(cfg, adapter, tokenizer, dtype)
     if cfg.gguf:
         with durable.scratch_folder(out) as folder:
-            merged_model.write_folder(merged, tokenizer, folder)
-            distance = verify.check(folder, expected)
+            write_folder(merged, tokenizer, folder)
+            merged.release()
+            distance, allowed = verify.check(folder, expected)
             gguf_model.write(folder, out, cfg.gguf)
     else:
         with durable.staged_folder(out) as folder:
-            merged_model.write_folder(merged, tokenizer, folder)
-            distance = verify.check(folder, expected)
+            write_folder(merged, tokenizer, folder)
+            merged.release()
+            distance, allowed = verify.check(folder, expected)
             if comparison:
                 durable.write_json(folder / _COMPARISON, comparison.record())
     if comparison and cfg.run:
@@ -130,47 +131,63 @@ def _merge(cfg: config.MergeRun, adapter: Path, tokenizer: PreTrainedTokenizerBa
     stored = cfg.gguf.value if cfg.gguf else str(dtype).removeprefix("torch.")
     summary = (
         f"merged model in {out} ({num_bytes / 1e9:.2f} GB, {stored}); its logits are {distance:.1e} away from the "
-        f"adapter's, {verify.tolerance(dtype):.1e} is allowed"
+        f"adapter's, {allowed:.1e} is allowed"
     )
     return MergeResult(out, summary, distance, comparison)
 
 
-def _target(
-    cfg: config.MergeRun,
-    adapter: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    opened: weight_stream.StreamedAdapter,
-    dtype: torch.dtype,
-) -> tuple[BaseWeights, merge_base.Comparison | None]:
-    """Choose the weights that the adapter is added to, by a comparison if it is needed."""
+def _merged_model(
+    cfg: config.MergeRun, adapter: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+) -> tuple[MergedModel, verify.Probe, merge_base.Comparison | None]:
+    """Return the merged model, the attached adapter's logits, and the comparison of base weights if it was needed."""
+    kinds, rows = _candidates(cfg, tokenizer)
+    models = {kind: _attached(cfg, adapter, tokenizer, kind) for kind in kinds}
+    merged = {kind: MergedModel(model, dtype) for kind, model in models.items()}
+    comparison, kind = None, kinds[0]
+    if len(kinds) > 1:
+        comparison = merge_base.compare(models[BaseWeights.dequantized].get_base_model(), merged, rows)
+        kind = comparison.better
+    return merged[kind], verify.probe(models[kind], len(tokenizer)), comparison
+
+
+def _candidates(cfg: config.MergeRun, tokenizer: PreTrainedTokenizerBase) -> tuple[list[BaseWeights], list[Example]]:
+    """Return the base weights to choose from, and the eval rows to compare them on."""
     if cfg.quant.kind is QuantKind.none:
         if cfg.base_weights is not BaseWeights.auto:
             log.warning("base_weights=%s has no effect: the adapter's base is not quantized", cfg.base_weights.value)
-        return BaseWeights.dequantized, None
+        return [BaseWeights.original], []
     if cfg.base_weights is not BaseWeights.auto:
-        return cfg.base_weights, None
+        return [cfg.base_weights], []
     rows = _eval_examples(cfg, tokenizer)
     if not rows:
-        log.warning("no eval rows to measure on: merging onto the dequantized base, which the adapter was trained on")
-        return BaseWeights.dequantized, None
+        log.warning(
+            "no eval rows to compare the base weights on: the adapter is added to the dequantized weights, "
+            "which it was trained on"
+        )
+        return [BaseWeights.dequantized], []
     log.info(
-        "measuring both targets on %d eval rows; base_weights=dequantized or base_weights=original skips this",
+        "comparing dequantized and original weights on %d eval rows; base_weights=dequantized or base_weights=original "
+        "skips this",
         len(rows),
     )
-    base, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
-    reads = {
-        BaseWeights.dequantized: weight_stream.loaded(base.model, opened.modules),
-        BaseWeights.original: opened.original,
-    }
-    targets = {kind: merged_model.MergedModel(opened.model, read, dtype) for kind, read in reads.items()}
-    comparison = merge_base.compare(base.model, targets, rows)
-    del base, model, reads, targets
-    gc.collect()  # modules refer to each other in cycles
-    return comparison.better, comparison
+    return [BaseWeights.dequantized, BaseWeights.original], rows
+
+
+def _attached(cfg: config.MergeRun, adapter: Path, tokenizer: PreTrainedTokenizerBase, kind: BaseWeights) -> PeftModel:
+    """Load the adapter onto its quantized base, or onto the original weights, which are kept on the CPU."""
+    if kind is BaseWeights.dequantized:
+        return loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)[1]
+    dtype = Dtype(str(resolve_dtype(cfg.model.dtype, resolve_device(cfg.device))).removeprefix("torch."))
+    if dtype is Dtype.float16:  # which CPUs do not compute in
+        dtype = Dtype.float32
+    base = load_base(replace(cfg.model, dtype=dtype), config.Quant(), "cpu", tokenizer)
+    saved = files.read_config(adapter)
+    provenance.check_source(adapter, saved, base, cfg.quant)
+    return files.load(base.model, adapter, loading.NAME, saved)
 
 
 def _eval_examples(cfg: config.MergeRun, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """Return the eval set of the training run; an empty list if there is none or it cannot be read any more."""
+    """Return the eval set of the training run; empty if the run had no eval set or it can no longer be read."""
     if not cfg.data.path:
         return []
     try:
@@ -182,16 +199,19 @@ def _eval_examples(cfg: config.MergeRun, tokenizer: PreTrainedTokenizerBase) -> 
 
 def _combine(cfg: config.MergeRun, adapters: list[Path], tokenizer: PreTrainedTokenizerBase, out: Path) -> MergeResult:
     weights = cfg.weights or [1 / len(adapters)] * len(adapters)
-    opened = weight_stream.open_adapter(adapters[0], cfg.model, cfg.quant, cfg.device, tokenizer)
-    combine.check(opened.base, cfg.quant, adapters)
-    made = combine.combine(opened.model, adapters, weights, cfg.method, cfg.density, cfg.seed)
+    meta_model = load_meta_model(cfg.model, cfg.quant, cfg.device, tokenizer)
+    base = replace(meta_model, identity=locate(cfg.model))  # with the hashes of its weights
+    combine.check(base, cfg.quant, adapters)
+    use_placeholders(base.model)
+    model = files.load(base.model, adapters[0], loading.NAME)
+    combined = combine.combine(model, adapters, weights, cfg.method, cfg.density, cfg.seed)
     how = {"method": cfg.method.value, "weights": weights, "density": cfg.density, "seed": cfg.seed}
-    files.write(made.tensors, made.config, out, tokenizer, _origin(opened.base, cfg.quant, adapters, how))
+    files.write(combined.tensors, combined.config, out, tokenizer, _origin(base, cfg.quant, adapters, how))
     summary = (
-        f"adapter of rank {made.config.r} in {out}, of {len(adapters)} by {cfg.method.value}; its update is "
-        f"{made.distance:.1%} away from their weighted sum"
+        f"adapter of rank {combined.config.r} in {out}, of {len(adapters)} by {cfg.method.value}; its update is "
+        f"{combined.distance:.1%} away from their weighted sum"
     )
-    return MergeResult(out, summary, made.distance, rank=made.config.r)
+    return MergeResult(out, summary, combined.distance, rank=combined.config.r)
 
 
 def _truncate(
@@ -202,7 +222,7 @@ def _truncate(
     found = truncate.updates(model, loading.NAME)
     rows = _eval_examples(cfg, tokenizer)
     if not rows:
-        log.warning("no eval rows: the table shows the kept share of the update's norm alone")
+        log.warning("no eval rows: the table shows only how much of the update's norm each rank keeps")
     with accelerated(base.model, config.Fast()) as made:
 
         def loss() -> float:
@@ -210,15 +230,14 @@ def _truncate(
 
         ranks = truncate.compare_ranks(model, loading.NAME, found, rank, loss if rows else None)
     small = {layer: update.truncated(rank) for layer, update in found.items()}
-    made_from = _origin(base, cfg.quant, [adapter], {"method": "truncated"})
-    files.write(
-        truncate.tensors(model, loading.NAME, small), truncate.settings(saved, small), out, tokenizer, made_from
-    )
+    origin = _origin(base, cfg.quant, [adapter], {"method": "truncated"})
+    tensors, settings = truncate.tensors(model, loading.NAME, small), truncate.settings(saved, small)
+    files.write(tensors, settings, out, tokenizer, origin)
     return MergeResult(out, f"adapter of rank {rank} in {out}", rank=rank, ranks=ranks)
 
 
 def _origin(base: Base, quant: config.Quant, adapters: list[Path], how: dict[str, Any]) -> provenance.Origin:
-    """Record the base, the rows if all sources record them, and the hashes of the source adapters."""
+    """Return the base, the rows if all sources record them, and the hashes of the source adapters."""
     known = [provenance.read_record(adapter) if (adapter / provenance.RECORD).is_file() else {} for adapter in adapters]
     rows = [record.get("data_sha256") for record in known]
     data = rows[0] if len(rows) == 1 else hashlib.sha256(json.dumps(rows).encode()).hexdigest() if all(rows) else None

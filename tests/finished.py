@@ -1,8 +1,9 @@
-"""Runs as train leaves them, made without training: the project's own functions, and matrices that do something.
+"""Run folders as train writes them, made without training, with random matrices in the adapter.
 
 run = finished_run(tmp_path, "llama", use_dora=True)     # run/config.yaml, run/adapter/..., the base and rows beside it
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -35,20 +36,19 @@ def rows_file(folder: Path, pairs: list[tuple[str, str]] = QUESTIONS) -> Path:
 
 
 def settings(tmp_path: Path, family: str, *, tie: bool = False, quant: str = "none", **adapter: Any) -> config.TrainRun:
-    """A base of this family and a file of rows in `tmp_path`, and the settings of a run over them."""
+    """Create a base of this family and a file of rows in `tmp_path`; return the settings of a run on them."""
     base = tmp_path / family if (tmp_path / family).is_dir() else tiny_folder(tmp_path, family, tie=tie)
     cfg = config.TrainRun()
     cfg.model.path, cfg.device = str(base), "cpu"
     cfg.model.dtype = config.Dtype.float32
     cfg.quant.kind = config.QuantKind[quant]
     cfg.data.path, cfg.data.eval_fraction = str(rows_file(tmp_path)), 0.4
-    for name, value in ({"r": 4} | adapter).items():
-        setattr(cfg.adapter, name, value)
+    cfg.adapter = dataclasses.replace(cfg.adapter, **({"r": 4} | adapter))
     return cfg
 
 
 def adapted(cfg: config.TrainRun) -> tuple[Base, PeftModel]:
-    """The base with an adapter attached that changes its logits: nothing of it is zero, magnitudes are moved."""
+    """Attach an adapter that changes the logits: none of its tensors is zero, and magnitudes are changed."""
     base = load_base(cfg.model, cfg.quant, cfg.device, load_tokenizer(cfg.model))
     tokens = base.tokenizer.convert_tokens_to_ids(cfg.model.added_tokens)
     model = attach.attach(base.model, cfg.adapter, "first", 0, tokens)
@@ -60,7 +60,7 @@ def adapted(cfg: config.TrainRun) -> tuple[Base, PeftModel]:
 
 
 def finished_run(tmp_path: Path, family: str, *, name: str = "run", **options: Any) -> Path:
-    """A run folder with an adapter in it; `options` are those of `settings`."""
+    """Create a run folder with an adapter in it; `options` are those of `settings`."""
     cfg = settings(tmp_path, family, **options)
     return saved_run(tmp_path / name, cfg)
 
@@ -74,7 +74,7 @@ def saved_run(folder: Path, cfg: config.TrainRun) -> Path:
 
 
 def call(command: str, *words: str) -> int:
-    """Run a command in this process, through the same door as the command line; its exit code."""
+    """Run a command in this process as the command line does; return its exit code."""
     with pytest.raises(SystemExit) as ended:
         entry.run(command, [*words, "device=cpu"])
     return int(ended.value.code or 0)

@@ -1,4 +1,4 @@
-"""One adapter of several, and a smaller one of a larger: what is written is the update that was promised."""
+"""Combined and truncated adapters: the written update is the expected one."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from lora_ft.models.load import load_base
 
 
 def updates(tmp_path: Path, adapter: Path) -> dict[str, Tensor]:
-    """s B A of every layer in float64, as PEFT computes it of a folder that the strict loader takes."""
+    """Return s B A of every layer in float64, as PEFT computes it for an adapter folder."""
     base = load_base(config.Model(path=str(tmp_path / "llama"), dtype=config.Dtype.float32), config.Quant(), "cpu")
     model = files.load(base.model, adapter, "default").double()
     return {
@@ -33,7 +33,7 @@ def near(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float
 
 
 def other_run(tmp_path: Path, name: str, factor: float = 0.0, **options: Any) -> Path:
-    """A finished run over the same base whose matrices are others."""
+    """Create a finished run on the same base, its matrices B multiplied by `factor`."""
     cfg = settings(tmp_path, "llama", **options)
     run = saved_run(tmp_path / name, cfg)
     if factor and factor != 1:
@@ -43,24 +43,24 @@ def other_run(tmp_path: Path, name: str, factor: float = 0.0, **options: Any) ->
     return run
 
 
-def merged(tmp_path: Path, name: str, *words: str) -> Path:
-    assert call("merge", *words, f"out={tmp_path / name}") == 0
+def merged(tmp_path: Path, name: str, *overrides: str) -> Path:
+    assert call("merge", *overrides, f"out={tmp_path / name}") == 0
     return tmp_path / name
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("words", [[], ["method=ties", "weights=[1,1]", "density=1.0"]], ids=str)
-def test_an_adapter_combined_with_itself_is_itself(tmp_path: Path, words: list[str], rslora: bool) -> None:
+@pytest.mark.parametrize("overrides", [[], ["method=ties", "weights=[1,1]", "density=1.0"]], ids=str)
+def test_adapter_combined_with_itself_keeps_its_update(tmp_path: Path, overrides: list[str], rslora: bool) -> None:
     run = finished_run(tmp_path, "llama", use_rslora=rslora)
-    out = merged(tmp_path, "both", f"adapters=[{run},{run}]", *words)
+    out = merged(tmp_path, "both", f"adapters=[{run},{run}]", *overrides)
     assert near(updates(tmp_path, out), updates(tmp_path, run / "adapter"))
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_linear_adds_matrices_and_says_how_far_that_is_from_adding_updates(
+def test_linear_adds_matrices_and_reports_the_distance_from_the_sum_of_updates(
     tmp_path: Path, rslora: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A' = sum of sqrt(w s) A, B' = sum of sqrt(w s) B: the product holds what no adapter had, the mixed terms."""
+    """A' = sum of sqrt(w s) A, B' = sum of sqrt(w s) B: the product has cross terms that no adapter had."""
     runs = [other_run(tmp_path, name, factor, use_rslora=rslora) for name, factor in (("first", 1.0), ("second", 0.7))]
     capsys.readouterr()
     out = merged(tmp_path, "out", f"adapters=[{runs[0]},{runs[1]}]", "weights=[0.3,0.7]", "method=linear")
@@ -73,7 +73,7 @@ def test_linear_adds_matrices_and_says_how_far_that_is_from_adding_updates(
     assert f"{abs(mixed - summed) / summed:.1%} away from their weighted sum" in " ".join(shown.split())
 
 
-def test_svd_is_the_weighted_sum_where_its_rank_allows_whatever_the_ranks(tmp_path: Path) -> None:
+def test_svd_is_the_nearest_update_to_the_weighted_sum(tmp_path: Path) -> None:
     small, large = other_run(tmp_path, "small", r=2), other_run(tmp_path, "large", r=5)
     alone = [updates(tmp_path, run / "adapter") for run in (small, large)]
     only = merged(tmp_path, "only", f"adapters=[{small},{large}]", "weights=[0,1.5]", "method=svd")
@@ -86,11 +86,11 @@ def test_svd_is_the_weighted_sum_where_its_rank_allows_whatever_the_ranks(tmp_pa
         assert (found - best).norm() < 1e-5 * whole.norm()
 
 
-def test_what_was_combined_is_recorded_and_the_same_words_give_the_same_bytes(tmp_path: Path) -> None:
+def test_combination_is_recorded_and_reproducible(tmp_path: Path) -> None:
     first, second = other_run(tmp_path, "first"), other_run(tmp_path, "second", factor=-0.5)
-    words = (f"adapters=[{first},{second / 'adapter'}]", "method=dare_ties", "density=0.5")
-    one, again = merged(tmp_path, "one", *words), merged(tmp_path, "again", *words)
-    other = merged(tmp_path, "other", *words, "seed=1")
+    overrides = (f"adapters=[{first},{second / 'adapter'}]", "method=dare_ties", "density=0.5")
+    one, again = merged(tmp_path, "one", *overrides), merged(tmp_path, "again", *overrides)
+    other = merged(tmp_path, "other", *overrides, "seed=1")
     weights = [(folder / files.WEIGHTS).read_bytes() for folder in (one, again, other)]
     assert weights[0] == weights[1] != weights[2]
     record = json.loads((one / "lora_ft.json").read_text())
@@ -99,25 +99,30 @@ def test_what_was_combined_is_recorded_and_the_same_words_give_the_same_bytes(tm
 
 
 @pytest.mark.parametrize(
-    ("options", "words", "code", "said"),
+    ("options", "overrides", "code", "message"),
     [
         ({"r": 8}, ["method=linear"], 2, "method=svd"),
         ({"use_dora": True}, ["method=svd"], 5, "DoRA"),
-        ({}, ["weights=[1]"], 2, "weights must be as many as adapters"),
+        ({}, ["weights=[1]"], 2, "weights must have one value per adapter (2), got 1"),
         ({"target_modules": ["q_proj"]}, ["method=svd"], 5, "does not fit"),
     ],
 )
-def test_adapters_that_have_no_sum_are_refused(
-    tmp_path: Path, options: dict[str, Any], words: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]
+def test_adapters_that_cannot_be_combined_are_refused(
+    tmp_path: Path,
+    options: dict[str, Any],
+    overrides: list[str],
+    code: int,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     first, second = other_run(tmp_path, "first"), other_run(tmp_path, "second", **options)
-    assert call("merge", f"adapters=[{first},{second}]", *words, f"out={tmp_path / 'out'}") == code
-    assert said in capsys.readouterr().err
+    assert call("merge", f"adapters=[{first},{second}]", *overrides, f"out={tmp_path / 'out'}") == code
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"lora_alpha": 3.0}], ids=str)
-def test_a_smaller_adapter_is_the_nearest_of_its_rank(
+def test_truncated_adapter_is_the_nearest_of_its_rank(
     tmp_path: Path, options: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = finished_run(tmp_path, "llama", r=6, **options)
@@ -139,7 +144,7 @@ def test_a_smaller_adapter_is_the_nearest_of_its_rank(
         assert (small[name] - u[:, :3] * values[:3] @ v[:3]).norm() < 1e-5 * update.norm()
 
 
-def test_the_table_of_ranks_measures_each_and_leaves_the_adapter_as_it_was(tmp_path: Path) -> None:
+def test_compare_ranks_measures_each_rank_and_restores_the_adapter(tmp_path: Path) -> None:
     _, model = adapted(settings(tmp_path, "llama", r=5))
     before = files.tensors_of(model, "first")
     found = truncate.updates(model, "first")
@@ -157,17 +162,17 @@ def test_the_table_of_ranks_measures_each_and_leaves_the_adapter_as_it_was(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("options", "rank", "code", "said"),
+    ("options", "rank", "code", "message"),
     [
         ({"r": 4}, 4, 2, "must be below the adapter's rank, 4"),
         ({"use_dora": True}, 2, 5, "DoRA"),
         ({}, 0, 2, "truncate_rank"),
     ],
 )
-def test_what_cannot_be_smaller_is_refused(
-    tmp_path: Path, options: dict[str, Any], rank: int, code: int, said: str, capsys: pytest.CaptureFixture[str]
+def test_adapters_that_cannot_be_truncated_are_refused(
+    tmp_path: Path, options: dict[str, Any], rank: int, code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = finished_run(tmp_path, "llama", **options)
     assert call("merge", f"run={run}", f"truncate_rank={rank}", f"out={tmp_path / 'out'}") == code
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

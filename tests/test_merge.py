@@ -1,4 +1,4 @@
-"""Merged models: anybody loads them, they are the adapter on its base, and nothing is left of one that is not."""
+"""Merged models: they load with transformers alone, match base and adapter, and are removed if they do not."""
 
 import contextlib
 import functools
@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 from finished import adapted, call, finished_run, saved_run, settings
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, tiny_folder
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_ft import config
 from lora_ft.adapters import loading
@@ -26,7 +26,7 @@ from lora_ft.errors import NonFiniteError
 from lora_ft.export import merge, verify, weight_stream
 from lora_ft.merge import merge as merge_adapter
 from lora_ft.models.gguf import convert
-from lora_ft.models.load import load_base
+from lora_ft.models.load import Base, load_base
 from lora_ft.models.quantize import dequantize_reference
 
 VARIANTS: list[dict[str, Any]] = [
@@ -59,24 +59,24 @@ assert "peft" not in sys.modules or not hasattr(model, "peft_config")
 """
 
 
-def opened(folder: Path, cfg: config.TrainRun) -> weight_stream.StreamedAdapter:
-    """The adapter of `saved_run`, saved beside `folder` and put onto its hollow base."""
+def attached(folder: Path, cfg: config.TrainRun) -> tuple[Base, PeftModel]:
+    """Return the adapter of `saved_run`, saved beside `folder`, on its base."""
     run = saved_run(folder.with_name(f"{folder.name}.run"), cfg)
     tokenizer = loading.adapter_tokenizer(run / "adapter", cfg.model)
-    return weight_stream.open_adapter(run / "adapter", cfg.model, cfg.quant, "cpu", tokenizer)
+    return loading.open_adapter(run / "adapter", cfg.model, cfg.quant, "cpu", tokenizer)
 
 
 def merged(folder: Path, cfg: config.TrainRun, dtype: torch.dtype = torch.float32) -> float:
-    found = opened(folder, cfg)
+    """Write the merged model into `folder`; return the distance of its logits."""
+    base, model = attached(folder, cfg)
     folder.mkdir()
-    with weight_stream.streamed(found.model, found.modules, found.trained_on):
-        expected = verify.probe(found.model, len(found.base.tokenizer))
-    merge.write_folder(merge.MergedModel(found.model, found.trained_on, dtype), found.base.tokenizer, folder)
-    return verify.check(folder, expected)
+    expected = verify.probe(model, len(base.tokenizer))
+    merge.write_folder(merge.MergedModel(model, dtype), base.tokenizer, folder)
+    return verify.check(folder, expected)[0]
 
 
 def exact_logits(cfg: config.TrainRun, ids: torch.Tensor) -> torch.Tensor:
-    """Logits of the attached adapter, quantized weights replaced by float32 ones from their definition."""
+    """Return the attached adapter's logits, with quantized weights dequantized by their definition."""
     _, model = adapted(cfg)
     for module in [m for m in model.modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt")]:
         if isinstance(module, torch.nn.Linear):
@@ -89,7 +89,7 @@ def exact_logits(cfg: config.TrainRun, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.closes("A19", "B01", "B03", "B08")
-def test_a_fresh_process_loads_it_alone_and_its_logits_are_the_adapters(tmp_path: Path) -> None:
+def test_merged_model_in_a_new_process_matches_attached_logits(tmp_path: Path) -> None:
     cases = [
         ("gpt2", {"tie": True}), ("gpt2", {"tie": True, "use_rslora": True}), ("gpt2", {"tie": True, "use_dora": True}),
         ("llama", {}), ("llama", {"use_rslora": True}), ("llama", {"use_dora": True}),
@@ -114,7 +114,7 @@ def test_a_fresh_process_loads_it_alone_and_its_logits_are_the_adapters(tmp_path
 @pytest.mark.closes("A19", "A20")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tie", [True, False])
-def test_every_family_merges_and_ties_stay_ties(tmp_path: Path, family: str, tie: bool) -> None:
+def test_merge_of_every_family_keeps_tied_weights_tied(tmp_path: Path, family: str, tie: bool) -> None:
     assert merged(tmp_path / "out", settings(tmp_path, family, tie=tie)) < 1e-5
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
@@ -124,19 +124,19 @@ def test_every_family_merges_and_ties_stay_ties(tmp_path: Path, family: str, tie
 
 
 @pytest.mark.parametrize("options", VARIANTS)
-def test_every_kind_of_adapter_merges(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_merged_model_matches_attached_logits(tmp_path: Path, options: dict[str, Any]) -> None:
     assert merged(tmp_path / "out", settings(tmp_path, "llama", **options)) < 1e-5
 
 
 @pytest.mark.closes("A19")
-def test_gpt2s_embeddings_and_norms_merge(tmp_path: Path) -> None:
+def test_merged_gpt2_with_embeddings_and_norms_matches_attached_logits(tmp_path: Path) -> None:
     options = {"target_modules": ["wte", "c_attn"], "modules_to_save": ["ln_f"], "use_dora": True}
     assert merged(tmp_path / "out", settings(tmp_path, "gpt2", **options)) < 1e-5
 
 
 @pytest.mark.closes("A22")
 @pytest.mark.parametrize("tie", [True, False])
-def test_added_tokens_are_in_the_merged_model(tmp_path: Path, tie: bool) -> None:
+def test_merged_model_has_the_added_tokens(tmp_path: Path, tie: bool) -> None:
     cfg = settings(tmp_path, "llama", tie=tie)
     cfg.model.added_tokens = ["<one>", "<two>"]
     run = saved_run(tmp_path / "run", cfg)
@@ -152,7 +152,9 @@ def test_added_tokens_are_in_the_merged_model(tmp_path: Path, tie: bool) -> None
 
 
 @pytest.mark.parametrize(("family", "dtype"), [*zip(FAMILIES, cycle((torch.bfloat16, torch.float16)))])
-def test_half_precision_is_the_float32_merge_rounded_once(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
+def test_half_precision_merge_is_the_float32_merge_rounded_once(
+    tmp_path: Path, family: str, dtype: torch.dtype
+) -> None:
     cfg = settings(tmp_path, family)
     merged(tmp_path / "full", cfg)
     assert 1e-5 < merged(tmp_path / "half", cfg, dtype) < verify.tolerance(dtype)
@@ -161,7 +163,7 @@ def test_half_precision_is_the_float32_merge_rounded_once(tmp_path: Path, family
     assert all(torch.equal(full[name].to(dtype), half[name]) for name in full)
 
 
-def test_a_base_in_bfloat16_is_merged_in_float32_and_written_in_bfloat16(tmp_path: Path) -> None:
+def test_merge_of_a_bfloat16_base_is_written_in_bfloat16(tmp_path: Path) -> None:
     cfg = settings(tmp_path, "llama", use_dora=True)
     cfg.model.dtype = config.Dtype.bfloat16
     run = saved_run(tmp_path / "run", cfg)
@@ -172,8 +174,16 @@ def test_a_base_in_bfloat16_is_merged_in_float32_and_written_in_bfloat16(tmp_pat
     assert settings_["dtype"] == settings_["torch_dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize("out", ["gguf=f32", "dtype=float32"])
+def test_bfloat16_base_merges_into_float32_files(tmp_path: Path, out: str) -> None:
+    cfg = settings(tmp_path, "llama")
+    cfg.model.dtype = config.Dtype.bfloat16
+    run = saved_run(tmp_path / "run", cfg)
+    assert call("merge", f"run={run}", f"out={tmp_path / 'out'}", out) == 0
+
+
 @pytest.mark.parametrize("rope", [None, {"rope_type": "linear", "factor": 2.0}])
-def test_older_readers_find_rope_and_dtype_under_their_names(tmp_path: Path, rope: dict[str, Any] | None) -> None:
+def test_config_has_the_old_names_of_rope_theta_and_dtype(tmp_path: Path, rope: dict[str, Any] | None) -> None:
     cfg = settings(tmp_path, "llama")
     path = Path(cfg.model.path) / "config.json"
     described = json.loads(path.read_text())
@@ -186,7 +196,7 @@ def test_older_readers_find_rope_and_dtype_under_their_names(tmp_path: Path, rop
     assert found["torch_dtype"] == "float32"
 
 
-def test_large_models_are_written_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_model_is_written_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merge, "SHARD_BYTES", 100_000)
     assert merged(tmp_path / "out", settings(tmp_path, "llama")) < 1e-5
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
@@ -197,91 +207,38 @@ def test_large_models_are_written_in_shards(tmp_path: Path, monkeypatch: pytest.
     assert tensors == index["weight_map"]
 
 
-@pytest.mark.parametrize(
-    ("family", "quant"),
-    [("gpt2", "none"), ("gpt2", "nf4"), ("llama", "int8"), ("llama", "none"), ("qwen3", "nf4"), ("gpt_neox", "int8")],
-)
-def test_flowing_through_files_gives_the_bytes_of_a_base_in_memory(tmp_path: Path, family: str, quant: str) -> None:
-    cfg = settings(tmp_path, family, quant=quant, tie=family != "llama")
-    cfg.quant.compute_dtype = config.Dtype.bfloat16  # to which a quantized layer's bias is rounded
-    found = opened(tmp_path / "out", cfg)
-    whole, _ = loading.open_adapter(tmp_path / "out.run" / "adapter", cfg.model, cfg.quant, "cpu", found.base.tokenizer)
-    read = weight_stream.loaded(whole.model, found.modules)
-    merged, twin = (merge.MergedModel(found.model, each, torch.float32) for each in (found.trained_on, read))
-    assert merged.names.keys() == twin.names.keys()
-    for name in merged.names:
-        assert torch.equal(merged[name], twin[name]), name
-
-
 @pytest.mark.parametrize("options", VARIANTS[:7])
-def test_peft_merges_to_the_same_weights_in_float64(tmp_path: Path, options: dict[str, Any]) -> None:
-    cfg = settings(tmp_path, "llama", **options)
-    found = opened(tmp_path / "out", cfg)
-    _, attached = loading.open_adapter(
-        tmp_path / "out.run" / "adapter", cfg.model, cfg.quant, "cpu", found.base.tokenizer
-    )
-    expected = attached.double().merge_and_unload().state_dict()
-    merged = merge.MergedModel(found.model, found.trained_on, torch.float32)
-    assert merged.names.keys() == expected.keys()
+def test_merged_weights_match_pefts_merge_in_float64(tmp_path: Path, options: dict[str, Any]) -> None:
+    _, model = attached(tmp_path / "out", settings(tmp_path, "llama", **options))
+    merged_model = merge.MergedModel(model, torch.float32)
+    merged = {name: merged_model[name].double() for name in merged_model.names}
+    expected = model.double().merge_and_unload().state_dict()
+    assert merged.keys() == expected.keys()
     for name, weight in expected.items():
-        assert torch.allclose(merged[name].double(), weight, rtol=1e-5, atol=1e-6), name
+        assert torch.allclose(merged[name], weight, rtol=1e-5, atol=1e-6), name
 
 
-def test_no_weight_of_the_base_stays_in_memory(tmp_path: Path) -> None:
-    found = opened(tmp_path / "out", settings(tmp_path, "llama", use_dora=True, modules_to_save=["lm_head"]))
-    hollow = [p for m in found.modules for p in m._parameters.values() if p is not None and p.numel() > 1]
-    alive: list[int] = []
+@pytest.mark.parametrize(("family", "quant"), [("llama", "none"), ("gpt2", "nf4")])
+def test_streamed_model_holds_one_weight_and_computes_the_same(tmp_path: Path, family: str, quant: str) -> None:
+    _, model = attached(tmp_path / "out", settings(tmp_path, family, quant=quant))
+    merged = merge.MergedModel(model, torch.float32)
+    expected = verify.probe(model, 512)
+    weight_stream.use_placeholders(merged.plain.eval())
     most = 0
 
     def read(name: str) -> torch.Tensor:
         nonlocal most
-        held = sum(
-            p.untyped_storage().nbytes() > 8 for m in found.modules for p in m._parameters.values() if p is not None
-        )
-        most = max(most, held)
-        alive.append(1)
-        return found.trained_on(name)
+        most = max(most, sum(p.untyped_storage().nbytes() > 8 for p in merged.plain.parameters()))
+        return merged[name]
 
-    with weight_stream.streamed(found.model, found.modules, read):
-        first = verify.probe(found.model, 512)
-    assert most <= 1 and len(alive) >= len(hollow) - 1  # the head's copy was trained: the base's is not asked for
-    assert all(
-        p.untyped_storage().nbytes() <= 8 for m in found.modules for p in m._parameters.values() if p is not None
-    )
-    _, attached = loading.open_adapter(tmp_path / "out.run" / "adapter",
-                                      config.Model(path=str(tmp_path / "llama")), config.Quant(), "cpu",
-                                      found.base.tokenizer)  # fmt: skip
-    assert torch.equal(verify.probe(attached, 512).logits, first.logits)
+    with weight_stream.streamed(merged.plain, read), torch.no_grad():
+        found = merged.plain(expected.ids[None]).logits[0]
+    assert most <= 1, "a weight and a bias belong to one layer"
+    assert all(p.untyped_storage().nbytes() <= 8 for p in merged.plain.parameters())
+    assert verify.distance(found, expected.logits, torch.float32) < 1e-5
 
 
-def test_files_of_other_names_and_shards_are_read_as_transformers_reads_them(tmp_path: Path) -> None:
-    cfg = settings(tmp_path, "gpt2", tie=True)
-    model = AutoModelForCausalLM.from_pretrained(cfg.model.path)
-    weights = {k.removeprefix("transformer."): t for k, t in model.state_dict().items() if k != "lm_head.weight"}
-    folder = Path(cfg.model.path)
-    (folder / "model.safetensors").unlink()
-    names = sorted(weights)
-    files = {f"model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
-    for file, keys in files.items():
-        save_file({key: weights[key].clone() for key in keys}, folder / file, metadata={"format": "pt"})
-    index = {"metadata": {}, "weight_map": {key: file for file, keys in files.items() for key in keys}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert merged(tmp_path / "out", cfg) < 1e-5
-
-
-def test_an_architecture_that_computes_its_tensors_is_loaded_as_a_whole_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    cfg = settings(tmp_path, "llama", quant="nf4")
-    assert merged(tmp_path / "streamed", cfg) < 1e-5
-    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules", ["norm"])
-    assert merged(tmp_path / "whole", cfg) < 1e-5
-    assert "the base is loaded as a whole" in caplog.text and "float32" in caplog.text
-    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("streamed", "whole"))
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_what_is_written_has_the_modes_of_the_umask_and_the_runs_template(tmp_path: Path) -> None:
+def test_merged_folder_has_umask_modes_and_the_runs_template(tmp_path: Path) -> None:
     run = finished_run(tmp_path, "llama")
     assert call("merge", f"run={run}", f"out={tmp_path / 'new' / 'out'}") == 0
     out = tmp_path / "new" / "out"
@@ -292,23 +249,23 @@ def test_what_is_written_has_the_modes_of_the_umask_and_the_runs_template(tmp_pa
 
 
 def damaged_weights(layer: Any, adapter: str, weight: torch.Tensor) -> torch.Tensor:
-    return weight  # the adapter forgotten
+    return weight  # without the adapter
 
 
 @pytest.mark.closes("B03")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_merge_that_is_not_the_adapter_is_refused_and_nothing_is_left(
+def test_merge_with_wrong_logits_is_refused_and_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], dtype: str
 ) -> None:
     run = finished_run(tmp_path, "llama")
     monkeypatch.setattr(merge, "_lora_weight", damaged_weights)
     before = sorted(tmp_path.iterdir())
     assert call("merge", f"run={run}", f"out={tmp_path / 'out'}", f"dtype={dtype}") == 5
-    assert "the merged model is not the adapter on its base" in capsys.readouterr().err
+    assert "the merged model differs from base and adapter" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_from_python_a_merge_returns_what_it_measured_and_prints_nothing(
+def test_merge_from_python_returns_measurements_and_prints_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cfg = settings(tmp_path, "llama", quant="nf4")
@@ -324,16 +281,16 @@ def test_from_python_a_merge_returns_what_it_measured_and_prints_nothing(
     assert capsys.readouterr().out == ""
 
 
-def test_a_model_that_gguf_cannot_hold_is_refused_before_it_is_merged(
+def test_unsupported_gguf_architecture_is_refused_before_the_merge(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = finished_run(tmp_path, "gpt_neox")
     monkeypatch.setattr(merge, "write_folder", lambda *arguments: pytest.fail("merged"))
     assert call("merge", f"run={run}", f"out={tmp_path / 'm.gguf'}", "gguf=f16") == 2
-    assert "GGUF files are written for models of type llama" in capsys.readouterr().err
+    assert "GGUF files can be written for models of type llama" in capsys.readouterr().err
 
 
-def test_an_existing_folder_is_never_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_existing_folder_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = finished_run(tmp_path, "llama")
     (tmp_path / "out").mkdir()
     assert call("merge", f"run={run}", f"out={tmp_path / 'out'}") == 2
@@ -341,30 +298,30 @@ def test_an_existing_folder_is_never_replaced(tmp_path: Path, capsys: pytest.Cap
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_disk_too_small_is_found_before_anything_is_written(
+def test_full_disk_is_reported_before_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = finished_run(tmp_path, "llama")
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1_000_000))
     assert call("merge", f"run={run}", f"out={tmp_path / 'out'}") == 7
-    told = capsys.readouterr().err
-    assert str(tmp_path) in told and "0.05 GB needed, 0.00 GB free" in told
+    error = capsys.readouterr().err
+    assert str(tmp_path) in error and "0.05 GB needed, 0.00 GB free" in error
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_that_overflow_are_refused(tmp_path: Path) -> None:
-    found = opened(tmp_path / "out", settings(tmp_path, "llama"))
-    layer = found.base.model.model.layers[0].self_attn.q_proj
+def test_weights_that_overflow_or_are_nan_are_refused(tmp_path: Path) -> None:
+    base, model = attached(tmp_path / "out", settings(tmp_path, "llama"))
+    layer = base.model.model.layers[0].self_attn.q_proj
     layer.lora_B["default"].weight.data[0, 0] = 1e7
     with pytest.raises(NonFiniteError, match=r"layers.0.self_attn.q_proj.weight: .* overflow torch.float16"):
-        merge.MergedModel(found.model, found.trained_on, torch.float16)["model.layers.0.self_attn.q_proj.weight"]
+        merge.MergedModel(model, torch.float16)["model.layers.0.self_attn.q_proj.weight"]
     layer.lora_B["default"].weight.data[0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match=r"layers.0.self_attn.q_proj.weight: .* not finite"):
-        merge.MergedModel(found.model, found.trained_on, torch.float32)["model.layers.0.self_attn.q_proj.weight"]
+        merge.MergedModel(model, torch.float32)["model.layers.0.self_attn.q_proj.weight"]
 
 
-def test_an_overflow_ends_in_exit_8_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_overflow_exits_with_8_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cfg = settings(tmp_path, "llama")
     path = Path(cfg.model.path) / "model.safetensors"
     weights = load_file(path)
@@ -379,13 +336,13 @@ def test_an_overflow_ends_in_exit_8_and_leaves_nothing(tmp_path: Path, capsys: p
 
 @pytest.mark.closes("D03", "B05")
 @pytest.mark.parametrize("change", ["base", "quant"])
-def test_an_adapter_of_another_base_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str) -> None:
+def test_adapter_of_another_base_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str) -> None:
     run = finished_run(tmp_path, "llama", quant="nf4")
     other = tiny_folder(tmp_path / "other", "llama", seed=5)
     words = [f"model.path={other}"] if change == "base" else ["quant.kind=fp4"]
     assert call("merge", f"run={run}", f"out={tmp_path / 'out'}", *words) == 5
-    told = capsys.readouterr().err
-    assert ("weights_sha256" if change == "base" else "quantization") in told
+    error = capsys.readouterr().err
+    assert ("weights_sha256" if change == "base" else "quantization") in error
     assert not (tmp_path / "out").exists()
 
 
@@ -393,11 +350,11 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize("end", ["lm_head", "embed_tokens"])
-def test_one_end_of_a_tie_changed_alone_is_written_untied(
+def test_adapter_on_one_of_two_tied_matrices_is_written_untied(
     tmp_path: Path, end: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     cfg = settings(tmp_path, "llama", tie=True)
-    elsewhere(tmp_path / "adapter", cfg, r=2, target_modules=[end], init_lora_weights=False)
+    made_by_peft(tmp_path / "adapter", cfg, r=2, target_modules=[end], init_lora_weights=False)
     words = [f"adapter_path={tmp_path / 'adapter'}", f"model.path={cfg.model.path}", f"out={tmp_path / 'out'}"]
     assert call("merge", "model=local", *words) == 0
     assert "is written untied" in caplog.text
@@ -409,25 +366,23 @@ def test_one_end_of_a_tie_changed_alone_is_written_untied(
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated", "ignore:Adapter 'default'")
-def test_kinds_that_no_weight_can_hold_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_adapter_with_lora_biases_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cfg = settings(tmp_path, "gpt_neox")
-    elsewhere(tmp_path / "adapter", cfg, r=2, target_modules=["dense"], lora_bias=True)
+    made_by_peft(tmp_path / "adapter", cfg, r=2, target_modules=["dense"], lora_bias=True)
     words = [f"adapter_path={tmp_path / 'adapter'}", f"model.path={cfg.model.path}", f"out={tmp_path / 'out'}"]
     assert call("merge", "model=local", *words) == 5
-    assert "attention.dense: an adapter of this kind" in capsys.readouterr().err
+    assert "attention.dense: an adapter of type" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def elsewhere(folder: Path, cfg: config.TrainRun, **options: Any) -> None:
-    """An adapter as PEFT alone saves it."""
+def made_by_peft(folder: Path, cfg: config.TrainRun, **options: Any) -> None:
+    """Save an adapter with PEFT alone."""
     base = load_base(cfg.model, cfg.quant, "cpu")
     model = get_peft_model(base.model, LoraConfig(task_type="CAUSAL_LM", **options))
     model.save_pretrained(folder, save_embedding_layers=False)
 
 
-def test_a_run_without_quantization_says_that_onto_is_without_effect(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_base_weights_without_quantization_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = finished_run(tmp_path, "llama")
     assert call("merge", f"run={run}", f"out={tmp_path / 'out'}", "base_weights=original") == 0
     assert "base_weights=original has no effect" in caplog.text
@@ -435,7 +390,7 @@ def test_a_run_without_quantization_says_that_onto_is_without_effect(
 
 
 @pytest.mark.parametrize("kind", ["f32", "q8_0"])
-def test_a_gguf_file_holds_the_merged_model(tmp_path: Path, kind: str) -> None:
+def test_gguf_file_holds_the_merged_weights(tmp_path: Path, kind: str) -> None:
     run = finished_run(tmp_path, "llama")
     assert call("merge", f"run={run}", f"out={tmp_path / 'folder'}") == 0
     assert call("merge", f"run={run}", f"out={tmp_path / 'new' / 'model.gguf'}", f"gguf={kind}") == 0
@@ -449,7 +404,7 @@ def test_a_gguf_file_holds_the_merged_model(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_probe_gives_back_the_forward_that_a_quantized_layer_had(tmp_path: Path, fails: bool) -> None:
+def test_probe_restores_the_forwards_of_quantized_layers(tmp_path: Path, fails: bool) -> None:
     base, model = adapted(settings(tmp_path, "llama", quant="nf4"))
     layers = [m for m in base.model.modules() if type(getattr(m, "weight", None)).__name__ == "Params4bit"]
     layers = [m for m in layers if isinstance(m, torch.nn.Linear)]

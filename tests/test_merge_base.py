@@ -1,4 +1,4 @@
-"""Which weights an adapter of a quantized run is merged onto: both are measured, and what is written is the better."""
+"""Base weights of a quantized run's merge: both are measured, and the better model is written."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def eval_rows(run: Path, tokenizer):
 
 @pytest.mark.closes("B01", "B02")
 @pytest.mark.parametrize("quant", ["nf4", "int8"])
-def test_both_targets_are_measured_as_anybody_would_and_the_better_is_written(
+def test_both_base_weights_are_measured_and_the_better_is_written(
     tmp_path: Path, quant: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = finished_run(tmp_path, "llama", quant=quant)
@@ -48,7 +48,7 @@ def test_both_targets_are_measured_as_anybody_would_and_the_better_is_written(
         assert measured[name]["loss"] == pytest.approx(alone.loss, rel=1e-5)
         assert f"{measured[name]['loss']:.4f}" in shown
         assert measured["tokens"] == alone.tokens
-    # int8 rounds activations as well while it is attached, which no weight can hold.
+    # int8 also rounds activations while it is attached, and merging does not preserve that.
     assert measured["dequantized"]["loss"] == pytest.approx(
         measured["attached_loss"], rel=1e-5 if quant == "nf4" else 0.05
     )
@@ -58,7 +58,7 @@ def test_both_targets_are_measured_as_anybody_would_and_the_better_is_written(
 
 
 @pytest.mark.closes("B03")
-def test_the_targets_differ_by_what_quantization_took_from_the_weights(tmp_path: Path) -> None:
+def test_merged_models_differ_by_the_quantization_error(tmp_path: Path) -> None:
     run = finished_run(tmp_path, "llama", quant="nf4")
     for name in ("dequantized", "original"):
         assert call("merge", f"run={run}", f"out={tmp_path / name}", f"base_weights={name}") == 0
@@ -67,32 +67,30 @@ def test_the_targets_differ_by_what_quantization_took_from_the_weights(tmp_path:
         config.Quant(kind=config.QuantKind.nf4), "cpu", loading.adapter_tokenizer(run / "adapter", config.Model()),
     )  # fmt: skip
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "llama").state_dict()
-    onto_codes, onto_weights = (load_file(tmp_path / n / "model.safetensors") for n in ("dequantized", "original"))
+    on_dequantized, on_original = (load_file(tmp_path / n / "model.safetensors") for n in ("dequantized", "original"))
     quantized = {name.replace(".base_layer", ""): module for name, module in base.model.named_modules()
                  if type(getattr(module, "weight", None)).__name__ == "Params4bit" and "lora" not in name}  # fmt: skip
     assert len(quantized) == 14
     for name, module in quantized.items():
         lost = plain[f"{name}.weight"] - dequantize_reference(module)
-        apart = onto_weights[f"{name}.weight"] - onto_codes[f"{name}.weight"]
-        torch.testing.assert_close(apart, lost, rtol=0, atol=1e-6)
+        difference = on_original[f"{name}.weight"] - on_dequantized[f"{name}.weight"]
+        torch.testing.assert_close(difference, lost, rtol=0, atol=1e-6)
     others = [key for key in plain if key.removesuffix(".weight") not in quantized]
-    assert others and all(torch.equal(onto_codes[key], onto_weights[key]) for key in others if key in onto_codes)
+    assert others and all(torch.equal(on_dequantized[key], on_original[key]) for key in others if key in on_dequantized)
 
 
-def test_without_rows_to_measure_on_the_adapter_stays_on_what_it_was_trained_on(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_merge_without_eval_rows_uses_the_dequantized_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = finished_run(tmp_path, "llama", quant="nf4")
     assert call("merge", f"run={run}", f"out={tmp_path / 'auto'}", "data.eval_fraction=0") == 0
-    assert "no eval rows to measure on" in caplog.text
-    assert call("merge", f"run={run}", f"out={tmp_path / 'told'}", "base_weights=dequantized") == 0
-    written, told = (load_file(tmp_path / name / "model.safetensors") for name in ("auto", "told"))
-    assert all(torch.equal(written[key], told[key]) for key in told)
+    assert "no eval rows to compare the base weights on" in caplog.text
+    assert call("merge", f"run={run}", f"out={tmp_path / 'explicit'}", "base_weights=dequantized") == 0
+    written, explicit = (load_file(tmp_path / name / "model.safetensors") for name in ("auto", "explicit"))
+    assert all(torch.equal(written[key], explicit[key]) for key in explicit)
     assert not (run / "merge.json").exists() and not (tmp_path / "auto" / "merge.json").exists()
 
 
 @given(st.floats(0.1, 9), st.floats(0.1, 9), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
-def test_the_lower_loss_wins_and_within_noise_the_nearer_model(a, b, kl_a, kl_b, noise) -> None:
+def test_lower_loss_wins_and_lower_kl_within_noise(a, b, kl_a, kl_b, noise) -> None:
     taken = merge_base.better(
         {BaseWeights.dequantized: merge_base.Target(a, kl_a), BaseWeights.original: merge_base.Target(b, kl_b)}, noise
     )
@@ -101,7 +99,7 @@ def test_the_lower_loss_wins_and_within_noise_the_nearer_model(a, b, kl_a, kl_b,
 
 
 @pytest.mark.nightly
-def test_a_real_quantized_run_loses_nothing_by_being_merged(tmp_path: Path) -> None:
+def test_merged_smollm2_has_the_loss_of_its_quantized_run(tmp_path: Path) -> None:
     short = ("train.max_steps=4", "train.tokens_per_step=256", "train.eval_rows=8", "train.samples=0")
     run = tmp_path / "run"
     assert call("train", "model=smollm2_135m", "quant=nf4", "data=chatterbot", *short, f"hydra.run.dir={run}") == 0

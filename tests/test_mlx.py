@@ -1,4 +1,4 @@
-"""The adapter folder for mlx-lm: what its layers compute with these files is what PEFT computes."""
+"""The adapter folder for mlx-lm: its layers compute the same as PEFT."""
 
 import json
 import subprocess
@@ -46,13 +46,13 @@ def base_config(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_scale_times_a_times_b_is_pefts_update_of_every_layer(name: str, tmp_path: Path) -> None:
+def test_scale_a_b_is_pefts_update_of_every_layer(name: str, tmp_path: Path) -> None:
     family, options = VARIANTS[name]
     model, folder = written(tmp_path, family, **options)
     settings = json.loads((folder / "adapter_config.json").read_text())
     arrays, scale = safetensors.numpy.load_file(folder / "adapters.safetensors"), settings["lora_parameters"]["scale"]
     layers = {n: m for n, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
-    leaves = 3 if options.get("dora") else 2
+    leaves = 3 if options.get("use_dora") else 2
     assert len(arrays) == leaves * len(layers)
     for module, layer in layers.items():
         stored = module.replace("transformer.", "model.")
@@ -67,7 +67,7 @@ def test_scale_times_a_times_b_is_pefts_update_of_every_layer(name: str, tmp_pat
             assert np.array_equal(arrays[f"{stored}.m"], magnitude.reshape(-1))
 
 
-def test_layers_that_are_adapted_alike_are_named_once(tmp_path: Path) -> None:
+def test_uniformly_adapted_layers_are_named_once(tmp_path: Path) -> None:
     _, folder = written(tmp_path, "llama", target_modules=ALL)
     settings = json.loads((folder / "adapter_config.json").read_text())
     assert settings["num_layers"] == 2 and settings["fine_tune_type"] == "lora"
@@ -79,7 +79,7 @@ def test_layers_that_are_adapted_alike_are_named_once(tmp_path: Path) -> None:
     assert keys == ["model.layers.1.mlp.up_proj"]
 
 
-def test_the_same_adapter_gives_the_same_bytes_and_names_no_place(tmp_path: Path) -> None:
+def test_mlx_folder_is_reproducible_and_names_no_local_path(tmp_path: Path) -> None:
     _, folder = written(tmp_path, "llama")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     mlx.write(tmp_path / "adapter", base_config(tmp_path / "llama"), folder)
@@ -88,7 +88,7 @@ def test_the_same_adapter_gives_the_same_bytes_and_names_no_place(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("family", "options", "said"),
+    ("family", "options", "message"),
     [
         ("gpt_neox", {}, "models of type llama, mistral, qwen2, qwen3, gpt2, got gpt_neox"),
         ("llama", {"modules_to_save": ["norm"]}, "modules_to_save=.* not a plain LoRA; write a merged model"),
@@ -99,18 +99,18 @@ def test_the_same_adapter_gives_the_same_bytes_and_names_no_place(tmp_path: Path
         ),
     ],
 )
-def test_what_mlx_lm_does_not_compute_is_refused(
-    family: str, options: dict[str, Any], said: str, tmp_path: Path
+def test_adapters_that_mlx_cannot_compute_are_refused(
+    family: str, options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises((MismatchError, ConfigError), match=said):
+    with pytest.raises((MismatchError, ConfigError), match=message):
         written(tmp_path, family, **options)
     assert not (tmp_path / "mlx").exists()
 
 
-def test_one_end_of_a_tied_model_is_both_for_mlx_lm_and_refused(tmp_path: Path) -> None:
+def test_adapter_on_one_of_two_tied_matrices_is_refused(tmp_path: Path) -> None:
     written(tmp_path, "llama", target_modules=["q_proj", "lm_head"])
     tied = base_config(tmp_path / "llama") | {"tie_word_embeddings": True}
-    with pytest.raises(MismatchError, match="lm_head is both ends of the model for mlx-lm, one for the adapter"):
+    with pytest.raises(MismatchError, match="apply the adapter of lm_head to embedding and head"):
         mlx.write(tmp_path / "adapter", tied, tmp_path / "other")
 
 
@@ -128,9 +128,7 @@ print(json.dumps(model(mx.array([json.loads(sys.argv[3])]))[0].astype(mx.float32
 @pytest.mark.parametrize(
     "name", [n for n in VARIANTS if "gpt2" not in n]
 )  # mlx-lm's has other names, and n_inner fixed
-def test_mlx_lm_computes_with_the_folder_what_peft_computes(
-    name: str, tmp_path: Path, record_property: Callable[[str, object], None]
-) -> None:
+def test_mlx_lm_matches_peft_logits(name: str, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     pytest.importorskip("mlx_lm", reason='pip install "mlx[cpu]==0.32.4" mlx-lm==0.32.2')
     family, options = VARIANTS[name]
     model, folder = written(tmp_path, family, **options)

@@ -1,6 +1,6 @@
-"""Write the adapter of a run in other forms: merged into its base, as GGUF or MLX, combined with others, or smaller.
+"""Write an adapter in other forms: merged into its base, as GGUF or MLX, combined with others, or of lower rank.
 
-merge, weight_stream, merge_base, verify      base weights + adapter -> a folder that transformers loads alone
-combine, truncate                             several adapters into one; a smaller one
+merge, verify, merge_base, weight_stream      base + adapter -> a folder that loads with transformers alone
+combine, truncate                             several adapters into one; an adapter of lower rank
 lora_weights, gguf/, mlx                      adapters for llama.cpp and MLX, merged models for llama.cpp
 """

@@ -1,12 +1,12 @@
 """Combine several adapters of one base into one adapter, through PEFT.
 
+    svd        the adapter nearest to sum w s B A, of the highest rank among the sources
     linear     A = sum sqrt(w s) A,  B = sum sqrt(w s) B       equal ranks only; not the sum of the updates
-    svd        the adapter of the highest rank that is nearest to sum w s B A
     ties       as linear, of the largest entries whose signs agree (arXiv 2306.01708)
     dare_ties  as ties, of entries drawn at random and scaled up (arXiv 2311.03099)
 
 The distance of the result from the weighted sum of the updates is measured: for unrelated adapters, linear also adds
-the cross terms B1 A2, which nobody trained.
+cross terms such as B1 A2, which nobody trained.
 """
 
 import warnings
@@ -31,7 +31,8 @@ _COMBINED = "combined"
 class Combined:
     """The combined adapter: tensors under PEFT's file keys, and their config.
 
-    distance: of its update from the weighted sum of its sources' updates, over the norm of that sum.
+    `distance` is the norm of its update's difference from the weighted sum of its sources' updates, over that sum's
+    norm.
     """
 
     tensors: dict[str, Tensor]
@@ -40,13 +41,14 @@ class Combined:
 
 
 def check(base: Base, quant: config.Quant, folders: list[Path]) -> None:
-    """Raise MismatchError for an adapter of another base, and for one that is more than A, B and a scale."""
+    """Raise MismatchError for an adapter of another base or with more parts than A, B and a scale."""
     for folder in folders:
         saved = files.read_config(folder)
         files.check_settings(folder, saved, files.PLAIN)
         if saved.use_dora:
             raise MismatchError(
-                f"{folder} is a DoRA: its magnitudes are relative to its own W + s B A and cannot be added; merge it"
+                f"{folder} is a DoRA adapter, whose magnitudes belong to its own W + s B A and cannot be added to "
+                "others: merge it into its base instead"
             )
         provenance.check_source(folder, saved, base, quant)
 
@@ -54,9 +56,9 @@ def check(base: Base, quant: config.Quant, folders: list[Path]) -> None:
 def combine(
     model: PeftModel, folders: list[Path], weights: list[float], method: Combination, density: float, seed: int
 ) -> Combined:
-    """Combine checked adapters, the first of which is on the model already; needs no weights of the base.
+    """Combine checked adapters, the first of which is on the model already; the base may have placeholder weights.
 
-    `density` is the fraction of entries that ties and dare_ties keep; `seed` decides dare_ties' draws. Raises
+    `density` is the fraction of entries that ties and dare_ties keep; `seed` decides the draws of dare_ties. Raises
     ConfigError if the method cannot combine these ranks, MismatchError if the adapters have different layers.
     """
     names = [loading.NAME, *(f"a{number:03}" for number in range(1, len(folders)))]
@@ -71,8 +73,8 @@ def combine(
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The density", category=UserWarning)  # about a density of 1
         torch.manual_seed(seed)
-        kind = "cat" if method is Combination.svd else method.value  # the exact sum, truncated below
-        model.add_weighted_adapter(names, weights, _COMBINED, combination_type=kind, density=density)
+        combination = "cat" if method is Combination.svd else method.value  # the exact sum, truncated below
+        model.add_weighted_adapter(names, weights, _COMBINED, combination_type=combination, density=density)
     made = truncate.updates(model, _COMBINED)
     tensors, settings = files.tensors_of(model, _COMBINED), model.peft_config[_COMBINED]
     if method is Combination.svd:
@@ -84,7 +86,7 @@ def combine(
 def _of_same_layers(saved: LoraConfig, first: LoraConfig) -> LoraConfig:
     """Return an adapter's config with the layer patterns of the first one, since PEFT compares the patterns.
 
-    Loading is strict, so an adapter of other layers is still refused.
+    Loading is strict, so an adapter with other layers is still refused.
     """
     return replace(saved, target_modules=first.target_modules, exclude_modules=first.exclude_modules,
                    layers_to_transform=first.layers_to_transform, layers_pattern=first.layers_pattern,
@@ -96,20 +98,20 @@ def _check_ranks(parts: list[dict[str, truncate.Update]], method: Combination) -
     ranks = sorted({len(update.values) for part in parts for update in part.values()})
     if method is not Combination.svd and len(ranks) > 1:
         raise ConfigError(
-            f"method={method.value} adds matrices of one rank, and these adapters have {', '.join(map(str, ranks))}: "
-            "use method=svd"
+            f"method={method.value} combines adapters of equal rank only, and these have rank "
+            f"{', '.join(map(str, ranks))}: use method=svd"
         )
     return ranks[-1]
 
 
 def _distance(made: dict[str, truncate.Update], parts: list[dict[str, truncate.Update]], weights: list[float]) -> float:
-    apart, whole = 0.0, 0.0
+    difference, whole = 0.0, 0.0
     for layer, update in made.items():
         left = torch.cat([weight * part[layer].left for weight, part in zip(weights, parts, strict=True)], dim=1)
         right = torch.cat([part[layer].right for part in parts])
         whole += _squared_norm(left, right)
-        apart += _squared_norm(torch.cat([update.left, -left], dim=1), torch.cat([update.right, right]))
-    return (max(apart, 0.0) / whole) ** 0.5 if whole else 0.0
+        difference += _squared_norm(torch.cat([update.left, -left], dim=1), torch.cat([update.right, right]))
+    return (max(difference, 0.0) / whole) ** 0.5 if whole else 0.0
 
 
 def _squared_norm(left: Tensor, right: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Read an adapter folder as one A, B and scale per layer, for formats that can hold nothing else.
+"""Read an adapter folder as one A, B and scale per layer, for formats that hold nothing else.
 
 read(Path("my_run/adapter")).layers[0]
 # LayerWeights("model.layers.0.mlp.down_proj", a [16, 1536], b [576, 16], scale 2.0)
@@ -28,7 +28,7 @@ _KEY = re.compile(
 class LayerWeights:
     """A layer's A [r, in] and B [out, r] in float32, and the scale of their product.
 
-    For an embedding `in` is its number of tokens. `magnitude` [out] is DoRA's.
+    For an embedding `in` is the number of tokens. `magnitude` [out] is DoRA's, None without DoRA.
     """
 
     module: str
@@ -57,12 +57,9 @@ class AdapterWeights:
     layers: list[LayerWeights]
 
 
-def read(folder: Path, saved: LoraConfig | None = None) -> AdapterWeights:
-    """Read an adapter that consists of A, B and scales; MismatchError names anything else in it.
-
-    `saved` is the folder's config if it was read already.
-    """
-    saved = saved or files.read_config(folder)
+def read(folder: Path) -> AdapterWeights:
+    """Read an adapter; raises MismatchError if it has other parts than A, B, a scale and DoRA's magnitudes."""
+    saved = files.read_config(folder)
     provenance.check_keeps_base(folder, saved)
     files.check_settings(folder, saved, files.PLAIN, f"; {REMEDY}")
     found: dict[str, dict[str, np.ndarray]] = {}
@@ -70,7 +67,7 @@ def read(folder: Path, saved: LoraConfig | None = None) -> AdapterWeights:
     for key, tensor in files.read_tensors(folder).items():
         match = _KEY.fullmatch(key)
         if not match:
-            raise MismatchError(f"the adapter in {folder} holds {key}, neither A nor B of a LoRA; {REMEDY}")
+            raise MismatchError(f"the adapter in {folder} holds {key}, which is not A or B of a LoRA layer; {REMEDY}")
         found.setdefault(match["module"], {})[match["part"]] = tensor.float().numpy()
         if match["embedding"]:
             embeddings.add(match["module"])
@@ -93,13 +90,13 @@ def _layer(folder: Path, saved: LoraConfig, module: str, parts: dict[str, np.nda
         raise MismatchError(f"the adapter in {folder}: {module} needs A [{rank}, in] and B [out, {rank}], got {shapes}")
     alpha = _value(folder, saved.alpha_pattern, module, saved.lora_alpha)
     if not alpha:
-        raise MismatchError(f"the adapter in {folder}: {module} has a lora_alpha of 0, and so no effect")
+        raise MismatchError(f"the adapter in {folder}: {module} has lora_alpha=0, which has no effect")
     scale = alpha / (math.sqrt(rank) if saved.use_rslora else rank)
     return LayerWeights(module, a, b, scale, embedding, None if magnitude is None else magnitude.reshape(-1))
 
 
 def _value(folder: Path, pattern: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """Return a layer's own rank or alpha by PEFT's rule, or the default."""
+    """Return the rank or alpha that a pattern gives a layer by PEFT's rule, or the default."""
     try:
         return (pattern or {}).get(get_pattern_key(list(pattern or {}), module), default)
     except re.error as error:

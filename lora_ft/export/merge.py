@@ -1,18 +1,18 @@
 """Add an adapter to the weights of its base and write them as a model that needs no adapter.
 
-    LoRA     W' = W + s B A                         s: alpha / r, or alpha / sqrt(r) with rsLoRA
-    DoRA     W' = m (W + s B A) / |W + s B A|       the norm over each output's inputs
-    saved    W' = the fully trained layer
-    tokens   W' = W with the trained rows in it
+    LoRA             W' = W + s B A                         s: alpha / r, or alpha / sqrt(r) with rsLoRA
+    DoRA             W' = m (W + s B A) / |W + s B A|       the norm over each output's inputs
+    modules_to_save  W' = the trained copy of the module
+    added tokens     W' = W with the trained rows
 
-W is read one tensor at a time (weight_stream.py): for a quantized layer the dequantized weight, which the adapter was
-trained on, or the original. Adding to the codes themselves would round small updates away (peft issue 2321). A
-written tensor is W' rounded once to the requested dtype.
+W of a quantized layer is the dequantized weight. Adding to the codes themselves would round small updates away (peft
+issue 2321). A written tensor is W' rounded once to the requested dtype. Tensors are computed and written one at a time.
 
 If an adapter changes only the embedding or only the head of a tied model, both are written, untied.
 """
 
 import copy
+import gc
 import json
 import logging
 import shutil
@@ -21,15 +21,16 @@ from typing import Any
 
 import torch
 import xxhash
+from huggingface_hub import split_state_dict_into_shards_factory
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from lora_ft.errors import MismatchError, NonFiniteError, ResourceError
-from lora_ft.export.weight_stream import Read, innermost_layer
+from lora_ft.export.verify import dequantized
 from lora_ft.io import durable
 
 log = logging.getLogger("lora_ft")
@@ -40,32 +41,37 @@ _CODES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
     torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-_OTHER_FILES_BYTES = 50_000_000  # tokenizer and configs, generously
+_OTHER_FILES_BYTES = 50_000_000  # tokenizer and configs take less
 
 
 class MergedModel:
     """The merged model's tensors by name, each computed on access, on the CPU, in `dtype`.
 
-    `plain` is the model without data, on the meta device, as a new process builds it; `names` are its tensors to
-    write, tied ones once. Raises MismatchError for an adapter that cannot be expressed in the base's weights.
+    `plain` is the model without adapter and data, on the meta device; `names` are its tensors to write, tied ones once.
+    Raises MismatchError for an adapter that cannot be expressed in the base's weights.
     """
 
-    def __init__(self, model: PeftModel, read: Read, dtype: torch.dtype) -> None:
+    def __init__(self, model: PeftModel, dtype: torch.dtype) -> None:
         self._base: PreTrainedModel = model.get_base_model()
-        self._adapter, self._read, self.dtype = model.active_adapter, read, dtype
+        self._adapter, self.dtype = model.active_adapter, dtype
         _check_adapter(self._base, self._adapter)
-        self.plain = _plain_twin(_plain_config(self._base, dtype))
+        self.plain = _on_meta(_plain_config(self._base, dtype))
         names, ties = _written_names(self.plain)
-        if apart := [name for name, twin in ties.items() if not self._equal(name, twin)]:
-            log.warning("the adapter changes one of two tied matrices: %s is written untied", apart[0])
-            untied = copy.deepcopy(self.plain.config)
-            untied.tie_word_embeddings = False
-            self.plain = _plain_twin(untied)
+        if untied := [name for name, twin in ties.items() if not self._equal(name, twin)]:
+            log.warning("the adapter changes one of two tied matrices: %s is written untied", untied[0])
+            config = copy.deepcopy(self.plain.config)
+            config.tie_word_embeddings = False
+            self.plain = _on_meta(config)
             names, ties = _written_names(self.plain)
-            if any(name in ties for name in apart):
-                raise MismatchError(f"{apart[0]} cannot be untied in this architecture, and the adapter changes it")
+            if any(name in ties for name in untied):
+                raise MismatchError(f"{untied[0]} cannot be untied in this architecture, and the adapter changes it")
         self.names = names
         self.plain.generation_config = self._base.generation_config
+
+    def release(self) -> None:
+        """Free the base and the adapter, whose memory the verification of the written model needs."""
+        del self._base
+        gc.collect()  # modules form reference cycles
 
     def _equal(self, name: str, twin: str) -> bool:
         """Compare the bytes of two tensors, one of them in memory at a time."""
@@ -84,39 +90,40 @@ class MergedModel:
         return rounded
 
     def _exact(self, name: str) -> Tensor:
-        *path, leaf = name.split(".")
+        """Return a tensor before it is rounded, laid out as in `plain`."""
+        path, _, leaf = name.rpartition(".")
         module: Any = self._base
-        trained = False
-        for part in path:
+        for part in path.split("."):
             module = getattr(module, part)
             if isinstance(module, ModulesToSaveWrapper):
-                trained = trained or self._adapter in module.modules_to_save
                 module = dict(module.modules_to_save.items()).get(self._adapter, module.original_module)
-        if trained:
-            return getattr(module, leaf)
-        if leaf == "weight" and isinstance(module, LoraLayer) and self._adapter in module.scaling:
-            return _lora_weight(module, self._adapter, self._read(name))
-        if leaf == "weight" and isinstance(module, TrainableTokensWrapper):
-            tokens = module.token_adapter
-            if self._adapter in tokens.token_indices:
-                rows = torch.tensor(tokens.token_indices[self._adapter])
-                delta = tokens.trainable_tokens_delta[self._adapter].detach().cpu()
-                weight = self._read(name)
-                return weight.index_copy(0, rows, delta.to(weight.dtype))
-        return self._read(name)
+        layer = _base_layer(module)
+        if leaf != "weight":
+            tensor: Tensor = getattr(layer, leaf)
+            return tensor
+        weight = dequantized(layer).cpu()
+        if isinstance(module, LoraLayer) and self._adapter in module.scaling:
+            weight = _lora_weight(module, self._adapter, weight)
+        elif isinstance(module, TrainableTokensWrapper) and self._adapter in module.token_adapter.token_indices:
+            rows = torch.tensor(module.token_adapter.token_indices[self._adapter])
+            trained = module.token_adapter.trainable_tokens_delta[self._adapter].detach().cpu()
+            weight = weight.index_copy(0, rows, trained.to(weight.dtype))
+        # Quantization turns a Conv1D into a linear layer, whose weight is transposed.
+        is_transposed = isinstance(self.plain.get_submodule(path), Conv1D) and not isinstance(layer, Conv1D)
+        return weight.T if is_transposed else weight
 
 
 def write_folder(merged: MergedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write weights, configs and tokenizer into an existing folder; raises ResourceError if the disk is too small."""
-    specs = [_spec(name, tensor, merged.dtype) for name, tensor in merged.names.items()]
-    _check_space(folder, sum(spec.num_bytes for spec in specs))
-    _write_weights(folder, specs, merged)
+    specs = {name: _spec(name, tensor, merged.dtype) for name, tensor in merged.names.items()}
+    _check_space(folder, sum(spec.num_bytes for spec in specs.values()))
+    _write_weights(folder, merged, specs)
     _write_configs(folder, merged.plain)
     tokenizer.save_pretrained(folder)
 
 
-def _plain_twin(config: Any) -> PreTrainedModel:
-    """Build the model without data, as a new process will, for the names of its tensors."""
+def _on_meta(config: Any) -> PreTrainedModel:
+    """Build a model without data, for the names of its tensors."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
@@ -149,7 +156,14 @@ def _check_adapter(base: PreTrainedModel, adapter: str) -> None:
             known = isinstance(module.get_base_layer(), (nn.Linear, Conv1D, nn.Embedding))
             if not known or (variant and not module.use_dora.get(adapter)) or module.lora_bias.get(adapter):
                 kind = type(variant or module.get_base_layer()).__name__
-                raise MismatchError(f"{name}: an adapter of this kind ({kind}, or with biases) cannot be merged")
+                raise MismatchError(f"{name}: an adapter of type {kind}, or with biases, cannot be merged")
+
+
+def _base_layer(module: Any) -> Any:
+    """Return the base's own layer inside PEFT's wrappers."""
+    while isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper)):
+        module = module.get_base_layer() if isinstance(module, LoraLayer) else module.original_module
+    return module
 
 
 def _lora_weight(layer: Any, adapter: str, weight: Tensor) -> Tensor:
@@ -158,7 +172,7 @@ def _lora_weight(layer: Any, adapter: str, weight: Tensor) -> Tensor:
     delta = layer.get_delta_weight(adapter).detach().cpu()
     merged = delta.to(torch.promote_types(weight.dtype, torch.float32)).contiguous().add_(weight)
     if layer.use_dora.get(adapter):
-        inputs = 0 if isinstance(innermost_layer(layer), (Conv1D, nn.Embedding)) else 1
+        inputs = 0 if isinstance(_base_layer(layer), (Conv1D, nn.Embedding)) else 1
         norm = torch.linalg.vector_norm(merged, dim=inputs, keepdim=True)
         merged *= layer.lora_magnitude_vector[adapter].weight.detach().cpu().view_as(norm) / norm
     return merged
@@ -177,22 +191,17 @@ def _check_space(folder: Path, weights_bytes: int) -> None:
         )
 
 
-def _write_weights(folder: Path, every: list[durable.TensorSpec], merged: MergedModel) -> None:
+def _write_weights(folder: Path, merged: MergedModel, specs: dict[str, durable.TensorSpec]) -> None:
     """Write one file, or shards of at most SHARD_BYTES with an index, named as transformers names them."""
-    shards: list[list[durable.TensorSpec]] = [[]]
-    for spec in every:
-        if shards[-1] and sum(s.num_bytes for s in shards[-1]) + spec.num_bytes > SHARD_BYTES:
-            shards.append([])
-        shards[-1].append(spec)
-    weight_map: dict[str, str] = {}
-    for number, specs in enumerate(shards, start=1):
-        part = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
-        file = f"model{part}.safetensors"
-        durable.write_tensors(folder / file, specs, (_bytes(merged[s.name]) for s in specs), {"format": "pt"})
-        weight_map |= {s.name: file for s in specs}
-    if len(shards) > 1:
-        total = sum(s.num_bytes for specs in shards for s in specs)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    plan = split_state_dict_into_shards_factory(
+        specs, get_storage_size=lambda spec: spec.num_bytes, filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD_BYTES,
+    )  # fmt: skip
+    for file, names in plan.filename_to_tensors.items():
+        buffers = (_bytes(merged[name]) for name in names)
+        durable.write_tensors(folder / file, [specs[name] for name in names], buffers, {"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         durable.write_json(folder / "model.safetensors.index.json", index)
 
 
@@ -202,8 +211,8 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 def _write_configs(folder: Path, plain: PreTrainedModel) -> None:
     settings = json.loads(plain.config.to_json_string())
-    # Only transformers 5 knows the new names. Readers of the old ones (transformers 4, mlx-lm, converters) would
-    # silently use a rope_theta of 10,000, and float32.
+    # Only transformers 5 knows the new names. Without the old ones transformers 4, mlx-lm and converters would
+    # silently use a rope_theta of 10,000 and float32.
     settings["torch_dtype"] = settings["dtype"]
     rope = settings.get("rope_parameters") or {}
     if "rope_theta" in rope:

@@ -9,6 +9,7 @@ The lower loss wins. If the losses differ by less than noise (two standard error
 the lower KL(attached || merged) wins: the model that is closer to the one that was trained and evaluated.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -35,7 +36,7 @@ _TOKENS_PER_PASS = 1024  # logits of two models are in memory: 0.4 GB for a voca
 
 @dataclass(frozen=True)
 class Target:
-    """Loss of a merged model in nats per token, and KL of its distributions from the attached adapter's."""
+    """Loss of a merged model in nats per token, and KL(attached || merged) in nats per token."""
 
     loss: float
     kl: float
@@ -45,7 +46,7 @@ class Target:
 class Comparison:
     """The losses on `tokens` supervised tokens of `rows` rows, and the better target.
 
-    Losses that differ by less than `noise` count as equal. dtype: of the merged weights.
+    Losses that differ by less than `noise` count as equal. `dtype` is the merged weights'.
     """
 
     better: BaseWeights
@@ -73,8 +74,10 @@ class Comparison:
         return table
 
     def _reason(self) -> str:
-        apart = abs(self.dequantized.loss - self.original.loss)
-        return "lower loss" if apart > self.noise else f"closer to the adapter, losses within noise ({self.noise:.4f})"
+        difference = abs(self.dequantized.loss - self.original.loss)
+        if difference > self.noise:
+            return "lower loss"
+        return f"closer to the adapter, losses within noise ({self.noise:.4f})"
 
 
 @torch.no_grad()
@@ -83,25 +86,29 @@ def compare(
 ) -> Comparison:
     """Compare both merged models with the adapter attached to its quantized base, on that base's device.
 
-    Only `attached` is in memory as a whole; the merged models are streamed layer by layer. Raises NonFiniteError.
+    The merged models are computed layer by layer, so that the device holds the quantized base only. Raises
+    NonFiniteError if a loss is not finite.
     """
-    merged = {kind: _Streamed(tensors, attached.device) for kind, tensors in targets.items()}
-    own: list[Tensor] = []
-    losses: dict[BaseWeights, list[Tensor]] = {kind: [] for kind in merged}
-    divergence = dict.fromkeys(merged, 0.0)
+    attached_losses: list[Tensor] = []
+    merged_losses: dict[BaseWeights, list[Tensor]] = {kind: [] for kind in targets}
+    divergence = dict.fromkeys(targets, 0.0)
     capacity = max(_TOKENS_PER_PASS, longest_group(examples))
     with accelerated(attached, _PLAIN) as made:
         packs = made.paths.packs and made.paths.longest_shared is None
-    for packed in micro_batches(examples, capacity, packs):
-        batch = packed.to(attached.device)
-        expected, loss = _log_probs(attached, batch)
-        own.append(loss)
-        for kind, model in merged.items():
-            found, loss = _log_probs(model, batch)
-            losses[kind].append(loss)
-            divergence[kind] += float((expected.exp() * (expected - found)).sum(dim=-1).double().sum())
-    base = torch.cat(own)
-    both = {kind: torch.cat(parts) for kind, parts in losses.items()}
+    with contextlib.ExitStack() as stack:
+        for merged in targets.values():
+            use_placeholders(merged.plain.eval(), attached.device)
+            stack.enter_context(streamed(merged.plain, merged.__getitem__))
+        for packed in micro_batches(examples, capacity, packs):
+            batch = packed.to(attached.device)
+            expected, loss = _log_probs(attached, batch)
+            attached_losses.append(loss)
+            for kind, merged in targets.items():
+                found, loss = _log_probs(merged.plain, batch)
+                merged_losses[kind].append(loss)
+                divergence[kind] += float((expected.exp() * (expected - found)).sum(dim=-1).double().sum())
+    base = torch.cat(attached_losses)
+    both = {kind: torch.cat(losses) for kind, losses in merged_losses.items()}
     num = len(base)
     if not all(torch.isfinite(loss).all() for loss in (base, *both.values())):
         raise NonFiniteError("an eval loss is not finite: the weights of the base or of the adapter are broken")
@@ -116,21 +123,9 @@ def compare(
 
 
 def better(targets: dict[BaseWeights, Target], noise: float) -> BaseWeights:
-    """Return the target of lower loss, or of lower KL if the losses are within `noise`."""
-    apart = abs(targets[BaseWeights.original].loss - targets[BaseWeights.dequantized].loss)
-    return min(targets, key=lambda kind: targets[kind].loss if apart > noise else targets[kind].kl)
-
-
-class _Streamed:
-    """A merged model that can be called as if it were in memory."""
-
-    def __init__(self, tensors: MergedModel, device: torch.device) -> None:
-        self._model, self._tensors = tensors.plain.eval(), tensors
-        self._modules = use_placeholders(self._model, device)
-
-    def __call__(self, **inputs: Any) -> Any:
-        with streamed(self._model, self._modules, self._tensors.__getitem__):
-            return self._model(**inputs)
+    """Return the target of lower loss, or of lower KL if the losses differ by at most `noise`."""
+    difference = abs(targets[BaseWeights.original].loss - targets[BaseWeights.dequantized].loss)
+    return min(targets, key=lambda kind: targets[kind].loss if difference > noise else targets[kind].kl)
 
 
 def _log_probs(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@
                              "dropout": 0.0, "keys": ["mlp.down_proj", "self_attn.q_proj", ...]}}
 
 mlx-lm has one rank and one scale for all layers. A layer of lower rank is padded with zeros, and a different scale is
-multiplied into its B, which compute the same. Format: mlx-lm 0.32.2, tuner/utils.py.
+multiplied into its B; the product stays the same. Format: mlx-lm 0.32.2, tuner/utils.py.
 """
 
 import re
@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peft import LoraConfig
 
 from lora_ft.errors import MismatchError
 from lora_ft.export import lora_weights
-from lora_ft.export.gguf.layout import read_config
+from lora_ft.export.gguf.layout import family_and_config
 from lora_ft.export.lora_weights import REMEDY, LayerWeights
 from lora_ft.io import durable
 from lora_ft.models.families import Family
@@ -25,14 +24,13 @@ from lora_ft.models.families import Family
 _LAYER = re.compile(r"model\.(layers|h)\.\d+\.(?P<key>.+)")
 
 
-def write(adapter: Path, base_config: dict[str, Any], folder: Path, saved: LoraConfig | None = None) -> None:
-    """Write the PEFT adapter in folder `adapter` for mlx-lm; `base_config` is the base's config.json,
-    `saved` the adapter's config if it was read already.
+def write(adapter: Path, base_config: dict[str, Any], folder: Path) -> None:
+    """Write the PEFT adapter in folder `adapter` for mlx-lm; `base_config` is the base's config.json.
 
     Raises MismatchError for an adapter that mlx-lm computes differently, ConfigError for an unknown architecture.
     """
-    family, base = read_config(base_config, "MLX adapters")
-    found = lora_weights.read(adapter, saved)
+    family, base = family_and_config(base_config, "MLX adapters")
+    found = lora_weights.read(adapter)
     for layer in found.layers:
         _check(adapter, family, layer, base, dora=found.config.use_dora)
     rank = max((layer.rank for layer in found.layers), default=found.config.r)
@@ -70,7 +68,8 @@ def _check(adapter: Path, family: Family, layer: LayerWeights, base: Any, *, dor
         return
     if base.tie_word_embeddings or family.model_type == "gpt2":  # mlx-lm's GPT-2 has no head of its own
         raise MismatchError(
-            f"{adapter}: {layer.module} is both ends of the model for mlx-lm, one for the adapter; {REMEDY}"
+            f"{adapter}: mlx-lm would apply the adapter of {layer.module} to embedding and head, which share one "
+            f"matrix; {REMEDY}"
         )
     if layer.embedding and dora:
         raise MismatchError(
@@ -79,14 +78,14 @@ def _check(adapter: Path, family: Family, layer: LayerWeights, base: Any, *, dor
 
 
 def _matrices(layer: LayerWeights, rank: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return lora_a [in, rank] and lora_b [rank, out] that compute the same as PEFT with mlx-lm's one scale."""
+    """Return lora_a [in, rank] and lora_b [rank, out], whose product times `scale` is the layer's update."""
     zeros = ((0, 0), (0, rank - layer.rank))
     return np.pad(layer.a.T, zeros), np.pad(layer.rescaled_b(scale), zeros).T
 
 
 def _keys(names: list[str], layers: int) -> list[str]:
-    """Return names within a layer if all layers are adapted alike, which other readers expect; else full names."""
+    """Return names within a layer if every layer has the same ones, as other readers expect; else full names."""
     inside = [match["key"] for name in names if (match := _LAYER.fullmatch(name))]
     outside = [name for name in names if not _LAYER.fullmatch(name)]
-    alike = len(inside) == layers * len(set(inside))
-    return sorted({*inside, *outside}) if alike else sorted(names)
+    is_uniform = len(inside) == layers * len(set(inside))
+    return sorted({*inside, *outside}) if is_uniform else sorted(names)

@@ -1,13 +1,13 @@
-"""Reduce the rank of an adapter: keep the nearest update of lower rank of each layer's s B A, by SVD.
+"""Reduce the rank of an adapter: replace each layer's update s B A by the nearest one of lower rank, by SVD.
 
-B A = Qb (Rb Ra') Qa'        two thin QR decompositions and an SVD of an r by r matrix: exact, in milliseconds
-    = U S V'                 the first k singular values give the nearest matrix of rank k (Eckart-Young)
+s B A = Qb (s Rb Ra') Qa'    two thin QR decompositions and an SVD of an r by r matrix: exact, in milliseconds
+      = U S V'               the first k singular values give the nearest matrix of rank k (Eckart-Young)
 new B = U sqrt(S), new A = sqrt(S) V', scale 1
 
-rank   loss      of the update's norm
-   4   2.1430    91.2 %
-   8   2.0990    98.4 %      <- written
-  16   2.0870   100.0 %
+rank   eval loss   of the update's norm
+   4      2.1430                  91.2%
+   8      2.0990                  98.4%   written
+  16      2.0870                 100.0%
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ from lora_ft.errors import ConfigError, MismatchError
 
 @dataclass(frozen=True)
 class Update:
-    """A layer's update as `left` [out, r] times `right` [r, in] in float64, singular values in descending order."""
+    """A layer's update as `left` [out, r] times `right` [r, in] in float64; singular values in descending order."""
 
     left: Tensor
     right: Tensor
@@ -52,11 +52,11 @@ def check(folder: Path, rank: int) -> LoraConfig:
     files.check_settings(folder, saved, files.PLAIN | {"modules_to_save", "trainable_token_indices"})
     if saved.use_dora:
         raise MismatchError(
-            f"{folder} is a DoRA: its magnitudes were trained for the norm of W + s B A, which a lower rank changes; "
-            "merge it, or train it with a smaller adapter.r"
+            f"{folder} is a DoRA adapter, whose magnitudes were trained for the norm of W + s B A, which a lower rank "
+            "changes: merge it into its base, or train it with a smaller adapter.r"
         )
     if not all((saved.lora_alpha, *saved.alpha_pattern.values())):
-        raise MismatchError(f"{folder} has a lora_alpha of 0, and so no effect")
+        raise MismatchError(f"{folder} has a layer with lora_alpha=0, which has no effect")
     highest = max([saved.r, *saved.rank_pattern.values()])
     if rank >= highest:
         raise ConfigError(f"truncate_rank must be below the adapter's rank, {highest}, got {rank}")
@@ -91,7 +91,7 @@ def decomposed(left: Tensor, right: Tensor, scale: float) -> Update:
 
 
 def tensors(model: PeftModel, name: str, found: dict[str, Update]) -> dict[str, Tensor]:
-    """Return the adapter's tensors under PEFT's file keys, its updates replaced by these, for scale 1."""
+    """Return the adapter's tensors under PEFT's file keys, with A and B of these updates at scale 1."""
     kept = files.tensors_of(model, name)
     for key in kept:
         layer, _, part = key.removesuffix(".weight").removeprefix("base_model.model.").rpartition(".")
@@ -112,9 +112,9 @@ def settings(saved: LoraConfig, found: dict[str, Update]) -> LoraConfig:
 def compare_ranks(
     model: PeftModel, name: str, found: dict[str, Update], rank: int, loss: Callable[[], float] | None
 ) -> list[RankQuality]:
-    """Measure powers of two, `rank` and the present rank; the attached adapter is set to each, then restored.
+    """Measure powers of two, `rank` and the adapter's own rank; the attached adapter is set to each, then restored.
 
-    `loss` returns the loss of the model with its current weights.
+    `loss` returns the eval loss of the model with its current weights.
     """
     highest = max(len(update.values) for update in found.values())
     ranks = sorted({rank, highest, *(1 << n for n in range(highest.bit_length()))})

@@ -17,7 +17,6 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lora_ft.errors import MismatchError
-from lora_ft.export.weight_stream import dequantized
 from lora_ft.models.acceleration import plain_attention, replaced_forwards
 from lora_ft.models.load import quiet
 
@@ -26,11 +25,11 @@ _PROBE_TOKENS = 64
 
 @dataclass(frozen=True)
 class Probe:
-    """Logits [T, V] in float32, on the CPU, of a model with its adapter attached, for the token ids [T]."""
+    """Logits [T, V] in float32, on the CPU, of a model in `dtype` with its adapter attached, for token ids [T]."""
 
     ids: Tensor
     logits: Tensor
-    device: torch.device
+    dtype: torch.dtype
 
 
 def probe(model: PeftModel, num_tokens: int) -> Probe:
@@ -44,7 +43,7 @@ def probe(model: PeftModel, num_tokens: int) -> Probe:
     ids = torch.linspace(0, num_tokens - 1, length).long()
     with plain_attention(base), replaced_forwards(_exact_products(base)):
         logits = _logits(base, ids)
-    return Probe(ids, logits, base.device)
+    return Probe(ids, logits, base.dtype)
 
 
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -68,25 +67,53 @@ def _product(layer: Any, inputs: Tensor) -> Tensor:
     return linear(inputs, dequantized(layer).to(inputs.dtype), bias)
 
 
-def check(folder: Path, expected: Probe) -> float:
-    """Load the written folder and return the `distance` of its logits from the expected ones.
+def dequantized(layer: Any) -> Tensor:
+    """Return the weight that a layer computes with, dequantized by bitsandbytes if it is quantized."""
+    weight = layer.weight
+    kind = type(weight).__name__
+    if kind == "Params4bit":
+        from bitsandbytes.functional import dequantize_4bit
 
-    Raises MismatchError if tensors are missing or unexpected, or if the distance is above `tolerance`.
-    """
+        return dequantize_4bit(weight.data, weight.quant_state)
+    if kind == "Int8Params":
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        # The row scales move from the weight to the layer's state at the first forward.
+        scales = weight.SCB if weight.SCB is not None else layer.state.SCB
+        return int8_vectorwise_dequant(weight.data, scales)
+    return weight.detach()
+
+
+def load(folder: Path) -> PreTrainedModel:
+    """Load a merged model on the CPU with transformers alone; raises MismatchError if its tensors are not complete."""
     with quiet():
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", device_map={"": expected.device},
-            use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True,
+            folder, dtype="auto", use_safetensors=True, local_files_only=True, trust_remote_code=False,
+            output_loading_info=True,
         )  # fmt: skip
     if wrong := [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]:
-        raise MismatchError(f"the merged model would not load: {len(wrong)} tensors wrong, first {wrong[0]}")
-    found, bound = distance(_logits(model, expected.ids), expected.logits, model.dtype), tolerance(model.dtype)
-    if not found <= bound:
         raise MismatchError(
-            f"the merged model is not the adapter on its base: its logits are {found:.1e} away, "
-            f"{bound:.1e} is allowed in {model.dtype}; nothing was written"
+            f"{folder}: {len(wrong)} tensors are missing, not expected or of another shape, first {wrong[0]}"
         )
-    return found
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def check(folder: Path, expected: Probe) -> tuple[float, float]:
+    """Load the written folder; return the `distance` of its logits from the expected ones, and the allowed distance.
+
+    Raises MismatchError if tensors are missing or unexpected, or if the distance is above the allowed one, which is the
+    `tolerance` of the coarser dtype.
+    """
+    model = load(folder)
+    coarser = max(model.dtype, expected.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    found, allowed = distance(_logits(model, expected.ids), expected.logits, coarser), tolerance(coarser)
+    if not found <= allowed:
+        raise MismatchError(
+            f"the merged model differs from base and adapter: its logits are {found:.1e} away from theirs, "
+            f"{allowed:.1e} is allowed in {coarser}; nothing was written"
+        )
+    return found, allowed
 
 
 def distance(logits: Tensor, expected: Tensor, dtype: torch.dtype) -> float:

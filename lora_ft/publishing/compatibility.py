@@ -1,13 +1,12 @@
 """Programs that can load an adapter: one verdict for each, with the reason and a remedy.
 
     program        verdict   reason
-    PEFT           OK        0.14.0 or newer
+    PEFT           OK        0.14.0 or newer, according to the keys of its config
     vLLM           WARN      rank 64 is above its default of 16: start it with --max-lora-rank 64
-    Ollama         REFUSED   loads no adapters since 0.34.1: merge, lora-ft merge ... gguf=q8_0
+    Ollama         REFUSED   loads no adapters since 0.34.1              remedy: merge it: lora-ft merge ... gguf=q8_0
 
-This works on any adapter folder, and reads nothing else but the config of the base if it is known. Each rule names the
-source code or issue of the program that it follows; no program is run. A question mark behind a source means that the
-rule was inferred from other rules and that source was not read.
+The check reads an adapter folder and, if it is known, the config of its base; no program is run. To support another
+program, add it to PROGRAMS and its limits to _RULES.
 """
 
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_ft.models import families
 from lora_ft.publishing import adapter_checks, adapter_facts
 from lora_ft.publishing.adapter_facts import AdapterFacts, Level
 
@@ -27,13 +27,9 @@ _CONVERT = (
     "publish it with its initial matrices beside it (pissa_changed_base, ...), or convert it to a plain LoRA "
     "(PEFT: path_initial_model_for_weight_conversion)"
 )
-_VLLM = "vLLM 0.32, vllm/lora/peft_helper.py"
-_LLAMA = "llama.cpp b10605, src/llama-adapter.cpp"
-_MLX = "mlx-lm 0.32.2, mlx_lm/tuner/utils.py"
 
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-_VLLM_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
-_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")  # gguf_adapter and mlx write these
+_UNCHANGED_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 _HEADS, _EMBEDDINGS = ("lm_head", "embed_out"), ("embed_tokens", "wte", "embed_in")
 
 # The first release x.y.0 of PEFT whose LoraConfig has a key; "init" is init_lora_weights.
@@ -58,29 +54,27 @@ _TOLERANT = (0, 14)  # since this release PEFT drops unknown keys with a warning
 _DESCRIPTIVE = ("peft_version", "qalora_group_size")  # the result does not depend on these keys
 
 
-_Reason = Callable[[AdapterFacts], str | None]
+_Reason = Callable[[AdapterFacts], str | None]  # describes the limit that an adapter exceeds; None if it exceeds none
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result for one program; `source` names the code or issue it follows."""
+    """The result for one program, or a fault of the files; `remedy` is empty if nothing can be done."""
 
     program: str
     level: Level
     reason: str
     remedy: str = ""
-    source: str = ""
 
 
 @dataclass(frozen=True)
 class _Rule:
-    """A limit of one program: `reason` describes it for an adapter, or returns None if the adapter stays within it."""
+    """A limit of one program, and what to do if an adapter exceeds it."""
 
     program: str
     level: Level
     reason: _Reason
     remedy: str
-    source: str
 
 
 def verdicts(folder: Path, base_config: dict[str, Any] | None) -> list[Verdict]:
@@ -89,42 +83,41 @@ def verdicts(folder: Path, base_config: dict[str, Any] | None) -> list[Verdict]:
     `base_config` is the base's config.json; rules that need it are skipped without it. The content of the files never
     makes this function raise.
     """
-    found = adapter_facts.read(folder, base_config)
-    faults = [Verdict(FILES, f.level, f.reason, f.remedy) for f in adapter_checks.check(folder, found)]
-    return [*faults, *(_verdict(program, found) for program in PROGRAMS)]
+    facts = adapter_facts.read(folder, base_config)
+    faults = [Verdict(FILES, f.level, f.reason, f.remedy) for f in adapter_checks.check(folder, facts)]
+    return [*faults, *(_verdict(program, facts) for program in PROGRAMS)]
 
 
 def is_unusable(found: list[Verdict]) -> bool:
-    """Return whether the files are broken or no program can load them."""
+    """Return True if the files are broken or no program can load them."""
     refused = {v.program for v in found if v.level is Level.REFUSED}
     return FILES in refused or refused.issuperset(PROGRAMS)
 
 
-def _verdict(program: str, found: AdapterFacts) -> Verdict:
+def _verdict(program: str, facts: AdapterFacts) -> Verdict:
     """Return the worst level among the rules of a program, with all reasons of that level."""
-    if not found.config or not (found.layers or found.whole):
+    if not facts.config or not (facts.layers or facts.whole):
         return Verdict(program, Level.REFUSED, "there is no adapter that can be read")
-    hits = [(rule, reason) for rule in _RULES if rule.program == program and (reason := rule.reason(found))]
+    hits = [(rule, reason) for rule in _RULES if rule.program == program and (reason := rule.reason(facts))]
     worst = max((rule.level for rule, _ in hits), default=Level.OK)
-    chosen = [(rule, reason) for rule, reason in hits if rule.level is worst]
     if worst is Level.OK:
-        return Verdict(program, worst, _requirement(program, found))
-    remedies, sources = ([*dict.fromkeys(getattr(rule, part) for rule, _ in chosen)] for part in ("remedy", "source"))
-    return Verdict(program, worst, "; ".join(reason for _, reason in chosen), "; ".join(filter(None, remedies)),
-                   "; ".join(sources))  # fmt: skip
+        return Verdict(program, worst, _requirement(program, facts))
+    reasons = "; ".join(reason for rule, reason in hits if rule.level is worst)
+    remedies = dict.fromkeys(rule.remedy for rule, _ in hits if rule.level is worst and rule.remedy)
+    return Verdict(program, worst, reasons, "; ".join(remedies))
 
 
-def _requirement(program: str, found: AdapterFacts) -> str:
+def _requirement(program: str, facts: AdapterFacts) -> str:
     """Return the condition under which a program without objections loads the adapter."""
     match program:
         case "PEFT":
-            return f"{minimum_peft(found.config)} or newer, according to the keys of its config"
+            return f"{minimum_peft(facts.config)} or newer, according to the keys of its config"
         case "llama.cpp":
-            return "adapter.gguf" if "adapter.gguf" in found.names else "after conversion: publish with formats=[gguf]"
+            return "adapter.gguf" if "adapter.gguf" in facts.names else "after conversion: publish with formats=[gguf]"
         case "MLX":
-            there = "mlx/adapters.safetensors" in found.names
-            return "the folder mlx" if there else "after conversion: publish with formats=[mlx]"
-    return "as it is"
+            is_converted = "mlx/adapters.safetensors" in facts.names
+            return "the folder mlx" if is_converted else "after conversion: publish with formats=[mlx]"
+    return "no conversion needed"
 
 
 def minimum_peft(config: dict[str, Any]) -> str:
@@ -139,124 +132,120 @@ def minimum_peft(config: dict[str, Any]) -> str:
 
 
 def _feature(name: str, holds: Callable[[AdapterFacts], Any]) -> _Reason:
-    return lambda found: name if holds(found) else None
+    return lambda facts: name if holds(facts) else None
 
 
-def _has(key: str) -> Callable[[AdapterFacts], Any]:
-    return lambda found: found.config.get(key)
-
-
-_dora = _feature("DoRA", _has("use_dora"))
+_dora = _feature("DoRA", lambda f: f.config.get("use_dora"))
 _saved = _feature("layers trained in full (modules_to_save)", lambda f: f.config.get("modules_to_save") or
-               (f.whole and f.config.get("bias", "none") == "none"))  # fmt: skip
+                  (f.whole and f.config.get("bias", "none") == "none"))  # fmt: skip
 _biases = _feature(
     "biases", lambda f: f.config.get("bias", "none") != "none" or f.config.get("lora_bias") or f.has_biases
 )
 _tokens = _feature("trained rows of tokens", lambda f: f.has_tokens or f.config.get("trainable_token_indices"))
-_activated = _feature("activated LoRA", _has("alora_invocation_tokens"))
+_activated = _feature("activated LoRA", lambda f: f.config.get("alora_invocation_tokens"))
 _tied_head = _feature(
     "the head is adapted, and shares its matrix with the embedding", lambda f: f.is_tied and f.adapts(*_HEADS)
 )
 _tied_ends = _feature("embedding or head are adapted, and share one matrix",
-              lambda f: f.is_tied and f.adapts(*_HEADS, *_EMBEDDINGS))  # fmt: skip
+                      lambda f: f.is_tied and f.adapts(*_HEADS, *_EMBEDDINGS))  # fmt: skip
 _varying = _feature("ranks or alphas that differ between layers",
-                lambda f: f.config.get("rank_pattern") or f.config.get("alpha_pattern"))  # fmt: skip
+                    lambda f: f.config.get("rank_pattern") or f.config.get("alpha_pattern"))  # fmt: skip
 
 
-def _changed_base(found: AdapterFacts) -> str | None:
-    init = found.config.get("init_lora_weights")
-    keeps_base = not isinstance(init, str) or init in _VLLM_INITS
+def _changed_base(facts: AdapterFacts) -> str | None:
+    init = facts.config.get("init_lora_weights")
+    keeps_base = not isinstance(init, str) or init in _UNCHANGED_INITS
     return None if keeps_base else f"init_lora_weights={str(init)[:40]} changed the base during training"
 
 
-def _rare(found: AdapterFacts) -> str | None:
+def _rare(facts: AdapterFacts) -> str | None:
     names = [n for n in ("layer_replication", "use_qalora", "use_bdlora", "target_parameters", "arrow_config",
-                         "monteclora_config", "velora_config", "kasa_config") if found.config.get(n)]  # fmt: skip
+                         "monteclora_config", "velora_config", "kasa_config") if facts.config.get(n)]  # fmt: skip
     return f"{', '.join(names)} in its config" if names else None
 
 
-def _missing_layer(found: AdapterFacts) -> str | None:
-    targets = found.config.get("target_modules")
-    missing = [t for t in map(str, targets) if not found.has_layer(t)] if isinstance(targets, list) else []
-    return f"the base has no layer {missing[0]}, which target_modules names" if missing and found.base_shapes else None
+def _missing_layer(facts: AdapterFacts) -> str | None:
+    targets = facts.config.get("target_modules")
+    missing = [t for t in map(str, targets) if not facts.has_layer(t)] if isinstance(targets, list) else []
+    return f"the base has no layer {missing[0]}, which target_modules names" if missing and facts.base_shapes else None
 
 
-def _vllm_rank(found: AdapterFacts) -> str | None:
-    allowed = next((r for r in _VLLM_RANKS if r >= found.rank), None)
+def _vllm_rank(facts: AdapterFacts) -> str | None:
+    allowed = next((r for r in _VLLM_RANKS if r >= facts.rank), None)
     if allowed is None or allowed <= 16:
         return None
-    return f"rank {found.rank} is above its default of 16: start it with --max-lora-rank {allowed}"
+    return f"rank {facts.rank} is above its default of 16: start it with --max-lora-rank {allowed}"
 
 
-def _vllm_saved(found: AdapterFacts) -> str | None:
-    saved = found.config.get("modules_to_save")
+def _vllm_saved(facts: AdapterFacts) -> str | None:
+    saved = facts.config.get("modules_to_save")
     names = {str(name) for name in saved} if isinstance(saved, list) else {str(saved)} - {"None"}
-    whole = {key for key in found.whole if not any(f".{name}." in f".{key}" for name in names)}
-    return _saved(found) if whole or names - {"classifier", "score"} else None
+    whole = {key for key in facts.whole if not any(f".{name}." in f".{key}" for name in names)}
+    return _saved(facts) if whole or names - {"classifier", "score"} else None
 
 
-def _more_tokens(found: AdapterFacts) -> str | None:
-    rows = found.base_config.get("vocab_size")
-    if not isinstance(rows, int) or found.num_tokens is None or found.num_tokens <= rows:
+def _more_tokens(facts: AdapterFacts) -> str | None:
+    rows = facts.base_config.get("vocab_size")
+    if not isinstance(rows, int) or facts.num_tokens is None or facts.num_tokens <= rows:
         return None
-    return f"its tokenizer has {found.num_tokens} tokens, the base has {rows} embedding rows"
+    return f"its tokenizer has {facts.num_tokens} tokens, the base has {rows} embedding rows"
 
 
-def _resize(found: AdapterFacts) -> str | None:
-    more = _more_tokens(found)
-    return more and f"{more}: base.resize_token_embeddings({found.num_tokens}, mean_resizing=False) first"
+def _resize(facts: AdapterFacts) -> str | None:
+    more = _more_tokens(facts)
+    return more and f"{more}: base.resize_token_embeddings({facts.num_tokens}, mean_resizing=False) first"
 
 
-def _no_writer(found: AdapterFacts) -> str | None:
-    known = found.architecture is None or found.architecture in _FAMILIES
-    return None if known else f"no writer for bases of architecture {found.architecture}"
+def _no_writer(facts: AdapterFacts) -> str | None:
+    is_known = facts.architecture is None or families.family(facts.architecture)
+    return None if is_known else f"lora-ft cannot write its format for bases of type {facts.architecture}"
 
 
-def _upstream_gguf(found: AdapterFacts) -> str | None:
-    if "adapter.gguf" in found.names:
+def _upstream_gguf(facts: AdapterFacts) -> str | None:
+    if "adapter.gguf" in facts.names:
         return None
-    wrong = [what for what, holds in (
-        ("rsLoRA's scale", found.config.get("use_rslora")), ("alpha_pattern", found.config.get("alpha_pattern")),
-        ("GPT-2's layout", found.architecture == "gpt2")) if holds]  # fmt: skip
+    wrong = [feature for feature, holds in (
+        ("rsLoRA's scale", facts.config.get("use_rslora")), ("alpha_pattern", facts.config.get("alpha_pattern")),
+        ("GPT-2's layout", facts.architecture == "gpt2")) if holds]  # fmt: skip
     return f"its own convert_lora_to_gguf.py converts {' and '.join(wrong)} incorrectly" if wrong else None
 
 
-def _rules(program: str, source: str, remedy: str, *reasons: _Reason) -> tuple[_Rule, ...]:
-    return tuple(_Rule(program, Level.REFUSED, reason, remedy, source) for reason in reasons)
+def _rules(programs: str, level: Level, remedy: str, *reasons: _Reason) -> tuple[_Rule, ...]:
+    return tuple(_Rule(program, level, reason, remedy) for program in programs.split(", ") for reason in reasons)
 
 
+# The comment above a rule names the source code or issue it follows. A question mark: inferred, the code was not read.
 _RULES = (
-    _Rule("PEFT", Level.WARN, _changed_base, _CONVERT, "peft 0.21.2, tuners/lora/model.py, subtract_mutated_init"),
-    _Rule("PEFT", Level.WARN, _resize, "", "peft 0.21.2, tuners/trainable_tokens"),
-    _Rule("PEFT", Level.WARN, _tied_head, "train without it: a merge applies the change twice or not at all",
-          "peft issue 2018"),
-    *_rules("transformers", "transformers 5.23, integrations/peft.py: reads A and B only", "load it with PEFT",
-            _dora, _saved, _biases, _tokens, _activated),
-    _Rule("transformers", Level.WARN, _changed_base, _CONVERT,
-          "peft 0.21.2, tuners/lora/model.py, subtract_mutated_init"),
-    _Rule("transformers", Level.WARN, _resize, "", "peft 0.21.2, tuners/trainable_tokens"),
-    *_rules("vLLM", _VLLM, _MERGE, _dora, _biases, _vllm_saved, _activated, _rare, _tokens),
-    *_rules("vLLM", _VLLM, "remove it from target_modules", _missing_layer),
-    *_rules("vLLM", _VLLM, _CONVERT, _changed_base),
-    *_rules("vLLM", "vLLM 0.32, vllm/config/lora.py: at most 512", "lora-ft merge truncate_rank=512",
+    # peft 0.21.2, tuners/lora/model.py, subtract_mutated_init
+    *_rules("PEFT, transformers", Level.WARN, _CONVERT, _changed_base),
+    *_rules("vLLM, SGLang, llama.cpp, MLX", Level.REFUSED, _CONVERT, _changed_base),
+    # peft 0.21.2, tuners/trainable_tokens
+    *_rules("PEFT, transformers", Level.WARN, "", _resize),
+    # peft issue 2018
+    *_rules("PEFT", Level.WARN, "train without it: a merge applies the change twice or not at all", _tied_head),
+    # transformers 5.23, integrations/peft.py: reads A and B only
+    *_rules("transformers", Level.REFUSED, "load it with PEFT", _dora, _saved, _biases, _tokens, _activated),
+    # vLLM 0.32, vllm/lora/peft_helper.py; peft issue 2018; rows for an adapter's tokens?
+    *_rules("vLLM", Level.REFUSED, _MERGE, _dora, _biases, _vllm_saved, _activated, _rare, _tokens, _tied_head,
+            _more_tokens),
+    *_rules("vLLM", Level.REFUSED, "remove it from target_modules", _missing_layer),
+    # vLLM 0.32, model_executor/models/gpt2.py: no SupportsLoRA
+    *_rules("vLLM", Level.REFUSED, _MERGE, _feature("no LoRA for GPT-2", lambda f: f.architecture == "gpt2")),
+    # vLLM 0.32, vllm/config/lora.py
+    *_rules("vLLM", Level.REFUSED, "lora-ft merge truncate_rank=512",
             _feature("a rank above 512", lambda f: f.rank > _VLLM_RANKS[-1])),
-    *_rules("vLLM", "vLLM 0.32, model_executor/models/gpt2.py: no SupportsLoRA", _MERGE,
-            _feature("no LoRA for GPT-2", lambda f: f.architecture == "gpt2")),
-    *_rules("vLLM", "vLLM 0.32, no rows for an adapter's tokens?", _MERGE, _more_tokens),
-    *_rules("vLLM", "peft issue 2018", _MERGE, _tied_head),
-    _Rule("vLLM", Level.WARN, _vllm_rank, "", "vLLM 0.32, vllm/config/lora.py"),
-    *_rules("SGLang", "SGLang 0.5.23, srt/lora?", _MERGE,
-            _dora, _saved, _biases, _tokens, _activated, _rare, _more_tokens),
-    *_rules("SGLang", "peft 0.21.2, tuners/lora/model.py", _CONVERT, _changed_base),
-    _Rule("SGLang", Level.WARN, _varying, "SGLang 0.5.23 or newer", "SGLang 0.5.23, srt/lora"),
-    *_rules("llama.cpp", _LLAMA, _MERGE_GGUF,
-            _dora, _saved, _biases, _tokens, _activated, _rare, _tied_ends, _no_writer, _more_tokens),
-    *_rules("llama.cpp", "peft 0.21.2, tuners/lora/model.py", _CONVERT, _changed_base),
-    _Rule("llama.cpp", Level.WARN, _upstream_gguf, "publish with formats=[gguf], which writes it correctly",
-          "llama.cpp b10605, convert_lora_to_gguf.py, compared with PEFT"),
-    *_rules("Ollama", "ollama pull request 14969", _MERGE_GGUF,
-            _feature("loads no adapters since 0.34.1", lambda f: True)),
-    *_rules("MLX", _MLX, _MERGE,
-            _saved, _biases, _tokens, _activated, _rare, _tied_ends, _no_writer, _more_tokens),
-    *_rules("MLX", "peft 0.21.2, tuners/lora/model.py", _CONVERT, _changed_base),
+    *_rules("vLLM", Level.WARN, "", _vllm_rank),
+    # SGLang 0.5.23, srt/lora?
+    *_rules("SGLang", Level.REFUSED, _MERGE, _dora, _saved, _biases, _tokens, _activated, _rare, _more_tokens),
+    *_rules("SGLang", Level.WARN, "SGLang 0.5.23 or newer", _varying),
+    # llama.cpp b10605, src/llama-adapter.cpp
+    *_rules("llama.cpp", Level.REFUSED, _MERGE_GGUF, _dora, _saved, _biases, _tokens, _activated, _rare, _tied_ends,
+            _no_writer, _more_tokens),
+    # llama.cpp b10605, convert_lora_to_gguf.py, compared with PEFT
+    *_rules("llama.cpp", Level.WARN, "publish with formats=[gguf], which converts it correctly", _upstream_gguf),
+    # ollama pull request 14969
+    *_rules("Ollama", Level.REFUSED, _MERGE_GGUF, _feature("loads no adapters since 0.34.1", lambda f: True)),
+    # mlx-lm 0.32.2, mlx_lm/tuner/utils.py
+    *_rules("MLX", Level.REFUSED, _MERGE, _saved, _biases, _tokens, _activated, _rare, _tied_ends, _no_writer,
+            _more_tokens),
 )  # fmt: skip

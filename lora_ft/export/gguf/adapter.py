@@ -3,9 +3,9 @@
     general.type "adapter"   general.architecture "llama"   adapter.type "lora"   adapter.lora.alpha 32.0
     blk.0.attn_q.weight.lora_a  F32 [r, in]      blk.0.attn_q.weight.lora_b  F32 [out, r]
 
-llama.cpp adds (alpha / r) B A, with one alpha per file and r from each B. Other scales of PEFT are expressed in these:
+llama.cpp adds (alpha / r) B A, with one alpha per file and r from each B. PEFT's other scales are expressed in these:
 alpha * sqrt(r) for rsLoRA, and a factor in B if the layers' scales differ. B has the rows of W, so B of llama's q and k
-is reordered as W is. Only W of GPT-2's Conv1D is transposed, not A and B. Format: llama.cpp b10605,
+is reordered like W. Only W of GPT-2's Conv1D is transposed, not A and B. Format: llama.cpp b10605,
 src/llama-adapter.cpp.
 """
 
@@ -24,16 +24,15 @@ from lora_ft.export.lora_weights import REMEDY, LayerWeights
 from lora_ft.io import untrusted
 
 
-def write(adapter: Path, base_config: dict[str, Any], out: Path, saved: LoraConfig | None = None) -> None:
-    """Write the PEFT adapter in folder `adapter` to the GGUF file `out`; `base_config` is the base's config.json,
-    `saved` the adapter's config if it was read already.
+def write(adapter: Path, base_config: dict[str, Any], out: Path) -> None:
+    """Write the PEFT adapter in folder `adapter` to the GGUF file `out`; `base_config` is the base's config.json.
 
     Raises MismatchError for an adapter that the format cannot express, ConfigError for an unknown architecture.
     """
     layout = layout_of(base_config)
-    found = lora_weights.read(adapter, saved)
+    found = lora_weights.read(adapter)
     if found.config.use_dora:
-        raise MismatchError(f"{adapter}: llama.cpp reads no DoRA; {REMEDY}")
+        raise MismatchError(f"{adapter}: llama.cpp does not support DoRA; {REMEDY}")
     # With equal scales alpha is PEFT's own (times sqrt(r) for rsLoRA), and no B is changed.
     alpha = found.layers[0].scale * found.layers[0].rank if found.layers else float(found.config.lora_alpha)
     arrays: dict[str, np.ndarray] = {}
@@ -48,18 +47,19 @@ def _tensor_name(adapter: Path, layout: Layout, layer: LayerWeights) -> str:
     name = layout.name(layer.module)
     if name is None:
         raise MismatchError(
-            f"{adapter}: {layer.module} has no place in a {layout.family.architecture} GGUF file; {REMEDY}"
+            f"{adapter}: a GGUF file of architecture {layout.family.architecture} has no tensor for {layer.module}; "
+            f"{REMEDY}"
         )
     if name in ("token_embd", "output") and layout.config.tie_word_embeddings:
         raise MismatchError(
-            f"{adapter}: {layer.module} shares its weight with the other end of the model, and llama.cpp would apply "
-            f"its adapter to both; {REMEDY}"
+            f"{adapter}: llama.cpp would apply the adapter of {layer.module} to embedding and head, which share one "
+            f"matrix; {REMEDY}"
         )
     return name
 
 
 def _matrices(layout: Layout, layer: LayerWeights, alpha: float) -> tuple[np.ndarray, np.ndarray]:
-    # llama.cpp looks up rows of an embedding's A, which is therefore [tokens, r]
+    # llama.cpp looks up rows of an embedding's A, which it expects as [tokens, r]
     a = layer.a.T if layer.embedding else layer.a
     return a, layout.rows(layer.module, layer.rescaled_b(alpha / layer.rank))
 
@@ -67,7 +67,7 @@ def _matrices(layout: Layout, layer: LayerWeights, alpha: float) -> tuple[np.nda
 def _metadata(layout: Layout, saved: LoraConfig, alpha: float) -> dict[str, Value]:
     base = str(saved.base_model_name_or_path or "")
     metadata: dict[str, Value] = {"general.architecture": layout.family.architecture, "general.type": "adapter"}
-    if untrusted.is_public_id(base):  # a local path is useless to others, and may reveal too much
+    if untrusted.is_public_id(base):  # a local path is useless to others and may be private
         owner, _, name = base.rpartition("/")
         metadata |= {
             "general.name": f"{name} LoRA",

@@ -1,4 +1,4 @@
-"""Name and lay out the weights of a transformers model as llama.cpp does; refuse models that it computes differently.
+"""Name and lay out the weights of a transformers model as llama.cpp expects; refuse models it computes differently.
 
 model.layers.0.self_attn.q_proj  ->  blk.0.attn_q        rows of each head interleaved (llama only)
 transformer.h.0.attn.c_attn      ->  blk.0.attn_qkv      GPT-2's Conv1D has [in, out], GGUF [out, in]
@@ -30,36 +30,42 @@ class Layout:
         if heads is None:
             return values
         if values.shape[0] % (2 * heads):
-            raise ConfigError(f"{module} has {values.shape[0]} rows, which are no {heads} heads of an even size")
+            raise ConfigError(f"{module} has {values.shape[0]} rows, which cannot be split into {heads} heads of an "
+                              "even size")  # fmt: skip
         interleaved: np.ndarray = families.interleave(values, heads)
         return interleaved
 
     def weight(self, module: str, values: np.ndarray) -> np.ndarray:
-        """Lay out a module's own weight or bias; LoRA's A and B of a Conv1D are [r, in] and [out, r] already."""
+        """Lay out a module's own weight or bias; A and B of LoRA need no transposition, even for a Conv1D."""
         return self.rows(module, values.T if self.family.is_transposed(module) else values)
 
 
 def layout_of(base_config: dict[str, Any]) -> Layout:
     """Return the layout for a base's config.json; raises ConfigError for a model that llama.cpp does not compute."""
-    family, config = read_config(base_config, "GGUF files")
+    family, config = family_and_config(base_config, "GGUF files")
     for name, values in family.limits.items():
         if getattr(config, name) not in values:
-            raise ConfigError(f"llama.cpp computes {family.model_type} with {name}={values[0]}, "
-                              f"config.json of the base has {name}={getattr(config, name)}")  # fmt: skip
+            raise ConfigError(f"llama.cpp computes {family.model_type} with {name}={values[0]}, but config.json of the "
+                              f"base has {name}={getattr(config, name)}")  # fmt: skip
     return Layout(family, config)
 
 
-def read_config(base_config: dict[str, Any], output: str) -> tuple[families.Family, Any]:
-    """Return the family and transformers' config object for the fields of config.json; raises ConfigError."""
+def family_and_config(base_config: dict[str, Any], output: str) -> tuple[families.Family, Any]:
+    """Return the family and transformers' config object for the fields of config.json.
+
+    Raises ConfigError for an unknown family, which names the `output` that cannot be written, or an invalid config.
+    """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     family = families.family(base_config.get("model_type"))
     if family is None:
         known = ", ".join(row.model_type for row in families.FAMILIES)
-        raise ConfigError(f"{output} are written for models of type {known}, got {base_config.get('model_type')}")
+        raise ConfigError(f"{output} can be written for models of type {known}, got {base_config.get('model_type')}")
     try:
         return family, AutoConfig.for_model(**base_config)
     except (StrictDataclassError, ValueError, TypeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        raise ConfigError(f"config.json of the base is not one of a {family.model_type}: {reason}") from None
+        raise ConfigError(
+            f"config.json of the base is not valid for model type {family.model_type}: {reason}"
+        ) from None

@@ -1,4 +1,4 @@
-"""Write a merged model as one GGUF file, for llama.cpp, Ollama and their like.
+"""Write a merged model as one GGUF file, for llama.cpp and the programs built on it, such as Ollama.
 
     my_model/config.json        ->  llama.block_count 30, llama.rope.freq_base 100000.0, ...
     my_model/model.safetensors  ->  blk.0.attn_q.weight Q8_0 [576, 576], blk.0.attn_norm.weight F32 [576], ...
@@ -8,16 +8,13 @@ Matrices are rounded to the requested type, norms and biases stay float32. `mode
 An unknown tensor is an error before anything is written. Keys: llama.cpp b10605, conversion/.
 """
 
+import itertools
 import logging
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from safetensors import safe_open
-
 from lora_ft.errors import ConfigError
+from lora_ft.export import verify
 from lora_ft.export.gguf import tokenizer as gguf_tokenizer
 from lora_ft.export.gguf import writer
 from lora_ft.export.gguf.layout import Layout, layout_of
@@ -25,7 +22,6 @@ from lora_ft.export.gguf.writer import Kind, PlannedTensor, Value
 from lora_ft.io import untrusted
 from lora_ft.models.gguf.convert import llama3_divisors
 from lora_ft.models.load import read_tokenizer
-from lora_ft.models.resolve import weight_files
 from lora_ft.values import GgufType
 
 log = logging.getLogger("lora_ft")
@@ -44,15 +40,14 @@ def check(folder: Path, tokenizer: Any) -> None:
 
 
 def write(folder: Path, out: Path, kind: GgufType) -> None:
-    """Write a merged model's folder, already verified, to the GGUF file `out`, its matrices in this type.
+    """Write a merged model's folder to the GGUF file `out`, its matrices rounded to type `kind`.
 
-    Holds one tensor at a time. Raises ConfigError for an architecture, a setting, a tokenizer or a tensor that the
-    format cannot express, and for numbers beyond float16's range if that is the type.
+    Raises ConfigError for an architecture, a setting, a tokenizer or a tensor that the format cannot express and for
+    numbers beyond the range of the type, MismatchError if tensors are missing.
     """
     layout = layout_of(untrusted.json_object(folder / "config.json", ConfigError))
     tokenizer = read_tokenizer(folder, str(folder))
-    files = _files(folder)
-    shapes = _shapes(layout, files)
+    weights = dict(verify.load(folder).named_parameters())  # tied ones once
     metadata: dict[str, Value] = {
         "general.architecture": layout.family.architecture,
         "general.type": "model",
@@ -65,59 +60,25 @@ def write(folder: Path, out: Path, kind: GgufType) -> None:
     settings = getattr(layout.config, "rope_parameters", None) or {}
     divisors = [llama3_divisors(layout.config)] if settings.get("rope_type") == "llama3" else []
     tensors = [PlannedTensor("rope_freqs.weight", array.shape, Kind.F32) for array in divisors]
-    tensors += [_planned(layout, name, shape, _KINDS[kind]) for name, shape in shapes.items()]
-    writer.write(out, metadata, tensors, _arrays(layout, files, shapes, divisors))
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """Return the file of each tensor."""
-    found: dict[str, Path] = {}
-    for name in weight_files(folder, {path.name for path in folder.iterdir()}):
-        with safe_open(folder / name, "pt") as file:
-            found |= dict.fromkeys(file.keys(), folder / name)
-    return found
-
-
-def _shapes(layout: Layout, files: dict[str, Path]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the model's tensors by name, tied ones once; raises ConfigError for one without a place."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(layout.config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    for name in shapes:
-        module = name.rpartition(".")[0]
-        if layout.name(module) is None:
-            raise ConfigError(f"{module} has no place in a {layout.family.architecture} GGUF file")
-        if name not in files:
-            raise ConfigError(f"{name} is missing in the files")
-    return shapes
-
-
-def _tensor(files: dict[str, Path], name: str) -> torch.Tensor:
-    with safe_open(files[name], "pt") as file:
-        tensor: torch.Tensor = file.get_tensor(name)
-        return tensor
+    tensors += [_planned(layout, name, tuple(weight.shape), _KINDS[kind]) for name, weight in weights.items()]
+    arrays = (
+        layout.weight(name.rpartition(".")[0], weight.detach().float().numpy()) for name, weight in weights.items()
+    )
+    writer.write(out, metadata, tensors, itertools.chain(divisors, arrays))
 
 
 def _planned(layout: Layout, name: str, shape: tuple[int, ...], kind: Kind) -> PlannedTensor:
     module, _, leaf = name.rpartition(".")
+    if layout.name(module) is None:
+        raise ConfigError(f"a GGUF file of architecture {layout.family.architecture} has no tensor for {module}")
     shape = shape[::-1] if layout.family.is_transposed(module) else shape
     stored = f"{layout.name(module)}.{leaf}"
     if len(shape) == 1 or stored == "position_embd.weight":
         kind = Kind.F32
     elif kind is Kind.Q8_0 and shape[-1] % _BLOCK:
-        log.warning("%s has rows of %d numbers, no multiple of %d: stored as F16", name, shape[-1], _BLOCK)
+        log.warning("%s is stored as F16: its rows of %d numbers are not a multiple of %d", name, shape[-1], _BLOCK)
         kind = Kind.F16
     return PlannedTensor(stored, shape, kind)
-
-
-def _arrays(
-    layout: Layout, files: dict[str, Path], names: Iterable[str], first: list[np.ndarray]
-) -> Iterator[np.ndarray]:
-    yield from first
-    for name in names:
-        yield layout.weight(name.rpartition(".")[0], _tensor(files, name).float().numpy())
 
 
 def _sizes(layout: Layout) -> dict[str, Value]:
@@ -138,11 +99,11 @@ def _sizes(layout: Layout) -> dict[str, Value]:
 
 
 def _context(config: Any) -> int:
-    """Return the longest context for which llama.cpp computes the same: it ignores these families' sliding windows."""
+    """Return the longest context for which llama.cpp computes the same; it ignores these families' sliding windows."""
     longest, window = int(config.max_position_embeddings), getattr(config, "sliding_window", None)
     if window and window < longest:
         log.warning(
-            "context of the GGUF file: %d tokens instead of %d (llama.cpp ignores the sliding window)", window, longest
+            "context of the GGUF file: %d tokens, not %d, because llama.cpp ignores the sliding window", window, longest
         )
         return int(window)
     return longest
@@ -151,7 +112,7 @@ def _context(config: Any) -> int:
 def _rope(settings: dict[str, Any], head: int) -> dict[str, Value]:
     kind = settings.get("rope_type", "default")
     if kind not in ("default", "linear", "llama3") or settings.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(f"rotary positions of type {kind} cannot be written to GGUF; known: default, linear, llama3")
+        raise ConfigError(f"rotary positions of type {kind} cannot be written to GGUF, only default, linear and llama3")
     values: dict[str, Value] = {
         "rope.dimension_count": head,
         "rope.freq_base": float(settings.get("rope_theta", 10000.0)),

@@ -1,7 +1,7 @@
 """Describe a tokenizer in the metadata of a GGUF file: the inverse of `models/gguf/tokenizer.py`.
 
-    tokenizer.ggml.tokens  [...]    by id, rows without a token as [PAD7]
-    tokenizer.ggml.pre     "smollm" the splitting rule, found by comparing the tokenizer's own with each known one
+    tokenizer.ggml.tokens  [...]        by id; an embedding row without a token is named [PAD7]
+    tokenizer.ggml.pre     "smollm"     the splitting rule, found by comparing the tokenizer's own with each known one
 
 A GGUF file holds the name of the rule, not the rule itself, so only known rules can be written. The metadata is read
 back by our own reader and compared with the source: a different vocabulary, merge, split or special token is an error.
@@ -20,11 +20,11 @@ _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 def metadata(tokenizer: Any, rows: int, ends: list[int]) -> dict[str, Value]:
     """Return the metadata for a fast tokenizer of byte-level BPE and an embedding of this many rows.
 
-    `ends` are the ids that end a generation. Raises ConfigError for another kind of tokenizer, an unknown splitting
+    `ends` are the ids that end a generation. Raises ConfigError for another type of tokenizer, an unknown splitting
     rule, and a tokenizer that the metadata would not reproduce.
     """
     if not ends:
-        raise ConfigError("the tokenizer has no end token, and llama.cpp would use token 11 as its end token")
+        raise ConfigError("the tokenizer has no end token, and llama.cpp would use token 11 instead")
     stored = _stored(tokenizer)
     tokens, types = _tokens(stored, rows)
     values: dict[str, Value] = {
@@ -44,10 +44,10 @@ def _stored(tokenizer: Any) -> dict[str, Any]:
     stored: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     model, decoder = stored["model"], stored["decoder"] or {}
     if model["type"] != "BPE" or model.get("byte_fallback") or decoder.get("type") != "ByteLevel":
+        fallback = ", with SentencePiece's byte fallback" if model.get("byte_fallback") else ""
         raise ConfigError(
-            f"only tokenizers of byte-level BPE are written to GGUF; this one is {model['type']}, decoded by "
-            f"{decoder.get('type')}"
-            + (", with a fallback to bytes (SentencePiece's)" * bool(model.get("byte_fallback")))
+            "only tokenizers of byte-level BPE can be written to GGUF, got one of type "
+            f"{model['type']} with decoder {decoder.get('type')}{fallback}"
         )
     return stored
 
@@ -57,11 +57,11 @@ def _tokens(stored: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
     types = dict.fromkeys(by_id, _NORMAL)
     for added in stored["added_tokens"]:
         if wrong := [name for name in ("single_word", "lstrip", "rstrip") if added[name]]:
-            raise ConfigError(f"the token {added['content']!r} has {wrong[0]}, which a GGUF file cannot say")
+            raise ConfigError(f"the token {added['content']!r} has {wrong[0]}=true, which a GGUF file cannot express")
         by_id[added["id"]] = added["content"]
         types[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
     if max(by_id) >= rows:
-        raise ConfigError(f"the tokenizer has a token {max(by_id)}, the model rows for {rows} only")
+        raise ConfigError(f"the tokenizer has a token {max(by_id)}, but the model has only {rows} embedding rows")
     return ([by_id.get(i, f"[PAD{i}]") for i in range(rows)], [types.get(i, _UNUSED) for i in range(rows)])
 
 
@@ -73,8 +73,8 @@ def _rule(stored: dict[str, Any]) -> str:
         if _splitting(_stored(build(bare))) == own:
             return rule
     raise ConfigError(
-        f"the tokenizer splits text by a rule of its own ({json.dumps(own)[:200]}), and a GGUF file can only name one "
-        f"of those that llama.cpp knows; written are {', '.join(RULES)}"
+        f"a GGUF file names the rule by which the tokenizer splits text, one of {', '.join(RULES)}; this tokenizer has "
+        f"another one: {json.dumps(own)[:200]}"
     )
 
 
@@ -93,17 +93,19 @@ def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _special(tokenizer: Any, ends: list[int]) -> dict[str, Value]:
-    """Return the ids by role, and the flags for bos before and eos after a text; a second end becomes eot."""
+    """Return the ids by role, and flags for bos before and eos after a text; a second end token becomes eot."""
     first = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
     others = [i for i in ends if i != first]
     if len(others) > 1:
-        raise ConfigError(f"{len(ends)} tokens end a generation, {ends}, and a GGUF file names two")
+        raise ConfigError(f"{len(ends)} tokens end a generation, {ends}, but a GGUF file can name only two")
     ids = {"bos": tokenizer.bos_token_id, "eos": first, "eot": others[0] if others else None,
            "unknown": tokenizer.unk_token_id, "padding": tokenizer.pad_token_id}  # fmt: skip
     bare, full = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     before, after = full[: full.index(bare[0])], full[full.index(bare[0]) + len(bare) :]
     if before not in ([], [tokenizer.bos_token_id]) or after not in ([], [first]):
-        raise ConfigError(f"the tokenizer puts {before} before and {after} after a text, which a GGUF file cannot say")
+        raise ConfigError(
+            f"the tokenizer puts tokens {before} before and {after} after a text, which a GGUF file cannot express"
+        )
     values: dict[str, Value] = {f"tokenizer.ggml.{role}_token_id": i for role, i in ids.items() if i is not None}
     return values | {"tokenizer.ggml.add_bos_token": bool(before), "tokenizer.ggml.add_eos_token": bool(after)}
 
@@ -118,7 +120,7 @@ def _templates(template: str | dict[str, str] | None) -> dict[str, Value]:
 
 
 def _check(stored: dict[str, Any], tokenizer: Any, read_back: Any) -> None:
-    """Compare all that decides the ids with the tokenizer that our reader builds; raises ConfigError."""
+    """Compare the tokenizer with the one that our reader builds; raises ConfigError if their ids would differ."""
     found = _stored(read_back)
     settings = ("continuing_subword_prefix", "end_of_word_suffix", "dropout")
     wrong = [f"a {name}" for name in settings if stored["model"].get(name)]
@@ -129,7 +131,7 @@ def _check(stored: dict[str, Any], tokenizer: Any, read_back: Any) -> None:
     }
     wrong += [name for name, (ours, theirs) in pairs.items() if ours != theirs]
     if wrong:
-        raise ConfigError(f"the tokenizer has {wrong[0]} that a GGUF file cannot say")
+        raise ConfigError(f"the tokenizer has {wrong[0]} that a GGUF file cannot express")
 
 
 def _added(stored: dict[str, Any]) -> set[tuple[int, str, bool]]:

@@ -1,4 +1,4 @@
-"""Write a GGUF file, one tensor in memory at a time. The gguf package makes the header and the quantized blocks.
+"""Write a GGUF file, one tensor in memory at a time; the gguf package makes the header and the quantized blocks.
 
 write(path, {"general.architecture": "llama", ...}, [PlannedTensor("output_norm.weight", (64,), Kind.F32)], arrays)
 """
@@ -39,7 +39,7 @@ class PlannedTensor(NamedTuple):
 def write(path: Path, metadata: dict[str, Value], tensors: list[PlannedTensor], arrays: Iterable[np.ndarray]) -> None:
     """Write a GGUF file atomically from float arrays in the order of `tensors`, each rounded to its type.
 
-    `metadata` must have general.architecture; empty lists are left out. Raises ConfigError for a number that is not
+    `metadata` must have general.architecture; empty lists are omitted. Raises ConfigError for a number that is not
     finite in its type, ValueError for an array whose shape is not the planned one.
     """
     header = _header(metadata, tensors)
@@ -48,7 +48,7 @@ def write(path: Path, metadata: dict[str, Value], tensors: list[PlannedTensor], 
 
 
 def _header(metadata: dict[str, Value], tensors: list[PlannedTensor]) -> bytes:
-    """Return the bytes before the first tensor, which the package's writer makes in memory."""
+    """Return the bytes before the first tensor."""
     writer = GGUFWriter(None, metadata["general.architecture"])
     for key, value in metadata.items():
         kind = GGUFValueType.UINT32 if type(value) is int else GGUFValueType.get_type(value)
@@ -68,7 +68,7 @@ def _chunks(header: bytes, tensors: list[PlannedTensor], arrays: Iterable[np.nda
     yield header
     for tensor, array in zip(tensors, arrays, strict=True):
         if array.shape != tensor.shape:
-            raise ValueError(f"{tensor.name} has shape {array.shape} where {tensor.shape} was planned")
+            raise ValueError(f"{tensor.name} must have shape {tensor.shape}, got {array.shape}")
         data = _quantized(tensor, array).data.cast("B")
         yield data
         yield _padding(data.nbytes)
@@ -82,7 +82,7 @@ def _quantized(tensor: PlannedTensor, array: np.ndarray) -> np.ndarray:
     if tensor.kind is Kind.Q8_0:
         half = stored.reshape(-1, GGML_QUANT_SIZES[tensor.kind][1])[:, :2].copy().view(np.float16)
     if not (np.isfinite(array).all() and np.isfinite(half).all()):
-        raise ConfigError(f"{tensor.name} holds numbers that are not finite as {tensor.kind.name}: try bf16, or f32")
+        raise ConfigError(f"{tensor.name} holds numbers that are not finite as {tensor.kind.name}: try bf16 or f32")
     return stored
 
 
