@@ -1,7 +1,7 @@
-"""hydra/launcher=lora_ft: the jobs of a sweep in processes of their own, those that can over one base in memory.
+"""hydra/launcher=lora_ft: run the jobs of a sweep in worker processes, in which jobs share a base where they can.
 
-Every Hydra program on the machine imports this file: what is heavy is imported when jobs are launched. A task that is
-not lora_ft's runs here, job by job, as under hydra/launcher=basic.
+Every Hydra program on the machine imports this file, so heavy imports wait until jobs are launched. The task of another
+program runs in this process, job by job, as with hydra/launcher=basic.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ ConfigStore.instance().store(group="hydra/launcher", name="lora_ft", node=Launch
 
 
 class LoraFtLauncher(Launcher):
-    """Hydra's side of a sweep: composes the config of each job, and gives back what each returned."""
+    """Composes the config of each job for Hydra, has the jobs run, and returns the value of each."""
 
     def __init__(self, **settings: Any) -> None:
         self._settings = config.Launcher(**settings)
@@ -68,10 +68,10 @@ class LoraFtLauncher(Launcher):
         return returned
 
     def _launched(self, task: "Task", composed: list[DictConfig]) -> list[JobReturn]:
-        """Run lora_ft's jobs: Hydra calls a task that only says what it would do, and is given the value later.
+        """Run the jobs of lora_ft. Hydra calls a task that returns a job's plan; the job's value replaces it later.
 
-        A wrong setting in a grid that somebody typed ends the sweep before it begins; of other sweepers, which choose
-        values themselves, only the job.
+        A wrong setting in a typed grid ends the sweep before it begins. With other sweepers, which choose values
+        themselves, it fails the job only.
         """
         from lora_ft.cli.tasks import FAILED
         from lora_ft.sweeps import jobs
@@ -81,11 +81,11 @@ class LoraFtLauncher(Launcher):
         wrong = {n: r._return_value for n, r in returns.items() if r.status is JobStatus.FAILED}
         if wrong and self._config.hydra.sweeper._target_.endswith(".BasicSweeper"):
             raise ConfigError("\n".join(map(str, wrong.values())))
-        places = {job.hydra.job.num: Path(str(job.hydra.runtime.output_dir)) for job in composed}
+        folders = {job.hydra.job.num: Path(str(job.hydra.runtime.output_dir)) for job in composed}
         for number, error in wrong.items():
-            runs.fail(places[number], error, list(returns[number].overrides or []))
+            runs.fail(folders[number], error, list(returns[number].overrides or []))
         plans = {n: r._return_value for n, r in returns.items() if n not in wrong}
-        planned = [jobs.Job(n, plan.folder, jobs.alone(plan.cfg), plan.overrides) for n, plan in plans.items()]
+        planned = [jobs.Job(n, plan.folder, jobs.train_config(plan.cfg), plan.overrides) for n, plan in plans.items()]
         values: dict[int, float | None] = {}
         if planned:
             sweep = next(iter(plans.values())).cfg.sweep

@@ -55,8 +55,8 @@ def train(
     """Train one adapter and return its run: `folder`, `result`, `history` (one dict per step).
 
     rows, eval_rows: dicts or a `datasets.Dataset`; by default those of `cfg.data`. They are stored in the run folder
-    for `evaluate` and a resumed run. folder: by default a new one under `runs/`. `cfg.resume = "auto"` continues the run
-    in the folder. SIGINT (Ctrl-C) finishes the current step and saves a checkpoint.
+    for `evaluate` and a resumed run. folder: by default a new one under `runs/`. With `cfg.resume = "auto"` the run in
+    the folder is continued. SIGINT (Ctrl-C) finishes the current step and saves a checkpoint.
     """
     _prepare()
     from lora_ft.train import train as implementation

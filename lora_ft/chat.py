@@ -1,15 +1,15 @@
-"""Talk to a base and its adapter: one answer with prompt=, else a session.
+"""Chat with a base and its adapter: one answer with prompt=, otherwise an interactive session.
 
-lora-ft chat run=runs/2026-11-23_10-15-00 prompt="How many legs has a spider?"     -> the answer, nothing else
+lora-ft chat run=runs/2026-11-23_10-15-00 prompt="How many legs has a spider?"     -> prints only the answer
 
     you> How many legs has a spider?
     adapter> Eight.
     you> /base
-    base answers from here on
+    the base answers now
     you> And an insect?
     base> An insect has ...
 
-The prompt is rendered as in training: by the chat template that is saved with the adapter.
+Prompts are rendered as in training, by the chat template that is saved with the adapter.
 """
 
 import contextlib
@@ -35,16 +35,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HELP = """\
-/base      the base answers from here on        /adapter   the adapter answers again
-/reset     forget the conversation              /help      this list
-/quit      end, as Ctrl-D does                  Ctrl-C     stop the answer"""
+/base      let the base answer                  /adapter   let the adapter answer
+/reset     forget the conversation              /help      show this list
+/quit      end the session (or Ctrl-D)          Ctrl-C     stop the answer"""
 
 Message = dict[str, str]
 
 
 @dataclass
 class Session:
-    """A conversation: its messages, the model that answers, and the sampling settings."""
+    """A conversation: its messages, the model that answers, and the settings of rendering and sampling."""
 
     model: "PeftModel"
     tokenizer: "PreTrainedTokenizerBase"
@@ -61,7 +61,7 @@ class Session:
 
 
 def main(cfg: config.ChatRun, invocation: entry.Invocation) -> None:
-    """Answer `prompt` on stdout, or hold a session over stdin and stdout."""
+    """Answer `prompt` on stdout, or run a session on stdin and stdout."""
     model, tokenizer = loading.load(cfg)
     system = cfg.data.system if cfg.system is None else cfg.system
     session = Session(model, tokenizer, system, cfg.sampling, cfg.seed, cfg.data)
@@ -73,39 +73,39 @@ def main(cfg: config.ChatRun, invocation: entry.Invocation) -> None:
 
 
 def converse(session: Session) -> None:
-    """Read lines until the input ends; run those that are commands, answer all others."""
+    """Read lines until the input ends; run commands and answer all other lines."""
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  (gives input() its history and editing)
+            import readline  # noqa: F401  (adds history and line editing to input())
     _write("/help lists the commands\n")
     if not session.tokenizer.chat_template:
-        _write("this model has no chat template: it continues each line as plain text, without what was said before\n")
+        _write("this model has no chat template: it continues each line as plain text, without the lines before\n")
     while (line := _read_line()) is not None:
         text = line.strip()
         if text == "/quit":
             break
         if text.startswith("/"):
-            _write(obey(session, text) + "\n")
+            _write(run_command(session, text) + "\n")
         elif text:
             _reply(session, text)
 
 
-def obey(session: Session, command: str) -> str:
-    """Run a command; returns the reply to print."""
+def run_command(session: Session, command: str) -> str:
+    """Run a command of the session; return the text to print."""
     match command:
         case "/base" | "/adapter":
             session.adapter_on = command == "/adapter"
-            return f"{session.speaker} answers from here on"
+            return f"the {session.speaker} answers now"
         case "/reset":
             session.messages.clear()
-            return "forgotten"
+            return "conversation forgotten"
         case "/help":
             return HELP
     return f"{command.split()[0]} is not a command\n{HELP}"
 
 
 def _reply(session: Session, text: str) -> None:
-    """Answer a line of the session; an error in the line is printed, and the session continues."""
+    """Answer a line of the session. If it cannot be answered, the error is printed and the session continues."""
     _write(f"{session.speaker}> ")
     try:
         answer(session, text, _write)
@@ -117,12 +117,12 @@ def _reply(session: Session, text: str) -> None:
 
 
 def answer(session: Session, text: str, on_text: Callable[[str], None]) -> str:
-    """Answer `text` after the messages so far, and append both; a stopped answer is kept up to that point.
+    """Answer `text` after the messages so far, and append both; of an interrupted answer, the part generated so far.
 
     Raises ConfigError for a text that cannot be a prompt; nothing is appended then.
     """
-    asked = {"role": "user", "content": text}
-    prompt = _fitted_prompt(session, asked, on_text)
+    question = {"role": "user", "content": text}
+    prompt = _fitted_prompt(session, question, on_text)
     pieces: list[str] = []
 
     def on_piece(piece: str) -> None:
@@ -131,7 +131,7 @@ def answer(session: Session, text: str, on_text: Callable[[str], None]) -> str:
 
     def remember() -> None:
         if session.tokenizer.chat_template:
-            session.messages += [asked, {"role": "assistant", "content": "".join(pieces)}]
+            session.messages += [question, {"role": "assistant", "content": "".join(pieces)}]
 
     with contextlib.nullcontext() if session.adapter_on else adapter_off(session.model):
         try:
@@ -144,32 +144,32 @@ def answer(session: Session, text: str, on_text: Callable[[str], None]) -> str:
     return "".join(pieces)
 
 
-def _fitted_prompt(session: Session, asked: Message, say: Callable[[str], None]) -> np.ndarray:
-    """Ids of the prompt; the oldest turns are dropped, with a notice, while they leave no room for an answer."""
+def _fitted_prompt(session: Session, question: Message, on_text: Callable[[str], None]) -> np.ndarray:
+    """Return the ids of the prompt. The oldest turns are dropped, with a notice, until there is room for an answer."""
     context, wanted = context_length(session.model.get_base_model()), session.sampling.max_new_tokens
     dropped = 0
-    while len(ids := prompt_ids(session, asked)) + min(wanted, context // 2) > context and session.messages:
+    while len(ids := prompt_ids(session, question)) + min(wanted, context // 2) > context and session.messages:
         del session.messages[:2]
         dropped += 1
     if dropped:
-        say(f"(forgot the oldest {dropped} {'turn' if dropped == 1 else 'turns'}: the model reads {context} tokens)\n")
+        turns = "turn" if dropped == 1 else "turns"
+        on_text(f"(forgot the oldest {dropped} {turns}: the model reads at most {context} tokens)\n")
     return ids
 
 
-def prompt_ids(session: Session, asked: Message) -> np.ndarray:
-    """Ids of the prompt, rendered as in training: int32 [length], at most one beginning-of-text token.
+def prompt_ids(session: Session, question: Message) -> np.ndarray:
+    """Return the ids of the prompt, int32 [length], rendered as in training.
 
     Raises ConfigError for text that holds a control token, and for a conversation that the template refuses.
     """
     tokenizer, vocabulary = session.tokenizer, Vocabulary(session.tokenizer)
-    if found := control_tokens(tokenizer).search(asked["content"]):
+    if found := control_tokens(tokenizer).search(question["content"]):
         raise ConfigError(f"the text holds the control token {found[0]}, which would end or begin a turn")
     if not tokenizer.chat_template:
-        return np.array(
-            vocabulary.lead + vocabulary.ids([plain_prompt(asked["content"], session.data)])[0], dtype=np.int32
-        )
+        [ids] = vocabulary.ids([plain_prompt(question["content"], session.data)])
+        return np.array(vocabulary.lead + ids, dtype=np.int32)
     system = [{"role": "system", "content": session.system}] if session.system else []
-    chat = [*system, *session.messages, asked]
+    chat = [*system, *session.messages, question]
     try:
         rendered = render(chat, tokenizer, generation_prompt=True)
     except jinja2.TemplateError as error:
@@ -178,7 +178,7 @@ def prompt_ids(session: Session, asked: Message) -> np.ndarray:
 
 
 def _read_line() -> str | None:
-    """Read a line of the user, None at the end of the input; Ctrl-C at the prompt gives a fresh line."""
+    """Read a line from the user; None at the end of the input, "" for Ctrl-C at the prompt."""
     if not sys.stdin.isatty():
         return sys.stdin.readline() or None
     try:
@@ -187,7 +187,7 @@ def _read_line() -> str | None:
         _write("\n")
         return None
     except KeyboardInterrupt:
-        _write("\n(/quit or Ctrl-D ends)\n")
+        _write("\n(/quit or Ctrl-D ends the session)\n")
         return ""
 
 

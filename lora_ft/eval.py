@@ -1,4 +1,4 @@
-"""Compare base and adapter on rows that were not trained on: the run's eval rows, or others given with data=.
+"""Compare base and adapter on rows that the run did not train on: its eval rows, or other rows given by data=.
 
 lora-ft eval run=runs/2026-11-23_10-15-00 eval.metrics=[exact_match,chrf]
 
@@ -8,10 +8,10 @@ lora-ft eval run=runs/2026-11-23_10-15-00 eval.metrics=[exact_match,chrf]
 
 Eval rows:
 
-    run=F                                     the run's own, by its settings
-    run=F data.path=TEST (or data.split=...)  all rows of TEST; refused if the run trained on some of them
-    ... data.eval_fraction=0.2                that part of the rows, split as train would split it; rows that the
-        (or eval_path, eval_split)            run trained on may be among them, which is logged
+    run=F                                     the eval rows of the run
+    run=F data.path=TEST (or data.split=...)  all rows of TEST; an error if the run trained on some of them
+    ... data.eval_fraction=0.2                the eval rows that train would choose with these settings; a warning,
+        (or eval_path, eval_split)            since the run may have trained on some of them
 """
 
 import json
@@ -48,10 +48,10 @@ _FILE = "eval.json"
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Base and adapter on the same eval rows.
+    """Results of base and adapter on the same eval rows.
 
     metrics: value of the base and value of the adapter, by name.
-    rows: which rows were evaluated, in words; data_sha256 identifies them.
+    rows: description of the rows. data_sha256: hash of all rows and their split.
     path: eval.json in the run folder; None without a run.
     """
 
@@ -70,10 +70,10 @@ def main(cfg: config.EvalRun, invocation: entry.Invocation) -> float:
     return result.comparison.adapter.loss
 
 
-def evaluate(cfg: config.EvalRun, typed: list[str]) -> EvalResult:
+def evaluate(cfg: config.EvalRun, given: list[str]) -> EvalResult:
     """Compare base and adapter on the eval rows, and write eval.json into the run folder if there is one.
 
-    `typed` are the overrides that `cfg` was composed from: a setting given there is preferred to the run's.
+    `given` are the overrides that `cfg` was composed from; they take precedence over the settings of the run.
     """
     validation.validate(cfg)
     metrics.check(cfg.eval.metrics)
@@ -81,7 +81,7 @@ def evaluate(cfg: config.EvalRun, typed: list[str]) -> EvalResult:
     adapter = loading.adapter_folder(cfg.run, cfg.adapter_path)
     cfg = loading.with_base(cfg, adapter)
     tokenizer = loading.adapter_tokenizer(adapter, cfg.model)
-    dataset, described, disjoint = _rows(cfg, typed, tokenizer)
+    dataset, description, disjoint = _rows(cfg, given, tokenizer)
     eval_set = _eval_set(cfg, dataset)
     if not disjoint:
         _warn_of_other_rows(adapter, dataset)
@@ -91,20 +91,20 @@ def evaluate(cfg: config.EvalRun, typed: list[str]) -> EvalResult:
         comparison = compare(model, tokenizer, eval_set, made.paths)
     found = _metrics(comparison, cfg.eval.metrics, dataset.answers)
     path = Path(cfg.run).expanduser() / _FILE if cfg.run else None
-    result = EvalResult(comparison, found, described, dataset.report.sha256, path)
+    result = EvalResult(comparison, found, description, dataset.report.sha256, path)
     if path:
         durable.write_json(path, _record(result, cfg.eval.samples))
     return result
 
 
 def _eval_set(cfg: config.EvalRun, dataset: Dataset) -> EvalSet:
-    """Choose examples and prompts within the limits of `cfg.eval`: all prompts for metrics, else the samples."""
+    """Choose examples and prompts within the limits of `cfg.eval`; metrics need all prompts."""
     settings = cfg.eval
     examples, prompts = choose_eval(dataset, settings.rows or len(dataset.eval))
     if not examples:
         raise DataError("there are no eval rows: set data.eval_fraction above 0, or data.eval_path=FILE")
     if settings.metrics and not prompts:
-        raise DataError("eval.metrics needs questions and answers, but the eval rows are plain text")
+        raise DataError("eval.metrics needs rows with prompts and answers, but the eval rows are plain text")
     wanted = len(prompts) if settings.metrics else settings.samples
     return EvalSet(
         examples,
@@ -115,29 +115,25 @@ def _eval_set(cfg: config.EvalRun, dataset: Dataset) -> EvalSet:
     )
 
 
-def _rows(cfg: config.EvalRun, typed: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, str, bool]:
-    """The rows to evaluate, their description, and whether it is known that the run did not train on them."""
+def _rows(cfg: config.EvalRun, given: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, str, bool]:
+    """Return the rows to evaluate, their description, and True if the run certainly did not train on any of them."""
     own = _own_data(cfg.run)
     make_examples = find_objective(cfg.objective).examples
-    data = _given(cfg.data, own, typed)
+    data = _data(cfg.data, own, given)
     same = own is not None and _identity(data) == _identity(own)
-    if same or overrides.chosen(typed, "data.eval_fraction") or data.eval_path or data.eval_split:
-        if place := data.eval_path or eval_split(data):
-            return prepare(data, tokenizer, make_examples), f"all rows of {place}", False
-        return (
-            prepare(data, tokenizer, make_examples),
-            f"the rows of {data.path} that data.eval_fraction sets apart",
-            False,
-        )
+    if same or overrides.chosen(given, "data.eval_fraction") or data.eval_path or data.eval_split:
+        source = data.eval_path or eval_split(data)
+        description = f"all rows of {source}" if source else f"{data.path}, data.eval_fraction={data.eval_fraction}"
+        return prepare(data, tokenizer, make_examples), description, False
     trained = _read_own(own)
     found = read_eval(data, trained)
-    learned = trained.training_rows if trained else found.rows
-    dataset = replace(prepare_rows(found, data, tokenizer, make_examples), answers=labels(learned))
+    training_rows = trained.training_rows if trained else found.rows
+    dataset = replace(prepare_rows(found, data, tokenizer, make_examples), answers=labels(training_rows))
     return dataset, f"all rows of {data.path}", trained is not None
 
 
 def _own_data(run: str | None) -> config.Data | None:
-    """Load the data settings of the run; None for an adapter made elsewhere."""
+    """Read the data settings of the run; None for an adapter without a run."""
     if not run:
         return None
     stored = runs.read_config(Path(run).expanduser())["data"]
@@ -145,46 +141,46 @@ def _own_data(run: str | None) -> config.Data | None:
     return validation.from_plain(config.Data, known)
 
 
-def _given(data: config.Data, own: config.Data | None, typed: list[str]) -> config.Data:
-    """The data settings to evaluate, without those of the run's settings that hold for the run's own rows only."""
+def _data(data: config.Data, own: config.Data | None, given: list[str]) -> config.Data:
+    """Return the data settings to evaluate with; those of the run that apply to its own rows only are removed."""
     if data.eval_path and not data.path:  # data=NAME data.eval_path=FILE
         return replace(data, path=data.eval_path, split=data.eval_split or data.split, eval_path=None, eval_split=None)
-    if own is None or overrides.chosen(typed, "data") is not None or _identity(data) == _identity(own):
+    if own is None or overrides.chosen(given, "data") is not None or _identity(data) == _identity(own):
         return data
     inherited = ["max_rows", "eval_path", "eval_split"]
     if _identity(data)[0] != _identity(own)[0]:
         inherited += ["name", "split", "revision"]
     default = config.Data()
     return replace(data, **{name: getattr(default, name) for name in inherited
-                            if overrides.chosen(typed, f"data.{name}") is None})  # fmt: skip
+                            if overrides.chosen(given, f"data.{name}") is None})  # fmt: skip
 
 
 def _identity(data: config.Data) -> tuple[str | None, ...]:
-    """Path, name, split and revision: equal for settings that read the same rows."""
+    """Return path, name, split and revision, which are equal for settings that read the same rows."""
     return str(Path(data.path).expanduser().absolute()), data.name, data.split, data.revision
 
 
 def _read_own(own: config.Data | None) -> Rows | None:
-    """Read the run's rows, to check that none is evaluated that was trained on; None if they cannot be read."""
+    """Read the rows of the run, to find out which it trained on; None if they cannot be read."""
     try:
         return read(own) if own else None
     except (ConfigError, DataError, ResourceError) as error:
-        log.warning("cannot read the run's own rows, so rows it trained on may be among those evaluated: %s", error)
+        log.warning("cannot read the run's own rows, so some evaluated rows may be training rows: %s", error)
         return None
 
 
 def _warn_of_other_rows(adapter: Path, dataset: Dataset) -> None:
-    """Warn about rows other than the run's own: the run may have trained on some, which lowers its loss."""
+    """Warn if the rows are not those of the run: it may have trained on some of them, which lowers the loss."""
     record = adapter / provenance.RECORD
     if record.is_file() and json.loads(record.read_text("utf-8"))["data_sha256"] != dataset.report.sha256:
         log.warning(
-            "these rows, or their split, are not the run's own: if the run trained on some of them, "
-            "loss and metrics are too good"
+            "the rows or their split are not the run's own: if the run trained on some of them, loss and metrics are "
+            "too good"
         )
 
 
 def _metrics(comparison: Comparison, names: list[str], labels: list[str] | None) -> dict[str, tuple[float, float]]:
-    """Metrics of the base's answers and of the adapter's, by name."""
+    """Compute the metrics of both models' answers: (base, adapter) by name."""
     if not names:
         return {}
     references = [a.reference for a in comparison.answers]
@@ -198,7 +194,7 @@ def _shown(comparison: Comparison, samples: int) -> Comparison:
 
 
 def _record(result: EvalResult, samples: int) -> dict[str, Any]:
-    """The contents of eval.json: losses in nats per token, metrics, the hash of the rows, and the first answers."""
+    """Return the contents of eval.json: losses in nats per token, metrics, the hash of the rows, the first answers."""
     comparison = _shown(result.comparison, samples)
     return {
         "base": _losses(comparison.base) | {name: base for name, (base, _) in result.metrics.items()},
@@ -211,7 +207,7 @@ def _record(result: EvalResult, samples: int) -> dict[str, Any]:
 
 
 def _losses(loss: EvalLoss) -> dict[str, float | None]:
-    """Loss and perplexity; null for a perplexity above all floats, as JSON has no infinity."""
+    """Return loss and perplexity; None for an infinite perplexity, which JSON cannot represent."""
     values = {"loss": loss.loss, "perplexity": loss.perplexity}
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 

@@ -35,7 +35,7 @@ from lora_ft.export.weight_stream import use_placeholders
 from lora_ft.io import durable
 from lora_ft.models.acceleration import accelerated
 from lora_ft.models.load import Base, load_base, resolve_device, resolve_dtype
-from lora_ft.models.meta_model import load_skeleton
+from lora_ft.models.meta_model import load_meta_model
 from lora_ft.models.resolve import locate
 from lora_ft.objectives.sft import Sft
 from lora_ft.ops.allocator import keep_freed_memory
@@ -199,8 +199,8 @@ def _eval_examples(cfg: config.MergeRun, tokenizer: PreTrainedTokenizerBase) -> 
 
 def _combine(cfg: config.MergeRun, adapters: list[Path], tokenizer: PreTrainedTokenizerBase, out: Path) -> MergeResult:
     weights = cfg.weights or [1 / len(adapters)] * len(adapters)
-    skeleton = load_skeleton(cfg.model, cfg.quant, cfg.device, tokenizer)
-    base = replace(skeleton, identity=locate(cfg.model))  # with the hashes of its weights
+    meta_model = load_meta_model(cfg.model, cfg.quant, cfg.device, tokenizer)
+    base = replace(meta_model, identity=locate(cfg.model))  # with the hashes of its weights
     combine.check(base, cfg.quant, adapters)
     use_placeholders(base.model)
     model = files.load(base.model, adapters[0], loading.NAME)

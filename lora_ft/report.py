@@ -1,4 +1,4 @@
-"""Report on a sweep from its files, while it runs and afterwards.
+"""Report on a sweep from its files, at any moment.
 
 lora-ft report sweep=runs/2026-11-24_10-15-00-123456
 

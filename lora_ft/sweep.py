@@ -16,19 +16,20 @@ from lora_ft.sweeps import jobs, leaderboard, report, results, terminal
 
 
 def main(cfg: config.SweepRun, invocation: entry.Invocation) -> float | None:
-    """Run one job of a sweep in this process, for other launchers than ours; return the eval loss."""
+    """Run one job of a sweep in this process, for a launcher of Hydra other than ours; return the eval loss."""
     from lora_ft.train import main as train  # here: the process that only launches jobs needs no torch
 
-    return train(jobs.alone(cfg), invocation)
+    return train(jobs.train_config(cfg), invocation)
 
 
 def sweep(overrides: list[str], folder: Path) -> leaderboard.Ranking:
-    """Run a sweep with its report in `folder`; return the ranking of its jobs."""
+    """Run a sweep in `folder` and write its report; return the ranking of its jobs."""
     from lora_ft.cli import composition
 
-    place = f"hydra.sweep.dir={validation.escape(str(folder.expanduser().absolute()))}"
-    composition.run(composition.CommandLine("sweep", [*overrides, place], multirun=True), _unused, end)
-    return leaderboard.rank(results.read(folder.expanduser()))
+    folder = folder.expanduser().absolute()
+    own = [*overrides, f"hydra.sweep.dir={validation.escape(str(folder))}"]
+    composition.run(composition.CommandLine("sweep", own, multirun=True), _unused, end)
+    return leaderboard.rank(results.read(folder))
 
 
 def _unused(*_: object) -> None:
@@ -36,7 +37,7 @@ def _unused(*_: object) -> None:
 
 
 def end(folder: Path) -> int:
-    """Report on a sweep whose jobs have ended; returns its exit code."""
+    """Write and print the report of a sweep whose jobs have ended; return the exit code of the command."""
     written = report.write(folder, pictures=True)
     Console().print(terminal.table(written.ranking))
     sys.stdout.write(f"\n{folder / 'report.html'}\n")

@@ -1,4 +1,4 @@
-"""Write docs/architecture.md's map from the tree: each module with the first sentence of its docstring.
+"""Write the map in docs/architecture.md: each module with the first sentence of its docstring.
 
 python tests/architecture_map.py
 """
@@ -20,7 +20,7 @@ def sentence(path: Path) -> str:
 
 
 def rendered() -> str:
-    """Return the map as a Markdown list, folders after the modules beside them."""
+    """Return the map as a Markdown list, in which folders follow modules."""
     package = ROOT / "lora_ft"
     lines = [f"- `{p.name}`: {sentence(p)}" for p in sorted(package.glob("*.py")) if p.name != "__init__.py"]
     for folder in sorted(p.parent for p in package.rglob("__init__.py") if p.parent != package):
@@ -33,7 +33,7 @@ def rendered() -> str:
 
 
 def page() -> str:
-    """Return the page with the map as the tree is now."""
+    """Return the page with the map of the current tree."""
     before, _, rest = PAGE.read_text("utf-8").partition(BEGIN)
     return f"{before}{BEGIN}\n{rendered()}\n{END}{rest.partition(END)[2]}"
 

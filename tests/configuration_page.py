@@ -1,4 +1,4 @@
-"""Write docs/configuration.md from `config.py`: every setting of every command. `make docs` runs it.
+"""Write docs/configuration.md: every setting of every command, from `config.py`. `make docs` runs it.
 
 python tests/configuration_page.py
 """

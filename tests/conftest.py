@@ -1,6 +1,6 @@
-"""Setup of all tests: a plain processor on request, signals that arrive, and figures at the end.
+"""Setup of all tests: a simulated CPU without AVX-512 on request, default SIGINT handling, and a list of figures.
 
-record_property("figure", "190 kills, 0 failures")
+record_property("figure", "190 kills, 0 failures")     # printed in the section "figures" at the end
 """
 
 import os
@@ -12,13 +12,13 @@ from pathlib import Path
 import absl.logging
 import pytest
 
-if os.environ.get("LORA_FT_TEST_PLAIN_CPU"):  # before anything imports torch; child processes find it in PYTHONPATH
+if os.environ.get("LORA_FT_TEST_PLAIN_CPU"):  # before any import of torch; child processes get PYTHONPATH
     _plain_cpu = Path(__file__).parent / "plain_cpu"
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_plain_cpu), os.environ.get("PYTHONPATH")]))
     runpy.run_path(str(_plain_cpu / "sitecustomize.py"))
 
-# The files that take longest start first: a process works off whole files, and the last one decides the end.
-LONGEST = ("test_faults", "test_sweep", "test_readme", "test_training", "test_hub", "test_python_api", "test_train")
+# The slowest files start first: with -n, each process runs whole files, and a slow one at the end delays all.
+LONGEST = ("test_faults", "test_sweep", "test_docs", "test_training", "test_hub", "test_python_api", "test_train")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -26,11 +26,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure() -> None:
-    # A shell starts what runs in the background with SIGINT ignored, which the commands under test would inherit.
+    # A shell starts background jobs with SIGINT ignored, which the tested commands would inherit.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    # absl, which rouge_score and tensorboard import, closes the stderr that it found when Hydra sets up logging: in a
-    # test that would be the file that pytest captures into.
+    # absl, imported by rouge_score and tensorboard, closes its stderr when Hydra configures logging. In a test that
+    # would be pytest's capture file.
     absl.logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
 
 

@@ -1,8 +1,8 @@
-"""Training states over tiny models and random rows, as `attached` makes them: any family, any dtype, float64 too.
+"""Training states on tiny models and random rows, for any family and dtype, made by `attached`.
 
 state = state_on(tiny_model("llama", dtype=torch.float64), tmp_path, train=config.Train(max_steps=8))
-adapter = trained(state)                 # its final values, one vector; state.losses has a loss a step
-detach(state)                            # the base as it was
+adapter = trained(state)                 # the final adapter as one vector; state.losses has a loss per step
+detach(state)                            # removes the adapter from the base
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ SETTINGS = {
 
 
 def some_rows(num_rows: int = 12, seed: int = 0, longest: int = 30) -> list[Example]:
-    """Rows of random ids and lengths; about half of the tokens after a prompt are supervised."""
+    """Return rows of random ids and lengths, 60 % of whose tokens after the first two are supervised."""
     generator = np.random.default_rng(seed)
     rows = []
     for number in range(num_rows):
@@ -48,7 +48,7 @@ def some_rows(num_rows: int = 12, seed: int = 0, longest: int = 30) -> list[Exam
     return rows
 
 
-class Report:
+class Report:  # the only field of a dataset's report that training reads
     sha256 = "d"
 
 
@@ -64,7 +64,7 @@ def state_on(
     fast: bool = True,
     **settings: object,
 ) -> TrainingState:
-    """Attach an adapter to a bare model, which stays attached until `detach`."""
+    """Attach an adapter to a model and return the training state; the adapter stays until `detach`."""
     folder.mkdir(parents=True, exist_ok=True)
     cfg = config.TrainRun(**{**SETTINGS, **settings}, fast=config.Fast() if fast else OFF)
     switch_off_dropout(model)
@@ -78,7 +78,7 @@ def state_on(
     )
     context = attached(cfg, folder, base, dataset, accelerate(model, cfg.fast).paths, "f")
     state = context.__enter__()
-    state.context = context  # or its end would come with that of this function
+    state.context = context  # keeps the adapter attached after this function returns
     return state
 
 
@@ -87,7 +87,7 @@ def detach(state: TrainingState) -> None:
 
 
 class Observer(Callback):
-    """Collects the metrics of every line of metrics.jsonl, and calls `then` with state and metrics."""
+    """Collects the metrics of each step and calls `then(state, metrics)`."""
 
     def __init__(self, then: Callable[[TrainingState, dict], object] = lambda *_: None) -> None:
         self.seen: list[dict] = []
@@ -103,6 +103,6 @@ class Observer(Callback):
 
 
 def trained(state: TrainingState, until: int | None = None) -> Tensor:
-    """Train to the end, or for some steps; the adapter as one vector, in the order of its names."""
+    """Train to the end or to step `until`; return the adapter as one vector, sorted by parameter name."""
     fit(state, until=until)
     return torch.cat([p.detach().flatten() for _, p in sorted(state.parameters.items())])

@@ -1,4 +1,4 @@
-"""Sweep folders as a sweep leaves them at any moment, made by hand; no torch.
+"""Make sweep folders in any state, without training.
 
 folder = sweep_folder(tmp_path, ["adapter.r=4,8"])
 job(folder, 0, ["adapter.r=4"], {"adapter.r": 4}, loss=2.4)          # finished
@@ -17,10 +17,10 @@ from lora_ft import config, validation
 BASE_LOSS = 3.25
 
 
-def sweep_folder(tmp_path: Path, words: list[str], name: str = "sweep", config_dir: str | None = None) -> Path:
+def sweep_folder(tmp_path: Path, overrides: list[str], name: str = "sweep", config_dir: str | None = None) -> Path:
     folder = tmp_path / name
     folder.mkdir()
-    (folder / "sweep.json").write_text(json.dumps({"overrides": words, "config_dir": config_dir}))
+    (folder / "sweep.json").write_text(json.dumps({"overrides": overrides, "config_dir": config_dir}))
     return folder
 
 
@@ -37,10 +37,10 @@ def job(
     adapter_bytes: int = 1000,
     base_loss: float | None = BASE_LOSS,
 ) -> Path:
-    """A job's folder: finished with a `loss` or a `result`, failed with a `failure`, else begun if it has `steps`."""
+    """Make a job: finished with a `loss` or a `result`, failed with a `failure`, else begun if it has `steps`."""
     folder = sweep / str(name)
     folder.mkdir(parents=True)
-    (folder / "overrides.txt").write_text("".join(f"{word}\n" for word in overrides))
+    (folder / "overrides.txt").write_text("".join(f"{override}\n" for override in overrides))
     if settings is not None:
         (folder / "config.yaml").write_text(yaml.safe_dump(_config(settings), sort_keys=False))
     if loss is not None or result is not None:
@@ -61,7 +61,7 @@ def job(
 
 
 def metrics(folder: Path, steps: int, begin: float, end: float, evaluations: int = 4) -> None:
-    """A curve that falls from `begin` to `end`, with a saw on it, and eval losses at even distances."""
+    """Write a noisy curve that falls from `begin` to `end`, with `evaluations` eval losses."""
     lines: list[dict[str, Any]] = [{"step": 0, "eval_loss": begin}]
     every = max(1, steps // evaluations)
     for step in range(1, steps + 1):

@@ -1,6 +1,6 @@
-"""The layout is the architecture: imports go down only and in no circle, and the page in docs/ says so.
+"""The architecture: imports go only to lower floors, without cycles, and docs/architecture.md describes the layout.
 
-docs/architecture.md has a table of floors, which these tests read:  | 5 | `exports/`: merged models, GGUF, ... |
+The tests read the table of floors in docs/architecture.md:  | 5 | `exports/`: merged models, GGUF, ... |
 """
 
 import ast
@@ -20,24 +20,24 @@ PACKAGE = Path(lora_ft.__file__).parent
 COMMANDS = {"train", "sweep", "check", "eval", "chat", "merge", "publish", "report"}
 VAGUE = ("util", "helper", "manager", "common", "misc", "base_")
 
-# Imports that break a rule today, with the reason. Delete an entry when its cause is gone: a test finds stale ones.
+# Imports that break a rule today, with the reason. Delete an entry when its cause is gone; a test reports stale ones.
 KNOWN_VIOLATIONS: dict[str, str] = {}
 
 
 def floors() -> dict[str, int]:
-    """Return the floor of each folder and module of the package, as the table of docs/architecture.md has it."""
+    """Return the floor of each folder and module in the table of docs/architecture.md."""
     rows = re.findall(r"^\| (\d) \| (.*) \|$", architecture_map.PAGE.read_text("utf-8"), re.MULTILINE)
     return {name.rstrip("/"): int(floor) for floor, names in rows for name in re.findall(r"`([\w/]+)`", names)}
 
 
 def modules() -> dict[str, Path]:
-    """Return the files of the package by module, `sweeps.jobs`; a folder's own file by the folder, `sweeps`."""
-    found = {path.relative_to(PACKAGE).with_suffix(""): path for path in sorted(PACKAGE.rglob("*.py"))}
-    return {".".join(name.parts).removesuffix(".__init__"): path for name, path in found.items()}
+    """Return the files of the package by module, `sweeps.jobs`; for `__init__.py` the folder, `sweeps`."""
+    paths = {path.relative_to(PACKAGE).with_suffix(""): path for path in sorted(PACKAGE.rglob("*.py"))}
+    return {".".join(name.parts).removesuffix(".__init__"): path for name, path in paths.items()}
 
 
 def imports(tree: ast.AST, known: set[str]) -> Iterator[str]:
-    """Yield the modules of lora_ft that a file imports, anywhere in its code; TYPE_CHECKING blocks import nothing."""
+    """Yield the modules of lora_ft that a file imports anywhere, except in TYPE_CHECKING blocks."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
             continue
@@ -59,7 +59,7 @@ FLOORS = floors()
 
 
 def violations(graph: dict[str, set[str]]) -> Iterator[str]:
-    """Yield the imports of a graph that go upward, sideways, or from below a command to `cli`."""
+    """Yield the imports from a floor that is not lower, and those of `cli` by a module that is not a command."""
     for name, others in graph.items():
         top = name.partition(".")[0]
         for other, below in ((other, other.partition(".")[0]) for other in sorted(others)):
@@ -71,20 +71,20 @@ def violations(graph: dict[str, set[str]]) -> Iterator[str]:
                 yield f"{name} (floor {FLOORS[top]}) imports {other} (floor {FLOORS[below]})"
 
 
-def test_the_table_names_every_folder_and_module_and_nothing_else() -> None:
+def test_floor_table_lists_every_folder_and_module() -> None:
     assert FLOORS.keys() == {name.partition(".")[0] for name in MODULES}
 
 
-def test_imports_go_down_only() -> None:
+def test_modules_import_only_from_lower_floors() -> None:
     assert set(violations(GRAPH)) == set(KNOWN_VIOLATIONS)
 
 
-def test_modules_import_each_other_in_no_circle() -> None:
-    graphlib.TopologicalSorter(GRAPH).prepare()  # CycleError names the circle
+def test_imports_have_no_cycle() -> None:
+    graphlib.TopologicalSorter(GRAPH).prepare()  # CycleError names the cycle
 
 
 @pytest.mark.parametrize(
-    ("code", "found"),
+    ("code", "expected"),
     [
         ("from lora_ft.sweeps import jobs", ["models.load (floor 2) imports sweeps.jobs (floor 7)"]),
         ("import lora_ft.data.rows", ["models.load (floor 2) imports data.rows (floor 2)"]),
@@ -94,8 +94,8 @@ def test_modules_import_each_other_in_no_circle() -> None:
         ("from lora_ft import config\nfrom lora_ft.ops import norm\nfrom lora_ft.models import quantize", []),
     ],
 )
-def test_a_wrong_import_is_found(code: str, found: list[str]) -> None:
-    assert list(violations({"models.load": set(imports(ast.parse(code), set(MODULES)))})) == found
+def test_wrong_imports_are_detected(code: str, expected: list[str]) -> None:
+    assert list(violations({"models.load": set(imports(ast.parse(code), set(MODULES)))})) == expected
 
 
 def test_floor_zero_imports_no_torch() -> None:
@@ -104,26 +104,28 @@ def test_floor_zero_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_importing_a_module_calls_nothing_for_its_effect() -> None:
+def test_importing_a_module_has_no_side_effects() -> None:
     allowed = {
-        "adapters": ["import_bitsandbytes()"],  # the package says why
-        "ops.attention": ["ALL_ATTENTION_FUNCTIONS.register(NAME, packed_causal_attention)"],  # a name of our own
+        "adapters": ["import_bitsandbytes()"],  # explained in adapters/__init__.py
+        "ops.attention": [
+            "ALL_ATTENTION_FUNCTIONS.register(NAME, packed_causal_attention)"
+        ],  # registers a name of lora_ft's own
     }
-    found = {}
+    calls_of = {}
     for name, path in MODULES.items():
         body = ast.parse(path.read_text("utf-8")).body
         calls = [ast.unparse(n) for n in body if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call)]
-        found |= {name: calls} if calls else {}
-    assert found == allowed
+        calls_of |= {name: calls} if calls else {}
+    assert calls_of == allowed
 
 
 def test_no_file_is_longer_than_400_lines() -> None:
     assert {n: count for n, p in MODULES.items() if (count := len(p.read_text("utf-8").splitlines())) > 400} == {}
 
 
-def test_no_name_is_vague() -> None:
+def test_module_names_are_not_vague() -> None:
     assert [name for name in MODULES if any(word in name for word in VAGUE)] == []
 
 
-def test_the_map_in_the_docs_is_the_tree() -> None:
+def test_map_in_the_docs_is_current() -> None:
     assert architecture_map.PAGE.read_text("utf-8") == architecture_map.page(), "run python tests/architecture_map.py"

@@ -1,4 +1,4 @@
-"""Where an adapter goes, what of it trains, and what is refused before it could go wrong."""
+"""Attaching an adapter: the layers it is attached to, the parameters that train, and the settings that are refused."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def attached(
 @pytest.mark.closes("A15", "A21")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_dora": True}])
-def test_only_the_adapter_trains_and_its_size_follows_from_its_ranks(family: str, settings: dict) -> None:
+def test_only_the_adapter_trains_with_the_size_given_by_its_ranks(family: str, settings: dict) -> None:
     model = attached(family, **settings)
     parameters = attach.trainable(model, "first")
     assert audit.check_trainable(model, "first", parameters) == sum(p.numel() for p in parameters.values())
@@ -46,7 +46,7 @@ def test_ranks_that_differ_by_layer_are_counted() -> None:
 
 @pytest.mark.closes("A21")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_all_linear_is_every_linear_layer_of_the_blocks_and_not_the_head(family: str) -> None:
+def test_all_linear_selects_every_linear_layer_except_the_head(family: str) -> None:
     model = tiny_model(family)
     layers = attach.adaptable_layers(model)
     targets = attach.resolve_targets(model, layers, ["all-linear"])
@@ -56,14 +56,14 @@ def test_all_linear_is_every_linear_layer_of_the_blocks_and_not_the_head(family:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_new_adapter_is_the_base_bit_for_bit(family: str) -> None:
+def test_new_adapter_computes_the_same_as_the_base(family: str) -> None:
     expected = tiny_model(family)(input_ids=IDS).logits
     model = attached(family).eval()
     assert torch.equal(model(input_ids=IDS).logits, expected)
 
 
 @pytest.mark.closes("A23")
-def test_the_seed_alone_decides_the_first_matrices() -> None:
+def test_initial_matrices_depend_only_on_the_seed() -> None:
     torch.manual_seed(5)
     first = attach.trainable(attached(seed=3), "first")
     torch.manual_seed(6)
@@ -73,26 +73,26 @@ def test_the_seed_alone_decides_the_first_matrices() -> None:
 
 
 @pytest.mark.closes("A17")
-def test_adapters_stay_in_float32_over_a_bfloat16_base() -> None:
+def test_adapter_is_float32_over_a_bfloat16_base() -> None:
     model = attached(dtype=torch.bfloat16)
     assert {p.dtype for p in attach.trainable(model, "first").values()} == {torch.float32}
 
 
 @pytest.mark.closes("A21")
 @pytest.mark.parametrize(
-    "settings, said",
+    "settings, message",
     [
         ({"target_modules": ["q_proj", "qq_proj"]}, r"adapter\.target_modules: qq_proj matches no layer.*q_proj"),
         (
             {"target_modules": ["v_proj"], "rank_pattern": {"k_proj": 2}},
             r"adapter\.rank_pattern: k_proj matches no adapted layer",
         ),
-        ({"rank_pattern": {"k_proj": 0}}, r"adapter\.rank_pattern: k_proj must be above 0, got 0"),
+        ({"rank_pattern": {"k_proj": 0}}, r"adapter\.rank_pattern: the value of k_proj must be above 0, got 0"),
         ({"modules_to_save": ["nrom"]}, r"adapter\.modules_to_save: nrom matches no layer"),
     ],
 )
-def test_names_that_match_nothing_are_refused(settings: dict, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_names_that_match_nothing_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         attached(**settings)
 
 
@@ -106,7 +106,7 @@ def test_names_that_match_nothing_are_refused(settings: dict, said: str) -> None
         {"modules_to_save": ["embed_tokens"]},
     ],
 )
-def test_one_of_two_tied_matrices_is_refused_and_an_untied_one_is_not(settings: dict) -> None:
+def test_adapter_of_one_of_two_tied_matrices_is_refused(settings: dict) -> None:
     with pytest.raises(ConfigError, match="shares its weight"):
         attached(tie=True, **settings)
     model = attached(tie=False, **settings)
@@ -114,7 +114,7 @@ def test_one_of_two_tied_matrices_is_refused_and_an_untied_one_is_not(settings: 
 
 
 @pytest.mark.closes("A17")
-def test_whole_layers_in_half_precision_are_refused_with_the_remedy() -> None:
+def test_modules_to_save_and_added_tokens_in_half_precision_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"modules_to_save.*model\.dtype=float32"):
         attached(dtype=torch.bfloat16, modules_to_save=["norm"])
     with pytest.raises(ConfigError, match=r"added_tokens.*model\.dtype=float32"):
@@ -123,7 +123,7 @@ def test_whole_layers_in_half_precision_are_refused_with_the_remedy() -> None:
 
 @pytest.mark.closes("A22")
 @pytest.mark.parametrize("tie", [False, True])
-def test_rows_of_added_tokens_train_and_no_other_row_does(tie: bool) -> None:
+def test_only_the_rows_of_added_tokens_train(tie: bool) -> None:
     model = attached(tie=tie, tokens=(510, 511))
     parameters = attach.trainable(model, "first")
     audit.check_trainable(model, "first", parameters)
@@ -133,7 +133,7 @@ def test_rows_of_added_tokens_train_and_no_other_row_does(tie: bool) -> None:
     assert all(p.grad.abs().sum() > 0 for p in rows.values())
 
 
-def test_the_audit_finds_a_base_that_trains() -> None:
+def test_audit_finds_a_base_that_trains() -> None:
     model = attached()
     next(p for n, p in model.named_parameters() if "norm" in n).requires_grad_()
     with pytest.raises(MismatchError, match=r"also trained.*norm"):
@@ -141,7 +141,7 @@ def test_the_audit_finds_a_base_that_trains() -> None:
 
 
 @pytest.mark.closes("A15")
-def test_the_audit_finds_a_frozen_matrix() -> None:
+def test_audit_finds_a_frozen_matrix() -> None:
     model = attached()
     parameters = attach.trainable(model, "first")
     next(iter(parameters.values())).requires_grad_(False)
@@ -150,7 +150,7 @@ def test_the_audit_finds_a_frozen_matrix() -> None:
 
 
 @pytest.mark.closes("A16")
-def test_the_audit_finds_a_matrix_that_never_moved() -> None:
+def test_audit_finds_a_matrix_that_never_moved() -> None:
     parameters = attach.trainable(attached(), "first")
     before = {n: p.detach().clone() for n, p in parameters.items()}
     with torch.no_grad():
@@ -164,7 +164,7 @@ def test_the_audit_finds_a_matrix_that_never_moved() -> None:
 
 
 @pytest.mark.closes("A16")
-def test_the_audit_finds_a_matrix_without_a_gradient() -> None:
+def test_audit_finds_a_matrix_without_a_gradient() -> None:
     model = attached()
     parameters = attach.trainable(model, "first")
     model(input_ids=IDS).logits.sum().backward()
@@ -175,21 +175,21 @@ def test_the_audit_finds_a_matrix_without_a_gradient() -> None:
 
 
 @pytest.mark.closes("D07")
-def test_one_name_inside_another_is_another_adapter() -> None:
+def test_adapter_name_that_contains_another_is_another_adapter() -> None:
     model = attached()
     model.add_adapter("first0", model.peft_config["first"])
     assert len(attach.trainable(model, "first")) == len(attach.trainable(model, "first0")) == 28
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_quantized_layer_cannot_be_trained_whole(kind: str, tmp_path: Path) -> None:
+def test_quantized_layer_in_modules_to_save_is_refused(kind: str, tmp_path: Path) -> None:
     quant = config.Quant(kind=config.QuantKind[kind])
     model = load_base(config.Model(path=str(tiny_folder(tmp_path, "llama"))), quant, "cpu").model
     with pytest.raises(ConfigError, match=r"modules_to_save: down_proj is quantized"):
         attach.attach(model, config.Adapter(target_modules=["q_proj"], modules_to_save=["down_proj"]), "first", 1, [])
 
 
-def test_a_changed_base_is_an_error() -> None:
+def test_changed_base_is_an_error() -> None:
     audit.check_base_unchanged("a", "a")
     with pytest.raises(MismatchError, match="changed during training"):
         audit.check_base_unchanged("a", "b")

@@ -1,4 +1,4 @@
-"""The corpus of attacks: no code of theirs runs, nothing outside the given folder is opened, each ends as it says."""
+"""Attacks: none of their code runs, no file outside the given folder is opened, and each raises its expected error."""
 
 import re
 import shutil
@@ -11,16 +11,14 @@ from finished import finished_run
 from tiny import tiny_folder
 
 from lora_ft.cli import entry
-from lora_ft.data import parquet
 from lora_ft.errors import ConfigError, DataError, MismatchError, SecurityError
-from lora_ft.io import durable
 
 CORPUS = {module.__name__.rpartition(".")[2]: module.ATTACKS for module in (bases, adapters, configs, templates, rows)}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, and a run over it: what the attacks change."""
+    """A valid base and a run on it, of which each attack changes a copy."""
     folder = tmp_path_factory.mktemp("made")
     finished_run(folder, "llama")
     (folder / "llama").rename(folder / "base")
@@ -29,20 +27,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(made: Path, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Place:
-    monkeypatch.setattr(parquet, "_ALWAYS_UNPACKED", 2**20)
     monkeypatch.chdir(tmp_path)
-    found = Place(tmp_path / "given", tmp_path / "outside", tmp_path / "canary")
+    place = Place(tmp_path / "given", tmp_path / "outside", tmp_path / "canary")
     kind = next(kind for kind, attacks in CORPUS.items() if request.getfixturevalue("attack") in attacks)
-    found.outside.mkdir()
+    place.outside.mkdir()
     if kind == "bases":
-        shutil.copytree(made / "base", found.folder)
-        shutil.copy(made / "base" / "model.safetensors", found.outside)
+        shutil.copytree(made / "base", place.folder)
+        shutil.copy(made / "base" / "model.safetensors", place.outside)
     elif kind == "adapters":
-        shutil.copytree(made / "run", found.folder)
+        shutil.copytree(made / "run", place.folder)
         (tmp_path / "base").symlink_to(made / "base")
     else:
-        found.folder.mkdir()
-    return found
+        place.folder.mkdir()
+    return place
 
 
 ATTACKS = [attack for attacks in CORPUS.values() for attack in attacks]
@@ -50,7 +47,7 @@ ATTACKS = [attack for attacks in CORPUS.values() for attack in attacks]
 
 @pytest.mark.closes("G04")
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
-def test_an_attack_runs_no_code_opens_nothing_outside_and_is_named(attack: Attack, place: Place) -> None:
+def test_attack_runs_no_code_and_opens_no_outside_file(attack: Attack, place: Place) -> None:
     attack.build(place)
     with opened_in(place.outside) as opened:
         if attack.error is None:
@@ -63,27 +60,27 @@ def test_an_attack_runs_no_code_opens_nothing_outside_and_is_named(attack: Attac
     assert opened == []
 
 
-def test_the_corpus_is_as_large_as_promised_and_mostly_refused_for_security() -> None:
+def test_most_attacks_are_refused_as_security_errors() -> None:
     assert len({attack.name for attack in ATTACKS}) == len(ATTACKS) >= 40
     ends = Counter(attack.error for attack in ATTACKS)
     assert set(ends) == {SecurityError, MismatchError, ConfigError, DataError, None}
     assert ends[SecurityError] > len(ATTACKS) / 2
 
 
-def test_the_watch_sees_what_is_opened(tmp_path: Path) -> None:
+def test_opened_in_reports_opened_files(tmp_path: Path) -> None:
     (tmp_path / "seen").write_text("x")
     with opened_in(tmp_path) as opened:
         (tmp_path / "seen").read_text()
     assert opened == ["seen"]
 
 
-def test_each_promise_names_tests_that_there_are() -> None:
+def test_security_page_names_existing_tests() -> None:
     tests = Path(__file__).parent
-    named = re.findall(r"`(test_\w+\.py)`", (tests.parent / "SECURITY.md").read_text("utf-8"))
+    named = re.findall(r"`(test_\w+\.py)`", (tests.parent / "docs" / "security.md").read_text("utf-8"))
     assert len(set(named)) >= 4 and all((tests / name).is_file() for name in named)
 
 
-def test_a_refusal_leaves_with_exit_code_9(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_security_error_exits_with_code_9(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text(configs.GLOBAL + "adapter: {_target_: os.getcwd}\n")
     with pytest.raises(SystemExit) as ended:
@@ -92,26 +89,15 @@ def test_a_refusal_leaves_with_exit_code_9(tmp_path: Path, capfd: pytest.Capture
     assert "mine.yaml: _target_: a folder of configs holds settings" in capfd.readouterr().err
 
 
-def test_a_run_of_the_cli_that_unpickles_is_not_offered(capfd: pytest.CaptureFixture[str]) -> None:
+def test_hydra_rerun_from_a_pickle_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         entry.run("train", ["--experimental-rerun", "config.pickle"])
     assert ended.value.code == 2
     assert "--experimental-rerun" in capfd.readouterr().err
 
 
-def test_a_link_planted_where_a_file_is_written_is_not_followed(tmp_path: Path) -> None:
-    victim, link = tmp_path / "victim", tmp_path / "log.txt"
-    victim.write_text("mine")
-    link.symlink_to(victim)
-    with pytest.raises(durable.WriteError, match=r"log\.txt"):
-        durable.append_line(link, "line")
-    durable.write_text(link, "whole")
-    assert not link.is_symlink() and link.read_text() == "whole"
-    assert victim.read_text() == "mine"
-
-
-def test_a_folder_named_by_a_link_may_be_read_and_so_may_the_cache_of_the_hub(made: Path, tmp_path: Path) -> None:
-    """What the user names may be a link; and the hub keeps a snapshot's files as links to blobs beside it."""
+def test_linked_folder_and_hub_cache_are_read(made: Path, tmp_path: Path) -> None:
+    """The folder itself may be a link, and the hub's cache links the files of a snapshot to its blobs."""
     repo = tmp_path / "models--owner--name"
     snapshot = repo / "snapshots" / "0123"
     snapshot.mkdir(parents=True)
@@ -123,11 +109,8 @@ def test_a_folder_named_by_a_link_may_be_read_and_so_may_the_cache_of_the_hub(ma
     bases._load(Place(tmp_path / "named", tmp_path, tmp_path))
 
 
-def test_base_and_adapter_of_the_corpus_are_good_before_they_are_changed(made: Path, tmp_path: Path) -> None:
+def test_valid_bases_and_adapters_load(made: Path, tmp_path: Path) -> None:
     bases._load(Place(made / "base", tmp_path, tmp_path))
     adapters._open(Place(made / "run", tmp_path, tmp_path))
-
-
-def test_folders_of_the_four_families_pass_all_checks(tmp_path: Path) -> None:
     for family in ("gpt2", "qwen3", "gpt_neox"):
         bases._load(Place(tiny_folder(tmp_path, family), tmp_path, tmp_path))

@@ -1,8 +1,6 @@
-"""Packed attention: every kernel that runs here against the definition in float64, values and gradients."""
+"""Packed attention: every kernel that runs on a CPU gives the values and gradients of the definition in float64."""
 
-import sys
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +24,7 @@ def starts_of(lengths: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def tensors(num_tokens: int, heads: int, key_heads: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """Query, key and value [1, heads, T, 8], laid out as a projection gives them, and a gradient [1, T, H, 8]."""
+    """Return query, key and value [1, heads, T, 8] in the layout of a projection, and a gradient [1, T, H, 8]."""
     generator = torch.Generator().manual_seed(num_tokens)
     made = [torch.randn(1, num_tokens, h, 8, generator=generator, dtype=dtype) for h in (heads, key_heads, key_heads)]
     gradient = torch.randn(1, num_tokens, heads, 8, generator=generator, dtype=dtype)
@@ -34,12 +32,12 @@ def tensors(num_tokens: int, heads: int, key_heads: int, dtype: torch.dtype = to
 
 
 def definition(query: Tensor, key: Tensor, value: Tensor, starts: Any, window: int | None, scale: float) -> Tensor:
-    """Softmax over a dense mask of all tokens, key heads repeated."""
+    """Compute softmax with a dense mask over all tokens, key heads repeated."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    place = torch.arange(starts[-1])
-    document = torch.searchsorted(torch.tensor(starts), place, right=True)
-    distance = place[:, None] - place
+    position = torch.arange(starts[-1])
+    document = torch.searchsorted(torch.tensor(starts), position, right=True)
+    distance = position[:, None] - position
     seen = (distance >= 0) & (document[:, None] == document)
     if window is not None:
         seen &= distance < window
@@ -56,7 +54,7 @@ def with_gradients(function: Any, made: list[Tensor], *arguments: Any) -> list[T
 @pytest.mark.parametrize("heads, key_heads", [(4, 4), (6, 2), (3, 1)])
 @pytest.mark.parametrize("lengths", [(1,), (5, 1, 2), LONG])
 @pytest.mark.parametrize("form", [tiled_attention, attention.per_document])
-def test_every_form_is_the_definition(
+def test_every_kernel_equals_the_definition(
     form: Any, lengths: tuple[int, ...], heads: int, key_heads: int, window: int | None
 ) -> None:
     starts = starts_of(lengths)
@@ -66,7 +64,7 @@ def test_every_form_is_the_definition(
         torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-12)
 
 
-def test_tiles_in_fp32_are_as_near_to_float64_as_torchs_kernel() -> None:
+def test_tiles_in_fp32_are_as_accurate_as_torchs_kernel() -> None:
     starts = starts_of(LONG)
     exact = tensors(starts[-1], 6, 2)
     rounded = [tensor.detach().float().requires_grad_() for tensor in exact]
@@ -80,7 +78,7 @@ def test_tiles_in_fp32_are_as_near_to_float64_as_torchs_kernel() -> None:
         assert 0 < tiled < max(2 * torchs, 5e-7)
 
 
-def test_tiles_are_differentiable_under_checkpointing_and_give_the_same_bits() -> None:
+def test_tiles_give_the_same_bits_under_checkpointing() -> None:
     starts = starts_of(LONG)
     made = tensors(starts[-1], 6, 2, torch.float32)
 
@@ -92,7 +90,7 @@ def test_tiles_are_differentiable_under_checkpointing_and_give_the_same_bits() -
 
 
 def seen_by(plan: list[Tile], num_tokens: int) -> Tensor:
-    """How often tiles let each row see each key."""
+    """Count how often tiles let each row see each key."""
     counts = torch.zeros(num_tokens, num_tokens, dtype=torch.int64)
     for tile in plan:
         free = torch.ones(tile.end - tile.start, tile.end - tile.first_key, dtype=torch.int64)
@@ -102,7 +100,7 @@ def seen_by(plan: list[Tile], num_tokens: int) -> Tensor:
 
 
 @pytest.mark.parametrize("window", [None, 5, 100])
-def test_tiles_cover_what_may_be_seen_once_and_nothing_else(window: int | None) -> None:
+def test_tiles_cover_every_visible_key_once_and_no_other(window: int | None) -> None:
     starts = starts_of(LONG)
     expected = torch.zeros(starts[-1], starts[-1], dtype=torch.int64)
     for a, b in pairwise(starts):
@@ -114,7 +112,7 @@ def test_tiles_cover_what_may_be_seen_once_and_nothing_else(window: int | None) 
     assert max(tile.end - tile.start for tile in plan) <= TILE_ROWS
 
 
-def test_tiles_are_left_to_the_documents_that_they_are_faster_for() -> None:
+def test_tiles_are_used_only_for_documents_for_which_they_are_faster() -> None:
     assert worth_it(starts_of((180, 300, 90)), None)
     assert not worth_it(starts_of((16,) * 8), None)
     assert not worth_it(starts_of((200, 2048)), None)
@@ -123,9 +121,7 @@ def test_tiles_are_left_to_the_documents_that_they_are_faster_for() -> None:
 
 @pytest.mark.parametrize("lengths", [LONG, (16, 16), (1100,)])
 @pytest.mark.parametrize("window", [None, 40])
-def test_the_models_call_gives_the_definition_whatever_form_it_takes(
-    lengths: tuple[int, ...], window: int | None
-) -> None:
+def test_packed_causal_attention_equals_the_definition(lengths: tuple[int, ...], window: int | None) -> None:
     starts = starts_of(lengths)
     made = tensors(starts[-1], 2, 1)
 
@@ -140,8 +136,7 @@ def test_the_models_call_gives_the_definition_whatever_form_it_takes(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_over_tiles_learns_what_it_learns_over_a_dense_mask(family: str) -> None:
-    """In float64, documents long enough for tiles: loss and all gradients of the base."""
+def test_model_with_tiles_has_the_loss_and_gradients_of_a_dense_mask(family: str) -> None:
     model = tiny_model(family, dtype=torch.float64)
     starts = list(starts_of((80, 100)))
     assert worth_it(tuple(starts), None)
@@ -155,7 +150,7 @@ def test_a_model_over_tiles_learns_what_it_learns_over_a_dense_mask(family: str)
         assert float((tiled - dense).norm() / dense.norm()) < 1e-11
 
 
-def test_dropout_drops_weights_and_keeps_their_mean() -> None:
+def test_attention_dropout_keeps_the_mean() -> None:
     query, key, value, _ = tensors(150, 2, 1)
     torch.manual_seed(0)
     outs = [
@@ -169,15 +164,15 @@ def test_dropout_drops_weights_and_keeps_their_mean() -> None:
 
 
 @pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias"])
-def test_attention_refuses_what_it_would_ignore(name: str) -> None:
+def test_attention_refuses_arguments_that_it_would_ignore(name: str) -> None:
     made = [torch.randn(1, 2, 3, 4) for _ in range(3)]
     with pytest.raises(ValueError, match=name):
         attention.packed_causal_attention(torch.nn.Identity(), *made, None, document_starts=[0, 3], **{name: 1.0})
 
 
 @pytest.mark.closes("A10")
-def test_a_packed_model_refuses_a_call_without_boundaries() -> None:
-    """A key cache with no mask would be silently wrong; generation goes through plain_attention."""
+def test_packed_model_refuses_a_call_without_boundaries() -> None:
+    """Generation with a key cache and no mask would be silently wrong, so it uses plain_attention."""
     model = tiny_model("llama")
     accelerate(model, config.Fast())
     with pytest.raises(ValueError, match="document_starts"):
@@ -189,68 +184,55 @@ def test_a_packed_model_refuses_a_call_without_boundaries() -> None:
 
 
 @pytest.mark.parametrize(
-    "device, dtype, width, capability, built, installed, name, reason",
+    "device, dtype, width, capability, built, name, reason",
     [
-        ("cpu", torch.float32, 64, None, False, False, "tiled", "float32 on a CPU"),
-        ("cpu", torch.bfloat16, 64, None, False, False, "per_document", "rounded"),
-        ("mps", torch.float16, 64, None, False, False, "per_document", "mps"),
-        ("cuda", torch.float32, 64, (9, 0), True, True, "per_document", "16 bits only"),
-        ("cuda", torch.float16, 64, (7, 5), True, True, "per_document", "8.0"),
-        ("cuda", torch.bfloat16, 512, (9, 0), True, True, "per_document", "512"),
-        ("cuda", torch.bfloat16, 12, (9, 0), True, True, "per_document", "12"),
-        ("cuda", torch.bfloat16, 128, (8, 6), True, False, "varlen", "boundaries"),
-        ("cuda", torch.float16, 128, (8, 0), False, True, "flash_attn", "without flash attention"),
-        ("cuda", torch.float16, 128, (8, 0), False, False, "per_document", "not installed"),
+        ("cpu", torch.float32, 64, None, False, "tiled", "float32 on a CPU"),
+        ("cpu", torch.bfloat16, 64, None, False, "per_document", "round scores"),
+        ("mps", torch.float16, 64, None, False, "per_document", "mps"),
+        ("cuda", torch.float32, 64, (9, 0), True, "per_document", "16 bits only"),
+        ("cuda", torch.float16, 64, (7, 5), True, "per_document", "8.0"),
+        ("cuda", torch.bfloat16, 512, (9, 0), True, "per_document", "512"),
+        ("cuda", torch.bfloat16, 12, (9, 0), True, "per_document", "12"),
+        ("cuda", torch.bfloat16, 128, (8, 6), True, "varlen", "boundaries"),
+        ("cuda", torch.float16, 128, (8, 0), False, "per_document", "without flash attention"),
     ],
 )
-def test_the_kernel_is_chosen_by_device_dtype_and_what_is_installed(
-    device: str, dtype: torch.dtype, width: int, capability: Any, built: bool, installed: bool, name: str, reason: str,
+def test_kernel_is_chosen_by_device_dtype_and_head_width(
+    device: str, dtype: torch.dtype, width: int, capability: Any, built: bool, name: str, reason: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
-    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda _: object() if installed else None)
     kernel = attention.choose_kernel.__wrapped__(torch.device(device), dtype, width)
     assert kernel.name == name
     assert reason in kernel.reason
 
 
 @pytest.mark.parametrize("window", [None, 7])
-@pytest.mark.parametrize("form", [attention.varlen, attention.flash_attn])
-def test_flash_attention_is_called_as_its_interface_says(
-    form: Any, window: int | None, monkeypatch: pytest.MonkeyPatch
+def test_varlen_passes_correct_arguments_to_flash_attention(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No GPU is needed to see the arguments: a stand-in computes the definition from them alone."""
+    """A substitute for the GPU kernel computes the definition from the arguments."""
     starts = starts_of((9, 20, 3))
     made = tensors(starts[-1], 4, 2)
 
-    def over_boundaries(q, k, v, cu_q, cu_k, max_q, max_k, scale, window_size):  # type: ignore[no-untyped-def]
+    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):  # type: ignore[no-untyped-def]
         assert cu_q.dtype is cu_k.dtype is torch.int32 and cu_q.tolist() == cu_k.tolist() == list(starts)
-        assert max_q == max_k == 20
+        assert max_q == max_k == 20 and enable_gqa
         left, right = window_size
         assert right == 0
         heads = [tensor.transpose(0, 1)[None] for tensor in (q, k, v)]
-        # Flash attention's left span does not count the row itself.
+        # Flash attention does not count the row itself as part of the window.
         return definition(*heads, starts, None if left == -1 else left + 1, scale)[0]
 
-    def varlen_attn(*seven: Any, scale: float, window_size: Any, enable_gqa: bool) -> Tensor:
-        assert enable_gqa
-        return over_boundaries(*seven, scale, window_size)
-
-    def flash_attn_varlen_func(*seven: Any, softmax_scale: float, causal: bool, window_size: Any) -> Tensor:
-        assert causal
-        return over_boundaries(*seven, softmax_scale, window_size)
-
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
-    package = SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
-    monkeypatch.setitem(sys.modules, "flash_attn", package)
-    found = with_gradients(form, made, starts, window, 0.3)
+    found = with_gradients(attention.varlen, made, starts, window, 0.3)
     for ours, exact in zip(found, with_gradients(definition, made, starts, window, 0.3), strict=True):
         torch.testing.assert_close(ours, exact)
 
 
-def test_torchs_varlen_takes_these_arguments_and_gives_these_shapes() -> None:
-    """Traced without memory or kernels: the real operator checks its arguments, and its backward is registered."""
+def test_torchs_varlen_accepts_the_arguments_and_returns_the_expected_shapes() -> None:
+    """Fake tensors need no GPU: the real operator checks its arguments, and has a backward."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():

@@ -1,4 +1,4 @@
-"""The check command as a user meets it: the page for a good file, one message and an exit code for each broken one."""
+"""The check command: its page for good data, and one message and an exit code for each error."""
 
 import json
 import os
@@ -24,7 +24,7 @@ SHORT = ("train.tokens_per_step=80", "train.epochs=2", "adapter.r=4", "adapter.l
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A tiny llama that reads texts of any length that is used here."""
+    """A tiny llama with a context long enough for all rows of these tests."""
     folder = tiny_folder(tmp_path_factory.mktemp("base"), "llama")
     settings = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 4096}
     (folder / "config.json").write_text(json.dumps(settings))
@@ -40,14 +40,14 @@ def lines(rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def checked(base, *words, content=None, name="rows.jsonl"):
-    """The exit code of a check over a file of this content."""
+def checked(base, *overrides, content=None, name="rows.jsonl"):
+    """Run check on a file with this content; return the exit code."""
     content = lines(GOOD) if content is None else content
     Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    return call("check", "model=local", f"model.path={base}", f"data.path={name}", *SHORT, *words)
+    return call("check", "model=local", f"model.path={base}", f"data.path={name}", *SHORT, *overrides)
 
 
-def test_a_good_file_gives_a_page_that_fits_and_leaves_nothing_behind(base, capfd):
+def test_page_for_good_data_fits_80_columns_and_no_file_is_written(base, capfd):
     assert checked(base) == 0
     out, err = capfd.readouterr()
     assert err == "" and "\x1b" not in out
@@ -63,60 +63,57 @@ def test_a_good_file_gives_a_page_that_fits_and_leaves_nothing_behind(base, capf
     assert [path.name for path in Path().iterdir()] == ["rows.jsonl"]
 
 
-def test_the_installed_command_checks_what_train_would_train_without_reading_a_weight(base, tmp_path):
-    """Weights of the right header and size, of which all is lost: check has no use for them."""
-    hollow = tmp_path / "hollow"
-    hollow.mkdir()
+def test_installed_check_command_reads_no_weights(base, tmp_path):
+    """The weights file has the right header and size, but only zeros after the header."""
+    zeros = tmp_path / "zeros"
+    zeros.mkdir()
     for path in base.iterdir():
-        (hollow / path.name).write_bytes(path.read_bytes())
-    weights = (hollow / "model.safetensors").read_bytes()
+        (zeros / path.name).write_bytes(path.read_bytes())
+    weights = (zeros / "model.safetensors").read_bytes()
     header = 8 + int.from_bytes(weights[:8], "little")
-    (hollow / "model.safetensors").write_bytes(weights[:header] + bytes(len(weights) - header))
+    (zeros / "model.safetensors").write_bytes(weights[:header] + bytes(len(weights) - header))
     (tmp_path / "rows.jsonl").write_text(lines(GOOD))
-    words = ["model=local", f"model.path={hollow}", "data.path=rows.jsonl", "device=cpu", "optim.decay_fraction=0.5"]
-    done = subprocess.run([COMMAND, "check", *words], capture_output=True, text=True, timeout=120,
+    overrides = ["model=local", f"model.path={zeros}", "data.path=rows.jsonl", "device=cpu", "optim.decay_fraction=0.5"]
+    done = subprocess.run([COMMAND, "check", *overrides], capture_output=True, text=True, timeout=120,
                           env={**os.environ, "PYTHONIOENCODING": "ascii"})  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert "! optim.decay_fraction has no effect: it is for wsd, and optim.schedule=linear" in done.stdout
-    assert sorted(path.name for path in Path().iterdir()) == ["hollow", "rows.jsonl"]
+    assert sorted(path.name for path in Path().iterdir()) == ["rows.jsonl", "zeros"]
 
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
 BROKEN = {
     "cut short": (lines(GOOD) + '{"prompt": "2+2?", "comple', r"rows\.jsonl:25: .*Unterminated string"),
-    "no answer": (lines([*GOOD, {"prompt": "2+2?"}]), r"rows\.jsonl:25: completion: is missing"),
-    "empty answer": (lines([*GOOD, {"prompt": "2+2?", "completion": " "}]), r"rows\.jsonl:25: completion: is empty"),
-    "number": (lines([*GOOD, {"prompt": 4, "completion": "4"}]), r"rows\.jsonl:25: prompt: must be text, got int"),
     "ends with the user": (
         lines([CHAT, {"messages": CHAT["messages"][:1]}]),
-        r"rows\.jsonl:2: message 1: .*must end with the assistant's answer",
+        r"rows\.jsonl:2: message 1: .*must end with an assistant message",
     ),
-    "roles in disorder": (
+    "wrong order of roles": (
         lines([CHAT, {"messages": CHAT["messages"][::-1]}]),
-        r"rows\.jsonl:2: message 1: assistant may not come first",
+        r"rows\.jsonl:2: message 1: assistant may not be first",
     ),
     "unknown role": (
         lines([CHAT, {"messages": [{"role": "bot", "content": "Hi"}]}]),
-        r"rows\.jsonl:2: messages\[0\]: role 'bot' is none of",
+        r"rows\.jsonl:2: messages\[0\]: role must be one of .*, got 'bot'",
     ),
     "control token": (
         lines([*GOOD, {"prompt": "a<|im_end|>b", "completion": "c"}]),
         r"rows\.jsonl:25: content: holds the control token <\|im_end\|>",
     ),
     "not UTF-8": (lines(GOOD).encode() + b'{"prompt": "caf\xe9"}\n', r"rows\.jsonl:25: .*not UTF-8"),
-    "a key twice": (lines(GOOD) + '{"prompt": "a", "prompt": "b", "completion": "c"}\n', r":25: prompt: key occurs"),
+    "duplicate key": (lines(GOOD) + '{"prompt": "a", "prompt": "b", "completion": "c"}\n', r":25: prompt: key occurs"),
     "too long": (
         lines([*GOOD, {"prompt": "why? " * 3000, "completion": "c"}]),
         r"rows\.jsonl:25 with .*data\.too_long",
     ),
     "no format": (lines([{"question": "a", "reply": "b"}]), r"no format has the columns question, reply"),
     "preferences": (lines([{"prompt": "a", "chosen": "b", "rejected": "c"}]), r"chosen and rejected"),
-    "nothing": ("", r"no row"),
+    "empty file": ("", r"no row"),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_file_is_one_message_with_its_place_and_exit_4(base, capfd, name):
+def test_bad_data_gives_one_located_message_and_exit_code_4(base, capfd, name):
     content, message = BROKEN[name]
     assert checked(base, content=content) == 4
     out, err = capfd.readouterr()
@@ -125,28 +122,30 @@ def test_a_broken_file_is_one_message_with_its_place_and_exit_4(base, capfd, nam
     assert re.findall(r"^\S+.*|^  [a-z]+", out, re.MULTILINE) == ["training", "  layers", "  trainable", "  scale"]
 
 
-def test_an_error_hides_only_what_it_makes_unknown(base, capfd):
-    whole, without_layers = ["steps", "learning", "layers", "trainable", "scale", "disk"], ["steps", "learning"]
-    for word, known in (
-        ("adapter.target_modules=[q_prj]", without_layers),
-        ("optim.warmup_steps=500", whole),
-        ("train.tokens_per_microbatch=9", whole),
-        ("fast.compile=true", whole),
-    ):
-        assert checked(base, word) == 2
+def test_page_shows_what_an_error_does_not_affect(base, capfd):
+    all_lines, without_layers = ["steps", "learning", "layers", "trainable", "scale", "disk"], ["steps", "learning"]
+    for override, expected, message in (
+        ("adapter.target_modules=[q_prj]", without_layers,
+         "q_prj matches no layer of this model, which has down_proj"),
+        ("optim.warmup_steps=500", all_lines, r"optim.warmup_steps must be less than the run's \d+ steps, got 500"),
+        ("train.tokens_per_microbatch=9", all_lines,
+         r"tokens_per_microbatch must be at least the longest row: .*rows.jsonl:"),
+        ("fast.compile=true", all_lines, "fast.compile=true needs a CUDA device"),
+    ):  # fmt: skip
+        assert checked(base, override) == 2
         out, err = capfd.readouterr()
         assert out.count("⟦") == 1 + 3 and "  documents " in out
-        assert re.findall(r"^  ([a-z]+)", out.partition("\ntraining\n")[2], re.MULTILINE) == known, word
-        assert word.partition("=")[0] in err and "errors" not in err
+        assert re.findall(r"^  ([a-z]+)", out.partition("\ntraining\n")[2], re.MULTILINE) == expected, override
+        assert re.search(message, err) and override.partition("=")[0] in err and "errors" not in err
 
 
-def test_all_errors_are_said_at_once_and_the_first_one_of_training_gives_the_code(base, capfd, monkeypatch):
+def test_all_errors_are_listed_and_the_first_sets_the_exit_code(base, capfd, monkeypatch):
     broken = lines([*GOOD, {"prompt": "2+2?"}, {"prompt": 4, "completion": "4"}])
     assert checked(base, "adapter.target_modules=[q_prj]", content=broken) == 4
     out, err = capfd.readouterr()
     assert out == ""
     head, first, missing, number, second = err.splitlines()
-    assert head == "lora-ft: 2 errors, of which training would end with the first:" and first == "- 2 bad rows:"
+    assert head == "lora-ft: 2 errors; training would stop at the first:" and first == "- 2 bad rows:"
     assert re.fullmatch(r"    \S*rows\.jsonl:25: completion: is missing: .*", missing)
     assert re.fullmatch(r"    \S*rows\.jsonl:26: prompt: must be text.*", number)
     assert second.startswith("- adapter.target_modules: q_prj matches no layer of this model")
@@ -155,65 +154,61 @@ def test_all_errors_are_said_at_once_and_the_first_one_of_training_gives_the_cod
     assert re.search(r"3 errors.*\n- training runs in one.*WORLD_SIZE=2\n- optim.*\n- adapter", capfd.readouterr().err)
 
 
-def test_rows_are_read_also_where_there_is_no_base_to_read_them_with(capfd):
+def test_rows_are_checked_without_a_base(capfd):
     assert checked("./absent", content=lines([*GOOD, {"prompt": "2+2?"}])) == 7
     out, err = capfd.readouterr()
     assert out == "" and "- model.path=./absent: there is no such folder" in err
     assert re.search(r"^    \S*rows\.jsonl:25: completion: is missing", err, re.MULTILINE)
 
 
-def test_check_says_of_several_processes_what_train_says(base, capfd, monkeypatch):
+def test_check_and_train_refuse_several_processes_alike(base, capfd, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert checked(base) == 2
-    said = capfd.readouterr().err
-    assert said == "lora-ft: training runs in one process so far, got WORLD_SIZE=2\n"
-    words = ["model=local", f"model.path={base}", "data.path=rows.jsonl", "hydra.run.dir=run"]
-    assert call("train", *words) == 2
-    assert capfd.readouterr().err == said
+    message = capfd.readouterr().err
+    assert message == "lora-ft: training runs in one process so far, got WORLD_SIZE=2\n"
+    overrides = ["model=local", f"model.path={base}", "data.path=rows.jsonl", "hydra.run.dir=run"]
+    assert call("train", *overrides) == 2
+    assert capfd.readouterr().err == message
 
 
-def test_a_eval_file_that_was_trained_on_is_an_error(base, capfd):
-    Path("held.jsonl").write_text(lines([GOOD[3], {"prompt": "Other?", "completion": "Yes."}]))
-    assert checked(base, "data.eval_path=held.jsonl") == 4
-    assert re.search(r"1 eval rows are training rows too:\n.*held\.jsonl:1 is also .*rows\.jsonl:4",
+def test_eval_row_that_is_also_a_training_row_is_an_error(base, capfd):
+    Path("eval.jsonl").write_text(lines([GOOD[3], {"prompt": "Other?", "completion": "Yes."}]))
+    assert checked(base, "data.eval_path=eval.jsonl") == 4
+    assert re.search(r"1 eval rows are training rows too:\n.*eval\.jsonl:1 is also .*rows\.jsonl:4",
                      capfd.readouterr().err)  # fmt: skip
 
 
-def test_a_run_to_resume_is_checked_with_its_own_settings(base, tmp_path, capfd):
+def test_check_of_a_resumed_run_uses_its_settings(base, tmp_path, capfd):
     run = finished_run(tmp_path, "gpt2", r=2, lora_alpha=7.0)
     assert call("check", f"resume={run}", "train.epochs=2") == 0
     assert re.search(r"scale +3\.5 \(lora_alpha / r\)", capfd.readouterr().out)
     assert call("check", f"resume={run}", "adapter.lora_alpha=9") == 2
     assert "adapter.lora_alpha: 7.0 -> 9.0" in capfd.readouterr().err
     assert checked(base, "resume=auto") == 0
-    assert "! resume has no effect: check looks at a run from its beginning" in capfd.readouterr().out
+    assert "! resume has no effect: check always looks at a run from its first step" in capfd.readouterr().out
 
 
 WRONG = {
-    "targets": (["adapter.target_modules=[q_prj]"], 2, "q_prj matches no layer of this model, which has down_proj"),
-    "warm-up": (["optim.warmup_steps=500"], 2, r"optim.warmup_steps must be below the run's \d+ steps, got 500"),
-    "micro-batch": (["train.tokens_per_microbatch=9"], 2, "must be at least the longest row: .*rows.jsonl:"),
-    "GPU": (["fast.compile=true"], 2, "fast.compile=true needs a CUDA device"),
-    "added token": (["model.added_tokens=['<never>']"], 4, "no training row holds <never>"),
+    "added token": (["model.added_tokens=['<never>']"], 4, "no training row contains <never>"),
     "base": (["model.path=./absent"], 7, "there is no such folder"),
     "template": (["model.chat_template=never_ends.jinja"], 4, "puts no end token after the answer"),
-    "start": (["adapter.init_from=run/adapter"], 5, "was made for another base"),
+    "init_from": (["adapter.init_from=run/adapter"], 5, "was made for another base"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_setting_that_would_end_training_ends_the_check_with_its_code(base, tmp_path, capfd, name):
-    words, code, message = WRONG[name]
+def test_bad_setting_gives_the_exit_code_of_training(base, tmp_path, capfd, name):
+    overrides, code, message = WRONG[name]
     Path("never_ends.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
                                         "{% if add_generation_prompt %}assistant: {% endif %}")  # fmt: skip
-    if name == "start":
+    if name == "init_from":
         finished_run(tmp_path, "gpt2", r=4, lora_alpha=8.0)
-    assert checked(base, *words) == code
+    assert checked(base, *overrides) == code
     assert re.search(message, capfd.readouterr().err)
 
 
 def shown(base, tmp_path, rows, width=80, color=None, **data):
-    """The page over these rows, as text."""
+    """Return the page for these rows as text."""
     (tmp_path / "rows.jsonl").write_text(lines(rows))
     cfg = config.CheckRun(device="cpu", data=config.Data(path="rows.jsonl", eval_fraction=0.0, **data))
     cfg.model.path = str(base)
@@ -225,19 +220,19 @@ def shown(base, tmp_path, rows, width=80, color=None, **data):
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
-def test_blanks_are_visible_and_nothing_reaches_a_terminal_that_it_obeys(base, tmp_path):
+def test_whitespace_is_visible_and_control_characters_are_escaped(base, tmp_path):
     page = shown(base, tmp_path, [{"prompt": "a  b \n\tc\x1b[31m\u202e[bold]x[/bold]", "completion": " d\u00a0e "}])
     assert "a··b·↵\n" in page and "→c\\x1b[31m\\u202e[bold]x[/bold]" in page
     assert "⟦·d\\xa0e·<|im_end|>⟧" in page
     assert "\x1b" not in page and "\u202e" not in page
 
 
-def test_supervised_masked_and_control_tokens_have_colours_in_a_terminal(base, tmp_path):
+def test_supervised_masked_and_control_tokens_have_colors_in_a_terminal(base, tmp_path):
     page = shown(base, tmp_path, [{"prompt": "a", "completion": "b"}], color="standard")
     assert "\x1b[32mb\x1b[0m\x1b[36m<|im_end|>" in page and "\x1b[2" in page
 
 
-def test_long_texts_and_long_chats_lose_their_middle_and_keep_every_bracket(base, tmp_path):
+def test_long_texts_and_chats_are_shortened_in_the_middle(base, tmp_path):
     chat = [{"role": r, "content": f"{r} {n}"} for n in range(12) for r in ("user", "assistant")]
     chat[0]["content"] = "start " + "x" * 500 + " stop"
     page = " ".join(shown(base, tmp_path, [{"messages": chat}]).split())
@@ -247,13 +242,13 @@ def test_long_texts_and_long_chats_lose_their_middle_and_keep_every_bracket(base
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 7])
-def test_up_to_three_rows_are_shown_each_once(base, tmp_path, number):
+def test_at_most_three_different_rows_are_shown(base, tmp_path, number):
     page = shown(base, tmp_path, GOOD[:number])
-    places = re.findall(r"^rows\.jsonl:(\d+) \(", page, re.MULTILINE)
-    assert len(places) == len(set(places)) == min(number, 3)
+    sources = re.findall(r"^rows\.jsonl:(\d+) \(", page, re.MULTILINE)
+    assert len(sources) == len(set(sources)) == min(number, 3)
 
 
-def test_parts_of_a_row_put_together_are_its_text():
+def test_parts_of_a_row_join_to_its_text():
     tokenizer = tiny_tokenizer()
     vocabulary = Vocabulary(tokenizer)
     text = "What is the capital of France? The capital of France is Paris. Καλημέρα"
@@ -264,16 +259,16 @@ def test_parts_of_a_row_put_together_are_its_text():
         assert len(parts) == -(-len(ids) // period)
         if "\ufffd" not in "".join(part for part, _ in parts):
             assert "".join(part for part, _ in parts) == text
-    assert [learned for _, learned in parts] == [i % 2 == 1 for i in range(len(parts))]
+    assert [is_supervised for _, is_supervised in parts] == [i % 2 == 1 for i in range(len(parts))]
 
 
 @pytest.mark.parametrize("width", [60, 80, 160])
-def test_the_page_fits_a_terminal_of_any_usual_width(base, tmp_path, width):
+def test_page_fits_the_terminal_width(base, tmp_path, width):
     page = shown(base, tmp_path, GOOD, width=width)
     assert max(map(len, page.splitlines())) <= width
 
 
-def test_the_page_says_what_was_cut_left_out_and_not_used(base, tmp_path):
+def test_page_reports_truncated_dropped_and_unused_data(base, tmp_path):
     rows = [{**row, "score": 1} for row in GOOD] + [{"prompt": "why " * 90, "completion": "So."}]
     cut = shown(base, tmp_path, rows, max_length=64, too_long=config.TooLong.truncate_prompt)
     assert "1 prompts cut (data.too_long=truncate_prompt)" in cut and "columns score" in cut

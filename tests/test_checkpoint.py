@@ -1,4 +1,4 @@
-"""A checkpoint is whole or none: what spoils it is found, an older one takes its place, and rotation keeps the best."""
+"""Checkpoints: damage is detected, an older one is used instead, resume is exact, and rotation keeps the best."""
 
 import contextlib
 import random
@@ -33,7 +33,7 @@ FILES = (checkpoint.TENSORS, checkpoint.STATE, checkpoint.MANIFEST)
 
 
 def state_in(run: Path, **settings: object) -> TrainingState:
-    """A state at its start, with eval rows; a checkpoint every two of six steps, all of them kept."""
+    """Return a new state with eval rows for six steps, with a checkpoint every two steps and no rotation."""
     run.mkdir(exist_ok=True)
     train = {
         "max_steps": 6,
@@ -61,7 +61,7 @@ def steps_in(run: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def two_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Runs of six steps that differ in their seed, with checkpoints of 100 kB after steps 2, 4 and 6."""
+    """Two runs of six steps with different seeds and checkpoints of 100 kB after steps 2, 4 and 6."""
     folder = tmp_path_factory.mktemp("runs")
     for seed in (0, 1):
         fitted(state_in(folder / str(seed), seed=seed))
@@ -74,12 +74,12 @@ def run(two_runs: tuple[Path, Path], tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-# --- what spoils a checkpoint -----------------------------------------------------------------------------------------
+# --- damaged checkpoints ----------------------------------------------------------------------------------------------
 
 
 def flipped(data: bytes, chance: random.Random) -> bytes:
-    place = chance.randrange(len(data))
-    return data[:place] + bytes([data[place] ^ chance.randrange(1, 256)]) + data[place + 1 :]
+    index = chance.randrange(len(data))
+    return data[:index] + bytes([data[index] ^ chance.randrange(1, 256)]) + data[index + 1 :]
 
 
 def truncated(data: bytes, chance: random.Random) -> bytes:
@@ -87,23 +87,23 @@ def truncated(data: bytes, chance: random.Random) -> bytes:
 
 
 def zeroed(data: bytes, chance: random.Random) -> bytes:
-    """With a page of zeros that was none: what a file system may leave after a power failure."""
+    """Overwrite one page with zeros, as a file system may after a power failure."""
     pages = [start for start in range(0, len(data), 4096) if any(data[start : start + 4096])]
     start = chance.choice(pages)
     return data[:start] + bytes(len(data[start : start + 4096])) + data[start + 4096 :]
 
 
 @pytest.mark.closes("C01")
-@pytest.mark.parametrize(("spoiled", "times"), [(flipped, 150), (truncated, 60), (zeroed, 30)])
-def test_every_spoiled_file_is_found_and_the_one_before_is_the_newest(
-    spoiled, times: int, run: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("damaged", "times"), [(flipped, 150), (truncated, 60), (zeroed, 30)])
+def test_damaged_file_is_detected_and_the_previous_checkpoint_is_used(
+    damaged, times: int, run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     newest, chance = run / checkpoint.FOLDER / "step-00000006", random.Random(0)
     whole = {name: (newest / name).read_bytes() for name in FILES}
     for number in range(times):
         name = FILES[number % 3]
         caplog.clear()
-        (newest / name).write_bytes(spoiled(whole[name], chance))
+        (newest / name).write_bytes(damaged(whole[name], chance))
         assert step_of(checkpoint.newest(run)) == 4, (number, name)
         assert str(newest) in caplog.text
         (newest / name).write_bytes(whole[name])
@@ -113,8 +113,8 @@ def test_every_spoiled_file_is_found_and_the_one_before_is_the_newest(
 
 
 @pytest.mark.closes("C01")
-def test_every_file_of_another_checkpoint_is_found(two_runs: tuple[Path, Path], run: Path) -> None:
-    """Between steps, between runs, and between the files of one checkpoint; also when all three come together."""
+def test_file_of_another_checkpoint_is_detected(two_runs: tuple[Path, Path], run: Path) -> None:
+    """Files are swapped between steps, runs and file names; then a whole checkpoint gets another name."""
     newest = run / checkpoint.FOLDER / "step-00000006"
     others = [path for other in two_runs for path in (other / checkpoint.FOLDER).glob("step-*/*")]
     whole = {name: (newest / name).read_bytes() for name in FILES}
@@ -129,11 +129,11 @@ def test_every_file_of_another_checkpoint_is_found(two_runs: tuple[Path, Path], 
     assert step_of(checkpoint.newest(run)) == 4
 
 
-@pytest.mark.parametrize("spoil", ["missing", "link", "file", "empty"])
-def test_what_lacks_one_of_the_three_files_is_no_checkpoint(spoil: str, run: Path) -> None:
+@pytest.mark.parametrize("damage", ["missing", "link", "file", "empty"])
+def test_folder_without_all_three_files_is_not_a_checkpoint(damage: str, run: Path) -> None:
     newest = run / checkpoint.FOLDER / "step-00000006"
     state = newest / checkpoint.STATE
-    match spoil:
+    match damage:
         case "missing":
             state.unlink()
         case "link":
@@ -148,40 +148,42 @@ def test_what_lacks_one_of_the_three_files_is_no_checkpoint(spoil: str, run: Pat
     assert step_of(checkpoint.newest(run)) == 4
 
 
-def test_what_a_file_manager_leaves_in_a_checkpoint_does_not_spoil_it(run: Path) -> None:
+def test_hidden_files_in_a_checkpoint_are_ignored(run: Path) -> None:
     newest = run / checkpoint.FOLDER / "step-00000006"
     (newest / ".DS_Store").write_text("")
     (newest / ".ipynb_checkpoints").mkdir()
     assert step_of(checkpoint.newest(run)) == 6
 
 
-def test_a_checkpoint_whose_metrics_are_shorter_than_it_knows_is_none(run: Path) -> None:
+def test_checkpoint_is_invalid_if_metrics_are_truncated(run: Path) -> None:
     metrics = run / runs.METRICS
     metrics.write_bytes(metrics.read_bytes()[:-1])
     assert step_of(checkpoint.newest(run)) == 4
     metrics.unlink()
-    with pytest.raises(CheckpointError, match=r"step-00000002: metrics\.jsonl was [\d,]+ bytes long when .* has 0"):
+    with pytest.raises(
+        CheckpointError, match=r"step-00000002: metrics\.jsonl had [\d,]+ bytes at this checkpoint and has 0"
+    ):
         checkpoint.newest(run)
 
 
 @pytest.mark.closes("C05")
-def test_a_run_of_which_no_checkpoint_is_valid_is_not_begun_afresh(run: Path) -> None:
+def test_resume_fails_if_no_checkpoint_is_valid(run: Path) -> None:
     for path in (run / checkpoint.FOLDER).iterdir():
         (path / checkpoint.TENSORS).write_bytes(b"")
     state, before = state_in(run), (run / runs.METRICS).read_bytes()
     with pytest.raises(CheckpointError, match="no checkpoint is valid") as caught:
         checkpoint.resume(state)
     assert caught.value.exit_code == 6
-    assert all(f"step-0000000{step}: its files do not have" in str(caught.value) for step in (2, 4, 6))
+    assert all(f"step-0000000{step}: the sizes and hashes of" in str(caught.value) for step in (2, 4, 6))
     assert state.step == 0
     assert (run / runs.METRICS).read_bytes() == before
 
 
-# --- resumed exactly --------------------------------------------------------------------------------------------------
+# --- exact resume -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.closes("C01", "C05")
-def test_a_spoiled_checkpoint_costs_the_steps_since_the_one_before_and_nothing_else(
+def test_resume_skips_a_damaged_checkpoint_and_repeats_its_steps_exactly(
     run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected, metrics = (run / runs.METRICS).read_text(), runs.read_metrics(run)
@@ -189,7 +191,7 @@ def test_a_spoiled_checkpoint_costs_the_steps_since_the_one_before_and_nothing_e
     (run / "checkpoints" / "step-00000006" / checkpoint.STATE).write_bytes(b"{}")
     state = state_in(run)
     checkpoint.resume(state)
-    assert "step-00000006: its files do not have the sizes and hashes" in caplog.text
+    assert "step-00000006: the sizes and hashes of its files differ" in caplog.text
     assert (state.step, steps_in(run)) == (4, [2, 4])
     assert expected.startswith((run / runs.METRICS).read_text())
     fitted(state)
@@ -197,7 +199,7 @@ def test_a_spoiled_checkpoint_costs_the_steps_since_the_one_before_and_nothing_e
     assert [(m["step"], m.get("loss")) for m in runs.read_metrics(run)] == [(m["step"], m.get("loss")) for m in metrics]
 
 
-def test_a_run_that_was_moved_is_resumed_where_it_is_now(run: Path, tmp_path: Path) -> None:
+def test_moved_run_folder_can_be_resumed(run: Path, tmp_path: Path) -> None:
     run.rename(tmp_path / "elsewhere")
     state = state_in(tmp_path / "elsewhere")
     checkpoint.resume(state)
@@ -208,12 +210,12 @@ def test_a_run_that_was_moved_is_resumed_where_it_is_now(run: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     "change", [{"seed": 3}, {"adapter": config.Adapter(r=2, lora_alpha=8)}, {"examples": some_rows(11)}]
 )
-def test_a_checkpoint_of_other_inputs_is_refused(change: dict, run: Path) -> None:
+def test_checkpoint_of_another_seed_adapter_or_data_is_refused(change: dict, run: Path) -> None:
     state = state_in(run, **change)
     before = state.flat.values.clone()
     if "examples" in change:
-        state.inputs["data"] = "another"  # the tests' datasets are nobody's
-    with pytest.raises(CheckpointError, match=r"belongs to other inputs than these: .* was .*, is "):
+        state.inputs["data"] = "another"  # datasets of these tests have a constant hash
+    with pytest.raises(CheckpointError, match=r"does not belong to this run: .* was .*, is "):
         checkpoint.resume(state)
     assert torch.equal(state.flat.values, before)
 
@@ -221,10 +223,8 @@ def test_a_checkpoint_of_other_inputs_is_refused(change: dict, run: Path) -> Non
 @pytest.mark.closes("B07")
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize("name", list(config.Optimizer))
-def test_every_bit_of_an_optimizers_state_survives_and_the_next_steps_are_the_same(
-    name: config.Optimizer, tmp_path: Path
-) -> None:
-    """The matrices are large enough (4,096) to be kept in 8 bits; a group of DoRA's magnitudes is too small for it."""
+def test_resume_restores_optimizer_state_exactly(name: config.Optimizer, tmp_path: Path) -> None:
+    """Groups of matrices have the 4,096 numbers that 8-bit states need; the DoRA magnitudes are fewer and stay fp32."""
     optim = replace(SETTINGS["optim"], name=name, lora_plus_ratio=2.0)
     settings = {"adapter": config.Adapter(r=16, use_dora=True, lora_dropout=0.1), "optim": optim}
     expected = fitted(state_in(tmp_path / "one", train={"keep": config.Keep.best}, **settings))
@@ -233,8 +233,7 @@ def test_every_bit_of_an_optimizers_state_survives_and_the_next_steps_are_the_sa
         shutil.rmtree(tmp_path / "two" / "checkpoints" / f"step-0000000{step}")
     state = state_in(tmp_path / "two", train={"keep": config.Keep.best}, **settings)
     checkpoint.resume(state)
-    kinds = {n: str(t.dtype) for n, t in optimizers.state(state.optimizer).items()}
-    in_8_bits = {n for n, kind in kinds.items() if kind == "torch.uint8"}
+    in_8_bits = {n for n, t in optimizers.state(state.optimizer).items() if t.dtype == torch.uint8}
     assert in_8_bits == ({f"{g}.state{n}" for g in (0, 1) for n in (1, 2)} if "8bit" in name.value else set())
     saved = checkpoint.safetensors.torch.load_file(tmp_path / "one/checkpoints/step-00000002" / checkpoint.TENSORS)
     for key, tensor in optimizers.state(state.optimizer).items():
@@ -253,12 +252,12 @@ def test_every_bit_of_an_optimizers_state_survives_and_the_next_steps_are_the_sa
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> TrainingState:
-    """A state whose checkpoints take milliseconds; where it stands is set by hand."""
+    """A state whose checkpoints take milliseconds; `set_step` sets its step."""
     return state_in(tmp_path_factory.mktemp("small"), adapter=SMALL, train={"max_steps": 50})
 
 
-def stand(state: TrainingState, step: int, loss: float | None) -> None:
-    """Let the state have done so many steps, the last of which was evaluated, or not."""
+def set_step(state: TrainingState, step: int, loss: float | None) -> None:
+    """Set the number of steps done, and the eval loss of the last one if given."""
     state.losses[:] = [1.0] * step
     if loss is not None:
         state.evaluations.append(Evaluation(step, EvalLoss(loss, 10, 2)))
@@ -267,8 +266,8 @@ def stand(state: TrainingState, step: int, loss: float | None) -> None:
 SAVES = st.lists(
     st.tuples(
         st.sampled_from([None, None, 1.0, 2.0, 3.0]),  # the eval loss after the step
-        st.sampled_from([None, None, "broken", "full"]),  # what happens to the disk while it is saved,
-        st.integers(1, 40),  # at this operation
+        st.sampled_from([None, None, "broken", "full"]),  # the disk error while saving,
+        st.integers(1, 40),  # and the number of the operation that fails
     ),
     min_size=1,
     max_size=10,
@@ -278,7 +277,7 @@ SAVES = st.lists(
 @pytest.mark.closes("C07")
 @examples(max_examples=25, deadline=None)
 @given(saves=SAVES, keep=st.integers(1, 3))
-def test_the_newest_and_the_best_are_there_whatever_happens_to_the_disk(
+def test_rotation_keeps_newest_and_best_checkpoints_despite_disk_errors(
     small: TrainingState, saves: list[tuple[float | None, str | None, int]], keep: int
 ) -> None:
     small.cfg.train.keep_checkpoints, small.losses[:], small.evaluations[:] = keep, [], []
@@ -286,7 +285,7 @@ def test_the_newest_and_the_best_are_there_whatever_happens_to_the_disk(
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         small.folder = Path(folder)
         for step, (loss, fault, at) in enumerate(saves, 1):
-            stand(small, step, loss)
+            set_step(small, step, loss)
             patch.setattr(durable, "os", Shim(Fault(at, fault) if fault else None))
             with contextlib.suppress(OSError):
                 checkpoint.save(small)
@@ -294,27 +293,29 @@ def test_the_newest_and_the_best_are_there_whatever_happens_to_the_disk(
             assert newest in (step, max(written, default=0))
             if newest == step:
                 written[step] = loss
-            there = set(steps_in(small.folder))
-            assert set(sorted(written)[-keep:]) <= there
+            present = set(steps_in(small.folder))
+            assert set(sorted(written)[-keep:]) <= present
             evaluated = {s: value for s, value in written.items() if value is not None}
-            assert not evaluated or min(evaluated.values()) in {evaluated[s] for s in there & evaluated.keys()}
+            assert not evaluated or min(evaluated.values()) in {evaluated[s] for s in present & evaluated.keys()}
             if fault is None:
-                assert len(there) <= keep + 1
+                assert len(present) <= keep + 1
 
 
 @pytest.mark.closes("C07")
-def test_the_old_checkpoint_stays_until_the_new_one_is_read_back_as_it_was_meant(
+def test_old_checkpoint_is_kept_until_the_new_one_is_verified(
     small: TrainingState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What reaches the disk is another byte than what stood in memory: no hash of the file itself could tell."""
+    """One byte differs on the disk; only hashes of the bytes in memory can detect that."""
     small.folder, small.evaluations[:], small.cfg.train.keep_checkpoints = tmp_path, [], 1
-    stand(small, 1, None)
+    set_step(small, 1, None)
     checkpoint.save(small)
     write, chance = durable.write_files, random.Random(1)
-    spoiled = lambda path, contents: write(path, {name: flipped(data, chance) for name, data in contents.items()})  # noqa: E731
-    monkeypatch.setattr(durable, "write_files", spoiled)
-    stand(small, 2, None)
-    with pytest.raises(CheckpointError, match=r"step-00000002 was written, but its files do not have the sizes"):
+    damaged = lambda path, contents: write(path, {name: flipped(data, chance) for name, data in contents.items()})  # noqa: E731
+    monkeypatch.setattr(durable, "write_files", damaged)
+    set_step(small, 2, None)
+    with pytest.raises(
+        CheckpointError, match=r"step-00000002 was written, but the sizes and hashes of its files differ"
+    ):
         checkpoint.save(small)
     assert step_of(checkpoint.newest(tmp_path)) == 1
     monkeypatch.undo()
@@ -322,52 +323,49 @@ def test_the_old_checkpoint_stays_until_the_new_one_is_read_back_as_it_was_meant
     assert steps_in(tmp_path) == [2]
 
 
-def test_a_save_reads_what_it_wrote_and_no_checkpoint_twice(
+def test_each_checkpoint_is_verified_once_when_saved_and_again_on_resume(
     small: TrainingState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small.folder, small.evaluations[:], small.cfg.train.keep_checkpoints = tmp_path, [], 3
     described, read = checkpoint._described, []
 
-    def noted(path: Path) -> dict:
-        found = described(path)
+    def recorded(path: Path) -> dict:
         read.append((path.parent.name, path.name))
-        return found
+        return described(path)
 
-    monkeypatch.setattr(checkpoint, "_described", noted)
+    monkeypatch.setattr(checkpoint, "_described", recorded)
     for step in range(1, 6):
-        stand(small, step, 9.0 - step)
+        set_step(small, step, 9.0 - step)
         checkpoint.save(small)
     assert steps_in(tmp_path) == [3, 4, 5]
     assert read == [(f"step-0000000{n}", name) for n in range(1, 6) for name in (checkpoint.TENSORS, checkpoint.STATE)]
     read.clear()
     assert step_of(checkpoint.newest(tmp_path)) == 5
-    assert len(read) == 2  # what a run goes on from is read again, whatever was known of it
+    assert len(read) == 2  # the checkpoint to resume from is always read again
 
 
 @pytest.mark.closes("C07")
 @pytest.mark.parametrize("name", FILES)
-def test_a_checkpoint_that_was_spoiled_since_it_was_read_back_is_not_counted_among_those_to_keep(
-    name: str, small: TrainingState, tmp_path: Path
-) -> None:
+def test_rotation_does_not_count_a_damaged_checkpoint(name: str, small: TrainingState, tmp_path: Path) -> None:
     small.folder, small.evaluations[:], small.cfg.train.keep_checkpoints = tmp_path, [], 2
     for step in (1, 2):
-        stand(small, step, None)
+        set_step(small, step, None)
         checkpoint.save(small)
-    spoiled = tmp_path / "checkpoints" / "step-00000002" / name
-    spoiled.write_bytes(spoiled.read_bytes()[:-1])
-    stand(small, 3, None)
+    damaged = tmp_path / "checkpoints" / "step-00000002" / name
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    set_step(small, 3, None)
     checkpoint.save(small)
     assert steps_in(tmp_path) == [1, 3]
 
 
-def test_what_a_killed_process_did_not_come_to_is_cleared_at_the_resume(run: Path) -> None:
+def test_resume_completes_rotation_and_removes_temporary_folders(run: Path) -> None:
     (run / "checkpoints" / ".step-00000008.tmp-0123abcd").mkdir()
     (run / "checkpoints" / ".step-00000002.old-0123abcd").mkdir()
     checkpoint.resume(state_in(run, train={"keep_checkpoints": 1, "save_every_steps": 1}))
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000006"]
 
 
-# --- room on the disk -------------------------------------------------------------------------------------------------
+# --- disk space -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.closes("C08")
@@ -382,10 +380,10 @@ def test_what_a_killed_process_did_not_come_to_is_cleared_at_the_resume(run: Pat
         ({"save_every_steps": 6}, "adamw"),
     ],
 )
-def test_the_bytes_needed_are_those_that_are_written_at_most_at_one_time(
+def test_bytes_needed_matches_peak_disk_use(
     train: dict, optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within 5 %, the tokenizer included, of a run that was stopped once, and whose first eval loss is the best."""
+    """Within 5 %, tokenizer included, for a run that is stopped once and whose first eval loss is the best."""
     sizes = []
     watch = lambda: sizes.append(sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()))  # noqa: E731
     monkeypatch.setattr(durable, "os", Shim(watch=watch))
@@ -406,25 +404,25 @@ def test_the_bytes_needed_are_those_that_are_written_at_most_at_one_time(
 
 
 @pytest.mark.closes("C08")
-def test_a_run_that_will_not_fit_is_refused_with_both_figures_and_what_is_there_counts_as_room(
+def test_too_little_disk_space_is_refused_and_existing_checkpoints_count_as_free(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    there = sum(path.stat().st_size for path in (run / "checkpoints").glob("*/*"))
-    needed = 2 * there
-    monkeypatch.setattr(durable, "free_bytes", lambda _: needed - there)
+    existing = sum(path.stat().st_size for path in (run / "checkpoints").glob("*/*"))
+    needed = 2 * existing
+    monkeypatch.setattr(durable, "free_bytes", lambda _: needed - existing)
     checkpoint.check_free_space(run, needed)
-    monkeypatch.setattr(durable, "free_bytes", lambda _: needed - there - 1)
+    monkeypatch.setattr(durable, "free_bytes", lambda _: needed - existing - 1)
     with pytest.raises(ResourceError, match=f"{run}: .* need {needed:,} bytes, {needed - 1:,} are free") as caught:
         checkpoint.check_free_space(run, needed)
     assert caught.value.exit_code == 7
 
 
-# --- the adapter itself -----------------------------------------------------------------------------------------------
+# --- adapter files ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.closes("C10")
 @pytest.mark.parametrize("lost", [1, 1000])
-def test_an_adapter_that_lost_tensors_on_its_way_to_the_disk_gets_no_name(
+def test_adapter_file_without_all_tensors_is_refused(
     lost: int, small: TrainingState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save = checkpoint.safetensors.torch.save

@@ -1,4 +1,4 @@
-"""The commands as a user calls them, each in a process of its own: pages, exit codes, and what they import."""
+"""The commands as a user calls them, each in its own process: help pages, exit codes, imports."""
 
 import os
 import re
@@ -22,31 +22,31 @@ def process(arguments, cwd, **env):
 
 
 def imported(report, names):
-    """Which of the packages appear in the report of `python -X importtime`."""
+    """Return those of the packages that appear in the report of `python -X importtime`."""
     loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in report.splitlines()}
     assert "lora_ft" in loaded
     return loaded & set(names)
 
 
-@pytest.mark.parametrize("words", [[], ["train", "--help"], ["--version"], ["-sc", "query=bash"], ["tran"]])
-def test_pages_completion_and_unknown_commands_import_neither_torch_nor_hydra(tmp_path, words):
+@pytest.mark.parametrize("arguments", [[], ["train", "--help"], ["--version"], ["-sc", "query=bash"], ["tran"]])
+def test_help_completion_and_unknown_commands_import_neither_torch_nor_hydra(tmp_path, arguments):
     line = {"COMP_LINE": "lora-ft train adapter."}
-    done = process([sys.executable, "-X", "importtime", "-m", "lora_ft", *words], tmp_path, **line)
-    assert done.returncode == (2 if words == ["tran"] else 0)
+    done = process([sys.executable, "-X", "importtime", "-m", "lora_ft", *arguments], tmp_path, **line)
+    assert done.returncode == (2 if arguments == ["tran"] else 0)
     assert not imported(done.stderr, LIGHT)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("words", [["train", "adapter.rr=4"], ["train", "adapter.r=0"], ["eval", "run=absent"],
+@pytest.mark.parametrize("arguments", [["train", "adapter.rr=4"], ["train", "adapter.r=0"], ["eval", "run=absent"],
                                    ["train", "--cfg", "job"]])  # fmt: skip
-def test_a_wrong_setting_is_found_before_torch_is_imported(tmp_path, words):
-    done = process([sys.executable, "-X", "importtime", "-m", "lora_ft", *words], tmp_path)
-    assert done.returncode == (0 if "--cfg" in words else 2)
+def test_wrong_setting_is_found_before_torch_is_imported(tmp_path, arguments):
+    done = process([sys.executable, "-X", "importtime", "-m", "lora_ft", *arguments], tmp_path)
+    assert done.returncode == (0 if "--cfg" in arguments else 2)
     assert not imported(done.stderr, ["torch", "transformers", "peft"])
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_and_both_module_forms_are_one(tmp_path):
+def test_command_and_both_module_forms_behave_the_same(tmp_path):
     forms = [[COMMAND, "train"], [sys.executable, "-m", "lora_ft", "train"], [sys.executable, "-m", "lora_ft.train"]]
     done = [process([*form, "data.path=x", "experiment=absent"], tmp_path) for form in forms]
     for d in done:  # importing a command may bring warnings of other libraries before the message
@@ -57,7 +57,7 @@ def test_the_command_and_both_module_forms_are_one(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["sweep", "report"])
-def test_what_only_starts_processes_and_reads_files_needs_no_torch(command):
+def test_sweep_and_report_import_no_torch(command):
     code = f"import sys, lora_ft.{command}, lora_ft.sweeps.launch; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -77,7 +77,7 @@ print(find_spec("kernels"), is_kernels_available(), "torch._inductor.kernel.mm" 
 """
 
 
-def test_a_command_runs_no_code_from_the_hub_and_leaves_the_compiler_out(tmp_path):
+def test_commands_import_neither_kernels_of_the_hub_nor_the_compiler(tmp_path):
     modules = [f"lora_ft.{command}" for command in config.SCHEMAS if command not in ("sweep", "report")]
     (tmp_path / "kernels.py").write_text("print('kernels was imported')")  # bitsandbytes asks on some processors only
     path = f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}"
@@ -98,10 +98,10 @@ def test_importing_the_package_changes_nothing_in_the_process(tmp_path):
     assert (done.stdout.splitlines(), done.stderr) == (["['lora_ft'] [] 30", "None 40"], "")
 
 
-@pytest.mark.parametrize("words", ["train --help", "train data.path=x --cfg job"])
-def test_a_reader_that_leaves_early_is_left_in_peace(tmp_path, words):
-    # the reader is gone before the first line is written, which `| head -1` leaves to chance
-    line = f"(sleep 1; {COMMAND} {words}; echo $? >code) | true"
+@pytest.mark.parametrize("arguments", ["train --help", "train data.path=x --cfg job"])
+def test_closed_pipe_exits_with_141_and_no_message(tmp_path, arguments):
+    # The reader has exited before the first line is written, which `| head -1` does only by chance.
+    line = f"(sleep 1; {COMMAND} {arguments}; echo $? >code) | true"
     assert process(["bash", "-c", line], tmp_path).stderr == ""
     assert (tmp_path / "code").read_text() == "141\n"
 
@@ -113,18 +113,18 @@ def test_every_command_can_be_run_as_a_module(command):
     assert re.search(r"^def main\(", source, re.MULTILINE)
 
 
-@pytest.mark.parametrize(("words", "message"), [
+@pytest.mark.parametrize(("arguments", "message"), [
     (["train", "data.path=x", "adapter.r=0"], "adapter.r must be at least 1, got 0"),
     (["-m", "train", "data.path=x", "adapter.rr=1,2"], "adapter.rr is not a setting; nearest: adapter.r"),
     (["train", "--cfg", "job", "--package", "adaptor"], "--package adaptor: the config has no such part"),
     (["train", "--config-dir", "absent"], "--config-dir absent is not a folder"),
 ])  # fmt: skip
-def test_a_wrong_use_is_one_message_and_exit_2(tmp_path, words, message):
-    done = process([COMMAND, *words], tmp_path, HYDRA_FULL_ERROR="1")
+def test_usage_error_is_one_message_and_exit_code_2(tmp_path, arguments, message):
+    done = process([COMMAND, *arguments], tmp_path, HYDRA_FULL_ERROR="1")
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"lora-ft: {message}\n")
 
 
-def test_config_flags_show_the_composed_config_and_how_it_came_about(tmp_path):
+def test_cfg_and_info_flags_show_the_composed_config_and_its_defaults(tmp_path):
     job = process([COMMAND, "train", "data.path=a,b", "--cfg", "job", "--package", "data"], tmp_path)
     assert job.returncode == 0 and "path: a,b\n" in job.stdout
     info = process([COMMAND, "train", "experiment=demo", "--info", "defaults"], tmp_path)
@@ -132,13 +132,13 @@ def test_config_flags_show_the_composed_config_and_how_it_came_about(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_overview_names_every_command():
+def test_overview_names_every_command():
     for command, schema in config.SCHEMAS.items():
         assert re.search(rf"^  {command} +{re.escape(schema.__doc__[:20])}", help.overview(), re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", config.SCHEMAS)
-def test_the_page_of_a_command_names_every_choice_and_setting_with_type_default_unit_and_meaning(command):
+def test_help_page_names_every_choice_and_setting_with_type_default_and_unit(command):
     page = help.page(command)
     words = " ".join(page.split())
     assert max(map(len, page.splitlines())) <= 100
@@ -153,14 +153,14 @@ def test_the_page_of_a_command_names_every_choice_and_setting_with_type_default_
             assert f"{group}={name} {meaning}".rstrip() in words
 
 
-def test_the_page_shows_the_choices_of_the_users_own_folder(tmp_path):
+def test_help_page_shows_the_choices_of_config_dir(tmp_path):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\n# rank 4 on my notes\n")
     done = process([COMMAND, "train", "--help", "--config-dir", str(tmp_path)], tmp_path)
     assert re.search(r"experiment=mine +rank 4 on my notes", done.stdout)
 
 
-def test_the_version_is_that_of_the_package(tmp_path):
+def test_version_is_that_of_the_package(tmp_path):
     declared = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["version"]
     assert process([COMMAND, "--version"], tmp_path).stdout == f"lora_ft {declared}\n"
     assert metadata.version("lora_ft") == declared

@@ -1,4 +1,4 @@
-"""Base against adapter on one model: the base is the bare one to the bit, and the table shows everything."""
+"""Base against adapter on one model: the base is bit-identical to the bare one, and the table shows everything."""
 
 from collections import Counter
 from io import StringIO
@@ -33,7 +33,7 @@ NASTY = "[bold red]no markup[/] \x1b[31mno colour " + "unbroken" * 30
         ("llama", {"quant": "nf4"}),
     ],
 )
-def test_the_base_through_the_adapters_model_is_the_bare_base_to_the_bit(
+def test_the_base_with_the_adapter_off_is_bit_identical_to_the_bare_base(
     tmp_path: Path, family: str, options: dict[str, Any]
 ) -> None:
     cfg = settings(tmp_path, family, **options)
@@ -56,7 +56,7 @@ def test_the_base_through_the_adapters_model_is_the_bare_base_to_the_bit(
     assert len(found.answers) == min(2, len(dataset.eval_prompts))
 
 
-def test_added_tokens_are_off_with_the_adapter(tmp_path: Path) -> None:
+def test_added_tokens_are_disabled_with_the_adapter(tmp_path: Path) -> None:
     cfg = settings(tmp_path, "llama", tie=True)
     cfg.model.added_tokens = ["<one>", "<two>"]
     _, model = adapted(cfg)
@@ -71,7 +71,7 @@ def test_added_tokens_are_off_with_the_adapter(tmp_path: Path) -> None:
 @pytest.mark.closes("A14")
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("frozen", [True, False])
-def test_comparing_changes_neither_mode_nor_what_trains(tmp_path: Path, training: bool, frozen: bool) -> None:
+def test_comparing_restores_mode_and_requires_grad(tmp_path: Path, training: bool, frozen: bool) -> None:
     cfg = settings(tmp_path, "llama")
     base, model = adapted(cfg)
     if frozen:
@@ -87,7 +87,7 @@ def test_comparing_changes_neither_mode_nor_what_trains(tmp_path: Path, training
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_what_trains_is_given_back_after_an_error_too(tmp_path: Path) -> None:
+def test_requires_grad_is_restored_after_an_error(tmp_path: Path) -> None:
     _, model = adapted(settings(tmp_path, "llama"))
     model.requires_grad_(False)
     with pytest.raises(KeyError), adapter_off(model):
@@ -95,7 +95,7 @@ def test_what_trains_is_given_back_after_an_error_too(tmp_path: Path) -> None:
     assert not any(p.requires_grad for p in model.parameters())
 
 
-def test_a_loss_that_is_not_a_number_is_refused(tmp_path: Path) -> None:
+def test_a_nan_loss_is_refused(tmp_path: Path) -> None:
     cfg = settings(tmp_path, "llama")
     base, model = adapted(cfg)
     base.model.model.norm.weight.data[0] = float("nan")
@@ -115,19 +115,23 @@ def shown(width: int, *args: Any) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
 
-@pytest.mark.parametrize("width", [20, 40, 80, 99, 100, 200])
-def test_nothing_is_cut_at_any_width(width: int) -> None:
-    told = comparison(Answers("Why?", "42", "b", NASTY)), {"adapter": "/a/rather/long/path/" * 8}, {"chrf": (1.0, 2.0)}
-    text = shown(width, *told)
+@pytest.mark.parametrize("width", [20, 99, 100])
+def test_no_text_is_truncated_at_any_width(width: int) -> None:
+    shown_values = (
+        comparison(Answers("Why?", "42", "b", NASTY)),
+        {"adapter": "/a/rather/long/path/" * 8},
+        {"chrf": (1.0, 2.0)},
+    )
+    text = shown(width, *shown_values)
     assert all(len(line) <= width for line in text.splitlines())
-    # Folded cells mix their lines, so that characters are counted; a thousand columns fold nothing.
-    assert Counter("".join(text.split())) == Counter("".join(shown(1000, *told).split()))
+    # Folded cells interleave their lines, so characters are counted; nothing is folded in a thousand columns.
+    assert Counter("".join(text.split())) == Counter("".join(shown(1000, *shown_values).split()))
     if width < 100:
-        assert "unbroken" * 30 in "".join(shown(width, *told).split())
+        assert "unbroken" * 30 in "".join(shown(width, *shown_values).split())
 
 
 @pytest.mark.parametrize("width", [60, 160])
-def test_text_is_neither_markup_nor_sent_to_the_terminal(width: int) -> None:
+def test_markup_and_control_characters_are_shown_literally(width: int) -> None:
     text = shown(
         width, comparison(Answers("[red]q[/]", "r", "b", "[bold]x[/bold] \x1b[31m")), {"[dim]fact": "[link=a]v"}
     )
@@ -135,7 +139,7 @@ def test_text_is_neither_markup_nor_sent_to_the_terminal(width: int) -> None:
     assert "\x1b" not in text and "\\x1b[31m" in text
 
 
-def test_base_and_adapter_stand_side_by_side_in_a_wide_terminal_only() -> None:
+def test_answers_are_side_by_side_in_a_wide_terminal_only() -> None:
     answers = comparison(Answers("Why?", "a reference", "the base says", "the adapter says"))
     assert any("the base says" in li and "the adapter says" in li for li in shown(120, answers, {}).splitlines())
     assert not any("the base says" in li and "the adapter says" in li for li in shown(80, answers, {}).splitlines())
@@ -147,5 +151,5 @@ def test_scores_and_facts_are_shown_and_a_missing_eval_set_is_reported() -> None
     assert "no eval rows" in shown(80, None, {"speed": "12 tokens/s"})
 
 
-def test_a_perplexity_beyond_all_floats_is_shown() -> None:
+def test_an_infinite_perplexity_is_shown() -> None:
     assert "over 1e304" in shown(80, Comparison(EvalLoss(800.0, 1, 1), EvalLoss(2.0, 1, 1), []), {})

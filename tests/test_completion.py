@@ -1,4 +1,4 @@
-"""Completion, by its rules and through the function that bash really calls."""
+"""Completion, through its functions and in a real bash."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ def offered(line):
 
 
 def bash(line, tmp_path, breaks=None):
-    """What the installed bash function offers for a line, as COMPREPLY."""
+    """Return COMPREPLY of the installed bash function for a line."""
     script = r"""
         eval "$(lora-ft -sc install=bash)"
         [ -n "$BREAKS" ] && COMP_WORDBREAKS=$BREAKS || COMP_WORDBREAKS=$' \t\n"\047><=;|&(:'
@@ -43,15 +43,15 @@ def bash(line, tmp_path, breaks=None):
         ("lora-ft nothing=", []),
     ],
 )
-def test_the_bash_function_replaces_the_part_after_the_equals_sign(tmp_path, line, expected):
+def test_bash_function_replaces_the_part_after_the_equals_sign(tmp_path, line, expected):
     assert [c for c in bash(line, tmp_path) if c] == expected
 
 
-def test_the_bash_function_replaces_whole_words_where_the_equals_sign_does_not_break_them(tmp_path):
+def test_bash_function_replaces_whole_arguments_if_the_equals_sign_is_no_word_break(tmp_path):
     assert bash("lora-ft train quant=f", tmp_path, breaks=" ") == ["quant=fp4 "]
 
 
-def test_a_real_shell_completes_the_line_at_the_press_of_the_tabulator(tmp_path):
+def test_tab_key_completes_the_line_in_a_real_shell(tmp_path):
     pty = pytest.importorskip("pty")
     env = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "PS1": "", "TERM": "dumb", "INPUTRC": "/dev/null"}
     pid, terminal = pty.fork()
@@ -76,7 +76,7 @@ def read_until(terminal, mark):
     return seen
 
 
-def test_commands_are_offered_first_and_then_groups_and_settings():
+def test_commands_complete_first_and_then_groups_and_settings():
     assert offered("lora-ft ") == [*(f"{command} " for command in config.SCHEMAS), "--help ", "--version "]
     keys = offered("lora-ft train ")
     assert {"quant=", "quant.", "experiment=", "device=", "seed="} <= set(keys)
@@ -84,14 +84,14 @@ def test_commands_are_offered_first_and_then_groups_and_settings():
 
 
 @pytest.mark.parametrize("command", config.SCHEMAS)
-def test_every_setting_and_every_choice_of_a_command_is_offered(command):
+def test_every_setting_and_choice_of_a_command_completes(command):
     for setting in validation.settings(config.SCHEMAS[command]):
         assert f"{setting.key}=" in offered(f"lora-ft {command} {setting.key}")
     for group in choices.groups(command):
         assert offered(f"lora-ft {command} {group}=") == [f"{group}={name} " for name in choices.of(group)]
 
 
-def test_values_are_offered_by_the_type_of_the_setting(tmp_path, monkeypatch):
+def test_values_complete_by_the_type_of_the_setting(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows, old.jsonl").touch()
     (tmp_path / "runs").mkdir()
@@ -105,16 +105,16 @@ def test_values_are_offered_by_the_type_of_the_setting(tmp_path, monkeypatch):
     assert offered("lora-ft train --config-dir ru") == ["runs/"]
 
 
-def test_the_choices_of_the_users_own_folder_are_offered(tmp_path):
+def test_choices_of_config_dir_complete(tmp_path):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").touch()
     assert offered(f"lora-ft train --config-dir {tmp_path} experiment=m") == ["experiment=mine "]
 
 
-def test_flags_are_offered_after_a_dash():
+def test_flags_complete_after_a_dash():
     assert "--config-dir " in offered("lora-ft train --")
 
 
 @pytest.mark.parametrize("line", ["", "lora-ft", "lora-ft  train   ", "lora-ft train 'open", "lora-ft train a=b=c="])
-def test_any_line_is_answered(line):
+def test_any_line_gets_a_list_of_completions(line):
     assert isinstance(completion.reply(line, BREAKS), list)

@@ -1,4 +1,4 @@
-"""Every file of conf/ composes, says what it is for, and holds only what differs from the defaults of config.py."""
+"""Every file of conf/ composes, begins with its purpose, and holds only differences from the defaults of config.py."""
 
 import dataclasses
 import re
@@ -20,11 +20,11 @@ def name_of(path):
     return path.relative_to(config.CONF).as_posix()
 
 
-def composed(command, *words):
-    """The config that a command would receive, as its dataclass."""
+def composed(command, *overrides):
+    """Compose the config that a command would receive, as its dataclass."""
     received = []
     extra = ["hydra.run.dir=."] if command in TRAINING else ["adapter_path=a"]
-    command = composition.CommandLine(command, [*extra, *words])
+    command = composition.CommandLine(command, [*extra, *overrides])
     assert composition.run(command, lambda cfg, folder, typed: received.append(cfg), lambda sweep: 0) == 0
     return received[0]
 
@@ -34,13 +34,13 @@ def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_the_walk_finds_the_configs():
+def test_config_files_are_found():
     assert len(CHOICES) > 30
     assert {path.stem for path in FILES if path.parent == config.CONF} == {*config.SCHEMAS, "hydra_settings"}
 
 
 @pytest.mark.parametrize("path", CHOICES, ids=name_of)
-def test_a_choice_composes_to_the_defaults_and_what_it_holds(path):
+def test_choice_composes_to_the_defaults_and_its_own_values(path):
     group, written = path.parent.name, OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     given = [] if group == "data" and "path" in written else ["data.path=x"]
     given += ["model.path=b"] if path.stem == "local" else []
@@ -53,7 +53,7 @@ def test_a_choice_composes_to_the_defaults_and_what_it_holds(path):
 @pytest.mark.parametrize(
     "command", [command for command in config.SCHEMAS if command not in (*TRAINING, "sweep", "report")]
 )
-def test_a_command_that_reads_runs_takes_the_choices_of_its_groups(command):
+def test_command_that_reads_runs_takes_the_choices_of_its_groups(command):
     chosen = {group: list(choices.of(group))[-1] for group in choices.groups(command)}
     given = {"merge": ["out=x"], "publish": ["to=dir:x"]}.get(command, [])
     cfg = composed(command, *given, *(f"{group}={name}" for group, name in chosen.items()))
@@ -64,7 +64,7 @@ def test_a_command_that_reads_runs_takes_the_choices_of_its_groups(command):
 
 
 @pytest.mark.parametrize("path", CHOICES, ids=name_of)
-def test_a_choice_holds_only_what_differs_from_the_defaults(path):
+def test_choice_holds_only_values_that_differ_from_the_defaults(path):
     defaults: dict[str, list[object]] = {}  # by setting, of each command that has it
     for setting in (s for schema in config.SCHEMAS.values() for s in validation.settings(schema)):
         defaults.setdefault(setting.key, []).append(plain(setting.default))
@@ -77,7 +77,7 @@ def test_a_choice_holds_only_what_differs_from_the_defaults(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_a_file_says_in_a_comment_what_it_is_for_and_names_no_code(path):
+def test_file_begins_with_its_purpose_and_names_no_code(path):
     meaning = choices.meaning(path)
     assert 10 < len(meaning) <= 110
     assert "_target_" not in path.read_text("utf-8")
@@ -86,7 +86,7 @@ def test_a_file_says_in_a_comment_what_it_is_for_and_names_no_code(path):
 
 
 @pytest.mark.parametrize("command", config.SCHEMAS)
-def test_the_groups_of_a_command_are_folders_with_their_default_choice(command):
+def test_groups_of_a_command_are_folders_with_their_default_choice(command):
     for group, default in choices.groups(command).items():
         assert group in GROUPS
         assert group == "experiment" or group in validation.groups(config.SCHEMAS[command])
@@ -98,7 +98,7 @@ def test_every_group_of_the_training_schema_has_choices():
 
 
 @pytest.mark.parametrize("name", ["classify", "summarize", "translate", "answer"])
-def test_a_table_choice_names_in_its_comment_the_columns_that_its_templates_use(name):
+def test_comment_of_a_table_choice_names_the_columns_of_its_templates(name):
     data = OmegaConf.load(config.CONF / "data" / f"{name}.yaml")
     used = set(re.findall(r"{(\w+)}", data.prompt + data.answer))
     comment = choices.of("data")[name]
@@ -109,7 +109,7 @@ def test_a_table_choice_names_in_its_comment_the_columns_that_its_templates_use(
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("typed", "expected"),
     [
         ("model=smollm2_135m quant=nf4 adapter.r=16 adapter=rslora data=chat data.path=my.jsonl optim.lr=2e-4 "
          "train.epochs=3",
@@ -127,8 +127,8 @@ def test_a_table_choice_names_in_its_comment_the_columns_that_its_templates_use(
          {"model.path": "./base", "fast.attention": False, "fast.loss": False}),
     ],
 )  # fmt: skip
-def test_the_commands_that_we_promise_compose(words, expected):
-    cfg = composed("train", *words.split())
+def test_documented_commands_compose(typed, expected):
+    cfg = composed("train", *typed.split())
     for key, value in expected.items():
         group, name = key.split(".")
         assert plain(getattr(getattr(cfg, group), name)) == value
@@ -136,8 +136,8 @@ def test_the_commands_that_we_promise_compose(words, expected):
 
 @pytest.mark.parametrize("path", sorted((config.CONF / "experiment").glob("*.yaml")), ids=name_of)
 def test_check_composes_what_train_composes(path):
-    words = [f"experiment={path.stem}", "adapter=dora", "train=smoke", "optim.schedule=wsd"]
-    trained, checked = (composed(command, *words) for command in TRAINING)
+    typed = [f"experiment={path.stem}", "adapter=dora", "train=smoke", "optim.schedule=wsd"]
+    trained, checked = (composed(command, *typed) for command in TRAINING)
     assert isinstance(checked, config.CheckRun)
     assert plain(checked) == plain(trained)
     assert choices.groups("check") == choices.groups("train")
@@ -148,12 +148,12 @@ def test_rslora_keeps_the_scale_of_lora_at_the_default_rank():
     assert rslora.lora_alpha / rslora.r**0.5 == lora.lora_alpha / lora.r
 
 
-def test_the_defaults_without_any_choice_are_those_of_the_dataclass():
+def test_config_without_choices_has_the_defaults_of_the_dataclass():
     cfg = composed("train", "data.path=x", "model=local", "model.path=b")
     assert cfg == config.TrainRun(model=config.Model(path="b"), data=config.Data(path="x"))
 
 
-def test_what_a_run_stores_composes_again_to_the_same_groups(tmp_path):
+def test_stored_config_composes_to_the_same_groups(tmp_path):
     cfg = composed(
         "train", "experiment=demo", "data.system=What's {this}, ${x}?", "adapter.target_modules=[q_proj,'v,w']"
     )
@@ -167,7 +167,7 @@ def test_what_a_run_stores_composes_again_to_the_same_groups(tmp_path):
         assert plain(getattr(received[0], group)) == plain(getattr(cfg, group))
 
 
-def test_a_setting_is_found_by_its_key_and_an_entry_of_a_mapping_by_its_mapping():
+def test_setting_is_found_by_its_key_and_an_entry_by_its_mapping():
     for setting in validation.settings(config.TrainRun):
         assert overrides.declared("train", setting.key) == setting
     assert overrides.declared("train", "data.columns.text").key == "data.columns"
@@ -175,7 +175,7 @@ def test_a_setting_is_found_by_its_key_and_an_entry_of_a_mapping_by_its_mapping(
 
 
 def plain(value):
-    """A setting as YAML holds it: enums by name, groups as mappings."""
+    """Convert a setting to its form in YAML: enums by name, groups as mappings."""
     if dataclasses.is_dataclass(value):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     return getattr(value, "name", value)

@@ -1,17 +1,14 @@
-"""The chunked loss against the plain one and against float64."""
+"""The chunked loss equals the plain one, and is accurate compared with float64."""
 
 import pytest
 import torch
+from accelerated import relative
 from torch import Tensor
 
 from lora_ft.ops import cross_entropy
 from lora_ft.ops.cross_entropy import HeadLora, linear_cross_entropy, linear_cross_entropy_plain
 
 MANY_WORDS = 2 * cross_entropy._BLOCK_WORDS + 5  # more than one block, the last one short
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("words", [50, MANY_WORDS])
@@ -42,7 +39,7 @@ def test_chunked_loss_equals_plain_loss(rows: int, with_bias: bool, with_lora: b
 
 
 def test_extreme_logits_give_the_plain_loss() -> None:
-    """A target whose probability is below the smallest float, and one that is all but certain."""
+    """One target has a probability below the smallest float, one is almost certain."""
     weight = torch.eye(3, dtype=torch.float64)
     hidden = torch.tensor([[900.0, 0, 0], [900.0, 0, 0], [-900.0, -900.0, -900.0]], dtype=torch.float64)
     hidden.requires_grad_()
@@ -54,7 +51,7 @@ def test_extreme_logits_give_the_plain_loss() -> None:
     torch.testing.assert_close(results[1], results[0], rtol=1e-14, atol=1e-300)
 
 
-def test_a_second_backward_gives_the_same_gradient() -> None:
+def test_second_backward_gives_the_same_gradient() -> None:
     hidden = torch.randn(3, 4, requires_grad=True)
     loss = linear_cross_entropy(hidden, torch.randn(7, 4), None, torch.tensor([0, 6, 3]))
     first, second = (torch.autograd.grad(loss, hidden, retain_graph=True)[0] for _ in range(2))
@@ -68,7 +65,7 @@ def test_chunked_loss_passes_gradcheck() -> None:
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
-def test_chunked_loss_is_near_float64_in_lower_precision(dtype: torch.dtype, bound: float) -> None:
+def test_chunked_loss_is_accurate_in_lower_precision(dtype: torch.dtype, bound: float) -> None:
     torch.manual_seed(2)
     hidden, weight = torch.randn(300, 32).to(dtype), torch.randn(200, 32).to(dtype)
     targets = torch.randint(0, 200, (300,))
@@ -91,8 +88,8 @@ def test_chunked_loss_refuses_a_head_that_trains(weight_trains: bool, bias_train
         linear_cross_entropy(torch.randn(2, 6), weight, bias, torch.tensor([1, 2]))
 
 
-def test_chunked_loss_gives_gradients_to_what_learns_and_to_nothing_else() -> None:
-    """A LoRA on the head alone, over a body that is frozen: its gradients are those of the plain loss."""
+def test_chunked_loss_gives_gradients_only_to_tensors_that_require_them() -> None:
+    """As for a LoRA on the head over a frozen body."""
     generator = torch.Generator().manual_seed(3)
     hidden, weight, a, b = (
         torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((7, 6), (9, 6), (2, 6), (9, 2))

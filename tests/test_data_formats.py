@@ -1,4 +1,4 @@
-"""Formats: what each becomes, which is found by its columns, and how a bad row is named."""
+"""Formats: detection by columns, the rows that each gives, and errors."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from lora_ft.errors import ConfigError, DataError
 
 
 def parse(*rows, **settings):
-    """Format and rows of values, as if they were lines of a file."""
+    """Return the format and the rows of values, as if these were the lines of a file."""
     return read(*rows, **settings)[:2]
 
 
@@ -44,29 +44,29 @@ SHARE_GPT = [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]
         ({"instruction": "2+2?", "input": "", "output": "4"}, Format.alpaca),
     ],
 )
-def test_a_format_is_found_by_its_columns_and_all_say_the_same_chat(values, found):
+def test_a_format_is_detected_by_its_columns_and_all_give_the_same_chat(values, found):
     detected, (row,) = parse(values)
     assert detected is found
     assert row.messages == QA
     assert (row.answer, row.source) == ("4", "f.jsonl:1")
 
 
-def test_text_is_the_last_format_tried():
+def test_text_is_a_format_without_messages():
     found, (row,) = parse({"text": "all of it", "id": 7})
     assert (found, row.messages, row.plain_prompt, row.answer) == (Format.text, [], "", "all of it")
 
 
-def test_data_format_decides_before_the_columns():
+def test_data_format_takes_precedence_over_detection():
     found, (row,) = parse({"messages": QA, "text": "x"}, format=Format.text)
     assert (found, row.answer) == (Format.text, "x")
 
 
-def test_columns_rename_what_the_file_calls_otherwise():
+def test_columns_renames_the_columns_of_a_file():
     _, (row,) = parse({"q": "2+2?", "a": "4"}, columns={"prompt": "q", "completion": "a"})
     assert row.messages == QA
 
 
-def test_share_gpt_roles_map_to_the_templates_roles():
+def test_share_gpt_roles_become_the_roles_of_templates():
     turns = [("system", "s"), ("human", "u"), ("gpt", "a"), ("observation", "t"), ("model", "b"), ("user", "v"),
              ("assistant", "c"), ("function", "f"), ("gpt", "d")]  # fmt: skip
     _, (row,) = parse({"conversations": [{"from": role, "value": text} for role, text in turns]})
@@ -76,7 +76,7 @@ def test_share_gpt_roles_map_to_the_templates_roles():
     assert "".join(m["content"] for m in row.messages) == "suatbvcfd"
 
 
-def test_share_gpt_system_column_leads_the_chat_unless_it_has_a_system_message():
+def test_a_system_column_does_not_replace_a_system_message():
     _, (row, own) = parse(
         {"conversations": SHARE_GPT, "system": "Be brief."},
         {"conversations": [{"from": "system", "value": "Mine."}, *SHARE_GPT], "system": "Be brief."},
@@ -95,7 +95,7 @@ def test_share_gpt_system_column_leads_the_chat_unless_it_has_a_system_message()
         {"instruction": "2+2?", "output": "4"},
     ],
 )
-def test_a_system_column_leads_the_chat_of_every_format(values):
+def test_a_system_column_becomes_the_first_message_in_every_format(values):
     system = {"role": "system", "content": "Be brief."}
     _, (row,), left = read({"system": "Be brief.", **values})
     assert row.messages == [system, *QA]
@@ -104,13 +104,13 @@ def test_a_system_column_leads_the_chat_of_every_format(values):
     assert parse({"system": None, **values})[1][0].messages == QA
 
 
-def test_a_system_column_moves_the_answers_that_are_context():
+def test_a_system_column_shifts_the_indices_of_context_answers():
     prompt = chat("a", "b", "c")
     _, (row,) = parse({"prompt": prompt, "completion": [{"role": "assistant", "content": "d"}], "system": "s"})
     assert [row.messages[i]["content"] for i in row.context] == ["b"]
 
 
-def test_columns_that_nothing_reads_are_listed():
+def test_unused_columns_are_listed():
     assert unused({"instruction": "a", "inputs": "lost", "output": "b"}) == ["inputs"]
     assert unused({"text": "a", "label": "b"}, {"text": "a", "label": "b", "": 0}) == ["label", "(unnamed)"]
     assert unused({"q": "a", "a": "b", "id": 1}, columns={"prompt": "q", "completion": "a"}) == ["id"]
@@ -118,7 +118,7 @@ def test_columns_that_nothing_reads_are_listed():
     assert unused({"en": "x", "de": "y"}, columns={"source": "en"}, prompt="{source}", answer="{de}") == []
 
 
-def test_openai_weights_parts_tools_and_tool_calls():
+def test_openai_weights_parts_tools_and_tool_calls_are_read():
     call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
     messages = [
         {"role": "developer", "content": "Use tools."},
@@ -138,7 +138,7 @@ def test_openai_weights_parts_tools_and_tool_calls():
     assert row.context == {2}
     assert row.tools == [{"type": "function"}]
     assert messages[2]["weight"] == 0 and call["function"]["arguments"] == '{"a": 2}', (
-        "the caller's rows stay as they were"
+        "the caller's rows are not modified"
     )
 
 
@@ -148,7 +148,7 @@ def test_answers_in_a_conversational_prompt_are_context():
     assert row.answer == "d"
 
 
-def test_alpaca_has_input_system_and_history_in_both_forms():
+def test_alpaca_rows_have_input_system_and_history_in_both_forms():
     values = {"instruction": "Add.", "input": "2+2", "output": "4", "system": "Be brief.", "history": [["Hi", "Ho"]]}
     _, (row,) = parse(values)
     assert [m["content"] for m in row.messages] == ["Be brief.", "Hi", "Ho", "Add.\n2+2", "4"]
@@ -159,16 +159,16 @@ def test_alpaca_has_input_system_and_history_in_both_forms():
 
 
 @pytest.mark.closes("F02")
-def test_the_format_is_that_of_most_rows_wherever_the_others_stand():
-    pair, told = {"prompt": "a", "completion": "b"}, {"messages": QA}
+def test_the_format_is_that_of_most_rows():
+    pair, chat_row = {"prompt": "a", "completion": "b"}, {"messages": QA}
     with pytest.raises(DataError, match=r"1 bad row:\n  f\.jsonl:1: prompt: is missing: .*2\+2"):
-        parse(told, pair, pair)
+        parse(chat_row, pair, pair)
     with pytest.raises(DataError, match=r"1 bad row:\n  f\.jsonl:3: messages: is missing: .*completion"):
-        parse(told, told, pair)
-    assert parse(told | pair, pair, pair)[0] is Format.prompt_completion, "the first row reads either way"
+        parse(chat_row, chat_row, pair)
+    assert parse(chat_row | pair, pair, pair)[0] is Format.prompt_completion, "the first row fits both formats"
 
 
-def test_rows_that_each_lack_a_column_have_the_format_that_they_make_together():
+def test_a_format_is_detected_if_every_row_lacks_a_column_of_it():
     with pytest.raises(DataError, match=r"2 bad rows:\n.*:1: completion: is missing.*\n.*:2: prompt: is missing"):
         parse({"prompt": "a"}, {"completion": "b"})
 
@@ -182,25 +182,25 @@ def test_rows_that_each_lack_a_column_have_the_format_that_they_make_together():
         ({"q": "a", "a": "b"}, {"columns": {"s": "q"}, "prompt": "{s}", "answer": "{a}"}, "q: is missing or null"),
     ],
 )
-def test_the_first_row_may_lack_a_column_and_the_file_names_it(whole, settings, message):
+def test_a_missing_column_is_reported_by_its_name_in_the_file(whole, settings, message):
     first = {name: value for name, value in whole.items() if name != "q"}
     with pytest.raises(DataError, match=rf"1 bad row:\n  f\.jsonl:1: {message}"):
         parse(first, whole, **settings)
 
 
-def test_an_optional_column_may_begin_in_any_row():
+def test_an_optional_column_may_be_missing_from_the_first_row():
     _, rows = parse({"q": "a", "a": "b"}, {"q": "c", "a": "d", "s": "Be brief."},
                     columns={"prompt": "q", "completion": "a", "system": "s"})  # fmt: skip
     assert [len(row.messages) for row in rows] == [2, 3]
 
 
-def test_a_renamed_column_does_not_fall_back_on_one_that_has_its_name():
+def test_a_renamed_column_does_not_fall_back_on_a_column_of_its_new_name():
     rows = [{"question": "a", "prompt": "not this", "completion": "b"}, {"prompt": "nor this", "completion": "b"}]
     with pytest.raises(DataError, match=r"f\.jsonl:2: question: is missing"):
         parse(*rows, columns={"prompt": "question"})
 
 
-def test_columns_can_change_places():
+def test_two_columns_can_be_swapped():
     _, (row,) = parse({"completion": "2+2?", "prompt": "4"}, columns={"prompt": "completion", "completion": "prompt"})
     assert row.messages == QA
 
@@ -209,16 +209,16 @@ def test_columns_can_change_places():
     ("values", "message"),
     [
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "chosen and rejected are preference pairs"),
-        ({"question": "a", "answer": "b"}, "no format has the columns answer, question: .*data.columns="),
+        ({"question": "a", "answer": "b"}, "no format has the columns answer, question: .*data.columns"),
     ],
 )
-def test_columns_of_no_format_say_what_can_be_done(values, message):
+def test_columns_of_no_format_are_reported_with_what_to_do(values, message):
     with pytest.raises(DataError, match=message):
         parse(values)
 
 
 def test_no_rows_at_all_is_a_data_error():
-    with pytest.raises(DataError, match="there is no row"):
+    with pytest.raises(DataError, match="there is no row to train on"):
         parse()
 
 
@@ -233,52 +233,55 @@ def test_no_rows_at_all_is_a_data_error():
         ),
         (
             {"format": Format.table},
-            r"data\.format=table needs data\.prompt and data\.answer; data\.prompt is not given",
+            r"data\.format=table needs data\.prompt and data\.answer; data\.prompt is not set",
         ),
-        ({"prompt": "{a}"}, r"data\.answer is not given"),
+        ({"prompt": "{a}"}, r"data\.answer is not set"),
         ({"prompt": "{x}", "answer": "{b}"}, r"data\.prompt: there is no column 'x'; there are a, b"),
         ({"prompt": "{a.real}", "answer": "{b}"}, "there is no column 'a.real'"),
         ({"prompt": "{a[0]}", "answer": "{b}"}, r"there is no column 'a\[0\]'"),
         ({"prompt": "{a!r}", "answer": "{b}"}, "there is no column 'a!r'"),
         ({"prompt": "{}", "answer": "{b}"}, "there is no column ''"),
-        ({"prompt": "{a", "answer": "{b}"}, r"a single \{ at character 1: write \{\{"),
-        ({"prompt": "{a}}", "answer": "{b}"}, r"a single \} at character 4"),
+        (
+            {"prompt": "{a", "answer": "{b}"},
+            r"data\.prompt: expected '}' before end of string: \{a \(write \{\{ and \}\}",
+        ),
+        ({"prompt": "{a}}", "answer": "{b}"}, r"Single '}' encountered"),
         ({"prompt": "Same", "answer": "{b}"}, r"data\.prompt names no column"),
     ],
 )
-def test_settings_that_do_not_fit_the_columns_are_config_errors(settings, message):
+def test_settings_that_do_not_fit_the_columns_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         parse({"a": 1, "b": "x"}, **settings)
 
 
-def test_a_table_writes_prompt_and_answer_over_any_column():
-    settings = {"prompt": "{{x}} {the word} {n} {yes}", "answer": "{n}{n}"}
-    found, (row,) = parse({"the word": "{n}", "n": 3, "yes": True}, **settings)
+def test_table_templates_use_any_column():
+    settings = {"prompt": "{{x}} {the word} {n} {yes: no!}", "answer": "{n}{n}"}
+    found, (row,) = parse({"the word": "{n}", "n": 3, "yes: no!": True}, **settings)
     assert found is Format.table
     assert [m["content"] for m in row.messages] == ["{x} {n} 3 true", "33"]
     assert row.plain_prompt == "{x} {n} 3 true\n\n### Response:\n"
 
 
-def test_a_table_reads_renamed_columns_by_both_names():
+def test_table_templates_may_use_both_names_of_a_renamed_column():
     _, (row,) = parse({"en": "good", "de": "gut"}, columns={"source": "en"}, prompt="{source}={en}", answer="{de}")
     assert row.messages[0]["content"] == "good=good"
 
 
-def test_without_a_template_a_table_ends_its_prompt_as_alpaca_does():
+def test_plain_prompts_of_tables_end_as_those_of_alpaca():
     _, (table,) = parse({"a": "x", "b": "y"}, prompt="### Instruction:\n{a}", answer="{b}")
     _, (alpaca,) = parse({"instruction": "x", "output": "y"})
     assert table.plain_prompt == alpaca.plain_prompt
-    assert table.messages[0]["content"] == "### Instruction:\nx", "a chat template needs no such mark"
+    assert table.messages[0]["content"] == "### Instruction:\nx", "with a chat template the heading is not added"
 
 
 @pytest.mark.closes("F03")
-@pytest.mark.parametrize("bad", [None, "", " ", ["x"], {"x": 1}])
-def test_a_table_row_without_a_value_is_bad(bad):
+@pytest.mark.parametrize("bad", [None, " ", ["x"], {"x": 1}, float("nan")])
+def test_a_table_row_without_a_value_is_refused(bad):
     with pytest.raises(DataError, match=r"f\.jsonl:2: a: "):
         parse({"a": "x", "b": "y"}, {"a": bad, "b": "y"}, prompt="{a}", answer="{b}")
 
 
-def test_max_rows_reads_no_further():
+def test_no_row_is_read_beyond_max_rows():
     def records():
         yield "f:1", {"text": "a"}
         yield "f:2", {"text": "b"}

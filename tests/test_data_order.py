@@ -1,4 +1,4 @@
-"""Order of rows and cut into steps: pure functions, checked against their definitions."""
+"""The order of rows and the cut into steps: pure functions, checked against their definitions."""
 
 import hashlib
 from itertools import pairwise
@@ -17,7 +17,7 @@ def test_derive_is_the_first_63_bits_of_the_sha256_of_seed_and_purpose():
     assert derive(7, "order", 3) == int(hashlib.sha256(b'[7, "order", 3]').hexdigest()[:16], 16) >> 1
 
 
-def test_derive_tells_every_part_of_a_purpose_apart():
+def test_derive_depends_on_every_part_of_a_purpose():
     purposes = [(0,), (1,), (0, "a"), (0, "a", 1), (0, "a", "1"), (0, "a1"), (0, 1, "a"), (0, "a", 1, 1), (0, "a", 11)]
     numbers = {derive(seed, *purpose) for seed, *purpose in purposes}
     assert len(numbers) == len(purposes)
@@ -27,13 +27,13 @@ def test_derive_tells_every_part_of_a_purpose_apart():
 @pytest.mark.closes("F08")
 @settings(deadline=None)
 @given(st.integers(0, 500), st.integers(0, 2**40), st.integers(0, 1000))
-def test_an_epoch_is_a_permutation_and_the_same_each_time(num_rows, seed, epoch):
+def test_an_epoch_is_a_reproducible_permutation(num_rows, seed, epoch):
     order = epoch_order(num_rows, seed, epoch)
     assert sorted(order) == list(range(num_rows))
     assert np.array_equal(order, epoch_order(num_rows, seed, epoch))
 
 
-def test_an_order_is_the_rows_sorted_by_raw_draws_of_its_epoch():
+def test_rows_are_sorted_by_raw_draws():
     draws = [int(draw) for draw in np.random.PCG64(derive(7, "order", 2)).random_raw(30)]
     assert list(epoch_order(30, 7, 2)) == sorted(range(30), key=lambda row: draws[row])
 
@@ -44,7 +44,7 @@ def test_epochs_and_seeds_order_rows_differently():
 
 
 @pytest.mark.closes("A23", "F08")
-def test_order_ignores_the_global_generator():
+def test_the_global_random_state_does_not_change_the_order():
     np.random.seed(0)
     first = epoch_order(20, 1, 1)
     np.random.seed(1)
@@ -53,7 +53,7 @@ def test_order_ignores_the_global_generator():
 
 @settings(deadline=None)
 @given(LENGTHS, st.integers(1, 80), st.integers(0, 9))
-def test_steps_are_the_order_cut_where_the_next_row_would_not_fit(lengths, tokens_per_step, seed):
+def test_steps_are_cut_where_the_next_row_does_not_fit(lengths, tokens_per_step, seed):
     order = epoch_order(len(lengths), seed, 0)
     steps = steps_of_epoch(lengths, order, tokens_per_step)
     assert [row for step in steps for row in step] == list(order)

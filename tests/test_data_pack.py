@@ -1,4 +1,4 @@
-"""Packing: every row once, no bin over its capacity, and targets that never look across a document."""
+"""Packing: every row once, no bin over its capacity, no target from another document."""
 
 from itertools import pairwise
 
@@ -28,7 +28,7 @@ def best_fit_by_definition(lengths, capacity):
 
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 20), max_size=60), st.integers(20, 60))
-def test_best_fit_is_the_definition_of_best_fit_decreasing(lengths, capacity):
+def test_best_fit_matches_its_definition(lengths, capacity):
     bins = best_fit(lengths, capacity)
     assert bins == best_fit_by_definition(lengths, capacity)
     assert sorted(index for bin_ in bins for index in bin_) == list(range(len(lengths)))
@@ -51,7 +51,7 @@ def token_rows(draw):
 
 
 def documents(batch):
-    """Each document of a micro-batch as tuples of ids, positions and targets."""
+    """Return each document of a micro-batch as tuples of ids, positions and targets."""
     cuts = [slice(a, b) for a, b in pairwise(batch.starts)]
     return [tuple(tuple(a[cut].tolist()) for a in (batch.ids, batch.positions, batch.targets)) for cut in cuts]
 
@@ -66,7 +66,7 @@ def document_by_definition(row):
 @pytest.mark.closes("A11")
 @settings(deadline=None)
 @given(token_rows(), st.integers(12, 40) | st.none(), st.booleans())
-def test_micro_batches_hold_each_row_once_with_its_own_positions_and_targets(rows, capacity, packing):
+def test_micro_batches_have_each_row_once_with_its_positions_and_targets(rows, capacity, packing):
     batches = micro_batches(rows, capacity, packing)
     found = [document for batch in batches for document in documents(batch)]
     assert sorted(found) == sorted(map(document_by_definition, rows))
@@ -82,7 +82,7 @@ def test_micro_batches_hold_each_row_once_with_its_own_positions_and_targets(row
 
 
 @given(token_rows(), st.data())
-def test_examples_of_a_group_are_next_to_each_other_in_one_micro_batch(rows, data):
+def test_examples_of_a_group_are_adjacent_in_one_micro_batch(rows, data):
     groups = data.draw(st.lists(st.integers(0, 3) | st.none(), min_size=len(rows), max_size=len(rows)))
     rows = [
         Example(np.array([n, *row.ids[1:]], np.int32), row.supervised, row.source, group=group)
@@ -106,15 +106,15 @@ def test_a_group_longer_than_the_capacity_is_refused():
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_a_row_longer_than_the_capacity_is_refused_by_name(packing):
+def test_a_row_longer_than_the_capacity_is_refused(packing):
     row = Example(np.arange(9, dtype=np.int32), np.zeros(9, np.bool_), "rows.jsonl:4")
     with pytest.raises(ConfigError, match=r"train\.tokens_per_microbatch .*rows\.jsonl:4 has 9 tokens, got 8"):
         micro_batches([row], 8, packing)
 
 
-def test_no_rows_make_no_micro_batch():
+def test_no_rows_give_no_micro_batches():
     assert micro_batches([], None, True) == micro_batches([], 5, False) == []
 
 
-def test_an_unsupervised_target_is_what_the_loss_ignores():
+def test_unsupervised_targets_are_ignored_by_cross_entropy():
     assert torch.nn.CrossEntropyLoss().ignore_index == IGNORED

@@ -1,4 +1,4 @@
-"""Masks, for templates in the style of each family: ids as at inference, answers and their ends and nothing else."""
+"""Masks for templates in the style of each family: ids as at inference, only answers and their ends supervised."""
 
 import json
 
@@ -18,7 +18,7 @@ from lora_ft.data.statistics import survey
 from lora_ft.data.tokenize import Vocabulary
 from lora_ft.errors import ConfigError, DataError
 
-# Qwen3 shows <think> for the last answer only: earlier turns change when a later one comes.
+# Qwen3 shows <think> for the last answer only, so earlier turns are rendered differently once there is a later one.
 THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' and loop.last and '<think>' not in m.content %}<think>\n\n</think>\n\n{% endif %}"
@@ -35,7 +35,7 @@ def tokenizer_of(template, tokens=()):
 
 
 def metaspace_tokenizer():
-    """As Llama 2's: a blank before the first word, and a BOS that the tokenizer itself puts before plain text."""
+    """Make a tokenizer like Llama 2's: a space before the first word, and a BOS before plain text."""
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     bpe.decoder = decoders.Metaspace(prepend_scheme="first")
@@ -63,7 +63,7 @@ DIALOGUE = chat("What is the capital?", "Paris, 12 letters.", "Are you\nsure?", 
 
 
 def merging_tokenizer():
-    """A ChatML tokenizer whose tokens span line breaks and words, and so the end of the prompt, wherever they can."""
+    """Make a ChatML tokenizer whose tokens span line breaks and words, and so the end of the prompt."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.decoder = decoders.ByteLevel()
@@ -84,7 +84,7 @@ TEXTS = st.text("ab \n\t.,'é€😀1", min_size=1, max_size=12).filter(str.stri
 @pytest.mark.closes("A09")
 @settings(deadline=None)
 @given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3))
-def test_any_chat_spells_its_rendering_and_learns_its_answers_whatever_merges(tmp_path_factory, turns):
+def test_any_chat_decodes_to_its_rendering_and_learns_its_answers(tmp_path_factory, turns):
     messages = chat(*(text for turn in turns for text in turn))
     rows = prepared(tmp_path_factory.mktemp("any"), MERGING, {"messages": messages})
     assert MERGING.decode(rows[-1].ids) + "\n" == MERGING.apply_chat_template(messages, tokenize=False)
@@ -95,17 +95,17 @@ def test_any_chat_spells_its_rendering_and_learns_its_answers_whatever_merges(tm
 
 
 @pytest.mark.closes("A08", "A09")
-def test_an_answer_that_merges_with_the_prompt_is_tokenized_apart_as_at_inference(tmp_path):
+def test_an_answer_that_merges_with_the_prompt_is_tokenized_separately(tmp_path):
     messages = chat("a", "ab")
     (row,) = prepared(tmp_path, MERGING, {"messages": messages})
     prompt = MERGING.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
     whole = MERGING.apply_chat_template(messages, return_dict=False)
-    assert whole[: len(prompt)] != prompt, "the tokenizer has to merge here, or the test shows nothing"
+    assert whole[: len(prompt)] != prompt, "the tokenizer must merge here, or the test proves nothing"
     assert list(row.ids) == prompt + MERGING("ab<|im_end|>", add_special_tokens=False)["input_ids"]
 
 
 @pytest.mark.closes("A08")
-def test_a_template_that_rewrites_history_gives_a_document_for_each_answer_as_the_model_writes_it(tmp_path):
+def test_a_template_that_rewrites_history_gives_one_document_per_answer(tmp_path):
     tokenizer = tokenizer_of(THINKING)
     rows = prepared(tmp_path, tokenizer, {"messages": chat("a", "one", "b", "<think>hm</think>two")})
     assert [learned(tokenizer, row) for row in rows] == [
@@ -119,7 +119,7 @@ def test_a_template_that_rewrites_history_gives_a_document_for_each_answer_as_th
     assert {row.source for row in rows} == {f"{tmp_path}/rows.jsonl:1"}
 
 
-def test_answers_of_weight_0_and_answers_in_a_prompt_are_context(tmp_path):
+def test_answers_of_weight_0_and_answers_in_a_prompt_are_not_supervised(tmp_path):
     tokenizer = tiny_tokenizer()
     weighted = [DIALOGUE[0], {**DIALOGUE[1], "weight": 0}, *DIALOGUE[2:]]
     rows = prepared(tmp_path, tokenizer, {"messages": weighted})
@@ -129,7 +129,7 @@ def test_answers_of_weight_0_and_answers_in_a_prompt_are_context(tmp_path):
 
 
 @pytest.mark.parametrize("flag", [{"train": False}, {"loss": False}, {"weight": 0}, {"train": False, "loss": True}])
-def test_an_answer_that_is_flagged_is_context(flag, tmp_path):
+def test_a_flagged_answer_is_not_supervised(flag, tmp_path):
     tokenizer = tiny_tokenizer()
     others = {"train": True, "loss": None, "weight": 1}
     messages = [DIALOGUE[0], {**DIALOGUE[1], **flag}, {**DIALOGUE[2], **others}, {**DIALOGUE[3], **others}]
@@ -139,12 +139,12 @@ def test_an_answer_that_is_flagged_is_context(flag, tmp_path):
     rows += prepared(tmp_path, tokenizer, {"conversations": shared})
     both = "Paris, 12 letters.<|im_end|>Yes!\n\nI am.<|im_end|>"
     assert [learned(tokenizer, row) for row in rows] == ["Yes!\n\nI am.<|im_end|>", both, "Yes!\n\nI am.<|im_end|>"]
-    assert [list(row.ids) for row in rows] == [list(rows[1].ids)] * 3, "the template sees no flag"
+    assert [list(row.ids) for row in rows] == [list(rows[1].ids)] * 3, "flags must not reach the template"
     with pytest.raises(DataError, match=r"rows\.jsonl:1: messages: .* data\.train_on=all learns every message"):
         prepared(tmp_path, tokenizer, {"messages": messages}, train_on=TrainOn.all)
 
 
-def test_data_system_goes_before_chats_that_have_none(tmp_path):
+def test_data_system_is_added_to_chats_without_a_system_message(tmp_path):
     tokenizer = tiny_tokenizer()
     own = [{"role": "system", "content": "Mine."}, *chat("a", "b", "c", "d")]
     rows = prepared(tmp_path, tokenizer, {"messages": chat("a", "b", "c", "d")}, {"messages": own}, system="Theirs.")
@@ -170,38 +170,38 @@ def test_tools_and_tool_calls_reach_the_template(tmp_path):
     assert tokenizer.decode(row.ids).startswith("the add tool<|im_start|>user")
 
 
-def test_a_tool_call_that_the_template_does_not_render_is_the_turn_that_is_named(tmp_path):
+def test_a_tool_call_that_the_template_drops_is_reported(tmp_path):
     messages = [
         {"role": "user", "content": "2+2?"},
         {"role": "assistant", "content": None, "tool_calls": [{"name": "add_numbers"}]},
         {"role": "tool", "content": "4"},
         {"role": "assistant", "content": "Four."},
     ]
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: chat template: leaves out the answer's call of add_numbers"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: chat template: drops the answer's call of add_numbers"):
         prepared(tmp_path, tiny_tokenizer(), {"messages": messages})
 
 
-# As Llama 3.2's: the date is given, or the clock's.
+# Like Llama 3.2's: `date_string`, or the date of today if it is not given.
 DATED = (
     "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
     "<|im_start|>system\nToday Date: {{ date_string }}<|im_end|>\n" + CHATML
 )
 
 
-def test_a_template_that_takes_a_date_gets_the_same_on_any_day(tmp_path):
+def test_a_template_with_a_date_gets_a_constant_one(tmp_path):
     tokenizer = tokenizer_of(DATED)
     (row,) = prepared(tmp_path, tokenizer, {"messages": chat("a", "b")})
     assert tokenizer.decode(row.ids).startswith("<|im_start|>system\nToday Date: 26 Jul 2024<|im_end|>")
 
 
 @pytest.mark.closes("A26")
-def test_a_control_token_in_the_system_setting_is_a_config_error(tmp_path):
+def test_a_control_token_in_data_system_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"data\.system holds the control token <\|im_start\|>"):
         prepared(tmp_path, tiny_tokenizer(), {"messages": DIALOGUE}, system="Hi <|im_start|>user")
 
 
 @pytest.mark.closes("A26")
-def test_added_tokens_that_control_nothing_may_be_written(tmp_path):
+def test_added_tokens_that_are_not_special_are_allowed_in_text(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<think>"])
     (row,) = prepared(tmp_path, tokenizer, {"messages": chat("a <think>", "<think>b")})
@@ -216,9 +216,9 @@ def plain_tokenizer():
 
 @pytest.mark.parametrize(
     ("prompt", "completion"),
-    [("The capital is", " Paris"), ("The capital is ", "Paris"), ("a\n", "\nb"), ("12", "34"), ("ta", "ble")],
+    [("The capital is ", "Paris"), ("a\n", "\nb"), ("ta", "ble")],
 )
-def test_without_a_template_prompt_and_completion_stand_as_they_are_and_end(prompt, completion, tmp_path):
+def test_without_a_template_prompt_and_completion_are_unchanged(prompt, completion, tmp_path):
     tokenizer = plain_tokenizer()
     (row,) = prepared(tmp_path, tokenizer, {"prompt": prompt, "completion": completion})
     start = int(row.supervised.argmax())
@@ -227,7 +227,7 @@ def test_without_a_template_prompt_and_completion_stand_as_they_are_and_end(prom
     assert row.supervised[start:].all()
 
 
-def test_without_a_template_alpaca_has_headings(tmp_path):
+def test_without_a_template_alpaca_rows_have_headings(tmp_path):
     tokenizer = plain_tokenizer()
     (row,) = prepared(tmp_path, tokenizer, {"instruction": "Add.", "input": "2+2", "output": "4"})
     assert tokenizer.decode(row.ids) == ("### Instruction:\nAdd.\n\n### Input:\n2+2\n\n### Response:\n4<|im_end|>")
@@ -235,7 +235,7 @@ def test_without_a_template_alpaca_has_headings(tmp_path):
 
 
 @pytest.mark.closes("A05")
-def test_text_is_learned_whole_and_ended_once(tmp_path):
+def test_plain_text_is_supervised_and_has_one_end_token(tmp_path):
     tokenizer = tiny_tokenizer()
     rows = prepared(tmp_path, tokenizer, {"text": "The fox."}, {"text": "The fox.<|im_end|>"})
     assert list(rows[0].ids) == list(rows[1].ids) == [*tokenizer("The fox.")["input_ids"], 2]
@@ -243,7 +243,7 @@ def test_text_is_learned_whole_and_ended_once(tmp_path):
 
 
 @pytest.mark.closes("A07")
-def test_plain_text_has_the_bos_that_its_tokenizer_adds_and_only_that_one(tmp_path):
+def test_plain_text_has_one_bos_if_its_tokenizer_adds_one(tmp_path):
     tokenizer = metaspace_tokenizer()
     (row,) = prepared(tmp_path, tokenizer, {"text": "The quick fox"})
     assert list(row.ids) == [*tokenizer("The quick fox")["input_ids"], 2]
@@ -253,13 +253,13 @@ def test_plain_text_has_the_bos_that_its_tokenizer_adds_and_only_that_one(tmp_pa
         prepared(tmp_path, tokenizer, {"text": "<s>The quick fox"})
 
 
-def test_plain_prompts_keep_their_ids_with_blanks_before_words(tmp_path):
+def test_plain_prompts_keep_their_ids_with_a_metaspace_tokenizer(tmp_path):
     tokenizer = metaspace_tokenizer()
     (row,) = prepared(tmp_path, tokenizer, {"prompt": "The quick", "completion": " brown fox"})
     start = int(row.supervised.argmax())
     assert list(row.ids[:start]) == tokenizer("The quick")["input_ids"]
     assert list(row.ids) == [*tokenizer("The quick brown fox")["input_ids"], 2]
-    # Tokenized apart, the completion would gain a blank that the row does not have.
+    # Tokenized separately, the completion would get a space that the row does not have.
     with pytest.raises(DataError, match=r"rows\.jsonl:1: answer: begins inside a token"):
         prepared(tmp_path, tokenizer, {"prompt": "The qui", "completion": "ck brown fox"})
 
@@ -271,7 +271,7 @@ def test_plain_prompts_keep_their_ids_with_blanks_before_words(tmp_path):
         ({"text": "a"}, {"system": "s"}, r"data\.system needs rows that a chat template renders"),
     ],
 )
-def test_rows_and_tokenizer_that_do_not_go_together_are_config_errors(row, settings, message, tmp_path):
+def test_rows_that_the_tokenizer_cannot_render_are_refused(row, settings, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         prepared(tmp_path, plain_tokenizer(), row, **settings)
 
@@ -284,7 +284,7 @@ def test_plain_text_needs_an_end_token(tmp_path):
 
 
 @pytest.mark.closes("A12")
-def test_truncation_left_on_in_a_tokenizer_file_cuts_nothing(tmp_path):
+def test_truncation_enabled_in_a_tokenizer_file_has_no_effect(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.enable_truncation(3)
     (row,) = prepared(tmp_path, tokenizer, {"messages": DIALOGUE})
@@ -293,7 +293,7 @@ def test_truncation_left_on_in_a_tokenizer_file_cuts_nothing(tmp_path):
 
 PRE_TOKENIZERS = {
     "byte level": pre_tokenizers.ByteLevel(add_prefix_space=False),
-    "byte level with a blank before": pre_tokenizers.ByteLevel(add_prefix_space=True),
+    "byte level with a space before": pre_tokenizers.ByteLevel(add_prefix_space=True),
     "digits and byte level": pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     ),
@@ -317,14 +317,14 @@ def tokenizer_with(pre_tokenizer, normalizer=None, added=()):
 
 PLAIN_TOKENS = [AddedToken("<think>", normalized=False), AddedToken("Ab", normalized=True)]
 STRIPPING = [AddedToken("<mask>", normalized=False, lstrip=True)]
-STRIPPING_BEHIND = [AddedToken("<mask>", normalized=False, rstrip=True)]
+STRIPPING_AFTER = [AddedToken("<mask>", normalized=False, rstrip=True)]
 WHOLE_WORD = [AddedToken("ab", normalized=False, single_word=True)]
 LOWER = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Lowercase()])
 VOCABULARIES = {name: Vocabulary(tokenizer_with(step)) for name, step in PRE_TOKENIZERS.items()} | {
     "normalized": Vocabulary(tokenizer_with(None, LOWER, PLAIN_TOKENS)),
     "added": Vocabulary(tokenizer_with(PRE_TOKENIZERS["byte level"], None, PLAIN_TOKENS)),
     "stripping": Vocabulary(tokenizer_with(PRE_TOKENIZERS["byte level"], None, STRIPPING)),
-    "stripping behind": Vocabulary(tokenizer_with(PRE_TOKENIZERS["byte level"], None, STRIPPING_BEHIND)),
+    "stripping after": Vocabulary(tokenizer_with(PRE_TOKENIZERS["byte level"], None, STRIPPING_AFTER)),
     "whole words": Vocabulary(tokenizer_with(PRE_TOKENIZERS["byte level"], None, WHOLE_WORD)),
 }
 PARTS = st.sampled_from(["<|", "<|im_end|>", "<think>", "<mask>", "Ab", "ab", "a", " ", "\n", "1", "é", "▁", "|>", "."])
@@ -332,18 +332,18 @@ PARTS = st.sampled_from(["<|", "<|im_end|>", "<think>", "<mask>", "Ab", "ab", "a
 
 @settings(deadline=None, max_examples=100)
 @given(st.sampled_from(sorted(VOCABULARIES)), st.lists(st.lists(PARTS, max_size=8).map("".join), max_size=4))
-def test_texts_cut_at_added_tokens_have_the_ids_of_the_whole_texts(name, texts):
+def test_texts_cut_at_added_tokens_have_the_ids_of_uncut_texts(name, texts):
     assert VOCABULARIES[name].ids(texts) == VOCABULARIES[name].ids_whole(texts)
 
 
 @pytest.mark.parametrize("name", VOCABULARIES)
-def test_texts_are_cut_where_parts_do_not_depend_on_their_place(name):
-    depends = name in ("metaspace at the start", "stripping", "stripping behind", "whole words")
+def test_texts_are_cut_only_if_parts_do_not_depend_on_their_position(name):
+    depends = name in ("metaspace at the start", "stripping", "stripping after", "whole words")
     assert (VOCABULARIES[name].split is None) == depends
 
 
 def tool_template(arguments):
-    """ChatML that writes each tool call as JSON, its arguments by this Jinja expression over `f`."""
+    """Return a ChatML template that writes tool calls as JSON, with the arguments by this Jinja expression over `f`."""
     call = """{"name": "' + f.name + '", "arguments": """
     calls = (
         "{% for call in message.tool_calls or [] %}{% set f = call.function or call %}{{ '" + call + "' }}"
@@ -383,7 +383,7 @@ def test_tool_call_arguments_are_learned_as_one_json_object(written, encode, wra
 
 
 @pytest.mark.parametrize("written", [TO_JSON, JOINS_TEXT])
-def test_the_prompt_of_a_row_with_a_tool_call_is_the_same_when_rendered_again(written, tmp_path):
+def test_a_row_with_a_tool_call_has_the_same_prompt_in_training_and_inference(written, tmp_path):
     tokenizer = tokenizer_of(tool_template(written))
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": call_chat(json.dumps(ARGUMENTS))}))
     data = Data(path=str(tmp_path / "rows.jsonl"))
@@ -393,8 +393,8 @@ def test_the_prompt_of_a_row_with_a_tool_call_is_the_same_when_rendered_again(wr
 
 
 @pytest.mark.parametrize("written", [TO_JSON, JOINS_TEXT, PRINTS])
-@pytest.mark.parametrize("empty", ["", " ", None, "{}", {}])
-def test_a_tool_call_with_empty_arguments_has_an_empty_object(empty, written, tmp_path):
+@pytest.mark.parametrize("empty", [" ", None, {}])
+def test_empty_arguments_of_a_tool_call_become_an_empty_object(empty, written, tmp_path):
     tokenizer = tokenizer_of(tool_template(written))
     given, missing = call_chat(empty), call_chat(empty)
     del missing[1]["tool_calls"][0]["function"]["arguments"]
@@ -412,13 +412,13 @@ def test_a_tool_call_with_empty_arguments_has_an_empty_object(empty, written, tm
     ],
 )
 @pytest.mark.parametrize("train_on", [TrainOn.answers, TrainOn.last_answer])
-def test_a_template_that_leaves_out_an_argument_is_refused(written, missing, train_on, tmp_path):
+def test_a_template_that_drops_an_argument_is_refused(written, missing, train_on, tmp_path):
     tokenizer = tokenizer_of(tool_template(written))
-    with pytest.raises(DataError, match=rf"rows\.jsonl:1: chat template: leaves out {missing}.* call of find"):
+    with pytest.raises(DataError, match=rf"rows\.jsonl:1: chat template: drops {missing}.* call of find"):
         prepared(tmp_path, tokenizer, {"messages": call_chat(ARGUMENTS)}, train_on=train_on)
 
 
-def test_a_template_may_write_arguments_in_a_form_of_its_own(tmp_path):
+def test_a_template_may_write_arguments_in_its_own_format(tmp_path):
     pairs = "{% for k, v in f.arguments | items %}<{{ k }}>{{ v if v is string else v | tojson }}</{{ k }}>{% endfor %}"
     template = tool_template("'@'").replace("{{ '@' }}", pairs)
     tokenizer = tokenizer_of(template)
@@ -426,7 +426,7 @@ def test_a_template_may_write_arguments_in_a_form_of_its_own(tmp_path):
     assert '<city>Lima é "x"</city><near>[1, 2.5, true, null]</near>' in learned(tokenizer, row)
 
 
-def test_messages_are_rendered_with_all_they_have():
+def test_messages_are_rendered_with_their_additional_keys():
     tokenizer = tokenizer_of("{% for m in messages %}{{ m.name or m.role }}: {{ m.content }}<|im_end|>{% endfor %}")
     question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     rows = [Row("1", [question, answer], "b"), Row("2", [{**question, "name": "Ann"}, answer], "b")]

@@ -32,7 +32,7 @@ COMMANDS = [
 
 # Each command runs as written, made short, on a tiny base.
 _TRAIN = ("train.max_steps=1", "train.tokens_per_step=64", "train.eval_rows=2", "train.samples=1", "device=cpu",
-          "model.path=llama")  # fmt: skip
+          "model.path=llama", "model.hub_id=org/tiny")  # fmt: skip
 SHORT = {
     "train": _TRAIN,
     "check": _TRAIN,
@@ -80,6 +80,8 @@ def test_command_runs_as_written(page: str, command: str, folders: dict[str, Pat
     elif "resume=auto" in words or resumed:
         short = ("device=cpu", *_TRAIN[:5]) if resumed else _TRAIN
         short = (*(s for s in short if not s.startswith("train.max_steps")), "train.max_steps=1")
+    if "verify_only=true" in words:
+        short = (*short, "model=local", "model.path=llama")
     run([*words, *short], capfd)
 
 
@@ -101,8 +103,8 @@ def test_readme_has_at_most_150_lines() -> None:
     assert len(PAGES["README.md"].splitlines()) <= 150
 
 
-@pytest.mark.parametrize(("heading", "rows"), re.findall(r"\n### (\w+)\n.*?```jsonl\n(.*?)```", PAGES["docs/data.md"],
-                                                         re.DOTALL))  # fmt: skip
+@pytest.mark.parametrize(("heading", "rows"), re.findall(
+    r"\n### (\w+)\n(?:(?!\n### ).)*?```jsonl\n(.*?)```", PAGES["docs/data.md"], re.DOTALL))  # fmt: skip
 def test_rows_of_the_data_page_have_the_format_of_their_heading(heading: str, rows: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(rows)
@@ -117,6 +119,16 @@ def test_every_format_has_a_heading_on_the_data_page() -> None:
 def test_troubleshooting_lists_every_exit_code() -> None:
     listed = {int(code) for code in re.findall(r"^\| (\d+) \|", PAGES["docs/troubleshooting.md"], re.MULTILINE)}
     assert listed == {0, 1, 3, 130, 141, 143} | {error.exit_code for error in LoraFtError.__subclasses__()}
+
+
+def test_messages_of_the_troubleshooting_page_are_those_of_the_code() -> None:
+    """`...` stands for a value; strings of the source are joined, so that a message may be split over lines."""
+    source = "\n".join(path.read_text("utf-8") for path in (ROOT / "lora_ft").rglob("*.py"))
+    source = re.sub(r'"\n\s*f?"', "", source)
+    messages = re.findall(r"^\| `([^`]+)` \|", PAGES["docs/troubleshooting.md"], re.MULTILINE)
+    pieces = [piece.strip() for message in messages for piece in message.split("...") if piece.strip()]
+    assert len(messages) >= 20
+    assert [piece for piece in pieces if piece not in source] == []
 
 
 def test_configuration_page_is_current() -> None:

@@ -1,4 +1,4 @@
-"""What is said of a run before it starts is what the run then does, and each warning stands for something real."""
+"""The dry run predicts the run exactly, finds its errors and gives a warning for each likely mistake."""
 
 import json
 from dataclasses import asdict, replace
@@ -18,14 +18,14 @@ from lora_ft.data.statistics import survey, warnings
 from lora_ft.errors import ConfigError, MismatchError, ResourceError
 from lora_ft.io import durable
 from lora_ft.models.load import load_base, load_tokenizer
-from lora_ft.models.meta_model import load_skeleton
+from lora_ft.models.meta_model import load_meta_model
 from lora_ft.training import checkpoint
 from lora_ft.training.dry_run import DryRun, dry_run, read_rows
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """A folder with a tiny model of every family, and one of a llama with tied ends."""
+    """A folder with a tiny model of every family, and a llama with tied embeddings."""
     folder = tmp_path_factory.mktemp("bases")
     for family in FAMILIES:
         tiny_folder(folder, family)
@@ -45,7 +45,7 @@ def rows_at(folder, rows):
 
 
 def run_over(bases, tmp_path, rows, family="llama", **data):
-    """Settings of a run of about ten steps over these rows, of which nothing is to be said."""
+    """Return settings of a run of about ten steps on these rows that give no warning."""
     cfg = config.TrainRun(device="cpu")
     cfg.model.path = str(bases / family)
     cfg.data = config.Data(**{"path": str(rows_at(tmp_path, rows)), "eval_fraction": 0.2} | data)
@@ -58,28 +58,28 @@ def dry_run_of(cfg, tokenizer, folder) -> DryRun:
     return dry_run(cfg, read_rows(cfg, tokenizer), tokenizer, folder)
 
 
-def said(cfg, tmp_path):
+def warnings_of(cfg, tmp_path):
     return dry_run_of(cfg, load_tokenizer(cfg.model), tmp_path).warnings
 
 
-def test_of_a_good_run_nothing_is_to_be_said(bases, tmp_path):
-    assert said(run_over(bases, tmp_path, pairs()), tmp_path) == []
+def test_good_run_has_no_warnings(bases, tmp_path):
+    assert warnings_of(run_over(bases, tmp_path, pairs()), tmp_path) == []
 
 
-@pytest.mark.parametrize("place", [*FAMILIES, "tied/llama"])
-def test_the_skeleton_has_the_names_shapes_and_dtypes_of_the_base_and_holds_nothing(bases, place):
-    model = config.Model(path=str(bases / place), added_tokens=["<one>", "<two>"])
+@pytest.mark.parametrize("folder", [*FAMILIES, "tied/llama"])
+def test_meta_model_has_the_names_shapes_and_dtypes_of_the_base(bases, folder):
+    model = config.Model(path=str(bases / folder), added_tokens=["<one>", "<two>"])
     tokenizer = load_tokenizer(model)
-    base, skeleton = (load(model, config.Quant(), "cpu", tokenizer) for load in (load_base, load_skeleton))
-    expected, found = ({n: (p.shape, p.dtype) for n, p in b.model.named_parameters()} for b in (base, skeleton))
-    assert found == expected
-    assert {p.device.type for p in skeleton.model.parameters()} == {"meta"}
-    assert skeleton.identity == base.identity
-    assert skeleton.model.generation_config.eos_token_id == base.model.generation_config.eos_token_id
+    base, meta = (load(model, config.Quant(), "cpu", tokenizer) for load in (load_base, load_meta_model))
+    expected, result = ({n: (p.shape, p.dtype) for n, p in b.model.named_parameters()} for b in (base, meta))
+    assert result == expected
+    assert {p.device.type for p in meta.model.parameters()} == {"meta"}
+    assert meta.identity == base.identity
+    assert meta.model.generation_config.eos_token_id == base.model.generation_config.eos_token_id
 
 
 @pytest.mark.parametrize(
-    ("family", "words"),
+    ("family", "overrides"),
     [
         ("llama", ["quant=nf4", "adapter.rank_pattern={q_proj:2}", "adapter.target_modules=[q_proj,mlp.up_proj]"]),
         ("llama", ["adapter=dora", "adapter.modules_to_save=[norm]", "model.added_tokens=['What','It']"]),
@@ -87,37 +87,38 @@ def test_the_skeleton_has_the_names_shapes_and_dtypes_of_the_base_and_holds_noth
     ],
 )
 @pytest.mark.closes("A21")
-def test_train_does_what_check_said(bases, tmp_path, monkeypatch, family, words):
+def test_training_matches_the_dry_run(bases, tmp_path, monkeypatch, family, overrides):
     seen = []
     monkeypatch.setattr(check, "page", lambda cfg, known, tokenizer: seen.append(known) or "")
     path = rows_at(tmp_path, pairs())
-    words = ["model=local", f"model.path={bases / family}", f"data.path={path}", "train.tokens_per_step=80",
-             "data.eval_fraction=0.2", "optim.warmup_steps=2", "train.samples=0", *words]  # fmt: skip
+    overrides = ["model=local", f"model.path={bases / family}", f"data.path={path}", "train.tokens_per_step=80",
+             "data.eval_fraction=0.2", "optim.warmup_steps=2", "train.samples=0", *overrides]  # fmt: skip
     folder = tmp_path / "run"
-    assert call("check", *words) == 0
-    assert call("train", *words, f"hydra.run.dir={folder}") == 0
-    (found,) = seen
+    assert call("check", *overrides) == 0
+    assert call("train", *overrides, f"hydra.run.dir={folder}") == 0
+    (report,) = seen
     result = json.loads((folder / "result.json").read_text())
     steps = [metrics for metrics in runs.read_metrics(folder) if metrics["step"]]
     tokens = [step["tokens"] for step in steps]
-    assert (found.steps.count, found.layers.trainable) == (result["steps"], result["trainable_parameters"])
-    assert (found.steps.smallest, found.steps.median, found.steps.largest) == (
+    assert (report.steps.count, report.layers.trainable) == (result["steps"], result["trainable_parameters"])
+    assert (report.steps.smallest, report.steps.median, report.steps.largest) == (
         min(tokens), np.median(tokens), max(tokens)
     )  # fmt: skip
-    assert found.steps.rates == [step["lr"] for step in steps]
+    assert report.steps.rates == [step["lr"] for step in steps]
     assert (
-        found.rows.dataset.report.sha256 == json.loads((folder / "adapter" / "lora_ft.json").read_text())["data_sha256"]
+        report.rows.dataset.report.sha256
+        == json.loads((folder / "adapter" / "lora_ft.json").read_text())["data_sha256"]
     )
     saved = sum(t.nbytes for t in files.read_tensors(folder / "adapter").values())
-    assert found.disk.adapter == saved == 4 * found.layers.trainable
-    if "model.added_tokens=['What','It']" not in words:
-        assert found.layers.count * 2 == sum(
+    assert report.disk.adapter == saved == 4 * report.layers.trainable
+    if "model.added_tokens=['What','It']" not in overrides:
+        assert report.layers.count * 2 == sum(
             ".lora_" in key for key in files.read_tensors(folder / "adapter")
-        ) - found.layers.count * ("adapter=dora" in words)
+        ) - report.layers.count * ("adapter=dora" in overrides)
 
 
 @pytest.mark.closes("A21")
-def test_layers_are_counted_by_the_pattern_that_was_given(bases, tmp_path):
+def test_layers_are_counted_per_target_module(bases, tmp_path):
     cfg = run_over(bases, tmp_path, pairs())
     cfg.adapter.target_modules = ["layers.0.self_attn.q_proj", "v_proj"]
     cfg.adapter.rank_pattern, cfg.adapter.alpha_pattern = {"v_proj": 2}, {"v_proj": 2.0}
@@ -131,23 +132,23 @@ def test_layers_are_counted_by_the_pattern_that_was_given(bases, tmp_path):
     assert [*layers.targets.items()] == [(name, 2) for name in names]
 
 
-def test_the_report_is_json_and_comes_back_as_it_was(bases, tmp_path):
-    found = asdict(dry_run_of(run_over(bases, tmp_path, pairs()), tiny_tokenizer(), tmp_path))
-    durable.write_json(tmp_path / "check.json", found)
-    assert json.loads((tmp_path / "check.json").read_text()) == json.loads(json.dumps(found))
-    lengths = found["seen"]["histogram"]
-    assert sum(count for _, _, count in lengths) == found["rows"]["train_documents"]
-    assert lengths[0][0] <= found["seen"]["median"] <= lengths[-1][1]
+def test_dry_run_report_round_trips_as_json(bases, tmp_path):
+    report = asdict(dry_run_of(run_over(bases, tmp_path, pairs()), tiny_tokenizer(), tmp_path))
+    durable.write_json(tmp_path / "check.json", report)
+    assert json.loads((tmp_path / "check.json").read_text()) == json.loads(json.dumps(report))
+    lengths = report["seen"]["histogram"]
+    assert sum(count for _, _, count in lengths) == report["rows"]["train_documents"]
+    assert lengths[0][0] <= report["seen"]["median"] <= lengths[-1][1]
 
 
-def test_errors_of_training_come_before_the_weights_are_read(bases, tmp_path, monkeypatch):
-    """Those of rows are in test_check.py."""
+def test_setting_errors_are_found_before_weights_are_read(bases, tmp_path, monkeypatch):
+    """Errors in rows are tested in test_check.py."""
     tokenizer = tiny_tokenizer()
     cfg = run_over(bases, tmp_path, pairs())
     for change, error, message in (
-        (("adapter", "targets", ["q_prj"]), ConfigError, "q_prj matches no layer"),
+        (("adapter", "target_modules", ["q_prj"]), ConfigError, "q_prj matches no layer"),
         (("adapter", "modules_to_save", ["nrm"]), ConfigError, "nrm matches no layer"),
-        (("optim", "warmup_steps", 1000), ConfigError, "below the run's"),
+        (("optim", "warmup_steps", 1000), ConfigError, "less than the run's"),
         (("train", "tokens_per_microbatch", 5), ConfigError, "at least the longest row"),
         (("model", "dtype", config.Dtype.float16), ConfigError, "float16 is not for CPUs"),
     ):
@@ -161,7 +162,7 @@ def test_errors_of_training_come_before_the_weights_are_read(bases, tmp_path, mo
 
 
 @pytest.mark.closes("C08")
-def test_a_start_with_other_tensors_is_found_in_its_header_and_said_as_when_it_is_loaded(tmp_path):
+def test_wrong_init_from_tensors_give_the_same_error_in_dry_run_and_training(tmp_path):
     run = finished_run(tmp_path, "llama", r=4, lora_alpha=8.0)
     cfg = config.TrainRun(device="cpu", data=config.Data(path=str(tmp_path / "rows.jsonl"), eval_fraction=0.4))
     cfg.model.path, cfg.adapter.r, cfg.adapter.lora_alpha = str(tmp_path / "llama"), 4, 8.0
@@ -169,79 +170,80 @@ def test_a_start_with_other_tensors_is_found_in_its_header_and_said_as_when_it_i
     tokenizer = load_tokenizer(cfg.model)
     dry_run_of(cfg, tokenizer, tmp_path)
     path = run / "adapter" / files.WEIGHTS
-    whole = load_file(path)
-    first = next(iter(whole))
+    tensors = load_file(path)
+    first = next(iter(tensors))
     for changed in (
-        {name: tensor for name, tensor in whole.items() if name != first},
-        whole | {"more": whole[first].clone()},
-        whole | {first: whole[first][:2].clone()},
+        {name: tensor for name, tensor in tensors.items() if name != first},
+        tensors | {"extra": tensors[first].clone()},
+        tensors | {first: tensors[first][:2].clone()},
     ):
         save_file(changed, path)
-        with pytest.raises(MismatchError) as early:
+        with pytest.raises(MismatchError) as in_dry_run:
             dry_run_of(cfg, tokenizer, tmp_path)
         base = load_base(cfg.model, cfg.quant, "cpu", tokenizer)
-        with pytest.raises(MismatchError) as late:
+        with pytest.raises(MismatchError) as in_training:
             files.load_tensors(attach.attach(base.model, cfg.adapter, "first", 0, []), path.parent, "first")
-        assert str(early.value) == str(late.value)
+        assert str(in_dry_run.value) == str(in_training.value)
 
 
-def test_of_weights_that_were_not_fetched_it_is_said_that_they_are_compared_with_the_start_later(tmp_path, monkeypatch):
+def test_init_from_without_local_base_weights_gives_a_warning(tmp_path, monkeypatch):
     run = finished_run(tmp_path, "llama", r=4, lora_alpha=8.0)
     cfg = config.TrainRun(device="cpu", data=config.Data(path=str(tmp_path / "rows.jsonl"), eval_fraction=0.4))
     cfg.model.path, cfg.adapter = str(tmp_path / "llama"), config.Adapter(r=4, lora_alpha=8.0)
 
-    def unfetched(*given):
-        base = load_skeleton(*given)
+    def without_weights(*args):
+        base = load_meta_model(*args)
         return replace(base, identity=replace(base.identity, weights_sha256=None))
 
-    monkeypatch.setattr("lora_ft.training.dry_run.load_skeleton", unfetched)
-    assert not any("weights" in sentence for sentence in said(cfg, tmp_path))
+    monkeypatch.setattr("lora_ft.training.dry_run.load_meta_model", without_weights)
+    assert not any("weights" in sentence for sentence in warnings_of(cfg, tmp_path))
     cfg.adapter.init_from = str(run / "adapter")
-    assert any(s.startswith("the base's weights are not on this machine") for s in said(cfg, tmp_path))
+    assert any(s.startswith("the base's weights are not on this machine") for s in warnings_of(cfg, tmp_path))
 
 
-def test_a_disk_that_is_too_full_is_said_with_both_figures(bases, tmp_path, monkeypatch):
+def test_too_little_disk_space_names_needed_and_free_bytes(bases, tmp_path, monkeypatch):
     cfg = run_over(bases, tmp_path, pairs())
-    found = dry_run_of(cfg, tiny_tokenizer(), tmp_path)
-    assert found.disk.needed == checkpoint.bytes_needed(found.layers.trainable, found.steps.count, cfg)
-    monkeypatch.setattr(durable, "free_bytes", lambda folder: found.disk.needed - 1)
-    with pytest.raises(ResourceError, match=f"need {found.disk.needed:,} bytes, {found.disk.needed - 1:,} are free"):
+    report = dry_run_of(cfg, tiny_tokenizer(), tmp_path)
+    assert report.disk.needed == checkpoint.bytes_needed(report.layers.trainable, report.steps.count, cfg)
+    monkeypatch.setattr(durable, "free_bytes", lambda folder: report.disk.needed - 1)
+    with pytest.raises(ResourceError, match=f"need {report.disk.needed:,} bytes, {report.disk.needed - 1:,} are free"):
         dry_run_of(cfg, tiny_tokenizer(), tmp_path)
-    monkeypatch.setattr(durable, "free_bytes", lambda folder: found.disk.needed)
+    monkeypatch.setattr(durable, "free_bytes", lambda folder: report.disk.needed)
     dry_run_of(cfg, tiny_tokenizer(), tmp_path)
 
 
 def surveyed(cfg, tokenizer, change=lambda document: document):
-    """The warnings over rows whose documents were changed behind `prepare`'s back."""
-    found = read(cfg.data)
-    dataset = prepare_rows(found, cfg.data, tokenizer)
+    """Return the warnings about rows whose prepared documents are changed by `change`."""
+    parsed = read(cfg.data)
+    dataset = prepare_rows(parsed, cfg.data, tokenizer)
     dataset = replace(dataset, train=[change(document) for document in dataset.train])
-    return list(warnings(survey(found, dataset, cfg.data, tokenizer), dataset.report, cfg.data))
+    return list(warnings(survey(parsed, dataset, cfg.data, tokenizer), dataset.report, cfg.data))
 
 
 @pytest.mark.closes("A05", "A06")
-def test_documents_that_do_not_learn_their_end_are_counted(bases, tmp_path):
+def test_documents_without_a_supervised_end_token_are_counted(bases, tmp_path):
     cfg = run_over(bases, tmp_path, pairs(4), eval_fraction=0.0)
     masked = lambda d: replace(d, supervised=np.append(d.supervised[:-1], False))  # noqa: E731
     cut = lambda d: replace(d, ids=d.ids[:-1], supervised=d.supervised[:-1])  # noqa: E731
     for change in (masked, cut):
         (sentence,) = surveyed(cfg, tiny_tokenizer(), change)
-        assert "4 of 4 documents do not learn where they end" in sentence
+        assert "4 of 4 documents have no supervised end token" in sentence
 
 
-def test_of_a_text_in_windows_only_the_last_needs_an_end(bases, tmp_path):
+def test_only_the_last_window_of_a_split_text_needs_an_end_token(bases, tmp_path):
     cfg = run_over(bases, tmp_path, [{"text": " ".join(SENTENCES)}], eval_fraction=0.0, max_length=32,
                    too_long=config.TooLong.split)  # fmt: skip
-    found = dry_run_of(cfg, tiny_tokenizer(), tmp_path)
-    assert (found.seen.unended, found.seen.ends, found.rows.split) == (0, {"<|im_end|>": 1}, 1)
+    report = dry_run_of(cfg, tiny_tokenizer(), tmp_path)
+    assert (report.seen.unended, report.seen.ends, report.rows.split) == (0, {"<|im_end|>": 1}, 1)
     cut = lambda d: replace(d, ids=d.ids[:-1], supervised=d.supervised[:-1])  # noqa: E731
     assert any(
-        "1 of " in sentence and "where they end" in sentence for sentence in surveyed(cfg, tiny_tokenizer(), cut)
+        "1 of " in sentence and "no supervised end token" in sentence
+        for sentence in surveyed(cfg, tiny_tokenizer(), cut)
     )
 
 
 @pytest.mark.closes("A07")
-def test_a_template_that_leaves_out_the_beginning_is_noted(bases, tmp_path):
+def test_template_without_bos_gives_a_warning(bases, tmp_path):
     cfg = run_over(bases, tmp_path, pairs(4), eval_fraction=0.0)
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
@@ -253,32 +255,32 @@ def test_a_template_that_leaves_out_the_beginning_is_noted(bases, tmp_path):
 
 @pytest.mark.closes("A08")
 @pytest.mark.parametrize("train_on", config.TrainOn)
-def test_a_prompt_that_is_another_when_the_model_is_asked_is_found(bases, tmp_path, train_on):
+def test_prompt_that_differs_at_inference_gives_a_warning(bases, tmp_path, train_on):
     chat = [{"role": role, "content": f"{role} says {n}"} for n in range(3) for role in ("user", "assistant")]
     rows = [{"messages": [*chat[:4], {"role": "user", "content": str(n)}, chat[-1]]} for n in range(40)]
     rows[3]["messages"][-1]["weight"] = 0 if train_on is config.TrainOn.answers else 1
     cfg = run_over(bases, tmp_path, rows, eval_fraction=0.0, train_on=train_on, system="Be brief.")
     tokenizer = tiny_tokenizer()
-    found = read(cfg.data)
-    assert survey(found, prepare_rows(found, cfg.data, tokenizer), cfg.data, tokenizer).prompts == 32
+    parsed = read(cfg.data)
+    assert survey(parsed, prepare_rows(parsed, cfg.data, tokenizer), cfg.data, tokenizer).prompts == 32
     assert surveyed(cfg, tokenizer) == []
     other = lambda d: replace(d, ids=np.append([5], d.ids[1:])) if d.source.endswith(":1") else d  # noqa: E731
     (sentence,) = surveyed(cfg, tokenizer, other)
-    assert sentence.startswith("1 of 32 prompts are another") and "rows.jsonl:1:" in sentence
+    assert sentence.startswith("1 of 32 prompts differ between training and inference") and "rows.jsonl:1:" in sentence
 
 
-def test_prompts_that_were_cut_are_not_taken_for_others(bases, tmp_path):
+def test_truncated_prompts_are_not_compared(bases, tmp_path):
     cfg = run_over(bases, tmp_path, pairs(8, question="What is {} and {}, tell me that please, be so kind, would you?"),
                    eval_fraction=0.0, max_length=20, too_long=config.TooLong.truncate_prompt)  # fmt: skip
     tokenizer = tiny_tokenizer()
-    found = read(cfg.data)
-    dataset = prepare_rows(found, cfg.data, tokenizer)
+    parsed = read(cfg.data)
+    dataset = prepare_rows(parsed, cfg.data, tokenizer)
     assert dataset.report.truncated == 8
-    assert survey(found, dataset, cfg.data, tokenizer).prompts == 0
+    assert survey(parsed, dataset, cfg.data, tokenizer).prompts == 0
 
 
 @pytest.mark.closes("A26")
-def test_added_tokens_in_what_people_wrote_are_counted_and_those_of_answers_are_not(bases, tmp_path):
+def test_added_tokens_are_counted_in_prompts_and_not_in_answers(bases, tmp_path):
     rows = pairs(12)
     rows[1]["prompt"] = "<tool> and <tool> and <think> and \u2002"
     rows[2]["prompt"] = "a <think>"
@@ -286,30 +288,30 @@ def test_added_tokens_in_what_people_wrote_are_counted_and_those_of_answers_are_
     cfg = run_over(bases, tmp_path, rows)
     cfg.model.added_tokens = ["<think>", "</think>", "<tool>", "<tool_call>"]
     tokenizer = load_tokenizer(cfg.model)
-    sentences = [s for s in surveyed(cfg, tokenizer) if "people wrote" in s]
+    sentences = [s for s in surveyed(cfg, tokenizer) if "in a prompt or text" in s]
     assert [s.partition(":")[0] for s in sentences] == [
-        "<think> stands in what people wrote, in 2 of 12 rows", "<tool> stands in what people wrote, in 1 of 12 rows"
+        "2 of 12 rows have <think> in a prompt or text", "1 of 12 rows have <tool> in a prompt or text"
     ]  # fmt: skip
 
 
 @pytest.mark.closes("A26")
 def test_special_tokens_in_plain_text_are_counted(bases, tmp_path):
     cfg = run_over(bases, tmp_path, [{"text": SENTENCES[1] + BOS + SENTENCES[2]}, {"text": SENTENCES[3]}])
-    assert any(s.startswith(f"{BOS} stands in what people wrote, in 1 of 2") for s in surveyed(cfg, tiny_tokenizer()))
+    assert any(s.startswith(f"1 of 2 rows have {BOS} in a prompt or text") for s in surveyed(cfg, tiny_tokenizer()))
 
 
 @pytest.mark.closes("F07")
-def test_eval_rows_that_ask_what_was_trained_on_are_counted(bases, tmp_path):
-    held = tmp_path / "held.jsonl"
-    asked = ["what is 1 & 1", "WHAT is 2 and 2 ?!", "What is 2 and 2?", "What is 99 and 99?"]
-    held.write_text("".join(json.dumps({"prompt": p, "completion": "Other."}) + "\n" for p in asked))
-    cfg = run_over(bases, tmp_path, pairs(), eval_path=str(held), eval_fraction=0.05)
+def test_eval_rows_with_a_training_prompt_are_counted(bases, tmp_path):
+    eval_file = tmp_path / "eval.jsonl"
+    prompts = ["what is 1 & 1", "WHAT is 2 and 2 ?!", "What is 2 and 2?", "What is 99 and 99?"]
+    eval_file.write_text("".join(json.dumps({"prompt": p, "completion": "Other."}) + "\n" for p in prompts))
+    cfg = run_over(bases, tmp_path, pairs(), eval_path=str(eval_file), eval_fraction=0.05)
     (sentence,) = surveyed(cfg, tiny_tokenizer())
-    assert sentence.startswith("what 2 of the eval rows ask, a training row asks as well")
+    assert sentence.startswith("2 eval rows have the prompt of a training row")
 
 
 @pytest.mark.closes("A04")
-def test_a_supervised_part_of_nearly_nothing_is_noted(bases, tmp_path):
+def test_small_supervised_share_gives_a_warning(bases, tmp_path):
     cfg = run_over(
         bases, tmp_path, pairs(2, question="{} {}" + " and on" * 500, answer="{}"), eval_fraction=0.0, max_length=4000
     )
@@ -317,14 +319,14 @@ def test_a_supervised_part_of_nearly_nothing_is_noted(bases, tmp_path):
     assert sentence.startswith("only 0.") and "supervised" in sentence
 
 
-def test_duplicates_are_noted_until_they_are_left_out(bases, tmp_path):
+def test_duplicate_rows_give_a_warning_unless_deduplicated(bases, tmp_path):
     cfg = run_over(bases, tmp_path, pairs() + pairs(3))
     assert any(s.startswith("3 of 27 rows are duplicates") for s in surveyed(cfg, tiny_tokenizer()))
     cfg.data.deduplicate = True
     assert surveyed(cfg, tiny_tokenizer()) == []
 
 
-def test_an_end_of_turn_that_no_file_of_the_base_calls_an_end_is_noted(tmp_path):
+def test_end_of_turn_that_is_not_a_stop_token_gives_a_warning(tmp_path):
     base = tiny_folder(tmp_path, "llama")
     cfg = run_over(tmp_path, tmp_path, pairs())
     tokenizer = load_tokenizer(cfg.model)
@@ -332,9 +334,9 @@ def test_an_end_of_turn_that_no_file_of_the_base_calls_an_end_is_noted(tmp_path)
     for name in ("config.json", "generation_config.json"):
         settings = json.loads((base / name).read_text()) | {"eos_token_id": 0}
         (base / name).write_text(json.dumps(settings))
-    found = dry_run_of(cfg, tokenizer, tmp_path)
-    (sentence,) = found.warnings
-    assert f"documents end with <|im_end|> ({found.rows.train_documents}), which neither" in sentence
+    report = dry_run_of(cfg, tokenizer, tmp_path)
+    (sentence,) = report.warnings
+    assert f"{report.rows.train_documents} documents end with <|im_end|>, which is a stop token neither" in sentence
     (base / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [0, 2]}))
     assert dry_run_of(cfg, tokenizer, tmp_path).warnings == []
 
@@ -348,32 +350,33 @@ def test_an_end_of_turn_that_no_file_of_the_base_calls_an_end_is_noted(tmp_path)
         (4, 32.0, False, None), (16, 8.0, True, None),
     ],
 )  # fmt: skip
-def test_a_scale_that_no_published_recipe_has_is_noted(bases, tmp_path, r, alpha, rslora, shown):
+def test_unusual_adapter_scale_gives_a_warning(bases, tmp_path, r, alpha, rslora, shown):
     cfg = run_over(bases, tmp_path, pairs())
     cfg.adapter = config.Adapter(r=r, lora_alpha=alpha, use_rslora=rslora)
-    sentences = [s for s in said(cfg, tmp_path) if "scaled by" in s]
+    sentences = [s for s in warnings_of(cfg, tmp_path) if "scaled by" in s]
     assert len(sentences) == (shown is not None)
     assert all(f"scaled by {shown}" in s for s in sentences)
 
 
-def test_a_rank_that_is_no_saving_and_steps_that_are_few_or_single_documents_are_noted(bases, tmp_path):
+def test_large_rank_few_steps_and_long_documents_give_warnings(bases, tmp_path):
     cfg = run_over(bases, tmp_path, pairs())
     cfg.adapter.r, cfg.adapter.lora_alpha = 32, 32.0
-    assert [s.partition(" get")[0] for s in said(cfg, tmp_path)] == ["8 of 14 layers"]  # q, k, v and o of two
+    assert [s.partition(" get")[0] for s in warnings_of(cfg, tmp_path)] == ["8 of 14 layers"]  # q, k, v and o of two
     cfg.adapter.r, cfg.train.tokens_per_step, cfg.train.epochs = 8, 20, 1
     rows = read_rows(cfg, tiny_tokenizer())
-    found = dry_run(cfg, rows, tiny_tokenizer(), tmp_path)
+    report = dry_run(cfg, rows, tiny_tokenizer(), tmp_path)
     long = sum(len(document.ids) > 20 for document in rows.dataset.train)
     assert long and any(
-        s.startswith(f"{long} of {len(rows.dataset.train)} documents are longer") for s in found.warnings
+        s.startswith(f"{long} of {len(rows.dataset.train)} documents are longer") for s in report.warnings
     )
     cfg.train.tokens_per_step = 5000
-    assert any(s.startswith("few steps (1)") for s in said(cfg, tmp_path))
+    assert any(s.startswith("only 1 steps") for s in warnings_of(cfg, tmp_path))
     cfg.train.max_steps = 1
-    assert said(cfg, tmp_path) == []
+    assert warnings_of(cfg, tmp_path) == []
 
 
-UNUSED = {
+# setting: (a value without effect, the other settings that make it so)
+INEFFECTIVE = {
     "quant.double": (False, {}),
     "quant.compute_dtype": (config.Dtype.bfloat16, {}),
     "optim.decay_fraction": (0.5, {}),
@@ -384,11 +387,12 @@ UNUSED = {
     "train.samples": (5, {"data.eval_fraction": 0.0}),
     "train.tokens_per_microbatch": (80, {}),
     "train.keep_checkpoints": (3, {"train.save_every_steps": None}),
-    "data.eval_fraction": (0.3, {"data.eval_path": "HELD", "data.eval_fraction": 0.05}),
+    "data.eval_fraction": (0.3, {"data.eval_path": "EVAL", "data.eval_fraction": 0.05}),
     "data.train_on": (config.TrainOn.last_answer, {"data.path": "TEXTS"}),
     "model.chat_template": ("TEMPLATE", {"data.path": "TEXTS"}),
 }
-USED = {
+# setting: other settings with which the value above has an effect; the defaults for settings not listed
+EFFECTIVE = {
     "quant.double": {"quant.kind": config.QuantKind.nf4},
     "quant.compute_dtype": {"quant.kind": config.QuantKind.fp4},
     "optim.decay_fraction": {"optim.schedule": config.Schedule.wsd},
@@ -397,46 +401,46 @@ USED = {
 }
 
 
-def test_the_eval_fraction_is_named_where_validation_files_take_its_place(bases, tmp_path):
+def test_eval_fraction_beside_validation_files_gives_a_warning(bases, tmp_path):
     folder = tmp_path / "splits"
     folder.mkdir()
     rows_at(folder, pairs()).rename(folder / "train.jsonl")
     cfg = run_over(bases, tmp_path, pairs(), path=str(folder))
-    assert said(cfg, tmp_path) == []
+    assert warnings_of(cfg, tmp_path) == []
     rows_at(folder, pairs(6, "Who is {} of {}?")).rename(folder / "validation.jsonl")
-    told = f"data.eval_fraction has no effect: the eval rows are the validation files of {folder}"
-    assert told in said(cfg, tmp_path)
+    message = f"data.eval_fraction has no effect: the eval rows are the validation files of {folder}"
+    assert message in warnings_of(cfg, tmp_path)
 
 
-def with_values(cfg, values, places):
+def with_values(cfg, values, paths):
     for key, value in values.items():
         group, name = key.split(".")
-        setattr(getattr(cfg, group), name, places.get(value, value) if isinstance(value, str) else value)
+        setattr(getattr(cfg, group), name, paths.get(value, value) if isinstance(value, str) else value)
     return cfg
 
 
-@pytest.mark.parametrize("key", UNUSED)
-def test_a_changed_setting_without_effect_is_named_only_where_it_has_none(bases, tmp_path, key):
+@pytest.mark.parametrize("key", INEFFECTIVE)
+def test_changed_setting_without_effect_gives_a_warning(bases, tmp_path, key):
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": s * (i + 1)}) + "\n"
                                           for i in range(3) for s in SENTENCES))  # fmt: skip
-    (tmp_path / "held.jsonl").write_text('{"prompt": "Other?", "completion": "Yes."}\n')
+    (tmp_path / "eval.jsonl").write_text('{"prompt": "Other?", "completion": "Yes."}\n')
     (tmp_path / "template.jinja").write_text(tiny_tokenizer().chat_template)
-    places = {"HELD": str(tmp_path / "held.jsonl"), "TEXTS": str(tmp_path / "texts.jsonl"),
+    paths = {"EVAL": str(tmp_path / "eval.jsonl"), "TEXTS": str(tmp_path / "texts.jsonl"),
               "TEMPLATE": str(tmp_path / "template.jinja")}  # fmt: skip
-    value, others = UNUSED[key]
-    unused = lambda *changes: [  # noqa: E731
+    value, others = INEFFECTIVE[key]
+    ineffective = lambda *changes: [  # noqa: E731
         s.partition(" has no effect: ")[0]
-        for s in said(with_values(run_over(bases, tmp_path, pairs(48)), {k: v for c in changes for k, v in c.items()},
-                                  places), tmp_path)
+        for s in warnings_of(with_values(run_over(bases, tmp_path, pairs(48)),
+                                         {k: v for c in changes for k, v in c.items()}, paths), tmp_path)
         if " has no effect: " in s
     ]  # fmt: skip
-    assert key in unused(others, {key: value})
-    assert key not in unused(others)  # a default is nobody's mistake
-    assert key not in unused({key: value}, USED.get(key, {}))
+    assert key in ineffective(others, {key: value})
+    assert key not in ineffective(others)  # a default value gives no warning
+    assert key not in ineffective({key: value}, EFFECTIVE.get(key, {}))
 
 
-def test_a_layer_count_needs_no_memory(bases, tmp_path):
-    """The adapter of a base with a million times the parameters: on the meta device nothing is allocated."""
+def test_layer_count_of_a_huge_model_allocates_no_memory(bases, tmp_path):
+    """The base has over 10^11 parameters, on the meta device."""
     folder = tmp_path / "large"
     folder.mkdir()
     for path in (bases / "llama").iterdir():
@@ -449,7 +453,7 @@ def test_a_layer_count_needs_no_memory(bases, tmp_path):
     assert layers.base > 10**11 and layers.count == 21
 
 
-def test_no_folder_is_made_and_none_is_needed(bases, tmp_path):
+def test_dry_run_creates_no_folder(bases, tmp_path):
     cfg = run_over(bases, tmp_path, pairs())
     before = sorted(tmp_path.iterdir())
     dry_run_of(cfg, tiny_tokenizer(), tmp_path / "runs" / "later")

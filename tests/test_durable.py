@@ -1,6 +1,5 @@
-"""Files and folders are whole under their names, or not there."""
+"""Writes: a file or folder is either complete under its name or absent."""
 
-import ast
 import errno
 import os
 from collections.abc import Callable
@@ -11,12 +10,9 @@ import safetensors.torch
 import torch
 from faults.shim import Fault, Shim, unsafe
 
-import lora_ft
 from lora_ft.data import cache
 from lora_ft.errors import ResourceError
 from lora_ft.io import durable
-
-PACKAGE = Path(lora_ft.__file__).parent
 
 
 def mode(path: Path) -> int:
@@ -31,7 +27,7 @@ def umask(request: pytest.FixtureRequest):
 
 
 @pytest.mark.closes("C09")
-def test_what_is_written_is_read_and_modes_follow_the_umask(tmp_path: Path, umask: int) -> None:
+def test_written_files_are_readable_and_modes_follow_the_umask(tmp_path: Path, umask: int) -> None:
     durable.write_bytes(tmp_path / "a", b"one")
     durable.write_bytes(tmp_path / "a", b"two")
     durable.append_line(tmp_path / "lines", "ü")
@@ -42,7 +38,7 @@ def test_what_is_written_is_read_and_modes_follow_the_umask(tmp_path: Path, umas
 
 
 @pytest.mark.closes("C08")
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     durable.write_bytes(tmp_path / "a", b"old")
 
     def chunks():
@@ -55,7 +51,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     assert (tmp_path / "a").read_bytes() == b"old"
 
 
-def test_a_link_under_the_name_is_replaced_and_its_target_untouched(tmp_path: Path) -> None:
+def test_writes_never_follow_a_link(tmp_path: Path) -> None:
     (tmp_path / "target").write_bytes(b"precious")
     (tmp_path / "link").symlink_to(tmp_path / "target")
     durable.write_bytes(tmp_path / "link", b"new")
@@ -66,13 +62,13 @@ def test_a_link_under_the_name_is_replaced_and_its_target_untouched(tmp_path: Pa
         durable.append_line(tmp_path / "lines", "x")
 
 
-def test_json_refuses_numbers_that_json_has_not(tmp_path: Path) -> None:
+def test_nan_in_json_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         durable.write_json(tmp_path / "a.json", {"loss": float("nan")})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tensors_are_read_back_by_safetensors(tmp_path: Path) -> None:
+def test_written_tensors_load_with_safetensors(tmp_path: Path) -> None:
     tensors = {"b": torch.randn(3, 5), "a": torch.arange(7, dtype=torch.int64), "empty": torch.zeros(0, 4)}
     codes = {torch.float32: "F32", torch.int64: "I64"}
     specs = [
@@ -81,29 +77,29 @@ def test_tensors_are_read_back_by_safetensors(tmp_path: Path) -> None:
     durable.write_tensors(
         tmp_path / "t.safetensors", specs, (t.numpy().tobytes() for t in tensors.values()), {"format": "pt"}
     )
-    found = safetensors.torch.load_file(tmp_path / "t.safetensors")
-    assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[n], tensors[n]) for n in tensors)
+    loaded = safetensors.torch.load_file(tmp_path / "t.safetensors")
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[n], tensors[n]) for n in tensors)
 
 
-def test_a_buffer_of_another_size_than_declared_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a: 3 bytes where 4 were declared"):
+def test_tensor_buffer_of_wrong_size_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a: has 3 bytes, expected 4"):
         durable.write_tensors(tmp_path / "t", [durable.TensorSpec("a", "F32", (1,), 4)], [b"abc"], {})
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.closes("C09")
-def test_a_staged_folder_appears_whole_with_modes_by_the_umask(tmp_path: Path, umask: int) -> None:
+def test_staged_folder_appears_complete_and_modes_follow_the_umask(tmp_path: Path, umask: int) -> None:
     with durable.staged_folder(tmp_path / "out") as staging:
         (staging / "inner").mkdir()
         os.close(os.open(staging / "inner" / "private", os.O_CREAT | os.O_WRONLY, 0o600))
         assert not (tmp_path / "out").exists()
     assert mode(tmp_path / "out" / "inner" / "private") == 0o666 & ~umask
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    assert os.umask(umask) == umask  # of the process, as it was
+    assert os.umask(umask) == umask  # unchanged in the process
 
 
-def test_a_link_in_a_staged_folder_is_refused_and_its_target_untouched(tmp_path: Path) -> None:
+def test_link_in_a_staged_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "target").write_text("mine")
     (tmp_path / "target").chmod(0o600)
     with pytest.raises(OSError, match="symbolic links"), durable.staged_folder(tmp_path / "out") as staging:
@@ -112,7 +108,7 @@ def test_a_link_in_a_staged_folder_is_refused_and_its_target_untouched(tmp_path:
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
 
 
-def test_a_staged_folder_replaces_the_old_one_only_at_the_end(tmp_path: Path) -> None:
+def test_staged_folder_replaces_the_old_one_only_on_success(tmp_path: Path) -> None:
     for content in ("old", "new"):
         with durable.staged_folder(tmp_path / "out") as staging:
             durable.write_text(staging / content, content)
@@ -124,42 +120,7 @@ def test_a_staged_folder_replaces_the_old_one_only_at_the_end(tmp_path: Path) ->
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def writers(tree: ast.AST) -> list[str]:
-    """Calls that open a file for writing or write one by another way, as source text."""
-    found = []
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Call):
-            continue
-        name = ast.unparse(node.func)
-        modes = [
-            a.value
-            for a in [*node.args[1:2], *(k.value for k in node.keywords if k.arg == "mode")]
-            if isinstance(a, ast.Constant)
-        ]
-        if (name in ("open", "io.open") or name.endswith(".open")) and any(c in str(m) for m in modes for c in "wax+"):
-            found.append(ast.unparse(node))
-        if name.rpartition(".")[2] in (
-            "write_text",
-            "write_bytes",
-            "save_file",
-            "tofile",
-            "mkdir",
-            "makedirs",
-            "symlink_to",
-        ) and not name.startswith("durable."):
-            found.append(ast.unparse(node))
-    return found
-
-
-def test_nothing_else_in_the_package_writes_files() -> None:
-    sources = sorted(PACKAGE.rglob("*.py"))
-    assert len(sources) > 10
-    found = {p.relative_to(PACKAGE).as_posix(): writers(ast.parse(p.read_text("utf-8"))) for p in sources}
-    assert found.pop("io/durable.py")
-    assert {name: calls for name, calls in found.items() if calls} == {}
-
-
-def test_a_place_that_cannot_be_written_is_named_with_the_reason_and_is_an_oserror_too(tmp_path: Path) -> None:
+def test_write_error_names_path_and_reason(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     inside = tmp_path / "file" / "x"
     for write in (
@@ -176,7 +137,7 @@ def test_a_place_that_cannot_be_written_is_named_with_the_reason_and_is_an_oserr
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_full_disk_is_named_and_what_a_writer_does_not_find_is_not_taken_for_one(tmp_path: Path) -> None:
+def test_full_disk_is_a_write_error_and_a_missing_source_file_is_not(tmp_path: Path) -> None:
     def full():
         raise OSError(errno.ENOSPC, "No space left on device")
         yield b""
@@ -193,7 +154,7 @@ def test_a_full_disk_is_named_and_what_a_writer_does_not_find_is_not_taken_for_o
     assert not list(tmp_path.iterdir())
 
 
-def test_without_a_path_the_place_is_the_one_that_the_error_names_and_without_both_the_error_stays() -> None:
+def test_write_error_takes_its_path_from_the_oserror() -> None:
     with pytest.raises(durable.WriteError, match=r"^/a/b cannot be written: Read-only file system$"), durable.writing():
         raise OSError(errno.EROFS, "Read-only file system", "/a/b")
     with pytest.raises(OSError, match="Read-only") as caught, durable.writing():
@@ -201,7 +162,7 @@ def test_without_a_path_the_place_is_the_one_that_the_error_names_and_without_bo
     assert not isinstance(caught.value, durable.WriteError)
 
 
-def test_the_cache_is_where_xdg_says_if_that_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_folder_follows_an_absolute_xdg_cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     for value, expected in {str(tmp_path): tmp_path, "": "/home/me/.cache", "relative/x": "/home/me/.cache"}.items():
         monkeypatch.setenv("XDG_CACHE_HOME", value)
@@ -210,13 +171,13 @@ def test_the_cache_is_where_xdg_says_if_that_is_absolute(tmp_path: Path, monkeyp
     assert durable.cache_folder("models") == Path("/home/me/.cache/lora_ft/models")
 
 
-def several(folder: Path) -> dict[str, Callable[[], object]]:
-    """Every way to change the disk, over a folder made for it: a file, a file that grows, and a folder with a file."""
+def operations(folder: Path) -> dict[str, Callable[[], object]]:
+    """Return every operation of `durable` that changes the disk, on the files of `prepared`."""
 
     def staged() -> None:
         with durable.staged_folder(folder / "folder") as staging:
             (staging / "inner").mkdir()
-            (staging / "inner" / "library").write_text("a library's own")
+            (staging / "inner" / "library").write_text("written by a library")
             durable.write_text(staging / "ours", "new")
 
     return {
@@ -236,7 +197,7 @@ def content(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def made(folder: Path) -> Path:
+def prepared(folder: Path) -> Path:
     (folder / "folder").mkdir(parents=True)
     for name in ("file", "lines", "folder/old"):
         (folder / name).write_text("old\n")
@@ -244,52 +205,51 @@ def made(folder: Path) -> Path:
 
 
 @pytest.mark.closes("C08")
-@pytest.mark.parametrize("name", several(Path()))
-def test_a_disk_that_fails_at_any_operation_is_said_and_leaves_old_or_new(
+@pytest.mark.parametrize("name", operations(Path()))
+def test_disk_error_is_reported_and_leaves_old_or_new_content(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The place is named, and of a full one the bytes that are free."""
-    old, shim = content(made(tmp_path / "0")), Shim()
+    """The error names the path, and the free bytes if the disk is full."""
+    old, shim = content(prepared(tmp_path / "0")), Shim()
     monkeypatch.setattr(durable, "os", shim)
-    several(tmp_path / "0")[name]()
+    operations(tmp_path / "0")[name]()
     new = content(tmp_path / "0")
     for kind, expected in (
         ("full", r"cannot be written: No space left on device \(([\d,]+ bytes needed, )?[\d,]+ free\)"),
         ("broken", "cannot be written: Input/output error"),
     ):
         for at in range(1, shim.count + 1):
-            folder = made(tmp_path / f"{kind}{at}")
+            folder = prepared(tmp_path / f"{kind}{at}")
             monkeypatch.setattr(durable, "os", Shim(Fault(at, kind)))
             with pytest.raises(durable.WriteError, match=f"{folder}.* {expected}"):
-                several(folder)[name]()
+                operations(folder)[name]()
             monkeypatch.setattr(durable, "os", Shim())
             durable.clear_leftovers(folder)
-            found = content(folder)
-            if name == "append_line":  # what it began to append
-                assert found["lines"] in ("old\n", "old\nne", "old\nnew\n")
-            elif name in ("staged_folder", "write_files") and "folder/ours" not in found and "folder/old" not in found:
-                assert "folder" not in {
-                    path.name for path in folder.iterdir()
-                }  # between the two names: gone as a whole
+            result = content(folder)
+            if name == "append_line":  # the line may be half written
+                assert result["lines"] in ("old\n", "old\nne", "old\nnew\n")
+            elif (
+                name in ("staged_folder", "write_files") and "folder/ours" not in result and "folder/old" not in result
+            ):
+                # Between the two renames the folder is absent, never partial.
+                assert "folder" not in {path.name for path in folder.iterdir()}
             else:
-                assert found in (old, new), at
+                assert result in (old, new), at
 
 
 @pytest.mark.closes("C01")
-@pytest.mark.parametrize("name", several(Path()))
-def test_a_power_failure_finds_every_name_after_its_bytes(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, shim = made(tmp_path / "0"), Shim()
+@pytest.mark.parametrize("name", operations(Path()))
+def test_every_operation_fsyncs_in_a_safe_order(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, shim = prepared(tmp_path / "0"), Shim()
     monkeypatch.setattr(durable, "os", shim)
-    several(folder)[name]()
+    operations(folder)[name]()
     assert unsafe(shim.trace) == []
     if name == "make_folder":
         assert {change.path for change in shim.trace if change.name == "fsync"} == {str(folder), str(folder / "a")}
 
 
 @pytest.mark.closes("C09")
-def test_a_folder_of_files_is_brought_to_the_disk_once_with_modes_by_the_umask(
+def test_write_files_fsyncs_each_file_once_and_modes_follow_the_umask(
     tmp_path: Path, umask: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shim = Shim()
@@ -311,7 +271,7 @@ def test_a_folder_of_files_is_brought_to_the_disk_once_with_modes_by_the_umask(
     }  # fmt: skip
 
 
-def test_only_what_has_a_temporary_name_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clear_leftovers_removes_only_temporary_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = ("state.json.tmp-0123abcd", ".step-00000002.tmp-0123abcd", ".adapter.old-0123abcd")
     theirs = ("notes.tmp", "a.tmp-xyz", ".tmp-0123abcd", "a.old-0123abcd", "a.tmp-0123abcde", ".adapter.tmp-0123ABCD")
     for name in (*ours, *theirs):
@@ -329,7 +289,7 @@ def test_only_what_has_a_temporary_name_is_cleared(tmp_path: Path, monkeypatch: 
     durable.clear_leftovers(tmp_path / "absent")
 
 
-def test_a_file_that_grows_is_cut_and_measured(tmp_path: Path) -> None:
+def test_growing_file_is_measured_and_cut(tmp_path: Path) -> None:
     lines = tmp_path / "lines"
     assert durable.settle(lines) == 0
     durable.cut(lines, 5)
@@ -348,47 +308,47 @@ def descriptors() -> set[str]:
     return {str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()}
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux, whose /proc says what a descriptor is of")
-def test_names_that_appear_or_go_are_on_the_disk_and_no_file_stays_open(tmp_path: Path, monkeypatch) -> None:
-    """What the mutants of io/durable.py that lived had in common: an fsync or a close less."""
-    brought: list[str] = []
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc to see open files")
+def test_created_and_removed_names_are_fsynced_and_files_are_closed(tmp_path: Path, monkeypatch) -> None:
+    """A missing fsync or close has no other visible effect."""
+    synced: list[str] = []
     fsync = os.fsync
 
-    def noted(descriptor: int) -> None:
-        brought.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+    def recorded(descriptor: int) -> None:
+        synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
         fsync(descriptor)
 
-    monkeypatch.setattr(durable.os, "fsync", noted)
+    monkeypatch.setattr(durable.os, "fsync", recorded)
     before, folder = descriptors(), str(tmp_path)
 
-    def after(step: Callable[[], object]) -> set[str]:
-        brought.clear()
+    def synced_by(step: Callable[[], object]) -> set[str]:
+        synced.clear()
         step()
         assert {name for name in descriptors() - before if name.startswith(folder)} == set()
-        return set(brought)
+        return set(synced)
 
     durable.append_line(tmp_path / "lines", "x")
-    assert after(lambda: durable.settle(tmp_path / "lines")) == {folder, f"{folder}/lines"}
-    assert after(lambda: durable.remove(tmp_path / "lines")) == {folder}
-    assert after(lambda: durable.make_folder(tmp_path / "a" / "b")) == {folder, f"{folder}/a"}
-    assert after(lambda: durable.remove_folder(tmp_path / "a")) == {folder}
+    assert synced_by(lambda: durable.settle(tmp_path / "lines")) == {folder, f"{folder}/lines"}
+    assert synced_by(lambda: durable.remove(tmp_path / "lines")) == {folder}
+    assert synced_by(lambda: durable.make_folder(tmp_path / "a" / "b")) == {folder, f"{folder}/a"}
+    assert synced_by(lambda: durable.remove_folder(tmp_path / "a")) == {folder}
     durable.beat(tmp_path / "beat", "now")
-    assert after(lambda: durable.beat(tmp_path / "beat", "then")) == set()
+    assert synced_by(lambda: durable.beat(tmp_path / "beat", "then")) == set()
     with durable.staged_folder(tmp_path / "staged") as staging:
         (staging / "inner").mkdir()
         (staging / "inner" / "file").write_text("x")
-        held = {str(staging), f"{staging}/inner", f"{staging}/inner/file"}
-        brought.clear()
-    assert set(brought) >= held | {folder}
+        contents = {str(staging), f"{staging}/inner", f"{staging}/inner/file"}
+        synced.clear()
+    assert set(synced) >= contents | {folder}
 
 
-def test_a_record_that_has_no_place_in_its_file_is_refused(tmp_path: Path) -> None:
+def test_heartbeat_above_4096_bytes_is_refused(tmp_path: Path) -> None:
     durable.beat(tmp_path / "beat", "x" * 4095)
     assert (tmp_path / "beat").stat().st_size == 4096
-    with pytest.raises(ValueError, match="4097 bytes, where 4096 are the most"):
+    with pytest.raises(ValueError, match="at most 4096 bytes, got 4097"):
         durable.beat(tmp_path / "beat", "x" * 4096)
 
 
-def test_the_room_on_a_disk_is_counted_in_bytes(tmp_path: Path) -> None:
-    found = os.statvfs(tmp_path)
-    assert 0.5 < durable.free_bytes(tmp_path / "not" / "there") / (found.f_bavail * found.f_frsize) < 2
+def test_free_space_is_in_bytes(tmp_path: Path) -> None:
+    disk = os.statvfs(tmp_path)
+    assert 0.5 < durable.free_bytes(tmp_path / "not" / "there") / (disk.f_bavail * disk.f_frsize) < 2

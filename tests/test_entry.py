@@ -1,4 +1,4 @@
-"""The way from the command line to a command's dataclass, in one process: quoting, errors, runs, sweeps."""
+"""From the command line to a command's dataclass, in one process: quoting, errors, runs, sweeps."""
 
 import json
 import re
@@ -23,7 +23,7 @@ AWKWARD = [
     "${", "$", "{a}", "[a,b]", "a=b", "a: b", "", " ", " lead", "trail ", "~", "+", "true", "3", "Null", "'null'",
     "choice(a,b)", "größe 你好 🙂", "tab\tnewline\n", "#", "%s", "{'a': 1}", "\\\\${x}\\", "--help", "a,b", "''",
 ]  # fmt: skip
-HERE = "hydra/launcher=basic"  # jobs in this process, where the stand-in commands are
+HERE = "hydra/launcher=basic"  # jobs run in this process, which has the stand-in commands
 SWEEP = ("train", "-m", HERE)
 BASE = {"adapter_path": "it's, (odd)", "model.path": "b=c"}
 
@@ -36,7 +36,7 @@ def _raise(error):
 
 
 class Calls(list):
-    """What the stand-in commands received, and what they do next."""
+    """The calls of the stand-in commands; `outcome` is what the next one does."""
 
     outcome = staticmethod(lambda cfg: None)
 
@@ -68,22 +68,22 @@ def stub():
 
 @pytest.fixture
 def calls(stub, tmp_path, monkeypatch):
-    """The calls of the stand-in commands, from an empty current folder."""
+    """Run in an empty current folder; return the calls of the stand-in commands."""
     monkeypatch.chdir(tmp_path)
     stub.clear()
     stub.outcome = lambda cfg: None
     return stub
 
 
-def call(*words):
+def call(*arguments):
     with pytest.raises(SystemExit) as end:
-        entry.run(None, list(words))
+        entry.run(None, list(arguments))
     return end.value.code
 
 
-def refused(capfd, *words):
-    """The message of a command that must end as a wrong use, without a traceback and without leaving anything."""
-    assert call(*words) == 2
+def refused(capfd, *arguments):
+    """Call a command that must exit with 2 and print one message, without a traceback; return the message."""
+    assert call(*arguments) == 2
     out, err = capfd.readouterr()
     assert not out and err.startswith("lora-ft: ") and "Traceback" not in err and "HYDRA" not in err
     return err.removeprefix("lora-ft: ").rstrip("\n")
@@ -96,7 +96,7 @@ def store_run(folder, **groups):
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(TEXT)
-def test_any_text_arrives_as_it_was_typed_and_is_reported_so(calls, text):
+def test_any_text_reaches_the_command_and_its_overrides_unchanged(calls, text):
     assume(text not in ("null", "???"))
     calls.clear()
     assert call("chat", "adapter_path=a", "model.path=b", f"prompt={text}") == 0
@@ -106,12 +106,12 @@ def test_any_text_arrives_as_it_was_typed_and_is_reported_so(calls, text):
 
 
 @pytest.mark.parametrize("start", range(0, len(AWKWARD), 12))
-def test_every_text_setting_takes_awkward_text_as_it_was_typed(calls, start):
+def test_every_text_setting_takes_awkward_text_unchanged(calls, start):
     keys = [s.key for s in validation.settings(config.ChatRun) if s.text and s.key not in ("run", *BASE)]
     given = dict(zip(keys, AWKWARD[start : start + 12], strict=False))
     signs = ("", "+", "++") * len(given)
-    words = [f"{sign}{key}={text}" for sign, (key, text) in zip(signs, given.items(), strict=False)]
-    assert call("chat", *words, *(f"{key}={text}" for key, text in BASE.items())) == 0
+    typed = [f"{sign}{key}={text}" for sign, (key, text) in zip(signs, given.items(), strict=False)]
+    assert call("chat", *typed, *(f"{key}={text}" for key, text in BASE.items())) == 0
     [(cfg, invocation)] = calls
     for key, text in {**given, **BASE}.items():
         group, _, name = key.rpartition(".")
@@ -121,23 +121,23 @@ def test_every_text_setting_takes_awkward_text_as_it_was_typed(calls, start):
 
 
 @pytest.mark.parametrize("text", ["a, b ${x} 'q' \\", "\\${x}\\' größe"])
-def test_any_text_arrives_in_every_job_of_a_sweep_as_it_was_typed(calls, text):
+def test_any_text_reaches_every_job_of_a_sweep_unchanged(calls, text):
     assert call(*SWEEP, f"data.path=x{text}", "adapter.r=4,8") == 0
     assert [(cfg.data.path, cfg.adapter.r) for cfg, _ in calls] == [(f"x{text}", 4), (f"x{text}", 8)]
     assert [i.overrides for _, i in calls] == [[f"data.path=x{text}", f"adapter.r={r}"] for r in (4, 8)]
 
 
-def test_null_unsets_a_text_that_may_have_no_value_and_is_a_word_elsewhere(calls):
+def test_null_unsets_an_optional_text_and_is_text_elsewhere(calls):
     assert call("train", "data.path=null", "data.system=null", "model.path=null") == 0
     cfg = calls[0][0]
     assert (cfg.data.path, cfg.data.system, cfg.model.path) == ("null", None, "null")
 
 
-def test_question_marks_alone_are_refused_because_they_would_mean_missing(calls, capfd):
-    assert "stands for a missing value" in refused(capfd, "chat", "adapter_path=a", "model.path=b", "prompt=???")
+def test_three_question_marks_are_refused_as_text(calls, capfd):
+    assert "means a missing value" in refused(capfd, "chat", "adapter_path=a", "model.path=b", "prompt=???")
 
 
-def test_mappings_take_new_keys_without_plus_with_text_or_numbers_and_dotted_layer_names(calls):
+def test_mappings_take_new_keys_without_plus_and_dotted_layer_names(calls):
     columns = ["data.columns.source=English, plain", "data.columns.b=${x}"]
     patterns = ["adapter.rank_pattern.q_proj=4", "adapter.rank_pattern.layers.0.q_proj=8"]
     assert call("train", "data.path=x", *columns, *patterns, "adapter.alpha_pattern={k_proj:2}") == 0
@@ -151,7 +151,7 @@ def test_mappings_take_new_keys_without_plus_with_text_or_numbers_and_dotted_lay
 
 @pytest.mark.closes("E06")
 @pytest.mark.parametrize(
-    ("word", "message"),
+    ("override", "message"),
     [
         ("adapter.rr=4", "adapter.rr is not a setting; nearest: adapter.r"),
         ("lr=1", "lr is not a setting; nearest: optim.lr"),
@@ -182,17 +182,17 @@ def test_mappings_take_new_keys_without_plus_with_text_or_numbers_and_dotted_lay
         ("~adapter.r", "~adapter.r: a setting cannot be deleted; give it a value"),
     ],
 )
-def test_a_wrong_override_is_refused_with_its_name_rule_and_value(calls, capfd, tmp_path, word, message):
-    assert refused(capfd, "train", "data.path=x", word) == message
+def test_wrong_override_is_refused_with_its_name_rule_and_value(calls, capfd, tmp_path, override, message):
+    assert refused(capfd, "train", "data.path=x", override) == message
     assert not calls and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("word", ["adapter.target_modules=[a", "model.added_tokens=[<a>]", "=3", "hydra.run.dir"])
-def test_an_override_that_cannot_be_parsed_is_shown(calls, capfd, word):
-    assert word in refused(capfd, "train", "data.path=x", word)
+@pytest.mark.parametrize("override", ["adapter.target_modules=[a", "model.added_tokens=[<a>]", "=3", "hydra.run.dir"])
+def test_override_that_cannot_be_parsed_is_named(calls, capfd, override):
+    assert override in refused(capfd, "train", "data.path=x", override)
 
 
-def test_all_broken_rules_are_named_in_one_message(calls, capfd):
+def test_one_message_names_all_broken_rules(calls, capfd):
     message = refused(capfd, "train", "adapter.r=0", "optim.lr=-1")
     assert [line.split()[0] for line in message.splitlines()] == ["adapter.r", "optim.lr", "data.path"]
 
@@ -210,82 +210,81 @@ def test_all_broken_rules_are_named_in_one_message(calls, capfd):
         ("adapter: {r: 1", r"while parsing .*experiment/mine\.yaml"),
     ],
 )
-def test_a_mistake_in_a_file_of_the_users_own_names_file_and_key(calls, capfd, tmp_path, text, message):
+def test_mistake_in_a_config_file_of_the_user_names_file_and_key(calls, capfd, tmp_path, text, message):
     folder = tmp_path / "own" / "experiment"
     folder.mkdir(parents=True)
     (folder / "mine.yaml").write_text(f"# @package _global_\n{text}\n")
-    said = refused(capfd, "train", "data.path=x", "experiment=mine", "--config-dir", "own")
-    assert said == message or re.search(message, said)
+    error = refused(capfd, "train", "data.path=x", "experiment=mine", "--config-dir", "own")
+    assert error == message or re.search(message, error)
 
 
 @pytest.mark.parametrize("text", ["adapter: {r: 1}", "defaults: [{override /quant: nf4}]"])
-def test_an_experiment_without_its_directive_to_hydra_is_told_the_line(calls, capfd, tmp_path, text):
+def test_experiment_without_package_directive_is_told_the_missing_line(calls, capfd, tmp_path, text):
     for group, sign in {"experiment": "", "extra": "+"}.items():
         (tmp_path / group).mkdir()
         (tmp_path / group / "mine.yaml").write_text(text)
-        said = refused(capfd, "train", "data.path=x", f"{sign}{group}=mine", "--config-dir", ".")
-        assert said == f"{group}/mine.yaml: its first line must be '# @package _global_'"
+        error = refused(capfd, "train", "data.path=x", f"{sign}{group}=mine", "--config-dir", ".")
+        assert error == f"{group}/mine.yaml: its first line must be '# @package _global_'"
 
 
-def test_a_file_that_is_not_utf_8_is_named(calls, capfd, tmp_path):
+def test_file_that_is_not_utf_8_is_named(calls, capfd, tmp_path):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "good.yaml").write_text("# @package _global_\n")
     (tmp_path / "experiment" / "mine.yaml").write_bytes(b"# @package _global_\n# gr\xfcn\n")
-    assert refused(capfd, "train", "data.path=x", "experiment=mine", "--config-dir", ".") == (
-        "experiment/mine.yaml is not UTF-8"
-    )
+    error = refused(capfd, "train", "data.path=x", "experiment=mine", "--config-dir", ".")
+    assert error == f"{tmp_path}/experiment/mine.yaml is not UTF-8"
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "config.yaml").write_bytes(b"data: {path: gr\xfcn}")
-    assert refused(capfd, "eval", "run=r") == "r/config.yaml is not UTF-8"
+    assert refused(capfd, "eval", "run=r").startswith("r/config.yaml is not valid YAML in UTF-8: 'utf-8' codec")
 
 
-@pytest.mark.parametrize("words", [["data.path=x"], ["experiment=demo"], ["experiment=named"]])
-def test_a_typed_base_does_not_take_the_name_of_the_default_one(calls, tmp_path, words):
+@pytest.mark.parametrize("typed", [["data.path=x"], ["experiment=demo"], ["experiment=named"]])
+def test_typed_model_path_clears_the_hub_id_of_the_default_model(calls, tmp_path, typed):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "named.yaml").write_text(
         "# @package _global_\nmodel: {path: p, hub_id: someone/p, revision: main}\ndata: {path: x}\n"
     )
-    assert call("train", "--config-dir", ".", *words) == 0
-    assert call("train", "--config-dir", ".", *words, "model.path=base/llama") == 0
-    assert call("train", "--config-dir", ".", *words, "model.path=base/llama", "model.hub_id=me/mine") == 0
-    default, typed, named = (cfg.model for cfg, _ in calls)
-    assert default.id and default.path != "base/llama"
-    assert (typed.path, typed.id, typed.revision) == ("base/llama", None, None)
-    assert (named.path, named.id, named.revision) == ("base/llama", "me/mine", None)
-    assert calls[1][1].overrides == [*words, "model.path=base/llama"]
+    assert call("train", "--config-dir", ".", *typed) == 0
+    assert call("train", "--config-dir", ".", *typed, "model.path=base/llama") == 0
+    assert call("train", "--config-dir", ".", *typed, "model.path=base/llama", "model.hub_id=me/mine") == 0
+    default, cleared, named = (cfg.model for cfg, _ in calls)
+    assert default.hub_id and default.path != "base/llama"
+    assert (cleared.path, cleared.hub_id, cleared.revision) == ("base/llama", None, None)
+    assert (named.path, named.hub_id, named.revision) == ("base/llama", "me/mine", None)
+    assert calls[1][1].overrides == [*typed, "model.path=base/llama"]
 
 
-def test_a_typed_base_beside_a_chosen_one_keeps_its_name_and_one_beside_a_run_does_not(calls, tmp_path):
+def test_typed_model_path_keeps_the_hub_id_of_a_typed_choice_but_not_of_a_run(calls, tmp_path):
     assert call("train", "data.path=x", "model=smollm2_135m", "model.path=copy") == 0
     assert calls[0][0].model.hub_id == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    store_run(tmp_path / "r", model={"path": "hub/one", "id": "hub/one", "revision": "abc", "dtype": "float32"})
+    store_run(tmp_path / "r", model={"path": "hub/one", "hub_id": "hub/one", "revision": "abc", "dtype": "float32"})
     assert call("chat", "run=r", "model.path=hub/two") == 0
     assert calls[1][0].model == config.Model(path="hub/two", dtype=config.Dtype.float32)
 
 
-def test_the_shown_config_names_a_typed_base_as_the_command_receives_it(capfd):
+def test_cfg_flag_shows_the_config_that_the_command_receives(capfd):
     assert call("train", "data.path=x", "model.path=base", "--cfg", "job", "--package", "model") == 0
-    assert "id: null\n" in capfd.readouterr().out
+    assert "hub_id: null\n" in capfd.readouterr().out
 
 
-def test_paths_that_exist_are_made_absolute_and_all_others_stay(calls, tmp_path):
+def test_existing_paths_are_made_absolute_and_others_stay(calls, tmp_path):
     for name in ("base", "rows.jsonl", "held, out.jsonl", "template.jinja", "start"):
         (tmp_path / name).mkdir()
-    words = ["model=local", "model.path=base", "model.chat_template=./template.jinja", "data.path=rows.jsonl",
+    typed = ["model=local", "model.path=base", "model.chat_template=./template.jinja", "data.path=rows.jsonl",
              "data.eval_path=held, out.jsonl", "adapter.init_from=../" + tmp_path.name + "/start"]  # fmt: skip
-    assert call("train", *words) == 0
+    assert call("train", *typed) == 0
     cfg, invocation = calls[0]
     found = [cfg.model.path, cfg.model.chat_template, cfg.data.path, cfg.data.eval_path, cfg.adapter.init_from]
     assert found == [str(tmp_path / n) for n in ("base", "template.jinja", "rows.jsonl", "held, out.jsonl", "start")]
-    assert invocation.overrides == words
-    words = ["model.path=owner/name", "data.path=package:a/b", "adapter.init_from=owner/name", "data.prompt=base"]
-    assert call("train", *words) == 0
+    assert invocation.overrides == typed
+    typed = ["model.path=owner/name", "data.path=package:a/b", "adapter.init_from=owner/name", "data.prompt=base"]
+    assert call("train", *typed) == 0
     cfg = calls[1][0]
     assert (cfg.model.path, cfg.data.path, cfg.adapter.init_from) == ("owner/name", "package:a/b", "owner/name")
-    assert cfg.data.prompt == "base"  # free text, whatever lies here
+    assert cfg.data.prompt == "base"  # free text, not a path
 
 
-def test_a_tilde_is_the_home_folder_in_every_path(calls, tmp_path, monkeypatch):
+def test_tilde_is_the_home_folder_in_every_path(calls, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
     store_run(tmp_path / "home" / "r", **STORED)
@@ -297,17 +296,19 @@ def test_a_tilde_is_the_home_folder_in_every_path(calls, tmp_path, monkeypatch):
     assert (cfg.adapter_path, cfg.prompt) == ("~nobody-of-this-name/x", "~/r")
 
 
-@pytest.mark.parametrize(("place", "sweep"), [("/proc/nope", False), ("{file}", True), ("{file}/x", False)])
-def test_a_run_folder_that_cannot_be_made_is_named_with_the_reason(calls, capfd, tmp_path, place, sweep):
+@pytest.mark.parametrize(("folder", "sweep"), [("/proc/nope", False), ("{file}", True), ("{file}/x", False)])
+def test_run_folder_that_cannot_be_made_is_named_with_the_reason(calls, capfd, tmp_path, folder, sweep):
     (tmp_path / "file").write_text("")
-    place = place.format(file=tmp_path / "file")
-    words = ["-m", "hydra/launcher=basic", f"hydra.sweep.dir={place}"] if sweep else [f"hydra.run.dir={place}"]
-    assert call("train", "data.path=x", *words) == 7
+    folder = folder.format(file=tmp_path / "file")
+    typed = ["-m", "hydra/launcher=basic", f"hydra.sweep.dir={folder}"] if sweep else [f"hydra.run.dir={folder}"]
+    assert call("train", "data.path=x", *typed) == 7
     err = capfd.readouterr().err
-    assert re.fullmatch(rf"lora-ft: {place}(/0)? cannot be written: (No such|Not a|File exists).*\n", err) and not calls
+    assert (
+        re.fullmatch(rf"lora-ft: {folder}(/0)? cannot be written: (No such|Not a|File exists).*\n", err) and not calls
+    )
 
 
-def test_an_error_of_writing_is_a_message_and_any_other_of_the_system_a_traceback(calls, capfd, tmp_path):
+def test_write_error_is_a_message_and_other_system_errors_are_tracebacks(calls, capfd, tmp_path):
     (tmp_path / "folder").mkdir()
     calls.outcome = lambda cfg: durable.write_text(tmp_path / "folder", "x")
     assert call("train", "data.path=x") == 7
@@ -336,7 +337,7 @@ def run_out_in_numpy(cfg):
 
 
 @pytest.mark.parametrize("outcome", [run_out_on_a_cpu, run_out_on_a_gpu, run_out_in_numpy, _raise(MemoryError())])
-def test_memory_that_does_not_suffice_is_a_message_with_what_saves_some(calls, capfd, outcome):
+def test_out_of_memory_is_a_message_with_settings_that_need_less(calls, capfd, outcome):
     calls.outcome = outcome
     assert call("train", "data.path=x") == 7
     err = capfd.readouterr().err
@@ -348,13 +349,13 @@ def test_memory_that_does_not_suffice_is_a_message_with_what_saves_some(calls, c
     assert "train." not in capfd.readouterr().err
 
 
-def test_an_error_of_torch_that_is_not_about_memory_is_a_bug(calls):
+def test_other_errors_of_torch_are_tracebacks(calls):
     calls.outcome = _raise(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="multiplied"):
         entry.run("train", ["data.path=x"])
 
 
-def test_a_folder_of_the_users_own_adds_choices_groups_and_experiments(calls, tmp_path):
+def test_config_dir_adds_choices_groups_and_experiments(calls, tmp_path):
     for path, text in {"data/mine.yaml": "path: a", "experiment/small.yaml": "# @package _global_\nadapter: {r: 3}",
                        "extra/slow.yaml": "# @package _global_\noptim: {lr: 1e-5}"}.items():  # fmt: skip
         (tmp_path / "own" / path).parent.mkdir(parents=True)
@@ -366,14 +367,14 @@ def test_a_folder_of_the_users_own_adds_choices_groups_and_experiments(calls, tm
     assert call("train", "--config-dir", "absent", "data=mine") == 2
 
 
-@pytest.mark.parametrize("word", ["+model._target_=os.system", "data.columns._target_=os.system", "_target_=x"])
-def test_a_target_to_instantiate_is_refused_as_a_security_matter(calls, capfd, word):
-    assert call("train", "data.path=x", word) == 9
+@pytest.mark.parametrize("override", ["data.columns._target_=os.system", "+_target_=x", "hydra/job_logging=default"])
+def test_typed_target_or_logging_class_is_a_security_error(calls, capfd, override):
+    assert call("train", "data.path=x", override) == 9
     assert "never code to run" in capfd.readouterr().err and not calls
 
 
 @pytest.mark.parametrize("text", ["model: {_target_: os.system}", "data: {columns: {_target_: os.system}}"])
-def test_a_target_in_a_shared_file_is_refused_as_a_security_matter(calls, tmp_path, text):
+def test_target_in_a_file_is_a_security_error(calls, tmp_path, text):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "x.yaml").write_text(f"# @package _global_\n{text}\n")
     assert call("train", "data.path=x", "experiment=x", "--config-dir", ".") == 9
@@ -381,7 +382,7 @@ def test_a_target_in_a_shared_file_is_refused_as_a_security_matter(calls, tmp_pa
 
 
 @pytest.mark.parametrize("flag", ["--experimental-rerun=config.pickle", "--no-such-flag"])
-def test_unknown_flags_and_hydras_unpickling_one_are_refused(calls, flag):
+def test_unknown_flags_and_the_unpickling_flag_of_hydra_are_refused(calls, flag):
     assert call("train", "data.path=x", flag) == 2
 
 
@@ -394,7 +395,7 @@ STORED = {
 }
 
 
-def test_run_brings_the_stored_groups_and_what_is_typed_wins(calls, tmp_path):
+def test_run_takes_the_stored_groups_and_typed_settings_win(calls, tmp_path):
     store_run(tmp_path / "my,run", **STORED)
     assert call("eval", "data.path=other.jsonl", "run=my,run", "quant.double=false") == 0
     cfg = calls[0][0]
@@ -406,21 +407,21 @@ def test_run_brings_the_stored_groups_and_what_is_typed_wins(calls, tmp_path):
     assert calls[0][1].overrides == ["data.path=other.jsonl", "run=my,run", "quant.double=false"]
 
 
-def test_a_quantization_that_nobody_gives_is_unset_and_none_is_a_value(calls):
+def test_quantization_is_unset_unless_given_and_none_is_a_value(calls):
     assert call("eval", "adapter_path=a") == call("eval", "adapter_path=a", "quant=none") == 0
     assert call("chat", "adapter_path=a", "quant.kind=none") == call("train", "data.path=x") == 0
     none = config.QuantKind.none
     assert [cfg.quant.kind for cfg, _ in calls] == [None, none, none, none]
 
 
-def test_a_group_chosen_beside_run_replaces_all_of_the_stored_group(calls, tmp_path):
+def test_group_chosen_with_run_replaces_the_whole_stored_group(calls, tmp_path):
     store_run(tmp_path / "r", **STORED)
     assert call("chat", "run=r", "data=chat", "data.path=other.jsonl") == 0
     assert calls[0][0].data == config.Data(path="other.jsonl", format=config.Format.messages)
     assert calls[0][0].model.path == "a${b"
 
 
-def test_one_run_can_be_evaluated_under_several_settings(calls, tmp_path):
+def test_run_can_be_evaluated_with_several_settings(calls, tmp_path):
     store_run(tmp_path / "my,run", **STORED)
     assert call("eval", "-m", "run=my,run", "eval.rows=1,2") == 0
     assert [(cfg.run, cfg.eval.rows, cfg.data.system) for cfg, _ in calls] == [
@@ -431,20 +432,20 @@ def test_one_run_can_be_evaluated_under_several_settings(calls, tmp_path):
     ("stored", "message"),
     [
         (None, "r is not a run folder: it has no config.yaml"),
-        ("[]", "r: config.yaml holds no settings"),
+        ("[]", "r: config.yaml contains no settings"),
         ("data: {foo: 3}", "r/config.yaml: data.foo is not a setting; nearest: data.format"),
         ("data: {max_length: a}", "r/config.yaml: data.max_length must be an integer, got a"),
-        ("[3", "while parsing a flow sequence in r/config.yaml"),
+        ("[3", "r/config.yaml is not valid YAML in UTF-8: while parsing a flow sequence"),
     ],
 )
-def test_a_run_folder_that_cannot_be_read_is_named(calls, capfd, tmp_path, stored, message):
+def test_run_folder_that_cannot_be_read_is_named(calls, capfd, tmp_path, stored, message):
     if stored is not None:
         (tmp_path / "r").mkdir()
         (tmp_path / "r" / "config.yaml").write_text(stored)
     assert refused(capfd, "eval", "run=r").startswith(message)
 
 
-def test_a_run_gets_an_absolute_folder_and_hydra_writes_nothing(calls, tmp_path):
+def test_run_gets_an_absolute_folder_and_hydra_writes_nothing(calls, tmp_path):
     assert call("train", "data.path=x", "experiment=demo") == 0
     folder = calls[0][1].folder
     assert folder.is_absolute() and folder.parent == tmp_path / "runs" and folder.is_dir()
@@ -462,73 +463,67 @@ def test_fifty_starts_within_a_second_get_fifty_folders(calls):
 
 
 @pytest.mark.parametrize("name", ["odd, (na=me) {1} [2] 'q' \"d\"", "größe", "b\\c", "a:b"])
-def test_a_run_folder_may_have_any_name(calls, tmp_path, name):
+def test_run_folder_may_have_any_name(calls, tmp_path, name):
     assert call("train", "data.path=x", f"hydra.run.dir={name}") == 0
     assert calls[0][1].folder == tmp_path / name and (tmp_path / name).is_dir()
     assert calls[0][1].overrides == ["data.path=x"]
 
 
-def test_hydras_own_time_stamp_works_in_a_run_folder_given_by_hand(calls, tmp_path):
+def test_time_stamp_of_hydra_works_in_a_typed_run_folder(calls, tmp_path):
     assert call("train", "data.path=x", "hydra.run.dir=mine, ${now:%Y}") == 0
     assert re.fullmatch(r"mine, \d{4}", calls[0][1].folder.name)
 
 
-def test_commands_that_make_no_run_leave_the_current_folder_as_it_is(calls, tmp_path):
+def test_commands_that_make_no_run_write_nothing(calls, tmp_path):
     assert call("chat", "adapter_path=a", "model.path=b") == 0
     assert calls[0][1].folder == tmp_path and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("words", [["-m", "train", HERE, "data.path=x", "adapter.r=4,8"],
+@pytest.mark.parametrize("arguments", [["-m", "train", HERE, "data.path=x", "adapter.r=4,8"],
                                    ["train", "-m", HERE, "data.path=x", "adapter.r=4,8"],
                                    ["sweep", HERE, "data.path=x", "adapter.r=4,8"],
                                    ["train", HERE, "data.path=x", "-m", "adapter.r=4,8"],
                                    ["train", HERE, "data.path=x", "adapter.r=4,8", "--multirun"],
                                    ["train", HERE, "data.path=x", "adapter.r=4,8", "hydra.mode=MULTIRUN"]])  # fmt: skip
-def test_the_multirun_flag_may_stand_anywhere(calls, words):
-    assert call(*words) == 0
+def test_multirun_flag_works_anywhere_on_the_line(calls, arguments):
+    assert call(*arguments) == 0
     assert [cfg.adapter.r for cfg, _ in calls] == [4, 8]
     folders = [invocation.folder for _, invocation in calls]
     assert [f.name for f in folders] == ["0", "1"] and folders[0].parent == folders[1].parent
 
 
-def test_texts_and_choices_are_swept_when_named_one_by_one(calls):
+def test_sweep_over_texts_and_choices(calls):
     assert call(*SWEEP, "data.path=choice(a,'b, c')", "data=chat,alpaca") == 0
     assert [(cfg.data.path, cfg.data.format.name) for cfg, _ in calls] == [
         ("a", "messages"), ("a", "alpaca"), ("b, c", "messages"), ("b, c", "alpaca")]  # fmt: skip
     assert calls[2][1].overrides == ["data.path=b, c", "data=chat"]
 
 
-def test_a_text_in_a_sweep_that_may_be_one_or_several_is_refused_with_both_ways_to_say_it(calls, capfd):
+def test_ambiguous_text_in_a_sweep_is_refused_with_both_notations(calls, capfd):
     message = refused(capfd, *SWEEP, "data.path=a,b")
     several, one = re.findall(r"data\.path=choice\([^)]*\)", message)
     assert call(*SWEEP, several) == 0 and call(*SWEEP, one) == 0
     assert [cfg.data.path for cfg, _ in calls] == ["a", "b", "a,b"]
 
 
-@pytest.mark.parametrize("word", ["adapter.rr=4,8", "quant=nf4,nf5", "adapter.r=4,b"])
-def test_a_sweep_with_a_wrong_value_starts_no_job(calls, capfd, word):
-    refused(capfd, *SWEEP, "data.path=x", word)
-    assert not calls
-
-
 @pytest.mark.parametrize("kind", errors.LoraFtError.__subclasses__())
-def test_an_error_of_a_command_is_one_message_and_its_exit_code(calls, capfd, kind):
+def test_error_of_a_command_is_one_message_and_its_exit_code(calls, capfd, kind):
     calls.outcome = _raise(kind("rows.jsonl:3: what is wrong"))
     assert call("train", "data.path=x") == kind.exit_code
     assert capfd.readouterr().err == "lora-ft: rows.jsonl:3: what is wrong\n"
 
 
-def test_every_exit_code_belongs_to_one_error():
+def test_every_error_has_an_exit_code_of_its_own():
     kinds = errors.LoraFtError.__subclasses__()
     assert len({kind.exit_code for kind in kinds}) == len(kinds) == 7
 
 
-def test_an_interrupt_ends_with_130(calls):
+def test_interrupt_exits_with_130(calls):
     calls.outcome = _raise(KeyboardInterrupt())
     assert call("train", "data.path=x") == 130
 
 
-def test_a_bug_of_ours_keeps_its_traceback(calls):
+def test_bug_keeps_its_traceback(calls):
     calls.outcome = _raise(ZeroDivisionError("ours"))
     with pytest.raises(ZeroDivisionError, match="ours"):
         entry.run("train", ["data.path=x"])
@@ -536,7 +531,7 @@ def test_a_bug_of_ours_keeps_its_traceback(calls):
 
 @pytest.mark.closes("E01")
 @pytest.mark.parametrize(("failing", "code"), [([], 0), ([4], 3), ([4, 8], 4)])
-def test_a_sweep_goes_on_after_a_failed_job_and_says_how_it_ended(calls, capfd, failing, code):
+def test_sweep_continues_after_a_failed_job_and_exits_with_its_code(calls, capfd, failing, code):
     def outcome(cfg):
         if cfg.adapter.r in failing:
             raise errors.DataError("no rows")
@@ -549,21 +544,21 @@ def test_a_sweep_goes_on_after_a_failed_job_and_says_how_it_ended(calls, capfd, 
     assert len(calls) == 2
 
 
-def test_a_bug_in_one_job_of_a_sweep_is_traced_and_the_others_run(calls, capfd):
+def test_bug_in_one_job_of_a_sweep_prints_a_traceback_and_the_others_run(calls, capfd):
     calls.outcome = lambda cfg: 1 / (cfg.adapter.r - 4)
     assert call(*SWEEP, "data.path=x", "adapter.r=4,8") == 3
     err = capfd.readouterr().err
     assert "ZeroDivisionError" in err and "Error executing job" not in err and len(calls) == 2
 
 
-@pytest.mark.parametrize("word", ["+hydra.job.env_set.HF_TOKEN=hush", "hydra.job.env_copy=[MY_API_KEY]"])
-def test_secrets_are_kept_out_of_the_files_of_a_sweep(calls, capfd, tmp_path, monkeypatch, word):
+@pytest.mark.parametrize("override", ["+hydra.job.env_set.HF_TOKEN=hush", "hydra.job.env_copy=[MY_API_KEY]"])
+def test_secrets_are_kept_out_of_the_files_of_a_sweep(calls, capfd, tmp_path, monkeypatch, override):
     monkeypatch.setenv("MY_API_KEY", "hush")
-    assert call(*SWEEP, "data.path=x", "adapter.r=4,8", word) == 9
+    assert call(*SWEEP, "data.path=x", "adapter.r=4,8", override) == 9
     assert "export it" in capfd.readouterr().err
     assert not any("hush" in path.read_text() for path in tmp_path.rglob("*") if path.is_file())
 
 
 @pytest.mark.parametrize(("command", "near"), [("tran", "train"), ("evaluate", "eval"), ("mrge", "merge")])
-def test_an_unknown_command_names_the_nearest(calls, capfd, command, near):
+def test_unknown_command_names_the_nearest(calls, capfd, command, near):
     assert f"{command} is not a command; nearest: {near}" in refused(capfd, command, "data.path=x")

@@ -1,4 +1,4 @@
-"""lora-ft eval: the run's own split, base against adapter, and what it writes."""
+"""lora-ft eval: the choice of rows, base against adapter, and the files it writes."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from lora_ft.objectives.sft import Sft
 LABELS = [(f"Is {n} even?", "yes" if n % 2 == 0 else "no") for n in range(24)]
 
 
-def test_it_reports_what_the_adapter_and_the_bare_base_score_on_the_runs_split(
+def test_eval_reports_the_losses_of_base_and_adapter_on_the_runs_eval_rows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cfg = settings(tmp_path, "llama")
@@ -41,11 +41,11 @@ def test_it_reports_what_the_adapter_and_the_bare_base_score_on_the_runs_split(
     assert found["rows"] == len(dataset.eval)
     assert found["data_sha256"] == dataset.report.sha256
     assert {s["question"] for s in found["samples"]} <= {q for q, _ in QUESTIONS}
-    told = capsys.readouterr().out
-    assert f"{found['adapter']['loss']:.4f}" in told and found["samples"][0]["question"] in told
+    output = capsys.readouterr().out
+    assert f"{found['adapter']['loss']:.4f}" in output and found["samples"][0]["question"] in output
 
 
-def test_metrics_are_computed_on_all_rows_and_samples_shown_on_some(tmp_path: Path) -> None:
+def test_metrics_use_all_rows_and_samples_some(tmp_path: Path) -> None:
     cfg = settings(tmp_path, "gpt2")
     rows_file(tmp_path, LABELS)
     run = saved_run(tmp_path / "run", cfg)
@@ -58,7 +58,7 @@ def test_metrics_are_computed_on_all_rows_and_samples_shown_on_some(tmp_path: Pa
         assert 0 <= found[side]["accuracy"] <= 1
 
 
-def test_rows_other_than_the_runs_own_are_pointed_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_rows_than_the_runs_own_give_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = finished_run(tmp_path, "llama")
     assert call("eval", f"run={run}", "eval.samples=0") == 0
     assert caplog.text == ""
@@ -78,7 +78,7 @@ def file_of(path: Path, pairs: list[tuple[str, str]]) -> Path:
     "words",
     [["data.path={}"], ["data=completion", "data.eval_path={}"]],
 )
-def test_a_file_given_to_be_evaluated_is_evaluated_whole(
+def test_a_given_file_is_evaluated_as_a_whole(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, words: list[str]
 ) -> None:
     run = finished_run(tmp_path, "llama")
@@ -86,10 +86,10 @@ def test_a_file_given_to_be_evaluated_is_evaluated_whole(
     assert call("eval", f"run={run}", "eval.samples=0", *(word.format(test) for word in words)) == 0
     assert json.loads((run / "eval.json").read_text())["rows"] == len(OTHERS)
     assert "all rows of" in capsys.readouterr().out
-    assert caplog.text == "", "none of the rows is one of the run's, so there is nothing to warn of"
+    assert caplog.text == "", "no row is a training row, so there is no warning"
 
 
-def test_a_folder_with_splits_is_evaluated_on_its_validation_files_or_on_a_chosen_split(
+def test_a_folder_with_splits_is_evaluated_on_validation_files_or_a_chosen_split(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cfg = settings(tmp_path, "llama")
@@ -97,18 +97,18 @@ def test_a_folder_with_splits_is_evaluated_on_its_validation_files_or_on_a_chose
     for name, pairs in (("train", LABELS), ("val", OTHERS[:3]), ("test", OTHERS[3:5])):
         file_of(tmp_path / "splits" / f"{name}.jsonl", pairs)
     run = saved_run(tmp_path / "run", cfg)
-    place = f"data.eval_path={tmp_path / 'splits'}"
-    for words, rows, told in (
+    eval_path = f"data.eval_path={tmp_path / 'splits'}"
+    for words, rows, text in (
         ([], 3, "all rows of validation"),
         (["data.split=test"], 2, "all rows of"),
-        (["data=completion", place, "data.eval_split=test"], 2, "all rows of"),
+        (["data=completion", eval_path, "data.eval_split=test"], 2, "all rows of"),
     ):
         assert call("eval", f"run={run}", "eval.samples=0", *words) == 0
         assert json.loads((run / "eval.json").read_text())["rows"] == rows
-        assert told in " ".join(capsys.readouterr().out.split())
+        assert text in " ".join(capsys.readouterr().out.split())
 
 
-def test_the_limits_of_the_runs_own_rows_are_not_those_of_others(tmp_path: Path) -> None:
+def test_limits_of_the_runs_rows_do_not_apply_to_other_rows(tmp_path: Path) -> None:
     cfg = settings(tmp_path, "llama")
     extra = file_of(tmp_path / "extra" / "eval_rows.jsonl", LABELS[:2])
     cfg.data.max_rows, cfg.data.eval_path = 3, str(extra)
@@ -126,7 +126,7 @@ def trained_and_eval(tmp_path: Path) -> tuple[list[tuple[str, str]], list[tuple[
     return [QUESTIONS[i] for i in lines[0]], [QUESTIONS[i] for i in lines[1]]
 
 
-def test_rows_that_the_run_was_trained_on_are_refused_and_those_it_eval_are_not(
+def test_training_rows_of_the_run_are_refused_and_its_eval_rows_are_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = finished_run(tmp_path, "llama")
@@ -134,22 +134,22 @@ def test_rows_that_the_run_was_trained_on_are_refused_and_those_it_eval_are_not(
     question, answer = trained[0]
     test = file_of(tmp_path / "other" / "test.jsonl", [*OTHERS, (question.upper(), answer)])
     assert call("eval", f"run={run}", "data=completion", f"data.path={test}") == 4
-    told = capsys.readouterr().err
-    assert f"{test}:{len(OTHERS) + 1} is also {tmp_path}/rows.jsonl:" in told
+    error = capsys.readouterr().err
+    assert f"{test}:{len(OTHERS) + 1} is also {tmp_path}/rows.jsonl:" in error
     file_of(test, [*OTHERS, *eval_rows])
     assert call("eval", f"run={run}", "eval.samples=0", "data=completion", f"data.path={test}") == 0
 
 
-def test_a_typed_split_of_other_rows_is_obeyed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_given_eval_fraction_applies_to_other_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = finished_run(tmp_path, "llama")
     test = file_of(tmp_path / "other" / "test.jsonl", OTHERS)
     words = ["eval.samples=0", "data=completion", f"data.path={test}", "data.eval_fraction=0.1"]
     assert call("eval", f"run={run}", *words) == 0
     assert json.loads((run / "eval.json").read_text())["rows"] < len(OTHERS)
-    assert "data.eval_fraction sets apart" in " ".join(capsys.readouterr().out.split())
+    assert "data.eval_fraction=0.1" in " ".join(capsys.readouterr().out.split())
 
 
-def test_rows_are_evaluated_unchecked_where_the_runs_own_are_gone(
+def test_other_rows_are_evaluated_with_a_warning_if_the_runs_rows_are_gone(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = finished_run(tmp_path, "llama")
@@ -159,7 +159,7 @@ def test_rows_are_evaluated_unchecked_where_the_runs_own_are_gone(
     assert "cannot read the run's own rows" in caplog.text and "are not the run's own" in caplog.text
 
 
-def test_labels_are_those_of_the_runs_training_rows(tmp_path: Path) -> None:
+def test_labels_come_from_the_runs_training_rows(tmp_path: Path) -> None:
     cfg = settings(tmp_path, "gpt2")
     rows_file(tmp_path, LABELS)
     run = saved_run(tmp_path / "run", cfg)
@@ -178,19 +178,17 @@ def test_labels_are_those_of_the_runs_training_rows(tmp_path: Path) -> None:
         (["run=nowhere"], 2, "nowhere"),
     ],
 )
-def test_mistakes_are_said_in_a_line(
+def test_errors_are_one_line_with_an_exit_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: int, message: str
 ) -> None:
     run = finished_run(tmp_path, "llama")
     assert call("eval", *([] if "run" in words[0] else [f"run={run}"]), *words) == code
-    told = capsys.readouterr().err
-    assert message in told and "Traceback" not in told
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
     assert not (run / "eval.json").exists()
 
 
-def test_a_metric_over_labels_is_refused_where_answers_are_none(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_metric_over_labels_is_refused_for_free_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cfg = settings(tmp_path, "llama")
     rows_file(tmp_path, [(f"Say {n}.", f"I say {n}.") for n in range(90)])
     run = saved_run(tmp_path / "run", cfg)
@@ -198,7 +196,7 @@ def test_a_metric_over_labels_is_refused_where_answers_are_none(
     assert "f1 needs labels" in capsys.readouterr().err
 
 
-def test_a_perplexity_beyond_all_floats_is_null_in_json(tmp_path: Path) -> None:
+def test_an_infinite_perplexity_is_null_in_json(tmp_path: Path) -> None:
     cfg = settings(tmp_path, "llama")
     weights = Path(cfg.model.path) / "model.safetensors"
     tensors = load_file(weights)
@@ -210,7 +208,7 @@ def test_a_perplexity_beyond_all_floats_is_null_in_json(tmp_path: Path) -> None:
     assert found["base"]["loss"] > 710 and found["base"]["perplexity"] is None
 
 
-def test_the_adapters_own_tokenizer_and_template_are_used(tmp_path: Path) -> None:
+def test_eval_uses_the_adapters_own_tokenizer_and_template(tmp_path: Path) -> None:
     run = finished_run(tmp_path, "llama")
     template = tmp_path / "llama" / "chat_template.jinja"
     template.write_text(template.read_text().replace(TURN, f"{TURN}{TURN}"))
@@ -220,7 +218,7 @@ def test_the_adapters_own_tokenizer_and_template_are_used(tmp_path: Path) -> Non
 
 
 def foreign_adapter(tmp_path: Path, **options: object) -> Path:
-    """An adapter as PEFT alone saves it: no lora_ft.json, no tokenizer."""
+    """Save an adapter with PEFT only: no lora_ft.json, no tokenizer."""
     model = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"], **options))
     model.peft_config["default"].base_model_name_or_path = "somebody/elses-llama"
     model.save_pretrained(tmp_path / "foreign", save_embedding_layers=False)  # else PEFT asks the hub
@@ -228,7 +226,7 @@ def foreign_adapter(tmp_path: Path, **options: object) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-def test_an_adapter_made_elsewhere_is_evaluated_and_its_other_base_is_said(
+def test_a_foreign_adapter_is_evaluated_with_a_warning_about_its_base(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     adapter, base = foreign_adapter(tmp_path), tiny_folder(tmp_path, "llama")
@@ -263,28 +261,28 @@ def test_an_adapter_that_changes_its_base_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("place", "code", "message"),
+    ("adapter", "code", "message"),
     [
-        ("./nowhere", 2, "there is no such folder, and it is no hub id"),
-        ("a/b/c", 2, "there is no such folder, and it is no hub id"),
+        ("./nowhere", 2, "there is no such folder, and it is not a hub id"),
+        ("a/b/c", 2, "there is no such folder, and it is not a hub id"),
         ("owner/name", 7, "adapter_path=owner/name is not on this machine and the hub cannot be reached"),
     ],
 )
-def test_an_adapter_that_is_not_here_is_named(
+def test_a_missing_adapter_is_reported(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    place: str,
+    adapter: str,
     code: int,
     message: str,
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     base = tiny_folder(tmp_path, "llama")
-    assert call("eval", f"adapter_path={place}", f"model.path={base}", f"data.path={rows_file(tmp_path)}") == code
+    assert call("eval", f"adapter_path={adapter}", f"model.path={base}", f"data.path={rows_file(tmp_path)}") == code
     assert message in capsys.readouterr().err
 
 
-def test_an_unfinished_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unfinished_run_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs.create(tmp_path / "run", validation.to_plain(settings(tmp_path, "llama")), [])
     assert call("eval", f"run={tmp_path / 'run'}") == 2
     assert "has no adapter: the run did not finish" in capsys.readouterr().err

@@ -1,11 +1,11 @@
-"""LoRA layers as one function: the same numbers as PEFT's forward, and PEFT's switches keep their meaning."""
+"""LoRA layers as one function give the same numbers as PEFT's forward, and PEFT's switches keep working."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerated import accelerate_adapter
+from accelerated import accelerate_adapter, adapted, relative
 from peft import LoraConfig, PeftModel
 from tiny import FAMILIES, VOCABULARY, tiny_folder, tiny_model
 from torch import Tensor
@@ -24,21 +24,8 @@ from lora_ft.ops.weights import FrozenWeight
 IDS = torch.tensor([[5, 99, 42, 7, 300, 11]])
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float(((found - expected).norm() / expected.norm()).detach())
-
-
-def adapted(model: Any, **settings: object) -> PeftModel:
-    peft_model = attach.attach(model.requires_grad_(False), config.Adapter(**{"r": 3, **settings}), "first", 1, [])
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in attach.trainable(peft_model, "first").values():
-            parameter.add_(0.05 * torch.randn(parameter.shape, dtype=parameter.dtype, generator=generator))
-    return peft_model
-
-
 def learned(model: PeftModel, ids: Tensor = IDS) -> tuple[Tensor, Tensor]:
-    """Logits, and the gradient of all adapter parameters."""
+    """Return logits, and the gradient of all adapter parameters."""
     parameters = list(attach.trainable(model, "first").values())
     logits = model(input_ids=ids).logits
     gradients = torch.autograd.grad(logits.square().sum(), parameters)
@@ -47,7 +34,7 @@ def learned(model: PeftModel, ids: Tensor = IDS) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("shape", [(7,), (2, 5)])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_the_function_passes_gradcheck_and_equals_its_definition(shape: tuple[int, ...], with_bias: bool) -> None:
+def test_lora_linear_passes_gradcheck_and_equals_its_definition(shape: tuple[int, ...], with_bias: bool) -> None:
     torch.manual_seed(0)
     x, a, b = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((*shape, 6), (2, 6), (4, 2)))
     weight, bias = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, dtype=torch.float64) if with_bias else None
@@ -58,8 +45,8 @@ def test_the_function_passes_gradcheck_and_equals_its_definition(shape: tuple[in
     assert relative(found, lora_linear_plain(x, weight, bias, a, b, 1.7)) < 1e-15
 
 
-def test_an_input_that_needs_no_gradient_gets_none() -> None:
-    """The backward stops at the first adapted layer: its weight is not even rebuilt."""
+def test_backward_skips_an_input_that_requires_no_gradient() -> None:
+    """At the first adapted layer the backward does not need the weight, so it is not dequantized again."""
     x, a, b = torch.randn(3, 6), torch.randn(2, 6, requires_grad=True), torch.randn(4, 2, requires_grad=True)
     calls: list[int] = []
     weight = torch.randn(4, 6)
@@ -71,7 +58,7 @@ def test_an_input_that_needs_no_gradient_gets_none() -> None:
 @pytest.mark.closes("A19")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
-def test_a_model_learns_the_same(family: str, dtype: torch.dtype, bound: float) -> None:
+def test_fast_lora_layers_give_the_same_logits_and_gradients(family: str, dtype: torch.dtype, bound: float) -> None:
     model = adapted(tiny_model(family, dtype=dtype))
     expected = learned(model)
     assert accelerate_adapter(model, "first") == []
@@ -80,8 +67,10 @@ def test_a_model_learns_the_same(family: str, dtype: torch.dtype, bound: float) 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
-@pytest.mark.parametrize("num_tokens", [6, 120])  # many make the merged form the smaller work
-def test_a_quantized_model_learns_the_same(family: str, kind: str, num_tokens: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_tokens", [6, 120])  # with many tokens, the merged form is used
+def test_fast_lora_layers_on_quantized_bases_give_the_same_logits_and_gradients(
+    family: str, kind: str, num_tokens: int, tmp_path: Path
+) -> None:
     quant = config.Quant(kind=config.QuantKind[kind])
     model = adapted(load_base(config.Model(path=str(tiny_folder(tmp_path, family))), quant, "cpu").model).train()
     switch_off_dropout(model)
@@ -92,7 +81,7 @@ def test_a_quantized_model_learns_the_same(family: str, kind: str, num_tokens: i
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-def test_many_tokens_merge_the_weight_and_leave_a_stored_one_alone(fresh: bool) -> None:
+def test_merged_form_equals_the_definition_and_does_not_change_the_stored_weight(fresh: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     x, a, b, w = (torch.randn(s, dtype=torch.float64, generator=generator) for s in ((40, 6), (2, 6), (4, 2), (4, 6)))
     for tensor in (x, a, b):
@@ -107,7 +96,7 @@ def test_many_tokens_merge_the_weight_and_leave_a_stored_one_alone(fresh: bool) 
     assert torch.equal(w, before)
 
 
-def test_the_fast_form_is_what_runs_and_only_while_gradients_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_form_runs_only_if_gradients_are_enabled(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[float] = []
     monkeypatch.setattr(accelerated_lora, "lora_linear", lambda *a: calls.append(a[-1]) or lora_linear(*a))
     model = adapted(tiny_model("llama"), lora_alpha=6)
@@ -120,7 +109,7 @@ def test_the_fast_form_is_what_runs_and_only_while_gradients_are_wanted(monkeypa
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_lora_on_the_head_learns_the_same_without_all_logits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lora_on_the_head_gives_the_same_loss_without_all_logits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(tiny_model(family, dtype=torch.float64), target_modules=["lm_head"])
     batch = Batch(IDS[0], torch.arange(IDS.shape[1]), IDS[0].roll(-1), [0, IDS.shape[1]])
     parameters = list(attach.trainable(model, "first").values())
@@ -140,7 +129,7 @@ def test_a_lora_on_the_head_learns_the_same_without_all_logits(family: str, monk
         assert relative(token_loss_sum(base, batch, paths), expected[0]) < 1e-12
 
 
-def test_switches_of_peft_keep_their_meaning() -> None:
+def test_peft_switches_work_on_fast_layers() -> None:
     bare = tiny_model("llama")
     plain, model = adapted(tiny_model("llama")), adapted(tiny_model("llama"))
     for m in (plain, model):
@@ -170,7 +159,7 @@ def test_switches_of_peft_keep_their_meaning() -> None:
         (torch.float32, {"target_modules": ["embed_tokens"]}, "1 LoRA layers compute as PEFT does: embeddings"),
     ],
 )
-def test_what_stays_plain_is_said_and_is_plain(
+def test_layers_without_fast_form_are_logged_and_use_pefts_forward(
     dtype: torch.dtype, settings: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = adapted(tiny_model("llama", dtype=dtype), **settings).train()
@@ -179,7 +168,7 @@ def test_what_stays_plain_is_said_and_is_plain(
         torch.manual_seed(5)
         results.append(learned(model))
         if step == 0:
-            (said,) = accelerate_adapter(model, "first")
-            assert said.startswith(reason)
+            (line,) = accelerate_adapter(model, "first")
+            assert line.startswith(reason)
             monkeypatch.setattr(accelerated_lora, "lora_linear", None)
     assert all(torch.equal(f, e) for f, e in zip(*results, strict=True))

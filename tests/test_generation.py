@@ -1,4 +1,4 @@
-"""Answers: transformers' greedy ones, equal in batches and alone, drawn by seed, streamed in whole characters."""
+"""Generation: equal to transformers, independent of batching, sampled by seed, streamed in whole characters."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ PROMPTS = [np.array(TOKENIZER.encode(text)[:length]) for text in SENTENCES for l
 
 
 def scripted(tokens: Iterable[int]) -> PreTrainedModel:
-    """A model that answers any prompt with the given tokens."""
+    """Make a model that answers any prompt with the given tokens."""
     model, script = tiny_model("llama"), iter(tokens)
 
     def replace_logits(module: object, args: object, output: object) -> None:
@@ -33,7 +33,7 @@ def scripted(tokens: Iterable[int]) -> PreTrainedModel:
 
 
 def with_probabilities(shares: list[float]) -> PreTrainedModel:
-    """A model that gives the tokens 10, 11, ... these probabilities after any text."""
+    """Make a model that gives the tokens 10, 11, ... these probabilities after any text."""
     model = tiny_model("llama")
     model.generation_config.eos_token_id = None
 
@@ -45,8 +45,8 @@ def with_probabilities(shares: list[float]) -> PreTrainedModel:
     return model
 
 
-def drawn_tokens(model: PreTrainedModel, sampling: Sampling, answers: int = 1) -> list[int]:
-    """Tokens of answers with different seeds, as the model reads them: all but the last one of each answer."""
+def sampled_tokens(model: PreTrainedModel, sampling: Sampling, answers: int = 1) -> list[int]:
+    """Return the tokens of answers with different seeds, except the last of each, which the model does not read."""
     found: list[int] = []
 
     def record(module: object, args: object, kwargs: dict[str, torch.Tensor]) -> None:
@@ -60,9 +60,9 @@ def drawn_tokens(model: PreTrainedModel, sampling: Sampling, answers: int = 1) -
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_greedy_answer_is_the_one_of_transformers(family: str) -> None:
+def test_greedy_answers_equal_those_of_transformers(family: str) -> None:
     model = tiny_model(family)
-    accelerate(model, config.Fast())  # packed attention, as in training: generation must use the plain one
+    accelerate(model, config.Fast())  # sets the packed attention of training, which generation must not use
     [ours] = generate(model, TOKENIZER, [PROMPT], Sampling(max_new_tokens=12), seed=0)
     model.set_attn_implementation("sdpa")
     ids = torch.from_numpy(PROMPT).long()[None]
@@ -75,7 +75,7 @@ def test_a_greedy_answer_is_the_one_of_transformers(family: str) -> None:
 
 
 def unpadded_model() -> PreTrainedModel:
-    """Bloom takes no position ids, so its prompts are grouped by length."""
+    """Make a Bloom, which takes no position ids, so its prompts are grouped by length."""
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(
         BloomConfig(vocab_size=512, hidden_size=64, n_layer=2, n_head=4, initializer_range=0.1, eos_token_id=2)
@@ -93,7 +93,7 @@ def sliding_model() -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "sliding", "unpadded"])
-def test_greedy_answers_in_batches_equal_those_alone_in_the_callers_order(family: str) -> None:
+def test_batched_greedy_answers_equal_single_ones_in_order(family: str) -> None:
     model = {"sliding": sliding_model, "unpadded": unpadded_model}.get(family, lambda: tiny_model(family))()
     shapes: list[torch.Size] = []
     model.register_forward_pre_hook(
@@ -112,8 +112,8 @@ def test_greedy_answers_in_batches_equal_those_alone_in_the_callers_order(family
         assert lengths == Counter(len(prompt) for prompt in PROMPTS)
 
 
-def test_a_long_prompt_does_not_change_the_rotation_of_others() -> None:
-    """The frequencies of longrope follow the largest position of a forward pass."""
+def test_a_long_prompt_does_not_change_the_rotary_frequencies_of_others() -> None:
+    """The frequencies of longrope depend on the largest position of a forward pass."""
     rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "rope_theta": 1e4,
             "original_max_position_embeddings": 24, "factor": 8.0}  # fmt: skip
     settings = Phi3Config(
@@ -128,7 +128,7 @@ def test_a_long_prompt_does_not_change_the_rotation_of_others() -> None:
     assert generate(model, TOKENIZER, prompts, Sampling(max_new_tokens=8), 0) == alone
 
 
-def test_a_long_prompt_in_a_batch_shortens_no_other_answer() -> None:
+def test_a_long_prompt_does_not_shorten_other_answers() -> None:
     model = tiny_model("gpt2")  # its position table ends at 256
     model.generation_config.eos_token_id = None
     prompts = [PROMPT, np.full(250, 9), PROMPT[:3], np.full(251, 9)]
@@ -137,7 +137,7 @@ def test_a_long_prompt_in_a_batch_shortens_no_other_answer() -> None:
     assert together == [generate(model, TOKENIZER, [prompt], sampling, 0)[0] for prompt in prompts]
 
 
-def test_a_drawn_answer_depends_on_its_seed_alone() -> None:
+def test_a_sampled_answer_depends_only_on_prompt_and_seed() -> None:
     model, sampling = tiny_model("llama"), Sampling(max_new_tokens=20, temperature=1.5)
     torch.manual_seed(1)
     [first] = generate(model, TOKENIZER, [PROMPT], sampling, seed=5)
@@ -147,7 +147,7 @@ def test_a_drawn_answer_depends_on_its_seed_alone() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_settings_that_came_with_the_model_change_no_answer(temperature: float) -> None:
+def test_generation_settings_of_the_model_are_not_used(temperature: float) -> None:
     model, sampling = tiny_model("llama"), Sampling(max_new_tokens=20, temperature=temperature)
     [plain] = generate(model, TOKENIZER, [PROMPT], sampling, 0)
     own = {"top_k": 1, "top_p": 0.1, "repetition_penalty": 3.0, "do_sample": True, "min_new_tokens": 20}
@@ -156,29 +156,29 @@ def test_settings_that_came_with_the_model_change_no_answer(temperature: float) 
     assert {name: getattr(model.generation_config, name) for name in own} == own
 
 
-def test_drawing_follows_the_softmax_over_the_temperature_within_top_p() -> None:
+def test_sampling_follows_temperature_and_top_p() -> None:
     model = with_probabilities([0.1, 0.5, 0.3, 0.1])
-    drawn = drawn_tokens(model, Sampling(max_new_tokens=200, temperature=2.0, top_p=0.75), answers=3)
-    # Square roots .32 .71 .55 .32, of which the two largest hold less than 0.75: a third one stays.
+    drawn = sampled_tokens(model, Sampling(max_new_tokens=200, temperature=2.0, top_p=0.75), answers=3)
+    # The square roots are .32 .71 .55 .32; the two largest have less than 0.75 of the sum, so a third one is kept.
     assert set(drawn) in ({10, 11, 12}, {11, 12, 13})
     share = drawn.count(11) / (drawn.count(11) + drawn.count(12))
     assert share == pytest.approx(0.5**0.5 / (0.5**0.5 + 0.3**0.5), abs=4 * 0.5 / len(drawn) ** 0.5)
-    assert set(drawn_tokens(model, Sampling(max_new_tokens=40, temperature=1.0, top_p=0.01))) == {11}
+    assert set(sampled_tokens(model, Sampling(max_new_tokens=40, temperature=1.0, top_p=0.01))) == {11}
 
 
-def test_more_tokens_than_fifty_can_be_drawn() -> None:
+def test_more_than_fifty_tokens_can_be_sampled() -> None:
     model = with_probabilities([1 - i / 1000 for i in range(90)])  # ever less likely, without ties
-    assert len(set(drawn_tokens(model, Sampling(max_new_tokens=200, temperature=1.0)))) > 50
+    assert len(set(sampled_tokens(model, Sampling(max_new_tokens=200, temperature=1.0)))) > 50
 
 
-def test_the_lowest_temperatures_are_greedy() -> None:
+def test_temperatures_near_zero_are_greedy() -> None:
     model = tiny_model("llama")
     coldest = generate(model, TOKENIZER, [PROMPT], Sampling(max_new_tokens=9, temperature=1e-300), 0)
     cold = generate(model, TOKENIZER, [PROMPT], Sampling(max_new_tokens=9, temperature=1e-6), 0)
     assert coldest == cold == generate(model, TOKENIZER, [PROMPT], Sampling(max_new_tokens=9), 0)
 
 
-def test_generation_leaves_mode_attention_and_generator_as_they_were() -> None:
+def test_generation_restores_mode_attention_and_random_state() -> None:
     model = tiny_model("llama").train()
     accelerate(model, config.Fast())
     before = model.config._attn_implementation, torch.get_rng_state()
@@ -214,7 +214,7 @@ def test_pieces_are_whole_characters_that_join_to_the_answer(text: str) -> None:
         assert all("\ufffd" not in piece for piece in pieces)
 
 
-def test_a_character_cut_off_at_the_end_is_passed_on() -> None:
+def test_an_incomplete_character_at_the_end_is_passed_on() -> None:
     ids = TOKENIZER.encode("x👋")[:-1]
     pieces: list[str] = []
     answer = stream(scripted(ids), TOKENIZER, PROMPT, Sampling(max_new_tokens=len(ids)), 0, pieces.append)
@@ -222,9 +222,9 @@ def test_a_character_cut_off_at_the_end_is_passed_on() -> None:
     assert answer.startswith("x")
 
 
-def test_the_end_of_a_turn_stops_an_answer_although_it_is_not_the_end_of_text() -> None:
+def test_the_end_of_turn_token_stops_an_answer_if_it_is_not_eos() -> None:
     tokenizer = tiny_tokenizer()
-    tokenizer.eos_token = BOS  # as base models with ChatML have it
+    tokenizer.eos_token = BOS  # as in base models with ChatML
     model = tiny_model("llama")
     model.generation_config.eos_token_id = [7, 8]
     turn_end = tokenizer.convert_tokens_to_ids(EOS)
@@ -236,7 +236,7 @@ def test_the_end_of_a_turn_stops_an_answer_although_it_is_not_the_end_of_text() 
     assert stop_tokens(model, tokenizer) == {7, 8, tokenizer.eos_token_id}
 
 
-def test_an_answer_ends_where_the_context_does() -> None:
+def test_an_answer_ends_at_the_end_of_the_context() -> None:
     model = tiny_model("gpt2")
     prompt = np.full(250, 9, dtype=np.int32)
     seen: list[int] = []
@@ -246,17 +246,17 @@ def test_an_answer_ends_where_the_context_does() -> None:
     assert 1 <= len(seen) <= 6
 
 
-def test_a_prompt_without_room_is_refused() -> None:
+def test_a_prompt_that_fills_the_context_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"the prompt has 256 tokens, which leaves no room .* context of 256"):
         generate(tiny_model("llama"), TOKENIZER, [PROMPT, np.full(256, 9)], Sampling(), seed=0)
 
 
-def test_logits_that_are_not_finite_are_refused() -> None:
+def test_non_finite_logits_are_refused() -> None:
     model = tiny_model("llama")
     model.lm_head.weight.data[5] = float("nan")
     with pytest.raises(NonFiniteError, match="not finite"):
         generate(model, TOKENIZER, [PROMPT], Sampling(max_new_tokens=2), seed=0)
 
 
-def test_control_characters_are_shown_and_not_sent() -> None:
+def test_control_characters_are_escaped() -> None:
     assert visible("a\x1b[31mb\x07\x9bc\r\n\td") == "a\\x1b[31mb\\x07\\x9bc\\x0d\n\td"

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py runs to its end without a GPU, gives every trainer the same, and times nothing that is wrong."""
+"""benchmarks/gpu.py works without a GPU, gives all trainers the same input, and times no run with wrong gradients."""
 
 import json
 import sys
@@ -20,17 +20,17 @@ def case(trainer: str = "lora_ft", method: str = "lora", checkpoint: str = "ever
     return gpu.Case("tiny", method, trainer, checkpoint, rows, tokens=200, steps=2)
 
 
-def test_the_command_writes_dated_results_and_says_what_it_skips(
+def test_command_writes_dated_results_and_reports_skipped_trainers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In this process; the test of unsloth's import starts the real one."""
-    apart = gpu.in_own_process
+    """Trainers run in this process, except unsloth, whose import is tested in a real subprocess."""
+    in_own_process = gpu.in_own_process
     monkeypatch.setattr(
-        gpu, "in_own_process", lambda one: apart(one) if one.trainer == "unsloth" else gpu_trainers.measure(one)
+        gpu, "in_own_process", lambda c: in_own_process(c) if c.trainer == "unsloth" else gpu_trainers.measure(c)
     )
     out = tmp_path / "results.json"
-    words = ["--tiny", "--methods", "lora", "--trainers", "lora_ft,unsloth", "--steps", "1"]
-    assert gpu.main([*words, "--out", str(out)]) == 0
+    arguments = ["--tiny", "--methods", "lora", "--trainers", "lora_ft,unsloth", "--steps", "1"]
+    assert gpu.main([*arguments, "--out", str(out)]) == 0
     report = json.loads(out.read_text())
     assert report["date"] and report["environment"]["versions"]["torch"] == torch.__version__
     auto, every_1, *unsloth = report["results"]
@@ -41,7 +41,7 @@ def test_the_command_writes_dated_results_and_says_what_it_skips(
     assert "tiny lora unsloth off skipped: unsloth is not installed" in capsys.readouterr().out
 
 
-@pytest.mark.filterwarnings("ignore")  # PEFT's own, of the plain loop
+@pytest.mark.filterwarnings("ignore")  # warnings of PEFT in the plain loop
 @pytest.mark.parametrize(
     ("trainer", "checkpoint", "rows"),
     [("lora_ft", "auto", "mixed"), ("peft", "every_1", "equal"), ("peft", "off", "mixed")],
@@ -56,7 +56,7 @@ def test_every_trainer_learns_in_nf4(trainer: str, checkpoint: str, rows: str) -
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_peers_recompute_when_told_to_and_only_then(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peft_follows_the_gradient_checkpointing_setting(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recomputed = {}
     for checkpoint in ("every_1", "off"):
         one = case("peft", method, checkpoint)
@@ -67,7 +67,7 @@ def test_peers_recompute_when_told_to_and_only_then(method: str, monkeypatch: py
     assert recomputed == {"every_1": {True}, "off": {False}}
 
 
-def test_trainers_are_given_the_same_model_and_see_the_same_loss() -> None:
+def test_packed_and_padded_trainers_have_the_same_loss() -> None:
     one = case("peft", rows="mixed")
     batch, documents = gpu_trainers.draw(one)
     assert torch.equal(batch.ids, torch.cat(documents)) and len(batch.ids) == 200
@@ -80,7 +80,9 @@ def test_trainers_are_given_the_same_model_and_see_the_same_loss() -> None:
     assert padded[0] == pytest.approx(float(packed), rel=1e-5)
 
 
-def test_unsloth_is_imported_before_what_it_patches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsloth_is_imported_before_the_libraries_that_it_patches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     patched = {"transformers", "peft", "trl", "lora_ft"}
     lines = ["import sys", f"loaded = {patched} & sys.modules.keys()", "raise SystemExit(f'after {sorted(loaded)}')"]
     (tmp_path / "unsloth.py").write_text("\n".join(lines))
@@ -89,9 +91,9 @@ def test_unsloth_is_imported_before_what_it_patches(tmp_path: Path, monkeypatch:
     assert gpu.in_own_process(case("unsloth")) == {"failed": "after []"}
 
 
-def test_out_of_memory_is_a_skip_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_is_reported_as_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*_: object) -> None:
-        raise torch.OutOfMemoryError("Tried to allocate 9 GiB.\nMore words")
+        raise torch.OutOfMemoryError("Tried to allocate 9 GiB.\nMore arguments")
 
     monkeypatch.setitem(gpu_trainers.RUNS, "peft", run)
     assert gpu_trainers.measure(case("peft")) == {"skipped": "out of memory: Tried to allocate 9 GiB."}
@@ -99,13 +101,13 @@ def test_out_of_memory_is_a_skip_with_its_reason(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_our_paths_pass_the_check_and_the_base_is_left_as_it_was(
+def test_fast_paths_pass_the_check_and_do_not_change_the_base(
     method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu.Case, "dtype", dtype)
     built = []
     monkeypatch.setattr(
-        gpu_trainers, "build", lambda *given, of=gpu_trainers.build: built.append(of(*given)) or built[-1]
+        gpu_trainers, "build", lambda *args, of=gpu_trainers.build: built.append(of(*args)) or built[-1]
     )
     facts: dict[str, dict[str, object]] = {}
     gpu_trainers.lora_ft_run(case(method=method, rows="mixed"), facts)
@@ -119,7 +121,7 @@ def test_our_paths_pass_the_check_and_the_base_is_left_as_it_was(
         assert parameter.dtype == after[name].dtype and torch.equal(parameter, after[name]), name
 
 
-def test_a_wrong_fast_path_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_fast_path_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = gpu_trainers.accelerate
 
     def wrong(model: torch.nn.Module, fast: config.Fast, **options: bool) -> object:
@@ -133,33 +135,33 @@ def test_a_wrong_fast_path_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def gradients(dtype: torch.dtype) -> tuple[gpu_trainers.Gradient, gpu_trainers.Gradient]:
-    """What plain paths in a dtype may give, and the reference: a large matrix and a small one."""
-    drawn = torch.Generator().manual_seed(0)
-    exact = {name: torch.randn(size, generator=drawn) for name, size in (("large", (64, 64)), ("small", (4, 16)))}
+    """Return a loss and gradients of a large and a small matrix, rounded to `dtype` and exact."""
+    generator = torch.Generator().manual_seed(0)
+    exact = {name: torch.randn(size, generator=generator) for name, size in (("large", (64, 64)), ("small", (4, 16)))}
     return (2.0, {name: of.to(dtype).float() for name, of in exact.items()}), (2.0, exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("changed", ["nothing", "loss", "zeroed", "noise", "length", "nan", "swapped sign"])
-def test_the_check_notices_each_difference(changed: str, dtype: torch.dtype) -> None:
+def test_gradient_check_detects_each_difference(changed: str, dtype: torch.dtype) -> None:
     plain, reference = gradients(dtype)
     loss, small = plain[0], plain[1]["small"]
     noise = torch.randn(small.shape, generator=torch.Generator().manual_seed(1))
-    found = {
+    changed_small = {
         "zeroed": torch.zeros_like(small),
         "noise": small + 0.05 * noise * small.norm() / noise.norm(),
         "length": 1.05 * small,
         "nan": small.where(small != small[0, 0], torch.nan),
         "swapped sign": small.where(small != small.max(), -small),
     }.get(changed, small)
-    given = (2.1 if changed == "loss" else loss, plain[1] | {"small": found})
-    check = gpu_trainers.compared(given, plain, reference, gpu_trainers.FLOOR[dtype])
+    result = (2.1 if changed == "loss" else loss, plain[1] | {"small": changed_small})
+    check = gpu_trainers.compared(result, plain, reference, gpu_trainers.FLOOR[dtype])
     assert check["passed"] == (changed == "nothing")
     if changed != "nothing":
         assert check["at"] == ("loss" if changed == "loss" else "small")
     json.dumps(check, allow_nan=False)
 
 
-def test_a_gradient_that_no_path_makes_is_no_agreement() -> None:
+def test_zero_gradients_fail_the_check() -> None:
     idle = (2.0, {"small": torch.zeros(4, 4)})
     assert not gpu_trainers.compared(idle, idle, idle, 1e-3)["passed"]

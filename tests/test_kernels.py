@@ -1,4 +1,4 @@
-"""Kernels that `fast.compile` and `fast.liger` put in place of norm, SwiGLU and RoPE: equal to the definitions."""
+"""The kernels of `fast.compile` and `fast.liger` equal the definitions of norm, SwiGLU and RoPE."""
 
 import sys
 from types import ModuleType, SimpleNamespace
@@ -17,7 +17,7 @@ from lora_ft.ops.rope import rotate_plain
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def test_without_either_setting_the_functions_are_ours_on_any_device() -> None:
+def test_without_either_setting_our_own_functions_are_chosen() -> None:
     assert kernels.choose_kernels(CPU, compile_=False, liger=False) is kernels.OWN
     assert kernels.choose_kernels(CUDA, compile_=False, liger=False) is kernels.OWN
 
@@ -25,13 +25,13 @@ def test_without_either_setting_the_functions_are_ours_on_any_device() -> None:
 @pytest.mark.parametrize(
     "device, compile_, liger, message",
     [
-        (CPU, True, False, "fast.compile=true needs a CUDA device, this run is on cpu"),
+        (CPU, True, False, "fast.compile=true needs a CUDA device, but this run uses cpu"),
         (CPU, False, True, "fast.liger=true needs a CUDA device"),
-        (CUDA, True, True, "set one of them"),
+        (CUDA, True, True, "set only one of them"),
         (CUDA, False, True, "pip install liger-kernel"),
     ],
 )
-def test_what_cannot_be_had_is_refused_by_name(
+def test_settings_that_this_machine_does_not_support_are_refused(
     device: torch.device, compile_: bool, liger: bool, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda _: None)
@@ -52,7 +52,7 @@ def inputs(num_tokens: int) -> SimpleNamespace:
 
 
 def computed(found: kernels.Kernels, given: SimpleNamespace) -> list[Tensor]:
-    """Values and gradients of all three."""
+    """Return values and gradients of all three."""
     normed = found.rms_norm(given.x, given.weight, 1e-5)
     product = found.swiglu(given.x, given.up)
     q, k = found.rotate(given.q, given.k, given.cos, given.sin)
@@ -68,7 +68,7 @@ PLAIN = kernels.Kernels(
 
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of its own imports
 def test_compiled_kernels_are_one_graph_each_for_any_number_of_tokens() -> None:
-    """Traced and differentiated as on a GPU, executed without the code generator."""
+    """Traced and differentiated as on a GPU, but run without the code generator."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     backend = CompileCounterWithBackend("aot_eager")
@@ -80,8 +80,8 @@ def test_compiled_kernels_are_one_graph_each_for_any_number_of_tokens() -> None:
     assert backend.frame_count == 3
 
 
-def test_ligers_functions_are_called_as_their_interface_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their kernels need a GPU; stand-ins with their parameters compute the definitions."""
+def test_liger_functions_get_correct_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their kernels need a GPU; substitutes with the same parameters compute the definitions."""
     functions: Any = ModuleType("liger_kernel.ops")
 
     def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, casting_mode: str, in_place: bool) -> Tensor:

@@ -1,7 +1,7 @@
-"""What may be done to a run without changing what it learns: the same adapter, losses and gradient norms.
+"""Changes to a run that must not change its adapter, losses and gradient norms.
 
-In float64 to 1e-12 and in float32 to 1e-6, in norm; to the bit where nothing is added in another order. Each case is
-an epoch of three steps, of 8, 8 and 3 rows, whose lengths and answers differ.
+Relative bounds of the norm are 1e-12 in float64 and 1e-6 in float32. Results are bit-identical if the order of
+additions is the same. Each case is an epoch of three steps with 8, 8 and 3 rows of different lengths.
 """
 
 import math
@@ -51,7 +51,7 @@ def outcome(
     track: config.Tracker = config.Tracker.none,
     **train: object,
 ) -> Outcome:
-    """The final adapter, and the loss and gradient norm of every step."""
+    """Train; return the final adapter, and the loss and gradient norm of every step."""
     state = state_on(
         tiny_model(family, dtype=dtype), folder, examples=ROWS, eval_examples=EVAL_ROWS, fast=fast,
         track=config.Track(track),
@@ -72,17 +72,17 @@ def outcome(
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A family of models in a dtype, and what the plain call learns: a step in one packed micro-batch, all kept."""
+class Baseline:
+    """A model family in a dtype, and the expected outcome: one packed micro-batch per step, no recomputation."""
 
     family: str
     dtype: torch.dtype
     expected: Outcome
 
-    def check(self, found: Outcome, *, to_the_bit: bool = False) -> None:
+    def check(self, found: Outcome, *, bit_identical: bool = False) -> None:
         for ours, theirs in zip(found, self.expected, strict=True):
             assert float((ours - theirs).norm() / theirs.norm()) < BOUNDS[self.dtype]
-            assert torch.equal(ours, theirs) or not to_the_bit
+            assert torch.equal(ours, theirs) or not bit_identical
 
 
 @pytest.fixture(
@@ -90,15 +90,15 @@ class Kind:
     params=[("gpt2", torch.float64), ("llama", torch.float64), ("qwen3", torch.float64), ("llama", torch.float32)],
     ids=str,
 )
-def kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kind:
+def baseline(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Baseline:
     family, dtype = request.param
-    return Kind(family, dtype, outcome(family, dtype, tmp_path_factory.mktemp("expected")))
+    return Baseline(family, dtype, outcome(family, dtype, tmp_path_factory.mktemp("expected")))
 
 
 @pytest.mark.closes("A01")
 @pytest.mark.parametrize("rows_together", [4, 1])
-def test_a_step_may_be_cut_into_any_micro_batches(
-    rows_together: int, kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_cut_into_micro_batches_does_not_change_training(
+    rows_together: int, baseline: Baseline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """8 rows as 2 x 4 and 8 x 1."""
 
@@ -107,23 +107,25 @@ def test_a_step_may_be_cut_into_any_micro_batches(
         return [batch for part in parts for batch in micro_batches(part, None, True)]
 
     monkeypatch.setattr(trainer, "micro_batches", cut)
-    kind.check(outcome(kind.family, kind.dtype, tmp_path))
+    baseline.check(outcome(baseline.family, baseline.dtype, tmp_path))
 
 
 @pytest.mark.parametrize("change", [{"tokens_per_microbatch": 40}, {"packing": False}], ids=str)
-def test_packing_and_the_size_of_a_micro_batch_are_free(change: dict, kind: Kind, tmp_path: Path) -> None:
-    kind.check(outcome(kind.family, kind.dtype, tmp_path, **change))
+def test_packing_and_micro_batch_size_do_not_change_training(change: dict, baseline: Baseline, tmp_path: Path) -> None:
+    baseline.check(outcome(baseline.family, baseline.dtype, tmp_path, **change))
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_the_order_of_rows_within_a_step_is_free(packing: bool, kind: Kind, tmp_path: Path) -> None:
+def test_the_order_of_rows_within_a_step_does_not_change_training(
+    packing: bool, baseline: Baseline, tmp_path: Path
+) -> None:
     generator = np.random.default_rng(1)
     steps = [generator.permutation(step) for step in STEPS]
-    kind.check(outcome(kind.family, kind.dtype, tmp_path, steps=steps, packing=packing))
+    baseline.check(outcome(baseline.family, baseline.dtype, tmp_path, steps=steps, packing=packing))
 
 
 def padded(side: str, more: int) -> Callable[[PreTrainedModel, Batch, Paths], Tensor]:
-    """The loss of a micro-batch as transformers computes it over rows padded to the longest and `more`."""
+    """Return a loss function that uses transformers' forward on rows padded to the longest length plus `more`."""
 
     def loss_sum(model: PreTrainedModel, batch: Batch, paths: Paths) -> Tensor:
         longest = max(end - start for start, end in pairwise(batch.starts)) + more
@@ -141,39 +143,38 @@ def padded(side: str, more: int) -> Callable[[PreTrainedModel, Batch, Paths], Te
 
 @pytest.mark.closes("A10")
 @pytest.mark.parametrize(("side", "more"), [("right", 9), ("left", 0)])
-def test_rows_end_to_end_learn_what_padded_rows_learn(
-    side: str, more: int, kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_packed_rows_train_like_padded_rows(
+    side: str, more: int, baseline: Baseline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The padded ones through transformers' own forward, attention and mask."""
+    """Padded rows use transformers' own forward, attention and mask."""
     monkeypatch.setattr(sft, "token_loss_sum", padded(side, more))
-    kind.check(outcome(kind.family, kind.dtype, tmp_path, fast=False))
+    baseline.check(outcome(baseline.family, baseline.dtype, tmp_path, fast=False))
 
 
 @pytest.mark.parametrize("every", ["every_1", "every_2"])
-def test_recomputing_activations_changes_no_bit(every: str, kind: Kind, tmp_path: Path) -> None:
-    kind.check(outcome(kind.family, kind.dtype, tmp_path, gradient_checkpointing=every), to_the_bit=True)
+def test_recomputing_activations_is_bit_identical(every: str, baseline: Baseline, tmp_path: Path) -> None:
+    baseline.check(outcome(baseline.family, baseline.dtype, tmp_path, gradient_checkpointing=every), bit_identical=True)
 
 
-def test_how_often_and_on_how_much_is_evaluated_changes_no_bit(kind: Kind, tmp_path: Path) -> None:
-    found = outcome(kind.family, kind.dtype, tmp_path, eval_every_steps=2, eval_rows=1)
-    kind.check(found, to_the_bit=True)
+def test_evaluation_settings_do_not_change_training(baseline: Baseline, tmp_path: Path) -> None:
+    found = outcome(baseline.family, baseline.dtype, tmp_path, eval_every_steps=2, eval_rows=1)
+    baseline.check(found, bit_identical=True)
 
 
-def test_who_watches_changes_no_bit(kind: Kind, tmp_path: Path) -> None:
-    """metrics.jsonl, TensorBoard and a person, against nobody."""
+def test_trackers_and_progress_do_not_change_training(baseline: Baseline, tmp_path: Path) -> None:
     screen, track = Console(file=StringIO()), config.Tracker.tensorboard
     callbacks = [*trackers.callbacks(config.Track(track)), Progress(screen, None)]
-    found = outcome(kind.family, kind.dtype, tmp_path, callbacks=callbacks, track=track)
-    kind.check(found, to_the_bit=True)
+    found = outcome(baseline.family, baseline.dtype, tmp_path, callbacks=callbacks, track=track)
+    baseline.check(found, bit_identical=True)
     assert [m["step"] for m in runs.read_metrics(tmp_path)] == [*range(len(STEPS) + 1)]
     assert "eval loss" in screen.file.getvalue()
 
 
 @pytest.mark.closes("A14", "A25")
-def test_the_eval_loss_is_a_mean_over_tokens_whatever_its_batches(kind: Kind, tmp_path: Path) -> None:
-    """Twice the same bits although dropout acts in training, to which the model is given back."""
+def test_the_eval_loss_is_a_mean_over_tokens_however_it_is_batched(baseline: Baseline, tmp_path: Path) -> None:
+    """Dropout is off during evaluation, and the model is in training mode again afterwards."""
     state = state_on(
-        tiny_model(kind.family, dtype=kind.dtype),
+        tiny_model(baseline.family, dtype=baseline.dtype),
         tmp_path,
         adapter=config.Adapter(r=4, lora_alpha=64, lora_dropout=0.3),
         examples=ROWS,
@@ -190,7 +191,7 @@ def test_the_eval_loss_is_a_mean_over_tokens_whatever_its_batches(kind: Kind, tm
     mean = math.fsum(h.loss * h.tokens for h in alone) / sum(h.tokens for h in alone)
     for capacity in (1, 40, 90, 10_000):
         found = eval_loss(model, sft.Sft().loss, EVAL_ROWS, state.paths, capacity)
-        assert found.loss == pytest.approx(mean, rel=BOUNDS[kind.dtype])
+        assert found.loss == pytest.approx(mean, rel=BOUNDS[baseline.dtype])
         assert found.tokens == sum(int(row.supervised.sum()) for row in EVAL_ROWS)
         assert found == eval_loss(model, sft.Sft().loss, EVAL_ROWS, state.paths, capacity)
     assert mean != pytest.approx(math.fsum(h.loss for h in alone) / len(alone), rel=1e-5)
@@ -198,8 +199,8 @@ def test_the_eval_loss_is_a_mean_over_tokens_whatever_its_batches(kind: Kind, tm
     assert torch.equal(torch.get_rng_state(), generator)
 
 
-def test_the_comparisons_above_can_fail(kind: Kind, tmp_path: Path) -> None:
-    """One row less in one step moves the adapter by far more than the bounds."""
-    found = outcome(kind.family, kind.dtype, tmp_path, steps=[STEPS[0][:-1], *STEPS[1:]])
-    for ours, theirs in zip(found, kind.expected, strict=True):
+def test_a_missing_row_exceeds_the_bounds(baseline: Baseline, tmp_path: Path) -> None:
+    """The bounds of the tests above are tight: one row less in one step changes the adapter by far more."""
+    found = outcome(baseline.family, baseline.dtype, tmp_path, steps=[STEPS[0][:-1], *STEPS[1:]])
+    for ours, theirs in zip(found, baseline.expected, strict=True):
         assert float((ours - theirs).norm() / theirs.norm()) > 1e3 * BOUNDS[torch.float32]

@@ -1,4 +1,4 @@
-"""Task metrics against figures worked out by hand, and the traps: unseen labels, other scripts, missing packages."""
+"""Task metrics against hand-computed values; unseen labels, other scripts, missing packages."""
 
 import importlib.util
 from typing import Any
@@ -11,7 +11,7 @@ from lora_ft.evaluation import metrics
 ALL = list(metrics.PACKAGES)
 
 
-def test_right_answers_score_full_marks_and_blanks_around_them_do_not_matter() -> None:
+def test_right_answers_have_the_best_score_whatever_whitespace_surrounds_them() -> None:
     references = ["Paris is the capital of France.", "An insect has six legs in all."]
     found = metrics.scores(ALL, [f" {r}\n" for r in references], references, references)
     assert found == pytest.approx(
@@ -19,7 +19,7 @@ def test_right_answers_score_full_marks_and_blanks_around_them_do_not_matter() -
     )
 
 
-def test_answers_that_share_nothing_score_nothing() -> None:
+def test_answers_with_nothing_in_common_score_zero() -> None:
     found = metrics.scores(ALL, ["zzz", "qqq"], ["alpha beta", "gamma delta"], ["alpha beta", "gamma delta"])
     assert found == pytest.approx(dict.fromkeys(ALL, 0.0))
 
@@ -27,11 +27,11 @@ def test_answers_that_share_nothing_score_nothing() -> None:
 def test_exact_match_and_accuracy_count_right_answers() -> None:
     answers, references = ["yes", "no", "Yes", "maybe"], ["yes", "yes", "yes", "maybe"]
     assert metrics.exact_match(answers, references) == 2 / 4
-    # "maybe" was not seen in training: no answer to it can be right.
+    # "maybe" is not a label of the training rows, so it counts as wrong.
     assert metrics.accuracy(answers, references, ["yes", "no"]) == 1 / 4
 
 
-def test_macro_f1_is_the_mean_over_the_labels_that_occur() -> None:
+def test_macro_f1_is_the_mean_over_occurring_labels() -> None:
     references = ["a", "a", "a", "b"]
     answers = ["a", "a", "b", "nonsense"]
     # a: precision 1, recall 2/3 -> 0.8; b: never right -> 0; c occurs nowhere and does not count
@@ -40,7 +40,7 @@ def test_macro_f1_is_the_mean_over_the_labels_that_occur() -> None:
     assert metrics.macro_f1(["x"], ["y"], ["a"]) == 0
 
 
-def test_rouge_l_is_the_f_of_the_longest_common_subsequence() -> None:
+def test_rouge_l_is_the_f_score_of_the_longest_common_subsequence() -> None:
     # the cat sat / the cat slept well: subsequence 2, precision 2/3, recall 2/4
     assert metrics.rouge_l(["The cat sat"], ["the cat slept well"]) == pytest.approx(
         2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4)
@@ -48,12 +48,12 @@ def test_rouge_l_is_the_f_of_the_longest_common_subsequence() -> None:
 
 
 @pytest.mark.parametrize("text", ["доброе утро всем", "καλημέρα σε όλους", "你好世界", "naïve café"])
-def test_rouge_l_reads_every_script(text: str) -> None:
+def test_rouge_l_finds_words_in_every_script(text: str) -> None:
     assert metrics.rouge_l([text], [text]) == 1
     assert 0 < metrics.rouge_l([text[: len(text) // 2 + 1]], [text]) < 1
 
 
-def test_bleu_and_chrf_are_sacrebleus() -> None:
+def test_bleu_and_chrf_equal_sacrebleu() -> None:
     from sacrebleu.metrics import BLEU, CHRF
 
     answers, references = ["the cat is on the mat", "hello there"], ["the cat sat on the mat", "hello there you"]
@@ -62,7 +62,7 @@ def test_bleu_and_chrf_are_sacrebleus() -> None:
     assert found["chrf"] == CHRF().corpus_score(answers, [references]).score
 
 
-def test_an_unknown_metric_is_named_with_the_choices() -> None:
+def test_an_unknown_metric_is_refused_with_the_choices() -> None:
     with pytest.raises(ConfigError, match=r"eval.metrics: blue is not a metric; choose from exact_match, .*rouge_l"):
         metrics.check(["chrf", "blue"])
 
@@ -72,7 +72,7 @@ def test_metrics_over_labels_need_labels() -> None:
         metrics.scores(["exact_match", "accuracy", "f1"], ["a"], ["a"], None)
 
 
-def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
 
     def without_sacrebleu(name: str, *args: Any) -> Any:

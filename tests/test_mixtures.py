@@ -1,4 +1,4 @@
-"""Mixtures of experts: check and train say which weights no adapter reaches and which ones stay unquantized."""
+"""Mixtures of experts: check and train warn about weights that no adapter reaches and that stay unquantized."""
 
 import json
 import re
@@ -14,14 +14,14 @@ from lora_ft import config
 from lora_ft.adapters import summary
 from lora_ft.errors import ConfigError
 from lora_ft.models.load import load_base
-from lora_ft.models.meta_model import load_skeleton
+from lora_ft.models.meta_model import load_meta_model
 
-# The tensors of these families that belong to no linear layer, as their files on disk name them.
+# Names, in the files on disk, of the tensors of these families that do not belong to a linear layer.
 EXPERTS = re.compile(
     r"\.experts\.|block_sparse_moe\.(in|out)put_linear\.|\.(gate|router|router\.layer|conv1d)\.weight$"
 )
 
-# PEFT takes the names of deepseek_v3's other linear layers for those of experts.
+# PEFT interprets the names of deepseek_v3's other linear layers as experts.
 ATTENTION = ["kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_a_proj", "q_b_proj"]
 
 
@@ -34,17 +34,17 @@ def bases(tmp_path_factory):
 
 
 def seen(bases, family, quant="none", **adapter):
-    """The layers of a run, and the warnings about them."""
+    """Return the layers of a run, and the warnings about them."""
     if family == "deepseek_v3":
         adapter = {"target_modules": ATTENTION} | adapter
     cfg = config.TrainRun(device="cpu", adapter=config.Adapter(r=4, lora_alpha=8.0, **adapter))
     cfg.model.path, cfg.quant.kind = str(bases / family), config.QuantKind[quant]
-    layers = summary.layers(load_skeleton(cfg.model, cfg.quant, "cpu", tiny_tokenizer()), cfg)
+    layers = summary.layers(load_meta_model(cfg.model, cfg.quant, "cpu", tiny_tokenizer()), cfg)
     return layers, list(summary.warnings(layers, cfg))
 
 
 def expert_weights(bases, family):
-    """The number of expert, router and convolution weights in the model's file, and the share of all its weights."""
+    """Return the number of expert, router and convolution weights in the model's file, and its share of all weights."""
     sizes = {name: tensor.numel() for name, tensor in load_file(bases / family / "model.safetensors").items()}
     sizes.pop("model.layers.1.mlp.gate.e_score_correction_bias", None)  # a buffer
     count = sum(size for name, size in sizes.items() if EXPERTS.search(name) and "shared" not in name)
@@ -64,11 +64,11 @@ def test_share_of_weights_out_of_reach_equals_a_count_over_the_file(bases, famil
         assert f"{name} {layers.out_of_reach[name] / layers.base:.1%}" in warning
 
 
-def test_bytes_are_those_of_the_dtype_that_the_base_has(bases):
+def test_bytes_out_of_reach_follow_the_dtype_of_the_base(bases):
     cfg = config.TrainRun(device="cpu", adapter=config.Adapter(r=4, lora_alpha=8.0))
     cfg.model.path, cfg.model.dtype = str(bases / "mixtral"), config.Dtype.bfloat16
     cfg.quant.kind = config.QuantKind.nf4
-    layers = summary.layers(load_skeleton(cfg.model, cfg.quant, "cpu", tiny_tokenizer()), cfg)
+    layers = summary.layers(load_meta_model(cfg.model, cfg.quant, "cpu", tiny_tokenizer()), cfg)
     count, _ = expert_weights(bases, "mixtral")
     assert layers.out_of_reach_bytes == 2 * count
     assert "stay at 16 bits each" in list(summary.warnings(layers, cfg))[1]
@@ -76,7 +76,7 @@ def test_bytes_are_those_of_the_dtype_that_the_base_has(bases):
 
 @pytest.mark.parametrize("quant", ["nf4", "fp4", "int8"])
 @pytest.mark.parametrize("family", ["mixtral", "granitemoehybrid", "gpt_oss"])
-def test_weights_said_to_stay_unquantized_are_so_in_the_loaded_base(bases, family, quant):
+def test_weights_reported_as_unquantized_are_unquantized_in_the_loaded_base(bases, family, quant):
     layers, (_, warning) = seen(bases, family, quant)
     base = load_base(config.Model(path=str(bases / family)), config.Quant(kind=config.QuantKind[quant]), "cpu")
     ends = {id(base.model.get_input_embeddings().weight), id(base.model.get_output_embeddings().weight)}
@@ -95,7 +95,7 @@ def test_weights_said_to_stay_unquantized_are_so_in_the_loaded_base(bases, famil
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("targets", ["all-linear", "named"])
-def test_a_dense_base_has_nothing_out_of_reach(bases, family, targets):
+def test_dense_base_has_nothing_out_of_reach(bases, family, targets):
     named = {"llama": "q_proj", "gpt2": "c_attn"}[family]
     layers, warnings = seen(bases, family, "nf4", target_modules=[named if targets == "named" else targets])
     assert (layers.out_of_reach, layers.out_of_reach_bytes, warnings) == ({}, 0, [])
@@ -105,23 +105,23 @@ def test_a_dense_base_has_nothing_out_of_reach(bases, family, targets):
     ("targets", "taken"),
     [(["all-linear"], "down_proj, gate_proj, up_proj"), (["o_proj", "mlp.gate_proj"], "gate_proj")],
 )
-def test_linear_layers_that_peft_takes_for_experts_are_refused(bases, targets, taken):
+def test_linear_layers_that_peft_interprets_as_experts_are_refused(bases, targets, taken):
     with pytest.raises(ConfigError) as refused:
         seen(bases, "deepseek_v3", target_modules=targets)
     assert str(refused.value) == (
-        f"adapter.target_modules: PEFT takes {taken} for the experts of deepseek_v3, which cannot be trained yet: "
-        f"leave them out, as in adapter.target_modules=[{','.join(ATTENTION)}]"
+        f"adapter.target_modules: PEFT interprets {taken} as the experts of deepseek_v3, which cannot be trained yet: "
+        f"remove them, as in adapter.target_modules=[{','.join(ATTENTION)}]"
     )
 
 
-def test_modules_that_are_trained_whole_are_within_reach(bases):
+def test_modules_to_save_are_within_reach(bases):
     whole, _ = seen(bases, "mixtral")
     layers, _ = seen(bases, "mixtral", modules_to_save=["mlp.gate"])
     assert layers.trainable == whole.trainable + whole.out_of_reach["gate.weight"]
     assert layers.out_of_reach == {k: v for k, v in whole.out_of_reach.items() if k != "gate.weight"}
 
 
-def test_a_share_below_one_percent_is_counted_without_a_warning(bases):
+def test_share_below_one_percent_is_counted_without_a_warning(bases):
     layers, warnings = seen(bases, "granitemoehybrid", modules_to_save=["experts"])
     assert layers.out_of_reach == {"conv1d.weight": 640, "router.weight": 512}
     assert warnings == []
@@ -131,18 +131,18 @@ def test_a_share_below_one_percent_is_counted_without_a_warning(bases):
 def test_check_and_train_warn(bases, tmp_path, capfd, monkeypatch, family, quant):
     monkeypatch.chdir(tmp_path)
     cfg = settings(bases, family)
-    words = ["model=local", f"model.path={bases / family}", f"data.path={cfg.data.path}", f"quant={quant}",
+    overrides = ["model=local", f"model.path={bases / family}", f"data.path={cfg.data.path}", f"quant={quant}",
              "train.max_steps=2", "train.samples=0", "adapter.r=4", "adapter.lora_alpha=8"]  # fmt: skip
     _, expected = seen(bases, family, quant)
-    assert call("check", *words) == 0
+    assert call("check", *overrides) == 0
     page = " ".join(capfd.readouterr().out.split())
-    assert call("train", *words, "hydra.run.dir=run") == 0
-    said = " ".join(capfd.readouterr().err.split())
+    assert call("train", *overrides, "hydra.run.dir=run") == 0
+    shown = " ".join(capfd.readouterr().err.split())
     log = Path("run/log.txt").read_text()
     kept = json.loads(Path("run/check.json").read_text())
     assert len(expected) == 1 + (quant != "none")
     for warning in expected:
         assert f"! {warning}" in page
-        assert warning in said and warning in log
+        assert warning in shown and warning in log
         assert warning in kept["warnings"]
     assert sum(kept["layers"]["out_of_reach"].values()) == expert_weights(bases, family)[0]

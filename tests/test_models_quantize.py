@@ -1,4 +1,4 @@
-"""Quantized bases: the layers that should be, with the values that NF4, FP4 and int8 define, unchanged by use."""
+"""Quantized bases: the planned layers are quantized, their values follow the definitions, and use changes nothing."""
 
 import math
 from pathlib import Path
@@ -19,7 +19,7 @@ bnb = quantize.import_bitsandbytes()
 KINDS = ("int8", "nf4", "fp4")
 IDS = torch.tensor([[5, 300, 7, 44, 511, 20]])
 
-# Layer names per block, written out: the plan must not be computed by what it tests.
+# Layer names per block, listed so that the test does not depend on the tested code.
 LLAMA = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
 PLANS = {
     "llama": [f"model.layers.{i}.{part}" for i in (0, 1) for part in LLAMA],
@@ -49,7 +49,7 @@ def base_of(folder: Path, kind: str, **settings) -> load.Base:
 @pytest.mark.closes("B04")
 @pytest.mark.parametrize(("family", "kind", "tie"), [(f, k, (i + j) % 2 == 0) for i, f in enumerate(FAMILIES)
                                                      for j, k in enumerate(KINDS)])  # fmt: skip
-def test_every_linear_layer_but_the_head_is_quantized_and_nothing_else(tmp_path, family, kind, tie):
+def test_only_linear_layers_except_the_head_are_quantized(tmp_path, family, kind, tie):
     base = base_of(tiny_folder(tmp_path, family, tie=tie), kind)
     assert sorted(base.quantized) == sorted(PLANS[family])
     small = {torch.int8} if kind == "int8" else {torch.uint8}
@@ -64,7 +64,7 @@ def test_every_linear_layer_but_the_head_is_quantized_and_nothing_else(tmp_path,
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_gradients_are_those_of_a_model_with_the_dequantized_weights(tmp_path, family, kind):
+def test_quantized_model_equals_a_model_with_the_dequantized_weights(tmp_path, family, kind):
     base = base_of(tiny_folder(tmp_path, family), kind)
     plain = tiny_model(family)
     for name in base.quantized:
@@ -106,7 +106,7 @@ def test_dequantized_weights_follow_the_published_levels_and_block_scales(tmp_pa
 
 
 def by_bitsandbytes(weight: torch.Tensor, blocksize: int, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kernel that ours stands in for on the CPU."""
+    """Call bitsandbytes' own kernel, which ours replaces on the CPU."""
     key = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
     return torch.ops.bitsandbytes.quantize_4bit.default.redispatch(key, weight, blocksize, kind, torch.uint8)
 
@@ -120,7 +120,7 @@ def by_bitsandbytes(weight: torch.Tensor, blocksize: int, kind: str) -> tuple[to
     scale=st.sampled_from([0.0, 1e-30, 1e-3, 1.0, 1e4]),
     seed=st.integers(0, 9),
 )
-def test_our_kernel_gives_the_bits_that_bitsandbytes_gives(shape, dtype, kind, blocksize, scale, seed):
+def test_quantize_4bit_gives_the_bits_of_bitsandbytes(shape, dtype, kind, blocksize, scale, seed):
     weight = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
     ours, theirs = (
         quantize.quantize_4bit(weight, blocksize, kind, torch.uint8),
@@ -131,7 +131,7 @@ def test_our_kernel_gives_the_bits_that_bitsandbytes_gives(shape, dtype, kind, b
     assert all(torch.equal(a, b) for a, b in zip(ours, registered, strict=True))
 
 
-def test_values_on_the_border_between_two_levels_go_where_bitsandbytes_puts_them():
+def test_values_between_two_levels_are_rounded_as_bitsandbytes_does():
     for kind, levels in (("nf4", NF4), ("fp4", FP4)):
         ordered = torch.tensor(levels).sort().values
         middle = (ordered[:-1] + ordered[1:]) / 2
@@ -146,7 +146,7 @@ def test_values_on_the_border_between_two_levels_go_where_bitsandbytes_puts_them
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_using_a_quantized_base_leaves_its_bytes_alone(tmp_path, family, kind):
+def test_using_a_quantized_base_does_not_change_its_bytes(tmp_path, family, kind):
     # bitsandbytes would repack 4-bit weights at the first inference, and cast biases to the dtype of products.
     compute = {} if kind == "int8" else {"compute_dtype": config.Dtype.bfloat16}
     base = base_of(tiny_folder(tmp_path, family), kind, **compute)
@@ -164,7 +164,7 @@ def test_using_a_quantized_base_leaves_its_bytes_alone(tmp_path, family, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_loading_twice_gives_the_same_bytes_and_scales_count(tmp_path, kind):
+def test_loading_twice_gives_the_same_fingerprint_which_includes_the_scales(tmp_path, kind):
     folder = tiny_folder(tmp_path, "llama")
     base = base_of(folder, kind)
     before = fingerprint(base.model)
@@ -175,7 +175,7 @@ def test_loading_twice_gives_the_same_bytes_and_scales_count(tmp_path, kind):
     assert fingerprint(base.model) != before
 
 
-def test_inference_in_float32_is_not_done_in_bfloat16_behind_the_back(tmp_path):
+def test_inference_in_float32_does_not_compute_in_bfloat16(tmp_path):
     base = base_of(tiny_folder(tmp_path, "llama"), "nf4")
     layer = base.model.get_submodule(base.quantized[0])
     inputs = torch.randn(3, 64)
@@ -185,7 +185,7 @@ def test_inference_in_float32_is_not_done_in_bfloat16_behind_the_back(tmp_path):
     assert (found - expected).norm() < 1e-6 * expected.norm()
 
 
-def test_the_compute_dtype_is_the_models_unless_another_is_asked_for(tmp_path):
+def test_compute_dtype_defaults_to_the_models_dtype(tmp_path):
     folder = tiny_folder(tmp_path, "llama")
     for settings_, expected in (({}, torch.float32), ({"compute_dtype": config.Dtype.bfloat16}, torch.bfloat16),
                                 ({"dtype": config.Dtype.bfloat16}, torch.bfloat16)):  # fmt: skip
@@ -193,25 +193,25 @@ def test_the_compute_dtype_is_the_models_unless_another_is_asked_for(tmp_path):
         assert base.model.get_submodule(base.quantized[0]).compute_dtype is expected
 
 
-def test_added_tokens_go_with_quantized_layers(tmp_path):
+def test_added_tokens_work_with_quantized_layers(tmp_path):
     base = base_of(tiny_folder(tmp_path, "llama"), "nf4", added_tokens=["<think>"])
     assert sorted(base.quantized) == sorted(PLANS["llama"])
     assert base.model(torch.tensor([[512]])).logits.shape[-1] == 513
 
 
 @pytest.mark.closes("B04")
-def test_a_quantized_head_or_a_layer_left_out_is_an_error_that_names_it(tmp_path):
+def test_quantized_head_or_unquantized_layer_is_an_error_that_names_it(tmp_path):
     folder = tiny_folder(tmp_path, "llama")
-    # What a skip list of one's own does in transformers: its default list, with lm_head, is forgotten.
+    # A skip list replaces transformers' default list, which contains lm_head.
     settings_ = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["model.layers.1.mlp.up_proj"])
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings_, device_map={"": "cpu"})
-    with pytest.raises(ConfigError, match=r"left out \['model\.layers\.1\.mlp\.up_proj'\].*beyond it \['lm_head'\]"):
+    with pytest.raises(ConfigError, match=r"missing \['model\.layers\.1\.mlp\.up_proj'\].*unexpected \['lm_head'\]"):
         quantize.check_plan(model)
 
 
 @pytest.mark.closes("B06")
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_kernel_that_computes_wrong_products_is_found_when_the_base_loads(tmp_path, kind, monkeypatch):
+def test_kernel_that_computes_wrong_products_is_found_when_the_base_loads(tmp_path, kind, monkeypatch):
     folder = tiny_folder(tmp_path, "gpt2")
     layer = bnb.nn.Linear8bitLt if kind == "int8" else bnb.nn.Linear4bit
     right = layer.forward
@@ -221,15 +221,17 @@ def test_a_kernel_that_computes_wrong_products_is_found_when_the_base_loads(tmp_
             base_of(folder, kind)
 
 
-def test_memory_that_runs_out_while_quantizing_is_named_as_such(tmp_path, monkeypatch):
+def test_out_of_memory_while_quantizing_is_an_error_that_names_it(tmp_path, monkeypatch):
     def run_out(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     folder = tiny_folder(tmp_path, "llama")
     monkeypatch.setattr(bnb.functional, "quantize_4bit", run_out)
-    with pytest.raises(ResourceError, match="llama cannot be quantized on cpu, most often for lack of memory"):
+    with pytest.raises(
+        ResourceError, match="llama cannot be quantized on cpu; the most common reason is lack of memory"
+    ):
         base_of(folder, "nf4")
 
 
-def test_an_unquantized_load_leaves_bitsandbytes_out(tmp_path):
+def test_unquantized_load_does_not_configure_bitsandbytes(tmp_path):
     assert quantize.bitsandbytes_config(config.Quant(), torch.float32) is None

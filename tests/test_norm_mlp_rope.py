@@ -1,10 +1,11 @@
-"""Norms, activations and rotations that keep less: their values, gradients, recipes, and what they keep."""
+"""Norms, activations and rotations that keep less: values, gradients, recipes and saved tensors."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from accelerated import relative
 from torch import Tensor
 from torch.nn import functional
 from transformers.models.gpt_neox import modeling_gpt_neox
@@ -26,13 +27,8 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    found, expected = found.detach().double(), expected.detach().double()
-    return float((found - expected).norm() / expected.norm())
-
-
 def kept(function: Callable[[], Tensor]) -> set[int]:
-    """Addresses of the storages that the backward of `function` will need."""
+    """Return the addresses of the storages that `function` saves for its backward."""
     addresses: set[int] = set()
 
     def pack(tensor: Tensor) -> Tensor:
@@ -49,7 +45,7 @@ def addresses(*tensors: Tensor) -> set[int]:
 
 
 def angles(tokens: int, width: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """cos and sin [1, T, width] of two packed documents, both halves alike, as a model's rotary embedding gives."""
+    """Return cos and sin [1, T, width] of two packed documents, with equal halves as in a model's rotary embedding."""
     positions = torch.cat([torch.arange(tokens // 2), torch.arange(tokens - tokens // 2)])
     turns = positions[:, None] / 10 ** (torch.arange(width // 2) / width)
     both = torch.cat((turns, turns), dim=-1)[None]
@@ -58,7 +54,7 @@ def angles(tokens: int, width: int, dtype: torch.dtype = torch.float32) -> tuple
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weight_dtype", [torch.float32, None])
-def test_the_rms_norm_is_that_of_transformers_bit_for_bit(dtype: torch.dtype, weight_dtype: torch.dtype | None) -> None:
+def test_rms_norm_equals_transformers_bit_for_bit(dtype: torch.dtype, weight_dtype: torch.dtype | None) -> None:
     x, norm = random(3, 7, WIDTH, dtype=dtype), modeling_llama.LlamaRMSNorm(WIDTH, EPS)
     norm.weight.data = random(WIDTH, dtype=weight_dtype or dtype, seed=1)
     norm.requires_grad_(False)
@@ -70,7 +66,7 @@ def test_the_rms_norm_is_that_of_transformers_bit_for_bit(dtype: torch.dtype, we
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float64, 1e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
-def test_the_gradient_of_the_rms_norm_is_near_float64(dtype: torch.dtype, bound: float, scale: float) -> None:
+def test_gradient_of_rms_norm_is_close_to_float64(dtype: torch.dtype, bound: float, scale: float) -> None:
     x, weight, dy = (random(*s, dtype=dtype, seed=n) for n, s in enumerate([(5, 9, WIDTH), (WIDTH,), (5, 9, WIDTH)]))
     x = (x * scale).requires_grad_()
     exact = x.detach().double().requires_grad_()
@@ -83,7 +79,7 @@ def test_the_gradient_of_the_rms_norm_is_near_float64(dtype: torch.dtype, bound:
     assert relative(found, plain) < bound
 
 
-def test_the_rms_norm_keeps_its_input_and_a_number_a_row() -> None:
+def test_rms_norm_keeps_its_input_and_one_number_per_row() -> None:
     x, weight = random(6, WIDTH).requires_grad_(), random(WIDTH)
     y = rms_norm(x, weight, EPS)
     recipe = recipe_of(y)
@@ -92,17 +88,17 @@ def test_the_rms_norm_keeps_its_input_and_a_number_a_row() -> None:
     assert reciprocal_rms is not None and reciprocal_rms.shape == (6, 1)
     found = {id(t) for t in recipe.tensors}
     assert found == {id(x), id(reciprocal_rms), id(weight)}
-    # The norm's own record holds nothing more: the row numbers are the ones of the recipe.
+    # The autograd node saves nothing else, and shares the numbers per row with the recipe.
     assert {t.data_ptr() for t in y.grad_fn.saved_tensors} == addresses(x, weight, reciprocal_rms)
 
 
-def test_the_rms_norm_refuses_a_weight_that_trains() -> None:
+def test_rms_norm_refuses_a_weight_that_trains() -> None:
     with pytest.raises(ValueError, match="weight"):
         rms_norm(random(2, WIDTH), random(WIDTH).requires_grad_(), EPS)
 
 
 @pytest.mark.parametrize("affine", [False, True])
-def test_the_layer_norm_is_that_of_torch_and_keeps_no_output(affine: bool) -> None:
+def test_layer_norm_equals_torchs_and_keeps_no_output(affine: bool) -> None:
     x = random(6, WIDTH).requires_grad_()
     weight, bias = (random(WIDTH, seed=1), random(WIDTH, seed=2)) if affine else (None, None)
     y = layer_norm(x, weight, bias, EPS)
@@ -111,7 +107,7 @@ def test_the_layer_norm_is_that_of_torch_and_keeps_no_output(affine: bool) -> No
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_swiglu_is_its_definition_bit_for_bit_and_keeps_two_tensors(dtype: torch.dtype) -> None:
+def test_swiglu_equals_its_definition_bit_for_bit_and_keeps_two_tensors(dtype: torch.dtype) -> None:
     gate, up = (random(5, WIDTH, dtype=dtype, seed=n).requires_grad_() for n in (0, 1))
     assert torch.equal(swiglu(gate, up), swiglu_plain(gate, up))
     dy = random(5, WIDTH, dtype=dtype, seed=2)
@@ -130,7 +126,7 @@ def test_swiglu_passes_gradcheck(frozen: str) -> None:
     assert torch.autograd.gradcheck(swiglu, tuple(tensors.values()))
 
 
-def test_swiglu_takes_large_values_as_the_definition_does() -> None:
+def test_swiglu_equals_its_definition_for_large_values() -> None:
     gate = torch.tensor([-1e4, -100.0, -0.0, 0.0, 100.0, 1e4, float("inf")]).requires_grad_()
     up = torch.ones(7)
     (found,) = torch.autograd.grad(swiglu(gate, up).sum(), gate)
@@ -140,7 +136,7 @@ def test_swiglu_takes_large_values_as_the_definition_does() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [16, 8])
-def test_the_rotation_is_that_of_transformers_bit_for_bit(dtype: torch.dtype, width: int) -> None:
+def test_rotation_equals_transformers_bit_for_bit(dtype: torch.dtype, width: int) -> None:
     q, k = (random(1, 9, heads, 16, dtype=dtype, seed=heads).transpose(1, 2).requires_grad_() for heads in (4, 2))
     cos, sin = angles(9, width, dtype)
     modeling: Any = modeling_llama if width == 16 else modeling_gpt_neox
@@ -154,14 +150,14 @@ def test_the_rotation_is_that_of_transformers_bit_for_bit(dtype: torch.dtype, wi
 
 
 @pytest.mark.parametrize("width", [6, 4])
-def test_the_rotation_passes_gradcheck_with_halves_that_differ(width: int) -> None:
+def test_rotation_passes_gradcheck_with_different_halves(width: int) -> None:
     x = random(2, 3, 5, 6, dtype=torch.float64).requires_grad_()
     cos, sin = (random(2, 5, width, dtype=torch.float64, seed=n) for n in (1, 2))
     assert torch.autograd.gradcheck(lambda x: rotate(x, cos, sin), (x,))
     assert torch.equal(rotate(x, cos, sin), rotate_plain(x, cos, sin))
 
 
-def test_the_rotation_keeps_the_angles_only() -> None:
+def test_rotation_keeps_only_the_angles() -> None:
     x = random(1, 5, 3, 8).transpose(1, 2).requires_grad_()
     cos, sin = angles(5, 8)
     assert kept(lambda: rotate(x, cos, sin)) == addresses(cos, sin)
@@ -181,8 +177,8 @@ def test_the_rotation_keeps_the_angles_only() -> None:
     ],
     ids=["rms_norm", "layer_norm", "layer_norm without weights", "swiglu", "gelu tanh", "gelu erf"],
 )
-def test_a_recipe_makes_the_tensor_again_bit_for_bit(form: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
-    # Rows beyond what one thread takes, and a width that fills no vector.
+def test_recipe_computes_the_tensor_again_bit_for_bit(form: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    # More rows than one thread takes, and a width that is not a multiple of a vector register.
     y = form(random(2000, WIDTH, dtype=dtype).requires_grad_())
     recipe = recipe_of(y)
     assert recipe is not None
@@ -192,8 +188,8 @@ def test_a_recipe_makes_the_tensor_again_bit_for_bit(form: Callable[[Tensor], Te
     assert again.data_ptr() != y.data_ptr()
 
 
-def test_a_recipe_is_void_once_what_it_is_made_of_was_written_to() -> None:
-    """The norm itself would not notice where its input needs no gradient, as in the first layer."""
+def test_recipe_is_invalid_after_its_input_was_modified() -> None:
+    """Autograd does not notice this if the input requires no gradient, as in the first layer."""
     x = random(3, 8)
     y = rms_norm(x, random(8), EPS)
     assert recipe_of(y) is not None
@@ -201,7 +197,7 @@ def test_a_recipe_is_void_once_what_it_is_made_of_was_written_to() -> None:
     assert recipe_of(y) is None
 
 
-def test_a_recipe_belongs_to_one_tensor_as_it_was() -> None:
+def test_recipe_belongs_to_one_unmodified_tensor() -> None:
     x = random(4, 6)
     y = with_recipe(x.clone(), torch.clone, x)
     assert recipe_of(y) is not None
@@ -222,8 +218,8 @@ def test_a_recipe_belongs_to_one_tensor_as_it_was() -> None:
     ],
     ids=["rms_norm", "swiglu", "rotate", "loss", "attention"],
 )
-def test_a_second_derivative_is_refused(form: Callable[[Tensor], Tensor]) -> None:
-    """The row numbers are constants to autograd: a gradient of the gradient would be wrong in silence."""
+def test_second_derivative_is_refused(form: Callable[[Tensor], Tensor]) -> None:
+    """Saved intermediate values are constants to autograd, so a second derivative would be silently wrong."""
     x = random(1, 2, 5, 8).requires_grad_()
     (gradient,) = torch.autograd.grad(form(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -231,7 +227,7 @@ def test_a_second_derivative_is_refused(form: Callable[[Tensor], Tensor]) -> Non
 
 
 @pytest.mark.parametrize("form", [lambda x: rms_norm(x, random(8), EPS), lambda x: swiglu(x, x.detach())])
-def test_an_input_that_was_written_to_is_noticed(form: Callable[[Tensor], Tensor]) -> None:
+def test_modified_input_is_an_error_in_the_backward(form: Callable[[Tensor], Tensor]) -> None:
     x = random(3, 8).requires_grad_() * 1
     y = form(x)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The seam for objectives: a toy one over pairs of documents, on the trainer and the commands as they are."""
+"""The interface of objectives: a toy objective over pairs of documents, in the unchanged trainer and commands."""
 
 import json
 from dataclasses import replace
@@ -24,7 +24,7 @@ from lora_ft.training.state import TrainingState
 
 
 class Preference:
-    """Toy objective: an answer is to be likelier than its tokens in reverse. 12 lines of code, and one in the table."""
+    """Toy objective: an answer should be likelier than its tokens in reverse order."""
 
     model_class, task_type = Sft.model_class, Sft.task_type
 
@@ -49,7 +49,7 @@ def preference(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def answers(rows: range) -> list[Example]:
-    """Examples whose answers stand at the end."""
+    """Return examples whose answers are at the end."""
     found = zip(rows, some_rows(rows.stop), strict=False)
     return [replace(e, supervised=np.arange(len(e.ids)) >= 2, row=row) for row, e in found]
 
@@ -67,7 +67,7 @@ def preference_state(folder: Path, family: str = "llama", **train: object) -> Tr
 
 
 def plain_loop(state: TrainingState, family: str) -> torch.Tensor:
-    """Train the same pairs with PEFT and torch alone: one document in a forward pass, the mean over pairs."""
+    """Train the same pairs with PEFT and torch only: one document per forward pass, the mean over pairs."""
     settings = state.model.peft_config["default"]
     model = get_peft_model(
         tiny_model(family, dtype=torch.float64),
@@ -92,7 +92,7 @@ def plain_loop(state: TrainingState, family: str) -> torch.Tensor:
             for a, b in pairs
         ]
         optimizer.zero_grad()
-        sum(losses).backward()  # divided afterwards, as llama's norms round the gradient to float32 on its way
+        sum(losses).backward()  # divided afterwards: llama's norms round gradients to float32
         for parameter in parameters.values():
             parameter.grad /= len(losses)
         optimizer.step()
@@ -102,7 +102,7 @@ def plain_loop(state: TrainingState, family: str) -> torch.Tensor:
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize("train", [{}, {"tokens_per_microbatch": 60}, {"packing": False}], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_toy_objective_with_pairs_learns_what_a_plain_loop_learns(family: str, train: dict, tmp_path: Path) -> None:
+def test_a_pair_objective_matches_a_plain_training_loop(family: str, train: dict, tmp_path: Path) -> None:
     state = preference_state(tmp_path, family, **train)
     found = trained(state)
     expected = plain_loop(state, family)
@@ -113,9 +113,7 @@ def test_a_toy_objective_with_pairs_learns_what_a_plain_loop_learns(family: str,
     assert {0, 5} == {line["step"] for line in lines if "eval_accuracy" in line}
 
 
-def test_both_documents_of_a_pair_are_always_in_one_micro_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_both_documents_of_a_pair_are_in_one_micro_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Batch] = []
     plain = Preference.loss
     monkeypatch.setattr(Preference, "loss", lambda self, model, batch, paths: (
@@ -131,7 +129,7 @@ def test_both_documents_of_a_pair_are_always_in_one_micro_batch(
         assert [state.examples[i].group for i in step[::2]] == [state.examples[i].group for i in step[1::2]]
 
 
-def test_the_commands_take_the_objective_by_its_name(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_commands_take_the_objective_by_name(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     base, rows, run = tiny_folder(tmp_path, "llama"), tmp_path / "rows.jsonl", tmp_path / "run"
     rows.write_text("".join(json.dumps({"prompt": f"What is {n}?", "completion": f"{n} is a number."}) + "\n"
                             for n in range(20)))  # fmt: skip
@@ -148,13 +146,13 @@ def test_the_commands_take_the_objective_by_its_name(tmp_path: Path, capfd: pyte
     assert "objective.name must be one of sft, preference, got preferences" in capfd.readouterr().err
 
 
-def test_an_unknown_objective_is_refused_with_the_known_ones() -> None:
+def test_an_unknown_objective_is_refused_with_the_choices() -> None:
     with pytest.raises(ConfigError, match="must be one of sft, preference, got dpo"):
         objectives.find(config.Objective("dpo"))
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_document_sums_add_up_to_the_sum_of_the_batch(fast: bool, tmp_path: Path) -> None:
+def test_document_loss_sums_add_up_to_the_batch_loss_sum(fast: bool, tmp_path: Path) -> None:
     state = state_on(tiny_model("llama", dtype=torch.float64), tmp_path, fast=fast)
     ids = torch.randint(4, VOCABULARY, (20,), generator=torch.Generator().manual_seed(0))
     positions = torch.cat([torch.arange(n) for n in (9, 4, 7)])

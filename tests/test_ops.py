@@ -1,4 +1,4 @@
-"""Every fast path against its plain twin and against float64."""
+"""Packed losses: fast paths equal plain paths, and packed documents equal single documents."""
 
 import dataclasses
 from itertools import pairwise
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerated import relative
 from tiny import FAMILIES, VOCABULARY, tiny_folder, tiny_model
 from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
@@ -28,7 +29,7 @@ LENGTHS = (9, 1, 17, 4)
 
 
 def packed(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> Batch:
-    """Random documents of these lengths; every second position is supervised, the last of a document never."""
+    """Return random documents of these lengths; every second position is supervised, never the last of a document."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(4, VOCABULARY, (sum(lengths),), generator=generator)
     positions = torch.cat([torch.arange(n) for n in lengths])
@@ -39,8 +40,8 @@ def packed(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> Batch:
     return Batch(ids, positions, targets, starts)
 
 
-def alone(batch: Batch) -> list[Batch]:
-    """The documents of a batch, each as a batch of its own."""
+def single(batch: Batch) -> list[Batch]:
+    """Return the documents of a batch with more than one token, each as a batch."""
     spans = pairwise(batch.starts)
     return [Batch(batch.ids[a:b], batch.positions[a:b], batch.targets[a:b], [0, b - a]) for a, b in spans if b - a > 1]
 
@@ -51,20 +52,16 @@ def gradients(model: torch.nn.Module) -> Tensor:
     return found
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
-
-
 @pytest.mark.closes("A10")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_documents_learn_what_documents_alone_learn(family: str) -> None:
-    """Loss and every gradient of the base, in float64, fast and plain: no token sees another document (A10)."""
+def test_packed_documents_have_the_loss_and_gradients_of_single_documents(family: str) -> None:
+    """All gradients of the base in float64, fast and plain."""
     model = tiny_model(family, dtype=torch.float64)
     batch = packed()
     seen = []
-    for fast, batches in ((FAST, [batch]), (PLAIN, [batch]), (PLAIN, alone(batch)), (FAST, alone(batch))):
+    for fast, batches in ((FAST, [batch]), (PLAIN, [batch]), (PLAIN, single(batch)), (FAST, single(batch))):
         paths = accelerate(model, fast).paths
-        # A trained head takes the plain loss; freezing it lets the chunked one run.
+        # A head that trains uses the plain loss; a frozen one uses the chunked loss.
         model.get_output_embeddings().requires_grad_(fast is PLAIN)
         loss = sum(token_loss_sum(model, b, paths) for b in batches)
         loss.backward()
@@ -75,8 +72,8 @@ def test_packed_documents_learn_what_documents_alone_learn(family: str) -> None:
         assert relative(gradient, seen[0][1]) < 1e-12
 
 
-def test_unpacked_attention_would_be_noticed() -> None:
-    """The comparison above can fail: ignoring the boundaries changes the loss."""
+def test_ignored_document_boundaries_change_the_loss() -> None:
+    """So the comparison above can fail."""
     model = tiny_model("llama", dtype=torch.float64)
     batch, paths = packed(), accelerate(tiny_model("llama", dtype=torch.float64), FAST).paths
     accelerate(model, FAST)
@@ -85,8 +82,8 @@ def test_unpacked_attention_would_be_noticed() -> None:
 
 
 @pytest.mark.closes("A10")
-def test_a_model_that_lets_packed_documents_see_each_other_gets_one_row_at_a_time() -> None:
-    """OPT does over a dense mask: only alone do its documents get the loss that is theirs (A10)."""
+def test_opt_without_packed_attention_gets_one_row_at_a_time() -> None:
+    """With a dense mask, packed documents of OPT see each other."""
     config_ = OPTConfig(vocab_size=VOCABULARY, hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4,
                         max_position_embeddings=64, word_embed_proj_dim=64, dropout=0.0)  # fmt: skip
     torch.manual_seed(0)
@@ -95,22 +92,22 @@ def test_a_model_that_lets_packed_documents_see_each_other_gets_one_row_at_a_tim
     made = accelerate(model, PLAIN)
     paths = made.paths
     assert not (paths.packs or paths.passes_starts or paths.supervised_rows_only)
-    assert "packing off, one row in a forward pass: packed documents see each other" in made.reasons
+    assert "packing off, one row per forward pass: packed documents see each other" in made.reasons
     assert model.config._attn_implementation == implementation
     batch = packed()
-    apart = sum(token_loss_sum(model, b, paths).detach() for b in alone(batch))
+    separate = sum(token_loss_sum(model, b, paths).detach() for b in single(batch))
     leaking = token_loss_sum(model, batch, dataclasses.replace(paths, packs=True)).detach()
-    assert relative(leaking, apart) > 1e-4
-    assert relative(token_loss_sum(model, batch, paths).detach(), apart) < 1e-13
-    rows = [Example(b.ids.numpy().astype(np.int32), np.roll(b.targets.numpy() >= 0, 1), "here") for b in alone(batch)]
+    assert relative(leaking, separate) > 1e-4
+    assert relative(token_loss_sum(model, batch, paths).detach(), separate) < 1e-13
+    rows = [Example(b.ids.numpy().astype(np.int32), np.roll(b.targets.numpy() >= 0, 1), "here") for b in single(batch)]
     assert eval_loss(model, Sft().loss, rows, paths, 1000).loss == pytest.approx(
-        float(apart) / sum(int((b.targets >= 0).sum()) for b in alone(batch)), rel=1e-13
+        float(separate) / sum(int((b.targets >= 0).sum()) for b in single(batch)), rel=1e-13
     )
 
 
 @pytest.mark.parametrize("takes_attention", [True, False])
 @pytest.mark.parametrize("takes_loss", [True, False])
-def test_each_switch_turns_off_its_own_path_and_says_so(takes_attention: bool, takes_loss: bool) -> None:
+def test_each_switch_turns_off_its_path_and_is_logged(takes_attention: bool, takes_loss: bool) -> None:
     model = tiny_model("llama")
     made = accelerate(model, dataclasses.replace(PLAIN, attention=takes_attention, loss=takes_loss))
     paths = made.paths
@@ -124,10 +121,10 @@ def test_each_switch_turns_off_its_own_path_and_says_so(takes_attention: bool, t
 
 
 @pytest.mark.parametrize(("head_dim", "width"), [(32, 32), (None, 16)])
-def test_the_kernel_is_chosen_for_the_width_of_a_head(
+def test_kernel_is_chosen_for_the_width_of_a_head(
     head_dim: int | None, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """64 numbers and 4 heads make 16 each, where the model does not say otherwise."""
+    """Without head_dim in the config, 64 columns and 4 heads give a width of 16."""
     model, asked = tiny_model("llama"), []
     model.config.head_dim = head_dim
     monkeypatch.setattr(attention, "choose_kernel", lambda *a: asked.append(a) or ("kernel", "reason"))
@@ -137,7 +134,7 @@ def test_the_kernel_is_chosen_for_the_width_of_a_head(
 
 @pytest.mark.parametrize("settings", [{"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}])
 @pytest.mark.parametrize("fast", [FAST, PLAIN])
-def test_a_head_whose_adapter_is_off_gives_the_bits_of_the_base(settings: dict, fast: config.Fast) -> None:
+def test_head_with_its_adapter_off_gives_the_bits_of_the_base(settings: dict, fast: config.Fast) -> None:
     batch, bare = packed(), tiny_model("llama").requires_grad_(False)
     expected = token_loss_sum(bare, batch, accelerate(bare, fast).paths)
     model = attach.attach(tiny_model("llama").requires_grad_(False), config.Adapter(r=2, **settings), "first", 1, [])
@@ -153,7 +150,7 @@ def test_a_head_whose_adapter_is_off_gives_the_bits_of_the_base(settings: dict, 
         assert token_loss_sum(base, batch, accelerate(base, fast).paths) == expected
 
 
-def test_a_frozen_base_makes_no_noise() -> None:
+def test_switch_off_dropout_makes_training_mode_deterministic() -> None:
     for family in FAMILIES:
         model = tiny_model(family).train()
         model.config.attention_dropout = 0.3
@@ -168,7 +165,7 @@ def test_a_frozen_base_makes_no_noise() -> None:
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_dequantized_weights_give_the_same_bits_and_are_given_back(
+def test_dequantized_weights_give_the_same_bits_and_are_restored(
     family: str, kind: str, double: bool, tmp_path: Path
 ) -> None:
     quant = config.Quant(kind=config.QuantKind[kind], double=double)

@@ -1,4 +1,4 @@
-"""The flat optimizer against torch's own over separate parameters; the schedules against their closed forms."""
+"""The flat optimizer against torch's AdamW on separate parameters; learning rate schedules against closed forms."""
 
 import math
 
@@ -25,11 +25,11 @@ def parameters(dtype: torch.dtype = torch.float64) -> dict[str, nn.Parameter]:
 
 
 @pytest.mark.parametrize("ratio", [1.0, 16.0])
-def test_flat_steps_equal_steps_over_separate_parameters(ratio: float) -> None:
-    """AdamW with decay, clipping and LoRA+ groups, ten steps, in float64."""
+def test_flat_optimizer_matches_adamw_on_separate_parameters(ratio: float) -> None:
+    """Ten steps of AdamW in float64 with weight decay, clipping and LoRA+ groups."""
     optim = config.Optim(lr=0.01, weight_decay=0.1, lora_plus_ratio=ratio, max_grad_norm=0.5)
-    flat_ones, separate = parameters(), parameters()
-    flat = optimizers.flatten(flat_ones)
+    in_flat, separate = parameters(), parameters()
+    flat = optimizers.flatten(in_flat)
     ours = optimizers.build(flat, optim)
     vector = NAMES[-1]
     groups = [
@@ -41,8 +41,8 @@ def test_flat_steps_equal_steps_over_separate_parameters(ratio: float) -> None:
     for step in range(10):
         flat.gradients.zero_()
         theirs.zero_grad()
-        for ones in (flat_ones, separate):
-            sum((p * math.sin(step + i)).pow(3).sum() for i, p in enumerate(ones.values())).backward()
+        for group in (in_flat, separate):
+            sum((p * math.sin(step + i)).pow(3).sum() for i, p in enumerate(group.values())).backward()
         norm = optimizers.clip(flat.gradients, optim.max_grad_norm)
         expected = nn.utils.clip_grad_norm_(list(separate.values()), optim.max_grad_norm)
         assert norm == pytest.approx(float(expected), rel=1e-13)
@@ -50,26 +50,26 @@ def test_flat_steps_equal_steps_over_separate_parameters(ratio: float) -> None:
         ours.step()
         theirs.step()
     for name in NAMES:
-        torch.testing.assert_close(flat_ones[name], separate[name], rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(in_flat[name], separate[name], rtol=1e-12, atol=1e-14)
 
 
-def test_parameters_are_views_of_the_flat_tensor_and_keep_their_values() -> None:
-    ones, copies = parameters(), parameters()
-    flat = optimizers.flatten(ones)
-    assert all(torch.equal(ones[n], copies[n]) for n in NAMES)
+def test_parameters_become_views_of_the_flat_tensor_with_equal_values() -> None:
+    tensors, copies = parameters(), parameters()
+    flat = optimizers.flatten(tensors)
+    assert all(torch.equal(tensors[n], copies[n]) for n in NAMES)
     flat.values.zero_()
-    assert all(p.abs().sum() == 0 for p in ones.values())
-    assert flat.values.numel() == sum(p.numel() for p in ones.values())
+    assert all(p.abs().sum() == 0 for p in tensors.values())
+    assert flat.values.numel() == sum(p.numel() for p in tensors.values())
 
 
-def test_a_gradient_within_the_bound_is_left_alone_and_zero_means_no_bound() -> None:
+def test_clip_keeps_gradients_below_the_limit_and_zero_disables_it() -> None:
     gradients = torch.tensor([3.0, 4.0])
     assert optimizers.clip(gradients, 6.0) == 5.0
     assert optimizers.clip(gradients, 0.0) == 5.0
     assert gradients.tolist() == [3.0, 4.0]
 
 
-def test_a_gradient_that_is_not_finite_is_reported_and_not_spread() -> None:
+def test_clip_reports_nonfinite_gradients_without_changing_them() -> None:
     gradients = torch.tensor([float("inf"), 4.0])
     assert optimizers.clip(gradients, 1.0) == math.inf
     assert gradients.tolist() == [math.inf, 4.0]
@@ -77,14 +77,14 @@ def test_a_gradient_that_is_not_finite_is_reported_and_not_spread() -> None:
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw"])
 @pytest.mark.filterwarnings("ignore:.*[Pp]aged.*")
-def test_bitsandbytes_optimizers_lower_a_loss(name: str) -> None:
-    ones = {n: nn.Parameter(torch.randn(80, 80)) for n in NAMES[:2]}
-    flat = optimizers.flatten(ones)
+def test_bitsandbytes_optimizers_lower_the_loss(name: str) -> None:
+    tensors = {n: nn.Parameter(torch.randn(80, 80)) for n in NAMES[:2]}
+    flat = optimizers.flatten(tensors)
     optimizer = optimizers.build(flat, config.Optim(name=config.Optimizer[name], lr=0.05))
     losses = []
     for _ in range(20):
         flat.gradients.zero_()
-        loss = sum(p.pow(2).sum() for p in ones.values())
+        loss = sum(p.pow(2).sum() for p in tensors.values())
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -93,21 +93,21 @@ def test_bitsandbytes_optimizers_lower_a_loss(name: str) -> None:
 
 
 def steps_of(optimizer: torch.optim.Optimizer, flat: optimizers.Flat, first: int, last: int) -> None:
-    """Optimizer steps over gradients that depend on the step and on the values so far."""
+    """Take steps `first` to `last` with gradients that depend on the step and the current values."""
     for step in range(first, last):
         flat.gradients.copy_((flat.values * math.sin(step + 1)).tanh())
         optimizer.step()
 
 
 def many_small() -> dict[str, nn.Parameter]:
-    """Matrices of 1,800 numbers: bitsandbytes keeps 8-bit states for tensors of 4,096 and more only."""
+    """Return matrices of 1,800 numbers each; bitsandbytes uses 8-bit states from 4,096 numbers on."""
     generator = torch.Generator().manual_seed(0)
     names = [f"layer{i}.lora_{part}.x.weight" for i in range(4) for part in "AB"]
     return {name: nn.Parameter(torch.randn(30, 60, generator=generator)) for name in names}
 
 
 @pytest.mark.closes("B07")
-def test_small_matrices_share_8_bit_states_whose_steps_stay_near_those_in_float32() -> None:
+def test_8_bit_states_cover_small_matrices_and_stay_close_to_float32() -> None:
     moved = {}
     for name in ("adamw", "adamw_8bit"):
         flat = optimizers.flatten(many_small())
@@ -123,17 +123,17 @@ def test_small_matrices_share_8_bit_states_whose_steps_stay_near_those_in_float3
 @pytest.mark.closes("B07")
 @pytest.mark.parametrize("name", [optimizer.name for optimizer in config.Optimizer])
 @pytest.mark.filterwarnings("ignore:.*[Pp]aged.*")
-def test_an_optimizer_goes_on_to_the_bit_from_what_it_remembers(name: str) -> None:
+def test_restored_optimizer_continues_exactly(name: str) -> None:
     optim = config.Optim(name=config.Optimizer[name], lr=0.01)
     flat = optimizers.flatten(many_small())
     optimizer = optimizers.build(flat, optim)
     steps_of(optimizer, flat, 0, 5)
-    values, remembered = flat.values.clone(), {n: t.clone() for n, t in optimizers.state(optimizer).items()}
+    values, saved = flat.values.clone(), {n: t.clone() for n, t in optimizers.state(optimizer).items()}
     steps_of(optimizer, flat, 5, 10)
     again = optimizers.flatten(many_small())
     again.values.copy_(values)
     continued = optimizers.build(again, optim)
-    optimizers.restore(continued, remembered)
+    optimizers.restore(continued, saved)
     steps_of(continued, again, 5, 10)
     assert torch.equal(again.values, flat.values)
 
@@ -144,12 +144,12 @@ def rates(steps: int, **settings: object) -> list[float]:
 
 
 @pytest.mark.closes("A13")
-def test_constant() -> None:
+def test_constant_schedule_with_warmup() -> None:
     assert rates(4, schedule="constant", warmup_steps=2) == [0.5, 1.0, 1.0, 1.0]
 
 
 @pytest.mark.closes("A13")
-def test_linear_equals_transformers_after_the_warm_up() -> None:
+def test_linear_schedule_matches_transformers_after_warmup() -> None:
     from transformers import get_linear_schedule_with_warmup
 
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
@@ -159,27 +159,25 @@ def test_linear_equals_transformers_after_the_warm_up() -> None:
         expected.append(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
-    found = rates(10, schedule="linear", warmup_steps=3)
-    assert found[3:] == pytest.approx(expected[3:], rel=1e-12)
-    assert found[:3] == pytest.approx([1 / 3, 2 / 3, 1])
+    result = rates(10, schedule="linear", warmup_steps=3)
+    assert result[3:] == pytest.approx(expected[3:], rel=1e-12)
+    assert result[:3] == pytest.approx([1 / 3, 2 / 3, 1])
 
 
-def test_cosine_is_symmetric_around_its_middle() -> None:
-    found = rates(9, schedule="cosine")
-    assert found[0] == 1
-    assert all(a + b == pytest.approx(1) for a, b in zip(found[1:], reversed(found[1:]), strict=True))
+def test_cosine_schedule_is_symmetric() -> None:
+    result = rates(9, schedule="cosine")
+    assert result[0] == 1
+    assert all(a + b == pytest.approx(1) for a, b in zip(result[1:], reversed(result[1:]), strict=True))
 
 
-def test_wsd_is_flat_and_then_falls_in_its_last_part() -> None:
-    found = rates(10, schedule="wsd", decay_fraction=0.4)
-    assert found == pytest.approx([1, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+def test_wsd_schedule_is_constant_and_then_decays_linearly() -> None:
+    result = rates(10, schedule="wsd", decay_fraction=0.4)
+    assert result == pytest.approx([1, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
 
 
 @pytest.mark.parametrize("schedule", [s.name for s in config.Schedule])
 @pytest.mark.parametrize("steps", [1, 2, 7])
-def test_every_rate_lies_between_the_end_and_the_peak_and_never_rises_after_the_warm_up(
-    schedule: str, steps: int
-) -> None:
-    found = rates(steps, schedule=schedule, warmup_steps=min(2, steps), min_lr_ratio=0.1)
-    assert all(0.1 <= rate <= 1 or step < 2 for step, rate in enumerate(found))
-    assert found[2:] == sorted(found[2:], reverse=True)
+def test_rates_stay_in_range_and_never_rise_after_warmup(schedule: str, steps: int) -> None:
+    result = rates(steps, schedule=schedule, warmup_steps=min(2, steps), min_lr_ratio=0.1)
+    assert all(0.1 <= rate <= 1 or step < 2 for step, rate in enumerate(result))
+    assert result[2:] == sorted(result[2:], reverse=True)

@@ -1,4 +1,4 @@
-"""The wheel: built without a network, it holds the package and conf/, and works from another folder."""
+"""The wheel: it builds without a network, contains the package and conf/, and works from another folder."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ def relative_files(folder, pattern):
     return {path.relative_to(folder).as_posix() for path in folder.rglob(pattern)}
 
 
-def test_the_wheel_holds_the_modules_and_every_config_and_nothing_else(wheel):
+def test_wheel_contains_exactly_the_modules_and_configs(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     files = {name for name in names if ".dist-info/" not in name}
     modules = {f"{top}/{n}" for top in ("lora_ft", "hydra_plugins") for n in relative_files(ROOT / top, "*.py")}
@@ -37,14 +37,14 @@ def test_the_wheel_holds_the_modules_and_every_config_and_nothing_else(wheel):
     assert b"lora-ft = lora_ft.__main__:main" in zipfile.ZipFile(wheel).read(entry_points)
 
 
-def test_the_unpacked_wheel_helps_and_composes_from_another_folder(wheel, tmp_path):
+def test_unpacked_wheel_works_from_another_folder(wheel, tmp_path):
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     zipfile.ZipFile(wheel).extractall(site)
     elsewhere.mkdir()
 
-    def run(*words):
+    def run(*arguments):
         env = {**os.environ, "PYTHONPATH": str(site)}
-        return subprocess.run([sys.executable, *words], cwd=elsewhere, env=env, capture_output=True, text=True)
+        return subprocess.run([sys.executable, *arguments], cwd=elsewhere, env=env, capture_output=True, text=True)
 
     where = run("-c", "from lora_ft import config; print(config.CONF)")
     assert where.stdout.strip() == str(site / "lora_ft" / "conf")

@@ -1,4 +1,4 @@
-"""The Python API: docs/python.md runs as written, rows from lists and datasets, and the package stays light."""
+"""The Python API: the examples of docs/python.md run, rows may be lists or datasets, and imports stay light."""
 
 import io
 import json
@@ -17,25 +17,27 @@ from rich.console import Console
 from tiny import tiny_folder
 
 import lora_ft
-from lora_ft import config, runs
+from lora_ft import config, run_rows, runs
 from lora_ft.errors import CheckpointError, ConfigError, DataError
 from lora_ft.training import progress
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text("utf-8"), re.DOTALL)
-# A run of the page, made short, on a tiny base; every line is that of the page.
+# Overrides that make the runs of the page short and use a tiny base; the code of the page is not changed.
 SHORT = ["train.max_steps=2", "train.tokens_per_step=64", "train.samples=1", "train.eval_rows=2", "device=cpu",
          "model.path=llama", "data.max_length=256", "data.too_long=drop"]  # fmt: skip
 PAIRS = [{"prompt": f"What is {n} plus {n}?", "completion": f"It is {n + n}."} for n in range(30)]
 
 
-def test_the_page_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property) -> None:
+def test_python_examples_in_the_docs_run_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property
+) -> None:
     monkeypatch.chdir(tmp_path)
     tiny_folder(tmp_path, "llama")
     compose, sweep, evaluate = lora_ft.compose, lora_ft.sweep, lora_ft.evaluate
-    monkeypatch.setattr(lora_ft, "compose", lambda command, words: compose(
-        command, [*words, *(SHORT if command == "train" and "adapter.rr=8" not in words else [])]))  # fmt: skip
-    monkeypatch.setattr(lora_ft, "sweep", lambda words, folder: sweep([*words, *SHORT], folder))
+    monkeypatch.setattr(lora_ft, "compose", lambda command, overrides: compose(
+        command, [*overrides, *(SHORT if command == "train" and "adapter.rr=8" not in overrides else [])]))  # fmt: skip
+    monkeypatch.setattr(lora_ft, "sweep", lambda overrides, folder: sweep([*overrides, *SHORT], folder))
     few = ["eval.max_new_tokens=4"]
     monkeypatch.setattr(lora_ft, "evaluate", lambda source, metrics: evaluate(source, metrics, few))
     assert len(BLOCKS) >= 7
@@ -55,37 +57,37 @@ def tiny(tmp_path: Path, **train: object) -> config.TrainRun:
     return cfg
 
 
-def test_rows_from_a_list_a_dataset_and_a_file_give_the_same_adapter(tmp_path: Path) -> None:
+def test_rows_from_list_dataset_iterator_and_file_give_the_same_adapter(tmp_path: Path) -> None:
     cfg = tiny(tmp_path)
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
-    given = [{"rows": PAIRS}, {"rows": datasets.Dataset.from_list(PAIRS)}, {"rows": iter(PAIRS)}]
-    found = [lora_ft.train(cfg, **how, folder=tmp_path / f"run{n}") for n, how in enumerate(given)]
+    inputs = [{"rows": PAIRS}, {"rows": datasets.Dataset.from_list(PAIRS)}, {"rows": iter(PAIRS)}]
+    trained = [lora_ft.train(cfg, **rows, folder=tmp_path / f"run{n}") for n, rows in enumerate(inputs)]
     cfg.data.path = str(file)
-    found.append(lora_ft.train(cfg, folder=tmp_path / "file"))
-    assert len({run.result.adapter_sha256 for run in found}) == 1
-    assert [line["step"] for line in found[0].history] == [0, 1, 2, 3]
-    assert runs.read_config(found[0].folder)["data"]["path"] == str(found[0].folder / "rows.jsonl")
+    trained.append(lora_ft.train(cfg, folder=tmp_path / "file"))
+    assert len({run.result.adapter_sha256 for run in trained}) == 1
+    assert [line["step"] for line in trained[0].history] == [0, 1, 2, 3]
+    assert runs.read_config(trained[0].folder)["data"]["path"] == str(trained[0].folder / "rows.jsonl")
 
 
-def test_nulls_that_a_dataset_fills_in_are_not_learned(tmp_path: Path) -> None:
+def test_nulls_added_by_a_dataset_are_removed(tmp_path: Path) -> None:
     call = {"role": "assistant", "content": "a", "tool": {"name": "x"}}
     rows = [{"messages": [{"role": "user", "content": "q"}, message]} for message in (call, {**call, "tool": {"y": 1}})]
-    runs.write_rows(tmp_path, datasets.Dataset.from_list(rows), None)
+    run_rows.write_rows(tmp_path, datasets.Dataset.from_list(rows), None)
     stored = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert stored[0]["messages"][1]["tool"] == {"name": "x"} and stored[1]["messages"][1]["tool"] == {"y": 1}
 
 
-@pytest.mark.parametrize(("row", "why"), [(["a"], r"rows\[1\] .* of type list, not a dict"),
+@pytest.mark.parametrize(("row", "message"), [(["a"], r"rows\[1\] .*must be a dict, got list"),
                                           ({"prompt": {1, 2}}, r"rows\[1\] cannot be stored as JSON: .*set"),
                                           ({"prompt": float("nan")}, r"rows\[1\] cannot be stored")])  # fmt: skip
-def test_a_row_that_is_none_is_named(row: object, why: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=why):
+def test_invalid_row_is_named(row: object, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
         lora_ft.train(tiny(tmp_path), rows=[PAIRS[0], row], folder=tmp_path / "run")
     assert lora_ft.train(tiny(tmp_path), rows=PAIRS, folder=tmp_path / "run").result.steps == 3
 
 
-def test_a_run_is_resumed_from_python_and_from_the_command_line(tmp_path: Path) -> None:
+def test_interrupted_run_is_resumed_from_python(tmp_path: Path) -> None:
     class Stop(lora_ft.Callback):
         def on_step(self, state, metrics):
             if state.step == 2:
@@ -101,7 +103,7 @@ def test_a_run_is_resumed_from_python_and_from_the_command_line(tmp_path: Path) 
     assert [line["step"] for line in run.history] == [0, 1, 2, 3]
 
 
-def test_a_stop_before_the_first_step_ends_the_run_after_it(tmp_path: Path) -> None:
+def test_stop_requested_before_the_first_step_takes_effect_after_it(tmp_path: Path) -> None:
     class Stop(lora_ft.Callback):
         def on_start(self, state):
             state.request_stop("enough")
@@ -110,8 +112,8 @@ def test_a_stop_before_the_first_step_ends_the_run_after_it(tmp_path: Path) -> N
     assert (result.steps, result.stopped_by, result.stopped_early) == (1, "enough", True)
 
 
-def test_the_error_of_a_run_is_raised_whatever_its_callbacks_do_at_the_end(tmp_path: Path) -> None:
-    told = []
+def test_error_of_a_run_is_raised_even_if_on_end_fails(tmp_path: Path) -> None:
+    outcomes = []
 
     class Broken(lora_ft.Callback):
         def on_step(self, state, metrics):
@@ -122,35 +124,35 @@ def test_the_error_of_a_run_is_raised_whatever_its_callbacks_do_at_the_end(tmp_p
 
     class Last(lora_ft.Callback):
         def on_end(self, state, outcome):
-            told.append(outcome)
+            outcomes.append(outcome)
 
     with pytest.raises(KeyError, match="first") as caught:
         lora_ft.train(tiny(tmp_path), rows=PAIRS, folder=tmp_path / "run", callbacks=[Broken(), Last()])
-    assert told == [caught.value]
+    assert outcomes == [caught.value]
     assert "Broken.on_end failed: AttributeError: second" in (tmp_path / "run" / "log.txt").read_text()
 
 
-def test_a_config_without_data_needs_rows(tmp_path: Path) -> None:
+def test_config_without_data_path_needs_rows(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.path is empty"):
         lora_ft.train(tiny(tmp_path), folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_hydra_app_that_composes_ours_keeps_its_own_state(tmp_path: Path) -> None:
+def test_compose_keeps_the_state_of_another_hydra_app(tmp_path: Path) -> None:
     (tmp_path / "app.yaml").write_text("x: 1\n")
     with initialize_config_dir(str(tmp_path), version_base="1.2"):
         lora_ft.compose("train", ["adapter.r=4"])
         assert compose("app").x == 1 and str(version.getbase()) == "1.2"
 
 
-def test_the_public_names_are_these() -> None:
+def test_public_names_are_frozen() -> None:
     assert sorted(lora_ft.__all__) == [
         "Callback", "compose", "evaluate", "load", "merge", "publish", "sweep", "train",
     ]  # fmt: skip
     assert all(getattr(lora_ft, name).__doc__ for name in lora_ft.__all__)
 
 
-def test_a_function_stays_one_when_the_module_of_its_name_is_imported() -> None:
+def test_public_functions_survive_importing_modules_of_the_same_name() -> None:
     code = (
         "import lora_ft.train, lora_ft.sweep, lora_ft; from lora_ft.train import Run; print(lora_ft.train.__module__)"
     )
@@ -158,24 +160,24 @@ def test_a_function_stays_one_when_the_module_of_its_name_is_imported() -> None:
     assert done.stdout == "lora_ft\n"
 
 
-def test_progress_is_live_in_a_notebook_and_in_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_live_only_in_notebooks_and_terminals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "find_spec", lambda name: name == "ipywidgets")
     for settings_of, live in (({"force_jupyter": True}, True), ({"force_terminal": True}, True), ({}, False)):
         console = Console(file=io.StringIO(), **settings_of)
         assert (progress.live_on(console) is not None) is live
 
 
-def test_a_resumed_run_finds_its_rows_and_refuses_others(tmp_path: Path) -> None:
+def test_resumed_run_uses_its_stored_rows_and_refuses_others(tmp_path: Path) -> None:
     cfg = tiny(tmp_path)
     first = lora_ft.train(cfg, rows=PAIRS, folder=tmp_path / "run").result
     before = (tmp_path / "run" / "rows.jsonl").read_bytes()
     cfg.resume, cfg.train.max_steps = str(tmp_path / "run"), 5
-    with pytest.raises(ConfigError, match="names another"):
+    with pytest.raises(ConfigError, match="name two folders"):
         lora_ft.train(cfg, folder=tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match="holds other rows than those given"):
+    with pytest.raises(CheckpointError, match="holds other rows: a resumed run"):
         lora_ft.train(cfg, rows=PAIRS[1:])
     assert (tmp_path / "run" / "rows.jsonl").read_bytes() == before
-    assert cfg.data.path == "", "the caller's config is left as it was"
+    assert cfg.data.path == "", "the caller's config must not change"
     longer = lora_ft.train(cfg)
     assert (first.steps, longer.result.steps, longer.folder) == (3, 5, tmp_path / "run")
     cfg.resume = "auto"

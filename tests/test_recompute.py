@@ -1,4 +1,4 @@
-"""Activation checkpointing: the same bits however many layers are recomputed, and the fewest that memory asks for."""
+"""Gradient checkpointing: recomputation changes no bit, and `auto` recomputes as few layers as memory allows."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -32,7 +32,7 @@ FAST = config.Fast()
 
 
 def packed(*lengths: int) -> Batch:
-    """Random documents of these lengths, all tokens but the first of each supervised."""
+    """Return random documents of these lengths, supervised except for the first token of each."""
     ids = torch.randint(4, VOCABULARY, (sum(lengths),), generator=torch.Generator().manual_seed(0))
     starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
     targets = ids.roll(-1)
@@ -41,7 +41,7 @@ def packed(*lengths: int) -> Batch:
 
 
 def adapted(family: str, dropout: float = 0.0) -> torch.nn.Module:
-    """A tiny model in training with an adapter whose every matrix gets a gradient."""
+    """Return a tiny model in training mode with an adapter of which every matrix gets a gradient."""
     model = tiny_model(family).requires_grad_(False)
     switch_off_dropout(model)
     peft_model = attach.attach(model, config.Adapter(r=4, lora_dropout=dropout), "adapter0", 0, [])
@@ -65,7 +65,7 @@ def loss_and_gradients(model: torch.nn.Module, setting: str) -> list[Tensor]:
 @pytest.mark.closes("A16")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_recomputing_layers_changes_no_bit_of_what_is_learned(family: str, dropout: float) -> None:
+def test_recomputing_layers_changes_no_bit_of_loss_and_gradients(family: str, dropout: float) -> None:
     model = adapted(family, dropout)
     kept = loss_and_gradients(model, "off")
     assert all(gradient.norm() > 0 for gradient in kept[1:])
@@ -74,8 +74,8 @@ def test_recomputing_layers_changes_no_bit_of_what_is_learned(family: str, dropo
         assert recompute_layers(model, setting) == recomputed
 
 
-def test_another_noise_would_be_noticed() -> None:
-    """The comparison above can fail: another draw of the adapter's dropout changes the bits."""
+def test_other_dropout_masks_change_the_loss() -> None:
+    """So the comparison above can fail."""
     model = adapted("llama", 0.3)
     before = loss_and_gradients(model, "off")
     torch.manual_seed(4)
@@ -83,7 +83,7 @@ def test_another_noise_would_be_noticed() -> None:
     assert not torch.equal(before[0], loss.detach())
 
 
-def test_a_model_without_such_layers_says_so() -> None:
+def test_model_without_recomputable_layers_is_an_error_or_off() -> None:
     class Plain(torch.nn.Module):
         config = tiny_model("llama").config
 
@@ -99,8 +99,8 @@ def kept_bytes(model: torch.nn.Module, setting: str, num_tokens: int) -> int:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_measured_on_a_few_tokens_holds_for_many(family: str) -> None:
-    """Documents long enough for tiles keep a little less than the few tokens that are measured, never more."""
+def test_footprint_measured_on_a_few_tokens_holds_for_many(family: str) -> None:
+    """Documents long enough for tiles keep slightly less per token than the measured ones, never more."""
     model = adapted(family)
     footprint = measure(model, accelerate(model, FAST).paths)
     layers = footprint.num_layers * footprint.layer
@@ -109,7 +109,7 @@ def test_what_is_measured_on_a_few_tokens_holds_for_many(family: str) -> None:
     assert kept_bytes(model, "every_1", 200) == pytest.approx(200 * (recomputed + footprint.rest), rel=0.01)
 
 
-def test_measuring_leaves_model_settings_and_random_state_as_they_were() -> None:
+def test_measuring_does_not_change_the_model_its_settings_and_the_random_state() -> None:
     model = adapted("llama", 0.3)
     model.eval()
     recompute_layers(model, "every_2")
@@ -129,7 +129,7 @@ FOOTPRINTS = st.builds(
 
 
 @given(FOOTPRINTS, st.integers(1, 100_000), st.integers(1, 100_000), st.integers(0, 10**12), st.integers(0, 10**12))
-def test_more_memory_never_recomputes_more_and_more_tokens_never_less(
+def test_more_memory_never_recomputes_more_layers_and_more_tokens_never_fewer(
     footprint: Footprint, tokens: int, more_tokens: int, budget: int, more_budget: int
 ) -> None:
     def recomputed(num_tokens: int, num_bytes: int) -> int:
@@ -141,14 +141,14 @@ def test_more_memory_never_recomputes_more_and_more_tokens_never_less(
     assert recomputed(tokens, budget + more_budget) <= chosen <= recomputed(tokens + more_tokens, budget)
 
 
-def test_the_dial_goes_from_off_to_every_layer() -> None:
+def test_fewest_recomputed_ranges_from_off_to_every_layer() -> None:
     footprint = Footprint(layer=100, recomputed_layer=10, rest=0, num_layers=8)
     chosen = [fewest_recomputed(footprint, 1, budget) for budget in (900, 899, 810, 630, 540, 180, 0)]
     assert chosen == [0, 8, 8, 3, 2, 1, 1]
 
 
 @pytest.mark.parametrize("free, setting", [(10**8, "off"), (0, "every_1")])
-def test_auto_is_settled_by_free_memory_and_says_both_figures(
+def test_auto_depends_on_free_memory_and_logs_both_figures(
     free: int, setting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = adapted("qwen3")
@@ -161,8 +161,8 @@ def test_auto_is_settled_by_free_memory_and_says_both_figures(
     assert settle_checkpoint(model, accelerate(model, FAST).paths, 4096)[0] == "off"
 
 
-def test_a_model_of_several_parts_and_a_short_context_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gemma 3 keeps its sizes in a config of its own for text; a learned context may be shorter than the probe."""
+def test_models_of_several_parts_and_with_a_short_context_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 3 has its sizes in a config for text; a context of learned positions may be shorter than the probe."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
              "num_key_value_heads": 1, "head_dim": 16, "vocab_size": VOCABULARY}  # fmt: skip
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
@@ -177,7 +177,7 @@ def test_a_model_of_several_parts_and_a_short_context_are_measured(monkeypatch: 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_where_memory_is_plenty_nothing_is_measured(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_measured_if_memory_is_plentiful(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(family)
     measured = measure(model, accelerate(model, FAST).paths).peak(4096, 0)
     assert 4096 * gradient_checkpointing._more_than_kept(model) > measured
@@ -186,8 +186,8 @@ def test_where_memory_is_plenty_nothing_is_measured(family: str, monkeypatch: py
     assert settle_checkpoint(model, accelerate(model, FAST).paths, 4096)[0] == "off"
 
 
-def test_the_smallest_limit_of_a_control_group_counts(tmp_path: Path) -> None:
-    """Of the group and of the groups around it; the page cache of files is given up before anything fails."""
+def test_limits_of_a_control_group_and_its_parents_are_read(tmp_path: Path) -> None:
+    """The page cache counts as free memory."""
     root, own = tmp_path / "fs", tmp_path / "fs" / "user" / "job"
     own.mkdir(parents=True)
     for folder, limit, current, cache in ((own, "900", 400, 100), (own.parent, "max", 0, 0), (root, "5000", 10, 0)):

@@ -1,4 +1,4 @@
-"""resume=FOLDER and resume=auto: the bytes of a run never stopped, from anywhere; what may change, what is refused."""
+"""resume=FOLDER and resume=auto: the result of an uninterrupted run, the settings that may change, and refusals."""
 
 import hashlib
 import json
@@ -26,9 +26,9 @@ QUICK = ("train.max_steps=6", "train.tokens_per_step=160", "train.tokens_per_mic
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a base, rows, and a run `whole` that nothing interrupted; tests leave all of it as it is."""
-    folder = tmp_path_factory.mktemp("place")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base, rows and `whole`, an uninterrupted run; no test changes it."""
+    folder = tmp_path_factory.mktemp("prepared")
     tiny_folder(folder, "llama")
     rows_file(folder)
     assert call("train", *inputs(folder), f"hydra.run.dir={folder / 'whole'}") == 0
@@ -44,92 +44,95 @@ def weights(run: Path) -> str:
 
 
 def curve(run: Path) -> list[dict[str, float]]:
-    """metrics.jsonl without times and speed."""
+    """Return metrics.jsonl without times and speed."""
     return [{k: v for k, v in m.items() if "second" not in k} for m in runs.read_metrics(run)]
 
 
-def state(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Every file with its time of change and its bytes."""
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Return the modification time and the bytes of every file."""
     return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def stopped(folder: Path, run: Path, *words: str, after: int = 3, how: signal.Signals = signal.SIGTERM) -> None:
-    """Begin a run, and stop it by a signal in this step."""
+def stopped(folder: Path, run: Path, *overrides: str, after: int = 3, how: signal.Signals = signal.SIGTERM) -> None:
+    """Start or resume a run and stop it by a signal in step `after`."""
     with pytest.MonkeyPatch.context() as patch:
         append = runs.append_metrics
 
-        def append_and_stop(where: Path, metrics: dict[str, float]) -> None:
-            append(where, metrics)
+        def append_and_stop(folder: Path, metrics: dict[str, float]) -> None:
+            append(folder, metrics)
             if metrics["step"] == after:
                 signal.raise_signal(how)
 
         patch.setattr(runs, "append_metrics", append_and_stop)
-        assert call("train", *inputs(folder), f"hydra.run.dir={run}", *words) == 128 + how
+        assert call("train", *inputs(folder), f"hydra.run.dir={run}", *overrides) == 128 + how
 
 
 @pytest.mark.closes("C03", "C04")
-@pytest.mark.parametrize("words", [(), ("adapter=dora",), ("quant=nf4", "optim=adamw_8bit"), ("train.keep=best",)])
-def test_a_run_that_was_stopped_and_resumed_is_the_run_that_never_was(
-    words: tuple[str, ...], place: Path, tmp_path: Path
-) -> None:
-    if words:
-        assert call("train", *inputs(place), *words, f"hydra.run.dir={tmp_path / 'whole'}") == 0
-    whole = tmp_path / "whole" if words else place / "whole"
-    stopped(place, tmp_path / "run", *words)
+@pytest.mark.parametrize("overrides", [(), ("adapter=dora",), ("quant=nf4", "optim=adamw_8bit"), ("train.keep=best",)])
+def test_resumed_run_matches_an_uninterrupted_run(overrides: tuple[str, ...], prepared: Path, tmp_path: Path) -> None:
+    if overrides:
+        assert call("train", *inputs(prepared), *overrides, f"hydra.run.dir={tmp_path / 'whole'}") == 0
+    whole = tmp_path / "whole" if overrides else prepared / "whole"
+    stopped(prepared, tmp_path / "run", *overrides)
     assert checkpoint.newest(tmp_path / "run") == tmp_path / "run" / "checkpoints" / "step-00000003"
-    assert call("train", *inputs(place), *words, f"hydra.run.dir={tmp_path / 'run'}", "resume=auto") == 0
+    assert call("train", *inputs(prepared), *overrides, f"hydra.run.dir={tmp_path / 'run'}", "resume=auto") == 0
     assert weights(tmp_path / "run") == weights(whole)
     assert curve(tmp_path / "run") == curve(whole)
     assert [m["step"] for m in curve(whole)] == list(range(7))
 
 
-def test_the_folder_alone_is_enough_also_from_elsewhere(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_resume_works_from_another_working_directory(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The run was begun with paths that say something in one folder only; it is named by one in another."""
-    monkeypatch.chdir(place)
-    words = ("model.path=llama", "data.path=rows.jsonl", f"hydra.run.dir={tmp_path / 'my run'}")
-    stopped(place, tmp_path / "my run", *words)
+    """The run starts with relative paths and is resumed by a relative path from another folder."""
+    monkeypatch.chdir(prepared)
+    overrides = ("model.path=llama", "data.path=rows.jsonl", f"hydra.run.dir={tmp_path / 'my run'}")
+    stopped(prepared, tmp_path / "my run", *overrides)
     advice = capsys.readouterr().err
-    assert f"stopped by SIGTERM after step 3 of 6; go on with: lora-ft train resume='{tmp_path / 'my run'}'" in advice
+    assert (
+        f"stopped by SIGTERM after step 3 of 6; continue with: lora-ft train resume='{tmp_path / 'my run'}'" in advice
+    )
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     with pytest.raises(SystemExit) as ended:
         entry.run("train", ["resume=../my run"])
     assert ended.value.code == 0
-    assert weights(tmp_path / "my run") == weights(place / "whole")
+    assert weights(tmp_path / "my run") == weights(prepared / "whole")
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
-def test_a_finished_run_is_left_as_it_is(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = state(place / "whole")
-    for words in ((f"resume={place / 'whole'}",), (*inputs(place), f"hydra.run.dir={place / 'whole'}", "resume=auto")):
+def test_resuming_a_finished_run_changes_nothing(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = snapshot(prepared / "whole")
+    for overrides in (
+        (f"resume={prepared / 'whole'}",),
+        (*inputs(prepared), f"hydra.run.dir={prepared / 'whole'}", "resume=auto"),
+    ):
         capsys.readouterr()
-        assert call("train", *words) == 0
-        assert capsys.readouterr().out == f"{place / 'whole'} is finished: nothing to resume\n"
-    assert state(place / "whole") == before
+        assert call("train", *overrides) == 0
+        assert capsys.readouterr().out == f"{prepared / 'whole'} is already finished\n"
+    assert snapshot(prepared / "whole") == before
 
 
 @pytest.mark.closes("C06")
-def test_settings_that_decide_the_result_are_refused_with_both_values(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_settings_that_change_the_result_are_refused_on_resume(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    stopped(place, run)
-    before = state(run)
+    stopped(prepared, run)
+    before = snapshot(run)
     capsys.readouterr()
     assert call("train", f"resume={run}", "optim.lr=0.5", "adapter.use_dora=true", "train.max_steps=5", "seed=2") == 2
-    said = capsys.readouterr().err
-    assert "a resumed run keeps the settings that decide its result:" in said
-    assert said.splitlines()[1:] == [
+    message = capsys.readouterr().err
+    assert "a resumed run cannot change the settings that decide its result:" in message
+    assert message.splitlines()[1:] == [
         "  adapter.use_dora: False -> True",
-        "  train.max_steps: 6 -> 5 (may be raised only)",
+        "  train.max_steps: 6 -> 5 (can only be raised)",
         "  optim.lr: 0.01 -> 0.5",
         "  seed: 0 -> 2",
     ]
-    assert call("train", *inputs(place), f"hydra.run.dir={run}", "resume=auto", "adapter.r=3") == 2
+    assert call("train", *inputs(prepared), f"hydra.run.dir={run}", "resume=auto", "adapter.r=3") == 2
     assert "  adapter.r: 2 -> 3" in capsys.readouterr().err
-    assert state(run) == before
+    assert snapshot(run) == before
     free = (
         "train.save_every_steps=1",
         "train.keep_checkpoints=3",
@@ -139,110 +142,117 @@ def test_settings_that_decide_the_result_are_refused_with_both_values(
         "device=cpu",
     )
     assert call("train", f"resume={run}", *free) == 0
-    assert weights(run) == weights(place / "whole")
+    assert weights(run) == weights(prepared / "whole")
     assert len(list((run / checkpoint.FOLDER).iterdir())) == 3
     assert list((run / "tensorboard").iterdir())
 
 
-def test_more_epochs_go_on_from_the_last_step_and_stay_asked_for(place: Path, tmp_path: Path) -> None:
+def test_more_epochs_continue_from_the_last_step_and_are_stored(prepared: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    words = [word for word in inputs(place) if "max_steps" not in word]
-    assert call("train", *words, f"hydra.run.dir={run}", "train.epochs=3") == 0
-    first, begun = curve(run), (run / "config.yaml").read_bytes()
+    overrides = [override for override in inputs(prepared) if "max_steps" not in override]
+    assert call("train", *overrides, f"hydra.run.dir={run}", "train.epochs=3") == 0
+    first, original = curve(run), (run / "config.yaml").read_bytes()
     steps = json.loads((run / "result.json").read_text())["steps"]
-    stopped(place, run, "resume=auto", "train.max_steps=null", "train.epochs=6", after=steps + 1)
+    stopped(prepared, run, "resume=auto", "train.max_steps=null", "train.epochs=6", after=steps + 1)
     assert not (run / "result.json").exists()
-    assert call("train", f"resume={run}") == 0  # the epochs asked for before hold
+    assert call("train", f"resume={run}") == 0  # the changed number of epochs is stored
     assert json.loads((run / "result.json").read_text())["steps"] == 2 * steps
     assert curve(run)[: len(first)] == first
     assert [m["step"] for m in curve(run)] == list(range(2 * steps + 1))
-    assert (run / "config.yaml").read_bytes() == begun
+    assert (run / "config.yaml").read_bytes() == original
     assert json.loads((run / "changed.json").read_text()) == {"train.epochs": 6}
     assert call("train", f"resume={run}", "train.epochs=5") == 2
 
 
-def test_auto_begins_where_nothing_is_and_where_nothing_but_a_start_is(place: Path, tmp_path: Path) -> None:
-    words = (*inputs(place), f"hydra.run.dir={tmp_path / 'run'}", "resume=auto")
-    assert call("train", *words, f"data.path={tmp_path / 'absent.jsonl'}") == 4
-    assert call("train", *words) == 0
-    assert weights(tmp_path / "run") == weights(place / "whole")
+def test_failed_start_can_be_repeated_with_resume_auto(prepared: Path, tmp_path: Path) -> None:
+    overrides = (*inputs(prepared), f"hydra.run.dir={tmp_path / 'run'}", "resume=auto", "track=tensorboard")
+    assert call("train", *overrides, f"data.path={tmp_path / 'absent.jsonl'}") == 4
+    assert call("train", *overrides, "data.max_length=8") == 4
+    assert call("train", *overrides) == 0
+    assert weights(tmp_path / "run") == weights(prepared / "whole")
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(place: Path, tmp_path: Path) -> None:
+def test_run_without_a_checkpoint_restarts_at_step_0(prepared: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    stopped(place, run, after=1)
+    stopped(prepared, run, after=1)
     durable.remove_folder(run / checkpoint.FOLDER / "step-00000001")
     assert call("train", f"resume={run}") == 0
-    assert weights(run) == weights(place / "whole")
-    assert curve(run) == curve(place / "whole")
+    assert weights(run) == weights(prepared / "whole")
+    assert curve(run) == curve(prepared / "whole")
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("overrides", "message"),
     [
         (("hydra.run.dir={run}",), r"the run folder must be empty, but .*whole is not: .* or resume=auto"),
-        (("resume={run}", "hydra.run.dir={run}"), "goes on in that folder: leave out hydra.run.dir, or write resume="),
+        (("resume={run}", "hydra.run.dir={run}"), "continues in that folder: leave out hydra.run.dir, or write"),
         (("resume={run}", "-m"), r"whole is not a sweep folder: it has no sweep\.json"),
         (("resume=auto",), r"resume=auto needs a folder that stays the same: hydra\.run\.dir=DIR, got runs/\$\{now:"),
         (("resume=auto", "-m"), r"resume=auto needs a folder that stays the same: hydra\.sweep\.dir=DIR"),
-        (("resume={place}",), r"place\d* is not a run folder: it has no config\.yaml"),
-        (("resume={place}/absent",), r"absent is not a run folder"),
+        (("resume={prepared}",), r"prepared\d* is not a run folder: it has no config\.yaml"),
+        (("resume={prepared}/absent",), r"absent is not a run folder"),
     ],
 )
-def test_a_resume_that_cannot_be_meant_is_refused(
-    words: tuple[str, ...], message: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch, tmp_path: Path
+def test_contradictory_resume_settings_are_refused(
+    overrides: tuple[str, ...],
+    message: str,
+    prepared: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch,
+    tmp_path: Path,
 ) -> None:
-    before = state(place)
+    before = snapshot(prepared)
     monkeypatch.chdir(tmp_path)
-    assert call("train", *inputs(place), *(w.format(run=place / "whole", place=place) for w in words)) == 2
+    assert (
+        call("train", *inputs(prepared), *(w.format(run=prepared / "whole", prepared=prepared) for w in overrides)) == 2
+    )
     assert re.search(message, capsys.readouterr().err)
-    assert state(place) == before
+    assert snapshot(prepared) == before
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.closes("C02")
-def test_a_folder_that_another_process_trains_in_is_left_to_it(
-    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_run_folder_used_by_another_process_is_refused(
+    prepared: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = state(place / "whole")
-    with runs.locked(place / "whole"):
-        assert call("train", f"resume={place / 'whole'}", "train.max_steps=9") == 2
-    assert "whole is in use: another process works in it" in capsys.readouterr().err
-    assert state(place / "whole") == before
+    before = snapshot(prepared / "whole")
+    with runs.locked(prepared / "whole"):
+        assert call("train", f"resume={prepared / 'whole'}", "train.max_steps=9") == 2
+    assert "whole is in use by another process" in capsys.readouterr().err
+    assert snapshot(prepared / "whole") == before
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert call("train", f"resume={place / 'whole'}", "train.max_steps=9", "train.samples=1") == 2
+    assert call("train", f"resume={prepared / 'whole'}", "train.max_steps=9", "train.samples=1") == 2
     assert "training runs in one process so far, got WORLD_SIZE=2" in capsys.readouterr().err
 
 
 @pytest.mark.closes("C05", "C06")
-def test_rows_that_changed_meanwhile_are_another_run(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_resume_with_changed_rows_is_refused(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = tmp_path / "rows.jsonl"
-    rows.write_bytes((place / "rows.jsonl").read_bytes())
-    stopped(place, tmp_path / "run", f"data.path={rows}")
-    before = state(tmp_path / "run" / checkpoint.FOLDER)
+    rows.write_bytes((prepared / "rows.jsonl").read_bytes())
+    stopped(prepared, tmp_path / "run", f"data.path={rows}")
+    before = snapshot(tmp_path / "run" / checkpoint.FOLDER)
     rows.write_text(rows.read_text().replace("Eight", "Nine"))
     assert call("train", f"resume={tmp_path / 'run'}") == 6
-    assert "step-00000003 belongs to other inputs than these: data was" in capsys.readouterr().err
-    assert state(tmp_path / "run" / checkpoint.FOLDER) == before
+    assert "step-00000003 does not belong to this run: data was" in capsys.readouterr().err
+    assert snapshot(tmp_path / "run" / checkpoint.FOLDER) == before
 
 
 @pytest.mark.closes("C01")
-def test_a_power_failure_finds_every_name_after_its_bytes_and_before_what_it_replaces_goes(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_training_and_resume_fsync_in_a_safe_order(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a run and in one that goes on: settings, checkpoints and their rotation, the adapter and the one it replaces.
+    """Files reach the disk before their names, and new names before the files that they replace are removed.
 
-    Of every file, folder and parent that is fsynced, leaving that out is noticed; but for the parent of the run, which
-    Hydra makes.
+    The test fails if any single fsync is left out.
     """
-    words = (*inputs(place), f"hydra.run.dir={tmp_path / 'run'}", "resume=auto", "train.keep_checkpoints=1")
+    overrides = (*inputs(prepared), f"hydra.run.dir={tmp_path / 'run'}", "resume=auto", "train.keep_checkpoints=1")
     traces = []
-    for number in ("4", "6"):
+    for max_steps in ("4", "6"):
         shim = Shim()
         monkeypatch.setattr(durable, "os", shim)
-        assert call("train", *words, f"train.max_steps={number}") == 0
+        assert call("train", *overrides, f"train.max_steps={max_steps}") == 0
         assert unsafe(shim.trace) == []
         traces.append(shim.trace)
     renamed = {Path(change.to).name for trace in traces for change in trace if change.name == "rename"}
@@ -253,27 +263,20 @@ def test_a_power_failure_finds_every_name_after_its_bytes_and_before_what_it_rep
         assert unsafe([c for c in traces[0] if (c.name, c.path) != ("fsync", path)]), path
 
 
-def test_a_start_that_failed_may_be_corrected_and_given_again(place: Path, tmp_path: Path) -> None:
-    words = [*inputs(place), f"hydra.run.dir={tmp_path / 'run'}", "resume=auto", "track=tensorboard"]
-    assert call("train", *words, "data.max_length=8") == 4
-    assert call("train", *words) == 0
-    assert weights(tmp_path / "run") == weights(place / "whole")
-
-
 @pytest.mark.closes("C05")
-def test_a_finished_run_is_not_made_longer_without_its_last_state(place: Path, tmp_path: Path, capsys) -> None:
+def test_extending_a_finished_run_needs_its_checkpoint(prepared: Path, tmp_path: Path, capsys) -> None:
     run = tmp_path / "run"
-    shutil.copytree(place / "whole", run)
+    shutil.copytree(prepared / "whole", run)
     shutil.rmtree(run / "checkpoints")
-    before = state(run)
+    before = snapshot(run)
     assert call("train", f"resume={run}", "train.max_steps=9") == 6
-    assert "is finished, and has no checkpoint to go on from" in capsys.readouterr().err
-    assert state(run) == before
+    assert "is finished and has no checkpoint to continue from" in capsys.readouterr().err
+    assert snapshot(run) == before
 
 
-def test_a_longer_run_that_cannot_start_leaves_the_finished_one(place: Path, tmp_path: Path, monkeypatch) -> None:
+def test_failed_extension_keeps_the_finished_run(prepared: Path, tmp_path: Path, monkeypatch) -> None:
     run = tmp_path / "run"
-    shutil.copytree(place / "whole", run)
+    shutil.copytree(prepared / "whole", run)
     monkeypatch.setattr(checkpoint, "check_free_space", _full)
     assert call("train", f"resume={run}", "train.max_steps=9") == 7
     assert (run / runs.RESULT).exists() and runs.read_config(run)["train"]["max_steps"] == 6
@@ -287,23 +290,23 @@ def _full(*_: object) -> None:
     raise ResourceError("no room")
 
 
-def test_a_folder_of_the_users_own_is_refused_and_untouched(place: Path, tmp_path: Path) -> None:
+def test_nonempty_folder_without_a_run_is_refused_and_unchanged(prepared: Path, tmp_path: Path) -> None:
     (tmp_path / "mine" / "draft.tmp-1234abcd").mkdir(parents=True)
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
     (tmp_path / "mine" / "draft.tmp-1234abcd" / "chapter").write_text("one")
-    before = state(tmp_path / "mine")
-    assert call("train", *inputs(place), f"hydra.run.dir={tmp_path / 'mine'}") == 2
-    assert state(tmp_path / "mine") == before
+    before = snapshot(tmp_path / "mine")
+    assert call("train", *inputs(prepared), f"hydra.run.dir={tmp_path / 'mine'}") == 2
+    assert snapshot(tmp_path / "mine") == before
 
 
-@pytest.mark.parametrize("word", ["experiment=demo", "+mine=other"])
-def test_what_would_be_hidden_by_the_stored_settings_is_refused(word: str, place: Path, capsys) -> None:
-    assert call("train", f"resume={place / 'whole'}", word) == 2
-    assert f"keeps the settings of that run: leave out {word}" in capsys.readouterr().err
+@pytest.mark.parametrize("override", ["experiment=demo", "+mine=other"])
+def test_choices_that_the_stored_config_would_hide_are_refused(override: str, prepared: Path, capsys) -> None:
+    assert call("train", f"resume={prepared / 'whole'}", override) == 2
+    assert f"keeps the settings of that run: leave out {override}" in capsys.readouterr().err
 
 
-def test_a_link_out_of_a_run_folder_is_not_read(place: Path, tmp_path: Path) -> None:
-    shutil.copytree(place / "whole", tmp_path / "run")
+def test_link_out_of_a_run_folder_is_refused(prepared: Path, tmp_path: Path) -> None:
+    shutil.copytree(prepared / "whole", tmp_path / "run")
     (tmp_path / "elsewhere.json").write_text('{"train.epochs": 7}')
     (tmp_path / "run" / "changed.json").symlink_to(tmp_path / "elsewhere.json")
     assert call("train", f"resume={tmp_path / 'run'}") == 9

@@ -1,4 +1,4 @@
-"""The run folder: what it says of a run, to whom it belongs, and when a run in it may begin or go on."""
+"""The run folder: its files, its lock, and the conditions for starting and resuming a run in it."""
 
 import errno
 import fcntl
@@ -19,8 +19,8 @@ def settings(**train: object) -> config.TrainRun:
     return config.TrainRun(train=config.Train(**{"epochs": 2, "max_steps": 6} | train))
 
 
-def begun(folder: Path, *, finished: bool = False) -> Path:
-    """A run that has come to its second step, or to its end."""
+def started(folder: Path, *, finished: bool = False) -> Path:
+    """Create a run folder with two steps and a checkpoint, and a result if finished."""
     runs.create(folder, validation.to_plain(settings()), ["train.epochs=2", "train.max_steps=6"])
     for step in (1, 2):
         runs.append_metrics(folder, {"step": step, "loss": 1 / 3})
@@ -30,8 +30,8 @@ def begun(folder: Path, *, finished: bool = False) -> Path:
     return folder
 
 
-def test_what_is_known_before_training_is_read_back(tmp_path: Path) -> None:
-    folder = begun(tmp_path / "a" / "run")
+def test_created_run_folder_reads_back(tmp_path: Path) -> None:
+    folder = started(tmp_path / "a" / "run")
     assert runs.read_config(folder) == validation.to_plain(settings())
     assert list(runs.read_config(folder)) == list(validation.to_plain(settings()))  # in the order of the settings
     assert (folder / "overrides.txt").read_text() == "train.epochs=2\ntrain.max_steps=6\n"
@@ -42,20 +42,20 @@ def test_what_is_known_before_training_is_read_back(tmp_path: Path) -> None:
     assert len(runs.read_metrics(folder)) == 2
 
 
-def test_the_environment_names_what_can_be_installed_again_and_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_has_package_versions_and_no_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/home/alice/secret/lora-ft"])
-    found = runs.environment()
-    assert found["packages"] == {name: metadata.version(name) for name in runs.PACKAGES}
-    assert found["processors"] == len(os.sched_getaffinity(0))
-    assert found["command"] == "lora-ft" and "alice" not in json.dumps(found)
+    environment = runs.environment()
+    assert environment["packages"] == {name: metadata.version(name) for name in runs.PACKAGES}
+    assert environment["processors"] == len(os.sched_getaffinity(0))
+    assert environment["command"] == "lora-ft" and "alice" not in json.dumps(environment)
 
 
-def test_a_package_that_is_absent_is_left_out_and_the_ones_behind_it_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_left_out_of_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "PACKAGES", ("torch", "no-such-package", "peft"))
     assert runs.versions.__wrapped__() == {name: metadata.version(name) for name in ("torch", "peft")}
 
 
-def test_a_folder_with_leftovers_of_a_start_takes_a_run_and_one_with_anything_else_does_not(tmp_path: Path) -> None:
+def test_create_accepts_an_empty_folder_or_leftovers_of_a_failed_start(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     for name in ("log.txt", "check.json.tmp-0123abcd", "overrides.txt"):
@@ -77,8 +77,8 @@ def test_a_folder_with_leftovers_of_a_start_takes_a_run_and_one_with_anything_el
     assert not runs.exists(tmp_path / "absent")
 
 
-def test_one_process_at_a_time_holds_a_folder(tmp_path: Path) -> None:
-    def taken() -> bool:
+def test_run_folder_is_locked_by_one_process(tmp_path: Path) -> None:
+    def is_locked() -> bool:
         other = os.open(tmp_path / "run", os.O_RDONLY)
         try:
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -90,48 +90,48 @@ def test_one_process_at_a_time_holds_a_folder(tmp_path: Path) -> None:
 
     before = len(list(Path("/proc/self/fd").iterdir()))
     with runs.locked(tmp_path / "run"):
-        assert taken()
-        with pytest.raises(ConfigError, match="run is in use: another process"), runs.locked(tmp_path / "run"):
-            raise AssertionError("two at a time")
-        assert taken()
-    assert not taken()
+        assert is_locked()
+        with pytest.raises(ConfigError, match="run is in use by another process"), runs.locked(tmp_path / "run"):
+            raise AssertionError("two processes hold the lock")
+        assert is_locked()
+    assert not is_locked()
     with pytest.raises(RuntimeError, match="stop"), runs.locked(tmp_path / "run"):
         raise RuntimeError("stop")
-    assert not taken()
+    assert not is_locked()
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
-@pytest.mark.parametrize(("number", "goes_on"), [(errno.ENOLCK, True), (errno.ENOTSUP, True), (errno.EIO, False)])
-def test_only_a_file_system_without_locks_is_used_without_one(
-    number: int, goes_on: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("number", "is_skipped"), [(errno.ENOLCK, True), (errno.ENOTSUP, True), (errno.EIO, False)])
+def test_locking_is_skipped_only_if_the_file_system_has_no_locks(
+    number: int, is_skipped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    held = []
-    if goes_on:
+    entered = []
+    if is_skipped:
         with runs.locked(tmp_path):
-            held.append(True)
+            entered.append(True)
     else:
         with pytest.raises(OSError, match=os.strerror(number)), runs.locked(tmp_path):
-            held.append(True)
-    assert bool(held) == goes_on
+            entered.append(True)
+    assert bool(entered) == is_skipped
 
 
 @pytest.mark.parametrize("finished", [False, True])
 @pytest.mark.parametrize("change", [{}, {"samples": 9}, {"epochs": 3}, {"max_steps": 9}])
-def test_a_run_goes_on_unless_it_is_finished_and_asked_for_nothing_longer(
+def test_run_is_reopened_unless_finished_and_not_extended(
     finished: bool, change: dict[str, int], tmp_path: Path
 ) -> None:
-    folder, cfg = begun(tmp_path / "run", finished=finished), settings()
+    folder, cfg = started(tmp_path / "run", finished=finished), settings()
     (folder / "result.json.tmp-0123abcd").write_text("{")
     for key, value in change.items():
         setattr(cfg.train, key, value)
     longer = bool(change.keys() & {"epochs", "max_steps"})
     assert runs.reopen(folder, cfg) == (longer or not finished)
     assert not list(folder.glob("*.tmp-*"))
-    assert runs.read_config(folder) == validation.to_plain(settings())  # reopening alone changes nothing
+    assert runs.read_config(folder) == validation.to_plain(settings())  # reopening changes no file
     assert (folder / runs.RESULT).exists() == finished
     assert runs.keep_changes(folder, cfg) == longer
     assert (folder / runs.RESULT).exists() == (finished and not longer)
@@ -139,8 +139,8 @@ def test_a_run_goes_on_unless_it_is_finished_and_asked_for_nothing_longer(
     assert (folder / "changed.json").exists() == bool(change)
 
 
-def test_changes_of_several_resumes_add_up_and_the_first_config_stays(tmp_path: Path) -> None:
-    folder = begun(tmp_path / "run")
+def test_changes_of_several_resumes_accumulate(tmp_path: Path) -> None:
+    folder = started(tmp_path / "run")
     first, cfg = (folder / "config.yaml").read_bytes(), settings()
     for change in ({"epochs": 3}, {"keep_checkpoints": 7}, {"epochs": 5}):
         for key, value in change.items():
@@ -150,13 +150,13 @@ def test_changes_of_several_resumes_add_up_and_the_first_config_stays(tmp_path: 
     assert (folder / "config.yaml").read_bytes() == first
 
 
-def test_a_finished_run_is_made_longer_only_from_a_checkpoint(tmp_path: Path) -> None:
-    folder = begun(tmp_path / "run", finished=True)
+def test_finished_run_is_extended_only_from_a_checkpoint(tmp_path: Path) -> None:
+    folder = started(tmp_path / "run", finished=True)
     (folder / runs.CHECKPOINTS / "step-00000002").rmdir()
-    with pytest.raises(CheckpointError, match="is finished, and has no checkpoint to go on from"):
+    with pytest.raises(CheckpointError, match="is finished and has no checkpoint to continue from"):
         runs.reopen(folder, settings(epochs=3))
     assert runs.read_result(folder) == {"steps": 6}
-    with pytest.raises(ConfigError, match=r"train\.epochs: 2 -> 1 \(may be raised only\)"):
+    with pytest.raises(ConfigError, match=r"train\.epochs: 2 -> 1 \(can only be raised\)"):
         runs.reopen(folder, settings(epochs=1))
 
 
@@ -168,7 +168,7 @@ def test_a_finished_run_is_made_longer_only_from_a_checkpoint(tmp_path: Path) ->
         ({"optim.lr": 0.5}, {"seed": 1, "train": {"epochs": 2}, "optim": {"lr": 0.5}}),
     ],
 )
-def test_a_config_is_read_with_what_was_changed(changed: dict, expected: dict, tmp_path: Path) -> None:
+def test_read_config_applies_changed_settings(changed: dict, expected: dict, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("seed: 1\ntrain:\n  epochs: 2\n")
     (tmp_path / "changed.json").write_text(json.dumps(changed))
     assert runs.read_config(tmp_path) == expected
@@ -178,12 +178,12 @@ def test_a_config_is_read_with_what_was_changed(changed: dict, expected: dict, t
     ("text", "message"),
     [
         (None, r"is not a run folder: it has no config\.yaml"),
-        ("[]", r"config\.yaml holds no settings"),
-        ("", r"config\.yaml holds no settings"),
+        ("[]", r"config\.yaml contains no settings"),
+        ("", r"config\.yaml contains no settings"),
         ("train: [1]", r"train of config\.yaml must be a mapping, got \[1\]"),
     ],
 )
-def test_what_is_no_config_of_a_run_is_named(text: str | None, message: str, tmp_path: Path) -> None:
+def test_invalid_run_config_is_refused(text: str | None, message: str, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "config.yaml").write_text(text)
     (tmp_path / "changed.json").write_text('{"train.epochs": 3}')
@@ -191,7 +191,7 @@ def test_what_is_no_config_of_a_run_is_named(text: str | None, message: str, tmp
         runs.read_config(tmp_path)
 
 
-def test_a_run_without_an_adapter_has_not_finished(tmp_path: Path) -> None:
+def test_run_without_an_adapter_is_reported_as_unfinished(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     with pytest.raises(ConfigError, match=r"has no adapter: the run did not finish \(see .*log\.txt\)"):
         runs.adapter_folder(tmp_path)

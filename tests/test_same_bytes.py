@@ -1,4 +1,4 @@
-"""The same command gives the same bytes; how often a run evaluates, saves and speaks changes none of them."""
+"""The same command gives the same bytes, however often the run evaluates, saves and prints."""
 
 import functools
 import hashlib
@@ -27,7 +27,7 @@ VARIANTS = {
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """The words that name a tiny base and its rows."""
+    """Return the overrides that name a tiny base and its rows."""
     folder = tmp_path_factory.mktemp("inputs")
     return ("model=local", f"model.path={tiny_folder(folder, 'llama')}", f"data.path={rows_file(folder)}", *QUICK)
 
@@ -36,16 +36,16 @@ def sha256(run: Path) -> str:
     return hashlib.sha256((run / "adapter" / files.WEIGHTS).read_bytes()).hexdigest()
 
 
-def trained(run: Path, *words: str) -> str:
-    """Train in this process, whatever random numbers were drawn in it before; the hash of the adapter's file."""
+def trained(run: Path, *overrides: str) -> str:
+    """Train in this process, after random numbers were drawn in it; return the hash of the adapter's file."""
     torch.rand(len(run.name))
-    assert call("train", *words, f"hydra.run.dir={run}") == 0
+    assert call("train", *overrides, f"hydra.run.dir={run}") == 0
     return sha256(run)
 
 
 @pytest.fixture(scope="module")
 def first(inputs: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """The hash of a variant, trained once."""
+    """Return a function that trains a variant once and returns its hash."""
     return functools.cache(lambda name: trained(tmp_path_factory.mktemp(name) / "run", *inputs, *VARIANTS[name]))
 
 
@@ -57,21 +57,21 @@ def test_the_same_command_twice_gives_the_same_adapter(
     assert trained(tmp_path / "second", *inputs, *VARIANTS[name]) == first(name)
 
 
-def test_another_seed_and_another_method_give_another_adapter(
+def test_other_seeds_and_methods_give_other_adapters(
     inputs: tuple[str, ...], first: Callable[[str], str], tmp_path: Path
 ) -> None:
     assert len({*map(first, VARIANTS), trained(tmp_path / "other", *inputs, *VARIANTS["dropout"], "seed=1")}) == 5
 
 
 @pytest.mark.closes("A23")
-def test_the_installed_command_gives_the_bytes_that_this_process_gives(
+def test_installed_command_gives_the_same_bytes_as_this_process(
     inputs: tuple[str, ...], first: Callable[[str], str], tmp_path: Path
 ) -> None:
-    """Another process, another folder, other hashes of strings: only the number of threads is the same."""
+    """Process, folder and string hashes differ; only the number of threads is the same."""
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONHASHSEED": "7"}
     program = Path(sys.executable).with_name("lora-ft")
-    words = [*inputs, *VARIANTS["nf4"], "device=cpu", f"hydra.run.dir={tmp_path / 'run'}"]
-    subprocess.run([program, "train", *words], check=True, cwd=tmp_path, env=environment, capture_output=True)
+    overrides = [*inputs, *VARIANTS["nf4"], "device=cpu", f"hydra.run.dir={tmp_path / 'run'}"]
+    subprocess.run([program, "train", *overrides], check=True, cwd=tmp_path, env=environment, capture_output=True)
     assert sha256(tmp_path / "run") == first("nf4")
 
 
@@ -82,13 +82,13 @@ def test_the_installed_command_gives_the_bytes_that_this_process_gives(
         ("train.eval_every_steps=1", "track=tensorboard", "train.samples=1", "train.gradient_checkpointing=every_1"),
     ],
 )
-def test_evaluating_saving_and_telling_more_or_less_often_changes_no_byte(
+def test_frequency_of_evaluation_checkpoints_and_logging_changes_no_byte(
     change: tuple[str, ...], inputs: tuple[str, ...], first: Callable[[str], str], tmp_path: Path
 ) -> None:
     assert trained(tmp_path / "run", *inputs, *VARIANTS["dropout"], *change) == first("dropout")
 
 
-def test_the_live_line_of_a_terminal_changes_no_byte(
+def test_live_line_of_a_terminal_changes_no_byte(
     inputs: tuple[str, ...], first: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes any stream for a terminal then

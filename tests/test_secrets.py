@@ -1,4 +1,4 @@
-"""Secrets: planted in the environment, in settings, in paths and in rows; found in no file and on no screen."""
+"""Secrets planted in the environment, settings, paths and rows appear in no file and in no output."""
 
 import json
 import logging
@@ -39,7 +39,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 def leaks(*texts: str) -> set[str]:
-    """The variables whose values a text shows, plain or escaped, whole or in their telling half."""
+    """Return the variables whose values a text holds, plain or escaped, whole or their second half."""
     found = set()
     for name, value in CANARIES.items():
         forms = {value, json.dumps(value)[1:-1], repr(value)[1:-1], value[len(value) // 2 :]}
@@ -162,20 +162,20 @@ def test_a_traceback_of_a_bug_is_redacted(planted: dict[str, str]) -> None:
     assert leaks(ended.stdout, ended.stderr) == set()
 
 
-def _words(tmp_path: Path, rows: Path) -> list[str]:
+def _overrides(tmp_path: Path, rows: Path) -> list[str]:
     base = tmp_path / "llama" if (tmp_path / "llama").is_dir() else tiny_folder(tmp_path, "llama")
     return ["model=local", f"model.path={base}", f"data.path={rows}", "data.eval_fraction=0.4",
             "train.max_steps=1", "train.tokens_per_step=64", "track=tensorboard", "device=cpu"]  # fmt: skip
 
 
-def _call(*words: str) -> int:
+def _call(*arguments: str) -> int:
     with pytest.raises(SystemExit) as ended:
-        entry.run("train", [*words])
+        entry.run("train", [*arguments])
     return int(ended.value.code or 0)
 
 
 def _bad_rows(tmp_path: Path) -> Path:
-    """Rows whose faults quote them."""
+    """Write rows with errors whose messages quote the rows."""
     path = tmp_path / "bad.jsonl"
     path.write_text("".join(json.dumps({"prompt": v, "completion": "", v: v}) + "\n" for v in CANARIES.values()))
     return path
@@ -187,12 +187,12 @@ def test_no_secret_reaches_a_file_or_the_screen(
     sweep: bool, outcome: str, planted: dict[str, str], tmp_path: Path, monkeypatch, capfd
 ) -> None:
     rows = rows_file(tmp_path) if outcome == "ends" else _bad_rows(tmp_path)
-    words = _words(tmp_path, rows)
+    overrides = _overrides(tmp_path, rows)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     several = ["-m", "adapter.lora_alpha=8,16", "hydra.sweep.dir=sweep"] if sweep else ["hydra.run.dir=run"]
     # an unresolved reference may stand in multirun.yaml: it is a name, not a value
-    code = _call(*words, *several, "hydra.job.env_copy=[HOME]")
+    code = _call(*overrides, *several, "hydra.job.env_copy=[HOME]")
     assert code == (0 if outcome == "ends" else DataError.exit_code)
     shown = capfd.readouterr()
     texts = written(tmp_path / "here")
@@ -224,17 +224,17 @@ def test_no_secret_reaches_a_file_or_the_screen(
     ],
     ids=" ".join,
 )
-def test_a_secret_in_a_setting_is_refused_before_anything_is_written(
+def test_secret_in_a_setting_is_refused_before_anything_is_written(
     overrides: list[str], planted: dict[str, str], tmp_path: Path, monkeypatch, capfd
 ) -> None:
-    """As a setting with exit 9; where nothing of that name or type can be set, as that mistake, without the value."""
+    """The exit code is 9, or 2 for an unknown setting or wrong type; the message does not hold the secret."""
     (tmp_path / "experiment").mkdir()
     configured = "# @package _global_\ndata: {system: '${oc.env:HF_TOKEN}'}\n"
     (tmp_path / "experiment" / "mine.yaml").write_text(configured)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    told = [word.format(**planted) for word in overrides]
-    code = _call("--config-dir", str(tmp_path), "model.path=base", "data.path=rows.jsonl", *told)
+    typed = [override.format(**planted) for override in overrides]
+    code = _call("--config-dir", str(tmp_path), "model.path=base", "data.path=rows.jsonl", *typed)
     shown = capfd.readouterr()
     malformed = overrides[0].startswith(("seed=", "experiment={", "adapter.{", "data.columns.{"))
     assert code == (2 if malformed and code == 2 else 9), shown.err
@@ -243,20 +243,20 @@ def test_a_secret_in_a_setting_is_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize(
-    ("word", "key"),
+    ("override", "key"),
     [("data.path=https://host/{NPM_AUTH}", "data.path"), ("data.system={HF_TOKEN}", "data.system"),
      ("adapter.target_modules=[q_proj,{NPM_AUTH}]", "adapter.target_modules"),
       ("hydra.run.dir={NPM_AUTH}", "hydra.run.dir"),
      ("data.system='the password is postgres'", "data.system")],
 )  # fmt: skip
-def test_the_setting_that_holds_a_secret_is_named(word, key, planted, tmp_path, monkeypatch, capfd) -> None:
+def test_setting_that_holds_a_secret_is_named(override, key, planted, tmp_path, monkeypatch, capfd) -> None:
     monkeypatch.setenv("POSTGRES_PASSWORD", "postgres")
     monkeypatch.chdir(tmp_path)
-    assert _call("model.path=base", "data.path=rows.jsonl", word.format(**planted)) == 9
+    assert _call("model.path=base", "data.path=rows.jsonl", override.format(**planted)) == 9
     assert capfd.readouterr().err.startswith(f"lora-ft: {key} holds a secret (")
 
 
-def test_everyday_words_and_folders_in_secret_variables_stop_no_run(tmp_path, monkeypatch, capfd) -> None:
+def test_common_words_and_folders_in_secret_variables_are_no_secrets(tmp_path, monkeypatch, capfd) -> None:
     monkeypatch.setenv("POSTGRES_PASSWORD", "postgres")
     monkeypatch.setenv("MY_SECRETS_DIR", str(tmp_path))
     here = tmp_path / "postgres"
@@ -266,7 +266,7 @@ def test_everyday_words_and_folders_in_secret_variables_stop_no_run(tmp_path, mo
     assert "secret (" not in capfd.readouterr().err
 
 
-def test_a_secret_in_the_path_of_the_current_folder_is_refused(planted, tmp_path, monkeypatch, capfd) -> None:
+def test_secret_in_the_path_of_the_current_folder_is_refused(planted, tmp_path, monkeypatch, capfd) -> None:
     here = tmp_path / CANARIES["NPM_AUTH"]
     here.mkdir()
     monkeypatch.chdir(here)
@@ -274,7 +274,7 @@ def test_a_secret_in_the_path_of_the_current_folder_is_refused(planted, tmp_path
     assert leaks(*capfd.readouterr()) == set() and list(here.iterdir()) == []
 
 
-def test_the_composed_config_is_shown_without_secrets(planted: dict[str, str], tmp_path: Path, capfd) -> None:
+def test_cfg_flag_shows_no_secrets(planted: dict[str, str], tmp_path: Path, capfd) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ndata: {system: '${oc.env:HF_TOKEN}'}\n")
     assert _call("--config-dir", str(tmp_path), "experiment=mine", "--cfg", "job", "--resolve") == 0

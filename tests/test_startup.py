@@ -1,4 +1,4 @@
-"""What a run on local files needs, in a process of its own: no network, and no slow import that it has no use for."""
+"""A run on local files uses no network and no slow import that it does not need; checked in its own process."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 
 from tiny import tiny_folder
 
-# torch's compiler (2.7 s), the hub's datasets (1 s), trackers and what only tests and extras use
+# torch's compiler (2.7 s), datasets of the hub (1 s), trackers, and packages of tests and extras
 UNUSED = ("torch._inductor.kernel.mm", "datasets", "pandas", "pyarrow", "tensorboard", "sklearn", "sacrebleu", "gguf")
 
 CHILD = """
@@ -26,13 +26,13 @@ finally:
 """
 
 
-def test_a_run_on_local_files_asks_no_network_and_imports_nothing_that_it_does_not_use(tmp_path):
+def test_local_run_uses_no_network_and_no_unneeded_imports(tmp_path):
     rows = [{"prompt": f"How many legs have {n} spiders?", "completion": f"{8 * n} legs."} for n in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = [f"model.path={tiny_folder(tmp_path, 'llama')}", "quant=nf4", "data.path=rows.jsonl",
+    overrides = [f"model.path={tiny_folder(tmp_path, 'llama')}", "quant=nf4", "data.path=rows.jsonl",
              "train.max_steps=1", "hydra.run.dir=run"]  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, " ".join(UNUSED), *words],
+        [sys.executable, "-c", CHILD, " ".join(UNUSED), *overrides],
         cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "0"}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

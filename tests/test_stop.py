@@ -1,6 +1,5 @@
-"""SIGINT and SIGTERM: the step ends, its state is saved, the exit code says which; the second one stops at once."""
+"""SIGINT and SIGTERM: the step is finished and saved, then the command exits; a second signal stops at once."""
 
-import contextlib
 import hashlib
 import os
 import signal
@@ -20,7 +19,6 @@ from lora_ft.adapters import files
 from lora_ft.errors import Interrupted
 from lora_ft.io import durable
 from lora_ft.objectives import sft
-from lora_ft.sweeps import scheduler
 from lora_ft.training import checkpoint, shared, trainer
 from lora_ft.training.signals import on_signals
 
@@ -31,15 +29,15 @@ QUICK = ("train.max_steps=5", "train.tokens_per_step=160", "train.tokens_per_mic
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+def overrides(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     folder = tmp_path_factory.mktemp("inputs")
     return ("model=local", f"model.path={tiny_folder(folder, 'llama')}", f"data.path={rows_file(folder)}", *QUICK)
 
 
 @pytest.fixture(scope="module")
-def expected(words: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> str:
+def expected(overrides: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> str:
     run = tmp_path_factory.mktemp("whole") / "run"
-    assert call("train", *words, f"hydra.run.dir={run}") == 0
+    assert call("train", *overrides, f"hydra.run.dir={run}") == 0
     return weights(run)
 
 
@@ -51,44 +49,44 @@ def saved(run: Path) -> list[str]:
     return sorted(path.name for path in (run / checkpoint.FOLDER).glob("*"))
 
 
-def ask_in(
+def signal_when(
     monkeypatch: pytest.MonkeyPatch, module: object, name: str, when: Callable[..., bool], *signals: int
 ) -> None:
-    """Let the process get these signals whenever this function is called with such arguments."""
+    """Send these signals to this process at each call of a function for which `when(*arguments)` is true."""
     real = getattr(module, name)
 
-    def asked(*arguments: object, **options: object) -> object:
+    def replacement(*arguments: object, **options: object) -> object:
         if when(*arguments):
             for signum in signals:
                 os.kill(os.getpid(), signum)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(module, name, asked)
+    monkeypatch.setattr(module, name, replacement)
 
 
 @pytest.mark.closes("C11")
 @pytest.mark.parametrize(
     ("signum", "code", "step"), [(signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 3), (signal.SIGINT, 130, 5)]
 )
-def test_a_signal_lets_the_step_end_and_saves_it(
-    signum: signal.Signals, code: int, step: int, words: tuple[str, ...], expected: str, tmp_path: Path, capfd
+def test_signal_finishes_and_saves_the_current_step(
+    signum: signal.Signals, code: int, step: int, overrides: tuple[str, ...], expected: str, tmp_path: Path, capfd
 ) -> None:
-    """It comes in the middle of a step, before a forward pass."""
+    """The signal arrives in the middle of a step, before a forward pass."""
     run = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        asked: list[int] = []
+        sent: list[int] = []
 
         def in_the_step(*_: object) -> bool:
-            """Once, when all lines but this step's are written (that of step 0 is written late in step 1)."""
+            """Return true once, in `step`: all earlier lines are written (that of step 0 only late in step 1)."""
             written = len(runs.read_metrics(run)) if (run / runs.METRICS).exists() else 0
-            return max(1, written) == step and not asked and not asked.append(1)
+            return max(1, written) == step and not sent and not sent.append(1)
 
-        ask_in(patch, sft, "token_loss_sum", in_the_step, signum)
-        assert call("train", *words, f"hydra.run.dir={run}") == code
-    said = capfd.readouterr().err
-    assert f"{signum.name}: this step, then a checkpoint; again to stop now" in said
-    assert f"stopped by {signum.name} after step {step} of 5; go on with: lora-ft train resume={run}" in said
-    assert "Traceback" not in said
+        signal_when(patch, sft, "token_loss_sum", in_the_step, signum)
+        assert call("train", *overrides, f"hydra.run.dir={run}") == code
+    message = capfd.readouterr().err
+    assert f"{signum.name}: finishing this step and saving a checkpoint; send it again to stop now" in message
+    assert f"stopped by {signum.name} after step {step} of 5; continue with: lora-ft train resume={run}" in message
+    assert "Traceback" not in message
     assert saved(run)[-1] == f"step-{step:08d}"
     assert [m["step"] for m in runs.read_metrics(run)] == list(range(step + 1))
     assert not (run / "adapter").exists()
@@ -98,54 +96,54 @@ def test_a_signal_lets_the_step_end_and_saves_it(
 
 
 @pytest.mark.closes("C11")
-@pytest.mark.parametrize("place", ["in the step", "while it saves"])
-def test_a_second_signal_stops_at_once_and_the_last_checkpoint_is_intact(
-    place: str, words: tuple[str, ...], expected: str, tmp_path: Path, capfd
+@pytest.mark.parametrize("moment", ["in the step", "while saving"])
+def test_second_signal_stops_at_once_and_keeps_the_last_checkpoint(
+    moment: str, overrides: tuple[str, ...], expected: str, tmp_path: Path, capfd
 ) -> None:
     run = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        if place == "in the step":
+        if moment == "in the step":
             third = lambda state, *_: state.step == 2  # noqa: E731
-            ask_in(patch, trainer, "_gradient", third, signal.SIGTERM, signal.SIGINT)
+            signal_when(patch, trainer, "_gradient", third, signal.SIGTERM, signal.SIGINT)
         else:
-            ask_in(patch, trainer, "_gradient", lambda state, *_: state.step == 2, signal.SIGTERM)
+            signal_when(patch, trainer, "_gradient", lambda state, *_: state.step == 2, signal.SIGTERM)
             state = lambda path, *_: path.name == checkpoint.STATE and saved(run)[-1] == "step-00000002"  # noqa: E731
-            ask_in(patch, durable, "_opened", state, signal.SIGINT)
-        assert call("train", *words, f"hydra.run.dir={run}") == 130
+            signal_when(patch, durable, "_opened", state, signal.SIGINT)
+        assert call("train", *overrides, f"hydra.run.dir={run}") == 130
     assert "lora-ft: stopped by SIGINT\n" in capfd.readouterr().err
     assert saved(run) == ["step-00000002"]
     assert call("train", f"resume={run}") == 0
     assert weights(run) == expected
 
 
-@pytest.mark.parametrize("place", ["load_base", "finish"])
-def test_outside_of_the_steps_a_signal_stops_at_once(
-    place: str, words: tuple[str, ...], expected: str, tmp_path: Path, capfd
+@pytest.mark.parametrize("function", ["load_base", "finish"])
+def test_signal_outside_training_steps_stops_at_once(
+    function: str, overrides: tuple[str, ...], expected: str, tmp_path: Path, capfd
 ) -> None:
     run = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        module = shared if place == "load_base" else sys.modules["lora_ft.train"]
-        ask_in(patch, module, place, lambda *_: True, signal.SIGTERM)
-        assert call("train", *words, f"hydra.run.dir={run}") == 143
+        module = shared if function == "load_base" else sys.modules["lora_ft.train"]
+        signal_when(patch, module, function, lambda *_: True, signal.SIGTERM)
+        assert call("train", *overrides, f"hydra.run.dir={run}") == 143
     assert "lora-ft: stopped by SIGTERM\n" in capfd.readouterr().err
-    assert saved(run)[-1:] == ([] if place == "load_base" else ["step-00000005"])
+    assert saved(run)[-1:] == ([] if function == "load_base" else ["step-00000005"])
     assert call("train", f"resume={run}") == 0
     assert weights(run) == expected
 
 
-def test_a_reader_of_the_messages_that_left_costs_no_work(words: tuple[str, ...], tmp_path: Path) -> None:
-    """Ctrl-C reaches `| tee log`, too: the step is finished and saved all the same."""
-    run, (reads, writes) = tmp_path / "run", os.pipe()
-    os.close(reads)
+def test_step_is_saved_after_a_signal_although_stdout_is_closed(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    """With `lora-ft train | tee log`, Ctrl-C ends `tee` too; the step must be saved nevertheless."""
+    run, (read_end, write_end) = tmp_path / "run", os.pipe()
+    os.close(read_end)
     command = [
         Path(sys.executable).with_name("lora-ft"),
         "train",
-        *words,
+        *overrides,
         "train.max_steps=100000",
         f"hydra.run.dir={run}",
     ]
-    process = subprocess.Popen(command, stdout=writes, stderr=writes)
-    os.close(writes)
+    process = subprocess.Popen(command, stdout=write_end, stderr=write_end)
+    os.close(write_end)
     while process.poll() is None and not (run / runs.METRICS).exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
@@ -153,7 +151,7 @@ def test_a_reader_of_the_messages_that_left_costs_no_work(words: tuple[str, ...]
     assert checkpoint.newest(run) == run / "checkpoints" / f"step-{runs.read_metrics(run)[-1]['step']:08d}"
 
 
-def test_a_signal_that_the_process_was_told_to_ignore_stays_ignored() -> None:
+def test_ignored_signal_stays_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with on_signals():
@@ -163,7 +161,7 @@ def test_a_signal_that_the_process_was_told_to_ignore_stays_ignored() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-def test_handlers_are_given_back(tmp_path: Path) -> None:
+def test_signal_handlers_are_restored(tmp_path: Path) -> None:
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     with on_signals() as stop:
         assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == [stop.ask] * 2
@@ -173,13 +171,12 @@ def test_handlers_are_given_back(tmp_path: Path) -> None:
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-@pytest.mark.parametrize("handled", [on_signals, scheduler._on_signals])
-def test_in_another_thread_nothing_is_handled(handled: Callable[[], contextlib.AbstractContextManager[object]]) -> None:
+def test_in_another_thread_nothing_is_handled() -> None:
     """As in a web server: Python sets handlers in the main thread only."""
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
 
     def enter() -> list[object]:
-        with handled():
+        with on_signals():
             return [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
 
     with ThreadPoolExecutor(1) as thread:

@@ -1,4 +1,4 @@
-"""Sweeps with real training: together as alone, byte for byte; a failure is one job's own; resumed, the rest runs."""
+"""Sweeps with real training: shared bases, failures, halving, and resuming give the bytes of single runs."""
 
 import contextlib
 import dataclasses
@@ -35,7 +35,7 @@ PROGRAM = Path(sys.executable).with_name("lora-ft")
 
 
 def varied(tmp_path: Path, quant: str) -> list[config.TrainRun]:
-    """Jobs that may share a base: other ranks, scales, methods, targets, dropout, rates, steps, schedules, seeds."""
+    """Jobs that may share a base: they differ in rank, scale, method, targets, dropout, rate, steps, schedule, seed."""
     base = settings(tmp_path, "llama", quant=quant)
     base.train = config.Train(max_steps=6, tokens_per_step=120, samples=0, eval_every_steps=3, save_every_steps=4)
     base.optim = config.Optim(lr=0.01)
@@ -71,7 +71,7 @@ def alone(cfg: config.TrainRun, folder: Path) -> Result:
 
 
 def together(cfgs: list[config.TrainRun], folder: Path, halving: Halving | None = None) -> list[dict[str, Any]]:
-    """The results of jobs that one worker trains on one base; {} for one that failed."""
+    """Train jobs in one worker on one base; return their results, {} for one that failed."""
     group = [jobs.Job(n, folder / str(n), cfg, []) for n, cfg in enumerate(cfgs)]
     made = Worker(Heartbeat(folder / "heartbeat.json"), Stop())
     folder.mkdir()
@@ -81,8 +81,8 @@ def together(cfgs: list[config.TrainRun], folder: Path, halving: Halving | None 
 
 @pytest.mark.closes("E05")
 @pytest.mark.parametrize("quant", ["none", "nf4"])
-def test_adapters_trained_in_turn_on_a_base_are_those_that_each_would_be_alone(quant: str, tmp_path: Path) -> None:
-    """With one of them failing among them: it leaves the base as it was."""
+def test_jobs_on_a_shared_base_train_the_same_bytes_as_alone(quant: str, tmp_path: Path) -> None:
+    """One of the jobs fails; it changes neither the base nor the jobs after it."""
     cfgs = varied(tmp_path, quant)
     expected = [alone(cfg, tmp_path / f"alone{n}") for n, cfg in enumerate(cfgs)]
     broken = dataclasses.replace(cfgs[0], optim=config.Optim(lr=1e30, max_grad_norm=0), adapter=config.Adapter(r=5))
@@ -92,8 +92,8 @@ def test_adapters_trained_in_turn_on_a_base_are_those_that_each_would_be_alone(q
     for key in ("adapter_sha256", "eval_loss", "base_eval_loss"):
         assert [r[key] for r in found] == [getattr(r, key) for r in expected]
     assert len({r["adapter_sha256"] for r in found}) == len(cfgs)
-    for number, place in enumerate(n for n in range(len(cfgs) + 1) if n != 3):
-        assert steps_of(tmp_path / "together" / str(place)) == steps_of(tmp_path / f"alone{number}")
+    for number, job in enumerate(n for n in range(len(cfgs) + 1) if n != 3):
+        assert steps_of(tmp_path / "together" / str(job)) == steps_of(tmp_path / f"alone{number}")
 
 
 def steps_of(folder: Path) -> list[tuple[int, Any, Any]]:
@@ -104,7 +104,7 @@ def steps_of(folder: Path) -> list[tuple[int, Any, Any]]:
                                     {"fast": config.Fast(lora=False)}, {"data": config.Data(path="elsewhere")},
                                     {"model": config.Model(path="other")},
                                     {"adapter": config.Adapter(modules_to_save=["lm_head"])}])  # fmt: skip
-def test_jobs_whose_base_rows_or_paths_differ_share_none(change: dict[str, Any], tmp_path: Path) -> None:
+def test_jobs_with_different_bases_rows_or_code_paths_share_no_base(change: dict[str, Any], tmp_path: Path) -> None:
     cfg = config.TrainRun()
     other = dataclasses.replace(cfg, **change)
     given = [jobs.Job(n, tmp_path, c, []) for n, c in enumerate([cfg, other, cfg, other])]
@@ -112,12 +112,12 @@ def test_jobs_whose_base_rows_or_paths_differ_share_none(change: dict[str, Any],
     assert len(jobs.grouped(given, False)) == 4
 
 
-def test_a_job_with_tokens_of_its_own_shares_no_base(tmp_path: Path) -> None:
+def test_job_with_added_tokens_shares_no_base(tmp_path: Path) -> None:
     cfg = dataclasses.replace(config.TrainRun(), model=config.Model(added_tokens=["<a>"]))
     assert len(jobs.grouped([jobs.Job(n, tmp_path, cfg, []) for n in range(2)], True)) == 2
 
 
-def test_a_job_survives_its_way_to_another_process(tmp_path: Path) -> None:
+def test_job_round_trips_through_json(tmp_path: Path) -> None:
     cfg = config.TrainRun()
     cfg.adapter.rank_pattern, cfg.data.system, cfg.quant.kind = (
         {"layers.0.q_proj": 3},
@@ -129,24 +129,48 @@ def test_a_job_survives_its_way_to_another_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.closes("A24")
-def test_ranks_swept_under_one_alpha_are_warned_of(tmp_path: Path) -> None:
-    def said(*adapters: config.Adapter) -> list[str]:
+def test_sweep_of_ranks_with_one_lora_alpha_warns(tmp_path: Path) -> None:
+    def warnings(*adapters: config.Adapter) -> list[str]:
         cfgs = [dataclasses.replace(config.TrainRun(), adapter=adapter) for adapter in adapters]
-        return list(jobs.warnings([jobs.Job(n, tmp_path, cfg, []) for n, cfg in enumerate(cfgs)]))
+        return warned([jobs.Job(n, tmp_path, cfg, []) for n, cfg in enumerate(cfgs)], config.Sweep())
 
-    [warning] = said(config.Adapter(r=4, lora_alpha=32), config.Adapter(r=16, lora_alpha=32))
+    [warning] = warnings(config.Adapter(r=4, lora_alpha=32), config.Adapter(r=16, lora_alpha=32))
     assert "falls from 8 to 2" in warning and "adapter.lora_alpha=${adapter.r}" in warning and "rslora" in warning
-    assert not said(config.Adapter(r=4, lora_alpha=4), config.Adapter(r=16, lora_alpha=16))
-    assert not said(config.Adapter(r=4, use_rslora=True), config.Adapter(r=16, use_rslora=True))
-    assert not said(config.Adapter(r=4, lora_alpha=32), config.Adapter(r=4, lora_alpha=64))
+    assert not warnings(config.Adapter(r=4, lora_alpha=4), config.Adapter(r=16, lora_alpha=16))
+    assert not warnings(config.Adapter(r=4, use_rslora=True), config.Adapter(r=16, use_rslora=True))
+    assert not warnings(config.Adapter(r=4, lora_alpha=32), config.Adapter(r=4, lora_alpha=64))
 
 
-def test_halving_stops_those_that_fall_behind_and_leaves_the_others_as_they_are_alone(tmp_path: Path) -> None:
+def warned(given: list[jobs.Job], sweep: config.Sweep, *, share: bool = True) -> list[str]:
+    return list(jobs.warnings(given, jobs.grouped(given, share), sweep))
+
+
+def test_halving_without_jobs_to_compare_is_an_error_and_with_a_single_job_warns(tmp_path: Path) -> None:
+    def made(*changes: dict[str, Any]) -> list[jobs.Job]:
+        cfgs = [dataclasses.replace(config.TrainRun(), **change) for change in changes]
+        return [jobs.Job(n, tmp_path, cfg, []) for n, cfg in enumerate(cfgs)]
+
+    halving, seeds = config.Sweep(halving=True), [{"seed": 1}, {"seed": 2}]
+    other = {"quant": config.Quant(config.QuantKind.nf4)}
+    tokens = {"model": config.Model(added_tokens=["<a>"])}
+    assert warned(made(*seeds), halving) == []
+    [warning] = warned(made(*seeds, other), halving)
+    assert "sweep.halving does not stop job 2" in warning
+    for given, share in ((made(*seeds), False), (made(tokens, tokens), True), (made({}, other), True)):
+        with pytest.raises(ConfigError, match=r"sweep\.halving=true has no jobs to compare"):
+            warned(given, halving, share=share)
+    short = [{"train": config.Train(max_steps=20)}] * 2
+    with pytest.raises(ConfigError, match=r"sweep\.min_steps must be below train\.max_steps"):
+        warned(made(*short), halving)
+    assert warned(made(*short), config.Sweep(halving=True, min_steps=19)) == []
+
+
+def test_halving_stops_the_higher_losses_and_does_not_change_the_other_jobs(tmp_path: Path) -> None:
     cfgs = six(tmp_path)
     results = together(cfgs, tmp_path / "together", Halving(eta=2, min_steps=2))
     folders = [tmp_path / "together" / str(n) for n in range(6)]
     steps = [results[n]["steps"] for n in range(6)]
-    assert sorted(steps) == [2, 2, 2, 4, 8, 10]  # six, three go on; of these two, of these one
+    assert sorted(steps) == [2, 2, 2, 4, 8, 10]  # of six jobs three continue, then two, then one
     at = {rung: {n: m["eval_loss"] for n in range(6) for m in runs.read_metrics(folders[n]) if m["step"] == rung}
           for rung in (2, 4, 8)}  # fmt: skip
     for rung, losses in at.items():
@@ -168,7 +192,7 @@ def six(tmp_path: Path) -> list[config.TrainRun]:
     return [dataclasses.replace(base, optim=config.Optim(lr=lr)) for lr in (1e-5, 0.03, 1e-4, 0.01, 1e-3, 3e-4)]
 
 
-def test_halving_that_was_interrupted_stops_the_same_jobs(tmp_path: Path, monkeypatch) -> None:
+def test_interrupted_halving_stops_the_same_jobs_once_resumed(tmp_path: Path, monkeypatch) -> None:
     """Calls 1-6 train to rung 2, 7-9 end three jobs there, 10-12 train to rung 4, 13 ends one there."""
     cfgs = six(tmp_path)
     expected = [result["steps"] for result in together(cfgs, tmp_path / "whole", Halving(eta=2, min_steps=2))]
@@ -191,11 +215,11 @@ def test_halving_that_was_interrupted_stops_the_same_jobs(tmp_path: Path, monkey
         assert [runs.read_result(job.folder)["steps"] for job in group] == expected, call_number
 
 
-def test_a_base_that_a_failed_job_changed_trains_no_further_job(tmp_path: Path, monkeypatch) -> None:
-    """Neither to its end nor to its rung: its checkpoint would hold what it learned on another base."""
+def test_base_that_a_failed_job_changed_trains_no_further_job(tmp_path: Path, monkeypatch) -> None:
+    """Also not to a rung: the checkpoint would hold an adapter trained on a different base."""
     trained = []
 
-    def spoil(cfg: config.TrainRun, folder: Path, shared: Any, *rest: Any) -> Any:
+    def change_base(cfg: config.TrainRun, folder: Path, shared: Any, *rest: Any) -> Any:
         trained.append(folder.name)
         if folder.name != "1":
             return train_job(cfg, folder, shared, *rest)
@@ -203,13 +227,13 @@ def test_a_base_that_a_failed_job_changed_trains_no_further_job(tmp_path: Path, 
             next(shared.base.base.model.parameters()).add_(1)
         raise ValueError("planted")
 
-    monkeypatch.setattr(worker, "train_job", spoil)
+    monkeypatch.setattr(worker, "train_job", change_base)
     group = [jobs.Job(n, tmp_path / str(n), cfg, []) for n, cfg in enumerate(six(tmp_path)[:3])]
     found = Worker(Heartbeat(tmp_path / "beat"), Stop()).run_with_halving(group, Halving(eta=2, min_steps=2))
-    assert found == worker.AGAIN and trained == ["0", "1"]
+    assert found == worker.BASE_CHANGED and trained == ["0", "1"]
 
 
-def test_a_job_that_was_saved_at_a_rung_without_an_evaluation_goes_on(tmp_path: Path) -> None:
+def test_job_saved_at_a_rung_without_an_evaluation_continues(tmp_path: Path) -> None:
     cfgs = [dataclasses.replace(cfg, resume="auto") for cfg in six(tmp_path)[:2]]
     group = [jobs.Job(n, tmp_path / str(n), cfg, []) for n, cfg in enumerate(cfgs)]
 
@@ -236,21 +260,21 @@ def test_halving_needs_eval_rows(capsys: pytest.CaptureFixture[str], tmp_path: P
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("place")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source")
     tiny_folder(folder, "llama")
     rows_file(folder)
     return folder
 
 
-def swept(place: Path, folder: Path, *words: str, **environment: str) -> int:
-    """The exit code of a sweep by the installed command."""
-    command = [PROGRAM, "sweep", *inputs(place), f"hydra.sweep.dir={folder}", *words]
+def swept(source: Path, folder: Path, *overrides: str, **environment: str) -> int:
+    """Run a sweep with the installed command; return its exit code."""
+    command = [PROGRAM, "sweep", *inputs(source), f"hydra.sweep.dir={folder}", *overrides]
     return subprocess.run(command, env=os.environ | environment, check=False, capture_output=True).returncode
 
 
 def outcomes(folder: Path) -> dict[int, str]:
-    """What lies in the job folders of a sweep: finished, or the kind of failure."""
+    """Return for each job of a sweep finished, the type of its error, or open."""
     found = {}
     for job in (path for path in folder.iterdir() if path.name.isdigit()):
         failure = runs.read_failure(job)
@@ -259,15 +283,15 @@ def outcomes(folder: Path) -> dict[int, str]:
 
 
 @pytest.mark.closes("E01", "E02", "E04")
-def test_jobs_that_fail_die_or_hang_take_no_other_along_and_only_they_run_again(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_jobs_that_fail_die_or_hang_run_again_when_resumed_and_the_others_do_not(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planted = {1: "raise", 2: "kill", 4: "nan", 5: "hang"}
     sweep = tmp_path / "sweep"
-    words = ("seed=range(0,6)", "hydra.launcher.job_timeout=20")
+    overrides = ("seed=range(0,6)", "hydra.launcher.job_timeout=20")
     with monkeypatch.context() as planting:
         planting.setenv("PYTHONPATH", str(PLANTED), prepend=os.pathsep)
-        assert swept(place, sweep, *words, PLANTED=json.dumps(planted)) == 3
+        assert swept(source, sweep, *overrides, PLANTED=json.dumps(planted)) == 3
     kinds = outcomes(sweep)
     assert {n for n, kind in kinds.items() if kind == "finished"} == {0, 3}
     assert kinds[1] == "ZeroDivisionError" and kinds[4] == "NonFiniteError"
@@ -279,34 +303,35 @@ def test_jobs_that_fail_die_or_hang_take_no_other_along_and_only_they_run_again(
     assert resumed.returncode == 0, resumed.stderr
     assert set(outcomes(sweep).values()) == {"finished"}
     assert {n: (sweep / str(n) / runs.RESULT).stat().st_mtime_ns for n in (0, 3)} == before
-    for n in (2, 3):  # one that ran again, and one that did not
-        assert call("train", *inputs(place), f"seed={n}", f"hydra.run.dir={tmp_path / f'alone{n}'}") == 0
+    for n in (2, 3):  # a job that ran again, and one that did not
+        assert call("train", *inputs(source), f"seed={n}", f"hydra.run.dir={tmp_path / f'alone{n}'}") == 0
         assert weights(sweep / str(n)) == weights(tmp_path / f"alone{n}")
 
 
 @pytest.fixture(scope="module")
-def ranks_alone(place: Path) -> list[str]:
-    """The hashes of the adapters of ranks 2 and 3, each trained alone for 40 steps."""
+def ranks_alone(source: Path) -> list[str]:
+    """Train adapters of ranks 2 and 3 for 40 steps, each alone; return their hashes."""
     for r in (2, 3):
-        assert call("train", *inputs(place), "train.max_steps=40", f"adapter.r={r}", f"hydra.run.dir={place}/r{r}") == 0
-    return [weights(place / "r2"), weights(place / "r3")]
+        overrides = ("train.max_steps=40", f"adapter.r={r}", f"hydra.run.dir={source}/r{r}")
+        assert call("train", *inputs(source), *overrides) == 0
+    return [weights(source / "r2"), weights(source / "r3")]
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(
-    how: signal.Signals, place: Path, ranks_alone: list[str], tmp_path: Path
+def test_resumed_sweep_ends_with_the_bytes_of_one_never_stopped(
+    how: signal.Signals, source: Path, ranks_alone: list[str], tmp_path: Path
 ) -> None:
-    sweep, words = tmp_path / "sweep", ("adapter.r=2,3", "train.max_steps=40")
-    command = [PROGRAM, "sweep", *inputs(place), *words, f"hydra.sweep.dir={sweep}"]
+    sweep, overrides = tmp_path / "sweep", ("adapter.r=2,3", "train.max_steps=40")
+    command = [PROGRAM, "sweep", *inputs(source), *overrides, f"hydra.sweep.dir={sweep}"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not (sweep / "0" / runs.METRICS).exists():
         time.sleep(0.01)
     process.send_signal(how)
-    _, said = process.communicate()
+    _, stderr = process.communicate()
     assert process.returncode == (-signal.SIGKILL if how is signal.SIGKILL else 128 + how)
     if how is not signal.SIGKILL:
-        assert f"go on with: lora-ft sweep resume={sweep}" in said
-    wait_until_left(sweep / "0")  # a killed parent's child sees it, and saves
+        assert f"continue with: lora-ft sweep resume={sweep}" in stderr
+    wait_until_unlocked(sweep / "0")  # the worker of a killed parent saves and exits
     done = runs.read_metrics(sweep / "0")[-1]["step"]
     assert (sweep / "0" / "checkpoints" / f"step-{done:08d}").is_dir() and not (sweep / "0" / runs.RESULT).exists()
     assert not (sweep / "1" / runs.METRICS).exists()
@@ -316,7 +341,7 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(
         assert [m["step"] for m in runs.read_metrics(sweep / str(n))] == list(range(41))
 
 
-def wait_until_left(job: Path) -> None:
+def wait_until_unlocked(job: Path) -> None:
     until = time.monotonic() + 60
     while time.monotonic() < until:
         with contextlib.suppress(ConfigError), runs.locked(job):

@@ -1,4 +1,4 @@
-"""Hydra's side of a sweep: its own test suites, sweepers and launchers of others, the words, resuming, folders."""
+"""Sweeps through Hydra: its own test suites, other sweepers and launchers, overrides, resuming, folders."""
 
 import hashlib
 import importlib
@@ -30,11 +30,11 @@ from lora_ft.sweeps.jobs import Job
 @pytest.mark.filterwarnings("ignore:Future Hydra versions:UserWarning")  # of the suites' own programs
 @pytest.mark.parametrize(("launcher_name", "overrides"), [("lora_ft", [])])
 class TestLauncher(LauncherTestSuite):
-    """A task of another program, in which this launcher is installed."""
+    """The launcher with the task of another program."""
 
     @pytest.fixture(autouse=True)
     def own_version_base(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The suite names no version_base, and so depends on what ran before it in the process."""
+        """Set the version_base, which the suite takes from whatever ran before it in the process."""
         monkeypatch.setitem(Singleton._instances, version.VersionBase, version.VersionBase.__new__(version.VersionBase))
         version.VersionBase.instance().setbase(version.__compat_version__)
 
@@ -52,17 +52,17 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 class Jobs(list[Job]):
-    """The jobs that were to be trained, and how each ends: `loss(job)` is its eval loss, or raises."""
+    """The jobs to train; `loss(job)` returns the eval loss of one, or raises its error."""
 
     loss: Callable[[Job], float | None] = staticmethod(lambda job: 1.0)
 
 
 @pytest.fixture
 def trained(rows: str, monkeypatch: pytest.MonkeyPatch) -> Jobs:
-    """Stands for the children: a job has its result at once, and nothing is trained."""
+    """Replace the workers: a job gets its result at once, and nothing is trained."""
     jobs = Jobs()
 
-    def run(left: list[Job], settings: Any, sweep: Any, folder: Path, watch: Callable[[], None]) -> None:
+    def run(left: list[Job], settings: Any, sweep: Any, folder: Path, watch: Callable[[Any], None]) -> None:
         for job in left:
             jobs.append(job)
             try:
@@ -92,10 +92,10 @@ def values(jobs: list[Job], *keys: str) -> list[tuple[Any, ...]]:
     return [tuple(value(job, key) for key in keys) for job in jobs]
 
 
-def refused(capfd: pytest.CaptureFixture[str], *words: str, command: str = "sweep", code: int = 2) -> str:
-    """The message of a sweep that ends before it begins and leaves no folder behind."""
+def refused(capfd: pytest.CaptureFixture[str], *overrides: str, code: int = 2) -> str:
+    """Run a sweep that must fail before its first job and leave no folder; return its message."""
     before = set(Path().rglob("*"))
-    assert call(command, *words) == code
+    assert call("sweep", *overrides) == code
     assert set(Path().rglob("*")) - before <= {Path("runs")}
     message = capfd.readouterr().err
     assert message.startswith("lora-ft: ") and "Traceback" not in message
@@ -110,22 +110,22 @@ SYNTAX = {
 }
 
 
-@pytest.mark.parametrize("words", SYNTAX)
-def test_hydras_notations_of_several_values_are_the_jobs_that_they_name(trained: Jobs, rows: str, words: str) -> None:
-    assert call("sweep", rows, *words.split()) == 0
-    assert values(trained, "adapter.r", "seed") == SYNTAX[words]
+@pytest.mark.parametrize("overrides", SYNTAX)
+def test_notations_of_hydra_for_several_values_make_the_jobs(trained: Jobs, rows: str, overrides: str) -> None:
+    assert call("sweep", rows, *overrides.split()) == 0
+    assert values(trained, "adapter.r", "seed") == SYNTAX[overrides]
     assert [job.number for job in trained] == list(range(len(trained)))
     assert [job.folder.name for job in trained] == [str(job.number) for job in trained]
 
 
-def test_a_glob_is_the_choices_of_a_group(trained: Jobs, rows: str) -> None:
+def test_glob_sweeps_over_the_choices_of_a_group(trained: Jobs, rows: str) -> None:
     assert call("sweep", rows, "adapter=glob(*lora)") == 0
     assert sorted(values(trained, "adapter.use_rslora")) == [(False,), (True,)]
 
 
-def test_a_job_has_the_words_that_it_would_have_alone(trained: Jobs, rows: str) -> None:
-    words = (rows, "sweep.halving=true", "sweep.min_steps=5", "resume=auto", "hydra.sweep.dir=here", "adapter.r=2,4")
-    assert call("train", "-m", *words) == 0
+def test_job_stores_the_overrides_of_its_own_train_command(trained: Jobs, rows: str) -> None:
+    overrides = ("sweep.halving=true", "sweep.min_steps=5", "resume=auto", "hydra.sweep.dir=here", "adapter.r=2,4")
+    assert call("train", "-m", rows, *overrides) == 0
     for number, rank in ((0, 2), (1, 4)):
         typed = (Path("here") / str(number) / "overrides.txt").read_text().splitlines()
         assert sorted(typed) == sorted([rows, f"adapter.r={rank}", "device=cpu"])
@@ -133,7 +133,7 @@ def test_a_job_has_the_words_that_it_would_have_alone(trained: Jobs, rows: str) 
 
 @pytest.mark.closes("E06")
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("overrides", "message"),
     [
         ("adapter.r=4,0", r"job 1 (adapter.r=0 "),
         ("adapter.rr=4,8", "adapter.rr is not a setting; nearest: adapter.r"),
@@ -143,15 +143,20 @@ def test_a_job_has_the_words_that_it_would_have_alone(trained: Jobs, rows: str) 
         ("hydra.launcher.job_timeout=0", "hydra.launcher.job_timeout must be above 0, got 0"),
         ("hydra.launcher.share=none", "hydra.launcher.share"),
         ("adapter.r=4,8 hydra.sweep.dir=here seed=-1", "job 0 (adapter.r=4 "),
+        ("seed=1,2 sweep.halving=true hydra.launcher.share_base=false", "sweep.halving=true has no jobs to compare"),
+        (
+            "seed=1,2 sweep.halving=true hydra/launcher=basic",
+            "sweep.halving=true needs hydra/launcher=lora_ft",
+        ),
     ],
 )
-def test_a_wrong_value_in_a_grid_ends_the_sweep_before_it_begins(trained, rows, capfd, words, message) -> None:
-    assert message in refused(capfd, *words.split(), rows)
+def test_wrong_value_in_a_grid_ends_the_sweep_before_its_first_job(trained, rows, capfd, overrides, message) -> None:
+    assert message in refused(capfd, *overrides.split(), rows)
     assert trained == []
 
 
 @pytest.mark.closes("E04")
-def test_resume_runs_what_is_missing_or_failed_with_the_words_that_began_the_sweep(trained, rows, capfd) -> None:
+def test_resume_runs_missing_and_failed_jobs_with_the_stored_overrides(trained, rows, capfd) -> None:
     def nan(job: Job) -> float:
         raise NonFiniteError("loss is nan")
 
@@ -170,18 +175,18 @@ def test_resume_runs_what_is_missing_or_failed_with_the_words_that_began_the_swe
     assert trained == []
 
 
-def resumed(*words: str) -> int:
-    """`call` says device=cpu as well, which a resumed sweep has of its own words."""
+def resumed(*arguments: str) -> int:
+    """Run a command without the device=cpu that `call` adds, which a resumed sweep refuses."""
     with pytest.raises(SystemExit) as ended:
-        entry.run(None, list(words))
+        entry.run(None, list(arguments))
     return int(ended.value.code or 0)
 
 
 @pytest.mark.closes("E04")
-def test_a_sweep_is_resumed_as_it_was_or_not_at_all(trained: Jobs, rows: str, capfd) -> None:
+def test_resumed_sweep_refuses_other_overrides_and_folders(trained: Jobs, rows: str, capfd) -> None:
     assert call("sweep", rows, "adapter.r=2,4", "hydra.sweep.dir=here") == 0
     held = {path: path.stat().st_mtime_ns for path in Path("here").rglob("*") if path.is_file()}
-    for words, message in {
+    for arguments, message in {
         ("sweep", "resume=here", "adapter.r=16"): "leave out adapter.r=16",
         ("train", "-m", "resume=here", "adapter.r=16"): "leave out adapter.r=16",
         ("sweep", "resume=here", "hydra.sweep.dir=there"): "leave out hydra.sweep.dir=there",
@@ -190,13 +195,13 @@ def test_a_sweep_is_resumed_as_it_was_or_not_at_all(trained: Jobs, rows: str, ca
         ("sweep", rows, "adapter.r=2,4", "hydra.sweep.dir=here"): "the sweep folder must be empty",
     }.items():
         capfd.readouterr()
-        assert resumed(*words) == 2
+        assert resumed(*arguments) == 2
         assert message in capfd.readouterr().err
     assert held == {path: path.stat().st_mtime_ns for path in Path("here").rglob("*") if path.is_file()}
 
 
 @pytest.mark.closes("E03")
-def test_of_fifty_sweeps_that_begin_at_once_in_one_folder_one_has_it(tmp_path: Path) -> None:
+def test_only_one_of_fifty_simultaneous_sweeps_gets_a_folder(tmp_path: Path) -> None:
     began, refusals = [], []
     together = threading.Barrier(50)
 
@@ -220,13 +225,13 @@ def test_of_fifty_sweeps_that_begin_at_once_in_one_folder_one_has_it(tmp_path: P
 
 
 @pytest.mark.closes("E03")
-def test_sweeps_of_one_second_have_folders_of_their_own(trained: Jobs, rows: str) -> None:
+def test_sweeps_started_in_the_same_second_get_different_folders(trained: Jobs, rows: str) -> None:
     assert [call("sweep", rows, "seed=1,2") for _ in range(2)] == [0, 0]
     assert len({job.folder for job in trained}) == 4
     assert len({job.folder.parent for job in trained}) == 2
 
 
-def test_the_environment_that_hydra_sets_reaches_the_children(trained: Jobs, rows: str) -> None:
+def test_environment_set_by_hydra_reaches_the_workers(trained: Jobs, rows: str) -> None:
     def seen(job: Job) -> float:
         return float(os.environ["LORA_FT_TEST"])
 
@@ -241,48 +246,48 @@ OPTUNAS_OWN = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::
 
 @OPTUNAS_OWN
 @pytest.mark.closes("E07")
-def test_a_trial_that_fails_is_infinite_to_optuna_and_the_eval_loss_decides(trained: Jobs, rows: str) -> None:
+def test_optuna_minimizes_the_eval_loss_and_failed_trials_count_as_infinite(trained: Jobs, rows: str) -> None:
     def loss(job: Job) -> float:
         if job.cfg.adapter.r == 4:
             raise NonFiniteError("loss is nan")
         return 1 / job.cfg.adapter.r
 
     trained.loss = loss
-    words = ("hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "adapter.r=choice(2,4,8,0)", "hydra.sweep.dir=here")
-    assert call("sweep", rows, *words) == 3
+    grid = ("hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "adapter.r=choice(2,4,8,0)", "hydra.sweep.dir=here")
+    assert call("sweep", rows, *grid) == 3
     found = yaml.safe_load(Path("here/optimization_results.yaml").read_text())
     assert found == {"name": "optuna", "best_params": {"adapter.r": 8}, "best_value": 0.125}
     kinds = [runs.read_failure(path.parent)["kind"] for path in Path("here").rglob(runs.FAILURE)]
-    assert sorted(kinds) == ["ConfigError", "NonFiniteError"], "a value that optuna chose ends its own job only"
+    assert sorted(kinds) == ["ConfigError", "NonFiniteError"], "a wrong value that optuna chose fails only its own job"
     assert sorted(values(trained, "adapter.r")) == [(2,), (4,), (8,)]
 
 
 @OPTUNAS_OWN
-def test_optuna_takes_its_search_space_from_words_from_params_and_from_a_folder(trained: Jobs, rows: str) -> None:
+def test_optuna_takes_its_search_space_from_overrides_params_or_a_file(trained: Jobs, rows: str) -> None:
     optuna = ("hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.sampler.seed=1")
     space = "tag(log,interval(1e-4,1e-2))"
     Path("mine/experiment").mkdir(parents=True)
     Path("mine/experiment/space.yaml").write_text(
         f"# @package _global_\nhydra:\n  sweeper:\n    params:\n      optim.lr: {space}\n"
     )
-    for words in ([f"optim.lr={space}"], [f"hydra.sweeper.params.optim.lr={space}"],
+    for overrides in ([f"optim.lr={space}"], [f"hydra.sweeper.params.optim.lr={space}"],
                   ["--config-dir", "mine", "experiment=space"]):  # fmt: skip
-        assert call("sweep", rows, *optuna, *words) == 0
+        assert call("sweep", rows, *optuna, *overrides) == 0
     found = [lr for (lr,) in values(trained, "optim.lr")]
     assert found[:3] == found[3:6] == found[6:] and len(set(found)) == 3
     assert all(1e-4 <= lr <= 1e-2 for lr in found)
 
 
 @pytest.mark.parametrize(
-    ("word", "message"),
+    ("override", "message"),
     [
         ("hydra.sweeper.direction=maximize", "hydra.sweeper.direction must be minimize, got maximize"),
-        ("data.eval_fraction=0", "data.eval_fraction must be above 0 where a sweeper chooses"),
+        ("data.eval_fraction=0", "data.eval_fraction must be above 0 if a sweeper chooses"),
     ],
 )
 @pytest.mark.closes("E07")
-def test_optuna_is_not_asked_for_the_worst_nor_for_what_is_not_measured(trained, rows, capfd, word, message) -> None:
-    assert message in refused(capfd, rows, "hydra/sweeper=optuna", "adapter.r=choice(2,4)", word)
+def test_optuna_must_minimize_and_needs_eval_rows(trained, rows, capfd, override, message) -> None:
+    assert message in refused(capfd, rows, "hydra/sweeper=optuna", "adapter.r=choice(2,4)", override)
     assert trained == []
 
 
@@ -292,12 +297,12 @@ ATTACKS = {
     "the same, added": "hydra: {sweeper: {params: {++hydra: '{job_logging: {root: {level: DEBUG}}}'}}}",
     "a launcher for jobs": "hydra: {sweeper: {params: {hydra/launcher: basic}}}",
     "a target in a value": "hydra: {sweeper: {params: {+x: '{_target_: os.system}'}}}",
-    "words nobody typed": "hydra: {overrides: {hydra: ['hydra.job_logging.handlers.x=1']}}",
+    "overrides that nobody typed": "hydra: {overrides: {hydra: ['hydra.job_logging.handlers.x=1']}}",
 }
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_a_folder_of_configs_cannot_run_code_through_a_sweeper(trained, rows, capfd, name: str) -> None:
+def test_folder_of_configs_cannot_run_code_through_a_sweeper(trained, rows, capfd, name: str) -> None:
     Path("mine/experiment").mkdir(parents=True)
     Path("mine/experiment/bad.yaml").write_text(f"# @package _global_\n{ATTACKS[name]}\n")
     refused(capfd, rows, "--config-dir", "mine", "experiment=bad", "hydra/sweeper=basic" if "params" in ATTACKS[name]
@@ -308,29 +313,29 @@ def test_a_folder_of_configs_cannot_run_code_through_a_sweeper(trained, rows, ca
 @pytest.mark.parametrize(
     "settings", ["setup: [touch gone]", 'comment: "x\\ntouch gone"', "additional_parameters: {x: y}"]
 )
-def test_a_folder_of_configs_has_no_commands_for_a_cluster(rows, capfd, settings: str) -> None:
+def test_folder_of_configs_cannot_hold_shell_commands_for_a_cluster(rows, capfd, settings: str) -> None:
     Path("mine/experiment").mkdir(parents=True)
     Path("mine/experiment/bad.yaml").write_text(f"# @package _global_\nhydra: {{launcher: {{{settings}}}}}\n")
-    words = (rows, "--config-dir", "mine", "experiment=bad", "hydra/launcher=submitit_slurm", "seed=1,2")
-    assert "hydra.launcher" in refused(capfd, *words, code=9)
+    overrides = (rows, "--config-dir", "mine", "experiment=bad", "hydra/launcher=submitit_slurm", "seed=1,2")
+    assert "hydra.launcher" in refused(capfd, *overrides, code=9)
 
 
-def test_a_cluster_is_composed_with_what_was_typed_for_it(rows: str, capfd) -> None:
-    words = ("hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu", "hydra.launcher.setup=[module load cuda]")
-    assert call("sweep", rows, *words, "adapter.r=4,8,16", "--cfg", "hydra") == 0
+def test_launcher_of_a_cluster_composes_with_typed_settings(rows: str, capfd) -> None:
+    slurm = ("hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu", "hydra.launcher.setup=[module load cuda]")
+    assert call("sweep", rows, *slurm, "adapter.r=4,8,16", "--cfg", "hydra") == 0
     launcher = yaml.safe_load(capfd.readouterr().out)["hydra"]["launcher"]
     assert launcher["_target_"].endswith("SlurmLauncher")
     assert launcher["partition"] == "gpu" and launcher["setup"] == ["module load cuda"]
 
 
-def test_a_command_that_makes_no_run_leaves_no_folder(rows: str, tmp_path: Path) -> None:
+def test_command_that_makes_no_run_leaves_no_folder(rows: str, tmp_path: Path) -> None:
     calls = []
 
-    def main(cfg: Any, folder: Path, words: list[str]) -> None:
-        calls.append((cfg.adapter.r, folder, words, os.environ.get("LORA_FT_TEST")))
+    def main(cfg: Any, folder: Path, overrides: list[str]) -> None:
+        calls.append((cfg.adapter.r, folder, overrides, os.environ.get("LORA_FT_TEST")))
 
-    words = [rows, "adapter.r=3", "hydra.run.dir=gone/deep", "+hydra.job.env_set.LORA_FT_TEST=set"]
-    assert composition.run(composition.CommandLine("check", words), main, lambda sweep: 0) == 0
+    typed = [rows, "adapter.r=3", "hydra.run.dir=gone/deep", "+hydra.job.env_set.LORA_FT_TEST=set"]
+    assert composition.run(composition.CommandLine("check", typed), main, lambda sweep: 0) == 0
     assert calls == [(3, tmp_path / "gone" / "deep", [rows, "adapter.r=3"], "set")]
     assert not Path("gone").exists()
 
@@ -338,24 +343,24 @@ def test_a_command_that_makes_no_run_leaves_no_folder(rows: str, tmp_path: Path)
         raise MemoryError
 
     with pytest.raises(ResourceError, match="out of memory: lower train"):
-        composition.run(composition.CommandLine("check", words), memory, lambda sweep: 0)
+        composition.run(composition.CommandLine("check", typed), memory, lambda sweep: 0)
 
 
 def hashes(folder: Path) -> list[str]:
-    """sha256 of each job's adapter; empty where it has none."""
+    """Return the sha256 of each job's adapter, empty if it has none."""
     jobs = sorted(path for path in folder.iterdir() if path.name.isdecimal())
     weights = [job / "adapter" / "adapter_model.safetensors" for job in jobs]
     return [hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "" for path in weights]
 
 
-def command(launcher: str, *words: str) -> Path:
-    """A sweep in processes of its own, of one thread each; the task goes to joblib's and submitit's by cloudpickle."""
+def command(launcher: str, *overrides: str) -> Path:
+    """Run a sweep in processes of one thread each; joblib and submitit send the task to theirs by cloudpickle."""
     line = [
         sys.executable,
         "-m",
         "lora_ft",
         "sweep",
-        *words,
+        *overrides,
         f"hydra/launcher={launcher}",
         f"hydra.sweep.dir={launcher}",
     ]
@@ -371,7 +376,7 @@ def small(rows: str, tmp_path: Path) -> tuple[str, ...]:
             "device=cpu")  # fmt: skip
 
 
-def test_hydras_basic_launcher_leaves_the_same_adapters(small) -> None:
+def test_basic_launcher_trains_the_same_adapters(small) -> None:
     ours = command("lora_ft", *small, "adapter.r=2,4")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -385,7 +390,7 @@ def test_hydras_basic_launcher_leaves_the_same_adapters(small) -> None:
 
 @pytest.mark.nightly
 @pytest.mark.closes("E01")
-def test_joblib_leaves_the_same_adapters_and_a_failure_where_there_is_none(small) -> None:
+def test_joblib_launcher_trains_the_same_adapters_and_keeps_failures(small) -> None:
     ours = command("lora_ft", *small, "adapter.r=2,4")
     joblib = command("joblib", *small, "adapter.r=2,0,4", "hydra.launcher.n_jobs=2")
     two, four = hashes(ours)
@@ -396,6 +401,6 @@ def test_joblib_leaves_the_same_adapters_and_a_failure_where_there_is_none(small
 
 
 @pytest.mark.nightly
-def test_a_job_that_submitit_runs_leaves_the_same_adapter(small) -> None:
+def test_submitit_launcher_trains_the_same_adapter(small) -> None:
     ours, submitit = (command(launcher, *small, "adapter.r=2") for launcher in ("lora_ft", "submitit_local"))
     assert hashes(submitit) == hashes(ours) != [""]

@@ -1,4 +1,4 @@
-"""report.html: complete in one file, escaped, with its own script allowed and no other; and seen by a real browser."""
+"""report.html: self-contained, escaped, with a policy that allows only its own script; checked in a browser."""
 
 import base64
 import hashlib
@@ -19,9 +19,9 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 EVIL = "<script>alert(1)</script>\"'&|"
 
 
-def call(*words):
+def call(*overrides):
     with pytest.raises(SystemExit) as ended:
-        entry.run("report", list(words))
+        entry.run("report", list(overrides))
     return int(ended.value.code or 0)
 
 
@@ -85,20 +85,20 @@ def mixed(tmp_path):
     folder = sweep_folder(tmp_path, ["adapter.r=2,8", "optim.lr=1e-4,1e-3", "seed=1,2"])
     cases = [(r, lr, seed) for r in (2, 8) for lr in (1e-4, 1e-3) for seed in (1, 2)]
     for number, (r, lr, seed) in enumerate(cases):
-        words = [f"adapter.r={r}", f"optim.lr={lr:g}", f"seed={seed}"]
+        overrides = [f"adapter.r={r}", f"optim.lr={lr:g}", f"seed={seed}"]
         settings = {"adapter.r": r, "optim.lr": lr, "seed": seed}
         loss = 2.5 - number / 100
         options = {
             3: {"failure": ("NonFiniteError", 8, EVIL)},
             4: {"steps": 90},
             6: {},
-            7: {"loss": loss, "result": {"stopped_by": "halving at step 20: 3rd of 4, 2 go on"}},
+            7: {"loss": loss, "result": {"stopped_by": "halving at step 20: eval loss 2.43 ranks 3 of 4, 2 continue"}},
         }.get(number, {"loss": loss, "steps": 200})
-        job(folder, number, words, settings, adapter_bytes=1000 * r, **options)
+        job(folder, number, overrides, settings, adapter_bytes=1000 * r, **options)
     return folder
 
 
-def test_the_page_is_whole_and_asks_for_nothing_outside_of_itself(mixed):
+def test_page_refers_to_nothing_outside_of_itself(mixed):
     page = page_of(mixed)
     [main] = page.of("main")
     for one in main.all:
@@ -111,7 +111,7 @@ def test_the_page_is_whole_and_asks_for_nothing_outside_of_itself(mixed):
     assert len(links) > 50 and {link for link in links} <= {f"#{name}" for name in ids}
 
 
-def test_the_policy_holds_the_hashes_of_the_style_and_the_script_and_allows_no_others(mixed):
+def test_policy_allows_only_the_hashes_of_the_own_style_and_script(mixed):
     page = page_of(mixed)
     [policy] = [one.attributes["content"] for one in page.of("meta", http_equiv="Content-Security-Policy")]
     assert policy.startswith("default-src 'none'; ")
@@ -122,7 +122,7 @@ def test_the_policy_holds_the_hashes_of_the_style_and_the_script_and_allows_no_o
     assert "unsafe" not in policy
 
 
-def test_what_a_setting_a_path_a_word_or_a_message_holds_is_text(tmp_path):
+def test_settings_paths_overrides_and_messages_are_escaped(tmp_path):
     folder = sweep_folder(tmp_path, [f"data.system={EVIL}"], name="s<script>")
     for number in (0, 1):
         settings = {"data.system": f"{EVIL}{number}", "adapter.r": 2 + number}
@@ -139,7 +139,7 @@ def test_what_a_setting_a_path_a_word_or_a_message_holds_is_text(tmp_path):
     assert any(f"data.system={EVIL}0" in shlex.split(one.text)[-1] for one in page.of("code", _class="cmd"))
 
 
-def test_each_job_has_a_row_with_its_command_and_the_charts_show_the_jobs_that_have_points(mixed):
+def test_each_job_has_a_row_with_its_command_and_charts_show_jobs_with_points(mixed):
     page = page_of(mixed)
     commands = [one.text for one in page.of("code", _class="cmd")]
     assert len(commands) == 8 and "lora-ft train adapter.r=8 optim.lr=0.001 seed=2" in commands
@@ -160,7 +160,7 @@ def test_each_job_has_a_row_with_its_command_and_the_charts_show_the_jobs_that_h
             assert numbers == []
 
 
-def test_the_colours_of_the_charts_are_variables_of_the_style_the_light_ones_those_of_the_pictures(mixed):
+def test_charts_use_the_colour_variables_of_the_style(mixed):
     page = page_of(mixed)
     [style] = page.of("style")
     light, dark = (dict(re.findall(r"(--\w+): (#\w+);", part)) for part in style.text.split("@media", 2)[:2])
@@ -171,7 +171,7 @@ def test_the_colours_of_the_charts_are_variables_of_the_style_the_light_ones_tho
     assert len(names) == len(used) and names <= dark.keys() & light.keys()
 
 
-def test_a_curve_of_one_point_shows_its_point(tmp_path):
+def test_curve_of_one_point_shows_its_point(tmp_path):
     folder = sweep_folder(tmp_path, ["adapter.r=1"])
     metrics(job(folder, 0, ["adapter.r=1"], {"adapter.r": 1}), 1, 3.0, 2.0)
     [group] = [one for one in page_of(folder).charts()["Train loss"].of("g", _class="run") if one.of("use")]
@@ -179,7 +179,7 @@ def test_a_curve_of_one_point_shows_its_point(tmp_path):
 
 
 @pytest.mark.parametrize("jobs", [0, 1])
-def test_a_sweep_of_no_or_one_job_has_a_page(tmp_path, jobs):
+def test_sweep_of_no_or_one_job_has_a_page(tmp_path, jobs):
     folder = sweep_folder(tmp_path, ["adapter.r=1"])
     for number in range(jobs):
         job(folder, number, ["adapter.r=1"], {"adapter.r": 1}, loss=2.0)
@@ -188,20 +188,20 @@ def test_a_sweep_of_no_or_one_job_has_a_page(tmp_path, jobs):
     assert len(page.charts()) == 2 * jobs
 
 
-def test_the_command_writes_the_report_and_says_where_and_what_a_folder_lacks_that_is_no_sweep(mixed, capsys):
+def test_report_command_prints_the_paths_and_refuses_other_folders(mixed, capsys):
     assert call(f"sweep={mixed}") == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     for name in ("report.md", "report.html", "report.json", "rank.png"):
-        assert str(mixed / name) in told
+        assert str(mixed / name) in output
         assert (mixed / name).is_file()
-    assert "halving at step 20" in told
+    assert "halving at step 20" in output
     assert call(f"sweep={mixed / '0'}") == 2
     assert "is not a sweep folder: it has no sweep.json" in capsys.readouterr().err
     assert call() == 2
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on PATH: install one to see the page in a browser")
-def test_a_browser_shows_the_page_without_an_error_and_its_script_sorts_and_marks(mixed, tmp_path):
+def test_browser_runs_the_script_without_errors(mixed, tmp_path):
     page_of(mixed)
     path = mixed / "report.html"
     text = path.read_text("utf-8")
@@ -225,12 +225,12 @@ def test_a_browser_shows_the_page_without_an_error_and_its_script_sorts_and_mark
         console = _console(copy, width, tmp_path)
         [found] = [line for line in console if "FOUND" in line]
         assert [line for line in console if line is not found] == []
-        told = found.replace('\\"', '"')
-        assert '"wide":false' in told
-        assert {"tr", "li", "g"} <= set(re.findall(r'"(\w+)"', told.partition('"hot":')[2].partition("]")[0]))
-        seeds = re.findall(r'"(\d?)"', told.partition('"order":')[2].partition("]")[0])
+        output = found.replace('\\"', '"')
+        assert '"wide":false' in output
+        assert {"tr", "li", "g"} <= set(re.findall(r'"(\w+)"', output.partition('"hot":')[2].partition("]")[0]))
+        seeds = re.findall(r'"(\d?)"', output.partition('"order":')[2].partition("]")[0])
         assert seeds[0] == "" and seeds[1:] == sorted(seeds[1:]) and len(seeds) == 9
-        counts = told.partition('"points":[')[2].partition("]")[0].split(",")
+        counts = output.partition('"points":[')[2].partition("]")[0].split(",")
         assert len(counts) == 4 and all(int(count) >= 5 for count in counts)
 
 

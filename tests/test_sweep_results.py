@@ -1,4 +1,4 @@
-"""Reports from a sweep's files: ranking, seeds, failures, spoiled files, exit codes, report.json and report.md."""
+"""Reports from a sweep's files: ranking, seeds, failures, damaged files, exit codes, report.json, report.md, charts."""
 
 import io
 import json
@@ -15,9 +15,7 @@ from lora_ft.errors import ConfigError
 from lora_ft.sweeps import figures, leaderboard, report, results, tables, terminal
 from lora_ft.sweeps.results import State
 
-
-def read(folder):
-    return results.read(folder)
+read = results.read
 
 
 def names(jobs):
@@ -46,17 +44,17 @@ def twenty(tmp_path):
     folder = sweep_folder(tmp_path, ["data.path=x", "adapter.r=2,4,8,16,32", "seed=1,2,3,4"])
     cases = [(r, seed) for r in (2, 4, 8, 16, 32) for seed in (1, 2, 3, 4)]
     for number, (r, seed) in enumerate(cases):
-        words, settings = [f"adapter.r={r}", f"seed={seed}"], {"adapter.r": r, "seed": seed}
+        overrides, settings = [f"adapter.r={r}", f"seed={seed}"], {"adapter.r": r, "seed": seed}
         if number % 5 in (1, 3):
             early = number == 1
-            job(folder, number, words, None if early else settings, failure=("DataError", 4, f"no row {number}"))
+            job(folder, number, overrides, None if early else settings, failure=("DataError", 4, f"no row {number}"))
         else:
-            job(folder, number, words, settings, loss=2 + 1 / (1 + number), adapter_bytes=1000 * r)
+            job(folder, number, overrides, settings, loss=2 + 1 / (1 + number), adapter_bytes=1000 * r)
     return folder
 
 
 @pytest.mark.closes("E01", "E07")
-def test_of_twenty_jobs_with_eight_failures_twelve_are_ranked_and_eight_named_with_reason_and_log(twenty):
+def test_report_ranks_finished_jobs_and_names_failed_ones_with_reason_and_log(twenty):
     sweep = report.write(twenty, pictures=False).sweep
     known = leaderboard.rank(sweep)
     assert [board.eval_tokens for board in known.boards] == [859]
@@ -64,13 +62,13 @@ def test_of_twenty_jobs_with_eight_failures_twelve_are_ranked_and_eight_named_wi
     assert names(known.rest) == [str(n) for n in range(20) if n % 5 in (1, 3)]
     shown, text = printed(sweep), (twenty / "report.md").read_text()
     for one in known.rest:
-        for place in (shown, text):
-            assert f"DataError: no row {one.name}" in place
-            assert str(twenty / one.name / "log.txt") in place
+        for output in (shown, text):
+            assert f"DataError: no row {one.name}" in output
+            assert str(twenty / one.name / "log.txt") in output
     assert report.exit_code(sweep) == 3
 
 
-def test_the_best_loss_leads_and_equal_losses_share_a_place(tmp_path):
+def test_jobs_are_ranked_by_loss_and_equal_losses_share_a_place(tmp_path):
     folder = sweep_folder(tmp_path, ["adapter.r=1,2,3,4"])
     for number, loss in enumerate([2.5, 2.25, 2.5, 2.75]):
         job(folder, number, [f"adapter.r={number + 1}"], {"adapter.r": number + 1}, loss=loss)
@@ -81,7 +79,7 @@ def test_the_best_loss_leads_and_equal_losses_share_a_place(tmp_path):
 
 @pytest.mark.closes("E07")
 @pytest.mark.parametrize("loss", [math.nan, -math.inf, math.inf, None])
-def test_a_loss_that_is_not_finite_has_no_place_and_does_not_reach_the_json(tmp_path, loss):
+def test_loss_that_is_not_finite_has_no_place_and_is_null_in_json(tmp_path, loss):
     folder = sweep_folder(tmp_path, ["seed=0,1"])
     job(folder, 0, ["seed=0"], {"seed": 0}, result={"eval_loss": loss})
     job(folder, 1, ["seed=1"], {"seed": 1}, loss=900.0)
@@ -96,7 +94,7 @@ def test_a_loss_that_is_not_finite_has_no_place_and_does_not_reach_the_json(tmp_
     assert stored["jobs"][1]["perplexity"] is None  # exp(900) is no float
 
 
-def test_seeds_are_repeats_of_one_setting_with_mean_and_sample_deviation(tmp_path):
+def test_settings_table_has_mean_and_sample_deviation_over_seeds(tmp_path):
     folder, losses = sweep_folder(tmp_path, ["adapter.r=4,8", "seed=1,2,3"]), {}
     for number, (r, seed) in enumerate((r, seed) for r in (4, 8) for seed in (1, 2, 3)):
         losses[r, seed] = 2 + 1 / (r + seed * seed)
@@ -112,7 +110,7 @@ def test_seeds_are_repeats_of_one_setting_with_mean_and_sample_deviation(tmp_pat
     assert [table.title for table in tables.tables(known)] == ["Leaderboard", "Settings"]
 
 
-def test_losses_over_other_rows_are_on_another_leaderboard_and_rounding_of_the_base_is_none(tmp_path):
+def test_jobs_evaluated_on_different_rows_or_bases_are_on_different_leaderboards(tmp_path):
     folder = sweep_folder(tmp_path, ["data.max_length=64,128,256"])
     job(folder, 0, ["data.max_length=64"], {"data.max_length": 64}, loss=2.5)
     job(folder, 1, ["data.max_length=128"], {"data.max_length": 128}, loss=2.4, base_loss=BASE_LOSS * (1 + 1e-7))
@@ -124,10 +122,10 @@ def test_losses_over_other_rows_are_on_another_leaderboard_and_rounding_of_the_b
     assert known.best is None
     titles = [table.title for table in tables.tables(known)]
     assert titles == ["Leaderboard 1", "Leaderboard 2", "Leaderboard 3"]
-    assert "not to be compared" in next(tables.tables(known)).note
+    assert "Do not compare losses of different leaderboards" in next(tables.tables(known)).note
 
 
-def test_the_settings_that_differ_are_columns_in_the_order_of_their_declaration(tmp_path):
+def test_settings_that_differ_are_columns_in_the_order_of_declaration(tmp_path):
     folder = sweep_folder(tmp_path, ["optim.lr=1e-4,2e-4"])
     for number, (lr, alpha) in enumerate([(1e-4, 8.0), (2e-4, 16.0)]):
         job(
@@ -142,7 +140,7 @@ def test_the_settings_that_differ_are_columns_in_the_order_of_their_declaration(
     assert tables.value_text(known.values(known.sweep.jobs[0])["optim.lr"]) == "0.0001"
 
 
-def test_a_job_without_config_is_told_by_its_words(tmp_path):
+def test_settings_of_a_job_without_config_are_its_overrides(tmp_path):
     folder = sweep_folder(tmp_path, ["adapter.r=4,8", "adapter=lora,dora"])
     job(folder, 0, ["adapter=lora", "adapter.r=4"], {"adapter.r": 4}, loss=2.0)
     job(folder, 1, ["adapter=dora", "adapter.r=8"])
@@ -152,9 +150,9 @@ def test_a_job_without_config_is_told_by_its_words(tmp_path):
     assert [known.values(one)["adapter"] for one in known.sweep.jobs] == ["lora", "dora"]
 
 
-def test_what_halving_and_patience_stopped_is_finished_and_says_why(tmp_path):
+def test_stopped_jobs_count_as_finished_and_show_the_reason(tmp_path):
     folder = sweep_folder(tmp_path, ["adapter.r=1,2"])
-    why = "halving at step 20: eval loss 2.41 was 3rd of 4, 2 go on"
+    why = "halving at step 20: eval loss 2.41 ranks 3 of 4, 2 continue"
     job(folder, 0, ["adapter.r=1"], {"adapter.r": 1}, loss=2.41, result={"stopped_by": why})
     job(folder, 1, ["adapter.r=2"], {"adapter.r": 2}, loss=2.2, result={"stopped_early": True})
     sweep = report.write(folder, pictures=False).sweep
@@ -165,7 +163,7 @@ def test_what_halving_and_patience_stopped_is_finished_and_says_why(tmp_path):
     assert report.exit_code(sweep) == 0
 
 
-def test_jobs_that_run_wait_or_were_interrupted_are_told_apart(tmp_path):
+def test_running_waiting_and_interrupted_jobs_are_distinguished(tmp_path):
     folder = sweep_folder(tmp_path, ["adapter.r=1,2,3,4"])
     for number in (0, 1):
         job(folder, number, [f"adapter.r={number}"], {"adapter.r": number + 1}, steps=12)
@@ -183,7 +181,7 @@ def test_jobs_that_run_wait_or_were_interrupted_are_told_apart(tmp_path):
     assert report.exit_code(read(folder)) == 3
 
 
-def test_a_line_that_is_being_written_is_left_out(tmp_path):
+def test_half_written_line_of_metrics_is_ignored(tmp_path):
     folder = sweep_folder(tmp_path, ["adapter.r=1"])
     path = job(folder, 0, ["adapter.r=1"], {"adapter.r": 1}, steps=5) / "metrics.jsonl"
     whole = read(folder).jobs[0].curve
@@ -191,7 +189,7 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path):
     assert read(folder).jobs[0].curve == whole
 
 
-SPOILED = {
+DAMAGED = {
     "result.json": ['{"eval_loss": 2.', '{"eval_loss": "good"}', "[]", "\xff", '{"steps": true}', "[" * 10**5],
     "metrics.jsonl": ['{"step": 1, "loss": 2.0}\nnonsense\n', '{"loss": 1.0}\n', "\x00\x00\n", "[1]\n", '"\udcff"\n'],
     "config.yaml": ["adapter: [", "just text", "&a [*a, *a]", "a: !!python/object:os.system x", "\x00"],
@@ -202,20 +200,20 @@ SPOILED = {
 }
 
 
-@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in SPOILED.items() for text in texts])
-def test_a_spoiled_file_makes_its_job_unreadable_and_no_other(tmp_path, name, text):
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in DAMAGED.items() for text in texts])
+def test_damaged_file_makes_only_its_own_job_unreadable(tmp_path, name, text):
     folder = sweep_folder(tmp_path, ["adapter.r=1,2"])
     job(folder, 0, ["adapter.r=1"], {"adapter.r": 1}, loss=2.0)
-    spoiled = job(folder, 1, ["adapter.r=2"], {"adapter.r": 2}, steps=3)
-    (spoiled / name).write_bytes(text.encode("utf-8", "surrogateescape"))
-    sweep = report.write(folder, pictures=False).sweep
+    damaged = job(folder, 1, ["adapter.r=2"], {"adapter.r": 2}, steps=3)
+    (damaged / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+    sweep = read(folder)
     assert [one.state for one in sweep.jobs] == [State.finished, State.unreadable]
     assert sweep.jobs[1].reason
     assert report.exit_code(sweep) == 3
     assert sweep.jobs[1].reason.splitlines()[0] in printed(sweep, 2000)
 
 
-def test_a_link_out_of_the_job_and_a_folder_under_a_files_name_are_not_followed(tmp_path):
+def test_link_out_of_a_job_and_folder_named_as_a_file_make_jobs_unreadable(tmp_path):
     folder = sweep_folder(tmp_path, ["adapter.r=1,2"])
     (tmp_path / "secret.json").write_text('{"eval_loss": 0.1}')
     (job(folder, 0, ["adapter.r=1"], {"adapter.r": 1}) / "result.json").symlink_to(tmp_path / "secret.json")
@@ -224,7 +222,7 @@ def test_a_link_out_of_the_job_and_a_folder_under_a_files_name_are_not_followed(
     assert "link out of its folder" in read(folder).jobs[0].reason
 
 
-def test_jobs_are_found_at_any_depth_and_ordered_by_number_or_by_name(tmp_path):
+def test_jobs_are_found_at_any_depth_and_sorted_by_number_or_name(tmp_path):
     numbered, nested = sweep_folder(tmp_path, ["a=1"], "n"), sweep_folder(tmp_path, ["a=1"], "m")
     for number in (10, 9, 2):
         job(numbered, number, ["seed=1"])
@@ -236,7 +234,7 @@ def test_jobs_are_found_at_any_depth_and_ordered_by_number_or_by_name(tmp_path):
     assert names(read(nested).jobs) == ["a/c/d", "a/y z", "b/x"]
 
 
-def test_exit_codes(tmp_path):
+def test_exit_code_is_0_3_or_that_of_the_first_failure(tmp_path):
     folder = sweep_folder(tmp_path, ["seed=1,2"])
     assert report.exit_code(read(folder)) == 0
     job(folder, 0, ["seed=1"], {}, failure=("ResourceError", 7, "no memory"))
@@ -248,7 +246,7 @@ def test_exit_codes(tmp_path):
     assert report.exit_code(read(folder)) == 3
 
 
-def test_an_empty_sweep_has_a_report_and_no_sweep_is_an_error(tmp_path):
+def test_empty_sweep_has_a_report_and_other_folders_are_refused(tmp_path):
     folder = sweep_folder(tmp_path, ["adapter.r=1"])
     assert record(folder)["jobs"] == []
     assert "Leaderboard" in printed(read(folder))
@@ -256,26 +254,22 @@ def test_an_empty_sweep_has_a_report_and_no_sweep_is_an_error(tmp_path):
         report.write(tmp_path, pictures=False)
 
 
-def test_the_command_of_a_job_gives_its_words_back_to_a_shell(tmp_path):
-    words = ["data.system=What's 2+2, and why?", "adapter.lora_alpha=${adapter.r}", "data.path=a b.jsonl", 'x=<b>"']
-    folder = sweep_folder(tmp_path, words, config_dir=str(tmp_path))
-    job(folder, 0, words)
+def test_command_of_a_job_is_quoted_for_a_shell(tmp_path):
+    overrides = ["data.system=What's 2+2, and why?", "adapter.lora_alpha=${adapter.r}", "data.path=a b.jsonl", 'x=<b>"']
+    folder = sweep_folder(tmp_path, overrides, config_dir=str(tmp_path))
+    job(folder, 0, overrides)
     [command] = [one["command"] for one in record(folder)["jobs"]]
-    assert shlex.split(command) == ["lora-ft", "train", "--config-dir", str(tmp_path), *words]
+    assert shlex.split(command) == ["lora-ft", "train", "--config-dir", str(tmp_path), *overrides]
     assert command in (folder / "report.md").read_text()
 
 
-def test_report_json_is_the_same_bytes_for_the_same_files_and_names_its_units(twenty):
-    report.write(twenty, pictures=False)
-    first = (twenty / "report.json").read_bytes()
-    report.write(twenty, pictures=False)
-    assert (twenty / "report.json").read_bytes() == first
-    stored = json.loads(first)
+def test_report_json_is_sorted_and_names_its_units(twenty):
+    stored = record(twenty)
     assert list(stored) == sorted(stored)
     assert {"train_seconds", "adapter_bytes", "eval_loss_nats_per_token"} <= stored["jobs"][0].keys()
 
 
-def test_markdown_cells_break_no_table_and_start_no_tag(tmp_path):
+def test_markdown_cells_are_escaped(tmp_path):
     folder = sweep_folder(tmp_path, ["data.path=a,b"])
     job(folder, 0, ["data.path=a"], {"data.path": "<script>x|y</script>`*"}, loss=2.0)
     job(folder, 1, ["data.path=b"], {"data.path": "b"}, failure=("ConfigError", 2, "two\nlines | and a bar"))
@@ -287,7 +281,7 @@ def test_markdown_cells_break_no_table_and_start_no_tag(tmp_path):
     assert "\\<script\\>x\\|y" in board[3]
 
 
-def test_secrets_and_control_characters_reach_no_report(tmp_path, monkeypatch):
+def test_reports_hold_no_secrets_and_no_control_characters(tmp_path, monkeypatch):
     monkeypatch.setenv("MY_API_KEY", "s3cr3t&value<9")
     folder = sweep_folder(tmp_path, ["data.system=s3cr3t&value<9"])
     job(folder, 0, ["data.system=s3cr3t&value<9"], failure=("OSError", 1, "\x1b[31mred s3cr3t&value<9"))
@@ -299,7 +293,7 @@ def test_secrets_and_control_characters_reach_no_report(tmp_path, monkeypatch):
         assert "redacted MY_API_KEY" in text
 
 
-def test_a_long_curve_is_thinned_but_keeps_its_ends_and_every_evaluation(tmp_path):
+def test_long_curve_is_thinned_and_keeps_its_ends_and_every_evaluation(tmp_path):
     folder = sweep_folder(tmp_path, ["seed=0"])
     metrics(job(folder, 0, ["seed=0"], {}), 5000, 3.0, 2.0, evaluations=50)
     curve = read(folder).jobs[0].curve
@@ -318,7 +312,7 @@ def lines_of(chart):
     return axes.get_lines()
 
 
-def test_smoothing_is_the_mean_of_a_window_and_leaves_a_constant_as_it_is():
+def test_smoothing_is_the_mean_of_a_window():
     flat = [(step, 2.0) for step in range(100)]
     assert [y for _, y in figures.smoothed(flat)] == pytest.approx([2.0] * 100)
     points = [(step, float(step * step % 17)) for step in range(100)]
@@ -328,7 +322,7 @@ def test_smoothing_is_the_mean_of_a_window_and_leaves_a_constant_as_it_is():
     )
 
 
-def test_no_point_is_smaller_and_better_than_one_on_the_front():
+def test_pareto_front_holds_exactly_the_points_that_no_other_dominates():
     points = [(float(7 * i % 13), float(5 * i % 11)) for i in range(40)]
     front = figures.front(points)
     for x, y in front:
@@ -337,7 +331,7 @@ def test_no_point_is_smaller_and_better_than_one_on_the_front():
         assert any(x <= px and y <= py for x, y in front)
 
 
-def test_ranks_are_joined_through_the_means_of_their_seeds_for_each_other_setting(tmp_path):
+def test_rank_chart_has_a_line_of_means_over_seeds_for_each_other_setting(tmp_path):
     folder = sweep_folder(tmp_path, ["adapter.r=2,8", "optim.lr=1e-4,1e-3", "seed=1,2"])
     cases = [(r, lr, seed) for r in (2, 8) for lr in (1e-4, 1e-3) for seed in (1, 2)]
     for number, (r, lr, seed) in enumerate(cases):  # alpha follows the rank and makes no line of its own
@@ -354,14 +348,14 @@ def test_ranks_are_joined_through_the_means_of_their_seeds_for_each_other_settin
     assert chart.figure.axes[0].get_xscale() == "log"
 
 
-def test_charts_that_have_nothing_to_compare_are_left_out(tmp_path):
+def test_charts_without_anything_to_compare_are_omitted(tmp_path):
     folder = sweep_folder(tmp_path, ["seed=0"])
     assert drawn(folder) == {}
     job(folder, 0, ["seed=0"], {}, loss=2.0)
     assert [*drawn(folder)] == ["train_loss", "eval_loss"]
 
 
-def test_a_diverged_run_does_not_flatten_the_others(tmp_path):
+def test_diverged_run_is_cut_off_and_does_not_flatten_the_others(tmp_path):
     folder = sweep_folder(tmp_path, ["seed=0,1,2,3"])
     for number in range(3):
         job(folder, number, [f"seed={number}"], {"seed": number}, loss=2.25)
@@ -373,7 +367,7 @@ def test_a_diverged_run_does_not_flatten_the_others(tmp_path):
 
 
 @pytest.mark.parametrize("number", ["-1e308", "1" + "0" * 400, "NaN"])
-def test_numbers_that_cannot_be_drawn_stop_no_report(tmp_path, number):
+def test_extreme_numbers_do_not_stop_a_report(tmp_path, number):
     folder = sweep_folder(tmp_path, ["seed=0,1"])
     job(folder, 0, ["seed=0"], {"seed": 0}, loss=2.0)
     odd = job(folder, 1, ["seed=1"], {"seed": 1}, loss=2.1)
@@ -385,7 +379,7 @@ def test_numbers_that_cannot_be_drawn_stop_no_report(tmp_path, number):
     report.write(folder, pictures=True)
 
 
-def test_a_setting_may_be_any_text_in_the_pictures(tmp_path):
+def test_charts_take_any_text_as_a_setting(tmp_path):
     folder = sweep_folder(tmp_path, ["adapter.r=2,4"])
     for number, text in enumerate(["$\\frac{x$ <b>", "你好\n😀", "_hidden", ""] * 2):
         settings = {"adapter.r": 2 + 2 * (number // 4), "data.system": text}
@@ -394,12 +388,12 @@ def test_a_setting_may_be_any_text_in_the_pictures(tmp_path):
     report.write(folder, pictures=True)
 
 
-def test_the_same_files_give_the_same_bytes_of_page_and_pictures(twenty):
+def test_same_files_give_the_same_bytes_of_all_reports(twenty):
     first = {path: path.read_bytes() for path in report.write(twenty, pictures=True).paths}
     assert {path: path.read_bytes() for path in report.write(twenty, pictures=True).paths} == first
 
 
-def test_pictures_are_written_and_linked(twenty):
+def test_png_files_are_written_and_linked(twenty):
     paths = report.write(twenty, pictures=False).paths
     assert [path.name for path in paths] == ["report.md", "report.html", "report.json"]
     assert ".png" not in (twenty / "report.md").read_text() and not list(twenty.glob("*.png"))
@@ -412,14 +406,14 @@ def test_pictures_are_written_and_linked(twenty):
 
 
 @pytest.mark.parametrize("width", [60, 200])
-def test_a_terminal_shows_whole_numbers_in_lines_of_their_own_however_narrow_it_is(width, twenty):
+def test_terminal_table_drops_columns_and_keeps_numbers_whole(width, twenty):
     sweep = read(twenty)
     [board] = leaderboard.rank(sweep).boards
     lines = printed(sweep, width).splitlines()
     assert max(map(len, lines)) <= width
     begin = next(i for i, line in enumerate(lines) if line.lstrip().startswith("#"))
     shown = [line.split() for line in lines[begin + 3 : begin + 3 + 20]]
-    assert [words[1] for words in shown[:12]] == names(board.ranked)
-    assert [words[-1] for words in shown] == ["finished"] * 12 + ["failed"] * 8
-    assert all(f"{job.figures.eval_loss:.4f}" in words for job, words in zip(board.ranked, shown, strict=False))
+    assert [cells[1] for cells in shown[:12]] == names(board.ranked)
+    assert [cells[-1] for cells in shown] == ["finished"] * 12 + ["failed"] * 8
+    assert all(f"{job.figures.eval_loss:.4f}" in cells for job, cells in zip(board.ranked, shown, strict=False))
     assert ("parameters" in lines[begin]) == (width >= 100)

@@ -1,4 +1,4 @@
-"""What the code cannot do, read off its syntax trees: write past io/durable.py, unpickle, run what a file names."""
+"""Syntax tree checks: only io/durable.py writes files, nothing unpickles, and no code named by a file runs."""
 
 import ast
 from collections.abc import Iterator
@@ -35,14 +35,14 @@ WRITE_FLAGS = {"O_WRONLY", "O_RDWR", "O_CREAT", "O_APPEND", "O_TRUNC", "O_TMPFIL
 
 
 def dotted(node: ast.AST) -> str:
-    """`a.b.c` of an expression of names and attributes; `?.c` where it begins otherwise."""
+    """Return `a.b.c` for an expression of names and attributes, `?.c` if it begins with anything else."""
     if isinstance(node, ast.Attribute):
         return f"{dotted(node.value)}.{node.attr}"
     return node.id if isinstance(node, ast.Name) else "?"
 
 
 def runs_code(tree: ast.Module) -> Iterator[str]:
-    """What could run code that a file names or holds."""
+    """Yield statements that could run code from a file or named by one."""
     for node in ast.walk(tree):
         names = []
         if isinstance(node, ast.Import):
@@ -66,13 +66,13 @@ def runs_code(tree: ast.Module) -> Iterator[str]:
 
 
 def writes(tree: ast.Module) -> Iterator[str]:
-    """What could write to the disk by another way than durable."""
+    """Yield statements that could write to the disk without durable."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
-            found = {alias.name for alias in node.names} & (
+            imported = {alias.name for alias in node.names} & (
                 WRITING_MODULES.get(str(node.module), set()) | {"save_file"}
             )
-            yield from (f"imports {node.module}.{name}" for name in found)
+            yield from (f"imports {node.module}.{name}" for name in imported)
         if not isinstance(node, ast.Call):
             continue
         called = dotted(node.func)
@@ -80,7 +80,7 @@ def writes(tree: ast.Module) -> Iterator[str]:
         if name in WRITING_MODULES.get(owner, set()) or (owner != "durable" and owner and name in WRITING_METHODS):
             yield f"calls {called}"
         elif name == "replace" and isinstance(node.func, ast.Attribute) and len(node.args) == 1 and not node.keywords:
-            yield f"calls {called}"  # a path's; a text's has two arguments, dataclasses' has keywords
+            yield f"calls {called}"  # Path.replace; str.replace has two arguments, dataclasses.replace has keywords
         elif called == "os.open":
             flags = {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)}
             if flags & WRITE_FLAGS and dotted(node.args[0]) != "os.devnull":
@@ -96,7 +96,7 @@ def _reads(call: ast.Call, *, is_method: bool) -> bool:
 
 
 def replaces_forwards(tree: ast.Module) -> Iterator[str]:
-    """Assignments of an attribute `forward`, and other ways to set one by name."""
+    """Yield assignments to an attribute `forward`, and other ways to set it by name."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr == "forward" and not isinstance(node.ctx, ast.Load):
             yield f"changes {dotted(node)}"
@@ -115,20 +115,20 @@ def _names_forward(node: ast.AST) -> bool:
 
 
 def saved_unstaged(trees: dict[str, ast.Module]) -> list[str]:
-    """Calls of libraries' writers, save_pretrained, that no `with` of a staged or scratch folder encloses.
+    """Return calls of save_pretrained outside every `with` of a staged or scratch folder.
 
-    A function that saves into a folder it is given passes the duty on to all who call it.
+    A function that saves into a folder it is given needs the `with` at each of its calls instead.
     """
     duties, wrong = {"save_pretrained"}, []
     for _ in range(3):
-        wrong = [(place, *found) for place, tree in trees.items() for found in _bare(tree, duties, STAGED)]
+        wrong = [(path, *call) for path, tree in trees.items() for call in _bare(tree, duties, STAGED)]
         duties |= {function for _, function, _ in wrong if function in ("write", "write_folder")}
-    return [f"{place}: {function} calls {name}" for place, function, name in wrong
+    return [f"{path}: {function} calls {name}" for path, function, name in wrong
             if function not in duties]  # fmt: skip
 
 
 def _bare(tree: ast.Module, duties: set[str], blocks: set[str]) -> Iterator[tuple[str, str]]:
-    """(function, callee) for each call of a callee in `duties` that no `with` of these blocks encloses."""
+    """Yield (function, callee) for each call of a callee in `duties` outside every `with` of these blocks."""
 
     def walk(node: ast.AST, function: str) -> Iterator[tuple[str, str]]:
         if isinstance(node, ast.FunctionDef):
@@ -148,30 +148,30 @@ def _bare(tree: ast.Module, duties: set[str], blocks: set[str]) -> Iterator[tupl
     return walk(tree, "module")
 
 
-def place_of(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
+def relative_path(file: Path) -> str:
+    return file.relative_to(ROOT).as_posix()
 
 
-TREES = {place_of(path): ast.parse(path.read_text("utf-8")) for path in SOURCES}
+TREES = {relative_path(file): ast.parse(file.read_text("utf-8")) for file in SOURCES}
 
 
-def test_no_file_runs_code_that_data_names() -> None:
+def test_no_module_runs_code_named_by_data() -> None:
     allowed = {
         "lora_ft/cli/guard.py": {"names _target_"},  # to refuse it
         "lora_ft/cli/entry.py": {"imports a module by a name that is computed"},  # a command of config.SCHEMAS
     }
-    found = {place: set(runs_code(tree)) - allowed.get(place, set()) for place, tree in TREES.items()}
-    assert {place: kinds for place, kinds in found.items() if kinds} == {}
+    violations = {path: set(runs_code(tree)) - allowed.get(path, set()) for path, tree in TREES.items()}
+    assert {path: kinds for path, kinds in violations.items() if kinds} == {}
 
 
-def test_only_durable_writes() -> None:
-    assert [place for place in TREES if any(writes(TREES[place]))] == ["lora_ft/io/durable.py"]
+def test_only_durable_writes_files() -> None:
+    assert [path for path in TREES if any(writes(TREES[path]))] == ["lora_ft/io/durable.py"]
 
 
-def test_one_module_replaces_forwards() -> None:
-    # The second one is a program of its own, which runs without lora_ft.
+def test_only_acceleration_replaces_forwards() -> None:
+    # verify_worker.py is a separate program that runs without lora_ft.
     allowed = {"lora_ft/models/acceleration.py", "lora_ft/publishing/verify_worker.py"}
-    assert {place for place in TREES if any(replaces_forwards(TREES[place]))} <= allowed
+    assert {path for path in TREES if any(replaces_forwards(TREES[path]))} <= allowed
 
 
 @pytest.mark.parametrize(
@@ -182,16 +182,16 @@ def test_one_module_replaces_forwards() -> None:
         "layer.forward, x = f, 1", "object.__setattr__(layer, 'forward', f)",
     ],
 )  # fmt: skip
-def test_the_check_finds_planted_forwards(snippet: str) -> None:
+def test_replaced_forwards_are_detected(snippet: str) -> None:
     assert list(replaces_forwards(ast.parse(snippet)))
     assert not list(replaces_forwards(ast.parse("y = layer.forward(x)\nf = vars(layer).get('forward')")))
 
 
-def test_libraries_write_into_staged_folders_only() -> None:
+def test_save_pretrained_writes_only_into_staged_folders() -> None:
     assert saved_unstaged(TREES) == []
 
 
-def test_an_allowed_exception_is_still_needed() -> None:
+def test_allowed_exceptions_are_still_needed() -> None:
     assert set(runs_code(TREES["lora_ft/cli/guard.py"])) and set(runs_code(TREES["lora_ft/cli/entry.py"]))
     assert set(writes(TREES["lora_ft/io/durable.py"]))
 
@@ -207,7 +207,7 @@ def test_an_allowed_exception_is_still_needed() -> None:
         "from peft import AutoPeftModelForCausalLM", "__import__(name)", "jinja2.Template(text).render()",
     ],
 )  # fmt: skip
-def test_the_check_finds_planted_code(snippet: str) -> None:
+def test_code_execution_is_detected(snippet: str) -> None:
     assert list(runs_code(ast.parse(snippet)))
 
 
@@ -222,7 +222,7 @@ def test_the_check_finds_planted_code(snippet: str) -> None:
         "table.to_parquet(p)", "path.touch()", "path.symlink_to(other)", "array.tofile(p)",
     ],
 )  # fmt: skip
-def test_the_check_finds_planted_writes(snippet: str) -> None:
+def test_writes_are_detected(snippet: str) -> None:
     assert list(writes(ast.parse(snippet)))
 
 
@@ -236,11 +236,11 @@ def test_the_check_finds_planted_writes(snippet: str) -> None:
         "importlib.import_module('flash_attn')", "model.eval()", "re.compile('x')", "yaml.safe_load(text)",
     ],
 )  # fmt: skip
-def test_the_check_leaves_reading_alone(snippet: str) -> None:
+def test_harmless_calls_are_not_reported(snippet: str) -> None:
     assert [*runs_code(ast.parse(snippet)), *writes(ast.parse(snippet))] == []
 
 
-def test_the_check_finds_what_is_saved_outside_of_a_staged_folder() -> None:
+def test_saving_outside_a_staged_folder_is_detected() -> None:
     bare = ast.parse("def save(folder):\n    tokenizer.save_pretrained(folder)")
     staged = ast.parse("def save(f):\n    with durable.staged_folder(f) as s:\n        tokenizer.save_pretrained(s)")
     passed_on = ast.parse("def write_folder(f):\n    t.save_pretrained(f)\ndef other(f):\n    write_folder(f)")

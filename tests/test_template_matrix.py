@@ -1,8 +1,8 @@
-"""Every family of chat templates over the same conversations: what is trained is what the model is asked and answers.
+"""Every family of chat templates on the same conversations: training tokens are those of inference.
 
-Templates are written after the formats as their makers describe them; the vocabularies are a tiny byte-level one, one
-that begins words with a blank as Llama 2's, and SmolLM2's real one, which the families' control tokens are added to.
-Each conversation is told from the outside: transformers renders and tokenizes it once more, step by step.
+Templates follow the formats that the model makers document. The vocabularies are a tiny byte-level one, one with
+Llama 2's word-initial spaces, and SmolLM2's, to which the control tokens of the families are added. The expected tokens
+come from transformers, which renders and tokenizes each conversation again, message by message.
 """
 
 import importlib.util
@@ -27,10 +27,10 @@ from lora_ft.models.gguf.tokenizer import build
 
 @dataclass(frozen=True)
 class Family:
-    """A template, its control tokens, and what holds for its rows.
+    """A template, its control tokens, and the properties of its rows.
 
-    end: what ends an answer; None for the tokenizer's own. bos: beginning-of-text tokens of a row: none, one, or one
-    for each exchange. system, tools, thoughts: whether it takes them; `thoughts` names where they are given.
+    end: end token of an answer; None for the tokenizer's EOS. bos: BOS tokens of a row: none, one, or one per exchange.
+    system, tools: True if the template takes them. thoughts: key of a message that holds them.
     """
 
     template: str
@@ -42,7 +42,7 @@ class Family:
     thoughts: str = "content"
 
 
-# The first message's system text as `system`, and the others as `messages`.
+# Sets `system` to the text of a first system message, and `messages` to the others.
 SPLIT = (
     "{% set system = none %}{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
     "{% set messages = messages[1:] %}{% endif %}"
@@ -69,19 +69,19 @@ LLAMA2 = SPLIT + (
     "{{ m.content | trim + ' [/INST]' }}{% elif m.role == 'assistant' %}{{ ' ' + m.content | trim + ' ' + eos_token }}"
     "{% else %}{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"
 )
-# From its third version on: the system text goes into the last question, so that history reads otherwise later on.
+# From version 3 on: the system text is part of the last question, so history is rendered differently later.
 MISTRAL = SPLIT + (
-    "{% set asked = messages | selectattr('role', 'equalto', 'user') | list | length %}{% set seen = namespace(n=0) %}"
+    "{% set total = messages | selectattr('role', 'equalto', 'user') | list | length %}{% set seen = namespace(n=0) %}"
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{% set seen.n = seen.n + 1 %}{{ '[INST] ' }}"
-    "{% if seen.n == asked and system is not none %}{{ system + '\n\n' }}{% endif %}{{ m.content + '[/INST]' }}"
+    "{% if seen.n == total and system is not none %}{{ system + '\n\n' }}{% endif %}{{ m.content + '[/INST]' }}"
     "{% else %}{{ ' ' + m.content | trim + eos_token }}{% endif %}{% endfor %}"
 )
-# Without a generation prompt the text ends: each answer's own rendering is closed by an end of text.
+# Without a generation prompt an end-of-text token is written, also after an answer in the middle of a chat.
 PHI3 = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
-# Tools as Hermes writes them, a default system text, tool answers in the user's turn.
+# Tools as in Hermes, a default system text, tool results in the user's turn.
 QWEN_TOOLS = SPLIT + (
     "{% if tools %}<|im_start|>system\n{{ system or 'You are helpful.' }}\n\n# Tools\n<tools>{% for t in tools %}"
     "{{ '\n' }}{{ t | tojson }}{% endfor %}\n</tools><|im_end|>\n"
@@ -103,7 +103,7 @@ QWEN25 = (
     f"{{% else %}}{{{{ '<|im_start|>' + m.role + '\n' + m.content }}}}{QWEN_CALLS}{{% endif %}}{{% endfor %}}"
     f"{ASSISTANT_NEXT}"
 )
-# Thoughts are shown behind the last question only, and the last answer has some, be they empty.
+# Thoughts are shown after the last question only; the last answer always has them, possibly empty.
 QWEN3 = "".join((
     QWEN_TOOLS.replace("DEFAULT", "false"), "{% set last = namespace(user=-1) %}",
     "{% for m in messages %}{% if m.role == 'user' %}{% set last.user = loop.index0 %}{% endif %}{% endfor %}",
@@ -136,7 +136,7 @@ DEEPSEEK = SPLIT + (
     "{% else %}{{ '<｜Assistant｜>' + m.content + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<｜Assistant｜>{% endif %}"
 )
-# gpt-oss: channels; earlier answers lose their thoughts and end otherwise than the last.
+# gpt-oss: channels; earlier answers lose their thoughts and have another end token than the last.
 HARMONY = SPLIT + (
     "<|start|>system<|message|>You are a model.<|end|>{% if system or tools %}<|start|>developer<|message|>"
     "{{ system or '' }}{% for t in tools or [] %}"
@@ -174,12 +174,12 @@ FAMILIES = {
         HARMONY, ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>"),
         "<|return|>", tools=True, thoughts="thinking"),
 }  # fmt: skip
-# Templates that think take thoughts as words of their own, which are no control tokens.
+# Added tokens of templates with thoughts and tools, which are not special.
 PLAIN_TOKENS = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
 
 
 def metaspace() -> PreTrainedTokenizerFast:
-    """As Llama 2's: a blank before the text, unknown characters as bytes, and a BOS of the tokenizer's own."""
+    """Make a tokenizer like Llama 2's: a space before the text, unknown characters as bytes, a BOS by default."""
     bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
@@ -210,23 +210,23 @@ VOCABULARIES = {
 }
 
 
-def tokenizer_of(family: Family, kind: str) -> Any:
-    tokenizer = VOCABULARIES[kind]()
+def tokenizer_of(family: Family, vocabulary: str) -> Any:
+    tokenizer = VOCABULARIES[vocabulary]()
     tokenizer.add_special_tokens({"additional_special_tokens": [*family.tokens]}, replace_extra_special_tokens=False)
     tokenizer.add_tokens(PLAIN_TOKENS)
-    if kind == "smollm2":  # its <|im_start|> begins text and turns alike, which would hide a second one
+    if vocabulary == "smollm2":  # its BOS <|im_start|> also begins turns, which would hide a second BOS
         tokenizer.bos_token, tokenizer.eos_token = "<|endoftext|>", "<|im_end|>"
     tokenizer.chat_template = family.template
     return tokenizer
 
 
-# Thirty conversations: one to six exchanges in five manners. Each question and each answer has a word of its own.
+# Thirty conversations: one to six exchanges in five styles. Each question and each answer has a unique word.
 STYLES = {
     "plain": ("{} what is it?", "It is {}."),
     "unicode": ("{} é e\u0301 你好 👋🏽 \u200d Καλημέρα", "Ça va, {} 😀 \u00a0naïve ﷽"),
     "code": ("{}: fix\n\n```python\ndef f(x):\n\treturn {{x}}  # %s \\n\n```",
              "```\n<b>{}</b> && [x] 'x' \"y\"\n```\n- 1\n- 2"),
-    "blanks": ("  \n\t{} \u2003 \n\n", "\n\n  {}  \n   \n"),
+    "whitespace": ("  \n\t{} \u2003 \n\n", "\n\n  {}  \n   \n"),
     "thinking": ("{} why?", "<think>\nhm {}\n</think>\n\nBecause of {}."),
 }  # fmt: skip
 
@@ -238,15 +238,15 @@ def conversation(exchanges: int, style: str, family: Family) -> list[dict[str, A
         messages.append({"role": "system", "content": f"Be brief, {style}."})
     for n in range(exchanges):
         content = answer.format(f"answer{n}yy", f"answer{n}yy")
-        said = {"role": "assistant", "content": content}
+        reply = {"role": "assistant", "content": content}
         if style == "thinking" and family.thoughts == "thinking":
-            said = {"role": "assistant", "thinking": f"hm answer{n}yy", "content": f"Because of answer{n}yy."}
-        messages += [{"role": "user", "content": ask.format(f"question{n}xx")}, said]
+            reply = {"role": "assistant", "thinking": f"hm answer{n}yy", "content": f"Because of answer{n}yy."}
+        messages += [{"role": "user", "content": ask.format(f"question{n}xx")}, reply]
     return messages
 
 
 def called(exchanges: int) -> list[dict[str, Any]]:
-    """Exchanges in which the answer follows upon a tool's."""
+    """Return exchanges in which the answer follows the result of a tool."""
     messages: list[dict[str, Any]] = []
     for n in range(exchanges):
         call = {"type": "function", "function": {"name": "add_up", "arguments": {"of": f"answer{n}yy"}}}
@@ -269,7 +269,7 @@ def conversations(family: Family) -> list[dict[str, Any]]:
 
 
 def prepared(folder: Path, rows: list[Any], tokenizer: Any, train_on: TrainOn) -> list[list[Example]]:
-    """The documents of each row."""
+    """Return the documents of each row."""
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     found: list[list[Example]] = [[] for _ in rows]
@@ -279,25 +279,25 @@ def prepared(folder: Path, rows: list[Any], tokenizer: Any, train_on: TrainOn) -
 
 
 def spans(document: Example) -> list[tuple[int, int]]:
-    """Stretches of supervised tokens."""
+    """Return start and end of each run of supervised tokens."""
     learned = [*document.supervised.tolist(), False]
     starts = [i for i in range(1, len(learned)) if learned[i] and not learned[i - 1]]
     return [(start, learned.index(False, start)) for start in starts]
 
 
 CASES = [
-    (family, kind)
+    (family, vocabulary)
     for family in FAMILIES
-    for kind in VOCABULARIES
-    if kind != "metaspace" or family in ("llama2", "mistral", "gemma", "zephyr", "vicuna", "alpaca")
+    for vocabulary in VOCABULARIES
+    if vocabulary != "metaspace" or family in ("llama2", "mistral", "gemma", "zephyr", "vicuna", "alpaca")
 ]
 
 
 @pytest.mark.closes("A05", "A06", "A07", "A08", "A09")
-@pytest.mark.parametrize(("name", "kind"), CASES)
-def test_each_answer_is_learned_once_behind_the_prompt_that_asks_for_it(name, kind, tmp_path):
+@pytest.mark.parametrize(("name", "vocabulary"), CASES)
+def test_each_answer_is_supervised_once_after_its_inference_prompt(name, vocabulary, tmp_path):
     family = FAMILIES[name]
-    tokenizer = tokenizer_of(family, kind)
+    tokenizer = tokenizer_of(family, vocabulary)
     rows = conversations(family)
     end = tokenizer.convert_tokens_to_ids((family.end or tokenizer.eos_token).strip())
     for row, documents in zip(rows, prepared(tmp_path, rows, tokenizer, TrainOn.answers), strict=True):
@@ -320,14 +320,14 @@ def test_each_answer_is_learned_once_behind_the_prompt_that_asks_for_it(name, ki
             assert sum(token in ends for token in ids[start:stop]) == 1
             assert ids[stop - 1] in ends | ({tokenizer.eos_token_id} if name == "phi3" else set())
         for document in documents:
-            asked = sum(f"question{n}xx" in tokenizer.decode(document.ids) for n in range(6))
-            expected = {"none": 0, "one": 1, "each exchange": asked}[family.bos]
+            questions = sum(f"question{n}xx" in tokenizer.decode(document.ids) for n in range(6))
+            expected = {"none": 0, "one": 1, "each exchange": questions}[family.bos]
             assert document.ids.tolist().count(tokenizer.bos_token_id) == expected
 
 
 @pytest.mark.closes("A04", "A06")
 @pytest.mark.parametrize("name", FAMILIES)
-def test_train_on_last_answer_and_all_are_the_same_ids_under_another_mask(name, tmp_path):
+def test_train_on_changes_only_the_mask(name, tmp_path):
     family = FAMILIES[name]
     tokenizer = tokenizer_of(family, "tiny")
     rows = conversations(family)
@@ -340,7 +340,7 @@ def test_train_on_last_answer_and_all_are_the_same_ids_under_another_mask(name, 
 
 
 @pytest.mark.closes("A05", "A07", "A08")
-def test_the_embedded_model_learns_by_its_own_template(tmp_path):
+def test_the_embedded_models_own_template_supervises_its_answers(tmp_path):
     tokenizer = build(smollm2_metadata())
     rows = conversations(FAMILIES["chatml"])
     for row, documents in zip(rows, prepared(tmp_path, rows, tokenizer, TrainOn.answers), strict=True):

@@ -1,4 +1,4 @@
-"""Trackers through accelerate: a stand-in server, real TensorBoard, and real wandb and MLflow marked interop."""
+"""Trackers through accelerate: with a fake server, real TensorBoard, and real wandb and MLflow (marked interop)."""
 
 import contextlib
 import importlib.util
@@ -36,7 +36,7 @@ RESULT = Result(
 
 
 class Server:
-    """Stand-in for a tracker's class in accelerate; keeps the runs that it starts and what they are sent."""
+    """Fake tracker class for accelerate that records its runs and the values sent to them."""
 
     requires_logging_directory = False
 
@@ -63,19 +63,19 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Server:
-    """The server of wandb, whose id and exit code the callback handles."""
+    """A fake server under the name of wandb, for which the callback handles run id and exit code."""
     made = Server()
     monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "wandb", made)
     return made
 
 
 def run_of(folder: Path, tool: Tracker = Tracker.wandb) -> Any:
-    """Return a stand-in for a state, with all that the callback reads of it."""
+    """Return a fake training state with the fields that the callback reads."""
     folder.mkdir(parents=True, exist_ok=True)
     return SimpleNamespace(cfg=config.TrainRun(track=config.Track(tool, "mine")), folder=folder)
 
 
-def follow(state: Any, steps: range, outcome: Any = RESULT) -> None:
+def track(state: Any, steps: range, outcome: Any = RESULT) -> None:
     callback = trackers.TrackerCallback(state.cfg.track)
     for step in steps:
         if step:
@@ -85,13 +85,13 @@ def follow(state: Any, steps: range, outcome: Any = RESULT) -> None:
     callback.on_end(state, outcome)
 
 
-def test_the_names_are_accelerates() -> None:
+def test_tracker_names_are_those_of_accelerate() -> None:
     assert {t.value for t in Tracker} == {"none", *accelerate.tracking.LOGGER_TYPE_TO_CLASS}
     assert {path.stem for path in (config.CONF / "track").iterdir()} <= {t.value for t in Tracker}
 
 
-def test_a_tracker_gets_settings_metrics_and_result(server: Server, tmp_path: Path) -> None:
-    follow(run_of(tmp_path / "my run"), range(3))
+def test_tracker_receives_settings_metrics_and_result(server: Server, tmp_path: Path) -> None:
+    track(run_of(tmp_path / "my run"), range(3))
     (run,) = server.runs
     assert run.project == "mine"
     assert (run.options["name"], run.options["group"]) == ("my run", None)
@@ -104,42 +104,44 @@ def test_a_tracker_gets_settings_metrics_and_result(server: Server, tmp_path: Pa
     assert run.ended == [0]
 
 
-def test_settings_hold_no_secret(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_sent_to_a_tracker_contain_no_secret(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HUB_TOKEN", "c0ffee-c0ffee-0001")
     state = run_of(tmp_path)
     state.cfg.data.path, state.cfg.adapter.target_modules = "https://c0ffee-c0ffee-0001/x", ["c0ffee-c0ffee-0001"]
-    follow(state, range(1))
+    track(state, range(1))
     assert "c0ffee" not in str(server.runs[0].settings)
 
 
-def test_the_jobs_of_a_sweep_are_grouped_by_its_folder(server: Server, tmp_path: Path) -> None:
+def test_sweep_jobs_are_grouped_by_sweep_folder(server: Server, tmp_path: Path) -> None:
     for number in range(2):
         state = run_of(tmp_path / "ranks" / str(number))
         (tmp_path / "ranks" / runs.SWEEP).write_text("{}")
-        follow(state, range(2))
+        track(state, range(2))
     assert [(r.options["group"], r.options["name"]) for r in server.runs] == [("ranks", "0"), ("ranks", "1")]
 
 
-def test_a_resumed_run_continues_in_its_tracker(server: Server, tmp_path: Path) -> None:
-    follow(run_of(tmp_path), range(3), Interrupted(signal.SIGTERM, "stopped"))
-    follow(run_of(tmp_path), range(3, 5))
+def test_resumed_run_continues_its_tracker_run(server: Server, tmp_path: Path) -> None:
+    track(run_of(tmp_path), range(3), Interrupted(signal.SIGTERM, "stopped"))
+    track(run_of(tmp_path), range(3, 5))
     first, second = server.runs
     assert "id" not in first.options and first.settings and first.ended == [143]
     assert (second.options["id"], second.options["resume"]) == ("a-1", "allow")
     assert not second.settings and [step for step, _ in second.rows] == [3, 4]
 
 
-def test_a_resumed_run_without_a_step_left_sends_its_result(server: Server, tmp_path: Path) -> None:
-    follow(run_of(tmp_path), range(3), None)
-    follow(run_of(tmp_path), range(0))
+def test_resume_without_remaining_steps_sends_the_result(server: Server, tmp_path: Path) -> None:
+    track(run_of(tmp_path), range(3), None)
+    track(run_of(tmp_path), range(0))
     paused, ended = server.runs
     assert paused.ended == ended.ended == [0]
     assert not paused.summary and ended.summary["result/steps"] == 2
 
 
-def test_an_id_is_of_one_tracker(server: Server, tmp_path: Path) -> None:
+def test_run_id_of_another_tracker_is_ignored(server: Server, tmp_path: Path) -> None:
     (tmp_path / trackers.ID).write_text(json.dumps({"tracker": "mlflow", "id": "other"}))
-    follow(run_of(tmp_path), range(2))
+    track(run_of(tmp_path), range(2))
     assert "id" not in server.runs[0].options
     assert json.loads((tmp_path / trackers.ID).read_text()) == {"tracker": "wandb", "id": "a-1"}
 
@@ -149,19 +151,19 @@ def test_an_id_is_of_one_tracker(server: Server, tmp_path: Path) -> None:
     [(NonFiniteError("loss nan"), 8), (ValueError("a bug"), 1), (KeyboardInterrupt(), 1), (None, 0)],
     ids=lambda value: type(value).__name__,
 )
-def test_wandb_shows_how_a_run_ended(outcome: Any, code: int, server: Server, tmp_path: Path) -> None:
-    follow(run_of(tmp_path), range(2), outcome)
+def test_wandb_receives_the_exit_code(outcome: Any, code: int, server: Server, tmp_path: Path) -> None:
+    track(run_of(tmp_path), range(2), outcome)
     assert server.runs[0].ended == [code]
 
 
-def test_a_run_that_fails_before_its_first_metrics_leaves_nothing(server: Server, tmp_path: Path) -> None:
-    """Its folder can be used again."""
-    follow(run_of(tmp_path), range(0), NonFiniteError("loss nan"))
+def test_run_that_fails_before_its_first_metrics_creates_nothing(server: Server, tmp_path: Path) -> None:
+    """The run folder stays empty and can be used again."""
+    track(run_of(tmp_path), range(0), NonFiniteError("loss nan"))
     assert not server.runs and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("fails_at", ["start", "store", "log", "finish"])
-def test_a_tracker_that_fails_costs_one_warning_and_no_bit(
+def test_tracker_failure_gives_one_warning_and_the_same_adapter(
     fails_at: str, server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def adapter(name: str, callbacks: list[Any]) -> torch.Tensor:
@@ -177,25 +179,25 @@ def test_a_tracker_that_fails_costs_one_warning_and_no_bit(
 
     server.fails_at = fails_at
     with caplog.at_level(logging.WARNING, "lora_ft"):
-        found = adapter("with", [trackers.TrackerCallback(config.Track(Tracker.wandb))])
+        tracked = adapter("with", [trackers.TrackerCallback(config.Track(Tracker.wandb))])
     (warning,) = [r.getMessage() for r in caplog.records if r.name == "lora_ft"]
     assert warning == f"track=wandb failed; metrics.jsonl is complete: ConnectionError: no server to {fails_at}"
-    assert torch.equal(found, adapter("without", []))
+    assert torch.equal(tracked, adapter("without", []))
     assert [m["step"] for m in runs.read_metrics(tmp_path / "with")] == [0, 1, 2, 3]
 
 
-def test_a_run_is_finished_when_its_tracker_fails(server: Server, tmp_path: Path) -> None:
-    """The next job of a sweep starts its own."""
+def test_tracker_run_is_finished_after_a_failure(server: Server, tmp_path: Path) -> None:
+    """Otherwise the next job of a sweep would continue the same tracker run."""
     server.fails_at = "log"
-    follow(run_of(tmp_path), range(3))
+    track(run_of(tmp_path), range(3))
     assert server.runs[0].ended == [None]
 
 
-def test_tensorboard_hides_the_steps_that_are_taken_again(tmp_path: Path) -> None:
+def test_tensorboard_shows_repeated_steps_once(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for steps in (range(6), range(4, 8), range(0)):
-        follow(run_of(tmp_path, Tracker.tensorboard), steps, None if steps else replace(RESULT, steps=7))
+        track(run_of(tmp_path, Tracker.tensorboard), steps, None if steps else replace(RESULT, steps=7))
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("lr")] == [(step, 0.5) for step in range(1, 8)]
@@ -205,7 +207,7 @@ def test_tensorboard_hides_the_steps_that_are_taken_again(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("tool", "package"), [("wandb", r"'lora_ft\[wandb\]'"), ("trackio", "trackio")])
-def test_a_package_that_is_missing_is_named(tool: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tracker_package_is_named(tool: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, tool, None)
     with pytest.raises(ResourceError, match=rf"track={tool} needs the package {tool}: pip install {package}"):
         trackers.check(config.Track(Tracker(tool)))
@@ -225,7 +227,7 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return made
 
 
-def test_wandb_without_an_account_is_refused_unless_it_is_offline(wandb: ModuleType) -> None:
+def test_wandb_needs_an_api_key_unless_offline(wandb: ModuleType) -> None:
     track = config.Track(Tracker.wandb)
     with pytest.raises(ResourceError, match="set WANDB_API_KEY, or WANDB_MODE=offline"):
         trackers.check(track)
@@ -235,7 +237,7 @@ def test_wandb_without_an_account_is_refused_unless_it_is_offline(wandb: ModuleT
     trackers.check(track)
 
 
-def test_reports_about_the_machine_are_off_unless_the_environment_sets_them(
+def test_machine_reports_are_off_unless_the_environment_enables_them(
     wandb: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wandb.mode = "offline"
@@ -259,13 +261,13 @@ def command(tmp_path: Path, run: str, *overrides: str) -> list[str]:
 
 
 def services_of(folder: Path) -> list[int]:
-    """Return the processes that were started with this folder as their home."""
-    found = []
+    """Return the ids of processes whose HOME is this folder."""
+    pids = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if f"HOME={folder}".encode() in (process / "environ").read_bytes().split(b"\0"):
-                found.append(int(process.name))
-    return found
+                pids.append(int(process.name))
+    return pids
 
 
 def wait_for_steps(process: "subprocess.Popen[str]", folder: Path) -> None:
@@ -275,8 +277,8 @@ def wait_for_steps(process: "subprocess.Popen[str]", folder: Path) -> None:
 
 
 @pytest.mark.interop
-def test_real_clients_keep_a_run_that_is_stopped_and_resumed(tmp_path: Path) -> None:
-    """wandb offline and MLflow's file store: same adapter as without, Ctrl-C works, no process is left."""
+def test_real_trackers_record_a_stopped_and_resumed_run(tmp_path: Path) -> None:
+    """wandb offline and MLflow's file store: the adapter is unchanged, Ctrl-C works, and no process stays behind."""
     needs("wandb", "mlflow")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "MLFLOW_"))}
     environment |= {"WANDB_MODE": "offline", "HOME": str(tmp_path)}
@@ -313,17 +315,17 @@ def test_real_clients_keep_a_run_that_is_stopped_and_resumed(tmp_path: Path) -> 
 
 
 @pytest.mark.interop
-def test_the_service_of_wandb_ends_with_a_run_that_is_killed(tmp_path: Path) -> None:
+def test_wandb_service_exits_after_the_run_is_killed(tmp_path: Path) -> None:
     needs("wandb")
     environment = os.environ | {"WANDB_MODE": "offline", "HOME": str(tmp_path)}
     overrides = command(tmp_path, "run", "track=wandb", "train.max_steps=100000")
     process = subprocess.Popen(overrides, env=environment, text=True)
     wait_for_steps(process, tmp_path / "run")
-    beside = set(services_of(tmp_path)) - {process.pid}
+    services = set(services_of(tmp_path)) - {process.pid}
     process.kill()
     process.wait()
-    assert beside
-    give_up = time.monotonic() + 60
-    while services_of(tmp_path) and time.monotonic() < give_up:
+    assert services
+    deadline = time.monotonic() + 60
+    while services_of(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert services_of(tmp_path) == []

@@ -1,4 +1,4 @@
-"""The train command from the command line to the run folder, on tiny models: what it leaves, and how it fails."""
+"""The train command on tiny models, from the command line to the run folder: files, results and errors."""
 
 import json
 import math
@@ -30,10 +30,12 @@ QUICK = (
 )
 
 
-def train(tmp_path: Path, *words: str, family: str = "llama", run: str = "run") -> int:
+def train(tmp_path: Path, *overrides: str, family: str = "llama", run: str = "run") -> int:
     base = tmp_path / family if (tmp_path / family).is_dir() else tiny_folder(tmp_path, family)
-    data = () if any(w.startswith("data.path") for w in words) else (f"data.path={rows_file(tmp_path)}",)
-    return call("train", "model=local", f"model.path={base}", *data, f"hydra.run.dir={tmp_path / run}", *QUICK, *words)
+    data = () if any(w.startswith("data.path") for w in overrides) else (f"data.path={rows_file(tmp_path)}",)
+    return call(
+        "train", "model=local", f"model.path={base}", *data, f"hydra.run.dir={tmp_path / run}", *QUICK, *overrides
+    )
 
 
 def result(tmp_path: Path, run: str = "run") -> dict:
@@ -42,7 +44,7 @@ def result(tmp_path: Path, run: str = "run") -> dict:
 
 @pytest.mark.closes("A17")
 @pytest.mark.parametrize(
-    "family, words",
+    "family, overrides",
     [
         ("gpt2", ("quant=nf4",)),
         ("llama", ("adapter=dora",)),
@@ -54,10 +56,10 @@ def result(tmp_path: Path, run: str = "run") -> dict:
         ("llama", ("adapter.modules_to_save=[norm]",)),
     ],
 )
-def test_a_run_leaves_a_folder_that_explains_itself(
-    family: str, words: tuple[str, ...], tmp_path: Path, capsys
+def test_run_writes_all_files_and_prints_a_summary(
+    family: str, overrides: tuple[str, ...], tmp_path: Path, capsys
 ) -> None:
-    assert train(tmp_path, *words, family=family) == 0
+    assert train(tmp_path, *overrides, family=family) == 0
     folder = tmp_path / "run"
     assert {p.name for p in folder.iterdir()} == {
         "config.yaml",
@@ -71,13 +73,13 @@ def test_a_run_leaves_a_folder_that_explains_itself(
         "log.txt",
     }
     assert [m["step"] for m in runs.read_metrics(folder)] == [0, 1, 2, 3, 4]
-    found = result(tmp_path)
-    assert found["steps"] == 4
-    assert math.isfinite(found["eval_loss"])
-    assert found["eval_loss"] != found["base_eval_loss"]
+    stored = result(tmp_path)
+    assert stored["steps"] == 4
+    assert math.isfinite(stored["eval_loss"])
+    assert stored["eval_loss"] != stored["base_eval_loss"]
     tensors = safetensors.torch.load_file(folder / "adapter" / files.WEIGHTS)
     assert {t.dtype for t in tensors.values()} == {torch.float32}
-    assert sum(t.numel() for t in tensors.values()) == found["trainable_parameters"]
+    assert sum(t.numel() for t in tensors.values()) == stored["trainable_parameters"]
     shown = capsys.readouterr().out
     for word in (
         "eval loss",
@@ -90,15 +92,15 @@ def test_a_run_leaves_a_folder_that_explains_itself(
         assert word in shown
 
 
-def test_the_stored_config_is_the_composed_one_and_the_overrides_those_typed(tmp_path: Path) -> None:
+def test_config_and_overrides_are_stored(tmp_path: Path) -> None:
     assert train(tmp_path, "adapter=rslora") == 0
     stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert (stored["adapter"]["r"], stored["adapter"]["rslora"], stored["quant"]["kind"]) == (2, True, "none")
+    assert (stored["adapter"]["r"], stored["adapter"]["use_rslora"], stored["quant"]["kind"]) == (2, True, "none")
     assert "adapter=rslora" in (tmp_path / "run" / "overrides.txt").read_text().splitlines()
 
 
 @pytest.mark.closes("A15", "D03")
-def test_training_continues_from_an_adapter_on_the_same_base_only(tmp_path: Path, capsys) -> None:
+def test_init_from_continues_an_adapter_and_refuses_another_base_or_rank(tmp_path: Path, capsys) -> None:
     assert train(tmp_path, run="one") == 0
     start = f"adapter.init_from={tmp_path / 'one' / 'adapter'}"
     assert train(tmp_path, start, "optim.lr=1e-9", run="two") == 0
@@ -111,15 +113,15 @@ def test_training_continues_from_an_adapter_on_the_same_base_only(tmp_path: Path
     assert "r 2 instead of 4" in capsys.readouterr().err
 
 
-def test_the_best_adapter_is_the_one_saved(tmp_path: Path) -> None:
+def test_keep_best_saves_the_best_adapter(tmp_path: Path) -> None:
     assert train(tmp_path, "train.keep=best", "train.eval_every_steps=1", "optim.lr=0.2", "train.max_steps=8") == 0
-    found = result(tmp_path)
+    stored = result(tmp_path)
     curve = {m["step"]: m["eval_loss"] for m in runs.read_metrics(tmp_path / "run")}
-    assert found["best_eval_loss"] == min(curve.values()) == curve[found["best_step"]]
-    assert found["eval_loss"] == pytest.approx(found["best_eval_loss"], rel=1e-6)
+    assert stored["best_eval_loss"] == min(curve.values()) == curve[stored["best_step"]]
+    assert stored["eval_loss"] == pytest.approx(stored["best_eval_loss"], rel=1e-6)
 
 
-# What must end with its exit code and a message that names the thing.
+# name: (overrides, exit code, part of the message)
 FAILURES = {
     "missing model": (("model.path=nowhere/at-all-here.gguf",), 7, "nowhere/at-all-here.gguf"),
     "broken row": (("data.path={broken}",), 4, "broken.jsonl:2"),
@@ -133,17 +135,17 @@ FAILURES = {
 
 @pytest.mark.closes("A21")
 @pytest.mark.parametrize("name", FAILURES)
-def test_a_mistake_ends_with_its_code_and_one_message(name: str, tmp_path: Path, capfd) -> None:
-    words, code, said = FAILURES[name]
+def test_user_error_gives_its_exit_code_and_one_message(name: str, tmp_path: Path, capfd) -> None:
+    overrides, code, message = FAILURES[name]
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n')
-    assert train(tmp_path, *(word.replace("{broken}", str(tmp_path / "broken.jsonl")) for word in words)) == code
+    assert train(tmp_path, *(word.replace("{broken}", str(tmp_path / "broken.jsonl")) for word in overrides)) == code
     shown = capfd.readouterr().err
-    assert said in shown
+    assert message in shown
     assert "Traceback" not in shown
 
 
 @pytest.mark.closes("A18")
-def test_a_loss_that_is_not_finite_ends_with_its_code(tmp_path: Path, capfd) -> None:
+def test_nonfinite_loss_exits_with_code_8(tmp_path: Path, capfd) -> None:
     folder = tiny_folder(tmp_path, "llama")
     path = folder / "model.safetensors"
     tensors = safetensors.torch.load_file(path)
@@ -154,19 +156,19 @@ def test_a_loss_that_is_not_finite_ends_with_its_code(tmp_path: Path, capfd) -> 
 
 
 @pytest.mark.closes("A03")
-def test_several_processes_are_refused_so_far(tmp_path: Path, capfd, monkeypatch) -> None:
+def test_more_than_one_process_is_refused(tmp_path: Path, capfd, monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert train(tmp_path) == 2
     assert "WORLD_SIZE=2" in capfd.readouterr().err
 
 
-def test_without_eval_rows_a_run_trains_and_says_so(tmp_path: Path, capsys) -> None:
+def test_training_without_eval_rows_has_no_eval_loss(tmp_path: Path, capsys) -> None:
     assert train(tmp_path, "data.eval_fraction=0") == 0
     assert result(tmp_path)["eval_loss"] is None
     assert "no eval rows" in capsys.readouterr().out
 
 
-def test_questions_are_answered_by_base_and_adapter(tmp_path: Path, capsys) -> None:
+def test_sample_questions_are_printed(tmp_path: Path, capsys) -> None:
     assert train(tmp_path, "train.samples=2") == 0
     shown = capsys.readouterr().out
     assert sum(question in shown for question, _ in QUESTIONS) == 2
@@ -174,28 +176,28 @@ def test_questions_are_answered_by_base_and_adapter(tmp_path: Path, capsys) -> N
 
 @pytest.mark.closes("A15", "A16")
 @pytest.mark.parametrize("check", ["check_moved", "check_gradients", "check_base_unchanged", "check_trainable"])
-def test_every_audit_is_always_on(check: str, tmp_path: Path, monkeypatch, capfd) -> None:
+def test_failed_audit_stops_training(check: str, tmp_path: Path, monkeypatch, capfd) -> None:
     def fails(*arguments: object) -> None:
-        raise MismatchError(f"{check} says no")
+        raise MismatchError(f"{check} failed")
 
     monkeypatch.setattr(audit, check, fails)
     assert train(tmp_path) == 5
-    assert f"{check} says no" in capfd.readouterr().err
+    assert f"{check} failed" in capfd.readouterr().err
 
 
 @pytest.mark.closes("A22")
-def test_added_tokens_that_no_row_holds_are_refused(tmp_path: Path, capfd) -> None:
+def test_added_token_that_no_row_contains_is_refused(tmp_path: Path, capfd) -> None:
     assert train(tmp_path, "model.added_tokens=['<never>']") == 4
-    assert "no training row holds <never>" in capfd.readouterr().err
+    assert "no training row contains <never>" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "words",
+    "overrides",
     [(), ("quant=nf4",), ("quant=int8",), ("model.dtype=bfloat16",), ("model.added_tokens=['spider','France']",)],
 )
-def test_the_printed_lines_load_what_was_trained(words: tuple[str, ...], tmp_path: Path, capsys) -> None:
-    """Executed as a reader would, with transformers and PEFT alone; the loss is the one that was reported."""
-    assert train(tmp_path, *words, "data.eval_fraction=0.4") == 0
+def test_printed_code_loads_the_trained_adapter(overrides: tuple[str, ...], tmp_path: Path, capsys) -> None:
+    """The code runs with transformers and PEFT only, and its model has the reported eval loss."""
+    assert train(tmp_path, *overrides, "data.eval_fraction=0.4") == 0
     shown = capsys.readouterr().out
     code = shown[shown.index("base = AutoModelForCausalLM") :]
     names: dict = {}
@@ -203,9 +205,9 @@ def test_the_printed_lines_load_what_was_trained(words: tuple[str, ...], tmp_pat
     names.update(BitsAndBytesConfig=BitsAndBytesConfig)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        exec(code, names)  # noqa: S102 (what was printed is what is tested)
+        exec(code, names)  # noqa: S102 (the printed code is what this test runs)
     model = names["model"].eval()
-    cfg = rules_of(tmp_path / "run")
+    cfg = data_config(tmp_path / "run")
     eval_rows = prepare(cfg, AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter")).eval
     total = tokens = 0
     with torch.no_grad():
@@ -215,11 +217,11 @@ def test_the_printed_lines_load_what_was_trained(words: tuple[str, ...], tmp_pat
             losses = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
             total += float(losses[torch.from_numpy(row.supervised[1:])].sum())
             tokens += int(row.supervised.sum())
-    # bitsandbytes alone multiplies 4-bit weights in bfloat16 on CPUs that can; lora_ft does not let it.
-    bound = {"quant=nf4": 1e-3, "model.dtype=bfloat16": 2e-2}.get("".join(words), 1e-5)
+    # bitsandbytes multiplies 4-bit weights in bfloat16 on CPUs that support it; lora_ft turns that off.
+    bound = {"quant=nf4": 1e-3, "model.dtype=bfloat16": 2e-2}.get("".join(overrides), 1e-5)
     assert total / tokens == pytest.approx(result(tmp_path)["eval_loss"], rel=bound)
 
 
-def rules_of(folder: Path) -> config.Data:
+def data_config(folder: Path) -> config.Data:
     stored = OmegaConf.merge(OmegaConf.structured(config.Data), runs.read_config(folder)["data"])
     return OmegaConf.to_object(stored)

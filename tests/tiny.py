@@ -27,7 +27,7 @@ from transformers import (
 )
 
 FAMILIES = ("gpt2", "llama", "qwen3", "gpt_neox")
-# Mixtures of four experts, two of which see a token; deepseek_v3 has them in its second layer alone.
+# Mixtures of four experts, two per token; deepseek_v3 has them only in its second layer.
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "granitemoehybrid", "gpt_oss", "deepseek_v3")
 VOCABULARY = 512
 BOS, TURN, EOS, PAD = SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
@@ -57,9 +57,9 @@ _IDS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 3, "vocab_size": V
 
 
 def tiny_model(family: str, *, tie: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    """A random model in eval mode, the same for the same arguments; the global generator is left as it was.
+    """Return a random model in eval mode, the same for the same arguments; the global generator does not change.
 
-    Weights are drawn wider than usual (0.1), so that logits differ by more than rounding does.
+    The standard deviation of the weights is larger than usual (0.1), so that logits differ by more than rounding.
     """
     shared = {"tie_word_embeddings": tie, "initializer_range": 0.1, "max_position_embeddings": 256, **_IDS}
     match family:
@@ -106,7 +106,7 @@ def tiny_model(family: str, *, tie: bool = False, dtype: torch.dtype = torch.flo
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 512 tokens with a ChatML template; it reads any text and adds no special token itself."""
+    """Return a byte-level BPE of 512 tokens with a ChatML template; it reads any text and adds no special token."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

@@ -1,18 +1,18 @@
 """Adapters as PEFT defines them.
 
-attach     settings -> matrices on the layers of a frozen base
-audit      only they train, all of them move, the base stays
-summary    which layers and how many parameters, by the base's shapes alone
-init       how its matrices start
+attach     settings -> trainable matrices on the layers of a frozen base
+audit      checks that only these matrices train, that all of them move, and that the base does not change
+summary    counts of layers and parameters, from the base's shapes
+init       initial values of the matrices
 files      matrices <-> the folder that any PEFT user loads
-provenance what PEFT does not record: base hashes, quantization, data; and its check
+provenance records what PEFT does not (base hashes, quantization, data), and checks it
 loading    run=, adapter_path= -> a base with its adapter
 
-Importing this package has a side effect: it imports bitsandbytes, as lora_ft needs it imported.
+Importing this package imports bitsandbytes, with the changes that lora_ft needs.
 """
 
 from lora_ft.models.quantize import import_bitsandbytes
 
-# The modules beside this one import PEFT, and PEFT imports bitsandbytes whatever the quantization. Imported plainly,
-# bitsandbytes would load torch's compiler (2.7 s) and fetch kernels from the hub.
+# The modules of this package import PEFT, which always imports bitsandbytes. With a plain import, bitsandbytes would
+# load torch's compiler (2.7 s) and download kernels from the hub.
 import_bitsandbytes()

@@ -1,13 +1,12 @@
-"""Put an adapter onto a frozen base: names resolved and counted first, then PEFT injects.
+"""Attach an adapter to a frozen base: resolve and check the layer names, then let PEFT inject its layers.
 
-W x  ->  W x + (alpha / r) B A x        A [r, in] random, B [out, r] zero: the start is the base
+W x  ->  W x + (alpha / r) B A x        A [r, in] random, B [out, r] zero: the model starts as the base
 
 adapter.target_modules=[q_proj,v_proj]  ->  60 layers  ->  120 matrices that train, everything else frozen
 """
 
 import re
 import warnings
-from collections.abc import Iterator
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -32,11 +31,11 @@ def attach(
     token_ids: list[int],
     task_type: str = "CAUSAL_LM",
 ) -> PeftModel:
-    """Inject the adapter under `name` and return the PEFT model; only its parameters train, in fp32 at least.
+    """Inject the adapter under `name` and return the PEFT model; only its parameters train, in at least fp32.
 
-    `seed` alone decides the initial matrices. `token_ids` are added tokens, whose embedding rows are
-    trained beside the adapter. Raises ConfigError for targets that match nothing and for what cannot
-    be saved or merged truthfully (tied embeddings, modules_to_save in half precision).
+    The initial matrices depend only on `seed`. `token_ids` are added tokens, whose embedding rows train as well.
+    Raises ConfigError for targets that match no layer, and for settings that cannot be saved or merged correctly
+    (tied embeddings, modules_to_save in half precision).
     """
     layers = adaptable_layers(base)
     targets = resolve_targets(base, layers, adapter.target_modules)
@@ -63,9 +62,9 @@ def attach(
 
 
 def detach(base: PreTrainedModel) -> None:
-    """Take every layer of an adapter off its base, also after an `attach` that failed midway.
+    """Remove every adapter layer from a base, also after an `attach` that failed midway.
 
-    The base's modules, attributes and bytes are then those from before.
+    Restores the base's modules, attributes and bytes.
     """
     for parent in list(base.modules()):
         for name, child in list(parent.named_children()):
@@ -79,19 +78,19 @@ def detach(base: PreTrainedModel) -> None:
 
 
 def inject(model: PreTrainedModel, peft_config: LoraConfig, name: str) -> PeftModel:
-    """PEFT's own injection, without the warnings that nobody can act on."""
-    # PEFT would warn that the base's name differs; identity is checked by hashes instead (origin.check_source).
+    """Let PEFT inject the layers of an adapter, without warnings that a user cannot act on."""
+    # PEFT would warn that the base's name differs; provenance.check_source compares hashes instead.
     peft_config.base_model_name_or_path = None
     with warnings.catch_warnings():
         # PEFT 0.21 still reads a property that transformers 5.23 has renamed.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        # It sets this for each layer as the layer is: GPT-2's head is no Conv1D, nor are its quantized layers.
+        # PEFT corrects this setting for each layer: GPT-2's head and quantized layers are not Conv1D.
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)
         return get_peft_model(model, peft_config, adapter_name=name)
 
 
 def _token_rows(model: PreTrainedModel, token_ids: list[int]) -> dict[str, list[int]] | None:
-    """Which rows of which matrices train for added tokens: in the embedding, and in a head of its own to say them."""
+    """Return the rows that train for added tokens, by module: of the embedding, and of the head if it is not tied."""
     if not token_ids:
         return None
     ends = [model.get_input_embeddings()]
@@ -101,34 +100,17 @@ def _token_rows(model: PreTrainedModel, token_ids: list[int]) -> dict[str, list[
 
 
 def _tied(model: PreTrainedModel) -> bool:
-    head = _unwrapped(model.get_output_embeddings())
-    return head is not None and head.weight is _unwrapped(model.get_input_embeddings()).weight  # type: ignore[union-attr]
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def adaptable_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The layers that LoRA can adapt, by name: linear (quantized ones too), Conv1D and embeddings."""
-    kinds = (nn.Linear, Conv1D, nn.Embedding)
-    return {
-        name.replace(".base_layer", ""): module
-        for name, module in _outside_adapters(model)
-        if isinstance(module, kinds)
-    }
-
-
-def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules of the base alone: an adapted layer counts once, as its base layer."""
-    inside = {
-        f"{prefix}.{child}"
-        for prefix, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer)
-        for child, _ in module.named_modules()
-        if child and not child.startswith("base_layer")
-    }
-    return ((name, module) for name, module in model.named_modules() if name not in inside)
+    """Return the layers that LoRA can adapt, by name: linear (also quantized), Conv1D and embeddings."""
+    return {n: module for n, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D | nn.Embedding)}
 
 
 def resolve_targets(model: PreTrainedModel, layers: dict[str, nn.Module], targets: list[str]) -> set[str]:
-    """Turn `all-linear` into layer names, shortest that are exact; ConfigError names a target that matches nothing."""
+    """Replace `all-linear` by layer names, as short as possible; raises ConfigError for a target without a layer."""
     resolved = {t for t in targets if t != ALL_LINEAR}
     for target in sorted(resolved):
         if not matched_layers(layers, {target}):
@@ -136,31 +118,24 @@ def resolve_targets(model: PreTrainedModel, layers: dict[str, nn.Module], target
             raise ConfigError(f"adapter.target_modules: {target} matches no layer of this model, which has {known}")
     if ALL_LINEAR in targets:
         head = model.get_output_embeddings()
-        linear = {
-            name
-            for name, module in layers.items()
-            if not isinstance(module, nn.Embedding) and module is not _unwrapped(head)
-        }
+        linear = {n for n, module in layers.items() if not isinstance(module, nn.Embedding) and module is not head}
         suffixes = {name.rpartition(".")[2] for name in linear}
-        # q_proj says more than 30 full names, and other loaders of the adapter expect it; a suffix
-        # that would also match the head or an embedding keeps its full names.
+        # q_proj is easier to read than 30 full names, and other loaders of the adapter expect it. If a suffix would
+        # also match the head or an embedding, the full names are used.
         resolved |= suffixes if matched_layers(layers, suffixes) == linear else linear
     return resolved
 
 
-def _unwrapped(module: nn.Module | None) -> nn.Module | None:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-
-
 def matched_layers(layers: dict[str, nn.Module], targets: set[str]) -> set[str]:
-    """Names of the layers that PEFT's rule selects: a target is a layer's full name or its last part(s)."""
+    """Return the layers that PEFT's rule selects: a target is a layer's full name or its last part(s)."""
     return {name for name in layers if any(name == t or name.endswith("." + t) for t in targets)}
 
 
 def _check_names(model: PreTrainedModel, targets: set[str]) -> None:
-    """Refuse linear layers that PEFT takes for experts, whose tensors it would adapt in place of the layers.
+    """Refuse targets whose names PEFT interprets as experts, because it would adapt the experts' tensors instead.
 
-    Experts were linear layers of these names before transformers 5; shared experts and dense MLPs still are.
+    Before transformers 5, experts were linear layers of these names; shared experts and dense MLPs still are.
+    Raises ConfigError.
     """
     taken, others = set(), set()
     for target in targets | resolve_targets(model, adaptable_layers(model), [ALL_LINEAR]):
@@ -171,8 +146,8 @@ def _check_names(model: PreTrainedModel, targets: set[str]) -> None:
             taken.add(name)
     if taken:
         raise ConfigError(
-            f"adapter.target_modules: PEFT takes {', '.join(sorted(taken))} for the experts of "
-            f"{model.config.model_type}, which cannot be trained yet: leave them out, "
+            f"adapter.target_modules: PEFT interprets {', '.join(sorted(taken))} as the experts of "
+            f"{model.config.model_type}, which cannot be trained yet: remove them, "
             f"as in adapter.target_modules=[{','.join(sorted(others))}]"
         )
 
@@ -181,7 +156,7 @@ def _is_converted(model: PreTrainedModel, target: str) -> bool:
     converted = LoraConfig(target_modules=[target])
     try:
         convert_peft_config_for_transformers(converted, model, None)
-    except ValueError:  # one name of a pair that is one tensor now
+    except ValueError:  # one of two names that PEFT maps to one tensor
         return True
     return converted.target_modules != {target}
 
@@ -192,55 +167,57 @@ def _check_patterns(adapter: config.Adapter, matched: set[str]) -> None:
             if not matched_layers(dict.fromkeys(matched, nn.Identity()), {target}):
                 raise ConfigError(f"adapter.{key}: {target} matches no adapted layer")
             if value <= 0:
-                raise ConfigError(f"adapter.{key}: {target} must be above 0, got {value}")
+                raise ConfigError(f"adapter.{key}: the value of {target} must be above 0, got {value}")
 
 
 def _check_ties(model: PreTrainedModel, adapter: config.Adapter, targets: set[str]) -> None:
-    """Refuse to change one of two tied matrices: saved or merged, the pair would fall apart (A20, peft issue 2018)."""
+    """Refuse to train one of two tied matrices: saved or merged, the two would differ (A20, peft issue 2018).
+
+    Raises ConfigError.
+    """
     if not _tied(model):
         return
     ends = (model.get_output_embeddings(), model.get_input_embeddings())
-    names = {name for name, module in model.named_modules() if module in ends}
-    for key, chosen in (("targets", targets), ("modules_to_save", set(adapter.modules_to_save))):
-        for name in sorted(names):
-            if any(name == c or name.endswith("." + c) for c in chosen):
-                raise ConfigError(
-                    f"adapter.{key}: {name} shares its weight with the other end of this model; "
-                    "an adapter for one of them would be lost in the other. Leave it out."
-                )
+    names = {name: module for name, module in model.named_modules() if module in ends}
+    for key, chosen in (("target_modules", targets), ("modules_to_save", set(adapter.modules_to_save))):
+        if tied := sorted(matched_layers(names, chosen)):
+            raise ConfigError(
+                f"adapter.{key}: {tied[0]} shares its weight with the other embedding matrix of this model, "
+                "which an adapter of one of them would not change: remove it"
+            )
 
 
 def _check_full_modules(model: PreTrainedModel, adapter: config.Adapter, token_ids: list[int]) -> None:
     modules = dict(model.named_modules())
     for name in adapter.modules_to_save:
-        matched = [module for n, module in modules.items() if n == name or n.endswith("." + name)]
+        matched = [modules[n] for n in matched_layers(modules, {name})]
         if not matched:
             raise ConfigError(f"adapter.modules_to_save: {name} matches no layer of this model")
         if any(not p.is_floating_point() for module in matched for p in module.parameters()):
-            raise ConfigError(f"adapter.modules_to_save: {name} is quantized, and codes do not train: leave it out")
+            raise ConfigError(f"adapter.modules_to_save: {name} is quantized and cannot be trained: remove it")
     if (adapter.modules_to_save or token_ids) and model.dtype in (torch.bfloat16, torch.float16):
-        what = "adapter.modules_to_save" if adapter.modules_to_save else "model.added_tokens"
+        setting = "adapter.modules_to_save" if adapter.modules_to_save else "model.added_tokens"
         raise ConfigError(
-            f"{what} trains whole layers, which must be float32 to learn, "
+            f"{setting} trains weights of the model, which need float32, "
             f"but the model computes in {model.dtype}: set model.dtype=float32"
         )
 
 
-# Module names under which PEFT keeps what an adapter trains; the adapter's own name is the next part of the path.
+# Names of the modules in which PEFT keeps an adapter's parameters; the next part of the path is the adapter's name.
 _KINDS = "lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|modules_to_save|trainable_tokens_delta"
 
 
 def trainable(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
-    """The parameters of adapter `name`, in the model's order: matrices, magnitudes, saved modules, token rows."""
+    """Return the parameters of adapter `name` in the model's order: matrices, magnitudes, saved modules, token rows."""
     part = re.compile(rf"\.({_KINDS})\.{re.escape(name)}(\.|$)")
     return {n: p for n, p in model.named_parameters() if part.search(n)}
 
 
 def is_lora_b(parameter: str) -> bool:
-    """Return True for the name of a B, the matrix on the output's side."""
+    """Return True for the parameter name of a B, the matrix on the output side."""
     return ".lora_B." in parameter or ".lora_embedding_B." in parameter
 
 
 def starts_at_zero(parameter: str) -> bool:
-    """Return True for the name of the matrix that PEFT sets to zero: B, but A of an embedding."""
+    """Return True for the parameter name of a matrix that PEFT sets to zero: B, or A of an embedding."""
     return ".lora_B." in parameter or ".lora_embedding_A." in parameter

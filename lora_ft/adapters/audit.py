@@ -1,7 +1,7 @@
-"""Checks that a run learns what it says it learns; each costs less than a step and is always on.
+"""Check that a run trains the adapter and only the adapter; each check costs less than a step and is always on.
 
 A run can look healthy and train nothing: frozen matrices under checkpointing (transformers issue 42489),
-fewer layers than meant (unsloth issue 9331), an adapter left in inference mode (peft issue 2765).
+fewer layers than intended (unsloth issue 9331), an adapter left in inference mode (peft issue 2765).
 """
 
 import torch
@@ -14,9 +14,9 @@ from lora_ft.errors import MismatchError
 
 
 def check_trainable(model: PeftModel, name: str, parameters: dict[str, nn.Parameter]) -> int:
-    """Only this adapter trains, and its matrices count r (in + out) over the adapted layers; returns the count.
+    """Check that only this adapter trains, with r (in + out) parameters per adapted layer; return their total number.
 
-    Raises MismatchError, since either means that this code and the installed PEFT disagree.
+    Raises MismatchError, which means that this code and the installed PEFT disagree.
     """
     training = {n for n, p in model.named_parameters() if p.requires_grad}
     if training != set(parameters):
@@ -26,7 +26,7 @@ def check_trainable(model: PeftModel, name: str, parameters: dict[str, nn.Parame
     found = sum(p.numel() for n, p in parameters.items() if ".lora_" in n)
     if found != expected:
         raise MismatchError(
-            f"the adapter has {found:,} parameters in its matrices, its layers and ranks give {expected:,}"
+            f"the adapter's matrices have {found:,} parameters, but its layers and ranks require {expected:,}"
         )
     return sum(p.numel() for p in parameters.values())
 
@@ -41,7 +41,7 @@ def _expected_parameters(layer: LoraLayer, name: str) -> int:
 def check_gradients(parameters: dict[str, nn.Parameter]) -> None:
     """Raise MismatchError if a matrix that starts at zero has no gradient after the first backward (A16).
 
-    They would learn nothing for the whole run: checkpointing that cuts the graph, or a layer that is never called.
+    Such a matrix would learn nothing in the whole run: checkpointing cuts the graph, or the layer is never called.
     """
     idle = [n for n, p in parameters.items() if starts_at_zero(n) and (p.grad is None or not p.grad.any())]
     if idle:
@@ -51,7 +51,7 @@ def check_gradients(parameters: dict[str, nn.Parameter]) -> None:
 
 
 def check_moved(before: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> None:
-    """Raise MismatchError if a matrix that starts at zero is what it was before training (A16)."""
+    """Raise MismatchError if a matrix that starts at zero is the same after training (A16)."""
     stuck = [n for n, p in parameters.items() if starts_at_zero(n) and torch.equal(before[n], p.detach())]
     if stuck:
         raise MismatchError(
@@ -60,6 +60,6 @@ def check_moved(before: dict[str, Tensor], parameters: dict[str, nn.Parameter]) 
 
 
 def check_base_unchanged(before: str, after: str) -> None:
-    """The frozen weights have the bytes they had before training (fingerprints of models/fingerprint.py)."""
+    """Raise MismatchError if training changed the frozen weights; compares hashes of models/fingerprint.py."""
     if before != after:
         raise MismatchError("the base model's weights changed during training; the adapter would not fit the base")

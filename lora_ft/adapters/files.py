@@ -1,12 +1,12 @@
-"""The adapter folder: stock PEFT files that any PEFT user can load, and a record that lets us check the base.
+"""Read and write the adapter folder: PEFT's files, which any PEFT user can load, and a record to check the base.
 
     adapter_model.safetensors   base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight [r, in], ...
     adapter_config.json         PEFT's, with plain types in a stable order
-    tokenizer.json, ...         what turned text into these tokens, chat_template.jinja too
-    lora_ft.json                what PEFT does not record: base hashes, quantization, data; PEFT ignores it
+    tokenizer.json, ...         the tokenizer of the training, with chat_template.jinja
+    lora_ft.json                base hashes, quantization and data, which PEFT does not record; PEFT ignores it
 
-Loading is strict where PEFT only warns: a key too many or too few, another shape, another base or another
-quantization is a MismatchError (peft issues 2566 and 2699; transformers issue 38927).
+Loading raises MismatchError in cases in which PEFT only warns: a missing or unexpected key, another shape, another
+base or another quantization (peft issues 2566 and 2699; transformers issue 38927).
 """
 
 import contextlib
@@ -35,28 +35,14 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _HEADER_LIMIT = 10 * 2**20  # bytes: 50,000 tensors and more
 
-# Always written; of the others only what differs from PEFT's default, so that older PEFT reads the file.
-_ALWAYS = (
-    "peft_type",
-    "task_type",
-    "base_model_name_or_path",
-    "revision",
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "bias",
-    "target_modules",
-    "modules_to_save",
-    "fan_in_fan_out",
-    "inference_mode",
-    "init_lora_weights",
-    "use_rslora",
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
-)
+# Always written. Other settings are written only if they differ from PEFT's default, so that older PEFT reads the file.
+_ALWAYS = frozenset({
+    "peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "bias",
+    "target_modules", "modules_to_save", "fan_in_fan_out", "inference_mode", "init_lora_weights", "use_rslora",
+    "use_dora", "rank_pattern", "alpha_pattern",
+})  # fmt: skip
 
-# Settings that leave an adapter a product of two matrices and a scale, and DoRA's magnitudes.
+# Settings with which an adapter is a product of two matrices and a scale, with DoRA's magnitudes.
 PLAIN = frozenset({
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
@@ -67,15 +53,14 @@ _LOADED = PLAIN | {"modules_to_save", "trainable_token_indices", "lora_bias", "e
 
 
 def tensors_of(model: PeftModel, name: str) -> dict[str, Tensor]:
-    """The adapter's tensors under PEFT's file keys, contiguous, on the CPU."""
-    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    return {key: tensor.detach().cpu().contiguous() for key, tensor in sorted(state.items())}
+    """Return the adapter's tensors under PEFT's file keys, contiguous, on the CPU."""
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in sorted(_state(model, name).items())}
 
 
 def save(
     model: PeftModel, name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, source: provenance.Origin
 ) -> None:
-    """Write the adapter folder in one move and read it back; MismatchError if what was written differs (C10)."""
+    """Write the adapter folder atomically and read it back; raises MismatchError if the result differs (C10)."""
     write(tensors_of(model, name), model.peft_config[name], folder, tokenizer, source)
 
 
@@ -86,17 +71,20 @@ def write(
     tokenizer: PreTrainedTokenizerBase,
     source: provenance.Origin,
 ) -> None:
-    """`save` for an adapter that is on no model: tensors under PEFT's file keys, and their config."""
+    """Do the same as `save` for an adapter without a model: tensors under PEFT's file keys, and their config."""
     with durable.staged_folder(folder) as staging:
         tokenizer.save_pretrained(staging)
         durable.write_bytes(staging / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
         durable.write_json(staging / CONFIG, config_fields(peft_config, source.base))
         durable.write_json(staging / provenance.RECORD, provenance.record(tensors, tokenizer, source))
-        _compare(tensors, read_tensors(staging), str(folder), exact=True)
+        found = read_tensors(staging)
+        _compare_shapes(tensors, _shapes(found), folder)
+        if any(not tensors[key].equal(found[key]) for key in tensors):
+            raise MismatchError(f"the adapter in {folder}: the bytes read back differ from the bytes written")
 
 
 def config_fields(peft_config: LoraConfig, base: Identity) -> dict[str, Any]:
-    """What adapter_config.json holds: plain types in a stable order, and the base by its id where it has one."""
+    """Return the fields of adapter_config.json: plain types in a stable order; the base by its id if it has one."""
     defaults = LoraConfig().to_dict()
     fields = {
         k: _plain(v)
@@ -108,7 +96,7 @@ def config_fields(peft_config: LoraConfig, base: Identity) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """JSON types in a stable order: PEFT keeps target names in a set, whose order changes from run to run."""
+    """Convert to JSON types in a stable order: PEFT has target names in a set, whose order changes from run to run."""
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     if isinstance(value, dict):
@@ -117,15 +105,15 @@ def _plain(value: Any) -> Any:
 
 
 def load(model: PreTrainedModel, folder: Path, name: str, saved: LoraConfig | None = None) -> PeftModel:
-    """Put a saved adapter onto a base for inference, or fail: keys and shapes must match to the last one.
+    """Attach a saved adapter to a base for inference; `saved` is the folder's config if it was read already.
 
-    `saved` is the folder's config if it was read already.
+    Raises MismatchError if a key or shape differs, or if the adapter has settings that are not supported.
     """
     saved = saved or read_config(folder)
     check_settings(folder, saved, _LOADED)
     try:
         peft_model = inject(model, saved, name)
-    # PEFT: no layer of such a name, rows beyond a matrix, an odd type
+    # PEFT raises these for a name without a layer, a row beyond the matrix, or a wrong type.
     except (ValueError, TypeError, IndexError, re.error) as error:
         raise MismatchError(f"the adapter in {folder} does not fit this base: {error}") from error
     load_tensors(peft_model, folder, name)
@@ -134,39 +122,45 @@ def load(model: PreTrainedModel, folder: Path, name: str, saved: LoraConfig | No
 
 
 def load_tensors(model: PeftModel, folder: Path, name: str) -> None:
-    """Fill an attached adapter from a folder's file; MismatchError names keys and shapes that differ (D01)."""
+    """Load a folder's tensors into an attached adapter; raises MismatchError if keys or shapes differ (D01)."""
     tensors = read_tensors(folder)
-    _compare(tensors_of(model, name), tensors, str(folder), exact=False)
+    _compare_shapes(_state(model, name), _shapes(tensors), folder)
     set_peft_model_state_dict(model, tensors, adapter_name=name)
 
 
 def check_shapes(model: PeftModel, folder: Path, name: str) -> None:
-    """What `load_tensors` finds in keys and shapes, seen in the file's header alone; the adapter may be on meta."""
-    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    """Check keys and shapes as `load_tensors` does, reading only the file's header; the adapter may be on meta."""
     header = untrusted.tensor_header(folder / WEIGHTS, _HEADER_LIMIT, MismatchError)
-    _compare_shapes(_shapes(state), header.shapes, str(folder))
+    _compare_shapes(_state(model, name), header.shapes, folder)
+
+
+def _state(model: PeftModel, name: str) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return state
 
 
 @contextlib.contextmanager
 def _readable() -> Iterator[None]:
-    """safetensors' own writer leaves files that their owner alone can read (safetensors issue 782)."""
+    """Explain a PermissionError: safetensors' own writer makes files that only their owner can read (issue 782)."""
     try:
         yield
     except PermissionError as error:
-        raise ResourceError(f"{error.filename} cannot be read by this user: its owner can run chmod -R a+rX") from None
+        raise ResourceError(
+            f"{error.filename} cannot be read by this user: ask its owner to run chmod a+r {error.filename}"
+        ) from None
 
 
 def read_config(folder: Path) -> LoraConfig:
-    """Read the LoRA config of an adapter folder, or raise what `read_fields` and `parse_config` raise."""
+    """Read the LoRA config of an adapter folder; raises the errors of `read_fields` and `parse_config`."""
     return parse_config(folder, read_fields(folder))
 
 
 @_readable()
 def read_fields(folder: Path) -> dict[str, Any]:
-    """Read adapter_config.json as JSON; MismatchError or SecurityError for a folder that holds no adapter of PEFT."""
+    """Read adapter_config.json as JSON; raises MismatchError or SecurityError if the folder has no PEFT adapter."""
     path = folder / CONFIG
     if not path.is_file():
-        raise MismatchError(f"{folder} holds no adapter: {CONFIG} is missing")
+        raise MismatchError(f"{folder} is not an adapter: {CONFIG} is missing")
     if not (folder / WEIGHTS).is_file():
         raise SecurityError(f"{folder}: {WEIGHTS} is missing; other formats of weights can run code and are not read")
     untrusted.check_folder(folder)
@@ -176,7 +170,8 @@ def read_fields(folder: Path) -> dict[str, Any]:
 def parse_config(folder: Path, fields: dict[str, Any]) -> LoraConfig:
     """Return the LoRA config that the fields of `folder` describe.
 
-    Raises MismatchError for other methods and for settings PEFT does not know, SecurityError for what would run code.
+    Raises MismatchError for other methods than LoRA and for settings that PEFT does not have, and SecurityError for
+    settings that would run code.
     """
     path = folder / CONFIG
     if fields.get("peft_type") != "LORA":
@@ -185,7 +180,9 @@ def parse_config(folder: Path, fields: dict[str, Any]) -> LoraConfig:
     known = {f.name for f in dataclasses.fields(LoraConfig)}
     unknown = sorted(k for k in fields if k not in known and k != "auto_mapping")
     if unknown:
-        raise MismatchError(f"{folder}: the installed PEFT does not know {', '.join(unknown)} of {CONFIG}")
+        raise MismatchError(
+            f"{folder}: the installed PEFT does not support {', '.join(unknown)} of {CONFIG}: update peft"
+        )
     untrusted.check_types(path, fields, LoraConfig, MismatchError)
     try:
         found = LoraConfig(**{k: v for k, v in fields.items() if k in known and k not in ("peft_type", "auto_mapping")})
@@ -197,24 +194,24 @@ def parse_config(folder: Path, fields: dict[str, Any]) -> LoraConfig:
     alphas = [found.lora_alpha, *(found.alpha_pattern or {}).values()]
     if wrong := [alpha for alpha in alphas if type(alpha) not in (int, float) or not math.isfinite(alpha)]:
         raise MismatchError(f"{path}: an alpha must be a finite number, got {wrong[0]!r}")
-    if (highest := max(ranks)) > (folder / WEIGHTS).stat().st_size:  # before PEFT makes matrices of this size
+    if (highest := max(ranks)) > (folder / WEIGHTS).stat().st_size:  # otherwise PEFT would allocate such matrices
         raise MismatchError(f"{path}: rank {highest} is larger than {WEIGHTS} has bytes")
     return found
 
 
 def check_settings(folder: Path, saved: LoraConfig, allowed: Collection[str], remedy: str = "") -> None:
-    """MismatchError for a setting outside of `allowed` that is not as PEFT has it by default (aLoRA, Arrow, ...)."""
+    """Raise MismatchError for a setting outside of `allowed` that differs from PEFT's default (aLoRA, Arrow, ...)."""
     defaults = LoraConfig()
     for field in dataclasses.fields(saved):
         value = getattr(saved, field.name)
         if field.name not in allowed and value and value != getattr(defaults, field.name):
             raise MismatchError(
-                f"the adapter in {folder} has {field.name}={str(value)[:80]}, with which it is not a plain LoRA{remedy}"
+                f"the adapter in {folder} has {field.name}={str(value)[:80]}, so it is not a plain LoRA{remedy}"
             )
 
 
 def _refuse_code(path: Path, fields: dict[str, Any]) -> None:
-    """Classes that PEFT would import by the names in a file: its own AutoPeftModel's, and Megatron's."""
+    """Raise SecurityError for settings by which PEFT imports a class by name: auto_mapping, and Megatron's."""
     mapping = fields.get("auto_mapping")
     library = mapping.get("parent_library") if isinstance(mapping, dict) else mapping
     if library is not None and str(library).partition(".")[0] not in ("transformers", "peft"):
@@ -224,7 +221,7 @@ def _refuse_code(path: Path, fields: dict[str, Any]) -> None:
 
 
 def check_same_method(folder: Path, attached: LoraConfig) -> None:
-    """A saved adapter computes what the attached one does: same scaling rule, DoRA or not, same alphas (A15)."""
+    """Raise MismatchError unless a saved adapter has the rank, alpha, rsLoRA and DoRA of the attached one (A15)."""
     saved = read_config(folder)
     names = ("lora_alpha", "use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "r")
     problems = [
@@ -233,12 +230,12 @@ def check_same_method(folder: Path, attached: LoraConfig) -> None:
         if getattr(saved, n) != getattr(attached, n)
     ]
     if problems:
-        raise MismatchError(f"adapter.init_from={folder} has {', '.join(problems)}: give the adapter the same settings")
+        raise MismatchError(f"adapter.init_from={folder} has {', '.join(problems)}: set the same values in adapter")
 
 
 @_readable()
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter folder under PEFT's file keys; MismatchError for a number that is not finite."""
+    """Read the tensors of an adapter folder under PEFT's file keys; raises MismatchError for non-finite numbers."""
     path = folder / WEIGHTS
     untrusted.tensor_header(path, _HEADER_LIMIT, MismatchError)
     try:
@@ -247,30 +244,23 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         raise MismatchError(f"{path} is not a safetensors file: {error}") from error
     if others := [name for name, tensor in tensors.items() if tensor.dtype not in _DTYPES]:
         raise MismatchError(
-            f"{path}: {others[0]} is stored as {tensors[others[0]].dtype}, not as floating-point numbers"
+            f"{path}: {others[0]} has the dtype {tensors[others[0]].dtype}, which must be one of "
+            f"{', '.join(str(dtype).removeprefix('torch.') for dtype in _DTYPES)}"
         )
     if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
-        raise MismatchError(f"{path}: {', '.join(broken[:5])} ({len(broken)} in all) hold numbers that are not finite")
+        raise MismatchError(f"{path}: {', '.join(broken[:5])} ({len(broken)} in all) contain NaN or infinity")
     return tensors
-
-
-def _compare(expected: dict[str, Tensor], found: dict[str, Tensor], place: str, *, exact: bool) -> None:
-    _compare_shapes(_shapes(expected), _shapes(found), place)
-    if exact and any(not expected[k].equal(found[k]) for k in expected):
-        raise MismatchError(f"the adapter in {place} does not fit: the bytes read back differ from the bytes written")
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
 
 
-def _compare_shapes(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], place: str) -> None:
+def _compare_shapes(tensors: dict[str, Tensor], found: dict[str, tuple[int, ...]], folder: Path) -> None:
+    expected = _shapes(tensors)
     missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     shapes = [f"{k} {found[k]} instead of {s}" for k, s in expected.items() if k in found and found[k] != s]
-    problems = [
-        f"{what}: {len(names)}, first {', '.join(names[:5])}"
-        for what, names in (("missing tensors", missing), ("unexpected tensors", unexpected), ("other shapes", shapes))
-        if names
-    ]
+    kinds = (("missing tensors", missing), ("unexpected tensors", unexpected), ("other shapes", shapes))
+    problems = [f"{kind}: {len(names)}, first {', '.join(names[:5])}" for kind, names in kinds if names]
     if problems:
-        raise MismatchError(f"the adapter in {place} does not fit: " + "; ".join(problems))
+        raise MismatchError(f"the adapter in {folder} does not fit this base: " + "; ".join(problems))

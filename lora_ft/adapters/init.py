@@ -1,9 +1,9 @@
-"""How the matrices of an adapter start: an initialization is a function here and one line in `INITS`.
+"""Initialize the matrices of an adapter. An initialization is a function here and one line in `INITS`.
 
     default     A random (Kaiming uniform), B zero: PEFT's own
     gaussian    A normal with a standard deviation of 1 / r, B zero
 
-Both leave the model as its base before the first step.
+With both, the model computes the same as its base before the first step.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,8 +21,8 @@ from lora_ft.errors import ConfigError
 class Init:
     """An initialization. changes_base: it changes the base's weights. needs_rows: it reads training examples.
 
-    `apply(model, name, examples)` sets the matrices of adapter `name`, which PEFT has set its own way; the global
-    generator is seeded by the run's seed.
+    `apply(model, name, examples)` overwrites the matrices of adapter `name`, which PEFT has initialized. The global
+    generator is seeded with the run's seed.
     """
 
     name: str
@@ -32,14 +32,14 @@ class Init:
 
 
 def find(name: str) -> Init:
-    """Return the initialization that `adapter.init` names."""
+    """Return the initialization that `adapter.init` names; raises ConfigError for an unknown name."""
     if name not in INITS:
         raise ConfigError(f"adapter.init must be one of {', '.join(INITS)}, got {name}")
     return INITS[name]
 
 
 def _keep(model: PeftModel, name: str, examples: Sequence[Example]) -> None:
-    """Leave what PEFT has set."""
+    """Keep PEFT's initialization."""
 
 
 def _gaussian(model: PeftModel, name: str, examples: Sequence[Example]) -> None:

@@ -1,10 +1,10 @@
-"""Load a base with an adapter, which is named by a run, a folder or a hub id.
+"""Load a base with the adapter of a run, a folder or a hub id.
 
 run=runs/2026-11-23_10-15-00       runs/2026-11-23_10-15-00/adapter
 adapter_path=./somebodys-adapter   that folder
-adapter_path=owner/name            downloaded: JSON, safetensors, templates, tokenizer files, the card, nothing else
+adapter_path=owner/name            downloaded: only JSON, safetensors, templates, tokenizer files and the card
 
-A run brings its base; an adapter made elsewhere names one, in lora_ft.json or in PEFT's own file (`with_base`).
+A run records its base. Any other adapter names one, in lora_ft.json or in PEFT's own file (`with_base`).
 """
 
 import logging
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_ft import config, runs, validation
 from lora_ft.adapters import files, provenance
-from lora_ft.errors import ConfigError, MismatchError, ResourceError
+from lora_ft.errors import ConfigError, MismatchError
 from lora_ft.io import untrusted
 from lora_ft.models import resolve
 from lora_ft.models.load import Base, load_base, load_tokenizer, read_tokenizer
@@ -32,7 +32,10 @@ _DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README
 
 
 def adapter_folder(run: str | None, adapter_path: str | None) -> Path:
-    """The adapter's folder on this machine; ConfigError where there is none, ResourceError where it must be fetched."""
+    """Return the adapter's folder on this machine; download it if `adapter_path` is a hub id.
+
+    Raises ConfigError if there is no such folder, and ResourceError if the download fails.
+    """
     if run:
         path = runs.adapter_folder(Path(run).expanduser())
         untrusted.check_place(path, path.parent)
@@ -41,37 +44,18 @@ def adapter_folder(run: str | None, adapter_path: str | None) -> Path:
     if path.is_dir():
         return path
     if path.is_absolute() or str(adapter_path).startswith((".", "~")) or str(adapter_path).count("/") != 1:
-        raise ConfigError(f"adapter_path={adapter_path}: there is no such folder, and it is no hub id (OWNER/NAME)")
-    return _download(str(adapter_path))
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import errors, snapshot_download
-
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=_DOWNLOADED, ignore_patterns=["*/*"]))
-    except errors.HFValidationError:
-        raise ConfigError(f"adapter_path={hub_id} is neither a folder nor a hub id (OWNER/NAME)") from None
-    except errors.RepositoryNotFoundError:
-        raise ResourceError(f"adapter_path={hub_id} is not on the hub, or private: check the name, or log in") from None
-    # Offline, no network, or a hub that answers with an error: the same remedy for all three.
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HTTPError):  # type: ignore[attr-defined]
-        raise ResourceError(
-            f"adapter_path={hub_id} is not on this machine and the hub cannot be reached: "
-            "download it where there is a network, and give its folder"
-        ) from None
-    except OSError as error:
-        raise ResourceError(f"adapter_path={hub_id} cannot be stored on this machine: {error}") from None
+        raise ConfigError(f"adapter_path={adapter_path}: there is no such folder, and it is not a hub id (OWNER/NAME)")
+    return resolve.download("adapter_path", str(adapter_path), None, _DOWNLOADED)
 
 
 Settings = TypeVar("Settings", config.EvalRun, config.ChatRun, config.MergeRun, config.PublishRun)
 
 
 def with_base(cfg: Settings, adapter: Path, saved: LoraConfig | None = None) -> Settings:
-    """Fill in the quantization that an adapter's record names and, for an adapter made elsewhere, its base.
+    """Fill in unset settings of an adapter's base: its quantization, and without a run also its model.
 
-    A setting that has a value stays as it is; `saved` is the adapter's config if it was read already. Logs which base
-    was taken, and what of it cannot be checked. Raises ConfigError if the adapter names no base that could be found.
+    `saved` is the adapter's config if it was read already. Logs the base, and a warning if it cannot be verified.
+    Raises ConfigError if the adapter does not name a base that can be found.
     """
     recorded = _record(adapter)
     quant = _quant(cfg.quant, adapter, recorded)
@@ -87,16 +71,16 @@ def with_base(cfg: Settings, adapter: Path, saved: LoraConfig | None = None) -> 
         model = _named_base(cfg.model, str(named.base_model_name_or_path or ""), named.revision)
     if not model.path:
         raise ConfigError(
-            f"{adapter} does not say where its base is found (it names {named.base_model_name_or_path}): "
-            "add model=NAME, or model=local model.path=PLACE"
+            f"{adapter} names no base that can be found ({named.base_model_name_or_path}): "
+            "set model=NAME, or model=local model.path=PATH"
         )
-    place = model.path + (f" (revision {model.revision})" if model.revision else "")
+    source = model.path + (f" (revision {model.revision})" if model.revision else "")
     if recorded:
-        log.warning("the base is %s, as %s has it", place, adapter / provenance.RECORD)
+        log.warning("base: %s, recorded in %s", source, adapter / provenance.RECORD)
     else:
         log.warning(
-            "the base is %s, by its name alone: %s has no %s, so that nothing tells whether its weights, its "
-            "quantization and its chat template are those that it was trained with", place, adapter, provenance.RECORD,
+            "base: %s, identified only by its name: %s has no %s, so its weights, quantization and chat template "
+            "may differ from those of the training", source, adapter, provenance.RECORD,
         )  # fmt: skip
     return replace(cfg, model=model, quant=quant)
 
@@ -108,13 +92,14 @@ def _record(adapter: Path) -> dict[str, Any] | None:
 
 
 def _recorded_base(model: config.Model, base: dict[str, Any]) -> config.Model:
-    """The hub id where its commit is recorded; else the place on this machine, if it is still there; else the id."""
+    """Return the recorded hub id and commit; else the recorded path if it still exists; else the hub id."""
     named, path, revision = (str(base.get(key) or "") for key in ("id", "path", "revision"))
-    if untrusted.is_hub_id(named) and revision:
-        return replace(model, path=named, hub_id=named, revision=revision)
+    hub_id = named if untrusted.is_hub_id(named) else None
+    if hub_id and revision:
+        return replace(model, path=hub_id, hub_id=hub_id, revision=revision)
     if _is_here(path):
-        return replace(model, path=path, hub_id=model.hub_id or (named if untrusted.is_hub_id(named) else None))
-    return replace(model, path=named, hub_id=named) if untrusted.is_hub_id(named) else model
+        return replace(model, path=path, hub_id=model.hub_id or hub_id)
+    return replace(model, path=hub_id, hub_id=hub_id) if hub_id else model
 
 
 def _named_base(model: config.Model, named: str, revision: str | None) -> config.Model:
@@ -124,13 +109,13 @@ def _named_base(model: config.Model, named: str, revision: str | None) -> config
 
 
 def _is_here(path: str) -> bool:
-    """A place of this machine that a model is loaded from; the loader checks what lies there."""
-    place = Path(path or "/nowhere")
-    return path.startswith("package:") or place.is_dir() or (place.suffix == ".gguf" and place.is_file())
+    """Return True for a path on this machine from which a model may be loaded; the loader checks its contents."""
+    local = Path(path or "/nowhere")
+    return path.startswith("package:") or local.is_dir() or (local.suffix == ".gguf" and local.is_file())
 
 
 def _quant(given: config.Quant, adapter: Path, recorded: dict[str, Any] | None) -> config.Quant:
-    """Replace each unset (None) setting by the one recorded, or by the default if there is no record."""
+    """Replace each unset (None) setting by the recorded one, or by the default if there is no record."""
     kind: config.QuantKind | None = given.kind
     double: bool | None = given.double
     known = _recorded_quant(adapter, recorded) if recorded and None in (kind, double) else config.Quant()
@@ -143,28 +128,32 @@ def _recorded_quant(adapter: Path, recorded: dict[str, Any]) -> config.Quant:
     found = recorded.get("quant")
     names = [kind.value for kind in config.QuantKind]
     if not isinstance(found, dict) or found.get("kind") not in names or not isinstance(found.get("double", True), bool):
-        raise MismatchError(f"{adapter / provenance.RECORD}: quant must hold a kind of {', '.join(names)}, got {found}")
+        raise MismatchError(
+            f"{adapter / provenance.RECORD}: quant must be an object with a kind ({', '.join(names)}) and double "
+            f"(true or false), got {found}: the file is damaged, take the adapter from its source again"
+        )
     return config.Quant(config.QuantKind(found["kind"]), found.get("double", True))
 
 
 def _added_tokens(adapter: Path, rows: Any) -> list[str]:
-    """The tokens that a run of ours added to its base: those whose rows its adapter trains."""
+    """Return the tokens that a run of lora_ft added to its base: those whose rows its adapter trains."""
     if not rows:
         return []
     tokenizer = _own_tokenizer(adapter)
     ids = {i for matrix in (rows.values() if isinstance(rows, dict) else [rows]) for i in matrix}
     if wrong := [i for i in ids if type(i) is not int or not 0 <= i < len(tokenizer)]:
         raise MismatchError(
-            f"{adapter} trains a row for token {wrong[0]}, and its tokenizer has {len(tokenizer)} tokens"
+            f"{adapter} trains the embedding row of token {wrong[0]}, but its tokenizer has {len(tokenizer)} tokens: "
+            "they do not belong together"
         )
     tokens: list[str] = tokenizer.convert_ids_to_tokens(sorted(ids))
     return tokens
 
 
 def adapter_tokenizer(folder: Path, model: config.Model) -> PreTrainedTokenizerBase:
-    """The tokenizer and template that the adapter was trained with, which lie beside it; else the base's.
+    """Load the tokenizer and chat template saved with the adapter; if they are missing, those of the base.
 
-    Only they give the adapter the tokens that it knows: `model.chat_template` counts where neither is there.
+    The adapter was trained with them, so `model.chat_template` is used only if the adapter has no tokenizer.
     """
     if not all((folder / name).is_file() for name in _TOKENIZER_FILES):
         return load_tokenizer(model)
@@ -200,11 +189,10 @@ def open_adapter(
     tokenizer: PreTrainedTokenizerBase,
     saved: LoraConfig | None = None,
 ) -> tuple[Base, PeftModel]:
-    """Load the base and put the adapter onto it for inference, under the name `NAME`.
+    """Load the base with the adapter for inference, under the name `NAME`.
 
-    `saved` is the adapter's config if it was read already.
-    Raises MismatchError where the adapter was made for another base, does not fit it to the last key and
-    shape, or is of a kind that cannot be told apart from its base; and what `load_base` raises.
+    `saved` is the adapter's config if it was read already. Raises MismatchError if the adapter was trained on another
+    base, if a key or shape differs, or if the adapter changes the base's own weights; and the errors of `load_base`.
     """
     saved = saved or files.read_config(folder)
     base = load_base(model, quant, device, tokenizer)

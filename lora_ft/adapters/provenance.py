@@ -1,4 +1,4 @@
-"""Where an adapter comes from: the record that PEFT's files lack, its check, and the lines that load it elsewhere.
+"""Record and check the base of an adapter, which PEFT's files do not identify, and print code that loads both.
 
 {"format": 1, "base": {"id": "HuggingFaceTB/SmolLM2-135M-Instruct", "weights_sha256": {...}, ...},
  "quant": {"kind": "nf4", "double": true}, "data_sha256": "...", "chat_template_sha256": "...", ...}
@@ -26,15 +26,15 @@ log = logging.getLogger("lora_ft")
 RECORD = "lora_ft.json"
 _FORMAT = 1
 
-# The others change the base's own weights when PEFT attaches, so that no bare base is left to compare with.
+# With every other initialization, PEFT changes the base's own weights when it attaches the adapter.
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The base of an adapter, the base's quantization, and the rows that the adapter learned.
+    """The base of an adapter, the base's quantization, and the training rows.
 
-    data_sha256: None where nothing tells. made_from: hashes of the adapters that it was made from, and how; None where
+    data_sha256: None if unknown. made_from: hashes of the adapters that it was computed from, and the method; None if
     it was trained.
     """
 
@@ -45,11 +45,11 @@ class Origin:
 
 
 def record(tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, source: Origin) -> dict[str, Any]:
-    """What lora_ft.json holds; of this machine's paths only the base's own, where it is a local one."""
+    """Return the contents of lora_ft.json; of the paths on this machine, only `model.path` is included."""
     return {
         "format": _FORMAT,
         "base": dataclasses.asdict(source.base) | {"folder": None},
-        "quant": _recipe(source.quant),
+        "quant": _quant_fields(source.quant),
         "data_sha256": source.data_sha256,
         **({"made_from": source.made_from} if source.made_from else {}),
         **_tokenizer_hashes(tokenizer),
@@ -66,17 +66,17 @@ def _tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | Non
     }
 
 
-def _recipe(quant: config.Quant) -> dict[str, Any]:
-    """What must be equal for two quantized bases to have the same weights."""
+def _quant_fields(quant: config.Quant) -> dict[str, Any]:
+    """Return the settings that must be equal for two quantized bases to have the same weights."""
     four_bits = quant.kind in (QuantKind.nf4, QuantKind.fp4)
     return {"kind": quant.kind.value} | ({"double": quant.double} if four_bits else {})
 
 
 def check_source(folder: Path, saved: LoraConfig, base: Base, quant: config.Quant) -> None:
-    """An adapter folder belongs on this base: same weights, quantization, tokenizer and template, by its record.
+    """Check by its record that an adapter was trained on this base: weights, quantization, tokenizer and template.
 
-    An adapter without a record was made elsewhere; only names can be compared then, and one model may have
-    several: that is a warning. Raises MismatchError, also for a kind that cannot be told apart from its base.
+    Without a record, only names can be compared. One model may have several names, so a difference is a warning.
+    Raises MismatchError, also for an adapter that changes the base's own weights.
     """
     check_kind(folder, saved)
     known = {Path(name).name for name in (base.identity.id, base.identity.path, base.identity.folder) if name}
@@ -84,22 +84,24 @@ def check_source(folder: Path, saved: LoraConfig, base: Base, quant: config.Quan
     if (folder / RECORD).is_file():
         _check_record(folder, read_record(folder), base, quant)
     elif named and Path(named).name not in known:
-        log.warning("the adapter says that it was trained on %s; the base given is %s", named, base.identity.path)
+        log.warning("the adapter names the base %s, but the configured base is %s", named, base.identity.path)
 
 
 def check_kind(folder: Path, saved: LoraConfig) -> None:
-    """MismatchError for an adapter that changes the base's own weights or biases."""
+    """Raise MismatchError for an adapter that changes the base's own weights or biases."""
     if saved.bias != "none":
-        raise MismatchError(f"{folder}: it was trained with bias={saved.bias}, which changes the base's own biases")
+        raise MismatchError(
+            f"{folder}: bias={saved.bias} changes the base's own biases, which is not supported: use bias=none"
+        )
     if saved.init_lora_weights not in _PLAIN_INITS:
         raise MismatchError(
-            f"{folder}: init_lora_weights={saved.init_lora_weights} changes the base's own weights; "
-            "convert it to a plain LoRA first (PEFT: path_initial_model_for_weight_conversion)"
+            f"{folder}: init_lora_weights={saved.init_lora_weights} changes the base's own weights: "
+            "convert the adapter to a plain LoRA first (PEFT: path_initial_model_for_weight_conversion)"
         )
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What lora_ft.json of an adapter folder holds; MismatchError where it is not such a record."""
+    """Read lora_ft.json of an adapter folder; raises MismatchError if it is not a record of this format."""
     found = untrusted.json_object(folder / RECORD, MismatchError)
     if found.get("format") != _FORMAT or not isinstance(found.get("base"), dict):
         raise MismatchError(f"{folder / RECORD} is not a record of format {_FORMAT}, got {found.get('format')}")
@@ -111,11 +113,11 @@ def _check_record(folder: Path, found: dict[str, Any], base: Base, quant: config
     pairs: list[tuple[str, Any, Any]] = [
         ("base config_sha256", recorded.get("config_sha256"), base.identity.config_sha256)
     ]
-    if base.identity.weights_sha256 is not None:  # a skeleton's may not have been fetched: compared with the base's own
+    if base.identity.weights_sha256 is not None:  # None if weights are not downloaded yet; compared after the download
         pairs.append(("base weights_sha256", recorded.get("weights_sha256"), base.identity.weights_sha256))
-    pairs.append(("quantization", found.get("quant"), _recipe(quant)))
+    pairs.append(("quantization", found.get("quant"), _quant_fields(quant)))
     pairs += [(key, found.get(key), value) for key, value in _tokenizer_hashes(base.tokenizer).items()]
-    problems = [f"{what}: trained on {then}, now {now}" for what, then, now in pairs if then != now]
+    problems = [f"{name}: trained on {then}, now {now}" for name, then, now in pairs if then != now]
     if problems:
         name = recorded.get("id") or recorded.get("path")
         raise MismatchError(f"the adapter in {folder} was made for another base ({name}):\n" + "\n".join(problems))
@@ -123,17 +125,17 @@ def _check_record(folder: Path, found: dict[str, Any], base: Base, quant: config
 
 @dataclass(frozen=True)
 class Loading:
-    """How transformers alone loads a base as its adapter was trained: what the printed lines and the proof share."""
+    """Arguments with which transformers loads a base as in training; for printed code and for verification."""
 
     place: str
     revision: str | None
     dtype: str
     quantization: dict[str, Any]  # arguments of BitsAndBytesConfig, a dtype by its name; {} without quantization
-    rows: int | None  # of the embedding, where tokens were added
+    rows: int | None  # of the embedding, if tokens were added
     device: str
 
     def lines(self, adapter: str) -> list[str]:
-        """The lines of Python that load the base, and an adapter onto it."""
+        """Return the lines of Python that load the base with an adapter."""
         arguments = [repr(self.place), *([f"revision={self.revision!r}"] if self.revision else [])]
         arguments.append(f"dtype=torch.{self.dtype}")
         if self.quantization:
@@ -147,7 +149,7 @@ class Loading:
 
 
 def loading(base: Base, quant: config.Quant, model: config.Model) -> Loading:
-    """How to load this base elsewhere: by its id where it has a commit on the hub, else from its folder."""
+    """Return arguments to load this base elsewhere: by its id if it has a commit on the hub, else by its folder."""
     place, dtype = base.identity, str(base.model.dtype).removeprefix("torch.")
     rows = base.model.get_input_embeddings().weight.shape[0] if model.added_tokens else None
     name = place.id if place.revision else place.folder
@@ -167,5 +169,5 @@ def _quantization(quant: config.Quant, dtype: str) -> dict[str, Any]:
 
 
 def loading_lines(folder: Path, base: Base, cfg: config.TrainRun) -> list[str]:
-    """The lines of Python that load base and adapter with transformers and PEFT alone, as they were trained."""
+    """Return the lines of Python that load base and adapter as in training, with only transformers and PEFT."""
     return loading(base, cfg.quant, cfg.model).lines(str(folder))

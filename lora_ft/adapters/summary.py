@@ -1,8 +1,8 @@
 """Count the layers and parameters that an adapter trains, and those it cannot reach, on a base without weights.
 
-    layers(skeleton, cfg) -> Layers(count=210, targets={"q_proj": 30, ...}, trainable=4_884_480, scales=[2.0], ...)
+    layers(meta_model, cfg) -> Layers(count=210, targets={"q_proj": 30, ...}, trainable=4_884_480, scales=[2.0], ...)
 
-PEFT injects into the skeleton as it does into the base, so the counts of trained layers are its own.
+PEFT injects its layers into the model without weights as it does into the real one, so the counts are PEFT's own.
 """
 
 from collections import Counter
@@ -18,24 +18,25 @@ from lora_ft import config
 from lora_ft.adapters import attach, audit, files, init, provenance
 from lora_ft.models.load import Base
 
-_NAME = "outline"
+_NAME = "summary"
 
-# lora_alpha / r of published recipes: 0.25 in QLoRA (r 64, alpha 16), 1 to 2 in most guides, 8 in LoRA's own GPT-2 runs
-# (r 4, alpha 32). Beyond them a learning rate taken from any of these means another size of update.
+# lora_alpha / r of published recipes: 0.25 in QLoRA (r 64, alpha 16), 1 to 2 in most guides, 8 in the LoRA paper for
+# GPT-2 (r 4, alpha 32). Outside of this range, a learning rate of these recipes gives updates of another size.
 _USUAL_SCALE = (0.25, 8.0)
 
-# Routers and convolutions are far below this share of a large model, experts are far above it.
+# Routers and convolutions are far below this share of a large model's weights, experts far above it.
 _NOTABLE_SHARE = 0.01
 
 
 @dataclass(frozen=True)
 class Layers:
-    """The layers of a base as an adapter sees them. count: adapted layers. targets: the same by pattern, may overlap.
+    """Counts of a base's layers and parameters, for one adapter.
 
-    trainable, base: parameters. scales: of the products B A. over_full: layers whose two matrices have as many
-    parameters as the layer, or more. out_of_reach: parameters that neither an adapter nor quantization changes, by the
-    last two parts of their names, largest first: tensors of two or more dimensions whose module is no linear layer and
-    no embedding, such as {"experts.gate_up_proj": 9_663_676_416, ...}. out_of_reach_bytes: their size in memory.
+    count: adapted layers. targets: adapted layers by target module; they may overlap. trainable, base: parameters.
+    scales: factors of the products B A. over_full: layers whose A and B have at least as many parameters as the layer.
+    out_of_reach: parameters that neither an adapter nor quantization changes, by the last two parts of their names,
+    largest first: tensors of two or more dimensions outside of linear layers and embeddings, such as
+    {"experts.gate_up_proj": 9_663_676_416, ...}. out_of_reach_bytes: their size in memory.
     """
 
     count: int
@@ -49,9 +50,9 @@ class Layers:
 
 
 def layers(base: Base, cfg: config.TrainRun) -> Layers:
-    """Attach the adapter of a run to its base's skeleton, which is changed by it, and look at what came of it.
+    """Attach the adapter of a run to its base without weights, which this changes, and count the result.
 
-    Raises what `attach` raises, and MismatchError where `adapter.init_from` does not fit this base or this adapter.
+    Raises the errors of `attach`, and MismatchError if `adapter.init_from` does not match this base or this adapter.
     """
     candidates = attach.adaptable_layers(base.model)
     resolved = attach.resolve_targets(base.model, candidates, cfg.adapter.target_modules)
@@ -71,7 +72,7 @@ def layers(base: Base, cfg: config.TrainRun) -> Layers:
     order = {name: i for i, name in enumerate(candidates)}
     targets: Counter[str] = Counter()
     for target, names in sorted(by_target.items(), key=lambda item: min(order[name] for name in item[1])):
-        # all-linear names layers in full where a last part would match the head as well
+        # all-linear resolves to full names if the last part would match the head as well
         targets[target if target in cfg.adapter.target_modules else target.rpartition(".")[2]] += len(names)
     return Layers(
         count=len(adapted),
@@ -86,7 +87,7 @@ def layers(base: Base, cfg: config.TrainRun) -> Layers:
 
 
 def _out_of_reach(model: PreTrainedModel, adapter: config.Adapter) -> dict[str, torch.nn.Parameter]:
-    """Parameters of two or more dimensions outside linear layers, embeddings and the modules that are trained whole."""
+    """Return parameters of two or more dimensions outside of linear layers, embeddings and `modules_to_save`."""
     adaptable = attach.adaptable_layers(model)
     modules = dict(model.named_modules())
     whole = attach.matched_layers(modules, set(adapter.modules_to_save))
@@ -112,18 +113,18 @@ def _is_over_full(layer: LoraLayer) -> bool:
 
 
 def warnings(layers: Layers, cfg: config.TrainRun) -> Iterator[str]:
-    """Sentences about what is allowed and seldom meant."""
+    """Yield warnings about settings that are allowed but rarely intended."""
     low, high = _USUAL_SCALE
     if not all(low <= scale <= high for scale in layers.scales):
         rule = "lora_alpha / sqrt(r)" if cfg.adapter.use_rslora else "lora_alpha / r"
         yield (
             f"the update is scaled by {' and '.join(f'{scale:.3g}' for scale in layers.scales)} ({rule}); published "
-            f"recipes have {low} to {high:g}, most 1 to 2: another scale acts like another learning rate"
+            f"recipes use {low} to {high:g}, most of them 1 to 2: a larger scale acts like a larger learning rate"
         )
     if layers.over_full:
         yield (
-            f"{layers.over_full:,} of {layers.count:,} layers get as many parameters from adapter.r as they have "
-            "themselves: a lower rank or adapter.modules_to_save does the same with less"
+            f"{layers.over_full:,} of {layers.count:,} layers get at least as many adapter parameters as they have "
+            "weights: lower adapter.r, or train these layers in full with adapter.modules_to_save"
         )
     if sum(layers.out_of_reach.values()) >= _NOTABLE_SHARE * layers.base:
         yield from _out_of_reach_warnings(layers, cfg.quant)
@@ -134,7 +135,7 @@ def _out_of_reach_warnings(layers: Layers, quant: config.Quant) -> Iterator[str]
     share = f"{count / layers.base:.1%} of the base's weights"
     parts = ", ".join(f"{name} {size / layers.base:.1%}" for name, size in layers.out_of_reach.items())
     yield (
-        f"{share} ({count:,}) are not adapted and stay frozen: adapter.target_modules reaches linear layers and "
+        f"{share} ({count:,}) are not adapted and stay frozen: adapter.target_modules can select linear layers and "
         f"embeddings, and these are tensors of other modules, such as experts, routers or convolutions ({parts})"
     )
     if quant.kind is not config.QuantKind.none:

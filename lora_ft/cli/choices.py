@@ -13,7 +13,7 @@ from lora_ft import config
 
 
 def groups(command: str) -> dict[str, str | None]:
-    """Return the groups of a command with their default choices, in the order of its defaults list."""
+    """Return the config groups of a command with their default choices, in the order of its defaults list."""
     primary = yaml.safe_load((config.CONF / f"{command}.yaml").read_text("utf-8"))
     named = [entry for entry in primary["defaults"] if isinstance(entry, dict)]
     return {
@@ -22,7 +22,7 @@ def groups(command: str) -> dict[str, str | None]:
 
 
 def of(group: str, more: Sequence[Path] = ()) -> dict[str, str]:
-    """Return the choices of a group and their meanings, ours and those of the user's own folders."""
+    """Return the choices of a group and their meanings, from conf/ and from the folders in `more`."""
     folders = [folder / group for folder in (config.CONF, *more)]
     files = {
         path.relative_to(folder).with_suffix("").as_posix(): path
@@ -33,7 +33,7 @@ def of(group: str, more: Sequence[Path] = ()) -> dict[str, str]:
 
 
 def meaning(path: Path) -> str:
-    """Return the first comment of a YAML file that is not a directive to Hydra; empty if there is none."""
+    """Return the first comment of a YAML file that is not a directive to Hydra, or an empty string."""
     for line in path.read_text("utf-8", errors="replace").splitlines():
         if not line.startswith("#"):
             break

@@ -14,8 +14,8 @@ from pathlib import Path
 from lora_ft import config, validation
 from lora_ft.cli import choices, help
 
-# COMP_WORDBREAKS says at which characters readline begins the word that it replaces: '=' and ':' unless a user
-# took them out. Other tools' scripts take '=' out for the whole shell; this one passes the list on and lets it be.
+# COMP_WORDBREAKS lists the characters after which readline begins the word that it replaces: '=' and ':' unless a user
+# removed them. Scripts of other tools remove '=' for the whole shell; this one passes the list on unchanged.
 SCRIPT = r"""
 _lora_ft() {
     local IFS=$'\n'
@@ -30,33 +30,34 @@ _HYDRA = ("hydra.run.dir=", "hydra.sweep.dir=")
 
 def reply(line: str, word_breaks: str) -> list[str]:
     """Return the completions of a command line, cut to the part that readline replaces."""
-    *before, word = line.split(" ")
-    words = [w for w in before[1:] if w]
-    cut = max((word.rfind(mark) for mark in "=:" if mark in word_breaks), default=-1) + 1
-    return [_escaped(c)[cut:] for c in candidates(words, word)]
+    *before, typed = line.split(" ")
+    cut = max((typed.rfind(mark) for mark in "=:" if mark in word_breaks), default=-1) + 1
+    return [_escaped(c)[cut:] for c in candidates([argument for argument in before[1:] if argument], typed)]
 
 
-def candidates(words: list[str], word: str) -> list[str]:
-    """Completions of `word` after `words` (the line without its command); a finished one ends with a blank."""
-    command = next((w for w in words if w in config.SCHEMAS), None)
-    if words and words[-1] in ("--config-dir", "-cd"):
-        found: Iterable[str] = _files("", word)
+def candidates(before: list[str], typed: str) -> list[str]:
+    """Return the completions of `typed` after the arguments in `before`; a complete argument ends with a blank."""
+    command = next((argument for argument in before if argument in config.SCHEMAS), None)
+    if before and before[-1] in ("--config-dir", "-cd"):
+        found: Iterable[str] = _files("", typed)
     elif command is None:
         found = [f"{name} " for name in (*config.SCHEMAS, "--help", "--version")]
-    elif "=" in word:
-        found = _values(command, word.partition("=")[0], word.partition("=")[2], _own_folders(words))
+    elif "=" in typed:
+        key, _, value = typed.partition("=")
+        own = [Path(folder) for flag, folder in itertools.pairwise(before) if flag in ("--config-dir", "-cd")]
+        found = _values(command, key, value, own)
     else:
-        found = _keys(command, word)
-    return [c for c in found if c.startswith(word)]
+        found = _keys(command, typed)
+    return [c for c in found if c.startswith(typed)]
 
 
-def _keys(command: str, word: str) -> Iterator[str]:
+def _keys(command: str, typed: str) -> Iterator[str]:
     schema = config.SCHEMAS[command]
-    if word.startswith("-"):
+    if typed.startswith("-"):
         yield from (f"{flag} " for flag in _FLAGS)
-    elif word.startswith("hydra."):
+    elif typed.startswith("hydra."):
         yield from _HYDRA
-    elif "." in word:
+    elif "." in typed:
         yield from (f"{s.key}=" for s in validation.settings(schema))
     else:
         yield from (f"{group}=" for group in choices.groups(command))
@@ -86,15 +87,11 @@ def _files(prefix: str, typed: str) -> Iterator[str]:
         for entry in sorted(Path(parent or ".").expanduser().iterdir()):
             if not entry.name.startswith(".") or typed[len(parent) :].startswith("."):
                 yield f"{prefix}{parent}{entry.name}" + ("/" if entry.is_dir() else " ")
-    except OSError:  # no such folder, or not ours to read: nothing to offer
+    except OSError:  # no such folder, or not readable: no candidates
         return
 
 
-def _own_folders(words: list[str]) -> list[Path]:
-    return [Path(value) for flag, value in itertools.pairwise(words) if flag in ("--config-dir", "-cd")]
-
-
 def _escaped(candidate: str) -> str:
-    """Escape for an unquoted word of bash; the blank that ends a finished candidate stays one."""
-    word = candidate.removesuffix(" ")
-    return re.sub(r"([^\w./=:,@%+~-])", r"\\\1", word) + candidate[len(word) :]
+    """Escape a candidate for bash, except the blank at its end."""
+    text = candidate.removesuffix(" ")
+    return re.sub(r"([^\w./=:,@%+~-])", r"\\\1", text) + candidate[len(text) :]

@@ -53,24 +53,31 @@ class CommandLine:
     config_dir: Path | None = None
 
 
+class Composed(typing.NamedTuple):
+    """Hydra, set up for a command line; the config that it composed, and the overrides that it got."""
+
+    hydra: Hydra
+    config: DictConfig
+    translated: list[str]
+
+
 def run(line: CommandLine, main: Main, end: Callable[[Path], int]) -> int:
     """Run a command's job, or all jobs of a sweep and then `end`. Return the exit code; raise a single job's error."""
-    line = _continued(line)
-    with _hydra(line) as (hydra, words):
-        composed = _composed(hydra, line, words)
+    line = _resumed_sweep(line)
+    with _composed(line) as (hydra, composed, translated):
         _check_auto(line, composed)
         guard.check_composed(composed)
         multirun = composed.hydra.mode is RunMode.MULTIRUN
         task = Task(line.command, main, functools.partial(_checked, line), _implied(line), multirun)
         if line.command == "sweep":
-            return _sweep(hydra, line, composed, words, task, end)
+            return _sweep(hydra, line, composed, translated, task, end)
         if line.command != "train" and not multirun:
             _without_folder(composed, task)
         else:
             if not multirun:
                 _checked(line, composed)  # before Hydra makes the run folder
             with durable.writing():  # for the folders that Hydra makes; a job keeps its own errors
-                (hydra.multirun if multirun else hydra.run)(line.command, task, words)
+                (hydra.multirun if multirun else hydra.run)(line.command, task, translated)
     if not task.failures:
         return 0
     first = task.failures[0]
@@ -81,13 +88,12 @@ def run(line: CommandLine, main: Main, end: Callable[[Path], int]) -> int:
     return first.exit_code if isinstance(first, LoraFtError) else 1
 
 
-def compose(command: str, words: list[str], config_dir: Path | None = None) -> Any:
+def compose(command: str, typed: list[str], config_dir: Path | None = None) -> Any:
     """Compose the config of a command as its dataclass; the rules of single settings are checked."""
     if command not in config.SCHEMAS:
         raise ConfigError(f"{command} is not a command; there are {', '.join(config.SCHEMAS)}")
-    line = CommandLine(command, words, config_dir=config_dir)
-    with _hydra(line) as (hydra, translated):
-        composed = _composed(hydra, line, translated)
+    line = CommandLine(command, typed, config_dir=config_dir)
+    with _composed(line) as (_, composed, _):
         guard.check_composed(composed)
         return _checked(line, composed, validation.validate_values)
 
@@ -102,28 +108,34 @@ def _without_folder(composed: DictConfig, task: Task) -> None:
 
 
 def _sweep(
-    hydra: Hydra, line: CommandLine, composed: DictConfig, words: list[str], task: Task, end: Callable[[Path], int]
+    hydra: Hydra, line: CommandLine, composed: DictConfig, translated: list[str], task: Task, end: Callable[[Path], int]
 ) -> int:
     """Run a sweep in its folder, which is locked meanwhile; remove the folder if no job has started."""
-    _check_objective(composed)
+    _check_sweep(composed)
     with durable.writing():
         folder = Path(str(composed.hydra.sweep.dir)).absolute()
     with runs.locked(folder):
         runs.create_sweep(folder, line.overrides, line.config_dir, resumed=_folder(line, "resume") == "auto")
         # Fixed here, because Hydra composes each job anew and `${now:...}` would give each another folder.
-        place = overrides.translate("sweep", [f"hydra.sweep.dir={validation.escape(str(folder))}"], sweep=False)
+        fixed = overrides.translate("sweep", [f"hydra.sweep.dir={validation.escape(str(folder))}"], sweep=False)
         try:
             with durable.writing():
-                hydra.multirun("sweep", task, [*words, *place])
+                hydra.multirun("sweep", task, [*translated, *fixed])
         except BaseException:
-            if not any(folder.rglob(runs.OVERRIDES)):  # a job writes it first of all
+            if not any(folder.rglob(runs.OVERRIDES)):  # the first file of a job
                 durable.remove_folder(folder)
             raise
         return end(folder)
 
 
-def _check_objective(composed: DictConfig) -> None:
-    """Check that a sweeper that chooses values itself minimizes, and that each job has a eval loss to give it."""
+def _check_sweep(composed: DictConfig) -> None:
+    """Check that halving has a launcher that does it, and that a sweeper that chooses values minimizes an eval loss."""
+    launcher = composed.hydra.runtime.choices["hydra/launcher"]
+    if composed.sweep.halving and launcher != "lora_ft":
+        raise ConfigError(
+            f"sweep.halving=true needs hydra/launcher=lora_ft, got {launcher}: "
+            "other launchers train each job in a process of its own, to its end"
+        )
     direction = OmegaConf.select(composed, "hydra.sweeper.direction")
     if direction is None:
         return
@@ -131,7 +143,7 @@ def _check_objective(composed: DictConfig) -> None:
         raise ConfigError(f"hydra.sweeper.direction must be minimize, got {direction}: the value is a loss")
     data = composed.data
     if not (data.eval_fraction or data.eval_path or data.eval_split):
-        raise ConfigError("data.eval_fraction must be above 0 where a sweeper chooses by the eval loss, got 0")
+        raise ConfigError("data.eval_fraction must be above 0 if a sweeper chooses values by the eval loss, got 0")
 
 
 def show(line: CommandLine, *, part: str | None, package: str | None, resolve: bool, info: str | None) -> None:
@@ -139,23 +151,22 @@ def show(line: CommandLine, *, part: str | None, package: str | None, resolve: b
 
     For a sweep, settings that vary between jobs are shown with their default value.
     """
-    with _hydra(_continued(line)) as (hydra, words):
-        composed = _composed(hydra, line, words)
+    with _composed(_resumed_sweep(line)) as (hydra, composed, translated):
         parser = OverridesParser.create()
-        words = [word for word in words if not parser.parse_override(word).is_sweep_override()]
+        single = [o for o in translated if not parser.parse_override(o).is_sweep_override()]
         if package and package != "_global_" and OmegaConf.select(composed, package) is None:
             raise ConfigError(f"--package {package}: the config has no such part")
         if info:
-            hydra.show_info(info, line.command, words)
+            hydra.show_info(info, line.command, single)
         else:
-            hydra.show_cfg(line.command, words, cfg_type=part or "job", package=package, resolve=resolve)
+            hydra.show_cfg(line.command, single, cfg_type=part or "job", package=package, resolve=resolve)
 
 
 @contextlib.contextmanager
-def _hydra(line: CommandLine) -> Iterator[tuple[Hydra, list[str]]]:
-    """Set up Hydra with our schemas, our `conf/` and the user's folder; yield it with the overrides to parse.
+def _composed(line: CommandLine) -> Iterator[Composed]:
+    """Set up Hydra with our schemas, our `conf/` and the user's folder, and compose the config of a command line.
 
-    Hydra's own state is then what it was: a program that calls lora_ft may be a Hydra app itself.
+    Hydra's own global state is restored at the end: a program that calls lora_ft may be a Hydra app itself.
     """
     before = GlobalHydra.instance().hydra, HydraConfig.instance().cfg, version.VersionBase.instance().version_base
     version.setbase("1.3")
@@ -171,10 +182,11 @@ def _hydra(line: CommandLine) -> Iterator[tuple[Hydra, list[str]]]:
         store.store("stored_run", _stored_run(line))
         hydra = Hydra(task_name=line.command, config_loader=guard.Loader(search_path))
         GlobalHydra.instance().initialize(hydra)
-        mode = ["hydra.mode=MULTIRUN"] if line.multirun else []
-        translated = overrides.translate(line.command, line.overrides, sweep=line.multirun)
-        yield hydra, [*_implied(line), *translated, *mode]
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+        translated = [*_implied(line), *overrides.translate(line.command, line.overrides, sweep=line.multirun)]
+        translated += ["hydra.mode=MULTIRUN"] if line.multirun else []
+        mode = RunMode.MULTIRUN if line.multirun else RunMode.RUN
+        yield Composed(hydra, hydra.compose_config(line.command, translated, run_mode=mode), translated)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise _explained(line, error) from error
     finally:
         GlobalHydra.instance().hydra, HydraConfig.instance().cfg, version.VersionBase.instance().version_base = before
@@ -183,25 +195,24 @@ def _hydra(line: CommandLine) -> Iterator[tuple[Hydra, list[str]]]:
 def _explained(line: CommandLine, error: Exception) -> LoraFtError:
     if isinstance(error.__cause__, LoraFtError):
         return error.__cause__  # raised by our launcher, which Hydra makes
-    stored = Path(_resumed(line) or _folder(line, "run") or "") / "config.yaml"
-    return explained(line.command, error, stored, line.config_dir)
+    return explained(line.command, error, Path(_resumed(line) or _folder(line, "run") or "") / "config.yaml")
 
 
-def _continued(line: CommandLine) -> CommandLine:
-    """Return the command that began a sweep for resume=FOLDER, so that its jobs continue or start in their folders."""
+def _resumed_sweep(line: CommandLine) -> CommandLine:
+    """Return for `sweep resume=FOLDER` the command that began that sweep, with resume=auto in its folder."""
     folder = _folder(line, "resume")
     if line.command != "sweep" or folder in (None, "auto"):
         return line
-    place = Path(folder).absolute()
-    stored, config_dir = runs.read_sweep(place)
-    given = [word for word in line.overrides if not word.startswith("resume=")]
-    if several := [w for w in given if not w.startswith("hydra.launcher.")]:
+    absolute = Path(folder).absolute()
+    stored, config_dir = runs.read_sweep(absolute)
+    added = [o for o in line.overrides if not o.startswith("resume=")]
+    if refused := [o for o in added if not o.startswith("hydra.launcher.")]:
         raise ConfigError(
-            f"resume={folder} runs what is missing of that sweep, with its own words: leave out {several[0]}"
+            f"resume={folder} runs the unfinished jobs of that sweep, with its own overrides: leave out {refused[0]}"
         )
-    kept = [w for w in stored if not w.startswith(("resume=", "hydra.sweep.dir="))]
-    words = [*kept, *given, "resume=auto", f"hydra.sweep.dir={validation.escape(str(place))}"]
-    return CommandLine("sweep", words, multirun=True, config_dir=config_dir)
+    kept = [o for o in stored if not o.startswith(("resume=", "hydra.sweep.dir="))]
+    typed = [*kept, *added, "resume=auto", f"hydra.sweep.dir={validation.escape(str(absolute))}"]
+    return CommandLine("sweep", typed, multirun=True, config_dir=config_dir)
 
 
 def _check_auto(line: CommandLine, composed: DictConfig) -> None:
@@ -217,16 +228,16 @@ def _check_auto(line: CommandLine, composed: DictConfig) -> None:
 def _implied(line: CommandLine) -> list[str]:
     """Return the overrides that follow from those typed.
 
-    resume=FOLDER implies the run folder. A typed model.path is another base, so it clears the id and revision that
-    come from a default, an experiment or a run.
+    resume=FOLDER implies the run folder. A typed model.path names a different base, so it clears the hub id and
+    revision that come from a default, an experiment or a run.
     """
     if folder := _resumed(line):
         return overrides.translate(line.command, [f"hydra.run.dir={validation.escape(folder)}"], sweep=False)
-    typed = {key for key in ("model", "model.path", "model.id", "model.revision")
+    typed = {key for key in ("model", "model.path", "model.hub_id", "model.revision")
              if overrides.chosen(line.overrides, key) is not None}  # fmt: skip
     if "model.path" not in typed or "model" in typed:
         return []
-    return [f"{key}=null" for key in ("model.id", "model.revision") if key not in typed]
+    return [f"{key}=null" for key in ("model.hub_id", "model.revision") if key not in typed]
 
 
 def _stored_run(line: CommandLine) -> dict[str, Any]:
@@ -236,7 +247,12 @@ def _stored_run(line: CommandLine) -> dict[str, Any]:
         shared = {f.name for f in dataclasses.fields(schema)} - {"resume"}
     else:
         folder, shared = _folder(line, "run"), set(validation.groups(schema))
-    stored = runs.read_config(Path(folder)) if folder else {}
+    if not folder:
+        return {}
+    try:
+        stored = runs.read_config(Path(folder))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{folder}/config.yaml is not valid YAML in UTF-8: {' '.join(str(error).split())}") from None
     return {name: validation.escape(stored[name]) for name in shared
             if name in stored and overrides.chosen(line.overrides, name) is None}  # fmt: skip
 
@@ -249,34 +265,18 @@ def _resumed(line: CommandLine) -> str | None:
     if line.multirun:
         raise ConfigError(f"resume={folder} continues one run: leave out -m")
     if overrides.chosen(line.overrides, "hydra.run.dir") is not None:
-        raise ConfigError(f"resume={folder} goes on in that folder: leave out hydra.run.dir, or write resume=auto")
-    if typed := [w for w in line.overrides if w.startswith(("experiment=", "+")) and not w.startswith("+hydra")]:
-        raise ConfigError(f"resume={folder} keeps the settings of that run: leave out {typed[0]}")
+        raise ConfigError(f"resume={folder} continues in that folder: leave out hydra.run.dir, or write resume=auto")
+    if refused := [o for o in line.overrides if o.startswith(("experiment=", "+")) and not o.startswith("+hydra")]:
+        raise ConfigError(f"resume={folder} keeps the settings of that run: leave out {refused[0]}")
     return str(Path(folder).absolute())
 
 
 def _folder(line: CommandLine, key: str) -> str | None:
+    """Return the typed folder of run= or resume=; None if it was not typed or the command has no such setting."""
     value = overrides.chosen(line.overrides, key)
     if value in (None, "", "null") or overrides.declared(line.command, key) is None:
         return None
     return validation.expand_home(value)
-
-
-def _composed(hydra: Hydra, line: CommandLine, words: list[str]) -> DictConfig:
-    mode = RunMode.MULTIRUN if line.multirun else RunMode.RUN
-    composed: DictConfig = hydra.compose_config(line.command, words, run_mode=mode)
-    container = typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=False))
-    for key in _keys({name: node for name, node in container.items() if name != "hydra"}):
-        if guard.TARGET in key.split("."):
-            raise overrides.unknown(line.command, key)
-    return composed
-
-
-def _keys(node: Any, prefix: str = "") -> Iterator[str]:
-    if isinstance(node, dict):
-        for name, child in node.items():
-            yield f"{prefix}{name}"
-            yield from _keys(child, f"{prefix}{name}.")
 
 
 def _checked(line: CommandLine, composed: DictConfig, check: Callable[[Any], None] = validation.validate) -> Any:

@@ -1,9 +1,9 @@
 """The command line: `lora-ft COMMAND key=value ...`, or `python -m lora_ft.COMMAND key=value ...`. No torch here.
 
-A command is a module with a function over its dataclass. It is imported, and torch with it, once the config is valid.
+A command is a module with a function `main`. It is imported, and torch with it, once the config is valid.
 
     def main(cfg: config.TrainRun, invocation: entry.Invocation) -> float | None: ...
-    def end(sweep: Path) -> int: ...           # only in lora_ft.sweep, called when all jobs have ended: the exit code
+    def end(sweep: Path) -> int: ...           # in lora_ft.sweep only: called after all jobs, returns the exit code
 
     if __name__ == "__main__":
         entry.run("train")
@@ -32,9 +32,9 @@ READER_LEFT = 141  # the exit code of a process that SIGPIPE stops
 
 @dataclass(frozen=True)
 class Invocation:
-    """The absolute folder of the run, and the user's overrides as typed, with group choices, without Hydra's settings.
+    """The absolute folder of the run, and the overrides as typed, without those of Hydra's settings.
 
-    For commands that make no run folder, it is the current one.
+    folder: the current folder for commands that make no run folder.
     """
 
     folder: Path
@@ -45,10 +45,10 @@ class Invocation:
 def run(command: str | None = None, arguments: list[str] | None = None) -> NoReturn:
     """Run one command and exit with its code. `arguments` follow the command's name; default: those of the process."""
     process.prepare()
-    words = sys.argv[1:] if arguments is None else arguments
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        code = _command(words if command is None else [command, *words])
-        sys.stdout.flush()  # here: a reader that left would be a traceback while Python shuts down
+        code = _command(arguments if command is None else [command, *arguments])
+        sys.stdout.flush()  # here: if the reader has left, Python would print a traceback while it shuts down
     except (LoraFtError, Interrupted) as error:
         code = error.exit_code
         with contextlib.suppress(BrokenPipeError):
@@ -63,9 +63,9 @@ def run(command: str | None = None, arguments: list[str] | None = None) -> NoRet
 
 def _command(arguments: list[str]) -> int:
     flags = _parser().parse_intermixed_args(arguments)
-    command, *words = flags.words or [""]
+    command, *overrides = flags.arguments or [""]
     if flags.complete:
-        _complete(flags.words)
+        _complete(flags.arguments)
     elif flags.version:
         sys.stdout.write(f"lora_ft {metadata.version('lora_ft')}\n")
     elif not command:
@@ -75,28 +75,28 @@ def _command(arguments: list[str]) -> int:
     elif flags.help:
         sys.stdout.write(help.page(command, [flags.config_dir] if flags.config_dir else []))
     else:
-        return _compose(command, words, flags)
+        return _compose(command, overrides, flags)
     return 0
 
 
-def _compose(command: str, words: list[str], flags: argparse.Namespace) -> int:
-    from lora_ft.cli import composition  # Hydra takes a third of a second, which help and completion do not have
+def _compose(command: str, overrides: list[str], flags: argparse.Namespace) -> int:
+    from lora_ft.cli import composition  # here: Hydra takes a third of a second, too long for help and completion
 
-    multirun = flags.multirun or command == "sweep" or "hydra.mode=MULTIRUN" in words
+    multirun = flags.multirun or command == "sweep" or "hydra.mode=MULTIRUN" in overrides
     command = "sweep" if multirun and command == "train" else command
-    line = composition.CommandLine(command, words, multirun, flags.config_dir)
+    line = composition.CommandLine(command, overrides, multirun, flags.config_dir)
     if flags.cfg or flags.info:
         composition.show(line, part=flags.cfg, package=flags.package, resolve=flags.resolve, info=flags.info)
         return 0
     return composition.run(
         line,
-        lambda cfg, folder, overrides: _import(f"lora_ft.{command}").main(cfg, Invocation(folder, overrides)),
+        lambda cfg, folder, typed: _import(f"lora_ft.{command}").main(cfg, Invocation(folder, typed)),
         lambda sweep: _import(f"lora_ft.{command}").end(sweep),
     )
 
 
 def _import(name: str) -> Any:
-    """Import a command and exclude its modules from garbage collection, which would walk a million lasting objects.
+    """Import a command and exclude its modules from garbage collection, which would walk a million permanent objects.
 
     Only at the first import: in a sweep, freezing again would keep the garbage of an earlier job.
     """
@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     """Parse Hydra's flags anywhere on the line, except its --experimental-rerun, which unpickles a file."""
     parser = argparse.ArgumentParser(prog="lora-ft", add_help=False, allow_abbrev=False,
                                      usage="lora-ft COMMAND key=value ... (lora-ft --help)")  # fmt: skip
-    parser.add_argument("words", nargs="*")
+    parser.add_argument("arguments", nargs="*")
     parser.add_argument("--multirun", "-m", action="store_true")
     parser.add_argument("--config-dir", "-cd", type=Path)
     parser.add_argument("--cfg", "-c", choices=["job", "hydra", "all"])
@@ -134,13 +134,13 @@ def _unknown_command(command: str) -> ConfigError:
     return ConfigError(f"{command} is not a command{nearest} (there are {', '.join(config.SCHEMAS)})")
 
 
-def _complete(words: list[str]) -> None:
-    if words == ["install=bash"]:
+def _complete(arguments: list[str]) -> None:
+    if arguments == ["install=bash"]:
         sys.stdout.write(completion.SCRIPT)
-    elif words == ["uninstall=bash"]:
+    elif arguments == ["uninstall=bash"]:
         sys.stdout.write("complete -r lora-ft; unset -f _lora_ft\n")
-    elif words == ["query=bash"]:
+    elif arguments == ["query=bash"]:
         reply = completion.reply(os.environ.get("COMP_LINE", ""), os.environ.get("COMP_WORDBREAKS", ""))
         sys.stdout.writelines(f"{candidate}\n" for candidate in reply)
     else:
-        raise ConfigError("-sc takes install=bash, uninstall=bash or query=bash")
+        raise ConfigError(f"-sc takes install=bash, uninstall=bash or query=bash, got {' '.join(arguments)}")

@@ -1,4 +1,4 @@
-"""Explain errors of Hydra and OmegaConf: the file if it is not the command line, the setting, the rule. No torch.
+"""Explain errors of Hydra and OmegaConf: name the file, the setting and its rule. No torch here.
 
 Value 'abc' of type 'str' could not be converted to Integer    ->    adapter.r must be an integer, got abc
 """
@@ -13,36 +13,26 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from lora_ft import config, validation
 from lora_ft.cli import help, overrides
-from lora_ft.errors import ConfigError, LoraFtError
+from lora_ft.errors import ConfigError
 
 
-def explained(command: str, error: Exception, stored: Path, config_dir: Path | None) -> LoraFtError:
-    """Return the error to show; `stored` is the config of the run on the line, `config_dir` the user's folder."""
+def explained(command: str, error: Exception, stored: Path) -> ConfigError:
+    """Return the error to show; `stored` is the config of the run that run= or resume= names."""
+    if isinstance(error, yaml.YAMLError):
+        return ConfigError(" ".join(str(error).split()))
     inner = error.__cause__ or error.__context__
     cause = inner if isinstance(error, HydraException) and isinstance(inner, OmegaConfBaseException) else error
-    if isinstance(error, UnicodeDecodeError):
-        # Hydra does not say which file it read: it is the user's file with this text.
-        files = sorted(config_dir.rglob("*.yaml")) if config_dir else []
-        found = next((file for file in files if error.object in file.read_bytes()), stored)
-        return ConfigError(f"{found} is not UTF-8")
-    if isinstance(error, yaml.YAMLError):
-        return ConfigError(" ".join(str(error).split()).replace('"<unicode string>"', str(stored)))
-    place = re.match(r"In '([^']+)'", str(error))
-    where = f"{place[1]}.yaml: " if place and place[1] not in (command, "hydra/config") else ""
+    source = match[1] if (match := re.match(r"In '([^']+)'", str(error))) else ""
+    where = f"{source}.yaml: " if source not in ("", command, "hydra/config") else ""
     where = where.replace("stored_run.yaml", str(stored))
     if isinstance(error, MissingConfigException):
         return ConfigError(where + _missing(error))
-    key = str(getattr(cause, "full_key", None) or "")
-    group = place[1].rpartition("/")[0] if place else ""
-    if (
-        group
-        and group not in validation.groups(config.SCHEMAS[command])
-        and (key == group or f"@{group}." in str(error))
-    ):
+    key, group = str(getattr(cause, "full_key", None) or ""), source.rpartition("/")[0]
+    is_experiment = group and group not in validation.groups(config.SCHEMAS[command])
+    if is_experiment and (key == group or f"@{group}." in str(error)):
         return ConfigError(f"{where}its first line must be '# @package _global_'")
     if key and isinstance(cause, ConfigKeyError | ConfigAttributeError):
-        unknown = overrides.unknown(command, key)
-        return type(unknown)(where + str(unknown))
+        return ConfigError(where + str(overrides.unknown(command, key)))
     return ConfigError(where + _broken_rule(command, key, error, str(cause).splitlines()[0]))
 
 

@@ -1,11 +1,11 @@
-"""Refuse configs that hold code to run, other places to look for configs, or secrets. No torch here.
+"""Refuse configs that hold code to run, search paths or secrets. No torch here.
 
     callbacks: {mine: {_target_: os.system, ...}}     SecurityError: my.yaml: _target_ ...
-    data.system="the key is hf_..."                    SecurityError: data.system holds a Hugging Face token ...
+    data.system="the key is hf_..."                    SecurityError: data.system holds a secret (...)
 
-A folder given with --config-dir may come from somebody else. Hydra instantiates its callbacks, launchers and loggers
-by the names in a config, and imports the packages of a search path. So a folder of configs may hold settings only, and
-each of its files is checked when it is read, before Hydra acts on it. On the command line, a user may choose among the
+A folder given with --config-dir may come from somebody else. Hydra instantiates callbacks, launchers and loggers by the
+names in a config, and imports the packages of a search path. So a folder of configs may hold settings only, and each of
+its files is checked when it is read, before Hydra acts on it. On the command line, a user may choose among the
 installed launchers and sweepers by name. The overrides that a sweeper makes for each job are checked as well.
 """
 
@@ -27,19 +27,18 @@ from lora_ft import config
 from lora_ft.errors import ConfigError, SecurityError
 from lora_ft.io import redact, untrusted
 
-TARGET = "_target_"
-_CODE = {TARGET, "custom_search_space"}  # the second names a function that Optuna's sweeper calls
-# With these Hydra imports, instantiates, or changes the environment of this process; `overrides` would be settings
-# that nobody typed.
-_HYDRAS_OWN = {"searchpath", "callbacks", "job_logging", "hydra_logging", "env_set", "env_copy", "overrides"}
-_COMMANDS = ("setup", "additional_parameters")  # of a cluster's launcher: what its shell runs, or how
+_CODE = {"_target_", "custom_search_space"}  # the second names a function that Optuna's sweeper calls
+_HYDRA_CODE = {"searchpath", "callbacks", "job_logging", "hydra_logging"}  # of hydra.*: names of modules and classes
+# A file may not hold these either: they change this process's environment, or pretend that a user typed something.
+_TYPED_ONLY = {"env_set", "env_copy", "overrides"}
+_COMMANDS = ("setup", "additional_parameters")  # of a cluster's launcher: shell commands and their options
 # A reference that OmegaConf resolves late, in a folder's name for each job of a sweep; behind a backslash it is text.
 _VARIABLE = re.compile(r"(?<!\\)\$\{\s*oc\.env\s*:\s*['\"]?([^\s,}'\"]+)")
-_LOGGING = {"version", "root", "disable_existing_loggers"}  # the keys of Hydra's logging config named none
+_SEPARATORS = re.compile(r"[.@/: ]")
 
 
 class Settings(FileConfigSource):
-    """Hydra's folder of configs, each file checked when it is read."""
+    """A folder of configs as a source of Hydra; each file is checked when it is read."""
 
     @staticmethod
     def scheme() -> str:
@@ -55,20 +54,20 @@ class Settings(FileConfigSource):
 
 
 def source(folder: Path) -> str:
-    """A folder of configs as Hydra's search path names it."""
+    """Return the name of a folder of configs in Hydra's search path."""
     SourcesRegistry.instance().register(Settings)
     return f"{Settings.scheme()}://{folder}"
 
 
 class Loader(ConfigLoaderImpl):
-    """Hydra's composition; it checks the words of each job, which may come from a sweeper's settings in a file."""
+    """Hydra's composition; it checks the overrides of each job, which a sweeper may take from a file."""
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
         for parsed in OverridesParser.create().parse_overrides(sweep_overrides):
-            word, key = str(parsed.input_line), parsed.key_or_group
-            check_override(word, key, parsed.value())
+            override, key = str(parsed.input_line), parsed.key_or_group
+            check_override(override, key, parsed.value())
             if "hydra" in re.split(r"[./]", f"{key}.{parsed.package}"):
-                raise SecurityError(f"{word}: a job has settings of lora-ft's only; those of Hydra's are the sweep's")
+                raise SecurityError(f"{override}: a sweeper may set settings of lora-ft only, not of Hydra")
         return super().load_sweep_config(master_config, sweep_overrides)
 
 
@@ -76,21 +75,23 @@ def _check_file(path: Path) -> None:
     data = path.read_bytes()
     untrusted.check_yaml(data, str(path), ConfigError)
     try:
-        root = yaml.compose(data, yaml.SafeLoader)
+        text = data.decode("utf-8")
+        root = yaml.compose(text, yaml.SafeLoader)
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not UTF-8") from None
     except yaml.YAMLError:
-        return  # Hydra finds it as well, and says where
-    package = re.search(rb"@package\s+(\S+)", data[:512])
-    names = [package[1].decode("utf-8", "replace")] if package else []
-    for name in [*names, *_keys(root)]:
-        if found := (_CODE | _HYDRAS_OWN) & set(re.split(r"[.@/: ]", name)):
-            raise SecurityError(
-                f"{path}: {found.pop()}: a folder of configs holds settings and choices, never code to run or places "
-                "to take it from"
-            )
+        return  # Hydra reports it as well, with file and line
+    package = re.search(r"@package\s+(\S+)", text[:512])
+    for name in [*([package[1]] if package else []), *_keys(root)]:
+        if found := (_CODE | _HYDRA_CODE | _TYPED_ONLY) & set(_SEPARATORS.split(name)):
+            raise SecurityError(f"{path}: {found.pop()}: a folder of configs holds settings and choices, {_NEVER}")
+
+
+_NEVER = "never code to run or places to import it from"
 
 
 def _keys(root: yaml.Node | None) -> Iterator[str]:
-    """The keys of a document's mappings, each once however many aliases lead to it."""
+    """Yield the keys of all mappings of a document; aliases are followed once."""
     left, seen = [root], set()
     while left:
         node = left.pop()
@@ -104,16 +105,15 @@ def _keys(root: yaml.Node | None) -> Iterator[str]:
             left += node.value
 
 
-def check_override(word: str, key: str, value: Any) -> None:
-    """SecurityError for an override, as Hydra parsed it, that names code, or another place to look for configs."""
-    if key == "hydra.searchpath":
-        raise SecurityError(f"{word}: a search path can import packages; give one folder of configs with --config-dir")
-    if _CODE & {part for name in [key, *_names(value)] for part in name.split(".")}:
-        raise SecurityError(f"{word}: configs name settings and choices, never code to run")
+def check_override(override: str, key: str, value: Any) -> None:
+    """Raise SecurityError for an override, parsed by Hydra, that names code or a search path."""
+    refused = _CODE | (_HYDRA_CODE if key.startswith("hydra") else set())
+    if found := refused & {part for name in [key, *_names(value)] for part in _SEPARATORS.split(name)}:
+        raise SecurityError(f"{override}: {found.pop()}: overrides name settings and choices, {_NEVER}")
 
 
 def _names(value: Any) -> Iterator[str]:
-    """The keys in a parsed value: of mappings, and of those in lists and sweeps."""
+    """Yield the keys of all mappings in a parsed value, in lists and sweeps as well."""
     if isinstance(value, dict):
         for name, child in value.items():
             yield str(name)
@@ -124,18 +124,13 @@ def _names(value: Any) -> Iterator[str]:
 
 
 def check_composed(composed: DictConfig) -> None:
-    """Check Hydra's own part of a composed config, and that no part of it, nor a folder to be made, holds a secret."""
+    """Check that a composed config runs no shell command that nobody typed, and writes no secret to any file."""
     hydra = typing.cast(dict[str, Any], OmegaConf.to_container(composed.hydra, resolve=False))
-    if hydra["callbacks"]:
-        raise SecurityError(f"hydra.callbacks: {', '.join(hydra['callbacks'])}: lora-ft runs no callbacks of Hydra's")
-    for key in ("job_logging", "hydra_logging"):
-        if set(hydra[key] or ()) - _LOGGING or hydra[key].get("root"):
-            raise SecurityError(f"hydra.{key}: a logging config can name classes to run; lora-ft keeps its own log.txt")
     _check_launcher(hydra["launcher"], hydra["overrides"]["hydra"])
     for name in (*hydra["job"]["env_set"], *hydra["job"]["env_copy"]):
         if redact.is_secret_name(name):
             raise SecurityError(
-                f"hydra.job.env_set: {name} would be written in clear to multirun.yaml; "
+                f"hydra.job.env_set: the value of {name} would be written to multirun.yaml; "
                 "export it before the command instead"
             )
     plain = typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=False))
@@ -143,20 +138,25 @@ def check_composed(composed: DictConfig) -> None:
         for name in _VARIABLE.findall(value):
             if redact.is_secret_name(name):
                 raise SecurityError(f"{value[:80]}: the value of {name} would be written to files of the run")
-    check_secrets({**plain, "hydra": {}})  # first: hydra's part quotes the words of the line, and is no key of theirs
+    # Our settings first: Hydra's part quotes the command line, and an error should name the setting.
+    check_secrets({**plain, "hydra": {}})
     check_secrets(hydra, "hydra")
     for key in ("hydra.run.dir", "hydra.sweep.dir"):
         check_secrets(str(OmegaConf.select(composed, key)), key)
 
 
 def _check_launcher(launcher: dict[str, Any], typed: list[str]) -> None:
-    """A cluster's launcher writes a shell script: its commands are those that were typed, its values one line each."""
+    """Check what a cluster's launcher writes into a shell script: typed commands only, and values of one line."""
     for key in _COMMANDS:
-        if launcher.get(key) and not any(word.lstrip("+").startswith(f"hydra.launcher.{key}") for word in typed):
-            raise SecurityError(f"hydra.launcher.{key} is for a shell to run: give it on the command line")
+        if launcher.get(key) and not any(o.lstrip("+").startswith(f"hydra.launcher.{key}") for o in typed):
+            raise SecurityError(
+                f"hydra.launcher.{key} holds shell commands: give it on the command line, not in a file"
+            )
     for text in _texts(launcher):
         if "\n" in text:
-            raise SecurityError(f"hydra.launcher: {text!r}: a line of its own would be a command of a shell's script")
+            raise SecurityError(
+                f"hydra.launcher: {text!r} has several lines, which would be commands in a shell script"
+            )
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -168,7 +168,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def check_secrets(value: Any, key: str = "") -> None:
-    """SecurityError where a plain config holds a secret: its files say what the run ran with, and are shared."""
+    """Raise SecurityError if a plain config holds a secret: config.yaml would store it, and is shared."""
     if isinstance(value, dict):
         for name, child in value.items():
             check_secrets(str(name), key or "the name of a setting")
@@ -179,5 +179,5 @@ def check_secrets(value: Any, key: str = "") -> None:
     elif isinstance(value, str) and (name := redact.held(value)):
         raise SecurityError(
             f"{key} holds a secret ({name}), which would be written to files of the run: "
-            "leave it in the environment, where libraries look for it"
+            "keep it in an environment variable that the library reads itself"
         )

@@ -1,8 +1,8 @@
-"""The help pages, rendered from `config.py` and `conf/` without Hydra, in a tenth of a second. No torch here.
+"""Help pages, rendered from `config.py` and `conf/` without Hydra, in a tenth of a second. No torch here.
 
-adapter
-  r = 16                      rank
-  dropout = 0.0               lora_dropout, on the adapter's input
+settings of adapter.*
+  adapter.r=16                rank (integer)
+  ...
 """
 
 import dataclasses
@@ -30,21 +30,21 @@ _FLAGS = {
 
 
 def overview() -> str:
-    """The page of `lora-ft --help`: what it is and the commands."""
+    """Return the page of `lora-ft --help`: the commands and first steps."""
     commands = [_row(command, _summary(schema)) for command, schema in config.SCHEMAS.items()]
     return "\n".join([
         "usage: lora-ft COMMAND key=value ...", "", "Train small adapters over frozen GPT models.", "",
         "commands", *commands, "",
         _row("lora-ft COMMAND --help", "choices and settings of a command"),
         _row("lora-ft --version", "version of this package"),
-        _row('eval "$(lora-ft -sc install=bash)"', "complete commands, settings and choices with the tabulator"),
+        _row('eval "$(lora-ft -sc install=bash)"', "complete commands, settings and choices with the Tab key"),
         "", "first steps", "  lora-ft train experiment=demo", "  lora-ft sweep experiment=demo adapter.r=2,4,8",
         "  lora-ft train model=qwen3_0_6b quant=nf4 data=chat data.path=my.jsonl",
     ]) + "\n"  # fmt: skip
 
 
 def page(command: str, more: Sequence[Path] = ()) -> str:
-    """The page of `lora-ft COMMAND --help`; `more` are the folders of --config-dir."""
+    """Return the page of `lora-ft COMMAND --help`; `more` are the folders of --config-dir."""
     schema = config.SCHEMAS[command]
     lines = [f"usage: lora-ft {command} [choice=NAME ...] [setting=VALUE ...]", "", _summary(schema), ""]
     lines += [_row(flag, text) for flag, text in _FLAGS.items()]
@@ -58,7 +58,7 @@ def page(command: str, more: Sequence[Path] = ()) -> str:
 
 
 def type_words(annotation: Any) -> str:
-    """The type of a setting in words that fit "must be ...": "an integer", "one of fp4, nf4"."""
+    """Return the type of a setting in words that follow "must be": "an integer", "one of fp4, nf4"."""
     kind = required(annotation)
     if isinstance(kind, type) and issubclass(kind, Enum):
         return "one of " + ", ".join(kind.__members__)
@@ -68,14 +68,14 @@ def type_words(annotation: Any) -> str:
 
 
 def required(annotation: Any) -> Any:
-    """The type without its `| None`."""
+    """Return the type without its `| None`."""
     if isinstance(annotation, types.UnionType):
         return next(a for a in typing.get_args(annotation) if a is not types.NoneType)
     return annotation
 
 
 def show(value: Any) -> str:
-    """A value as one types it on the command line."""
+    """Return a value as typed on the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, Enum):
@@ -96,8 +96,8 @@ def _settings(settings: Iterable[validation.Setting]) -> Iterator[str]:
             yield ""
             yield f"settings of {group}.*" if group else "settings"
         kind = type_words(setting.type).removeprefix("an ").removeprefix("a ")
-        words = kind if not setting.unit else f"{kind}, {setting.unit}"
-        yield _row(f"{setting.key}={show(setting.default)}", f"{setting.meaning} ({words})")
+        unit = f", {setting.unit}" if setting.unit else ""
+        yield _row(f"{setting.key}={show(setting.default)}", f"{setting.meaning} ({kind}{unit})")
 
 
 def _summary(schema: type) -> str:

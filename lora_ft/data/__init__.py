@@ -1,4 +1,4 @@
-"""Rows of data become packed tokens; the tokenizer object is handed in.
+"""Turn rows of data into packed batches of tokens; the tokenizer is passed in by the caller.
 
 data.path -sources, files, formats, read (split)-> Row -chat_template, tokenize, dataset (length, cache)-> Example
           -sampler-> steps -packing-> Batch (ops/batch.py)

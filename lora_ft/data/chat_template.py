@@ -1,7 +1,6 @@
-"""Rows as the text that a model reads: by the tokenizer's own chat template, or plain.
+"""Render rows as the text that a model reads: by the tokenizer's chat template, or as plain text.
 
-A row becomes one `Turn` for each answer that is learned: the text that stands before the answer when the model
-is asked for it, and the same text with the answer.
+A row becomes one `Turn` for each answer that is learned: the prompt, as at inference, and the prompt with the answer.
 
     prompt   <|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n
     through  <|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n
@@ -19,27 +18,29 @@ import jinja2
 from lora_ft import config
 from lora_ft.config import TrainOn
 from lora_ft.data import template_checks
-from lora_ft.data.rows import ANSWER_CUE, Ledger, Message, Row, RowError, excerpt
+from lora_ft.data.messages import with_system
+from lora_ft.data.rows import ANSWER_CUE, Ledger, Message, Row, RowError, any_of, excerpt
 from lora_ft.data.template_checks import Trials
 from lora_ft.errors import ConfigError, SecurityError
 
-# A template refuses a chat by raise_exception (TemplateError), trips over a value that it does not expect, or becomes
-# no Python (SyntaxError: more than twenty loops inside of one another).
-_TEMPLATE_FAULTS = (
+# A template may refuse a chat by raise_exception (TemplateError), fail on a value that it does not expect, or compile
+# to invalid Python (SyntaxError: more than twenty nested loops).
+_TEMPLATE_ERRORS = (
     jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, SyntaxError, RecursionError, MemoryError,
 )  # fmt: skip
 
-# Llama 3's templates write a date into the system turn: this one, or today's where they find a clock. Rows must not
-# change overnight, so they get the date that Meta's templates fall back on. A template that asks the clock under no
-# such name still does: transformers lets no caller replace its clock.
+# Llama 3's templates write a date into the system turn: `date_string`, or today if it is not given. Tokens must not
+# change from day to day, so it is always given: the date that Meta's templates use without a clock. A template that
+# calls strftime_now unconditionally still gets today's date; transformers has no way to replace its clock.
 _DATE = "26 Jul 2024"
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """prompt: all that precedes the answer. through: the same and the answer, with what the template puts after it.
+    """An answer to learn, rendered.
 
-    answer: the message itself, for messages about it. plain: no template wrote begin and end of the text.
+    prompt: the text before the answer. through: the prompt, the answer, and what the template writes after it.
+    answer: the message itself, for errors about it. plain: True if the text was not rendered by a template.
     """
 
     prompt: str
@@ -49,9 +50,9 @@ class Turn:
 
 
 def turns(rows: Iterable[Row], data: config.Data, tokenizer: Any, ledger: Ledger) -> Iterator[tuple[int, list[Turn]]]:
-    """Render rows; yield each good one's index and turns. Faults of a row go into the ledger.
+    """Render rows; yield the index and the turns of each good one. Bad rows go into the ledger.
 
-    Raises ConfigError if the settings and the tokenizer cannot render the rows at all.
+    Raises ConfigError if the tokenizer cannot render rows of this format, or not with these settings.
     """
     control = control_tokens(tokenizer)
     if found := control.search(data.system or ""):
@@ -76,19 +77,16 @@ def turns(rows: Iterable[Row], data: config.Data, tokenizer: Any, ledger: Ledger
 
 
 def control_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """A pattern of the tokenizer's special tokens, longest first; without any it matches nothing."""
-    tokens = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
+    """Return a pattern that matches the tokenizer's special tokens."""
+    return any_of(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
 
 
 def _chat(row: Row, data: config.Data, tokenizer: Any, control: re.Pattern[str], trials: Trials) -> list[Turn]:
     _refuse_control_tokens(row, control)
-    messages = row.messages
-    if data.system and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": data.system}, *messages]
+    messages = with_system(row.messages, data.system)
     roles = tuple([message["role"] for message in messages])
-    moved = len(messages) - len(row.messages)
-    learned = [i + moved for i in _learned(row, data.train_on)]
+    offset = len(messages) - len(row.messages)
+    answers = [i + offset for i in learned_answers(row, data.train_on)]
 
     def turn(form: list[Message], answer: int) -> Turn:
         prompt = _rendered(form[:answer], tokenizer, True, row.tools)
@@ -97,17 +95,17 @@ def _chat(row: Row, data: config.Data, tokenizer: Any, control: re.Pattern[str],
         trials.check(roles[: answer + 1])
         return Turn(prompt, through, form[answer].get("content") or form[answer])
 
-    refused: list[RowError] = []
+    errors: list[RowError] = []
     for form in _forms(messages):
         try:
-            return [turn(form, i) for i in learned]
+            return [turn(form, i) for i in answers]
         except RowError as error:
-            refused.append(error)
-    raise refused[0]
+            errors.append(error)
+    raise errors[0]
 
 
 def _refuse_control_tokens(row: Row, control: re.Pattern[str]) -> None:
-    """RowError for a control token in a message or tool: the tokenizer would read it as the end of a turn."""
+    """Raise RowError for a control token in a message or tool, which the tokenizer would read as the end of a turn."""
     for message in row.messages:
         shown = message["content"] if len(message) == 2 else json.dumps(message, ensure_ascii=False, default=str)
         if found := control.search(shown):
@@ -116,8 +114,8 @@ def _refuse_control_tokens(row: Row, control: re.Pattern[str]) -> None:
         raise RowError("tools", f"holds the control token {found[0]}", row.tools)
 
 
-def _learned(row: Row, train_on: TrainOn) -> list[int]:
-    """The indices of the answers that are learned, at least one. With train_on=all the last stands for the row."""
+def learned_answers(row: Row, train_on: TrainOn) -> list[int]:
+    """Return the indices of the answers to render, at least one; with train_on=all the last covers the whole row."""
     answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
     if train_on is TrainOn.all:
         if row.excluded:
@@ -131,15 +129,15 @@ def _learned(row: Row, train_on: TrainOn) -> list[int]:
     chosen = answers if train_on is TrainOn.answers else answers[-1:]
     learned = [i for i in chosen if i not in row.context]
     if not learned:
-        reason = "no answer of the row is learned: weight, train or loss excludes each that data.train_on selects"
+        reason = "no answer is learned: weight, train or loss excludes every answer that data.train_on selects"
         raise RowError("messages", reason)
     return learned
 
 
 def _forms(messages: list[Message]) -> Iterator[list[Message]]:
-    """Yield the chat with the arguments of tool calls as objects, and then with their JSON text.
+    """Yield the chat with the arguments of tool calls as objects, then with the arguments as JSON text.
 
-    Most templates write an object as JSON. Some join the text that OpenAI's API returns to other text.
+    Most templates write an object as JSON. Some can only concatenate text, as OpenAI's API returns it.
     """
     yield messages
     if any(message.get("tool_calls") for message in messages):
@@ -156,7 +154,7 @@ def _with_text(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def prompts(messages: list[Message], tokenizer: Any, tools: list[Any] | None) -> list[str]:
-    """Render what the model is asked before it answers, in each form of tool calls that the template accepts."""
+    """Render the prompt of a chat, once for each form of tool calls that the template accepts."""
     found = []
     for form in _forms(messages):
         with contextlib.suppress(RowError):
@@ -167,14 +165,14 @@ def prompts(messages: list[Message], tokenizer: Any, tools: list[Any] | None) ->
 def _rendered(messages: list[Message], tokenizer: Any, prompt: bool, tools: list[Any] | None = None) -> str:
     try:
         return render(messages, tokenizer, prompt, tools)
-    except _TEMPLATE_FAULTS as error:
+    except _TEMPLATE_ERRORS as error:
         raise RowError("chat template", f"refuses the row: {error}") from None
 
 
 def render(messages: list[Message], tokenizer: Any, generation_prompt: bool, tools: list[Any] | None = None) -> str:
-    """Render a chat by the tokenizer's own template, in Jinja's sandbox; whatever the template raises passes through.
+    """Render a chat by the tokenizer's template in Jinja's sandbox.
 
-    Raises SecurityError for a template that reaches for Python's internals.
+    Raises SecurityError for a template that accesses Python internals; other exceptions of the template pass through.
     """
     try:
         return str(
@@ -183,11 +181,11 @@ def render(messages: list[Message], tokenizer: Any, generation_prompt: bool, too
             )
         )
     except jinja2.exceptions.SecurityError as error:
-        raise SecurityError(f"the chat template is no template but an attack: {error}") from None
+        raise SecurityError(f"the chat template accesses Python internals: {error}") from None
 
 
 def plain_prompt(text: str, data: config.Data) -> str:
-    """Lay out a question for a model without a template, as rows of this format were laid out in training."""
+    """Return the prompt for a model without a chat template, laid out as the rows of this format are in training."""
     if data.format is config.Format.alpaca:
         return f"### Instruction:\n{text}{ANSWER_CUE}"
     return text + ANSWER_CUE if data.prompt else text

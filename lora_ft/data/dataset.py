@@ -1,8 +1,8 @@
-"""Settings and a tokenizer in, a checked dataset out: the front door of this folder.
+"""Make a checked dataset of the rows that the settings name, with a tokenizer.
 
     prepare(Data(path="chat.jsonl"), tokenizer) -> Dataset(train=[Example ...], eval=[...], eval_prompts=[...], ...)
 
-Every row that was read is in the dataset, or counted in its report, or named in an error.
+Every row that was read is in the dataset, counted in its report, or named in an error.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from lora_ft.errors import ConfigError, DataError
 
 MOST_LABELS = 50
 
-# A look into the cache costs 20 ms, mostly the tokenizer's hash; a thousand short rows take 120 ms to tokenize.
+# Looking into the cache takes 20 ms, mostly for the tokenizer's hash; tokenizing a thousand short rows takes 120 ms.
 _CACHED_FROM_ROWS = 1000
 
 
@@ -31,8 +31,8 @@ _CACHED_FROM_ROWS = 1000
 class EvalPrompt:
     """A prompt of the eval set, for generation and metrics.
 
-    prompt_ids: int32, the row up to its last answer, generation prompt included. prompt: the last user message.
-    answer: the reference. source: file and line of the row.
+    prompt_ids: int32 [length], the row up to its last answer, generation prompt included.
+    prompt: the last user message. answer: the reference answer. source: file and line of the row.
     """
 
     prompt_ids: NDArray[np.int32]
@@ -43,11 +43,11 @@ class EvalPrompt:
 
 @dataclass(frozen=True)
 class Report:
-    """Counts of the rows that were read and of the documents made of them; a row may give several documents.
+    """Counts of rows, and of the documents made of them; a row may give several documents.
 
-    left_out: counts by reason. truncated: documents whose prompt was cut. split: texts cut into windows.
-    duplicates: rows equal to an earlier one but for case and blanks. unused: columns that nothing reads.
-    sha256: of all ids and masks. template_sha256, tokenizer_sha256: of what made them.
+    left_out: rows by reason. truncated: documents whose prompt was cut. split: texts cut into windows.
+    duplicates: rows that differ from an earlier one in case and whitespace at most. unused: columns that are not read.
+    sha256: of all ids and masks. template_sha256, tokenizer_sha256: of the chat template and the tokenizer.
     """
 
     format: str
@@ -82,7 +82,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples to train on and of the eval set, the prompts of the eval set, and the `labels` of the training rows."""
+    """Training examples, eval examples, the prompts of the eval set, and the `labels` of the training rows."""
 
     train: list[Example]
     eval: list[Example]
@@ -92,7 +92,7 @@ class Dataset:
 
 
 def tokenized(found: Rows, tokenizer: Any, data: config.Data) -> list[Example]:
-    """Render and tokenize rows, or load them from the cache; each document is an example. Faults go into the ledger."""
+    """Render and tokenize rows, or load their examples from the cache. Bad rows go into the ledger."""
     rows, ledger = found.rows, found.ledger
     name = cache.key(rows, tokenizer, data) if len(rows) >= _CACHED_FROM_ROWS and not ledger.bad else None
     if name and (kept := cache.load(name, rows)) is not None:
@@ -111,16 +111,16 @@ MakeExamples = Callable[[Rows, Any, config.Data], list[Example]]  # `Objective.e
 def prepare(data: config.Data, tokenizer: Any, make_examples: MakeExamples = tokenized) -> Dataset:
     """Read, check, split, tokenize and measure the rows of `data`.
 
-    The tokenizer is a fast one of transformers. Raises DataError (rows), ConfigError (settings, tokenizer),
-    ResourceError (a package or hub dataset that is not here), SecurityError.
+    `tokenizer` is a fast one of transformers. Raises DataError for rows, ConfigError for settings and tokenizer,
+    ResourceError for a package or hub dataset that cannot be read, SecurityError.
     """
     return prepare_rows(read(data), data, tokenizer, make_examples)
 
 
 def prepare_rows(found: Rows, data: config.Data, tokenizer: Any, make_examples: MakeExamples = tokenized) -> Dataset:
-    """Make examples of rows that were read, and measure them; all rows may be eval rows.
+    """Make examples of rows and measure them; all rows may be eval rows.
 
-    Raises one DataError that lists the bad rows, those included that were bad as they were read.
+    Raises one DataError that lists all bad rows, including those found by `read`.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"the tokenizer must be a fast one (tokenizer.json), got {type(tokenizer).__name__}")
@@ -140,7 +140,7 @@ def prepare_rows(found: Rows, data: config.Data, tokenizer: Any, make_examples: 
         format=found.format.name, rows=len(rows), train_documents=len(train), eval_documents=len(eval_),
         left_out=dict(+ledger.left_out), truncated=cut if data.too_long is TooLong.truncate_prompt else 0,
         split=cut if data.too_long is TooLong.split else 0, duplicates=found.duplicates, unused=found.unused,
-        train_tokens=_tokens(train), eval_tokens=_tokens(eval_),
+        train_tokens=sum(len(e.ids) for e in train), eval_tokens=sum(len(e.ids) for e in eval_),
         supervised_tokens=sum(int(example.supervised.sum()) for example in train),
         longest=max(len(example.ids) for example in fitted), cached=bool(found.from_cache),
         sha256=_sha256(train, eval_), template_sha256=_template_sha256(tokenizer),
@@ -150,27 +150,27 @@ def prepare_rows(found: Rows, data: config.Data, tokenizer: Any, make_examples: 
 
 
 def _fitted(examples: list[Example], found: Rows, data: config.Data, tokenizer: Any) -> tuple[list[Example], int]:
-    """Examples of at most `data.max_length` tokens by `data.too_long`, and the number that were cut to it."""
+    """Return examples of at most `data.max_length` tokens, according to `data.too_long`, and the number of cut ones."""
     rows = found.rows
     long = [example for example in examples if len(example.ids) > data.max_length]
     if not long:
         return examples, 0
     if data.too_long is TooLong.drop:
-        # A row goes as a whole: a part of its documents would be half a conversation.
-        gone = {example.row for example in long}
-        found.ledger.left_out["longer than data.max_length"] += len(gone)
-        return [example for example in examples if example.row not in gone], 0
+        # All documents of the row are dropped: the others would be half a conversation.
+        dropped = {example.row for example in long}
+        found.ledger.left_out["longer than data.max_length"] += len(dropped)
+        return [example for example in examples if example.row not in dropped], 0
     if data.too_long is TooLong.error:
         raise DataError(f"{_too_long(long, rows, data)}: {_advice(long, rows, data, tokenizer)}")
     if data.too_long is TooLong.split:
         if stuck := [example for example in long if rows[example.row].messages]:
-            why = "only plain text is cut into windows"
+            why = "data.too_long=split applies to plain text only"
             raise DataError(f"{_too_long(stuck, rows, data)}, and {why}: {_advice(stuck, rows, data, tokenizer)}")
         return [window for example in examples for window in _windows(example, data.max_length)], len(long)
     cut = [_cut(e, data.max_length, tokenizer) if len(e.ids) > data.max_length else e for e in examples]
     if stuck := [example for example in cut if len(example.ids) > data.max_length]:
-        why = "without their prompts: answers are never cut"
-        raise DataError(f"{_too_long(stuck, rows, data)} {why}; {_advice(stuck, rows, data, tokenizer)}")
+        why = "even without their prompts, and answers are never cut"
+        raise DataError(f"{_too_long(stuck, rows, data)} {why}: {_advice(stuck, rows, data, tokenizer)}")
     return cut, len(long)
 
 
@@ -181,7 +181,7 @@ def _too_long(long: list[Example], rows: list[Row], data: config.Data) -> str:
 
 
 def _advice(long: list[Example], rows: list[Row], data: config.Data, tokenizer: Any) -> str:
-    """Name the choices that help all of these documents."""
+    """Name the choices of data.too_long that work for all of these documents."""
     cures = ["drop"]
     if all(len(_cut(d, data.max_length, tokenizer).ids) <= data.max_length for d in long):
         cures.append("truncate_prompt")
@@ -191,14 +191,14 @@ def _advice(long: list[Example], rows: list[Row], data: config.Data, tokenizer: 
 
 
 def _windows(document: Example, max_length: int) -> Iterator[Example]:
-    """Cut a text so that every target stays one, once; the end token stands where the text ends, and only there.
+    """Cut a text into windows that have every target of the text exactly once; only the last has the end token.
 
         max_length=4    a b c d e f g .      targets of the whole:  b c d e f g .
                         a b c d                                     b c d
                               d e f g                                     e f g
                                     g .                                         .
 
-    A window begins with the last token of the one before, since something has to predict its second.
+    A window begins with the last token of the one before, from which its second token is predicted.
     """
     for start in range(0, len(document.ids) - 1, max_length - 1):
         supervised = document.supervised[start : start + max_length].copy()
@@ -207,10 +207,13 @@ def _windows(document: Example, max_length: int) -> Iterator[Example]:
 
 
 def _cut(document: Example, max_length: int, tokenizer: Any) -> Example:
-    """Take tokens from the start of the first prompt, behind a beginning-of-text token; as they were if too few."""
+    """Remove tokens from the start of the first prompt, after a beginning-of-text token.
+
+    Returns the document unchanged if its first prompt is too short for that.
+    """
     keep = int(document.ids[0] == tokenizer.bos_token_id)
     excess = len(document.ids) - max_length
-    # One token must stay before the first answer: something has to predict it.
+    # One token must remain before the first answer, to predict its first token from.
     if document.prompt_end - excess < max(keep, 1):
         return document
     ids = np.concatenate([document.ids[:keep], document.ids[keep + excess :]])
@@ -221,25 +224,21 @@ def _cut(document: Example, max_length: int, tokenizer: Any) -> Example:
 
 
 def _eval_prompts(examples: Iterable[Example], rows: list[Row]) -> list[EvalPrompt]:
-    """Make a prompt of the last example of each row that asks something."""
+    """Make a prompt of the last example of each chat."""
     last = {example.row: example for example in examples if example.answer_start and rows[example.row].messages}
     return [
-        EvalPrompt(e.ids[: e.answer_start], _asked(rows[e.row]), rows[e.row].answer, e.source) for e in last.values()
+        EvalPrompt(e.ids[: e.answer_start], _question(rows[e.row]), rows[e.row].answer, e.source) for e in last.values()
     ]
 
 
-def _asked(row: Row) -> str:
+def _question(row: Row) -> str:
     return next(str(m["content"]) for m in reversed(row.messages) if m["role"] == "user")
 
 
 def labels(rows: Iterable[Row]) -> list[str] | None:
-    """The distinct last answers of the rows, sorted, where they are MOST_LABELS or fewer."""
+    """Return the distinct last answers of chats, sorted; None if there are more than MOST_LABELS, or no chats."""
     answers = {row.answer for row in rows if row.messages}
     return sorted(answers) if 0 < len(answers) <= MOST_LABELS else None
-
-
-def _tokens(examples: Iterable[Example]) -> int:
-    return sum(len(example.ids) for example in examples)
 
 
 def _sha256(*sides: list[Example]) -> str:

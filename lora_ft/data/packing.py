@@ -1,4 +1,4 @@
-"""Examples packed into micro-batches without padding; those of one group stay together.
+"""Pack examples into micro-batches without padding; examples of one group stay together.
 
 best_fit([5, 3, 4, 2], capacity=7) -> [[0, 3], [1, 2]]       5+2 and 3+4 tokens
 """
@@ -15,9 +15,9 @@ from lora_ft.ops.batch import IGNORED, Batch
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing: each index in one bin, no bin over `capacity`; ValueError for a length over it.
+    """Assign each index to a bin of at most `capacity`, by best-fit decreasing. ValueError for a length over it.
 
-    The longest goes first, each into the fullest bin that still takes it; equals keep their order.
+    The longest goes first, each into the fullest bin that it still fits in; equal lengths keep their order.
     """
     bins: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (tokens left, bin), sorted
@@ -35,7 +35,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def grouped(examples: Sequence[Example]) -> list[list[int]]:
-    """Indices of the examples of each group, in the order of the examples; an example without a group is one alone."""
+    """Return the indices of the examples of each group, in order; an example without a group is a group of one."""
     groups: dict[tuple[str, int], list[int]] = {}
     for index, example in enumerate(examples):
         key = ("example", index) if example.group is None else ("group", example.group)
@@ -44,17 +44,17 @@ def grouped(examples: Sequence[Example]) -> list[list[int]]:
 
 
 def group_lengths(examples: Sequence[Example], groups: Sequence[Sequence[int]]) -> list[int]:
-    """Number of tokens of each group."""
+    """Return the number of tokens of each group."""
     return [sum(len(examples[i].ids) for i in group) for group in groups]
 
 
 def longest_group(examples: Sequence[Example]) -> int:
-    """Number of tokens of the longest group: a micro-batch must hold as many."""
+    """Return the number of tokens of the longest group, which a micro-batch must be able to hold."""
     return max(group_lengths(examples, grouped(examples)), default=0)
 
 
 def check_capacity(examples: Sequence[Example], capacity: int | None) -> None:
-    """ConfigError that names the longest group if it is longer than a micro-batch may be."""
+    """Raise ConfigError if the longest group does not fit into a micro-batch of `capacity` tokens."""
     groups = grouped(examples)
     length, group = max(zip(group_lengths(examples, groups), groups, strict=True), default=(0, []))
     if capacity is not None and length > capacity:
@@ -65,9 +65,9 @@ def check_capacity(examples: Sequence[Example], capacity: int | None) -> None:
 
 
 def micro_batches(examples: Sequence[Example], capacity: int | None, packing: bool) -> list[Batch]:
-    """Cut the examples of a step into micro-batches of at most `capacity` tokens (None: all together).
+    """Cut the examples of a step into micro-batches of at most `capacity` tokens (None: one micro-batch).
 
-    Without packing each group is one alone. Raises ConfigError if a group is longer than the capacity.
+    Without packing each group is its own micro-batch. Raises ConfigError if a group is longer than the capacity.
     """
     check_capacity(examples, capacity)
     groups = grouped(examples)
@@ -80,7 +80,7 @@ def _pack(examples: Sequence[Example]) -> Batch:
     ids = np.concatenate([example.ids for example in examples]).astype(np.int64)
     supervised = np.concatenate([example.supervised for example in examples])
     positions = np.concatenate([np.arange(len(example.ids), dtype=np.int64) for example in examples])
-    # A document's first token is never supervised, so a shift of the whole cannot cross a boundary.
+    # The first token of a document is never supervised, so shifting the whole batch cannot cross a boundary.
     targets = np.full(len(ids), IGNORED, dtype=np.int64)
     targets[:-1][supervised[1:]] = ids[1:][supervised[1:]]
     starts = np.cumsum([0, *(len(example.ids) for example in examples)]).tolist()

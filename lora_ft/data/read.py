@@ -1,4 +1,4 @@
-"""Settings in, checked rows out, each on its side of the split: all that needs no tokenizer.
+"""Read the rows that the settings name, check them, and split them into training and eval rows. No tokenizer needed.
 
 read(Data(path="chat.jsonl")) -> Rows(format, rows=[Row ...], hashes=[...], is_eval=[False, True, ...], ...)
 """
@@ -18,10 +18,11 @@ log = logging.getLogger("lora_ft")
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows as they were read. hashes: of their content. is_eval: True for each row of the eval set.
+    """Rows before tokenization.
 
-    duplicates: rows equal to an earlier one but for case and blanks. unused: columns that nothing reads.
-    from_cache: names of the cached files that their examples were loaded from.
+    hashes: sha256 of each row's content. is_eval: True for each row of the eval set.
+    duplicates: number of rows that differ from an earlier one in case and whitespace at most.
+    unused: columns that are not read. from_cache: names of the cache files that the examples were loaded from.
     """
 
     format: Format
@@ -39,69 +40,81 @@ class Rows:
 
 
 def read(data: config.Data) -> Rows:
-    """Read, check and split the rows of `data`; raises the errors of `prepare` but for those of a tokenizer.
+    """Read, check and split the rows of `data`. Raises the errors of `prepare` that do not depend on a tokenizer.
 
-    Bad rows stay in the ledger until the others were rendered too, so that one error lists all of them.
+    Bad rows stay in the ledger until the other rows are rendered, so that one error lists all of them.
     """
     _check_splits(data)
     if eval_split(data) != data.eval_split:
-        log.info(f"{data.path}: the eval rows are its validation files, and data.eval_fraction is not used")
+        log.info(f"eval rows: the validation files of {data.path}; data.eval_fraction is not used")
         data = replace(data, eval_split=eval_split(data))
     ledger = Ledger()
     found, rows, unused = formats.rows(records(data.path, "data.path", data, ledger), data, ledger)
     rows, hashes, duplicates = _unique(rows, data, ledger)
-    if data.eval_path or data.eval_split:
-        key, apart = _apart(data)
-        _, extra, more_unused = formats.rows(records(apart.path, key, apart, ledger), apart, ledger)
-        extra, extra_hashes, more = _unique(extra, data, ledger)
-        split.refuse_leaks(rows, extra, hashes, extra_hashes)
-        is_eval = [False] * len(rows) + [True] * len(extra)
-        unused = list(dict.fromkeys(unused + more_unused))
-        return Rows(found, rows + extra, hashes + extra_hashes, is_eval, duplicates + more, unused, ledger)
-    return Rows(found, rows, hashes, split.choose_eval(hashes, data.eval_fraction), duplicates, unused, ledger)
+    if not (data.eval_path or data.eval_split):
+        return Rows(found, rows, hashes, split.choose_eval(hashes, data.eval_fraction), duplicates, unused, ledger)
+    if data.eval_path:
+        key, eval_data = "data.eval_path", replace(data, path=data.eval_path, split=data.eval_split or data.split)
+    else:
+        key, eval_data = "data.eval_split", replace(data, split=str(data.eval_split))
+    _, eval_rows, more_unused = formats.rows(records(eval_data.path, key, eval_data, ledger), eval_data, ledger)
+    eval_rows, eval_hashes, more_duplicates = _unique(eval_rows, data, ledger)
+    split.refuse_leaks(rows, eval_rows, hashes, eval_hashes)
+    return Rows(
+        found,
+        rows + eval_rows,
+        hashes + eval_hashes,
+        [False] * len(rows) + [True] * len(eval_rows),
+        duplicates + more_duplicates,
+        list(dict.fromkeys(unused + more_unused)),
+        ledger,
+    )
 
 
 def read_eval(data: config.Data, trained: Rows | None) -> Rows:
-    """Read every row of `data.path` as an eval row; DataError if one is a training row of `trained`."""
+    """Read every row of `data.path` as an eval row. Raises DataError if one is a training row of `trained`."""
     found = read(replace(data, eval_fraction=0.0, eval_path=None, eval_split=None))
     if trained:
-        learned = [h for h, is_eval in zip(trained.hashes, trained.is_eval, strict=True) if not is_eval]
-        split.refuse_leaks(trained.training_rows, found.rows, learned, found.hashes)
+        hashes = [h for h, is_eval in zip(trained.hashes, trained.is_eval, strict=True) if not is_eval]
+        split.refuse_leaks(trained.training_rows, found.rows, hashes, found.hashes)
     return replace(found, is_eval=[True] * len(found.rows))
 
 
 def eval_split(data: config.Data) -> str | None:
-    """The split of the eval rows: data.eval_split, or by default the validation files of the folder of train files."""
+    """Return the split of the eval rows: data.eval_split, or by default a folder's validation files."""
     if data.eval_split or data.eval_path or not data.eval_fraction or split_name(data.split) != "train":
         return data.eval_split
     return "validation" if {"train", "validation"} <= folder_splits(data.path, "data.path") else None
 
 
 def _check_splits(data: config.Data) -> None:
-    """ConfigError for settings of hub datasets and folders with splits where the rows come from neither."""
-    apart = data.eval_path or data.path
-    named = folder_splits(apart, "data.eval_path" if data.eval_path else "data.path")
-    if data.eval_split and is_local(apart) and not named:
+    """Raise ConfigError for settings of hub datasets and of folders with splits if the rows come from neither."""
+    path, key = (data.eval_path, "data.eval_path") if data.eval_path else (data.path, "data.path")
+    splits = folder_splits(path, key)
+    if data.eval_split and is_local(path) and not splits:
         raise ConfigError(
-            f"data.eval_split={data.eval_split} is a split of a hub dataset or folder, and {apart} has none: "
-            "evaluate on a file with data.eval_path, or on a part with data.eval_fraction"
+            f"data.eval_split={data.eval_split} needs a hub dataset or a folder with files named for splits, and "
+            f"{path} is neither: set data.eval_path to a file of eval rows, or data.eval_fraction"
         )
-    if data.eval_path and named and not data.eval_split:
+    if data.eval_path and splits and not data.eval_split:
         raise ConfigError(
-            f"data.eval_path={apart} has files of the splits {', '.join(sorted(named))}: choose data.eval_split"
+            f"data.eval_path={path} has files of the splits {', '.join(sorted(splits))}: set data.eval_split"
         )
     if not all(is_local(path) for path in (data.path, data.eval_path) if path):
         return
     default = config.Data()
     for name in ("name", "revision"):
         if (value := getattr(data, name)) != getattr(default, name):
-            raise ConfigError(f"data.{name}={value} is a setting of hub datasets, and {data.path} is none")
+            raise ConfigError(f"data.{name}={value} is a setting of hub datasets, and {data.path} is a local path")
     if data.split not in (default.split, ALL_SPLITS) and not folder_splits(data.path, "data.path"):
-        raise ConfigError(f"data.split={data.split} is a split of a hub dataset or folder, and {data.path} has none")
+        raise ConfigError(
+            f"data.split={data.split} needs a hub dataset or a folder with files named for splits, and {data.path} is "
+            "neither"
+        )
 
 
 def _unique(rows: list[Row], data: config.Data, ledger: Ledger) -> tuple[list[Row], list[bytes], int]:
-    """Rows, their content hashes and the number of duplicates, which `data.deduplicate` leaves out, counted."""
+    """Return rows, their hashes and the number of duplicates, which are left out if `data.deduplicate` is true."""
     hashes = [split.content_hash(row) for row in rows]
     first = {h: i for i, h in reversed(list(enumerate(hashes)))}
     duplicates = len(rows) - len(first)
@@ -110,10 +123,3 @@ def _unique(rows: list[Row], data: config.Data, ledger: Ledger) -> tuple[list[Ro
     ledger.left_out["equal to an earlier row"] += duplicates
     kept = sorted(first.values())
     return [rows[i] for i in kept], [hashes[i] for i in kept], duplicates
-
-
-def _apart(data: config.Data) -> tuple[str, config.Data]:
-    """The setting that names the source of the eval rows, and the settings to read them with."""
-    if data.eval_path:
-        return "data.eval_path", replace(data, path=data.eval_path, split=data.eval_split or data.split)
-    return "data.eval_split", replace(data, split=str(data.eval_split))

@@ -1,6 +1,6 @@
-"""The order of rows and the cut into optimizer steps: pure functions of the seed and the epoch.
+"""Order the rows of an epoch and cut them into optimizer steps: pure functions of the seed and the epoch.
 
-derive(7, "order", 0) -> 3141...          one number per purpose, none shared
+derive(7, "order", 0) -> 3141...          a different number for each purpose
 epoch_order(4, seed=7, epoch=0) -> [2 0 3 1]
 steps_of_epoch([400, 500, 300, 900], [2, 0, 3, 1], 1000) -> [2 0] [3] [1]
 """
@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 
 
 def derive(seed: int, *purpose: str | int) -> int:
-    """A 63-bit integer that depends on the seed and every part of the purpose, and on nothing else."""
+    """Return a 63-bit integer that depends only on the seed and every part of the purpose."""
     digest = hashlib.sha256(json.dumps([seed, *purpose]).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def epoch_order(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The rows of an epoch in their order: a permutation of range(num_rows).
+    """Return a permutation of range(num_rows): the rows in the order of the epoch.
 
-    Rows are sorted by raw draws: numpy keeps raw streams between versions, but not those of `permutation` (NEP 19).
+    Rows are sorted by raw draws: numpy guarantees raw streams across versions, but not `permutation` (NEP 19).
     """
     draws = np.random.PCG64(derive(seed, "order", epoch)).random_raw(num_rows)
     return np.argsort(draws, kind="stable").astype(np.int64)
@@ -31,9 +31,9 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
 def steps_of_epoch(
     lengths: Sequence[int], order: Sequence[int] | NDArray[np.int64], tokens_per_step: int
 ) -> list[NDArray[np.int64]]:
-    """Cut an order into steps: consecutive rows of at most `tokens_per_step` tokens; a longer row is a step alone.
+    """Cut an order into steps of consecutive rows with at most `tokens_per_step` tokens; a longer row is its own step.
 
-    `lengths` in tokens, by row index. Every row of the order is in one step; no step spans two epochs.
+    `lengths` are in tokens, by row index. Every row of the order is in exactly one step.
     """
     steps: list[list[int]] = []
     tokens = 0

@@ -1,8 +1,8 @@
-"""The split into training and eval rows: by each row's own content, so that adding or reordering rows moves none.
+"""Split rows into training and eval rows by their content: adding or reordering rows moves no other row.
 
-    sha256("user: 2+2? assistant: 4", case folded, blanks joined) -> 0.031 of 1 -> an eval row at eval_fraction=0.05
+    sha256("user: 2+2? assistant: 4", casefolded, whitespace collapsed) -> 0.031 of 1 -> eval row if eval_fraction=0.05
 
-Equal rows, and rows that differ in case and blanks only, always lie on the same side.
+Rows that are equal, or differ only in case and whitespace, are always on the same side.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from lora_ft.errors import DataError
 
 
 def content_hash(row: Row) -> bytes:
-    """sha256 of a row's normalised text; sources and other columns do not enter."""
+    """Return the sha256 of a row's normalized text; its source and unused columns are not included."""
     parts = []
     for message in row.messages:
         extra = {key: value for key, value in message.items() if key not in ("role", "content")}
@@ -25,10 +25,10 @@ def content_hash(row: Row) -> bytes:
 
 
 def choose_eval(hashes: Sequence[bytes], fraction: float) -> list[bool]:
-    """True for each eval row; `fraction` of the hash space.
+    """Return True for each row whose hash is in the lowest `fraction` of the hash space: the eval rows.
 
-    If it would leave a side empty and there are two different rows, the row of the smallest hash is an eval row, or
-    that of the largest a training row.
+    Neither side is left empty if there are two different rows and `fraction` is above 0: the row with the smallest
+    hash is always an eval row, the one with the largest always a training row.
     """
     if not fraction or len(set(hashes)) < 2:
         return [False] * len(hashes)
@@ -37,7 +37,7 @@ def choose_eval(hashes: Sequence[bytes], fraction: float) -> list[bool]:
 
 
 def refuse_leaks(train: list[Row], eval_: list[Row], train_hashes: list[bytes], eval_hashes: list[bytes]) -> None:
-    """DataError that names the eval rows that are training rows too, but for case and blanks."""
+    """Raise DataError if eval rows are also training rows, up to case and whitespace; it names both sources."""
     sources = {h: row.source for h, row in zip(train_hashes, train, strict=True)}
     leaks = [f"  {row.source} is also {sources[h]}"
              for h, row in zip(eval_hashes, eval_, strict=True) if h in sources]  # fmt: skip

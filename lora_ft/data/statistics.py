@@ -1,10 +1,10 @@
-"""What rows and their tokens say before anything is trained: lengths, ends, prompts, and what people wrote in them.
+"""Measure rows and their tokens before training: lengths, end tokens, prompts, tokens that people wrote.
 
-    survey(found, dataset, data, tokenizer)  -> Survey(median=51, unended=0, other_prompts=0, ...)
-    warnings(seen, dataset.report)         -> ["3 rows hold <think> in what people wrote: ...", ...]
+    survey(found, dataset, data, tokenizer)  -> Survey(median=51, unended=0, other_prompts=[], ...)
+    warnings(seen, dataset.report, data)     -> "3 of 40 rows have <think> in a prompt or text: ...", ...
 
-`prepare` refuses what is wrong with a row. Here is what it can be sure of afterwards, proved on the tokens
-themselves, and what is allowed but seldom meant.
+`prepare` refuses rows that are wrong. The survey checks the resulting tokens independently, and finds what is allowed
+but rarely intended.
 """
 
 import re
@@ -17,29 +17,33 @@ from typing import Any
 import numpy as np
 
 from lora_ft import config
-from lora_ft.config import TooLong, TrainOn
-from lora_ft.data.chat_template import prompts
+from lora_ft.config import TooLong
+from lora_ft.data.chat_template import learned_answers, prompts
 from lora_ft.data.dataset import Dataset, Report
+from lora_ft.data.messages import with_system
 from lora_ft.data.read import Rows
-from lora_ft.data.rows import Example, Row, excerpt
+from lora_ft.data.rows import Example, Row, any_of, excerpt
 from lora_ft.data.tokenize import Vocabulary
 
 _BINS = 8
-_PROMPTS_COMPARED = 32  # rendered by transformers itself, a third of a millisecond each
+_PROMPTS_COMPARED = 32  # a third of a millisecond each
 _FEW_SUPERVISED = 0.01
 _MANY_DUPLICATES = 0.01
 
 
 @dataclass(frozen=True)
 class Survey:
-    """Counts over the training documents, where nothing else is said; lengths in tokens.
+    """Counts of training documents, unless another unit is given. Lengths are in tokens.
 
-    histogram: [shortest, longest, documents] of each bin. begin: the beginning-of-text token, None where the
-    tokenizer puts none before text; begun: documents that begin with it. ends: documents by their last token, which is
-    learned; unended: documents that stop without one. prompts: rows whose prompt was rendered again, as it is when the
-    model is asked; other_prompts: sources of those that were trained behind another. written: rows by the added token
-    that a person wrote in them. asked_before: eval rows whose prompt, or whole text, is that of a training row but
-    for case, blanks and punctuation.
+    histogram: [shortest, longest, documents] of each bin.
+    begin: the beginning-of-text token; None if the tokenizer puts none before text.
+    begun: documents that begin with it.
+    ends: documents by their supervised end token. unended: documents without one.
+    prompts: rows whose prompt was rendered again, as at inference. other_prompts: sources of the rows among them whose
+    tokens do not begin with that prompt.
+    written: rows by the added token that occurs in a prompt or plain text.
+    asked_before: eval rows whose prompt (or text) equals that of a training row, up to case, whitespace and
+    punctuation.
     """
 
     median: float
@@ -56,7 +60,7 @@ class Survey:
 
 
 def survey(found: Rows, dataset: Dataset, data: config.Data, tokenizer: Any) -> Survey:
-    """Look at rows as they were read, and at the documents that `prepare_rows` made of them."""
+    """Measure the rows `found` and the documents that `prepare_rows` made of them."""
     lengths = np.array([len(document.ids) for document in dataset.train])
     vocabulary = Vocabulary(tokenizer)
     lead = vocabulary.lead
@@ -78,34 +82,34 @@ def survey(found: Rows, dataset: Dataset, data: config.Data, tokenizer: Any) -> 
 
 
 def warnings(seen: Survey, report: Report, data: config.Data) -> Iterator[str]:
-    """What of it the user should know, in sentences."""
+    """Yield a sentence for each finding that is rarely intended."""
     documents = f"{report.train_documents:,} documents"
     if report.supervised_tokens < _FEW_SUPERVISED * report.train_tokens:
         part = report.supervised_tokens / report.train_tokens
-        yield f"only {part:.2%} of the tokens are supervised: nearly all of the work teaches nothing"
+        yield f"only {part:.2%} of the tokens are supervised: nearly all of the computation trains nothing"
     if seen.unended:
-        yield f"{seen.unended:,} of {documents} do not learn where they end: the model would not stop there"
+        yield f"{seen.unended:,} of {documents} have no supervised end token: the model would not learn to stop"
     if seen.begin and seen.begun < report.train_documents:
         yield (
             f"{report.train_documents - seen.begun:,} of {documents} do not begin with {seen.begin}, which the "
-            "tokenizer puts before text: the chat template leaves it out"
+            "tokenizer puts before text: the chat template omits it"
         )
     if seen.other_prompts:
         yield (
-            f"{len(seen.other_prompts)} of {seen.prompts} prompts are another when the model is asked than in "
-            f"training, first that of {seen.other_prompts[0]}: the chat template depends on more than the chat"
+            f"{len(seen.other_prompts)} of {seen.prompts} prompts differ between training and inference, first at "
+            f"{seen.other_prompts[0]}: the chat template depends on more than the chat"
         )
     for token, count in seen.written.items():
         yield (
-            f"{excerpt(token)} stands in what people wrote, in {count:,} of {report.rows:,} rows: the model reads it "
-            "as one token, not as text"
+            f"{count:,} of {report.rows:,} rows have {excerpt(token)} in a prompt or text: the model reads it as one "
+            "token, not as text"
         )
     if not data.deduplicate and report.duplicates > _MANY_DUPLICATES * report.rows:
-        yield f"{report.duplicates:,} of {report.rows:,} rows are duplicates: data.deduplicate=true leaves them out"
+        yield f"{report.duplicates:,} of {report.rows:,} rows are duplicates: set data.deduplicate=true to drop them"
     if seen.asked_before:
         yield (
-            f"what {seen.asked_before:,} of the eval rows ask, a training row asks as well (case, blanks and "
-            "punctuation aside): the eval loss is partly that of rows learned by heart"
+            f"{seen.asked_before:,} eval rows have the prompt of a training row (up to case, whitespace and "
+            "punctuation): the eval loss partly measures memorized rows"
         )
 
 
@@ -119,7 +123,7 @@ def _histogram(lengths: np.ndarray[Any, Any]) -> list[tuple[int, int, int]]:
 
 
 def _ends(documents: list[Example], data: config.Data, tokenizer: Any) -> tuple[dict[str, int], int]:
-    """Documents by the end token that they learn, and how many learn none; of a text in windows the last one counts."""
+    """Count documents by their supervised end token, and those without one; of a text in windows the last counts."""
     if data.too_long is TooLong.split:
         documents = list({document.source: document for document in documents}.values())
     ends = {tokenizer.eos_token_id, *tokenizer.added_tokens_decoder}
@@ -131,10 +135,10 @@ def _ends(documents: list[Example], data: config.Data, tokenizer: Any) -> tuple[
 def _prompts_again(
     found: Rows, dataset: Dataset, data: config.Data, vocabulary: Vocabulary
 ) -> Iterator[tuple[str, bool]]:
-    """Yield sources of some chats, and True if the last prompt, rendered as at inference, begins their tokens.
+    """Yield the sources of some chats, and True if their tokens begin with the last prompt, rendered as at inference.
 
-    The plain way all through: transformers renders, and the tokenizer reads the text as a whole. It shows a template
-    that depends on the clock or on chance, and holds our faster ways to the truth.
+    The text is tokenized as a whole. This finds templates that depend on the time or on chance, and would find errors
+    in the faster tokenization of `prepare`.
     """
     tokenizer = vocabulary.tokenizer
     if not tokenizer.chat_template:
@@ -145,27 +149,18 @@ def _prompts_again(
         ids = last[row.source].ids
         if data.too_long is TooLong.truncate_prompt and len(ids) == data.max_length:
             continue  # it may have been cut
-        messages = row.messages[: _last_learned(row, data)]
-        if data.system and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": data.system}, *messages]
-        asked = vocabulary.ids_whole(prompts(messages, tokenizer, row.tools))
-        yield row.source, any(prompt == ids[: len(prompt)].tolist() for prompt in asked)
-
-
-def _last_learned(row: Row, data: config.Data) -> int:
-    """The index of the last message that is learned as an answer."""
-    answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
-    return answers[-1] if data.train_on is TrainOn.all else max(i for i in answers if i not in row.context)
+        messages = with_system(row.messages[: learned_answers(row, data.train_on)[-1]], data.system)
+        expected = vocabulary.ids_whole(prompts(messages, tokenizer, row.tools))
+        yield row.source, any(prompt == ids[: len(prompt)].tolist() for prompt in expected)
 
 
 def _written(rows: list[Row], tokenizer: Any) -> dict[str, int]:
-    """Rows by the added token that stands in a message which is no answer, or in a text that no template renders.
+    """Count rows by each added token in a message that is not an answer, or in plain text.
 
-    An answer may well hold <think>: a model is to write it. Blanks are tokens of some vocabularies, and only text.
-    `prepare` has refused chats that hold special tokens, but plain text may separate documents by them on purpose.
+    Answers may contain <think> and the like, which the model is to write. Added tokens of whitespace are only text.
+    `prepare` refuses special tokens in chats, but plain text may use them on purpose to separate documents.
     """
-    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
-    pattern = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
+    pattern = any_of(token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip())
     counts: Counter[str] = Counter()
     for row in rows:
         if row.messages and tokenizer.chat_template:
@@ -177,15 +172,15 @@ def _written(rows: list[Row], tokenizer: Any) -> dict[str, int]:
 
 
 def _asked_before(found: Rows) -> int:
-    """Equal rows are on one side, or an error; rows that only ask the same are found here."""
+    """Count the eval rows with the question of a training row; rows that are equal as a whole are refused earlier."""
     if not any(found.is_eval):
         return 0
-    asked = [_asked(row) for row in found.rows]
-    trained = {text for text, is_eval in zip(asked, found.is_eval, strict=True) if not is_eval}
-    return sum(text in trained for text, is_eval in zip(asked, found.is_eval, strict=True) if is_eval and text)
+    texts = [_question(row) for row in found.rows]
+    trained = {text for text, is_eval in zip(texts, found.is_eval, strict=True) if not is_eval}
+    return sum(text in trained for text, is_eval in zip(texts, found.is_eval, strict=True) if is_eval and text)
 
 
-def _asked(row: Row) -> str:
-    """Letters and digits of what stands before a chat's last answer, or of the whole text."""
+def _question(row: Row) -> str:
+    """Return letters and digits of a chat before its last answer, or of a whole text."""
     text = " ".join(str(m["content"]) for m in row.messages[:-1]) if row.messages else row.answer
     return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", text).casefold())

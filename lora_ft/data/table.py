@@ -1,29 +1,31 @@
-"""Labelled tables: a prompt and an answer written over the columns of each row.
+"""Make rows of a table by two templates over its columns, one for the prompt and one for the answer.
 
     data.prompt="Translate to German: {english}"  data.answer="{german}"
 
     english,german
     good morning,guten Morgen        ->   user: Translate to German: good morning   assistant: guten Morgen
 
-Without a chat template something else must part the two: the prompt then ends with Alpaca's heading of the answer.
-
-`{{` and `}}` stand for braces. A field is a column's whole name, spaces included; nothing else is looked up.
+Without a chat template the prompt ends with Alpaca's heading of the answer, which separates the two. `{{` and `}}`
+are literal braces. A field is the whole name of a column, spaces included: no attributes, indices or conversions.
 """
 
 import math
-import re
 from collections.abc import Callable, Iterable
+from string import Formatter
 from typing import Any
 
 from lora_ft import config
 from lora_ft.data.rows import ANSWER_CUE, Row, RowError, is_blank
 from lora_ft.errors import ConfigError
 
-_PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+Parse = Callable[[str, dict[str, Any]], Row]
 
 
-def parser(data: config.Data, columns: Iterable[str]) -> Callable[[str, dict[str, Any]], Row]:
-    """A function that makes rows by `data.prompt` and `data.answer`; ConfigError for a template that cannot work."""
+def parser(data: config.Data, columns: Iterable[str]) -> tuple[Parse, list[str]]:
+    """Return a function that makes a row by `data.prompt` and `data.answer`, and the columns that it reads.
+
+    Raises ConfigError for a template that is missing, malformed, or names no column or an unknown one.
+    """
     known = set(columns) - {""}
     prompt = _compile("data.prompt", data.prompt, known)
     answer = _compile("data.answer", data.answer, known)
@@ -33,39 +35,29 @@ def parser(data: config.Data, columns: Iterable[str]) -> Callable[[str, dict[str
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
         return Row(source, messages, reply, plain_prompt=question + ANSWER_CUE)
 
-    return parse
+    return parse, [column for _, column in prompt + answer if column]
 
 
-def fields(data: config.Data) -> list[str]:
-    """The columns that the two templates name."""
-    return [
-        match[1] for template in (data.prompt, data.answer) for match in _PIECE.finditer(template or "") if match[1]
-    ]
-
-
-def _compile(key: str, template: str | None, known: set[str]) -> list[tuple[str, str]]:
-    """Pieces of a template: literal text, and the name of the column that follows it."""
+def _compile(key: str, template: str | None, known: set[str]) -> list[tuple[str, str | None]]:
+    """Split a template into pieces: literal text, and the column that follows it."""
     if not template:
-        raise ConfigError(f"data.format=table needs data.prompt and data.answer; {key} is not given")
-    pieces, literal, end = [], "", 0
-    for match in _PIECE.finditer(template):
-        literal += template[end : match.start()]
-        end = match.end()
-        if match[0] in ("{{", "}}"):
-            literal += match[0][0]
-        elif match[1] is None:
-            raise ConfigError(f"{key}: a single {match[0]} at character {match.start() + 1}: write {match[0] * 2}")
-        elif match[1] not in known:
-            raise ConfigError(f"{key}: there is no column {match[1]!r}; there are {', '.join(sorted(known))}")
-        else:
-            pieces.append((literal, match[1]))
-            literal = ""
-    if not pieces:
-        raise ConfigError(f"{key} names no column, so that every row would be the same: {template}")
-    return [*pieces, (literal + template[end:], "")]
+        raise ConfigError(f"data.format=table needs data.prompt and data.answer; {key} is not set")
+    pieces: list[tuple[str, str | None]] = []
+    try:
+        for literal, field, spec, conversion in Formatter().parse(template):
+            # A column's name may contain "!" and ":", at which Python's format strings are split further.
+            column = field and field + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+            if column is not None and column not in known:
+                raise ConfigError(f"{key}: there is no column {column!r}; there are {', '.join(sorted(known))}")
+            pieces.append((literal, column))
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}: {template} (write {{{{ and }}}} for literal braces)") from None
+    if not any(column for _, column in pieces):
+        raise ConfigError(f"{key} names no column, so every row would be the same: {template}")
+    return pieces
 
 
-def _filled(pieces: list[tuple[str, str]], values: dict[str, Any], key: str) -> str:
+def _filled(pieces: list[tuple[str, str | None]], values: dict[str, Any], key: str) -> str:
     text = "".join(literal + (_cell(values, column) if column else "") for literal, column in pieces)
     if is_blank(text):
         raise RowError(key, "gives an empty text")
@@ -80,8 +72,8 @@ def _cell(values: dict[str, Any], column: str) -> str:
         return "true" if value else "false"
     if isinstance(value, dict | list | bytes):
         raise RowError(column, f"must be text or a number, got {type(value).__name__}")
-    if isinstance(value, float) and not math.isfinite(value):  # how pandas writes a number that is missing
-        raise RowError(column, f"is {value}, which is no value")
+    if isinstance(value, float) and not math.isfinite(value):  # pandas writes NaN for a missing number
+        raise RowError(column, f"must be text or a finite number, got {value}")
     text = str(value)
     if is_blank(text):
         raise RowError(column, "is empty")

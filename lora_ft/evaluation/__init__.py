@@ -1,8 +1,8 @@
-"""The quality of an adapter: loss, answers and task metrics, always beside the bare base.
+"""Measure an adapter against its base: loss, answers and task metrics.
 
 loss          rows -> token-weighted loss
 generation    prompts -> answers
-comparison    base and adapter on the same eval rows and prompts, and the table of both
-charts        losses drawn as SVG and PNG
+comparison    base and adapter on the same eval rows and prompts, and a table of both
+charts        losses as SVG and PNG
 metrics       answers -> exact_match, accuracy, f1, chrf, bleu, rouge_l
 """

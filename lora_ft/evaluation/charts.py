@@ -1,9 +1,9 @@
-"""Charts of losses drawn by matplotlib: SVG inside a page of HTML, PNG as a file. No pyplot, no torch here.
+"""Draw charts of losses with matplotlib: SVG for an HTML page, PNG as a file. Imports neither pyplot nor torch.
 
 with drawing("train_loss"):
     figure, axes = blank("step", "loss, nats per token")
     axes.plot(steps, losses, gid="job-3", **look(3))
-    svg(figure)                  # an <svg> without style attributes; the page's CSS variables give the colours
+    svg(figure)                  # an <svg> without style attributes; colours are CSS variables of the page
     png(figure, "Train loss")    # with title and legend
 """
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Six hues that colour-blind readers can tell apart (after Okabe and Ito, 2008), each with its own marker.
+# Six hues that colour-blind readers can distinguish (after Okabe and Ito, 2008), each with its own marker.
 HUES = ("#0067a5", "#d35400", "#00866a", "#a83f8f", "#b07d00", "#3b9edb")
 TEXT, GRID, ACCENT, PAPER = "#5c6570", "#e3e6ea", "#2f5fd0", "#ffffff"
 DASHES: tuple[Any, ...] = ("-", (0, (4, 2.2)), (0, (1, 2.2)), (0, (5, 2.2, 1, 2.2)))
 NUM_LOOKS = len(HUES) * len(DASHES)
 
-_MARKERS = (("o", 8.5), ("s", 8), ("D", 7.5), ("^", 9), ("v", 9), ("P", 10))  # with sizes that look alike
+_MARKERS = (("o", 8.5), ("s", 8), ("D", 7.5), ("^", 9), ("v", 9), ("P", 10))  # and sizes that look equal
 _VARIABLES = {color: f"var(--c{number})" for number, color in enumerate(HUES)} | {
     TEXT: "var(--soft)", GRID: "var(--line)", ACCENT: "var(--accent)", PAPER: "var(--paper)"
 }  # fmt: skip
@@ -36,7 +36,7 @@ _DECIMAL = re.compile(r"\d+\.\d+")
 
 @contextlib.contextmanager
 def drawing(name: str) -> Iterator[None]:
-    """Set matplotlib's options for one chart and restore them at the end; `name` makes its element ids unique."""
+    """Set matplotlib's options in a block; `name` makes the element ids of the chart unique in a page."""
     import matplotlib
 
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False}):
@@ -69,7 +69,7 @@ def blank(x_label: str, y_label: str) -> "tuple[Figure, Axes]":
 
 
 def look(number: int) -> dict[str, Any]:
-    """Colour, marker and dash of the `number`-th job as options of `axes.plot`, the same in every chart."""
+    """Return colour, marker and dash of the `number`-th job as options of `axes.plot`, the same in every chart."""
     hue, dash = number % len(HUES), number // len(HUES) % len(DASHES)
     marker, size = _MARKERS[hue]
     return {
@@ -83,7 +83,7 @@ def look(number: int) -> dict[str, Any]:
 
 
 def swatch(name: str, options: dict[str, Any]) -> str:
-    """A short line in one look, with its marker in the middle, as an SVG <symbol> with `name` as its id."""
+    """Return an SVG <symbol> with id `name`: a short line in one look, with its marker in the middle."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -98,14 +98,14 @@ def swatch(name: str, options: dict[str, Any]) -> str:
 
 
 def svg(figure: "Figure", label: str = "", titles: dict[int, str] | None = None) -> str:
-    """The figure as an <svg> element; `titles` are shown when the pointer is over the parts with gid job-NUMBER."""
+    """Return the figure as an <svg> element. `titles` are the tooltips of the parts with gid job-NUMBER."""
     root = _element(figure, titles or {})
     root.attrib |= {"class": "chart", "role": "img", "aria-label": label}
     return ET.tostring(root, encoding="unicode")
 
 
 def png(figure: "Figure", title: str) -> bytes:
-    """The figure as a PNG file, with a title and a legend of the labelled lines."""
+    """Return the figure as PNG data, with a title and a legend of the labelled lines."""
     added: list[Any] = [figure.text(2 / _WIDTH, 1.03, title, fontsize=11)]
     axes = figure.axes[0]
     handles, labels = axes.get_legend_handles_labels()
@@ -115,7 +115,9 @@ def png(figure: "Figure", title: str) -> bytes:
                                  frameon=False))  # fmt: skip
     file = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # of a setting's text in the legend
+        warnings.filterwarnings(
+            "ignore", "Glyph .* missing", UserWarning
+        )  # labels may have characters that the font lacks
         figure.savefig(file, format="png", dpi=150, bbox_inches="tight", facecolor="white", transparent=False)
     for artist in added:
         artist.remove()
@@ -123,7 +125,7 @@ def png(figure: "Figure", title: str) -> bytes:
 
 
 def _element(figure: "Figure", titles: dict[int, str]) -> ET.Element:
-    """The figure as an element without namespaces, style attributes, metadata, and ids that nothing refers to."""
+    """Return the figure as an SVG element without namespaces, style attributes, metadata and unused ids."""
     file = io.BytesIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
     root = ET.fromstring(file.getvalue())
@@ -146,7 +148,7 @@ def _element(figure: "Figure", titles: dict[int, str]) -> ET.Element:
 def _attributes(element: ET.Element) -> Iterator[tuple[str, str]]:
     for key, value in element.attrib.items():
         match key.rpartition("}")[2]:
-            case "style":  # which the page's content security policy forbids
+            case "style":  # the page's content security policy forbids style attributes
                 styles = (part.partition(":")[::2] for part in value.split(";") if ":" in part)
                 yield from ((k.strip(), _VARIABLES.get(v.strip(), v.strip())) for k, v in styles if k.strip() != "font")
             case "id" if element.tag == "g":

@@ -1,4 +1,4 @@
-"""Base against adapter: the same eval rows and the same prompts, one model with the adapter off and on.
+"""Compare base and adapter on the same eval rows and prompts, with the adapter off and on in one model.
 
                   base     adapter
 eval loss        3.142       2.087     nats per token
@@ -29,14 +29,15 @@ from lora_ft.evaluation.generation import generate, visible
 from lora_ft.evaluation.loss import EvalLoss, Loss, eval_loss
 from lora_ft.ops.token_loss import Paths
 
-_WIDE = 100  # columns; in a narrower terminal, four texts side by side are unreadable
+_WIDE = 100  # columns; four texts side by side are unreadable in a narrower terminal
 
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Examples for the loss and prompts to answer greedily, with the size of a forward pass and of an answer in tokens.
+    """Examples for the loss, and prompts to answer greedily.
 
-    loss: of the objective.
+    tokens_per_microbatch: most tokens of a forward pass. max_new_tokens: most tokens of an answer. loss: of the
+    objective.
     """
 
     examples: Sequence[Example]
@@ -48,7 +49,7 @@ class EvalSet:
 
 @dataclass(frozen=True)
 class Answers:
-    """A prompt of the eval set, its reference answer, and the answers of both models."""
+    """A prompt of the eval set, its reference answer, and the answers of base and adapter."""
 
     question: str
     reference: str
@@ -58,7 +59,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Losses of base and adapter over the same rows, and their answers to the same prompts."""
+    """Losses of base and adapter on the same rows, and their answers to the same prompts."""
 
     base: EvalLoss
     adapter: EvalLoss
@@ -73,17 +74,20 @@ def compare(
     earlier: Comparison | None = None,
     known: tuple[EvalLoss | None, EvalLoss | None] = (None, None),
 ) -> Comparison:
-    """Evaluate the bare base and the active adapter on one eval set.
+    """Evaluate the base without adapter and the active adapter on one eval set.
 
-    The base's part is taken from an `earlier` comparison on the same base and eval set. Losses of base and adapter
-    that are `known` are not computed again. Raises NonFiniteError for a loss that is NaN or infinite.
+    earlier: a comparison with the same base and eval set, whose results for the base are reused.
+    known: losses of base and adapter, which are not computed again unless None.
+    Raises NonFiniteError for a loss that is NaN or infinite.
     """
     inner: PreTrainedModel = model.get_base_model()
 
     def loss_and_answers(loss: EvalLoss | None) -> tuple[EvalLoss, list[str]]:
         loss = loss or eval_loss(inner, eval_set.loss, eval_set.examples, paths, eval_set.tokens_per_microbatch)
         if not math.isfinite(loss.loss):
-            raise NonFiniteError(f"eval loss {loss.loss}: the weights of the base or of the adapter are broken")
+            raise NonFiniteError(
+                f"eval loss {loss.loss}: weights of the base or the adapter are not finite, or too large"
+            )
         prompts = [prompt.prompt_ids for prompt in eval_set.prompts]
         greedy = config.Sampling(max_new_tokens=eval_set.max_new_tokens)
         return loss, generate(inner, tokenizer, prompts, greedy, seed=0)
@@ -100,8 +104,8 @@ def compare(
 
 @contextlib.contextmanager
 def adapter_off(model: PeftModel) -> Iterator[None]:
-    """The bare base, bit for bit, until the block ends; every requires_grad is then restored."""
-    # PEFT freezes every adapter here and unfreezes the active one after the block, even one loaded for inference.
+    """Disable the adapter in a block: the model then computes exactly what the base does. Restores requires_grad."""
+    # PEFT freezes every adapter at the start and unfreezes the active one at the end, even if it was frozen before.
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         with model.disable_adapter():
@@ -114,19 +118,20 @@ def adapter_off(model: PeftModel) -> Iterator[None]:
 def render(
     comparison: Comparison | None, facts: dict[str, str], scores: dict[str, tuple[float, float]] | None = None
 ) -> RenderableType:
-    """Lay out the result of train or eval for the terminal, without truncation; None without eval rows.
+    """Render the result of train or eval for the terminal, without truncation.
 
-    `scores` are further figures of base and adapter, by name; `facts` are lines below the table and the answers.
+    comparison: None if there are no eval rows.
+    scores: further values of base and adapter, by name. facts: lines below the table and the answers.
     """
     parts: list[RenderableType] = []
     if comparison is None:
         parts.append(Text("no eval rows: base and adapter are not compared"))
     else:
-        parts += [_figures(comparison, scores or {}), Text(), *(_Side(answers) for answers in comparison.answers)]
+        parts += [_losses(comparison, scores or {}), Text(), *(_SideBySide(a) for a in comparison.answers)]
     return Group(*parts, _pairs(facts.items()))
 
 
-def _figures(comparison: Comparison, scores: dict[str, tuple[float, float]]) -> Table:
+def _losses(comparison: Comparison, scores: dict[str, tuple[float, float]]) -> Table:
     base, adapter = comparison.base, comparison.adapter
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for header in ("", "base", "adapter", ""):
@@ -144,8 +149,8 @@ def _number(value: float) -> str:
 
 
 @dataclass(frozen=True)
-class _Side:
-    """One prompt and its answers: columns in a wide terminal, else lines below each other."""
+class _SideBySide:
+    """A prompt and its answers: columns in a wide terminal, lines in a narrow one."""
 
     answers: Answers
 
@@ -170,5 +175,5 @@ def _pairs(items: Iterable[tuple[str, str]]) -> Table:
 
 
 def _text(value: str) -> Text:
-    """Text shown literally: without markup, and with its control characters escaped."""
+    """Return text that is shown literally: no markup, control characters escaped."""
     return Text(visible(value), overflow="fold")

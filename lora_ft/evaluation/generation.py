@@ -1,15 +1,15 @@
-"""Answers of a model: many prompts in batches, or one prompt with its text streamed.
+"""Generate answers: many prompts in batches, or one prompt with its text streamed.
 
 prompt    <|im_start|>user\\n2+2?<|im_end|>\\n<|im_start|>assistant\\n
-answer    4 <|im_end|>                 ends before the stop token, or at the longest allowed length
+answer    4 <|im_end|>                 cut before the stop token, or at the maximal length
 
 A batch is padded on the left; attention mask and position ids hide the padding:
 
     . . . 2 + 2 ? | 4 <|im_end|>
     What is pi? . | 3 . 14 <|im_end|>   (the longest prompt of a batch is not padded)
 
-transformers computes the answers. Only `config.Sampling` and the seed decide them: the model's own
-generation_config (top_k, repetition penalty, ...) is set aside, and the global random state is restored.
+Answers are those of transformers' `generate`. They depend only on `config.Sampling` and the seed: the model's own
+generation_config (top_k, repetition penalty, ...) is not used. The global random state is restored.
 """
 
 import contextlib
@@ -35,11 +35,11 @@ from lora_ft.errors import ConfigError, NonFiniteError
 from lora_ft.models.acceleration import dequantized_weights, plain_attention
 from lora_ft.models.path_choice import longest_shared
 
-# Terminals obey control characters, and a model can write any: they are escaped.
+# Control characters to escape: a model can write any, and terminals interpret them.
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 _UNFINISHED = "\ufffd"
-_PAD = 0  # any token: the mask hides it, and nothing after a stop token is read
-_COLDEST = 1e-6  # at lower temperatures only rounding could be drawn
+_PAD = 0  # any token would do: it is masked, and tokens after a stop token are not read
+_MIN_TEMPERATURE = 1e-6  # below it, sampling would only choose between rounding errors
 
 
 def generate(
@@ -50,16 +50,16 @@ def generate(
     seed: int,
     tokens_per_batch: int = 4096,
 ) -> list[str]:
-    """Answer prompts (int [length], generation prompt included), without special tokens, in the order given.
+    """Answer prompts (int [length], generation prompt included); return the texts in order, without special tokens.
 
-    Greedy at temperature 0, in batches of at most `tokens_per_batch` tokens (prompts, padding and answers). A drawn
-    answer depends on its prompt and the seed, so each is computed alone. The model's mode, attention and generation
-    settings are restored. Raises ConfigError for a prompt that leaves no room in the model's context, NonFiniteError
-    for logits that are NaN or infinite.
+    Decoding is greedy at temperature 0, in batches of at most `tokens_per_batch` tokens (prompts, padding and answers).
+    A sampled answer must depend only on its prompt and the seed, so sampling uses batches of one. The model's mode,
+    attention and generation settings are restored. Raises ConfigError for a prompt that fills the model's context,
+    NonFiniteError for logits that are NaN or infinite.
     """
     answers = [""] * len(prompts)
     stops = stop_tokens(model, tokenizer)
-    limit = 0 if _draws(sampling) else tokens_per_batch
+    limit = 0 if _samples(sampling) else tokens_per_batch
     lengths, rooms = [len(p) for p in prompts], _rooms(model, prompts, sampling)
     longest = max(map(sum, zip(lengths, rooms, strict=True)), default=0)
     batches = list(_batches(lengths, rooms, _can_pad(model, longest), limit))
@@ -79,7 +79,7 @@ def stream(
     seed: int,
     on_text: Callable[[str], None],
 ) -> str:
-    """Answer one prompt, the same as `generate`, and pass each piece of text to `on_text` when it is computed."""
+    """Answer one prompt as `generate` does, and pass each piece of text to `on_text` while the answer is computed."""
     stops = stop_tokens(model, tokenizer)
     [room] = _rooms(model, [prompt], sampling)
     pieces = _Pieces(tokenizer, stops, on_text)
@@ -88,12 +88,12 @@ def stream(
     return _decode(tokenizer, ids)
 
 
-def _draws(sampling: config.Sampling) -> bool:
-    return sampling.temperature >= _COLDEST
+def _samples(sampling: config.Sampling) -> bool:
+    return sampling.temperature >= _MIN_TEMPERATURE
 
 
 def _rooms(model: PreTrainedModel, prompts: Sequence[np.ndarray], sampling: config.Sampling) -> list[int]:
-    """Most new tokens of each answer: `max_new_tokens`, or what the model's context leaves."""
+    """Return the most new tokens of each answer: `max_new_tokens`, or as many as fit into the model's context."""
     context = context_length(model)
     if (longest := max(map(len, prompts), default=0)) >= context:
         raise ConfigError(f"the prompt has {longest} tokens, which leaves no room in the model's context of {context}")
@@ -101,7 +101,7 @@ def _rooms(model: PreTrainedModel, prompts: Sequence[np.ndarray], sampling: conf
 
 
 def _can_pad(model: PreTrainedModel, longest: int) -> bool:
-    """True if padding changes no result of up to `longest` tokens: the model takes position ids and a mask."""
+    """Return True if padding changes no result up to `longest` tokens: the model takes position ids and a mask."""
     limit = longest_shared(model)
     return (limit is None or longest <= limit) and {"attention_mask", "position_ids"} <= inspect.signature(
         model.forward
@@ -109,9 +109,9 @@ def _can_pad(model: PreTrainedModel, longest: int) -> bool:
 
 
 def _batches(lengths: list[int], rooms: list[int], can_pad: bool, tokens: int) -> Iterator[tuple[list[int], int]]:
-    """Indices of prompts to answer together, longest prompts first, with the room of their answers.
+    """Yield the indices of each batch, longest prompts first, and the most new tokens of its answers.
 
-    Without padding, only prompts of one length share a batch.
+    Without padding, all prompts of a batch have the same length.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     for (room, _), group in groupby(order, key=lambda i: (rooms[i], can_pad or lengths[i])):
@@ -124,11 +124,11 @@ def _batches(lengths: list[int], rooms: list[int], can_pad: bool, tokens: int) -
 
 @contextlib.contextmanager
 def _inference(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, plain attention and no generation settings but ours; restored with the random state."""
+    """Set evaluation mode, plain attention and empty generation settings; restore them and the random state."""
     was_training, own_settings = model.training, model.generation_config
     devices = [] if model.device.type == "cpu" else [model.device]
     model.eval()
-    # `generate` fills what a GenerationConfig leaves open from the model's own.
+    # `generate` takes settings that are not given from the model's own.
     model.generation_config = GenerationConfig()
     try:
         with (
@@ -151,15 +151,15 @@ def _new_tokens(
     stops: set[int],
     streamer: BaseStreamer | None = None,
 ) -> list[list[int]]:
-    """Ids of the answers to one batch of prompts, each without its stop token and what follows it."""
+    """Return the ids of the answers to one batch of prompts, each up to its stop token."""
     longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), _PAD)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.as_tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
-    # Zero turns off top_k, which is 50 where nothing is said.
-    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if _draws(sampling) else {}
+    # top_k=0 disables it; the default is 50.
+    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if _samples(sampling) else {}
     settings = GenerationConfig(
         max_new_tokens=room, do_sample=bool(drawn), eos_token_id=sorted(stops) or None, pad_token_id=_PAD, **drawn
     )
@@ -176,16 +176,18 @@ def _new_tokens(
 
 
 class _CheckFinite(LogitsProcessor):
-    """Raise NonFiniteError for logits that are NaN or infinite (-inf masks a token, and passes)."""
+    """Raise NonFiniteError for logits that are NaN or infinite; -inf is allowed, since it masks a token."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if not (scores < torch.inf).all():
-            raise NonFiniteError("the model's logits are not finite: its weights, or the adapter's, are broken")
+            raise NonFiniteError(
+                "the model's logits are not finite: weights of the base or the adapter are not finite, or too large"
+            )
         return scores
 
 
 class _Pieces(BaseStreamer):
-    """Text of an answer as its tokens arrive; a character of several tokens is passed on whole."""
+    """Streamer that passes on text as tokens arrive; a character of several tokens is passed on as a whole."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: set[int], on_text: Callable[[str], None]) -> None:
         self._tokenizer, self._stops, self._on_text = tokenizer, stops, on_text
@@ -193,16 +195,16 @@ class _Pieces(BaseStreamer):
         self._sent = 0
 
     def put(self, value: Tensor) -> None:
-        """Take the prompt ([1, length], ignored), then each new token ([1])."""
+        """Receive the prompt ([1, length], ignored), then each new token ([1])."""
         if value.ndim == 1 and (token := int(value)) not in self._stops:
             self._ids.append(token)
-            # Decoding all tokens each time costs far less than the model's step.
+            # Decoding all tokens again costs far less than the model's forward pass.
             text = _decode(self._tokenizer, self._ids)
             if not text.endswith(_UNFINISHED):
                 self._send(text)
 
     def end(self) -> None:
-        """Pass on what is left: the bytes of a character that was cut off."""
+        """Pass on the rest: the bytes of an incomplete character."""
         self._send(_decode(self._tokenizer, self._ids))
 
     def _send(self, text: str) -> None:
@@ -216,31 +218,31 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def context_length(model: PreTrainedModel) -> int:
-    """The most tokens that the model can read; no limit where the architecture names none."""
+    """Return the most tokens that the model can read; practically unlimited if the architecture has no limit."""
     return int(getattr(model.config, "max_position_embeddings", None) or 1 << 62)
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens that end an answer: the model's and the tokenizer's end of text, and the template's end of turn."""
+    """Return the tokens that end an answer: EOS of model and tokenizer, and the end-of-turn token of the template."""
     listed = model.generation_config.eos_token_id if model.generation_config else None
     found = set(listed if isinstance(listed, list) else [listed])
     return (found | {tokenizer.eos_token_id, _end_of_turn(tokenizer)}) - {None}
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The added token that the chat template puts right after an answer, which may not be the tokenizer's eos."""
+    """Return the added token that the chat template writes after an answer; it may differ from EOS."""
     if not tokenizer.chat_template:
         return None
     answer = "two"
     chat = [{"role": "user", "content": "one"}, {"role": "assistant", "content": answer}]
     try:
         rendered = str(tokenizer.apply_chat_template(chat, tokenize=False))
-    except jinja2.TemplateError:  # the template refuses this conversation; the end of text remains a stop token
+    except jinja2.TemplateError:  # the template refuses this chat; EOS remains a stop token
         return None
     after = tokenizer.encode(rendered.rpartition(answer)[2].strip(), add_special_tokens=False)
     return after[0] if after and after[0] in tokenizer.added_tokens_decoder else None
 
 
 def visible(text: str) -> str:
-    """Text that is safe to show in a terminal: control characters but newline and tab are escaped."""
+    """Escape control characters except newline and tab, so that text is safe to show in a terminal."""
     return text.translate(_CONTROLS)

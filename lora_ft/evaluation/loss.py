@@ -1,8 +1,8 @@
-"""Eval loss: the mean over the supervised tokens of the eval set, independent of how its examples are batched.
+"""Compute the eval loss: the mean over all supervised tokens of the eval set, however its examples are batched.
 
     loss = sum of token losses / supervised tokens        perplexity = exp(loss)
 
-A mean of batch means would depend on the batch size (A25); here only rounding does.
+A mean of batch means would depend on the batch size; here only rounding does.
 """
 
 import math
@@ -23,9 +23,9 @@ Loss = Callable[[PreTrainedModel, Batch, Paths], LossSum]  # `Objective.loss`
 
 @dataclass(frozen=True)
 class EvalLoss:
-    """Weighted mean of the loss over `rows` examples with `tokens` supervised tokens; for sft, in nats per token.
+    """Weighted mean of the loss over `rows` examples with `tokens` supervised tokens; for sft in nats per token.
 
-    metrics: the objective's further means, by name.
+    metrics: further means of the objective, by name.
     """
 
     loss: float
@@ -42,9 +42,9 @@ class EvalLoss:
 def eval_loss(
     model: PreTrainedModel, loss: Loss, examples: Sequence[Example], paths: Paths, tokens_per_microbatch: int
 ) -> EvalLoss:
-    """Evaluate examples without dropout and without touching any random state; the model's mode is restored.
+    """Evaluate examples without dropout and without random numbers. The model's mode is restored.
 
-    `tokens_per_microbatch` bounds a forward pass; a longer group of examples is a pass of its own.
+    A forward pass has at most `tokens_per_microbatch` tokens, or as many as the longest group of examples.
     """
     capacity = max(tokens_per_microbatch, longest_group(examples))
     was_training = model.training

@@ -60,8 +60,7 @@ def write(adapter: Path, base_config: dict[str, Any], folder: Path) -> None:
 
 def _name(family: Family, module: str) -> str:
     """Return mlx-lm's name: its models have transformers' names, the root of all layers called `model`."""
-    root = family.names["blk"].partition(".")[0]
-    return f"model.{module.removeprefix(f'{root}.')}" if module.startswith(f"{root}.") else module
+    return f"model.{module.removeprefix(f'{family.body}.')}" if module.startswith(f"{family.body}.") else module
 
 
 def _check(adapter: Path, family: Family, layer: LayerWeights, base: Any, *, dora: bool) -> None:

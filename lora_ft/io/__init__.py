@@ -1,1 +1,1 @@
-"""Reading and writing: durable writes, untrusted files of others, redaction of secrets. No torch here."""
+"""Atomic writes, checks of untrusted files, redaction of secrets. No torch here."""

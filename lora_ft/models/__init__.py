@@ -1,15 +1,15 @@
-"""Base models: from a hub id, a folder or a GGUF file to a frozen model and its tokenizer.
+"""Base models: load a hub id, a folder or a GGUF file as a frozen model with its tokenizer.
 
-    load         place -> tokenizer, and frozen (quantized) model; read first
+    load         model settings -> tokenizer and frozen (quantized) model; read this first
     resolve      model.path -> a checked folder on this machine
-    gguf         GGUF file -> such a folder, made once and cached
-    families     names and layouts of the model families, in transformers and in GGUF
-    quantize     which layers become int8, nf4 or fp4, and the proof that they did
-    meta_model   a base without its weights, to check settings on
-    storage      what a loaded base need not keep in memory
-    acceleration the one module that replaces forwards, of the base and of an adapter, and gives them back
-    self_check   the fast paths against the plain ones, on the loaded base
-    fingerprint  model -> hash of the frozen weights: did training leave the base alone?
+    gguf         GGUF file -> such a folder, converted once and cached
+    families     layouts of the model families, in transformers and in GGUF
+    quantize     linear layers -> int8, nf4 or fp4, verified after loading
+    meta_model   a base without its weights, on which settings are checked
+    storage      forms of the loaded weights that take less memory
+    acceleration replaces forwards of the base and of an adapter, and restores them
+    self_check   compares the fast paths with the plain one on the loaded base
+    fingerprint  model -> hash of the frozen weights, to verify that training does not change them
 
-Only acceleration knows about adapters.
+Only acceleration depends on adapters.
 """

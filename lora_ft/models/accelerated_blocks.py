@@ -1,13 +1,14 @@
-"""Forwards of norms, MLPs and rotary attentions that keep less for the backward.
+"""Make forwards of norms, MLPs and rotary attentions that keep less for the backward.
 
-module.forward(x)    gradients wanted, weights frozen -> ops.norm, ops.mlp, ops.rope: same value and gradients
+module.forward(x)    gradients enabled, weights frozen -> ops.norm, ops.mlp, ops.rope: same value and gradients
                      anything else (evaluation, generation, a norm that trains) -> transformers' forward
 
-A block is a candidate by its structure. Each class of candidates is then compared with its own forward: value and
-input gradient, in float32, on a small copy with random weights. The size, dtype and quantization of the loaded
-weights therefore hide nothing. A class that differs (Gemma multiplies by 1 + weight) stays plain.
+The structure of a block decides whether it is a candidate. The fast form of each candidate class is then compared
+with the class's own forward: value and input gradient, in float32, on a small copy with random weights. So the size,
+dtype and quantization of the loaded weights cannot hide a difference. A class that differs (Gemma multiplies by
+1 + weight) stays plain.
 
-This module only makes forwards. models/acceleration.py puts them in place.
+This module only makes forwards. models/acceleration.py installs them.
 """
 
 import copy
@@ -30,15 +31,16 @@ Forward = Callable[..., Any]
 
 _ROTATION = "apply_rotary_pos_emb"
 _GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-_DIFFERENCE = 1e-5  # of values and gradients, relative to their norms, in float32
+_TOLERANCE = 1e-5  # for values and gradients, relative to their norms, in float32
+_HEAD_WIDTH = 16
 
 
 def fast_forwards(
     model: nn.Module, fast: config.Fast, kernels: Kernels, *, check: bool = True
 ) -> tuple[dict[nn.Module, Forward], list[str]]:
-    """Return the new forward of every block that has one, and lines for the log.
+    """Return the fast forward of every block that has one, and log lines.
 
-    A block whose forward was replaced before is left alone. Without `check` every candidate is taken.
+    Skips blocks whose forward is replaced already. Without `check`, candidates are not compared.
     """
     wanted = {"norm": fast.norm, "mlp": fast.mlp, "rope": fast.rope}
     forwards: dict[nn.Module, Forward] = {}
@@ -58,22 +60,22 @@ def fast_forwards(
             plain[type(module).__name__] += 1
             continue
         replaced[setting] += 1
-        # Partial objects all the way: a deep copy of the module (PEFT's modules_to_save) computes with its own weights.
+        # Only partial objects: a deep copy of the module (PEFT's modules_to_save) computes with its own weights.
         forwards[module] = partial(_forward, module, module.forward, form(module, kernels))
     lines = [f"plain {setting}: fast.{setting}=false" for setting, on in wanted.items() if not on]
     if counts := [f"{replaced[setting]} {setting}" for setting in wanted if replaced[setting]]:
-        lines.append(f"{', '.join(counts)} blocks keep less while training")
+        lines.append(f"{', '.join(counts)} blocks keep less in training")
     return forwards, lines + [f"{count} blocks compute as transformers does: {name}" for name, count in plain.items()]
 
 
 def _forward(module: Any, plain: Forward, fast: Forward, *arguments: Any, **options: Any) -> Any:
-    # Only norms have parameters of their own; the projections below know whether they train.
+    # Only norms have parameters of their own. Projections inside of a block handle their own training.
     trains = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
     return (fast if torch.is_grad_enabled() and not trains else plain)(*arguments, **options)
 
 
 def _candidate(module: Any) -> tuple[str, Callable[[Any, Kernels], Forward] | None]:
-    """Return the setting that a block belongs to, empty if none, and the function that makes its forward, if any."""
+    """Return the setting that controls a block ("" if none), and the function that makes its fast forward (or None)."""
     kind = type(module)
     if kind is nn.LayerNorm and len(module.normalized_shape) == 1:
         return "norm", lambda layer, _: partial(_layer_norm, layer)
@@ -109,7 +111,7 @@ def _epsilon(module: Any) -> Any:
 
 
 def _rms_norm(module: Any, kernels: Kernels, x: Tensor) -> Tensor:
-    # transformers rounds to float32 inside even in float64; families differ in where they cast a mixture of dtypes.
+    # transformers rounds to float32 even in float64, and model families cast mixed dtypes at different points.
     if x.dtype == torch.float64 or x.dtype != module.weight.dtype:
         plain: Tensor = type(module).forward(module, x)
         return plain
@@ -126,7 +128,7 @@ def _gated_mlp(module: Any, kernels: Kernels, x: Tensor) -> Tensor:
 
 
 def _approximation(module: nn.Module) -> str:
-    """Return which of torch's GELUs an activation is; empty for another function."""
+    """Return torch's name for the GELU that an activation computes; empty for another function."""
     if type(module) is activations.NewGELUActivation:
         return "tanh"
     if type(module) is activations.GELUActivation and module.act is nn.functional.gelu:
@@ -135,7 +137,7 @@ def _approximation(module: nn.Module) -> str:
 
 
 def _names_in(function: Any) -> tuple[str, ...]:
-    """Return the names that a function's code looks up; empty for anything but a plain function."""
+    """Return the names that a function's code looks up; empty if it is not a plain Python function."""
     return function.__code__.co_names if isinstance(function, FunctionType) else ()
 
 
@@ -145,10 +147,10 @@ def _rotation_of(attention: nn.Module) -> Any:
 
 
 def _rotating(attention: nn.Module, kernels: Kernels) -> Forward:
-    """Return the class's own forward, in which one name means our rotation.
+    """Return the class's own forward with our rotation instead of transformers' `apply_rotary_pos_emb`.
 
-    transformers rotates through a function of its module. Other models use it too, so it is not replaced
-    there: this is the same code over a copy of the module's names.
+    That function is a global of the class's module, which other models share. So it is not replaced there: the result
+    is the same code with a copy of the module's globals.
     """
     own: Any = type(attention).forward
     names = {**own.__globals__, _ROTATION: partial(_rotate_both, kernels, own.__globals__[_ROTATION])}
@@ -158,14 +160,14 @@ def _rotating(attention: nn.Module, kernels: Kernels) -> Forward:
 
 
 def _rotate_both(kernels: Kernels, plain: Forward, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    # Other calls than those that were compared (more arguments, other shapes) keep the family's own function.
+    # A call that differs from those compared (more arguments, other shapes) uses the family's own function.
     if not options and len(arguments) == 4 and all(isinstance(each, Tensor) for each in arguments):
         q, k, cos, sin = arguments
         one_dtype = q.dtype == k.dtype == cos.dtype == sin.dtype
         if one_dtype and q.ndim == k.ndim == 4 and cos.ndim == 3 and cos.shape[1] == q.shape[2] == k.shape[2]:
             return kernels.rotate(q, k, cos, sin)
-    turned: tuple[Tensor, Tensor] = plain(*arguments, **options)
-    return turned
+    rotated: tuple[Tensor, Tensor] = plain(*arguments, **options)
+    return rotated
 
 
 def _is_equal(setting: str, module: Any, form: Callable[[Any, Kernels], Forward], kernels: Kernels) -> bool:
@@ -176,8 +178,9 @@ def _is_equal(setting: str, module: Any, form: Callable[[Any, Kernels], Forward]
     drawn = partial(_drawn, torch.Generator().manual_seed(0), device)
     if setting == "rope":
         rotation = _rotation_of(module)
-        # Heads of 16 numbers, all or half of them rotated. A family that rotates all cannot do with half.
-        return all(_is_same_rotation(rotation, kernels, drawn, width) for width in (16, 8))
+        return _is_same_rotation(rotation, kernels, drawn, _HEAD_WIDTH) and (
+            not _rotates_in_part(rotation, drawn) or _is_same_rotation(rotation, kernels, drawn, _HEAD_WIDTH // 2)
+        )
     small = copy.copy(module)
     if setting == "norm":
         width = len(module.weight)
@@ -191,19 +194,30 @@ def _is_equal(setting: str, module: Any, form: Callable[[Any, Kernels], Forward]
     return _agree(plain, form(small, kernels), (drawn(2, 3, width),))
 
 
+def _rotates_in_part(rotation: Forward, drawn: Callable[..., Tensor]) -> bool:
+    """Return False if a rotation cannot broadcast cos and sin of half a head: its models rotate whole heads."""
+    q, k, cos, sin = _rotation_inputs(drawn, _HEAD_WIDTH // 2)
+    try:
+        rotation(q, k, cos, sin)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return not isinstance(error, RuntimeError)  # after any other error the comparison fails, and rope stays plain
+    return True
+
+
 def _is_same_rotation(rotation: Forward, kernels: Kernels, drawn: Callable[..., Tensor], width: int) -> bool:
-    q, k = drawn(1, 4, 3, 16), drawn(1, 2, 3, 16)
-    angles = drawn(1, 3, width // 2).repeat(1, 1, 2)
-    cos, sin = angles.cos(), angles.sin()
-    if width < 16:
-        try:
-            rotation(q, k, cos, sin)
-        except Exception:
-            return True
-    # Clones: Liger's kernel writes over its input.
+    """Compare a family's rotation with ours, for cos and sin of `width` columns."""
+    q, k, cos, sin = _rotation_inputs(drawn, width)
+    # Clones: Liger's kernel overwrites its input.
     return _agree(
         lambda q, k: rotation(q, k, cos, sin), lambda q, k: kernels.rotate(q.clone(), k.clone(), cos, sin), (q, k)
     )
+
+
+def _rotation_inputs(drawn: Callable[..., Tensor], width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    angles = drawn(1, 3, width // 2).repeat(1, 1, 2)
+    return drawn(1, 4, 3, _HEAD_WIDTH), drawn(1, 2, 3, _HEAD_WIDTH), angles.cos(), angles.sin()
 
 
 def _drawn(generator: torch.Generator, device: torch.device, *shape: int) -> Tensor:
@@ -218,7 +232,7 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Module:
 
 @torch.enable_grad()
 def _agree(plain: Forward, fast: Forward, inputs: tuple[Tensor, ...]) -> bool:
-    """Return whether two functions give the same tensors and the same gradients for their inputs."""
+    """Return True if two functions give the same tensors and the same gradients for their inputs."""
     found = []
     for function in (plain, fast):
         leaves = [x.clone().requires_grad_() for x in inputs]
@@ -229,9 +243,9 @@ def _agree(plain: Forward, fast: Forward, inputs: tuple[Tensor, ...]) -> bool:
             found.append([*results, *torch.autograd.grad(total, leaves)])
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # another signature, another structure: whatever it is, the two are not the same
+        except Exception:  # for example another signature: the two are not the same, whatever the error
             return False
     return len(found[0]) == len(found[1]) and all(
-        a.shape == b.shape and a.dtype == b.dtype and bool((a - b).norm() <= _DIFFERENCE * a.norm())
+        a.shape == b.shape and a.dtype == b.dtype and bool((a - b).norm() <= _TOLERANCE * a.norm())
         for a, b in zip(*found, strict=True)
     )

@@ -1,15 +1,14 @@
-"""Forwards of LoRA layers as one function while they train; everything else stays PEFT's own forward.
+"""Make forwards that compute a LoRA layer as one function in training; all other calls use PEFT's own forward.
 
 layer.forward(x)    training, one plain LoRA active, no dropout, x in the adapter's dtype
                         -> ops.lora_linear: same value and gradients, fewer passes over memory
                     anything else (adapter off, merged, several active, DoRA, evaluation, bfloat16 ...)
-                        -> PEFT's forward, so that its switches mean what they meant
+                        -> PEFT's forward, so that PEFT's switches keep working
 
-A LoRA on the head also has its own form of the loss (`ops.token_loss` asks for `token_loss_sum`). Its logits are
-never made for all positions at once, not in evaluation either. An int8 layer without a LoRA of this form keeps
-no input.
+A head with LoRA also gets a chunked loss, the attribute `token_loss_sum` that `ops.token_loss` looks for. Its logits
+never exist for all positions at once, not in evaluation either. An int8 layer without LoRA keeps no input.
 
-This module only makes forwards. models/acceleration.py puts them in place.
+This module only makes forwards. models/acceleration.py installs them.
 """
 
 import functools
@@ -31,25 +30,24 @@ Forward = Callable[..., Tensor]
 
 
 class LoraForwards(NamedTuple):
-    """New forwards by module, losses of adapted heads by module, and lines for the log."""
+    """New forwards by module, losses of adapted heads by module, and log lines."""
 
-    lora: dict[nn.Module, Forward]
-    int8: dict[nn.Module, Forward]
+    forwards: dict[nn.Module, Forward]
     head_losses: dict[nn.Module, Forward]
     reasons: list[str]
 
 
 def fast_forwards(model: "PeftModel", name: str) -> LoraForwards:
-    """Return the new forwards for adapter `name`; the reasons count the layers that stay plain."""
+    """Return the new forwards for adapter `name`; the log lines count the layers that stay plain."""
     from peft.tuners.lora import LoraLayer
 
-    found = LoraForwards({}, {}, {}, [])
+    found = LoraForwards({}, {}, [])
     reasons: Counter[str] = Counter()
     computed = model.get_base_model().get_input_embeddings().weight.dtype
     for layer in model.modules():
         if not isinstance(layer, LoraLayer):
             if getattr(getattr(layer, "weight", None), "dtype", None) is torch.int8:
-                found.int8[layer] = functools.partial(_int8_forward, layer, layer.forward)
+                found.forwards[layer] = functools.partial(_int8_forward, layer, layer.forward)
             continue
         if name not in layer.r:
             continue
@@ -58,14 +56,14 @@ def fast_forwards(model: "PeftModel", name: str) -> LoraForwards:
             reason = f"the base computes in {str(computed).removeprefix('torch.')}"
         if reason:
             reasons[reason] += 1
-        found.lora[layer] = functools.partial(_forward, layer, layer.forward)
+        found.forwards[layer] = functools.partial(_forward, layer, layer.forward)
         found.head_losses[layer] = functools.partial(_head_loss, layer)
     found.reasons.extend(f"{count} LoRA layers compute as PEFT does: {reason}" for reason, count in reasons.items())
     return found
 
 
 def _why_plain(layer: Any, name: str) -> str:
-    """Return what of an adapter keeps its layer from the fast form, for any base; empty if nothing does."""
+    """Return the property of an adapter that excludes the fast form, for any base, or ""."""
     if name not in layer.lora_A:
         return "embeddings"
     if name in layer.lora_variant:
@@ -76,7 +74,7 @@ def _why_plain(layer: Any, name: str) -> str:
 
 
 def _fast(layer: Any, x: Tensor) -> tuple[str, FrozenWeight] | None:
-    """Return the one adapter that takes the fast form for this input, with the base's weight; else None."""
+    """Return the active adapter and the base's weight if the fast form applies to this input; else None."""
     active = [name for name in layer.active_adapters if name in layer.r]
     if layer.disable_adapters or layer.merged or len(active) != 1:
         return None
@@ -98,7 +96,7 @@ def _forward(layer: Any, plain: Callable[..., Tensor], x: Tensor, *arguments: An
 
 
 def _head_loss(layer: Any, hidden: Tensor, targets: Tensor) -> Tensor | None:
-    """Sum of cross-entropies of a head with this LoRA, in chunks; None if the layer's own logits are needed."""
+    """Return the sum of cross-entropies of a head with LoRA, in chunks; None if it needs the layer's own logits."""
     chosen = _fast(layer, hidden)
     if chosen is None:
         return None

@@ -1,31 +1,16 @@
-"""One row for each model family that can be read from GGUF files and written to them. Imports no torch.
+"""Describe the model families that can be read from GGUF files and written to them, one row each. Imports no torch.
 
-    family("mistral").architecture                             "llama"
-    family("llama").gguf_name("model.layers.0.self_attn.q_proj")   "blk.0.attn_q"
-    family("llama").module_name("blk.0.attn_q")                    "model.layers.0.self_attn.q_proj"
+    family("mistral").architecture                                   "llama"
+    family("llama").gguf_name("model.layers.0.self_attn.q_proj", 32)   "blk.0.attn_q"
 
-To support another family, add a row to `FAMILIES`. GGUF's names: gguf.constants.TENSOR_NAMES; its metadata keys:
+To support another family, add a row to `FAMILIES`. The gguf package has the names of the tensors; metadata keys:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; graphs: llama.cpp b10605, src/models.
 """
 
-import re
+import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
-
-_LLAMA_NAMES = {
-    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head", "blk": "model.layers",
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}  # fmt: skip
-_QWEN3_NAMES = _LLAMA_NAMES | {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-_GPT2_NAMES = {
-    "token_embd": "transformer.wte", "position_embd": "transformer.wpe", "output_norm": "transformer.ln_f",
-    "output": "lm_head", "blk": "transformer.h", "attn_norm": "ln_1", "ffn_norm": "ln_2",
-    "attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj", "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj",
-}  # fmt: skip
 
 _SIZES = {
     "context_length": "max_position_embeddings", "embedding_length": "hidden_size",
@@ -46,50 +31,33 @@ _GPT2_LIMITS = {
 
 @dataclass(frozen=True)
 class Family:
-    """The names and layouts of one model family, in transformers and in GGUF.
+    """The metadata and layouts of one model family, in transformers and in GGUF.
 
-    names: GGUF's name of a tensor to the module in a transformers model; "blk" to the prefix of the layers.
-    sizes: GGUF's metadata key, after the architecture, to the attribute of the config.
-    limits: the values of config attributes that llama.cpp computes; a model with others cannot be exported.
-    interleaved: llama.cpp keeps the rotary halves of each head of q and k as pairs (0, n/2, 1, n/2 + 1, ...).
-    transposed: modules of a layer whose weight transformers keeps as [in, out] (Conv1D).
+    sizes: GGUF's metadata key, without the architecture, to the attribute of the config.
+    limits: the values of config attributes that llama.cpp computes; a model with other values cannot be exported.
+    body: the module of the transformers model that holds the embedding and the layers.
+    is_rotary: positions are rotary; otherwise the model has a matrix of positions.
+    interleaved: llama.cpp stores the rotary halves of each head of q and k as pairs (0, n/2, 1, n/2 + 1, ...).
+    transposed: endings of modules whose weight transformers stores as [in, out] (Conv1D).
     """
 
     model_type: str
     architecture: str
-    names: Mapping[str, str]
     sizes: Mapping[str, str]
     limits: Mapping[str, tuple[Any, ...]]
+    body: str = "model"
+    is_rotary: bool = True
     interleaved: bool = False
     transposed: tuple[str, ...] = ()
-    _gguf_names: dict[str, str] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_gguf_names", {module: name for name, module in self.names.items()})
-
-    def module_name(self, gguf_name: str) -> str | None:
-        """Return the module for a GGUF tensor's name without .weight or .bias; None if the family has none."""
-        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)", gguf_name)
-        if not match or match[2] == "blk" or match[2] not in self.names:
-            return None
-        return f"{self.names['blk']}.{match[1]}.{self.names[match[2]]}" if match[1] else self.names[match[2]]
 
     def gguf_name(self, module: str, num_layers: int) -> str | None:
-        """Return the inverse of `module_name`; None for a module that a model of `num_layers` layers lacks."""
-        match = re.fullmatch(rf"{re.escape(self.names['blk'])}\.(\d+)\.(.+)", module)
-        name = self._gguf_names.get(match[2] if match else module)
-        if name is None or name == "blk" or (match and int(match[1]) >= num_layers):
-            return None
-        return f"blk.{match[1]}.{name}" if match else name
-
-    @property
-    def is_rotary(self) -> bool:
-        """Tell whether positions are rotary; otherwise the model has a matrix of positions."""
-        return "position_embd" not in self.names
+        """Return GGUF's name of a transformers module; None for a module that a model of `num_layers` layers lacks."""
+        name: str | None = _name_table(self.architecture, num_layers).get_name(module)
+        return name
 
     def is_transposed(self, module: str) -> bool:
-        """Tell whether transformers keeps the module's weight as [in, out], where GGUF has [out, in]."""
-        return module.startswith(self.names["blk"]) and module.endswith(self.transposed)
+        """Return True if transformers stores the module's weight as [in, out], where GGUF has [out, in]."""
+        return module.endswith(self.transposed)
 
     def rotary_heads(self, module: str, config: Any) -> int | None:
         """Return the number of heads whose rows GGUF interleaves in this module; None for every other module."""
@@ -97,12 +65,20 @@ class Family:
         return getattr(config, attribute) if attribute and self.interleaved else None
 
 
+@functools.cache
+def _name_table(architecture: str, num_layers: int) -> Any:
+    from gguf.constants import MODEL_ARCH_NAMES
+    from gguf.tensor_mapping import get_tensor_name_map
+
+    return get_tensor_name_map(next(k for k, name in MODEL_ARCH_NAMES.items() if name == architecture), num_layers)
+
+
 FAMILIES = (
-    Family("llama", "llama", _LLAMA_NAMES, _LLAMA_SIZES, _SILU, interleaved=True),
-    Family("mistral", "llama", _LLAMA_NAMES, _LLAMA_SIZES, _SILU, interleaved=True),
-    Family("qwen2", "qwen2", _LLAMA_NAMES, _LLAMA_SIZES, _SILU),
-    Family("qwen3", "qwen3", _QWEN3_NAMES, _LLAMA_SIZES, _SILU),
-    Family("gpt2", "gpt2", _GPT2_NAMES, _GPT2_SIZES, _GPT2_LIMITS,
+    Family("llama", "llama", _LLAMA_SIZES, _SILU, interleaved=True),
+    Family("mistral", "llama", _LLAMA_SIZES, _SILU, interleaved=True),
+    Family("qwen2", "qwen2", _LLAMA_SIZES, _SILU),
+    Family("qwen3", "qwen3", _LLAMA_SIZES, _SILU),
+    Family("gpt2", "gpt2", _GPT2_SIZES, _GPT2_LIMITS, body="transformer", is_rotary=False,
            transposed=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")),
 )  # fmt: skip
 
@@ -118,7 +94,7 @@ def family_of_gguf(architecture: str | None) -> Family | None:
 
 
 def interleave(rows: Any, heads: int) -> Any:
-    """Turn rows [heads * n, ...] from transformers' order, rotary halves, into GGUF's, pairs."""
+    """Reorder rows [heads * n, ...] from transformers' order, rotary halves, to GGUF's order, pairs."""
     half = rows.shape[0] // heads // 2
     return rows.reshape(heads, 2, half, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 

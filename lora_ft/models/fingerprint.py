@@ -1,9 +1,9 @@
-"""A hash of the frozen base, taken before and after training: the bytes must be the same.
+"""Hash the frozen base before and after training, to verify that training does not change it.
 
     fingerprint(model) -> "6f0c1a..."        0.1 s for 538 MB
 
-Adapters do not count, and the names that PEFT's wrappers add are taken off, so that the bare model, the
-model with adapters and the model after training give one and the same hash.
+The hash leaves out adapters and the names that PEFT's wrappers add, so the bare model, the model with adapters and
+the model after training have the same hash.
 """
 
 import re
@@ -20,23 +20,23 @@ _WRAPPER = re.compile(r"^base_model\.model\.|(?<=\.)(base_layer|original_module|
 
 
 def fingerprint(model: "torch.nn.Module") -> str:
-    """xxh3_128 over name, dtype, shape and bytes of all parameters and saved buffers but the adapters'.
+    """Return xxh3_128 over name, dtype, shape and bytes of all parameters and saved buffers except the adapters'.
 
-    A weight counts in the dtype that its layer computes in: storing it in bfloat16 without loss changes no hash.
-    For quantized weights that includes the scales (absmax, nested absmax, SCB) that give them meaning.
-    Not for records that outlive a process: quantizing on another device may round another way.
+    A weight is hashed in the dtype in which its layer computes, so lossless storage in bfloat16 does not change the
+    hash. Quantized weights are hashed with their scales (absmax, nested absmax, SCB). Do not store the hash beyond the
+    process: quantization on another device may round differently.
     """
     digest = xxhash.xxh3_128()
     for name, tensor, dtype in sorted(_frozen(model), key=lambda item: item[0]):
         digest.update(f"{name} {dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(_bytes(tensor.to(dtype)))  # one at a time: all of them would be another model
+        digest.update(_bytes(tensor.to(dtype)))  # one at a time: all of them take as much memory as the model
     return digest.hexdigest()
 
 
 def _frozen(model: "torch.nn.Module") -> Iterator[tuple[str, "torch.Tensor", "torch.dtype"]]:
     seen: set[int] = set()  # tied weights count once
     for prefix, module in model.named_modules():
-        # Buffers that are not saved are derived from the config, and some are recomputed on the way.
+        # Buffers that are not saved are derived from the config, and some change during a forward.
         buffers = {k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}
         for key, tensor in {**module._parameters, **buffers}.items():
             name = f"{prefix}.{key}" if prefix else key
@@ -44,14 +44,14 @@ def _frozen(model: "torch.nn.Module") -> Iterator[tuple[str, "torch.Tensor", "to
                 continue
             seen.add(id(tensor))
             bare = _WRAPPER.sub("", name)
-            # storage.py keeps some weights in fewer bits than they mean; codes mean what their scales say.
+            # storage.py stores some floating-point weights in a narrower dtype than their layer's compute_dtype.
             narrow = key == "weight" and tensor.is_floating_point()
             yield bare, tensor, getattr(module, "compute_dtype", tensor.dtype) if narrow else tensor.dtype
             yield from ((f"{bare}.{k}", s, s.dtype) for k, s in _scales(module, tensor) if s is not None)
 
 
 def _scales(module: Any, weight: Any) -> Iterator[tuple[str, Any]]:
-    # bitsandbytes moves an int8 layer's scales from the parameter to the layer when it first runs.
+    # The first forward of an int8 layer moves its scales from the parameter to the layer.
     if hasattr(weight, "SCB"):
         yield "SCB", weight.SCB if weight.SCB is not None else module.state.SCB
     state = getattr(weight, "quant_state", None)

@@ -1,13 +1,13 @@
-"""Load a base model: its tokenizer, and its weights frozen, quantized if asked, on one device.
+"""Load a base model: its tokenizer, and its frozen, optionally quantized weights on one device.
 
     base = load_base(cfg.model, cfg.quant, "auto")
     base.model        LlamaForCausalLM: eval mode, nothing requires a gradient
     base.tokenizer    with model.chat_template and model.added_tokens applied
     base.quantized    ("model.layers.0.self_attn.q_proj", ...), or () without quantization
-    base.identity     what lora_ft.json records
+    base.identity     the record of the base in lora_ft.json
 
-On a CPU, weights that are stored in the dtype asked for stay in the mapped file: they cost no memory of
-their own, and several processes share them.
+On a CPU, weights whose stored dtype is the requested one stay in the mapped file: they take no memory of their own,
+and several processes share them.
 """
 
 import contextlib
@@ -24,12 +24,12 @@ from lora_ft import config
 from lora_ft.errors import ConfigError, ResourceError
 from lora_ft.models import quantize
 from lora_ft.models.resolve import Identity, locate
-from lora_ft.models.storage import leave_file
+from lora_ft.models.storage import copy_mapped_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Old checkpoints hold the causal mask's fill value, a constant, which not every class declares.
+# Old checkpoints contain the causal mask's fill value, a constant, which not every model class declares.
 _MASK = re.compile(r"\.masked_bias$")
 
 __all__ = ["Base", "Identity", "load_base", "load_tokenizer", "read_tokenizer", "resolve_device", "resolve_dtype"]
@@ -37,7 +37,7 @@ __all__ = ["Base", "Identity", "load_base", "load_tokenizer", "read_tokenizer", 
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen model in eval mode, its tokenizer, where it came from, and the names of its quantized layers."""
+    """A frozen model in eval mode, its tokenizer, its identity, and the names of its quantized layers."""
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
@@ -46,33 +46,33 @@ class Base:
 
 
 def resolve_device(device: str) -> torch.device:
-    """auto, cpu, cuda, cuda:N or mps -> a device of this machine; ConfigError names those that it has."""
+    """Return the device for auto, cpu, cuda, cuda:N or mps; raises ConfigError if this machine does not have it."""
     count = torch.cuda.device_count()
     present = [f"cuda:{i}" for i in range(count)] + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     wanted = {"auto": present[0], "cuda": "cuda:0"}.get(device, device)
     if wanted not in present:
-        raise ConfigError(f"device={device} is not on this machine; it has {', '.join(present)}")
+        raise ConfigError(f"device={device} is not available on this machine: choose one of {', '.join(present)}")
     return torch.device(wanted)
 
 
 def resolve_dtype(dtype: config.Dtype, device: torch.device) -> torch.dtype:
-    """auto -> bfloat16 on a GPU that computes in it, else float32; ConfigError for float16 on a CPU.
+    """Return the torch dtype; auto is bfloat16 on a GPU that computes in it, otherwise float32.
 
-    A CPU has no fast float16 products, and activations beyond 65,504 overflow without any gain for it.
+    Raises ConfigError for float16 on a CPU, where its products are slow and activations beyond 65,504 overflow.
     """
     if dtype is config.Dtype.auto:
         has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if has_bfloat16 else torch.float32
     if dtype is config.Dtype.float16 and device.type == "cpu":
-        raise ConfigError("float16 is not for CPUs, slow there and easily overflown: use bfloat16 or float32")
+        raise ConfigError("float16 is not for CPUs, where it is slow and overflows easily: use bfloat16 or float32")
     return getattr(torch, dtype.value)
 
 
 def load_tokenizer(model: config.Model) -> "PreTrainedTokenizerBase":
-    """The base's fast tokenizer, with model.chat_template and model.added_tokens applied; needs no weights.
+    """Load the base's fast tokenizer with model.chat_template and model.added_tokens applied; reads no weights.
 
-    Raises what `locate` raises, and ConfigError for a tokenizer that has no fast version, a template
-    that does not parse, or a token to add that is empty, repeated or there already.
+    Raises the errors of `locate`, and ConfigError for a tokenizer without a fast version, a template that does not
+    parse, or an added token that is empty, repeated or in the vocabulary already.
     """
     tokenizer = read_tokenizer(Path(locate(model, weights=False).folder or ""), model.path)
     if model.chat_template is not None:
@@ -81,27 +81,27 @@ def load_tokenizer(model: config.Model) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def read_tokenizer(folder: Path, place: str) -> Any:
-    """The fast tokenizer that a folder's files describe; ConfigError names `place` where they do not."""
+def read_tokenizer(folder: Path, source: str) -> Any:
+    """Read the fast tokenizer of a folder; raises ConfigError, which names `source`, if it cannot be read."""
     with quiet():
         try:
             tokenizer = _tokenizer_class(folder).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, ImportError) as error:
-            raise ConfigError(f"the tokenizer of {place} cannot be loaded: {first_line(error)}") from None
+            raise ConfigError(f"the tokenizer of {source} cannot be loaded: {first_line(error)}") from None
         except Exception as error:
-            # transformers takes the form of JSON files for granted; tokenizers raises nothing but bare Exceptions
+            # transformers does not validate the JSON files, and the package tokenizers raises bare Exceptions only.
             if type(error) not in (Exception, KeyError, TypeError, AttributeError):
                 raise
             raise ConfigError(
-                f"the tokenizer of {place} cannot be loaded: its files are not of a tokenizer's form ({error!r})"
+                f"the tokenizer of {source} cannot be loaded: its files do not describe a tokenizer ({error!r})"
             ) from error
     if not tokenizer.is_fast:
-        raise ConfigError(f"the tokenizer of {place} has no fast version (tokenizer.json)")
+        raise ConfigError(f"the tokenizer of {source} has no fast version: add its tokenizer.json")
     return tokenizer
 
 
 def _tokenizer_class(folder: Path) -> Any:
-    # AutoTokenizer imports a second's worth of model code to choose a class; a plain tokenizer.json needs none.
+    # To choose a class, AutoTokenizer imports model code for a second; a plain tokenizer.json does not need it.
     from transformers import PreTrainedTokenizerFast
 
     described = folder / "tokenizer_config.json"
@@ -131,8 +131,8 @@ def _add_tokens(tokenizer: Any, tokens: list[str]) -> None:
     known = tokenizer.get_vocab()
     for i, token in enumerate(tokens):
         if not token.strip() or token in known or token in tokens[:i]:
-            rule = f"is token {known[token]} already" if token in known else "is empty or given twice"
-            raise ConfigError(f"model.added_tokens: {token!r} {rule}")
+            rule = f"is already token {known[token]}" if token in known else "is empty or repeated"
+            raise ConfigError(f"model.added_tokens: {token!r} {rule}: remove it")
     tokenizer.add_tokens(tokens)
 
 
@@ -143,13 +143,11 @@ def load_base(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     model_class: Any = None,
 ) -> Base:
-    """Load a frozen base in `model.dtype` on `device`, its linear layers quantized as `quant` says.
+    """Load a frozen base in `model.dtype` on `device`, with its linear layers quantized as `quant` selects.
 
-    `model_class` is of transformers, AutoModelForCausalLM by default.
-
-    Rows of added tokens start as the mean of the rows that the tokenizer used before, and so do not
-    depend on a seed. Raises what `locate` raises, ConfigError for weights that do not fit the config,
-    ResourceError where memory does not suffice.
+    `model_class` is a class of transformers, by default AutoModelForCausalLM. Rows of added tokens start as the mean
+    of the rows of the existing tokens, independent of any seed. Raises the errors of `locate`, ConfigError for weights
+    that do not match the config, and ResourceError if memory is too small.
     """
     from transformers import AutoModelForCausalLM
 
@@ -170,7 +168,7 @@ def load_base(
     if quant.kind is not config.QuantKind.none:
         quantized = quantize.check_plan(network)
         quantize.settle(network, quantized)
-        leave_file(network)
+        copy_mapped_weights(network)
     fit_embeddings(network, tokenizer, len(model.added_tokens))
     return Base(network.requires_grad_(False).eval(), tokenizer, identity, quantized)
 
@@ -185,42 +183,47 @@ def _load_weights(
             network, report = model_class.from_pretrained(
                 folder, dtype=dtype, device_map={"": device}, quantization_config=quantization,
                 use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True,
-                ignore_mismatched_sizes=True,  # as part of the report; refused below
+                ignore_mismatched_sizes=True,  # they are part of the report, which is checked below
             )  # fmt: skip
     except torch.OutOfMemoryError:
         raise ResourceError(
-            f"{path} does not fit into the memory of {device}: try quant=nf4, or a smaller model"
+            f"model.path={path} does not fit into the memory of {device}: set quant=nf4, or choose a smaller model"
         ) from None
     except RuntimeError as error:
         if quantization is None:
             raise
-        # transformers collects what goes wrong while it quantizes, memory included, into this one error.
-        raise ResourceError(f"{path} cannot be quantized on {device}, most often for lack of memory") from error
+        # transformers raises this one error for every failure of a quantization, including lack of memory.
+        raise ResourceError(
+            f"model.path={path} cannot be quantized on {device}; the most common reason is lack of memory: "
+            "choose a smaller model, or another device"
+        ) from error
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"model.path={path} cannot be loaded: {first_line(error)}") from None
-    # transformers would only log this, and go on with random numbers in place of the missing weights.
+    # transformers only logs this, and fills missing weights with random numbers.
     if absent := sorted(report["missing_keys"]) or sorted(report["mismatched_keys"]):
         raise ConfigError(
-            f"model.path={path}: the weights lack {absent[0]} or its shape differs ({len(absent)} in all)"
+            f"model.path={path}: the weights lack {absent[0]}, or its shape differs ({len(absent)} in all): "
+            "weights and config.json do not belong together"
         )
     if extra := sorted(name for name in report["unexpected_keys"] if not _MASK.search(name)):
         raise ConfigError(
-            f"model.path={path}: the weights hold tensors that the model of config.json has no place for, "
+            f"model.path={path}: the weights contain tensors that the model of config.json does not have: "
             f"{', '.join(extra[:3])} ({len(extra)} in all): weights and config.json do not belong together"
         )
     return network
 
 
 def fit_embeddings(network: Any, tokenizer: Any, num_added: int) -> None:
-    """Give each added token a row, the mean of the old tokens' rows, in the embedding and in the head.
+    """Set the row of each added token, in the embedding and in the head, to the mean of the existing tokens' rows.
 
-    Models often have more rows than their tokenizer has tokens, never trained: added tokens take
-    those first, and the mean leaves them out.
+    Models often have more rows than their tokenizer has tokens, which were never trained. Added tokens use these
+    rows first, and the mean does not include them.
     """
     rows, tokens = network.get_input_embeddings().weight.shape[0], len(tokenizer)
     if tokens - num_added > rows:
         raise ConfigError(
-            f"the tokenizer has {tokens} tokens, the model has rows for {rows} only: they do not belong together"
+            f"the tokenizer has {tokens - num_added} tokens, but the model has only {rows} embedding rows: "
+            "they do not belong together"
         )
     if not num_added:
         return
@@ -234,7 +237,7 @@ def fit_embeddings(network: Any, tokenizer: Any, num_added: int) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No bars and no log lines from transformers: what a user can act on is raised as an error here."""
+    """Silence transformers' progress bars and log lines until the block ends; problems are raised as errors instead."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

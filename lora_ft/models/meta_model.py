@@ -1,10 +1,10 @@
-"""A base model without its weights: modules, names and shapes from config.json, on torch's meta device.
+"""Load a base model without its weights: modules, names and shapes from config.json, on torch's meta device.
 
-    base = load_skeleton(cfg.model, cfg.quant, cfg.device, tokenizer)      # 8B parameters in no memory
+    base = load_meta_model(cfg.model, cfg.quant, cfg.device, tokenizer)    # 8B parameters without memory
 
-It takes a quarter of a second where weights take seconds to minutes, and those of a hub id are not even fetched, so
-that what an adapter's settings get wrong is known before. Quantized layers are plain ones here: they have the same
-names and shapes.
+This takes a quarter of a second, where weights take seconds to minutes, and does not download the weights of a hub id.
+So errors in an adapter's settings are found early. Quantized layers are plain layers here, with the same names and
+shapes.
 """
 
 from pathlib import Path
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load_skeleton(
+def load_meta_model(
     model: config.Model,
     quant: config.Quant,
     device: str,
     tokenizer: "PreTrainedTokenizerBase",
     model_class: Any = None,
 ) -> Base:
-    """The base that `load_base` loads for these settings, its parameters on the meta device.
+    """Return the base that `load_base` loads for these settings, with its parameters on the meta device.
 
-    Raises what `load_base` raises, but for what only the weights themselves can show.
+    Raises the errors of `load_base`, except those that only the weights can show.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -45,7 +45,7 @@ def load_skeleton(
         with load.quiet(), torch.device("meta"):
             described = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             network = (model_class or AutoModelForCausalLM).from_config(described, dtype=dtype, trust_remote_code=False)
-            if (folder / "generation_config.json").is_file():  # its end tokens, which are not always config.json's
+            if (folder / "generation_config.json").is_file():  # its end tokens may differ from those of config.json
                 network.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path={model.path} cannot be loaded: {load.first_line(error)}") from None

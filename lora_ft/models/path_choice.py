@@ -1,9 +1,9 @@
-"""Choose the paths from packed documents to the loss: the fastest that give the truth (models/self_check.py).
+"""Choose the paths from packed documents to the loss: the fastest that pass the self-check (models/self_check.py).
 
-    packing, attention, loss    all on                     -> same as the truth: done
-                                one, two, three of them off -> the first choice that is the same
+    packing, attention, loss    all on                     -> the check finds no problem: done
+                                one, two, three of them off -> the first choice without a problem
 
-Each switch that is off has its reason: the problem that the choice has with it on and the others as chosen.
+The log names each switch that is off, with the problem that the check finds if only this switch is on again.
 """
 
 from collections.abc import Callable
@@ -21,43 +21,36 @@ from lora_ft.ops.token_loss import Paths
 _SWITCHES = {
     "attention": "plain attention",
     "loss": "plain loss",
-    "packing": "packing off, one row in a forward pass",
+    "packing": "packing off, one row per forward pass",
 }
 
 
 def choose_paths(
-    model: PreTrainedModel, fast: config.Fast, reference: self_check.Reference
+    model: PreTrainedModel, fast: config.Fast, reference: self_check.Reference | None
 ) -> tuple[Paths, str, list[str]]:
-    """Set the model's attention; return the paths, a problem that no choice of paths avoids, and lines for the log."""
+    """Set the model's attention; return the paths, a problem that all choices have (or ""), and log lines.
+
+    Without a reference nothing is checked: the paths are those that `fast` selects.
+    """
     lines = [f"plain {name}: fast.{name}=false" for name in ("attention", "loss") if not getattr(fast, name)]
-    if fast.loss and not reference.plain_head:
-        lines.append("plain loss: the logits are not the product of the head alone")
-    wished = [name for name in _SWITCHES if name == "packing" or getattr(fast, name)]
-    if not reference.plain_head and "loss" in wished:
-        wished.remove("loss")
+    candidates = [name for name in _SWITCHES if name == "packing" or getattr(fast, name)]
+    if fast.loss and reference is not None and not reference.plain_head:
+        lines.append("plain loss: the logits are not just the product with the head")
+        candidates.remove("loss")
     plain = plain_name(model)
     problems: dict[frozenset[str], str] = {}
-    for count in range(len(wished) + 1):
-        for switched_off in map(frozenset, combinations(wished, count)):
-            paths = _set(model, plain, frozenset(wished) - switched_off)
-            problems[switched_off] = self_check.find_problem(model, paths, reference)
-            if not problems[switched_off]:
-                lines += [f"{_SWITCHES[name]}: {problems[switched_off - {name}]}" for name in wished
-                          if name in switched_off]  # fmt: skip
+    for count in range(len(candidates) + 1):
+        for off in map(frozenset, combinations(candidates, count)):
+            paths = _set(model, plain, frozenset(candidates) - off)
+            problems[off] = "" if reference is None else self_check.find_problem(model, paths, reference)
+            if not problems[off]:
+                lines += [f"{_SWITCHES[name]}: {problems[off - {name}]}" for name in candidates if name in off]
                 return paths, "", [*lines, *_kernel_line(model, paths)]
-    return paths, problems[frozenset(wished)], lines
-
-
-def unchecked_paths(model: PreTrainedModel, fast: config.Fast) -> tuple[Paths, list[str]]:
-    """Set the model's attention and return the paths that `fast` asks for."""
-    lines = [f"plain {name}: fast.{name}=false" for name in ("attention", "loss") if not getattr(fast, name)]
-    switched_on = frozenset(name for name in _SWITCHES if name == "packing" or getattr(fast, name))
-    paths = _set(model, plain_name(model), switched_on)
-    return paths, [*lines, *_kernel_line(model, paths)]
+    return paths, problems[frozenset(candidates)], lines
 
 
 def plain_name(model: PreTrainedModel) -> str:
-    """Return the name of transformers' attention for a model: the one that it has, unless it has ours."""
+    """Return the name of a model's plain attention: its current one, or transformers' default if that is ours."""
     own: str = model.config._attn_implementation
     if own != attention.NAME:
         return own
@@ -70,9 +63,9 @@ def _set(model: PreTrainedModel, plain: str, switched_on: frozenset[str]) -> Pat
 
 
 def longest_shared(model: PreTrainedModel) -> int | None:
-    """Return the length up to which documents leave each other's rotary frequencies alone; None for any length.
+    """Return the length up to which a document does not change the rotary frequencies of others; None for no limit.
 
-    `dynamic` and `longrope` frequencies of all tokens follow the largest position of a forward pass.
+    `dynamic` and `longrope` choose the frequencies of all tokens by the largest position of a forward pass.
     """
     limits: list[int] = []
     for module in model.modules():
@@ -87,10 +80,10 @@ def longest_shared(model: PreTrainedModel) -> int | None:
 
 
 def set_attention(model: PreTrainedModel, name: str) -> Callable[[], None]:
-    """Set the attention implementation, and return the function that sets it back."""
+    """Set the attention implementation, and return a function that restores the current one."""
     before = model.config._attn_implementation
     if name != before:
-        with quiet():  # a model whose attention cannot be set would log a warning; find_problem tells
+        with quiet():  # transformers only logs a warning if it cannot set the attention; find_problem notices it
             model.set_attn_implementation(name)
 
     def undo() -> None:

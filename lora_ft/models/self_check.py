@@ -1,14 +1,14 @@
-"""Self-check of a loaded base: two short documents packed on the chosen paths, and one alone as transformers has it.
+"""Self-check of a loaded base: compare two short packed documents on fast paths with one document on the plain path.
 
-    truth     second document alone, plain forward  -> loss, gradient at its embeddings
-    checked   first | second on the chosen paths    -> the same loss and gradient, and
+    reference   second document, plain forward            -> loss, gradient at its embeddings
+    checked     first | second packed, on the fast paths  -> the same loss and gradient, and
 
-    gradient at the first document is exactly 0     no token sees another document
-    gradient behind the last supervised token is 0  no token sees one that follows it
+    gradient at the first document is exactly 0           no token sees another document
+    gradient after the last supervised token is 0         no token sees a later one
 
-The two zeros hold in every dtype and for every size of weights: a masked score has probability 0, not a small one.
-Loss and gradient are compared within the rounding of the dtype. Sliding windows are longer than the documents, so
-the windows that packed attention receives are compared with those that the config names. It costs a forward and a
+The two zeros hold in every dtype and for weights of every size: a masked score has probability 0, not a small one.
+Loss and gradient are compared within the rounding of the dtype. Sliding windows are longer than these documents, so
+the windows that packed attention receives are compared with those in the config. The check costs one forward and one
 backward of a few tokens each, less than a training step.
 """
 
@@ -30,48 +30,26 @@ from lora_ft.ops.token_loss import Paths, token_loss_sum
 _LENGTHS = (5, 7)
 # Largest difference of loss and gradient, relative to the norm. Families round to float32 inside even in float64.
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
-_SAME_BITS = 1e-6  # the same function, but for the order of a few sums
-
-
-class Documents(NamedTuple):
-    """Token ids [T] of two documents, and targets [T] of the second, the last one without a target."""
-
-    first: Tensor
-    second: Tensor
-    targets: Tensor
-
-    def packed(self, paths: Paths) -> Batch:
-        """Return the batch to check: both documents if `paths` packs, else the second one."""
-        if not paths.packs:
-            positions = torch.arange(len(self.second), device=self.second.device)
-            return Batch(self.second, positions, self.targets, [0, len(self.second)])
-        documents = (self.first, self.second)
-        ignored = torch.full_like(self.first, IGNORED)
-        return Batch(
-            ids=torch.cat(documents),
-            positions=torch.cat([torch.arange(len(ids), device=ids.device) for ids in documents]),
-            targets=torch.cat([ignored, self.targets]),
-            starts=[0, len(self.first), len(self.first) + len(self.second)],
-        )
+_SAME_BITS = 1e-6  # the same function, except for the order of a few sums
 
 
 class Reference(NamedTuple):
-    """The documents, and the truth: loss and gradient [T, E] at the embeddings of the second one alone.
+    """Two packed documents, with loss and gradient [T, E] at the embeddings of the second one on the plain path.
 
-    plain_head: the logits are exactly the head's product with the last hidden state, so that the loss may take the
-    head of some rows only. Granite divides its logits, Gemma 2 caps them.
+    plain_head: the logits are exactly the product of the last hidden state with the head, so the loss may compute
+    the head for some rows only. Not so in Granite, which divides its logits, and Gemma 2, which caps them.
     """
 
-    documents: Documents
+    packed: Batch
     loss: float
     gradient: Tensor
     plain_head: bool
 
 
 def make_reference(model: PreTrainedModel) -> tuple[Reference | None, str]:
-    """Compute the truth with the current forwards; None with the reason if that fails."""
+    """Compute the reference with the current forwards; return None with the reason if that fails."""
     try:
-        reference = _truth(model, _draw(model))
+        reference = _plain_reference(model, _draw(model))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -82,17 +60,18 @@ def make_reference(model: PreTrainedModel) -> tuple[Reference | None, str]:
 
 
 def is_same(model: PreTrainedModel, reference: Reference) -> bool:
-    """Return whether the plain forward still computes the same, to the last bits."""
-    again = _truth(model, reference.documents)
+    """Return True if the plain forward still computes the same, except for the last bits."""
+    again = _plain_reference(model, reference.packed)
     return _distance(reference, again.loss, again.gradient) <= _SAME_BITS
 
 
 def find_problem(model: PreTrainedModel, paths: Paths, reference: Reference) -> str:
-    """Describe the difference between the loss on `paths` and the truth; empty if there is none.
+    """Describe the difference between the loss on `paths` and the reference; "" if there is no difference.
 
-    Any error counts as a problem of these paths, except for memory that ran out.
+    Any error counts as a problem of these paths, except running out of memory, which is raised.
     """
-    batch, length = reference.documents.packed(paths), len(reference.documents.second)
+    length = _LENGTHS[1]
+    batch = reference.packed if paths.packs else reference.packed.documents()[1]
     try:
         with attention.recorded_calls() as calls:
             loss, gradient = _loss_and_gradient(model, lambda: token_loss_sum(model, batch, paths))
@@ -103,9 +82,9 @@ def find_problem(model: PreTrainedModel, paths: Paths, reference: Reference) -> 
     if gradient[:-length].any():
         return "packed documents see each other"
     if gradient[-1].any():
-        return "a token sees those that follow it"
+        return "tokens see later tokens"
     if not (distance := _distance(reference, loss, gradient[-length:])) <= _tolerance(model):
-        return f"the loss is {loss:.4f} instead of {reference.loss:.4f}, its gradient is {distance:.1e} away"
+        return f"loss {loss:.4f} instead of {reference.loss:.4f}, relative error of loss or gradient {distance:.1e}"
     return _ignored_windows(model, calls) if paths.passes_starts else ""
 
 
@@ -113,24 +92,25 @@ def _named(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _draw(model: PreTrainedModel) -> Documents:
-    """Draw two documents from the middle of the vocabulary, away from special tokens."""
+def _draw(model: PreTrainedModel) -> Batch:
+    """Draw two documents from the middle of the vocabulary, away from special tokens; only the second has targets."""
     size = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(size // 8, size // 2 + 1, (sum(_LENGTHS),), generator=generator).to(model.device)
-    first, second = ids.split(_LENGTHS)
-    targets = second.roll(-1)
-    targets[[2, -1]] = IGNORED
-    return Documents(first, second, targets)
+    ids = torch.randint(size // 8, size // 2 + 1, (sum(_LENGTHS),), generator=generator)
+    targets = ids.roll(-1)
+    targets[: _LENGTHS[0]] = targets[_LENGTHS[0] + 2] = targets[-1] = IGNORED
+    positions = torch.cat([torch.arange(length) for length in _LENGTHS])
+    return Batch(ids, positions, targets, [0, _LENGTHS[0], sum(_LENGTHS)]).to(model.device)
 
 
-def _truth(model: PreTrainedModel, documents: Documents) -> Reference:
-    """Compute the second document alone by the model's own forward."""
+def _plain_reference(model: PreTrainedModel, packed: Batch) -> Reference:
+    """Compute the second document by the model's own forward."""
+    second = packed.documents()[1]
     seen: dict[str, Tensor] = {}
 
     def loss() -> Tensor:
-        seen["logits"] = logits = model(input_ids=documents.second[None], use_cache=False).logits
-        return cross_entropy(at_least_float32(logits[0]), documents.targets, ignore_index=IGNORED, reduction="sum")
+        seen["logits"] = logits = model(input_ids=second.ids[None], use_cache=False).logits
+        return cross_entropy(at_least_float32(logits[0]), second.targets, ignore_index=IGNORED, reduction="sum")
 
     def note_hidden(_: nn.Module, __: Any, output: Any) -> None:
         seen["hidden"] = output[0]
@@ -147,10 +127,10 @@ def _truth(model: PreTrainedModel, documents: Documents) -> Reference:
     finally:
         for hook in hooks:
             hook.remove()
-    # A model that calls a part of its body directly leaves no hidden state here: find_problem compares the results.
+    # If the model calls parts of its body directly, no hidden state is recorded; find_problem compares the results.
     pairs = [(seen.get("made"), seen["logits"]), (seen.get("taken"), seen.get("hidden", seen.get("taken")))]
     plain_head = all(a is not None and b is not None and torch.equal(a.float(), b.float()) for a, b in pairs)
-    return Reference(documents, value, gradient, plain_head)
+    return Reference(packed, value, gradient, plain_head)
 
 
 def _distance(reference: Reference, loss: float, gradient: Tensor) -> float:
@@ -160,25 +140,29 @@ def _distance(reference: Reference, loss: float, gradient: Tensor) -> float:
 
 
 def _tolerance(model: PreTrainedModel) -> float:
-    # int8 layers round activations to 8 bits there, about as coarse as bfloat16.
-    rounds_activations = model.device.type != "cpu" and any(p.dtype == torch.int8 for p in model.parameters())
-    computed = model.get_input_embeddings().weight.dtype
-    return _TOLERANCE.get(torch.bfloat16 if rounds_activations else computed, 0.0)
+    """Return the tolerance of the least exact dtype in which a part of the model computes."""
+    dtypes = {model.get_input_embeddings().weight.dtype}
+    # Quantized layers compute in a dtype of their own (quant.compute_dtype).
+    dtypes |= {module.compute_dtype for module in model.modules() if hasattr(module, "compute_dtype")}
+    # On a GPU, int8 layers round activations to 8 bits, about as coarse as bfloat16.
+    if model.device.type != "cpu" and any(p.dtype == torch.int8 for p in model.parameters()):
+        dtypes.add(torch.bfloat16)
+    return max(_TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
 
 
 def _ignored_windows(model: PreTrainedModel, calls: list[attention.Call]) -> str:
-    """Describe limits on what a token sees that the config names and packed attention was not given."""
+    """Describe limits on attention that the config has and packed attention did not receive, or ""."""
     text = model.config.get_text_config()
     kinds = list(getattr(text, "layer_types", None) or ())
     if not calls:
         return "the model does not call packed attention"
     if "chunked_attention" in kinds or getattr(text, "attention_chunk_size", None) is not None:
-        return "packed attention has no chunks"
+        return "packed attention does not support chunks"
     given = sum(call.window is not None for call in calls)
     window = getattr(text, "sliding_window", None)
     expected = kinds.count("sliding_attention") if kinds else int(window is not None)
     if window is not None and given < expected:
-        return f"{expected - given} layers have a sliding window that packed attention is not given"
+        return f"{expected - given} layers have a sliding window that packed attention does not receive"
     return ""
 
 
@@ -193,7 +177,7 @@ def _loss_and_gradient(model: PreTrainedModel, loss: Callable[[], Tensor]) -> tu
     modes = {module: module.training for module in model.modules()}
     model.eval()
     for module in model.modules():
-        # On a CPU an int8 layer multiplies with its dequantized weight in training, and rounds activations otherwise.
+        # On a CPU an int8 layer rounds activations in eval mode; in train mode it uses its dequantized weight.
         if getattr(getattr(module, "weight", None), "dtype", None) is torch.int8:
             module.training = True
     hook = model.get_input_embeddings().register_forward_hook(as_leaf)

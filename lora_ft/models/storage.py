@@ -1,32 +1,35 @@
-"""Keep less of a loaded base in memory; nothing that is computed changes, not by a bit.
+"""Change how a loaded base is stored in memory; no computed number changes, not by a bit.
 
-    exact_bfloat16   float32 weights whose values are bfloat16's (a bfloat16 checkpoint, computed in float32)
-                     -> half the bytes, made float32 again by each product
-    leave_file       weights that are still parts of the mapped file
-                     -> copies, so that the file's other pages leave the process
+    exact_bfloat16        float32 weights that bfloat16 holds exactly (a bfloat16 checkpoint, computed in float32)
+                          -> half the bytes, cast to float32 again by each product
+    copy_mapped_weights   weights that are still parts of the mapped file
+                          -> copies, so that the file's other pages leave the process
+    dequantized_forwards  weights in 4 bits or bfloat16, during generation on a CPU
+                          -> dequantized once, not once per token
 
-The embedding, the head and the norms stay as they are: other code than their own forward reads them.
+The embedding, the head and the norms keep their storage: code outside of their forward reads them.
 """
 
-import ctypes
-import sys
+import functools
 from collections import Counter
-from collections.abc import Collection, Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_ft.ops.weights import frozen_linear, frozen_weight
+from lora_ft.ops.weights import FrozenWeight, frozen_linear, frozen_weight
+
+_MOST_DEQUANTIZED_BYTES = 2 << 30  # half a billion float32 weights; larger models generate from their small weights
 
 
 def exact_bfloat16(model: PreTrainedModel, modules_to_save: Collection[str] = ()) -> Iterator[tuple[nn.Module, Tensor]]:
-    """Yield the frozen linear layers whose weights bfloat16 holds exactly, each with that weight.
+    """Yield the frozen linear layers whose weights bfloat16 holds exactly, each with its bfloat16 weight.
 
-    An attached adapter's layers stay, and so does every layer that `modules_to_save` names, or inside of one: it
-    will be trained in full. The caller replaces weight after weight, so that only one copy exists beside the model.
+    Skips the layers of an attached adapter, and all layers that `modules_to_save` names or contains, which will be
+    trained in full. The caller replaces one weight at a time, so that only one copy exists beside the model.
     """
     holders = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     head = model.get_output_embeddings()
@@ -49,7 +52,7 @@ def _narrow(weight: Tensor) -> Tensor | None:
     """Return the weight in bfloat16, or None if that would lose a bit."""
     if weight.dtype != torch.float32:
         return None
-    # Most bases are either bfloat16 throughout or not at all: one row tells, for nothing.
+    # Most bases are stored in bfloat16 either throughout or not at all: the first row decides nearly always.
     for part in (weight[:1], weight):
         narrow = part.to(torch.bfloat16)
         if not torch.equal(narrow.float().view(torch.int32), part.view(torch.int32)):
@@ -58,29 +61,49 @@ def _narrow(weight: Tensor) -> Tensor | None:
 
 
 def stored_forward(layer: Any, inputs: Tensor) -> Tensor:
-    """Multiply with the weight upcast to `layer.compute_dtype`."""
+    """Multiply by the weight cast to `layer.compute_dtype`."""
     weight = frozen_weight(layer, layer.compute_dtype)
-    assert weight is not None  # compute_dtype is what it asks for
+    assert weight is not None  # frozen_weight returns None only for another dtype than compute_dtype
     return frozen_linear(inputs, weight, layer.bias)
 
 
-def give_back_freed_memory() -> None:
-    """Let glibc return the holes between the new weights, too small for activations; a no-op elsewhere.
+def copy_mapped_weights(model: PreTrainedModel) -> None:
+    """Copy the weights that a quantized model on the CPU still reads from the mapped file: embedding and norms.
 
-    Without it SmolLM2-135M peaks 0.2 GB above the model with full weights, with it 0.16 GB below.
-    """
-    if sys.platform.startswith("linux"):
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
-
-
-def leave_file(model: PreTrainedModel) -> None:
-    """Copy what a quantized model on the CPU still reads from the mapped file, its embedding and norms.
-
-    Those few keep the whole file mapped, and the pages that were read to be quantized in the process: for
-    SmolLM2-135M 538 MB, where the copy takes 114. An unquantized model is its file: leave it there.
+    They keep the whole file mapped, with all pages that were read for quantization in the process: 538 MB for
+    SmolLM2-135M, where the copy takes 114 MB. Do not call it for an unquantized model, which needs the whole file.
     """
     for parameter in model.parameters():
         if parameter.is_cpu and parameter.is_floating_point():
             parameter.data = parameter.data.clone()
+
+
+def dequantized_forwards(model: nn.Module) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
+    """Return forwards that multiply by weights dequantized once, for layers on the CPU in 4 bits or in bfloat16.
+
+    A training step dequantizes each weight once per thousand tokens, generation once per token and spends most of its
+    time there. The numbers are the same to the bit. Costs one copy of the linear weights in the compute dtype; returns
+    no forwards if that is over 2 GiB. Leaves out int8 layers, which also round activations outside of training, and
+    layers that were quantized from another dtype than they compute in.
+    """
+    layers: list[Any] = [module for module in model.modules() if _is_stored_small(module)]
+    if sum(_dequantized_bytes(layer) for layer in layers) > _MOST_DEQUANTIZED_BYTES:
+        return {}
+    weights = {layer: cast(FrozenWeight, frozen_weight(layer, layer.compute_dtype)) for layer in layers}
+    return {layer: functools.partial(_dequantized_forward, weight(), layer.bias) for layer, weight in weights.items()}
+
+
+def _is_stored_small(module: Any) -> bool:
+    # Layers stored in another dtype than they compute in have this attribute; int8 layers do not.
+    compute = getattr(module, "compute_dtype", None)
+    return isinstance(compute, torch.dtype) and module.weight.is_cpu and frozen_weight(module, compute) is not None
+
+
+def _dequantized_bytes(layer: Any) -> int:
+    state = getattr(layer.weight, "quant_state", None)
+    elements: int = (layer.weight if state is None else state).shape.numel()
+    return elements * int(layer.compute_dtype.itemsize)
+
+
+def _dequantized_forward(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
+    return frozen_linear(inputs, lambda: weight, bias)

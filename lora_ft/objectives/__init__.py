@@ -1,6 +1,6 @@
-"""Objectives: what an adapter is trained for. An objective makes examples of rows, and the loss of a batch of them.
+"""Training objectives: an objective makes examples of rows and computes the loss of a batch of them.
 
-A new objective is a module of this folder and a line in `OBJECTIVES`; `objective=NAME` then chooses it.
+To add one, write a module in this folder and add a line to `OBJECTIVES`; `objective.name=NAME` then selects it.
 """
 
 from typing import Any, Protocol
@@ -17,20 +17,20 @@ from lora_ft.ops.token_loss import Paths
 
 
 class Objective(Protocol):
-    """The interface of an objective. model_class: of transformers, with its head. task_type: of PEFT."""
+    """Interface of an objective. model_class: class of transformers with the right head. task_type: PEFT's name."""
 
     model_class: Any
     task_type: str
 
     def examples(self, rows: Rows, tokenizer: Any, data: config.Data) -> list[Example]:
-        """Make examples of rows, in the order of the rows; a fault of a row goes into `rows.ledger`.
+        """Make examples of rows, in order. Bad rows go into `rows.ledger`.
 
-        Documents that the loss compares have the same `group`: they stay in one micro-batch, next to each other.
+        Documents that the loss compares have the same `group`, which keeps them adjacent in one micro-batch.
         """
         ...
 
     def loss(self, model: PreTrainedModel, batch: Batch, paths: Paths) -> LossSum:
-        """Return the loss of a batch as a sum with its weight; the trainer divides by the weight of a whole step."""
+        """Return the loss of a batch as a sum and its weight; the trainer divides by the total weight of a step."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: cross-entropy of the supervised tokens, each of the same weight."""
+"""Supervised fine-tuning: cross-entropy of the supervised tokens, all with the same weight."""
 
 from typing import Any
 
@@ -19,9 +19,9 @@ class Sft:
     task_type = "CAUSAL_LM"
 
     def examples(self, rows: Rows, tokenizer: Any, data: config.Data) -> list[Example]:
-        """Return the documents of rows, rendered and tokenized; each stands alone."""
+        """Return the rendered and tokenized documents of rows, without groups."""
         return dataset.tokenized(rows, tokenizer, data)
 
     def loss(self, model: PreTrainedModel, batch: Batch, paths: Paths) -> LossSum:
-        """Return the cross-entropies of a batch, to be divided by the supervised tokens of the step."""
+        """Return the sum of cross-entropies of a batch, with the number of supervised tokens as its weight."""
         return LossSum(token_loss_sum(model, batch, paths), sum(batch.counts))

@@ -1,10 +1,10 @@
-"""Tensor functions, the plain form beside the fast one; nothing here knows files.
+"""Tensor functions: each fast form next to its plain definition. Nothing here reads or writes files.
 
 token_loss       packed tokens -> sum of losses            batch            packed documents as tensors
 attention        causal within documents                  tiled_attention  the same on a CPU, tile by tile
-cross_entropy    the head and its loss                    lora_linear      a layer and its LoRA as one function
-norm  mlp  rope  the rest of a block, keeping less        kernels          the three compiled, or Liger's
-recomputable     a tensor that can be computed again      weights          a frozen weight, however it is stored
-gradient_checkpointing  layers recomputed in the backward  dequantized      small weights while generating
-dropout          the frozen base's own, switched off      allocator        memory that stays in the process
+cross_entropy    the head and its loss                    lora_linear      a linear layer and its LoRA in one function
+norm  mlp  rope  blocks that keep less for the backward   kernels          the three compiled, or Liger's
+recomputable     tensors that are computed again          weights          a frozen weight in any storage format
+gradient_checkpointing  layers recomputed in backward     dropout          switches off the frozen base's dropout
+allocator        when freed memory returns to the system
 """

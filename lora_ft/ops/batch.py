@@ -1,4 +1,4 @@
-"""The types between packing, objective and trainer: a batch of packed documents, and the loss sum of a batch.
+"""Types shared by packing, objectives and the trainer: a batch of packed documents, and the loss sum of a batch.
 
 Two documents, `2+2? =4.` and `Hi Ho.`, whose answers `4.` and `Ho.` are supervised:
 
@@ -22,7 +22,7 @@ IGNORED = -100  # torch's cross-entropy ignores this target by default
 
 @dataclass(frozen=True)
 class Batch:
-    """Documents laid end to end. ids, positions, targets: int64 [tokens]; starts: cumulative document boundaries."""
+    """Concatenated documents. ids, positions, targets: int64 [tokens]; starts: cumulative document boundaries."""
 
     ids: Tensor
     positions: Tensor
@@ -42,7 +42,7 @@ class Batch:
         return counts
 
     def to(self, device: torch.device) -> "Batch":
-        """Copy the batch to a device. Its supervised positions are found before: on a GPU, that would wait for it."""
+        """Copy the batch to a device. Supervised positions are found first: on a GPU this would synchronize."""
         moved = Batch(self.ids.to(device), self.positions.to(device), self.targets.to(device), self.starts)
         vars(moved).update(counts=self.counts, supervised=self.supervised.to(device))
         return moved
@@ -57,10 +57,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class LossSum:
-    """The loss of a batch, not yet divided.
+    """The loss of a batch before the division.
 
-    sum: scalar with its graph. weight: share of this batch in the number that the sum over a step is divided by.
-    metrics: further sums by name, divided by the same number and written to metrics.jsonl.
+    sum: scalar with its graph. weight: this batch's part of the divisor; the trainer divides the sum over a step by
+    the weights over that step. metrics: further sums by name, divided in the same way and written to metrics.jsonl.
     """
 
     sum: Tensor
@@ -68,5 +68,5 @@ class LossSum:
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
     def detach(self) -> "LossSum":
-        """Return the same values without their graph."""
+        """Return the same values without the graph."""
         return LossSum(self.sum.detach(), self.weight, {name: value.detach() for name, value in self.metrics.items()})

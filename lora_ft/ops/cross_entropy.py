@@ -1,20 +1,20 @@
-"""The loss of a language model's head: plain, and chunked with its gradient computed in the forward.
+"""The loss of a language model's head: plain, and chunked with the gradient computed in the forward.
 
 Both return the SUM of the token losses, so that the caller divides once by the tokens of a whole
 optimizer step (the mean of micro-batch means weights tokens unequally: transformers PR 34191).
 
     logits [N, V] for N = 2,000 positions and V = 49,152 words are 393 MB in fp32, and autograd keeps
-    several such; here CHUNK_ROWS positions at a time share one buffer of 50 MB:
+    several such tensors; here CHUNK_ROWS positions at a time share one buffer of 50 MB:
 
       rows of the head     logits' = W h'  [V, n]     exp(logits' - largest)
         0 ..  2,047      +------------------------+
-        2,048 .. 4,095   |  made, read and turned |   gradient of h = W' (exp / sum - one_hot)
-        ...              |  a block at a time     |
+        2,048 .. 4,095   |  computed and read     |   gradient of h = W' (exp / sum - one_hot)
+        ...              |  one block at a time   |
                          +------------------------+
 
-The logits lie transposed, words down and positions across: W is then the product's left side, which MKL
-multiplies at 175 to 190 GFLOP/s where the usual layout reaches 120 to 150 (LOG.md), and a block of words
-stays in the cache between the passes over it. The division by the sums waits for the small gradient.
+The logits are transposed, words by positions. W is then the left operand of the product, which MKL multiplies
+at 175 to 190 GFLOP/s, against 120 to 150 in the usual layout, and a block of words stays in the cache between
+the passes over it. Only the small gradient is divided by the sums, not the logits.
 
 Shapes: N positions, E width of the hidden state, V words, r rank of a LoRA on the head.
 """
@@ -41,7 +41,10 @@ class HeadLora(NamedTuple):
 def linear_cross_entropy_plain(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, lora: HeadLora | None = None
 ) -> Tensor:
-    """Sum of cross-entropies; hidden [N, E], weight [V, E], targets [N] int64. Half precision is summed in fp32."""
+    """Return the sum of cross-entropies: the definition. Half precision is summed in fp32.
+
+    hidden [N, E], weight [V, E], targets [N] int64.
+    """
     logits = linear(hidden, weight, bias)
     if lora is not None:
         logits = logits + linear(linear(hidden, lora.a), lora.b) * lora.scaling
@@ -51,24 +54,24 @@ def linear_cross_entropy_plain(
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, lora: HeadLora | None = None
 ) -> Tensor:
-    """The same value and gradients for `hidden` and the LoRA, in chunks; the head itself is frozen and gets none.
+    """Return the sum of cross-entropies in chunks, with the same gradients for `hidden` and the LoRA.
 
-    Raises ValueError when the head is being trained: use the plain form then.
+    The head is frozen and gets no gradient. Raises ValueError if it requires one: use the plain form then.
     """
     if weight.requires_grad or (bias is not None and bias.requires_grad):
-        raise ValueError("the chunked loss computes no gradient for the head")
+        raise ValueError("the chunked loss computes no gradient for the head: use linear_cross_entropy_plain")
     a, b, scaling = lora or (None, None, 0.0)
     total: Tensor = _ChunkedCrossEntropy.apply(hidden, a, b, weight, bias, targets, scaling)
     return total
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """The tensor itself in float32 and float64, half precision as float32: losses are summed in no less."""
+    """Return half precision as float32, and other tensors unchanged: losses are summed in at least float32."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Two products with the head a chunk (logits, gradient of hidden); the backward only scales."""
+    """Two products with the head per chunk (logits, gradient of hidden); the backward only scales."""
 
     @staticmethod
     def forward(
@@ -108,7 +111,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        # Not in place: a second backward over the same graph must see the same gradients.
+        # Not in place: a second backward over the same graph must find the same gradients.
         scaled = [None if g is None else g * grad_outputs[0].to(g.dtype) for g in ctx.saved_tensors]
         return (*scaled, None, None, None, None)
 
@@ -122,7 +125,7 @@ def _gradients(
     lora: tuple[Tensor, Tensor] | None,
     scaling: float,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of one chunk for hidden, a and b; `of_logits` [V, n] is the logits' gradient times `sums` [n]."""
+    """Return one chunk's gradients for hidden, a and b; `of_logits` [V, n] is the logits' gradient times `sums` [n]."""
     of_hidden = (weight.T @ of_logits).T / sums[:, None]
     if a is None or lora is None:
         return of_hidden, None, None
@@ -140,7 +143,7 @@ def _exponentials(
     lora: tuple[Tensor, Tensor] | None,
     targets: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Fill `logits` [V, n] with exp(logit - largest of its position); returns the sum of losses and the sums [n]."""
+    """Fill `logits` [V, n] with exp(logit - largest of its position); return the sum of losses and the sums [n]."""
     largest = logits.new_full((logits.shape[1],), -torch.inf)
     for start in range(0, len(logits), _BLOCK_WORDS):
         words = slice(start, start + _BLOCK_WORDS)

@@ -1,17 +1,17 @@
-"""The dropout of a frozen base, switched off: noise in weights that do not learn regularizes nothing.
+"""Switch off the dropout of a frozen base: noise in weights that do not train regularizes nothing.
 
-With it GPT-2's own 10 % would make what is learned depend on how a step is cut into micro-batches, which
-draw other masks. The adapter's dropout (`adapter.lora_dropout`) is its own and stays.
+With GPT-2's own dropout of 10 %, the result would also depend on how a step is divided into micro-batches, because
+each micro-batch draws its own masks. The adapter's dropout (`adapter.lora_dropout`) is separate and stays on.
 """
 
 from torch import nn
 
-# Probabilities that architectures keep as plain numbers and apply in their forward.
+# Probabilities that model classes store as plain numbers and apply in their forward.
 _ATTRIBUTES = ("attention_dropout", "hidden_dropout", "activation_dropout", "dropout")
 
 
 def switch_off_dropout(model: nn.Module) -> None:
-    """Set every dropout probability of a base to zero; call it before adapters bring their own."""
+    """Set every dropout probability of a base to zero. Call it before an adapter is attached."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

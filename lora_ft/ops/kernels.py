@@ -1,12 +1,12 @@
-"""What norm, SwiGLU and RoPE compute with: our functions, torch's compilation of their definitions, or Liger's.
+"""Implementations of norm, SwiGLU and RoPE: our functions, their definitions compiled by torch, or Liger's kernels.
 
-    fast.compile=true    torch.compile of the plain twins in ops/norm, ops/mlp and ops/rope, backward included
+    fast.compile=true    torch.compile of the plain definitions in ops/norm, ops/mlp and ops/rope, with their backward
     fast.liger=true      Triton kernels of the package liger-kernel (BSD-2)
     neither              the functions of those modules, a few kernels each
 
-Compiled are these three regions and no whole layer: a layer with LoRA, packed documents and replaced
-forwards falls into 29 graphs, is compiled again for other boundaries and gives up at torch's limit of eight
-(torch 2.13). Each region here is one graph for every number of tokens.
+These three functions are compiled, not whole layers: a layer with LoRA, packed documents and replaced forwards breaks
+into 29 graphs, is compiled again for each set of document boundaries, and reaches torch's limit of eight (torch 2.13).
+Each function here is one graph for any number of tokens.
 """
 
 import functools
@@ -24,7 +24,7 @@ from lora_ft.ops.rope import rotate, rotate_plain
 
 
 class Kernels(NamedTuple):
-    """What a block computes with: rms_norm(x, weight, eps), swiglu(gate, up), rotate(q, k, cos, sin) -> (q, k)."""
+    """Functions of a block: rms_norm(x, weight, eps), swiglu(gate, up), rotate(q, k, cos, sin) -> (q, k)."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     swiglu: Callable[[Tensor, Tensor], Tensor]
@@ -39,27 +39,27 @@ OWN = Kernels(rms_norm, swiglu, _rotate_both)
 
 
 def choose_kernels(device: torch.device, *, compile_: bool, liger: bool) -> Kernels:
-    """The kernels that `fast.compile` or `fast.liger` ask for; ours where neither does.
+    """Return the kernels that `fast.compile` or `fast.liger` select; our own if neither is set.
 
-    Raises ConfigError where both are set, on a device that is no CUDA device, and where Liger is not installed.
+    Raises ConfigError if both are set, if the device is not a CUDA device, or if Liger is not installed.
     """
     if not (compile_ or liger):
         return OWN
     if compile_ and liger:
-        raise ConfigError("fast.compile and fast.liger give the same blocks other kernels: set one of them")
+        raise ConfigError("fast.compile and fast.liger replace the same blocks: set only one of them")
     if device.type != "cuda":
         name = "fast.compile" if compile_ else "fast.liger"
-        raise ConfigError(f"{name}=true needs a CUDA device, this run is on {device.type}")
+        raise ConfigError(f"{name}=true needs a CUDA device, but this run uses {device.type}: set {name}=false")
     if compile_:
         return compiled_kernels()
     if importlib.util.find_spec("liger_kernel") is None:
-        raise ConfigError("fast.liger=true needs Liger's kernels: pip install liger-kernel")
+        raise ConfigError("fast.liger=true needs the package liger-kernel: pip install liger-kernel")
     return liger_kernels()
 
 
 @functools.cache
 def compiled_kernels(backend: str = "inductor") -> Kernels:
-    """The plain definitions compiled, each for any number of tokens; equal to them up to rounding."""
+    """Compile the plain definitions, each for any number of tokens; results are equal up to rounding."""
 
     def rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         return rotate_plain(q, cos, sin), rotate_plain(k, cos, sin)
@@ -69,18 +69,18 @@ def compiled_kernels(backend: str = "inductor") -> Kernels:
 
 
 def liger_kernels() -> Kernels:
-    """Liger's autograd functions (liger-kernel 0.8.5); they compute in the Llama casting mode, as transformers does.
+    """Return Liger's autograd functions (liger-kernel 0.8.5), in Llama's casting mode, as transformers computes.
 
-    Its SwiGLU writes gradients over the gate and up that it kept: a graph has one backward, as training needs.
+    Its SwiGLU writes the gradients over its saved gate and up, so a graph allows one backward, enough for training.
     """
     functions: Any = importlib.import_module("liger_kernel.ops")
 
     def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        # The last argument is in_place: it would write the gradient of x over that of y, which others may hold.
+        # The last argument is in_place: it would write the gradient of x over that of y, which is used elsewhere.
         return functions.LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False)
 
     def rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        # The kernel writes over its input: q and k are results of projections, or norms, that nothing else reads.
+        # The kernel overwrites its input. Nothing else reads q and k, the results of projections or norms.
         return functions.LigerRopeFunction.apply(q, k, cos, sin)
 
     return Kernels(rms_norm, functions.LigerSiLUMulFunction.apply, rotate_both)

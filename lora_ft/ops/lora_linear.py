@@ -1,16 +1,16 @@
 """A linear layer with its LoRA as one autograd function: fewer passes over memory, one saved input.
 
-    y = W x + b + s B (A x)             PEFT's own forward makes three more tensors of y's size on the way,
-    dx = W' dy + s A' (B' dy)           and autograd keeps A x besides x. Here nothing of y's size is made twice,
-    dB = s dy' (A x)                    and the backward computes A x again: r columns of work for one
-    dA = s (B' dy)' x                   tensor less per layer.
+    y = W x + b + s B (A x)             PEFT's forward makes three more tensors of y's size, and autograd keeps
+    dx = W' dy + s A' (B' dy)           A x besides x. Here there is one tensor of y's size, and the backward
+    dB = s dy' (A x)                    computes A x again: a product with r columns instead of one more saved
+    dA = s (B' dy)' x                   tensor per layer.
 
-    merged     y = (W + s B A) x        one product in the forward, where many tokens make that the smaller work;
-                                        the backward needs B' dy anyway, and adds A' to it for less than a
-                                        second merged weight would cost
-    rebuilt    quantized weights        are made in the forward and again in the backward; only their codes stay
-               an x with a recipe       (ops/recomputable.py: a norm's output, SwiGLU's product) is made again from
-                                        what its recipe keeps, and is itself not kept
+    merged     y = (W + s B A) x        one product in the forward if that is less work, as with many tokens.
+                                        The backward needs B' dy anyway, and adding A' times it costs less than a
+                                        second merged weight.
+    rebuilt    quantized weights        are dequantized in the forward and again in the backward; only codes are kept
+               an x with a recipe       (ops/recomputable.py: a norm's output, SwiGLU's product) is computed again
+                                        in the backward from the inputs of its recipe, and is not kept
 
 Shapes: T tokens, I inputs, O outputs, r rank; x [.., I], W [O, I], A [r, I], B [O, r], y [.., O].
 """
@@ -27,21 +27,24 @@ from lora_ft.ops.weights import FrozenWeight
 
 
 def lora_linear_plain(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """The definition, as PEFT computes it."""
+    """Return W x + b + s B (A x) as PEFT computes it: the definition."""
     return linear(x, weight, bias) + linear(linear(x, a), b) * scaling
 
 
 def lora_linear(x: Tensor, weight: FrozenWeight, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """The same value and gradients for x, A and B; `weight()` gives the frozen W [O, I] in x's dtype each time."""
+    """Return W x + b + s B (A x); the same value and gradients for x, A and B as `lora_linear_plain`.
+
+    `weight()` returns the frozen W [O, I] in the dtype of x.
+    """
     recipe = recipe_of(x) or Recipe(_itself, (x,))
     result: Tensor = _LoraLinear.apply(x, recipe, weight, bias, a, b, scaling)
     return result
 
 
 def merging_pays(tokens: int, weight: Tensor) -> bool:
-    """Whether W + s B A costs fewer operations than s B (A x): T (I + O) > I O, whatever the rank.
+    """Return True if W + s B A costs fewer operations than s B (A x): T (I + O) > I O, for any rank.
 
-    Half precision never merges: an update of less than 1 in 256 of a weight would be rounded away.
+    Half precision never merges: an update of less than 1/256 of a weight would be rounded away.
     """
     outputs, inputs = weight.shape
     return weight.dtype in (torch.float32, torch.float64) and tokens * (inputs + outputs) > inputs * outputs

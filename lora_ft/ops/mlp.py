@@ -1,11 +1,11 @@
-"""Activations of an MLP that keep its projections for the backward, and give their product as a recipe.
+"""Activations of an MLP that keep only the projections for the backward, and give their product a recipe.
 
     gate, up = x G', x U'            autograd keeps gate, silu(gate) and up, and the down projection's LoRA
-    y = silu(gate) * up              keeps y: [T, F] four times. Here gate and up are all.
+    y = silu(gate) * up              keeps y: [T, F] four times. Here only gate and up are kept.
 
     dup = dy * silu(gate)            dgate = dy * up * silu'(gate)
 
-GELU is torch's own, which keeps its input only; transformers' NewGELUActivation is eight operations.
+GELU is torch's own, which keeps only its input; transformers' NewGELUActivation takes eight operations.
 
 Shapes: all [.., F], of one dtype.
 """
@@ -22,24 +22,24 @@ from lora_ft.ops.recomputable import with_recipe
 
 
 def swiglu_plain(gate: Tensor, up: Tensor) -> Tensor:
-    """The definition."""
+    """Return silu(gate) * up: the definition."""
     return functional.silu(gate) * up
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """The same value and gradients; tagged with its recipe."""
+    """Return silu(gate) * up with a recipe; the same value and gradients as `swiglu_plain`."""
     y: Tensor = _SwiGLU.apply(gate, up)
     return with_recipe(y, _product, gate, up)
 
 
 def gelu(x: Tensor, approximate: str) -> Tensor:
-    """GELU, `approximate` being none (by erf) or tanh; tagged with its recipe."""
+    """GELU with a recipe; `approximate` is "none" for the exact form (erf), or "tanh"."""
     form = partial(functional.gelu, approximate=approximate)
     return with_recipe(form(x), form, x)
 
 
 def _product(gate: Tensor, up: Tensor) -> Tensor:
-    # In place: three large tensors that begin at equal places in their pages take twice the time of two.
+    # In place: with three large tensors at the same offset within their pages, this takes twice the time of two.
     return functional.silu(gate).mul_(up)
 
 
@@ -54,7 +54,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         (dy,) = grads
         gate, up = ctx.saved_tensors
-        # silu(gate) costs its exponentials a second time: less than a tensor [T, F] kept from the forward.
+        # Computing silu(gate) again costs less than keeping a tensor [T, F] from the forward.
         dup = functional.silu(gate).mul_(dy)
         dgate = dy * up
         torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)

@@ -1,7 +1,7 @@
-"""Norms that keep their input for the backward, and give their output as a recipe.
+"""Norms that keep only their input for the backward, and give their output a recipe (ops/recomputable.py).
 
     y = w * x / rms(x)         autograd keeps x, and the LoRA layers that read y keep y: [T, E] twice.
-    r = 1 / rms(x)             Here x and r [T, 1] are all: y is w * (x * r) again where it is needed.
+    r = 1 / rms(x)             Here only x and r [T, 1] are kept: y = w * (x * r) is computed again when needed.
     g = dy * w
     dx = r * g - x * r^3 * mean(g * x)
 
@@ -20,17 +20,17 @@ from lora_ft.ops.recomputable import with_recipe
 
 
 def rms_norm_plain(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The definition, as transformers' LlamaRMSNorm computes it: in fp32 for every dtype, also for float64."""
+    """RMS norm as transformers' LlamaRMSNorm computes it: in fp32 for every dtype, also for float64."""
     return _scaled(x, _reciprocal_rms(x, eps), weight)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The same value bit for bit, and the same gradient for x; tagged with its recipe.
+    """RMS norm with a recipe: the same value as `rms_norm_plain` bit for bit, and the same gradient for x.
 
-    Raises ValueError when the weight trains: use the plain form then.
+    Raises ValueError if the weight requires a gradient: use the plain form then.
     """
     if weight.requires_grad:
-        raise ValueError("the norm that keeps less computes no gradient for its weight")
+        raise ValueError("this norm computes no gradient for its weight: use rms_norm_plain for a weight that trains")
     with torch.no_grad():
         reciprocal_rms = _reciprocal_rms(x, eps)
     y: Tensor = _RMSNorm.apply(x, reciprocal_rms, weight)
@@ -38,7 +38,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """torch's layer norm, which keeps x, mean and deviation only; tagged with its recipe."""
+    """Layer norm with a recipe; torch's own, which keeps only x, mean and deviation."""
     form = partial(_layer_norm, eps=eps)
     return with_recipe(form(x, weight, bias), form, x, weight, bias)
 

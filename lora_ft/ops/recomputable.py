@@ -1,11 +1,11 @@
-"""A tensor that can be computed again says from what, so that whoever needs it in the backward keeps that instead.
+"""Attach a recipe to a tensor, so that a backward can compute the tensor again and need not keep it.
 
-    x -- rms_norm --> y -- q_proj, k_proj, v_proj       y is an input of three LoRA layers, and was kept for them.
+    x -- rms_norm --> y -- q_proj, k_proj, v_proj       y is the input of three LoRA layers, which would keep it.
                       |                                 Its recipe is (x, 1 / rms, weight), which the norm keeps
-                      '- recipe: y = f(x, rstd, w)      anyway: three references, and one tensor of y's size less.
+                      '- recipe: y = f(x, rstd, w)      anyway: three references instead of a tensor of y's size.
 
-The recipe is an attribute of the Python tensor and of nothing else: a view, a cast or a copy has none, and
-is kept as ever. Taking it is a choice, and so is giving one.
+The recipe is an attribute of this one Python tensor. A view, a cast or a copy has no recipe and is kept as usual.
+Both attaching a recipe and using it are optional.
 """
 
 from collections.abc import Callable
@@ -17,20 +17,20 @@ _ATTRIBUTE = "_lora_ft_recipe"
 
 
 class Recipe(NamedTuple):
-    """`function(*tensors)` is the tensor it belongs to, bit for bit; call it under `torch.no_grad()`."""
+    """A way to compute a tensor again: `function(*tensors)`, under `torch.no_grad()`, gives it bit for bit."""
 
     function: Callable[..., Tensor]
     tensors: tuple[Tensor | None, ...]
 
 
 def with_recipe(y: Tensor, function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
-    """Tag `y`, which is `function(*tensors)`, and return it."""
+    """Attach a recipe to `y`, which equals `function(*tensors)`, and return `y`."""
     setattr(y, _ATTRIBUTE, (Recipe(function, tensors), _versions(y, tensors)))
     return y
 
 
 def recipe_of(x: Tensor) -> Recipe | None:
-    """How to compute `x` again; None where nobody said, or where it or what it is made of was written to since."""
+    """Return the recipe of `x`; None if it has none, or if `x` or an input of the recipe was modified in place."""
     recipe, versions = getattr(x, _ATTRIBUTE, (None, ()))
     return recipe if recipe is not None and _versions(x, recipe.tensors) == versions else None
 

@@ -1,11 +1,11 @@
-"""Rotary positions in half the passes over memory: no rotated copy, no zero-padded gradients of its halves.
+"""Rotary position embedding in half the passes over memory: no rotated copy, no zero-padded gradients of its halves.
 
     x = (a, b), each D/2 wide        y = (a c1 - b s1, b c2 + a s2)        dx = (da c1 + db s2, db c2 - da s1)
 
-transformers writes y as x * cos + cat(-b, a) * sin; the same products are added here, to the same bits.
-cos and sin come from the model's own rotary embedding, so positions that restart in a pack are honoured.
+transformers writes y as x * cos + cat(-b, a) * sin. The same products are added here, with the same bits.
+cos and sin come from the model's own rotary embedding, so positions that restart within a pack are respected.
 
-Shapes: x [B, H, T, D]; cos and sin [B, T, R], R at most D: what lies beyond R is not rotated.
+Shapes: x [B, H, T, D]; cos and sin [B, T, R] with R <= D. Columns from R on are not rotated.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 
 def rotate_plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The definition, as transformers' apply_rotary_pos_emb computes it for each of q and k."""
+    """Rotate q or k as transformers' apply_rotary_pos_emb does: the definition."""
     cos, sin = cos[:, None], sin[:, None]
     turning, still = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     a, b = turning.chunk(2, dim=-1)
@@ -24,7 +24,7 @@ def rotate_plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The same value bit for bit, and the same gradient for x; all of one dtype."""
+    """Rotate q or k: the same value as `rotate_plain` bit for bit, and the same gradient for x. All of one dtype."""
     y: Tensor = _Rotate.apply(x, cos[:, None], sin[:, None])
     return y
 
@@ -43,9 +43,9 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turned(x: Tensor, cos: Tensor, crossing: Tensor, sign: int) -> Tensor:
-    """(a, b) * cos + sign * (-b', a'), where (a', b') = (a, b) * crossing."""
+    """Return (a, b) * cos + sign * (-b', a'), where (a', b') = (a, b) * crossing."""
     width, half = cos.shape[-1], cos.shape[-1] // 2
-    y = torch.empty_like(x)  # strides as x has them: heads stay interleaved with tokens
+    y = torch.empty_like(x)  # with the strides of x: heads stay interleaved with tokens
     turning = torch.mul(x[..., :width], cos, out=y[..., :width])
     crossed = x[..., :width] * crossing
     turning[..., :half].sub_(crossed[..., half:], alpha=sign)

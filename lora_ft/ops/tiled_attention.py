@@ -2,16 +2,16 @@
 
     a document of 6 tokens in tiles of 2 rows; x is computed, . masked inside a tile, blank never touched
 
-    x .            Rows of all query heads that share a key head form one matrix, so a tile is a product
-    x x            of matrices a key head (three times the rate of torch's flash kernel on a CPU); its
-    x x x .        scores stay in the cache, and are computed again in the backward. Gradients are written
-    x x x x        to their place, where autograd would add a tensor of all tokens for every document.
+    x .            The rows of all query heads that share a key head form one matrix, so a tile is one matrix
+    x x            product per key head (three times the rate of torch's flash kernel on a CPU). Its scores
+    x x x .        stay in the cache and are computed again in the backward. Gradients are written in place;
+    x x x x        autograd would add up one tensor of all tokens per document.
     x x x x x .
-    x x x x x x    With a sliding window a tile starts at the first key that its first row sees.
+    x x x x x x    With a sliding window, a tile starts at the first key that its first row sees.
 
-Measured against one call of torch's kernel a document, forward and backward, 9 query heads over 3 key heads of
-width 64, two cores: 0.75 of its time for documents of 512 tokens, 0.87 to 0.90 for 128 to 300, but 1.1 for 16
-to 51, and 1.0 from 768 on (12 over 12 heads: 1.2 at 2,048). `worth_it` is drawn from these figures.
+Measured against one call of torch's kernel per document, forward and backward, with 9 query heads over 3 key heads
+of width 64 on two cores: 0.75 of its time for documents of 512 tokens, 0.87 to 0.90 for 128 to 300, but 1.1 for 16
+to 51, and 1.0 from 768 on (12 over 12 heads: 1.2 at 2,048). `worth_it` follows these figures.
 
 Shapes: H query heads, G key heads (H = G R), T tokens, D head width; fp32 or float64.
 """
@@ -25,15 +25,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# 48 and 128 rows were slower, 96 the same.
+# 48 and 128 rows were slower, 96 rows equally fast.
 TILE_ROWS = 64
 LONG_DOCUMENT = 1024
 
 
 class Tile(NamedTuple):
-    """Rows [start, end) and the keys [first_key, end) they may see, but for those that `mask` forbids.
+    """Rows [start, end) of one document with the keys [first_key, end) that they may see, except those masked.
 
-    `mask` [end - start, M], 0 or -inf, is added to the scores of the last M keys; all rows see the keys before.
+    `mask` [end - start, M], 0 or -inf, is added to the scores of the last M keys; all rows see the earlier keys.
     """
 
     start: int
@@ -43,10 +43,10 @@ class Tile(NamedTuple):
 
 
 def worth_it(starts: tuple[int, ...], window: int | None) -> bool:
-    """Whether tiles are faster than one call of torch's kernel a document."""
+    """Return True if tiles are faster than one call of torch's kernel per document."""
     longest = max(end - start for start, end in pairwise(starts))
     if window is not None and window < longest:
-        return True  # torch's kernel would compute all the scores that the window hides
+        return True  # torch's kernel would also compute the scores outside of the window
     return starts[-1] >= TILE_ROWS * (len(starts) - 1) and longest < LONG_DOCUMENT
 
 
@@ -58,10 +58,10 @@ def tiled_attention(
     return result
 
 
-# Every layer of a forward, and every layer computed again in its backward, asks for the same ones.
+# All layers of a forward, and all that are recomputed in its backward, use the same tiles.
 @functools.lru_cache(maxsize=4)
 def tiles(starts: tuple[int, ...], window: int | None, dtype: torch.dtype) -> list[Tile]:
-    """Cut every document into equal tiles of at most TILE_ROWS rows."""
+    """Divide every document into equal tiles of at most TILE_ROWS rows."""
     found = []
     for document, document_end in pairwise(starts):
         length = document_end - document
@@ -69,7 +69,7 @@ def tiles(starts: tuple[int, ...], window: int | None, dtype: torch.dtype) -> li
         for start in range(document, document_end, rows):
             end = min(start + rows, document_end)
             first_key = document if window is None else max(document, start - window + 1)
-            # Without a window only the square on the diagonal hides anything.
+            # Without a window, only the square on the diagonal is masked.
             masked_from = start if window is None else first_key
             hidden = ~visible(start, end, masked_from, window, torch.device("cpu"))
             mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -math.inf)
@@ -78,7 +78,7 @@ def tiles(starts: tuple[int, ...], window: int | None, dtype: torch.dtype) -> li
 
 
 def visible(start: int, end: int, first_key: int, window: int | None, device: torch.device) -> Tensor:
-    """Which keys [first_key, end) the rows [start, end) of one document see; bool [rows, keys]."""
+    """Return which keys [first_key, end) the rows [start, end) of one document see; bool [rows, keys]."""
     distance = torch.arange(start, end, device=device)[:, None] - torch.arange(first_key, end, device=device)
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
@@ -86,7 +86,7 @@ def visible(start: int, end: int, first_key: int, window: int | None, device: to
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: list[Tile], scale: float) -> Tensor:
-        # As they came: where q, k and v are parts of one tensor, a copy of one would be kept beside all three.
+        # Save the inputs themselves: q, k and v may be parts of one tensor, and a copy would be kept besides it.
         ctx.save_for_backward(query, key, value)
         ctx.plan, ctx.scale = plan, scale
         q, k, v, groups = _grouped(query, len(key[0])).mul(scale).contiguous(), key[0], value[0], len(key[0])
@@ -119,12 +119,12 @@ class _TiledAttention(torch.autograd.Function):
 
 
 def _grouped(heads: Tensor, groups: int) -> Tensor:
-    """[1, H, T, D] seen as [G, T, R, D]: the query heads of one key head lie together, as rows of one matrix."""
+    """View [1, H, T, D] as [G, T, R, D]: the query heads of one key head become rows of one matrix."""
     return heads[0].unflatten(0, (groups, -1)).transpose(1, 2)
 
 
 def _weights(q: Tensor, k: Tensor, tile: Tile) -> Tensor:
-    """Attention weights [G, rows R, keys] of a tile; q [G, T, R, D] is scaled, k [G, T, D]."""
+    """Return the attention weights [G, rows R, keys] of a tile; q [G, T, R, D] is scaled, k [G, T, D]."""
     scores = torch.bmm(q[:, tile.start : tile.end].flatten(1, 2), k[:, tile.first_key : tile.end].mT)
     by_row = scores.view(q.shape[0], tile.end - tile.start, q.shape[2], -1)
     by_row[..., -tile.mask.shape[1] :].add_(tile.mask[:, None])

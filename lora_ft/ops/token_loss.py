@@ -1,9 +1,9 @@
-"""From packed tokens to sums of their losses, of a whole batch or of each document: how objectives call a model.
+"""Compute the loss sums of packed tokens, of a whole batch or of each document; objectives call models through this.
 
     ids [T] -> body (attention within documents) -> hidden [T, E] -> supervised rows [N, E] -> head -> sums of losses
 
-The plain path runs the model's own forward over a dense mask and takes the loss of all logits. The fast
-paths are chosen once for a model (models/acceleration.py), each exact and each switchable (`fast.*`).
+The plain path runs the model's own forward with a dense mask and computes the loss from all logits. The fast
+paths are chosen once per model (models/acceleration.py). Each of them is exact and has a switch (`fast.*`).
 """
 
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ from lora_ft.ops.cross_entropy import at_least_float32, linear_cross_entropy, li
 class Paths:
     """The paths chosen for a model.
 
-    packs: documents may share a forward pass. Some families let them see each other there, and so get one at a time.
+    packs: documents may share a forward pass. False for families in which packed documents would see each other.
     passes_starts: the model's attention is ops/attention.py, which takes the boundaries of the documents.
-    supervised_rows_only: the loss takes head and cross-entropy of the supervised positions only.
-    longest_shared: documents of a batch with a longer one do not share a forward pass; None for no limit.
+    supervised_rows_only: head and cross-entropy are computed for the supervised positions only.
+    longest_shared: a batch with a document longer than this runs one document at a time; None for no limit.
     """
 
     packs: bool
@@ -43,7 +43,7 @@ PLAIN_PATHS = Paths(packs=False, passes_starts=False, supervised_rows_only=False
 
 
 def token_loss_sum(model: PreTrainedModel, batch: Batch, paths: Paths) -> Tensor:
-    """Sum of the cross-entropies of the supervised positions of a batch; a scalar in fp32 (or float64).
+    """Return the sum of cross-entropies over the supervised positions of a batch; a scalar in fp32 (or float64).
 
     `model` is the transformers model, with or without adapter layers inside.
     """
@@ -54,7 +54,7 @@ def token_loss_sum(model: PreTrainedModel, batch: Batch, paths: Paths) -> Tensor
 
 
 def document_loss_sums(model: PreTrainedModel, batch: Batch, paths: Paths) -> Tensor:
-    """The same sum for each document of the batch; [documents]. They share a forward pass if `paths` let them."""
+    """Return the sum of each document of the batch, [documents]; they share a forward pass if `paths` allow it."""
     if not paths.share(batch):
         return torch.stack([token_loss_sum(model, document, paths) for document in batch.documents()])
     return torch.stack(_loss_sums(model, batch, paths, batch.counts, batch.starts))
@@ -63,9 +63,9 @@ def document_loss_sums(model: PreTrainedModel, batch: Batch, paths: Paths) -> Te
 def _loss_sums(
     model: PreTrainedModel, batch: Batch, paths: Paths, counts: list[int], starts: list[int]
 ) -> list[Tensor]:
-    """Loss sums of consecutive parts of a batch, given the supervised positions and the boundaries of each part."""
+    """Return loss sums of consecutive parts of a batch, given the supervised counts and the boundaries of the parts."""
     inputs = {"input_ids": batch.ids[None], "use_cache": False}
-    if paths.packs:  # the positions of a document alone are the model's own, and some models take no others
+    if paths.packs:  # for a single document the model makes its own positions, and some models accept no others
         inputs["position_ids"] = batch.positions[None]
     if paths.passes_starts:
         inputs["document_starts"] = batch.starts
@@ -82,16 +82,16 @@ def _loss_sums(
 
 def _head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     if getattr(head, "disable_adapters", False):
-        # A wrapped head with its adapter off is the base's own head, and takes the base's path to the same bits.
+        # With its adapter disabled, a wrapped head is the base's head: take the base's path, for the same bits.
         head = head.get_base_layer() if hasattr(head, "get_base_layer") else head.original_module
     if type(head) is nn.Linear:
         frozen = not any(p.requires_grad for p in head.parameters())
         form = linear_cross_entropy if frozen else linear_cross_entropy_plain
         return form(hidden, head.weight, head.bias, targets)
-    # A LoRA on the head brings the chunked form along (models/accelerated_lora.py), where that is exact for it.
+    # models/accelerated_lora.py gives a head with LoRA a chunked loss, which returns None when it does not apply.
     own_form = getattr(head, "token_loss_sum", None)
     loss = own_form(hidden, targets) if own_form is not None else None
     if loss is not None:
         return loss
-    # Another adapted head (modules_to_save, trained token rows) computes its logits itself.
+    # Other adapted heads (modules_to_save, trained token rows) compute their own logits.
     return cross_entropy(at_least_float32(head(hidden)), targets, reduction="sum")

@@ -1,13 +1,13 @@
-"""The weight W [out, in] of a frozen layer, whatever it is stored as, made again each time it is asked for.
+"""The weight W [out, in] of a frozen layer in any storage format, dequantized again at each call.
 
-    stored as                      a call gives             per call, 1536 x 576
+    stored as                      a call returns           per call, 1536 x 576
     float32                        W itself                 nothing
     bfloat16, computes in float32  its exact upcast         0.04 ms
     int8, a scale per row          codes * scale / 127      0.07 ms
     nf4, fp4, a scale per 64       level[code] * scale      0.08 ms; 0.11 ms with quantized scales
 
-The layer's product over 1,345 tokens takes 13 ms on the same machine (two cores with AVX-512), so that neither own
-kernels nor kept scales would pay: bitsandbytes' dequantization stands, bits included.
+The layer's product over 1,345 tokens takes 13 ms on the same machine (two cores with AVX-512), so own kernels or
+stored scales would gain little. Dequantization is bitsandbytes' own, with the same bits.
 """
 
 import sys
@@ -23,9 +23,9 @@ from transformers.pytorch_utils import Conv1D
 
 @dataclass(frozen=True)
 class FrozenWeight:
-    """Call it for W [out, in].
+    """A function that returns W [out, in].
 
-    fresh: every call makes a tensor of its own, which the caller may write to; else it is the stored weight.
+    fresh: every call returns a new tensor, which the caller may modify; otherwise it is the stored weight.
     """
 
     make: Callable[[], Tensor]
@@ -36,10 +36,10 @@ class FrozenWeight:
 
 
 def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> FrozenWeight | None:
-    """How to get the weight that `layer`, while it trains, multiplies an input of `dtype` with; None: `why_no_weight`.
+    """Return the weight by which `layer` multiplies an input of `dtype` in training, or None (see `why_no_weight`).
 
-    Every call reads the layer anew. An int8 layer multiplies with this weight in train mode only: in eval mode
-    bitsandbytes rounds the activations to 8 bits too.
+    Every call of the result reads the layer again. An int8 layer uses this weight only in train mode: in eval mode
+    bitsandbytes also rounds the activations to 8 bits.
     """
     if why_no_weight(layer, dtype):
         return None
@@ -57,7 +57,7 @@ def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> FrozenWeight | None:
 
 
 def why_no_weight(layer: nn.Module, dtype: torch.dtype) -> str:
-    """Why `frozen_weight` gives None, for logs ("the base computes in bfloat16"); empty where it does not."""
+    """Return why `frozen_weight` returns None, such as "the base computes in bfloat16"; "" if it returns a weight."""
     module: Any = layer
     kind = _bitsandbytes_kind(module)
     if not kind and type(module) not in (nn.Linear, Conv1D):
@@ -65,7 +65,7 @@ def why_no_weight(layer: nn.Module, dtype: torch.dtype) -> str:
     if kind and not _is_quantized(module):
         return "the base layer is not quantized yet"
     if kind == "Linear8bitLt":
-        # Its forward rounds the activations to 8 bits there: another product than with any weight.
+        # On a GPU the forward also rounds the activations to 8 bits, so no weight gives the same product.
         return "" if module.weight.device.type == "cpu" else "int8 rounds activations on this device"
     compute = getattr(module, "compute_dtype", module.weight.dtype)
     if compute != dtype:
@@ -76,7 +76,7 @@ def why_no_weight(layer: nn.Module, dtype: torch.dtype) -> str:
 
 
 def _bitsandbytes_kind(layer: Any) -> str:
-    bitsandbytes: Any = sys.modules.get("bitsandbytes")  # not imported: no layer of its kinds exists
+    bitsandbytes: Any = sys.modules.get("bitsandbytes")  # if it is not imported, none of its layers exist
     kinds = ("Linear4bit", "Linear8bitLt") if bitsandbytes else ()
     return next((kind for kind in kinds if isinstance(layer, getattr(bitsandbytes.nn, kind))), "")
 
@@ -86,16 +86,17 @@ def _is_quantized(layer: Any) -> bool:
 
 
 def _from_int8(layer: Any, dtype: torch.dtype) -> Tensor:
-    """As bitsandbytes' CPU training forward makes it, to the bit."""
-    # The row scales move from the weight to the layer's state at the first forward.
+    """Dequantize an int8 weight with the same bits as bitsandbytes' CPU training forward."""
+    # The first forward moves the row scales from the weight to the layer's state.
     scales: Tensor = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
     return layer.weight.detach().to(dtype).mul_(scales[:, None].mul(1.0 / 127.0))
 
 
 def frozen_linear(inputs: Tensor, weight: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
-    """linear(inputs, weight(), bias), the same bits; autograd keeps neither inputs nor weight, which is made again.
+    """Return linear(inputs, weight(), bias) with the same bits; autograd keeps neither the inputs nor the weight.
 
-    inputs [.., in] are cast to the weight's dtype, and the result [.., out] back. Weight and bias get no gradient.
+    The backward calls `weight` again. inputs [.., in] are cast to the weight's dtype, and the result [.., out] is cast
+    back. Weight and bias get no gradient.
     """
     result: Tensor = _FrozenLinear.apply(inputs, weight, bias)
     return result

@@ -14,7 +14,7 @@ from lora_ft.config import QuantKind
 from lora_ft.errors import ConfigError, MismatchError
 from lora_ft.io import untrusted
 from lora_ft.models.load import Identity, resolve_device
-from lora_ft.models.meta_model import load_skeleton
+from lora_ft.models.meta_model import load_meta_model
 from lora_ft.models.resolve import locate
 from lora_ft.publishing import pissa_to_lora, secret_scan, training_summary, verification
 from lora_ft.publishing.package import Contents
@@ -124,8 +124,8 @@ def base_loading(folder: Path, saved: LoraConfig, cfg: config.PublishRun) -> pro
         quant = dataclasses.replace(cfg.quant, compute_dtype=config.Dtype(compute or cfg.quant.compute_dtype.value))
     except ValueError as error:
         raise MismatchError(f"{folder / provenance.RECORD}: its field loading is invalid: {error}") from None
-    identity = locate(model)  # downloads the weights, unlike load_skeleton
-    base = load_skeleton(model, quant, cfg.device, loading.adapter_tokenizer(folder, model))
+    identity = locate(model)  # downloads the weights, unlike load_meta_model
+    base = load_meta_model(model, quant, cfg.device, loading.adapter_tokenizer(folder, model))
     provenance.check_source(folder, saved, base, quant)
     arguments = provenance.loading(base, quant, model)
     device = str(resolve_device(cfg.device))

@@ -1,10 +1,9 @@
-"""Many runs as one: jobs that share a base run one after the other in one worker; reports are made from files alone.
+"""Sweeps: jobs that share a base run one after the other in one worker; reports are made from files only.
 
-launch       the jobs of a sweep, brought to their values
-jobs         which jobs may share a base           halving        which jobs go on at a rung
-scheduler    queue, signals, what is run again     executors/     where workers run
-worker       what runs in one                      devices        the GPUs they may have
-live         what a person sees meanwhile          metrics_reader files read as they grow
-results      a sweep as its files tell it          leaderboard    ranking, and what is comparable
-report       what is written of it, by way of tables, figures and page
+launch       run the jobs of a sweep            live         display the jobs while they run
+jobs         groups of jobs that share a base   halving      choose the jobs that continue at a rung
+scheduler    queue, signals, reruns             executors/   start and watch workers
+worker       the process of a group             devices      the GPUs of this machine
+results      read a sweep from its files        leaderboard  rank comparable jobs
+report       write the reports                  tables, figures, page, terminal: their parts
 """

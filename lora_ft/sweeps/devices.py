@@ -1,4 +1,4 @@
-"""Which GPUs the jobs of a sweep can have, found without asking torch."""
+"""Find the GPUs that the jobs of a sweep can use, without importing torch."""
 
 import os
 import re
@@ -10,10 +10,10 @@ _FILES = (("/dev", "nvidia[0-9]*"), ("/proc/driver/nvidia/gpus", "*"))
 
 
 def usable(device: str, chosen: list[str]) -> list[str]:
-    """The devices of which any can run a job with this setting `device`; [""] for the CPU, or where none is known.
+    """Return the devices that can run a job with this setting `device`; [""] for the CPU, or if none is known.
 
-    chosen: hydra.launcher.devices. A GPU that nothing here shows (another maker's) is found by the child itself, so
-    that jobs take turns on it.
+    chosen: hydra.launcher.devices. The worker itself finds a GPU that is not found here, of another vendor, so its
+    jobs run one after the other.
     """
     if device in ("auto", "cuda"):
         return chosen or visible() or [""]
@@ -24,12 +24,12 @@ def usable(device: str, chosen: list[str]) -> list[str]:
 
 
 def visible() -> list[str]:
-    """NVIDIA's GPUs by the names that CUDA_VISIBLE_DEVICES takes: those it has, as far as CUDA reads it, or all.
+    """Return the names that CUDA_VISIBLE_DEVICES holds, up to the first that CUDA rejects; else numbers of all GPUs.
 
-    Numbers of device files are not CUDA's numbers, which begin at 0 in a container that has only /dev/nvidia3.
+    The GPUs are counted, because CUDA numbers them from 0 even in a container that has only /dev/nvidia3.
     """
-    said = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if said is not None:
-        return list(takewhile(_NAME.fullmatch, (name.strip() for name in said.split(","))))
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if names is not None:
+        return list(takewhile(_NAME.fullmatch, (name.strip() for name in names.split(","))))
     counts = (len(list(Path(folder).glob(pattern))) for folder, pattern in _FILES)
     return [str(number) for number in range(next(filter(None, counts), 0))]

@@ -77,8 +77,8 @@ def charts(ranking: Ranking) -> list[Chart]:
 
 def _title(ranking: Ranking, job: JobResult) -> str:
     loss = job.figures.eval_loss
-    told = job.state.value if loss is None else f"eval loss {loss_text(loss)}"
-    return ", ".join(filter(None, [f"job {job.name}", describe(ranking.values(job)), told]))
+    outcome = job.state.value if loss is None else f"eval loss {loss_text(loss)}"
+    return ", ".join(filter(None, [f"job {job.name}", describe(ranking.values(job)), outcome]))
 
 
 def _plot(axes: "Axes", job: JobResult, points: Points, **options: Any) -> None:
@@ -156,7 +156,7 @@ def _rank(job: JobResult) -> int | None:
 
 
 def _independent(ranking: Ranking, jobs: list[tuple[JobResult, int]]) -> list[str]:
-    """Return the differing settings that do not follow from the rank, as alpha=${adapter.r} does."""
+    """Return the settings that differ and are not a function of the rank, as lora_alpha=${adapter.r} is."""
 
     def varies(name: str) -> bool:
         seen = {(r, json.dumps(values_of(job).get(name))) for job, r in jobs}
@@ -180,11 +180,11 @@ def _against_size(board: Board, axes: "Axes") -> str:
         axes.set_xlabel("adapter size, MB, log2 scale")
     else:
         axes.margins(x=0.1)
-    return "Ringed: the Pareto front, where no other adapter is as small and as good."
+    return "Circled: the Pareto front; no other adapter is both as small and as good."
 
 
 def front(points: Points) -> list[tuple[float, float]]:
-    """Return the points that no other point equals or beats in both coordinates, in order of x."""
+    """Return the Pareto front, in order of x: no other point is as low in both coordinates."""
     kept: list[tuple[float, float]] = []
     for x, y in sorted(points):
         if not kept or y < kept[-1][1]:

@@ -1,9 +1,9 @@
-"""The jobs of a sweep, and which of them may share a base. No torch here.
+"""The jobs of a sweep, and the groups of jobs that share a base. No torch here.
 
 adapter.r=4,8  model=smollm2_135m,gpt2      ->  [r=4 smollm2, r=8 smollm2]  [r=4 gpt2, r=8 gpt2]
 
-Jobs share a base where each learns, byte for byte, what it would learn alone. So everything that the base, its rows
-and its paths through the layers are made from has to be equal; adapter, optimizer, steps and seed may differ.
+A job trains to the same bytes whether it shares its base or not. So jobs of a group have equal settings for everything
+that decides the base, its rows and the code paths of its layers; adapter, optimizer, steps and seed may differ.
 """
 
 import dataclasses
@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from lora_ft import config, validation
+from lora_ft.errors import ConfigError
 
-_ALONE = ("adapter", "optim", "train", "seed", "track", "resume")  # what one job may have otherwise than another
+_MAY_DIFFER = ("adapter", "optim", "train", "seed", "track", "resume")  # within a group
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a sweep: its number, absolute folder, settings and the overrides that gave them."""
+    """One run of a sweep: its number, absolute folder, settings, and the overrides that gave them."""
 
     number: int
     folder: Path
@@ -29,33 +30,32 @@ class Job:
 
 
 def grouped(jobs: list[Job], share: bool) -> list[list[Job]]:
-    """The jobs by the base that they share, in the order of their numbers; a job that shares with none is alone."""
+    """Group the jobs that can share a base, in the order of their numbers; without `share`, each is its own group."""
     groups: dict[str, list[Job]] = {}
     for job in jobs:
-        alone = not share or job.cfg.model.added_tokens
-        groups.setdefault(f"job {job.number}" if alone else _shared(job.cfg), []).append(job)
+        key = _base_key(job.cfg) if share and not job.cfg.model.added_tokens else f"job {job.number}"
+        groups.setdefault(key, []).append(job)
     return list(groups.values())
 
 
-def _shared(cfg: config.TrainRun) -> str:
-    plain = validation.to_plain(cfg)
-    same = {name: value for name, value in plain.items() if name not in _ALONE}
-    # A layer that one job trains in full is computed by its plain path in all.
+def _base_key(cfg: config.TrainRun) -> str:
+    same = {name: value for name, value in validation.to_plain(cfg).items() if name not in _MAY_DIFFER}
+    # A layer that one job trains in full is not accelerated, for all jobs of the group.
     return json.dumps([same, sorted(cfg.adapter.modules_to_save)], sort_keys=True)
 
 
 def pieces(group: list[Job], count: int) -> list[list[Job]]:
-    """A group cut for `count` devices: as even as can be, none empty."""
+    """Deal a group to `count` devices as evenly as possible; devices that get no job are left out."""
     return [piece for i in range(count) if (piece := group[i::count])]
 
 
-def alone(cfg: config.SweepRun) -> config.TrainRun:
-    """What a job would be run with by `lora-ft train`."""
+def train_config(cfg: config.SweepRun) -> config.TrainRun:
+    """Return the settings with which `lora-ft train` runs a job."""
     return config.TrainRun(**{field.name: getattr(cfg, field.name) for field in dataclasses.fields(config.TrainRun)})
 
 
 def to_plain(job: Job) -> dict[str, Any]:
-    """A job as JSON has it, for `from_plain` in another process."""
+    """Convert a job to JSON values, for `from_plain` in another process."""
     return {
         "number": job.number,
         "folder": str(job.folder),
@@ -70,18 +70,43 @@ def from_plain(plain: dict[str, Any]) -> Job:
 
 
 def from_checkpoint(job: Job) -> Job:
-    """Return the job with `resume=auto`, to go on where an earlier process left it, or to begin."""
+    """Return the job with `resume=auto`, to continue from its newest checkpoint if it has one."""
     return dataclasses.replace(job, cfg=dataclasses.replace(job.cfg, resume="auto"))
 
 
-def warnings(jobs: list[Job]) -> Iterator[str]:
-    """What the values that were chosen do beside what they say."""
+def warnings(jobs: list[Job], groups: list[list[Job]], sweep: config.Sweep) -> Iterator[str]:
+    """Yield warnings about the settings of a sweep; `groups` are the jobs of each worker.
+
+    Raises ConfigError if `sweep.halving` can stop no job.
+    """
     adapters = [job.cfg.adapter for job in jobs]
     ranks = sorted({a.r for a in adapters})
     if len(ranks) > 1 and len({a.lora_alpha for a in adapters}) == 1 and not any(a.use_rslora for a in adapters):
         scales = [adapters[0].lora_alpha / r for r in ranks]
         yield (
-            f"adapter.r goes from {ranks[0]} to {ranks[-1]} at one adapter.lora_alpha, {adapters[0].lora_alpha:g}: the "
-            f"update's scale, lora_alpha / r, falls from {scales[0]:g} to {scales[-1]:g}, so the effective learning "
-            "rate is swept as well. 'adapter.lora_alpha=${adapter.r}' or adapter.use_rslora=true keeps it constant"
+            f"adapter.r varies from {ranks[0]} to {ranks[-1]} while adapter.lora_alpha stays {adapters[0].lora_alpha:g}"
+            f": the scale of the update, lora_alpha / r, falls from {scales[0]:g} to {scales[-1]:g}, so the effective "
+            "learning rate varies too. 'adapter.lora_alpha=${adapter.r}' or adapter.use_rslora=true keeps it constant"
         )
+    if sweep.halving:
+        yield from _without_halving(groups, sweep)
+
+
+def _without_halving(groups: list[list[Job]], sweep: config.Sweep) -> Iterator[str]:
+    """Yield a warning that names the jobs that `sweep.halving` compares with no other."""
+    alone = sorted(job.number for group in groups if len(group) == 1 for job in group)
+    advice = "check hydra.launcher.share_base, model.added_tokens and hydra.launcher.devices"
+    if len(alone) == len(groups):
+        raise ConfigError(
+            "sweep.halving=true has no jobs to compare: it compares jobs that share a base in one process, and each "
+            f"job of this sweep has a process of its own. Set sweep.halving=false, or {advice}"
+        )
+    lengths = [job.cfg.train.max_steps for group in groups if len(group) > 1 for job in group]
+    if all(steps is not None and steps <= sweep.min_steps for steps in lengths):
+        raise ConfigError(
+            f"sweep.min_steps must be below train.max_steps for sweep.halving=true, got {sweep.min_steps}: "
+            "every job ends before the first comparison"
+        )
+    if alone:
+        names = f"job{'s' * (len(alone) > 1)} {', '.join(map(str, alone))}"
+        yield f"sweep.halving does not stop {names}, which share no process with another job: {advice}"

@@ -52,7 +52,7 @@ class Board:
     settings: tuple[Setting, ...]
 
     def place(self, job: JobResult) -> int | None:
-        """1 for the lowest loss; jobs with equal losses share a place; None without a finite loss."""
+        """Return the place of a job, 1 for the lowest loss; equal losses share a place. None without a finite loss."""
         loss = job.figures.eval_loss
         losses = [other.figures.eval_loss for other in self.ranked]
         return None if loss is None else 1 + sum(other < loss for other in losses if other is not None)
@@ -70,18 +70,19 @@ class Ranking:
 
     @property
     def best(self) -> JobResult | None:
-        """The job with the lowest loss; None if jobs are on several boards."""
+        """The job with the lowest loss; None if there are several boards, which cannot be compared."""
         ranked = self.boards[0].ranked if len(self.boards) == 1 else ()
         return ranked[0] if ranked and ranked[0].figures.eval_loss is not None else None
 
     def values(self, job: JobResult) -> dict[str, Any]:
-        """The settings of a job that differ between jobs, with the seed if it differs."""
+        """Return the settings of a job that differ between jobs, with the seed if it differs."""
         names = [*self.columns, SEED] if self.has_seeds else self.columns
         known = values_of(job)
         return {name: known[name] for name in names if name in known}
 
 
 def rank(sweep: Sweep) -> Ranking:
+    """Rank the finished jobs of a sweep; jobs without a result are in `rest`."""
     columns, has_seeds = _differing(sweep.jobs)
     boards = tuple(_board(jobs, columns) for jobs in _comparable(sweep.jobs))
     rest = sorted((job for job in sweep.jobs if not job.is_finished), key=lambda job: [*State].index(job.state))

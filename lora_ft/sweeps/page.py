@@ -1,9 +1,9 @@
-"""A sweep as one page of HTML without outside parts: page.html.jinja with page.css, page.js and the charts as SVG.
+"""Render a sweep as one self-contained HTML page: page.html.jinja with page.css, page.js and the charts as SVG.
 
 page(ranking, charts)  ->  <!doctype html> ...: summary, leaderboard, charts, stopped and failed jobs
 
-Jinja escapes all text of settings, paths and messages; the page's policy allows only its own style and script.
-No torch here.
+Jinja escapes the text of settings, paths and messages; the content security policy of the page allows only its own
+style and script. No torch here.
 """
 
 import base64
@@ -26,17 +26,15 @@ _FOLDER = Path(__file__).parent
 
 def page(ranking: Ranking, charts: list[Chart]) -> str:
     """Render the whole document."""
-    jobs = ranking.sweep.jobs
-    swatches = {f"look-{n}": _job_swatch(n) for n in sorted({job.number % NUM_LOOKS for job in jobs})}
-    num_means = max((len(chart.means) for chart in charts), default=0)
-    swatches |= {f"mean-{n}": _mean_swatch(n) for n in range(num_means)}
+    swatches = [_swatch("look", n) for n in sorted({job.number % NUM_LOOKS for job in ranking.sweep.jobs})]
+    swatches += [_swatch("mean", n) for n in range(max((len(chart.means) for chart in charts), default=0))]
     style, script = ((_FOLDER / name).read_text("utf-8") for name in ("page.css", "page.js"))
     policy = (
         f"default-src 'none'; style-src {_source(style)}; script-src {_source(script)}; "
         "base-uri 'none'; form-action 'none'"
     )
     return _template().render(
-        policy=policy, style=Markup(style), script=Markup(script), swatches=map(Markup, swatches.values()),
+        policy=policy, style=Markup(style), script=Markup(script), swatches=swatches,
         ranking=ranking, sweep=ranking.sweep, tables=list(tables.tables(ranking)), progress=_progress(ranking.sweep),
         charts=[(chart, Markup(chart.svg)) for chart in charts], drawn={n for chart in charts for n in chart.jobs},
         num_looks=NUM_LOOKS,
@@ -59,22 +57,18 @@ def _template() -> jinja2.Template:
 
 
 def _source(text: str) -> str:
-    """The policy's source expression for one inline text."""
+    """Return the source expression of the policy that allows one inline text."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 @functools.cache
-def _job_swatch(number: int) -> str:
-    return swatch(f"look-{number}", look(number))
-
-
-@functools.cache
-def _mean_swatch(number: int) -> str:
-    return swatch(f"mean-{number}", mean_look(number))
+def _swatch(kind: str, number: int) -> Markup:
+    """Draw the look of a job, or of a line of means, as an SVG symbol with the id KIND-NUMBER."""
+    return Markup(swatch(f"{kind}-{number}", look(number) if kind == "look" else mean_look(number)))
 
 
 def _progress(sweep: Sweep) -> str:
-    """Numbers of jobs that are not finished by state, and the time trained so far."""
+    """Return the number of jobs in each state but finished, and the time trained so far."""
     counts = {state: sum(job.state is state for job in sweep.jobs) for state in State if state is not State.finished}
     seconds = sum(job.figures.train_seconds or 0 for job in sweep.jobs)
     parts = [", ".join(f"{count} {state.value}" for state, count in counts.items() if count)]

@@ -1,7 +1,7 @@
 """Write the reports of a sweep from its files: report.md, report.json, report.html and PNG charts. No torch here.
 
 report = write(folder, pictures=False)     # after each job; with pictures at the end
-sys.exit(exit_code(report.sweep))          # 0 all finished; 3 some did not; all failed: the first failure's own
+sys.exit(exit_code(report.sweep))          # 0: all finished, 3: some did not; if all failed: that of the first
 """
 
 import dataclasses
@@ -72,7 +72,7 @@ def markdown(ranking: Ranking, charts: list[Chart]) -> str:
     if charts:
         lines += ["", "## Charts", "", *(f"![{chart.title}]({chart.name}.png)" for chart in charts)]
     if sweep.jobs:
-        lines += ["", "## Each job alone", "", "```sh"]
+        lines += ["", "## Command of each job", "", "```sh"]
         for job in sweep.jobs:
             lines += [f"# {_one_line(job.name)}", sweep.command(job)]
         lines += ["```"]

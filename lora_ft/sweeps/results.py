@@ -1,4 +1,4 @@
-"""Read the state, figures and curves of a sweep's jobs from their files, running or ended. No torch here.
+"""Read the state, figures and curves of a sweep's jobs from their files, at any moment. No torch here.
 
 sweep = read(Path("runs/2026-11-24_10-15-00-123456"))
 sweep.jobs[3].state, .settings["adapter.r"], .figures.eval_loss, .curve.losses
@@ -26,9 +26,8 @@ from lora_ft.io import redact, untrusted
 
 ADAPTER = "adapter/adapter_model.safetensors"
 
+_FILES = (runs.OVERRIDES, "config.yaml", "changed.json", runs.METRICS, runs.CHECK, runs.RESULT, runs.FAILURE)
 _POINTS = 120  # of a curve; a chart shows no more, and reading all of a long run takes as long as a training step
-_MOST_METRICS_BYTES = 256 * 2**20
-_MOST_OVERRIDES_BYTES = 2**20
 
 
 class State(Enum):
@@ -67,6 +66,7 @@ class Curve:
     eval_losses: tuple[tuple[int, float], ...] = ()
     stride: int = 1
     last_step: int | None = None
+    tokens_per_second: float | None = None  # of the last step
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,17 @@ class JobResult:
     state: State = State.waiting
     reason: str = ""
     exit_code: int | None = None
+    num_steps: int | None = None  # planned; None if unknown
     figures: Figures = Figures()
     curve: Curve = Curve()
 
     @property
     def is_finished(self) -> bool:
         return self.state in (State.finished, State.stopped)
+
+    @property
+    def step(self) -> int:
+        return self.figures.steps or self.curve.last_step or 0
 
     @property
     def log(self) -> str | None:
@@ -106,32 +111,34 @@ class Sweep:
 
     @property
     def own_command(self) -> str:
-        return shlex.join(["lora-ft", "sweep", *self._choices, *self.overrides])
+        return shlex.join(["lora-ft", "sweep", *self._config_dir, *self.overrides])
 
     def command(self, job: JobResult) -> str:
-        """The command that runs this job alone."""
-        return shlex.join(["lora-ft", "train", *self._choices, *job.overrides])
+        """Return the command that runs this job by itself."""
+        return shlex.join(["lora-ft", "train", *self._config_dir, *job.overrides])
 
     @property
-    def _choices(self) -> list[str]:
+    def _config_dir(self) -> list[str]:
         return ["--config-dir", shown(str(self.config_dir))] if self.config_dir else []
 
 
 def read(folder: Path) -> Sweep:
-    """Read a sweep folder; ConfigError if it has no sweep.json."""
+    """Read a sweep folder; raises ConfigError if it has no sweep.json."""
     overrides, config_dir = runs.read_sweep(folder)
     root = folder.absolute()
-    in_use = _locked_inodes()
-    jobs = tuple(_job(root, path, number, in_use) for number, path in enumerate(_job_folders(root)))
-    return Sweep(root, tuple(map(shown, overrides)), config_dir, jobs)
+    in_use, jobs = _locked_inodes(), []
+    for number, path in enumerate(_job_folders(root)):
+        is_running = None if in_use is None else path.stat().st_ino in in_use
+        jobs.append(read_job(path, number, path.relative_to(root).as_posix(), is_running))
+    return Sweep(root, tuple(map(shown, overrides)), config_dir, tuple(jobs))
 
 
 def _job_folders(root: Path) -> list[Path]:
     """Find folders with an overrides.txt at any depth; sort them by number if all names are numbers, else by name."""
     found = []
-    for place, folders, files in os.walk(root):
-        if runs.OVERRIDES in files and place != str(root):
-            found.append(Path(place))
+    for parent, folders, files in os.walk(root):
+        if runs.OVERRIDES in files and parent != str(root):
+            found.append(Path(parent))
             folders.clear()  # folders inside a run are not jobs
         folders[:] = [name for name in folders if not name.startswith(".")]
     names = {path: path.relative_to(root).as_posix() for path in found}
@@ -140,41 +147,50 @@ def _job_folders(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: names[path])
 
 
-def _job(root: Path, folder: Path, number: int, in_use: set[int] | None) -> JobResult:
-    name = shown(folder.relative_to(root).as_posix())
-    known: dict[str, Any] = {"name": name, "folder": folder, "number": number}
+def read_job(folder: Path, number: int = 0, name: str = "", is_running: bool | None = None) -> JobResult:
+    """Read the folder of a job; is_running: None if unknown."""
+    return _read_job(folder, number, name or folder.name, is_running, tuple(stamp(folder / file) for file in _FILES))
+
+
+def stamp(path: Path) -> tuple[int, int] | None:
+    """Return modification time and size of a file, None if it does not exist."""
     try:
-        overrides = _checked(folder / runs.OVERRIDES, _MOST_OVERRIDES_BYTES).read_text("utf-8")
-        known["overrides"] = tuple(line for line in shown(overrides).split("\n") if line)
-        known["settings"] = _settings(folder, _stamp(folder / "config.yaml"), _stamp(folder / "changed.json"))
-        known["curve"] = _curve(folder, _stamp(folder / runs.METRICS))
-        known |= _outcome(folder, known["curve"], in_use)
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_mtime_ns, found.st_size
+
+
+Stamps = tuple[tuple[int, int] | None, ...]
+
+
+@functools.lru_cache(maxsize=4096)  # most files do not change between two looks
+def _read_job(folder: Path, number: int, name: str, is_running: bool | None, stamps: Stamps) -> JobResult:
+    known: dict[str, Any] = {"name": shown(name), "folder": folder, "number": number}
+    present = {file for file, found in zip(_FILES, stamps, strict=True) if found}
+    try:
+        for file in present:
+            untrusted.check_place(folder / file, folder)
+        if runs.OVERRIDES in present:
+            lines = shown((folder / runs.OVERRIDES).read_text("utf-8")).split("\n")
+            known["overrides"] = tuple(line for line in lines if line)
+        if "config.yaml" in present:
+            known["settings"] = _settings(folder, stamps[1:3])
+        curve = known["curve"] = _curve(folder / runs.METRICS) if runs.METRICS in present else Curve()
+        if runs.RESULT in present:
+            known |= _finished(folder)
+        elif runs.FAILURE in present:
+            known |= _failed(folder)
+        else:
+            known |= _unfinished(folder, curve, is_running, present)
     except (LoraFtError, OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         reason = str(error).replace(f"{folder}{os.sep}", "").replace(f"{folder}: ", "")
         known |= {"state": State.unreadable, "reason": shown(reason)}
     return JobResult(**known)
 
 
-def _checked(path: Path, most_bytes: int) -> Path:
-    untrusted.check_place(path, path.parent)
-    if path.stat().st_size > most_bytes:
-        raise ConfigError(f"{path} is larger than {most_bytes // 2**20} MiB")
-    return path
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    """Return modification time and size, (0, 0) if there is no such file."""
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return 0, 0
-    return found.st_mtime_ns, found.st_size
-
-
-@functools.lru_cache(maxsize=4096)  # YAML takes 10 ms a file, and a report is written after each job
-def _settings(folder: Path, config_stamp: tuple[int, int], changed_stamp: tuple[int, int]) -> dict[str, Any]:
-    if config_stamp == (0, 0):
-        return {}
+@functools.lru_cache(maxsize=4096)  # YAML takes 10 ms a file
+def _settings(folder: Path, stamps: Stamps) -> dict[str, Any]:
     return _defaults() | _flat(runs.read_config(folder))
 
 
@@ -205,30 +221,27 @@ def _plain(value: Any) -> Any:
 def shown(text: str) -> str:
     """Redact secrets and replace control characters, which a terminal would obey.
 
-    Done on each short text: searching a whole page takes a tenth of a second.
+    Called for each short text: searching a whole page takes a tenth of a second.
     """
     clean = text if text.isprintable() else "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
     return redact.redact(clean)
 
 
-@functools.lru_cache(maxsize=1024)  # the files of most jobs no longer change
-def _curve(folder: Path, stamp: tuple[int, int]) -> Curve:
-    path = folder / runs.METRICS
-    if not os.path.lexists(path):
-        return Curve()
-    lines = _checked(path, _MOST_METRICS_BYTES).read_bytes().split(b"\n")
+def _curve(path: Path) -> Curve:
+    """Read metrics.jsonl, thinned to about `_POINTS` steps, with every evaluation and the last step."""
+    lines = path.read_bytes().split(b"\n")
     lines.pop()  # nothing, or a line that is being written
     stride = max(1, math.ceil(len(lines) / _POINTS))
-    losses, eval_losses, last_step = [], [], None
+    losses, eval_losses, step, values = [], [], None, dict[str, Any]()
     for number, line in enumerate(lines):
         if number % stride and number != len(lines) - 1 and b'"eval_loss"' not in line:
             continue
-        last_step, values = _metrics(path, number, line)
+        step, values = _metrics(path, number, line)
         if (loss := finite(values.get("loss"))) is not None:
-            losses.append((last_step, loss))
+            losses.append((step, loss))
         if (loss := finite(values.get("eval_loss"))) is not None:
-            eval_losses.append((last_step, loss))
-    return Curve(tuple(losses), tuple(eval_losses), stride, last_step)
+            eval_losses.append((step, loss))
+    return Curve(tuple(losses), tuple(eval_losses), stride, step, finite(values.get("tokens_per_second")))
 
 
 def _metrics(path: Path, number: int, line: bytes) -> tuple[int, dict[str, Any]]:
@@ -237,7 +250,7 @@ def _metrics(path: Path, number: int, line: bytes) -> tuple[int, dict[str, Any]]
     except ValueError:
         values = None
     if not isinstance(values, dict) or type(step := values.get("step")) is not int:
-        raise ConfigError(f"{path}:{number + 1} is no step: {line[:60].decode('utf-8', 'replace')!r}")
+        raise ConfigError(f"{path}:{number + 1} holds no step: {line[:60].decode('utf-8', 'replace')!r}")
     return step, values
 
 
@@ -247,30 +260,19 @@ def finite(value: Any) -> float | None:
     return value if is_number and abs(value) <= sys.float_info.max else None
 
 
-def _outcome(folder: Path, curve: Curve, in_use: set[int] | None) -> dict[str, Any]:
-    if os.path.lexists(folder / runs.RESULT):
-        return _finished(folder)
-    if failure := runs.read_failure(folder):
-        code = failure.get("exit_code")
-        kind, message = (shown(str(failure.get(name, ""))) for name in ("kind", "message"))
-        reason = message if message.startswith(kind) else f"{kind}: {message}"
-        known = type(code) is int and 0 < code < 256
-        return {"state": State.failed, "reason": reason, "exit_code": code if known else 1}
-    return _unfinished(folder, curve, in_use)
-
-
 def _finished(folder: Path) -> dict[str, Any]:
     result = runs.read_result(folder)
-    adapter = folder / ADAPTER
-    size = adapter.stat().st_size if adapter.is_file() else None
+    size = stamp(folder / ADAPTER)
     numbers = {f.name: _number(result, f.name) for f in fields(Figures) if f.name != "adapter_bytes"}
     stopped_by, reason = result.get("stopped_by"), ""
     if stopped_by is not None:
         reason = shown(str(stopped_by))
     elif result.get("stopped_early") is True:
         reason = f"patience at step {numbers['steps']}"
-    state = State.stopped if reason else State.finished
-    return {"state": state, "reason": reason, "figures": Figures(**numbers, adapter_bytes=size)}
+    figures = Figures(**numbers, adapter_bytes=size[1] if size else None)
+    if reason:
+        return {"state": State.stopped, "reason": reason, "figures": figures}
+    return {"state": State.finished, "num_steps": figures.steps, "figures": figures}
 
 
 def _number(result: dict[str, Any], name: str) -> Any:
@@ -280,27 +282,34 @@ def _number(result: dict[str, Any], name: str) -> Any:
     return finite(value)
 
 
-def _unfinished(folder: Path, curve: Curve, in_use: set[int] | None) -> dict[str, Any]:
-    reason = ""
+def _failed(folder: Path) -> dict[str, Any]:
+    failure = runs.read_failure(folder) or {}
+    code = failure.get("exit_code")
+    kind, message = (shown(str(failure.get(name, ""))) for name in ("kind", "message"))
+    return {
+        "state": State.failed,
+        "reason": message if message.startswith(kind) else f"{kind}: {message}",
+        "exit_code": code if type(code) is int and 0 < code < 256 else 1,
+    }
+
+
+def _unfinished(folder: Path, curve: Curve, is_running: bool | None, present: set[str]) -> dict[str, Any]:
+    num_steps, reason = _num_steps(folder / runs.CHECK) if runs.CHECK in present else None, ""
     if curve.last_step is not None:
-        reason = f"step {curve.last_step}{_of_steps(folder)}"
+        reason = f"step {curve.last_step}" + (f" of {num_steps}" if num_steps is not None else "")
         reason += f", eval loss {curve.eval_losses[-1][1]:.4f}" if curve.eval_losses else ""
-    begun = curve.last_step is not None or (folder / "config.yaml").is_file()
-    if in_use is None and begun:
-        return {"state": State.interrupted, "reason": ", ".join(filter(None, ["or running", reason]))}
-    if in_use and folder.stat().st_ino in in_use:
-        return {"state": State.running, "reason": reason or "loading"}
-    return {"state": State.interrupted if begun else State.waiting, "reason": reason}
+    state = State.interrupted if present & {"config.yaml", runs.METRICS} else State.waiting
+    if is_running:
+        state, reason = State.running, reason or "loading"
+    elif is_running is None and state is State.interrupted:
+        reason = ", ".join(filter(None, ["or running", reason]))
+    return {"state": state, "reason": reason, "num_steps": num_steps}
 
 
-def _of_steps(folder: Path) -> str:
-    path = folder / runs.CHECK
-    if not path.is_file():
-        return ""
-    untrusted.check_place(path, folder)
+def _num_steps(path: Path) -> int | None:
     steps = untrusted.json_object(path, ConfigError).get("steps")
     count = steps.get("count") if isinstance(steps, dict) else None
-    return f" of {count}" if type(count) is int else ""
+    return count if type(count) is int else None
 
 
 def _locked_inodes() -> set[int] | None:
@@ -314,4 +323,4 @@ def _locked_inodes() -> set[int] | None:
     except OSError:
         return None
     locks = [line.split() for line in lines if " FLOCK " in line and "->" not in line]
-    return {int(words[5].rpartition(":")[2]) for words in locks if len(words) > 5}
+    return {int(columns[5].rpartition(":")[2]) for columns in locks if len(columns) > 5}

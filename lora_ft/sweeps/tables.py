@@ -1,36 +1,37 @@
 """The tables of a sweep, the same in report.md, report.html and the terminal. No torch here.
 
 for table in tables(ranking):          leaderboards, repeats with other seeds, stopped jobs, jobs without a result
-    table.rows[0].cells[3].text        "2.3366"; .value is what it is sorted by
+    table.rows[0].cells[3].text        "2.3366"; .value is the number to sort by
 """
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
-from lora_ft.sweeps.leaderboard import SEED, Board, Ranking, Setting, values_of
+from lora_ft.sweeps.leaderboard import SEED, Board, Ranking, values_of
 from lora_ft.sweeps.results import JobResult, State, finite
 
 _STATUS = 48  # characters of a reason in a leaderboard
 
 
-class Kind(Enum):
-    leaderboard = "leaderboard"
-    settings = "settings"
-    reasons = "reasons"
+@dataclass(frozen=True)
+class Cell:
+    """The text of a cell, and the number to sort by if the text is one."""
+
+    text: str = ""
+    value: float | None = None
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column: title and unit, a short name for narrow output, and `kind`: number, text, prose or status.
+    """A column: its title, the cell of each row, a short title, the unit, and `kind`: number, text, prose or status.
 
     Narrow output leaves out columns by `spare`, the highest first; columns with 0 always stay.
     """
 
     title: str
+    cell: Callable[[Any], Cell]
     short: str = ""
     unit: str = ""
     kind: str = "number"
@@ -46,14 +47,6 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """The text of a cell, and the number to sort by if the text is one."""
-
-    text: str = ""
-    value: float | None = None
-
-
-@dataclass(frozen=True)
 class Row:
     cells: tuple[Cell, ...]
     job: JobResult | None = None  # None for the base and for settings
@@ -61,14 +54,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    kind: Kind
+    """A table; `kind` is leaderboard, settings or reasons."""
+
+    kind: str
     title: str
     note: str
-    columns: tuple[Column, ...]
-    rows: tuple[Row, ...]
-
-
-JobColumn = tuple[Column, Callable[[JobResult], Cell]]
+    columns: list[Column]
+    rows: list[Row]
 
 
 def tables(ranking: Ranking) -> Iterator[Table]:
@@ -82,11 +74,11 @@ def tables(ranking: Ranking) -> Iterator[Table]:
     if stopped := [job for job in ranking.sweep.jobs if job.state is State.stopped]:
         yield _reasons(ranking, "Stopped early", stopped)
     if ranking.rest:
-        log: JobColumn = Column("log", kind="prose"), lambda job: Cell(job.log or "")
+        log = Column("log", lambda job: Cell(job.log or ""), kind="prose")
         yield _reasons(ranking, "Without a result", ranking.rest, log)
 
 
-def _leaderboard(ranking: Ranking, board: Board, title: str, rest: Iterable[JobResult]) -> Table:
+def _leaderboard(ranking: Ranking, board: Board, title: str, rest: Sequence[JobResult]) -> Table:
     def loss(job: JobResult) -> Cell:
         missing = "not finite" if job.is_finished and board.base_loss else ""
         return _number(job.figures.eval_loss, loss_text, missing)
@@ -94,24 +86,24 @@ def _leaderboard(ranking: Ranking, board: Board, title: str, rest: Iterable[JobR
     def figure(name: str, form: str, unit: float = 1) -> Callable[[JobResult], Cell]:
         return lambda job: _number(getattr(job.figures, name), lambda value: form.format(value / unit))
 
-    columns: list[JobColumn] = [
-        (Column("place", "#"), lambda job: _number(board.place(job), str)),
+    columns = [
+        Column("place", lambda job: _number(board.place(job), str), "#"),
         *_job_columns(ranking),
-        (Column("eval loss", "loss", "nats per token"), loss),
-        (Column("perplexity", "ppl", spare=1), lambda job: _perplexity(job.figures.eval_loss)),
-        (Column("tokens/s", spare=2), figure("tokens_per_second", "{:,.0f}")),
-        (Column("peak memory", "GB", "GB", spare=3), figure("peak_memory_bytes", "{:.2f}", 1e9)),
-        (Column("adapter", "MB", "MB", spare=4), figure("adapter_bytes", "{:.2f}", 1e6)),
-        (Column("parameters", "parameters", "trainable", spare=5), figure("trainable_parameters", "{:,.0f}")),
-        (Column("train time", "time"), lambda job: _number(job.figures.train_seconds, duration)),
-        (Column("status", kind="status"), lambda job: Cell(status(job))),
+        Column("eval loss", loss, "loss", "nats per token"),
+        Column("perplexity", lambda job: _perplexity(job.figures.eval_loss), "ppl", spare=1),
+        Column("tokens/s", figure("tokens_per_second", "{:,.0f}"), spare=2),
+        Column("peak memory", figure("peak_memory_bytes", "{:.2f}", 1e9), "GB", "GB", spare=3),
+        Column("adapter", figure("adapter_bytes", "{:.2f}", 1e6), "MB", "MB", spare=4),
+        Column("parameters", figure("trainable_parameters", "{:,.0f}"), "parameters", "trainable", spare=5),
+        Column("train time", lambda job: _number(job.figures.train_seconds, duration), "time"),
+        Column("status", lambda job: Cell(status(job)), kind="status"),
     ]
     rows = _rows(columns, [*board.ranked, *rest])
     if board.base_loss is not None:
         base = {"job": Cell("base"), "eval loss": _number(board.base_loss, loss_text),
                 "perplexity": _perplexity(board.base_loss)}  # fmt: skip
-        rows.insert(0, Row(tuple(base.get(column.title, Cell()) for column, _ in columns)))
-    return Table(Kind.leaderboard, title, _note(ranking, board), tuple(column for column, _ in columns), tuple(rows))
+        rows.insert(0, Row(tuple(base.get(column.title, Cell()) for column in columns)))
+    return Table("leaderboard", title, _note(ranking, board), columns, rows)
 
 
 def _note(ranking: Ranking, board: Board) -> str:
@@ -119,73 +111,61 @@ def _note(ranking: Ranking, board: Board) -> str:
     if board.eval_tokens and board.base_loss is not None:
         notes.append(f"Losses over the same {board.eval_tokens:,} eval tokens.")
     elif board.ranked:
-        notes.append("No eval loss of the base, so there is nothing to rank by.")
+        notes.append("The eval loss of the base is unknown, so the jobs are not ranked.")
     if len(ranking.boards) > 1:
-        notes.append("Losses of different leaderboards are of different rows or bases, and not to be compared.")
+        notes.append("Do not compare losses of different leaderboards: their eval rows or bases differ.")
     if any(job.figures.peak_memory_bytes for job in board.ranked):
         notes.append("Peak memory is that of the process, which jobs on one base share.")
     return " ".join(notes)
 
 
 def _settings(ranking: Ranking, board: Board, title: str) -> Table:
+    places = {id(setting): place for place, setting in enumerate(board.settings, 1) if setting.losses}
     columns = [
-        Column("place", "#"),
-        *_setting_columns(ranking.columns),
-        Column("mean eval loss", "mean loss", "nats per token"),
-        Column("standard deviation", "deviation"),
-        Column("n"),
-        Column("jobs", kind="prose"),
+        Column("place", lambda setting: _number(places.get(id(setting)), str), "#"),
+        *_setting_columns(ranking.columns, lambda setting: setting.values),
+        Column("mean eval loss", lambda setting: _number(setting.mean, loss_text), "mean loss", "nats per token"),
+        Column("standard deviation", lambda setting: _number(setting.deviation, "{:.4f}".format), "deviation"),
+        Column("n", lambda setting: _number(len(setting.losses), str)),
+        Column("jobs", lambda setting: Cell(", ".join(job.name for job in setting.jobs)), kind="prose"),
     ]
-
-    def row(place: int, setting: Setting) -> Row:
-        return Row((
-            _number(place if setting.losses else None, str),
-            *(_setting(setting.values, name) for name in ranking.columns),
-            _number(setting.mean, loss_text),
-            _number(setting.deviation, "{:.4f}".format),
-            _number(len(setting.losses), str),
-            Cell(", ".join(job.name for job in setting.jobs)),
-        ))  # fmt: skip
-
     note = "Jobs that differ in seed only, as repeats of one setting. The deviation is the sample's (n - 1)."
-    rows = tuple(row(place, setting) for place, setting in enumerate(board.settings, 1))
-    return Table(Kind.settings, title, note, tuple(columns), rows)
+    return Table("settings", title, note, columns, _rows(columns, board.settings))
 
 
-def _reasons(ranking: Ranking, title: str, jobs: Sequence[JobResult], *more: JobColumn) -> Table:
-    columns: list[JobColumn] = [
+def _reasons(ranking: Ranking, title: str, jobs: Sequence[JobResult], *more: Column) -> Table:
+    columns = [
         *_job_columns(ranking),
-        (Column("status", kind="status"), lambda job: Cell(job.state.value)),
-        (Column("why", kind="prose"), lambda job: Cell(job.reason)),
+        Column("status", lambda job: Cell(job.state.value), kind="status"),
+        Column("why", lambda job: Cell(job.reason), kind="prose"),
         *more,
     ]
-    return Table(Kind.reasons, title, "", tuple(column for column, _ in columns), tuple(_rows(columns, jobs)))
+    return Table("reasons", title, "", columns, _rows(columns, jobs))
 
 
-def _rows(columns: list[JobColumn], jobs: Iterable[JobResult]) -> list[Row]:
-    return [Row(tuple(cell(job) for _, cell in columns), job) for job in jobs]
+def _rows(columns: list[Column], items: Sequence[Any]) -> list[Row]:
+    return [
+        Row(tuple(column.cell(item) for column in columns), item if isinstance(item, JobResult) else None)
+        for item in items
+    ]
 
 
-def _job_columns(ranking: Ranking) -> Iterator[JobColumn]:
+def _job_columns(ranking: Ranking) -> Iterator[Column]:
     """Yield the columns of the job's name and of the settings in which the jobs differ."""
     number = {job.name: finite(int(job.name)) for job in ranking.sweep.jobs if job.name.isdecimal()}
-    yield Column("job", kind="text"), lambda job: Cell(job.name, number.get(job.name))
-    names = [*ranking.columns, SEED] if ranking.has_seeds else [*ranking.columns]
-    for name, column in zip(names, _setting_columns(names), strict=True):
-        yield column, functools.partial(_setting_of, name)
+    yield Column("job", lambda job: Cell(job.name, number.get(job.name)), kind="text")
+    yield from _setting_columns([*ranking.columns, *([SEED] if ranking.has_seeds else [])], values_of)
 
 
-def _setting_of(name: str, job: JobResult) -> Cell:
-    return _setting(values_of(job), name)
-
-
-def _setting_columns(names: Sequence[str]) -> list[Column]:
+def _setting_columns(names: Sequence[str], values: Callable[[Any], dict[str, Any]]) -> Iterator[Column]:
     last = [name.rpartition(".")[2] for name in names]
-    return [Column(name, short if last.count(short) == 1 else name) for name, short in zip(names, last, strict=True)]
+    for name, short in zip(names, last, strict=True):
 
+        def cell(item: Any, name: str = name) -> Cell:
+            known = values(item)
+            return Cell(value_text(known[name]), finite(known[name])) if name in known else Cell()
 
-def _setting(values: dict[str, Any], name: str) -> Cell:
-    return Cell(value_text(values[name]), finite(values[name])) if name in values else Cell()
+        yield Column(name, cell, short if last.count(short) == 1 else name)
 
 
 def value_text(value: Any) -> str:

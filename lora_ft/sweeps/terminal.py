@@ -1,4 +1,4 @@
-"""Print the tables of a sweep in a terminal: narrow ones leave out columns rather than cut numbers. No torch here.
+"""Print the tables of a sweep in a terminal; a narrow one gets fewer columns, with their numbers whole. No torch here.
 
 console.print(table(ranking))
 """
@@ -15,14 +15,14 @@ from rich.text import Text
 
 from lora_ft.sweeps import tables
 from lora_ft.sweeps.leaderboard import Ranking
-from lora_ft.sweeps.tables import Cell, Column, Kind, Table
+from lora_ft.sweeps.tables import Table
 
 _GAP = 3  # blanks between columns
-_TEXT = 24  # a longer text is wrapped to keep the other columns
+_TEXT = 24  # longer texts are wrapped, to keep the other columns
 
 
 def table(ranking: Ranking) -> RenderableType:
-    """The tables of report.md for a terminal."""
+    """Return the tables of report.md for a terminal."""
     return Group(*(part for one in tables.tables(ranking) for part in _rich(one)))
 
 
@@ -30,7 +30,7 @@ def _rich(table: Table) -> Iterator[RenderableType]:
     yield Text(f"\n{table.title}", style="bold")
     if table.note:
         yield Text(table.note, style="dim")
-    if table.kind is not Kind.reasons:
+    if table.kind != "reasons":
         yield _Fitted(table)
         return
     for row in table.rows:  # long texts do not fit into columns
@@ -47,32 +47,20 @@ class _Fitted:
     table: Table
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        columns = self.table.columns
-        texts = [[_brief(column, row.cells[at]) for row in self.table.rows] for at, column in enumerate(columns)]
-        widths = [_width(column, cells) for column, cells in zip(columns, texts, strict=True)]
-        shown = list(range(len(columns)))
-        for at in sorted(shown, key=lambda at: -columns[at].spare):
-            if sum(widths[i] + _GAP for i in shown) - _GAP > options.max_width and columns[at].spare:
-                shown.remove(at)
+        texts, widths = {}, {}
+        for at, column in enumerate(self.table.columns):
+            cells = [row.cells[at].text for row in self.table.rows]
+            # A status without its reason, which is printed in full below.
+            texts[column] = [text.partition(":")[0] for text in cells] if column.kind == "status" else cells
+            widest = max(map(cell_len, [column.short or column.name, *texts[column]]))
+            widths[column] = widest if column.is_number else min(widest, _TEXT)
+        for column in sorted(texts, key=lambda column: -column.spare):
+            if column.spare and sum(width + _GAP for width in widths.values()) - _GAP > options.max_width:
+                del texts[column], widths[column]
         drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
-        for at in shown:
-            is_number = columns[at].is_number
-            drawn.add_column(_name(columns[at]), justify="right" if is_number else "left", no_wrap=is_number,
-                             overflow="fold")  # fmt: skip
-        for number in range(len(self.table.rows)):
-            drawn.add_row(*(Text(texts[at][number]) for at in shown))
+        for column in texts:
+            drawn.add_column(column.short or column.name, justify="right" if column.is_number else "left",
+                             no_wrap=column.is_number, overflow="fold")  # fmt: skip
+        for row in zip(*texts.values(), strict=True):
+            drawn.add_row(*map(Text, row))
         yield drawn
-
-
-def _width(column: Column, texts: list[str]) -> int:
-    widest = max(map(cell_len, [_name(column), *texts]))
-    return widest if column.is_number else min(widest, _TEXT)
-
-
-def _name(column: Column) -> str:
-    return column.short or column.name
-
-
-def _brief(column: Column, cell: Cell) -> str:
-    """The text of a cell; a status without its reason, which is printed in full below."""
-    return cell.text.partition(":")[0] if column.kind == "status" else cell.text

@@ -1,12 +1,12 @@
 """The worker process of a sweep: trains its jobs one after the other on one loaded base, each to its outcome.
 
-    stdin, one line    {"jobs": [{"number": 3, "folder": ..., "cfg": {...}, "overrides": [...]}, ...],
-                        "heartbeat": FILE, "sweep": {"halving": false, ...}}
-    heartbeat          {"folder": ".../3", "beat": 17, "doing": "step"}     the running job, since the file's time
+    argument           {"jobs": [{"number": 3, "folder": ..., "cfg": {...}, "overrides": [...]}, ...],
+    (a JSON file)       "heartbeat": FILE, "sweep": {"halving": false, ...}}
+    heartbeat          {"folder": ".../3", "beat": 17, "doing": "step"}     the running job, as of the file's time
     exit code          0: every job has its result.json or failure.json
-                       AGAIN: a failed job changed the base; the jobs without outcome need a new process
+                       BASE_CHANGED: a failed job changed the base; the jobs without an outcome need a new process
 
-stdin stays open as long as the parent lives. Its end is what SIGTERM is: the step is finished, the state is saved.
+stdin stays open while the parent wants the jobs to run. Its end acts as SIGTERM: the step is finished, the state saved.
 """
 
 import contextlib
@@ -27,6 +27,7 @@ from lora_ft.models.fingerprint import fingerprint
 from lora_ft.sweeps import jobs
 from lora_ft.sweeps.halving import Halving
 from lora_ft.sweeps.jobs import Job
+from lora_ft.sweeps.scheduler import BASE_CHANGED
 from lora_ft.train import train_job
 from lora_ft.training.callbacks import Callback, Metrics
 from lora_ft.training.progress import displayed
@@ -34,13 +35,11 @@ from lora_ft.training.shared import Shared, prepare
 from lora_ft.training.signals import Stop, on_signals
 from lora_ft.training.state import TrainingState
 
-AGAIN = 75  # EX_TEMPFAIL of sysexits.h
-
 log = logging.getLogger("lora_ft")
 
 
 class Heartbeat(Callback):
-    """Writes which job is running, and what it does, into one file; the parent sees a job that hangs by it."""
+    """Writes the running job and its phase into one file, so that the parent sees a job that hangs."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._beats = path, 0
@@ -57,7 +56,7 @@ class Heartbeat(Callback):
 
 
 class StopAtStart(Callback):
-    """Ends a run that fell behind where its checkpoint stands."""
+    """Ends a run at its checkpoint, without a further step."""
 
     def __init__(self, reason: str) -> None:
         self._reason = reason
@@ -68,8 +67,8 @@ class StopAtStart(Callback):
 
 def main() -> int:
     process.prepare()
-    order = json.loads(sys.stdin.readline())
-    threading.Thread(target=_stop_without_parent, daemon=True).start()
+    order = json.loads(Path(sys.argv[1]).read_bytes())
+    threading.Thread(target=_stop_at_end_of_stdin, daemon=True).start()
     group = [jobs.from_plain(job) for job in order["jobs"]]
     sweep = config.Sweep(**order["sweep"])
     halving = Halving(sweep.eta, sweep.min_steps) if sweep.halving and len(group) > 1 else None
@@ -84,7 +83,7 @@ def main() -> int:
             return error.exit_code
 
 
-def _stop_without_parent() -> None:
+def _stop_at_end_of_stdin() -> None:
     sys.stdin.read()
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -103,21 +102,21 @@ class Worker:
         for job in group:
             self._train(job)
             if self._base_has_changed:
-                return AGAIN
+                return BASE_CHANGED
         return 0
 
     def run_with_halving(self, group: list[Job], halving: Halving) -> int:
-        """Train the jobs from rung to rung, and stop those that fall behind."""
+        """Train the jobs from rung to rung, and stop those with the higher eval losses at each."""
         active = list(group)
         for rung in halving.rungs():
             for job in list(active):
-                if _steps(job) < rung and self._train(job, until=rung):
+                if _last_checkpoint(job) < rung and self._train(job, until=rung):
                     active.remove(job)
                 if self._base_has_changed:
-                    return AGAIN
+                    return BASE_CHANGED
             at_rung = {job.number: loss for job in active if (loss := _loss_at(job, rung)) is not None}
-            stopped = halving.stopped(rung, at_rung, len(active) - len(at_rung))
-            # First those that go on: a sweep that is resumed in between must not choose among them again.
+            stopped = halving.stopped(rung, at_rung, num_beyond=len(active) - len(at_rung))
+            # Mark the survivors before any job is stopped: a sweep resumed in between must not choose among them again.
             for job in active:
                 if job.number in at_rung and job.number not in stopped:
                     durable.write_json(job.folder / runs.HALVING, {"passed": rung})
@@ -126,13 +125,13 @@ class Worker:
                     self._train(job, callbacks=[StopAtStart(stopped[job.number])])
                     active.remove(job)
                 if self._base_has_changed:
-                    return AGAIN
+                    return BASE_CHANGED
             if not active:
                 return 0
-        raise AssertionError("rungs have no end")
+        raise AssertionError("rungs() is infinite")
 
     def _train(self, job: Job, until: int | None = None, callbacks: Sequence[Callback] = ()) -> bool:
-        """Train a job until `until` steps or its end; return True if it has an outcome, good or bad."""
+        """Train a job for `until` steps or to its end; return True if it has ended, with a result or a failure."""
         self._heartbeat.beat(job.folder, "loading")
         with displayed(job.folder) as progress:
             try:
@@ -140,33 +139,33 @@ class Worker:
                     runs.begin(job.folder, job.cfg, job.overrides)
                     self._begun.add(job.number)
                 self._shared = self._shared or prepare(job.cfg)
-                told = [self._heartbeat, progress, *callbacks]
-                return train_job(job.cfg, job.folder, self._shared, told, self._stop, until) is not None
+                callbacks = [self._heartbeat, progress, *callbacks]
+                return train_job(job.cfg, job.folder, self._shared, callbacks, self._stop, until) is not None
             except Exception as error:
                 log.error("job %d failed: %s", job.number, error)
                 runs.write_failure(job.folder, out_of_memory("train", error) or error)
-            # Behind the handler: a handled exception holds the frames it came through, and their tensors.
+            # After the handler: while it runs, the exception holds the frames it passed through, and their tensors.
             gc.collect()
             if self._shared and (loaded := self._shared.base):
                 self._base_has_changed |= fingerprint(loaded.base.model) != loaded.fingerprint
         return True
 
 
-def _steps(job: Job) -> int:
-    """Return the steps of a job's newest checkpoint, which every pause at a rung leaves; 0 if it has none."""
+def _last_checkpoint(job: Job) -> int:
+    """Return the steps of a job's newest checkpoint, 0 if it has none; each pause at a rung saves one."""
     found = (job.folder / runs.CHECKPOINTS).glob("step-[0-9]*")
     return max((int(path.name.removeprefix("step-")) for path in found), default=0)
 
 
 def _loss_at(job: Job, rung: int) -> float | None:
-    """Return the eval loss of a job that waits at a rung; None if it has passed it, or was not evaluated there."""
-    if _steps(job) != rung or _passed(job) >= rung:
+    """Return the eval loss of a job paused at a rung; None if it passed the rung or was not evaluated there."""
+    if _last_checkpoint(job) != rung or _passed(job) >= rung:
         return None
     return next((row.get("eval_loss") for row in runs.read_metrics(job.folder) if row["step"] == rung), None)
 
 
 def _passed(job: Job) -> int:
-    """Return the last rung from which a job was chosen to go on, 0 if there is none."""
+    """Return the last rung that a job survived, 0 before the first."""
     path = job.folder / runs.HALVING
     return int(json.loads(path.read_bytes())["passed"]) if path.is_file() else 0
 

@@ -29,7 +29,7 @@ from lora_ft.data.statistics import warnings as warnings_of_rows
 from lora_ft.errors import LoraFtError
 from lora_ft.io import durable
 from lora_ft.models.load import Base, resolve_device
-from lora_ft.models.meta_model import load_skeleton
+from lora_ft.models.meta_model import load_meta_model
 from lora_ft.ops.kernels import choose_kernels
 from lora_ft.training import checkpoint, ranks, state, trackers
 from lora_ft.training.ineffective_settings import ineffective
@@ -159,7 +159,7 @@ def partial_dry_run(
     """Check as much of a run as its errors allow, even without rows; `collect` keeps the errors."""
     objective = collect(objectives.find, cfg.objective)
     base = collect(
-        load_skeleton, cfg.model, cfg.quant, cfg.device, tokenizer, objective.model_class if objective else None
+        load_meta_model, cfg.model, cfg.quant, cfg.device, tokenizer, objective.model_class if objective else None
     )
     collect(trackers.check, cfg.track)
     steps = _steps(cfg, rows.dataset) if rows else None

@@ -43,7 +43,7 @@ class Stop:
         # Not sys.stderr, which may be in the middle of a write. Ctrl-C also ends the reader of a pipe (`| tee log`).
         with contextlib.suppress(OSError):
             os.write(
-                _STDERR, f"\n{name}: finishing this step and saving a checkpoint; press again to stop now\n".encode()
+                _STDERR, f"\n{name}: finishing this step and saving a checkpoint; send it again to stop now\n".encode()
             )
 
 

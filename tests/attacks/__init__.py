@@ -1,8 +1,8 @@
-"""Files that somebody might hand to lora-ft with bad intent, made when the tests run; no blob of them lies in git.
+"""Malicious input files for lora-ft, built when the tests run; none of them is stored in git.
 
-Each attack builds its files in a folder, hands them to the function that a command would, and says how that must end.
-`outside` holds what a path or link may lead to, and is watched by the kernel: whoever opens a file there is seen,
-whatever language he is written in. `canary` is a file that only code of the attacker's would make.
+Each attack builds its files in a folder, passes them to the function that a command would call, and names the error
+that must follow. `outside` holds the targets of paths and links; the kernel reports every file opened there, from any
+language. `canary` is a file that only the attacker's code would create.
 """
 
 import contextlib
@@ -19,25 +19,25 @@ from lora_ft.errors import LoraFtError
 
 @dataclass(frozen=True)
 class Place:
-    """Where an attack is laid out: the folder that is handed over, what lies outside of it, and the canary."""
+    """Paths of an attack: the folder that lora-ft gets, a folder outside it, and the canary."""
 
     folder: Path
     outside: Path
     canary: Path
 
     def plant_code(self, path: Path) -> None:
-        """A Python file that leaves the canary when it is imported."""
+        """Write a Python file that creates the canary when it is imported."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"open({str(self.canary)!r}, 'w')\n")
 
     def pickle(self) -> bytes:
-        """A pickle that leaves the canary when it is loaded: open(canary, 'w'), in the oldest protocol."""
+        """Return a pickle that creates the canary when it is loaded: open(canary, 'w'), in the oldest protocol."""
         return f"cbuiltins\nopen\n(S{str(self.canary)!r}\nS'w'\ntR.".encode()
 
 
 @dataclass(frozen=True)
 class Attack:
-    """What is built and handed over, and the error it must end with; None: it is read as if it were not there."""
+    """An attack and the error that it must raise; None if its files are ignored without an error."""
 
     name: str
     build: Callable[[Place], None]
@@ -48,7 +48,7 @@ class Attack:
 
 @contextlib.contextmanager
 def opened_in(folder: Path) -> Iterator[list[str]]:
-    """The names of the files of a folder that anything opens during the block, as the kernel reports them (Linux)."""
+    """Collect the names of files in a folder that are opened during the block, as reported by inotify (Linux only)."""
     names: list[str] = []
     if sys.platform != "linux":
         yield names

@@ -1,4 +1,4 @@
-"""Adapters: folders that would run code, read files elsewhere, or claim sizes that they do not have."""
+"""Attacks by adapter folders: code to run, files outside the folder, and false sizes."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from lora_ft.errors import MismatchError, SecurityError
 
 
 def _open(place: Place) -> object:
-    """As eval, chat and merge do: the folder is a run's, with the base beside it."""
+    """Load a run's adapter on the base beside the run folder, as eval, chat and merge do."""
     adapter = loading.adapter_folder(str(place.folder), None)
     model = config.Model(path=str(place.folder.parent / "base"), dtype=config.Dtype.float32)
     tokenizer = loading.adapter_tokenizer(adapter, model)
@@ -73,28 +73,28 @@ _MAPPING = {"base_model_class": "Evil", "parent_library": "evil"}
 _ADAPTERS: list[Row] = [
     ("a pickled adapter", _pickled("adapter_model.bin"), SecurityError, "can run code"),
     ("a pickled adapter, .pt", _pickled("adapter_model.pt"), SecurityError, "can run code"),
-    ("a pickled adapter under the name of safetensors", _pickled(files.WEIGHTS), MismatchError, "not a safetensors"),
-    ("a class of its own", _settings(auto_mapping=_MAPPING), SecurityError, "auto_mapping asks to import evil"),
+    ("a pickled adapter named .safetensors", _pickled(files.WEIGHTS), MismatchError, "not a safetensors"),
+    ("its own model class", _settings(auto_mapping=_MAPPING), SecurityError, "auto_mapping asks to import evil"),
     ("a module to import", _imported, SecurityError, "megatron_config asks to import"),
-    ("code for its tokenizer", _tokenizer_code, SecurityError, "auto_map asks to run"),
-    ("a tokenizer elsewhere", _versioned_tokenizer, SecurityError, "no file of this folder"),
-    ("another base, by path", _another_base, None, ""),
-    *((f"a link: {name}", _link(name), SecurityError, "a link out of its folder")
+    ("code for the tokenizer of an adapter", _tokenizer_code, SecurityError, "auto_map asks to run"),
+    ("an adapter's tokenizer outside the folder", _versioned_tokenizer, SecurityError, "not a file of this folder"),
+    ("another base by path", _another_base, None, ""),
+    *((f"a link: {name}", _link(name), SecurityError, "outside of its folder")
       for name in (f"adapter/{files.CONFIG}", f"adapter/{files.WEIGHTS}", f"adapter/{provenance.RECORD}",
                    "adapter/tokenizer.json", "adapter/chat_template.jinja", "adapter")),
     ("an adapter's header over the limit", lambda p: large_header(p.folder / "adapter" / files.WEIGHTS, 11 * 2**20),
      SecurityError, "longer than the"),
-    ("an adapter's header nested without end",
+    ("an adapter's header nested too deeply",
      lambda p: header(p.folder / "adapter" / files.WEIGHTS, '{"a":' * 50_000), SecurityError, "nested too deeply"),
     *((f"an adapter with {name}", lambda p, w=write: w(p.folder / "adapter" / files.WEIGHTS), MismatchError,
        r"adapter_model\.safetensors is not a safe") for name, write in HEADERS.items()),
     ("a rank of 10^12", _settings(r=10**12), MismatchError, "larger than adapter_model.safetensors has bytes"),
     ("a rank of 10^12 for one layer", _settings(rank_pattern={"q_proj": 10**12}), MismatchError, "larger than"),
-    ("a pattern that is none", _settings(target_modules="(["), MismatchError, "does not fit this base"),
-    ("layers by path", _settings(target_modules=["../../outside"]), MismatchError, "does not fit this base"),
-    ("an adapter's config nested without end", _deep(files.CONFIG), SecurityError, "nested too deeply"),
-    ("an adapter's record nested without end", _deep(provenance.RECORD), SecurityError, "nested too deeply"),
-    ("an adapter's record of 17 MiB", lambda p: os.truncate(p.folder / "adapter" / provenance.RECORD, 17 * 2**20),
+    ("an invalid pattern", _settings(target_modules="(["), MismatchError, "does not fit this base"),
+    ("target modules by path", _settings(target_modules=["../../outside"]), MismatchError, "does not fit this base"),
+    ("an adapter's config nested too deeply", _deep(files.CONFIG), SecurityError, "nested too deeply"),
+    ("an adapter's lora_ft.json nested too deeply", _deep(provenance.RECORD), SecurityError, "nested too deeply"),
+    ("an adapter's lora_ft.json of 17 MiB", lambda p: os.truncate(p.folder / "adapter" / provenance.RECORD, 17 * 2**20),
      SecurityError, "larger than 16 MiB"),
 ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Base models: folders and GGUF files that would run code, read elsewhere, or take memory without end."""
+"""Attacks by base models, as folders and GGUF files: code to run, files outside the folder, and huge sizes."""
 
 import json
 import os
@@ -43,7 +43,7 @@ HEADERS: dict[str, Callable[[Path], None]] = {
 
 def large_header(path: Path, num_bytes: int) -> None:
     header(path, "{}", length=num_bytes)
-    os.truncate(path, num_bytes + 8)  # a hole: no disk is used
+    os.truncate(path, num_bytes + 8)  # a sparse file, which uses no disk space
 
 
 def _load(place: Place) -> object:
@@ -76,7 +76,7 @@ def _settings(**fields: object) -> Callable[[Place], None]:
 
 
 def _index(name: str, file: str = "model.safetensors.index.json", **fields: object) -> Callable[[Place], None]:
-    """A sharded index that names one shard; {outside} in the name is that folder."""
+    """Write a sharded index that names one shard; `{outside}` in the name is the folder outside."""
 
     def build(place: Place) -> None:
         (place.folder / "model.safetensors").rename(place.folder / "kept.safetensors")
@@ -156,7 +156,7 @@ _TRAVERSING = (
 Row = tuple[str, Callable[[Place], None], type[LoraFtError] | None, str]
 
 _FOLDERS: list[Row] = [
-    ("pickle under the name of safetensors",
+    ("a pickle named .safetensors",
      lambda p: (p.folder / "model.safetensors").write_bytes(p.pickle()) and None, ConfigError, "not a safetensors"),
     ("pickled weights only", _pickled("pytorch_model.bin"), SecurityError, "pickled weights only"),
     ("pickled weights, .pt", _pickled("model.pt"), SecurityError, "pickled weights only"),
@@ -166,46 +166,46 @@ _FOLDERS: list[Row] = [
     ("code for the tokenizer",
      _code("tokenizer_config.json", tokenizer_class="Evil", auto_map={"AutoTokenizer": [None, "evil.Evil"]}),
      SecurityError, "auto_map asks to run"),
-    ("code beside a known class", _code("config.json", auto_map={"AutoModelForCausalLM": "evil.Evil"}), None, ""),
-    ("code to generate with", lambda p: p.plant_code(p.folder / "custom_generate" / "generate.py"), None, ""),
-    ("attention from the hub", _settings(attn_implementation="evil/kernel"), SecurityError, "kernel of the hub"),
-    ("attention from the hub, inner name",
+    ("code for a known class", _code("config.json", auto_map={"AutoModelForCausalLM": "evil.Evil"}), None, ""),
+    ("code for generation", lambda p: p.plant_code(p.folder / "custom_generate" / "generate.py"), None, ""),
+    ("attention kernel from the hub", _settings(attn_implementation="evil/kernel"), SecurityError, "kernel of the hub"),
+    ("attention kernel from the hub, internal name",
      _settings(_attn_implementation_internal="evil/kernel@main:f"), SecurityError, "kernel of the hub"),
-    ("attention from the hub, nested",
+    ("attention kernel from the hub, nested",
      _settings(text_config={"_attn_implementation": {"": "evil/kernel"}}), SecurityError, "kernel of the hub"),
     ("experts from the hub", _settings(_experts_implementation="evil/kernel"), SecurityError, "kernel of the hub"),
     ("other weights, pickled", _settings(transformers_weights="adapter_model.bin"), SecurityError, "not checked"),
     ("other weights, an index",
      _index("../outside/model.safetensors", "other.safetensors.index.json",
             transformers_weights="other.safetensors.index.json"), SecurityError, "not checked"),
-    ("an adapter inside the model", _embedded_adapter, SecurityError, "holds a model and an adapter_config"),
+    ("an adapter inside a model folder", _embedded_adapter, SecurityError, "holds a model and an adapter_config"),
     ("a shard above the folder", _index("../outside/model.safetensors"), SecurityError, "not the plain name"),
     ("a shard by absolute path", _index("{outside}/model.safetensors"), SecurityError, "not the plain name"),
-    ("a shard that is a link", _linked_shard, SecurityError, "a link out of its folder"),
-    *((f"a link: {name}", _link(name), SecurityError, "a link out of its folder")
+    ("a shard that is a link", _linked_shard, SecurityError, "outside of its folder"),
+    *((f"a link: {name}", _link(name), SecurityError, "outside of its folder")
       for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors",
                    "generation_config.json", "chat_template.jinja", "additional_chat_templates/tool.jinja")),
-    ("a pipe", _pipe, SecurityError, "neither a file nor a folder"),
-    ("a tokenizer of some version, elsewhere", _versioned_tokenizer, SecurityError, "no file of this folder"),
-    ("a vocabulary elsewhere", _vocabulary_elsewhere, None, ""),
-    ("a header over the limit", lambda p: large_header(p.folder / "model.safetensors", 33 * 2**20),
+    ("a named pipe", _pipe, SecurityError, "neither a regular file nor a folder"),
+    ("a versioned tokenizer outside the folder", _versioned_tokenizer, SecurityError, "not a file of this folder"),
+    ("a vocabulary outside the folder", _vocabulary_elsewhere, None, ""),
+    ("a header above the size limit", lambda p: large_header(p.folder / "model.safetensors", 33 * 2**20),
      SecurityError, "longer than the"),
-    ("a header nested without end",
+    ("a header nested too deeply",
      lambda p: header(p.folder / "model.safetensors", '{"a":' * 50_000), SecurityError, "nested too deeply"),
     *((name, lambda p, w=write: w(p.folder / "model.safetensors"), ConfigError, r"model\.safetensors is not a safe")
       for name, write in HEADERS.items()),
-    *((f"nested without end: {name}", _deep(name), SecurityError, "nested too deeply")
+    *((f"nested too deeply: {name}", _deep(name), SecurityError, "nested too deeply")
       for name in ("config.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json")),
     ("a config of 17 MiB", _large("config.json"), SecurityError, "larger than 16 MiB"),
 ]  # fmt: skip
 
 _GGUF: list[Row] = [
-    ("GGUF: arrays in arrays",
+    ("GGUF: nested arrays",
      _gguf(_text("a") + struct.pack("<I", 9) + _ARRAY_IN_ARRAY * 5_000), ConfigError, "damaged"),
     ("GGUF: 2^62 keys", _gguf(b"", num_keys=2**62), ConfigError, "damaged"),
-    ("GGUF: a text of 2^62 bytes", _gguf(struct.pack("<Q", 2**62)), ConfigError, "damaged"),
+    ("GGUF: a string of 2^62 bytes", _gguf(struct.pack("<Q", 2**62)), ConfigError, "damaged"),
     ("GGUF: an array of 2^62 bytes", _gguf(_text("a") + struct.pack("<IIQ", 9, 0, 2**62)), ConfigError, "damaged"),
-    ("GGUF: a tensor with a path for a name", _gguf(_TRAVERSING, num_tensors=1), ConfigError, "lacks"),
+    ("GGUF: a tensor named by a path", _gguf(_TRAVERSING, num_tensors=1), ConfigError, "lacks"),
 ]  # fmt: skip
 
 ATTACKS = [Attack(name, build, _load, error, says) for name, build, error, says in _FOLDERS]

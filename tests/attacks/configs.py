@@ -1,19 +1,19 @@
-"""Configs: folders for --config-dir, run folders and overrides that would run code."""
+"""Attacks by configs: folders for --config-dir, run folders and overrides that would run code."""
 
 from collections.abc import Callable
 
 from attacks import Attack, Place
 from lora_ft.cli import composition
-from lora_ft.errors import LoraFtError, SecurityError
+from lora_ft.errors import ConfigError, LoraFtError, SecurityError
 
 GLOBAL = "# @package _global_\n"
 _CALL = "{_target_: builtins.open, file: CANARY, mode: w}"
 
 
-def _compose(place: Place, words: list[str], folder: bool) -> object:
-    told = [word.replace("CANARY", str(place.canary)) for word in words]
-    place_to_run = [f"hydra.run.dir={place.folder}/run", f"hydra.sweep.dir={place.folder}/sweep"]
-    command = composition.CommandLine("train", ["data.path=x", *told, *place_to_run], "hydra.mode=MULTIRUN" in told,
+def _compose(place: Place, overrides: list[str], folder: bool) -> object:
+    typed = [override.replace("CANARY", str(place.canary)) for override in overrides]
+    folders = [f"hydra.run.dir={place.folder}/run", f"hydra.sweep.dir={place.folder}/sweep"]
+    command = composition.CommandLine("train", ["data.path=x", *typed, *folders], "hydra.mode=MULTIRUN" in typed,
                                   place.folder if folder else None)  # fmt: skip
     return composition.run(command, lambda cfg, folder, typed: None, lambda sweep: 0)
 
@@ -29,19 +29,25 @@ def _files(files: dict[str, str]) -> Callable[[Place], None]:
 
 
 def _folder_of_configs(
-    name: str, files: dict[str, str], says: str, words: tuple[str, ...] = (), error: type[LoraFtError] = SecurityError
+    name: str,
+    files: dict[str, str],
+    says: str,
+    overrides: tuple[str, ...] = (),
+    error: type[LoraFtError] = SecurityError,
 ) -> Attack:
-    """The file experiment/mine.yaml is chosen, others by the words given."""
+    """Choose the file experiment/mine.yaml, and others by the overrides given."""
     chosen = ["experiment=mine"] if "experiment/mine.yaml" in files else []
-    return Attack(name, _files(files), lambda place: _compose(place, [*chosen, *words], folder=True), error, says)
+    return Attack(name, _files(files), lambda place: _compose(place, [*chosen, *overrides], folder=True), error, says)
 
 
 def _mine(name: str, text: str, says: str, error: type[LoraFtError] = SecurityError) -> Attack:
     return _folder_of_configs(name, {"experiment/mine.yaml": text}, says, error=error)
 
 
-def _words(name: str, *words: str, says: str = "never code to run") -> Attack:
-    return Attack(name, lambda place: None, lambda place: _compose(place, [*words], folder=False), SecurityError, says)
+def _typed(
+    name: str, *overrides: str, says: str = "never code to run", error: type[LoraFtError] = SecurityError
+) -> Attack:
+    return Attack(name, lambda place: None, lambda place: _compose(place, [*overrides], folder=False), error, says)
 
 
 def _linked(place: Place) -> None:
@@ -56,7 +62,7 @@ def _elsewhere(place: Place) -> None:
 
 
 def _stored(name: str, text: str, says: str, command: str = "eval", error: type[LoraFtError] = SecurityError) -> Attack:
-    """A run folder of somebody else's, given as run= or resume=."""
+    """Give the run folder of somebody else as run= or resume=."""
 
     def run(place: Place) -> object:
         key = "run" if command == "eval" else "resume"
@@ -84,13 +90,13 @@ ATTACKS = [
     _mine("_target_ in a list", f"{GLOBAL}adapter: {{targets: [{_CALL}]}}\n", _CODE),
     _mine("_target_ by its package", "# @package adapter._target_\nx: 1\n", _CODE),
     _mine("_target_ by a package in the defaults", f"{GLOBAL}defaults:\n  - /model@x._target_: gpt2\n", _CODE),
-    _words("_target_ typed", "adapter._target_=builtins.open"),
-    _words("_target_ added", "+adapter._target_=builtins.open"),
-    _words("_target_ forced", "++x._target_=builtins.open"),
-    _words("_target_ in a mapping", "+x={_target_:builtins.open}"),
-    _words("_target_ of a callback", f"+hydra.callbacks.c={_CALL.replace(': ', ':')}"),
-    _words("_target_ of the launcher", "hydra.launcher._target_=builtins.open", "hydra.mode=MULTIRUN"),
-    _words("_target_ in a sweep", "+hydra.callbacks.c=choice({_target_:os.getcwd},{a:1})", "hydra.mode=MULTIRUN"),
+    _typed("_target_ typed", "adapter._target_=builtins.open", says="is not a setting", error=ConfigError),
+    _typed("_target_ added", "+adapter._target_=builtins.open", says="is not a setting", error=ConfigError),
+    _typed("_target_ forced", "++x._target_=builtins.open", says="is not a setting", error=ConfigError),
+    _typed("_target_ in a mapping", "+x={_target_:builtins.open}"),
+    _typed("_target_ of a callback", f"+hydra.callbacks.c={_CALL.replace(': ', ':')}"),
+    _typed("_target_ of the launcher", "hydra.launcher._target_=builtins.open", "hydra.mode=MULTIRUN"),
+    _typed("_target_ in a sweep", "+hydra.callbacks.c=choice({_target_:os.getcwd},{a:1})", "hydra.mode=MULTIRUN"),
     _mine("callbacks", f"{GLOBAL}hydra:\n  callbacks:\n    c: {_CALL}\n", _CODE),
     _mine("callbacks without a target", f"{GLOBAL}hydra: {{callbacks: {{c: {{x: 1}}}}}}\n", _CODE),
     _mine("a launcher", f"{GLOBAL}hydra:\n  launcher: {_CALL}\n", _CODE),
@@ -98,23 +104,24 @@ ATTACKS = [
     _mine("a search path", f"{GLOBAL}hydra:\n  searchpath: ['pkg://evil']\n", _CODE),
     Attack("a config in the place of lora_ft's own", _files({"train.yaml": _TRAIN, "hydra_settings.yaml": _TRAIN}),
            lambda place: _compose(place, [], folder=True), None),
-    _words("a search path typed", "hydra.searchpath=[pkg://evil]", says="search path can import"),
-    _words("callbacks typed without a target", "+hydra.callbacks.c={x:1}", says="runs no callbacks"),
-    _words("logging to a class typed", "++hydra.job_logging.handlers.h.class=evil.Evil", says="name classes to run"),
+    _typed("a search path typed", "hydra.searchpath=[pkg://evil]"),
+    _typed("callbacks typed without a target", "+hydra.callbacks.c={x:1}"),
+    _typed("logging to a class typed", "++hydra.job_logging.handlers.h.class=evil.Evil"),
     _folder_of_configs("logging to a class, by its group", {"hydra/job_logging/evil.yaml": _LOGGING},
-                       "name classes to run", ("hydra/job_logging=evil",)),
+                       _CODE, ("hydra/job_logging=evil",)),
     _mine("a config of 1 MiB", GLOBAL + "# " + "x" * 2**20, "larger than 1 MiB"),
-    _mine("a tag of Python's", GLOBAL + "a: !!python/object/apply:builtins.open [CANARY, w]\n", "asks for more than"),
-    _mine("a tag of its own", GLOBAL + "a: !evil 1\n", "asks for more than data"),
+    _mine("a tag of Python's", GLOBAL + "a: !!python/object/apply:builtins.open [CANARY, w]\n", "is not plain"),
+    _mine("a tag of its own", GLOBAL + "a: !evil 1\n", "is not plain data"),
     Attack("a config that is a link", _linked,
-           lambda place: _compose(place, ["experiment=mine"], folder=True), SecurityError, "a link out of its folder"),
+           lambda place: _compose(place, ["experiment=mine"], folder=True), SecurityError, "outside of its folder"),
     Attack("a config of another folder", _elsewhere,
-           lambda place: _compose(place, ["experiment=mine"], folder=True), SecurityError, "out of its folder"),
-    _stored("a stored run with a tag", "a: !!python/name:os.system\n", "asks for more than data"),
-    _stored("a stored run with _target_", "model: {_target_: builtins.open}\n", _CODE),
-    _stored("a stored run with _target_, resumed", "model: {_target_: builtins.open}\n", _CODE, "train"),
+           lambda place: _compose(place, ["experiment=mine"], folder=True), SecurityError, "outside of its folder"),
+    _stored("a stored run with a tag", "a: !!python/name:os.system\n", "is not plain data"),
+    _stored("a stored run with _target_", "model: {_target_: builtins.open}\n", "is not a setting", error=ConfigError),
+    _stored("a stored run with _target_, resumed", "model: {_target_: builtins.open}\n", "is not a setting", "train",
+            ConfigError),
     Attack("a stored run that is a link", _linked_run,
            lambda place: composition.run(
                composition.CommandLine("eval", [f"run={place.folder}"]), lambda *_: None, lambda _: 0),
-           SecurityError, "a link out of its folder"),
+           SecurityError, "outside of its folder"),
 ]  # fmt: skip

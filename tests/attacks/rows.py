@@ -1,12 +1,10 @@
-"""Data: folders and files of rows that would be read elsewhere, or unpack to more than any machine holds."""
+"""Attacks in data: links, paths and tags in files of rows that would make a reader open or run something else."""
 
 import json
 from collections.abc import Callable
 
 import datasets
-import pyarrow
 import pytest
-from pyarrow import parquet
 
 from attacks import Attack, Place
 from lora_ft import config
@@ -34,27 +32,8 @@ def _link(place: Place) -> None:
     (place.folder / "rows.jsonl").symlink_to(place.outside / "rows.jsonl")
 
 
-def _dictionary(place: Place) -> None:
-    """Less than a kilobyte that names one text of 64 KiB 20,000 times."""
-    indices = pyarrow.array([0] * 20_000, pyarrow.int32())
-    column = pyarrow.DictionaryArray.from_arrays(indices, pyarrow.array(["x" * 2**16]))
-    parquet.write_table(pyarrow.table({"text": column}), place.folder / "rows.parquet", compression="zstd")
-
-
-def _page(place: Place) -> None:
-    column = pyarrow.array(["x" * 2**17] * 17)
-    parquet.write_table(pyarrow.table({"text": column}), place.folder / "rows.parquet",
-                        compression="zstd", use_dictionary=False)  # fmt: skip
-
-
-def _nested_dictionary(place: Place) -> None:
-    inner = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0, 0], pyarrow.int32()), pyarrow.array(["x"]))
-    column = pyarrow.ListArray.from_arrays(pyarrow.array([0, 2], pyarrow.int32()), inner)
-    parquet.write_table(pyarrow.table({"text": column}), place.folder / "rows.parquet")
-
-
 def _read_hub(place: Place) -> None:
-    """A dataset of the hub whose column of images names a file of this machine; datasets would open it."""
+    """Read a hub dataset whose image column names a local file, which the library `datasets` would open."""
     target = str(place.outside / "model.safetensors")
     features = datasets.Features({"text": datasets.Value("string"), "image": datasets.Image()})
     found = datasets.Dataset.from_dict({"text": ["a"], "image": [{"path": target, "bytes": None}]}, features=features)
@@ -70,16 +49,13 @@ def _text(name: str, text: str) -> Callable[[Place], None]:
 
 _ROWS: list[tuple[str, Callable[[Place], None], Callable[[Place], object], type[LoraFtError] | None, str]] = [
     ("rows that name files", _paths, lambda p: _read(p, "rows.jsonl"), None, ""),
-    ("rows that are a link", _link, _read, SecurityError, "a link out of its folder"),
-    ("rows of a dictionary", _dictionary, _read, SecurityError, "unpacks to more than"),
-    ("rows in a small page", _page, _read, SecurityError, "would unpack to"),
-    ("rows of a dictionary in lists", _nested_dictionary, _read, DataError, "a dictionary inside of"),
-    ("rows nested without end", _text("rows.jsonl", '{"a":' * 100_000), _read, DataError, "nested"),
+    ("rows that are a link", _link, _read, SecurityError, "outside of its folder"),
+    ("rows nested too deeply", _text("rows.jsonl", '{"a":' * 100_000), _read, DataError, "nested too deeply"),
     ("conversations with a tag", _text("rows.yml", "conversations: !!python/name:os.system\n"), _read,
-     SecurityError, "asks for more than data"),
-    ("conversations of 1 MiB", _text("rows.yml", "# " + "x" * 2**20), _read, SecurityError, "larger than 1 MiB"),
-    ("rows in an archive", _text("rows.gz", "\x1f\x8b"), lambda p: _read(p, "rows.gz"), DataError, "no kind"),
-    ("pictures of the hub", lambda p: None, _read_hub, None, ""),
+     SecurityError, "is not plain data"),
+    ("conversations above 1 MiB", _text("rows.yml", "# " + "x" * 2**20), _read, SecurityError, "larger than 1 MiB"),
+    ("rows in an archive", _text("rows.gz", "\x1f\x8b"), lambda p: _read(p, "rows.gz"), DataError, "cannot be read"),
+    ("images of a hub dataset", lambda p: None, _read_hub, None, ""),
 ]  # fmt: skip
 
 ATTACKS = [Attack(*row) for row in _ROWS]

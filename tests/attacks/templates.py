@@ -1,4 +1,4 @@
-"""Chat templates: they come with a tokenizer, and every row of data is rendered by one."""
+"""Attacks by chat templates, which come with a tokenizer and render every row."""
 
 from tiny import tiny_tokenizer
 
@@ -27,9 +27,9 @@ def _attack(name: str, template: str, says: str, error: type[LoraFtError] = Secu
     return Attack(name, lambda place: None, run, error, says)
 
 
-# Jinja's sandbox shows nothing in the place of such a value, until something is asked of it.
-_EMPTY = "changes the answer or leaves it out"
-_UNSAFE = "no template but an attack"
+# Jinja's sandbox renders an unsafe attribute as empty text and raises an error only when it is used.
+_EMPTY = "changes or drops the answer"
+_UNSAFE = "accesses Python internals"
 _OS = "__init__.__globals__['__builtins__']['open']('CANARY', 'w')"
 
 ATTACKS = [
@@ -43,11 +43,11 @@ ATTACKS = [
     _attack("template: code of a function", "{{ raise_exception.__code__.co_consts }}", _UNSAFE),
     _attack("template: changing the chat", "{{ messages.append(messages[0]) }}", _UNSAFE),
     _attack("template: a file", "{% include 'OUTSIDE/model.safetensors' %}", "refuses the row", DataError),
-    _attack("template: a macro that calls itself", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refuses the row",
+    _attack("template: a recursive macro", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refuses the row",
             DataError),
     _attack("template: a long range", "{% for i in range(10**9) %}{% endfor %}", "refuses the row", DataError),
-    _attack("template: brackets without end", "{{ " + "(" * 20_000 + " }}", "refuses the row", DataError),
-    _attack("template: thirty loops deep",
+    _attack("template: 20,000 nested parentheses", "{{ " + "(" * 20_000 + " }}", "refuses the row", DataError),
+    _attack("template: thirty nested loops",
             "".join(f"{{% for a{i} in messages %}}" for i in range(30)) + "{% endfor %}" * 30,
             "refuses the row", DataError),
 ]  # fmt: skip

@@ -1,10 +1,10 @@
-"""Faults in runs of a tiny model, each followed by a resume that has to give the bytes of the run that had none.
+"""Inject faults into runs of a tiny model; after each, resume and compare with the result of a run without faults.
 
     python tests/faults/loop.py FOLDER fresh:kill continued:full:3 logged:broken moments:40 signals:20
 
-FOLDER holds a base in llama/. One process loads it and forks for every attempt, which it can because it has one thread.
-A third part N of a word takes every Nth operation only. It prints JSON, for each word: the faults to fire, those that
-fired, the failures after them, and the seconds it took.
+FOLDER contains a base in llama/. One single-threaded process loads it and forks for every attempt. The arguments are
+SCENARIO:FAULT[:N], with a fault at every disk operation or every Nth, and moments:COUNT and signals:COUNT. The output
+is JSON with, for each argument, the number of planned and injected faults, the failures, and the duration in seconds.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ _CHECKPOINT = re.compile(r"checkpoints/step-(\d+)$")
 
 
 def settings(folder: Path) -> config.TrainRun:
-    """All at once that a resume could get wrong: dropout, order, packing, accumulation, schedule, best, patience."""
+    """Return settings that use all state of a run: dropout, order, packing, accumulation, schedule, best, patience."""
     rows = folder / "rows.jsonl"
     pairs = [(f"{'What is ' * (i % 3 + 1)}{i}?", f"It is {'so ' * (i % 4)}{i}.") for i in range(10)]
     rows.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs))
@@ -67,7 +67,7 @@ def settings(folder: Path) -> config.TrainRun:
 
 @dataclass
 class Outcome:
-    """Of one kind of fault: the points where it was to fire, how often it did, and what went wrong after it."""
+    """Result for one argument: planned faults (points), injected faults, failures, and duration in seconds."""
 
     points: int
     faults: int = 0
@@ -77,9 +77,9 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Scenario:
-    """A run to spoil: its settings, its folder, what was in that before, and what comes of it if nothing fails.
+    """A run for faults: its settings, its folder and its earlier content, and its trace and result without faults.
 
-    A third of all operations are lines of log.txt: `logs` says whether they are made.
+    `logs` turns log.txt on, which adds half as many operations.
     """
 
     cfg: config.TrainRun
@@ -95,17 +95,17 @@ class Scenario:
             shutil.copytree(self.before, self.run)
 
     def attempt(self, shim: Shim | None = None) -> tuple[int, str]:
-        """Begin or continue the run; its exit code, negative for a signal, and its message."""
+        """Start or resume the run; return its exit code, negative for a signal, and its message."""
         return ended(fork(self.cfg, self.run, self.logs, shim), self.run)
 
     def saved_before(self, change: int) -> int:
-        """The step of the newest checkpoint when this change, counted from 1, is about to happen; 0 without one."""
+        """Return the step of the newest checkpoint before this operation, counted from 1; 0 without one."""
         done = [_CHECKPOINT.search(c.to) for c in self.trace[: change - 1]]
         return max([_newest_step(self.before), *(int(found[1]) for found in done if found)])
 
 
 def main() -> None:
-    folder, words = Path(sys.argv[1]), sys.argv[2:]
+    folder, arguments = Path(sys.argv[1]), sys.argv[2:]
     torch.set_num_threads(1)
     cfg = settings(folder)
     _load_once(cfg, folder)
@@ -118,26 +118,26 @@ def main() -> None:
         "logged": scenario(cfg, folder / "run", None, logs=True),
     }
     outcomes: dict[str, object] = {}
-    for word in words:
-        started, (what, how, *every) = time.perf_counter(), word.split(":")
-        if what in scenarios:
-            outcome = at_every_change(scenarios[what], how, *map(int, every))
+    for argument in arguments:
+        started, (name, kind, *every) = time.perf_counter(), argument.split(":")
+        if name in scenarios:
+            outcome = at_every_change(scenarios[name], kind, *map(int, every))
         else:
-            outcome = {"moments": at_moments, "signals": by_signals}[what](scenarios["fresh"], int(how))
+            outcome = {"moments": at_moments, "signals": by_signals}[name](scenarios["fresh"], int(kind))
         outcome.seconds = time.perf_counter() - started
-        outcomes[word] = dataclasses.asdict(outcome)
+        outcomes[argument] = dataclasses.asdict(outcome)
     sys.stdout.write(json.dumps(outcomes))
 
 
 def at_every_change(scene: Scenario, kind: str, every: int = 1) -> Outcome:
-    """Let each change of the run fail, or every Nth from a random one on, and resume after each."""
+    """Make each operation of the run fail, or every Nth after a random first one, and resume after each fault."""
     first = random.randint(1, every)
     outcome = Outcome(points=len(range(first, len(scene.trace) + 1, every)))
     for number in range(first, len(scene.trace) + 1, every):
         scene.begin()
         code, message = scene.attempt(Shim(Fault(number, kind)))
         if code == 0:
-            outcome.failures.append(f"{kind} at {number} did not fire")
+            outcome.failures.append(f"{kind} at {number} did not happen")
             continue
         outcome.faults += 1
         change = scene.trace[number - 1]
@@ -147,18 +147,18 @@ def at_every_change(scene: Scenario, kind: str, every: int = 1) -> Outcome:
 
 
 def _wrong_end(kind: str, code: int, message: str, run: Path) -> Iterator[str]:
-    """What an attempt should not have ended as, after this kind of fault."""
+    """Yield the differences between the end of an attempt and the expected end after such a fault."""
     expected = CODE_OF_DISK if kind in _MESSAGES else KILLED
     if code != expected:
         yield f"ended with {code} instead of {expected}: {message}"
     elif kind in _MESSAGES:
         found = _MESSAGES[kind].fullmatch(message)
         if not found or not found[1].startswith(str(run)):
-            yield f"the message names no place in the run, or not what is wrong with it: {message}"
+            yield f"the message does not name a path in the run and the reason: {message}"
 
 
 def _wrong_resume(scene: Scenario, saved: int) -> Iterator[str]:
-    """What is wrong with the run when it is resumed after a fault; `saved` is the step it should go on from."""
+    """Resume the run after a fault and yield what is wrong; `saved` is the step to resume from."""
     if (newest := _newest_step(scene.run)) != saved:
         yield f"the newest checkpoint is that of step {newest} instead of {saved}"
     code, message = scene.attempt()
@@ -169,7 +169,7 @@ def _wrong_resume(scene: Scenario, saved: int) -> Iterator[str]:
 
 
 def at_moments(scene: Scenario, number: int) -> Outcome:
-    """SIGKILL at random moments, in the run and in its resumes alike, until one of these comes to its end."""
+    """Send SIGKILL at random moments to the run and its resumes until one of them finishes."""
     outcome = Outcome(points=number)
     random.seed(time.time_ns())
     duration = _duration(scene)
@@ -192,7 +192,7 @@ def at_moments(scene: Scenario, number: int) -> Outcome:
 
 
 def by_signals(scene: Scenario, number: int) -> Outcome:
-    """SIGTERM or SIGINT at random moments, every other time twice; what was trained until then is not lost."""
+    """Send SIGTERM or SIGINT at random moments, half of them twice; no finished step may be lost."""
     outcome = Outcome(points=number)
     random.seed(time.time_ns())
     duration = _duration(scene)
@@ -210,18 +210,18 @@ def by_signals(scene: Scenario, number: int) -> Outcome:
         if code == 0:
             continue
         outcome.faults += 1
-        where = f"{signum.name}{' twice' if twice else ''} after {moment} s"
-        # Before the handlers are there, a process ends as any does that has none.
+        label = f"{signum.name}{' twice' if twice else ''} after {moment} s"
+        # Before the handlers are installed, the signal itself ends the process.
         if code not in (128 + signum, -signum):
-            outcome.failures.append(f"{where}: ended with {code}: {message}")
-        if "go on with" in message and _newest_step(scene.run) != _last_step(scene.run):
-            outcome.failures.append(f"{where}: step {_last_step(scene.run)} is done and not saved")
-        outcome.failures += [f"{where}: {p}" for p in _wrong_resume(scene, _newest_step(scene.run))]
+            outcome.failures.append(f"{label}: ended with {code}: {message}")
+        if "continue with" in message and _newest_step(scene.run) != _last_step(scene.run):
+            outcome.failures.append(f"{label}: step {_last_step(scene.run)} is done and not saved")
+        outcome.failures += [f"{label}: {p}" for p in _wrong_resume(scene, _newest_step(scene.run))]
     return outcome
 
 
 def scenario(cfg: config.TrainRun, run: Path, before: Path | None, *, logs: bool = False) -> Scenario:
-    """A scenario, and what it gives when nothing fails."""
+    """Run once without faults and return the scenario with its trace and result."""
     shutil.rmtree(run, ignore_errors=True)
     if before:
         shutil.copytree(before, run)
@@ -232,7 +232,7 @@ def scenario(cfg: config.TrainRun, run: Path, before: Path | None, *, logs: bool
 
 
 def result(run: Path) -> dict[str, object]:
-    """What must be the same however often a run was interrupted; of the metrics all but times and speed."""
+    """Return what must not depend on interruptions; metrics without times and speed."""
     metrics = [{k: v for k, v in m.items() if "second" not in k} for m in runs.read_metrics(run)]
     weights = (run / "adapter" / files.WEIGHTS).read_bytes()
     return {
@@ -265,12 +265,12 @@ def _duration(scene: Scenario) -> float:
 
 
 def fork(cfg: config.TrainRun, run: Path, logs: bool, shim: Shim | None = None, trace: Path | None = None) -> int:
-    """Begin or continue the run in a forked process, whose trace is written if it ends by itself; its pid."""
+    """Start or resume the run in a forked process and return its pid; its trace is written unless it is killed."""
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "a process of several threads must not be forked"
     if pid := os.fork():
         return pid
     code, message = 1, ""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as SIGTERM: outside of training there is nothing to finish
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # like SIGTERM: outside of training there is no step to finish
     logging.getLogger("lora_ft").disabled = not logs
     try:
         durable.os = shim or Shim()
@@ -294,12 +294,12 @@ def ended(pid: int, run: Path) -> tuple[int, str]:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+    with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
         yield
 
 
 def _load_once(cfg: config.TrainRun, folder: Path) -> None:
-    """Let `train` find tokenizer, rows and base loaded; a first run makes the imports that all others would make."""
+    """Make `train` use loaded tokenizer, rows and base; a first run does all lazy imports before the forks."""
     tokenizer = load_tokenizer(cfg.model)
     rows = read_rows(cfg, tokenizer)
     bases = [load_base(cfg.model, cfg.quant, cfg.device, tokenizer) for _ in range(2)]

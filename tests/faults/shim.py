@@ -1,7 +1,7 @@
-"""An `os` for io/durable.py that counts disk operations, lets one of them fail, and keeps a record.
+"""A replacement of `os` for io/durable.py that counts and records disk operations and makes one of them fail.
 
-durable.os = Shim(Fault(7, "kill"))     # the process ends by SIGKILL in the place of its seventh change
-durable.os = Shim()                     # nothing fails; shim.trace is what was done, for `unsafe` to judge
+durable.os = Shim(Fault(7, "kill"))     # SIGKILL instead of the seventh operation
+durable.os = Shim()                     # nothing fails; `unsafe(shim.trace)` checks the order of fsyncs
 """
 
 import errno
@@ -18,11 +18,11 @@ _NEED_SPACE = ("open", "write", "mkdir", "makedirs")
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens at the change number `at`, counted from 1.
+    """A fault at operation number `at`, counted from 1.
 
-    kill: the process ends; a write is half done then.
-    full: the disk is full, and stays so for whatever needs space; a write is half done then.
-    broken: input/output error, once.
+    kill: SIGKILL; a write is half done.
+    full: no space left, from then on for every operation that needs space; a write is half done.
+    broken: one input/output error.
     """
 
     at: int
@@ -31,7 +31,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Change:
-    """A change that was done (or an fsync): `path`, for a rename where it went, and the files that were in it then."""
+    """A completed operation; a rename also has its target and the files that it moved."""
 
     name: str
     path: str
@@ -40,7 +40,7 @@ class Change:
 
 
 class Shim:
-    """Everything of `os`, its changes counted; fsync is only counted, as no test here cuts the power."""
+    """The module `os` with counted changes; fsync is counted but not done, to save time."""
 
     def __init__(self, fault: Fault | None = None, watch: Callable[[], None] = lambda: None) -> None:
         self.count, self.trace = 0, list[Change]()
@@ -81,12 +81,12 @@ class Shim:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _record(self, name: str, arguments: tuple[Any, ...]) -> None:
-        place = self._paths[arguments[0]] if isinstance(arguments[0], int) else str(arguments[0])
+        path = self._paths[arguments[0]] if isinstance(arguments[0], int) else str(arguments[0])
         if name in ("rename", "replace"):
-            files = tuple(str(path) for path in _tree(Path(place)) if path.is_file())
-            self.trace.append(Change("rename", place, str(arguments[1]), files))
+            files = tuple(str(file) for file in _tree(Path(path)) if file.is_file())
+            self.trace.append(Change("rename", path, str(arguments[1]), files))
         else:
-            self.trace.append(Change(name, place))
+            self.trace.append(Change(name, path))
 
 
 def _tree(path: Path) -> list[Path]:
@@ -94,18 +94,18 @@ def _tree(path: Path) -> list[Path]:
 
 
 def unsafe(trace: list[Change]) -> list[str]:
-    """What a power failure could spoil if only what was fsynced were kept: sentences, none where the order is right.
+    """Return one sentence for each loss that a power failure could cause if only fsynced data survives; [] if none.
 
-    A rename must find the file, or every file and folder below it, fsynced since the last change, and its parent must
-    be fsynced before anything is removed for it and before the end. What a checkpoint counts on, the run's metrics,
-    must be on the disk with their name before the checkpoint gets its own.
+    Before a rename, the file, or every file and folder in the folder, must be fsynced. After it, the parent must be
+    fsynced before anything is removed and before the end. The metrics of a run must be on the disk under their name
+    before a checkpoint is renamed to its final name.
     """
-    found: list[str] = []
-    synced: set[str] = set()  # files whose bytes are on the disk
-    unnamed: set[str] = set()  # folders with an entry that a power failure could take back
-    moved: set[str] = set()  # of these, those where something was renamed
+    problems: list[str] = []
+    synced: set[str] = set()  # files whose content is on the disk
+    unnamed: set[str] = set()  # folders with an entry that a power failure could undo
+    moved: set[str] = set()  # those of them in which something was renamed
     for number, change in enumerate(trace, 1):
-        where, parent = f"operation {number}, {change.name} {change.path}", str(Path(change.path).parent)
+        operation, parent = f"operation {number}, {change.name} {change.path}", str(Path(change.path).parent)
         match change.name:
             case "write" | "ftruncate" | "fchmod":
                 synced.discard(change.path)
@@ -116,26 +116,28 @@ def unsafe(trace: list[Change]) -> list[str]:
             case "open" | "mkdir" | "makedirs":
                 synced.discard(change.path)
                 unnamed.add(parent)
-                if change.name == "makedirs":  # as a rename: here is the name that stays
+                if change.name == "makedirs":  # like a rename: the name is final
                     moved.add(parent)
             case "unlink" | "rmdir":
-                found += [f"{where}: before the renames in {folder} are on the disk" for folder in sorted(moved)]
+                problems += [f"{operation}: before the renames in {folder} are on the disk" for folder in sorted(moved)]
                 unnamed.add(parent)
             case "rename":
-                aside = ".old-" in change.to  # on its way out: what is in it does not matter any more
-                if not aside:
-                    found += [f"{where}: {file} is not on the disk" for file in change.files if file not in synced]
+                is_discarded = ".old-" in change.to  # about to be removed, so its content does not matter
+                if not is_discarded:
+                    problems += [
+                        f"{operation}: {file} is not on the disk" for file in change.files if file not in synced
+                    ]
                     below = [f for f in unnamed if f == change.path or f.startswith(change.path + "/")]
-                    found += [f"{where}: names in {folder} are not on the disk" for folder in sorted(below)]
-                if Path(parent).name == "checkpoints" and not aside:
+                    problems += [f"{operation}: names in {folder} are not on the disk" for folder in sorted(below)]
+                if Path(parent).name == "checkpoints" and not is_discarded:
                     run = str(Path(parent).parent)
                     metrics = f"{run}/metrics.jsonl"
                     if run in unnamed or (metrics not in synced and any(c.path == metrics for c in trace[:number])):
-                        found.append(f"{where}: {metrics} is not on the disk")
+                        problems.append(f"{operation}: {metrics} is not on the disk")
                 for file in change.files:
                     if file in synced:
                         synced.add(change.to + file.removeprefix(change.path))
                 unnamed.add(parent)
                 moved |= {parent, str(Path(change.to).parent)}
-    found += [f"at the end: a name in {folder} is not on the disk" for folder in sorted(moved)]
-    return found
+    problems += [f"at the end: a name in {folder} is not on the disk" for folder in sorted(moved)]
+    return problems

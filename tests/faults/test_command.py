@@ -1,4 +1,4 @@
-"""The installed command under SIGKILL at random moments: with resume=auto, the bytes of a run that was never killed."""
+"""SIGKILL for the installed command at random moments: resume=auto gives the adapter of an uninterrupted run."""
 
 import hashlib
 import os
@@ -34,7 +34,7 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def words(folder: Path, method: str) -> tuple[str, ...]:
+def inputs(folder: Path, method: str) -> tuple[str, ...]:
     base = folder / "llama" if (folder / "llama").is_dir() else tiny_folder(folder, "llama")
     return ("model=local", f"model.path={base}", f"data.path={rows_file(folder)}", *METHODS[method], *QUICK)
 
@@ -43,11 +43,11 @@ def weights(run: Path) -> str:
     return hashlib.sha256((run / "adapter" / files.WEIGHTS).read_bytes()).hexdigest()
 
 
-def started(run: Path, *typed: str) -> subprocess.Popen[bytes]:
+def started(run: Path, *overrides: str) -> subprocess.Popen[bytes]:
     environment = os.environ | {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [PROGRAM, "train", *typed, f"hydra.run.dir={run}", "resume=auto"]
-    nowhere = subprocess.DEVNULL  # what it says is in log.txt
-    return subprocess.Popen(command, env=environment, stdout=nowhere, stderr=nowhere)
+    command = [PROGRAM, "train", *overrides, f"hydra.run.dir={run}", "resume=auto"]
+    null = subprocess.DEVNULL  # log.txt has all messages
+    return subprocess.Popen(command, env=environment, stdout=null, stderr=null)
 
 
 def lines(run: Path) -> int:
@@ -55,9 +55,9 @@ def lines(run: Path) -> int:
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
-def interrupted(run: Path, typed: tuple[str, ...], how: signal.Signals, longest: float) -> int:
-    """Begin or continue the run and send the signal at a random moment after its first step; the exit code."""
-    before, process = lines(run), started(run, *typed)
+def interrupted(run: Path, overrides: tuple[str, ...], how: signal.Signals, longest: float) -> int:
+    """Start or resume the run, send a signal at a random moment after its first step, and return the exit code."""
+    before, process = lines(run), started(run, *overrides)
     while process.poll() is None and lines(run) in (0, before):
         time.sleep(0.005)
     time.sleep(random.uniform(0, longest))
@@ -70,42 +70,42 @@ def check(run: Path, expected: str) -> None:
     assert [m["step"] for m in runs.read_metrics(run)] == list(range(41))
 
 
-def reference(folder: Path, typed: tuple[str, ...]) -> str:
-    """Trained in this process, which gives the installed command's bytes (test_same_bytes.py)."""
-    assert call("train", *typed, f"hydra.run.dir={folder / 'whole'}") == 0
+def reference(folder: Path, overrides: tuple[str, ...]) -> str:
+    """Train in this process, which gives the same bytes as the installed command (test_same_bytes.py)."""
+    assert call("train", *overrides, f"hydra.run.dir={folder / 'whole'}") == 0
     return weights(folder / "whole")
 
 
 @pytest.mark.closes("C01", "C03")
 @pytest.mark.parametrize("method", ["lora", *(pytest.param(m, marks=pytest.mark.nightly) for m in ("dora", "nf4"))])
-def test_the_command_that_was_killed_goes_on_to_the_same_bytes(method: str, tmp_path: Path) -> None:
-    typed = words(tmp_path, method)
-    expected = reference(tmp_path, typed)
-    assert interrupted(tmp_path / "run", typed, signal.SIGKILL, 0.3) in (-signal.SIGKILL, 0)
-    assert call("train", *typed, f"hydra.run.dir={tmp_path / 'run'}", "resume=auto") == 0
+def test_killed_command_resumes_to_the_same_adapter(method: str, tmp_path: Path) -> None:
+    overrides = inputs(tmp_path, method)
+    expected = reference(tmp_path, overrides)
+    assert interrupted(tmp_path / "run", overrides, signal.SIGKILL, 0.3) in (-signal.SIGKILL, 0)
+    assert call("train", *overrides, f"hydra.run.dir={tmp_path / 'run'}", "resume=auto") == 0
     check(tmp_path / "run", expected)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("method", METHODS)
-def test_the_command_that_is_killed_again_and_again_comes_to_the_same_bytes(method: str, tmp_path: Path) -> None:
-    """Seven times for each method, twenty-one in all."""
-    typed = words(tmp_path, method)
-    expected, kills, round_number = reference(tmp_path, typed), 0, 0
+def test_repeatedly_killed_command_resumes_to_the_same_adapter(method: str, tmp_path: Path) -> None:
+    """At least seven kills for each method."""
+    overrides = inputs(tmp_path, method)
+    expected, kills, round_number = reference(tmp_path, overrides), 0, 0
     while kills < 7:
         round_number += 1
         run = tmp_path / f"run{round_number}"
         for _ in range(3):
-            kills += interrupted(run, typed, signal.SIGKILL, 0.2) == -signal.SIGKILL
-        assert started(run, *typed).wait() == 0
+            kills += interrupted(run, overrides, signal.SIGKILL, 0.2) == -signal.SIGKILL
+        assert started(run, *overrides).wait() == 0
         check(run, expected)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_the_command_that_is_asked_to_stop_says_so_by_its_exit_code(how: signal.Signals, tmp_path: Path) -> None:
-    typed = words(tmp_path, "lora")
-    expected = reference(tmp_path, typed)
-    assert interrupted(tmp_path / "run", typed, how, 0.1) == 128 + how
-    assert started(tmp_path / "run", *typed).wait() == 0
+def test_signal_sets_the_exit_code_of_the_command(how: signal.Signals, tmp_path: Path) -> None:
+    overrides = inputs(tmp_path, "lora")
+    expected = reference(tmp_path, overrides)
+    assert interrupted(tmp_path / "run", overrides, how, 0.1) == 128 + how
+    assert started(tmp_path / "run", *overrides).wait() == 0
     check(tmp_path / "run", expected)

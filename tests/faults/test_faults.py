@@ -1,8 +1,7 @@
-"""A run that is killed, or whose disk is full or broken, at any operation: resumed, it gives the same bytes.
+"""Faults at disk operations: a run that is killed, or whose disk is full or broken, resumes to the same result.
 
-Every fifth operation, from a random one on; all of them with -m nightly.
-
-Each test runs loop.py in a process of its own, which has one thread and forks for every fault, and judges its findings.
+Faults are at every fifth operation after a random first one, and at every operation with -m nightly. Each test runs
+loop.py in its own single-threaded process, which forks for every fault, and checks its output.
 """
 
 import json
@@ -31,8 +30,8 @@ LONG = (
 Record = Callable[[str, object], None]
 
 
-def check(folder: Path, record_property: Record, *words: str) -> None:
-    """Let loop.py do what these words say, over a base of one layer: every fault fires, and none leaves a trace."""
+def check(folder: Path, record_property: Record, *arguments: str) -> None:
+    """Run loop.py with these arguments on a base of one layer; all faults must happen, and no resume may fail."""
     model = tiny_model("llama")
     model.model.layers = model.model.layers[:1]
     model.config.num_hidden_layers = 1
@@ -40,41 +39,39 @@ def check(folder: Path, record_property: Record, *words: str) -> None:
     tiny_tokenizer().save_pretrained(folder / "llama")
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",  # its threads would forbid to fork
+        "TOKENIZERS_PARALLELISM": "false",  # a process with threads cannot fork safely
         "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")])),
     }
-    command = [sys.executable, HERE / "loop.py", folder, *words]
+    command = [sys.executable, HERE / "loop.py", folder, *arguments]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     outcomes = json.loads(ended.stdout)
-    for word in words:
-        points, faults, failures, seconds = (outcomes[word][n] for n in ("points", "faults", "failures", "seconds"))
-        kind = "random moments" if word[-1].isdigit() else "operations"
+    for argument in arguments:
+        points, faults, failures, seconds = (outcomes[argument][n] for n in ("points", "faults", "failures", "seconds"))
+        kind = "random moments" if argument[-1].isdigit() else "operations"
         figure = f"{kind} {points}, faults {faults}, failures {len(failures)} ({seconds:.0f} s)"
-        record_property("figure", f"{word}: {figure}")
-    assert [failure for word in words for failure in outcomes[word]["failures"]] == []
-    assert all(outcomes[word]["faults"] >= outcomes[word]["points"] >= 10 for word in words)
+        record_property("figure", f"{argument}: {figure}")
+    assert [failure for argument in arguments for failure in outcomes[argument]["failures"]] == []
+    assert all(outcomes[argument]["faults"] >= outcomes[argument]["points"] >= 10 for argument in arguments)
 
 
 @pytest.mark.closes("C01", "C03", "C04", "C05")
-def test_a_run_killed_at_any_operation_goes_on_to_the_same_bytes(tmp_path: Path, record_property: Record) -> None:
+def test_run_killed_at_any_disk_operation_resumes_to_the_same_result(tmp_path: Path, record_property: Record) -> None:
     check(tmp_path, record_property, "fresh:kill:5", "continued:kill:5")
 
 
 @pytest.mark.closes("C08")
-def test_a_disk_full_or_broken_at_any_operation_is_said_and_costs_no_checkpoint(
+def test_disk_error_at_any_operation_is_reported_and_loses_no_checkpoint(
     tmp_path: Path, record_property: Record
 ) -> None:
     check(tmp_path, record_property, "continued:full:5", "continued:broken:5")
 
 
 @pytest.mark.closes("C01", "C03", "C11")
-def test_kills_and_signals_at_random_moments_lose_nothing_that_was_saved(
-    tmp_path: Path, record_property: Record
-) -> None:
+def test_kills_and_signals_at_random_moments_lose_no_checkpoint(tmp_path: Path, record_property: Record) -> None:
     check(tmp_path, record_property, "moments:20", "signals:10")
 
 
 @pytest.mark.nightly
-def test_more_of_the_same(tmp_path: Path, record_property: Record) -> None:
+def test_faults_at_every_disk_operation(tmp_path: Path, record_property: Record) -> None:
     check(tmp_path, record_property, *LONG)

@@ -1,4 +1,4 @@
-"""Features of a processor with AVX2 and nothing newer, for every Python process with this folder in PYTHONPATH.
+"""Simulate a CPU with AVX2 and nothing newer in every Python process with this folder in PYTHONPATH.
 
 torch, oneDNN and MKL read the environment variables. The feature queries of torch and bitsandbytes are patched when
 they are imported. Queries in other compiled code (bitsandbytes' dequantization, numpy, llama.cpp) are not changed.

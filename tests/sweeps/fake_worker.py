@@ -1,7 +1,7 @@
-"""Stands in for `python -m lora_ft.sweeps.worker`: its files, its heartbeat and its ends, without a model and at once.
+"""A stand-in for `python -m lora_ft.sweeps.worker`: its files, its heartbeat and its exit codes, without a model.
 
-What a job does is its first word: finish, fail, exit, kill, crash, hang, memory, taint, slow, deaf, hang_loading or
-kill_loading.
+The first override of a job is its behaviour: finish, fail, exit, kill, crash, hang, memory, taint, slow, deaf,
+hang_loading or kill_loading.
 """
 
 import json
@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 
 STEPS = 3
-asked = []
+DELAY = 0.05
 
 
-def beat(folder: str | None, doing: str) -> None:
+def beat(folder: str, doing: str) -> None:
     record = json.dumps({"folder": folder, "beat": time.monotonic_ns(), "doing": doing})
     Path(order["heartbeat"]).write_text(record.ljust(4095) + "\n")
 
@@ -27,8 +27,8 @@ def write(job: dict, name: str, value: dict) -> None:
     path.with_suffix(".part").replace(path)
 
 
-def does(job: dict, what: str) -> bool:
-    return job["words"][0] == what
+def fail(job: dict, kind: str, code: int, message: str) -> None:
+    write(job, "failure.json", {"kind": kind, "exit_code": code, "message": message})
 
 
 def end(code: int) -> None:
@@ -36,39 +36,42 @@ def end(code: int) -> None:
     os._exit(code)
 
 
-def die(job: dict, where: str) -> None:
-    if does(job, f"kill{where}"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    if does(job, f"hang{where}"):
-        time.sleep(60)
+def must_stop() -> bool:
+    readable, _, _ = select.select([0], [], [], DELAY)
+    return bool(readable) and not os.read(0, 1)
 
 
 def step(job: dict) -> bool:
-    """One step; whether there is another."""
-    folder = Path(job["folder"])
+    """Do one step; return True if another follows."""
+    does = job["overrides"][0]
     beat(job["folder"], "step")
     job["step"] += 1
     if job["step"] >= 2:
-        die(job, "")
-        if does(job, "exit"):
-            end(9)
-        if does(job, "crash"):
-            os.abort()
-        if does(job, "fail"):
-            write(job, "failure.json", {"kind": "NonFiniteError", "exit_code": 8, "message": "planted"})
-            return False
-        if does(job, "memory"):
-            told = {"kind": "ResourceError", "exit_code": 7, "message": "CUDA out of memory"}
-            write(job, "failure.json", told)
-            return False
-    with (folder / "metrics.jsonl").open("a") as file:
+        match does:
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "hang":
+                time.sleep(60)
+            case "exit":
+                end(9)
+            case "crash":
+                os.abort()
+            case "fail":
+                fail(job, "NonFiniteError", 8, "planted")
+                return False
+            case "memory":
+                fail(job, "ResourceError", 7, "CUDA out of memory")
+                return False
+    with (Path(job["folder"]) / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": job["step"], "loss": 2.0, "tokens_per_second": 100.0}) + "\n")
-    if does(job, "slow") or does(job, "deaf"):
-        readable, _, _ = select.select([0], [], [], 0.05)
-        if readable and not os.read(0, 1):
-            asked.append(signal.SIGTERM)
-        if does(job, "slow") or job["step"] < 1000:
-            return True
+    if does == "deaf":
+        time.sleep(DELAY)
+        return True
+    if does == "slow":
+        if must_stop():
+            (Path(job["folder"]) / "checkpoint").write_text(str(job["step"]))
+            end(128 + signal.SIGTERM)
+        return True
     if job["step"] < STEPS:
         return True
     write(job, "result.json", {"eval_loss": 1.5, "steps": job["step"], "train_seconds": 0.1})
@@ -88,25 +91,23 @@ def begin(job: dict) -> None:
         file.write(json.dumps(seen) + "\n")
 
 
-order = json.loads(sys.stdin.readline())
+order = json.loads(Path(sys.argv[1]).read_text())
 group = order["jobs"]
-deaf = any(does(job, "deaf") for job in group)
-for signum in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(signum, signal.SIG_IGN if deaf else lambda signum, _: asked.append(signum))
+for signum in (signal.SIGINT, signal.SIGTERM):  # the parent closes stdin instead; SIGTERM by somebody else ends it
+    signal.signal(signum, lambda signum, _: end(128 + signum))
 sys.stdout.write(f"worker with {len(group)} jobs\n")
 for job in group:
     begin(job)
     os.environ["LEAK"] = "yes"
     beat(job["folder"], "loading")
-    die(job, "_loading")
-    if does(job, "taint"):
-        write(job, "failure.json", {"kind": "ConfigError", "exit_code": 2, "message": "tainted"})
-        end(75)
-    while True:
-        goes_on = step(job)
+    match job["overrides"][0]:
+        case "kill_loading":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "hang_loading":
+            time.sleep(60)
+        case "taint":
+            fail(job, "ConfigError", 2, "tainted")
+            end(75)
+    while step(job):
         (Path(job["folder"]) / "checkpoint").write_text(str(job["step"]))
-        if asked and not deaf:
-            end(128 + asked[0])
-        if not goes_on:
-            break
 end(0)

@@ -1,16 +1,15 @@
-"""Convert a GGUF file to the folder that transformers would have saved, once, in the user's cache.
+"""Convert a GGUF file once to a folder as transformers saves it, in the user's cache.
 
     ~/.cache/lora_ft/models/4f1c...-1/       sha256 of the GGUF file, version of this conversion
       config.json  generation_config.json    from the metadata
       model.safetensors                      dequantized: float32 (F16 and BF16 tensors keep their type)
       tokenizer.json  tokenizer_config.json  chat_template.jinja
 
-The weights keep every bit that the file's types hold, so a 4-bit file becomes eight times as large.
+Dequantization is exact, so a 4-bit file becomes eight times as large.
 """
 
 import functools
 import hashlib
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,37 +22,37 @@ from lora_ft.io import durable
 from lora_ft.models.families import FAMILIES, Family, deinterleave, family_of_gguf
 from lora_ft.models.gguf import reader, tokenizer
 
-# Part of the cache's folder names. Increase it when the same file would convert to other bytes.
+# Part of the cache's folder names. Increase it whenever a change makes the same file convert to other bytes.
 VERSION = 1
 
 _TOKEN_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-# The scaling of Llama 3.1 and 3.2, the only one published; its factor is the largest divisor in the file.
+# The scaling of Llama 3.1 and 3.2, the only published one; its factor is the largest divisor in the file.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 Tensors = dict[str, tuple[ReaderTensor, tuple[int, ...]]]  # name in the model -> tensor, its shape in the model
 
 
 def converted(path: Path) -> tuple[Path, str]:
-    """Return the transformers folder for a GGUF file, and the sha256 of the file; convert it if the cache has none."""
+    """Return the transformers folder for a GGUF file, and the file's sha256; convert the file unless it is cached."""
     digest = file_sha256(path)
     folder = durable.cache_folder("models") / f"{digest}-{VERSION}"
-    # A staged folder gets its name only when it is complete, so existence is enough.
+    # A staged folder is renamed only when it is complete, so it is enough that the folder exists.
     if not folder.is_dir():
         source = reader.read(path)
         try:
             with durable.staged_folder(folder) as staging:
                 write_folder(source, staging)
         except OSError as error:
-            if not folder.is_dir():  # otherwise another process has converted the same file meanwhile
+            if not folder.is_dir():  # otherwise another process converted the same file meanwhile
                 raise ResourceError(
                     f"the converted model cannot be written to {folder.parent} ({error.strerror or error}): "
-                    "make room there, or set XDG_CACHE_HOME to a folder that has it"
+                    "free some space there, or set XDG_CACHE_HOME to another folder"
                 ) from None
     return folder, digest
 
 
 def file_sha256(path: Path) -> str:
-    """Hash a file once per process, as long as its size, modification time and inode stay the same."""
+    """Return the sha256 of a file; it is hashed again only if its size, modification time or inode changes."""
     stat = path.stat()
     return _sha256(path.absolute(), stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
@@ -67,13 +66,13 @@ def _sha256(path: Path, *_version: int) -> str:
 def write_folder(source: reader.GgufFile, folder: Path) -> None:
     """Write config, weights and tokenizer of a GGUF file into an empty folder.
 
-    Raises ConfigError for an architecture, a tensor or a rotary scaling that the conversion would lose.
+    Raises ConfigError for an architecture, a tensor or a rotary scaling that cannot be converted.
     """
     architecture = source.metadata.get("general.architecture")
     family = family_of_gguf(architecture)
     if family is None:
         raise ConfigError(
-            f"{source.path} holds a model of architecture {architecture}; GGUF files can be read for "
+            f"{source.path} has the architecture {architecture}; GGUF files can be read for "
             f"{', '.join(dict.fromkeys(f.architecture for f in FAMILIES))}: "
             "use the model's safetensors folder or hub id instead"
         )
@@ -81,16 +80,15 @@ def write_folder(source: reader.GgufFile, folder: Path) -> None:
         config = _config(source, family)
         built = tokenizer.build(source.metadata)
     except KeyError as error:
-        raise ConfigError(f"{source.path} lacks {error.args[0]}") from None
+        raise ConfigError(f"{source.path} lacks {error.args[0]}: the file is incomplete") from None
     tensors = _tensors(source, family, config)
-    _check_complete(source.path, config, tensors)
     specs = [
         durable.TensorSpec(name, reader.dtype_code(tensor), shape, reader.num_bytes(tensor))
         for name, (tensor, shape) in tensors.items()
     ]
     durable.write_tensors(folder / "model.safetensors", specs, _buffers(tensors, family, config), {"format": "pt"})
     settings = config.to_diff_dict()
-    settings.pop("transformers_version", None)  # the same file gives the same config with every version
+    settings.pop("transformers_version", None)  # so that the same file gives the same config with every version
     durable.write_json(folder / "config.json", settings)
     durable.write_json(folder / "generation_config.json", _generation(source.metadata))
     built.model_max_length = config.max_position_embeddings
@@ -108,7 +106,9 @@ def _config(source: reader.GgufFile, family: Family) -> Any:
         if attribute not in optional or f"{family.architecture}.{key}" in source.metadata
     }
     if lists := [name for name, value in values.items() if not isinstance(value, int | float)]:
-        raise ConfigError(f"{source.path}: {lists[0]} differs from layer to layer, which cannot be read")
+        raise ConfigError(
+            f"{source.path}: {lists[0]} differs from layer to layer, which is not supported: use the safetensors model"
+        )
     if family.is_rotary:
         heads = values["num_attention_heads"]
         values = {"num_key_value_heads": heads, "head_dim": values["hidden_size"] // heads} | values
@@ -129,13 +129,13 @@ def _config(source: reader.GgufFile, family: Family) -> Any:
 
 
 def _is_tied(source: reader.GgufFile) -> bool:
-    """Tell whether the embedding is the head: the file has no output matrix, or one with the same bytes."""
+    """Return True if the head is the embedding: the file has no output matrix, or one with the same bytes."""
     head, embedding = source.tensors.get("output.weight"), source.tensors["token_embd.weight"]
     return head is None or (head.tensor_type == embedding.tensor_type and np.array_equal(head.data, embedding.data))
 
 
 def _rope(source: reader.GgufFile, architecture: str) -> dict[str, Any]:
-    """Return the rotary settings; of Llama 3's scaling the file has the divisors only, which `_config` compares."""
+    """Return the rotary settings; for Llama 3's scaling the file has only the divisors, which `_config` verifies."""
     theta = source.metadata.get(f"{architecture}.rope.freq_base", 10000.0)
     kind = source.metadata.get(f"{architecture}.rope.scaling.type", "none")
     divisors = source.tensors.get("rope_freqs.weight")
@@ -143,14 +143,14 @@ def _rope(source: reader.GgufFile, architecture: str) -> dict[str, Any]:
         factor = source.metadata[f"{architecture}.rope.scaling.factor"]
         return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
     if kind != "none":
-        raise ConfigError(f"{source.path}: rotary scaling of type {kind} cannot be read: use the safetensors model")
+        raise ConfigError(f"{source.path}: rotary scaling of type {kind} is not supported: use the safetensors model")
     if divisors is None:
         return {"rope_type": "default", "rope_theta": theta}
     return {"rope_type": "llama3", "rope_theta": theta, "factor": float(reader.values(divisors).max()), **_LLAMA3}
 
 
 def llama3_divisors(config: Any) -> np.ndarray[Any, Any]:
-    """Return the divisors of the rotary frequencies, in float32, by transformers' own Llama 3 scaling."""
+    """Return the divisors of the rotary frequencies in transformers' Llama 3 scaling, in float32."""
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -162,32 +162,30 @@ def llama3_divisors(config: Any) -> np.ndarray[Any, Any]:
 
 
 def _tensors(source: reader.GgufFile, family: Family, config: Any) -> Tensors:
-    found: Tensors = {}
-    for name, tensor in source.tensors.items():
-        if name == "rope_freqs.weight" or (name == "output.weight" and config.tie_word_embeddings):
-            continue  # became rope_parameters; is the embedding
-        match = re.fullmatch(r"(.+)\.(weight|bias)", name)
-        module = family.module_name(match[1]) if match else None
-        if not match or module is None:
-            raise ConfigError(f"{source.path}: tensor {name} has no place in a {family.architecture} model")
-        shape = reader.shape(tensor)
-        found[f"{module}.{match[2]}"] = (tensor, shape[::-1] if family.is_transposed(module) else shape)
-    return found
-
-
-def _check_complete(path: Path, config: Any, tensors: Tensors) -> None:
+    """Match the file's tensors, in their order, with all parameters of the model that the metadata describes."""
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}  # tied ones appear once
-    found = {name: shape for name, (_, shape) in tensors.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise ConfigError(
-                f"{path}: {name} has shape {found.get(name)} in the file, the metadata asks for {expected.get(name)}"
-            )
+    expected = {}  # GGUF's name -> name and shape in the model; tied parameters appear once
+    for name, parameter in model.named_parameters():
+        module, _, leaf = name.rpartition(".")
+        expected[f"{family.gguf_name(module, config.num_hidden_layers)}.{leaf}"] = (name, tuple(parameter.shape))
+    found: Tensors = {}
+    for stored, tensor in source.tensors.items():
+        if stored == "rope_freqs.weight" or (stored == "output.weight" and config.tie_word_embeddings):
+            continue  # they became rope_parameters, and the embedding
+        if stored not in expected:
+            raise ConfigError(f"{source.path}: tensor {stored} does not belong to a {family.architecture} model")
+        name, shape = expected.pop(stored)
+        given = reader.shape(tensor)
+        if (given[::-1] if family.is_transposed(name.rpartition(".")[0]) else given) != shape:
+            raise ConfigError(f"{source.path}: tensor {stored} has shape {given}, but {name} of the model has {shape}")
+        found[name] = (tensor, shape)
+    if expected:
+        raise ConfigError(f"{source.path} lacks the tensor {next(iter(expected))}: the file is incomplete")
+    return found
 
 
 def _buffers(tensors: Tensors, family: Family, config: Any) -> Iterator[memoryview]:
@@ -204,7 +202,7 @@ def _buffers(tensors: Tensors, family: Family, config: Any) -> Iterator[memoryvi
 
 
 def _generation(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Return generation_config.json: the end token, and the end-of-turn token if that is a different one."""
+    """Return the fields of generation_config.json: the end token, and the end-of-turn token if it differs."""
     values = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _TOKEN_IDS.items()}
     ends = [i for i in (values["eos_token_id"], metadata.get("tokenizer.ggml.eot_token_id")) if i is not None]
     return {**values, "eos_token_id": ends if len(set(ends)) > 1 else values["eos_token_id"]}

@@ -1,13 +1,13 @@
 """Build the tokenizer that a GGUF file's metadata describes.
 
-    tokenizer.ggml.model   "gpt2"                       byte-level BPE, the only kind read here
+    tokenizer.ggml.model   "gpt2"                       byte-level BPE, the only supported type
     tokenizer.ggml.pre     "smollm"                     the rule that splits text before merging
     tokenizer.ggml.tokens  ["<|endoftext|>", ...]       by id;  .token_type  [3, ...]  3 control, 4 user-defined
     tokenizer.ggml.merges  ["Ġ t", "Ġ a", ...]          by rank
 
-The rules follow the tokenizers that the models were published with, not transformers' GGUF reader. In 5.23 that
-reader does not know `smollm` and falls back to GPT-2's rule, so that a number after two spaces or a line break gets
-other ids than the model was trained with:
+The rules follow the published tokenizers of the models, not transformers' GGUF reader. In 5.23 that reader does not
+support `smollm` and uses GPT-2's rule, so that a number after two spaces or a line break gets other ids than in
+training:
 
     "a  12"   published: a ĠĠ 1 2      transformers' GGUF reader: a Ġ Ġ 1 2
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 from lora_ft.errors import ConfigError
 
-# ByteLevel itself applies GPT-2's rule. Llama 3 and Qwen 2 differ in the number of digits that stay together.
+# ByteLevel applies GPT-2's rule by itself. Llama 3 and Qwen 2 differ in the number of digits per piece.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 RULES = {
@@ -33,15 +33,14 @@ _CONTROL, _USER_DEFINED = 3, 4
 def build(metadata: dict[str, Any]) -> Any:
     """Build a `PreTrainedTokenizerFast` with its chat template from the metadata of a GGUF file.
 
-    Raises ConfigError for an unknown kind of tokenizer or splitting rule: a guess would give other ids than the model
-    was trained with.
+    Raises ConfigError for an unknown type of tokenizer or splitting rule; a guess may give other ids than in training.
     """
     from transformers import PreTrainedTokenizerFast
 
     kind = metadata.get("tokenizer.ggml.model")
     if kind != "gpt2":
         raise ConfigError(
-            f"the GGUF file holds a tokenizer of kind {kind}; only byte-level BPE (gpt2) can be read: "
+            f"the GGUF file has a tokenizer of type {kind}; only byte-level BPE (gpt2) is supported: "
             "use the model's safetensors folder or hub id instead"
         )
     tokens = metadata["tokenizer.ggml.tokens"]
@@ -63,12 +62,12 @@ def _backend(metadata: dict[str, Any]) -> Any:
     rule = _OTHER_NAMES.get(str(rule), rule)
     if rule not in RULES:
         raise ConfigError(
-            f"the GGUF file's pre-tokenizer is {rule}; known are {', '.join([*RULES, *_OTHER_NAMES])}: "
+            f"the GGUF file has the pre-tokenizer {rule}; supported are {', '.join([*RULES, *_OTHER_NAMES])}: "
             "use the model's safetensors folder or hub id instead"
         )
     tokens = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-    # Llama 3 uses a piece that is a token as that token, even if no sequence of merges leads to it.
+    # Llama 3 takes a piece that is a token as that token, even if no sequence of merges produces it.
     bpe = models.BPE({token: i for i, token in enumerate(tokens)}, merges, ignore_merges=rule == "llama-bpe")
     backend = Tokenizer(bpe)
     backend.pre_tokenizer = _pre_tokenizer(rule)
@@ -76,7 +75,7 @@ def _backend(metadata: dict[str, Any]) -> Any:
     if rule == "qwen2":
         backend.normalizer = normalizers.NFC()
     kinds = metadata.get("tokenizer.ggml.token_type") or []
-    # These are found in text before it is split. strict=False: the types are optional.
+    # These tokens are found in the text before it is split. strict=False: the types are optional.
     for token, kind in zip(tokens, kinds, strict=False):
         if kind == _CONTROL:
             backend.add_special_tokens([AddedToken(token, normalized=False, special=True)])

@@ -1,8 +1,8 @@
-"""What the scheduler of a sweep asks of an executor. No torch here.
+"""The interface between the scheduler of a sweep and its executors. No torch here.
 
-slots(device)                       where a group can run: one group at a time in each
+slots(device)                       the slots for such jobs; one group runs in a slot at a time
 submit(group, slot, ...) -> Handle  start a worker that trains the jobs of a group, in order
-handle.ended()                      None while it runs, then its exit code
+handle.ended()                      None while the worker runs, then its exit code
 """
 
 from dataclasses import dataclass
@@ -16,40 +16,32 @@ from lora_ft.sweeps.jobs import Job
 
 @dataclass(frozen=True)
 class Beat:
-    """The job that a worker is running, None before the first, and what it does: loading, step or end."""
+    """The folder of the job that a worker is running, None before the first, and its phase: loading, step or end."""
 
     folder: Path | None = None
     doing: str = "loading"
 
 
 class Handle(Protocol):
-    """A submitted group. `overdue` is where it was killed for taking too long."""
+    """A submitted group."""
 
-    number: int
     jobs: list[Job]
     slot: str
-    overdue: Beat | None
 
     def ended(self) -> int | None:
-        """Return the exit code, negative for a signal; None while it runs. Called often."""
+        """Return the exit code, negative for a signal; None while the worker runs. Called many times a second."""
 
     def beat(self) -> Beat:
-        """Return the job that it runs, and what it does."""
+        """Return the job that is running, and its phase."""
 
-    def seconds_since_beat(self) -> float:
-        """Return the time since its heartbeat last changed, or since its start."""
-
-    def signal(self, signum: int) -> None:
-        """Let it finish its step, save and leave."""
+    def stop(self) -> None:
+        """Ask the worker to finish its step, save a checkpoint and exit. May be called again."""
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill the worker."""
 
-    def kill_overdue(self) -> None:
-        """End it at once, and note what it was doing."""
-
-    def death(self, job: Job, timeout: float | None) -> LoraFtError:
-        """Return why a job has no outcome although its worker ended."""
+    def death(self, job: Job) -> LoraFtError:
+        """Return the reason why a job has no outcome although its worker has ended."""
 
 
 class Executor(Protocol):
@@ -58,5 +50,7 @@ class Executor(Protocol):
     def slots(self, device: str, chosen: list[str]) -> list[str]:
         """Return the slots for jobs with this setting `device`; `chosen` is hydra.launcher.devices."""
 
-    def submit(self, group: list[Job], slot: str, sweep: config.Sweep, folder: Path) -> Handle:
-        """Start a worker for a group of the sweep in `folder`; ResourceError if it cannot be started."""
+    def submit(
+        self, group: list[Job], slot: str, launcher: config.Launcher, sweep: config.Sweep, folder: Path
+    ) -> Handle:
+        """Start a worker for a group of the sweep in `folder`; raises ResourceError if it cannot be started."""
