@@ -1,6 +1,7 @@
 """Bad rows: each is reported with file, line, field, reason and excerpt, and no good row is."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,9 @@ CHATS = {
     r"messages\[0\]: tool_calls belong to the assistant, not to user": [chat(user("a", tool_calls=[{"name": "f"}]), B)],
     rf"{ARGUMENTS}: is not JSON: .+ at character 2": [call("{'a': 1}")],
     rf"{ARGUMENTS}: must be an object or the JSON text of one, got \w+": [call(v) for v in (7, ["a"], "7", '"{}"')],
+    f"{ARGUMENTS}: must not contain NaN or Infinity, which JSON does not have": [
+        call(v) for v in ({"a": [math.nan]}, '{"a": -Infinity}')
+    ],
     f"{ARGUMENTS}: a: key occurs twice in one object": [call('{"a": 1, "a": 2}')],
     r"system: must be text, got \w+": [chat(A, B, system=v) for v in (7, ["s"], {})],
     f"content: {CONTROL}": [
