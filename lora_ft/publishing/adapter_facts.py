@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub import metadata_load
 
 from lora_ft.adapters import files
 from lora_ft.errors import LoraFtError, MismatchError
@@ -37,7 +38,7 @@ class Level(IntEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """A fault or a fact that a user has to know, and its remedy."""
+    """A fault of an adapter's files, and its remedy."""
 
     level: Level
     reason: str
@@ -49,7 +50,8 @@ class AdapterFacts:
     """An adapter as its files describe it.
 
     `layers` holds the shapes of A and B by layer name, None for a missing one. `whole` names the other tensors, which
-    belong to layers trained in full. `names` are the files of the folder. `architecture` is the base's model_type.
+    belong to layers trained in full. `num_tokens` is the size of its tokenizer, None if it has none. `names` are the
+    files of the folder. `architecture` is the base's model_type.
     """
 
     config: dict[str, Any]
@@ -71,33 +73,26 @@ class AdapterFacts:
         return max((a[0] for a, _ in self.layers.values() if a), default=0)
 
     def has_layer(self, name: str) -> bool:
-        """Return whether the base has a layer with this name or name ending."""
+        """Return True if the base has a layer with this name or name ending."""
         return any(is_named(parameter.rpartition(".")[0], name) for parameter in self.base_shapes)
 
     def adapts(self, *names: str) -> bool:
-        """Return whether a layer with one of these names is adapted or trained in full."""
+        """Return True if a layer with one of these names is adapted or trained in full."""
         touched = [*self.layers, *(key.rpartition(".")[0] for key in self.whole)]
         return any(layer.rpartition(".")[2] in names for layer in touched)
 
 
 def is_named(layer: str, name: str) -> bool:
-    """Return whether PEFT matches a name with a layer: equal, or its last parts."""
+    """Return True if PEFT matches a name with a layer: the full name or its last parts."""
     return layer == name or layer.endswith(f".{name}")
 
 
 def front_matter(path: Path) -> dict[str, Any]:
     """Return the YAML front matter of a model card, {} if it cannot be read."""
-    if not path.is_file() or path.stat().st_size > untrusted.MOST_YAML_BYTES:
-        return {}
-    found = re.match(r"---\r?\n(.*?)\r?\n---", path.read_text("utf-8", errors="replace"), re.DOTALL)
-    if not found:
-        return {}
     try:
-        untrusted.check_yaml(found[1], str(path), MismatchError)
-        loaded = yaml.safe_load(found[1])
-    except (LoraFtError, yaml.YAMLError, ValueError, RecursionError):  # ValueError: an invalid date
+        return (metadata_load(path) if path.is_file() else None) or {}
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: not UTF-8, not a mapping, or an invalid date
         return {}
-    return loaded if isinstance(loaded, dict) else {}
 
 
 def read(folder: Path, base_config: dict[str, Any] | None) -> AdapterFacts:
@@ -107,22 +102,22 @@ def read(folder: Path, base_config: dict[str, Any] | None) -> AdapterFacts:
     shapes = _shapes(folder, problems)
     layers, whole, parts = _group(shapes)
     base = base_config or {}
-    kind = base.get("model_type")
-    if kind is None and any(layer.rpartition(".")[2] == "c_attn" for layer in layers):
-        kind = "gpt2"
+    architecture = base.get("model_type")
+    if architecture is None and any(layer.rpartition(".")[2] == "c_attn" for layer in layers):
+        architecture = "gpt2"
     found = [path for path in (*folder.iterdir(), *folder.glob("mlx/*")) if path.is_file()]
-    base_shapes, tied = _described(base)
+    base_shapes, is_tied = _shapes_of_base(base)
     return AdapterFacts(
         config=config, layers=layers, whole=whole, has_tokens="token_adapter.trainable_tokens_delta" in parts,
         has_biases="bias" in parts, num_tokens=_num_tokens(folder),
-        names=frozenset(path.relative_to(folder).as_posix() for path in found), architecture=kind,
-        is_tied=kind == "gpt2" if tied is None else tied, base_config=base, base_shapes=base_shapes,
+        names=frozenset(path.relative_to(folder).as_posix() for path in found), architecture=architecture,
+        is_tied=architecture == "gpt2" if is_tied is None else is_tied, base_config=base, base_shapes=base_shapes,
         problems=tuple(problems),
     )  # fmt: skip
 
 
-def _described(base_config: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]], bool | None]:
-    """Return a base's parameter shapes and whether its embedding is tied; ({}, None) if transformers lacks it."""
+def _shapes_of_base(base_config: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]], bool | None]:
+    """Return a base's parameter shapes, and True if embedding and head are tied; ({}, None) for an unknown model."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     rest = {key: value for key, value in base_config.items() if key != "model_type"}
@@ -130,7 +125,7 @@ def _described(base_config: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]],
         known = AutoConfig.for_model(base_config.get("model_type"), **rest)
         with torch.device("meta"):
             network = AutoModelForCausalLM.from_config(known, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, AttributeError):  # another kind of model, or a config of another version
+    except (ValueError, TypeError, KeyError, AttributeError):  # not a causal LM, or a config of another version
         return {}, None
     return {name: tuple(t.shape) for name, t in network.state_dict().items()}, bool(known.tie_word_embeddings)
 
@@ -138,7 +133,7 @@ def _described(base_config: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]],
 def _config(folder: Path, problems: list[Finding]) -> dict[str, Any]:
     if not (folder / files.CONFIG).is_file():
         problems.append(Finding(Level.REFUSED, f"{files.CONFIG} is missing", "use the folder that PEFT wrote"))
-    elif (folder / files.WEIGHTS).is_file():  # else reported by _shapes
+    elif (folder / files.WEIGHTS).is_file():  # if not, _shapes reports it
         try:
             fields = files.read_fields(folder)
             with warnings.catch_warnings(action="ignore"):  # PEFT warns of settings that only training needs
@@ -168,14 +163,14 @@ def _shapes(folder: Path, problems: list[Finding]) -> dict[str, tuple[int, ...]]
 
 
 def _first_line(error: Exception, folder: Path) -> str:
-    """Return the first line of an error without the folder in its paths."""
+    """Return the first line of an error, its paths relative to the folder."""
     return str(error).splitlines()[0].replace(f"{folder}/", "") if str(error) else type(error).__name__
 
 
 def _group(
     shapes: dict[str, tuple[int, ...]],
 ) -> tuple[dict[str, tuple[tuple[int, ...] | None, tuple[int, ...] | None]], tuple[str, ...], set[str]]:
-    """Return the shapes of A and B by layer, the names of other tensors, and the kinds of parts that occur."""
+    """Return the shapes of A and B by layer, the names of other tensors, and the types of parts that occur."""
     pairs: dict[str, list[tuple[int, ...] | None]] = {}
     whole, parts = [], set()
     for key, shape in sorted(shapes.items()):
@@ -190,9 +185,9 @@ def _group(
 
 
 def _num_tokens(folder: Path) -> int | None:
-    """Return the size of the tokenizer beside the adapter: its highest token id plus one."""
+    """Return the size of the adapter's tokenizer: its highest token id plus one; None if it has none."""
     path = folder / "tokenizer.json"
-    if not path.is_file() or path.stat().st_size > 64 * 2**20:
+    if not path.is_file():
         return None
     try:
         described = json.loads(path.read_text("utf-8"))

@@ -7,8 +7,8 @@
     # LoRA adapter for SmolLM2-135M-Instruct
     ## Results | ## Load it | ## Training | ## Limits | ## Verification
 
-Text of others (names, settings, metrics) is shown as code, so that nothing in it acts as Markdown or HTML; a YAML
-library writes the front matter. The same adapter gives the same bytes.
+Names, settings and metrics are shown as code, so that nothing in them acts as Markdown or HTML; huggingface_hub writes
+the front matter. The same adapter gives the same bytes.
 """
 
 import json
@@ -36,7 +36,7 @@ _LONGEST = 300  # characters of a setting
 class CardContents:
     """The adapter's config and record, its base by a public id, and the findings about both.
 
-    `name` is the hub id by which the package is loaded, or a placeholder for a folder. `files` are all file names.
+    `name` is the hub id from which the package is loaded, or a placeholder for a folder. `files` are all file names.
     """
 
     name: str
@@ -59,7 +59,7 @@ def render(contents: CardContents) -> str:
         "lora_alpha": config.get("lora_alpha"),
         "target_modules": config.get("target_modules"),
     }
-    if summary:  # r, alpha and targets are PEFT's own
+    if summary:  # r, lora_alpha and target_modules are in PEFT's config
         known = ("adapter.r", "adapter.lora_alpha", "adapter.target_modules")
         settings |= {key: value for key, value in summary.settings.items() if key not in known}
     merge, curve = summary.merge if summary else None, CURVE if CURVE in contents.files else None
@@ -115,7 +115,7 @@ def _evaluations(summary: TrainingSummary) -> Iterator[EvalResult]:
 
 
 def _ways(contents: CardContents) -> Iterator[tuple[str, str, list[str]]]:
-    """Yield program, language and lines for each program that can load the adapter."""
+    """Yield program, language and lines of code for each program that can load the adapter."""
     verdicts = {verdict.program: verdict for verdict in contents.verdicts}
     loading, name = contents.loading, contents.name
     classes = ["AutoModelForCausalLM", "AutoTokenizer", *(["BitsAndBytesConfig"] if loading.quantization else [])]
@@ -145,7 +145,7 @@ def _figure(value: float | None) -> str:
 
 
 def _at_most(distance: float) -> str:
-    """Round up to a power of ten: smaller digits differ from machine to machine."""
+    """Round up to a power of ten, because smaller digits differ from machine to machine."""
     return f"1e{math.ceil(math.log10(max(distance, 1e-7))):+03d}"
 
 
@@ -158,7 +158,7 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _text(text: str) -> str:
-    """Return text of ours for a table cell; nothing in it is markup."""
+    """Escape the Markdown in a text for a table cell."""
     return "".join(f"\\{c}" if c in r"\`*_{}[]<>#|" else c for c in text)
 
 
@@ -167,7 +167,7 @@ def _cell(value: Any) -> str:
 
 
 def code(value: Any) -> str:
-    """Return any text as a code span of one line, cut if it is long."""
+    """Return any text as a code span of one line, of at most _LONGEST characters."""
     line = "".join(c if c.isprintable() else " " for c in str(value)).strip() or " "
     line = line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
     longest = max((len(run) for run in "".join(c if c == "`" else " " for c in line).split()), default=0)

@@ -1,4 +1,4 @@
-"""The losses of a run as a PNG chart for its model card; the same figures give the same bytes.
+"""Draw the losses of a run as a PNG chart for its model card; the same points give the same bytes.
 
 draw([(1, 3.38), (2, 2.87), ...], [(0, 3.25), (40, 2.4)])    # training loss, eval loss by step
 """
@@ -12,7 +12,7 @@ Points = Sequence[tuple[float, float]]
 
 
 def draw(train: Points, evaluations: Points) -> bytes | None:
-    """Draw both curves; None if fewer than two points are finite."""
+    """Draw both curves as a PNG file; return None if fewer than two points are finite."""
     train, evaluations = ([(x, y) for x, y in points if math.isfinite(y)] for points in (train, evaluations))
     if len(train) + len(evaluations) < 2:
         return None

@@ -1,4 +1,4 @@
-"""From the settings of `publish` to the contents of a package: base, license, adapter, and all that the card tells."""
+"""Collect the contents of a package from the settings of `publish`: base, license, adapter and training summary."""
 
 import dataclasses
 import gc
@@ -23,10 +23,11 @@ HUB = "hf:"
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 
 
-def contents(cfg: config.PublishRun, adapter: Path, saved: LoraConfig, workplace: Path) -> Contents:
-    """Load the adapter in folder `adapter`, with config `saved`, onto its base, and collect what its package holds.
+def contents(cfg: config.PublishRun, adapter: Path, saved: LoraConfig, work: Path) -> Contents:
+    """Load the adapter in folder `adapter`, with config `saved`, onto its base, and collect the package's contents.
 
-    Raises ConfigError if the base has no hub id or no license is known for the hub, before anything is loaded.
+    Raises ConfigError, before anything is loaded, if the base has no hub id or the hub requires a license and none is
+    known.
     """
     base_id, license_name = _base_id(cfg, adapter, saved), _license(cfg)
     if pissa_to_lora.changes_base(saved):
@@ -35,8 +36,8 @@ def contents(cfg: config.PublishRun, adapter: Path, saved: LoraConfig, workplace
                 f"{adapter}: with init_lora_weights={saved.init_lora_weights} an adapter of a quantized base cannot be "
                 "converted to a LoRA of the unchanged base"
             )
-        pissa_to_lora.convert(adapter, saved, workplace / "converted")
-        adapter = workplace / "converted"
+        pissa_to_lora.convert(adapter, saved, work / "converted")
+        adapter = work / "converted"
         saved = files.read_config(adapter)
     tokenizer = loading.adapter_tokenizer(adapter, cfg.model)
     base, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer, saved)
@@ -60,15 +61,15 @@ def contents(cfg: config.PublishRun, adapter: Path, saved: LoraConfig, workplace
 
 
 def _base_id(cfg: config.PublishRun, adapter: Path, saved: LoraConfig) -> str:
-    """Return the hub id by which others find the base; ConfigError if only a path of this machine is known."""
+    """Return the hub id by which others find the base; raises ConfigError if only a path of this machine is known."""
     named = saved.base_model_name_or_path
     found = (
         cfg.model.hub_id or locate(cfg.model, weights=False).id or (named if untrusted.is_public_id(named) else None)
     )
     if not found:
         raise ConfigError(
-            f"the base of {adapter} has no hub id, only a path of this machine ({cfg.model.path or named}), where "
-            "nobody else can find it: add model.hub_id=OWNER/NAME, the base's id on the hub"
+            f"the base of {adapter} is known only by a path of this machine ({cfg.model.path or named}), where others "
+            "cannot find it: add model.hub_id=OWNER/NAME, the base's id on the hub"
         )
     if not untrusted.is_hub_id(found):
         raise ConfigError(f"model.hub_id must be a hub id, OWNER/NAME, got {found}")
@@ -76,7 +77,7 @@ def _base_id(cfg: config.PublishRun, adapter: Path, saved: LoraConfig) -> str:
 
 
 def _license(cfg: config.PublishRun) -> str | None:
-    """Return license=, or the license that the base states; ConfigError if the hub requires one and none is known."""
+    """Return license=, or the base's own license; raises ConfigError if the hub requires one and none is known."""
     stated = cfg.license or training_summary.license_of(cfg.model, locate(cfg.model, weights=False).folder)
     if not stated and cfg.to.startswith(HUB):
         raise ConfigError("the base states no license, and the hub requires one: add license=NAME (apache-2.0, mit)")
@@ -86,18 +87,18 @@ def _license(cfg: config.PublishRun) -> str | None:
 
 
 def _public(base: Identity, base_id: str, saved: LoraConfig) -> Identity:
-    """Return the base as others find it: by its hub id, or by a file in a package that they can install."""
+    """Return the base under its hub id, or under the name of a file in a package that others can install."""
     revision = base.revision or (saved.revision if saved.base_model_name_or_path == base_id else None)
     path = base.path if base.path.startswith("package:") else base_id
     return dataclasses.replace(base, id=base_id, path=path, folder=None, revision=revision)
 
 
-def local_paths(cfg: config.PublishRun, adapter: Path, workplace: Path) -> set[str]:
+def local_paths(cfg: config.PublishRun, adapter: Path, work: Path) -> set[str]:
     """Return the paths of this machine that no published file may name."""
     stored = runs.read_config(Path(cfg.run).expanduser()) if cfg.run else {}
     known = [group.get("path") for name in ("model", "data") if isinstance(group := stored.get(name), dict)]
     base = locate(cfg.model, weights=False).folder
-    return secret_scan.local_paths(adapter, cfg.run, cfg.model.path, base, workplace, *known)
+    return secret_scan.local_paths(adapter, cfg.run, cfg.model.path, base, work, *known)
 
 
 def base_config(model: config.Model) -> dict[str, Any] | None:
@@ -110,9 +111,9 @@ def _json_config(folder: str | None) -> dict[str, Any]:
 
 
 def base_loading(folder: Path, saved: LoraConfig, cfg: config.PublishRun) -> provenance.Loading:
-    """Return how the base of an adapter folder is loaded from this machine, according to the folder's record.
+    """Return the arguments that load the base of an adapter folder from this machine, according to the folder's record.
 
-    Somebody else may have written the record: MismatchError if lora_ft never writes its values, or for another base.
+    Raises MismatchError for a record with invalid values, since anybody may have written it, or for another base.
     """
     record = provenance.read_record(folder).get("loading") if (folder / provenance.RECORD).is_file() else None
     record = record if isinstance(record, dict) else {}
@@ -122,9 +123,10 @@ def base_loading(folder: Path, saved: LoraConfig, cfg: config.PublishRun) -> pro
         model = dataclasses.replace(cfg.model, dtype=config.Dtype(record.get("dtype", cfg.model.dtype.value)))
         quant = dataclasses.replace(cfg.quant, compute_dtype=config.Dtype(compute or cfg.quant.compute_dtype.value))
     except ValueError as error:
-        raise MismatchError(f"{folder / provenance.RECORD} does not say how its base is loaded: {error}") from None
-    place = locate(model)  # with its weights, which a skeleton does not fetch
+        raise MismatchError(f"{folder / provenance.RECORD}: its field loading is invalid: {error}") from None
+    identity = locate(model)  # downloads the weights, unlike load_meta_model
     base = load_meta_model(model, quant, cfg.device, loading.adapter_tokenizer(folder, model))
     provenance.check_source(folder, saved, base, quant)
-    made = provenance.loading(base, quant, model)
-    return dataclasses.replace(made, place=str(place.folder), revision=None, device=str(resolve_device(cfg.device)))
+    arguments = provenance.loading(base, quant, model)
+    device = str(resolve_device(cfg.device))
+    return dataclasses.replace(arguments, place=str(identity.folder), revision=None, device=device)

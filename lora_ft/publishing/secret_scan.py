@@ -3,9 +3,9 @@
     check(folder, {"/home/me/models/tiny"})
     SecurityError: tokenizer_config.json holds what looks like a secret (Hugging Face token): nothing was sent
 
-Only files of known names and limited sizes may leave, without a secret and without a path of this machine. The search
-covers whole text files, the header of a safetensors file and the metadata of a GGUF file. The error names the file and
-the kind of secret, never the secret.
+Only files with known names may be sent, and only without secrets and paths of this machine. The search covers whole
+text files, the header of a safetensors file and the metadata of a GGUF file. The error names the file and the type of
+the secret, never the secret.
 """
 
 import fnmatch
@@ -18,10 +18,6 @@ from lora_ft.io import redact
 from lora_ft.models.gguf import reader
 from lora_ft.publishing import checksums
 
-TEXT_BYTES = 64 * 2**20  # the largest tokenizers have 35 MB
-WEIGHTS_BYTES = 16 * 2**30
-
-_WEIGHTS = (".safetensors", ".gguf")
 _ALLOWED = (
     "adapter_config.json", "adapter_model.safetensors", "lora_ft.json", "probe.safetensors", "README.md", "SHA256SUMS",
     "loss.png", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
@@ -31,14 +27,11 @@ _ALLOWED = (
 
 
 def check(folder: Path, local_paths: set[str]) -> None:
-    """Raise SecurityError if a file of the package may not leave, holds a secret, or names one of `local_paths`."""
+    """Raise SecurityError if the package has an unexpected file, a secret, or the name of one of `local_paths`."""
     for name in sorted(checksums.file_names(folder)):
         file = folder / name
         if not any(_matches(name, pattern) for pattern in _ALLOWED):
-            raise SecurityError(f"{name} is not a file of a published adapter: nothing was sent")
-        limit, size = (WEIGHTS_BYTES if file.suffix in _WEIGHTS else TEXT_BYTES), file.stat().st_size
-        if size > limit:
-            raise SecurityError(f"{name} has {size:,} bytes, the limit is {limit:,}: nothing was sent")
+            raise SecurityError(f"{name} is not a file that a published adapter may have: nothing was sent")
         for text in _texts(file):
             if kind := redact.held(text):
                 raise SecurityError(f"{name} holds what looks like a secret ({kind}): nothing was sent")
@@ -73,7 +66,7 @@ def _strings(value: object) -> Iterator[str]:
 def local_paths(*paths: str | Path | None) -> set[str]:
     """Return the absolute paths among the given ones, the home folder and the current folder, resolved and as given.
 
-    A path of one part (/root, /tmp) is left out: any vocabulary may hold it as a word.
+    A path with one part (/root, /tmp) is skipped, because a vocabulary may hold it as a word.
     """
     known = [path for given in (*paths, Path.home(), Path.cwd()) if given and (path := Path(given)).is_absolute()]
     return {str(form) for path in known for form in (path, path.resolve()) if len(form.parts) > 2}

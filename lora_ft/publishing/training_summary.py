@@ -1,11 +1,11 @@
-"""Facts of a training run for the card of its adapter, read from the run folder; nothing private is among them.
+"""Read the public facts of a training run from its folder, for the model card; paths are left out.
 
     summary = read(Path("my_run"))
     summary.data            "openassistant/oasst1 on the ... hub", or "a local file (.jsonl)": never its path
-    summary.settings        {"adapter.r": 16, "optim.lr": 0.0001, ...}     the settings that differ from the defaults
+    summary.settings        {"adapter.r": 16, "optim.lr": 0.0001, ...}     settings that differ from the defaults
     summary.evaluations     [Scores("at the end of training", {"loss": 3.25, ...}, {"loss": 2.4, ...}, 859 tokens, ...)]
 
-An adapter made elsewhere has no run and no summary.
+An adapter from another program has no run and no summary.
 """
 
 import json
@@ -23,13 +23,13 @@ from lora_ft.models.gguf import reader
 from lora_ft.publishing.adapter_facts import front_matter
 from lora_ft.setting import OnResume
 
-# The card shows these in other places.
+# The card shows these elsewhere.
 _SHOWN_ELSEWHERE = ("data.revision", "data.name", "data.split", "model.revision", "model.hub_id")
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Figures of base and adapter on the same evaluation rows: loss in nats per token, perplexity, metrics."""
+    """Results of base and adapter on the same eval rows: loss in nats per token, perplexity, metrics."""
 
     when: str
     base: dict[str, float]
@@ -42,8 +42,8 @@ class Scores:
 class TrainingSummary:
     """The public facts of a run.
 
-    `data` describes the source of the rows; `dataset` is their hub id if they have one. `rows` counts training and
-    evaluation documents. `curves` are the (step, loss) points of training and evaluation.
+    `data` describes the source of the rows; `dataset` is their hub id, None if they are not on the hub. `rows` are the
+    numbers of training and eval documents. `curves` are the (step, loss) points of training and evaluation.
     """
 
     settings: dict[str, Any]
@@ -61,7 +61,7 @@ class TrainingSummary:
 
 
 def read(run: Path) -> TrainingSummary:
-    """Read the summary of a finished run; raises what reading a run's files raises."""
+    """Read the summary of a finished run; raises ConfigError for files that lora-ft did not write."""
     stored = runs.read_config(run)
     data = stored.get("data") or {}
     described, dataset = _describe_source(str(data.get("path", "")))
@@ -84,13 +84,13 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _settings(stored: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that decide a result and differ from the default, without paths."""
+    """Return the settings that affect the result and differ from the default, without paths."""
     plain = validation.to_plain(TrainRun())
     found: dict[str, Any] = {}
     for setting in validation.settings(TrainRun):
         group, _, name = setting.key.rpartition(".")
-        holder = stored.get(group) if group else stored
-        value = holder.get(name) if isinstance(holder, dict) else None
+        values = stored.get(group) if group else stored
+        value = values.get(name) if isinstance(values, dict) else None
         default = (plain[group] if group else plain)[name]
         if (
             setting.on_resume is OnResume.same
@@ -103,7 +103,7 @@ def _settings(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe_source(path: str) -> tuple[str, str | None]:
-    """Describe the source of rows without a path of this machine, and return its hub id if it has one."""
+    """Return a description of the source of rows without a path of this machine, and its hub id or None."""
     if path.startswith("package:"):
         return f"files of the package {path.removeprefix('package:').partition('/')[0]}", None
     if Path(path).suffix.lower() in (".jsonl", ".json", ".csv", ".parquet", ".txt", ".yml", ".yaml", ".tsv"):
@@ -123,7 +123,7 @@ def _scores(run: Path, result: dict[str, Any]) -> list[Scores]:
             base, adapter = (_figures(evaluated[name]) for name in ("base", "adapter"))
             found.append(Scores("by lora-ft eval", base, adapter, int(evaluated["tokens"]), int(evaluated["rows"])))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{run}: {runs.RESULT} or eval.json is not what lora-ft wrote: {error!r}") from error
+        raise ConfigError(f"{run}: {runs.RESULT} or eval.json was not written by lora-ft: {error!r}") from error
     return found
 
 
@@ -148,7 +148,7 @@ def _curves(run: Path) -> tuple[list[tuple[float, float]], list[tuple[float, flo
 
 
 def license_of(model: config.Model, folder: str | None) -> str | None:
-    """Return the license that a base states in its GGUF file or in the card of its folder."""
+    """Return the license that a base's GGUF file or model card states; None if it states no license."""
     path = Path(model.path).expanduser()
     if model.path.startswith("package:"):
         path = resolve.package_file(model.path)

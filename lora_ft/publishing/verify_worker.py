@@ -1,12 +1,12 @@
-"""Load an adapter with torch, transformers and PEFT alone, in a process that does not know lora_ft.
+"""Load an adapter with torch, transformers and PEFT, in a process that does not import lora_ft.
 
     echo '{"folder": ..., "base": {"place": ..., "dtype": "float32", ...}, "ids": null, "columns": null}' \
         | python -P verify_worker.py > logits.safetensors
 
 It writes one safetensors file to its standard output: `adapter` and `base`, logits [T, K] in float32 with and without
 the adapter. For a quantized base these come from exact products, and `as_loaded` from its kernels, with their rounding.
-The file's metadata holds a report in JSON: keys and versions. verification.py starts it and judges its answer.
--P keeps files beside this one from replacing Python's own modules.
+The file's metadata holds a report in JSON: keys and versions. verification.py starts this program and checks the
+result. -P prevents files beside this one from replacing Python's own modules.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ _PACKAGES = ("torch", "transformers", "peft", "safetensors", "bitsandbytes")
 
 
 def load(folder: str, base: dict[str, Any]) -> PeftModel:
-    """Load base and adapter as the lines of the model card do; `base` has the fields of origin.Loading."""
+    """Load base and adapter as the code in the model card does; `base` has the fields of provenance.Loading."""
     dtype = getattr(torch, base["dtype"])
     quantization = dict(base["quantization"])
     if "bnb_4bit_compute_dtype" in quantization:
@@ -132,12 +132,12 @@ def verify(request: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def main() -> None:
-    """Read a request from standard input and answer on standard output; other output goes to standard error."""
-    answer = os.dup(sys.stdout.fileno())
+    """Read a request from standard input, write the result to standard output, and send other output to stderr."""
+    result = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     logging.disable_progress_bar()
     found, report = verify(json.load(sys.stdin))
-    with os.fdopen(answer, "wb") as stream:
+    with os.fdopen(result, "wb") as stream:
         stream.write(safetensors.torch.save(found, metadata={"report": json.dumps(report)}))
 
 

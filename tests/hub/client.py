@@ -1,7 +1,7 @@
-"""Drives destinations in a process of its own, as the hub's client reads its settings once, when it is imported.
+"""Drives destinations in a process of its own, because the hub's client reads its settings when it is imported.
 
-One request a line, {"to": "hf:me/x", "do": "send", "with": ["folder", "message", false], "env": {...}}, one answer a
-line, {"value": ...} or {"error": "ConfigError", "message": ...}. Nobody waits here: the seconds asked for are summed.
+One request per line, {"to": "hf:me/x", "do": "send", "with": ["folder", "message", false], "env": {...}}, one answer
+per line, {"value": ...} or {"error": "ConfigError", "message": ...}. time.sleep only adds up the seconds.
 """
 
 import json
@@ -13,12 +13,12 @@ from pathlib import Path
 waited = 0.0
 
 
-def not_asleep(seconds: float) -> None:
+def add_up(seconds: float) -> None:
     global waited
     waited += seconds
 
 
-time.sleep = not_asleep
+time.sleep = add_up
 
 from lora_ft.errors import LoraFtError  # noqa: E402
 from lora_ft.publishing import destinations  # noqa: E402

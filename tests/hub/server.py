@@ -5,9 +5,9 @@
         hub.arm("die", 4)                                 # the fourth request from now on, and all after it, hang up
         hub.repositories["me/x"].files                    # {"README.md": "sha256 of its bytes", ...}
 
-It is strict where the real one is: a write needs a token that may write, a private repository is not there for others,
-a card whose base_model or datasets are no ids is a 400, a commit upon another parent than the last is a 412, and bytes
-must have the sha256 and the size that were announced.
+It is as strict as the real one: a write needs a token that may write, others do not see a private repository, a card
+whose base_model or datasets are not ids is a 400, a commit on top of another parent than the last commit is a 412, and
+bytes must have the announced sha256 and size.
 """
 
 import base64
@@ -34,7 +34,7 @@ Answer = tuple[int, dict[str, str], bytes]
 
 
 class Refused(Exception):
-    """A request that is answered with an error."""
+    """A request answered with an error."""
 
     def __init__(self, status: int, message: str, code: str = "") -> None:
         super().__init__(message)
@@ -83,18 +83,19 @@ class Hub:
         return kept | own | ({"HF_TOKEN": token} if token else {}) | more
 
     def arm(self, fault: str, request: int) -> None:
-        """429 500 drop: once, instead of doing it; answer_lost: done, unanswered; die died_after: from there on."""
+        """Fail the n-th request: 429, 500 and drop without executing it; answer_lost after executing it; die and
+        died_after fail all later ones too."""
         with self._lock:
             self._fault, self._left = fault, request
 
     def heal(self) -> bool:
-        """No faults from here on; whether one was met."""
+        """End all faults; return True if one occurred."""
         with self._lock:
             met, self._fault, self._left = bool(self._fault) and self._left <= 0, "", 0
             return met
 
     def meet(self, act: Callable[[], Answer]) -> Answer | None:
-        """The answer to a request, or what the fault makes of it; None hangs up."""
+        """Return the answer to a request, or the fault's; None closes the connection."""
         with self._lock:
             self._left -= 1
             fault = self._fault
@@ -107,7 +108,7 @@ class Hub:
             return None if fault in ("answer_lost", "died_after") and now else answer
 
     def put(self, name: str, files: dict[str, bytes], *, private: bool = False) -> str:
-        """Commit files as their owner would, by other means; the commit's id."""
+        """Commit files without the client; return the commit's id."""
         repository = self.repositories.setdefault(name, Repository(private))
         return self._commit(repository, {n: self.store(data) for n, data in files.items()}, b"".join(files.values()))
 
@@ -126,7 +127,7 @@ class Hub:
         repository.commits.append((commit, now))
         return commit
 
-    # What is asked. Each takes the match of its path, the query, the body and the token.
+    # Requests. Each method takes the match of its path, the query, the body and the token.
 
     def whoami(self, match: re.Match[str], query: dict[str, str], body: bytes, token: str | None) -> Any:
         if token is None:
@@ -156,7 +157,7 @@ class Hub:
         return {
             "files": [
                 {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(LARGE) else "regular",
-                 "shouldIgnore": False, "oid": self._oid(f["path"], repository.files)}
+                 "shouldIgnore": False, "oid": self._content_oid(f["path"], repository.files)}
                 for f in json.loads(body)["files"]
             ]
         }  # fmt: skip
@@ -244,8 +245,12 @@ class Hub:
         tag = self._oid(match[3], files) if not match[3].endswith(LARGE) else files[match[3]]
         return 200, {"ETag": f'"{tag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}, self.read(files[match[3]])
 
+    def _content_oid(self, name: str, files: dict[str, str]) -> str | None:
+        """Return the sha256 of a large file, git's hash of another one."""
+        return files.get(name) if name.endswith(LARGE) else self._oid(name, files)
+
     def _oid(self, name: str, files: dict[str, str]) -> str | None:
-        """git's hash of a file, of a large one of its pointer."""
+        """Return git's hash of a file, or of the pointer to a large one."""
         if name not in files:
             return None
         data = self.read(files[name])
@@ -293,7 +298,7 @@ ROUTES = [
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Finds who answers a request, and sends the answer, or hangs up."""
+    """Answers a request by the method in ROUTES, or closes the connection."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else each answer waits 40 ms
@@ -358,7 +363,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def card_errors(content: str) -> list[str]:
-    """What the hub says of the YAML at the head of a card."""
+    """Return the hub's errors for the YAML front matter of a card."""
     found = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
     try:
         fields = yaml.safe_load(found[1]) if found else {}

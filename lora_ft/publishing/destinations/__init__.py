@@ -1,8 +1,8 @@
 """Destinations of a package.
 
-dir:PATH                    a folder on this machine, replaced as a whole          directory.py
-hf:OWNER/NAME               a repository of the Hugging Face hub, one commit       hub.py
-s3://BUCKET/PREFIX, ...     a URL of fsspec, complete once SHA256SUMS is there     url.py
+dir:PATH                    a folder on this machine, replaced as a whole               directory.py
+hf:OWNER/NAME               a repository of the Hugging Face hub, in one commit         hub.py
+s3://BUCKET/PREFIX, ...     a URL of fsspec, complete as soon as SHA256SUMS is there    url.py
 """
 
 import re
@@ -18,14 +18,14 @@ from lora_ft.publishing.destinations.url import Url
 class Destination(Protocol):
     """The operations of every destination.
 
-    ConfigError: the user can correct it. ResourceError: the destination is missing or cannot be reached.
-    SecurityError: more people than intended would see the package.
+    They raise ConfigError for a setting that the user can correct, ResourceError if the destination is missing or
+    cannot be reached, SecurityError if more people than intended would see the package.
     """
 
     def check(self, public: bool) -> str:
-        """Connect with the available credentials and write nothing; return one line on where files go and who sees it.
+        """Connect with the available credentials, write nothing, and return one line on the address and its readers.
 
-        `public` asks for a destination that everybody may read; a new repository of the hub is private without it.
+        With `public` a new repository of the hub can be read by everybody; without it, it is private.
         """
 
     def send(self, folder: Path, message: str, public: bool) -> str:

@@ -1,4 +1,4 @@
-"""dir:PATH: a package as a folder on this machine; it gets its name when it is complete."""
+"""dir:PATH: a package as a folder on this machine; the folder is renamed to PATH when it is complete."""
 
 import contextlib
 import os
@@ -15,28 +15,28 @@ _CHUNK = 2**20
 
 @dataclass(frozen=True)
 class Directory:
-    """A folder that holds a package, is empty, or does not exist yet."""
+    """A folder that holds a package, is empty or does not exist yet."""
 
     path: Path
 
     @classmethod
     def parse(cls, text: str) -> "Directory":
         if not text:
-            raise ConfigError("to=dir: lacks the folder: to=dir:PATH")
-        return cls(Path(os.path.abspath(os.path.expanduser(text))))  # noqa: PTH100, PTH111  (as rules.locate_paths)
+            raise ConfigError("to=dir: names no folder: write to=dir:PATH")
+        return cls(Path(os.path.abspath(os.path.expanduser(text))))  # noqa: PTH100, PTH111  (does not resolve links)
 
     def check(self, public: bool) -> str:
         if public:
-            raise ConfigError(f"public=true applies to hf: only; file permissions decide who can read {self.path}")
+            raise ConfigError(f"public=true applies to to=hf: only; file permissions decide who can read {self.path}")
         if self.path.is_symlink() or (self.path.exists() and not self.path.is_dir()):
             raise ConfigError(f"to=dir:{self.path} is a link or a file: name a folder or a new path")
         existing = {child.name for child in self.path.iterdir()} if self.path.is_dir() else set()
         if existing and not checksums.is_package(existing):
-            raise ConfigError(f"to=dir:{self.path} holds files, and is not a package of lora-ft: name another folder")
+            raise ConfigError(f"to=dir:{self.path} holds files that are not a package of lora-ft: name another folder")
         if existing and (others := checksums.file_names(self.path) - {checksums.FILE} - {*checksums.read(self.path)}):
             raise ConfigError(
-                f"to=dir:{self.path} holds a package, which would be replaced as a whole, and beside it "
-                f"{', '.join(sorted(others))}: move these files away, or name another folder"
+                f"to=dir:{self.path} holds other files than the package that would be replaced, "
+                f"{', '.join(sorted(others))}: move them away, or name another folder"
             )
         parent = next(folder for folder in self.path.parents if folder.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
@@ -51,13 +51,13 @@ class Directory:
 
     def fetch(self, folder: Path, revision: str | None) -> None:
         if not self.path.is_dir():
-            raise ResourceError(f"dir:{self.path}: there is no such folder")
+            raise ResourceError(f"dir:{self.path} does not exist")
         copy(self.path, folder)
         checksums.check(folder)
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy every file of a folder; the copy gets its name when it is complete, and every user may read it."""
+    """Copy a folder so that every user may read it; it is renamed to `target` when it is complete."""
     with _readable_by_all(), durable.staged_folder(target) as staging:
         for name in sorted(checksums.file_names(source)):
             durable.make_folder((staging / name).parent)

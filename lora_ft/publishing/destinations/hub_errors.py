@@ -59,7 +59,8 @@ def _explained(destination: str, error: BaseException) -> LoraFtError | None:
         case errors.HfHubHTTPError():
             return _refusal(destination, error)
         case ValueError() if "Invalid metadata in README.md" in str(error):
-            return ConfigError(f"the hub refuses the model card: {'; '.join(str(error).splitlines()[1:])}")
+            reasons = "; ".join(line.removeprefix("- ") for line in str(error).splitlines()[1:])
+            return ConfigError(f"the hub refuses the model card: {reasons}")
         case _ if isinstance(error, _broken()):
             return ResourceError(f"{destination} cannot be reached ({error}): publish again")
     return None

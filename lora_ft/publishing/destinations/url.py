@@ -1,8 +1,8 @@
 """s3://BUCKET/PREFIX, gs://..., memory://...: a package as files below a URL of fsspec.
 
-lora_ft.json    first: it marks the prefix as ours, so that an interrupted upload can be repeated
+lora_ft.json    first: it marks the prefix as a package, so that an interrupted upload can be repeated
 other files     in one call
-SHA256SUMS      last: until then a fetch fails on its checksums
+SHA256SUMS      last: until then a fetch fails, because the checksums differ
 """
 
 import contextlib
@@ -16,15 +16,14 @@ from lora_ft.errors import ConfigError, ResourceError, SecurityError
 from lora_ft.io import durable
 from lora_ft.publishing import checksums
 
-_RECORD = "lora_ft.json"
 _LOCAL = {"file", "local"}
-# Besides OSError, errors of these packages mean that a store cannot be reached, or not with this login.
+# Errors of these packages, like OSError, mean that a store cannot be reached or refuses the login.
 _CLIENTS = {"aiohttp", "azure", "botocore", "gcsfs", "google", "paramiko", "requests"}
 
 
 @dataclass(frozen=True)
 class Url:
-    """A prefix of a store; its library finds the credentials."""
+    """A prefix in a store of fsspec, whose library finds the credentials."""
 
     url: str
 
@@ -34,18 +33,20 @@ class Url:
 
         scheme, _, path = text.partition("://")
         if scheme in _LOCAL:
-            raise ConfigError(f"to={text}: for a folder on this machine write to=dir:PATH")
+            raise ConfigError(f"to={text} is a folder on this machine: write to=dir:PATH")
         if re.search(r"://[^/]*@", text):
-            raise SecurityError("to= holds a login: put it into the environment or the library's own configuration")
+            raise SecurityError(
+                "to= holds a login: set it in the environment or in the configuration of the store's library"
+            )
         if scheme not in known_implementations or "::" in text:
-            raise ConfigError(f"to={text}: fsspec knows no store of the kind {scheme}://")
+            raise ConfigError(f"to={text}: fsspec has no store for {scheme}://")
         if not path.strip("/"):
-            raise ConfigError(f"to={text} lacks a prefix for the package: {scheme}://BUCKET/PREFIX")
+            raise ConfigError(f"to={text} names no prefix for the package: write {scheme}://BUCKET/PREFIX")
         return cls(text.rstrip("/"))
 
     def check(self, public: bool) -> str:
         if public:
-            raise ConfigError(f"public=true applies to hf: only; the store decides who can read {self.url}")
+            raise ConfigError(f"public=true applies to to=hf: only; the store decides who can read {self.url}")
         with self._opened() as (store, root):
             existing = self._existing(store, root)
         return f"{self.url} ({'replaces the package there' if existing else 'new'}; the store decides who can read it)"
@@ -53,12 +54,12 @@ class Url:
     def send(self, folder: Path, message: str, public: bool) -> str:
         self.check(public)
         names = checksums.file_names(folder)
-        files = sorted(names - {_RECORD, checksums.FILE})
+        files = sorted(names - {checksums.RECORD, checksums.FILE})
         with self._opened() as (store, root):
             stale = self._existing(store, root) - names
             for parent in sorted({f"{root}/{name}".rpartition("/")[0] for name in names}):
                 store.mkdirs(parent, exist_ok=True)
-            store.put_file(str(folder / _RECORD), f"{root}/{_RECORD}")
+            store.put_file(str(folder / checksums.RECORD), f"{root}/{checksums.RECORD}")
             store.put([str(folder / name) for name in files], [f"{root}/{name}" for name in files])
             if stale:
                 store.rm([f"{root}/{name}" for name in sorted(stale)])
@@ -73,18 +74,18 @@ class Url:
             checksums.check(staging)
 
     def _existing(self, store: Any, root: str) -> set[str]:
-        """Return the files of the package that is there; ConfigError if the prefix holds files of something else."""
+        """Return the files of the package that is there; raises ConfigError if the prefix holds other files only."""
         found = {path.removeprefix(f"{root}/") for path in store.find(root)}
-        if found and _RECORD not in found:
-            raise ConfigError(f"to={self.url} holds files, and is not a package of lora-ft: name another prefix")
+        if found and checksums.RECORD not in found:
+            raise ConfigError(f"to={self.url} holds files that are not a package of lora-ft: name another prefix")
         if checksums.FILE not in found:
-            return found & {_RECORD}
+            return found & {checksums.RECORD}
         listed = store.cat_file(f"{root}/{checksums.FILE}").decode("utf-8", "replace")
-        return found & {_RECORD, checksums.FILE, *checksums.parse(listed, f"{self.url}/{checksums.FILE}")}
+        return found & {checksums.RECORD, checksums.FILE, *checksums.parse(listed, f"{self.url}/{checksums.FILE}")}
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[tuple[Any, str]]:
-        """Yield the store in its present state and the prefix in it; turn a failure there into a ResourceError."""
+        """Yield the store and the prefix in it; turn errors of the store into errors of lora_ft."""
         from fsspec.core import url_to_fs
 
         try:
@@ -94,11 +95,11 @@ class Url:
         except ImportError as error:  # fsspec names the package to install
             raise ConfigError(f"to={self.url}: {error}") from None
         except NotImplementedError:
-            raise ConfigError(f"to={self.url}: fsspec can only read from stores of this kind") from None
+            raise ConfigError(f"to={self.url}: fsspec can only read from this store, not write") from None
         except FileNotFoundError as error:
             raise ResourceError(f"{self.url} holds no complete package ({error})") from None
         except Exception as error:
-            is_foreign = isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _CLIENTS
-            if not is_foreign or isinstance(error, ResourceError):
+            is_of_store = isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _CLIENTS
+            if not is_of_store or isinstance(error, ResourceError):
                 raise
             raise ResourceError(f"{self.url} cannot be used ({error}): correct this and publish again") from error
