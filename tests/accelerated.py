@@ -1,14 +1,26 @@
-"""Helpers for tests of fast paths: an adapter with random matrices, and relative errors."""
+"""Helpers for tests of fast paths: packed documents, an adapter with random matrices, and relative errors."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 from peft import PeftModel
+from tiny import VOCABULARY
 from torch import Tensor
 
 from lora_ft import config
 from lora_ft.adapters import attach
 from lora_ft.models.acceleration import accelerated_lora
+from lora_ft.ops.batch import IGNORED, Batch
+
+
+def packed(*lengths: int) -> Batch:
+    """Return random documents of these lengths, supervised except for the first token of each."""
+    ids = torch.randint(4, VOCABULARY, (sum(lengths),), generator=torch.Generator().manual_seed(0))
+    starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    targets = ids.roll(-1)
+    targets[[end - 1 for end in starts[1:]]] = IGNORED
+    return Batch(ids, torch.cat([torch.arange(end - start) for start, end in pairwise(starts)]), targets, starts)
 
 
 def adapted(model: Any, **settings: object) -> PeftModel:

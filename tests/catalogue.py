@@ -93,7 +93,7 @@ FAILURES = {
     "F06": "a cache of other rows or another tokenizer is used",
     "F07": "eval rows are trained on",
     "F08": "the order or the split is not reproducible",
-    "F09": "a huge or deeply nested file exhausts memory",
+    "F09": "a deeply nested file ends the process",
     "G01": "a secret is written to a file, or published",
     "G02": "a private repository becomes public",
     "G03": "a partial upload is visible",

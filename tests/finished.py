@@ -74,10 +74,10 @@ def saved_run(folder: Path, cfg: config.TrainRun) -> Path:
     return folder
 
 
-def call(command: str, *words: str) -> int:
+def call(command: str, *overrides: str) -> int:
     """Run a command in this process as the command line does; return its exit code."""
     with pytest.raises(SystemExit) as ended:
-        entry.run(command, [*words, "device=cpu"])
+        entry.run(command, [*overrides, "device=cpu"])
     return int(ended.value.code or 0)
 
 

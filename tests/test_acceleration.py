@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerated import adapted, relative
+from accelerated import adapted, packed, relative
 from peft import PeftModel
 from tiny import FAMILIES, VOCABULARY, tiny_folder, tiny_model
 from torch import Tensor, nn
@@ -22,12 +22,12 @@ from lora_ft.models import self_check
 from lora_ft.models.acceleration import Accelerated, accelerate, accelerated, accelerated_lora, replaced_forwards
 from lora_ft.models.load import load_base
 from lora_ft.ops import attention
-from lora_ft.ops.batch import IGNORED, Batch
+from lora_ft.ops.batch import Batch
 from lora_ft.ops.dropout import switch_off_dropout
 from lora_ft.ops.token_loss import PLAIN_PATHS, Paths, document_loss_sums, token_loss_sum
 
 FAST = config.Fast()
-LENGTHS = (9, 1, 14)
+BATCH = packed(9, 1, 14)
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 3,
          "bos_token_id": 0, "eos_token_id": 2}  # fmt: skip
@@ -65,21 +65,6 @@ def built(family: str, dtype: torch.dtype = torch.float32, **settings: Any) -> P
     return model
 
 
-def documents() -> list[Batch]:
-    ids = torch.randint(4, VOCABULARY, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0))
-    return [
-        Batch(part, torch.arange(len(part)), torch.cat([part[1:], torch.tensor([IGNORED])]), [0, len(part)])
-        for part in ids.split(LENGTHS)
-    ]
-
-
-def packed(batches: list[Batch]) -> Batch:
-    ids, positions, targets = (
-        torch.cat([getattr(b, name) for b in batches]) for name in ("ids", "positions", "targets")
-    )
-    return Batch(ids, positions, targets, [0, *torch.tensor(LENGTHS).cumsum(0).tolist()])
-
-
 def learned(model: PeftModel, batches: list[Batch], paths: Paths) -> tuple[Tensor, Tensor]:
     """Return the loss, and the gradient of all adapter parameters."""
     loss = sum(token_loss_sum(model.get_base_model(), batch, paths) for batch in batches)
@@ -100,10 +85,10 @@ def own_forwards(model: nn.Module) -> dict[str, Any]:
 @pytest.mark.parametrize("family", EXPECTED)
 def test_packed_fast_training_equals_plain_training_of_single_documents(family: str) -> None:
     model = built(family)
-    expected = learned(adapted(copy.deepcopy(model)).train(), documents()[::2], PLAIN_PATHS)
+    expected = learned(adapted(copy.deepcopy(model)).train(), BATCH.documents()[::2], PLAIN_PATHS)
     made = accelerate(model, FAST)
     assert switched_on(made) == EXPECTED[family]
-    batches = [packed(documents())] if made.paths.packs else documents()[::2]
+    batches = [BATCH] if made.paths.packs else BATCH.documents()[::2]
     peft_model = adapted(model).train()
     with accelerated_lora(peft_model, "first", FAST):
         found = learned(peft_model, batches, made.paths)
@@ -160,10 +145,10 @@ def test_models_whose_chunks_or_windows_do_not_reach_packed_attention_use_plain_
 
 def test_packed_attention_applies_sliding_windows_in_long_documents() -> None:
     model = built("gemma3_text", torch.float64, sliding_window=6)
-    expected = learned(adapted(copy.deepcopy(model)).train(), documents()[::2], PLAIN_PATHS)
+    expected = learned(adapted(copy.deepcopy(model)).train(), BATCH.documents()[::2], PLAIN_PATHS)
     made = accelerate(model, FAST)
     assert made.paths.passes_starts
-    found = learned(adapted(model).train(), [packed(documents())], made.paths)
+    found = learned(adapted(model).train(), [BATCH], made.paths)
     assert all(relative(f, e) < 1e-6 for f, e in zip(found, expected, strict=True))
 
 
@@ -171,7 +156,7 @@ def test_packed_attention_applies_sliding_windows_in_long_documents() -> None:
 def test_restore_undoes_storage_forwards_and_attention(family: str, tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path, family, dtype=torch.bfloat16)
     model = load_base(config.Model(path=str(folder)), config.Quant(), "cpu").model
-    ids = documents()[0].ids[None]
+    ids = BATCH.documents()[0].ids[None]
     before = {name: (p.dtype, p.detach().clone()) for name, p in model.named_parameters()}
     logits, implementation, attributes = model(input_ids=ids).logits, model.config._attn_implementation, _names(model)
     with accelerated(model, FAST):
@@ -198,7 +183,7 @@ def test_accelerated_adapter_leaves_nothing_on_the_base(quant: str, tmp_path: Pa
     peft_model = adapted(model).train()
     with accelerated_lora(peft_model, "first", FAST):
         assert len(own_forwards(model)) > len(forwards)
-        learned(peft_model, documents(), made.paths)
+        learned(peft_model, BATCH.documents(), made.paths)
     seen = weakref.ref(peft_model)
     peft_model.unload()
     del peft_model
@@ -235,10 +220,9 @@ def test_long_document_does_not_change_the_rotation_of_others() -> None:
     rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "rope_theta": 1e4,
             "original_max_position_embeddings": 12, "factor": 16.0}  # fmt: skip
     model = built("phi3", rope_parameters=rope, original_max_position_embeddings=12, initializer_range=0.2)
-    batches = documents()
-    expected = [token_loss_sum(model, batch, PLAIN_PATHS) for batch in batches]
+    expected = [token_loss_sum(model, document, PLAIN_PATHS) for document in BATCH.documents()]
     with accelerated(model, FAST) as made, torch.no_grad():
-        found = document_loss_sums(model, packed(batches), made.paths)
+        found = document_loss_sums(model, BATCH, made.paths)
     assert relative(found, torch.stack(expected)) < 1e-5
 
 
@@ -247,7 +231,7 @@ def test_head_below_an_adapter_keeps_its_storage() -> None:
     model = tiny_model("llama").requires_grad_(False)
     for parameter in model.parameters():
         parameter.data = parameter.bfloat16().float()
-    (batch,) = documents()[:1]
+    batch = BATCH.documents()[0]
     expected = token_loss_sum(model, batch, PLAIN_PATHS)
     peft_model = attach.attach(model, config.Adapter(r=3, target_modules=["lm_head", "q_proj"]), "first", 1, [])
     with accelerated(model, FAST) as made, adapter_off(peft_model), torch.no_grad():

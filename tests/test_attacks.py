@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from attacks import Attack, Place, adapters, bases, configs, opened_in, rows, templates
+from attacks import Attack, Paths, adapters, bases, configs, opened_in, rows, templates
 from finished import finished_run
 from tiny import tiny_folder
 
@@ -26,20 +26,20 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(made: Path, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Place:
+def paths(made: Path, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Paths:
     monkeypatch.chdir(tmp_path)
-    place = Place(tmp_path / "given", tmp_path / "outside", tmp_path / "canary")
+    paths = Paths(tmp_path / "given", tmp_path / "outside", tmp_path / "canary")
     kind = next(kind for kind, attacks in CORPUS.items() if request.getfixturevalue("attack") in attacks)
-    place.outside.mkdir()
+    paths.outside.mkdir()
     if kind == "bases":
-        shutil.copytree(made / "base", place.folder)
-        shutil.copy(made / "base" / "model.safetensors", place.outside)
+        shutil.copytree(made / "base", paths.folder)
+        shutil.copy(made / "base" / "model.safetensors", paths.outside)
     elif kind == "adapters":
-        shutil.copytree(made / "run", place.folder)
+        shutil.copytree(made / "run", paths.folder)
         (tmp_path / "base").symlink_to(made / "base")
     else:
-        place.folder.mkdir()
-    return place
+        paths.folder.mkdir()
+    return paths
 
 
 ATTACKS = [attack for attacks in CORPUS.values() for attack in attacks]
@@ -47,16 +47,16 @@ ATTACKS = [attack for attacks in CORPUS.values() for attack in attacks]
 
 @pytest.mark.closes("G04")
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
-def test_attack_runs_no_code_and_opens_no_outside_file(attack: Attack, place: Place) -> None:
-    attack.build(place)
-    with opened_in(place.outside) as opened:
+def test_attack_runs_no_code_and_opens_no_outside_file(attack: Attack, paths: Paths) -> None:
+    attack.build(paths)
+    with opened_in(paths.outside) as opened:
         if attack.error is None:
-            attack.run(place)
+            attack.run(paths)
         else:
             with pytest.raises(attack.error, match=attack.says) as caught:
-                attack.run(place)
+                attack.run(paths)
             assert type(caught.value) is attack.error
-    assert not place.canary.exists()
+    assert not paths.canary.exists()
     assert opened == []
 
 
@@ -106,11 +106,11 @@ def test_linked_folder_and_hub_cache_are_read(made: Path, tmp_path: Path) -> Non
         shutil.copy(file, repo / "blobs" / str(number))
         (snapshot / file.name).symlink_to(Path("../../blobs") / str(number))
     (tmp_path / "named").symlink_to(snapshot)
-    bases._load(Place(tmp_path / "named", tmp_path, tmp_path))
+    bases._load(Paths(tmp_path / "named", tmp_path, tmp_path))
 
 
 def test_valid_bases_and_adapters_load(made: Path, tmp_path: Path) -> None:
-    bases._load(Place(made / "base", tmp_path, tmp_path))
-    adapters._open(Place(made / "run", tmp_path, tmp_path))
+    bases._load(Paths(made / "base", tmp_path, tmp_path))
+    adapters._open(Paths(made / "run", tmp_path, tmp_path))
     for family in ("gpt2", "qwen3", "gpt_neox"):
-        bases._load(Place(tiny_folder(tmp_path, family), tmp_path, tmp_path))
+        bases._load(Paths(tiny_folder(tmp_path, family), tmp_path, tmp_path))

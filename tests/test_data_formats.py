@@ -218,7 +218,7 @@ def test_columns_of_no_format_are_reported_with_what_to_do(values, message):
 
 
 def test_no_rows_at_all_is_a_data_error():
-    with pytest.raises(DataError, match="there is no row to train on"):
+    with pytest.raises(DataError, match=r"f\.jsonl: there are no rows"):
         parse()
 
 

@@ -212,7 +212,7 @@ def test_too_little_disk_space_names_needed_and_free_bytes(bases, tmp_path, monk
     dry_run_of(cfg, tiny_tokenizer(), tmp_path)
 
 
-def surveyed(cfg, tokenizer, change=lambda document: document):
+def row_warnings(cfg, tokenizer, change=lambda document: document):
     """Return the warnings about rows whose prepared documents are changed by `change`."""
     parsed = read(cfg.data)
     dataset = prepare_rows(parsed, cfg.data, tokenizer)
@@ -226,7 +226,7 @@ def test_documents_without_a_supervised_end_token_are_counted(bases, tmp_path):
     masked = lambda d: replace(d, supervised=np.append(d.supervised[:-1], False))  # noqa: E731
     cut = lambda d: replace(d, ids=d.ids[:-1], supervised=d.supervised[:-1])  # noqa: E731
     for change in (masked, cut):
-        (sentence,) = surveyed(cfg, tiny_tokenizer(), change)
+        (sentence,) = row_warnings(cfg, tiny_tokenizer(), change)
         assert "4 of 4 documents have no supervised end token" in sentence
 
 
@@ -238,7 +238,7 @@ def test_only_the_last_window_of_a_split_text_needs_an_end_token(bases, tmp_path
     cut = lambda d: replace(d, ids=d.ids[:-1], supervised=d.supervised[:-1])  # noqa: E731
     assert any(
         "1 of " in sentence and "no supervised end token" in sentence
-        for sentence in surveyed(cfg, tiny_tokenizer(), cut)
+        for sentence in row_warnings(cfg, tiny_tokenizer(), cut)
     )
 
 
@@ -247,10 +247,10 @@ def test_template_without_bos_gives_a_warning(bases, tmp_path):
     cfg = run_over(bases, tmp_path, pairs(4), eval_fraction=0.0)
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
-    (sentence,) = surveyed(cfg, tokenizer)
+    (sentence,) = row_warnings(cfg, tokenizer)
     assert sentence.startswith(f"4 of 4 documents do not begin with {BOS}")
     tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
-    assert surveyed(cfg, tokenizer) == []
+    assert row_warnings(cfg, tokenizer) == []
 
 
 @pytest.mark.closes("A08")
@@ -263,9 +263,9 @@ def test_prompt_that_differs_at_inference_gives_a_warning(bases, tmp_path, train
     tokenizer = tiny_tokenizer()
     parsed = read(cfg.data)
     assert survey(parsed, prepare_rows(parsed, cfg.data, tokenizer), cfg.data, tokenizer).prompts == 32
-    assert surveyed(cfg, tokenizer) == []
+    assert row_warnings(cfg, tokenizer) == []
     other = lambda d: replace(d, ids=np.append([5], d.ids[1:])) if d.source.endswith(":1") else d  # noqa: E731
-    (sentence,) = surveyed(cfg, tokenizer, other)
+    (sentence,) = row_warnings(cfg, tokenizer, other)
     assert sentence.startswith("1 of 32 prompts differ between training and inference") and "rows.jsonl:1:" in sentence
 
 
@@ -288,7 +288,7 @@ def test_added_tokens_are_counted_in_prompts_and_not_in_answers(bases, tmp_path)
     cfg = run_over(bases, tmp_path, rows)
     cfg.model.added_tokens = ["<think>", "</think>", "<tool>", "<tool_call>"]
     tokenizer = load_tokenizer(cfg.model)
-    sentences = [s for s in surveyed(cfg, tokenizer) if "in a prompt or text" in s]
+    sentences = [s for s in row_warnings(cfg, tokenizer) if "in a prompt or text" in s]
     assert [s.partition(":")[0] for s in sentences] == [
         "2 of 12 rows have <think> in a prompt or text", "1 of 12 rows have <tool> in a prompt or text"
     ]  # fmt: skip
@@ -297,7 +297,7 @@ def test_added_tokens_are_counted_in_prompts_and_not_in_answers(bases, tmp_path)
 @pytest.mark.closes("A26")
 def test_special_tokens_in_plain_text_are_counted(bases, tmp_path):
     cfg = run_over(bases, tmp_path, [{"text": SENTENCES[1] + BOS + SENTENCES[2]}, {"text": SENTENCES[3]}])
-    assert any(s.startswith(f"1 of 2 rows have {BOS} in a prompt or text") for s in surveyed(cfg, tiny_tokenizer()))
+    assert any(s.startswith(f"1 of 2 rows have {BOS} in a prompt or text") for s in row_warnings(cfg, tiny_tokenizer()))
 
 
 @pytest.mark.closes("F07")
@@ -306,7 +306,7 @@ def test_eval_rows_with_a_training_prompt_are_counted(bases, tmp_path):
     prompts = ["what is 1 & 1", "WHAT is 2 and 2 ?!", "What is 2 and 2?", "What is 99 and 99?"]
     eval_file.write_text("".join(json.dumps({"prompt": p, "completion": "Other."}) + "\n" for p in prompts))
     cfg = run_over(bases, tmp_path, pairs(), eval_path=str(eval_file), eval_fraction=0.05)
-    (sentence,) = surveyed(cfg, tiny_tokenizer())
+    (sentence,) = row_warnings(cfg, tiny_tokenizer())
     assert sentence.startswith("2 eval rows have the prompt of a training row")
 
 
@@ -315,15 +315,15 @@ def test_small_supervised_share_gives_a_warning(bases, tmp_path):
     cfg = run_over(
         bases, tmp_path, pairs(2, question="{} {}" + " and on" * 500, answer="{}"), eval_fraction=0.0, max_length=4000
     )
-    (sentence,) = surveyed(cfg, tiny_tokenizer())
+    (sentence,) = row_warnings(cfg, tiny_tokenizer())
     assert sentence.startswith("only 0.") and "supervised" in sentence
 
 
 def test_duplicate_rows_give_a_warning_unless_deduplicated(bases, tmp_path):
     cfg = run_over(bases, tmp_path, pairs() + pairs(3))
-    assert any(s.startswith("3 of 27 rows are duplicates") for s in surveyed(cfg, tiny_tokenizer()))
+    assert any(s.startswith("3 of 27 rows are duplicates") for s in row_warnings(cfg, tiny_tokenizer()))
     cfg.data.deduplicate = True
-    assert surveyed(cfg, tiny_tokenizer()) == []
+    assert row_warnings(cfg, tiny_tokenizer()) == []
 
 
 def test_end_of_turn_that_is_not_a_stop_token_gives_a_warning(tmp_path):

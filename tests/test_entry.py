@@ -296,16 +296,11 @@ def test_tilde_is_the_home_folder_in_every_path(calls, tmp_path, monkeypatch):
     assert (cfg.adapter_path, cfg.prompt) == ("~nobody-of-this-name/x", "~/r")
 
 
-@pytest.mark.parametrize(("folder", "sweep"), [("/proc/nope", False), ("{file}", True), ("{file}/x", False)])
-def test_run_folder_that_cannot_be_made_is_named_with_the_reason(calls, capfd, tmp_path, folder, sweep):
+def test_sweep_folder_that_cannot_be_made_is_named_with_the_reason(calls, capfd, tmp_path):
     (tmp_path / "file").write_text("")
-    folder = folder.format(file=tmp_path / "file")
-    typed = ["-m", "hydra/launcher=basic", f"hydra.sweep.dir={folder}"] if sweep else [f"hydra.run.dir={folder}"]
-    assert call("train", "data.path=x", *typed) == 7
-    err = capfd.readouterr().err
-    assert (
-        re.fullmatch(rf"lora-ft: {folder}(/0)? cannot be written: (No such|Not a|File exists).*\n", err) and not calls
-    )
+    assert call("train", "data.path=x", "-m", "hydra/launcher=basic", f"hydra.sweep.dir={tmp_path}/file") == 7
+    assert re.fullmatch(rf"lora-ft: {tmp_path}/file cannot be written: (Not a|File exists).*\n", capfd.readouterr().err)
+    assert not calls
 
 
 def test_write_error_is_a_message_and_other_system_errors_are_tracebacks(calls, capfd, tmp_path):
@@ -448,8 +443,8 @@ def test_run_folder_that_cannot_be_read_is_named(calls, capfd, tmp_path, stored,
 def test_run_gets_an_absolute_folder_and_hydra_writes_nothing(calls, tmp_path):
     assert call("train", "data.path=x", "experiment=demo") == 0
     folder = calls[0][1].folder
-    assert folder.is_absolute() and folder.parent == tmp_path / "runs" and folder.is_dir()
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert folder.is_absolute() and folder.parent == tmp_path / "runs"
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.closes("E03")
@@ -465,7 +460,7 @@ def test_fifty_starts_within_a_second_get_fifty_folders(calls):
 @pytest.mark.parametrize("name", ["odd, (na=me) {1} [2] 'q' \"d\"", "größe", "b\\c", "a:b"])
 def test_run_folder_may_have_any_name(calls, tmp_path, name):
     assert call("train", "data.path=x", f"hydra.run.dir={name}") == 0
-    assert calls[0][1].folder == tmp_path / name and (tmp_path / name).is_dir()
+    assert calls[0][1].folder == tmp_path / name
     assert calls[0][1].overrides == ["data.path=x"]
 
 

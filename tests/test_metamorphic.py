@@ -187,14 +187,14 @@ def test_the_eval_loss_is_a_mean_over_tokens_however_it_is_batched(baseline: Bas
     (batch,) = [b.to(model.device) for b in micro_batches(EVAL_ROWS, None, True)]
     assert token_loss_sum(model, batch, state.paths) != token_loss_sum(model, batch, state.paths)
     generator = torch.get_rng_state()
-    alone = [eval_loss(model, sft.Sft().loss, [row], state.paths, 1) for row in EVAL_ROWS]
-    mean = math.fsum(h.loss * h.tokens for h in alone) / sum(h.tokens for h in alone)
+    separate = [eval_loss(model, sft.Sft().loss, [row], state.paths, 1) for row in EVAL_ROWS]
+    mean = math.fsum(h.loss * h.tokens for h in separate) / sum(h.tokens for h in separate)
     for capacity in (1, 40, 90, 10_000):
         found = eval_loss(model, sft.Sft().loss, EVAL_ROWS, state.paths, capacity)
         assert found.loss == pytest.approx(mean, rel=BOUNDS[baseline.dtype])
         assert found.tokens == sum(int(row.supervised.sum()) for row in EVAL_ROWS)
         assert found == eval_loss(model, sft.Sft().loss, EVAL_ROWS, state.paths, capacity)
-    assert mean != pytest.approx(math.fsum(h.loss for h in alone) / len(alone), rel=1e-5)
+    assert mean != pytest.approx(math.fsum(h.loss for h in separate) / len(separate), rel=1e-5)
     assert model.training
     assert torch.equal(torch.get_rng_state(), generator)
 

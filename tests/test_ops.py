@@ -40,12 +40,6 @@ def packed(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> Batch:
     return Batch(ids, positions, targets, starts)
 
 
-def single(batch: Batch) -> list[Batch]:
-    """Return the documents of a batch with more than one token, each as a batch."""
-    spans = pairwise(batch.starts)
-    return [Batch(batch.ids[a:b], batch.positions[a:b], batch.targets[a:b], [0, b - a]) for a, b in spans if b - a > 1]
-
-
 def gradients(model: torch.nn.Module) -> Tensor:
     found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     model.zero_grad()
@@ -59,7 +53,7 @@ def test_packed_documents_have_the_loss_and_gradients_of_single_documents(family
     model = tiny_model(family, dtype=torch.float64)
     batch = packed()
     seen = []
-    for fast, batches in ((FAST, [batch]), (PLAIN, [batch]), (PLAIN, single(batch)), (FAST, single(batch))):
+    for fast, batches in ((FAST, [batch]), (PLAIN, [batch]), (PLAIN, batch.documents()), (FAST, batch.documents())):
         paths = accelerate(model, fast).paths
         # A head that trains uses the plain loss; a frozen one uses the chunked loss.
         model.get_output_embeddings().requires_grad_(fast is PLAIN)
@@ -95,13 +89,17 @@ def test_opt_without_packed_attention_gets_one_row_at_a_time() -> None:
     assert "packing off, one row per forward pass: packed documents see each other" in made.reasons
     assert model.config._attn_implementation == implementation
     batch = packed()
-    separate = sum(token_loss_sum(model, b, paths).detach() for b in single(batch))
+    separate = sum(token_loss_sum(model, b, paths).detach() for b in batch.documents())
     leaking = token_loss_sum(model, batch, dataclasses.replace(paths, packs=True)).detach()
     assert relative(leaking, separate) > 1e-4
     assert relative(token_loss_sum(model, batch, paths).detach(), separate) < 1e-13
-    rows = [Example(b.ids.numpy().astype(np.int32), np.roll(b.targets.numpy() >= 0, 1), "here") for b in single(batch)]
+    rows = [
+        Example(b.ids.numpy().astype(np.int32), np.roll(b.targets.numpy() >= 0, 1), "here")
+        for b in batch.documents()
+        if len(b.ids) > 1
+    ]
     assert eval_loss(model, Sft().loss, rows, paths, 1000).loss == pytest.approx(
-        float(separate) / sum(int((b.targets >= 0).sum()) for b in single(batch)), rel=1e-13
+        float(separate) / sum(int((b.targets >= 0).sum()) for b in batch.documents()), rel=1e-13
     )
 
 

@@ -1,11 +1,10 @@
 """Gradient checkpointing: recomputation changes no bit, and `auto` recomputes as few layers as memory allows."""
 
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from accelerated import accelerate_adapter
+from accelerated import accelerate_adapter, packed
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import FAMILIES, VOCABULARY, tiny_model
@@ -17,7 +16,6 @@ from lora_ft.adapters import attach
 from lora_ft.errors import ConfigError
 from lora_ft.models.acceleration import accelerate
 from lora_ft.ops import gradient_checkpointing
-from lora_ft.ops.batch import Batch
 from lora_ft.ops.dropout import switch_off_dropout
 from lora_ft.ops.gradient_checkpointing import (
     Footprint,
@@ -29,15 +27,6 @@ from lora_ft.ops.gradient_checkpointing import (
 from lora_ft.ops.token_loss import token_loss_sum
 
 FAST = config.Fast()
-
-
-def packed(*lengths: int) -> Batch:
-    """Return random documents of these lengths, supervised except for the first token of each."""
-    ids = torch.randint(4, VOCABULARY, (sum(lengths),), generator=torch.Generator().manual_seed(0))
-    starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
-    targets = ids.roll(-1)
-    targets[[end - 1 for end in starts[1:]]] = -100
-    return Batch(ids, torch.cat([torch.arange(b - a) for a, b in pairwise(starts)]), targets, starts)
 
 
 def adapted(family: str, dropout: float = 0.0) -> torch.nn.Module:

@@ -55,7 +55,7 @@ def written(folder: Path) -> list[str]:
     ]
 
 
-def test_the_twelve_are_found_and_replaced(planted: dict[str, str]) -> None:
+def test_all_twelve_secrets_are_found_and_replaced(planted: dict[str, str]) -> None:
     assert len(planted) == 12
     for name, value in planted.items():
         assert redact.held(f"before {value} after") is not None, name
@@ -70,7 +70,7 @@ def test_the_twelve_are_found_and_replaced(planted: dict[str, str]) -> None:
      "AKIA" + "A" * 16, "AIza" + "a" * 35, "xoxp-" + "1" * 12, "eyJ" + "a" * 20 + ".eyJ" + "b" * 20 + ".c",
      "https://me:pass@host/rows.jsonl", "-----BEGIN PRIVATE KEY-----\nabc\n-----END PRIVATE KEY-----"],
 )  # fmt: skip
-def test_a_credential_is_known_by_its_form_without_any_variable(text: str) -> None:
+def test_credential_is_recognized_by_its_form(text: str) -> None:
     assert redact.held(text)
     assert "[redacted " in redact.redact(f"({text})")
 
@@ -80,12 +80,12 @@ def test_a_credential_is_known_by_its_form_without_any_variable(text: str) -> No
     ["a plain sentence", "task-oriented-dialogue-model-v2", "hf_transfer", "https://host:8080/rows", "user@host.org",
      "0f" * 32, "meta-llama/Llama-3.2-1B", "risk-adjusted-returns-of-portfolios", "http://[::1]:80/@x", "a: b@c"],
 )  # fmt: skip
-def test_what_is_no_credential_stays(text: str) -> None:
+def test_other_text_is_unchanged(text: str) -> None:
     assert redact.held(text) is None
     assert redact.redact(text) == text
 
 
-def test_names_say_what_is_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secret_variables_are_recognized_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
     secret = [*CANARIES, "TOKEN", "hf-token", "DB_PASSWORD", "API_KEY_2", "CLIENT_SECRET_VALUE", "secretThing", "x_pat"]
     plain = ["TOKENIZERS_PARALLELISM", "PATH", "PWD", "OLDPWD", "MONKEY", "KEYBOARD", "SSH_AUTH_SOCK", "COMPASS"]
     assert [name for name in secret if not redact.is_secret_name(name)] == []
@@ -104,7 +104,7 @@ WORDS = {
 
 
 @pytest.mark.parametrize("text", WORDS)
-def test_a_short_secret_of_letters_is_a_word_of_its_own_and_no_name_of_a_file(text, monkeypatch) -> None:
+def test_short_secret_of_letters_counts_as_a_whole_word_outside_of_file_names(text, monkeypatch) -> None:
     monkeypatch.setenv("POSTGRES_PASSWORD", "postgres")
     for form in (text, json.dumps({"a": [text]}), repr([text])):
         expected = form.replace("postgres", "[redacted POSTGRES_PASSWORD]") if WORDS[text] else form
@@ -113,12 +113,12 @@ def test_a_short_secret_of_letters_is_a_word_of_its_own_and_no_name_of_a_file(te
 
 
 @pytest.mark.parametrize("value", ["p" * 16, "postgres1", "post-gres"])
-def test_a_long_secret_or_one_with_more_than_letters_is_found_inside_of_words(value, monkeypatch) -> None:
+def test_long_secret_or_one_with_other_characters_is_found_inside_of_words(value, monkeypatch) -> None:
     monkeypatch.setenv("POSTGRES_PASSWORD", value)
     assert redact.redact(f"/x{value}y") == "/x[redacted POSTGRES_PASSWORD]y"
 
 
-def test_the_path_of_something_that_exists_is_no_secret(tmp_path, monkeypatch) -> None:
+def test_existing_path_is_not_a_secret(tmp_path, monkeypatch) -> None:
     for name in ("PASSWORD_STORE_DIR", "MY_SECRETS_DIR", "GOOGLE_APPLICATION_CREDENTIALS"):
         monkeypatch.setenv(name, str(tmp_path))
         assert redact.redact(f"{tmp_path}/run") == f"{tmp_path}/run" and redact.held(str(tmp_path)) is None
@@ -130,7 +130,7 @@ def test_the_path_of_something_that_exists_is_no_secret(tmp_path, monkeypatch) -
     assert redact.held("key=existing") == "API_KEY"
 
 
-def test_all_that_durable_writes_of_texts_is_redacted(planted: dict[str, str], tmp_path: Path) -> None:
+def test_texts_written_by_durable_are_redacted(planted: dict[str, str], tmp_path: Path) -> None:
     for number, value in enumerate(planted.values()):
         durable.write_text(tmp_path / f"{number}.txt", f"a {value} b")
         durable.write_json(tmp_path / f"{number}.json", {"a": [value]})
@@ -139,7 +139,7 @@ def test_all_that_durable_writes_of_texts_is_redacted(planted: dict[str, str], t
     assert leaks(*written(tmp_path)) == set()
 
 
-def test_streams_are_redacted_and_come_back(planted: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_streams_are_redacted_and_restored(planted: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     before = sys.stdout, sys.stderr
     with redact.shown():
         sys.stdout.write("\n".join(planted.values()))
@@ -149,7 +149,7 @@ def test_streams_are_redacted_and_come_back(planted: dict[str, str], capsys: pyt
     assert leaks(*capsys.readouterr()) == set()
 
 
-def test_a_traceback_of_a_bug_is_redacted(planted: dict[str, str]) -> None:
+def test_traceback_of_a_bug_is_redacted(planted: dict[str, str]) -> None:
     code = (
         "import os, sys; from lora_ft.cli import entry\n"
         "from lora_ft.cli import composition\n"

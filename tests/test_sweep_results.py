@@ -219,7 +219,7 @@ def test_link_out_of_a_job_and_folder_named_as_a_file_make_jobs_unreadable(tmp_p
     (job(folder, 0, ["adapter.r=1"], {"adapter.r": 1}) / "result.json").symlink_to(tmp_path / "secret.json")
     (job(folder, 1, ["adapter.r=2"], {"adapter.r": 2}) / "metrics.jsonl").mkdir()
     assert [one.state for one in read(folder).jobs] == [State.unreadable] * 2
-    assert "link out of its folder" in read(folder).jobs[0].reason
+    assert "outside of its folder" in read(folder).jobs[0].reason
 
 
 def test_jobs_are_found_at_any_depth_and_sorted_by_number_or_name(tmp_path):

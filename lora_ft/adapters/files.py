@@ -260,7 +260,7 @@ def _compare_shapes(tensors: dict[str, Tensor], found: dict[str, tuple[int, ...]
     expected = _shapes(tensors)
     missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     shapes = [f"{k} {found[k]} instead of {s}" for k, s in expected.items() if k in found and found[k] != s]
-    kinds = (("missing tensors", missing), ("unexpected tensors", unexpected), ("other shapes", shapes))
-    problems = [f"{kind}: {len(names)}, first {', '.join(names[:5])}" for kind, names in kinds if names]
+    differences = (("missing tensors", missing), ("unexpected tensors", unexpected), ("other shapes", shapes))
+    problems = [f"{name}: {len(keys)}, first {', '.join(keys[:5])}" for name, keys in differences if keys]
     if problems:
         raise MismatchError(f"the adapter in {folder} does not fit this base: " + "; ".join(problems))

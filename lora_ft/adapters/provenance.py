@@ -78,7 +78,7 @@ def check_source(folder: Path, saved: LoraConfig, base: Base, quant: config.Quan
     Without a record, only names can be compared. One model may have several names, so a difference is a warning.
     Raises MismatchError, also for an adapter that changes the base's own weights.
     """
-    check_kind(folder, saved)
+    check_keeps_base(folder, saved)
     known = {Path(name).name for name in (base.identity.id, base.identity.path, base.identity.folder) if name}
     named = saved.base_model_name_or_path
     if (folder / RECORD).is_file():
@@ -87,7 +87,7 @@ def check_source(folder: Path, saved: LoraConfig, base: Base, quant: config.Quan
         log.warning("the adapter names the base %s, but the configured base is %s", named, base.identity.path)
 
 
-def check_kind(folder: Path, saved: LoraConfig) -> None:
+def check_keeps_base(folder: Path, saved: LoraConfig) -> None:
     """Raise MismatchError for an adapter that changes the base's own weights or biases."""
     if saved.bias != "none":
         raise MismatchError(

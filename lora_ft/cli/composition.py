@@ -71,13 +71,11 @@ def run(line: CommandLine, main: Main, end: Callable[[Path], int]) -> int:
         task = Task(line.command, main, functools.partial(_checked, line), _implied(line), multirun)
         if line.command == "sweep":
             return _sweep(hydra, line, composed, translated, task, end)
-        if line.command != "train" and not multirun:
-            _without_folder(composed, task)
-        else:
-            if not multirun:
-                _checked(line, composed)  # before Hydra makes the run folder
+        if multirun:
             with durable.writing():  # for the folders that Hydra makes; a job keeps its own errors
-                (hydra.multirun if multirun else hydra.run)(line.command, task, translated)
+                hydra.multirun(line.command, task, translated)
+        else:
+            _run_job(composed, task)
     if not task.failures:
         return 0
     first = task.failures[0]
@@ -98,8 +96,8 @@ def compose(command: str, typed: list[str], config_dir: Path | None = None) -> A
         return _checked(line, composed, validation.validate_values)
 
 
-def _without_folder(composed: DictConfig, task: Task) -> None:
-    """Run the job as `Hydra.run` does, without making the folder, to which most commands write nothing."""
+def _run_job(composed: DictConfig, task: Task) -> None:
+    """Run the job as `Hydra.run` does, but without making its folder, which most commands do not use."""
     with open_dict(composed.hydra.runtime):
         composed.hydra.runtime.output_dir = str(Path(str(composed.hydra.run.dir)).absolute())
     HydraConfig.instance().set_config(composed)

@@ -7,8 +7,8 @@ Every row that was read is in the dataset, counted in its report, or named in an
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lora_ft import config
 from lora_ft.config import TooLong
-from lora_ft.data import cache, chat_template, tokenize
+from lora_ft.data import cache, chat_template, lengths, tokenize
 from lora_ft.data.read import Rows, read
 from lora_ft.data.rows import Example, Row, excerpt
 from lora_ft.errors import ConfigError, DataError
@@ -130,7 +130,7 @@ def prepare_rows(found: Rows, data: config.Data, tokenizer: Any, make_examples: 
         if not example.supervised.any():
             ledger.add_bad(example.source, "row", "has no supervised token", rows[example.row].answer)
     ledger.raise_bad()
-    fitted, cut = _fitted(examples, found, data, tokenizer)
+    fitted, cut = lengths.fit(examples, found, data, tokenizer)
     train = [example for example in fitted if not found.is_eval[example.row]]
     eval_ = [example for example in fitted if found.is_eval[example.row]]
     if not (eval_ if all(found.is_eval) else train):
@@ -147,80 +147,6 @@ def prepare_rows(found: Rows, data: config.Data, tokenizer: Any, make_examples: 
         tokenizer_sha256=hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
     )  # fmt: skip
     return Dataset(train, eval_, _eval_prompts(eval_, rows), labels(rows[example.row] for example in train), report)
-
-
-def _fitted(examples: list[Example], found: Rows, data: config.Data, tokenizer: Any) -> tuple[list[Example], int]:
-    """Return examples of at most `data.max_length` tokens, according to `data.too_long`, and the number of cut ones."""
-    rows = found.rows
-    long = [example for example in examples if len(example.ids) > data.max_length]
-    if not long:
-        return examples, 0
-    if data.too_long is TooLong.drop:
-        # All documents of the row are dropped: the others would be half a conversation.
-        dropped = {example.row for example in long}
-        found.ledger.left_out["longer than data.max_length"] += len(dropped)
-        return [example for example in examples if example.row not in dropped], 0
-    if data.too_long is TooLong.error:
-        raise DataError(f"{_too_long(long, rows, data)}: {_advice(long, rows, data, tokenizer)}")
-    if data.too_long is TooLong.split:
-        if stuck := [example for example in long if rows[example.row].messages]:
-            why = "data.too_long=split applies to plain text only"
-            raise DataError(f"{_too_long(stuck, rows, data)}, and {why}: {_advice(stuck, rows, data, tokenizer)}")
-        return [window for example in examples for window in _windows(example, data.max_length)], len(long)
-    cut = [_cut(e, data.max_length, tokenizer) if len(e.ids) > data.max_length else e for e in examples]
-    if stuck := [example for example in cut if len(example.ids) > data.max_length]:
-        why = "even without their prompts, and answers are never cut"
-        raise DataError(f"{_too_long(stuck, rows, data)} {why}: {_advice(stuck, rows, data, tokenizer)}")
-    return cut, len(long)
-
-
-def _too_long(long: list[Example], rows: list[Row], data: config.Data) -> str:
-    worst = max(long, key=lambda d: len(d.ids))
-    return (f"{len({d.row for d in long})} of {len(rows)} rows are longer than data.max_length={data.max_length}, "
-            f"the longest is {worst.source} with {len(worst.ids)} tokens")  # fmt: skip
-
-
-def _advice(long: list[Example], rows: list[Row], data: config.Data, tokenizer: Any) -> str:
-    """Name the choices of data.too_long that work for all of these documents."""
-    cures = ["drop"]
-    if all(len(_cut(d, data.max_length, tokenizer).ids) <= data.max_length for d in long):
-        cures.append("truncate_prompt")
-    if not any(rows[d.row].messages for d in long):
-        cures.append("split")
-    return f"raise it, or choose data.too_long={' or '.join(cures)}"
-
-
-def _windows(document: Example, max_length: int) -> Iterator[Example]:
-    """Cut a text into windows that have every target of the text exactly once; only the last has the end token.
-
-        max_length=4    a b c d e f g .      targets of the whole:  b c d e f g .
-                        a b c d                                     b c d
-                              d e f g                                     e f g
-                                    g .                                         .
-
-    A window begins with the last token of the one before, from which its second token is predicted.
-    """
-    for start in range(0, len(document.ids) - 1, max_length - 1):
-        supervised = document.supervised[start : start + max_length].copy()
-        supervised[0] = False
-        yield replace(document, ids=document.ids[start : start + max_length], supervised=supervised)
-
-
-def _cut(document: Example, max_length: int, tokenizer: Any) -> Example:
-    """Remove tokens from the start of the first prompt, after a beginning-of-text token.
-
-    Returns the document unchanged if its first prompt is too short for that.
-    """
-    keep = int(document.ids[0] == tokenizer.bos_token_id)
-    excess = len(document.ids) - max_length
-    # One token must remain before the first answer, to predict its first token from.
-    if document.prompt_end - excess < max(keep, 1):
-        return document
-    ids = np.concatenate([document.ids[:keep], document.ids[keep + excess :]])
-    supervised = np.concatenate([document.supervised[:keep], document.supervised[keep + excess :]])
-    supervised[0] = False
-    return replace(document, ids=ids, supervised=supervised, prompt_end=document.prompt_end - excess,
-                   answer_start=document.answer_start - excess)  # fmt: skip
 
 
 def _eval_prompts(examples: Iterable[Example], rows: list[Row]) -> list[EvalPrompt]:

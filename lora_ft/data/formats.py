@@ -37,7 +37,7 @@ def rows(records: Iterable[Record], data: config.Data, ledger: Ledger) -> tuple[
     kept = list(islice(records, data.max_rows))
     if not kept:
         ledger.raise_bad()
-        raise DataError("there is no row to train on in the data")
+        raise DataError(f"{data.path}: there are no rows")
     columns = Counter(tuple(_renamed(values, data.columns)) for _, values in kept)
     names = list(dict.fromkeys(name for _, values in kept for name in values))
     found, parse, read = _parser(names, columns, data)

@@ -154,6 +154,10 @@ def _arguments(value: object, name: str) -> dict[str, Any]:
             raise RowError(name, str(error), value) from None
     if not isinstance(found, dict):
         raise RowError(name, f"must be an object or the JSON text of one, got {_type(found)}", value)
+    try:
+        json.dumps(found, allow_nan=False, default=str)  # a template would write NaN, and the model would learn it
+    except ValueError:
+        raise RowError(name, "must not contain NaN or Infinity, which JSON does not have", value) from None
     return found
 
 

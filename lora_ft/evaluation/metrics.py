@@ -9,7 +9,7 @@ references is removed, and nothing else is changed.
 
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from lora_ft.errors import ConfigError, DataError, ResourceError
@@ -53,10 +53,10 @@ def scores(names: Sequence[str], answers: Texts, references: Texts, labels: Text
             "for that: use exact_match, chrf, bleu or rouge_l"
         )
     stripped = [text.strip() for text in answers], [text.strip() for text in references]
-    functions = {
+    functions: dict[str, Callable[[Texts, Texts], float]] = {
         "exact_match": exact_match,
-        "accuracy": partial(accuracy, labels=labels),
-        "f1": partial(macro_f1, labels=labels),
+        "accuracy": partial(accuracy, labels=labels or ()),
+        "f1": partial(macro_f1, labels=labels or ()),
         "chrf": chrf,
         "bleu": bleu,
         "rouge_l": rouge_l,

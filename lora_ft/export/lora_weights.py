@@ -60,7 +60,7 @@ class AdapterWeights:
 def read(folder: Path) -> AdapterWeights:
     """Read an adapter; raises MismatchError if it has other parts than A, B, a scale and DoRA's magnitudes."""
     saved = files.read_config(folder)
-    provenance.check_kind(folder, saved)
+    provenance.check_keeps_base(folder, saved)
     files.check_settings(folder, saved, files.PLAIN, f"; {REMEDY}")
     found: dict[str, dict[str, np.ndarray]] = {}
     embeddings = set()

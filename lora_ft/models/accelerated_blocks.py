@@ -76,8 +76,8 @@ def _forward(module: Any, plain: Forward, fast: Forward, *arguments: Any, **opti
 
 def _candidate(module: Any) -> tuple[str, Callable[[Any, Kernels], Forward] | None]:
     """Return the setting that controls a block ("" if none), and the function that makes its fast forward (or None)."""
-    kind = type(module)
-    if kind is nn.LayerNorm and len(module.normalized_shape) == 1:
+    cls = type(module)
+    if cls is nn.LayerNorm and len(module.normalized_shape) == 1:
         return "norm", lambda layer, _: partial(_layer_norm, layer)
     if _is_rms_norm(module):
         return "norm", lambda layer, kernels: partial(_rms_norm, layer, kernels)
@@ -85,11 +85,11 @@ def _candidate(module: Any) -> tuple[str, Callable[[Any, Kernels], Forward] | No
         return "mlp", lambda layer, kernels: partial(_gated_mlp, layer, kernels)
     if approximate := _approximation(module):
         return "mlp", lambda *_: partial(gelu, approximate=approximate)
-    if _ROTATION in _names_in(kind.forward):
+    if _ROTATION in _names_in(cls.forward):
         return "rope", _rotating
-    if kind.__name__.endswith("Norm"):
+    if cls.__name__.endswith("Norm"):
         return "norm", None
-    if kind.__name__.endswith("MLP") and not any(_approximation(child) for child in module.children()):
+    if cls.__name__.endswith("MLP") and not any(_approximation(child) for child in module.children()):
         return "mlp", None
     return "", None
 

@@ -69,9 +69,9 @@ def longest_shared(model: PreTrainedModel) -> int | None:
     """
     limits: list[int] = []
     for module in model.modules():
-        kinds = getattr(module, "rope_type", None)
-        for layer, kind in (kinds if isinstance(kinds, dict) else {None: kinds}).items():
-            if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
+        types = getattr(module, "rope_type", None)  # of the model, or of each layer type
+        for layer, rope_type in (types if isinstance(types, dict) else {None: types}).items():
+            if isinstance(rope_type, str) and ("dynamic" in rope_type or rope_type == "longrope"):
                 text: Any = module.config
                 rope = text.rope_parameters if layer is None else text.rope_parameters[layer]
                 trained = rope.get("original_max_position_embeddings")

@@ -128,10 +128,10 @@ def check_plan(model: Any) -> tuple[str, ...]:
     import bitsandbytes
     from transformers.pytorch_utils import Conv1D
 
-    kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+    classes = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
     linear = {name: m for name, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
     planned = [name for name, module in linear.items() if module is not model.get_output_embeddings()]
-    quantized = {n for n, m in linear.items() if isinstance(m, kinds) and m.weight.dtype in (torch.uint8, torch.int8)}
+    quantized = {n for n, m in linear.items() if isinstance(m, classes) and m.weight.dtype in (torch.uint8, torch.int8)}
     if quantized != set(planned):
         raise ConfigError(
             f"the quantized layers are not the planned ones: missing {sorted(set(planned) - quantized) or 'none'}, "

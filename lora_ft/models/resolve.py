@@ -38,8 +38,8 @@ class Identity:
 
     `folder` is the folder that transformers loads, `revision` the commit of a hub id. `weights_sha256` maps a GGUF
     file to the hash of its bytes, and each safetensors file to the hash of its header and of the first 4 KiB of every
-    tensor, which distinguishes two fine-tunes of one architecture without reading 16 GB. It may be None
-    for a hub id whose weights are not downloaded.
+    tensor, which distinguishes two fine-tunes of one architecture without reading 16 GB. Without downloaded
+    weights it has the value None.
     """
 
     id: str | None

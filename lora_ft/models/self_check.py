@@ -153,14 +153,14 @@ def _tolerance(model: PreTrainedModel) -> float:
 def _ignored_windows(model: PreTrainedModel, calls: list[attention.Call]) -> str:
     """Describe limits on attention that the config has and packed attention did not receive, or ""."""
     text = model.config.get_text_config()
-    kinds = list(getattr(text, "layer_types", None) or ())
+    layer_types = list(getattr(text, "layer_types", None) or ())
     if not calls:
         return "the model does not call packed attention"
-    if "chunked_attention" in kinds or getattr(text, "attention_chunk_size", None) is not None:
+    if "chunked_attention" in layer_types or getattr(text, "attention_chunk_size", None) is not None:
         return "packed attention does not support chunks"
     given = sum(call.window is not None for call in calls)
     window = getattr(text, "sliding_window", None)
-    expected = kinds.count("sliding_attention") if kinds else int(window is not None)
+    expected = layer_types.count("sliding_attention") if layer_types else int(window is not None)
     if window is not None and given < expected:
         return f"{expected - given} layers have a sliding window that packed attention does not receive"
     return ""

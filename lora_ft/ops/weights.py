@@ -44,11 +44,11 @@ def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> FrozenWeight | None:
     if why_no_weight(layer, dtype):
         return None
     module: Any = layer
-    kind = _bitsandbytes_kind(module)
-    if kind == "Linear4bit":
+    name = _bitsandbytes_class(module)
+    if name == "Linear4bit":
         dequantize = sys.modules["bitsandbytes"].functional.dequantize_4bit
         return FrozenWeight(lambda: dequantize(module.weight.data, module.weight.quant_state), fresh=True)
-    if kind == "Linear8bitLt":
+    if name == "Linear8bitLt":
         return FrozenWeight(lambda: _from_int8(module, dtype), fresh=True)
     is_fresh = module.weight.dtype != dtype
     if isinstance(module, Conv1D):
@@ -59,26 +59,26 @@ def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> FrozenWeight | None:
 def why_no_weight(layer: nn.Module, dtype: torch.dtype) -> str:
     """Return why `frozen_weight` returns None, such as "the base computes in bfloat16"; "" if it returns a weight."""
     module: Any = layer
-    kind = _bitsandbytes_kind(module)
-    if not kind and type(module) not in (nn.Linear, Conv1D):
+    name = _bitsandbytes_class(module)
+    if not name and type(module) not in (nn.Linear, Conv1D):
         return f"the base layer is of type {type(module).__name__}"
-    if kind and not _is_quantized(module):
+    if name and not _is_quantized(module):
         return "the base layer is not quantized yet"
-    if kind == "Linear8bitLt":
+    if name == "Linear8bitLt":
         # On a GPU the forward also rounds the activations to 8 bits, so no weight gives the same product.
         return "" if module.weight.device.type == "cpu" else "int8 rounds activations on this device"
     compute = getattr(module, "compute_dtype", module.weight.dtype)
     if compute != dtype:
         return f"the base computes in {str(compute).removeprefix('torch.')}"
-    if kind and module.weight.quant_state.dtype != dtype:
+    if name and module.weight.quant_state.dtype != dtype:
         return "the base was quantized from another dtype"
     return ""
 
 
-def _bitsandbytes_kind(layer: Any) -> str:
+def _bitsandbytes_class(layer: Any) -> str:
     bitsandbytes: Any = sys.modules.get("bitsandbytes")  # if it is not imported, none of its layers exist
-    kinds = ("Linear4bit", "Linear8bitLt") if bitsandbytes else ()
-    return next((kind for kind in kinds if isinstance(layer, getattr(bitsandbytes.nn, kind))), "")
+    names = ("Linear4bit", "Linear8bitLt") if bitsandbytes else ()
+    return next((name for name in names if isinstance(layer, getattr(bitsandbytes.nn, name))), "")
 
 
 def _is_quantized(layer: Any) -> bool:

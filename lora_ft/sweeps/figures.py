@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_ft.evaluation.charts import ACCENT, DASHES, TEXT, blank, drawing, look, png, svg
 from lora_ft.sweeps.leaderboard import Board, Ranking, values_of
-from lora_ft.sweeps.results import JobResult
+from lora_ft.sweeps.results import JobResult, finite
 from lora_ft.sweeps.tables import describe, loss_text
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 RANK = "adapter.r"
 _LONG = 60  # points; a longer curve is drawn smoothed, over the single steps in the background
 _FEW = 7  # ranks that each get a tick
-_LARGEST = 1e30  # larger numbers overflow in the transformations of a chart
 _MEAN = "mean"
 
 Points = Sequence[tuple[float, float]]
@@ -82,16 +81,7 @@ def _title(ranking: Ranking, job: JobResult) -> str:
 
 
 def _plot(axes: "Axes", job: JobResult, points: Points, **options: Any) -> None:
-    axes.plot(*_columns(points), gid=f"job-{job.number}", **(look(job.number) | options))
-
-
-def _columns(points: Points) -> tuple[list[float], list[float]]:
-    xs, ys = zip(*points, strict=True)
-    return [_clamped(x) for x in xs], [_clamped(y) for y in ys]
-
-
-def _clamped(value: float) -> float:
-    return max(-_LARGEST, min(value, _LARGEST))
+    axes.plot(*zip(*points, strict=True), gid=f"job-{job.number}", **(look(job.number) | options))
 
 
 def _train_loss(ranking: Ranking, axes: "Axes") -> str:
@@ -139,7 +129,7 @@ def _against_rank(ranking: Ranking, board: Board, axes: "Axes") -> str:
         lines.setdefault(label, {}).setdefault(r, []).append(loss)
     for number, (label, losses) in enumerate(lines.items()):
         means = [(r, statistics.fmean(losses[r])) for r in sorted(losses)]
-        axes.plot(*_columns(means), gid=_MEAN, label=label, **mean_look(number))
+        axes.plot(*zip(*means, strict=True), gid=_MEAN, label=label, **mean_look(number))
     _points(axes, found)
     _use_log2(axes, ranks)
     return "Points: jobs. Lines: means over seeds." if ranking.has_seeds else ""
@@ -152,7 +142,7 @@ def mean_look(number: int) -> dict[str, Any]:
 
 def _rank(job: JobResult) -> int | None:
     r = job.settings.get(RANK)
-    return r if type(r) is int and 0 < r < _LARGEST else None
+    return r if type(r) is int and r > 0 and finite(r) else None
 
 
 def _independent(ranking: Ranking, jobs: list[tuple[JobResult, int]]) -> list[str]:
@@ -172,9 +162,16 @@ def _against_size(board: Board, axes: "Axes") -> str:
     if len(sizes) < 2:
         return ""
     best = front([(size, loss) for _, size, loss in found])
-    axes.step(*_columns(best), where="post", label="Pareto front", **mean_look(0))
+    axes.step(*zip(*best, strict=True), where="post", label="Pareto front", **mean_look(0))
     _points(axes, found)
-    axes.plot(*_columns(best), "o", markersize=18, markerfacecolor="none", markeredgecolor=ACCENT, markeredgewidth=1.6)
+    axes.plot(
+        *zip(*best, strict=True),
+        "o",
+        markersize=18,
+        markerfacecolor="none",
+        markeredgecolor=ACCENT,
+        markeredgewidth=1.6,
+    )
     if sizes[-1] / sizes[0] >= 4:
         _use_log2(axes, [])
         axes.set_xlabel("adapter size, MB, log2 scale")

@@ -44,11 +44,6 @@ def _base_key(cfg: config.TrainRun) -> str:
     return json.dumps([same, sorted(cfg.adapter.modules_to_save)], sort_keys=True)
 
 
-def pieces(group: list[Job], count: int) -> list[list[Job]]:
-    """Deal a group to `count` devices as evenly as possible; devices that get no job are left out."""
-    return [piece for i in range(count) if (piece := group[i::count])]
-
-
 def train_config(cfg: config.SweepRun) -> config.TrainRun:
     """Return the settings with which `lora-ft train` runs a job."""
     return config.TrainRun(**{field.name: getattr(cfg, field.name) for field in dataclasses.fields(config.TrainRun)})

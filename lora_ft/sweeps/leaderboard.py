@@ -112,7 +112,9 @@ def _differing(jobs: tuple[JobResult, ...]) -> tuple[tuple[str, ...], bool]:
         for key, value in values_of(job).items():
             seen.setdefault(key, set()).add(json.dumps(value))
     differ = {key for key, values in seen.items() if len(values) > 1}
-    if all(job.settings for job in jobs):  # the config shows what a choice such as model=NAME stands for
+    if all(
+        job.settings for job in jobs
+    ):  # instead of a choice such as model=NAME, compare the settings that it selects
         differ &= {key for job in jobs for key in job.settings} | {SEED}
     order = {setting.key: number for number, setting in enumerate(validation.settings(config.TrainRun))}
     columns = sorted(differ - _NOT_COMPARED, key=lambda key: (order.get(key, len(order)), key))

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import shlex
-import sys
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
@@ -27,6 +26,7 @@ from lora_ft.io import redact, untrusted
 ADAPTER = "adapter/adapter_model.safetensors"
 
 _FILES = (runs.OVERRIDES, "config.yaml", "changed.json", runs.METRICS, runs.CHECK, runs.RESULT, runs.FAILURE)
+_LARGEST = 1e30  # larger numbers overflow in the transformations of a chart
 _POINTS = 120  # of a curve; a chart shows no more, and reading all of a long run takes as long as a training step
 
 
@@ -249,15 +249,15 @@ def _metrics(path: Path, number: int, line: bytes) -> tuple[int, dict[str, Any]]
         values = json.loads(line.decode("utf-8"))
     except ValueError:
         values = None
-    if not isinstance(values, dict) or type(step := values.get("step")) is not int:
+    if not isinstance(values, dict) or type(step := values.get("step")) is not int or finite(step) is None:
         raise ConfigError(f"{path}:{number + 1} holds no step: {line[:60].decode('utf-8', 'replace')!r}")
     return step, values
 
 
 def finite(value: Any) -> float | None:
-    """Return the value if it is a number that a float can hold, else None."""
+    """Return the value if it is a number of a size that can be drawn, else None."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if is_number and abs(value) <= sys.float_info.max else None
+    return value if is_number and abs(value) <= _LARGEST else None
 
 
 def _finished(folder: Path) -> dict[str, Any]:

@@ -35,17 +35,16 @@ Watch = Callable[[Sequence[Handle]], None]
 
 
 def run(given: list[Job], launcher: config.Launcher, sweep: config.Sweep, folder: Path, watch: Watch) -> None:
-    """Bring each job to an outcome; finished jobs are skipped.
+    """Bring each job to an outcome.
 
     `watch` is called with the running workers, many times a second. Raises Interrupted after SIGINT or SIGTERM, once
     the workers have saved and exited (a second signal kills them), and ResourceError if a worker cannot be started.
     No worker is left running, whatever is raised.
     """
-    todo = [job for job in given if not runs.is_finished(job.folder, job.cfg)]
-    for job in todo:
+    for job in given:
         durable.remove(job.folder / runs.FAILURE)  # of an earlier attempt
-    slots = _slots(todo, launcher)
-    waiting, running, signals = groups(todo, launcher), list[Handle](), list[int]()
+    slots = _slots(given, launcher)
+    waiting, running, signals = groups(given, launcher), list[Handle](), list[int]()
     with handled_by(functools.partial(_note, signals)):
         try:
             while running or (waiting and not signals):
@@ -75,9 +74,11 @@ def run(given: list[Job], launcher: config.Launcher, sweep: config.Sweep, folder
 
 def groups(given: list[Job], launcher: config.Launcher) -> list[list[Job]]:
     """Return the jobs that each worker gets: those that share a base, dealt to all devices that can run them."""
-    slots = _slots(given, launcher)
-    shared = jobs.grouped(given, launcher.share_base)
-    return [piece for group in shared for piece in jobs.pieces(group, len(slots[group[0].cfg.device]))]
+    slots, dealt = _slots(given, launcher), []
+    for group in jobs.grouped(given, launcher.share_base):
+        count = len(slots[group[0].cfg.device])
+        dealt += [group[i::count] for i in range(min(count, len(group)))]
+    return dealt
 
 
 def _slots(given: list[Job], launcher: config.Launcher) -> Slots:

@@ -18,7 +18,7 @@ from lora_ft.errors import LoraFtError
 
 
 @dataclass(frozen=True)
-class Place:
+class Paths:
     """Paths of an attack: the folder that lora-ft gets, a folder outside it, and the canary."""
 
     folder: Path
@@ -40,8 +40,8 @@ class Attack:
     """An attack and the error that it must raise; None if its files are ignored without an error."""
 
     name: str
-    build: Callable[[Place], None]
-    run: Callable[[Place], object]
+    build: Callable[[Paths], None]
+    run: Callable[[Paths], object]
     error: type[LoraFtError] | None
     says: str = ""
 

@@ -5,67 +5,67 @@ import os
 import shutil
 from collections.abc import Callable
 
-from attacks import Attack, Place
+from attacks import Attack, Paths
 from attacks.bases import HEADERS, Row, change, header, large_header
 from lora_ft import config
 from lora_ft.adapters import files, loading, provenance
 from lora_ft.errors import MismatchError, SecurityError
 
 
-def _open(place: Place) -> object:
+def _open(paths: Paths) -> object:
     """Load a run's adapter on the base beside the run folder, as eval, chat and merge do."""
-    adapter = loading.adapter_folder(str(place.folder), None)
-    model = config.Model(path=str(place.folder.parent / "base"), dtype=config.Dtype.float32)
+    adapter = loading.adapter_folder(str(paths.folder), None)
+    model = config.Model(path=str(paths.folder.parent / "base"), dtype=config.Dtype.float32)
     tokenizer = loading.adapter_tokenizer(adapter, model)
     return loading.open_adapter(adapter, model, config.Quant(), "cpu", tokenizer)
 
 
-def _settings(**fields: object) -> Callable[[Place], None]:
-    return lambda place: change(place.folder / "adapter" / files.CONFIG, **fields)
+def _settings(**fields: object) -> Callable[[Paths], None]:
+    return lambda paths: change(paths.folder / "adapter" / files.CONFIG, **fields)
 
 
-def _pickled(name: str) -> Callable[[Place], None]:
-    def build(place: Place) -> None:
-        (place.folder / "adapter" / files.WEIGHTS).unlink()
-        (place.folder / "adapter" / name).write_bytes(place.pickle())
-
-    return build
-
-
-def _link(name: str) -> Callable[[Place], None]:
-    def build(place: Place) -> None:
-        path = place.folder / name
-        shutil.move(path, place.outside / path.name)
-        path.symlink_to(place.outside / path.name)
+def _pickled(name: str) -> Callable[[Paths], None]:
+    def build(paths: Paths) -> None:
+        (paths.folder / "adapter" / files.WEIGHTS).unlink()
+        (paths.folder / "adapter" / name).write_bytes(paths.pickle())
 
     return build
 
 
-def _another_base(place: Place) -> None:
-    (place.folder / "adapter" / provenance.RECORD).unlink()
-    shutil.copytree(place.folder.parent / "base", place.outside, dirs_exist_ok=True)
-    change(place.folder / "adapter" / files.CONFIG, base_model_name_or_path=str(place.outside))
+def _link(name: str) -> Callable[[Paths], None]:
+    def build(paths: Paths) -> None:
+        path = paths.folder / name
+        shutil.move(path, paths.outside / path.name)
+        path.symlink_to(paths.outside / path.name)
+
+    return build
 
 
-def _imported(place: Place) -> None:
-    place.plant_code(place.folder / "megatron.py")
-    change(place.folder / "adapter" / files.CONFIG, megatron_config={"a": 1}, megatron_core="megatron")
+def _another_base(paths: Paths) -> None:
+    (paths.folder / "adapter" / provenance.RECORD).unlink()
+    shutil.copytree(paths.folder.parent / "base", paths.outside, dirs_exist_ok=True)
+    change(paths.folder / "adapter" / files.CONFIG, base_model_name_or_path=str(paths.outside))
 
 
-def _tokenizer_code(place: Place) -> None:
-    place.plant_code(place.folder / "adapter" / "evil.py")
+def _imported(paths: Paths) -> None:
+    paths.plant_code(paths.folder / "megatron.py")
+    change(paths.folder / "adapter" / files.CONFIG, megatron_config={"a": 1}, megatron_core="megatron")
+
+
+def _tokenizer_code(paths: Paths) -> None:
+    paths.plant_code(paths.folder / "adapter" / "evil.py")
     auto_map = {"AutoTokenizer": [None, "evil.Evil"]}
-    change(place.folder / "adapter" / "tokenizer_config.json", tokenizer_class="Evil", auto_map=auto_map)
+    change(paths.folder / "adapter" / "tokenizer_config.json", tokenizer_class="Evil", auto_map=auto_map)
 
 
-def _versioned_tokenizer(place: Place) -> None:
+def _versioned_tokenizer(paths: Paths) -> None:
     names = ["../../outside/tokenizer.4.0.0.json"]
-    change(place.folder / "adapter" / "tokenizer_config.json", fast_tokenizer_files=names)
+    change(paths.folder / "adapter" / "tokenizer_config.json", fast_tokenizer_files=names)
 
 
-def _deep(name: str) -> Callable[[Place], None]:
+def _deep(name: str) -> Callable[[Paths], None]:
     text = json.dumps({"peft_type": "LORA"})[:-1] + ', "a": ' + "[" * 100_000 + "]" * 100_000 + "}"
-    return lambda place: (place.folder / "adapter" / name).write_text(text) and None
+    return lambda paths: (paths.folder / "adapter" / name).write_text(text) and None
 
 
 _MAPPING = {"base_model_class": "Evil", "parent_library": "evil"}

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-from attacks import Attack, Place
+from attacks import Attack, Paths
 from lora_ft import config
 from lora_ft.errors import ConfigError, LoraFtError, SecurityError
 from lora_ft.models.load import load_base
@@ -46,52 +46,52 @@ def large_header(path: Path, num_bytes: int) -> None:
     os.truncate(path, num_bytes + 8)  # a sparse file, which uses no disk space
 
 
-def _load(place: Place) -> object:
-    return load_base(config.Model(path=str(place.folder), dtype=config.Dtype.float32), config.Quant(), "cpu")
+def _load(paths: Paths) -> object:
+    return load_base(config.Model(path=str(paths.folder), dtype=config.Dtype.float32), config.Quant(), "cpu")
 
 
-def _load_gguf(place: Place) -> object:
-    return load_base(config.Model(path=str(place.folder / "model.gguf")), config.Quant(), "cpu")
+def _load_gguf(paths: Paths) -> object:
+    return load_base(config.Model(path=str(paths.folder / "model.gguf")), config.Quant(), "cpu")
 
 
-def _pickled(*names: str) -> Callable[[Place], None]:
-    def build(place: Place) -> None:
-        (place.folder / "model.safetensors").unlink()
+def _pickled(*names: str) -> Callable[[Paths], None]:
+    def build(paths: Paths) -> None:
+        (paths.folder / "model.safetensors").unlink()
         for name in names:
-            (place.folder / name).write_bytes(place.pickle())
+            (paths.folder / name).write_bytes(paths.pickle())
 
     return build
 
 
-def _code(file: str, **fields: object) -> Callable[[Place], None]:
-    def build(place: Place) -> None:
-        place.plant_code(place.folder / "evil.py")
-        change(place.folder / file, **fields)
+def _code(file: str, **fields: object) -> Callable[[Paths], None]:
+    def build(paths: Paths) -> None:
+        paths.plant_code(paths.folder / "evil.py")
+        change(paths.folder / file, **fields)
 
     return build
 
 
-def _settings(**fields: object) -> Callable[[Place], None]:
-    return lambda place: change(place.folder / "config.json", **fields)
+def _settings(**fields: object) -> Callable[[Paths], None]:
+    return lambda paths: change(paths.folder / "config.json", **fields)
 
 
-def _index(name: str, file: str = "model.safetensors.index.json", **fields: object) -> Callable[[Place], None]:
+def _index(name: str, file: str = "model.safetensors.index.json", **fields: object) -> Callable[[Paths], None]:
     """Write a sharded index that names one shard; `{outside}` in the name is the folder outside."""
 
-    def build(place: Place) -> None:
-        (place.folder / "model.safetensors").rename(place.folder / "kept.safetensors")
-        shard = name.format(outside=place.outside)
-        (place.folder / file).write_text(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": shard}}))
-        change(place.folder / "config.json", **fields)
+    def build(paths: Paths) -> None:
+        (paths.folder / "model.safetensors").rename(paths.folder / "kept.safetensors")
+        shard = name.format(outside=paths.outside)
+        (paths.folder / file).write_text(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": shard}}))
+        change(paths.folder / "config.json", **fields)
 
     return build
 
 
-def _link(name: str) -> Callable[[Place], None]:
-    def build(place: Place) -> None:
-        path = place.folder / name
+def _link(name: str) -> Callable[[Paths], None]:
+    def build(paths: Paths) -> None:
+        path = paths.folder / name
         path.parent.mkdir(exist_ok=True)
-        target = place.outside / path.name
+        target = paths.outside / path.name
         if path.is_file():
             shutil.move(path, target)
         else:
@@ -101,46 +101,46 @@ def _link(name: str) -> Callable[[Place], None]:
     return build
 
 
-def _linked_shard(place: Place) -> None:
-    _index("shard.safetensors")(place)
-    (place.folder / "shard.safetensors").symlink_to(place.outside / "model.safetensors")
+def _linked_shard(paths: Paths) -> None:
+    _index("shard.safetensors")(paths)
+    (paths.folder / "shard.safetensors").symlink_to(paths.outside / "model.safetensors")
 
 
-def _pipe(place: Place) -> None:
-    (place.folder / "generation_config.json").unlink()
-    os.mkfifo(place.folder / "generation_config.json")
+def _pipe(paths: Paths) -> None:
+    (paths.folder / "generation_config.json").unlink()
+    os.mkfifo(paths.folder / "generation_config.json")
 
 
-def _embedded_adapter(place: Place) -> None:
-    (place.folder / "adapter_config.json").write_text(
-        json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(place.outside), "target_modules": ["q_proj"]})
+def _embedded_adapter(paths: Paths) -> None:
+    (paths.folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(paths.outside), "target_modules": ["q_proj"]})
     )
-    (place.folder / "adapter_model.bin").write_bytes(place.pickle())
+    (paths.folder / "adapter_model.bin").write_bytes(paths.pickle())
 
 
-def _versioned_tokenizer(place: Place) -> None:
-    shutil.copy(place.folder / "tokenizer.json", place.outside / "tokenizer.4.0.0.json")
-    change(place.folder / "tokenizer_config.json", fast_tokenizer_files=["../outside/tokenizer.4.0.0.json"])
+def _versioned_tokenizer(paths: Paths) -> None:
+    shutil.copy(paths.folder / "tokenizer.json", paths.outside / "tokenizer.4.0.0.json")
+    change(paths.folder / "tokenizer_config.json", fast_tokenizer_files=["../outside/tokenizer.4.0.0.json"])
 
 
-def _vocabulary_elsewhere(place: Place) -> None:
+def _vocabulary_elsewhere(paths: Paths) -> None:
     names = ("vocab_file", "tokenizer_file", "merges_file", "special_tokens_map_file", "added_tokens_file", "spm_file")
     for name in names:
-        (place.outside / name).write_text("{}")
-    change(place.folder / "tokenizer_config.json", **{name: str(place.outside / name) for name in names})
+        (paths.outside / name).write_text("{}")
+    change(paths.folder / "tokenizer_config.json", **{name: str(paths.outside / name) for name in names})
 
 
-def _deep(name: str) -> Callable[[Place], None]:
-    return lambda place: (place.folder / name).write_text('{"a":' * 50_000 + "1" + "}" * 50_000) and None
+def _deep(name: str) -> Callable[[Paths], None]:
+    return lambda paths: (paths.folder / name).write_text('{"a":' * 50_000 + "1" + "}" * 50_000) and None
 
 
-def _large(name: str) -> Callable[[Place], None]:
-    return lambda place: os.truncate(place.folder / name, 17 * 2**20)
+def _large(name: str) -> Callable[[Paths], None]:
+    return lambda paths: os.truncate(paths.folder / name, 17 * 2**20)
 
 
-def _gguf(body: bytes, num_tensors: int = 0, num_keys: int = 1) -> Callable[[Place], None]:
+def _gguf(body: bytes, num_tensors: int = 0, num_keys: int = 1) -> Callable[[Paths], None]:
     start = b"GGUF" + struct.pack("<IQQ", 3, num_tensors, num_keys)
-    return lambda place: (place.folder / "model.gguf").write_bytes(start + body) and None
+    return lambda paths: (paths.folder / "model.gguf").write_bytes(start + body) and None
 
 
 def _text(value: str) -> bytes:
@@ -153,7 +153,7 @@ _TRAVERSING = (
     + _text("../../outside/model.safetensors") + struct.pack("<IQIQ", 1, 8, 0, 0) + bytes(128)
 )  # fmt: skip
 
-Row = tuple[str, Callable[[Place], None], type[LoraFtError] | None, str]
+Row = tuple[str, Callable[[Paths], None], type[LoraFtError] | None, str]
 
 _FOLDERS: list[Row] = [
     ("a pickle named .safetensors",

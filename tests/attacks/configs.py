@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from attacks import Attack, Place
+from attacks import Attack, Paths
 from lora_ft.cli import composition
 from lora_ft.errors import ConfigError, LoraFtError, SecurityError
 
@@ -10,20 +10,20 @@ GLOBAL = "# @package _global_\n"
 _CALL = "{_target_: builtins.open, file: CANARY, mode: w}"
 
 
-def _compose(place: Place, overrides: list[str], folder: bool) -> object:
-    typed = [override.replace("CANARY", str(place.canary)) for override in overrides]
-    folders = [f"hydra.run.dir={place.folder}/run", f"hydra.sweep.dir={place.folder}/sweep"]
+def _compose(paths: Paths, overrides: list[str], folder: bool) -> object:
+    typed = [override.replace("CANARY", str(paths.canary)) for override in overrides]
+    folders = [f"hydra.run.dir={paths.folder}/run", f"hydra.sweep.dir={paths.folder}/sweep"]
     command = composition.CommandLine("train", ["data.path=x", *typed, *folders], "hydra.mode=MULTIRUN" in typed,
-                                  place.folder if folder else None)  # fmt: skip
+                                  paths.folder if folder else None)  # fmt: skip
     return composition.run(command, lambda cfg, folder, typed: None, lambda sweep: 0)
 
 
-def _files(files: dict[str, str]) -> Callable[[Place], None]:
-    def build(place: Place) -> None:
+def _files(files: dict[str, str]) -> Callable[[Paths], None]:
+    def build(paths: Paths) -> None:
         for name, text in files.items():
-            path = place.folder / name
+            path = paths.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text.replace("CANARY", str(place.canary)).replace("OUTSIDE", str(place.outside)))
+            path.write_text(text.replace("CANARY", str(paths.canary)).replace("OUTSIDE", str(paths.outside)))
 
     return build
 
@@ -37,7 +37,7 @@ def _folder_of_configs(
 ) -> Attack:
     """Choose the file experiment/mine.yaml, and others by the overrides given."""
     chosen = ["experiment=mine"] if "experiment/mine.yaml" in files else []
-    return Attack(name, _files(files), lambda place: _compose(place, [*chosen, *overrides], folder=True), error, says)
+    return Attack(name, _files(files), lambda paths: _compose(paths, [*chosen, *overrides], folder=True), error, says)
 
 
 def _mine(name: str, text: str, says: str, error: type[LoraFtError] = SecurityError) -> Attack:
@@ -47,34 +47,34 @@ def _mine(name: str, text: str, says: str, error: type[LoraFtError] = SecurityEr
 def _typed(
     name: str, *overrides: str, says: str = "never code to run", error: type[LoraFtError] = SecurityError
 ) -> Attack:
-    return Attack(name, lambda place: None, lambda place: _compose(place, [*overrides], folder=False), error, says)
+    return Attack(name, lambda paths: None, lambda paths: _compose(paths, [*overrides], folder=False), error, says)
 
 
-def _linked(place: Place) -> None:
-    (place.outside / "mine.yaml").write_text(GLOBAL + "seed: 3\n")
-    (place.folder / "experiment").mkdir()
-    (place.folder / "experiment" / "mine.yaml").symlink_to(place.outside / "mine.yaml")
+def _linked(paths: Paths) -> None:
+    (paths.outside / "mine.yaml").write_text(GLOBAL + "seed: 3\n")
+    (paths.folder / "experiment").mkdir()
+    (paths.folder / "experiment" / "mine.yaml").symlink_to(paths.outside / "mine.yaml")
 
 
-def _elsewhere(place: Place) -> None:
-    (place.outside / "mine.yaml").write_text(GLOBAL + "seed: 3\n")
-    _files({"experiment/mine.yaml": GLOBAL + "defaults:\n  - ../../outside/mine\n"})(place)
+def _elsewhere(paths: Paths) -> None:
+    (paths.outside / "mine.yaml").write_text(GLOBAL + "seed: 3\n")
+    _files({"experiment/mine.yaml": GLOBAL + "defaults:\n  - ../../outside/mine\n"})(paths)
 
 
 def _stored(name: str, text: str, says: str, command: str = "eval", error: type[LoraFtError] = SecurityError) -> Attack:
     """Give the run folder of somebody else as run= or resume=."""
 
-    def run(place: Place) -> object:
+    def run(paths: Paths) -> object:
         key = "run" if command == "eval" else "resume"
-        line = composition.CommandLine(command, [f"{key}={place.folder}"])
+        line = composition.CommandLine(command, [f"{key}={paths.folder}"])
         return composition.run(line, lambda cfg, folder, typed: None, lambda sweep: 0)
 
     return Attack(name, _files({"config.yaml": text}), run, error, says)
 
 
-def _linked_run(place: Place) -> None:
-    (place.outside / "config.yaml").write_text("seed: 3\n")
-    (place.folder / "config.yaml").symlink_to(place.outside / "config.yaml")
+def _linked_run(paths: Paths) -> None:
+    (paths.outside / "config.yaml").write_text("seed: 3\n")
+    (paths.folder / "config.yaml").symlink_to(paths.outside / "config.yaml")
 
 
 _CODE = "never code to run"
@@ -102,8 +102,8 @@ ATTACKS = [
     _mine("a launcher", f"{GLOBAL}hydra:\n  launcher: {_CALL}\n", _CODE),
     _mine("the environment", f"{GLOBAL}hydra:\n  job: {{env_set: {{HF_ENDPOINT: 'http://evil'}}}}\n", _CODE),
     _mine("a search path", f"{GLOBAL}hydra:\n  searchpath: ['pkg://evil']\n", _CODE),
-    Attack("a config in the place of lora_ft's own", _files({"train.yaml": _TRAIN, "hydra_settings.yaml": _TRAIN}),
-           lambda place: _compose(place, [], folder=True), None),
+    Attack("a config instead of lora_ft's own", _files({"train.yaml": _TRAIN, "hydra_settings.yaml": _TRAIN}),
+           lambda paths: _compose(paths, [], folder=True), None),
     _typed("a search path typed", "hydra.searchpath=[pkg://evil]"),
     _typed("callbacks typed without a target", "+hydra.callbacks.c={x:1}"),
     _typed("logging to a class typed", "++hydra.job_logging.handlers.h.class=evil.Evil"),
@@ -113,15 +113,15 @@ ATTACKS = [
     _mine("a tag of Python's", GLOBAL + "a: !!python/object/apply:builtins.open [CANARY, w]\n", "is not plain"),
     _mine("a tag of its own", GLOBAL + "a: !evil 1\n", "is not plain data"),
     Attack("a config that is a link", _linked,
-           lambda place: _compose(place, ["experiment=mine"], folder=True), SecurityError, "outside of its folder"),
+           lambda paths: _compose(paths, ["experiment=mine"], folder=True), SecurityError, "outside of its folder"),
     Attack("a config of another folder", _elsewhere,
-           lambda place: _compose(place, ["experiment=mine"], folder=True), SecurityError, "outside of its folder"),
+           lambda paths: _compose(paths, ["experiment=mine"], folder=True), SecurityError, "outside of its folder"),
     _stored("a stored run with a tag", "a: !!python/name:os.system\n", "is not plain data"),
     _stored("a stored run with _target_", "model: {_target_: builtins.open}\n", "is not a setting", error=ConfigError),
     _stored("a stored run with _target_, resumed", "model: {_target_: builtins.open}\n", "is not a setting", "train",
             ConfigError),
     Attack("a stored run that is a link", _linked_run,
-           lambda place: composition.run(
-               composition.CommandLine("eval", [f"run={place.folder}"]), lambda *_: None, lambda _: 0),
+           lambda paths: composition.run(
+               composition.CommandLine("eval", [f"run={paths.folder}"]), lambda *_: None, lambda _: 0),
            SecurityError, "outside of its folder"),
 ]  # fmt: skip

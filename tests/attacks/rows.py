@@ -6,49 +6,49 @@ from collections.abc import Callable
 import datasets
 import pytest
 
-from attacks import Attack, Place
+from attacks import Attack, Paths
 from lora_ft import config
 from lora_ft.data.rows import Ledger
 from lora_ft.data.sources import records
 from lora_ft.errors import DataError, LoraFtError, SecurityError
 
 
-def _read(place: Place, name: str = "") -> list[object]:
+def _read(paths: Paths, name: str = "") -> list[object]:
     ledger = Ledger()
-    path = str(place.folder / name) if name else str(place.folder)
+    path = str(paths.folder / name) if name else str(paths.folder)
     rows: list[object] = list(records(path, "data.path", config.Data(), ledger))
     ledger.raise_bad()
     return rows
 
 
-def _paths(place: Place) -> None:
-    target = place.outside / "model.safetensors"
+def _file_names(paths: Paths) -> None:
+    target = paths.outside / "model.safetensors"
     rows = [{"prompt": f"file://{target}", "completion": str(target)}, {"image": {"path": str(target), "bytes": None}}]
-    (place.folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (paths.folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _link(place: Place) -> None:
-    (place.outside / "rows.jsonl").write_text('{"text": "a"}\n')
-    (place.folder / "rows.jsonl").symlink_to(place.outside / "rows.jsonl")
+def _link(paths: Paths) -> None:
+    (paths.outside / "rows.jsonl").write_text('{"text": "a"}\n')
+    (paths.folder / "rows.jsonl").symlink_to(paths.outside / "rows.jsonl")
 
 
-def _read_hub(place: Place) -> None:
+def _read_hub(paths: Paths) -> None:
     """Read a hub dataset whose image column names a local file, which the library `datasets` would open."""
-    target = str(place.outside / "model.safetensors")
+    target = str(paths.outside / "model.safetensors")
     features = datasets.Features({"text": datasets.Value("string"), "image": datasets.Image()})
-    found = datasets.Dataset.from_dict({"text": ["a"], "image": [{"path": target, "bytes": None}]}, features=features)
+    dataset = datasets.Dataset.from_dict({"text": ["a"], "image": [{"path": target, "bytes": None}]}, features=features)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "load_dataset", lambda *args, **kwargs: found)
+        patch.setattr(datasets, "load_dataset", lambda *args, **kwargs: dataset)
         ((_, values),) = records("evil/images", "data.path", config.Data(), Ledger())
     assert values["image"]["path"] == target
 
 
-def _text(name: str, text: str) -> Callable[[Place], None]:
-    return lambda place: (place.folder / name).write_text(text) and None
+def _text(name: str, text: str) -> Callable[[Paths], None]:
+    return lambda paths: (paths.folder / name).write_text(text) and None
 
 
-_ROWS: list[tuple[str, Callable[[Place], None], Callable[[Place], object], type[LoraFtError] | None, str]] = [
-    ("rows that name files", _paths, lambda p: _read(p, "rows.jsonl"), None, ""),
+_ROWS: list[tuple[str, Callable[[Paths], None], Callable[[Paths], object], type[LoraFtError] | None, str]] = [
+    ("rows that name files", _file_names, lambda p: _read(p, "rows.jsonl"), None, ""),
     ("rows that are a link", _link, _read, SecurityError, "outside of its folder"),
     ("rows nested too deeply", _text("rows.jsonl", '{"a":' * 100_000), _read, DataError, "nested too deeply"),
     ("conversations with a tag", _text("rows.yml", "conversations: !!python/name:os.system\n"), _read,

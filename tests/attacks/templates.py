@@ -2,7 +2,7 @@
 
 from tiny import tiny_tokenizer
 
-from attacks import Attack, Place
+from attacks import Attack, Paths
 from lora_ft import config
 from lora_ft.data.chat_template import turns
 from lora_ft.data.rows import Ledger, Row
@@ -21,10 +21,10 @@ def _render(template: str) -> object:
 
 
 def _attack(name: str, template: str, says: str, error: type[LoraFtError] = SecurityError) -> Attack:
-    def run(place: Place) -> object:
-        return _render(template.replace("CANARY", str(place.canary)).replace("OUTSIDE", str(place.outside)))
+    def run(paths: Paths) -> object:
+        return _render(template.replace("CANARY", str(paths.canary)).replace("OUTSIDE", str(paths.outside)))
 
-    return Attack(name, lambda place: None, run, error, says)
+    return Attack(name, lambda paths: None, run, error, says)
 
 
 # Jinja's sandbox renders an unsafe attribute as empty text and raises an error only when it is used.

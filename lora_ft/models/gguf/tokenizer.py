@@ -37,10 +37,10 @@ def build(metadata: dict[str, Any]) -> Any:
     """
     from transformers import PreTrainedTokenizerFast
 
-    kind = metadata.get("tokenizer.ggml.model")
-    if kind != "gpt2":
+    model = metadata.get("tokenizer.ggml.model")
+    if model != "gpt2":
         raise ConfigError(
-            f"the GGUF file has a tokenizer of type {kind}; only byte-level BPE (gpt2) is supported: "
+            f"the GGUF file has a tokenizer of type {model}; only byte-level BPE (gpt2) is supported: "
             "use the model's safetensors folder or hub id instead"
         )
     tokens = metadata["tokenizer.ggml.tokens"]
@@ -74,12 +74,12 @@ def _backend(metadata: dict[str, Any]) -> Any:
     backend.decoder = decoders.ByteLevel()
     if rule == "qwen2":
         backend.normalizer = normalizers.NFC()
-    kinds = metadata.get("tokenizer.ggml.token_type") or []
+    types = metadata.get("tokenizer.ggml.token_type") or []
     # These tokens are found in the text before it is split. strict=False: the types are optional.
-    for token, kind in zip(tokens, kinds, strict=False):
-        if kind == _CONTROL:
+    for token, token_type in zip(tokens, types, strict=False):
+        if token_type == _CONTROL:
             backend.add_special_tokens([AddedToken(token, normalized=False, special=True)])
-        elif kind == _USER_DEFINED:
+        elif token_type == _USER_DEFINED:
             backend.add_tokens([AddedToken(token, normalized=False, special=False)])
     if metadata.get("tokenizer.ggml.add_bos_token", rule == "llama-bpe"):
         bos = metadata["tokenizer.ggml.bos_token_id"]

@@ -1,0 +1,95 @@
+"""Bring documents to at most `data.max_length` tokens, according to `data.too_long`.
+
+error            refuse longer rows
+drop             leave out longer rows; they are counted
+truncate_prompt  cut the start of the prompt; answers are never cut
+split            cut plain text into windows that overlap by one token
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from lora_ft import config
+from lora_ft.config import TooLong
+from lora_ft.data.read import Rows
+from lora_ft.data.rows import Example
+from lora_ft.errors import DataError
+
+
+def fit(examples: list[Example], found: Rows, data: config.Data, tokenizer: Any) -> tuple[list[Example], int]:
+    """Return examples of at most `data.max_length` tokens, and the number of those that were cut.
+
+    Raises DataError for rows that are too long and that `data.too_long` does not apply to.
+    """
+    limit = data.max_length
+    long = [example for example in examples if len(example.ids) > limit]
+    if not long:
+        return examples, 0
+    fitted, stuck, why = examples, long, ""
+    if data.too_long is TooLong.drop:
+        # All documents of the row are dropped: the others would be half a conversation.
+        dropped = {example.row for example in long}
+        found.ledger.left_out["longer than data.max_length"] += len(dropped)
+        return [example for example in examples if example.row not in dropped], 0
+    if data.too_long is TooLong.split:
+        fitted = [window for example in examples for window in _windows(example, limit)]
+        stuck = [example for example in long if found.rows[example.row].messages]
+        why = ", and data.too_long=split applies to plain text only"
+    elif data.too_long is TooLong.truncate_prompt:
+        fitted = [_truncated(example, limit, tokenizer) for example in examples]
+        stuck = [example for example in fitted if len(example.ids) > limit]
+        why = " even without their prompts, and answers are never cut"
+    if stuck:
+        worst = max(stuck, key=lambda example: len(example.ids))
+        raise DataError(
+            f"{len({e.row for e in stuck})} of {len(found.rows)} rows are longer than data.max_length={limit}, the "
+            f"longest is {worst.source} with {len(worst.ids)} tokens{why}: raise it, or choose "
+            f"data.too_long={_remedies(stuck, found, limit, tokenizer)}"
+        )
+    return fitted, len(long)
+
+
+def _remedies(long: list[Example], found: Rows, limit: int, tokenizer: Any) -> str:
+    """Name the choices of data.too_long that work for all of these documents."""
+    choices = ["drop"]
+    if all(len(_truncated(example, limit, tokenizer).ids) <= limit for example in long):
+        choices.append("truncate_prompt")
+    if not any(found.rows[example.row].messages for example in long):
+        choices.append("split")
+    return " or ".join(choices)
+
+
+def _windows(document: Example, max_length: int) -> Iterator[Example]:
+    """Cut a text into windows that have every target of the text exactly once; only the last has the end token.
+
+        max_length=4    a b c d e f g .      targets of the whole:  b c d e f g .
+                        a b c d                                     b c d
+                              d e f g                                     e f g
+                                    g .                                         .
+
+    A window begins with the last token of the one before, from which its second token is predicted.
+    """
+    for start in range(0, len(document.ids) - 1, max_length - 1):
+        supervised = document.supervised[start : start + max_length].copy()
+        supervised[0] = False
+        yield replace(document, ids=document.ids[start : start + max_length], supervised=supervised)
+
+
+def _truncated(document: Example, max_length: int, tokenizer: Any) -> Example:
+    """Remove excess tokens from the start of the first prompt, after a beginning-of-text token.
+
+    Returns the document unchanged if it is short enough, or if its first prompt is too short for that.
+    """
+    keep = int(document.ids[0] == tokenizer.bos_token_id)
+    excess = len(document.ids) - max_length
+    # One token must remain before the first answer, to predict its first token from.
+    if excess <= 0 or document.prompt_end - excess < max(keep, 1):
+        return document
+    ids = np.concatenate([document.ids[:keep], document.ids[keep + excess :]])
+    supervised = np.concatenate([document.supervised[:keep], document.supervised[keep + excess :]])
+    supervised[0] = False
+    return replace(document, ids=ids, supervised=supervised, prompt_end=document.prompt_end - excess,
+                   answer_start=document.answer_start - excess)  # fmt: skip
