@@ -1,6 +1,6 @@
 """Merge an adapter into its base: load, measure, write, load the result again, compare logits.
 
-lora-ft merge run=runs/2026-11-23_10-15-00 out=my-model dtype=bf16      # loads with transformers alone
+lora-ft merge run=runs/2026-11-23_10-15-00 out=my-model dtype=bf16      # loads with plain transformers
 lora-ft merge run=runs/2026-11-23_10-15-00 out=my-model.gguf gguf=q8_0  # for llama.cpp, Ollama
 lora-ft merge adapters=[runs/a,runs/b] weights=[0.7,0.3] out=both       # combine adapters into one
 lora-ft merge run=runs/2026-11-23_10-15-00 truncate_rank=8 out=small    # a smaller adapter

@@ -18,6 +18,7 @@ from lora_ft.adapters import attach, files, provenance
 from lora_ft.cli import entry
 from lora_ft.data.dataset import prepare
 from lora_ft.models.load import Base, load_base, load_tokenizer
+from lora_ft.publishing import checksums
 
 QUESTIONS = [
     ("What is the capital of France?", "Paris."),
@@ -78,3 +79,17 @@ def call(command: str, *overrides: str) -> int:
     with pytest.raises(SystemExit) as ended:
         entry.run(command, [*overrides, "device=cpu"])
     return int(ended.value.code or 0)
+
+
+def package(folder: Path, files: dict[str, bytes]) -> Path:
+    """Create a folder of these files and their SHA256SUMS."""
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    (folder / checksums.FILE).write_text(checksums.render(checksums.compute(folder)))
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the files of a folder by name."""
+    return {name: (folder / name).read_bytes() for name in checksums.file_names(folder)}

@@ -1,4 +1,4 @@
-"""The model card: front matter that the hub takes, true sentences, and nothing that a name could smuggle in."""
+"""The model card: valid front matter, the facts of the adapter, and no markup from names."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from lora_ft.publishing.verification import Verification
 
 VERIFICATION = Verification(
     keys=28, outputs=14, zero_outputs=0, files=None, distance=3.4e-7, allowed=1e-5, effect=0.25, kernels=None,
-    seconds=3.1, versions={"peft": "0.21.2", "torch": "2.13.0"},
+    versions={"peft": "0.21.2", "torch": "2.13.0"},
 )  # fmt: skip
 LOADING = provenance.Loading("org/base", "a" * 40, "float32", {}, None, "cpu")
 HOSTILE = "# Heading\n---\nlicense: evil\n---\n| a | b |\n</script>`code` ``` ![x](http://evil) <img src=x>\t\x1b[31m"
@@ -34,10 +34,10 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finished_run(tmp_path_factory.mktemp("run"), "llama", use_rslora=True) / "adapter"
 
 
-def subject(adapter: Path, told: TrainingSummary | None = None, **values: Any) -> card.CardContents:
+def subject(adapter: Path, facts: TrainingSummary | None = None, **values: Any) -> card.CardContents:
     config, record = (json.loads((adapter / name).read_text()) for name in (files.CONFIG, provenance.RECORD))
     found = card.CardContents(
-        name="me/mine", config=config, record=record, loading=LOADING, license="mit", summary=told,
+        name="me/mine", config=config, record=record, loading=LOADING, license="mit", summary=facts,
         verdicts=compatibility.verdicts(adapter, None), files=frozenset(), verification=VERIFICATION,
     )  # fmt: skip
     return replace(found, **values)
@@ -48,7 +48,7 @@ def front(text: str) -> dict[str, Any]:
     return found
 
 
-def told(**values: Any) -> TrainingSummary:
+def summary(**values: Any) -> TrainingSummary:
     scores = training_summary.Scores(
         "by lora-ft eval", {"loss": 3.25, "perplexity": 25.8}, {"loss": 2.4, "perplexity": 11.02}, 99, 7
     )
@@ -60,8 +60,8 @@ def told(**values: Any) -> TrainingSummary:
     return replace(found, **values)
 
 
-def test_the_front_matter_is_what_the_hub_reads(adapter: Path) -> None:
-    text = card.render(subject(adapter, told()))
+def test_front_matter_is_read_by_the_hubs_library(adapter: Path) -> None:
+    text = card.render(subject(adapter, summary()))
     found = front(text)
     assert found["base_model"] == "org/base"
     assert found["base_model_relation"] == "adapter"
@@ -73,26 +73,26 @@ def test_the_front_matter_is_what_the_hub_reads(adapter: Path) -> None:
     assert data.eval_results is not None
     figures = {(r.metric_type, r.metric_value, r.dataset_type, r.dataset_split) for r in data.eval_results}
     assert figures == {("loss", 2.4, "org/rows", "train"), ("perplexity", 11.02, "org/rows", "train")}
-    assert yaml.safe_load(data.to_yaml()) == found, "read and written again it says the same"
+    assert yaml.safe_load(data.to_yaml()) == found, "written again, it is the same"
 
 
-def test_a_picture_is_shown_where_there_is_one(adapter: Path) -> None:
-    without = told(evaluations=[])
+def test_curve_is_shown_if_there_is_one(adapter: Path) -> None:
+    without = summary(evaluations=[])
     assert "## Results" not in card.render(subject(adapter, without))
     assert "![loss by step](loss.png)" in card.render(subject(adapter, without, files=frozenset({card.CURVE})))
 
 
-def test_what_is_not_known_is_left_out(adapter: Path) -> None:
-    found = front(card.render(subject(adapter, told(dataset=None, data="a local file (.jsonl)"), license=None)))
+def test_unknown_facts_are_omitted(adapter: Path) -> None:
+    found = front(card.render(subject(adapter, summary(dataset=None, data="a local file (.jsonl)"), license=None)))
     assert found.keys().isdisjoint({"license", "datasets", "language"})
     assert "model-index" in found
-    alone = card.render(subject(adapter))
-    assert front(alone).keys().isdisjoint({"model-index", "datasets"})
-    assert "## Results" not in alone and "made elsewhere" in alone
+    without = card.render(subject(adapter))
+    assert front(without).keys().isdisjoint({"model-index", "datasets"})
+    assert "## Results" not in without and "not trained with lora-ft" in without
 
 
-def test_results_settings_and_rows_are_told(adapter: Path) -> None:
-    text = card.render(subject(adapter, told(merge={"base_weights": "original", "original": {"loss": 2.41}})))
+def test_card_shows_results_settings_and_rows(adapter: Path) -> None:
+    text = card.render(subject(adapter, summary(merge={"base_weights": "original", "original": {"loss": 2.41}})))
     assert "| `loss` | 3.2500 | 2.4000 |" in text
     assert "| `optim.lr` | `0.001` |" in text
     assert "90 for training and 10 for evaluation" in text
@@ -101,22 +101,22 @@ def test_results_settings_and_rows_are_told(adapter: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["settings", "data", "metric", "base", "merge"])
-def test_no_name_is_markup(adapter: Path, place: str) -> None:
-    clean = subject(adapter, told())
+def test_hostile_text_is_not_markup(adapter: Path, place: str) -> None:
+    clean = subject(adapter, summary())
     scores = training_summary.Scores(HOSTILE, {HOSTILE: 1.0}, {HOSTILE: 2.0}, 9, None)
     hostile = {
-        "settings": subject(adapter, told(settings={"data.system": HOSTILE, HOSTILE: HOSTILE})),
-        "data": subject(adapter, told(data=HOSTILE)),
-        "metric": subject(adapter, told(evaluations=[replace(scores, when="by lora-ft eval")])),
-        "base": subject(adapter, told(), config=clean.config | {"target_modules": [HOSTILE]}),
-        "merge": subject(adapter, told(merge={HOSTILE: HOSTILE})),
+        "settings": subject(adapter, summary(settings={"data.system": HOSTILE, HOSTILE: HOSTILE})),
+        "data": subject(adapter, summary(data=HOSTILE)),
+        "metric": subject(adapter, summary(evaluations=[replace(scores, when="by lora-ft eval")])),
+        "base": subject(adapter, summary(), config=clean.config | {"target_modules": [HOSTILE]}),
+        "merge": subject(adapter, summary(merge={HOSTILE: HOSTILE})),
     }[place]
     text = card.render(hostile)
     assert front(text).get("license") == "mit"
     body = text.split("---\n", 2)[2]
     assert "\x1b" not in text
     assert not re.search(r"^# Heading", body, re.MULTILINE)
-    # outside of code there is nothing of it: the longest run of backticks that opens a span closes it
+    # the hostile text is in code spans only: the run of backticks that opens a span closes it
     outside = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", re.sub(r"```\w*\n.*?\n```", "", body, flags=re.DOTALL))
     for part in ("evil", "<img", "</script>", "Heading"):
         assert part not in outside, outside
@@ -125,7 +125,7 @@ def test_no_name_is_markup(adapter: Path, place: str) -> None:
     assert set(widths) <= {3, 4, 5}
 
 
-def test_only_consumers_that_can_load_it_are_told_how(adapter: Path) -> None:
+def test_only_programs_that_can_load_it_have_code(adapter: Path) -> None:
     plain = subject(adapter, files=frozenset({"adapter.gguf", "mlx/adapters.safetensors"}))
     text = card.render(plain)
     assert all(f"With {name}:" in text for name in ("PEFT", "transformers", "vLLM", "llama.cpp", "MLX"))
@@ -138,13 +138,13 @@ def test_only_consumers_that_can_load_it_are_told_how(adapter: Path) -> None:
     assert "With vLLM:" not in other and "With MLX:" not in other
 
 
-def test_the_flag_that_vllm_needs_is_in_its_line(adapter: Path) -> None:
+def test_vllm_command_has_the_rank_flag(adapter: Path) -> None:
     wide = [replace(v, level=Level.WARN, reason="rank 64 ...: start it with --max-lora-rank 64")
             if v.program == "vLLM" else v for v in compatibility.verdicts(adapter, None)]  # fmt: skip
     assert "--enable-lora --max-lora-rank 64 --lora-modules" in card.render(subject(adapter, verdicts=wide))
 
 
-def test_the_lines_of_python_are_python_and_load_what_was_trained(adapter: Path) -> None:
+def test_python_code_compiles_and_loads_the_trained_base(adapter: Path) -> None:
     quantized = replace(LOADING, quantization={"load_in_4bit": True, "bnb_4bit_compute_dtype": "float32"}, rows=514)
     text = card.render(subject(adapter, loading=quantized, record={"quant": {"kind": "nf4", "double": True}}))
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
@@ -155,9 +155,9 @@ def test_the_lines_of_python_are_python_and_load_what_was_trained(adapter: Path)
     assert "quantized to nf4 during training" in text
 
 
-def test_the_same_adapter_has_the_same_card_whatever_the_clock_says(adapter: Path) -> None:
-    one = card.render(subject(adapter, told()))
-    two = card.render(subject(adapter, told(), verification=replace(VERIFICATION, seconds=9.0, distance=3.9e-7)))
+def test_card_is_reproducible(adapter: Path) -> None:
+    one = card.render(subject(adapter, summary()))
+    two = card.render(subject(adapter, summary(), verification=replace(VERIFICATION, distance=3.9e-7)))
     assert one == two
     assert "within 1e-06" in one
 
@@ -190,7 +190,7 @@ def run_folder(tmp_path: Path, data: str) -> Path:
     return run
 
 
-def test_a_run_is_told_without_its_places(tmp_path: Path) -> None:
+def test_summary_of_a_run_has_no_paths(tmp_path: Path) -> None:
     found = training_summary.read(run_folder(tmp_path, "/home/me/private/rows.jsonl"))
     assert (found.data, found.dataset) == ("a local file (.jsonl)", None)
     assert found.settings == {"adapter.r": 8, "data.prompt": "{a}", "seed": 7}
@@ -201,7 +201,7 @@ def test_a_run_is_told_without_its_places(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "told", "dataset"),
+    ("path", "description", "dataset"),
     [
         ("org/rows", "org/rows on the Hugging Face hub", "org/rows"),
         ("package:chatterbot_corpus/data/english", "files of the package chatterbot_corpus", None),
@@ -210,12 +210,14 @@ def test_a_run_is_told_without_its_places(tmp_path: Path) -> None:
         ("../org", "a local folder", None),
     ],
 )
-def test_where_rows_came_from(tmp_path: Path, path: str, told: str, dataset: str | None) -> None:
+def test_source_of_rows_is_described_without_paths(
+    tmp_path: Path, path: str, description: str, dataset: str | None
+) -> None:
     found = training_summary.read(run_folder(tmp_path, path))
-    assert (found.data, found.dataset) == (told, dataset)
+    assert (found.data, found.dataset) == (description, dataset)
 
 
-def test_an_evaluation_goes_before_the_end_of_training_and_a_broken_one_is_named(tmp_path: Path) -> None:
+def test_eval_results_are_last_and_a_broken_file_is_named(tmp_path: Path) -> None:
     run = run_folder(tmp_path, "org/rows")
     scored = {"loss": 2.0, "perplexity": None, "chrf": 40.0}
     durable.write_json(run / "eval.json", {"base": scored, "adapter": scored, "tokens": 9, "rows": 3})
@@ -223,11 +225,11 @@ def test_an_evaluation_goes_before_the_end_of_training_and_a_broken_one_is_named
         "by lora-ft eval", *[{"loss": 2.0, "chrf": 40.0}] * 2, 9, 3
     )  # fmt: skip
     durable.write_json(run / "eval.json", {"base": [], "adapter": scored})
-    with pytest.raises(ConfigError, match=r"eval\.json is not what lora-ft wrote"):
+    with pytest.raises(ConfigError, match=r"eval\.json was not written by lora-ft"):
         training_summary.read(run)
 
 
-def test_the_curve_is_a_png_with_the_same_bytes_for_the_same_finite_points() -> None:
+def test_curve_is_reproducible_and_ignores_nan() -> None:
     drawn = curve.draw([(1, 3.0), (2, 2.0), (3, float("nan"))], [(0, 3.5), (3, 1.5)])
     assert drawn and drawn.startswith(b"\x89PNG")
     assert drawn == curve.draw([(1, 3.0), (2, 2.0)], [(0, 3.5), (3, 1.5)])
@@ -236,7 +238,7 @@ def test_the_curve_is_a_png_with_the_same_bytes_for_the_same_finite_points() -> 
     assert curve.draw([], []) is None and curve.draw([(1, 2.0)], []) is None
 
 
-def test_a_license_is_read_from_the_card_of_the_bases_folder(tmp_path: Path) -> None:
+def test_license_is_read_from_the_bases_card(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     for content, expected in (
         ("---\nlicense: apache-2.0\n---\n# x", "apache-2.0"), ("# no front matter", None), ("---\n: : [\n---\n", None),

@@ -1,4 +1,4 @@
-"""Compatibility: faults of an adapter's files and the programs that can load it; no folder makes the check crash."""
+"""Compatibility: faults of an adapter's files, and programs that can load it; no folder crashes the check."""
 
 import json
 import random
@@ -37,7 +37,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """An adapter folder of each kind, its base's folder beside it as `base`."""
+    """Create an adapter folder of each type, its base's folder beside it as `base`."""
     found = {}
     for kind, (family, options) in KINDS.items():
         folder = tmp_path_factory.mktemp(kind)
@@ -52,7 +52,7 @@ def base_config(adapter: Path) -> dict[str, Any]:
 
 
 def checked(adapter: Path, *, base: bool = True) -> dict[str, Verdict]:
-    """Verdicts by program; of the files, the worst."""
+    """Return the verdicts by program; for the files, the worst."""
     found = compatibility.verdicts(adapter, base_config(adapter) if base else None)
     by_level = sorted(found, key=lambda v: v.level)
     return {v.program: v for v in by_level}
@@ -76,12 +76,12 @@ def with_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[
     return folder
 
 
-def test_every_program_has_one_verdict_after_those_of_the_files(made: dict[str, Path]) -> None:
+def test_every_program_has_one_verdict_after_the_files(made: dict[str, Path]) -> None:
     found = [v.program for v in compatibility.verdicts(made["plain"], None)]
     assert found == [FILES] * (len(found) - len(compatibility.PROGRAMS)) + [*compatibility.PROGRAMS]
 
 
-def test_a_plain_adapter_is_read_by_all_but_ollama(made: dict[str, Path]) -> None:
+def test_plain_adapter_is_loaded_by_all_programs_but_ollama(made: dict[str, Path]) -> None:
     found = checked(made["plain"])
     refused = {name for name, verdict in found.items() if verdict.level is Level.REFUSED}
     assert refused == {"Ollama"}
@@ -110,17 +110,15 @@ def test_a_plain_adapter_is_read_by_all_but_ollama(made: dict[str, Path]) -> Non
         ("neox", "MLX", Level.REFUSED, "gpt_neox"),
     ],
 )
-def test_who_reads_what(made: dict[str, Path], kind: str, program: str, level: Level, reason: str) -> None:
+def test_verdict_of_each_program(made: dict[str, Path], kind: str, program: str, level: Level, reason: str) -> None:
     verdict = checked(made[kind])[program]
     assert verdict.level is level
     assert reason in verdict.reason
-    assert verdict.level is Level.OK or (verdict.remedy and verdict.source)
+    assert verdict.level is Level.OK or verdict.remedy
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_said_of_our_own_formats_is_what_their_writers_do(
-    made: dict[str, Path], kind: str, tmp_path: Path
-) -> None:
+def test_verdicts_on_gguf_and_mlx_match_their_writers(made: dict[str, Path], kind: str, tmp_path: Path) -> None:
     described = base_config(made[kind])
     writers: dict[str, Callable[[], None]] = {
         "llama.cpp": lambda: gguf_adapter.write(made[kind], described, tmp_path / "adapter.gguf"),
@@ -136,16 +134,14 @@ def test_what_is_said_of_our_own_formats_is_what_their_writers_do(
         assert written is (found[program].level is not Level.REFUSED), (program, found[program])
 
 
-def test_a_gguf_file_beside_it_settles_what_llama_cpp_s_own_converter_gets_wrong(
-    made: dict[str, Path], tmp_path: Path
-) -> None:
+def test_gguf_file_in_the_folder_removes_the_converters_warning(made: dict[str, Path], tmp_path: Path) -> None:
     folder = copied(made["rslora"], tmp_path)
     gguf_adapter.write(folder, base_config(made["rslora"]), folder / "adapter.gguf")
     assert checked(folder)["llama.cpp"].level is Level.OK
 
 
 @pytest.mark.parametrize(("rank", "needed"), [(16, None), (17, 32), (200, 256), (512, 512)])
-def test_vllm_is_given_the_next_rank_that_it_allows(
+def test_vllm_verdict_names_the_next_allowed_rank(
     made: dict[str, Path], tmp_path: Path, rank: int, needed: int | None
 ) -> None:
     def wider(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -160,7 +156,7 @@ def test_vllm_is_given_the_next_rank_that_it_allows(
     assert verdict.reason.endswith(f"--max-lora-rank {needed}" if needed else "")
 
 
-def test_a_rank_beyond_vllm_is_made_smaller_by_merge(made: dict[str, Path], tmp_path: Path) -> None:
+def test_rank_above_vllms_limit_is_refused_with_the_remedy(made: dict[str, Path], tmp_path: Path) -> None:
     def wider(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {k: torch.ones((600, t.shape[1]) if ".lora_A." in k else (t.shape[0], 600)) for k, t in tensors.items()}
 
@@ -177,7 +173,7 @@ def both_renamed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key.replace("mlp.up_proj.", "mlp.up_projection."): t for key, t in tensors.items()}
 
 
-def oddly_named(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def with_lora_c(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return tensors | {"base_model.model.model.layers.0.mlp.up_proj.lora_C.weight": torch.ones(4, 4)}
 
 
@@ -200,8 +196,8 @@ def untrained(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     [
         (renamed, "has no lora_B: a tensor is missing or was renamed"),
         (both_renamed, "is in the weights, but is not a target"),
-        (oddly_named, "lora_C.weight is not part of a LoRA"),
-        (cut, "no rank of adapter_config.json"),
+        (with_lora_c, "lora_C.weight is not part of a LoRA"),
+        (cut, "which do not match a rank in adapter_config.json"),
         (broken, "1 of 28 tensors hold NaN or infinities, first base_model"),
         (untrained, "every lora_B is zero: the adapter changes nothing"),
     ],
@@ -216,7 +212,7 @@ def test_broken_tensors_are_refused_without_a_base(
     assert compatibility.is_unusable(compatibility.verdicts(folder, None))
 
 
-def test_what_peft_itself_saves_beside_a_and_b_is_no_mistake(made: dict[str, Path], tmp_path: Path) -> None:
+def test_embeddings_saved_by_peft_are_accepted(made: dict[str, Path], tmp_path: Path) -> None:
     def with_embeddings(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         names = ("model.embed_tokens.base_layer.weight", "lm_head.weight")
         return tensors | {f"base_model.model.{name}": torch.ones(514, 64) for name in names}
@@ -226,7 +222,7 @@ def test_what_peft_itself_saves_beside_a_and_b_is_no_mistake(made: dict[str, Pat
     assert "trained in full" in checked(folder)["vLLM"].reason
 
 
-def test_an_adapter_of_parameters_is_not_measured_by_the_rules_of_layers(made: dict[str, Path], tmp_path: Path) -> None:
+def test_adapter_of_parameters_is_not_checked_as_layers(made: dict[str, Path], tmp_path: Path) -> None:
     def of_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {f"base_model.model.model.layers.0.mlp.experts.lora_{part}.weight": torch.ones(shape)
                 for part, shape in (("A", (32, 64)), ("B", (128, 32)))}  # fmt: skip
@@ -238,7 +234,7 @@ def test_an_adapter_of_parameters_is_not_measured_by_the_rules_of_layers(made: d
     assert {v.program: v.level for v in found}["vLLM"] is Level.REFUSED
 
 
-def test_a_target_without_a_tensor_is_judged_by_what_the_base_has(made: dict[str, Path], tmp_path: Path) -> None:
+def test_target_without_a_tensor_is_compared_with_the_base(made: dict[str, Path], tmp_path: Path) -> None:
     targets = json.loads((made["plain"] / files.CONFIG).read_text())["target_modules"]
     folder, described = copied(made["plain"], tmp_path), base_config(made["plain"])
 
@@ -246,13 +242,13 @@ def test_a_target_without_a_tensor_is_judged_by_what_the_base_has(made: dict[str
         found = compatibility.verdicts(with_config(folder, target_modules=[*targets, target]), config)
         return [v.level for v in found if v.program == FILES and "has no tensor" in v.reason]
 
-    assert levels("query_key_value", described) == [], "PEFT leaves out what the base lacks"
+    assert levels("query_key_value", described) == [], "PEFT ignores targets that the base does not have"
     assert checked(folder)["vLLM"].level is Level.REFUSED
     assert levels("query_key_value", None) == [Level.WARN]
     assert levels("lm_head", described) == [Level.REFUSED]
 
 
-def test_layers_that_did_not_train_are_a_warning(made: dict[str, Path], tmp_path: Path) -> None:
+def test_untrained_layers_are_a_warning(made: dict[str, Path], tmp_path: Path) -> None:
     def one(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {k: torch.zeros_like(t) if "0.mlp.up_proj.lora_B" in k else t for k, t in tensors.items()}
 
@@ -262,7 +258,7 @@ def test_layers_that_did_not_train_are_a_warning(made: dict[str, Path], tmp_path
 
 
 @pytest.mark.closes("D03")
-def test_another_base_is_found_by_its_config_alone(made: dict[str, Path], tmp_path: Path) -> None:
+def test_wrong_base_is_found_by_its_config(made: dict[str, Path], tmp_path: Path) -> None:
     other = json.loads((tiny_folder(tmp_path, "llama") / "config.json").read_text())
     for config, reason in (
         (other | {"intermediate_size": 96}, "in the base, but A"),
@@ -274,9 +270,7 @@ def test_another_base_is_found_by_its_config_alone(made: dict[str, Path], tmp_pa
     assert not compatibility.is_unusable(compatibility.verdicts(made["plain"], {"model_type": "of the future"}))
 
 
-def test_a_local_base_a_closed_mode_and_no_license_are_told_with_what_helps(
-    made: dict[str, Path], tmp_path: Path
-) -> None:
+def test_local_base_closed_mode_and_missing_license_are_warnings(made: dict[str, Path], tmp_path: Path) -> None:
     folder = copied(made["plain"], tmp_path)
     (folder / files.WEIGHTS).chmod(0o600)
     found = [v for v in compatibility.verdicts(folder, None) if v.program == FILES]
@@ -287,7 +281,7 @@ def test_a_local_base_a_closed_mode_and_no_license_are_told_with_what_helps(
     assert "0600" in found[0].reason and "not a hub id" in found[1].reason
 
 
-def test_what_is_right_is_not_told(made: dict[str, Path], tmp_path: Path) -> None:
+def test_correct_folder_has_no_findings(made: dict[str, Path], tmp_path: Path) -> None:
     folder = with_config(copied(made["plain"], tmp_path), base_model_name_or_path="org/base", revision="0" * 40)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
     for path in folder.iterdir():
@@ -297,7 +291,9 @@ def test_what_is_right_is_not_told(made: dict[str, Path], tmp_path: Path) -> Non
 
 @pytest.mark.closes("D08")
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda"])
-def test_an_adapter_that_changed_its_base_is_for_peft_alone(made: dict[str, Path], tmp_path: Path, init: str) -> None:
+def test_adapter_that_changed_its_base_is_refused_outside_peft(
+    made: dict[str, Path], tmp_path: Path, init: str
+) -> None:
     found = checked(with_config(copied(made["plain"], tmp_path), init_lora_weights=init))
     assert {name for name, v in found.items() if v.level is Level.REFUSED} == {*compatibility.PROGRAMS} - {
         "PEFT",
@@ -306,14 +302,14 @@ def test_an_adapter_that_changed_its_base_is_for_peft_alone(made: dict[str, Path
     assert "path_initial_model_for_weight_conversion" in found["PEFT"].remedy
 
 
-def test_more_tokens_than_the_base_has_rows_are_told(made: dict[str, Path]) -> None:
+def test_more_tokens_than_embedding_rows_are_reported(made: dict[str, Path]) -> None:
     smaller = base_config(made["plain"]) | {"vocab_size": 500}
     found = {v.program: v for v in compatibility.verdicts(made["plain"], smaller)}
     assert "base.resize_token_embeddings(512, mean_resizing=False)" in found["PEFT"].reason
     assert found["vLLM"].level is Level.REFUSED
 
 
-def test_the_head_of_a_tied_base_cannot_be_adapted_alone(made: dict[str, Path]) -> None:
+def test_adapted_head_of_a_tied_base_is_refused(made: dict[str, Path]) -> None:
     tied = base_config(made["embedding"]) | {"tie_word_embeddings": True}
     found = {v.program: v for v in compatibility.verdicts(made["embedding"], tied)}
     assert found["llama.cpp"].level is Level.REFUSED and "share one matrix" in found["llama.cpp"].reason
@@ -324,21 +320,21 @@ def test_the_head_of_a_tied_base_cannot_be_adapted_alone(made: dict[str, Path]) 
     ("config", "release"),
     [
         ({}, "0.5.0"),
-        ({"use_dora": False, "rank_pattern": {}}, "0.9.0"),  # 0.8 would raise for a key that it does not know
+        ({"use_dora": False, "rank_pattern": {}}, "0.9.0"),  # 0.8 raises an error for an unknown key
         ({"use_dora": True, "use_rslora": True}, "0.9.0"),
-        ({"peft_version": "0.21.2"}, "0.14.0"),  # from which on a key that is not known is dropped
+        ({"peft_version": "0.21.2"}, "0.14.0"),  # drops unknown keys with a warning
         ({"target_parameters": ["experts.weight"], "peft_version": "0.21.2"}, "0.17.0"),
         ({"init_lora_weights": "pissa_niter_4"}, "0.11.0"),
         ({"kasa_config": None}, "0.14.0"),
     ],
 )
 @pytest.mark.closes("D06")
-def test_the_first_peft_that_reads_a_config(config: dict[str, Any], release: str) -> None:
+def test_minimum_peft(config: dict[str, Any], release: str) -> None:
     assert compatibility.minimum_peft(config) == release
 
 
-def test_a_config_with_all_of_peft_s_defaults_asks_for_no_more_than_one_that_drops_what_it_does_not_know() -> None:
-    """Also of a PEFT to come: a new key whose default is neither None nor False would be taken for a wish."""
+def test_minimum_peft_of_a_config_with_all_defaults() -> None:
+    """It also holds for a later PEFT, unless a new key has a default other than None and False."""
     assert compatibility.minimum_peft(LoraConfig(target_modules=["q_proj"]).to_dict()) == "0.14.0"
 
 
@@ -350,7 +346,7 @@ def test_a_config_with_all_of_peft_s_defaults_asks_for_no_more_than_one_that_dro
         b'{"peft_type": "LORA", "new": 1}',
     ],
 )
-def test_a_broken_config_is_a_finding(made: dict[str, Path], tmp_path: Path, content: bytes) -> None:
+def test_broken_config_is_a_finding(made: dict[str, Path], tmp_path: Path, content: bytes) -> None:
     folder = copied(made["plain"], tmp_path)
     (folder / files.CONFIG).write_bytes(content)
     found = compatibility.verdicts(folder, base_config(made["plain"]))
@@ -358,8 +354,8 @@ def test_a_broken_config_is_a_finding(made: dict[str, Path], tmp_path: Path, con
     assert all(v.level is Level.REFUSED for v in found if v.program != FILES)
 
 
-def test_mutated_folders_never_crash_the_check(made: dict[str, Path], tmp_path: Path) -> None:
-    """Values of the config, bytes of the weights' header, and files that are missing, by a seeded generator."""
+def test_mutated_folders_do_not_crash_the_check(made: dict[str, Path], tmp_path: Path) -> None:
+    """Change values of the config and bytes of the weights' header, or remove files, by a seeded generator."""
     folder = copied(made["plain"], tmp_path)
     draw, kept = random.Random(6), {path.name: path.read_bytes() for path in folder.iterdir()}
     config = json.loads(kept[files.CONFIG])
@@ -407,7 +403,7 @@ def test_command_compares_the_adapter_with_the_named_base(
     made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tiny_folder(tmp_path, "gpt2")
-    words = ("lint_only=true", f"adapter_path={made['plain']}", "model=local")
-    assert call("publish", *words, f"model.path={other}") == 5
+    overrides = ("lint_only=true", f"adapter_path={made['plain']}", "model=local")
+    assert call("publish", *overrides, f"model.path={other}") == 5
     assert "the base has no layer" in capsys.readouterr().err
-    assert call("publish", *words, f"model.path={made['plain'].parents[1] / 'base'}") == 0
+    assert call("publish", *overrides, f"model.path={made['plain'].parents[1] / 'base'}") == 0

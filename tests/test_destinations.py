@@ -9,27 +9,16 @@ from typing import Any
 
 import fsspec
 import pytest
+from finished import contents, package
 
 from lora_ft.errors import ConfigError, MismatchError, ResourceError, SecurityError
 from lora_ft.io import durable
-from lora_ft.publishing import checksums, destinations
+from lora_ft.publishing import destinations
 
 RECORD = json.dumps({"base": {"id": "org/base"}}).encode()
 OLD = {"README.md": b"old", "adapter_model.safetensors": b"old" * 99, "lora_ft.json": RECORD, "adapter.gguf": b"gone"}
 NEW = {"README.md": b"new", "adapter_model.safetensors": b"new" * 99, "lora_ft.json": RECORD,
        "mlx/adapters.safetensors": b"mlx" * 9}  # fmt: skip
-
-
-def package(folder: Path, contents: dict[str, bytes]) -> Path:
-    for name, data in contents.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    (folder / checksums.FILE).write_text(checksums.render(checksums.compute(folder)))
-    return folder
-
-
-def of(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in checksums.file_names(folder)}
 
 
 @pytest.fixture
@@ -94,7 +83,7 @@ def test_package_is_sent_to_a_folder_and_fetched(new: Path, tmp_path: Path) -> N
     assert not (tmp_path / "shelf").exists(), "check writes nothing"
     assert destination.send(new, "message", False) == f"{tmp_path}/shelf/adapter"
     destination.fetch(tmp_path / "back", None)
-    assert of(tmp_path / "shelf" / "adapter") == of(tmp_path / "back") == of(new)
+    assert contents(tmp_path / "shelf" / "adapter") == contents(tmp_path / "back") == contents(new)
 
 
 @pytest.mark.closes("G03")
@@ -115,11 +104,11 @@ def test_package_in_a_folder_is_replaced_as_a_whole_or_not_at_all(
     monkeypatch.setattr(durable, "write_stream", full)
     with pytest.raises(ResourceError, match="No space left"):
         destination.send(new, "message", False)
-    assert of(target) == of(old)
+    assert contents(target) == contents(old)
     monkeypatch.undo()
     assert "(replaces the package there" in destination.check(False)
     destination.send(new, "message", False)
-    assert of(target) == of(new)
+    assert contents(target) == contents(new)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old", "target"]
 
 
@@ -179,13 +168,13 @@ def test_package_is_sent_to_a_store_and_fetched(store: Any, new: Path, old: Path
     destination = destinations.parse("memory://shelf/x")
     assert destination.check(False) == "memory://shelf/x (new; the store decides who can read it)"
     assert destination.send(old, "message", False) == "memory://shelf/x"
-    assert stored(store) == of(old)
+    assert stored(store) == contents(old)
     assert "(replaces the package there" in destination.check(False)
     store.pipe_file("/shelf/x/notes.txt", b"mine")
     destination.send(new, "message", False)
-    assert stored(store) == of(new) | {"notes.txt": b"mine"}
+    assert stored(store) == contents(new) | {"notes.txt": b"mine"}
     destination.fetch(tmp_path / "back", None)
-    assert of(tmp_path / "back") == of(new)
+    assert contents(tmp_path / "back") == contents(new)
 
 
 @pytest.mark.closes("G03")
@@ -222,11 +211,11 @@ def test_interrupted_upload_is_not_fetched_and_can_be_repeated(
         back = tmp_path / f"back{request}"
         try:
             destination.fetch(back, None)
-            assert of(back) in (of(old), of(new))
+            assert contents(back) in (contents(old), contents(new))
         except (ResourceError, MismatchError):
             assert not back.exists()
         destination.send(new, "message", False)
-        assert stored(store) == of(new), "a second attempt completes the upload"
+        assert stored(store) == contents(new), "a second attempt completes the upload"
     assert request > len(NEW)
 
 

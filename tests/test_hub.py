@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finished import adapted, saved_run, settings
+from finished import adapted, contents, package, saved_run, settings
 from hub.server import READER, Hub
 from safetensors.torch import load_file
 from tiny import tiny_folder
@@ -77,22 +77,10 @@ def client(served: tuple[Hub, Client]) -> Client:
     return served[1]
 
 
-def package(folder: Path, contents: dict[str, bytes]) -> Path:
-    for name, data in contents.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    (folder / checksums.FILE).write_text(checksums.render(checksums.compute(folder)))
-    return folder
-
-
 def stored(hub: Hub, name: str = "me/x") -> dict[str, bytes]:
     """Return the files of the last commit, without the hub's own."""
     found = hub.repositories[name].files
     return {name: hub.read(digest) for name, digest in found.items() if name != ".gitattributes"}
-
-
-def of(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in checksums.file_names(folder)}
 
 
 @pytest.mark.closes("G02", "G03")
@@ -105,10 +93,10 @@ def test_package_is_sent_in_one_commit_to_a_private_repository_and_fetched(
     address = client("send", folder, "message", False)["value"]
     repository = hub.repositories["me/x"]
     assert repository.private and len(repository.commits) == 2  # the hub's own first one, and ours
-    assert stored(hub) == of(folder)
+    assert stored(hub) == contents(folder)
     assert address == f"hf:me/x@{repository.commits[-1][0]}"
     assert client("fetch", tmp_path / "back", address.partition("@")[2])["value"] is None
-    assert of(tmp_path / "back") == of(folder)
+    assert contents(tmp_path / "back") == contents(folder)
     shown = client("check", False)["value"]
     assert shown == f"{hub.url}/me/x (existing, private, at {repository.commits[-1][0][:8]})"
 
@@ -125,9 +113,9 @@ def test_newer_package_replaces_the_older_and_keeps_other_files(hub: Hub, client
     shown = client("check", False)["value"]
     assert shown.endswith("; other files there are kept: notes.txt)")
     client("send", package(tmp_path / "new", NEW), "message", False)
-    assert stored(hub) == of(tmp_path / "new") | {"notes.txt": b"mine"}
+    assert stored(hub) == contents(tmp_path / "new") | {"notes.txt": b"mine"}
     assert client("fetch", tmp_path / "back", None)["value"] is None
-    assert of(tmp_path / "back") == of(tmp_path / "new")
+    assert contents(tmp_path / "back") == contents(tmp_path / "new")
 
 
 @pytest.mark.closes("G03")
@@ -149,14 +137,14 @@ def test_hub_that_fails_at_any_request_holds_the_old_or_the_new_package(
         if not hub.heal():
             break
         found = stored(hub) if hub.repositories else {}
-        assert found in ((of(old) if before else {}), of(new))
+        assert found in ((contents(old) if before else {}), contents(new))
         assert all(repository.private for repository in hub.repositories.values())
         if "error" in answer:
             assert answer["error"] == "ResourceError" and "publish again" in answer["message"]
             assert 15 < answer["waited"] < 300, "it retries for a limited time"
-        complete += found == of(new)
+        complete += found == contents(new)
         assert "value" in client("send", new, "message", False), "a rerun completes the upload"
-        assert stored(hub) == of(new)
+        assert stored(hub) == contents(new)
         assert len(hub.repositories["me/x"].commits) == commits + 1
     assert request > 8 and complete < request / 2
     record_property(
@@ -178,7 +166,7 @@ def test_request_that_fails_once_is_retried(fault: str, hub: Hub, client: Client
         if not hub.heal():
             break
         assert "value" in answer, answer
-        assert stored(hub) == of(new)
+        assert stored(hub) == contents(new)
         assert len(hub.repositories["me/x"].commits) == 3, "a commit whose answer was lost is not made twice"
     assert request > 8
 
@@ -189,7 +177,7 @@ def test_failed_downloads_are_retried(hub: Hub, client: Client, tmp_path: Path) 
     for request in (1, 3, 5):
         hub.arm("500", request)
         assert client("fetch", tmp_path / f"back{request}", None).get("value", "") is None
-        assert hub.heal() and of(tmp_path / f"back{request}") == of(folder)
+        assert hub.heal() and contents(tmp_path / f"back{request}") == contents(folder)
     hub.arm("die", 3)
     answer = client("fetch", tmp_path / "never", None)
     assert answer["error"] == "ResourceError" and not (tmp_path / "never").exists()

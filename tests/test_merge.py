@@ -1,4 +1,4 @@
-"""Merged models: they load with transformers alone, match base and adapter, and are removed if they do not."""
+"""Merged models: they load with plain transformers, match base and adapter, and are removed if they do not."""
 
 import contextlib
 import functools

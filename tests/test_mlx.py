@@ -132,7 +132,7 @@ def test_mlx_lm_matches_peft_logits(name: str, tmp_path: Path, record_property: 
     pytest.importorskip("mlx_lm", reason='pip install "mlx[cpu]==0.32.4" mlx-lm==0.32.2')
     family, options = VARIANTS[name]
     model, folder = written(tmp_path, family, **options)
-    # mlx-lm reads the old name of the setting, and takes 10,000 where it is missing; so it does for ties
+    # mlx-lm reads the old name of the setting, and assumes 10,000 if it is missing; the same for ties
     fields = base_config(tmp_path / family)
     fields |= {"rope_theta": fields["rope_parameters"]["rope_theta"], "tie_word_embeddings": False}
     (tmp_path / family / "config.json").write_text(json.dumps(fields))

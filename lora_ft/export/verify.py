@@ -1,4 +1,4 @@
-"""Verify a merged model: load the written folder with transformers alone, and compare its logits.
+"""Verify a merged model: load the written folder with plain transformers, and compare its logits.
 
 attached model --probe--> logits [T, V] ----------------------+
 written folder --from_pretrained, in this process--> logits --+--> distance <= tolerance, or MismatchError
@@ -85,7 +85,7 @@ def dequantized(layer: Any) -> Tensor:
 
 
 def load(folder: Path) -> PreTrainedModel:
-    """Load a merged model on the CPU with transformers alone; raises MismatchError if its tensors are not complete."""
+    """Load a merged model on the CPU with plain transformers; raises MismatchError if tensors do not match."""
     with quiet():
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", use_safetensors=True, local_files_only=True, trust_remote_code=False,

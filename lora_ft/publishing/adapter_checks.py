@@ -126,7 +126,8 @@ def _base_mismatches(facts: AdapterFacts) -> Iterator[Finding]:
                 Level.REFUSED, f"the base has no layer {layer}", "name the base that the adapter was trained on"
             )
             return
-        if a and b and weight[0] != vocabulary and {a[-1], b[0]} != set(weight):  # added tokens: reported elsewhere
+        # A layer with the vocabulary's size may have added tokens, which compatibility.py reports.
+        if a and b and weight[0] != vocabulary and {a[-1], b[0]} != set(weight):
             yield Finding(Level.REFUSED, f"{layer} is {list(weight)} in the base, but A is {list(a)} "
                           f"and B {list(b)}", "name the base that the adapter was trained on")  # fmt: skip
             return

@@ -23,7 +23,7 @@ from lora_ft.models.gguf import reader
 from lora_ft.publishing.adapter_facts import front_matter
 from lora_ft.setting import OnResume
 
-# The card shows these elsewhere.
+# The card shows these under other headings.
 _SHOWN_ELSEWHERE = ("data.revision", "data.name", "data.split", "model.revision", "model.hub_id")
 
 

@@ -1,4 +1,4 @@
-"""Verify that a folder holds the trained adapter: load it with PEFT alone in a new process, and compare logits.
+"""Verify that a folder holds the trained adapter: load it with PEFT in a process without lora_ft, and compare logits.
 
     make_probe(model, tokenizer)          -> probe.safetensors: 64 x 256 logits of the adapter, and of its base
     verify(folder, provenance.loading(base, quant, model))
@@ -161,7 +161,7 @@ def _run_worker(request: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, A
     )  # fmt: skip
     if ended.returncode:
         reason = (ended.stderr.decode(errors="replace").strip() or f"exit code {ended.returncode}").splitlines()
-        raise MismatchError(f"the adapter in {request['folder']} does not load with PEFT alone: {reason[-1]}")
+        raise MismatchError(f"PEFT cannot load the adapter in {request['folder']}: {reason[-1]}")
     length = int.from_bytes(ended.stdout[:8], "little")
     report = json.loads(json.loads(ended.stdout[8 : 8 + length])["__metadata__"]["report"])
     return safetensors.torch.load(ended.stdout), report
