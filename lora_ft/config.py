@@ -284,7 +284,7 @@ class SweepRun(TrainRun):
 
 @dataclass
 class ReportRun:
-    """Write the tables and curves of a sweep into its folder: report.md, report.html, report.json, pictures."""
+    """Write tables and curves of a sweep into its folder: report.md, report.html, report.json, pictures."""
 
     sweep: str = setting("", "sweep folder", path=True)
 
