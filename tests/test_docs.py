@@ -26,7 +26,7 @@ COMMANDS = [
     (name, line)
     for name, text in PAGES.items()
     for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    for line in block.splitlines()
+    for line in re.sub(r"\\\n\s*", "", block).splitlines()
     if line and not line.startswith("#")
 ]
 
