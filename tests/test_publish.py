@@ -208,7 +208,7 @@ def made_by_peft(folder: Path, *, base: str | None = None) -> Path:
         ("renamed key", 5, "does not fit"),
         ("another base", 5, "does not fit"),
         ("wrong shape", 5, "does not fit"),
-        ("NaN", 5, "not finite"),
+        ("NaN", 5, "contain NaN"),
         ("local base path", 2, "model.hub_id=OWNER/NAME"),
         ("mode 0600", 0, ""),
     ],
