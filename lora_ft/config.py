@@ -34,7 +34,7 @@ _HERE = Path(__file__).resolve().parent
 CONF = next(d for d in (_HERE / "conf", _HERE.parent / "conf") if d.is_dir())
 
 
-@dataclass
+@dataclass(slots=True)
 class Model:
     path: str = setting("", "base model: hub id, local folder, GGUF file, or package:NAME/FILE.gguf", path=True)
     revision: str | None = setting(None, "branch, tag or commit of a hub id; recorded as a commit", text=True)
@@ -46,14 +46,14 @@ class Model:
     added_tokens: list[str] = setting([], "tokens to add; their embeddings are trained and saved with the adapter")
 
 
-@dataclass
+@dataclass(slots=True)
 class Quant:
     kind: QuantKind = setting(QuantKind.none, "precision of the frozen linear layers")
     double: bool = setting(True, "nf4, fp4: quantize the scales as well")
     compute_dtype: Dtype = setting(Dtype.auto, "nf4, fp4: dtype of matrix products; auto: model.dtype")
 
 
-@dataclass
+@dataclass(slots=True)
 class RecordedQuant(Quant):
     """Quantization of an adapter's base; null settings are taken from the adapter's record (adapters/loading.py)."""
 
@@ -65,7 +65,7 @@ class RecordedQuant(Quant):
     )
 
 
-@dataclass
+@dataclass(slots=True)
 class Adapter:
     r: int = setting(16, "rank", at_least=1)
     lora_alpha: float = setting(32.0, "the update is scaled by lora_alpha / r", above=0)
@@ -84,7 +84,7 @@ class Adapter:
     )
 
 
-@dataclass
+@dataclass(slots=True)
 class Data:
     path: str = setting(
         "", "rows: .jsonl .json .csv .parquet .txt file, folder, hub id, or package:NAME/FOLDER", path=True
@@ -117,12 +117,12 @@ class Data:
     )
 
 
-@dataclass
+@dataclass(slots=True)
 class Objective:
     name: str = setting("sft", "training objective; sft: cross-entropy of the supervised tokens", text=True)
 
 
-@dataclass
+@dataclass(slots=True)
 class Optim:
     name: Optimizer = setting(Optimizer.adamw, "optimizer; 8-bit and paged AdamW are from bitsandbytes")
     lr: float = setting(2e-4, "peak learning rate", above=0)
@@ -142,7 +142,7 @@ class Optim:
     max_grad_norm: float = setting(1.0, "gradient norm to clip to; 0: no clipping", at_least=0)
 
 
-@dataclass
+@dataclass(slots=True)
 class Train:
     epochs: int = setting(1, "passes over the data", at_least=1, on_resume=OnResume.higher)
     max_steps: int | None = setting(
@@ -195,7 +195,7 @@ class Train:
     )
 
 
-@dataclass
+@dataclass(slots=True)
 class Fast:
     attention: bool = setting(True, "causal attention per document instead of a dense mask")
     loss: bool = setting(True, "head and loss in chunks, on supervised positions only")
@@ -210,7 +210,7 @@ class Fast:
     liger: bool = setting(False, "CUDA: norm, SwiGLU and rotary embedding by the package liger-kernel")
 
 
-@dataclass
+@dataclass(slots=True)
 class Track:
     name: Tracker = setting(
         Tracker.none, "tracker that receives the metrics, in addition to metrics.jsonl", on_resume=OnResume.free
@@ -220,7 +220,7 @@ class Track:
     )
 
 
-@dataclass
+@dataclass(slots=True)
 class Eval:
     rows: int | None = setting(None, "maximum number of eval rows; null: all", unit="rows", at_least=1)
     metrics: list[str] = setting([], "metrics of generated answers: exact_match, accuracy, f1, chrf, bleu, rouge_l")
@@ -229,7 +229,7 @@ class Eval:
     tokens_per_microbatch: int = setting(1024, "maximum size of a forward pass", unit="tokens", at_least=1)
 
 
-@dataclass
+@dataclass(slots=True)
 class Sampling:
     max_new_tokens: int = setting(256, "maximum length of an answer", unit="tokens", at_least=1)
     temperature: float = setting(0.0, "0: greedy", at_least=0)
@@ -247,7 +247,7 @@ _adapter_path = partial(
 )
 
 
-@dataclass
+@dataclass(slots=True)
 class TrainRun:
     """Train an adapter on rows of data, on a frozen base model."""
 
@@ -270,26 +270,26 @@ class TrainRun:
     )
 
 
-@dataclass
+@dataclass(slots=True)
 class CheckRun(TrainRun):
     """Show what train would do with the same overrides: rows, loss mask, steps, layers. Loads no weights."""
 
 
-@dataclass
+@dataclass(slots=True)
 class SweepRun(TrainRun):
     """Train once for each combination of values, as in adapter.r=4,8,16, on one loaded base, and report."""
 
     sweep: Sweep = field(default_factory=Sweep)
 
 
-@dataclass
+@dataclass(slots=True)
 class ReportRun:
     """Write tables and curves of a sweep into its folder: report.md, report.html, report.json, pictures."""
 
     sweep: str = setting("", "sweep folder", path=True)
 
 
-@dataclass
+@dataclass(slots=True)
 class EvalRun:
     """Compare base and adapter on eval rows: loss, perplexity, task metrics, answers."""
 
@@ -305,7 +305,7 @@ class EvalRun:
     seed: int = _seed()
 
 
-@dataclass
+@dataclass(slots=True)
 class ChatRun:
     """Chat with base or adapter; prompt= gives one answer and exits."""
 
@@ -321,7 +321,7 @@ class ChatRun:
     seed: int = _seed()
 
 
-@dataclass
+@dataclass(slots=True)
 class MergeRun:
     """Merge an adapter into its base; or combine several adapters, or truncate one to a lower rank."""
 
@@ -355,7 +355,7 @@ class MergeRun:
     seed: int = _seed()
 
 
-@dataclass
+@dataclass(slots=True)
 class PublishRun:
     """Package an adapter, verify it with PEFT alone, upload it, and compare the uploaded files."""
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from lora_ft.setting import setting
 
 
-@dataclass
+@dataclass(slots=True)
 class Sweep:
     halving: bool = setting(False, "successive halving: stop jobs with a high eval loss early (arXiv 1502.07943)")
     eta: int = setting(3, "halving: keep one in eta jobs at each rung", at_least=2)
@@ -14,7 +14,7 @@ class Sweep:
     )
 
 
-@dataclass
+@dataclass(slots=True)
 class Launcher:
     """Settings of the launcher that runs the jobs of a sweep: `hydra.launcher.*`."""
 

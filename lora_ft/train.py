@@ -66,6 +66,7 @@ def train(
     callbacks: Sequence[Callback] = (),
 ) -> Run:
     """Train one adapter from Python; see `lora_ft.train`."""
+    cfg = validation.typed(cfg)
     folder = runs.folder_of(cfg, folder)
     cfg = run_rows.with_rows(cfg, folder, rows, eval_rows)
     validation.locate_paths(cfg)
@@ -108,13 +109,17 @@ def train_job(
         log.info("%s parameters train, %d steps", f"{state.num_trainable:,}", len(state.steps))
         try:
             checkpoint.resume(state)
-            if runs.keep_changes(folder, cfg) and cfg.optim.schedule is not Schedule.constant:
-                log.warning("the learning rate now follows the schedule of the longer run")
+            if runs.keep_changes(folder, cfg):
+                state.stopped_by = None  # what a callback stopped is continued by asking for more steps
+                if cfg.optim.schedule is not Schedule.constant:
+                    log.warning("the learning rate now follows the schedule of the longer run")
             log.info("ready in %.1f s", time.perf_counter() - started)
             callback.on_start(state)
             fit(state, [callback], stop, until, shared.base_losses)
             result = None
             if state.is_done:
+                if state.stopped_by:
+                    log.info("stopped after step %d of %d: %s", state.step, len(state.steps), state.stopped_by)
                 if not changes_base:
                     audit.check_base_unchanged(loaded.fingerprint, fingerprint(base.model))
                 result = finish(state, base, dataset, shared.comparisons)

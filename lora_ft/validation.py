@@ -197,8 +197,19 @@ def from_plain(schema: type[Config], plain: dict[str, Any]) -> Config:
     try:
         made: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), escape(plain)))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{schema.__name__}: {str(error).splitlines()[0]}") from error
+        key, reason = getattr(error, "full_key", None) or "", str(error).splitlines()[0]
+        value: Any = plain
+        for part in filter(None, key.split(".")):
+            value = value.get(part) if isinstance(value, dict) else value
+        if "is not a ListConfig" in reason:
+            reason = "must be a list"
+        raise ConfigError(f"{key or schema.__name__}: {reason}, got {value!r}") from error
     return cast(Config, made)
+
+
+def typed(cfg: Config) -> Config:
+    """Return a copy of a config with checked types; raises ConfigError. An enum may be given by its name."""
+    return from_plain(type(cfg), to_plain(cfg))
 
 
 def escape(value: Any) -> Any:

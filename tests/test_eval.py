@@ -238,7 +238,7 @@ def test_a_foreign_adapter_is_evaluated_with_a_warning_about_its_base(
     ]
     assert call("eval", *words) == 0
     assert "eval loss" in capsys.readouterr().out
-    assert "trained on somebody/elses-llama" in caplog.text
+    assert "the adapter names the base somebody/elses-llama" in caplog.text
     assert not list(tmp_path.rglob("eval.json"))
 
 

@@ -112,6 +112,56 @@ def test_stop_requested_before_the_first_step_takes_effect_after_it(tmp_path: Pa
     assert (result.steps, result.stopped_by, result.stopped_early) == (1, "enough", True)
 
 
+@pytest.mark.parametrize("keep", config.Keep)
+def test_stopped_run_is_evaluated_at_its_last_step(keep: config.Keep, tmp_path: Path) -> None:
+    class Stop(lora_ft.Callback):
+        def on_step(self, state, metrics):
+            if state.step == 2:
+                state.request_stop("the train loss is low enough")
+
+    cfg = tiny(tmp_path, max_steps=4, keep=keep)
+    run = lora_ft.train(cfg, rows=PAIRS[:20], eval_rows=PAIRS[20:], folder=tmp_path / "run", callbacks=[Stop()])
+    result = run.result
+    assert (result.steps, result.stopped_by) == (2, "the train loss is low enough")
+    assert result.eval_loss != result.base_eval_loss
+    assert result.eval_loss == pytest.approx(lora_ft.evaluate(run.folder).comparison.adapter.loss, rel=1e-6)
+    assert [(line["step"], "loss" in line, "eval_loss" in line) for line in run.history] == [
+        (0, False, True), (1, True, False), (2, True, False), (2, False, True),
+    ]  # fmt: skip
+    assert "stopped after step 2 of 4: the train loss is low enough" in (run.folder / "log.txt").read_text()
+    cfg.resume, cfg.train.max_steps = "auto", 5
+    longer = lora_ft.train(cfg, rows=PAIRS[:20], eval_rows=PAIRS[20:], folder=tmp_path / "run")
+    assert (longer.result.steps, longer.result.stopped_by) == (5, None)
+
+
+@pytest.mark.parametrize(("group", "name", "value", "message"), [
+    ("optim", "lr", "fast", r"optim\.lr.*fast"),
+    ("adapter", "target_modules", "q_proj", r"adapter\.target_modules.*q_proj"),
+    ("quant", "kind", "nf5", r"quant\.kind.*nf5"),
+])  # fmt: skip
+def test_wrong_type_in_a_config_is_a_config_error(group: str, name: str, value: object, message: str, tmp_path: Path):
+    cfg = tiny(tmp_path)
+    setattr(getattr(cfg, group), name, value)
+    with pytest.raises(ConfigError, match=message):
+        lora_ft.train(cfg, rows=PAIRS, folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_attribute_of_a_config_is_an_error(tmp_path: Path) -> None:
+    cfg = tiny(tmp_path)
+    with pytest.raises(AttributeError, match="learning_rate"):
+        cfg.optim.learning_rate = 3.0
+    with pytest.raises(AttributeError, match="lr"):
+        cfg.lr = 3.0
+
+
+def test_enum_setting_takes_its_name(tmp_path: Path) -> None:
+    cfg = tiny(tmp_path)
+    cfg.optim.schedule = "cosine"
+    run = lora_ft.train(cfg, rows=PAIRS, folder=tmp_path / "run")
+    assert runs.read_config(run.folder)["optim"]["schedule"] == "cosine"
+
+
 def test_error_of_a_run_is_raised_even_if_on_end_fails(tmp_path: Path) -> None:
     outcomes = []
 

@@ -41,7 +41,7 @@ class Progress(Callback):
             self._live.stop()
 
     def on_evaluate(self, state: TrainingState, metrics: Metrics) -> None:
-        if metrics["step"] == 0:
+        if "loss" not in metrics:  # not part of a step that is shown already
             self._show(state, metrics)
 
     def _show(self, state: TrainingState, metrics: Metrics) -> None:

@@ -141,7 +141,8 @@ class TrainingState:
         first, last = self.evaluations[:1], self.evaluations[-1:]
         kept = [self.best] if self.cfg.train.keep is config.Keep.best else last
         base = next((e.result for e in first if e.step == 0 and self.starts_as_base), None)
-        return base, next((e.result for e in kept if e and (e is self.best or e.step == self.step)), None)
+        is_best = self.cfg.train.keep is config.Keep.best  # then the adapter has the values of the best evaluation
+        return base, next((e.result for e in kept if e and (is_best or e.step == self.step)), None)
 
 
 @contextlib.contextmanager

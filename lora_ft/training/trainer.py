@@ -83,6 +83,10 @@ def _step(
     callback.on_step(state, metrics)
     if is_evaluated:
         callback.on_evaluate(state, metrics)
+    elif state.is_done and state.eval_examples:  # a callback has stopped the run: its last step is evaluated too
+        last = {"step": state.step} | _evaluate(state, {})
+        runs.append_metrics(state.folder, last)
+        callback.on_evaluate(state, last)
     if checkpoint.is_due(state) or state.step == until:
         callback.on_checkpoint(state, checkpoint.save(state))
 
