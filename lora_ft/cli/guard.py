@@ -31,6 +31,7 @@ _CODE = {"_target_", "custom_search_space"}  # the second names a function that 
 _HYDRA_CODE = {"searchpath", "callbacks", "job_logging", "hydra_logging"}  # of hydra.*: names of modules and classes
 # A file may not hold these either: they change this process's environment, or pretend that a user typed something.
 _TYPED_ONLY = {"env_set", "env_copy", "overrides"}
+_LOGGING = {"version", "root", "disable_existing_loggers"}  # what Hydra's choice `none` sets
 _COMMANDS = ("setup", "additional_parameters")  # of a cluster's launcher: shell commands and their options
 # A reference that OmegaConf resolves late, in a folder's name for each job of a sweep; behind a backslash it is text.
 _VARIABLE = re.compile(r"(?<!\\)\$\{\s*oc\.env\s*:\s*['\"]?([^\s,}'\"]+)")
@@ -82,9 +83,16 @@ def _check_file(path: Path) -> None:
     except yaml.YAMLError:
         return  # Hydra reports it as well, with file and line
     package = re.search(r"@package\s+(\S+)", text[:512])
-    for name in [*([package[1]] if package else []), *_keys(root)]:
+    for name in [*([package[1]] if package else []), *_keys(root), *_defaults(root)]:
         if found := (_CODE | _HYDRA_CODE | _TYPED_ONLY) & set(_SEPARATORS.split(name)):
             raise SecurityError(f"{path}: {found.pop()}: a folder of configs holds settings and choices, {_NEVER}")
+
+
+def _defaults(root: yaml.Node | None) -> Iterator[str]:
+    """Yield the texts of a document's defaults list: /group/choice@package."""
+    for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
+        if key.value == "defaults" and isinstance(value, yaml.SequenceNode):
+            yield from (str(node.value) for node in value.value if isinstance(node, yaml.ScalarNode))
 
 
 _NEVER = "never code to run or places to import it from"
@@ -126,6 +134,12 @@ def _names(value: Any) -> Iterator[str]:
 def check_composed(composed: DictConfig) -> None:
     """Check that a composed config runs no shell command that nobody typed, and writes no secret to any file."""
     hydra = typing.cast(dict[str, Any], OmegaConf.to_container(composed.hydra, resolve=False))
+    # Also checked in each file and override; a name that both accept must still not reach Hydra, which runs these.
+    if hydra["callbacks"]:
+        raise SecurityError(f"hydra.callbacks: lora-ft runs no callbacks of Hydra, got {', '.join(hydra['callbacks'])}")
+    for key in ("job_logging", "hydra_logging"):
+        if set(hydra[key] or ()) - _LOGGING or (hydra[key] or {}).get("root"):
+            raise SecurityError(f"hydra.{key}: a logging config can name classes to run, {_NEVER}")
     _check_launcher(hydra["launcher"], hydra["overrides"]["hydra"])
     for name in (*hydra["job"]["env_set"], *hydra["job"]["env_copy"]):
         if redact.is_secret_name(name):

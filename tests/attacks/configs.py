@@ -33,7 +33,7 @@ def _folder_of_configs(
     files: dict[str, str],
     says: str,
     overrides: tuple[str, ...] = (),
-    error: type[LoraFtError] = SecurityError,
+    error: type[LoraFtError] | None = SecurityError,
 ) -> Attack:
     """Choose the file experiment/mine.yaml, and others by the overrides given."""
     chosen = ["experiment=mine"] if "experiment/mine.yaml" in files else []
@@ -109,6 +109,18 @@ ATTACKS = [
     _typed("logging to a class typed", "++hydra.job_logging.handlers.h.class=evil.Evil"),
     _folder_of_configs("logging to a class, by its group", {"hydra/job_logging/evil.yaml": _LOGGING},
                        _CODE, ("hydra/job_logging=evil",)),
+    _folder_of_configs("logging to a class, by a choice in a file", {
+        "experiment/mine.yaml": f"{GLOBAL}defaults:\n  - /hydra/job_logging/evil\n",
+        "hydra/job_logging/evil.yaml": _LOGGING}, _CODE, ("hydra.mode=MULTIRUN",)),
+    _folder_of_configs("logging to a class, by a package in a file", {
+        "experiment/mine.yaml": f"{GLOBAL}defaults:\n  - /other/evil@hydra.job_logging\n",
+        "other/evil.yaml": _LOGGING}, _CODE, ("hydra.mode=MULTIRUN",)),
+    _folder_of_configs("the environment, by a package in a file", {
+        "experiment/mine.yaml": f"{GLOBAL}defaults:\n  - /other/env@hydra.job.env_set\n",
+        "other/env.yaml": "PYTHONPATH: /evil\n"}, _CODE, ("hydra.mode=MULTIRUN",)),
+    _folder_of_configs("logging to a class, in place of lora_ft's settings of Hydra", {
+        "hydra_settings.yaml": "# @package _global_\nhydra: {job_logging: {handlers: {h: {(): builtins.open}}}}\n"},
+        "", ("hydra.mode=MULTIRUN",), error=None),
     _mine("a config of 1 MiB", GLOBAL + "# " + "x" * 2**20, "larger than 1 MiB"),
     _mine("a tag of Python's", GLOBAL + "a: !!python/object/apply:builtins.open [CANARY, w]\n", "is not plain"),
     _mine("a tag of its own", GLOBAL + "a: !evil 1\n", "is not plain data"),
