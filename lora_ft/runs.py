@@ -75,7 +75,8 @@ def create(folder: Path, config: dict[str, Any], overrides: list[str]) -> None:
     durable.make_folder(folder)
     if not _names(folder) <= _BEFORE_TRAINING:
         raise ConfigError(
-            f"the run folder must be empty, but {folder} is not: choose another hydra.run.dir, or resume=auto"
+            f"the run folder must be empty, but {folder} is not: choose another folder, or continue its run with "
+            "resume=auto"
         )
     durable.clear_leftovers(folder)
     write_overrides(folder, overrides)
@@ -159,7 +160,7 @@ def read_sweep(folder: Path) -> tuple[list[str], Path | None]:
         and isinstance(config_dir, str | None)
     ):
         if "words" in found:
-            raise ConfigError(f"{folder} is a sweep of lora_ft 0.1, which this version cannot resume")
+            raise ConfigError(f"{folder} is a sweep of lora_ft 0.1, which this version cannot read")
         raise ConfigError(f"{path} must contain overrides and config_dir of a sweep")
     return overrides, Path(config_dir) if config_dir else None
 
@@ -184,7 +185,7 @@ def _lock(descriptor: int, folder: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ConfigError(f"{folder} is in use by another process") from None
+        raise ConfigError(f"{folder} is in use by another process: wait until it ends, or use another folder") from None
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
             raise
@@ -319,5 +320,8 @@ def adapter_folder(folder: Path) -> Path:
     """Return the adapter folder of a finished run; raises ConfigError if the run has none."""
     path = folder / "adapter"
     if not (path / "adapter_config.json").is_file():
-        raise ConfigError(f"run={folder} has no adapter: the run did not finish (see {folder / LOG})")
+        raise ConfigError(
+            f"run={folder} has no adapter: the run did not finish (see {folder / LOG}). Continue it with: "
+            f"lora-ft train resume={shlex.quote(str(folder))}"
+        )
     return path

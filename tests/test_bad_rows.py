@@ -117,6 +117,8 @@ CHATS = {
     f"{ARGUMENTS}: must not contain NaN or Infinity, which JSON does not have": [
         call(v) for v in ({"a": [math.nan]}, '{"a": -Infinity}')
     ],
+    r"tools\[0\]: must not contain NaN or Infinity.*": [chat(A, B, tools=[{"name": "f", "default": math.nan}])],
+    r"messages\[1\]: must not contain NaN or Infinity.*": [chat(A, assistant("b", score=-math.inf))],
     f"{ARGUMENTS}: a: key occurs twice in one object": [call('{"a": 1, "a": 2}')],
     r"system: must be text, got \w+": [chat(A, B, system=v) for v in (7, ["s"], {})],
     f"content: {CONTROL}": [

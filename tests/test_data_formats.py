@@ -225,7 +225,7 @@ def test_no_rows_at_all_is_a_data_error():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"columns": {"prompt": "q"}}, r"data\.columns names q, which is no column of f\.jsonl: a, b"),
+        ({"columns": {"prompt": "q"}}, r"data\.columns names q, which is not a column of f\.jsonl: a, b"),
         ({"columns": {"promt": "a"}, "format": Format.text}, "promt is no column of format text, which has text"),
         (
             {"format": Format.text, "prompt": "{a}"},

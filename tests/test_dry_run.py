@@ -336,7 +336,7 @@ def test_end_of_turn_that_is_not_a_stop_token_gives_a_warning(tmp_path):
         (base / name).write_text(json.dumps(settings))
     report = dry_run_of(cfg, tokenizer, tmp_path)
     (sentence,) = report.warnings
-    assert f"{report.rows.train_documents} documents end with <|im_end|>, which is a stop token neither" in sentence
+    assert f"{report.rows.train_documents} documents end with <|im_end|>, but neither the tokenizer" in sentence
     (base / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [0, 2]}))
     assert dry_run_of(cfg, tokenizer, tmp_path).warnings == []
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from finished import adapted, contents, package, saved_run, settings
-from hub.server import READER, Hub
+from hub.server import READER, Hub, Refused
 from safetensors.torch import load_file
 from tiny import tiny_folder
 
@@ -184,14 +184,21 @@ def test_failed_downloads_are_retried(hub: Hub, client: Client, tmp_path: Path) 
 
 
 @pytest.mark.closes("G05")
-def test_commit_by_somebody_else_during_the_upload_is_not_overwritten(hub: Hub, client: Client, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fails", [False, True], ids=["first attempt", "retried"])
+def test_commit_by_somebody_else_during_the_upload_is_not_overwritten(
+    fails: bool, hub: Hub, client: Client, tmp_path: Path
+) -> None:
     client("send", package(tmp_path / "old", OLD), "message", False)
-    act = hub.meet
+    act, has_met, refused = hub.meet, False, 0
 
     def meddle(answer: Any) -> Any:
-        if hub.log and "/preupload/" in hub.log[-1]:
-            hub.meet = act  # type: ignore[method-assign]
+        nonlocal has_met, refused
+        if hub.log and "/preupload/" in hub.log[-1] and not has_met:
             hub.put("me/x", {"adapter_model.safetensors": b"theirs"})
+            has_met = True
+        if fails and has_met and refused < 7:  # more often than the client repeats a request by itself
+            refused += 1
+            return Refused(500, "try later").answer
         return act(answer)
 
     hub.meet = meddle  # type: ignore[method-assign]

@@ -184,7 +184,7 @@ def test_run_without_a_checkpoint_restarts_at_step_0(prepared: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("hydra.run.dir={run}",), r"the run folder must be empty, but .*whole is not: .* or resume=auto"),
+        (("hydra.run.dir={run}",), r"the run folder must be empty, but .*whole is not: .* with resume=auto"),
         (("resume={run}", "hydra.run.dir={run}"), "continues in that folder: leave out hydra.run.dir, or write"),
         (("resume={run}", "-m"), r"whole is not a sweep folder: it has no sweep\.json"),
         (("resume=auto",), r"resume=auto needs a folder that stays the same: hydra\.run\.dir=DIR, got runs/\$\{now:"),

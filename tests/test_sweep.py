@@ -155,7 +155,10 @@ def test_halving_without_jobs_to_compare_is_an_error_and_with_a_single_job_warns
     tokens = {"model": config.Model(added_tokens=["<a>"])}
     assert warned(made(*seeds), halving) == []
     [warning] = warned(made(*seeds, other), halving)
-    assert "sweep.halving does not stop job 2" in warning
+    assert "sweep.halving compares job 2 with no other job" in warning
+    later = [dataclasses.replace(job, number=2) for job in made({})]  # the last batch of a sweeper, by itself
+    [warning] = warned(later, halving)
+    assert "sweep.halving compares job 2 with no other job" in warning
     for given, share in ((made(*seeds), False), (made(tokens, tokens), True), (made({}, other), True)):
         with pytest.raises(ConfigError, match=r"sweep\.halving=true has no jobs to compare"):
             warned(given, halving, share=share)

@@ -106,7 +106,7 @@ def test_worker_without_any_outcome_fails_its_first_job_and_keeps_its_log(
     use_command(monkeypatch, *exiting(code))
     jobs = made(tmp_path, "finish", "finish")
     run(jobs, tmp_path)
-    assert all("and without an outcome before its first step" in outcome for outcome in outcomes(jobs))
+    assert all("and without a result before its first step" in outcome for outcome in outcomes(jobs))
     assert (tmp_path / local.FOLDER / "1.log").read_text() == ("" if code.isdigit() else "no such module\n")
 
 

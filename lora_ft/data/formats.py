@@ -61,7 +61,7 @@ def _parser(
     names: of the file's columns. columns: the number of rows with each set of columns, after renaming.
     """
     if missing := [name for name in data.columns.values() if name not in names]:
-        raise ConfigError(f"data.columns names {missing[0]}, which is no column of {data.path}: {_listed(names)}")
+        raise ConfigError(f"data.columns names {missing[0]}, which is not a column of {data.path}: {_listed(names)}")
     found = _detect(columns, data)
     if found is Format.table:
         return found, *table.parser(data, {*names, *data.columns})

@@ -52,6 +52,7 @@ def tools_of(values: dict[str, Any]) -> list[Any] | None:
     for index, tool in enumerate(tools or []):
         if not isinstance(tool, dict):
             raise RowError(f"tools[{index}]", f"must be an object, got {_type(tool)}")
+        _check_finite(tool, f"tools[{index}]")
     return tools or None
 
 
@@ -91,6 +92,7 @@ def _message(message: object, name: str) -> Message:
     if not isinstance(message, dict):
         raise RowError(name, f"must be an object, got {_type(message)}")
     kept = {key: value for key, value in message.items() if value is not None and key not in ("from", "value")}
+    _check_finite({key: value for key, value in kept.items() if key not in ("role", "content", "tool_calls")}, name)
     role = message.get("role", message.get("from"))
     if not isinstance(role, str) or role not in _ROLES:
         raise RowError(name, f"role must be one of {', '.join(_ROLES)}, got {excerpt(repr(role))}")
@@ -154,11 +156,16 @@ def _arguments(value: object, name: str) -> dict[str, Any]:
             raise RowError(name, str(error), value) from None
     if not isinstance(found, dict):
         raise RowError(name, f"must be an object or the JSON text of one, got {_type(found)}", value)
+    _check_finite(found, name)
+    return found
+
+
+def _check_finite(value: object, name: str) -> None:
+    """Raise RowError for NaN and infinities: a template would write them as JSON, and the model would learn that."""
     try:
-        json.dumps(found, allow_nan=False, default=str)  # a template would write NaN, and the model would learn it
+        json.dumps(value, allow_nan=False, default=str)
     except ValueError:
         raise RowError(name, "must not contain NaN or Infinity, which JSON does not have", value) from None
-    return found
 
 
 def _type(value: object) -> str:

@@ -25,11 +25,15 @@ _PROBE_TOKENS = 64
 
 @dataclass(frozen=True)
 class Probe:
-    """Logits [T, V] in float32, on the CPU, of a model in `dtype` with its adapter attached, for token ids [T]."""
+    """Logits [T, V] in float32, on the CPU, of a model with its adapter attached, for token ids [T].
+
+    dtype, device: where the model computed them. Two devices round differently, so the comparison uses the same one.
+    """
 
     ids: Tensor
     logits: Tensor
     dtype: torch.dtype
+    device: torch.device
 
 
 def probe(model: PeftModel, num_tokens: int) -> Probe:
@@ -43,7 +47,7 @@ def probe(model: PeftModel, num_tokens: int) -> Probe:
     ids = torch.linspace(0, num_tokens - 1, length).long()
     with plain_attention(base), replaced_forwards(_exact_products(base)):
         logits = _logits(base, ids)
-    return Probe(ids, logits, base.dtype)
+    return Probe(ids, logits, base.dtype, base.device)
 
 
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -93,7 +97,8 @@ def load(folder: Path) -> PreTrainedModel:
         )  # fmt: skip
     if wrong := [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]:
         raise MismatchError(
-            f"{folder}: {len(wrong)} tensors are missing, not expected or of another shape, first {wrong[0]}"
+            f"the merged model cannot be loaded: {len(wrong)} tensors are missing, unexpected or of another shape, "
+            f"first {wrong[0]}; nothing was written"
         )
     loaded: PreTrainedModel = model
     return loaded
@@ -105,7 +110,7 @@ def check(folder: Path, expected: Probe) -> tuple[float, float]:
     Raises MismatchError if tensors are missing or unexpected, or if the distance is above the allowed one, which is the
     `tolerance` of the coarser dtype.
     """
-    model = load(folder)
+    model = load(folder).to(expected.device)
     coarser = max(model.dtype, expected.dtype, key=lambda dtype: torch.finfo(dtype).eps)
     found, allowed = distance(_logits(model, expected.ids), expected.logits, coarser), tolerance(coarser)
     if not found <= allowed:

@@ -91,7 +91,8 @@ def front_matter(path: Path) -> dict[str, Any]:
     """Return the YAML front matter of a model card, {} if it cannot be read."""
     try:
         return (metadata_load(path) if path.is_file() else None) or {}
-    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: not UTF-8, not a mapping, or an invalid date
+    # A wrong value of a YAML tag raises any of these; ValueError also for a card that is not UTF-8 or not a mapping.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError):
         return {}
 
 

@@ -88,20 +88,25 @@ def warnings(jobs: list[Job], groups: list[list[Job]], sweep: config.Sweep) -> I
 
 
 def _without_halving(groups: list[list[Job]], sweep: config.Sweep) -> Iterator[str]:
-    """Yield a warning that names the jobs that `sweep.halving` compares with no other."""
+    """Yield a warning that names the jobs that `sweep.halving` compares with no other.
+
+    Raises ConfigError if it compares none and nothing has been trained: a later batch of a sweeper may have one job.
+    """
     alone = sorted(job.number for group in groups if len(group) == 1 for job in group)
+    numbers = [job.number for group in groups for job in group]
+    is_new = 0 in numbers and len(numbers) > 1
     advice = "check hydra.launcher.share_base, model.added_tokens and hydra.launcher.devices"
-    if len(alone) == len(groups):
+    if is_new and len(alone) == len(groups):
         raise ConfigError(
             "sweep.halving=true has no jobs to compare: it compares jobs that share a base in one process, and each "
             f"job of this sweep has a process of its own. Set sweep.halving=false, or {advice}"
         )
     lengths = [job.cfg.train.max_steps for group in groups if len(group) > 1 for job in group]
-    if all(steps is not None and steps <= sweep.min_steps for steps in lengths):
+    if is_new and all(steps is not None and steps <= sweep.min_steps for steps in lengths):
         raise ConfigError(
             f"sweep.min_steps must be below train.max_steps for sweep.halving=true, got {sweep.min_steps}: "
             "every job ends before the first comparison"
         )
     if alone:
         names = f"job{'s' * (len(alone) > 1)} {', '.join(map(str, alone))}"
-        yield f"sweep.halving does not stop {names}, which share no process with another job: {advice}"
+        yield f"sweep.halving compares {names} with no other job, because no other job shares the process: {advice}"

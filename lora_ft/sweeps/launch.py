@@ -32,10 +32,11 @@ def launch(planned: list[Job], sweep: config.Sweep, settings: config.Launcher, f
             show(running)
             # A report takes half a second of a processor that the jobs use; the command writes the last one.
             if time.monotonic() - written >= _SECONDS_BETWEEN_REPORTS:
+                written = time.monotonic()
                 now = sum((job.folder / name).exists() for job in planned for name in (runs.RESULT, runs.FAILURE))
                 if now != num_ended:
                     report.write(folder, pictures=False)
-                    num_ended, written = now, time.monotonic()
+                    num_ended = now
 
         scheduler.run(left, settings, sweep, folder, watch)
     finished = [job for job in planned if (job.folder / runs.RESULT).is_file()]

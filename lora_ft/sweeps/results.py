@@ -152,7 +152,10 @@ def _job_folders(root: Path) -> list[Path]:
 
 def read_job(folder: Path, number: int = 0, name: str = "", is_running: bool | None = None) -> JobResult:
     """Read the folder of a job; is_running: None if unknown."""
-    return _read_job(folder, number, name or folder.name, is_running, tuple(stamp(folder / file) for file in _FILES))
+    key = number, name, is_running, tuple(stamp(folder / file) for file in _FILES)
+    if folder not in _newest or _newest[folder][0] != key:
+        _newest[folder] = key, _read_job(folder, number, name or folder.name, is_running, key[-1])
+    return _newest[folder][1]
 
 
 def stamp(path: Path) -> tuple[int, int] | None:
@@ -167,7 +170,10 @@ def stamp(path: Path) -> tuple[int, int] | None:
 Stamps = tuple[tuple[int, int] | None, ...]
 
 
-@functools.lru_cache(maxsize=4096)  # most files do not change between two looks
+# The newest result of each job: most files do not change between two looks, and older results are never needed.
+_newest: dict[Path, tuple[tuple[Any, ...], JobResult]] = {}
+
+
 def _read_job(folder: Path, number: int, name: str, is_running: bool | None, stamps: Stamps) -> JobResult:
     known: dict[str, Any] = {"name": shown(name), "folder": folder, "number": number}
     present = {file for file, found in zip(_FILES, stamps, strict=True) if found}

@@ -220,8 +220,8 @@ def _unknown_stop_tokens(seen: Survey, base: Base) -> Iterator[str]:
     for end, count in seen.ends.items():
         if base.tokenizer.convert_tokens_to_ids(end) not in known:
             yield (
-                f"{count:,} documents end with {end}, which is a stop token neither of the tokenizer nor of "
-                "generation_config.json: other programs will not stop there"
+                f"{count:,} documents end with {end}, but neither the tokenizer nor generation_config.json lists it as "
+                "a stop token: other programs will not stop there"
             )
 
 

@@ -47,7 +47,10 @@ class Hub:
         return retried(str(self), lambda: self._check(_api(), public))
 
     def send(self, folder: Path, message: str, public: bool) -> str:
-        return retried(str(self), lambda: self._send(_api(), folder, message, public))
+        api = _api()
+        # The state is read once: a retried commit must not accept a commit of somebody else as its parent.
+        info = retried(str(self), lambda: self._existing_or_new(api, public))
+        return retried(str(self), lambda: self._commit(api, info, folder, message))
 
     def fetch(self, folder: Path, revision: str | None) -> None:
         retried(str(self), lambda: self._fetch(_api(), folder, revision))
@@ -68,14 +71,23 @@ class Hub:
         kept = f"; other files there are kept: {', '.join(others)}" if others else ""
         return f"{url} (existing, {'private' if info.private else 'PUBLIC'}, at {str(info.sha)[:8]}{kept})"
 
-    def _send(self, api: "HfApi", folder: Path, message: str, public: bool) -> str:
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
+    def _existing_or_new(self, api: "HfApi", public: bool) -> "ModelInfo":
+        """Return the state of the repository, which is created if needed."""
         info = self._info(api)
         if info is None:
             api.create_repo(self.repository, private=not public, exist_ok=True)
-            info = api.model_info(self.repository)
+            info = self._info(api)
+        if info is None:
+            raise ResourceError(f"{self} was created but cannot be found yet: publish again")
         self._check_visibility(info, public)
+        return info
+
+    def _commit(self, api: "HfApi", info: "ModelInfo", folder: Path, message: str) -> str:
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        head = api.model_info(self.repository)
+        if head.sha != info.sha and self._holds(api, head, folder):  # the answer to an earlier attempt was lost
+            return f"{self}@{head.sha}"
         names = checksums.file_names(folder)
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationAdd(name, folder / name) for name in sorted(names)),
@@ -117,6 +129,13 @@ class Hub:
                 f"{self} exists and is private, and public=true applies to new repositories: "
                 "omit it, or change the repository's settings on the hub"
             )
+
+    def _holds(self, api: "HfApi", info: "ModelInfo", folder: Path) -> bool:
+        """Return True if the repository has the checksums of this package, which cover all of its files."""
+        if checksums.FILE not in _file_names(info):
+            return False
+        path = Path(api.hf_hub_download(self.repository, checksums.FILE, revision=info.sha))
+        return path.read_bytes() == (folder / checksums.FILE).read_bytes()
 
     def _packaged(self, api: "HfApi", info: "ModelInfo") -> set[str]:
         """Return the names of the files that an earlier package put into the repository."""

@@ -26,6 +26,7 @@ from lora_ft.sweeps.executors.interface import Beat
 from lora_ft.sweeps.jobs import Job
 
 FOLDER = "children"
+_EXPECTED_CODES = (0, 75, 130, 143)  # done, base changed, stopped by a signal
 
 
 class LocalProcess:
@@ -43,6 +44,9 @@ class LocalProcess:
         """Return the exit code, None while the process runs; kill it if its heartbeat is older than the timeout."""
         code = self._process.poll()
         if code is not None:
+            assert self._process.stdin
+            if code not in _EXPECTED_CODES and not self._process.stdin.closed:
+                self._kill_group()  # processes that a library of a crashed worker has started
             self.stop()  # closes our end of the pipe
         elif self._timeout and not self._overdue and self._seconds_since_beat() > self._timeout:
             self._overdue = self.beat()
@@ -70,8 +74,11 @@ class LocalProcess:
 
     def kill(self) -> None:
         if self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: only zombies are left in the group
-                os.killpg(self._process.pid, signal.SIGKILL)
+            self._kill_group()
+
+    def _kill_group(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: only zombies are left in the group
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def death(self, job: Job) -> LoraFtError:
         """Return the reason why a job has no outcome although its process has ended."""
@@ -88,7 +95,7 @@ class LocalProcess:
         if code in (130, 143):
             sent = "which this sweep did not send"
             return LoraFtError(f"its process was stopped by {_name(code - 128)}, {sent}, {when}; {see}")
-        return LoraFtError(f"its process ended with exit code {code} and without an outcome {when}; {see}")
+        return LoraFtError(f"its process ended with exit code {code} and without a result {when}; {see}")
 
 
 def command() -> list[str]:
