@@ -45,9 +45,7 @@ def imported(name, package=None):
     train = import_module(name, package)
     mark("import")
     from lora_ft.objectives import sft
-    for name, phase in [("load_tokenizer", "tokenizer"), ("read_rows", "rows and checks"),
-                        ("check_first", "rows and checks"), ("load_base", "weights"),
-                        ("fingerprint", "fingerprint"), ("_begin", "adapter")]:
+    for name, phase in [("prepare", "tokenizer and rows"), ("dry_run", "checks"), ("load", "weights")]:
         timed(train, name, phase)
     def step(*args):
         mark("other")

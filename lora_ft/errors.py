@@ -20,6 +20,7 @@ _SAVES_MEMORY = {
     "check": _TRAINING,
     "eval": "lower eval.tokens_per_microbatch",
     "chat": "lower sampling.max_new_tokens",
+    "merge": "set base_weights=dequantized, which loads one base instead of two",
 }
 
 

@@ -246,10 +246,10 @@ def test_replaced_blocks_are_logged_and_replaced_only_once() -> None:
     model = base("qwen3")
     assert use_fast_blocks(model, dataclasses.replace(BLOCKS, mlp=False)) == [
         "plain mlp: fast.mlp=false",
-        "9 norm, 2 rope blocks keep less in training",
+        "accelerated blocks: 9 norm, 2 rope",
     ]
     assert not [m for m in model.modules() if type(m).__name__ == "Qwen3MLP" and "forward" in vars(m)]
-    assert use_fast_blocks(model) == ["2 mlp blocks keep less in training"]
+    assert use_fast_blocks(model) == ["accelerated blocks: 2 mlp"]
     assert use_fast_blocks(model) == []
 
 
@@ -259,7 +259,7 @@ def test_replaced_blocks_are_logged_and_replaced_only_once() -> None:
         (
             GemmaConfig(num_key_value_heads=2, head_dim=16, **SIZES),  # its norm multiplies by 1 + weight
             {
-                "2 rope blocks keep less in training",
+                "accelerated blocks: 2 rope",
                 "2 blocks compute as transformers does: GemmaMLP",
                 "5 blocks compute as transformers does: GemmaRMSNorm",
             },
@@ -268,7 +268,7 @@ def test_replaced_blocks_are_logged_and_replaced_only_once() -> None:
             LlamaConfig(num_key_value_heads=2, hidden_act="relu", **SIZES),
             {
                 "2 blocks compute as transformers does: LlamaMLP",
-                "5 norm, 2 rope blocks keep less in training",
+                "accelerated blocks: 5 norm, 2 rope",
             },
         ),
     ],

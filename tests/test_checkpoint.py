@@ -199,6 +199,16 @@ def test_resume_skips_a_damaged_checkpoint_and_repeats_its_steps_exactly(
     assert [(m["step"], m.get("loss")) for m in runs.read_metrics(run)] == [(m["step"], m.get("loss")) for m in metrics]
 
 
+def test_resuming_on_another_cpu_warns(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Kernels for other instruction sets round differently."""
+    state = state_in(run)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "OTHER")
+    checkpoint.resume(state)
+    assert "resuming in another environment" in caplog.text and "is OTHER" in caplog.text
+
+
 def test_moved_run_folder_can_be_resumed(run: Path, tmp_path: Path) -> None:
     run.rename(tmp_path / "elsewhere")
     state = state_in(tmp_path / "elsewhere")

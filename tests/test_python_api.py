@@ -34,6 +34,7 @@ def test_python_examples_in_the_docs_run_as_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     tiny_folder(tmp_path, "llama")
+    (tmp_path / "cities.csv").write_text("city,country\n" + "".join(f"City {n},Country {n}\n" for n in range(9)))
     compose, sweep, evaluate = lora_ft.compose, lora_ft.sweep, lora_ft.evaluate
     monkeypatch.setattr(lora_ft, "compose", lambda command, overrides: compose(
         command, [*overrides, *(SHORT if command == "train" and "adapter.rr=8" not in overrides else [])]))  # fmt: skip

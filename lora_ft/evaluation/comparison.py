@@ -136,7 +136,7 @@ def _losses(comparison: Comparison, scores: dict[str, tuple[float, float]]) -> T
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for header in ("", "base", "adapter", ""):
         table.add_column(header, justify="right" if header else "left", overflow="fold")
-    counted = f"{base.tokens:,} tokens of {base.rows:,} rows"
+    counted = f"{base.tokens:,} tokens of {base.rows:,} row{'s' * (base.rows != 1)}"
     table.add_row("eval loss", _number(base.loss), _number(adapter.loss), "nats per token")
     table.add_row("perplexity", _number(base.perplexity), _number(adapter.perplexity), counted)
     for name, values in scores.items():

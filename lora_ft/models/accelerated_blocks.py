@@ -64,7 +64,7 @@ def fast_forwards(
         forwards[module] = partial(_forward, module, module.forward, form(module, kernels))
     lines = [f"plain {setting}: fast.{setting}=false" for setting, on in wanted.items() if not on]
     if counts := [f"{replaced[setting]} {setting}" for setting in wanted if replaced[setting]]:
-        lines.append(f"{', '.join(counts)} blocks keep less in training")
+        lines.append(f"accelerated blocks: {', '.join(counts)}")
     return forwards, lines + [f"{count} blocks compute as transformers does: {name}" for name, count in plain.items()]
 
 

@@ -103,7 +103,7 @@ def settle_checkpoint(model: PreTrainedModel, paths: Paths, tokens: int) -> tupl
     elif (free := available_bytes(model.device)) is None:
         reason = "the free memory of this system is unknown"
     elif tokens * _more_than_kept(model) <= USABLE * free:
-        reason = "the activations need a fraction of the free memory"
+        reason = "the activations fit into the free memory"
     else:
         footprint = measure(model, paths)
         every = fewest_recomputed(footprint, tokens, int(USABLE * free))

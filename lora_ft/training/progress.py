@@ -71,7 +71,9 @@ def _line(state: TrainingState, metrics: Metrics) -> str:
     if "loss" in metrics:
         parts.append(f"loss {metrics['loss']:.3f}")
     if state.evaluations:
-        parts.append(f"eval loss {state.evaluations[-1].result.loss:.3f}")
+        last = state.evaluations[-1]
+        measured = "" if last.step == step else f" (step {last.step})"
+        parts.append(f"eval loss {last.result.loss:.3f}{measured}")
     if "loss" in metrics:
         left = state.seconds / step * (num_steps - step)
         parts += [

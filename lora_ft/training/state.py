@@ -310,7 +310,7 @@ def overfitting(state: TrainingState) -> list[str]:
     window = state.losses[-max(1, len(state.losses) // 10) :]
     train_loss = math.fsum(window) / len(window)
     sentences = [
-        f"train loss {train_loss:.4f} (last {len(window)} steps), eval loss {last:.4f}, "
+        f"train loss {train_loss:.4f} (mean of the last steps: {len(window)}), eval loss {last:.4f}, "
         f"best {state.best.result.loss:.4f} at step {state.best.step}"
     ]
     if state.best.step == 0:
