@@ -164,7 +164,7 @@ def _spelled(character: str) -> str:
 
 
 def _row_facts(cfg: config.TrainRun, found: Rows) -> Facts:
-    rows, seen = found.dataset.report, found.seen
+    rows, seen = found.dataset.report, found.statistics
     left_out = "".join(f", {count:,} {reason} left out" for reason, count in rows.left_out.items())
     yield "read", f"{rows.rows:,} rows ({rows.format}), {rows.duplicates:,} duplicates{left_out}"
     if rows.unused:

@@ -236,13 +236,13 @@ def _truncate(
     return MergeResult(out, f"adapter of rank {rank} in {out}", rank=rank, ranks=ranks)
 
 
-def _origin(base: Base, quant: config.Quant, adapters: list[Path], how: dict[str, Any]) -> provenance.Origin:
+def _origin(base: Base, quant: config.Quant, adapters: list[Path], how: dict[str, Any]) -> provenance.Provenance:
     """Return the base, the rows if all sources record them, and the hashes of the source adapters."""
     known = [provenance.read_record(adapter) if (adapter / provenance.RECORD).is_file() else {} for adapter in adapters]
     rows = [record.get("data_sha256") for record in known]
     data = rows[0] if len(rows) == 1 else hashlib.sha256(json.dumps(rows).encode()).hexdigest() if all(rows) else None
     hashes = [hashlib.sha256((adapter / files.WEIGHTS).read_bytes()).hexdigest() for adapter in adapters]
-    return provenance.Origin(base.identity, quant, data, how | {"adapter_sha256": hashes})
+    return provenance.Provenance(base.identity, quant, data, how | {"adapter_sha256": hashes})
 
 
 if __name__ == "__main__":

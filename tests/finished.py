@@ -69,7 +69,7 @@ def finished_run(tmp_path: Path, family: str, *, name: str = "run", **options: A
 def saved_run(folder: Path, cfg: config.TrainRun) -> Path:
     runs.create(folder, validation.to_plain(cfg), [])
     base, model = adapted(cfg)
-    source = provenance.Origin(base.identity, cfg.quant, prepare(cfg.data, base.tokenizer).report.sha256)
+    source = provenance.Provenance(base.identity, cfg.quant, prepare(cfg.data, base.tokenizer).report.sha256)
     files.save(model, "first", folder / "adapter", base.tokenizer, source)
     return folder
 

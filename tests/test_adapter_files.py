@@ -30,7 +30,7 @@ IDS = torch.tensor([[5, 99, 42, 7, 300, 11]])
 BASE = Identity(
     id="org/tiny", path="somewhere", folder=None, revision="abc", config_sha256="c", weights_sha256={"w": "1"}
 )
-ORIGIN = provenance.Origin(BASE, config.Quant(), data_sha256="d")
+ORIGIN = provenance.Provenance(BASE, config.Quant(), data_sha256="d")
 
 VARIANTS = {
     **{family: (family, {}) for family in FAMILIES},
@@ -171,7 +171,7 @@ def test_config_has_the_basic_settings_and_others_that_differ_from_their_default
     text = (saved(model, tmp_path / "more") / files.CONFIG).read_text()
     assert json.loads(text).keys() - plain.keys() == {"layers_to_transform"}
     assert text.index('"q_proj": 9') < text.index('"v_proj": 7')
-    local = provenance.Origin(dataclasses.replace(BASE, id=None, revision=None), config.Quant(), "d")
+    local = provenance.Provenance(dataclasses.replace(BASE, id=None, revision=None), config.Quant(), "d")
     files.save(model, "adapter0", tmp_path / "local", tiny_tokenizer(), local)
     fields = json.loads((tmp_path / "local" / files.CONFIG).read_text())
     assert (fields["base_model_name_or_path"], fields["revision"]) == ("somewhere", None)
@@ -182,7 +182,7 @@ def test_record_has_the_hashes_of_base_tokenizer_and_template(templated: bool, t
     tokenizer, model = tiny_tokenizer(), trained("llama", {})
     if not templated:
         tokenizer.chat_template = None
-    source = provenance.Origin(dataclasses.replace(BASE, folder="/home/alice/tiny"), config.Quant(), "d")
+    source = provenance.Provenance(dataclasses.replace(BASE, folder="/home/alice/tiny"), config.Quant(), "d")
     files.save(model, "adapter0", tmp_path / "a", tokenizer, source)
     digest = lambda text: hashlib.sha256(text.encode()).hexdigest()  # noqa: E731
     assert json.loads((tmp_path / "a" / provenance.RECORD).read_text()) == {
@@ -239,7 +239,9 @@ def test_other_base_quantization_tokenizer_or_template_is_refused(tmp_path: Path
 @pytest.mark.parametrize(("kind", "double"), [("none", True), ("fp4", True), ("int8", True), ("nf4", False)])
 def test_base_with_another_quantization_is_refused(kind: str, double: bool, tmp_path: Path) -> None:
     nf4 = config.Quant(kind=config.QuantKind.nf4)
-    files.save(trained("llama", {}), "adapter0", tmp_path / "a", tiny_tokenizer(), provenance.Origin(BASE, nf4, "d"))
+    files.save(
+        trained("llama", {}), "adapter0", tmp_path / "a", tiny_tokenizer(), provenance.Provenance(BASE, nf4, "d")
+    )
     check(tmp_path / "a", base_of(), kind=config.QuantKind.nf4)
     with pytest.raises(MismatchError, match=r"quantization: trained on .*'nf4', 'double': True.*, now"):
         check(tmp_path / "a", base_of(), kind=config.QuantKind[kind], double=double)
@@ -391,7 +393,7 @@ def test_loading_lines_work_with_only_transformers_and_peft(quant: str, added: l
     cfg = finished.settings(tmp_path, "llama", quant=quant)
     cfg.model.added_tokens = added
     base, model = finished.adapted(cfg)
-    files.save(model, "first", tmp_path / "it's", base.tokenizer, provenance.Origin(base.identity, cfg.quant, "d"))
+    files.save(model, "first", tmp_path / "it's", base.tokenizer, provenance.Provenance(base.identity, cfg.quant, "d"))
     names = {"torch": torch, "PeftModel": PeftModel} | {
         name: getattr(transformers, name) for name in ("AutoModelForCausalLM", "BitsAndBytesConfig")
     }

@@ -407,7 +407,7 @@ def test_bytes_needed_matches_peak_disk_use(
             stop,
         )
     fit(state)
-    source = provenance.Origin(Identity("tiny", "tiny", None, None, "c", None), state.cfg.quant, "d")
+    source = provenance.Provenance(Identity("tiny", "tiny", None, None, "c", None), state.cfg.quant, "d")
     files.save(state.model, NAME, tmp_path / "adapter", tiny_tokenizer(), source)
     needed = checkpoint.bytes_needed(state.num_trainable, len(state.steps), state.cfg)
     assert needed == pytest.approx(max(sizes), rel=0.05)
@@ -438,7 +438,7 @@ def test_adapter_file_without_all_tensors_is_refused(
     save = checkpoint.safetensors.torch.save
     shorter = lambda tensors, **more: save(dict(list(tensors.items())[lost:]), **more)  # noqa: E731
     monkeypatch.setattr(checkpoint.safetensors.torch, "save", shorter)
-    source = provenance.Origin(Identity("tiny", "tiny", None, None, "c", None), small.cfg.quant, "d")
+    source = provenance.Provenance(Identity("tiny", "tiny", None, None, "c", None), small.cfg.quant, "d")
     with pytest.raises(MismatchError, match=r"missing tensors: [1-9]"):
         files.save(small.model, NAME, tmp_path / "adapter", tiny_tokenizer(), source)
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ from lora_ft.data.chat_template import turns
 from lora_ft.data.dataset import prepare, prepare_rows
 from lora_ft.data.read import read
 from lora_ft.data.rows import Ledger, Row
-from lora_ft.data.statistics import survey
+from lora_ft.data.statistics import measure
 from lora_ft.data.tokenize import Vocabulary
 from lora_ft.errors import ConfigError, DataError
 
@@ -388,7 +388,7 @@ def test_a_row_with_a_tool_call_has_the_same_prompt_in_training_and_inference(wr
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": call_chat(json.dumps(ARGUMENTS))}))
     data = Data(path=str(tmp_path / "rows.jsonl"))
     found = read(data)
-    seen = survey(found, prepare_rows(found, data, tokenizer), data, tokenizer)
+    seen = measure(found, prepare_rows(found, data, tokenizer), data, tokenizer)
     assert (seen.prompts, seen.other_prompts) == (1, [])
 
 

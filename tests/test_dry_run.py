@@ -14,7 +14,7 @@ from lora_ft import check, config, runs
 from lora_ft.adapters import attach, files
 from lora_ft.data.dataset import prepare_rows
 from lora_ft.data.read import read
-from lora_ft.data.statistics import survey, warnings
+from lora_ft.data.statistics import measure, warnings
 from lora_ft.errors import ConfigError, MismatchError, ResourceError
 from lora_ft.io import durable
 from lora_ft.models.load import load_base, load_tokenizer
@@ -136,9 +136,9 @@ def test_dry_run_report_round_trips_as_json(bases, tmp_path):
     report = asdict(dry_run_of(run_over(bases, tmp_path, pairs()), tiny_tokenizer(), tmp_path))
     durable.write_json(tmp_path / "check.json", report)
     assert json.loads((tmp_path / "check.json").read_text()) == json.loads(json.dumps(report))
-    lengths = report["seen"]["histogram"]
+    lengths = report["statistics"]["histogram"]
     assert sum(count for _, _, count in lengths) == report["rows"]["train_documents"]
-    assert lengths[0][0] <= report["seen"]["median"] <= lengths[-1][1]
+    assert lengths[0][0] <= report["statistics"]["median"] <= lengths[-1][1]
 
 
 def test_setting_errors_are_found_before_weights_are_read(bases, tmp_path, monkeypatch):
@@ -217,7 +217,7 @@ def row_warnings(cfg, tokenizer, change=lambda document: document):
     parsed = read(cfg.data)
     dataset = prepare_rows(parsed, cfg.data, tokenizer)
     dataset = replace(dataset, train=[change(document) for document in dataset.train])
-    return list(warnings(survey(parsed, dataset, cfg.data, tokenizer), dataset.report, cfg.data))
+    return list(warnings(measure(parsed, dataset, cfg.data, tokenizer), dataset.report, cfg.data))
 
 
 @pytest.mark.closes("A05", "A06")
@@ -234,7 +234,7 @@ def test_only_the_last_window_of_a_split_text_needs_an_end_token(bases, tmp_path
     cfg = run_over(bases, tmp_path, [{"text": " ".join(SENTENCES)}], eval_fraction=0.0, max_length=32,
                    too_long=config.TooLong.split)  # fmt: skip
     report = dry_run_of(cfg, tiny_tokenizer(), tmp_path)
-    assert (report.seen.unended, report.seen.ends, report.rows.split) == (0, {"<|im_end|>": 1}, 1)
+    assert (report.statistics.unended, report.statistics.ends, report.rows.split) == (0, {"<|im_end|>": 1}, 1)
     cut = lambda d: replace(d, ids=d.ids[:-1], supervised=d.supervised[:-1])  # noqa: E731
     assert any(
         "1 of " in sentence and "no supervised end token" in sentence
@@ -262,7 +262,7 @@ def test_prompt_that_differs_at_inference_gives_a_warning(bases, tmp_path, train
     cfg = run_over(bases, tmp_path, rows, eval_fraction=0.0, train_on=train_on, system="Be brief.")
     tokenizer = tiny_tokenizer()
     parsed = read(cfg.data)
-    assert survey(parsed, prepare_rows(parsed, cfg.data, tokenizer), cfg.data, tokenizer).prompts == 32
+    assert measure(parsed, prepare_rows(parsed, cfg.data, tokenizer), cfg.data, tokenizer).prompts == 32
     assert row_warnings(cfg, tokenizer) == []
     other = lambda d: replace(d, ids=np.append([5], d.ids[1:])) if d.source.endswith(":1") else d  # noqa: E731
     (sentence,) = row_warnings(cfg, tokenizer, other)
@@ -276,7 +276,7 @@ def test_truncated_prompts_are_not_compared(bases, tmp_path):
     parsed = read(cfg.data)
     dataset = prepare_rows(parsed, cfg.data, tokenizer)
     assert dataset.report.truncated == 8
-    assert survey(parsed, dataset, cfg.data, tokenizer).prompts == 0
+    assert measure(parsed, dataset, cfg.data, tokenizer).prompts == 0
 
 
 @pytest.mark.closes("A26")

@@ -316,7 +316,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     )  # fmt: skip
     model = attach.attach(copy.deepcopy(network), adapter, "first", 0, [])
     folder = tmp_path_factory.mktemp("whole") / "adapter"
-    files.save(model, "first", folder, tokenizer, provenance.Origin(identity, config.Quant(), "d"))
+    files.save(model, "first", folder, tokenizer, provenance.Provenance(identity, config.Quant(), "d"))
     names = (files.WEIGHTS, files.CONFIG, provenance.RECORD)
     return Whole({name: (folder / name).read_bytes() for name in names}, Base(network, tokenizer, identity, ()))
 

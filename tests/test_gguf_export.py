@@ -59,7 +59,9 @@ def adapter_of(tmp_path: Path, family: str, **options: Any) -> tuple[PeftModel, 
     """Create a tiny model with an adapter; return it and the adapter's folder, beside the base's."""
     cfg = finished.settings(tmp_path, family, **options)
     base, model = finished.adapted(cfg)
-    files.save(model, "first", tmp_path / "adapter", base.tokenizer, provenance.Origin(base.identity, cfg.quant, "d"))
+    files.save(
+        model, "first", tmp_path / "adapter", base.tokenizer, provenance.Provenance(base.identity, cfg.quant, "d")
+    )
     return model, tmp_path / "adapter"
 
 
@@ -653,7 +655,9 @@ def test_smollm2_with_adapter_in_llamacpp_matches_peft(tmp_path: Path, monkeypat
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:
                 parameter *= 0.02  # an effect of the size that training has
-    files.save(model, "first", tmp_path / "adapter", base.tokenizer, provenance.Origin(base.identity, cfg.quant, "d"))
+    files.save(
+        model, "first", tmp_path / "adapter", base.tokenizer, provenance.Provenance(base.identity, cfg.quant, "d")
+    )
     folder = Path(str(base.identity.folder))
     gguf_model.write(folder, tmp_path / "base.gguf", GgufType.f32)
     gguf_adapter.write(tmp_path / "adapter", base_config(folder), tmp_path / "adapter.gguf")

@@ -271,7 +271,7 @@ def test_published_adapter_loads_by_its_id_with_peft(hub: Hub, client: Client, t
     cfg = settings(tmp_path, "llama", use_rslora=True)
     folder = tmp_path / "package"
     base, model = adapted(cfg)
-    files.save(model, "first", folder, base.tokenizer, provenance.Origin(base.identity, cfg.quant, "d"))
+    files.save(model, "first", folder, base.tokenizer, provenance.Provenance(base.identity, cfg.quant, "d"))
     package(folder, {"README.md": CARD, verification.PROBE: verification.make_probe(model, base.tokenizer)})
     address = client("send", folder, "message", False)["value"]
     sources = tiny_folder(tmp_path / "again", "llama")

@@ -33,7 +33,7 @@ def test_lm_eval_scores_what_was_trained(
     cfg = finished.settings(tmp_path, "llama", **options)
     base, model = finished.adapted(cfg)
     folder = tmp_path / "adapter"
-    files.save(model, "first", folder, base.tokenizer, provenance.Origin(base.identity, cfg.quant, "d"))
+    files.save(model, "first", folder, base.tokenizer, provenance.Provenance(base.identity, cfg.quant, "d"))
     pairs = [(question, " " + answer) for question, answer in QUESTIONS]
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "llama"), str(folder), json.dumps(pairs)]
     answer = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout

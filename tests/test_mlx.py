@@ -36,7 +36,9 @@ IDS = [5, 99, 42, 7, 300, 11]
 def written(tmp_path: Path, family: str, **options: Any) -> tuple[PeftModel, Path]:
     cfg = finished.settings(tmp_path, family, **options)
     base, model = finished.adapted(cfg)
-    files.save(model, "first", tmp_path / "adapter", base.tokenizer, provenance.Origin(base.identity, cfg.quant, "d"))
+    files.save(
+        model, "first", tmp_path / "adapter", base.tokenizer, provenance.Provenance(base.identity, cfg.quant, "d")
+    )
     mlx.write(tmp_path / "adapter", base_config(tmp_path / family), tmp_path / "mlx")
     return model, tmp_path / "mlx"
 

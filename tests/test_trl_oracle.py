@@ -56,7 +56,9 @@ def test_smollm2_losses_match_trl(tmp_path: Path) -> None:
 
     case = tmp_path / "case"
     case.mkdir()
-    files.save(state.model, NAME, case / "adapter", tokenizer, provenance.Origin(base.identity, config.Quant(), "d"))
+    files.save(
+        state.model, NAME, case / "adapter", tokenizer, provenance.Provenance(base.identity, config.Quant(), "d")
+    )
     lines = [{"input_ids": row.ids.tolist(), "completion_mask": row.supervised.astype(int).tolist()} for row in rows]
     (case / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
     settings = {

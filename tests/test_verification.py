@@ -187,7 +187,7 @@ def test_wrong_base_is_distinguished_from_a_broken_adapter(tmp_path: Path) -> No
     folder, loading = published(tmp_path)
     other = tiny_folder(tmp_path / "other", "llama", seed=1)
     with pytest.raises(MismatchError, match=rf"the base {other} does not match the probe"):
-        verification.verify(folder, dataclasses.replace(loading, place=str(other)))
+        verification.verify(folder, dataclasses.replace(loading, path=str(other)))
 
 
 def test_folder_that_would_run_code_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,7 @@ def tensors_of(model: PeftModel, name: str) -> dict[str, Tensor]:
 
 
 def save(
-    model: PeftModel, name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, source: provenance.Origin
+    model: PeftModel, name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, source: provenance.Provenance
 ) -> None:
     """Write the adapter folder atomically and read it back; raises MismatchError if the result differs (C10)."""
     write(tensors_of(model, name), model.peft_config[name], folder, tokenizer, source)
@@ -69,7 +69,7 @@ def write(
     peft_config: LoraConfig,
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
-    source: provenance.Origin,
+    source: provenance.Provenance,
 ) -> None:
     """Do the same as `save` for an adapter without a model: tensors under PEFT's file keys, and their config."""
     with durable.staged_folder(folder) as staging:

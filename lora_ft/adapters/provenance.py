@@ -31,7 +31,7 @@ _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
-class Origin:
+class Provenance:
     """The base of an adapter, the base's quantization, and the training rows.
 
     data_sha256: None if unknown. made_from: hashes of the adapters that it was computed from, and the method; None if
@@ -44,7 +44,7 @@ class Origin:
     made_from: dict[str, Any] | None = None
 
 
-def record(tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, source: Origin) -> dict[str, Any]:
+def record(tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, source: Provenance) -> dict[str, Any]:
     """Return the contents of lora_ft.json; of the paths on this machine, only `model.path` is included."""
     return {
         "format": _FORMAT,
@@ -127,7 +127,7 @@ def _check_record(folder: Path, found: dict[str, Any], base: Base, quant: config
 class Loading:
     """Arguments with which transformers loads a base as in training; for printed code and for verification."""
 
-    place: str
+    path: str  # or hub id
     revision: str | None
     dtype: str
     quantization: dict[str, Any]  # arguments of BitsAndBytesConfig, a dtype by its name; {} without quantization
@@ -136,7 +136,7 @@ class Loading:
 
     def lines(self, adapter: str) -> list[str]:
         """Return the lines of Python that load the base with an adapter."""
-        arguments = [repr(self.place), *([f"revision={self.revision!r}"] if self.revision else [])]
+        arguments = [repr(self.path), *([f"revision={self.revision!r}"] if self.revision else [])]
         arguments.append(f"dtype=torch.{self.dtype}")
         if self.quantization:
             values = {k: f"torch.{v}" if k.endswith("dtype") else repr(v) for k, v in self.quantization.items()}
@@ -150,10 +150,10 @@ class Loading:
 
 def loading(base: Base, quant: config.Quant, model: config.Model) -> Loading:
     """Return arguments to load this base elsewhere: by its id if it has a commit on the hub, else by its folder."""
-    place, dtype = base.identity, str(base.model.dtype).removeprefix("torch.")
+    identity, dtype = base.identity, str(base.model.dtype).removeprefix("torch.")
     rows = base.model.get_input_embeddings().weight.shape[0] if model.added_tokens else None
-    name = place.id if place.revision else place.folder
-    return Loading(str(name), place.revision, dtype, _quantization(quant, dtype), rows, str(base.model.device))
+    path = identity.id if identity.revision else identity.folder
+    return Loading(str(path), identity.revision, dtype, _quantization(quant, dtype), rows, str(base.model.device))
 
 
 def _quantization(quant: config.Quant, dtype: str) -> dict[str, Any]:

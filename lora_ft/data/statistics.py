@@ -1,10 +1,10 @@
 """Measure rows and their tokens before training: lengths, end tokens, prompts, tokens that people wrote.
 
-    survey(found, dataset, data, tokenizer)  -> Survey(median=51, unended=0, other_prompts=[], ...)
-    warnings(seen, dataset.report, data)     -> "3 of 40 rows have <think> in a prompt or text: ...", ...
+    measure(found, dataset, data, tokenizer)  -> Statistics(median=51, unended=0, other_prompts=[], ...)
+    warnings(statistics, dataset.report, data)     -> "3 of 40 rows have <think> in a prompt or text: ...", ...
 
-`prepare` refuses rows that are wrong. The survey checks the resulting tokens independently, and finds what is allowed
-but rarely intended.
+`prepare` refuses rows that are wrong. The statistics check the resulting tokens independently, and find
+what is allowed but rarely intended.
 """
 
 import re
@@ -32,7 +32,7 @@ _MANY_DUPLICATES = 0.01
 
 
 @dataclass(frozen=True)
-class Survey:
+class Statistics:
     """Counts of training documents, unless another unit is given. Lengths are in tokens.
 
     histogram: [shortest, longest, documents] of each bin.
@@ -59,14 +59,14 @@ class Survey:
     asked_before: int
 
 
-def survey(found: Rows, dataset: Dataset, data: config.Data, tokenizer: Any) -> Survey:
+def measure(found: Rows, dataset: Dataset, data: config.Data, tokenizer: Any) -> Statistics:
     """Measure the rows `found` and the documents that `prepare_rows` made of them."""
     lengths = np.array([len(document.ids) for document in dataset.train])
     vocabulary = Vocabulary(tokenizer)
     lead = vocabulary.lead
     ends, unended = _ends(dataset.train, data, tokenizer)
     compared = list(_prompts_again(found, dataset, data, vocabulary))
-    return Survey(
+    return Statistics(
         median=float(np.median(lengths)),
         percentile_95=float(np.percentile(lengths, 95)),
         histogram=_histogram(lengths),
@@ -81,34 +81,34 @@ def survey(found: Rows, dataset: Dataset, data: config.Data, tokenizer: Any) -> 
     )
 
 
-def warnings(seen: Survey, report: Report, data: config.Data) -> Iterator[str]:
+def warnings(found: Statistics, report: Report, data: config.Data) -> Iterator[str]:
     """Yield a sentence for each finding that is rarely intended."""
     documents = f"{report.train_documents:,} documents"
     if report.supervised_tokens < _FEW_SUPERVISED * report.train_tokens:
         part = report.supervised_tokens / report.train_tokens
         yield f"only {part:.2%} of the tokens are supervised: nearly all of the computation trains nothing"
-    if seen.unended:
-        yield f"{seen.unended:,} of {documents} have no supervised end token: the model would not learn to stop"
-    if seen.begin and seen.begun < report.train_documents:
+    if found.unended:
+        yield f"{found.unended:,} of {documents} have no supervised end token: the model would not learn to stop"
+    if found.begin and found.begun < report.train_documents:
         yield (
-            f"{report.train_documents - seen.begun:,} of {documents} do not begin with {seen.begin}, which the "
+            f"{report.train_documents - found.begun:,} of {documents} do not begin with {found.begin}, which the "
             "tokenizer puts before text: the chat template omits it"
         )
-    if seen.other_prompts:
+    if found.other_prompts:
         yield (
-            f"{len(seen.other_prompts)} of {seen.prompts} prompts differ between training and inference, first at "
-            f"{seen.other_prompts[0]}: the chat template depends on more than the chat"
+            f"{len(found.other_prompts)} of {found.prompts} prompts differ between training and inference, first at "
+            f"{found.other_prompts[0]}: the chat template depends on more than the chat"
         )
-    for token, count in seen.written.items():
+    for token, count in found.written.items():
         yield (
             f"{count:,} of {report.rows:,} rows have {excerpt(token)} in a prompt or text: the model reads it as one "
             "token, not as text"
         )
     if not data.deduplicate and report.duplicates > _MANY_DUPLICATES * report.rows:
         yield f"{report.duplicates:,} of {report.rows:,} rows are duplicates: set data.deduplicate=true to drop them"
-    if seen.asked_before:
+    if found.asked_before:
         yield (
-            f"{seen.asked_before:,} eval rows have the prompt of a training row (up to case, whitespace and "
+            f"{found.asked_before:,} eval rows have the prompt of a training row (up to case, whitespace and "
             "punctuation): the eval loss partly measures memorized rows"
         )
 

@@ -42,7 +42,7 @@ class CardContents:
     name: str
     config: dict[str, Any]
     record: dict[str, Any]
-    loading: Loading  # place: the base's public id
+    loading: Loading  # path: the base's public id
     license: str | None
     summary: TrainingSummary | None
     verdicts: list[Verdict]
@@ -64,7 +64,7 @@ def render(contents: CardContents) -> str:
         settings |= {key: value for key, value in summary.settings.items() if key not in known}
     merge, curve = summary.merge if summary else None, CURVE if CURVE in contents.files else None
     text = _template().render(
-        name=contents.name, method=_method(config), base=loading.place, revision=loading.revision, dtype=loading.dtype,
+        name=contents.name, method=_method(config), base=loading.path, revision=loading.revision, dtype=loading.dtype,
         resized_rows=loading.rows, quant=(record.get("quant") or {}).get("kind", "none"), license=contents.license,
         summary=summary, curve=curve, merge=list(_flat(merge)) if merge else [],
         ways=list(_ways(contents)), rank=max([config.get("r", 0), *(config.get("rank_pattern") or {}).values()]),
@@ -91,7 +91,7 @@ def _method(config: dict[str, Any]) -> str:
 
 
 def _front_matter(contents: CardContents) -> str:
-    base, summary, method = contents.loading.place, contents.summary, _method(contents.config)
+    base, summary, method = contents.loading.path, contents.summary, _method(contents.config)
     tags = [f"base_model:adapter:{base}", "lora", *method.lower().split(" with "), "transformers"]
     results = list(_evaluations(summary)) if summary and summary.evaluations else None
     data = ModelCardData(
@@ -129,12 +129,12 @@ def _ways(contents: CardContents) -> Iterator[tuple[str, str, list[str]]]:
             f"model = AutoModelForCausalLM.from_pretrained({name!r})  # finds the base by the adapter's config",
         ]),
         "vLLM": ("bash", [" ".join(filter(None, (
-            f"vllm serve {loading.place} --enable-lora", rank_flag, f"--lora-modules adapter={name}")))]),
+            f"vllm serve {loading.path} --enable-lora", rank_flag, f"--lora-modules adapter={name}")))]),
     }  # fmt: skip
     if "adapter.gguf" in contents.files:
         ways["llama.cpp"] = ("bash", ["llama-cli -m BASE.gguf --lora adapter.gguf  # a GGUF file of the base"])
     if "mlx/adapters.safetensors" in contents.files:
-        ways["MLX"] = ("bash", [f"mlx_lm.generate --model {loading.place} --adapter-path mlx --prompt '...'"])
+        ways["MLX"] = ("bash", [f"mlx_lm.generate --model {loading.path} --adapter-path mlx --prompt '...'"])
     for program, (language, lines) in ways.items():
         if verdicts[program].level is not Level.REFUSED:
             yield program, language, lines

@@ -65,7 +65,7 @@ def assemble(folder: Path, contents: Contents) -> Verification:
     Raises MismatchError if the verification fails, and the errors of the writers of other formats.
     """
     public_loading = dataclasses.replace(
-        contents.loading, place=str(contents.public.id), revision=contents.public.revision
+        contents.loading, path=str(contents.public.id), revision=contents.public.revision
     )
     with durable.staged_folder(folder) as staging:
         contents.tokenizer.save_pretrained(staging)
@@ -93,7 +93,9 @@ def _record(contents: Contents, public_loading: provenance.Loading, tensors: dic
     """Return the contents of lora_ft.json: the adapter's own record if it has one, with the public base."""
     has_record = (contents.adapter / provenance.RECORD).is_file()
     kept = provenance.read_record(contents.adapter) if has_record else {}
-    record = provenance.record(tensors, contents.tokenizer, provenance.Origin(contents.public, contents.quant, None))
+    record = provenance.record(
+        tensors, contents.tokenizer, provenance.Provenance(contents.public, contents.quant, None)
+    )
     base = dataclasses.asdict(contents.public) | {"folder": None}
     loading = {key: value for key, value in dataclasses.asdict(public_loading).items() if key != "device"}
     return record | {key: kept[key] for key in record if key in kept} | {"base": base, "loading": loading}

@@ -129,4 +129,4 @@ def base_loading(folder: Path, saved: LoraConfig, cfg: config.PublishRun) -> pro
     provenance.check_source(folder, saved, base, quant)
     arguments = provenance.loading(base, quant, model)
     device = str(resolve_device(cfg.device))
-    return dataclasses.replace(arguments, place=str(identity.folder), revision=None, device=device)
+    return dataclasses.replace(arguments, path=str(identity.folder), revision=None, device=device)

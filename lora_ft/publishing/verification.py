@@ -113,7 +113,7 @@ def verify(folder: Path, loading: Loading) -> Verification:
     allowed, distance = tolerance(dtype), None
     if expected:
         corner = tuple(slice(size) for size in expected["base"].shape)
-        _check_near(found["base"][corner], expected["base"], dtype, f"the base {loading.place}")
+        _check_near(found["base"][corner], expected["base"], dtype, f"the base {loading.path}")
         distance = _check_near(found["adapter"], expected["adapter"], dtype, f"the adapter in {folder} on its base")
     effect = logit_distance(found["adapter"], found["base"], dtype)
     if not effect > 0:

@@ -1,6 +1,6 @@
 """Load an adapter with torch, transformers and PEFT, in a process that does not import lora_ft.
 
-    echo '{"folder": ..., "base": {"place": ..., "dtype": "float32", ...}, "ids": null, "columns": null}' \
+    echo '{"folder": ..., "base": {"path": ..., "dtype": "float32", ...}, "ids": null, "columns": null}' \
         | python -P verify_worker.py > logits.safetensors
 
 It writes one safetensors file to its standard output: `adapter` and `base`, logits [T, K] in float32 with and without
@@ -37,7 +37,7 @@ def load(folder: str, base: dict[str, Any]) -> PeftModel:
     if "bnb_4bit_compute_dtype" in quantization:
         quantization["bnb_4bit_compute_dtype"] = getattr(torch, quantization["bnb_4bit_compute_dtype"])
     model = AutoModelForCausalLM.from_pretrained(
-        base["place"], revision=base["revision"], dtype=dtype, device_map={"": base["device"]}, use_safetensors=True,
+        base["path"], revision=base["revision"], dtype=dtype, device_map={"": base["device"]}, use_safetensors=True,
         trust_remote_code=False, quantization_config=BitsAndBytesConfig(**quantization) if quantization else None,
     )  # fmt: skip
     if base["rows"]:

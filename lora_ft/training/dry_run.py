@@ -24,7 +24,7 @@ from lora_ft.adapters import summary
 from lora_ft.adapters.summary import Layers
 from lora_ft.data.dataset import Dataset, Report, prepare_rows
 from lora_ft.data.read import read
-from lora_ft.data.statistics import Survey, survey
+from lora_ft.data.statistics import Statistics, measure
 from lora_ft.data.statistics import warnings as warnings_of_rows
 from lora_ft.errors import LoraFtError
 from lora_ft.io import durable
@@ -74,7 +74,7 @@ class Rows:
     """Examples of a run and their statistics; jobs with equal `data` and `model` settings share them."""
 
     dataset: Dataset
-    seen: Survey
+    statistics: Statistics
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class DryRun:
     """Content of check.json."""
 
     rows: Report
-    seen: Survey
+    statistics: Statistics
     steps: Steps
     layers: Layers
     disk: Disk
@@ -138,7 +138,7 @@ def read_rows(cfg: config.TrainRun, tokenizer: PreTrainedTokenizerBase) -> Rows:
     """Read the rows of a run, build its examples and their statistics; raises the errors of `prepare_rows`."""
     found = read(cfg.data)
     dataset = prepare_rows(found, cfg.data, tokenizer, objectives.find(cfg.objective).examples)
-    return Rows(dataset, survey(found, dataset, cfg.data, tokenizer))
+    return Rows(dataset, measure(found, dataset, cfg.data, tokenizer))
 
 
 def dry_run(cfg: config.TrainRun, rows: Rows, tokenizer: PreTrainedTokenizerBase, folder: Path) -> DryRun:
@@ -150,7 +150,7 @@ def dry_run(cfg: config.TrainRun, rows: Rows, tokenizer: PreTrainedTokenizerBase
     found = partial_dry_run(collect, cfg, rows, tokenizer, folder)
     collect.raise_errors()
     assert found.steps and found.layers and found.disk  # a part is missing only after an error
-    return DryRun(rows.dataset.report, rows.seen, found.steps, found.layers, found.disk, found.warnings)
+    return DryRun(rows.dataset.report, rows.statistics, found.steps, found.layers, found.disk, found.warnings)
 
 
 def partial_dry_run(
@@ -171,8 +171,8 @@ def partial_dry_run(
     layers = collect(summary.layers, base, cfg) if base else None
     disk = collect(_disk, cfg, folder, layers.trainable, steps.count) if layers and steps else None
     warnings = [
-        *(warnings_of_rows(rows.seen, rows.dataset.report, cfg.data) if rows else ()),
-        *(_unknown_stop_tokens(rows.seen, base) if rows and base else ()),
+        *(warnings_of_rows(rows.statistics, rows.dataset.report, cfg.data) if rows else ()),
+        *(_unknown_stop_tokens(rows.statistics, base) if rows and base else ()),
         *(_step_warnings(steps, len(rows.dataset.train), cfg.train) if rows and steps else ()),
         *(summary.warnings(layers, cfg) if layers else ()),
         *(_unverified_base(base) if base and cfg.adapter.init_from else ()),
@@ -213,11 +213,11 @@ def _disk(cfg: config.TrainRun, folder: Path, num_trainable: int, num_steps: int
     return disk
 
 
-def _unknown_stop_tokens(seen: Survey, base: Base) -> Iterator[str]:
+def _unknown_stop_tokens(statistics: Statistics, base: Base) -> Iterator[str]:
     """Yield a warning for each end of turn that the base's files do not list: other programs do not stop there."""
     listed = base.model.generation_config.eos_token_id if base.model.generation_config else None
     known = {*(listed if isinstance(listed, list) else [listed]), base.tokenizer.eos_token_id}
-    for end, count in seen.ends.items():
+    for end, count in statistics.ends.items():
         if base.tokenizer.convert_tokens_to_ids(end) not in known:
             yield (
                 f"{count:,} documents end with {end}, but neither the tokenizer nor generation_config.json lists it as "

@@ -54,7 +54,7 @@ def finish(state: TrainingState, base: Base, dataset: Dataset, comparisons: dict
     """
     adapter = state.folder / "adapter"
     state.take_kept_state()
-    source = provenance.Origin(base.identity, state.cfg.quant, dataset.report.sha256)
+    source = provenance.Provenance(base.identity, state.cfg.quant, dataset.report.sha256)
     files.save(state.model, NAME, adapter, base.tokenizer, source)
     for sentence in overfitting(state):
         log.info(sentence)
