@@ -177,7 +177,7 @@ def test_mappings_take_new_keys_without_plus_and_dotted_layer_names(calls):
             "adapter.target_modules=q,v",
             "adapter.target_modules=q,v names several values: write adapter.target_modules=[q,v]",
         ),
-        ("adapter.r=4,8", "adapter.r=4,8 names several values: add -m to run each of them"),
+        ("adapter.r=4,8", "adapter.r=4,8 names several values: lora-ft sweep trains with each of them"),
         ("adapter.r", "'adapter.r' is not of the form key=value"),
         ("~adapter.r", "~adapter.r: a setting cannot be deleted; give it a value"),
     ],

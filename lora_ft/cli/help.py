@@ -21,7 +21,7 @@ WIDTH = 100
 _COLUMN = 34
 
 _FLAGS = {
-    "-m, --multirun": "run one job for each combination of values: adapter.r=4,8,16",
+    "-m, --multirun": "the same as lora-ft sweep: one job for each combination of values",
     "--config-dir DIR": "a folder of your own choices, laid out like conf/ (DIR/experiment/mine.yaml)",
     "--cfg job": "show the composed config and stop; with --resolve and --package adapter as well",
     "--info defaults": "show how it was composed and stop; also: config, searchpath, plugins",

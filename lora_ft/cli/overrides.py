@@ -111,7 +111,7 @@ def _parsable(command: str, override: str, translated: str, parser: OverridesPar
     guard.check_override(override, parsed.key_or_group, parsed.value())
     if parsed.is_sweep_override() and not sweep:
         setting = declared(command, parsed.key_or_group)
-        advice = "add -m to run each of them"
+        advice = "lora-ft sweep trains with each of them"
         if setting and typing.get_origin(setting.type) is list:
             advice = f"write {setting.key}=[{parsed.get_value_string()}]"
         raise ConfigError(f"{override} names several values: {advice}")
