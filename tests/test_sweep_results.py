@@ -333,6 +333,13 @@ def test_pareto_front_holds_exactly_the_points_that_no_other_dominates():
         assert any(x <= px and y <= py for x, y in front)
 
 
+def test_line_of_a_sweep_over_ranks_only_is_labelled(tmp_path):
+    folder = sweep_folder(tmp_path, ["adapter.r=2,8"])
+    for n, r in enumerate((2, 8)):
+        job(folder, n, [f"adapter.r={r}"], {"adapter.r": r}, loss=2.5 - n, steps=5)
+    assert drawn(folder)["rank"].means == ("all jobs",)
+
+
 def test_rank_chart_has_a_line_of_means_over_seeds_for_each_other_setting(tmp_path):
     folder = sweep_folder(tmp_path, ["adapter.r=2,8", "optim.lr=1e-4,1e-3", "seed=1,2"])
     cases = [(r, lr, seed) for r in (2, 8) for lr in (1e-4, 1e-3) for seed in (1, 2)]

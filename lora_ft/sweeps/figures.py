@@ -125,7 +125,7 @@ def _against_rank(ranking: Ranking, board: Board, axes: "Axes") -> str:
     others = _independent(ranking, [(job, r) for job, r, _ in found])
     lines: dict[str, dict[int, list[float]]] = {}
     for job, r, loss in found:
-        label = describe({name: values_of(job).get(name) for name in others})
+        label = describe({name: values_of(job).get(name) for name in others}) or "all jobs"
         lines.setdefault(label, {}).setdefault(r, []).append(loss)
     for number, (label, losses) in enumerate(lines.items()):
         means = [(r, statistics.fmean(losses[r])) for r in sorted(losses)]
