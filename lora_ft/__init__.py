@@ -42,7 +42,7 @@ def compose(command: str, overrides: Sequence[str] = (), config_dir: "str | Path
     """
     from lora_ft.cli import composition
 
-    return composition.compose(command, list(overrides), Path(config_dir) if config_dir else None)
+    return composition.compose(command, _listed(overrides), Path(config_dir) if config_dir else None)
 
 
 def train(
@@ -110,7 +110,7 @@ def sweep(overrides: Sequence[str], folder: "Source") -> "Ranking":
     """
     from lora_ft.sweep import sweep as implementation
 
-    return implementation(list(overrides), Path(folder))
+    return implementation(_listed(overrides), Path(folder))
 
 
 def _prepare() -> None:
@@ -118,6 +118,14 @@ def _prepare() -> None:
     from lora_ft.io import process
 
     process.prepare()
+
+
+def _listed(overrides: Sequence[str]) -> list[str]:
+    from lora_ft.errors import ConfigError
+
+    if isinstance(overrides, str):
+        raise ConfigError(f"overrides must be a list, as in ['adapter.r=8'], got {overrides!r}")
+    return list(overrides)
 
 
 def _source(source: "Source") -> list[str]:
@@ -132,6 +140,10 @@ def __getattr__(name: str) -> Any:
 
         return Callback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "errors"]
 
 
 class _Package(ModuleType):

@@ -87,7 +87,7 @@ class Adapter:
 @dataclass(slots=True)
 class Data:
     path: str = setting(
-        "", "rows: .jsonl .json .csv .parquet .txt file, folder, hub id, or package:NAME/FOLDER", path=True
+        "", "rows: .jsonl .json .csv .tsv .parquet .txt file, folder, hub id, or package:NAME/FOLDER", path=True
     )
     format: Format = setting(Format.auto, "format of a row; auto: by its columns")
     columns: dict[str, str] = setting({}, "names of columns in the file, by the expected name")

@@ -10,16 +10,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_ft.errors import CheckpointError, DataError
+from lora_ft.errors import CheckpointError, ConfigError, DataError
 from lora_ft.io import durable, untrusted
-from lora_ft.runs import EVAL_ROWS, ROWS
+from lora_ft.runs import EVAL_ROWS, ROWS, exists
 
 
 def with_rows(cfg: Any, folder: Path, rows: Any, eval_rows: Any) -> Any:
     """Return a deep copy of a config whose data are the rows that `write_rows` stores in the run folder.
 
-    A run that is resumed without rows and data uses the stored rows.
+    A run that is resumed without rows and data uses the stored rows. Raises ConfigError for rows of a wrong type.
     """
+    for argument, given in (("rows", rows), ("eval_rows", eval_rows)):
+        if isinstance(given, str | Path | Mapping):
+            kind = type(given).__name__
+            raise ConfigError(f"{argument} must be a list of dicts or a datasets.Dataset, got {kind}")
     cfg = copy.deepcopy(cfg)
     for key, given, name in (("path", rows, ROWS), ("eval_path", eval_rows, EVAL_ROWS)):
         stored = cfg.resume and not getattr(cfg.data, key) and (folder / name).is_file()
@@ -31,13 +35,13 @@ def with_rows(cfg: Any, folder: Path, rows: Any, eval_rows: Any) -> Any:
 def write_rows(folder: Path, rows: Any, eval_rows: Any) -> None:
     """Write rows (dicts or a datasets.Dataset) as JSON lines; raises DataError for a row that is not JSON.
 
-    Raises CheckpointError if the folder holds other rows, because a resumed run cannot change its rows.
+    Raises CheckpointError if the run has begun to train with other rows, which a resumed run cannot change.
     """
     for name, given in ((ROWS, rows), (EVAL_ROWS, eval_rows)):
         if given is None:
             continue
         text, path = "".join(_json_lines(given, name)), folder / name
-        if path.is_file() and path.read_text("utf-8") != text:
+        if path.is_file() and exists(folder) and path.read_text("utf-8") != text:
             raise CheckpointError(f"{path} holds other rows: a resumed run cannot change its rows")
         durable.write_text(path, text)
 

@@ -22,6 +22,7 @@ from lora_ft import config, run_rows, runs, validation
 from lora_ft.adapters import audit, init
 from lora_ft.cli import entry
 from lora_ft.config import Schedule
+from lora_ft.errors import ConfigError
 from lora_ft.io import durable
 from lora_ft.models.fingerprint import fingerprint
 from lora_ft.training import checkpoint, trackers
@@ -42,11 +43,15 @@ def main(cfg: config.TrainRun, invocation: entry.Invocation) -> float | None:
     folder = invocation.folder
     with runs.locked(folder):
         if not runs.begin(folder, cfg, invocation.overrides):
-            sys.stdout.write(f"{folder} is already finished\n")
-            return runs.read_result(folder).get("eval_loss")
+            result = runs.read_result(folder)
+            stopped = f", stopped after step {result['steps']}: {result['stopped_by']}" if result["stopped_by"] else ""
+            sys.stdout.write(
+                f"{folder} is already finished{stopped}. More train.epochs or train.max_steps continue it\n"
+            )
+            return result.get("eval_loss")
         with displayed(folder) as progress, on_signals() as stop:
-            result = train_job(cfg, folder, prepare(cfg), [progress], stop)
-    return result.eval_loss if result else None
+            made = train_job(cfg, folder, prepare(cfg), [progress], stop)
+    return made.eval_loss if made else None
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ def train(
     callbacks: Sequence[Callback] = (),
 ) -> Run:
     """Train one adapter from Python; see `lora_ft.train`."""
+    _check_arguments(cfg, callbacks)
     cfg = validation.typed(cfg)
     folder = runs.folder_of(cfg, folder)
     cfg = run_rows.with_rows(cfg, folder, rows, eval_rows)
@@ -77,6 +83,18 @@ def train(
             with displayed(folder) as progress, on_signals() as stop:
                 train_job(cfg, folder, prepare(cfg), [progress, *callbacks], stop)
     return Run(folder, Result(**runs.read_result(folder)), runs.read_metrics(folder))
+
+
+def _check_arguments(cfg: Any, callbacks: Any) -> None:
+    """Raise ConfigError for arguments of a wrong type, before anything is loaded."""
+    if type(cfg) is not config.TrainRun:
+        raise ConfigError(f"cfg must be a TrainRun of lora_ft.compose, got {type(cfg).__name__}")
+    if not isinstance(callbacks, list | tuple):
+        raise ConfigError(f"callbacks must be a list, got {type(callbacks).__name__}")
+    for number, callback in enumerate(callbacks):
+        if not isinstance(callback, Callback):
+            given = f"the class {callback.__name__}" if isinstance(callback, type) else type(callback).__name__
+            raise ConfigError(f"callbacks[{number}] must be an instance of lora_ft.Callback, got {given}")
 
 
 def train_job(

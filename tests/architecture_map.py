@@ -16,7 +16,7 @@ def sentence(path: Path) -> str:
     """Return the first sentence of a module's docstring."""
     text = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
     first = " ".join(text.split("\n\n")[0].split())
-    return re.split(r"(?<=[.:;])\s", first)[0].rstrip(".:;")
+    return re.split(r"(?<=\.)\s", first)[0].rstrip(".")
 
 
 def rendered() -> str:

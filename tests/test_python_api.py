@@ -18,6 +18,7 @@ from tiny import tiny_folder
 
 import lora_ft
 from lora_ft import config, run_rows, runs
+from lora_ft.cli import entry
 from lora_ft.errors import CheckpointError, ConfigError, DataError
 from lora_ft.training import progress
 
@@ -113,8 +114,36 @@ def test_stop_requested_before_the_first_step_takes_effect_after_it(tmp_path: Pa
     assert (result.steps, result.stopped_by, result.stopped_early) == (1, "enough", True)
 
 
+def test_rows_of_a_run_that_has_not_begun_can_be_corrected(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="completion"):
+        lora_ft.train(tiny(tmp_path), rows=[PAIRS[0], {"prompt": "c"}], folder=tmp_path / "run")
+    assert lora_ft.train(tiny(tmp_path), rows=PAIRS, folder=tmp_path / "run").result.steps == 3
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"rows": "cities.csv"}, "rows must be a list of dicts or a datasets.Dataset, got str"),
+    ({"rows": PAIRS[0]}, "rows must be a list of dicts or a datasets.Dataset, got dict"),
+    ({"callbacks": [lora_ft.Callback]}, r"callbacks\[0\] must be an instance of lora_ft.Callback, got the class"),
+    ({"callbacks": lora_ft.Callback()}, "callbacks must be a list"),
+    ({"cfg": {"adapter": {"r": 4}}}, "cfg must be a TrainRun of lora_ft.compose, got dict"),
+    ({"cfg": config.EvalRun()}, "cfg must be a TrainRun of lora_ft.compose, got EvalRun"),
+])  # fmt: skip
+def test_wrong_argument_of_train_is_a_config_error(arguments: dict, message: str, tmp_path: Path) -> None:
+    given = {"cfg": tiny(tmp_path), "rows": PAIRS, "folder": tmp_path / "run"} | arguments
+    with pytest.raises(ConfigError, match=message):
+        lora_ft.train(**given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_overrides_must_be_a_list() -> None:
+    with pytest.raises(ConfigError, match=r"overrides must be a list, as in \['adapter.r=8'\], got 'adapter.r=8'"):
+        lora_ft.compose("train", "adapter.r=8")
+    with pytest.raises(ConfigError, match="overrides must be a list"):
+        lora_ft.sweep("adapter.r=8", folder="never")
+
+
 @pytest.mark.parametrize("keep", config.Keep)
-def test_stopped_run_is_evaluated_at_its_last_step(keep: config.Keep, tmp_path: Path) -> None:
+def test_stopped_run_is_evaluated_at_its_last_step(keep: config.Keep, tmp_path: Path, capsys) -> None:
     class Stop(lora_ft.Callback):
         def on_step(self, state, metrics):
             if state.step == 2:
@@ -130,6 +159,9 @@ def test_stopped_run_is_evaluated_at_its_last_step(keep: config.Keep, tmp_path: 
         (0, False, True), (1, True, False), (2, True, False), (2, False, True),
     ]  # fmt: skip
     assert "stopped after step 2 of 4: the train loss is low enough" in (run.folder / "log.txt").read_text()
+    with pytest.raises(SystemExit):
+        entry.run("train", [f"resume={run.folder}"])
+    assert "stopped after step 2: the train loss is low enough" in capsys.readouterr().out
     cfg.resume, cfg.train.max_steps = "auto", 5
     longer = lora_ft.train(cfg, rows=PAIRS[:20], eval_rows=PAIRS[20:], folder=tmp_path / "run")
     assert (longer.result.steps, longer.result.stopped_by) == (5, None)

@@ -109,7 +109,10 @@ def test_resuming_a_finished_run_changes_nothing(prepared: Path, capsys: pytest.
     ):
         capsys.readouterr()
         assert call("train", *overrides) == 0
-        assert capsys.readouterr().out == f"{prepared / 'whole'} is already finished\n"
+        assert (
+            capsys.readouterr().out
+            == f"{prepared / 'whole'} is already finished. More train.epochs or train.max_steps continue it\n"
+        )
     assert snapshot(prepared / "whole") == before
 
 
