@@ -22,11 +22,10 @@ from lora_ft import config, run_rows, runs, validation
 from lora_ft.adapters import audit, init
 from lora_ft.cli import entry
 from lora_ft.config import Schedule
-from lora_ft.errors import ConfigError
 from lora_ft.io import durable
 from lora_ft.models.fingerprint import fingerprint
 from lora_ft.training import checkpoint, trackers
-from lora_ft.training.callbacks import Callback, Callbacks
+from lora_ft.training.callbacks import Callback, Callbacks, checked
 from lora_ft.training.dry_run import dry_run
 from lora_ft.training.finish import Result, finish
 from lora_ft.training.progress import displayed
@@ -44,7 +43,7 @@ def main(cfg: config.TrainRun, invocation: entry.Invocation) -> float | None:
     with runs.locked(folder):
         if not runs.begin(folder, cfg, invocation.overrides):
             result = runs.read_result(folder)
-            stopped = f", stopped after step {result['steps']}: {result['stopped_by']}" if result["stopped_by"] else ""
+            stopped = f", stopped after step {result['steps']}: {result['stopped_by']}" if result.get("stopped_by") else ""
             sys.stdout.write(
                 f"{folder} is already finished{stopped}. More train.epochs or train.max_steps continue it\n"
             )
@@ -71,8 +70,7 @@ def train(
     callbacks: Sequence[Callback] = (),
 ) -> Run:
     """Train one adapter from Python; see `lora_ft.train`."""
-    _check_arguments(cfg, callbacks)
-    cfg = validation.typed(cfg)
+    cfg, callbacks = validation.typed(cfg, config.TrainRun), checked(callbacks)
     folder = runs.folder_of(cfg, folder)
     cfg = run_rows.with_rows(cfg, folder, rows, eval_rows)
     validation.locate_paths(cfg)
@@ -83,18 +81,6 @@ def train(
             with displayed(folder) as progress, on_signals() as stop:
                 train_job(cfg, folder, prepare(cfg), [progress, *callbacks], stop)
     return Run(folder, Result(**runs.read_result(folder)), runs.read_metrics(folder))
-
-
-def _check_arguments(cfg: Any, callbacks: Any) -> None:
-    """Raise ConfigError for arguments of a wrong type, before anything is loaded."""
-    if type(cfg) is not config.TrainRun:
-        raise ConfigError(f"cfg must be a TrainRun of lora_ft.compose, got {type(cfg).__name__}")
-    if not isinstance(callbacks, list | tuple):
-        raise ConfigError(f"callbacks must be a list, got {type(callbacks).__name__}")
-    for number, callback in enumerate(callbacks):
-        if not isinstance(callback, Callback):
-            given = f"the class {callback.__name__}" if isinstance(callback, type) else type(callback).__name__
-            raise ConfigError(f"callbacks[{number}] must be an instance of lora_ft.Callback, got {given}")
 
 
 def train_job(

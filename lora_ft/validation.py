@@ -207,9 +207,11 @@ def from_plain(schema: type[Config], plain: dict[str, Any]) -> Config:
     return cast(Config, made)
 
 
-def typed(cfg: Config) -> Config:
+def typed(cfg: Any, schema: type[Config]) -> Config:
     """Return a copy of a config with checked types; raises ConfigError. An enum may be given by its name."""
-    return from_plain(type(cfg), to_plain(cfg))
+    if type(cfg) is not schema:
+        raise ConfigError(f"cfg must be a {schema.__name__} of lora_ft.compose, got {type(cfg).__name__}")
+    return from_plain(schema, to_plain(cfg))
 
 
 def escape(value: Any) -> Any:

@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
+from lora_ft.errors import ConfigError
+
 if TYPE_CHECKING:
     from lora_ft.training.finish import Result
     from lora_ft.training.state import TrainingState
@@ -45,6 +47,17 @@ class Callback:
 
     def on_end(self, state: "TrainingState", outcome: Outcome) -> None:
         """Called once at the end, with the result, the exception that ended the run, or None if the run is paused."""
+
+
+def checked(callbacks: Any) -> list[Callback]:
+    """Return a list of callbacks; raises ConfigError for anything else."""
+    if not isinstance(callbacks, list | tuple):
+        raise ConfigError(f"callbacks must be a list, got {type(callbacks).__name__}")
+    for number, callback in enumerate(callbacks):
+        if not isinstance(callback, Callback):
+            given = f"the class {callback.__name__}" if isinstance(callback, type) else type(callback).__name__
+            raise ConfigError(f"callbacks[{number}] must be an instance of lora_ft.Callback, got {given}")
+    return list(callbacks)
 
 
 class Callbacks(Callback):
