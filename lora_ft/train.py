@@ -43,7 +43,8 @@ def main(cfg: config.TrainRun, invocation: entry.Invocation) -> float | None:
     with runs.locked(folder):
         if not runs.begin(folder, cfg, invocation.overrides):
             result = runs.read_result(folder)
-            stopped = f", stopped after step {result['steps']}: {result['stopped_by']}" if result.get("stopped_by") else ""
+            reason = result.get("stopped_by")
+            stopped = f", stopped after step {result['steps']}: {reason}" if reason else ""
             sys.stdout.write(
                 f"{folder} is already finished{stopped}. More train.epochs or train.max_steps continue it\n"
             )
