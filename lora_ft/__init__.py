@@ -143,7 +143,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "errors"]
+    return list(__all__)
 
 
 class _Package(ModuleType):

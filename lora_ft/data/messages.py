@@ -23,6 +23,8 @@ _MAY_FOLLOW = {
     "tool": ("tool", "assistant"),
 }  # fmt: skip
 
+_STRICT_JSON = json.JSONEncoder(allow_nan=False, default=str)  # built once: json.dumps builds one for each message
+
 
 def text_of(values: dict[str, Any], name: str) -> str:
     """Return the text of a column, which must not be blank."""
@@ -92,7 +94,8 @@ def _message(message: object, name: str) -> Message:
     if not isinstance(message, dict):
         raise RowError(name, f"must be an object, got {_type(message)}")
     kept = {key: value for key, value in message.items() if value is not None and key not in ("from", "value")}
-    _check_finite({key: value for key, value in kept.items() if key not in ("role", "content", "tool_calls")}, name)
+    if extra := {key: value for key, value in kept.items() if key not in ("role", "content", "tool_calls")}:
+        _check_finite(extra, name)
     role = message.get("role", message.get("from"))
     if not isinstance(role, str) or role not in _ROLES:
         raise RowError(name, f"role must be one of {', '.join(_ROLES)}, got {excerpt(repr(role))}")
@@ -163,7 +166,7 @@ def _arguments(value: object, name: str) -> dict[str, Any]:
 def _check_finite(value: object, name: str) -> None:
     """Raise RowError for NaN and infinities: a template would write them as JSON, and the model would learn that."""
     try:
-        json.dumps(value, allow_nan=False, default=str)
+        _STRICT_JSON.encode(value)
     except ValueError:
         raise RowError(name, "must not contain NaN or Infinity, which JSON does not have", value) from None
 

@@ -21,11 +21,10 @@ from lora_ft.errors import Interrupted
 from lora_ft.io import durable
 from lora_ft.sweeps import jobs
 from lora_ft.sweeps.executors import executor
-from lora_ft.sweeps.executors.interface import Handle
+from lora_ft.sweeps.executors.interface import BASE_CHANGED, Handle
 from lora_ft.sweeps.jobs import Job
 from lora_ft.training.signals import handled_by
 
-BASE_CHANGED = 75  # exit code of a worker whose base a failed job changed (EX_TEMPFAIL of sysexits.h)
 _SECONDS_BETWEEN_LOOKS = 0.05
 _SECONDS_TO_EXIT = 10.0  # for workers, after an error in this process
 _STDERR = 2

@@ -24,9 +24,9 @@ from lora_ft.errors import Interrupted, out_of_memory
 from lora_ft.io import durable, process, redact
 from lora_ft.models.fingerprint import fingerprint
 from lora_ft.sweeps import jobs
+from lora_ft.sweeps.executors.interface import BASE_CHANGED
 from lora_ft.sweeps.halving import Halving
 from lora_ft.sweeps.jobs import Job
-from lora_ft.sweeps.scheduler import BASE_CHANGED
 from lora_ft.train import train_job
 from lora_ft.training.callbacks import Callback, Metrics
 from lora_ft.training.progress import displayed

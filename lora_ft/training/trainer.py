@@ -72,9 +72,7 @@ def _step(
     metrics = _gradient(state, ranks, audited=audited)
     if state.step == 0 and state.eval_examples:
         # The gradient does not change the adapter: evaluating here delays the update, not the first forward pass.
-        start = {"step": 0} | _evaluate(state, base_losses if state.starts_as_base else {})
-        runs.append_metrics(state.folder, start)
-        callback.on_evaluate(state, start)
+        _evaluate_apart(state, callback, base_losses if state.starts_as_base else {})
     metrics |= _update(state, metrics)
     is_evaluated = bool(state.eval_examples) and (_evaluation_is_due(state) or state.step == until)
     if is_evaluated:
@@ -84,11 +82,16 @@ def _step(
     if is_evaluated:
         callback.on_evaluate(state, metrics)
     elif state.is_done and state.eval_examples:  # a callback has stopped the run: its last step is evaluated too
-        last = {"step": state.step} | _evaluate(state, {})
-        runs.append_metrics(state.folder, last)
-        callback.on_evaluate(state, last)
+        _evaluate_apart(state, callback, {})
     if checkpoint.is_due(state) or state.step == until:
         callback.on_checkpoint(state, checkpoint.save(state))
+
+
+def _evaluate_apart(state: TrainingState, callback: Callbacks, known: dict[object, EvalLoss]) -> None:
+    """Evaluate outside of a step's own metrics: the result has a line of its own in metrics.jsonl."""
+    metrics = {"step": state.step} | _evaluate(state, known)
+    runs.append_metrics(state.folder, metrics)
+    callback.on_evaluate(state, metrics)
 
 
 def _save_and_leave(state: TrainingState, signum: int) -> NoReturn:

@@ -3,7 +3,7 @@
     read the repository's state -> create it, private -> one commit on top of that state
 
 The hub applies a commit as a whole or not at all, and only on top of the state that was read. Each operation can be
-repeated: if the answer to a commit was lost, the next attempt finds nothing to change. The token comes from the
+repeated: if the answer to a commit was lost, the next attempt finds its checksums there. The token comes from the
 environment (HF_TOKEN) or from the hub's own login; this module never reads it.
 """
 
@@ -132,18 +132,19 @@ class Hub:
 
     def _holds(self, api: "HfApi", info: "ModelInfo", folder: Path) -> bool:
         """Return True if the repository has the checksums of this package, which cover all of its files."""
-        if checksums.FILE not in _file_names(info):
-            return False
-        path = Path(api.hf_hub_download(self.repository, checksums.FILE, revision=info.sha))
-        return path.read_bytes() == (folder / checksums.FILE).read_bytes()
+        is_package = checksums.is_package(_file_names(info))
+        return is_package and self._checksums(api, info) == (folder / checksums.FILE).read_bytes()
+
+    def _checksums(self, api: "HfApi", info: "ModelInfo") -> bytes:
+        return Path(api.hf_hub_download(self.repository, checksums.FILE, revision=info.sha)).read_bytes()
 
     def _packaged(self, api: "HfApi", info: "ModelInfo") -> set[str]:
         """Return the names of the files that an earlier package put into the repository."""
         names = _file_names(info)
         if not checksums.is_package(names):
             return set()
-        path = api.hf_hub_download(self.repository, checksums.FILE, revision=info.sha)
-        listed = checksums.parse(Path(path).read_text("utf-8", "replace"), f"{self}/{checksums.FILE}")
+        text = self._checksums(api, info).decode("utf-8", "replace")
+        listed = checksums.parse(text, f"{self}/{checksums.FILE}")
         return {checksums.FILE, *listed} & names
 
 

@@ -13,6 +13,8 @@ from lora_ft import config
 from lora_ft.errors import LoraFtError
 from lora_ft.sweeps.jobs import Job
 
+BASE_CHANGED = 75  # exit code of a worker whose base a failed job changed (EX_TEMPFAIL of sysexits.h)
+
 
 @dataclass(frozen=True)
 class Beat:

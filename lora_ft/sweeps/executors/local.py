@@ -22,11 +22,11 @@ from lora_ft import config, validation
 from lora_ft.errors import LoraFtError, ResourceError
 from lora_ft.io import durable
 from lora_ft.sweeps import devices, jobs, results
-from lora_ft.sweeps.executors.interface import Beat
+from lora_ft.sweeps.executors.interface import BASE_CHANGED, Beat
 from lora_ft.sweeps.jobs import Job
 
 FOLDER = "children"
-_EXPECTED_CODES = (0, 75, 130, 143)  # done, base changed, stopped by a signal
+_EXPECTED_CODES = (0, BASE_CHANGED, 130, 143)  # the last two: stopped by a signal
 
 
 class LocalProcess:
