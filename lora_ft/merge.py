@@ -112,19 +112,15 @@ def _merge(cfg: config.MergeRun, adapter: Path, tokenizer: PreTrainedTokenizerBa
         gguf_model.check(Path(str(locate(cfg.model, weights=False).folder)), tokenizer)
         dtype = torch.float32  # rounded once, to the type of the file
     merged, expected, comparison = _merged_model(cfg, adapter, tokenizer, dtype)
-    if cfg.gguf:
-        with durable.scratch_folder(out) as folder:
-            write_folder(merged, tokenizer, folder)
-            merged.release()
-            distance, allowed = verify.check(folder, expected)
+    # A GGUF file is made from the verified folder, which is then removed.
+    with durable.scratch_folder(out) if cfg.gguf else durable.staged_folder(out) as folder:
+        write_folder(merged, tokenizer, folder)
+        merged.release()
+        distance, allowed = verify.check(folder, expected)
+        if cfg.gguf:
             gguf_model.write(folder, out, cfg.gguf)
-    else:
-        with durable.staged_folder(out) as folder:
-            write_folder(merged, tokenizer, folder)
-            merged.release()
-            distance, allowed = verify.check(folder, expected)
-            if comparison:
-                durable.write_json(folder / _COMPARISON, comparison.record())
+        elif comparison:
+            durable.write_json(folder / _COMPARISON, comparison.record())
     if comparison and cfg.run:
         durable.write_json(Path(cfg.run).expanduser() / _COMPARISON, comparison.record())
     num_bytes = out.stat().st_size if cfg.gguf else sum(file.stat().st_size for file in out.glob("*.safetensors"))
