@@ -1,7 +1,8 @@
-"""Declarations of all settings: name, type, default, unit, rule and meaning. No torch here.
+"""Schemas of the commands, composed from the groups of settings in `settings/`. No torch here.
 
-Each command has one root dataclass (`TrainRun`, `EvalRun`, ...), which Hydra uses as its schema. The YAML files in
-`conf/` are named choices with only the values that differ from the defaults below.
+Each command has one root dataclass (`TrainRun`, `EvalRun`, ...), which Hydra uses as its schema. A setting is declared
+once, with name, type, default, unit, rule and meaning. The YAML files in `conf/` are named choices with only the values
+that differ from the defaults.
 
     lora-ft train model=smollm2_135m adapter.r=8        # composes conf/train.yaml over TrainRun
 """
@@ -10,214 +11,25 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from lora_ft.setting import OnResume, setting
-from lora_ft.sweep_config import Launcher as Launcher
-from lora_ft.sweep_config import Sweep
-from lora_ft.values import (
-    AdapterFormat,
-    BaseWeights,
-    Combination,
-    Dtype,
-    Format,
-    GgufType,
-    Keep,
-    Optimizer,
-    QuantKind,
-    Schedule,
-    TooLong,
-    Tracker,
-    TrainOn,
-)
+from lora_ft.settings.data import Data
+from lora_ft.settings.model import Adapter, Model, Objective, Quant, RecordedQuant
+from lora_ft.settings.setting import OnResume, setting
+from lora_ft.settings.sweep import Launcher as Launcher
+from lora_ft.settings.sweep import Sweep
+from lora_ft.settings.training import Fast, Optim, Track, Train
+from lora_ft.values import AdapterFormat, BaseWeights, Combination, Dtype, GgufType
+from lora_ft.values import Format as Format
+from lora_ft.values import Keep as Keep
+from lora_ft.values import Optimizer as Optimizer
+from lora_ft.values import QuantKind as QuantKind
+from lora_ft.values import Schedule as Schedule
+from lora_ft.values import TooLong as TooLong
+from lora_ft.values import Tracker as Tracker
+from lora_ft.values import TrainOn as TrainOn
 
 # In a checkout conf/ is next to the package; in an installed wheel it is inside the package.
 _HERE = Path(__file__).resolve().parent
 CONF = next(d for d in (_HERE / "conf", _HERE.parent / "conf") if d.is_dir())
-
-
-@dataclass(slots=True)
-class Model:
-    path: str = setting("", "base model: hub id, local folder, GGUF file, or package:NAME/FILE.gguf", path=True)
-    revision: str | None = setting(None, "branch, tag or commit of a hub id; recorded as a commit", text=True)
-    hub_id: str | None = setting(
-        None, "hub id of the base for the adapter's files, if path is a local folder or file", text=True
-    )
-    dtype: Dtype = setting(Dtype.auto, "dtype of weights and computation; auto: bfloat16 on GPUs that support it")
-    chat_template: str | None = setting(None, "Jinja file that replaces the tokenizer's chat template", path=True)
-    added_tokens: list[str] = setting([], "tokens to add; their embeddings are trained and saved with the adapter")
-
-
-@dataclass(slots=True)
-class Quant:
-    kind: QuantKind = setting(QuantKind.none, "precision of the frozen linear layers")
-    double: bool = setting(True, "nf4, fp4: quantize the scales as well")
-    compute_dtype: Dtype = setting(Dtype.auto, "nf4, fp4: dtype of matrix products; auto: model.dtype")
-
-
-@dataclass(slots=True)
-class RecordedQuant(Quant):
-    """Quantization of an adapter's base; null settings are taken from the adapter's record (adapters/loading.py)."""
-
-    kind: QuantKind | None = setting(  # type: ignore[assignment]
-        None, "precision of the frozen linear layers; null: as recorded in the adapter"
-    )
-    double: bool | None = setting(  # type: ignore[assignment]
-        None, "nf4, fp4: quantize the scales as well; null: as recorded in the adapter"
-    )
-
-
-@dataclass(slots=True)
-class Adapter:
-    r: int = setting(16, "rank", at_least=1)
-    lora_alpha: float = setting(32.0, "the update is scaled by lora_alpha / r", above=0)
-    lora_dropout: float = setting(0.0, "dropout on the adapter's input", at_least=0, below=1)
-    use_rslora: bool = setting(False, "scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732)")
-    use_dora: bool = setting(False, "train magnitude and direction separately (arXiv 2402.09353)")
-    target_modules: list[str] = setting(
-        ["all-linear"], "names of layers to adapt, or all-linear (every linear layer but the head)"
-    )
-    modules_to_save: list[str] = setting([], "layers to train in full and save with the adapter")
-    rank_pattern: dict[str, int] = setting({}, "ranks other than r, by layer name")
-    alpha_pattern: dict[str, float] = setting({}, "lora_alpha of single layers, by layer name")
-    init: str = setting("default", "initialization of the matrices: default or gaussian", text=True)
-    init_from: str | None = setting(
-        None, "adapter folder to start from; it must have been trained on this base", path=True
-    )
-
-
-@dataclass(slots=True)
-class Data:
-    path: str = setting(
-        "", "rows: .jsonl .json .csv .tsv .parquet .txt file, folder, hub id, or package:NAME/FOLDER", path=True
-    )
-    format: Format = setting(Format.auto, "format of a row; auto: by its columns")
-    columns: dict[str, str] = setting({}, "names of columns in the file, by the expected name")
-    name: str | None = setting(None, "configuration of a hub dataset", text=True)
-    split: str = setting(
-        "train", "split of a hub dataset, or of a folder whose files are named by split; all: every file", text=True
-    )
-    revision: str | None = setting(None, "branch, tag or commit of a hub dataset", text=True)
-    prompt: str | None = setting(None, "table: template of the prompt, with {column} fields", text=True)
-    answer: str | None = setting(None, "table: template of the answer, with {column} fields", text=True)
-    system: str | None = setting(None, "system message for chat rows that have none", text=True)
-    deduplicate: bool = setting(False, "leave out duplicate rows (ignoring case and whitespace)")
-    max_rows: int | None = setting(None, "maximum number of rows to read", unit="rows", at_least=1)
-    max_length: int = setting(1024, "maximum length of a row", unit="tokens", at_least=2)
-    too_long: TooLong = setting(
-        TooLong.error, "handling of longer rows; answers are never truncated; split: cut plain text into windows"
-    )
-    train_on: TrainOn = setting(TrainOn.answers, "which tokens are supervised")
-    eval_fraction: float = setting(
-        0.05, "fraction of the rows in the eval set, chosen by a hash of their content; 0: none", at_least=0, below=1
-    )
-    eval_split: str | None = setting(
-        None, "split to evaluate on; null: a folder's validation files if it has any, else eval_fraction", text=True
-    )
-    eval_path: str | None = setting(
-        None, "eval rows: another file, folder or hub dataset, instead of eval_fraction", path=True
-    )
-
-
-@dataclass(slots=True)
-class Objective:
-    name: str = setting("sft", "training objective; sft: cross-entropy of the supervised tokens", text=True)
-
-
-@dataclass(slots=True)
-class Optim:
-    name: Optimizer = setting(Optimizer.adamw, "optimizer; 8-bit and paged AdamW are from bitsandbytes")
-    lr: float = setting(2e-4, "peak learning rate", above=0)
-    lora_plus_ratio: float = setting(
-        1.0, "learning rate of lora_B divided by that of lora_A (arXiv 2402.12354)", above=0
-    )
-    weight_decay: float = setting(0.0, "decoupled weight decay", at_least=0)
-    beta1: float = setting(0.9, "decay of the first moment", at_least=0, below=1)
-    beta2: float = setting(0.999, "decay of the second moment", at_least=0, below=1)
-    eps: float = setting(1e-8, "term added to the root of the second moment", above=0)
-    schedule: Schedule = setting(Schedule.linear, "learning rate schedule after the warm-up")
-    warmup_steps: int = setting(0, "linear warm-up to lr", unit="steps", at_least=0)
-    decay_fraction: float = setting(
-        0.2, "wsd: last fraction of the run, in which lr decays to lr * min_lr_ratio", above=0, at_most=1
-    )
-    min_lr_ratio: float = setting(0.0, "final learning rate divided by lr", at_least=0, at_most=1)
-    max_grad_norm: float = setting(1.0, "gradient norm to clip to; 0: no clipping", at_least=0)
-
-
-@dataclass(slots=True)
-class Train:
-    epochs: int = setting(1, "passes over the data", at_least=1, on_resume=OnResume.higher)
-    max_steps: int | None = setting(
-        None,
-        "optimizer steps, instead of epochs; repeats the data if needed",
-        unit="steps",
-        at_least=1,
-        on_resume=OnResume.higher,
-    )
-    tokens_per_step: int = setting(1024, "maximum size of an optimizer step", unit="tokens", at_least=1)
-    tokens_per_microbatch: int | None = setting(
-        None, "maximum size of a forward pass; null: the whole step", unit="tokens", at_least=1
-    )
-    packing: bool = setting(
-        True, "pack several rows into one sequence; changes only rounding (and the masks of lora_dropout)"
-    )
-    gradient_checkpointing: str = setting(
-        "auto",
-        "recompute activations in backward: off, every_k (each k-th layer), auto (as few as memory allows)",
-        pattern=r"auto|off|every_[1-9][0-9]*",
-        on_resume=OnResume.free,
-    )
-    eval_every_steps: int | None = setting(
-        None, "evaluate every so many steps; null: only at the start and the end", unit="steps", at_least=1
-    )
-    eval_rows: int = setting(64, "maximum number of eval rows used during training", unit="rows", at_least=1)
-    keep: Keep = setting(Keep.last, "state saved to adapter/: last, or best (lowest eval loss)")
-    patience: int | None = setting(
-        None, "early stopping: evaluations without improvement", unit="evaluations", at_least=1
-    )
-    samples: int = setting(
-        3,
-        "eval prompts answered by base and adapter at the end, for comparison",
-        unit="rows",
-        at_least=0,
-        on_resume=OnResume.free,
-    )
-    save_every_steps: int | None = setting(
-        200,
-        "checkpoint every so many steps; null: only at the end and when a signal stops the run",
-        unit="steps",
-        at_least=1,
-        on_resume=OnResume.free,
-    )
-    keep_checkpoints: int = setting(
-        2,
-        "checkpoints to keep, in addition to the one with the lowest eval loss",
-        at_least=1,
-        on_resume=OnResume.free,
-    )
-
-
-@dataclass(slots=True)
-class Fast:
-    attention: bool = setting(True, "causal attention per document instead of a dense mask")
-    loss: bool = setting(True, "head and loss in chunks, on supervised positions only")
-    lora: bool = setting(True, "linear layer and its LoRA as one autograd function")
-    norm: bool = setting(True, "norms that save only their input for backward")
-    mlp: bool = setting(True, "MLPs that save only their projections for backward")
-    rope: bool = setting(True, "rotary position embedding in fewer passes")
-    storage: bool = setting(True, "store float32 weights as bfloat16 if that is exact; upcast layer by layer")
-    compile: bool = setting(
-        False, "CUDA: compile norm, SwiGLU and rotary embedding with torch.compile; adds seconds at the start"
-    )
-    liger: bool = setting(False, "CUDA: norm, SwiGLU and rotary embedding by the package liger-kernel")
-
-
-@dataclass(slots=True)
-class Track:
-    name: Tracker = setting(
-        Tracker.none, "tracker that receives the metrics, in addition to metrics.jsonl", on_resume=OnResume.free
-    )
-    project: str = setting(
-        "lora_ft", "project of the run in its tracker; mlflow: experiment", text=True, on_resume=OnResume.free
-    )
 
 
 @dataclass(slots=True)

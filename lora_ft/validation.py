@@ -1,4 +1,4 @@
-"""Walk, check and convert the settings that `config.py` declares. No torch here.
+"""Walk, check and convert the settings of a command's schema. No torch here.
 
 for setting in settings(TrainRun): ...      # Setting("adapter.r", int, 16, "rank", unit="", text=False, path=False)
 locate_paths(cfg)                           # data.path: rows.jsonl -> /home/me/rows.jsonl
@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 
 from lora_ft.config import Data, Dtype, Keep, Launcher, MergeRun, PublishRun, ReportRun, SweepRun, TrainRun
 from lora_ft.errors import ConfigError
-from lora_ft.setting import OnResume
+from lora_ft.settings.setting import OnResume
 
 Config = TypeVar("Config")
 

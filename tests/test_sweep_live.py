@@ -7,7 +7,7 @@ import json
 import os
 import pty
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -223,8 +223,16 @@ def test_job_takes_one_line_at_any_width(width: int, tmp_path: Path) -> None:
 
 
 @contextlib.contextmanager
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """Make stderr a terminal of 100 columns; yield a descriptor from which its output can be read."""
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
+    """Make stderr a terminal of 100 columns; yield a function that returns all text written to it so far."""
+
+    def written() -> str:
+        text, end = b"", b"<end>"
+        os.write(its, end)
+        while not text.endswith(end):  # the kernel passes a terminal's output on in parts
+            text += os.read(ours, 100_000)
+        return text.removesuffix(end).decode()
+
     ours, its = pty.openpty()
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("LINES", "24")
@@ -233,7 +241,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
         monkeypatch.delenv(name, raising=False)
     with open(its, "w") as stderr:
         monkeypatch.setattr(sys, "stderr", stderr)
-        yield ours
+        yield written
     os.close(ours)
 
 
@@ -242,12 +250,12 @@ HOSTILE = "data.path=[red]\x1b]0;title\x07\x9b31m[/red]:bomb:"
 
 def test_terminal_shows_a_table_without_control_characters_of_the_jobs(tmp_path: Path, monkeypatch) -> None:
     jobs = made(tmp_path, "adapter.r=4", HOSTILE)
-    with terminal(monkeypatch) as screen:
+    with terminal(monkeypatch) as written:
         with live.displayed(jobs, jobs) as show:
             steps(jobs[0], 1, 3)
             show(running(jobs[0]))
             runs.write_failure(jobs[1].folder, ResourceError("no \x1b[2Jmemory"))
-        text = os.read(screen, 100_000).decode()
+        text = written()
     assert "adapter.r=4" in text and "running" in text and "2.970" in text
     assert "data.path=[red]\ufffd]0;title\ufffd\ufffd31m[/red]:bomb:" in text
     assert "no \ufffd[2Jmemory" in text

@@ -133,10 +133,8 @@ def _bare(tree: ast.Module, duties: set[str], blocks: set[str]) -> Iterator[tupl
     def walk(node: ast.AST, function: str) -> Iterator[tuple[str, str]]:
         if isinstance(node, ast.FunctionDef):
             function = node.name
-        if isinstance(node, ast.With):
-            items = [dotted(item.context_expr.func) for item in node.items if isinstance(item.context_expr, ast.Call)]
-            if blocks & set(items):
-                return
+        if isinstance(node, ast.With) and any(_opens(item.context_expr, blocks) for item in node.items):
+            return
         if isinstance(node, ast.Call):
             called = dotted(node.func)
             owner, _, name = called.rpartition(".")
@@ -146,6 +144,13 @@ def _bare(tree: ast.Module, duties: set[str], blocks: set[str]) -> Iterator[tupl
             yield from walk(child, function)
 
     return walk(tree, "module")
+
+
+def _opens(context: ast.expr, blocks: set[str]) -> bool:
+    """Return True for a call of one of `blocks`, and for a choice between such calls."""
+    if isinstance(context, ast.IfExp):
+        return _opens(context.body, blocks) and _opens(context.orelse, blocks)
+    return isinstance(context, ast.Call) and dotted(context.func) in blocks
 
 
 def relative_path(file: Path) -> str:
@@ -243,7 +248,11 @@ def test_harmless_calls_are_not_reported(snippet: str) -> None:
 def test_saving_outside_a_staged_folder_is_detected() -> None:
     bare = ast.parse("def save(folder):\n    tokenizer.save_pretrained(folder)")
     staged = ast.parse("def save(f):\n    with durable.staged_folder(f) as s:\n        tokenizer.save_pretrained(s)")
+    chosen = "def save(f):\n    with {} if gguf else {} as s:\n        tokenizer.save_pretrained(s)"
+    either = ast.parse(chosen.format("durable.scratch_folder(f)", "durable.staged_folder(f)"))
+    neither = ast.parse(chosen.format("durable.scratch_folder(f)", "folder(f)"))
     passed_on = ast.parse("def write_folder(f):\n    t.save_pretrained(f)\ndef other(f):\n    write_folder(f)")
     assert saved_unstaged({"a": bare}) == ["a: save calls tokenizer.save_pretrained"]
-    assert saved_unstaged({"a": staged}) == []
+    assert saved_unstaged({"a": staged}) == [] and saved_unstaged({"a": either}) == []
+    assert saved_unstaged({"a": neither}) == ["a: save calls tokenizer.save_pretrained"]
     assert saved_unstaged({"a": passed_on}) == ["a: other calls write_folder"]

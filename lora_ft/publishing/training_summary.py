@@ -21,7 +21,7 @@ from lora_ft.io import untrusted
 from lora_ft.models import resolve
 from lora_ft.models.gguf import reader
 from lora_ft.publishing.adapter_facts import front_matter
-from lora_ft.setting import OnResume
+from lora_ft.settings.setting import OnResume
 
 # The card shows these under other headings.
 _SHOWN_ELSEWHERE = ("data.revision", "data.name", "data.split", "model.revision", "model.hub_id")

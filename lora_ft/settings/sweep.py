@@ -1,8 +1,8 @@
-"""Settings of a sweep and of its launcher; part of `config.py`. No torch here."""
+"""Settings of a sweep and of its launcher."""
 
 from dataclasses import dataclass
 
-from lora_ft.setting import setting
+from lora_ft.settings.setting import setting
 
 
 @dataclass(slots=True)

@@ -1,0 +1,39 @@
+"""Settings of the rows."""
+
+from dataclasses import dataclass
+
+from lora_ft.settings.setting import setting
+from lora_ft.values import Format, TooLong, TrainOn
+
+
+@dataclass(slots=True)
+class Data:
+    path: str = setting(
+        "", "rows: .jsonl .json .csv .tsv .parquet .txt file, folder, hub id, or package:NAME/FOLDER", path=True
+    )
+    format: Format = setting(Format.auto, "format of a row; auto: by its columns")
+    columns: dict[str, str] = setting({}, "names of columns in the file, by the expected name")
+    name: str | None = setting(None, "configuration of a hub dataset", text=True)
+    split: str = setting(
+        "train", "split of a hub dataset, or of a folder whose files are named by split; all: every file", text=True
+    )
+    revision: str | None = setting(None, "branch, tag or commit of a hub dataset", text=True)
+    prompt: str | None = setting(None, "table: template of the prompt, with {column} fields", text=True)
+    answer: str | None = setting(None, "table: template of the answer, with {column} fields", text=True)
+    system: str | None = setting(None, "system message for chat rows that have none", text=True)
+    deduplicate: bool = setting(False, "leave out duplicate rows (ignoring case and whitespace)")
+    max_rows: int | None = setting(None, "maximum number of rows to read", unit="rows", at_least=1)
+    max_length: int = setting(1024, "maximum length of a row", unit="tokens", at_least=2)
+    too_long: TooLong = setting(
+        TooLong.error, "handling of longer rows; answers are never truncated; split: cut plain text into windows"
+    )
+    train_on: TrainOn = setting(TrainOn.answers, "which tokens are supervised")
+    eval_fraction: float = setting(
+        0.05, "fraction of the rows in the eval set, chosen by a hash of their content; 0: none", at_least=0, below=1
+    )
+    eval_split: str | None = setting(
+        None, "split to evaluate on; null: a folder's validation files if it has any, else eval_fraction", text=True
+    )
+    eval_path: str | None = setting(
+        None, "eval rows: another file, folder or hub dataset, instead of eval_fraction", path=True
+    )

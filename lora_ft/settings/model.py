@@ -1,0 +1,61 @@
+"""Settings of the base model, its quantization, the adapter and the objective."""
+
+from dataclasses import dataclass
+
+from lora_ft.settings.setting import setting
+from lora_ft.values import Dtype, QuantKind
+
+
+@dataclass(slots=True)
+class Model:
+    path: str = setting("", "base model: hub id, local folder, GGUF file, or package:NAME/FILE.gguf", path=True)
+    revision: str | None = setting(None, "branch, tag or commit of a hub id; recorded as a commit", text=True)
+    hub_id: str | None = setting(
+        None, "hub id of the base for the adapter's files, if path is a local folder or file", text=True
+    )
+    dtype: Dtype = setting(Dtype.auto, "dtype of weights and computation; auto: bfloat16 on GPUs that support it")
+    chat_template: str | None = setting(None, "Jinja file that replaces the tokenizer's chat template", path=True)
+    added_tokens: list[str] = setting([], "tokens to add; their embeddings are trained and saved with the adapter")
+
+
+@dataclass(slots=True)
+class Quant:
+    kind: QuantKind = setting(QuantKind.none, "precision of the frozen linear layers")
+    double: bool = setting(True, "nf4, fp4: quantize the scales as well")
+    compute_dtype: Dtype = setting(Dtype.auto, "nf4, fp4: dtype of matrix products; auto: model.dtype")
+
+
+@dataclass(slots=True)
+class RecordedQuant(Quant):
+    """Quantization of an adapter's base; null settings are taken from the adapter's record (adapters/loading.py)."""
+
+    kind: QuantKind | None = setting(  # type: ignore[assignment]
+        None, "precision of the frozen linear layers; null: as recorded in the adapter"
+    )
+    double: bool | None = setting(  # type: ignore[assignment]
+        None, "nf4, fp4: quantize the scales as well; null: as recorded in the adapter"
+    )
+
+
+@dataclass(slots=True)
+class Adapter:
+    r: int = setting(16, "rank", at_least=1)
+    lora_alpha: float = setting(32.0, "the update is scaled by lora_alpha / r", above=0)
+    lora_dropout: float = setting(0.0, "dropout on the adapter's input", at_least=0, below=1)
+    use_rslora: bool = setting(False, "scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732)")
+    use_dora: bool = setting(False, "train magnitude and direction separately (arXiv 2402.09353)")
+    target_modules: list[str] = setting(
+        ["all-linear"], "names of layers to adapt, or all-linear (every linear layer but the head)"
+    )
+    modules_to_save: list[str] = setting([], "layers to train in full and save with the adapter")
+    rank_pattern: dict[str, int] = setting({}, "ranks other than r, by layer name")
+    alpha_pattern: dict[str, float] = setting({}, "lora_alpha of single layers, by layer name")
+    init: str = setting("default", "initialization of the matrices: default or gaussian", text=True)
+    init_from: str | None = setting(
+        None, "adapter folder to start from; it must have been trained on this base", path=True
+    )
+
+
+@dataclass(slots=True)
+class Objective:
+    name: str = setting("sft", "training objective; sft: cross-entropy of the supervised tokens", text=True)

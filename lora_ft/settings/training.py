@@ -1,0 +1,104 @@
+"""Settings of training: steps, optimizer, fast paths, tracker."""
+
+from dataclasses import dataclass
+
+from lora_ft.settings.setting import OnResume, setting
+from lora_ft.values import Keep, Optimizer, Schedule, Tracker
+
+
+@dataclass(slots=True)
+class Train:
+    epochs: int = setting(1, "passes over the data", at_least=1, on_resume=OnResume.higher)
+    max_steps: int | None = setting(
+        None,
+        "optimizer steps, instead of epochs; repeats the data if needed",
+        unit="steps",
+        at_least=1,
+        on_resume=OnResume.higher,
+    )
+    tokens_per_step: int = setting(1024, "maximum size of an optimizer step", unit="tokens", at_least=1)
+    tokens_per_microbatch: int | None = setting(
+        None, "maximum size of a forward pass; null: the whole step", unit="tokens", at_least=1
+    )
+    packing: bool = setting(
+        True, "pack several rows into one sequence; changes only rounding (and the masks of lora_dropout)"
+    )
+    gradient_checkpointing: str = setting(
+        "auto",
+        "recompute activations in backward: off, every_k (each k-th layer), auto (as few as memory allows)",
+        pattern=r"auto|off|every_[1-9][0-9]*",
+        on_resume=OnResume.free,
+    )
+    eval_every_steps: int | None = setting(
+        None, "evaluate every so many steps; null: only at the start and the end", unit="steps", at_least=1
+    )
+    eval_rows: int = setting(64, "maximum number of eval rows used during training", unit="rows", at_least=1)
+    keep: Keep = setting(Keep.last, "state saved to adapter/: last, or best (lowest eval loss)")
+    patience: int | None = setting(
+        None, "early stopping: evaluations without improvement", unit="evaluations", at_least=1
+    )
+    samples: int = setting(
+        3,
+        "eval prompts answered by base and adapter at the end, for comparison",
+        unit="rows",
+        at_least=0,
+        on_resume=OnResume.free,
+    )
+    save_every_steps: int | None = setting(
+        200,
+        "checkpoint every so many steps; null: only at the end and when a signal stops the run",
+        unit="steps",
+        at_least=1,
+        on_resume=OnResume.free,
+    )
+    keep_checkpoints: int = setting(
+        2,
+        "checkpoints to keep, in addition to the one with the lowest eval loss",
+        at_least=1,
+        on_resume=OnResume.free,
+    )
+
+
+@dataclass(slots=True)
+class Optim:
+    name: Optimizer = setting(Optimizer.adamw, "optimizer; 8-bit and paged AdamW are from bitsandbytes")
+    lr: float = setting(2e-4, "peak learning rate", above=0)
+    lora_plus_ratio: float = setting(
+        1.0, "learning rate of lora_B divided by that of lora_A (arXiv 2402.12354)", above=0
+    )
+    weight_decay: float = setting(0.0, "decoupled weight decay", at_least=0)
+    beta1: float = setting(0.9, "decay of the first moment", at_least=0, below=1)
+    beta2: float = setting(0.999, "decay of the second moment", at_least=0, below=1)
+    eps: float = setting(1e-8, "term added to the root of the second moment", above=0)
+    schedule: Schedule = setting(Schedule.linear, "learning rate schedule after the warm-up")
+    warmup_steps: int = setting(0, "linear warm-up to lr", unit="steps", at_least=0)
+    decay_fraction: float = setting(
+        0.2, "wsd: last fraction of the run, in which lr decays to lr * min_lr_ratio", above=0, at_most=1
+    )
+    min_lr_ratio: float = setting(0.0, "final learning rate divided by lr", at_least=0, at_most=1)
+    max_grad_norm: float = setting(1.0, "gradient norm to clip to; 0: no clipping", at_least=0)
+
+
+@dataclass(slots=True)
+class Fast:
+    attention: bool = setting(True, "causal attention per document instead of a dense mask")
+    loss: bool = setting(True, "head and loss in chunks, on supervised positions only")
+    lora: bool = setting(True, "linear layer and its LoRA as one autograd function")
+    norm: bool = setting(True, "norms that save only their input for backward")
+    mlp: bool = setting(True, "MLPs that save only their projections for backward")
+    rope: bool = setting(True, "rotary position embedding in fewer passes")
+    storage: bool = setting(True, "store float32 weights as bfloat16 if that is exact; upcast layer by layer")
+    compile: bool = setting(
+        False, "CUDA: compile norm, SwiGLU and rotary embedding with torch.compile; adds seconds at the start"
+    )
+    liger: bool = setting(False, "CUDA: norm, SwiGLU and rotary embedding by the package liger-kernel")
+
+
+@dataclass(slots=True)
+class Track:
+    name: Tracker = setting(
+        Tracker.none, "tracker that receives the metrics, in addition to metrics.jsonl", on_resume=OnResume.free
+    )
+    project: str = setting(
+        "lora_ft", "project of the run in its tracker; mlflow: experiment", text=True, on_resume=OnResume.free
+    )
