@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_ft.ops.cross_entropy import HeadLora, linear_cross_entropy
+from lora_ft.ops.cross_entropy import linear_cross_entropy
+from lora_ft.ops.logits import HeadLora, LogitMap
 from lora_ft.ops.lora_linear import lora_linear
 from lora_ft.ops.weights import FrozenWeight, frozen_linear, frozen_weight, why_no_weight
 
@@ -95,14 +96,14 @@ def _forward(layer: Any, plain: Callable[..., Tensor], x: Tensor, *arguments: An
     return lora_linear(x, weight, layer.get_base_layer().bias, a, b, layer.scaling[name])
 
 
-def _head_loss(layer: Any, hidden: Tensor, targets: Tensor) -> Tensor | None:
+def _head_loss(layer: Any, hidden: Tensor, targets: Tensor, logit_map: LogitMap) -> Tensor | None:
     """Return the sum of cross-entropies of a head with LoRA, in chunks; None if it needs the layer's own logits."""
     chosen = _fast(layer, hidden)
     if chosen is None:
         return None
     name, weight = chosen
     lora = HeadLora(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
-    return linear_cross_entropy(hidden, weight(), layer.get_base_layer().bias, targets, lora)
+    return linear_cross_entropy(hidden, weight(), layer.get_base_layer().bias, targets, lora, logit_map)
 
 
 def _int8_forward(layer: Any, plain: Callable[..., Tensor], x: Tensor) -> Tensor:
