@@ -377,6 +377,7 @@ def test_large_rank_few_steps_and_long_documents_give_warnings(bases, tmp_path):
 
 # setting: (a value without effect, the other settings that make it so)
 INEFFECTIVE = {
+    "optim.offload": (True, {"optim.name": config.Optimizer.adamw_8bit}),
     "quant.double": (False, {}),
     "quant.compute_dtype": (config.Dtype.bfloat16, {}),
     "optim.decay_fraction": (0.5, {}),
