@@ -6,7 +6,7 @@ layer.forward(x)    training, one plain LoRA active, no dropout, x in the adapte
                         -> PEFT's forward, so that PEFT's switches keep working
 
 A head with LoRA also gets a chunked loss, the attribute `token_loss_sum` that `ops.token_loss` looks for. Its logits
-never exist for all positions at once, not in evaluation either. An int8 layer without LoRA keeps no input.
+never exist for all positions at once, not in evaluation either.
 
 This module only makes forwards. models/acceleration.py installs them.
 """
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lora_ft.ops.cross_entropy import HeadLora, linear_cross_entropy
 from lora_ft.ops.lora_linear import lora_linear
-from lora_ft.ops.weights import FrozenWeight, frozen_linear, frozen_weight, why_no_weight
+from lora_ft.ops.weights import FrozenWeight, frozen_weight, why_no_weight
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -45,11 +45,7 @@ def fast_forwards(model: "PeftModel", name: str) -> LoraForwards:
     reasons: Counter[str] = Counter()
     computed = model.get_base_model().get_input_embeddings().weight.dtype
     for layer in model.modules():
-        if not isinstance(layer, LoraLayer):
-            if getattr(getattr(layer, "weight", None), "dtype", None) is torch.int8:
-                found.forwards[layer] = functools.partial(_int8_forward, layer, layer.forward)
-            continue
-        if name not in layer.r:
+        if not isinstance(layer, LoraLayer) or name not in layer.r:
             continue
         reason = _why_plain(layer, name) or why_no_weight(layer.get_base_layer(), layer.lora_A[name].weight.dtype)
         if not reason and computed != layer.lora_A[name].weight.dtype:
@@ -103,8 +99,3 @@ def _head_loss(layer: Any, hidden: Tensor, targets: Tensor) -> Tensor | None:
     name, weight = chosen
     lora = HeadLora(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
     return linear_cross_entropy(hidden, weight(), layer.get_base_layer().bias, targets, lora)
-
-
-def _int8_forward(layer: Any, plain: Callable[..., Tensor], x: Tensor) -> Tensor:
-    weight = frozen_weight(layer, x.dtype) if layer.training and torch.is_grad_enabled() else None
-    return plain(x) if weight is None else frozen_linear(x, weight, layer.bias)
