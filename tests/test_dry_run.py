@@ -84,6 +84,7 @@ def test_meta_model_has_the_names_shapes_and_dtypes_of_the_base(bases, folder):
         ("llama", ["quant=nf4", "adapter.rank_pattern={q_proj:2}", "adapter.target_modules=[q_proj,mlp.up_proj]"]),
         ("llama", ["adapter=dora", "adapter.modules_to_save=[norm]", "model.added_tokens=['What','It']"]),
         ("gpt2", ["adapter=rslora", "train.max_steps=7", "optim.schedule=cosine"]),
+        ("llama", ["model.dtype=bfloat16", "adapter.modules_to_save=[norm]", "model.added_tokens=['What','It']"]),
     ],
 )
 @pytest.mark.closes("A21")
