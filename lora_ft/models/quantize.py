@@ -143,15 +143,20 @@ def check_plan(model: Any) -> tuple[str, ...]:
 def settle(model: Any, quantized: tuple[str, ...]) -> None:
     """Prevent later changes of the quantized layers by bitsandbytes, and test one layer against plain arithmetic."""
     layers = [model.get_submodule(name) for name in quantized]
-    for layer in layers:
+    keep_as_quantized(model, quantized)
+    if layers:
+        smallest = min(layers, key=lambda layer: layer.weight.numel())
+        _self_test(smallest, _compute_dtype(smallest, model))
+
+
+def keep_as_quantized(model: Any, quantized: tuple[str, ...]) -> None:
+    """Prevent later changes of the quantized layers by bitsandbytes."""
+    for layer in map(model.get_submodule, quantized):
         layer.support_avx512bf16_for_cpu = False
         if layer.weight.dtype is torch.int8:
             layer.init_8bit_state = functools.partial(_keep_scales, layer)
         if layer.bias is not None:  # otherwise the first forward would do this, and change the base
             layer.bias.data = layer.bias.data.to(_compute_dtype(layer, model))
-    if layers:
-        smallest = min(layers, key=lambda layer: layer.weight.numel())
-        _self_test(smallest, _compute_dtype(smallest, model))
 
 
 def _keep_scales(layer: Any) -> None:
