@@ -57,7 +57,8 @@ class TrainingState:
     """State of one adapter's training; `steps` lists the examples of every optimizer step by index.
 
     inputs: hashes of the settings, the data, the base and the adapter's shapes. A checkpoint stores the optimizer,
-    `flat.values` and the fields with a default.
+    `flat.values` and the fields with a default. start, best_values: copies on the CPU of the first values, and of those
+    of the best evaluation with train.keep=best.
     """
 
     cfg: config.TrainRun
@@ -118,6 +119,11 @@ class TrainingState:
         """The transformers model with the adapter layers inside."""
         base: PreTrainedModel = self.model.get_base_model()
         return base
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of the base's activations; the adapter's parameters are float32 at least."""
+        return self.base.get_input_embeddings().weight.dtype
 
     @property
     def best(self) -> Evaluation | None:
@@ -211,7 +217,7 @@ def new_state(
         eval_prompts=eval_prompts,
         steps=steps,
         parameters=parameters,
-        start={n: p.detach().clone() for n, p in parameters.items()},
+        start={n: p.detach().to("cpu", copy=True) for n, p in parameters.items()},
         flat=flat,
         optimizer=optimizers.build(flat, cfg.optim),
         num_trainable=num_trainable,

@@ -25,6 +25,7 @@ from lora_ft.data.sampler import derive
 from lora_ft.errors import CheckpointError, Interrupted, NonFiniteError
 from lora_ft.evaluation.loss import EvalLoss, eval_loss
 from lora_ft.ops.batch import LossSum
+from lora_ft.ops.compute_copies import compute_copies
 from lora_ft.ops.gradient_checkpointing import recomputed_layers
 from lora_ft.training import checkpoint, optimizers
 from lora_ft.training.callbacks import Callback, Callbacks, Metrics
@@ -110,12 +111,13 @@ def compute_gradient(state: TrainingState, ranks: Ranks, *, audited: bool) -> Me
     packed = micro_batches(examples, cfg.train.tokens_per_microbatch, cfg.train.packing and state.paths.packs)
     state.flat.gradients.zero_()
     parts: list[LossSum] = []
-    for micro, batch in ranks.share(packed):
-        # Dropout uses the global generator: seeding it here makes its masks a function of step and micro-batch.
-        torch.manual_seed(derive(cfg.seed, "dropout", step, micro))
-        part = state.objective.loss(state.base, batch.to(state.base.device), state.paths)
-        part.sum.backward()
-        parts.append(part.detach())
+    with compute_copies(state.parameters.values(), state.flat.values, state.compute_dtype):
+        for micro, batch in ranks.share(packed):
+            # Dropout uses the global generator: seeding it here makes its masks a function of step and micro-batch.
+            torch.manual_seed(derive(cfg.seed, "dropout", step, micro))
+            part = state.objective.loss(state.base, batch.to(state.base.device), state.paths)
+            part.sum.backward()
+            parts.append(part.detach())
     ranks.sum(state.flat.gradients)
     weight, means = _means(parts, ranks)
     loss = means["loss"]
@@ -193,5 +195,5 @@ def _evaluate(state: TrainingState, known: dict[object, EvalLoss]) -> Metrics:
         raise NonFiniteError(f"step {state.step}: eval loss {measured.loss}")
     state.evaluations.append(Evaluation(state.step, measured))
     if state.cfg.train.keep is config.Keep.best and state.evaluations_without_gain == 0:
-        state.best_values = state.flat.values.clone()
+        state.best_values = state.flat.values.to("cpu", copy=True)
     return {"eval_loss": measured.loss} | {f"eval_{name}": value for name, value in measured.metrics.items()}
