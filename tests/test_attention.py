@@ -203,7 +203,7 @@ def test_kernel_is_chosen_by_device_dtype_and_head_width(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
-    kernel = attention.choose_kernel.__wrapped__(torch.device(device), dtype, width)
+    kernel = attention.choose_kernel(torch.device(device), dtype, width)
     assert kernel.name == name
     assert reason in kernel.reason
 

@@ -152,14 +152,19 @@ def check_plan(model: Any) -> tuple[str, ...]:
 def settle(model: Any, quantized: tuple[str, ...]) -> None:
     """Prevent later changes of the quantized layers by bitsandbytes, and test one layer against plain arithmetic."""
     layers = [model.get_submodule(name) for name in quantized]
-    for layer in layers:
+    keep_as_quantized(model, quantized)
+    if layers:
+        _self_test(min(layers, key=lambda layer: layer.weight.numel()))
+
+
+def keep_as_quantized(model: Any, quantized: tuple[str, ...]) -> None:
+    """Prevent later changes of the quantized layers by bitsandbytes."""
+    for layer in map(model.get_submodule, quantized):
         layer.support_avx512bf16_for_cpu = False
         if layer.weight.dtype is torch.int8:
             layer.__class__, layer.compute_dtype = exact_int8(), model.dtype
         if layer.bias is not None:  # otherwise the first forward would do this, and change the base
             layer.bias.data = layer.bias.data.to(layer.compute_dtype)
-    if layers:
-        _self_test(min(layers, key=lambda layer: layer.weight.numel()))
 
 
 @functools.cache

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lora_ft.ops.device import Target, target
 from lora_ft.ops.tiled_attention import tiled_attention, visible, worth_it
 
 NAME = "lora_ft_packed"
@@ -52,22 +53,26 @@ class Kernel(NamedTuple):
     reason: str
 
 
-@functools.cache
 def choose_kernel(device: torch.device, dtype: torch.dtype, head_width: int) -> Kernel:
     """Return the fastest exact kernel for queries of this dtype and head width on this device."""
-    if device.type == "cpu":
+    return _choose_kernel(target(device), dtype, head_width)
+
+
+@functools.cache
+def _choose_kernel(device: Target, dtype: torch.dtype, head_width: int) -> Kernel:
+    if device.kind == "cpu":
         if dtype in (torch.float32, torch.float64):
             return Kernel("tiled", f"{dtype} on a CPU")
         return Kernel("per_document", f"{dtype} on a CPU: tiles would round scores to 16 bits")
-    if device.type != "cuda":
-        return Kernel("per_document", f"no packed kernel on {device.type}")
+    if device.kind != "cuda":
+        return Kernel("per_document", f"no packed kernel on {device.kind}")
     if dtype not in (torch.float16, torch.bfloat16):
         return Kernel("per_document", f"{dtype}: flash attention computes in 16 bits only")
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if device.capability < (8, 0):
         return Kernel("per_document", "flash attention needs a GPU of compute capability 8.0 or more")
     if head_width % 8 or head_width > 256:
         return Kernel("per_document", f"flash attention needs heads of 8, 16, ... 256 columns, not {head_width}")
-    if torch.backends.cuda.is_flash_attention_available():
+    if device.has_flash:
         return Kernel("varlen", "torch's flash attention over boundaries")
     return Kernel("per_document", "this torch was built without flash attention")
 
@@ -163,7 +168,7 @@ def _takes_grouped_keys(query: Tensor, value: Tensor, *, masked: bool) -> bool:
     Of torch's kernels on CUDA, the memory-efficient one takes no grouped heads (pytorch issue 181528), and flash
     attention takes no mask. Expanded keys and values cost H / G times their memory, which grows with T only.
     """
-    if query.device.type != "cuda":
+    if target(query.device).kind != "cuda":
         return True
     runs_flash = choose_kernel(query.device, query.dtype, query.shape[-1]).name == "varlen"
     return runs_flash and not masked and query.shape[-1] == value.shape[-1]

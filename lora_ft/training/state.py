@@ -164,7 +164,7 @@ def attached(
         with accelerated_lora(model, NAME, cfg.fast) as reasons:
             for reason in reasons:
                 log.info(reason)
-            yield _state(cfg, folder, model, dataset, paths, base_fingerprint)
+            yield new_state(cfg, folder, model, dataset, paths, base_fingerprint)
     finally:
         attach.detach(base.model)
         # The modules of an adapter form reference cycles, which only the garbage collector frees.
@@ -195,9 +195,10 @@ def _attach(cfg: config.TrainRun, base: Base, dataset: Dataset) -> PeftModel:
     return model
 
 
-def _state(
+def new_state(
     cfg: config.TrainRun, folder: Path, model: PeftModel, dataset: Dataset, paths: Paths, base_fingerprint: str
 ) -> TrainingState:
+    """Return the training state, before the first step, of an adapter that is attached."""
     eval_examples, eval_prompts = choose_eval(dataset, cfg.train.eval_rows)
     steps = plan_steps(dataset.train, cfg.train, cfg.seed)
     check_lengths([*dataset.train, *eval_examples], model.get_base_model(), cfg.train)

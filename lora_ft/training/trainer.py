@@ -70,11 +70,11 @@ def _step(
     audited: bool,
 ) -> None:
     """Take one optimizer step, then evaluate, write metrics, call callbacks and save a checkpoint where due."""
-    metrics = _gradient(state, ranks, audited=audited)
+    metrics = compute_gradient(state, ranks, audited=audited)
     if state.step == 0 and state.eval_examples:
         # The gradient does not change the adapter: evaluating here delays the update, not the first forward pass.
         _evaluate_apart(state, callback, base_losses if state.starts_as_base else {})
-    metrics |= _update(state, metrics)
+    metrics |= apply_gradient(state, metrics)
     is_evaluated = bool(state.eval_examples) and (_evaluation_is_due(state) or state.step == until)
     if is_evaluated:
         metrics |= _evaluate(state, {})
@@ -104,7 +104,7 @@ def _save_and_leave(state: TrainingState, signum: int) -> NoReturn:
     )
 
 
-def _gradient(state: TrainingState, ranks: Ranks, *, audited: bool) -> Metrics:
+def compute_gradient(state: TrainingState, ranks: Ranks, *, audited: bool) -> Metrics:
     """Compute the gradient of the next step; raises NonFiniteError if it or the loss is not finite."""
     started, step = time.perf_counter(), state.step
     cfg, examples = state.cfg, [state.examples[i] for i in state.steps[step]]
@@ -163,7 +163,7 @@ def _last_checkpoint(state: TrainingState) -> str:
         return "none is valid"
 
 
-def _update(state: TrainingState, gradient: Metrics) -> Metrics:
+def apply_gradient(state: TrainingState, gradient: Metrics) -> Metrics:
     """Set the learning rate and take the optimizer step; return the metrics that this adds or changes."""
     started = time.perf_counter()
     rate = optimizers.learning_rate(state.cfg.optim, state.step, len(state.steps))
