@@ -26,6 +26,7 @@ def quantize_meta(network: Any, quant: config.Quant, compute: torch.dtype) -> tu
         quantizer.preprocess_model(network, dtype=network.dtype, device_map={"": torch.device("meta")})
         for module in network.modules():
             if hasattr(module.__dict__.get("_parameters", {}).get("weight"), "_quantize"):
+                module.weight.data = module.weight.data.to(network.dtype)  # the dtype in which weights are loaded
                 module.weight = module.weight._quantize("meta")
     quantizer.postprocess_model(network)
     names = quantize.check_plan(network)
