@@ -217,8 +217,9 @@ def test_printed_code_loads_the_trained_adapter(overrides: tuple[str, ...], tmp_
             losses = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
             total += float(losses[torch.from_numpy(row.supervised[1:])].sum())
             tokens += int(row.supervised.sum())
-    # bitsandbytes multiplies 4-bit weights in bfloat16 on CPUs that support it; lora_ft turns that off.
-    bound = {"quant=nf4": 1e-3, "model.dtype=bfloat16": 2e-2}.get("".join(overrides), 1e-5)
+    # bitsandbytes multiplies 4-bit weights in bfloat16 on CPUs that support it, and rounds the inputs of int8 layers to
+    # 8 bits in eval mode; lora_ft does neither.
+    bound = {"quant=nf4": 1e-3, "quant=int8": 2e-3, "model.dtype=bfloat16": 2e-2}.get("".join(overrides), 1e-5)
     assert total / tokens == pytest.approx(result(tmp_path)["eval_loss"], rel=bound)
 
 

@@ -21,6 +21,7 @@ Shapes: B batch (always 1 when packed), H query heads, G key heads (H = G R), T 
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -127,6 +128,9 @@ def per_document(
     dropout: float = 0.0,
 ) -> Tensor:
     """Attend by torch's own function, document by document; shapes as in `packed_causal_attention`."""
+    longest = max(end - start for start, end in pairwise(starts))
+    if not _takes_grouped_keys(query, value, masked=window is not None and window < longest):
+        key, value = expanded(query, key, value)
     # split, not slices: the backward of a slice makes a tensor of zeros for all documents.
     lengths = [end - start for start, end in pairwise(starts)]
     outputs = []
@@ -147,13 +151,38 @@ def per_document(
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
+def expanded(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return key and value [1, H, T, D] with each of their G heads repeated for the query heads that share it."""
+    groups = query.shape[1] // key.shape[1]
+    return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+
+
+def _takes_grouped_keys(query: Tensor, value: Tensor, *, masked: bool) -> bool:
+    """Return True if grouped key heads do not make torch choose a kernel that keeps all scores [H, T, T].
+
+    Of torch's kernels on CUDA, the memory-efficient one takes no grouped heads (pytorch issue 181528), and flash
+    attention takes no mask. Expanded keys and values cost H / G times their memory, which grows with T only.
+    """
+    if query.device.type != "cuda":
+        return True
+    runs_flash = choose_kernel(query.device, query.dtype, query.shape[-1]).name == "varlen"
+    return runs_flash and not masked and query.shape[-1] == value.shape[-1]
+
+
 def varlen(
     query: Tensor, key: Tensor, value: Tensor, starts: tuple[int, ...], window: int | None, scale: float
 ) -> Tensor:
     """Attend by torch's flash kernel over boundaries (torch.nn.attention.varlen); its backward is not deterministic."""
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, heads, D]
+    options = {}
+    if query.shape[1] != key.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True
+        else:  # torch 2.11
+            key, value = expanded(query, key, value)
+    # squeeze, not [0]: the backward of an index makes a tensor of zeros.
+    q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))  # [T, heads, D]
     boundaries, longest = _boundaries(starts, query.device)
     result: Tensor = varlen_attn(
         q,
@@ -166,7 +195,7 @@ def varlen(
         scale=scale,
         # Keys to the left and right of a row; transformers counts the row itself into the window.
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **options,
     )
     return result[None]
 

@@ -57,7 +57,8 @@ class Evaluation:
 class TrainingState:
     """State of one adapter's training; `steps` lists the examples of every optimizer step by index.
 
-    inputs: hashes of the settings, the data, the base and the adapter's shapes. loss_scale: None unless the base
+    inputs: hashes of the settings, the data, the base and the adapter's shapes. start, best_values: copies on the CPU
+    of the first values, and of those of the best evaluation with train.keep=best. loss_scale: None unless the base
     computes in float16. unread: steps done whose values are still on the device. A checkpoint stores the optimizer,
     `flat.values`, the loss scale and the fields with a default; no step is unread then.
     """
@@ -122,6 +123,11 @@ class TrainingState:
         """The transformers model with the adapter layers inside."""
         base: PreTrainedModel = self.model.get_base_model()
         return base
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of the base's activations; the adapter's parameters are float32 at least."""
+        return self.base.get_input_embeddings().weight.dtype
 
     @property
     def best(self) -> Evaluation | None:
@@ -215,7 +221,7 @@ def _state(
         eval_prompts=eval_prompts,
         steps=steps,
         parameters=parameters,
-        start={n: p.detach().clone() for n, p in parameters.items()},
+        start={n: p.detach().to("cpu", copy=True) for n, p in parameters.items()},
         flat=flat,
         optimizer=optimizers.build(flat, cfg.optim),
         num_trainable=num_trainable,

@@ -29,6 +29,7 @@ from lora_ft.data.sampler import derive
 from lora_ft.errors import CheckpointError, Interrupted, NonFiniteError
 from lora_ft.evaluation.loss import EvalLoss, eval_loss
 from lora_ft.ops.batch import LossSum
+from lora_ft.ops.compute_copies import compute_copies
 from lora_ft.ops.gradient_checkpointing import recomputed_layers
 from lora_ft.training import checkpoint, optimizers
 from lora_ft.training.callbacks import Callback, Callbacks, Metrics
@@ -155,12 +156,13 @@ def _gradient(state: TrainingState, ranks: Ranks, *, audited: bool) -> Step:
     scale = state.loss_scale.at(index + 1) if state.loss_scale else 1.0
     state.flat.gradients.zero_()
     parts: list[LossSum] = []
-    for micro, batch in ranks.share(packed):
-        # Dropout uses the global generator: seeding it here makes its masks a function of step and micro-batch.
-        torch.manual_seed(derive(cfg.seed, "dropout", index, micro))
-        part = state.objective.loss(state.base, batch.to(state.base.device), state.paths)
-        (part.sum * scale).backward()
-        parts.append(part.detach())
+    with compute_copies(state.parameters.values(), state.flat.values, state.compute_dtype):
+        for micro, batch in ranks.share(packed):
+            # Dropout uses the global generator: seeding it here makes its masks a function of step and micro-batch.
+            torch.manual_seed(derive(cfg.seed, "dropout", index, micro))
+            part = state.objective.loss(state.base, batch.to(state.base.device), state.paths)
+            (part.sum * scale).backward()
+            parts.append(part.detach())
     ranks.sum(state.flat.gradients)
     (weight,) = ranks.totals([sum(part.weight for part in parts)])
     # Divided here, in the adapter's float32: a loss divided before backward would underflow in float16.
@@ -235,5 +237,5 @@ def _evaluate(state: TrainingState, known: dict[object, EvalLoss]) -> Metrics:
         raise NonFiniteError(f"step {state.step}: eval loss {measured.loss}")
     state.evaluations.append(Evaluation(state.step, measured))
     if state.cfg.train.keep is config.Keep.best and state.evaluations_without_gain == 0:
-        state.best_values = state.flat.values.clone()
+        state.best_values = state.flat.values.to("cpu", copy=True)
     return {"eval_loss": measured.loss} | {f"eval_{name}": value for name, value in measured.metrics.items()}
