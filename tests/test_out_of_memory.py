@@ -1,4 +1,4 @@
-"""A job that fails frees its activations, so that later work of the process has the memory."""
+"""A job that fails frees its activations and its adapter, so that later work of the process has the memory."""
 
 import gc
 import weakref
@@ -25,7 +25,7 @@ CPU = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to all
 
 @pytest.fixture
 def activations(request, monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Tensor]]:
-    """Let the first loss fail when its graph is built; return references to the activations of that graph."""
+    """Let the first loss fail when its graph is built; return references to its activations and to the adapter."""
     found: list[weakref.ref[Tensor]] = []
     own = Sft.loss
 
@@ -37,6 +37,7 @@ def activations(request, monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Te
         model = arguments[1]
         for module in model.modules():
             module.register_forward_hook(lambda module, inputs, output: keep(output))
+        found.extend(weakref.ref(p) for n, p in model.named_parameters() if ".lora_" in n)
         kept = own(*arguments)
         assert kept.sum.requires_grad and any(ref() is not None for ref in found)
         # A new one each time: an exception that is raised again keeps its earlier traceback.
