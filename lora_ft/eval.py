@@ -85,7 +85,7 @@ def evaluate(cfg: config.EvalRun, given: list[str]) -> EvalResult:
     eval_set = _eval_set(cfg, dataset)
     if not disjoint:
         _warn_of_other_rows(adapter, dataset)
-    kernels = choose_kernels(resolve_device(cfg.device), compile_=cfg.fast.compile, liger=cfg.fast.liger)
+    kernels = choose_kernels(resolve_device(cfg.device), cfg.fast.kernels)
     base, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
     with accelerated(base.model, cfg.fast, kernels) as made:
         comparison = compare(model, tokenizer, eval_set, made.paths)
