@@ -86,7 +86,7 @@ def evaluate(cfg: config.EvalRun, given: list[str]) -> EvalResult:
     if not disjoint:
         _warn_of_other_rows(adapter, dataset)
     device = resolve_device(cfg.device)
-    kernels = choose_kernels(device, compile_=cfg.fast.compile, liger=cfg.fast.liger)
+    kernels = choose_kernels(device, cfg.fast.kernels)
     with selected(device):
         base, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
         with accelerated(base.model, cfg.fast, kernels) as made:
