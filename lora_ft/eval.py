@@ -37,7 +37,7 @@ from lora_ft.io import durable
 from lora_ft.models.acceleration import accelerated
 from lora_ft.models.load import resolve_device
 from lora_ft.objectives import find as find_objective
-from lora_ft.ops.allocator import keep_freed_memory
+from lora_ft.ops import allocator
 from lora_ft.ops.kernels import choose_kernels
 from lora_ft.training.state import choose_eval
 
@@ -77,7 +77,7 @@ def evaluate(cfg: config.EvalRun, given: list[str]) -> EvalResult:
     """
     validation.validate(cfg)
     metrics.check(cfg.eval.metrics)
-    keep_freed_memory()
+    allocator.configure()
     adapter = loading.adapter_folder(cfg.run, cfg.adapter_path)
     cfg = loading.with_base(cfg, adapter)
     tokenizer = loading.adapter_tokenizer(adapter, cfg.model)

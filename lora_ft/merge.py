@@ -38,7 +38,7 @@ from lora_ft.models.load import Base, load_base, resolve_device, resolve_dtype
 from lora_ft.models.meta_model import load_meta_model
 from lora_ft.models.resolve import locate
 from lora_ft.objectives.sft import Sft
-from lora_ft.ops.allocator import keep_freed_memory
+from lora_ft.ops import allocator
 from lora_ft.training.state import choose_eval
 from lora_ft.values import BaseWeights, Dtype, QuantKind
 
@@ -86,7 +86,7 @@ def merge(cfg: config.MergeRun) -> MergeResult:
     out = Path(cfg.out).expanduser()
     if out.exists() or out.is_symlink():
         raise ConfigError(f"out={cfg.out} exists already, and merge never replaces anything: choose a new name")
-    keep_freed_memory()
+    allocator.configure()
     adapters = _adapters(cfg)
     cfg = loading.with_base(cfg, adapters[0])
     tokenizer = loading.adapter_tokenizer(adapters[0], cfg.model)

@@ -24,6 +24,7 @@ from lora_ft.models.load import load_base
 from lora_ft.ops import attention
 from lora_ft.ops.batch import Batch
 from lora_ft.ops.dropout import switch_off_dropout
+from lora_ft.ops.logits import PRODUCT, LogitMap
 from lora_ft.ops.token_loss import PLAIN_PATHS, Paths, document_loss_sums, token_loss_sum
 
 FAST = config.Fast()
@@ -35,7 +36,8 @@ WINDOW = {"head_dim": 16, "sliding_window": 128}
 # Settings of families that lora_ft does not list.
 SETTINGS: dict[str, dict[str, Any]] = {
     "olmo2": {}, "starcoder2": {}, "gemma": {"head_dim": 16}, "granite": {"logits_scaling": 8.0}, "stablelm": {},
-    "gemma2": WINDOW, "gemma3_text": WINDOW, "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "cohere": {"logit_scale": 0.25}, "gemma2": WINDOW, "gemma3_text": WINDOW,
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
     "bloom": {}, "falcon": {"alibi": True}, "gpt_oss": {"head_dim": 16, "num_local_experts": 4},
     "phi3": {}, "lfm2": {"layer_types": ["conv", "full_attention"]}, "llama4_text": {"head_dim": 16},
 }  # fmt: skip
@@ -46,8 +48,9 @@ EXPECTED = {
     "gemma": {PACKS, ATTENTION, LOSS},
     "opt": {PACKS, ATTENTION, LOSS},
     "gemma3_text": {PACKS, ATTENTION, LOSS},
-    "granite": {PACKS, ATTENTION},  # divides its logits
-    "gemma2": {PACKS},  # caps scores and logits
+    "granite": {PACKS, ATTENTION, LOSS},  # divides its logits
+    "cohere": {PACKS, ATTENTION, LOSS},  # multiplies its logits
+    "gemma2": {PACKS, LOSS},  # caps scores and logits
     "stablelm": {PACKS, LOSS},  # passes no keyword to its attention
     "gpt_oss": {LOSS},  # adds sinks to the scores
     "bloom": {LOSS},
@@ -93,6 +96,24 @@ def test_packed_fast_training_equals_plain_training_of_single_documents(family: 
     with accelerated_lora(peft_model, "first", FAST):
         found = learned(peft_model, batches, made.paths)
     assert all(relative(f, e) < 1e-4 for f, e in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [("gemma2", LogitMap(cap=30.0)), ("granite", LogitMap(scale=1 / 8)), ("cohere", LogitMap(0.25)), ("phi3", PRODUCT)],
+)
+def test_function_from_head_to_logits_is_measured(family: str, expected: LogitMap, dtype: torch.dtype) -> None:
+    """The logits of a random model are too small to show a cap: the check replaces the head's outputs."""
+    assert accelerate(built(family, dtype), FAST).paths.logit_map == expected
+
+
+def test_logits_that_are_another_function_of_the_head_use_the_plain_loss() -> None:
+    model = built("cohere")
+    model.logit_scale = torch.linspace(0.1, 0.2, VOCABULARY)  # one factor a word
+    made = accelerate(model, FAST)
+    assert switched_on(made) == {PACKS, ATTENTION}
+    assert "plain loss: the logits are not the product with the head, scaled or soft-capped" in made.reasons
 
 
 @pytest.mark.parametrize(
@@ -189,7 +210,7 @@ def test_accelerated_adapter_leaves_nothing_on_the_base(quant: str, tmp_path: Pa
     del peft_model
     gc.collect()
     assert seen() is None
-    # The first forward of an int8 layer moves its scales to its state, and PEFT adds attributes to the base.
+    # PEFT adds attributes to the base.
     added = {name: names - attributes[name] for name, names in _names(model).items() if names - attributes[name]}
     assert own_forwards(model) == forwards
     assert all(not {"forward", "token_loss_sum"} & names for names in added.values())

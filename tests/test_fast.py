@@ -96,16 +96,54 @@ def test_merged_form_equals_the_definition_and_does_not_change_the_stored_weight
     assert torch.equal(w, before)
 
 
-def test_fast_form_runs_only_if_gradients_are_enabled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_form_runs_in_training_and_in_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[float] = []
-    monkeypatch.setattr(accelerated_lora, "lora_linear", lambda *a: calls.append(a[-1]) or lora_linear(*a))
+    monkeypatch.setattr(accelerated_lora, "lora_linear", lambda *a: calls.append(a[5]) or lora_linear(*a))
     model = adapted(tiny_model("llama"), lora_alpha=6)
+    expected = model(input_ids=IDS).logits
     accelerate_adapter(model, "first")
     learned(model)
     assert calls == [2.0] * 14
     with torch.no_grad():
-        model(input_ids=IDS)
-    assert len(calls) == 14
+        torch.testing.assert_close(model.eval()(input_ids=IDS).logits, expected.detach())
+    assert len(calls) == 28
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_dropout": 0.3}])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+def test_dora_and_dropout_give_the_same_logits_and_gradients(
+    family: str, settings: dict[str, Any], dtype: torch.dtype, bound: float
+) -> None:
+    """Dropout draws the masks that PEFT draws."""
+    model = adapted(tiny_model(family, dtype=dtype), **settings).train()
+    switch_off_dropout_of_base(model)
+    results = []
+    for forward in ("plain", "fast"):
+        if forward == "fast":
+            assert accelerate_adapter(model, "first") == []
+        torch.manual_seed(5)
+        results.append(learned(model))
+    assert all(relative(f, e) < bound for f, e in zip(*results, strict=True))
+
+
+def switch_off_dropout_of_base(model: PeftModel) -> None:
+    """Set the base's own dropout to zero, not the adapter's."""
+    probabilities = [layer.p for layer in model.modules() if isinstance(layer, torch.nn.Dropout)]
+    switch_off_dropout(model)
+    for name, layer in model.named_modules():
+        if "lora_dropout" in name and isinstance(layer, torch.nn.Dropout):
+            layer.p = max(probabilities)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_dora_on_quantized_bases_gives_the_same_logits_and_gradients(kind: str, tmp_path: Path) -> None:
+    quant = config.Quant(kind=config.QuantKind[kind])
+    base = load_base(config.Model(path=str(tiny_folder(tmp_path, "llama"))), quant, "cpu").model
+    model = adapted(base, use_dora=True).train()
+    expected = learned(model)
+    assert accelerate_adapter(model, "first") == []
+    assert all(relative(f, e) < 2e-5 for f, e in zip(learned(model), expected, strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -153,9 +191,11 @@ def test_peft_switches_work_on_fast_layers() -> None:
 @pytest.mark.parametrize(
     ("dtype", "settings", "reason"),
     [
-        (torch.float32, {"use_dora": True}, "14 LoRA layers compute as PEFT does: DoRA"),
-        (torch.float32, {"lora_dropout": 0.1}, "14 LoRA layers compute as PEFT does: adapter.lora_dropout"),
-        (torch.bfloat16, {}, "14 LoRA layers compute as PEFT does: the base computes in bfloat16"),
+        (
+            torch.float32,
+            {"use_dora": True, "lora_dropout": 0.1},
+            "14 LoRA layers compute as PEFT does: DoRA with adapter.lora_dropout",
+        ),
         (torch.float32, {"target_modules": ["embed_tokens"]}, "1 LoRA layers compute as PEFT does: embeddings"),
     ],
 )

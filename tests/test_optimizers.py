@@ -144,6 +144,25 @@ def rates(steps: int, **settings: object) -> list[float]:
 
 
 @pytest.mark.closes("A13")
+def test_offloaded_state_is_on_the_device_during_a_step_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps are those of an optimizer that keeps its state on the device."""
+    moves: list[str] = []
+    move = optimizers._move_state
+    monkeypatch.setattr(optimizers, "_move_state", lambda o, device: moves.append(device.type) or move(o, device))
+    results = []
+    for offload in (False, True):
+        flat = optimizers.flatten(parameters())
+        optimizer = optimizers.build(flat, config.Optim(offload=offload))
+        for step in range(3):
+            flat.gradients.fill_(0.1 * step + 0.1)
+            optimizer.step()
+            moves.append("step")
+        results.append((flat.values, optimizers.state(optimizer)))
+    device = flat.values.device.type
+    assert moves == ["step"] * 3 + [device, "cpu", "step"] * 3
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 def test_constant_schedule_with_warmup() -> None:
     assert rates(4, schedule="constant", warmup_steps=2) == [0.5, 1.0, 1.0, 1.0]
 

@@ -16,6 +16,7 @@ from lora_ft import config
 from lora_ft.models import self_check
 from lora_ft.models.load import quiet
 from lora_ft.ops import attention
+from lora_ft.ops.logits import PRODUCT, LogitMap
 from lora_ft.ops.token_loss import Paths
 
 _SWITCHES = {
@@ -34,14 +35,15 @@ def choose_paths(
     """
     lines = [f"plain {name}: fast.{name}=false" for name in ("attention", "loss") if not getattr(fast, name)]
     candidates = [name for name in _SWITCHES if name == "packing" or getattr(fast, name)]
-    if fast.loss and reference is not None and not reference.plain_head:
-        lines.append("plain loss: the logits are not just the product with the head")
+    logit_map = self_check.expected_logit_map(model) if reference is None else reference.logit_map
+    if fast.loss and logit_map is None:
+        lines.append("plain loss: the logits are not the product with the head, scaled or soft-capped")
         candidates.remove("loss")
     plain = plain_name(model)
     problems: dict[frozenset[str], str] = {}
     for count in range(len(candidates) + 1):
         for off in map(frozenset, combinations(candidates, count)):
-            paths = _set(model, plain, frozenset(candidates) - off)
+            paths = _set(model, plain, frozenset(candidates) - off, logit_map or PRODUCT)
             problems[off] = "" if reference is None else self_check.find_problem(model, paths, reference)
             if not problems[off]:
                 lines += [f"{_SWITCHES[name]}: {problems[off - {name}]}" for name in candidates if name in off]
@@ -57,9 +59,10 @@ def plain_name(model: PreTrainedModel) -> str:
     return attention.PLAIN if model._supports_sdpa else "eager"
 
 
-def _set(model: PreTrainedModel, plain: str, switched_on: frozenset[str]) -> Paths:
+def _set(model: PreTrainedModel, plain: str, switched_on: frozenset[str], logit_map: LogitMap) -> Paths:
     set_attention(model, attention.NAME if "attention" in switched_on else plain)
-    return Paths("packing" in switched_on, "attention" in switched_on, "loss" in switched_on, longest_shared(model))
+    packing, attends, loss = (name in switched_on for name in ("packing", "attention", "loss"))
+    return Paths(packing, attends, loss, longest_shared(model), logit_map)
 
 
 def longest_shared(model: PreTrainedModel) -> int | None:

@@ -24,26 +24,30 @@ from transformers import PreTrainedModel
 from lora_ft.models.load import first_line
 from lora_ft.ops import attention
 from lora_ft.ops.batch import IGNORED, Batch
-from lora_ft.ops.cross_entropy import at_least_float32
+from lora_ft.ops.logits import PRODUCT, LogitMap, at_least_float32
 from lora_ft.ops.token_loss import Paths, token_loss_sum
 
 _LENGTHS = (5, 7)
 # Largest difference of loss and gradient, relative to the norm. Families round to float32 inside even in float64.
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
+# Settings of factors and caps of logits, as Cohere, Granite, Falcon-H1 and the Gemmas name them.
+_FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+_CAPS = ("final_logit_softcapping", "logits_soft_cap")
+_ROUNDINGS = 4  # operations that a model rounds between its head and the logits
 _SAME_BITS = 1e-6  # the same function, except for the order of a few sums
 
 
 class Reference(NamedTuple):
     """Two packed documents, with loss and gradient [T, E] at the embeddings of the second one on the plain path.
 
-    plain_head: the logits are exactly the product of the last hidden state with the head, so the loss may compute
-    the head for some rows only. Not so in Granite, which divides its logits, and Gemma 2, which caps them.
+    logit_map: the function from the product of the last hidden state with the head to the logits, so that the loss may
+    compute the head for some rows only. None if the logits are made in another way.
     """
 
     packed: Batch
     loss: float
     gradient: Tensor
-    plain_head: bool
+    logit_map: LogitMap | None
 
 
 def make_reference(model: PreTrainedModel) -> tuple[Reference | None, str]:
@@ -128,9 +132,50 @@ def _plain_reference(model: PreTrainedModel, packed: Batch) -> Reference:
         for hook in hooks:
             hook.remove()
     # If the model calls parts of its body directly, no hidden state is recorded; find_problem compares the results.
-    pairs = [(seen.get("made"), seen["logits"]), (seen.get("taken"), seen.get("hidden", seen.get("taken")))]
-    plain_head = all(a is not None and b is not None and torch.equal(a.float(), b.float()) for a, b in pairs)
-    return Reference(packed, value, gradient, plain_head)
+    taken, hidden = seen.get("taken"), seen.get("hidden", seen.get("taken"))
+    logit_map = None
+    if taken is not None and hidden is not None and torch.equal(taken.float(), hidden.float()):
+        same = torch.equal(seen["made"].float(), seen["logits"].float())
+        logit_map = PRODUCT if same else _measured_logit_map(model, second)
+    return Reference(packed, value, gradient, logit_map)
+
+
+def expected_logit_map(model: PreTrainedModel) -> LogitMap:
+    """Return the map that the names of the model's settings suggest."""
+    return _logit_maps(model)[0]
+
+
+def _logit_maps(model: PreTrainedModel) -> list[LogitMap]:
+    """Return the maps that the model's settings allow: a factor may multiply (Cohere) or divide (Granite)."""
+    settings = [getattr(model.config.get_text_config(), name, None) for name in (*_FACTORS, *_CAPS)]
+    factors, caps = (
+        [float(value) for value in values if isinstance(value, int | float) and value > 0]
+        for values in (settings[: len(_FACTORS)], settings[len(_FACTORS) :])
+    )
+    scales = [scale for factor in factors for scale in (factor, 1 / factor)]
+    return [LogitMap(scale, cap) for cap in (*caps, None) for scale in (*scales, 1.0)]
+
+
+def _measured_logit_map(model: PreTrainedModel, document: Batch) -> LogitMap | None:
+    """Return the map that the model applies to given outputs of its head, from small to large; None for another."""
+    probe: list[Tensor] = []
+
+    def replace(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        probe.append(torch.linspace(-100, 100, output.numel(), device=output.device, dtype=output.dtype))
+        return probe[-1].view(output.shape)
+
+    hook = model.get_output_embeddings().register_forward_hook(replace)
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=document.ids[None], use_cache=False).logits.flatten()
+    finally:
+        hook.remove()
+    rounding = _ROUNDINGS * torch.finfo(logits.dtype).eps
+    for logit_map in _logit_maps(model):
+        expected = logit_map(at_least_float32(probe[-1]))
+        if probe[-1].shape == logits.shape and ((expected - logits).abs() <= rounding * expected.abs()).all():
+            return logit_map
+    return None
 
 
 def _distance(reference: Reference, loss: float, gradient: Tensor) -> float:
@@ -144,9 +189,6 @@ def _tolerance(model: PreTrainedModel) -> float:
     dtypes = {model.get_input_embeddings().weight.dtype}
     # Quantized layers compute in a dtype of their own (quant.compute_dtype).
     dtypes |= {module.compute_dtype for module in model.modules() if hasattr(module, "compute_dtype")}
-    # On a GPU, int8 layers round activations to 8 bits, about as coarse as bfloat16.
-    if model.device.type != "cpu" and any(p.dtype == torch.int8 for p in model.parameters()):
-        dtypes.add(torch.bfloat16)
     return max(_TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
 
 
@@ -176,10 +218,6 @@ def _loss_and_gradient(model: PreTrainedModel, loss: Callable[[], Tensor]) -> tu
 
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    for module in model.modules():
-        # On a CPU an int8 layer rounds activations in eval mode; in train mode it uses its dequantized weight.
-        if getattr(getattr(module, "weight", None), "dtype", None) is torch.int8:
-            module.training = True
     hook = model.get_input_embeddings().register_forward_hook(as_leaf)
     try:
         with torch.enable_grad():

@@ -3,56 +3,65 @@
 Both return the SUM of the token losses, so that the caller divides once by the tokens of a whole
 optimizer step (the mean of micro-batch means weights tokens unequally: transformers PR 34191).
 
-    logits [N, V] for N = 2,000 positions and V = 49,152 words are 393 MB in fp32, and autograd keeps
-    several such tensors; here CHUNK_ROWS positions at a time share one buffer of 50 MB:
+    logits [N, V] for N = 4,096 positions and V = 128,256 words are 2.1 GB in fp32, and autograd keeps several such
+    tensors. The chunked loss has two forms, which compute the same and never hold all logits:
 
-      rows of the head     logits' = W h'  [V, n]     exp(logits' - largest)
-        0 ..  2,047      +------------------------+
-        2,048 .. 4,095   |  computed and read     |   gradient of h = W' (exp / sum - one_hot)
-        ...              |  one block at a time   |
-                         +------------------------+
+    on a CPU          ops/cross_entropy_cpu.py: 256 positions, in blocks of words that stay in the processor's cache
+    anywhere else     here: as many positions as CHUNK_BYTES of fp32 logits allow, all words at once, so that a chunk
+                      is two large products with the head and about eight launches
 
-The logits are transposed, words by positions. W is then the left operand of the product, which MKL multiplies
-at 175 to 190 GFLOP/s, against 120 to 150 in the usual layout, and a block of words stays in the cache between
-the passes over it. Only the small gradient is divided by the sums, not the logits.
+    h [n, E] --- W ---> product [n, V] --- fp32, logit map ---> logits, log-probabilities, probabilities, in place
+    gradient of h  <--- W' ---  (probabilities - one_hot) * slope, in the dtype of W  <---'
+
+Precision: a half-precision product accumulates in fp32 and is rounded once to the dtype of W, as in transformers.
+Soft cap, scale and softmax are computed in fp32 (transformers caps and scales in half precision), and the gradient of
+the product is rounded once more before it is multiplied by W. There is no fp32 copy of W.
 
 Shapes: N positions, E width of the hidden state, V words, r rank of a LoRA on the head.
 """
 
-from typing import Any, NamedTuple
+import itertools
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, linear
 
-CHUNK_ROWS = 256
-_BLOCK_WORDS = 2048
+from lora_ft.ops.cross_entropy_cpu import BlockedCrossEntropy
+from lora_ft.ops.device import target
+from lora_ft.ops.logits import PRODUCT, HeadLora, LogitMap, at_least_float32
 
-
-class HeadLora(NamedTuple):
-    """A LoRA on the head: a [r, E], b [V, r], and the factor of b @ a."""
-
-    a: Tensor
-    b: Tensor
-    scaling: float
+CHUNK_BYTES = 256 * 2**20  # of fp32 logits; half precision adds half as much, and a soft cap in fp32 as much again
 
 
 def linear_cross_entropy_plain(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, lora: HeadLora | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    lora: HeadLora | None = None,
+    logit_map: LogitMap = PRODUCT,
 ) -> Tensor:
     """Return the sum of cross-entropies: the definition. Half precision is summed in fp32.
 
-    hidden [N, E], weight [V, E], targets [N] int64.
+    hidden [N, E], weight [V, E], targets [N] int64. The matrices of a LoRA are used in the dtype of `hidden`.
     """
-    logits = linear(hidden, weight, bias)
+    product = linear(hidden, weight, bias)
     if lora is not None:
-        logits = logits + linear(linear(hidden, lora.a), lora.b) * lora.scaling
-    return cross_entropy(at_least_float32(logits), targets, reduction="sum")
+        through_a = linear(hidden, lora.a.to(hidden.dtype)) * lora.scaling
+        product = product + linear(through_a, lora.b.to(hidden.dtype))
+    return cross_entropy(logit_map(at_least_float32(product)), targets, reduction="sum")
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, lora: HeadLora | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    lora: HeadLora | None = None,
+    logit_map: LogitMap = PRODUCT,
 ) -> Tensor:
     """Return the sum of cross-entropies in chunks, with the same gradients for `hidden` and the LoRA.
 
@@ -61,16 +70,17 @@ def linear_cross_entropy(
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("the chunked loss computes no gradient for the head: use linear_cross_entropy_plain")
     a, b, scaling = lora or (None, None, 0.0)
-    total: Tensor = _ChunkedCrossEntropy.apply(hidden, a, b, weight, bias, targets, scaling)
+    form: Any = BlockedCrossEntropy if fits_processor_cache(hidden.device) else ChunkedCrossEntropy
+    total: Tensor = form.apply(hidden, a, b, weight, bias, targets, scaling, logit_map)
     return total
 
 
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """Return half precision as float32, and other tensors unchanged: losses are summed in at least float32."""
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+def fits_processor_cache(device: torch.device) -> bool:
+    """Return True if the loss is cut into blocks for the cache of a CPU; on other devices launches cost more."""
+    return target(device).kind == "cpu"
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+class ChunkedCrossEntropy(torch.autograd.Function):
     """Two products with the head per chunk (logits, gradient of hidden); the backward only scales."""
 
     @staticmethod
@@ -83,83 +93,84 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         scaling: float,
+        logit_map: LogitMap,
     ) -> Tensor:
-        gradients = [torch.zeros_like(t) if t is not None and t.requires_grad else None for t in (hidden, a, b)]
-        dtype = at_least_float32(hidden[:0]).dtype
-        total = torch.zeros((), dtype=dtype, device=hidden.device)
-        buffer = hidden.new_empty((weight.shape[0], min(CHUNK_ROWS, hidden.shape[0])), dtype=dtype)
-        for start in range(0, hidden.shape[0], CHUNK_ROWS):
-            rows = slice(start, start + CHUNK_ROWS)
-            h, target = hidden[rows], targets[rows]
-            lora = None if a is None or b is None else (h @ a.T * scaling, b)
-            logits = buffer[:, : len(h)]
-            loss, sums = _exponentials(logits, h, weight, bias, lora, target)
-            total += loss
-            if not any(ctx.needs_input_grad):
-                continue
-            # d loss / d logits = exp / sums - one_hot(target), here times sums
-            logits[target, torch.arange(len(target), device=target.device)] -= sums
-            if logits.dtype != weight.dtype:  # a half-precision product of undivided rows could overflow
-                logits, sums = (logits / sums).to(weight.dtype), torch.ones_like(sums)
-            parts = _gradients(logits, sums, h, weight, a, lora, scaling)
-            for gradient, part, where in zip(gradients, parts, (rows, slice(None), slice(None)), strict=True):
-                if gradient is not None:
-                    gradient[where] += part
-        ctx.save_for_backward(*gradients)
-        return total
+        of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        of_a, of_b = (
+            torch.zeros_like(t) if t is not None and needed else None
+            for t, needed in zip((a, b), ctx.needs_input_grad[1:3], strict=True)
+        )
+        lora = None if a is None or b is None else HeadLora(a.to(weight.dtype), b.to(weight.dtype), scaling)
+        size = _rows_per_chunk(hidden, weight)
+        minus_one = hidden.new_full((size, 1), -1, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        found = []
+        of_parts = itertools.repeat(None) if of_hidden is None else of_hidden.split(size)
+        for rows, target, of_rows in zip(hidden.split(size), targets[:, None].split(size), of_parts, strict=False):
+            gradients = (of_rows, of_a, of_b) if any(ctx.needs_input_grad) else None
+            found.append(_chunk(rows, weight, bias, lora, logit_map, target, minus_one, gradients))
+        ctx.save_for_backward(of_hidden, of_a, of_b)
+        return -torch.cat(found).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         # Not in place: a second backward over the same graph must find the same gradients.
         scaled = [None if g is None else g * grad_outputs[0].to(g.dtype) for g in ctx.saved_tensors]
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
-def _gradients(
-    of_logits: Tensor,
-    sums: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    a: Tensor | None,
-    lora: tuple[Tensor, Tensor] | None,
-    scaling: float,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return one chunk's gradients for hidden, a and b; `of_logits` [V, n] is the logits' gradient times `sums` [n]."""
-    of_hidden = (weight.T @ of_logits).T / sums[:, None]
-    if a is None or lora is None:
-        return of_hidden, None, None
-    through_a, b = lora
-    through_b = ((b.T @ of_logits).T * (scaling / sums)[:, None]).to(hidden.dtype)  # [n, r]
-    of_b = of_logits @ (through_a / sums[:, None]).to(of_logits.dtype)
-    return of_hidden + through_b @ a, through_b.T @ hidden, of_b
+def _rows_per_chunk(hidden: Tensor, weight: Tensor) -> int:
+    """Return the rows of chunks that are as equal as possible and have at most CHUNK_BYTES of logits."""
+    most = max(1, CHUNK_BYTES // (len(weight) * torch.promote_types(hidden.dtype, torch.float32).itemsize))
+    chunks = max(1, math.ceil(len(hidden) / most))
+    return max(1, math.ceil(len(hidden) / chunks))
 
 
-def _exponentials(
-    logits: Tensor,
+def _chunk(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    lora: tuple[Tensor, Tensor] | None,
+    lora: HeadLora | None,
+    logit_map: LogitMap,
     targets: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Fill `logits` [V, n] with exp(logit - largest of its position); return the sum of losses and the sums [n]."""
-    largest = logits.new_full((logits.shape[1],), -torch.inf)
-    for start in range(0, len(logits), _BLOCK_WORDS):
-        words = slice(start, start + _BLOCK_WORDS)
-        block = logits[words]
-        if block.dtype == weight.dtype:
-            torch.mm(weight[words], hidden.T, out=block)
-        else:
-            block.copy_(weight[words] @ hidden.T)
-        if bias is not None:
-            block += bias[words, None]
-        if lora is not None:
-            through_a, b = lora
-            block += b[words] @ through_a.T
-        torch.maximum(largest, block.amax(dim=0), out=largest)
-    of_target = logits[targets, torch.arange(len(targets), device=targets.device)]
-    sums = torch.zeros_like(largest)
-    for start in range(0, len(logits), _BLOCK_WORDS):
-        sums += logits[start : start + _BLOCK_WORDS].sub_(largest).exp_().sum(dim=0)
-    return (largest + sums.log() - of_target).sum(), sums
+    minus_one: Tensor,
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None] | None,
+) -> Tensor:
+    """Return the log-probabilities [n, 1] of the targets [n, 1]; fill or add to the `gradients` of hidden, a and b.
+
+    A function of its own, so that the tensors of one chunk are freed before the next chunk makes its own.
+    """
+    product = linear(hidden, weight, bias)
+    through_a = None if lora is None else linear(hidden, lora.a).mul_(lora.scaling)
+    if lora is not None:
+        product.addmm_(through_a, lora.b.T)
+    logits = at_least_float32(product)
+    slope = None
+    if logit_map.cap is not None and gradients is not None:
+        slope = torch.empty_like(logits) if product is logits else product
+    if logit_map != PRODUCT:
+        logit_map.apply_(logits, slope)
+    # In place: each row is reduced before it is written. models/self_check.py compares the result on every device.
+    torch.log_softmax(logits, dim=1, out=logits)
+    of_targets = logits.gather(1, targets)
+    if gradients is None:
+        return of_targets
+    of_product = logits.exp_().scatter_add_(1, targets, minus_one)
+    if slope is not None:
+        of_product = torch.mul(of_product, slope, out=product)
+    elif logit_map.scale != 1:
+        of_product = torch.mul(of_product, logit_map.scale, out=product)
+    elif product is not logits:
+        of_product = product.copy_(of_product)
+    of_hidden, of_a, of_b = gradients
+    if of_hidden is not None:
+        torch.mm(of_product, weight, out=of_hidden)
+    if lora is not None:
+        through_b = (of_product @ lora.b).mul_(lora.scaling)
+        if of_hidden is not None:
+            of_hidden.addmm_(through_b, lora.a)
+        if of_a is not None:
+            of_a += through_b.T @ hidden
+        if of_b is not None:
+            of_b += of_product.T @ through_a
+    return of_targets

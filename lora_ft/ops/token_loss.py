@@ -15,7 +15,8 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from lora_ft.ops.batch import IGNORED, Batch
-from lora_ft.ops.cross_entropy import at_least_float32, linear_cross_entropy, linear_cross_entropy_plain
+from lora_ft.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_plain
+from lora_ft.ops.logits import PRODUCT, LogitMap, at_least_float32
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,14 @@ class Paths:
     passes_starts: the model's attention is ops/attention.py, which takes the boundaries of the documents.
     supervised_rows_only: head and cross-entropy are computed for the supervised positions only.
     longest_shared: a batch with a document longer than this runs one document at a time; None for no limit.
+    logit_map: the function from the product with the head to the logits, for supervised_rows_only.
     """
 
     packs: bool
     passes_starts: bool
     supervised_rows_only: bool
     longest_shared: int | None = None
+    logit_map: LogitMap = PRODUCT
 
     def share(self, batch: Batch) -> bool:
         """Return whether the documents of a batch may share a forward pass."""
@@ -77,21 +80,21 @@ def _loss_sums(
         ]
     hidden = getattr(model, model.base_model_prefix)(**inputs).last_hidden_state[0][batch.supervised]
     parts = zip(hidden.split(counts), batch.targets[batch.supervised].split(counts), strict=True)
-    return [_head_loss(model.get_output_embeddings(), rows, targets) for rows, targets in parts]
+    return [_head_loss(model.get_output_embeddings(), rows, targets, paths.logit_map) for rows, targets in parts]
 
 
-def _head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+def _head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, logit_map: LogitMap) -> Tensor:
     if getattr(head, "disable_adapters", False):
         # With its adapter disabled, a wrapped head is the base's head: take the base's path, for the same bits.
         head = head.get_base_layer() if hasattr(head, "get_base_layer") else head.original_module
     if type(head) is nn.Linear:
         frozen = not any(p.requires_grad for p in head.parameters())
         form = linear_cross_entropy if frozen else linear_cross_entropy_plain
-        return form(hidden, head.weight, head.bias, targets)
+        return form(hidden, head.weight, head.bias, targets, logit_map=logit_map)
     # models/accelerated_lora.py gives a head with LoRA a chunked loss, which returns None when it does not apply.
     own_form = getattr(head, "token_loss_sum", None)
-    loss = own_form(hidden, targets) if own_form is not None else None
+    loss = own_form(hidden, targets, logit_map) if own_form is not None else None
     if loss is not None:
         return loss
     # Other adapted heads (modules_to_save, trained token rows) compute their own logits.
-    return cross_entropy(at_least_float32(head(hidden)), targets, reduction="sum")
+    return cross_entropy(logit_map(at_least_float32(head(hidden))), targets, reduction="sum")

@@ -198,7 +198,7 @@ def _fill(state: TrainingState, saved: dict[str, Any], tensors: dict[str, Tensor
     state.losses[:] = tensors["losses"].tolist()
     state.evaluations[:] = [Evaluation(e["step"], EvalLoss(**e["result"])) for e in saved["evaluations"]]
     if "best_values" in tensors:
-        state.best_values = tensors["best_values"].to(state.flat.values.device)
+        state.best_values = tensors["best_values"]
     state.tokens, state.seconds = saved["tokens"], saved["seconds"]
     state.stopped_by = saved["stopped_by"]
 

@@ -73,7 +73,11 @@ def build(flat: Flat, optim: config.Optim) -> torch.optim.Optimizer:
         "weight_decay": optim.weight_decay,
     }
     if optim.name is config.Optimizer.adamw:
-        return torch.optim.AdamW(groups, fused=True, **settings)
+        adamw = torch.optim.AdamW(groups, fused=True, **settings)
+        if optim.offload:
+            adamw.register_step_pre_hook(lambda *_: _move_state(adamw, flat.values.device))
+            adamw.register_step_post_hook(lambda *_: _move_state(adamw, torch.device("cpu")))
+        return adamw
     bitsandbytes = import_bitsandbytes()
 
     of_name = {
@@ -82,6 +86,13 @@ def build(flat: Flat, optim: config.Optim) -> torch.optim.Optimizer:
     }
     built: torch.optim.Optimizer = of_name[optim.name](groups, **settings)
     return built
+
+
+def _move_state(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Move the optimizer's state to a device. A step has no activations, so there is room for the state on a GPU."""
+    for parameter in _parameters(optimizer):
+        memory = optimizer.state[parameter]
+        memory.update({name: value.to(device) for name, value in memory.items()})
 
 
 def state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -57,7 +57,8 @@ class TrainingState:
     """State of one adapter's training; `steps` lists the examples of every optimizer step by index.
 
     inputs: hashes of the settings, the data, the base and the adapter's shapes. A checkpoint stores the optimizer,
-    `flat.values` and the fields with a default.
+    `flat.values` and the fields with a default. start, best_values: copies on the CPU of the first values, and of those
+    of the best evaluation with train.keep=best.
     """
 
     cfg: config.TrainRun
@@ -120,6 +121,11 @@ class TrainingState:
         return base
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of the base's activations; the adapter's parameters are float32 at least."""
+        return self.base.get_input_embeddings().weight.dtype
+
+    @property
     def best(self) -> Evaluation | None:
         return min(self.evaluations, key=lambda e: e.result.loss, default=None)
 
@@ -158,7 +164,7 @@ def attached(
         with accelerated_lora(model, NAME, cfg.fast) as reasons:
             for reason in reasons:
                 log.info(reason)
-            yield _state(cfg, folder, model, dataset, paths, base_fingerprint)
+            yield new_state(cfg, folder, model, dataset, paths, base_fingerprint)
     finally:
         attach.detach(base.model)
         # The modules of an adapter form reference cycles, which only the garbage collector frees.
@@ -189,9 +195,10 @@ def _attach(cfg: config.TrainRun, base: Base, dataset: Dataset) -> PeftModel:
     return model
 
 
-def _state(
+def new_state(
     cfg: config.TrainRun, folder: Path, model: PeftModel, dataset: Dataset, paths: Paths, base_fingerprint: str
 ) -> TrainingState:
+    """Return the training state, before the first step, of an adapter that is attached."""
     eval_examples, eval_prompts = choose_eval(dataset, cfg.train.eval_rows)
     steps = plan_steps(dataset.train, cfg.train, cfg.seed)
     check_lengths([*dataset.train, *eval_examples], model.get_base_model(), cfg.train)
@@ -210,7 +217,7 @@ def _state(
         eval_prompts=eval_prompts,
         steps=steps,
         parameters=parameters,
-        start={n: p.detach().clone() for n, p in parameters.items()},
+        start={n: p.detach().to("cpu", copy=True) for n, p in parameters.items()},
         flat=flat,
         optimizer=optimizers.build(flat, cfg.optim),
         num_trainable=num_trainable,

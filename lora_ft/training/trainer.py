@@ -25,6 +25,7 @@ from lora_ft.data.sampler import derive
 from lora_ft.errors import CheckpointError, Interrupted, NonFiniteError
 from lora_ft.evaluation.loss import EvalLoss, eval_loss
 from lora_ft.ops.batch import LossSum
+from lora_ft.ops.compute_copies import compute_copies
 from lora_ft.ops.gradient_checkpointing import recomputed_layers
 from lora_ft.training import checkpoint, optimizers
 from lora_ft.training.callbacks import Callback, Callbacks, Metrics
@@ -69,11 +70,11 @@ def _step(
     audited: bool,
 ) -> None:
     """Take one optimizer step, then evaluate, write metrics, call callbacks and save a checkpoint where due."""
-    metrics = _gradient(state, ranks, audited=audited)
+    metrics = compute_gradient(state, ranks, audited=audited)
     if state.step == 0 and state.eval_examples:
         # The gradient does not change the adapter: evaluating here delays the update, not the first forward pass.
         _evaluate_apart(state, callback, base_losses if state.starts_as_base else {})
-    metrics |= _update(state, metrics)
+    metrics |= apply_gradient(state, metrics)
     is_evaluated = bool(state.eval_examples) and (_evaluation_is_due(state) or state.step == until)
     if is_evaluated:
         metrics |= _evaluate(state, {})
@@ -103,19 +104,20 @@ def _save_and_leave(state: TrainingState, signum: int) -> NoReturn:
     )
 
 
-def _gradient(state: TrainingState, ranks: Ranks, *, audited: bool) -> Metrics:
+def compute_gradient(state: TrainingState, ranks: Ranks, *, audited: bool) -> Metrics:
     """Compute the gradient of the next step; raises NonFiniteError if it or the loss is not finite."""
     started, step = time.perf_counter(), state.step
     cfg, examples = state.cfg, [state.examples[i] for i in state.steps[step]]
     packed = micro_batches(examples, cfg.train.tokens_per_microbatch, cfg.train.packing and state.paths.packs)
     state.flat.gradients.zero_()
     parts: list[LossSum] = []
-    for micro, batch in ranks.share(packed):
-        # Dropout uses the global generator: seeding it here makes its masks a function of step and micro-batch.
-        torch.manual_seed(derive(cfg.seed, "dropout", step, micro))
-        part = state.objective.loss(state.base, batch.to(state.base.device), state.paths)
-        part.sum.backward()
-        parts.append(part.detach())
+    with compute_copies(state.parameters.values(), state.flat.values, state.compute_dtype):
+        for micro, batch in ranks.share(packed):
+            # Dropout uses the global generator: seeding it here makes its masks a function of step and micro-batch.
+            torch.manual_seed(derive(cfg.seed, "dropout", step, micro))
+            part = state.objective.loss(state.base, batch.to(state.base.device), state.paths)
+            part.sum.backward()
+            parts.append(part.detach())
     ranks.sum(state.flat.gradients)
     weight, means = _means(parts, ranks)
     loss = means["loss"]
@@ -161,7 +163,7 @@ def _last_checkpoint(state: TrainingState) -> str:
         return "none is valid"
 
 
-def _update(state: TrainingState, gradient: Metrics) -> Metrics:
+def apply_gradient(state: TrainingState, gradient: Metrics) -> Metrics:
     """Set the learning rate and take the optimizer step; return the metrics that this adds or changes."""
     started = time.perf_counter()
     rate = optimizers.learning_rate(state.cfg.optim, state.step, len(state.steps))
@@ -193,5 +195,5 @@ def _evaluate(state: TrainingState, known: dict[object, EvalLoss]) -> Metrics:
         raise NonFiniteError(f"step {state.step}: eval loss {measured.loss}")
     state.evaluations.append(Evaluation(state.step, measured))
     if state.cfg.train.keep is config.Keep.best and state.evaluations_without_gain == 0:
-        state.best_values = state.flat.values.clone()
+        state.best_values = state.flat.values.to("cpu", copy=True)
     return {"eval_loss": measured.loss} | {f"eval_{name}": value for name, value in measured.metrics.items()}
