@@ -32,7 +32,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]  # a GPU machine has a checkout, in which lora_ft is not installed
+IMPORTED = [str(HERE.parent), str(HERE)]  # a GPU machine has a checkout, in which lora_ft is not installed
+sys.path[:0] = IMPORTED
 
 from gpu_stages import table  # noqa: E402
 
@@ -112,7 +113,7 @@ def run_stages(
 def run_stage(stage: Stage, seconds: float, work: Path, dry: bool, stop: Stop) -> Record:
     """Run one stage for at most `seconds`; return outcome, reason, seconds and the parts that it finished."""
     parts, log = work / f"{stage.name}.parts", work / f"{stage.name}.log"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [*sys.path[:2], os.getenv("PYTHONPATH")]))}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [*IMPORTED, os.getenv("PYTHONPATH")]))}
     started = time.monotonic()
     with log.open("wb") as output:
         # The process ends itself when its stdin closes, which it does if this process is killed.

@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import gpu
-from gpu_stages import bases, checks, commands, fast_paths, peers, profiling, setting, table
+from gpu_stages import bases, checks, commands, fast_paths, profiling, setting, table
 
 from lora_ft import config
 
@@ -45,7 +45,7 @@ def test_dry_stage_has_no_failure(stage: str, dry: dict[str, dict[str, Any]]) ->
 
 def test_dry_run_skips_only_what_needs_a_gpu_or_another_package(dry: dict[str, dict[str, Any]]) -> None:
     skipped = {part["skipped"] for record in dry.values() for part in record["parts"].values() if "skipped" in part}
-    known = ("needs a CUDA device", "needs a GPU", "is not installed", "trace unavailable", "no train.deterministic")
+    known = ("needs a CUDA device", "needs a GPU", "is not installed", "no train.deterministic")
     assert [reason for reason in skipped if not any(words in reason for words in known)] == []
 
 
@@ -59,6 +59,7 @@ def test_dry_run_measures_every_training(dry: dict[str, dict[str, Any]]) -> None
     assert 0 < product["killed and resumed"]["killed_after_steps"] < 40
     assert product["sweep"]["failure"]["exit_code"] == 7
     assert dry["qlora_8b"]["parts"]["64 tokens, profiled"]["operators"] > 100
+    assert dry["qlora_8b"]["parts"]["64 tokens, traced"]["predicted_bytes"] > 0
 
 
 # ---- the driver ----
@@ -182,12 +183,15 @@ def test_killed_driver_leaves_the_finished_lines(tmp_path: Path) -> None:
 
 
 def test_stage_process_ends_when_its_stdin_closes(tmp_path: Path) -> None:
-    command = gpu.command(gpu.Stage("machine", 1), tmp_path / "parts", tmp_path, dry=True)
+    work = tmp_path / "work"
+    work.mkdir()
+    command = gpu.command(gpu.Stage("machine", 1), tmp_path / "parts", work, dry=True)
     environment = {**os.environ, "PYTHONPATH": f"{BENCHMARKS}{os.pathsep}{BENCHMARKS.parent}"}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, env=environment)
     assert process.stdin is not None
     process.stdin.close()
     assert process.wait(60) == -signal.SIGKILL
+    assert not work.exists()
 
 
 def test_a_gpu_that_is_not_there_is_the_reason(tmp_path: Path) -> None:
@@ -206,7 +210,8 @@ def test_unknown_stages_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_table_shows_figures_failures_and_skipped_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts = {
-        "4096 tokens": {"tokens_per_second": 9700.4, "allocated_bytes": 8 * 2**30, "predicted_bytes": 7.5 * 2**30},
+        "4096 tokens": {"tokens_per_second": 9700.4, "allocated_bytes": 8 * 2**30},
+        "4096 tokens, traced": {"predicted_bytes": 7.5 * 2**30},
         "rope": {"failed": "a|b"},
         "fine": {"error": 0.1},
     }
@@ -299,18 +304,18 @@ def test_rows_have_their_lengths_and_the_same_tokens_for_all_trainers(tmp_path: 
     bases.write_tokenizer(tmp_path)
     tokenizer = read_tokenizer(tmp_path, "tiny")
     texts = [json.loads(line)["text"] for line in rows.read_text().splitlines()]
-    documents = [row.tolist() for batch in peers.batches_of(rows, 100, 3) for row in batch]
+    documents = [row.tolist() for batch in bases.batches_of(rows, 100, 3) for row in batch]
     assert documents == [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts][: len(documents)]
     assert [len(document) for document in documents] == lengths[: len(documents)]
 
 
 def test_base_of_the_8b_shape_has_the_published_number_of_parameters() -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     counts = {}
     for shape in ("llama3_1_8b", "qwen3_0_6b", "smollm2_135m"):
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**bases.SHAPES[shape]))
+            model = AutoModelForCausalLM.from_config(bases.config_for(shape))
         counts[shape] = sum(parameter.numel() for parameter in model.parameters())
     assert counts == {"llama3_1_8b": 8_030_261_248, "qwen3_0_6b": 596_049_920, "smollm2_135m": 134_515_008}
 

@@ -11,11 +11,15 @@ import json
 import math
 import random
 from collections.abc import Iterator
+from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from gpu_stages.setting import Setting
 from lora_ft.io import durable
+
+if TYPE_CHECKING:
+    import torch
 
 WORDS = 500
 EOS, PAD = "<eos>", "<pad>"
@@ -25,32 +29,32 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ ' <turn> assistant ' }}{% endif %}"
 )
 
-_LLAMA = {"model_type": "llama", "rope_theta": 500_000.0, "rms_norm_eps": 1e-5}
-# Sizes as published in the models' config.json.
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": dict(_LLAMA, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, vocab_size=512, tie_word_embeddings=True),
-    "smollm2_135m": dict(_LLAMA, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-                         num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True),
-    "qwen3_0_6b": dict(model_type="qwen3", rope_theta=1_000_000.0, rms_norm_eps=1e-6, hidden_size=1024,
-                       intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
-                       head_dim=128, vocab_size=151936, tie_word_embeddings=True),
-    "llama3_1_8b": dict(_LLAMA, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-                        num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False),
+TINY = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 256, "tie_word_embeddings": True,
 }  # fmt: skip
+
+Batch: TypeAlias = "list[torch.Tensor]"
 
 
 def base(setting: Setting, shape: str, layers: int | None = None) -> Path:
     """Return the folder of a base with random bfloat16 weights; it is written by the first caller."""
     folder = setting.work / (shape if layers is None else f"{shape}_{layers}_layers")
     if not folder.exists():
-        sizes = dict(SHAPES[shape], max_position_embeddings=32_768, bos_token_id=None, eos_token_id=0, pad_token_id=1)
-        if layers is not None:
-            sizes["num_hidden_layers"] = layers
         with durable.staged_folder(folder) as staging:
             write_tokenizer(staging)
-            _write_model(staging, sizes, setting)
+            _write_model(staging, config_for(shape, layers), setting)
     return folder
+
+
+def config_for(shape: str, layers: int | None = None) -> Any:
+    """Return the config of a shape of benchmarks/shapes.py, or of `tiny`."""
+    from shapes import config_of
+    from transformers import LlamaConfig
+
+    config: Any = LlamaConfig(**TINY) if shape == "tiny" else config_of(shape, layers)
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = None, 0, 1
+    return config
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -58,7 +62,7 @@ def write_tokenizer(folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     words = [EOS, PAD, "<turn>", "<unk>", "user", "assistant", "system", *(f"w{n}" for n in range(WORDS))]
-    words = words[: SHAPES["tiny"]["vocab_size"]]
+    words = words[: TINY["vocab_size"]]
     tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
@@ -66,11 +70,10 @@ def write_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def _write_model(folder: Path, sizes: dict[str, Any], setting: Setting) -> None:
+def _write_model(folder: Path, config: Any, setting: Setting) -> None:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.for_model(**sizes)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     config.dtype = torch.bfloat16
@@ -111,3 +114,19 @@ def write_rows(setting: Setting, lengths: list[int], name: str) -> Path:
     texts = (" ".join(f"w{drawn.randrange(WORDS)}" for _ in range(length - 1)) for length in lengths)
     durable.write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
+
+
+def batches_of(rows: Path, tokens: int, steps: int) -> list[Batch]:
+    """Return the token ids of each step's rows, as many as its tokens allow; the rows repeat if they do not suffice."""
+    import torch
+
+    texts = [json.loads(line)["text"] for line in rows.read_text("utf-8").splitlines()]
+    documents = [torch.tensor([7 + int(word[1:]) for word in text.split()] + [0]) for text in texts]
+    batches: list[Batch] = [[]]
+    for document in islice(cycle(documents), steps * len(documents)):
+        if batches[-1] and sum(map(len, batches[-1])) + len(document) > tokens:
+            if len(batches) == steps:
+                break
+            batches.append([])
+        batches[-1].append(document)
+    return batches

@@ -61,13 +61,3 @@ def _run(command: str, overrides: list[str], log: str, memory: int | None) -> No
         os.dup2(output, descriptor)
     sys.argv = ["lora-ft", command]
     entry.run(command, overrides)
-
-
-def call(setting: Setting, function: Callable[..., object], *arguments: object) -> None:
-    """Run a function in a process of its own, so that it does not start CUDA in this one."""
-    context: Any = multiprocessing.get_context(setting.sized("spawn", "fork"))
-    process = context.Process(target=function, args=arguments)
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise RuntimeError(f"{function} ended with {process.exitcode}")

@@ -4,6 +4,7 @@ Small steps are bound by launches, large ones by arithmetic and memory. `auto` d
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 from gpu_stages.bases import base, mixed_lengths, write_rows
 from gpu_stages.prediction import predicted
@@ -25,7 +26,9 @@ def run(setting: Setting) -> Iterator[Part]:
     sizes = setting.sized(TOKENS, {64: 1, 32: 1})
     runs = {tokens: overrides(setting, tokens, WARM_UP + steps) for tokens, steps in sizes.items()}
     shared = prepare(compose(setting, next(iter(runs.values()))))
+    found: dict[int, dict[str, Any]] = {}
     for tokens, given in runs.items():
-        yield f"{tokens} tokens", attempt(measure, setting, given, shared)
+        found[tokens] = attempt(measure, setting, given, shared)
+        yield f"{tokens} tokens", found[tokens]
     for tokens, given in runs.items():
-        yield f"{tokens} tokens, traced", attempt(predicted, setting, given)
+        yield f"{tokens} tokens, traced", attempt(predicted, setting, given, found[tokens])

@@ -17,6 +17,7 @@ from gpu_stages.bases import base, write_rows
 from gpu_stages.checks import FLOOR, compare, judge, values, weighting
 from gpu_stages.setting import NotHere, Part, Setting, attempt
 from gpu_stages.training import compose, settings
+from lora_ft import config
 from lora_ft.adapters import attach
 from lora_ft.models.acceleration import accelerated_lora
 from lora_ft.models.load import load_base
@@ -138,6 +139,7 @@ def lora(setting: Setting, kind: str) -> Iterator[Part]:
         shape, layers = setting.sized(("qwen3_0_6b", 1), ("tiny", 1))
         overrides = settings(base(setting, shape, layers), write_rows(setting, [8], "ops"), 8, 1, f"quant={kind}")
         cfg = compose(setting, overrides)
+        cfg.model.dtype = config.Dtype.bfloat16  # also on a GPU where auto is another
         model = load_base(cfg.model, cfg.quant, cfg.device).model
         peft_model = attach.attach(model, cfg.adapter, "default", 0, [])
         found.update(model=peft_model.train(), fast=cfg.fast, layer=model.model.layers[0].mlp.down_proj)

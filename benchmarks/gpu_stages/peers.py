@@ -6,16 +6,15 @@ each comparison is of one process and one state of the machine. Unsloth needs a 
 """
 
 import importlib.util
-import json
 import tempfile
 from collections.abc import Callable, Iterator
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gpu_stages import mixed_0_6b, qlora_8b
+from gpu_stages.bases import Batch, batches_of
 from gpu_stages.machine import now, peaks
 from gpu_stages.setting import NotHere, Part, Setting, attempt
 from gpu_stages.training import WARM_UP, compose, measure
@@ -42,7 +41,6 @@ def run(setting: Setting) -> Iterator[Part]:
         yield f"trl, {work}", attempt(other, setting, trl, overrides)
 
 
-Batch = list[torch.Tensor]
 Trainer = Callable[[config.TrainRun, list[Batch], torch.device], list[float]]
 
 
@@ -56,20 +54,6 @@ def other(setting: Setting, trainer: Trainer, overrides: list[str]) -> dict[str,
     seconds, tokens = moments[-1] - moments[WARM_UP - 1], sum(len(row) for batch in batches[WARM_UP:] for row in batch)
     per_step = seconds / len(batches[WARM_UP:])
     return {"tokens_per_second": tokens / seconds, "seconds_per_step": per_step, **peaks(device)}
-
-
-def batches_of(rows: Path, tokens: int, steps: int) -> list[Batch]:
-    """Return token ids of the rows, as many rows a step as its tokens allow; the last id is the end token."""
-    texts = [json.loads(line)["text"] for line in rows.read_text("utf-8").splitlines()]
-    documents = [torch.tensor([7 + int(word[1:]) for word in text.split()] + [0]) for text in texts]
-    batches: list[Batch] = [[]]
-    for document in islice(cycle(documents), steps * len(documents)):
-        if batches[-1] and sum(map(len, batches[-1])) + len(document) > tokens:
-            if len(batches) == steps:
-                break
-            batches.append([])
-        batches[-1].append(document)
-    return batches
 
 
 def quantization(cfg: config.TrainRun) -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_stages.bases import WORDS, base
-from gpu_stages.commands import Command, call, start
+from gpu_stages.commands import Command, start
 from gpu_stages.setting import NotHere, Part, Setting, attempt
 from lora_ft import config
 from lora_ft.io import durable
@@ -52,14 +52,14 @@ def run(setting: Setting) -> Iterator[Part]:
 def prepare(setting: Setting) -> list[str]:
     """Write base and rows, and return the overrides that all runs share."""
     shape, layers = setting.sized(("smollm2_135m", 4), ("tiny", 2))
-    call(setting, base, setting, shape, layers)
+    folder = base(setting, shape, layers)
     drawn, words = random.Random(0), [f"w{n}" for n in range(WORDS)]
     rows = [{"prompt": " ".join(drawn.choices(words, k=6)), "completion": " ".join(drawn.choices(words, k=4))}
             for _ in range(48)]  # fmt: skip
     durable.write_text(setting.work / "chat.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     os.chdir(setting.work)  # the commands' run folders are relative
     return [
-        "model=local", f"model.path={base(setting, shape, layers)}", "data.path=chat.jsonl", "data.eval_fraction=0.2",
+        "model=local", f"model.path={folder}", "data.path=chat.jsonl", "data.eval_fraction=0.2",
         f"train.max_steps={STEPS}", "train.tokens_per_step=128", "train.samples=0", "adapter.r=8", device(setting),
     ]  # fmt: skip
 

@@ -5,6 +5,7 @@ prediction of the same steps comes last, since it takes seconds of the CPU.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 from gpu_stages.bases import base, equal_lengths, write_rows
 from gpu_stages.prediction import predicted
@@ -27,9 +28,11 @@ def run(setting: Setting) -> Iterator[Part]:
     steps = WARM_UP + setting.sized(6, 1)
     runs = {tokens: overrides(setting, tokens, steps) for tokens in setting.sized(TOKENS, TINY_TOKENS)}
     shared = prepare(compose(setting, next(iter(runs.values()))))
+    found: dict[int, dict[str, Any]] = {}
     for tokens, given in runs.items():
-        yield f"{tokens} tokens", attempt(measure, setting, given, shared)
+        found[tokens] = attempt(measure, setting, given, shared)
+        yield f"{tokens} tokens", found[tokens]
     tokens, given = next(iter(runs.items()))
     yield f"{tokens} tokens, profiled", attempt(profiled, setting, given, shared)
     for tokens, given in runs.items():
-        yield f"{tokens} tokens, traced", attempt(predicted, setting, given)
+        yield f"{tokens} tokens, traced", attempt(predicted, setting, given, found[tokens])

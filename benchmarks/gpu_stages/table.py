@@ -19,7 +19,8 @@ def _rows(record: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     counts = f"{len(parts)} parts, {record['seconds']:.0f} s" if "seconds" in record else ""
     remark = "; ".join(filter(None, [record["outcome"], counts, record["reason"][:200]]))
     yield (record["stage"], "", *[""] * (len(HEADER) - 3), _cell(remark))
-    for name, part in parts.items():
+    for name in parts:
+        part = {**parts.get(f"{name}, traced", {}), **parts[name]}  # the prediction stands beside what was measured
         remark = next((f"{key}: {part[key]}" for key in ("failed", "skipped") if key in part), "")
         remark = remark or str(part.get("summary", ""))
         if "tokens_per_second" in part or remark:

@@ -30,7 +30,7 @@ class Clock(Callback):
     """Measures the steps after the warm-up: waits for the device only before the first and after the last of them."""
 
     def on_start(self, state: Any) -> None:
-        self.device = state.base.device
+        self.device, self.gradient_checkpointing = state.base.device, state.gradient_checkpointing
         self.losses: list[float] = []
         self.driver_bytes = 0
         if self.device.type == "cuda":
@@ -50,6 +50,7 @@ class Clock(Callback):
             "tokens_per_second": self.tokens / seconds,
             "tokens_per_step": self.tokens / self.steps,
             "seconds_per_step": seconds / self.steps,
+            "gradient_checkpointing": self.gradient_checkpointing,
             "losses": [round(loss, 5) for loss in self.losses],
             **peaks(self.device),
             **({"driver_bytes": self.driver_bytes} if self.driver_bytes else {}),
