@@ -15,7 +15,7 @@ from lora_ft import config
 from lora_ft.adapters import attach
 from lora_ft.errors import ConfigError
 from lora_ft.models.acceleration import accelerate
-from lora_ft.ops import gradient_checkpointing
+from lora_ft.ops import gradient_checkpointing, lora_linear
 from lora_ft.ops.dropout import switch_off_dropout
 from lora_ft.ops.gradient_checkpointing import (
     Footprint,
@@ -61,6 +61,20 @@ def test_recomputing_layers_changes_no_bit_of_loss_and_gradients(family: str, dr
     for setting, recomputed in (("every_1", 2), ("every_2", 1)):
         assert all(map(torch.equal, kept, loss_and_gradients(model, setting)))
         assert recompute_layers(model, setting) == recomputed
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_last_product_of_a_layer_is_not_computed_again(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(family)
+    shapes: list[torch.Size] = []
+    compute = lora_linear._Product.forward
+    monkeypatch.setattr(lora_linear._Product, "forward", lambda *a: shapes.append(a[1].shape) or compute(*a))
+    loss_and_gradients(model, "off")
+    of_forward = list(shapes)
+    shapes.clear()
+    loss_and_gradients(model, "every_1")
+    assert len(of_forward) == 2 * 7
+    assert len(shapes) == len(of_forward) + 2 * 6, "each of the two layers computes all but down_proj again"
 
 
 def test_other_dropout_masks_change_the_loss() -> None:

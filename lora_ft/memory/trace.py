@@ -34,6 +34,7 @@ from lora_ft.ops.gradient_checkpointing import recomputed_layers
 from lora_ft.training import state as training_state
 from lora_ft.training.ranks import Ranks
 from lora_ft.training.state import NAME, TrainingState
+from lora_ft.training.step import Step, read
 from lora_ft.training.trainer import apply_gradient, compute_gradient
 
 PHASES = ("forward", "loss", "backward", "optimizer")
@@ -95,8 +96,8 @@ def trace_step(cfg: config.TrainRun, model_config: Any, lengths: Sequence[int], 
 def trace_state(meter: Meter, state: TrainingState, reasons: Sequence[str] = ()) -> StepTrace:
     """Trace the second step of a state on the meta device: the first one allocates the optimizer's state."""
     state.model.train()
-    # The metrics of a step that was not computed; only the optimizer's state is wanted of it.
-    apply_gradient(state, {"tokens": 1, "seconds": 1.0, "loss": 1.0})
+    # A step that was not computed; only the optimizer's state is wanted of it.
+    apply_gradient(state, Step(1, [], {"tokens": 1}, ["loss"], state.flat.values[:0], 1.0, 1.0))
     meter.assign([state.flat.values], "adapter")
     meter.assign([state.flat.gradients], "gradient")
     moments = (value for memory in state.optimizer.state.values() for value in memory.values())
@@ -106,8 +107,9 @@ def trace_state(meter: Meter, state: TrainingState, reasons: Sequence[str] = ())
     plain: set[str] = set()
     with recomputed_layers(state.base, state.gradient_checkpointing), _phases(meter, state, plain):
         meter.phase = "forward"
-        metrics = compute_gradient(state, Ranks(), audited=False)
-        apply_gradient(state, metrics)
+        step = compute_gradient(state, Ranks(), audited=False)
+        read([step], Ranks())
+        apply_gradient(state, step)
     peak_phase = max(PHASES, key=lambda phase: meter.peaks[phase])
     return StepTrace(
         peak_bytes=meter.peaks[peak_phase],

@@ -105,9 +105,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         minus_one = hidden.new_full((size, 1), -1, dtype=torch.promote_types(hidden.dtype, torch.float32))
         found = []
         of_parts = itertools.repeat(None) if of_hidden is None else of_hidden.split(size)
-        for rows, target, of_rows in zip(hidden.split(size), targets[:, None].split(size), of_parts, strict=False):
+        for rows, words, of_rows in zip(hidden.split(size), targets[:, None].split(size), of_parts, strict=False):
             gradients = (of_rows, of_a, of_b) if any(ctx.needs_input_grad) else None
-            found.append(_chunk(rows, weight, bias, lora, logit_map, target, minus_one, gradients))
+            found.append(_chunk(rows, weight, bias, lora, logit_map, words, minus_one, gradients))
         ctx.save_for_backward(of_hidden, of_a, of_b)
         return -torch.cat(found).sum()
 
