@@ -10,17 +10,16 @@ import os
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from gpu_stages.bases import WORDS, base
 from gpu_stages.commands import Command, start
-from gpu_stages.setting import NotHere, Part, Setting, attempt
-from lora_ft import config
+from gpu_stages.setting import Part, Setting, attempt
 from lora_ft.io import durable
 
 STEPS = 12
+DETERMINISTIC = "train.deterministic=true"
 LEFT_BYTES = 3 * 2**30  # of the GPU's memory, for the sweep whose second job must not fit
 DRY_BYTES = 2 * 2**30  # of its processes' memory in a dry run
 # Largest difference of a loss from that of the run it is compared with, relative.
@@ -43,7 +42,7 @@ def run(setting: Setting) -> Iterator[Part]:
         yield f"losses of {name}", attempt(same_losses, setting, name, bound)
     yield "same bytes", attempt(same_bytes, setting, "none", "again", setting.dry)
     yield "same bytes, deterministic", attempt(same_bytes, setting, "deterministic", "deterministic_again", True)
-    yield "killed and resumed", attempt(killed, setting, [*common, *deterministic()])
+    yield "killed and resumed", attempt(killed, setting, [*common, DETERMINISTIC])
     yield "eval", attempt(evaluated, setting)
     yield "merge", attempt(merged, setting)
     yield "sweep", attempt(sweep, setting, common)
@@ -68,23 +67,18 @@ def device(setting: Setting) -> str:
     return f"device={setting.device}"
 
 
-def deterministic() -> list[str]:
-    return ["train.deterministic=true"] if "deterministic" in {field.name for field in fields(config.Train)} else []
-
-
 def variants(setting: Setting) -> dict[str, list[str]]:
     """Return the runs by the names of their folders, with the overrides in which they differ."""
-    runs = {
+    return {
         "none": ["train.samples=2"],
         "again": [],
         "nf4": ["quant=nf4"],
         "int8": ["quant=int8"],
         "fast_off": ["fast=off"],
         "other_dtype": [f"model.dtype={setting.sized('float32', 'bfloat16')}"],
+        "deterministic": [DETERMINISTIC],
+        "deterministic_again": [DETERMINISTIC],
     }
-    if deterministic():
-        runs |= {"deterministic": deterministic(), "deterministic_again": deterministic()}
-    return runs
 
 
 def grouped(names: list[str], size: int) -> Iterator[list[str]]:
@@ -119,8 +113,6 @@ def same_losses(setting: Setting, name: str, bound: float) -> dict[str, Any]:
 
 def same_bytes(setting: Setting, first: str, second: str, required: bool) -> dict[str, Any]:
     """Compare the adapters of two runs with the same settings."""
-    if not (setting.work / first).exists():
-        raise NotHere("this version has no train.deterministic")
     one, two = (result(setting.work / name)["adapter_sha256"] for name in (first, second))
     failed = {"failed": f"adapter_sha256 {one[:12]} and {two[:12]}"} if required and one != two else {}
     return {"same": one == two, "summary": "same bytes" if one == two else "other bytes"} | failed
@@ -135,7 +127,7 @@ def killed(setting: Setting, overrides: list[str]) -> dict[str, Any]:
     steps = len(losses(setting.work / "killed"))
     whole.finish()
     start(setting, "resumed", "train", "resume=killed").finish()
-    found = same_bytes(setting, "whole", "killed", setting.dry or bool(deterministic()))
+    found = same_bytes(setting, "whole", "killed", True)
     return {"killed_after_steps": steps, **found}
 
 
@@ -157,7 +149,9 @@ def sweep(setting: Setting, common: list[str]) -> dict[str, Any]:
     ballast = context.Process(target=fill_memory, args=(filled, release))
     if not setting.dry:
         ballast.start()
-        filled.wait()
+        while not filled.wait(0.2):
+            if not ballast.is_alive():
+                raise RuntimeError("the process that fills the memory of the GPU has ended")
     try:
         memory = setting.sized(None, DRY_BYTES)
         seconds = start(setting, "sweep", "sweep", *words, memory=memory).finish(expected=3)
