@@ -209,7 +209,9 @@ def test_8b_step_on_a_gpu_takes_at_most_100_dispatches_and_one_chunk_of_logits(
         targets = torch.empty(4096, dtype=torch.int64)
         held, before = counted.peak, len(counted.names)
         linear_cross_entropy(hidden, weight, None, targets).backward()
-    launches = [name for name in counted.names[before:] if not re.search("empty|promote_types|split|unsqueeze", name)]
+    launches = [
+        name for name in counted.names[before:] if not re.search(r"empty|promote_types|split|unsqueeze|aten\.t\.", name)
+    ]
     assert len(launches) <= 100
     assert sum(name.startswith("aten.mm") for name in launches) == 2 * 11
     logits = 373 * 128256 * 4
