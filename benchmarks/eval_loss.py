@@ -15,7 +15,7 @@ from peers.protocol import token_rows
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from lora_ft.ops.allocator import keep_freed_memory
+from lora_ft.ops import allocator
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def load(folder: str, base: str) -> PreTrainedModel:
 
 
 def main() -> None:
-    keep_freed_memory()
+    allocator.configure()
     case, trained = Path(sys.argv[1]), [argument.partition("=") for argument in sys.argv[2:]]
     rows = token_rows(case, "eval")
     model = json.loads((case / "settings.json").read_text("utf-8"))["model"]

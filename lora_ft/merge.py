@@ -34,11 +34,12 @@ from lora_ft.export.merge import MergedModel, write_folder
 from lora_ft.export.weight_stream import use_placeholders
 from lora_ft.io import durable
 from lora_ft.models.acceleration import accelerated
-from lora_ft.models.load import Base, load_base, resolve_device, resolve_dtype
+from lora_ft.models.device import resolve_device, resolve_dtype, selected
+from lora_ft.models.load import Base, load_base
 from lora_ft.models.meta_model import load_meta_model
 from lora_ft.models.resolve import locate
 from lora_ft.objectives.sft import Sft
-from lora_ft.ops.allocator import keep_freed_memory
+from lora_ft.ops import allocator
 from lora_ft.training.state import choose_eval
 from lora_ft.values import BaseWeights, Dtype, QuantKind
 
@@ -86,15 +87,16 @@ def merge(cfg: config.MergeRun) -> MergeResult:
     out = Path(cfg.out).expanduser()
     if out.exists() or out.is_symlink():
         raise ConfigError(f"out={cfg.out} exists already, and merge never replaces anything: choose a new name")
-    keep_freed_memory()
+    allocator.configure()
     adapters = _adapters(cfg)
     cfg = loading.with_base(cfg, adapters[0])
     tokenizer = loading.adapter_tokenizer(adapters[0], cfg.model)
-    if cfg.adapters:
-        return _combine(cfg, adapters, tokenizer, out)
-    if cfg.truncate_rank:
-        return _truncate(cfg, adapters[0], tokenizer, out, cfg.truncate_rank)
-    return _merge(cfg, adapters[0], tokenizer, out)
+    with selected(resolve_device(cfg.device)):
+        if cfg.adapters:
+            return _combine(cfg, adapters, tokenizer, out)
+        if cfg.truncate_rank:
+            return _truncate(cfg, adapters[0], tokenizer, out, cfg.truncate_rank)
+        return _merge(cfg, adapters[0], tokenizer, out)
 
 
 def _adapters(cfg: config.MergeRun) -> list[Path]:

@@ -25,7 +25,7 @@ from lora_ft.adapters import files, loading
 from lora_ft.cli import entry
 from lora_ft.errors import MismatchError
 from lora_ft.io import durable
-from lora_ft.ops.allocator import keep_freed_memory
+from lora_ft.ops import allocator
 from lora_ft.publishing import (
     checksums,
     compatibility,
@@ -84,7 +84,7 @@ def publish(cfg: config.PublishRun) -> PublishResult:
     adapter = loading.adapter_folder(cfg.run, cfg.adapter_path)
     saved = files.read_config(adapter)
     cfg = loading.with_base(cfg, adapter, saved)
-    keep_freed_memory()
+    allocator.configure()
     with _working_folder(adapter, cfg) as work:
         folder, fetched = work / "package", work / "fetched"
         contents = prepare.contents(cfg, adapter, saved, work)

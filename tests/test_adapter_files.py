@@ -405,7 +405,9 @@ def test_loading_lines_work_with_only_transformers_and_peft(quant: str, added: l
         assert all(torch.equal(*(dequantize_4bit(w.data, w.quant_state) for w in pair)) for pair in weights)
         return
     ids = torch.tensor([[5, 99, 42, VOCABULARY + len(added) - 1]])
-    found, expected = (m.eval()(input_ids=ids).logits.detach() for m in (names["model"], model))
+    # bitsandbytes' int8 layers round activations, except when they train on a CPU; ours never do.
+    theirs = names["model"].train(quant == "int8")
+    found, expected = (m(input_ids=ids).logits.detach() for m in (theirs, model.eval()))
     assert found.dtype == expected.dtype and torch.allclose(found, expected, atol=1e-4)
 
 

@@ -114,11 +114,14 @@ def test_adapter_of_one_of_two_tied_matrices_is_refused(settings: dict) -> None:
 
 
 @pytest.mark.closes("A17")
-def test_modules_to_save_and_added_tokens_in_half_precision_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"modules_to_save.*model\.dtype=float32"):
-        attached(dtype=torch.bfloat16, modules_to_save=["norm"])
-    with pytest.raises(ConfigError, match=r"added_tokens.*model\.dtype=float32"):
-        attached(dtype=torch.bfloat16, tokens=(510, 511))
+@pytest.mark.parametrize(("tie", "modules"), [(True, []), (False, ["norm", "mlp"])])
+def test_saved_modules_and_added_tokens_are_float32_over_a_bfloat16_base(tie: bool, modules: list[str]) -> None:
+    model = attached(dtype=torch.bfloat16, tie=tie, modules_to_save=modules, tokens=(510, 511))
+    parameters = attach.trainable(model, "first")
+    audit.check_trainable(model, "first", parameters)
+    assert {p.dtype for p in parameters.values()} == {torch.float32}
+    model(input_ids=torch.tensor([[510, 7, 511]])).logits.logsumexp(-1).sum().backward()
+    assert all(p.grad.abs().sum() > 0 for n, p in parameters.items() if ".lora_" not in n)
 
 
 @pytest.mark.closes("A22")

@@ -203,7 +203,7 @@ def test_kernel_is_chosen_by_device_dtype_and_head_width(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
-    kernel = attention.choose_kernel.__wrapped__(torch.device(device), dtype, width)
+    kernel = attention.choose_kernel(torch.device(device), dtype, width)
     assert kernel.name == name
     assert reason in kernel.reason
 
@@ -243,3 +243,79 @@ def test_torchs_varlen_accepts_the_arguments_and_returns_the_expected_shapes() -
     attention._boundaries.cache_clear()
     assert out.shape == (1, 32, 4, 8) and out.dtype is torch.bfloat16
     assert [g.shape for g in gradients] == [m.shape for m in made]
+
+
+def test_varlen_expands_keys_for_a_torch_whose_kernel_takes_no_grouped_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`enable_gqa` is newer than torch 2.11."""
+    starts = starts_of((9, 20, 3))
+    made = tensors(starts[-1], 4, 2)
+
+    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size):  # type: ignore[no-untyped-def]
+        assert q.shape == k.shape == v.shape
+        heads = [tensor.transpose(0, 1)[None] for tensor in (q, k, v)]
+        return definition(*heads, starts, None, scale)[0]
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    found = with_gradients(attention.varlen, made, starts, None, 0.3)
+    for ours, exact in zip(found, with_gradients(definition, made, starts, None, 0.3), strict=True):
+        torch.testing.assert_close(ours, exact)
+
+
+@pytest.mark.parametrize(
+    "device, dtype, width, capability, window, value_width, grouped",
+    [
+        ("cuda", torch.float32, 64, (9, 0), None, 64, False),
+        ("cuda", torch.float16, 64, (7, 5), None, 64, False),
+        ("cuda", torch.bfloat16, 12, (9, 0), None, 12, False),
+        ("cuda", torch.bfloat16, 512, (9, 0), None, 512, False),
+        ("cuda", torch.bfloat16, 64, (9, 0), None, 64, True),
+        ("cuda", torch.bfloat16, 64, (9, 0), None, 32, False),  # flash attention needs values as wide as the keys
+        ("cuda", torch.bfloat16, 64, (9, 0), 7, 64, False),  # and takes no mask
+        ("cuda", torch.bfloat16, 64, (9, 0), 40, 64, True),  # wider than every document: no mask
+        ("cpu", torch.bfloat16, 64, None, None, 64, True),
+    ],
+)
+def test_torchs_kernel_gets_grouped_keys_only_where_flash_attention_runs(
+    device: str, dtype: torch.dtype, width: int, capability: Any, window: int | None, value_width: int, grouped: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Everywhere else on a GPU they make torch keep all scores [H, T, T] (pytorch issue 181528)."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    calls: list[Any] = []
+
+    def recorded(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        calls.append((q.shape[1], k.shape[1], v.shape[1], options["enable_gqa"]))
+        assert options["is_causal"] is (options["attn_mask"] is None)
+        return q.new_empty(*q.shape[:-1], v.shape[-1])
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(attention, "choose_kernel", attention.choose_kernel.__wrapped__)
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", recorded)
+    monkeypatch.setattr(attention, "visible", lambda *a: torch.ones(a[1] - a[0], a[1] - a[2], dtype=torch.bool))
+    with FakeTensorMode():
+        query, key = (torch.empty(1, h, 32, width, dtype=dtype, device=device) for h in (6, 2))
+        value = torch.empty(1, 2, 32, value_width, dtype=dtype, device=device)
+        out = attention.per_document(query, key, value, (0, 9, 32), window, 0.3)
+    assert out.shape == (1, 32, 6, value_width)
+    assert calls == [(6, 2, 2, True) if grouped else (6, 6, 6, False)] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 7])
+def test_expanded_keys_give_the_values_and_gradients_of_grouped_ones(dtype: torch.dtype, window: int | None) -> None:
+    starts = starts_of((9, 20, 3))
+    exact = tensors(starts[-1], 6, 2)
+    made = [tensor.detach().to(dtype).requires_grad_() for tensor in exact]
+
+    def expanded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attention.per_document(query, *attention.expanded(query, key, value), starts, window, 0.3)
+
+    grouped = with_gradients(attention.per_document, made, starts, window, 0.3)
+    true = with_gradients(definition, exact, starts, window, 0.3)
+    bound = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2}[dtype]
+    for found, same, expected in zip(with_gradients(expanded, made), grouped, true, strict=True):
+        assert found.dtype is dtype and found.shape == expected.shape
+        assert (found.double() - expected).norm() <= bound * expected.norm()
+        assert (found - same).norm() <= bound * expected.norm()

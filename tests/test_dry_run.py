@@ -84,6 +84,7 @@ def test_meta_model_has_the_names_shapes_and_dtypes_of_the_base(bases, folder):
         ("llama", ["quant=nf4", "adapter.rank_pattern={q_proj:2}", "adapter.target_modules=[q_proj,mlp.up_proj]"]),
         ("llama", ["adapter=dora", "adapter.modules_to_save=[norm]", "model.added_tokens=['What','It']"]),
         ("gpt2", ["adapter=rslora", "train.max_steps=7", "optim.schedule=cosine"]),
+        ("llama", ["model.dtype=bfloat16", "adapter.modules_to_save=[norm]", "model.added_tokens=['What','It']"]),
     ],
 )
 @pytest.mark.closes("A21")
@@ -377,6 +378,7 @@ def test_large_rank_few_steps_and_long_documents_give_warnings(bases, tmp_path):
 
 # setting: (a value without effect, the other settings that make it so)
 INEFFECTIVE = {
+    "optim.offload": (True, {"optim.name": config.Optimizer.adamw_8bit}),
     "quant.double": (False, {}),
     "quant.compute_dtype": (config.Dtype.bfloat16, {}),
     "optim.decay_fraction": (0.5, {}),

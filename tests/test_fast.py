@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lora_ft import config
 from lora_ft.adapters import attach
-from lora_ft.models import accelerated_lora
-from lora_ft.models.acceleration import accelerate
+from lora_ft.models import accelerated_lora as lora_layers
+from lora_ft.models.acceleration import accelerate, accelerated_lora
 from lora_ft.models.load import load_base
 from lora_ft.ops.batch import Batch
 from lora_ft.ops.dropout import switch_off_dropout
@@ -96,16 +96,54 @@ def test_merged_form_equals_the_definition_and_does_not_change_the_stored_weight
     assert torch.equal(w, before)
 
 
-def test_fast_form_runs_only_if_gradients_are_enabled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_form_runs_in_training_and_in_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[float] = []
-    monkeypatch.setattr(accelerated_lora, "lora_linear", lambda *a: calls.append(a[-1]) or lora_linear(*a))
+    monkeypatch.setattr(lora_layers, "lora_linear", lambda *a: calls.append(a[5]) or lora_linear(*a))
     model = adapted(tiny_model("llama"), lora_alpha=6)
+    expected = model(input_ids=IDS).logits
     accelerate_adapter(model, "first")
     learned(model)
     assert calls == [2.0] * 14
     with torch.no_grad():
-        model(input_ids=IDS)
-    assert len(calls) == 14
+        torch.testing.assert_close(model.eval()(input_ids=IDS).logits, expected.detach())
+    assert len(calls) == 28
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_dropout": 0.3}])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+def test_dora_and_dropout_give_the_same_logits_and_gradients(
+    family: str, settings: dict[str, Any], dtype: torch.dtype, bound: float
+) -> None:
+    """Dropout draws the masks that PEFT draws."""
+    model = adapted(tiny_model(family, dtype=dtype), **settings).train()
+    switch_off_dropout_of_base(model)
+    results = []
+    for forward in ("plain", "fast"):
+        if forward == "fast":
+            assert accelerate_adapter(model, "first") == []
+        torch.manual_seed(5)
+        results.append(learned(model))
+    assert all(relative(f, e) < bound for f, e in zip(*results, strict=True))
+
+
+def switch_off_dropout_of_base(model: PeftModel) -> None:
+    """Set the base's own dropout to zero, not the adapter's."""
+    probabilities = [layer.p for layer in model.modules() if isinstance(layer, torch.nn.Dropout)]
+    switch_off_dropout(model)
+    for name, layer in model.named_modules():
+        if "lora_dropout" in name and isinstance(layer, torch.nn.Dropout):
+            layer.p = max(probabilities)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_dora_on_quantized_bases_gives_the_same_logits_and_gradients(kind: str, tmp_path: Path) -> None:
+    quant = config.Quant(kind=config.QuantKind[kind])
+    base = load_base(config.Model(path=str(tiny_folder(tmp_path, "llama"))), quant, "cpu").model
+    model = adapted(base, use_dora=True).train()
+    expected = learned(model)
+    assert accelerate_adapter(model, "first") == []
+    assert all(relative(f, e) < 2e-5 for f, e in zip(learned(model), expected, strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -137,25 +175,26 @@ def test_peft_switches_work_on_fast_layers() -> None:
     with torch.no_grad():
         for (_, p), (_, q) in zip(plain.named_parameters(), model.named_parameters(), strict=True):
             q.copy_(p)
-    accelerate_adapter(model, "first")
-    accelerate_adapter(model, "second")
-    with model.disable_adapter():
-        assert torch.equal(model(input_ids=IDS).logits, bare(input_ids=IDS).logits)
-    for active in ("second", "first"):
+    with accelerated_lora(model, "first", config.Fast()), accelerated_lora(model, "second", config.Fast()):
+        with model.disable_adapter():
+            assert torch.equal(model(input_ids=IDS).logits, bare(input_ids=IDS).logits)
+        for active in ("second", "first"):
+            for m in (plain, model):
+                m.set_adapter(active)
+            torch.testing.assert_close(model(input_ids=IDS).logits, plain(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
         for m in (plain, model):
-            m.set_adapter(active)
-        torch.testing.assert_close(model(input_ids=IDS).logits, plain(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
-    for m in (plain, model):
-        m.merge_adapter()
-    assert torch.equal(model(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+            m.merge_adapter()
+        assert torch.equal(model(input_ids=IDS).logits, plain(input_ids=IDS).logits)
 
 
 @pytest.mark.parametrize(
     ("dtype", "settings", "reason"),
     [
-        (torch.float32, {"use_dora": True}, "14 LoRA layers compute as PEFT does: DoRA"),
-        (torch.float32, {"lora_dropout": 0.1}, "14 LoRA layers compute as PEFT does: adapter.lora_dropout"),
-        (torch.bfloat16, {}, "14 LoRA layers compute as PEFT does: the base computes in bfloat16"),
+        (
+            torch.float32,
+            {"use_dora": True, "lora_dropout": 0.1},
+            "14 LoRA layers compute as PEFT does: DoRA with adapter.lora_dropout",
+        ),
         (torch.float32, {"target_modules": ["embed_tokens"]}, "1 LoRA layers compute as PEFT does: embeddings"),
     ],
 )
@@ -170,5 +209,5 @@ def test_layers_without_fast_form_are_logged_and_use_pefts_forward(
         if step == 0:
             (line,) = accelerate_adapter(model, "first")
             assert line.startswith(reason)
-            monkeypatch.setattr(accelerated_lora, "lora_linear", None)
+            monkeypatch.setattr(lora_layers, "lora_linear", None)
     assert all(torch.equal(f, e) for f, e in zip(*results, strict=True))

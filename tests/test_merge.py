@@ -21,7 +21,7 @@ from tiny import FAMILIES, tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_ft import config
-from lora_ft.adapters import loading
+from lora_ft.adapters import attach, loading
 from lora_ft.errors import NonFiniteError
 from lora_ft.export import merge, verify, weight_stream
 from lora_ft.merge import merge as merge_adapter
@@ -132,6 +132,30 @@ def test_merged_model_matches_attached_logits(tmp_path: Path, options: dict[str,
 def test_merged_gpt2_with_embeddings_and_norms_matches_attached_logits(tmp_path: Path) -> None:
     options = {"target_modules": ["wte", "c_attn"], "modules_to_save": ["ln_f"], "use_dora": True}
     assert merged(tmp_path / "out", settings(tmp_path, "gpt2", **options)) < 1e-5
+
+
+@pytest.mark.closes("A17", "A19")
+@pytest.mark.parametrize(("modules", "tokens"), [(["norm", "lm_head", "mlp"], []), ([], ["<one>", "<two>"])])
+def test_merge_rounds_modules_and_rows_trained_over_a_bfloat16_base_once(
+    tmp_path: Path, modules: list[str], tokens: list[str]
+) -> None:
+    """The merged model has the trained float32 values, rounded as the attached adapter rounds them."""
+    cfg = settings(tmp_path, "llama", target_modules=["q_proj"], modules_to_save=modules)
+    cfg.model.dtype, cfg.model.added_tokens = config.Dtype.bfloat16, tokens
+    run = saved_run(tmp_path / "run", cfg)
+    assert call("merge", f"run={run}", f"out={tmp_path / 'out'}") == 0
+    _, model = adapted(cfg)
+    merged_model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert merged_model.dtype is torch.bfloat16
+    trained = {n: p.detach() for n, p in attach.trainable(model, "first").items() if ".lora_" not in n}
+    assert trained
+    for name, value in trained.items():
+        key = name.removeprefix("base_model.model.").replace(".modules_to_save.first", "")
+        rows = slice(None)
+        if tokens:
+            key, rows = f"{key.partition('.token_adapter')[0]}.weight", slice(512, 514)
+        assert value.dtype is torch.float32
+        assert torch.equal(merged_model.get_parameter(key)[rows], value.bfloat16())
 
 
 @pytest.mark.closes("A22")

@@ -80,9 +80,8 @@ def test_quantized_model_equals_a_model_with_the_dequantized_weights(tmp_path, f
         logits.logsumexp(-1).sum().backward()
         outputs.append(logits.detach())
         gradients.append(embeddings.grad)
-    bound = 0.05 if kind == "int8" else 1e-5  # int8 rounds activations as well
     for found, expected in (outputs, gradients):
-        assert (found - expected).norm() <= bound * expected.norm()
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
         assert expected.norm() > 0
 
 
@@ -209,16 +208,54 @@ def test_quantized_head_or_unquantized_layer_is_an_error_that_names_it(tmp_path)
         quantize.check_plan(model)
 
 
+def scaled(kind: str, monkeypatch: pytest.MonkeyPatch, factor) -> None:
+    """Multiply the products of quantized layers by factor(rows)."""
+    owner, name = (quantize, "frozen_linear") if kind == "int8" else (bnb, "matmul_4bit")
+    right = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda x, *a, **options: right(x, *a, **options) * factor(len(x)))
+
+
 @pytest.mark.closes("B06")
 @pytest.mark.parametrize("kind", KINDS)
-def test_kernel_that_computes_wrong_products_is_found_when_the_base_loads(tmp_path, kind, monkeypatch):
+@pytest.mark.parametrize(
+    ("factor", "rows"),
+    [
+        (lambda rows: 1.05, 1),
+        (lambda rows: math.nan, 1),
+        (lambda rows: 1.05 if 1 < rows <= 1536 else 1, 8),
+        (lambda rows: 1.05 if rows > 1536 else 1, 2048),
+    ],
+)
+def test_kernel_that_computes_wrong_products_is_found_when_the_base_loads(tmp_path, kind, factor, rows, monkeypatch):
+    """bitsandbytes has kernels of their own for few rows; training uses the one for many."""
     folder = tiny_folder(tmp_path, "gpt2")
-    layer = bnb.nn.Linear8bitLt if kind == "int8" else bnb.nn.Linear4bit
-    right = layer.forward
-    for wrong in (lambda self, x: 1.05 * right(self, x), lambda self, x: right(self, x) * math.nan):
-        monkeypatch.setattr(layer, "forward", wrong)
-        with pytest.raises(ResourceError, match="computes wrong products on cpu"):
-            base_of(folder, kind)
+    scaled(kind, monkeypatch, factor)
+    with pytest.raises(ResourceError, match=f"computes wrong products on cpu for {rows} rows"):
+        base_of(folder, kind)
+
+
+class WrongBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 1.05 * grad
+
+
+@pytest.mark.closes("B06")
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernel_that_computes_wrong_gradients_is_found_when_the_base_loads(tmp_path, kind, monkeypatch):
+    folder = tiny_folder(tmp_path, "llama")
+    if kind == "int8":
+        right = quantize.frozen_linear
+        monkeypatch.setattr(quantize, "frozen_linear", lambda x, *a: right(WrongBackward.apply(x), *a))
+    else:  # the backward's kernel, which the forward does not use
+        right = bnb.functional.dequantize_4bit
+        monkeypatch.setattr(bnb.functional, "dequantize_4bit", lambda *a: 1.05 * right(*a))
+    with pytest.raises(ResourceError, match="computes wrong gradients on cpu for 1 rows"):
+        base_of(folder, kind)
 
 
 def test_out_of_memory_while_quantizing_is_an_error_that_names_it(tmp_path, monkeypatch):

@@ -150,6 +150,19 @@ def test_gated_activation_passes_gradcheck(frozen: str, activation: str) -> None
     assert torch.autograd.gradcheck(partial(gated, activation=activation), tuple(tensors.values()))
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gated_activation_overwrites_activations_and_never_a_leaf(activation: str) -> None:
+    leaves = [random(3, 4, seed=i).requires_grad_() for i in range(2)]
+    before = [leaf.detach().clone() for leaf in leaves]
+    expected = torch.autograd.grad(gated_plain(*leaves, activation).square().sum(), leaves)
+    found = torch.autograd.grad(gated(*leaves, activation).square().sum(), leaves)
+    assert all(map(torch.equal, before, leaves)) and all(map(torch.equal, found, expected))
+    y = gated(*(leaf * 1 for leaf in leaves), activation).square().sum()
+    assert all(map(torch.equal, torch.autograd.grad(y, leaves, retain_graph=True), expected))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y, leaves)
+
+
 def test_swiglu_equals_its_definition_for_large_values() -> None:
     gate = torch.tensor([-1e4, -100.0, -0.0, 0.0, 100.0, 1e4, float("inf")]).requires_grad_()
     up = torch.ones(7)

@@ -69,10 +69,17 @@ def test_clip_keeps_gradients_below_the_limit_and_zero_disables_it() -> None:
     assert gradients.tolist() == [3.0, 4.0]
 
 
-def test_clip_reports_nonfinite_gradients_without_changing_them() -> None:
-    gradients = torch.tensor([float("inf"), 4.0])
-    assert optimizers.clip(gradients, 1.0) == math.inf
-    assert gradients.tolist() == [math.inf, 4.0]
+@pytest.mark.parametrize("max_norm", [1.0, 100.0])
+def test_clip_in_float32_gives_the_bits_of_torch(max_norm: float) -> None:
+    gradients = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    expected = nn.Parameter(gradients.clone())
+    expected.grad = gradients.clone()
+    assert torch.equal(optimizers.clip(gradients, max_norm), nn.utils.clip_grad_norm_([expected], max_norm))
+    assert torch.equal(gradients, expected.grad)
+
+
+def test_clip_reports_the_norm_of_a_nonfinite_gradient() -> None:
+    assert optimizers.clip(torch.tensor([float("inf"), 4.0]), 1.0) == math.inf
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw"])
@@ -144,6 +151,25 @@ def rates(steps: int, **settings: object) -> list[float]:
 
 
 @pytest.mark.closes("A13")
+def test_offloaded_state_is_on_the_device_during_a_step_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps are those of an optimizer that keeps its state on the device."""
+    moves: list[str] = []
+    move = optimizers._move_state
+    monkeypatch.setattr(optimizers, "_move_state", lambda o, device: moves.append(device.type) or move(o, device))
+    results = []
+    for offload in (False, True):
+        flat = optimizers.flatten(parameters())
+        optimizer = optimizers.build(flat, config.Optim(offload=offload))
+        for step in range(3):
+            flat.gradients.fill_(0.1 * step + 0.1)
+            optimizer.step()
+            moves.append("step")
+        results.append((flat.values, optimizers.state(optimizer)))
+    device = flat.values.device.type
+    assert moves == ["step"] * 3 + [device, "cpu", "step"] * 3
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 def test_constant_schedule_with_warmup() -> None:
     assert rates(4, schedule="constant", warmup_steps=2) == [0.5, 1.0, 1.0, 1.0]
 

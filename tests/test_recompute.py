@@ -1,6 +1,7 @@
 """Gradient checkpointing: recomputation changes no bit, and `auto` recomputes as few layers as memory allows."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from lora_ft import config
 from lora_ft.adapters import attach
 from lora_ft.errors import ConfigError
 from lora_ft.models.acceleration import accelerate
-from lora_ft.ops import gradient_checkpointing
+from lora_ft.ops import gradient_checkpointing, lora_linear
 from lora_ft.ops.dropout import switch_off_dropout
 from lora_ft.ops.gradient_checkpointing import (
     Footprint,
@@ -61,6 +62,25 @@ def test_recomputing_layers_changes_no_bit_of_loss_and_gradients(family: str, dr
     for setting, recomputed in (("every_1", 2), ("every_2", 1)):
         assert all(map(torch.equal, kept, loss_and_gradients(model, setting)))
         assert recompute_layers(model, setting) == recomputed
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_last_product_of_a_layer_is_not_computed_again(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = adapted(family), 0
+    paths = accelerate(model, FAST).paths
+    compute = lora_linear._Product.forward
+
+    def count(*arguments: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return compute(*arguments)
+
+    monkeypatch.setattr(lora_linear._Product, "forward", count)
+    recompute_layers(model, "every_1")
+    loss = token_loss_sum(model, packed(70, 66, 90), paths)
+    assert calls == 2 * 7
+    loss.backward()
+    assert calls == 2 * 7 + 2 * 6, "both layers compute all products again but down_proj's"
 
 
 def test_other_dropout_masks_change_the_loss() -> None:

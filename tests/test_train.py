@@ -54,6 +54,10 @@ def result(tmp_path: Path, run: str = "run") -> dict:
         ("llama", ("model.dtype=bfloat16",)),
         ("llama", ("model.added_tokens=['spider','France']",)),
         ("llama", ("adapter.modules_to_save=[norm]",)),
+        (
+            "llama",
+            ("model.dtype=bfloat16", "adapter.modules_to_save=[norm,mlp]", "model.added_tokens=['spider','France']"),
+        ),
     ],
 )
 def test_run_writes_all_files_and_prints_a_summary(
@@ -193,8 +197,11 @@ def test_added_token_that_no_row_contains_is_refused(tmp_path: Path, capfd) -> N
 
 @pytest.mark.parametrize(
     "overrides",
-    [(), ("quant=nf4",), ("quant=int8",), ("model.dtype=bfloat16",), ("model.added_tokens=['spider','France']",)],
-)
+    [
+        (), ("quant=nf4",), ("quant=int8",), ("model.dtype=bfloat16",), ("model.added_tokens=['spider','France']",),
+        ("model.dtype=bfloat16", "adapter.modules_to_save=[norm,lm_head]"),
+    ],
+)  # fmt: skip
 def test_printed_code_loads_the_trained_adapter(overrides: tuple[str, ...], tmp_path: Path, capsys) -> None:
     """The code runs with transformers and PEFT only, and its model has the reported eval loss."""
     assert train(tmp_path, *overrides, "data.eval_fraction=0.4") == 0
@@ -206,7 +213,8 @@ def test_printed_code_loads_the_trained_adapter(overrides: tuple[str, ...], tmp_
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exec(code, names)  # noqa: S102 (the printed code is what this test runs)
-    model = names["model"].eval()
+    # bitsandbytes' int8 layers round activations, except when they train on a CPU; ours never do.
+    model = names["model"].train("quant=int8" in overrides)
     cfg = data_config(tmp_path / "run")
     eval_rows = prepare(cfg, AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter")).eval
     total = tokens = 0
@@ -217,8 +225,9 @@ def test_printed_code_loads_the_trained_adapter(overrides: tuple[str, ...], tmp_
             losses = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
             total += float(losses[torch.from_numpy(row.supervised[1:])].sum())
             tokens += int(row.supervised.sum())
-    # bitsandbytes multiplies 4-bit weights in bfloat16 on CPUs that support it; lora_ft turns that off.
-    bound = {"quant=nf4": 1e-3, "model.dtype=bfloat16": 2e-2}.get("".join(overrides), 1e-5)
+    # bitsandbytes multiplies 4-bit weights in bfloat16 on CPUs that support it, and rounds the inputs of int8 layers to
+    # 8 bits in eval mode; lora_ft does neither.
+    bound = {"quant=nf4": 1e-3, "quant=int8": 2e-3, "model.dtype=bfloat16": 2e-2}.get("".join(overrides[:1]), 1e-5)
     assert total / tokens == pytest.approx(result(tmp_path)["eval_loss"], rel=bound)
 
 

@@ -18,7 +18,7 @@ from tiny import tiny_folder
 from lora_ft import config
 from lora_ft.adapters import files, provenance
 from lora_ft.errors import MismatchError, SecurityError
-from lora_ft.models.load import resolve_dtype
+from lora_ft.models.device import resolve_dtype
 from lora_ft.models.quantize import import_bitsandbytes
 from lora_ft.publishing import checksums, verification, verify_worker
 
@@ -98,9 +98,10 @@ def test_every_type_of_adapter_is_verified(family: str, options: dict[str, Any],
 
 
 @pytest.mark.usefixtures("here")
-def test_bfloat16_is_verified_within_its_rounding(tmp_path: Path) -> None:
-    cfg = settings(tmp_path, "llama")
-    cfg.model.dtype = config.Dtype.bfloat16
+@pytest.mark.parametrize(("modules", "added"), [([], []), (["norm", "lm_head"], []), ([], ["<new>", "<newer>"])])
+def test_bfloat16_is_verified_within_its_rounding(tmp_path: Path, modules: list[str], added: list[str]) -> None:
+    cfg = settings(tmp_path, "llama", modules_to_save=modules)
+    cfg.model.dtype, cfg.model.added_tokens = config.Dtype.bfloat16, added
     found = verification.verify(*packaged(tmp_path, cfg))
     assert found.distance is not None and found.distance <= found.allowed == 2**-5 < found.effect
     assert resolve_dtype(cfg.model.dtype, torch.device("cpu")) is torch.bfloat16

@@ -11,13 +11,14 @@ import warnings
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_ft import config
+from lora_ft.adapters.master_weights import keep_in_float32
 from lora_ft.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
@@ -34,15 +35,15 @@ def attach(
     """Inject the adapter under `name` and return the PEFT model; only its parameters train, in at least fp32.
 
     The initial matrices depend only on `seed`. `token_ids` are added tokens, whose embedding rows train as well.
-    Raises ConfigError for targets that match no layer, and for settings that cannot be saved or merged correctly
-    (tied embeddings, modules_to_save in half precision).
+    Raises ConfigError for targets that match no layer, for settings that cannot be saved or merged correctly (tied
+    embeddings), and for quantized modules in modules_to_save.
     """
     layers = adaptable_layers(base)
     targets = resolve_targets(base, layers, adapter.target_modules)
     _check_names(base, targets)
     _check_patterns(adapter, matched_layers(layers, targets))
     _check_ties(base, adapter, targets)
-    _check_full_modules(base, adapter, token_ids)
+    _check_full_modules(base, adapter)
     peft_config = LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.lora_alpha,
@@ -58,7 +59,11 @@ def attach(
         task_type=task_type,
     )
     torch.manual_seed(seed)
-    return inject(base, peft_config, name)
+    model = inject(base, peft_config, name)
+    for module in base.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            keep_in_float32(module.modules_to_save[name])
+    return model
 
 
 def detach(base: PreTrainedModel) -> None:
@@ -187,7 +192,7 @@ def _check_ties(model: PreTrainedModel, adapter: config.Adapter, targets: set[st
             )
 
 
-def _check_full_modules(model: PreTrainedModel, adapter: config.Adapter, token_ids: list[int]) -> None:
+def _check_full_modules(model: PreTrainedModel, adapter: config.Adapter) -> None:
     modules = dict(model.named_modules())
     for name in adapter.modules_to_save:
         matched = [modules[n] for n in matched_layers(modules, {name})]
@@ -195,12 +200,6 @@ def _check_full_modules(model: PreTrainedModel, adapter: config.Adapter, token_i
             raise ConfigError(f"adapter.modules_to_save: {name} matches no layer of this model")
         if any(not p.is_floating_point() for module in matched for p in module.parameters()):
             raise ConfigError(f"adapter.modules_to_save: {name} is quantized and cannot be trained: remove it")
-    if (adapter.modules_to_save or token_ids) and model.dtype in (torch.bfloat16, torch.float16):
-        setting = "adapter.modules_to_save" if adapter.modules_to_save else "model.added_tokens"
-        raise ConfigError(
-            f"{setting} trains weights of the model, which need float32, "
-            f"but the model computes in {model.dtype}: set model.dtype=float32"
-        )
 
 
 # Names of the modules in which PEFT keeps an adapter's parameters; the next part of the path is the adapter's name.

@@ -51,8 +51,8 @@ def check_gradients(parameters: dict[str, nn.Parameter]) -> None:
 
 
 def check_moved(before: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> None:
-    """Raise MismatchError if a matrix that starts at zero is the same after training (A16)."""
-    stuck = [n for n, p in parameters.items() if starts_at_zero(n) and torch.equal(before[n], p.detach())]
+    """Raise MismatchError if a matrix that starts at zero is the same after training (A16); `before` is on the CPU."""
+    stuck = [n for n, p in parameters.items() if starts_at_zero(n) and torch.equal(before[n], p.detach().cpu())]
     if stuck:
         raise MismatchError(
             f"{len(stuck)} adapter matrices never moved, so their layers learned nothing: {', '.join(stuck[:5])}"

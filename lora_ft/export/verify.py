@@ -39,8 +39,8 @@ class Probe:
 def probe(model: PeftModel, num_tokens: int) -> Probe:
     """Compute the attached adapter's logits for tokens spread over the vocabulary, the last one included.
 
-    Quantized layers multiply by their dequantized weights here: the kernels round as well (int8 also rounds
-    activations), and merging does not preserve that.
+    Quantized layers multiply by their dequantized weights here: 4-bit kernels round as well, and merging does not
+    preserve that.
     """
     base: PreTrainedModel = model.get_base_model()
     length = min(_PROBE_TOKENS, getattr(base.config, "max_position_embeddings", None) or _PROBE_TOKENS)
@@ -82,9 +82,7 @@ def dequantized(layer: Any) -> Tensor:
     if kind == "Int8Params":
         from bitsandbytes.functional import int8_vectorwise_dequant
 
-        # The row scales move from the weight to the layer's state at the first forward.
-        scales = weight.SCB if weight.SCB is not None else layer.state.SCB
-        return int8_vectorwise_dequant(weight.data, scales)
+        return int8_vectorwise_dequant(weight.data, weight.SCB)
     return weight.detach()
 
 

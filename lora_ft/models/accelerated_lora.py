@@ -1,12 +1,12 @@
-"""Make forwards that compute a LoRA layer as one function in training; all other calls use PEFT's own forward.
+"""Make forwards that compute a LoRA layer as one function; all other calls use PEFT's own forward.
 
-layer.forward(x)    training, one plain LoRA active, no dropout, x in the adapter's dtype
-                        -> ops.lora_linear: same value and gradients, fewer passes over memory
-                    anything else (adapter off, merged, several active, DoRA, evaluation, bfloat16 ...)
+layer.forward(x)    one active adapter: plain LoRA, with dropout or DoRA; x in the adapter's dtype or in 16 bits
+                        -> ops.lora_linear, ops.dora: same value and gradients, fewer passes over memory
+                    anything else (adapter off, merged, several active, DoRA with dropout ...)
                         -> PEFT's forward, so that PEFT's switches keep working
 
 A head with LoRA also gets a chunked loss, the attribute `token_loss_sum` that `ops.token_loss` looks for. Its logits
-never exist for all positions at once, not in evaluation either. An int8 layer without LoRA keeps no input.
+never exist for all positions at once, not in evaluation either.
 
 This module only makes forwards. models/acceleration.py installs them.
 """
@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_ft.ops.cross_entropy import linear_cross_entropy
+from lora_ft.ops.dora import row_norms, scaled_rows
 from lora_ft.ops.logits import HeadLora, LogitMap
 from lora_ft.ops.lora_linear import lora_linear
-from lora_ft.ops.weights import FrozenWeight, frozen_linear, frozen_weight, why_no_weight
+from lora_ft.ops.weights import FrozenWeight, frozen_weight, why_no_weight
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -44,18 +45,11 @@ def fast_forwards(model: "PeftModel", name: str) -> LoraForwards:
 
     found = LoraForwards({}, {}, [])
     reasons: Counter[str] = Counter()
-    computed = model.get_base_model().get_input_embeddings().weight.dtype
+    dtype = model.get_base_model().get_input_embeddings().weight.dtype
     for layer in model.modules():
-        if not isinstance(layer, LoraLayer):
-            if getattr(getattr(layer, "weight", None), "dtype", None) is torch.int8:
-                found.forwards[layer] = functools.partial(_int8_forward, layer, layer.forward)
+        if not isinstance(layer, LoraLayer) or name not in layer.r:
             continue
-        if name not in layer.r:
-            continue
-        reason = _why_plain(layer, name) or why_no_weight(layer.get_base_layer(), layer.lora_A[name].weight.dtype)
-        if not reason and computed != layer.lora_A[name].weight.dtype:
-            reason = f"the base computes in {str(computed).removeprefix('torch.')}"
-        if reason:
+        if reason := _why_plain(layer, name, dtype) or why_no_weight(layer.get_base_layer(), dtype):
             reasons[reason] += 1
         found.forwards[layer] = functools.partial(_forward, layer, layer.forward)
         found.head_losses[layer] = functools.partial(_head_loss, layer)
@@ -63,49 +57,59 @@ def fast_forwards(model: "PeftModel", name: str) -> LoraForwards:
     return found
 
 
-def _why_plain(layer: Any, name: str) -> str:
-    """Return the property of an adapter that excludes the fast form, for any base, or ""."""
+def _why_plain(layer: Any, name: str, dtype: torch.dtype) -> str:
+    """Return why an adapter's layer has no fast form for inputs of `dtype`, for any base; "" if it has one."""
     if name not in layer.lora_A:
         return "embeddings"
-    if name in layer.lora_variant:
-        return "DoRA"
-    if not isinstance(layer.lora_dropout[name], nn.Identity):
-        return "adapter.lora_dropout"
+    variant = layer.lora_variant.get(name)
+    if variant is not None and not layer.use_dora.get(name):
+        return type(variant).__name__
+    if variant is not None and not isinstance(layer.lora_dropout[name], nn.Identity):
+        return "DoRA with adapter.lora_dropout"
+    adapter = layer.lora_A[name].weight.dtype
+    if dtype != adapter and not (adapter is torch.float32 and dtype in (torch.bfloat16, torch.float16)):
+        return f"the adapter is in {_named(adapter)}, but the base computes in {_named(dtype)}"
     return ""
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _fast(layer: Any, x: Tensor) -> tuple[str, FrozenWeight] | None:
     """Return the active adapter and the base's weight if the fast form applies to this input; else None."""
     active = [name for name in layer.active_adapters if name in layer.r]
-    if layer.disable_adapters or layer.merged or len(active) != 1:
-        return None
-    (name,) = active
-    if _why_plain(layer, name) or x.dtype != layer.lora_A[name].weight.dtype:
+    if layer.disable_adapters or layer.merged or len(active) != 1 or _why_plain(layer, active[0], x.dtype):
         return None
     weight = frozen_weight(layer.get_base_layer(), x.dtype)
-    return None if weight is None else (name, weight)
+    return None if weight is None else (active[0], weight)
 
 
 def _forward(layer: Any, plain: Callable[..., Tensor], x: Tensor, *arguments: Any, **options: Any) -> Tensor:
-    trains = layer.training and torch.is_grad_enabled() and not (arguments or options)
-    chosen = _fast(layer, x) if trains else None
+    chosen = None if arguments or options else _fast(layer, x)
     if chosen is None:
         return plain(x, *arguments, **options)
     name, weight = chosen
-    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    return lora_linear(x, weight, layer.get_base_layer().bias, a, b, layer.scaling[name])
+    a, b, scaling = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+    bias, dropout = layer.get_base_layer().bias, _dropout(layer, name)
+    if name not in layer.lora_variant:
+        return lora_linear(x, weight, bias, a, b, scaling, dropout)
+    magnitude = layer.lora_magnitude_vector[name].weight
+    norms = row_norms(weight(), a, b, scaling)
+    return scaled_rows(lora_linear(x, weight, None, a, b, scaling), magnitude, norms, bias)
+
+
+def _dropout(layer: Any, name: str) -> float:
+    """Return the probability with which an adapter drops inputs now; 0 in eval mode."""
+    dropout = layer.lora_dropout[name]
+    return dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
 
 
 def _head_loss(layer: Any, hidden: Tensor, targets: Tensor, logit_map: LogitMap) -> Tensor | None:
     """Return the sum of cross-entropies of a head with LoRA, in chunks; None if it needs the layer's own logits."""
     chosen = _fast(layer, hidden)
-    if chosen is None:
+    if chosen is None or chosen[0] in layer.lora_variant or _dropout(layer, chosen[0]):
         return None
     name, weight = chosen
     lora = HeadLora(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
     return linear_cross_entropy(hidden, weight(), layer.get_base_layer().bias, targets, lora, logit_map)
-
-
-def _int8_forward(layer: Any, plain: Callable[..., Tensor], x: Tensor) -> Tensor:
-    weight = frozen_weight(layer, x.dtype) if layer.training and torch.is_grad_enabled() else None
-    return plain(x) if weight is None else frozen_linear(x, weight, layer.bias)

@@ -4,8 +4,7 @@
       (a frozen base)      2 blocks       norms, MLPs, rotations that keep less (fast.norm, mlp, rope)
                            3 attention    within packed documents (fast.attention), paths of the loss (fast.loss)
     accelerated_lora       4 LoRA layers  a linear layer and its LoRA as one function (fast.lora)
-      (one adapter)        5 int8 layers  keep no input
-    dequantized_weights    6 generation   weights that are stored small are dequantized once
+    dequantized_weights    5 generation   weights that are stored small are dequantized once
 
 Steps 1-3 are checked on the loaded base (models/self_check.py, models/accelerated_blocks.py). A step that would change
 a number is switched off, and the reason is logged. No list of model families is involved. No other module assigns to

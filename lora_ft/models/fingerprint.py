@@ -47,13 +47,12 @@ def _frozen(model: "torch.nn.Module") -> Iterator[tuple[str, "torch.Tensor", "to
             # storage.py stores some floating-point weights in a narrower dtype than their layer's compute_dtype.
             narrow = key == "weight" and tensor.is_floating_point()
             yield bare, tensor, getattr(module, "compute_dtype", tensor.dtype) if narrow else tensor.dtype
-            yield from ((f"{bare}.{k}", s, s.dtype) for k, s in _scales(module, tensor) if s is not None)
+            yield from ((f"{bare}.{k}", s, s.dtype) for k, s in _scales(tensor) if s is not None)
 
 
-def _scales(module: Any, weight: Any) -> Iterator[tuple[str, Any]]:
-    # The first forward of an int8 layer moves its scales from the parameter to the layer.
+def _scales(weight: Any) -> Iterator[tuple[str, Any]]:
     if hasattr(weight, "SCB"):
-        yield "SCB", weight.SCB if weight.SCB is not None else module.state.SCB
+        yield "SCB", weight.SCB
     state = getattr(weight, "quant_state", None)
     if state is not None:
         yield from (("absmax", state.absmax), ("code", state.code), ("offset", state.offset))

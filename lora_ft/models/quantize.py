@@ -1,8 +1,12 @@
 """Quantize the frozen linear layers through bitsandbytes, and verify the result.
 
     quant=nf4     every linear layer except the head -> Linear4bit: 4-bit codes, one scale per 64 weights
-    quant=int8    ... -> Linear8bitLt: 8-bit rows; activations are cast to float16 and quantized as well
+    quant=int8    ... -> Linear8bitLt: 8-bit codes, one scale per row; multiplies by codes * scale / 127
     embeddings, norms, lm_head                       -> not quantized
+
+bitsandbytes' own int8 forward rounds activations to 8 bits, finds outliers over all rows of a pack, so that one
+document changes the result of another, and waits for the GPU. It also computes other numbers in training on a CPU
+than in evaluation. Here every int8 product is that of the dequantized weight (`exact_int8`).
 
 On a CPU, this module turns off two things that bitsandbytes 0.50 does. It repacks weights in place at the first
 inference, which changes their bytes and computes float32 inputs in bfloat16. And it searches 4-bit levels so slowly
@@ -23,8 +27,13 @@ import torch
 from lora_ft import config
 from lora_ft.errors import ConfigError, ResourceError
 from lora_ft.io import process
+from lora_ft.ops.weights import frozen_linear, frozen_weight
 
 _CHUNK = 1 << 16  # float32 values: 256 KB, small enough for a core's own cache
+
+# On CUDA, bitsandbytes 0.50 computes 4-bit products of one to four rows and of up to 1,536 rows by kernels of their
+# own, and of more rows by dequantizing the weight, as training mostly does.
+_TESTED_ROWS = (1, 8, 2048)
 
 
 def bitsandbytes_config(quant: config.Quant, compute: torch.dtype) -> Any:
@@ -143,45 +152,67 @@ def check_plan(model: Any) -> tuple[str, ...]:
 def settle(model: Any, quantized: tuple[str, ...]) -> None:
     """Prevent later changes of the quantized layers by bitsandbytes, and test one layer against plain arithmetic."""
     layers = [model.get_submodule(name) for name in quantized]
-    for layer in layers:
+    keep_as_quantized(model, quantized)
+    if layers:
+        _self_test(min(layers, key=lambda layer: layer.weight.numel()))
+
+
+def keep_as_quantized(model: Any, quantized: tuple[str, ...]) -> None:
+    """Prevent later changes of the quantized layers by bitsandbytes."""
+    for layer in map(model.get_submodule, quantized):
         layer.support_avx512bf16_for_cpu = False
         if layer.weight.dtype is torch.int8:
-            layer.init_8bit_state = functools.partial(_keep_scales, layer)
+            layer.__class__, layer.compute_dtype = exact_int8(), model.dtype
         if layer.bias is not None:  # otherwise the first forward would do this, and change the base
-            layer.bias.data = layer.bias.data.to(_compute_dtype(layer, model))
-    if layers:
-        smallest = min(layers, key=lambda layer: layer.weight.numel())
-        _self_test(smallest, _compute_dtype(smallest, model))
+            layer.bias.data = layer.bias.data.to(layer.compute_dtype)
 
 
-def _keep_scales(layer: Any) -> None:
-    """Set an int8 layer's state, and leave the scales on the weight.
+@functools.cache
+def exact_int8() -> Any:
+    """Return a subclass of bitsandbytes' Linear8bitLt that multiplies by its dequantized weight in `compute_dtype`.
 
-    bitsandbytes' own method removes them from the weight. On a CPU, PEFT's DoRA moves the weight at each forward, and
-    a weight without scales cannot be moved.
+    In training, evaluation and generation, on every device: activations are not rounded. The scales stay on the
+    weight, from where bitsandbytes' forward would move them: PEFT's DoRA moves the weight between devices, and a
+    weight without scales cannot be moved. The name is bitsandbytes', by which other code recognizes these layers.
     """
-    layer.state.CB, layer.state.SCB = layer.weight.CB, layer.weight.SCB
-    layer.weight.CB = None
+    import bitsandbytes
+
+    return type("Linear8bitLt", (bitsandbytes.nn.Linear8bitLt,), {"forward": _int8_forward})
 
 
-def _compute_dtype(layer: Any, model: Any) -> torch.dtype:
-    return getattr(layer, "compute_dtype", None) or model.dtype
+def _int8_forward(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
+    weight = frozen_weight(layer, layer.compute_dtype)
+    assert weight is not None  # frozen_weight returns None only for another dtype than compute_dtype
+    return frozen_linear(inputs, weight, layer.bias)
 
 
-def _self_test(layer: Any, compute: torch.dtype) -> None:
-    """Compare one layer's product with a reference on the CPU, because kernels have been wrong on some hardware.
+@torch.no_grad()
+def _self_test(layer: Any) -> None:
+    """Compare one layer's products and input gradients with a reference on the CPU.
 
-    int8 rounds activations to 1 part in 254, bfloat16 products to 1 in 256; both average out below the bound of 2 %.
+    Kernels have been wrong on some hardware. bitsandbytes chooses the kernel by the number of rows, and has another
+    one for the backward. Rows do not depend on each other, so a few of them are compared, whatever the layer's size.
+    Raises ResourceError if the relative error is above 2 %; rounding of bfloat16 products, 1 part in 256, averages out.
     """
-    weight = dequantize_reference(layer)
-    inputs = torch.randn(8, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(compute)
-    with torch.no_grad():
-        output = layer(inputs.to(layer.weight.device)).float().cpu()
-        expected = inputs.float() @ weight.T + (0 if layer.bias is None else layer.bias.float().cpu())
-    error = float((output - expected).norm() / expected.norm())
+    weight, device, generator = dequantize_reference(layer), layer.weight.device, torch.Generator().manual_seed(0)
+    bias = torch.zeros(()) if layer.bias is None else layer.bias.detach().float().cpu()
+    for rows in _TESTED_ROWS:
+        compared = torch.linspace(0, rows - 1, min(rows, 8)).long()
+        inputs, grads = (torch.randn(rows, size, generator=generator) for size in reversed(weight.shape))
+        inputs, grads = inputs.to(layer.compute_dtype), grads.to(layer.compute_dtype)
+        leaf = inputs.to(device).requires_grad_()
+        with torch.enable_grad():
+            output = layer(leaf)
+        (gradient,) = torch.autograd.grad(output, leaf, grads.to(device))
+        _check_close("products", rows, output[compared], inputs[compared].float() @ weight.T + bias)
+        _check_close("gradients", rows, gradient[compared], grads[compared].float() @ weight)
+
+
+def _check_close(name: str, rows: int, found: torch.Tensor, expected: torch.Tensor) -> None:
+    error = float((found.detach().float().cpu() - expected).norm() / expected.norm())
     if not error < 0.02:
         raise ResourceError(
-            f"bitsandbytes computes wrong products on {layer.weight.device} (relative error {error:.1e}): "
+            f"bitsandbytes computes wrong {name} on {found.device} for {rows} rows (relative error {error:.1e}): "
             "update bitsandbytes, or set quant=none"
         )
 
@@ -190,8 +221,7 @@ def dequantize_reference(layer: Any) -> torch.Tensor:
     """Return the float32 weight (out, in) of a quantized layer on the CPU, by the definition code x scale."""
     weight = layer.weight
     if weight.dtype is torch.int8:
-        scales = weight.SCB if weight.SCB is not None else layer.state.SCB
-        return weight.detach().cpu().float() * scales.cpu().float()[:, None] / 127
+        return weight.detach().cpu().float() * weight.SCB.cpu().float()[:, None] / 127
     state, packed = weight.quant_state, weight.detach().cpu().view(torch.uint8).view(-1)
     absmax = state.absmax.cpu()
     if state.nested:

@@ -189,9 +189,6 @@ def _tolerance(model: PreTrainedModel) -> float:
     dtypes = {model.get_input_embeddings().weight.dtype}
     # Quantized layers compute in a dtype of their own (quant.compute_dtype).
     dtypes |= {module.compute_dtype for module in model.modules() if hasattr(module, "compute_dtype")}
-    # On a GPU, int8 layers round activations to 8 bits, about as coarse as bfloat16.
-    if model.device.type != "cpu" and any(p.dtype == torch.int8 for p in model.parameters()):
-        dtypes.add(torch.bfloat16)
     return max(_TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
 
 
@@ -221,10 +218,6 @@ def _loss_and_gradient(model: PreTrainedModel, loss: Callable[[], Tensor]) -> tu
 
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    for module in model.modules():
-        # On a CPU an int8 layer rounds activations in eval mode; in train mode it uses its dequantized weight.
-        if getattr(getattr(module, "weight", None), "dtype", None) is torch.int8:
-            module.training = True
     hook = model.get_input_embeddings().register_forward_hook(as_leaf)
     try:
         with torch.enable_grad():

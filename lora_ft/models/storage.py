@@ -4,7 +4,7 @@
                           -> half the bytes, cast to float32 again by each product
     copy_mapped_weights   weights that are still parts of the mapped file
                           -> copies, so that the file's other pages leave the process
-    dequantized_forwards  weights in 4 bits or bfloat16, during generation on a CPU
+    dequantized_forwards  weights in 4 or 8 bits or bfloat16, during generation on a CPU
                           -> dequantized once, not once per token
 
 The embedding, the head and the norms keep their storage: code outside of their forward reads them.
@@ -79,12 +79,11 @@ def copy_mapped_weights(model: PreTrainedModel) -> None:
 
 
 def dequantized_forwards(model: nn.Module) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
-    """Return forwards that multiply by weights dequantized once, for layers on the CPU in 4 bits or in bfloat16.
+    """Return forwards that multiply by weights dequantized once, for layers on the CPU in 4 or 8 bits or in bfloat16.
 
     A training step dequantizes each weight once per thousand tokens, generation once per token and spends most of its
     time there. The numbers are the same to the bit. Costs one copy of the linear weights in the compute dtype; returns
-    no forwards if that is over 2 GiB. Leaves out int8 layers, which also round activations outside of training, and
-    layers that were quantized from another dtype than they compute in.
+    no forwards if that is over 2 GiB. Leaves out layers that were quantized from another dtype than they compute in.
     """
     layers: list[Any] = [module for module in model.modules() if _is_stored_small(module)]
     if sum(_dequantized_bytes(layer) for layer in layers) > _MOST_DEQUANTIZED_BYTES:
@@ -94,7 +93,7 @@ def dequantized_forwards(model: nn.Module) -> dict[nn.Module, Callable[[Tensor],
 
 
 def _is_stored_small(module: Any) -> bool:
-    # Layers stored in another dtype than they compute in have this attribute; int8 layers do not.
+    # Layers stored in another dtype than they compute in have this attribute.
     compute = getattr(module, "compute_dtype", None)
     return isinstance(compute, torch.dtype) and module.weight.is_cpu and frozen_weight(module, compute) is not None
 

@@ -21,6 +21,7 @@ Shapes: B batch (always 1 when packed), H query heads, G key heads (H = G R), T 
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -30,6 +31,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lora_ft.ops.device import Target, target
 from lora_ft.ops.tiled_attention import tiled_attention, visible, worth_it
 
 NAME = "lora_ft_packed"
@@ -51,22 +53,26 @@ class Kernel(NamedTuple):
     reason: str
 
 
-@functools.cache
 def choose_kernel(device: torch.device, dtype: torch.dtype, head_width: int) -> Kernel:
     """Return the fastest exact kernel for queries of this dtype and head width on this device."""
-    if device.type == "cpu":
+    return _choose_kernel(target(device), dtype, head_width)
+
+
+@functools.cache
+def _choose_kernel(device: Target, dtype: torch.dtype, head_width: int) -> Kernel:
+    if device.kind == "cpu":
         if dtype in (torch.float32, torch.float64):
             return Kernel("tiled", f"{dtype} on a CPU")
         return Kernel("per_document", f"{dtype} on a CPU: tiles would round scores to 16 bits")
-    if device.type != "cuda":
-        return Kernel("per_document", f"no packed kernel on {device.type}")
+    if device.kind != "cuda":
+        return Kernel("per_document", f"no packed kernel on {device.kind}")
     if dtype not in (torch.float16, torch.bfloat16):
         return Kernel("per_document", f"{dtype}: flash attention computes in 16 bits only")
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if device.capability < (8, 0):
         return Kernel("per_document", "flash attention needs a GPU of compute capability 8.0 or more")
     if head_width % 8 or head_width > 256:
         return Kernel("per_document", f"flash attention needs heads of 8, 16, ... 256 columns, not {head_width}")
-    if torch.backends.cuda.is_flash_attention_available():
+    if device.has_flash:
         return Kernel("varlen", "torch's flash attention over boundaries")
     return Kernel("per_document", "this torch was built without flash attention")
 
@@ -127,6 +133,9 @@ def per_document(
     dropout: float = 0.0,
 ) -> Tensor:
     """Attend by torch's own function, document by document; shapes as in `packed_causal_attention`."""
+    longest = max(end - start for start, end in pairwise(starts))
+    if not _takes_grouped_keys(query, value, masked=window is not None and window < longest):
+        key, value = expanded(query, key, value)
     # split, not slices: the backward of a slice makes a tensor of zeros for all documents.
     lengths = [end - start for start, end in pairwise(starts)]
     outputs = []
@@ -147,13 +156,38 @@ def per_document(
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
+def expanded(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return key and value [1, H, T, D] with each of their G heads repeated for the query heads that share it."""
+    groups = query.shape[1] // key.shape[1]
+    return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+
+
+def _takes_grouped_keys(query: Tensor, value: Tensor, *, masked: bool) -> bool:
+    """Return True if grouped key heads do not make torch choose a kernel that keeps all scores [H, T, T].
+
+    Of torch's kernels on CUDA, the memory-efficient one takes no grouped heads (pytorch issue 181528), and flash
+    attention takes no mask. Expanded keys and values cost H / G times their memory, which grows with T only.
+    """
+    if target(query.device).kind != "cuda":
+        return True
+    runs_flash = choose_kernel(query.device, query.dtype, query.shape[-1]).name == "varlen"
+    return runs_flash and not masked and query.shape[-1] == value.shape[-1]
+
+
 def varlen(
     query: Tensor, key: Tensor, value: Tensor, starts: tuple[int, ...], window: int | None, scale: float
 ) -> Tensor:
     """Attend by torch's flash kernel over boundaries (torch.nn.attention.varlen); its backward is not deterministic."""
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, heads, D]
+    options = {}
+    if query.shape[1] != key.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True
+        else:  # torch 2.11
+            key, value = expanded(query, key, value)
+    # squeeze, not [0]: the backward of an index makes a tensor of zeros.
+    q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))  # [T, heads, D]
     boundaries, longest = _boundaries(starts, query.device)
     result: Tensor = varlen_attn(
         q,
@@ -166,7 +200,7 @@ def varlen(
         scale=scale,
         # Keys to the left and right of a row; transformers counts the row itself into the window.
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **options,
     )
     return result[None]
 

@@ -42,17 +42,27 @@ class Batch:
         return counts
 
     def to(self, device: torch.device) -> "Batch":
-        """Copy the batch to a device. Supervised positions are found first: on a GPU this would synchronize."""
-        moved = Batch(self.ids.to(device), self.positions.to(device), self.targets.to(device), self.starts)
-        vars(moved).update(counts=self.counts, supervised=self.supervised.to(device))
+        """Copy the batch to a device, with indices and counts of the supervised positions, computed on the host.
+
+        The host does not wait for a GPU: it copies from pinned memory, which torch keeps until the copy is done.
+        """
+
+        def copy(tensor: Tensor) -> Tensor:
+            return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+        moved = Batch(copy(self.ids), copy(self.positions), copy(self.targets), self.starts)
+        vars(moved).update(counts=self.counts, supervised=copy(self.supervised))
         return moved
 
     def documents(self) -> list["Batch"]:
-        """Split the batch into batches of one document."""
-        return [
-            Batch(self.ids[start:end], self.positions[start:end], self.targets[start:end], [0, end - start])
-            for start, end in pairwise(self.starts)
-        ]
+        """Split the batch into batches of one document; nothing is read from the device."""
+        documents = []
+        parts = zip(pairwise(self.starts), self.counts, self.supervised.split(self.counts), strict=True)
+        for (start, end), count, supervised in parts:
+            document = Batch(self.ids[start:end], self.positions[start:end], self.targets[start:end], [0, end - start])
+            vars(document).update(counts=[count], supervised=supervised - start)
+            documents.append(document)
+        return documents
 
 
 @dataclass(frozen=True)

@@ -36,10 +36,9 @@ class FrozenWeight:
 
 
 def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> FrozenWeight | None:
-    """Return the weight by which `layer` multiplies an input of `dtype` in training, or None (see `why_no_weight`).
+    """Return the weight by which `layer` multiplies an input of `dtype`, or None (see `why_no_weight`).
 
-    Every call of the result reads the layer again. An int8 layer uses this weight only in train mode: in eval mode
-    bitsandbytes also rounds the activations to 8 bits.
+    Every call of the result reads the layer again.
     """
     if why_no_weight(layer, dtype):
         return None
@@ -64,13 +63,10 @@ def why_no_weight(layer: nn.Module, dtype: torch.dtype) -> str:
         return f"the base layer is of type {type(module).__name__}"
     if name and not _is_quantized(module):
         return "the base layer is not quantized yet"
-    if name == "Linear8bitLt":
-        # On a GPU the forward also rounds the activations to 8 bits, so no weight gives the same product.
-        return "" if module.weight.device.type == "cpu" else "int8 rounds activations on this device"
     compute = getattr(module, "compute_dtype", module.weight.dtype)
     if compute != dtype:
         return f"the base computes in {str(compute).removeprefix('torch.')}"
-    if name and module.weight.quant_state.dtype != dtype:
+    if name == "Linear4bit" and module.weight.quant_state.dtype != dtype:
         return "the base was quantized from another dtype"
     return ""
 
@@ -86,9 +82,11 @@ def _is_quantized(layer: Any) -> bool:
 
 
 def _from_int8(layer: Any, dtype: torch.dtype) -> Tensor:
-    """Dequantize an int8 weight with the same bits as bitsandbytes' CPU training forward."""
-    # The first forward moves the row scales from the weight to the layer's state.
-    scales: Tensor = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
+    """Dequantize an int8 weight with the same bits as bitsandbytes' CPU training forward.
+
+    Half precision holds every code exactly; the products with the float32 scales are rounded once.
+    """
+    scales: Tensor = layer.weight.SCB
     return layer.weight.detach().to(dtype).mul_(scales[:, None].mul(1.0 / 127.0))
 
 

@@ -29,6 +29,16 @@ class Train:
         pattern=r"auto|off|every_[1-9][0-9]*",
         on_resume=OnResume.free,
     )
+    deterministic: bool = setting(
+        False, "CUDA: use only deterministic kernels, which are slower, so that a run gives the same bytes again"
+    )
+    log_every_steps: int = setting(
+        1,
+        "read the metrics of so many steps at once; above 1 a GPU need not wait at each step (float16: always 1)",
+        unit="steps",
+        at_least=1,
+        on_resume=OnResume.free,
+    )
     eval_every_steps: int | None = setting(
         None, "evaluate every so many steps; null: only at the start and the end", unit="steps", at_least=1
     )
@@ -62,6 +72,11 @@ class Train:
 @dataclass(slots=True)
 class Optim:
     name: Optimizer = setting(Optimizer.adamw, "optimizer; 8-bit and paged AdamW are from bitsandbytes")
+    offload: bool = setting(
+        False,
+        "adamw: keep its state on the CPU between steps; 8 bytes per trained parameter less GPU memory, same numbers",
+        on_resume=OnResume.free,
+    )
     lr: float = setting(2e-4, "peak learning rate", above=0)
     lora_plus_ratio: float = setting(
         1.0, "learning rate of lora_B divided by that of lora_A (arXiv 2402.12354)", above=0

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lora_ft import config, validation
-from lora_ft.config import QuantKind, Schedule
+from lora_ft.config import Optimizer, QuantKind, Schedule
 from lora_ft.data.dataset import Dataset
 from lora_ft.data.read import eval_split
 
@@ -39,6 +39,11 @@ def _by_settings(cfg: config.TrainRun) -> _Cases:
     yield "quant.compute_dtype", not four_bits, f"it is for nf4 and fp4, and quant.kind={kind.value}"
     yield "optim.decay_fraction", schedule is not Schedule.wsd, f"it is for wsd, and optim.schedule={schedule.value}"
     yield "optim.min_lr_ratio", schedule is Schedule.constant, "a constant learning rate does not fall"
+    yield (
+        "optim.offload",
+        cfg.optim.name is not Optimizer.adamw,
+        f"it is for adamw, and optim.name={cfg.optim.name.value}",
+    )
     yield "train.epochs", cfg.train.max_steps is not None, "train.max_steps overrides it"
     apart = "data.eval_path" if cfg.data.eval_path else "data.eval_split"
     yield "data.eval_fraction", bool(cfg.data.eval_path or cfg.data.eval_split), f"{apart} names the eval rows"

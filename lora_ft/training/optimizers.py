@@ -73,7 +73,11 @@ def build(flat: Flat, optim: config.Optim) -> torch.optim.Optimizer:
         "weight_decay": optim.weight_decay,
     }
     if optim.name is config.Optimizer.adamw:
-        return torch.optim.AdamW(groups, fused=True, **settings)
+        adamw = torch.optim.AdamW(groups, fused=True, **settings)
+        if optim.offload:
+            adamw.register_step_pre_hook(lambda *_: _move_state(adamw, flat.values.device))
+            adamw.register_step_post_hook(lambda *_: _move_state(adamw, torch.device("cpu")))
+        return adamw
     bitsandbytes = import_bitsandbytes()
 
     of_name = {
@@ -82,6 +86,13 @@ def build(flat: Flat, optim: config.Optim) -> torch.optim.Optimizer:
     }
     built: torch.optim.Optimizer = of_name[optim.name](groups, **settings)
     return built
+
+
+def _move_state(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Move the optimizer's state to a device. A step has no activations, so there is room for the state on a GPU."""
+    for parameter in _parameters(optimizer):
+        memory = optimizer.state[parameter]
+        memory.update({name: value.to(device) for name, value in memory.items()})
 
 
 def state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -157,10 +168,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
         group["lr"] = value * group["lr_ratio"]
 
 
-def clip(gradients: Tensor, max_norm: float) -> float:
-    """Return the gradient norm; scale the gradient to `max_norm` if its norm is larger and `max_norm` is above 0."""
-    norm = float(torch.linalg.vector_norm(gradients))
-    if 0 < max_norm < norm and math.isfinite(norm):
-        # 1e-6 as in torch.nn.utils.clip_grad_norm_, so that both give the same numbers.
-        gradients.mul_(max_norm / (norm + 1e-6))
+def clip(gradients: Tensor, max_norm: float) -> Tensor:
+    """Return the gradient norm; scale the gradient to `max_norm` if its norm is larger and `max_norm` is above 0.
+
+    As torch.nn.utils.clip_grad_norm_, with the same numbers: nothing is read from the device, and a gradient whose norm
+    is not finite becomes NaN.
+    """
+    norm = torch.linalg.vector_norm(gradients)
+    if max_norm > 0:
+        gradients.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

@@ -12,11 +12,13 @@ from lora_ft import config, objectives
 from lora_ft.evaluation.comparison import Comparison
 from lora_ft.evaluation.loss import EvalLoss
 from lora_ft.models.acceleration import Accelerated, accelerate
+from lora_ft.models.device import resolve_device
 from lora_ft.models.fingerprint import fingerprint
-from lora_ft.models.load import Base, load_base, load_tokenizer, resolve_device
-from lora_ft.ops.allocator import keep_freed_memory
+from lora_ft.models.load import Base, load_base, load_tokenizer
+from lora_ft.ops import allocator
 from lora_ft.ops.dropout import switch_off_dropout
 from lora_ft.ops.kernels import choose_kernels
+from lora_ft.training.deterministic import fix_workspace
 from lora_ft.training.dry_run import Rows, check_machine, read_rows
 
 
@@ -45,7 +47,9 @@ class Shared:
 
 def prepare(cfg: config.TrainRun) -> Shared:
     """Read the tokenizer and the rows of a run; no weights are loaded."""
-    keep_freed_memory()
+    allocator.configure()
+    if cfg.train.deterministic:
+        fix_workspace()  # before `check_machine`, which starts CUDA
     check_machine(cfg)
     tokenizer = load_tokenizer(cfg.model)
     return Shared(tokenizer, read_rows(cfg, tokenizer))

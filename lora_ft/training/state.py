@@ -37,7 +37,8 @@ from lora_ft.models.load import Base
 from lora_ft.objectives import Objective
 from lora_ft.ops.gradient_checkpointing import settle_checkpoint
 from lora_ft.ops.token_loss import Paths
-from lora_ft.training import optimizers
+from lora_ft.training import loss_scale, optimizers
+from lora_ft.training.step import Step
 
 log = logging.getLogger("lora_ft")
 
@@ -56,8 +57,10 @@ class Evaluation:
 class TrainingState:
     """State of one adapter's training; `steps` lists the examples of every optimizer step by index.
 
-    inputs: hashes of the settings, the data, the base and the adapter's shapes. A checkpoint stores the optimizer,
-    `flat.values` and the fields with a default.
+    inputs: hashes of the settings, the data, the base and the adapter's shapes. start, best_values: copies on the CPU
+    of the first values, and of those of the best evaluation with train.keep=best. loss_scale: None unless the base
+    computes in float16. unread: steps done whose values are still on the device. A checkpoint stores the optimizer,
+    `flat.values`, the loss scale and the fields with a default; no step is unread then.
     """
 
     cfg: config.TrainRun
@@ -76,6 +79,8 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     num_trainable: int
     inputs: dict[str, str]
+    loss_scale: loss_scale.LossScale | None
+    unread: list[Step] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     best_values: Tensor | None = None
@@ -86,7 +91,7 @@ class TrainingState:
     @property
     def step(self) -> int:
         """Number of optimizer steps done."""
-        return len(self.losses)
+        return len(self.losses) + len(self.unread)
 
     @property
     def is_done(self) -> bool:
@@ -118,6 +123,11 @@ class TrainingState:
         """The transformers model with the adapter layers inside."""
         base: PreTrainedModel = self.model.get_base_model()
         return base
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of the base's activations; the adapter's parameters are float32 at least."""
+        return self.base.get_input_embeddings().weight.dtype
 
     @property
     def best(self) -> Evaluation | None:
@@ -158,7 +168,7 @@ def attached(
         with accelerated_lora(model, NAME, cfg.fast) as reasons:
             for reason in reasons:
                 log.info(reason)
-            yield _state(cfg, folder, model, dataset, paths, base_fingerprint)
+            yield new_state(cfg, folder, model, dataset, paths, base_fingerprint)
     finally:
         attach.detach(base.model)
         # The modules of an adapter form reference cycles, which only the garbage collector frees.
@@ -189,9 +199,10 @@ def _attach(cfg: config.TrainRun, base: Base, dataset: Dataset) -> PeftModel:
     return model
 
 
-def _state(
+def new_state(
     cfg: config.TrainRun, folder: Path, model: PeftModel, dataset: Dataset, paths: Paths, base_fingerprint: str
 ) -> TrainingState:
+    """Return the training state, before the first step, of an adapter that is attached."""
     eval_examples, eval_prompts = choose_eval(dataset, cfg.train.eval_rows)
     steps = plan_steps(dataset.train, cfg.train, cfg.seed)
     check_lengths([*dataset.train, *eval_examples], model.get_base_model(), cfg.train)
@@ -199,6 +210,7 @@ def _state(
     parameters = attach.trainable(model, NAME)
     num_trainable = audit.check_trainable(model, NAME, parameters)
     flat = optimizers.flatten(parameters)
+    largest = _largest_micro_batch(paths, dataset.train, steps, cfg.train)
     return TrainingState(
         cfg=cfg,
         folder=folder,
@@ -210,7 +222,7 @@ def _state(
         eval_prompts=eval_prompts,
         steps=steps,
         parameters=parameters,
-        start={n: p.detach().clone() for n, p in parameters.items()},
+        start={n: p.detach().to("cpu", copy=True) for n, p in parameters.items()},
         flat=flat,
         optimizer=optimizers.build(flat, cfg.optim),
         num_trainable=num_trainable,
@@ -220,7 +232,8 @@ def _state(
             "base": base_fingerprint,
             "adapter": _sha256([[n.replace(f".{NAME}", ""), list(p.shape)] for n, p in parameters.items()]),
         },
-        gradient_checkpointing=_settle_checkpoint(model, paths, dataset.train, steps, cfg.train),
+        loss_scale=_loss_scale(model, largest),
+        gradient_checkpointing=_settle_checkpoint(model, paths, largest, cfg.train.gradient_checkpointing),
     )
 
 
@@ -228,18 +241,26 @@ def _sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _settle_checkpoint(
-    model: PeftModel, paths: Paths, examples: list[Example], steps: list[np.ndarray], train: config.Train
-) -> str:
-    """Resolve train.gradient_checkpointing=auto for the largest micro-batch of the run."""
-    if train.gradient_checkpointing != "auto":
-        return train.gradient_checkpointing
+def _loss_scale(model: PeftModel, largest: int) -> loss_scale.LossScale | None:
+    """Return the loss scale of a base that computes in float16, None for other bases, which need none."""
+    dtypes = {p.dtype for p in model.parameters()}
+    dtypes |= {getattr(module, "compute_dtype", None) for module in model.modules()}  # of quantized layers
+    return loss_scale.for_tokens(largest) if torch.float16 in dtypes else None
+
+
+def _largest_micro_batch(paths: Paths, examples: list[Example], steps: list[np.ndarray], train: config.Train) -> int:
+    """Return the number of tokens of the largest micro-batch of the run, or a bound above it."""
     packs = train.packing and paths.packs
     of_steps = ([examples[i] for i in step] for step in steps)
     largest = max(sum(len(e.ids) for e in step) if packs else longest_group(step) for step in of_steps)
-    setting, why = settle_checkpoint(
-        model.get_base_model(), paths, min(largest, train.tokens_per_microbatch or largest)
-    )
+    return min(largest, train.tokens_per_microbatch or largest)
+
+
+def _settle_checkpoint(model: PeftModel, paths: Paths, largest: int, setting: str) -> str:
+    """Resolve train.gradient_checkpointing=auto for the largest micro-batch of the run."""
+    if setting != "auto":
+        return setting
+    setting, why = settle_checkpoint(model.get_base_model(), paths, largest)
     log.info(why)
     return setting
 
@@ -304,10 +325,11 @@ def plan_steps(examples: Sequence[Example], train: config.Train, seed: int) -> l
 
 def overfitting(state: TrainingState) -> list[str]:
     """Describe signs of overfitting, in sentences; empty without an eval set."""
-    if not state.best or not state.losses:
+    finite = [loss for loss in state.losses if math.isfinite(loss)]  # others: skipped steps in float16
+    if not state.best or not finite:
         return []
     last = state.evaluations[-1].result.loss
-    window = state.losses[-max(1, len(state.losses) // 10) :]
+    window = finite[-max(1, len(finite) // 10) :]
     train_loss = math.fsum(window) / len(window)
     sentences = [
         f"train loss {train_loss:.4f} (mean of the last steps: {len(window)}), eval loss {last:.4f}, "

@@ -13,7 +13,7 @@ if "lora_ft.sweeps.worker" in sys.orig_argv:
     from lora_ft.training import trainer
 
     _planted = json.loads(os.environ["PLANTED"])
-    _gradient = trainer._gradient
+    _gradient = trainer.compute_gradient
 
     def planted(state, *given, **options):
         match _planted.get(str(state.cfg.seed)) if state.step == 2 else None:
@@ -31,4 +31,4 @@ if "lora_ft.sweeps.worker" in sys.orig_argv:
                 state.flat.values.fill_(float("nan"))
         return _gradient(state, *given, **options)
 
-    trainer._gradient = planted
+    trainer.compute_gradient = planted

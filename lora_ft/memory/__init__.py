@@ -1,0 +1,5 @@
+"""Memory and launches of a training step, found by running it on tensors without values.
+
+meter    counts bytes, dispatches and synchronisations of what runs inside it
+trace    settings -> the run's own training step on the meta device -> StepTrace
+"""

@@ -1,0 +1,186 @@
+"""Run a training step on tensors without values, and count its memory, launches and synchronisations.
+
+    trace_step(cfg, AutoConfig.from_pretrained(folder), [1024, 3072])
+        -> StepTrace(peak_bytes=..., peak_phase="backward", dispatches={"forward": ..., ...}, ...)
+
+It is the run's own step: quantization, adapter, fast paths, packing, objective, backward, clipping and optimizer, by
+the same functions as in training, on torch's meta device, which computes shapes only. So it needs neither weights nor
+a GPU: the meta device stands for one (ops/device.py). An 8B step takes about two seconds.
+
+The bytes are those of tensors. A real process needs more: the CUDA context (about 0.5 GB), workspaces of kernels, and
+gaps between tensors in the allocator.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lora_ft import config, objectives
+from lora_ft.adapters import attach
+from lora_ft.data.dataset import Dataset, Report
+from lora_ft.data.rows import Example
+from lora_ft.memory.meter import Meter
+from lora_ft.models.acceleration import accelerate, accelerated_lora
+from lora_ft.models.meta_quantize import quantize_meta
+from lora_ft.ops.device import GPU, Target, standing_for
+from lora_ft.ops.dropout import switch_off_dropout
+from lora_ft.ops.gradient_checkpointing import recomputed_layers
+from lora_ft.training import state as training_state
+from lora_ft.training.ranks import Ranks
+from lora_ft.training.state import NAME, TrainingState
+from lora_ft.training.step import Step, read
+from lora_ft.training.trainer import apply_gradient, compute_gradient
+
+PHASES = ("forward", "loss", "backward", "optimizer")
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """Counts of one training step; all bytes are those of tensors, rounded as CUDA's allocator rounds them.
+
+    peak_bytes: most bytes live at once. peak_phase: forward, loss, backward or optimizer. peaks: of each phase.
+    at_peak: bytes live at the peak by what they belong to: base, adapter, gradient, optimizer, or the phase in which
+    they were allocated ("forward" are kept activations). resident: bytes between steps, by the same names.
+    dispatches: operations by phase that launch at least one kernel; views and allocations are not counted.
+    synchronisations: operations by which the host waits for the device. flops: of matrix products, without attention.
+    plain_lora_layers: adapted layers that compute as PEFT does. reasons: log lines about them.
+    """
+
+    peak_bytes: int
+    peak_phase: str
+    peaks: dict[str, int]
+    at_peak: dict[str, int]
+    resident: dict[str, int]
+    dispatches: dict[str, int]
+    synchronisations: list[str]
+    flops: int
+    plain_lora_layers: list[str]
+    reasons: list[str]
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes between steps: base, adapter, gradient and optimizer state."""
+        return sum(self.resident.values())
+
+
+def trace_step(cfg: config.TrainRun, model_config: Any, lengths: Sequence[int], target: Target = GPU) -> StepTrace:
+    """Trace a step of `cfg` on documents of these lengths, with a model of a transformers config.
+
+    All tokens but the first of a document are supervised. `train.gradient_checkpointing` must be off or every_k.
+    Every fast path that `cfg.fast` selects is taken: without weights, they are not compared with the plain ones.
+    """
+    with standing_for(target), Meter() as meter, fused_on_meta():
+        meter.phase = "base"
+        with torch.device("meta"):
+            network = objectives.find(cfg.objective).model_class.from_config(model_config, dtype=_dtype(cfg, target))
+        network.requires_grad_(False).eval()
+        quantize_meta(network, cfg.quant, network.dtype)
+        switch_off_dropout(network)
+        fast = dataclasses.replace(cfg.fast, storage=False)  # it depends on the values of the weights
+        made = accelerate(network, fast, modules_to_save=set(cfg.adapter.modules_to_save), check=False)
+        meter.phase = "adapter"
+        with torch.device("meta"):
+            model = attach.attach(network, cfg.adapter, NAME, cfg.seed, [])
+        with accelerated_lora(model, NAME, cfg.fast) as reasons:
+            dataset = _dataset(lengths)
+            state = training_state.new_state(_two_steps(cfg, sum(lengths)), Path(), model, dataset, made.paths, "")
+            return trace_state(meter, state, reasons)
+
+
+def trace_state(meter: Meter, state: TrainingState, reasons: Sequence[str] = ()) -> StepTrace:
+    """Trace the second step of a state on the meta device: the first one allocates the optimizer's state."""
+    state.model.train()
+    # A step that was not computed; only the optimizer's state is wanted of it.
+    apply_gradient(state, Step(1, [], {"tokens": 1}, ["loss"], state.flat.values[:0], 1.0, 1.0))
+    meter.assign([state.flat.values], "adapter")
+    meter.assign([state.flat.gradients], "gradient")
+    moments = (value for memory in state.optimizer.state.values() for value in memory.values())
+    meter.assign([value for value in moments if isinstance(value, torch.Tensor) and value.is_meta], "optimizer")
+    resident = {name: count for name, count in meter.live.items() if count}
+    meter.reset()
+    plain: set[str] = set()
+    with recomputed_layers(state.base, state.gradient_checkpointing), _phases(meter, state, plain):
+        meter.phase = "forward"
+        step = compute_gradient(state, Ranks(), audited=False)
+        read([step], Ranks())
+        apply_gradient(state, step)
+    peak_phase = max(PHASES, key=lambda phase: meter.peaks[phase])
+    return StepTrace(
+        peak_bytes=meter.peaks[peak_phase],
+        peak_phase=peak_phase,
+        peaks={phase: meter.peaks[phase] for phase in PHASES},
+        at_peak=dict(meter.at_peak),
+        resident=resident,
+        dispatches={phase: meter.dispatches[phase] for phase in PHASES},
+        synchronisations=list(meter.synchronisations),
+        flops=meter.flops,
+        plain_lora_layers=sorted(plain),
+        reasons=list(reasons),
+    )
+
+
+def _dtype(cfg: config.TrainRun, target: Target) -> torch.dtype:
+    if cfg.model.dtype is not config.Dtype.auto:
+        return getattr(torch, cfg.model.dtype.value)
+    return torch.bfloat16 if target.kind == "cuda" else torch.float32
+
+
+def _dataset(lengths: Sequence[int]) -> Dataset:
+    train = [Example(np.zeros(n, np.int32), np.arange(n) > 0, "a document without content") for n in lengths]
+    report = Report(
+        format="none", rows=len(train), train_documents=len(train), eval_documents=0, left_out={}, truncated=0, split=0,
+        duplicates=0, unused=[], train_tokens=sum(lengths), eval_tokens=0, supervised_tokens=sum(lengths) - len(train),
+        longest=max(lengths), cached=False, sha256="", template_sha256=None, tokenizer_sha256="",
+    )  # fmt: skip
+    return Dataset(train=train, eval=[], eval_prompts=[], answers=None, report=report)
+
+
+def _two_steps(cfg: config.TrainRun, tokens: int) -> config.TrainRun:
+    """Return the settings of a run of two steps, each with all documents."""
+    train = dataclasses.replace(cfg.train, max_steps=2, tokens_per_step=tokens)
+    return dataclasses.replace(cfg, train=train, optim=dataclasses.replace(cfg.optim, warmup_steps=0))
+
+
+@contextlib.contextmanager
+def _phases(meter: Meter, state: TrainingState, plain: set[str]) -> Iterator[None]:
+    """Set the meter's phase by hooks until the block ends, and collect the LoRA layers that compute as PEFT does."""
+
+    def enters(phase: str) -> None:
+        if torch._C._current_graph_task_id() == -1:  # otherwise this is a layer that the backward recomputes
+            meter.phase = phase
+
+    from peft.tuners.lora import LoraLayer
+
+    body = getattr(state.base, state.base.base_model_prefix)
+    hooks = [
+        body.register_forward_pre_hook(lambda *_: enters("forward")),
+        body.register_forward_hook(lambda *_: enters("loss")),
+    ]
+    for name, layer in state.model.named_modules():
+        if isinstance(layer, LoraLayer) and NAME in layer.lora_A:
+            # Only PEFT's own forward calls the module; the fast one reads its weight.
+            hooks.append(layer.lora_A[NAME].register_forward_pre_hook(lambda *_, name=name: plain.add(name)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def fused_on_meta() -> Iterator[None]:
+    """Let torch's fused optimizers accept tensors on the meta device until the block ends."""
+    from torch.optim import optimizer
+
+    before = optimizer._get_fused_kernels_supported_devices
+    optimizer._get_fused_kernels_supported_devices = lambda: [*before(), "meta"]
+    try:
+        yield
+    finally:
+        optimizer._get_fused_kernels_supported_devices = before

@@ -1,0 +1,34 @@
+"""Quantize a base without weights: the layers, dtypes and bytes of the quantized model, without a value.
+
+transformers replaces the layers and bitsandbytes packs them, as for a real model; both run on torch's meta device.
+"""
+
+from typing import Any
+
+import torch
+
+from lora_ft import config
+from lora_ft.models import quantize
+
+
+def quantize_meta(network: Any, quant: config.Quant, compute: torch.dtype) -> tuple[str, ...]:
+    """Quantize the linear layers of a model on the meta device; return their names. Raises ConfigError as loading does.
+
+    A layer of a meta model costs nothing, so an 8B model takes a second.
+    """
+    settings = quantize.bitsandbytes_config(quant, compute)
+    if settings is None:
+        return ()
+    from transformers.quantizers import AutoHfQuantizer
+
+    quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
+    with torch.device("meta"):
+        quantizer.preprocess_model(network, dtype=network.dtype, device_map={"": torch.device("meta")})
+        for module in network.modules():
+            if hasattr(module.__dict__.get("_parameters", {}).get("weight"), "_quantize"):
+                module.weight.data = module.weight.data.to(network.dtype)  # the dtype in which weights are loaded
+                module.weight = module.weight._quantize("meta")
+    quantizer.postprocess_model(network)
+    names = quantize.check_plan(network)
+    quantize.keep_as_quantized(network, names)
+    return names
