@@ -34,7 +34,7 @@ from lora_ft.evaluation import metrics
 from lora_ft.evaluation.comparison import Comparison, EvalSet, compare, render
 from lora_ft.evaluation.loss import EvalLoss
 from lora_ft.io import durable
-from lora_ft.models.acceleration import accelerated
+from lora_ft.models.acceleration import accelerated, accelerated_lora
 from lora_ft.models.device import resolve_device, selected
 from lora_ft.objectives import find as find_objective
 from lora_ft.ops import allocator
@@ -86,10 +86,10 @@ def evaluate(cfg: config.EvalRun, given: list[str]) -> EvalResult:
     if not disjoint:
         _warn_of_other_rows(adapter, dataset)
     device = resolve_device(cfg.device)
-    kernels = choose_kernels(device, compile_=cfg.fast.compile, liger=cfg.fast.liger)
+    kernels = choose_kernels(device, cfg.fast.kernels)
     with selected(device):
         base, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
-        with accelerated(base.model, cfg.fast, kernels) as made:
+        with accelerated(base.model, cfg.fast, kernels) as made, accelerated_lora(model, loading.NAME, cfg.fast):
             comparison = compare(model, tokenizer, eval_set, made.paths)
     found = _metrics(comparison, cfg.eval.metrics, dataset.answers)
     path = Path(cfg.run).expanduser() / _FILE if cfg.run else None

@@ -312,13 +312,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_edition(folder: Path, stored: dict[str, Any]) -> None:
-    """Raise ConfigError for a config of lora_ft 0.1, some of whose settings have other names now."""
+    """Raise ConfigError for a config of an earlier version, some of whose settings have other names now."""
     for group, settings in stored.items():
         for name in settings if isinstance(settings, dict) else ():
             if now := config.RENAMED.get(f"{group}.{name}"):
                 raise ConfigError(
-                    f"{folder} was written by lora_ft 0.1: its {group}.{name} is now {now}. Train again with this "
-                    f"version, or use the adapter alone: adapter_path={folder / 'adapter'}"
+                    f"{folder} was written by an earlier version: its {group}.{name} is now {now}. Train again "
+                    f"with this version, or use the adapter alone: adapter_path={folder / 'adapter'}"
                 )
 
 

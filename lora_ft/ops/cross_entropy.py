@@ -33,7 +33,7 @@ from lora_ft.ops.cross_entropy_cpu import BlockedCrossEntropy
 from lora_ft.ops.device import target
 from lora_ft.ops.logits import PRODUCT, HeadLora, LogitMap, at_least_float32
 
-CHUNK_BYTES = 256 * 2**20  # of fp32 logits; half precision adds half as much, and a soft cap in fp32 as much again
+CHUNK_BYTES = 192 * 2**20  # of fp32 logits; half precision adds half as much, and a soft cap in fp32 as much again
 
 
 def linear_cross_entropy_plain(
@@ -115,7 +115,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         # Not in place: a second backward over the same graph must find the same gradients.
-        scaled = [None if g is None else g * grad_outputs[0].to(g.dtype) for g in ctx.saved_tensors]
+        scaled = [None if g is None else g * grad_outputs[0] for g in ctx.saved_tensors]
         return (*scaled, None, None, None, None, None)
 
 

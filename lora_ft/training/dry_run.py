@@ -132,7 +132,7 @@ class ErrorCollector:
 def check_machine(cfg: config.TrainRun) -> None:
     """Raise ConfigError if this machine cannot run it: several processes, a missing device, missing kernels."""
     ranks.current()
-    choose_kernels(resolve_device(cfg.device), compile_=cfg.fast.compile, liger=cfg.fast.liger)
+    choose_kernels(resolve_device(cfg.device), cfg.fast.kernels)
 
 
 def read_rows(cfg: config.TrainRun, tokenizer: PreTrainedTokenizerBase) -> Rows:

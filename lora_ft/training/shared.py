@@ -57,7 +57,7 @@ def prepare(cfg: config.TrainRun) -> Shared:
 
 def load(cfg: config.TrainRun, tokenizer: PreTrainedTokenizerBase) -> LoadedBase:
     """Load the base of a run, freeze and accelerate it."""
-    kernels = choose_kernels(resolve_device(cfg.device), compile_=cfg.fast.compile, liger=cfg.fast.liger)
+    kernels = choose_kernels(resolve_device(cfg.device), cfg.fast.kernels)
     model_class = objectives.find(cfg.objective).model_class
     base = load_base(cfg.model, cfg.quant, cfg.device, tokenizer, model_class)
     switch_off_dropout(base.model)
