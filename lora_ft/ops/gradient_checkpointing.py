@@ -15,12 +15,13 @@ import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -28,6 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_ft.errors import ConfigError
 from lora_ft.ops.batch import Batch
+from lora_ft.ops.compute_copies import copies_of
 from lora_ft.ops.token_loss import Paths, token_loss_sum
 
 # Share of the free memory that a run may plan to use. The rest is for uses that a measurement of a few tokens does not
@@ -73,8 +75,16 @@ def recompute_layers(model: PreTrainedModel, setting: str) -> int:
     for layer in layers:
         layer.gradient_checkpointing = layer in chosen
         # preserve_rng_state (the default) repeats the dropout masks of the forward.
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        layer._gradient_checkpointing_func = partial(_checkpointed, layer)
     return len(chosen)
+
+
+def _checkpointed(layer: nn.Module, forward: Callable[..., Any], *arguments: Any) -> Any:
+    def with_copies(*given: Any) -> Any:
+        with copies_of(layer):
+            return forward(*given)
+
+    return checkpoint(with_copies, *arguments, use_reentrant=False)
 
 
 @contextlib.contextmanager
