@@ -86,7 +86,10 @@ class Meter(TorchDispatchMode):
             return read
         if on_device and func.overloadpacket is not _aten.copy_ and any(t.dim() and not t.is_meta for t in given):
             raise HostDeviceMix(f"{func} in the {self.phase} got tensors of the host and of the device")
-        result = func(*args, **kwargs)
+        if on_device and func.overloadpacket is _aten._grouped_mm:
+            result = _grouped_mm(func, args, kwargs)
+        else:
+            result = func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_meta]
         if made or on_device:
             for tensor in made:
@@ -115,7 +118,7 @@ class Meter(TorchDispatchMode):
         if packet is _aten._local_scalar_dense:
             return torch.ones((), dtype=tensor.dtype).item()
         if packet is _aten._to_copy and torch.device(kwargs.get("device") or "meta").type == "cpu":
-            return torch.ones(tensor.shape, dtype=kwargs.get("dtype") or tensor.dtype)
+            return torch.ones((), dtype=kwargs.get("dtype") or tensor.dtype).expand(tensor.shape)
         if packet is _aten.nonzero:  # its length is unknown: as if every element were set
             made = torch.empty(tensor.numel(), tensor.dim(), dtype=torch.int64, device="meta")
             self._track(made)
@@ -140,3 +143,10 @@ class Meter(TorchDispatchMode):
         phase, size, _ = self._owners.pop(key)
         self.live[phase] -= size
         self._total -= size
+
+
+def _grouped_mm(func: Any, args: Any, kwargs: Any) -> Tensor:
+    """Return the result of a product of experts; torch's own meta function (2.13) refuses all dtypes but bfloat16."""
+    dtype = args[0].dtype
+    result: Tensor = func(*(each.to(torch.bfloat16) for each in args[:2]), *args[2:], **kwargs)
+    return result.to(dtype)

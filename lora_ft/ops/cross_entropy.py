@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, linear
 
 from lora_ft.ops.cross_entropy_cpu import BlockedCrossEntropy
-from lora_ft.ops.device import target
+from lora_ft.ops.device import target_of
 from lora_ft.ops.logits import PRODUCT, HeadLora, LogitMap, at_least_float32
 
 CHUNK_BYTES = 256 * 2**20  # of fp32 logits; half precision adds half as much, and a soft cap in fp32 as much again
@@ -77,7 +77,7 @@ def linear_cross_entropy(
 
 def fits_processor_cache(device: torch.device) -> bool:
     """Return True if the loss is cut into blocks for the cache of a CPU; on other devices launches cost more."""
-    return target(device).kind == "cpu"
+    return target_of(device).kind == "cpu"
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):

@@ -28,7 +28,7 @@ from torch.nn import functional
 from torch.nn.functional import linear
 
 from lora_ft.ops.compute_copies import compute_copy
-from lora_ft.ops.device import target
+from lora_ft.ops.device import target_of
 from lora_ft.ops.recomputable import Recipe, recipe_of
 from lora_ft.ops.weights import FrozenWeight
 
@@ -66,7 +66,7 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """Return left @ right in `dtype`. GPUs write the float32 sums of a 16-bit product without rounding them."""
     if left.dtype == dtype:
         return left @ right
-    if target(left.device).kind == "cpu":  # has no such kernel
+    if target_of(left.device).kind == "cpu":  # has no such kernel
         return (left @ right).to(dtype)
     return torch.mm(left, right, out_dtype=dtype)
 

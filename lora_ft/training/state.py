@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lora_ft import config, objectives, validation
 from lora_ft.adapters import attach, audit, files, init, provenance
 from lora_ft.data.dataset import Dataset, EvalPrompt
-from lora_ft.data.packing import check_capacity, group_lengths, grouped, longest_group
+from lora_ft.data.packing import check_capacity, group_lengths, grouped
 from lora_ft.data.rows import Example
 from lora_ft.data.sampler import derive, epoch_order, steps_of_epoch
 from lora_ft.errors import ConfigError, DataError
@@ -35,7 +35,6 @@ from lora_ft.evaluation.loss import EvalLoss
 from lora_ft.models.acceleration import accelerated_lora
 from lora_ft.models.load import Base
 from lora_ft.objectives import Objective
-from lora_ft.ops.gradient_checkpointing import settle_checkpoint
 from lora_ft.ops.token_loss import Paths
 from lora_ft.training import optimizers
 
@@ -227,28 +226,12 @@ def new_state(
             "base": base_fingerprint,
             "adapter": _sha256([[n.replace(f".{NAME}", ""), list(p.shape)] for n, p in parameters.items()]),
         },
-        gradient_checkpointing=_settle_checkpoint(model, paths, dataset.train, steps, cfg.train),
+        gradient_checkpointing=cfg.train.gradient_checkpointing,
     )
 
 
 def _sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _settle_checkpoint(
-    model: PeftModel, paths: Paths, examples: list[Example], steps: list[np.ndarray], train: config.Train
-) -> str:
-    """Resolve train.gradient_checkpointing=auto for the largest micro-batch of the run."""
-    if train.gradient_checkpointing != "auto":
-        return train.gradient_checkpointing
-    packs = train.packing and paths.packs
-    of_steps = ([examples[i] for i in step] for step in steps)
-    largest = max(sum(len(e.ids) for e in step) if packs else longest_group(step) for step in of_steps)
-    setting, why = settle_checkpoint(
-        model.get_base_model(), paths, min(largest, train.tokens_per_microbatch or largest)
-    )
-    log.info(why)
-    return setting
 
 
 def check_lengths(examples: list[Example], model: PreTrainedModel, train: config.Train) -> None:
