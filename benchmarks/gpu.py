@@ -1,191 +1,221 @@
-"""LoRA and QLoRA on a GPU: lora_ft beside plain PEFT, TRL and Unsloth, on random weights of real shapes.
+"""Ten minutes on one GPU: is lora_ft right there, how fast is it, how much memory does it take, what do others take?
 
-    python benchmarks/gpu.py                                   # three shapes, four trainers, 4,096 tokens a step
-    python benchmarks/gpu.py --shapes llama3_1_8b --methods qlora --rows mixed
-    python benchmarks/gpu.py --tiny                            # what runs where no GPU is: a tiny shape on the CPU
+    python benchmarks/gpu.py --deadline 600                  # all stages, the most valuable first
+    python benchmarks/gpu.py --stages machine,ops            # some of them
+    python benchmarks/gpu.py --dry                           # every stage in tiny shapes on a CPU
+    python benchmarks/gpu.py --table results/gpu-DATE.jsonl  # the table of an earlier run, in Markdown
 
-Nothing is downloaded: weights and token ids are drawn, and a speed does not depend on their values. Each
-trainer runs in a process of its own. One that is not installed, or runs out of memory, is skipped with the
-reason; one that fails makes the exit code 1.
+Each stage runs in a process of its own (gpu_stages/worker.py) and has its share of the time that is left. A stage that
+fails, crashes, hangs or runs out of memory costs only itself. After each stage its line is on the disk, with the parts
+that it had finished, so that a kill loses nothing:
 
-Before ours is timed, its loss and the gradient of each parameter are compared with those of its plain paths, which
-are transformers' and PEFT's own forward, and with float32's. Counted are real tokens, padding is not. Each trainer
-runs twice, as checkpointing is speed for memory: all layers recomputed (every_1), and none (off) or, ours, as few
-as the memory asks for (auto). `share` is of what one large matrix product reaches here, no recomputation counted.
+    {"stage": "qlora_8b", "outcome": "done", "reason": "", "seconds": 71.2, "date": "...", "parts": {NAME: FIGURES}}
+
+outcome: done, failed (a part is wrong, or the stage raised an error), crashed, timeout, stopped, skipped. The exit code
+is 0 if all stages are done or skipped, 128 + N after signal N, else 1. Nothing is downloaded: weights are random.
 """
 
 import argparse
-import dataclasses
+import contextlib
 import datetime
-import importlib.metadata
-import importlib.util
-import itertools
 import json
-import math
-import random
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.table import Table
+HERE = Path(__file__).resolve().parent
+IMPORTED = [str(HERE.parent), str(HERE)]  # a GPU machine has a checkout, in which lora_ft is not installed
+sys.path[:0] = IMPORTED
 
-from lora_ft.io import durable
+from gpu_stages import table  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results"
-CHILD = Path(__file__).with_name("gpu_trainers.py")
-PACKAGES = {"peft": "peft", "trl": "trl", "unsloth": "unsloth"}
-METHODS = ("qlora", "lora")
-NAMES = ("shape", "method", "trainer", "checkpoint")  # of a result
-# How much is recomputed. Ours settles that by the free memory unless told; the others are told both ways.
-CHECKPOINTS = {"lora_ft": ("auto", "every_1"), **dict.fromkeys(PACKAGES, ("every_1", "off"))}
+from lora_ft.io import durable  # noqa: E402
 
-# Sizes as published in the models' config.json.
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, vocab_size=512, tie_word_embeddings=True),
-    "smollm2_135m": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-                         num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True),
-    "llama3_2_1b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-                        num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=True),
-    "llama3_1_8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                        num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False),
-}  # fmt: skip
+RESERVE_SECONDS = 2.0  # for writing the last line and removing the work folder
+BASES_BYTES = 30e9  # the random bases in bfloat16, and the runs
+
+Record = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One measurement: a trainer on a shape.
+@dataclass(frozen=True)
+class Stage:
+    """A module of gpu_stages, and the seconds that it is expected to take on a GPU."""
 
-    rows: equal (512 tokens each) or mixed (lognormal, mean about 180). checkpoint: every_1 recomputes all layers,
-    off none, auto (ours) what the memory asks for; Unsloth's every_1 is its own form, which also offloads.
-    """
-
-    shape: str
-    method: str
-    trainer: str
-    checkpoint: str
-    rows: str
-    tokens: int
-    steps: int
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+    name: str
+    seconds: float
 
 
-def lengths_of(case: Case) -> list[int]:
-    """Lengths of the documents of a step; they add up to `case.tokens`."""
-    drawn, lengths = random.Random(0), []
-    while (left := case.tokens - sum(lengths)) > 0:
-        length = 512 if case.rows == "equal" else max(20, int(drawn.lognormvariate(math.log(160), 0.48)))
-        lengths.append(min(length, left))
-    return lengths
+# By value: what comes last is what a short deadline leaves out.
+STAGES = (
+    Stage("machine", 25),
+    Stage("ops", 70),
+    Stage("product", 75),
+    Stage("qlora_8b", 130),
+    Stage("mixed_0_6b", 70),
+    Stage("fast_paths", 75),
+    Stage("peers", 90),
+    Stage("unsloth_peer", 60),
+)
 
 
-def in_own_process(case: Case) -> dict[str, Any]:
-    """Measure a case in a fresh interpreter; a crash of it is a reason like any other."""
-    if case.trainer in PACKAGES and importlib.util.find_spec(PACKAGES[case.trainer]) is None:
-        return {"skipped": f"{PACKAGES[case.trainer]} is not installed"}
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        command = [sys.executable, str(CHILD), case.trainer, json.dumps(dataclasses.asdict(case)), str(result)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-        if done.returncode or not result.exists():
-            return {"failed": (done.stdout.strip().splitlines() or [f"exit {done.returncode}"])[-1]}
-        return json.loads(result.read_text("utf-8"))
+class Stop:
+    """Receives SIGTERM and SIGINT: ends the running stage, whose process group is `group`."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self.group: int | None = None
+
+    def __call__(self, signum: int, _frame: object) -> None:
+        self.signum = signum
+        if self.group is not None:
+            end_group(self.group)
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    packages = ("torch", "transformers", "bitsandbytes", "flash-attn", "liger-kernel", *PACKAGES.values())
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return {"device": name, "cuda": torch.version.cuda, "versions": versions}
+def end_group(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
 
 
-def table(results: list[dict[str, Any]]) -> Table:
-    shown = Table(
-        box=None,
-        padding=(0, 1, 0, 0),
-        title="median of steps; share: of the matmul ceiling; error: of our gradient, of the bound",
-    )
-    for column in NAMES:
-        shown.add_column(column)
-    for column in ("tokens/s", "peak GiB", "reserved", "share", "error"):
-        shown.add_column(column, justify="right")
-    for result in results:
-        names = [result["case"][name] for name in NAMES]
-        if "tokens_per_second" not in result:
-            shown.add_row(*names, "-")
-            continue
-        reserved, check = result["reserved_bytes"], result.get("check")
-        shown.add_row(
-            *names,
-            f"{result['tokens_per_second']:,.0f}",
-            f"{result['peak_bytes'] / 2**30:.2f}",
-            "-" if reserved is None else f"{reserved / 2**30:.2f}",
-            f"{result['share']:.0%}",
-            f"{check['largest_error']:.2f}" if check else "-",
-        )
-    return shown
+def command(stage: Stage, parts: Path, work: Path, dry: bool) -> list[str]:
+    """Return the command of a stage's process, which appends a line to `parts` for each part."""
+    return [sys.executable, "-m", "gpu_stages.worker", stage.name, str(parts), str(work), "dry" if dry else "gpu"]
 
 
-def arguments(words: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    tiny = not torch.cuda.is_available()
-    parser.add_argument("--tiny", action="store_true", default=tiny, help="a tiny shape; the default without a GPU")
-    parser.add_argument("--shapes", help=f"of {', '.join(SHAPES)}; default: all but tiny, or tiny")
-    parser.add_argument("--methods", default=",".join(METHODS), help="qlora (NF4, double quantization), lora")
-    parser.add_argument("--trainers", default=",".join(CHECKPOINTS))
-    parser.add_argument("--rows", choices=("equal", "mixed"), default="equal", help="equal: 512 tokens, no padding")
-    parser.add_argument("--tokens", type=int, help="tokens of a step; default 4096, tiny 256")
-    parser.add_argument("--steps", type=int, help="timed steps, after two that are not; default 8, tiny 2")
-    parser.add_argument("--out", type=Path, help="file of results; default benchmarks/results/gpu-DATE.json")
-    given = parser.parse_args(words)
-    given.shapes = (given.shapes or ("tiny" if given.tiny else ",".join(n for n in SHAPES if n != "tiny"))).split(",")
-    given.methods, given.trainers = given.methods.split(","), given.trainers.split(",")
-    given.tokens = given.tokens or (256 if given.tiny else 4096)
-    given.steps = given.steps or (2 if given.tiny else 8)
-    for name, known in (("shapes", SHAPES), ("methods", METHODS), ("trainers", CHECKPOINTS)):
-        if unknown := set(getattr(given, name)) - set(known):
-            parser.error(f"--{name}: {', '.join(sorted(unknown))} is none of {', '.join(known)}")
-    return given
+def run_stages(
+    stages: Sequence[Stage], deadline: float, keep: Callable[[Record], None], work: Path, dry: bool, stop: Stop
+) -> list[Record]:
+    """Run stages until `deadline` (of time.monotonic), one after the other; give each record to `keep` at once."""
+    records: list[Record] = []
+    for number, stage in enumerate(stages):
+        left = deadline - time.monotonic()
+        share = left * stage.seconds / sum(later.seconds for later in stages[number:])
+        record: Record
+        if stop.signum is not None:
+            record = {"outcome": "skipped", "reason": signal.Signals(stop.signum).name}
+        elif left < stage.seconds / 2:
+            record = {"outcome": "skipped", "reason": f"{max(left, 0):.0f} s are left, of {stage.seconds:.0f} s needed"}
+        else:
+            record = run_stage(stage, min(left, max(share, stage.seconds)), work, dry, stop)
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        records.append({"stage": stage.name, "date": now, **record})
+        keep(records[-1])
+    return records
 
 
-def main(words: list[str] | None = None) -> int:
-    """Run what the command line asks for; 1 where a trainer failed, else 0."""
-    given = arguments(words)
-    console, results = Console(), []
-    for shape, method, trainer in itertools.product(given.shapes, given.methods, given.trainers):
-        for checkpoint in CHECKPOINTS[trainer]:
-            case = Case(shape, method, trainer, checkpoint, given.rows, given.tokens, given.steps)
-            console.print(f"{shape} {method} {trainer} {checkpoint} ...", highlight=False)
-            results.append({"case": dataclasses.asdict(case)} | in_own_process(case))
-    now = datetime.datetime.now(datetime.UTC)
-    report = {"date": now.isoformat(timespec="seconds"), "environment": environment(case.device), "results": results}
-    out = given.out or RESULTS / f"gpu-{now:%Y-%m-%d-%H%M%S}.json"
+def run_stage(stage: Stage, seconds: float, work: Path, dry: bool, stop: Stop) -> Record:
+    """Run one stage for at most `seconds`; return outcome, reason, seconds and the parts that it finished."""
+    parts, log = work / f"{stage.name}.parts", work / f"{stage.name}.log"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [*IMPORTED, os.getenv("PYTHONPATH")]))}
+    started = time.monotonic()
+    with log.open("wb") as output:
+        # The process ends itself when its stdin closes, which it does if this process is killed.
+        process = subprocess.Popen(command(stage, parts, work, dry), stdin=subprocess.PIPE, stdout=output,
+                                   stderr=subprocess.STDOUT, start_new_session=True, env=environment)  # fmt: skip
+    stop.group = process.pid
+    code: int | None = None
+    try:
+        if stop.signum is None:
+            code = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        end_group(process.pid)  # with the children that it may have left
+        process.communicate()
+        stop.group = None
+    done = read_parts(parts)
+    outcome, reason = judge(code, done, stop, f"still running after {seconds:.0f} s", last_line(log))
+    return {"outcome": outcome, "reason": reason, "seconds": round(time.monotonic() - started, 1), "parts": done}
+
+
+def judge(code: int | None, parts: dict[str, Any], stop: Stop, timeout: str, message: str) -> tuple[str, str]:
+    """Return the outcome and the reason of a stage whose process ended with `code`, None if it was ended from here."""
+    if stop.signum is not None:
+        return "stopped", signal.Signals(stop.signum).name
+    if code is None:
+        return "timeout", timeout
+    if code < 0:
+        return "crashed", f"{signal.Signals(-code).name}; last output: {message}"
+    if code:
+        return "failed", message
+    failed = [f"{name}: {part['failed']}" for name, part in parts.items() if "failed" in part]
+    return ("failed", "; ".join(failed)[:1000]) if failed else ("done", "")
+
+
+def read_parts(path: Path) -> dict[str, Any]:
+    """Return the complete lines of a parts file by name; a killed process may leave a partial last one."""
+    text = path.read_text("utf-8") if path.exists() else ""
+    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return {line.pop("part"): line for line in lines}
+
+
+def last_line(log: Path) -> str:
+    lines = log.read_text("utf-8", errors="replace").strip().splitlines()
+    return lines[-1][-500:] if lines else "no output"
+
+
+def keep_in(path: Path) -> Callable[[Record], None]:
+    """Return a function that puts a record on the disk, and prints it."""
+
+    def keep(record: Record) -> None:
+        line = json.dumps(record)
+        durable.append_line(path, line)
+        durable.settle(path)
+        print(line, flush=True)
+
+    return keep
+
+
+def work_folder(dry: bool) -> Path:
+    """Create the folder of bases and runs: in memory if it has the space, else on the disk, which takes longer."""
+    memory = Path("/dev/shm")
+    fits = not dry and memory.is_dir() and shutil.disk_usage(memory).free > BASES_BYTES
+    return Path(tempfile.mkdtemp(prefix="lora_ft_gpu_", dir=memory if fits else None))
+
+
+def arguments(given: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--deadline", type=float, default=600, help="seconds for everything; default 600")
+    parser.add_argument("--stages", default=",".join(stage.name for stage in STAGES), help="default: all, in order")
+    parser.add_argument("--dry", action="store_true", help="tiny shapes on a CPU: runs every line, measures nothing")
+    parser.add_argument("--out", type=Path, help="file of results; default benchmarks/results/gpu-DATE.jsonl")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a file of results, and exit")
+    parsed = parser.parse_args(given)
+    names = parsed.stages.split(",")
+    if unknown := set(names) - {stage.name for stage in STAGES}:
+        parser.error(f"--stages: there is no {', '.join(sorted(unknown))}, only {', '.join(s.name for s in STAGES)}")
+    parsed.stages = [stage for stage in STAGES if stage.name in names]
+    return parsed
+
+
+def main(given: list[str] | None = None) -> int:
+    """Run what the command line asks for, and return the exit code."""
+    parsed = arguments(given)
+    if parsed.table:
+        print(table.markdown([json.loads(line) for line in parsed.table.read_text("utf-8").splitlines()]))
+        return 0
+    stop = Stop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, stop)
+    deadline = time.monotonic() + parsed.deadline - RESERVE_SECONDS
+    out = parsed.out or HERE / "results" / f"gpu-{datetime.datetime.now(datetime.UTC):%Y-%m-%d-%H%M%S}.jsonl"
     durable.make_folder(out.parent)
-    durable.write_json(out, report)
-    console.print(table(results))
-    for result in results:
-        for outcome in ("skipped", "failed"):
-            if outcome in result:
-                names = " ".join(result["case"][name] for name in NAMES)
-                console.print(f"{names} {outcome}: {result[outcome]}", highlight=False, soft_wrap=True, markup=False)
-    console.print(f"results: {out}", highlight=False, soft_wrap=True)
-    return int(any("failed" in result for result in results))
+    work = work_folder(parsed.dry)
+    try:
+        records = run_stages(parsed.stages, deadline, keep_in(out), work, parsed.dry, stop)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    print(f"{table.markdown(records)}\n\n{out}")
+    if stop.signum is not None:
+        return 128 + stop.signum
+    return int(any(record["outcome"] not in ("done", "skipped") for record in records))
 
 
 if __name__ == "__main__":

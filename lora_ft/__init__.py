@@ -108,6 +108,7 @@ def sweep(overrides: Sequence[str], folder: "Source") -> "Ranking":
 
     The folder gets a run folder per job and the report. Failed jobs are part of the ranking.
     """
+    _prepare()
     from lora_ft.sweep import sweep as implementation
 
     return implementation(_listed(overrides), Path(folder))

@@ -29,6 +29,7 @@ from lora_ft.data.tokenize import Vocabulary
 from lora_ft.errors import ConfigError
 from lora_ft.evaluation.comparison import adapter_off
 from lora_ft.evaluation.generation import context_length, stream, visible
+from lora_ft.models.device import resolve_device, selected
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -62,14 +63,15 @@ class Session:
 
 def main(cfg: config.ChatRun, invocation: entry.Invocation) -> None:
     """Answer `prompt` on stdout, or run a session on stdin and stdout."""
-    model, tokenizer = loading.load(cfg)
-    system = cfg.data.system if cfg.system is None else cfg.system
-    session = Session(model, tokenizer, system, cfg.sampling, cfg.seed, cfg.data)
-    if cfg.prompt is None:
-        converse(session)
-    else:
-        answer(session, cfg.prompt, _write if sys.stdout.isatty() else _write_raw)
-        _write("\n")
+    with selected(resolve_device(cfg.device)):
+        model, tokenizer = loading.load(cfg)
+        system = cfg.data.system if cfg.system is None else cfg.system
+        session = Session(model, tokenizer, system, cfg.sampling, cfg.seed, cfg.data)
+        if cfg.prompt is None:
+            converse(session)
+        else:
+            answer(session, cfg.prompt, _write if sys.stdout.isatty() else _write_raw)
+            _write("\n")
 
 
 def converse(session: Session) -> None:

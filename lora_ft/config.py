@@ -196,7 +196,7 @@ SCHEMAS: dict[str, type] = {
     "report": ReportRun,
 }
 
-# Settings of lora_ft 0.1 by their names now: for error messages, not accepted.
+# Settings of earlier versions by their names now: for error messages, not accepted.
 RENAMED = {
     "model.id": "model.hub_id",
     "adapter.alpha": "adapter.lora_alpha",
@@ -205,6 +205,8 @@ RENAMED = {
     "adapter.dora": "adapter.use_dora",
     "adapter.targets": "adapter.target_modules",
     "optim.clip": "optim.max_grad_norm",
+    "fast.compile": "fast.kernels",
+    "fast.liger": "fast.kernels",
     "train.checkpoint": "train.gradient_checkpointing",
     "onto": "base_weights",
     "also": "formats",

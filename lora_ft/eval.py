@@ -34,8 +34,8 @@ from lora_ft.evaluation import metrics
 from lora_ft.evaluation.comparison import Comparison, EvalSet, compare, render
 from lora_ft.evaluation.loss import EvalLoss
 from lora_ft.io import durable
-from lora_ft.models.acceleration import accelerated
-from lora_ft.models.load import resolve_device
+from lora_ft.models.acceleration import accelerated, accelerated_lora
+from lora_ft.models.device import resolve_device, selected
 from lora_ft.objectives import find as find_objective
 from lora_ft.ops import allocator
 from lora_ft.ops.kernels import choose_kernels
@@ -85,10 +85,12 @@ def evaluate(cfg: config.EvalRun, given: list[str]) -> EvalResult:
     eval_set = _eval_set(cfg, dataset)
     if not disjoint:
         _warn_of_other_rows(adapter, dataset)
-    kernels = choose_kernels(resolve_device(cfg.device), compile_=cfg.fast.compile, liger=cfg.fast.liger)
-    base, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
-    with accelerated(base.model, cfg.fast, kernels) as made:
-        comparison = compare(model, tokenizer, eval_set, made.paths)
+    device = resolve_device(cfg.device)
+    kernels = choose_kernels(device, cfg.fast.kernels)
+    with selected(device):
+        base, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
+        with accelerated(base.model, cfg.fast, kernels) as made, accelerated_lora(model, loading.NAME, cfg.fast):
+            comparison = compare(model, tokenizer, eval_set, made.paths)
     found = _metrics(comparison, cfg.eval.metrics, dataset.answers)
     path = Path(cfg.run).expanduser() / _FILE if cfg.run else None
     result = EvalResult(comparison, found, description, dataset.report.sha256, path)

@@ -34,7 +34,8 @@ from lora_ft.export.merge import MergedModel, write_folder
 from lora_ft.export.weight_stream import use_placeholders
 from lora_ft.io import durable
 from lora_ft.models.acceleration import accelerated
-from lora_ft.models.load import Base, load_base, resolve_device, resolve_dtype
+from lora_ft.models.device import resolve_device, resolve_dtype, selected
+from lora_ft.models.load import Base, load_base
 from lora_ft.models.meta_model import load_meta_model
 from lora_ft.models.resolve import locate
 from lora_ft.objectives.sft import Sft
@@ -90,11 +91,12 @@ def merge(cfg: config.MergeRun) -> MergeResult:
     adapters = _adapters(cfg)
     cfg = loading.with_base(cfg, adapters[0])
     tokenizer = loading.adapter_tokenizer(adapters[0], cfg.model)
-    if cfg.adapters:
-        return _combine(cfg, adapters, tokenizer, out)
-    if cfg.truncate_rank:
-        return _truncate(cfg, adapters[0], tokenizer, out, cfg.truncate_rank)
-    return _merge(cfg, adapters[0], tokenizer, out)
+    with selected(resolve_device(cfg.device)):
+        if cfg.adapters:
+            return _combine(cfg, adapters, tokenizer, out)
+        if cfg.truncate_rank:
+            return _truncate(cfg, adapters[0], tokenizer, out, cfg.truncate_rank)
+        return _merge(cfg, adapters[0], tokenizer, out)
 
 
 def _adapters(cfg: config.MergeRun) -> list[Path]:

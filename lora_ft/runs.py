@@ -4,7 +4,7 @@ runs/2026-11-23_10-15-00-123456/
   config.yaml        the composed config, resolved; never rewritten
   changed.json       settings that a resumed run changed, by dotted key: {"train.epochs": 3}
   overrides.txt      the overrides of the command line, one per line
-  environment.json   versions, machine, command
+  environment.json   versions, machine, device, command
   rows.jsonl         rows given in Python (run_rows.py); eval_rows.jsonl
   check.json         the dry run: rows, steps, layers, warnings (training/dry_run.py)
   metrics.jsonl      one object per step: {"step": 1, "loss": ..., ...}
@@ -22,7 +22,6 @@ A sweep folder holds a run folder per job, and sweep.json: the overrides of the 
 import contextlib
 import datetime
 import errno
-import fcntl
 import functools
 import json
 import os
@@ -48,8 +47,8 @@ METRICS, RESULT, CHECK, CHECKPOINTS = "metrics.jsonl", "result.json", "check.jso
 FAILURE, OVERRIDES, LOG, SWEEP = "failure.json", "overrides.txt", "log.txt", "sweep.json"
 HALVING = "halving.json"
 ROWS, EVAL_ROWS = "rows.jsonl", "eval_rows.jsonl"  # given in Python
-_CONFIG, _CHANGED = "config.yaml", "changed.json"
-_BEFORE_TRAINING = {_CONFIG, OVERRIDES, "environment.json", LOG, "tensorboard", CHECK, FAILURE, ROWS, EVAL_ROWS}
+_CONFIG, _CHANGED, _ENVIRONMENT = "config.yaml", "changed.json", "environment.json"
+_BEFORE_TRAINING = {_CONFIG, OVERRIDES, _ENVIRONMENT, LOG, "tensorboard", CHECK, FAILURE, ROWS, EVAL_ROWS}
 
 
 def begin(folder: Path, cfg: Any, overrides: list[str]) -> bool:
@@ -80,7 +79,7 @@ def create(folder: Path, config: dict[str, Any], overrides: list[str]) -> None:
         )
     durable.clear_leftovers(folder)
     write_overrides(folder, overrides)
-    durable.write_json(folder / "environment.json", environment())
+    durable.write_json(folder / _ENVIRONMENT, environment())
     # Written last: it marks a run that can be resumed.
     durable.write_text(folder / _CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
@@ -182,6 +181,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _lock(descriptor: int, folder: Path) -> None:
+    import fcntl  # here: native Windows has none, and process.prepare refuses it with a message
+
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -254,6 +255,17 @@ def environment() -> dict[str, Any]:
     }
 
 
+def record_device(folder: Path, facts: dict[str, Any]) -> None:
+    """Add facts about the device to environment.json, when the run first trains.
+
+    A checkpoint has those of the process that wrote it, so that a resume can compare.
+    """
+    path = folder / _ENVIRONMENT
+    found = untrusted.json_object(path, ConfigError) if path.is_file() else {}
+    if "device" not in found:
+        durable.write_json(path, found | {"device": facts})
+
+
 @functools.cache  # takes 10 ms, and every checkpoint needs them
 def versions() -> dict[str, str]:
     """Return the installed versions of the packages that decide a result."""
@@ -300,13 +312,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_edition(folder: Path, stored: dict[str, Any]) -> None:
-    """Raise ConfigError for a config of lora_ft 0.1, some of whose settings have other names now."""
+    """Raise ConfigError for a config of an earlier version, some of whose settings have other names now."""
     for group, settings in stored.items():
         for name in settings if isinstance(settings, dict) else ():
             if now := config.RENAMED.get(f"{group}.{name}"):
                 raise ConfigError(
-                    f"{folder} was written by lora_ft 0.1: its {group}.{name} is now {now}. Train again with this "
-                    f"version, or use the adapter alone: adapter_path={folder / 'adapter'}"
+                    f"{folder} was written by an earlier version: its {group}.{name} is now {now}. Train again "
+                    f"with this version, or use the adapter alone: adapter_path={folder / 'adapter'}"
                 )
 
 

@@ -24,11 +24,14 @@ from lora_ft.cli import entry
 from lora_ft.config import Schedule
 from lora_ft.io import durable
 from lora_ft.memory import auto
+from lora_ft.models import device
 from lora_ft.models.fingerprint import fingerprint
 from lora_ft.training import checkpoint, trackers
 from lora_ft.training.callbacks import Callback, Callbacks, checked
+from lora_ft.training.deterministic import deterministic_kernels
 from lora_ft.training.dry_run import dry_run
 from lora_ft.training.finish import Result, finish
+from lora_ft.training.out_of_memory import out_of_memory_as_error
 from lora_ft.training.progress import displayed
 from lora_ft.training.shared import Shared, load, prepare
 from lora_ft.training.signals import Stop, on_signals
@@ -96,8 +99,22 @@ def train_job(
     """Train the run of a folder that was begun by `runs.begin`, from its newest checkpoint if it has one.
 
     Returns None if it paused after `until` steps, with a checkpoint. When it returns or raises, the base is unchanged
-    and the adapter's memory is freed.
+    and the adapter's memory is freed. Raises ResourceError if memory is too small.
     """
+    target = device.resolve_device(cfg.device)
+    runs.record_device(folder, device.describe(target))
+    with device.selected(target), deterministic_kernels(cfg.train.deterministic, target), out_of_memory_as_error():
+        return _train_job(cfg, folder, shared, callbacks, stop, until)
+
+
+def _train_job(
+    cfg: config.TrainRun,
+    folder: Path,
+    shared: Shared,
+    callbacks: Sequence[Callback],
+    stop: Stop | None,
+    until: int | None,
+) -> Result | None:
     started = time.perf_counter()
     check = dry_run(cfg, shared.rows, shared.tokenizer, folder)
     durable.write_json(folder / runs.CHECK, asdict(check))

@@ -59,6 +59,13 @@ class Keep(Enum):
     best = "best"
 
 
+class BlockKernels(Enum):
+    auto = "auto"
+    liger = "liger"
+    compile = "compile"
+    eager = "eager"
+
+
 class Tracker(Enum):
     """Trackers by their names in `accelerate.tracking`."""
 

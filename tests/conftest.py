@@ -18,7 +18,8 @@ if os.environ.get("LORA_FT_TEST_PLAIN_CPU"):  # before any import of torch; chil
     runpy.run_path(str(_plain_cpu / "sitecustomize.py"))
 
 # The slowest files start first: with -n, each process runs whole files, and a slow one at the end delays all.
-LONGEST = ("test_faults", "test_sweep", "test_docs", "test_training", "test_hub", "test_python_api", "test_train")
+LONGEST = ("test_faults", "test_sweep", "test_docs", "test_gpu_benchmark", "test_training", "test_hub",
+           "test_python_api", "test_train")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from lora_ft import config
 from lora_ft.models.acceleration import accelerate, plain_attention
 from lora_ft.ops import attention
+from lora_ft.ops import device as device_module
 from lora_ft.ops.batch import Batch
 from lora_ft.ops.tiled_attention import TILE_ROWS, Tile, tiled_attention, tiles, worth_it
 from lora_ft.ops.token_loss import token_loss_sum
@@ -183,6 +184,13 @@ def test_packed_model_refuses_a_call_without_boundaries() -> None:
         model(input_ids=torch.tensor([[5, 6, 7]]))
 
 
+def pretend(monkeypatch: pytest.MonkeyPatch, capability: Any, has_flash: bool) -> None:
+    """Let cuda be a GPU of this compute capability, with or without torch's flash attention."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: has_flash)
+    monkeypatch.setattr(device_module, "_target_of", device_module._target_of.__wrapped__)  # it caches its answers
+
+
 @pytest.mark.parametrize(
     "device, dtype, width, capability, built, name, reason",
     [
@@ -201,8 +209,7 @@ def test_kernel_is_chosen_by_device_dtype_and_head_width(
     device: str, dtype: torch.dtype, width: int, capability: Any, built: bool, name: str, reason: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
+    pretend(monkeypatch, capability, built)
     kernel = attention.choose_kernel(torch.device(device), dtype, width)
     assert kernel.name == name
     assert reason in kernel.reason
@@ -289,9 +296,7 @@ def test_torchs_kernel_gets_grouped_keys_only_where_flash_attention_runs(
         assert options["is_causal"] is (options["attn_mask"] is None)
         return q.new_empty(*q.shape[:-1], v.shape[-1])
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    monkeypatch.setattr(attention, "choose_kernel", attention.choose_kernel.__wrapped__)
+    pretend(monkeypatch, capability, has_flash=True)
     monkeypatch.setattr(attention, "scaled_dot_product_attention", recorded)
     monkeypatch.setattr(attention, "visible", lambda *a: torch.ones(a[1] - a[0], a[1] - a[2], dtype=torch.bool))
     with FakeTensorMode():

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
 )
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lora_ft import config
 from lora_ft.adapters import attach
@@ -40,6 +41,7 @@ SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "n
 OTHERS = {
     "mistral": MistralConfig(num_key_value_heads=2, sliding_window=6, **SIZES),
     "qwen2": Qwen2Config(num_key_value_heads=2, **SIZES),
+    "gemma": GemmaConfig(num_key_value_heads=2, head_dim=16, **SIZES),  # 1 + weight in norms, GELU in gated MLPs
 }
 ALL = (*FAMILIES, *OTHERS)
 BLOCKS = config.Fast(storage=False, attention=False, loss=False, lora=False)
@@ -194,14 +196,15 @@ def test_without_gradients_the_models_own_forwards_run(family: str, monkeypatch:
 
 def test_given_kernels_run_if_gradients_are_enabled() -> None:
     calls: list[str] = []
-    watched = Kernels(*(lambda *a, f=f, n=n: calls.append(n) or f(*a) for n, f in OWN._asdict().items()))
+    functions = {name: getattr(OWN, name) for name in ("rms_norm", "gated", "rotate")}
+    watched = Kernels(*(lambda *a, f=f, n=n: calls.append(n) or f(*a) for n, f in functions.items()), "watched")
     model = adapted(base("llama"))
     use_fast_blocks(model, kernels=watched)
     calls_of_the_check = calls.copy()
     calls.clear()
     learned(model)
     assert set(calls_of_the_check) == set(calls)
-    assert {name: calls.count(name) for name in calls} == {"rms_norm": 5, "swiglu": 2, "rotate": 2}
+    assert {name: calls.count(name) for name in calls} == {"rms_norm": 5, "gated": 2, "rotate": 2}
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox"])
@@ -257,12 +260,8 @@ def test_replaced_blocks_are_logged_and_replaced_only_once() -> None:
     ("model_config", "lines"),
     [
         (
-            GemmaConfig(num_key_value_heads=2, head_dim=16, **SIZES),  # its norm multiplies by 1 + weight
-            {
-                "accelerated blocks: 2 rope",
-                "2 blocks compute as transformers does: GemmaMLP",
-                "5 blocks compute as transformers does: GemmaRMSNorm",
-            },
+            GemmaConfig(num_key_value_heads=2, head_dim=16, hidden_act="quick_gelu", **SIZES),
+            {"accelerated blocks: 5 norm, 2 rope", "2 blocks compute as transformers does: GemmaMLP"},
         ),
         (
             LlamaConfig(num_key_value_heads=2, hidden_act="relu", **SIZES),
@@ -279,3 +278,27 @@ def test_blocks_that_compute_something_else_stay_plain(model_config: Any, lines:
     assert set(use_fast_blocks(model)) == lines
     assert torch.equal(learned(model)[0], expected[0])
     assert relative(learned(model)[1], expected[1]) < 2e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_that_differ_are_replaced_by_eager_ones(dtype: torch.dtype) -> None:
+    """Also if they differ only in the model's own dtype."""
+
+    def wrong(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+        return OWN.gated(gate, up, activation) * (1.1 if gate.dtype is dtype else 1.0)
+
+    model = adapted(base("llama", dtype))
+    expected = learned(model)
+    lines = use_fast_blocks(model, kernels=OWN._replace(gated=wrong, name="others"))
+    assert "2 blocks with eager kernels, since others differs: LlamaMLP" in lines
+    assert all(
+        relative(f, e) < (2e-5 if dtype is torch.float32 else 0.1)
+        for f, e in zip(learned(model), expected, strict=True)
+    )
+
+
+def test_norm_that_multiplies_otherwise_stays_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = LlamaRMSNorm.forward
+    monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, x: 1.001 * plain(self, x))
+    lines = use_fast_blocks(base("llama"))
+    assert "5 blocks compute as transformers does: LlamaRMSNorm" in lines

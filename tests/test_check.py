@@ -130,7 +130,7 @@ def test_page_shows_what_an_error_does_not_affect(base, capfd):
         ("optim.warmup_steps=500", all_lines, r"optim.warmup_steps must be less than the run's \d+ steps, got 500"),
         ("train.tokens_per_microbatch=9", all_lines,
          r"tokens_per_microbatch must be at least the longest row: .*rows.jsonl:"),
-        ("fast.compile=true", all_lines, "fast.compile=true needs a CUDA device"),
+        ("fast.kernels=compile", all_lines, "fast.kernels=compile needs a CUDA device"),
     ):  # fmt: skip
         assert checked(base, override) == 2
         out, err = capfd.readouterr()

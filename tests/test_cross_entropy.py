@@ -1,5 +1,6 @@
 """Both forms of the chunked loss equal the plain one, and are accurate compared with float64."""
 
+import re
 from typing import Any
 
 import pytest
@@ -200,7 +201,7 @@ class Counted(TorchDispatchMode):
 def test_8b_step_on_a_gpu_takes_at_most_100_dispatches_and_one_chunk_of_logits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """4,096 supervised rows of Llama 3.1 8B in bfloat16, on fake tensors; a chunk has 512 of them."""
+    """4,096 supervised rows of Llama 3.1 8B in bfloat16, on fake tensors; a chunk has at most 373 of them."""
     monkeypatch.setattr(cross_entropy, "fits_processor_cache", lambda _: False)
     with FakeTensorMode(), Counted() as counted:
         hidden = torch.empty(4096, 4096, dtype=torch.bfloat16, requires_grad=True)
@@ -208,9 +209,12 @@ def test_8b_step_on_a_gpu_takes_at_most_100_dispatches_and_one_chunk_of_logits(
         targets = torch.empty(4096, dtype=torch.int64)
         held, before = counted.peak, len(counted.names)
         linear_cross_entropy(hidden, weight, None, targets).backward()
-    assert len(counted.names) - before <= 90
-    assert sum(name.startswith("aten.mm") for name in counted.names) == 2 * 8
-    logits = 512 * 128256 * 4
+    launches = [
+        name for name in counted.names[before:] if not re.search(r"empty|promote_types|split|unsqueeze|aten\.t\.", name)
+    ]
+    assert len(launches) <= 100
+    assert sum(name.startswith("aten.mm") for name in launches) == 2 * 11
+    logits = 373 * 128256 * 4
     assert logits <= cross_entropy.CHUNK_BYTES
     assert counted.peak - held <= logits * 3 // 2 + hidden.nbytes + 1e6
 

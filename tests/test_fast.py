@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lora_ft import config
 from lora_ft.adapters import attach
-from lora_ft.models import accelerated_lora
-from lora_ft.models.acceleration import accelerate
+from lora_ft.models import accelerated_lora as lora_layers
+from lora_ft.models.acceleration import accelerate, accelerated_lora
 from lora_ft.models.load import load_base
 from lora_ft.ops.batch import Batch
 from lora_ft.ops.dropout import switch_off_dropout
@@ -98,7 +98,7 @@ def test_merged_form_equals_the_definition_and_does_not_change_the_stored_weight
 
 def test_fast_form_runs_in_training_and_in_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[float] = []
-    monkeypatch.setattr(accelerated_lora, "lora_linear", lambda *a: calls.append(a[5]) or lora_linear(*a))
+    monkeypatch.setattr(lora_layers, "lora_linear", lambda *a: calls.append(a[5]) or lora_linear(*a))
     model = adapted(tiny_model("llama"), lora_alpha=6)
     expected = model(input_ids=IDS).logits
     accelerate_adapter(model, "first")
@@ -175,17 +175,16 @@ def test_peft_switches_work_on_fast_layers() -> None:
     with torch.no_grad():
         for (_, p), (_, q) in zip(plain.named_parameters(), model.named_parameters(), strict=True):
             q.copy_(p)
-    accelerate_adapter(model, "first")
-    accelerate_adapter(model, "second")
-    with model.disable_adapter():
-        assert torch.equal(model(input_ids=IDS).logits, bare(input_ids=IDS).logits)
-    for active in ("second", "first"):
+    with accelerated_lora(model, "first", config.Fast()), accelerated_lora(model, "second", config.Fast()):
+        with model.disable_adapter():
+            assert torch.equal(model(input_ids=IDS).logits, bare(input_ids=IDS).logits)
+        for active in ("second", "first"):
+            for m in (plain, model):
+                m.set_adapter(active)
+            torch.testing.assert_close(model(input_ids=IDS).logits, plain(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
         for m in (plain, model):
-            m.set_adapter(active)
-        torch.testing.assert_close(model(input_ids=IDS).logits, plain(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
-    for m in (plain, model):
-        m.merge_adapter()
-    assert torch.equal(model(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+            m.merge_adapter()
+        assert torch.equal(model(input_ids=IDS).logits, plain(input_ids=IDS).logits)
 
 
 @pytest.mark.parametrize(
@@ -210,5 +209,5 @@ def test_layers_without_fast_form_are_logged_and_use_pefts_forward(
         if step == 0:
             (line,) = accelerate_adapter(model, "first")
             assert line.startswith(reason)
-            monkeypatch.setattr(accelerated_lora, "lora_linear", None)
+            monkeypatch.setattr(lora_layers, "lora_linear", None)
     assert all(torch.equal(f, e) for f, e in zip(*results, strict=True))

@@ -1,8 +1,13 @@
-"""benchmarks/gpu.py works without a GPU, gives all trainers the same input, and times no run with wrong gradients."""
+"""benchmarks/gpu.py runs every stage without a GPU, and keeps what is finished whatever happens to a stage."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,158 +15,315 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import gpu
-import gpu_trainers
+from gpu_stages import bases, checks, commands, fast_paths, profiling, setting, table
 
 from lora_ft import config
-from lora_ft.models.acceleration import accelerate
+
+BENCHMARKS = Path(gpu.__file__).parent
+STAGES = [stage.name for stage in gpu.STAGES]
 
 
-def case(trainer: str = "lora_ft", method: str = "lora", checkpoint: str = "every_1", rows: str = "equal") -> gpu.Case:
-    return gpu.Case("tiny", method, trainer, checkpoint, rows, tokens=200, steps=2)
+@pytest.fixture(scope="module")
+def dry(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Run all stages once, as a user would; return the records by stage."""
+    out = tmp_path_factory.mktemp("gpu") / "gpu.jsonl"
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--dry", "--deadline", "1200", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert lines == out.read_text().splitlines()
+    assert table.markdown([json.loads(line) for line in lines]) in done.stdout
+    return {record["stage"]: record for record in map(json.loads, lines)}
 
 
-def test_command_writes_dated_results_and_reports_skipped_trainers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Trainers run in this process, except unsloth, whose import is tested in a real subprocess."""
-    in_own_process = gpu.in_own_process
-    monkeypatch.setattr(
-        gpu, "in_own_process", lambda c: in_own_process(c) if c.trainer == "unsloth" else gpu_trainers.measure(c)
-    )
-    out = tmp_path / "results.json"
-    arguments = ["--tiny", "--methods", "lora", "--trainers", "lora_ft,unsloth", "--steps", "1"]
-    assert gpu.main([*arguments, "--out", str(out)]) == 0
-    report = json.loads(out.read_text())
-    assert report["date"] and report["environment"]["versions"]["torch"] == torch.__version__
-    auto, every_1, *unsloth = report["results"]
-    assert [r["case"]["checkpoint"] for r in (auto, every_1, *unsloth)] == ["auto", "every_1", "every_1", "off"]
-    for ours in (auto, every_1):
-        assert ours["check"]["passed"] and ours["tokens_per_second"] > 0 and ours["share"] > 0
-    assert {result["skipped"] for result in unsloth} == {"unsloth is not installed"}
-    assert "tiny lora unsloth off skipped: unsloth is not installed" in capsys.readouterr().out
+@pytest.mark.parametrize("stage", STAGES)
+def test_dry_stage_has_no_failure(stage: str, dry: dict[str, dict[str, Any]]) -> None:
+    record = dry[stage]
+    assert record["outcome"] == "done", record
+    assert record["parts"] and not any("failed" in part for part in record["parts"].values())
 
 
-@pytest.mark.filterwarnings("ignore")  # warnings of PEFT in the plain loop
-@pytest.mark.parametrize(
-    ("trainer", "checkpoint", "rows"),
-    [("lora_ft", "auto", "mixed"), ("peft", "every_1", "equal"), ("peft", "off", "mixed")],
-)
-def test_every_trainer_learns_in_nf4(trainer: str, checkpoint: str, rows: str) -> None:
-    torch.manual_seed(0)
-    result = gpu_trainers.measure(case(trainer, "qlora", checkpoint, rows))
-    assert "failed" not in result, result["failed"]
-    assert result["losses"][-1] < result["losses"][0]
-    assert len(result["seconds"]) == gpu_trainers.WARM_UP + 2
+def test_dry_run_skips_only_what_needs_a_gpu_or_another_package(dry: dict[str, dict[str, Any]]) -> None:
+    skipped = {part["skipped"] for record in dry.values() for part in record["parts"].values() if "skipped" in part}
+    known = ("needs a CUDA device", "needs a GPU", "is not installed")
+    assert [reason for reason in skipped if not any(words in reason for words in known)] == []
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_peft_follows_the_gradient_checkpointing_setting(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    recomputed = {}
-    for checkpoint in ("every_1", "off"):
-        one = case("peft", method, checkpoint)
-        with monkeypatch.context() as patch:
-            patch.setattr(gpu_trainers, "padded_loop", lambda model, _: model)
-            model = gpu_trainers.peft_run(one, {})
-        recomputed[checkpoint] = {m.gradient_checkpointing for m in model.modules() if hasattr(m, "self_attn")}
-    assert recomputed == {"every_1": {True}, "off": {False}}
+def test_dry_run_measures_every_training(dry: dict[str, dict[str, Any]]) -> None:
+    parts = {name: part for stage in ("qlora_8b", "mixed_0_6b", "peers") for name, part in dry[stage]["parts"].items()}
+    speeds = {name: part["tokens_per_second"] for name, part in parts.items() if "tokens_per_second" in part}
+    assert {"64 tokens", "32 tokens", "peft, 8B nf4, 64 tokens", "lora_ft, 8B nf4, 64 tokens"} <= speeds.keys()
+    assert min(speeds.values()) > 0
+    product = dry["product"]["parts"]
+    assert all(product[name]["same"] for name in ("same bytes", "same bytes, deterministic", "killed and resumed"))
+    assert 0 < product["killed and resumed"]["killed_after_steps"] < 40
+    assert product["sweep"]["failure"]["exit_code"] == 7
+    assert dry["qlora_8b"]["parts"]["64 tokens, profiled"]["operators"] > 100
+    assert dry["qlora_8b"]["parts"]["64 tokens, traced"]["predicted_bytes"] > 0
 
 
-def test_packed_and_padded_trainers_have_the_same_loss() -> None:
-    one = case("peft", rows="mixed")
-    batch, documents = gpu_trainers.draw(one)
-    assert torch.equal(batch.ids, torch.cat(documents)) and len(batch.ids) == 200
-    model = gpu_trainers.build(one, quantized=False)
-    assert all(map(torch.equal, model.parameters(), gpu_trainers.build(one, quantized=False).parameters()))
-    paths = accelerate(model, config.Fast()).paths
-    packed = gpu_trainers.token_loss_sum(model, batch, paths) / int((batch.targets != -100).sum())
-    model.set_attn_implementation("sdpa")
-    padded, _ = gpu_trainers.padded_loop(model.requires_grad_(True), one)(1)
-    assert padded[0] == pytest.approx(float(packed), rel=1e-5)
+# ---- the driver ----
+
+SCRIPTS = {
+    "good": 'part({"part": "one", "tokens_per_second": 5.0})',
+    "wrong": 'part({"part": "one", "failed": "differs"}); part({"part": "two"})',
+    "raising": 'part({"part": "one"}); raise ValueError("no such kernel")',
+    "crashing": 'part({"part": "one"}); os.kill(os.getpid(), signal.SIGSEGV)',
+    "hanging": 'part({"part": "one"}); subprocess.Popen(["sleep", "100"]); time.sleep(100)',
+    "half": 'part({"part": "one"}); file.write(\'{"part": "tw\'); file.flush(); sys.exit(3)',
+}
+PREAMBLE = """
+import json, os, signal, subprocess, sys, time
+file = open(sys.argv[1], "a")
+def part(values):
+    file.write(json.dumps(values) + "\\n"); file.flush()
+"""
 
 
-def test_unsloth_is_imported_before_the_libraries_that_it_patches(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    patched = {"transformers", "peft", "trl", "lora_ft"}
-    lines = ["import sys", f"loaded = {patched} & sys.modules.keys()", "raise SystemExit(f'after {sorted(loaded)}')"]
-    (tmp_path / "unsloth.py").write_text("\n".join(lines))
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert gpu.in_own_process(case("unsloth")) == {"failed": "after []"}
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a stage run the script of its name."""
+
+    def command(stage: gpu.Stage, parts: Path, work: Path, dry: bool) -> list[str]:
+        return [sys.executable, "-c", PREAMBLE + SCRIPTS[stage.name], str(parts)]
+
+    monkeypatch.setattr(gpu, "command", command)
 
 
-def test_out_of_memory_is_reported_as_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(*_: object) -> None:
-        raise torch.OutOfMemoryError("Tried to allocate 9 GiB.\nMore arguments")
-
-    monkeypatch.setitem(gpu_trainers.RUNS, "peft", run)
-    assert gpu_trainers.measure(case("peft")) == {"skipped": "out of memory: Tried to allocate 9 GiB."}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_fast_paths_pass_the_check_and_do_not_change_the_base(
-    method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpu.Case, "dtype", dtype)
-    built = []
-    monkeypatch.setattr(
-        gpu_trainers, "build", lambda *args, of=gpu_trainers.build: built.append(of(*args)) or built[-1]
-    )
-    facts: dict[str, dict[str, object]] = {}
-    gpu_trainers.lora_ft_run(case(method=method, rows="mixed"), facts)
-    assert facts["check"]["passed"], facts["check"]
-    before, after = (
-        {n.replace(".base_layer", ""): p for n, p in model.named_parameters() if "lora_" not in n}
-        for model in (gpu_trainers.build(case(method=method), method == "qlora"), built[0])
-    )
-    assert before.keys() == after.keys()
-    for name, parameter in before.items():
-        assert parameter.dtype == after[name].dtype and torch.equal(parameter, after[name]), name
+def run(tmp_path: Path, *names: str, seconds: float = 60, each: float = 5) -> list[dict[str, Any]]:
+    stages = [gpu.Stage(name, each) for name in names]
+    deadline, kept = time.monotonic() + seconds, gpu.keep_in(tmp_path / "out.jsonl")
+    records = gpu.run_stages(stages, deadline, kept, tmp_path, dry=True, stop=gpu.Stop())
+    assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == records
+    return records
 
 
-def test_wrong_fast_path_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = gpu_trainers.accelerate
-
-    def wrong(model: torch.nn.Module, fast: config.Fast, **options: bool) -> object:
-        if fast.norm:
-            model.model.norm.variance_epsilon = 1e-4
-        return right(model, fast, **options)
-
-    monkeypatch.setattr(gpu_trainers, "accelerate", wrong)
-    result = gpu_trainers.measure(case())
-    assert "differs" in result["failed"] and "tokens_per_second" not in result
-
-
-def gradients(dtype: torch.dtype) -> tuple[gpu_trainers.Gradient, gpu_trainers.Gradient]:
-    """Return a loss and gradients of a large and a small matrix, rounded to `dtype` and exact."""
-    generator = torch.Generator().manual_seed(0)
-    exact = {name: torch.randn(size, generator=generator) for name, size in (("large", (64, 64)), ("small", (4, 16)))}
-    return (2.0, {name: of.to(dtype).float() for name, of in exact.items()}), (2.0, exact)
+@pytest.mark.usefixtures("scripted")
+def test_every_bad_end_of_a_stage_is_a_line_and_the_next_stage_runs(tmp_path: Path) -> None:
+    records = run(tmp_path, "wrong", "raising", "crashing", "half", "good")
+    outcomes = {record["stage"]: (record["outcome"], record["reason"]) for record in records}
+    assert outcomes["wrong"] == ("failed", "one: differs")
+    assert outcomes["raising"] == ("failed", "ValueError: no such kernel")
+    assert outcomes["crashing"][0] == "crashed" and "SIGSEGV" in outcomes["crashing"][1]
+    assert outcomes["half"][0] == "failed"
+    assert outcomes["good"] == ("done", "")
+    assert all("one" in record["parts"] for record in records)  # what was finished before the end
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("changed", ["nothing", "loss", "zeroed", "noise", "length", "nan", "swapped sign"])
-def test_gradient_check_detects_each_difference(changed: str, dtype: torch.dtype) -> None:
-    plain, reference = gradients(dtype)
-    loss, small = plain[0], plain[1]["small"]
-    noise = torch.randn(small.shape, generator=torch.Generator().manual_seed(1))
-    changed_small = {
-        "zeroed": torch.zeros_like(small),
-        "noise": small + 0.05 * noise * small.norm() / noise.norm(),
-        "length": 1.05 * small,
-        "nan": small.where(small != small[0, 0], torch.nan),
-        "swapped sign": small.where(small != small.max(), -small),
-    }.get(changed, small)
-    result = (2.1 if changed == "loss" else loss, plain[1] | {"small": changed_small})
-    check = gpu_trainers.compared(result, plain, reference, gpu_trainers.FLOOR[dtype])
-    assert check["passed"] == (changed == "nothing")
-    if changed != "nothing":
-        assert check["at"] == ("loss" if changed == "loss" else "small")
-    json.dumps(check, allow_nan=False)
+@pytest.mark.usefixtures("scripted")
+def test_hanging_stage_ends_at_its_share_with_its_children(tmp_path: Path) -> None:
+    before = sleeping()
+    hanging, good = run(tmp_path, "hanging", "good", seconds=4, each=2)
+    assert (hanging["outcome"], good["outcome"]) == ("timeout", "done")
+    assert hanging["parts"] == {"one": {}} and 1.9 < hanging["seconds"] < 3.5
+    assert sleeping() <= before
 
 
-def test_zero_gradients_fail_the_check() -> None:
-    idle = (2.0, {"small": torch.zeros(4, 4)})
-    assert not gpu_trainers.compared(idle, idle, idle, 1e-3)["passed"]
+def sleeping() -> set[str]:
+    """Return the processes `sleep 100` of this machine."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if path.read_bytes() == b"sleep\x00100\x00":
+                found.add(path.parent.name)
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+@pytest.mark.usefixtures("scripted")
+def test_stages_that_do_not_fit_the_deadline_are_skipped_with_the_reason(tmp_path: Path) -> None:
+    records = run(tmp_path, "good", "good", seconds=1.0, each=10)
+    assert [record["outcome"] for record in records] == ["skipped"] * 2
+    assert "of 10 s needed" in records[0]["reason"]
+
+
+def driver(tmp_path: Path) -> "subprocess.Popen[bytes]":
+    """Start the driver in a process of its own, with a good stage and one that hangs."""
+    script = f"""
+import sys; sys.path.insert(0, {str(BENCHMARKS)!r})
+import gpu
+scripts = {SCRIPTS!r}
+gpu.STAGES = [gpu.Stage("good", 50), gpu.Stage("hanging", 50), gpu.Stage("wrong", 50)]
+gpu.command = lambda stage, parts, *_: [sys.executable, "-c", {PREAMBLE!r} + scripts[stage.name], str(parts)]
+sys.exit(gpu.main(["--dry", "--deadline", "300", "--out", {str(tmp_path / "out.jsonl")!r}]))
+"""
+    started = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL)
+    wait_for(lambda: (tmp_path / "out.jsonl").exists() and bool(sleeping()))
+    return started
+
+
+def wait_for(condition: Any) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_sigterm_of_the_driver_ends_the_stage_and_keeps_all_lines(tmp_path: Path) -> None:
+    before = sleeping()
+    started = driver(tmp_path)
+    started.send_signal(signal.SIGTERM)
+    assert started.wait(30) == 128 + signal.SIGTERM
+    good, hanging, wrong = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert good["outcome"] == "done" and hanging["outcome"] == "stopped" and wrong["outcome"] == "skipped"
+    assert hanging["parts"] == {"one": {}} and hanging["reason"] == wrong["reason"] == "SIGTERM"
+    assert sleeping() <= before
+
+
+def test_killed_driver_leaves_the_finished_lines(tmp_path: Path) -> None:
+    before = sleeping()
+    started = driver(tmp_path)
+    started.kill()
+    started.wait()
+    (good,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert good["outcome"] == "done"
+    for pid in sleeping() - before:  # a scripted stage does not watch its stdin
+        os.kill(int(pid), signal.SIGKILL)
+
+
+def test_stage_process_ends_when_its_stdin_closes(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    command = gpu.command(gpu.Stage("machine", 1), tmp_path / "parts", work, dry=True)
+    environment = {**os.environ, "PYTHONPATH": f"{BENCHMARKS}{os.pathsep}{BENCHMARKS.parent}"}
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, env=environment)
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(60) == -signal.SIGKILL
+    assert not work.exists()
+
+
+def test_a_gpu_that_is_not_there_is_the_reason(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    record = gpu.run_stage(gpu.Stage("machine", 1), 60, tmp_path, False, gpu.Stop())
+    assert record["outcome"] == "failed" and "finds no usable GPU" in record["reason"]
+
+
+def test_unknown_stages_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [stage.name for stage in gpu.arguments(["--stages", "ops,machine"]).stages] == ["machine", "ops"]
+    with pytest.raises(SystemExit):
+        gpu.arguments(["--stages", "ops,op"])
+    assert "there is no op" in capsys.readouterr().err
+
+
+def test_table_shows_figures_failures_and_skipped_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = {
+        "4096 tokens": {"tokens_per_second": 9700.4, "allocated_bytes": 8 * 2**30},
+        "4096 tokens, traced": {"predicted_bytes": 7.5 * 2**30},
+        "rope": {"failed": "a|b"},
+        "fine": {"error": 0.1},
+    }
+    record = {"stage": "qlora_8b", "outcome": "failed", "reason": "rope: a|b", "seconds": 70.4, "parts": parts}
+    (tmp_path / "out.jsonl").write_text(json.dumps(record) + "\n")
+    assert gpu.main(["--table", str(tmp_path / "out.jsonl")]) == 0
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [["qlora_8b", ""], ["qlora_8b", "4096 tokens"], ["qlora_8b", "rope"]]
+    assert rows[1][2:] == ["9,700", "8.00", "", "", "7.50", ""]
+    assert rows[2][-1] == "failed: a/b" and {len(row) for row in rows} == {8}
+
+
+# ---- parts of the stages ----
+
+
+def test_failed_part_is_a_reason_and_frees_its_tensors() -> None:
+    import weakref
+
+    seen: list[weakref.ref[torch.Tensor]] = []
+
+    def fail() -> dict[str, Any]:
+        held = torch.zeros(3)
+        seen.append(weakref.ref(held))
+        raise torch.OutOfMemoryError("Tried to allocate 9 GiB")
+
+    assert setting.attempt(fail)["failed"].startswith("OutOfMemoryError: Tried to allocate 9 GiB")
+    assert seen[0]() is None
+
+
+def test_part_of_something_absent_is_skipped() -> None:
+    def absent() -> dict[str, Any]:
+        raise setting.NotHere("trl is not installed")
+
+    assert setting.attempt(absent) == {"skipped": "trl is not installed"}
+
+
+@pytest.mark.parametrize("wrong", ["value", "gradient", "nan", "nothing"])
+def test_comparison_detects_each_difference(wrong: str) -> None:
+    def fast(x: torch.Tensor) -> torch.Tensor:
+        y = x.sin()
+        if wrong == "value":
+            return y * 1.05
+        if wrong == "gradient":
+            return y.detach() + (0.05 * x - (0.05 * x).detach())
+        return y / 0 * 0 if wrong == "nan" else y
+
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = checks.compare(fast, torch.sin, [x])
+    assert ("failed" in found) == (wrong != "nothing")
+    assert wrong != "gradient" or found["failed"].startswith("gradient 0")
+    json.dumps(found, allow_nan=False)
+
+
+def test_missing_gradient_fails_the_comparison() -> None:
+    found = checks.compare(lambda x, y: (x * y.detach()).sum()[None], lambda x, y: (x * y).sum()[None],
+                           [torch.ones(3).bfloat16(), torch.ones(3).bfloat16()])  # fmt: skip
+    assert found["failed"] == "gradient 1 is missing"
+
+
+def test_profile_counts_launches_idle_time_and_synchronisations() -> None:
+    events = [
+        {"cat": "kernel", "name": "gemm", "ts": 0, "dur": 30},
+        {"cat": "kernel", "name": "gemm", "ts": 20, "dur": 20},  # on another stream
+        {"cat": "kernel", "name": "add", "ts": 60, "dur": 10},
+        {"cat": "gpu_memcpy", "name": "DtoH", "ts": 90, "dur": 10},
+        {"cat": "cuda_runtime", "name": "cudaStreamSynchronize", "ts": 95, "dur": 5},
+        {"cat": "cuda_runtime", "name": "cudaDeviceSynchronize", "ts": 99, "dur": 5},
+        {"cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 5},
+        {"name": "process_name", "ph": "M"},
+    ]
+    found = profiling.summary(events)
+    assert (found["launches"], found["copies_and_fills"], found["synchronisations"]) == (3, 1, 1)
+    assert found["idle_share"] == pytest.approx(0.4)  # busy for 40 + 10 + 10 of 100
+    assert found["longest"][0] == ["gemm", 0.05, 2]
+
+
+def test_every_fast_setting_is_varied() -> None:
+    named = {variant.partition("=")[0] for variant in fast_paths.variants()}
+    assert named == {f"fast.{name}" for name in config.Fast.__dataclass_fields__}
+
+
+def test_rows_have_their_lengths_and_the_same_tokens_for_all_trainers(tmp_path: Path) -> None:
+    from lora_ft.models.load import read_tokenizer
+
+    where = setting.Setting(tmp_path, dry=True)
+    lengths = bases.mixed_lengths(300, 40)
+    assert sum(lengths) == 300 and max(lengths) <= 40
+    assert sum(bases.equal_lengths(64, 3, 16)) == 64 * 3
+    rows = bases.write_rows(where, lengths, "rows")
+    bases.write_tokenizer(tmp_path)
+    tokenizer = read_tokenizer(tmp_path, "tiny")
+    texts = [json.loads(line)["text"] for line in rows.read_text().splitlines()]
+    documents = [row.tolist() for batch in bases.batches_of(rows, 100, 3) for row in batch]
+    assert documents == [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts][: len(documents)]
+    assert [len(document) for document in documents] == lengths[: len(documents)]
+
+
+def test_base_of_the_8b_shape_has_the_published_number_of_parameters() -> None:
+    from transformers import AutoModelForCausalLM
+
+    counts = {}
+    for shape in ("llama3_1_8b", "qwen3_0_6b", "smollm2_135m"):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(bases.config_for(shape))
+        counts[shape] = sum(parameter.numel() for parameter in model.parameters())
+    assert counts == {"llama3_1_8b": 8_030_261_248, "qwen3_0_6b": 596_049_920, "smollm2_135m": 134_515_008}
+
+
+def test_commands_start_anew_where_a_gpu_is(tmp_path: Path) -> None:
+    """A process that is started anew, as on a GPU, and one that fails."""
+    where = setting.Setting(tmp_path, dry=False)
+    commands.start(where, "help", "train", "--help").finish()
+    assert "train.tokens_per_step" in (tmp_path / "help.log").read_text()
+    with pytest.raises(RuntimeError, match=r"wrong: exit code 2: .*trian"):
+        commands.start(where, "wrong", "trian").finish()

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_ft import config
 from lora_ft.errors import ConfigError, ResourceError, SecurityError
-from lora_ft.models import load, resolve
+from lora_ft.models import device, load, resolve
 from lora_ft.models.fingerprint import fingerprint
 from lora_ft.models.meta_model import load_meta_model
 
@@ -52,16 +52,16 @@ def test_weights_have_the_configured_dtype(tmp_path):
 
 
 def test_dtype_auto_is_float32_without_a_gpu():
-    assert load.resolve_dtype(config.Dtype.auto, torch.device("cpu")) is torch.float32
-    assert load.resolve_dtype(config.Dtype.bfloat16, torch.device("cpu")) is torch.bfloat16
+    assert device.resolve_dtype(config.Dtype.auto, torch.device("cpu")) is torch.float32
+    assert device.resolve_dtype(config.Dtype.bfloat16, torch.device("cpu")) is torch.bfloat16
 
 
 def test_missing_device_is_an_error_that_lists_the_available_ones():
-    assert load.resolve_device("cpu") == torch.device("cpu")
-    assert load.resolve_device("auto").type in ("cpu", "cuda", "mps")
-    for device in ("cuda:99", "tpu", "cuda:x"):
-        with pytest.raises(ConfigError, match=rf"device={device} is not available .*: choose one of .*cpu"):
-            load.resolve_device(device)
+    assert device.resolve_device("cpu") == torch.device("cpu")
+    assert device.resolve_device("auto").type in ("cpu", "cuda", "mps")
+    for name in ("cuda:99", "tpu", "cuda:x"):
+        with pytest.raises(ConfigError, match=rf"device={name} is not available .*: choose one of .*cpu"):
+            device.resolve_device(name)
 
 
 # Hub ids, folders and packages

@@ -1,6 +1,7 @@
 """Norms, activations and rotations that keep less: values, gradients, recipes and saved tensors."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,11 +9,13 @@ import torch
 from accelerated import relative
 from torch import Tensor
 from torch.nn import functional
+from transformers.activations import NewGELUActivation
+from transformers.models.gemma import modeling_gemma
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama import modeling_llama
 
 from lora_ft.ops.cross_entropy import linear_cross_entropy
-from lora_ft.ops.mlp import gelu, swiglu, swiglu_plain
+from lora_ft.ops.mlp import gated, gated_plain, gelu
 from lora_ft.ops.norm import layer_norm, rms_norm, rms_norm_plain
 from lora_ft.ops.recomputable import recipe_of, with_recipe
 from lora_ft.ops.rope import rotate, rotate_plain
@@ -21,6 +24,9 @@ from lora_ft.ops.tiled_attention import tiled_attention
 EPS = 1e-5
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WIDTH = 24
+NARROW = torch.bfloat16
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+swiglu = partial(gated, activation="silu")
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -62,6 +68,19 @@ def test_rms_norm_equals_transformers_bit_for_bit(dtype: torch.dtype, weight_dty
         found = form(x, norm.weight, EPS)
         assert found.dtype == norm(x).dtype
         assert torch.equal(found, norm(x))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+def test_norm_with_offset_equals_gemmas_bit_for_bit(dtype: torch.dtype) -> None:
+    x, norm = random(3, 7, WIDTH, dtype=dtype).requires_grad_(), modeling_gemma.GemmaRMSNorm(WIDTH, EPS)
+    norm.weight.data = random(WIDTH, dtype=dtype, seed=1)
+    norm.requires_grad_(False)
+    dy = random(3, 7, WIDTH, dtype=dtype, seed=2)
+    (expected,) = torch.autograd.grad(norm(x), x, dy)
+    for form in (rms_norm, rms_norm_plain):
+        assert torch.equal(form(x, norm.weight, EPS, 1.0), norm(x))
+        (found,) = torch.autograd.grad(form(x, norm.weight, EPS, 1.0), x, dy)
+        assert relative(found, expected) < torch.finfo(dtype).eps * 4
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float64, 1e-6), (torch.bfloat16, 1e-2)])
@@ -106,32 +125,91 @@ def test_layer_norm_equals_torchs_and_keeps_no_output(affine: bool) -> None:
     assert not kept(lambda: layer_norm(x, weight, bias, EPS)) & addresses(y)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_swiglu_equals_its_definition_bit_for_bit_and_keeps_two_tensors(dtype: torch.dtype) -> None:
+def test_gated_activation_equals_its_definition_bit_for_bit_and_keeps_two_tensors(
+    dtype: torch.dtype, activation: str
+) -> None:
+    own, plain_form = (partial(form, activation=activation) for form in (gated, gated_plain))
     gate, up = (random(5, WIDTH, dtype=dtype, seed=n).requires_grad_() for n in (0, 1))
-    assert torch.equal(swiglu(gate, up), swiglu_plain(gate, up))
+    assert torch.equal(own(gate, up), plain_form(gate, up))
     dy = random(5, WIDTH, dtype=dtype, seed=2)
-    found = torch.autograd.grad(swiglu(gate, up), (gate, up), dy)
-    plain = torch.autograd.grad(swiglu_plain(gate, up), (gate, up), dy)
+    found = torch.autograd.grad(own(gate, up), (gate, up), dy)
+    plain = torch.autograd.grad(plain_form(gate, up), (gate, up), dy)
     assert all(torch.equal(f, p) for f, p in zip(found, plain, strict=True))
-    assert kept(lambda: swiglu(gate, up)) == addresses(gate, up)
-    assert len(kept(lambda: swiglu_plain(gate, up))) == 3
+    assert kept(lambda: own(gate, up)) == addresses(gate, up)
+    assert len(kept(lambda: plain_form(gate, up))) == 3
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("frozen", ["gate", "up"])
-def test_swiglu_passes_gradcheck(frozen: str) -> None:
+def test_gated_activation_passes_gradcheck(frozen: str, activation: str) -> None:
     tensors = {name: random(3, 4, dtype=torch.float64, seed=n) for n, name in enumerate(("gate", "up"))}
     for name, tensor in tensors.items():
         tensor.requires_grad_(name != frozen)
-    assert torch.autograd.gradcheck(swiglu, tuple(tensors.values()))
+    assert torch.autograd.gradcheck(partial(gated, activation=activation), tuple(tensors.values()))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_backward_overwrites_activations_and_never_a_leaf(activation: str) -> None:
+    leaves = [random(3, 4, seed=i).requires_grad_() for i in range(2)]
+    before = [leaf.detach().clone() for leaf in leaves]
+    expected = torch.autograd.grad(gated_plain(*leaves, activation).square().sum(), leaves)
+    found = torch.autograd.grad(gated(*leaves, activation).square().sum(), leaves)
+    assert all(map(torch.equal, before, leaves)) and all(map(torch.equal, found, expected))
+    y = gated(*(leaf * 1 for leaf in leaves), activation).square().sum()
+    assert all(map(torch.equal, torch.autograd.grad(y, leaves, retain_graph=True), expected))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y, leaves)
 
 
 def test_swiglu_equals_its_definition_for_large_values() -> None:
     gate = torch.tensor([-1e4, -100.0, -0.0, 0.0, 100.0, 1e4, float("inf")]).requires_grad_()
     up = torch.ones(7)
     (found,) = torch.autograd.grad(swiglu(gate, up).sum(), gate)
-    (plain,) = torch.autograd.grad(swiglu_plain(gate, up).sum(), gate)
+    (plain,) = torch.autograd.grad(gated_plain(gate, up, "silu").sum(), gate)
     assert torch.equal(found.nan_to_num(7.0), plain.nan_to_num(7.0))
+
+
+def plain_rms_norm(x: Tensor) -> Tensor:
+    norm = modeling_llama.LlamaRMSNorm(x.shape[-1], EPS)
+    norm.weight.data = random(x.shape[-1], dtype=x.dtype, seed=1)
+    return norm.requires_grad_(False)(x)
+
+
+def exact_rms_norm(x: Tensor) -> Tensor:
+    return random(x.shape[-1], dtype=NARROW, seed=1).to(x) * functional.rms_norm(x, x.shape[-1:], eps=EPS)
+
+
+def turned(form: Callable[..., Tensor], x: Tensor) -> Tensor:
+    return form(x[None], *(angle.to(x) for angle in angles(40, 256, NARROW)))
+
+
+@pytest.mark.parametrize(
+    ("form", "plain", "exact"),
+    [
+        (lambda x: rms_norm(x, random(x.shape[-1], dtype=x.dtype, seed=1), EPS), plain_rms_norm, exact_rms_norm),
+        (lambda x: gelu(x, "gelu_tanh"), NewGELUActivation(), lambda x: functional.gelu(x, approximate="tanh")),
+        (*(partial(turned, f) for f in (rotate, rotate_plain, rotate_plain)),),
+        *[
+            (*(partial(lambda x, f, a: f(x, x.roll(1, 0), a), f=f, a=activation) for f in (gated, *2 * [gated_plain])),)
+            for activation in ACTIVATIONS
+        ],
+    ],
+    ids=["rms_norm", "new gelu", "rotate", *ACTIVATIONS],
+)  # fmt: skip
+def test_error_in_bfloat16_is_not_larger_than_that_of_transformers(
+    form: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor], exact: Callable[[Tensor], Tensor]
+) -> None:
+    x = random(3, 40, 256, dtype=NARROW).requires_grad_()
+    dy = random(3, 40, 256, dtype=NARROW, seed=7)
+    results = []
+    for function, leaf in ((form, x), (plain, x), (exact, x.detach().double().requires_grad_())):
+        y = function(leaf).view(x.shape)
+        results.append((y.detach(), *torch.autograd.grad(y, leaf, dy.to(y.dtype))))
+    for found, other, expected in zip(*results, strict=True):
+        assert found.dtype == NARROW
+        assert relative(found, expected) <= 1.02 * relative(other, expected) < 0.02
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -172,10 +250,21 @@ def test_rotation_keeps_only_the_angles() -> None:
         lambda x: layer_norm(x, random(WIDTH, dtype=x.dtype, seed=1), random(WIDTH, dtype=x.dtype, seed=2), EPS),
         lambda x: layer_norm(x, None, None, EPS),
         lambda x: swiglu(x, random(*x.shape, dtype=x.dtype, seed=1)),
-        lambda x: gelu(x, "tanh"),
-        lambda x: gelu(x, "none"),
+        lambda x: gelu(x, "gelu_tanh"),
+        lambda x: gelu(x, "gelu"),
+        lambda x: rms_norm(x, random(WIDTH, dtype=x.dtype, seed=1), EPS, 1.0),
+        lambda x: gated(x, random(*x.shape, dtype=x.dtype, seed=1), "gelu_tanh"),
     ],
-    ids=["rms_norm", "layer_norm", "layer_norm without weights", "swiglu", "gelu tanh", "gelu erf"],
+    ids=[
+        "rms_norm",
+        "layer_norm",
+        "layer_norm without weights",
+        "swiglu",
+        "gelu tanh",
+        "gelu erf",
+        "gemma norm",
+        "geglu",
+    ],
 )
 def test_recipe_computes_the_tensor_again_bit_for_bit(form: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
     # More rows than one thread takes, and a width that is not a multiple of a vector register.

@@ -21,6 +21,7 @@ from lora_ft.models.load import load_base
 from lora_ft.objectives.sft import Sft
 from lora_ft.ops import attention
 from lora_ft.ops.batch import Batch
+from lora_ft.ops.device import GPU, standing_for
 from lora_ft.ops.dropout import switch_off_dropout
 from lora_ft.ops.token_loss import token_loss_sum
 
@@ -53,7 +54,12 @@ def test_packed_documents_have_the_loss_and_gradients_of_single_documents(family
     model = tiny_model(family, dtype=torch.float64)
     batch = packed()
     seen = []
-    for fast, batches in ((FAST, [batch]), (PLAIN, [batch]), (PLAIN, batch.documents()), (FAST, batch.documents())):
+    padded = batch.padded(16)
+    assert len(padded.ids) == 32 and len(padded.documents()) == len(LENGTHS)
+    for fast, batches in (
+        (FAST, [batch]), (PLAIN, [batch]), (PLAIN, batch.documents()), (FAST, batch.documents()),
+        (FAST, [padded]), (PLAIN, [padded]), (FAST, padded.documents()),
+    ):  # fmt: skip
         paths = accelerate(model, fast).paths
         # A head that trains uses the plain loss; a frozen one uses the chunked loss.
         model.get_output_embeddings().requires_grad_(fast is PLAIN)
@@ -64,6 +70,16 @@ def test_packed_documents_have_the_loss_and_gradients_of_single_documents(family
     for loss, gradient in seen[1:]:
         assert relative(loss, seen[0][0]) < 1e-13
         assert relative(gradient, seen[0][1]) < 1e-12
+
+
+def test_batches_are_padded_for_a_gpu_only() -> None:
+    batch = packed((70, 40))
+    with standing_for(GPU):
+        moved = batch.to(torch.device("meta"))
+    assert (len(moved.ids), moved.all_starts, moved.starts) == (128, [0, 70, 110, 128], [0, 70, 110])
+    assert moved.counts == batch.counts and len(moved.supervised) == len(batch.supervised)
+    assert len(batch.to(torch.device("cpu")).ids) == 110
+    assert batch.padded(55) is batch
 
 
 def test_ignored_document_boundaries_change_the_loss() -> None:

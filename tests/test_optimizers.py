@@ -69,10 +69,17 @@ def test_clip_keeps_gradients_below_the_limit_and_zero_disables_it() -> None:
     assert gradients.tolist() == [3.0, 4.0]
 
 
-def test_clip_reports_nonfinite_gradients_without_changing_them() -> None:
-    gradients = torch.tensor([float("inf"), 4.0])
-    assert optimizers.clip(gradients, 1.0) == math.inf
-    assert gradients.tolist() == [math.inf, 4.0]
+@pytest.mark.parametrize("max_norm", [1.0, 100.0])
+def test_clip_in_float32_gives_the_bits_of_torch(max_norm: float) -> None:
+    gradients = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    expected = nn.Parameter(gradients.clone())
+    expected.grad = gradients.clone()
+    assert torch.equal(optimizers.clip(gradients, max_norm), nn.utils.clip_grad_norm_([expected], max_norm))
+    assert torch.equal(gradients, expected.grad)
+
+
+def test_clip_reports_the_norm_of_a_nonfinite_gradient() -> None:
+    assert optimizers.clip(torch.tensor([float("inf"), 4.0]), 1.0) == math.inf
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw"])

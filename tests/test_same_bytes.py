@@ -79,6 +79,7 @@ def test_installed_command_gives_the_same_bytes_as_this_process(
     "change",
     [
         ("train.eval_every_steps=4", "train.eval_rows=1", "train.save_every_steps=3", "train.keep_checkpoints=2"),
+        ("train.deterministic=true", "train.log_every_steps=4"),
         ("train.eval_every_steps=1", "track=tensorboard", "train.samples=1", "train.gradient_checkpointing=every_1"),
     ],
 )

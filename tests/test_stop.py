@@ -104,9 +104,9 @@ def test_second_signal_stops_at_once_and_keeps_the_last_checkpoint(
     with pytest.MonkeyPatch.context() as patch:
         if moment == "in the step":
             third = lambda state, *_: state.step == 2  # noqa: E731
-            signal_when(patch, trainer, "_gradient", third, signal.SIGTERM, signal.SIGINT)
+            signal_when(patch, trainer, "compute_gradient", third, signal.SIGTERM, signal.SIGINT)
         else:
-            signal_when(patch, trainer, "_gradient", lambda state, *_: state.step == 2, signal.SIGTERM)
+            signal_when(patch, trainer, "compute_gradient", lambda state, *_: state.step == 2, signal.SIGTERM)
             state = lambda path, *_: path.name == checkpoint.STATE and saved(run)[-1] == "step-00000002"  # noqa: E731
             signal_when(patch, durable, "_opened", state, signal.SIGINT)
         assert call("train", *overrides, f"hydra.run.dir={run}") == 130

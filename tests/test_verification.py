@@ -18,7 +18,7 @@ from tiny import tiny_folder
 from lora_ft import config
 from lora_ft.adapters import files, provenance
 from lora_ft.errors import MismatchError, SecurityError
-from lora_ft.models.load import resolve_dtype
+from lora_ft.models.device import resolve_dtype
 from lora_ft.models.quantize import import_bitsandbytes
 from lora_ft.publishing import checksums, verification, verify_worker
 

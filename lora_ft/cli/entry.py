@@ -44,9 +44,9 @@ class Invocation:
 @redact.shown()
 def run(command: str | None = None, arguments: list[str] | None = None) -> NoReturn:
     """Run one command and exit with its code. `arguments` follow the command's name; default: those of the process."""
-    process.prepare()
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        process.prepare()
         code = _command(arguments if command is None else [command, *arguments])
         sys.stdout.flush()  # here: if the reader has left, Python would print a traceback while it shuts down
     except (LoraFtError, Interrupted) as error:

@@ -30,7 +30,8 @@ from lora_ft.models.acceleration import accelerated
 from lora_ft.ops.batch import Batch
 from lora_ft.values import BaseWeights
 
-_PLAIN = config.Fast(**{field.name: False for field in fields(config.Fast)})
+_OFF: dict[str, Any] = {field.name: False for field in fields(config.Fast) if field.type is bool}
+_PLAIN = config.Fast(**_OFF)
 _TOKENS_PER_PASS = 1024  # logits of two models are in memory: 0.4 GB for a vocabulary of 49,152
 
 

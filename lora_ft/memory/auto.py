@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from lora_ft.data.packing import micro_batches
 from lora_ft.memory.trace import trace_loaded
+from lora_ft.models.load import first_line
 from lora_ft.ops.gradient_checkpointing import available_bytes, recomputable_layers
 from lora_ft.training.state import TrainingState
 
@@ -52,7 +53,10 @@ def choose(state: TrainingState) -> tuple[str, str]:
         found = trace_loaded(state, lengths, setting)
         return found.peak_bytes - found.loaded_bytes
 
-    setting = fewest_recomputed(layers, needed, int(USABLE * free))
+    try:
+        setting = fewest_recomputed(layers, needed, int(USABLE * free))
+    except Exception as error:  # code of a model family that does not run without values: do not end the run for it
+        return "every_1", f"the step cannot be traced: {type(error).__name__}: {first_line(error)}"
     figures = ", ".join(f"{each} {needed(each) / 1e9:.2f}" for each in ("off", "every_1") if each != setting)
     return setting, (
         f"a step of {sum(lengths):,} tokens needs {needed(setting) / 1e9:.2f} GB more ({figures}), "

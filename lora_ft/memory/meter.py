@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lora_ft.ops.device import target
 
 _aten = torch.ops.aten
 _BLOCK = 512  # CUDA's allocator rounds every tensor up to a multiple of this, and counts it so
@@ -85,7 +87,10 @@ class Meter(TorchDispatchMode):
             self.synchronisations.append(f"{self.phase}: {func}")
             return read
         if on_device and func.overloadpacket is not _aten.copy_ and any(t.dim() and not t.is_meta for t in given):
-            raise HostDeviceMix(f"{func} in the {self.phase} got tensors of the host and of the device")
+            if target(on_device[0].device).kind == "cpu":  # then host and device are one
+                args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+            else:
+                raise HostDeviceMix(f"{func} in the {self.phase} got tensors of the host and of the device")
         if on_device and func.overloadpacket is _aten._grouped_mm:
             result = _grouped_mm(func, args, kwargs)
         else:

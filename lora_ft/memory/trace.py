@@ -29,13 +29,14 @@ from lora_ft.memory.meter import Meter
 from lora_ft.memory.twin import on_meta
 from lora_ft.models.acceleration import accelerate, accelerated_lora
 from lora_ft.models.meta_quantize import quantize_meta
-from lora_ft.ops.device import GPU, Target, standing_for, target_of
+from lora_ft.ops.device import GPU, Target, standing_for, target
 from lora_ft.ops.dropout import switch_off_dropout
 from lora_ft.ops.gradient_checkpointing import recomputed_layers
 from lora_ft.ops.token_loss import Paths
 from lora_ft.training import state as training_state
 from lora_ft.training.ranks import Ranks
 from lora_ft.training.state import NAME, TrainingState
+from lora_ft.training.step import Step, read
 from lora_ft.training.trainer import apply_gradient, compute_gradient
 
 PHASES = ("forward", "loss", "backward", "optimizer")
@@ -100,7 +101,7 @@ def trace_loaded(state: TrainingState, lengths: Sequence[int], gradient_checkpoi
     The state does not change. An adapter that is attached and accelerated is traced as it is.
     """
     train = dataclasses.replace(state.cfg.train, gradient_checkpointing=gradient_checkpointing)
-    with standing_for(target_of(state.base.device)), Meter() as meter, _fused_on_meta():
+    with standing_for(target(state.base.device)), Meter() as meter, _fused_on_meta():
         meter.phase = "base"
         cfg = dataclasses.replace(state.cfg, train=train)
         with torch.random.fork_rng(devices=[]):
@@ -117,8 +118,8 @@ def _trace(
     meter.assign([state.flat.values], "adapter")
     meter.assign([state.flat.gradients], "gradient")
     loaded = meter.live_bytes
-    # The metrics of a step that was not computed: only the optimizer's state is wanted of it.
-    apply_gradient(state, {"tokens": 1, "seconds": 1.0, "loss": 1.0})
+    # A step that was not computed; only the optimizer's state is wanted of it.
+    apply_gradient(state, Step(1, [], {"tokens": 1}, ["loss"], state.flat.values[:0], 1.0, 1.0))
     moments = (value for memory in state.optimizer.state.values() for value in memory.values())
     meter.assign([value for value in moments if isinstance(value, torch.Tensor) and value.is_meta], "optimizer")
     resident = {name: count for name, count in meter.live.items() if count}
@@ -126,8 +127,9 @@ def _trace(
     plain: set[str] = set()
     with recomputed_layers(state.base, state.gradient_checkpointing), _phases(meter, state, plain):
         meter.phase = "forward"
-        metrics = compute_gradient(state, Ranks(), audited=False)
-        apply_gradient(state, metrics)
+        step = compute_gradient(state, Ranks(), audited=False)
+        read([step], Ranks())
+        apply_gradient(state, step)
     peak_phase = max(PHASES, key=lambda phase: meter.peaks[phase])
     return StepTrace(
         peak_bytes=meter.peaks[peak_phase],

@@ -1,6 +1,7 @@
 """Base models: load a hub id, a folder or a GGUF file as a frozen model with its tokenizer.
 
     load         model settings -> tokenizer and frozen (quantized) model; read this first
+    device       device and dtype settings -> those of this machine; gpus: which of its GPUs torch can use
     resolve      model.path -> a checked folder on this machine
     gguf         GGUF file -> such a folder, converted once and cached
     families     layouts of the model families, in transformers and in GGUF

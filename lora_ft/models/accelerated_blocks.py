@@ -4,9 +4,9 @@ module.forward(x)    gradients enabled, weights frozen -> ops.norm, ops.mlp, ops
                      anything else (evaluation, generation, a norm that trains) -> transformers' forward
 
 The structure of a block decides whether it is a candidate. The fast form of each candidate class is then compared
-with the class's own forward: value and input gradient, in float32, on a small copy with random weights. So the size,
-dtype and quantization of the loaded weights cannot hide a difference. A class that differs (Gemma multiplies by
-1 + weight) stays plain.
+with the class's own forward: value and input gradient, on a small copy with random weights, in float32 and in the
+model's dtype if that is half precision. So the size and quantization of the loaded weights cannot hide a difference.
+Forms are tried in order: the chosen kernels, then the eager ones. A class that none of them equals stays plain.
 
 This module only makes forwards. models/acceleration.py installs them.
 """
@@ -23,15 +23,17 @@ from torch import Tensor, nn
 from transformers import activations
 
 from lora_ft import config
-from lora_ft.ops.kernels import Kernels
+from lora_ft.ops.kernels import OWN, Kernels
 from lora_ft.ops.mlp import gelu
 from lora_ft.ops.norm import layer_norm
 
 Forward = Callable[..., Any]
+Form = Callable[[Any, Kernels], Forward]
 
 _ROTATION = "apply_rotary_pos_emb"
 _GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-_TOLERANCE = 1e-5  # for values and gradients, relative to their norms, in float32
+# For values and gradients, relative to their norms. A rounding to half precision is a third of its tolerance at most.
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2 * 2**-7, torch.float16: 2 * 2**-10}
 _HEAD_WIDTH = 16
 
 
@@ -44,27 +46,31 @@ def fast_forwards(
     """
     wanted = {"norm": fast.norm, "mlp": fast.mlp, "rope": fast.rope}
     forwards: dict[nn.Module, Forward] = {}
-    replaced, plain = Counter[str](), Counter[str]()
-    compared: dict[Any, bool] = {}
+    replaced, plain, eager = Counter[str](), Counter[str](), Counter[str]()
+    chosen: dict[Any, tuple[Form, Kernels] | None] = {}
+    dtype = getattr(model, "dtype", torch.float32)
     for module in model.modules():
-        setting, form = _candidate(module)
+        setting, forms = _candidate(module)
         if not setting or not wanted[setting] or "forward" in vars(module):
             continue
-        if form is not None and check:
-            key = _rotation_of(module) if setting == "rope" else type(module)
-            if key not in compared:
-                compared[key] = _is_equal(setting, module, form, kernels)
-            if not compared[key]:
-                form = None
-        if form is None:
+        key = _rotation_of(module) if setting == "rope" and forms else (type(module), _activation(module), len(forms))
+        if key not in chosen:
+            options = [(form, each) for each in dict.fromkeys((kernels, OWN)) for form in forms]
+            equal = (option for option in options if not check or _is_equal(setting, module, *option, dtype))
+            chosen[key] = next(equal, None)
+        found = chosen[key]
+        if found is None:
             plain[type(module).__name__] += 1
             continue
+        form, used = found
         replaced[setting] += 1
+        eager[type(module).__name__] += used is not kernels
         # Only partial objects: a deep copy of the module (PEFT's modules_to_save) computes with its own weights.
-        forwards[module] = partial(_forward, module, module.forward, form(module, kernels))
+        forwards[module] = partial(_forward, module, module.forward, form(module, used))
     lines = [f"plain {setting}: fast.{setting}=false" for setting, on in wanted.items() if not on]
     if counts := [f"{replaced[setting]} {setting}" for setting in wanted if replaced[setting]]:
         lines.append(f"accelerated blocks: {', '.join(counts)}")
+    lines += [f"{n} blocks with eager kernels, since {kernels.name} differs: {name}" for name, n in eager.items() if n]
     return forwards, lines + [f"{count} blocks compute as transformers does: {name}" for name, count in plain.items()]
 
 
@@ -74,24 +80,37 @@ def _forward(module: Any, plain: Forward, fast: Forward, *arguments: Any, **opti
     return (fast if torch.is_grad_enabled() and not trains else plain)(*arguments, **options)
 
 
-def _candidate(module: Any) -> tuple[str, Callable[[Any, Kernels], Forward] | None]:
-    """Return the setting that controls a block ("" if none), and the function that makes its fast forward (or None)."""
+def _candidate(module: Any) -> tuple[str, list[Form]]:
+    """Return the setting that controls a block ("" if none), and functions that make its fast forward."""
     cls = type(module)
     if cls is nn.LayerNorm and len(module.normalized_shape) == 1:
-        return "norm", lambda layer, _: partial(_layer_norm, layer)
+        return "norm", [lambda layer, _: partial(_layer_norm, layer)]
     if _is_rms_norm(module):
-        return "norm", lambda layer, kernels: partial(_rms_norm, layer, kernels)
-    if module._modules.keys() == _GATED and isinstance(module.act_fn, nn.SiLU | activations.SiLUActivation):
-        return "mlp", lambda layer, kernels: partial(_gated_mlp, layer, kernels)
-    if approximate := _approximation(module):
-        return "mlp", lambda *_: partial(gelu, approximate=approximate)
+        # Weights of norms are multiplied as they are, or after adding 1 in families such as Gemma.
+        return "norm", [partial(_rms_norm_form, offset=offset) for offset in (0.0, 1.0)]
+    if activation := _activation(module):
+        gates = module._modules.keys() == _GATED
+        return "mlp", [_gated_form if gates else lambda *_: partial(gelu, activation=activation)]
     if _ROTATION in _names_in(cls.forward):
-        return "rope", _rotating
+        return "rope", [_rotating]
     if cls.__name__.endswith("Norm"):
-        return "norm", None
-    if cls.__name__.endswith("MLP") and not any(_approximation(child) for child in module.children()):
-        return "mlp", None
-    return "", None
+        return "norm", []
+    if cls.__name__.endswith("MLP") and not any(_activation(child) for child in module.children()):
+        return "mlp", []
+    return "", []
+
+
+def _activation(module: Any) -> str:
+    """Return the name in ops/mlp of the activation of a gated MLP, or of a GELU itself; "" for another module."""
+    if module._modules.keys() == _GATED:
+        silu = isinstance(module.act_fn, nn.SiLU | activations.SiLUActivation)
+        return "silu" if silu else _activation(module.act_fn)
+    if type(module) is activations.NewGELUActivation:
+        return "gelu_tanh"
+    act = getattr(module, "act", None)
+    if type(module) is activations.GELUTanh and isinstance(act, partial) and act.func is nn.functional.gelu:
+        return "gelu_tanh"
+    return "gelu" if type(module) is activations.GELUActivation and act is nn.functional.gelu else ""
 
 
 def _is_rms_norm(module: Any) -> bool:
@@ -110,30 +129,29 @@ def _epsilon(module: Any) -> Any:
     return getattr(module, "variance_epsilon", getattr(module, "eps", None))
 
 
-def _rms_norm(module: Any, kernels: Kernels, x: Tensor) -> Tensor:
+def _rms_norm_form(layer: Any, kernels: Kernels, offset: float) -> Forward:
+    return partial(_rms_norm, layer, kernels, offset)
+
+
+def _rms_norm(module: Any, kernels: Kernels, offset: float, x: Tensor) -> Tensor:
     # transformers rounds to float32 even in float64, and model families cast mixed dtypes at different points.
     if x.dtype == torch.float64 or x.dtype != module.weight.dtype:
         plain: Tensor = type(module).forward(module, x)
         return plain
-    return kernels.rms_norm(x, module.weight, _epsilon(module))
+    return kernels.rms_norm(x, module.weight, _epsilon(module), offset)
 
 
 def _layer_norm(module: Any, x: Tensor) -> Tensor:
     return layer_norm(x, module.weight, module.bias, module.eps)
 
 
-def _gated_mlp(module: Any, kernels: Kernels, x: Tensor) -> Tensor:
-    product: Tensor = module.down_proj(kernels.swiglu(module.gate_proj(x), module.up_proj(x)))
+def _gated_form(layer: Any, kernels: Kernels) -> Forward:
+    return partial(_gated_mlp, layer, kernels, _activation(layer))
+
+
+def _gated_mlp(module: Any, kernels: Kernels, activation: str, x: Tensor) -> Tensor:
+    product: Tensor = module.down_proj(kernels.gated(module.gate_proj(x), module.up_proj(x), activation))
     return product
-
-
-def _approximation(module: nn.Module) -> str:
-    """Return torch's name for the GELU that an activation computes; empty for another function."""
-    if type(module) is activations.NewGELUActivation:
-        return "tanh"
-    if type(module) is activations.GELUActivation and module.act is nn.functional.gelu:
-        return "none"
-    return ""
 
 
 def _names_in(function: Any) -> tuple[str, ...]:
@@ -170,12 +188,17 @@ def _rotate_both(kernels: Kernels, plain: Forward, *arguments: Any, **options: A
     return rotated
 
 
-def _is_equal(setting: str, module: Any, form: Callable[[Any, Kernels], Forward], kernels: Kernels) -> bool:
-    """Compare a block's forward with its fast form on a small random copy, in float32 on the block's device."""
-    if isinstance(module, nn.LayerNorm) or _approximation(module):
+def _is_equal(setting: str, module: Any, form: Form, kernels: Kernels, dtype: torch.dtype) -> bool:
+    """Compare a block's forward with its fast form on a small random copy, in float32 and a half-precision `dtype`."""
+    if isinstance(module, nn.LayerNorm) or (_activation(module) and module._modules.keys() != _GATED):
         return True  # torch's own functions
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    drawn = partial(_drawn, torch.Generator().manual_seed(0), device)
+    dtypes = (torch.float32, dtype) if dtype in (torch.bfloat16, torch.float16) else (torch.float32,)
+    drawn = (partial(_drawn, torch.Generator().manual_seed(0), device, each) for each in dtypes)
+    return all(_is_equal_for(setting, module, form, kernels, draw) for draw in drawn)
+
+
+def _is_equal_for(setting: str, module: Any, form: Form, kernels: Kernels, drawn: Callable[..., Tensor]) -> bool:
     if setting == "rope":
         rotation = _rotation_of(module)
         return _is_same_rotation(rotation, kernels, drawn, _HEAD_WIDTH) and (
@@ -220,8 +243,8 @@ def _rotation_inputs(drawn: Callable[..., Tensor], width: int) -> tuple[Tensor, 
     return drawn(1, 4, 3, _HEAD_WIDTH), drawn(1, 2, 3, _HEAD_WIDTH), angles.cos(), angles.sin()
 
 
-def _drawn(generator: torch.Generator, device: torch.device, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=generator).to(device)
+def _drawn(generator: torch.Generator, device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator).to(device, dtype)
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Module:
@@ -239,13 +262,15 @@ def _agree(plain: Forward, fast: Forward, inputs: tuple[Tensor, ...]) -> bool:
         try:
             results = function(*leaves)
             results = results if isinstance(results, tuple) else (results,)
-            total = sum((r * torch.linspace(-1, 2, r.numel(), device=r.device).view(r.shape)).sum() for r in results)
+            total = sum(
+                (r.float() * torch.linspace(-1, 2, r.numel(), device=r.device).view(r.shape)).sum() for r in results
+            )
             found.append([*results, *torch.autograd.grad(total, leaves)])
         except torch.OutOfMemoryError:
             raise
         except Exception:  # for example another signature: the two are not the same, whatever the error
             return False
     return len(found[0]) == len(found[1]) and all(
-        a.shape == b.shape and a.dtype == b.dtype and bool((a - b).norm() <= _TOLERANCE * a.norm())
+        a.shape == b.shape and a.dtype == b.dtype and bool((a - b).norm() <= _TOLERANCE[a.dtype] * a.norm())
         for a, b in zip(*found, strict=True)
     )

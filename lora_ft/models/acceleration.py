@@ -179,7 +179,7 @@ def _accelerate(
         chosen = [f"plain paths, one row per forward pass: {problem}"]
     made.reasons += [*chosen, *lines]
     if forwards and kernels is not OWN:
-        made.reasons.append(f"norm, SwiGLU and RoPE by {'torch.compile' if fast.compile else 'Liger'}")
+        made.reasons.append(f"norm, gated activation and rotary embedding by {kernels.name}")
 
 
 def _store(undo: ExitStack, model: PreTrainedModel, modules_to_save: Collection[str]) -> int:

@@ -12,6 +12,7 @@ and several processes share them.
 
 import contextlib
 import json
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import torch
 from lora_ft import config
 from lora_ft.errors import ConfigError, ResourceError
 from lora_ft.models import quantize
+from lora_ft.models.device import auto_dtype, resolve_device, resolve_dtype
 from lora_ft.models.resolve import Identity, locate
 from lora_ft.models.storage import copy_mapped_weights
 
@@ -32,7 +34,9 @@ if TYPE_CHECKING:
 # Old checkpoints contain the causal mask's fill value, a constant, which not every model class declares.
 _MASK = re.compile(r"\.masked_bias$")
 
-__all__ = ["Base", "Identity", "load_base", "load_tokenizer", "read_tokenizer", "resolve_device", "resolve_dtype"]
+__all__ = ["Base", "Identity", "load_base", "load_tokenizer", "read_tokenizer"]
+
+log = logging.getLogger("lora_ft")
 
 
 @dataclass(frozen=True)
@@ -43,29 +47,6 @@ class Base:
     tokenizer: "PreTrainedTokenizerBase"
     identity: Identity
     quantized: tuple[str, ...]
-
-
-def resolve_device(device: str) -> torch.device:
-    """Return the device for auto, cpu, cuda, cuda:N or mps; raises ConfigError if this machine does not have it."""
-    count = torch.cuda.device_count()
-    present = [f"cuda:{i}" for i in range(count)] + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    wanted = {"auto": present[0], "cuda": "cuda:0"}.get(device, device)
-    if wanted not in present:
-        raise ConfigError(f"device={device} is not available on this machine: choose one of {', '.join(present)}")
-    return torch.device(wanted)
-
-
-def resolve_dtype(dtype: config.Dtype, device: torch.device) -> torch.dtype:
-    """Return the torch dtype; auto is bfloat16 on a GPU that computes in it, otherwise float32.
-
-    Raises ConfigError for float16 on a CPU, where its products are slow and activations beyond 65,504 overflow.
-    """
-    if dtype is config.Dtype.auto:
-        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if has_bfloat16 else torch.float32
-    if dtype is config.Dtype.float16 and device.type == "cpu":
-        raise ConfigError("float16 is not for CPUs, where it is slow and overflows easily: use bfloat16 or float32")
-    return getattr(torch, dtype.value)
 
 
 def load_tokenizer(model: config.Model) -> "PreTrainedTokenizerBase":
@@ -154,6 +135,8 @@ def load_base(
     identity = locate(model)
     target = resolve_device(device)
     dtype = resolve_dtype(model.dtype, target)
+    if model.dtype is config.Dtype.auto and (reason := auto_dtype(target)[1]):
+        log.info(reason)
     compute = dtype if quant.compute_dtype is config.Dtype.auto else resolve_dtype(quant.compute_dtype, target)
     tokenizer = tokenizer or load_tokenizer(model)
     network = _load_weights(

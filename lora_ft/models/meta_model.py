@@ -15,6 +15,7 @@ import torch
 from lora_ft import config
 from lora_ft.errors import ConfigError
 from lora_ft.models import load
+from lora_ft.models.device import resolve_device, resolve_dtype
 from lora_ft.models.load import Base
 from lora_ft.models.resolve import locate
 
@@ -36,10 +37,10 @@ def load_meta_model(
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     identity = locate(model, weights=False)
-    target = load.resolve_device(device)
-    dtype = load.resolve_dtype(model.dtype, target)
+    target = resolve_device(device)
+    dtype = resolve_dtype(model.dtype, target)
     if quant.compute_dtype is not config.Dtype.auto:
-        load.resolve_dtype(quant.compute_dtype, target)
+        resolve_dtype(quant.compute_dtype, target)
     folder = Path(str(identity.folder))
     try:
         with load.quiet(), torch.device("meta"):

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lora_ft.ops.device import Target, target_of
+from lora_ft.ops.device import Target, target
 from lora_ft.ops.tiled_attention import tiled_attention, visible, worth_it
 
 NAME = "lora_ft_packed"
@@ -55,7 +55,7 @@ class Kernel(NamedTuple):
 
 def choose_kernel(device: torch.device, dtype: torch.dtype, head_width: int) -> Kernel:
     """Return the fastest exact kernel for queries of this dtype and head width on this device."""
-    return _choose_kernel(target_of(device), dtype, head_width)
+    return _choose_kernel(target(device), dtype, head_width)
 
 
 @functools.cache
@@ -168,7 +168,7 @@ def _takes_grouped_keys(query: Tensor, value: Tensor, *, masked: bool) -> bool:
     Of torch's kernels on CUDA, the memory-efficient one takes no grouped heads (pytorch issue 181528), and flash
     attention takes no mask. Expanded keys and values cost H / G times their memory, which grows with T only.
     """
-    if target_of(query.device).kind != "cuda":
+    if target(query.device).kind != "cuda":
         return True
     runs_flash = choose_kernel(query.device, query.dtype, query.shape[-1]).name == "varlen"
     return runs_flash and not masked and query.shape[-1] == value.shape[-1]

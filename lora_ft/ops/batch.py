@@ -16,18 +16,33 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from lora_ft.ops.device import target
 
 IGNORED = -100  # torch's cross-entropy ignores this target by default
 
 
+# A GPU's allocator keeps blocks of every size that a step asked for: fewer sizes leave fewer gaps.
+_PADDED_TO = 64
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Concatenated documents. ids, positions, targets: int64 [tokens]; starts: cumulative document boundaries."""
+    """Concatenated documents. ids, positions, targets: int64 [tokens]; starts: cumulative document boundaries.
+
+    Tokens after the last boundary are padding: a model computes them as a document of their own, without targets.
+    """
 
     ids: Tensor
     positions: Tensor
     targets: Tensor
     starts: list[int]
+
+    @property
+    def all_starts(self) -> list[int]:
+        """Document boundaries, with the padding as a last document."""
+        return self.starts if self.starts[-1] == len(self.ids) else [*self.starts, len(self.ids)]
 
     @cached_property
     def supervised(self) -> Tensor:
@@ -42,17 +57,38 @@ class Batch:
         return counts
 
     def to(self, device: torch.device) -> "Batch":
-        """Copy the batch to a device. Supervised positions are found first: on a GPU this would synchronize."""
-        moved = Batch(self.ids.to(device), self.positions.to(device), self.targets.to(device), self.starts)
-        vars(moved).update(counts=self.counts, supervised=self.supervised.to(device))
+        """Copy the batch to a device, with indices and counts of the supervised positions, computed on the host.
+
+        For a GPU it is padded. The host does not wait for a GPU: it copies from pinned memory, which torch keeps until
+        the copy is done.
+        """
+        batch = self.padded(_PADDED_TO) if target(device).kind == "cuda" else self
+
+        def copy(tensor: Tensor) -> Tensor:
+            return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+        moved = Batch(copy(batch.ids), copy(batch.positions), copy(batch.targets), self.starts)
+        vars(moved).update(counts=self.counts, supervised=copy(self.supervised))
         return moved
 
+    def padded(self, multiple: int) -> "Batch":
+        """Return the batch with padding up to a multiple of tokens."""
+        missing = -len(self.ids) % multiple
+        if not missing:
+            return self
+        positions = torch.cat([self.positions, torch.arange(missing, device=self.positions.device)])
+        ids, targets = pad(self.ids, (0, missing)), pad(self.targets, (0, missing), value=IGNORED)
+        return Batch(ids, positions, targets, self.starts)
+
     def documents(self) -> list["Batch"]:
-        """Split the batch into batches of one document."""
-        return [
-            Batch(self.ids[start:end], self.positions[start:end], self.targets[start:end], [0, end - start])
-            for start, end in pairwise(self.starts)
-        ]
+        """Split the batch into batches of one document; nothing is read from the device."""
+        documents = []
+        parts = zip(pairwise(self.starts), self.counts, self.supervised.split(self.counts), strict=True)
+        for (start, end), count, supervised in parts:
+            document = Batch(self.ids[start:end], self.positions[start:end], self.targets[start:end], [0, end - start])
+            vars(document).update(counts=[count], supervised=supervised - start)
+            documents.append(document)
+        return documents
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, linear
 
 from lora_ft.ops.cross_entropy_cpu import BlockedCrossEntropy
-from lora_ft.ops.device import target_of
+from lora_ft.ops.device import target
 from lora_ft.ops.logits import PRODUCT, HeadLora, LogitMap, at_least_float32
 
-CHUNK_BYTES = 256 * 2**20  # of fp32 logits; half precision adds half as much, and a soft cap in fp32 as much again
+CHUNK_BYTES = 192 * 2**20  # of fp32 logits; half precision adds half as much, and a soft cap in fp32 as much again
 
 
 def linear_cross_entropy_plain(
@@ -77,7 +77,7 @@ def linear_cross_entropy(
 
 def fits_processor_cache(device: torch.device) -> bool:
     """Return True if the loss is cut into blocks for the cache of a CPU; on other devices launches cost more."""
-    return target_of(device).kind == "cpu"
+    return target(device).kind == "cpu"
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -105,9 +105,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         minus_one = hidden.new_full((size, 1), -1, dtype=torch.promote_types(hidden.dtype, torch.float32))
         found = []
         of_parts = itertools.repeat(None) if of_hidden is None else of_hidden.split(size)
-        for rows, target, of_rows in zip(hidden.split(size), targets[:, None].split(size), of_parts, strict=False):
+        for rows, words, of_rows in zip(hidden.split(size), targets[:, None].split(size), of_parts, strict=False):
             gradients = (of_rows, of_a, of_b) if any(ctx.needs_input_grad) else None
-            found.append(_chunk(rows, weight, bias, lora, logit_map, target, minus_one, gradients))
+            found.append(_chunk(rows, weight, bias, lora, logit_map, words, minus_one, gradients))
         ctx.save_for_backward(of_hidden, of_a, of_b)
         return -torch.cat(found).sum()
 
@@ -115,7 +115,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         # Not in place: a second backward over the same graph must find the same gradients.
-        scaled = [None if g is None else g * grad_outputs[0].to(g.dtype) for g in ctx.saved_tensors]
+        scaled = [None if g is None else g * grad_outputs[0] for g in ctx.saved_tensors]
         return (*scaled, None, None, None, None, None)
 
 

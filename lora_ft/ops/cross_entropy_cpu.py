@@ -78,7 +78,7 @@ class BlockedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         # Not in place: a second backward over the same graph must find the same gradients.
-        scaled = [None if g is None else g * grad_outputs[0].to(g.dtype) for g in ctx.saved_tensors]
+        scaled = [None if g is None else g * grad_outputs[0] for g in ctx.saved_tensors]
         return (*scaled, None, None, None, None, None)
 
 

@@ -1,10 +1,10 @@
 """The device that code computes for: that of a tensor or, for tensors without values, the one that they stand for.
 
-    target_of(torch.device("cuda:0"))     Target("cuda", (8, 9), has_flash=True)
+    target(torch.device("cuda:0"))     Target("cuda", (8, 9), has_flash=True)
     with standing_for(GPU):            a trace (memory/trace.py) runs the code for a GPU on the meta device
-        target_of(torch.device("meta"))   GPU
+        target(torch.device("meta"))   GPU
 
-Code that takes another form on a GPU asks `target_of(x.device).kind`, not `x.device.type`.
+Code that takes another form on a GPU asks `target(x.device).kind`, not `x.device.type`.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ _META = Target("meta")
 _standing_for: ContextVar[Target] = ContextVar("standing_for", default=_META)
 
 
-def target_of(device: torch.device) -> Target:
+def target(device: torch.device) -> Target:
     """Return the target of a device; of the meta device the one that `standing_for` has set."""
     return _standing_for.get() if device.type == "meta" else _real(device)
 

@@ -1,10 +1,14 @@
-"""Implementations of norm, SwiGLU and RoPE: our functions, their definitions compiled by torch, or Liger's kernels.
+"""Implementations of norm, gated activation and RoPE: Liger's kernels, definitions compiled by torch, or our functions.
 
-    fast.compile=true    torch.compile of the plain definitions in ops/norm, ops/mlp and ops/rope, with their backward
-    fast.liger=true      Triton kernels of the package liger-kernel (BSD-2)
-    neither              the functions of those modules, a few kernels each
+    fast.kernels=liger     Triton kernels of the package liger-kernel (BSD-2): one launch each
+    fast.kernels=compile   torch.compile of the definitions in ops/norm, ops/mlp and ops/rope, and of their gradients
+    fast.kernels=eager     the functions of those modules, a few launches each
+    fast.kernels=auto      the first of them that this machine has; on a CPU always eager
 
-These three functions are compiled, not whole layers: a layer with LoRA, packed documents and replaced forwards breaks
+Whatever makes them, the output of a norm and the product of a gated activation have a recipe (ops/recomputable.py),
+which calls the same kernel again on the same inputs and so gives the same bits.
+
+These functions are compiled, not whole layers: a layer with LoRA, packed documents and replaced forwards breaks
 into 29 graphs, is compiled again for each set of document boundaries, and reaches torch's limit of eight (torch 2.13).
 Each function here is one graph for any number of tokens.
 """
@@ -18,69 +22,127 @@ import torch
 from torch import Tensor
 
 from lora_ft.errors import ConfigError
-from lora_ft.ops.mlp import swiglu, swiglu_plain
-from lora_ft.ops.norm import rms_norm, rms_norm_plain
+from lora_ft.ops.mlp import activation_gradient, gated, gated_plain
+from lora_ft.ops.norm import reciprocal_rms, rms_norm, rms_norm_gradients, rms_norm_plain
+from lora_ft.ops.recomputable import recomputable, with_recipe
 from lora_ft.ops.rope import rotate, rotate_plain
+from lora_ft.values import BlockKernels
 
 
 class Kernels(NamedTuple):
-    """Functions of a block: rms_norm(x, weight, eps), swiglu(gate, up), rotate(q, k, cos, sin) -> (q, k)."""
+    """Functions of a block, and their name for the log.
 
-    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
-    swiglu: Callable[[Tensor, Tensor], Tensor]
+    rms_norm(x, weight, eps, offset)    gated(gate, up, activation)    rotate(q, k, cos, sin) -> (q, k)
+    """
+
+    rms_norm: Callable[[Tensor, Tensor, float, float], Tensor]
+    gated: Callable[[Tensor, Tensor, str], Tensor]
     rotate: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    name: str
 
 
 def _rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     return rotate(q, cos, sin), rotate(k, cos, sin)
 
 
-OWN = Kernels(rms_norm, swiglu, _rotate_both)
+OWN = Kernels(rms_norm, gated, _rotate_both, "eager")
 
 
-def choose_kernels(device: torch.device, *, compile_: bool, liger: bool) -> Kernels:
-    """Return the kernels that `fast.compile` or `fast.liger` select; our own if neither is set.
+def choose_kernels(device: torch.device, choice: BlockKernels) -> Kernels:
+    """Return the kernels that `fast.kernels` selects; `auto` takes what a CUDA device and the installed packages allow.
 
-    Raises ConfigError if both are set, if the device is not a CUDA device, or if Liger is not installed.
+    Raises ConfigError for `liger` or `compile` if the device is not a CUDA device or a package is missing.
     """
-    if not (compile_ or liger):
+    if choice is BlockKernels.eager or (choice is BlockKernels.auto and device.type != "cuda"):
         return OWN
-    if compile_ and liger:
-        raise ConfigError("fast.compile and fast.liger replace the same blocks: set only one of them")
+    setting = f"fast.kernels={choice.value}"
     if device.type != "cuda":
-        name = "fast.compile" if compile_ else "fast.liger"
-        raise ConfigError(f"{name}=true needs a CUDA device, but this run uses {device.type}: set {name}=false")
-    if compile_:
+        raise ConfigError(f"{setting} needs a CUDA device, but this run uses {device.type}: set fast.kernels=auto")
+    missing = {name for name in ("triton", "liger_kernel") if importlib.util.find_spec(name) is None}
+    if choice is not BlockKernels.compile and not missing:
+        return liger_kernels()
+    if choice is BlockKernels.liger:
+        raise ConfigError(f"{setting} needs the package liger-kernel: pip install 'lora_ft[cuda]'")
+    if "triton" not in missing:
         return compiled_kernels()
-    if importlib.util.find_spec("liger_kernel") is None:
-        raise ConfigError("fast.liger=true needs the package liger-kernel: pip install liger-kernel")
-    return liger_kernels()
+    if choice is BlockKernels.compile:
+        raise ConfigError(f"{setting} needs the package triton, which torch for CUDA comes with: pip install triton")
+    return OWN
 
 
 @functools.cache
-def compiled_kernels(backend: str = "inductor") -> Kernels:
-    """Compile the plain definitions, each for any number of tokens; results are equal up to rounding."""
+def compiled_kernels(backend: Any = "inductor") -> Kernels:
+    """Compile the plain definitions and their gradients, each for any number of tokens; equal up to rounding."""
+    compiled = functools.partial(torch.compile, dynamic=True, fullgraph=True, backend=backend)
 
+    @functools.cache
+    def norm_pair(eps: float, offset: float) -> tuple[Callable[..., Tensor], Callable[..., Any]]:
+        def norm(x: Tensor, weight: Tensor) -> Tensor:
+            return rms_norm_plain(x, weight, eps, offset)
+
+        def gradients(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, None]:
+            return rms_norm_gradients(dy, x, reciprocal_rms(x, eps), weight, offset)[0], None
+
+        return compiled(norm), compiled(gradients)
+
+    @functools.cache
+    def gated_pair(activation: str) -> tuple[Callable[..., Tensor], Callable[..., Any]]:
+        def product(gate: Tensor, up: Tensor) -> Tensor:
+            return gated_plain(gate, up, activation)
+
+        def gradients(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+            return activation_gradient(dy * up, gate, activation), gated_plain(gate, dy, activation)
+
+        return compiled(product), compiled(gradients)
+
+    @compiled
     def rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         return rotate_plain(q, cos, sin), rotate_plain(k, cos, sin)
 
-    compiled = functools.partial(torch.compile, dynamic=True, fullgraph=True, backend=backend)
-    return Kernels(compiled(rms_norm_plain), compiled(swiglu_plain), compiled(rotate_both))
+    return Kernels(
+        lambda x, weight, eps, offset: recomputable(*norm_pair(eps, offset), x, weight),
+        lambda gate, up, activation: recomputable(*gated_pair(activation), gate, up),
+        rotate_both,
+        "torch.compile",
+    )
 
 
 def liger_kernels() -> Kernels:
-    """Return Liger's autograd functions (liger-kernel 0.8.5), in Llama's casting mode, as transformers computes.
+    """Return Liger's functions (liger-kernel 0.8.5), with the casts of transformers' Llama, or Gemma for an offset.
 
-    Its SwiGLU writes the gradients over its saved gate and up, so a graph allows one backward, enough for training.
+    The gradients of gate and up are written over gate and up, which saves two tensors [T, F]; a second backward over
+    the same graph is an error of autograd. Their version counters are raised here, since the kernels do not.
     """
-    functions: Any = importlib.import_module("liger_kernel.ops")
+    ops: Any = importlib.import_module("liger_kernel.ops")
+    pairs = {"silu": (ops.swiglu_forward, ops.swiglu_backward), "gelu_tanh": (ops.geglu_forward, ops.geglu_backward)}
 
-    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
         # The last argument is in_place: it would write the gradient of x over that of y, which is used elsewhere.
-        return functions.LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False)
+        casts = "gemma" if offset else "llama"
+        form = functools.partial(_applied, ops.LigerRMSNormFunction, (eps, offset, casts, False))
+        return with_recipe(form(x, weight), form, x, weight)
+
+    def gated_product(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+        if activation not in pairs:
+            return gated(gate, up, activation)
+        forward, backward = pairs[activation]
+
+        def product(gate: Tensor, up: Tensor) -> Tensor:
+            return forward(gate.contiguous(), up.contiguous())[2]
+
+        def gradients(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+            found: tuple[Tensor, Tensor] = backward(gate.contiguous(), up.contiguous(), dy.contiguous())
+            torch.autograd.graph.increment_version((gate, up))
+            return found
+
+        return recomputable(product, gradients, gate, up)
 
     def rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         # The kernel overwrites its input. Nothing else reads q and k, the results of projections or norms.
-        return functions.LigerRopeFunction.apply(q, k, cos, sin)
+        return ops.LigerRopeFunction.apply(q, k, cos, sin)
 
-    return Kernels(rms_norm, functions.LigerSiLUMulFunction.apply, rotate_both)
+    return Kernels(norm, gated_product, rotate_both, "liger-kernel")
+
+
+def _applied(function: Any, options: tuple[Any, ...], x: Tensor, weight: Tensor) -> Tensor:
+    return function.apply(x, weight, *options)

@@ -52,7 +52,7 @@ def token_loss_sum(model: PreTrainedModel, batch: Batch, paths: Paths) -> Tensor
     """
     if len(batch.counts) > 1 and not paths.share(batch):
         return document_loss_sums(model, batch, paths).sum()
-    (total,) = _loss_sums(model, batch, paths, [sum(batch.counts)], [0, len(batch.ids)])
+    (total,) = _loss_sums(model, batch, paths, [sum(batch.counts)], [0, batch.starts[-1]])
     return total
 
 
@@ -67,11 +67,12 @@ def _loss_sums(
     model: PreTrainedModel, batch: Batch, paths: Paths, counts: list[int], starts: list[int]
 ) -> list[Tensor]:
     """Return loss sums of consecutive parts of a batch, given the supervised counts and the boundaries of the parts."""
-    inputs = {"input_ids": batch.ids[None], "use_cache": False}
+    ids = batch.ids if paths.packs else batch.ids[: batch.starts[-1]]  # padding is a document of a pack
+    inputs = {"input_ids": ids[None], "use_cache": False}
     if paths.packs:  # for a single document the model makes its own positions, and some models accept no others
         inputs["position_ids"] = batch.positions[None]
     if paths.passes_starts:
-        inputs["document_starts"] = batch.starts
+        inputs["document_starts"] = batch.all_starts
     if not paths.supervised_rows_only:
         logits = at_least_float32(model(**inputs).logits[0])
         return [

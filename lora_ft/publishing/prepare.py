@@ -13,7 +13,8 @@ from lora_ft.adapters import files, loading, provenance
 from lora_ft.config import QuantKind
 from lora_ft.errors import ConfigError, MismatchError
 from lora_ft.io import untrusted
-from lora_ft.models.load import Identity, resolve_device
+from lora_ft.models.device import resolve_device
+from lora_ft.models.load import Identity
 from lora_ft.models.meta_model import load_meta_model
 from lora_ft.models.resolve import locate
 from lora_ft.publishing import pissa_to_lora, secret_scan, training_summary, verification

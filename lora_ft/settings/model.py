@@ -13,7 +13,9 @@ class Model:
     hub_id: str | None = setting(
         None, "hub id of the base for the adapter's files, if path is a local folder or file", text=True
     )
-    dtype: Dtype = setting(Dtype.auto, "dtype of weights and computation; auto: bfloat16 on GPUs that support it")
+    dtype: Dtype = setting(
+        Dtype.auto, "dtype of weights and computation; auto: bfloat16 or float16, as the GPU supports"
+    )
     chat_template: str | None = setting(None, "Jinja file that replaces the tokenizer's chat template", path=True)
     added_tokens: list[str] = setting([], "tokens to add; their embeddings are trained and saved with the adapter")
 

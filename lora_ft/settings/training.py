@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from lora_ft.settings.setting import OnResume, setting
-from lora_ft.values import Keep, Optimizer, Schedule, Tracker
+from lora_ft.values import BlockKernels, Keep, Optimizer, Schedule, Tracker
 
 
 @dataclass(slots=True)
@@ -27,6 +27,16 @@ class Train:
         "auto",
         "recompute activations in backward: off, every_k (each k-th layer), auto (as few as memory allows)",
         pattern=r"auto|off|every_[1-9][0-9]*",
+        on_resume=OnResume.free,
+    )
+    deterministic: bool = setting(
+        False, "CUDA: use only deterministic kernels, which are slower, so that a run gives the same bytes again"
+    )
+    log_every_steps: int = setting(
+        1,
+        "read the metrics of so many steps at once; above 1 a GPU need not wait at each step (float16: always 1)",
+        unit="steps",
+        at_least=1,
         on_resume=OnResume.free,
     )
     eval_every_steps: int | None = setting(
@@ -93,10 +103,11 @@ class Fast:
     mlp: bool = setting(True, "MLPs that save only their projections for backward")
     rope: bool = setting(True, "rotary position embedding in fewer passes")
     storage: bool = setting(True, "store float32 weights as bfloat16 if that is exact; upcast layer by layer")
-    compile: bool = setting(
-        False, "CUDA: compile norm, SwiGLU and rotary embedding with torch.compile; adds seconds at the start"
+    kernels: BlockKernels = setting(
+        BlockKernels.auto,
+        "norm, gated activation, rotary embedding: liger (package liger-kernel), compile (torch.compile), eager; "
+        "auto: the first that a CUDA device and the installed packages allow, eager on a CPU",
     )
-    liger: bool = setting(False, "CUDA: norm, SwiGLU and rotary embedding by the package liger-kernel")
 
 
 @dataclass(slots=True)

@@ -29,6 +29,7 @@ from lora_ft.sweeps.halving import Halving
 from lora_ft.sweeps.jobs import Job
 from lora_ft.train import train_job
 from lora_ft.training.callbacks import Callback, Metrics
+from lora_ft.training.deterministic import fix_workspace
 from lora_ft.training.progress import displayed
 from lora_ft.training.shared import Shared, prepare
 from lora_ft.training.signals import Stop, on_signals
@@ -71,6 +72,8 @@ def main() -> int:
     group = [jobs.from_plain(job) for job in order["jobs"]]
     sweep = config.Sweep(**order["sweep"])
     halving = Halving(sweep.eta, sweep.min_steps) if sweep.halving and len(group) > 1 else None
+    if any(job.cfg.train.deterministic for job in group):
+        fix_workspace()  # before the first job, which may be another one, starts CUDA
     with on_signals() as stop:
         worker = Worker(Heartbeat(Path(order["heartbeat"])), stop)
         try:
@@ -140,7 +143,8 @@ class Worker:
                     callbacks = [self._heartbeat, progress, *callbacks]
                     return train_job(job.cfg, job.folder, self._shared, callbacks, self._stop, until) is not None
             except Exception as error:
-                log.error("job %d failed: %s", job.number, error)
+                # As text: a handler that keeps its records would keep the exception.
+                log.error("job %d failed: %s", job.number, str(error))
                 runs.write_failure(job.folder, out_of_memory("train", error) or error)
             # After the handler: while it runs, the exception holds the frames it passed through, and their tensors.
             gc.collect()

@@ -2,7 +2,7 @@
 
     run/checkpoints/step-00000200/
       state.safetensors    values [P], optimizer.0.exp_avg, ..., losses [steps], best_values [P] with train.keep=best
-      state.json           the rest: evaluations, tokens, seconds, length of metrics.jsonl, inputs
+      state.json           the rest: evaluations, tokens, seconds, length of metrics.jsonl, inputs, loss scale
       manifest.json        size and sha256 of both
 
 A folder is a valid checkpoint if the manifest computed from its files equals the stored one, byte by byte. Random
@@ -30,13 +30,15 @@ from lora_ft import config, runs
 from lora_ft.errors import CheckpointError, ResourceError
 from lora_ft.evaluation.loss import EvalLoss
 from lora_ft.io import durable, untrusted
+from lora_ft.models.device import describe
 from lora_ft.training import optimizers
+from lora_ft.training.loss_scale import LossScale
 from lora_ft.training.state import Evaluation, TrainingState
 
 log = logging.getLogger("lora_ft")
 
 FOLDER, TENSORS, STATE, MANIFEST = runs.CHECKPOINTS, "state.safetensors", "state.json", "manifest.json"
-_FORMAT = 4
+_FORMAT = 5
 _NAME = re.compile(r"step-\d{8,}")
 _MOST_HEADER_BYTES = 10**6
 _HEADERS_BYTES = 4096  # of the two smaller files and of the header of the tensors
@@ -162,6 +164,7 @@ def _state(state: TrainingState) -> dict[str, Any]:
         "evaluations": [asdict(evaluation) for evaluation in state.evaluations],
         "eval_loss": _eval_loss(state),
         "stopped_by": state.stopped_by,
+        "loss_scale": asdict(state.loss_scale) if state.loss_scale else None,
         "metrics_bytes": durable.settle(state.folder / runs.METRICS),
         "inputs": state.inputs,
         "environment": _environment(state),
@@ -175,9 +178,8 @@ def _eval_loss(state: TrainingState) -> float | None:
 
 
 def _environment(state: TrainingState) -> dict[str, Any]:
-    device = str(state.base.device)
     cpu = torch.backends.cpu.get_cpu_capability()  # kernels for AVX2 and AVX-512 round differently
-    return {"device": device, "cpu": cpu, "threads": torch.get_num_threads(), **runs.versions()}
+    return {**describe(state.base.device), "cpu": cpu, "threads": torch.get_num_threads(), **runs.versions()}
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -201,6 +203,7 @@ def _fill(state: TrainingState, saved: dict[str, Any], tensors: dict[str, Tensor
         state.best_values = tensors["best_values"]
     state.tokens, state.seconds = saved["tokens"], saved["seconds"]
     state.stopped_by = saved["stopped_by"]
+    state.loss_scale = LossScale(**saved["loss_scale"]) if saved["loss_scale"] else None
 
 
 def _all(folder: Path) -> list[Path]:

@@ -28,7 +28,8 @@ from lora_ft.data.statistics import Statistics, measure
 from lora_ft.data.statistics import warnings as warnings_of_rows
 from lora_ft.errors import LoraFtError
 from lora_ft.io import durable
-from lora_ft.models.load import Base, resolve_device
+from lora_ft.models.device import resolve_device
+from lora_ft.models.load import Base
 from lora_ft.models.meta_model import load_meta_model
 from lora_ft.ops.kernels import choose_kernels
 from lora_ft.training import checkpoint, ranks, state, trackers
@@ -131,7 +132,7 @@ class ErrorCollector:
 def check_machine(cfg: config.TrainRun) -> None:
     """Raise ConfigError if this machine cannot run it: several processes, a missing device, missing kernels."""
     ranks.current()
-    choose_kernels(resolve_device(cfg.device), compile_=cfg.fast.compile, liger=cfg.fast.liger)
+    choose_kernels(resolve_device(cfg.device), cfg.fast.kernels)
 
 
 def read_rows(cfg: config.TrainRun, tokenizer: PreTrainedTokenizerBase) -> Rows:

@@ -16,7 +16,7 @@ from lora_ft.data.dataset import Dataset
 from lora_ft.evaluation.comparison import Comparison, EvalSet, compare, render
 from lora_ft.io import durable
 from lora_ft.models.load import Base
-from lora_ft.training.metrics import peak_memory_bytes
+from lora_ft.training.metrics import gpu_memory, peak_memory_bytes
 from lora_ft.training.state import NAME, TrainingState, overfitting
 
 log = logging.getLogger("lora_ft")
@@ -28,7 +28,9 @@ _SAMPLE_TOKENS = 48  # of each sample answer
 class Result:
     """Content of result.json: the outcome of one run; losses in nats per token, None without an eval set.
 
-    peak_memory_bytes: of the process, which in a sweep trains several jobs. stopped_by: why a run ended early.
+    peak_memory_bytes: of the process, which in a sweep trains several jobs; on a GPU what torch allocated there.
+    peak_reserved_bytes, device_used_bytes: of the GPU, see `metrics.gpu_memory`; None for other devices.
+    stopped_by: why a run ended early.
     """
 
     eval_loss: float | None
@@ -45,6 +47,8 @@ class Result:
     trainable_parameters: int
     peak_memory_bytes: int
     adapter_sha256: str
+    peak_reserved_bytes: int | None = None
+    device_used_bytes: int | None = None
 
 
 def finish(state: TrainingState, base: Base, dataset: Dataset, comparisons: dict[object, Comparison]) -> Result:
@@ -95,14 +99,17 @@ def _result(state: TrainingState, comparison: Comparison | None) -> Result:
         trainable_parameters=state.num_trainable,
         peak_memory_bytes=peak_memory_bytes(state.base.device),
         adapter_sha256=hashlib.sha256(weights).hexdigest(),
+        **gpu_memory(state.base.device),
     )
 
 
 def _print(state: TrainingState, base: Base, comparison: Comparison | None, result: Result) -> None:
+    reserved = result.peak_reserved_bytes
     facts = {
         "trainable parameters": f"{result.trainable_parameters:,}",
         "speed": f"{result.tokens_per_second:.0f} tokens/s ({result.tokens:,} tokens in {result.train_seconds:.0f} s)",
-        "peak memory": f"{result.peak_memory_bytes / 1e9:.2f} GB",
+        "peak memory": f"{result.peak_memory_bytes / 1e9:.2f} GB"
+        + (f" allocated, {reserved / 1e9:.2f} GB reserved" if reserved else ""),
         "adapter": str(state.folder / "adapter"),
     }
     console = Console()

@@ -168,10 +168,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
         group["lr"] = value * group["lr_ratio"]
 
 
-def clip(gradients: Tensor, max_norm: float) -> float:
-    """Return the gradient norm; scale the gradient to `max_norm` if its norm is larger and `max_norm` is above 0."""
-    norm = float(torch.linalg.vector_norm(gradients))
-    if 0 < max_norm < norm and math.isfinite(norm):
-        # 1e-6 as in torch.nn.utils.clip_grad_norm_, so that both give the same numbers.
-        gradients.mul_(max_norm / (norm + 1e-6))
+def clip(gradients: Tensor, max_norm: float) -> Tensor:
+    """Return the gradient norm; scale the gradient to `max_norm` if its norm is larger and `max_norm` is above 0.
+
+    As torch.nn.utils.clip_grad_norm_, with the same numbers: nothing is read from the device, and a gradient whose norm
+    is not finite becomes NaN.
+    """
+    norm = torch.linalg.vector_norm(gradients)
+    if max_norm > 0:
+        gradients.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

@@ -37,11 +37,11 @@ class Progress(Callback):
 
     def on_step(self, state: TrainingState, metrics: Metrics) -> None:
         self._show(state, metrics)
-        if state.is_done and self._live:  # keeps the last line on the screen
+        if state.is_done and not state.unread and self._live:  # keeps the last line on the screen
             self._live.stop()
 
     def on_evaluate(self, state: TrainingState, metrics: Metrics) -> None:
-        if "loss" not in metrics:  # not part of a step that is shown already
+        if "lr" not in metrics:  # not part of a step that is shown already
             self._show(state, metrics)
 
     def _show(self, state: TrainingState, metrics: Metrics) -> None:
@@ -74,7 +74,7 @@ def _line(state: TrainingState, metrics: Metrics) -> str:
         last = state.evaluations[-1]
         measured = "" if last.step == step else f" (step {last.step})"
         parts.append(f"eval loss {last.result.loss:.3f}{measured}")
-    if "loss" in metrics:
+    if "lr" in metrics:
         left = state.seconds / step * (num_steps - step)
         parts += [
             f"lr {metrics['lr']:.1e}",

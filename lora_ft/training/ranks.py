@@ -1,6 +1,7 @@
 """Ranks: the processes that train one adapter together. One process for now, for which every operation is the identity.
 
     ranks.sum(gradients)          adds a tensor over all ranks, in place
+    ranks.totals([weight])        adds numbers of the host over all ranks
     ranks.any(flag)               True if the flag is True on any rank
     ranks.share(micro_batches)    the micro-batches of this rank, each with its index in the whole step
 
@@ -34,6 +35,10 @@ class Ranks:
     def sum(self, tensor: Tensor) -> Tensor:
         """Add a tensor over all ranks, in place, and return it."""
         return tensor
+
+    def totals(self, values: list[float]) -> list[float]:
+        """Add each of the values over all ranks."""
+        return values
 
     def any(self, flag: bool) -> bool:
         """Return True if the flag is True on any rank."""

@@ -12,11 +12,13 @@ from lora_ft import config, objectives
 from lora_ft.evaluation.comparison import Comparison
 from lora_ft.evaluation.loss import EvalLoss
 from lora_ft.models.acceleration import Accelerated, accelerate
+from lora_ft.models.device import resolve_device
 from lora_ft.models.fingerprint import fingerprint
-from lora_ft.models.load import Base, load_base, load_tokenizer, resolve_device
+from lora_ft.models.load import Base, load_base, load_tokenizer
 from lora_ft.ops import allocator
 from lora_ft.ops.dropout import switch_off_dropout
 from lora_ft.ops.kernels import choose_kernels
+from lora_ft.training.deterministic import fix_workspace
 from lora_ft.training.dry_run import Rows, check_machine, read_rows
 
 
@@ -46,6 +48,8 @@ class Shared:
 def prepare(cfg: config.TrainRun) -> Shared:
     """Read the tokenizer and the rows of a run; no weights are loaded."""
     allocator.configure()
+    if cfg.train.deterministic:
+        fix_workspace()  # before `check_machine`, which starts CUDA
     check_machine(cfg)
     tokenizer = load_tokenizer(cfg.model)
     return Shared(tokenizer, read_rows(cfg, tokenizer))
@@ -53,7 +57,7 @@ def prepare(cfg: config.TrainRun) -> Shared:
 
 def load(cfg: config.TrainRun, tokenizer: PreTrainedTokenizerBase) -> LoadedBase:
     """Load the base of a run, freeze and accelerate it."""
-    kernels = choose_kernels(resolve_device(cfg.device), compile_=cfg.fast.compile, liger=cfg.fast.liger)
+    kernels = choose_kernels(resolve_device(cfg.device), cfg.fast.kernels)
     model_class = objectives.find(cfg.objective).model_class
     base = load_base(cfg.model, cfg.quant, cfg.device, tokenizer, model_class)
     switch_off_dropout(base.model)

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lora_ft import config, objectives, validation
 from lora_ft.adapters import attach, audit, files, init, provenance
 from lora_ft.data.dataset import Dataset, EvalPrompt
-from lora_ft.data.packing import check_capacity, group_lengths, grouped
+from lora_ft.data.packing import check_capacity, group_lengths, grouped, longest_group
 from lora_ft.data.rows import Example
 from lora_ft.data.sampler import derive, epoch_order, steps_of_epoch
 from lora_ft.errors import ConfigError, DataError
@@ -36,7 +36,8 @@ from lora_ft.models.acceleration import accelerated_lora
 from lora_ft.models.load import Base
 from lora_ft.objectives import Objective
 from lora_ft.ops.token_loss import Paths
-from lora_ft.training import optimizers
+from lora_ft.training import loss_scale, optimizers
+from lora_ft.training.step import Step
 
 log = logging.getLogger("lora_ft")
 
@@ -55,9 +56,10 @@ class Evaluation:
 class TrainingState:
     """State of one adapter's training; `steps` lists the examples of every optimizer step by index.
 
-    inputs: hashes of the settings, the data, the base and the adapter's shapes. A checkpoint stores the optimizer,
-    `flat.values` and the fields with a default. start, best_values: copies on the CPU of the first values, and of those
-    of the best evaluation with train.keep=best.
+    inputs: hashes of the settings, the data, the base and the adapter's shapes. start, best_values: copies on the CPU
+    of the first values, and of those of the best evaluation with train.keep=best. loss_scale: None unless the base
+    computes in float16. unread: steps done whose values are still on the device. A checkpoint stores the optimizer,
+    `flat.values`, the loss scale and the fields with a default; no step is unread then.
     """
 
     cfg: config.TrainRun
@@ -76,6 +78,8 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     num_trainable: int
     inputs: dict[str, str]
+    loss_scale: loss_scale.LossScale | None
+    unread: list[Step] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     best_values: Tensor | None = None
@@ -86,7 +90,7 @@ class TrainingState:
     @property
     def step(self) -> int:
         """Number of optimizer steps done."""
-        return len(self.losses)
+        return len(self.losses) + len(self.unread)
 
     @property
     def is_done(self) -> bool:
@@ -205,6 +209,7 @@ def new_state(
     parameters = attach.trainable(model, NAME)
     num_trainable = audit.check_trainable(model, NAME, parameters)
     flat = optimizers.flatten(parameters)
+    largest = _largest_micro_batch(paths, dataset.train, steps, cfg.train)
     return TrainingState(
         cfg=cfg,
         folder=folder,
@@ -226,12 +231,28 @@ def new_state(
             "base": base_fingerprint,
             "adapter": _sha256([[n.replace(f".{NAME}", ""), list(p.shape)] for n, p in parameters.items()]),
         },
+        loss_scale=_loss_scale(model, largest),
         gradient_checkpointing=cfg.train.gradient_checkpointing,
     )
 
 
 def _sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _loss_scale(model: PeftModel, largest: int) -> loss_scale.LossScale | None:
+    """Return the loss scale of a base that computes in float16, None for other bases, which need none."""
+    dtypes = {p.dtype for p in model.parameters()}
+    dtypes |= {getattr(module, "compute_dtype", None) for module in model.modules()}  # of quantized layers
+    return loss_scale.for_tokens(largest) if torch.float16 in dtypes else None
+
+
+def _largest_micro_batch(paths: Paths, examples: list[Example], steps: list[np.ndarray], train: config.Train) -> int:
+    """Return the number of tokens of the largest micro-batch of the run, or a bound above it."""
+    packs = train.packing and paths.packs
+    of_steps = ([examples[i] for i in step] for step in steps)
+    largest = max(sum(len(e.ids) for e in step) if packs else longest_group(step) for step in of_steps)
+    return min(largest, train.tokens_per_microbatch or largest)
 
 
 def check_lengths(examples: list[Example], model: PreTrainedModel, train: config.Train) -> None:
@@ -294,10 +315,11 @@ def plan_steps(examples: Sequence[Example], train: config.Train, seed: int) -> l
 
 def overfitting(state: TrainingState) -> list[str]:
     """Describe signs of overfitting, in sentences; empty without an eval set."""
-    if not state.best or not state.losses:
+    finite = [loss for loss in state.losses if math.isfinite(loss)]  # others: skipped steps in float16
+    if not state.best or not finite:
         return []
     last = state.evaluations[-1].result.loss
-    window = state.losses[-max(1, len(state.losses) // 10) :]
+    window = finite[-max(1, len(finite) // 10) :]
     train_loss = math.fsum(window) / len(window)
     sentences = [
         f"train loss {train_loss:.4f} (mean of the last steps: {len(window)}), eval loss {last:.4f}, "

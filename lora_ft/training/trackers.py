@@ -97,7 +97,7 @@ class TrackerCallback(Callback):
             self._tracker.log(values, step=step)
 
     def on_evaluate(self, state: TrainingState, metrics: Metrics) -> None:
-        if "loss" not in metrics:  # not part of a step that is sent already
+        if "lr" not in metrics:  # not part of a step that is sent already
             self.on_step(state, metrics)
 
     def on_end(self, state: TrainingState, outcome: Outcome) -> None:

@@ -2,13 +2,17 @@
 
     step:  micro-batch  loss sum -> backward     gradients add up
            micro-batch  loss sum -> backward
-           divide by the weight of the STEP -> norm -> clip -> rate -> optimizer -> metrics -> checkpoint
+           divide by the weight of the STEP -> norm -> clip -> read -> rate -> optimizer -> metrics -> checkpoint
 
 The objective gives loss sums and weights; for sft the weight is the number of supervised tokens. The gradient is
 divided once, by the weight of all micro-batches: cutting a step into other micro-batches changes rounding, never the
 gradient (A01).
+
+`read` is the one place where the host waits for the device. With train.log_every_steps above 1 several steps are read
+together, after their optimizer steps and before an evaluation or a checkpoint.
 """
 
+import logging
 import math
 import shlex
 import signal
@@ -29,9 +33,13 @@ from lora_ft.ops.compute_copies import compute_copies
 from lora_ft.ops.gradient_checkpointing import recomputed_layers
 from lora_ft.training import checkpoint, optimizers
 from lora_ft.training.callbacks import Callback, Callbacks, Metrics
+from lora_ft.training.metrics import gpu_memory
 from lora_ft.training.ranks import Ranks
 from lora_ft.training.signals import Stop
 from lora_ft.training.state import Evaluation, TrainingState
+from lora_ft.training.step import Step, read
+
+log = logging.getLogger("lora_ft")
 
 
 def fit(
@@ -55,6 +63,7 @@ def fit(
         while not (state.is_done or (until is not None and state.step >= until)):
             _step(state, callback, ranks, base_losses, until, audited=state.step == first)
             if ranks.any(stop.signum is not None):
+                _write_unread(state, callback, ranks)
                 _save_and_leave(state, stop.signum or signal.SIGTERM)
     if state.is_done:
         audit.check_moved(state.start, state.parameters)
@@ -70,22 +79,57 @@ def _step(
     audited: bool,
 ) -> None:
     """Take one optimizer step, then evaluate, write metrics, call callbacks and save a checkpoint where due."""
-    metrics = compute_gradient(state, ranks, audited=audited)
+    step, together = compute_gradient(state, ranks, audited=audited), _steps_per_read(state)
+    if together == 1:
+        read([step], ranks)
+        step.is_skipped = state.loss_scale is not None and state.loss_scale.skips(
+            step.number, step.loss, step.grad_norm
+        )
+        _check_finite(state, step)
     if state.step == 0 and state.eval_examples:
         # The gradient does not change the adapter: evaluating here delays the update, not the first forward pass.
         _evaluate_apart(state, callback, base_losses if state.starts_as_base else {})
-    metrics |= apply_gradient(state, metrics)
+    apply_gradient(state, step)
+    state.unread.append(step)
     is_evaluated = bool(state.eval_examples) and (_evaluation_is_due(state) or state.step == until)
-    if is_evaluated:
-        metrics |= _evaluate(state, {})
-    runs.append_metrics(state.folder, metrics)
-    callback.on_step(state, metrics)
-    if is_evaluated:
-        callback.on_evaluate(state, metrics)
-    elif state.is_done and state.eval_examples:  # a callback has stopped the run: its last step is evaluated too
-        _evaluate_apart(state, callback, {})
+    if not (is_evaluated or state.step % together == 0 or checkpoint.is_due(state) or state.step == until):
+        return
+    _write_unread(state, callback, ranks, is_evaluated=is_evaluated)
+    if state.is_done and state.eval_examples and not is_evaluated:
+        _evaluate_apart(state, callback, {})  # a callback has stopped the run: its last step is evaluated too
     if checkpoint.is_due(state) or state.step == until:
         callback.on_checkpoint(state, checkpoint.save(state))
+
+
+def _steps_per_read(state: TrainingState) -> int:
+    # In float16 the values decide whether the optimizer takes the step.
+    return 1 if state.loss_scale else state.cfg.train.log_every_steps
+
+
+def _write_unread(state: TrainingState, callback: Callbacks, ranks: Ranks, *, is_evaluated: bool = False) -> None:
+    """Read the unread steps, write their metrics and call callbacks; `is_evaluated`: evaluate after the last one.
+
+    Raises NonFiniteError for the first step that is not finite; the lines of those before it are written.
+    """
+    read(state.unread, ranks)
+    while state.unread:
+        step, is_last = state.unread[0], len(state.unread) == 1
+        _check_finite(state, step)
+        metrics = step.metrics() | gpu_memory(state.base.device)
+        if state.loss_scale:
+            metrics["skipped"] = len(state.loss_scale.skipped)
+        if is_last and is_evaluated:
+            metrics |= _evaluate(state, {})
+        del state.unread[0]
+        state.losses.append(step.loss)
+        state.tokens += step.facts["tokens"]
+        state.seconds += step.seconds
+        # JSON has neither NaN nor infinity, which a skipped step may have.
+        left_out = [name for name, value in metrics.items() if step.is_skipped and not math.isfinite(value)]
+        runs.append_metrics(state.folder, {name: metrics[name] for name in metrics if name not in left_out})
+        callback.on_step(state, metrics)
+        if is_last and is_evaluated:
+            callback.on_evaluate(state, metrics)
 
 
 def _evaluate_apart(state: TrainingState, callback: Callbacks, known: dict[object, EvalLoss]) -> None:
@@ -104,56 +148,55 @@ def _save_and_leave(state: TrainingState, signum: int) -> NoReturn:
     )
 
 
-def compute_gradient(state: TrainingState, ranks: Ranks, *, audited: bool) -> Metrics:
-    """Compute the gradient of the next step; raises NonFiniteError if it or the loss is not finite."""
-    started, step = time.perf_counter(), state.step
-    cfg, examples = state.cfg, [state.examples[i] for i in state.steps[step]]
+def compute_gradient(state: TrainingState, ranks: Ranks, *, audited: bool) -> Step:
+    """Compute the gradient of the next step, divided and clipped; nothing is read from the device."""
+    started, index = time.perf_counter(), state.step
+    cfg, examples = state.cfg, [state.examples[i] for i in state.steps[index]]
     packed = micro_batches(examples, cfg.train.tokens_per_microbatch, cfg.train.packing and state.paths.packs)
+    scale = state.loss_scale.at(index + 1) if state.loss_scale else 1.0
     state.flat.gradients.zero_()
     parts: list[LossSum] = []
     with compute_copies(state.parameters.values(), state.flat.values, state.compute_dtype):
         for micro, batch in ranks.share(packed):
             # Dropout uses the global generator: seeding it here makes its masks a function of step and micro-batch.
-            torch.manual_seed(derive(cfg.seed, "dropout", step, micro))
+            torch.manual_seed(derive(cfg.seed, "dropout", index, micro))
             part = state.objective.loss(state.base, batch.to(state.base.device), state.paths)
-            part.sum.backward()
+            (part.sum * scale).backward()
             parts.append(part.detach())
     ranks.sum(state.flat.gradients)
-    weight, means = _means(parts, ranks)
-    loss = means["loss"]
+    (weight,) = ranks.totals([sum(part.weight for part in parts)])
     # Divided here, in the adapter's float32: a loss divided before backward would underflow in float16.
-    state.flat.gradients.div_(weight)
+    state.flat.gradients.div_(weight * scale)
     if audited:
         audit.check_gradients(state.parameters)
     norm = optimizers.clip(state.flat.gradients, cfg.optim.max_grad_norm)
-    if not (math.isfinite(norm) and math.isfinite(loss)):
-        sources = ", ".join([example.source for example in examples[:5]] + ["..."] * (len(examples) > 5))
-        raise NonFiniteError(
-            f"step {step + 1}: loss {loss}, gradient norm {norm}; rows {sources}; "
-            f"last checkpoint: {_last_checkpoint(state)}"
-        )
-    return {
-        "step": step + 1,
-        **means,
-        "grad_norm": norm,
-        "rows": len(examples),
-        "tokens": sum(len(example.ids) for example in examples),
-        "supervised_tokens": sum(sum(batch.counts) for batch in packed),
-        "micro_batches": len(packed),
-        "seconds": time.perf_counter() - started,
-    }
+    names = ["loss", *sorted(parts[0].metrics)]
+    sums = [part.sum if name == "loss" else part.metrics[name] for name in names for part in parts]
+    return Step(
+        number=index + 1,
+        sources=[example.source for example in examples],
+        facts={
+            "rows": len(examples),
+            "tokens": sum(len(example.ids) for example in examples),
+            "supervised_tokens": sum(sum(batch.counts) for batch in packed),
+            "micro_batches": len(packed),
+        },
+        names=names,
+        values=torch.stack([*sums, norm]),
+        weight=weight,
+        seconds=time.perf_counter() - started,
+    )
 
 
-def _means(parts: list[LossSum], ranks: Ranks) -> tuple[float, dict[str, float]]:
-    """Return the weight of a step over all micro-batches and ranks, and the means of the loss and the other metrics."""
-    sums = {"loss": [part.sum for part in parts]}
-    sums |= {name: [part.metrics[name] for part in parts] for name in sorted(parts[0].metrics)}
-    # One copy of all micro-batches' values: each copy waits for the GPU.
-    totals = [sum(torch.stack(values).tolist()) for values in sums.values()]
-    weight, *totals = ranks.sum(
-        torch.tensor([sum(part.weight for part in parts), *totals], dtype=torch.float64)
-    ).tolist()
-    return weight, {name: total / weight for name, total in zip(sums, totals, strict=True)}
+def _check_finite(state: TrainingState, step: Step) -> None:
+    """Raise NonFiniteError if the loss or gradient of a step is not finite and the step is not skipped."""
+    if step.is_skipped or (math.isfinite(step.loss) and math.isfinite(step.grad_norm)):
+        return
+    sources = ", ".join(step.sources[:5] + ["..."] * (len(step.sources) > 5))
+    raise NonFiniteError(
+        f"step {step.number}: loss {step.loss}, gradient norm {step.grad_norm}; rows {sources}; "
+        f"last checkpoint: {_last_checkpoint(state)}"
+    )
 
 
 def _last_checkpoint(state: TrainingState) -> str:
@@ -163,17 +206,16 @@ def _last_checkpoint(state: TrainingState) -> str:
         return "none is valid"
 
 
-def apply_gradient(state: TrainingState, gradient: Metrics) -> Metrics:
-    """Set the learning rate and take the optimizer step; return the metrics that this adds or changes."""
+def apply_gradient(state: TrainingState, step: Step) -> None:
+    """Set the learning rate and take the optimizer step, unless it is skipped."""
     started = time.perf_counter()
-    rate = optimizers.learning_rate(state.cfg.optim, state.step, len(state.steps))
-    optimizers.set_learning_rate(state.optimizer, rate)
-    state.optimizer.step()
-    seconds = gradient["seconds"] + time.perf_counter() - started
-    state.tokens += gradient["tokens"]
-    state.seconds += seconds
-    state.losses.append(gradient["loss"])
-    return {"lr": rate, "seconds": seconds, "tokens_per_second": gradient["tokens"] / seconds}
+    step.lr = optimizers.learning_rate(state.cfg.optim, state.step, len(state.steps))
+    optimizers.set_learning_rate(state.optimizer, step.lr)
+    if step.is_skipped:
+        log.warning("step %d is skipped: loss %s, gradient norm %s", step.number, step.loss, step.grad_norm)
+    else:
+        state.optimizer.step()
+    step.seconds += time.perf_counter() - started
 
 
 def _evaluation_is_due(state: TrainingState) -> bool:
