@@ -197,3 +197,9 @@ def test_run_without_an_adapter_is_reported_as_unfinished(tmp_path: Path) -> Non
         runs.adapter_folder(tmp_path)
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     assert runs.adapter_folder(tmp_path) == tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("name", ["compile", "liger"])
+def test_config_with_a_replaced_setting_of_kernels_names_the_new_one(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"earlier version: its fast\.{name} is now fast\.kernels"):
+        runs._check_edition(tmp_path, {"fast": {name: False}})

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_ft import config, runs
 from lora_ft.data.packing import micro_batches
 from lora_ft.errors import Interrupted, NonFiniteError
+from lora_ft.ops import device
 from lora_ft.ops.batch import Batch
 from lora_ft.training import checkpoint, trainer
 from lora_ft.training.signals import Stop
@@ -99,6 +100,7 @@ def test_documents_of_a_batch_keep_the_indices_of_the_host(monkeypatch) -> None:
 
 def test_batch_is_copied_to_a_gpu_from_pinned_memory(monkeypatch) -> None:
     copies = []
+    monkeypatch.setattr(device, "_target_of", lambda _: device.GPU)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone().requires_grad_(False))
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *a, **k: (copies.append((a, k)), tensor)[1])
     (batch,) = micro_batches(some_rows(3), None, packing=True)

@@ -1,7 +1,7 @@
 """Operations in bfloat16, forward and backward, each against its plain form in float32 (checks.py).
 
-Attention within documents; norm, SwiGLU and rotary embedding of each kind of kernels; the loss; LoRA layers over
-16-bit, NF4 and int8 weights at several numbers of rows, on which their kernels depend.
+Attention within documents; norm, gated activation and rotary embedding of each kind of kernels; the loss; LoRA layers
+over 16-bit, NF4 and int8 weights at several numbers of rows, on which their kernels depend.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ from lora_ft.models.load import load_base
 from lora_ft.models.quantize import dequantize_reference
 from lora_ft.ops import attention, kernels
 from lora_ft.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_plain
-from lora_ft.ops.mlp import swiglu_plain
+from lora_ft.ops.mlp import gated_plain
 from lora_ft.ops.norm import rms_norm_plain
 from lora_ft.ops.rope import rotate_plain
 
@@ -42,8 +42,11 @@ def run(setting: Setting) -> Iterator[Part]:
     for kind in ("none", "nf4", "int8"):
         yield from lora(setting, kind)
     for kind in ("eager", "liger", "compile"):
-        for name, check in (("norm", norm), ("swiglu", swiglu), ("rope", rope)):
-            yield f"{name}, {kind}", attempt(check, setting, kind)
+        for offset in (0.0, 1.0):
+            yield f"norm with offset {offset:.0f}, {kind}", attempt(norm, setting, kind, offset)
+        for activation in ("silu", "gelu_tanh"):
+            yield f"gated {activation}, {kind}", attempt(gated, setting, kind, activation)
+        yield f"rope, {kind}", attempt(rope, setting, kind)
 
 
 def draw(setting: Setting, *shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -98,19 +101,25 @@ def chosen(setting: Setting, kind: str) -> kernels.Kernels:
     return kernels.liger_kernels()
 
 
-def norm(setting: Setting, kind: str) -> dict[str, Any]:
+def norm(setting: Setting, kind: str, offset: float) -> dict[str, Any]:
     of = chosen(setting, kind)
     rows, width = setting.sized((2048, 4096), (30, 64))
     weight, x = 1 + draw(setting, width, seed=1, scale=0.1), draw(setting, 1, rows, width)
     return compare(
-        lambda x: of.rms_norm(x, weight.to(x.dtype), 1e-5), lambda x: rms_norm_plain(x, weight.to(x.dtype), 1e-5), [x]
+        lambda x: of.rms_norm(x, weight.to(x.dtype), 1e-5, offset),
+        lambda x: rms_norm_plain(x, weight.to(x.dtype), 1e-5, offset),
+        [x],
     )
 
 
-def swiglu(setting: Setting, kind: str) -> dict[str, Any]:
+def gated(setting: Setting, kind: str, activation: str) -> dict[str, Any]:
     of = chosen(setting, kind)
     rows, width = setting.sized((2048, 14_336), (30, 64))
-    return compare(of.swiglu, swiglu_plain, [draw(setting, 1, rows, width, seed=n) for n in range(2)])
+    return compare(
+        lambda gate, up: of.gated(gate, up, activation),
+        lambda gate, up: gated_plain(gate, up, activation),
+        [draw(setting, 1, rows, width, seed=n) for n in range(2)],
+    )
 
 
 def rope(setting: Setting, kind: str) -> dict[str, Any]:

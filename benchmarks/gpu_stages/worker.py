@@ -16,6 +16,7 @@ from pathlib import Path
 
 from gpu_stages.setting import Setting
 from lora_ft.io import durable, process
+from lora_ft.ops import allocator
 
 
 def end_with_parent(work: str) -> None:
@@ -36,6 +37,7 @@ def main() -> None:
     name, parts, work, mode = sys.argv[1:]
     threading.Thread(target=end_with_parent, args=(work,), daemon=True).start()
     process.prepare()
+    allocator.configure()  # here, since writing a base starts CUDA; so it is the same for all trainers
     setting = Setting(Path(work), dry=mode == "dry")
     stage = importlib.import_module(f"gpu_stages.{name}")
     gc.freeze()  # each part ends with a collection, which would walk a million objects of the libraries

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_ft import config
 from lora_ft.adapters.master_weights import keep_in_float32
 from lora_ft.errors import ConfigError
+from lora_ft.models.cpu_embedding import is_on_cpu
 
 ALL_LINEAR = "all-linear"
 
@@ -44,6 +45,7 @@ def attach(
     _check_patterns(adapter, matched_layers(layers, targets))
     _check_ties(base, adapter, targets)
     _check_full_modules(base, adapter)
+    _check_embedding(base, adapter, targets, token_ids)
     peft_config = LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.lora_alpha,
@@ -190,6 +192,19 @@ def _check_ties(model: PreTrainedModel, adapter: config.Adapter, targets: set[st
                 f"adapter.{key}: {tied[0]} shares its weight with the other embedding matrix of this model, "
                 "which an adapter of one of them would not change: remove it"
             )
+
+
+def _check_embedding(model: PreTrainedModel, adapter: config.Adapter, targets: set[str], token_ids: list[int]) -> None:
+    """Raise ConfigError if an embedding that is kept on the CPU is to be trained."""
+    embedding = model.get_input_embeddings()
+    if not is_on_cpu(embedding):
+        return
+    name = next(n for n, module in model.named_modules() if module is embedding)
+    of_targets, of_modules = (matched_layers({name: embedding}, set(t)) for t in (targets, adapter.modules_to_save))
+    for key, trained in (("adapter.target_modules", of_targets), ("adapter.modules_to_save", of_modules),
+                         ("model.added_tokens", token_ids)):  # fmt: skip
+        if trained:
+            raise ConfigError(f"{key} trains {name}, which model.embedding_device=cpu keeps on the CPU: remove one")
 
 
 def _check_full_modules(model: PreTrainedModel, adapter: config.Adapter) -> None:

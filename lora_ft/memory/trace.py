@@ -28,6 +28,7 @@ from lora_ft.data.rows import Example
 from lora_ft.memory.meter import Meter
 from lora_ft.memory.twin import on_meta
 from lora_ft.models.acceleration import accelerate, accelerated_lora
+from lora_ft.models.cpu_embedding import keep_on_cpu
 from lora_ft.models.meta_quantize import quantize_meta
 from lora_ft.ops.device import GPU, Target, standing_for, target
 from lora_ft.ops.dropout import switch_off_dropout
@@ -85,6 +86,8 @@ def trace_step(cfg: config.TrainRun, model_config: Any, lengths: Sequence[int], 
             network = objectives.find(cfg.objective).model_class.from_config(model_config, dtype=_dtype(cfg, device))
         network.requires_grad_(False).eval()
         quantize_meta(network, cfg.quant, network.dtype)
+        if cfg.model.embedding_device == "cpu":
+            keep_on_cpu(network, torch.device("meta"))
         switch_off_dropout(network)
         fast = dataclasses.replace(cfg.fast, storage=False)  # it depends on the values of the weights
         made = accelerate(network, fast, modules_to_save=set(cfg.adapter.modules_to_save), check=False)

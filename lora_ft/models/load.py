@@ -24,6 +24,7 @@ import torch
 from lora_ft import config
 from lora_ft.errors import ConfigError, ResourceError
 from lora_ft.models import quantize
+from lora_ft.models.cpu_embedding import keep_on_cpu
 from lora_ft.models.device import auto_dtype, resolve_device, resolve_dtype
 from lora_ft.models.resolve import Identity, locate
 from lora_ft.models.storage import copy_mapped_weights
@@ -153,6 +154,8 @@ def load_base(
         quantize.settle(network, quantized)
         copy_mapped_weights(network)
     fit_embeddings(network, tokenizer, len(model.added_tokens))
+    if model.embedding_device == "cpu":
+        keep_on_cpu(network, target)
     return Base(network.requires_grad_(False).eval(), tokenizer, identity, quantized)
 
 

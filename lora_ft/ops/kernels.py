@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lora_ft.errors import ConfigError
-from lora_ft.ops.mlp import activation_gradient, gated, gated_plain
+from lora_ft.ops.mlp import activation_gradient, gated, gated_plain, overwritable
 from lora_ft.ops.norm import reciprocal_rms, rms_norm, rms_norm_gradients, rms_norm_plain
 from lora_ft.ops.recomputable import recomputable, with_recipe
 from lora_ft.ops.rope import rotate, rotate_plain
@@ -131,6 +131,7 @@ def liger_kernels() -> Kernels:
             return forward(gate.contiguous(), up.contiguous())[2]
 
         def gradients(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+            gate, up = overwritable(gate), overwritable(up)
             found: tuple[Tensor, Tensor] = backward(gate.contiguous(), up.contiguous(), dy.contiguous())
             torch.autograd.graph.increment_version((gate, up))
             return found

@@ -56,16 +56,19 @@ def _product(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 def _gradients(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    # The gradients overwrite gate and up, which nothing reads after this: at the peak of an 8B step, two tensors [T, F]
-    # less. A second backward over the same graph raises torch's error about tensors modified in place.
-    gate, up = (x.clone() if x.is_leaf else x.detach() for x in (gate, up))
+    # The gradients overwrite gate and up, which nothing reads after this: at the peak of an 8B step, two tensors
+    # [T, F] less. A second backward over the same graph raises torch's error about tensors modified in place.
+    gate, up = overwritable(gate), overwritable(up)
     dgate = up.mul_(dy)
     # Computing act(gate) again costs less than keeping a tensor [T, F] from the forward.
     if activation == "silu":
         torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
-        torch.ops.aten.silu.out(gate, out=gate)
-    else:
-        form = {"approximate": _APPROXIMATE[activation]}
-        torch.ops.aten.gelu_backward.grad_input(dgate, gate, **form, grad_input=dgate)
-        torch.ops.aten.gelu.out(gate, **form, out=gate)
-    return dgate, gate.mul_(dy)
+        return dgate, functional.silu(gate, inplace=True).mul_(dy)
+    approximate = _APPROXIMATE[activation]
+    torch.ops.aten.gelu_backward.grad_input(dgate, gate, approximate=approximate, grad_input=dgate)
+    return dgate, torch.ops.aten.gelu_(gate, approximate=approximate).mul_(dy)
+
+
+def overwritable(x: Tensor) -> Tensor:
+    """Return a tensor for a backward to write to: `x` itself, or a copy of a leaf, which belongs to the caller."""
+    return x.clone() if x.is_leaf else x.detach()

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lora_ft.settings.setting import setting
+from lora_ft.settings.setting import OnResume, setting
 from lora_ft.values import Dtype, QuantKind
 
 
@@ -15,6 +15,12 @@ class Model:
     )
     dtype: Dtype = setting(
         Dtype.auto, "dtype of weights and computation; auto: bfloat16 or float16, as the GPU supports"
+    )
+    embedding_device: str = setting(
+        "auto",
+        "device of the token embedding: auto (the model's), or cpu, which frees its memory on a GPU; same numbers",
+        pattern="auto|cpu",
+        on_resume=OnResume.free,
     )
     chat_template: str | None = setting(None, "Jinja file that replaces the tokenizer's chat template", path=True)
     added_tokens: list[str] = setting([], "tokens to add; their embeddings are trained and saved with the adapter")
