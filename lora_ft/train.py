@@ -23,6 +23,7 @@ from lora_ft.adapters import audit, init
 from lora_ft.cli import entry
 from lora_ft.config import Schedule
 from lora_ft.io import durable
+from lora_ft.memory import auto
 from lora_ft.models import device
 from lora_ft.models.fingerprint import fingerprint
 from lora_ft.training import checkpoint, trackers
@@ -128,6 +129,7 @@ def _train_job(
     log.info(str(dataset.report))
     callback = Callbacks([*trackers.callbacks(cfg.track), *callbacks])
     with attached(cfg, folder, base, dataset, loaded.accelerated.paths, loaded.fingerprint) as state:
+        auto.settle(state)
         log.info("%s parameters train, %d steps", f"{state.num_trainable:,}", len(state.steps))
         try:
             checkpoint.resume(state)

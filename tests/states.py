@@ -28,7 +28,7 @@ from lora_ft.training.trainer import fit
 IDENTITY = Identity(id="tiny", path="tiny", folder=None, revision=None, config_sha256="c", weights_sha256=None)
 SETTINGS = {
     "adapter": config.Adapter(r=4, lora_alpha=8),
-    "train": config.Train(epochs=100, max_steps=50, tokens_per_step=60),
+    "train": config.Train(epochs=100, max_steps=50, tokens_per_step=60, gradient_checkpointing="off"),
     "optim": config.Optim(
         lr=1e-3, weight_decay=0.01, schedule=config.Schedule.cosine, warmup_steps=5, max_grad_norm=0.5
     ),

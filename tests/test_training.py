@@ -166,20 +166,6 @@ def test_nonfinite_loss_stops_training_before_the_adapter_changes(tmp_path: Path
     assert all(torch.equal(state.start[n], p) for n, p in state.parameters.items())
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_gradient_checkpointing_auto_gets_the_largest_micro_batch(packing: bool, tmp_path: Path, monkeypatch) -> None:
-    sizes: list[int] = []
-    monkeypatch.setattr(
-        state_module, "settle_checkpoint", lambda model, paths, tokens: (sizes.append(tokens), ("off", "reason"))[1]
-    )
-    state = state_on(
-        tiny_model("llama"), tmp_path, train=config.Train(max_steps=6, tokens_per_step=60, packing=packing)
-    )
-    steps = [[len(state.examples[i].ids) for i in step] for step in state.steps]
-    assert sizes == [max(map(sum if packing else max, steps))]
-    assert state.gradient_checkpointing == "off"
-
-
 def test_row_larger_than_a_micro_batch_is_named(tmp_path: Path) -> None:
     train = SETTINGS["train"]
     rows = sorted(some_rows(), key=lambda row: len(row.ids))

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lora_ft.ops.device import target
 
 _aten = torch.ops.aten
 _BLOCK = 512  # CUDA's allocator rounds every tensor up to a multiple of this, and counts it so
@@ -85,8 +87,14 @@ class Meter(TorchDispatchMode):
             self.synchronisations.append(f"{self.phase}: {func}")
             return read
         if on_device and func.overloadpacket is not _aten.copy_ and any(t.dim() and not t.is_meta for t in given):
-            raise HostDeviceMix(f"{func} in the {self.phase} got tensors of the host and of the device")
-        result = func(*args, **kwargs)
+            if target(on_device[0].device).kind == "cpu":  # then host and device are one
+                args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+            else:
+                raise HostDeviceMix(f"{func} in the {self.phase} got tensors of the host and of the device")
+        if on_device and func.overloadpacket is _aten._grouped_mm:
+            result = _grouped_mm(func, args, kwargs)
+        else:
+            result = func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_meta]
         if made or on_device:
             for tensor in made:
@@ -115,7 +123,7 @@ class Meter(TorchDispatchMode):
         if packet is _aten._local_scalar_dense:
             return torch.ones((), dtype=tensor.dtype).item()
         if packet is _aten._to_copy and torch.device(kwargs.get("device") or "meta").type == "cpu":
-            return torch.ones(tensor.shape, dtype=kwargs.get("dtype") or tensor.dtype)
+            return torch.ones((), dtype=kwargs.get("dtype") or tensor.dtype).expand(tensor.shape)
         if packet is _aten.nonzero:  # its length is unknown: as if every element were set
             made = torch.empty(tensor.numel(), tensor.dim(), dtype=torch.int64, device="meta")
             self._track(made)
@@ -140,3 +148,10 @@ class Meter(TorchDispatchMode):
         phase, size, _ = self._owners.pop(key)
         self.live[phase] -= size
         self._total -= size
+
+
+def _grouped_mm(func: Any, args: Any, kwargs: Any) -> Tensor:
+    """Return the result of a product of experts; torch's own meta function (2.13) refuses all dtypes but bfloat16."""
+    dtype = args[0].dtype
+    result: Tensor = func(*(each.to(torch.bfloat16) for each in args[:2]), *args[2:], **kwargs)
+    return result.to(dtype)

@@ -26,12 +26,14 @@ from lora_ft.adapters import attach
 from lora_ft.data.dataset import Dataset, Report
 from lora_ft.data.rows import Example
 from lora_ft.memory.meter import Meter
+from lora_ft.memory.twin import on_meta
 from lora_ft.models.acceleration import accelerate, accelerated_lora
 from lora_ft.models.cpu_embedding import keep_on_cpu
 from lora_ft.models.meta_quantize import quantize_meta
-from lora_ft.ops.device import GPU, Target, standing_for
+from lora_ft.ops.device import GPU, Target, standing_for, target
 from lora_ft.ops.dropout import switch_off_dropout
 from lora_ft.ops.gradient_checkpointing import recomputed_layers
+from lora_ft.ops.token_loss import Paths
 from lora_ft.training import state as training_state
 from lora_ft.training.ranks import Ranks
 from lora_ft.training.state import NAME, TrainingState
@@ -48,6 +50,7 @@ class StepTrace:
     peak_bytes: most bytes live at once. peak_phase: forward, loss, backward or optimizer. peaks: of each phase.
     at_peak: bytes live at the peak by what they belong to: base, adapter, gradient, optimizer, or the phase in which
     they were allocated ("forward" are kept activations). resident: bytes between steps, by the same names.
+    loaded_bytes: bytes before the first step, without the optimizer's state.
     dispatches: operations by phase that launch at least one kernel; views and allocations are not counted.
     synchronisations: operations by which the host waits for the device. flops: of matrix products, without attention.
     plain_lora_layers: adapted layers that compute as PEFT does. reasons: log lines about them.
@@ -58,6 +61,7 @@ class StepTrace:
     peaks: dict[str, int]
     at_peak: dict[str, int]
     resident: dict[str, int]
+    loaded_bytes: int
     dispatches: dict[str, int]
     synchronisations: list[str]
     flops: int
@@ -70,16 +74,16 @@ class StepTrace:
         return sum(self.resident.values())
 
 
-def trace_step(cfg: config.TrainRun, model_config: Any, lengths: Sequence[int], target: Target = GPU) -> StepTrace:
+def trace_step(cfg: config.TrainRun, model_config: Any, lengths: Sequence[int], device: Target = GPU) -> StepTrace:
     """Trace a step of `cfg` on documents of these lengths, with a model of a transformers config.
 
     All tokens but the first of a document are supervised. `train.gradient_checkpointing` must be off or every_k.
-    Every fast path that `cfg.fast` selects is taken: without weights, they are not compared with the plain ones.
+    Without weights, the paths are those that `cfg.fast` selects; the self-check of a loaded model may refuse some.
     """
-    with standing_for(target), Meter() as meter, fused_on_meta():
+    with standing_for(device), Meter() as meter, _fused_on_meta():
         meter.phase = "base"
         with torch.device("meta"):
-            network = objectives.find(cfg.objective).model_class.from_config(model_config, dtype=_dtype(cfg, target))
+            network = objectives.find(cfg.objective).model_class.from_config(model_config, dtype=_dtype(cfg, device))
         network.requires_grad_(False).eval()
         quantize_meta(network, cfg.quant, network.dtype)
         if cfg.model.embedding_device == "cpu":
@@ -91,18 +95,34 @@ def trace_step(cfg: config.TrainRun, model_config: Any, lengths: Sequence[int], 
         with torch.device("meta"):
             model = attach.attach(network, cfg.adapter, NAME, cfg.seed, [])
         with accelerated_lora(model, NAME, cfg.fast) as reasons:
-            dataset = _dataset(lengths)
-            state = training_state.new_state(_two_steps(cfg, sum(lengths)), Path(), model, dataset, made.paths, "")
-            return trace_state(meter, state, reasons)
+            return _trace(meter, cfg, model, made.paths, lengths, reasons)
 
 
-def trace_state(meter: Meter, state: TrainingState, reasons: Sequence[str] = ()) -> StepTrace:
-    """Trace the second step of a state on the meta device: the first one allocates the optimizer's state."""
+def trace_loaded(state: TrainingState, lengths: Sequence[int], gradient_checkpointing: str) -> StepTrace:
+    """Trace a step of a loaded model on documents of these lengths, by the paths that it takes.
+
+    The state does not change. An adapter that is attached and accelerated is traced as it is.
+    """
+    train = dataclasses.replace(state.cfg.train, gradient_checkpointing=gradient_checkpointing)
+    with standing_for(target(state.base.device)), Meter() as meter, _fused_on_meta():
+        meter.phase = "base"
+        cfg = dataclasses.replace(state.cfg, train=train)
+        with torch.random.fork_rng(devices=[]):
+            return _trace(meter, cfg, on_meta(state.model), state.paths, lengths, [])
+
+
+def _trace(
+    meter: Meter, cfg: config.TrainRun, model: Any, paths: Paths, lengths: Sequence[int], reasons: Sequence[str]
+) -> StepTrace:
+    """Trace the second step of an adapter on the meta device: the first one allocates the optimizer's state."""
+    cfg = _two_steps(cfg, sum(lengths))
+    state = training_state.new_state(cfg, Path(), model, _dataset(lengths), paths, "")
     state.model.train()
-    # A step that was not computed; only the optimizer's state is wanted of it.
-    apply_gradient(state, Step(1, [], {"tokens": 1}, ["loss"], state.flat.values[:0], 1.0, 1.0))
     meter.assign([state.flat.values], "adapter")
     meter.assign([state.flat.gradients], "gradient")
+    loaded = meter.live_bytes
+    # A step that was not computed; only the optimizer's state is wanted of it.
+    apply_gradient(state, Step(1, [], {"tokens": 1}, ["loss"], state.flat.values[:0], 1.0, 1.0))
     moments = (value for memory in state.optimizer.state.values() for value in memory.values())
     meter.assign([value for value in moments if isinstance(value, torch.Tensor) and value.is_meta], "optimizer")
     resident = {name: count for name, count in meter.live.items() if count}
@@ -120,6 +140,7 @@ def trace_state(meter: Meter, state: TrainingState, reasons: Sequence[str] = ())
         peaks={phase: meter.peaks[phase] for phase in PHASES},
         at_peak=dict(meter.at_peak),
         resident=resident,
+        loaded_bytes=loaded,
         dispatches={phase: meter.dispatches[phase] for phase in PHASES},
         synchronisations=list(meter.synchronisations),
         flops=meter.flops,
@@ -128,10 +149,10 @@ def trace_state(meter: Meter, state: TrainingState, reasons: Sequence[str] = ())
     )
 
 
-def _dtype(cfg: config.TrainRun, target: Target) -> torch.dtype:
+def _dtype(cfg: config.TrainRun, device: Target) -> torch.dtype:
     if cfg.model.dtype is not config.Dtype.auto:
         return getattr(torch, cfg.model.dtype.value)
-    return torch.bfloat16 if target.kind == "cuda" else torch.float32
+    return torch.bfloat16 if device.kind == "cuda" else torch.float32
 
 
 def _dataset(lengths: Sequence[int]) -> Dataset:
@@ -177,7 +198,7 @@ def _phases(meter: Meter, state: TrainingState, plain: set[str]) -> Iterator[Non
 
 
 @contextlib.contextmanager
-def fused_on_meta() -> Iterator[None]:
+def _fused_on_meta() -> Iterator[None]:
     """Let torch's fused optimizers accept tensors on the meta device until the block ends."""
     from torch.optim import optimizer
 

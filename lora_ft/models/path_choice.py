@@ -31,7 +31,7 @@ def choose_paths(
 ) -> tuple[Paths, str, list[str]]:
     """Set the model's attention; return the paths, a problem that all choices have (or ""), and log lines.
 
-    Without a reference nothing is checked: the paths are those that `fast` selects.
+    Without a reference no number is checked: the paths are those that `fast` selects, as far as they run.
     """
     lines = [f"plain {name}: fast.{name}=false" for name in ("attention", "loss") if not getattr(fast, name)]
     candidates = [name for name in _SWITCHES if name == "packing" or getattr(fast, name)]
@@ -44,7 +44,10 @@ def choose_paths(
     for count in range(len(candidates) + 1):
         for off in map(frozenset, combinations(candidates, count)):
             paths = _set(model, plain, frozenset(candidates) - off, logit_map or PRODUCT)
-            problems[off] = "" if reference is None else self_check.find_problem(model, paths, reference)
+            if reference is None:
+                problems[off] = self_check.find_failure(model, paths)
+            else:
+                problems[off] = self_check.find_problem(model, paths, reference)
             if not problems[off]:
                 lines += [f"{_SWITCHES[name]}: {problems[off - {name}]}" for name in candidates if name in off]
                 return paths, "", [*lines, *_kernel_line(model, paths)]

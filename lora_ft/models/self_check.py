@@ -92,6 +92,18 @@ def find_problem(model: PreTrainedModel, paths: Paths, reference: Reference) -> 
     return _ignored_windows(model, calls) if paths.passes_starts else ""
 
 
+@torch.no_grad()
+def find_failure(model: PreTrainedModel, paths: Paths) -> str:
+    """Return the error of a forward on `paths`, "" if it runs: for models without values, which have no reference."""
+    try:
+        token_loss_sum(model, _draw(model), paths)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return _named(error)
+    return ""
+
+
 def _named(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
 

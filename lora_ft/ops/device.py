@@ -34,7 +34,7 @@ _standing_for: ContextVar[Target] = ContextVar("standing_for", default=_META)
 
 def target(device: torch.device) -> Target:
     """Return the target of a device; of the meta device the one that `standing_for` has set."""
-    return _standing_for.get() if device.type == "meta" else _target_of(device)
+    return _standing_for.get() if device.type == "meta" else _real(device)
 
 
 @contextlib.contextmanager
@@ -48,7 +48,7 @@ def standing_for(chosen: Target) -> Iterator[None]:
 
 
 @functools.cache
-def _target_of(device: torch.device) -> Target:
+def _real(device: torch.device) -> Target:
     if device.type != "cuda":
         return Target(device.type)
     return Target("cuda", torch.cuda.get_device_capability(device), torch.backends.cuda.is_flash_attention_available())

@@ -7,13 +7,10 @@
 Checkpoints are non-reentrant, so that gradients reach the adapters although the frozen embedding's output requires
 none. With the reentrant form, adapters silently train nothing (peft issue 137, transformers issue 42489).
 
-The activations of a layer depend on dtype, dropout, quantization, adapter and on every fast path, so `auto`
-measures them: four forward passes of a few tokens, and the bytes that autograd holds after each.
+memory/auto.py resolves `auto` to one of the other settings.
 """
 
 import contextlib
-import dataclasses
-import math
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,50 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_ft.errors import ConfigError
-from lora_ft.ops.batch import Batch
 from lora_ft.ops.compute_copies import copies_of
-from lora_ft.ops.token_loss import Paths, token_loss_sum
 
-# Share of the free memory that a run may plan to use. The rest is for uses that a measurement of a few tokens does not
-# show: gaps of the allocator, buffers inside kernels and, on a CPU, other processes.
-USABLE = 0.8
-_MOST_PROBE_TOKENS = 24
 _ATTRIBUTES = ("gradient_checkpointing", "_gradient_checkpointing_func")
 
 
-@dataclasses.dataclass(frozen=True)
-class Footprint:
-    """Bytes per token that a forward keeps for its backward: of a layer, of a recomputed layer, of all other parts.
-
-    `fixed` does not grow with the tokens: the optimizer state, which is allocated later.
-    """
-
-    layer: float
-    recomputed_layer: float
-    rest: float
-    num_layers: int
-    fixed: int = 0
-
-    def peak(self, tokens: int, every: int) -> float:
-        """Return the bytes at the start of the backward of `tokens` tokens with `every` = k of every_k (0: off).
-
-        One layer is added to the layers that are kept: for its gradients, and its activations if it is recomputed.
-        """
-        recomputed = math.ceil(self.num_layers / every) if every else 0
-        kept = self.num_layers - recomputed + 1
-        return self.fixed + tokens * (kept * self.layer + recomputed * self.recomputed_layer + self.rest)
-
-
 def recompute_layers(model: PreTrainedModel, setting: str) -> int:
-    """Apply off or every_k to the decoder layers; return how many are recomputed. `settle_checkpoint` resolves auto."""
-    layers = _layers(model)
+    """Apply off or every_k to the decoder layers; return how many are recomputed. auto is not one of them."""
+    layers = recomputable_layers(model)
     every = 0 if setting == "off" else int(setting.removeprefix("every_"))
     chosen = layers[::every] if every else []
     if every and not chosen:
@@ -90,7 +57,7 @@ def _checkpointed(layer: nn.Module, forward: Callable[..., Any], *arguments: Any
 @contextlib.contextmanager
 def recomputed_layers(model: PreTrainedModel, setting: str) -> Iterator[None]:
     """Recompute layers by `setting` until the block ends, then restore the layers' own setting."""
-    layers = _layers(model)
+    layers = recomputable_layers(model)
     before = [{name: value for name, value in vars(layer).items() if name in _ATTRIBUTES} for layer in layers]
     recompute_layers(model, setting)
     try:
@@ -100,71 +67,6 @@ def recomputed_layers(model: PreTrainedModel, setting: str) -> Iterator[None]:
             for name in _ATTRIBUTES:
                 vars(layer).pop(name, None)
             vars(layer).update(attributes)
-
-
-def settle_checkpoint(model: PreTrainedModel, paths: Paths, tokens: int) -> tuple[str, str]:
-    """Resolve `auto` for micro-batches of up to `tokens` tokens: return off or every_k, and a log line with the reason.
-
-    `model` is the transformers model with the adapter inside; its parameters are marked as trained or frozen.
-    """
-    every = 0
-    if not _layers(model):
-        reason = f"{model.config.model_type} has no layers that can be recomputed"
-    elif (free := available_bytes(model.device)) is None:
-        reason = "the free memory of this system is unknown"
-    elif tokens * _more_than_kept(model) <= USABLE * free:
-        reason = "the activations fit into the free memory"
-    else:
-        footprint = measure(model, paths)
-        every = fewest_recomputed(footprint, tokens, int(USABLE * free))
-        reason = (
-            f"{footprint.peak(tokens, every) / 1e9:.2f} GB for {tokens:,} tokens "
-            f"(off {footprint.peak(tokens, 0) / 1e9:.2f}, every_1 {footprint.peak(tokens, 1) / 1e9:.2f}), "
-            f"{free / 1e9:.2f} GB free"
-        )
-    setting = f"every_{every}" if every else "off"
-    return setting, f"train.gradient_checkpointing=auto: {setting}, {reason}"
-
-
-def _more_than_kept(model: PreTrainedModel) -> int:
-    """Return bytes per token, two or three times what any path keeps: if that fits, nothing is measured."""
-    hidden = _width(model)
-    inner = getattr(model.config.get_text_config(), "intermediate_size", None)  # a list, one per layer, in some models
-    return 4 * len(_layers(model)) * 16 * (hidden + (inner if isinstance(inner, int) else 4 * hidden))
-
-
-def fewest_recomputed(footprint: Footprint, tokens: int, budget: int) -> int:
-    """Return 0 if all layers can be kept, else the largest k of every_k whose peak fits into `budget` bytes, else 1."""
-    choices = (0, *range(footprint.num_layers, 0, -1))
-    return next((every for every in choices if footprint.peak(tokens, every) <= budget), 1)
-
-
-def measure(model: PreTrainedModel, paths: Paths) -> Footprint:
-    """Measure the footprint of a training step; the model, its settings and the random state do not change."""
-    layers = _layers(model)
-    training = model.training
-    model.train()
-    devices = [model.device] if model.device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            few, many = _probe_tokens(model)
-            slopes = []
-            for setting in ("off", "every_1"):
-                with recomputed_layers(model, setting):
-                    slopes.append((_bytes_kept(model, paths, many) - _bytes_kept(model, paths, few)) / (many - few))
-    finally:
-        model.train(training)
-    # A recomputed layer keeps its input, which is one row of the hidden state per token.
-    recomputed = float(_width(model) * model.get_input_embeddings().weight.element_size())
-    kept, every_1 = slopes
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return Footprint(
-        layer=(kept - every_1) / len(layers) + recomputed,
-        recomputed_layer=recomputed,
-        rest=max(0.0, every_1 - len(layers) * recomputed),
-        num_layers=len(layers),
-        fixed=2 * trained,  # two moments
-    )
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -195,37 +97,6 @@ def _left_by_cgroups(membership: Path, root: Path) -> list[int]:
     return left
 
 
-def _probe_tokens(model: PreTrainedModel) -> tuple[int, int]:
-    """Return two lengths of a short document that fit into the model's context."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", _MOST_PROBE_TOKENS)
-    many = min(_MOST_PROBE_TOKENS, context)
-    return max(1, many // 3), many
-
-
-def _layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+def recomputable_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    """Return the decoder layers of a model, in order."""
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-
-
-def _width(model: PreTrainedModel) -> int:
-    """Return the hidden size, from the embedding: configs of models with several parts name it differently."""
-    return int(model.get_input_embeddings().weight.shape[1])
-
-
-def _bytes_kept(model: PreTrainedModel, paths: Paths, tokens: int) -> int:
-    """Return the bytes that autograd holds after a forward of one document, without parameters and buffers."""
-    ids = torch.zeros(tokens, dtype=torch.int64, device=model.device)
-    batch = Batch(ids, torch.arange(tokens, device=model.device), ids, [0, tokens])
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = token_loss_sum(model, batch, paths)
-    total = sum(kept.values())
-    del loss  # it holds the graph until here, so no address was used twice
-    return total

@@ -35,7 +35,6 @@ from lora_ft.evaluation.loss import EvalLoss
 from lora_ft.models.acceleration import accelerated_lora
 from lora_ft.models.load import Base
 from lora_ft.objectives import Objective
-from lora_ft.ops.gradient_checkpointing import settle_checkpoint
 from lora_ft.ops.token_loss import Paths
 from lora_ft.training import loss_scale, optimizers
 from lora_ft.training.step import Step
@@ -228,7 +227,7 @@ def new_state(
             "adapter": _sha256([[n.replace(f".{NAME}", ""), list(p.shape)] for n, p in parameters.items()]),
         },
         loss_scale=_loss_scale(model, largest),
-        gradient_checkpointing=_settle_checkpoint(model, paths, largest, cfg.train.gradient_checkpointing),
+        gradient_checkpointing=cfg.train.gradient_checkpointing,
     )
 
 
@@ -249,15 +248,6 @@ def _largest_micro_batch(paths: Paths, examples: list[Example], steps: list[np.n
     of_steps = ([examples[i] for i in step] for step in steps)
     largest = max(sum(len(e.ids) for e in step) if packs else longest_group(step) for step in of_steps)
     return min(largest, train.tokens_per_microbatch or largest)
-
-
-def _settle_checkpoint(model: PeftModel, paths: Paths, largest: int, setting: str) -> str:
-    """Resolve train.gradient_checkpointing=auto for the largest micro-batch of the run."""
-    if setting != "auto":
-        return setting
-    setting, why = settle_checkpoint(model.get_base_model(), paths, largest)
-    log.info(why)
-    return setting
 
 
 def check_lengths(examples: list[Example], model: PreTrainedModel, train: config.Train) -> None:
