@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lora_ft.errors import ConfigError
+from lora_ft.ops import meta_kernels
 from lora_ft.ops.mlp import activation_gradient, gated, gated_plain, overwritable
 from lora_ft.ops.norm import reciprocal_rms, rms_norm, rms_norm_gradients, rms_norm_plain
 from lora_ft.ops.recomputable import recomputable, with_recipe
@@ -46,6 +47,18 @@ def _rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 
 
 OWN = Kernels(rms_norm, gated, _rotate_both, "eager")
+
+
+TRACED = Kernels(meta_kernels.rms_norm, meta_kernels.gated, meta_kernels.rotate, "one launch each")
+
+
+def _or_stand_ins(rms_norm: Any, gated: Any, rotate: Any, name: str) -> Kernels:
+    """Return kernels that are replaced by stand-ins for tensors without values, as in a trace of a loaded model."""
+
+    def either(stand_in: Any, kernel: Any) -> Any:
+        return lambda x, *more: (stand_in if x.is_meta else kernel)(x, *more)
+
+    return Kernels(either(TRACED.rms_norm, rms_norm), either(TRACED.gated, gated), either(TRACED.rotate, rotate), name)
 
 
 def choose_kernels(device: torch.device, choice: BlockKernels) -> Kernels:
@@ -99,7 +112,7 @@ def compiled_kernels(backend: Any = "inductor") -> Kernels:
     def rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         return rotate_plain(q, cos, sin), rotate_plain(k, cos, sin)
 
-    return Kernels(
+    return _or_stand_ins(
         lambda x, weight, eps, offset: recomputable(*norm_pair(eps, offset), x, weight),
         lambda gate, up, activation: recomputable(*gated_pair(activation), gate, up),
         rotate_both,
@@ -142,7 +155,7 @@ def liger_kernels() -> Kernels:
         # The kernel overwrites its input. Nothing else reads q and k, the results of projections or norms.
         return ops.LigerRopeFunction.apply(q, k, cos, sin)
 
-    return Kernels(norm, gated_product, rotate_both, "liger-kernel")
+    return _or_stand_ins(norm, gated_product, rotate_both, "liger-kernel")
 
 
 def _applied(function: Any, options: tuple[Any, ...], x: Tensor, weight: Tensor) -> Tensor:
