@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,16 @@ from tiny import MIXTURES, tiny_model
 from torch import nn
 
 from lora_ft import config
+from lora_ft.memory.launches import launch_bound
 from lora_ft.memory.meter import HostDeviceMix, Meter
 from lora_ft.memory.trace import PHASES, StepTrace, trace_loaded, trace_step
 from lora_ft.memory.twin import on_meta
 from lora_ft.models.meta_quantize import quantize_meta
-from lora_ft.ops.device import CPU, GPU, standing_for, target
+from lora_ft.models.quantize import import_bitsandbytes
+from lora_ft.ops.device import CPU, GPU, one_launch, standing_for, target
 from lora_ft.ops.gradient_checkpointing import recomputed_layers
 from lora_ft.ops.token_loss import token_loss_sum
+from lora_ft.values import BlockKernels
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from shapes import SHAPES, config_of
@@ -51,14 +55,19 @@ def test_8b_nf4_step_of_4096_tokens_fits_in_less_than_8_gib(llama_8b: StepTrace)
     assert llama_8b.peak_bytes <= 7.7 * GIB
 
 
-@pytest.mark.xfail(strict=True, reason="norms, rotations and SwiGLU are traced as their eager forms")
 def test_8b_step_makes_few_launches(llama_8b: StepTrace) -> None:
     assert sum(llama_8b.dispatches.values()) < 9000
 
 
-@pytest.mark.xfail(strict=True, reason="6.86 GiB: the backward of a recomputed layer needs 0.35")
+@pytest.mark.xfail(strict=True, reason="6.88 GiB: the backward of a recomputed layer needs 0.36")
 def test_8b_nf4_step_of_2048_tokens_fits_in_less_than_7_gib() -> None:
     assert traced("llama3_1_8b", 2048, quant="nf4").peak_bytes <= 6.85 * GIB
+
+
+def test_8b_nf4_step_of_2048_tokens_with_the_embedding_on_the_cpu_fits_in_less_than_6_gib() -> None:
+    model = config.Model(embedding_device="cpu")
+    found = trace_step(settings("nf4", model=model), config_of("llama3_1_8b"), [2048])
+    assert found.peak_bytes <= 5.9 * GIB
 
 
 def test_loss_of_an_8b_step_makes_few_launches(llama_8b: StepTrace) -> None:
@@ -157,6 +166,20 @@ def test_state_of_the_optimizer_on_the_cpu_is_not_resident() -> None:
     assert there.resident_bytes - away.resident_bytes == there.resident["optimizer"]
 
 
+def test_kernel_of_several_operations_is_one_launch_without_temporaries() -> None:
+    eager, fused = (
+        trace_step(settings(fast=config.Fast(kernels=kernels)), config_of("smollm2_135m", 2), [512])
+        for kernels in (BlockKernels.eager, BlockKernels.auto)
+    )
+    assert fused.dispatches["forward"] < 0.8 * eager.dispatches["forward"]
+    with Meter() as meter:
+        x = torch.empty(1000, device=META)
+        y = one_launch(lambda x: (x * 2 + 1).exp())(x)
+        y.add_(1)
+        assert meter.dispatches.total() == 2
+        assert meter.peaks[""] == meter.live_bytes == 2 * 4096
+
+
 # A loaded model.
 
 
@@ -226,6 +249,18 @@ def test_quantized_copy_keeps_codes_scales_and_dtypes(quant: str) -> None:
             assert twin.module is copied.get_submodule(name)
 
 
+def test_quantizing_without_values_leaves_real_quantization_as_it_was() -> None:
+    """bitsandbytes keeps one table of levels for the process, on the device of the first weight."""
+    functional = import_bitsandbytes().functional
+    functional.name2qmap.clear()
+    with META:
+        network = tiny_model("llama")
+    quantize_meta(network, config.Quant(kind=config.QuantKind.nf4), torch.float32)
+    weight = torch.linspace(-1, 1, 4096).view(64, 64)
+    packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    assert (functional.dequantize_4bit(packed, state) - weight).abs().max() < 0.2
+
+
 # The meter.
 
 
@@ -268,6 +303,16 @@ def test_reads_by_the_host_are_counted() -> None:
         assert len(meter.synchronisations) == 3
 
 
+def test_copies_from_the_host_go_to_the_device_that_the_meta_device_stands_for() -> None:
+    """A model with its embedding on the CPU moves its rows to the device that it was loaded on."""
+    with Meter() as meter:
+        copied = meter.__torch_dispatch__(
+            torch.ops.aten._to_copy.default, (), (torch.ones(3),), {"device": torch.device("cuda")}
+        )
+        assert copied.is_meta
+        assert meter.live_bytes == 512 and not meter.synchronisations
+
+
 def test_mixing_host_and_device_is_an_error() -> None:
     with Meter():
         x = torch.ones(3, 3, device=META)
@@ -297,3 +342,20 @@ def test_meta_device_stands_for_another_inside_the_block_only() -> None:
 def test_trace_is_the_same_twice() -> None:
     first, second = (dataclasses.asdict(traced("qwen3_0_6b", 128, 2, "nf4")) for _ in range(2))
     assert first == second
+
+
+# Launches.
+
+
+def test_small_model_is_bound_by_launches_until_its_step_is_large_enough() -> None:
+    def sentence(tokens: int) -> str:
+        return launch_bound(traced("qwen3_0_6b", tokens, checkpointing="off"), tokens)
+
+    small = sentence(1024)
+    enough = int(re.search(r"train\.tokens_per_step=(\d+) on", small)[1])
+    assert 1024 < enough <= 16384
+    assert sentence(enough) == "" != sentence(enough // 4)
+
+
+def test_large_model_is_not_bound_by_launches(llama_8b: StepTrace) -> None:
+    assert launch_bound(llama_8b, 4096) == ""

@@ -27,7 +27,6 @@ from lora_ft.evaluation.loss import eval_loss
 from lora_ft.models.load import load_base, load_tokenizer
 from lora_ft.ops import gradient_checkpointing
 from lora_ft.training import checkpoint, trainer
-from lora_ft.training import state as state_module
 from lora_ft.training.callbacks import Callback
 from lora_ft.training.state import TrainingState, overfitting, plan_steps
 from lora_ft.training.trainer import fit

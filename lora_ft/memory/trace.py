@@ -33,6 +33,7 @@ from lora_ft.models.meta_quantize import quantize_meta
 from lora_ft.ops.device import GPU, Target, standing_for, target
 from lora_ft.ops.dropout import switch_off_dropout
 from lora_ft.ops.gradient_checkpointing import recomputed_layers
+from lora_ft.ops.kernels import choose_kernels
 from lora_ft.ops.token_loss import Paths
 from lora_ft.training import state as training_state
 from lora_ft.training.ranks import Ranks
@@ -90,7 +91,8 @@ def trace_step(cfg: config.TrainRun, model_config: Any, lengths: Sequence[int], 
             keep_on_cpu(network, torch.device("meta"))
         switch_off_dropout(network)
         fast = dataclasses.replace(cfg.fast, storage=False)  # it depends on the values of the weights
-        made = accelerate(network, fast, modules_to_save=set(cfg.adapter.modules_to_save), check=False)
+        kernels = choose_kernels(torch.device("meta"), cfg.fast.kernels)
+        made = accelerate(network, fast, kernels, modules_to_save=set(cfg.adapter.modules_to_save), check=False)
         meter.phase = "adapter"
         with torch.device("meta"):
             model = attach.attach(network, cfg.adapter, NAME, cfg.seed, [])

@@ -9,9 +9,10 @@ Code that takes another form on a GPU asks `target(x.device).kind`, not `x.devic
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -30,11 +31,12 @@ CPU = Target("cpu")
 _META = Target("meta")
 
 _standing_for: ContextVar[Target] = ContextVar("standing_for", default=_META)
+_launch: ContextVar[object | None] = ContextVar("launch", default=None)
 
 
 def target(device: torch.device) -> Target:
     """Return the target of a device; of the meta device the one that `standing_for` has set."""
-    return _standing_for.get() if device.type == "meta" else _real(device)
+    return _standing_for.get() if device.type == "meta" else _target_of(device)
 
 
 @contextlib.contextmanager
@@ -47,8 +49,26 @@ def standing_for(chosen: Target) -> Iterator[None]:
         _standing_for.reset(token)
 
 
+def one_launch(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that a trace counts as one kernel, whose temporaries take no memory."""
+
+    def launched(*arguments: Any) -> Any:
+        token = _launch.set(object())
+        try:
+            return function(*arguments)
+        finally:
+            _launch.reset(token)
+
+    return launched
+
+
+def current_launch() -> object | None:
+    """Return an object that stands for the call of a `one_launch` function that is running, None outside of one."""
+    return _launch.get()
+
+
 @functools.cache
-def _real(device: torch.device) -> Target:
+def _target_of(device: torch.device) -> Target:
     if device.type != "cuda":
         return Target(device.type)
     return Target("cuda", torch.cuda.get_device_capability(device), torch.backends.cuda.is_flash_attention_available())

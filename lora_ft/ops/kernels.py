@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lora_ft.errors import ConfigError
+from lora_ft.ops.device import one_launch, target
 from lora_ft.ops.mlp import activation_gradient, gated, gated_plain, overwritable
 from lora_ft.ops.norm import reciprocal_rms, rms_norm, rms_norm_gradients, rms_norm_plain
 from lora_ft.ops.recomputable import recomputable, with_recipe
@@ -53,10 +54,13 @@ def choose_kernels(device: torch.device, choice: BlockKernels) -> Kernels:
 
     Raises ConfigError for `liger` or `compile` if the device is not a CUDA device or a package is missing.
     """
-    if choice is BlockKernels.eager or (choice is BlockKernels.auto and device.type != "cuda"):
+    kind = target(device).kind
+    if choice is BlockKernels.eager or (choice is BlockKernels.auto and kind != "cuda"):
         return OWN
+    if device.type == "meta":
+        return traced_kernels()
     setting = f"fast.kernels={choice.value}"
-    if device.type != "cuda":
+    if kind != "cuda":
         raise ConfigError(f"{setting} needs a CUDA device, but this run uses {device.type}: set fast.kernels=auto")
     missing = {name for name in ("triton", "liger_kernel") if importlib.util.find_spec(name) is None}
     if choice is not BlockKernels.compile and not missing:
@@ -74,6 +78,29 @@ def choose_kernels(device: torch.device, choice: BlockKernels) -> Kernels:
 def compiled_kernels(backend: Any = "inductor") -> Kernels:
     """Compile the plain definitions and their gradients, each for any number of tokens; equal up to rounding."""
     compiled = functools.partial(torch.compile, dynamic=True, fullgraph=True, backend=backend)
+    return _traceable(_of_definitions(compiled, "torch.compile"))
+
+
+@functools.cache
+def traced_kernels() -> Kernels:
+    """Return kernels for the meta device: the plain definitions, each counted as one launch without temporaries."""
+    return _of_definitions(one_launch, "traced")
+
+
+def _traceable(kernels: Kernels) -> Kernels:
+    """Return kernels that tensors without values, which no kernel takes, pass by `traced_kernels`."""
+
+    def either(name: str) -> Callable[..., Any]:
+        def chosen(first: Tensor, *others: Any) -> Any:
+            return getattr(traced_kernels() if first.is_meta else kernels, name)(first, *others)
+
+        return chosen
+
+    return Kernels(either("rms_norm"), either("gated"), either("rotate"), kernels.name)
+
+
+def _of_definitions(compiled: Callable[[Callable[..., Any]], Callable[..., Any]], name: str) -> Kernels:
+    """Return kernels that `compiled` makes of the plain definitions and of their gradients."""
 
     @functools.cache
     def norm_pair(eps: float, offset: float) -> tuple[Callable[..., Tensor], Callable[..., Any]]:
@@ -103,7 +130,7 @@ def compiled_kernels(backend: Any = "inductor") -> Kernels:
         lambda x, weight, eps, offset: recomputable(*norm_pair(eps, offset), x, weight),
         lambda gate, up, activation: recomputable(*gated_pair(activation), gate, up),
         rotate_both,
-        "torch.compile",
+        name,
     )
 
 
@@ -142,7 +169,7 @@ def liger_kernels() -> Kernels:
         # The kernel overwrites its input. Nothing else reads q and k, the results of projections or norms.
         return ops.LigerRopeFunction.apply(q, k, cos, sin)
 
-    return Kernels(norm, gated_product, rotate_both, "liger-kernel")
+    return _traceable(Kernels(norm, gated_product, rotate_both, "liger-kernel"))
 
 
 def _applied(function: Any, options: tuple[Any, ...], x: Tensor, weight: Tensor) -> Tensor:
