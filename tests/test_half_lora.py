@@ -1,7 +1,9 @@
-"""LoRA layers in bfloat16 and float16 over float32 matrices: errors against float64, and one cast per step."""
+"""LoRA layers in bfloat16 and float16 over float32 matrices: errors against float64, and casts of whole layers."""
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,8 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_ft import config
 from lora_ft.adapters import attach
-from lora_ft.models.acceleration import accelerate
-from lora_ft.ops.compute_copies import compute_copies, compute_copy
+from lora_ft.models.acceleration import accelerate, accelerated_lora
+from lora_ft.ops import compute_copies
+from lora_ft.ops.compute_copies import compute_copy
+from lora_ft.ops.gradient_checkpointing import recomputed_layers
 from lora_ft.ops.token_loss import token_loss_sum
 from lora_ft.training import optimizers
 
@@ -123,39 +127,47 @@ class Casts(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("recomputed", ["off", "every_1"])
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"lora_dropout": 0.3}])
-def test_matrices_are_cast_once_per_step(settings: dict[str, Any]) -> None:
-    """Two micro-batches with the copies of one step equal two whose matrices are cast at each use."""
+def test_matrices_of_a_layer_are_cast_together(settings: dict[str, Any], recomputed: str) -> None:
+    """A forward of a layer casts its matrices A by one operation, and B, and changes no number by that."""
     base = tiny_model("llama", dtype=torch.bfloat16)
     model, batches = adapted(base, **settings).train(), (packed(5, 9), packed(7))
     parameters = attach.trainable(model, "first")
     flat = optimizers.flatten(parameters)
-    accelerate_adapter(model, "first")
     paths = accelerate(base, config.Fast(), check=False).paths
+    matrices = [p for n, p in parameters.items() if "lora_A" in n or "lora_B" in n]
 
-    def step() -> tuple[Tensor, int]:
+    def step(separate: bool) -> tuple[Tensor, int]:
         flat.gradients.zero_()
         torch.manual_seed(3)
-        with Casts() as casts:
-            for batch in batches:
-                token_loss_sum(base, batch, paths).backward()
+        with accelerated_lora(model, "first", config.Fast()), recomputed_layers(base, recomputed), ExitStack() as stack:
+            if separate:
+                stack.enter_context(mock.patch.object(compute_copies, "_copy", lambda *_: None))
+            with Casts() as casts:
+                for batch in batches:
+                    token_loss_sum(base, batch, paths).backward()
+        assert not any(vars(matrix) for matrix in matrices)
         return flat.gradients.clone(), casts.count
 
-    expected, casts_at_each_use = step()
-    with compute_copies(parameters.values(), flat.values, torch.bfloat16):
-        found, casts = step()
+    expected, casts_at_each_use = step(separate=True)
+    found, casts = step(separate=False)
     assert torch.equal(found, expected)
-    assert casts_at_each_use - casts == 2 * 2 * 14 * (1.5 if "use_dora" in settings else 1)
-    assert step()[1] == casts_at_each_use, "the copies end with the block"
+    uses = 14 * (3 if "use_dora" in settings else 2)  # DoRA's norms read A again
+    assert casts_at_each_use - casts == 2 * (1 if recomputed == "off" else 2) * (uses - 2 * 2)
 
 
-def test_copies_are_views_of_one_cast_and_the_parameter_itself_needs_none() -> None:
-    parameters = {"x.lora_A": nn.Parameter(torch.randn(2, 3)), "x.lora_B": nn.Parameter(torch.randn(4, 2))}
-    flat = optimizers.flatten(parameters)
-    with compute_copies(parameters.values(), flat.values, torch.float16):
-        copies = [compute_copy(p, torch.float16) for p in parameters.values()]
-        assert copies[0].untyped_storage().data_ptr() == copies[1].untyped_storage().data_ptr()
-        assert all(torch.equal(c, p.half()) for c, p in zip(copies, parameters.values(), strict=True))
-        assert compute_copy(parameters["x.lora_A"], torch.bfloat16).dtype is torch.bfloat16
-        own = compute_copy(parameters["x.lora_A"], torch.float32)
-        assert own.data_ptr() == parameters["x.lora_A"].data_ptr() and not own.requires_grad
+def test_copies_are_views_of_one_cast_and_a_matrix_of_the_dtype_needs_none() -> None:
+    named = {f"{i}.lora_A": nn.Parameter(torch.randn(2, 3)) for i in range(3)}
+    optimizers.flatten(named)
+    layer, matrices = nn.Identity(), list(named.values())
+    other = nn.Parameter(torch.randn(4))
+    with compute_copies.copied_by_layer([(layer, [*matrices, other])], torch.float16):
+        seen: list[Tensor] = []
+        layer.register_forward_pre_hook(lambda *_: seen.extend(compute_copy(m, torch.float16) for m in matrices))
+        layer(torch.ones(1))
+        assert len({copy.untyped_storage().data_ptr() for copy in seen}) == 1
+        assert all(torch.equal(copy, matrix.half()) for copy, matrix in zip(seen, matrices, strict=True))
+    assert compute_copy(matrices[0], torch.bfloat16).dtype is torch.bfloat16
+    own = compute_copy(matrices[0], torch.float32)
+    assert own.data_ptr() == matrices[0].data_ptr() and not own.requires_grad

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_ft.ops.cross_entropy import linear_cross_entropy
 from lora_ft.ops.dora import row_norms, scaled_rows
@@ -32,20 +33,20 @@ Forward = Callable[..., Tensor]
 
 
 class LoraForwards(NamedTuple):
-    """New forwards by module, losses of adapted heads by module, and log lines."""
+    """New forwards by module, losses of adapted heads by module, log lines, and the dtype of computation."""
 
     forwards: dict[nn.Module, Forward]
     head_losses: dict[nn.Module, Forward]
     reasons: list[str]
+    dtype: torch.dtype
 
 
 def fast_forwards(model: "PeftModel", name: str) -> LoraForwards:
     """Return the new forwards for adapter `name`; the log lines count the layers that stay plain."""
     from peft.tuners.lora import LoraLayer
 
-    found = LoraForwards({}, {}, [])
-    reasons: Counter[str] = Counter()
     dtype = model.get_base_model().get_input_embeddings().weight.dtype
+    found, reasons = LoraForwards({}, {}, [], dtype), Counter[str]()
     for layer in model.modules():
         if not isinstance(layer, LoraLayer) or name not in layer.r:
             continue
@@ -54,6 +55,18 @@ def fast_forwards(model: "PeftModel", name: str) -> LoraForwards:
         found.forwards[layer] = functools.partial(_forward, layer, layer.forward)
         found.head_losses[layer] = functools.partial(_head_loss, layer)
     found.reasons.extend(f"{count} LoRA layers compute as PEFT does: {reason}" for reason, count in reasons.items())
+    return found
+
+
+def matrices_by_layer(model: "PeftModel", name: str) -> list[tuple[nn.Module, list[nn.Parameter]]]:
+    """Return the decoder layers with the matrices A and B of adapter `name` in each."""
+    from peft.tuners.lora import LoraLayer
+
+    found = []
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            adapted = [m for m in layer.modules() if isinstance(m, LoraLayer) and name in m.lora_A]
+            found.append((layer, [matrix[name].weight for m in adapted for matrix in (m.lora_A, m.lora_B)]))
     return found
 
 

@@ -30,6 +30,7 @@ from lora_ft import config
 from lora_ft.models import accelerated_blocks, path_choice, self_check, storage
 from lora_ft.models import accelerated_lora as lora_layers
 from lora_ft.ops.allocator import release_freed_memory
+from lora_ft.ops.compute_copies import copied_by_layer
 from lora_ft.ops.kernels import OWN, Kernels
 from lora_ft.ops.token_loss import PLAIN_PATHS, Paths
 
@@ -95,7 +96,8 @@ def accelerated_lora(model: "PeftModel", name: str, fast: config.Fast) -> Iterat
         yield ["plain lora: fast.lora=false"]
         return
     found = lora_layers.fast_forwards(model, name)
-    with replaced_forwards(found.forwards), ExitStack() as undo:
+    copied = copied_by_layer(lora_layers.matrices_by_layer(model, name), found.dtype)
+    with replaced_forwards(found.forwards), copied, ExitStack() as undo:
         for layer, loss in found.head_losses.items():
             _replace(undo, layer, loss, "token_loss_sum")
         yield found.reasons

@@ -12,16 +12,19 @@ memory/auto.py resolves `auto` to one of the other settings.
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_ft.errors import ConfigError
+from lora_ft.ops.compute_copies import copies_of
 
 _ATTRIBUTES = ("gradient_checkpointing", "_gradient_checkpointing_func")
 
@@ -39,8 +42,16 @@ def recompute_layers(model: PreTrainedModel, setting: str) -> int:
     for layer in layers:
         layer.gradient_checkpointing = layer in chosen
         # preserve_rng_state (the default) repeats the dropout masks of the forward.
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        layer._gradient_checkpointing_func = partial(_checkpointed, layer)
     return len(chosen)
+
+
+def _checkpointed(layer: nn.Module, forward: Callable[..., Any], *arguments: Any) -> Any:
+    def with_copies(*given: Any) -> Any:
+        with copies_of(layer):
+            return forward(*given)
+
+    return checkpoint(with_copies, *arguments, use_reentrant=False)
 
 
 @contextlib.contextmanager

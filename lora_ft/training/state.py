@@ -124,11 +124,6 @@ class TrainingState:
         return base
 
     @property
-    def compute_dtype(self) -> torch.dtype:
-        """The dtype of the base's activations; the adapter's parameters are float32 at least."""
-        return self.base.get_input_embeddings().weight.dtype
-
-    @property
     def best(self) -> Evaluation | None:
         return min(self.evaluations, key=lambda e: e.result.loss, default=None)
 

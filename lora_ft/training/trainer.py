@@ -29,7 +29,6 @@ from lora_ft.data.sampler import derive
 from lora_ft.errors import CheckpointError, Interrupted, NonFiniteError
 from lora_ft.evaluation.loss import EvalLoss, eval_loss
 from lora_ft.ops.batch import LossSum
-from lora_ft.ops.compute_copies import compute_copies
 from lora_ft.ops.gradient_checkpointing import recomputed_layers
 from lora_ft.training import checkpoint, optimizers
 from lora_ft.training.callbacks import Callback, Callbacks, Metrics
@@ -156,13 +155,12 @@ def compute_gradient(state: TrainingState, ranks: Ranks, *, audited: bool) -> St
     scale = state.loss_scale.at(index + 1) if state.loss_scale else 1.0
     state.flat.gradients.zero_()
     parts: list[LossSum] = []
-    with compute_copies(state.parameters.values(), state.flat.values, state.compute_dtype):
-        for micro, batch in ranks.share(packed):
-            # Dropout uses the global generator: seeding it here makes its masks a function of step and micro-batch.
-            torch.manual_seed(derive(cfg.seed, "dropout", index, micro))
-            part = state.objective.loss(state.base, batch.to(state.base.device), state.paths)
-            (part.sum * scale).backward()
-            parts.append(part.detach())
+    for micro, batch in ranks.share(packed):
+        # Dropout uses the global generator: seeding it here makes its masks a function of step and micro-batch.
+        torch.manual_seed(derive(cfg.seed, "dropout", index, micro))
+        part = state.objective.loss(state.base, batch.to(state.base.device), state.paths)
+        (part.sum * scale).backward()
+        parts.append(part.detach())
     ranks.sum(state.flat.gradients)
     (weight,) = ranks.totals([sum(part.weight for part in parts)])
     # Divided here, in the adapter's float32: a loss divided before backward would underflow in float16.
