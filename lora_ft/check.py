@@ -20,6 +20,7 @@ import itertools
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,13 +29,18 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from lora_ft import config, runs, validation
+from lora_ft import config, objectives, runs, validation
 from lora_ft.adapters.summary import Layers
 from lora_ft.cli import entry
 from lora_ft.data.read import read
 from lora_ft.data.rows import Example, excerpt
 from lora_ft.data.tokenize import Vocabulary
+from lora_ft.memory.launches import launch_bound
+from lora_ft.memory.trace import trace_step
+from lora_ft.models.device import resolve_device
 from lora_ft.models.load import load_tokenizer
+from lora_ft.models.meta_model import load_meta_model
+from lora_ft.ops.device import target
 from lora_ft.training.dry_run import (
     ErrorCollector,
     PartialDryRun,
@@ -62,10 +68,28 @@ def main(cfg: config.CheckRun, invocation: entry.Invocation) -> None:
     collect(check_machine, cfg)
     if tokenizer := collect(load_tokenizer, cfg.model):
         found = partial_dry_run(collect, cfg, collect(read_rows, cfg, tokenizer), tokenizer, invocation.folder)
+        warning = _launch_warning(cfg, found, tokenizer)
+        found = replace(found, warnings=[*found.warnings, *([warning] if warning else [])])
         _write(page(cfg, found, tokenizer))
     else:
         collect(lambda: read(cfg.data).ledger.raise_bad())
     collect.raise_errors()
+
+
+def _launch_warning(cfg: config.TrainRun, found: PartialDryRun, tokenizer: Any) -> str:
+    """Return a sentence if the run's device is a GPU that would wait for launches in a step of median size."""
+    device = resolve_device(cfg.device) if found.steps and found.layers else None
+    if device is None or found.steps is None or device.type != "cuda":
+        return ""
+    base = load_meta_model(cfg.model, cfg.quant, cfg.device, tokenizer, objectives.find(cfg.objective).model_class)
+    tokens, longest = int(found.steps.median), cfg.data.max_length
+    lengths = [min(longest, tokens - start) for start in range(0, tokens, longest)]
+    checkpointing = cfg.train.gradient_checkpointing.replace("auto", "off")
+    cfg = replace(cfg, train=replace(cfg.train, gradient_checkpointing=checkpointing))
+    try:
+        return launch_bound(trace_step(cfg, base.model.config, lengths, target(device)), tokens)
+    except Exception:  # code of a model family that does not run without values: the warning is not worth an error
+        return ""
 
 
 def _write(content: RenderableType) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from finished import call, finished_run
 from rich.console import Console
 from tiny import tiny_folder, tiny_tokenizer
@@ -15,6 +16,7 @@ from tiny import tiny_folder, tiny_tokenizer
 from lora_ft import check, config
 from lora_ft.data.rows import Example
 from lora_ft.data.tokenize import Vocabulary
+from lora_ft.ops.device import GPU
 from lora_ft.training.dry_run import ErrorCollector, partial_dry_run, read_rows
 
 COMMAND = str(Path(sys.executable).with_name("lora-ft"))
@@ -274,3 +276,17 @@ def test_page_reports_truncated_dropped_and_unused_data(base, tmp_path):
     assert "1 prompts cut (data.too_long=truncate_prompt)" in cut and "columns score" in cut
     dropped = shown(base, tmp_path, rows, max_length=64, too_long=config.TooLong.drop)
     assert re.search(r"1 longer than\s+data\.max_length left out", dropped)
+
+
+def test_gpu_that_would_wait_for_launches_is_warned_of(base, capfd, monkeypatch):
+    monkeypatch.setattr(check, "resolve_device", lambda _: torch.device("cuda:0"))
+    monkeypatch.setattr(check, "target", lambda _: GPU)
+    assert checked(base) == 0
+    page = " ".join(capfd.readouterr().out.split())
+    assert re.search(r"! a step of \d+ tokens makes about [\d,]+ kernel launches, \d+ ms at 5 us each", page)
+    assert re.search(r"From train\.tokens_per_step=\d+ on it would not", page)
+
+
+def test_cpu_is_not_warned_of_launches(base, capfd):
+    assert checked(base) == 0
+    assert "launches" not in capfd.readouterr().out

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from tiny import MIXTURES, tiny_model
 from torch import nn
 
 from lora_ft import config
+from lora_ft.memory.launches import launch_bound
 from lora_ft.memory.meter import HostDeviceMix, Meter
 from lora_ft.memory.trace import PHASES, StepTrace, trace_loaded, trace_step
 from lora_ft.memory.twin import on_meta
 from lora_ft.models.meta_quantize import quantize_meta
+from lora_ft.models.quantize import import_bitsandbytes
 from lora_ft.ops.device import CPU, GPU, standing_for, target
 from lora_ft.ops.gradient_checkpointing import recomputed_layers
 from lora_ft.ops.token_loss import token_loss_sum
@@ -237,6 +240,18 @@ def test_quantized_copy_keeps_codes_scales_and_dtypes(quant: str) -> None:
             assert twin.module is copied.get_submodule(name)
 
 
+def test_quantizing_without_values_leaves_real_quantization_as_it_was() -> None:
+    """bitsandbytes keeps one table of levels for the process, on the device of the first weight."""
+    functional = import_bitsandbytes().functional
+    functional.name2qmap.clear()
+    with META:
+        network = tiny_model("llama")
+    quantize_meta(network, config.Quant(kind=config.QuantKind.nf4), torch.float32)
+    weight = torch.linspace(-1, 1, 4096).view(64, 64)
+    packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    assert (functional.dequantize_4bit(packed, state) - weight).abs().max() < 0.2
+
+
 # The meter.
 
 
@@ -279,6 +294,16 @@ def test_reads_by_the_host_are_counted() -> None:
         assert len(meter.synchronisations) == 3
 
 
+def test_copies_from_the_host_go_to_the_device_that_the_meta_device_stands_for() -> None:
+    """A model with its embedding on the CPU moves its rows to the device that it was loaded on."""
+    with Meter() as meter:
+        copied = meter.__torch_dispatch__(
+            torch.ops.aten._to_copy.default, (), (torch.ones(3),), {"device": torch.device("cuda")}
+        )
+        assert copied.is_meta
+        assert meter.live_bytes == 512 and not meter.synchronisations
+
+
 def test_mixing_host_and_device_is_an_error() -> None:
     with Meter():
         x = torch.ones(3, 3, device=META)
@@ -308,3 +333,20 @@ def test_meta_device_stands_for_another_inside_the_block_only() -> None:
 def test_trace_is_the_same_twice() -> None:
     first, second = (dataclasses.asdict(traced("qwen3_0_6b", 128, 2, "nf4")) for _ in range(2))
     assert first == second
+
+
+# Launches.
+
+
+def test_small_model_is_bound_by_launches_until_its_step_is_large_enough() -> None:
+    def sentence(tokens: int) -> str:
+        return launch_bound(traced("qwen3_0_6b", tokens, checkpointing="off"), tokens)
+
+    small = sentence(1024)
+    enough = int(re.search(r"train\.tokens_per_step=(\d+) on", small)[1])
+    assert 1024 < enough <= 16384
+    assert sentence(enough) == "" != sentence(enough // 4)
+
+
+def test_large_model_is_not_bound_by_launches(llama_8b: StepTrace) -> None:
+    assert launch_bound(llama_8b, 4096) == ""

@@ -4,4 +4,5 @@ meter    counts bytes, dispatches and synchronisations of what runs inside it
 trace    settings -> the run's own training step on the meta device -> StepTrace
 twin     copies a loaded model to the meta device
 auto     settles train.gradient_checkpointing=auto
+launches says when a step takes longer to launch than to compute
 """

@@ -91,6 +91,8 @@ class Meter(TorchDispatchMode):
                 args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
             else:
                 raise HostDeviceMix(f"{func} in the {self.phase} got tensors of the host and of the device")
+        if func.overloadpacket is _aten._to_copy and torch.device(kwargs.get("device") or "cpu").type != "cpu":
+            kwargs = {**kwargs, "device": "meta"}  # the model's own device, which the meta device stands for
         if on_device and func.overloadpacket is _aten._grouped_mm:
             result = _grouped_mm(func, args, kwargs)
         else:

@@ -21,6 +21,9 @@ def quantize_meta(network: Any, quant: config.Quant, compute: torch.dtype) -> tu
         return ()
     from transformers.quantizers import AutoHfQuantizer
 
+    # bitsandbytes keeps this table for the whole process, on the device of the first weight that it quantizes.
+    functional = quantize.import_bitsandbytes().functional
+    functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
     quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
     with torch.device("meta"):
         quantizer.preprocess_model(network, dtype=network.dtype, device_map={"": torch.device("meta")})
