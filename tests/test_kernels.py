@@ -213,3 +213,14 @@ def test_ligers_own_kernels_equal_the_definitions_in_tritons_interpreter() -> No
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_tensors_without_values_pass_by_a_gpus_kernels() -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a kernel got a tensor without values")
+
+    chosen = kernels._traceable(kernels.Kernels(refuse, refuse, refuse, "some"))
+    x = torch.empty(3, 8, device="meta", requires_grad=True)
+    assert chosen.rms_norm(x, x[0].detach(), 1e-6, 0.0).shape == chosen.gated(x, x, "silu").shape == (3, 8)
+    with pytest.raises(AssertionError, match="without values"):
+        chosen.gated(torch.ones(3), torch.ones(3), "silu")

@@ -54,13 +54,12 @@ def choose_kernels(device: torch.device, choice: BlockKernels) -> Kernels:
 
     Raises ConfigError for `liger` or `compile` if the device is not a CUDA device or a package is missing.
     """
-    kind = target(device).kind
-    if choice is BlockKernels.eager or (choice is BlockKernels.auto and kind != "cuda"):
-        return OWN
     if device.type == "meta":
-        return traced_kernels()
+        return OWN if choice is BlockKernels.eager or target(device).kind != "cuda" else traced_kernels()
+    if choice is BlockKernels.eager or (choice is BlockKernels.auto and device.type != "cuda"):
+        return OWN
     setting = f"fast.kernels={choice.value}"
-    if kind != "cuda":
+    if device.type != "cuda":
         raise ConfigError(f"{setting} needs a CUDA device, but this run uses {device.type}: set fast.kernels=auto")
     missing = {name for name in ("triton", "liger_kernel") if importlib.util.find_spec(name) is None}
     if choice is not BlockKernels.compile and not missing:
