@@ -22,7 +22,7 @@ from lora_ft.memory.trace import PHASES, StepTrace, trace_loaded, trace_step
 from lora_ft.memory.twin import on_meta
 from lora_ft.models.meta_quantize import quantize_meta
 from lora_ft.models.quantize import import_bitsandbytes
-from lora_ft.ops.device import CPU, GPU, Target, one_launch, standing_for, target
+from lora_ft.ops.device import CPU, GPU, Target, standing_for, target
 from lora_ft.ops.gradient_checkpointing import recomputed_layers
 from lora_ft.ops.token_loss import token_loss_sum
 from lora_ft.values import BlockKernels
@@ -56,17 +56,23 @@ def test_8b_nf4_step_of_4096_tokens_fits_in_less_than_8_gib(llama_8b: StepTrace)
 
 
 def test_8b_step_makes_few_launches(llama_8b: StepTrace) -> None:
-    assert sum(llama_8b.dispatches.values()) < 9000
+    """With Liger's or compiled kernels, which fast.kernels=auto takes on a GPU."""
+    assert sum(llama_8b.dispatches.values()) < 6500
 
 
-def test_8b_nf4_step_of_2048_tokens_fits_in_less_than_7_gib() -> None:
-    assert traced("llama3_1_8b", 2048, quant="nf4").peak_bytes <= 6.85 * GIB
+def test_8b_step_with_eager_kernels_needs_the_same_memory_and_more_launches(llama_8b: StepTrace) -> None:
+    eager = traced("llama3_1_8b", 4096, quant="nf4", fast=config.Fast(kernels=BlockKernels.eager))
+    assert eager.peak_bytes <= 1.001 * llama_8b.peak_bytes
+    assert sum(llama_8b.dispatches.values()) < sum(eager.dispatches.values()) < 10_000
 
 
 def test_8b_nf4_step_of_2048_tokens_with_the_embedding_on_the_cpu_fits_in_less_than_6_gib() -> None:
     model = config.Model(embedding_device="cpu")
-    found = trace_step(settings("nf4", model=model), config_of("llama3_1_8b"), [2048])
-    assert found.peak_bytes <= 5.9 * GIB
+    assert traced("llama3_1_8b", 2048, quant="nf4", model=model).peak_bytes <= 5.9 * GIB
+
+
+def test_8b_nf4_step_of_2048_tokens_fits_in_less_than_7_gib() -> None:
+    assert traced("llama3_1_8b", 2048, quant="nf4").peak_bytes <= 6.85 * GIB
 
 
 def test_loss_of_an_8b_step_makes_few_launches(llama_8b: StepTrace) -> None:
@@ -165,18 +171,12 @@ def test_state_of_the_optimizer_on_the_cpu_is_not_resident() -> None:
     assert there.resident_bytes - away.resident_bytes == there.resident["optimizer"]
 
 
-def test_kernel_of_several_operations_is_one_launch_without_temporaries() -> None:
-    eager, fused = (
+def test_kernels_of_a_gpu_are_one_launch_each() -> None:
+    eager, one = (
         trace_step(settings(fast=config.Fast(kernels=kernels)), config_of("smollm2_135m", 2), [512])
         for kernels in (BlockKernels.eager, BlockKernels.auto)
     )
-    assert fused.dispatches["forward"] < 0.8 * eager.dispatches["forward"]
-    with Meter() as meter:
-        x = torch.empty(1000, device=META)
-        y = one_launch(lambda x: (x * 2 + 1).exp())(x)
-        y.add_(1)
-        assert meter.dispatches.total() == 2
-        assert meter.peaks[""] == meter.live_bytes == 2 * 4096
+    assert one.dispatches["forward"] < 0.8 * eager.dispatches["forward"]
 
 
 # A loaded model.

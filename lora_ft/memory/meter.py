@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lora_ft.ops.device import current_launch, target
+from lora_ft.ops.device import target
 
 _aten = torch.ops.aten
 _BLOCK = 512  # CUDA's allocator rounds every tensor up to a multiple of this, and counts it so
@@ -55,7 +55,6 @@ class Meter(TorchDispatchMode):
         self.synchronisations: list[str] = []
         self.flops = 0
         self._total = 0
-        self._launch: object | None = None
         self._owners: dict[int, tuple[str, int, Any]] = {}  # by storage: phase, bytes, weak reference
 
     @property
@@ -101,8 +100,7 @@ class Meter(TorchDispatchMode):
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_meta]
         if made or on_device:
             self._count(func, args)
-            # Of a kernel that takes several operations, only what is used afterwards takes memory.
-            for tensor in () if current_launch() else (*on_device, *made):
+            for tensor in made:
                 self._track(tensor)
         return result
 
@@ -116,10 +114,7 @@ class Meter(TorchDispatchMode):
         packet = func.overloadpacket
         if func.is_view or packet in _FREE:
             return
-        launch = current_launch()
-        if launch is None or launch is not self._launch:
-            self.dispatches[self.phase] += 1
-        self._launch = launch
+        self.dispatches[self.phase] += 1
         if packet in _PRODUCTS:
             left, right = args[_PRODUCTS[packet]], args[_PRODUCTS[packet] + 1]
             self.flops += 2 * left.numel() * right.shape[-1]

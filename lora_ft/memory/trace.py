@@ -33,13 +33,14 @@ from lora_ft.models.meta_quantize import quantize_meta
 from lora_ft.ops.device import GPU, Target, standing_for, target
 from lora_ft.ops.dropout import switch_off_dropout
 from lora_ft.ops.gradient_checkpointing import recomputed_layers
-from lora_ft.ops.kernels import choose_kernels
+from lora_ft.ops.kernels import OWN, TRACED, Kernels
 from lora_ft.ops.token_loss import Paths
 from lora_ft.training import state as training_state
 from lora_ft.training.ranks import Ranks
 from lora_ft.training.state import NAME, TrainingState
 from lora_ft.training.step import Step, read
 from lora_ft.training.trainer import apply_gradient, compute_gradient
+from lora_ft.values import BlockKernels
 
 PHASES = ("forward", "loss", "backward", "optimizer")
 
@@ -91,8 +92,7 @@ def trace_step(cfg: config.TrainRun, model_config: Any, lengths: Sequence[int], 
             keep_on_cpu(network, torch.device("meta"))
         switch_off_dropout(network)
         fast = dataclasses.replace(cfg.fast, storage=False)  # it depends on the values of the weights
-        kernels = choose_kernels(torch.device("meta"), cfg.fast.kernels)
-        made = accelerate(network, fast, kernels, modules_to_save=set(cfg.adapter.modules_to_save), check=False)
+        made = accelerate(network, fast, _kernels(cfg, device), set(cfg.adapter.modules_to_save), check=False)
         meter.phase = "adapter"
         with torch.device("meta"):
             model = attach.attach(network, cfg.adapter, NAME, cfg.seed, [])
@@ -149,6 +149,10 @@ def _trace(
         plain_lora_layers=sorted(plain),
         reasons=list(reasons),
     )
+
+
+def _kernels(cfg: config.TrainRun, device: Target) -> Kernels:
+    return TRACED if device.kind == "cuda" and cfg.fast.kernels is not BlockKernels.eager else OWN
 
 
 def _dtype(cfg: config.TrainRun, device: Target) -> torch.dtype:

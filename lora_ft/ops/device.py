@@ -9,10 +9,9 @@ Code that takes another form on a GPU asks `target(x.device).kind`, not `x.devic
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -31,7 +30,6 @@ CPU = Target("cpu")
 _META = Target("meta")
 
 _standing_for: ContextVar[Target] = ContextVar("standing_for", default=_META)
-_launch: ContextVar[object | None] = ContextVar("launch", default=None)
 
 
 def target(device: torch.device) -> Target:
@@ -47,24 +45,6 @@ def standing_for(chosen: Target) -> Iterator[None]:
         yield
     finally:
         _standing_for.reset(token)
-
-
-def one_launch(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that a trace counts as one kernel, whose temporaries take no memory."""
-
-    def launched(*arguments: Any) -> Any:
-        token = _launch.set(object())
-        try:
-            return function(*arguments)
-        finally:
-            _launch.reset(token)
-
-    return launched
-
-
-def current_launch() -> object | None:
-    """Return an object that stands for the call of a `one_launch` function that is running, None outside of one."""
-    return _launch.get()
 
 
 @functools.cache

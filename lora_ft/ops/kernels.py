@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lora_ft.errors import ConfigError
-from lora_ft.ops.device import one_launch, target
+from lora_ft.ops import meta_kernels
 from lora_ft.ops.mlp import activation_gradient, gated, gated_plain, overwritable
 from lora_ft.ops.norm import reciprocal_rms, rms_norm, rms_norm_gradients, rms_norm_plain
 from lora_ft.ops.recomputable import recomputable, with_recipe
@@ -49,13 +49,23 @@ def _rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 OWN = Kernels(rms_norm, gated, _rotate_both, "eager")
 
 
+TRACED = Kernels(meta_kernels.rms_norm, meta_kernels.gated, meta_kernels.rotate, "one launch each")
+
+
+def _or_stand_ins(rms_norm: Any, gated: Any, rotate: Any, name: str) -> Kernels:
+    """Return kernels that are replaced by stand-ins for tensors without values, as in a trace of a loaded model."""
+
+    def either(stand_in: Any, kernel: Any) -> Any:
+        return lambda x, *more: (stand_in if x.is_meta else kernel)(x, *more)
+
+    return Kernels(either(TRACED.rms_norm, rms_norm), either(TRACED.gated, gated), either(TRACED.rotate, rotate), name)
+
+
 def choose_kernels(device: torch.device, choice: BlockKernels) -> Kernels:
     """Return the kernels that `fast.kernels` selects; `auto` takes what a CUDA device and the installed packages allow.
 
     Raises ConfigError for `liger` or `compile` if the device is not a CUDA device or a package is missing.
     """
-    if device.type == "meta":
-        return OWN if choice is BlockKernels.eager or target(device).kind != "cuda" else traced_kernels()
     if choice is BlockKernels.eager or (choice is BlockKernels.auto and device.type != "cuda"):
         return OWN
     setting = f"fast.kernels={choice.value}"
@@ -77,29 +87,6 @@ def choose_kernels(device: torch.device, choice: BlockKernels) -> Kernels:
 def compiled_kernels(backend: Any = "inductor") -> Kernels:
     """Compile the plain definitions and their gradients, each for any number of tokens; equal up to rounding."""
     compiled = functools.partial(torch.compile, dynamic=True, fullgraph=True, backend=backend)
-    return _traceable(_of_definitions(compiled, "torch.compile"))
-
-
-@functools.cache
-def traced_kernels() -> Kernels:
-    """Return kernels for the meta device: the plain definitions, each counted as one launch without temporaries."""
-    return _of_definitions(one_launch, "traced")
-
-
-def _traceable(kernels: Kernels) -> Kernels:
-    """Return kernels that tensors without values, which no kernel takes, pass by `traced_kernels`."""
-
-    def either(name: str) -> Callable[..., Any]:
-        def chosen(first: Tensor, *others: Any) -> Any:
-            return getattr(traced_kernels() if first.is_meta else kernels, name)(first, *others)
-
-        return chosen
-
-    return Kernels(either("rms_norm"), either("gated"), either("rotate"), kernels.name)
-
-
-def _of_definitions(compiled: Callable[[Callable[..., Any]], Callable[..., Any]], name: str) -> Kernels:
-    """Return kernels that `compiled` makes of the plain definitions and of their gradients."""
 
     @functools.cache
     def norm_pair(eps: float, offset: float) -> tuple[Callable[..., Tensor], Callable[..., Any]]:
@@ -125,11 +112,11 @@ def _of_definitions(compiled: Callable[[Callable[..., Any]], Callable[..., Any]]
     def rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         return rotate_plain(q, cos, sin), rotate_plain(k, cos, sin)
 
-    return Kernels(
+    return _or_stand_ins(
         lambda x, weight, eps, offset: recomputable(*norm_pair(eps, offset), x, weight),
         lambda gate, up, activation: recomputable(*gated_pair(activation), gate, up),
         rotate_both,
-        name,
+        "torch.compile",
     )
 
 
@@ -168,7 +155,7 @@ def liger_kernels() -> Kernels:
         # The kernel overwrites its input. Nothing else reads q and k, the results of projections or norms.
         return ops.LigerRopeFunction.apply(q, k, cos, sin)
 
-    return _traceable(Kernels(norm, gated_product, rotate_both, "liger-kernel"))
+    return _or_stand_ins(norm, gated_product, rotate_both, "liger-kernel")
 
 
 def _applied(function: Any, options: tuple[Any, ...], x: Tensor, weight: Tensor) -> Tensor:
