@@ -87,7 +87,7 @@ def _launch_warning(cfg: config.TrainRun, found: PartialDryRun, tokenizer: Any) 
     checkpointing = cfg.train.gradient_checkpointing.replace("auto", "off")
     cfg = replace(cfg, train=replace(cfg.train, gradient_checkpointing=checkpointing))
     try:
-        return launch_bound(trace_step(cfg, base.model.config, lengths, target(device)), tokens)
+        return launch_bound(trace_step(cfg, base.model.config, lengths, target(device)), tokens, target(device))
     except Exception:  # code of a model family that does not run without values: the warning is not worth an error
         return ""
 

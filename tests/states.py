@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from lora_ft import config
 from lora_ft.data.dataset import Dataset
 from lora_ft.data.rows import Example
+from lora_ft.memory import auto
 from lora_ft.models.acceleration import accelerate
 from lora_ft.models.load import Base, Identity
 from lora_ft.ops.dropout import switch_off_dropout
@@ -28,7 +29,7 @@ from lora_ft.training.trainer import fit
 IDENTITY = Identity(id="tiny", path="tiny", folder=None, revision=None, config_sha256="c", weights_sha256=None)
 SETTINGS = {
     "adapter": config.Adapter(r=4, lora_alpha=8),
-    "train": config.Train(epochs=100, max_steps=50, tokens_per_step=60, gradient_checkpointing="off"),
+    "train": config.Train(epochs=100, max_steps=50, tokens_per_step=60),
     "optim": config.Optim(
         lr=1e-3, weight_decay=0.01, schedule=config.Schedule.cosine, warmup_steps=5, max_grad_norm=0.5
     ),
@@ -62,6 +63,7 @@ def state_on(
     examples: list[Example] | None = None,
     eval_examples: list[Example] | None = None,
     fast: bool = True,
+    settle: bool = True,
     **settings: object,
 ) -> TrainingState:
     """Attach an adapter to a model and return the training state; the adapter stays until `detach`."""
@@ -78,6 +80,8 @@ def state_on(
     )
     context = attached(cfg, folder, base, dataset, accelerate(model, cfg.fast).paths, "f")
     state = context.__enter__()
+    if settle:
+        auto.settle(state)
     state.context = context  # keeps the adapter attached after this function returns
     return state
 

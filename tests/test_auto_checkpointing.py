@@ -17,7 +17,7 @@ from lora_ft.training.state import TrainingState
 
 def auto_state(family: str, folder: Path, **train: object) -> TrainingState:
     settings = {"max_steps": 6, "tokens_per_step": 60, "gradient_checkpointing": "auto"}
-    return state_on(tiny_model(family), folder, train=config.Train(**(settings | train)))
+    return state_on(tiny_model(family), folder, settle=False, train=config.Train(**(settings | train)))
 
 
 def recomputed(setting: str, layers: int) -> int:

@@ -22,7 +22,7 @@ from lora_ft.memory.trace import PHASES, StepTrace, trace_loaded, trace_step
 from lora_ft.memory.twin import on_meta
 from lora_ft.models.meta_quantize import quantize_meta
 from lora_ft.models.quantize import import_bitsandbytes
-from lora_ft.ops.device import CPU, GPU, standing_for, target
+from lora_ft.ops.device import CPU, GPU, Target, standing_for, target
 from lora_ft.ops.gradient_checkpointing import recomputed_layers
 from lora_ft.ops.token_loss import token_loss_sum
 from lora_ft.values import BlockKernels
@@ -169,6 +169,14 @@ def test_state_of_the_optimizer_on_the_cpu_is_not_resident() -> None:
     cfg.optim.offload = True
     away = trace_step(cfg, config_of("smollm2_135m", 2), [64])
     assert there.resident_bytes - away.resident_bytes == there.resident["optimizer"]
+
+
+def test_kernels_of_a_gpu_are_one_launch_each() -> None:
+    eager, one = (
+        trace_step(settings(fast=config.Fast(kernels=kernels)), config_of("smollm2_135m", 2), [512])
+        for kernels in (BlockKernels.eager, BlockKernels.auto)
+    )
+    assert one.dispatches["forward"] < 0.8 * eager.dispatches["forward"]
 
 
 # A loaded model.
@@ -340,13 +348,14 @@ def test_trace_is_the_same_twice() -> None:
 
 def test_small_model_is_bound_by_launches_until_its_step_is_large_enough() -> None:
     def sentence(tokens: int) -> str:
-        return launch_bound(traced("qwen3_0_6b", tokens, checkpointing="off"), tokens)
+        found = traced("qwen3_0_6b", tokens, checkpointing="off")
+        return launch_bound(found, tokens, Target("cuda", (9, 0), has_flash=True))
 
-    small = sentence(256)
-    enough = int(re.search(r"train\.tokens_per_step=(\d+) on", small)[1])
-    assert 256 < enough <= 4096
+    enough = int(re.search(r"train\.tokens_per_step=(\d+) on", sentence(1024))[1])
+    assert 1024 < enough <= 8192
     assert sentence(enough) == "" != sentence(enough // 4)
 
 
 def test_large_model_is_not_bound_by_launches(llama_8b: StepTrace) -> None:
-    assert launch_bound(llama_8b, 4096) == ""
+    assert launch_bound(llama_8b, 4096, Target("cuda", (9, 0))) == ""
+    assert launch_bound(llama_8b, 4096, Target("cuda", (99, 0))) == ""
