@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,13 +89,12 @@ def command(stage: Stage, parts: Path, work: Path, dry: bool) -> list[str]:
     return [sys.executable, "-m", "gpu_stages.worker", stage.name, str(parts), str(work), "dry" if dry else "gpu"]
 
 
-def run_stages(
-    stages: Sequence[Stage], deadline: float, keep: Callable[[Record], None], work: Path, dry: bool, stop: Stop
-) -> list[Record]:
-    """Run stages until `deadline` (of time.monotonic), one after the other; give each record to `keep` at once."""
+def run_stages(stages: Sequence[Stage], deadline: float, out: Path, work: Path, dry: bool, stop: Stop) -> list[Record]:
+    """Run stages until `deadline` (of time.monotonic), one after the other; append each record to `out` at once."""
     records: list[Record] = []
     for number, stage in enumerate(stages):
         left = deadline - time.monotonic()
+        parts = out.with_suffix(f".{stage.name}.parts")  # outside of `work`, which goes if this process is killed
         share = left * stage.seconds / sum(later.seconds for later in stages[number:])
         record: Record
         if stop.signum is not None:
@@ -103,16 +102,17 @@ def run_stages(
         elif left < stage.seconds / 2:
             record = {"outcome": "skipped", "reason": f"{max(left, 0):.0f} s are left, of {stage.seconds:.0f} s needed"}
         else:
-            record = run_stage(stage, min(left, max(share, stage.seconds)), work, dry, stop)
+            record = run_stage(stage, min(left, max(share, stage.seconds)), work, parts, dry, stop)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         records.append({"stage": stage.name, "date": now, **record})
-        keep(records[-1])
+        keep(records[-1], out)
+        parts.unlink(missing_ok=True)
     return records
 
 
-def run_stage(stage: Stage, seconds: float, work: Path, dry: bool, stop: Stop) -> Record:
+def run_stage(stage: Stage, seconds: float, work: Path, parts: Path, dry: bool, stop: Stop) -> Record:
     """Run one stage for at most `seconds`; return outcome, reason, seconds and the parts that it finished."""
-    parts, log = work / f"{stage.name}.parts", work / f"{stage.name}.log"
+    log = work / f"{stage.name}.log"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [*IMPORTED, os.getenv("PYTHONPATH")]))}
     started = time.monotonic()
     with log.open("wb") as output:
@@ -161,16 +161,12 @@ def last_line(log: Path) -> str:
     return lines[-1][-500:] if lines else "no output"
 
 
-def keep_in(path: Path) -> Callable[[Record], None]:
-    """Return a function that puts a record on the disk, and prints it."""
-
-    def keep(record: Record) -> None:
-        line = json.dumps(record)
-        durable.append_line(path, line)
-        durable.settle(path)
-        print(line, flush=True)
-
-    return keep
+def keep(record: Record, out: Path) -> None:
+    """Put a record on the disk, and print it."""
+    line = json.dumps(record)
+    durable.append_line(out, line)
+    durable.settle(out)
+    print(line, flush=True)
 
 
 def work_folder(dry: bool) -> Path:
@@ -209,7 +205,7 @@ def main(given: list[str] | None = None) -> int:
     durable.make_folder(out.parent)
     work = work_folder(parsed.dry)
     try:
-        records = run_stages(parsed.stages, deadline, keep_in(out), work, parsed.dry, stop)
+        records = run_stages(parsed.stages, deadline, out, work, parsed.dry, stop)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     print(f"{table.markdown(records)}\n\n{out}")

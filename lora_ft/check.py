@@ -17,6 +17,7 @@ at 0.
 """
 
 import itertools
+import logging
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -51,6 +52,8 @@ from lora_ft.training.dry_run import (
     read_rows,
 )
 
+log = logging.getLogger("lora_ft")
+
 _BAR = 40  # columns
 _LONG = 320  # characters of a part of a row; the middle of longer ones is left out
 _MOST_PARTS = 9  # alternating supervised and masked parts of a row; the middle of more is left out
@@ -82,13 +85,15 @@ def _launch_warning(cfg: config.TrainRun, found: PartialDryRun, tokenizer: Any) 
     if device is None or found.steps is None or device.type != "cuda":
         return ""
     base = load_meta_model(cfg.model, cfg.quant, cfg.device, tokenizer, objectives.find(cfg.objective).model_class)
-    tokens, longest = int(found.steps.median), cfg.data.max_length
+    tokens = int(found.steps.median)
+    longest = min(cfg.data.max_length, cfg.train.tokens_per_microbatch or cfg.data.max_length)
     lengths = [min(longest, tokens - start) for start in range(0, tokens, longest)]
     checkpointing = cfg.train.gradient_checkpointing.replace("auto", "off")
     cfg = replace(cfg, train=replace(cfg.train, gradient_checkpointing=checkpointing))
     try:
         return launch_bound(trace_step(cfg, base.model.config, lengths, target(device)), tokens, target(device))
-    except Exception:  # code of a model family that does not run without values: the warning is not worth an error
+    except Exception as error:  # code of a model family that does not run without values: not worth an error
+        log.debug("the step cannot be traced: %r", error)
         return ""
 
 

@@ -31,6 +31,7 @@ from lora_ft.training.callbacks import Callback, Callbacks, checked
 from lora_ft.training.deterministic import deterministic_kernels
 from lora_ft.training.dry_run import dry_run
 from lora_ft.training.finish import Result, finish
+from lora_ft.training.metrics import reset_peak_memory
 from lora_ft.training.out_of_memory import out_of_memory_as_error
 from lora_ft.training.progress import displayed
 from lora_ft.training.shared import Shared, load, prepare
@@ -103,6 +104,7 @@ def train_job(
     """
     target = device.resolve_device(cfg.device)
     runs.record_device(folder, device.describe(target))
+    reset_peak_memory(target)
     with device.selected(target), deterministic_kernels(cfg.train.deterministic, target), out_of_memory_as_error():
         return _train_job(cfg, folder, shared, callbacks, stop, until)
 

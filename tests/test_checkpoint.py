@@ -182,6 +182,14 @@ def test_resume_fails_if_no_checkpoint_is_valid(run: Path) -> None:
 # --- exact resume -----------------------------------------------------------------------------------------------------
 
 
+def test_checkpoints_of_another_format_are_named_as_such(run: Path) -> None:
+    """The files of another version are not damaged."""
+    for manifest in run.glob("checkpoints/*/manifest.json"):
+        manifest.write_bytes(manifest.read_bytes().replace(b'"format": 5', b'"format": 4'))
+    with pytest.raises(CheckpointError, match="it has format 4; this version of lora_ft reads 5"):
+        checkpoint.resume(state_in(run))
+
+
 @pytest.mark.closes("C01", "C05")
 def test_resume_skips_a_damaged_checkpoint_and_repeats_its_steps_exactly(
     run: Path, caplog: pytest.LogCaptureFixture

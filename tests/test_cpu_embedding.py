@@ -64,8 +64,9 @@ def test_commands_give_the_same_bytes(quant: str, tmp_path: Path, capsys: pytest
 def test_head_that_shares_the_weight_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     cfg = settings(tmp_path, "llama", tie=True)
     words = [f"model.path={cfg.model.path}", f"data.path={cfg.data.path}", "device=cpu", "model.embedding_device=cpu"]
-    assert call("train", *words, f"hydra.run.dir={tmp_path / 'run'}") == 2
-    assert "the head of llama shares the embedding's weight" in capfd.readouterr().err
+    for command in ("check", "train"):
+        assert call(command, *words, f"hydra.run.dir={tmp_path / 'run'}") == 2
+        assert "the head of llama shares the embedding's weight" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

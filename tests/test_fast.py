@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from accelerated import accelerate_adapter, adapted, relative
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import FAMILIES, VOCABULARY, tiny_folder, tiny_model
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from lora_ft.ops.dropout import switch_off_dropout
 from lora_ft.ops.lora_linear import lora_linear, lora_linear_plain, merging_pays
 from lora_ft.ops.token_loss import token_loss_sum
 from lora_ft.ops.weights import FrozenWeight
+from lora_ft.values import QuantKind
 
 IDS = torch.tensor([[5, 99, 42, 7, 300, 11]])
 
@@ -144,6 +145,37 @@ def test_dora_on_quantized_bases_gives_the_same_logits_and_gradients(kind: str, 
     expected = learned(model)
     assert accelerate_adapter(model, "first") == []
     assert all(relative(f, e) < 2e-5 for f, e in zip(learned(model), expected, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_lora_with_biases_computes_as_peft_does() -> None:
+    """lora_ft trains none, but loads adapters that have them."""
+    settings = LoraConfig(r=3, target_modules=["c_attn"], lora_bias=True, fan_in_fan_out=True, init_lora_weights=False)
+    model = get_peft_model(tiny_model("gpt2"), settings, adapter_name="first").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    expected = model(input_ids=IDS).logits
+    with accelerated_lora(model, "first", config.Fast()) as reasons:
+        assert torch.equal(model(input_ids=IDS).logits, expected)
+    assert reasons == ["2 LoRA layers compute as PEFT does: lora_bias"]
+
+
+@pytest.mark.parametrize("rows", [1, 63, 64, 200])
+def test_few_rows_of_a_4_bit_layer_take_its_own_product_without_gradients(
+    rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = load_base(config.Model(path=str(tiny_folder(tmp_path, "llama"))), config.Quant(kind=QuantKind.nf4), "cpu")
+    model, calls = adapted(base.model), []
+    accelerate_adapter(model, "first")
+    monkeypatch.setattr(lora_layers, "lora_linear", lambda *a: calls.append(1) or lora_linear(*a))
+    ids = torch.randint(4, VOCABULARY, (1, rows), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model(input_ids=ids)
+    assert len(calls) == (0 if rows < 64 else 14)
+    model(input_ids=ids)
+    assert len(calls) == (14 if rows < 64 else 28)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -92,8 +92,9 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(tmp_path: Path, *names: str, seconds: float = 60, each: float = 5) -> list[dict[str, Any]]:
     stages = [gpu.Stage(name, each) for name in names]
-    deadline, kept = time.monotonic() + seconds, gpu.keep_in(tmp_path / "out.jsonl")
-    records = gpu.run_stages(stages, deadline, kept, tmp_path, dry=True, stop=gpu.Stop())
+    deadline, out = time.monotonic() + seconds, tmp_path / "out.jsonl"
+    records = gpu.run_stages(stages, deadline, out, tmp_path, dry=True, stop=gpu.Stop())
+    assert not list(tmp_path.glob("*.parts"))
     assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == records
     return records
 
@@ -197,7 +198,7 @@ def test_stage_process_ends_when_its_stdin_closes(tmp_path: Path) -> None:
 def test_a_gpu_that_is_not_there_is_the_reason(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    record = gpu.run_stage(gpu.Stage("machine", 1), 60, tmp_path, False, gpu.Stop())
+    record = gpu.run_stage(gpu.Stage("machine", 1), 60, tmp_path, tmp_path / "parts", False, gpu.Stop())
     assert record["outcome"] == "failed" and "finds no usable GPU" in record["reason"]
 
 

@@ -171,3 +171,13 @@ def test_copies_are_views_of_one_cast_and_a_matrix_of_the_dtype_needs_none() -> 
     assert compute_copy(matrices[0], torch.bfloat16).dtype is torch.bfloat16
     own = compute_copy(matrices[0], torch.float32)
     assert own.data_ptr() == matrices[0].data_ptr() and not own.requires_grad
+
+
+def test_copies_end_with_a_forward_that_fails() -> None:
+    named = {"0.lora_A": nn.Parameter(torch.randn(2, 3))}
+    optimizers.flatten(named)
+    matrices, layer = list(named.values()), nn.Linear(2, 2)
+    with compute_copies.copied_by_layer([(layer, matrices)], torch.float16):
+        with pytest.raises(RuntimeError):
+            layer(torch.ones(3))  # of another width
+        assert not vars(matrices[0])

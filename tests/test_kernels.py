@@ -91,7 +91,14 @@ def substitute_liger(monkeypatch: pytest.MonkeyPatch) -> None:
     ops.LigerRMSNormFunction = SimpleNamespace(apply=rms_norm)
     ops.swiglu_forward, ops.swiglu_backward = pair("silu")
     ops.geglu_forward, ops.geglu_backward = pair("gelu_tanh")
-    ops.LigerRopeFunction = SimpleNamespace(apply=PLAIN.rotate)
+
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        rotated = PLAIN.rotate(q * 1, k * 1, cos, sin)
+        for x, y in zip((q, k), rotated, strict=True):
+            x.data.copy_(y.detach())
+        return rotated
+
+    ops.LigerRopeFunction = SimpleNamespace(apply=rotate)
     monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
     monkeypatch.setitem(sys.modules, "liger_kernel.ops", ops)
 

@@ -1,6 +1,7 @@
 """Packed losses: fast paths equal plain paths, and packed documents equal single documents."""
 
 import dataclasses
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from lora_ft.models.acceleration import accelerate, dequantized_weights
 from lora_ft.models.load import load_base
 from lora_ft.objectives.sft import Sft
 from lora_ft.ops import attention
+from lora_ft.ops import batch as batch_module
 from lora_ft.ops.batch import Batch
 from lora_ft.ops.device import GPU, standing_for
 from lora_ft.ops.dropout import switch_off_dropout
@@ -82,6 +84,30 @@ def test_batches_are_padded_for_a_gpu_only() -> None:
     assert batch.padded(55) is batch
 
 
+@pytest.fixture
+def padding_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_module, "target", lambda _: GPU)
+
+
+@pytest.mark.usefixtures("padding_as_on_a_gpu")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padded_batches_pack_and_take_the_fast_paths(family: str) -> None:
+    """The self-check of the base uses padded documents on a GPU."""
+    model = tiny_model(family)
+    found = accelerate(model, FAST).paths
+    assert found.packs and found.passes_starts and found.supervised_rows_only
+
+
+@pytest.mark.usefixtures("padding_as_on_a_gpu")
+def test_padding_is_left_out_where_documents_are_not_packed() -> None:
+    model, batch = tiny_model("llama", dtype=torch.float64), packed((30,))
+    paths = accelerate(model, FAST).paths
+    expected = token_loss_sum(model, batch, paths)
+    moved = batch.to(torch.device("cpu"))
+    assert len(moved.ids) == 64
+    torch.testing.assert_close(token_loss_sum(model, moved, replace(paths, packs=False)), expected)
+
+
 def test_ignored_document_boundaries_change_the_loss() -> None:
     """So the comparison above can fail."""
     model = tiny_model("llama", dtype=torch.float64)
@@ -141,9 +167,11 @@ def test_kernel_is_chosen_for_the_width_of_a_head(
     """Without head_dim in the config, 64 columns and 4 heads give a width of 16."""
     model, asked = tiny_model("llama"), []
     model.config.head_dim = head_dim
-    monkeypatch.setattr(attention, "choose_kernel", lambda *a: asked.append(a) or ("kernel", "reason"))
-    accelerate(model, FAST, check=False)
-    assert asked == [(model.device, model.dtype, width)]
+    kernel = attention.Kernel("per_document", "reason")
+    monkeypatch.setattr(attention, "choose_kernel", lambda *a: asked.append(a) or kernel)
+    made = accelerate(model, FAST, check=False)
+    assert asked[-1] == (model.device, model.dtype, width), "for the log line"
+    assert "attention: per_document (reason)" in made.reasons
 
 
 @pytest.mark.parametrize("settings", [{"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}])

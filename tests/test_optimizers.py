@@ -1,6 +1,8 @@
 """The flat optimizer against torch's AdamW on separate parameters; learning rate schedules against closed forms."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -129,9 +131,10 @@ def test_8_bit_states_cover_small_matrices_and_stay_close_to_float32() -> None:
 
 @pytest.mark.closes("B07")
 @pytest.mark.parametrize("name", [optimizer.name for optimizer in config.Optimizer])
+@pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.filterwarnings("ignore:.*[Pp]aged.*")
-def test_restored_optimizer_continues_exactly(name: str) -> None:
-    optim = config.Optim(name=config.Optimizer[name], lr=0.01)
+def test_restored_optimizer_continues_exactly(name: str, offload: bool) -> None:
+    optim = config.Optim(name=config.Optimizer[name], lr=0.01, offload=offload)
     flat = optimizers.flatten(many_small())
     optimizer = optimizers.build(flat, optim)
     steps_of(optimizer, flat, 0, 5)
@@ -150,7 +153,19 @@ def rates(steps: int, **settings: object) -> list[float]:
     return [optimizers.learning_rate(optim, step, steps) for step in range(steps)]
 
 
-@pytest.mark.closes("A13")
+def test_offloading_keeps_no_parameter_alive() -> None:
+    flat = optimizers.flatten(parameters())
+    optimizer = optimizers.build(flat, config.Optim(offload=True))
+    optimizer.step()
+    freed = weakref.ref(flat.values.untyped_storage())
+    gc.disable()
+    try:
+        del flat, optimizer
+        assert freed() is None
+    finally:
+        gc.enable()
+
+
 def test_offloaded_state_is_on_the_device_during_a_step_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """The steps are those of an optimizer that keeps its state on the device."""
     moves: list[str] = []
@@ -170,6 +185,7 @@ def test_offloaded_state_is_on_the_device_during_a_step_only(monkeypatch: pytest
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
+@pytest.mark.closes("A13")
 def test_constant_schedule_with_warmup() -> None:
     assert rates(4, schedule="constant", warmup_steps=2) == [0.5, 1.0, 1.0, 1.0]
 

@@ -74,6 +74,19 @@ def test_last_product_of_a_layer_is_not_computed_again(family: str, monkeypatch:
     assert calls == 2 * 7 + 2 * 6, "both layers compute all products again but down_proj's"
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_state_of_the_generator_is_kept_only_for_dropout(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[bool] = []
+    state = torch.get_rng_state
+    monkeypatch.setattr(torch, "get_rng_state", lambda: calls.append(True) or state())
+    model = adapted("llama", dropout)
+    paths = accelerate(model, FAST).paths
+    recompute_layers(model, "every_1")
+    calls.clear()
+    token_loss_sum(model, packed(70, 66, 90), paths).backward()
+    assert bool(calls) == (dropout > 0)
+
+
 def test_other_dropout_masks_change_the_loss() -> None:
     """So the comparison above can fail."""
     model = adapted("llama", 0.3)

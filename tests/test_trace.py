@@ -306,10 +306,22 @@ def test_copies_from_the_host_go_to_the_device_that_the_meta_device_stands_for()
     """A model with its embedding on the CPU moves its rows to the device that it was loaded on."""
     with Meter() as meter:
         copied = meter.__torch_dispatch__(
-            torch.ops.aten._to_copy.default, (), (torch.ones(3),), {"device": torch.device("cuda")}
+            torch.ops.aten._to_copy.default,
+            (),
+            (torch.ones(3),),
+            {"device": torch.device("cuda"), "non_blocking": True},
         )
         assert copied.is_meta
         assert meter.live_bytes == 512 and not meter.synchronisations
+
+
+def test_copies_from_pageable_memory_are_synchronisations() -> None:
+    """The host waits for them; batches and boundaries of documents are copied from pinned memory."""
+    with Meter() as meter:
+        torch.ones(3).to(META, non_blocking=True)
+        assert not meter.synchronisations
+        torch.ones(3).to(META)
+        assert len(meter.synchronisations) == 1
 
 
 def test_mixing_host_and_device_is_an_error() -> None:
@@ -336,6 +348,12 @@ def test_meta_device_stands_for_another_inside_the_block_only() -> None:
     with standing_for(GPU):
         assert target(META) == GPU and target(torch.device("cpu")) == CPU
     assert target(META).kind == "meta"
+
+
+def test_trace_does_not_change_the_random_state() -> None:
+    before = torch.get_rng_state()
+    traced("qwen3_0_6b", 128, 2, "nf4")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_trace_is_the_same_twice() -> None:

@@ -105,9 +105,11 @@ def measure(
         if shared is not None:
             own.base = shared.base
         runs.begin(folder, cfg, overrides)
-        train_job(cfg, folder, own, [clock, *callbacks])
-        if shared is not None:
-            shared.base = own.base
+        try:
+            train_job(cfg, folder, own, [clock, *callbacks])
+        finally:
+            if shared is not None:
+                shared.base = own.base
     finally:
         log.removeHandler(lines)
         log.setLevel(level)

@@ -56,7 +56,10 @@ def choose(state: TrainingState) -> tuple[str, str]:
     try:
         setting = fewest_recomputed(layers, needed, int(USABLE * free))
     except Exception as error:  # code of a model family that does not run without values: do not end the run for it
-        return "every_1", f"the step cannot be traced: {type(error).__name__}: {first_line(error)}"
+        log.warning(
+            "the step cannot be traced, so every layer is recomputed: %s: %s", type(error).__name__, first_line(error)
+        )
+        return "every_1", "the memory of a step is unknown"
     figures = ", ".join(f"{each} {needed(each) / 1e9:.2f}" for each in ("off", "every_1") if each != setting)
     return setting, (
         f"a step of {sum(lengths):,} tokens needs {needed(setting) / 1e9:.2f} GB more ({figures}), "

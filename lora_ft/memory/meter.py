@@ -98,6 +98,8 @@ class Meter(TorchDispatchMode):
         else:
             result = func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_meta]
+        if made and not on_device and func.overloadpacket is _aten._to_copy and not kwargs.get("non_blocking"):
+            self.synchronisations.append(f"{self.phase}: {func} from pageable memory")
         if made or on_device:
             for tensor in made:
                 self._track(tensor)

@@ -82,7 +82,7 @@ def trace_step(cfg: config.TrainRun, model_config: Any, lengths: Sequence[int], 
     All tokens but the first of a document are supervised. `train.gradient_checkpointing` must be off or every_k.
     Without weights, the paths are those that `cfg.fast` selects; the self-check of a loaded model may refuse some.
     """
-    with standing_for(device), Meter() as meter, _fused_on_meta():
+    with standing_for(device), torch.random.fork_rng(devices=[]), Meter() as meter, _fused_on_meta():
         meter.phase = "base"
         with torch.device("meta"):
             network = objectives.find(cfg.objective).model_class.from_config(model_config, dtype=_dtype(cfg, device))
@@ -106,11 +106,11 @@ def trace_loaded(state: TrainingState, lengths: Sequence[int], gradient_checkpoi
     The state does not change. An adapter that is attached and accelerated is traced as it is.
     """
     train = dataclasses.replace(state.cfg.train, gradient_checkpointing=gradient_checkpointing)
-    with standing_for(target(state.base.device)), Meter() as meter, _fused_on_meta():
+    device = target(state.base.device)
+    with standing_for(device), torch.random.fork_rng(devices=[]), Meter() as meter, _fused_on_meta():
         meter.phase = "base"
         cfg = dataclasses.replace(state.cfg, train=train)
-        with torch.random.fork_rng(devices=[]):
-            return _trace(meter, cfg, on_meta(state.model), state.paths, lengths, [])
+        return _trace(meter, cfg, on_meta(state.model), state.paths, lengths, [])
 
 
 def _trace(

@@ -24,12 +24,15 @@ from lora_ft.ops.cross_entropy import linear_cross_entropy
 from lora_ft.ops.dora import row_norms, scaled_rows
 from lora_ft.ops.logits import HeadLora, LogitMap
 from lora_ft.ops.lora_linear import lora_linear
-from lora_ft.ops.weights import FrozenWeight, frozen_weight, why_no_weight
+from lora_ft.ops.weights import FrozenWeight, frozen_weight, is_4bit, why_no_weight
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 Forward = Callable[..., Tensor]
+
+# In generation, bitsandbytes multiplies a few rows by 4-bit codes; dequantizing the weight reads nine times as much.
+_FEW_ROWS = 64
 
 
 class LoraForwards(NamedTuple):
@@ -79,6 +82,8 @@ def _why_plain(layer: Any, name: str, dtype: torch.dtype) -> str:
         return type(variant).__name__
     if variant is not None and not isinstance(layer.lora_dropout[name], nn.Identity):
         return "DoRA with adapter.lora_dropout"
+    if layer.lora_B[name].bias is not None:
+        return "lora_bias"
     adapter = layer.lora_A[name].weight.dtype
     if dtype != adapter and not (adapter is torch.float32 and dtype in (torch.bfloat16, torch.float16)):
         return f"the adapter is in {_named(adapter)}, but the base computes in {_named(dtype)}"
@@ -94,7 +99,10 @@ def _fast(layer: Any, x: Tensor) -> tuple[str, FrozenWeight] | None:
     active = [name for name in layer.active_adapters if name in layer.r]
     if layer.disable_adapters or layer.merged or len(active) != 1 or _why_plain(layer, active[0], x.dtype):
         return None
-    weight = frozen_weight(layer.get_base_layer(), x.dtype)
+    base = layer.get_base_layer()
+    if not torch.is_grad_enabled() and x.numel() < _FEW_ROWS * x.shape[-1] and is_4bit(base):
+        return None
+    weight = frozen_weight(base, x.dtype)
     return None if weight is None else (active[0], weight)
 
 

@@ -175,7 +175,7 @@ def _accelerate(
     made.paths, problem, chosen = path_choice.choose_paths(model, fast, reference)
     if problem and forwards:
         blocks.close()
-        lines = [f"all blocks compute as transformers does: {problem}"]
+        forwards, lines = {}, [f"all blocks compute as transformers does: {problem}"]
         made.paths, problem, chosen = path_choice.choose_paths(model, fast, reference)
     if problem:
         chosen = [f"plain paths, one row per forward pass: {problem}"]

@@ -15,6 +15,7 @@ import torch
 from lora_ft import config
 from lora_ft.errors import ConfigError
 from lora_ft.models import load
+from lora_ft.models.cpu_embedding import keep_on_cpu
 from lora_ft.models.device import resolve_device, resolve_dtype
 from lora_ft.models.load import Base
 from lora_ft.models.resolve import locate
@@ -51,4 +52,6 @@ def load_meta_model(
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path={model.path} cannot be loaded: {load.first_line(error)}") from None
     load.fit_embeddings(network, tokenizer, len(model.added_tokens))
+    if model.embedding_device == "cpu":
+        keep_on_cpu(network, torch.device("meta"))
     return Base(network.requires_grad_(False).eval(), tokenizer, identity, ())

@@ -83,6 +83,9 @@ def find_problem(model: PreTrainedModel, paths: Paths, reference: Reference) -> 
         raise
     except Exception as error:
         return _named(error)
+    if gradient[batch.starts[-1] :].any():
+        return "documents see the padding"
+    gradient = gradient[: batch.starts[-1]]
     if gradient[:-length].any():
         return "packed documents see each other"
     if gradient[-1].any():

@@ -22,7 +22,7 @@ Shapes: B batch (always 1 when packed), H query heads, G key heads (H = G R), T 
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lora_ft.ops.device import Target, target
+from lora_ft.ops.device import Target, copied, target
 from lora_ft.ops.tiled_attention import tiled_attention, visible, worth_it
 
 NAME = "lora_ft_packed"
@@ -119,7 +119,7 @@ def packed_causal_attention(
         case "tiled":
             return tiled_attention(*arguments), None
         case "varlen":
-            return varlen(*arguments), None
+            return varlen(query, key, value, document_starts, sliding_window, scale), None
     return per_document(*arguments, dropout), None
 
 
@@ -175,7 +175,7 @@ def _takes_grouped_keys(query: Tensor, value: Tensor, *, masked: bool) -> bool:
 
 
 def varlen(
-    query: Tensor, key: Tensor, value: Tensor, starts: tuple[int, ...], window: int | None, scale: float
+    query: Tensor, key: Tensor, value: Tensor, starts: Sequence[int], window: int | None, scale: float
 ) -> Tensor:
     """Attend by torch's flash kernel over boundaries (torch.nn.attention.varlen); its backward is not deterministic."""
     from torch.nn.attention.varlen import varlen_attn
@@ -188,7 +188,8 @@ def varlen(
             key, value = expanded(query, key, value)
     # squeeze, not [0]: the backward of an index makes a tensor of zeros.
     q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))  # [T, heads, D]
-    boundaries, longest = _boundaries(starts, query.device)
+    boundaries = (starts if isinstance(starts, DocumentStarts) else DocumentStarts(starts)).on(query.device)
+    longest = max(end - start for start, end in pairwise(starts))
     result: Tensor = varlen_attn(
         q,
         k,
@@ -205,11 +206,15 @@ def varlen(
     return result[None]
 
 
-# The boundaries are copied to the device once per forward, not once per layer.
-@functools.lru_cache(maxsize=4)
-def _boundaries(starts: tuple[int, ...], device: torch.device) -> tuple[Tensor, int]:
-    longest = max(end - start for start, end in pairwise(starts))
-    return torch.tensor(starts, dtype=torch.int32, device=device), longest
+class DocumentStarts(list[int]):
+    """Boundaries of documents, [0, ...], which are copied to a device once for all layers of a forward."""
+
+    def on(self, device: torch.device) -> Tensor:
+        """Return the boundaries on a device, int32."""
+        copies: dict[torch.device, Tensor] = vars(self).setdefault("copies", {})
+        if device not in copies:
+            copies[device] = copied(torch.tensor(self, dtype=torch.int32), device)
+        return copies[device]
 
 
 class Call(NamedTuple):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lora_ft.ops.device import target
+from lora_ft.ops.device import copied, target
 
 IGNORED = -100  # torch's cross-entropy ignores this target by default
 
@@ -59,16 +59,13 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """Copy the batch to a device, with indices and counts of the supervised positions, computed on the host.
 
-        For a GPU it is padded. The host does not wait for a GPU: it copies from pinned memory, which torch keeps until
-        the copy is done.
+        For a GPU it is padded.
         """
         batch = self.padded(_PADDED_TO) if target(device).kind == "cuda" else self
 
-        def copy(tensor: Tensor) -> Tensor:
-            return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-        moved = Batch(copy(batch.ids), copy(batch.positions), copy(batch.targets), self.starts)
-        vars(moved).update(counts=self.counts, supervised=copy(self.supervised))
+        ids, positions, targets = (copied(each, device) for each in (batch.ids, batch.positions, batch.targets))
+        moved = Batch(ids, positions, targets, self.starts)
+        vars(moved).update(counts=self.counts, supervised=copied(self.supervised, device))
         return moved
 
     def padded(self, multiple: int) -> "Batch":

@@ -30,7 +30,7 @@ def copied_by_layer(layers: Iterable[tuple[nn.Module, list[nn.Parameter]]], dtyp
             setattr(layer, _MATRICES, (matrices, dtype))
             undo.callback(delattr, layer, _MATRICES)
             undo.callback(layer.register_forward_pre_hook(_before_forward).remove)
-            undo.callback(layer.register_forward_hook(_after_forward).remove)
+            undo.callback(layer.register_forward_hook(_after_forward, always_call=True).remove)
         yield
 
 
@@ -54,9 +54,8 @@ def compute_copy(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _before_forward(layer: Any, _: Any) -> None:
-    if not (
-        layer.training and getattr(layer, "gradient_checkpointing", False)
-    ):  # otherwise ops/gradient_checkpointing.py makes them
+    is_recomputed = layer.training and getattr(layer, "gradient_checkpointing", False)
+    if not is_recomputed:  # ops/gradient_checkpointing.py makes those of a recomputed layer
         _copy(*getattr(layer, _MATRICES))
 
 

@@ -34,7 +34,14 @@ _standing_for: ContextVar[Target] = ContextVar("standing_for", default=_META)
 
 def target(device: torch.device) -> Target:
     """Return the target of a device; of the meta device the one that `standing_for` has set."""
-    return _standing_for.get() if device.type == "meta" else _real(device)
+    return _standing_for.get() if device.type == "meta" else _target_of(device)
+
+
+def copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor of the host to a device. The host does not wait for a GPU: torch keeps pinned memory until then."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=target(device).kind == "cuda")
 
 
 @contextlib.contextmanager
@@ -48,7 +55,7 @@ def standing_for(chosen: Target) -> Iterator[None]:
 
 
 @functools.cache
-def _real(device: torch.device) -> Target:
+def _target_of(device: torch.device) -> Target:
     if device.type != "cuda":
         return Target(device.type)
     return Target("cuda", torch.cuda.get_device_capability(device), torch.backends.cuda.is_flash_attention_available())

@@ -41,17 +41,18 @@ def recompute_layers(model: PreTrainedModel, setting: str) -> int:
         )
     for layer in layers:
         layer.gradient_checkpointing = layer in chosen
-        # preserve_rng_state (the default) repeats the dropout masks of the forward.
-        layer._gradient_checkpointing_func = partial(_checkpointed, layer)
+        drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in layer.modules())
+        layer._gradient_checkpointing_func = partial(_checkpointed, layer, drops)
     return len(chosen)
 
 
-def _checkpointed(layer: nn.Module, forward: Callable[..., Any], *arguments: Any) -> Any:
+def _checkpointed(layer: nn.Module, drops: bool, forward: Callable[..., Any], *arguments: Any) -> Any:
     def with_copies(*given: Any) -> Any:
         with copies_of(layer):
             return forward(*given)
 
-    return checkpoint(with_copies, *arguments, use_reentrant=False)
+    # The generator's state, which repeats the dropout masks of the forward, costs several calls per layer.
+    return checkpoint(with_copies, *arguments, use_reentrant=False, preserve_rng_state=drops)
 
 
 @contextlib.contextmanager

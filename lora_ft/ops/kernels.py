@@ -10,11 +10,12 @@ which calls the same kernel again on the same inputs and so gives the same bits.
 
 These functions are compiled, not whole layers: a layer with LoRA, packed documents and replaced forwards breaks
 into 29 graphs, is compiled again for each set of document boundaries, and reaches torch's limit of eight (torch 2.13).
-Each function here is one graph for any number of tokens.
+Each function here is one graph for any number of tokens, and another one for each rank and dtype.
 """
 
 import functools
 import importlib.util
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -53,7 +54,7 @@ TRACED = Kernels(meta_kernels.rms_norm, meta_kernels.gated, meta_kernels.rotate,
 
 
 def _or_stand_ins(rms_norm: Any, gated: Any, rotate: Any, name: str) -> Kernels:
-    """Return kernels that are replaced by stand-ins for tensors without values, as in a trace of a loaded model."""
+    """Return kernels that at each call are replaced by stand-ins if the tensors have no values, as in a trace."""
 
     def either(stand_in: Any, kernel: Any) -> Any:
         return lambda x, *more: (stand_in if x.is_meta else kernel)(x, *more)
@@ -86,7 +87,15 @@ def choose_kernels(device: torch.device, choice: BlockKernels) -> Kernels:
 @functools.cache
 def compiled_kernels(backend: Any = "inductor") -> Kernels:
     """Compile the plain definitions and their gradients, each for any number of tokens; equal up to rounding."""
-    compiled = functools.partial(torch.compile, dynamic=True, fullgraph=True, backend=backend)
+    # torch compiles once more for another rank or dtype, and by default only eight times in a process.
+    options = {"isolate_recompiles": True, "recompile_limit": 64}
+    known = {name: value for name, value in options.items() if name in inspect.signature(torch.compile).parameters}
+    differentiable = functools.partial(torch.compile, dynamic=True, fullgraph=True, backend=backend, **known)
+
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        call = differentiable(function)
+        # Whether a tensor requires a gradient or is a parameter would be a reason to compile again.
+        return lambda *tensors: call(*(tensor.detach() for tensor in tensors))
 
     @functools.cache
     def norm_pair(eps: float, offset: float) -> tuple[Callable[..., Tensor], Callable[..., Any]]:
@@ -108,7 +117,7 @@ def compiled_kernels(backend: Any = "inductor") -> Kernels:
 
         return compiled(product), compiled(gradients)
 
-    @compiled
+    @differentiable
     def rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         return rotate_plain(q, cos, sin), rotate_plain(k, cos, sin)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from lora_ft.ops.attention import DocumentStarts
 from lora_ft.ops.batch import IGNORED, Batch
 from lora_ft.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_plain
 from lora_ft.ops.logits import PRODUCT, LogitMap, at_least_float32
@@ -72,7 +73,7 @@ def _loss_sums(
     if paths.packs:  # for a single document the model makes its own positions, and some models accept no others
         inputs["position_ids"] = batch.positions[None]
     if paths.passes_starts:
-        inputs["document_starts"] = batch.all_starts
+        inputs["document_starts"] = DocumentStarts(batch.all_starts if paths.packs else batch.starts)
     if not paths.supervised_rows_only:
         logits = at_least_float32(model(**inputs).logits[0])
         return [

@@ -71,6 +71,11 @@ def why_no_weight(layer: nn.Module, dtype: torch.dtype) -> str:
     return ""
 
 
+def is_4bit(layer: nn.Module) -> bool:
+    """Return True for a layer with 4-bit weights."""
+    return _bitsandbytes_class(layer) == "Linear4bit"
+
+
 def _bitsandbytes_class(layer: Any) -> str:
     bitsandbytes: Any = sys.modules.get("bitsandbytes")  # if it is not imported, none of its layers exist
     names = ("Linear4bit", "Linear8bitLt") if bitsandbytes else ()

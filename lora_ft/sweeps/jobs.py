@@ -40,8 +40,9 @@ def grouped(jobs: list[Job], share: bool) -> list[list[Job]]:
 
 def _base_key(cfg: config.TrainRun) -> str:
     same = {name: value for name, value in validation.to_plain(cfg).items() if name not in _MAY_DIFFER}
-    # A layer that one job trains in full is not accelerated, for all jobs of the group.
-    return json.dumps([same, sorted(cfg.adapter.modules_to_save)], sort_keys=True)
+    # A layer that one job trains in full is not accelerated, for all jobs of the group. Deterministic kernels may
+    # evaluate the bare base, which the jobs of a group do once, to other last bits.
+    return json.dumps([same, sorted(cfg.adapter.modules_to_save), cfg.train.deterministic], sort_keys=True)
 
 
 def train_config(cfg: config.SweepRun) -> config.TrainRun:

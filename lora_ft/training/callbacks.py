@@ -2,7 +2,7 @@
 
     class Log(lora_ft.Callback):
         def on_step(self, state, metrics):
-            print(state.step, metrics["loss"])
+            print(metrics["step"], metrics["loss"])
 
     class StopBelow(lora_ft.Callback):
         def on_evaluate(self, state, metrics):
@@ -37,7 +37,10 @@ class Callback:
         """Called when the adapter is attached and restored from its checkpoint, before the next step."""
 
     def on_step(self, state: "TrainingState", metrics: Metrics) -> None:
-        """Called after each optimizer step, when its line is in metrics.jsonl."""
+        """Called for each optimizer step, when its line is in metrics.jsonl.
+
+        With train.log_every_steps above 1, for several steps one after the other; `state` is after the last of them.
+        """
 
     def on_evaluate(self, state: "TrainingState", metrics: Metrics) -> None:
         """Called after each evaluation; `metrics` holds `step` (0 before the first step) and the eval loss."""

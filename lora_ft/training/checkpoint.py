@@ -234,12 +234,7 @@ def _described(path: Path) -> dict[str, Any]:
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    state = untrusted.json_object(path / STATE, CheckpointError)
-    if state.get("format") != _FORMAT:
-        raise CheckpointError(
-            f"{path / STATE} has format {state.get('format')}; this version of lora_ft reads {_FORMAT}"
-        )
-    return state
+    return untrusted.json_object(path / STATE, CheckpointError)
 
 
 def _manifest(step: int, files: dict[str, dict[str, Any]]) -> bytes:
@@ -257,6 +252,8 @@ def _problem(path: Path) -> str | None:
     if recorded == _manifest(int(path.name.removeprefix("step-")), found):
         _read[path] = stamp
         return None
+    if (written := re.match(rb'\{\s*"format": (\d+),', recorded)) and int(written[1]) != _FORMAT:
+        return f"it has format {int(written[1])}; this version of lora_ft reads {_FORMAT}"
     return f"the sizes and hashes of its files differ from {MANIFEST}"
 
 

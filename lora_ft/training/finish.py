@@ -28,7 +28,7 @@ _SAMPLE_TOKENS = 48  # of each sample answer
 class Result:
     """Content of result.json: the outcome of one run; losses in nats per token, None without an eval set.
 
-    peak_memory_bytes: of the process, which in a sweep trains several jobs; on a GPU what torch allocated there.
+    peak_memory_bytes: of the process, which in a sweep trains several jobs; on a GPU what torch allocated for this job.
     peak_reserved_bytes, device_used_bytes: of the GPU, see `metrics.gpu_memory`; None for other devices.
     stopped_by: why a run ended early.
     """

@@ -15,6 +15,12 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes everywhere but on macOS
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Let the peaks of a GPU's memory begin now, for the next job of a process. A CPU's peak cannot be reset."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def gpu_memory(device: torch.device) -> dict[str, int]:
     """Return the memory that fills a GPU, nothing for other devices.
 

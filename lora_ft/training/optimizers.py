@@ -75,8 +75,9 @@ def build(flat: Flat, optim: config.Optim) -> torch.optim.Optimizer:
     if optim.name is config.Optimizer.adamw:
         adamw = torch.optim.AdamW(groups, fused=True, **settings)
         if optim.offload:
-            adamw.register_step_pre_hook(lambda *_: _move_state(adamw, flat.values.device))
-            adamw.register_step_post_hook(lambda *_: _move_state(adamw, torch.device("cpu")))
+            device = flat.values.device  # not `flat`: the optimizer would hold it in a cycle
+            adamw.register_step_pre_hook(lambda optimizer, *_: _move_state(optimizer, device))
+            adamw.register_step_post_hook(lambda optimizer, *_: _move_state(optimizer, torch.device("cpu")))
         return adamw
     bitsandbytes = import_bitsandbytes()
 

@@ -111,10 +111,11 @@ def _write_unread(state: TrainingState, callback: Callbacks, ranks: Ranks, *, is
     Raises NonFiniteError for the first step that is not finite; the lines of those before it are written.
     """
     read(state.unread, ranks)
+    memory = gpu_memory(state.base.device)
     while state.unread:
         step, is_last = state.unread[0], len(state.unread) == 1
         _check_finite(state, step)
-        metrics = step.metrics() | gpu_memory(state.base.device)
+        metrics = step.metrics() | memory
         if state.loss_scale:
             metrics["skipped"] = len(state.loss_scale.skipped)
         if is_last and is_evaluated:
