@@ -102,6 +102,16 @@ def test_training_has_its_device_as_the_current_one(tmp_path: Path, monkeypatch)
     assert inside == [1] and cuda.current == [1, None]
 
 
+def test_peak_memory_of_a_gpu_begins_with_each_job(monkeypatch) -> None:
+    reset: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
+    for is_initialized in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda known=is_initialized: known)
+        for name in ("cpu", "cuda:1"):
+            metrics.reset_peak_memory(torch.device(name))
+    assert reset == [torch.device("cuda:1")]
+
+
 @pytest.mark.parametrize("command", ["eval", "chat", "merge"])
 def test_commands_select_the_device(command: str, tmp_path: Path, monkeypatch) -> None:
     run, seen = finished_run(tmp_path, "llama"), []

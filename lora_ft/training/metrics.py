@@ -17,7 +17,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def reset_peak_memory(device: torch.device) -> None:
     """Let the peaks of a GPU's memory begin now, for the next job of a process. A CPU's peak cannot be reset."""
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.is_initialized():  # before, there are no peaks, and torch would raise
         torch.cuda.reset_peak_memory_stats(device)
 
 
