@@ -5,8 +5,8 @@
     dB = s dy' (A x)                    computes A x again: a product with r columns instead of one more saved
     dA = s (B' dy)' x                   tensor per layer.
 
-    16 bits    A and B are float32      and are multiplied as copies in the dtype of x (ops/compute_copies.py), so all
-                                        products run in it. The gradients of A and B are float32. PEFT instead makes a
+    16 bits    A and B are float32      and are multiplied as copies in the dtype of x (ops/compute_copies.py). The
+                                        gradients of A and B are float32. PEFT instead makes a
                                         float32 copy of x per layer, and three float32 tensors of y's size.
     merged     y = (W + s B A) x        one product in the forward if that is less work, as with many tokens.
                                         The backward needs B' dy anyway, and adding A' times it costs less than a
@@ -86,7 +86,7 @@ def _itself(x: Tensor) -> Tensor:
 
 
 class _Kept(NamedTuple):
-    """What the backward of a layer needs; `keep` is the probability with which dropout keeps a value."""
+    """Operands of a layer's backward; `keep` is the probability with which dropout keeps a value."""
 
     recipe: Recipe
     weight: FrozenWeight
