@@ -27,7 +27,7 @@ STAGES = [stage.name for stage in gpu.STAGES]
 def dry(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Run all stages once, as a user would; return the records by stage."""
     out = tmp_path_factory.mktemp("gpu") / "gpu.jsonl"
-    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--dry", "--deadline", "1200", "--out", str(out)]
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--dry", "--deadline", "2400", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
