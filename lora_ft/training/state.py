@@ -204,7 +204,6 @@ def new_state(
     parameters = attach.trainable(model, NAME)
     num_trainable = audit.check_trainable(model, NAME, parameters)
     flat = optimizers.flatten(parameters)
-    largest = _largest_micro_batch(paths, dataset.train, steps, cfg.train)
     return TrainingState(
         cfg=cfg,
         folder=folder,
@@ -226,7 +225,7 @@ def new_state(
             "base": base_fingerprint,
             "adapter": _sha256([[n.replace(f".{NAME}", ""), list(p.shape)] for n, p in parameters.items()]),
         },
-        loss_scale=_loss_scale(model, largest),
+        loss_scale=_loss_scale(model, paths, dataset.train, steps, cfg.train),
         gradient_checkpointing=cfg.train.gradient_checkpointing,
     )
 
@@ -235,11 +234,15 @@ def _sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _loss_scale(model: PeftModel, largest: int) -> loss_scale.LossScale | None:
+def _loss_scale(
+    model: PeftModel, paths: Paths, examples: list[Example], steps: list[np.ndarray], train: config.Train
+) -> loss_scale.LossScale | None:
     """Return the loss scale of a base that computes in float16, None for other bases, which need none."""
     dtypes = {p.dtype for p in model.parameters()}
     dtypes |= {getattr(module, "compute_dtype", None) for module in model.modules()}  # of quantized layers
-    return loss_scale.for_tokens(largest) if torch.float16 in dtypes else None
+    if torch.float16 not in dtypes:
+        return None
+    return loss_scale.for_tokens(_largest_micro_batch(paths, examples, steps, train))
 
 
 def _largest_micro_batch(paths: Paths, examples: list[Example], steps: list[np.ndarray], train: config.Train) -> int:
