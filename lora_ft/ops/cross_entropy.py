@@ -22,6 +22,7 @@ Shapes: N positions, E width of the hidden state, V words, r rank of a LoRA on t
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, linear
 
-from lora_ft.ops.cross_entropy_cpu import BlockedCrossEntropy
+from lora_ft.ops.cross_entropy_cpu import blocked
 from lora_ft.ops.device import target
 from lora_ft.ops.logits import PRODUCT, HeadLora, LogitMap, at_least_float32
 
@@ -70,8 +71,7 @@ def linear_cross_entropy(
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("the chunked loss computes no gradient for the head: use linear_cross_entropy_plain")
     a, b, scaling = lora or (None, None, 0.0)
-    form: Any = BlockedCrossEntropy if fits_processor_cache(hidden.device) else ChunkedCrossEntropy
-    total: Tensor = form.apply(hidden, a, b, weight, bias, targets, scaling, logit_map)
+    total: Tensor = _CrossEntropy.apply(hidden, a, b, weight, bias, targets, scaling, logit_map)
     return total
 
 
@@ -80,36 +80,15 @@ def fits_processor_cache(device: torch.device) -> bool:
     return target(device).kind == "cpu"
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Two products with the head per chunk (logits, gradient of hidden); the backward only scales."""
+class _CrossEntropy(torch.autograd.Function):
+    """The gradients are computed in the forward; the backward only scales them."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        a: Tensor | None,
-        b: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        scaling: float,
-        logit_map: LogitMap,
-    ) -> Tensor:
-        of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        of_a, of_b = (
-            torch.zeros_like(t) if t is not None and needed else None
-            for t, needed in zip((a, b), ctx.needs_input_grad[1:3], strict=True)
-        )
-        lora = None if a is None or b is None else HeadLora(a.to(weight.dtype), b.to(weight.dtype), scaling)
-        size = _rows_per_chunk(hidden, weight)
-        minus_one = hidden.new_full((size, 1), -1, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        found = []
-        of_parts = itertools.repeat(None) if of_hidden is None else of_hidden.split(size)
-        for rows, words, of_rows in zip(hidden.split(size), targets[:, None].split(size), of_parts, strict=False):
-            gradients = (of_rows, of_a, of_b) if any(ctx.needs_input_grad) else None
-            found.append(_chunk(rows, weight, bias, lora, logit_map, words, minus_one, gradients))
-        ctx.save_for_backward(of_hidden, of_a, of_b)
-        return -torch.cat(found).sum()
+    def forward(ctx: Any, hidden: Tensor, a: Tensor | None, b: Tensor | None, *more: Any) -> Tensor:
+        form: Callable[..., Any] = blocked if fits_processor_cache(hidden.device) else chunked
+        total, gradients = form(hidden, a, b, *more, ctx.needs_input_grad[:3])
+        ctx.save_for_backward(*gradients)
+        return total
 
     @staticmethod
     @once_differentiable
@@ -117,6 +96,33 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         # Not in place: a second backward over the same graph must find the same gradients.
         scaled = [None if g is None else g * grad_outputs[0] for g in ctx.saved_tensors]
         return (*scaled, None, None, None, None, None)
+
+
+def chunked(
+    hidden: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    scaling: float,
+    logit_map: LogitMap,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the sum of losses, and the gradients of hidden, a and b that are needed: two products with the head."""
+    of_hidden = torch.empty_like(hidden) if needs[0] else None
+    of_a, of_b = (
+        torch.zeros_like(t) if t is not None and needed else None for t, needed in zip((a, b), needs[1:], strict=True)
+    )
+    lora = None if a is None or b is None else HeadLora(a.to(weight.dtype), b.to(weight.dtype), scaling)
+    size = _rows_per_chunk(hidden, weight)
+    minus_one = hidden.new_full((size, 1), -1, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    found = []
+    of_parts = itertools.repeat(None) if of_hidden is None else of_hidden.split(size)
+    for rows, words, of_rows in zip(hidden.split(size), targets[:, None].split(size), of_parts, strict=False):
+        gradients = (of_rows, of_a, of_b) if any(needs) else None
+        found.append(_chunk(rows, weight, bias, lora, logit_map, words, minus_one, gradients))
+    return -torch.cat(found).sum(), [of_hidden, of_a, of_b]
 
 
 def _rows_per_chunk(hidden: Tensor, weight: Tensor) -> int:

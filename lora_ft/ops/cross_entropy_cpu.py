@@ -16,11 +16,8 @@ the passes over it. Only the small gradient is divided by the sums, not the logi
 Shapes: N positions, n of them in a chunk, E width of the hidden state, V words, r rank of a LoRA on the head.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lora_ft.ops.logits import PRODUCT, LogitMap, at_least_float32
 
@@ -28,58 +25,50 @@ CHUNK_ROWS = 256
 _BLOCK_WORDS = 2048
 
 
-class BlockedCrossEntropy(torch.autograd.Function):
-    """Two products with the head per chunk (logits, gradient of hidden); the backward only scales."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        a: Tensor | None,
-        b: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        scaling: float,
-        logit_map: LogitMap,
-    ) -> Tensor:
-        gradients = [torch.zeros_like(t) if t is not None and t.requires_grad else None for t in (hidden, a, b)]
-        dtype = at_least_float32(hidden[:0]).dtype
-        total = torch.zeros((), dtype=dtype, device=hidden.device)
-        buffer = hidden.new_empty((weight.shape[0], min(CHUNK_ROWS, hidden.shape[0])), dtype=dtype)
-        slopes = torch.empty_like(buffer) if logit_map.cap is not None and any(ctx.needs_input_grad) else None
-        narrow_a, narrow_b = (None if t is None else t.to(weight.dtype) for t in (a, b))
-        for start in range(0, hidden.shape[0], CHUNK_ROWS):
-            rows = slice(start, start + CHUNK_ROWS)
-            h, target = hidden[rows], targets[rows]
-            lora = None if narrow_a is None or narrow_b is None else (h @ narrow_a.T * scaling, narrow_b)
-            logits = buffer[:, : len(h)]
-            slope = None if slopes is None else slopes[:, : len(h)]
-            loss, sums = _exponentials(logits, h, weight, bias, lora, target, logit_map, slope)
-            total += loss
-            if not any(ctx.needs_input_grad):
-                continue
-            # d loss / d logits = exp / sums - one_hot(target), here times sums
-            logits[target, torch.arange(len(target), device=target.device)] -= sums
-            if slope is not None:
-                logits *= slope
-            elif logit_map.scale != 1:
-                logits *= logit_map.scale
-            if logits.dtype != weight.dtype:  # a half-precision product of undivided rows could overflow
-                logits, sums = (logits / sums).to(weight.dtype), torch.ones_like(sums)
-            parts = _gradients(logits, sums, h, weight, narrow_a, lora, scaling)
-            for gradient, part, where in zip(gradients, parts, (rows, slice(None), slice(None)), strict=True):
-                if gradient is not None:
-                    gradient[where] += part
-        ctx.save_for_backward(*gradients)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        # Not in place: a second backward over the same graph must find the same gradients.
-        scaled = [None if g is None else g * grad_outputs[0] for g in ctx.saved_tensors]
-        return (*scaled, None, None, None, None, None)
+def blocked(
+    hidden: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    scaling: float,
+    logit_map: LogitMap,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the sum of losses, and the gradients of hidden, a and b that are needed: two products with the head."""
+    gradients = [
+        None if t is None or not needed else torch.zeros_like(t)
+        for t, needed in zip((hidden, a, b), needs, strict=True)
+    ]
+    dtype = at_least_float32(hidden[:0]).dtype
+    total = torch.zeros((), dtype=dtype, device=hidden.device)
+    buffer = hidden.new_empty((weight.shape[0], min(CHUNK_ROWS, hidden.shape[0])), dtype=dtype)
+    slopes = torch.empty_like(buffer) if logit_map.cap is not None and any(needs) else None
+    narrow_a, narrow_b = (None if t is None else t.to(weight.dtype) for t in (a, b))
+    for start in range(0, hidden.shape[0], CHUNK_ROWS):
+        rows = slice(start, start + CHUNK_ROWS)
+        h, target = hidden[rows], targets[rows]
+        lora = None if narrow_a is None or narrow_b is None else (h @ narrow_a.T * scaling, narrow_b)
+        logits = buffer[:, : len(h)]
+        slope = None if slopes is None else slopes[:, : len(h)]
+        loss, sums = _exponentials(logits, h, weight, bias, lora, target, logit_map, slope)
+        total += loss
+        if not any(needs):
+            continue
+        # d loss / d logits = exp / sums - one_hot(target), here times sums
+        logits[target, torch.arange(len(target), device=target.device)] -= sums
+        if slope is not None:
+            logits *= slope
+        elif logit_map.scale != 1:
+            logits *= logit_map.scale
+        if logits.dtype != weight.dtype:  # a half-precision product of undivided rows could overflow
+            logits, sums = (logits / sums).to(weight.dtype), torch.ones_like(sums)
+        parts = _gradients(logits, sums, h, weight, narrow_a, lora, scaling)
+        for gradient, part, where in zip(gradients, parts, (rows, slice(None), slice(None)), strict=True):
+            if gradient is not None:
+                gradient[where] += part
+    return total, gradients
 
 
 def _gradients(
