@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lora_ft.settings.data import Data
 from lora_ft.settings.model import Adapter, Model, Objective, Quant, RecordedQuant
+from lora_ft.settings.plan import Hardware
 from lora_ft.settings.setting import OnResume, setting
 from lora_ft.settings.sweep import Launcher as Launcher
 from lora_ft.settings.sweep import Sweep
@@ -85,6 +86,16 @@ class TrainRun:
 @dataclass(slots=True)
 class CheckRun(TrainRun):
     """Show what train would do with the same overrides: rows, loss mask, steps, layers. Loads no weights."""
+
+    hardware: Hardware = field(default_factory=Hardware)
+
+
+@dataclass(slots=True)
+class PlanRun(CheckRun):
+    """Predict memory and time of a training on any device; needs no weights and no rows."""
+
+    fit: bool = setting(False, "list the changes that save memory also if the run fits")
+    out: str | None = setting(None, "picture of the memory over a step: new .png or .html file", path=True)
 
 
 @dataclass(slots=True)
@@ -189,6 +200,7 @@ SCHEMAS: dict[str, type] = {
     "train": TrainRun,
     "sweep": SweepRun,
     "check": CheckRun,
+    "plan": PlanRun,
     "eval": EvalRun,
     "chat": ChatRun,
     "merge": MergeRun,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeVar, cast
 
-from lora_ft.config import Data, Dtype, Keep, Launcher, MergeRun, PublishRun, ReportRun, SweepRun, TrainRun
+from lora_ft.config import Data, Dtype, Keep, Launcher, MergeRun, PlanRun, PublishRun, ReportRun, SweepRun, TrainRun
 from lora_ft.errors import ConfigError
 from lora_ft.settings.setting import OnResume
 
@@ -123,7 +123,7 @@ def _broken_combinations(cfg: Any) -> Iterator[str]:
     if isinstance(cfg, TrainRun):
         if not cfg.model.path:
             yield "model.path is empty: choose a base with model=NAME, or model=local model.path=FOLDER"
-        if not cfg.data.path:
+        if not cfg.data.path and not isinstance(cfg, PlanRun):
             yield "data.path is empty: choose data with data=NAME or data.path=FILE"
         if cfg.optim.warmup_steps and cfg.train.max_steps and cfg.optim.warmup_steps >= cfg.train.max_steps:
             yield (

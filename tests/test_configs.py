@@ -13,7 +13,7 @@ from lora_ft.cli import choices, composition, overrides
 FILES = sorted(config.CONF.rglob("*.yaml"))
 CHOICES = [path for path in FILES if path.parent != config.CONF]
 GROUPS = sorted({path.parent.name for path in CHOICES})
-TRAINING = ("train", "check")
+TRAINING = ("train", "check", "plan")
 
 
 def name_of(path):
@@ -43,11 +43,11 @@ def test_config_files_are_found():
 def test_choice_composes_to_the_defaults_and_its_own_values(path):
     group, written = path.parent.name, OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     given = [] if group == "data" and "path" in written else ["data.path=x"]
-    given += ["model.path=b"] if path.stem == "local" else []
-    cfg = composed("train", *given, f"{group}={path.stem}")
+    given += ["model.path=b"] if (group, path.stem) == ("model", "local") else []
+    cfg = composed("plan" if group == "hardware" else "train", *given, f"{group}={path.stem}")
     if group != "experiment":
         held = plain(getattr(cfg, group))
-        assert held == {**held, **written}
+        assert held == {**held, **(written or {})}
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,8 @@ def test_groups_of_a_command_are_folders_with_their_default_choice(command):
 
 
 def test_every_group_of_the_training_schema_has_choices():
-    assert {*validation.groups(config.TrainRun), "experiment"} == set(choices.groups("train")) == set(GROUPS)
+    assert {*validation.groups(config.TrainRun), "experiment"} == set(choices.groups("train"))
+    assert {*validation.groups(config.PlanRun), "experiment"} == set(choices.groups("plan")) == set(GROUPS)
 
 
 @pytest.mark.parametrize("name", ["classify", "summarize", "translate", "answer"])
@@ -137,10 +138,10 @@ def test_documented_commands_compose(typed, expected):
 @pytest.mark.parametrize("path", sorted((config.CONF / "experiment").glob("*.yaml")), ids=name_of)
 def test_check_composes_what_train_composes(path):
     typed = [f"experiment={path.stem}", "adapter=dora", "train=smoke", "optim.schedule=wsd"]
-    trained, checked = (composed(command, *typed) for command in TRAINING)
+    trained, checked = composed("train", *typed), composed("check", *typed)
     assert isinstance(checked, config.CheckRun)
-    assert plain(checked) == plain(trained)
-    assert choices.groups("check") == choices.groups("train")
+    assert plain(checked) == plain(trained) | {"hardware": plain(config.Hardware())}
+    assert choices.groups("check") == choices.groups("plan") == choices.groups("train") | {"hardware": "local"}
 
 
 def test_rslora_keeps_the_scale_of_lora_at_the_default_rank():

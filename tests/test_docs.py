@@ -36,6 +36,7 @@ _TRAIN = ("train.max_steps=1", "train.tokens_per_step=64", "train.eval_rows=2", 
 SHORT = {
     "train": _TRAIN,
     "check": _TRAIN,
+    "plan": (),
     "sweep": _TRAIN,
     "eval": ("eval.samples=1", "eval.max_new_tokens=4", "device=cpu"),
     "chat": ("sampling.max_new_tokens=4", "device=cpu"),
