@@ -19,20 +19,19 @@ at 0.
 import itertools
 import logging
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from lora_ft import config, objectives, runs, validation
 from lora_ft.adapters.summary import Layers
-from lora_ft.cli import entry
+from lora_ft.cli import entry, terminal
 from lora_ft.data.read import read
 from lora_ft.data.rows import Example, excerpt
 from lora_ft.data.tokenize import Vocabulary
@@ -73,7 +72,7 @@ def main(cfg: config.CheckRun, invocation: entry.Invocation) -> None:
         found = partial_dry_run(collect, cfg, collect(read_rows, cfg, tokenizer), tokenizer, invocation.folder)
         warning = _launch_warning(cfg, found, tokenizer)
         found = replace(found, warnings=[*found.warnings, *([warning] if warning else [])])
-        _write(page(cfg, found, tokenizer))
+        terminal.write(page(cfg, found, tokenizer))
     else:
         collect(lambda: read(cfg.data).ledger.raise_bad())
     collect.raise_errors()
@@ -95,15 +94,6 @@ def _launch_warning(cfg: config.TrainRun, found: PartialDryRun, tokenizer: Any) 
     except Exception as error:  # code of a model family that does not run without values: not worth an error
         log.debug("the step cannot be traced: %r", error)
         return ""
-
-
-def _write(content: RenderableType) -> None:
-    console = Console()
-    with console.capture() as shown:
-        console.print(content)
-    for line in shown.get().splitlines():  # rich pads lines with spaces, and here spaces matter
-        sys.stdout.write(line.rstrip().encode(console.encoding, "replace").decode(console.encoding) + "\n")
-    sys.stdout.flush()  # before errors on stderr
 
 
 def page(cfg: config.TrainRun, found: PartialDryRun, tokenizer: Any) -> RenderableType:
