@@ -30,7 +30,7 @@ def of_settings(cfg: config.TrainRun) -> Workload:
     """Return the work of a run without rows: every step and micro-batch is full."""
     row = cfg.data.max_length
     step = max(row, cfg.train.tokens_per_step)
-    most = max(row, min(step, cfg.train.tokens_per_microbatch or step))
+    most = max(row, min(step, cfg.train.microbatch_limit or step))
     return Workload(
         largest=_rows(most, row),
         typical=_rows(step, row),
