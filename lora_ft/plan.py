@@ -17,7 +17,6 @@ def main(cfg: config.PlanRun, invocation: entry.Invocation) -> None:
     """Print the plan."""
     model_class = objectives.find(cfg.objective).model_class
     base = load_meta_model(cfg.model, cfg.quant, cfg.device, load_tokenizer(cfg.model), model_class)
-    cfg.train.gradient_checkpointing = cfg.train.gradient_checkpointing.replace("auto", "every_1")
     device = machine.resolve(cfg.hardware, cfg.device)
     found = predict(cfg, base.model.config, workload.of_settings(cfg), device)
     for term in found.terms:

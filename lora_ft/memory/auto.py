@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from transformers import PreTrainedModel
 
-from lora_ft.data.packing import micro_batches
+from lora_ft.data.packing import largest_micro_batch
 from lora_ft.memory.trace import trace_loaded
 from lora_ft.models.load import first_line
 from lora_ft.ops.free_memory import available_bytes
@@ -45,7 +45,8 @@ def choose(state: TrainingState) -> tuple[str, str]:
     free = available_bytes(state.base.device)
     if free is None:
         return "off", "the free memory of this system is unknown"
-    lengths = _largest_micro_batch(state)
+    packs = state.cfg.train.packing and state.paths.packs
+    lengths = largest_micro_batch(state.examples, state.steps, state.cfg.train.tokens_per_microbatch, packs)
     if sum(lengths) * _more_than_kept(state.base) <= USABLE * free:
         return "off", "the activations fit into the free memory"
 
@@ -78,20 +79,6 @@ def fewest_recomputed(layers: int, needed: Callable[[str], int], budget: int) ->
     # bisect_left finds the first setting with a key of True.
     found = bisect_left(settings, True, key=lambda setting: needed(setting) <= budget)
     return settings[min(found, len(settings) - 1)]
-
-
-def _largest_micro_batch(state: TrainingState) -> list[int]:
-    """Return the lengths of the documents of the largest micro-batch, in the step with the most tokens."""
-    cfg = state.cfg.train
-    packs = cfg.packing and state.paths.packs
-
-    def size(step: object) -> int:
-        lengths = [len(state.examples[i].ids) for i in step]  # type: ignore[attr-defined]
-        return sum(lengths) if packs else max(lengths)
-
-    examples = [state.examples[i] for i in max(state.steps, key=size)]
-    largest = max(micro_batches(examples, cfg.tokens_per_microbatch, packs), key=lambda batch: len(batch.ids))
-    return [len(document.ids) for document in largest.documents()]
 
 
 def _more_than_kept(model: PreTrainedModel) -> int:

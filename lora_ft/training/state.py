@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lora_ft import config, objectives, validation
 from lora_ft.adapters import attach, audit, files, init, provenance
 from lora_ft.data.dataset import Dataset, EvalPrompt
-from lora_ft.data.packing import check_capacity, group_lengths, grouped, longest_group
+from lora_ft.data.packing import check_capacity, group_lengths, grouped, largest_micro_batch
 from lora_ft.data.rows import Example
 from lora_ft.data.sampler import derive, epoch_order, steps_of_epoch
 from lora_ft.errors import ConfigError, DataError
@@ -254,15 +254,8 @@ def _loss_scale(
     dtypes |= {getattr(module, "compute_dtype", None) for module in model.modules()}  # of quantized layers
     if torch.float16 not in dtypes:
         return None
-    return loss_scale.for_tokens(_largest_micro_batch(paths, examples, steps, train))
-
-
-def _largest_micro_batch(paths: Paths, examples: list[Example], steps: list[np.ndarray], train: config.Train) -> int:
-    """Return the number of tokens of the largest micro-batch of the run, or a bound above it."""
     packs = train.packing and paths.packs
-    of_steps = ([examples[i] for i in step] for step in steps)
-    largest = max(sum(len(e.ids) for e in step) if packs else longest_group(step) for step in of_steps)
-    return min(largest, train.microbatch_limit or largest)
+    return loss_scale.for_tokens(sum(largest_micro_batch(examples, steps, train.microbatch_limit, packs)))
 
 
 def check_lengths(examples: list[Example], model: PreTrainedModel, train: config.Train) -> None:
