@@ -85,7 +85,7 @@ def _launch_warning(cfg: config.TrainRun, found: PartialDryRun, tokenizer: Any) 
         return ""
     base = load_meta_model(cfg.model, cfg.quant, cfg.device, tokenizer, objectives.find(cfg.objective).model_class)
     tokens = int(found.steps.median)
-    longest = min(cfg.data.max_length, cfg.train.tokens_per_microbatch or cfg.data.max_length)
+    longest = min(cfg.data.max_length, cfg.train.microbatch_limit or cfg.data.max_length)
     lengths = [min(longest, tokens - start) for start in range(0, tokens, longest)]
     checkpointing = cfg.train.gradient_checkpointing.replace("auto", "off")
     cfg = replace(cfg, train=replace(cfg.train, gradient_checkpointing=checkpointing))

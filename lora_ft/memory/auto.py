@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from lora_ft.data.packing import largest_micro_batch
 from lora_ft.memory.trace import trace_loaded
 from lora_ft.models.load import first_line
-from lora_ft.ops.gradient_checkpointing import available_bytes, recomputable_layers
+from lora_ft.ops.free_memory import available_bytes
+from lora_ft.ops.gradient_checkpointing import recomputable_layers
 from lora_ft.training.state import TrainingState
 
 log = logging.getLogger("lora_ft")

@@ -39,7 +39,7 @@ class Workload:
 
 def of_rows(cfg: config.TrainRun, dataset: Dataset, packs: bool = True) -> Workload:
     """Return the work of a run on its rows; `packs` is false if documents of this model cannot share a sequence."""
-    examples, capacity, packs = dataset.train, cfg.train.tokens_per_microbatch, cfg.train.packing and packs
+    examples, capacity, packs = dataset.train, cfg.train.microbatch_limit, cfg.train.packing and packs
     lengths = np.array([len(example.ids) for example in examples])
     steps = plan_steps(examples, cfg.train, cfg.seed)
     tokens = [int(lengths[step].sum()) for step in steps]
@@ -58,7 +58,7 @@ def of_settings(cfg: config.TrainRun, context: int | None = None) -> Workload:
 
     `context` is the most tokens that the model can read.
     """
-    capacity = cfg.train.tokens_per_microbatch
+    capacity = cfg.train.microbatch_limit
     limits = {"data.max_length": cfg.data.max_length, "train.tokens_per_microbatch": capacity, "the context": context}
     row, limit = min((tokens, name) for name, tokens in limits.items() if tokens)
     step = max(row, cfg.train.tokens_per_step)

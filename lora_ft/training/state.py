@@ -58,8 +58,11 @@ class TrainingState:
 
     inputs: hashes of the settings, the data, the base and the adapter's shapes. start, best_values: copies on the CPU
     of the first values, and of those of the best evaluation with train.keep=best. loss_scale: None unless the base
-    computes in float16. unread: steps done whose values are still on the device. A checkpoint stores the optimizer,
-    `flat.values`, the loss scale and the fields with a default; no step is unread then.
+    computes in float16. gradient_checkpointing, tokens_per_microbatch: as in the settings; memory/auto.py replaces auto,
+    and tokens_per_microbatch is None until then. unread: steps done whose values are still on the device. shrinks: how
+    often an out-of-memory error has halved tokens_per_microbatch. predicted_peak_bytes: None if the run was not traced.
+    A checkpoint stores the optimizer, `flat.values`, the loss scale, tokens_per_microbatch and the fields from
+    `evaluations` to `shrinks`; no step is unread then.
     """
 
     cfg: config.TrainRun
@@ -74,6 +77,7 @@ class TrainingState:
     parameters: dict[str, nn.Parameter]
     start: dict[str, Tensor]
     gradient_checkpointing: str
+    tokens_per_microbatch: int | None
     flat: optimizers.Flat
     optimizer: torch.optim.Optimizer
     num_trainable: int
@@ -86,6 +90,8 @@ class TrainingState:
     tokens: int = 0
     seconds: float = 0.0
     stopped_by: str | None = None
+    shrinks: int = 0
+    predicted_peak_bytes: int | None = None
 
     @property
     def step(self) -> int:
@@ -116,6 +122,11 @@ class TrainingState:
     def _out_of_patience(self) -> bool:
         patience = self.cfg.train.patience
         return patience is not None and self.evaluations_without_gain >= patience
+
+    @property
+    def packs(self) -> bool:
+        """True if a micro-batch has several rows."""
+        return self.cfg.train.packing and self.paths.packs
 
     @property
     def base(self) -> PreTrainedModel:
@@ -227,6 +238,7 @@ def new_state(
         },
         loss_scale=_loss_scale(model, paths, dataset.train, steps, cfg.train),
         gradient_checkpointing=cfg.train.gradient_checkpointing,
+        tokens_per_microbatch=cfg.train.microbatch_limit,
     )
 
 
@@ -243,12 +255,12 @@ def _loss_scale(
     if torch.float16 not in dtypes:
         return None
     packs = train.packing and paths.packs
-    return loss_scale.for_tokens(sum(largest_micro_batch(examples, steps, train.tokens_per_microbatch, packs)))
+    return loss_scale.for_tokens(sum(largest_micro_batch(examples, steps, train.microbatch_limit, packs)))
 
 
 def check_lengths(examples: list[Example], model: PreTrainedModel, train: config.Train) -> None:
     """Raise DataError if an example is longer than a micro-batch or than the model's context."""
-    check_capacity(examples, train.tokens_per_microbatch)
+    check_capacity(examples, train.microbatch_limit)
     longest = max(examples, key=lambda example: len(example.ids))
     length, context = len(longest.ids), context_length(model)
     if length > context:
