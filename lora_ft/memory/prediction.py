@@ -41,8 +41,10 @@ _WORKSPACE, _WORKSPACE_HOPPER = 8320 * 1024, 32 * MIB
 _SLACK = {"cuda": 0.04, "cpu": 0.05}
 _LEAST_SLACK = 22 * MIB  # a segment of 20 MiB for large and one of 2 MiB for small tensors
 
+TRACED, MEASURED, ASSUMED = "traced", "measured", "assumed"  # sources of a term
+BASE = "base weights"
 # Terms that are live between steps; all others come and go within a step.
-_RESIDENT = ("base weights", "adapter", "gradients", "optimizer")
+_RESIDENT = (BASE, "adapter", "gradients", "optimizer")
 
 # Settings that a trace does not depend on. Of those of a group, only the named ones.
 _NOT_TRACED = {
@@ -93,7 +95,7 @@ class Prediction:
     @property
     def least_bytes(self) -> int:
         """The terms that are not assumed: no device with less memory than this can run the step."""
-        return sum(term.bytes for term in self.terms if term.source != "assumed")
+        return sum(term.bytes for term in self.terms if term.source != ASSUMED)
 
     @property
     def left_bytes(self) -> int | None:
@@ -163,8 +165,12 @@ def _predict(
 
 
 def _traced_terms(found: StepTrace) -> Iterator[Term]:
-    for name, count in found.at_peak.items():
-        yield Term(name, count, "traced")
+    for name, count in found.terms_at_peak.items():
+        if name == BASE:
+            for kind, part in sorted(found.base_bytes.items(), key=lambda item: -item[1]):
+                yield Term(f"{BASE}, {kind}", part, TRACED)
+        elif count:
+            yield Term(name, count, TRACED)
 
 
 def _process_terms(traced: Sequence[Term], machine: Machine) -> Iterator[Term]:
@@ -174,14 +180,15 @@ def _process_terms(traced: Sequence[Term], machine: Machine) -> Iterator[Term]:
         hopper = machine.target.capability >= (9, 0)
         size = _WORKSPACE_HOPPER if hopper else _WORKSPACE
         note = f"cuBLAS: {_WORKSPACES} of {size / MIB:.3g} MiB, as torch allocates them"
-        yield Term("workspaces", _WORKSPACES * size, "assumed", note)
+        yield Term("workspaces", _WORKSPACES * size, ASSUMED, note)
     share = _SLACK.get(kind, _SLACK["cpu"])
     passing = sum(term.bytes for term in traced if not term.name.startswith(_RESIDENT))
     note = f"gaps between tensors, {share:.0%} of what a step allocates"
-    yield Term("allocator", max(_LEAST_SLACK, int(share * passing)), "assumed", note)
-    source = machine.sources.get("context_bytes", "assumed")
-    what = "CUDA's context and libraries" if kind == "cuda" else "the process and its libraries"
-    yield Term("context", machine.context_bytes, source.partition(" ")[0].rstrip(":"), f"{what}: {source}")
+    yield Term("allocator", max(_LEAST_SLACK, int(share * passing)), ASSUMED, note)
+    if machine.context_bytes:
+        source = machine.sources.get("context_bytes", ASSUMED)
+        note = source.partition(": ")[2] or "the process and its libraries"
+        yield Term("context", machine.context_bytes, MEASURED if machine.is_measured("context_bytes") else ASSUMED, note)
 
 
 def _traced(
