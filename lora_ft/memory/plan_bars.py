@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.text import Text
 
-from lora_ft.memory.prediction import TRACED, Prediction
+from lora_ft.memory.prediction import BASE, TRACED, Prediction
 
 GIB = 2**30
 PROCESS = "process"  # the terms beside tensors, which do not change during a step
@@ -19,7 +19,7 @@ PROCESS = "process"  # the terms beside tensors, which do not change during a st
 # By term: sign, colour in a terminal, colour in a picture. From bottom to top.
 LOOKS = {
     PROCESS: (":", "bright_black", "#9aa4b1"),
-    "base weights": ("B", "blue", "#0067a5"),
+    BASE: ("B", "blue", "#0067a5"),
     "adapter": ("A", "cyan", "#3b9edb"),
     "gradients": ("G", "bright_cyan", "#7fc4ea"),
     "optimizer": ("O", "bright_blue", "#23527c"),
@@ -49,15 +49,21 @@ def stacked(found: Prediction) -> dict[str, list[int]]:
 
 
 def bars(found: Prediction, width: int = 100, levels: int = _LEVELS) -> list[Text]:
-    """Return the lines of the picture, at most `width` columns wide, with axes and legend."""
+    """Return the lines of the picture, at most `width` columns wide, with axes and legend.
+
+    If the weights are most of the memory, the axis starts below their top, and its first number tells where.
+    """
     series, phases = stacked(found), found.trace.timeline.phases
     columns = _columns(series, phases, width - 17)
     budget = found.machine.budget_bytes
-    top = max(found.peak_bytes, max(sum(values.values()) for _, values in columns))
+    top = max(found.peak_bytes, *(sum(values.values()) for _, values in columns))
     drawn_budget = budget if budget is not None and budget <= 1.15 * top else None
     top = max(top, drawn_budget or 0)
-    lines = [_row(columns, level, levels, top, drawn_budget) for level in reversed(range(levels))]
-    lines.append(Text(f"{0:>6} +" + "-" * len(columns), "dim"))
+    steady = sum(series[name][0] for name in (PROCESS, BASE) if name in series)
+    start = int(0.9 * steady) if steady > 0.4 * top else 0
+    edges = [start + (top - start) * level // levels for level in range(levels + 1)]
+    lines = [_row(columns, edges, level, drawn_budget) for level in reversed(range(levels))]
+    lines.append(Text(f"{start / GIB:6.3g} +" + ("~" if start else "-") * len(columns), "dim"))
     lines.append(Text(" " * 8 + _phase_axis([phase for phase, _ in columns]), "dim"))
     return [*lines, *_legend(series, width)]
 
@@ -76,15 +82,18 @@ def _columns(
     return columns
 
 
-def _row(columns: Sequence[tuple[str, dict[str, int]]], level: int, levels: int, top: int, budget: int | None) -> Text:
-    low, high = top * level / levels, top * (level + 1) / levels
+def _row(
+    columns: Sequence[tuple[str, dict[str, int]]], edges: Sequence[int], level: int, budget: int | None
+) -> Text:
+    """Draw the signs of the terms between two edges, each chosen in the middle between them."""
+    low, high = edges[level : level + 2]
     crosses = budget is not None and low < budget <= high
-    label = f"{high / GIB:6.3g}" if level == levels - 1 or level % 4 == 3 else " " * 6
-    line = Text(f"{label} |", "dim")
+    is_labelled = level == len(edges) - 2 or level % 4 == 3
+    line = Text(f"{high / GIB:6.3g} |" if is_labelled else " " * 6 + " |", "dim")
     for _, values in columns:
         term = _term_at(values, (low + high) / 2)
-        sign, color, _ = look(term) if term else (" ", "", "")
-        line.append("=" if crosses and not term else sign, "bold red" if crosses and not term else color)
+        sign, color, _ = look(term) if term else ("-", "bold red", "") if crosses else (" ", "", "")
+        line.append(sign, color)
     if crosses:
         line.append(" budget", "bold red")
     return line
