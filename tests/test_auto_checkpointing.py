@@ -81,7 +81,7 @@ def test_auto_is_settled_and_logged(
 def test_nothing_is_traced_if_memory_is_plentiful(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = auto_state(family, tmp_path)
     found = trace_loaded(state, [60], "off")
-    assert 60 * auto._more_than_kept(state.base) > found.at_peak["forward"]
+    assert 60 * auto.more_than_kept(state.base) > found.at_peak["forward"]
     monkeypatch.setattr(auto, "available_bytes", lambda device: 10**12)
     monkeypatch.setattr(auto, "trace_loaded", None)
     assert auto.choose(state)[0] == "off"

@@ -43,13 +43,14 @@ def out_of_memory_as_error(explain: Callable[[], str] = lambda: "") -> Iterator[
     # Outside of the handler, which holds the error.
     _collect()
     text = explain()
-    raise errors.ResourceError(f"{reason}\n{text}") if text else advice
+    raise (errors.ResourceError(f"{reason}\n{text}") if text else advice) from None
 
 
 def repeated(state: TrainingState, compute: Callable[[], Found]) -> Found:
     """Return compute(), called again with half the micro-batch after each out-of-memory error, if train.on_oom=shrink.
 
     The error is raised if the micro-batch cannot be smaller. What was computed must not have changed the state.
+    `compute` must not be a closure: the frames of an error keep its variables even when they are cleared.
     """
     while True:
         try:

@@ -58,11 +58,11 @@ class TrainingState:
 
     inputs: hashes of the settings, the data, the base and the adapter's shapes. start, best_values: copies on the CPU
     of the first values, and of those of the best evaluation with train.keep=best. loss_scale: None unless the base
-    computes in float16. gradient_checkpointing, tokens_per_microbatch: as in the settings; memory/auto.py replaces auto,
-    and tokens_per_microbatch is None until then. unread: steps done whose values are still on the device. shrinks: how
-    often an out-of-memory error has halved tokens_per_microbatch. predicted_peak_bytes: None if the run was not traced.
-    A checkpoint stores the optimizer, `flat.values`, the loss scale, tokens_per_microbatch and the fields from
-    `evaluations` to `shrinks`; no step is unread then.
+    computes in float16. gradient_checkpointing, tokens_per_microbatch: those of the settings, where memory/auto.py
+    replaces auto; tokens_per_microbatch is None until then. unread: steps done whose values are still on the device.
+    shrinks: how often an out-of-memory error has halved tokens_per_microbatch. predicted_peak_bytes: None if the run
+    was not traced. A checkpoint stores the optimizer, `flat.values`, the loss scale, tokens_per_microbatch and the
+    fields with a default but the first and the last; no step is unread then.
     """
 
     cfg: config.TrainRun

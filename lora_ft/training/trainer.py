@@ -18,6 +18,7 @@ import shlex
 import signal
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -79,7 +80,7 @@ def _step(
     audited: bool,
 ) -> None:
     """Take one optimizer step, then evaluate, write metrics, call callbacks and save a checkpoint where due."""
-    step = repeated(state, lambda: compute_gradient(state, ranks, audited=audited))
+    step = repeated(state, partial(compute_gradient, state, ranks, audited=audited))
     together = _steps_per_read(state)
     if together == 1:
         read([step], ranks)
