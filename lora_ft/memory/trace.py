@@ -13,6 +13,7 @@ gaps between tensors in the allocator.
 
 import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,9 @@ from lora_ft import config, objectives
 from lora_ft.adapters import attach
 from lora_ft.data.dataset import Dataset, Report
 from lora_ft.data.rows import Example
+from lora_ft.memory.costs import Cost
 from lora_ft.memory.meter import Meter
+from lora_ft.memory.timeline import Timeline
 from lora_ft.memory.twin import on_meta
 from lora_ft.models.acceleration import accelerate, accelerated_lora
 from lora_ft.models.cpu_embedding import keep_on_cpu
@@ -55,6 +58,10 @@ class StepTrace:
     loaded_bytes: bytes before the first step, without the optimizer's state.
     dispatches: operations by phase that launch at least one kernel; views and allocations are not counted.
     synchronisations: operations by which the host waits for the device. flops: of matrix products, without attention.
+    timeline: live bytes over the step by term (memory/timeline.py). terms_at_peak: those at the peak; their sum is
+    peak_bytes.
+    base_bytes: of the frozen base by quantization or dtype, such as nf4 and bfloat16.
+    costs: the work of the operations, attention included (memory/costs.py).
     plain_lora_layers: adapted layers that compute as PEFT does. reasons: log lines about them.
     """
 
@@ -67,6 +74,10 @@ class StepTrace:
     dispatches: dict[str, int]
     synchronisations: list[str]
     flops: int
+    timeline: Timeline
+    terms_at_peak: dict[str, int]
+    base_bytes: dict[str, int]
+    costs: tuple[Cost, ...]
     plain_lora_layers: list[str]
     reasons: list[str]
 
@@ -128,6 +139,7 @@ def _trace(
     moments = (value for memory in state.optimizer.state.values() for value in memory.values())
     meter.assign([value for value in moments if isinstance(value, torch.Tensor) and value.is_meta], "optimizer")
     resident = {name: count for name, count in meter.live.items() if count}
+    base_bytes = _base_bytes(meter, model, cfg.quant)
     meter.reset()
     plain: set[str] = set()
     with recomputed_layers(state.base, state.gradient_checkpointing), _phases(meter, state, plain):
@@ -135,6 +147,7 @@ def _trace(
         step = compute_gradient(state, Ranks(), audited=False)
         read([step], Ranks())
         apply_gradient(state, step)
+    timeline = meter.record.timeline()
     peak_phase = max(PHASES, key=lambda phase: meter.peaks[phase])
     return StepTrace(
         peak_bytes=meter.peaks[peak_phase],
@@ -146,9 +159,38 @@ def _trace(
         dispatches={phase: meter.dispatches[phase] for phase in PHASES},
         synchronisations=list(meter.synchronisations),
         flops=meter.flops,
+        timeline=timeline,
+        terms_at_peak=timeline.at_peak,
+        base_bytes=base_bytes,
+        costs=meter.costs(),
         plain_lora_layers=sorted(plain),
         reasons=list(reasons),
     )
+
+
+def _base_bytes(meter: Meter, model: Any, quant: config.Quant) -> dict[str, int]:
+    """Return the bytes of the base by the quantization or the dtype of its tensors."""
+    quantized = {
+        tensor.untyped_storage()._cdata
+        for module in model.modules()
+        for tensor in _quantized_tensors(module._parameters.get("weight"))
+    }
+    found: Counter[str] = Counter()
+    for key, storage in meter.live_storages("base"):
+        dtype = str(storage.dtype).removeprefix("torch.")
+        found[quant.kind.value if key in quantized else dtype] += storage.bytes
+    return dict(found)
+
+
+def _quantized_tensors(weight: Any) -> list[torch.Tensor]:
+    """Return the codes and scales of a weight of bitsandbytes; [] for another weight."""
+    state, scales = getattr(weight, "quant_state", None), getattr(weight, "SCB", None)
+    values = [weight, scales]
+    while state is not None:
+        values += vars(state).values()
+        state = state.state2
+    found = [value for value in values if isinstance(value, torch.Tensor)]
+    return found if len(found) > 1 else []
 
 
 def _kernels(cfg: config.TrainRun, device: Target) -> Kernels:
@@ -185,12 +227,17 @@ def _phases(meter: Meter, state: TrainingState, plain: set[str]) -> Iterator[Non
         if torch._C._current_graph_task_id() == -1:  # otherwise this is a layer that the backward recomputes
             meter.phase = phase
 
+    def enters_loss(_: Any, __: Any, output: Any) -> None:
+        enters("loss")
+        if output[0].requires_grad:
+            output[0].register_hook(lambda _: meter.leave_loss())
+
     from peft.tuners.lora import LoraLayer
 
     body = getattr(state.base, state.base.base_model_prefix)
     hooks = [
         body.register_forward_pre_hook(lambda *_: enters("forward")),
-        body.register_forward_hook(lambda *_: enters("loss")),
+        body.register_forward_hook(enters_loss),
     ]
     for name, layer in state.model.named_modules():
         if isinstance(layer, LoraLayer) and NAME in layer.lora_A:
