@@ -35,7 +35,8 @@ from lora_ft.cli import entry, terminal
 from lora_ft.data.read import read
 from lora_ft.data.rows import Example, excerpt
 from lora_ft.data.tokenize import Vocabulary
-from lora_ft.memory.launches import launch_bound
+from lora_ft.memory import machine
+from lora_ft.memory.roofline import launch_bound
 from lora_ft.memory.trace import trace_step
 from lora_ft.models.device import resolve_device
 from lora_ft.models.load import load_tokenizer
@@ -90,7 +91,8 @@ def _launch_warning(cfg: config.TrainRun, found: PartialDryRun, tokenizer: Any) 
     checkpointing = cfg.train.gradient_checkpointing.replace("auto", "off")
     cfg = replace(cfg, train=replace(cfg.train, gradient_checkpointing=checkpointing))
     try:
-        return launch_bound(trace_step(cfg, base.model.config, lengths, target(device)), tokens, target(device))
+        traced = trace_step(cfg, base.model.config, lengths, target(device))
+        return launch_bound(traced, tokens, machine.resolve(config.Hardware(), cfg.device))
     except Exception as error:  # code of a model family that does not run without values: not worth an error
         log.debug("the step cannot be traced: %r", error)
         return ""

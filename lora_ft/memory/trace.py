@@ -215,9 +215,12 @@ def _kernels(cfg: config.TrainRun, device: Target) -> Kernels:
 
 
 def _dtype(cfg: config.TrainRun, device: Target) -> torch.dtype:
+    """Return the dtype of the base, as `models/device.auto_dtype` chooses it from a GPU's compute capability."""
     if cfg.model.dtype is not config.Dtype.auto:
         return getattr(torch, cfg.model.dtype.value)
-    return torch.bfloat16 if device.kind == "cuda" else torch.float32
+    if device.kind != "cuda" or device.capability < (7, 0):
+        return torch.float32
+    return torch.bfloat16 if device.capability >= (8, 0) else torch.float16
 
 
 def _dataset(lengths: Sequence[int]) -> Dataset:
