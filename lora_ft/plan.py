@@ -9,11 +9,13 @@ The exit code is 7 if the run does not fit, and 0 if it fits or if the memory of
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 
 from lora_ft import config, validation
 from lora_ft.cli import entry, terminal
-from lora_ft.errors import ConfigError, ResourceError
-from lora_ft.memory import plan_page, plan_picture, planning
+from lora_ft.cli.grid import GridJob
+from lora_ft.errors import ConfigError, LoraFtError, ResourceError
+from lora_ft.memory import plan_page, plan_picture, plan_table, planning
 from lora_ft.memory.cards import cards
 from lora_ft.memory.plan_page import WIDTH, page
 from lora_ft.memory.planning import Plan
@@ -23,12 +25,28 @@ def main(cfg: config.PlanRun, invocation: entry.Invocation) -> None:
     """Print the plan; raise ResourceError if the run does not fit."""
     if cfg.out:
         plan_picture.check_path(cfg.out)
-    made = planning.make(cfg, advice=cfg.fit or None)
+    made = planning.make(cfg, cfg.hardware, cfg.fit or None)
     terminal.write(page(made), most_columns=WIDTH, piped_columns=WIDTH)
     if cfg.out:
         sys.stdout.write(f"\n{plan_picture.write(cfg.out, made)}\n")
     if made.prediction.fits is False:
         raise ResourceError(plan_page.verdict(made.prediction))
+
+
+def plan_jobs(jobs: Sequence[GridJob]) -> None:
+    """Print the plans of the jobs of a sweep; raise ResourceError if a job does not fit."""
+    if any(job.cfg.out or job.cfg.fit for job in jobs):
+        raise ConfigError("out and fit are for the plan of one run: leave them out, or give one value to each setting")
+    known, plans = planning.Known(), []
+    for job in jobs:
+        try:
+            plans.append((job.number, job.overrides, planning.make(job.cfg, job.cfg.hardware, False, known)))
+        except LoraFtError as error:
+            raise type(error)(f"job {job.number} ({' '.join(job.overrides)}): {error}") from error
+    terminal.write(plan_table.table(plans), most_columns=WIDTH, piped_columns=WIDTH)
+    over = [number for number, _, made in plans if made.prediction.fits is False]
+    if over:
+        raise ResourceError(f"{len(over)} of {len(plans)} jobs do not fit: {', '.join(map(str, over))}")
 
 
 def plan(cfg: config.TrainRun, hardware: "str | config.Hardware | None" = None) -> Plan:
@@ -41,7 +59,7 @@ def plan(cfg: config.TrainRun, hardware: "str | config.Hardware | None" = None) 
         run.hardware = _named(hardware) if isinstance(hardware, str) else validation.typed(hardware, config.Hardware)
     validation.locate_paths(run)
     validation.validate(run)
-    return planning.make(run, advice=run.fit or None)
+    return planning.make(run, run.hardware, run.fit or None)
 
 
 def _named(choice: str) -> config.Hardware:

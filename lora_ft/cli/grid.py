@@ -1,6 +1,6 @@
 """Compose the jobs of a grid of values, as a sweep does, without running them or making a folder. No torch here.
 
-    adapter.r=4,8 seed=1,2  ->  GridJob(number=0, cfg=..., overrides=["adapter.r=4", "seed=1"]), ... 4 jobs
+adapter.r=4,8 seed=1,2  ->  GridJob(number=0, cfg=..., overrides=["adapter.r=4", "seed=1"]), ... 4 jobs
 """
 
 import dataclasses

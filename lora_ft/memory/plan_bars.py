@@ -82,9 +82,7 @@ def _columns(
     return columns
 
 
-def _row(
-    columns: Sequence[tuple[str, dict[str, int]]], edges: Sequence[int], level: int, budget: int | None
-) -> Text:
+def _row(columns: Sequence[tuple[str, dict[str, int]]], edges: Sequence[int], level: int, budget: int | None) -> Text:
     """Draw the signs of the terms between two edges, each chosen in the middle between them."""
     low, high = edges[level : level + 2]
     crosses = budget is not None and low < budget <= high

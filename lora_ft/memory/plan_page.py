@@ -15,6 +15,7 @@ from rich.text import Text
 from lora_ft.memory.plan_bars import bars
 from lora_ft.memory.planning import Plan
 from lora_ft.memory.prediction import Prediction
+from lora_ft.memory.roofline import LEFT_OUT
 
 GIB = 2**30
 WIDTH = 100
@@ -65,7 +66,9 @@ def _terms(found: Prediction) -> Table:
     table.add_column("source", overflow="fold")
     for term in found.terms:
         source = f"{term.source}: {term.note}" if term.note else term.source
-        table.add_row(f"  {term.name}", hundredths(term.bytes), share(term.bytes, found.peak_bytes), Text(source, "dim"))
+        table.add_row(
+            f"  {term.name}", hundredths(term.bytes), share(term.bytes, found.peak_bytes), Text(source, "dim")
+        )
     table.add_row(Text("  peak", "bold"), Text(f"{found.peak_bytes / GIB:.2f}", "bold"), "", "")
     machine = found.machine
     if machine.budget_bytes is not None and found.left_bytes is not None:
@@ -98,12 +101,29 @@ def _facts(facts: Facts) -> Table:
 
 def run_facts(plan: Plan) -> Facts:
     """Yield names and values of the run: rows, micro-batch, step, time."""
-    found, work, train = plan.prediction, plan.prediction.workload, plan.cfg.train
+    work, train = plan.prediction.workload, plan.cfg.train
     yield "rows", f"assumed: {work.assumed}" if work.assumed else "lengths of the run's own rows"
     documents = f"{len(work.largest)} rows" if len(work.largest) > 1 else "1 row"
     yield "micro-batch", f"at most {sum(work.largest):,} tokens, {documents}"
     yield "step", f"{work.typical_tokens:,} tokens in {_several(len(work.typical), 'micro-batch')}"
     yield "recomputed", _recomputed(train.gradient_checkpointing)
+    steps = f"{work.steps:,} steps, " if work.steps else ""
+    epochs = f", {work.epochs:.3g} epochs" if work.epochs else ""
+    known = f"{steps}{work.tokens:,} tokens{epochs}" if work.tokens else "not known without rows (data=)"
+    yield "length", known
+    yield from _time_facts(plan)
+
+
+def _time_facts(plan: Plan) -> Facts:
+    time, machine = plan.prediction.time, plan.prediction.machine
+    if time is None or not plan.tokens_per_second:
+        yield "speed", f"not known: give the rates of {machine.name}, as in hardware.bandwidth and hardware.bf16_tflops"
+        return
+    yield "speed", f"{plan.tokens_per_second:,.0f} tokens/s, within {time.error:.0%}; bound by {time.bound_by}"
+    parts = ", ".join(f"{part} {duration(seconds)}" for part, seconds in time.by_part.items() if seconds)
+    yield "step takes", f"{duration(time.seconds)} ({parts})"
+    if plan.seconds:
+        yield "run takes", f"{duration(plan.seconds)}, without {LEFT_OUT}"
 
 
 def _several(count: int, name: str) -> str:
@@ -120,3 +140,22 @@ def _recomputed(setting: str) -> str:
 def file_facts(plan: Plan) -> Facts:
     """Yield names and values of what is downloaded, loaded and written."""
     yield "config", plan.base.source
+
+
+def duration(seconds: float | None) -> str:
+    """Return a time in two units: 2 h 5 min."""
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 1:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{rest} s"
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def size(count: int) -> str:
+    """Return bytes on a disk."""
+    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"

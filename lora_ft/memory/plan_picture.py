@@ -42,7 +42,9 @@ def write(out: str, plan: Plan) -> Path:
     path = check_path(out)
     with drawing(_NAME):
         figure = _figure(plan)
-        durable.write_bytes(path, png(figure, _caption(plan)) if path.suffix == ".png" else _page(plan, figure).encode())
+        durable.write_bytes(
+            path, png(figure, _caption(plan)) if path.suffix == ".png" else _page(plan, figure).encode()
+        )
     return path
 
 

@@ -23,6 +23,7 @@ from lora_ft import config, objectives, validation
 from lora_ft.errors import ConfigError, LoraFtError
 from lora_ft.memory.auto import fewest_recomputed
 from lora_ft.memory.machine import Machine
+from lora_ft.memory.roofline import StepTime, step_time
 from lora_ft.memory.trace import StepTrace, trace_step
 from lora_ft.memory.workload import Workload
 from lora_ft.models.load import first_line
@@ -76,7 +77,8 @@ class Prediction:
     """The predicted peak of a run on a machine, and its parts.
 
     phase: forward, loss, backward or optimizer, in which the peak occurs. gradient_checkpointing: off or every_k, what
-    auto chooses on this machine. trace: of the largest micro-batch. typical: of a micro-batch of a step of median size.
+    auto chooses on this machine. trace: of the largest micro-batch. typical: of `workload.typical_micro_batch`.
+    time: of a step of median size, None if the rates of the machine are unknown.
     """
 
     machine: Machine
@@ -86,6 +88,7 @@ class Prediction:
     gradient_checkpointing: str
     trace: StepTrace
     typical: StepTrace
+    time: StepTime | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -128,18 +131,13 @@ def predict(
     if setting == "auto":
         setting = _fewest_recomputed(with_recompute, cfg, model_config, machine)
     found = with_recompute(setting)
-    micro_batch = _typical(workload)
-    if list(micro_batch) != list(workload.largest):
+    typical = found.trace
+    if list(workload.typical_micro_batch) != list(workload.largest):
         train = dataclasses.replace(cfg.train, gradient_checkpointing=setting)
-        cfg = dataclasses.replace(cfg, train=train)
-        found = dataclasses.replace(found, typical=_traced(cfg, model_config, micro_batch, machine, traces))
-    return found
-
-
-def _typical(workload: Workload) -> Sequence[int]:
-    """Return the micro-batch of a step of median size that is nearest to their mean size."""
-    mean = workload.typical_tokens / len(workload.typical)
-    return min(workload.typical, key=lambda lengths: abs(sum(lengths) - mean))
+        chosen = dataclasses.replace(cfg, train=train)
+        typical = _traced(chosen, model_config, workload.typical_micro_batch, machine, traces)
+    time = step_time(typical.costs, machine, len(workload.typical))
+    return dataclasses.replace(found, typical=typical, time=time)
 
 
 def _fewest_recomputed(predicted: Any, cfg: config.TrainRun, model_config: Any, machine: Machine) -> str:
@@ -188,7 +186,9 @@ def _process_terms(traced: Sequence[Term], machine: Machine) -> Iterator[Term]:
     if machine.context_bytes:
         source = machine.sources.get("context_bytes", ASSUMED)
         note = source.partition(": ")[2] or "the process and its libraries"
-        yield Term("context", machine.context_bytes, MEASURED if machine.is_measured("context_bytes") else ASSUMED, note)
+        yield Term(
+            "context", machine.context_bytes, MEASURED if machine.is_measured("context_bytes") else ASSUMED, note
+        )
 
 
 def _traced(
