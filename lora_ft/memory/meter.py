@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from lora_ft.memory.costs import TRANSFER, Cost, attention_flops, kind_of, nbytes, product_flops, traffic
+from lora_ft.memory.decompositions import decomposition
 from lora_ft.memory.parts import part_of
 from lora_ft.memory.timeline import Record, Storage
 from lora_ft.ops.device import target
@@ -130,6 +131,11 @@ class Meter(TorchDispatchMode):
                 raise HostDeviceMix(f"{func} in the {self.phase} got tensors of the host and of the device")
         if func.overloadpacket is _aten._to_copy and torch.device(kwargs.get("device") or "cpu").type != "cpu":
             kwargs = {**kwargs, "device": "meta"}  # the model's own device, which the meta device stands for
+        if func.namespace == "bitsandbytes" and on_device:
+            by_others = decomposition(func, target(on_device[0].device).kind)
+            if by_others is not None:
+                with self:
+                    return by_others(*args, **kwargs)
         if on_device and func.overloadpacket is _aten._grouped_mm:
             result = _grouped_mm(func, args, kwargs)
         else:
