@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_ft import config
 from lora_ft.data.dataset import Dataset
-from lora_ft.data.packing import largest_micro_batch, micro_batch_lengths
+from lora_ft.data.packing import largest_micro_batch, longest_group, micro_batch_lengths
 from lora_ft.training.state import plan_steps
 
 
@@ -21,7 +21,8 @@ class Workload:
 
     largest: documents of the micro-batch with the most tokens in any step. typical: micro-batches of a step of median
     size, each as the lengths of its documents. steps, tokens, epochs: of the run, None if they depend on rows that are
-    not there. assumed: "" if the lengths are those of rows, else a sentence that says what was assumed.
+    not there. longest: row of the run, evaluation included, which a micro-batch must hold. assumed: "" if the lengths
+    are those of rows, else a sentence that says what was assumed.
     """
 
     largest: Sequence[int]
@@ -29,6 +30,7 @@ class Workload:
     steps: int | None
     tokens: int | None
     epochs: float | None = None
+    longest: int = 0
     assumed: str = ""
 
     @property
@@ -56,6 +58,7 @@ def of_rows(cfg: config.TrainRun, dataset: Dataset, packs: bool = True) -> Workl
         steps=len(steps),
         tokens=sum(tokens),
         epochs=sum(map(len, steps)) / len(examples),
+        longest=max(longest_group(examples), longest_group(dataset.eval)),
     )
 
 
@@ -74,6 +77,7 @@ def of_settings(cfg: config.TrainRun, context: int | None = None) -> Workload:
         typical=[_rows(each, row) for each in _rows(step, most)],
         steps=cfg.train.max_steps,
         tokens=cfg.train.max_steps * step if cfg.train.max_steps else None,
+        longest=row,
         assumed=f"rows of {row:,} tokens, the most that {limit} allows",
     )
 
