@@ -76,6 +76,11 @@ def out_of_memory(command: str, error: Exception) -> ResourceError | None:
     if not (on_gpu or on_cpu or isinstance(error, MemoryError)):
         return None
     advice = _SAVES_MEMORY.get(command, "use a machine with more memory")
-    reason = str(error).partition("DefaultCPUAllocator: ")[2] or str(error)
     # Not chained: the frames of the error would keep the model in memory for the next jobs of a sweep.
-    return ResourceError(f"out of memory{f' ({reason})' if reason else ''}: {advice}")
+    return ResourceError(f"{out_of_memory_reason(error)}: {advice}")
+
+
+def out_of_memory_reason(error: Exception) -> str:
+    """Return what an out-of-memory error says, in one line."""
+    reason = str(error).partition("DefaultCPUAllocator: ")[2] or str(error)
+    return f"out of memory ({reason})" if reason else "out of memory"

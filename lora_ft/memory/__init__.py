@@ -7,6 +7,7 @@ timeline live bytes over the step, by what they belong to
 trace    settings -> the run's own training step on the meta device -> StepTrace
 twin     copies a loaded model to the meta device
 auto     settles train.gradient_checkpointing=auto
+machine  the device of a prediction: its memory and rates; cards has the table, measure measures this machine
+roofline the time of a step from its operations and the rates of a device; says when launches decide
 storage  disk, download, and memory while a base is loaded
-launches says when a step takes longer to launch than to compute
 """

@@ -20,7 +20,7 @@ _USUAL_TFLOPS = 100
 
 def launch_bound(found: StepTrace, tokens: int, device: Target) -> str:
     """Return a sentence if a traced step of `tokens` tokens is limited by its launches; "" if it is not."""
-    rate = _TFLOPS.get(device.capability, _USUAL_TFLOPS)
+    rate = tflops(device)
     launches = sum(found.dispatches.values())
     launching, computing = launches * LAUNCH_SECONDS, found.flops / (rate * 1e12)
     if computing >= launching:
@@ -30,6 +30,11 @@ def launch_bound(found: StepTrace, tokens: int, device: Target) -> str:
         f"{computing * 1e3:.0f} ms of products (estimates: {LAUNCH_SECONDS * 1e6:.0f} us a launch, {rate} TFLOPS), so "
         f"the GPU waits: from about train.tokens_per_step={_rounded_up(tokens * launching / computing)} on it would not"
     )
+
+
+def tflops(device: Target) -> float:
+    """Return the rate of products of 16 bits on a GPU."""
+    return _TFLOPS.get(device.capability, _USUAL_TFLOPS)
 
 
 def _rounded_up(tokens: float) -> int:

@@ -72,7 +72,7 @@ def finish(state: TrainingState, base: Base, dataset: Dataset, comparisons: dict
 def _compared(state: TrainingState, base: Base, comparisons: dict[object, Comparison]) -> Comparison:
     train = state.cfg.train
     log.info("comparing base and adapter on the eval set: %d examples", len(state.eval_examples))
-    capacity = train.tokens_per_microbatch or train.tokens_per_step
+    capacity = state.tokens_per_microbatch or train.tokens_per_step
     key = (len(state.eval_examples), capacity, train.samples)
     eval_set = EvalSet(
         state.eval_examples, state.eval_prompts[: train.samples], capacity, _SAMPLE_TOKENS, state.objective.loss
