@@ -9,4 +9,5 @@ twin     copies a loaded model to the meta device
 auto     settles train.gradient_checkpointing=auto
 machine  the device of a prediction: its memory and rates; cards has the table, measure measures this machine
 roofline the time of a step from its operations and the rates of a device; says when launches decide
+storage  disk, download, and memory while a base is loaded
 """
