@@ -39,10 +39,8 @@ from lora_ft.data.tokenize import Vocabulary
 from lora_ft.memory import machine
 from lora_ft.memory.roofline import launch_bound
 from lora_ft.memory.trace import trace_step
-from lora_ft.models.device import resolve_device
 from lora_ft.models.load import load_tokenizer
 from lora_ft.models.meta_model import load_meta_model
-from lora_ft.ops.device import target
 from lora_ft.training.dry_run import (
     ErrorCollector,
     PartialDryRun,
@@ -80,11 +78,13 @@ def main(cfg: config.CheckRun, invocation: entry.Invocation) -> None:
     collect.raise_errors()
 
 
-def _launch_warning(cfg: config.TrainRun, found: PartialDryRun, tokenizer: Any) -> str:
+def _launch_warning(cfg: config.CheckRun, found: PartialDryRun, tokenizer: Any) -> str:
     """Return a sentence if the run's device is a GPU that would wait for launches in a step of median size."""
-    device = resolve_device(cfg.device) if found.steps and found.layers else None
-    if device is None or found.steps is None or device.type != "cuda":
+    if found.steps is None or found.layers is None:
         return ""
+    if machine.resolve(cfg.hardware, cfg.device, rates=False).target.kind != "cuda":
+        return ""
+    device = machine.resolve(cfg.hardware, cfg.device)
     base = load_meta_model(cfg.model, cfg.quant, cfg.device, tokenizer, objectives.find(cfg.objective).model_class)
     tokens = int(found.steps.median)
     longest = min(cfg.data.max_length, cfg.train.tokens_per_microbatch or cfg.data.max_length)
@@ -92,8 +92,7 @@ def _launch_warning(cfg: config.TrainRun, found: PartialDryRun, tokenizer: Any) 
     checkpointing = cfg.train.gradient_checkpointing.replace("auto", "off")
     cfg = replace(cfg, train=replace(cfg.train, gradient_checkpointing=checkpointing))
     try:
-        traced = trace_step(cfg, base.model.config, lengths, target(device))
-        return launch_bound(traced, tokens, machine.resolve(config.Hardware(), cfg.device))
+        return launch_bound(trace_step(cfg, base.model.config, lengths, device.target), tokens, device)
     except Exception as error:  # code of a model family that does not run without values: not worth an error
         log.debug("the step cannot be traced: %r", error)
         return ""

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from finished import call, finished_run
 from rich.console import Console
 from tiny import tiny_folder, tiny_tokenizer
@@ -16,6 +15,7 @@ from tiny import tiny_folder, tiny_tokenizer
 from lora_ft import check, config
 from lora_ft.data.rows import Example
 from lora_ft.data.tokenize import Vocabulary
+from lora_ft.memory.machine import Machine
 from lora_ft.ops.device import GPU
 from lora_ft.training.dry_run import ErrorCollector, partial_dry_run, read_rows
 
@@ -279,8 +279,8 @@ def test_page_reports_truncated_dropped_and_unused_data(base, tmp_path):
 
 
 def test_gpu_that_would_wait_for_launches_is_warned_of(base, capfd, monkeypatch):
-    monkeypatch.setattr(check, "resolve_device", lambda _: torch.device("cuda:0"))
-    monkeypatch.setattr(check, "target", lambda _: GPU)
+    gpu = Machine("a GPU", GPU, 2**34, matmul={"bfloat16": 1e14})
+    monkeypatch.setattr(check.machine, "resolve", lambda *_, **__: gpu)
     assert checked(base) == 0
     page = " ".join(capfd.readouterr().out.split())
     assert re.search(r"! a step of \d+ tokens makes about [\d,]+ kernel launches, \d+ ms, but has only", page)
