@@ -1,7 +1,7 @@
 """The devices of conf/hardware/ with their sources.
 
-    for card in cards():  card.choice, card.hardware.memory, card.source
-    same_card("NVIDIA GeForce RTX 4090", 23.6 * 2**30)     the entry of a device that torch has found, or None
+for card in cards():  card.choice, card.hardware.memory, card.source
+same_card("NVIDIA GeForce RTX 4090", 23.6 * 2**30)     the entry of a device that torch has found, or None
 """
 
 import functools

@@ -1,10 +1,10 @@
 """The device that a run is predicted for: its memory, its rates, and where each figure comes from.
 
-    resolve(cfg.hardware, cfg.device)  ->  Machine(name="NVIDIA GeForce RTX 4090", memory_bytes=..., ...)
+resolve(cfg.hardware, cfg.device)  ->  Machine(name="NVIDIA GeForce RTX 4090", memory_bytes=..., ...)
 
-    hardware=rtx_4090                     specified figures of conf/hardware/rtx_4090.yaml
-    hardware.memory=24GiB                 a GPU of unknown speed; with device=cpu a machine without one
-    hardware=local, the default           this machine: its free memory, and rates specified for its GPU or measured
+hardware=rtx_4090                     specified figures of conf/hardware/rtx_4090.yaml
+hardware.memory=24GiB                 a GPU of unknown speed; with device=cpu a machine without one
+hardware=local, the default           this machine: its free memory, and rates specified for its GPU or measured
 """
 
 from dataclasses import dataclass, field, fields, replace
