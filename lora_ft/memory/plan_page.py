@@ -158,7 +158,24 @@ def _recomputed(setting: str) -> str:
 
 def file_facts(plan: Plan) -> Facts:
     """Yield names and values of what is downloaded, loaded and written."""
+    stored = plan.storage
     yield "config", plan.base.source
+    assumed = f" (assumed: {stored.assumed})" if stored.assumed else ""
+    yield "download", "nothing, the base is here" if plan.base.here else f"{size(stored.download_bytes)}{assumed}"
+    if stored.converted_bytes:
+        yield "converted once", size(stored.converted_bytes)
+    checkpoints = "with its checkpoints" if plan.prediction.workload.steps else "with checkpoints, if it has many steps"
+    yield "run folder", f"{size(stored.run_bytes)} {checkpoints}; adapter file {size(stored.adapter_file_bytes)}"
+    yield "loading", ", ".join(_loading(plan))
+
+
+def _loading(plan: Plan) -> Iterator[str]:
+    stored, machine = plan.storage, plan.prediction.machine
+    if machine.target.kind == "cuda":
+        needed = stored.loading_device_bytes + machine.context_bytes
+        over = machine.budget_bytes is not None and needed > machine.budget_bytes
+        yield f"{hundredths(needed)} GiB of the GPU{': more than it has' if over else ''}"
+    yield f"{size(stored.loading_host_bytes)} of main memory and {size(stored.mapped_bytes)} of mapped files"
 
 
 def duration(seconds: float | None) -> str:

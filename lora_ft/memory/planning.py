@@ -22,6 +22,7 @@ from lora_ft.memory.levers import num_layers
 from lora_ft.memory.machine import Machine, resolve
 from lora_ft.memory.pairs import Sizes, fastest
 from lora_ft.memory.prediction import Prediction, Traces, predict
+from lora_ft.memory.storage import Storage, storage
 from lora_ft.memory.workload import Workload
 from lora_ft.models.described import Described, described
 from lora_ft.models.load import load_tokenizer
@@ -40,6 +41,7 @@ class Plan:
     cfg: config.TrainRun
     base: Described
     prediction: Prediction
+    storage: Storage
     advice: tuple[Advice, ...] = ()
     nearest_hardware: str | None = None
 
@@ -84,6 +86,7 @@ class Plan:
             "assumed": work.assumed,
             "tokens_per_second": self.tokens_per_second,
             "seconds": self.seconds,
+            "storage": {**dataclasses.asdict(self.storage), "disk_bytes": self.storage.disk_bytes},
             "advice": [
                 {
                     "changes": list(each.changes),
@@ -141,12 +144,14 @@ def make_for(
     work = workload_of(cfg, base, rows)
     found = predict(cfg, base.config, work, machine, known.traces)
     cfg = _with_train(cfg, gradient_checkpointing=found.gradient_checkpointing)
+    stored = storage(cfg, base.config, found.trace.num_trainable, work.steps, base, machine.target)
     changes: list[Advice] = []
     nearest = None
     if advice or (advice is None and found.fits is False):
         changes = advise(given, base.config, workload_of(given, base, rows), machine, known.traces)
+        changes = [each for each in changes if each.changes]
         nearest = nearest_hardware(found) if not (found.fits or changes) else None
-    return Plan(cfg, base, found, tuple(changes), nearest)
+    return Plan(cfg, base, found, stored, tuple(changes), nearest)
 
 
 def _with_micro_batch(
