@@ -7,13 +7,10 @@
     2. What a candidate does not need is dropped, the most costly first; what is left is weakened as far as it fits.
     3. The candidate is traced as a whole. If it does not fit after all, step 2 is repeated with less memory.
 
-Steps 1 and 2 ask for many peaks, so they trace a model of a few layers and extrapolate: layers of one kind add the same
-bytes. Step 3 traces the model itself.
+Steps 1 and 2 ask for many peaks, which memory/shallow.py estimates. Step 3 traces the model itself.
 """
 
-import copy
 import dataclasses
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -23,12 +20,12 @@ from lora_ft import config
 from lora_ft.data.packing import best_fit
 from lora_ft.errors import LoraFtError
 from lora_ft.memory import cards, workload
-from lora_ft.memory.levers import Change, Lever, levers, longest_row, num_layers
+from lora_ft.memory.levers import Change, Lever, levers, longest_row
 from lora_ft.memory.machine import Machine, resolve
 from lora_ft.memory.prediction import Prediction, Traces, predict
+from lora_ft.memory.shallow import extrapolated
 from lora_ft.memory.workload import Workload
 
-_SHALLOW = (1, 3)  # layers of the models that estimates trace
 _TRIES = 3
 _MOST = 5  # pieces of advice
 
@@ -184,28 +181,16 @@ class _Search:
 
     def estimated(self, chosen: Chosen) -> float:
         """Return the peak with these levers, extrapolated from a few layers if the model has many."""
-        cfg, layers = self.changed(chosen), num_layers(self.model_config)
+        cfg = self.changed(chosen)
         work = recut(self.work, cfg)
         work = dataclasses.replace(work, typical=[work.largest])  # nothing else is traced
-        setting = cfg.train.gradient_checkpointing
 
         def peak(setting: str, model_config: Any) -> int:
             train = dataclasses.replace(cfg.train, gradient_checkpointing=setting)
             with_setting = dataclasses.replace(cfg, train=train)
             return predict(with_setting, model_config, work, self.machine, self.traces).peak_bytes
 
-        if layers <= 2 * _SHALLOW[1]:
-            return peak(setting, self.model_config)
-        first, second = (shallow(self.model_config, count) for count in _SHALLOW)
-
-        def extrapolated(setting: str) -> float:
-            low, high = peak(setting, first), peak(setting, second)
-            return high + (high - low) / (_SHALLOW[1] - _SHALLOW[0]) * (layers - _SHALLOW[1])
-
-        if setting in ("off", "every_1"):
-            return extrapolated(setting)
-        share = -(-layers // int(setting.removeprefix("every_"))) / layers
-        return extrapolated("off") * (1 - share) + extrapolated("every_1") * share
+        return extrapolated(peak, cfg.train.gradient_checkpointing, self.model_config)
 
     def predicted(self, chosen: Chosen) -> Prediction:
         """Return the prediction with these levers, traced."""
@@ -241,18 +226,6 @@ class _Search:
 
 def _prefixes(group: Sequence[Lever]) -> Iterator[list[Lever]]:
     return (list(group[:count]) for count in range(1, len(group) + 1))
-
-
-def shallow(model_config: Any, layers: int) -> Any:
-    """Return the config of a model of the same kind with fewer layers."""
-    found = copy.deepcopy(model_config)
-    text = found.get_text_config()
-    total = text.num_hidden_layers
-    for name, value in list(vars(text).items()):
-        if isinstance(value, list) and len(value) == total:  # something of each layer
-            setattr(text, name, value[:layers])
-    text.num_hidden_layers = layers
-    return found
 
 
 def recut(work: Workload, cfg: config.TrainRun) -> Workload:

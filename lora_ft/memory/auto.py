@@ -17,6 +17,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -177,5 +178,10 @@ def _warn(error: Exception, consequence: str) -> None:
 def more_than_kept(model: PreTrainedModel) -> int:
     """Return bytes per token, two or three times what any path keeps: if that fits, nothing is traced."""
     hidden = int(model.get_input_embeddings().weight.shape[1])  # configs of models with several parts name it otherwise
-    inner = getattr(model.config.get_text_config(), "intermediate_size", None)  # a list, one per layer, in some models
-    return 4 * len(recomputable_layers(model)) * 16 * (hidden + (inner if isinstance(inner, int) else 4 * hidden))
+    return kept_per_token(model.config, hidden, len(recomputable_layers(model)))
+
+
+def kept_per_token(model_config: Any, hidden: int, layers: int) -> int:
+    """Return the same for the config of a model with this size of hidden states."""
+    inner = getattr(model_config.get_text_config(), "intermediate_size", None)  # a list, one per layer, in some models
+    return 4 * layers * 16 * (hidden + (inner if isinstance(inner, int) else 4 * hidden))

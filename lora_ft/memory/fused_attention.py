@@ -1,11 +1,11 @@
 """Let torch's scaled_dot_product_attention take, on the meta device, the kernel that it takes on the target.
 
-    on the meta device torch computes it step by step, with all scores [heads, rows, keys], as no device does
+on the meta device torch computes it step by step, with all scores [heads, rows, keys], as no device does
 
-    cpu     the kernel that torch names for tensors of the same sizes (without memory) on this CPU
-    cuda    flash attention: 16 bits, compute capability 8.0, no mask, at most 256 columns
-            memory-efficient attention: as many heads of keys as of queries
-            else step by step, as on the meta device
+cpu     the kernel that torch names for tensors of the same sizes (without memory) on this CPU
+cuda    flash attention: 16 bits, compute capability 8.0, no mask, at most 256 columns
+        memory-efficient attention: as many heads of keys as of queries
+        else step by step, as on the meta device
 """
 
 import contextlib

@@ -1,6 +1,7 @@
 """The settings that save memory, from those that cost least to those that cost most.
 
-    levers(cfg, model_config, workload, machine)  ->  [Lever("embedding", [{"model.embedding_device": "cpu"}], ...), ...]
+    levers(cfg, model_config, workload, machine)
+        -> [Lever("embedding", [{"model.embedding_device": "cpu"}], ...), Lever("micro-batch", ...), ...]
 
 A lever is listed only if it has an effect on this device, is allowed with the other settings and is not set already.
 The first ones change no number, or only its rounding; those with `quality` change the result.
@@ -14,6 +15,7 @@ from lora_ft import config
 from lora_ft.config import Optimizer, QuantKind, TooLong
 from lora_ft.memory.auto import settings_of
 from lora_ft.memory.machine import Machine
+from lora_ft.memory.shallow import num_layers
 from lora_ft.memory.workload import Workload
 
 Change = dict[str, Any]
@@ -58,11 +60,6 @@ def levers(cfg: config.TrainRun, model_config: Any, workload: Workload, machine:
             *found,
         ]
     return [lever for lever in found if lever.options]
-
-
-def num_layers(model_config: Any) -> int:
-    """Return the number of layers of a model."""
-    return int(model_config.get_text_config().num_hidden_layers)
 
 
 def longest_row(workload: Workload) -> int:

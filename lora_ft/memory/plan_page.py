@@ -30,6 +30,8 @@ def page(plan: Plan) -> RenderableType:
     parts += [_terms(found), verdict_line(found), Text()]
     parts += [Text("memory over a step, GiB", "bold"), *bars(found, WIDTH), Text()]
     parts += [Text("run", "bold"), _facts(run_facts(plan)), Text()]
+    parts += [Text("files", "bold"), _facts(file_facts(plan))]
+    parts += _advice(plan)
     return Group(*parts)
 
 
@@ -78,6 +80,23 @@ def _terms(found: Prediction) -> Table:
         table.add_row("  budget", f"{machine.budget_bytes / GIB:.2f}", "", Text(others, "dim"))
         table.add_row("  left", f"{found.left_bytes / GIB:.2f}", "", "")
     return table
+
+
+def _advice(plan: Plan) -> list[RenderableType]:
+    """Lay out the changes that make the run fit, each with the overrides to type."""
+    if not plan.advice:
+        if plan.nearest_hardware:
+            return [Text(), Text(f"no change makes it fit on this device; it fits on hardware={plan.nearest_hardware}")]
+        return []
+    table = Table.grid(padding=(0, 1))
+    table.add_column(justify="right", min_width=4)
+    table.add_column(overflow="fold")
+    for number, each in enumerate(plan.advice, 1):
+        slower = "" if each.slowdown is None else f", {each.slowdown:+.0%} time"
+        table.add_row(f"{number}.", Text(" ".join(each.changes), "cyan"))
+        table.add_row("", Text(f"peak {hundredths(each.prediction.peak_bytes)} GiB{slower}: {each.cost}", "dim"))
+    effect = "saves memory" if plan.prediction.fits else "makes it fit"
+    return [Text(), Text(f"each of these {effect}, the cheapest first", "bold"), table]
 
 
 def hundredths(count: int) -> str:
@@ -139,7 +158,24 @@ def _recomputed(setting: str) -> str:
 
 def file_facts(plan: Plan) -> Facts:
     """Yield names and values of what is downloaded, loaded and written."""
+    stored = plan.storage
     yield "config", plan.base.source
+    assumed = f" (assumed: {stored.assumed})" if stored.assumed else ""
+    yield "download", "nothing, the base is here" if plan.base.here else f"{size(stored.download_bytes)}{assumed}"
+    if stored.converted_bytes:
+        yield "converted once", size(stored.converted_bytes)
+    checkpoints = "with its checkpoints" if plan.prediction.workload.steps else "with checkpoints, if it has many steps"
+    yield "run folder", f"{size(stored.run_bytes)} {checkpoints}; adapter file {size(stored.adapter_file_bytes)}"
+    yield "loading", ", ".join(_loading(plan))
+
+
+def _loading(plan: Plan) -> Iterator[str]:
+    stored, machine = plan.storage, plan.prediction.machine
+    if machine.target.kind == "cuda":
+        needed = stored.loading_device_bytes + machine.context_bytes
+        over = machine.budget_bytes is not None and needed > machine.budget_bytes
+        yield f"{hundredths(needed)} GiB of the GPU{': more than it has' if over else ''}"
+    yield f"{size(stored.loading_host_bytes)} of main memory and {size(stored.mapped_bytes)} of mapped files"
 
 
 def duration(seconds: float | None) -> str:

@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lora_ft.memory.plan_page import GIB, duration, verdict
+from lora_ft.memory.plan_page import GIB, duration, size, verdict
 from lora_ft.memory.planning import Plan
 
 
@@ -24,7 +24,7 @@ def table(plans: Sequence[tuple[int, list[str], Plan]]) -> RenderableType:
     made.add_column("settings", overflow="fold")
     made.add_column("peak GiB", justify="right")
     made.add_column("verdict")
-    for name in ("tokens/s", "time"):
+    for name in ("tokens/s", "time", "run folder"):
         made.add_column(name, justify="right")
     for number, overrides, plan in plans:
         found, speed = plan.prediction, plan.tokens_per_second
@@ -33,6 +33,7 @@ def table(plans: Sequence[tuple[int, list[str], Plan]]) -> RenderableType:
         made.add_row(
             str(number), own, f"{found.peak_bytes / GIB:.2f}", fits[found.fits],
             f"{speed:,.0f}" if speed else "?", duration(plan.seconds),
+            size(plan.storage.run_bytes),
         )  # fmt: skip
     return Group(made, Text(), Text(_sum(plans), "bold"))
 
@@ -41,6 +42,8 @@ def _sum(plans: Sequence[tuple[int, list[str], Plan]]) -> str:
     made = [plan for _, _, plan in plans]
     worst = max(made, key=lambda plan: plan.prediction.peak_bytes)
     seconds = None if any(plan.seconds is None for plan in made) else sum(plan.seconds or 0 for plan in made)
-    return f"{len(made)} jobs on {worst.prediction.machine.name}: the largest {verdict(worst.prediction)}, " + (
-        "time unknown" if seconds is None else duration(seconds)
+    time = "time unknown" if seconds is None else duration(seconds)
+    disk = f"{size(sum(plan.storage.run_bytes for plan in made))} on the disk"
+    return (
+        f"{len(made)} jobs on {worst.prediction.machine.name}: the largest {verdict(worst.prediction)}; {time}, {disk}"
     )

@@ -7,6 +7,7 @@ Only the base's config is read, and its tokenizer if there are rows.
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,8 +16,13 @@ from typing import Any
 from lora_ft import config, validation
 from lora_ft.data.dataset import Dataset
 from lora_ft.memory import workload as workloads
+from lora_ft.memory.advice import Advice, advise, nearest_hardware
+from lora_ft.memory.auto import settings_of
+from lora_ft.memory.levers import num_layers
 from lora_ft.memory.machine import Machine, resolve
+from lora_ft.memory.pairs import Sizes, fastest
 from lora_ft.memory.prediction import Prediction, Traces, predict
+from lora_ft.memory.storage import Storage, storage
 from lora_ft.memory.workload import Workload
 from lora_ft.models.described import Described, described
 from lora_ft.models.load import load_tokenizer
@@ -27,13 +33,17 @@ from lora_ft.training.dry_run import read_rows
 class Plan:
     """The plan of a run.
 
-    cfg: its settings, with the values that replace auto. advice: changes that save memory; empty if the run fits and
-    none was asked for.
+    cfg: its settings, with the values that replace auto. advice: changes that make it fit, the cheapest first; empty if
+    it fits and none was asked for. nearest_hardware: the smallest device of conf/hardware that it fits on, if neither
+    the run nor any change fits on this one.
     """
 
     cfg: config.TrainRun
     base: Described
     prediction: Prediction
+    storage: Storage
+    advice: tuple[Advice, ...] = ()
+    nearest_hardware: str | None = None
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -76,6 +86,17 @@ class Plan:
             "assumed": work.assumed,
             "tokens_per_second": self.tokens_per_second,
             "seconds": self.seconds,
+            "storage": {**dataclasses.asdict(self.storage), "disk_bytes": self.storage.disk_bytes},
+            "advice": [
+                {
+                    "changes": list(each.changes),
+                    "peak_bytes": each.prediction.peak_bytes,
+                    "slowdown": each.slowdown,
+                    "cost": each.cost,
+                }
+                for each in self.advice
+            ],
+            "nearest_hardware": self.nearest_hardware,
             "step": dataclasses.asdict(found.time) if found.time else None,
         }
 
@@ -117,9 +138,52 @@ def make_for(
 ) -> Plan:
     """Plan a run on a base and a device, with these rows or without rows."""
     known = known or Known()
-    found = predict(cfg, base.config, workload_of(cfg, base, rows), machine, known.traces)
-    train = dataclasses.replace(cfg.train, gradient_checkpointing=found.gradient_checkpointing)
-    return Plan(dataclasses.replace(cfg, train=train), base, found)
+    given = cfg
+    if cfg.train.tokens_per_microbatch == "auto":
+        cfg = _with_micro_batch(cfg, base, rows, machine, known.traces)
+    work = workload_of(cfg, base, rows)
+    found = predict(cfg, base.config, work, machine, known.traces)
+    cfg = _with_train(cfg, gradient_checkpointing=found.gradient_checkpointing)
+    stored = storage(cfg, base.config, found.trace.num_trainable, work.steps, base, machine.target)
+    changes: list[Advice] = []
+    nearest = None
+    if advice or (advice is None and found.fits is False):
+        changes = advise(given, base.config, workload_of(given, base, rows), machine, known.traces)
+        changes = [each for each in changes if each.changes]
+        nearest = nearest_hardware(found) if not (found.fits or changes) else None
+    return Plan(cfg, base, found, stored, tuple(changes), nearest)
+
+
+def _with_micro_batch(
+    cfg: config.TrainRun, base: Described, rows: Dataset | None, machine: Machine, traces: Traces
+) -> config.TrainRun:
+    """Return the settings with the micro-batch, and the recomputation, of the fastest step that fits."""
+    whole = _with_train(cfg, tokens_per_microbatch=None)
+    work = workload_of(whole, base, rows)
+    sizes = Sizes(work.longest, sum(work.largest), work.typical_tokens)
+
+    @functools.cache
+    def predicted(setting: str, tokens: int) -> Prediction:
+        chosen = _with_train(whole, gradient_checkpointing=setting, tokens_per_microbatch=tokens)
+        work = workload_of(chosen, base, rows)
+        # A micro-batch as full as the setting allows, of which the time is asked as well.
+        return predict(chosen, base.config, dataclasses.replace(work, typical=[work.largest]), machine, traces)
+
+    def seconds(setting: str, tokens: int) -> float:
+        time = predicted(setting, tokens).time
+        return time.seconds if time else predicted(setting, tokens).trace.flops
+
+    if machine.budget_bytes is None:
+        return _with_train(cfg, tokens_per_microbatch=sizes.most)
+    layers = num_layers(base.config)
+    settings = settings_of(layers) if cfg.train.gradient_checkpointing == "auto" else [cfg.train.gradient_checkpointing]
+    needed = lambda setting, tokens: predicted(setting, tokens).peak_bytes  # noqa: E731
+    setting, tokens = fastest(settings, sizes, needed, seconds, machine.budget_bytes)
+    return _with_train(cfg, gradient_checkpointing=setting, tokens_per_microbatch=tokens)
+
+
+def _with_train(cfg: config.TrainRun, **values: Any) -> config.TrainRun:
+    return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, **values))
 
 
 def workload_of(cfg: config.TrainRun, base: Described, rows: Dataset | None) -> Workload:

@@ -26,17 +26,13 @@ from lora_ft.memory.machine import Machine
 from lora_ft.memory.roofline import StepTime, step_time
 from lora_ft.memory.trace import StepTrace, trace_step
 from lora_ft.memory.workload import Workload
+from lora_ft.memory.workspaces import workspaces
 from lora_ft.models.load import first_line
 from lora_ft.ops.gradient_checkpointing import recomputable_layers
 
 log = logging.getLogger("lora_ft")
 
 MIB = 2**20
-
-# Workspaces that torch gives to cuBLAS, for the thread of the forward and the one of the backward: 8,320 KiB each, from
-# capability 9.0 on 32 MiB (aten/src/ATen/cuda/CUDABlas.cpp of PyTorch 2.13).
-_WORKSPACES = 2
-_WORKSPACE, _WORKSPACE_HOPPER = 8320 * 1024, 32 * MIB
 
 # Share of the bytes that come and go within a step which the allocator holds in addition, between its blocks.
 _SLACK = {"cuda": 0.04, "cpu": 0.05}
@@ -158,7 +154,7 @@ def _predict(
 ) -> Prediction:
     found = _traced(cfg, model_config, workload.largest, machine, traces)
     traced = tuple(_traced_terms(found))
-    terms = (*traced, *_process_terms(traced, machine))
+    terms = (*traced, *_process_terms(found, traced, machine))
     return Prediction(machine, workload, terms, found.peak_phase, cfg.train.gradient_checkpointing, found, found)
 
 
@@ -171,14 +167,12 @@ def _traced_terms(found: StepTrace) -> Iterator[Term]:
             yield Term(name, count, TRACED)
 
 
-def _process_terms(traced: Sequence[Term], machine: Machine) -> Iterator[Term]:
+def _process_terms(found: StepTrace, traced: Sequence[Term], machine: Machine) -> Iterator[Term]:
     """Yield what a process needs beside the tensors that a trace counts."""
     kind = machine.target.kind
-    if kind == "cuda":
-        hopper = machine.target.capability >= (9, 0)
-        size = _WORKSPACE_HOPPER if hopper else _WORKSPACE
-        note = f"cuBLAS: {_WORKSPACES} of {size / MIB:.3g} MiB, as torch allocates them"
-        yield Term("workspaces", _WORKSPACES * size, ASSUMED, note)
+    if inside := workspaces(found, machine.target):
+        note = "buffers inside kernels, and those of cuBLAS" if kind == "cuda" else "buffers inside kernels"
+        yield Term("workspaces", inside, ASSUMED, note)
     share = _SLACK.get(kind, _SLACK["cpu"])
     passing = sum(term.bytes for term in traced if not term.name.startswith(_RESIDENT))
     note = f"gaps between tensors, {share:.0%} of what a step allocates"

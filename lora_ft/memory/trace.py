@@ -63,9 +63,9 @@ class StepTrace:
     timeline: live bytes over the step by term (memory/timeline.py). terms_at_peak: those at the peak; their sum is
     peak_bytes.
     base_bytes: of the frozen base by quantization or dtype, such as nf4 and bfloat16.
-    costs: the work of the operations, attention included (memory/costs.py).
-    num_trainable: parameters that train. plain_lora_layers: adapted layers that compute as PEFT does. reasons: log
-    lines about them.
+    costs: the work of the operations, attention included (memory/costs.py). bytes_inside: by which the buffers that
+    operators make for themselves raise the peak (memory/workspaces.py). num_trainable: parameters that train.
+    plain_lora_layers: adapted layers that compute as PEFT does. reasons: log lines about them.
     """
 
     peak_bytes: int
@@ -82,6 +82,7 @@ class StepTrace:
     terms_at_peak: dict[str, int]
     base_bytes: dict[str, int]
     costs: tuple[Cost, ...]
+    bytes_inside: int
     plain_lora_layers: list[str]
     reasons: list[str]
 
@@ -174,6 +175,7 @@ def _trace(
         terms_at_peak=timeline.at_peak,
         base_bytes=base_bytes,
         costs=meter.costs(),
+        bytes_inside=max(0, meter.peak_inside - meter.peaks[peak_phase]),
         plain_lora_layers=sorted(plain),
         reasons=list(reasons),
     )

@@ -26,15 +26,15 @@ Found = TypeVar("Found")
 
 
 @contextlib.contextmanager
-def out_of_memory_as_error(explain: Callable[[], str] = lambda: "") -> Iterator[None]:
+def out_of_memory_as_error(explain: Callable[[], str] | None = None) -> Iterator[None]:
     """Raise ResourceError for an out-of-memory error of the block, and free what its frames hold.
 
-    `explain` is called when all is freed; its text replaces the usual advice, unless it is empty.
+    `explain` is called when all is freed, and its text replaces the usual advice.
     """
     try:
         yield
     except Exception as error:
-        if (advice := errors.out_of_memory("train", error)) is None:
+        if (usual := errors.out_of_memory("train", error)) is None:
             raise
         _free(error)
         reason = errors.out_of_memory_reason(error)
@@ -42,8 +42,7 @@ def out_of_memory_as_error(explain: Callable[[], str] = lambda: "") -> Iterator[
         return
     # Outside of the handler, which holds the error.
     _collect()
-    text = explain()
-    raise (errors.ResourceError(f"{reason}\n{text}") if text else advice) from None
+    raise (errors.ResourceError(f"{reason}: {explain()}") if explain else usual) from None
 
 
 def repeated(state: TrainingState, compute: Callable[[], Found]) -> Found:
