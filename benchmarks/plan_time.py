@@ -1,4 +1,4 @@
-"""Predicted beside measured time of training steps on this machine's CPU, and predicted beside published speeds of GPUs.
+"""Predicted beside measured time of training steps on this CPU, and predicted beside published speeds of GPUs.
 
     python benchmarks/plan_time.py measured [--rounds 3] [--only smollm2_135m]     one table, a few minutes
     python benchmarks/plan_time.py published                                       no measurement, half a minute
