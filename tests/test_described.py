@@ -73,12 +73,17 @@ def test_every_packaged_copy_has_a_known_size() -> None:
 
 
 @pytest.mark.parametrize("hub_id", PARAMETERS)
-def test_packaged_copy_has_the_parameters_of_the_published_weights(hub_id: str) -> None:
+def test_packaged_copy_has_the_parameters_and_bytes_of_the_published_weights(hub_id: str, hub_cache: Path) -> None:
     made = packaged(hub_id)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(made)
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[hub_id]
     assert made.dtype == (torch.float32 if "gpt2" in hub_id else torch.bfloat16)
+    assert not hasattr(made, "weight_bytes")
+    # Two files have the tied head once more, and those of GPT-2 the causal mask of each layer.
+    head = sum(2 * model.lm_head.weight.numel() for name in ("Qwen3-0.6B", "Qwen3-1.7B") if hub_id.endswith(name))
+    masks = 4 * made.n_layer * made.n_positions**2 if "gpt2" in hub_id else 0
+    assert of(hub_id).weight_bytes == PARAMETERS[hub_id] * made.dtype.itemsize + head + masks
 
 
 def test_every_base_of_the_choices_has_a_packaged_copy_that_needs_no_network(tmp_path: Path) -> None:

@@ -2,15 +2,17 @@
 
     rates_of(torch.device("cpu"))  ->  Rates(matmul={"float32": 1.8e11}, bandwidth=2.1e10, ...)
 
-The sizes are those of a training step of a small model. Other work on the machine lowers the figures.
+The sizes are those of a training step of a small model. Other work on the machine makes the figures worse.
 """
 
 import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 # Tokens, input and output features of the products, as in a micro-batch of a small model and of a large one.
 _PRODUCT = {"cpu": (512, 1024, 1024), "cuda": (4096, 4096, 4096), "mps": (2048, 2048, 2048)}
@@ -23,25 +25,24 @@ _REPEATS = 7
 class Rates:
     """matmul: FLOP per second by dtype. bandwidth: bytes per second that an elementwise operation reads and writes.
 
-    cached_bandwidth: the same for arrays that fit into a CPU's caches. launch_seconds: of the host for an operation.
+    cached_bandwidth: the same for arrays that fit into a CPU's caches. launch_seconds: of an operation besides its
+    arithmetic; None for a GPU, whose host is not measured.
     """
 
     matmul: dict[str, float]
     bandwidth: float
     cached_bandwidth: float
-    launch_seconds: float
+    launch_seconds: float | None
 
 
 @functools.cache
 def rates_of(device: torch.device) -> Rates:
-    """Measure a device, once in a process. Takes 0.3 s on a CPU of two cores."""
-    with torch.inference_mode():
-        return Rates(
-            {str(dtype).removeprefix("torch."): _product(device, dtype) for dtype in _dtypes(device)},
-            _copy(device, _LARGE[device.type]),
-            _copy(device, _SMALL),
-            _operation(device),
-        )
+    """Measure a device, once in a process. Takes 0.2 s on a CPU of two cores."""
+    with torch.no_grad():
+        matmul = {str(dtype).removeprefix("torch."): _product(device, dtype) for dtype in _dtypes(device)}
+        bandwidth, cached = _copy(device, _LARGE[device.type]), _copy(device, _SMALL)
+    with torch.enable_grad():
+        return Rates(matmul, bandwidth, cached, _overhead(matmul["float32"]) if device.type == "cpu" else None)
 
 
 def _dtypes(device: torch.device) -> list[torch.dtype]:
@@ -65,25 +66,59 @@ def _copy(device: torch.device, size: int) -> float:
     return 2 * size / _seconds(device, lambda: torch.neg(given, out=result))
 
 
-def _operation(device: torch.device) -> float:
-    """Return the seconds that the host takes for an operation on a few numbers."""
-    count = 300
-    few = torch.ones(16, device=device)
+def _overhead(rate: float) -> float:
+    """Return the seconds that an operation of an eager training step takes on a CPU beyond its arithmetic.
 
-    def several() -> None:
-        for _ in range(count):
-            few.neg()
+    Measured on a few small LoRA layers, forward and backward: Python, autograd, the start of threads, and what products
+    of low rank take more than their FLOPs at the rate of a large one.
+    """
+    tokens, features, rank, layers = 128, 512, 16, 3
+    weight = torch.ones(features, features) / features
+    lora_a = (torch.ones(rank, features) / features).requires_grad_()
+    lora_b = (torch.ones(features, rank) / rank).requires_grad_()
+    given = torch.ones(tokens, features, requires_grad=True)
 
-    return _seconds(device, several) / count
+    def step() -> None:
+        values = given
+        for _ in range(layers):
+            values = _Layer.apply(values, weight, lora_a, lora_b)
+        values.sum().backward()
+
+    products = layers * 2 * tokens * features * (2 * features + 6 * rank)
+    operations = layers * _Layer.OPERATIONS
+    return max(1e-6, (_seconds(torch.device("cpu"), step, 2 * _REPEATS) - products / rate) / operations)
 
 
-def _seconds(device: torch.device, work: Callable[[], object]) -> float:
-    """Return the median time of some work, after one that warms up."""
+class _Layer(torch.autograd.Function):
+    """A layer with its LoRA, as ops/lora_linear.py computes it."""
+
+    OPERATIONS = 11
+
+    @staticmethod
+    def forward(context: Any, values: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+        context.save_for_backward(values, weight, lora_a, lora_b)
+        return (values @ weight.T).addmm_(values @ lora_a.T, lora_b.T).relu_()
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        values, weight, lora_a, lora_b = context.saved_tensors
+        gradient = gradients[0] * 2
+        below = gradient @ lora_b
+        return (
+            (gradient @ weight).addmm_(below, lora_a),
+            None,
+            below.T @ values,
+            gradient.T @ (values @ lora_a.T),
+        )
+
+
+def _seconds(device: torch.device, work: Callable[[], object], repeats: int = _REPEATS) -> float:
+    """Return the time of some work, after one that warms up: the lower quartile, to see past other processes."""
     taken = []
-    for _ in range(_REPEATS + 1):
+    for _ in range(repeats + 1):
         begun = time.perf_counter()
         work()
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         taken.append(time.perf_counter() - begun)
-    return sorted(taken[1:])[_REPEATS // 2]
+    return sorted(taken[1:])[repeats // 4]

@@ -23,8 +23,10 @@ from lora_ft import config, objectives, validation
 from lora_ft.errors import ConfigError, LoraFtError
 from lora_ft.memory.auto import fewest_recomputed
 from lora_ft.memory.machine import Machine
+from lora_ft.memory.roofline import StepTime, step_time
 from lora_ft.memory.trace import StepTrace, trace_step
 from lora_ft.memory.workload import Workload
+from lora_ft.memory.workspaces import workspaces
 from lora_ft.models.load import first_line
 from lora_ft.ops.gradient_checkpointing import recomputable_layers
 
@@ -32,17 +34,14 @@ log = logging.getLogger("lora_ft")
 
 MIB = 2**20
 
-# Workspaces that torch gives to cuBLAS, for the thread of the forward and the one of the backward: 8,320 KiB each, from
-# capability 9.0 on 32 MiB (aten/src/ATen/cuda/CUDABlas.cpp of PyTorch 2.13).
-_WORKSPACES = 2
-_WORKSPACE, _WORKSPACE_HOPPER = 8320 * 1024, 32 * MIB
-
 # Share of the bytes that come and go within a step which the allocator holds in addition, between its blocks.
 _SLACK = {"cuda": 0.04, "cpu": 0.05}
 _LEAST_SLACK = 22 * MIB  # a segment of 20 MiB for large and one of 2 MiB for small tensors
 
+TRACED, MEASURED, ASSUMED = "traced", "measured", "assumed"  # sources of a term
+BASE = "base weights"
 # Terms that are live between steps; all others come and go within a step.
-_RESIDENT = ("base weights", "adapter", "gradients", "optimizer")
+_RESIDENT = (BASE, "adapter", "gradients", "optimizer")
 
 # Settings that a trace does not depend on. Of those of a group, only the named ones.
 _NOT_TRACED = {
@@ -74,7 +73,8 @@ class Prediction:
     """The predicted peak of a run on a machine, and its parts.
 
     phase: forward, loss, backward or optimizer, in which the peak occurs. gradient_checkpointing: off or every_k, what
-    auto chooses on this machine. trace: of the largest micro-batch. typical: of a micro-batch of a step of median size.
+    auto chooses on this machine. trace: of the largest micro-batch. typical: of `workload.typical_micro_batch`.
+    time: of a step of median size, None if the rates of the machine are unknown.
     """
 
     machine: Machine
@@ -84,6 +84,7 @@ class Prediction:
     gradient_checkpointing: str
     trace: StepTrace
     typical: StepTrace
+    time: StepTime | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -93,7 +94,7 @@ class Prediction:
     @property
     def least_bytes(self) -> int:
         """The terms that are not assumed: no device with less memory than this can run the step."""
-        return sum(term.bytes for term in self.terms if term.source != "assumed")
+        return sum(term.bytes for term in self.terms if term.source != ASSUMED)
 
     @property
     def left_bytes(self) -> int | None:
@@ -126,18 +127,13 @@ def predict(
     if setting == "auto":
         setting = _fewest_recomputed(with_recompute, cfg, model_config, machine)
     found = with_recompute(setting)
-    micro_batch = _typical(workload)
-    if list(micro_batch) != list(workload.largest):
+    typical = found.trace
+    if list(workload.typical_micro_batch) != list(workload.largest):
         train = dataclasses.replace(cfg.train, gradient_checkpointing=setting)
-        cfg = dataclasses.replace(cfg, train=train)
-        found = dataclasses.replace(found, typical=_traced(cfg, model_config, micro_batch, machine, traces))
-    return found
-
-
-def _typical(workload: Workload) -> Sequence[int]:
-    """Return the micro-batch of a step of median size that is nearest to their mean size."""
-    mean = workload.typical_tokens / len(workload.typical)
-    return min(workload.typical, key=lambda lengths: abs(sum(lengths) - mean))
+        chosen = dataclasses.replace(cfg, train=train)
+        typical = _traced(chosen, model_config, workload.typical_micro_batch, machine, traces)
+    time = step_time(typical.costs, machine, len(workload.typical))
+    return dataclasses.replace(found, typical=typical, time=time)
 
 
 def _fewest_recomputed(predicted: Any, cfg: config.TrainRun, model_config: Any, machine: Machine) -> str:
@@ -158,30 +154,35 @@ def _predict(
 ) -> Prediction:
     found = _traced(cfg, model_config, workload.largest, machine, traces)
     traced = tuple(_traced_terms(found))
-    terms = (*traced, *_process_terms(traced, machine))
+    terms = (*traced, *_process_terms(found, traced, machine))
     return Prediction(machine, workload, terms, found.peak_phase, cfg.train.gradient_checkpointing, found, found)
 
 
 def _traced_terms(found: StepTrace) -> Iterator[Term]:
-    for name, count in found.at_peak.items():
-        yield Term(name, count, "traced")
+    for name, count in found.terms_at_peak.items():
+        if name == BASE:
+            for kind, part in sorted(found.base_bytes.items(), key=lambda item: -item[1]):
+                yield Term(f"{BASE}, {kind}", part, TRACED)
+        elif count:
+            yield Term(name, count, TRACED)
 
 
-def _process_terms(traced: Sequence[Term], machine: Machine) -> Iterator[Term]:
+def _process_terms(found: StepTrace, traced: Sequence[Term], machine: Machine) -> Iterator[Term]:
     """Yield what a process needs beside the tensors that a trace counts."""
     kind = machine.target.kind
-    if kind == "cuda":
-        hopper = machine.target.capability >= (9, 0)
-        size = _WORKSPACE_HOPPER if hopper else _WORKSPACE
-        note = f"cuBLAS: {_WORKSPACES} of {size / MIB:.3g} MiB, as torch allocates them"
-        yield Term("workspaces", _WORKSPACES * size, "assumed", note)
+    if inside := workspaces(found, machine.target):
+        note = "buffers inside kernels, and those of cuBLAS" if kind == "cuda" else "buffers inside kernels"
+        yield Term("workspaces", inside, ASSUMED, note)
     share = _SLACK.get(kind, _SLACK["cpu"])
     passing = sum(term.bytes for term in traced if not term.name.startswith(_RESIDENT))
     note = f"gaps between tensors, {share:.0%} of what a step allocates"
-    yield Term("allocator", max(_LEAST_SLACK, int(share * passing)), "assumed", note)
-    source = machine.sources.get("context_bytes", "assumed")
-    what = "CUDA's context and libraries" if kind == "cuda" else "the process and its libraries"
-    yield Term("context", machine.context_bytes, source.partition(" ")[0].rstrip(":"), f"{what}: {source}")
+    yield Term("allocator", max(_LEAST_SLACK, int(share * passing)), ASSUMED, note)
+    if machine.context_bytes:
+        source = machine.sources.get("context_bytes", ASSUMED)
+        note = source.partition(": ")[2] or "the process and its libraries"
+        yield Term(
+            "context", machine.context_bytes, MEASURED if machine.is_measured("context_bytes") else ASSUMED, note
+        )
 
 
 def _traced(

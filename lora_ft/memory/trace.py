@@ -13,6 +13,7 @@ gaps between tensors in the allocator.
 
 import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +26,14 @@ from lora_ft import config, objectives
 from lora_ft.adapters import attach
 from lora_ft.data.dataset import Dataset, Report
 from lora_ft.data.rows import Example
+from lora_ft.memory.costs import Cost
+from lora_ft.memory.fused_attention import fused_attention
 from lora_ft.memory.meter import Meter
+from lora_ft.memory.timeline import Timeline
 from lora_ft.memory.twin import on_meta
 from lora_ft.models.acceleration import accelerate, accelerated_lora
 from lora_ft.models.cpu_embedding import keep_on_cpu
+from lora_ft.models.load import quiet
 from lora_ft.models.meta_quantize import quantize_meta
 from lora_ft.ops.device import GPU, Target, standing_for, target
 from lora_ft.ops.dropout import switch_off_dropout
@@ -40,7 +45,7 @@ from lora_ft.training.ranks import Ranks
 from lora_ft.training.state import NAME, TrainingState
 from lora_ft.training.step import Step, read
 from lora_ft.training.trainer import apply_gradient, compute_gradient
-from lora_ft.values import BlockKernels
+from lora_ft.values import BlockKernels, Keep
 
 PHASES = ("forward", "loss", "backward", "optimizer")
 
@@ -55,6 +60,11 @@ class StepTrace:
     loaded_bytes: bytes before the first step, without the optimizer's state.
     dispatches: operations by phase that launch at least one kernel; views and allocations are not counted.
     synchronisations: operations by which the host waits for the device. flops: of matrix products, without attention.
+    timeline: live bytes over the step by term (memory/timeline.py). terms_at_peak: those at the peak; their sum is
+    peak_bytes.
+    base_bytes: of the frozen base by quantization or dtype, such as nf4 and bfloat16.
+    costs: the work of the operations, attention included (memory/costs.py). bytes_inside: by which the buffers that
+    operators make for themselves raise the peak (memory/workspaces.py). num_trainable: parameters that train.
     plain_lora_layers: adapted layers that compute as PEFT does. reasons: log lines about them.
     """
 
@@ -67,6 +77,12 @@ class StepTrace:
     dispatches: dict[str, int]
     synchronisations: list[str]
     flops: int
+    num_trainable: int
+    timeline: Timeline
+    terms_at_peak: dict[str, int]
+    base_bytes: dict[str, int]
+    costs: tuple[Cost, ...]
+    bytes_inside: int
     plain_lora_layers: list[str]
     reasons: list[str]
 
@@ -82,20 +98,25 @@ def trace_step(cfg: config.TrainRun, model_config: Any, lengths: Sequence[int], 
     All tokens but the first of a document are supervised. `train.gradient_checkpointing` must be off or every_k.
     Without weights, the paths are those that `cfg.fast` selects; the self-check of a loaded model may refuse some.
     """
+    # Weights of a bfloat16 checkpoint fit into bfloat16. Those of another one might, which only their values show.
+    exact = getattr(model_config, "dtype", None) in (torch.bfloat16, "bfloat16")  # loading changes the config
     with standing_for(device), torch.random.fork_rng(devices=[]), Meter() as meter, _fused_on_meta():
         meter.phase = "base"
         with torch.device("meta"):
             network = objectives.find(cfg.objective).model_class.from_config(model_config, dtype=_dtype(cfg, device))
+            token_ids = _add_tokens(network, len(cfg.model.added_tokens))
         network.requires_grad_(False).eval()
-        quantize_meta(network, cfg.quant, network.dtype)
+        compute = cfg.quant.compute_dtype
+        dtype = network.dtype if compute is config.Dtype.auto else getattr(torch, compute.value)
+        quantize_meta(network, cfg.quant, dtype)
         if cfg.model.embedding_device == "cpu":
             keep_on_cpu(network, torch.device("meta"))
         switch_off_dropout(network)
-        fast = dataclasses.replace(cfg.fast, storage=False)  # it depends on the values of the weights
+        fast = dataclasses.replace(cfg.fast, storage=cfg.fast.storage and exact)
         made = accelerate(network, fast, _kernels(cfg, device), set(cfg.adapter.modules_to_save), check=False)
         meter.phase = "adapter"
         with torch.device("meta"):
-            model = attach.attach(network, cfg.adapter, NAME, cfg.seed, [])
+            model = attach.attach(network, cfg.adapter, NAME, cfg.seed, token_ids)
         with accelerated_lora(model, NAME, cfg.fast) as reasons:
             return _trace(meter, cfg, model, made.paths, lengths, reasons)
 
@@ -122,12 +143,14 @@ def _trace(
     state.model.train()
     meter.assign([state.flat.values], "adapter")
     meter.assign([state.flat.gradients], "gradient")
+    on_host = _copies_of_adapter(state)  # noqa: F841 - is counted until the trace ends
     loaded = meter.live_bytes
     # A step that was not computed; only the optimizer's state is wanted of it.
     apply_gradient(state, Step(1, [], {"tokens": 1}, ["loss"], state.flat.values[:0], 1.0, 1.0))
     moments = (value for memory in state.optimizer.state.values() for value in memory.values())
     meter.assign([value for value in moments if isinstance(value, torch.Tensor) and value.is_meta], "optimizer")
     resident = {name: count for name, count in meter.live.items() if count}
+    base_bytes = _base_bytes(meter, model, cfg.quant)
     meter.reset()
     plain: set[str] = set()
     with recomputed_layers(state.base, state.gradient_checkpointing), _phases(meter, state, plain):
@@ -135,6 +158,7 @@ def _trace(
         step = compute_gradient(state, Ranks(), audited=False)
         read([step], Ranks())
         apply_gradient(state, step)
+    timeline = meter.record.timeline()
     peak_phase = max(PHASES, key=lambda phase: meter.peaks[phase])
     return StepTrace(
         peak_bytes=meter.peaks[peak_phase],
@@ -146,9 +170,60 @@ def _trace(
         dispatches={phase: meter.dispatches[phase] for phase in PHASES},
         synchronisations=list(meter.synchronisations),
         flops=meter.flops,
+        num_trainable=state.num_trainable,
+        timeline=timeline,
+        terms_at_peak=timeline.at_peak,
+        base_bytes=base_bytes,
+        costs=meter.costs(),
+        bytes_inside=max(0, meter.peak_inside - meter.peaks[peak_phase]),
         plain_lora_layers=sorted(plain),
         reasons=list(reasons),
     )
+
+
+def _add_tokens(network: Any, count: int) -> list[int]:
+    """Add rows for tokens to the embedding and the head, and return their numbers.
+
+    A base may have unused rows, which real tokens take first: without a tokenizer the rows are those of the config.
+    """
+    rows = network.get_input_embeddings().weight.shape[0]
+    if count:
+        with quiet():
+            network.resize_token_embeddings(rows + count, mean_resizing=False)
+    return list(range(rows, rows + count))
+
+
+def _copies_of_adapter(state: TrainingState) -> list[torch.Tensor]:
+    """Return what a run keeps of its adapter's values on the host, if the host's memory is that of the device."""
+    if target(state.flat.values.device).kind != "cpu":
+        return []
+    kept = [state.start, {"best": state.flat.values}] if state.cfg.train.keep is Keep.best else [state.start]
+    return [torch.empty(value.shape, dtype=value.dtype, device="meta") for each in kept for value in each.values()]
+
+
+def _base_bytes(meter: Meter, model: Any, quant: config.Quant) -> dict[str, int]:
+    """Return the bytes of the base by the quantization or the dtype of its tensors."""
+    quantized = {
+        tensor.untyped_storage()._cdata
+        for module in model.modules()
+        for tensor in _quantized_tensors(module._parameters.get("weight"))
+    }
+    found: Counter[str] = Counter()
+    for key, storage in meter.live_storages("base"):
+        dtype = str(storage.dtype).removeprefix("torch.")
+        found[quant.kind.value if key in quantized else dtype] += storage.bytes
+    return dict(found)
+
+
+def _quantized_tensors(weight: Any) -> list[torch.Tensor]:
+    """Return the codes and scales of a weight of bitsandbytes; [] for another weight."""
+    state, scales = getattr(weight, "quant_state", None), getattr(weight, "SCB", None)
+    values = [weight, scales]
+    while state is not None:
+        values += vars(state).values()
+        state = state.state2
+    found = [value for value in values if isinstance(value, torch.Tensor)]
+    return found if len(found) > 1 else []
 
 
 def _kernels(cfg: config.TrainRun, device: Target) -> Kernels:
@@ -156,9 +231,12 @@ def _kernels(cfg: config.TrainRun, device: Target) -> Kernels:
 
 
 def _dtype(cfg: config.TrainRun, device: Target) -> torch.dtype:
+    """Return the dtype that a model is loaded in, as models/device.py chooses it."""
     if cfg.model.dtype is not config.Dtype.auto:
         return getattr(torch, cfg.model.dtype.value)
-    return torch.bfloat16 if device.kind == "cuda" else torch.float32
+    if device.kind != "cuda" or device.capability < (7, 0):
+        return torch.float32
+    return torch.bfloat16 if device.capability >= (8, 0) else torch.float16
 
 
 def _dataset(lengths: Sequence[int]) -> Dataset:
@@ -185,12 +263,17 @@ def _phases(meter: Meter, state: TrainingState, plain: set[str]) -> Iterator[Non
         if torch._C._current_graph_task_id() == -1:  # otherwise this is a layer that the backward recomputes
             meter.phase = phase
 
+    def enters_loss(_: Any, __: Any, output: Any) -> None:
+        enters("loss")
+        if output[0].requires_grad:
+            output[0].register_hook(lambda _: meter.leave_loss())
+
     from peft.tuners.lora import LoraLayer
 
     body = getattr(state.base, state.base.base_model_prefix)
     hooks = [
         body.register_forward_pre_hook(lambda *_: enters("forward")),
-        body.register_forward_hook(lambda *_: enters("loss")),
+        body.register_forward_hook(enters_loss),
     ]
     for name, layer in state.model.named_modules():
         if isinstance(layer, LoraLayer) and NAME in layer.lora_A:
@@ -205,12 +288,13 @@ def _phases(meter: Meter, state: TrainingState, plain: set[str]) -> Iterator[Non
 
 @contextlib.contextmanager
 def _fused_on_meta() -> Iterator[None]:
-    """Let torch's fused optimizers accept tensors on the meta device until the block ends."""
+    """Let fused optimizers and fused attention run on the meta device until the block ends."""
     from torch.optim import optimizer
 
     before = optimizer._get_fused_kernels_supported_devices
     optimizer._get_fused_kernels_supported_devices = lambda: [*before(), "meta"]
     try:
-        yield
+        with fused_attention():
+            yield
     finally:
         optimizer._get_fused_kernels_supported_devices = before

@@ -38,6 +38,12 @@ class Workload:
         """Tokens of a step of median size."""
         return sum(map(sum, self.typical))
 
+    @property
+    def typical_micro_batch(self) -> Sequence[int]:
+        """Documents of the micro-batch of that step whose size is nearest to the mean."""
+        mean = self.typical_tokens / len(self.typical)
+        return min(self.typical, key=lambda lengths: abs(sum(lengths) - mean))
+
 
 def of_rows(cfg: config.TrainRun, dataset: Dataset, packs: bool = True) -> Workload:
     """Return the work of a run on its rows; `packs` is false if documents of this model cannot share a sequence."""

@@ -7,8 +7,8 @@
                           in models/configs/OWNER--NAME.json         "packaged copy"; only without model.revision
                           config.json alone is downloaded            "downloaded config.json"
 
-The packaged copies hold the architecture of the bases of conf/model/ and the dtype of their stored weights. Training
-reads the config that comes with the weights.
+The packaged copies hold the architecture of the bases of conf/model/, and dtype and bytes of their stored weights.
+Training reads the config that comes with the weights.
 """
 
 import json
@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lora_ft import config
 from lora_ft.errors import ConfigError, ResourceError
@@ -34,6 +36,7 @@ class Described:
     """The config of a base, of transformers' class, and what is known of its files.
 
     source: where the config comes from, as in the table above. hub_id: of the base, None if it is not known.
+    dtype: of the stored weights; None if the config does not name it, as of old bases in float32.
     weight_bytes: of the safetensors files that training reads, None if only the config tells their size.
     here: True if the weights are on this machine; those of a GGUF file are converted once.
     other_bytes: of the tokenizer's and other files that training reads, None if not known; of a GGUF file its own.
@@ -42,6 +45,7 @@ class Described:
     config: Any
     source: str
     hub_id: str | None
+    dtype: torch.dtype | None
     weight_bytes: int | None = None
     here: bool = False
     other_bytes: int | None = None
@@ -55,10 +59,10 @@ def described(model: config.Model) -> Described:
     try:
         path = resolve.local_path(model)
     except ResourceError:  # a package that is not installed: its hub id may have a copy
-        copy = packaged(model.hub_id) if model.path.startswith("package:") else None
-        if copy is None:
+        found = _packaged(model.hub_id) if model.path.startswith("package:") else None
+        if found is None:
             raise
-        return Described(copy, "packaged copy", model.hub_id)
+        return found
     if path is None:
         return _of_hub_id(model)
     if path.suffix == ".gguf":
@@ -66,30 +70,38 @@ def described(model: config.Model) -> Described:
     return _of_folder(model, path, "local folder", model.hub_id, _sizes(path))
 
 
-def packaged(hub_id: str | None) -> Any:
-    """Return the packaged copy of the config of a hub id; None if there is none."""
+def packaged(hub_id: str) -> Any:
+    """Return the packaged copy of the config of a hub id. Raises KeyError without one."""
+    found = _packaged(hub_id)
+    if found is None:
+        raise KeyError(hub_id)
+    return found.config
+
+
+def _packaged(hub_id: str | None) -> Described | None:
     from transformers import AutoConfig
 
     path = CONFIGS / f"{(hub_id or '').replace('/', '--')}.json"
     if not untrusted.is_hub_id(hub_id) or not path.is_file():
         return None
     fields = json.loads(path.read_text("utf-8"))
-    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    weight_bytes = fields.pop("weight_bytes")
+    found = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    return Described(found, "packaged copy", hub_id, found.dtype, weight_bytes)
 
 
 def _of_hub_id(model: config.Model) -> Described:
     folder = _cached(model)
     if folder is not None:
         return _of_folder(model, folder, "hub cache", model.path, _sizes_of_snapshot(model.path, folder))
-    copy = None if model.revision else packaged(model.path)
-    if copy is not None:
-        return Described(copy, "packaged copy", model.path)
+    if not model.revision and (found := _packaged(model.path)):
+        return found
     folder = resolve.download("model.path", model.path, model.revision, _CONFIG_ALONE, resolve.ALTERNATIVE)
     return _of_folder(model, folder, "downloaded config.json", model.path, _sizes_of_snapshot(model.path, folder))
 
 
 def _cached(model: config.Model) -> Path | None:
-    """Return the snapshot in the hub's cache that holds the config; None if there is none."""
+    """Return the snapshot in the hub's cache that holds the config, or None."""
     from huggingface_hub import try_to_load_from_cache
 
     if not untrusted.is_hub_id(model.path):
@@ -102,7 +114,7 @@ def _of_gguf(model: config.Model, path: Path) -> Described:
     from lora_ft.models.gguf import convert  # it imports the gguf package, which other runs do not need
 
     found, num_bytes = convert.describe(path)
-    return Described(found, "GGUF file", model.hub_id, num_bytes, True, path.stat().st_size)
+    return Described(found, "GGUF file", model.hub_id, torch.float32, num_bytes, True, path.stat().st_size)
 
 
 def _of_folder(model: config.Model, folder: Path, source: str, hub_id: str | None, sizes: dict[str, int]) -> Described:
@@ -110,9 +122,8 @@ def _of_folder(model: config.Model, folder: Path, source: str, hub_id: str | Non
     resolve.check_config(folder)
     others = sum(sizes[n] for n in sizes if "/" not in n and any(fnmatch(n, p) for p in resolve.DESCRIBING))
     has_tokenizer = any(name.startswith(("tokenizer", "vocab")) for name in sizes)
-    return Described(
-        _read(folder, model.path), source, hub_id, *_weights(folder, sizes), others if has_tokenizer else None
-    )
+    found = _read(folder, model.path)
+    return Described(found, source, hub_id, found.dtype, *_weights(folder, sizes), others if has_tokenizer else None)
 
 
 def _weights(folder: Path, sizes: dict[str, int]) -> tuple[int | None, bool]:
