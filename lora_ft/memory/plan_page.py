@@ -76,7 +76,8 @@ def _terms(found: Prediction) -> Table:
     if machine.budget_bytes is not None and found.left_bytes is not None:
         others = f"{machine.memory_bytes / GIB:.1f} GiB" if machine.memory_bytes else ""
         if machine.used_bytes:
-            others += f" less {machine.used_bytes / GIB:.1f} GiB that others use"
+            source = machine.sources.get("used_bytes", "")
+            others += f" less {machine.used_bytes / GIB:.1f} GiB that others use" + (f" ({source})" if source else "")
         table.add_row("  budget", f"{machine.budget_bytes / GIB:.2f}", "", Text(others, "dim"))
         table.add_row("  left", f"{found.left_bytes / GIB:.2f}", "", "")
     return table
@@ -141,6 +142,9 @@ def _time_facts(plan: Plan) -> Facts:
     yield "speed", f"{plan.tokens_per_second:,.0f} tokens/s, within {time.error:.0%}; bound by {time.bound_by}"
     parts = ", ".join(f"{part} {duration(seconds)}" for part, seconds in time.by_part.items() if seconds)
     yield "step takes", f"{duration(time.seconds)} ({parts})"
+    sources = {machine.sources.get(name, "") for name in ("matmul", "bandwidth")} - {""}
+    if sources:
+        yield "rates", "; ".join(sorted(sources))
     if plan.seconds:
         yield "run takes", f"{duration(plan.seconds)}, without {LEFT_OUT}"
 
