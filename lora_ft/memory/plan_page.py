@@ -140,7 +140,9 @@ def _time_facts(plan: Plan) -> Facts:
         yield "speed", f"not known: give the rates of {machine.name}, as in hardware.bandwidth and hardware.bf16_tflops"
         return
     yield "speed", f"{plan.tokens_per_second:,.0f} tokens/s, within {time.error:.0%}; bound by {time.bound_by}"
-    parts = ", ".join(f"{part} {duration(seconds)}" for part, seconds in time.by_part.items() if seconds)
+    parts = ", ".join(
+        f"{part} {duration(seconds)}" for part, seconds in time.by_part.items() if seconds > 0.005 * time.seconds
+    )
     yield "step takes", f"{duration(time.seconds)} ({parts})"
     sources = {machine.sources.get(name, "") for name in ("matmul", "bandwidth")} - {""}
     if sources:
@@ -188,7 +190,9 @@ def duration(seconds: float | None) -> str:
         return "?"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 1:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{rest} s"
+        if seconds < 1:
+            return f"{seconds * 1e3:.0f} ms"
+        return f"{seconds:.1f} s" if seconds < 10 else f"{rest} s"
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
     if days:
