@@ -22,8 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from lora_ft.memory.costs import TRANSFER, Cost, attention_flops, kind_of, nbytes, product_flops, traffic
+from lora_ft.memory.decompositions import decomposition
 from lora_ft.memory.parts import part_of
 from lora_ft.memory.timeline import Record, Storage
+from lora_ft.memory.workspaces import bytes_inside
 from lora_ft.ops.device import target
 
 _aten = torch.ops.aten
@@ -54,6 +56,7 @@ class Meter(TorchDispatchMode):
         self.dispatches: Counter[str] = Counter()
         self.synchronisations: list[str] = []
         self.flops = 0
+        self.peak_inside = 0
         self._total = 0
         self._owners: dict[int, tuple[int, Any]] = {}  # by storage: its number in the record, weak reference
         self._costs: Counter[tuple[Any, ...]] = Counter()
@@ -83,7 +86,7 @@ class Meter(TorchDispatchMode):
         """Forget dispatches, costs, peaks and synchronisations: the step begins. Live storages stay counted."""
         for counted in (self.peaks, self.dispatches, self.synchronisations, self.at_peak, self._costs):
             counted.clear()
-        self.flops = 0
+        self.flops = self.peak_inside = 0
         self.record.first = len(self.record.events)
 
     def costs(self) -> tuple[Cost, ...]:
@@ -130,6 +133,11 @@ class Meter(TorchDispatchMode):
                 raise HostDeviceMix(f"{func} in the {self.phase} got tensors of the host and of the device")
         if func.overloadpacket is _aten._to_copy and torch.device(kwargs.get("device") or "cpu").type != "cpu":
             kwargs = {**kwargs, "device": "meta"}  # the model's own device, which the meta device stands for
+        if func.namespace == "bitsandbytes" and on_device:
+            by_others = decomposition(func, target(on_device[0].device).kind)
+            if by_others is not None:
+                with self:
+                    return by_others(*args, **kwargs)
         if on_device and func.overloadpacket is _aten._grouped_mm:
             result = _grouped_mm(func, args, kwargs)
         else:
@@ -159,7 +167,10 @@ class Meter(TorchDispatchMode):
         flops = product_flops(kind, args)
         self.flops += flops
         if kind.is_attention:
-            flops = attention_flops(kind, func, args, kwargs, self._documents(given))
+            starts = self._documents(given)
+            flops = attention_flops(kind, func, args, kwargs, starts)
+            inside = bytes_inside(kind, func, args, max(1, len(starts) - 1))
+            self.peak_inside = max(self.peak_inside, self._total + inside)
         dtype = next((tensor.dtype for tensor in given if tensor.is_floating_point()), (given or made)[0].dtype)
         name, moved = kind.name, traffic(kind, args, given, made)
         if func.overloadpacket is _aten._to_copy and not any(tensor.is_meta for tensor in given) and self._is_gpu():

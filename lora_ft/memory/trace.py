@@ -27,6 +27,7 @@ from lora_ft.adapters import attach
 from lora_ft.data.dataset import Dataset, Report
 from lora_ft.data.rows import Example
 from lora_ft.memory.costs import Cost
+from lora_ft.memory.fused_attention import fused_attention
 from lora_ft.memory.meter import Meter
 from lora_ft.memory.timeline import Timeline
 from lora_ft.memory.twin import on_meta
@@ -43,7 +44,7 @@ from lora_ft.training.ranks import Ranks
 from lora_ft.training.state import NAME, TrainingState
 from lora_ft.training.step import Step, read
 from lora_ft.training.trainer import apply_gradient, compute_gradient
-from lora_ft.values import BlockKernels
+from lora_ft.values import BlockKernels, Keep
 
 PHASES = ("forward", "loss", "backward", "optimizer")
 
@@ -61,7 +62,8 @@ class StepTrace:
     timeline: live bytes over the step by term (memory/timeline.py). terms_at_peak: those at the peak; their sum is
     peak_bytes.
     base_bytes: of the frozen base by quantization or dtype, such as nf4 and bfloat16.
-    costs: the work of the operations, attention included (memory/costs.py).
+    costs: the work of the operations, attention included (memory/costs.py). bytes_inside: by which the buffers that
+    operators make for themselves raise the peak (memory/workspaces.py).
     plain_lora_layers: adapted layers that compute as PEFT does. reasons: log lines about them.
     """
 
@@ -78,6 +80,7 @@ class StepTrace:
     terms_at_peak: dict[str, int]
     base_bytes: dict[str, int]
     costs: tuple[Cost, ...]
+    bytes_inside: int
     plain_lora_layers: list[str]
     reasons: list[str]
 
@@ -93,16 +96,20 @@ def trace_step(cfg: config.TrainRun, model_config: Any, lengths: Sequence[int], 
     All tokens but the first of a document are supervised. `train.gradient_checkpointing` must be off or every_k.
     Without weights, the paths are those that `cfg.fast` selects; the self-check of a loaded model may refuse some.
     """
+    # Weights of a bfloat16 checkpoint fit into bfloat16. Those of another one might, which only their values show.
+    exact = getattr(model_config, "dtype", None) in (torch.bfloat16, "bfloat16")  # loading changes the config
     with standing_for(device), torch.random.fork_rng(devices=[]), Meter() as meter, _fused_on_meta():
         meter.phase = "base"
         with torch.device("meta"):
             network = objectives.find(cfg.objective).model_class.from_config(model_config, dtype=_dtype(cfg, device))
         network.requires_grad_(False).eval()
-        quantize_meta(network, cfg.quant, network.dtype)
+        compute = cfg.quant.compute_dtype
+        dtype = network.dtype if compute is config.Dtype.auto else getattr(torch, compute.value)
+        quantize_meta(network, cfg.quant, dtype)
         if cfg.model.embedding_device == "cpu":
             keep_on_cpu(network, torch.device("meta"))
         switch_off_dropout(network)
-        fast = dataclasses.replace(cfg.fast, storage=False)  # it depends on the values of the weights
+        fast = dataclasses.replace(cfg.fast, storage=cfg.fast.storage and exact)
         made = accelerate(network, fast, _kernels(cfg, device), set(cfg.adapter.modules_to_save), check=False)
         meter.phase = "adapter"
         with torch.device("meta"):
@@ -133,6 +140,7 @@ def _trace(
     state.model.train()
     meter.assign([state.flat.values], "adapter")
     meter.assign([state.flat.gradients], "gradient")
+    on_host = _copies_of_adapter(state)  # noqa: F841 - is counted until the trace ends
     loaded = meter.live_bytes
     # A step that was not computed; only the optimizer's state is wanted of it.
     apply_gradient(state, Step(1, [], {"tokens": 1}, ["loss"], state.flat.values[:0], 1.0, 1.0))
@@ -163,9 +171,18 @@ def _trace(
         terms_at_peak=timeline.at_peak,
         base_bytes=base_bytes,
         costs=meter.costs(),
+        bytes_inside=max(0, meter.peak_inside - meter.peaks[peak_phase]),
         plain_lora_layers=sorted(plain),
         reasons=list(reasons),
     )
+
+
+def _copies_of_adapter(state: TrainingState) -> list[torch.Tensor]:
+    """Return what a run keeps of its adapter's values on the host, if the host's memory is that of the device."""
+    if target(state.flat.values.device).kind != "cpu":
+        return []
+    kept = [state.start, {"best": state.flat.values}] if state.cfg.train.keep is Keep.best else [state.start]
+    return [torch.empty(value.shape, dtype=value.dtype, device="meta") for each in kept for value in each.values()]
 
 
 def _base_bytes(meter: Meter, model: Any, quant: config.Quant) -> dict[str, int]:
@@ -198,7 +215,7 @@ def _kernels(cfg: config.TrainRun, device: Target) -> Kernels:
 
 
 def _dtype(cfg: config.TrainRun, device: Target) -> torch.dtype:
-    """Return the dtype of the base, as `models/device.auto_dtype` chooses it from a GPU's compute capability."""
+    """Return the dtype that a model is loaded in, as models/device.py chooses it."""
     if cfg.model.dtype is not config.Dtype.auto:
         return getattr(torch, cfg.model.dtype.value)
     if device.kind != "cuda" or device.capability < (7, 0):
@@ -255,12 +272,13 @@ def _phases(meter: Meter, state: TrainingState, plain: set[str]) -> Iterator[Non
 
 @contextlib.contextmanager
 def _fused_on_meta() -> Iterator[None]:
-    """Let torch's fused optimizers accept tensors on the meta device until the block ends."""
+    """Let fused optimizers and fused attention run on the meta device until the block ends."""
     from torch.optim import optimizer
 
     before = optimizer._get_fused_kernels_supported_devices
     optimizer._get_fused_kernels_supported_devices = lambda: [*before(), "meta"]
     try:
-        yield
+        with fused_attention():
+            yield
     finally:
         optimizer._get_fused_kernels_supported_devices = before

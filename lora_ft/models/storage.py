@@ -49,9 +49,11 @@ def exact_bfloat16(model: PreTrainedModel, modules_to_save: Collection[str] = ()
 
 
 def _narrow(weight: Tensor) -> Tensor | None:
-    """Return the weight in bfloat16, or None if that would lose a bit."""
+    """Return the weight in bfloat16, or None if that would lose a bit. One without values is taken to lose none."""
     if weight.dtype != torch.float32:
         return None
+    if weight.is_meta:
+        return weight.to(torch.bfloat16)
     # Most bases are stored in bfloat16 either throughout or not at all: the first row decides nearly always.
     for part in (weight[:1], weight):
         narrow = part.to(torch.bfloat16)

@@ -1,0 +1,91 @@
+"""Memory that a step needs beside its tensors: buffers inside operators, and what the allocator adds. All of it assumed.
+
+    workspaces       buffers that operators make for themselves, and cuBLAS's workspaces
+    allocator_slack  gaps, rounding and blocks kept for later
+
+Sources: PyTorch's aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp (flash attention's backward),
+.../mem_eff_attention/kernel_backward.h, ATen/cuda/CublasHandlePool.cpp and ATen/native/cpu/FlashAttentionKernel.cpp.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lora_ft.memory.costs import Kind
+from lora_ft.ops.device import Target
+
+if TYPE_CHECKING:
+    from lora_ft.memory.trace import StepTrace
+
+MIB = 2**20
+
+
+def workspaces(trace: "StepTrace", device: Target) -> int:
+    """Return the bytes that operators of a step need for themselves at its peak, and those of cuBLAS."""
+    return trace.bytes_inside + (_cublas(device) if device.kind == "cuda" else 0)
+
+
+def _cublas(device: Target) -> int:
+    """Return the workspaces that torch gives to cuBLAS: one to the thread of the forward, one to that of the backward.
+
+    cuBLASLt uses the same ones. 32 MiB from Hopper on, before that 2 x 4 MiB + 8 x 16 KiB.
+    """
+    each = 32 * MIB if device.capability[0] in (9, 10, 12) else 8 * MIB + 128 * 1024
+    return 2 * each
+
+
+def bytes_inside(kind: Kind, func: Any, args: Sequence[Any], documents: int) -> int:
+    """Return the bytes of the buffers that an operator makes for itself; `documents`: how many it packs, at least 1."""
+    formula = _INSIDE.get(kind.name.rpartition(".")[2])
+    if formula is None:
+        return 0
+    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
+    return formula(given["query"], given["key"], documents)
+
+
+def _flash_backward(query: Tensor, key: Tensor, documents: int) -> int:
+    """Gradient of the queries in float32, and of keys and values for each head of queries.
+
+    A document's rows are followed by 128 more; columns are rounded up to a multiple of 32, over 128 of 64.
+    """
+    if query.dim() == 4:  # [documents, heads, tokens, width]
+        documents, heads, tokens, width = query.shape
+        tokens, keys, key_heads = documents * tokens, documents * key.shape[2], key.shape[1]
+    else:
+        (tokens, heads, width), keys, key_heads = query.shape, key.shape[0], key.shape[1]
+    columns = _up(width, 32 if width <= 128 else 64)
+    accumulated = 4 * (tokens + 128 * documents) * heads * (columns + 1)  # and a sum for each row
+    expanded = 2 * keys * heads * width * query.element_size() if heads != key_heads else 0
+    return accumulated + expanded
+
+
+def _efficient_backward(query: Tensor, key: Tensor, documents: int) -> int:
+    """A sum for each row; gradients in float32 if the results are shorter: of queries, of wide keys and values."""
+    batch, heads, tokens, width = query.shape
+    rows = 4 * batch * heads * tokens
+    if query.element_size() == 4:
+        return rows
+    columns = _up(width, 64)
+    wide = 2 * _up(key.shape[2], 128) * columns if width > 128 else 0
+    return rows + 4 * batch * heads * (_up(tokens, 64) * columns + wide)
+
+
+def _cpu_attention(query: Tensor, key: Tensor, documents: int) -> int:
+    """A block of scores, of a result and of sums for each thread: 32 to 256 rows by 512 keys, in float32."""
+    rows = 256 if query.shape[2] >= 768 else 64 if query.shape[2] >= 192 else 32
+    return torch.get_num_threads() * 4 * rows * (512 + query.shape[-1] + 2)
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+_INSIDE = {
+    "_varlen_attn_backward": _flash_backward,
+    "_scaled_dot_product_flash_attention_backward": _flash_backward,
+    "_scaled_dot_product_efficient_attention_backward": _efficient_backward,
+    "_scaled_dot_product_flash_attention_for_cpu": _cpu_attention,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": _cpu_attention,
+}
