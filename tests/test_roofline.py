@@ -156,9 +156,19 @@ def test_embedding_on_the_cpu_is_a_transfer_of_its_rows() -> None:
     assert rows <= moved[1] - moved[0] < 1.01 * rows
 
 
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((6, 1), "float32"), ((7, 0), "float16"), ((7, 5), "float16"), ((8, 0), "bfloat16")]
+)
+def test_products_of_a_gpu_are_in_the_dtype_that_training_chooses(capability: tuple[int, int], dtype: str) -> None:
+    cfg = config.TrainRun(train=config.Train(gradient_checkpointing="off"))
+    found = trace_step(cfg, config_of("smollm2_135m", 1), [64], Target("cuda", capability))
+    largest = max((cost for cost in found.costs if cost.phase == "forward"), key=lambda cost: cost.flops)
+    assert largest.dtype == dtype
+
+
 def test_small_model_is_bound_by_launches_until_its_step_is_large_enough() -> None:
     def sentence(tokens: int) -> str:
-        return launch_bound(traced("qwen3_0_6b", tokens, layers=28), tokens, machine_of("h100_80gb"))
+        return launch_bound(traced("qwen3_0_6b", tokens, layers=8), tokens, machine_of("h100_80gb"))
 
     enough = int(re.search(r"train\.tokens_per_step=(\d+) on", sentence(1024))[1])  # type: ignore[index]
     assert 1024 < enough <= 8192

@@ -8,13 +8,11 @@
 `needed` and `seconds` trace a step; the results that are returned were traced, and fit.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 _TRIES = 8
 _PRECISION = 0.01  # of the memory: a larger micro-batch by less is not looked for
-_MULTIPLE = 64  # tokens
 
 
 @dataclass(frozen=True)
@@ -26,12 +24,17 @@ class Sizes:
     step: int
 
     def rounded(self, tokens: float) -> int:
-        """Round down to a multiple of 64, within the bounds."""
-        return min(self.most, max(self.least, int(tokens) // _MULTIPLE * _MULTIPLE))
+        """Round down by at most 3 %, within the bounds."""
+        return min(self.most, max(self.least, int(tokens) // spacing(tokens) * spacing(tokens)))
 
-    def micro_batches(self, tokens: int) -> int:
-        """Return the number of micro-batches of the step of median size."""
-        return math.ceil(self.step / tokens)
+    def micro_batches(self, tokens: int) -> float:
+        """Return the number of micro-batches of the step of median size; the last one is smaller than the others."""
+        return max(1.0, self.step / tokens)
+
+
+def spacing(tokens: float) -> int:
+    """Return the distance of the sizes that are looked at: a power of two, at most 1/32 of the tokens."""
+    return 1 << max(0, int(tokens).bit_length() - 6)
 
 
 def largest_that_fits(sizes: Sizes, needed: Callable[[int], int], budget: int) -> int:
@@ -45,7 +48,7 @@ def largest_that_fits(sizes: Sizes, needed: Callable[[int], int], budget: int) -
         share = (budget - needed(fits)) / (needed(exceeds) - needed(fits))
         between = sizes.rounded(fits + share * (exceeds - fits))
         if between == fits:  # the bytes are linear so far: one size more decides
-            between = sizes.rounded(fits + _MULTIPLE)
+            between = sizes.rounded(fits + spacing(fits))
         if not fits < between < exceeds:
             break
         if needed(between) <= budget:
@@ -106,9 +109,9 @@ def _estimated(
             return of(first, tokens) * (1 - share) + of(last, tokens) * share
 
         low, high = between(needed, sizes.least), between(needed, sizes.most)
-        tokens = sizes.most if high <= budget else sizes.rounded(sizes.least + (budget - low) / (high - low) * span)
         if low > budget:
             continue
+        tokens = sizes.most if high <= budget else sizes.rounded(sizes.least + (budget - low) / (high - low) * span)
         at = (tokens - sizes.least) / span
         one = between(seconds, sizes.least) * (1 - at) + between(seconds, sizes.most) * at
         found.append((sizes.micro_batches(tokens) * one, setting))

@@ -18,10 +18,10 @@ from lora_ft.data.dataset import Dataset
 from lora_ft.memory import workload as workloads
 from lora_ft.memory.advice import Advice, advise, nearest_hardware
 from lora_ft.memory.auto import settings_of
-from lora_ft.memory.levers import num_layers
 from lora_ft.memory.machine import Machine, resolve
 from lora_ft.memory.pairs import Sizes, fastest
 from lora_ft.memory.prediction import Prediction, Traces, predict
+from lora_ft.memory.shallow import num_layers
 from lora_ft.memory.storage import Storage, storage
 from lora_ft.memory.workload import Workload
 from lora_ft.models.described import Described, described
