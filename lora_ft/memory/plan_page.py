@@ -93,7 +93,8 @@ def _advice(plan: Plan) -> list[RenderableType]:
     table.add_column(justify="right", min_width=4)
     table.add_column(overflow="fold")
     for number, each in enumerate(plan.advice, 1):
-        slower = "" if each.slowdown is None else f", {each.slowdown:+.0%} time"
+        change = "same" if abs(each.slowdown or 0) < 0.005 else f"{each.slowdown:+.0%}"
+        slower = "" if each.slowdown is None else f", {change} time"
         table.add_row(f"{number}.", Text(" ".join(each.changes), "cyan"))
         table.add_row("", Text(f"peak {hundredths(each.prediction.peak_bytes)} GiB{slower}: {each.cost}", "dim"))
     effect = "saves memory" if plan.prediction.fits else "makes it fit"
