@@ -47,7 +47,7 @@ switches off.
 
 
 class Row(NamedTuple):
-    """What works for a family."""
+    """The cells of a family."""
 
     documents: str
     attention: str
@@ -66,7 +66,7 @@ def shared(made: Accelerated) -> tuple[str, str, str]:
         lines = " ".join(made.reasons)
         attention = "packed" + (", capped" if "capped" in lines else ", sinks" if "sinks" in lines else "")
     counted = next((line for line in made.reasons if line.startswith("accelerated blocks: ")), "")
-    return documents, attention, ", ".join(word for word in ("norm", "mlp", "rope") if f" {word}" in counted)
+    return documents, attention, ", ".join(word for word in ("norm", "mlp", "rope") if f" {word}" in counted) or "-"
 
 
 def row(name: str, folder: Path) -> Row:
@@ -140,7 +140,7 @@ def _counts(rows: dict[str, Row]) -> str:
 
 
 def cells(name: str) -> list[str]:
-    """Return the cells of a family on the page as it is."""
+    """Read the cells of a family from the page."""
     for line in PAGE.read_text("utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if cells[0] == name:

@@ -59,6 +59,24 @@ def test_documents_that_share_a_pass_have_the_loss_and_gradients_of_documents_al
     assert models_page.shared(made) == tuple(models_page.cells(name)[:3]), "run python tests/models_page.py"
 
 
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [
+        ("phi3", "5 norm, 2 mlp, 2 rope"),  # gate and up in one layer
+        ("granitemoehybrid", "5 norm, 2 mlp, 1 rope"),  # the same, of shared experts
+        ("lfm2", "7 norm, 2 mlp, 1 rope"),  # parts called w1, w2, w3
+        ("cohere", "3 norm, 2 mlp"),  # layer norms without a bias
+    ],
+)
+def test_blocks_with_other_parts_are_accelerated_and_give_the_same_gradients(name: str, blocks: str) -> None:
+    model = zoo_model(name).requires_grad_(False)
+    expected = learned(model, BATCH.documents(), PLAIN_PATHS)
+    made = accelerate(model, config.Fast())
+    assert f"accelerated blocks: {blocks}" in made.reasons
+    found = learned(model, [BATCH], made.paths)
+    assert all(relative(f, e) < 1e-5 for f, e in zip(found, expected, strict=True))
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize("name", [*SOME, *REST])
 def test_fifty_steps_equal_a_plain_peft_loop(name: str, tmp_path: Path) -> None:
