@@ -1,5 +1,7 @@
 """Every family of the zoo: documents that share a forward pass, training, merging and saved adapters are exact."""
 
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,8 @@ import pytest
 import torch
 from accelerated import packed, relative
 from finished import adapted, finished_run, settings
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import PeftModel
 from states import detach, state_on, trained
 from test_training import plain_loop, without_dropout
@@ -20,7 +24,7 @@ from lora_ft import config
 from lora_ft.models.acceleration import accelerate
 from lora_ft.ops.batch import Batch
 from lora_ft.ops.dropout import switch_off_dropout
-from lora_ft.ops.token_loss import PLAIN_PATHS, Paths, token_loss_sum
+from lora_ft.ops.token_loss import PLAIN_PATHS, Paths, document_loss_sums, similar_lengths, token_loss_sum
 
 # Longer than the windows and chunks of the zoo, 8; of lengths that differ little and much.
 BATCH = packed(24, 1, 19, 22, 8)
@@ -57,6 +61,33 @@ def test_documents_that_share_a_pass_have_the_loss_and_gradients_of_documents_al
     found = learned(model, [BATCH], made.paths)
     assert all(relative(f, e) < 1e-6 for f, e in zip(found, expected, strict=True))
     assert models_page.shared(made) == tuple(models_page.cells(name)[:3]), "run python tests/models_page.py"
+
+
+@pytest.mark.parametrize("fast_loss", [True, False])
+def test_losses_of_rows_side_by_side_are_in_the_order_of_the_documents(fast_loss: bool) -> None:
+    model = zoo_model("lfm2", dtype=torch.float64).requires_grad_(False)
+    expected = torch.stack([token_loss_sum(model, document, PLAIN_PATHS) for document in BATCH.documents()])
+    made = accelerate(model, config.Fast(loss=fast_loss))
+    assert made.paths.pads and made.paths.supervised_rows_only is fast_loss
+    torch.testing.assert_close(document_loss_sums(model, BATCH, made.paths), expected)
+    # Documents that would change the rotary frequencies of others are computed one by one.
+    limited = replace(made.paths, longest_shared=20)
+    rows: list[int] = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda *a: rows.append(len(a[2])))
+    torch.testing.assert_close(document_loss_sums(model, BATCH, limited), expected)
+    hook.remove()
+    assert rows == [1] * 5
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=40))
+def test_rows_side_by_side_have_similar_lengths(lengths: list[int]) -> None:
+    groups = similar_lengths(lengths)
+    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
+    of_groups = [[lengths[index] for index in group] for group in groups]
+    assert all(group[0] == max(group) and min(group) >= 0.7 * group[0] for group in of_groups)
+    assert sum(len(group) * group[0] for group in of_groups) <= sum(lengths) / 0.7
+    # No two groups could be one.
+    assert all(later[0] < 0.7 * group[0] for group, later in pairwise(of_groups))
 
 
 @pytest.mark.parametrize(
