@@ -41,6 +41,7 @@ switches off.
   attention knows them. `own`: the model's attention.
 - **fast blocks**: norms, MLPs and rotary positions that keep less for the backward.
 - **trains**: with `adapter.target_modules=[all-linear]`. **quantized**: the same with `quant=nf4` and `quant=int8`.
+- **experts**: `trained` or `frozen` by such a run; `-` if the family has none.
 - **merges**: the merged model computes the logits of base and adapter. **GGUF**: what llama.cpp can load, the
   `adapter` or the `merged` model.
 """
@@ -54,6 +55,7 @@ class Row(NamedTuple):
     blocks: str
     trains: bool
     quantized: str
+    experts: str
     merges: bool
     gguf: str
 
@@ -86,19 +88,34 @@ def row(name: str, folder: Path) -> Row:
         "merged": lambda: gguf_model.write(folder / "merged", folder / "merged.gguf", GgufType.f32),
     }
     exports = [form for form, write in forms.items() if merges and _works(write)]
-    return Row(*first, _works(lambda: _train(model, folder / "none")), ", ".join(kinds), merges, ", ".join(exports))
+    parameters: list[str] = []
+    trains = _works(lambda: parameters.extend(_train(model, folder / "none")))
+    return Row(*first, trains, ", ".join(kinds), _experts(model, parameters), merges, ", ".join(exports))
+
+
+def _experts(model: Any, trained: list[str]) -> str:
+    """Say what a run with these trained parameters does with the experts, which are matrices in 3-D or in a list."""
+    experts = {
+        name.rpartition(".")[0]
+        for name, parameter in model.named_parameters()
+        if (parameter.ndim == 3 and "conv" not in name) or ".experts.0." in name
+    }
+    if not experts:
+        return "-"
+    return "trained" if any(f".{module}." in name for module in experts for name in trained) else "frozen"
 
 
 def _quantized(base: Path, kind: str) -> Any:
     return load_base(config.Model(path=str(base)), config.Quant(kind=config.QuantKind[kind]), "cpu").model
 
 
-def _train(model: Any, folder: Path) -> None:
-    """Train two steps; every matrix must get a gradient."""
+def _train(model: Any, folder: Path) -> list[str]:
+    """Train two steps, in which every matrix must get a gradient; return the names of the parameters."""
     optim = config.Optim(lr=1e-3, warmup_steps=0)
     state = state_on(model, folder, optim=optim, train=config.Train(max_steps=2, tokens_per_step=60))
     try:
         trained(state)
+        return list(state.parameters)
     finally:
         detach(state)
 
@@ -117,7 +134,10 @@ def _works(attempt: Callable[[], object]) -> bool:
 
 def page(rows: dict[str, Row]) -> str:
     """Return the page for the rows of families, by name."""
-    lines = ["| family | documents | attention | fast blocks | trains | quantized | merges | GGUF |", "|" + "---|" * 8]
+    lines = [
+        "| family | documents | attention | fast blocks | trains | quantized | experts | merges | GGUF |",
+        "|" + "---|" * 9,
+    ]
     for name, found in rows.items():
         lines.append(f"| {name} | {' | '.join(as_cells(found))} |")
     return f"{HEAD}\n{_counts(rows)}\n\n" + "\n".join(lines) + "\n"
