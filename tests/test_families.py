@@ -63,6 +63,15 @@ def test_documents_that_share_a_pass_have_the_loss_and_gradients_of_documents_al
     assert models_page.shared(made) == tuple(models_page.cells(name)[:3]), "run python tests/models_page.py"
 
 
+@pytest.mark.parametrize("name", ["seed_oss", "gpt_bigcode", "falcon", "opt"])
+def test_dropout_of_a_base_is_off_whatever_it_is_called(name: str) -> None:
+    model = zoo_model(name)
+    ids = BATCH.ids[None, :20]
+    expected = model(input_ids=ids).logits
+    switch_off_dropout(model)
+    assert torch.equal(model.train()(input_ids=ids).logits, expected)
+
+
 @pytest.mark.parametrize("fast_loss", [True, False])
 def test_losses_of_rows_side_by_side_are_in_the_order_of_the_documents(fast_loss: bool) -> None:
     model = zoo_model("lfm2", dtype=torch.float64).requires_grad_(False)
@@ -117,8 +126,9 @@ def test_fifty_steps_equal_a_plain_peft_loop(name: str, tmp_path: Path) -> None:
     plain = without_dropout(zoo_model(name, dtype=torch.float64)).requires_grad_(False)
     expected, losses = plain_loop(plain, state, masked=False)
     assert len(losses) == 50
-    assert state.losses == pytest.approx(losses, rel=1e-6)
-    assert relative(adapter, expected) < 1e-6
+    bound = 1e-5 if name == "gemma4_text" else 1e-6  # it rounds more to float32 than others
+    assert state.losses == pytest.approx(losses, rel=bound)
+    assert relative(adapter, expected) < bound
     detach(state)
 
 
