@@ -135,18 +135,26 @@ def check_plan(model: Any) -> tuple[str, ...]:
     leave out layers (transformers issue 45674).
     """
     import bitsandbytes
-    from transformers.pytorch_utils import Conv1D
 
     classes = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
-    planned = [name for name, module in linear.items() if module is not model.get_output_embeddings()]
-    quantized = {n for n, m in linear.items() if isinstance(m, classes) and m.weight.dtype in (torch.uint8, torch.int8)}
+    planned, modules = planned_layers(model), dict(model.named_modules())
+    quantized = {
+        n for n, m in modules.items() if isinstance(m, classes) and m.weight.dtype in (torch.uint8, torch.int8)
+    }
     if quantized != set(planned):
         raise ConfigError(
             f"the quantized layers are not the planned ones: missing {sorted(set(planned) - quantized) or 'none'}, "
             f"unexpected {sorted(quantized - set(planned)) or 'none'}: set quant=none for this model"
         )
     return tuple(planned)
+
+
+def planned_layers(model: Any) -> list[str]:
+    """Return the names of the layers that quantization must change, in order: every linear layer but the head."""
+    from transformers.pytorch_utils import Conv1D
+
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
+    return [name for name, module in linear.items() if module is not model.get_output_embeddings()]
 
 
 def settle(model: Any, quantized: tuple[str, ...]) -> None:
