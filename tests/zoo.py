@@ -65,7 +65,7 @@ DENSE: dict[str, dict[str, Any]] = {
     "gptj": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_inner": 128, "rotary_dim": 8, "n_positions": 256},
     "granite": _GROUPED | {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.1,
                            "logits_scaling": 2.0},
-    "helium": _GROUPED,
+    "helium": _GROUPED | {"head_dim": 16},
     "hunyuan_v1_dense": _WIDE,
     "internlm3": _WIDE,
     "llama": _GROUPED,

@@ -82,7 +82,7 @@ def fewest_recomputed(layers: int, needed: Callable[[str], int], budget: int) ->
 def _largest_micro_batch(state: TrainingState) -> list[int]:
     """Return the lengths of the documents of the largest micro-batch, in the step with the most tokens."""
     cfg = state.cfg.train
-    packs = cfg.packing and state.paths.packs
+    packs = cfg.packing and state.paths.share_a_pass
 
     def size(step: object) -> int:
         lengths = [len(state.examples[i].ids) for i in step]  # type: ignore[attr-defined]

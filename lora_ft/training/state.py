@@ -247,7 +247,7 @@ def _loss_scale(
 
 def _largest_micro_batch(paths: Paths, examples: list[Example], steps: list[np.ndarray], train: config.Train) -> int:
     """Return the number of tokens of the largest micro-batch of the run, or a bound above it."""
-    packs = train.packing and paths.packs
+    packs = train.packing and paths.share_a_pass
     of_steps = ([examples[i] for i in step] for step in steps)
     largest = max(sum(len(e.ids) for e in step) if packs else longest_group(step) for step in of_steps)
     return min(largest, train.tokens_per_microbatch or largest)

@@ -152,7 +152,7 @@ def compute_gradient(state: TrainingState, ranks: Ranks, *, audited: bool) -> St
     """Compute the gradient of the next step, divided and clipped; nothing is read from the device."""
     started, index = time.perf_counter(), state.step
     cfg, examples = state.cfg, [state.examples[i] for i in state.steps[index]]
-    packed = micro_batches(examples, cfg.train.tokens_per_microbatch, cfg.train.packing and state.paths.packs)
+    packed = micro_batches(examples, cfg.train.tokens_per_microbatch, cfg.train.packing and state.paths.share_a_pass)
     scale = state.loss_scale.at(index + 1) if state.loss_scale else 1.0
     state.flat.gradients.zero_()
     parts: list[LossSum] = []
