@@ -65,10 +65,15 @@ def _part(model: PreTrainedModel, name: str, module: nn.Module, selection: Selec
         return Part.EMBEDDING
     if isinstance(module, LINEAR):
         return Part.NOT_CHOSEN
-    return Part.EXPERTS if _holds_experts(module) else Part.OTHER
+    return Part.EXPERTS if _holds_experts(module, _expert_counts(model)) else Part.OTHER
 
 
-def _holds_experts(module: nn.Module) -> bool:
-    """Return True for a module with a matrix for each expert: a tensor of three dimensions, and no convolution."""
-    own = module.parameters(recurse=False)
-    return not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and any(p.dim() == 3 for p in own)
+def _holds_experts(module: nn.Module, counts: set[int]) -> bool:
+    """Return True for a module with a matrix for each expert."""
+    return any(p.dim() == 3 and p.shape[0] in counts for p in module.parameters(recurse=False))
+
+
+def _expert_counts(model: PreTrainedModel) -> set[int]:
+    """Return the values of settings such as num_local_experts and moe_num_experts."""
+    settings = vars(model.config.get_text_config())
+    return {value for key, value in settings.items() if "expert" in key and type(value) is int and value > 1}

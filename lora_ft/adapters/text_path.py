@@ -92,7 +92,7 @@ def _leaf(name: str) -> str:
 def _trace(model: PreTrainedModel) -> tuple[dict[str, str], frozenset[str]]:
     """Run the forward of a copy on the meta device; return the reasons of its layers, and its unused parameters."""
     twin: Any = type(model)._from_config(copy.deepcopy(model.config), attn_implementation="eager", dtype=torch.bfloat16)
-    twin.requires_grad_().eval()
+    twin.requires_grad_().train()  # some code passes a layer by in this mode only
     found: dict[str, str] = {}
     probes: dict[str, Tensor] = {}
     for name, layer in adaptable_layers(twin).items():
