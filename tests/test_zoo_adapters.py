@@ -146,7 +146,7 @@ def test_names_select_the_text_tower_only() -> None:
     assert all("language_model" in layer for layer in found.layers) and len(found.layers) == 4
     assert found.left_out == dict.fromkeys(found.left_out, NOT_CALLED)
     assert {targets.short(layer) for layer in found.left_out} == {"q_proj", "v_proj"}
-    with pytest.raises(ConfigError, match=r"fc1 matches only layers .* a text forward does not call it\): choose from"):
+    with pytest.raises(ConfigError, match=r"fc1 matches only layers .* not called by a text forward\): choose from"):
         select("gemma3", "fc1")
 
 

@@ -16,7 +16,7 @@ from lora_ft.adapters.text_path import LINEAR, text_path
 
 
 class Part(Enum):
-    """What a parameter of the base is to an adapter; the value is the word that `check` prints."""
+    """The use of a base's parameter by an adapter; the value is what `check` prints."""
 
     ADAPTED = "adapted"
     SAVED = "trained in full"  # adapter.modules_to_save

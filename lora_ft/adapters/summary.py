@@ -36,7 +36,7 @@ class Layers:
     """Counts of a base's layers and parameters, for one adapter.
 
     count: adapted layers. targets: adapted layers by the last part of their name. left_out: layers that target_modules
-    selects and that are not adapted, by reason and name, such as {"no gradient reaches it": {"q_proj": 27}}.
+    selects and that are not adapted, by reason and name, such as {"without a gradient": {"q_proj": 27}}.
     trainable, base: parameters. scales: factors of the products B A. over_full: layers whose A and B have at least as
     many parameters as the layer. parts: the base's parameters by what they are to the adapter (adapters/accounting.py).
     quantized: parameters that the quantization changes.

@@ -22,7 +22,7 @@ from lora_ft.adapters.text_path import adaptable_layers, text_path
 from lora_ft.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
-EXCLUDED = "adapter.exclude names it"
+EXCLUDED = "excluded by adapter.exclude"
 
 _PLAIN_NAME = re.compile(r"[\w.-]+")
 

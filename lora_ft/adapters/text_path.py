@@ -1,7 +1,7 @@
 """Find out which layers of a model an adapter can train, by running text through a copy without values.
 
     text_path(model).reasons   {"model.layers.0.self_attn.q_proj": "",
-                                "vision_tower.layers.0.q_proj": "a text forward does not call it", ...}
+                                "vision_tower.layers.0.q_proj": "not called by a text forward", ...}
     text_path(model).unused    {"vision_tower.patch_embedding.weight", ...}
 
 A vision tower runs on images only, a router may subclass Linear and return a tuple, a state-space layer may multiply by
@@ -30,11 +30,11 @@ from transformers.pytorch_utils import Conv1D
 
 log = logging.getLogger("lora_ft")
 
-NOT_CALLED = "a text forward does not call it"
-NO_TENSOR = "it returns several values instead of a tensor"
-NO_GRADIENT = "no gradient reaches it"
-WEIGHT_READ = "other code multiplies by its weight and passes an adapter by"
-REFUSED = "PEFT does not adapt layers of this name in this model type"
+NOT_CALLED = "not called by a text forward"
+NO_TENSOR = "with several results instead of one tensor"
+NO_GRADIENT = "without a gradient"
+WEIGHT_READ = "other code multiplies by the weight, past an adapter"
+REFUSED = "PEFT does not adapt this name in this model type"
 
 LINEAR = (nn.Linear, Conv1D)  # bitsandbytes' layers are subclasses of the first
 
