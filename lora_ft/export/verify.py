@@ -5,7 +5,6 @@ written folder --from_pretrained, in this process--> logits --+--> distance <= t
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
