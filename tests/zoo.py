@@ -154,9 +154,11 @@ def zoo_model(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -
     The embeddings of all models are untied.
     """
     auto: Any = AutoModelForImageTextToText if name in MULTIMODAL else AutoModelForCausalLM
+    # The default, grouped products, takes no float64.
+    options = {"experts_implementation": "eager"} if dtype is torch.float64 else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return auto.from_config(zoo_config(name), dtype=dtype).eval()
+        return auto.from_config(zoo_config(name), dtype=dtype, **options).eval()
 
 
 def zoo_config(name: str) -> Any:

@@ -73,9 +73,7 @@ def plain_name(model: PreTrainedModel) -> str:
     return attention.PLAIN if model._supports_sdpa else "eager"
 
 
-def _set(
-    model: PreTrainedModel, plain: str, switched_on: frozenset[str], logit_map: LogitMap, *, pads: bool
-) -> Paths:
+def _set(model: PreTrainedModel, plain: str, switched_on: frozenset[str], logit_map: LogitMap, *, pads: bool) -> Paths:
     packing, attends, loss = (name in switched_on for name in ("packing", "attention", "loss"))
     attends &= not pads
     set_attention(model, attention.NAME if attends else plain)

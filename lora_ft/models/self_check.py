@@ -95,7 +95,7 @@ def find_problem(model: PreTrainedModel, paths: Paths, reference: Reference) -> 
     if not (distance := _distance(reference, loss, gradient[-length:])) <= _tolerance(model):
         return f"loss {loss:.4f} instead of {reference.loss:.4f}, relative error of loss or gradient {distance:.1e}"
     if paths.packs and _has_chunks(model):
-        return "packed attention does not support chunks"
+        return "attention counts chunks along a row"
     return _ignored_windows(model, calls) if paths.passes_starts else ""
 
 

@@ -84,9 +84,7 @@ def _blocks(how: Scoring, device: torch.device) -> Iterator[_Block]:
 
 class _ScoredAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, how: Scoring
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, how: Scoring) -> Tensor:
         ctx.save_for_backward(query, key, value, *([] if sinks is None else [sinks]))
         ctx.how = how
         q, k, v = _by_key_head(query, len(key[0])), key[0], value[0]
@@ -186,9 +184,16 @@ def flash_with_sinks(
 class _FlashWithSinks(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, boundaries: Tensor, longest: int, how: Scoring
-    ) -> Tensor:  # fmt: skip
-        import torch.nn.attention.varlen  # noqa: F401 - it registers the operators
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor,
+        boundaries: Tensor,
+        longest: int,
+        how: Scoring,
+    ) -> Tensor:
+        import torch.nn.attention.varlen  # registers the operators
 
         q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))  # [T, heads, D]
         window = [-1 if how.window is None else how.window - 1, 0]
