@@ -1,6 +1,7 @@
 """Every family of the zoo: the layers that an adapter takes, one step of training, PEFT alone, and all parameters."""
 
 import functools
+import json
 import warnings
 from dataclasses import dataclass
 
@@ -27,6 +28,9 @@ from lora_ft.adapters.text_path import (
 from lora_ft.errors import ConfigError
 from lora_ft.models.meta_quantize import quantize_meta
 from lora_ft.models.quantize import planned_layers
+from lora_ft.ops.lora_linear import lora_linear, lora_linear_plain
+from lora_ft.ops.weights import FrozenWeight
+from lora_ft.publishing.adapter_facts import _shapes_of_base
 
 IDS = torch.arange(12)[None] * 37 % 512
 
@@ -217,3 +221,27 @@ def test_quantized_layers_are_the_planned_ones(name: str) -> None:
 def test_model_without_a_layer_to_quantize_is_refused() -> None:
     with pytest.raises(ConfigError, match="falcon has no linear layer of torch's class to quantize: set quant=none"):
         planned_layers(meta_model("falcon"))
+
+
+@pytest.mark.parametrize("tag", ["Infinity", "NaN"])
+def test_config_with_numbers_that_json_does_not_have_describes_the_base(tag: str) -> None:
+    written = json.loads(zoo_config("mamba2").to_json_string())
+    assert written["time_step_limit"] == [0.0, {"__float__": "Infinity"}]
+    written["time_step_limit"][1]["__float__"] = tag
+    shapes, tied = _shapes_of_base(written)
+    assert tied is False
+    assert shapes == {name: tuple(tensor.shape) for name, tensor in meta_model("mamba2").state_dict().items()}
+
+
+def test_product_of_a_fast_layer_can_be_changed_in_place() -> None:
+    torch.manual_seed(0)
+    x, weight, a, b = (torch.randn(shape) for shape in ((2, 3, 8), (6, 8), (2, 8), (6, 2)))
+    gradients = []
+    for product in (lora_linear, lora_linear_plain):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, a, b)]
+        frozen = FrozenWeight(lambda: weight, fresh=False) if product is lora_linear else weight
+        y = product(leaves[0], frozen, None, *leaves[1:], 0.5)
+        y *= 3
+        y.square().sum().backward()
+        gradients.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    assert all(torch.allclose(fast, plain, rtol=1e-5, atol=1e-4) for fast, plain in zip(*gradients, strict=True))
