@@ -3,18 +3,19 @@
 import functools
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from tiny import tiny_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from zoo import ZOO, zoo_config, zoo_model
 
 from lora_ft import config
-from lora_ft.adapters import attach, audit, targets
+from lora_ft.adapters import attach, audit, summary, targets
 from lora_ft.adapters.accounting import Part, account
 from lora_ft.adapters.text_path import (
     LINEAR,
@@ -26,6 +27,7 @@ from lora_ft.adapters.text_path import (
     text_path,
 )
 from lora_ft.errors import ConfigError
+from lora_ft.models.load import Base, Identity
 from lora_ft.models.meta_quantize import quantize_meta
 from lora_ft.models.quantize import planned_layers
 from lora_ft.ops.lora_linear import lora_linear, lora_linear_plain
@@ -221,6 +223,21 @@ def test_quantized_layers_are_the_planned_ones(name: str) -> None:
 def test_model_without_a_layer_to_quantize_is_refused() -> None:
     with pytest.raises(ConfigError, match="falcon has no linear layer of torch's class to quantize: set quant=none"):
         planned_layers(meta_model("falcon"))
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"), [("mamba", "dt_proj"), ("gemma3n_text", "correction_coefs"), ("bamba", "")]
+)
+def test_weights_that_code_reads_past_their_layers_cannot_be_quantized(name: str, layers: str) -> None:
+    cfg = config.TrainRun(quant=config.Quant(kind=config.QuantKind.nf4), adapter=config.Adapter(r=2))
+    with torch.device("meta"):
+        model = type(meta_model(name))._from_config(zoo_config(name))
+    base = Base(model.requires_grad_(False), tiny_tokenizer(), Identity(*[None] * len(fields(Identity))), ())
+    if not layers:
+        assert summary.layers(base, cfg).quantized > 0
+        return
+    with pytest.raises(ConfigError, match=rf"quant=nf4: the code of {name} reads the weights of {layers} outside"):
+        summary.layers(base, cfg)
 
 
 @pytest.mark.parametrize("tag", ["Infinity", "NaN"])

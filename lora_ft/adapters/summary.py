@@ -12,12 +12,14 @@ from pathlib import Path
 
 import torch
 from peft.tuners.lora import LoraLayer
+from transformers import PreTrainedModel
 
 from lora_ft import config
 from lora_ft.adapters import attach, audit, files, init, provenance, targets
 from lora_ft.adapters.accounting import OUT_OF_REACH, TRAINED, Part, account
 from lora_ft.adapters.targets import EXCLUDED
-from lora_ft.adapters.text_path import NOT_CALLED
+from lora_ft.adapters.text_path import NOT_CALLED, text_path
+from lora_ft.errors import ConfigError
 from lora_ft.models import quantize
 from lora_ft.models.load import Base
 
@@ -74,6 +76,7 @@ def layers(base: Base, cfg: config.TrainRun) -> Layers:
     """
     parameters = dict(base.model.named_parameters())
     planned = quantize.planned_layers(base.model) if cfg.quant.kind is not config.QuantKind.none else []
+    _check_bypassed(base.model, planned, cfg.quant)
     quantized = sum(parameters[f"{name}.weight"].numel() for name in planned if f"{name}.weight" in parameters)
     selection = targets.select(base.model, cfg.adapter)
     parts = account(base.model, selection, cfg.adapter)
@@ -101,6 +104,15 @@ def layers(base: Base, cfg: config.TrainRun) -> Layers:
         out_of_reach=_sizes(out_of_reach),
         out_of_reach_bytes=sum(parameter.nbytes for parameter in out_of_reach.values()),
     )
+
+
+def _check_bypassed(model: PreTrainedModel, planned: list[str], quant: config.Quant) -> None:
+    """Raise ConfigError if code of the model multiplies by a weight that would be quantized, past its layer."""
+    if names := sorted({targets.short(name) for name in text_path(model).bypassed.intersection(planned)}):
+        raise ConfigError(
+            f"quant={quant.kind.value}: the code of {model.config.model_type} reads the weights of {', '.join(names)} "
+            "outside of these layers, where it cannot use quantized ones: set quant=none"
+        )
 
 
 def _by_reason(left_out: dict[str, str]) -> dict[str, dict[str, int]]:

@@ -53,10 +53,14 @@ def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 @dataclass(frozen=True)
 class TextPath:
-    """reasons: why an adapter could not train a layer, "" if it could. unused: parameters that no logit depends on."""
+    """reasons: why an adapter could not train a layer, "" if it could. unused: parameters that no logit depends on.
+
+    bypassed: layers that are not called though a logit depends on their weights, which other code reads.
+    """
 
     reasons: dict[str, str]
     unused: frozenset[str]
+    bypassed: frozenset[str]
 
 
 def text_path(model: PreTrainedModel) -> TextPath:
@@ -78,11 +82,12 @@ def _text_path(model: PreTrainedModel) -> TextPath:
         found |= traced
     except Exception as error:  # code of a model family, which may raise anything
         log.info("%s does not run without values (%r): every linear layer is adapted", type(model).__name__, error)
+    bypassed = frozenset(n for n, why in found.items() if why == NOT_CALLED and f"{n}.weight" not in unused)
     found |= dict.fromkeys(_read_elsewhere(model), WEIGHT_READ)
     linear = [name for name, layer in layers.items() if not isinstance(layer, nn.Embedding)]
     refused = {leaf for leaf in {_leaf(name) for name in linear} if not _peft_adapts(model.config, leaf)}
     found |= {name: REFUSED for name in linear if _leaf(name) in refused and not found[name]}
-    return TextPath({name: found[name] for name in layers}, unused)
+    return TextPath({name: found[name] for name in layers}, unused, bypassed)
 
 
 def _leaf(name: str) -> str:
