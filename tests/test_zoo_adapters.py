@@ -31,7 +31,7 @@ from lora_ft.models.load import Base, Identity
 from lora_ft.models.meta_quantize import quantize_meta
 from lora_ft.models.quantize import planned_layers
 from lora_ft.ops.lora_linear import lora_linear, lora_linear_plain
-from lora_ft.ops.weights import FrozenWeight
+from lora_ft.ops.weights import FrozenWeight, frozen_linear
 from lora_ft.publishing.adapter_facts import _shapes_of_base
 
 IDS = torch.arange(12)[None] * 37 % 512
@@ -262,3 +262,12 @@ def test_product_of_a_fast_layer_can_be_changed_in_place() -> None:
         y.square().sum().backward()
         gradients.append([y.detach(), *(leaf.grad for leaf in leaves)])
     assert all(torch.allclose(fast, plain, rtol=1e-5, atol=1e-4) for fast, plain in zip(*gradients, strict=True))
+
+
+def test_product_of_a_frozen_layer_can_be_changed_in_place() -> None:
+    x, weight = torch.randn(2, 3, 8, requires_grad=True), torch.randn(6, 8)
+    y = frozen_linear(x, lambda: weight, None)
+    y *= 3
+    assert torch.equal(y, 3 * torch.nn.functional.linear(x, weight))
+    y.sum().backward()
+    assert torch.allclose(x.grad, 3 * weight.sum(dim=0).expand_as(x))
