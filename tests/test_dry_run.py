@@ -124,7 +124,7 @@ def test_layers_are_counted_per_target_module(bases, tmp_path):
     cfg.adapter.target_modules = ["layers.0.self_attn.q_proj", "v_proj"]
     cfg.adapter.rank_pattern, cfg.adapter.alpha_pattern = {"v_proj": 2}, {"v_proj": 2.0}
     layers = dry_run_of(cfg, tiny_tokenizer(), tmp_path).layers
-    assert (layers.targets, layers.count) == ({"layers.0.self_attn.q_proj": 1, "v_proj": 2}, 3)
+    assert (layers.targets, layers.count) == ({"q_proj": 1, "v_proj": 2}, 3)
     assert layers.trainable == 4 * (64 + 64) + 2 * 2 * (64 + 32)
     assert layers.scales == [1.0, 2.0]
     cfg.adapter.target_modules = ["all-linear"]
