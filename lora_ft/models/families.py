@@ -38,17 +38,17 @@ _STARCODER2_SIZES = _SIZES | {
 }  # fmt: skip
 _GPT2_SIZES = _SIZES | {"feed_forward_length": "n_inner", "attention.layer_norm_epsilon": "layer_norm_epsilon"}
 
-_SILU = {"hidden_act": ("silu",)}
+_SILU: dict[str, Limit] = {"hidden_act": ("silu",)}
 _GELU = ("gelu_pytorch_tanh", "gelu_new")  # by the tangent, which is all that llama.cpp has
-_OLMO2_LIMITS = _SILU | {"attention_bias": (False,), "tie_word_embeddings": (False,)}
-_QWEN_MOE_LIMITS = _SILU | {
+_OLMO2_LIMITS: dict[str, Limit] = _SILU | {"attention_bias": (False,), "tie_word_embeddings": (False,)}
+_QWEN_MOE_LIMITS: dict[str, Limit] = _SILU | {
     "norm_topk_prob": (True,), "decoder_sparse_step": (1,), "mlp_only_layers": ([],), "attention_bias": (False,),
 }  # fmt: skip
-_SMOLLM3_LIMITS = _SILU | {
+_SMOLLM3_LIMITS: dict[str, Limit] = _SILU | {
     "no_rope_layers": lambda config: ([int((i + 1) % 4 != 0) for i in range(config.num_hidden_layers)],),
     "use_sliding_window": (False,),
 }
-_GPT2_LIMITS = {
+_GPT2_LIMITS: dict[str, Limit] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
 }  # fmt: skip
@@ -72,6 +72,12 @@ def _gemma(period: int, layers_27b: int) -> dict[str, Limit]:
         "hidden_activation": _GELU[:1], "attention_bias": (False,), "tie_word_embeddings": (True,),
         "layer_types": layer_types, "query_pre_attn_scalar": scalar,
     }  # fmt: skip
+
+
+_GEMMA3_LIMITS: dict[str, Limit] = {
+    "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,),
+    "use_bidirectional_attention": (False, None),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -154,8 +160,7 @@ FAMILIES = (
            {"hidden_act": _GELU[:1], "attention_bias": (False,), "tie_word_embeddings": (True,)}, norm_offset=1.0),
     Family("gemma2", "gemma2", _GEMMA2_SIZES, _gemma(2, 46), has_window=True, norm_offset=1.0),
     Family("gemma3_text", "gemma3", _LLAMA_SIZES,
-           _gemma(6, 62) | {"attn_logit_softcapping": (None,), "final_logit_softcapping": (None,),
-                            "use_bidirectional_attention": (False,)}, has_window=True, norm_offset=1.0),
+           _gemma(6, 62) | _GEMMA3_LIMITS, has_window=True, norm_offset=1.0),
     Family("phi3", "phi3", _LLAMA_SIZES, _SILU, constants={"attention.sliding_window": 0}, is_partial=True),
     Family("olmo2", "olmo2", _LLAMA_SIZES, _OLMO2_LIMITS),
     Family("granite", "granite", _GRANITE_SIZES, _SILU, interleaved=True),
@@ -164,6 +169,9 @@ FAMILIES = (
     Family("gpt2", "gpt2", _GPT2_SIZES, _GPT2_LIMITS, body="transformer", is_rotary=False,
            transposed=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")),
 )  # fmt: skip
+
+# The families whose adapters are compared with mlx-lm.
+MLX = tuple(row for row in FAMILIES if row.model_type in ("llama", "mistral", "qwen2", "qwen3", "gpt2"))
 
 
 def family(model_type: str | None) -> Family | None:

@@ -72,7 +72,9 @@ def layout_of(base_config: dict[str, Any]) -> Layout:
     return Layout(family, config)
 
 
-def family_and_config(base_config: dict[str, Any], output: str) -> tuple[families.Family, Any]:
+def family_and_config(
+    base_config: dict[str, Any], output: str, rows: tuple[families.Family, ...] = families.FAMILIES
+) -> tuple[families.Family, Any]:
     """Return the family and transformers' config object for the fields of config.json.
 
     Raises ConfigError for an unknown family, which names the `output` that cannot be written, or an invalid config.
@@ -80,9 +82,9 @@ def family_and_config(base_config: dict[str, Any], output: str) -> tuple[familie
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    family = families.family(base_config.get("model_type"))
+    family = next((row for row in rows if row.model_type == base_config.get("model_type")), None)
     if family is None:
-        known = ", ".join(row.model_type for row in families.FAMILIES)
+        known = ", ".join(row.model_type for row in rows)
         raise ConfigError(f"{output} can be written for models of type {known}, got {base_config.get('model_type')}")
     try:
         return family, AutoConfig.for_model(**base_config)

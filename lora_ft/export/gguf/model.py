@@ -51,11 +51,12 @@ def write(folder: Path, out: Path, kind: GgufType) -> None:
     metadata: dict[str, Value] = {
         "general.architecture": layout.family.architecture,
         "general.type": "model",
-        "general.name": out.stem,
         "general.file_type": _FILE_TYPES[kind],
         "general.quantization_version": 2,
         **{f"{layout.family.architecture}.{key}": value for key, value in _sizes(layout).items()},
-        **gguf_tokenizer.metadata(tokenizer, layout.config.vocab_size, _ends(folder, tokenizer, layout.config)),
+        **gguf_tokenizer.metadata(
+            tokenizer, layout.config.vocab_size, _ends(folder, tokenizer, layout.config), out.stem
+        ),
     }
     divisors = rope.described(layout, _head(layout.config))[1]
     tensors = [PlannedTensor(name, array.shape, Kind.F32) for name, array in divisors.items()]

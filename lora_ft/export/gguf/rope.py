@@ -14,7 +14,7 @@ import numpy as np
 from lora_ft.errors import ConfigError
 from lora_ft.export.gguf.layout import Layout
 from lora_ft.export.gguf.writer import Value
-from lora_ft.models.gguf.convert import llama3_divisors
+from lora_ft.models.gguf.rope import llama3_divisors
 
 
 def described(layout: Layout, head: int) -> tuple[dict[str, Value], dict[str, np.ndarray]]:

@@ -21,18 +21,12 @@ from gguf.gguf_reader import ReaderTensor
 from lora_ft.errors import ConfigError, ResourceError
 from lora_ft.io import durable
 from lora_ft.models.families import FAMILIES, Family, deinterleave, family_of_gguf
-from lora_ft.models.gguf import reader, tokenizer
+from lora_ft.models.gguf import reader, rope, tokenizer
 
 # Part of the cache's folder names. Increase it whenever a change makes the same file convert to other bytes.
-VERSION = 1
+VERSION = 2
 
 _TOKEN_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-# The scaling of Llama 3.1 and 3.2, the only published one; its factor is the largest divisor in the file.
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-
-# Tensors that became settings of the rotary positions.
-_ROTARY = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-
 # Name in the model -> the tensors stacked in it, most often one, and its shape in the model.
 Tensors = dict[str, tuple[tuple[ReaderTensor, ...], tuple[int, ...]]]
 
@@ -88,8 +82,12 @@ def write_folder(source: reader.GgufFile, folder: Path) -> None:
         raise ConfigError(f"{source.path} lacks {error.args[0]}: the file is incomplete") from None
     tensors = _tensors(source, family, config)
     specs = [
-        durable.TensorSpec(name, code := _dtype_code(stacked, family.offset(name.rpartition(".")[0])), shape,
-                           prod(shape) * (4 if code == "F32" else 2))
+        durable.TensorSpec(
+            name,
+            code := _dtype_code(stacked, family.offset(name.rpartition(".")[0])),
+            shape,
+            prod(shape) * (4 if code == "F32" else 2),
+        )
         for name, (stacked, shape) in tensors.items()
     ]
     durable.write_tensors(folder / "model.safetensors", specs, _buffers(tensors, family, config), {"format": "pt"})
@@ -118,7 +116,7 @@ def _config(source: reader.GgufFile, family: Family) -> Any:
     if family.is_rotary:
         heads = values["num_attention_heads"]
         values = {"num_key_value_heads": heads, "head_dim": values["hidden_size"] // heads} | values
-        values["rope_parameters"] = _rope(source, family, values)
+        values |= rope.settings(source, family, values["head_dim"])
     if family.has_window:
         values["sliding_window"] = source.metadata.get(f"{family.architecture}.attention.sliding_window", 4096)
     config = AutoConfig.for_model(
@@ -133,7 +131,7 @@ def _config(source: reader.GgufFile, family: Family) -> Any:
         if callable(limit):
             setattr(config, name, limit(config)[0])
     if family.is_rotary and (divisors := source.tensors.get("rope_freqs.weight")):
-        found, expected = reader.values(divisors), llama3_divisors(config)
+        found, expected = reader.values(divisors), rope.llama3_divisors(config)
         if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-4):
             raise ConfigError(f"{source.path}: rope_freqs.weight is not Llama 3's scaling: use the safetensors model")
     return config
@@ -145,44 +143,6 @@ def _is_tied(source: reader.GgufFile) -> bool:
     return head is None or (head.tensor_type == embedding.tensor_type and np.array_equal(head.data, embedding.data))
 
 
-def _rope(source: reader.GgufFile, family: Family, values: dict[str, Any]) -> dict[str, Any]:
-    """Return the rotary settings; for Llama 3's scaling the file has only the divisors, which `_config` verifies."""
-    prefix = f"{family.architecture}.rope"
-    theta = source.metadata.get(f"{prefix}.freq_base", 10000.0)
-    kind = source.metadata.get(f"{prefix}.scaling.type", "none")
-    divisors, long = source.tensors.get("rope_freqs.weight"), source.tensors.get("rope_factors_long.weight")
-    settings: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
-    if family.is_partial:
-        rotated = source.metadata.get(f"{prefix}.dimension_count", values["head_dim"])
-        settings["partial_rotary_factor"] = rotated / values["head_dim"]
-    if long is not None and family.is_partial:
-        factors = {"long_factor": long, "short_factor": source.tensors["rope_factors_short.weight"]}
-        values["original_max_position_embeddings"] = source.metadata[f"{prefix}.scaling.original_context_length"]
-        settings |= {"rope_type": "longrope", **{name: reader.values(t).tolist() for name, t in factors.items()}}
-    elif kind == "linear" and divisors is None:
-        settings |= {"rope_type": "linear", "factor": source.metadata[f"{prefix}.scaling.factor"]}
-    elif kind != "none":
-        raise ConfigError(f"{source.path}: rotary scaling of type {kind} is not supported: use the safetensors model")
-    elif divisors is not None:
-        settings |= {"rope_type": "llama3", "factor": float(reader.values(divisors).max()), **_LLAMA3}
-    if family.architecture != "gemma3":
-        return settings
-    local = source.metadata.get(f"{prefix}.freq_base_swa", 10000.0)
-    return {"full_attention": settings, "sliding_attention": {"rope_type": "default", "rope_theta": local}}
-
-
-def llama3_divisors(config: Any) -> np.ndarray[Any, Any]:
-    """Return the divisors of the rotary frequencies in transformers' Llama 3 scaling, in float32."""
-    import torch
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    size = 2 * len(scaled)
-    plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
-    divisors: np.ndarray[Any, Any] = (plain / scaled.double()).float().numpy()
-    return divisors
-
-
 def _tensors(source: reader.GgufFile, family: Family, config: Any) -> Tensors:
     """Match the file's tensors, in their order, with all parameters of the model that the metadata describes."""
     import torch
@@ -190,14 +150,15 @@ def _tensors(source: reader.GgufFile, family: Family, config: Any) -> Tensors:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    expected = {}  # GGUF's name -> name and shape in the model, and the place among the tensors stacked in it
+    # GGUF's name -> name and shape in the model, place among the tensors stacked in it, and their number
+    expected: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
     for name, parameter in model.named_parameters():  # tied parameters appear once
         stored = family.tensor_names(name, config.num_hidden_layers) or ()
         expected |= {part: (name, tuple(parameter.shape), i, len(stored)) for i, part in enumerate(stored)}
     found: dict[str, dict[int, ReaderTensor]] = {}
     shapes = {}
     for part, tensor in source.tensors.items():
-        if part in _ROTARY or (part == "output.weight" and config.tie_word_embeddings):
+        if part in rope.TENSORS or (part == "output.weight" and config.tie_word_embeddings):
             continue  # they became rope_parameters, and the embedding
         if part not in expected:
             raise ConfigError(f"{source.path}: tensor {part} does not belong to a {family.architecture} model")
