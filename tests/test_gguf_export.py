@@ -488,13 +488,13 @@ def test_tokenizer_and_end_tokens_are_read_back(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.resize_token_embeddings(520, mean_resizing=False)
     model.save_pretrained(folder)
-    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 1]}')
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 1, 3]}')
     gguf_model.write(folder, tmp_path / "m.gguf", GgufType.bf16)
     back = load.load_tokenizer(config.Model(path=str(tmp_path / "m.gguf")))
     for text in [*TEXTS, "a<think>b"]:
         assert back(text)["input_ids"] == tokenizer(text)["input_ids"], text
     read_back, _ = convert.converted(tmp_path / "m.gguf")
-    assert json.loads((read_back / "generation_config.json").read_text())["eos_token_id"] == [2, 1]
+    assert json.loads((read_back / "generation_config.json").read_text())["eos_token_id"] == [2, 1, 3]
     bits = safetensors.torch.load_file(read_back / "model.safetensors")["model.embed_tokens.weight"]
     assert torch.equal(bits, model.get_input_embeddings().weight.detach().to(torch.bfloat16))
 
@@ -544,8 +544,8 @@ def with_many(tokenizer: Any) -> None:
         (lambda tokenizer: None, [], "no end token, and llama.cpp would use token 11"),
         (
             lambda tokenizer: None,
-            [2, 1, 3],
-            r"3 tokens end a generation, \[2, 1, 3\], but a GGUF file can name only two",
+            [2, 1, 3, 5],
+            r"4 tokens end a generation, \[2, 1, 3, 5\], but a GGUF file can name only three",
         ),
     ],
 )

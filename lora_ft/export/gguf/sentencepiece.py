@@ -50,6 +50,12 @@ def described(stored: dict[str, Any], tokenizer: Any, tokens: list[str], types: 
     Raises ConfigError for a tokenizer that llama.cpp does not have.
     """
     is_bpe = stored["model"]["type"] == "BPE"
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    late = [token["content"] for token in stored["added_tokens"] if normalizer and token["normalized"]
+            and normalizer.normalize_str(token["content"]) != token["content"]]  # fmt: skip
+    if late:
+        raise ConfigError(f"the token {late[0]!r} has normalized=true, which a GGUF file cannot express: add it with "
+                          "normalized=false")  # fmt: skip
     types = [BYTE if is_bpe and is_byte(token) else kind for token, kind in zip(tokens, types, strict=True)]
     added = {token["content"] for token in stored["added_tokens"]}
     scores = _ranks(stored, added) if is_bpe else _scores(stored)

@@ -117,12 +117,12 @@ def _splitting(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def _special(tokenizer: Any, ends: list[int]) -> dict[str, Value]:
-    """Return the ids by role, and flags for bos before and eos after a text; a second end token becomes eot."""
+    """Return the ids by role, and flags for bos before and eos after a text; other end tokens become eot and eom."""
     first = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
     others = [i for i in ends if i != first]
-    if len(others) > 1:
-        raise ConfigError(f"{len(ends)} tokens end a generation, {ends}, but a GGUF file can name only two")
-    ids = {"bos": tokenizer.bos_token_id, "eos": first, "eot": others[0] if others else None,
+    if len(others) > 2:
+        raise ConfigError(f"{len(ends)} tokens end a generation, {ends}, but a GGUF file can name only three")
+    ids = {"bos": tokenizer.bos_token_id, "eos": first, **dict(zip(("eot", "eom"), others, strict=False)),
            "unknown": tokenizer.unk_token_id, "padding": tokenizer.pad_token_id}  # fmt: skip
     bare, full = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     before, after = full[: full.index(bare[0])], full[full.index(bare[0]) + len(bare) :]

@@ -197,7 +197,8 @@ def _buffers(tensors: Tensors, family: Family, config: Any) -> Iterator[memoryvi
 
 
 def _generation(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of generation_config.json: the end token, and the end-of-turn token if it differs."""
+    """Return the fields of generation_config.json: the end token, and the ends of turn and message if they differ."""
     values = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _TOKEN_IDS.items()}
-    ends = [i for i in (values["eos_token_id"], metadata.get("tokenizer.ggml.eot_token_id")) if i is not None]
-    return {**values, "eos_token_id": ends if len(set(ends)) > 1 else values["eos_token_id"]}
+    others = (metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eot", "eom"))
+    ends = list(dict.fromkeys(i for i in (values["eos_token_id"], *others) if i is not None))
+    return {**values, "eos_token_id": ends if len(ends) > 1 else values["eos_token_id"]}
