@@ -1,6 +1,7 @@
 """GGUF export of every family that is not like Llama: llama.cpp computes the same from the written files as PEFT."""
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import llamacpp
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import VOCABULARY, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -281,3 +282,44 @@ def test_windows_of_gemma_are_written_and_do_not_limit_the_context(tmp_path: Pat
     sizes = gguf_model._sizes(layout)
     assert (sizes["context_length"], sizes["attention.sliding_window"]) == (48, 0)
     assert "llama.cpp ignores the sliding window" in caplog.text
+
+
+def expert_adapter(tmp_path: Path, family: str, parameters: list[str], **options: Any) -> tuple[PeftModel, Path]:
+    """Attach a random adapter of experts by PEFT alone, and save it."""
+    saved = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj"], target_parameters=parameters, **options)
+    with warnings.catch_warnings(action="ignore"):  # PEFT's own, and its of patterns that name no module
+        model = get_peft_model(loaded(tmp_path / family), saved)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    model.save_pretrained(tmp_path / "adapter")
+    return model.eval(), tmp_path / "adapter"
+
+
+BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("family", "parameters", "options"),
+    [
+        ("qwen3_moe", BOTH, {}),
+        ("qwen3_moe", BOTH[1:], {"use_rslora": True}),
+        ("mixtral", BOTH, {"alpha_pattern": {"down_proj": 8}, "rank_pattern": {"gate_up_proj": 2}}),
+    ],
+)
+def test_llamacpp_with_adapter_of_experts_matches_peft(
+    family: str, parameters: list[str], options: dict[str, Any], tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:  # fmt: skip
+    family_folder(tmp_path, family)
+    model, folder = expert_adapter(tmp_path, family, parameters, **options)
+    gguf_model.write(tmp_path / family, tmp_path / "base.gguf", GgufType.f32)
+    gguf_adapter.write(folder, json.loads((tmp_path / family / "config.json").read_text()), tmp_path / "a.gguf")
+    found = llamacpp.logprobs(tmp_path / "base.gguf", PROMPTS, size=VOCABULARY, adapter=tmp_path / "a.gguf")
+    wanted = expected(model)
+    with model.disable_adapter():
+        assert distance(expected(model), wanted) > 100 * ALLOWED
+    record_property("figure", f"GGUF adapter of experts {family}: {distance(found, wanted):.1e}")
+    assert distance(found, wanted) <= EXACT
+    assert reader.shape(reader.read(tmp_path / "a.gguf").tensors["blk.0.ffn_down_exps.weight.lora_a"])[0] == 4

@@ -109,6 +109,11 @@ class Family:
     transposed: tuple[str, ...] = ()
     norm_offset: float = 0.0
 
+    @property
+    def has_experts(self) -> bool:
+        """Return True for a mixture of experts."""
+        return "expert_count" in self.sizes
+
     def gguf_name(self, module: str, num_layers: int) -> str | None:
         """Return GGUF's name of a transformers module; None for a module that a model of `num_layers` layers lacks."""
         name: str | None = _name_table(self.architecture, num_layers).get_name(module)
@@ -182,7 +187,7 @@ def family(model_type: str | None) -> Family | None:
 def family_of_gguf(architecture: str | None, *, has_experts: bool = False) -> Family | None:
     """Return the first row of a GGUF architecture: a llama file may hold a mistral model, which computes the same."""
     return next((row for row in FAMILIES if row.architecture == architecture
-                 and ("expert_count" in row.sizes) is has_experts), None)  # fmt: skip
+                 and row.has_experts is has_experts), None)  # fmt: skip
 
 
 def interleave(rows: Any, heads: int) -> Any:
