@@ -182,7 +182,7 @@ def test_adapter_file_names_hub_ids_only_and_is_reproducible(tmp_path: Path) -> 
             {"modules_to_save": ["norm"]},
             r"modules_to_save=.*'norm'.*not a plain LoRA; write a merged model",
         ),
-        ("gpt_neox", {}, "models of type llama, mistral, .*, gpt2, got gpt_neox"),
+        ("granitemoe", {"target_modules": ["q_proj"]}, "type llama, mistral, .*, gpt2, got granitemoe"),
     ],
 )
 def test_unsupported_adapters_are_refused_with_a_remedy(
@@ -386,7 +386,7 @@ def test_sliding_window_limits_the_context(tmp_path: Path, caplog: Any) -> None:
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "with scale_attn_by_inverse_layer_idx=False, .*=True"),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4,
                    "original_max_position_embeddings": 128}}, "positions of type yarn cannot be written"),
-        ("gpt_neox", {}, "models of type llama, mistral, .*, gpt2, got gpt_neox"),
+        ("granitemoe", {}, "models of type llama, mistral, .*, gpt2, got granitemoe"),
     ],
 )  # fmt: skip
 def test_models_that_llamacpp_computes_differently_are_refused(

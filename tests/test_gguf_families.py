@@ -48,12 +48,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
                 "logits_scaling": 1.5},
     "mixtral": EXPERTS,
     "olmo2": {},
+    "gpt_neox": {"hidden_act": "gelu", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                                                           "partial_rotary_factor": 0.5}},
+    "phi": {},
     "phi3": {},
     "qwen3_moe": EXPERTS | {"moe_intermediate_size": 96, "head_dim": 32, "norm_topk_prob": True},
     "smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]},
     "starcoder2": {},
 }  # fmt: skip
-GELU = ("gemma", "gemma2", "gemma3_text", "starcoder2")
+GELU = ("gpt_neox", "phi", "gemma", "gemma2", "gemma3_text", "starcoder2")
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in FAMILIES},
     # llama.cpp's smallest context has 256 tokens.
@@ -62,6 +65,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"max_position_embeddings": 1024, "original_max_position_embeddings": 512, "rope_parameters": LONGROPE},
     ),
     "phi3_long": ("phi3", {"original_max_position_embeddings": 12, "rope_parameters": LONGROPE}),
+    "gpt_neox_serial": ("gpt_neox", {"use_parallel_residual": False}),
     "smollm3_tied": ("smollm3", {"tie_word_embeddings": True}),
     "qwen3_moe_tied": ("qwen3_moe", {"tie_word_embeddings": True}),
 }
@@ -226,6 +230,7 @@ def without(*keys: str, **changes: Any) -> Callable[[pytest.MonkeyPatch], None]:
         (without(expert_used_count=1), "qwen3_moe"),
         (swapped_experts, "qwen3_moe"),
         (unpermuted, "mixtral"),
+        (unpermuted, "gpt_neox"),
         (unpermuted, "smollm3"),
         (without("residual_scale"), "granite"),
     ],

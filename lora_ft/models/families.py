@@ -36,6 +36,7 @@ _STARCODER2_SIZES = _SIZES | {
     "feed_forward_length": "intermediate_size", "attention.head_count_kv": "num_key_value_heads",
     "attention.layer_norm_epsilon": "norm_epsilon",
 }  # fmt: skip
+_NEOX_SIZES = _SIZES | {"feed_forward_length": "intermediate_size", "attention.layer_norm_epsilon": "layer_norm_eps"}
 _GPT2_SIZES = _SIZES | {"feed_forward_length": "n_inner", "attention.layer_norm_epsilon": "layer_norm_epsilon"}
 
 _SILU: dict[str, Limit] = {"hidden_act": ("silu",)}
@@ -89,9 +90,11 @@ class Family:
     constants: metadata that every model of the family has.
     body: the module of the transformers model that holds the embedding and the layers.
     is_rotary: positions are rotary; otherwise the model has a matrix of positions.
-    is_partial: llama.cpp can rotate a part of each head, and scale rotary positions by LongRoPE.
+    is_partial: llama.cpp can rotate a part of each head.
+    has_longrope: llama.cpp can scale rotary positions by LongRoPE.
     has_window: llama.cpp applies the sliding window; otherwise only contexts within the window are right.
     interleaved: llama.cpp stores the rotary halves of each head of q and k as pairs (0, n/2, 1, n/2 + 1, ...).
+    fused: ending of the module whose rows are q, k and v of each head in turn; GGUF has those of all heads in turn.
     transposed: endings of modules whose weight transformers stores as [in, out] (Conv1D).
     norm_offset: the number that transformers adds to the weights of norms, and GGUF has added already.
     """
@@ -104,8 +107,10 @@ class Family:
     body: str = "model"
     is_rotary: bool = True
     is_partial: bool = False
+    has_longrope: bool = False
     has_window: bool = False
     interleaved: bool = False
+    fused: str | None = None
     transposed: tuple[str, ...] = ()
     norm_offset: float = 0.0
 
@@ -140,6 +145,19 @@ class Family:
         """Return the number to add to a module's weight in transformers for that in GGUF."""
         return self.norm_offset if module.endswith("norm") else 0.0
 
+    def rows(self, module: str, config: Any, *, stored: bool) -> Callable[[Any], Any] | None:
+        """Return the function that reorders the rows of a module for GGUF, or of its `stored` tensor back.
+
+        None for a module whose rows have the same order in both.
+        """
+        if self.fused and module.endswith(self.fused):
+            heads, reorder = config.num_attention_heads, group_heads if stored else ungroup_heads
+        elif heads := self.rotary_heads(module, config):
+            reorder = deinterleave if stored else interleave
+        else:
+            return None
+        return functools.partial(reorder, heads=heads)
+
     def rotary_heads(self, module: str, config: Any) -> int | None:
         """Return the number of heads whose rows GGUF interleaves in this module; None for every other module."""
         attribute = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(module.rpartition(".")[2])
@@ -166,7 +184,13 @@ FAMILIES = (
     Family("gemma2", "gemma2", _GEMMA2_SIZES, _gemma(2, 46), has_window=True, norm_offset=1.0),
     Family("gemma3_text", "gemma3", _LLAMA_SIZES,
            _gemma(6, 62) | _GEMMA3_LIMITS, has_window=True, norm_offset=1.0),
-    Family("phi3", "phi3", _LLAMA_SIZES, _SILU, constants={"attention.sliding_window": 0}, is_partial=True),
+    Family("phi3", "phi3", _LLAMA_SIZES, _SILU, constants={"attention.sliding_window": 0},
+           is_partial=True, has_longrope=True),
+    Family("phi", "phi2", _NEOX_SIZES | {"attention.head_count_kv": "num_key_value_heads"},
+           {"hidden_act": _GELU, "qk_layernorm": (False,)}, is_partial=True),
+    Family("gpt_neox", "gptneox", _NEOX_SIZES | {"use_parallel_residual": "use_parallel_residual"},
+           {"hidden_act": ("gelu", *_GELU), "attention_bias": (True,)}, body="gpt_neox", is_partial=True,
+           fused="query_key_value"),
     Family("olmo2", "olmo2", _LLAMA_SIZES, _OLMO2_LIMITS),
     Family("granite", "granite", _GRANITE_SIZES, _SILU, interleaved=True),
     Family("smollm3", "smollm3", _LLAMA_SIZES, _SMOLLM3_LIMITS, interleaved=True),
@@ -200,3 +224,13 @@ def deinterleave(rows: Any, heads: int) -> Any:
     """Undo `interleave`."""
     half = rows.shape[0] // heads // 2
     return rows.reshape(heads, half, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def ungroup_heads(rows: Any, heads: int) -> Any:
+    """Reorder rows [heads * 3 * n, ...], q, k and v of each head, to all of q, of k and of v."""
+    return rows.reshape(heads, 3, -1, *rows.shape[1:]).swapaxes(0, 1).reshape(rows.shape)
+
+
+def group_heads(rows: Any, heads: int) -> Any:
+    """Undo `ungroup_heads`."""
+    return rows.reshape(3, heads, -1, *rows.shape[1:]).swapaxes(0, 1).reshape(rows.shape)

@@ -28,14 +28,15 @@ class Layout:
 
     def rows(self, module: str, values: np.ndarray) -> np.ndarray:
         """Reorder the rows of a weight [out, in], a bias [out] or LoRA's B [out, r] as GGUF has them."""
-        heads = self.family.rotary_heads(module, self.config)
-        if heads is None:
+        reorder = self.family.rows(module, self.config, stored=False)
+        if reorder is None:
             return values
-        if values.shape[0] % (2 * heads):
+        heads = self.family.rotary_heads(module, self.config)
+        if heads and values.shape[0] % (2 * heads):
             raise ConfigError(f"{module} has {values.shape[0]} rows, which cannot be split into {heads} heads of an "
                               "even size")  # fmt: skip
-        interleaved: np.ndarray = families.interleave(values, heads)
-        return interleaved
+        reordered: np.ndarray = reorder(values)
+        return reordered
 
     def tensors(self, parameter: str) -> tuple[str, ...]:
         """Return GGUF's names of the tensors of a parameter, two for experts' gate and up; raises ConfigError."""

@@ -39,7 +39,7 @@ def described(layout: Layout, head: int) -> tuple[dict[str, Value], dict[str, np
             return values | {"rope.scaling.type": "linear", "rope.scaling.factor": float(settings["factor"])}, {}
         case "llama3" if layout.family.interleaved:
             return values, {"rope_freqs.weight": llama3_divisors(layout.config)}
-        case "longrope" if layout.family.is_partial:
+        case "longrope" if layout.family.has_longrope:
             return values | _longrope(layout), _longrope_tensors(settings)
     raise ConfigError(
         f"rotary positions of type {kind} cannot be written to GGUF for {layout.family.model_type}, only default and "

@@ -20,7 +20,7 @@ from gguf.gguf_reader import ReaderTensor
 
 from lora_ft.errors import ConfigError, ResourceError
 from lora_ft.io import durable
-from lora_ft.models.families import FAMILIES, Family, deinterleave, family_of_gguf
+from lora_ft.models.families import FAMILIES, Family, family_of_gguf
 from lora_ft.models.gguf import reader, rope, tokenizer
 
 # Part of the cache's folder names. Increase it whenever a change makes the same file convert to other bytes.
@@ -185,11 +185,11 @@ def _buffers(tensors: Tensors, family: Family, config: Any) -> Iterator[memoryvi
         offset = family.offset(module)
         read = reader.float32 if _dtype_code(stacked, offset) == "F32" else reader.values
         values = np.concatenate([read(t) for t in stacked], axis=-2) if len(stacked) > 1 else read(stacked[0])
-        heads = family.rotary_heads(module, config)
+        reorder = family.rows(module, config, stored=True)
         if family.is_transposed(module):
             values = values.T
-        elif heads:
-            values = deinterleave(values, heads)
+        elif reorder:
+            values = reorder(values)
         if offset:
             values = values - np.float32(offset)
         assert values.shape == shape

@@ -27,7 +27,7 @@ def settings(source: reader.GgufFile, family: Family, head: int) -> dict[str, An
     found: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     if family.is_partial:
         found["partial_rotary_factor"] = source.metadata.get(f"{prefix}.dimension_count", head) / head
-    if long is not None and family.is_partial:
+    if long is not None and family.has_longrope:
         factors = {"long_factor": long, "short_factor": source.tensors["rope_factors_short.weight"]}
         found |= {"rope_type": "longrope", **{name: reader.values(t).tolist() for name, t in factors.items()}}
         original = source.metadata[f"{prefix}.scaling.original_context_length"]
