@@ -2,7 +2,7 @@
 
 bpe("prefix")      Llama 2: byte fallback, a space before every text by the normalizer
 bpe("first")       Mistral 7B v0.3: a space before the first text by Metaspace;  "always", "never" likewise
-bpe("gemma")       spaces without a prefix, runs of spaces and line breaks as tokens of their own
+bpe("gemma")       spaces without a prefix, runs of spaces, tabs and line breaks, and the tab as the token of its byte
 unigram("prefix")  no byte fallback: characters without a token are <unk>
 """
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<|user|>")
 BYTES = [f"<0x{i:02X}>" for i in range(256)]
+GEMMA_RUNS = tuple(c * n for c, longest in (("\u2581", 8), ("\n", 4), ("\t", 2)) for n in range(2, longest + 1))
 TEMPLATE = (
     "{{ '<s>' }}{% for m in messages %}{{ '<|user|>\n' + m['content'] + '</s>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|user|>' }}{% endif %}"
@@ -21,16 +22,22 @@ TEMPLATE = (
 
 
 def bpe(kind: str, *, added: tuple[AddedToken, ...] = (), template: str | None = TEMPLATE) -> Any:
-    """Return a BPE whose merges are all pairs of tokens that together are a token, in the order of the tokens."""
+    """Return a BPE whose merges are all pairs of tokens that together are a token, by the scores of the tokens.
+
+    Gemma's runs have the score 0, above all others; transformers merges the longest first part first.
+    """
     learned = Tokenizer(models.BPE())
     learned.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     learned.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=220, show_progress=False))
     pieces = sorted(learned.get_vocab(), key=learned.get_vocab().get)
-    runs = ["\u2581\u2581", "\u2581\u2581\u2581", "\n"] if kind == "gemma" else ["\n"]
-    pieces += [piece for piece in runs if piece not in pieces]
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *BYTES, *pieces])}
-    merges = [(piece[:i], piece[i:]) for piece in pieces for i in range(1, len(piece))
+    pieces += ["\n"] if "\n" not in pieces else []
+    runs = GEMMA_RUNS if kind == "gemma" else ()
+    scores = {piece: -1.0 - i for i, piece in enumerate(pieces)} | dict.fromkeys(runs, 0.0)
+    tokens = dict.fromkeys([*SPECIAL, *("\t" if runs and byte == "<0x09>" else byte for byte in BYTES), *scores])
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    merges = [(piece[:i], piece[i:]) for piece in scores for i in range(1, len(piece))
               if piece[:i] in vocabulary and piece[i:] in vocabulary]  # fmt: skip
+    merges.sort(key=lambda pair: (-scores[pair[0] + pair[1]], -len(pair[0]), -len(pair[1])))
     return _finished(
         Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)),
         kind, added, template,

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from sentencepieces import bpe
 from tiny import VOCABULARY, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -328,3 +329,20 @@ def test_llamacpp_with_adapter_of_experts_matches_peft(
     record_property("figure", f"GGUF adapter of experts {family}: {distance(found, wanted):.1e}")
     assert distance(found, wanted) <= EXACT
     assert reader.shape(reader.read(tmp_path / "a.gguf").tensors["blk.0.ffn_down_exps.weight.lora_a"])[0] == 4
+
+
+# The command
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo2", "phi3", "qwen3_moe"])
+def test_llamacpp_with_merged_file_matches_peft(
+    family: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    family_folder(tmp_path, family)
+    bpe("prefix").save_pretrained(tmp_path / family)
+    run = finished.finished_run(tmp_path, family)
+    assert finished.call("merge", f"run={run}", f"out={tmp_path / 'm.gguf'}", "gguf=f32") == 0
+    _, model = finished.adapted(finished.settings(tmp_path, family))
+    found, wanted = llamacpp.logprobs(tmp_path / "m.gguf", PROMPTS, size=VOCABULARY), expected(model)
+    record_property("figure", f"GGUF {family} merged: {distance(found, wanted):.1e}")
+    assert distance(found, wanted) <= (ALLOWED if family in GELU else EXACT)

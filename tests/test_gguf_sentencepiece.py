@@ -8,7 +8,7 @@ from typing import Any
 import llamacpp
 import numpy as np
 import pytest
-from sentencepieces import SPECIAL, TEMPLATE, bpe, unigram
+from sentencepieces import GEMMA_RUNS, SPECIAL, TEMPLATE, bpe, unigram
 from tiny import SENTENCES, VOCABULARY, tiny_model, tiny_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers
 
@@ -27,9 +27,17 @@ PLAIN = [
     "👋🏽", "12 apples, 3.14", "trailing  ", "\n", "<0x41> [PAD505]", "def add(first, second):\n    return first",
 ]  # fmt: skip
 SPECIALS = ["a<|user|>b <|user|>c</s>", "<s><|user|>", "<|user|>\nHello</s>\n"]
-SPACES = ["  leading", " x", f"{SPACE} {SPACE}{SPACE}x", "a<|user|> b", "    ", "a</s>  c"]
-RUNS = (AddedToken(SPACE * 2, normalized=False), AddedToken(SPACE * 3, normalized=False),
-        AddedToken("\n\n", normalized=False))  # fmt: skip
+SPACES = [
+    " " * 23 + "a" + " " * 5,
+    "a" + "\n" * 11 + "\t\t\tb\t",
+    "  leading",
+    " x",
+    f"{SPACE} {SPACE}{SPACE}x",
+    "a<|user|> b",
+    "    ",
+    "a</s>  c",
+]
+RUNS = tuple(AddedToken(run, normalized=False, special=False) for run in GEMMA_RUNS)
 
 
 def written(folder: Path, tokenizer: Any, name: str = "m") -> Path:
@@ -65,6 +73,8 @@ def test_llamacpp_and_our_reader_cut_every_text_as_the_tokenizer_does(name: str,
     texts = [*PLAIN, *SPECIALS, *SPACES, "a<think>b"]
     # llama.cpp's Unigram puts no prefix before spaces alone; our reader takes the name of an unused row for the row.
     texts = [text for text in texts if make is bpe or text not in ("    ", "<0x41> [PAD505]")]
+    # Gemma's own mark of a space in a text is a token of its own, in llama.cpp it is joined with the spaces beside it.
+    texts = [text for text in texts if kind != "gemma" or SPACE not in text]
     assert different(file, tokenizer, texts) == []
     back = build(reader.read(file).metadata)
     assert [text for text in [*texts, *SENTENCES] if back(text)["input_ids"] != tokenizer(text)["input_ids"]] == []
@@ -192,7 +202,7 @@ def without_a_merge(stored: dict[str, Any]) -> None:
 
 
 def without_a_byte(stored: dict[str, Any]) -> None:
-    stored["model"]["vocab"]["<byte>"] = stored["model"]["vocab"].pop("<0x41>")
+    stored["model"]["vocab"]["<byte>"] = stored["model"]["vocab"].pop("<0xFF>")
 
 
 def with_alien(stored: dict[str, Any]) -> None:
@@ -206,7 +216,7 @@ def with_inner_space(stored: dict[str, Any]) -> None:
 
 REFUSED = [
     (bpe, "prefix", without_a_merge, "would join .* which is no merge of the tokenizer"),
-    (bpe, "prefix", without_a_byte, "needs a token for each byte, but <0x41> is missing"),
+    (bpe, "prefix", without_a_byte, "needs a token for each byte, but <0xFF> is missing"),
     (bpe, "prefix", with_alien, "no token for each character of 'ӿab'"),
     (bpe, "prefix", lambda s: s.update(normalizer={"type": "NFKC"}), "does not have these steps: .*NFKC"),
     (unigram, "first", with_inner_space, "splits text at every space, llama.cpp does not"),

@@ -59,7 +59,8 @@ def described(stored: dict[str, Any], tokenizer: Any, tokens: list[str], types: 
     types = [BYTE if is_bpe and is_byte(token) else kind for token, kind in zip(tokens, types, strict=True)]
     added = {token["content"] for token in stored["added_tokens"]}
     scores = _ranks(stored, added) if is_bpe else _scores(stored)
-    # A run of spaces that merges make is no separate token: llama.cpp would look for it before it marks the spaces.
+    # Gemma's runs of U+2581, which merges make: as separate tokens they would be looked for in the text as written, in
+    # which spaces are not yet marked.
     types = [NORMAL if kind == USER_DEFINED and token in scores and not token.strip(SPACE) else kind
              for token, kind in zip(tokens, types, strict=True)]  # fmt: skip
     values: dict[str, Value] = {
@@ -76,7 +77,8 @@ def described(stored: dict[str, Any], tokenizer: Any, tokens: list[str], types: 
 def _ranks(stored: dict[str, Any], added: set[str]) -> dict[str, float]:
     """Return a score for each token that merges make: the more, the earlier its first merge."""
     vocab, pairs = stored["model"]["vocab"], [tuple(pair) for pair in stored["model"]["merges"]]
-    if missing := next((token for token in BYTES if token not in vocab), None):
+    # Gemma has the tab itself as the token of its byte.
+    if missing := next((token for i, token in enumerate(BYTES) if token not in vocab and chr(i) not in vocab), None):
         raise ConfigError(f"a BPE with byte fallback needs a token for each byte, but {missing} is missing")
     scores: dict[str, float] = {}
     for pair in pairs:
