@@ -114,9 +114,9 @@ def _hides_padding(model: PreTrainedModel) -> bool:
     ids = torch.arange(_PROMPT + 1, _PROMPT + 1 + _PROMPT, device=model.device)
     mask, positions = torch.ones_like(ids), torch.arange(_PROMPT, device=model.device)
     padding = torch.zeros_like(ids)
-    alone = model(
-        input_ids=ids[None], attention_mask=mask[None], position_ids=positions[None], use_cache=False
-    ).logits[0, -1]
+    alone = model(input_ids=ids[None], attention_mask=mask[None], position_ids=positions[None], use_cache=False).logits[
+        0, -1
+    ]
     padded = model(
         input_ids=torch.cat([padding + _PAD, ids])[None],
         attention_mask=torch.cat([padding, mask])[None],
