@@ -98,7 +98,7 @@ def trace_step(cfg: config.TrainRun, model_config: Any, lengths: Sequence[int], 
     """
     # Weights of a bfloat16 checkpoint fit into bfloat16. Those of another one might, which only their values show.
     exact = getattr(model_config, "dtype", None) in (torch.bfloat16, "bfloat16")  # loading changes the config
-    with standing_for(device), torch.random.fork_rng(devices=[]), Meter() as meter, _fused_on_meta():
+    with standing_for(device), torch.random.fork_rng(devices=[]), Meter() as meter, _as_with_values(lengths):
         meter.phase = "base"
         with torch.device("meta"):
             network = objectives.find(cfg.objective).model_class.from_config(model_config, dtype=_dtype(cfg, device))
@@ -125,7 +125,7 @@ def trace_loaded(state: TrainingState, lengths: Sequence[int], gradient_checkpoi
     """
     train = dataclasses.replace(state.cfg.train, gradient_checkpointing=gradient_checkpointing)
     device = target(state.base.device)
-    with standing_for(device), torch.random.fork_rng(devices=[]), Meter() as meter, _fused_on_meta():
+    with standing_for(device), torch.random.fork_rng(devices=[]), Meter() as meter, _as_with_values(lengths):
         meter.phase = "base"
         cfg = dataclasses.replace(state.cfg, train=train)
         return _trace(meter, cfg, on_meta(state.model), state.paths, lengths, [])
@@ -273,14 +273,27 @@ def _phases(meter: Meter, state: TrainingState, plain: set[str]) -> Iterator[Non
 
 
 @contextlib.contextmanager
-def _fused_on_meta() -> Iterator[None]:
-    """Let fused optimizers and fused attention run on the meta device until the block ends."""
-    from torch.optim import optimizer
+def _as_with_values(lengths: Sequence[int]) -> Iterator[None]:
+    """Let libraries take on the meta device, until the block ends, the way that they take on a real one.
 
-    before = optimizer._get_fused_kernels_supported_devices
-    optimizer._get_fused_kernels_supported_devices = lambda: [*before(), "meta"]
+    torch's fused optimizers and attention run. transformers finds packed documents by their positions, of which there
+    are more than the longest document has.
+    """
+    from torch.optim import optimizer
+    from transformers import masking_utils
+
+    fused, packed = optimizer._get_fused_kernels_supported_devices, masking_utils.find_packed_sequence_indices
+
+    def found_packed(positions: torch.Tensor) -> torch.Tensor | None:
+        if not positions.is_meta:
+            return packed(positions)
+        return positions.cumsum(-1) if positions.shape[-1] > max(lengths) else None
+
+    optimizer._get_fused_kernels_supported_devices = lambda: [*fused(), "meta"]
+    masking_utils.find_packed_sequence_indices = found_packed
     try:
         with fused_attention():
             yield
     finally:
-        optimizer._get_fused_kernels_supported_devices = before
+        optimizer._get_fused_kernels_supported_devices = fused
+        masking_utils.find_packed_sequence_indices = packed
