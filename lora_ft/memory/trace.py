@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ from lora_ft.training.step import Step, read
 from lora_ft.training.trainer import apply_gradient, compute_gradient
 from lora_ft.values import BlockKernels, Keep
 
+_LEAST_PAGED = 100_000  # bitsandbytes does not page smaller states
 PHASES = ("forward", "loss", "backward", "optimizer")
 
 
@@ -139,6 +140,10 @@ def _trace(
     # Documents that do not share a forward pass need the most if the longest is the last, whose backward is the first.
     state = training_state.new_state(cfg, Path(), model, _dataset(sorted(lengths)), paths, "")
     state.steps = [np.arange(len(lengths))] * 2
+    # A paged state is in managed memory, which CUDA moves to the host when it is short. A CPU has none.
+    is_paged = getattr(state.optimizer, "is_paged", False)
+    if is_paged:
+        cast(Any, state.optimizer).is_paged = False
     state.model.train()
     meter.assign([state.flat.values], "adapter")
     meter.assign([state.flat.gradients], "gradient")
@@ -146,8 +151,11 @@ def _trace(
     loaded = meter.live_bytes
     # A step that was not computed; only the optimizer's state is wanted of it.
     apply_gradient(state, Step(1, [], {"tokens": 1}, ["loss"], state.flat.values[:0], 1.0, 1.0))
-    moments = (value for memory in state.optimizer.state.values() for value in memory.values())
-    meter.assign([value for value in moments if isinstance(value, torch.Tensor) and value.is_meta], "optimizer")
+    moments: list[Any] = [value for memory in state.optimizer.state.values() for value in memory.values()]
+    moments = [value for value in moments if isinstance(value, torch.Tensor) and value.is_meta]
+    meter.assign(moments, "optimizer")
+    if is_paged and target(state.flat.values.device).kind != "cpu":
+        meter.leave_out(value for value in moments if value.numel() >= _LEAST_PAGED)
     resident = {name: count for name, count in meter.live.items() if count}
     base_bytes = _base_bytes(meter, model, cfg.quant)
     meter.reset()
