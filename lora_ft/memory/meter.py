@@ -106,6 +106,14 @@ class Meter(TorchDispatchMode):
             self.live[phase] += storage.bytes
             storage.phase = phase
 
+    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+        """Do not count the storages of tensors: they are in another memory."""
+        for tensor in tensors:
+            storage = self.record.storages[self._owners[tensor.untyped_storage()._cdata][0]]
+            self.live[storage.phase] -= storage.bytes
+            self._total -= storage.bytes
+            storage.bytes = 0
+
     def leave_loss(self) -> None:
         """Note that a backward has passed the loss. Until then, what it makes belongs to the loss."""
         self._in_loss = False

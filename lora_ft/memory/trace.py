@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -47,6 +47,7 @@ from lora_ft.training.step import Step, read
 from lora_ft.training.trainer import apply_gradient, compute_gradient
 from lora_ft.values import BlockKernels, Keep
 
+_LEAST_PAGED = 100_000  # bitsandbytes does not page smaller states
 PHASES = ("forward", "loss", "backward", "optimizer")
 
 
@@ -100,7 +101,7 @@ def trace_step(cfg: config.TrainRun, model_config: Any, lengths: Sequence[int], 
     """
     # Weights of a bfloat16 checkpoint fit into bfloat16. Those of another one might, which only their values show.
     exact = getattr(model_config, "dtype", None) in (torch.bfloat16, "bfloat16")  # loading changes the config
-    with standing_for(device), torch.random.fork_rng(devices=[]), Meter() as meter, _fused_on_meta():
+    with standing_for(device), torch.random.fork_rng(devices=[]), Meter() as meter, _as_with_values(lengths):
         meter.phase = "base"
         with torch.device("meta"):
             network = objectives.find(cfg.objective).model_class.from_config(model_config, dtype=_dtype(cfg, device))
@@ -128,7 +129,7 @@ def trace_loaded(state: TrainingState, lengths: Sequence[int], gradient_checkpoi
     """
     train = dataclasses.replace(state.cfg.train, gradient_checkpointing=gradient_checkpointing)
     device = target(state.base.device)
-    with standing_for(device), torch.random.fork_rng(devices=[]), Meter() as meter, _fused_on_meta():
+    with standing_for(device), torch.random.fork_rng(devices=[]), Meter() as meter, _as_with_values(lengths):
         meter.phase = "base"
         cfg = dataclasses.replace(state.cfg, train=train)
         return _trace(meter, cfg, on_meta(state.model), state.paths, lengths, [])
@@ -142,6 +143,10 @@ def _trace(
     # Documents that do not share a forward pass need the most if the longest is the last, whose backward is the first.
     state = training_state.new_state(cfg, Path(), model, _dataset(sorted(lengths)), paths, "")
     state.steps = [np.arange(len(lengths))] * 2
+    # A paged state is in managed memory, which CUDA moves to the host when it is short. A CPU has none.
+    is_paged = getattr(state.optimizer, "is_paged", False)
+    if is_paged:
+        cast(Any, state.optimizer).is_paged = False
     state.model.train()
     meter.assign([state.flat.values], "adapter")
     meter.assign([state.flat.gradients], "gradient")
@@ -149,8 +154,11 @@ def _trace(
     loaded = meter.live_bytes
     # A step that was not computed; only the optimizer's state is wanted of it.
     apply_gradient(state, Step(1, [], {"tokens": 1}, ["loss"], state.flat.values[:0], 1.0, 1.0))
-    moments = (value for memory in state.optimizer.state.values() for value in memory.values())
-    meter.assign([value for value in moments if isinstance(value, torch.Tensor) and value.is_meta], "optimizer")
+    moments: list[Any] = [value for memory in state.optimizer.state.values() for value in memory.values()]
+    moments = [value for value in moments if isinstance(value, torch.Tensor) and value.is_meta]
+    meter.assign(moments, "optimizer")
+    if is_paged and target(state.flat.values.device).kind != "cpu":
+        meter.leave_out(value for value in moments if value.numel() >= _LEAST_PAGED)
     resident = {name: count for name, count in meter.live.items() if count}
     base_bytes = _base_bytes(meter, model, cfg.quant)
     meter.reset()
@@ -289,14 +297,27 @@ def _phases(meter: Meter, state: TrainingState, plain: set[str]) -> Iterator[Non
 
 
 @contextlib.contextmanager
-def _fused_on_meta() -> Iterator[None]:
-    """Let fused optimizers and fused attention run on the meta device until the block ends."""
-    from torch.optim import optimizer
+def _as_with_values(lengths: Sequence[int]) -> Iterator[None]:
+    """Let libraries take on the meta device, until the block ends, the way that they take on a real one.
 
-    before = optimizer._get_fused_kernels_supported_devices
-    optimizer._get_fused_kernels_supported_devices = lambda: [*before(), "meta"]
+    torch's fused optimizers and attention run. transformers finds packed documents by their positions, of which there
+    are more than the longest document has.
+    """
+    from torch.optim import optimizer
+    from transformers import masking_utils
+
+    fused, packed = optimizer._get_fused_kernels_supported_devices, masking_utils.find_packed_sequence_indices
+
+    def found_packed(positions: torch.Tensor) -> torch.Tensor | None:
+        if not positions.is_meta:
+            return packed(positions)
+        return positions.cumsum(-1) if positions.shape[-1] > max(lengths) else None
+
+    optimizer._get_fused_kernels_supported_devices = lambda: [*fused(), "meta"]
+    masking_utils.find_packed_sequence_indices = found_packed
     try:
         with fused_attention():
             yield
     finally:
-        optimizer._get_fused_kernels_supported_devices = before
+        optimizer._get_fused_kernels_supported_devices = fused
+        masking_utils.find_packed_sequence_indices = packed

@@ -1,4 +1,6 @@
-"""Memory that a step needs beside its tensors: buffers inside operators, and what the allocator adds. All of it assumed.
+"""Memory that a step needs beside its tensors: buffers inside operators, and what the allocator adds.
+
+All of it is assumed, or measured on other runs.
 
     workspaces       buffers that operators make for themselves, and cuBLAS's workspaces
     allocator_slack  gaps, rounding and blocks kept for later
