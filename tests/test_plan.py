@@ -252,6 +252,7 @@ def test_picture_files_are_valid_and_never_replaced(bases: Path, capfd: pytest.C
     svg = ET.fromstring(re.findall(r"<svg[^>]*chart.*?</svg>", page, re.DOTALL)[0])
     words = {element.text for element in svg.iter("text")}
     assert {"forward", "backward", "memory, GiB"} <= words
+    assert set(re.findall(r"var\(--(\w+)\)", page)) <= set(re.findall(r"--(\w+):", page))  # colours of the chart
     assert all(f"<td>{term.name}</td>" in page for term in plan.prediction.terms)
     assert "http" not in re.sub(r"http-equiv", "", page).replace("http://www.w3.org", "")
     assert run(bases / "llama", "hardware.memory=24GiB", "out=plan.png") == 2

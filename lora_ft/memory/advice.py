@@ -11,6 +11,7 @@ Steps 1 and 2 ask for many peaks, which memory/shallow.py estimates. Step 3 trac
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -64,14 +65,14 @@ def advise(
     if machine.budget_bytes is None:
         return []
     search = _Search(cfg, model_config, work, machine, {} if traces is None else traces)
-    found: dict[tuple[str, ...], tuple[tuple[int, ...], Advice]] = {}
+    found: dict[tuple[str, ...], tuple[tuple[float, ...], Advice]] = {}
     for group, needed in search.groups():
         if len(found) == _MOST:
             break
         if (made := search.verified(group, needed)) is not None:
             chosen, advice = made
-            found.setdefault(tuple(advice.changes), (search.rank(chosen), advice))
-    return [advice for _, advice in sorted(found.values(), key=lambda pair: (pair[0], pair[1].slowdown or 0))]
+            found.setdefault(tuple(advice.changes), (search.rank(chosen, advice.slowdown), advice))
+    return [advice for _, advice in sorted(found.values(), key=lambda pair: pair[0])]
 
 
 def nearest_hardware(prediction: Prediction) -> str | None:
@@ -217,11 +218,20 @@ class _Search:
         visible = {lever: option for lever, option in chosen.items() if not lever.hidden}
         changes = [f"{key}={_typed(value)}" for key, value in self.changes(visible).items()]
         costs = [lever.cost for lever in sorted(visible, key=lambda lever: self.order[lever])]
-        return Advice(changes, found, "; ".join(costs), None)
+        slowdown = found.time.seconds / self.time - 1 if found.time and self.time else None
+        return Advice(changes, found, "; ".join(costs), slowdown)
 
-    def rank(self, chosen: Chosen) -> tuple[int, ...]:
-        """Return a key that sorts by the most costly lever, then by the next."""
-        return tuple(sorted((self.order[lever] for lever in chosen if not lever.hidden), reverse=True))
+    @functools.cached_property
+    def time(self) -> float | None:
+        """Seconds of a step without advice; None if they are not known."""
+        found = self.predicted(self.strongest([])).time
+        return found.seconds if found else None
+
+    def rank(self, chosen: Chosen, slowdown: float | None) -> tuple[float, ...]:
+        """Return a key that sorts by what changes the result, then by time, then by the most costly lever."""
+        used = sorted((self.order[lever] for lever in chosen if not lever.hidden), reverse=True)
+        quality = max((self.order[lever] for lever in chosen if lever.quality), default=-1)
+        return quality, round(slowdown or 0.0, 2), *used
 
 
 def _prefixes(group: Sequence[Lever]) -> Iterator[list[Lever]]:

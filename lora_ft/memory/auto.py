@@ -19,17 +19,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from lora_ft.data.packing import largest_micro_batch, longest_group
-from lora_ft.memory.launches import LAUNCH_SECONDS, tflops
+from lora_ft.memory.machine import Machine, resolve
 from lora_ft.memory.pairs import Sizes, fastest, largest_that_fits
+from lora_ft.memory.roofline import step_time
 from lora_ft.memory.trace import StepTrace, trace_loaded
 from lora_ft.models.load import first_line
-from lora_ft.ops.device import target
 from lora_ft.ops.free_memory import available_bytes
 from lora_ft.ops.gradient_checkpointing import recomputable_layers
+from lora_ft.settings.plan import Hardware
 from lora_ft.training import loss_scale
 from lora_ft.training.state import TrainingState
 
@@ -142,14 +142,20 @@ class _Steps:
         return found.peak_bytes - found.loaded_bytes
 
     def seconds(self, setting: str, tokens: int) -> float:
-        """Return the predicted time of one micro-batch."""
-        return seconds_of(self._traced(setting, tokens), self.state.base.device)
+        """Return the predicted time of one micro-batch; of a device of unknown speed, a number that is proportional."""
+        found = self._traced(setting, tokens)
+        time = step_time(found.costs, self._machine)
+        return time.seconds if time else float(found.flops)
 
     def figures(self, setting: str, tokens: int, others: list[str] | None = None) -> str:
         """Return the bytes of a step, and of the same with other settings."""
         more = ", ".join(f"{each} {self.needed(each, tokens) / 1e9:.2f}" for each in others or ())
         needed = f"{self.needed(setting, tokens) / 1e9:.2f} GB more{f' ({more})' if more else ''}"
         return f"a step of {tokens:,} tokens needs {needed}, {(self.free or 0) / 1e9:.2f} GB free"
+
+    @functools.cached_property
+    def _machine(self) -> Machine:
+        return resolve(Hardware(), str(self.state.base.device))
 
     def _trace(self, setting: str, tokens: int) -> StepTrace:
         lengths = self._lengths(tokens if tokens < self.largest else self.state.tokens_per_microbatch)
@@ -162,13 +168,6 @@ def _typical_step(state: TrainingState) -> int:
     """Return the tokens of a step of median size."""
     tokens = sorted(sum(len(state.examples[i].ids) for i in step) for step in state.steps)
     return tokens[len(tokens) // 2]
-
-
-def seconds_of(found: StepTrace, device: torch.device) -> float:
-    """Return the predicted time of a traced step."""
-    of_device = target(device)
-    rate = tflops(of_device) * 1e12 if of_device.kind == "cuda" else 1e11
-    return max(found.flops / rate, sum(found.dispatches.values()) * LAUNCH_SECONDS)
 
 
 def _warn(error: Exception, consequence: str) -> None:
