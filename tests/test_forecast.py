@@ -3,28 +3,23 @@
 import dataclasses
 import os
 import re
-import resource
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from finished import call, rows_file, settings
-from tiny import tiny_folder
+from finished import settings
 
 from lora_ft import config, runs, validation
 from lora_ft.errors import ResourceError
 from lora_ft.memory import forecast
 from lora_ft.memory.machine import Machine
 from lora_ft.memory.prediction import predict
-from lora_ft.memory.trace import trace_step
 from lora_ft.memory.workload import of_rows
 from lora_ft.models.meta_model import read_config
 from lora_ft.ops.device import CPU
 from lora_ft.train import train_job
-from lora_ft.training import shared as shared_module
 from lora_ft.training.shared import Shared, prepare
 
 
@@ -49,7 +44,7 @@ def test_run_that_cannot_fit_is_refused_before_weights_are_loaded(tmp_path: Path
     mapped = sum(t.bytes for t in peak_of(cfg, shared).terms if t.name.startswith("base"))
     least = peak_of(cfg, shared).least_bytes - mapped
     with_memory(monkeypatch, least - 1)
-    with pytest.raises(ResourceError, match="does not fit into the memory of test: its .* needs") as raised:
+    with pytest.raises(ResourceError, match=r"does not fit into the memory of test: its .* needs") as raised:
         train_job(cfg, run, shared)
     assert raised.value.exit_code == 7 and shared.base is None
     with_memory(monkeypatch, least)
@@ -145,5 +140,4 @@ def limited(limit: int, *overrides: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_advice_followed_under_a_real_limit_trains_to_its_end(tmp_path: Path) -> None:
-    ...
+def test_advice_followed_under_a_real_limit_trains_to_its_end(tmp_path: Path) -> None: ...

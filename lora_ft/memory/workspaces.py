@@ -1,4 +1,4 @@
-"""Memory that a step needs beside its tensors: buffers inside operators, and what the allocator adds.
+"""Memory beside the tensors of a step: buffers inside operators, and what the allocator adds. All of it is assumed.
 
 All of it is assumed, or measured on other runs.
 
