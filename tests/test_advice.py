@@ -56,7 +56,12 @@ def planned_again(cfg: config.TrainRun, changes: list[str], model_config: Any, d
 
 @pytest.mark.parametrize(
     "kind, family, quant, share",
-    [("cuda", "llama", "nf4", 0.98), ("cuda", "gpt2", "none", 0.75), ("cpu", "llama", "none", 0.9), ("cpu", "gpt2", "int8", 0.8)],
+    [
+        ("cuda", "llama", "nf4", 0.98),
+        ("cuda", "gpt2", "none", 0.75),
+        ("cpu", "llama", "none", 0.9),
+        ("cpu", "gpt2", "int8", 0.8),
+    ],
 )
 def test_each_piece_fits_when_planned_again(kind: str, family: str, quant: str, share: float) -> None:
     cfg, model_config = settings(quant=config.Quant(kind=QuantKind(quant))), tiny_model(family).config
