@@ -75,7 +75,7 @@ def _kernel(
             None if tensor is None else torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
             for tensor in (query, key, value, mask)
         ]
-        chosen = torch._fused_sdp_choice(*there, **options, enable_gqa=grouped)  # type: ignore[attr-defined]
+        chosen = torch._fused_sdp_choice(*there, **options, enable_gqa=grouped)
         return "cpu" if chosen == _FLASH else "step by step"
     if device.kind != "cuda" or query.shape[-1] != value.shape[-1]:
         return "step by step"

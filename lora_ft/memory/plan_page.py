@@ -76,7 +76,8 @@ def _terms(found: Prediction) -> Table:
     if machine.budget_bytes is not None and found.left_bytes is not None:
         others = f"{machine.memory_bytes / GIB:.1f} GiB" if machine.memory_bytes else ""
         if machine.used_bytes:
-            others += f" less {machine.used_bytes / GIB:.1f} GiB that others use"
+            source = machine.sources.get("used_bytes", "")
+            others += f" less {machine.used_bytes / GIB:.1f} GiB that others use" + (f" ({source})" if source else "")
         table.add_row("  budget", f"{machine.budget_bytes / GIB:.2f}", "", Text(others, "dim"))
         table.add_row("  left", f"{found.left_bytes / GIB:.2f}", "", "")
     return table
@@ -92,7 +93,8 @@ def _advice(plan: Plan) -> list[RenderableType]:
     table.add_column(justify="right", min_width=4)
     table.add_column(overflow="fold")
     for number, each in enumerate(plan.advice, 1):
-        slower = "" if each.slowdown is None else f", {each.slowdown:+.0%} time"
+        change = "same" if abs(each.slowdown or 0) < 0.005 else f"{each.slowdown:+.0%}"
+        slower = "" if each.slowdown is None else f", {change} time"
         table.add_row(f"{number}.", Text(" ".join(each.changes), "cyan"))
         table.add_row("", Text(f"peak {hundredths(each.prediction.peak_bytes)} GiB{slower}: {each.cost}", "dim"))
     effect = "saves memory" if plan.prediction.fits else "makes it fit"
@@ -139,8 +141,13 @@ def _time_facts(plan: Plan) -> Facts:
         yield "speed", f"not known: give the rates of {machine.name}, as in hardware.bandwidth and hardware.bf16_tflops"
         return
     yield "speed", f"{plan.tokens_per_second:,.0f} tokens/s, within {time.error:.0%}; bound by {time.bound_by}"
-    parts = ", ".join(f"{part} {duration(seconds)}" for part, seconds in time.by_part.items() if seconds)
+    parts = ", ".join(
+        f"{part} {duration(seconds)}" for part, seconds in time.by_part.items() if seconds > 0.005 * time.seconds
+    )
     yield "step takes", f"{duration(time.seconds)} ({parts})"
+    sources = {machine.sources.get(name, "") for name in ("matmul", "bandwidth")} - {""}
+    if sources:
+        yield "rates", "; ".join(sorted(sources))
     if plan.seconds:
         yield "run takes", f"{duration(plan.seconds)}, without {LEFT_OUT}"
 
@@ -184,7 +191,9 @@ def duration(seconds: float | None) -> str:
         return "?"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 1:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{rest} s"
+        if seconds < 1:
+            return f"{seconds * 1e3:.0f} ms"
+        return f"{seconds:.1f} s" if seconds < 10 else f"{rest} s"
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
     if days:

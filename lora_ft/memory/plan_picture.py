@@ -13,7 +13,7 @@ import jinja2.sandbox
 from markupsafe import Markup
 
 from lora_ft.errors import ConfigError
-from lora_ft.evaluation.charts import TEXT, blank, drawing, png, svg
+from lora_ft.evaluation.charts import HUES, TEXT, blank, drawing, png, svg
 from lora_ft.io import durable
 from lora_ft.memory.plan_bars import GIB, look, stacked
 from lora_ft.memory.plan_page import file_facts, hundredths, run_facts, share, title, verdict
@@ -91,6 +91,7 @@ def _page(plan: Plan, figure: "Figure") -> str:
         title=title(plan), verdict=verdict(found), fits=found.fits, phase=found.phase, chart=Markup(chart), rows=rows,
         peak=hundredths(found.peak_bytes), legend=[(name, look(name)[2]) for name in stacked(found)],
         facts=[*run_facts(plan), *file_facts(plan)],
+        hues=Markup(" ".join(f"--c{number}: {hue};" for number, hue in enumerate(HUES))),
     )  # fmt: skip
 
 

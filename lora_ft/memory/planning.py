@@ -103,7 +103,7 @@ class Plan:
 
 @dataclass
 class Known:
-    """What the plans of several runs share: traces, and configs of bases, rows and devices by their settings."""
+    """Values that the plans of several runs share: traces, and configs of bases, rows and devices by their settings."""
 
     traces: Traces = field(default_factory=dict)
     bases: dict[str, Described] = field(default_factory=dict)

@@ -50,8 +50,8 @@ _NOT_TRACED = {
     "adapter": ("init_from", "lora_alpha", "alpha_pattern"),
     "optim": ("lr", "lora_plus_ratio", "beta1", "beta2", "eps", "schedule", "warmup_steps", "decay_fraction",
               "min_lr_ratio"),
-    "train": ("epochs", "max_steps", "tokens_per_step", "log_every_steps", "eval_every_steps", "eval_rows", "keep",
-              "patience", "samples", "save_every_steps", "keep_checkpoints", "deterministic"),
+    "train": ("epochs", "max_steps", "tokens_per_step", "log_every_steps", "eval_every_steps", "eval_rows",
+              "patience", "on_oom", "samples", "save_every_steps", "keep_checkpoints", "deterministic"),
 }  # fmt: skip
 
 Traces = dict[str, StepTrace]

@@ -31,8 +31,8 @@ KERNEL_SECONDS = 3e-6
 # Part of the link's bandwidth that copies from pageable memory reach.
 LINK_EFFICIENCY = 0.5
 
-# Stated errors. CPU: benchmarks/LOG.md has predicted beside measured steps. GPU: no step was measured; published
-# speeds of other trainers on four GPUs lie within this of what is predicted for their work.
+# Stated errors, of both see benchmarks/LOG.md. CPU: steps were predicted and measured. GPU: no step was measured; the
+# best published speeds of other trainers on three GPUs lie within this of what is predicted for the same work.
 ERROR = {"cpu": 0.3, "cuda": 0.4}
 
 PARTS = ("products", "memory traffic", "launches", "transfers")

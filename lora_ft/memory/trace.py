@@ -139,7 +139,9 @@ def _trace(
 ) -> StepTrace:
     """Trace the second step of an adapter on the meta device: the first one allocates the optimizer's state."""
     cfg = _two_steps(cfg, sum(lengths))
-    state = training_state.new_state(cfg, Path(), model, _dataset(lengths), paths, "")
+    # Documents that do not share a forward pass need the most if the longest is the last, whose backward is the first.
+    state = training_state.new_state(cfg, Path(), model, _dataset(sorted(lengths)), paths, "")
+    state.steps = [np.arange(len(lengths))] * 2
     state.model.train()
     meter.assign([state.flat.values], "adapter")
     meter.assign([state.flat.gradients], "gradient")
