@@ -72,7 +72,9 @@ def out_of_memory(command: str, error: Exception) -> ResourceError | None:
     torch is not imported here, so its errors are recognized by name.
     """
     on_gpu = type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch")
-    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    # The second one is the system's, for a file that cannot be mapped.
+    messages = ("DefaultCPUAllocator", "Cannot allocate memory")
+    on_cpu = isinstance(error, RuntimeError | OSError) and any(message in str(error) for message in messages)
     if not (on_gpu or on_cpu or isinstance(error, MemoryError)):
         return None
     advice = SAVES_MEMORY.get(command, "use a machine with more memory")

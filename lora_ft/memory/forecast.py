@@ -43,7 +43,8 @@ log = logging.getLogger("lora_ft")
 
 _SHARE_OF_TIME = 0.02  # of a run, that a trace for its result may take
 _SECONDS_PER_LAYER = 0.1
-_LESS = 0.95
+_LESS = 0.95  # of the predicted peak, that another prediction may have after the run ran out of memory
+_ALLOCATOR = 64 << 20  # more than the gaps that a prediction of a small run allows for
 
 
 class Forecast:
@@ -59,7 +60,7 @@ class Forecast:
 
         Only exact terms refuse a run. A family that cannot be traced is trained.
         """
-        machine = self._machine()
+        machine = self._machine
         budget = machine.budget_bytes
         if budget is None or _bound(self.cfg, found, self._model_config) <= USABLE * budget:
             return
@@ -94,7 +95,7 @@ class Forecast:
         seconds = _SECONDS_PER_LAYER * min(num_layers(self._model_config), ENOUGH)
         if seconds > _SHARE_OF_TIME * (time.perf_counter() - self._started):
             return None
-        machine = self._machine()
+        machine = self._machine
 
         def peak(setting: str, model_config: Any) -> float:
             train = dataclasses.replace(self.cfg.train, gradient_checkpointing=setting)
@@ -111,7 +112,7 @@ class Forecast:
         """Return the text of an error after the run has run out of memory: peaks, changes that fit, how to go on."""
         measured = peak_memory_bytes(self.device)
         try:
-            machine = self._machine()
+            machine = self._machine
             found = self._predict(self.cfg, machine)
             figures = f"{_gb(measured)} at the peak, {_gb(self._comparable(found))} predicted"
             # What was predicted and what was measured did not fit, so less must be predicted.
@@ -137,7 +138,9 @@ class Forecast:
         words = shlex.join([f"resume={folder}", *(free or shrink)])
         return f"last checkpoint: {last}; continue with: lora-ft train {words}"
 
+    @functools.cached_property
     def _machine(self) -> Machine:
+        """The device with the memory that was free when the run began: later, the run itself uses it."""
         machine = resolve(Hardware(), str(self.device), rates=False)
         loaded = self.shared.base
         if loaded is None or self.device.type == "cuda":  # a GPU's own tensors do not count as used
@@ -183,7 +186,7 @@ def _bound(cfg: config.TrainRun, found: DryRun, model_config: Any) -> int:
     """Return bytes that no run of these settings exceeds, from a few numbers."""
     text = model_config.get_text_config()
     tokens = min(found.steps.largest, cfg.train.microbatch_limit or found.steps.largest)
-    weights = 4 * found.layers.base + 16 * found.layers.trainable
+    weights = 4 * found.layers.base + 16 * found.layers.trainable + _ALLOCATOR
     loss = 16 * text.vocab_size * tokens
     heads = 8 * text.num_attention_heads * tokens * num_layers(model_config)
     attention = heads * (1 if cfg.fast.attention else tokens)

@@ -35,7 +35,7 @@ class Train:
     )
     on_oom: OnOom = setting(
         OnOom.stop,
-        "when memory runs out: stop with advice, or shrink (halve the micro-batch, repeat the step and go on)",
+        "when memory runs out: stop with advice, or shrink (halve the micro-batch and repeat the step)",
         on_resume=OnResume.free,
     )
     deterministic: bool = setting(
