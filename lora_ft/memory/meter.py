@@ -91,10 +91,10 @@ class Meter(TorchDispatchMode):
 
     def costs(self) -> tuple[Cost, ...]:
         """Return the operations that launch something, equal ones together."""
-        return tuple(
-            Cost(phase, kind.name, str(dtype).removeprefix("torch."), flops, count_bytes, kind.launches, count)
-            for (phase, kind, dtype, flops, count_bytes), count in self._costs.items()
-        )
+        found: Counter[tuple[Any, ...]] = Counter()
+        for (phase, kind, dtype, flops, count_bytes), count in self._costs.items():
+            found[phase, kind.name, str(dtype).removeprefix("torch."), flops, count_bytes, kind.launches] += count
+        return tuple(Cost(*key, count) for key, count in found.items())
 
     def assign(self, tensors: Iterable[Tensor], phase: str) -> None:
         """Count the storages of tensors under another phase, or for the first time."""
