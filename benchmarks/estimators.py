@@ -59,7 +59,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Model:
-    """What the estimators read of a base."""
+    """Facts of a base that the estimators read."""
 
     parameters: int
     float32_bytes: int
