@@ -1,6 +1,6 @@
 """The predicted peak of a process that trains on a CPU, against its resident memory: within 12 %.
 
-    imports (measured in the process) + tensors (traced) + workspaces + allocator = the process
+imports (measured in the process) + tensors (traced) + workspaces + allocator = the process
 """
 
 import json

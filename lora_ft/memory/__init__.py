@@ -1,11 +1,12 @@
 """Memory and launches of a training step, found by running it on tensors without values.
 
-meter    counts bytes, work, dispatches and synchronisations of what runs inside it
-costs    work of one operation: FLOPs, bytes read and written
-parts    part of the model that runs an operation, from the Python functions that called it
-timeline live bytes over the step, by what they belong to
-trace    settings -> the run's own training step on the meta device -> StepTrace
-twin     copies a loaded model to the meta device
-auto     settles train.gradient_checkpointing=auto
-launches says when a step takes longer to launch than to compute
+meter       counts bytes, work, dispatches and synchronisations of what runs inside it
+costs       work of one operation: FLOPs, bytes read and written
+parts       part of the model that runs an operation, from the Python functions that called it
+timeline    live bytes over the step, by what they belong to
+workspaces  buffers inside operators, and what the allocator adds
+trace       settings -> the run's own training step on the meta device -> StepTrace
+twin        copies a loaded model to the meta device
+auto        settles train.gradient_checkpointing=auto
+launches    says when a step takes longer to launch than to compute
 """

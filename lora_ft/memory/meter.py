@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from lora_ft.memory.costs import Cost, attention_flops, kind_of, product_flops, traffic
-from lora_ft.memory.decompositions import decomposition
+from lora_ft.memory.decompositions import decomposition, grouped_mm
 from lora_ft.memory.parts import part_of
 from lora_ft.memory.timeline import Record, Storage
 from lora_ft.memory.workspaces import bytes_inside
@@ -94,7 +94,10 @@ class Meter(TorchDispatchMode):
         found: Counter[tuple[Any, ...]] = Counter()
         for (phase, kind, dtype, flops, count_bytes), count in self._costs.items():
             found[phase, kind.name, str(dtype).removeprefix("torch."), flops, count_bytes, kind.launches] += count
-        return tuple(Cost(*key, count) for key, count in found.items())
+        return tuple(
+            Cost(phase, name, dtype, flops, size, launches, count)
+            for (phase, name, dtype, flops, size, launches), count in found.items()
+        )
 
     def assign(self, tensors: Iterable[Tensor], phase: str) -> None:
         """Count the storages of tensors under another phase, or for the first time."""
@@ -147,7 +150,7 @@ class Meter(TorchDispatchMode):
                 with self:
                     return by_others(*args, **kwargs)
         if on_device and func.overloadpacket is _aten._grouped_mm:
-            result = _grouped_mm(func, args, kwargs)
+            result = grouped_mm(func, args, kwargs)
         else:
             result = func(*args, **kwargs)
         made = [tensor for tensor in _tensors([result]) if tensor.is_meta]
@@ -183,7 +186,7 @@ class Meter(TorchDispatchMode):
         self._costs[self._phase, kind, dtype, flops, traffic(kind, args, given, made)] += 1
 
     def _documents(self, given: list[Tensor]) -> list[int]:
-        """Return the boundaries of the documents among the arguments of an attention; [] if there are none."""
+        """Return the boundaries of the documents that an attention is given; [] for a single document."""
         for tensor in given:
             if tensor.dim() == 1 and (found := self._boundaries.get(tensor.untyped_storage()._cdata)):
                 return found
@@ -249,10 +252,3 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
         elif isinstance(value, list | tuple):
             found += _tensors(value)
     return found
-
-
-def _grouped_mm(func: Any, args: Any, kwargs: Any) -> Tensor:
-    """Return the result of a product of experts; torch's own meta function (2.13) refuses all dtypes but bfloat16."""
-    dtype = args[0].dtype
-    result: Tensor = func(*(each.to(torch.bfloat16) for each in args[:2]), *args[2:], **kwargs)
-    return result.to(dtype)
