@@ -59,6 +59,7 @@ STAGES = (
     Stage("ops", 70),
     Stage("product", 75),
     Stage("qlora_8b", 130),
+    Stage("predictions", 60),
     Stage("mixed_0_6b", 70),
     Stage("fast_paths", 75),
     Stage("peers", 90),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from lora_ft import config
     from lora_ft.eval import EvalResult
+    from lora_ft.memory.planning import Plan
     from lora_ft.merge import MergeResult
     from lora_ft.publish import PublishResult
     from lora_ft.sweeps.leaderboard import Ranking
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     Rows: TypeAlias = Iterable[Mapping[str, Any]] | Dataset
     Source: TypeAlias = str | Path
 
-__all__ = ["Callback", "compose", "evaluate", "load", "merge", "publish", "sweep", "train"]
+__all__ = ["Callback", "compose", "evaluate", "load", "merge", "plan", "publish", "sweep", "train"]
 
 
 def compose(command: str, overrides: Sequence[str] = (), config_dir: "str | Path | None" = None) -> Any:
@@ -62,6 +63,18 @@ def train(
     from lora_ft.train import train as implementation
 
     return implementation(cfg, rows, eval_rows, folder, callbacks)
+
+
+def plan(cfg: "config.TrainRun", hardware: "str | config.Hardware | None" = None) -> "Plan":
+    """Predict the memory, the time and the files of a run, as `lora-ft plan` does; no weights are needed.
+
+    cfg: of `compose` for train, check or plan, with or without data. hardware: a name of conf/hardware such as
+    "rtx_4090", or a config.Hardware; by default that of `cfg`, else this machine. `to_dict()` of the result is JSON.
+    """
+    _prepare()
+    from lora_ft.plan import plan as implementation
+
+    return implementation(cfg, hardware)
 
 
 def load(

@@ -16,32 +16,36 @@ All errors are reported at once, with the exit code of the first that train woul
 at 0.
 """
 
+import functools
 import itertools
 import logging
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from rich.console import Console, Group, RenderableType
+import torch
+from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from lora_ft import config, objectives, runs, validation
+from lora_ft import config, runs, validation
 from lora_ft.adapters.summary import Layers
-from lora_ft.cli import entry
+from lora_ft.cli import entry, terminal
 from lora_ft.data.read import read
 from lora_ft.data.rows import Example, excerpt
 from lora_ft.data.tokenize import Vocabulary
-from lora_ft.memory.launches import launch_bound
-from lora_ft.memory.trace import trace_step
-from lora_ft.models.device import resolve_device
+from lora_ft.errors import LoraFtError
+from lora_ft.memory import planning
+from lora_ft.memory.machine import resolve
+from lora_ft.memory.plan_page import verdict
+from lora_ft.memory.planning import Plan
+from lora_ft.memory.prediction import Prediction
+from lora_ft.memory.roofline import launch_bound
+from lora_ft.models.described import described
 from lora_ft.models.load import load_tokenizer
-from lora_ft.models.meta_model import load_meta_model
-from lora_ft.ops.device import target
 from lora_ft.training.dry_run import (
     ErrorCollector,
     PartialDryRun,
@@ -71,42 +75,40 @@ def main(cfg: config.CheckRun, invocation: entry.Invocation) -> None:
     collect(check_machine, cfg)
     if tokenizer := collect(load_tokenizer, cfg.model):
         found = partial_dry_run(collect, cfg, collect(read_rows, cfg, tokenizer), tokenizer, invocation.folder)
-        warning = _launch_warning(cfg, found, tokenizer)
-        found = replace(found, warnings=[*found.warnings, *([warning] if warning else [])])
-        _write(page(cfg, found, tokenizer))
+        plan = _planned(collect, cfg, found)
+        found = replace(found, warnings=[*found.warnings, *(_memory_warnings(plan) if plan else ())])
+        terminal.write(page(cfg, found, tokenizer, plan))
     else:
         collect(lambda: read(cfg.data).ledger.raise_bad())
     collect.raise_errors()
 
 
-def _launch_warning(cfg: config.TrainRun, found: PartialDryRun, tokenizer: Any) -> str:
-    """Return a sentence if the run's device is a GPU that would wait for launches in a step of median size."""
-    device = resolve_device(cfg.device) if found.steps and found.layers else None
-    if device is None or found.steps is None or device.type != "cuda":
-        return ""
-    base = load_meta_model(cfg.model, cfg.quant, cfg.device, tokenizer, objectives.find(cfg.objective).model_class)
-    tokens = int(found.steps.median)
-    longest = min(cfg.data.max_length, cfg.train.tokens_per_microbatch or cfg.data.max_length)
-    lengths = [min(longest, tokens - start) for start in range(0, tokens, longest)]
-    checkpointing = cfg.train.gradient_checkpointing.replace("auto", "off")
-    cfg = replace(cfg, train=replace(cfg.train, gradient_checkpointing=checkpointing))
+def _planned(collect: ErrorCollector, cfg: config.CheckRun, found: PartialDryRun) -> Plan | None:
+    """Return the plan of the run with its own rows; None if an error prevents it, or if its step cannot be traced."""
+    if collect.errors or not (found.rows and found.layers):
+        return None
+    # Rates are measured where they tell something: on a GPU, whose steps may wait for launches.
+    machine = collect(functools.partial(resolve, rates=torch.cuda.is_available()), cfg.hardware, cfg.device)
+    base = collect(described, cfg.model)
+    if machine is None or base is None:
+        return None
     try:
-        return launch_bound(trace_step(cfg, base.model.config, lengths, target(device)), tokens, target(device))
-    except Exception as error:  # code of a model family that does not run without values: not worth an error
-        log.debug("the step cannot be traced: %r", error)
-        return ""
+        return planning.make_for(cfg, base, found.rows.dataset, machine, advice=False)
+    except LoraFtError as error:
+        log.warning("%s", error)
+        return None
 
 
-def _write(content: RenderableType) -> None:
-    console = Console()
-    with console.capture() as shown:
-        console.print(content)
-    for line in shown.get().splitlines():  # rich pads lines with spaces, and here spaces matter
-        sys.stdout.write(line.rstrip().encode(console.encoding, "replace").decode(console.encoding) + "\n")
-    sys.stdout.flush()  # before errors on stderr
+def _memory_warnings(plan: Plan) -> Iterator[str]:
+    """Yield a warning if a run does not fit, or if a GPU would wait for launches in a step of median size."""
+    found = plan.prediction
+    if found.fits is False:
+        yield f"the run {verdict(found)}; lora-ft plan with the same overrides lists what would make it fit"
+    if warning := launch_bound(found.typical, sum(found.workload.typical_micro_batch), found.machine):
+        yield warning
 
 
-def page(cfg: config.TrainRun, found: PartialDryRun, tokenizer: Any) -> RenderableType:
+def page(cfg: config.TrainRun, found: PartialDryRun, tokenizer: Any, plan: Plan | None = None) -> RenderableType:
     """Lay out a dry run for the terminal: three rows, statistics of the rows, figures of the training, warnings."""
     parts: list[RenderableType] = []
     if found.rows:
@@ -115,7 +117,7 @@ def page(cfg: config.TrainRun, found: PartialDryRun, tokenizer: Any) -> Renderab
         parts += [Text(legend, "bold"), Text(), *samples]
         parts += [Text("rows", "bold"), _table(_row_facts(cfg, found.rows)), Text()]
     if found.steps or found.layers:
-        parts += [Text("training", "bold"), _table(_training_facts(cfg, found)), Text()]
+        parts += [Text("training", "bold"), _table(_training_facts(cfg, found, plan)), Text()]
     parts += [Text(f"! {warning}", "yellow") for warning in found.warnings]
     if not found.warnings and found.disk:
         parts.append(Text("no warnings", "green"))
@@ -236,17 +238,27 @@ def _histogram(bins: list[tuple[int, int, int]]) -> Text:
     )
 
 
-def _training_facts(cfg: config.TrainRun, found: PartialDryRun) -> Facts:
+def _training_facts(cfg: config.TrainRun, found: PartialDryRun, plan: Plan | None) -> Facts:
     if found.steps:
         yield from _step_facts(cfg, found.steps)
     if found.layers:
         yield from _layer_facts(cfg, found.layers)
+    if plan:
+        yield "memory", _memory(plan.prediction)
     if found.disk:
         yield (
             "disk",
             f"{_megabytes(found.disk.needed)} with checkpoints ({_megabytes(found.disk.adapter)} the adapter's "
             f"weights), {_megabytes(found.disk.free)} free",
         )
+
+
+def _memory(found: Prediction) -> str:
+    budget = found.machine.budget_bytes
+    of_free = "" if budget is None else f" of {budget / 2**30:.1f} GiB free"
+    fits = {True: ": fits", False: ": does not fit", None: ", free memory unknown"}[found.fits]
+    recomputed = f", train.gradient_checkpointing={found.gradient_checkpointing}"
+    return f"predicted peak {found.peak_bytes / 2**30:.2g}{of_free or ' GiB'}, in the {found.phase}{recomputed}{fits}"
 
 
 def _step_facts(cfg: config.TrainRun, steps: Steps) -> Facts:

@@ -21,6 +21,7 @@ from lora_ft.settings.training import Fast, Optim, Track, Train
 from lora_ft.values import AdapterFormat, BaseWeights, Combination, Dtype, GgufType
 from lora_ft.values import Format as Format
 from lora_ft.values import Keep as Keep
+from lora_ft.values import OnOom as OnOom
 from lora_ft.values import Optimizer as Optimizer
 from lora_ft.values import QuantKind as QuantKind
 from lora_ft.values import Schedule as Schedule
@@ -92,7 +93,7 @@ class CheckRun(TrainRun):
 
 @dataclass(slots=True)
 class PlanRun(CheckRun):
-    """Predict memory and time of a training on any device; needs no weights and no rows."""
+    """Predict memory, time and files of a training on any device, without weights; exit code 7 if it does not fit."""
 
     fit: bool = setting(False, "list the changes that save memory also if the run fits")
     out: str | None = setting(None, "picture of the memory over a step: new .png or .html file", path=True)

@@ -14,7 +14,7 @@ closed output pipe.
 """
 
 _TRAINING = "lower train.tokens_per_microbatch, or set train.gradient_checkpointing=every_1 or quant=nf4"
-_SAVES_MEMORY = {
+SAVES_MEMORY = {
     "train": _TRAINING,
     "sweep": _TRAINING,
     "check": _TRAINING,
@@ -75,7 +75,12 @@ def out_of_memory(command: str, error: Exception) -> ResourceError | None:
     on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     if not (on_gpu or on_cpu or isinstance(error, MemoryError)):
         return None
-    advice = _SAVES_MEMORY.get(command, "use a machine with more memory")
-    reason = str(error).partition("DefaultCPUAllocator: ")[2] or str(error)
+    advice = SAVES_MEMORY.get(command, "use a machine with more memory")
     # Not chained: the frames of the error would keep the model in memory for the next jobs of a sweep.
-    return ResourceError(f"out of memory{f' ({reason})' if reason else ''}: {advice}")
+    return ResourceError(f"{out_of_memory_reason(error)}: {advice}")
+
+
+def out_of_memory_reason(error: Exception) -> str:
+    """Return what an out-of-memory error says, in one line."""
+    reason = str(error).partition("DefaultCPUAllocator: ")[2] or str(error)
+    return f"out of memory ({reason})" if reason else "out of memory"

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lora_ft.cli import entry
 from lora_ft.config import Schedule
 from lora_ft.io import durable
 from lora_ft.memory import auto
+from lora_ft.memory.forecast import Forecast
 from lora_ft.models import device
 from lora_ft.models.fingerprint import fingerprint
 from lora_ft.training import checkpoint, trackers
@@ -105,14 +107,17 @@ def train_job(
     target = device.resolve_device(cfg.device)
     runs.record_device(folder, device.describe(target))
     reset_peak_memory(target)
-    with device.selected(target), deterministic_kernels(cfg.train.deterministic, target), out_of_memory_as_error():
-        return _train_job(cfg, folder, shared, callbacks, stop, until)
+    memory = Forecast(cfg, shared, target)
+    deterministic, oom = deterministic_kernels(cfg.train.deterministic, target), partial(memory.explain, folder)
+    with device.selected(target), deterministic, out_of_memory_as_error(oom):
+        return _train_job(cfg, folder, shared, memory, callbacks, stop, until)
 
 
 def _train_job(
     cfg: config.TrainRun,
     folder: Path,
     shared: Shared,
+    memory: Forecast,
     callbacks: Sequence[Callback],
     stop: Stop | None,
     until: int | None,
@@ -122,6 +127,7 @@ def _train_job(
     durable.write_json(folder / runs.CHECK, asdict(check))
     for warning in check.warnings:
         log.warning(warning)
+    memory.check(check)
     shared.base = loaded = shared.base or load(cfg, shared.tokenizer)
     for reason in loaded.accelerated.reasons:
         log.info(reason)
@@ -131,10 +137,10 @@ def _train_job(
     log.info(str(dataset.report))
     callback = Callbacks([*trackers.callbacks(cfg.track), *callbacks])
     with attached(cfg, folder, base, dataset, loaded.accelerated.paths, loaded.fingerprint) as state:
-        auto.settle(state)
         log.info("%s parameters train, %d steps", f"{state.num_trainable:,}", len(state.steps))
         try:
             checkpoint.resume(state)
+            auto.settle(state)
             if runs.keep_changes(folder, cfg):
                 state.stopped_by = None  # what a callback stopped is continued by asking for more steps
                 if cfg.optim.schedule is not Schedule.constant:
@@ -148,8 +154,11 @@ def _train_job(
                     log.info("stopped after step %d of %d: %s", state.step, len(state.steps), state.stopped_by)
                 if not changes_base:
                     audit.check_base_unchanged(loaded.fingerprint, fingerprint(base.model))
+                memory.follow(state)
+                state.predicted_peak_bytes = memory.peak()
                 result = finish(state, base, dataset, shared.comparisons)
         except BaseException as error:
+            memory.follow(state)
             callback.on_end(state, error)
             raise
         callback.on_end(state, result)

@@ -112,11 +112,14 @@ def _violations(metadata: Any, value: Any) -> Iterator[str]:
         if isinstance(number, float) and not math.isfinite(number):
             yield "finite"
             return
-    for rule, bound in metadata["bounds"].items():
-        if bound is not None and not holds[rule](bound):
+    bounds = {rule: bound for rule, bound in metadata["bounds"].items() if bound is not None}
+    if isinstance(value, str):
+        if metadata["pattern"] and not re.fullmatch(metadata["pattern"], value):
+            yield f"{'a number or' if bounds else 'of the form'} {metadata['pattern']}"
+        return
+    for rule, bound in bounds.items():
+        if not holds[rule](bound):
             yield f"{rule} {bound:g}"
-    if metadata["pattern"] and not re.fullmatch(metadata["pattern"], value):
-        yield f"of the form {metadata['pattern']}"
 
 
 def _broken_combinations(cfg: Any) -> Iterator[str]:

@@ -59,6 +59,11 @@ class Keep(Enum):
     best = "best"
 
 
+class OnOom(Enum):
+    stop = "stop"
+    shrink = "shrink"
+
+
 class BlockKernels(Enum):
     auto = "auto"
     liger = "liger"

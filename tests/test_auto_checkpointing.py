@@ -10,6 +10,7 @@ from states import detach, state_on
 from tiny import FAMILIES, tiny_model
 
 from lora_ft import config
+from lora_ft.data.packing import largest_micro_batch
 from lora_ft.memory import auto
 from lora_ft.memory.trace import trace_loaded
 from lora_ft.training.state import TrainingState
@@ -18,6 +19,11 @@ from lora_ft.training.state import TrainingState
 def auto_state(family: str, folder: Path, **train: object) -> TrainingState:
     settings = {"max_steps": 6, "tokens_per_step": 60, "gradient_checkpointing": "auto"}
     return state_on(tiny_model(family), folder, settle=False, train=config.Train(**(settings | train)))
+
+
+def largest(state: TrainingState) -> list[int]:
+    train = state.cfg.train
+    return largest_micro_batch(state.examples, state.steps, train.tokens_per_microbatch, train.packing)
 
 
 def recomputed(setting: str, layers: int) -> int:
@@ -47,7 +53,7 @@ def test_setting_follows_the_free_memory_by_the_traced_peak(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = auto_state(family, tmp_path)
-    lengths = auto._largest_micro_batch(state)
+    lengths = largest(state)
     for setting in ("off", "every_2", "every_1"):
         found = trace_loaded(state, lengths, setting)
         free = math.ceil((found.peak_bytes - found.loaded_bytes) / auto.USABLE) + 1
@@ -75,7 +81,7 @@ def test_auto_is_settled_and_logged(
 def test_nothing_is_traced_if_memory_is_plentiful(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = auto_state(family, tmp_path)
     found = trace_loaded(state, [60], "off")
-    assert 60 * auto._more_than_kept(state.base) > found.at_peak["forward"]
+    assert 60 * auto.more_than_kept(state.base) > found.at_peak["forward"]
     monkeypatch.setattr(auto, "available_bytes", lambda device: 10**12)
     monkeypatch.setattr(auto, "trace_loaded", None)
     assert auto.choose(state)[0] == "off"
@@ -93,12 +99,4 @@ def test_step_that_cannot_be_traced_recomputes_every_layer(
     monkeypatch.setattr(auto, "trace_loaded", fail)
     assert auto.choose(state)[0] == "every_1"
     assert "the step cannot be traced" in caplog.text and "NotImplementedError: no meta function" in caplog.text
-    detach(state)
-
-
-@pytest.mark.parametrize("packing", [True, False])
-def test_largest_micro_batch_is_traced(packing: bool, tmp_path: Path) -> None:
-    state = auto_state("llama", tmp_path, packing=packing)
-    steps = [[len(state.examples[i].ids) for i in step] for step in state.steps]
-    assert sum(auto._largest_micro_batch(state)) == max(map(sum if packing else max, steps))
     detach(state)

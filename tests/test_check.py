@@ -8,15 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from finished import call, finished_run
 from rich.console import Console
 from tiny import tiny_folder, tiny_tokenizer
 
 from lora_ft import check, config
+from lora_ft.cli import entry
 from lora_ft.data.rows import Example
 from lora_ft.data.tokenize import Vocabulary
-from lora_ft.ops.device import GPU
+from lora_ft.memory import prediction
 from lora_ft.training.dry_run import ErrorCollector, partial_dry_run, read_rows
 
 COMMAND = str(Path(sys.executable).with_name("lora-ft"))
@@ -278,13 +278,32 @@ def test_page_reports_truncated_dropped_and_unused_data(base, tmp_path):
     assert re.search(r"1 longer than\s+data\.max_length left out", dropped)
 
 
-def test_gpu_that_would_wait_for_launches_is_warned_of(base, capfd, monkeypatch):
-    monkeypatch.setattr(check, "resolve_device", lambda _: torch.device("cuda:0"))
-    monkeypatch.setattr(check, "target", lambda _: GPU)
-    assert checked(base) == 0
+def test_gpu_that_would_wait_for_launches_is_warned_of(base, capfd):
+    Path("rows.jsonl").write_text(lines(GOOD))
+    with pytest.raises(SystemExit) as ended:
+        entry.run("check", ["model=local", f"model.path={base}", "data.path=rows.jsonl", *SHORT, "hardware=rtx_4090"])
+    assert not ended.value.code
     page = " ".join(capfd.readouterr().out.split())
     assert re.search(r"! a step of \d+ tokens makes about [\d,]+ kernel launches, \d+ ms, but has only", page)
     assert re.search(r"from about train\.tokens_per_step=\d+ on it would not", page)
+    assert re.search(r"memory predicted peak 0\.\d+ of 23\.6 GiB free, in the \w+, .*=off: fits", page)
+
+
+def test_memory_that_is_too_small_is_a_warning(base, capfd):
+    assert checked(base, "hardware.memory=300MiB") == 0
+    page = " ".join(capfd.readouterr().out.split())
+    assert "GiB free, in the" in page and ": does not fit" in page
+    assert "! the run does not fit: 0.67 of 0.29 GiB" in page
+
+
+def test_step_that_cannot_be_traced_leaves_the_prediction_out(base, capfd, caplog, monkeypatch):
+    def fail(*_):
+        raise NotImplementedError("no meta function")
+
+    monkeypatch.setattr(prediction, "trace_step", fail)
+    assert checked(base) == 0
+    assert "predicted peak" not in capfd.readouterr().out
+    assert "the memory of llama cannot be predicted" in caplog.text and "no meta function" in caplog.text
 
 
 def test_cpu_is_not_warned_of_launches(base, capfd):

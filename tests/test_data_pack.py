@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_ft.data.packing import best_fit, longest_group, micro_batches
+from lora_ft.data.packing import best_fit, largest_micro_batch, longest_group, micro_batch_lengths, micro_batches
 from lora_ft.data.rows import Example
 from lora_ft.errors import ConfigError
 from lora_ft.ops.batch import IGNORED
@@ -118,3 +118,15 @@ def test_no_rows_give_no_micro_batches():
 
 def test_unsupervised_targets_are_ignored_by_cross_entropy():
     assert torch.nn.CrossEntropyLoss().ignore_index == IGNORED
+
+
+@given(st.lists(token_rows(), min_size=1, max_size=5), st.sampled_from([None, 12, 20]), st.booleans())
+def test_largest_micro_batch_is_the_one_with_the_most_tokens_in_any_step(rows_of_steps, capacity, packing):
+    examples = [row for rows in rows_of_steps for row in rows]
+    ends = np.cumsum([0, *map(len, rows_of_steps)])
+    steps = [np.arange(start, end) for start, end in pairwise(ends)]
+    made = [batch for rows in rows_of_steps for batch in micro_batches(rows, capacity, packing)]
+    lengths = [each for rows in rows_of_steps for each in micro_batch_lengths(rows, capacity, packing)]
+    assert lengths == [[len(document.ids) for document in batch.documents()] for batch in made]
+    assert sum(largest_micro_batch(examples, steps, capacity, packing)) == max(len(batch.ids) for batch in made)
+    assert largest_micro_batch(examples, steps, capacity, packing) in lengths

@@ -59,7 +59,10 @@ def test_dry_run_measures_every_training(dry: dict[str, dict[str, Any]]) -> None
     assert 0 < product["killed and resumed"]["killed_after_steps"] < 40
     assert product["sweep"]["failure"]["exit_code"] == 7
     assert dry["qlora_8b"]["parts"]["64 tokens, profiled"]["operators"] > 100
-    assert dry["qlora_8b"]["parts"]["64 tokens, traced"]["predicted_bytes"] > 0
+    traced = dry["qlora_8b"]["parts"]["64 tokens, traced"]
+    assert 0 < traced["predicted_allocated_bytes"] < traced["predicted_reserved_bytes"]
+    assert sum(traced["terms"].values()) == traced["predicted_driver_bytes"]
+    assert "seconds_per_step" in traced["differences"]  # memory of a CPU is not compared here
 
 
 # ---- the driver ----
@@ -212,7 +215,7 @@ def test_unknown_stages_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 def test_table_shows_figures_failures_and_skipped_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts = {
         "4096 tokens": {"tokens_per_second": 9700.4, "allocated_bytes": 8 * 2**30},
-        "4096 tokens, traced": {"predicted_bytes": 7.5 * 2**30},
+        "4096 tokens, traced": {"predicted_allocated_bytes": 7.5 * 2**30, "predicted_driver_bytes": 9 * 2**30},
         "rope": {"failed": "a|b"},
         "fine": {"error": 0.1},
     }
@@ -221,7 +224,7 @@ def test_table_shows_figures_failures_and_skipped_parts(tmp_path: Path, capsys: 
     assert gpu.main(["--table", str(tmp_path / "out.jsonl")]) == 0
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[:2] for row in rows] == [["qlora_8b", ""], ["qlora_8b", "4096 tokens"], ["qlora_8b", "rope"]]
-    assert rows[1][2:] == ["9,700", "8.00", "", "", "7.50", ""]
+    assert rows[1][2:] == ["9,700", "8.00 (7.50, -6.2%)", "", "(9.00)", "", ""]
     assert rows[2][-1] == "failed: a/b" and {len(row) for row in rows} == {8}
 
 

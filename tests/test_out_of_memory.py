@@ -35,6 +35,8 @@ def activations(request, monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Te
 
     def loss(*arguments: object) -> LossSum:
         model = arguments[1]
+        if model.device.type == "meta":  # the trace for the advice
+            return own(*arguments)
         for module in model.modules():
             module.register_forward_hook(lambda module, inputs, output: keep(output))
         found.extend(weakref.ref(p) for n, p in model.named_parameters() if ".lora_" in n)

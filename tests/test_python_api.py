@@ -230,7 +230,7 @@ def test_compose_keeps_the_state_of_another_hydra_app(tmp_path: Path) -> None:
 
 def test_public_names_are_frozen() -> None:
     assert sorted(lora_ft.__all__) == [
-        "Callback", "compose", "evaluate", "load", "merge", "publish", "sweep", "train",
+        "Callback", "compose", "evaluate", "load", "merge", "plan", "publish", "sweep", "train",
     ]  # fmt: skip
     assert all(getattr(lora_ft, name).__doc__ for name in lora_ft.__all__)
 

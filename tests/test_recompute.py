@@ -1,6 +1,5 @@
-"""Gradient checkpointing: recomputation changes no bit; the free memory of the system."""
+"""Gradient checkpointing: recomputation changes no bit."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from lora_ft import config
 from lora_ft.adapters import attach
 from lora_ft.errors import ConfigError
 from lora_ft.models.acceleration import accelerate
-from lora_ft.ops import gradient_checkpointing, lora_linear
+from lora_ft.ops import lora_linear
 from lora_ft.ops.dropout import switch_off_dropout
 from lora_ft.ops.gradient_checkpointing import recompute_layers
 from lora_ft.ops.token_loss import token_loss_sum
@@ -102,23 +101,3 @@ def test_model_without_recomputable_layers_is_an_error() -> None:
 
     with pytest.raises(ConfigError, match=r"train\.gradient_checkpointing=every_1"):
         recompute_layers(Plain(), "every_1")
-
-
-def test_limits_of_a_control_group_and_its_parents_are_read(tmp_path: Path) -> None:
-    """The page cache counts as free memory."""
-    root, own = tmp_path / "fs", tmp_path / "fs" / "user" / "job"
-    own.mkdir(parents=True)
-    for folder, limit, current, cache in ((own, "900", 400, 100), (own.parent, "max", 0, 0), (root, "5000", 10, 0)):
-        (folder / "memory.max").write_text(f"{limit}\n")
-        (folder / "memory.current").write_text(f"{current}\n")
-        (folder / "memory.stat").write_text(f"anon 1\ninactive_file {cache}\n")
-    membership = tmp_path / "cgroup"
-    membership.write_text("0::/user/job\n")
-    assert gradient_checkpointing._left_by_cgroups(membership, root) == [600, 4990]
-    membership.write_text("4:memory:/old\n")
-    assert gradient_checkpointing._left_by_cgroups(membership, root) == []
-    assert gradient_checkpointing._left_by_cgroups(tmp_path / "none", root) == []
-
-
-def test_free_memory_of_this_machine_is_known() -> None:
-    assert 0 < (gradient_checkpointing.available_bytes(torch.device("cpu")) or 1) < 2**50

@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,12 @@ from tiny import MIXTURES, tiny_model
 from torch import nn
 
 from lora_ft import config
-from lora_ft.memory.launches import launch_bound
 from lora_ft.memory.meter import HostDeviceMix, Meter
 from lora_ft.memory.trace import PHASES, StepTrace, trace_loaded, trace_step
 from lora_ft.memory.twin import on_meta
 from lora_ft.models.meta_quantize import quantize_meta
 from lora_ft.models.quantize import import_bitsandbytes
-from lora_ft.ops.device import CPU, GPU, Target, standing_for, target
+from lora_ft.ops.device import CPU, GPU, standing_for, target
 from lora_ft.ops.gradient_checkpointing import recomputed_layers
 from lora_ft.ops.token_loss import token_loss_sum
 from lora_ft.values import BlockKernels
@@ -359,21 +357,3 @@ def test_trace_does_not_change_the_random_state() -> None:
 def test_trace_is_the_same_twice() -> None:
     first, second = (dataclasses.asdict(traced("qwen3_0_6b", 128, 2, "nf4")) for _ in range(2))
     assert first == second
-
-
-# Launches.
-
-
-def test_small_model_is_bound_by_launches_until_its_step_is_large_enough() -> None:
-    def sentence(tokens: int) -> str:
-        found = traced("qwen3_0_6b", tokens, checkpointing="off")
-        return launch_bound(found, tokens, Target("cuda", (9, 0), has_flash=True))
-
-    enough = int(re.search(r"train\.tokens_per_step=(\d+) on", sentence(1024))[1])
-    assert 1024 < enough <= 8192
-    assert sentence(enough) == "" != sentence(enough // 4)
-
-
-def test_large_model_is_not_bound_by_launches(llama_8b: StepTrace) -> None:
-    assert launch_bound(llama_8b, 4096, Target("cuda", (9, 0))) == ""
-    assert launch_bound(llama_8b, 4096, Target("cuda", (99, 0))) == ""

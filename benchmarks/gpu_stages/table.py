@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 GIB = 2**30
-_MEMORY = ("allocated", "reserved", "driver", "predicted")
-HEADER = ("stage", "part", "tokens/s", *(f"{name} GiB" for name in _MEMORY), "remark")
+_MEMORY = ("allocated", "reserved", "driver")
+HEADER = ("stage", "part", "tokens/s", *(f"{name} GiB" for name in _MEMORY), "seconds a step", "remark")
 
 
 def markdown(records: list[dict[str, Any]]) -> str:
@@ -25,8 +25,18 @@ def _rows(record: dict[str, Any]) -> Iterator[tuple[str, ...]]:
         remark = remark or str(part.get("summary", ""))
         if "tokens_per_second" in part or remark:
             speed = f"{part['tokens_per_second']:,.0f}" if "tokens_per_second" in part else ""
-            memory = (f"{part[f'{of}_bytes'] / GIB:.2f}" if part.get(f"{of}_bytes") else "" for of in _MEMORY)
-            yield (record["stage"], name, speed, *memory, _cell(remark[:200]))
+            memory = (_figure(part, f"{of}_bytes", GIB, 2) for of in _MEMORY)
+            yield (record["stage"], name, speed, *memory, _figure(part, "seconds_per_step", 1, 3), _cell(remark[:200]))
+
+
+def _figure(part: dict[str, Any], name: str, unit: float, digits: int) -> str:
+    """Return what was measured, and in parentheses what was predicted and by how much that is off."""
+    measured, predicted = part.get(name), part.get(f"predicted_{name}")
+    shown = f"{measured / unit:.{digits}f}" if measured else ""
+    if not predicted:
+        return shown
+    difference = f", {predicted / measured - 1:+.1%}" if measured else ""
+    return f"{shown} ({predicted / unit:.{digits}f}{difference})".strip()
 
 
 def _cell(text: str) -> str:

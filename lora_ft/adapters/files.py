@@ -11,6 +11,7 @@ base or another quantization (peft issues 2566 and 2699; transformers issue 3892
 
 import contextlib
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Collection, Iterator
@@ -33,6 +34,7 @@ from lora_ft.models.load import Identity
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_METADATA = {"format": "pt"}
 _HEADER_LIMIT = 10 * 2**20  # bytes: 50,000 tensors and more
 
 # Always written. Other settings are written only if they differ from PEFT's default, so that older PEFT reads the file.
@@ -57,6 +59,19 @@ def tensors_of(model: PeftModel, name: str) -> dict[str, Tensor]:
     return {key: tensor.detach().cpu().contiguous() for key, tensor in sorted(_state(model, name).items())}
 
 
+def size_of(model: PeftModel, name: str) -> int:
+    """Return the size of the weights file that `save` writes, in bytes; the adapter may be on the meta device."""
+    # The format sorts tensors by the size of their values, then by name, and pads its header to eight bytes.
+    state = sorted(_state(model, name).items(), key=lambda item: (-item[1].itemsize, item[0]))
+    codes = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+    header: dict[str, Any] = {"__metadata__": _METADATA}
+    end = 0
+    for key, tensor in state:
+        begin, end = end, end + tensor.nbytes
+        header[key] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    return 8 + math.ceil(len(json.dumps(header, separators=(",", ":"))) / 8) * 8 + end
+
+
 def save(
     model: PeftModel, name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, source: provenance.Provenance
 ) -> None:
@@ -74,7 +89,7 @@ def write(
     """Do the same as `save` for an adapter without a model: tensors under PEFT's file keys, and their config."""
     with durable.staged_folder(folder) as staging:
         tokenizer.save_pretrained(staging)
-        durable.write_bytes(staging / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+        durable.write_bytes(staging / WEIGHTS, safetensors.torch.save(tensors, metadata=_METADATA))
         durable.write_json(staging / CONFIG, config_fields(peft_config, source.base))
         durable.write_json(staging / provenance.RECORD, provenance.record(tensors, tokenizer, source))
         found = read_tensors(staging)

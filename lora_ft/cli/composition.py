@@ -64,11 +64,11 @@ class Composed(typing.NamedTuple):
 def run(line: CommandLine, main: Main, end: Callable[[Path], int]) -> int:
     """Run a command's job, or all jobs of a sweep and then `end`. Return the exit code; raise a single job's error."""
     line = _resumed_sweep(line)
-    with _composed(line) as (hydra, composed, translated):
+    with composing(line) as (hydra, composed, translated):
         _check_auto(line, composed)
         guard.check_composed(composed)
         multirun = composed.hydra.mode is RunMode.MULTIRUN
-        task = Task(line.command, main, functools.partial(_checked, line), _implied(line), multirun)
+        task = Task(line.command, main, functools.partial(checked, line), implied(line), multirun)
         if line.command == "sweep":
             return _sweep(hydra, line, composed, translated, task, end)
         if multirun:
@@ -91,9 +91,9 @@ def compose(command: str, typed: list[str], config_dir: Path | None = None) -> A
     if command not in config.SCHEMAS:
         raise ConfigError(f"{command} is not a command; there are {', '.join(config.SCHEMAS)}")
     line = CommandLine(command, typed, config_dir=config_dir)
-    with _composed(line) as (_, composed, _):
+    with composing(line) as (_, composed, _):
         guard.check_composed(composed)
-        return _checked(line, composed, validation.validate_values)
+        return checked(line, composed, validation.validate_values)
 
 
 def _run_job(composed: DictConfig, task: Task) -> None:
@@ -149,7 +149,7 @@ def show(line: CommandLine, *, part: str | None, package: str | None, resolve: b
 
     For a sweep, settings that vary between jobs are shown with their default value.
     """
-    with _composed(_resumed_sweep(line)) as (hydra, composed, translated):
+    with composing(_resumed_sweep(line)) as (hydra, composed, translated):
         parser = OverridesParser.create()
         single = [o for o in translated if not parser.parse_override(o).is_sweep_override()]
         if package and package != "_global_" and OmegaConf.select(composed, package) is None:
@@ -161,7 +161,7 @@ def show(line: CommandLine, *, part: str | None, package: str | None, resolve: b
 
 
 @contextlib.contextmanager
-def _composed(line: CommandLine) -> Iterator[Composed]:
+def composing(line: CommandLine) -> Iterator[Composed]:
     """Set up Hydra with our schemas, our `conf/` and the user's folder, and compose the config of a command line.
 
     Hydra's own global state is restored at the end: a program that calls lora_ft may be a Hydra app itself.
@@ -180,7 +180,7 @@ def _composed(line: CommandLine) -> Iterator[Composed]:
         store.store("stored_run", _stored_run(line))
         hydra = Hydra(task_name=line.command, config_loader=guard.Loader(search_path))
         GlobalHydra.instance().initialize(hydra)
-        translated = [*_implied(line), *overrides.translate(line.command, line.overrides, sweep=line.multirun)]
+        translated = [*implied(line), *overrides.translate(line.command, line.overrides, sweep=line.multirun)]
         translated += ["hydra.mode=MULTIRUN"] if line.multirun else []
         mode = RunMode.MULTIRUN if line.multirun else RunMode.RUN
         yield Composed(hydra, hydra.compose_config(line.command, translated, run_mode=mode), translated)
@@ -223,7 +223,7 @@ def _check_auto(line: CommandLine, composed: DictConfig) -> None:
         raise ConfigError(f"resume=auto needs a folder that stays the same: hydra.{group}.dir=DIR, got {folder}")
 
 
-def _implied(line: CommandLine) -> list[str]:
+def implied(line: CommandLine) -> list[str]:
     """Return the overrides that follow from those typed.
 
     resume=FOLDER implies the run folder. A typed model.path names a different base, so it clears the hub id and
@@ -277,7 +277,7 @@ def _folder(line: CommandLine, key: str) -> str | None:
     return validation.expand_home(value)
 
 
-def _checked(line: CommandLine, composed: DictConfig, check: Callable[[Any], None] = validation.validate) -> Any:
+def checked(line: CommandLine, composed: DictConfig, check: Callable[[Any], None] = validation.validate) -> Any:
     """Convert a composed config to the command's dataclass and check its rules; raises ConfigError."""
     schema = config.SCHEMAS[line.command]
     names = [str(name) for name in composed if name != "hydra"]

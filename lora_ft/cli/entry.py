@@ -81,12 +81,19 @@ def _command(arguments: list[str]) -> int:
 
 def _compose(command: str, overrides: list[str], flags: argparse.Namespace) -> int:
     from lora_ft.cli import composition  # here: Hydra takes a third of a second, too long for help and completion
+    from lora_ft.cli.overrides import names_several
 
     multirun = flags.multirun or command == "sweep" or "hydra.mode=MULTIRUN" in overrides
     command = "sweep" if multirun and command == "train" else command
     line = composition.CommandLine(command, overrides, multirun, flags.config_dir)
     if flags.cfg or flags.info:
         composition.show(line, part=flags.cfg, package=flags.package, resolve=flags.resolve, info=flags.info)
+        return 0
+    if command == "plan" and (multirun or names_several(command, overrides)):
+        from lora_ft.cli import grid
+
+        jobs = grid.jobs(line)
+        _import("lora_ft.plan").plan_jobs(jobs)
         return 0
     return composition.run(
         line,

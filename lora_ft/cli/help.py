@@ -59,6 +59,8 @@ def page(command: str, more: Sequence[Path] = ()) -> str:
 
 def type_words(annotation: Any) -> str:
     """Return the type of a setting in words that follow "must be": "an integer", "one of fp4, nf4"."""
+    if isinstance(annotation, types.UnionType) and {int, str} <= set(typing.get_args(annotation)):
+        return "an integer or auto"  # the only text that such a setting allows
     kind = required(annotation)
     if isinstance(kind, type) and issubclass(kind, Enum):
         return "one of " + ", ".join(kind.__members__)

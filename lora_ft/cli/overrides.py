@@ -37,6 +37,19 @@ def translate(command: str, typed: list[str], *, sweep: bool) -> list[str]:
     return [_parsable(command, override, _translated(command, override, sweep), parser, sweep) for override in typed]
 
 
+def names_several(command: str, typed: list[str]) -> bool:
+    """Return True if an override names several values, as in adapter.r=4,8; other errors are left to `translate`."""
+    parser = OverridesParser.create()
+    for override in typed:
+        try:
+            [parsed] = parser.parse_overrides([_translated(command, override, sweep=False)])
+        except (ConfigError, OverrideParseException):
+            continue
+        if parsed.is_sweep_override() and not parsed.key_or_group.startswith("hydra"):
+            return True
+    return False
+
+
 def as_typed(command: str, translated: Iterable[str]) -> Iterator[str]:
     """Undo `translate` for overrides that Hydra reports, so that they can be typed again."""
     for parsed in OverridesParser.create().parse_overrides(list(translated)):

@@ -4,10 +4,11 @@ best_fit([5, 3, 4, 2], capacity=7) -> [[0, 3], [1, 2]]       5+2 and 3+4 tokens
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lora_ft.data.rows import Example
 from lora_ft.errors import ConfigError
@@ -69,11 +70,43 @@ def micro_batches(examples: Sequence[Example], capacity: int | None, packing: bo
 
     Without packing each group is its own micro-batch. Raises ConfigError if a group is longer than the capacity.
     """
+    return [_pack([examples[i] for i in indices]) for indices in _assigned(examples, capacity, packing)]
+
+
+def micro_batch_lengths(examples: Sequence[Example], capacity: int | None, packing: bool) -> list[list[int]]:
+    """Return the lengths of the documents of each of a step's micro-batches, in the order of `micro_batches`."""
+    return [[len(examples[i].ids) for i in indices] for indices in _assigned(examples, capacity, packing)]
+
+
+def largest_micro_batch(
+    examples: Sequence[Example], steps: Iterable[NDArray[np.int64]], capacity: int | None, packing: bool
+) -> list[int]:
+    """Return the lengths of the documents of the micro-batch with the most tokens in any of the steps.
+
+    A step is an array of indices of examples. Raises ConfigError if a group is longer than the capacity.
+    """
+
+    def bound(step: list[Example]) -> int:
+        tokens = sum(len(e.ids) for e in step) if packing else longest_group(step)
+        return min(tokens, capacity or tokens)
+
+    chosen = ([examples[i] for i in step] for step in steps)
+    largest: list[int] = []
+    # The steps that may have the largest come first, so that few of them are packed.
+    for most, step in sorted(((bound(step), step) for step in chosen), key=lambda pair: -pair[0]):
+        if sum(largest) >= most:
+            break
+        largest = max(largest, *micro_batch_lengths(step, capacity, packing), key=sum)
+    return largest
+
+
+def _assigned(examples: Sequence[Example], capacity: int | None, packing: bool) -> list[list[int]]:
+    """Return the indices of the examples of each micro-batch."""
     check_capacity(examples, capacity)
     groups = grouped(examples)
     lengths = group_lengths(examples, groups)
     bins = best_fit(lengths, capacity or sum(lengths)) if packing else [[i] for i in range(len(groups))]
-    return [_pack([examples[i] for group in bin_ for i in groups[group]]) for bin_ in bins]
+    return [[i for group in bin_ for i in groups[group]] for bin_ in bins]
 
 
 def _pack(examples: Sequence[Example]) -> Batch:

@@ -8,5 +8,7 @@ workspaces  buffers inside operators, and what the allocator adds
 trace       settings -> the run's own training step on the meta device -> StepTrace
 twin        copies a loaded model to the meta device
 auto        settles train.gradient_checkpointing=auto
-launches    says when a step takes longer to launch than to compute
+machine     the device of a prediction: its memory and rates; cards has the table, measure measures this machine
+roofline    the time of a step from its operations and the rates of a device; says when launches decide
+storage     disk, download, and memory while a base is loaded
 """

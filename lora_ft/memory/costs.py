@@ -43,11 +43,15 @@ _LAUNCHES = {"_varlen_attn_backward": 3, "_scaled_dot_product_flash_attention_ba
              "_scaled_dot_product_efficient_attention_backward": 2}  # fmt: skip
 
 
+TRANSFER = "transfer"  # op of a copy between host and device
+
+
 @dataclass(frozen=True)
 class Cost:
     """`count` equal operations of a phase; flops, bytes and launches are those of each one.
 
-    op: such as "aten.mm". dtype: that of the operands of a product, else of the first tensor, such as "bfloat16".
+    op: such as "aten.mm"; TRANSFER for a copy between the host and a GPU. dtype: that of the operands of a product,
+    else of the first tensor, such as "bfloat16".
     bytes: read and written.
     """
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from lora_ft.memory.costs import Cost, attention_flops, kind_of, product_flops, traffic
+from lora_ft.memory.costs import TRANSFER, Cost, attention_flops, kind_of, nbytes, product_flops, traffic
 from lora_ft.memory.decompositions import decomposition, grouped_mm
 from lora_ft.memory.parts import part_of
 from lora_ft.memory.timeline import Record, Storage
@@ -91,12 +91,9 @@ class Meter(TorchDispatchMode):
 
     def costs(self) -> tuple[Cost, ...]:
         """Return the operations that launch something, equal ones together."""
-        found: Counter[tuple[Any, ...]] = Counter()
-        for (phase, kind, dtype, flops, count_bytes), count in self._costs.items():
-            found[phase, kind.name, str(dtype).removeprefix("torch."), flops, count_bytes, kind.launches] += count
         return tuple(
-            Cost(phase, name, dtype, flops, size, launches, count)
-            for (phase, name, dtype, flops, size, launches), count in found.items()
+            Cost(phase, name, str(dtype).removeprefix("torch."), flops, count_bytes, launches, count)
+            for (phase, name, launches, dtype, flops, count_bytes), count in self._costs.items()
         )
 
     def assign(self, tensors: Iterable[Tensor], phase: str) -> None:
@@ -183,7 +180,13 @@ class Meter(TorchDispatchMode):
             inside = bytes_inside(kind, func, args, max(1, len(starts) - 1))
             self.peak_inside = max(self.peak_inside, self._total + inside)
         dtype = next((tensor.dtype for tensor in given if tensor.is_floating_point()), (given or made)[0].dtype)
-        self._costs[self._phase, kind, dtype, flops, traffic(kind, args, given, made)] += 1
+        name, moved = kind.name, traffic(kind, args, given, made)
+        if func.overloadpacket is _aten._to_copy and not any(tensor.is_meta for tensor in given) and self._is_gpu():
+            name, moved = TRANSFER, nbytes(made[0])
+        self._costs[self._phase, name, kind.launches, dtype, flops, moved] += 1
+
+    def _is_gpu(self) -> bool:
+        return target(torch.device("meta")).kind == "cuda"
 
     def _documents(self, given: list[Tensor]) -> list[int]:
         """Return the boundaries of the documents that an attention is given; [] for a single document."""
@@ -198,6 +201,8 @@ class Meter(TorchDispatchMode):
         if packet is _aten._local_scalar_dense:
             return torch.ones((), dtype=tensor.dtype).item()
         if packet is _aten._to_copy and torch.device(kwargs.get("device") or "meta").type == "cpu":
+            if self._is_gpu():
+                self._costs[self._phase, TRANSFER, 0, tensor.dtype, 0, nbytes(tensor)] += 1
             return torch.ones((), dtype=kwargs.get("dtype") or tensor.dtype).expand(tensor.shape)
         if packet is _aten.nonzero:  # its length is unknown: as if every element were set
             made = torch.empty(tensor.numel(), tensor.dim(), dtype=torch.int64, device="meta")

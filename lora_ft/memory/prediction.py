@@ -1,15 +1,61 @@
 """Predict the peak memory and the time of a run on a device, from its traced step.
 
 predict(cfg, model_config, workload, machine) -> Prediction(terms=(...), peak_bytes=..., fits=True, ...)
+
+    base weights, adapter, ... other     traced: bytes of tensors at the peak of the step
+    workspaces, allocator, context       measured or assumed: what a process needs beside its tensors
+
+memory/trace.py explains the traced terms.
 """
 
+import copy
+import dataclasses
+import functools
+import json
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_ft import config
+import torch
+
+from lora_ft import config, objectives, validation
+from lora_ft.errors import ConfigError, LoraFtError
+from lora_ft.memory.auto import fewest_recomputed
 from lora_ft.memory.machine import Machine
+from lora_ft.memory.roofline import StepTime, step_time
 from lora_ft.memory.trace import StepTrace, trace_step
 from lora_ft.memory.workload import Workload
+from lora_ft.memory.workspaces import workspaces
+from lora_ft.models.load import first_line
+from lora_ft.ops.gradient_checkpointing import recomputable_layers
+
+log = logging.getLogger("lora_ft")
+
+MIB = 2**20
+
+# Share of the bytes that come and go within a step which the allocator holds in addition, between its blocks.
+_SLACK = {"cuda": 0.04, "cpu": 0.05}
+_LEAST_SLACK = 22 * MIB  # a segment of 20 MiB for large and one of 2 MiB for small tensors
+
+TRACED, MEASURED, ASSUMED = "traced", "measured", "assumed"  # sources of a term
+BASE = "base weights"
+# Terms that are live between steps; all others come and go within a step.
+_RESIDENT = (BASE, "adapter", "gradients", "optimizer")
+
+# Settings that a trace does not depend on. Of those of a group, only the named ones.
+_NOT_TRACED = {
+    "data": None, "track": None, "seed": None, "resume": None, "device": None, "hardware": None, "fit": None,
+    "out": None, "sweep": None, "model": ("path", "revision", "hub_id", "chat_template"),
+    "adapter": ("init_from", "lora_alpha", "alpha_pattern"),
+    "optim": ("lr", "lora_plus_ratio", "beta1", "beta2", "eps", "schedule", "warmup_steps", "decay_fraction",
+              "min_lr_ratio"),
+    "train": ("epochs", "max_steps", "tokens_per_step", "log_every_steps", "eval_every_steps", "eval_rows",
+              "patience", "on_oom", "samples", "save_every_steps", "keep_checkpoints", "deterministic"),
+}  # fmt: skip
+
+Traces = dict[str, StepTrace]
+"""Traces by everything that they depend on, shared by predictions."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +70,21 @@ class Term:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The predicted peak of a run on a machine, and its parts."""
+    """The predicted peak of a run on a machine, and its parts.
+
+    phase: forward, loss, backward or optimizer, in which the peak occurs. gradient_checkpointing: off or every_k, what
+    auto chooses on this machine. trace: of the largest micro-batch. typical: of `workload.typical_micro_batch`.
+    time: of a step of median size, None if the rates of the machine are unknown.
+    """
 
     machine: Machine
     workload: Workload
     terms: tuple[Term, ...]
     phase: str
+    gradient_checkpointing: str
     trace: StepTrace
+    typical: StepTrace
+    time: StepTime | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -39,19 +93,121 @@ class Prediction:
 
     @property
     def least_bytes(self) -> int:
-        """The terms that are exact: no device with less memory than this can run the step."""
-        return sum(term.bytes for term in self.terms if term.source != "assumed")
+        """The terms that are not assumed: no device with less memory than this can run the step."""
+        return sum(term.bytes for term in self.terms if term.source != ASSUMED)
+
+    @property
+    def left_bytes(self) -> int | None:
+        """Bytes of the budget that the peak leaves, negative if it does not fit; None if the memory is unknown."""
+        budget = self.machine.budget_bytes
+        return None if budget is None else budget - self.peak_bytes
 
     @property
     def fits(self) -> bool | None:
         """True if the peak is within the machine's budget; None if its memory is unknown."""
-        budget = self.machine.budget_bytes
-        return None if budget is None else self.peak_bytes <= budget
+        return None if self.left_bytes is None else self.left_bytes >= 0
 
 
-def predict(cfg: config.TrainRun, model_config: Any, workload: Workload, machine: Machine) -> Prediction:
-    """Predict a run of `cfg` on a model of a transformers config; gradient_checkpointing must be off or every_k."""
-    found = trace_step(cfg, model_config, workload.largest, machine.target)
-    terms = [Term(name, count, "traced") for name, count in found.at_peak.items()]
-    terms.append(Term("context", machine.context_bytes, "assumed"))
-    return Prediction(machine, workload, tuple(terms), found.peak_phase, found)
+def predict(
+    cfg: config.TrainRun, model_config: Any, workload: Workload, machine: Machine, traces: Traces | None = None
+) -> Prediction:
+    """Predict a run of `cfg` on a model of a transformers config.
+
+    train.gradient_checkpointing=auto is what training chooses on this machine: the fewest recomputed layers that fit.
+    `traces` shares traces between predictions. Raises ConfigError for a model that cannot be traced.
+    """
+    traces = {} if traces is None else traces
+
+    @functools.cache
+    def with_recompute(setting: str) -> Prediction:
+        train = dataclasses.replace(cfg.train, gradient_checkpointing=setting)
+        return _predict(dataclasses.replace(cfg, train=train), model_config, workload, machine, traces)
+
+    setting = cfg.train.gradient_checkpointing
+    if setting == "auto":
+        setting = _fewest_recomputed(with_recompute, cfg, model_config, machine)
+    found = with_recompute(setting)
+    typical = found.trace
+    if list(workload.typical_micro_batch) != list(workload.largest):
+        train = dataclasses.replace(cfg.train, gradient_checkpointing=setting)
+        chosen = dataclasses.replace(cfg, train=train)
+        typical = _traced(chosen, model_config, workload.typical_micro_batch, machine, traces)
+    time = step_time(typical.costs, machine, len(workload.typical))
+    return dataclasses.replace(found, typical=typical, time=time)
+
+
+def _fewest_recomputed(predicted: Any, cfg: config.TrainRun, model_config: Any, machine: Machine) -> str:
+    """Return off or every_k: the setting with the fewest recomputed layers that fits, every_1 if none does."""
+    budget = machine.budget_bytes
+    if budget is None or predicted("off").fits:
+        return "off"
+    model_class = objectives.find(cfg.objective).model_class
+    with torch.device("meta"):
+        layers = len(recomputable_layers(model_class.from_config(copy.deepcopy(model_config))))
+    if not layers or not predicted("every_1").fits:
+        return "every_1" if layers else "off"
+    return fewest_recomputed(layers, lambda setting: predicted(setting).peak_bytes, budget)
+
+
+def _predict(
+    cfg: config.TrainRun, model_config: Any, workload: Workload, machine: Machine, traces: Traces
+) -> Prediction:
+    found = _traced(cfg, model_config, workload.largest, machine, traces)
+    traced = tuple(_traced_terms(found))
+    terms = (*traced, *_process_terms(found, traced, machine))
+    return Prediction(machine, workload, terms, found.peak_phase, cfg.train.gradient_checkpointing, found, found)
+
+
+def _traced_terms(found: StepTrace) -> Iterator[Term]:
+    for name, count in found.terms_at_peak.items():
+        if name == BASE:
+            for kind, part in sorted(found.base_bytes.items(), key=lambda item: -item[1]):
+                yield Term(f"{BASE}, {kind}", part, TRACED)
+        elif count:
+            yield Term(name, count, TRACED)
+
+
+def _process_terms(found: StepTrace, traced: Sequence[Term], machine: Machine) -> Iterator[Term]:
+    """Yield what a process needs beside the tensors that a trace counts."""
+    kind = machine.target.kind
+    if inside := workspaces(found, machine.target):
+        note = "buffers inside kernels, and those of cuBLAS" if kind == "cuda" else "buffers inside kernels"
+        yield Term("workspaces", inside, ASSUMED, note)
+    note = f"gaps between tensors, {SLACK_SHARE.get(kind, SLACK_SHARE['cuda']):.0%} of what comes and goes in a step"
+    yield Term("allocator", allocator_slack(found, machine.target), ASSUMED, note)
+    if machine.context_bytes:
+        source = machine.sources.get("context_bytes", ASSUMED)
+        note = source.partition(": ")[2] or "the process and its libraries"
+        yield Term(
+            "context", machine.context_bytes, MEASURED if machine.is_measured("context_bytes") else ASSUMED, note
+        )
+
+
+def _traced(
+    cfg: config.TrainRun, model_config: Any, lengths: Sequence[int], machine: Machine, traces: Traces
+) -> StepTrace:
+    """Return the trace of one micro-batch; `traces` has it already if the settings that it depends on are the same."""
+    key = _key(cfg, model_config, lengths, machine)
+    if key not in traces:
+        try:
+            traces[key] = trace_step(cfg, copy.deepcopy(model_config), lengths, machine.target)
+        except LoraFtError:
+            raise
+        except Exception as error:  # code of a model family that does not run without values
+            log.debug("the step cannot be traced", exc_info=True)
+            raise ConfigError(
+                f"the memory of {model_config.model_type} cannot be predicted, because its code does not run without "
+                f"weights ({type(error).__name__}: {first_line(error)}); lora-ft train may still train it"
+            ) from error
+    return traces[key]
+
+
+def _key(cfg: config.TrainRun, model_config: Any, lengths: Sequence[int], machine: Machine) -> str:
+    plain = validation.to_plain(cfg)
+    for group, names in _NOT_TRACED.items():
+        if names is None:
+            plain.pop(group, None)
+        else:
+            plain[group] = {name: value for name, value in plain[group].items() if name not in names}
+    given = [plain, model_config.to_dict(), list(map(int, lengths)), dataclasses.astuple(machine.target)]
+    return json.dumps(given, sort_keys=True, default=str)

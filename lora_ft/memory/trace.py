@@ -33,6 +33,7 @@ from lora_ft.memory.twin import on_meta
 from lora_ft.memory.weight_bytes import bytes_by_storage
 from lora_ft.models.acceleration import accelerate, accelerated_lora
 from lora_ft.models.cpu_embedding import keep_on_cpu
+from lora_ft.models.load import quiet
 from lora_ft.models.meta_quantize import quantize_meta
 from lora_ft.ops.device import GPU, Target, standing_for, target
 from lora_ft.ops.dropout import switch_off_dropout
@@ -64,7 +65,7 @@ class StepTrace:
     peak_bytes.
     base_bytes: of the frozen base by quantization or dtype, such as nf4 and bfloat16.
     costs: the work of the operations, attention included (memory/costs.py). bytes_inside: by which the buffers that
-    operators make for themselves raise the peak (memory/workspaces.py).
+    operators make for themselves raise the peak (memory/workspaces.py). num_trainable: parameters that train.
     plain_lora_layers: adapted layers that compute as PEFT does. reasons: log lines about them.
     """
 
@@ -77,6 +78,7 @@ class StepTrace:
     dispatches: dict[str, int]
     synchronisations: list[str]
     flops: int
+    num_trainable: int
     timeline: Timeline
     terms_at_peak: dict[str, int]
     base_bytes: dict[str, int]
@@ -103,6 +105,7 @@ def trace_step(cfg: config.TrainRun, model_config: Any, lengths: Sequence[int], 
         meter.phase = "base"
         with torch.device("meta"):
             network = objectives.find(cfg.objective).model_class.from_config(model_config, dtype=_dtype(cfg, device))
+            token_ids = _add_tokens(network, len(cfg.model.added_tokens))
         network.requires_grad_(False).eval()
         compute = cfg.quant.compute_dtype
         dtype = network.dtype if compute is config.Dtype.auto else getattr(torch, compute.value)
@@ -114,7 +117,7 @@ def trace_step(cfg: config.TrainRun, model_config: Any, lengths: Sequence[int], 
         made = accelerate(network, fast, _kernels(cfg, device), set(cfg.adapter.modules_to_save), check=False)
         meter.phase = "adapter"
         with torch.device("meta"):
-            model = attach.attach(network, cfg.adapter, NAME, cfg.seed, [])
+            model = attach.attach(network, cfg.adapter, NAME, cfg.seed, token_ids)
         with accelerated_lora(model, NAME, cfg.fast) as reasons:
             return _trace(meter, cfg, model, made.paths, lengths, reasons)
 
@@ -177,6 +180,7 @@ def _trace(
         dispatches={phase: meter.dispatches[phase] for phase in PHASES},
         synchronisations=list(meter.synchronisations),
         flops=meter.flops,
+        num_trainable=state.num_trainable,
         timeline=timeline,
         terms_at_peak=timeline.at_peak,
         base_bytes=base_bytes,
@@ -185,6 +189,18 @@ def _trace(
         plain_lora_layers=sorted(plain),
         reasons=list(reasons),
     )
+
+
+def _add_tokens(network: Any, count: int) -> list[int]:
+    """Add rows for tokens to the embedding and the head, and return their numbers.
+
+    A base may have unused rows, which real tokens take first: without a tokenizer the rows are those of the config.
+    """
+    rows = network.get_input_embeddings().weight.shape[0]
+    if count:
+        with quiet():
+            network.resize_token_embeddings(rows + count, mean_resizing=False)
+    return list(range(rows, rows + count))
 
 
 def _copies_of_adapter(state: TrainingState) -> list[torch.Tensor]:

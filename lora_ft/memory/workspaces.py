@@ -29,7 +29,8 @@ MIB = 2**20
 # the peak of a process was 0.4 to 0.9 of them above imports and tensors.
 # them an 8B model's QLoRA step took 16.4 GiB, with them 10.8 (https://github.com/meta-pytorch/torchtune/issues/1185);
 # arXiv 2507.16274 compares more models. How much is left is an assumption.
-_SLACK = {"cpu": (0.5, 60 * MIB), "cuda": (0.04, 22 * MIB)}
+SLACK_SHARE = {"cpu": 0.5, "cuda": 0.04}
+_SLACK_CONSTANT = {"cpu": 60 * MIB, "cuda": 22 * MIB}
 _PAGE = 2 * MIB
 
 
@@ -104,6 +105,6 @@ _INSIDE = {
 
 def allocator_slack(trace: "StepTrace", device: Target) -> int:
     """Return the bytes that the allocator of a device holds beside the tensors of a step."""
-    share, constant = _SLACK.get(device.kind, _SLACK["cuda"])
+    kind = device.kind if device.kind in SLACK_SHARE else "cuda"
     passing = trace.peak_bytes - trace.resident_bytes
-    return _up(int(share * passing) + constant, _PAGE)
+    return _up(int(SLACK_SHARE[kind] * passing) + _SLACK_CONSTANT[kind], _PAGE)

@@ -35,7 +35,7 @@ def load_meta_model(
 
     Raises the errors of `load_base`, except those that only the weights can show.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     identity = locate(model, weights=False)
     target = resolve_device(device)
@@ -43,9 +43,9 @@ def load_meta_model(
     if quant.compute_dtype is not config.Dtype.auto:
         resolve_dtype(quant.compute_dtype, target)
     folder = Path(str(identity.folder))
+    described = read_config(model)
     try:
         with load.quiet(), torch.device("meta"):
-            described = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             network = (model_class or AutoModelForCausalLM).from_config(described, dtype=dtype, trust_remote_code=False)
             if (folder / "generation_config.json").is_file():  # its end tokens may differ from those of config.json
                 network.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
@@ -55,3 +55,15 @@ def load_meta_model(
     if model.embedding_device == "cpu":
         keep_on_cpu(network, torch.device("meta"))
     return Base(network.requires_grad_(False).eval(), tokenizer, identity, ())
+
+
+def read_config(model: config.Model) -> Any:
+    """Read the config of a base, of transformers' class; raises the errors of `locate`."""
+    from transformers import AutoConfig
+
+    folder = Path(str(locate(model, weights=False).folder))
+    try:
+        with load.quiet():
+            return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path={model.path} cannot be loaded: {load.first_line(error)}") from None

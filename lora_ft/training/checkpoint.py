@@ -164,6 +164,8 @@ def _state(state: TrainingState) -> dict[str, Any]:
         "evaluations": [asdict(evaluation) for evaluation in state.evaluations],
         "eval_loss": _eval_loss(state),
         "stopped_by": state.stopped_by,
+        "tokens_per_microbatch": state.tokens_per_microbatch,
+        "shrinks": state.shrinks,
         "loss_scale": asdict(state.loss_scale) if state.loss_scale else None,
         "metrics_bytes": durable.settle(state.folder / runs.METRICS),
         "inputs": state.inputs,
@@ -203,6 +205,9 @@ def _fill(state: TrainingState, saved: dict[str, Any], tensors: dict[str, Tensor
         state.best_values = tensors["best_values"]
     state.tokens, state.seconds = saved["tokens"], saved["seconds"]
     state.stopped_by = saved["stopped_by"]
+    # A run of an earlier version has neither; its micro-batches are those of its settings.
+    state.tokens_per_microbatch = saved.get("tokens_per_microbatch", state.tokens_per_microbatch)
+    state.shrinks = saved.get("shrinks", 0)
     state.loss_scale = LossScale(**saved["loss_scale"]) if saved["loss_scale"] else None
 
 

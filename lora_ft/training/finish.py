@@ -30,7 +30,9 @@ class Result:
 
     peak_memory_bytes: of the process, which in a sweep trains several jobs; on a GPU what torch allocated for this job.
     peak_reserved_bytes, device_used_bytes: of the GPU, see `metrics.gpu_memory`; None for other devices.
-    stopped_by: why a run ended early.
+    predicted_peak_bytes: the same as predicted by memory/forecast.py; None if the run was too short to trace it.
+    tokens_per_microbatch: at the end of the run, None for the whole step. shrinks: how often it was halved because
+    memory ran out. stopped_by: why a run ended early.
     """
 
     eval_loss: float | None
@@ -49,6 +51,9 @@ class Result:
     adapter_sha256: str
     peak_reserved_bytes: int | None = None
     device_used_bytes: int | None = None
+    predicted_peak_bytes: int | None = None
+    tokens_per_microbatch: int | None = None
+    shrinks: int = 0
 
 
 def finish(state: TrainingState, base: Base, dataset: Dataset, comparisons: dict[object, Comparison]) -> Result:
@@ -72,7 +77,7 @@ def finish(state: TrainingState, base: Base, dataset: Dataset, comparisons: dict
 def _compared(state: TrainingState, base: Base, comparisons: dict[object, Comparison]) -> Comparison:
     train = state.cfg.train
     log.info("comparing base and adapter on the eval set: %d examples", len(state.eval_examples))
-    capacity = train.tokens_per_microbatch or train.tokens_per_step
+    capacity = state.tokens_per_microbatch or train.tokens_per_step
     key = (len(state.eval_examples), capacity, train.samples)
     eval_set = EvalSet(
         state.eval_examples, state.eval_prompts[: train.samples], capacity, _SAMPLE_TOKENS, state.objective.loss
@@ -99,17 +104,21 @@ def _result(state: TrainingState, comparison: Comparison | None) -> Result:
         trainable_parameters=state.num_trainable,
         peak_memory_bytes=peak_memory_bytes(state.base.device),
         adapter_sha256=hashlib.sha256(weights).hexdigest(),
+        predicted_peak_bytes=state.predicted_peak_bytes,
+        tokens_per_microbatch=state.tokens_per_microbatch,
+        shrinks=state.shrinks,
         **gpu_memory(state.base.device),
     )
 
 
 def _print(state: TrainingState, base: Base, comparison: Comparison | None, result: Result) -> None:
-    reserved = result.peak_reserved_bytes
+    reserved, predicted = result.peak_reserved_bytes, result.predicted_peak_bytes
     facts = {
         "trainable parameters": f"{result.trainable_parameters:,}",
         "speed": f"{result.tokens_per_second:.0f} tokens/s ({result.tokens:,} tokens in {result.train_seconds:.0f} s)",
         "peak memory": f"{result.peak_memory_bytes / 1e9:.2f} GB"
-        + (f" allocated, {reserved / 1e9:.2f} GB reserved" if reserved else ""),
+        + (f" allocated, {reserved / 1e9:.2f} GB reserved" if reserved else "")
+        + (f", {predicted / 1e9:.2f} GB predicted" if predicted else ""),
         "adapter": str(state.folder / "adapter"),
     }
     console = Console()

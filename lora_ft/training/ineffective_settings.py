@@ -69,7 +69,7 @@ def _by_rows(cfg: config.TrainRun, dataset: Dataset) -> _Cases:
 
 def _by_steps(cfg: config.TrainRun, num_steps: int, largest_step: int) -> _Cases:
     train = cfg.train
-    every, most = train.eval_every_steps or 1, train.tokens_per_microbatch or 0
+    every, most = train.eval_every_steps or 1, train.microbatch_limit or 0
     yield "train.eval_every_steps", every >= num_steps, f"the run is evaluated at its end, after {num_steps} steps"
     yield "train.tokens_per_microbatch", most >= largest_step, f"no step has more than {largest_step:,} tokens"
     yield "train.keep_checkpoints", train.save_every_steps is None, "train.save_every_steps=null writes one, at the end"

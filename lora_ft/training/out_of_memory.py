@@ -1,29 +1,95 @@
-"""Turn an out-of-memory error into an error with advice, and free what it holds."""
+"""Out of memory during a training: repeat the step in smaller micro-batches, or stop with advice.
+
+    train.on_oom=shrink    forward or backward fails    free the step -> halve the micro-batch -> repeat the step
+    train.on_oom=stop      anything fails               free the run  -> ResourceError: what was used, what to change
+
+A repeated step starts from zero gradients, so its result differs by rounding alone (and by the masks of dropout, which
+are drawn for each micro-batch). An error in the optimizer always stops the run: part of the update may be done.
+"""
 
 import contextlib
 import gc
+import logging
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 
-from lora_ft.errors import out_of_memory
+from lora_ft import config, errors
+from lora_ft.data.packing import longest_group, micro_batches
+from lora_ft.training.state import TrainingState
+
+log = logging.getLogger("lora_ft")
+
+Found = TypeVar("Found")
 
 
 @contextlib.contextmanager
-def out_of_memory_as_error() -> Iterator[None]:
+def out_of_memory_as_error(explain: Callable[[], str] | None = None) -> Iterator[None]:
     """Raise ResourceError for an out-of-memory error of the block, and free what its frames hold.
 
-    The traceback of an exception keeps the variables of its functions, and with them all activations of the step, for
-    as long as a caller has the exception: later work would run with less memory.
+    `explain` is called when all is freed, and its text replaces the usual advice.
     """
     try:
         yield
     except Exception as error:
-        if (advice := out_of_memory("train", error)) is None:
+        if (usual := errors.out_of_memory("train", error)) is None:
             raise
-        traceback.clear_frames(error.__traceback__)
-        gc.collect()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
-        raise advice from None
+        _free(error)
+        reason = errors.out_of_memory_reason(error)
+    else:
+        return
+    # Outside of the handler, which holds the error.
+    _collect()
+    raise (errors.ResourceError(f"{reason}: {explain()}") if explain else usual) from None
+
+
+def repeated(state: TrainingState, compute: Callable[[], Found]) -> Found:
+    """Return compute(), called again with half the micro-batch after each out-of-memory error, if train.on_oom=shrink.
+
+    The error is raised if the micro-batch cannot be smaller. What was computed must not have changed the state.
+    `compute` must not be a closure: the frames of an error keep its variables even when they are cleared.
+    """
+    while True:
+        try:
+            return compute()
+        except Exception as error:
+            smaller = _smaller(state) if errors.out_of_memory("train", error) else None
+            if smaller is None:
+                raise
+            reason = errors.out_of_memory_reason(error)
+            _free(error)
+        _collect()
+        state.tokens_per_microbatch, state.shrinks = smaller, state.shrinks + 1
+        log.warning(
+            "%s: step %d is repeated in micro-batches of at most %s tokens", reason, state.step + 1, f"{smaller:,}"
+        )
+
+
+def _smaller(state: TrainingState) -> int | None:
+    """Return half the largest micro-batch of the step, at least the longest row; None if it must not or cannot shrink.
+
+    Half of the setting would be the same micro-batches again in a step that does not fill them.
+    """
+    if state.cfg.train.on_oom is not config.OnOom.shrink or not state.packs:
+        return None
+    examples = [state.examples[i] for i in state.steps[state.step]]
+    largest = max(len(batch.ids) for batch in micro_batches(examples, state.tokens_per_microbatch, state.packs))
+    smaller = max(largest // 2, longest_group(state.examples))
+    return smaller if smaller < largest else None
+
+
+def _free(error: Exception) -> None:
+    """Clear the variables of the functions that an error passed through.
+
+    An exception keeps them, and with them all activations of the step, for as long as a caller has the exception:
+    later work would run with less memory.
+    """
+    traceback.clear_frames(error.__traceback__)
+
+
+def _collect() -> None:
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lora_ft import config, objectives, validation
 from lora_ft.adapters import attach, audit, files, init, provenance
 from lora_ft.data.dataset import Dataset, EvalPrompt
-from lora_ft.data.packing import check_capacity, group_lengths, grouped, longest_group
+from lora_ft.data.packing import check_capacity, group_lengths, grouped, largest_micro_batch
 from lora_ft.data.rows import Example
 from lora_ft.data.sampler import derive, epoch_order, steps_of_epoch
 from lora_ft.errors import ConfigError, DataError
@@ -58,8 +58,11 @@ class TrainingState:
 
     inputs: hashes of the settings, the data, the base and the adapter's shapes. start, best_values: copies on the CPU
     of the first values, and of those of the best evaluation with train.keep=best. loss_scale: None unless the base
-    computes in float16. unread: steps done whose values are still on the device. A checkpoint stores the optimizer,
-    `flat.values`, the loss scale and the fields with a default; no step is unread then.
+    computes in float16. gradient_checkpointing, tokens_per_microbatch: those of the settings, where memory/auto.py
+    replaces auto; tokens_per_microbatch is None until then. unread: steps done whose values are still on the device.
+    shrinks: how often an out-of-memory error has halved tokens_per_microbatch. predicted_peak_bytes: None if the run
+    was not traced. A checkpoint stores the optimizer, `flat.values`, the loss scale, tokens_per_microbatch and the
+    fields with a default but the first and the last; no step is unread then.
     """
 
     cfg: config.TrainRun
@@ -74,6 +77,7 @@ class TrainingState:
     parameters: dict[str, nn.Parameter]
     start: dict[str, Tensor]
     gradient_checkpointing: str
+    tokens_per_microbatch: int | None
     flat: optimizers.Flat
     optimizer: torch.optim.Optimizer
     num_trainable: int
@@ -86,6 +90,8 @@ class TrainingState:
     tokens: int = 0
     seconds: float = 0.0
     stopped_by: str | None = None
+    shrinks: int = 0
+    predicted_peak_bytes: int | None = None
 
     @property
     def step(self) -> int:
@@ -116,6 +122,11 @@ class TrainingState:
     def _out_of_patience(self) -> bool:
         patience = self.cfg.train.patience
         return patience is not None and self.evaluations_without_gain >= patience
+
+    @property
+    def packs(self) -> bool:
+        """True if a micro-batch has several rows."""
+        return self.cfg.train.packing and self.paths.packs
 
     @property
     def base(self) -> PreTrainedModel:
@@ -227,6 +238,7 @@ def new_state(
         },
         loss_scale=_loss_scale(model, paths, dataset.train, steps, cfg.train),
         gradient_checkpointing=cfg.train.gradient_checkpointing,
+        tokens_per_microbatch=cfg.train.microbatch_limit,
     )
 
 
@@ -242,20 +254,13 @@ def _loss_scale(
     dtypes |= {getattr(module, "compute_dtype", None) for module in model.modules()}  # of quantized layers
     if torch.float16 not in dtypes:
         return None
-    return loss_scale.for_tokens(_largest_micro_batch(paths, examples, steps, train))
-
-
-def _largest_micro_batch(paths: Paths, examples: list[Example], steps: list[np.ndarray], train: config.Train) -> int:
-    """Return the number of tokens of the largest micro-batch of the run, or a bound above it."""
     packs = train.packing and paths.packs
-    of_steps = ([examples[i] for i in step] for step in steps)
-    largest = max(sum(len(e.ids) for e in step) if packs else longest_group(step) for step in of_steps)
-    return min(largest, train.tokens_per_microbatch or largest)
+    return loss_scale.for_tokens(sum(largest_micro_batch(examples, steps, train.microbatch_limit, packs)))
 
 
 def check_lengths(examples: list[Example], model: PreTrainedModel, train: config.Train) -> None:
     """Raise DataError if an example is longer than a micro-batch or than the model's context."""
-    check_capacity(examples, train.tokens_per_microbatch)
+    check_capacity(examples, train.microbatch_limit)
     longest = max(examples, key=lambda example: len(example.ids))
     length, context = len(longest.ids), context_length(model)
     if length > context:

@@ -6,7 +6,7 @@
 
 The objective gives loss sums and weights; for sft the weight is the number of supervised tokens. The gradient is
 divided once, by the weight of all micro-batches: cutting a step into other micro-batches changes rounding, never the
-gradient (A01).
+gradient (A01). So a step that ran out of memory is repeated in smaller ones if train.on_oom=shrink.
 
 `read` is the one place where the host waits for the device. With train.log_every_steps above 1 several steps are read
 together, after their optimizer steps and before an evaluation or a checkpoint.
@@ -18,6 +18,7 @@ import shlex
 import signal
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -33,6 +34,7 @@ from lora_ft.ops.gradient_checkpointing import recomputed_layers
 from lora_ft.training import checkpoint, optimizers
 from lora_ft.training.callbacks import Callback, Callbacks, Metrics
 from lora_ft.training.metrics import gpu_memory
+from lora_ft.training.out_of_memory import repeated
 from lora_ft.training.ranks import Ranks
 from lora_ft.training.signals import Stop
 from lora_ft.training.state import Evaluation, TrainingState
@@ -78,7 +80,8 @@ def _step(
     audited: bool,
 ) -> None:
     """Take one optimizer step, then evaluate, write metrics, call callbacks and save a checkpoint where due."""
-    step, together = compute_gradient(state, ranks, audited=audited), _steps_per_read(state)
+    step = repeated(state, partial(compute_gradient, state, ranks, audited=audited))
+    together = _steps_per_read(state)
     if together == 1:
         read([step], ranks)
         step.is_skipped = state.loss_scale is not None and state.loss_scale.skips(
@@ -152,7 +155,7 @@ def compute_gradient(state: TrainingState, ranks: Ranks, *, audited: bool) -> St
     """Compute the gradient of the next step, divided and clipped; nothing is read from the device."""
     started, index = time.perf_counter(), state.step
     cfg, examples = state.cfg, [state.examples[i] for i in state.steps[index]]
-    packed = micro_batches(examples, cfg.train.tokens_per_microbatch, cfg.train.packing and state.paths.packs)
+    packed = micro_batches(examples, state.tokens_per_microbatch, state.packs)
     scale = state.loss_scale.at(index + 1) if state.loss_scale else 1.0
     state.flat.gradients.zero_()
     parts: list[LossSum] = []
@@ -171,15 +174,18 @@ def compute_gradient(state: TrainingState, ranks: Ranks, *, audited: bool) -> St
     norm = optimizers.clip(state.flat.gradients, cfg.optim.max_grad_norm)
     names = ["loss", *sorted(parts[0].metrics)]
     sums = [part.sum if name == "loss" else part.metrics[name] for name in names for part in parts]
+    facts = {
+        "rows": len(examples),
+        "tokens": sum(len(example.ids) for example in examples),
+        "supervised_tokens": sum(sum(batch.counts) for batch in packed),
+        "micro_batches": len(packed),
+    }
+    if state.tokens_per_microbatch not in (None, cfg.train.tokens_per_microbatch):  # chosen for auto, or shrunk
+        facts["tokens_per_microbatch"] = state.tokens_per_microbatch
     return Step(
         number=index + 1,
         sources=[example.source for example in examples],
-        facts={
-            "rows": len(examples),
-            "tokens": sum(len(example.ids) for example in examples),
-            "supervised_tokens": sum(sum(batch.counts) for batch in packed),
-            "micro_batches": len(packed),
-        },
+        facts=facts,
         names=names,
         values=torch.stack([*sums, norm]),
         weight=weight,
@@ -227,7 +233,7 @@ def _evaluate(state: TrainingState, known: dict[object, EvalLoss]) -> Metrics:
 
     A loss in `known`, of the same rows in the same micro-batches, is not measured again; a measured one is added.
     """
-    capacity = state.cfg.train.tokens_per_microbatch or state.cfg.train.tokens_per_step
+    capacity = state.tokens_per_microbatch or state.cfg.train.tokens_per_step
     key = len(state.eval_examples), capacity
     if key not in known:
         known[key] = eval_loss(state.base, state.objective.loss, state.eval_examples, state.paths, capacity)

@@ -10,7 +10,7 @@ Dequantization is exact, so a 4-bit file becomes eight times as large.
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,24 +63,21 @@ def _sha256(path: Path, *_version: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def describe(path: Path) -> tuple[Any, int]:
+    """Return the config and the weights' bytes of the folder that a GGUF file is converted to, from its header."""
+    source = reader.read(path)
+    family = _family(source)
+    config = _checked(source, lambda: _config(source, family))
+    return config, sum(reader.num_bytes(tensor) for tensor, _ in _tensors(source, family, config).values())
+
+
 def write_folder(source: reader.GgufFile, folder: Path) -> None:
     """Write config, weights and tokenizer of a GGUF file into an empty folder.
 
     Raises ConfigError for an architecture, a tensor or a rotary scaling that cannot be converted.
     """
-    architecture = source.metadata.get("general.architecture")
-    family = family_of_gguf(architecture)
-    if family is None:
-        raise ConfigError(
-            f"{source.path} has the architecture {architecture}; GGUF files can be read for "
-            f"{', '.join(dict.fromkeys(f.architecture for f in FAMILIES))}: "
-            "use the model's safetensors folder or hub id instead"
-        )
-    try:
-        config = _config(source, family)
-        built = tokenizer.build(source.metadata)
-    except KeyError as error:
-        raise ConfigError(f"{source.path} lacks {error.args[0]}: the file is incomplete") from None
+    family = _family(source)
+    config, built = _checked(source, lambda: (_config(source, family), tokenizer.build(source.metadata)))
     tensors = _tensors(source, family, config)
     specs = [
         durable.TensorSpec(name, reader.dtype_code(tensor), shape, reader.num_bytes(tensor))
@@ -93,6 +90,25 @@ def write_folder(source: reader.GgufFile, folder: Path) -> None:
     durable.write_json(folder / "generation_config.json", _generation(source.metadata))
     built.model_max_length = config.max_position_embeddings
     built.save_pretrained(folder)
+
+
+def _family(source: reader.GgufFile) -> Family:
+    architecture = source.metadata.get("general.architecture")
+    family = family_of_gguf(architecture)
+    if family is None:
+        raise ConfigError(
+            f"{source.path} has the architecture {architecture}; GGUF files can be read for "
+            f"{', '.join(dict.fromkeys(f.architecture for f in FAMILIES))}: "
+            "use the model's safetensors folder or hub id instead"
+        )
+    return family
+
+
+def _checked(source: reader.GgufFile, read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except KeyError as error:
+        raise ConfigError(f"{source.path} lacks {error.args[0]}: the file is incomplete") from None
 
 
 def _config(source: reader.GgufFile, family: Family) -> Any:
