@@ -13,7 +13,6 @@ gaps between tensors in the allocator.
 
 import contextlib
 import dataclasses
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +26,11 @@ from lora_ft.adapters import attach
 from lora_ft.data.dataset import Dataset, Report
 from lora_ft.data.rows import Example
 from lora_ft.memory.costs import Cost
-from lora_ft.memory.fused_attention import fused_attention
+from lora_ft.memory.meta_paths import as_with_values
 from lora_ft.memory.meter import Meter
 from lora_ft.memory.timeline import Timeline
 from lora_ft.memory.twin import on_meta
+from lora_ft.memory.weight_bytes import bytes_by_storage
 from lora_ft.models.acceleration import accelerate, accelerated_lora
 from lora_ft.models.cpu_embedding import keep_on_cpu
 from lora_ft.models.load import quiet
@@ -101,7 +101,7 @@ def trace_step(cfg: config.TrainRun, model_config: Any, lengths: Sequence[int], 
     """
     # Weights of a bfloat16 checkpoint fit into bfloat16. Those of another one might, which only their values show.
     exact = getattr(model_config, "dtype", None) in (torch.bfloat16, "bfloat16")  # loading changes the config
-    with standing_for(device), torch.random.fork_rng(devices=[]), Meter() as meter, _as_with_values(lengths):
+    with standing_for(device), torch.random.fork_rng(devices=[]), Meter() as meter, as_with_values(lengths):
         meter.phase = "base"
         with torch.device("meta"):
             network = objectives.find(cfg.objective).model_class.from_config(model_config, dtype=_dtype(cfg, device))
@@ -129,7 +129,7 @@ def trace_loaded(state: TrainingState, lengths: Sequence[int], gradient_checkpoi
     """
     train = dataclasses.replace(state.cfg.train, gradient_checkpointing=gradient_checkpointing)
     device = target(state.base.device)
-    with standing_for(device), torch.random.fork_rng(devices=[]), Meter() as meter, _as_with_values(lengths):
+    with standing_for(device), torch.random.fork_rng(devices=[]), Meter() as meter, as_with_values(lengths):
         meter.phase = "base"
         cfg = dataclasses.replace(state.cfg, train=train)
         return _trace(meter, cfg, on_meta(state.model), state.paths, lengths, [])
@@ -160,7 +160,7 @@ def _trace(
     if is_paged and target(state.flat.values.device).kind != "cpu":
         meter.leave_out(value for value in moments if value.numel() >= _LEAST_PAGED)
     resident = {name: count for name, count in meter.live.items() if count}
-    base_bytes = _base_bytes(meter, model, cfg.quant)
+    base_bytes = bytes_by_storage(meter, model, cfg.quant)
     meter.reset()
     plain: set[str] = set()
     with recomputed_layers(state.base, state.gradient_checkpointing), _phases(meter, state, plain):
@@ -209,31 +209,6 @@ def _copies_of_adapter(state: TrainingState) -> list[torch.Tensor]:
         return []
     kept = [state.start, {"best": state.flat.values}] if state.cfg.train.keep is Keep.best else [state.start]
     return [torch.empty(value.shape, dtype=value.dtype, device="meta") for each in kept for value in each.values()]
-
-
-def _base_bytes(meter: Meter, model: Any, quant: config.Quant) -> dict[str, int]:
-    """Return the bytes of the base by the quantization or the dtype of its tensors."""
-    quantized = {
-        tensor.untyped_storage()._cdata
-        for module in model.modules()
-        for tensor in _quantized_tensors(module._parameters.get("weight"))
-    }
-    found: Counter[str] = Counter()
-    for key, storage in meter.live_storages("base"):
-        dtype = str(storage.dtype).removeprefix("torch.")
-        found[quant.kind.value if key in quantized else dtype] += storage.bytes
-    return dict(found)
-
-
-def _quantized_tensors(weight: Any) -> list[torch.Tensor]:
-    """Return the codes and scales of a weight of bitsandbytes; [] for another weight."""
-    state, scales = getattr(weight, "quant_state", None), getattr(weight, "SCB", None)
-    values = [weight, scales]
-    while state is not None:
-        values += vars(state).values()
-        state = state.state2
-    found = [value for value in values if isinstance(value, torch.Tensor)]
-    return found if len(found) > 1 else []
 
 
 def _kernels(cfg: config.TrainRun, device: Target) -> Kernels:
@@ -294,30 +269,3 @@ def _phases(meter: Meter, state: TrainingState, plain: set[str]) -> Iterator[Non
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextlib.contextmanager
-def _as_with_values(lengths: Sequence[int]) -> Iterator[None]:
-    """Let libraries take on the meta device, until the block ends, the way that they take on a real one.
-
-    torch's fused optimizers and attention run. transformers finds packed documents by their positions, of which there
-    are more than the longest document has.
-    """
-    from torch.optim import optimizer
-    from transformers import masking_utils
-
-    fused, packed = optimizer._get_fused_kernels_supported_devices, masking_utils.find_packed_sequence_indices
-
-    def found_packed(positions: torch.Tensor) -> torch.Tensor | None:
-        if not positions.is_meta:
-            return packed(positions)
-        return positions.cumsum(-1) if positions.shape[-1] > max(lengths) else None
-
-    optimizer._get_fused_kernels_supported_devices = lambda: [*fused(), "meta"]
-    masking_utils.find_packed_sequence_indices = found_packed
-    try:
-        with fused_attention():
-            yield
-    finally:
-        optimizer._get_fused_kernels_supported_devices = fused
-        masking_utils.find_packed_sequence_indices = packed
