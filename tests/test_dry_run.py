@@ -90,7 +90,7 @@ def test_meta_model_has_the_names_shapes_and_dtypes_of_the_base(bases, folder):
 @pytest.mark.closes("A21")
 def test_training_matches_the_dry_run(bases, tmp_path, monkeypatch, family, overrides):
     seen = []
-    monkeypatch.setattr(check, "page", lambda cfg, known, tokenizer: seen.append(known) or "")
+    monkeypatch.setattr(check, "page", lambda cfg, known, *_: seen.append(known) or "")
     path = rows_at(tmp_path, pairs())
     overrides = ["model=local", f"model.path={bases / family}", f"data.path={path}", "train.tokens_per_step=80",
              "data.eval_fraction=0.2", "optim.warmup_steps=2", "train.samples=0", *overrides]  # fmt: skip

@@ -31,7 +31,6 @@ from lora_ft.export.gguf import tokenizer as gguf_tokenizer
 from lora_ft.export.gguf import writer
 from lora_ft.export.gguf.layout import Layout, layout_of
 from lora_ft.models import families, load
-from lora_ft.models.acceleration import replaced_forwards
 from lora_ft.models.gguf import convert, reader
 from lora_ft.models.gguf.tokenizer import build
 
@@ -642,7 +641,8 @@ def test_llamacpp_with_merged_file_matches_peft(quant: str, tmp_path: Path) -> N
     assert finished.call("merge", f"run={run}", f"out={tmp_path / 'm.gguf'}", "gguf=f32", *words) == 0
     cfg = finished.settings(tmp_path, "llama", quant=quant)
     _, model = finished.adapted(cfg)
-    with replaced_forwards(verify._exact_products(model.get_base_model())):  # without the rounding of 4-bit kernels
+    quantized, _ = verify.linear_layers(model.get_base_model())
+    with verify.exact_products(quantized):  # without the rounding of 4-bit kernels
         wanted = expected(model)
     assert distance(llamacpp.logprobs(tmp_path / "m.gguf", PROMPTS, size=VOCABULARY), wanted) <= ALLOWED
 

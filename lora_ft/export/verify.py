@@ -4,7 +4,9 @@ attached model --probe--> logits [T, V] ----------------------+
 written folder --from_pretrained, in this process--> logits --+--> distance <= tolerance, or MismatchError
 """
 
+import contextlib
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,13 +51,18 @@ def probe(model: PeftModel, num_tokens: int) -> Probe:
     base: PreTrainedModel = model.get_base_model()
     length = min(_PROBE_TOKENS, getattr(base.config, "max_position_embeddings", None) or _PROBE_TOKENS)
     ids = torch.linspace(0, num_tokens - 1, length).long()
-    quantized, plain = _linear_layers(base)
+    quantized, plain = linear_layers(base)
     with plain_attention(base):
-        with replaced_forwards({layer: functools.partial(_product, layer) for layer in quantized}):
+        with exact_products(quantized):
             logits = _logits(base, ids)
         with replaced_forwards({layer: functools.partial(_halves, layer) for layer in quantized + plain}):
             rounding = distance(_logits(base, ids), logits, base.dtype)
     return Probe(ids, logits, rounding, base.dtype, base.device)
+
+
+def exact_products(layers: Iterable[nn.Module]) -> contextlib.AbstractContextManager[None]:
+    """Let quantized layers multiply by their dequantized weights until the block ends."""
+    return replaced_forwards({layer: functools.partial(_product, layer) for layer in layers})
 
 
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -66,7 +73,7 @@ def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return output.logits[0].float().cpu()
 
 
-def _linear_layers(base: PreTrainedModel) -> tuple[list[nn.Module], list[nn.Module]]:
+def linear_layers(base: PreTrainedModel) -> tuple[list[nn.Module], list[nn.Module]]:
     """Return the quantized linear layers, and the others whose forward is the usual one."""
     layers = [layer for layer in base.modules() if isinstance(layer, nn.Linear | Conv1D)]
     quantized = [layer for layer in layers if type(layer.weight).__name__ in ("Params4bit", "Int8Params")]

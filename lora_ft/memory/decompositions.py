@@ -6,7 +6,6 @@ bitsandbytes computes some by other operators, in Python. As one operation, the 
     optimizer updates, cpu    gradient, value and state in float32
 """
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -26,9 +25,11 @@ def decomposition(func: Any, device: str) -> Callable[..., Any] | None:
     found = _FUNCTIONS.get((name, device)) or _FUNCTIONS.get((name, ""))
     if found is None:
         return None
+    from bitsandbytes.backends.cpu import ops as cpu
+    from bitsandbytes.backends.default import ops as default
+
     backend, function = found
-    module = importlib.import_module(f"bitsandbytes.backends.{backend}.ops")
-    return getattr(module, function, None)
+    return getattr({"cpu": cpu, "default": default}[backend], function, None)
 
 
 def grouped_mm(func: Any, args: Any, kwargs: Any) -> Tensor:
