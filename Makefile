@@ -34,6 +34,7 @@ format: .venv/test
 docs: .venv/test
 	$(BIN)/python tests/architecture_map.py
 	$(BIN)/python tests/configuration_page.py
+	$(BIN)/python tests/models_page.py
 
 catalogue: .venv/test
 	$(BIN)/python tests/catalogue.py

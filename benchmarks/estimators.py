@@ -1,7 +1,8 @@
 """Estimates of a training's memory, side by side: ours, and what people use, on the same cases.
 
     python benchmarks/estimators.py                     # cases with a published figure; 8B shapes take a minute
-    python benchmarks/estimators.py --measure           # also trains SmolLM2-135M on this CPU and measures its memory
+    python benchmarks/estimators.py --tensors           # also the tensors of steps of small models, measured here
+    python benchmarks/estimators.py --measure           # also trains SmolLM2-135M on this CPU and measures the process
 
 A published figure is that of another trainer with the same base, quantization, adapter and tokens, whose code keeps
 other tensors. So its column tells whether an estimate is of use to somebody who has this card, not how exact it is;
@@ -58,11 +59,21 @@ class Case:
 
 @dataclass(frozen=True)
 class Model:
-    """What the estimators read of a base."""
+    """Facts of a base that the estimators read."""
 
     parameters: int
     float32_bytes: int
     bits: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """A training, the bytes that it needed, what lora_ft predicts, and what the others read."""
+
+    name: str
+    bytes: int | None
+    ours: int
+    model: Model
 
 
 def published() -> Iterator[Case]:
@@ -132,6 +143,26 @@ def ours(case: Case) -> int:
     return found.peak_bytes if case.of_process else found.trace.peak_bytes
 
 
+def rows_of_tests() -> Iterator[Row]:
+    """Yield some cases of tests/memory_cases.py: the most bytes of tensors in the second step of a real run."""
+    sys.path[:0] = [str(HERE.parent / "tests")]
+    from memory_cases import measured as measured_tensors
+    from memory_cases import predicted
+    from test_trace_accuracy import CASES
+
+    for case in [each for each in CASES if each.fast]:
+        with tempfile.TemporaryDirectory() as folder:
+            needed = measured_tensors(case, Path(folder))
+        bits = {"none": 32}.get(case.quant, _BITS.get(case.quant, 32))
+        total, parameters = _accelerate_total(case.config)
+        name = f"{case.shape} {case.quant} r{case.rank} {case.recompute}, {sum(case.lengths)} tokens"
+        yield Row(name, needed, predicted(case).peak_bytes, Model(parameters, total, bits))
+
+
+def row_of(case: Case) -> Row:
+    return Row(case.name, case.bytes, ours(case), model_of(case))
+
+
 def model_of(case: Case) -> Model:
     from lora_ft.models.described import described
 
@@ -191,18 +222,17 @@ OTHERS: dict[str, Callable[[Model], float | None]] = {
 }
 
 
-def table(cases: list[Case]) -> str:
+def table(cases: list[Row]) -> str:
     """Return a Markdown table: GB, and in parentheses the difference from what was measured or published."""
     rows = [("case", "needed, GB", "ours", *OTHERS), ("---",) * (3 + len(OTHERS))]
     errors: dict[str, list[float]] = {name: [] for name in ("ours", *OTHERS)}
     for case in cases:
-        model = model_of(case)
-        found = {"ours": float(ours(case)), **{name: estimate(model) for name, estimate in OTHERS.items()}}
+        found = {"ours": float(case.ours), **{name: estimate(case.model) for name, estimate in OTHERS.items()}}
         for name, value in found.items():
             if value is not None and case.bytes:
                 errors[name].append(value / case.bytes - 1)
         cells = (_cell(value, case.bytes) for value in found.values())
-        rows.append((case.name, "" if case.bytes is None else f"{case.bytes / 1e9:.2f}", *cells))
+        rows.append((case.name, "" if case.bytes is None else _gigabytes(case.bytes), *cells))
     median = (_median(errors[name]) for name in ("ours", *OTHERS))
     rows.append(("**median of the differences, without sign**", "", *median))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -211,7 +241,11 @@ def table(cases: list[Case]) -> str:
 def _cell(value: float | None, needed: int | None) -> str:
     if value is None:
         return "none"
-    return f"{value / 1e9:.2f}" + (f" ({value / needed - 1:+.0%})" if needed else "")
+    return _gigabytes(value) + (f" ({value / needed - 1:+.0%})" if needed else "")
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:.2f}" if count > 1e8 else f"{count / 1e9:.4f}"
 
 
 def _median(errors: list[float]) -> str:
@@ -222,10 +256,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--measure", action="store_true", help="train and measure the cases of this CPU as well")
     process.prepare()
+    parser.add_argument("--tensors", action="store_true", help="measure the tensors of small models as well")
+    given = parser.parse_args()
     cases = list(published())
-    if parser.parse_args().measure:
+    if given.measure:
         cases = [measured(case) for case in on_this_cpu()] + cases
-    print(table(cases))
+    print(table([*(rows_of_tests() if given.tensors else ()), *map(row_of, cases)]))
     for source in dict.fromkeys(case.source for case in cases):
         print(f"\n{source}: {', '.join(case.name for case in cases if case.source == source)}")
 

@@ -1,6 +1,6 @@
 """Which bases train on which cards: the table of the README, as `lora-ft plan` predicts it.
 
-    python benchmarks/fits.py                                   # all bases and cards; ten minutes of one core
+    python benchmarks/fits.py                                   # all bases and cards; half an hour of one core
     python benchmarks/fits.py --models qwen3_4b,llama3_1_8b     # some bases
 
 A cell names the weights (16 bits if rows of 2,048 tokens fit with them, else NF4), the longest row that fits if every
@@ -41,16 +41,16 @@ def cell(model: str, card: str, known: Known) -> str:
     for name, overrides, least in WEIGHTS:
         given = [f"model={model}", f"hardware={card}", *overrides]
         try:
-            row = longest_row(given, known)
+            row, is_all = longest_row(given, known)
         except ConfigError:  # a tied embedding cannot be on the CPU
             continue
-        if row >= least:
+        if row >= least or is_all:
             return f"{name}, {row:,}{'+' if row == LONGEST else ''}, {speed(given, known)}"
     return "-"
 
 
-def longest_row(given: list[str], known: Known) -> int:
-    """Return the longest row that fits: 0 if none of 512 tokens does, at most LONGEST or the base's context.
+def longest_row(given: list[str], known: Known) -> tuple[int, bool]:
+    """Return the longest row that fits, 0 if none of 512 tokens does, and True for LONGEST or the base's context.
 
     Memory grows in a straight line between two lengths, but for the phase in which the peak is, so a guess between two
     lengths is checked.
@@ -64,23 +64,23 @@ def longest_row(given: list[str], known: Known) -> int:
     while fits(found := plan(high)):
         most = min(LONGEST, getattr(found.base.config, "max_position_embeddings", LONGEST))
         if high >= most:
-            return most
+            return most, True
         low, high = high, min(2 * high, most)
     if not low:
-        return 0
+        return 0, False
     for _ in range(3):
         at_low, at_high = need(plan(low)), need(plan(high))
         share = (budget(plan(low)) - at_low) / (at_high - at_low)
         guess = int((low + share * (high - low)) // STEP * STEP)
         if guess <= low:
-            return low
+            break
         if fits(plan(guess)):
             low = guess
         else:
             high = guess
         if high - low <= STEP:
             break
-    return low
+    return low, False
 
 
 def speed(given: list[str], known: Known) -> str:

@@ -32,7 +32,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_ft import config, runs, validation
-from lora_ft.adapters.summary import Layers
+from lora_ft.adapters.summary import Layers, left_out_lines
 from lora_ft.cli import entry, terminal
 from lora_ft.data.read import read
 from lora_ft.data.rows import Example, excerpt
@@ -276,8 +276,14 @@ def _step_facts(cfg: config.TrainRun, steps: Steps) -> Facts:
 
 def _layer_facts(cfg: config.TrainRun, layers: Layers) -> Facts:
     yield "layers", f"{layers.count:,}: " + ", ".join(f"{n} {t}" for t, n in layers.targets.items())
+    for line in left_out_lines(layers):
+        yield "left out", line
     yield "trainable", f"{layers.trainable:,} parameters, {layers.trainable / layers.base:.2%} of {layers.base:,}"
     rule = "lora_alpha / sqrt(r)" if cfg.adapter.use_rslora else "lora_alpha / r"
+    frozen = ", ".join(f"{size / layers.base:.1%} {name}" for name, size in layers.frozen.items())
+    yield "adapted", f"{layers.adapted / layers.base:.1%} of the base's weights; frozen: {frozen}"
+    if cfg.quant.kind is not config.QuantKind.none:
+        yield "quantized", f"{layers.quantized / layers.base:.1%} of the base's weights ({cfg.quant.kind.value})"
     yield "scale", f"{' and '.join(f'{scale:.4g}' for scale in layers.scales)} ({rule})"
 
 

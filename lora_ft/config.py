@@ -93,7 +93,7 @@ class CheckRun(TrainRun):
 
 @dataclass(slots=True)
 class PlanRun(CheckRun):
-    """Predict memory, time and files of a training on any device, without weights; exit code 7 if it does not fit."""
+    """Predict memory, time and files of a training on any device; exit code 7 if it does not fit."""
 
     fit: bool = setting(False, "list the changes that save memory also if the run fits")
     out: str | None = setting(None, "picture of the memory over a step: new .png or .html file", path=True)

@@ -7,6 +7,7 @@ config.json -> the run's own step on tensors without values -> terms of the peak
 The exit code is 7 if the run does not fit, and 0 if it fits or if the memory of the device is unknown.
 """
 
+import copy
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -66,7 +67,7 @@ def _named(choice: str) -> config.Hardware:
     found = {card.choice: card.hardware for card in cards()} | {"local": config.Hardware()}
     if choice not in found:
         raise ConfigError(f"hardware={choice}: choose one of {', '.join(sorted(found))}")
-    return dataclasses.replace(found[choice])
+    return copy.copy(found[choice])
 
 
 if __name__ == "__main__":

@@ -57,6 +57,13 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 8192, "sliding_window": 256,
         "query_pre_attn_scalar": 64, "max_position_embeddings": 4096,
     },
+    "wide llama": {
+        "model_type": "llama", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 8192, "max_position_embeddings": 4096,
+    },
+    "wide gpt2": {
+        "model_type": "gpt2", "n_embd": 512, "n_layer": 4, "n_head": 8, "vocab_size": 16384, "n_positions": 2048,
+    },
 }  # fmt: skip
 
 

@@ -41,7 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bloom": {}, "falcon": {"alibi": True}, "gpt_oss": {"head_dim": 16, "num_local_experts": 4},
     "phi3": {}, "lfm2": {"layer_types": ["conv", "full_attention"]}, "llama4_text": {"head_dim": 16},
 }  # fmt: skip
-PACKS, ATTENTION, LOSS = "packs", "attention", "loss"
+PACKS, PADS, ATTENTION, LOSS = "packs", "pads", "attention", "loss"
 EXPECTED = {
     "olmo2": {PACKS, ATTENTION, LOSS},
     "starcoder2": {PACKS, ATTENTION, LOSS},
@@ -50,12 +50,12 @@ EXPECTED = {
     "gemma3_text": {PACKS, ATTENTION, LOSS},
     "granite": {PACKS, ATTENTION, LOSS},  # divides its logits
     "cohere": {PACKS, ATTENTION, LOSS},  # multiplies its logits
-    "gemma2": {PACKS, LOSS},  # caps scores and logits
+    "gemma2": {PACKS, ATTENTION, LOSS},  # caps scores and logits
     "stablelm": {PACKS, LOSS},  # passes no keyword to its attention
-    "gpt_oss": {LOSS},  # adds sinks to the scores
-    "bloom": {LOSS},
-    "falcon": {LOSS},
-    "lfm2": {ATTENTION, LOSS},  # a convolution over time
+    "gpt_oss": {PACKS, ATTENTION, LOSS},  # has sinks
+    "bloom": {PADS, LOSS},
+    "falcon": {PADS, LOSS},
+    "lfm2": {PADS, LOSS},  # a convolution over time
 }
 
 
@@ -76,7 +76,8 @@ def learned(model: PeftModel, batches: list[Batch], paths: Paths) -> tuple[Tenso
 
 
 def switched_on(made: Accelerated) -> set[str]:
-    names = {PACKS: made.paths.packs, ATTENTION: made.paths.passes_starts, LOSS: made.paths.supervised_rows_only}
+    paths = made.paths
+    names = {PACKS: paths.packs, PADS: paths.pads, ATTENTION: paths.passes_starts, LOSS: paths.supervised_rows_only}
     return {name for name, on in names.items() if on}
 
 
@@ -91,7 +92,7 @@ def test_packed_fast_training_equals_plain_training_of_single_documents(family: 
     expected = learned(adapted(copy.deepcopy(model)).train(), BATCH.documents()[::2], PLAIN_PATHS)
     made = accelerate(model, FAST)
     assert switched_on(made) == EXPECTED[family]
-    batches = [BATCH] if made.paths.packs else BATCH.documents()[::2]
+    batches = [BATCH] if made.paths.share_a_pass else BATCH.documents()[::2]
     peft_model = adapted(model).train()
     with accelerated_lora(peft_model, "first", FAST):
         found = learned(peft_model, batches, made.paths)
@@ -123,7 +124,7 @@ def test_self_check_finds_leaking_documents_in_every_dtype(family: str, dtype: t
     """With weights of the usual size, 0.02, attention changes a random model's logits less than rounding does."""
     made = accelerate(built(family, dtype), config.Fast(attention=False))
     assert not made.paths.packs
-    assert "packing off, one row per forward pass: packed documents see each other" in made.reasons
+    assert "packing off, rows of similar length side by side: packed documents see each other" in made.reasons
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -148,11 +149,13 @@ def test_quantization_switches_no_fast_path_off(
     assert self_check._tolerance(base.model) == self_check._TOLERANCE[least_exact]
 
 
-def test_models_whose_chunks_or_windows_do_not_reach_packed_attention_use_plain_attention(
+def test_models_with_chunks_are_not_packed_and_windows_must_reach_packed_attention(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Loss and gradient cannot show this: the documents of the check are shorter than any window."""
-    assert "plain attention: packed attention does not support chunks" in accelerate(built("llama4_text"), FAST).reasons
+    made = accelerate(built("llama4_text"), FAST)
+    assert switched_on(made) == {PADS}
+    assert "packing off, rows of similar length side by side: attention counts chunks along a row" in made.reasons
     model = built("gemma3_text")
     assert ATTENTION in switched_on(accelerate(model, FAST))
     model = built("gemma3_text")

@@ -8,7 +8,8 @@ from peft import PeftModel
 from tiny import FAMILIES, tiny_folder, tiny_model
 
 from lora_ft import config
-from lora_ft.adapters import attach, audit
+from lora_ft.adapters import attach, audit, targets
+from lora_ft.adapters.text_path import adaptable_layers
 from lora_ft.errors import ConfigError, MismatchError
 from lora_ft.models.load import load_base
 
@@ -48,11 +49,9 @@ def test_ranks_that_differ_by_layer_are_counted() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_linear_selects_every_linear_layer_except_the_head(family: str) -> None:
     model = tiny_model(family)
-    layers = attach.adaptable_layers(model)
-    targets = attach.resolve_targets(model, layers, ["all-linear"])
-    inside = {n for n in layers if ".0." in n or ".1." in n}
-    assert attach.matched_layers(layers, targets) == inside
-    assert all("." not in target for target in targets)
+    found = targets.select(model, config.Adapter())
+    assert set(found.layers) == {n for n in adaptable_layers(model) if ".0." in n or ".1." in n}
+    assert all("." not in name for name in found.names)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -164,7 +164,7 @@ def test_attention_dropout_keeps_the_mean() -> None:
     assert float(outs[1].mean() / outs[0].mean()) == pytest.approx(1, abs=0.1)
 
 
-@pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias"])
+@pytest.mark.parametrize("name", ["position_bias", "block_table"])
 def test_attention_refuses_arguments_that_it_would_ignore(name: str) -> None:
     made = [torch.randn(1, 2, 3, 4) for _ in range(3)]
     with pytest.raises(ValueError, match=name):
@@ -236,6 +236,30 @@ def test_varlen_passes_correct_arguments_to_flash_attention(
     found = with_gradients(attention.varlen, made, starts, window, 0.3)
     for ours, exact in zip(found, with_gradients(definition, made, starts, window, 0.3), strict=True):
         torch.testing.assert_close(ours, exact)
+
+
+def test_flash_attention_gets_values_as_wide_as_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latent attention (DeepSeek) has narrower values, which get columns of zeros."""
+    starts = starts_of((9, 20, 3))
+    query, key, value, gradient = tensors(starts[-1], 4, 2)
+    made = [query, key, value[..., :6].detach().requires_grad_(), gradient[..., :6]]
+    kernel = attention.Kernel("varlen", "a substitute")
+    monkeypatch.setattr(attention, "choose_kernel", lambda *_: kernel)
+    widths: list[int] = []
+
+    def varlen(q: Tensor, k: Tensor, v: Tensor, starts: list[int], window: int | None, scale: float) -> Tensor:
+        widths.append(v.shape[-1])
+        return definition(q, k, v, starts, window, scale)
+
+    monkeypatch.setattr(attention, "varlen", varlen)
+
+    def called(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention.packed_causal_attention(torch.nn.Identity(), q, k, v, None, document_starts=list(starts))[0]
+
+    found = with_gradients(called, made)
+    for ours, exact in zip(found, with_gradients(definition, made, starts, None, 8**-0.5), strict=True):
+        torch.testing.assert_close(ours, exact)
+    assert widths == [8]
 
 
 def test_torchs_varlen_accepts_the_arguments_and_returns_the_expected_shapes() -> None:

@@ -56,7 +56,7 @@ def test_page_for_good_data_fits_80_columns_and_no_file_is_written(base, capfd):
     assert max(map(len, out.splitlines())) <= 80
     assert not any(line != line.rstrip() for line in out.splitlines())
     for word in ("read", "documents", "tokens", "length", "begin", "end", "prompts", "overlap", "steps",
-                 "learning rate", "layers", "trainable", "scale", "disk"):  # fmt: skip
+                 "learning rate", "layers", "trainable", "adapted", "scale", "disk"):  # fmt: skip
         assert re.search(rf"^  {word} ", out, re.MULTILINE), word
     assert out.count("⟦") == out.count("⟧") == 1 + 3  # the legend and three rows
     assert len(re.findall(r"⟦They have \d+ legs\.<\|im_end\|>⟧", out)) == 3
@@ -121,11 +121,20 @@ def test_bad_data_gives_one_located_message_and_exit_code_4(base, capfd, name):
     out, err = capfd.readouterr()
     assert err.startswith("lora-ft: ") and "Traceback" not in err
     assert re.search(message, err), err
-    assert re.findall(r"^\S+.*|^  [a-z]+", out, re.MULTILINE) == ["training", "  layers", "  trainable", "  scale"]
+    assert re.findall(r"^\S+.*|^  [a-z]+", out, re.MULTILINE) == [
+        "training",
+        "  layers",
+        "  trainable",
+        "  adapted",
+        "  scale",
+    ]
 
 
 def test_page_shows_what_an_error_does_not_affect(base, capfd):
-    all_lines, without_layers = ["steps", "learning", "layers", "trainable", "scale", "disk"], ["steps", "learning"]
+    all_lines, without_layers = (
+        ["steps", "learning", "layers", "trainable", "adapted", "scale", "disk"],
+        ["steps", "learning"],
+    )
     for override, expected, message in (
         ("adapter.target_modules=[q_prj]", without_layers,
          "q_prj matches no layer of this model, which has down_proj"),

@@ -32,6 +32,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "tied_head": ("llama", {"target_modules": ["q_proj"]}),
     "gpt2": ("gpt2", {}),
     "neox": ("gpt_neox", {}),
+    "granitemoe": ("granitemoe", {"target_modules": ["q_proj"]}),
 }
 
 
@@ -106,7 +107,8 @@ def test_plain_adapter_is_loaded_by_all_programs_but_ollama(made: dict[str, Path
         ("saved", "transformers", Level.REFUSED, "trained in full"),
         ("gpt2", "vLLM", Level.REFUSED, "GPT-2"),
         ("gpt2", "llama.cpp", Level.WARN, "GPT-2's layout"),
-        ("neox", "llama.cpp", Level.REFUSED, "gpt_neox"),
+        ("neox", "llama.cpp", Level.OK, ""),
+        ("granitemoe", "llama.cpp", Level.REFUSED, "granitemoe"),
         ("neox", "MLX", Level.REFUSED, "gpt_neox"),
     ],
 )

@@ -90,7 +90,7 @@ def test_meta_model_has_the_names_shapes_and_dtypes_of_the_base(bases, folder):
 @pytest.mark.closes("A21")
 def test_training_matches_the_dry_run(bases, tmp_path, monkeypatch, family, overrides):
     seen = []
-    monkeypatch.setattr(check, "page", lambda cfg, known, tokenizer: seen.append(known) or "")
+    monkeypatch.setattr(check, "page", lambda cfg, known, *_: seen.append(known) or "")
     path = rows_at(tmp_path, pairs())
     overrides = ["model=local", f"model.path={bases / family}", f"data.path={path}", "train.tokens_per_step=80",
              "data.eval_fraction=0.2", "optim.warmup_steps=2", "train.samples=0", *overrides]  # fmt: skip
@@ -124,7 +124,7 @@ def test_layers_are_counted_per_target_module(bases, tmp_path):
     cfg.adapter.target_modules = ["layers.0.self_attn.q_proj", "v_proj"]
     cfg.adapter.rank_pattern, cfg.adapter.alpha_pattern = {"v_proj": 2}, {"v_proj": 2.0}
     layers = dry_run_of(cfg, tiny_tokenizer(), tmp_path).layers
-    assert (layers.targets, layers.count) == ({"layers.0.self_attn.q_proj": 1, "v_proj": 2}, 3)
+    assert (layers.targets, layers.count) == ({"q_proj": 1, "v_proj": 2}, 3)
     assert layers.trainable == 4 * (64 + 64) + 2 * 2 * (64 + 32)
     assert layers.scales == [1.0, 2.0]
     cfg.adapter.target_modules = ["all-linear"]

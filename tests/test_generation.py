@@ -8,11 +8,12 @@ import pytest
 import torch
 from tiny import BOS, EOS, FAMILIES, SENTENCES, VOCABULARY, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, BloomConfig, MistralConfig, Phi3Config, PreTrainedModel
+from zoo import zoo_model
 
 from lora_ft import config
 from lora_ft.config import Sampling
 from lora_ft.errors import ConfigError, NonFiniteError
-from lora_ft.evaluation.generation import generate, stop_tokens, stream, visible
+from lora_ft.evaluation.generation import _can_pad, generate, stop_tokens, stream, visible
 from lora_ft.models.acceleration import accelerate
 
 TOKENIZER = tiny_tokenizer()
@@ -260,3 +261,17 @@ def test_non_finite_logits_are_refused() -> None:
 
 def test_control_characters_are_escaped() -> None:
     assert visible("a\x1b[31mb\x07\x9bc\r\n\td") == "a\\x1b[31mb\\x07\\x9bc\\x0d\n\td"
+
+
+@pytest.mark.parametrize(("name", "pads"), [("recurrent_gemma", False), ("jamba", True), ("mamba", False)])
+def test_recurrent_models_answer_in_batches_as_alone(name: str, pads: bool) -> None:
+    model, tokenizer = zoo_model(name), TOKENIZER
+    sampling = Sampling(max_new_tokens=12)
+    batch = [np.arange(5, 5 + length) * 7 % 512 for length in (6, 9, 9, 13)]
+    assert _can_pad(model, 64) is pads
+    together = generate(model, tokenizer, batch, sampling, 0)
+    assert together == [generate(model, tokenizer, [prompt], sampling, 0)[0] for prompt in batch]
+    ids = torch.tensor(batch[0])[None]
+    for _ in range(3):  # without a cache
+        ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    assert together[0].startswith(tokenizer.decode(ids[0, 6:], skip_special_tokens=True))

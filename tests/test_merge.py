@@ -308,7 +308,7 @@ def test_merge_from_python_returns_measurements_and_prints_nothing(
 def test_unsupported_gguf_architecture_is_refused_before_the_merge(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = finished_run(tmp_path, "gpt_neox")
+    run = finished_run(tmp_path, "granitemoe", target_modules=["q_proj"])
     monkeypatch.setattr(merge, "write_folder", lambda *arguments: pytest.fail("merged"))
     assert call("merge", f"run={run}", f"out={tmp_path / 'm.gguf'}", "gguf=f16") == 2
     assert "GGUF files can be written for models of type llama" in capsys.readouterr().err

@@ -12,6 +12,9 @@ from tiny import MIXTURES, tiny_folder, tiny_tokenizer
 
 from lora_ft import config
 from lora_ft.adapters import summary
+from lora_ft.adapters.accounting import Part
+from lora_ft.adapters.targets import EXCLUDED
+from lora_ft.adapters.text_path import REFUSED
 from lora_ft.errors import ConfigError
 from lora_ft.models.load import load_base
 from lora_ft.models.meta_model import load_meta_model
@@ -35,8 +38,6 @@ def bases(tmp_path_factory):
 
 def seen(bases, family, quant="none", **adapter):
     """Return the layers of a run, and the warnings about them."""
-    if family == "deepseek_v3":
-        adapter = {"target_modules": ATTENTION} | adapter
     cfg = config.TrainRun(device="cpu", adapter=config.Adapter(r=4, lora_alpha=8.0, **adapter))
     cfg.model.path, cfg.quant.kind = str(bases / family), config.QuantKind[quant]
     layers = summary.layers(load_meta_model(cfg.model, cfg.quant, "cpu", tiny_tokenizer()), cfg)
@@ -56,7 +57,7 @@ def test_share_of_weights_out_of_reach_equals_a_count_over_the_file(bases, famil
     count, share = expert_weights(bases, family)
     assert count > 90_000
     layers, warnings = seen(bases, family)
-    (warning,) = (w for w in warnings if "not adapted" in w)
+    (warning,) = (w for w in warnings if "are not adapted" in w)
     assert sum(layers.out_of_reach.values()) == count
     assert (layers.out_of_reach_bytes, layers.base) == (4 * count, round(count / share))
     assert warning.startswith(f"{share:.1%} of the base's weights ({count:,}) are not adapted")
@@ -77,7 +78,7 @@ def test_bytes_out_of_reach_follow_the_dtype_of_the_base(bases):
 @pytest.mark.parametrize("quant", ["nf4", "fp4", "int8"])
 @pytest.mark.parametrize("family", ["mixtral", "granitemoehybrid", "gpt_oss"])
 def test_weights_reported_as_unquantized_are_unquantized_in_the_loaded_base(bases, family, quant):
-    layers, (_, warning) = seen(bases, family, quant)
+    layers, (*_, warning) = seen(bases, family, quant)
     base = load_base(config.Model(path=str(bases / family)), config.Quant(kind=config.QuantKind[quant]), "cpu")
     ends = {id(base.model.get_input_embeddings().weight), id(base.model.get_output_embeddings().weight)}
     left = [
@@ -101,17 +102,15 @@ def test_dense_base_has_nothing_out_of_reach(bases, family, targets):
     assert (layers.out_of_reach, layers.out_of_reach_bytes, warnings) == ({}, 0, [])
 
 
-@pytest.mark.parametrize(
-    ("targets", "taken"),
-    [(["all-linear"], "down_proj, gate_proj, up_proj"), (["o_proj", "mlp.gate_proj"], "gate_proj")],
-)
-def test_linear_layers_that_peft_interprets_as_experts_are_refused(bases, targets, taken):
-    with pytest.raises(ConfigError) as refused:
-        seen(bases, "deepseek_v3", target_modules=targets)
-    assert str(refused.value) == (
-        f"adapter.target_modules: PEFT interprets {taken} as the experts of deepseek_v3, which cannot be trained yet: "
-        f"remove them, as in adapter.target_modules=[{','.join(ATTENTION)}]"
-    )
+def test_linear_layers_that_peft_takes_for_experts_are_left_out_or_refused(bases):
+    layers, warnings = seen(bases, "deepseek_v3")
+    assert layers.left_out == {REFUSED: {"gate_proj": 2, "up_proj": 2, "down_proj": 2}}
+    assert sorted(layers.targets) == ATTENTION
+    count = layers.parts[Part.LEFT_OUT.value]
+    assert count == 6 * 64 * 128
+    assert warnings[0].startswith(f"{count / layers.base:.1%} of the base's weights ({count:,}) are in linear layers")
+    with pytest.raises(ConfigError, match=r"mlp\.gate_proj matches only layers that an adapter cannot train"):
+        seen(bases, "deepseek_v3", target_modules=["o_proj", "mlp.gate_proj"])
 
 
 def test_modules_to_save_are_within_reach(bases):
@@ -122,9 +121,10 @@ def test_modules_to_save_are_within_reach(bases):
 
 
 def test_share_below_one_percent_is_counted_without_a_warning(bases):
-    layers, warnings = seen(bases, "granitemoehybrid", modules_to_save=["experts"])
+    layers, warnings = seen(bases, "granitemoehybrid", modules_to_save=["experts"], exclude=["out_proj"])
     assert layers.out_of_reach == {"conv1d.weight": 640, "router.weight": 512}
     assert warnings == []
+    assert layers.left_out == {EXCLUDED: {"out_proj": 1}}
 
 
 @pytest.mark.parametrize(("family", "quant"), [("mixtral", "nf4"), ("qwen3_moe", "none")])

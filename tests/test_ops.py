@@ -12,6 +12,7 @@ from accelerated import relative
 from tiny import FAMILIES, VOCABULARY, tiny_folder, tiny_model
 from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
+from zoo import zoo_model
 
 from lora_ft import config
 from lora_ft.adapters import attach
@@ -118,7 +119,7 @@ def test_ignored_document_boundaries_change_the_loss() -> None:
 
 
 @pytest.mark.closes("A10")
-def test_opt_without_packed_attention_gets_one_row_at_a_time() -> None:
+def test_opt_without_packed_attention_gets_rows_side_by_side() -> None:
     """With a dense mask, packed documents of OPT see each other."""
     config_ = OPTConfig(vocab_size=VOCABULARY, hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4,
                         max_position_embeddings=64, word_embed_proj_dim=64, dropout=0.0)  # fmt: skip
@@ -127,8 +128,8 @@ def test_opt_without_packed_attention_gets_one_row_at_a_time() -> None:
     implementation = model.config._attn_implementation
     made = accelerate(model, PLAIN)
     paths = made.paths
-    assert not (paths.packs or paths.passes_starts or paths.supervised_rows_only)
-    assert "packing off, one row per forward pass: packed documents see each other" in made.reasons
+    assert paths.pads and not (paths.packs or paths.passes_starts or paths.supervised_rows_only)
+    assert "packing off, rows of similar length side by side: packed documents see each other" in made.reasons
     assert model.config._attn_implementation == implementation
     batch = packed()
     separate = sum(token_loss_sum(model, b, paths).detach() for b in batch.documents())
@@ -160,17 +161,13 @@ def test_each_switch_turns_off_its_path_and_is_logged(takes_attention: bool, tak
     }
 
 
-@pytest.mark.parametrize(("head_dim", "width"), [(32, 32), (None, 16)])
-def test_kernel_is_chosen_for_the_width_of_a_head(
-    head_dim: int | None, width: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without head_dim in the config, 64 columns and 4 heads give a width of 16."""
-    model, asked = tiny_model("llama"), []
-    model.config.head_dim = head_dim
+@pytest.mark.parametrize(("family", "width"), [("gemma", 32), ("llama", 16)])
+def test_kernel_is_chosen_for_the_width_of_a_head(family: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = zoo_model(family), []
     kernel = attention.Kernel("per_document", "reason")
     monkeypatch.setattr(attention, "choose_kernel", lambda *a: asked.append(a) or kernel)
     made = accelerate(model, FAST, check=False)
-    assert asked[-1] == (model.device, model.dtype, width), "for the log line"
+    assert asked[-1] == (model.device, model.dtype, width)
     assert "attention: per_document (reason)" in made.reasons
 
 

@@ -29,8 +29,10 @@ def test_wheel_contains_exactly_the_modules_and_configs(wheel):
     files = {name for name in names if ".dist-info/" not in name}
     modules = {f"{top}/{n}" for top in ("lora_ft", "hydra_plugins") for n in relative_files(ROOT / top, "*.py")}
     modules |= {f"lora_ft/sweeps/{name}" for name in ("page.html.jinja", "page.css", "page.js")} | {
-        "lora_ft/publishing/card.md.jinja"
+        "lora_ft/publishing/card.md.jinja",
+        "lora_ft/memory/plan.html.jinja",
     }
+    modules |= {f"lora_ft/models/configs/{name}" for name in relative_files(ROOT / "lora_ft/models/configs", "*.json")}
     configs = {f"lora_ft/conf/{name}" for name in relative_files(ROOT / "conf", "*.yaml")}
     assert len(configs) > 30 and files == modules | configs
     entry_points = next(name for name in names if name.endswith("entry_points.txt"))

@@ -32,8 +32,11 @@ from lora_ft.training.state import TrainingState, overfitting, plan_steps
 from lora_ft.training.trainer import fit
 
 
-def plain_loop(model: PreTrainedModel, state: TrainingState) -> tuple[Tensor, list[float]]:
-    """Run the same training as a plain PEFT loop: padded rows, the mean loss of a step, torch's AdamW."""
+def plain_loop(model: PreTrainedModel, state: TrainingState, *, masked: bool = True) -> tuple[Tensor, list[float]]:
+    """Run the same training as a plain PEFT loop: padded rows, the mean loss of a step, torch's AdamW.
+
+    Without the mask of the padding a causal model computes the same.
+    """
     cfg = state.cfg
     targets = sorted(state.model.peft_config["default"].target_modules)
     peft_model = get_peft_model(
@@ -61,7 +64,7 @@ def plain_loop(model: PreTrainedModel, state: TrainingState) -> tuple[Tensor, li
             n = len(row.ids)
             ids[i, :n], mask[i, :n] = torch.from_numpy(row.ids.astype(np.int64)), 1
             labels[i, :n] = torch.where(torch.from_numpy(row.supervised), ids[i, :n], -100)
-        logits = peft_model(input_ids=ids, attention_mask=mask).logits
+        logits = peft_model(input_ids=ids, attention_mask=mask if masked else None).logits
         total = torch.nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
         )
@@ -104,8 +107,9 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+        for name in ("attention_dropout", "attn_dropout", "residual_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
     return model
 
 

@@ -30,6 +30,7 @@ FAMILIES = ("gpt2", "llama", "qwen3", "gpt_neox")
 # Mixtures of four experts, two per token; deepseek_v3 has them only in its second layer.
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "granitemoehybrid", "gpt_oss", "deepseek_v3")
 VOCABULARY = 512
+TOKEN_LIMIT = 256
 BOS, TURN, EOS, PAD = SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 
 # TURN role newline content EOS newline: ChatML as SmolLM2 and Qwen use it, without a default system turn.
@@ -51,9 +52,9 @@ SENTENCES = (
     "Once upon a time there was a tree, and under the tree lived something that nobody had ever seen.",
 )
 
-_SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-_EXPERTS = {"num_key_value_heads": 2, "num_experts_per_tok": 2}
-_IDS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 3, "vocab_size": VOCABULARY}
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+EXPERTS = {"num_key_value_heads": 2, "num_experts_per_tok": 2}
+IDS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 3, "vocab_size": VOCABULARY}
 
 
 def tiny_model(family: str, *, tie: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
@@ -61,42 +62,40 @@ def tiny_model(family: str, *, tie: bool = False, dtype: torch.dtype = torch.flo
 
     The standard deviation of the weights is larger than usual (0.1), so that logits differ by more than rounding.
     """
-    shared = {"tie_word_embeddings": tie, "initializer_range": 0.1, "max_position_embeddings": 256, **_IDS}
+    shared = {"tie_word_embeddings": tie, "initializer_range": 0.1, "max_position_embeddings": TOKEN_LIMIT, **IDS}
     match family:
         case "gpt2":
             config = GPT2Config(n_embd=64, n_layer=2, n_head=4, n_inner=128, **shared)
         case "llama":
-            config = LlamaConfig(num_key_value_heads=2, **_SIZES, **shared)
+            config = LlamaConfig(num_key_value_heads=2, **SIZES, **shared)
         case "qwen3":
-            config = Qwen3Config(num_key_value_heads=2, head_dim=16, **_SIZES, **shared)
+            config = Qwen3Config(num_key_value_heads=2, head_dim=16, **SIZES, **shared)
         case "gpt_neox":
-            config = GPTNeoXConfig(**_SIZES, **shared)
+            config = GPTNeoXConfig(**SIZES, **shared)
         case "mixtral":
-            config = MixtralConfig(num_local_experts=4, **_EXPERTS, **_SIZES, **shared)
+            config = MixtralConfig(num_local_experts=4, **EXPERTS, **SIZES, **shared)
         case "qwen2_moe":
             config = Qwen2MoeConfig(
                 num_experts=4, moe_intermediate_size=128, shared_expert_intermediate_size=128,
-                **_EXPERTS, **_SIZES, **shared,
+                **EXPERTS, **SIZES, **shared,
             )  # fmt: skip
         case "qwen3_moe":
-            config = Qwen3MoeConfig(
-                num_experts=4, moe_intermediate_size=128, head_dim=16, **_EXPERTS, **_SIZES, **shared
-            )
+            config = Qwen3MoeConfig(num_experts=4, moe_intermediate_size=128, head_dim=16, **EXPERTS, **SIZES, **shared)
         case "granitemoe":
-            config = GraniteMoeConfig(num_local_experts=4, **_EXPERTS, **_SIZES, **shared)
+            config = GraniteMoeConfig(num_local_experts=4, **EXPERTS, **SIZES, **shared)
         case "granitemoehybrid":
             config = GraniteMoeHybridConfig(
                 num_local_experts=4, layer_types=["mamba", "attention"], shared_intermediate_size=128,
                 mamba_n_heads=4, mamba_d_head=32, mamba_d_state=16, mamba_n_groups=1,
-                **_EXPERTS, **_SIZES, **shared,
+                **EXPERTS, **SIZES, **shared,
             )  # fmt: skip
         case "gpt_oss":
-            config = GptOssConfig(num_local_experts=4, head_dim=16, **_EXPERTS, **_SIZES, **shared)
+            config = GptOssConfig(num_local_experts=4, head_dim=16, **EXPERTS, **SIZES, **shared)
         case "deepseek_v3":
             config = DeepseekV3Config(
                 n_routed_experts=4, moe_intermediate_size=128, first_k_dense_replace=1, n_group=1, topk_group=1,
                 q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16,
-                **_EXPERTS | {"num_key_value_heads": 4}, **_SIZES, **shared,
+                **EXPERTS | {"num_key_value_heads": 4}, **SIZES, **shared,
             )  # fmt: skip
         case _:
             raise ValueError(f"no tiny model of family {family}: there are {', '.join((*FAMILIES, *MIXTURES))}")
@@ -117,7 +116,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     bpe.train_from_iterator(SENTENCES, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=PAD,
-        additional_special_tokens=[TURN], chat_template=CHATML, model_max_length=256,
+        additional_special_tokens=[TURN], chat_template=CHATML, model_max_length=TOKEN_LIMIT,
         clean_up_tokenization_spaces=False,
     )  # fmt: skip
 

@@ -161,7 +161,7 @@ def sweep(setting: Setting, common: list[str]) -> dict[str, Any]:
             ballast.join()
     failure = json.loads((setting.work / "sweep" / "1" / "failure.json").read_text("utf-8"))
     found = {"seconds": seconds, "result": result(setting.work / "sweep" / "0")["eval_loss"], "failure": failure}
-    is_memory = failure["message"].startswith("out of memory")
+    is_memory = failure["message"].startswith(("out of memory", "the run does not fit into the memory"))
     return found if is_memory else found | {"failed": f"the second job failed otherwise: {failure['message']}"}
 
 

@@ -1,4 +1,4 @@
-"""Attach an adapter to a frozen base: resolve and check the layer names, then let PEFT inject its layers.
+"""Attach an adapter to a frozen base: choose its layers, check the settings, then let PEFT inject it.
 
 W x  ->  W x + (alpha / r) B A x        A [r, in] random, B [out, r] zero: the model starts as the base
 
@@ -7,22 +7,22 @@ adapter.target_modules=[q_proj,v_proj]  ->  60 layers  ->  120 matrices that tra
 
 import re
 import warnings
+from collections.abc import Collection
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_ft import config
+from lora_ft.adapters import targets
 from lora_ft.adapters.master_weights import keep_in_float32
+from lora_ft.adapters.targets import matched_layers
 from lora_ft.errors import ConfigError
 from lora_ft.models.cpu_embedding import is_on_cpu
-
-ALL_LINEAR = "all-linear"
 
 
 def attach(
@@ -36,32 +36,34 @@ def attach(
     """Inject the adapter under `name` and return the PEFT model; only its parameters train, in at least fp32.
 
     The initial matrices depend only on `seed`. `token_ids` are added tokens, whose embedding rows train as well.
-    Raises ConfigError for targets that match no layer, for settings that cannot be saved or merged correctly (tied
-    embeddings), and for quantized modules in modules_to_save.
+    Raises ConfigError for targets that match no layer that can be trained, for settings that cannot be saved or merged
+    correctly (tied embeddings), for quantized modules in modules_to_save, and for what PEFT refuses.
     """
-    layers = adaptable_layers(base)
-    targets = resolve_targets(base, layers, adapter.target_modules)
-    _check_names(base, targets)
-    _check_patterns(adapter, matched_layers(layers, targets))
-    _check_ties(base, adapter, targets)
     _check_full_modules(base, adapter)
-    _check_embedding(base, adapter, targets, token_ids)
+    chosen = targets.select(base, adapter)
+    _check_patterns(adapter, chosen.layers)
+    _check_ties(base, adapter, chosen.layers)
+    _check_embedding(base, adapter, chosen.layers, token_ids)
     peft_config = LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.lora_alpha,
         lora_dropout=adapter.lora_dropout,
-        target_modules=sorted(targets),
+        target_modules=sorted(chosen.names),
         modules_to_save=sorted(adapter.modules_to_save) or None,
         rank_pattern=dict(adapter.rank_pattern),
         alpha_pattern=dict(adapter.alpha_pattern),
         use_rslora=adapter.use_rslora,
         use_dora=adapter.use_dora,
-        fan_in_fan_out=any(isinstance(layers[n], Conv1D) for n in matched_layers(layers, targets)),
+        fan_in_fan_out=any(isinstance(base.get_submodule(name), Conv1D) for name in chosen.layers),
         trainable_token_indices=_token_rows(base, token_ids),
         task_type=task_type,
     )
     torch.manual_seed(seed)
-    model = inject(base, peft_config, name)
+    try:
+        model = inject(base, peft_config, name)
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError, NotImplementedError) as error:
+        detach(base)
+        raise ConfigError(f"PEFT cannot attach this adapter to {base.config.model_type}: {error}") from error
     for module in base.modules():
         if isinstance(module, ModulesToSaveWrapper):
             keep_in_float32(module.modules_to_save[name])
@@ -111,73 +113,16 @@ def _tied(model: PreTrainedModel) -> bool:
     return head is not None and head.weight is model.get_input_embeddings().weight
 
 
-def adaptable_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Return the layers that LoRA can adapt, by name: linear (also quantized), Conv1D and embeddings."""
-    return {n: module for n, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D | nn.Embedding)}
-
-
-def resolve_targets(model: PreTrainedModel, layers: dict[str, nn.Module], targets: list[str]) -> set[str]:
-    """Replace `all-linear` by layer names, as short as possible; raises ConfigError for a target without a layer."""
-    resolved = {t for t in targets if t != ALL_LINEAR}
-    for target in sorted(resolved):
-        if not matched_layers(layers, {target}):
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
-            raise ConfigError(f"adapter.target_modules: {target} matches no layer of this model, which has {known}")
-    if ALL_LINEAR in targets:
-        head = model.get_output_embeddings()
-        linear = {n for n, module in layers.items() if not isinstance(module, nn.Embedding) and module is not head}
-        suffixes = {name.rpartition(".")[2] for name in linear}
-        # q_proj is easier to read than 30 full names, and other loaders of the adapter expect it. If a suffix would
-        # also match the head or an embedding, the full names are used.
-        resolved |= suffixes if matched_layers(layers, suffixes) == linear else linear
-    return resolved
-
-
-def matched_layers(layers: dict[str, nn.Module], targets: set[str]) -> set[str]:
-    """Return the layers that PEFT's rule selects: a target is a layer's full name or its last part(s)."""
-    return {name for name in layers if any(name == t or name.endswith("." + t) for t in targets)}
-
-
-def _check_names(model: PreTrainedModel, targets: set[str]) -> None:
-    """Refuse targets whose names PEFT interprets as experts, because it would adapt the experts' tensors instead.
-
-    Before transformers 5, experts were linear layers of these names; shared experts and dense MLPs still are.
-    Raises ConfigError.
-    """
-    taken, others = set(), set()
-    for target in targets | resolve_targets(model, adaptable_layers(model), [ALL_LINEAR]):
-        name = target.rpartition(".")[2]
-        if not _is_converted(model, name):
-            others.add(name)
-        elif target in targets:
-            taken.add(name)
-    if taken:
-        raise ConfigError(
-            f"adapter.target_modules: PEFT interprets {', '.join(sorted(taken))} as the experts of "
-            f"{model.config.model_type}, which cannot be trained yet: remove them, "
-            f"as in adapter.target_modules=[{','.join(sorted(others))}]"
-        )
-
-
-def _is_converted(model: PreTrainedModel, target: str) -> bool:
-    converted = LoraConfig(target_modules=[target])
-    try:
-        convert_peft_config_for_transformers(converted, model, None)
-    except ValueError:  # one of two names that PEFT maps to one tensor
-        return True
-    return converted.target_modules != {target}
-
-
-def _check_patterns(adapter: config.Adapter, matched: set[str]) -> None:
+def _check_patterns(adapter: config.Adapter, layers: Collection[str]) -> None:
     for key, pattern in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
         for target, value in pattern.items():
-            if not matched_layers(dict.fromkeys(matched, nn.Identity()), {target}):
+            if not matched_layers(layers, {target}):
                 raise ConfigError(f"adapter.{key}: {target} matches no adapted layer")
             if value <= 0:
                 raise ConfigError(f"adapter.{key}: the value of {target} must be above 0, got {value}")
 
 
-def _check_ties(model: PreTrainedModel, adapter: config.Adapter, targets: set[str]) -> None:
+def _check_ties(model: PreTrainedModel, adapter: config.Adapter, layers: Collection[str]) -> None:
     """Refuse to train one of two tied matrices: saved or merged, the two would differ (A20, peft issue 2018).
 
     Raises ConfigError.
@@ -186,7 +131,7 @@ def _check_ties(model: PreTrainedModel, adapter: config.Adapter, targets: set[st
         return
     ends = (model.get_output_embeddings(), model.get_input_embeddings())
     names = {name: module for name, module in model.named_modules() if module in ends}
-    for key, chosen in (("target_modules", targets), ("modules_to_save", set(adapter.modules_to_save))):
+    for key, chosen in (("target_modules", layers), ("modules_to_save", adapter.modules_to_save)):
         if tied := sorted(matched_layers(names, chosen)):
             raise ConfigError(
                 f"adapter.{key}: {tied[0]} shares its weight with the other embedding matrix of this model, "
@@ -194,13 +139,15 @@ def _check_ties(model: PreTrainedModel, adapter: config.Adapter, targets: set[st
             )
 
 
-def _check_embedding(model: PreTrainedModel, adapter: config.Adapter, targets: set[str], token_ids: list[int]) -> None:
+def _check_embedding(
+    model: PreTrainedModel, adapter: config.Adapter, layers: Collection[str], token_ids: list[int]
+) -> None:
     """Raise ConfigError if an embedding that is kept on the CPU is to be trained."""
     embedding = model.get_input_embeddings()
     if not is_on_cpu(embedding):
         return
     name = next(n for n, module in model.named_modules() if module is embedding)
-    of_targets, of_modules = (matched_layers({name: embedding}, set(t)) for t in (targets, adapter.modules_to_save))
+    of_targets, of_modules = (matched_layers([name], chosen) for chosen in (layers, adapter.modules_to_save))
     for key, trained in (("adapter.target_modules", of_targets), ("adapter.modules_to_save", of_modules),
                          ("model.added_tokens", token_ids)):  # fmt: skip
         if trained:

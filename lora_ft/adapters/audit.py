@@ -10,6 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lora_ft.adapters.attach import starts_at_zero
+from lora_ft.adapters.targets import short
 from lora_ft.errors import MismatchError
 
 
@@ -45,8 +46,10 @@ def check_gradients(parameters: dict[str, nn.Parameter]) -> None:
     """
     idle = [n for n, p in parameters.items() if starts_at_zero(n) and (p.grad is None or not p.grad.any())]
     if idle:
+        layers = ",".join(dict.fromkeys(short(name.partition(".lora_")[0]) for name in idle))
         raise MismatchError(
-            f"{len(idle)} adapter matrices get no gradient, so their layers would learn nothing: {', '.join(idle[:5])}"
+            f"{len(idle)} adapter matrices get no gradient, so their layers would learn nothing; "
+            f"adapter.exclude=[{layers}] leaves them out: {', '.join(idle[:5])}"
         )
 
 

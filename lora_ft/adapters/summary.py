@@ -7,7 +7,7 @@ PEFT injects its layers into the model without weights as it does into the real 
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,12 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from lora_ft import config
-from lora_ft.adapters import attach, audit, files, init, provenance
+from lora_ft.adapters import attach, audit, files, init, provenance, targets
+from lora_ft.adapters.accounting import OUT_OF_REACH, TRAINED, Part, account
+from lora_ft.adapters.targets import EXCLUDED
+from lora_ft.adapters.text_path import NOT_CALLED, text_path
+from lora_ft.errors import ConfigError
+from lora_ft.models import quantize
 from lora_ft.models.load import Base
 
 _NAME = "summary"
@@ -32,21 +37,36 @@ _NOTABLE_SHARE = 0.01
 class Layers:
     """Counts of a base's layers and parameters, for one adapter.
 
-    count: adapted layers. targets: adapted layers by target module; they may overlap. trainable, base: parameters.
-    scales: factors of the products B A. over_full: layers whose A and B have at least as many parameters as the layer.
+    count: adapted layers. targets: adapted layers by the last part of their name. left_out: layers that target_modules
+    selects and that are not adapted, by reason and name, such as {"without a gradient": {"q_proj": 27}}.
+    trainable, base: parameters. scales: factors of the products B A. over_full: layers whose A and B have at least as
+    many parameters as the layer. parts: the base's parameters by what they are to the adapter (adapters/accounting.py).
+    quantized: parameters that the quantization changes.
     out_of_reach: parameters that neither an adapter nor quantization changes, by the last two parts of their names,
-    largest first: tensors of two or more dimensions outside of linear layers and embeddings, such as
-    {"experts.gate_up_proj": 9_663_676_416, ...}. out_of_reach_bytes: their size in memory.
+    largest first, such as {"experts.gate_up_proj": 9_663_676_416, ...}. out_of_reach_bytes: their size in memory.
     """
 
     count: int
     targets: dict[str, int]
+    left_out: dict[str, dict[str, int]]
     trainable: int
     base: int
     scales: list[float]
     over_full: int
+    parts: dict[str, int]
+    quantized: int
     out_of_reach: dict[str, int]
     out_of_reach_bytes: int
+
+    @property
+    def adapted(self) -> int:
+        """Parameters of the base that the adapter changes: weights of adapted layers, and layers trained in full."""
+        return sum(self.parts.get(part.value, 0) for part in TRAINED)
+
+    @property
+    def frozen(self) -> dict[str, int]:
+        """Parameters of the base that do not change, by what they are, largest first."""
+        return {name: size for name, size in self.parts.items() if name not in {part.value for part in TRAINED}}
 
 
 def layers(base: Base, cfg: config.TrainRun) -> Layers:
@@ -54,10 +74,13 @@ def layers(base: Base, cfg: config.TrainRun) -> Layers:
 
     Raises the errors of `attach`, and MismatchError if `adapter.init_from` does not match this base or this adapter.
     """
-    candidates = attach.adaptable_layers(base.model)
-    resolved = attach.resolve_targets(base.model, candidates, cfg.adapter.target_modules)
-    base_parameters = sum(parameter.numel() for parameter in base.model.parameters())
-    out_of_reach = _out_of_reach(base.model, cfg.adapter)
+    parameters = dict(base.model.named_parameters())
+    planned = quantize.planned_layers(base.model) if cfg.quant.kind is not config.QuantKind.none else []
+    _check_bypassed(base.model, planned, cfg.quant)
+    quantized = sum(parameters[f"{name}.weight"].numel() for name in planned if f"{name}.weight" in parameters)
+    selection = targets.select(base.model, cfg.adapter)
+    parts = account(base.model, selection, cfg.adapter)
+    out_of_reach = {name: parameters[name] for name, part in parts.items() if part in OUT_OF_REACH}
     token_ids = base.tokenizer.convert_tokens_to_ids(list(cfg.model.added_tokens))
     with torch.device("meta"):
         model = attach.attach(base.model, cfg.adapter, _NAME, 0, token_ids)
@@ -68,36 +91,42 @@ def layers(base: Base, cfg: config.TrainRun) -> Layers:
         files.check_same_method(source, model.peft_config[_NAME])
         files.check_shapes(model, source, _NAME)
     adapted = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and _NAME in layer.r]
-    by_target = {target: attach.matched_layers(candidates, {target}) for target in resolved}
-    order = {name: i for i, name in enumerate(candidates)}
-    targets: Counter[str] = Counter()
-    for target, names in sorted(by_target.items(), key=lambda item: min(order[name] for name in item[1])):
-        # all-linear resolves to full names if the last part would match the head as well
-        targets[target if target in cfg.adapter.target_modules else target.rpartition(".")[2]] += len(names)
     return Layers(
         count=len(adapted),
-        targets=dict(targets),
+        targets=dict(Counter(map(targets.short, selection.layers))),
+        left_out=_by_reason(selection.left_out),
         trainable=audit.check_trainable(model, _NAME, attach.trainable(model, _NAME)),
-        base=base_parameters,
+        base=sum(parameter.numel() for parameter in parameters.values()),
         scales=sorted({float(layer.scaling[_NAME]) for layer in adapted}),
         over_full=sum(_is_over_full(layer) for layer in adapted),
+        parts=_by_part(parts, parameters),
+        quantized=quantized,
         out_of_reach=_sizes(out_of_reach),
         out_of_reach_bytes=sum(parameter.nbytes for parameter in out_of_reach.values()),
     )
 
 
-def _out_of_reach(model: PreTrainedModel, adapter: config.Adapter) -> dict[str, torch.nn.Parameter]:
-    """Return parameters of two or more dimensions outside of linear layers, embeddings and `modules_to_save`."""
-    adaptable = attach.adaptable_layers(model)
-    modules = dict(model.named_modules())
-    whole = attach.matched_layers(modules, set(adapter.modules_to_save))
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.dim() >= 2
-        and name.rpartition(".")[0] not in adaptable
-        and not any(name.startswith(f"{module}.") for module in whole)
-    }
+def _check_bypassed(model: PreTrainedModel, planned: list[str], quant: config.Quant) -> None:
+    """Raise ConfigError if code of the model multiplies by a weight that would be quantized, past its layer."""
+    if names := sorted({targets.short(name) for name in text_path(model).bypassed.intersection(planned)}):
+        raise ConfigError(
+            f"quant={quant.kind.value}: the code of {model.config.model_type} reads the weights of {', '.join(names)} "
+            "outside of these layers, where it cannot use quantized ones: set quant=none"
+        )
+
+
+def _by_reason(left_out: dict[str, str]) -> dict[str, dict[str, int]]:
+    found: dict[str, Counter[str]] = {}
+    for name, reason in left_out.items():
+        found.setdefault(reason, Counter())[targets.short(name)] += 1
+    return {reason: dict(names) for reason, names in found.items()}
+
+
+def _by_part(parts: dict[str, Part], parameters: dict[str, torch.nn.Parameter]) -> dict[str, int]:
+    sizes: Counter[str] = Counter()
+    for name, part in parts.items():
+        sizes[part.value] += parameters[name].numel()
+    return dict(sizes.most_common())
 
 
 def _sizes(parameters: dict[str, torch.nn.Parameter]) -> dict[str, int]:
@@ -126,8 +155,27 @@ def warnings(layers: Layers, cfg: config.TrainRun) -> Iterator[str]:
             f"{layers.over_full:,} of {layers.count:,} layers get at least as many adapter parameters as they have "
             "weights: lower adapter.r, or train these layers in full with adapter.modules_to_save"
         )
+    left_out = layers.parts.get(Part.LEFT_OUT.value, 0)
+    if left_out >= _NOTABLE_SHARE * layers.base:
+        yield (
+            f"{left_out / layers.base:.1%} of the base's weights ({left_out:,}) are in linear layers that an adapter "
+            f"cannot train, and stay frozen: {'; '.join(_untrainable(layers))}"
+        )
     if sum(layers.out_of_reach.values()) >= _NOTABLE_SHARE * layers.base:
         yield from _out_of_reach_warnings(layers, cfg.quant)
+
+
+def left_out_lines(layers: Layers) -> list[str]:
+    """Return a line for each reason for which layers are left out, with their number by name."""
+    counts = (
+        (reason, ", ".join(f"{n} {name}" for name, n in names.items())) for reason, names in layers.left_out.items()
+    )
+    return [f"{names} ({reason})" for reason, names in counts]
+
+
+def _untrainable(layers: Layers) -> list[str]:
+    chosen = {reason: names for reason, names in layers.left_out.items() if reason not in (EXCLUDED, NOT_CALLED)}
+    return left_out_lines(replace(layers, left_out=chosen))
 
 
 def _out_of_reach_warnings(layers: Layers, quant: config.Quant) -> Iterator[str]:

@@ -39,6 +39,7 @@ from lora_ft.models.path_choice import longest_shared
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 _UNFINISHED = "\ufffd"
 _PAD = 0  # any token would do: it is masked, and tokens after a stop token are not read
+_PROMPT = 8  # tokens of a prompt that is computed with and without padding
 _MIN_TEMPERATURE = 1e-6  # below it, sampling would only choose between rounding errors
 
 
@@ -62,9 +63,9 @@ def generate(
     limit = 0 if _samples(sampling) else tokens_per_batch
     lengths, rooms = [len(p) for p in prompts], _rooms(model, prompts, sampling)
     longest = max(map(sum, zip(lengths, rooms, strict=True)), default=0)
-    batches = list(_batches(lengths, rooms, _can_pad(model, longest), limit))
     with _inference(model):
-        for indices, room in batches:
+        can_pad = len(set(lengths)) > 1 and limit > 0 and _can_pad(model, longest)
+        for indices, room in _batches(lengths, rooms, can_pad, limit):
             batch = [prompts[i] for i in indices]
             for i, ids in zip(indices, _new_tokens(model, batch, room, sampling, seed, stops), strict=True):
                 answers[i] = _decode(tokenizer, ids)
@@ -101,11 +102,29 @@ def _rooms(model: PreTrainedModel, prompts: Sequence[np.ndarray], sampling: conf
 
 
 def _can_pad(model: PreTrainedModel, longest: int) -> bool:
-    """Return True if padding changes no result up to `longest` tokens: the model takes position ids and a mask."""
+    """Return True if padding changes no result up to `longest` tokens: the model hides it, in every kind of layer."""
     limit = longest_shared(model)
-    return (limit is None or longest <= limit) and {"attention_mask", "position_ids"} <= inspect.signature(
-        model.forward
-    ).parameters.keys()
+    accepts = inspect.signature(model.forward).parameters.keys() >= {"attention_mask", "position_ids"}
+    return accepts and (limit is None or longest <= limit) and _hides_padding(model)
+
+
+@torch.no_grad()
+def _hides_padding(model: PreTrainedModel) -> bool:
+    """Compare the logits of a short prompt with and without padding; recurrent layers may take it into their state."""
+    ids = torch.arange(_PROMPT + 1, _PROMPT + 1 + _PROMPT, device=model.device)
+    mask, positions = torch.ones_like(ids), torch.arange(_PROMPT, device=model.device)
+    padding = torch.zeros_like(ids)
+    alone = model(input_ids=ids[None], attention_mask=mask[None], position_ids=positions[None], use_cache=False).logits[
+        0, -1
+    ]
+    padded = model(
+        input_ids=torch.cat([padding + _PAD, ids])[None],
+        attention_mask=torch.cat([padding, mask])[None],
+        position_ids=torch.cat([padding, positions])[None],
+        use_cache=False,
+    ).logits[0, -1]
+    allowed = 1e-4 if alone.dtype in (torch.float32, torch.float64) else 5e-2
+    return bool((padded - alone).float().norm() <= allowed * alone.float().norm())
 
 
 def _batches(lengths: list[int], rooms: list[int], can_pad: bool, tokens: int) -> Iterator[tuple[list[int], int]]:

@@ -51,7 +51,7 @@ def eval_loss(
     model.eval()
     total, weight, tokens = 0.0, 0.0, 0
     metrics: Counter[str] = Counter()
-    for batch in micro_batches(examples, capacity, paths.packs):
+    for batch in micro_batches(examples, capacity, paths.share_a_pass):
         found = loss(model, batch.to(model.device), paths)
         total += found.sum.item()
         weight += found.weight

@@ -6,6 +6,7 @@ read(Path("my_run/adapter")).layers[0]
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ _KEY = re.compile(
 class LayerWeights:
     """A layer's A [r, in] and B [out, r] in float32, and the scale of their product.
 
-    For an embedding `in` is the number of tokens. `magnitude` [out] is DoRA's, None without DoRA.
+    For an embedding `in` is the number of tokens. For a parameter of experts, `module` ends with its name, and A and B
+    are [experts, r, in] and [experts, out, r]. `magnitude` [out] is DoRA's, None without DoRA.
     """
 
     module: str
@@ -40,7 +42,7 @@ class LayerWeights:
 
     @property
     def rank(self) -> int:
-        return int(self.a.shape[0])
+        return int(self.a.shape[-2])
 
     def rescaled_b(self, scale: float) -> np.ndarray:
         """Return the B whose product with A, times `scale`, is the same update; B itself for its own scale."""
@@ -57,11 +59,15 @@ class AdapterWeights:
     layers: list[LayerWeights]
 
 
-def read(folder: Path) -> AdapterWeights:
-    """Read an adapter; raises MismatchError if it has other parts than A, B, a scale and DoRA's magnitudes."""
+def read(folder: Path, experts: Mapping[str, tuple[int, ...]] | None = None) -> AdapterWeights:
+    """Read an adapter; raises MismatchError if it has other parts than A, B, a scale and DoRA's magnitudes.
+
+    `experts` are the parameters [experts, out, in] of the base that an adapter may have; by default it may have none.
+    """
     saved = files.read_config(folder)
     provenance.check_keeps_base(folder, saved)
-    files.check_settings(folder, saved, files.PLAIN, f"; {REMEDY}")
+    allowed = files.PLAIN | ({"target_parameters"} if experts else set())
+    files.check_settings(folder, saved, allowed, f"; {REMEDY}")
     found: dict[str, dict[str, np.ndarray]] = {}
     embeddings = set()
     for key, tensor in files.read_tensors(folder).items():
@@ -71,10 +77,28 @@ def read(folder: Path) -> AdapterWeights:
         found.setdefault(match["module"], {})[match["part"]] = tensor.float().numpy()
         if match["embedding"]:
             embeddings.add(match["module"])
+    stacked = _experts(experts or {}, found)
     layers = [
-        _layer(folder, saved, name, parts, name in embeddings) for name, parts in sorted(found.items(), key=_order)
+        _layer(folder, saved, name, parts, name in embeddings, stacked.get(name, 0))
+        for name, parts in sorted(found.items(), key=_order)
     ]
     return AdapterWeights(saved, layers)
+
+
+def _experts(experts: Mapping[str, tuple[int, ...]], found: dict[str, dict[str, np.ndarray]]) -> dict[str, int]:
+    """Rename the layers of experts to their parameters, and return the number of experts of each.
+
+    PEFT names them by their module, one wrapped in the other (.base_layer), so their shapes tell which is which.
+    """
+    stacked = {}
+    for name in [name for name, parts in found.items() if parts.keys() == {"A", "B"}]:
+        module, sizes = name.replace(".base_layer", ""), (found[name]["A"].shape[-1], found[name]["B"].shape[0])
+        for parameter, shape in experts.items():
+            if parameter.rpartition(".")[0] == module and (shape[-1], shape[-2]) == sizes and parameter not in found:
+                found[parameter] = found.pop(name)
+                stacked[parameter] = shape[0]
+                break
+    return stacked
 
 
 def _order(item: tuple[str, dict[str, np.ndarray]]) -> list[str]:
@@ -82,12 +106,18 @@ def _order(item: tuple[str, dict[str, np.ndarray]]) -> list[str]:
     return [part.rjust(6, "0") if part.isdecimal() else part for part in item[0].split(".")]
 
 
-def _layer(folder: Path, saved: LoraConfig, module: str, parts: dict[str, np.ndarray], embedding: bool) -> LayerWeights:
+def _layer(
+    folder: Path, saved: LoraConfig, module: str, parts: dict[str, np.ndarray], embedding: bool, experts: int
+) -> LayerWeights:
     a, b, magnitude = parts.get("A"), parts.get("B"), parts.get("magnitude_vector")
     rank = _value(folder, saved.rank_pattern, module, saved.r)
-    if a is None or b is None or a.ndim != 2 or b.ndim != 2 or (a.shape[0], b.shape[1]) != (rank, rank):
+    rows = rank * max(experts, 1)
+    if a is None or b is None or a.ndim != 2 or b.ndim != 2 or (a.shape[0], b.shape[1]) != (rows, rows):
         shapes = ", ".join(f"{name} {value.shape}" for name, value in parts.items())
-        raise MismatchError(f"the adapter in {folder}: {module} needs A [{rank}, in] and B [out, {rank}], got {shapes}")
+        raise MismatchError(f"the adapter in {folder}: {module} needs A [{rows}, in] and B [out, {rows}], got {shapes}")
+    if experts:  # the columns of B are in the order of the ranks, the rows of A in that of the experts
+        a = a.reshape(experts, rank, -1)
+        b = np.ascontiguousarray(b.reshape(len(b), rank, experts).transpose(2, 0, 1))
     alpha = _value(folder, saved.alpha_pattern, module, saved.lora_alpha)
     if not alpha:
         raise MismatchError(f"the adapter in {folder}: {module} has lora_alpha=0, which has no effect")

@@ -19,7 +19,7 @@ from lora_ft.export import lora_weights
 from lora_ft.export.gguf.layout import family_and_config
 from lora_ft.export.lora_weights import REMEDY, LayerWeights
 from lora_ft.io import durable
-from lora_ft.models.families import Family
+from lora_ft.models.families import MLX, Family
 
 _LAYER = re.compile(r"model\.(layers|h)\.\d+\.(?P<key>.+)")
 
@@ -29,7 +29,7 @@ def write(adapter: Path, base_config: dict[str, Any], folder: Path) -> None:
 
     Raises MismatchError for an adapter that mlx-lm computes differently, ConfigError for an unknown architecture.
     """
-    family, base = family_and_config(base_config, "MLX adapters")
+    family, base = family_and_config(base_config, "MLX adapters", MLX)
     found = lora_weights.read(adapter)
     for layer in found.layers:
         _check(adapter, family, layer, base, dora=found.config.use_dora)

@@ -4,8 +4,9 @@ attached model --probe--> logits [T, V] ----------------------+
 written folder --from_pretrained, in this process--> logits --+--> distance <= tolerance, or MismatchError
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lora_ft.errors import MismatchError
 from lora_ft.models.acceleration import plain_attention, replaced_forwards
 from lora_ft.models.load import quiet
 
 _PROBE_TOKENS = 64
+_ROUNDINGS, _MOST = 3, 10  # see `allowed`
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,13 @@ class Probe:
     """Logits [T, V] in float32, on the CPU, of a model with its adapter attached, for token ids [T].
 
     dtype, device: where the model computed them. Two devices round differently, so the comparison uses the same one.
+    rounding: the `distance` of the logits from those of another order of summation, a measure of how far this model's
+    logits are moved by rounding.
     """
 
     ids: Tensor
     logits: Tensor
+    rounding: float
     dtype: torch.dtype
     device: torch.device
 
@@ -45,9 +51,18 @@ def probe(model: PeftModel, num_tokens: int) -> Probe:
     base: PreTrainedModel = model.get_base_model()
     length = min(_PROBE_TOKENS, getattr(base.config, "max_position_embeddings", None) or _PROBE_TOKENS)
     ids = torch.linspace(0, num_tokens - 1, length).long()
-    with plain_attention(base), replaced_forwards(_exact_products(base)):
-        logits = _logits(base, ids)
-    return Probe(ids, logits, base.dtype, base.device)
+    quantized, plain = linear_layers(base)
+    with plain_attention(base):
+        with exact_products(quantized):
+            logits = _logits(base, ids)
+        with replaced_forwards({layer: functools.partial(_halves, layer) for layer in quantized + plain}):
+            rounding = distance(_logits(base, ids), logits, base.dtype)
+    return Probe(ids, logits, rounding, base.dtype, base.device)
+
+
+def exact_products(layers: Iterable[nn.Module]) -> contextlib.AbstractContextManager[None]:
+    """Let quantized layers multiply by their dequantized weights until the block ends."""
+    return replaced_forwards({layer: functools.partial(_product, layer) for layer in layers})
 
 
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -58,17 +73,28 @@ def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return output.logits[0].float().cpu()
 
 
-def _exact_products(base: PreTrainedModel) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
-    return {
-        layer: functools.partial(_product, layer)
-        for layer in base.modules()
-        if isinstance(layer, nn.Linear) and type(layer.weight).__name__ in ("Params4bit", "Int8Params")
-    }
+def linear_layers(base: PreTrainedModel) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Return the quantized linear layers, and the others whose forward is the usual one."""
+    layers = [layer for layer in base.modules() if isinstance(layer, nn.Linear | Conv1D)]
+    quantized = [layer for layer in layers if type(layer.weight).__name__ in ("Params4bit", "Int8Params")]
+    return quantized, [layer for layer in layers if type(layer) in (nn.Linear, Conv1D)]
 
 
 def _product(layer: Any, inputs: Tensor) -> Tensor:
-    bias = None if layer.bias is None else layer.bias.to(inputs.dtype)
-    return linear(inputs, dequantized(layer).to(inputs.dtype), bias)
+    return linear(inputs, dequantized(layer).to(inputs.dtype), _bias(layer, inputs))
+
+
+def _halves(layer: Any, inputs: Tensor) -> Tensor:
+    """Multiply the two halves of the inputs separately, and add the products."""
+    weight = dequantized(layer).to(inputs.dtype)
+    weight = weight.T if isinstance(layer, Conv1D) else weight
+    half = inputs.shape[-1] // 2
+    first = linear(inputs[..., :half], weight[:, :half])
+    return first + linear(inputs[..., half:], weight[:, half:], _bias(layer, inputs))
+
+
+def _bias(layer: Any, inputs: Tensor) -> Tensor | None:
+    return None if layer.bias is None else layer.bias.to(inputs.dtype)
 
 
 def dequantized(layer: Any) -> Tensor:
@@ -105,18 +131,18 @@ def load(folder: Path) -> PreTrainedModel:
 def check(folder: Path, expected: Probe) -> tuple[float, float]:
     """Load the written folder; return the `distance` of its logits from the expected ones, and the allowed distance.
 
-    Raises MismatchError if tensors are missing or unexpected, or if the distance is above the allowed one, which is the
-    `tolerance` of the coarser dtype.
+    Raises MismatchError if tensors are missing or unexpected, or if the distance is above the allowed one: `allowed`
+    of the coarser dtype.
     """
     model = load(folder).to(expected.device)
     coarser = max(model.dtype, expected.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    found, allowed = distance(_logits(model, expected.ids), expected.logits, coarser), tolerance(coarser)
-    if not found <= allowed:
+    found, most = distance(_logits(model, expected.ids), expected.logits, coarser), allowed(coarser, expected.rounding)
+    if not found <= most:
         raise MismatchError(
             f"the merged model differs from base and adapter: its logits are {found:.1e} away from theirs, "
-            f"{allowed:.1e} is allowed in {coarser}; nothing was written"
+            f"{most:.1e} is allowed in {coarser}; nothing was written"
         )
-    return found, allowed
+    return found, most
 
 
 def distance(logits: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
@@ -139,3 +165,13 @@ def tolerance(dtype: torch.dtype) -> float:
     the limit, unless it hardly changes its base.
     """
     return 1e-5 if dtype in (torch.float32, torch.float64) else 8 * torch.finfo(dtype).eps / 2
+
+
+def allowed(dtype: torch.dtype, rounding: float) -> float:
+    """Return the largest `distance` of a right merge: `tolerance`, or more for a model that rounding moves further.
+
+    Merged models of 12 families were 0.6 to 2 times their measured rounding away. In some it is above `tolerance`, as
+    in Gemma 4 in bfloat16. The limit of ten times `tolerance` is for models of which rounding leaves nothing.
+    """
+    usual = tolerance(dtype)
+    return min(max(usual, _ROUNDINGS * rounding), _MOST * usual)

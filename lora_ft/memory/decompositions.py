@@ -1,14 +1,16 @@
-"""Operators of bitsandbytes that its own Python code computes by other operators.
+"""Operators that are traced otherwise than by torch's own function for the meta device.
 
-Traced as one operation, the tensors that they make for themselves would not be seen:
+bitsandbytes computes some by other operators, in Python. As one operation, the tensors in between would not be seen:
 
     gemm_4bit                 the dequantized weight. On CUDA this holds from a few hundred rows on
     optimizer updates, cpu    gradient, value and state in float32
 """
 
-import importlib
 from collections.abc import Callable
 from typing import Any
+
+import torch
+from torch import Tensor
 
 _FUNCTIONS = {
     ("bitsandbytes::gemm_4bit", ""): ("default", "_gemm_4bit_default_impl"),
@@ -18,11 +20,20 @@ _FUNCTIONS = {
 
 
 def decomposition(func: Any, device: str) -> Callable[..., Any] | None:
-    """Return the function that computes an operator on a kind of device by other operators, None if there is none."""
+    """Return the function that computes an operator on a kind of device by other operators; None for most operators."""
     name = func._schema.name
     found = _FUNCTIONS.get((name, device)) or _FUNCTIONS.get((name, ""))
     if found is None:
         return None
+    from bitsandbytes.backends.cpu import ops as cpu
+    from bitsandbytes.backends.default import ops as default
+
     backend, function = found
-    module = importlib.import_module(f"bitsandbytes.backends.{backend}.ops")
-    return getattr(module, function, None)
+    return getattr({"cpu": cpu, "default": default}[backend], function, None)
+
+
+def grouped_mm(func: Any, args: Any, kwargs: Any) -> Tensor:
+    """Return the result of a product of experts; torch's own meta function (2.13) refuses all dtypes but bfloat16."""
+    dtype = args[0].dtype
+    result: Tensor = func(*(each.to(torch.bfloat16) for each in args[:2]), *args[2:], **kwargs)
+    return result.to(dtype)

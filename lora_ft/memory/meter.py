@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from lora_ft.memory.costs import TRANSFER, Cost, attention_flops, kind_of, nbytes, product_flops, traffic
-from lora_ft.memory.decompositions import decomposition
+from lora_ft.memory.decompositions import decomposition, grouped_mm
 from lora_ft.memory.parts import part_of
 from lora_ft.memory.timeline import Record, Storage
 from lora_ft.memory.workspaces import bytes_inside
@@ -106,6 +106,14 @@ class Meter(TorchDispatchMode):
             self.live[phase] += storage.bytes
             storage.phase = phase
 
+    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+        """Do not count the storages of tensors: they are in another memory."""
+        for tensor in tensors:
+            storage = self.record.storages[self._owners[tensor.untyped_storage()._cdata][0]]
+            self.live[storage.phase] -= storage.bytes
+            self._total -= storage.bytes
+            storage.bytes = 0
+
     def leave_loss(self) -> None:
         """Note that a backward has passed the loss. Until then, what it makes belongs to the loss."""
         self._in_loss = False
@@ -139,7 +147,7 @@ class Meter(TorchDispatchMode):
                 with self:
                     return by_others(*args, **kwargs)
         if on_device and func.overloadpacket is _aten._grouped_mm:
-            result = _grouped_mm(func, args, kwargs)
+            result = grouped_mm(func, args, kwargs)
         else:
             result = func(*args, **kwargs)
         made = [tensor for tensor in _tensors([result]) if tensor.is_meta]
@@ -181,7 +189,7 @@ class Meter(TorchDispatchMode):
         return target(torch.device("meta")).kind == "cuda"
 
     def _documents(self, given: list[Tensor]) -> list[int]:
-        """Return the boundaries of the documents among the arguments of an attention; [] if there are none."""
+        """Return the boundaries of the documents that an attention is given; [] for a single document."""
         for tensor in given:
             if tensor.dim() == 1 and (found := self._boundaries.get(tensor.untyped_storage()._cdata)):
                 return found
@@ -249,10 +257,3 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
         elif isinstance(value, list | tuple):
             found += _tensors(value)
     return found
-
-
-def _grouped_mm(func: Any, args: Any, kwargs: Any) -> Tensor:
-    """Return the result of a product of experts; torch's own meta function (2.13) refuses all dtypes but bfloat16."""
-    dtype = args[0].dtype
-    result: Tensor = func(*(each.to(torch.bfloat16) for each in args[:2]), *args[2:], **kwargs)
-    return result.to(dtype)

@@ -26,22 +26,14 @@ from lora_ft.memory.machine import Machine
 from lora_ft.memory.roofline import StepTime, step_time
 from lora_ft.memory.trace import StepTrace, trace_step
 from lora_ft.memory.workload import Workload
-from lora_ft.memory.workspaces import workspaces
+from lora_ft.memory.workspaces import SLACK_SHARE, allocator_slack, workspaces
 from lora_ft.models.load import first_line
 from lora_ft.ops.gradient_checkpointing import recomputable_layers
 
 log = logging.getLogger("lora_ft")
 
-MIB = 2**20
-
-# Share of the bytes that come and go within a step which the allocator holds in addition, between its blocks.
-_SLACK = {"cuda": 0.04, "cpu": 0.05}
-_LEAST_SLACK = 22 * MIB  # a segment of 20 MiB for large and one of 2 MiB for small tensors
-
 TRACED, MEASURED, ASSUMED = "traced", "measured", "assumed"  # sources of a term
 BASE = "base weights"
-# Terms that are live between steps; all others come and go within a step.
-_RESIDENT = (BASE, "adapter", "gradients", "optimizer")
 
 # Settings that a trace does not depend on. Of those of a group, only the named ones.
 _NOT_TRACED = {
@@ -154,7 +146,7 @@ def _predict(
 ) -> Prediction:
     found = _traced(cfg, model_config, workload.largest, machine, traces)
     traced = tuple(_traced_terms(found))
-    terms = (*traced, *_process_terms(found, traced, machine))
+    terms = (*traced, *_process_terms(found, machine))
     return Prediction(machine, workload, terms, found.peak_phase, cfg.train.gradient_checkpointing, found, found)
 
 
@@ -167,16 +159,14 @@ def _traced_terms(found: StepTrace) -> Iterator[Term]:
             yield Term(name, count, TRACED)
 
 
-def _process_terms(found: StepTrace, traced: Sequence[Term], machine: Machine) -> Iterator[Term]:
+def _process_terms(found: StepTrace, machine: Machine) -> Iterator[Term]:
     """Yield what a process needs beside the tensors that a trace counts."""
     kind = machine.target.kind
     if inside := workspaces(found, machine.target):
         note = "buffers inside kernels, and those of cuBLAS" if kind == "cuda" else "buffers inside kernels"
         yield Term("workspaces", inside, ASSUMED, note)
-    share = _SLACK.get(kind, _SLACK["cpu"])
-    passing = sum(term.bytes for term in traced if not term.name.startswith(_RESIDENT))
-    note = f"gaps between tensors, {share:.0%} of what a step allocates"
-    yield Term("allocator", max(_LEAST_SLACK, int(share * passing)), ASSUMED, note)
+    note = f"gaps between tensors, {SLACK_SHARE.get(kind, SLACK_SHARE['cuda']):.0%} of what comes and goes in a step"
+    yield Term("allocator", allocator_slack(found, machine.target), ASSUMED, note)
     if machine.context_bytes:
         source = machine.sources.get("context_bytes", ASSUMED)
         note = source.partition(": ")[2] or "the process and its libraries"

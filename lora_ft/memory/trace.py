@@ -13,11 +13,10 @@ gaps between tensors in the allocator.
 
 import contextlib
 import dataclasses
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,10 +26,11 @@ from lora_ft.adapters import attach
 from lora_ft.data.dataset import Dataset, Report
 from lora_ft.data.rows import Example
 from lora_ft.memory.costs import Cost
-from lora_ft.memory.fused_attention import fused_attention
+from lora_ft.memory.meta_paths import as_with_values
 from lora_ft.memory.meter import Meter
 from lora_ft.memory.timeline import Timeline
 from lora_ft.memory.twin import on_meta
+from lora_ft.memory.weight_bytes import bytes_by_storage
 from lora_ft.models.acceleration import accelerate, accelerated_lora
 from lora_ft.models.cpu_embedding import keep_on_cpu
 from lora_ft.models.load import quiet
@@ -47,6 +47,7 @@ from lora_ft.training.step import Step, read
 from lora_ft.training.trainer import apply_gradient, compute_gradient
 from lora_ft.values import BlockKernels, Keep
 
+_LEAST_PAGED = 100_000  # bitsandbytes does not page smaller states
 PHASES = ("forward", "loss", "backward", "optimizer")
 
 
@@ -100,7 +101,7 @@ def trace_step(cfg: config.TrainRun, model_config: Any, lengths: Sequence[int], 
     """
     # Weights of a bfloat16 checkpoint fit into bfloat16. Those of another one might, which only their values show.
     exact = getattr(model_config, "dtype", None) in (torch.bfloat16, "bfloat16")  # loading changes the config
-    with standing_for(device), torch.random.fork_rng(devices=[]), Meter() as meter, _fused_on_meta():
+    with standing_for(device), torch.random.fork_rng(devices=[]), Meter() as meter, as_with_values(lengths):
         meter.phase = "base"
         with torch.device("meta"):
             network = objectives.find(cfg.objective).model_class.from_config(model_config, dtype=_dtype(cfg, device))
@@ -128,7 +129,7 @@ def trace_loaded(state: TrainingState, lengths: Sequence[int], gradient_checkpoi
     """
     train = dataclasses.replace(state.cfg.train, gradient_checkpointing=gradient_checkpointing)
     device = target(state.base.device)
-    with standing_for(device), torch.random.fork_rng(devices=[]), Meter() as meter, _fused_on_meta():
+    with standing_for(device), torch.random.fork_rng(devices=[]), Meter() as meter, as_with_values(lengths):
         meter.phase = "base"
         cfg = dataclasses.replace(state.cfg, train=train)
         return _trace(meter, cfg, on_meta(state.model), state.paths, lengths, [])
@@ -142,6 +143,10 @@ def _trace(
     # Documents that do not share a forward pass need the most if the longest is the last, whose backward is the first.
     state = training_state.new_state(cfg, Path(), model, _dataset(sorted(lengths)), paths, "")
     state.steps = [np.arange(len(lengths))] * 2
+    # A paged state is in managed memory, which CUDA moves to the host when it is short. A CPU has none.
+    is_paged = getattr(state.optimizer, "is_paged", False)
+    if is_paged:
+        cast(Any, state.optimizer).is_paged = False
     state.model.train()
     meter.assign([state.flat.values], "adapter")
     meter.assign([state.flat.gradients], "gradient")
@@ -149,10 +154,13 @@ def _trace(
     loaded = meter.live_bytes
     # A step that was not computed; only the optimizer's state is wanted of it.
     apply_gradient(state, Step(1, [], {"tokens": 1}, ["loss"], state.flat.values[:0], 1.0, 1.0))
-    moments = (value for memory in state.optimizer.state.values() for value in memory.values())
-    meter.assign([value for value in moments if isinstance(value, torch.Tensor) and value.is_meta], "optimizer")
+    moments: list[Any] = [value for memory in state.optimizer.state.values() for value in memory.values()]
+    moments = [value for value in moments if isinstance(value, torch.Tensor) and value.is_meta]
+    meter.assign(moments, "optimizer")
+    if is_paged and target(state.flat.values.device).kind != "cpu":
+        meter.leave_out(value for value in moments if value.numel() >= _LEAST_PAGED)
     resident = {name: count for name, count in meter.live.items() if count}
-    base_bytes = _base_bytes(meter, model, cfg.quant)
+    base_bytes = bytes_by_storage(meter, model, cfg.quant)
     meter.reset()
     plain: set[str] = set()
     with recomputed_layers(state.base, state.gradient_checkpointing), _phases(meter, state, plain):
@@ -201,31 +209,6 @@ def _copies_of_adapter(state: TrainingState) -> list[torch.Tensor]:
         return []
     kept = [state.start, {"best": state.flat.values}] if state.cfg.train.keep is Keep.best else [state.start]
     return [torch.empty(value.shape, dtype=value.dtype, device="meta") for each in kept for value in each.values()]
-
-
-def _base_bytes(meter: Meter, model: Any, quant: config.Quant) -> dict[str, int]:
-    """Return the bytes of the base by the quantization or the dtype of its tensors."""
-    quantized = {
-        tensor.untyped_storage()._cdata
-        for module in model.modules()
-        for tensor in _quantized_tensors(module._parameters.get("weight"))
-    }
-    found: Counter[str] = Counter()
-    for key, storage in meter.live_storages("base"):
-        dtype = str(storage.dtype).removeprefix("torch.")
-        found[quant.kind.value if key in quantized else dtype] += storage.bytes
-    return dict(found)
-
-
-def _quantized_tensors(weight: Any) -> list[torch.Tensor]:
-    """Return the codes and scales of a weight of bitsandbytes; [] for another weight."""
-    state, scales = getattr(weight, "quant_state", None), getattr(weight, "SCB", None)
-    values = [weight, scales]
-    while state is not None:
-        values += vars(state).values()
-        state = state.state2
-    found = [value for value in values if isinstance(value, torch.Tensor)]
-    return found if len(found) > 1 else []
 
 
 def _kernels(cfg: config.TrainRun, device: Target) -> Kernels:
@@ -286,17 +269,3 @@ def _phases(meter: Meter, state: TrainingState, plain: set[str]) -> Iterator[Non
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextlib.contextmanager
-def _fused_on_meta() -> Iterator[None]:
-    """Let fused optimizers and fused attention run on the meta device until the block ends."""
-    from torch.optim import optimizer
-
-    before = optimizer._get_fused_kernels_supported_devices
-    optimizer._get_fused_kernels_supported_devices = lambda: [*before(), "meta"]
-    try:
-        with fused_attention():
-            yield
-    finally:
-        optimizer._get_fused_kernels_supported_devices = before

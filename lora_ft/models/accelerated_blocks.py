@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,23 @@ Forward = Callable[..., Any]
 Form = Callable[[Any, Kernels], Forward]
 
 _ROTATION = "apply_rotary_pos_emb"
-_GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+
+class Gated(NamedTuple):
+    """Names of the parts of a gated MLP; without `up`, the first layer has the rows of both, gate first."""
+
+    gate: str
+    up: str | None
+    down: str
+    act: str | None  # None: SiLU, as a function in the forward
+
+
+_GATED = (
+    Gated("gate_proj", "up_proj", "down_proj", "act_fn"),
+    Gated("gate_up_proj", None, "down_proj", "activation_fn"),  # Phi 3, GLM
+    Gated("input_linear", None, "output_linear", "activation"),  # shared experts of Granite
+    Gated("w1", "w3", "w2", None),  # LFM2
+)
 # For values and gradients, relative to their norms. A rounding to half precision is a third of its tolerance at most.
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2 * 2**-7, torch.float16: 2 * 2**-10}
 _HEAD_WIDTH = 16
@@ -87,10 +103,10 @@ def _candidate(module: Any) -> tuple[str, list[Form]]:
         return "norm", [lambda layer, _: partial(_layer_norm, layer)]
     if _is_rms_norm(module):
         # Weights of norms are multiplied as they are, or after adding 1 in families such as Gemma.
-        return "norm", [partial(_rms_norm_form, offset=offset) for offset in (0.0, 1.0)]
+        # Cohere's are layer norms without a bias.
+        return "norm", [*(partial(_rms_norm_form, offset=offset) for offset in (0.0, 1.0)), _centered_form]
     if activation := _activation(module):
-        gates = module._modules.keys() == _GATED
-        return "mlp", [_gated_form if gates else lambda *_: partial(gelu, activation=activation)]
+        return "mlp", [_gated_form if _parts(module) else lambda *_: partial(gelu, activation=activation)]
     if _ROTATION in _names_in(cls.forward):
         return "rope", [_rotating]
     if cls.__name__.endswith("Norm"):
@@ -102,15 +118,21 @@ def _candidate(module: Any) -> tuple[str, list[Form]]:
 
 def _activation(module: Any) -> str:
     """Return the name in ops/mlp of the activation of a gated MLP, or of a GELU itself; "" for another module."""
-    if module._modules.keys() == _GATED:
-        silu = isinstance(module.act_fn, nn.SiLU | activations.SiLUActivation)
-        return "silu" if silu else _activation(module.act_fn)
+    if parts := _parts(module):
+        act = getattr(module, parts.act) if parts.act else None
+        return "silu" if act is None or isinstance(act, nn.SiLU | activations.SiLUActivation) else _activation(act)
     if type(module) is activations.NewGELUActivation:
         return "gelu_tanh"
     act = getattr(module, "act", None)
     if type(module) is activations.GELUTanh and isinstance(act, partial) and act.func is nn.functional.gelu:
         return "gelu_tanh"
     return "gelu" if type(module) is activations.GELUActivation and act is nn.functional.gelu else ""
+
+
+def _parts(module: Any) -> Gated | None:
+    """Return the parts of a gated MLP, None for another module."""
+    names = module._modules.keys()
+    return next((parts for parts in _GATED if names == {name for name in parts if name}), None)
 
 
 def _is_rms_norm(module: Any) -> bool:
@@ -141,16 +163,29 @@ def _rms_norm(module: Any, kernels: Kernels, offset: float, x: Tensor) -> Tensor
     return kernels.rms_norm(x, module.weight, _epsilon(module), offset)
 
 
+def _centered_form(layer: Any, _: Kernels) -> Forward:
+    return partial(_centered_norm, layer)
+
+
+def _centered_norm(module: Any, x: Tensor) -> Tensor:
+    if x.dtype == torch.float64 or x.dtype != module.weight.dtype:
+        plain: Tensor = type(module).forward(module, x)
+        return plain
+    return layer_norm(x, module.weight, None, _epsilon(module))
+
+
 def _layer_norm(module: Any, x: Tensor) -> Tensor:
     return layer_norm(x, module.weight, module.bias, module.eps)
 
 
 def _gated_form(layer: Any, kernels: Kernels) -> Forward:
-    return partial(_gated_mlp, layer, kernels, _activation(layer))
+    return partial(_gated_mlp, layer, kernels, _activation(layer), _parts(layer))
 
 
-def _gated_mlp(module: Any, kernels: Kernels, activation: str, x: Tensor) -> Tensor:
-    product: Tensor = module.down_proj(kernels.gated(module.gate_proj(x), module.up_proj(x), activation))
+def _gated_mlp(module: Any, kernels: Kernels, activation: str, parts: Any, x: Tensor) -> Tensor:
+    first = getattr(module, parts.gate)(x)
+    gate, up = (first, getattr(module, parts.up)(x)) if parts.up else first.chunk(2, dim=-1)
+    product: Tensor = getattr(module, parts.down)(kernels.gated(gate, up, activation))
     return product
 
 
@@ -190,7 +225,7 @@ def _rotate_both(kernels: Kernels, plain: Forward, *arguments: Any, **options: A
 
 def _is_equal(setting: str, module: Any, form: Form, kernels: Kernels, dtype: torch.dtype) -> bool:
     """Compare a block's forward with its fast form on a small random copy, in float32 and a half-precision `dtype`."""
-    if isinstance(module, nn.LayerNorm) or (_activation(module) and module._modules.keys() != _GATED):
+    if isinstance(module, nn.LayerNorm) or (_activation(module) and not _parts(module)):
         return True  # torch's own functions
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     dtypes = (torch.float32, dtype) if dtype in (torch.bfloat16, torch.float16) else (torch.float32,)
@@ -209,8 +244,10 @@ def _is_equal_for(setting: str, module: Any, form: Form, kernels: Kernels, drawn
         width = len(module.weight)
         vars(small)["_parameters"] = {"weight": drawn(width)}
     else:
-        width = 8
-        shapes = {"gate_proj": (16, 8), "up_proj": (16, 8), "down_proj": (8, 16)}
+        width, parts = 8, _parts(module)
+        assert parts is not None
+        shapes = {parts.gate: (16, 8) if parts.up else (32, 8), parts.up: (16, 8), parts.down: (8, 16)}
+        shapes.pop(None, None)
         layers = {name: _linear(drawn(*shape), drawn(shape[0])) for name, shape in shapes.items()}
         vars(small)["_modules"] = {name: layers.get(name, child) for name, child in module._modules.items()}
     plain = partial(type(module).forward, small)

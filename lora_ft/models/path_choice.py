@@ -3,7 +3,9 @@
     packing, attention, loss    all on                     -> the check finds no problem: done
                                 one, two, three of them off -> the first choice without a problem
 
-The log names each switch that is off, with the problem that the check finds if only this switch is on again.
+Documents that cannot be packed are rows side by side (with plain attention) or, where that has a problem too, one row
+in a forward pass. The log names each switch that is off, with the problem that the check finds if only this switch is
+on again.
 """
 
 from collections.abc import Callable
@@ -24,6 +26,7 @@ _SWITCHES = {
     "loss": "plain loss",
     "packing": "packing off, one row per forward pass",
 }
+_PADDED = "packing off, rows of similar length side by side"
 
 
 def choose_paths(
@@ -43,15 +46,23 @@ def choose_paths(
     problems: dict[frozenset[str], str] = {}
     for count in range(len(candidates) + 1):
         for off in map(frozenset, combinations(candidates, count)):
-            paths = _set(model, plain, frozenset(candidates) - off, logit_map or PRODUCT)
-            if reference is None:
-                problems[off] = self_check.find_failure(model, paths)
-            else:
-                problems[off] = self_check.find_problem(model, paths, reference)
-            if not problems[off]:
-                lines += [f"{_SWITCHES[name]}: {problems[off - {name}]}" for name in candidates if name in off]
-                return paths, "", [*lines, *_kernel_line(model, paths)]
+            for pads in (True, False) if "packing" in off and reference is not None else (False,):
+                paths = _set(model, plain, frozenset(candidates) - off, logit_map or PRODUCT, pads=pads)
+                with attention.recorded_calls() as calls:
+                    problem = _problem(model, paths, reference)
+                if not problem:
+                    names = _SWITCHES | ({"packing": _PADDED} if pads else {})
+                    lines += [f"{names[name]}: {problems[off - {name}]}" for name in candidates if name in off]
+                    kernels = [f"attention: {plain} of transformers"] if pads else _kernel_lines(calls)
+                    return paths, "", [*lines, *kernels]
+            problems[off] = problem
     return paths, problems[frozenset(candidates)], lines
+
+
+def _problem(model: PreTrainedModel, paths: Paths, reference: self_check.Reference | None) -> str:
+    if reference is None:
+        return self_check.find_failure(model, paths)
+    return self_check.find_problem(model, paths, reference)
 
 
 def plain_name(model: PreTrainedModel) -> str:
@@ -62,10 +73,11 @@ def plain_name(model: PreTrainedModel) -> str:
     return attention.PLAIN if model._supports_sdpa else "eager"
 
 
-def _set(model: PreTrainedModel, plain: str, switched_on: frozenset[str], logit_map: LogitMap) -> Paths:
-    set_attention(model, attention.NAME if "attention" in switched_on else plain)
+def _set(model: PreTrainedModel, plain: str, switched_on: frozenset[str], logit_map: LogitMap, *, pads: bool) -> Paths:
     packing, attends, loss = (name in switched_on for name in ("packing", "attention", "loss"))
-    return Paths(packing, attends, loss, longest_shared(model), logit_map)
+    attends &= not pads
+    set_attention(model, attention.NAME if attends else plain)
+    return Paths(packing, attends, loss, longest_shared(model), logit_map, pads)
 
 
 def longest_shared(model: PreTrainedModel) -> int | None:
@@ -99,9 +111,6 @@ def set_attention(model: PreTrainedModel, name: str) -> Callable[[], None]:
     return undo
 
 
-def _kernel_line(model: PreTrainedModel, paths: Paths) -> list[str]:
-    if not paths.passes_starts:
-        return []
-    text = model.config.get_text_config()
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return ["attention: {} ({})".format(*attention.choose_kernel(model.device, model.dtype, width))]
+def _kernel_lines(calls: list[attention.Call]) -> list[str]:
+    """Return a log line for each kernel that layers use."""
+    return ["attention: {} ({})".format(*kernel) for kernel in dict.fromkeys(call.kernel for call in calls)]

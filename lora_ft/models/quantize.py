@@ -131,22 +131,39 @@ def _levels_below(values: np.ndarray[Any, Any], midpoints: np.ndarray[Any, Any])
 def check_plan(model: Any) -> tuple[str, ...]:
     """Return the names of the quantized layers, in order.
 
-    Raises ConfigError unless they are all linear layers except the head: transformers may quantize lm_head as well or
+    Raises ConfigError unless they are the planned ones: transformers may quantize lm_head as well or
     leave out layers (transformers issue 45674).
     """
     import bitsandbytes
-    from transformers.pytorch_utils import Conv1D
 
     classes = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
-    planned = [name for name, module in linear.items() if module is not model.get_output_embeddings()]
-    quantized = {n for n, m in linear.items() if isinstance(m, classes) and m.weight.dtype in (torch.uint8, torch.int8)}
+    planned, modules = planned_layers(model), dict(model.named_modules())
+    quantized = {
+        n for n, m in modules.items() if isinstance(m, classes) and m.weight.dtype in (torch.uint8, torch.int8)
+    }
     if quantized != set(planned):
         raise ConfigError(
             f"the quantized layers are not the planned ones: missing {sorted(set(planned) - quantized) or 'none'}, "
             f"unexpected {sorted(quantized - set(planned)) or 'none'}: set quant=none for this model"
         )
     return tuple(planned)
+
+
+def planned_layers(model: Any) -> list[str]:
+    """Return the names of the layers that quantization must change, in order: every linear layer but the head.
+
+    A subclass of Linear is not one of them, as transformers does not replace it: it may compute something else, like a
+    router. Raises ConfigError for a model that has only such layers.
+    """
+    import bitsandbytes
+    from transformers.pytorch_utils import Conv1D
+
+    classes = (Conv1D, bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+    linear = {n: m for n, m in model.named_modules() if type(m) is torch.nn.Linear or isinstance(m, classes)}
+    planned = [name for name, module in linear.items() if module is not model.get_output_embeddings()]
+    if not planned:
+        raise ConfigError(f"{model.config.model_type} has no linear layer of torch's class to quantize: set quant=none")
+    return planned
 
 
 def settle(model: Any, quantized: tuple[str, ...]) -> None:

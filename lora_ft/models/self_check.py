@@ -1,7 +1,7 @@
 """Self-check of a loaded base: compare two short packed documents on fast paths with one document on the plain path.
 
     reference   second document, plain forward            -> loss, gradient at its embeddings
-    checked     first | second packed, on the fast paths  -> the same loss and gradient, and
+    checked     first | second packed, or side by side, on the fast paths  -> the same loss and gradient, and
 
     gradient at the first document is exactly 0           no token sees another document
     gradient after the last supervised token is 0         no token sees a later one
@@ -14,6 +14,7 @@ backward of a few tokens each, less than a training step.
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -25,9 +26,9 @@ from lora_ft.models.load import first_line
 from lora_ft.ops import attention
 from lora_ft.ops.batch import IGNORED, Batch
 from lora_ft.ops.logits import PRODUCT, LogitMap, at_least_float32
-from lora_ft.ops.token_loss import Paths, token_loss_sum
+from lora_ft.ops.token_loss import Paths, similar_lengths, token_loss_sum
 
-_LENGTHS = (5, 7)
+_LENGTHS = (9, 7)  # the second is padded where documents are rows side by side
 # Largest difference of loss and gradient, relative to the norm. Families round to float32 inside even in float64.
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 # Settings of factors and caps of logits, as Cohere, Granite, Falcon-H1 and the Gemmas name them.
@@ -75,7 +76,7 @@ def find_problem(model: PreTrainedModel, paths: Paths, reference: Reference) -> 
     Any error counts as a problem of these paths, except running out of memory, which is raised.
     """
     length = _LENGTHS[1]
-    batch = reference.packed if paths.packs else reference.packed.documents()[1]
+    batch = reference.packed if paths.share_a_pass else reference.packed.documents()[1]
     try:
         with attention.recorded_calls() as calls:
             loss, gradient = _loss_and_gradient(model, lambda: token_loss_sum(model, batch, paths))
@@ -83,6 +84,7 @@ def find_problem(model: PreTrainedModel, paths: Paths, reference: Reference) -> 
         raise
     except Exception as error:
         return _named(error)
+    gradient = _in_one_row(gradient, batch)
     if gradient[batch.starts[-1] :].any():
         return "documents see the padding"
     gradient = gradient[: batch.starts[-1]]
@@ -92,6 +94,8 @@ def find_problem(model: PreTrainedModel, paths: Paths, reference: Reference) -> 
         return "tokens see later tokens"
     if not (distance := _distance(reference, loss, gradient[-length:])) <= _tolerance(model):
         return f"loss {loss:.4f} instead of {reference.loss:.4f}, relative error of loss or gradient {distance:.1e}"
+    if paths.packs and _has_chunks(model):
+        return "attention counts chunks along a row"
     return _ignored_windows(model, calls) if paths.passes_starts else ""
 
 
@@ -152,7 +156,7 @@ def _plain_reference(model: PreTrainedModel, packed: Batch) -> Reference:
     if taken is not None and hidden is not None and torch.equal(taken.float(), hidden.float()):
         same = torch.equal(seen["made"].float(), seen["logits"].float())
         logit_map = PRODUCT if same else _measured_logit_map(model, second)
-    return Reference(packed, value, gradient, logit_map)
+    return Reference(packed, value, gradient[0], logit_map)
 
 
 def expected_logit_map(model: PreTrainedModel) -> LogitMap:
@@ -193,6 +197,17 @@ def _measured_logit_map(model: PreTrainedModel, document: Batch) -> LogitMap | N
     return None
 
 
+def _in_one_row(gradient: Tensor, batch: Batch) -> Tensor:
+    """Return a gradient [T, E] of packed documents, from that of one row or of the documents side by side."""
+    if len(gradient) == 1:
+        return gradient[0]
+    lengths = [end - start for start, end in pairwise(batch.starts)]
+    rows = {document: row for row, document in enumerate(next(iter(similar_lengths(lengths))))}
+    kept = [gradient[rows[document], :length] for document, length in enumerate(lengths)]
+    padding = [gradient[rows[document], length:] for document, length in enumerate(lengths)]
+    return torch.cat([*kept, *padding])
+
+
 def _distance(reference: Reference, loss: float, gradient: Tensor) -> float:
     of_gradient = float((gradient - reference.gradient).norm() / reference.gradient.norm())
     of_loss = abs(loss - reference.loss) / abs(reference.loss)
@@ -207,14 +222,19 @@ def _tolerance(model: PreTrainedModel) -> float:
     return max(_TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
 
 
+def _has_chunks(model: PreTrainedModel) -> bool:
+    """Return True if attention counts chunks from the first token of a row, so that documents may not share one."""
+    text = model.config.get_text_config()
+    types = getattr(text, "layer_types", None) or ()
+    return "chunked_attention" in types or getattr(text, "attention_chunk_size", None) is not None
+
+
 def _ignored_windows(model: PreTrainedModel, calls: list[attention.Call]) -> str:
     """Describe limits on attention that the config has and packed attention did not receive, or ""."""
     text = model.config.get_text_config()
     layer_types = list(getattr(text, "layer_types", None) or ())
     if not calls:
         return "the model does not call packed attention"
-    if "chunked_attention" in layer_types or getattr(text, "attention_chunk_size", None) is not None:
-        return "packed attention does not support chunks"
     given = sum(call.window is not None for call in calls)
     window = getattr(text, "sliding_window", None)
     expected = layer_types.count("sliding_attention") if layer_types else int(window is not None)
@@ -224,7 +244,7 @@ def _ignored_windows(model: PreTrainedModel, calls: list[attention.Call]) -> str
 
 
 def _loss_and_gradient(model: PreTrainedModel, loss: Callable[[], Tensor]) -> tuple[float, Tensor]:
-    """Compute a loss in evaluation mode, and its gradient [T, E] in float32 (or float64) at the embeddings."""
+    """Compute a loss in evaluation mode, and its gradient [B, T, E] in float32 (or float64) at the embeddings."""
     embedded: list[Tensor] = []
 
     def as_leaf(_: nn.Module, __: Any, output: Tensor) -> Tensor:
@@ -242,4 +262,4 @@ def _loss_and_gradient(model: PreTrainedModel, loss: Callable[[], Tensor]) -> tu
         hook.remove()
         for module, was_training in modes.items():
             module.training = was_training
-    return float(value.detach()), at_least_float32(gradient[0])
+    return float(value.detach()), at_least_float32(gradient)

@@ -16,6 +16,8 @@ Device, dtype and head width decide which of three kernels computes it (`choose_
     varlen        CUDA, 16 bits: torch's flash attention over cumulative boundaries
     per_document  everything else: one causal call of scaled_dot_product_attention per document
 
+Soft-capped scores and attention sinks are computed by ops/scored_attention.py.
+
 Shapes: B batch (always 1 when packed), H query heads, G key heads (H = G R), T tokens, D head width.
 """
 
@@ -28,10 +30,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lora_ft.ops.device import Target, copied, target
+from lora_ft.ops.scored_attention import Scoring, flash_with_sinks, scored_attention
 from lora_ft.ops.tiled_attention import tiled_attention, visible, worth_it
 
 NAME = "lora_ft_packed"
@@ -49,7 +52,7 @@ class Unsupported(ValueError):
 class Kernel(NamedTuple):
     """The function that computes attention, and the reason for it."""
 
-    name: Literal["tiled", "varlen", "per_document"]
+    name: Literal["tiled", "varlen", "per_document", "blocks"]
     reason: str
 
 
@@ -87,11 +90,14 @@ def packed_causal_attention(
     scaling: float | None = None,
     document_starts: list[int] | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend causally within each document; query [1, H, T, D], key and value [1, G, T, D], result [1, T, H, D].
 
     `document_starts` is passed to the model's forward and arrives here through transformers' AttentionInterface.
+    softcap: the cap of the scores. s_aux: the sinks, one score for each query head.
     Raises Unsupported without it (generation with a key cache needs a mask, which this attention suppresses), for a
     mask, and for every argument that would otherwise be ignored.
     """
@@ -106,21 +112,44 @@ def packed_causal_attention(
     if not query.shape[2] == key.shape[2] == document_starts[-1]:
         raise Unsupported(f"packed attention over {document_starts[-1]} tokens got {query.shape[2]} queries and "
                           f"{key.shape[2]} keys")  # fmt: skip
-    for calls in _recorders:
-        calls.append(Call(sliding_window, query.shape[-1]))
-    starts = tuple(document_starts)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    kernel = choose_kernel(query.device, query.dtype, query.shape[-1]).name
-    one_width = query.shape[-1] == value.shape[-1]
-    if dropout or not one_width or (kernel == "tiled" and not worth_it(starts, sliding_window)):
-        kernel = "per_document"
+    kernel = choose_kernel(query.device, query.dtype, query.shape[-1])
+    scored = softcap is not None or s_aux is not None
+    if scored:
+        if dropout:
+            raise Unsupported("packed attention does not support dropout with soft-capped scores or sinks")
+        kernel = _scored_kernel(kernel, query, value, softcap)
+    for calls in _recorders:
+        calls.append(Call(sliding_window, kernel))
+    if scored:
+        how = Scoring(tuple(document_starts), sliding_window, scale, softcap)
+        if kernel.name == "blocks" or s_aux is None:
+            return scored_attention(query, key, value, s_aux, how), None
+        return flash_with_sinks(query, key, value, s_aux, *_boundaries(document_starts, query.device), how), None
+    name: str = kernel.name
+    starts = tuple(document_starts)
+    columns, missing = value.shape[-1], query.shape[-1] - value.shape[-1]
+    if dropout or (name == "tiled" and (missing or not worth_it(starts, sliding_window))) or missing < 0:
+        name = "per_document"
     arguments = (query, key, value, starts, sliding_window, scale)
-    match kernel:
+    match name:
         case "tiled":
             return tiled_attention(*arguments), None
+        case "varlen" if missing:  # flash attention has one width: add columns of zeros
+            padded = pad(value, (0, missing))
+            return varlen(query, key, padded, document_starts, sliding_window, scale)[..., :columns], None
         case "varlen":
             return varlen(query, key, value, document_starts, sliding_window, scale), None
     return per_document(*arguments, dropout), None
+
+
+def _scored_kernel(kernel: Kernel, query: Tensor, value: Tensor, cap: float | None) -> Kernel:
+    """Return the kernel for soft-capped scores or sinks, where `kernel` computes plain scores."""
+    if cap is not None:
+        return Kernel("blocks", "soft-capped scores")
+    if kernel.name == "varlen" and query.shape[-1] == value.shape[-1] and _varlen_takes_grouped_keys():
+        return Kernel("varlen", "torch's flash attention over boundaries, with sinks")
+    return Kernel("blocks", "attention sinks")
 
 
 def per_document(
@@ -182,14 +211,13 @@ def varlen(
 
     options = {}
     if query.shape[1] != key.shape[1]:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        if _varlen_takes_grouped_keys():
             options["enable_gqa"] = True
         else:  # torch 2.11
             key, value = expanded(query, key, value)
     # squeeze, not [0]: the backward of an index makes a tensor of zeros.
     q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))  # [T, heads, D]
-    boundaries = (starts if isinstance(starts, DocumentStarts) else DocumentStarts(starts)).on(query.device)
-    longest = max(end - start for start, end in pairwise(starts))
+    boundaries, longest = _boundaries(starts, query.device)
     result: Tensor = varlen_attn(
         q,
         k,
@@ -206,6 +234,19 @@ def varlen(
     return result[None]
 
 
+def _varlen_takes_grouped_keys() -> bool:
+    """Return False for torch 2.11, whose kernel over boundaries takes no grouped key heads."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def _boundaries(starts: Sequence[int], device: torch.device) -> tuple[Tensor, int]:
+    """Return the boundaries on a device, and the length of the longest document."""
+    boundaries = (starts if isinstance(starts, DocumentStarts) else DocumentStarts(starts)).on(device)
+    return boundaries, max(end - start for start, end in pairwise(starts))
+
+
 class DocumentStarts(list[int]):
     """Boundaries of documents, [0, ...], which are copied to a device once for all layers of a forward."""
 
@@ -218,10 +259,10 @@ class DocumentStarts(list[int]):
 
 
 class Call(NamedTuple):
-    """A layer's call of packed attention: its sliding window and the number of columns of its heads."""
+    """A layer's call of packed attention: its sliding window, and the kernel for documents of the usual length."""
 
     window: int | None
-    head_width: int
+    kernel: Kernel
 
 
 _recorders: list[list[Call]] = []

@@ -6,15 +6,16 @@ each micro-batch draws its own masks. The adapter's dropout (`adapter.lora_dropo
 
 from torch import nn
 
-# Probabilities that model classes store as plain numbers and apply in their forward.
-_ATTRIBUTES = ("attention_dropout", "hidden_dropout", "activation_dropout", "dropout")
-
 
 def switch_off_dropout(model: nn.Module) -> None:
-    """Set every dropout probability of a base to zero. Call it before an adapter is attached."""
+    """Set every dropout probability of a base to zero. Call it before an adapter is attached.
+
+    Model classes also store probabilities as plain numbers that they apply in their forward, under names such as
+    attention_dropout, attn_dropout and residual_dropout.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in _ATTRIBUTES:
-            if isinstance(getattr(module, name, None), float):
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)

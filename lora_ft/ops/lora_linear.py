@@ -52,8 +52,9 @@ def lora_linear(
     dropped, mask = torch.native_dropout(x.detach(), dropout, True) if dropout else (None, None)
     kept = _Kept(recipe_of(x) or Recipe(_itself, (x,)), weight, low_a, low_b, scaling, mask, 1 - dropout)
     placeholder = _Inputs.apply(x, a, b, kept)
-    result: Tensor = _Product.apply(placeholder, x.detach(), dropped, weight, bias, low_a, low_b, scaling)
-    return result
+    rows: Tensor = _Product.apply(placeholder, x.detach(), dropped, weight, bias, low_a, low_b, scaling)
+    # A view made here, and not in the function, can be changed in place, as Gemma 3n does.
+    return rows.view(*x.shape[:-1], len(b))
 
 
 def merging_pays(tokens: int, weight: Tensor) -> bool:
@@ -100,7 +101,7 @@ class _Kept(NamedTuple):
 class _Inputs(torch.autograd.Function):
     """Keep a layer's inputs for its backward, before its product is computed.
 
-    Returns a placeholder of y's shape without memory of its own, which `_Product` turns into y. In a recomputed layer,
+    Returns a placeholder [T, O] of y without memory of its own, which `_Product` turns into y. In a recomputed layer,
     torch.utils.checkpoint stops at the last tensor that is kept. If that is an input of the layer's last product, as in
     most decoder layers, it stops here, and the product is not computed again: 8 % of the operations of a step.
     """
@@ -110,7 +111,7 @@ class _Inputs(torch.autograd.Function):
         ctx.save_for_backward(kept.a, kept.b, kept.mask, *kept.recipe.tensors)
         ctx.make_x, ctx.shape, ctx.dtype = kept.recipe.function, x.shape, a.dtype
         ctx.weight, ctx.scaling, ctx.keep = kept.weight, kept.scaling, kept.keep
-        return x.new_empty(1).expand(*x.shape[:-1], b.shape[0])
+        return x.new_empty(1).expand(x.shape[:-1].numel(), len(b))
 
     @staticmethod
     @once_differentiable
@@ -148,10 +149,10 @@ class _Product(torch.autograd.Function):
         rows, w = x.reshape(-1, x.shape[-1]), weight()
         if dropped is None and merging_pays(len(rows), w):
             merged = w.addmm_(b, a, alpha=scaling) if weight.fresh else torch.addmm(w, b, a, alpha=scaling)
-            return linear(rows, merged, bias).view(placeholder.shape)
+            return linear(rows, merged, bias)
         through_a = (rows if dropped is None else dropped.reshape(rows.shape)) @ a.T
         # The large product is added to the small one, so that their sum is rounded once.
-        return _scaled_product(through_a, b.T, scaling, bias).addmm_(rows, w.T).view(placeholder.shape)
+        return _scaled_product(through_a, b.T, scaling, bias).addmm_(rows, w.T)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

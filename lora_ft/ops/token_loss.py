@@ -2,6 +2,15 @@
 
     ids [T] -> body (attention within documents) -> hidden [T, E] -> supervised rows [N, E] -> head -> sums of losses
 
+A model in which packed documents would see each other (a state that runs on, positions that count from the first
+token of the row) computes documents of similar length side by side, as rows that are padded on the right:
+
+    packed   a a a a a b b b b c          side by side   a a a a a     one by one   a a a a a
+                                                         b b b b .                  b b b b
+                                          then           c                          c
+
+Nothing is to the right of a causal model's token, so the padding changes no number.
+
 The plain path runs the model's own forward with a dense mask and computes the loss from all logits. The fast
 paths are chosen once per model (models/acceleration.py). Each of them is exact and has a switch (`fast.*`).
 """
@@ -12,6 +21,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from lora_ft.ops.attention import DocumentStarts
@@ -24,7 +34,8 @@ from lora_ft.ops.logits import PRODUCT, LogitMap, at_least_float32
 class Paths:
     """The paths chosen for a model.
 
-    packs: documents may share a forward pass. False for families in which packed documents would see each other.
+    packs: documents may share a row. False for families in which packed documents would see each other.
+    pads: documents may be rows side by side, padded on the right, where they do not share a row.
     passes_starts: the model's attention is ops/attention.py, which takes the boundaries of the documents.
     supervised_rows_only: head and cross-entropy are computed for the supervised positions only.
     longest_shared: a batch with a document longer than this runs one document at a time; None for no limit.
@@ -36,12 +47,21 @@ class Paths:
     supervised_rows_only: bool
     longest_shared: int | None = None
     logit_map: LogitMap = PRODUCT
+    pads: bool = False
 
-    def share(self, batch: Batch) -> bool:
-        """Return whether the documents of a batch may share a forward pass."""
+    @property
+    def share_a_pass(self) -> bool:
+        """True if a forward pass may have several documents."""
+        return self.packs or self.pads
+
+    def are_short(self, batch: Batch) -> bool:
+        """Return whether no document of a batch changes the rotary frequencies of others."""
         longest = max(end - start for start, end in pairwise(batch.starts))
-        return self.packs and (self.longest_shared is None or longest <= self.longest_shared)
+        return self.longest_shared is None or longest <= self.longest_shared
 
+
+# Documents side by side are at least this share of the longest: at most 3 of 10 tokens of a pass are padding.
+_SIMILAR = 0.7
 
 PLAIN_PATHS = Paths(packs=False, passes_starts=False, supervised_rows_only=False)
 
@@ -51,7 +71,7 @@ def token_loss_sum(model: PreTrainedModel, batch: Batch, paths: Paths) -> Tensor
 
     `model` is the transformers model, with or without adapter layers inside.
     """
-    if len(batch.counts) > 1 and not paths.share(batch):
+    if len(batch.counts) > 1 and not (paths.packs and paths.are_short(batch)):
         return document_loss_sums(model, batch, paths).sum()
     (total,) = _loss_sums(model, batch, paths, [sum(batch.counts)], [0, batch.starts[-1]])
     return total
@@ -59,9 +79,42 @@ def token_loss_sum(model: PreTrainedModel, batch: Batch, paths: Paths) -> Tensor
 
 def document_loss_sums(model: PreTrainedModel, batch: Batch, paths: Paths) -> Tensor:
     """Return the sum of each document of the batch, [documents]; they share a forward pass if `paths` allow it."""
-    if not paths.share(batch):
+    if not (paths.share_a_pass and paths.are_short(batch)):
         return torch.stack([token_loss_sum(model, document, paths) for document in batch.documents()])
-    return torch.stack(_loss_sums(model, batch, paths, batch.counts, batch.starts))
+    if paths.packs:
+        return torch.stack(_loss_sums(model, batch, paths, batch.counts, batch.starts))
+    documents = batch.documents()
+    sums: dict[int, Tensor] = {}
+    for rows in similar_lengths([len(document.ids) for document in documents]):
+        sums.update(zip(rows, _padded_loss_sums(model, [documents[i] for i in rows], paths), strict=True))
+    return torch.stack([sums[i] for i in range(len(documents))])
+
+
+def similar_lengths(lengths: list[int]) -> list[list[int]]:
+    """Group the indices of lengths: in each group the longest first, and none shorter than `_SIMILAR` of it."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups and lengths[index] >= _SIMILAR * lengths[groups[-1][0]]:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def _padded_loss_sums(model: PreTrainedModel, documents: list[Batch], paths: Paths) -> list[Tensor]:
+    """Return the loss sums of documents that are the rows of one forward pass."""
+    ids = pad_sequence([document.ids for document in documents], batch_first=True)
+    supervised = torch.cat([document.supervised + row * ids.shape[1] for row, document in enumerate(documents)])
+    targets = torch.cat([document.targets[document.supervised] for document in documents])
+    counts = [len(document.supervised) for document in documents]
+    if paths.supervised_rows_only:
+        hidden = getattr(model, model.base_model_prefix)(input_ids=ids, use_cache=False).last_hidden_state
+        head = model.get_output_embeddings()
+        parts = zip(hidden.flatten(0, 1)[supervised].split(counts), targets.split(counts), strict=True)
+        return [_head_loss(head, rows, of_rows, paths.logit_map) for rows, of_rows in parts]
+    logits = at_least_float32(model(input_ids=ids, use_cache=False).logits.flatten(0, 1)[supervised])
+    losses = cross_entropy(logits, targets, reduction="none")
+    return [part.sum() for part in losses.split(counts)]
 
 
 def _loss_sums(

@@ -101,8 +101,9 @@ def frozen_linear(inputs: Tensor, weight: Callable[[], Tensor], bias: Tensor | N
     The backward calls `weight` again. inputs [.., in] are cast to the weight's dtype, and the result [.., out] is cast
     back. Weight and bias get no gradient.
     """
-    result: Tensor = _FrozenLinear.apply(inputs, weight, bias)
-    return result
+    rows: Tensor = _FrozenLinear.apply(inputs, weight, bias)
+    # A view made here, and not in the function, can be changed in place, as Llama 4 does.
+    return rows.view(*inputs.shape[:-1], rows.shape[-1])
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -112,7 +113,7 @@ class _FrozenLinear(torch.autograd.Function):
         w = weight()
         rows = inputs.reshape(-1, inputs.shape[-1]).to(w.dtype)
         y = linear(rows, w, None if bias is None else bias.to(w.dtype))
-        return y.to(inputs.dtype).view(*inputs.shape[:-1], y.shape[-1])
+        return y.to(inputs.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:

@@ -119,16 +119,29 @@ def read(folder: Path, base_config: dict[str, Any] | None) -> AdapterFacts:
 
 def _shapes_of_base(base_config: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]], bool | None]:
     """Return a base's parameter shapes, and True if embedding and head are tied; ({}, None) for an unknown model."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    rest = {key: value for key, value in base_config.items() if key != "model_type"}
+    rest = {key: _with_floats(value) for key, value in base_config.items() if key != "model_type"}
     try:
         known = AutoConfig.for_model(base_config.get("model_type"), **rest)
         with torch.device("meta"):
             network = AutoModelForCausalLM.from_config(known, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, AttributeError):  # not a causal LM, or a config of another version
+    # not a causal LM, or a config of another version
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError):
         return {}, None
     return {name: tuple(t.shape) for name, t in network.state_dict().items()}, bool(known.tie_word_embeddings)
+
+
+def _with_floats(value: Any) -> Any:
+    """Replace {"__float__": "Infinity"}, which transformers writes for numbers that JSON does not have."""
+    if isinstance(value, list):
+        return [_with_floats(element) for element in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+        return float(value["__float__"])
+    return {key: _with_floats(element) for key, element in value.items()}
 
 
 def _config(folder: Path, problems: list[Finding]) -> dict[str, Any]:

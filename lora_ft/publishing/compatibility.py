@@ -196,9 +196,12 @@ def _resize(facts: AdapterFacts) -> str | None:
     return more and f"{more}: base.resize_token_embeddings({facts.num_tokens}, mean_resizing=False) first"
 
 
-def _no_writer(facts: AdapterFacts) -> str | None:
-    is_known = facts.architecture is None or families.family(facts.architecture)
-    return None if is_known else f"lora-ft cannot write its format for bases of type {facts.architecture}"
+def _no_writer(rows: tuple[families.Family, ...]) -> _Reason:
+    def reason(facts: AdapterFacts) -> str | None:
+        is_known = facts.architecture is None or facts.architecture in {row.model_type for row in rows}
+        return None if is_known else f"lora-ft cannot write its format for bases of type {facts.architecture}"
+
+    return reason
 
 
 def _upstream_gguf(facts: AdapterFacts) -> str | None:
@@ -240,12 +243,12 @@ _RULES = (
     *_rules("SGLang", Level.WARN, "SGLang 0.5.23 or newer", _varying),
     # llama.cpp b10605, src/llama-adapter.cpp
     *_rules("llama.cpp", Level.REFUSED, _MERGE_GGUF, _dora, _saved, _biases, _tokens, _activated, _rare, _tied_ends,
-            _no_writer, _more_tokens),
+            _no_writer(families.FAMILIES), _more_tokens),
     # llama.cpp b10605, convert_lora_to_gguf.py, compared with PEFT
     *_rules("llama.cpp", Level.WARN, "publish with formats=[gguf], which converts it correctly", _upstream_gguf),
     # ollama pull request 14969
     *_rules("Ollama", Level.REFUSED, _MERGE_GGUF, _feature("loads no adapters since 0.34.1", lambda f: True)),
     # mlx-lm 0.32.2, mlx_lm/tuner/utils.py
-    *_rules("MLX", Level.REFUSED, _MERGE, _saved, _biases, _tokens, _activated, _rare, _tied_ends, _no_writer,
-            _more_tokens),
+    *_rules("MLX", Level.REFUSED, _MERGE, _saved, _biases, _tokens, _activated, _rare, _tied_ends,
+            _no_writer(families.MLX), _more_tokens),
 )  # fmt: skip

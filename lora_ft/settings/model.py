@@ -53,7 +53,11 @@ class Adapter:
     use_rslora: bool = setting(False, "scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732)")
     use_dora: bool = setting(False, "train magnitude and direction separately (arXiv 2402.09353)")
     target_modules: list[str] = setting(
-        ["all-linear"], "names of layers to adapt, or all-linear (every linear layer but the head)"
+        ["all-linear"],
+        "names or regular expressions of layers to adapt, or all-linear: every linear layer but the head",
+    )
+    exclude: list[str] = setting(
+        [], "names or regular expressions of layers not to adapt, or of modules that contain them"
     )
     modules_to_save: list[str] = setting([], "layers to train in full and save with the adapter")
     rank_pattern: dict[str, int] = setting({}, "ranks other than r, by layer name")

@@ -126,7 +126,7 @@ class TrainingState:
     @property
     def packs(self) -> bool:
         """True if a micro-batch has several rows."""
-        return self.cfg.train.packing and self.paths.packs
+        return self.cfg.train.packing and self.paths.share_a_pass
 
     @property
     def base(self) -> PreTrainedModel:
@@ -254,7 +254,7 @@ def _loss_scale(
     dtypes |= {getattr(module, "compute_dtype", None) for module in model.modules()}  # of quantized layers
     if torch.float16 not in dtypes:
         return None
-    packs = train.packing and paths.packs
+    packs = train.packing and paths.share_a_pass
     return loss_scale.for_tokens(sum(largest_micro_batch(examples, steps, train.microbatch_limit, packs)))
 
 

@@ -2,11 +2,12 @@
 
     general.type "adapter"   general.architecture "llama"   adapter.type "lora"   adapter.lora.alpha 32.0
     blk.0.attn_q.weight.lora_a  F32 [r, in]      blk.0.attn_q.weight.lora_b  F32 [out, r]
+    blk.0.ffn_up_exps.weight.lora_a  F32 [experts, r, in]      ...lora_b  F32 [experts, out, r]
 
 llama.cpp adds (alpha / r) B A, with one alpha per file and r from each B. PEFT's other scales are expressed in these:
 alpha * sqrt(r) for rsLoRA, and a factor in B if the layers' scales differ. B has the rows of W, so B of llama's q and k
-is reordered like W. Only W of GPT-2's Conv1D is transposed, not A and B. Format: llama.cpp b10605,
-src/llama-adapter.cpp.
+is reordered like W. Only W of GPT-2's Conv1D is transposed, not A and B. Gate and up of experts are one parameter of
+transformers, but two tensors, which get the same A. Format: llama.cpp b11549, src/llama-adapter.cpp.
 """
 
 from pathlib import Path
@@ -30,32 +31,47 @@ def write(adapter: Path, base_config: dict[str, Any], out: Path) -> None:
     Raises MismatchError for an adapter that the format cannot express, ConfigError for an unknown architecture.
     """
     layout = layout_of(base_config)
-    found = lora_weights.read(adapter)
+    found = lora_weights.read(adapter, _experts(layout))
     if found.config.use_dora:
         raise MismatchError(f"{adapter}: llama.cpp does not support DoRA; {REMEDY}")
     # With equal scales alpha is PEFT's own (times sqrt(r) for rsLoRA), and no B is changed.
     alpha = found.layers[0].scale * found.layers[0].rank if found.layers else float(found.config.lora_alpha)
     arrays: dict[str, np.ndarray] = {}
     for layer in found.layers:
-        name = _tensor_name(adapter, layout, layer)
-        arrays[f"{name}.weight.lora_a"], arrays[f"{name}.weight.lora_b"] = _matrices(layout, layer, alpha)
+        names = _tensor_names(adapter, layout, layer)
+        a, b = _matrices(layout, layer, alpha)
+        for name, part in zip(names, np.split(b, len(names), axis=-2), strict=True):
+            arrays[f"{name}.lora_a"], arrays[f"{name}.lora_b"] = a, part
     tensors = [PlannedTensor(name, array.shape, Kind.F32) for name, array in arrays.items()]
     writer.write(out, _metadata(layout, found.config, alpha), tensors, arrays.values())
 
 
-def _tensor_name(adapter: Path, layout: Layout, layer: LayerWeights) -> str:
-    name = layout.name(layer.module)
-    if name is None:
+def _experts(layout: Layout) -> dict[str, tuple[int, ...]]:
+    """Return the parameters of a base's experts and their shapes."""
+    if not layout.family.has_experts:
+        return {}
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(layout.config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if parameter.ndim == 3}
+
+
+def _tensor_names(adapter: Path, layout: Layout, layer: LayerWeights) -> tuple[str, ...]:
+    parameter = layer.module if layer.a.ndim == 3 else f"{layer.module}.weight"
+    names = layout.family.tensor_names(parameter, layout.config.num_hidden_layers)
+    if names is None:
         raise MismatchError(
             f"{adapter}: a GGUF file of architecture {layout.family.architecture} has no tensor for {layer.module}; "
             f"{REMEDY}"
         )
-    if name in ("token_embd", "output") and layout.config.tie_word_embeddings:
+    if names[0] in ("token_embd.weight", "output.weight") and layout.config.tie_word_embeddings:
         raise MismatchError(
             f"{adapter}: llama.cpp would apply the adapter of {layer.module} to embedding and head, which share one "
             f"matrix; {REMEDY}"
         )
-    return name
+    return names
 
 
 def _matrices(layout: Layout, layer: LayerWeights, alpha: float) -> tuple[np.ndarray, np.ndarray]:

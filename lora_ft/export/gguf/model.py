@@ -15,12 +15,11 @@ from typing import Any
 
 from lora_ft.errors import ConfigError
 from lora_ft.export import verify
+from lora_ft.export.gguf import rope, writer
 from lora_ft.export.gguf import tokenizer as gguf_tokenizer
-from lora_ft.export.gguf import writer
 from lora_ft.export.gguf.layout import Layout, layout_of
 from lora_ft.export.gguf.writer import Kind, PlannedTensor, Value
 from lora_ft.io import untrusted
-from lora_ft.models.gguf.convert import llama3_divisors
 from lora_ft.models.load import read_tokenizer
 from lora_ft.values import GgufType
 
@@ -29,6 +28,7 @@ log = logging.getLogger("lora_ft")
 _KINDS = {GgufType.f32: Kind.F32, GgufType.f16: Kind.F16, GgufType.bf16: Kind.BF16, GgufType.q8_0: Kind.Q8_0}
 _FILE_TYPES = {GgufType.f32: 0, GgufType.f16: 1, GgufType.q8_0: 7, GgufType.bf16: 32}  # llama.cpp's llama_ftype
 _BLOCK = 32  # numbers that share a scale in Q8_0
+_FULL = ("wpe.weight", "mlp.gate.weight")  # positions, and routers, whose rounding would choose other experts
 
 
 def check(folder: Path, tokenizer: Any) -> None:
@@ -51,75 +51,68 @@ def write(folder: Path, out: Path, kind: GgufType) -> None:
     metadata: dict[str, Value] = {
         "general.architecture": layout.family.architecture,
         "general.type": "model",
-        "general.name": out.stem,
         "general.file_type": _FILE_TYPES[kind],
         "general.quantization_version": 2,
         **{f"{layout.family.architecture}.{key}": value for key, value in _sizes(layout).items()},
-        **gguf_tokenizer.metadata(tokenizer, layout.config.vocab_size, _ends(folder, tokenizer, layout.config)),
+        **gguf_tokenizer.metadata(
+            tokenizer, layout.config.vocab_size, _ends(folder, tokenizer, layout.config), out.stem
+        ),
     }
-    settings = getattr(layout.config, "rope_parameters", None) or {}
-    divisors = [llama3_divisors(layout.config)] if settings.get("rope_type") == "llama3" else []
-    tensors = [PlannedTensor("rope_freqs.weight", array.shape, Kind.F32) for array in divisors]
-    tensors += [_planned(layout, name, tuple(weight.shape), _KINDS[kind]) for name, weight in weights.items()]
+    divisors = rope.described(layout, _head(layout.config))[1]
+    tensors = [PlannedTensor(name, array.shape, Kind.F32) for name, array in divisors.items()]
+    for name, weight in weights.items():
+        tensors += _planned(layout, name, tuple(weight.shape), _KINDS[kind])
     arrays = (
-        layout.weight(name.rpartition(".")[0], weight.detach().float().numpy()) for name, weight in weights.items()
+        array for name, weight in weights.items() for array in layout.arrays(name, weight.detach().float().numpy())
     )
-    writer.write(out, metadata, tensors, itertools.chain(divisors, arrays))
+    writer.write(out, metadata, tensors, itertools.chain(divisors.values(), arrays))
 
 
-def _planned(layout: Layout, name: str, shape: tuple[int, ...], kind: Kind) -> PlannedTensor:
-    module, _, leaf = name.rpartition(".")
-    if layout.name(module) is None:
-        raise ConfigError(f"a GGUF file of architecture {layout.family.architecture} has no tensor for {module}")
-    shape = shape[::-1] if layout.family.is_transposed(module) else shape
-    stored = f"{layout.name(module)}.{leaf}"
-    if len(shape) == 1 or stored == "position_embd.weight":
+def _planned(layout: Layout, name: str, shape: tuple[int, ...], kind: Kind) -> list[PlannedTensor]:
+    shape = layout.shape(name, shape)
+    if len(shape) == 1 or name.endswith(_FULL):
         kind = Kind.F32
     elif kind is Kind.Q8_0 and shape[-1] % _BLOCK:
         log.warning("%s is stored as F16: its rows of %d numbers are not a multiple of %d", name, shape[-1], _BLOCK)
         kind = Kind.F16
-    return PlannedTensor(stored, shape, kind)
+    return [PlannedTensor(stored, shape, kind) for stored in layout.tensors(name)]
 
 
 def _sizes(layout: Layout) -> dict[str, Value]:
-    config = layout.config
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    config, head = layout.config, _head(layout.config)
     derived = {
-        "max_position_embeddings": _context(config),
+        "max_position_embeddings": _context(layout),
         "head_dim": head,
         "n_inner": getattr(config, "n_inner", None) or 4 * config.hidden_size,
     }
     sizes: dict[str, Value] = {
         key: derived.get(attribute) or getattr(config, attribute) for key, attribute in layout.family.sizes.items()
     }
-    sizes["vocab_size"] = config.vocab_size
+    if missing := next((layout.family.sizes[key] for key, value in sizes.items() if value is None), None):
+        raise ConfigError(f"llama.cpp needs a number for {missing} of {layout.family.model_type}, but config.json of "
+                          "the base has none")  # fmt: skip
+    sizes |= {"vocab_size": config.vocab_size, **layout.family.constants}
+    if layout.family.has_window:
+        sizes["attention.sliding_window"] = config.sliding_window
     if layout.family.is_rotary:
-        sizes |= {"attention.value_length": head, **_rope(config.rope_parameters, head)}
+        sizes |= {"attention.value_length": head, **rope.described(layout, head)[0]}
     return sizes
 
 
-def _context(config: Any) -> int:
-    """Return the longest context for which llama.cpp computes the same; it ignores these families' sliding windows."""
+def _head(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _context(layout: Layout) -> int:
+    """Return the longest context for which llama.cpp computes the same; it ignores most families' sliding windows."""
+    config = layout.config
     longest, window = int(config.max_position_embeddings), getattr(config, "sliding_window", None)
-    if window and window < longest:
+    if window and window < longest and not layout.family.has_window:
         log.warning(
             "context of the GGUF file: %d tokens, not %d, because llama.cpp ignores the sliding window", window, longest
         )
         return int(window)
     return longest
-
-
-def _rope(settings: dict[str, Any], head: int) -> dict[str, Value]:
-    kind = settings.get("rope_type", "default")
-    if kind not in ("default", "linear", "llama3") or settings.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(f"rotary positions of type {kind} cannot be written to GGUF, only default, linear and llama3")
-    values: dict[str, Value] = {
-        "rope.dimension_count": head,
-        "rope.freq_base": float(settings.get("rope_theta", 10000.0)),
-    }
-    if kind == "linear":
-        values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(settings["factor"])}
-    return values
 
 
 def _ends(folder: Path, tokenizer: Any, config: Any) -> list[int]:

@@ -20,7 +20,8 @@ from lora_ft.io import durable
 
 __all__ = ["Kind", "PlannedTensor", "Value", "write"]
 
-Value = str | bool | int | float | list[str] | list[int]  # an int is written as uint32, in a list as int32
+# An int is written as uint32, in a list as int32; a float as float32; bytes as a list of uint8.
+Value = str | bool | int | float | bytes | list[str] | list[int] | list[float]
 
 
 class PlannedTensor(NamedTuple):
@@ -51,7 +52,8 @@ def _header(metadata: dict[str, Value], tensors: list[PlannedTensor]) -> bytes:
     """Return the bytes before the first tensor."""
     writer = GGUFWriter(None, metadata["general.architecture"])
     for key, value in metadata.items():
-        kind = GGUFValueType.UINT32 if type(value) is int else GGUFValueType.get_type(value)
+        kinds = {int: GGUFValueType.UINT32, bytes: GGUFValueType.ARRAY}
+        kind = kinds.get(type(value)) or GGUFValueType.get_type(value)
         if key != "general.architecture" and value != []:
             writer.add_key_value(key, value, kind)
     for tensor in tensors:

@@ -11,6 +11,7 @@ Dequantization is exact, so a 4-bit file becomes eight times as large.
 import functools
 import hashlib
 from collections.abc import Callable, Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,15 @@ from gguf.gguf_reader import ReaderTensor
 
 from lora_ft.errors import ConfigError, ResourceError
 from lora_ft.io import durable
-from lora_ft.models.families import FAMILIES, Family, deinterleave, family_of_gguf
-from lora_ft.models.gguf import reader, tokenizer
+from lora_ft.models.families import FAMILIES, Family, family_of_gguf
+from lora_ft.models.gguf import reader, rope, tokenizer
 
 # Part of the cache's folder names. Increase it whenever a change makes the same file convert to other bytes.
-VERSION = 1
+VERSION = 2
 
 _TOKEN_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-# The scaling of Llama 3.1 and 3.2, the only published one; its factor is the largest divisor in the file.
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-
-Tensors = dict[str, tuple[ReaderTensor, tuple[int, ...]]]  # name in the model -> tensor, its shape in the model
+# Name in the model -> the tensors stacked in it, most often one, and its shape in the model.
+Tensors = dict[str, tuple[tuple[ReaderTensor, ...], tuple[int, ...]]]
 
 
 def converted(path: Path) -> tuple[Path, str]:
@@ -68,7 +67,7 @@ def describe(path: Path) -> tuple[Any, int]:
     source = reader.read(path)
     family = _family(source)
     config = _checked(source, lambda: _config(source, family))
-    return config, sum(reader.num_bytes(tensor) for tensor, _ in _tensors(source, family, config).values())
+    return config, sum(spec.num_bytes for spec in _specs(_tensors(source, family, config), family))
 
 
 def write_folder(source: reader.GgufFile, folder: Path) -> None:
@@ -79,10 +78,7 @@ def write_folder(source: reader.GgufFile, folder: Path) -> None:
     family = _family(source)
     config, built = _checked(source, lambda: (_config(source, family), tokenizer.build(source.metadata)))
     tensors = _tensors(source, family, config)
-    specs = [
-        durable.TensorSpec(name, reader.dtype_code(tensor), shape, reader.num_bytes(tensor))
-        for name, (tensor, shape) in tensors.items()
-    ]
+    specs = _specs(tensors, family)
     durable.write_tensors(folder / "model.safetensors", specs, _buffers(tensors, family, config), {"format": "pt"})
     settings = config.to_diff_dict()
     settings.pop("transformers_version", None)  # so that the same file gives the same config with every version
@@ -92,9 +88,17 @@ def write_folder(source: reader.GgufFile, folder: Path) -> None:
     built.save_pretrained(folder)
 
 
+def _specs(tensors: Tensors, family: Family) -> list[durable.TensorSpec]:
+    specs = []
+    for name, (stacked, shape) in tensors.items():
+        code = _dtype_code(stacked, family.offset(name.rpartition(".")[0]))
+        specs.append(durable.TensorSpec(name, code, shape, prod(shape) * (4 if code == "F32" else 2)))
+    return specs
+
+
 def _family(source: reader.GgufFile) -> Family:
     architecture = source.metadata.get("general.architecture")
-    family = family_of_gguf(architecture)
+    family = family_of_gguf(architecture, has_experts=bool(source.metadata.get(f"{architecture}.expert_count")))
     if family is None:
         raise ConfigError(
             f"{source.path} has the architecture {architecture}; GGUF files can be read for "
@@ -128,17 +132,22 @@ def _config(source: reader.GgufFile, family: Family) -> Any:
     if family.is_rotary:
         heads = values["num_attention_heads"]
         values = {"num_key_value_heads": heads, "head_dim": values["hidden_size"] // heads} | values
-        values["rope_parameters"] = _rope(source, family.architecture)
+        values |= rope.settings(source, family, values["head_dim"])
+    if family.has_window:
+        values["sliding_window"] = source.metadata.get(f"{family.architecture}.attention.sliding_window", 4096)
     config = AutoConfig.for_model(
         family.model_type,
         architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.model_type]],
         vocab_size=reader.shape(source.tensors["token_embd.weight"])[0],
-        tie_word_embeddings=_is_tied(source),
         **{name: source.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _TOKEN_IDS.items()},
-        **values,
+        **{name: limit[0] for name, limit in family.limits.items() if isinstance(limit, tuple)}
+        | {"tie_word_embeddings": _is_tied(source), **values},
     )
+    for name, limit in family.limits.items():
+        if callable(limit):
+            setattr(config, name, limit(config)[0])
     if family.is_rotary and (divisors := source.tensors.get("rope_freqs.weight")):
-        found, expected = reader.values(divisors), llama3_divisors(config)
+        found, expected = reader.values(divisors), rope.llama3_divisors(config)
         if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-4):
             raise ConfigError(f"{source.path}: rope_freqs.weight is not Llama 3's scaling: use the safetensors model")
     return config
@@ -150,33 +159,6 @@ def _is_tied(source: reader.GgufFile) -> bool:
     return head is None or (head.tensor_type == embedding.tensor_type and np.array_equal(head.data, embedding.data))
 
 
-def _rope(source: reader.GgufFile, architecture: str) -> dict[str, Any]:
-    """Return the rotary settings; for Llama 3's scaling the file has only the divisors, which `_config` verifies."""
-    theta = source.metadata.get(f"{architecture}.rope.freq_base", 10000.0)
-    kind = source.metadata.get(f"{architecture}.rope.scaling.type", "none")
-    divisors = source.tensors.get("rope_freqs.weight")
-    if kind == "linear" and divisors is None:
-        factor = source.metadata[f"{architecture}.rope.scaling.factor"]
-        return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
-    if kind != "none":
-        raise ConfigError(f"{source.path}: rotary scaling of type {kind} is not supported: use the safetensors model")
-    if divisors is None:
-        return {"rope_type": "default", "rope_theta": theta}
-    return {"rope_type": "llama3", "rope_theta": theta, "factor": float(reader.values(divisors).max()), **_LLAMA3}
-
-
-def llama3_divisors(config: Any) -> np.ndarray[Any, Any]:
-    """Return the divisors of the rotary frequencies in transformers' Llama 3 scaling, in float32."""
-    import torch
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    size = 2 * len(scaled)
-    plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
-    divisors: np.ndarray[Any, Any] = (plain / scaled.double()).float().numpy()
-    return divisors
-
-
 def _tensors(source: reader.GgufFile, family: Family, config: Any) -> Tensors:
     """Match the file's tensors, in their order, with all parameters of the model that the metadata describes."""
     import torch
@@ -184,41 +166,55 @@ def _tensors(source: reader.GgufFile, family: Family, config: Any) -> Tensors:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    expected = {}  # GGUF's name -> name and shape in the model; tied parameters appear once
-    for name, parameter in model.named_parameters():
-        module, _, leaf = name.rpartition(".")
-        expected[f"{family.gguf_name(module, config.num_hidden_layers)}.{leaf}"] = (name, tuple(parameter.shape))
-    found: Tensors = {}
-    for stored, tensor in source.tensors.items():
-        if stored == "rope_freqs.weight" or (stored == "output.weight" and config.tie_word_embeddings):
+    # GGUF's name -> name and shape in the model, place among the tensors stacked in it, and their number
+    expected: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
+    for name, parameter in model.named_parameters():  # tied parameters appear once
+        stored = family.tensor_names(name, config.num_hidden_layers) or ()
+        expected |= {part: (name, tuple(parameter.shape), i, len(stored)) for i, part in enumerate(stored)}
+    found: dict[str, dict[int, ReaderTensor]] = {}
+    shapes = {}
+    for part, tensor in source.tensors.items():
+        if part in rope.TENSORS or (part == "output.weight" and config.tie_word_embeddings):
             continue  # they became rope_parameters, and the embedding
-        if stored not in expected:
-            raise ConfigError(f"{source.path}: tensor {stored} does not belong to a {family.architecture} model")
-        name, shape = expected.pop(stored)
-        given = reader.shape(tensor)
-        if (given[::-1] if family.is_transposed(name.rpartition(".")[0]) else given) != shape:
-            raise ConfigError(f"{source.path}: tensor {stored} has shape {given}, but {name} of the model has {shape}")
-        found[name] = (tensor, shape)
+        if part not in expected:
+            raise ConfigError(f"{source.path}: tensor {part} does not belong to a {family.architecture} model")
+        name, shape, place, count = expected.pop(part)
+        given = whole = reader.shape(tensor)
+        if count > 1:
+            whole = (*given[:-2], given[-2] * count, given[-1])
+        if (whole[::-1] if family.is_transposed(name.rpartition(".")[0]) else whole) != shape:
+            raise ConfigError(f"{source.path}: tensor {part} has shape {given}, but {name} of the model has {shape}")
+        found.setdefault(name, {})[place], shapes[name] = tensor, shape
     if expected:
         raise ConfigError(f"{source.path} lacks the tensor {next(iter(expected))}: the file is incomplete")
-    return found
+    return {name: (tuple(parts[i] for i in sorted(parts)), shapes[name]) for name, parts in found.items()}
+
+
+def _dtype_code(stacked: tuple[ReaderTensor, ...], offset: float) -> str:
+    codes = {reader.dtype_code(tensor) for tensor in stacked}
+    return codes.pop() if len(codes) == 1 and not offset else "F32"
 
 
 def _buffers(tensors: Tensors, family: Family, config: Any) -> Iterator[memoryview]:
-    for name, (tensor, shape) in tensors.items():
+    for name, (stacked, shape) in tensors.items():
         module = name.rpartition(".")[0]
-        values = reader.values(tensor)
-        heads = family.rotary_heads(module, config)
+        offset = family.offset(module)
+        read = reader.float32 if _dtype_code(stacked, offset) == "F32" else reader.values
+        values = np.concatenate([read(t) for t in stacked], axis=-2) if len(stacked) > 1 else read(stacked[0])
+        reorder = family.rows(module, config, stored=True)
         if family.is_transposed(module):
             values = values.T
-        elif heads:
-            values = deinterleave(values, heads)
+        elif reorder:
+            values = reorder(values)
+        if offset:
+            values = values - np.float32(offset)
         assert values.shape == shape
         yield np.ascontiguousarray(values).data.cast("B")
 
 
 def _generation(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of generation_config.json: the end token, and the end-of-turn token if it differs."""
+    """Return the fields of generation_config.json: the end token, and the ends of turn and message if they differ."""
     values = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _TOKEN_IDS.items()}
-    ends = [i for i in (values["eos_token_id"], metadata.get("tokenizer.ggml.eot_token_id")) if i is not None]
-    return {**values, "eos_token_id": ends if len(set(ends)) > 1 else values["eos_token_id"]}
+    others = (metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eot", "eom"))
+    ends = list(dict.fromkeys(i for i in (values["eos_token_id"], *others) if i is not None))
+    return {**values, "eos_token_id": ends if len(ends) > 1 else values["eos_token_id"]}

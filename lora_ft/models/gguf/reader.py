@@ -9,7 +9,6 @@ The tensors are views of the mapped file.
 """
 
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +72,6 @@ def dtype_code(tensor: ReaderTensor) -> str:
     return kind.name if kind in (GGMLQuantizationType.F16, GGMLQuantizationType.BF16) else "F32"
 
 
-def num_bytes(tensor: ReaderTensor) -> int:
-    """Return the size of `values` in bytes."""
-    return prod(shape(tensor)) * (4 if dtype_code(tensor) == "F32" else 2)
-
-
 def values(tensor: ReaderTensor) -> np.ndarray[Any, Any]:
     """Return the tensor as float32, float16 or, for bfloat16, its bits as uint16; raises ConfigError.
 
@@ -95,3 +89,11 @@ def values(tensor: ReaderTensor) -> np.ndarray[Any, Any]:
             f"tensor {tensor.name} is stored as {tensor.tensor_type.name}, which is not supported: "
             "use a file of another quantization type, or the safetensors model"
         ) from None
+
+
+def float32(tensor: ReaderTensor) -> np.ndarray[Any, Any]:
+    """Return the tensor as float32, which holds every stored type exactly; raises ConfigError."""
+    stored = values(tensor)
+    if dtype_code(tensor) == "BF16":
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float32, copy=False)

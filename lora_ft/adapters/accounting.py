@@ -1,0 +1,79 @@
+"""Account for every parameter of a base: adapted, trained in full, frozen by design, left out or out of reach.
+
+    account(model, selection, adapter)  ->  {"model.layers.0.self_attn.q_proj.weight": Part.ADAPTED, ...}
+
+A parameter that is not adapted is named by what it is, so that no weight is frozen without being said.
+"""
+
+from enum import Enum
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from lora_ft import config
+from lora_ft.adapters.targets import EXCLUDED, Selection, matched_layers
+from lora_ft.adapters.text_path import LINEAR, text_path
+
+
+class Part(Enum):
+    """The use of a base's parameter by an adapter; the value is what `check` prints."""
+
+    ADAPTED = "adapted"
+    SAVED = "trained in full"  # adapter.modules_to_save
+    EMBEDDING = "embedding"
+    HEAD = "head"
+    VECTOR = "norms and biases"
+    NOT_CHOSEN = "layers not chosen"  # by adapter.target_modules, or by adapter.exclude
+    OFF_PATH = "layers that text does not use"
+    LEFT_OUT = "layers left out"  # text uses them, and an adapter could not train them
+    EXPERTS = "experts"
+    OTHER = "routers, convolutions and other tensors"
+
+
+TRAINED = (Part.ADAPTED, Part.SAVED)
+# Weights that a text forward uses, and that no setting of an adapter reaches.
+OUT_OF_REACH = (Part.EXPERTS, Part.OTHER)
+
+
+def account(model: PreTrainedModel, selection: Selection, adapter: config.Adapter) -> dict[str, Part]:
+    """Return the part of each parameter of a base without adapter, by name; tied parameters count once."""
+    modules = dict(model.named_modules())
+    saved = matched_layers(modules, adapter.modules_to_save)
+    unused = text_path(model).unused
+    parts: dict[str, Part] = {}
+    for name, parameter in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        if any(owner == module or owner.startswith(f"{module}.") for module in saved):
+            parts[name] = Part.SAVED
+        elif name in unused:
+            parts[name] = Part.OFF_PATH
+        elif parameter.dim() < 2:
+            parts[name] = Part.VECTOR
+        else:
+            parts[name] = _part(model, owner, modules[owner], selection)
+    return parts
+
+
+def _part(model: PreTrainedModel, name: str, module: nn.Module, selection: Selection) -> Part:
+    if name in selection.layers:
+        return Part.ADAPTED
+    if name in selection.left_out:
+        return Part.NOT_CHOSEN if selection.left_out[name] == EXCLUDED else Part.LEFT_OUT
+    if module is model.get_output_embeddings():
+        return Part.HEAD
+    if isinstance(module, nn.Embedding):
+        return Part.EMBEDDING
+    if isinstance(module, LINEAR):
+        return Part.NOT_CHOSEN
+    return Part.EXPERTS if _holds_experts(module, _expert_counts(model)) else Part.OTHER
+
+
+def _holds_experts(module: nn.Module, counts: set[int]) -> bool:
+    """Return True for a module with a matrix for each expert."""
+    return any(p.dim() == 3 and p.shape[0] in counts for p in module.parameters(recurse=False))
+
+
+def _expert_counts(model: PreTrainedModel) -> set[int]:
+    """Return the values of settings such as num_local_experts and moe_num_experts."""
+    settings = vars(model.config.get_text_config())
+    return {value for key, value in settings.items() if "expert" in key and type(value) is int and value > 1}

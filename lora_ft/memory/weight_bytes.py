@@ -1,0 +1,34 @@
+"""The bytes of a frozen base by how its weights are stored: {"nf4": 3600875520, "bfloat16": 2101878784, ...}."""
+
+from collections import Counter
+from typing import Any
+
+import torch
+
+from lora_ft import config
+from lora_ft.memory.meter import Meter
+
+
+def bytes_by_storage(meter: Meter, model: Any, quant: config.Quant) -> dict[str, int]:
+    """Return the bytes of the base by the quantization or the dtype of its tensors."""
+    quantized = {
+        tensor.untyped_storage()._cdata
+        for module in model.modules()
+        for tensor in _quantized_tensors(module._parameters.get("weight"))
+    }
+    found: Counter[str] = Counter()
+    for key, storage in meter.live_storages("base"):
+        dtype = str(storage.dtype).removeprefix("torch.")
+        found[quant.kind.value if key in quantized else dtype] += storage.bytes
+    return dict(found)
+
+
+def _quantized_tensors(weight: Any) -> list[torch.Tensor]:
+    """Return the codes and scales of a weight of bitsandbytes; [] for another weight."""
+    state, scales = getattr(weight, "quant_state", None), getattr(weight, "SCB", None)
+    values = [weight, scales]
+    while state is not None:
+        values += vars(state).values()
+        state = state.state2
+    found = [value for value in values if isinstance(value, torch.Tensor)]
+    return found if len(found) > 1 else []
