@@ -4,7 +4,7 @@
         -> [Advice(["model.embedding_device=cpu", "train.tokens_per_microbatch=1024"], ...), ...]
 
     1. Strongest form of each lever alone, and of the cheapest levers together: those that fit are candidates.
-    2. What a candidate does not need is dropped, the most costly first; what is left is weakened as far as it fits.
+    2. What a candidate does not need is dropped or weakened as far as it fits, the most costly first.
     3. The candidate is traced as a whole. If it does not fit after all, step 2 is repeated with less memory.
 
 Steps 1 and 2 ask for many peaks, which memory/shallow.py estimates. Step 3 traces the model itself.
@@ -47,7 +47,7 @@ class Advice:
     slowdown: float | None
 
     def __str__(self) -> str:
-        slower = "" if self.slowdown is None else f", {self.slowdown:+.0%} time"
+        slower = "" if self.slowdown is None else f", {round(100 * self.slowdown):+d} % time"
         return f"{' '.join(self.changes)}  ({self.prediction.peak_bytes / 2**30:.2f} GiB{slower}; {self.cost})"
 
 
@@ -142,18 +142,16 @@ class _Search:
         return None
 
     def least(self, group: list[Lever], needed: Lever | None, budget: float) -> Chosen | None:
-        """Drop the levers that are not needed, and weaken the others; None if all of them are not enough."""
+        """Drop or weaken what is not needed of these levers; None if all of them are not enough."""
         chosen = self.strongest(group)
         if not self.fits(chosen, budget):
             return None
-        costly = sorted(chosen, key=lambda lever: -self.order[lever])
-        # What training does by itself is weakened last, so that it saves the visible changes.
-        for part in ([v for v in costly if not v.hidden], [h for h in costly if h.hidden]):
-            for lever in part:
-                without = {each: option for each, option in chosen.items() if each != lever}
-                if lever != needed and self.fits(without, budget):
-                    chosen = without
-            for lever in [each for each in part if each in chosen]:
+        # As little as possible of the most costly lever, then of the next; what training does by itself comes last.
+        for lever in sorted(chosen, key=lambda lever: (lever.hidden, -self.order[lever])):
+            without = {each: option for each, option in chosen.items() if each != lever}
+            if lever != needed and self.fits(without, budget):
+                chosen = without
+            else:
                 chosen[lever] = self.weakest(chosen, lever, budget)
         return chosen
 
@@ -218,20 +216,26 @@ class _Search:
         visible = {lever: option for lever, option in chosen.items() if not lever.hidden}
         changes = [f"{key}={_typed(value)}" for key, value in self.changes(visible).items()]
         costs = [lever.cost for lever in sorted(visible, key=lambda lever: self.order[lever])]
-        slowdown = found.time.seconds / self.time - 1 if found.time and self.time else None
+        time = _seconds_per_token(found)
+        slowdown = time / self.time - 1 if time and self.time else None
         return Advice(changes, found, "; ".join(costs), slowdown)
 
     @functools.cached_property
     def time(self) -> float | None:
-        """Seconds of a step without advice; None if they are not known."""
-        found = self.predicted(self.strongest([])).time
-        return found.seconds if found else None
+        """Seconds per token without advice; None if they are not known."""
+        return _seconds_per_token(self.predicted(self.strongest([])))
 
     def rank(self, chosen: Chosen, slowdown: float | None) -> tuple[float, ...]:
         """Return a key that sorts by what changes the result, then by time, then by the most costly lever."""
         used = sorted((self.order[lever] for lever in chosen if not lever.hidden), reverse=True)
         quality = max((self.order[lever] for lever in chosen if lever.quality), default=-1)
         return quality, round(slowdown or 0.0, 2), *used
+
+
+def _seconds_per_token(found: Prediction) -> float | None:
+    work = found.workload
+    # As many tokens as were timed: of micro-batches that differ, all count as the one that was traced.
+    return found.time.seconds / (len(work.typical) * sum(work.typical_micro_batch)) if found.time else None
 
 
 def _prefixes(group: Sequence[Lever]) -> Iterator[list[Lever]]:
