@@ -161,7 +161,7 @@ class _SecondStep(Callback):
             self.profile.__enter__()
         else:
             self.profile.__exit__(None, None, None)
-            self.peak = self.resident + max(_allocated(self.profile))
+            self.peak = self.resident + _most_allocated(self.profile)
 
 
 def _storages() -> Iterator[torch.UntypedStorage]:
@@ -170,12 +170,22 @@ def _storages() -> Iterator[torch.UntypedStorage]:
             yield each.untyped_storage()
 
 
-def _allocated(profile: Any) -> Iterator[int]:
-    """Yield the bytes that torch's allocator for CPUs has handed out since the profile began, after each event."""
+def _most_allocated(profile: Any) -> int:
+    """Return the most bytes that torch's allocator for CPUs had handed out during a profile, above those at its begin.
+
+    The allocator's total also has what earlier profiles of the process left.
+    """
+    events = sorted(_allocations(profile))
+    _, size, total = events[0]
+    return max(total for _, _, total in events) - (total - size)
+
+
+def _allocations(profile: Any) -> Iterator[tuple[int, int, int]]:
+    """Yield time, bytes (negative if freed) and the total afterwards of each event."""
     waiting = list(profile.kineto_results.experimental_event_tree())
     while waiting:
         event = waiting.pop()
         waiting += event.children
         tag, fields = event.typed
         if tag == _EventType.Allocation:
-            yield fields.total_allocated
+            yield event.start_time_ns, fields.alloc_size, fields.total_allocated

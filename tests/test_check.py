@@ -302,7 +302,10 @@ def test_memory_that_is_too_small_is_a_warning(base, capfd):
     assert checked(base, "hardware.memory=300MiB") == 0
     page = " ".join(capfd.readouterr().out.split())
     assert "GiB free, in the" in page and ": does not fit" in page
-    assert "! the run does not fit: 0.67 of 0.29 GiB" in page
+    # The prediction includes what this process uses now.
+    assert re.search(r"! the run does not fit: 0\.[4-9]\d* of 0\.29 GiB", page) or re.search(
+        r"! the run does not fit: [1-9]\.\d+ of 0\.29 GiB", page
+    )
 
 
 def test_step_that_cannot_be_traced_leaves_the_prediction_out(base, capfd, caplog, monkeypatch):
