@@ -58,8 +58,8 @@ def planned_again(cfg: config.TrainRun, changes: list[str], model_config: Any, d
     "kind, family, quant, share",
     [
         ("cuda", "llama", "nf4", 0.98),
-        ("cuda", "gpt2", "none", 0.75),
-        ("cpu", "llama", "none", 0.9),
+        pytest.param("cuda", "gpt2", "none", 0.75, marks=pytest.mark.nightly),
+        pytest.param("cpu", "llama", "none", 0.9, marks=pytest.mark.nightly),
         ("cpu", "gpt2", "int8", 0.8),
     ],
 )

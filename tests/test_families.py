@@ -17,7 +17,7 @@ from states import detach, state_on, trained
 from test_training import plain_loop, without_dropout
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from zoo import ZOO, zoo_folder, zoo_model
+from zoo import ZOO, ZOO_BY_TIME, zoo_folder, zoo_model
 
 import lora_ft
 from lora_ft import config
@@ -51,7 +51,7 @@ def learned(model: PreTrainedModel, batches: list[Batch], paths: Paths) -> tuple
 
 
 @pytest.mark.closes("A10")
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", ZOO_BY_TIME)
 def test_documents_that_share_a_pass_have_the_loss_and_gradients_of_documents_alone(name: str) -> None:
     model = zoo_model(name, dtype=torch.float64).requires_grad_(False)
     switch_off_dropout(model)

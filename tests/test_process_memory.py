@@ -61,7 +61,7 @@ def compare(name: str, overrides: list[str], model_config: Any, folder: Path, re
     assert abs(error) <= 0.12
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.nightly if "nf4" in n else ()) for n in TINY])
 def test_memory_of_a_process_is_predicted_within_12_percent(name: str, tmp_path: Path, record_property: Any) -> None:
     case, *words = TINY[name]
     saved = model_files(case, tmp_path)

@@ -330,7 +330,9 @@ def ranks_alone(source: Path) -> list[str]:
     return [weights(source / "r2"), weights(source / "r3")]
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "how", [pytest.param(signal.SIGINT, marks=pytest.mark.nightly), signal.SIGTERM, signal.SIGKILL]
+)
 def test_resumed_sweep_ends_with_the_bytes_of_one_never_stopped(
     how: signal.Signals, source: Path, ranks_alone: list[str], tmp_path: Path
 ) -> None:

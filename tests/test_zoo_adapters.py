@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from tiny import tiny_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
-from zoo import ZOO, zoo_config, zoo_model
+from zoo import ZOO_BY_TIME, zoo_config, zoo_model
 
 from lora_ft import config
 from lora_ft.adapters import attach, audit, summary, targets
@@ -68,7 +68,7 @@ def attached(name: str) -> Attached:
     return Attached(base, selection, owners, parts, attach.attach(base, config.Adapter(r=2), "first", 1, []))
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", ZOO_BY_TIME)
 def test_adapter_of_a_family(name: str) -> None:
     made = attached(name)
     check_layers(name, made)

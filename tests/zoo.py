@@ -10,6 +10,7 @@ window or none, dense or experts, state space or attention), a model has one of 
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tiny import EXPERTS, IDS, SIZES, TOKEN_LIMIT, VOCABULARY, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
@@ -146,6 +147,31 @@ MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 ZOO = tuple(sorted(DENSE | MIXTURES | RECURRENT | MULTIMODAL))
+# One family of each kind of layers; tests of every family have the other ones under the mark nightly.
+KINDS = (
+    "bloom",
+    "cohere",
+    "deepseek_v3",
+    "falcon_mamba",
+    "gemma2",
+    "gemma3",
+    "gpt2",
+    "gpt_neox",
+    "gpt_oss",
+    "granitemoe",
+    "jamba",
+    "lfm2",
+    "llama",
+    "llama4_text",
+    "mamba2",
+    "mpt",
+    "olmo2",
+    "phi3",
+    "phimoe",
+    "qwen3_moe",
+    "qwen3_next",
+)
+ZOO_BY_TIME = [pytest.param(name, marks=() if name in KINDS else pytest.mark.nightly) for name in ZOO]
 
 
 def zoo_model(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
