@@ -6,12 +6,13 @@
 
 A vision tower runs on images only, a router may subclass Linear and return a tuple, a state-space layer may multiply by
 the weight of a layer that it never calls: a matrix on such a layer would learn nothing, or stop the run. The copy is
-built from the model's class and config, so a loaded, a quantized and a meta model give the same answer. An 8B model
-takes half a second.
+built from the model's class and config, so a loaded, a quantized and a meta model give the same answer, and share one
+trace. An 8B model takes half a second.
 """
 
 import copy
 import inspect
+import json
 import logging
 import re
 import weakref
@@ -40,6 +41,10 @@ LINEAR = (nn.Linear, Conv1D)  # bitsandbytes' layers are subclasses of the first
 
 _TOKENS = 8
 _known: "weakref.WeakKeyDictionary[PreTrainedModel, TextPath]" = weakref.WeakKeyDictionary()
+# By class and config: a run has a meta and a loaded model, a prediction one for each trace of a step.
+_traced: dict[tuple[type, str], tuple[dict[str, str], frozenset[str]]] = {}
+# Entries of a config that tell how weights are stored, not what text runs through.
+_STORED = {"dtype", "torch_dtype", "quantization_config", "_name_or_path", "architectures", "transformers_version"}
 
 # The code of a module that hands the weight of one of its layers to a function, as fused kernels need it. Not its
 # dtype, and not a part of it.
@@ -77,8 +82,11 @@ def text_path(model: PreTrainedModel) -> TextPath:
 def _text_path(model: PreTrainedModel) -> TextPath:
     layers = adaptable_layers(model)
     found, unused = dict.fromkeys(layers, ""), frozenset[str]()
+    key = type(model), json.dumps(_structure(model.config.to_dict()), sort_keys=True, default=str)
     try:
-        traced, unused = _trace(model)
+        if key not in _traced:
+            _traced[key] = _trace(model)
+        traced, unused = _traced[key]
         found |= traced
     except Exception as error:  # code of a model family, which may raise anything
         log.info("%s does not run without values (%r): every linear layer is adapted", type(model).__name__, error)
@@ -88,6 +96,13 @@ def _text_path(model: PreTrainedModel) -> TextPath:
     refused = {leaf for leaf in {_leaf(name) for name in linear} if not _peft_adapts(model.config, leaf)}
     found |= {name: REFUSED for name in linear if _leaf(name) in refused and not found[name]}
     return TextPath({name: found[name] for name in layers}, unused, bypassed)
+
+
+def _structure(settings: Any) -> Any:
+    """Return the entries of a config, and of the configs in it, that shape the model."""
+    if not isinstance(settings, dict):
+        return settings
+    return {key: _structure(value) for key, value in settings.items() if key not in _STORED}
 
 
 def _leaf(name: str) -> str:
