@@ -21,7 +21,7 @@ from torch import nn
 from lora_ft import config, objectives
 from lora_ft.adapters import attach, files
 from lora_ft.models.described import Described
-from lora_ft.models.device import resolve_dtype
+from lora_ft.models.device import dtype_on
 from lora_ft.ops.device import GPU, Target
 from lora_ft.training import checkpoint
 from lora_ft.training.state import NAME
@@ -85,7 +85,9 @@ def storage(
     stored = (base.dtype if base else model_config.dtype) or torch.float32
     model_config = copy.deepcopy(model_config)  # a model sets its dtype
     with torch.device("meta"):
-        network = objectives.find(cfg.objective).model_class.from_config(model_config, dtype=_dtype(cfg, device))
+        network = objectives.find(cfg.objective).model_class.from_config(
+            model_config, dtype=dtype_on(cfg.model.dtype, device)
+        )
     weights = list(_weights(network, cfg.quant))
     in_files = (
         base.weight_bytes if base and base.weight_bytes else sum(each.count * stored.itemsize for each in weights)
@@ -118,14 +120,6 @@ class _Weight:
     kept: int
     meanwhile: int = 0
     sizes: tuple[int, int] | None = None
-
-
-def _dtype(cfg: config.TrainRun, device: Target) -> torch.dtype:
-    if cfg.model.dtype is not config.Dtype.auto:
-        return resolve_dtype(cfg.model.dtype, torch.device("cpu"))
-    if device.kind != "cuda":
-        return torch.float32
-    return torch.bfloat16 if device.capability >= (8, 0) else torch.float16
 
 
 def _weights(network: Any, quant: config.Quant) -> Iterator[_Weight]:
