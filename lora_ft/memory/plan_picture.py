@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jinja2
-import jinja2.sandbox
 from markupsafe import Markup
 
 from lora_ft.errors import ConfigError
 from lora_ft.evaluation.charts import HUES, TEXT, blank, drawing, png, svg
-from lora_ft.io import durable
+from lora_ft.io import durable, templates
 from lora_ft.memory.plan_bars import GIB, look, stacked
 from lora_ft.memory.plan_page import file_facts, hundredths, run_facts, share, title, verdict
 from lora_ft.memory.planning import Plan
@@ -97,8 +96,4 @@ def _page(plan: Plan, figure: "Figure") -> str:
 
 @functools.cache
 def _template() -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        loader=jinja2.FileSystemLoader(_FOLDER), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
-    return environment.get_template("plan.html.jinja")
+    return templates.environment(_FOLDER, is_html=True).get_template("plan.html.jinja")
