@@ -32,9 +32,9 @@ from lora_ft.memory.timeline import Timeline
 from lora_ft.memory.twin import on_meta
 from lora_ft.memory.weight_bytes import bytes_by_storage
 from lora_ft.models.acceleration import accelerate, accelerated_lora
+from lora_ft.models.build import quiet
 from lora_ft.models.cpu_embedding import keep_on_cpu
 from lora_ft.models.device import dtype_on
-from lora_ft.models.load import quiet
 from lora_ft.models.meta_quantize import quantize_meta
 from lora_ft.ops.device import GPU, Target, standing_for, target
 from lora_ft.ops.dropout import switch_off_dropout

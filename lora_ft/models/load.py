@@ -10,11 +10,9 @@ On a CPU, weights whose stored dtype is the requested one stay in the mapped fil
 and several processes share them.
 """
 
-import contextlib
 import json
 import logging
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +21,8 @@ import torch
 
 from lora_ft import config
 from lora_ft.errors import ConfigError, ResourceError
-from lora_ft.models import quantize
+from lora_ft.models import build, quantize
+from lora_ft.models.build import first_line, quiet
 from lora_ft.models.cpu_embedding import keep_on_cpu
 from lora_ft.models.device import auto_dtype, resolve_device, resolve_dtype
 from lora_ft.models.resolve import Identity, locate
@@ -185,6 +184,9 @@ def _load_weights(
         ) from error
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"model.path={path} cannot be loaded: {first_line(error)}") from None
+    except Exception:
+        build.on_meta(build.read_config(Path(folder), path), dtype, model_class, path)  # the config may be the cause
+        raise
     # transformers only logs this, and fills missing weights with random numbers.
     if absent := sorted(report["missing_keys"]) or sorted(report["mismatched_keys"]):
         raise ConfigError(
@@ -219,23 +221,3 @@ def fit_embeddings(network: Any, tokenizer: Any, num_added: int) -> None:
             network.resize_token_embeddings(tokens, mean_resizing=False)
     for matrix in (network.get_input_embeddings().weight, network.get_output_embeddings().weight):
         matrix.data[tokens - num_added : tokens] = matrix.data[: tokens - num_added].mean(dim=0, dtype=torch.float32)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers' progress bars and log lines until the block ends; problems are raised as errors instead."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
