@@ -62,8 +62,9 @@ def _figure(plan: Plan) -> "Figure":
     top = max(found.peak_bytes / GIB, *axes.get_ylim())
     budget = found.machine.budget_bytes
     if budget is not None and budget / GIB <= 1.5 * top:
-        axes.axhline(budget / GIB, color=_BUDGET, linewidth=1.4, linestyle=(0, (4, 2.2)), label="budget")
-        top = max(top, 1.05 * budget / GIB)
+        axes.axhline(budget / GIB, color=_BUDGET, linewidth=1.4, linestyle=(0, (4, 2.2)))
+        axes.text(len(phases) - 1, budget / GIB, "budget", color=_BUDGET, ha="right", va="bottom")
+        top = max(top, 1.08 * budget / GIB)
     starts = [point for point in points if point == 0 or phases[point] != phases[point - 1]]
     for point in starts[1:]:
         axes.axvline(point, color=TEXT, linewidth=0.6)
