@@ -55,6 +55,24 @@ def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> FrozenWeight | None:
     return FrozenWeight(lambda: module.weight.detach().to(dtype), is_fresh)
 
 
+def expert_weight(module: nn.Module, name: str, expert: int) -> FrozenWeight:
+    """Return the weight W [out, in] of one expert of the parameter `name` [E, ..] of a module of experts.
+
+    Its dtype is that of the parameter. Every call of the result reads the parameter again.
+    """
+    holder: Any = module
+    stored = getattr(holder, "parametrizations", {})
+    transposed = getattr(holder, "is_transposed", False)
+    if name not in stored:
+        return FrozenWeight(lambda: _turned(holder._parameters[name].detach()[expert], transposed), fresh=False)
+    codes = stored[name]
+    return FrozenWeight(lambda: _turned(codes[0].part(codes.original, expert), transposed), fresh=True)
+
+
+def _turned(matrix: Tensor, transposed: bool) -> Tensor:
+    return matrix.T if transposed else matrix
+
+
 def why_no_weight(layer: nn.Module, dtype: torch.dtype) -> str:
     """Return why `frozen_weight` returns None, such as "the base computes in bfloat16"; "" if it returns a weight."""
     module: Any = layer
