@@ -150,6 +150,7 @@ def _in_4_bits(value: Tensor, settings: Any) -> expert_codes.ExpertCodes:
         part, state = functional.quantize_4bit(matrix.contiguous(), blocksize=block, quant_type=kind)
         codes.copy_(part)
         absmax.copy_(state.absmax)
+        del part, state  # before those of the next expert are made
     state = functional.QuantState(
         absmax=scales, shape=value.shape, dtype=value.dtype, blocksize=block, quant_type=kind,
         code=functional.get_4bit_type(kind, device=value.device),
@@ -169,9 +170,10 @@ def _in_8_bits(value: Tensor, transposed: bool) -> expert_codes.ExpertCodes:
     scales = torch.empty(len(value), outputs, dtype=torch.float32, device=value.device)
     for matrix, codes, scale in zip(value, made, scales, strict=True):
         rows = matrix.T if transposed else matrix
-        part, found, _ = functional.int8_vectorwise_quant(rows.contiguous().to(torch.float16))
+        part, found, _ = functional.int8_vectorwise_quant(rows.to(torch.float16, memory_format=torch.contiguous_format))
         codes.copy_(part.T if transposed else part)
         scale.copy_(found)
+        del part  # before that of the next expert is made
     return expert_codes.expert_codes(
         made, SCB=scales[:, None, :] if transposed else scales[:, :, None], compute_dtype=value.dtype
     )
