@@ -20,7 +20,7 @@ from lora_ft.adapters.accounting import OUT_OF_REACH, TRAINED, Part, account
 from lora_ft.adapters.targets import EXCLUDED
 from lora_ft.adapters.text_path import NOT_CALLED, text_path
 from lora_ft.errors import ConfigError
-from lora_ft.models import quantize
+from lora_ft.models import quantize, quantize_experts
 from lora_ft.models.load import Base
 
 _NAME = "summary"
@@ -42,8 +42,9 @@ class Layers:
     trainable, base: parameters. scales: factors of the products B A. over_full: layers whose A and B have at least as
     many parameters as the layer. parts: the base's parameters by what they are to the adapter (adapters/accounting.py).
     quantized: parameters that the quantization changes.
-    out_of_reach: parameters that neither an adapter nor quantization changes, by the last two parts of their names,
-    largest first, such as {"experts.gate_up_proj": 9_663_676_416, ...}. out_of_reach_bytes: their size in memory.
+    out_of_reach: parameters that an adapter cannot change, by the last two parts of their names, largest first, such as
+    {"experts.gate_up_proj": 9_663_676_416, ...}. unquantized: those of them that quantization does not change either,
+    and unquantized_bytes their size in memory; 0 without quantization.
     """
 
     count: int
@@ -56,7 +57,8 @@ class Layers:
     parts: dict[str, int]
     quantized: int
     out_of_reach: dict[str, int]
-    out_of_reach_bytes: int
+    unquantized: int
+    unquantized_bytes: int
 
     @property
     def adapted(self) -> int:
@@ -75,12 +77,15 @@ def layers(base: Base, cfg: config.TrainRun) -> Layers:
     Raises the errors of `attach`, and MismatchError if `adapter.init_from` does not match this base or this adapter.
     """
     parameters = dict(base.model.named_parameters())
-    planned = quantize.planned_layers(base.model) if cfg.quant.kind is not config.QuantKind.none else []
+    quantizes = cfg.quant.kind is not config.QuantKind.none
+    planned = quantize.planned_layers(base.model) if quantizes else []
     _check_bypassed(base.model, planned, cfg.quant)
-    quantized = sum(parameters[f"{name}.weight"].numel() for name in planned if f"{name}.weight" in parameters)
+    quantized = {f"{name}.weight" for name in planned if f"{name}.weight" in parameters}
+    quantized |= set(quantize_experts.planned_parameters(base.model) if quantizes else [])
     selection = targets.select(base.model, cfg.adapter)
     parts = account(base.model, selection, cfg.adapter)
     out_of_reach = {name: parameters[name] for name, part in parts.items() if part in OUT_OF_REACH}
+    unquantized = [out_of_reach[name] for name in out_of_reach if quantizes and name not in quantized]
     token_ids = base.tokenizer.convert_tokens_to_ids(list(cfg.model.added_tokens))
     with torch.device("meta"):
         model = attach.attach(base.model, cfg.adapter, _NAME, 0, token_ids)
@@ -100,9 +105,10 @@ def layers(base: Base, cfg: config.TrainRun) -> Layers:
         scales=sorted({float(layer.scaling[_NAME]) for layer in adapted}),
         over_full=sum(_is_over_full(layer) for layer in adapted),
         parts=_by_part(parts, parameters),
-        quantized=quantized,
+        quantized=sum(parameters[name].numel() for name in quantized),
         out_of_reach=_sizes(out_of_reach),
-        out_of_reach_bytes=sum(parameter.nbytes for parameter in out_of_reach.values()),
+        unquantized=sum(parameter.numel() for parameter in unquantized),
+        unquantized_bytes=sum(parameter.nbytes for parameter in unquantized),
     )
 
 
@@ -162,7 +168,14 @@ def warnings(layers: Layers, cfg: config.TrainRun) -> Iterator[str]:
             f"cannot train, and stay frozen: {'; '.join(_untrainable(layers))}"
         )
     if sum(layers.out_of_reach.values()) >= _NOTABLE_SHARE * layers.base:
-        yield from _out_of_reach_warnings(layers, cfg.quant)
+        yield _out_of_reach_warning(layers)
+    if layers.unquantized >= _NOTABLE_SHARE * layers.base:
+        bits, size = round(8 * layers.unquantized_bytes / layers.unquantized), layers.unquantized_bytes
+        yield (
+            f"quant={cfg.quant.kind.value} quantizes linear layers and experts of transformers' usual form only: "
+            f"{layers.unquantized / layers.base:.1%} of the base's weights stay at {bits} bits each, "
+            + (f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{size / 1e9:,.1f} GB")
+        )
 
 
 def left_out_lines(layers: Layers) -> list[str]:
@@ -178,17 +191,11 @@ def _untrainable(layers: Layers) -> list[str]:
     return left_out_lines(replace(layers, left_out=chosen))
 
 
-def _out_of_reach_warnings(layers: Layers, quant: config.Quant) -> Iterator[str]:
+def _out_of_reach_warning(layers: Layers) -> str:
     count = sum(layers.out_of_reach.values())
-    share = f"{count / layers.base:.1%} of the base's weights"
     parts = ", ".join(f"{name} {size / layers.base:.1%}" for name, size in layers.out_of_reach.items())
-    yield (
-        f"{share} ({count:,}) are not adapted and stay frozen: adapter.target_modules can select linear layers and "
-        f"embeddings, and these are tensors of other modules, such as experts, routers or convolutions ({parts})"
+    return (
+        f"{count / layers.base:.1%} of the base's weights ({count:,}) are not adapted and stay frozen: "
+        "adapter.target_modules can select linear layers and embeddings, and these are tensors of other modules, such "
+        f"as experts, routers or convolutions ({parts})"
     )
-    if quant.kind is not config.QuantKind.none:
-        bits, size = round(8 * layers.out_of_reach_bytes / count), layers.out_of_reach_bytes
-        yield (
-            f"quant={quant.kind.value} quantizes linear layers only: {share} stay at {bits} bits each, "
-            + (f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{size / 1e9:,.1f} GB")
-        )

@@ -3,7 +3,7 @@
     base = load_base(cfg.model, cfg.quant, "auto")
     base.model        LlamaForCausalLM: eval mode, nothing requires a gradient
     base.tokenizer    with model.chat_template and model.added_tokens applied
-    base.quantized    ("model.layers.0.self_attn.q_proj", ...), or () without quantization
+    base.quantized    ("model.layers.0.self_attn.q_proj", ..., "model.layers.0.mlp.experts.down_proj"), or ()
     base.identity     the record of the base in lora_ft.json
 
 On a CPU, weights whose stored dtype is the requested one stay in the mapped file: they take no memory of their own,
@@ -21,7 +21,7 @@ import torch
 
 from lora_ft import config
 from lora_ft.errors import ConfigError, ResourceError
-from lora_ft.models import build, quantize
+from lora_ft.models import build, quantize, quantize_experts
 from lora_ft.models.build import first_line, quiet
 from lora_ft.models.cpu_embedding import keep_on_cpu
 from lora_ft.models.device import auto_dtype, resolve_device, resolve_dtype
@@ -41,7 +41,7 @@ log = logging.getLogger("lora_ft")
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen model in eval mode, its tokenizer, its identity, and the names of its quantized layers."""
+    """A frozen model in eval mode, its tokenizer, its identity, and the names of its quantized layers and experts."""
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
@@ -124,7 +124,7 @@ def load_base(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     model_class: Any = None,
 ) -> Base:
-    """Load a frozen base in `model.dtype` on `device`, with its linear layers quantized as `quant` selects.
+    """Load a frozen base in `model.dtype` on `device`, with its linear layers and experts quantized as `quant` selects.
 
     `model_class` is a class of transformers, by default AutoModelForCausalLM. Rows of added tokens start as the mean
     of the rows of the existing tokens, independent of any seed. Raises the errors of `locate`, ConfigError for weights
@@ -164,7 +164,7 @@ def _load_weights(
     from safetensors import SafetensorError
 
     try:
-        with quiet():
+        with quiet(), quantize_experts.while_loading():
             network, report = model_class.from_pretrained(
                 folder, dtype=dtype, device_map={"": device}, quantization_config=quantization,
                 use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True,

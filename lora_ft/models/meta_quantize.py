@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from lora_ft import config
-from lora_ft.models import quantize
+from lora_ft.models import quantize, quantize_experts
 
 
 def quantize_meta(network: Any, quant: config.Quant, compute: torch.dtype) -> tuple[str, ...]:
-    """Quantize the linear layers of a model on the meta device; return their names. Raises ConfigError as loading does.
+    """Quantize the layers and experts of a model on the meta device; return their names.
 
-    A layer of a meta model costs nothing, so an 8B model takes a second.
+    Raises ConfigError as loading does. A layer of a meta model costs nothing, so an 8B model takes a second.
     """
     settings = quantize.bitsandbytes_config(quant, compute)
     if settings is None:
@@ -31,6 +31,7 @@ def quantize_meta(network: Any, quant: config.Quant, compute: torch.dtype) -> tu
             if hasattr(module.__dict__.get("_parameters", {}).get("weight"), "_quantize"):
                 module.weight.data = module.weight.data.to(network.dtype)  # the dtype in which weights are loaded
                 module.weight = module.weight._quantize("meta")
+        quantize_experts.quantize_on_meta(network, settings)
     quantizer.postprocess_model(network)
     names = quantize.check_plan(network)
     quantize.keep_as_quantized(network, names)

@@ -1,8 +1,9 @@
-"""Quantize the frozen linear layers through bitsandbytes, and verify the result.
+"""Quantize the frozen linear layers and experts through bitsandbytes, and verify the result.
 
     quant=nf4     every linear layer except the head -> Linear4bit: 4-bit codes, one scale per 64 weights
     quant=int8    ... -> Linear8bitLt: 8-bit codes, one scale per row; multiplies by codes * scale / 127
-    embeddings, norms, lm_head                       -> not quantized
+    parameters of experts (models/quantize_experts.py) -> the same codes, dequantized when they are read
+    embeddings, norms, routers, lm_head              -> not quantized
 
 bitsandbytes' own int8 forward rounds activations to 8 bits, finds outliers over all rows of a pack, so that one
 document changes the result of another, and waits for the GPU. It also computes other numbers in training on a CPU
@@ -27,6 +28,7 @@ import torch
 from lora_ft import config
 from lora_ft.errors import ConfigError, ResourceError
 from lora_ft.io import process
+from lora_ft.models import quantize_experts
 from lora_ft.ops.weights import frozen_linear, frozen_weight
 
 _CHUNK = 1 << 16  # float32 values: 256 KB, small enough for a core's own cache
@@ -129,7 +131,7 @@ def _levels_below(values: np.ndarray[Any, Any], midpoints: np.ndarray[Any, Any])
 
 
 def check_plan(model: Any) -> tuple[str, ...]:
-    """Return the names of the quantized layers, in order.
+    """Return the names of the quantized layers and of the quantized parameters of experts, in order.
 
     Raises ConfigError unless they are the planned ones: transformers may quantize lm_head as well or
     leave out layers (transformers issue 45674).
@@ -141,6 +143,8 @@ def check_plan(model: Any) -> tuple[str, ...]:
     quantized = {
         n for n, m in modules.items() if isinstance(m, classes) and m.weight.dtype in (torch.uint8, torch.int8)
     }
+    planned += quantize_experts.planned_parameters(model)
+    quantized |= set(quantize_experts.quantized_parameters(model))
     if quantized != set(planned):
         raise ConfigError(
             f"the quantized layers are not the planned ones: missing {sorted(set(planned) - quantized) or 'none'}, "
@@ -167,16 +171,22 @@ def planned_layers(model: Any) -> list[str]:
 
 
 def settle(model: Any, quantized: tuple[str, ...]) -> None:
-    """Prevent later changes of the quantized layers by bitsandbytes, and test one layer against plain arithmetic."""
-    layers = [model.get_submodule(name) for name in quantized]
+    """Prevent later changes of the quantized layers by bitsandbytes, and test one layer against plain arithmetic.
+
+    Experts are dequantized by the kernel that the layer's backward uses, and multiplied by torch.
+    """
     keep_as_quantized(model, quantized)
-    if layers:
-        _self_test(min(layers, key=lambda layer: layer.weight.numel()))
+    _self_test(min(_layers(model, quantized), key=lambda layer: layer.weight.numel()))
+
+
+def _layers(model: Any, quantized: tuple[str, ...]) -> list[Any]:
+    experts = set(quantize_experts.quantized_parameters(model))
+    return [model.get_submodule(name) for name in quantized if name not in experts]
 
 
 def keep_as_quantized(model: Any, quantized: tuple[str, ...]) -> None:
     """Prevent later changes of the quantized layers by bitsandbytes."""
-    for layer in map(model.get_submodule, quantized):
+    for layer in _layers(model, quantized):
         layer.support_avx512bf16_for_cpu = False
         if layer.weight.dtype is torch.int8:
             layer.__class__, layer.compute_dtype = exact_int8(), model.dtype
