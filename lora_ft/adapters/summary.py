@@ -20,7 +20,7 @@ from lora_ft.adapters.accounting import OUT_OF_REACH, TRAINED, Part, account
 from lora_ft.adapters.targets import EXCLUDED
 from lora_ft.adapters.text_path import NOT_CALLED, text_path
 from lora_ft.errors import ConfigError
-from lora_ft.models import quantize
+from lora_ft.models import quantize, stored
 from lora_ft.models.load import Base
 
 _NAME = "summary"
@@ -41,7 +41,7 @@ class Layers:
     selects and that are not adapted, by reason and name, such as {"without a gradient": {"q_proj": 27}}.
     trainable, base: parameters. scales: factors of the products B A. over_full: layers whose A and B have at least as
     many parameters as the layer. parts: the base's parameters by what they are to the adapter (adapters/accounting.py).
-    quantized: parameters that the quantization changes.
+    quantized: parameters that the quantization changes. quantization: its kind, "none" without one.
     out_of_reach: parameters that neither an adapter nor quantization changes, by the last two parts of their names,
     largest first, such as {"experts.gate_up_proj": 9_663_676_416, ...}. out_of_reach_bytes: their size in memory.
     """
@@ -55,6 +55,7 @@ class Layers:
     over_full: int
     parts: dict[str, int]
     quantized: int
+    quantization: str
     out_of_reach: dict[str, int]
     out_of_reach_bytes: int
 
@@ -75,8 +76,9 @@ def layers(base: Base, cfg: config.TrainRun) -> Layers:
     Raises the errors of `attach`, and MismatchError if `adapter.init_from` does not match this base or this adapter.
     """
     parameters = dict(base.model.named_parameters())
-    planned = quantize.planned_layers(base.model) if cfg.quant.kind is not config.QuantKind.none else []
-    _check_bypassed(base.model, planned, cfg.quant)
+    quant = stored.agreed(cfg.quant, base.identity.stored)
+    planned = quantize.planned_layers(base.model) if quant.kind is not config.QuantKind.none else []
+    _check_bypassed(base.model, planned, quant)
     quantized = sum(parameters[f"{name}.weight"].numel() for name in planned if f"{name}.weight" in parameters)
     selection = targets.select(base.model, cfg.adapter)
     parts = account(base.model, selection, cfg.adapter)
@@ -101,6 +103,7 @@ def layers(base: Base, cfg: config.TrainRun) -> Layers:
         over_full=sum(_is_over_full(layer) for layer in adapted),
         parts=_by_part(parts, parameters),
         quantized=quantized,
+        quantization=quant.kind.value,
         out_of_reach=_sizes(out_of_reach),
         out_of_reach_bytes=sum(parameter.nbytes for parameter in out_of_reach.values()),
     )
@@ -162,7 +165,7 @@ def warnings(layers: Layers, cfg: config.TrainRun) -> Iterator[str]:
             f"cannot train, and stay frozen: {'; '.join(_untrainable(layers))}"
         )
     if sum(layers.out_of_reach.values()) >= _NOTABLE_SHARE * layers.base:
-        yield from _out_of_reach_warnings(layers, cfg.quant)
+        yield from _out_of_reach_warnings(layers)
 
 
 def left_out_lines(layers: Layers) -> list[str]:
@@ -178,7 +181,7 @@ def _untrainable(layers: Layers) -> list[str]:
     return left_out_lines(replace(layers, left_out=chosen))
 
 
-def _out_of_reach_warnings(layers: Layers, quant: config.Quant) -> Iterator[str]:
+def _out_of_reach_warnings(layers: Layers) -> Iterator[str]:
     count = sum(layers.out_of_reach.values())
     share = f"{count / layers.base:.1%} of the base's weights"
     parts = ", ".join(f"{name} {size / layers.base:.1%}" for name, size in layers.out_of_reach.items())
@@ -186,9 +189,9 @@ def _out_of_reach_warnings(layers: Layers, quant: config.Quant) -> Iterator[str]
         f"{share} ({count:,}) are not adapted and stay frozen: adapter.target_modules can select linear layers and "
         f"embeddings, and these are tensors of other modules, such as experts, routers or convolutions ({parts})"
     )
-    if quant.kind is not config.QuantKind.none:
+    if layers.quantized:
         bits, size = round(8 * layers.out_of_reach_bytes / count), layers.out_of_reach_bytes
         yield (
-            f"quant={quant.kind.value} quantizes linear layers only: {share} stay at {bits} bits each, "
+            f"quant={layers.quantization} quantizes linear layers only: {share} stay at {bits} bits each, "
             + (f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{size / 1e9:,.1f} GB")
         )
