@@ -110,7 +110,7 @@ def test_memory_while_a_weight_is_quantized_is_that_of_bitsandbytes(quant: str, 
         layer = nn.Linear(4096, 1024, bias=False) if kind == "linear" else Conv1D(1024, 4096)
     network = nn.ModuleDict({"layer": layer.to(torch.bfloat16)})
     network.get_output_embeddings = lambda: None  # type: ignore[assignment, method-assign]
-    (expected,) = (each for each in _weights(network, QUANTS[quant]) if each.sizes)
+    (expected,) = (each for each in _weights(network, QUANTS[quant], None) if each.sizes)
     with Meter() as meter:
         value = torch.empty(layer.weight.shape, dtype=torch.bfloat16, device="meta")
         turned = value.T if kind == "conv1d" else value

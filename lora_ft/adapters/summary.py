@@ -20,7 +20,7 @@ from lora_ft.adapters.accounting import OUT_OF_REACH, TRAINED, Part, account
 from lora_ft.adapters.targets import EXCLUDED
 from lora_ft.adapters.text_path import NOT_CALLED, text_path
 from lora_ft.errors import ConfigError
-from lora_ft.models import quantize, quantize_experts
+from lora_ft.models import quantize, quantize_experts, stored
 from lora_ft.models.load import Base
 
 _NAME = "summary"
@@ -41,7 +41,7 @@ class Layers:
     selects and that are not adapted, by reason and name, such as {"without a gradient": {"q_proj": 27}}.
     trainable, base: parameters. scales: factors of the products B A. over_full: layers whose A and B have at least as
     many parameters as the layer. parts: the base's parameters by what they are to the adapter (adapters/accounting.py).
-    quantized: parameters that the quantization changes.
+    quantized: parameters that the quantization changes. quantization: its kind, "none" without one.
     out_of_reach: parameters that an adapter cannot change, by the last two parts of their names, largest first, such as
     {"experts.gate_up_proj": 9_663_676_416, ...}. unquantized: those of them that quantization does not change either,
     and unquantized_bytes their size in memory; 0 without quantization.
@@ -56,6 +56,7 @@ class Layers:
     over_full: int
     parts: dict[str, int]
     quantized: int
+    quantization: str
     out_of_reach: dict[str, int]
     unquantized: int
     unquantized_bytes: int
@@ -77,9 +78,10 @@ def layers(base: Base, cfg: config.TrainRun) -> Layers:
     Raises the errors of `attach`, and MismatchError if `adapter.init_from` does not match this base or this adapter.
     """
     parameters = dict(base.model.named_parameters())
-    quantizes = cfg.quant.kind is not config.QuantKind.none
+    quant = stored.agreed(cfg.quant, base.identity.stored)
+    quantizes = quant.kind is not config.QuantKind.none
     planned = quantize.planned_layers(base.model) if quantizes else []
-    _check_bypassed(base.model, planned, cfg.quant)
+    _check_bypassed(base.model, planned, quant)
     quantized = {f"{name}.weight" for name in planned if f"{name}.weight" in parameters}
     quantized |= set(quantize_experts.planned_parameters(base.model) if quantizes else [])
     selection = targets.select(base.model, cfg.adapter)
@@ -106,6 +108,7 @@ def layers(base: Base, cfg: config.TrainRun) -> Layers:
         over_full=sum(_is_over_full(layer) for layer in adapted),
         parts=_by_part(parts, parameters),
         quantized=sum(parameters[name].numel() for name in quantized),
+        quantization=quant.kind.value,
         out_of_reach=_sizes(out_of_reach),
         unquantized=sum(parameter.numel() for parameter in unquantized),
         unquantized_bytes=sum(parameter.nbytes for parameter in unquantized),
@@ -172,7 +175,7 @@ def warnings(layers: Layers, cfg: config.TrainRun) -> Iterator[str]:
     if layers.unquantized >= _NOTABLE_SHARE * layers.base:
         bits, size = round(8 * layers.unquantized_bytes / layers.unquantized), layers.unquantized_bytes
         yield (
-            f"quant={cfg.quant.kind.value} quantizes linear layers and experts of transformers' usual form only: "
+            f"quant={layers.quantization} quantizes linear layers and experts of transformers' usual form only: "
             f"{layers.unquantized / layers.base:.1%} of the base's weights stay at {bits} bits each, "
             + (f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{size / 1e9:,.1f} GB")
         )

@@ -26,6 +26,7 @@ from lora_ft.adapters import attach, files
 from lora_ft.models import quantize_experts
 from lora_ft.models.described import Described
 from lora_ft.models.device import dtype_on
+from lora_ft.models.stored import Stored, agreed, of_config
 from lora_ft.ops.device import GPU, Target
 from lora_ft.training import checkpoint
 from lora_ft.training.state import NAME
@@ -92,11 +93,12 @@ def storage(
         network = objectives.find(cfg.objective).model_class.from_config(
             model_config, dtype=dtype_on(cfg.model.dtype, device)
         )
-    weights = list(_weights(network, cfg.quant))
+    files = of_config(model_config)
+    weights = list(_weights(network, agreed(cfg.quant, files), files))
     in_files = (
-        base.weight_bytes if base and base.weight_bytes else sum(each.count * stored.itemsize for each in weights)
+        base.weight_bytes if base and base.weight_bytes else sum(each.in_files(files, stored) for each in weights)
     )
-    on_device, on_host = _loading(weights, device, stored)
+    on_device, on_host = _loading(weights, device, stored, files)
     is_gguf = base is not None and base.source == "GGUF file"
     others = base.other_bytes if base and base.other_bytes and not is_gguf else None
     tokenizer = _TOKENIZER_BYTES * _vocabulary(network) if others is None else others
@@ -130,15 +132,21 @@ class _Weight:
 
     @property
     def is_quantized(self) -> bool:
-        """Return True for a parameter that is quantized."""
+        """Return True for a parameter that is quantized while it is loaded."""
         return self.on_cpu > 0
 
+    def in_files(self, files: Stored | None, dtype: torch.dtype) -> int:
+        """Return the bytes in files that are quantized already, or in files of this dtype."""
+        return self.kept if files and self.sizes else self.count * dtype.itemsize
 
-def _weights(network: Any, quant: config.Quant) -> Iterator[_Weight]:
+
+def _weights(network: Any, quant: config.Quant, files: Stored | None) -> Iterator[_Weight]:
     """Yield the parameters of a model without values in the order in which transformers loads them, tied ones once."""
     from transformers.core_model_loading import dot_natural_key
     from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.quantizers_utils import should_convert_module
 
+    skipped = list(files.skipped or ()) if files else []
     head, modules = network.get_output_embeddings(), dict(network.named_modules())
     experts = set(quantize_experts.planned_parameters(network)) if quant.kind is not config.QuantKind.none else set()
     put_together = _put_together(network) if experts else ()
@@ -149,12 +157,16 @@ def _weights(network: Any, quant: config.Quant) -> Iterator[_Weight]:
             twice = any(target in name for target in put_together)
             yield _experts(parameter, module.is_transposed, twice, quant)
             continue
+        is_linear = is_linear and should_convert_module(name.rpartition(".")[0], skipped)
         if quant.kind is config.QuantKind.none or not is_linear:
             yield _Weight(count, parameter.dtype, size)
             continue
         transposed = isinstance(module, Conv1D)
         sizes = (parameter.shape[0], parameter.shape[1])
         kept, meanwhile = _quantized(count, sizes[1] if transposed else sizes[0], quant)
+        if files:
+            yield _Weight(count, parameter.dtype, kept, sizes=sizes)
+            continue
         copied = size if transposed and quant.kind is not config.QuantKind.int8 else 0  # int8 is copied on the host
         yield _Weight(count, parameter.dtype, kept, size + copied + meanwhile, _QUANTIZING_ON_CPU * count, sizes=sizes)
 
@@ -193,9 +205,12 @@ def _quantized(count: int, rows: int, quant: config.Quant) -> tuple[int, int]:
     return count // 2 + blocks + 4 * math.ceil(blocks / 256) + 4 * 256 + 64, 8 * blocks
 
 
-def _loading(weights: list[_Weight], device: Target, stored: torch.dtype) -> tuple[int, int]:
+def _loading(weights: list[_Weight], device: Target, stored: torch.dtype, files: Stored | None) -> tuple[int, int]:
     """Return the peaks of the device's and of the host's own memory while the weights are loaded."""
-    quantized = [each for each in weights if each.is_quantized]
+    quantized = [each for each in weights if each.sizes or each.is_quantized]
+    if device.kind != "cuda" and files:  # the codes stay mapped
+        plain = [each for each in weights if not each.sizes]
+        return 0, _casting(plain, stored, len(plain)) + sum(_self_test(quantized))
     if device.kind != "cuda":
         return 0, _quantizing_on_cpu(weights, stored) if quantized else _casting(weights, stored, len(weights))
     live = peak = 0

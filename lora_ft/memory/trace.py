@@ -31,6 +31,7 @@ from lora_ft.memory.meter import Meter
 from lora_ft.memory.timeline import Timeline
 from lora_ft.memory.twin import on_meta
 from lora_ft.memory.weight_bytes import bytes_by_storage
+from lora_ft.models import stored
 from lora_ft.models.acceleration import accelerate, accelerated_lora
 from lora_ft.models.build import quiet
 from lora_ft.models.cpu_embedding import keep_on_cpu
@@ -163,7 +164,7 @@ def _trace(
     if is_paged and target(state.flat.values.device).kind != "cpu":
         meter.leave_out(value for value in moments if value.numel() >= _LEAST_PAGED)
     resident = {name: count for name, count in meter.live.items() if count}
-    base_bytes = bytes_by_storage(meter, model, cfg.quant)
+    base_bytes = bytes_by_storage(meter, model, stored.agreed(cfg.quant, stored.of_config(state.base.config)))
     meter.reset()
     plain: set[str] = set()
     with recomputed_layers(state.base, state.gradient_checkpointing), _phases(meter, state, plain):

@@ -119,7 +119,7 @@ def _of_gguf(model: config.Model, path: Path) -> Described:
 
 def _of_folder(model: config.Model, folder: Path, source: str, hub_id: str | None, sizes: dict[str, int]) -> Described:
     """Describe a folder with a config, whose files have, or will have, these sizes by name."""
-    resolve.check_config(folder)
+    resolve.check_config(folder, hub_id)
     others = sum(sizes[n] for n in sizes if "/" not in n and any(fnmatch(n, p) for p in resolve.DESCRIBING))
     has_tokenizer = any(name.startswith(("tokenizer", "vocab")) for name in sizes)
     found = build.read_config(folder, model.path)

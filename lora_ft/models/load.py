@@ -21,7 +21,7 @@ import torch
 
 from lora_ft import config
 from lora_ft.errors import ConfigError, ResourceError
-from lora_ft.models import build, quantize, quantize_experts
+from lora_ft.models import build, quantize, quantize_experts, stored
 from lora_ft.models.build import first_line, quiet
 from lora_ft.models.cpu_embedding import keep_on_cpu
 from lora_ft.models.device import auto_dtype, resolve_device, resolve_dtype
@@ -138,35 +138,55 @@ def load_base(
     if model.dtype is config.Dtype.auto and (reason := auto_dtype(target)[1]):
         log.info(reason)
     compute = dtype if quant.compute_dtype is config.Dtype.auto else resolve_dtype(quant.compute_dtype, target)
+    files, quant = identity.stored, stored.agreed(quant, identity.stored)
     tokenizer = tokenizer or load_tokenizer(model)
-    network = _load_weights(
-        model.path,
-        str(identity.folder),
-        dtype,
-        target,
-        quantize.bitsandbytes_config(quant, compute),
-        model_class or AutoModelForCausalLM,
-    )
+    settings = quantize.bitsandbytes_config(quant, compute, files)
+    source = _Source(model.path, str(identity.folder), settings, is_quantized=files is not None)
+    network = _load_weights(source, dtype, target, model_class or AutoModelForCausalLM)
     quantized: tuple[str, ...] = ()
     if quant.kind is not config.QuantKind.none:
+        if files:
+            quantize.adopt(network, files, dtype)
         quantized = quantize.check_plan(network)
         quantize.settle(network, quantized)
-        copy_mapped_weights(network)
+        if not files:  # the codes of quantized files stay mapped
+            copy_mapped_weights(network)
     fit_embeddings(network, tokenizer, len(model.added_tokens))
     if model.embedding_device == "cpu":
         keep_on_cpu(network, target)
     return Base(network.requires_grad_(False).eval(), tokenizer, identity, quantized)
 
 
-def _load_weights(
-    path: str, folder: str, dtype: torch.dtype, device: torch.device, quantization: Any, model_class: Any
-) -> Any:
+@dataclass(frozen=True)
+class _Source:
+    """The folder of a base, the setting that names it, and transformers' config of its quantization.
+
+    is_quantized: the files are quantized already; otherwise the weights are quantized while they are loaded.
+    """
+
+    path: str
+    folder: str
+    quantization: Any
+    is_quantized: bool
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of `from_pretrained` that quantize the weights."""
+        if not self.is_quantized:
+            return {"quantization_config": self.quantization}
+        # A quantization in the config replaces the argument, so our dtype of the products goes there.
+        described = build.read_config(Path(self.folder), self.path)
+        described.quantization_config = self.quantization.to_dict()
+        return {"config": described}
+
+
+def _load_weights(source: _Source, dtype: torch.dtype, device: torch.device, model_class: Any) -> Any:
     from safetensors import SafetensorError
 
+    path = source.path
     try:
         with quiet(), quantize_experts.while_loading():
             network, report = model_class.from_pretrained(
-                folder, dtype=dtype, device_map={"": device}, quantization_config=quantization,
+                source.folder, dtype=dtype, device_map={"": device}, **source.arguments(),
                 use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are part of the report, which is checked below
             )  # fmt: skip
@@ -175,8 +195,13 @@ def _load_weights(
             f"model.path={path} does not fit into the memory of {device}: set quant=nf4, or choose a smaller model"
         ) from None
     except RuntimeError as error:
-        if quantization is None:
+        if source.quantization is None:
             raise
+        if source.is_quantized:
+            raise ConfigError(
+                f"model.path={path}: the weights cannot be read, as config.json says they are quantized: weights and "
+                "config.json do not belong together, or the memory is too small"
+            ) from error
         # transformers raises this one error for every failure of a quantization, including lack of memory.
         raise ResourceError(
             f"model.path={path} cannot be quantized on {device}; the most common reason is lack of memory: "
@@ -185,7 +210,9 @@ def _load_weights(
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"model.path={path} cannot be loaded: {first_line(error)}") from None
     except Exception:
-        build.on_meta(build.read_config(Path(folder), path), dtype, model_class, path)  # the config may be the cause
+        build.on_meta(
+            build.read_config(Path(source.folder), path), dtype, model_class, path
+        )  # the config may be the cause
         raise
     # transformers only logs this, and fills missing weights with random numbers.
     if absent := sorted(report["missing_keys"]) or sorted(report["mismatched_keys"]):

@@ -19,6 +19,7 @@ from lora_ft.models.cpu_embedding import keep_on_cpu
 from lora_ft.models.device import resolve_device, resolve_dtype
 from lora_ft.models.load import Base
 from lora_ft.models.resolve import locate
+from lora_ft.models.stored import agreed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,6 +39,7 @@ def load_meta_model(
     from transformers import AutoModelForCausalLM
 
     identity = locate(model, weights=False)
+    agreed(quant, identity.stored)
     target = resolve_device(device)
     dtype = resolve_dtype(model.dtype, target)
     if quant.compute_dtype is not config.Dtype.auto:

@@ -3,20 +3,25 @@
 transformers replaces the layers and bitsandbytes packs them, as for a real model; both run on torch's meta device.
 """
 
+import dataclasses
 from typing import Any
 
 import torch
 
 from lora_ft import config
-from lora_ft.models import quantize, quantize_experts
+from lora_ft.models import quantize, quantize_experts, stored
 
 
 def quantize_meta(network: Any, quant: config.Quant, compute: torch.dtype) -> tuple[str, ...]:
     """Quantize the layers and experts of a model on the meta device; return their names.
 
-    Raises ConfigError as loading does. A layer of a meta model costs nothing, so an 8B model takes a second.
+    Raises ConfigError as loading does. If the files of the base are quantized, as its config says, the layers are
+    theirs. A layer of a meta model costs nothing, so an 8B model takes a second.
     """
-    settings = quantize.bitsandbytes_config(quant, compute)
+    files = stored.of_config(network.config)
+    if files:
+        quant, files = stored.agreed(quant, files), dataclasses.replace(files, storage="uint8")
+    settings = quantize.bitsandbytes_config(quant, compute, files)
     if settings is None:
         return ()
     from transformers.quantizers import AutoHfQuantizer

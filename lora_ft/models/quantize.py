@@ -16,8 +16,10 @@ used here. On GPUs its own kernels run. (io/process.py keeps it from downloading
 """
 
 import contextlib
+import copy
 import functools
 import importlib
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -28,7 +30,8 @@ import torch
 from lora_ft import config
 from lora_ft.errors import ConfigError, ResourceError
 from lora_ft.io import process
-from lora_ft.models import quantize_experts
+from lora_ft.models import quantize_experts, stored
+from lora_ft.models.stored import Stored
 from lora_ft.ops.weights import frozen_linear, frozen_weight
 
 _CHUNK = 1 << 16  # float32 values: 256 KB, small enough for a core's own cache
@@ -38,24 +41,28 @@ _CHUNK = 1 << 16  # float32 values: 256 KB, small enough for a core's own cache
 _TESTED_ROWS = (1, 8, 2048)
 
 
-def bitsandbytes_config(quant: config.Quant, compute: torch.dtype) -> Any:
+def bitsandbytes_config(quant: config.Quant, compute: torch.dtype, files: Stored | None = None) -> Any:
     """Return transformers' config object for `quant`, or None for quant.kind=none.
 
     The list of layers to skip is not set, because that would replace transformers' own list, and lm_head would be
-    quantized (transformers issue 45674). `check_plan` verifies the result.
+    quantized (transformers issue 45674). `check_plan` verifies the result. Files that are quantized already name the
+    layers that they skip.
     """
     if quant.kind is config.QuantKind.none:
         return None
     import_bitsandbytes()
     from transformers import BitsAndBytesConfig
 
+    skipped = None if files is None or files.skipped is None else list(files.skipped)
     if quant.kind is config.QuantKind.int8:
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quant.kind.value,
         bnb_4bit_use_double_quant=quant.double,
         bnb_4bit_compute_dtype=compute,
+        bnb_4bit_quant_storage=files.storage if files else None,
+        llm_int8_skip_modules=skipped,
     )
 
 
@@ -130,6 +137,49 @@ def _levels_below(values: np.ndarray[Any, Any], midpoints: np.ndarray[Any, Any])
     return counts
 
 
+def adopt(model: Any, files: Stored, dtype: torch.dtype) -> None:
+    """Give the layers of a model that was loaded from quantized files the form of layers that are quantized here.
+
+    The codes and scales stay as they are. Storage of another dtype is viewed as bytes, and the weights are dequantized
+    to `dtype`, to which the other weights are cast. Raises ConfigError for a layer whose weights in the files are not
+    quantized as config.json says.
+    """
+    import bitsandbytes
+
+    _cast(model, dtype)
+    for name, layer in model.named_modules():
+        if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
+            _refuse_unless(layer.weight.dtype is torch.int8 and layer.weight.SCB is not None, name, files)
+        elif isinstance(layer, bitsandbytes.nn.Linear4bit):
+            state: Any = getattr(layer.weight, "quant_state", None)
+            _refuse_unless(state is not None, name, files)
+            _refuse_unless((state.quant_type, state.nested) == (files.kind.value, files.double), name, files)
+            layer.weight.data = layer.weight.data.view(torch.uint8).view(-1, 1)
+            layer.weight.quant_storage = layer.quant_storage = torch.uint8
+            state.dtype = dtype
+
+
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    """Cast the weights that are not quantized as transformers does for other files; here it keeps the stored dtype."""
+    with torch.device("meta"):
+        built = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
+    dtypes = {name: parameter.dtype for name, parameter in built.named_parameters()}
+    plan = model._get_dtype_plan(dtype)
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and type(parameter) is torch.nn.Parameter:
+            kept = next((plan[key] for key in plan if re.search(key.replace("*", ".*"), name)), dtypes[name])
+            parameter.data = parameter.data.to(kept)
+
+
+def _refuse_unless(is_right: bool, name: str, files: Stored) -> None:
+    if not is_right:
+        double = " with quantized scales" if files.double else ""
+        raise ConfigError(
+            f"the weights of {name} are not stored in {files.kind.value}{double}, as config.json says: weights and "
+            "config.json do not belong together"
+        )
+
+
 def check_plan(model: Any) -> tuple[str, ...]:
     """Return the names of the quantized layers and of the quantized parameters of experts, in order.
 
@@ -157,14 +207,22 @@ def planned_layers(model: Any) -> list[str]:
     """Return the names of the layers that quantization must change, in order: every linear layer but the head.
 
     A subclass of Linear is not one of them, as transformers does not replace it: it may compute something else, like a
-    router. Raises ConfigError for a model that has only such layers.
+    router. Neither are the layers that quantized files leave in 16 bits. Raises ConfigError for a model that has only
+    such layers.
     """
     import bitsandbytes
     from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.quantizers_utils import should_convert_module
 
     classes = (Conv1D, bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
     linear = {n: m for n, m in model.named_modules() if type(m) is torch.nn.Linear or isinstance(m, classes)}
-    planned = [name for name, module in linear.items() if module is not model.get_output_embeddings()]
+    files = stored.of_config(model.config)
+    skipped = list(files.skipped or ()) if files else []
+    planned = [
+        name
+        for name, module in linear.items()
+        if module is not model.get_output_embeddings() and should_convert_module(name, skipped)
+    ]
     if not planned:
         raise ConfigError(f"{model.config.model_type} has no linear layer of torch's class to quantize: set quant=none")
     return planned
