@@ -42,6 +42,12 @@ def is_quantized(parameter: Any) -> bool:
     return isinstance(parameter, ExpertCodes)
 
 
+def dtype_of(codes: Any) -> torch.dtype:
+    """Return the dtype of the dequantized values."""
+    found: torch.dtype = codes.quant_state.dtype if hasattr(codes, "quant_state") else codes.compute_dtype
+    return found
+
+
 def dequantize(codes: Any) -> Tensor:
     """Return a parameter [E, ..] in the dtype that it was quantized from."""
     if hasattr(codes, "quant_state"):
