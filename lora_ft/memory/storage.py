@@ -23,7 +23,7 @@ from torch import nn
 
 from lora_ft import config, objectives
 from lora_ft.adapters import attach, files
-from lora_ft.models import quantize_experts
+from lora_ft.models import quantize, quantize_experts
 from lora_ft.models.described import Described
 from lora_ft.models.device import dtype_on
 from lora_ft.models.stored import Stored, agreed, of_config
@@ -263,7 +263,9 @@ def _adapter_file(network: Any, cfg: config.TrainRun) -> int:
     """Return the size of adapter_model.safetensors: PEFT's tensors in float32, and their names."""
     added = len(cfg.model.added_tokens) * network.get_input_embeddings().weight.shape[1]
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        model = attach.attach(network.requires_grad_(False), cfg.adapter, NAME, cfg.seed, [])
+        quant = agreed(cfg.quant, of_config(network.config))
+        planned = quantize.planned_layers(network) if quant.kind is not config.QuantKind.none else []
+        model = attach.attach(network.requires_grad_(False), cfg.adapter, NAME, cfg.seed, [], quantized=planned)
     return files.size_of(model, NAME) + 4 * added
 
 

@@ -75,6 +75,8 @@ def matrices_by_layer(model: "PeftModel", name: str) -> list[tuple[nn.Module, li
 
 def _why_plain(layer: Any, name: str, dtype: torch.dtype) -> str:
     """Return why an adapter's layer has no fast form for inputs of `dtype`, for any base; "" if it has one."""
+    if getattr(layer, "num_experts", 1) > 1:
+        return "experts"
     if name not in layer.lora_A:
         return "embeddings"
     variant = layer.lora_variant.get(name)

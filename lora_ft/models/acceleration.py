@@ -63,7 +63,8 @@ def accelerate(
 ) -> Accelerated:
     """Accelerate a frozen base as `fast` selects, as far as no number changes by more than rounding.
 
-    `kernels` comes from `choose_kernels`. Modules in `modules_to_save` are trained in full and keep their storage.
+    `kernels` comes from `choose_kernels`. Modules in `modules_to_save` keep their storage: those that are trained
+    in full, and layers that PEFT adapts as parameters, to which it adds the update in their dtype.
     `check=False` is for tensors without values (fake tensors): everything that `fast` selects is used unchecked.
     """
     made = Accelerated()

@@ -47,7 +47,7 @@ def planned_parameters(model: nn.Module) -> list[str]:
         for prefix, module in model.named_modules()
         if is_experts(module)
         for name in parameter_names(module)
-        if _values_per_expert(module._parameters[name]) % expert_codes.BLOCK == 0
+        if expert_codes.shape_of(module._parameters[name])[1:].numel() % expert_codes.BLOCK == 0
     ]
 
 
@@ -60,11 +60,6 @@ def quantized_parameters(model: nn.Module) -> list[str]:
         for name in parameter_names(module)
         if expert_codes.is_quantized(module._parameters[name])
     ]
-
-
-def _values_per_expert(parameter: Any) -> int:
-    shape = parameter.quant_state.shape if hasattr(parameter, "quant_state") else parameter.shape
-    return int(shape[1:].numel())
 
 
 @contextlib.contextmanager
@@ -118,7 +113,7 @@ def _is_planned(model: Any, parameter: str) -> bool:
     return (
         is_experts(module)
         and name in parameter_names(module)
-        and _values_per_expert(module._parameters[name]) % expert_codes.BLOCK == 0
+        and expert_codes.shape_of(module._parameters[name])[1:].numel() % expert_codes.BLOCK == 0
     )
 
 

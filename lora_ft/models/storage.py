@@ -28,15 +28,17 @@ _MOST_DEQUANTIZED_BYTES = 2 << 30  # half a billion float32 weights; larger mode
 def exact_bfloat16(model: PreTrainedModel, modules_to_save: Collection[str] = ()) -> Iterator[tuple[nn.Module, Tensor]]:
     """Yield the frozen linear layers whose weights bfloat16 holds exactly, each with its bfloat16 weight.
 
-    Skips the layers of an attached adapter, and all layers that `modules_to_save` names or contains, which will be
-    trained in full. The caller replaces one weight at a time, so that only one copy exists beside the model.
+    Skips the layers of an attached adapter and those that PEFT adapts as parameters, and all layers that
+    `modules_to_save` names or contains, which will be one or the other. The caller replaces one weight at a time, so
+    that only one copy exists beside the model.
     """
     holders = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     head = model.get_output_embeddings()
     in_head = set(head.modules()) if head is not None else set()  # with an adapter, the head is a part of its layer
+    as_parameters = {module.base_layer for module in model.modules() if type(module).__name__ == "ParamWrapper"}
     for name, module in list(model.named_modules()):
         layer: Any = module
-        if type(layer) not in (nn.Linear, Conv1D) or layer in in_head:
+        if type(layer) not in (nn.Linear, Conv1D) or layer in in_head or layer in as_parameters:
             continue
         if any(part.startswith(("lora_", "modules_to_save")) for part in name.split(".")):
             continue
