@@ -30,6 +30,7 @@ from lora_ft.errors import ConfigError
 from lora_ft.models.load import Base, Identity
 from lora_ft.models.meta_quantize import quantize_meta
 from lora_ft.models.quantize import planned_layers
+from lora_ft.models.quantize_experts import planned_parameters
 from lora_ft.ops.lora_linear import lora_linear, lora_linear_plain
 from lora_ft.ops.weights import FrozenWeight, frozen_linear
 from lora_ft.publishing.adapter_facts import _shapes_of_base
@@ -211,13 +212,14 @@ def test_error_of_peft_is_a_config_error_and_leaves_the_base_as_it_was(monkeypat
     assert [type(module) for module in base.modules()] == before
 
 
-@pytest.mark.parametrize("name", ["gemma3", "llama4_text", "phimoe", "gpt2"])
+@pytest.mark.parametrize("name", ["gemma3", "llama4_text", "phimoe", "gpt2", "jamba"])
 def test_quantized_layers_are_the_planned_ones(name: str) -> None:
     model = zoo_model(name).to("meta")
-    planned = planned_layers(model)
+    planned = planned_layers(model) + planned_parameters(model)
     quantized = quantize_meta(model, config.Quant(kind=config.QuantKind.nf4), torch.float32)
-    assert quantized == tuple(planned) == tuple(planned_layers(model))
+    assert quantized == tuple(planned) == (*planned_layers(model), *planned_parameters(model))
     assert not any("router" in layer for layer in planned)
+    assert sum("experts" in name for name in planned) == {"phimoe": 4, "jamba": 2}.get(name, 0)
 
 
 def test_model_without_a_layer_to_quantize_is_refused() -> None:
