@@ -23,6 +23,7 @@ An index of E or more names no expert, and adds nothing.
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -89,13 +90,21 @@ def parameter_names(module: nn.Module) -> tuple[str, str]:
 
 
 def module_experts(
-    module: nn.Module, x: Tensor, index: Tensor, scores: Tensor, loras: Mapping[str, ExpertLora] = MappingProxyType({})
+    module: nn.Module,
+    x: Tensor,
+    index: Tensor,
+    scores: Tensor,
+    loras: Mapping[str, ExpertLora] = MappingProxyType({}),
+    weight: Callable[[nn.Module, str, int], FrozenWeight] = expert_weight,
 ) -> Tensor:
-    """Return what a module of experts returns for x, index and scores; `loras` are those of its parameters by name."""
+    """Return what a module of experts returns for x, index and scores.
+
+    `loras` are those of its parameters by name. `weight` returns the weight of an expert of a parameter.
+    """
     described: Any = module
     first, second = (
         Projection(
-            functools.partial(expert_weight, module, name),
+            functools.partial(weight, module, name),
             getattr(module, f"{name}_bias").detach() if described.has_bias else None,
             loras.get(name),
         )
@@ -137,12 +146,11 @@ class _Order(NamedTuple):
 
 def _order(index: Tensor, num_experts: int) -> _Order:
     ordered, choice = torch.sort(index.reshape(-1), stable=True)
-    counts = torch.bincount(ordered.clamp(max=num_experts), minlength=num_experts + 1)
-    on_host = counts.cpu().tolist()[:num_experts]  # a GPU waits here once a layer: its weights are chosen on the host
+    ends = torch.searchsorted(ordered, torch.arange(num_experts, device=index.device), right=True)
+    on_host = ends.cpu().tolist()  # a GPU is waited for here, once a layer: the host chooses the weights
     if index.is_meta:  # no value tells: as if the experts had equal shares
-        share, rest = divmod(index.numel(), num_experts)
-        on_host = [share + (expert < rest) for expert in range(num_experts)]
-    return _Order(choice, choice // index.shape[-1], on_host)
+        on_host = [index.numel() * (expert + 1) // num_experts for expert in range(num_experts)]
+    return _Order(choice, choice // index.shape[-1], [end - start for start, end in pairwise([0, *on_host])])
 
 
 class _Layer(NamedTuple):
