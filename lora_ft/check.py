@@ -284,8 +284,8 @@ def _layer_facts(cfg: config.TrainRun, layers: Layers) -> Facts:
     rule = "lora_alpha / sqrt(r)" if cfg.adapter.use_rslora else "lora_alpha / r"
     frozen = ", ".join(f"{size / layers.base:.1%} {name}" for name, size in layers.frozen.items())
     yield "adapted", f"{layers.adapted / layers.base:.1%} of the base's weights; frozen: {frozen}"
-    if cfg.quant.kind is not config.QuantKind.none:
-        yield "quantized", f"{layers.quantized / layers.base:.1%} of the base's weights ({cfg.quant.kind.value})"
+    if layers.quantized:
+        yield "quantized", f"{layers.quantized / layers.base:.1%} of the base's weights ({layers.quantization})"
     yield "scale", f"{' and '.join(f'{scale:.4g}' for scale in layers.scales)} ({rule})"
 
 

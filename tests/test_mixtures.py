@@ -1,4 +1,4 @@
-"""Mixtures of experts: check and train warn about weights that are not adapted and that stay unquantized."""
+"""Mixtures of experts: check and train warn about weights that are not adapted or that stay unquantized."""
 
 import dataclasses
 import json
@@ -10,6 +10,7 @@ import torch
 from finished import call, settings
 from safetensors.torch import load_file
 from tiny import MIXTURES, tiny_folder, tiny_tokenizer
+from zoo import zoo_folder
 
 from lora_ft import config
 from lora_ft.adapters import summary
@@ -52,11 +53,6 @@ def expert_weights(bases, family):
     return sum(size for name, size in found.items() if "bias" not in name), sum(sizes.values())
 
 
-def routers(layers):
-    """Return the number of weights of routers and convolutions."""
-    return sum(size for name, size in layers.not_quantized.items() if name not in MATRICES)
-
-
 @pytest.mark.parametrize("family", MIXTURES)
 def test_experts_are_adapted_and_their_share_equals_a_count_over_the_file(bases, family):
     count, whole = expert_weights(bases, family)
@@ -65,10 +61,10 @@ def test_experts_are_adapted_and_their_share_equals_a_count_over_the_file(bases,
     frozen, frozen_warnings = seen(bases, family, experts=False)
     (warning,) = (w for w in frozen_warnings if "are not adapted" in w)
     assert [w for w in warnings if "are not adapted" in w] == []
-    assert sum(frozen.not_adapted.values()) == sum(layers.not_quantized.values()) == count
-    assert (layers.not_quantized_bytes, layers.base) == (4 * count, whole)
-    assert sum(layers.not_adapted.values()) == routers(layers) < 0.01 * whole
-    assert layers.adapted - frozen.adapted == count - routers(layers)
+    assert (sum(frozen.not_adapted.values()), layers.base, layers.unquantized) == (count, whole, 0)
+    rest = sum(layers.not_adapted.values())  # routers and convolutions
+    assert rest == sum(size for name, size in frozen.not_adapted.items() if name not in MATRICES) < 0.01 * whole
+    assert layers.adapted - frozen.adapted == count - rest
     assert layers.count - frozen.count == layers.targets["gate_up_proj"] + layers.targets["gate_up_proj"]
     assert layers.trainable - frozen.trainable == layers.experts > 0 == frozen.experts
     assert warning.startswith(
@@ -94,33 +90,37 @@ def test_warning_names_the_setting_that_leaves_the_experts_out(bases, adapter, r
     assert layers.experts == 0 and set(MATRICES) < layers.not_adapted.keys()
 
 
-def test_bytes_that_stay_unquantized_follow_the_dtype_of_the_base(bases):
-    cfg = config.TrainRun(device="cpu", adapter=config.Adapter(r=4, lora_alpha=8.0))
-    cfg.model.path, cfg.model.dtype = str(bases / "mixtral"), config.Dtype.bfloat16
-    cfg.quant.kind = config.QuantKind.nf4
-    layers = summary.layers(load_meta_model(cfg.model, cfg.quant, "cpu", tiny_tokenizer()), cfg)
-    count, _ = expert_weights(bases, "mixtral")
-    assert layers.not_quantized_bytes == 2 * count
-    assert "stay at 16 bits each" in list(summary.warnings(layers, cfg))[-1]
-
-
-@pytest.mark.parametrize("quant", ["nf4", "fp4", "int8"])
-@pytest.mark.parametrize("family", ["mixtral", "granitemoehybrid", "gpt_oss"])
-def test_weights_reported_as_unquantized_are_unquantized_in_the_loaded_base(bases, family, quant):
-    layers, (*_, warning) = seen(bases, family, quant)
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_share_reported_as_quantized_is_that_of_the_loaded_base(bases, family, quant):
+    layers, warnings = seen(bases, family, quant)
+    plain = dict(load_base(config.Model(path=str(bases / family)), config.Quant(), "cpu").model.named_parameters())
     base = load_base(config.Model(path=str(bases / family)), config.Quant(kind=config.QuantKind[quant]), "cpu")
-    ends = {id(base.model.get_input_embeddings().weight), id(base.model.get_output_embeddings().weight)}
-    left = [
-        parameter
-        for name, parameter in base.model.named_parameters()
-        if parameter.dim() >= 2 and parameter.dtype is torch.float32 and id(parameter) not in ends
-        if "bias" not in name
-    ]
-    assert sum(parameter.nbytes for parameter in left) == layers.not_quantized_bytes
-    share = layers.not_quantized_bytes / 4 / layers.base
-    size = f"{layers.not_quantized_bytes / 1e6:.1f} MB"
-    assert warning == (
-        f"quant={quant} quantizes linear layers only: {share:.1%} of the base's weights stay at 32 bits each, {size}"
+    codes = [name for name, p in base.model.named_parameters() if p.dtype in (torch.uint8, torch.int8)]
+    assert sum(plain[name].numel() for name in codes) == layers.quantized
+    assert sum(".experts." in name for name in codes) == (2 if family == "deepseek_v3" else 4)
+    assert all(p.dim() < 3 for n, p in base.model.named_parameters() if p.is_floating_point() and "conv" not in n)
+    assert layers.unquantized == sum(layers.not_adapted.values()) < 0.01 * layers.base  # routers and convolutions
+    assert layers.unquantized_bytes == 4 * layers.unquantized
+    assert not any("quantizes" in warning for warning in warnings)
+
+
+def test_experts_of_another_form_stay_as_they_are_which_a_warning_says(tmp_path):
+    """Those of Llama 4 get the rows of all experts at once."""
+    folder = zoo_folder(tmp_path, "llama4_text", dtype=torch.bfloat16)
+    cfg = config.TrainRun(device="cpu", adapter=config.Adapter(r=4, lora_alpha=8.0))
+    cfg.model.path, cfg.quant.kind, cfg.model.dtype = str(folder), config.QuantKind.nf4, config.Dtype.bfloat16
+    layers = summary.layers(load_meta_model(cfg.model, cfg.quant, "cpu", tiny_tokenizer()), cfg)
+    base = load_base(cfg.model, cfg.quant, "cpu")
+    left = [p for n, p in base.model.named_parameters() if ".experts." in n]
+    assert {p.dtype for p in left} == {torch.bfloat16}
+    assert layers.unquantized == sum(p.numel() for p in left)
+    assert layers.experts > 0
+    assert layers.unquantized_bytes == sum(p.nbytes for p in left)
+    size = f"{layers.unquantized_bytes / 1e6:.1f} MB"
+    assert list(summary.warnings(layers, cfg))[-1] == (
+        "quant=nf4 quantizes linear layers and experts of transformers' usual form only: "
+        f"{layers.unquantized / layers.base:.1%} of the base's weights stay at 16 bits each, {size}"
     )
 
 
@@ -129,7 +129,7 @@ def test_weights_reported_as_unquantized_are_unquantized_in_the_loaded_base(base
 def test_dense_base_has_only_linear_layers_and_embeddings(bases, family, targets):
     named = {"llama": "q_proj", "gpt2": "c_attn"}[family]
     layers, warnings = seen(bases, family, "nf4", target_modules=[named if targets == "named" else targets])
-    assert (layers.not_adapted, layers.not_quantized_bytes, layers.experts, warnings) == ({}, 0, 0, [])
+    assert (layers.not_adapted, layers.unquantized, layers.experts, warnings) == ({}, 0, 0, [])
 
 
 def test_linear_layers_that_peft_takes_for_experts_are_adapted_as_parameters_unless_they_are_quantized(bases):
@@ -176,7 +176,7 @@ def test_check_and_train_warn(bases, tmp_path, capfd, monkeypatch, family, quant
     shown = " ".join(capfd.readouterr().err.split())
     log = Path("run/log.txt").read_text()
     kept = json.loads(Path("run/check.json").read_text())
-    assert len(expected) == 1 + (quant != "none")
+    assert len(expected) == 1
     for warning in expected:
         assert f"! {warning}" in page
         assert warning in shown and warning in log

@@ -16,6 +16,7 @@ from zoo import ZOO_BY_TIME, zoo_config, zoo_model
 
 from lora_ft import config
 from lora_ft.adapters import attach, audit, summary, targets
+from lora_ft.adapters import text_path as traced_paths
 from lora_ft.adapters.accounting import Part, account
 from lora_ft.adapters.text_path import (
     LINEAR,
@@ -29,6 +30,7 @@ from lora_ft.errors import ConfigError
 from lora_ft.models.load import Base, Identity
 from lora_ft.models.meta_quantize import quantize_meta
 from lora_ft.models.quantize import planned_layers
+from lora_ft.models.quantize_experts import planned_parameters
 from lora_ft.ops.lora_linear import lora_linear, lora_linear_plain
 from lora_ft.ops.weights import FrozenWeight, frozen_linear
 from lora_ft.publishing.adapter_facts import _shapes_of_base
@@ -193,14 +195,18 @@ def test_selections_that_cannot_be_meant_are_refused(chosen: list, exclude: list
 
 
 @pytest.mark.parametrize("name", ["gemma3", "phimoe", "jamba"])
-def test_loaded_model_and_model_without_values_select_the_same_layers(name: str) -> None:
+def test_loaded_model_and_model_without_values_select_the_same_layers_by_one_trace(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loaded = targets.select(zoo_model(name), config.Adapter())
+    monkeypatch.delattr(traced_paths, "_trace")
     assert loaded == targets.select(meta_model(name), config.Adapter())
     assert text_path(meta_model(name)) is text_path(meta_model(name))
 
 
 def test_model_that_does_not_run_without_values_keeps_every_linear_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     model = zoo_model("llama")
+    monkeypatch.setattr(traced_paths, "_traced", {})
     monkeypatch.setattr(type(model), "forward", lambda *_, **__: torch.zeros(2).cpu().numpy()[5])
     linear = [n for n, m in adaptable_layers(model).items() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
     assert list(targets.select(model, config.Adapter()).layers) == linear
@@ -221,9 +227,9 @@ def test_error_of_peft_is_a_config_error_and_leaves_the_base_as_it_was(monkeypat
 @pytest.mark.parametrize("name", ["gemma3", "llama4_text", "phimoe", "gpt2"])
 def test_quantized_layers_are_the_planned_ones(name: str) -> None:
     model = zoo_model(name).to("meta")
-    planned = planned_layers(model)
+    planned = [*planned_layers(model), *planned_parameters(model)]
     quantized = quantize_meta(model, config.Quant(kind=config.QuantKind.nf4), torch.float32)
-    assert quantized == tuple(planned) == tuple(planned_layers(model))
+    assert quantized == tuple(planned) == (*planned_layers(model), *planned_parameters(model))
     assert not any("router" in layer for layer in planned)
 
 

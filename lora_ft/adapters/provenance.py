@@ -20,6 +20,7 @@ from lora_ft.config import QuantKind
 from lora_ft.errors import MismatchError
 from lora_ft.io import untrusted
 from lora_ft.models.load import Base, Identity
+from lora_ft.models.stored import agreed
 
 log = logging.getLogger("lora_ft")
 
@@ -48,14 +49,20 @@ def record(tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, sourc
     """Return the contents of lora_ft.json; of the paths on this machine, only `model.path` is included."""
     return {
         "format": _FORMAT,
-        "base": dataclasses.asdict(source.base) | {"folder": None},
-        "quant": _quant_fields(source.quant),
+        "base": _base_fields(source.base),
+        "quant": _quant_fields(agreed(source.quant, source.base.stored)),
         "data_sha256": source.data_sha256,
         **({"made_from": source.made_from} if source.made_from else {}),
         **_tokenizer_hashes(tokenizer),
         "tensors": {key: list(t.shape) for key, t in tensors.items()},
         "packages": runs.versions(),
     }
+
+
+def _base_fields(base: Identity) -> dict[str, Any]:
+    fields = dataclasses.asdict(base) | {"folder": None}
+    del fields["stored"]
+    return fields | ({"stored": base.stored.record()} if base.stored else {})
 
 
 def _tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None]:
@@ -115,7 +122,9 @@ def _check_record(folder: Path, found: dict[str, Any], base: Base, quant: config
     ]
     if base.identity.weights_sha256 is not None:  # None if weights are not downloaded yet; compared after the download
         pairs.append(("base weights_sha256", recorded.get("weights_sha256"), base.identity.weights_sha256))
-    pairs.append(("quantization", found.get("quant"), _quant_fields(quant)))
+    files = base.identity.stored
+    pairs.append(("quantization of the files", recorded.get("stored"), files.record() if files else None))
+    pairs.append(("quantization", found.get("quant"), _quant_fields(agreed(quant, files))))
     pairs += [(key, found.get(key), value) for key, value in _tokenizer_hashes(base.tokenizer).items()]
     problems = [f"{name}: trained on {then}, now {now}" for name, then, now in pairs if then != now]
     if problems:
@@ -153,7 +162,9 @@ def loading(base: Base, quant: config.Quant, model: config.Model) -> Loading:
     identity, dtype = base.identity, str(base.model.dtype).removeprefix("torch.")
     rows = base.model.get_input_embeddings().weight.shape[0] if model.added_tokens else None
     path = identity.id if identity.revision else identity.folder
-    return Loading(str(path), identity.revision, dtype, _quantization(quant, dtype), rows, str(base.model.device))
+    # Quantized files say in their own config how transformers loads them.
+    quantization = {} if identity.stored else _quantization(quant, dtype)
+    return Loading(str(path), identity.revision, dtype, quantization, rows, str(base.model.device))
 
 
 def _quantization(quant: config.Quant, dtype: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from lora_ft.adapters.experts import hindrance
 from lora_ft.adapters.targets import EXCLUDED, SWITCHED_OFF
 from lora_ft.adapters.text_path import NOT_CALLED, text_path
 from lora_ft.errors import ConfigError
-from lora_ft.models import quantize
+from lora_ft.models import quantize, quantize_experts, stored
 from lora_ft.models.load import Base
 
 _NAME = "summary"
@@ -43,11 +43,12 @@ class Layers:
     {"q_proj": 27}}. trainable, base: parameters. experts: trainable parameters of experts' matrices. scales: factors of
     the products B A. over_full: layers whose A and B have at least as many parameters as the layer. parts: the base's
     parameters by what they are to the adapter (adapters/accounting.py).
-    quantized: parameters that the quantization changes.
+    quantized: parameters that the quantization changes. quantization: its kind, "none" without one.
     frozen_experts: the reasons of experts that the adapter does not train, "" if target_modules does not select them.
     not_adapted: parameters of experts, routers and convolutions that the adapter does not train, by the last two parts
-    of their names, largest first, such as {"experts.gate_up_proj": 9_663_676_416, ...}. not_quantized: the same of
-    those that quantization does not change, whether they are adapted or not. not_quantized_bytes: their size in memory.
+    of their names, largest first, such as {"experts.gate_up_proj": 9_663_676_416, ...}. unquantized: those of experts,
+    routers and convolutions, adapted or not, that quantization does not change, and unquantized_bytes their size in
+    memory; 0 without quantization.
     """
 
     count: int
@@ -60,10 +61,11 @@ class Layers:
     over_full: int
     parts: dict[str, int]
     quantized: int
+    quantization: str
     frozen_experts: list[str]
     not_adapted: dict[str, int]
-    not_quantized: dict[str, int]
-    not_quantized_bytes: int
+    unquantized: int
+    unquantized_bytes: int
 
     @property
     def adapted(self) -> int:
@@ -82,13 +84,17 @@ def layers(base: Base, cfg: config.TrainRun) -> Layers:
     Raises the errors of `attach`, and MismatchError if `adapter.init_from` does not match this base or this adapter.
     """
     parameters = dict(base.model.named_parameters())
-    planned = quantize.planned_layers(base.model) if cfg.quant.kind is not config.QuantKind.none else []
-    _check_bypassed(base.model, planned, cfg.quant)
-    quantized = sum(parameters[f"{name}.weight"].numel() for name in planned if f"{name}.weight" in parameters)
+    quant = stored.agreed(cfg.quant, base.identity.stored)
+    quantizes = quant.kind is not config.QuantKind.none
+    planned = quantize.planned_layers(base.model) if quantizes else []
+    _check_bypassed(base.model, planned, quant)
+    quantized = {f"{name}.weight" for name in planned if f"{name}.weight" in parameters}
+    quantized |= set(quantize_experts.planned_parameters(base.model) if quantizes else [])
     selection = targets.select(base.model, cfg.adapter, planned)
     parts = account(base.model, selection, cfg.adapter)
     not_adapted = [name for name, part in parts.items() if part in SPECIAL]
-    not_quantized = [name for name in parts if name in not_adapted or name in selection.experts]
+    special = {*not_adapted, *selection.experts} if quantizes else set()
+    unquantized = [parameters[name] for name in special - quantized]
     token_ids = base.tokenizer.convert_tokens_to_ids(list(cfg.model.added_tokens))
     with torch.device("meta"):
         model = attach.attach(base.model, cfg.adapter, _NAME, 0, token_ids, quantized=planned)
@@ -109,13 +115,14 @@ def layers(base: Base, cfg: config.TrainRun) -> Layers:
         scales=sorted({float(layer.scaling[_NAME]) for layer in adapted}),
         over_full=sum(_is_over_full(layer) for layer in adapted),
         parts=_by_part(parts, parameters),
-        quantized=quantized,
+        quantized=sum(parameters[name].numel() for name in quantized),
+        quantization=quant.kind.value,
         frozen_experts=list(
             dict.fromkeys(selection.left_out.get(n, "") for n, part in parts.items() if part is Part.EXPERTS)
         ),
         not_adapted=_sizes({name: parameters[name] for name in not_adapted}),
-        not_quantized=_sizes({name: parameters[name] for name in not_quantized}),
-        not_quantized_bytes=sum(parameters[name].nbytes for name in not_quantized),
+        unquantized=sum(parameter.numel() for parameter in unquantized),
+        unquantized_bytes=sum(parameter.nbytes for parameter in unquantized),
     )
 
 
@@ -183,11 +190,11 @@ def warnings(layers: Layers, cfg: config.TrainRun) -> Iterator[str]:
             f"{count / layers.base:.1%} of the base's weights ({count:,}) are not adapted and stay frozen "
             f"({_shares(layers.not_adapted, layers.base)}): {_why_frozen(layers, cfg.adapter)}"
         )
-    count, size = sum(layers.not_quantized.values()), layers.not_quantized_bytes
-    if cfg.quant.kind is not config.QuantKind.none and count >= _NOTABLE_SHARE * layers.base:
+    if layers.unquantized >= _NOTABLE_SHARE * layers.base:
+        bits, size = round(8 * layers.unquantized_bytes / layers.unquantized), layers.unquantized_bytes
         yield (
-            f"quant={cfg.quant.kind.value} quantizes linear layers only: {count / layers.base:.1%} of the base's "
-            f"weights stay at {round(8 * size / count)} bits each, "
+            f"quant={layers.quantization} quantizes linear layers and experts of transformers' usual form only: "
+            f"{layers.unquantized / layers.base:.1%} of the base's weights stay at {bits} bits each, "
             + (f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{size / 1e9:,.1f} GB")
         )
 

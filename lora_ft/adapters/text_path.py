@@ -7,13 +7,14 @@
 
 A vision tower runs on images only, a router may subclass Linear and return a tuple, a state-space layer may multiply by
 the weight of a layer that it never calls: a matrix on such a layer would learn nothing, or stop the run. The copy is
-built from the model's class and config, so a loaded, a quantized and a meta model give the same answer. An 8B model
-takes half a second.
+built from the model's class and config, so a loaded, a quantized and a meta model give the same answer, and share one
+trace. An 8B model takes half a second.
 """
 
 import contextlib
 import copy
 import inspect
+import json
 import logging
 import re
 import weakref
@@ -31,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_ft.adapters.experts import expert_parameters, without_values
+from lora_ft.adapters.experts import expert_parameters, use_wrappers_that_keep_the_base
 
 log = logging.getLogger("lora_ft")
 
@@ -46,6 +47,10 @@ LINEAR = (nn.Linear, Conv1D)  # bitsandbytes' layers are subclasses of the first
 
 _TOKENS = 8
 _known: "weakref.WeakKeyDictionary[PreTrainedModel, TextPath]" = weakref.WeakKeyDictionary()
+# By class and config: a run has a meta and a loaded model, a prediction one for each trace of a step.
+_traced: dict[tuple[type, str], tuple[dict[str, str], frozenset[str]]] = {}
+# Entries of a config that tell how weights are stored, not what text runs through.
+_STORED = {"dtype", "torch_dtype", "quantization_config", "_name_or_path", "architectures", "transformers_version"}
 
 # The code of a module that hands the weight of one of its layers to a function, as fused kernels need it. Not its
 # dtype, and not a part of it.
@@ -85,8 +90,11 @@ def text_path(model: PreTrainedModel) -> TextPath:
 def _text_path(model: PreTrainedModel) -> TextPath:
     layers, experts = adaptable_layers(model), expert_parameters(model)
     found, unused = dict.fromkeys([*layers, *experts], ""), frozenset[str]()
+    key = type(model), json.dumps(_structure(model.config.to_dict()), sort_keys=True, default=str)
     try:
-        traced, unused = _traced(model, list(experts))
+        if key not in _traced:
+            _traced[key] = _trace_with_experts(model, list(experts))
+        traced, unused = _traced[key]
         found |= traced
     except Exception as error:  # code of a model family, which may raise anything
         log.info("%s does not run without values (%r): every linear layer is adapted", type(model).__name__, error)
@@ -99,11 +107,18 @@ def _text_path(model: PreTrainedModel) -> TextPath:
     return TextPath({name: found[name] for name in [*layers, *experts]}, unused, bypassed, by_weight)
 
 
+def _structure(settings: Any) -> Any:
+    """Return the entries of a config, and of the configs in it, that shape the model."""
+    if not isinstance(settings, dict):
+        return settings
+    return {key: _structure(value) for key, value in settings.items() if key not in _STORED}
+
+
 def _leaf(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _traced(model: PreTrainedModel, experts: list[str]) -> tuple[dict[str, str], frozenset[str]]:
+def _trace_with_experts(model: PreTrainedModel, experts: list[str]) -> tuple[dict[str, str], frozenset[str]]:
     """Return the reasons of layers and experts, and the unused parameters; experts may prevent PEFT's adapters."""
     if experts:
         try:
@@ -124,11 +139,12 @@ def _trace(model: PreTrainedModel, experts: list[str]) -> tuple[dict[str, str], 
         layer.register_forward_hook(_probe(name, found, probes))
     if experts:
         inject_adapter_in_model(LoraConfig(r=1, target_modules=[], target_parameters=experts), twin)
+        use_wrappers_that_keep_the_base(twin)
     twin.requires_grad_().train()  # some code passes a layer by in this mode only
     validates = Distribution._validate_args
     Distribution.set_default_validate_args(False)  # it would look at values
     try:
-        with _AnyValues(), without_values():
+        with _AnyValues():
             output = twin(input_ids=torch.zeros((1, _TOKENS), dtype=torch.long), use_cache=False)
     finally:
         Distribution.set_default_validate_args(validates)

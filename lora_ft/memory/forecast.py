@@ -29,8 +29,9 @@ from lora_ft.memory.machine import Machine, resolve
 from lora_ft.memory.prediction import Prediction, Traces, predict
 from lora_ft.memory.shallow import ENOUGH, extrapolated, num_layers
 from lora_ft.memory.workload import of_rows
-from lora_ft.models.load import first_line
+from lora_ft.models.build import first_line
 from lora_ft.models.meta_model import read_config
+from lora_ft.models.stored import of_config
 from lora_ft.settings.plan import Hardware
 from lora_ft.settings.setting import OnResume
 from lora_ft.training import checkpoint
@@ -162,7 +163,9 @@ class Forecast:
 
     def _mapped(self, found: Prediction) -> int:
         """Return the bytes of weights that stay in the mapped file on a CPU: the system can drop them."""
-        if self.device.type != "cpu" or self.cfg.quant.kind is not QuantKind.none:
+        if self.device.type != "cpu" or (
+            self.cfg.quant.kind is not QuantKind.none and of_config(self._model_config) is None
+        ):
             return 0
         return sum(term.bytes for term in found.terms if term.name.startswith("base"))
 

@@ -17,6 +17,7 @@ from lora_ft.memory.auto import settings_of
 from lora_ft.memory.machine import Machine
 from lora_ft.memory.shallow import num_layers
 from lora_ft.memory.workload import Workload
+from lora_ft.models.stored import of_config
 
 Change = dict[str, Any]
 """New values by setting."""
@@ -42,14 +43,15 @@ class Lever:
 
 def levers(cfg: config.TrainRun, model_config: Any, workload: Workload, machine: Machine) -> list[Lever]:
     """Return the levers of these settings on this machine, the cheapest first."""
+    quant = None if of_config(model_config) else cfg.quant  # quantized files train as they are
     found = [
         Lever("micro-batch", tuple(_micro_batches(cfg, workload)), "the same steps in more forward passes",
               hidden=cfg.train.tokens_per_microbatch == "auto"),
         Lever("recompute", tuple(_recomputed(cfg, num_layers(model_config))), "computes some layers twice",
               hidden=cfg.train.gradient_checkpointing == "auto"),
         Lever("8-bit optimizer", tuple(_optimizers(cfg)), "rounds the optimizer's state to 8 bits", quality=True),
-        Lever("int8", tuple(_quantized(cfg, QuantKind.int8)), "rounds the frozen weights to 8 bits", quality=True),
-        Lever("nf4", tuple(_quantized(cfg, QuantKind.nf4)), "rounds the frozen weights to 4 bits", quality=True),
+        Lever("int8", tuple(_quantized(quant, QuantKind.int8)), "rounds the frozen weights to 8 bits", quality=True),
+        Lever("nf4", tuple(_quantized(quant, QuantKind.nf4)), "rounds the frozen weights to 4 bits", quality=True),
         Lever("rank", tuple(_ranks(cfg)), "a smaller adapter", quality=True),
         Lever("rows", tuple(_rows(cfg, workload)), "shorter rows", quality=True),
     ]  # fmt: skip
@@ -98,8 +100,8 @@ def _optimizers(cfg: config.TrainRun) -> Iterator[Change]:
         yield {"optim.name": Optimizer.adamw_8bit}
 
 
-def _quantized(cfg: config.TrainRun, kind: QuantKind) -> Iterator[Change]:
-    if cfg.quant.kind is QuantKind.none or (cfg.quant.kind is QuantKind.int8 and kind is QuantKind.nf4):
+def _quantized(quant: config.Quant | None, kind: QuantKind) -> Iterator[Change]:
+    if quant and (quant.kind is QuantKind.none or (quant.kind is QuantKind.int8 and kind is QuantKind.nf4)):
         yield {"quant.kind": kind}
 
 

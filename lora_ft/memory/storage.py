@@ -7,6 +7,9 @@ Loading, as transformers 5.23 does it: the weight files are mapped, and tensors 
 in the order of their names. With a quantization each is quantized there before the next one is read, so the peak is
 all that is quantized, one weight in 16 bits, and what bitsandbytes allocates for it. Without one, nothing is twice on
 the device.
+
+A parameter of experts is put together on the device from the tensors of the single experts, as most checkpoints store
+them: meanwhile it is there twice in 16 bits. One expert of it after the other is quantized.
 """
 
 import copy
@@ -20,9 +23,10 @@ from torch import nn
 
 from lora_ft import config, objectives
 from lora_ft.adapters import attach, files
-from lora_ft.models import quantize
+from lora_ft.models import quantize, quantize_experts
 from lora_ft.models.described import Described
-from lora_ft.models.device import resolve_dtype
+from lora_ft.models.device import dtype_on
+from lora_ft.models.stored import Stored, agreed, of_config
 from lora_ft.ops.device import GPU, Target
 from lora_ft.training import checkpoint
 from lora_ft.training.state import NAME
@@ -86,12 +90,15 @@ def storage(
     stored = (base.dtype if base else model_config.dtype) or torch.float32
     model_config = copy.deepcopy(model_config)  # a model sets its dtype
     with torch.device("meta"):
-        network = objectives.find(cfg.objective).model_class.from_config(model_config, dtype=_dtype(cfg, device))
-    weights = list(_weights(network, cfg.quant))
+        network = objectives.find(cfg.objective).model_class.from_config(
+            model_config, dtype=dtype_on(cfg.model.dtype, device)
+        )
+    files = of_config(model_config)
+    weights = list(_weights(network, agreed(cfg.quant, files), files))
     in_files = (
-        base.weight_bytes if base and base.weight_bytes else sum(each.count * stored.itemsize for each in weights)
+        base.weight_bytes if base and base.weight_bytes else sum(each.in_files(files, stored) for each in weights)
     )
-    on_device, on_host = _loading(weights, device, stored)
+    on_device, on_host = _loading(weights, device, stored, files)
     is_gguf = base is not None and base.source == "GGUF file"
     others = base.other_bytes if base and base.other_bytes and not is_gguf else None
     tokenizer = _TOKENIZER_BYTES * _vocabulary(network) if others is None else others
@@ -111,41 +118,80 @@ def storage(
 class _Weight:
     """A parameter while loading: its values, their dtype, the bytes that stay, and the bytes needed meanwhile.
 
-    sizes: inputs and outputs of a linear layer that is quantized, else None.
+    meanwhile: on a GPU. on_cpu: if a CPU quantizes it, without those of a cast. stacked: from tensors of experts, which
+    are dropped then, cast or not. sizes: inputs and outputs of a linear layer that is quantized, else None.
     """
 
     count: int
     dtype: torch.dtype
     kept: int
     meanwhile: int = 0
+    on_cpu: int = 0
+    stacked: bool = False
     sizes: tuple[int, int] | None = None
 
+    @property
+    def is_quantized(self) -> bool:
+        """Return True for a parameter that is quantized while it is loaded."""
+        return self.on_cpu > 0
 
-def _dtype(cfg: config.TrainRun, device: Target) -> torch.dtype:
-    if cfg.model.dtype is not config.Dtype.auto:
-        return resolve_dtype(cfg.model.dtype, torch.device("cpu"))
-    if device.kind != "cuda":
-        return torch.float32
-    return torch.bfloat16 if device.capability >= (8, 0) else torch.float16
+    def in_files(self, files: Stored | None, dtype: torch.dtype) -> int:
+        """Return the bytes in files that are quantized already, or in files of this dtype."""
+        return self.kept if files and self.sizes else self.count * dtype.itemsize
 
 
-def _weights(network: Any, quant: config.Quant) -> Iterator[_Weight]:
+def _weights(network: Any, quant: config.Quant, files: Stored | None) -> Iterator[_Weight]:
     """Yield the parameters of a model without values in the order in which transformers loads them, tied ones once."""
     from transformers.core_model_loading import dot_natural_key
     from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.quantizers_utils import should_convert_module
 
+    skipped = list(files.skipped or ()) if files else []
     head, modules = network.get_output_embeddings(), dict(network.named_modules())
+    experts = set(quantize_experts.planned_parameters(network)) if quant.kind is not config.QuantKind.none else set()
+    put_together = _put_together(network) if experts else ()
     for name, parameter in sorted(network.named_parameters(), key=lambda item: dot_natural_key(item[0])):
         module, (count, size) = modules[name.rpartition(".")[0]], (parameter.numel(), parameter.nbytes)
         is_linear = isinstance(module, (nn.Linear, Conv1D)) and module is not head and name.endswith(".weight")
+        if name in experts:
+            twice = any(target in name for target in put_together)
+            yield _experts(parameter, module.is_transposed, twice, quant)
+            continue
+        is_linear = is_linear and should_convert_module(name.rpartition(".")[0], skipped)
         if quant.kind is config.QuantKind.none or not is_linear:
             yield _Weight(count, parameter.dtype, size)
             continue
         transposed = isinstance(module, Conv1D)
         sizes = (parameter.shape[0], parameter.shape[1])
         kept, meanwhile = _quantized(count, sizes[1] if transposed else sizes[0], quant)
+        if files:
+            yield _Weight(count, parameter.dtype, kept, sizes=sizes)
+            continue
         copied = size if transposed and quant.kind is not config.QuantKind.int8 else 0  # int8 is copied on the host
-        yield _Weight(count, parameter.dtype, kept, size + copied + meanwhile, sizes)
+        yield _Weight(count, parameter.dtype, kept, size + copied + meanwhile, _QUANTIZING_ON_CPU * count, sizes=sizes)
+
+
+def _put_together(network: Any) -> tuple[str, ...]:
+    """Return the parts of names by which transformers recognizes parameters that it stacks from those of experts."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import MergeModulelist, WeightConverter
+
+    found = [each for each in get_model_conversion_mapping(network) if isinstance(each, WeightConverter)]
+    stacked = [each for each in found if any(isinstance(operation, MergeModulelist) for operation in each.operations)]
+    return tuple(target for each in stacked for target in each.target_patterns)
+
+
+def _experts(parameter: Any, transposed: bool, twice: bool, quant: config.Quant) -> _Weight:
+    """Return a parameter of experts; twice: it is stacked from tensors that are there as well meanwhile."""
+    count, size = parameter.numel(), parameter.nbytes
+    one = count // len(parameter)
+    kept, scales = _quantized(count, len(parameter) * parameter.shape[2 if transposed else 1], quant)
+    codes = one + 2 * one if quant.kind is config.QuantKind.int8 else one // 2 + 4 * one // 64
+    scales = 0 if quant.kind is config.QuantKind.int8 else scales
+    quantizing, whole = size + max(codes, scales), 2 * size if twice else size
+    on_cpu = (size if twice else 0) + max(scales, _QUANTIZING_ON_CPU * one)
+    on_cpu = max(whole - kept, on_cpu) if twice else on_cpu
+    return _Weight(count, parameter.dtype, kept, max(whole - kept, quantizing), on_cpu, twice)
 
 
 def _quantized(count: int, rows: int, quant: config.Quant) -> tuple[int, int]:
@@ -159,9 +205,12 @@ def _quantized(count: int, rows: int, quant: config.Quant) -> tuple[int, int]:
     return count // 2 + blocks + 4 * math.ceil(blocks / 256) + 4 * 256 + 64, 8 * blocks
 
 
-def _loading(weights: list[_Weight], device: Target, stored: torch.dtype) -> tuple[int, int]:
+def _loading(weights: list[_Weight], device: Target, stored: torch.dtype, files: Stored | None) -> tuple[int, int]:
     """Return the peaks of the device's and of the host's own memory while the weights are loaded."""
-    quantized = [each for each in weights if each.sizes]
+    quantized = [each for each in weights if each.sizes or each.is_quantized]
+    if device.kind != "cuda" and files:  # the codes stay mapped
+        plain = [each for each in weights if not each.sizes]
+        return 0, _casting(plain, stored, len(plain)) + sum(_self_test(quantized))
     if device.kind != "cuda":
         return 0, _quantizing_on_cpu(weights, stored) if quantized else _casting(weights, stored, len(weights))
     live = peak = 0
@@ -172,7 +221,8 @@ def _loading(weights: list[_Weight], device: Target, stored: torch.dtype) -> tup
         # Mapped pages go to the GPU as they are; another dtype needs a copy on the host first.
         return peak, _casting(weights, stored, _READERS)
     test_on_device, test_on_host = _self_test(quantized)
-    to_int8 = max((each.meanwhile for each in quantized if each.kept > each.count), default=0)  # by way of the host
+    # Linear layers go to int8 by way of the host.
+    to_int8 = max((each.meanwhile for each in quantized if each.sizes and each.kept > each.count), default=0)
     return max(peak, live + test_on_device), max(to_int8, _casting(weights, stored, 1), test_on_host)
 
 
@@ -183,7 +233,7 @@ def _casting(weights: list[_Weight], stored: torch.dtype, most: int) -> int:
 
 def _self_test(quantized: list[_Weight]) -> tuple[int, int]:
     """Return what testing the smallest quantized layer needs on the device and on the host (models/quantize.py)."""
-    smallest = min(quantized, key=lambda each: each.count)
+    smallest = min((each for each in quantized if each.sizes), key=lambda each: each.count)
     rows, size = _TESTED_ROWS * sum(smallest.sizes or ()), smallest.dtype.itemsize
     # Inputs and gradients are drawn in float32 and cast; on the device are both, and the results.
     cast = 0 if smallest.dtype is torch.float32 else size * rows
@@ -198,14 +248,14 @@ def _quantizing_on_cpu(weights: list[_Weight], stored: torch.dtype) -> int:
     """
     peak = live = 0
     for each in weights:
-        cast = each.count * each.dtype.itemsize if each.dtype is not stored else 0
-        if each.sizes:
-            peak = max(peak, live + each.kept + cast + _QUANTIZING_ON_CPU * each.count)
-        live += each.kept if each.sizes or cast else 0
+        cast = each.count * each.dtype.itemsize if each.dtype is not stored and not each.stacked else 0
+        if each.is_quantized:
+            peak = max(peak, live + each.kept + cast + each.on_cpu)
+        live += each.kept if each.is_quantized or cast else 0
     smallest = min((each for each in weights if each.sizes), key=lambda each: each.count)
     on_device, on_host = _self_test([smallest])
     test = max(on_host, 4 * smallest.count + on_device)
-    twice = max((each.kept for each in weights if not each.sizes and each.dtype is not stored), default=0)
+    twice = max((each.kept for each in weights if not each.is_quantized and each.dtype is not stored), default=0)
     return max(peak, live + test, sum(each.kept for each in weights) + twice)
 
 

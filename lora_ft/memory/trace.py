@@ -32,9 +32,11 @@ from lora_ft.memory.meter import Meter
 from lora_ft.memory.timeline import Timeline
 from lora_ft.memory.twin import on_meta
 from lora_ft.memory.weight_bytes import bytes_by_storage
+from lora_ft.models import stored
 from lora_ft.models.acceleration import accelerate, accelerated_lora
+from lora_ft.models.build import quiet
 from lora_ft.models.cpu_embedding import keep_on_cpu
-from lora_ft.models.load import quiet
+from lora_ft.models.device import dtype_on
 from lora_ft.models.meta_quantize import quantize_meta
 from lora_ft.ops.device import GPU, Target, standing_for, target
 from lora_ft.ops.dropout import switch_off_dropout
@@ -105,7 +107,9 @@ def trace_step(cfg: config.TrainRun, model_config: Any, lengths: Sequence[int], 
     with standing_for(device), torch.random.fork_rng(devices=[]), Meter() as meter, as_with_values(lengths):
         meter.phase = "base"
         with torch.device("meta"):
-            network = objectives.find(cfg.objective).model_class.from_config(model_config, dtype=_dtype(cfg, device))
+            network = objectives.find(cfg.objective).model_class.from_config(
+                model_config, dtype=dtype_on(cfg.model.dtype, device)
+            )
             token_ids = _add_tokens(network, len(cfg.model.added_tokens))
         network.requires_grad_(False).eval()
         compute = cfg.quant.compute_dtype
@@ -162,7 +166,7 @@ def _trace(
     if is_paged and target(state.flat.values.device).kind != "cpu":
         meter.leave_out(value for value in moments if value.numel() >= _LEAST_PAGED)
     resident = {name: count for name, count in meter.live.items() if count}
-    base_bytes = bytes_by_storage(meter, model, cfg.quant)
+    base_bytes = bytes_by_storage(meter, model, stored.agreed(cfg.quant, stored.of_config(state.base.config)))
     meter.reset()
     plain: set[str] = set()
     with recomputed_layers(state.base, state.gradient_checkpointing), _phases(meter, state, plain):
@@ -215,15 +219,6 @@ def _copies_of_adapter(state: TrainingState) -> list[torch.Tensor]:
 
 def _kernels(cfg: config.TrainRun, device: Target) -> Kernels:
     return TRACED if device.kind == "cuda" and cfg.fast.kernels is not BlockKernels.eager else OWN
-
-
-def _dtype(cfg: config.TrainRun, device: Target) -> torch.dtype:
-    """Return the dtype that a model is loaded in, as models/device.py chooses it."""
-    if cfg.model.dtype is not config.Dtype.auto:
-        return getattr(torch, cfg.model.dtype.value)
-    if device.kind != "cuda" or device.capability < (7, 0):
-        return torch.float32
-    return torch.bfloat16 if device.capability >= (8, 0) else torch.float16
 
 
 def _dataset(lengths: Sequence[int]) -> Dataset:

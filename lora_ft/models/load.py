@@ -3,18 +3,16 @@
     base = load_base(cfg.model, cfg.quant, "auto")
     base.model        LlamaForCausalLM: eval mode, nothing requires a gradient
     base.tokenizer    with model.chat_template and model.added_tokens applied
-    base.quantized    ("model.layers.0.self_attn.q_proj", ...), or () without quantization
+    base.quantized    ("model.layers.0.self_attn.q_proj", ..., "model.layers.0.mlp.experts.down_proj"), or ()
     base.identity     the record of the base in lora_ft.json
 
 On a CPU, weights whose stored dtype is the requested one stay in the mapped file: they take no memory of their own,
 and several processes share them.
 """
 
-import contextlib
 import json
 import logging
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +21,8 @@ import torch
 
 from lora_ft import config
 from lora_ft.errors import ConfigError, ResourceError
-from lora_ft.models import quantize
+from lora_ft.models import build, quantize, quantize_experts, stored
+from lora_ft.models.build import first_line, quiet
 from lora_ft.models.cpu_embedding import keep_on_cpu
 from lora_ft.models.device import auto_dtype, resolve_device, resolve_dtype
 from lora_ft.models.resolve import Identity, locate
@@ -42,7 +41,7 @@ log = logging.getLogger("lora_ft")
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen model in eval mode, its tokenizer, its identity, and the names of its quantized layers."""
+    """A frozen model in eval mode, its tokenizer, its identity, and the names of its quantized layers and experts."""
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
@@ -125,7 +124,7 @@ def load_base(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     model_class: Any = None,
 ) -> Base:
-    """Load a frozen base in `model.dtype` on `device`, with its linear layers quantized as `quant` selects.
+    """Load a frozen base in `model.dtype` on `device`, with its linear layers and experts quantized as `quant` selects.
 
     `model_class` is a class of transformers, by default AutoModelForCausalLM. Rows of added tokens start as the mean
     of the rows of the existing tokens, independent of any seed. Raises the errors of `locate`, ConfigError for weights
@@ -139,35 +138,55 @@ def load_base(
     if model.dtype is config.Dtype.auto and (reason := auto_dtype(target)[1]):
         log.info(reason)
     compute = dtype if quant.compute_dtype is config.Dtype.auto else resolve_dtype(quant.compute_dtype, target)
+    files, quant = identity.stored, stored.agreed(quant, identity.stored)
     tokenizer = tokenizer or load_tokenizer(model)
-    network = _load_weights(
-        model.path,
-        str(identity.folder),
-        dtype,
-        target,
-        quantize.bitsandbytes_config(quant, compute),
-        model_class or AutoModelForCausalLM,
-    )
+    settings = quantize.bitsandbytes_config(quant, compute, files)
+    source = _Source(model.path, str(identity.folder), settings, is_quantized=files is not None)
+    network = _load_weights(source, dtype, target, model_class or AutoModelForCausalLM)
     quantized: tuple[str, ...] = ()
     if quant.kind is not config.QuantKind.none:
+        if files:
+            quantize.adopt(network, files, dtype)
         quantized = quantize.check_plan(network)
         quantize.settle(network, quantized)
-        copy_mapped_weights(network)
+        if not files:  # the codes of quantized files stay mapped
+            copy_mapped_weights(network)
     fit_embeddings(network, tokenizer, len(model.added_tokens))
     if model.embedding_device == "cpu":
         keep_on_cpu(network, target)
     return Base(network.requires_grad_(False).eval(), tokenizer, identity, quantized)
 
 
-def _load_weights(
-    path: str, folder: str, dtype: torch.dtype, device: torch.device, quantization: Any, model_class: Any
-) -> Any:
+@dataclass(frozen=True)
+class _Source:
+    """The folder of a base, the setting that names it, and transformers' config of its quantization.
+
+    is_quantized: the files are quantized already; otherwise the weights are quantized while they are loaded.
+    """
+
+    path: str
+    folder: str
+    quantization: Any
+    is_quantized: bool
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of `from_pretrained` that quantize the weights."""
+        if not self.is_quantized:
+            return {"quantization_config": self.quantization}
+        # A quantization in the config replaces the argument, so our dtype of the products goes there.
+        described = build.read_config(Path(self.folder), self.path)
+        described.quantization_config = self.quantization.to_dict()
+        return {"config": described}
+
+
+def _load_weights(source: _Source, dtype: torch.dtype, device: torch.device, model_class: Any) -> Any:
     from safetensors import SafetensorError
 
+    path = source.path
     try:
-        with quiet():
+        with quiet(), quantize_experts.while_loading():
             network, report = model_class.from_pretrained(
-                folder, dtype=dtype, device_map={"": device}, quantization_config=quantization,
+                source.folder, dtype=dtype, device_map={"": device}, **source.arguments(),
                 use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are part of the report, which is checked below
             )  # fmt: skip
@@ -176,8 +195,13 @@ def _load_weights(
             f"model.path={path} does not fit into the memory of {device}: set quant=nf4, or choose a smaller model"
         ) from None
     except RuntimeError as error:
-        if quantization is None:
+        if source.quantization is None:
             raise
+        if source.is_quantized:
+            raise ConfigError(
+                f"model.path={path}: the weights cannot be read, as config.json says they are quantized: weights and "
+                "config.json do not belong together, or the memory is too small"
+            ) from error
         # transformers raises this one error for every failure of a quantization, including lack of memory.
         raise ResourceError(
             f"model.path={path} cannot be quantized on {device}; the most common reason is lack of memory: "
@@ -185,6 +209,11 @@ def _load_weights(
         ) from error
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"model.path={path} cannot be loaded: {first_line(error)}") from None
+    except Exception:
+        build.on_meta(
+            build.read_config(Path(source.folder), path), dtype, model_class, path
+        )  # the config may be the cause
+        raise
     # transformers only logs this, and fills missing weights with random numbers.
     if absent := sorted(report["missing_keys"]) or sorted(report["mismatched_keys"]):
         raise ConfigError(
@@ -219,23 +248,3 @@ def fit_embeddings(network: Any, tokenizer: Any, num_added: int) -> None:
             network.resize_token_embeddings(tokens, mean_resizing=False)
     for matrix in (network.get_input_embeddings().weight, network.get_output_embeddings().weight):
         matrix.data[tokens - num_added : tokens] = matrix.data[: tokens - num_added].mean(dim=0, dtype=torch.float32)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers' progress bars and log lines until the block ends; problems are raised as errors instead."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

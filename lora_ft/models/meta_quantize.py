@@ -3,20 +3,25 @@
 transformers replaces the layers and bitsandbytes packs them, as for a real model; both run on torch's meta device.
 """
 
+import dataclasses
 from typing import Any
 
 import torch
 
 from lora_ft import config
-from lora_ft.models import quantize
+from lora_ft.models import quantize, quantize_experts, stored
 
 
 def quantize_meta(network: Any, quant: config.Quant, compute: torch.dtype) -> tuple[str, ...]:
-    """Quantize the linear layers of a model on the meta device; return their names. Raises ConfigError as loading does.
+    """Quantize the layers and experts of a model on the meta device; return their names.
 
-    A layer of a meta model costs nothing, so an 8B model takes a second.
+    Raises ConfigError as loading does. If the files of the base are quantized, as its config says, the layers are
+    theirs. A layer of a meta model costs nothing, so an 8B model takes a second.
     """
-    settings = quantize.bitsandbytes_config(quant, compute)
+    files = stored.of_config(network.config)
+    if files:
+        quant, files = stored.agreed(quant, files), dataclasses.replace(files, storage="uint8")
+    settings = quantize.bitsandbytes_config(quant, compute, files)
     if settings is None:
         return ()
     from transformers.quantizers import AutoHfQuantizer
@@ -31,6 +36,7 @@ def quantize_meta(network: Any, quant: config.Quant, compute: torch.dtype) -> tu
             if hasattr(module.__dict__.get("_parameters", {}).get("weight"), "_quantize"):
                 module.weight.data = module.weight.data.to(network.dtype)  # the dtype in which weights are loaded
                 module.weight = module.weight._quantize("meta")
+        quantize_experts.quantize_on_meta(network, settings)
     quantizer.postprocess_model(network)
     names = quantize.check_plan(network)
     quantize.keep_as_quantized(network, names)

@@ -1,8 +1,9 @@
-"""Quantize the frozen linear layers through bitsandbytes, and verify the result.
+"""Quantize the frozen linear layers and experts through bitsandbytes, and verify the result.
 
     quant=nf4     every linear layer except the head -> Linear4bit: 4-bit codes, one scale per 64 weights
     quant=int8    ... -> Linear8bitLt: 8-bit codes, one scale per row; multiplies by codes * scale / 127
-    embeddings, norms, lm_head                       -> not quantized
+    parameters of experts (models/quantize_experts.py) -> the same codes, dequantized when they are read
+    embeddings, norms, routers, lm_head              -> not quantized
 
 bitsandbytes' own int8 forward rounds activations to 8 bits, finds outliers over all rows of a pack, so that one
 document changes the result of another, and waits for the GPU. It also computes other numbers in training on a CPU
@@ -15,8 +16,10 @@ used here. On GPUs its own kernels run. (io/process.py keeps it from downloading
 """
 
 import contextlib
+import copy
 import functools
 import importlib
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +30,8 @@ import torch
 from lora_ft import config
 from lora_ft.errors import ConfigError, ResourceError
 from lora_ft.io import process
+from lora_ft.models import quantize_experts, stored
+from lora_ft.models.stored import Stored
 from lora_ft.ops.weights import frozen_linear, frozen_weight
 
 _CHUNK = 1 << 16  # float32 values: 256 KB, small enough for a core's own cache
@@ -36,24 +41,28 @@ _CHUNK = 1 << 16  # float32 values: 256 KB, small enough for a core's own cache
 _TESTED_ROWS = (1, 8, 2048)
 
 
-def bitsandbytes_config(quant: config.Quant, compute: torch.dtype) -> Any:
+def bitsandbytes_config(quant: config.Quant, compute: torch.dtype, files: Stored | None = None) -> Any:
     """Return transformers' config object for `quant`, or None for quant.kind=none.
 
     The list of layers to skip is not set, because that would replace transformers' own list, and lm_head would be
-    quantized (transformers issue 45674). `check_plan` verifies the result.
+    quantized (transformers issue 45674). `check_plan` verifies the result. Files that are quantized already name the
+    layers that they skip.
     """
     if quant.kind is config.QuantKind.none:
         return None
     import_bitsandbytes()
     from transformers import BitsAndBytesConfig
 
+    skipped = None if files is None or files.skipped is None else list(files.skipped)
     if quant.kind is config.QuantKind.int8:
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quant.kind.value,
         bnb_4bit_use_double_quant=quant.double,
         bnb_4bit_compute_dtype=compute,
+        bnb_4bit_quant_storage=files.storage if files else None,
+        llm_int8_skip_modules=skipped,
     )
 
 
@@ -128,8 +137,51 @@ def _levels_below(values: np.ndarray[Any, Any], midpoints: np.ndarray[Any, Any])
     return counts
 
 
+def adopt(model: Any, files: Stored, dtype: torch.dtype) -> None:
+    """Give the layers of a model that was loaded from quantized files the form of layers that are quantized here.
+
+    The codes and scales stay as they are. Storage of another dtype is viewed as bytes, and the weights are dequantized
+    to `dtype`, to which the other weights are cast. Raises ConfigError for a layer whose weights in the files are not
+    quantized as config.json says.
+    """
+    import bitsandbytes
+
+    _cast(model, dtype)
+    for name, layer in model.named_modules():
+        if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
+            _refuse_unless(layer.weight.dtype is torch.int8 and layer.weight.SCB is not None, name, files)
+        elif isinstance(layer, bitsandbytes.nn.Linear4bit):
+            state: Any = getattr(layer.weight, "quant_state", None)
+            _refuse_unless(state is not None, name, files)
+            _refuse_unless((state.quant_type, state.nested) == (files.kind.value, files.double), name, files)
+            layer.weight.data = layer.weight.data.view(torch.uint8).view(-1, 1)
+            layer.weight.quant_storage = layer.quant_storage = torch.uint8
+            state.dtype = dtype
+
+
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    """Cast the weights that are not quantized as transformers does for other files; here it keeps the stored dtype."""
+    with torch.device("meta"):
+        built = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
+    dtypes = {name: parameter.dtype for name, parameter in built.named_parameters()}
+    plan = model._get_dtype_plan(dtype)
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and type(parameter) is torch.nn.Parameter:
+            kept = next((plan[key] for key in plan if re.search(key.replace("*", ".*"), name)), dtypes[name])
+            parameter.data = parameter.data.to(kept)
+
+
+def _refuse_unless(is_right: bool, name: str, files: Stored) -> None:
+    if not is_right:
+        double = " with quantized scales" if files.double else ""
+        raise ConfigError(
+            f"the weights of {name} are not stored in {files.kind.value}{double}, as config.json says: weights and "
+            "config.json do not belong together"
+        )
+
+
 def check_plan(model: Any) -> tuple[str, ...]:
-    """Return the names of the quantized layers, in order.
+    """Return the names of the quantized layers and of the quantized parameters of experts, in order.
 
     Raises ConfigError unless they are the planned ones: transformers may quantize lm_head as well or
     leave out layers (transformers issue 45674).
@@ -141,6 +193,8 @@ def check_plan(model: Any) -> tuple[str, ...]:
     quantized = {
         n for n, m in modules.items() if isinstance(m, classes) and m.weight.dtype in (torch.uint8, torch.int8)
     }
+    planned += quantize_experts.planned_parameters(model)
+    quantized |= set(quantize_experts.quantized_parameters(model))
     if quantized != set(planned):
         raise ConfigError(
             f"the quantized layers are not the planned ones: missing {sorted(set(planned) - quantized) or 'none'}, "
@@ -153,30 +207,44 @@ def planned_layers(model: Any) -> list[str]:
     """Return the names of the layers that quantization must change, in order: every linear layer but the head.
 
     A subclass of Linear is not one of them, as transformers does not replace it: it may compute something else, like a
-    router. Raises ConfigError for a model that has only such layers.
+    router. Neither are the layers that quantized files leave in 16 bits. Raises ConfigError for a model that has only
+    such layers.
     """
     import bitsandbytes
     from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.quantizers_utils import should_convert_module
 
     classes = (Conv1D, bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
     linear = {n: m for n, m in model.named_modules() if type(m) is torch.nn.Linear or isinstance(m, classes)}
-    planned = [name for name, module in linear.items() if module is not model.get_output_embeddings()]
+    files = stored.of_config(model.config)
+    skipped = list(files.skipped or ()) if files else []
+    planned = [
+        name
+        for name, module in linear.items()
+        if module is not model.get_output_embeddings() and should_convert_module(name, skipped)
+    ]
     if not planned:
         raise ConfigError(f"{model.config.model_type} has no linear layer of torch's class to quantize: set quant=none")
     return planned
 
 
 def settle(model: Any, quantized: tuple[str, ...]) -> None:
-    """Prevent later changes of the quantized layers by bitsandbytes, and test one layer against plain arithmetic."""
-    layers = [model.get_submodule(name) for name in quantized]
+    """Prevent later changes of the quantized layers by bitsandbytes, and test one layer against plain arithmetic.
+
+    Experts are dequantized by the kernel that the layer's backward uses, and multiplied by torch.
+    """
     keep_as_quantized(model, quantized)
-    if layers:
-        _self_test(min(layers, key=lambda layer: layer.weight.numel()))
+    _self_test(min(_layers(model, quantized), key=lambda layer: layer.weight.numel()))
+
+
+def _layers(model: Any, quantized: tuple[str, ...]) -> list[Any]:
+    experts = set(quantize_experts.quantized_parameters(model))
+    return [model.get_submodule(name) for name in quantized if name not in experts]
 
 
 def keep_as_quantized(model: Any, quantized: tuple[str, ...]) -> None:
     """Prevent later changes of the quantized layers by bitsandbytes."""
-    for layer in map(model.get_submodule, quantized):
+    for layer in _layers(model, quantized):
         layer.support_avx512bf16_for_cpu = False
         if layer.weight.dtype is torch.int8:
             layer.__class__, layer.compute_dtype = exact_int8(), model.dtype

@@ -22,6 +22,8 @@ from typing import Any
 from lora_ft import config
 from lora_ft.errors import ConfigError, ResourceError, SecurityError
 from lora_ft.io import untrusted
+from lora_ft.models import stored
+from lora_ft.models.stored import Stored
 
 # Files that may be downloaded: no pickles, no code, no second copy of the weights in another layout.
 DESCRIBING = ["*.json", "*.txt", "*.jinja", "*.model"]
@@ -40,7 +42,7 @@ class Identity:
     `folder` is the folder that transformers loads, `revision` the commit of a hub id. `weights_sha256` maps a GGUF
     file to the hash of its bytes, and each safetensors file to the hash of its header and of the first 4 KiB of every
     tensor, which distinguishes two fine-tunes of one architecture without reading 16 GB. Without downloaded
-    weights it has the value None.
+    weights it has the value None. `stored` is the quantization of the files, None for weights in 16 or 32 bits.
     """
 
     id: str | None
@@ -49,6 +51,7 @@ class Identity:
     revision: str | None
     config_sha256: str
     weights_sha256: dict[str, str] | None
+    stored: Stored | None = None
 
 
 def locate(model: config.Model, *, weights: bool = True) -> Identity:
@@ -105,11 +108,11 @@ def _from_folder(
     model: config.Model, folder: Path, hub_id: str | None, revision: str | None, names: set[str]
 ) -> Identity:
     """Identify a folder with files of these names, which may include weights that are not downloaded yet."""
-    check_config(folder)
+    quantized = check_config(folder, hub_id)
     files = weight_files(folder, names)
     here = all((folder / name).is_file() for name in files)
     weights = {name: _weights_hash(folder / name) for name in files} if here else None
-    return Identity(hub_id, model.path, str(folder), revision, _sha256(folder / "config.json"), weights)
+    return Identity(hub_id, model.path, str(folder), revision, _sha256(folder / "config.json"), weights, quantized)
 
 
 def _names(folder: Path) -> set[str]:
@@ -170,10 +173,10 @@ def download(setting: str, hub_id: str, revision: str | None, patterns: list[str
         raise ResourceError(f"{name} cannot be stored on this machine: {error}") from None
 
 
-def check_config(folder: Path) -> None:
-    """Refuse a folder whose config is missing, needs its own code, or describes weights that are quantized already.
+def check_config(folder: Path, hub_id: str | None = None) -> Stored | None:
+    """Refuse a folder whose config is missing, needs its own code, or names a quantization that cannot be trained.
 
-    Raises ConfigError or SecurityError.
+    Returns the quantization of its weights. Raises ConfigError or SecurityError.
     """
     if (folder / "adapter_config.json").is_file():
         if not (folder / "config.json").is_file():
@@ -191,12 +194,7 @@ def check_config(folder: Path) -> None:
             raise SecurityError(f"{folder / 'config.json'}: {key}={value!r} names weights that are not checked")
         if "_implementation" in key and isinstance(value, str) and not re.fullmatch(r"\w+", value):
             raise SecurityError(f"{folder / 'config.json'}: {key}={value!r} names a kernel of the hub, which is code")
-    quantization = settings.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        raise ConfigError(
-            f"{folder} is already quantized ({method}): set model.path to the unquantized model, and choose quant=..."
-        )
+    return stored.of(settings, str(folder), hub_id)
 
 
 def check_tokenizer(folder: Path) -> None:

@@ -10,6 +10,7 @@ result. -P prevents files beside this one from replacing Python's own modules.
 """
 
 import contextlib
+import copy
 import functools
 import importlib.metadata
 import json
@@ -107,7 +108,9 @@ def _product(layer: Any, inputs: Tensor) -> Tensor:
 
     weight = layer.weight
     if type(weight).__name__ == "Params4bit":
-        plain = dequantize_4bit(weight.data, weight.quant_state)
+        state = copy.copy(weight.quant_state)
+        state.dtype = inputs.dtype  # files that are quantized already name another one
+        plain = dequantize_4bit(weight.data, state)
     else:  # the row scales move from the weight to the layer's state at the first forward
         plain = int8_vectorwise_dequant(weight.data, weight.SCB if weight.SCB is not None else layer.state.SCB)
     bias = None if layer.bias is None else layer.bias.to(inputs.dtype)

@@ -12,7 +12,7 @@ device.
 
 import textwrap
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +31,7 @@ from lora_ft.io import durable
 from lora_ft.models.device import resolve_device
 from lora_ft.models.load import Base
 from lora_ft.models.meta_model import load_meta_model
+from lora_ft.models.stored import agreed
 from lora_ft.ops.kernels import choose_kernels
 from lora_ft.training import checkpoint, ranks, state, trackers
 from lora_ft.training.ineffective_settings import ineffective
@@ -170,6 +171,7 @@ def partial_dry_run(
             collect(_check_lengths, cfg, base, rows.dataset)
         collect(state.check_warmup, cfg.optim, steps.count)
     layers = collect(summary.layers, base, cfg) if base else None
+    as_trained = replace(cfg, quant=agreed(cfg.quant, base.identity.stored)) if base else cfg
     disk = collect(_disk, cfg, folder, layers.trainable, steps.count) if layers and steps else None
     warnings = [
         *(warnings_of_rows(rows.statistics, rows.dataset.report, cfg.data) if rows else ()),
@@ -177,7 +179,9 @@ def partial_dry_run(
         *(_step_warnings(steps, len(rows.dataset.train), cfg.train) if rows and steps else ()),
         *(summary.warnings(layers, cfg) if layers else ()),
         *(_unverified_base(base) if base and cfg.adapter.init_from else ()),
-        *ineffective(cfg, rows.dataset if rows else None, steps.count if steps else 0, steps.largest if steps else 0),
+        *ineffective(
+            as_trained, rows.dataset if rows else None, steps.count if steps else 0, steps.largest if steps else 0
+        ),
     ]
     return PartialDryRun(rows, steps, layers, disk, warnings)
 
