@@ -53,6 +53,11 @@ def expert_weights(bases, family):
     return sum(size for name, size in found.items() if "bias" not in name), sum(sizes.values())
 
 
+def routers(layers):
+    """Return the number of weights of routers and convolutions."""
+    return sum(size for name, size in layers.not_adapted.items() if name not in MATRICES)
+
+
 @pytest.mark.parametrize("family", MIXTURES)
 def test_experts_are_adapted_and_their_share_equals_a_count_over_the_file(bases, family):
     count, whole = expert_weights(bases, family)
@@ -61,10 +66,10 @@ def test_experts_are_adapted_and_their_share_equals_a_count_over_the_file(bases,
     frozen, frozen_warnings = seen(bases, family, experts=False)
     (warning,) = (w for w in frozen_warnings if "are not adapted" in w)
     assert [w for w in warnings if "are not adapted" in w] == []
-    assert (sum(frozen.not_adapted.values()), layers.base, layers.unquantized) == (count, whole, 0)
-    rest = sum(layers.not_adapted.values())  # routers and convolutions
-    assert rest == sum(size for name, size in frozen.not_adapted.items() if name not in MATRICES) < 0.01 * whole
-    assert layers.adapted - frozen.adapted == count - rest
+    assert sum(frozen.not_adapted.values()) == count
+    assert (layers.not_quantized, layers.not_quantized_bytes, layers.base) == ({}, 0, whole)
+    assert sum(layers.not_adapted.values()) == routers(layers) < 0.01 * whole
+    assert layers.adapted - frozen.adapted == count - routers(layers)
     assert layers.count - frozen.count == layers.targets["gate_up_proj"] + layers.targets["gate_up_proj"]
     assert layers.trainable - frozen.trainable == layers.experts > 0 == frozen.experts
     assert warning.startswith(
@@ -100,9 +105,12 @@ def test_share_reported_as_quantized_is_that_of_the_loaded_base(bases, family, q
     assert sum(plain[name].numel() for name in codes) == layers.quantized
     assert sum(".experts." in name for name in codes) == (2 if family == "deepseek_v3" else 4)
     assert all(p.dim() < 3 for n, p in base.model.named_parameters() if p.is_floating_point() and "conv" not in n)
-    assert layers.unquantized == sum(layers.not_adapted.values()) < 0.01 * layers.base  # routers and convolutions
-    assert layers.unquantized_bytes == 4 * layers.unquantized
-    assert not any("quantizes" in warning for warning in warnings)
+    kept = [n for n in codes if ".experts." in n]
+    unquantized = sum(layers.not_quantized.values())
+    frozen, _ = seen(bases, family, quant, experts=False)
+    assert unquantized == sum(frozen.not_adapted.values()) - sum(plain[name].numel() for name in kept)
+    assert layers.not_quantized_bytes == 4 * unquantized
+    assert unquantized < 0.01 * layers.base and not any("quantizes" in warning for warning in warnings)
 
 
 def test_experts_of_another_form_stay_as_they_are_which_a_warning_says(tmp_path):
@@ -114,13 +122,12 @@ def test_experts_of_another_form_stay_as_they_are_which_a_warning_says(tmp_path)
     base = load_base(cfg.model, cfg.quant, "cpu")
     left = [p for n, p in base.model.named_parameters() if ".experts." in n]
     assert {p.dtype for p in left} == {torch.bfloat16}
-    assert layers.unquantized == sum(p.numel() for p in left)
-    assert layers.experts > 0
-    assert layers.unquantized_bytes == sum(p.nbytes for p in left)
-    size = f"{layers.unquantized_bytes / 1e6:.1f} MB"
+    assert sum(layers.not_quantized.values()) == sum(p.numel() for p in left)
+    assert layers.not_quantized_bytes == sum(p.nbytes for p in left)
+    size = f"{layers.not_quantized_bytes / 1e6:.1f} MB"
     assert list(summary.warnings(layers, cfg))[-1] == (
         "quant=nf4 quantizes linear layers and experts of transformers' usual form only: "
-        f"{layers.unquantized / layers.base:.1%} of the base's weights stay at 16 bits each, {size}"
+        f"{sum(layers.not_quantized.values()) / layers.base:.1%} of the base's weights stay at 16 bits each, {size}"
     )
 
 
@@ -129,7 +136,7 @@ def test_experts_of_another_form_stay_as_they_are_which_a_warning_says(tmp_path)
 def test_dense_base_has_only_linear_layers_and_embeddings(bases, family, targets):
     named = {"llama": "q_proj", "gpt2": "c_attn"}[family]
     layers, warnings = seen(bases, family, "nf4", target_modules=[named if targets == "named" else targets])
-    assert (layers.not_adapted, layers.unquantized, layers.experts, warnings) == ({}, 0, 0, [])
+    assert (layers.not_adapted, layers.not_quantized_bytes, layers.experts, warnings) == ({}, 0, 0, [])
 
 
 def test_linear_layers_that_peft_takes_for_experts_are_adapted_as_parameters_unless_they_are_quantized(bases):

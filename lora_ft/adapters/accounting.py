@@ -41,7 +41,7 @@ def account(model: PreTrainedModel, selection: Selection, adapter: config.Adapte
     modules = dict(model.named_modules())
     saved = matched_layers(modules, adapter.modules_to_save)
     unused, experts = text_path(model).unused, expert_parameters(model)
-    homes = {name.rpartition(".")[0]: shape[0] for name, shape in experts.items()}
+    homes = {name.rpartition(".")[0]: parameter.shape[0] for name, parameter in experts.items()}
     parts: dict[str, Part] = {}
     for name, parameter in model.named_parameters():
         owner = name.rpartition(".")[0]

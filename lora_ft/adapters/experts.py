@@ -26,26 +26,20 @@ from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
 from lora_ft import config
-from lora_ft.ops.expert_codes import is_quantized
+from lora_ft.ops.expert_codes import dtype_of, is_quantized, shape_of
 from lora_ft.ops.experts import module_experts
 
 
-def expert_parameters(model: PreTrainedModel) -> dict[str, torch.Size]:
-    """Return the shapes of the parameters that hold a matrix for each expert, by name, in the model's order."""
+def expert_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Return the parameters that hold a matrix for each expert, quantized or not, by name, in the model's order."""
     counts = _expert_counts(model)
-    shapes = {
-        f"{prefix}.{key}" if prefix else key: _shape(parameter)
+    return {
+        f"{prefix}.{key}" if prefix else key: parameter
         for prefix, module in model.named_modules()
         if not isinstance(module, _ConvNd)
         for key, parameter in module.named_parameters(recurse=False)
+        if len(shape := shape_of(parameter)) == 3 and shape[0] in counts
     }
-    return {name: shape for name, shape in shapes.items() if len(shape) == 3 and shape[0] in counts}
-
-
-def _shape(parameter: Any) -> torch.Size:
-    """Return the shape of a parameter, before it was quantized."""
-    size: torch.Size = getattr(parameter, "quant_state", parameter).shape
-    return size
 
 
 def _expert_counts(model: PreTrainedModel) -> set[int]:
@@ -166,7 +160,6 @@ def shapes_only(model: nn.Module) -> Iterator[None]:
             module.__class__ = owner
 
 
-def _empty(key: str, module: nn.Module) -> Tensor:
-    codes: Any = module._parameters[key]
-    dtype = codes.quant_state.dtype if hasattr(codes, "quant_state") else codes.compute_dtype
-    return torch.empty((), dtype=dtype, device=codes.device).expand(_shape(codes))
+def _empty(key: str, module: Any) -> Tensor:
+    codes = module._parameters[key]
+    return torch.empty((), dtype=dtype_of(codes), device=codes.device).expand(shape_of(codes))

@@ -46,9 +46,9 @@ class Layers:
     quantized: parameters that the quantization changes. quantization: its kind, "none" without one.
     frozen_experts: the reasons of experts that the adapter does not train, "" if target_modules does not select them.
     not_adapted: parameters of experts, routers and convolutions that the adapter does not train, by the last two parts
-    of their names, largest first, such as {"experts.gate_up_proj": 9_663_676_416, ...}. unquantized: those of experts,
-    routers and convolutions, adapted or not, that quantization does not change, and unquantized_bytes their size in
-    memory; 0 without quantization.
+    of their names, largest first, such as {"experts.gate_up_proj": 9_663_676_416, ...}. not_quantized: the same of
+    those that quantization does not change, whether they are adapted or not; empty without quantization.
+    not_quantized_bytes: their size in memory.
     """
 
     count: int
@@ -64,8 +64,8 @@ class Layers:
     quantization: str
     frozen_experts: list[str]
     not_adapted: dict[str, int]
-    unquantized: int
-    unquantized_bytes: int
+    not_quantized: dict[str, int]
+    not_quantized_bytes: int
 
     @property
     def adapted(self) -> int:
@@ -93,8 +93,8 @@ def layers(base: Base, cfg: config.TrainRun) -> Layers:
     selection = targets.select(base.model, cfg.adapter, planned)
     parts = account(base.model, selection, cfg.adapter)
     not_adapted = [name for name, part in parts.items() if part in SPECIAL]
-    special = {*not_adapted, *selection.experts} if quantizes else set()
-    unquantized = [parameters[name] for name in special - quantized]
+    special = [name for name in parts if name in not_adapted or name in selection.experts]
+    not_quantized = [name for name in special if quantizes and name not in quantized]
     token_ids = base.tokenizer.convert_tokens_to_ids(list(cfg.model.added_tokens))
     with torch.device("meta"):
         model = attach.attach(base.model, cfg.adapter, _NAME, 0, token_ids, quantized=planned)
@@ -121,8 +121,8 @@ def layers(base: Base, cfg: config.TrainRun) -> Layers:
             dict.fromkeys(selection.left_out.get(n, "") for n, part in parts.items() if part is Part.EXPERTS)
         ),
         not_adapted=_sizes({name: parameters[name] for name in not_adapted}),
-        unquantized=sum(parameter.numel() for parameter in unquantized),
-        unquantized_bytes=sum(parameter.nbytes for parameter in unquantized),
+        not_quantized=_sizes({name: parameters[name] for name in not_quantized}),
+        not_quantized_bytes=sum(parameters[name].nbytes for name in not_quantized),
     )
 
 
@@ -190,11 +190,11 @@ def warnings(layers: Layers, cfg: config.TrainRun) -> Iterator[str]:
             f"{count / layers.base:.1%} of the base's weights ({count:,}) are not adapted and stay frozen "
             f"({_shares(layers.not_adapted, layers.base)}): {_why_frozen(layers, cfg.adapter)}"
         )
-    if layers.unquantized >= _NOTABLE_SHARE * layers.base:
-        bits, size = round(8 * layers.unquantized_bytes / layers.unquantized), layers.unquantized_bytes
+    count, size = sum(layers.not_quantized.values()), layers.not_quantized_bytes
+    if count >= _NOTABLE_SHARE * layers.base:
         yield (
             f"quant={layers.quantization} quantizes linear layers and experts of transformers' usual form only: "
-            f"{layers.unquantized / layers.base:.1%} of the base's weights stay at {bits} bits each, "
+            f"{count / layers.base:.1%} of the base's weights stay at {round(8 * size / count)} bits each, "
             + (f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{size / 1e9:,.1f} GB")
         )
 

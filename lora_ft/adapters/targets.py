@@ -107,7 +107,7 @@ def _selection(
 def _hindered(
     adapter: config.Adapter,
     layers: dict[str, nn.Module],
-    experts: Collection[str],
+    experts: dict[str, nn.Parameter],
     path: TextPath,
     quantized: Collection[str],
 ) -> dict[str, str]:
@@ -126,7 +126,7 @@ def _is_quantized(layer: Any) -> bool:
 
 
 def _check_experts(
-    model: PreTrainedModel, adapter: config.Adapter, experts: Collection[str], reasons: dict[str, str]
+    model: PreTrainedModel, adapter: config.Adapter, experts: dict[str, nn.Parameter], reasons: dict[str, str]
 ) -> None:
     """Raise ConfigError for adapter.experts=true where experts cannot be trained."""
     if not adapter.experts:
@@ -146,14 +146,14 @@ def _check_experts(
 def _matches(
     model: PreTrainedModel,
     layers: dict[str, nn.Module],
-    experts: Collection[str],
+    experts: dict[str, nn.Parameter],
     target: str,
     reasons: dict[str, str],
 ) -> set[str]:
     if target == ALL_LINEAR:
         head = model.get_output_embeddings()
         found = {n for n, module in layers.items() if not isinstance(module, nn.Embedding) and module is not head}
-        found |= set(experts)
+        found |= experts.keys()
     else:
         found = _selected([*layers, *experts], target)
     if not found:

@@ -48,7 +48,7 @@ LINEAR = (nn.Linear, Conv1D)  # bitsandbytes' layers are subclasses of the first
 _TOKENS = 8
 _known: "weakref.WeakKeyDictionary[PreTrainedModel, TextPath]" = weakref.WeakKeyDictionary()
 # By class and config: a run has a meta and a loaded model, a prediction one for each trace of a step.
-_traced: dict[tuple[type, str], tuple[dict[str, str], frozenset[str]]] = {}
+_traces: dict[tuple[type, str], tuple[dict[str, str], frozenset[str]]] = {}
 # Entries of a config that tell how weights are stored, not what text runs through.
 _STORED = {"dtype", "torch_dtype", "quantization_config", "_name_or_path", "architectures", "transformers_version"}
 
@@ -90,11 +90,11 @@ def text_path(model: PreTrainedModel) -> TextPath:
 def _text_path(model: PreTrainedModel) -> TextPath:
     layers, experts = adaptable_layers(model), expert_parameters(model)
     found, unused = dict.fromkeys([*layers, *experts], ""), frozenset[str]()
-    key = type(model), json.dumps(_structure(model.config.to_dict()), sort_keys=True, default=str)
+    key = type(model), json.dumps([_structure(model.config.to_dict()), list(experts)], sort_keys=True, default=str)
     try:
-        if key not in _traced:
-            _traced[key] = _trace_with_experts(model, list(experts))
-        traced, unused = _traced[key]
+        if key not in _traces:
+            _traces[key] = _traced(model, list(experts))
+        traced, unused = _traces[key]
         found |= traced
     except Exception as error:  # code of a model family, which may raise anything
         log.info("%s does not run without values (%r): every linear layer is adapted", type(model).__name__, error)
@@ -118,7 +118,7 @@ def _leaf(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _trace_with_experts(model: PreTrainedModel, experts: list[str]) -> tuple[dict[str, str], frozenset[str]]:
+def _traced(model: PreTrainedModel, experts: list[str]) -> tuple[dict[str, str], frozenset[str]]:
     """Return the reasons of layers and experts, and the unused parameters; experts may prevent PEFT's adapters."""
     if experts:
         try:

@@ -263,7 +263,8 @@ def _adapter_file(network: Any, cfg: config.TrainRun) -> int:
     """Return the size of adapter_model.safetensors: PEFT's tensors in float32, and their names."""
     added = len(cfg.model.added_tokens) * network.get_input_embeddings().weight.shape[1]
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        planned = quantize.planned_layers(network) if cfg.quant.kind is not config.QuantKind.none else []
+        quant = agreed(cfg.quant, of_config(network.config))
+        planned = quantize.planned_layers(network) if quant.kind is not config.QuantKind.none else []
         model = attach.attach(network.requires_grad_(False), cfg.adapter, NAME, cfg.seed, [], quantized=planned)
     return files.size_of(model, NAME) + 4 * added
 

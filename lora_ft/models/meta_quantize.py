@@ -36,7 +36,7 @@ def quantize_meta(network: Any, quant: config.Quant, compute: torch.dtype) -> tu
             if hasattr(module.__dict__.get("_parameters", {}).get("weight"), "_quantize"):
                 module.weight.data = module.weight.data.to(network.dtype)  # the dtype in which weights are loaded
                 module.weight = module.weight._quantize("meta")
-        quantize_experts.quantize_on_meta(network, settings)
+        quantize_experts.quantize(network, settings)
     quantizer.postprocess_model(network)
     names = quantize.check_plan(network)
     quantize.keep_as_quantized(network, names)

@@ -4,25 +4,36 @@
         model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=...)
     model.model.layers[0].mlp.experts._parameters["down_proj"]    codes, uint8 or int8 (ops/expert_codes.py)
     model.model.layers[0].mlp.experts.down_proj                   dequantized at each access: [E, out, in]
+    model.model.layers[0].mlp.experts(x, index, scores)           dequantizes one expert at a time (ops/experts.py)
 
 transformers quantizes linear layers only. Here its quantizer for bitsandbytes also takes each 3-D parameter of a module
 of experts, as soon as it is read and put together from its parts; one expert after the other is quantized.
+
+transformers' own forward of experts would dequantize all of a layer, and autograd would keep them until the backward,
+for every layer. So the forward of ops/experts.py belongs to quantized experts, wherever they are used. It is compared
+with the class's own one on a small copy while loading; a class that differs keeps its own, and a warning says so.
 
 bitsandbytes 0.50 has a parametrization for this (nn/parametrize.py), which is not used: PEFT 0.21 takes its modules for
 layers by their names, such as down_proj, and leaves its own update in the weight after each forward.
 """
 
 import contextlib
+import copy
 import functools
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_ft.models.accelerated_blocks import agree, drawn_tensor
 from lora_ft.ops import expert_codes
-from lora_ft.ops.experts import is_experts, parameter_names
+from lora_ft.ops.experts import is_experts, module_experts, parameter_names
 
+log = logging.getLogger("lora_ft")
+
+_OUTER, _INNER, _EXPERTS = 8, 16, 4  # sizes of the copy that is compared
 _NESTED_BLOCK = 256  # scales that share a scale, as in bitsandbytes
 
 
@@ -36,7 +47,7 @@ def planned_parameters(model: nn.Module) -> list[str]:
         for prefix, module in model.named_modules()
         if is_experts(module)
         for name in parameter_names(module)
-        if _values_per_expert(module._parameters[name]) % expert_codes.BLOCK == 0
+        if expert_codes.shape_of(module._parameters[name])[1:].numel() % expert_codes.BLOCK == 0
     ]
 
 
@@ -49,11 +60,6 @@ def quantized_parameters(model: nn.Module) -> list[str]:
         for name in parameter_names(module)
         if expert_codes.is_quantized(module._parameters[name])
     ]
-
-
-def _values_per_expert(parameter: Any) -> int:
-    shape = parameter.quant_state.shape if hasattr(parameter, "quant_state") else parameter.shape
-    return int(shape[1:].numel())
 
 
 @contextlib.contextmanager
@@ -70,12 +76,12 @@ def while_loading() -> Iterator[None]:
         table.update(before)
 
 
-def quantize_on_meta(model: nn.Module, settings: Any) -> None:
-    """Quantize the experts of a model without values; `settings` is transformers' BitsAndBytesConfig."""
-    for name in planned_parameters(model):
-        owner, _, key = name.rpartition(".")
-        module = model.get_submodule(owner)
-        setattr(module, key, quantized(module._parameters[key], settings, _is_transposed(module)))
+def quantize(model: nn.Module, settings: Any) -> None:
+    """Quantize the experts of a model, also of one without values; `settings` is transformers' BitsAndBytesConfig."""
+    for prefix, module in model.named_modules():
+        names = parameter_names(module) if is_experts(module) else ()
+        for name in (n for n in names if _is_planned(model, f"{prefix}.{n}" if prefix else n)):
+            setattr(module, name, quantized(module._parameters[name], settings, _is_transposed(module)))
     read_as_dequantized(model)
 
 
@@ -107,7 +113,7 @@ def _is_planned(model: Any, parameter: str) -> bool:
     return (
         is_experts(module)
         and name in parameter_names(module)
-        and _values_per_expert(module._parameters[name]) % expert_codes.BLOCK == 0
+        and expert_codes.shape_of(module._parameters[name])[1:].numel() % expert_codes.BLOCK == 0
     )
 
 
@@ -180,16 +186,28 @@ def _in_8_bits(value: Tensor, transposed: bool) -> expert_codes.ExpertCodes:
 
 
 def read_as_dequantized(model: nn.Module) -> None:
-    """Let code that reads a quantized parameter of experts as an attribute get its dequantized values."""
+    """Let code that reads a quantized parameter of experts get its dequantized values, and let experts be computed so.
+
+    Of a model without values the forwards are not compared.
+    """
+    chosen: dict[Any, bool] = {}
     for module in filter(is_experts, model.modules()):
         names = tuple(n for n in parameter_names(module) if expert_codes.is_quantized(module._parameters[n]))
         if names:
             experts_class: Any = type(module)
-            module.__class__ = _reading(experts_class, names)
+            if experts_class not in chosen:
+                chosen[experts_class] = module._parameters[names[0]].is_meta or computes_as_its_class(module)
+                if not chosen[experts_class]:
+                    log.warning(
+                        "quantized experts of %s compute as transformers does, with all of a layer dequantized at "
+                        "once: one at a time, they would compute something else",
+                        experts_class.__name__,
+                    )
+            module.__class__ = _reading(experts_class, names, chosen[experts_class])
 
 
 @functools.cache
-def _reading(experts_class: Any, names: tuple[str, ...]) -> Any:
+def _reading(experts_class: Any, names: tuple[str, ...], one_at_a_time: bool) -> Any:
     """Return a subclass whose attributes `names` are dequantized at each access.
 
     It has the class's name, by which other code recognizes experts.
@@ -198,4 +216,35 @@ def _reading(experts_class: Any, names: tuple[str, ...]) -> Any:
     def attribute(name: str) -> property:
         return property(lambda module: expert_codes.dequantize(module._parameters[name]))
 
-    return type(experts_class.__name__, (experts_class,), {name: attribute(name) for name in names})
+    members: dict[str, Any] = {name: attribute(name) for name in names}
+    return type(
+        experts_class.__name__, (experts_class,), members | ({"forward": module_experts} if one_at_a_time else {})
+    )
+
+
+def computes_as_its_class(module: Any) -> bool:
+    """Compare `module_experts` with the forward of the module's class, on a small copy with random weights."""
+    parameter = module._parameters[parameter_names(module)[0]]
+    dtype = expert_codes.dtype_of(parameter) if expert_codes.is_quantized(parameter) else parameter.dtype
+    return all(
+        _is_equal(module, functools.partial(drawn_tensor, torch.Generator().manual_seed(0), parameter.device, each))
+        for each in dict.fromkeys((torch.float32, dtype))
+    )
+
+
+def _is_equal(module: Any, drawn: Callable[..., Tensor]) -> bool:
+    small, (first, second), turned = copy.copy(module), parameter_names(module), module.is_transposed
+    inner = 2 * _INNER if module.has_gate else _INNER
+    parameters = {first: drawn(_EXPERTS, inner, _OUTER), second: drawn(_EXPERTS, _OUTER, _INNER)}
+    if module.has_bias:
+        biases = {f"{first}_bias": drawn(_EXPERTS, inner), f"{second}_bias": drawn(_EXPERTS, _OUTER)}
+        parameters |= biases
+    if turned:
+        parameters |= {name: parameters[name].transpose(1, 2).contiguous() for name in (first, second)}
+    vars(small).update(_parameters=parameters, num_experts=_EXPERTS)
+    index = torch.tensor([[0, 2], [2, 1], [1, 0]], device=parameters[first].device)  # and none for the last expert
+    return agree(
+        lambda x, scores: type(module).forward(small, x, index, scores),
+        lambda x, scores: module_experts(small, x, index, scores),
+        (drawn(3, _OUTER), drawn(3, 2)),
+    )

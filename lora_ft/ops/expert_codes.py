@@ -42,6 +42,19 @@ def is_quantized(parameter: Any) -> bool:
     return isinstance(parameter, ExpertCodes)
 
 
+def shape_of(parameter: Any) -> torch.Size:
+    """Return the shape of a parameter, which codes had before they were quantized."""
+    state = getattr(parameter, "quant_state", None)
+    shape: torch.Size = state.shape if state is not None else parameter.shape
+    return shape
+
+
+def dtype_of(codes: Any) -> torch.dtype:
+    """Return the dtype of the dequantized values."""
+    found: torch.dtype = codes.quant_state.dtype if hasattr(codes, "quant_state") else codes.compute_dtype
+    return found
+
+
 def dequantize(codes: Any) -> Tensor:
     """Return a parameter [E, ..] in the dtype that it was quantized from."""
     if hasattr(codes, "quant_state"):
