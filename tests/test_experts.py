@@ -1,12 +1,16 @@
 """Experts one at a time: values and gradients are those of transformers' own experts, in any dtype and routing."""
 
 import copy
+from dataclasses import fields
 
 import pytest
 import torch
 from tiny import tiny_model
 from torch import Tensor, nn
 
+from lora_ft import config
+from lora_ft.models import accelerated_experts
+from lora_ft.models.acceleration import accelerated
 from lora_ft.ops.experts import expert_lora, module_experts, parameter_names
 
 FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")
@@ -152,3 +156,50 @@ def test_nothing_is_kept_without_gradients():
     with torch.no_grad():
         x = torch.randn(TOKENS, 64, requires_grad=True)
         assert torch.equal(fast(module, x, index, scores), fast(module, x.detach(), index, scores))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_accelerated_experts_train_as_transformers_do_and_are_restored(family, monkeypatch):
+    model = tiny_model(family).requires_grad_(False)
+    modules = [m for m in model.modules() if type(m).__name__.endswith("Experts")]
+    ids, called = torch.arange(4, 20)[None], []
+    off = config.Fast(**{field.name: False for field in fields(config.Fast) if field.type is bool} | {"mlp": True})
+
+    def result() -> list[Tensor]:
+        called.clear()
+        embedded = model.get_input_embeddings()(ids).requires_grad_()
+        logits = model(inputs_embeds=embedded).logits
+        return [logits.detach(), *torch.autograd.grad(logits.square().sum(), embedded)]
+
+    def counted(module: nn.Module, *given: Tensor) -> Tensor:
+        called.append(module)
+        return module_experts(module, *given)
+
+    monkeypatch.setattr(accelerated_experts, "module_experts", counted)
+    before = result()
+    with accelerated(model, off) as made:
+        assert f"accelerated experts: {len(modules)}" in made.reasons
+        for a, b in zip(result(), before, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+        assert called == modules
+        with torch.no_grad():
+            called.clear()
+            model(ids)
+        assert called == []
+        modules[-1].requires_grad_()  # adapter.modules_to_save=[experts]
+        result()
+        assert called == modules[:-1]
+    assert all(torch.equal(a, b) for a, b in zip(result(), before, strict=True)) and called == []
+
+
+def test_class_that_computes_something_else_keeps_its_forward():
+    model = tiny_model("mixtral")
+    changed = next(m for m in model.modules() if type(m).__name__ == "MixtralExperts")
+    changed.__class__ = type("Halved", (type(changed),), {"forward": halved})
+    forwards, lines = accelerated_experts.fast_forwards(model)
+    assert changed not in forwards and len(forwards) == 1
+    assert lines == ["accelerated experts: 1", "experts compute as transformers does: Halved"]
+
+
+def halved(self: nn.Module, *given: Tensor) -> Tensor:
+    return super(type(self), self).forward(*given) / 2

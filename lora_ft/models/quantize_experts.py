@@ -18,22 +18,20 @@ layers by their names, such as down_proj, and leaves its own update in the weigh
 """
 
 import contextlib
-import copy
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_ft.models.accelerated_blocks import agree, drawn_tensor
+from lora_ft.models.accelerated_experts import computes_as_its_class
 from lora_ft.ops import expert_codes
 from lora_ft.ops.experts import is_experts, module_experts, parameter_names
 
 log = logging.getLogger("lora_ft")
 
-_OUTER, _INNER, _EXPERTS = 8, 16, 4  # sizes of the copy that is compared
 _NESTED_BLOCK = 256  # scales that share a scale, as in bitsandbytes
 
 
@@ -219,32 +217,4 @@ def _reading(experts_class: Any, names: tuple[str, ...], one_at_a_time: bool) ->
     members: dict[str, Any] = {name: attribute(name) for name in names}
     return type(
         experts_class.__name__, (experts_class,), members | ({"forward": module_experts} if one_at_a_time else {})
-    )
-
-
-def computes_as_its_class(module: Any) -> bool:
-    """Compare `module_experts` with the forward of the module's class, on a small copy with random weights."""
-    parameter = module._parameters[parameter_names(module)[0]]
-    dtype = expert_codes.dtype_of(parameter) if expert_codes.is_quantized(parameter) else parameter.dtype
-    return all(
-        _is_equal(module, functools.partial(drawn_tensor, torch.Generator().manual_seed(0), parameter.device, each))
-        for each in dict.fromkeys((torch.float32, dtype))
-    )
-
-
-def _is_equal(module: Any, drawn: Callable[..., Tensor]) -> bool:
-    small, (first, second), turned = copy.copy(module), parameter_names(module), module.is_transposed
-    inner = 2 * _INNER if module.has_gate else _INNER
-    parameters = {first: drawn(_EXPERTS, inner, _OUTER), second: drawn(_EXPERTS, _OUTER, _INNER)}
-    if module.has_bias:
-        biases = {f"{first}_bias": drawn(_EXPERTS, inner), f"{second}_bias": drawn(_EXPERTS, _OUTER)}
-        parameters |= biases
-    if turned:
-        parameters |= {name: parameters[name].transpose(1, 2).contiguous() for name in (first, second)}
-    vars(small).update(_parameters=parameters, num_experts=_EXPERTS)
-    index = torch.tensor([[0, 2], [2, 1], [1, 0]], device=parameters[first].device)  # and none for the last expert
-    return agree(
-        lambda x, scores: type(module).forward(small, x, index, scores),
-        lambda x, scores: module_experts(small, x, index, scores),
-        (drawn(3, _OUTER), drawn(3, 2)),
     )

@@ -23,6 +23,7 @@ An index of E or more names no expert, and adds nothing.
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -137,12 +138,11 @@ class _Order(NamedTuple):
 
 def _order(index: Tensor, num_experts: int) -> _Order:
     ordered, choice = torch.sort(index.reshape(-1), stable=True)
-    counts = torch.bincount(ordered.clamp(max=num_experts), minlength=num_experts + 1)
-    on_host = counts.cpu().tolist()[:num_experts]  # a GPU waits here once a layer: its weights are chosen on the host
+    ends = torch.searchsorted(ordered, torch.arange(num_experts, device=index.device), right=True)
+    on_host = ends.cpu().tolist()  # a GPU is waited for here, once a layer: the host chooses the weights
     if index.is_meta:  # no value tells: as if the experts had equal shares
-        share, rest = divmod(index.numel(), num_experts)
-        on_host = [share + (expert < rest) for expert in range(num_experts)]
-    return _Order(choice, choice // index.shape[-1], on_host)
+        on_host = [index.numel() * (expert + 1) // num_experts for expert in range(num_experts)]
+    return _Order(choice, choice // index.shape[-1], [end - start for start, end in pairwise([0, *on_host])])
 
 
 class _Layer(NamedTuple):
