@@ -32,6 +32,7 @@ from lora_ft.training import checkpoint
 FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3")
 # PEFT alone reads a property that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 IDS = torch.arange(40)[None] * 37 % 512
 
 
@@ -169,8 +170,7 @@ def test_quantized_experts_have_the_gradients_of_dequantized_ones_and_keep_their
         if not as_codes:
             dequantize_experts(base.model)
         before = fingerprint(base.model)
-        targets = ["experts.gate_up_proj", "experts.down_proj", "o_proj"]
-        model = attach.attach(base.model, config.Adapter(r=2, target_modules=targets), "first", 0, [])
+        model = attach.attach(base.model, config.Adapter(r=2, target_modules=[*BOTH, "o_proj"]), "first", 0, [])
         parameters = attach.trainable(model, "first")
         generator = torch.Generator().manual_seed(0)
         for parameter in parameters.values():
@@ -188,6 +188,49 @@ def dequantize_experts(model: torch.nn.Module) -> None:
             values = {key: torch.nn.Parameter(getattr(module, key), requires_grad=False) for key in names}
             module.__class__ = type(module).__mro__[1]
             module._parameters.update(values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "targets"), [("gpt_oss", BOTH), ("deepseek_v3", BOTH), ("qwen3_moe", BOTH[:1]), ("mixtral", BOTH[1:])]
+)
+def test_fast_experts_have_the_gradients_of_float64(name: str, targets: list[str], dtype: torch.dtype) -> None:
+    """In bfloat16 their error is about that of PEFT's own forward."""
+    base = zoo_model(name, dtype=torch.float64).to(dtype).to(torch.float64)
+
+    def of(model: torch.nn.Module, is_fast: bool) -> list[Tensor]:
+        made = attach.attach(model.requires_grad_(False), config.Adapter(r=2, target_modules=targets), "first", 0, [])
+        generator = torch.Generator().manual_seed(0)
+        for parameter in attach.trainable(made, "first").values():
+            parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+        with accelerated_lora(made, "first", config.Fast(lora=is_fast)) as reasons:
+            assert is_fast == (reasons == [])
+            loss = made.train()(input_ids=IDS, use_cache=False).logits.double().logsumexp(-1).sum()
+            return [g.double() for g in torch.autograd.grad(loss, list(attach.trainable(made, "first").values()))]
+
+    exact = of(base, False)
+    errors = []
+    for is_fast in (True, False):
+        model = zoo_model(name, dtype=dtype)
+        model.load_state_dict(zoo_model(name, dtype=torch.float64).state_dict())
+        errors.append([(f - e).norm() / e.norm() for f, e in zip(of(model, is_fast), exact, strict=True)])
+    most = 1e-5 if dtype is torch.float32 else 0.1
+    assert all(fast < most for fast in errors[0])
+    assert dtype is torch.float32 or sum(errors[0]) < 1.25 * sum(errors[1])
+
+
+def test_fast_experts_stop_where_peft_switches_an_adapter_off() -> None:
+    model = attached("qwen3_moe")
+    bare = logits(zoo_model("qwen3_moe"))
+    for parameter in attach.trainable(model, "first").values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    expected = logits(model)
+    with accelerated_lora(model, "first", config.Fast()):
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+        with model.disable_adapter():
+            torch.testing.assert_close(logits(model), bare, rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits(model), expected)
+    assert (expected - bare).norm() > 0.1 * bare.norm()
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4_text"])
