@@ -25,12 +25,14 @@ from lora_ft.memory.trace import trace_step
 from lora_ft.models.acceleration import accelerated_lora
 from lora_ft.models.fingerprint import fingerprint
 from lora_ft.models.load import Base, Identity, load_base, load_tokenizer
+from lora_ft.ops.expert_codes import is_quantized
 from lora_ft.training import checkpoint
 
 # Experts are laid out otherwise in gpt_oss, and PEFT takes names of deepseek_v3's other layers for experts.
 FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3")
 # PEFT alone reads a property that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 IDS = torch.arange(40)[None] * 37 % 512
 
 
@@ -99,7 +101,7 @@ def test_initial_matrices_depend_on_the_seed_alone_and_are_float32() -> None:
 def test_detached_base_is_the_same_to_the_bit_and_names_its_parameters_in_the_same_order(
     name: str, experts: dict[str, list[str]]
 ) -> None:
-    """PEFT's forward changes the order, and by the order it names the matrices of the next adapter."""
+    """By their order PEFT names the matrices of the next adapter. Its own forward changes the order."""
     base = zoo_model(name).requires_grad_(False)
     before, names, expected = fingerprint(base), list(dict(base.named_parameters())), logits(base)
     classes = [type(module) for module in base.modules()]
@@ -125,8 +127,10 @@ def test_saved_adapter_in_peft_alone_and_merged_model_compute_the_attached_logit
     base, model = adapted(settings(tmp_path, name, quant=quant))
     loaded, _ = lora_ft.load(run, ["device=cpu"])
     assert torch.equal(logits(loaded), logits(model))
-    alone = attach.detach(base.model) or PeftModel.from_pretrained(base.model, run / "adapter")
-    assert torch.equal(logits(alone), logits(loaded))
+    if quant == "none":  # PEFT alone would replace the codes of experts that lora_ft quantized
+        attach.detach(base.model)
+        alone = PeftModel.from_pretrained(base.model, run / "adapter")
+        assert torch.equal(logits(alone), logits(loaded))
     lora_ft.merge(run, tmp_path / "merged", ["device=cpu", *(["base_weights=dequantized"] if quant == "nf4" else [])])
     merged = type(base.model).from_pretrained(tmp_path / "merged", dtype=torch.float32)
     difference = (logits(merged) - logits(loaded)).norm() / logits(loaded).norm()
@@ -153,6 +157,80 @@ def test_patterns_hold_for_experts_and_for_layers_that_are_adapted_as_parameters
     assert torch.equal(logits(files.load(zoo_model("deepseek_v3"), tmp_path / "adapter", "x")), logits(model))
     with pytest.raises(ConfigError, match=r"adapter\.rank_pattern: gate_up matches no adapted layer"):
         attached("deepseek_v3", rank_pattern={"gate_up": 3})
+
+
+@pytest.mark.parametrize(("name", "quant"), [("gpt_oss", "nf4"), ("deepseek_v3", "int8"), ("mixtral", "nf4")])
+def test_quantized_experts_have_the_gradients_of_dequantized_ones_and_keep_their_codes(
+    name: str, quant: str, tmp_path: Path
+) -> None:
+    zoo_folder(tmp_path, name)
+    found = []
+    for as_codes in (True, False):
+        base, _ = base_of(tmp_path, name, quant)
+        if not as_codes:
+            dequantize_experts(base.model)
+        before = fingerprint(base.model)
+        model = attach.attach(base.model, config.Adapter(r=2, target_modules=[*BOTH, "o_proj"]), "first", 0, [])
+        parameters = attach.trainable(model, "first")
+        generator = torch.Generator().manual_seed(0)
+        for parameter in parameters.values():
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+        loss = model.train()(input_ids=IDS, use_cache=False).logits.logsumexp(-1).sum()
+        found.append([loss.detach(), *torch.autograd.grad(loss, list(parameters.values()))])
+        assert fingerprint(base.model) == before
+    for codes, values in zip(*found, strict=True):
+        assert (codes - values).norm() < 1e-5 * values.norm()
+
+
+def dequantize_experts(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        if names := [key for key, parameter in module._parameters.items() if is_quantized(parameter)]:
+            values = {key: torch.nn.Parameter(getattr(module, key), requires_grad=False) for key in names}
+            module.__class__ = type(module).__mro__[1]
+            module._parameters.update(values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "targets"), [("gpt_oss", BOTH), ("deepseek_v3", BOTH), ("qwen3_moe", BOTH[:1]), ("mixtral", BOTH[1:])]
+)
+def test_fast_experts_have_the_gradients_of_float64(name: str, targets: list[str], dtype: torch.dtype) -> None:
+    """In bfloat16 their error is about that of PEFT's own forward."""
+    base = zoo_model(name, dtype=torch.float64).to(dtype).to(torch.float64)
+
+    def of(model: torch.nn.Module, is_fast: bool) -> list[Tensor]:
+        made = attach.attach(model.requires_grad_(False), config.Adapter(r=2, target_modules=targets), "first", 0, [])
+        generator = torch.Generator().manual_seed(0)
+        for parameter in attach.trainable(made, "first").values():
+            parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+        with accelerated_lora(made, "first", config.Fast(lora=is_fast)) as reasons:
+            assert is_fast == (reasons == [])
+            loss = made.train()(input_ids=IDS, use_cache=False).logits.double().logsumexp(-1).sum()
+            return [g.double() for g in torch.autograd.grad(loss, list(attach.trainable(made, "first").values()))]
+
+    exact = of(base, False)
+    errors = []
+    for is_fast in (True, False):
+        model = zoo_model(name, dtype=dtype)
+        model.load_state_dict(zoo_model(name, dtype=torch.float64).state_dict())
+        errors.append([(f - e).norm() / e.norm() for f, e in zip(of(model, is_fast), exact, strict=True)])
+    most = 1e-5 if dtype is torch.float32 else 0.1
+    assert all(fast < most for fast in errors[0])
+    assert dtype is torch.float32 or sum(errors[0]) < 1.25 * sum(errors[1])
+
+
+def test_fast_experts_stop_where_peft_switches_an_adapter_off() -> None:
+    model = attached("qwen3_moe")
+    bare = logits(zoo_model("qwen3_moe"))
+    for parameter in attach.trainable(model, "first").values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    expected = logits(model)
+    with accelerated_lora(model, "first", config.Fast()):
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+        with model.disable_adapter():
+            torch.testing.assert_close(logits(model), bare, rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits(model), expected)
+    assert (expected - bare).norm() > 0.1 * bare.norm()
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4_text"])
@@ -257,6 +335,6 @@ def test_truncation_and_combination_refuse_experts(tmp_path: Path) -> None:
         combine.check(*base_of(tmp_path, "qwen3_moe"), [run / "adapter", run / "adapter"])
 
 
-def base_of(folder: Path, name: str) -> tuple[Base, config.Quant]:
-    cfg = settings(folder, name)
+def base_of(folder: Path, name: str, quant: str = "none") -> tuple[Base, config.Quant]:
+    cfg = settings(folder, name, quant=quant)
     return load_base(cfg.model, cfg.quant, "cpu", load_tokenizer(cfg.model)), cfg.quant

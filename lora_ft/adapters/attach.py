@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
@@ -21,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_ft import config
 from lora_ft.adapters import targets
-from lora_ft.adapters.experts import remember_order, restore_order
+from lora_ft.adapters.experts import shapes_only, use_wrappers_that_keep_the_base
 from lora_ft.adapters.master_weights import keep_in_float32
 from lora_ft.adapters.targets import matched_layers
 from lora_ft.errors import ConfigError
@@ -89,8 +88,6 @@ def detach(base: PreTrainedModel) -> None:
     """
     for parent in list(base.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, ParamWrapper):
-                restore_order(child)
             if isinstance(child, BaseTunerLayer):
                 setattr(parent, name, child.get_base_layer())
             elif isinstance(child, AuxiliaryTrainingWrapper):
@@ -111,8 +108,9 @@ def inject(model: PreTrainedModel, peft_config: LoraConfig, name: str) -> PeftMo
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)
         # PEFT looks for the keys of patterns among layers only, not among parameters; `attach` has checked them.
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys", category=RuntimeWarning)
-        attached = get_peft_model(model, peft_config, adapter_name=name)
-    remember_order(attached)
+        with shapes_only(model):
+            attached = get_peft_model(model, peft_config, adapter_name=name)
+    use_wrappers_that_keep_the_base(attached)
     return attached
 
 

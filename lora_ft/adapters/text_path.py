@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_ft.adapters.experts import expert_parameters, without_values
+from lora_ft.adapters.experts import expert_parameters, use_wrappers_that_keep_the_base
 
 log = logging.getLogger("lora_ft")
 
@@ -139,11 +139,12 @@ def _trace(model: PreTrainedModel, experts: list[str]) -> tuple[dict[str, str], 
         layer.register_forward_hook(_probe(name, found, probes))
     if experts:
         inject_adapter_in_model(LoraConfig(r=1, target_modules=[], target_parameters=experts), twin)
+        use_wrappers_that_keep_the_base(twin)
     twin.requires_grad_().train()  # some code passes a layer by in this mode only
     validates = Distribution._validate_args
     Distribution.set_default_validate_args(False)  # it would look at values
     try:
-        with _AnyValues(), without_values():
+        with _AnyValues():
             output = twin(input_ids=torch.zeros((1, _TOKENS), dtype=torch.long), use_cache=False)
     finally:
         Distribution.set_default_validate_args(validates)

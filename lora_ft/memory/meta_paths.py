@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from lora_ft.adapters.experts import without_values
 from lora_ft.memory.fused_attention import fused_attention
 
 
@@ -13,8 +12,8 @@ from lora_ft.memory.fused_attention import fused_attention
 def as_with_values(lengths: Sequence[int]) -> Iterator[None]:
     """Change what libraries do on the meta device until the block ends; lengths: of the documents of a step.
 
-    torch's fused optimizers and attention run, and PEFT's adapters of experts. transformers finds packed documents by
-    their positions, of which there are more than the longest document has.
+    torch's fused optimizers and attention run. transformers finds packed documents by their positions, of which there
+    are more than the longest document has.
     """
     from torch.optim import optimizer
     from transformers import masking_utils
@@ -29,7 +28,7 @@ def as_with_values(lengths: Sequence[int]) -> Iterator[None]:
     optimizer._get_fused_kernels_supported_devices = lambda: [*fused(), "meta"]
     masking_utils.find_packed_sequence_indices = found_packed
     try:
-        with fused_attention(), without_values():
+        with fused_attention():
             yield
     finally:
         optimizer._get_fused_kernels_supported_devices = fused

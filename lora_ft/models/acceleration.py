@@ -3,7 +3,7 @@
     accelerate             1 storage      linear weights in bfloat16 if that keeps every bit (fast.storage)
       (a frozen base)      2 blocks       norms, MLPs, experts, rotations that keep less (fast.norm, mlp, rope)
                            3 attention    within packed documents (fast.attention), paths of the loss (fast.loss)
-    accelerated_lora       4 LoRA layers  a linear layer and its LoRA as one function (fast.lora)
+    accelerated_lora       4 LoRA layers  a linear layer, or experts, and their LoRA as one function (fast.lora)
     dequantized_weights    5 generation   weights that are stored small are dequantized once
 
 Steps 1-3 are checked on the loaded base (models/self_check.py, accelerated_blocks.py, accelerated_experts.py). A step
