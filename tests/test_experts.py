@@ -9,8 +9,9 @@ from tiny import tiny_model
 from torch import Tensor, nn
 
 from lora_ft import config
-from lora_ft.models import accelerated_experts
+from lora_ft.models import accelerated_experts, quantize_experts
 from lora_ft.models.acceleration import accelerated
+from lora_ft.models.quantize import bitsandbytes_config
 from lora_ft.ops import experts as ops_experts
 from lora_ft.ops.device import CPU, GPU, Target, standing_for
 from lora_ft.ops.experts import expert_lora, module_experts, parameter_names
@@ -140,6 +141,7 @@ def test_half_precision_value_without_lora_is_that_of_the_grouped_products_to_th
 def test_groups_of_experts_give_the_values_and_gradients_of_single_ones(family, kind, with_lora, monkeypatch):
     index, scores = routing(kind, torch.float32)
     module = module_of(family, torch.float32)
+    monkeypatch.setattr(ops_experts, "_group_of", lambda *_: 1)
     single = results(fast, module, index, scores, torch.float32, with_lora)
     right, grouped = ops_experts.grouped_mm, []
     monkeypatch.setattr(ops_experts, "grouped_mm", lambda *given, **more: grouped.append(1) or right(*given, **more))
@@ -151,13 +153,15 @@ def test_groups_of_experts_give_the_values_and_gradients_of_single_ones(family, 
 
 
 def test_groups_are_limited_by_their_bytes_and_by_the_kernel():
-    module = module_of("gpt_oss", torch.bfloat16)
-    x = torch.empty(3, 64, dtype=torch.bfloat16, device="meta")
-    one = 2 * 64 * 256
-    for device, expected in ((GPU, ops_experts._GROUP_BYTES // one), (Target("cuda", (7, 5)), 1), (CPU, 1)):
-        with standing_for(device):
-            assert ops_experts._group_of(module, x) == expected
-            assert ops_experts._group_of(module, x.float()) == 1
+    x, one = torch.empty(3, 64, dtype=torch.bfloat16, device="meta"), 2 * 64 * 256
+    plain, quantized = module_of("gpt_oss", torch.bfloat16), module_of("gpt_oss", torch.bfloat16)
+    quantize_experts.quantize(quantized, bitsandbytes_config(config.Quant(kind=config.QuantKind.nf4), torch.bfloat16))
+    devices = (GPU, Target("cuda", (7, 5)), CPU)
+    for module, expected in ((quantized, (ops_experts._GROUP_BYTES // one, 1, 1)), (plain, (EXPERTS, 1, EXPERTS))):
+        for device, size in zip(devices, expected, strict=True):
+            with standing_for(device):
+                assert ops_experts._group_of(module, x) == size
+                assert ops_experts._group_of(module, x.double()) == 1
 
 
 def test_backward_keeps_the_input_once_and_no_weight():
