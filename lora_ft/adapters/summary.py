@@ -77,7 +77,8 @@ def layers(base: Base, cfg: config.TrainRun) -> Layers:
     """
     parameters = dict(base.model.named_parameters())
     quant = stored.agreed(cfg.quant, base.identity.stored)
-    planned = quantize.planned_layers(base.model) if quant.kind is not config.QuantKind.none else []
+    is_quantized = quant.kind is not config.QuantKind.none
+    planned = quantize.planned_layers(base.model, base.identity.stored) if is_quantized else []
     _check_bypassed(base.model, planned, quant)
     quantized = sum(parameters[f"{name}.weight"].numel() for name in planned if f"{name}.weight" in parameters)
     selection = targets.select(base.model, cfg.adapter)

@@ -88,6 +88,8 @@ def storage(
     with torch.device("meta"):
         network = objectives.find(cfg.objective).model_class.from_config(model_config, dtype=_dtype(cfg, device))
     files = of_config(model_config)
+    if files and not files.trains:  # dequantized weights are new tensors, whatever their dtype
+        files, stored = None, torch.uint8
     weights = list(_weights(network, agreed(cfg.quant, files), files))
     in_files = (
         base.weight_bytes if base and base.weight_bytes else sum(each.in_files(files, stored) for each in weights)
@@ -134,7 +136,7 @@ def _dtype(cfg: config.TrainRun, device: Target) -> torch.dtype:
     return torch.bfloat16 if device.capability >= (8, 0) else torch.float16
 
 
-def _weights(network: Any, quant: config.Quant, files: Stored | None) -> Iterator[_Weight]:
+def _weights(network: Any, quant: config.Quant, files: Stored | None = None) -> Iterator[_Weight]:
     """Yield the parameters of a model without values in the order in which transformers loads them, tied ones once."""
     from transformers.core_model_loading import dot_natural_key
     from transformers.pytorch_utils import Conv1D

@@ -10,11 +10,8 @@ On a CPU, weights whose stored dtype is the requested one stay in the mapped fil
 and several processes share them.
 """
 
-import contextlib
 import json
 import logging
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,20 +19,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_ft import config
-from lora_ft.errors import ConfigError, ResourceError
+from lora_ft.errors import ConfigError
 from lora_ft.models import quantize, stored
 from lora_ft.models.cpu_embedding import keep_on_cpu
 from lora_ft.models.device import auto_dtype, resolve_device, resolve_dtype
 from lora_ft.models.resolve import Identity, locate
 from lora_ft.models.storage import copy_mapped_weights
+from lora_ft.models.weight_source import Source, first_line, load_weights, quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Old checkpoints contain the causal mask's fill value, a constant, which not every model class declares.
-_MASK = re.compile(r"\.masked_bias$")
-
-__all__ = ["Base", "Identity", "load_base", "load_tokenizer", "read_tokenizer"]
+__all__ = ["Base", "Identity", "first_line", "load_base", "load_tokenizer", "quiet", "read_tokenizer"]
 
 log = logging.getLogger("lora_ft")
 
@@ -141,89 +136,23 @@ def load_base(
     compute = dtype if quant.compute_dtype is config.Dtype.auto else resolve_dtype(quant.compute_dtype, target)
     files, quant = identity.stored, stored.agreed(quant, identity.stored)
     tokenizer = tokenizer or load_tokenizer(model)
-    settings = quantize.bitsandbytes_config(quant, compute, files)
-    source = _Source(model.path, str(identity.folder), settings, is_quantized=files is not None)
-    network = _load_weights(source, dtype, target, model_class or AutoModelForCausalLM)
+    settings = quantize.bitsandbytes_config(quant, compute, files if files and files.trains else None)
+    source = Source(model.path, Path(str(identity.folder)), settings, files)
+    network = load_weights(source, dtype, target, model_class or AutoModelForCausalLM)
+    if files and not files.trains:
+        log.info("weights stored in %s are dequantized to %s", files.method, str(dtype).removeprefix("torch."))
     quantized: tuple[str, ...] = ()
     if quant.kind is not config.QuantKind.none:
-        if files:
+        if files and files.trains:
             quantize.adopt(network, files, dtype)
-        quantized = quantize.check_plan(network)
+        quantized = quantize.check_plan(network, files)
         quantize.settle(network, quantized)
-        if not files:  # the codes of quantized files stay mapped
+        if not (files and files.trains):  # otherwise the codes stay mapped
             copy_mapped_weights(network)
     fit_embeddings(network, tokenizer, len(model.added_tokens))
     if model.embedding_device == "cpu":
         keep_on_cpu(network, target)
     return Base(network.requires_grad_(False).eval(), tokenizer, identity, quantized)
-
-
-@dataclass(frozen=True)
-class _Source:
-    """The folder of a base, the setting that names it, and transformers' config of its quantization.
-
-    is_quantized: the files are quantized already; otherwise the weights are quantized while they are loaded.
-    """
-
-    path: str
-    folder: str
-    quantization: Any
-    is_quantized: bool
-
-    def arguments(self) -> dict[str, Any]:
-        """Return the arguments of `from_pretrained` that quantize the weights."""
-        if not self.is_quantized:
-            return {"quantization_config": self.quantization}
-        from transformers import AutoConfig
-
-        # A quantization in the config replaces the argument, so our dtype of the products goes there.
-        described = AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
-        described.quantization_config = self.quantization.to_dict()
-        return {"config": described}
-
-
-def _load_weights(source: _Source, dtype: torch.dtype, device: torch.device, model_class: Any) -> Any:
-    from safetensors import SafetensorError
-
-    path = source.path
-    try:
-        with quiet():
-            network, report = model_class.from_pretrained(
-                source.folder, dtype=dtype, device_map={"": device}, **source.arguments(),
-                use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are part of the report, which is checked below
-            )  # fmt: skip
-    except torch.OutOfMemoryError:
-        raise ResourceError(
-            f"model.path={path} does not fit into the memory of {device}: set quant=nf4, or choose a smaller model"
-        ) from None
-    except RuntimeError as error:
-        if source.quantization is None:
-            raise
-        if source.is_quantized:
-            raise ConfigError(
-                f"model.path={path}: the weights cannot be read, as config.json says they are quantized: weights and "
-                "config.json do not belong together, or the memory is too small"
-            ) from error
-        # transformers raises this one error for every failure of a quantization, including lack of memory.
-        raise ResourceError(
-            f"model.path={path} cannot be quantized on {device}; the most common reason is lack of memory: "
-            "choose a smaller model, or another device"
-        ) from error
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"model.path={path} cannot be loaded: {first_line(error)}") from None
-    # transformers only logs this, and fills missing weights with random numbers.
-    if absent := sorted(report["missing_keys"]) or sorted(report["mismatched_keys"]):
-        raise ConfigError(
-            f"model.path={path}: the weights lack {absent[0]}, or its shape differs ({len(absent)} in all): "
-            "weights and config.json do not belong together"
-        )
-    if extra := sorted(name for name in report["unexpected_keys"] if not _MASK.search(name)):
-        raise ConfigError(
-            f"model.path={path}: the weights contain tensors that the model of config.json does not have: "
-            f"{', '.join(extra[:3])} ({len(extra)} in all): weights and config.json do not belong together"
-        )
-    return network
 
 
 def fit_embeddings(network: Any, tokenizer: Any, num_added: int) -> None:
@@ -246,23 +175,3 @@ def fit_embeddings(network: Any, tokenizer: Any, num_added: int) -> None:
             network.resize_token_embeddings(tokens, mean_resizing=False)
     for matrix in (network.get_input_embeddings().weight, network.get_output_embeddings().weight):
         matrix.data[tokens - num_added : tokens] = matrix.data[: tokens - num_added].mean(dim=0, dtype=torch.float32)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers' progress bars and log lines until the block ends; problems are raised as errors instead."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -20,9 +20,9 @@ def quantize_meta(network: Any, quant: config.Quant, compute: torch.dtype) -> tu
     A layer of a meta model costs nothing, so an 8B model takes a second.
     """
     files = stored.of_config(network.config)
-    if files:
+    if files and files.trains:
         quant, files = stored.agreed(quant, files), dataclasses.replace(files, storage="uint8")
-    settings = quantize.bitsandbytes_config(quant, compute, files)
+    settings = quantize.bitsandbytes_config(quant, compute, files if files and files.trains else None)
     if settings is None:
         return ()
     from transformers.quantizers import AutoHfQuantizer
@@ -38,6 +38,6 @@ def quantize_meta(network: Any, quant: config.Quant, compute: torch.dtype) -> tu
                 module.weight.data = module.weight.data.to(network.dtype)  # the dtype in which weights are loaded
                 module.weight = module.weight._quantize("meta")
     quantizer.postprocess_model(network)
-    names = quantize.check_plan(network)
+    names = quantize.check_plan(network, files)
     quantize.keep_as_quantized(network, names)
     return names
