@@ -150,17 +150,18 @@ def _merged_model(
 
 def _candidates(cfg: config.MergeRun, tokenizer: PreTrainedTokenizerBase) -> tuple[list[BaseWeights], list[Example]]:
     """Return the base weights to choose from, and the eval rows to compare them on."""
-    if cfg.quant.kind is QuantKind.none:
-        if cfg.base_weights is not BaseWeights.auto:
-            log.warning("base_weights=%s has no effect: the adapter's base is not quantized", cfg.base_weights.value)
-        return [BaseWeights.original], []
-    if files := locate(cfg.model, weights=False).stored:
+    files = locate(cfg.model, weights=False).stored
+    if files and files.trains:
         if cfg.base_weights is BaseWeights.original:
             raise ConfigError(
                 f"base_weights=original: the files of this base hold its weights in {files.kind.value} "
                 f"({files.method}), and there are no others: leave out base_weights"
             )
         return [BaseWeights.dequantized], []
+    if cfg.quant.kind is QuantKind.none:
+        if cfg.base_weights is not BaseWeights.auto:
+            log.warning("base_weights=%s has no effect: the adapter's base is not quantized", cfg.base_weights.value)
+        return [BaseWeights.original], []
     if cfg.base_weights is not BaseWeights.auto:
         return [cfg.base_weights], []
     rows = _eval_examples(cfg, tokenizer)

@@ -86,10 +86,10 @@ def layers(base: Base, cfg: config.TrainRun) -> Layers:
     parameters = dict(base.model.named_parameters())
     quant = stored.agreed(cfg.quant, base.identity.stored)
     quantizes = quant.kind is not config.QuantKind.none
-    planned = quantize.planned_layers(base.model) if quantizes else []
+    planned = quantize.planned_layers(base.model, base.identity.stored) if quantizes else []
     _check_bypassed(base.model, planned, quant)
     quantized = {f"{name}.weight" for name in planned if f"{name}.weight" in parameters}
-    quantized |= set(quantize_experts.planned_parameters(base.model) if quantizes else [])
+    quantized |= set(quantize_experts.planned_parameters(base.model, base.identity.stored) if quantizes else [])
     selection = targets.select(base.model, cfg.adapter, planned)
     parts = account(base.model, selection, cfg.adapter)
     not_adapted = [name for name, part in parts.items() if part in SPECIAL]

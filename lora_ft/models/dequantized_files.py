@@ -1,0 +1,226 @@
+"""Read the weights of a base whose files are quantized by another method than bitsandbytes, each dequantized on access.
+
+    fp8, mxfp8, fbgemm_fp8   W = codes * scale            of each block of rows and columns, of each row, or of all
+    mxfp4                    W = level[code] * 2^(scale - 127)     32 values per scale, two codes in a byte
+    gptq                     W = scale * (code - zero)    of each group of inputs, or the group of each input (g_idx)
+    awq                      W = scale * (code - zero)    eight codes in a word, in the order of AWQ's kernels
+
+    names and tensors of the files -> names of the 16-bit model, tensors of float32 -> transformers' own loader
+
+Products are computed in float32 and rounded once, to the dtype of the model. The loader takes one tensor at a time, so
+the whole model is in memory only in that dtype, or quantized by `quant`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_ft.errors import ConfigError
+
+_FLOAT8 = ("F8_E4M3", "F8_E5M2")
+_OF_LAYERS = ("scale", "qscale_weight")
+_ACTIVATIONS = (".activation_scale", ".input_scale", ".input_scale_ub", ".input_zero_point", ".output_scale")
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+_AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of the codes of eight neighbouring outputs in a word
+
+Stored = Mapping[str, Any]
+"""Slices of safetensors files by name; `slice[...]` reads the tensor."""
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """A tensor that is computed on access, as `lazy[...]`, like a slice of a safetensors file."""
+
+    make: Callable[[], Tensor]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.make()[index].contiguous()
+
+
+def open_tensors(folder: Path, files: list[str], settings: Mapping[str, Any], stack: ExitStack) -> dict[str, Any]:
+    """Return the tensors of a model by their names in 16 bits, each to be read or dequantized on access.
+
+    `settings` is the quantization_config, which `stored.of` has checked. `stack` keeps the files open. Raises
+    ConfigError for tensors that do not belong together.
+    """
+    from safetensors import safe_open
+
+    found: dict[str, Any] = {}
+    for file in files:
+        opened = stack.enter_context(safe_open(folder / file, framework="pt"))
+        found |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - it is not a mapping
+    dequantized = dict(_METHODS[settings["quant_method"]](found, settings))
+    if not any(isinstance(tensor, Lazy) for tensor in dequantized.values()):
+        raise ConfigError(f"{folder} has no weights quantized by {settings['quant_method']}, as its config.json says")
+    return dequantized
+
+
+def _scaled(found: Stored, settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield weights of 8 bits times their scales, and all other weights as they are."""
+    blocks = settings.get("weight_block_size")
+    used = set()
+    for name, values in found.items():
+        if values.get_dtype() == "I8":
+            raise ConfigError(
+                f"{name} has codes of 4 bits, two in a byte, which cannot be read: use the model in 16 bits"
+            )
+        if values.get_dtype() in _FLOAT8:
+            # DeepSeek-V4 and Mistral name the scales after the layer.
+            ends = (f"{name}_scale_inv", f"{name}_scale", *(name.removesuffix("weight") + end for end in _OF_LAYERS))
+            scale = next((end for end in ends if end in found), None)
+            if scale is None:
+                raise ConfigError(f"{name} has codes of 8 bits and no scales: download the model again")
+            _check_scales(name, values.get_shape(), found[scale].get_shape(), blocks)
+            used |= {name, scale}
+            yield name, Lazy(partial(scaled, values, found[scale], blocks))
+    rest = (name for name in found if name not in used and not name.endswith(_ACTIVATIONS))
+    yield from ((name, found[name]) for name in rest)
+
+
+def _check_scales(name: str, codes: list[int], scales: list[int], blocks: Any) -> None:
+    grid = [*scales, 1] if len(scales) == len(codes) - 1 else scales
+    fits = len(grid) == len(codes) > 1 and all(
+        _block(size, count, blocks and blocks[dim])
+        for dim, (size, count) in enumerate(zip(codes[-2:], grid[-2:], strict=True))
+    )
+    if prod(scales) != 1 and not fits:
+        raise ConfigError(f"{name} {tuple(codes)} and its scales {tuple(scales)} do not belong together")
+
+
+def _block(size: int, count: int, named: int | None) -> int:
+    """Return how many values share a scale in a dimension: all, one, or as config.json says; 0 if nothing fits.
+
+    Without a size in config.json, the dimension is divided into equal parts.
+    """
+    if count == 1 or count == size:
+        return size // count
+    if named:
+        return named if count == -(-size // named) else 0
+    return 0 if size % count else size // count
+
+
+def scaled(codes: Any, scales: Any, blocks: Any = None) -> Tensor:
+    """Return codes [.., M, N] times their scales: one for all, one per row [M, 1] or [M], or one per block.
+
+    Both are tensors or slices of files.
+    """
+    values, scales = codes[...].to(torch.float32), scales[...]
+    # Scales of one byte are exponents of two.
+    scales = (scales.to(torch.float32) - 127).exp2() if scales.dtype == torch.uint8 else scales.to(torch.float32)
+    if scales.numel() == 1:
+        return values * scales.flatten()[0]
+    if scales.dim() == values.dim() - 1:
+        scales = scales[..., None]
+    for dim in (-2, -1):
+        size, count = values.shape[dim], scales.shape[dim]
+        if count != 1:
+            block = _block(size, count, blocks and blocks[dim])
+            scales = scales.repeat_interleave(block, dim).narrow(dim, 0, size)
+    return values.mul_(scales)
+
+
+def _mxfp4(found: Stored, settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield experts [E, in, out] from blocks [E, out, in / 32, 16] and exponents [E, out, in / 32]."""
+    for name, values in found.items():
+        short = name.removesuffix("_blocks")
+        if short != name and f"{short}_scales" in found:
+            blocks, scales = values, found[f"{short}_scales"]
+            if blocks.get_shape()[:-1] != scales.get_shape():
+                raise ConfigError(f"{name} and its scales do not belong together: their shapes differ")
+            yield short, Lazy(partial(_experts, blocks, scales))
+        elif not (name.endswith("_scales") and f"{name.removesuffix('_scales')}_blocks" in found):
+            yield name, values
+
+
+def _experts(blocks: Any, scales: Any) -> Tensor:
+    return mxfp4(blocks[...], scales[...]).transpose(-2, -1)
+
+
+def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
+    """Return the weights [.., in] of blocks [.., G, B]: two codes in a byte, the lower one first; 2 G B = in."""
+    levels = torch.tensor(_FP4)
+    values = torch.stack((levels[(blocks & 15).int()], levels[(blocks >> 4).int()]), dim=-1).flatten(-2)
+    return torch.ldexp(values, scales.int()[..., None] - 127).flatten(-2)
+
+
+def _gptq(found: Stored, settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    offset = 0 if "v2" in str(settings.get("checkpoint_format") or settings.get("format") or "gptq") else 1
+    parts = ("qweight", "qzeros", "scales", "g_idx")
+    bits = settings["bits"]
+    yield from _packed(found, parts, bits, 0, lambda read: gptq(**read, bits=bits, offset=offset))
+
+
+def gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, bits: int, offset: int) -> Tensor:
+    """Return W [out, in] of GPTQ's layout: codes packed along the inputs, zeros along the outputs.
+
+    `offset` was subtracted from the zeros when they were stored: 1 in the first version of the format, else 0.
+    """
+    codes = unpacked(qweight, bits, 0)
+    zeros = (unpacked(qzeros, bits, 1) + offset) & (2**bits - 1)
+    in_order = torch.arange(len(codes)) // -(-len(codes) // len(scales))
+    groups = in_order if g_idx is None else g_idx.long()
+    return ((codes - zeros[groups]).float() * scales.float()[groups]).T
+
+
+def _awq(found: Stored, settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    yield from _packed(found, ("qweight", "qzeros", "scales"), 4, 1, lambda read: awq(**read))
+
+
+def awq(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
+    """Return W [out, in] of AWQ's layout for matrix products: codes and zeros of 4 bits, packed along the outputs."""
+    codes, zeros = (
+        unpacked(each, 4, 1).unflatten(1, (-1, 8))[..., list(_AWQ_PLACES)].flatten(1) for each in (qweight, qzeros)
+    )
+    size = len(codes) // len(scales)
+    return ((codes - zeros.repeat_interleave(size, 0)).float() * scales.float().repeat_interleave(size, 0)).T
+
+
+def unpacked(words: Tensor, bits: int, dim: int) -> Tensor:
+    """Return the codes in words of 32 bits, the lowest bits first, along a dimension of a matrix, which grows."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    codes = (words.unsqueeze(dim + 1) >> shifts.view(-1, *[1] * (1 - dim))) & (2**bits - 1)
+    return codes.flatten(dim, dim + 1)
+
+
+def _packed(
+    found: Stored, parts: tuple[str, ...], bits: int, along: int, make: Callable[[dict[str, Tensor | None]], Tensor]
+) -> Iterator[tuple[str, Any]]:
+    """Yield a weight for each layer with these parts, and all other weights as they are.
+
+    The codes are packed along the dimension `along` of the first part.
+    """
+    layers = {name.removesuffix(f".{parts[0]}") for name in found if name.endswith(f".{parts[0]}")}
+    for layer in layers:
+        if missing := [part for part in parts[:3] if f"{layer}.{part}" not in found]:
+            raise ConfigError(f"the weights lack {layer}.{missing[0]}: download the model again")
+
+        _check_packed(layer, [found[f"{layer}.{part}"].get_shape() for part in parts[:3]], along, bits)
+
+        def read(layer: str = layer) -> Tensor:
+            return make({p: found[f"{layer}.{p}"][...] if f"{layer}.{p}" in found else None for p in parts})
+
+        yield f"{layer}.weight", Lazy(read)
+    own = {f"{layer}.{part}" for layer in layers for part in parts}
+    yield from ((name, values) for name, values in found.items() if name not in own)
+
+
+def _check_packed(layer: str, shapes: list[list[int]], along: int, bits: int) -> None:
+    per_word, (words, zeros, scales) = 32 // bits, shapes
+    inputs, outputs = (size * (per_word if dim == along else 1) for dim, size in enumerate(words))
+    groups = scales[0]
+    if scales != [groups, outputs] or zeros != [groups, outputs // per_word] or not groups or inputs % groups:
+        raise ConfigError(
+            f"{layer}: codes {tuple(words)}, zeros {tuple(zeros)} and scales {tuple(scales)} do not belong together"
+        )
+
+
+_METHODS: dict[str, Callable[[Stored, Mapping[str, Any]], Iterator[tuple[str, Any]]]] = {
+    "fp8": _scaled, "mxfp8": _scaled, "fbgemm_fp8": _scaled, "mxfp4": _mxfp4, "gptq": _gptq, "awq": _awq,
+}  # fmt: skip

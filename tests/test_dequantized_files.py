@@ -1,0 +1,218 @@
+"""Bases in FP8, MXFP4, GPTQ and AWQ: dequantized exactly while they are loaded, then trained as any other base."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import packed_models as packed
+import pytest
+import torch
+from finished import call, rows_file
+from safetensors.torch import load_file, save_file
+from tiny import tiny_folder, tiny_tokenizer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
+
+import lora_ft
+from lora_ft import config
+from lora_ft.adapters import provenance
+from lora_ft.config import QuantKind
+from lora_ft.errors import ConfigError
+from lora_ft.memory import planning
+from lora_ft.models import load, stored
+from lora_ft.models.meta_model import load_meta_model, read_config
+
+UP = "model.layers.1.mlp.up_proj"
+IDS = torch.tensor([[5, 300, 7, 44, 511, 20]])
+
+
+def of_linear(pack: Callable[[Tensor], packed.Packed]) -> Callable[[str, Tensor], packed.Packed | None]:
+    return lambda name, tensor: pack(tensor) if "proj.weight" in name else None
+
+
+WAYS: dict[str, tuple[dict[str, Any], Callable[[Tensor], packed.Packed]]] = {
+    "fp8": ({"quant_method": "fp8", "weight_block_size": [32, 32]}, lambda w: packed.fp8(w, 32, 32)),
+    # 64 and 128 rows in blocks of 48: the last ones are smaller.
+    "fp8 ragged": ({"quant_method": "fp8", "weight_block_size": [48, 48]}, lambda w: packed.fp8(w, 48, 48)),
+    "fp8 rows": ({"quant_method": "fbgemm_fp8"}, lambda w: packed.fp8(w, 1, 9999, ".weight_scale")),
+    "fp8 whole": ({"quant_method": "fp8"}, lambda w: packed.fp8(w, 9999, 9999, ".weight_scale")),
+    "gptq": ({"quant_method": "gptq", "bits": 4}, lambda w: packed.gptq(w, 4, 32, 1, ordered=True)),
+    "gptq act order": ({"quant_method": "gptq", "bits": 4}, lambda w: packed.gptq(w, 4, 16, 1, ordered=False)),
+    "gptq 8": ({"quant_method": "gptq", "bits": 8}, lambda w: packed.gptq(w, 8, 64, 1, ordered=True)),
+    "gptq 2": ({"quant_method": "gptq", "bits": 2}, lambda w: packed.gptq(w, 2, 16, 1, ordered=True)),
+    "gptq v2": (
+        {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"},
+        lambda w: packed.gptq(w, 4, 32, 0, ordered=False),
+    ),
+    "awq": ({"quant_method": "awq", "bits": 4, "version": "gemm"}, lambda w: packed.awq(w, 32)),
+}
+
+
+def folder_of(tmp_path: Path, way: str) -> tuple[Path, dict[str, Tensor]]:
+    """Return a tiny Llama in this format, and its exact weights."""
+    settings, pack = WAYS[way]
+    folder = tiny_folder(tmp_path, "llama")
+    return folder, packed.rewrite(folder, settings, of_linear(pack))
+
+
+def base_of(folder: Path, kind: str = "none", dtype: str = "float32") -> load.Base:
+    model = config.Model(path=str(folder), dtype=config.Dtype[dtype])
+    return load.load_base(model, config.Quant(QuantKind(kind)), "cpu")
+
+
+def assert_exact(base: load.Base, exact: dict[str, Tensor]) -> None:
+    """Compare each weight with its exact value, rounded once."""
+    parameters = dict(base.model.named_parameters())
+    assert parameters.keys() == exact.keys()
+    for name, parameter in parameters.items():
+        rounded = exact[name].to(torch.float32).to(parameter.dtype)
+        assert torch.equal(parameter, rounded), name
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_weights_are_the_exact_products_rounded_once(tmp_path: Path, way: str) -> None:
+    folder, exact = folder_of(tmp_path, way)
+    changed = sum(tensor.dtype == torch.float64 for tensor in exact.values())
+    assert changed == 14
+    base = base_of(folder)
+    assert_exact(base, exact)
+    assert base.identity.stored.record() == {"method": WAYS[way][0]["quant_method"]}
+    assert not hasattr(base.model.config, "quantization_config")
+    assert base.model.generation_config.eos_token_id == 2
+    assert base.model.config.name_or_path == str(folder)
+    assert base.model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("way", ["fp8", "gptq", "awq"])
+def test_dtype_and_quantization_of_the_run_apply_to_dequantized_weights(tmp_path: Path, way: str) -> None:
+    folder, exact = folder_of(tmp_path, way)
+    assert_exact(base_of(folder, dtype="bfloat16"), exact)
+    plain = tiny_folder(tmp_path / "plain", "llama")
+    save_file({n: t.float().contiguous() for n, t in exact.items()}, plain / "model.safetensors", {"format": "pt"})
+    for kind in ("nf4", "int8"):
+        found, expected = base_of(folder, kind), base_of(plain, kind)
+        assert found.quantized == expected.quantized
+        assert len(found.quantized) == 14
+        assert torch.equal(found.model(IDS).logits, expected.model(IDS).logits)
+
+
+def test_fp8_experts_equal_transformers_dequantization(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path, "qwen3_moe")
+    exact = packed.rewrite(
+        folder, {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"},
+        of_linear(lambda w: packed.fp8(w, 32, 32)),
+    )  # fmt: skip
+    assert sum("experts" in name and tensor.dtype == torch.float64 for name, tensor in exact.items()) == 24
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=FineGrainedFP8Config(dequantize=True), dtype=torch.float32
+    )
+    ours = base_of(folder).model
+    assert all(torch.equal(p, theirs.get_parameter(n)) for n, p in ours.named_parameters())
+    assert torch.equal(ours(IDS).logits, theirs(IDS).logits)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_mxfp4_experts_equal_transformers_dequantization(tmp_path: Path, dtype: str) -> None:
+    folder, exact = mxfp4_folder(tmp_path)
+    base = base_of(folder, dtype=dtype)
+    for name, values in exact.items():
+        if values.dtype == torch.float64:  # every value is one of bfloat16
+            assert torch.equal(base.model.get_parameter(name).double(), values), name
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=Mxfp4Config(dequantize=True), dtype=getattr(torch, dtype)
+    )
+    assert all(torch.equal(p, theirs.get_parameter(n)) for n, p in base.model.named_parameters())
+    if dtype == "float32":
+        assert torch.equal(base.model(IDS).logits, theirs(IDS).logits)
+        assert base_of(folder, "nf4").quantized
+
+
+def mxfp4_folder(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
+    folder = tiny_folder(tmp_path, "gpt_oss")
+    settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    exact = packed.rewrite(folder, settings, lambda n, t: packed.mxfp4(t) if n.endswith("proj") else None)
+    assert sum(tensor.dtype == torch.float64 for tensor in exact.values()) == 4
+    return folder, exact
+
+
+def test_a_run_on_fp8_from_training_to_merge(tmp_path: Path) -> None:
+    folder, exact = folder_of(tmp_path, "fp8")
+    words = ["model=local", f"model.path={folder}", f"data.path={rows_file(tmp_path)}", "data.eval_fraction=0",
+             "adapter.r=4", "train.max_steps=1", "device=cpu", "quant=nf4"]  # fmt: skip
+    lora_ft.train(lora_ft.compose("train", words), folder=tmp_path / "run")
+    record = provenance.read_record(tmp_path / "run" / "adapter")
+    assert record["quant"]["kind"] == "nf4"
+    assert record["base"]["stored"] == {"method": "fp8"}
+    # The original weights are the dequantized ones of the files.
+    merged = lora_ft.merge(tmp_path / "run", tmp_path / "merged", ["base_weights=original"]).out
+    assert "quantization_config" not in json.loads((merged / "config.json").read_text())
+    found, adapter = (
+        load_file(merged / "model.safetensors"),
+        load_file(tmp_path / "run/adapter/adapter_model.safetensors"),
+    )
+    a, b = (adapter[f"base_model.model.{UP}.lora_{part}.weight"] for part in "AB")
+    assert torch.allclose(found[f"{UP}.weight"].double(), exact[f"{UP}.weight"] + 8 * (b @ a).double(), atol=1e-6)
+    assert call("publish", f"run={tmp_path / 'run'}", f"to=dir:{tmp_path / 'package'}", "model.hub_id=me/base") == 2
+
+
+def test_a_plan_counts_dequantized_weights(tmp_path: Path) -> None:
+    folder, _ = folder_of(tmp_path, "fp8")
+    words = ["model=local", f"model.path={folder}", "hardware=rtx_4090", "data.max_length=64", "model.dtype=bf16"]
+    cfg = lora_ft.compose("plan", words)
+    found = planning.make(cfg, cfg.hardware)
+    weights = sum(p.numel() for p in base_of(folder).model.parameters())
+    assert sum(found.prediction.trace.base_bytes.values()) == pytest.approx(2 * weights, rel=0.02)
+    assert found.storage.mapped_bytes == (folder / "model.safetensors").stat().st_size
+    assert found.storage.loading_host_bytes > 0
+    meta = load_meta_model(cfg.model, config.Quant(QuantKind.nf4), "cpu", tiny_tokenizer())
+    assert {n: p.shape for n, p in meta.model.named_parameters()} == {
+        n: p.shape for n, p in base_of(folder).model.named_parameters()
+    }
+    assert stored.of_config(read_config(cfg.model)).method == "fp8"
+
+
+@pytest.mark.parametrize(
+    ("way", "change", "message"),
+    [
+        ("fp8", lambda t: t.pop("lm_head.weight") is None, "weights lack lm_head.weight"),
+        ("fp8", lambda t: t.pop(f"{UP}.weight_scale_inv"), f"{UP}.weight has codes of 8 bits and no scales"),
+        ("fp8", lambda t: t.update({f"{UP}.weight_scale_inv": torch.ones(3, 2)}), "do not belong together"),
+        ("fp8", lambda t: t.update({f"{UP}.weight": torch.ones(128, 64, dtype=torch.int8)}), "codes of 4 bits"),
+        ("gptq", lambda t: t.pop(f"{UP}.scales"), rf"weights lack {UP}\.scales"),
+        ("gptq", lambda t: t.update({f"{UP}.qweight": torch.zeros(4, 128, dtype=torch.int32)}), "not belong together"),
+        ("awq", lambda t: t.update({f"{UP}.qzeros": torch.zeros(2, 3, dtype=torch.int32)}), "do not belong together"),
+    ],
+)  # fmt: skip
+def test_tensors_that_do_not_belong_together_are_refused(tmp_path: Path, way: str, change: Any, message: str) -> None:
+    folder, _ = folder_of(tmp_path, way)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=message):
+        base_of(folder)
+
+
+def test_files_without_any_quantized_weight_are_refused(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path, "llama")
+    settings = json.loads((folder / "config.json").read_text())
+    for method in ("fp8", "gptq", "awq", "mxfp4"):
+        (folder / "config.json").write_text(json.dumps(settings | {"quantization_config": {"quant_method": method}}))
+        with pytest.raises(ConfigError, match=rf"no weights quantized by {method}, as its config\.json says"):
+            base_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quant_method": "gptq", "bits": 3}, "it has 3 bits in the layout gptq"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "in the layout marlin"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "in the layout gemv"),
+        ({"quant_method": "awq", "w_bit": 3}, "known are 4 bits"),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, "must be two positive integers"),
+        ({"quant_method": "fp8", "weight_block_size": "128"}, "must be two positive integers"),
+    ],
+)
+def test_layouts_that_are_not_known_are_refused_before_a_download(settings: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{message}.*\(by its name probably org/model\), and choose quant="):
+        stored.of({"quantization_config": settings}, "folder", "org/model-GPTQ")
