@@ -39,7 +39,6 @@ from lora_ft.models.load import Base, load_base
 from lora_ft.models.meta_model import load_meta_model
 from lora_ft.models.resolve import locate
 from lora_ft.objectives.sft import Sft
-from lora_ft.ops import allocator
 from lora_ft.training.state import choose_eval
 from lora_ft.values import BaseWeights, Dtype, QuantKind
 
@@ -87,7 +86,6 @@ def merge(cfg: config.MergeRun) -> MergeResult:
     out = Path(cfg.out).expanduser()
     if out.exists() or out.is_symlink():
         raise ConfigError(f"out={cfg.out} exists already, and merge never replaces anything: choose a new name")
-    allocator.configure()
     adapters = _adapters(cfg)
     cfg = loading.with_base(cfg, adapters[0])
     tokenizer = loading.adapter_tokenizer(adapters[0], cfg.model)

@@ -21,7 +21,6 @@ from lora_ft.errors import ConfigError, MismatchError
 from lora_ft.io import untrusted
 from lora_ft.models import resolve
 from lora_ft.models.load import Base, load_base, load_tokenizer, read_tokenizer
-from lora_ft.ops import allocator
 
 log = logging.getLogger("lora_ft")
 
@@ -173,7 +172,6 @@ def _own_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def load(cfg: config.ChatRun) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load the adapter that `run` or `adapter_path` names onto its base, for inference."""
     validation.validate(cfg)
-    allocator.configure()
     adapter = adapter_folder(cfg.run, cfg.adapter_path)
     cfg = with_base(cfg, adapter)
     tokenizer = adapter_tokenizer(adapter, cfg.model)
