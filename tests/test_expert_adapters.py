@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from finished import adapted, finished_run, settings
 from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
+from safetensors.torch import load_file, save
 from states import SETTINGS, detach, state_on, trained
 from test_training import plain_loop
 from tiny import tiny_tokenizer
@@ -20,12 +22,14 @@ from lora_ft import config
 from lora_ft.adapters import attach, audit, files, provenance, targets
 from lora_ft.adapters.experts import update
 from lora_ft.errors import ConfigError, MismatchError
-from lora_ft.export import combine
+from lora_ft.export import combine, lora_weights
 from lora_ft.memory.trace import trace_step
 from lora_ft.models.acceleration import accelerated_lora
 from lora_ft.models.fingerprint import fingerprint
 from lora_ft.models.load import Base, Identity, load_base, load_tokenizer
 from lora_ft.ops.expert_codes import is_quantized
+from lora_ft.publishing import compatibility
+from lora_ft.publishing.adapter_facts import Level
 from lora_ft.training import checkpoint
 
 # Experts are laid out otherwise in gpt_oss, and PEFT takes names of deepseek_v3's other layers for experts.
@@ -338,3 +342,41 @@ def test_truncation_and_combination_refuse_experts(tmp_path: Path) -> None:
 def base_of(folder: Path, name: str, quant: str = "none") -> tuple[Base, config.Quant]:
     cfg = settings(folder, name, quant=quant)
     return load_base(cfg.model, cfg.quant, "cpu", load_tokenizer(cfg.model)), cfg.quant
+
+
+def test_patterns_of_layers_that_are_adapted_as_parameters_are_read_from_the_files(tmp_path: Path) -> None:
+    ranks, alphas = {"gate_proj": 5, "o_proj": 4, "gate_up_proj": 3}, {"up_proj": 9.0}
+    zoo_folder(tmp_path, "deepseek_v3")
+    run = finished_run(tmp_path, "deepseek_v3", rank_pattern=ranks, alpha_pattern=alphas)
+    _, model = adapted(settings(tmp_path, "deepseek_v3", rank_pattern=ranks, alpha_pattern=alphas))
+    shapes = {name: tuple(p.shape) for name, p in zoo_model("deepseek_v3").named_parameters() if p.dim() == 3}
+    read = {layer.module: layer for layer in lora_weights.read(run / "adapter", shapes).layers}
+    modules = {n.removesuffix(".weight"): m for n, m in wrappers(model).items()}
+    assert modules.keys() < read.keys()
+    for name, wrapper in modules.items():
+        product = read[name].b @ read[name].a * read[name].scale
+        assert read[name].rank == wrapper.r["first"]
+        torch.testing.assert_close(torch.from_numpy(product), update(wrapper, "first"))
+
+
+def test_published_adapter_of_experts_is_checked_and_described(tmp_path: Path) -> None:
+    """Its ranks are not those of layers, but a missing or foreign tensor is still found."""
+    zoo_folder(tmp_path, "qwen3_moe")
+    adapter = finished_run(tmp_path, "qwen3_moe") / "adapter"
+    described = json.loads((tmp_path / "qwen3_moe" / "config.json").read_text())
+
+    def found() -> dict[str, compatibility.Verdict]:
+        return {verdict.program: verdict for verdict in compatibility.verdicts(adapter, described)}
+
+    levels = {program: verdict.level for program, verdict in found().items()}
+    assert all(levels[name] is Level.OK for name in ("PEFT", "transformers", "llama.cpp"))
+    assert all(levels[name] is Level.REFUSED for name in ("vLLM", "SGLang", "MLX"))
+    assert "adapted parameters (target_parameters), such as experts" in found()["vLLM"].reason
+    assert found()["PEFT"].reason.startswith("0.19.0 or newer")
+    tensors = load_file(adapter / files.WEIGHTS)
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    renamed = {name.replace("0.self_attn.q_proj", "0.mlp.q_proj"): value for name, value in tensors.items()}
+    assert key.format("A") in tensors and key.format("A") not in renamed
+    (adapter / files.WEIGHTS).write_bytes(save(renamed))
+    problems = [v.reason for v in compatibility.verdicts(adapter, described) if v.level is Level.REFUSED]
+    assert "the base has no layer model.layers.0.mlp.q_proj" in problems
