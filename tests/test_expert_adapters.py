@@ -1,6 +1,7 @@
 """adapter.experts: the matrices of experts train, are saved, merged and detached, as PEFT alone does it."""
 
 import dataclasses
+import functools
 import itertools
 import json
 from pathlib import Path
@@ -15,6 +16,7 @@ from states import SETTINGS, detach, state_on, trained
 from test_training import plain_loop
 from tiny import tiny_tokenizer
 from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from zoo import zoo_config, zoo_folder, zoo_model
 
 import lora_ft
@@ -28,7 +30,7 @@ from lora_ft.models.acceleration import accelerated_lora
 from lora_ft.models.fingerprint import fingerprint
 from lora_ft.models.load import Base, Identity, load_base, load_tokenizer
 from lora_ft.ops.expert_codes import is_quantized
-from lora_ft.publishing import compatibility
+from lora_ft.publishing import compatibility, verify_worker
 from lora_ft.publishing.adapter_facts import Level
 from lora_ft.training import checkpoint
 
@@ -38,6 +40,10 @@ FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3")
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 IDS = torch.arange(40)[None] * 37 % 512
+
+
+def by_night(*cases: tuple[object, ...]) -> list[object]:
+    return [pytest.param(*case, marks=pytest.mark.nightly) for case in cases]
 
 
 def attached(name: str, dtype: torch.dtype = torch.float32, seed: int = 1, **adapter: object) -> PeftModel:
@@ -121,8 +127,16 @@ def test_detached_base_is_the_same_to_the_bit_and_names_its_parameters_in_the_sa
     assert list(wrappers(attach.attach(base, config.Adapter(r=2, **experts), "first", 1, []))) == wrapped
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("quant", ["none", "nf4"])
+@pytest.mark.parametrize(
+    ("name", "quant"),
+    [
+        ("gpt_oss", "none"),
+        ("deepseek_v3", "none"),
+        ("mixtral", "nf4"),
+        *by_night(("qwen3_moe", "none"), ("mixtral", "none"), ("qwen3_moe", "nf4"), ("gpt_oss", "nf4")),
+        *by_night(("deepseek_v3", "nf4")),
+    ],
+)
 def test_saved_adapter_in_peft_alone_and_merged_model_compute_the_attached_logits(
     name: str, quant: str, tmp_path: Path
 ) -> None:
@@ -196,7 +210,8 @@ def dequantize_experts(model: torch.nn.Module) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("name", "targets"), [("gpt_oss", BOTH), ("deepseek_v3", BOTH), ("qwen3_moe", BOTH[:1]), ("mixtral", BOTH[1:])]
+    ("name", "targets"),
+    [("gpt_oss", BOTH), ("qwen3_moe", BOTH[:1]), *by_night(("deepseek_v3", BOTH), ("mixtral", BOTH[1:]))],
 )
 def test_fast_experts_have_the_gradients_of_float64(name: str, targets: list[str], dtype: torch.dtype) -> None:
     """In bfloat16 their error is about that of PEFT's own forward."""
@@ -245,8 +260,14 @@ def test_update_is_the_delta_that_peft_adds(name: str) -> None:
         torch.testing.assert_close(update(wrapper, "first"), wrapper.get_delta_weight("first").detach())
 
 
+@functools.cache
+def meta_model(name: str) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(zoo_config(name))
+
+
 def select(name: str, **adapter: object) -> targets.Selection:
-    return targets.select(zoo_model(name), config.Adapter(**adapter))
+    return targets.select(meta_model(name), config.Adapter(**adapter))
 
 
 def test_experts_follow_their_setting_and_else_the_targets() -> None:
@@ -295,7 +316,7 @@ def test_adapter_of_experts_resumes_exactly(tmp_path: Path) -> None:
     assert torch.equal(trained(second), whole)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3", *by_night(("qwen3_moe",), ("mixtral",))])
 def test_traced_step_holds_adapter_gradient_and_optimizer_of_the_experts(name: str) -> None:
     cfg = config.TrainRun(device="cpu", adapter=config.Adapter(r=2, lora_alpha=4.0))
     cfg.train.gradient_checkpointing = "off"
@@ -380,3 +401,32 @@ def test_published_adapter_of_experts_is_checked_and_described(tmp_path: Path) -
     (adapter / files.WEIGHTS).write_bytes(save(renamed))
     problems = [v.reason for v in compatibility.verdicts(adapter, described) if v.level is Level.REFUSED]
     assert "the base has no layer model.layers.0.mlp.q_proj" in problems
+
+
+@pytest.mark.parametrize(("name", "quant"), [("gpt_oss", "int8"), ("mixtral", "nf4"), ("deepseek_v3", "fp4")])
+def test_verification_without_lora_ft_rounds_experts_as_they_were_quantized(
+    name: str, quant: str, tmp_path: Path
+) -> None:
+    folder = zoo_folder(tmp_path, name)
+    cfg = settings(tmp_path, name, quant=quant)
+    base = load_base(cfg.model, cfg.quant, "cpu", load_tokenizer(cfg.model))
+    described = provenance.loading(base, cfg.quant, cfg.model)
+    matrices = [n for n, p in zoo_model(name).named_parameters() if p.dim() == 3]
+    assert list(described.experts) == matrices
+    assert sum(line.startswith("#") for line in described.lines("adapter")) == 1
+    plain = type(base.model).from_pretrained(folder, dtype=torch.float32)
+    for parameter in matrices:
+        owner, _, key = parameter.rpartition(".")
+        before = plain.get_parameter(parameter).clone()
+        verify_worker.round_experts(plain, parameter, described.quantization)
+        assert torch.equal(plain.get_parameter(parameter), getattr(base.model.get_submodule(owner), key))
+        assert not torch.equal(plain.get_parameter(parameter), before)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("name", "quant"), [("granitemoe", "none"), ("gpt_oss", "nf4"), ("qwen3_moe", "int8")])
+def test_adapter_of_experts_is_published_and_verified(name: str, quant: str, tmp_path: Path) -> None:
+    zoo_folder(tmp_path, name)
+    run = finished_run(tmp_path, name, quant=quant)
+    lora_ft.publish(run, f"dir:{tmp_path / 'out'}", ["device=cpu", "license=mit", "model.hub_id=x/y"])
+    assert (tmp_path / "out" / files.WEIGHTS).is_file()

@@ -142,6 +142,8 @@ class Loading:
     quantization: dict[str, Any]  # arguments of BitsAndBytesConfig, a dtype by its name; {} without quantization
     rows: int | None  # of the embedding, if tokens were added
     device: str
+    # Parameters of experts that lora_ft quantizes, in the same way; transformers loads them unquantized.
+    experts: tuple[str, ...] = ()
 
     def lines(self, adapter: str) -> list[str]:
         """Return the lines of Python that load the base with an adapter."""
@@ -154,6 +156,8 @@ class Loading:
         lines = [f"base = AutoModelForCausalLM.from_pretrained({', '.join(arguments)})"]
         if self.rows:
             lines.append(f"base.resize_token_embeddings({self.rows}, mean_resizing=False)")
+        if self.experts:
+            lines.append("# In training the experts were quantized as well, so outputs differ by that rounding.")
         return [*lines, f"model = PeftModel.from_pretrained(base, {adapter!r})"]
 
 
@@ -164,7 +168,9 @@ def loading(base: Base, quant: config.Quant, model: config.Model) -> Loading:
     path = identity.id if identity.revision else identity.folder
     # Quantized files say in their own config how transformers loads them.
     quantization = {} if identity.stored else _quantization(quant, dtype)
-    return Loading(str(path), identity.revision, dtype, quantization, rows, str(base.model.device))
+    modules = {name.replace(".base_layer", "") for name, _ in base.model.named_modules()}
+    experts = tuple(name for name in base.quantized if name not in modules)
+    return Loading(str(path), identity.revision, dtype, quantization, rows, str(base.model.device), experts)
 
 
 def _quantization(quant: config.Quant, dtype: str) -> dict[str, Any]:
