@@ -404,23 +404,23 @@ def test_published_adapter_of_experts_is_checked_and_described(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("name", "quant"), [("gpt_oss", "int8"), ("mixtral", "nf4"), ("deepseek_v3", "fp4")])
-def test_verification_without_lora_ft_rounds_experts_as_they_were_quantized(
+def test_verification_without_lora_ft_rounds_adapted_experts_as_they_were_quantized(
     name: str, quant: str, tmp_path: Path
 ) -> None:
     folder = zoo_folder(tmp_path, name)
     cfg = settings(tmp_path, name, quant=quant)
-    base = load_base(cfg.model, cfg.quant, "cpu", load_tokenizer(cfg.model))
+    base, _ = adapted(cfg)
     described = provenance.loading(base, cfg.quant, cfg.model)
-    matrices = [n for n, p in zoo_model(name).named_parameters() if p.dim() == 3]
-    assert list(described.experts) == matrices
-    assert sum(line.startswith("#") for line in described.lines("adapter")) == 1
+    attach.detach(base.model)
+    assert described.experts == ("experts.down_proj", "experts.gate_up_proj")
     plain = type(base.model).from_pretrained(folder, dtype=torch.float32)
-    for parameter in matrices:
-        owner, _, key = parameter.rpartition(".")
-        before = plain.get_parameter(parameter).clone()
-        verify_worker.round_experts(plain, parameter, described.quantization)
-        assert torch.equal(plain.get_parameter(parameter), getattr(base.model.get_submodule(owner), key))
-        assert not torch.equal(plain.get_parameter(parameter), before)
+    before = {key: parameter.clone() for key, parameter in plain.named_parameters() if parameter.dim() == 3}
+    verify_worker.round_experts(plain, dataclasses.asdict(described))
+    for key, values in before.items():
+        owner, _, leaf = key.rpartition(".")
+        expected = getattr(base.model.get_submodule(owner), leaf)
+        torch.testing.assert_close(plain.get_parameter(key), expected, rtol=1e-6, atol=1e-7)
+        assert not torch.equal(values, expected)
 
 
 @pytest.mark.nightly

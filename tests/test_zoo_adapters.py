@@ -224,14 +224,14 @@ def test_error_of_peft_is_a_config_error_and_leaves_the_base_as_it_was(monkeypat
     assert [type(module) for module in base.modules()] == before
 
 
-@pytest.mark.parametrize("name", ["gemma3", "llama4_text", "phimoe", "gpt2"])
+@pytest.mark.parametrize("name", ["gemma3", "llama4_text", "phimoe", "gpt2", "jamba"])
 def test_quantized_layers_are_the_planned_ones(name: str) -> None:
     model = zoo_model(name).to("meta")
-    planned = planned_layers(model), planned_parameters(model)
+    planned = planned_layers(model) + planned_parameters(model)
     quantized = quantize_meta(model, config.Quant(kind=config.QuantKind.nf4), torch.float32)
-    assert planned == (planned_layers(model), planned_parameters(model))
-    assert list(quantized) == [*planned[0], *planned[1]]
-    assert not any("router" in name for name in quantized)
+    assert quantized == tuple(planned) == (*planned_layers(model), *planned_parameters(model))
+    assert not any("router" in layer for layer in planned)
+    assert sum("experts" in name for name in planned) == {"phimoe": 4, "jamba": 2}.get(name, 0)
 
 
 def test_model_without_a_layer_to_quantize_is_refused() -> None:

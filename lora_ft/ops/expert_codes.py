@@ -55,6 +55,12 @@ def dtype_of(codes: Any) -> torch.dtype:
     return found
 
 
+def dequantized_bytes(codes: Any) -> int:
+    """Return the size of the dequantized values."""
+    shape = codes.quant_state.shape if hasattr(codes, "quant_state") else codes.shape
+    return int(shape.numel()) * dtype_of(codes).itemsize
+
+
 def dequantize(codes: Any) -> Tensor:
     """Return a parameter [E, ..] in the dtype that it was quantized from."""
     if hasattr(codes, "quant_state"):

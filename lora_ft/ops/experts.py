@@ -90,13 +90,21 @@ def parameter_names(module: nn.Module) -> tuple[str, str]:
 
 
 def module_experts(
-    module: nn.Module, x: Tensor, index: Tensor, scores: Tensor, loras: Mapping[str, ExpertLora] = MappingProxyType({})
+    module: nn.Module,
+    x: Tensor,
+    index: Tensor,
+    scores: Tensor,
+    loras: Mapping[str, ExpertLora] = MappingProxyType({}),
+    weight: Callable[[nn.Module, str, int], FrozenWeight] = expert_weight,
 ) -> Tensor:
-    """Return what a module of experts returns for x, index and scores; `loras` are those of its parameters by name."""
+    """Return what a module of experts returns for x, index and scores.
+
+    `loras` are those of its parameters by name. `weight` returns the weight of an expert of a parameter.
+    """
     described: Any = module
     first, second = (
         Projection(
-            functools.partial(expert_weight, module, name),
+            functools.partial(weight, module, name),
             getattr(module, f"{name}_bias").detach() if described.has_bias else None,
             loras.get(name),
         )

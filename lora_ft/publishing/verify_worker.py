@@ -41,34 +41,32 @@ def load(folder: str, base: dict[str, Any]) -> PeftModel:
         base["path"], revision=base["revision"], dtype=dtype, device_map={"": base["device"]}, use_safetensors=True,
         trust_remote_code=False, quantization_config=BitsAndBytesConfig(**quantization) if quantization else None,
     )  # fmt: skip
-    for name in base["experts"]:
-        round_experts(model, name, quantization)
     if base["rows"]:
         model.resize_token_embeddings(base["rows"], mean_resizing=False)
+    round_experts(model, base)
     return PeftModel.from_pretrained(model, folder).eval()
 
 
-def round_experts(model: Any, name: str, quantization: dict[str, Any]) -> None:
-    """Replace a parameter of experts by its quantized values, with which the adapter was trained.
+@torch.no_grad()
+def round_experts(model: torch.nn.Module, base: dict[str, Any]) -> None:
+    """Round the experts as they are quantized in training; transformers quantizes linear layers only."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(tuple(base["experts"])):
+            parameter.data = _rounded(parameter.data, base["quantization"], base["transposed"])
 
-    transformers does not quantize it.
-    """
-    from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_quant, quantize_4bit
 
-    owner, _, key = name.rpartition(".")
-    module = model.get_submodule(owner)
-    parameter = getattr(module, key).data
-    if not quantization.get("load_in_8bit"):
-        codes, state = quantize_4bit(
-            parameter, blocksize=64, quant_type=quantization["bnb_4bit_quant_type"],
-            compress_statistics=quantization["bnb_4bit_use_double_quant"],
-        )  # fmt: skip
-        parameter.copy_(dequantize_4bit(codes, state))
-        return
-    for matrix in parameter:
-        rows = matrix.T if module.is_transposed else matrix  # a scale for each output
-        codes, scales, _ = int8_vectorwise_quant(rows.to(torch.float16).contiguous())
-        rows.copy_(codes.to(rows.dtype).mul_(scales[:, None].mul(1.0 / 127.0)))
+def _rounded(weight: Tensor, quantization: dict[str, Any], transposed: bool) -> Tensor:
+    from bitsandbytes import functional
+
+    if "load_in_4bit" in quantization:
+        kind, double = quantization["bnb_4bit_quant_type"], quantization["bnb_4bit_use_double_quant"]
+        return functional.dequantize_4bit(
+            *functional.quantize_4bit(weight, quant_type=kind, compress_statistics=double)
+        )
+    rows = weight.mT if transposed else weight
+    codes, scales, _ = functional.int8_vectorwise_quant(rows.reshape(-1, rows.shape[-1]).half())
+    rounded = functional.int8_vectorwise_dequant(codes, scales).view(rows.shape).to(weight.dtype)
+    return rounded.mT.contiguous() if transposed else rounded
 
 
 def compare_keys(model: PeftModel, folder: str) -> dict[str, Any]:
