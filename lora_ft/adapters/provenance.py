@@ -197,7 +197,7 @@ def loading(base: Base, quant: config.Quant, model: config.Model) -> Loading:
     planned = [] if is_plain else quantize_experts.planned_parameters(base.model, identity.stored)
     return Loading(
         str(path), identity.revision, dtype, quantization, rows, str(base.model.device),
-        experts=tuple(sorted({".".join(name.split(".")[-2:]) for name in planned})),
+        experts=tuple(sorted({".".join(name.replace(".base_layer", "").split(".")[-2:]) for name in planned})),
         transposed=any(base.model.get_submodule(name.rpartition(".")[0]).is_transposed for name in planned[:1]),
     )  # fmt: skip
 
