@@ -22,6 +22,7 @@ from lora_ft import config, objectives
 from lora_ft.adapters import attach, files
 from lora_ft.models.described import Described
 from lora_ft.models.device import resolve_dtype
+from lora_ft.models.scaled_layers import keep_meta
 from lora_ft.models.stored import Stored, agreed, of_config
 from lora_ft.ops.device import GPU, Target
 from lora_ft.training import checkpoint
@@ -88,9 +89,13 @@ def storage(
     with torch.device("meta"):
         network = objectives.find(cfg.objective).model_class.from_config(model_config, dtype=_dtype(cfg, device))
     files = of_config(model_config)
+    quant = agreed(cfg.quant, files)
     if files and not files.trains:  # dequantized weights are new tensors, whatever their dtype
-        files, stored = None, torch.uint8
-    weights = list(_weights(network, agreed(cfg.quant, files), files))
+        stored = torch.uint8
+        if files.is_fp8 and quant.kind is config.QuantKind.none:
+            keep_meta(network, files)
+        files = None
+    weights = list(_weights(network, quant, files))
     in_files = (
         base.weight_bytes if base and base.weight_bytes else sum(each.in_files(files, stored) for each in weights)
     )

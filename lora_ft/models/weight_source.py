@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from lora_ft.errors import ConfigError, ResourceError
+from lora_ft.models import scaled_layers
 from lora_ft.models.dequantized_files import open_tensors
 from lora_ft.models.resolve import weight_files
 from lora_ft.models.stored import Stored
@@ -62,9 +63,14 @@ class Source:
             given = self.arguments(stack) | arguments
             if self.files is None or self.files.trains:
                 return model_class.from_pretrained(**given)
-            with torch.device("meta"):  # the class behind an Auto class, which needs a folder
-                made = type(model_class.from_config(given["config"], trust_remote_code=False))
-            network, report = made.from_pretrained(**given)
+            with torch.device("meta"):
+                plain = model_class.from_config(given["config"], trust_remote_code=False)
+            loader = type(plain)  # the class behind an Auto class, which needs a folder
+            if self.files.is_fp8 and self.quantization is None:
+                given["state_dict"], kept = scaled_layers.as_stored(given["state_dict"], plain)
+                loader = scaled_layers.model_class(loader, kept)
+            network, report = loader.from_pretrained(**given)
+        network.__class__ = type(plain)
         self._name(network)
         return network, report
 
