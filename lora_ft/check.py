@@ -279,6 +279,8 @@ def _layer_facts(cfg: config.TrainRun, layers: Layers) -> Facts:
     for line in left_out_lines(layers):
         yield "left out", line
     yield "trainable", f"{layers.trainable:,} parameters, {layers.trainable / layers.base:.2%} of {layers.base:,}"
+    if layers.experts:
+        yield "experts", f"{layers.experts:,} of these parameters, {layers.experts / layers.trainable:.1%}"
     rule = "lora_alpha / sqrt(r)" if cfg.adapter.use_rslora else "lora_alpha / r"
     frozen = ", ".join(f"{size / layers.base:.1%} {name}" for name, size in layers.frozen.items())
     yield "adapted", f"{layers.adapted / layers.base:.1%} of the base's weights; frozen: {frozen}"

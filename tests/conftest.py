@@ -3,6 +3,7 @@
 record_property("figure", "190 kills, 0 failures")     # printed in the section "figures" at the end
 """
 
+import gc
 import os
 import runpy
 import signal
@@ -24,6 +25,12 @@ LONGEST = ("test_faults", "test_sweep", "test_docs", "test_gpu_benchmark", "test
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+def pytest_collection_finish() -> None:
+    # Each full collection would look at 500,000 objects of imported modules: an eighth of the time of the tests.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_configure() -> None:

@@ -57,6 +57,16 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 8192, "sliding_window": 256,
         "query_pre_attn_scalar": 64, "max_position_embeddings": 4096,
     },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe", "hidden_size": 128, "moe_intermediate_size": 128, "num_hidden_layers": 3,
+        "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 4096, "num_experts": 16,
+        "num_experts_per_tok": 4, "max_position_embeddings": 4096,
+    },
+    "gpt_oss": {
+        "model_type": "gpt_oss", "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 3, "head_dim": 64,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 4096, "num_local_experts": 8,
+        "num_experts_per_tok": 2, "max_position_embeddings": 4096,
+    },
     "wide llama": {
         "model_type": "llama", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6,
         "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 8192, "max_position_embeddings": 4096,

@@ -51,7 +51,7 @@ def test_all_linear_selects_every_linear_layer_except_the_head(family: str) -> N
     model = tiny_model(family)
     found = targets.select(model, config.Adapter())
     assert set(found.layers) == {n for n in adaptable_layers(model) if ".0." in n or ".1." in n}
-    assert all("." not in name for name in found.names)
+    assert all("." not in name for name in found.modules)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

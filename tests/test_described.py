@@ -31,6 +31,17 @@ PARAMETERS = {
     "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
     "meta-llama/Llama-3.2-3B-Instruct": 3_212_749_824,
     "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552,
+    "HuggingFaceTB/SmolLM3-3B": 3_075_098_624,
+    "Qwen/Qwen3-32B": 32_762_123_264,
+    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+    "allenai/OLMo-2-0425-1B-Instruct": 1_484_916_736,
+    "allenai/OLMo-2-1124-7B-Instruct": 7_298_617_344,
+    "ibm-granite/granite-3.3-2b-instruct": 2_533_539_840,
+    "ibm-granite/granite-3.3-8b-instruct": 8_170_864_640,
+    "mistralai/Mistral-Nemo-Instruct-2407": 12_247_782_400,
+    "mistralai/Ministral-8B-Instruct-2410": 8_019_808_256,
+    "google/gemma-3-4b-it": 4_300_079_472,
+    "microsoft/Phi-4-mini-instruct": 3_836_021_760,
     "openai-community/gpt2": 124_439_808,
     "openai-community/gpt2-medium": 354_823_168,
     "openai-community/gpt2-large": 774_030_080,
@@ -91,7 +102,7 @@ def test_every_base_of_the_choices_has_a_packaged_copy_that_needs_no_network(tmp
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", OFFLINE, *paths], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert len(paths) >= 14
+    assert len(paths) >= 25
     assert [line.split()[:3] for line in result.stdout.splitlines()] == [[path, "packaged", "copy"] for path in paths]
 
 

@@ -345,6 +345,27 @@ def test_broken_folder_is_an_error_of_one_line(tmp_path, break_it, error, messag
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_hidden_layers": "two"}, "'num_hidden_layers' expected int, got str"),
+        ({"layer_types": ["a"]}, "`layer_types` entries must be in"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+        ({"hidden_act": "nope"}, "KeyError: 'nope'"),
+        ({"rope_scaling": {"type": "xx"}}, "KeyError: 'xx'"),
+        ({"pad_token_id": 10**6}, "Padding_idx must be within num_embeddings"),
+    ],
+)
+def test_config_that_describes_no_model_is_an_error_of_one_line(tmp_path, settings, message):
+    folder = tiny_folder(tmp_path, "llama")
+    rewrite_config(folder, **settings)
+    model, tokenizer = config.Model(path=str(folder)), tiny_tokenizer()
+    for attempt in (load.load_base, load_meta_model):
+        with pytest.raises(ConfigError, match=f"its config.json does not describe a model .*{message}") as caught:
+            attempt(model, NONE, "cpu", tokenizer)
+        assert "\n" not in str(caught.value)
+
+
 # Tokens and template
 
 

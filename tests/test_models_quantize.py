@@ -204,6 +204,7 @@ def test_quantized_head_or_unquantized_layer_is_an_error_that_names_it(tmp_path)
     # A skip list replaces transformers' default list, which contains lm_head.
     settings_ = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["model.layers.1.mlp.up_proj"])
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings_, device_map={"": "cpu"})
+    model.config.quantization_config.llm_int8_skip_modules = None  # with a list, it would be that of quantized files
     with pytest.raises(ConfigError, match=r"missing \['model\.layers\.1\.mlp\.up_proj'\].*unexpected \['lm_head'\]"):
         quantize.check_plan(model)
 

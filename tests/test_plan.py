@@ -119,6 +119,14 @@ def test_higher_ranks_and_added_tokens_need_more_bytes(bases: Path) -> None:
     assert size("model.added_tokens=['<a>','<b>']") > size("adapter.r=16")
 
 
+def test_float16_is_planned_for_a_gpu_and_refused_for_a_cpu(bases: Path) -> None:
+    turing = config.Hardware(memory="16GiB", capability="7.5")
+    half, auto = (planned(bases / "llama", f"model.dtype={name}", hardware=turing) for name in ("float16", "auto"))
+    assert half.prediction == auto.prediction and half.prediction.fits
+    with pytest.raises(ConfigError, match="float16 is not for CPUs"):
+        planned(bases / "llama", "model.dtype=float16", hardware=config.Hardware(kind="cpu", memory="16GiB"))
+
+
 def test_optimizer_on_the_cpu_is_not_on_the_device(bases: Path) -> None:
     names = {term.name for term in planned(bases / "llama", "optim.offload=true").prediction.terms}
     assert "optimizer" not in names and "adapter" in names

@@ -9,16 +9,17 @@ from states import detach, state_on, trained
 from tiny import tiny_folder, tiny_model, tiny_tokenizer
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
 from lora_ft import config
 from lora_ft.adapters import files
 from lora_ft.memory.meter import Meter
-from lora_ft.memory.storage import _weights, storage
+from lora_ft.memory.storage import _experts, _weights, storage
 from lora_ft.models import load
 from lora_ft.models.described import described, packaged
-from lora_ft.models.quantize import import_bitsandbytes
+from lora_ft.models.quantize import bitsandbytes_config, import_bitsandbytes
+from lora_ft.models.quantize_experts import quantized
 from lora_ft.ops.device import CPU, Target
 from lora_ft.training import checkpoint
 from lora_ft.training.state import NAME
@@ -109,7 +110,7 @@ def test_memory_while_a_weight_is_quantized_is_that_of_bitsandbytes(quant: str, 
         layer = nn.Linear(4096, 1024, bias=False) if kind == "linear" else Conv1D(1024, 4096)
     network = nn.ModuleDict({"layer": layer.to(torch.bfloat16)})
     network.get_output_embeddings = lambda: None  # type: ignore[assignment, method-assign]
-    (expected,) = (each for each in _weights(network, QUANTS[quant]) if each.sizes)
+    (expected,) = (each for each in _weights(network, QUANTS[quant], None) if each.sizes)
     with Meter() as meter:
         value = torch.empty(layer.weight.shape, dtype=torch.bfloat16, device="meta")
         turned = value.T if kind == "conv1d" else value
@@ -137,6 +138,41 @@ def test_peak_while_quantizing_is_that_of_the_tensors_allocated(quant: str, dtyp
     assert predicted.loading_device_bytes == 0
     assert predicted.loading_host_bytes == pytest.approx(_most_allocated(found, predicted.mapped_bytes), rel=0.05)
     assert loaded.quantized
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quant", ["nf4", "nf4_single", "int8"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])  # stored expert by expert, and all in one tensor
+def test_peak_while_experts_are_quantized_is_that_of_the_tensors_allocated(
+    family: str, quant: str, dtype: str, tmp_path: Path
+) -> None:
+    made = tiny_folder(tmp_path, family)
+    wide = tiny_model(family).config
+    wide.update({"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 256, "vocab_size": 512})
+    wide.update({"num_experts": 8, "num_local_experts": 8, "head_dim": 32})
+    AutoModelForCausalLM.from_config(wide, dtype=torch.float32).save_pretrained(made)
+    model, tokenizer = config.Model(path=str(made), dtype=config.Dtype(dtype)), tiny_tokenizer()
+    cfg, base = run(quant, model=model), described(model)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        load.load_base(model, cfg.quant, "cpu", tokenizer)
+    predicted = storage(cfg, base.config, 1000, 10, base, CPU)
+    assert predicted.loading_host_bytes == pytest.approx(_most_allocated(found, predicted.mapped_bytes), rel=0.05)
+
+
+@pytest.mark.parametrize("quant", list(QUANTS))
+@pytest.mark.parametrize("transposed", [False, True])
+def test_memory_while_experts_are_quantized_is_that_of_the_tensors_allocated(quant: str, transposed: bool) -> None:
+    functional = import_bitsandbytes().functional
+    functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
+    parameter = torch.empty(16, 512, 256, dtype=torch.bfloat16, device="meta")
+    expected = _experts(parameter, transposed, False, QUANTS[quant])
+    settings = bitsandbytes_config(QUANTS[quant], torch.bfloat16)
+    with Meter() as meter:
+        value = torch.empty(parameter.shape, dtype=torch.bfloat16, device="meta")
+        codes = quantized(value, settings, transposed)
+        assert meter.peaks[""] == pytest.approx(expected.kept + expected.meanwhile, rel=0.02)
+        del value
+    assert meter.live_bytes == pytest.approx(expected.kept, rel=0.01) and len(codes)
 
 
 def _most_allocated(found: Any, mapped: int) -> int:

@@ -34,6 +34,10 @@ CASES = [
     Case("gemma3", (128,), "nf4", 128, optimizer="adamw_8bit"),
     Case("gemma3", (600,), "int8", 16, "every_1", fast=False),
     Case("gemma3", (400, 300), "none", 64, "every_2", checkpoint="bfloat16"),
+    Case("qwen3_moe", (300, 200), "nf4"),
+    Case("qwen3_moe", (600,), "int8", 8),
+    Case("gpt_oss", (400,), "nf4", 32, "every_2", fast=False),
+    Case("qwen3_moe", (400,), "none"),
 ]
 SMOLLM2 = [
     Case("smollm2_135m", (1024, 400), "none", 16, "off", checkpoint="bfloat16"),

@@ -38,14 +38,15 @@ def plain_loop(model: PreTrainedModel, state: TrainingState, *, masked: bool = T
     Without the mask of the padding a causal model computes the same.
     """
     cfg = state.cfg
-    targets = sorted(state.model.peft_config["default"].target_modules)
+    trained = state.model.peft_config["default"]
     peft_model = get_peft_model(
         model,
         LoraConfig(
             r=cfg.adapter.r,
             lora_alpha=cfg.adapter.lora_alpha,
-            target_modules=targets,
-            fan_in_fan_out=state.model.peft_config["default"].fan_in_fan_out,
+            target_modules=sorted(trained.target_modules),
+            target_parameters=sorted(trained.target_parameters or []),
+            fan_in_fan_out=trained.fan_in_fan_out,
             task_type="CAUSAL_LM",
         ),
     )

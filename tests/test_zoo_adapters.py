@@ -16,12 +16,12 @@ from zoo import ZOO_BY_TIME, zoo_config, zoo_model
 
 from lora_ft import config
 from lora_ft.adapters import attach, audit, summary, targets
+from lora_ft.adapters import text_path as traced_paths
 from lora_ft.adapters.accounting import Part, account
 from lora_ft.adapters.text_path import (
     LINEAR,
     NO_TENSOR,
     NOT_CALLED,
-    REFUSED,
     WEIGHT_READ,
     adaptable_layers,
     text_path,
@@ -30,6 +30,7 @@ from lora_ft.errors import ConfigError
 from lora_ft.models.load import Base, Identity
 from lora_ft.models.meta_quantize import quantize_meta
 from lora_ft.models.quantize import planned_layers
+from lora_ft.models.quantize_experts import planned_parameters
 from lora_ft.ops.lora_linear import lora_linear, lora_linear_plain
 from lora_ft.ops.weights import FrozenWeight, frozen_linear
 from lora_ft.publishing.adapter_facts import _shapes_of_base
@@ -38,7 +39,6 @@ IDS = torch.arange(12)[None] * 37 % 512
 
 # Names of the layers that are left out, by reason; all other linear layers but the head are adapted.
 LEFT_OUT = {
-    "deepseek_v2 deepseek_v3 ernie4_5_moe glm4_moe hunyuan_v1_moe qwen3_next": (REFUSED, "gate_proj up_proj down_proj"),
     "bamba falcon_h1 granitemoehybrid mamba2 nemotron_h": (WEIGHT_READ, "out_proj"),
     "falcon_mamba mamba": (WEIGHT_READ, "dt_proj out_proj x_proj"),
     "gemma3n_text": (NOT_CALLED, "correction_coefs"),
@@ -81,7 +81,7 @@ def check_layers(name: str, made: Attached) -> None:
     reason, layers = next((out for families, out in LEFT_OUT.items() if name in families.split()), ("", ""))
     assert {targets.short(layer) for layer in made.selection.left_out} == set(layers.split())
     assert set(made.selection.left_out.values()) <= {reason}
-    assert adapted(made.base) == set(made.selection.layers)
+    assert adapted(made.base) == {*made.selection.layers, *made.selection.experts}
 
 
 def check_first_step(made: Attached) -> None:
@@ -93,12 +93,15 @@ def check_first_step(made: Attached) -> None:
 
 
 def check_that_peft_finds_the_same_layers(name: str, made: Attached) -> None:
-    saved = LoraConfig(r=2, lora_alpha=32, target_modules=list(made.selection.names), task_type="CAUSAL_LM")
+    saved = LoraConfig(
+        r=2, lora_alpha=32, target_modules=list(made.selection.modules),
+        target_parameters=list(made.selection.parameters), task_type="CAUSAL_LM",
+    )  # fmt: skip
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fresh = type(made.base)._from_config(zoo_config(name))
         alone = get_peft_model(fresh, saved)
-    assert adapted(fresh) == set(made.selection.layers)
+    assert adapted(fresh) == {*made.selection.layers, *made.selection.experts}
     state = get_peft_model_state_dict(made.model, adapter_name="first", save_embedding_layers=False)
     loaded = set_peft_model_state_dict(alone, {key: tensor.to("meta") for key, tensor in state.items()})
     assert loaded.unexpected_keys == []
@@ -106,32 +109,38 @@ def check_that_peft_finds_the_same_layers(name: str, made: Attached) -> None:
 
 
 def check_that_every_parameter_is_accounted_for(made: Attached) -> None:
-    assert {n.removesuffix(".weight") for n, part in made.parts.items() if part is Part.ADAPTED} == set(
-        made.selection.layers
-    )
+    taken = {name.removesuffix(".weight") for name, part in made.parts.items() if part is Part.ADAPTED}
+    assert taken == {*made.selection.layers, *made.selection.experts}
     assert made.parts.keys() == made.owners.keys()
     for name, part in made.parts.items():
         owner, layer = made.owners[name], name.removesuffix(".weight")
         dims = owner.get_parameter(name.rpartition(".")[2]).dim()
         match part:
+            case Part.ADAPTED if name in made.selection.experts:
+                assert dims == 3 and ".experts." in name
             case Part.ADAPTED:
                 assert dims == 2 and isinstance(owner, LINEAR)
             case Part.LEFT_OUT:
                 assert layer in made.selection.left_out
             case Part.VECTOR:
-                assert dims < 2
+                assert dims < 2 or (dims == 2 and name.endswith(("gate_up_proj_bias", "down_proj_bias")))
             case Part.HEAD | Part.EMBEDDING:
                 assert isinstance(owner, torch.nn.Linear if part is Part.HEAD else torch.nn.Embedding)
             case Part.OFF_PATH:
                 assert any(word in name for word in ("vision", "projector", "correction_bias"))
-            case Part.EXPERTS:
-                assert "expert" in name or "moe" in name
+            case Part.OTHER if dims == 3:  # no matrix of an expert is left without an adapter
+                assert "conv" in name or "rg_lru" in name
             case _:
                 assert part is Part.OTHER and not isinstance(owner, (*LINEAR, torch.nn.Embedding))
 
 
 def adapted(base: PreTrainedModel) -> set[str]:
-    return {name for name, layer in base.named_modules() if isinstance(layer, LoraLayer)}
+    """Return the layers with an adapter, and the parameters that are not a layer's weight."""
+    return {
+        f"{name}.{getattr(layer, 'parameter_name', 'weight')}".replace(".base_layer", "").removesuffix(".weight")
+        for name, layer in base.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
 
 
 @functools.cache
@@ -168,7 +177,7 @@ def test_expressions_and_exclusions_select_by_whole_names(chosen: list, exclude:
     counts = {f"layers.{i}": sum(f"layers.{i}." in layer for layer in found.layers) for i in range(2)}
     assert {key: count for key, count in counts.items() if count} == expected
     names = [name for name, _ in meta_model("llama").named_modules()]
-    assert targets.matched_layers(names, found.names) == set(found.layers)
+    assert targets.matched_layers(names, found.modules) == set(found.layers)
 
 
 @pytest.mark.parametrize(
@@ -186,14 +195,18 @@ def test_selections_that_cannot_be_meant_are_refused(chosen: list, exclude: list
 
 
 @pytest.mark.parametrize("name", ["gemma3", "phimoe", "jamba"])
-def test_loaded_model_and_model_without_values_select_the_same_layers(name: str) -> None:
+def test_loaded_model_and_model_without_values_select_the_same_layers_by_one_trace(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loaded = targets.select(zoo_model(name), config.Adapter())
+    monkeypatch.delattr(traced_paths, "_trace")
     assert loaded == targets.select(meta_model(name), config.Adapter())
     assert text_path(meta_model(name)) is text_path(meta_model(name))
 
 
 def test_model_that_does_not_run_without_values_keeps_every_linear_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     model = zoo_model("llama")
+    monkeypatch.setattr(traced_paths, "_traces", {})
     monkeypatch.setattr(type(model), "forward", lambda *_, **__: torch.zeros(2).cpu().numpy()[5])
     linear = [n for n, m in adaptable_layers(model).items() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
     assert list(targets.select(model, config.Adapter()).layers) == linear
@@ -211,13 +224,14 @@ def test_error_of_peft_is_a_config_error_and_leaves_the_base_as_it_was(monkeypat
     assert [type(module) for module in base.modules()] == before
 
 
-@pytest.mark.parametrize("name", ["gemma3", "llama4_text", "phimoe", "gpt2"])
+@pytest.mark.parametrize("name", ["gemma3", "llama4_text", "phimoe", "gpt2", "jamba"])
 def test_quantized_layers_are_the_planned_ones(name: str) -> None:
     model = zoo_model(name).to("meta")
-    planned = planned_layers(model)
+    planned = planned_layers(model) + planned_parameters(model)
     quantized = quantize_meta(model, config.Quant(kind=config.QuantKind.nf4), torch.float32)
-    assert quantized == tuple(planned) == tuple(planned_layers(model))
+    assert quantized == tuple(planned) == (*planned_layers(model), *planned_parameters(model))
     assert not any("router" in layer for layer in planned)
+    assert sum("experts" in name for name in planned) == {"phimoe": 4, "jamba": 2}.get(name, 0)
 
 
 def test_model_without_a_layer_to_quantize_is_refused() -> None:

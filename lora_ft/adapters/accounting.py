@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lora_ft import config
+from lora_ft.adapters.experts import expert_parameters
 from lora_ft.adapters.targets import EXCLUDED, Selection, matched_layers
 from lora_ft.adapters.text_path import LINEAR, text_path
 
@@ -31,15 +32,16 @@ class Part(Enum):
 
 
 TRAINED = (Part.ADAPTED, Part.SAVED)
-# Weights that a text forward uses, and that no setting of an adapter reaches.
-OUT_OF_REACH = (Part.EXPERTS, Part.OTHER)
+# Frozen tensors that belong to no linear layer and no embedding.
+SPECIAL = (Part.EXPERTS, Part.OTHER)
 
 
 def account(model: PreTrainedModel, selection: Selection, adapter: config.Adapter) -> dict[str, Part]:
     """Return the part of each parameter of a base without adapter, by name; tied parameters count once."""
     modules = dict(model.named_modules())
     saved = matched_layers(modules, adapter.modules_to_save)
-    unused = text_path(model).unused
+    unused, experts = text_path(model).unused, expert_parameters(model)
+    homes = {name.rpartition(".")[0]: parameter.shape[0] for name, parameter in experts.items()}
     parts: dict[str, Part] = {}
     for name, parameter in model.named_parameters():
         owner = name.rpartition(".")[0]
@@ -47,8 +49,10 @@ def account(model: PreTrainedModel, selection: Selection, adapter: config.Adapte
             parts[name] = Part.SAVED
         elif name in unused:
             parts[name] = Part.OFF_PATH
-        elif parameter.dim() < 2:
-            parts[name] = Part.VECTOR
+        elif name in experts:
+            parts[name] = Part.ADAPTED if name in selection.experts else Part.EXPERTS
+        elif parameter.dim() < 2 or ("bias" in name and parameter.shape[0] == homes.get(owner)):
+            parts[name] = Part.VECTOR  # the biases of experts are vectors too, one for each
         else:
             parts[name] = _part(model, owner, modules[owner], selection)
     return parts
@@ -65,15 +69,4 @@ def _part(model: PreTrainedModel, name: str, module: nn.Module, selection: Selec
         return Part.EMBEDDING
     if isinstance(module, LINEAR):
         return Part.NOT_CHOSEN
-    return Part.EXPERTS if _holds_experts(module, _expert_counts(model)) else Part.OTHER
-
-
-def _holds_experts(module: nn.Module, counts: set[int]) -> bool:
-    """Return True for a module with a matrix for each expert."""
-    return any(p.dim() == 3 and p.shape[0] in counts for p in module.parameters(recurse=False))
-
-
-def _expert_counts(model: PreTrainedModel) -> set[int]:
-    """Return the values of settings such as num_local_experts and moe_num_experts."""
-    settings = vars(model.config.get_text_config())
-    return {value for key, value in settings.items() if "expert" in key and type(value) is int and value > 1}
+    return Part.OTHER

@@ -8,6 +8,7 @@ adapter.target_modules=[q_proj,v_proj]  ->  60 layers  ->  120 matrices that tra
 import re
 import warnings
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -19,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_ft import config
 from lora_ft.adapters import targets
+from lora_ft.adapters.experts import shapes_only, use_wrappers_that_keep_the_base
 from lora_ft.adapters.master_weights import keep_in_float32
 from lora_ft.adapters.targets import matched_layers
 from lora_ft.errors import ConfigError
@@ -32,26 +34,29 @@ def attach(
     seed: int,
     token_ids: list[int],
     task_type: str = "CAUSAL_LM",
+    quantized: Collection[str] = (),
 ) -> PeftModel:
     """Inject the adapter under `name` and return the PEFT model; only its parameters train, in at least fp32.
 
     The initial matrices depend only on `seed`. `token_ids` are added tokens, whose embedding rows train as well.
-    Raises ConfigError for targets that match no layer that can be trained, for settings that cannot be saved or merged
-    correctly (tied embeddings), for quantized modules in modules_to_save, and for what PEFT refuses.
+    `quantized` are layers that will be quantized, for a base without weights. Raises ConfigError for targets that match
+    nothing that can be trained, for settings that cannot be saved or merged correctly (tied embeddings), for quantized
+    modules in modules_to_save, and for what PEFT refuses.
     """
     _check_full_modules(base, adapter)
-    chosen = targets.select(base, adapter)
-    _check_patterns(adapter, chosen.layers)
+    chosen = targets.select(base, adapter, quantized)
+    _check_patterns(adapter, (*chosen.layers, *chosen.experts))
     _check_ties(base, adapter, chosen.layers)
     _check_embedding(base, adapter, chosen.layers, token_ids)
     peft_config = LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.lora_alpha,
         lora_dropout=adapter.lora_dropout,
-        target_modules=sorted(chosen.names),
+        target_modules=sorted(chosen.modules),
+        target_parameters=sorted(chosen.parameters) or None,
         modules_to_save=sorted(adapter.modules_to_save) or None,
-        rank_pattern=dict(adapter.rank_pattern),
-        alpha_pattern=dict(adapter.alpha_pattern),
+        rank_pattern=_of_parameters(adapter.rank_pattern, chosen.by_weight),
+        alpha_pattern=_of_parameters(adapter.alpha_pattern, chosen.by_weight),
         use_rslora=adapter.use_rslora,
         use_dora=adapter.use_dora,
         fan_in_fan_out=any(isinstance(base.get_submodule(name), Conv1D) for name in chosen.layers),
@@ -68,6 +73,12 @@ def attach(
         if isinstance(module, ModulesToSaveWrapper):
             keep_in_float32(module.modules_to_save[name])
     return model
+
+
+def _of_parameters(pattern: dict[str, Any], by_weight: Collection[str]) -> dict[str, Any]:
+    """Return a pattern that also names NAME.weight for the layers that PEFT adapts as parameters."""
+    weights = {f"{key}.weight": value for key, value in pattern.items() if matched_layers(by_weight, {key})}
+    return dict(pattern) | weights
 
 
 def detach(base: PreTrainedModel) -> None:
@@ -95,7 +106,12 @@ def inject(model: PreTrainedModel, peft_config: LoraConfig, name: str) -> PeftMo
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         # PEFT corrects this setting for each layer: GPT-2's head and quantized layers are not Conv1D.
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)
-        return get_peft_model(model, peft_config, adapter_name=name)
+        # PEFT looks for the keys of patterns among layers only, not among parameters; `attach` has checked them.
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys", category=RuntimeWarning)
+        with shapes_only(model):
+            attached = get_peft_model(model, peft_config, adapter_name=name)
+    use_wrappers_that_keep_the_base(attached)
+    return attached
 
 
 def _token_rows(model: PreTrainedModel, token_ids: list[int]) -> dict[str, list[int]] | None:

@@ -15,7 +15,7 @@ from lora_ft.errors import MismatchError
 
 
 def check_trainable(model: PeftModel, name: str, parameters: dict[str, nn.Parameter]) -> int:
-    """Check that only this adapter trains, with r (in + out) parameters per adapted layer; return their total number.
+    """Check that only this adapter trains, with r (in + out) parameters per adapted matrix; return their total number.
 
     Raises MismatchError, which means that this code and the installed PEFT disagree.
     """
@@ -36,7 +36,8 @@ def _expected_parameters(layer: LoraLayer, name: str) -> int:
     if name not in layer.r:
         return 0
     magnitude = layer.out_features if layer.use_dora.get(name) else 0
-    return int(layer.r[name] * (layer.in_features + layer.out_features) + magnitude)
+    matrices = getattr(layer, "num_experts", 1)
+    return int(matrices * layer.r[name] * (layer.in_features + layer.out_features) + magnitude)
 
 
 def check_gradients(parameters: dict[str, nn.Parameter]) -> None:

@@ -51,7 +51,9 @@ PLAIN = frozenset({
     "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "loftq_config",
     "eva_config", "runtime_config", "use_dora",
 })  # fmt: skip
-_LOADED = PLAIN | {"modules_to_save", "trainable_token_indices", "lora_bias", "ensure_weight_tying"}
+_LOADED = PLAIN | {
+    "modules_to_save", "trainable_token_indices", "lora_bias", "ensure_weight_tying", "target_parameters",
+}  # fmt: skip
 
 
 def tensors_of(model: PeftModel, name: str) -> dict[str, Tensor]:

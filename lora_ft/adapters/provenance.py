@@ -19,6 +19,7 @@ from lora_ft import config, runs
 from lora_ft.config import QuantKind
 from lora_ft.errors import MismatchError
 from lora_ft.io import untrusted
+from lora_ft.models import quantize
 from lora_ft.models.load import Base, Identity
 from lora_ft.models.stored import agreed
 
@@ -142,6 +143,8 @@ class Loading:
     quantization: dict[str, Any]  # arguments of BitsAndBytesConfig, a dtype by its name; {} without quantization
     rows: int | None  # of the embedding, if tokens were added
     device: str
+    experts: tuple[str, ...] = ()  # last parts of the names of quantized parameters of experts
+    transposed: bool = False  # the matrices of the experts are [in, out]
 
     def lines(self, adapter: str) -> list[str]:
         """Return the lines of Python that load the base with an adapter."""
@@ -154,7 +157,33 @@ class Loading:
         lines = [f"base = AutoModelForCausalLM.from_pretrained({', '.join(arguments)})"]
         if self.rows:
             lines.append(f"base.resize_token_embeddings({self.rows}, mean_resizing=False)")
+        lines += self._rounded_experts()
         return [*lines, f"model = PeftModel.from_pretrained(base, {adapter!r})"]
+
+    def _rounded_experts(self) -> list[str]:
+        """Return the lines that round the experts as in training; they stay in the dtype of the base.
+
+        transformers quantizes linear layers only.
+        """
+        if not self.experts:
+            return []
+        if "load_in_8bit" in self.quantization:
+            names, turned = "int8_vectorwise_dequant, int8_vectorwise_quant", ".mT" if self.transposed else ""
+            rows = f"parameter.data{turned}.reshape(-1, parameter.shape[{-2 if self.transposed else -1}]).half()"
+            back = f".view(parameter.data{turned}.shape){turned}.to(parameter.dtype)"
+            rounded = f"int8_vectorwise_dequant(*int8_vectorwise_quant({rows})[:2]){back}"
+        else:
+            names, four = "dequantize_4bit, quantize_4bit", self.quantization
+            rounded = (
+                f"dequantize_4bit(*quantize_4bit(parameter.data, quant_type={four['bnb_4bit_quant_type']!r}, "
+                f"compress_statistics={four['bnb_4bit_use_double_quant']}))"
+            )
+        return [
+            f"from bitsandbytes.functional import {names}",
+            "for name, parameter in base.named_parameters():",
+            f"    if name.endswith({self.experts!r}):",
+            f"        parameter.data = {rounded}",
+        ]
 
 
 def loading(base: Base, quant: config.Quant, model: config.Model) -> Loading:
@@ -163,8 +192,14 @@ def loading(base: Base, quant: config.Quant, model: config.Model) -> Loading:
     rows = base.model.get_input_embeddings().weight.shape[0] if model.added_tokens else None
     path = identity.id if identity.revision else identity.folder
     # Codes that train as they are stored are loaded as their own config says.
-    quantization = {} if identity.stored and identity.stored.trains else _quantization(quant, dtype)
-    return Loading(str(path), identity.revision, dtype, quantization, rows, str(base.model.device))
+    files = identity.stored
+    quantization = {} if files and files.trains else _quantization(quant, dtype)
+    planned = [] if agreed(quant, files).kind is QuantKind.none else quantize.planned_experts(base.model, files)
+    return Loading(
+        str(path), identity.revision, dtype, quantization, rows, str(base.model.device),
+        experts=tuple(sorted({".".join(name.split(".")[-2:]) for name in planned})),
+        transposed=any(base.model.get_submodule(name.rpartition(".")[0]).is_transposed for name in planned[:1]),
+    )  # fmt: skip
 
 
 def _quantization(quant: config.Quant, dtype: str) -> dict[str, Any]:

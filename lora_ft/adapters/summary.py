@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from lora_ft import config
 from lora_ft.adapters import attach, audit, files, init, provenance, targets
-from lora_ft.adapters.accounting import OUT_OF_REACH, TRAINED, Part, account
-from lora_ft.adapters.targets import EXCLUDED
+from lora_ft.adapters.accounting import SPECIAL, TRAINED, Part, account
+from lora_ft.adapters.experts import hindrance
+from lora_ft.adapters.targets import EXCLUDED, SWITCHED_OFF
 from lora_ft.adapters.text_path import NOT_CALLED, text_path
 from lora_ft.errors import ConfigError
 from lora_ft.models import quantize, stored
@@ -37,27 +38,34 @@ _NOTABLE_SHARE = 0.01
 class Layers:
     """Counts of a base's layers and parameters, for one adapter.
 
-    count: adapted layers. targets: adapted layers by the last part of their name. left_out: layers that target_modules
-    selects and that are not adapted, by reason and name, such as {"without a gradient": {"q_proj": 27}}.
-    trainable, base: parameters. scales: factors of the products B A. over_full: layers whose A and B have at least as
-    many parameters as the layer. parts: the base's parameters by what they are to the adapter (adapters/accounting.py).
+    count: adapted layers and parameters of experts. targets: the same by the last part of their name. left_out: those
+    that target_modules selects and that are not adapted, by reason and name, such as {"without a gradient":
+    {"q_proj": 27}}. trainable, base: parameters. experts: trainable parameters of experts' matrices. scales: factors of
+    the products B A. over_full: layers whose A and B have at least as many parameters as the layer. parts: the base's
+    parameters by what they are to the adapter (adapters/accounting.py).
     quantized: parameters that the quantization changes. quantization: its kind, "none" without one.
-    out_of_reach: parameters that neither an adapter nor quantization changes, by the last two parts of their names,
-    largest first, such as {"experts.gate_up_proj": 9_663_676_416, ...}. out_of_reach_bytes: their size in memory.
+    frozen_experts: the reasons of experts that the adapter does not train, "" if target_modules does not select them.
+    not_adapted: parameters of experts, routers and convolutions that the adapter does not train, by the last two parts
+    of their names, largest first, such as {"experts.gate_up_proj": 9_663_676_416, ...}. not_quantized: the same of
+    those that quantization does not change, whether they are adapted or not; empty without quantization.
+    not_quantized_bytes: their size in memory.
     """
 
     count: int
     targets: dict[str, int]
     left_out: dict[str, dict[str, int]]
     trainable: int
+    experts: int
     base: int
     scales: list[float]
     over_full: int
     parts: dict[str, int]
     quantized: int
     quantization: str
-    out_of_reach: dict[str, int]
-    out_of_reach_bytes: int
+    frozen_experts: list[str]
+    not_adapted: dict[str, int]
+    not_quantized: dict[str, int]
+    not_quantized_bytes: int
 
     @property
     def adapted(self) -> int:
@@ -77,16 +85,19 @@ def layers(base: Base, cfg: config.TrainRun) -> Layers:
     """
     parameters = dict(base.model.named_parameters())
     quant = stored.agreed(cfg.quant, base.identity.stored)
-    is_quantized = quant.kind is not config.QuantKind.none
-    planned = quantize.planned_layers(base.model, base.identity.stored) if is_quantized else []
+    of_files, quantizes = base.identity.stored, quant.kind is not config.QuantKind.none
+    planned = quantize.planned_layers(base.model, of_files) if quantizes else []
     _check_bypassed(base.model, planned, quant)
-    quantized = sum(parameters[f"{name}.weight"].numel() for name in planned if f"{name}.weight" in parameters)
-    selection = targets.select(base.model, cfg.adapter)
+    quantized = {f"{name}.weight" for name in planned if f"{name}.weight" in parameters}
+    quantized |= set(quantize.planned_experts(base.model, of_files) if quantizes else [])
+    selection = targets.select(base.model, cfg.adapter, planned)
     parts = account(base.model, selection, cfg.adapter)
-    out_of_reach = {name: parameters[name] for name, part in parts.items() if part in OUT_OF_REACH}
+    not_adapted = [name for name, part in parts.items() if part in SPECIAL]
+    special = [name for name in parts if name in not_adapted or name in selection.experts]
+    not_quantized = [name for name in special if quantizes and name not in quantized]
     token_ids = base.tokenizer.convert_tokens_to_ids(list(cfg.model.added_tokens))
     with torch.device("meta"):
-        model = attach.attach(base.model, cfg.adapter, _NAME, 0, token_ids)
+        model = attach.attach(base.model, cfg.adapter, _NAME, 0, token_ids, quantized=planned)
     init.find(cfg.adapter.init)
     if cfg.adapter.init_from:
         source = Path(cfg.adapter.init_from)
@@ -96,17 +107,22 @@ def layers(base: Base, cfg: config.TrainRun) -> Layers:
     adapted = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and _NAME in layer.r]
     return Layers(
         count=len(adapted),
-        targets=dict(Counter(map(targets.short, selection.layers))),
+        targets=selection.counts(),
         left_out=_by_reason(selection.left_out),
         trainable=audit.check_trainable(model, _NAME, attach.trainable(model, _NAME)),
+        experts=sum(_size(layer) for layer in adapted if getattr(layer, "num_experts", 1) > 1),
         base=sum(parameter.numel() for parameter in parameters.values()),
         scales=sorted({float(layer.scaling[_NAME]) for layer in adapted}),
         over_full=sum(_is_over_full(layer) for layer in adapted),
         parts=_by_part(parts, parameters),
-        quantized=quantized,
+        quantized=sum(parameters[name].numel() for name in quantized),
         quantization=quant.kind.value,
-        out_of_reach=_sizes(out_of_reach),
-        out_of_reach_bytes=sum(parameter.nbytes for parameter in out_of_reach.values()),
+        frozen_experts=list(
+            dict.fromkeys(selection.left_out.get(n, "") for n, part in parts.items() if part is Part.EXPERTS)
+        ),
+        not_adapted=_sizes({name: parameters[name] for name in not_adapted}),
+        not_quantized=_sizes({name: parameters[name] for name in not_quantized}),
+        not_quantized_bytes=sum(parameters[name].nbytes for name in not_quantized),
     )
 
 
@@ -140,6 +156,10 @@ def _sizes(parameters: dict[str, torch.nn.Parameter]) -> dict[str, int]:
     return dict(sizes.most_common())
 
 
+def _size(layer: LoraLayer) -> int:
+    return sum(matrix[_NAME].weight.numel() for matrix in (layer.lora_A, layer.lora_B))
+
+
 def _is_over_full(layer: LoraLayer) -> bool:
     rows, columns = int(layer.in_features), int(layer.out_features)
     return bool(layer.r[_NAME] * (rows + columns) >= rows * columns)
@@ -165,8 +185,18 @@ def warnings(layers: Layers, cfg: config.TrainRun) -> Iterator[str]:
             f"{left_out / layers.base:.1%} of the base's weights ({left_out:,}) are in linear layers that an adapter "
             f"cannot train, and stay frozen: {'; '.join(_untrainable(layers))}"
         )
-    if sum(layers.out_of_reach.values()) >= _NOTABLE_SHARE * layers.base:
-        yield from _out_of_reach_warnings(layers)
+    if (count := sum(layers.not_adapted.values())) >= _NOTABLE_SHARE * layers.base:
+        yield (
+            f"{count / layers.base:.1%} of the base's weights ({count:,}) are not adapted and stay frozen "
+            f"({_shares(layers.not_adapted, layers.base)}): {_why_frozen(layers, cfg.adapter)}"
+        )
+    count, size = sum(layers.not_quantized.values()), layers.not_quantized_bytes
+    if count >= _NOTABLE_SHARE * layers.base:
+        yield (
+            f"quant={layers.quantization} quantizes linear layers and experts of transformers' usual form only: "
+            f"{count / layers.base:.1%} of the base's weights stay at {round(8 * size / count)} bits each, "
+            + (f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{size / 1e9:,.1f} GB")
+        )
 
 
 def left_out_lines(layers: Layers) -> list[str]:
@@ -178,21 +208,28 @@ def left_out_lines(layers: Layers) -> list[str]:
 
 
 def _untrainable(layers: Layers) -> list[str]:
-    chosen = {reason: names for reason, names in layers.left_out.items() if reason not in (EXCLUDED, NOT_CALLED)}
+    chosen = {
+        reason: names for reason, names in layers.left_out.items() if reason not in (EXCLUDED, NOT_CALLED, SWITCHED_OFF)
+    }
     return left_out_lines(replace(layers, left_out=chosen))
 
 
-def _out_of_reach_warnings(layers: Layers) -> Iterator[str]:
-    count = sum(layers.out_of_reach.values())
-    share = f"{count / layers.base:.1%} of the base's weights"
-    parts = ", ".join(f"{name} {size / layers.base:.1%}" for name, size in layers.out_of_reach.items())
-    yield (
-        f"{share} ({count:,}) are not adapted and stay frozen: adapter.target_modules can select linear layers and "
-        f"embeddings, and these are tensors of other modules, such as experts, routers or convolutions ({parts})"
+def _shares(sizes: dict[str, int], whole: int) -> str:
+    return ", ".join(f"{name} {size / whole:.1%}" for name, size in sizes.items())
+
+
+def _why_frozen(layers: Layers, adapter: config.Adapter) -> str:
+    """Say why experts, routers or convolutions are frozen, and what would train experts."""
+    if not layers.frozen_experts:
+        return "an adapter trains linear layers, embeddings and experts, and these are routers or convolutions"
+    remedies = {
+        "": "adapter.target_modules does not name the experts; adapter.experts=true adds them",
+        SWITCHED_OFF: "adapter.experts=false leaves the experts out",
+        EXCLUDED: "adapter.exclude names the experts",
+    }
+    dropout = "set adapter.lora_dropout=0" if adapter.lora_dropout else "set adapter.use_dora=false"
+    return "; ".join(
+        remedies.get(reason)
+        or f"experts: {reason}" + (f"; {dropout} to train them" if reason == hindrance(adapter) else "")
+        for reason in layers.frozen_experts
     )
-    if layers.quantized:
-        bits, size = round(8 * layers.out_of_reach_bytes / count), layers.out_of_reach_bytes
-        yield (
-            f"quant={layers.quantization} quantizes linear layers only: {share} stay at {bits} bits each, "
-            + (f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{size / 1e9:,.1f} GB")
-        )

@@ -1,86 +1,166 @@
-"""Choose the layers of an adapter, and the shortest names by which PEFT alone finds exactly these.
+"""Choose the layers and experts of an adapter, and the shortest names by which PEFT alone finds exactly these.
 
-    adapter.target_modules=[all-linear]                     every linear layer of the text path, but the head
+    adapter.target_modules=[all-linear]                     every linear layer of the text path, but the head; experts
     adapter.target_modules=[q_proj,v_proj]                  layers by their name or the last parts of it
+    adapter.target_modules=[q_proj,experts.down_proj]       parameters of experts as well
     adapter.target_modules=['model\\.layers\\.1\\d\\..*']   a regular expression, matched with the whole name
     adapter.exclude=[down_proj]                             not these, nor layers inside of a module of this name
+    adapter.experts=true, or false                          all experts, whatever target_modules names; or none
 
-A name that has other characters than letters, digits, `_`, `-` and `.` is a regular expression. Layers that an adapter
-cannot train (adapters/text_path.py) are left out and counted.
+A name that has other characters than letters, digits, `_`, `-` and `.` is a regular expression. What an adapter cannot
+train (adapters/text_path.py, adapters/experts.py) is left out and counted.
 """
 
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from lora_ft import config
-from lora_ft.adapters.text_path import adaptable_layers, text_path
+from lora_ft.adapters.experts import expert_parameters, hindrance
+from lora_ft.adapters.text_path import TextPath, adaptable_layers, text_path
 from lora_ft.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
 EXCLUDED = "excluded by adapter.exclude"
+SWITCHED_OFF = "adapter.experts=false"
+QUANTIZED = "PEFT adapts this name in this model type only as a parameter, which is quantized here"
 
 _PLAIN_NAME = re.compile(r"[\w.-]+")
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Layers of an adapter: `layers` in the model's order, and the `names` that select exactly these in PEFT.
+    """Layers and parameters of experts that an adapter trains, by name, in the model's order.
 
-    left_out: the reason of each layer that target_modules selects and that is not adapted.
+    modules, parameters: the names that select exactly these as PEFT's target_modules and target_parameters. by_weight:
+    the layers among the parameters. left_out: the reason of each layer and parameter that target_modules selects and
+    that is not adapted.
     """
 
     layers: tuple[str, ...]
-    names: tuple[str, ...]
+    experts: tuple[str, ...]
+    modules: tuple[str, ...]
+    parameters: tuple[str, ...]
+    by_weight: frozenset[str]
     left_out: dict[str, str]
 
     def counts(self) -> dict[str, int]:
-        """Return the number of layers by the last part of their name, in the model's order."""
-        return dict(Counter(short(name) for name in self.layers))
+        """Return the number of layers and parameters by the last part of their name, in the model's order."""
+        return dict(Counter(short(name) for name in (*self.layers, *self.experts)))
 
 
-def select(model: PreTrainedModel, adapter: config.Adapter) -> Selection:
-    """Choose the layers that `adapter` trains on a base.
+def select(model: PreTrainedModel, adapter: config.Adapter, quantized: Collection[str] = ()) -> Selection:
+    """Choose the layers and experts that `adapter` trains on a base.
 
-    Raises ConfigError for a target or an exclusion that matches no layer, for a target of which no layer can be
-    trained, and if no layer is left.
+    `quantized` are layers that will be quantized, for a model that is not yet. Raises ConfigError for a target or an
+    exclusion that matches nothing, for a target of which nothing can be trained, for adapter.experts=true if experts
+    cannot be, and if nothing is left.
     """
-    layers = adaptable_layers(model)
-    reasons = text_path(model).reasons
-    wanted: set[str] = set()
+    layers, experts = adaptable_layers(model), expert_parameters(model)
+    path = text_path(model)
+    reasons = path.reasons | _hindered(adapter, layers, experts, path, quantized)
+    _check_experts(model, adapter, experts, reasons)
+    wanted: set[str] = set(experts) if adapter.experts else set()
     for target in adapter.target_modules:
-        wanted |= _matches(model, layers, target, reasons)
-    excluded = _excluded(model, layers, adapter.exclude)
-    saved = _inside(layers, matched_layers(dict(model.named_modules()), set(adapter.modules_to_save)))
+        wanted |= _matches(model, layers, experts, target, reasons)
+    excluded = _excluded(model, [*layers, *experts], adapter.exclude)
+    wanted -= _inside(wanted, matched_layers(dict(model.named_modules()), set(adapter.modules_to_save)))
     left_out = {
         name: EXCLUDED if name in excluded else reasons[name]
-        for name in layers
-        if name in wanted - saved and (name in excluded or reasons[name])
+        for name in [*layers, *experts]
+        if name in wanted and (name in excluded or reasons[name])
     }
-    chosen = tuple(name for name in layers if name in wanted - saved and name not in left_out)
+    chosen = [name for name in [*layers, *experts] if name in wanted and name not in left_out]
     if not chosen:
         raise ConfigError(
             f"adapter.target_modules={_listed(adapter.target_modules)} leaves no layer to adapt: adapter.exclude or "
             "adapter.modules_to_save names them all"
         )
-    return Selection(chosen, _names(model, chosen, saved), left_out)
+    return _selection(model, adapter, chosen, path, left_out)
 
 
-def _matches(model: PreTrainedModel, layers: dict[str, nn.Module], target: str, reasons: dict[str, str]) -> set[str]:
+def _selection(
+    model: PreTrainedModel, adapter: config.Adapter, chosen: list[str], path: TextPath, left_out: dict[str, str]
+) -> Selection:
+    modules = [name for name, _ in model.named_modules() if name]
+    saved = matched_layers(modules, set(adapter.modules_to_save))
+    by_weight = path.by_weight.intersection(chosen)
+    experts = tuple(name for name in chosen if name in expert_parameters(model))
+    layers = tuple(name for name in chosen if name not in experts)
+    found = [name for name in modules if name not in saved]  # PEFT ignores those
+    parameters = [f"{name}.weight" if name in by_weight else name for name in chosen if name in (*by_weight, *experts)]
+    return Selection(
+        layers=layers,
+        experts=experts,
+        modules=_names(found, [name for name in layers if name not in by_weight], 1),
+        parameters=_names([name for name, _ in model.named_parameters()], parameters, 2),
+        by_weight=by_weight,
+        left_out=left_out,
+    )
+
+
+def _hindered(
+    adapter: config.Adapter,
+    layers: dict[str, nn.Module],
+    experts: dict[str, nn.Parameter],
+    path: TextPath,
+    quantized: Collection[str],
+) -> dict[str, str]:
+    """Return the settings that keep PEFT from adapting parameters, by parameter; layers among them may be quantized."""
+    setting = hindrance(adapter)
+    found = {name: QUANTIZED for name in path.by_weight if name in quantized or _is_quantized(layers[name])}
+    if setting:
+        found |= dict.fromkeys([*path.by_weight, *(name for name in experts if not path.reasons[name])], setting)
+    if adapter.experts is False:
+        found |= dict.fromkeys(experts, SWITCHED_OFF)
+    return found
+
+
+def _is_quantized(layer: Any) -> bool:
+    return type(layer.weight).__name__ in ("Params4bit", "Int8Params")
+
+
+def _check_experts(
+    model: PreTrainedModel, adapter: config.Adapter, experts: dict[str, nn.Parameter], reasons: dict[str, str]
+) -> None:
+    """Raise ConfigError for adapter.experts=true where experts cannot be trained."""
+    if not adapter.experts:
+        return
+    if not experts:
+        raise ConfigError(
+            f"adapter.experts=true: {model.config.model_type} has no parameters of experts: remove the setting "
+            "(experts that are linear layers are adapted as such)"
+        )
+    if reason := next((reasons[name] for name in experts if reasons[name]), ""):
+        raise ConfigError(
+            f"adapter.experts=true: the experts of {model.config.model_type} cannot be adapted ({reason}): change the "
+            "one or the other"
+        )
+
+
+def _matches(
+    model: PreTrainedModel,
+    layers: dict[str, nn.Module],
+    experts: dict[str, nn.Parameter],
+    target: str,
+    reasons: dict[str, str],
+) -> set[str]:
     if target == ALL_LINEAR:
         head = model.get_output_embeddings()
         found = {n for n, module in layers.items() if not isinstance(module, nn.Embedding) and module is not head}
+        found |= experts.keys()
     else:
-        found = _selected(layers, target)
+        found = _selected([*layers, *experts], target)
     if not found:
-        known = ", ".join(sorted({short(name) for name in layers}))
+        known = ", ".join(sorted({short(name) for name in [*layers, *experts]}))
         raise ConfigError(f"adapter.target_modules: {target} matches no layer of this model, which has {known}")
     if all(reasons[name] for name in found):
-        name = next(name for name in layers if name in found)
+        name = next(name for name in [*layers, *experts] if name in found)
         usable = ",".join(dict.fromkeys(short(n) for n, reason in reasons.items() if not reason))
         raise ConfigError(
             f"adapter.target_modules: {target} matches only layers that an adapter cannot train in "
@@ -114,11 +194,11 @@ def _suffixes(name: str) -> list[str]:
     return [".".join(parts[i:]) for i in range(len(parts))]
 
 
-def _excluded(model: nn.Module, layers: dict[str, nn.Module], exclude: list[str]) -> set[str]:
+def _excluded(model: nn.Module, adaptable: list[str], exclude: list[str]) -> set[str]:
     excluded: set[str] = set()
-    modules = [name for name, _ in model.named_modules() if name]
+    named = list(dict.fromkeys([*(name for name, _ in model.named_modules() if name), *adaptable]))
     for pattern in exclude:
-        inside = _inside(layers, _selected(modules, pattern))
+        inside = _inside(adaptable, _selected(named, pattern))
         if not inside:
             raise ConfigError(f"adapter.exclude: {pattern} matches no linear layer of this model, nor a module of them")
         excluded |= inside
@@ -130,18 +210,17 @@ def _inside(layers: Iterable[str], modules: set[str]) -> set[str]:
     return {name for name in layers if name in modules or any(name.startswith(f"{m}.") for m in modules)}
 
 
-def _names(model: nn.Module, chosen: tuple[str, ...], saved: set[str]) -> tuple[str, ...]:
-    """Return the last part of the chosen names where PEFT finds no other module by it; else the full names.
+def _names(every: Iterable[str], chosen: Collection[str], parts: int) -> tuple[str, ...]:
+    """Return the last parts of the chosen names where PEFT finds nothing else by them; else the full names.
 
-    q_proj is easier to read than 30 full names, and other loaders of the adapter expect it. PEFT ignores `saved`.
+    q_proj is easier to read than 30 full names, and other loaders of the adapter expect it.
     """
-    taken = Counter(_leaf(name) for name, _ in model.named_modules() if name and name not in saved)
-    mine = Counter(map(_leaf, chosen))
-    return tuple(dict.fromkeys(_leaf(name) if taken[_leaf(name)] == mine[_leaf(name)] else name for name in chosen))
 
+    def last(name: str) -> str:
+        return ".".join(name.split(".")[-parts:])
 
-def _leaf(name: str) -> str:
-    return name.rpartition(".")[2]
+    taken, mine = Counter(map(last, every)), Counter(map(last, chosen))
+    return tuple(dict.fromkeys(last(name) if taken[last(name)] == mine[last(name)] else name for name in chosen))
 
 
 def short(name: str) -> str:

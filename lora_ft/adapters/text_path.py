@@ -1,17 +1,20 @@
-"""Find out which layers of a model an adapter can train, by running text through a copy without values.
+"""Find out which layers and experts of a model an adapter can train, by running text through a copy without values.
 
     text_path(model).reasons   {"model.layers.0.self_attn.q_proj": "",
+                                "model.layers.0.mlp.experts.gate_up_proj": "",
                                 "vision_tower.layers.0.q_proj": "not called by a text forward", ...}
     text_path(model).unused    {"vision_tower.patch_embedding.weight", ...}
 
 A vision tower runs on images only, a router may subclass Linear and return a tuple, a state-space layer may multiply by
 the weight of a layer that it never calls: a matrix on such a layer would learn nothing, or stop the run. The copy is
-built from the model's class and config, so a loaded, a quantized and a meta model give the same answer. An 8B model
-takes half a second.
+built from the model's class and config, so a loaded, a quantized and a meta model give the same answer, and share one
+trace. An 8B model takes half a second.
 """
 
+import contextlib
 import copy
 import inspect
+import json
 import logging
 import re
 import weakref
@@ -22,11 +25,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from lora_ft.adapters.experts import expert_parameters, use_wrappers_that_keep_the_base
 
 log = logging.getLogger("lora_ft")
 
@@ -35,11 +41,16 @@ NO_TENSOR = "with several results instead of one tensor"
 NO_GRADIENT = "without a gradient"
 WEIGHT_READ = "other code multiplies by the weight, past an adapter"
 REFUSED = "PEFT does not adapt this name in this model type"
+NO_WRAPPER = "the model does not run with PEFT's adapter of its experts"
 
 LINEAR = (nn.Linear, Conv1D)  # bitsandbytes' layers are subclasses of the first
 
 _TOKENS = 8
 _known: "weakref.WeakKeyDictionary[PreTrainedModel, TextPath]" = weakref.WeakKeyDictionary()
+# By class and config: a run has a meta and a loaded model, a prediction one for each trace of a step.
+_traces: dict[tuple[type, str], tuple[dict[str, str], frozenset[str]]] = {}
+# Entries of a config that tell how weights are stored, not what text runs through.
+_STORED = {"dtype", "torch_dtype", "quantization_config", "_name_or_path", "architectures", "transformers_version"}
 
 # The code of a module that hands the weight of one of its layers to a function, as fused kernels need it. Not its
 # dtype, and not a part of it.
@@ -53,14 +64,16 @@ def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 @dataclass(frozen=True)
 class TextPath:
-    """reasons: why an adapter could not train a layer, "" if it could. unused: parameters that no logit depends on.
+    """reasons: why an adapter could not train a layer or a parameter of experts, "" if it could.
 
-    bypassed: layers that are not called though a logit depends on their weights, which other code reads.
+    unused: parameters that no logit depends on. bypassed: layers that are not called though a logit depends on their
+    weights, which other code reads. by_weight: layers that PEFT adapts only as a parameter, NAME.weight.
     """
 
     reasons: dict[str, str]
     unused: frozenset[str]
     bypassed: frozenset[str]
+    by_weight: frozenset[str]
 
 
 def text_path(model: PreTrainedModel) -> TextPath:
@@ -75,34 +88,59 @@ def text_path(model: PreTrainedModel) -> TextPath:
 
 
 def _text_path(model: PreTrainedModel) -> TextPath:
-    layers = adaptable_layers(model)
-    found, unused = dict.fromkeys(layers, ""), frozenset[str]()
+    layers, experts = adaptable_layers(model), expert_parameters(model)
+    found, unused = dict.fromkeys([*layers, *experts], ""), frozenset[str]()
+    key = type(model), json.dumps([_structure(model.config.to_dict()), list(experts)], sort_keys=True, default=str)
     try:
-        traced, unused = _trace(model)
+        if key not in _traces:
+            _traces[key] = _traced(model, list(experts))
+        traced, unused = _traces[key]
         found |= traced
     except Exception as error:  # code of a model family, which may raise anything
         log.info("%s does not run without values (%r): every linear layer is adapted", type(model).__name__, error)
-    bypassed = frozenset(n for n, why in found.items() if why == NOT_CALLED and f"{n}.weight" not in unused)
+    bypassed = frozenset(n for n in layers if found[n] == NOT_CALLED and f"{n}.weight" not in unused)
     found |= dict.fromkeys(_read_elsewhere(model), WEIGHT_READ)
     linear = [name for name, layer in layers.items() if not isinstance(layer, nn.Embedding)]
-    refused = {leaf for leaf in {_leaf(name) for name in linear} if not _peft_adapts(model.config, leaf)}
-    found |= {name: REFUSED for name in linear if _leaf(name) in refused and not found[name]}
-    return TextPath({name: found[name] for name in layers}, unused, bypassed)
+    ways = {leaf: _way_of_peft(model.config, leaf) for leaf in dict.fromkeys(map(_leaf, linear))}
+    found |= {name: REFUSED for name in linear if ways[_leaf(name)] is None and not found[name]}
+    by_weight = frozenset(name for name in linear if ways[_leaf(name)] == "weight" and not found[name])
+    return TextPath({name: found[name] for name in [*layers, *experts]}, unused, bypassed, by_weight)
+
+
+def _structure(settings: Any) -> Any:
+    """Return the entries of a config, and of the configs in it, that shape the model."""
+    if not isinstance(settings, dict):
+        return settings
+    return {key: _structure(value) for key, value in settings.items() if key not in _STORED}
 
 
 def _leaf(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _trace(model: PreTrainedModel) -> tuple[dict[str, str], frozenset[str]]:
-    """Run the forward of a copy on the meta device; return the reasons of its layers, and its unused parameters."""
+def _traced(model: PreTrainedModel, experts: list[str]) -> tuple[dict[str, str], frozenset[str]]:
+    """Return the reasons of layers and experts, and the unused parameters; experts may prevent PEFT's adapters."""
+    if experts:
+        try:
+            return _trace(model, experts)
+        except Exception as error:  # from here on, only the model's own code can raise
+            log.info("%s does not run with PEFT's adapters of its experts (%r)", type(model).__name__, error)
+    reasons, unused = _trace(model, [])
+    return reasons | dict.fromkeys(experts, NO_WRAPPER), unused
+
+
+def _trace(model: PreTrainedModel, experts: list[str]) -> tuple[dict[str, str], frozenset[str]]:
+    """Run the forward of a copy on the meta device, with adapters of these experts."""
     twin: Any = type(model)._from_config(copy.deepcopy(model.config), attn_implementation="eager", dtype=torch.bfloat16)
-    twin.requires_grad_().train()  # some code passes a layer by in this mode only
     found: dict[str, str] = {}
     probes: dict[str, Tensor] = {}
     for name, layer in adaptable_layers(twin).items():
         found[name] = NOT_CALLED
         layer.register_forward_hook(_probe(name, found, probes))
+    if experts:
+        inject_adapter_in_model(LoraConfig(r=1, target_modules=[], target_parameters=experts), twin)
+        use_wrappers_that_keep_the_base(twin)
+    twin.requires_grad_().train()  # some code passes a layer by in this mode only
     validates = Distribution._validate_args
     Distribution.set_default_validate_args(False)  # it would look at values
     try:
@@ -112,7 +150,14 @@ def _trace(model: PreTrainedModel) -> tuple[dict[str, str], frozenset[str]]:
         Distribution.set_default_validate_args(validates)
     reached = _leaves(output.logits)
     found |= {name: NO_GRADIENT for name, probe in probes.items() if id(probe) not in reached and not found[name]}
-    return found, frozenset(name for name, p in twin.named_parameters() if id(p) not in reached)
+    parameters = {name.replace(".base_layer", ""): p for name, p in twin.named_parameters() if ".lora_" not in name}
+    unused = frozenset(name for name, parameter in parameters.items() if id(parameter) not in reached)
+    for name, module in twin.named_modules():
+        if isinstance(module, ParamWrapper):
+            expert = f"{name.replace('.base_layer', '')}.{module.parameter_name}"
+            trains = all(id(matrix) in reached for matrix in module.lora_B.parameters())
+            found[expert] = "" if trains else NOT_CALLED if expert in unused else WEIGHT_READ
+    return found, unused
 
 
 def _probe(name: str, found: dict[str, str], probes: dict[str, Tensor]) -> Any:
@@ -187,15 +232,20 @@ class _Named(nn.Module):
         self.add_module(leaf, nn.Linear(1, 1))
 
 
-def _peft_adapts(config: Any, leaf: str) -> bool:
-    """Try whether PEFT adapts a linear layer of this name in a model of this config.
+def _way_of_peft(config: Any, leaf: str) -> str | None:
+    """Return how PEFT adapts a linear layer of this name in a model of this config: as "layer", as "weight" or not.
 
-    PEFT refuses names in state-space models, and takes the names that experts had before transformers 5 for their
-    tensors, also where shared experts and dense layers have these names.
+    PEFT refuses names in state-space models. It takes the names that experts had before transformers 5 for their
+    parameters, also where shared experts and dense layers have these names; such a layer it adapts as NAME.weight.
     """
-    model = _Named(config, leaf)
-    try:
-        inject_adapter_in_model(LoraConfig(r=1, target_modules=[leaf]), model)
-    except ValueError:
-        return False
-    return isinstance(model.get_submodule(leaf), LoraLayer)
+    ways: dict[str, dict[str, Any]] = {
+        "layer": {"target_modules": [leaf]},
+        "weight": {"target_modules": [], "target_parameters": [f"{leaf}.weight"]},
+    }
+    for way, targets in ways.items():
+        model = _Named(config, leaf)
+        with contextlib.suppress(ValueError):
+            inject_adapter_in_model(LoraConfig(r=1, **targets), model)
+        if isinstance(model.get_submodule(leaf), LoraLayer):
+            return way
+    return None

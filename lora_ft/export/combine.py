@@ -44,7 +44,7 @@ def check(base: Base, quant: config.Quant, folders: list[Path]) -> None:
     """Raise MismatchError for an adapter of another base or with more parts than A, B and a scale."""
     for folder in folders:
         saved = files.read_config(folder)
-        files.check_settings(folder, saved, files.PLAIN)
+        files.check_settings(folder, saved, files.PLAIN, "; merge it into its base instead")
         if saved.use_dora:
             raise MismatchError(
                 f"{folder} is a DoRA adapter, whose magnitudes belong to its own W + s B A and cannot be added to "

@@ -1,6 +1,7 @@
 """Add an adapter to the weights of its base and write them as a model that needs no adapter.
 
     LoRA             W' = W + s B A                         s: alpha / r, or alpha / sqrt(r) with rsLoRA
+    LoRA of experts  the same for each expert's matrix
     DoRA             W' = m (W + s B A) / |W + s B A|       the norm over each output's inputs
     modules_to_save  W' = the trained copy of the module
     added tokens     W' = W with the trained rows
@@ -24,11 +25,13 @@ import xxhash
 from huggingface_hub import split_state_dict_into_shards_factory
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from lora_ft.adapters import experts
 from lora_ft.errors import MismatchError, NonFiniteError, ResourceError
 from lora_ft.export.verify import dequantized
 from lora_ft.io import durable
@@ -94,14 +97,18 @@ class MergedModel:
         path, _, leaf = name.rpartition(".")
         module: Any = self._base
         for part in path.split("."):
-            module = getattr(module, part)
+            module = getattr(module.get_base_layer() if isinstance(module, ParamWrapper) else module, part)
             if isinstance(module, ModulesToSaveWrapper):
                 module = dict(module.modules_to_save.items()).get(self._adapter, module.original_module)
         layer = _base_layer(module)
+        if wrapper := experts.wrapper_of(module, leaf, self._adapter):
+            return _sum(getattr(layer, leaf).detach().cpu(), experts.update(wrapper, self._adapter).cpu())
         if leaf != "weight":
             tensor: Tensor = getattr(layer, leaf)
             return tensor
         weight = dequantized(layer).cpu()
+        if isinstance(module, ParamWrapper):
+            return weight
         if isinstance(module, LoraLayer) and self._adapter in module.scaling:
             weight = _lora_weight(module, self._adapter, weight)
         elif isinstance(module, TrainableTokensWrapper) and self._adapter in module.token_adapter.token_indices:
@@ -153,7 +160,9 @@ def _check_adapter(base: PreTrainedModel, adapter: str) -> None:
     for name, module in base.named_modules():
         if isinstance(module, LoraLayer) and adapter in module.active_adapters:
             variant = module.lora_variant.get(adapter)
-            known = isinstance(module.get_base_layer(), (nn.Linear, Conv1D, nn.Embedding))
+            known = isinstance(module, ParamWrapper) or isinstance(
+                module.get_base_layer(), (nn.Linear, Conv1D, nn.Embedding)
+            )
             if not known or (variant and not module.use_dora.get(adapter)) or module.lora_bias.get(adapter):
                 kind = type(variant or module.get_base_layer()).__name__
                 raise MismatchError(f"{name}: an adapter of type {kind}, or with biases, cannot be merged")
@@ -168,14 +177,18 @@ def _base_layer(module: Any) -> Any:
 
 def _lora_weight(layer: Any, adapter: str, weight: Tensor) -> Tensor:
     """Compute W' in at least float32, laid out as W: [out, in]; Conv1D [in, out]; embedding [V, E]."""
-    # PEFT's delta has the layout of W; the sum is taken in the adapter's precision and rounded when written.
-    delta = layer.get_delta_weight(adapter).detach().cpu()
-    merged = delta.to(torch.promote_types(weight.dtype, torch.float32)).contiguous().add_(weight)
+    # PEFT's delta has the layout of W.
+    merged = _sum(weight, layer.get_delta_weight(adapter).detach().cpu())
     if layer.use_dora.get(adapter):
         inputs = 0 if isinstance(_base_layer(layer), (Conv1D, nn.Embedding)) else 1
         norm = torch.linalg.vector_norm(merged, dim=inputs, keepdim=True)
         merged *= layer.lora_magnitude_vector[adapter].weight.detach().cpu().view_as(norm) / norm
     return merged
+
+
+def _sum(weight: Tensor, update: Tensor) -> Tensor:
+    """Return the sum in the adapter's precision; it is rounded when written."""
+    return update.to(torch.promote_types(weight.dtype, torch.float32)).contiguous().add_(weight)
 
 
 def _spec(name: str, tensor: Tensor, dtype: torch.dtype) -> durable.TensorSpec:

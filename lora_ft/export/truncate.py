@@ -49,7 +49,8 @@ class RankQuality:
 def check(folder: Path, rank: int) -> LoraConfig:
     """Return the config of an adapter; raises MismatchError for DoRA, ConfigError if `rank` is not below its rank."""
     saved = files.read_config(folder)
-    files.check_settings(folder, saved, files.PLAIN | {"modules_to_save", "trainable_token_indices"})
+    allowed = files.PLAIN | {"modules_to_save", "trainable_token_indices"}
+    files.check_settings(folder, saved, allowed, "; merge it into its base, or train it with a smaller adapter.r")
     if saved.use_dora:
         raise MismatchError(
             f"{folder} is a DoRA adapter, whose magnitudes were trained for the norm of W + s B A, which a lower rank "

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_ft.errors import MismatchError
 from lora_ft.models.acceleration import plain_attention, replaced_forwards
-from lora_ft.models.load import quiet
+from lora_ft.models.build import quiet
 
 _PROBE_TOKENS = 64
 _ROUNDINGS, _MOST = 3, 10  # see `allowed`

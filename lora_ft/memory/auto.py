@@ -26,7 +26,7 @@ from lora_ft.memory.machine import Machine, resolve
 from lora_ft.memory.pairs import Sizes, fastest, largest_that_fits
 from lora_ft.memory.roofline import step_time
 from lora_ft.memory.trace import StepTrace, trace_loaded
-from lora_ft.models.load import first_line
+from lora_ft.models.build import first_line
 from lora_ft.ops.free_memory import available_bytes
 from lora_ft.ops.gradient_checkpointing import recomputable_layers
 from lora_ft.settings.plan import Hardware

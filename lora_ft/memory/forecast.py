@@ -29,7 +29,7 @@ from lora_ft.memory.machine import Machine, resolve
 from lora_ft.memory.prediction import Prediction, Traces, predict
 from lora_ft.memory.shallow import ENOUGH, extrapolated, num_layers
 from lora_ft.memory.workload import of_rows
-from lora_ft.models.load import first_line
+from lora_ft.models.build import first_line
 from lora_ft.models.meta_model import read_config
 from lora_ft.models.stored import of_config
 from lora_ft.settings.plan import Hardware

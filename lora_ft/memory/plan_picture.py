@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jinja2
-import jinja2.sandbox
 from markupsafe import Markup
 
 from lora_ft.errors import ConfigError
 from lora_ft.evaluation.charts import HUES, TEXT, blank, drawing, png, svg
-from lora_ft.io import durable
+from lora_ft.io import durable, templates
 from lora_ft.memory.plan_bars import GIB, look, stacked
 from lora_ft.memory.plan_page import file_facts, hundredths, run_facts, share, title, verdict
 from lora_ft.memory.planning import Plan
@@ -63,8 +62,9 @@ def _figure(plan: Plan) -> "Figure":
     top = max(found.peak_bytes / GIB, *axes.get_ylim())
     budget = found.machine.budget_bytes
     if budget is not None and budget / GIB <= 1.5 * top:
-        axes.axhline(budget / GIB, color=_BUDGET, linewidth=1.4, linestyle=(0, (4, 2.2)), label="budget")
-        top = max(top, 1.05 * budget / GIB)
+        axes.axhline(budget / GIB, color=_BUDGET, linewidth=1.4, linestyle=(0, (4, 2.2)))
+        axes.text(len(phases) - 1, budget / GIB, "budget", color=_BUDGET, ha="right", va="bottom")
+        top = max(top, 1.08 * budget / GIB)
     starts = [point for point in points if point == 0 or phases[point] != phases[point - 1]]
     for point in starts[1:]:
         axes.axvline(point, color=TEXT, linewidth=0.6)
@@ -97,8 +97,4 @@ def _page(plan: Plan, figure: "Figure") -> str:
 
 @functools.cache
 def _template() -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        loader=jinja2.FileSystemLoader(_FOLDER), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
-    return environment.get_template("plan.html.jinja")
+    return templates.environment(_FOLDER, is_html=True).get_template("plan.html.jinja")

@@ -27,7 +27,7 @@ from lora_ft.memory.roofline import StepTime, step_time
 from lora_ft.memory.trace import StepTrace, trace_step
 from lora_ft.memory.workload import Workload
 from lora_ft.memory.workspaces import SLACK_SHARE, allocator_slack, workspaces
-from lora_ft.models.load import first_line
+from lora_ft.models.build import first_line
 from lora_ft.ops.gradient_checkpointing import recomputable_layers
 
 log = logging.getLogger("lora_ft")

@@ -7,6 +7,9 @@ Loading, as transformers 5.23 does it: the weight files are mapped, and tensors 
 in the order of their names. With a quantization each is quantized there before the next one is read, so the peak is
 all that is quantized, one weight in 16 bits, and what bitsandbytes allocates for it. Without one, nothing is twice on
 the device.
+
+A parameter of experts is put together on the device from the tensors of the single experts, as most checkpoints store
+them: meanwhile it is there twice in 16 bits. One expert of it after the other is quantized.
 """
 
 import copy
@@ -20,8 +23,9 @@ from torch import nn
 
 from lora_ft import config, objectives
 from lora_ft.adapters import attach, files
+from lora_ft.models import quantize
 from lora_ft.models.described import Described
-from lora_ft.models.device import resolve_dtype
+from lora_ft.models.device import dtype_on
 from lora_ft.models.scaled_layers import keep_meta
 from lora_ft.models.stored import Stored, agreed, of_config
 from lora_ft.ops.device import GPU, Target
@@ -87,7 +91,9 @@ def storage(
     stored = (base.dtype if base else model_config.dtype) or torch.float32
     model_config = copy.deepcopy(model_config)  # a model sets its dtype
     with torch.device("meta"):
-        network = objectives.find(cfg.objective).model_class.from_config(model_config, dtype=_dtype(cfg, device))
+        network = objectives.find(cfg.objective).model_class.from_config(
+            model_config, dtype=dtype_on(cfg.model.dtype, device)
+        )
     files = of_config(model_config)
     quant = agreed(cfg.quant, files)
     if files and not files.trains:  # dequantized weights are new tensors, whatever their dtype
@@ -119,26 +125,26 @@ def storage(
 class _Weight:
     """A parameter while loading: its values, their dtype, the bytes that stay, and the bytes needed meanwhile.
 
-    sizes: inputs and outputs of a linear layer that is quantized, else None.
+    meanwhile: on a GPU. on_cpu: if a CPU quantizes it, without those of a cast. stacked: from tensors of experts, which
+    are dropped then, cast or not. sizes: inputs and outputs of a linear layer that is quantized, else None.
     """
 
     count: int
     dtype: torch.dtype
     kept: int
     meanwhile: int = 0
+    on_cpu: int = 0
+    stacked: bool = False
     sizes: tuple[int, int] | None = None
+
+    @property
+    def is_quantized(self) -> bool:
+        """Return True for a parameter that is quantized while it is loaded."""
+        return self.on_cpu > 0
 
     def in_files(self, files: Stored | None, dtype: torch.dtype) -> int:
         """Return the bytes in files that are quantized already, or in files of this dtype."""
         return self.kept if files and self.sizes else self.count * dtype.itemsize
-
-
-def _dtype(cfg: config.TrainRun, device: Target) -> torch.dtype:
-    if cfg.model.dtype is not config.Dtype.auto:
-        return resolve_dtype(cfg.model.dtype, torch.device("cpu"))
-    if device.kind != "cuda":
-        return torch.float32
-    return torch.bfloat16 if device.capability >= (8, 0) else torch.float16
 
 
 def _weights(network: Any, quant: config.Quant, files: Stored | None = None) -> Iterator[_Weight]:
@@ -149,9 +155,15 @@ def _weights(network: Any, quant: config.Quant, files: Stored | None = None) -> 
 
     skipped = list(files.skipped or ()) if files else []
     head, modules = network.get_output_embeddings(), dict(network.named_modules())
+    experts = set() if quant.kind is config.QuantKind.none else set(quantize.planned_experts(network, files))
+    put_together = _put_together(network) if experts else ()
     for name, parameter in sorted(network.named_parameters(), key=lambda item: dot_natural_key(item[0])):
         module, (count, size) = modules[name.rpartition(".")[0]], (parameter.numel(), parameter.nbytes)
         is_linear = isinstance(module, (nn.Linear, Conv1D)) and module is not head and name.endswith(".weight")
+        if name in experts:
+            twice = any(target in name for target in put_together)
+            yield _experts(parameter, module.is_transposed, twice, quant)
+            continue
         is_linear = is_linear and should_convert_module(name.rpartition(".")[0], skipped)
         if quant.kind is config.QuantKind.none or not is_linear:
             yield _Weight(count, parameter.dtype, size)
@@ -160,10 +172,33 @@ def _weights(network: Any, quant: config.Quant, files: Stored | None = None) -> 
         sizes = (parameter.shape[0], parameter.shape[1])
         kept, meanwhile = _quantized(count, sizes[1] if transposed else sizes[0], quant)
         if files:
-            yield _Weight(count, parameter.dtype, kept, 0, sizes)
+            yield _Weight(count, parameter.dtype, kept, sizes=sizes)
             continue
         copied = size if transposed and quant.kind is not config.QuantKind.int8 else 0  # int8 is copied on the host
-        yield _Weight(count, parameter.dtype, kept, size + copied + meanwhile, sizes)
+        yield _Weight(count, parameter.dtype, kept, size + copied + meanwhile, _QUANTIZING_ON_CPU * count, sizes=sizes)
+
+
+def _put_together(network: Any) -> tuple[str, ...]:
+    """Return the parts of names by which transformers recognizes parameters that it stacks from those of experts."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import MergeModulelist, WeightConverter
+
+    found = [each for each in get_model_conversion_mapping(network) if isinstance(each, WeightConverter)]
+    stacked = [each for each in found if any(isinstance(operation, MergeModulelist) for operation in each.operations)]
+    return tuple(target for each in stacked for target in each.target_patterns)
+
+
+def _experts(parameter: Any, transposed: bool, twice: bool, quant: config.Quant) -> _Weight:
+    """Return a parameter of experts; twice: it is stacked from tensors that are there as well meanwhile."""
+    count, size = parameter.numel(), parameter.nbytes
+    one = count // len(parameter)
+    kept, scales = _quantized(count, len(parameter) * parameter.shape[2 if transposed else 1], quant)
+    codes = one + 2 * one if quant.kind is config.QuantKind.int8 else one // 2 + 4 * one // 64
+    scales = 0 if quant.kind is config.QuantKind.int8 else scales
+    quantizing, whole = size + max(codes, scales), 2 * size if twice else size
+    on_cpu = (size if twice else 0) + max(scales, _QUANTIZING_ON_CPU * one)
+    on_cpu = max(whole - kept, on_cpu) if twice else on_cpu
+    return _Weight(count, parameter.dtype, kept, max(whole - kept, quantizing), on_cpu, twice)
 
 
 def _quantized(count: int, rows: int, quant: config.Quant) -> tuple[int, int]:
@@ -179,7 +214,7 @@ def _quantized(count: int, rows: int, quant: config.Quant) -> tuple[int, int]:
 
 def _loading(weights: list[_Weight], device: Target, stored: torch.dtype, files: Stored | None) -> tuple[int, int]:
     """Return the peaks of the device's and of the host's own memory while the weights are loaded."""
-    quantized = [each for each in weights if each.sizes]
+    quantized = [each for each in weights if each.sizes or each.is_quantized]
     if device.kind != "cuda" and files:  # the codes stay mapped
         plain = [each for each in weights if not each.sizes]
         return 0, _casting(plain, stored, len(plain)) + sum(_self_test(quantized))
@@ -193,7 +228,8 @@ def _loading(weights: list[_Weight], device: Target, stored: torch.dtype, files:
         # Mapped pages go to the GPU as they are; another dtype needs a copy on the host first.
         return peak, _casting(weights, stored, _READERS)
     test_on_device, test_on_host = _self_test(quantized)
-    to_int8 = max((each.meanwhile for each in quantized if each.kept > each.count), default=0)  # by way of the host
+    # Linear layers go to int8 by way of the host.
+    to_int8 = max((each.meanwhile for each in quantized if each.sizes and each.kept > each.count), default=0)
     return max(peak, live + test_on_device), max(to_int8, _casting(weights, stored, 1), test_on_host)
 
 
@@ -204,7 +240,7 @@ def _casting(weights: list[_Weight], stored: torch.dtype, most: int) -> int:
 
 def _self_test(quantized: list[_Weight]) -> tuple[int, int]:
     """Return what testing the smallest quantized layer needs on the device and on the host (models/quantize.py)."""
-    smallest = min(quantized, key=lambda each: each.count)
+    smallest = min((each for each in quantized if each.sizes), key=lambda each: each.count)
     rows, size = _TESTED_ROWS * sum(smallest.sizes or ()), smallest.dtype.itemsize
     # Inputs and gradients are drawn in float32 and cast; on the device are both, and the results.
     cast = 0 if smallest.dtype is torch.float32 else size * rows
@@ -219,14 +255,14 @@ def _quantizing_on_cpu(weights: list[_Weight], stored: torch.dtype) -> int:
     """
     peak = live = 0
     for each in weights:
-        cast = each.count * each.dtype.itemsize if each.dtype is not stored else 0
-        if each.sizes:
-            peak = max(peak, live + each.kept + cast + _QUANTIZING_ON_CPU * each.count)
-        live += each.kept if each.sizes or cast else 0
+        cast = each.count * each.dtype.itemsize if each.dtype is not stored and not each.stacked else 0
+        if each.is_quantized:
+            peak = max(peak, live + each.kept + cast + each.on_cpu)
+        live += each.kept if each.is_quantized or cast else 0
     smallest = min((each for each in weights if each.sizes), key=lambda each: each.count)
     on_device, on_host = _self_test([smallest])
     test = max(on_host, 4 * smallest.count + on_device)
-    twice = max((each.kept for each in weights if not each.sizes and each.dtype is not stored), default=0)
+    twice = max((each.kept for each in weights if not each.is_quantized and each.dtype is not stored), default=0)
     return max(peak, live + test, sum(each.kept for each in weights) + twice)
 
 
@@ -234,7 +270,9 @@ def _adapter_file(network: Any, cfg: config.TrainRun) -> int:
     """Return the size of adapter_model.safetensors: PEFT's tensors in float32, and their names."""
     added = len(cfg.model.added_tokens) * network.get_input_embeddings().weight.shape[1]
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        model = attach.attach(network.requires_grad_(False), cfg.adapter, NAME, cfg.seed, [])
+        quant = agreed(cfg.quant, of_config(network.config))
+        planned = quantize.planned_layers(network) if quant.kind is not config.QuantKind.none else []
+        model = attach.attach(network.requires_grad_(False), cfg.adapter, NAME, cfg.seed, [], quantized=planned)
     return files.size_of(model, NAME) + 4 * added
 
 

@@ -23,6 +23,7 @@ import torch
 
 from lora_ft import config, objectives
 from lora_ft.adapters import attach
+from lora_ft.adapters.text_path import text_path
 from lora_ft.data.dataset import Dataset, Report
 from lora_ft.data.rows import Example
 from lora_ft.memory.costs import Cost
@@ -33,8 +34,9 @@ from lora_ft.memory.twin import on_meta
 from lora_ft.memory.weight_bytes import bytes_by_storage
 from lora_ft.models import stored
 from lora_ft.models.acceleration import accelerate, accelerated_lora
+from lora_ft.models.build import quiet
 from lora_ft.models.cpu_embedding import keep_on_cpu
-from lora_ft.models.load import quiet
+from lora_ft.models.device import dtype_on
 from lora_ft.models.meta_quantize import quantize_meta
 from lora_ft.ops.device import GPU, Target, standing_for, target
 from lora_ft.ops.dropout import switch_off_dropout
@@ -107,7 +109,9 @@ def trace_step(cfg: config.TrainRun, model_config: Any, lengths: Sequence[int], 
     with standing_for(device), torch.random.fork_rng(devices=[]), Meter() as meter, as_with_values(lengths):
         meter.phase = "base"
         with torch.device("meta"):
-            network = objectives.find(cfg.objective).model_class.from_config(model_config, dtype=_dtype(cfg, device))
+            network = objectives.find(cfg.objective).model_class.from_config(
+                model_config, dtype=dtype_on(cfg.model.dtype, device)
+            )
             token_ids = _add_tokens(network, len(cfg.model.added_tokens))
         network.requires_grad_(False).eval()
         compute = cfg.quant.compute_dtype
@@ -117,7 +121,8 @@ def trace_step(cfg: config.TrainRun, model_config: Any, lengths: Sequence[int], 
             keep_on_cpu(network, torch.device("meta"))
         switch_off_dropout(network)
         fast = dataclasses.replace(cfg.fast, storage=cfg.fast.storage and exact)
-        made = accelerate(network, fast, _kernels(cfg, device), set(cfg.adapter.modules_to_save), check=False)
+        kept = {*cfg.adapter.modules_to_save, *text_path(network).by_weight}
+        made = accelerate(network, fast, _kernels(cfg, device), kept, check=False)
         meter.phase = "adapter"
         with torch.device("meta"):
             model = attach.attach(network, cfg.adapter, NAME, cfg.seed, token_ids)
@@ -216,15 +221,6 @@ def _copies_of_adapter(state: TrainingState) -> list[torch.Tensor]:
 
 def _kernels(cfg: config.TrainRun, device: Target) -> Kernels:
     return TRACED if device.kind == "cuda" and cfg.fast.kernels is not BlockKernels.eager else OWN
-
-
-def _dtype(cfg: config.TrainRun, device: Target) -> torch.dtype:
-    """Return the dtype that a model is loaded in, as models/device.py chooses it."""
-    if cfg.model.dtype is not config.Dtype.auto:
-        return getattr(torch, cfg.model.dtype.value)
-    if device.kind != "cuda" or device.capability < (7, 0):
-        return torch.float32
-    return torch.bfloat16 if device.capability >= (8, 0) else torch.float16
 
 
 def _dataset(lengths: Sequence[int]) -> Dataset:

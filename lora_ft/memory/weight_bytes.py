@@ -15,7 +15,8 @@ def bytes_by_storage(meter: Meter, model: Any, quant: config.Quant) -> dict[str,
     quantized = {
         tensor.untyped_storage()._cdata
         for module in model.modules()
-        for tensor in _quantized_tensors(module._parameters.get("weight"))
+        for parameter in module._parameters.values()
+        for tensor in _quantized_tensors(parameter)
     }
     scaled = {
         tensor.untyped_storage()._cdata

@@ -1,7 +1,5 @@
 """Memory beside the tensors of a step: buffers inside operators, and what the allocator adds. All of it is assumed.
 
-All of it is assumed, or measured on other runs.
-
     workspaces       buffers that operators make for themselves, and cuBLAS's workspaces
     allocator_slack  gaps, rounding and blocks kept for later
 

@@ -229,7 +229,7 @@ def _is_equal(setting: str, module: Any, form: Form, kernels: Kernels, dtype: to
         return True  # torch's own functions
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     dtypes = (torch.float32, dtype) if dtype in (torch.bfloat16, torch.float16) else (torch.float32,)
-    drawn = (partial(_drawn, torch.Generator().manual_seed(0), device, each) for each in dtypes)
+    drawn = (partial(drawn_tensor, torch.Generator().manual_seed(0), device, each) for each in dtypes)
     return all(_is_equal_for(setting, module, form, kernels, draw) for draw in drawn)
 
 
@@ -251,7 +251,7 @@ def _is_equal_for(setting: str, module: Any, form: Form, kernels: Kernels, drawn
         layers = {name: _linear(drawn(*shape), drawn(shape[0])) for name, shape in shapes.items()}
         vars(small)["_modules"] = {name: layers.get(name, child) for name, child in module._modules.items()}
     plain = partial(type(module).forward, small)
-    return _agree(plain, form(small, kernels), (drawn(2, 3, width),))
+    return agree(plain, form(small, kernels), (drawn(2, 3, width),))
 
 
 def _rotates_in_part(rotation: Forward, drawn: Callable[..., Tensor]) -> bool:
@@ -270,7 +270,7 @@ def _is_same_rotation(rotation: Forward, kernels: Kernels, drawn: Callable[..., 
     """Compare a family's rotation with ours, for cos and sin of `width` columns."""
     q, k, cos, sin = _rotation_inputs(drawn, width)
     # Clones: Liger's kernel overwrites its input.
-    return _agree(
+    return agree(
         lambda q, k: rotation(q, k, cos, sin), lambda q, k: kernels.rotate(q.clone(), k.clone(), cos, sin), (q, k)
     )
 
@@ -280,7 +280,7 @@ def _rotation_inputs(drawn: Callable[..., Tensor], width: int) -> tuple[Tensor, 
     return drawn(1, 4, 3, _HEAD_WIDTH), drawn(1, 2, 3, _HEAD_WIDTH), angles.cos(), angles.sin()
 
 
-def _drawn(generator: torch.Generator, device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
+def drawn_tensor(generator: torch.Generator, device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator).to(device, dtype)
 
 
@@ -291,7 +291,7 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Module:
 
 
 @torch.enable_grad()
-def _agree(plain: Forward, fast: Forward, inputs: tuple[Tensor, ...]) -> bool:
+def agree(plain: Forward, fast: Forward, inputs: tuple[Tensor, ...]) -> bool:
     """Return True if two functions give the same tensors and the same gradients for their inputs."""
     found = []
     for function in (plain, fast):

@@ -2,6 +2,8 @@
 
 layer.forward(x)    one active adapter: plain LoRA, with dropout or DoRA; x in the adapter's dtype or in 16 bits
                         -> ops.lora_linear, ops.dora: same value and gradients, fewer passes over memory
+experts.forward     one active adapter: plain LoRA of their parameters
+                        -> ops.experts: one expert at a time, its update never added to its weights
                     anything else (adapter off, merged, several active, DoRA with dropout ...)
                         -> PEFT's forward, so that PEFT's switches keep working
 
@@ -20,8 +22,10 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lora_ft.models.accelerated_experts import computes_as_its_class
 from lora_ft.ops.cross_entropy import linear_cross_entropy
 from lora_ft.ops.dora import row_norms, scaled_rows
+from lora_ft.ops.experts import ExpertLora, expert_lora, is_experts, module_experts
 from lora_ft.ops.logits import HeadLora, LogitMap
 from lora_ft.ops.lora_linear import lora_linear
 from lora_ft.ops.weights import FrozenWeight, frozen_weight, is_4bit, why_no_weight
@@ -50,8 +54,17 @@ def fast_forwards(model: "PeftModel", name: str) -> LoraForwards:
 
     dtype = model.get_base_model().get_input_embeddings().weight.dtype
     found, reasons = LoraForwards({}, {}, [], dtype), Counter[str]()
+    equal: dict[type, bool] = {}
+    inner: set[nn.Module] = set()
     for layer in model.modules():
-        if not isinstance(layer, LoraLayer) or name not in layer.r:
+        if not isinstance(layer, LoraLayer) or name not in layer.r or layer in inner:
+            continue
+        if _is_of_experts(layer):
+            inner.update(_chain(layer)[1:])
+            if reason := _why_plain(layer, name, dtype) or _why_plain_experts(layer.get_base_layer(), equal):
+                reasons[reason] += 1
+            else:
+                found.forwards[layer] = functools.partial(_forward_of_experts, layer, layer.forward)
             continue
         if reason := _why_plain(layer, name, dtype) or why_no_weight(layer.get_base_layer(), dtype):
             reasons[reason] += 1
@@ -88,6 +101,44 @@ def _why_plain(layer: Any, name: str, dtype: torch.dtype) -> str:
     if dtype != adapter and not (adapter is torch.float32 and dtype in (torch.bfloat16, torch.float16)):
         return f"the adapter is in {_named(adapter)}, but the base computes in {_named(dtype)}"
     return ""
+
+
+def _is_of_experts(layer: Any) -> bool:
+    """Return True for PEFT's wrapper of a parameter of experts; it may hold the wrapper of another parameter."""
+    return hasattr(layer, "parameter_name") and layer.num_experts > 1
+
+
+def _why_plain_experts(module: nn.Module, equal: dict[type, bool]) -> str:
+    """Return why a module of experts has no fast form, "" if it has one; `equal` holds the checked classes."""
+    if not is_experts(module):
+        return "experts of another form"
+    if type(module) not in equal:
+        parameter = next(module.parameters(recurse=False))
+        equal[type(module)] = parameter.is_meta or computes_as_its_class(module)
+    return "" if equal[type(module)] else f"{type(module).__name__} computes otherwise"
+
+
+def _chain(wrapper: Any) -> list[Any]:
+    """Return the wrappers of the parameters of one module of experts, from the outermost."""
+    found = []
+    while _is_of_experts(wrapper):
+        found.append(wrapper)
+        wrapper = wrapper.base_layer
+    return found
+
+
+def _forward_of_experts(wrapper: Any, plain: Callable[..., Tensor], x: Tensor, *given: Any, **options: Any) -> Tensor:
+    loras: dict[str, ExpertLora] = {}
+    for layer in _chain(wrapper):
+        active = [name for name in layer.active_adapters if name in layer.r]
+        if options or len(given) != 2 or layer.disable_adapters or layer.merged or len(active) != 1:
+            return plain(x, *given, **options)
+        if _why_plain(layer, active[0], x.dtype):
+            return plain(x, *given, **options)
+        a, b, scaling = (values[active[0]] for values in (layer.lora_A, layer.lora_B, layer.scaling))
+        loras[layer.parameter_name] = expert_lora(a.weight, b.weight, scaling, layer.num_experts, x.dtype)
+    index, scores = given
+    return module_experts(wrapper.get_base_layer(), x, index, scores, loras)
 
 
 def _named(dtype: torch.dtype) -> str:

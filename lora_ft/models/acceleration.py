@@ -1,14 +1,14 @@
 """Replace forwards of a base and of an adapter by faster ones, in a fixed order, and restore all of them.
 
     accelerate             1 storage      linear weights in bfloat16 if that keeps every bit (fast.storage)
-      (a frozen base)      2 blocks       norms, MLPs, rotations that keep less (fast.norm, mlp, rope)
+      (a frozen base)      2 blocks       norms, MLPs, experts, rotations that keep less (fast.norm, mlp, rope)
                            3 attention    within packed documents (fast.attention), paths of the loss (fast.loss)
-    accelerated_lora       4 LoRA layers  a linear layer and its LoRA as one function (fast.lora)
+    accelerated_lora       4 LoRA layers  a linear layer, or experts, and their LoRA as one function (fast.lora)
     dequantized_weights    5 generation   weights that are stored small are dequantized once
 
-Steps 1-3 are checked on the loaded base (models/self_check.py, models/accelerated_blocks.py). A step that would change
-a number is switched off, and the reason is logged. No list of model families is involved. No other module assigns to
-a forward.
+Steps 1-3 are checked on the loaded base (models/self_check.py, accelerated_blocks.py, accelerated_experts.py). A step
+that would change a number is switched off, and the reason is logged. No list of model families is involved. No other
+module assigns to a forward.
 
     with accelerated(model, cfg.fast) as chosen:
         token_loss_sum(model, batch, chosen.paths)
@@ -27,7 +27,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lora_ft import config
-from lora_ft.models import accelerated_blocks, path_choice, self_check, storage
+from lora_ft.models import accelerated_blocks, accelerated_experts, path_choice, self_check, storage
 from lora_ft.models import accelerated_lora as lora_layers
 from lora_ft.ops.allocator import release_freed_memory
 from lora_ft.ops.compute_copies import copied_by_layer
@@ -63,7 +63,8 @@ def accelerate(
 ) -> Accelerated:
     """Accelerate a frozen base as `fast` selects, as far as no number changes by more than rounding.
 
-    `kernels` comes from `choose_kernels`. Modules in `modules_to_save` are trained in full and keep their storage.
+    `kernels` comes from `choose_kernels`. Modules in `modules_to_save` keep their storage: those that are trained
+    in full, and layers that PEFT adapts as parameters, to which it adds the update in their dtype.
     `check=False` is for tensors without values (fake tensors): everything that `fast` selects is used unchecked.
     """
     made = Accelerated()
@@ -167,6 +168,9 @@ def _accelerate(
             made.restore()
             made.reasons.append("plain storage: this model computes other numbers with weights stored in bfloat16")
     forwards, lines = accelerated_blocks.fast_forwards(model, fast, kernels, check=check)
+    if fast.mlp:
+        of_experts, more = accelerated_experts.fast_forwards(model, check=check)
+        forwards, lines = forwards | of_experts, lines + more
     blocks = ExitStack()
     made._undo.callback(blocks.close)
     for module, forward in forwards.items():

@@ -22,7 +22,7 @@ import torch
 from lora_ft import config
 from lora_ft.errors import ConfigError, ResourceError
 from lora_ft.io import untrusted
-from lora_ft.models import load, resolve
+from lora_ft.models import build, resolve
 
 CONFIGS = Path(__file__).parent / "configs"
 _INDEX = "model.safetensors.index.json"
@@ -122,7 +122,7 @@ def _of_folder(model: config.Model, folder: Path, source: str, hub_id: str | Non
     resolve.check_config(folder, hub_id)
     others = sum(sizes[n] for n in sizes if "/" not in n and any(fnmatch(n, p) for p in resolve.DESCRIBING))
     has_tokenizer = any(name.startswith(("tokenizer", "vocab")) for name in sizes)
-    found = _read(folder, model.path)
+    found = build.read_config(folder, model.path)
     return Described(found, source, hub_id, found.dtype, *_weights(folder, sizes), others if has_tokenizer else None)
 
 
@@ -143,16 +143,6 @@ def _weights(folder: Path, sizes: dict[str, int]) -> tuple[int | None, bool]:
             raise
         return _indexed_bytes(folder), False  # an interrupted download
     return sum(sizes[name] for name in names), all((folder / name).is_file() for name in names)
-
-
-def _read(folder: Path, path: str) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        with load.quiet():
-            return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={path} cannot be loaded: {load.first_line(error)}") from None
 
 
 def _indexed_bytes(folder: Path) -> int | None:

@@ -17,6 +17,7 @@ import torch
 from lora_ft import config
 from lora_ft.errors import ConfigError
 from lora_ft.models import gpus
+from lora_ft.ops.device import Target
 
 log = logging.getLogger("lora_ft")
 
@@ -53,13 +54,23 @@ def _warn_once(message: str) -> None:
 def resolve_dtype(dtype: config.Dtype, device: torch.device) -> torch.dtype:
     """Return the torch dtype; auto is the fastest one in which the device trains (`auto_dtype`).
 
+    Raises ConfigError as `dtype_on`.
+    """
+    return auto_dtype(device)[0] if dtype is config.Dtype.auto else dtype_on(dtype, Target(device.type))
+
+
+def dtype_on(dtype: config.Dtype, device: Target) -> torch.dtype:
+    """Return the torch dtype of a setting on a kind of device, which need not be here; auto as in `auto_dtype`.
+
     Raises ConfigError for float16 on a CPU, where its products are slow and activations beyond 65,504 overflow.
     """
-    if dtype is config.Dtype.auto:
-        return auto_dtype(device)[0]
-    if dtype is config.Dtype.float16 and device.type == "cpu":
+    if dtype is config.Dtype.float16 and device.kind == "cpu":
         raise ConfigError("float16 is not for CPUs, where it is slow and overflows easily: use bfloat16 or float32")
-    return getattr(torch, dtype.value)
+    if dtype is not config.Dtype.auto:
+        return getattr(torch, dtype.value)
+    if device.kind != "cuda" or device.capability < (7, 0):
+        return torch.float32
+    return torch.bfloat16 if device.capability >= (8, 0) else torch.float16
 
 
 def auto_dtype(device: torch.device) -> tuple[torch.dtype, str | None]:
@@ -71,13 +82,14 @@ def auto_dtype(device: torch.device) -> tuple[torch.dtype, str | None]:
     if device.type != "cuda":
         return torch.float32, None
     capability = torch.cuda.get_device_capability(device)
-    if torch.version.hip or capability >= (8, 0):
-        return torch.bfloat16, None
+    dtype = torch.bfloat16 if torch.version.hip else dtype_on(config.Dtype.auto, Target("cuda", capability))
+    if dtype is torch.bfloat16:
+        return dtype, None
     of_gpu = f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}"
-    if capability >= (7, 0):
+    if dtype is torch.float16:
         reason = f"{of_gpu}, and bfloat16 needs 8.0; steps whose gradient overflows are skipped"
-        return torch.float16, f"model.dtype=auto is float16: {reason}"
-    return torch.float32, f"model.dtype=auto is float32: {of_gpu}, and float16 is fast from 7.0"
+        return dtype, f"model.dtype=auto is float16: {reason}"
+    return dtype, f"model.dtype=auto is float32: {of_gpu}, and float16 is fast from 7.0"
 
 
 def selected(device: torch.device) -> contextlib.AbstractContextManager[Any]:

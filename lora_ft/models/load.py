@@ -3,7 +3,7 @@
     base = load_base(cfg.model, cfg.quant, "auto")
     base.model        LlamaForCausalLM: eval mode, nothing requires a gradient
     base.tokenizer    with model.chat_template and model.added_tokens applied
-    base.quantized    ("model.layers.0.self_attn.q_proj", ...), or () without quantization
+    base.quantized    ("model.layers.0.self_attn.q_proj", ..., "model.layers.0.mlp.experts.down_proj"), or ()
     base.identity     the record of the base in lora_ft.json
 
 On a CPU, weights whose stored dtype is the requested one stay in the mapped file: they take no memory of their own,
@@ -21,24 +21,25 @@ import torch
 from lora_ft import config
 from lora_ft.errors import ConfigError
 from lora_ft.models import quantize, stored
+from lora_ft.models.build import first_line, quiet
 from lora_ft.models.cpu_embedding import keep_on_cpu
 from lora_ft.models.device import auto_dtype, resolve_device, resolve_dtype
 from lora_ft.models.resolve import Identity, locate
 from lora_ft.models.storage import copy_mapped_weights
-from lora_ft.models.weight_source import Source, first_line, load_weights, quiet
+from lora_ft.models.weight_source import Source, load_weights
 from lora_ft.ops.weights import ScaledLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Base", "Identity", "first_line", "load_base", "load_tokenizer", "quiet", "read_tokenizer"]
+__all__ = ["Base", "Identity", "load_base", "load_tokenizer", "read_tokenizer"]
 
 log = logging.getLogger("lora_ft")
 
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen model in eval mode, its tokenizer, its identity, and the names of its quantized layers."""
+    """A frozen model in eval mode, its tokenizer, its identity, and the names of its quantized layers and experts."""
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
@@ -121,7 +122,7 @@ def load_base(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     model_class: Any = None,
 ) -> Base:
-    """Load a frozen base in `model.dtype` on `device`, with its linear layers quantized as `quant` selects.
+    """Load a frozen base in `model.dtype` on `device`, with its linear layers and experts quantized as `quant` selects.
 
     `model_class` is a class of transformers, by default AutoModelForCausalLM. Rows of added tokens start as the mean
     of the rows of the existing tokens, independent of any seed. Raises the errors of `locate`, ConfigError for weights

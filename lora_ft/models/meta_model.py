@@ -14,7 +14,7 @@ import torch
 
 from lora_ft import config
 from lora_ft.errors import ConfigError
-from lora_ft.models import load
+from lora_ft.models import build, load
 from lora_ft.models.cpu_embedding import keep_on_cpu
 from lora_ft.models.device import resolve_device, resolve_dtype
 from lora_ft.models.load import Base
@@ -36,7 +36,7 @@ def load_meta_model(
 
     Raises the errors of `load_base`, except those that only the weights can show.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM
 
     identity = locate(model, weights=False)
     agreed(quant, identity.stored)
@@ -45,14 +45,11 @@ def load_meta_model(
     if quant.compute_dtype is not config.Dtype.auto:
         resolve_dtype(quant.compute_dtype, target)
     folder = Path(str(identity.folder))
-    described = read_config(model)
-    try:
-        with load.quiet(), torch.device("meta"):
-            network = (model_class or AutoModelForCausalLM).from_config(described, dtype=dtype, trust_remote_code=False)
-            if (folder / "generation_config.json").is_file():  # its end tokens may differ from those of config.json
-                network.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={model.path} cannot be loaded: {load.first_line(error)}") from None
+    network = build.on_meta(
+        build.read_config(folder, model.path), dtype, model_class or AutoModelForCausalLM, model.path
+    )
+    if (folder / "generation_config.json").is_file():  # its end tokens may differ from those of config.json
+        network.generation_config = _generation_config(folder, model.path)
     load.fit_embeddings(network, tokenizer, len(model.added_tokens))
     if model.embedding_device == "cpu":
         keep_on_cpu(network, torch.device("meta"))
@@ -61,11 +58,14 @@ def load_meta_model(
 
 def read_config(model: config.Model) -> Any:
     """Read the config of a base, of transformers' class; raises the errors of `locate`."""
-    from transformers import AutoConfig
+    return build.read_config(Path(str(locate(model, weights=False).folder)), model.path)
 
-    folder = Path(str(locate(model, weights=False).folder))
+
+def _generation_config(folder: Path, source: str) -> Any:
+    from transformers import GenerationConfig
+
     try:
-        with load.quiet():
-            return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with build.quiet():
+            return GenerationConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={model.path} cannot be loaded: {load.first_line(error)}") from None
+        raise ConfigError(f"model.path={source} cannot be loaded: {build.first_line(error)}") from None

@@ -9,15 +9,14 @@ from typing import Any
 import torch
 
 from lora_ft import config
-from lora_ft.models import quantize, scaled_layers, stored
+from lora_ft.models import quantize, quantize_experts, scaled_layers, stored
 
 
 def quantize_meta(network: Any, quant: config.Quant, compute: torch.dtype) -> tuple[str, ...]:
-    """Quantize the linear layers of a model on the meta device; return their names. Raises ConfigError as loading does.
+    """Quantize the layers and experts of a model on the meta device; return their names.
 
-    If the files of the base are quantized, as its config says, the layers are theirs.
-
-    A layer of a meta model costs nothing, so an 8B model takes a second.
+    Raises ConfigError as loading does. If the files of the base are quantized, as its config says, the layers are
+    theirs. A layer of a meta model costs nothing, so an 8B model takes a second.
     """
     files = stored.of_config(network.config)
     if files and files.trains:
@@ -39,6 +38,8 @@ def quantize_meta(network: Any, quant: config.Quant, compute: torch.dtype) -> tu
             if hasattr(module.__dict__.get("_parameters", {}).get("weight"), "_quantize"):
                 module.weight.data = module.weight.data.to(network.dtype)  # the dtype in which weights are loaded
                 module.weight = module.weight._quantize("meta")
+        if not (files and files.trains):
+            quantize_experts.quantize(network, settings)
     quantizer.postprocess_model(network)
     names = quantize.check_plan(network, files)
     quantize.keep_as_quantized(network, names)

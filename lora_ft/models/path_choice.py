@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from lora_ft import config
 from lora_ft.models import self_check
-from lora_ft.models.load import quiet
+from lora_ft.models.build import quiet
 from lora_ft.ops import attention
 from lora_ft.ops.logits import PRODUCT, LogitMap
 from lora_ft.ops.token_loss import Paths

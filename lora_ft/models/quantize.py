@@ -1,8 +1,9 @@
-"""Quantize the frozen linear layers through bitsandbytes, and verify the result.
+"""Quantize the frozen linear layers and experts through bitsandbytes, and verify the result.
 
     quant=nf4     every linear layer except the head -> Linear4bit: 4-bit codes, one scale per 64 weights
     quant=int8    ... -> Linear8bitLt: 8-bit codes, one scale per row; multiplies by codes * scale / 127
-    embeddings, norms, lm_head                       -> not quantized
+    parameters of experts (models/quantize_experts.py) -> the same codes, dequantized when they are read
+    embeddings, norms, routers, lm_head              -> not quantized
 
 bitsandbytes' own int8 forward rounds activations to 8 bits, finds outliers over all rows of a pack, so that one
 document changes the result of another, and waits for the GPU. It also computes other numbers in training on a CPU
@@ -29,6 +30,7 @@ import torch
 from lora_ft import config
 from lora_ft.errors import ConfigError, ResourceError
 from lora_ft.io import process
+from lora_ft.models import quantize_experts
 from lora_ft.models.stored import Stored
 from lora_ft.ops.weights import frozen_linear, frozen_weight
 
@@ -179,7 +181,7 @@ def _refuse_unless(is_right: bool, name: str, files: Stored) -> None:
 
 
 def check_plan(model: Any, files: Stored | None = None) -> tuple[str, ...]:
-    """Return the names of the quantized layers, in order.
+    """Return the names of the quantized layers and of the quantized parameters of experts, in order.
 
     Raises ConfigError unless they are the planned ones: transformers may quantize lm_head as well or
     leave out layers (transformers issue 45674).
@@ -191,6 +193,8 @@ def check_plan(model: Any, files: Stored | None = None) -> tuple[str, ...]:
     quantized = {
         n for n, m in modules.items() if isinstance(m, classes) and m.weight.dtype in (torch.uint8, torch.int8)
     }
+    planned += planned_experts(model, files)
+    quantized |= set(quantize_experts.quantized_parameters(model))
     if quantized != set(planned):
         remedy = "set model.path to the model in 16 bits" if files and files.trains else "set quant=none for this model"
         raise ConfigError(
@@ -198,6 +202,14 @@ def check_plan(model: Any, files: Stored | None = None) -> tuple[str, ...]:
             f"unexpected {sorted(quantized - set(planned)) or 'none'}: {remedy}"
         )
     return tuple(planned)
+
+
+def planned_experts(model: Any, files: Stored | None = None) -> list[str]:
+    """Return the names of the parameters of experts that quantization must change, in order.
+
+    Files that train as they are stored hold them in 16 bits, as transformers writes them.
+    """
+    return [] if files and files.trains else quantize_experts.planned_parameters(model)
 
 
 def planned_layers(model: Any, files: Stored | None = None) -> list[str]:
@@ -225,16 +237,22 @@ def planned_layers(model: Any, files: Stored | None = None) -> list[str]:
 
 
 def settle(model: Any, quantized: tuple[str, ...]) -> None:
-    """Prevent later changes of the quantized layers by bitsandbytes, and test one layer against plain arithmetic."""
-    layers = [model.get_submodule(name) for name in quantized]
+    """Prevent later changes of the quantized layers by bitsandbytes, and test one layer against plain arithmetic.
+
+    Experts are dequantized by the kernel that the layer's backward uses, and multiplied by torch.
+    """
     keep_as_quantized(model, quantized)
-    if layers:
-        _self_test(min(layers, key=lambda layer: layer.weight.numel()))
+    _self_test(min(_layers(model, quantized), key=lambda layer: layer.weight.numel()))
+
+
+def _layers(model: Any, quantized: tuple[str, ...]) -> list[Any]:
+    experts = set(quantize_experts.quantized_parameters(model))
+    return [model.get_submodule(name) for name in quantized if name not in experts]
 
 
 def keep_as_quantized(model: Any, quantized: tuple[str, ...]) -> None:
     """Prevent later changes of the quantized layers by bitsandbytes."""
-    for layer in map(model.get_submodule, quantized):
+    for layer in _layers(model, quantized):
         layer.support_avx512bf16_for_cpu = False
         if layer.weight.dtype is torch.int8:
             layer.__class__, layer.compute_dtype = exact_int8(), model.dtype

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from lora_ft.models.load import first_line
+from lora_ft.models.build import first_line
 from lora_ft.ops import attention
 from lora_ft.ops.batch import IGNORED, Batch
 from lora_ft.ops.logits import PRODUCT, LogitMap, at_least_float32

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lora_ft.ops import expert_codes
+from lora_ft.ops.experts import is_experts, module_experts, parameter_names
 from lora_ft.ops.weights import FrozenWeight, frozen_linear, frozen_weight
 
 _MOST_DEQUANTIZED_BYTES = 2 << 30  # half a billion float32 weights; larger models generate from their small weights
@@ -28,15 +30,17 @@ _MOST_DEQUANTIZED_BYTES = 2 << 30  # half a billion float32 weights; larger mode
 def exact_bfloat16(model: PreTrainedModel, modules_to_save: Collection[str] = ()) -> Iterator[tuple[nn.Module, Tensor]]:
     """Yield the frozen linear layers whose weights bfloat16 holds exactly, each with its bfloat16 weight.
 
-    Skips the layers of an attached adapter, and all layers that `modules_to_save` names or contains, which will be
-    trained in full. The caller replaces one weight at a time, so that only one copy exists beside the model.
+    Skips the layers of an attached adapter and those that PEFT adapts as parameters, and all layers that
+    `modules_to_save` names or contains, which will be one or the other. The caller replaces one weight at a time, so
+    that only one copy exists beside the model.
     """
     holders = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     head = model.get_output_embeddings()
     in_head = set(head.modules()) if head is not None else set()  # with an adapter, the head is a part of its layer
+    as_parameters = {module.base_layer for module in model.modules() if type(module).__name__ == "ParamWrapper"}
     for name, module in list(model.named_modules()):
         layer: Any = module
-        if type(layer) not in (nn.Linear, Conv1D) or layer in in_head:
+        if type(layer) not in (nn.Linear, Conv1D) or layer in in_head or layer in as_parameters:
             continue
         if any(part.startswith(("lora_", "modules_to_save")) for part in name.split(".")):
             continue
@@ -80,18 +84,41 @@ def copy_mapped_weights(model: PreTrainedModel) -> None:
             parameter.data = parameter.data.clone()
 
 
-def dequantized_forwards(model: nn.Module) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
+def dequantized_forwards(model: nn.Module) -> dict[nn.Module, Callable[..., Tensor]]:
     """Return forwards that multiply by weights dequantized once, for layers on the CPU in 4 or 8 bits or in bfloat16.
 
     A training step dequantizes each weight once per thousand tokens, generation once per token and spends most of its
     time there. The numbers are the same to the bit. Costs one copy of the linear weights in the compute dtype; returns
-    no forwards if that is over 2 GiB. Leaves out layers that were quantized from another dtype than they compute in.
+    no forwards if that is over 2 GiB, and none of experts if that is over 2 GiB with their weights. Leaves out layers
+    that were quantized from another dtype than they compute in.
     """
     layers: list[Any] = [module for module in model.modules() if _is_stored_small(module)]
-    if sum(_dequantized_bytes(layer) for layer in layers) > _MOST_DEQUANTIZED_BYTES:
+    size = sum(_dequantized_bytes(layer) for layer in layers)
+    if size > _MOST_DEQUANTIZED_BYTES:
         return {}
     weights = {layer: cast(FrozenWeight, frozen_weight(layer, layer.compute_dtype)) for layer in layers}
-    return {layer: functools.partial(_dequantized_forward, weight(), layer.bias) for layer, weight in weights.items()}
+    forwards: dict[nn.Module, Callable[..., Tensor]] = {
+        layer: functools.partial(_dequantized_forward, weight(), layer.bias) for layer, weight in weights.items()
+    }
+    experts = {module: codes for module in model.modules() if (codes := _quantized_on_cpu(module))}
+    size += sum(expert_codes.dequantized_bytes(each) for codes in experts.values() for each in codes.values())
+    if size <= _MOST_DEQUANTIZED_BYTES:
+        for module, codes in experts.items():
+            whole = {name: expert_codes.dequantize(each) for name, each in codes.items()}
+            forwards[module] = functools.partial(module_experts, module, weight=functools.partial(_of_whole, whole))
+    return forwards
+
+
+def _quantized_on_cpu(module: Any) -> dict[str, Any]:
+    """Return the parameters of codes of a module of experts on the CPU, by name; {} for another module."""
+    names = parameter_names(module) if is_experts(module) else ()
+    found = {name: module._parameters.get(name) for name in names}
+    return found if all(expert_codes.is_quantized(each) and each.is_cpu for each in found.values()) else {}
+
+
+def _of_whole(whole: dict[str, Tensor], module: Any, name: str, expert: int) -> FrozenWeight:
+    matrix = whole[name][expert]
+    return FrozenWeight(lambda: matrix.T if module.is_transposed else matrix, fresh=False)
 
 
 def _is_stored_small(module: Any) -> bool:

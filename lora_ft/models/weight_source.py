@@ -7,7 +7,6 @@ other quantizations    transformers reads tensors that are dequantized on access
 
 import contextlib
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from typing import Any
 import torch
 
 from lora_ft.errors import ConfigError, ResourceError
-from lora_ft.models import scaled_layers
+from lora_ft.models import build, quantize_experts, scaled_layers
+from lora_ft.models.build import first_line, quiet
 from lora_ft.models.dequantized_files import open_tensors
 from lora_ft.models.resolve import weight_files
 from lora_ft.models.stored import Stored
@@ -40,9 +40,7 @@ class Source:
         """Return the arguments of `from_pretrained` that name and quantize the weights; `stack` keeps files open."""
         if self.files is None:
             return {"pretrained_model_name_or_path": self.folder, "quantization_config": self.quantization}
-        from transformers import AutoConfig
-
-        described = AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+        described = build.read_config(self.folder, self.path)
         for part in (described, described.get_text_config()):
             if hasattr(part, "quantization_config"):
                 del part.quantization_config
@@ -89,7 +87,7 @@ def load_weights(source: Source, dtype: torch.dtype, device: torch.device, model
 
     path = source.path
     try:
-        with quiet():
+        with quiet(), quantize_experts.while_loading():
             network, report = source.load(
                 model_class, dtype=dtype, device_map={"": device},
                 use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True,
@@ -114,6 +112,9 @@ def load_weights(source: Source, dtype: torch.dtype, device: torch.device, model
         ) from error
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"model.path={path} cannot be loaded: {first_line(error)}") from None
+    except Exception:
+        build.on_meta(build.read_config(source.folder, path), dtype, model_class, path)  # the config may be the cause
+        raise
     # transformers only logs this, and fills missing weights with random numbers.
     if absent := sorted(report["missing_keys"]) or sorted(report["mismatched_keys"]):
         raise ConfigError(
@@ -126,23 +127,3 @@ def load_weights(source: Source, dtype: torch.dtype, device: torch.device, model
             f"{', '.join(extra[:3])} ({len(extra)} in all): weights and config.json do not belong together"
         )
     return network
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers' progress bars and log lines until the block ends; problems are raised as errors instead."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -23,6 +23,7 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from lora_ft.ops.device import target
+from lora_ft.ops.expert_codes import dequantize_expert, is_quantized
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,22 @@ def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> FrozenWeight | None:
     if isinstance(module, Conv1D):
         return FrozenWeight(lambda: module.weight.detach().to(dtype).T, is_fresh)
     return FrozenWeight(lambda: module.weight.detach().to(dtype), is_fresh)
+
+
+def expert_weight(module: nn.Module, name: str, expert: int) -> FrozenWeight:
+    """Return the weight W [out, in] of one expert of the parameter `name` [E, ..] of a module of experts.
+
+    Its dtype is that of the parameter before quantization. Every call of the result reads the parameter again.
+    """
+    holder: Any = module
+    parameter, transposed = holder._parameters[name], holder.is_transposed
+    if is_quantized(parameter):
+        return FrozenWeight(lambda: _turned(dequantize_expert(parameter, expert), transposed), fresh=True)
+    return FrozenWeight(lambda: _turned(parameter.detach()[expert], transposed), fresh=False)
+
+
+def _turned(matrix: Tensor, transposed: bool) -> Tensor:
+    return matrix.T if transposed else matrix
 
 
 def why_no_weight(layer: nn.Module, dtype: torch.dtype) -> str:

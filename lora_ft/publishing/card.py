@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import jinja2.sandbox
 from huggingface_hub import EvalResult, ModelCardData
 
 from lora_ft.adapters.provenance import Loading
+from lora_ft.io import templates
 from lora_ft.publishing.adapter_facts import Level
 from lora_ft.publishing.compatibility import FILES, Verdict
 from lora_ft.publishing.training_summary import TrainingSummary
@@ -76,13 +76,10 @@ def render(contents: CardContents) -> str:
 
 
 def _template() -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-        autoescape=False,  # Markdown: the filters below escape
-    )  # fmt: skip
+    environment = templates.environment(Path(__file__).parent, is_html=False)
     environment.filters |= {"code": code, "cell": _cell, "text": _text, "figure": _figure, "at_most": _at_most,
                             "json": lambda value: json.dumps(value, ensure_ascii=False)}  # fmt: skip
-    return environment.from_string(Path(__file__).with_name("card.md.jinja").read_text("utf-8"))
+    return environment.get_template("card.md.jinja")
 
 
 def _method(config: dict[str, Any]) -> str:

@@ -43,7 +43,30 @@ def load(folder: str, base: dict[str, Any]) -> PeftModel:
     )  # fmt: skip
     if base["rows"]:
         model.resize_token_embeddings(base["rows"], mean_resizing=False)
+    round_experts(model, base)
     return PeftModel.from_pretrained(model, folder).eval()
+
+
+@torch.no_grad()
+def round_experts(model: torch.nn.Module, base: dict[str, Any]) -> None:
+    """Round the experts as they are quantized in training; transformers quantizes linear layers only."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(tuple(base["experts"])):
+            parameter.data = _rounded(parameter.data, base["quantization"], base["transposed"])
+
+
+def _rounded(weight: Tensor, quantization: dict[str, Any], transposed: bool) -> Tensor:
+    from bitsandbytes import functional
+
+    if "load_in_4bit" in quantization:
+        kind, double = quantization["bnb_4bit_quant_type"], quantization["bnb_4bit_use_double_quant"]
+        return functional.dequantize_4bit(
+            *functional.quantize_4bit(weight, quant_type=kind, compress_statistics=double)
+        )
+    rows = weight.mT if transposed else weight
+    codes, scales, _ = functional.int8_vectorwise_quant(rows.reshape(-1, rows.shape[-1]).half())
+    rounded = functional.int8_vectorwise_dequant(codes, scales).view(rows.shape).to(weight.dtype)
+    return rounded.mT.contiguous() if transposed else rounded
 
 
 def compare_keys(model: PeftModel, folder: str) -> dict[str, Any]:

@@ -54,10 +54,15 @@ class Adapter:
     use_dora: bool = setting(False, "train magnitude and direction separately (arXiv 2402.09353)")
     target_modules: list[str] = setting(
         ["all-linear"],
-        "names or regular expressions of layers to adapt, or all-linear: every linear layer but the head",
+        "names or regular expressions of layers to adapt, or all-linear: every linear layer but the head, and experts",
     )
     exclude: list[str] = setting(
         [], "names or regular expressions of layers not to adapt, or of modules that contain them"
+    )
+    experts: bool | None = setting(
+        None,
+        "adapt the matrices of a mixture's experts: all of them, none, or (null) those that target_modules selects; "
+        "needs lora_dropout=0 and use_dora=false",
     )
     modules_to_save: list[str] = setting([], "layers to train in full and save with the adapter")
     rank_pattern: dict[str, int] = setting({}, "ranks other than r, by layer name")

@@ -114,7 +114,7 @@ class Fast:
     loss: bool = setting(True, "head and loss in chunks, on supervised positions only")
     lora: bool = setting(True, "linear layer and its LoRA as one autograd function")
     norm: bool = setting(True, "norms that save only their input for backward")
-    mlp: bool = setting(True, "MLPs that save only their projections for backward")
+    mlp: bool = setting(True, "MLPs and experts that save only their projections for backward")
     rope: bool = setting(True, "rotary position embedding in fewer passes")
     storage: bool = setting(True, "store float32 weights as bfloat16 if that is exact; upcast layer by layer")
     kernels: BlockKernels = setting(

@@ -12,10 +12,10 @@ import hashlib
 from pathlib import Path
 
 import jinja2
-import jinja2.sandbox
 from markupsafe import Markup
 
 from lora_ft.evaluation.charts import NUM_LOOKS, look, swatch
+from lora_ft.io import templates
 from lora_ft.sweeps import tables
 from lora_ft.sweeps.figures import Chart, mean_look
 from lora_ft.sweeps.leaderboard import Ranking
@@ -43,10 +43,7 @@ def page(ranking: Ranking, charts: list[Chart]) -> str:
 
 @functools.cache
 def _template() -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        loader=jinja2.FileSystemLoader(_FOLDER), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
+    environment = templates.environment(_FOLDER, is_html=True)
     environment.filters |= {
         "shown": shown,
         "describe": tables.describe,
