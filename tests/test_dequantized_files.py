@@ -167,7 +167,12 @@ def test_mxfp4_experts_equal_transformers_dequantization(tmp_path: Path, dtype: 
     assert all(torch.equal(p, theirs.get_parameter(n)) for n, p in base.model.named_parameters())
     if dtype == "float32":
         assert torch.equal(base.model(IDS).logits, theirs(IDS).logits)
-        assert base_of(folder, "nf4").quantized
+        plain = tiny_folder(tmp_path / "plain", "gpt_oss")
+        save_file({n: t.float().contiguous() for n, t in exact.items()}, plain / "model.safetensors", {"format": "pt"})
+        found, expected = base_of(folder, "nf4"), base_of(plain, "nf4")
+        assert found.quantized == expected.quantized
+        assert any("experts" in name for name in found.quantized)
+        assert torch.equal(found.model(IDS).logits, expected.model(IDS).logits)
 
 
 def mxfp4_folder(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
