@@ -22,6 +22,7 @@ from lora_ft.errors import ConfigError
 from lora_ft.memory import planning
 from lora_ft.models import load, stored
 from lora_ft.models.meta_model import load_meta_model, read_config
+from lora_ft.ops.weights import ScaledLinear, float8_values, scaled
 
 UP = "model.layers.1.mlp.up_proj"
 IDS = torch.tensor([[5, 300, 7, 44, 511, 20]])
@@ -63,11 +64,17 @@ def base_of(folder: Path, kind: str = "none", dtype: str = "float32") -> load.Ba
 
 def assert_exact(base: load.Base, exact: dict[str, Tensor]) -> None:
     """Compare each weight with its exact value, rounded once."""
-    parameters = dict(base.model.named_parameters())
-    assert parameters.keys() == exact.keys()
-    for name, parameter in parameters.items():
-        rounded = exact[name].to(torch.float32).to(parameter.dtype)
-        assert torch.equal(parameter, rounded), name
+    weights = weights_of(base.model)
+    assert weights.keys() == exact.keys()
+    for name, weight in weights.items():
+        rounded = exact[name].to(torch.float32).to(weight.dtype)
+        assert torch.equal(weight, rounded), name
+
+
+def weights_of(model: Any) -> dict[str, Tensor]:
+    """Return the weights that a model computes with, also of layers that are stored in another form."""
+    scaled = {f"{n}.weight": layer.weight for n, layer in model.named_modules() if isinstance(layer, ScaledLinear)}
+    return {n: p.detach() for n, p in model.named_parameters() if not n.endswith(".codes")} | scaled
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -82,6 +89,41 @@ def test_weights_are_the_exact_products_rounded_once(tmp_path: Path, way: str) -
     assert base.model.generation_config.eos_token_id == 2
     assert base.model.config.name_or_path == str(folder)
     assert base.model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_every_8_bit_float_has_the_bits_of_torchs_cast(dtype: torch.dtype) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(dtype).view(8, 32)
+    assert torch.equal(float8_values(codes).view(torch.int32), codes.float().view(torch.int32))
+    scales = torch.rand(3, 2)
+    expected = codes.float() * scales.repeat_interleave(3, 0)[:8].repeat_interleave(16, 1)
+    found = scaled(codes, scales, (3, 16))
+    assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize(
+    ("way", "adapter"), [("fp8 ragged", "lora"), pytest.param("fp8 rows", "dora", marks=pytest.mark.nightly)]
+)
+def test_layers_in_fp8_train_to_the_adapter_of_dequantized_ones(tmp_path: Path, way: str, adapter: str) -> None:
+    folder, exact = folder_of(tmp_path, way)
+    plain = tiny_folder(tmp_path / "plain", "llama")
+    save_file({n: t.float().contiguous() for n, t in exact.items()}, plain / "model.safetensors", {"format": "pt"})
+    rows, adapters = rows_file(tmp_path), []
+    for number, base in enumerate((folder, plain)):
+        words = ["model=local", f"model.path={base}", f"data.path={rows}", "data.eval_fraction=0", "adapter.r=4",
+                 f"adapter={adapter}", "train.max_steps=2", "train.tokens_per_step=40", "device=cpu"]  # fmt: skip
+        run = lora_ft.train(lora_ft.compose("train", words), folder=tmp_path / f"run{number}")
+        adapters.append(run.result.adapter_sha256)
+    assert adapters[0] == adapters[1]
+    model, _ = lora_ft.load(tmp_path / "run0")
+    codes = [layer.codes for layer in model.modules() if isinstance(layer, ScaledLinear)]
+    assert {(c.dtype, c.element_size()) for c in codes} == {(torch.uint8, 1)}
+    assert len(codes) == 14
+    merged = lora_ft.merge(tmp_path / "run0", tmp_path / "merged").out
+    twin = lora_ft.merge(tmp_path / "run1", tmp_path / "twin").out
+    ours, theirs = (load_file(each / "model.safetensors") for each in (merged, twin))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert len(ours) == len(theirs)
 
 
 @pytest.mark.parametrize("way", ["fp8", "gptq", "awq"])
@@ -108,7 +150,7 @@ def test_fp8_experts_equal_transformers_dequantization(tmp_path: Path) -> None:
         folder, quantization_config=FineGrainedFP8Config(dequantize=True), dtype=torch.float32
     )
     ours = base_of(folder).model
-    assert all(torch.equal(p, theirs.get_parameter(n)) for n, p in ours.named_parameters())
+    assert all(torch.equal(weight, theirs.get_parameter(name)) for name, weight in weights_of(ours).items())
     assert torch.equal(ours(IDS).logits, theirs(IDS).logits)
 
 
@@ -125,7 +167,12 @@ def test_mxfp4_experts_equal_transformers_dequantization(tmp_path: Path, dtype: 
     assert all(torch.equal(p, theirs.get_parameter(n)) for n, p in base.model.named_parameters())
     if dtype == "float32":
         assert torch.equal(base.model(IDS).logits, theirs(IDS).logits)
-        assert base_of(folder, "nf4").quantized
+        plain = tiny_folder(tmp_path / "plain", "gpt_oss")
+        save_file({n: t.float().contiguous() for n, t in exact.items()}, plain / "model.safetensors", {"format": "pt"})
+        found, expected = base_of(folder, "nf4"), base_of(plain, "nf4")
+        assert found.quantized == expected.quantized
+        assert any("experts" in name for name in found.quantized)
+        assert torch.equal(found.model(IDS).logits, expected.model(IDS).logits)
 
 
 def mxfp4_folder(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
@@ -161,13 +208,15 @@ def test_a_plan_counts_dequantized_weights(tmp_path: Path) -> None:
     words = ["model=local", f"model.path={folder}", "hardware=rtx_4090", "data.max_length=64", "model.dtype=bf16"]
     cfg = lora_ft.compose("plan", words)
     found = planning.make(cfg, cfg.hardware)
-    weights = sum(p.numel() for p in base_of(folder).model.parameters())
-    assert sum(found.prediction.trace.base_bytes.values()) == pytest.approx(2 * weights, rel=0.02)
+    base = load.load_base(config.Model(path=str(folder), dtype=config.Dtype.bfloat16), config.Quant(), "cpu")
+    parts = [part for m in base.model.modules() if isinstance(m, ScaledLinear) for part in (m.codes, m.scales)]
+    rounded = sum(-(-part.nbytes // 512) * 512 for part in parts)  # as CUDA's allocator does
+    assert found.prediction.trace.base_bytes["fp8"] == rounded
     assert found.storage.mapped_bytes == (folder / "model.safetensors").stat().st_size
     assert found.storage.loading_host_bytes > 0
     meta = load_meta_model(cfg.model, config.Quant(QuantKind.nf4), "cpu", tiny_tokenizer())
     assert {n: p.shape for n, p in meta.model.named_parameters()} == {
-        n: p.shape for n, p in base_of(folder).model.named_parameters()
+        n: w.shape for n, w in weights_of(base.model).items()
     }
     assert stored.of_config(read_config(cfg.model)).method == "fp8"
 

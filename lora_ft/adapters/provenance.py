@@ -19,7 +19,7 @@ from lora_ft import config, runs
 from lora_ft.config import QuantKind
 from lora_ft.errors import MismatchError
 from lora_ft.io import untrusted
-from lora_ft.models import quantize_experts
+from lora_ft.models import quantize
 from lora_ft.models.load import Base, Identity
 from lora_ft.models.stored import agreed
 
@@ -192,9 +192,9 @@ def loading(base: Base, quant: config.Quant, model: config.Model) -> Loading:
     rows = base.model.get_input_embeddings().weight.shape[0] if model.added_tokens else None
     path = identity.id if identity.revision else identity.folder
     # Codes that train as they are stored are loaded as their own config says.
-    quantization = {} if identity.stored and identity.stored.trains else _quantization(quant, dtype)
-    is_plain = quant.kind is QuantKind.none
-    planned = [] if is_plain else quantize_experts.planned_parameters(base.model, identity.stored)
+    files = identity.stored
+    quantization = {} if files and files.trains else _quantization(quant, dtype)
+    planned = [] if agreed(quant, files).kind is QuantKind.none else quantize.planned_experts(base.model, files)
     return Loading(
         str(path), identity.revision, dtype, quantization, rows, str(base.model.device),
         experts=tuple(sorted({".".join(name.replace(".base_layer", "").split(".")[-2:]) for name in planned})),

@@ -23,9 +23,10 @@ from torch import nn
 
 from lora_ft import config, objectives
 from lora_ft.adapters import attach, files
-from lora_ft.models import quantize, quantize_experts
+from lora_ft.models import quantize
 from lora_ft.models.described import Described
 from lora_ft.models.device import dtype_on
+from lora_ft.models.scaled_layers import keep_meta
 from lora_ft.models.stored import Stored, agreed, of_config
 from lora_ft.ops.device import GPU, Target
 from lora_ft.training import checkpoint
@@ -94,9 +95,13 @@ def storage(
             model_config, dtype=dtype_on(cfg.model.dtype, device)
         )
     files = of_config(model_config)
+    quant = agreed(cfg.quant, files)
     if files and not files.trains:  # dequantized weights are new tensors, whatever their dtype
-        files, stored = None, torch.uint8
-    weights = list(_weights(network, agreed(cfg.quant, files), files))
+        stored = torch.uint8
+        if files.is_fp8 and quant.kind is config.QuantKind.none:
+            keep_meta(network, files)
+        files = None
+    weights = list(_weights(network, quant, files))
     in_files = (
         base.weight_bytes if base and base.weight_bytes else sum(each.in_files(files, stored) for each in weights)
     )
@@ -150,8 +155,7 @@ def _weights(network: Any, quant: config.Quant, files: Stored | None = None) -> 
 
     skipped = list(files.skipped or ()) if files else []
     head, modules = network.get_output_embeddings(), dict(network.named_modules())
-    quantizes = quant.kind is not config.QuantKind.none
-    experts = set(quantize_experts.planned_parameters(network, files)) if quantizes else set()
+    experts = set() if quant.kind is config.QuantKind.none else set(quantize.planned_experts(network, files))
     put_together = _put_together(network) if experts else ()
     for name, parameter in sorted(network.named_parameters(), key=lambda item: dot_natural_key(item[0])):
         module, (count, size) = modules[name.rpartition(".")[0]], (parameter.numel(), parameter.nbytes)

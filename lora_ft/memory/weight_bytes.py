@@ -7,6 +7,7 @@ import torch
 
 from lora_ft import config
 from lora_ft.memory.meter import Meter
+from lora_ft.ops.weights import ScaledLinear
 
 
 def bytes_by_storage(meter: Meter, model: Any, quant: config.Quant) -> dict[str, int]:
@@ -17,10 +18,16 @@ def bytes_by_storage(meter: Meter, model: Any, quant: config.Quant) -> dict[str,
         for parameter in module._parameters.values()
         for tensor in _quantized_tensors(parameter)
     }
+    scaled = {
+        tensor.untyped_storage()._cdata
+        for module in model.modules()
+        if isinstance(module, ScaledLinear)
+        for tensor in (module.codes, module.scales)
+    }
     found: Counter[str] = Counter()
     for key, storage in meter.live_storages("base"):
         dtype = str(storage.dtype).removeprefix("torch.")
-        found[quant.kind.value if key in quantized else dtype] += storage.bytes
+        found[quant.kind.value if key in quantized else "fp8" if key in scaled else dtype] += storage.bytes
     return dict(found)
 
 

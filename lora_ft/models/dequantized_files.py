@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from lora_ft.errors import ConfigError
+from lora_ft.ops import weights as ops
 
-_FLOAT8 = ("F8_E4M3", "F8_E5M2")
+FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 _OF_LAYERS = ("scale", "qscale_weight")
 _ACTIVATIONS = (".activation_scale", ".input_scale", ".input_scale_ub", ".input_zero_point", ".output_scale")
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -57,41 +58,85 @@ def open_tensors(folder: Path, files: list[str], settings: Mapping[str, Any], st
         opened = stack.enter_context(safe_open(folder / file, framework="pt"))
         found |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - it is not a mapping
     dequantized = dict(_METHODS[settings["quant_method"]](found, settings))
-    if not any(isinstance(tensor, Lazy) for tensor in dequantized.values()):
+    if not any(isinstance(tensor, Lazy | Scaled) for tensor in dequantized.values()):
         raise ConfigError(f"{folder} has no weights quantized by {settings['quant_method']}, as its config.json says")
     return dequantized
 
 
+@dataclass(frozen=True)
+class Scaled:
+    """A weight [.., M, N] of 8-bit floats and their scales, both slices of files; `scaled[...]` multiplies them.
+
+    blocks: rows and columns that share a scale.
+    """
+
+    codes: Any
+    scales: Any
+    blocks: tuple[int, int]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return ops.scaled(self.codes[...], self.read_scales(), self.blocks)[index]
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Shape of the scales: [.., rows, columns] of blocks."""
+        return _grid(self.codes.get_shape(), self.scales.get_shape())
+
+    @property
+    def float8(self) -> torch.dtype:
+        return FLOAT8[self.codes.get_dtype()]
+
+    def read_codes(self) -> Tensor:
+        """Return the codes as bytes."""
+        codes: Tensor = self.codes[...]
+        return codes.view(torch.uint8)
+
+    def read_scales(self) -> Tensor:
+        """Return the scales as a grid in float32; those of one byte are exponents of two."""
+        scales: Tensor = self.scales[...]
+        values = (scales.float() - 127).exp2() if scales.dtype == torch.uint8 else scales.float()
+        return values.view(self.grid)
+
+
+def _grid(codes: list[int], scales: list[int]) -> tuple[int, ...]:
+    """Return the shape of the scales as a grid: [1, 1] for a single one, [M, 1] for one per row."""
+    if prod(scales) == 1:
+        return (1,) * len(codes)
+    return (*scales, 1) if len(scales) == len(codes) - 1 else tuple(scales)
+
+
 def _scaled(found: Stored, settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield weights of 8 bits times their scales, and all other weights as they are."""
-    blocks = settings.get("weight_block_size")
     used = set()
     for name, values in found.items():
         if values.get_dtype() == "I8":
             raise ConfigError(
                 f"{name} has codes of 4 bits, two in a byte, which cannot be read: use the model in 16 bits"
             )
-        if values.get_dtype() in _FLOAT8:
+        if values.get_dtype() in FLOAT8:
             # DeepSeek-V4 and Mistral name the scales after the layer.
             ends = (f"{name}_scale_inv", f"{name}_scale", *(name.removesuffix("weight") + end for end in _OF_LAYERS))
             scale = next((end for end in ends if end in found), None)
             if scale is None:
                 raise ConfigError(f"{name} has codes of 8 bits and no scales: download the model again")
-            _check_scales(name, values.get_shape(), found[scale].get_shape(), blocks)
             used |= {name, scale}
-            yield name, Lazy(partial(scaled, values, found[scale], blocks))
+            yield name, Scaled(values, found[scale], _blocks(name, values, found[scale], settings))
     rest = (name for name in found if name not in used and not name.endswith(_ACTIVATIONS))
     yield from ((name, found[name]) for name in rest)
 
 
-def _check_scales(name: str, codes: list[int], scales: list[int], blocks: Any) -> None:
-    grid = [*scales, 1] if len(scales) == len(codes) - 1 else scales
-    fits = len(grid) == len(codes) > 1 and all(
-        _block(size, count, blocks and blocks[dim])
-        for dim, (size, count) in enumerate(zip(codes[-2:], grid[-2:], strict=True))
-    )
-    if prod(scales) != 1 and not fits:
-        raise ConfigError(f"{name} {tuple(codes)} and its scales {tuple(scales)} do not belong together")
+def _blocks(name: str, codes: Any, scales: Any, settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the rows and columns that share a scale."""
+    sizes, named = codes.get_shape(), settings.get("weight_block_size") or (None, None)
+    counts = _grid(sizes, scales.get_shape())
+    found = tuple(map(_block, sizes[-2:], counts[-2:], named))
+    if (
+        not len(counts) == len(sizes) > 1
+        or counts[:-2] not in (tuple(sizes[:-2]), (1,) * len(sizes[:-2]))
+        or not all(found)
+    ):
+        raise ConfigError(f"{name} {tuple(sizes)} and its scales {tuple(scales.get_shape())} do not belong together")
+    return found[0], found[1]
 
 
 def _block(size: int, count: int, named: int | None) -> int:
@@ -99,31 +144,11 @@ def _block(size: int, count: int, named: int | None) -> int:
 
     Without a size in config.json, the dimension is divided into equal parts.
     """
-    if count == 1 or count == size:
+    if count in (1, size):
         return size // count
     if named:
         return named if count == -(-size // named) else 0
     return 0 if size % count else size // count
-
-
-def scaled(codes: Any, scales: Any, blocks: Any = None) -> Tensor:
-    """Return codes [.., M, N] times their scales: one for all, one per row [M, 1] or [M], or one per block.
-
-    Both are tensors or slices of files.
-    """
-    values, scales = codes[...].to(torch.float32), scales[...]
-    # Scales of one byte are exponents of two.
-    scales = (scales.to(torch.float32) - 127).exp2() if scales.dtype == torch.uint8 else scales.to(torch.float32)
-    if scales.numel() == 1:
-        return values * scales.flatten()[0]
-    if scales.dim() == values.dim() - 1:
-        scales = scales[..., None]
-    for dim in (-2, -1):
-        size, count = values.shape[dim], scales.shape[dim]
-        if count != 1:
-            block = _block(size, count, blocks and blocks[dim])
-            scales = scales.repeat_interleave(block, dim).narrow(dim, 0, size)
-    return values.mul_(scales)
 
 
 def _mxfp4(found: Stored, settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -27,6 +27,7 @@ from lora_ft.models.device import auto_dtype, resolve_device, resolve_dtype
 from lora_ft.models.resolve import Identity, locate
 from lora_ft.models.storage import copy_mapped_weights
 from lora_ft.models.weight_source import Source, load_weights
+from lora_ft.ops.weights import ScaledLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -141,7 +142,8 @@ def load_base(
     source = Source(model.path, Path(str(identity.folder)), settings, files)
     network = load_weights(source, dtype, target, model_class or AutoModelForCausalLM)
     if files and not files.trains:
-        log.info("weights stored in %s are dequantized to %s", files.method, str(dtype).removeprefix("torch."))
+        kept = sum(isinstance(layer, ScaledLinear) for layer in network.modules())
+        log.info("weights in %s: %d layers as stored, others dequantized", files.method, kept)
     quantized: tuple[str, ...] = ()
     if quant.kind is not config.QuantKind.none:
         if files and files.trains:

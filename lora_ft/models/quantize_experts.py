@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_ft.models.accelerated_experts import computes_as_its_class
-from lora_ft.models.stored import Stored
 from lora_ft.ops import expert_codes
 from lora_ft.ops.experts import is_experts, module_experts, parameter_names
 
@@ -36,14 +35,11 @@ log = logging.getLogger("lora_ft")
 _NESTED_BLOCK = 256  # scales that share a scale, as in bitsandbytes
 
 
-def planned_parameters(model: nn.Module, files: Stored | None = None) -> list[str]:
+def planned_parameters(model: nn.Module) -> list[str]:
     """Return the names of the parameters of experts that quantization must change, in order.
 
-    Blocks of values that share a scale must not cross the border between two experts. None is changed in a base whose
-    quantized files train as they are stored.
+    Blocks of values that share a scale must not cross the border between two experts.
     """
-    if files and files.trains:
-        return []
     return [
         f"{prefix}.{name}"
         for prefix, module in model.named_modules()

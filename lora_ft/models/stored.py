@@ -1,8 +1,10 @@
 """Bases whose files hold quantized weights: what config.json tells of them, and what it means for a run.
 
 bitsandbytes, 4 and 8 bits       trained as stored: the codes and scales of the files are those of the run
-fp8, mxfp8, fbgemm_fp8, mxfp4,   dequantized exactly while they are loaded (dequantized_files.py); `quant` applies to
-gptq, awq                        the result
+fp8, mxfp8, fbgemm_fp8           linear layers as stored without `quant` (scaled_layers.py), with the numbers of
+                                 dequantized ones; else dequantized exactly while they are loaded
+mxfp4, gptq, awq                 dequantized exactly while they are loaded (dequantized_files.py); `quant` applies to
+                                 the result
 other methods                    refused before a download, with the id of the model in 16 bits
 
 of(json.loads(config_json), hub_id)  ->  Stored(method="bitsandbytes", kind=QuantKind.nf4, double=True, skipped=None)
@@ -19,7 +21,8 @@ from lora_ft.errors import ConfigError
 from lora_ft.io import untrusted
 
 _BITSANDBYTES = "bitsandbytes"
-_DEQUANTIZED = ("fp8", "mxfp8", "fbgemm_fp8", "mxfp4", "gptq", "awq")
+FP8 = ("fp8", "mxfp8", "fbgemm_fp8")
+_DEQUANTIZED = (*FP8, "mxfp4", "gptq", "awq")
 _STORAGE = ("uint8", "int8", "bfloat16", "float16", "float32", "float64")
 
 # Ends of the names of quantized models, as their publishers choose them.
@@ -51,6 +54,11 @@ class Stored:
     def trains(self) -> bool:
         """True if the weights train as they are stored; False if they are dequantized."""
         return self.kind is not QuantKind.none
+
+    @property
+    def is_fp8(self) -> bool:
+        """True for 8-bit floats, of which linear layers may stay as they are stored (scaled_layers.py)."""
+        return self.method in FP8
 
     def record(self) -> dict[str, Any]:
         """Return the fields for lora_ft.json."""

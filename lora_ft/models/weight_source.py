@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lora_ft.errors import ConfigError, ResourceError
-from lora_ft.models import build, quantize_experts
+from lora_ft.models import build, quantize_experts, scaled_layers
 from lora_ft.models.build import first_line, quiet
 from lora_ft.models.dequantized_files import open_tensors
 from lora_ft.models.resolve import weight_files
@@ -64,9 +64,13 @@ class Source:
             stack.enter_context(quantize_experts.while_loading())
             if self.files is None:
                 return model_class.from_pretrained(**given)
-            # The class behind an Auto class, which needs a folder.
-            made = type(build.on_meta(given["config"], torch.float32, model_class, self.path))
-            network, report = made.from_pretrained(**given)
+            plain = build.on_meta(given["config"], torch.float32, model_class, self.path)
+            loader = type(plain)  # the class behind an Auto class, which needs a folder
+            if self.files.is_fp8 and self.quantization is None:
+                given["state_dict"], kept = scaled_layers.as_stored(given["state_dict"], plain)
+                loader = scaled_layers.model_class(loader, kept)
+            network, report = loader.from_pretrained(**given)
+        network.__class__ = type(plain)
         self._name(network)
         return network, report
 

@@ -35,7 +35,7 @@ def contents(cfg: config.PublishRun, adapter: Path, saved: LoraConfig, work: Pat
     files_of_base = locate(cfg.model, weights=False).stored
     if files_of_base and not files_of_base.trains:
         raise ConfigError(
-            f"the files of the base hold its weights in {files_of_base.method}, which lora_ft dequantizes: "
+            f"the files of the base hold its weights in {files_of_base.method}, which lora_ft dequantizes exactly: "
             "transformers and PEFT alone would compute with other weights, so an adapter of this base cannot be "
             "verified: merge it (lora-ft merge), or train it on the model in 16 bits"
         )
