@@ -1,4 +1,4 @@
-"""A parameter of experts [E, ..] in 4 or 8 bits: all of it, or the matrix of one expert, dequantized at each call.
+"""A parameter of experts [E, ..] in 4 or 8 bits: all of it, or the matrices of some, dequantized at each call.
 
     stored                                                     attributes of the parameter, named as bitsandbytes does
     nf4, fp4  uint8 [values / 2, 1], row by row of the         quant_state: shape, dtype, a scale for each 64 values,
@@ -69,20 +69,20 @@ def dequantize(codes: Any) -> Tensor:
     return _from_int8(codes.data, codes.SCB, codes.compute_dtype)
 
 
-def dequantize_expert(codes: Any, expert: int) -> Tensor:
-    """Return the matrix of one expert, as the model stores it, with the bits of `dequantize`."""
+def dequantize_experts(codes: Any, start: int, stop: int) -> Tensor:
+    """Return the matrices of some experts, as the model stores them, with the bits of `dequantize`."""
     if not hasattr(codes, "quant_state"):
-        return _from_int8(codes.data[expert], codes.SCB[expert], codes.compute_dtype)
+        return _from_int8(codes.data[start:stop], codes.SCB[start:stop], codes.compute_dtype)
     state = codes.quant_state
-    shape = state.shape[1:]
-    blocks = shape.numel() // BLOCK
-    one = type(state)(
-        absmax=_scales(state, expert * blocks, (expert + 1) * blocks), shape=shape, code=state.code,
-        blocksize=state.blocksize, quant_type=state.quant_type, dtype=state.dtype,
+    values = state.shape[1:].numel()
+    blocks = values // BLOCK
+    part = type(state)(
+        absmax=_scales(state, start * blocks, stop * blocks), shape=torch.Size((stop - start, *state.shape[1:])),
+        code=state.code, blocksize=state.blocksize, quant_type=state.quant_type, dtype=state.dtype,
     )  # fmt: skip
-    half = shape.numel() // 2
-    matrix: Tensor = _functional().dequantize_4bit(codes.data[expert * half : (expert + 1) * half], one)
-    return matrix
+    packed = codes.data[start * values // 2 : stop * values // 2]
+    matrices: Tensor = _functional().dequantize_4bit(packed, part)
+    return matrices
 
 
 def _scales(state: Any, start: int, stop: int) -> Tensor:

@@ -23,7 +23,7 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from lora_ft.ops.device import target
-from lora_ft.ops.expert_codes import dequantize_expert, is_quantized
+from lora_ft.ops.expert_codes import dequantize_experts, is_quantized
 
 
 @dataclass(frozen=True)
@@ -64,20 +64,17 @@ def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> FrozenWeight | None:
     return FrozenWeight(lambda: module.weight.detach().to(dtype), is_fresh)
 
 
-def expert_weight(module: nn.Module, name: str, expert: int) -> FrozenWeight:
-    """Return the weight W [out, in] of one expert of the parameter `name` [E, ..] of a module of experts.
+def expert_weights(module: nn.Module, name: str, start: int, stop: int) -> Tensor:
+    """Return the weights W [.., out, in] of some experts of the parameter `name` [E, ..] of a module of experts.
 
-    Its dtype is that of the parameter before quantization. Every call of the result reads the parameter again.
+    Quantized ones are dequantized, in the dtype of the parameter before quantization; others are the stored weights.
     """
     holder: Any = module
-    parameter, transposed = holder._parameters[name], holder.is_transposed
-    if is_quantized(parameter):
-        return FrozenWeight(lambda: _turned(dequantize_expert(parameter, expert), transposed), fresh=True)
-    return FrozenWeight(lambda: _turned(parameter.detach()[expert], transposed), fresh=False)
-
-
-def _turned(matrix: Tensor, transposed: bool) -> Tensor:
-    return matrix.T if transposed else matrix
+    parameter = holder._parameters[name]
+    stored = (
+        parameter.detach()[start:stop] if not is_quantized(parameter) else dequantize_experts(parameter, start, stop)
+    )
+    return stored.mT if holder.is_transposed else stored
 
 
 def why_no_weight(layer: nn.Module, dtype: torch.dtype) -> str:
