@@ -22,6 +22,7 @@ from lora_ft.errors import ConfigError
 from lora_ft.memory import planning
 from lora_ft.models import load, stored
 from lora_ft.models.meta_model import load_meta_model, read_config
+from lora_ft.ops import expert_codes
 from lora_ft.ops.weights import ScaledLinear, float8_values, scaled
 
 UP = "model.layers.1.mlp.up_proj"
@@ -74,7 +75,9 @@ def assert_exact(base: load.Base, exact: dict[str, Tensor]) -> None:
 def weights_of(model: Any) -> dict[str, Tensor]:
     """Return the weights that a model computes with, also of layers that are stored in another form."""
     scaled = {f"{n}.weight": layer.weight for n, layer in model.named_modules() if isinstance(layer, ScaledLinear)}
-    return {n: p.detach() for n, p in model.named_parameters() if not n.endswith(".codes")} | scaled
+    plain = {n: p.detach() for n, p in model.named_parameters() if not n.endswith(".codes")}
+    experts = {n: expert_codes.dequantize(p) for n, p in model.named_parameters() if expert_codes.is_quantized(p)}
+    return plain | scaled | experts
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -102,11 +105,12 @@ def test_every_8_bit_float_has_the_bits_of_torchs_cast(dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize(
-    ("way", "adapter"), [("fp8 ragged", "lora"), pytest.param("fp8 rows", "dora", marks=pytest.mark.nightly)]
+    ("way", "adapter"),
+    [("fp8 ragged", "lora"), pytest.param("fp8 rows", "dora", marks=pytest.mark.nightly), ("mxfp4", "lora")],
 )
-def test_layers_in_fp8_train_to_the_adapter_of_dequantized_ones(tmp_path: Path, way: str, adapter: str) -> None:
-    folder, exact = folder_of(tmp_path, way)
-    plain = tiny_folder(tmp_path / "plain", "llama")
+def test_weights_as_stored_train_to_the_adapter_of_dequantized_ones(tmp_path: Path, way: str, adapter: str) -> None:
+    folder, exact = mxfp4_folder(tmp_path) if way == "mxfp4" else folder_of(tmp_path, way)
+    plain = tiny_folder(tmp_path / "plain", folder.name)
     save_file({n: t.float().contiguous() for n, t in exact.items()}, plain / "model.safetensors", {"format": "pt"})
     rows, adapters = rows_file(tmp_path), []
     for number, base in enumerate((folder, plain)):
@@ -117,8 +121,9 @@ def test_layers_in_fp8_train_to_the_adapter_of_dequantized_ones(tmp_path: Path, 
     assert adapters[0] == adapters[1]
     model, _ = lora_ft.load(tmp_path / "run0")
     codes = [layer.codes for layer in model.modules() if isinstance(layer, ScaledLinear)]
-    assert {(c.dtype, c.element_size()) for c in codes} == {(torch.uint8, 1)}
-    assert len(codes) == 14
+    codes += [p for p in model.parameters() if expert_codes.is_quantized(p)]
+    assert {c.dtype for c in codes} == {torch.uint8}
+    assert len(codes) == (4 if way == "mxfp4" else 14)
     merged = lora_ft.merge(tmp_path / "run0", tmp_path / "merged").out
     twin = lora_ft.merge(tmp_path / "run1", tmp_path / "twin").out
     ours, theirs = (load_file(each / "model.safetensors") for each in (merged, twin))
@@ -158,21 +163,24 @@ def test_fp8_experts_equal_transformers_dequantization(tmp_path: Path) -> None:
 def test_mxfp4_experts_equal_transformers_dequantization(tmp_path: Path, dtype: str) -> None:
     folder, exact = mxfp4_folder(tmp_path)
     base = base_of(folder, dtype=dtype)
+    weights = weights_of(base.model)
     for name, values in exact.items():
         if values.dtype == torch.float64:  # every value is one of bfloat16
-            assert torch.equal(base.model.get_parameter(name).double(), values), name
+            assert base.model.state_dict()[name].dtype == torch.uint8
+            assert torch.equal(weights[name].double(), values), name
     theirs = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=Mxfp4Config(dequantize=True), dtype=getattr(torch, dtype)
     )
-    assert all(torch.equal(p, theirs.get_parameter(n)) for n, p in base.model.named_parameters())
+    assert all(torch.equal(weight, theirs.get_parameter(name)) for name, weight in weights.items())
+    found, expected = base.model(IDS).logits, theirs(IDS).logits
+    assert (found - expected).norm() <= (1e-6 if dtype == "float32" else 1e-2) * expected.norm()
     if dtype == "float32":
-        assert torch.equal(base.model(IDS).logits, theirs(IDS).logits)
         plain = tiny_folder(tmp_path / "plain", "gpt_oss")
         save_file({n: t.float().contiguous() for n, t in exact.items()}, plain / "model.safetensors", {"format": "pt"})
-        found, expected = base_of(folder, "nf4"), base_of(plain, "nf4")
-        assert found.quantized == expected.quantized
-        assert any("experts" in name for name in found.quantized)
-        assert torch.equal(found.model(IDS).logits, expected.model(IDS).logits)
+        quantized, twin = base_of(folder, "nf4"), base_of(plain, "nf4")
+        assert quantized.quantized == twin.quantized
+        assert any("experts" in name for name in quantized.quantized)
+        assert torch.equal(quantized.model(IDS).logits, twin.model(IDS).logits)
 
 
 def mxfp4_folder(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
@@ -219,6 +227,16 @@ def test_a_plan_counts_dequantized_weights(tmp_path: Path) -> None:
         n: w.shape for n, w in weights_of(base.model).items()
     }
     assert stored.of_config(read_config(cfg.model)).method == "fp8"
+
+
+def test_a_plan_counts_experts_as_stored(tmp_path: Path) -> None:
+    folder, _ = mxfp4_folder(tmp_path)
+    words = ["model=local", f"model.path={folder}", "hardware=rtx_4090", "data.max_length=64", "model.dtype=bf16"]
+    cfg = lora_ft.compose("plan", words)
+    found = planning.make(cfg, cfg.hardware)
+    codes = [p for p in base_of(folder, dtype="bfloat16").model.parameters() if expert_codes.is_quantized(p)]
+    parts = [part for each in codes for part in (each, each.exponents)]
+    assert found.prediction.trace.base_bytes["mxfp4"] == sum(-(-part.nbytes // 512) * 512 for part in parts)
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ from lora_ft.adapters import attach, files
 from lora_ft.models import quantize
 from lora_ft.models.described import Described
 from lora_ft.models.device import dtype_on
-from lora_ft.models.scaled_layers import keep_meta
 from lora_ft.models.stored import Stored, agreed, of_config
+from lora_ft.models.stored_layers import keep_meta
 from lora_ft.ops.device import GPU, Target
 from lora_ft.training import checkpoint
 from lora_ft.training.state import NAME
@@ -98,7 +98,7 @@ def storage(
     quant = agreed(cfg.quant, files)
     if files and not files.trains:  # dequantized weights are new tensors, whatever their dtype
         stored = torch.uint8
-        if files.is_fp8 and quant.kind is config.QuantKind.none:
+        if quant.kind is config.QuantKind.none:
             keep_meta(network, files)
         files = None
     weights = list(_weights(network, quant, files))
@@ -159,6 +159,7 @@ def _weights(network: Any, quant: config.Quant, files: Stored | None = None) -> 
     put_together = _put_together(network) if experts else ()
     for name, parameter in sorted(network.named_parameters(), key=lambda item: dot_natural_key(item[0])):
         module, (count, size) = modules[name.rpartition(".")[0]], (parameter.numel(), parameter.nbytes)
+        size += parameter.exponents.nbytes if hasattr(parameter, "exponents") else 0  # of MXFP4
         is_linear = isinstance(module, (nn.Linear, Conv1D)) and module is not head and name.endswith(".weight")
         if name in experts:
             twice = any(target in name for target in put_together)

@@ -24,10 +24,18 @@ def bytes_by_storage(meter: Meter, model: Any, quant: config.Quant) -> dict[str,
         if isinstance(module, ScaledLinear)
         for tensor in (module.codes, module.scales)
     }
+    mxfp4 = {
+        tensor.untyped_storage()._cdata
+        for module in model.modules()
+        for parameter in module._parameters.values()
+        if hasattr(parameter, "exponents")
+        for tensor in (parameter, parameter.exponents)
+    }
+    kinds = dict.fromkeys(quantized, quant.kind.value) | dict.fromkeys(scaled, "fp8") | dict.fromkeys(mxfp4, "mxfp4")
     found: Counter[str] = Counter()
     for key, storage in meter.live_storages("base"):
         dtype = str(storage.dtype).removeprefix("torch.")
-        found[quant.kind.value if key in quantized else "fp8" if key in scaled else dtype] += storage.bytes
+        found[kinds.get(key, dtype)] += storage.bytes
     return dict(found)
 
 

@@ -14,7 +14,6 @@ the whole model is in memory only in that dtype, or quantized by `quant`.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,11 @@ from torch import Tensor
 
 from lora_ft.errors import ConfigError
 from lora_ft.ops import weights as ops
+from lora_ft.ops.expert_codes import MX_BLOCK, mxfp4
 
 FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 _OF_LAYERS = ("scale", "qscale_weight")
 _ACTIVATIONS = (".activation_scale", ".input_scale", ".input_scale_ub", ".input_zero_point", ".output_scale")
-_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of the codes of eight neighbouring outputs in a word
 
 Stored = Mapping[str, Any]
@@ -58,7 +57,7 @@ def open_tensors(folder: Path, files: list[str], settings: Mapping[str, Any], st
         opened = stack.enter_context(safe_open(folder / file, framework="pt"))
         found |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - it is not a mapping
     dequantized = dict(_METHODS[settings["quant_method"]](found, settings))
-    if not any(isinstance(tensor, Lazy | Scaled) for tensor in dequantized.values()):
+    if not any(isinstance(tensor, Lazy | Scaled | Experts) for tensor in dequantized.values()):
         raise ConfigError(f"{folder} has no weights quantized by {settings['quant_method']}, as its config.json says")
     return dequantized
 
@@ -151,28 +150,28 @@ def _block(size: int, count: int, named: int | None) -> int:
     return 0 if size % count else size // count
 
 
+@dataclass(frozen=True)
+class Experts:
+    """A parameter of experts [E, in, out] in MXFP4: slices of blocks [E, out, in / 32, 16] and of exponents."""
+
+    blocks: Any
+    exponents: Any
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return mxfp4(self.blocks[...], self.exponents[...]).transpose(-2, -1)[index].contiguous()
+
+
 def _mxfp4(found: Stored, settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield experts [E, in, out] from blocks [E, out, in / 32, 16] and exponents [E, out, in / 32]."""
+    """Yield experts for blocks and scales, and all other weights as they are."""
     for name, values in found.items():
         short = name.removesuffix("_blocks")
         if short != name and f"{short}_scales" in found:
-            blocks, scales = values, found[f"{short}_scales"]
-            if blocks.get_shape()[:-1] != scales.get_shape():
+            exponents = found[f"{short}_scales"]
+            if values.get_shape()[:-1] != exponents.get_shape() or values.get_shape()[-1] != MX_BLOCK // 2:
                 raise ConfigError(f"{name} and its scales do not belong together: their shapes differ")
-            yield short, Lazy(partial(_experts, blocks, scales))
+            yield short, Experts(values, exponents)
         elif not (name.endswith("_scales") and f"{name.removesuffix('_scales')}_blocks" in found):
             yield name, values
-
-
-def _experts(blocks: Any, scales: Any) -> Tensor:
-    return mxfp4(blocks[...], scales[...]).transpose(-2, -1)
-
-
-def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """Return the weights [.., in] of blocks [.., G, B]: two codes in a byte, the lower one first; 2 G B = in."""
-    levels = torch.tensor(_FP4)
-    values = torch.stack((levels[(blocks & 15).int()], levels[(blocks >> 4).int()]), dim=-1).flatten(-2)
-    return torch.ldexp(values, scales.int()[..., None] - 127).flatten(-2)
 
 
 def _gptq(found: Stored, settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

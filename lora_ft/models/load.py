@@ -27,7 +27,6 @@ from lora_ft.models.device import auto_dtype, resolve_device, resolve_dtype
 from lora_ft.models.resolve import Identity, locate
 from lora_ft.models.storage import copy_mapped_weights
 from lora_ft.models.weight_source import Source, load_weights
-from lora_ft.ops.weights import ScaledLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -142,8 +141,8 @@ def load_base(
     source = Source(model.path, Path(str(identity.folder)), settings, files)
     network = load_weights(source, dtype, target, model_class or AutoModelForCausalLM)
     if files and not files.trains:
-        kept = sum(isinstance(layer, ScaledLinear) for layer in network.modules())
-        log.info("weights in %s: %d layers as stored, others dequantized", files.method, kept)
+        stays = "what can stay in that form does" if settings is None else "dequantized"
+        log.info("weights in %s: %s", files.method, stays)
     quantized: tuple[str, ...] = ()
     if quant.kind is not config.QuantKind.none:
         if files and files.trains:

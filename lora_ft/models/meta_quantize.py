@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lora_ft import config
-from lora_ft.models import quantize, quantize_experts, scaled_layers, stored
+from lora_ft.models import quantize, quantize_experts, stored, stored_layers
 
 
 def quantize_meta(network: Any, quant: config.Quant, compute: torch.dtype) -> tuple[str, ...]:
@@ -23,8 +23,8 @@ def quantize_meta(network: Any, quant: config.Quant, compute: torch.dtype) -> tu
         quant, files = stored.agreed(quant, files), dataclasses.replace(files, storage="uint8")
     settings = quantize.bitsandbytes_config(quant, compute, files if files and files.trains else None)
     if settings is None:
-        if files and files.is_fp8:
-            scaled_layers.keep_meta(network, files)
+        if files:
+            stored_layers.keep_meta(network, files)
         return ()
     from transformers.quantizers import AutoHfQuantizer
 

@@ -1,9 +1,10 @@
 """Bases whose files hold quantized weights: what config.json tells of them, and what it means for a run.
 
 bitsandbytes, 4 and 8 bits       trained as stored: the codes and scales of the files are those of the run
-fp8, mxfp8, fbgemm_fp8           linear layers as stored without `quant` (scaled_layers.py), with the numbers of
-                                 dequantized ones; else dequantized exactly while they are loaded
-mxfp4, gptq, awq                 dequantized exactly while they are loaded (dequantized_files.py); `quant` applies to
+fp8, mxfp8, fbgemm_fp8           linear layers as stored, with the numbers of dequantized ones (stored_layers.py);
+                                 with `quant`, dequantized exactly while they are loaded, and quantized again
+mxfp4                            experts, in the same way
+gptq, awq                        dequantized exactly while they are loaded (dequantized_files.py); `quant` applies to
                                  the result
 other methods                    refused before a download, with the id of the model in 16 bits
 

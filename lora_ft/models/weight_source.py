@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lora_ft.errors import ConfigError, ResourceError
-from lora_ft.models import build, quantize_experts, scaled_layers
+from lora_ft.models import build, quantize_experts, stored_layers
 from lora_ft.models.build import first_line, quiet
 from lora_ft.models.dequantized_files import open_tensors
 from lora_ft.models.resolve import weight_files
@@ -66,11 +66,12 @@ class Source:
                 return model_class.from_pretrained(**given)
             plain = build.on_meta(given["config"], torch.float32, model_class, self.path)
             loader = type(plain)  # the class behind an Auto class, which needs a folder
-            if self.files.is_fp8 and self.quantization is None:
-                given["state_dict"], kept = scaled_layers.as_stored(given["state_dict"], plain)
-                loader = scaled_layers.model_class(loader, kept)
+            if self.quantization is None:
+                given["state_dict"], kept = stored_layers.apart(given["state_dict"], plain)
+                loader = stored_layers.model_class(loader, kept)
             network, report = loader.from_pretrained(**given)
         network.__class__ = type(plain)
+        stored_layers.settle(network, network.dtype)
         self._name(network)
         return network, report
 
