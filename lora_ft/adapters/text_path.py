@@ -39,6 +39,10 @@ REFUSED = "PEFT does not adapt this name in this model type"
 LINEAR = (nn.Linear, Conv1D)  # bitsandbytes' layers are subclasses of the first
 
 _TOKENS = 8
+# What was found by the class and the config of a model: a plan asks for equal models many times.
+_traces: dict[tuple[type, str], tuple[dict[str, str], frozenset[str]]] = {}
+_adapts: dict[tuple[str, str], bool] = {}
+_read: dict[type, set[str]] = {}  # names of the layers whose weight a class of modules hands to functions
 _known: "weakref.WeakKeyDictionary[PreTrainedModel, TextPath]" = weakref.WeakKeyDictionary()
 
 # The code of a module that hands the weight of one of its layers to a function, as fused kernels need it. Not its
@@ -78,7 +82,7 @@ def _text_path(model: PreTrainedModel) -> TextPath:
     layers = adaptable_layers(model)
     found, unused = dict.fromkeys(layers, ""), frozenset[str]()
     try:
-        traced, unused = _trace(model)
+        traced, unused = _traced(model)
         found |= traced
     except Exception as error:  # code of a model family, which may raise anything
         log.info("%s does not run without values (%r): every linear layer is adapted", type(model).__name__, error)
@@ -92,6 +96,14 @@ def _text_path(model: PreTrainedModel) -> TextPath:
 
 def _leaf(name: str) -> str:
     return name.rpartition(".")[2]
+
+
+def _traced(model: PreTrainedModel) -> tuple[dict[str, str], frozenset[str]]:
+    """Return what `_trace` returns, which depends on nothing but the model's class and config."""
+    key = type(model), model.config.to_json_string(use_diff=False)
+    if key not in _traces:
+        _traces[key] = _trace(model)
+    return _traces[key]
 
 
 def _trace(model: PreTrainedModel) -> tuple[dict[str, str], frozenset[str]]:
@@ -160,11 +172,10 @@ class _AnyValues(TorchDispatchMode):
 
 def _read_elsewhere(model: nn.Module) -> Iterator[str]:
     """Yield the linear layers whose weight the code of their parent hands to another function."""
-    read: dict[type, set[str]] = {}
     for prefix, module in model.named_modules():
-        if type(module) not in read:
-            read[type(module)] = _read_weights(type(module))
-        for key in read[type(module)]:
+        if type(module) not in _read:
+            _read[type(module)] = _read_weights(type(module))
+        for key in _read[type(module)]:
             if isinstance(getattr(module, key, None), LINEAR):
                 yield f"{prefix}.{key}" if prefix else key
 
@@ -193,9 +204,12 @@ def _peft_adapts(config: Any, leaf: str) -> bool:
     PEFT refuses names in state-space models, and takes the names that experts had before transformers 5 for their
     tensors, also where shared experts and dense layers have these names.
     """
-    model = _Named(config, leaf)
-    try:
-        inject_adapter_in_model(LoraConfig(r=1, target_modules=[leaf]), model)
-    except ValueError:
-        return False
-    return isinstance(model.get_submodule(leaf), LoraLayer)
+    key = config.to_json_string(use_diff=False), leaf
+    if key not in _adapts:
+        model = _Named(config, leaf)
+        try:
+            inject_adapter_in_model(LoraConfig(r=1, target_modules=[leaf]), model)
+            _adapts[key] = isinstance(model.get_submodule(leaf), LoraLayer)
+        except ValueError:
+            _adapts[key] = False
+    return _adapts[key]
