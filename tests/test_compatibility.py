@@ -325,7 +325,7 @@ def test_adapted_head_of_a_tied_base_is_refused(made: dict[str, Path]) -> None:
         ({"use_dora": False, "rank_pattern": {}}, "0.9.0"),  # 0.8 raises an error for an unknown key
         ({"use_dora": True, "use_rslora": True}, "0.9.0"),
         ({"peft_version": "0.21.2"}, "0.14.0"),  # drops unknown keys with a warning
-        ({"target_parameters": ["experts.weight"], "peft_version": "0.21.2"}, "0.17.0"),
+        ({"target_parameters": ["experts.weight"], "peft_version": "0.21.2"}, "0.19.0"),
         ({"init_lora_weights": "pissa_niter_4"}, "0.11.0"),
         ({"kasa_config": None}, "0.14.0"),
     ],

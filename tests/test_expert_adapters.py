@@ -1,7 +1,9 @@
 """adapter.experts: the matrices of experts train, are saved, merged and detached, as PEFT alone does it."""
 
 import dataclasses
+import functools
 import itertools
+import json
 from pathlib import Path
 
 import pytest
@@ -9,10 +11,12 @@ import torch
 from finished import adapted, finished_run, settings
 from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
+from safetensors.torch import load_file, save
 from states import SETTINGS, detach, state_on, trained
 from test_training import plain_loop
 from tiny import tiny_tokenizer
 from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from zoo import zoo_config, zoo_folder, zoo_model
 
 import lora_ft
@@ -20,12 +24,14 @@ from lora_ft import config
 from lora_ft.adapters import attach, audit, files, provenance, targets
 from lora_ft.adapters.experts import update
 from lora_ft.errors import ConfigError, MismatchError
-from lora_ft.export import combine
+from lora_ft.export import combine, lora_weights
 from lora_ft.memory.trace import trace_step
 from lora_ft.models.acceleration import accelerated_lora
 from lora_ft.models.fingerprint import fingerprint
 from lora_ft.models.load import Base, Identity, load_base, load_tokenizer
 from lora_ft.ops.expert_codes import is_quantized
+from lora_ft.publishing import compatibility, verify_worker
+from lora_ft.publishing.adapter_facts import Level
 from lora_ft.training import checkpoint
 
 # Experts are laid out otherwise in gpt_oss, and PEFT takes names of deepseek_v3's other layers for experts.
@@ -34,6 +40,10 @@ FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3")
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 IDS = torch.arange(40)[None] * 37 % 512
+
+
+def by_night(*cases: tuple[object, ...]) -> list[object]:
+    return [pytest.param(*case, marks=pytest.mark.nightly) for case in cases]
 
 
 def attached(name: str, dtype: torch.dtype = torch.float32, seed: int = 1, **adapter: object) -> PeftModel:
@@ -117,8 +127,16 @@ def test_detached_base_is_the_same_to_the_bit_and_names_its_parameters_in_the_sa
     assert list(wrappers(attach.attach(base, config.Adapter(r=2, **experts), "first", 1, []))) == wrapped
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("quant", ["none", "nf4"])
+@pytest.mark.parametrize(
+    ("name", "quant"),
+    [
+        ("gpt_oss", "none"),
+        ("deepseek_v3", "none"),
+        ("mixtral", "nf4"),
+        *by_night(("qwen3_moe", "none"), ("mixtral", "none"), ("qwen3_moe", "nf4"), ("gpt_oss", "nf4")),
+        *by_night(("deepseek_v3", "nf4")),
+    ],
+)
 def test_saved_adapter_in_peft_alone_and_merged_model_compute_the_attached_logits(
     name: str, quant: str, tmp_path: Path
 ) -> None:
@@ -192,7 +210,8 @@ def dequantize_experts(model: torch.nn.Module) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("name", "targets"), [("gpt_oss", BOTH), ("deepseek_v3", BOTH), ("qwen3_moe", BOTH[:1]), ("mixtral", BOTH[1:])]
+    ("name", "targets"),
+    [("gpt_oss", BOTH), ("qwen3_moe", BOTH[:1]), *by_night(("deepseek_v3", BOTH), ("mixtral", BOTH[1:]))],
 )
 def test_fast_experts_have_the_gradients_of_float64(name: str, targets: list[str], dtype: torch.dtype) -> None:
     """In bfloat16 their error is about that of PEFT's own forward."""
@@ -241,8 +260,14 @@ def test_update_is_the_delta_that_peft_adds(name: str) -> None:
         torch.testing.assert_close(update(wrapper, "first"), wrapper.get_delta_weight("first").detach())
 
 
+@functools.cache
+def meta_model(name: str) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(zoo_config(name))
+
+
 def select(name: str, **adapter: object) -> targets.Selection:
-    return targets.select(zoo_model(name), config.Adapter(**adapter))
+    return targets.select(meta_model(name), config.Adapter(**adapter))
 
 
 def test_experts_follow_their_setting_and_else_the_targets() -> None:
@@ -291,7 +316,7 @@ def test_adapter_of_experts_resumes_exactly(tmp_path: Path) -> None:
     assert torch.equal(trained(second), whole)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3", *by_night(("qwen3_moe",), ("mixtral",))])
 def test_traced_step_holds_adapter_gradient_and_optimizer_of_the_experts(name: str) -> None:
     cfg = config.TrainRun(device="cpu", adapter=config.Adapter(r=2, lora_alpha=4.0))
     cfg.train.gradient_checkpointing = "off"
@@ -338,3 +363,70 @@ def test_truncation_and_combination_refuse_experts(tmp_path: Path) -> None:
 def base_of(folder: Path, name: str, quant: str = "none") -> tuple[Base, config.Quant]:
     cfg = settings(folder, name, quant=quant)
     return load_base(cfg.model, cfg.quant, "cpu", load_tokenizer(cfg.model)), cfg.quant
+
+
+def test_patterns_of_layers_that_are_adapted_as_parameters_are_read_from_the_files(tmp_path: Path) -> None:
+    ranks, alphas = {"gate_proj": 5, "o_proj": 4, "gate_up_proj": 3}, {"up_proj": 9.0}
+    zoo_folder(tmp_path, "deepseek_v3")
+    run = finished_run(tmp_path, "deepseek_v3", rank_pattern=ranks, alpha_pattern=alphas)
+    _, model = adapted(settings(tmp_path, "deepseek_v3", rank_pattern=ranks, alpha_pattern=alphas))
+    shapes = {name: tuple(p.shape) for name, p in zoo_model("deepseek_v3").named_parameters() if p.dim() == 3}
+    read = {layer.module: layer for layer in lora_weights.read(run / "adapter", shapes).layers}
+    modules = {n.removesuffix(".weight"): m for n, m in wrappers(model).items()}
+    assert modules.keys() < read.keys()
+    for name, wrapper in modules.items():
+        product = read[name].b @ read[name].a * read[name].scale
+        assert read[name].rank == wrapper.r["first"]
+        torch.testing.assert_close(torch.from_numpy(product), update(wrapper, "first"))
+
+
+def test_published_adapter_of_experts_is_checked_and_described(tmp_path: Path) -> None:
+    """Its ranks are not those of layers, but a missing or foreign tensor is still found."""
+    zoo_folder(tmp_path, "qwen3_moe")
+    adapter = finished_run(tmp_path, "qwen3_moe") / "adapter"
+    described = json.loads((tmp_path / "qwen3_moe" / "config.json").read_text())
+
+    def found() -> dict[str, compatibility.Verdict]:
+        return {verdict.program: verdict for verdict in compatibility.verdicts(adapter, described)}
+
+    levels = {program: verdict.level for program, verdict in found().items()}
+    assert all(levels[name] is Level.OK for name in ("PEFT", "transformers", "llama.cpp"))
+    assert all(levels[name] is Level.REFUSED for name in ("vLLM", "SGLang", "MLX"))
+    assert "adapted parameters (target_parameters), such as experts" in found()["vLLM"].reason
+    assert found()["PEFT"].reason.startswith("0.19.0 or newer")
+    tensors = load_file(adapter / files.WEIGHTS)
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    renamed = {name.replace("0.self_attn.q_proj", "0.mlp.q_proj"): value for name, value in tensors.items()}
+    assert key.format("A") in tensors and key.format("A") not in renamed
+    (adapter / files.WEIGHTS).write_bytes(save(renamed))
+    problems = [v.reason for v in compatibility.verdicts(adapter, described) if v.level is Level.REFUSED]
+    assert "the base has no layer model.layers.0.mlp.q_proj" in problems
+
+
+@pytest.mark.parametrize(("name", "quant"), [("gpt_oss", "int8"), ("mixtral", "nf4"), ("deepseek_v3", "fp4")])
+def test_verification_without_lora_ft_rounds_adapted_experts_as_they_were_quantized(
+    name: str, quant: str, tmp_path: Path
+) -> None:
+    folder = zoo_folder(tmp_path, name)
+    cfg = settings(tmp_path, name, quant=quant)
+    base, _ = adapted(cfg)
+    described = provenance.loading(base, cfg.quant, cfg.model)
+    attach.detach(base.model)
+    assert described.experts == ("experts.down_proj", "experts.gate_up_proj")
+    plain = type(base.model).from_pretrained(folder, dtype=torch.float32)
+    before = {key: parameter.clone() for key, parameter in plain.named_parameters() if parameter.dim() == 3}
+    verify_worker.round_experts(plain, dataclasses.asdict(described))
+    for key, values in before.items():
+        owner, _, leaf = key.rpartition(".")
+        expected = getattr(base.model.get_submodule(owner), leaf)
+        torch.testing.assert_close(plain.get_parameter(key), expected, rtol=1e-6, atol=1e-7)
+        assert not torch.equal(values, expected)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("name", "quant"), [("granitemoe", "none"), ("gpt_oss", "nf4"), ("qwen3_moe", "int8")])
+def test_adapter_of_experts_is_published_and_verified(name: str, quant: str, tmp_path: Path) -> None:
+    zoo_folder(tmp_path, name)
+    run = finished_run(tmp_path, name, quant=quant)
+    lora_ft.publish(run, f"dir:{tmp_path / 'out'}", ["device=cpu", "license=mit", "model.hub_id=x/y"])
+    assert (tmp_path / "out" / files.WEIGHTS).is_file()

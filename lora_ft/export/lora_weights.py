@@ -110,7 +110,10 @@ def _layer(
     folder: Path, saved: LoraConfig, module: str, parts: dict[str, np.ndarray], embedding: bool, experts: int
 ) -> LayerWeights:
     a, b, magnitude = parts.get("A"), parts.get("B"), parts.get("magnitude_vector")
-    rank = _value(folder, saved.rank_pattern, module, saved.r)
+    parameters = saved.target_parameters or ()
+    is_parameter = any(f".{module}.weight".endswith(f".{name}") for name in parameters)
+    adapted = f"{module}.weight" if is_parameter else module  # the name that PEFT looks up in patterns
+    rank = _value(folder, saved.rank_pattern, adapted, saved.r)
     rows = rank * max(experts, 1)
     if a is None or b is None or a.ndim != 2 or b.ndim != 2 or (a.shape[0], b.shape[1]) != (rows, rows):
         shapes = ", ".join(f"{name} {value.shape}" for name, value in parts.items())
@@ -118,7 +121,7 @@ def _layer(
     if experts:  # the columns of B are in the order of the ranks, the rows of A in that of the experts
         a = a.reshape(experts, rank, -1)
         b = np.ascontiguousarray(b.reshape(len(b), rank, experts).transpose(2, 0, 1))
-    alpha = _value(folder, saved.alpha_pattern, module, saved.lora_alpha)
+    alpha = _value(folder, saved.alpha_pattern, adapted, saved.lora_alpha)
     if not alpha:
         raise MismatchError(f"the adapter in {folder}: {module} has lora_alpha=0, which has no effect")
     scale = alpha / (math.sqrt(rank) if saved.use_rslora else rank)

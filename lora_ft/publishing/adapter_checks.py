@@ -18,7 +18,7 @@ from lora_ft.io import untrusted
 from lora_ft.publishing.adapter_facts import AdapterFacts, Finding, Level, front_matter, is_named
 
 # With these settings, names and shapes of A and B follow other rules.
-_OTHER_SHAPES = ("target_parameters", "layer_replication", "use_qalora", "use_bdlora", "megatron_config", "kasa_config",
+_OTHER_SHAPES = ("layer_replication", "use_qalora", "use_bdlora", "megatron_config", "kasa_config",
                  "monteclora_config", "velora_config", "arrow_config")  # fmt: skip
 # PEFT saves these in full after the vocabulary was resized; its config does not name them.
 _SAVED_UNNAMED = ("lm_head", "embed_out", "embed_tokens", "embed_in", "wte", "word_embeddings")
@@ -74,6 +74,8 @@ def _ranks(facts: AdapterFacts) -> Iterator[Finding]:
     pattern = facts.config.get("rank_pattern")
     known = {facts.config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())}
     for layer, (a, b) in facts.layers.items():
+        if _is_of_parameters(facts, layer):
+            continue
         if a and b and (len(a) < 2 or len(b) < 2 or a[0] != b[1] or a[0] not in known):
             yield Finding(Level.REFUSED, f"{layer} has A {list(a)} and B {list(b)}, which do not match a rank in "
                           f"{files.CONFIG} ({', '.join(map(str, sorted(map(str, known))))})",
@@ -86,7 +88,11 @@ def _targets(facts: AdapterFacts) -> Iterator[Finding]:
     targets = facts.config.get("target_modules")
     if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
         return
-    untargeted = [layer for layer in facts.layers if not any(is_named(layer, t) for t in targets)]
+    untargeted = [
+        layer
+        for layer in facts.layers
+        if not any(is_named(layer, t) for t in targets) and not _is_of_parameters(facts, layer)
+    ]
     if untargeted:
         yield Finding(Level.REFUSED, f"{untargeted[0]} is in the weights, but is not a target of {files.CONFIG}: PEFT "
                       "would drop it with a warning",
@@ -99,6 +105,13 @@ def _targets(facts: AdapterFacts) -> Iterator[Finding]:
     elif unmatched and not facts.base_shapes:
         yield Finding(Level.WARN, f"target {unmatched[0]} of {files.CONFIG} has no tensor: one is missing, or the base "
                       "has no such layer", "name the base with model=")  # fmt: skip
+
+
+def _is_of_parameters(facts: AdapterFacts, layer: str) -> bool:
+    """Return True for A and B of a parameter (target_parameters), of which PEFT's file names only the module."""
+    named = facts.config.get("target_parameters")
+    owners = [str(name).rpartition(".")[0] for name in named] if isinstance(named, list) else []
+    return any(not owner or is_named(layer.replace(".base_layer", ""), owner) for owner in owners)
 
 
 def _unnamed(facts: AdapterFacts) -> Iterator[Finding]:
@@ -118,6 +131,8 @@ def _base_mismatches(facts: AdapterFacts) -> Iterator[Finding]:
     """Find layers that the base does not have, or has in other sizes."""
     shapes, vocabulary = facts.base_shapes, facts.base_config.get("vocab_size")
     for layer, (a, b) in facts.layers.items() if shapes else ():
+        if _is_of_parameters(facts, layer):
+            continue
         if ".experts." in layer:  # transformers 5 keeps experts in one tensor, and PEFT converts older adapters for it
             continue
         weight = shapes.get(f"{layer}.weight")

@@ -44,9 +44,8 @@ _SINCE = {
     (0, 14): ("eva_config", "exclude_modules", "lora_bias", "init=eva"),
     (0, 15): ("corda_config", "trainable_token_indices", "init=corda"),
     (0, 16): ("use_qalora", "qalora_group_size", "init=orthogonal"),
-    (0, 17): ("target_parameters",),
     (0, 18): ("alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "peft_version"),
-    (0, 19): ("lora_ga_config", "use_bdlora", "init=lora_ga"),
+    (0, 19): ("target_parameters", "lora_ga_config", "use_bdlora", "init=lora_ga"),  # 0.17 laid out A and B otherwise
     (0, 20): ("monteclora_config", "velora_config", "init=mica"),
     (0, 21): ("kasa_config",),
 }
@@ -159,9 +158,13 @@ def _changed_base(facts: AdapterFacts) -> str | None:
 
 
 def _rare(facts: AdapterFacts) -> str | None:
-    names = [n for n in ("layer_replication", "use_qalora", "use_bdlora", "target_parameters", "arrow_config",
-                         "monteclora_config", "velora_config", "kasa_config") if facts.config.get(n)]  # fmt: skip
+    names = [n for n in ("layer_replication", "use_qalora", "use_bdlora", "arrow_config", "monteclora_config",
+                         "velora_config", "kasa_config") if facts.config.get(n)]  # fmt: skip
     return f"{', '.join(names)} in its config" if names else None
+
+
+_parameters = _feature("adapted parameters (target_parameters), such as experts",
+                       lambda f: f.config.get("target_parameters"))  # fmt: skip
 
 
 def _missing_layer(facts: AdapterFacts) -> str | None:
@@ -231,6 +234,8 @@ _RULES = (
     # vLLM 0.32, vllm/lora/peft_helper.py; peft issue 2018; rows for an adapter's tokens?
     *_rules("vLLM", Level.REFUSED, _MERGE, _dora, _biases, _vllm_saved, _activated, _rare, _tokens, _tied_head,
             _more_tokens),
+    # vLLM pull requests 41384, 52194: some models drop them without a word, others stop at their shapes?
+    *_rules("vLLM", Level.REFUSED, _MERGE, _parameters),
     *_rules("vLLM", Level.REFUSED, "remove it from target_modules", _missing_layer),
     # vLLM 0.32, model_executor/models/gpt2.py: no SupportsLoRA
     *_rules("vLLM", Level.REFUSED, _MERGE, _feature("no LoRA for GPT-2", lambda f: f.architecture == "gpt2")),
@@ -239,7 +244,8 @@ _RULES = (
             _feature("a rank above 512", lambda f: f.rank > _VLLM_RANKS[-1])),
     *_rules("vLLM", Level.WARN, "", _vllm_rank),
     # SGLang 0.5.23, srt/lora?
-    *_rules("SGLang", Level.REFUSED, _MERGE, _dora, _saved, _biases, _tokens, _activated, _rare, _more_tokens),
+    *_rules("SGLang", Level.REFUSED, _MERGE, _dora, _saved, _biases, _tokens, _activated, _rare, _parameters,
+            _more_tokens),
     *_rules("SGLang", Level.WARN, "SGLang 0.5.23 or newer", _varying),
     # llama.cpp b10605, src/llama-adapter.cpp
     *_rules("llama.cpp", Level.REFUSED, _MERGE_GGUF, _dora, _saved, _biases, _tokens, _activated, _rare, _tied_ends,
@@ -249,6 +255,6 @@ _RULES = (
     # ollama pull request 14969
     *_rules("Ollama", Level.REFUSED, _MERGE_GGUF, _feature("loads no adapters since 0.34.1", lambda f: True)),
     # mlx-lm 0.32.2, mlx_lm/tuner/utils.py
-    *_rules("MLX", Level.REFUSED, _MERGE, _saved, _biases, _tokens, _activated, _rare, _tied_ends,
-            _no_writer(families.MLX), _more_tokens),
+    *_rules("MLX", Level.REFUSED, _MERGE, _saved, _biases, _tokens, _activated, _rare, _parameters,
+            _tied_ends, _no_writer(families.MLX), _more_tokens),
 )  # fmt: skip
