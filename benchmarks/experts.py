@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from lora_ft import config
+from lora_ft.io import allocator
 from lora_ft.models import quantize, quantize_experts
-from lora_ft.ops import allocator
 from lora_ft.ops.experts import module_experts
 
 

@@ -1,12 +1,15 @@
 """Experts one at a time: values and gradients are those of transformers' own experts, in any dtype and routing."""
 
 import copy
+import functools
 from dataclasses import fields
 
 import pytest
 import torch
 from tiny import tiny_model
 from torch import Tensor, nn
+from transformers import AutoConfig
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from lora_ft import config
 from lora_ft.models import accelerated_experts, quantize_experts
@@ -150,6 +153,26 @@ def test_groups_of_experts_give_the_values_and_gradients_of_single_ones(family, 
         for a, b in zip(results(fast, module, index, scores, torch.float32, with_lora), single, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
         assert grouped.pop()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_experts_without_a_gate_compute_as_transformers_does(dtype):
+    shape = AutoConfig.for_model("nemotron_h", n_routed_experts=EXPERTS, hidden_size=64, moe_intermediate_size=32,
+                                 moe_latent_size=None, layers_block_type=["moe"])  # fmt: skip
+    shape._experts_implementation_internal = "eager" if dtype is torch.float64 else "grouped_mm"
+    module = NemotronHExperts(shape).to(dtype).requires_grad_(False)
+    for parameter in module.parameters():
+        parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    assert parameter_names(module) == ("up_proj", "down_proj")
+    index, scores = routing("balanced", dtype)
+    found = []
+    for function in (module, functools.partial(module_experts, module)):
+        x = torch.randn(TOKENS, 64, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+        leaf = scores.clone().requires_grad_()
+        y = function(x, index, leaf)
+        found.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), (x, leaf))])
+    tolerance = 1e-6 if dtype is torch.float64 else 0.02
+    assert all((a - b).norm() <= tolerance * b.norm() for a, b in zip(*found, strict=True))
 
 
 def test_groups_are_limited_by_their_bytes_and_by_the_kernel():
