@@ -1,5 +1,6 @@
 """Disk and memory around a run: sizes of files as they are written, and the peak while a base is loaded."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -140,9 +141,14 @@ def test_peak_while_quantizing_is_that_of_the_tensors_allocated(quant: str, dtyp
     assert loaded.quantized
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("quant", ["nf4", "nf4_single", "int8"])
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])  # stored expert by expert, and all in one tensor
+# Experts are stored one by one by qwen3_moe, and all in one tensor by gpt_oss.
+_EXPERTS = [("qwen3_moe", "nf4", "bfloat16"), ("qwen3_moe", "int8", "float32"), ("gpt_oss", "nf4", "bfloat16")]
+_OTHERS = set(itertools.product(["qwen3_moe", "gpt_oss"], QUANTS, ["float32", "bfloat16"])) - set(_EXPERTS)
+
+
+@pytest.mark.parametrize(
+    ("family", "quant", "dtype"), [*_EXPERTS, *(pytest.param(*c, marks=pytest.mark.nightly) for c in sorted(_OTHERS))]
+)
 def test_peak_while_experts_are_quantized_is_that_of_the_tensors_allocated(
     family: str, quant: str, dtype: str, tmp_path: Path
 ) -> None:

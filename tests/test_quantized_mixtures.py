@@ -187,7 +187,9 @@ def test_training_on_quantized_experts_learns(tmp_path, family, quant, dtype):
     assert losses[-1] < losses[0] - 0.1
 
 
-@pytest.mark.parametrize(("family", "quant"), [("qwen3_moe", "nf4"), ("gpt_oss", "int8")])
+@pytest.mark.parametrize(
+    ("family", "quant"), [("qwen3_moe", "nf4"), pytest.param("gpt_oss", "int8", marks=pytest.mark.nightly)]
+)
 def test_traced_step_counts_the_codes_and_the_weight_of_one_expert(tmp_path, family, quant):
     case = Case(family, (600,), quant)
     found = trace_step(case.settings, case.config, case.lengths, Target("cuda", (7, 5)))  # no groups
