@@ -65,10 +65,6 @@ class Storage:
         """Download, converted weights and run folder."""
         return self.download_bytes + self.converted_bytes + self.run_bytes
 
-    def is_peak(self, training_bytes: int) -> bool:
-        """Return True if loading needs more memory of the GPU than a step's `training_bytes` of tensors."""
-        return self.loading_device_bytes > training_bytes
-
 
 def storage(
     cfg: config.TrainRun,
@@ -104,6 +100,16 @@ def storage(
         loading_host_bytes=on_host,
         mapped_bytes=in_files,
     )
+
+
+def loading_bytes(cfg: config.TrainRun, model_config: Any, device: Target = GPU) -> int:
+    """Return the peak of a GPU's memory while the base is loaded; 0 on a CPU."""
+    if device.kind != "cuda":
+        return 0
+    model_class, dtype = objectives.find(cfg.objective).model_class, _dtype(cfg, device)
+    with torch.device("meta"):
+        network = model_class.from_config(copy.deepcopy(model_config), dtype=dtype)
+    return _loading(list(_weights(network, cfg.quant)), device, dtype)[0]
 
 
 @dataclass(frozen=True)
