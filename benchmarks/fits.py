@@ -102,8 +102,7 @@ def made(overrides: list[str], known: Known) -> Plan:
 
 def need(plan: Plan) -> int:
     """Return the peak of the run: of its steps, or of loading the base."""
-    context = next((term.bytes for term in plan.prediction.terms if term.name == "context"), 0)
-    return max(plan.prediction.peak_bytes, plan.storage.loading_device_bytes + context)
+    return plan.prediction.needed_bytes
 
 
 def budget(plan: Plan) -> int:

@@ -69,7 +69,8 @@ class Forecast:
             needed = self._predict(_frugal(self.cfg, self.shared.rows.dataset), machine)
             if needed.fits:
                 return
-            figures = f"its {needed.phase} needs {_gb(needed.peak_bytes)}, and {_gb(budget)} are free"
+            what = "loading its base" if needed.loading_bytes > needed.peak_bytes else f"its {needed.phase}"
+            figures = f"{what} needs {_gb(needed.needed_bytes)}, and {_gb(budget)} are free"
             if refused := needed.least_bytes - self._mapped(needed) > budget:
                 figures += f". {_listed(self._advice(machine))}"
         except Exception as error:  # code of a model family that does not run without values
@@ -120,7 +121,7 @@ class Forecast:
             tensors = min(measured, int(_LESS * self._comparable(found)))
             most = tensors + found.peak_bytes - self._comparable(found)
             machine = dataclasses.replace(machine, memory_bytes=min(machine.budget_bytes or most, most), used_bytes=0)
-            advice = self._advice(machine)
+            advice = self._advice(machine, is_loaded=True)
         except Exception as error:
             log.debug("no advice: %r", error)
             figures, advice = f"{_gb(measured)} at the peak", []
@@ -169,9 +170,9 @@ class Forecast:
             return 0
         return sum(term.bytes for term in found.terms if term.name.startswith("base"))
 
-    def _advice(self, machine: Machine) -> list[Advice]:
+    def _advice(self, machine: Machine, is_loaded: bool = False) -> list[Advice]:
         work = of_rows(self.cfg, self.shared.rows.dataset)
-        return advise(self.cfg, self._model_config, work, machine, self._traces)
+        return advise(self.cfg, self._model_config, work, machine, self._traces, is_loaded=is_loaded)
 
 
 def _frugal(cfg: config.TrainRun, rows: Dataset) -> config.TrainRun:

@@ -74,6 +74,7 @@ class Plan:
             },
             "fits": found.fits,
             "peak_bytes": found.peak_bytes,
+            "loading_bytes": found.loading_bytes,
             "left_bytes": found.left_bytes,
             "phase": found.phase,
             "terms": [dataclasses.asdict(term) for term in found.terms],
