@@ -301,7 +301,7 @@ def test_jobs_of_a_sweep_are_planned_and_equal_traces_shared(
     words = ("hardware.memory=24GiB", "adapter.r=2,4,8", "optim.lr=1e-4,1e-3", "seed=1,2", "train.max_steps=5")
     assert run(bases / "llama", *words) == 0
     out = capfd.readouterr().out
-    assert len(traced) == 3, out
+    assert len(traced) == 3 * 2, out  # of three ranks, models of two and of three layers
     rows = re.findall(r"^ *(\d+)  adapter\.r=(\d) optim\.lr=([\d.]+) seed=(\d) +([\d.]+)  fits", out, re.MULTILINE)
     assert [int(number) for number, *_ in rows] == list(range(12))
     assert len({row[1:4] for row in rows}) == 12

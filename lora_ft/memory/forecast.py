@@ -4,8 +4,8 @@
     forecast.explain(...)     measured and predicted peak, changes that fit, the last checkpoint
     forecast.peak(...)        predicted_peak_bytes of result.json
 
-A run that surely fits is not traced at its start, and a short one not at all: a trace takes a tenth of a second for
-each layer of the model.
+A run that surely fits is not traced at its start, and a short one not at all: a trace takes a twentieth of a second for
+each layer of the model, of which at most eight are traced.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ from lora_ft.training.state import TrainingState
 log = logging.getLogger("lora_ft")
 
 _SHARE_OF_TIME = 0.02  # of a run, that a trace for its result may take
-_SECONDS_PER_LAYER = 0.1
+_SECONDS_PER_LAYER = 0.05
 _LESS = 0.95  # of the predicted peak, that another prediction may have after the run ran out of memory
 _ALLOCATOR = 64 << 20  # more than the gaps that a prediction of a small run allows for
 
