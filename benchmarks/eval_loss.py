@@ -15,7 +15,7 @@ from peers.protocol import token_rows
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from lora_ft.ops import allocator
+from lora_ft.io import allocator
 
 
 @torch.no_grad()

@@ -23,10 +23,6 @@ from lora_ft.io import process
 
 process.prepare()
 
-from lora_ft.ops import allocator  # noqa: E402
-
-allocator.configure()
-
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from shapes import config_of  # noqa: E402

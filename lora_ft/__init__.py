@@ -128,7 +128,7 @@ def sweep(overrides: Sequence[str], folder: "Source") -> "Ranking":
 
 
 def _prepare() -> None:
-    """Block compiled code from the hub before the libraries that would download it are imported."""
+    """Set up allocators, and block compiled code from the hub, before the libraries that need both are imported."""
     from lora_ft.io import process
 
     process.prepare()

@@ -37,7 +37,6 @@ from lora_ft.io import durable
 from lora_ft.models.acceleration import accelerated, accelerated_lora
 from lora_ft.models.device import resolve_device, selected
 from lora_ft.objectives import find as find_objective
-from lora_ft.ops import allocator
 from lora_ft.ops.kernels import choose_kernels
 from lora_ft.training.state import choose_eval
 
@@ -77,7 +76,6 @@ def evaluate(cfg: config.EvalRun, given: list[str]) -> EvalResult:
     """
     validation.validate(cfg)
     metrics.check(cfg.eval.metrics)
-    allocator.configure()
     adapter = loading.adapter_folder(cfg.run, cfg.adapter_path)
     cfg = loading.with_base(cfg, adapter)
     tokenizer = loading.adapter_tokenizer(adapter, cfg.model)

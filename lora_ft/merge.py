@@ -39,7 +39,6 @@ from lora_ft.models.load import Base, load_base
 from lora_ft.models.meta_model import load_meta_model
 from lora_ft.models.resolve import locate
 from lora_ft.objectives.sft import Sft
-from lora_ft.ops import allocator
 from lora_ft.training.state import choose_eval
 from lora_ft.values import BaseWeights, Dtype, QuantKind
 
@@ -87,7 +86,6 @@ def merge(cfg: config.MergeRun) -> MergeResult:
     out = Path(cfg.out).expanduser()
     if out.exists() or out.is_symlink():
         raise ConfigError(f"out={cfg.out} exists already, and merge never replaces anything: choose a new name")
-    allocator.configure()
     adapters = _adapters(cfg)
     cfg = loading.with_base(cfg, adapters[0])
     tokenizer = loading.adapter_tokenizer(adapters[0], cfg.model)
@@ -150,17 +148,18 @@ def _merged_model(
 
 def _candidates(cfg: config.MergeRun, tokenizer: PreTrainedTokenizerBase) -> tuple[list[BaseWeights], list[Example]]:
     """Return the base weights to choose from, and the eval rows to compare them on."""
-    if cfg.quant.kind is QuantKind.none:
-        if cfg.base_weights is not BaseWeights.auto:
-            log.warning("base_weights=%s has no effect: the adapter's base is not quantized", cfg.base_weights.value)
-        return [BaseWeights.original], []
-    if files := locate(cfg.model, weights=False).stored:
+    files = locate(cfg.model, weights=False).stored
+    if files and files.trains:
         if cfg.base_weights is BaseWeights.original:
             raise ConfigError(
                 f"base_weights=original: the files of this base hold its weights in {files.kind.value} "
                 f"({files.method}), and there are no others: leave out base_weights"
             )
         return [BaseWeights.dequantized], []
+    if cfg.quant.kind is QuantKind.none:
+        if cfg.base_weights is not BaseWeights.auto:
+            log.warning("base_weights=%s has no effect: the adapter's base is not quantized", cfg.base_weights.value)
+        return [BaseWeights.original], []
     if cfg.base_weights is not BaseWeights.auto:
         return [cfg.base_weights], []
     rows = _eval_examples(cfg, tokenizer)

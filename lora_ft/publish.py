@@ -25,7 +25,6 @@ from lora_ft.adapters import files, loading
 from lora_ft.cli import entry
 from lora_ft.errors import MismatchError
 from lora_ft.io import durable
-from lora_ft.ops import allocator
 from lora_ft.publishing import (
     checksums,
     compatibility,
@@ -84,7 +83,6 @@ def publish(cfg: config.PublishRun) -> PublishResult:
     adapter = loading.adapter_folder(cfg.run, cfg.adapter_path)
     saved = files.read_config(adapter)
     cfg = loading.with_base(cfg, adapter, saved)
-    allocator.configure()
     with _working_folder(adapter, cfg) as work:
         folder, fetched = work / "package", work / "fetched"
         contents = prepare.contents(cfg, adapter, saved, work)

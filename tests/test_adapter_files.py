@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -200,8 +201,13 @@ def test_record_has_the_hashes_of_base_tokenizer_and_template(templated: bool, t
 
 @pytest.mark.closes("C10")
 def test_adapter_with_a_byte_changed_on_disk_is_not_saved(tmp_path: Path, monkeypatch) -> None:
-    write = durable.write_bytes
-    monkeypatch.setattr(durable, "write_bytes", lambda path, data: write(path, data[:-1] + bytes([data[-1] ^ 1])))
+    write = durable.write_stream
+
+    def damaged(path: Path, chunks: Iterable[bytes], num_bytes: int) -> None:
+        data = b"".join(chunks)
+        write(path, [data[:-1] + bytes([data[-1] ^ 1])])
+
+    monkeypatch.setattr(durable, "write_stream", damaged)
     with pytest.raises(MismatchError, match=r"adapter: the bytes read back differ from the bytes written"):
         saved(trained("llama", {}), tmp_path / "adapter")
     assert list(tmp_path.iterdir()) == []

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from lora_ft.ops import allocator
+from lora_ft.io import allocator
 
 NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 

@@ -5,6 +5,8 @@ import random
 import shutil
 import signal
 import tempfile
+import tracemalloc
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from faults.shim import Fault, Shim
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from states import SETTINGS, Observer, some_rows, state_on
 from tiny import tiny_model, tiny_tokenizer
 
@@ -22,6 +25,7 @@ from lora_ft.adapters import files, provenance
 from lora_ft.errors import CheckpointError, Interrupted, MismatchError, ResourceError
 from lora_ft.evaluation.loss import EvalLoss
 from lora_ft.io import durable
+from lora_ft.models import tensor_files
 from lora_ft.models.load import Identity
 from lora_ft.training import checkpoint, optimizers
 from lora_ft.training.signals import Stop
@@ -29,6 +33,7 @@ from lora_ft.training.state import NAME, Evaluation, TrainingState
 from lora_ft.training.trainer import fit
 
 SMALL = config.Adapter(r=1, target_modules=["q_proj"])
+SOURCE = provenance.Provenance(Identity("tiny", "tiny", None, None, "c", None), config.Quant(), "d")
 FILES = (checkpoint.TENSORS, checkpoint.STATE, checkpoint.MANIFEST)
 
 
@@ -195,7 +200,7 @@ def test_resume_skips_a_damaged_checkpoint_and_repeats_its_steps_exactly(
     run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected, metrics = (run / runs.METRICS).read_text(), runs.read_metrics(run)
-    values = checkpoint.safetensors.torch.load_file(run / "checkpoints" / "step-00000006" / checkpoint.TENSORS)
+    values = load_file(run / "checkpoints" / "step-00000006" / checkpoint.TENSORS)
     (run / "checkpoints" / "step-00000006" / checkpoint.STATE).write_bytes(b"{}")
     state = state_in(run)
     checkpoint.resume(state)
@@ -253,7 +258,7 @@ def test_resume_restores_optimizer_state_exactly(name: config.Optimizer, tmp_pat
     checkpoint.resume(state)
     in_8_bits = {n for n, t in optimizers.state(state.optimizer).items() if t.dtype == torch.uint8}
     assert in_8_bits == ({f"{g}.state{n}" for g in (0, 1) for n in (1, 2)} if "8bit" in name.value else set())
-    saved = checkpoint.safetensors.torch.load_file(tmp_path / "one/checkpoints/step-00000002" / checkpoint.TENSORS)
+    saved = load_file(tmp_path / "one/checkpoints/step-00000002" / checkpoint.TENSORS)
     for key, tensor in optimizers.state(state.optimizer).items():
         assert saved[f"optimizer.{key}"].dtype == tensor.dtype
         assert torch.equal(saved[f"optimizer.{key}"], tensor.cpu()), key
@@ -328,7 +333,10 @@ def test_old_checkpoint_is_kept_until_the_new_one_is_verified(
     set_step(small, 1, None)
     checkpoint.save(small)
     write, chance = durable.write_files, random.Random(1)
-    damaged = lambda path, contents: write(path, {name: flipped(data, chance) for name, data in contents.items()})  # noqa: E731
+
+    def damaged(path: Path, contents: dict[str, Iterable[bytes]]) -> None:
+        write(path, {name: flipped(b"".join(data), chance) for name, data in contents.items()})
+
     monkeypatch.setattr(durable, "write_files", damaged)
     set_step(small, 2, None)
     with pytest.raises(
@@ -415,8 +423,7 @@ def test_bytes_needed_matches_peak_disk_use(
             stop,
         )
     fit(state)
-    source = provenance.Provenance(Identity("tiny", "tiny", None, None, "c", None), state.cfg.quant, "d")
-    files.save(state.model, NAME, tmp_path / "adapter", tiny_tokenizer(), source)
+    files.save(state.model, NAME, tmp_path / "adapter", tiny_tokenizer(), SOURCE)
     needed = checkpoint.bytes_needed(state.num_trainable, len(state.steps), state.cfg)
     assert needed == pytest.approx(max(sizes), rel=0.05)
 
@@ -435,6 +442,32 @@ def test_too_little_disk_space_is_refused_and_existing_checkpoints_count_as_free
     assert caught.value.exit_code == 7
 
 
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
+def test_saving_and_resuming_hold_no_copy_of_the_state(optim: str, tmp_path: Path) -> None:
+    """A checkpoint has values and moments; memory has what is there anyway, and the parts that are being written."""
+    settings = {"adapter": config.Adapter(r=1024), "optim": replace(SETTINGS["optim"], name=config.Optimizer[optim])}
+    train = {"max_steps": 6, "save_every_steps": None}
+    state = state_in(tmp_path / "run", train=train, **settings)
+    state.flat.gradients.fill_(1e-3)
+    state.optimizer.step()
+    state.losses.append(1.0)
+    tracemalloc.start()
+    try:
+        path = checkpoint.save(state)
+        written, read = tracemalloc.get_traced_memory()[1], state_in(tmp_path / "run", train=train, **settings)
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        checkpoint.resume(read)
+        loaded = tracemalloc.get_traced_memory()[1] - before
+        files.save(state.model, NAME, tmp_path / "adapter", tiny_tokenizer(), SOURCE)
+    finally:
+        tracemalloc.stop()
+    size, parts = (path / checkpoint.TENSORS).stat().st_size, 2**21
+    assert size > 4 * parts
+    assert written < parts and loaded < parts
+    assert torch.equal(read.flat.values, state.flat.values)
+
+
 # --- adapter files ----------------------------------------------------------------------------------------------------
 
 
@@ -443,10 +476,9 @@ def test_too_little_disk_space_is_refused_and_existing_checkpoints_count_as_free
 def test_adapter_file_without_all_tensors_is_refused(
     lost: int, small: TrainingState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = checkpoint.safetensors.torch.save
-    shorter = lambda tensors, **more: save(dict(list(tensors.items())[lost:]), **more)  # noqa: E731
-    monkeypatch.setattr(checkpoint.safetensors.torch, "save", shorter)
-    source = provenance.Provenance(Identity("tiny", "tiny", None, None, "c", None), small.cfg.quant, "d")
+    chunks = tensor_files.chunks
+    shorter = lambda tensors, metadata: chunks(dict(list(tensors.items())[lost:]), metadata)  # noqa: E731
+    monkeypatch.setattr(tensor_files, "chunks", shorter)
     with pytest.raises(MismatchError, match=r"missing tensors: [1-9]"):
-        files.save(small.model, NAME, tmp_path / "adapter", tiny_tokenizer(), source)
+        files.save(small.model, NAME, tmp_path / "adapter", tiny_tokenizer(), SOURCE)
     assert list(tmp_path.iterdir()) == []

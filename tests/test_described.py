@@ -206,7 +206,7 @@ def test_config_alone_is_downloaded(tmp_path: Path, hub_cache: Path, monkeypatch
     ("change", "error", "message"),
     [
         ({"model_type": "own", "auto_map": {"AutoConfig": "x.X"}}, SecurityError, "auto_map"),
-        ({"quantization_config": {"quant_method": "awq"}}, ConfigError, "already quantized"),
+        ({"quantization_config": {"quant_method": "hqq"}}, ConfigError, "already quantized"),
         ({"model_type": "no_such_type"}, ConfigError, "cannot be loaded"),
     ],
 )

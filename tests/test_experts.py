@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from lora_ft import config
 from lora_ft.models import accelerated_experts
 from lora_ft.models.acceleration import accelerated
+from lora_ft.ops import experts as ops_experts
+from lora_ft.ops.device import CPU, GPU, Target, standing_for
 from lora_ft.ops.experts import expert_lora, module_experts, parameter_names
 
 FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")
@@ -130,6 +132,32 @@ def test_half_precision_value_without_lora_is_that_of_the_grouped_products_to_th
         index, scores = routing("balanced", torch.bfloat16)
         x = torch.randn(TOKENS, 64, generator=torch.Generator().manual_seed(5)).to(torch.bfloat16)
         assert torch.equal(fast(module, x, index, scores), plain(module, x, index, scores)), family
+
+
+@pytest.mark.parametrize("with_lora", [False, True])
+@pytest.mark.parametrize("kind", ROUTINGS)
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_groups_of_experts_give_the_values_and_gradients_of_single_ones(family, kind, with_lora, monkeypatch):
+    index, scores = routing(kind, torch.float32)
+    module = module_of(family, torch.float32)
+    single = results(fast, module, index, scores, torch.float32, with_lora)
+    right, grouped = ops_experts.grouped_mm, []
+    monkeypatch.setattr(ops_experts, "grouped_mm", lambda *given, **more: grouped.append(1) or right(*given, **more))
+    for size in (3, 4, 9):
+        monkeypatch.setattr(ops_experts, "_group_of", lambda *_, size=size: size)
+        for a, b in zip(results(fast, module, index, scores, torch.float32, with_lora), single, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        assert grouped.pop()
+
+
+def test_groups_are_limited_by_their_bytes_and_by_the_kernel():
+    module = module_of("gpt_oss", torch.bfloat16)
+    x = torch.empty(3, 64, dtype=torch.bfloat16, device="meta")
+    one = 2 * 64 * 256
+    for device, expected in ((GPU, ops_experts._GROUP_BYTES // one), (Target("cuda", (7, 5)), 1), (CPU, 1)):
+        with standing_for(device):
+            assert ops_experts._group_of(module, x) == expected
+            assert ops_experts._group_of(module, x.float()) == 1
 
 
 def test_backward_keeps_the_input_once_and_no_weight():

@@ -324,7 +324,7 @@ def bad_offsets() -> bytes:
         (lambda f: (f / "tokenizer.json").write_text('{"added_tokens": []}'), ConfigError, "describe .*Model missing"),
         (lambda f: (f / "tokenizer.json").write_text("[]"), ConfigError, "do not describe a tokenizer"),
         (lambda f: rewrite_config(f, quantization_config="gptq"), ConfigError, r"already quantized \(gptq\)"),
-        (lambda f: rewrite_config(f, quantization_config={"quant_method": "gptq"}), ConfigError, r"quantized \(gptq\)"),
+        (lambda f: rewrite_config(f, quantization_config={"quant_method": "hqq"}), ConfigError, r"quantized \(hqq\)"),
         (lambda f: (f / "config.json").write_text("{,}"), ConfigError, r"config\.json is not valid JSON"),
         (lambda f: (f / "config.json").write_text("[]"), ConfigError, "must contain a JSON object, got list"),
         (lambda f: (f / "config.json").rename(f / "adapter_config.json"), ConfigError, "is an adapter"),

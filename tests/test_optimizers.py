@@ -143,7 +143,8 @@ def test_restored_optimizer_continues_exactly(name: str, offload: bool) -> None:
     again = optimizers.flatten(many_small())
     again.values.copy_(values)
     continued = optimizers.build(again, optim)
-    optimizers.restore(continued, saved)
+    for key, value in saved.items():
+        optimizers.restore(continued, key, value)
     steps_of(continued, again, 5, 10)
     assert torch.equal(again.values, flat.values)
 

@@ -43,8 +43,9 @@ def test_codes_in_4_bits_are_those_of_bitsandbytes(tmp_path, family, kind, doubl
             assert torch.equal(codes, theirs) and codes.quant_state.nested is double
             whole = bnb.functional.dequantize_4bit(theirs, state)
             assert torch.equal(getattr(module, name), whole)
+            assert torch.equal(expert_codes.dequantize_experts(codes, 1, 4), whole[1:])
             for expert, matrix in enumerate(weight):
-                assert torch.equal(expert_codes.dequantize_expert(codes, expert), whole[expert])
+                assert torch.equal(expert_codes.dequantize_experts(codes, expert, expert + 1)[0], whole[expert])
                 alone = bnb.functional.quantize_4bit(matrix.contiguous(), quant_type=kind)
                 if not double:
                     assert torch.equal(bnb.functional.dequantize_4bit(*alone), whole[expert])
@@ -60,7 +61,7 @@ def test_codes_in_8_bits_are_those_of_a_linear_layer_for_each_expert(tmp_path, f
                 layer = bnb.nn.Linear8bitLt(*reversed(matrix.shape), bias=False, has_fp16_weights=False)
                 layer.weight = bnb.nn.Int8Params(matrix.contiguous(), requires_grad=False, has_fp16_weights=False)
                 expected = quantize.dequantize_reference(layer.to("cpu"))
-                found = expert_codes.dequantize_expert(module._parameters[name], expert)
+                found = expert_codes.dequantize_experts(module._parameters[name], expert, expert + 1)[0]
                 assert torch.equal(found, getattr(module, name)[expert])
                 found = found.T if module.is_transposed else found
                 torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)

@@ -26,7 +26,7 @@ from lora_ft.models.acceleration import dequantized_weights
 from lora_ft.models.fingerprint import fingerprint
 from lora_ft.models.load import load_base
 from lora_ft.ops import expert_codes, weights
-from lora_ft.ops.device import GPU
+from lora_ft.ops.device import Target
 from lora_ft.ops.experts import is_experts, parameter_names
 from lora_ft.publishing import verify_worker
 
@@ -80,7 +80,7 @@ def test_adapter_names_its_layers_as_on_an_unquantized_base(tmp_path):
 
 @pytest.mark.parametrize(("family", "quant"), CASES)
 def test_merged_model_has_the_dequantized_experts(tmp_path, family, quant):
-    run = finished_run(tmp_path, family, quant=quant)
+    run = finished_run(tmp_path, family, quant=quant, experts=False)
     assert call("merge", f"run={run}", f"out={tmp_path / 'merged'}", "base_weights=dequantized") == 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     base = base_of(tmp_path / family, quant)
@@ -108,7 +108,7 @@ def test_base_weights_are_compared_over_quantized_experts(tmp_path):
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of transformers, in PEFT
 @pytest.mark.parametrize(("family", "quant"), CASES)
 def test_printed_code_loads_the_base_with_the_experts_of_training(tmp_path, family, quant):
-    run = finished_run(tmp_path, family, quant=quant)
+    run = finished_run(tmp_path, family, quant=quant, experts=False)
     cfg = settings(tmp_path, family, quant=quant)
     base, plain = load_base(cfg.model, cfg.quant, "cpu"), base_of(tmp_path / family, "none")
     lines = provenance.loading_lines(run / "adapter", base, cfg)
@@ -128,7 +128,11 @@ def test_printed_code_loads_the_base_with_the_experts_of_training(tmp_path, fami
 def test_process_that_verifies_rounds_experts_as_training_does(tmp_path, family, quant):
     cfg = settings(tmp_path, family, quant=quant)
     base, plain = load_base(cfg.model, cfg.quant, "cpu"), base_of(tmp_path / family, "none")
-    verify_worker.round_experts(plain, dataclasses.asdict(provenance.loading(base, cfg.quant, cfg.model)))
+    alone = provenance.loading(base, cfg.quant, cfg.model)
+    attach.attach(base.model, config.Adapter(experts=True), "first", 0, [])
+    assert provenance.loading(base, cfg.quant, cfg.model) == alone
+    attach.detach(base.model)
+    verify_worker.round_experts(plain, dataclasses.asdict(alone))
     count = 0
     for prefix, module in base.model.named_modules():
         for name in parameter_names(module) if is_experts(module) else ():
@@ -154,7 +158,7 @@ def test_generation_dequantizes_experts_once_and_gives_the_same_tokens(tmp_path,
     base = base_of(tiny_folder(tmp_path, family), quant)
     expected = base.generate(IDS, max_new_tokens=8, do_sample=False)
     with monkeypatch.context() as patched, dequantized_weights(base):
-        patched.setattr(weights, "dequantize_expert", None)
+        patched.setattr(weights, "dequantize_experts", None)
         assert torch.equal(base.generate(IDS, max_new_tokens=8, do_sample=False), expected)
     with torch.no_grad():
         assert torch.equal(base(IDS).logits, base(IDS).logits)
@@ -186,13 +190,13 @@ def test_training_on_quantized_experts_learns(tmp_path, family, quant, dtype):
 @pytest.mark.parametrize(("family", "quant"), [("qwen3_moe", "nf4"), ("gpt_oss", "int8")])
 def test_traced_step_counts_the_codes_and_the_weight_of_one_expert(tmp_path, family, quant):
     case = Case(family, (600,), quant)
-    found = trace_step(case.settings, case.config, case.lengths, GPU)
+    found = trace_step(case.settings, case.config, case.lengths, Target("cuda", (7, 5)))  # no groups
     base = base_of(model_files(case, tmp_path), quant)
     stored = sum(each.nbytes for p in base.parameters() for each in _quantized_tensors(p))
     assert found.base_bytes[quant] == pytest.approx(stored, rel=0.05)  # each is rounded up to 512 bytes on a GPU
     experts = [p for p in base.parameters() if isinstance(p, expert_codes.ExpertCodes)]
     assert sum(p.nbytes for p in experts) > 0.6 * found.base_bytes[quant]
-    one = max(expert_codes.dequantized_bytes(p) // 2 // EXPERTS[family] for p in experts)  # bfloat16 on a GPU
+    one = max(expert_codes.dequantized_bytes(p) // 2 // EXPERTS[family] for p in experts)  # in half precision
     largest = max(module.weight.numel() for module in model_of(case).modules() if isinstance(module, torch.nn.Linear)
                   and module.out_features < 4096) * 2  # fmt: skip
     assert max(one, largest) <= max(found.timeline.terms["dequantization"]) < 1.6 * max(one, largest)

@@ -99,7 +99,7 @@ def test_layers_that_the_files_leave_out_stay_as_they_are(tmp_path: Path) -> Non
     assert len(base.quantized) == 7
     assert all(name.startswith("model.layers.1.") for name in base.quantized)
     meta = load_meta_model(config.Model(path=str(folder)), config.Quant(), "cpu", tiny_tokenizer())
-    assert tuple(quantize.planned_layers(meta.model)) == base.quantized
+    assert tuple(quantize.planned_layers(meta.model, meta.identity.stored)) == base.quantized
 
 
 @pytest.mark.parametrize(("family", "kind", "other"), WAYS)
@@ -112,6 +112,24 @@ def test_the_model_without_weights_has_the_layers_and_bytes_of_the_files(
     assert meta_quantize.quantize_meta(meta.model, config.Quant(), torch.float32) == base.quantized
     expected = {name: (p.dtype, p.shape) for name, p in base.model.named_parameters()}
     assert {name: (p.dtype, p.shape) for name, p in meta.model.named_parameters()} == expected
+
+
+def test_experts_of_quantized_files_stay_in_the_dtype_of_the_run(tmp_path: Path) -> None:
+    folder = quantized_folder(tmp_path, "qwen3_moe", "nf4", torch.bfloat16)
+    base, plain = base_of(folder), AutoModelForCausalLM.from_pretrained(tmp_path / "qwen3_moe", dtype=torch.float32)
+    assert {name.rpartition(".")[2] for name in base.quantized} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    for name, expected in plain.named_parameters():
+        if "experts" in name:
+            found = base.model.get_parameter(name)
+            assert torch.equal(found, expected.bfloat16().float()), name
+    meta = load_meta_model(config.Model(path=str(folder)), config.Quant(), "cpu", tiny_tokenizer())
+    assert meta_quantize.quantize_meta(meta.model, config.Quant(), torch.float32) == base.quantized
+
+
+def test_files_with_a_quantized_head_are_refused(tmp_path: Path) -> None:
+    folder = quantized_folder(tmp_path, "llama", "nf4", llm_int8_skip_modules=["model.layers.0"])
+    with pytest.raises(ConfigError, match=r"unexpected \['lm_head'\]: set model\.path to the model in 16 bits"):
+        base_of(folder)
 
 
 def test_quant_must_agree_with_the_files(tmp_path: Path) -> None:
@@ -199,7 +217,7 @@ def test_a_plan_counts_what_is_stored(tmp_path: Path) -> None:
     assert read_config(cfg.model).quantization_config["load_in_4bit"]
 
 
-TRAINED = {"bitsandbytes_4bit", "bitsandbytes_8bit"}
+TRAINED = {"bitsandbytes_4bit", "bitsandbytes_8bit", "fp8", "mxfp8", "fbgemm_fp8", "mxfp4", "gptq", "awq"}
 UNSUPPORTED = sorted({*AUTO_QUANTIZATION_CONFIG_MAPPING, "exl2", "unknown", 3} - TRAINED, key=str)
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from gpu_stages.setting import Setting
 from lora_ft.io import durable, process
-from lora_ft.ops import allocator
 
 
 def end_with_parent(work: str) -> None:
@@ -36,8 +35,7 @@ def check_device() -> None:
 def main() -> None:
     name, parts, work, mode = sys.argv[1:]
     threading.Thread(target=end_with_parent, args=(work,), daemon=True).start()
-    process.prepare()
-    allocator.configure()  # here, since writing a base starts CUDA; so it is the same for all trainers
+    process.prepare()  # also the allocators, which so are the same for all trainers
     setting = Setting(Path(work), dry=mode == "dry")
     stage = importlib.import_module(f"gpu_stages.{name}")
     gc.freeze()  # each part ends with a collection, which would walk a million objects of the libraries

@@ -11,17 +11,14 @@ base or another quantization (peft issues 2566 and 2699; transformers issue 3892
 
 import contextlib
 import dataclasses
-import json
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,6 +26,7 @@ from lora_ft.adapters import provenance
 from lora_ft.adapters.attach import inject
 from lora_ft.errors import MismatchError, ResourceError, SecurityError
 from lora_ft.io import durable, untrusted
+from lora_ft.models import tensor_files
 from lora_ft.models.load import Identity
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -63,22 +61,16 @@ def tensors_of(model: PeftModel, name: str) -> dict[str, Tensor]:
 
 def size_of(model: PeftModel, name: str) -> int:
     """Return the size of the weights file that `save` writes, in bytes; the adapter may be on the meta device."""
-    # The format sorts tensors by the size of their values, then by name, and pads its header to eight bytes.
-    state = sorted(_state(model, name).items(), key=lambda item: (-item[1].itemsize, item[0]))
-    codes = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-    header: dict[str, Any] = {"__metadata__": _METADATA}
-    end = 0
-    for key, tensor in state:
-        begin, end = end, end + tensor.nbytes
-        header[key] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    return 8 + math.ceil(len(json.dumps(header, separators=(",", ":"))) / 8) * 8 + end
+    state = _state(model, name)
+    header = next(tensor_files.chunks(state, _METADATA))
+    return memoryview(header).nbytes + sum(tensor.nbytes for tensor in state.values())
 
 
 def save(
     model: PeftModel, name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, source: provenance.Provenance
 ) -> None:
     """Write the adapter folder atomically and read it back; raises MismatchError if the result differs (C10)."""
-    write(tensors_of(model, name), model.peft_config[name], folder, tokenizer, source)
+    write(dict(sorted(_state(model, name).items())), model.peft_config[name], folder, tokenizer, source)
 
 
 def write(
@@ -88,16 +80,26 @@ def write(
     tokenizer: PreTrainedTokenizerBase,
     source: provenance.Provenance,
 ) -> None:
-    """Do the same as `save` for an adapter without a model: tensors under PEFT's file keys, and their config."""
+    """Do the same as `save` for an adapter without a model: tensors under PEFT's file keys, and their config.
+
+    Memory holds no copy of the tensors but one at a time.
+    """
     with durable.staged_folder(folder) as staging:
         tokenizer.save_pretrained(staging)
-        durable.write_bytes(staging / WEIGHTS, safetensors.torch.save(tensors, metadata=_METADATA))
+        write_weights(staging, tensors)
         durable.write_json(staging / CONFIG, config_fields(peft_config, source.base))
         durable.write_json(staging / provenance.RECORD, provenance.record(tensors, tokenizer, source))
-        found = read_tensors(staging)
-        _compare_shapes(tensors, _shapes(found), folder)
-        if any(not tensors[key].equal(found[key]) for key in tensors):
+        _compare_shapes(
+            tensors, untrusted.tensor_header(staging / WEIGHTS, _HEADER_LIMIT, MismatchError).shapes, folder
+        )
+        if [key for key, found in _read(staging / WEIGHTS) if not tensors[key].cpu().equal(found)]:
             raise MismatchError(f"the adapter in {folder}: the bytes read back differ from the bytes written")
+
+
+def write_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write adapter_model.safetensors, one tensor after the other."""
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    durable.write_stream(folder / WEIGHTS, tensor_files.chunks(tensors, _METADATA), size)
 
 
 def config_fields(peft_config: LoraConfig, base: Identity) -> dict[str, Any]:
@@ -253,20 +255,23 @@ def check_same_method(folder: Path, attached: LoraConfig) -> None:
 @_readable()
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Read the tensors of an adapter folder under PEFT's file keys; raises MismatchError for non-finite numbers."""
-    path = folder / WEIGHTS
-    untrusted.tensor_header(path, _HEADER_LIMIT, MismatchError)
-    try:
-        tensors = safetensors.torch.load(path.read_bytes())
-    except SafetensorError as error:
-        raise MismatchError(f"{path} is not a safetensors file: {error}") from error
-    if others := [name for name, tensor in tensors.items() if tensor.dtype not in _DTYPES]:
-        raise MismatchError(
-            f"{path}: {others[0]} has the dtype {tensors[others[0]].dtype}, which must be one of "
-            f"{', '.join(str(dtype).removeprefix('torch.') for dtype in _DTYPES)}"
-        )
-    if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+    return dict(_read(folder / WEIGHTS))
+
+
+def _read(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a file; raises MismatchError for another dtype, and at the end for non-finite numbers."""
+    broken = []
+    for name, tensor in tensor_files.read(path, _HEADER_LIMIT, MismatchError):
+        if tensor.dtype not in _DTYPES:
+            raise MismatchError(
+                f"{path}: {name} has the dtype {tensor.dtype}, which must be one of "
+                f"{', '.join(str(dtype).removeprefix('torch.') for dtype in _DTYPES)}"
+            )
+        if not torch.isfinite(tensor).all():
+            broken.append(name)
+        yield name, tensor
+    if broken:
         raise MismatchError(f"{path}: {', '.join(broken[:5])} ({len(broken)} in all) contain NaN or infinity")
-    return tensors
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:

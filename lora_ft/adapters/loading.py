@@ -21,8 +21,6 @@ from lora_ft.errors import ConfigError, MismatchError
 from lora_ft.io import untrusted
 from lora_ft.models import resolve
 from lora_ft.models.load import Base, load_base, load_tokenizer, read_tokenizer
-from lora_ft.models.stored import agreed
-from lora_ft.ops import allocator
 
 log = logging.getLogger("lora_ft")
 
@@ -56,14 +54,8 @@ def with_base(cfg: Settings, adapter: Path, saved: LoraConfig | None = None) -> 
     """Fill in unset settings of an adapter's base: its quantization, and without a run also its model.
 
     `saved` is the adapter's config if it was read already. Logs the base, and a warning if it cannot be verified.
-    Raises ConfigError if the adapter does not name a base that can be found, or if the base's files are quantized in
-    another way than `cfg.quant`.
+    Raises ConfigError if the adapter does not name a base that can be found.
     """
-    cfg = _with_recorded(cfg, adapter, saved)
-    return replace(cfg, quant=agreed(cfg.quant, resolve.locate(cfg.model, weights=False).stored))
-
-
-def _with_recorded(cfg: Settings, adapter: Path, saved: LoraConfig | None) -> Settings:
     recorded = _record(adapter)
     quant = _quant(cfg.quant, adapter, recorded)
     if cfg.run:
@@ -180,7 +172,6 @@ def _own_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def load(cfg: config.ChatRun) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load the adapter that `run` or `adapter_path` names onto its base, for inference."""
     validation.validate(cfg)
-    allocator.configure()
     adapter = adapter_folder(cfg.run, cfg.adapter_path)
     cfg = with_base(cfg, adapter)
     tokenizer = adapter_tokenizer(adapter, cfg.model)

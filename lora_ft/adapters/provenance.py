@@ -19,7 +19,7 @@ from lora_ft import config, runs
 from lora_ft.config import QuantKind
 from lora_ft.errors import MismatchError
 from lora_ft.io import untrusted
-from lora_ft.models import quantize_experts
+from lora_ft.models import quantize
 from lora_ft.models.load import Base, Identity
 from lora_ft.models.stored import agreed
 
@@ -191,10 +191,10 @@ def loading(base: Base, quant: config.Quant, model: config.Model) -> Loading:
     identity, dtype = base.identity, str(base.model.dtype).removeprefix("torch.")
     rows = base.model.get_input_embeddings().weight.shape[0] if model.added_tokens else None
     path = identity.id if identity.revision else identity.folder
-    # Quantized files say in their own config how transformers loads them.
-    quantization = {} if identity.stored else _quantization(quant, dtype)
-    is_plain = agreed(quant, identity.stored).kind is QuantKind.none
-    planned = [] if is_plain else quantize_experts.planned_parameters(base.model)
+    # Codes that train as they are stored are loaded as their own config says.
+    files = identity.stored
+    quantization = {} if files and files.trains else _quantization(quant, dtype)
+    planned = [] if agreed(quant, files).kind is QuantKind.none else quantize.planned_experts(base.model, files)
     return Loading(
         str(path), identity.revision, dtype, quantization, rows, str(base.model.device),
         experts=tuple(sorted({".".join(name.replace(".base_layer", "").split(".")[-2:]) for name in planned})),
@@ -215,5 +215,10 @@ def _quantization(quant: config.Quant, dtype: str) -> dict[str, Any]:
 
 
 def loading_lines(folder: Path, base: Base, cfg: config.TrainRun) -> list[str]:
-    """Return the lines of Python that load base and adapter as in training, with only transformers and PEFT."""
+    """Return the lines of Python that load base and adapter as in training, with only transformers and PEFT.
+
+    Files that are dequantized while they are loaded are read by lora_ft alone.
+    """
+    if base.identity.stored and not base.identity.stored.trains:
+        return ["import lora_ft", f"model, tokenizer = lora_ft.load({str(folder)!r})"]
     return loading(base, cfg.quant, cfg.model).lines(str(folder))

@@ -21,7 +21,7 @@ from lora_ft.adapters.experts import hindrance
 from lora_ft.adapters.targets import EXCLUDED, SWITCHED_OFF
 from lora_ft.adapters.text_path import NOT_CALLED, text_path
 from lora_ft.errors import ConfigError
-from lora_ft.models import quantize, quantize_experts, stored
+from lora_ft.models import quantize, stored
 from lora_ft.models.load import Base
 
 _NAME = "summary"
@@ -85,11 +85,11 @@ def layers(base: Base, cfg: config.TrainRun) -> Layers:
     """
     parameters = dict(base.model.named_parameters())
     quant = stored.agreed(cfg.quant, base.identity.stored)
-    quantizes = quant.kind is not config.QuantKind.none
-    planned = quantize.planned_layers(base.model) if quantizes else []
+    of_files, quantizes = base.identity.stored, quant.kind is not config.QuantKind.none
+    planned = quantize.planned_layers(base.model, of_files) if quantizes else []
     _check_bypassed(base.model, planned, quant)
     quantized = {f"{name}.weight" for name in planned if f"{name}.weight" in parameters}
-    quantized |= set(quantize_experts.planned_parameters(base.model) if quantizes else [])
+    quantized |= set(quantize.planned_experts(base.model, of_files) if quantizes else [])
     selection = targets.select(base.model, cfg.adapter, planned)
     parts = account(base.model, selection, cfg.adapter)
     not_adapted = [name for name, part in parts.items() if part in SPECIAL]

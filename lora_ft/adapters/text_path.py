@@ -13,6 +13,7 @@ trace. An 8B model takes half a second.
 
 import contextlib
 import copy
+import functools
 import inspect
 import json
 import logging
@@ -47,10 +48,14 @@ LINEAR = (nn.Linear, Conv1D)  # bitsandbytes' layers are subclasses of the first
 
 _TOKENS = 8
 _known: "weakref.WeakKeyDictionary[PreTrainedModel, TextPath]" = weakref.WeakKeyDictionary()
-# By class and config: a run has a meta and a loaded model, a prediction one for each trace of a step.
+# By class and config, and by config and name: a run has a meta and a loaded model, a plan one for each trace of a step.
 _traces: dict[tuple[type, str], tuple[dict[str, str], frozenset[str]]] = {}
+_ways: dict[tuple[str, str], str | None] = {}
 # Entries of a config that tell how weights are stored, not what text runs through.
 _STORED = {"dtype", "torch_dtype", "quantization_config", "_name_or_path", "architectures", "transformers_version"}
+
+# The settings by which PEFT adapts a linear layer of a name, by the way in which it does.
+_TARGETS = {"layer": {"target_modules": ["{}"]}, "weight": {"target_modules": [], "target_parameters": ["{}.weight"]}}
 
 # The code of a module that hands the weight of one of its layers to a function, as fused kernels need it. Not its
 # dtype, and not a part of it.
@@ -90,7 +95,8 @@ def text_path(model: PreTrainedModel) -> TextPath:
 def _text_path(model: PreTrainedModel) -> TextPath:
     layers, experts = adaptable_layers(model), expert_parameters(model)
     found, unused = dict.fromkeys([*layers, *experts], ""), frozenset[str]()
-    key = type(model), json.dumps([_structure(model.config.to_dict()), list(experts)], sort_keys=True, default=str)
+    structure = json.dumps([_structure(model.config.to_dict()), list(experts)], sort_keys=True, default=str)
+    key = type(model), structure
     try:
         if key not in _traces:
             _traces[key] = _traced(model, list(experts))
@@ -101,7 +107,7 @@ def _text_path(model: PreTrainedModel) -> TextPath:
     bypassed = frozenset(n for n in layers if found[n] == NOT_CALLED and f"{n}.weight" not in unused)
     found |= dict.fromkeys(_read_elsewhere(model), WEIGHT_READ)
     linear = [name for name, layer in layers.items() if not isinstance(layer, nn.Embedding)]
-    ways = {leaf: _way_of_peft(model.config, leaf) for leaf in dict.fromkeys(map(_leaf, linear))}
+    ways = {leaf: _way_of_peft(model.config, structure, leaf) for leaf in dict.fromkeys(map(_leaf, linear))}
     found |= {name: REFUSED for name in linear if ways[_leaf(name)] is None and not found[name]}
     by_weight = frozenset(name for name in linear if ways[_leaf(name)] == "weight" and not found[name])
     return TextPath({name: found[name] for name in [*layers, *experts]}, unused, bypassed, by_weight)
@@ -205,15 +211,14 @@ class _AnyValues(TorchDispatchMode):
 
 def _read_elsewhere(model: nn.Module) -> Iterator[str]:
     """Yield the linear layers whose weight the code of their parent hands to another function."""
-    read: dict[type, set[str]] = {}
     for prefix, module in model.named_modules():
-        if type(module) not in read:
-            read[type(module)] = _read_weights(type(module))
-        for key in read[type(module)]:
+        module_class: Any = type(module)
+        for key in _read_weights(module_class):
             if isinstance(getattr(module, key, None), LINEAR):
                 yield f"{prefix}.{key}" if prefix else key
 
 
+@functools.cache
 def _read_weights(module_class: type) -> set[str]:
     if module_class.__module__.startswith("torch."):
         return set()
@@ -232,20 +237,20 @@ class _Named(nn.Module):
         self.add_module(leaf, nn.Linear(1, 1))
 
 
-def _way_of_peft(config: Any, leaf: str) -> str | None:
+def _way_of_peft(config: Any, structure: str, leaf: str) -> str | None:
     """Return how PEFT adapts a linear layer of this name in a model of this config: as "layer", as "weight" or not.
 
     PEFT refuses names in state-space models. It takes the names that experts had before transformers 5 for their
     parameters, also where shared experts and dense layers have these names; such a layer it adapts as NAME.weight.
     """
-    ways: dict[str, dict[str, Any]] = {
-        "layer": {"target_modules": [leaf]},
-        "weight": {"target_modules": [], "target_parameters": [f"{leaf}.weight"]},
-    }
-    for way, targets in ways.items():
-        model = _Named(config, leaf)
-        with contextlib.suppress(ValueError):
-            inject_adapter_in_model(LoraConfig(r=1, **targets), model)
-        if isinstance(model.get_submodule(leaf), LoraLayer):
-            return way
-    return None
+    if (structure, leaf) not in _ways:
+        _ways[structure, leaf] = next(filter(functools.partial(_takes, config, leaf), _TARGETS), None)
+    return _ways[structure, leaf]
+
+
+def _takes(config: Any, leaf: str, way: str) -> bool:
+    model = _Named(config, leaf)
+    chosen: Any = {key: [name.format(leaf) for name in names] for key, names in _TARGETS[way].items()}
+    with contextlib.suppress(ValueError):
+        inject_adapter_in_model(LoraConfig(r=1, **chosen), model)
+    return isinstance(model.get_submodule(leaf), LoraLayer)

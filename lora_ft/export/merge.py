@@ -35,15 +35,12 @@ from lora_ft.adapters import experts
 from lora_ft.errors import MismatchError, NonFiniteError, ResourceError
 from lora_ft.export.verify import dequantized
 from lora_ft.io import durable
+from lora_ft.models import tensor_files
 
 log = logging.getLogger("lora_ft")
 
 SHARD_BYTES = 5_000_000_000
 
-_CODES = {
-    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
-    torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 _OTHER_FILES_BYTES = 50_000_000  # tokenizer and configs take less
 
 
@@ -78,7 +75,7 @@ class MergedModel:
 
     def _equal(self, name: str, twin: str) -> bool:
         """Compare the bytes of two tensors, one of them in memory at a time."""
-        first, second = (xxhash.xxh3_128_digest(_bytes(self[key])) for key in (name, twin))
+        first, second = (xxhash.xxh3_128_digest(tensor_files.as_bytes(self[key])) for key in (name, twin))
         return first == second
 
     def __getitem__(self, name: str) -> Tensor:
@@ -193,7 +190,7 @@ def _sum(weight: Tensor, update: Tensor) -> Tensor:
 
 def _spec(name: str, tensor: Tensor, dtype: torch.dtype) -> durable.TensorSpec:
     written = dtype if tensor.is_floating_point() else tensor.dtype
-    return durable.TensorSpec(name, _CODES[written], tuple(tensor.shape), tensor.numel() * written.itemsize)
+    return durable.TensorSpec(name, tensor_files.CODES[written], tuple(tensor.shape), tensor.numel() * written.itemsize)
 
 
 def _check_space(folder: Path, weights_bytes: int) -> None:
@@ -211,15 +208,11 @@ def _write_weights(folder: Path, merged: MergedModel, specs: dict[str, durable.T
         max_shard_size=SHARD_BYTES,
     )  # fmt: skip
     for file, names in plan.filename_to_tensors.items():
-        buffers = (_bytes(merged[name]) for name in names)
+        buffers = (tensor_files.as_bytes(merged[name]) for name in names)
         durable.write_tensors(folder / file, [specs[name] for name in names], buffers, {"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         durable.write_json(folder / "model.safetensors.index.json", index)
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 def _write_configs(folder: Path, plain: PreTrainedModel) -> None:

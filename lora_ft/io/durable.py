@@ -32,6 +32,7 @@ _BROKEN = {errno.EIO}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR,
             errno.ELOOP, errno.ENAMETOOLONG}  # fmt: skip
 _BEAT_BYTES = 4096
+_GATHERED = 1 << 20  # bytes of small buffers that are written together
 _LEFTOVER = re.compile(r"(?:\.(?P<folder>.+)\.(?:tmp|old)|(?P<file>.+)\.tmp)-[0-9a-f]{8}")
 
 
@@ -112,8 +113,7 @@ def write_stream(path: Path, chunks: Iterable[Buffer], num_bytes: int | None = N
         try:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
             try:
-                for chunk in chunks:
-                    _write_all(descriptor, chunk)
+                _write_chunks(descriptor, chunks)
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
@@ -131,6 +131,18 @@ def _write_all(descriptor: int, data: Buffer) -> None:
         rest = rest[os.write(descriptor, rest) :]
 
 
+def _write_chunks(descriptor: int, chunks: Iterable[Buffer]) -> None:
+    gathered = bytearray()
+    for chunk in chunks:
+        if len(gathered) + memoryview(chunk).nbytes <= _GATHERED:
+            gathered += memoryview(chunk).cast("B")
+        else:
+            _write_all(descriptor, gathered)
+            _write_all(descriptor, chunk)
+            gathered.clear()
+    _write_all(descriptor, gathered)
+
+
 def write_tensors(path: Path, specs: list[TensorSpec], buffers: Iterable[Buffer], metadata: dict[str, str]) -> None:
     """Write a safetensors file from buffers in the order of `specs`, holding one buffer at a time.
 
@@ -138,10 +150,11 @@ def write_tensors(path: Path, specs: list[TensorSpec], buffers: Iterable[Buffer]
     then the raw little-endian tensors (https://github.com/huggingface/safetensors, README).
     Raises ValueError if a buffer's size differs from its spec.
     """
-    write_stream(path, _tensor_file(specs, buffers, metadata), sum(spec.num_bytes for spec in specs))
+    write_stream(path, tensor_file(specs, buffers, metadata), sum(spec.num_bytes for spec in specs))
 
 
-def _tensor_file(specs: list[TensorSpec], buffers: Iterable[Buffer], metadata: dict[str, str]) -> Iterator[Buffer]:
+def tensor_file(specs: list[TensorSpec], buffers: Iterable[Buffer], metadata: dict[str, str]) -> Iterator[Buffer]:
+    """Yield the contents of the file that `write_tensors` writes, holding one buffer at a time."""
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     offset = 0
     for spec in specs:
@@ -285,12 +298,16 @@ def scratch_folder(path: Path) -> Iterator[Path]:
             _remove_tree(scratch)
 
 
-def write_files(path: Path, contents: dict[str, Buffer]) -> None:
-    """Write a folder of files atomically; an existing folder is replaced when all files are on the disk."""
+def write_files(path: Path, contents: dict[str, Buffer | Iterable[Buffer]]) -> None:
+    """Write a folder of files atomically; an existing folder is replaced when all files are on the disk.
+
+    The files are written in the order of `contents`, each from a buffer or from several, held one at a time.
+    """
     with _staged(path) as staging:
         for name, data in contents.items():
-            with _opened(staging / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, memoryview(data).nbytes) as descriptor:
-                _write_all(descriptor, data)
+            chunks = [data] if isinstance(data, Buffer) else data
+            with _opened(staging / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
+                _write_chunks(descriptor, chunks)
                 os.fsync(descriptor)
         with writing(path):
             _fsync_folder(staging)

@@ -1,4 +1,4 @@
-"""Prepare a process before model libraries are imported. No torch here.
+"""Prepare a process before torch and model libraries are imported. No torch here.
 
 process.prepare()     # at the start of a command, of a sweep's worker, of a function of the Python API
 """
@@ -7,10 +7,11 @@ import logging
 import sys
 
 from lora_ft.errors import ConfigError
+from lora_ft.io import allocator
 
 
 def prepare() -> None:
-    """Block compiled code from the hub, and hide the warnings of bitsandbytes. Safe to call more than once.
+    """Set up the allocators, block compiled code from the hub, and hide warnings. Safe to call more than once.
 
     If the package `kernels` is installed, bitsandbytes (on import) and transformers download compiled code from the hub
     and run it. None in `sys.modules` makes `import kernels` fail, which both treat as "not installed". If a program has
@@ -20,5 +21,6 @@ def prepare() -> None:
     """
     if sys.platform == "win32":
         raise ConfigError("lora_ft needs Linux, macOS or WSL2 (Windows Subsystem for Linux); this is native Windows")
+    allocator.configure()
     sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -78,7 +78,7 @@ def check_place(path: Path, folder: Path) -> None:
 def json_object(path: Path, kind: type[LoraFtError]) -> dict[str, Any]:
     """Read a JSON object of at most MOST_JSON_BYTES; raise `kind` if the file contains anything else."""
     with path.open("rb") as file:
-        data = file.read(MOST_JSON_BYTES + 1)
+        data = file.read(min(path.stat().st_size, MOST_JSON_BYTES) + 1)  # memory is allocated for as many bytes
     if len(data) > MOST_JSON_BYTES:
         raise SecurityError(f"{path} is larger than {MOST_JSON_BYTES // 2**20} MiB, too large for a file of this name")
     try:

@@ -7,7 +7,8 @@
     2. What a candidate does not need is dropped or weakened as far as it fits, the most costly first.
     3. The candidate is traced as a whole. If it does not fit after all, step 2 is repeated with less memory.
 
-Steps 1 and 2 ask for many peaks, which memory/shallow.py estimates. Step 3 traces the model itself.
+Steps 1 and 2 ask for many peaks, which memory/shallow.py estimates. Step 3 traces the model itself, or three of its
+layers if they are alike and memory/deepened.py finds the same peak.
 """
 
 import dataclasses
@@ -23,8 +24,7 @@ from lora_ft.errors import LoraFtError
 from lora_ft.memory import cards, workload
 from lora_ft.memory.levers import Change, Lever, levers, longest_row
 from lora_ft.memory.machine import Machine, resolve
-from lora_ft.memory.prediction import Prediction, Traces, predict
-from lora_ft.memory.shallow import extrapolated
+from lora_ft.memory.prediction import Prediction, Traces, estimated_peak, predict
 from lora_ft.memory.workload import Workload
 
 _TRIES = 3
@@ -57,14 +57,16 @@ def advise(
     work: Workload,
     machine: Machine,
     traces: Traces | None = None,
+    now: Prediction | None = None,
 ) -> list[Advice]:
     """Return the changes with which a run fits, the cheapest first; each alone is enough. [] if none are, or unknown.
 
-    `traces` shares traces with `predict`. Raises ConfigError for a model that cannot be traced.
+    now: the run without advice, with which times are compared. `traces` shares traces with `predict`. Raises
+    ConfigError for a model that cannot be traced.
     """
     if machine.budget_bytes is None:
         return []
-    search = _Search(cfg, model_config, work, machine, {} if traces is None else traces)
+    search = _Search(cfg, model_config, work, machine, {} if traces is None else traces, now)
     found: dict[tuple[str, ...], tuple[tuple[float, ...], Advice]] = {}
     for group, needed in search.groups():
         if len(found) == _MOST:
@@ -94,9 +96,15 @@ class _Search:
     """The search for one run; peaks of combinations are computed once."""
 
     def __init__(
-        self, cfg: config.TrainRun, model_config: Any, work: Workload, machine: Machine, traces: Traces
+        self,
+        cfg: config.TrainRun,
+        model_config: Any,
+        work: Workload,
+        machine: Machine,
+        traces: Traces,
+        now: Prediction | None,
     ) -> None:
-        self.model_config, self.work, self.machine, self.traces = model_config, work, machine, traces
+        self.model_config, self.work, self.machine, self.traces, self.now = model_config, work, machine, traces, now
         found = levers(cfg, model_config, work, machine)
         self.visible = [lever for lever in found if not lever.hidden]
         self.hidden = [lever for lever in found if lever.hidden]
@@ -181,20 +189,12 @@ class _Search:
     def estimated(self, chosen: Chosen) -> float:
         """Return the peak with these levers, extrapolated from a few layers if the model has many."""
         cfg = self.changed(chosen)
-        work = recut(self.work, cfg)
-        work = dataclasses.replace(work, typical=[work.largest])  # nothing else is traced
-
-        def peak(setting: str, model_config: Any) -> int:
-            train = dataclasses.replace(cfg.train, gradient_checkpointing=setting)
-            with_setting = dataclasses.replace(cfg, train=train)
-            return predict(with_setting, model_config, work, self.machine, self.traces).peak_bytes
-
-        return extrapolated(peak, cfg.train.gradient_checkpointing, self.model_config)
+        return estimated_peak(cfg, self.model_config, recut(self.work, cfg), self.machine, self.traces)
 
     def predicted(self, chosen: Chosen) -> Prediction:
         """Return the prediction with these levers, traced."""
         cfg = self.changed(chosen)
-        return predict(cfg, self.model_config, recut(self.work, cfg), self.machine, self.traces)
+        return predict(cfg, self.model_config, recut(self.work, cfg), self.machine, self.traces, is_quick=True)
 
     def changed(self, chosen: Chosen) -> config.TrainRun:
         """Return the settings with these levers."""
@@ -223,7 +223,7 @@ class _Search:
     @functools.cached_property
     def time(self) -> float | None:
         """Seconds per token without advice; None if they are not known."""
-        return _seconds_per_token(self.predicted(self.strongest([])))
+        return _seconds_per_token(self.now or self.predicted(self.strongest([])))
 
     def rank(self, chosen: Chosen, slowdown: float | None) -> tuple[float, ...]:
         """Return a key that sorts by what changes the result, then by time, then by the most costly lever."""

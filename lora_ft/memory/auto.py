@@ -95,14 +95,28 @@ def choose_micro_batch(state: TrainingState) -> tuple[int, str, str]:
         return sizes.least, fixed or "every_1", "the memory of a step is unknown"
 
 
-def fewest_recomputed(layers: int, needed: Callable[[str], int], budget: int) -> str:
+def fewest_recomputed(
+    layers: int,
+    needed: Callable[[str], float],
+    budget: float,
+    estimated: Callable[[str], float] | None = None,
+) -> str:
     """Return the setting with the fewest recomputed layers that needs at most `budget` bytes; every_1 if none does.
 
-    `needed` gives the bytes of a setting. It falls as more layers are recomputed, so few settings are asked for.
+    `needed` gives the bytes of a setting. It falls as more layers are recomputed, so few settings are asked for: two
+    if `estimated` finds the right one.
     """
     settings = settings_of(layers)
+    first, end = 0, len(settings)
+    if estimated is not None:
+        guess = settings.index(fewest_recomputed(layers, estimated, budget))
+        for number in (guess, guess - 1):
+            if first <= number < end and needed(settings[number]) <= budget:
+                end = number
+            elif first <= number < end:
+                first = number + 1
     # bisect_left finds the first setting with a key of True.
-    found = bisect_left(settings, True, key=lambda setting: needed(setting) <= budget)
+    found = bisect_left(settings, True, first, end, key=lambda setting: needed(setting) <= budget)
     return settings[min(found, len(settings) - 1)]
 
 

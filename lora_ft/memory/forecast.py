@@ -163,9 +163,9 @@ class Forecast:
 
     def _mapped(self, found: Prediction) -> int:
         """Return the bytes of weights that stay in the mapped file on a CPU: the system can drop them."""
-        if self.device.type != "cpu" or (
-            self.cfg.quant.kind is not QuantKind.none and of_config(self._model_config) is None
-        ):
+        files = of_config(self._model_config)
+        is_mapped = files.trains if files else self.cfg.quant.kind is QuantKind.none
+        if self.device.type != "cpu" or not is_mapped:
             return 0
         return sum(term.bytes for term in found.terms if term.name.startswith("base"))
 

@@ -43,7 +43,8 @@ class Lever:
 
 def levers(cfg: config.TrainRun, model_config: Any, workload: Workload, machine: Machine) -> list[Lever]:
     """Return the levers of these settings on this machine, the cheapest first."""
-    quant = None if of_config(model_config) else cfg.quant  # quantized files train as they are
+    files = of_config(model_config)
+    quant = None if files and files.trains else cfg.quant
     found = [
         Lever("micro-batch", tuple(_micro_batches(cfg, workload)), "the same steps in more forward passes",
               hidden=cfg.train.tokens_per_microbatch == "auto"),

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from lora_ft.memory import results
 from lora_ft.memory.costs import TRANSFER, Cost, attention_flops, kind_of, nbytes, product_flops, traffic
 from lora_ft.memory.decompositions import decomposition, grouped_mm
 from lora_ft.memory.parts import part_of
@@ -148,6 +149,8 @@ class Meter(TorchDispatchMode):
                     return by_others(*args, **kwargs)
         if on_device and func.overloadpacket is _aten._grouped_mm:
             result = grouped_mm(func, args, kwargs)
+        elif on_device and len(on_device) == len(given):
+            result = results.run(func, args, kwargs)
         else:
             result = func(*args, **kwargs)
         made = [tensor for tensor in _tensors([result]) if tensor.is_meta]

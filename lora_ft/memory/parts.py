@@ -20,7 +20,7 @@ _OPS, _SITE = Path(ops.__file__).parent, Path(torch.__file__).parents[1]
 PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     str(_OPS / "attention.py"): ("attention", ()),
     str(_OPS / "tiled_attention.py"): ("attention", ()),
-    str(_OPS / "weights.py"): ("dequantization", ("<lambda>", "_from_int8")),
+    str(_OPS / "weights.py"): ("dequantization", ("<lambda>", "_from_int8", "scaled")),
     str(_SITE / "transformers/integrations/sdpa_attention.py"): ("attention", ()),
     str(_SITE / "transformers/masking_utils.py"): ("attention", ()),
 }

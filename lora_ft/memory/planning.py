@@ -148,7 +148,7 @@ def make_for(
     changes: list[Advice] = []
     nearest = None
     if advice or (advice is None and found.fits is False):
-        changes = advise(given, base.config, workload_of(given, base, rows), machine, known.traces)
+        changes = advise(given, base.config, workload_of(given, base, rows), machine, known.traces, found)
         changes = [each for each in changes if each.changes]
         nearest = nearest_hardware(found) if not (found.fits or changes) else None
     return Plan(cfg, base, found, stored, tuple(changes), nearest)

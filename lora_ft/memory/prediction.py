@@ -10,10 +10,9 @@ memory/trace.py explains the traced terms.
 
 import copy
 import dataclasses
-import functools
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +21,10 @@ import torch
 from lora_ft import config, objectives, validation
 from lora_ft.errors import ConfigError, LoraFtError
 from lora_ft.memory.auto import fewest_recomputed
+from lora_ft.memory.deepened import FEW, MORE, are_alike, deepened
 from lora_ft.memory.machine import Machine
 from lora_ft.memory.roofline import StepTime, step_time
+from lora_ft.memory.shallow import ENOUGH, extrapolated, num_layers, shallow
 from lora_ft.memory.trace import StepTrace, trace_step
 from lora_ft.memory.workload import Workload
 from lora_ft.memory.workspaces import SLACK_SHARE, allocator_slack, workspaces
@@ -48,6 +49,8 @@ _NOT_TRACED = {
 
 Traces = dict[str, StepTrace]
 """Traces by everything that they depend on, shared by predictions."""
+
+_known_layers: "dict[tuple[str, type, str], _Layers]" = {}
 
 
 @dataclass(frozen=True)
@@ -101,50 +104,105 @@ class Prediction:
 
 
 def predict(
-    cfg: config.TrainRun, model_config: Any, workload: Workload, machine: Machine, traces: Traces | None = None
+    cfg: config.TrainRun,
+    model_config: Any,
+    workload: Workload,
+    machine: Machine,
+    traces: Traces | None = None,
+    is_quick: bool = False,
 ) -> Prediction:
     """Predict a run of `cfg` on a model of a transformers config.
 
     train.gradient_checkpointing=auto is what training chooses on this machine: the fewest recomputed layers that fit.
-    `traces` shares traces between predictions. Raises ConfigError for a model that cannot be traced.
+    `traces` shares traces between predictions. is_quick: where layers are alike, three of them are traced; the result
+    is the same but for the timeline. Raises ConfigError for a model that cannot be traced.
     """
     traces = {} if traces is None else traces
 
-    @functools.cache
-    def with_recompute(setting: str) -> Prediction:
+    def with_recompute(setting: str, model_config: Any = model_config) -> Prediction:
         train = dataclasses.replace(cfg.train, gradient_checkpointing=setting)
-        return _predict(dataclasses.replace(cfg, train=train), model_config, workload, machine, traces)
+        return _predict(dataclasses.replace(cfg, train=train), model_config, workload, machine, traces, is_quick)
 
     setting = cfg.train.gradient_checkpointing
     if setting == "auto":
-        setting = _fewest_recomputed(with_recompute, cfg, model_config, machine)
+        setting = _fewest_recomputed(with_recompute, cfg, model_config, workload, machine, traces)
     found = with_recompute(setting)
     typical = found.trace
     if list(workload.typical_micro_batch) != list(workload.largest):
         train = dataclasses.replace(cfg.train, gradient_checkpointing=setting)
         chosen = dataclasses.replace(cfg, train=train)
-        typical = _traced(chosen, model_config, workload.typical_micro_batch, machine, traces)
+        typical = _traced(chosen, model_config, workload.typical_micro_batch, machine, traces, is_quick)
     time = step_time(typical.costs, machine, len(workload.typical))
     return dataclasses.replace(found, typical=typical, time=time)
 
 
-def _fewest_recomputed(predicted: Any, cfg: config.TrainRun, model_config: Any, machine: Machine) -> str:
+def estimated_peak(
+    cfg: config.TrainRun, model_config: Any, workload: Workload, machine: Machine, traces: Traces
+) -> float:
+    """Return the peak as a few traced layers tell it; `train.gradient_checkpointing` is off or every_k."""
+    workload = dataclasses.replace(workload, typical=[workload.largest])  # nothing else is traced
+
+    def peak(setting: str, model_config: Any) -> int:
+        train = dataclasses.replace(cfg.train, gradient_checkpointing=setting)
+        with_setting = dataclasses.replace(cfg, train=train)
+        return predict(with_setting, model_config, workload, machine, traces, is_quick=True).peak_bytes
+
+    return extrapolated(peak, cfg.train.gradient_checkpointing, model_config, _grows_evenly(cfg, model_config))
+
+
+def _grows_evenly(cfg: config.TrainRun, model_config: Any) -> bool:
+    """Return True if each layer adds the same; bitsandbytes has other states for few parameters than for many."""
+    return cfg.optim.name is config.Optimizer.adamw and _layers(cfg, model_config).are_alike
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """The number of layers that can be recomputed, and True if they are all those of the model, and alike."""
+
+    count: int
+    are_alike: bool
+
+
+def _layers(cfg: config.TrainRun, model_config: Any) -> _Layers:
+    key = cfg.objective.name, type(model_config), model_config.to_json_string(use_diff=False)
+    if key not in _known_layers:
+        model_class = objectives.find(cfg.objective).model_class
+        with torch.device("meta"):
+            found = recomputable_layers(model_class.from_config(copy.deepcopy(model_config)))
+        all_alike = len(found) == num_layers(model_config) and are_alike(found)
+        _known_layers[key] = _Layers(len(found), all_alike)
+    return _known_layers[key]
+
+
+def _fewest_recomputed(
+    predicted: Callable[[str], Prediction],
+    cfg: config.TrainRun,
+    model_config: Any,
+    workload: Workload,
+    machine: Machine,
+    traces: Traces,
+) -> str:
     """Return off or every_k: the setting with the fewest recomputed layers that fits, every_1 if none does."""
     budget = machine.budget_bytes
-    if budget is None or predicted("off").fits:
+    if budget is None:
         return "off"
-    model_class = objectives.find(cfg.objective).model_class
-    with torch.device("meta"):
-        layers = len(recomputable_layers(model_class.from_config(copy.deepcopy(model_config))))
-    if not layers or not predicted("every_1").fits:
-        return "every_1" if layers else "off"
-    return fewest_recomputed(layers, lambda setting: predicted(setting).peak_bytes, budget)
+    layers = _layers(cfg, model_config).count
+    if not layers:
+        return "off"
+
+    def estimated(setting: str) -> float:
+        train = dataclasses.replace(cfg.train, gradient_checkpointing=setting)
+        return estimated_peak(dataclasses.replace(cfg, train=train), model_config, workload, machine, traces)
+
+    has_many = num_layers(model_config) > ENOUGH
+    needed = lambda setting: predicted(setting).peak_bytes  # noqa: E731
+    return fewest_recomputed(layers, needed, budget, estimated if has_many else None)
 
 
 def _predict(
-    cfg: config.TrainRun, model_config: Any, workload: Workload, machine: Machine, traces: Traces
+    cfg: config.TrainRun, model_config: Any, workload: Workload, machine: Machine, traces: Traces, is_quick: bool
 ) -> Prediction:
-    found = _traced(cfg, model_config, workload.largest, machine, traces)
+    found = _traced(cfg, model_config, workload.largest, machine, traces, is_quick)
     traced = tuple(_traced_terms(found))
     terms = (*traced, *_process_terms(found, machine))
     return Prediction(machine, workload, terms, found.peak_phase, cfg.train.gradient_checkpointing, found, found)
@@ -176,10 +234,20 @@ def _process_terms(found: StepTrace, machine: Machine) -> Iterator[Term]:
 
 
 def _traced(
-    cfg: config.TrainRun, model_config: Any, lengths: Sequence[int], machine: Machine, traces: Traces
+    cfg: config.TrainRun,
+    model_config: Any,
+    lengths: Sequence[int],
+    machine: Machine,
+    traces: Traces,
+    is_quick: bool = False,
 ) -> StepTrace:
     """Return the trace of one micro-batch; `traces` has it already if the settings that it depends on are the same."""
     key = _key(cfg, model_config, lengths, machine)
+    layers, is_even = num_layers(model_config), cfg.train.gradient_checkpointing in ("off", "every_1")
+    if is_quick and key not in traces and is_even and layers > ENOUGH and _grows_evenly(cfg, model_config):
+        few, more = (_traced(cfg, shallow(model_config, count), lengths, machine, traces) for count in (FEW, MORE))
+        if (found := deepened(few, more, layers)) is not None:
+            return found
     if key not in traces:
         try:
             traces[key] = trace_step(cfg, copy.deepcopy(model_config), lengths, machine.target)

@@ -16,14 +16,19 @@ _FEW, _MORE = 1, 3
 ENOUGH = 8  # a model of so many layers is traced as it is
 
 
-def extrapolated(peak: Callable[[str, Any], float], setting: str, model_config: Any) -> float:
-    """Return peak(setting, model_config), where `setting` is off or every_k."""
+def extrapolated(peak: Callable[[str, Any], float], setting: str, model_config: Any, is_quick: bool = False) -> float:
+    """Return peak(setting, model_config), where `setting` is off or every_k.
+
+    is_quick: `peak` takes little time with off and every_1, so it is asked for all layers.
+    """
     layers = num_layers(model_config)
     if layers <= ENOUGH:
         return peak(setting, model_config)
     few, more = (shallow(model_config, count) for count in (_FEW, _MORE))
 
     def of_all(setting: str) -> float:
+        if is_quick:
+            return peak(setting, model_config)
         low, high = peak(setting, few), peak(setting, more)
         return high + (layers - _MORE) * (high - low) / (_MORE - _FEW)
 

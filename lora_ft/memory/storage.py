@@ -23,10 +23,11 @@ from torch import nn
 
 from lora_ft import config, objectives
 from lora_ft.adapters import attach, files
-from lora_ft.models import quantize, quantize_experts
+from lora_ft.models import quantize
 from lora_ft.models.described import Described
 from lora_ft.models.device import dtype_on
 from lora_ft.models.stored import Stored, agreed, of_config
+from lora_ft.models.stored_layers import keep_meta
 from lora_ft.ops.device import GPU, Target
 from lora_ft.training import checkpoint
 from lora_ft.training.state import NAME
@@ -94,7 +95,13 @@ def storage(
             model_config, dtype=dtype_on(cfg.model.dtype, device)
         )
     files = of_config(model_config)
-    weights = list(_weights(network, agreed(cfg.quant, files), files))
+    quant = agreed(cfg.quant, files)
+    if files and not files.trains:  # dequantized weights are new tensors, whatever their dtype
+        stored = torch.uint8
+        if quant.kind is config.QuantKind.none:
+            keep_meta(network, files)
+        files = None
+    weights = list(_weights(network, quant, files))
     in_files = (
         base.weight_bytes if base and base.weight_bytes else sum(each.in_files(files, stored) for each in weights)
     )
@@ -140,7 +147,7 @@ class _Weight:
         return self.kept if files and self.sizes else self.count * dtype.itemsize
 
 
-def _weights(network: Any, quant: config.Quant, files: Stored | None) -> Iterator[_Weight]:
+def _weights(network: Any, quant: config.Quant, files: Stored | None = None) -> Iterator[_Weight]:
     """Yield the parameters of a model without values in the order in which transformers loads them, tied ones once."""
     from transformers.core_model_loading import dot_natural_key
     from transformers.pytorch_utils import Conv1D
@@ -148,10 +155,11 @@ def _weights(network: Any, quant: config.Quant, files: Stored | None) -> Iterato
 
     skipped = list(files.skipped or ()) if files else []
     head, modules = network.get_output_embeddings(), dict(network.named_modules())
-    experts = set(quantize_experts.planned_parameters(network)) if quant.kind is not config.QuantKind.none else set()
+    experts = set() if quant.kind is config.QuantKind.none else set(quantize.planned_experts(network, files))
     put_together = _put_together(network) if experts else ()
     for name, parameter in sorted(network.named_parameters(), key=lambda item: dot_natural_key(item[0])):
         module, (count, size) = modules[name.rpartition(".")[0]], (parameter.numel(), parameter.nbytes)
+        size += parameter.exponents.nbytes if hasattr(parameter, "exponents") else 0  # of MXFP4
         is_linear = isinstance(module, (nn.Linear, Conv1D)) and module is not head and name.endswith(".weight")
         if name in experts:
             twice = any(target in name for target in put_together)
@@ -263,8 +271,9 @@ def _adapter_file(network: Any, cfg: config.TrainRun) -> int:
     """Return the size of adapter_model.safetensors: PEFT's tensors in float32, and their names."""
     added = len(cfg.model.added_tokens) * network.get_input_embeddings().weight.shape[1]
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        quant = agreed(cfg.quant, of_config(network.config))
-        planned = quantize.planned_layers(network) if quant.kind is not config.QuantKind.none else []
+        codes = of_config(network.config)
+        quant = agreed(cfg.quant, codes)
+        planned = quantize.planned_layers(network, codes) if quant.kind is not config.QuantKind.none else []
         model = attach.attach(network.requires_grad_(False), cfg.adapter, NAME, cfg.seed, [], quantized=planned)
     return files.size_of(model, NAME) + 4 * added
 

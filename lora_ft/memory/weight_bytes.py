@@ -7,6 +7,7 @@ import torch
 
 from lora_ft import config
 from lora_ft.memory.meter import Meter
+from lora_ft.ops.weights import ScaledLinear
 
 
 def bytes_by_storage(meter: Meter, model: Any, quant: config.Quant) -> dict[str, int]:
@@ -17,10 +18,24 @@ def bytes_by_storage(meter: Meter, model: Any, quant: config.Quant) -> dict[str,
         for parameter in module._parameters.values()
         for tensor in _quantized_tensors(parameter)
     }
+    scaled = {
+        tensor.untyped_storage()._cdata
+        for module in model.modules()
+        if isinstance(module, ScaledLinear)
+        for tensor in (module.codes, module.scales)
+    }
+    mxfp4 = {
+        tensor.untyped_storage()._cdata
+        for module in model.modules()
+        for parameter in module._parameters.values()
+        if hasattr(parameter, "exponents")
+        for tensor in (parameter, parameter.exponents)
+    }
+    kinds = dict.fromkeys(quantized, quant.kind.value) | dict.fromkeys(scaled, "fp8") | dict.fromkeys(mxfp4, "mxfp4")
     found: Counter[str] = Counter()
     for key, storage in meter.live_storages("base"):
         dtype = str(storage.dtype).removeprefix("torch.")
-        found[quant.kind.value if key in quantized else dtype] += storage.bytes
+        found[kinds.get(key, dtype)] += storage.bytes
     return dict(found)
 
 

@@ -27,9 +27,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lora_ft import config
+from lora_ft.io.allocator import release_freed_memory
 from lora_ft.models import accelerated_blocks, accelerated_experts, path_choice, self_check, storage
 from lora_ft.models import accelerated_lora as lora_layers
-from lora_ft.ops.allocator import release_freed_memory
 from lora_ft.ops.compute_copies import copied_by_layer
 from lora_ft.ops.kernels import OWN, Kernels
 from lora_ft.ops.token_loss import PLAIN_PATHS, Paths

@@ -51,6 +51,8 @@ def _frozen(model: "torch.nn.Module") -> Iterator[tuple[str, "torch.Tensor", "to
 
 
 def _scales(weight: Any) -> Iterator[tuple[str, Any]]:
+    if hasattr(weight, "exponents"):
+        yield "exponents", weight.exponents
     if hasattr(weight, "SCB"):
         yield "SCB", weight.SCB
     state = getattr(weight, "quant_state", None)

@@ -12,7 +12,6 @@ and several processes share them.
 
 import json
 import logging
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,19 +19,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_ft import config
-from lora_ft.errors import ConfigError, ResourceError
-from lora_ft.models import build, quantize, quantize_experts, stored
+from lora_ft.errors import ConfigError
+from lora_ft.models import quantize, stored
 from lora_ft.models.build import first_line, quiet
 from lora_ft.models.cpu_embedding import keep_on_cpu
 from lora_ft.models.device import auto_dtype, resolve_device, resolve_dtype
 from lora_ft.models.resolve import Identity, locate
 from lora_ft.models.storage import copy_mapped_weights
+from lora_ft.models.weight_source import Source, load_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-# Old checkpoints contain the causal mask's fill value, a constant, which not every model class declares.
-_MASK = re.compile(r"\.masked_bias$")
 
 __all__ = ["Base", "Identity", "load_base", "load_tokenizer", "read_tokenizer"]
 
@@ -140,92 +137,24 @@ def load_base(
     compute = dtype if quant.compute_dtype is config.Dtype.auto else resolve_dtype(quant.compute_dtype, target)
     files, quant = identity.stored, stored.agreed(quant, identity.stored)
     tokenizer = tokenizer or load_tokenizer(model)
-    settings = quantize.bitsandbytes_config(quant, compute, files)
-    source = _Source(model.path, str(identity.folder), settings, is_quantized=files is not None)
-    network = _load_weights(source, dtype, target, model_class or AutoModelForCausalLM)
+    settings = quantize.bitsandbytes_config(quant, compute, files if files and files.trains else None)
+    source = Source(model.path, Path(str(identity.folder)), settings, files)
+    network = load_weights(source, dtype, target, model_class or AutoModelForCausalLM)
+    if files and not files.trains:
+        stays = "what can stay in that form does" if settings is None else "dequantized"
+        log.info("weights in %s: %s", files.method, stays)
     quantized: tuple[str, ...] = ()
     if quant.kind is not config.QuantKind.none:
-        if files:
+        if files and files.trains:
             quantize.adopt(network, files, dtype)
-        quantized = quantize.check_plan(network)
+        quantized = quantize.check_plan(network, files)
         quantize.settle(network, quantized)
-        if not files:  # the codes of quantized files stay mapped
+        if not (files and files.trains):  # otherwise the codes stay mapped
             copy_mapped_weights(network)
     fit_embeddings(network, tokenizer, len(model.added_tokens))
     if model.embedding_device == "cpu":
         keep_on_cpu(network, target)
     return Base(network.requires_grad_(False).eval(), tokenizer, identity, quantized)
-
-
-@dataclass(frozen=True)
-class _Source:
-    """The folder of a base, the setting that names it, and transformers' config of its quantization.
-
-    is_quantized: the files are quantized already; otherwise the weights are quantized while they are loaded.
-    """
-
-    path: str
-    folder: str
-    quantization: Any
-    is_quantized: bool
-
-    def arguments(self) -> dict[str, Any]:
-        """Return the arguments of `from_pretrained` that quantize the weights."""
-        if not self.is_quantized:
-            return {"quantization_config": self.quantization}
-        # A quantization in the config replaces the argument, so our dtype of the products goes there.
-        described = build.read_config(Path(self.folder), self.path)
-        described.quantization_config = self.quantization.to_dict()
-        return {"config": described}
-
-
-def _load_weights(source: _Source, dtype: torch.dtype, device: torch.device, model_class: Any) -> Any:
-    from safetensors import SafetensorError
-
-    path = source.path
-    try:
-        with quiet(), quantize_experts.while_loading():
-            network, report = model_class.from_pretrained(
-                source.folder, dtype=dtype, device_map={"": device}, **source.arguments(),
-                use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are part of the report, which is checked below
-            )  # fmt: skip
-    except torch.OutOfMemoryError:
-        raise ResourceError(
-            f"model.path={path} does not fit into the memory of {device}: set quant=nf4, or choose a smaller model"
-        ) from None
-    except RuntimeError as error:
-        if source.quantization is None:
-            raise
-        if source.is_quantized:
-            raise ConfigError(
-                f"model.path={path}: the weights cannot be read, as config.json says they are quantized: weights and "
-                "config.json do not belong together, or the memory is too small"
-            ) from error
-        # transformers raises this one error for every failure of a quantization, including lack of memory.
-        raise ResourceError(
-            f"model.path={path} cannot be quantized on {device}; the most common reason is lack of memory: "
-            "choose a smaller model, or another device"
-        ) from error
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"model.path={path} cannot be loaded: {first_line(error)}") from None
-    except Exception:
-        build.on_meta(
-            build.read_config(Path(source.folder), path), dtype, model_class, path
-        )  # the config may be the cause
-        raise
-    # transformers only logs this, and fills missing weights with random numbers.
-    if absent := sorted(report["missing_keys"]) or sorted(report["mismatched_keys"]):
-        raise ConfigError(
-            f"model.path={path}: the weights lack {absent[0]}, or its shape differs ({len(absent)} in all): "
-            "weights and config.json do not belong together"
-        )
-    if extra := sorted(name for name in report["unexpected_keys"] if not _MASK.search(name)):
-        raise ConfigError(
-            f"model.path={path}: the weights contain tensors that the model of config.json does not have: "
-            f"{', '.join(extra[:3])} ({len(extra)} in all): weights and config.json do not belong together"
-        )
-    return network
 
 
 def fit_embeddings(network: Any, tokenizer: Any, num_added: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lora_ft import config
-from lora_ft.models import quantize, quantize_experts, stored
+from lora_ft.models import quantize, quantize_experts, stored, stored_layers
 
 
 def quantize_meta(network: Any, quant: config.Quant, compute: torch.dtype) -> tuple[str, ...]:
@@ -19,10 +19,12 @@ def quantize_meta(network: Any, quant: config.Quant, compute: torch.dtype) -> tu
     theirs. A layer of a meta model costs nothing, so an 8B model takes a second.
     """
     files = stored.of_config(network.config)
-    if files:
+    if files and files.trains:
         quant, files = stored.agreed(quant, files), dataclasses.replace(files, storage="uint8")
-    settings = quantize.bitsandbytes_config(quant, compute, files)
+    settings = quantize.bitsandbytes_config(quant, compute, files if files and files.trains else None)
     if settings is None:
+        if files:
+            stored_layers.keep_meta(network, files)
         return ()
     from transformers.quantizers import AutoHfQuantizer
 
@@ -36,8 +38,9 @@ def quantize_meta(network: Any, quant: config.Quant, compute: torch.dtype) -> tu
             if hasattr(module.__dict__.get("_parameters", {}).get("weight"), "_quantize"):
                 module.weight.data = module.weight.data.to(network.dtype)  # the dtype in which weights are loaded
                 module.weight = module.weight._quantize("meta")
-        quantize_experts.quantize(network, settings)
+        if not (files and files.trains):
+            quantize_experts.quantize(network, settings)
     quantizer.postprocess_model(network)
-    names = quantize.check_plan(network)
+    names = quantize.check_plan(network, files)
     quantize.keep_as_quantized(network, names)
     return names

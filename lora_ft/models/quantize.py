@@ -30,7 +30,7 @@ import torch
 from lora_ft import config
 from lora_ft.errors import ConfigError, ResourceError
 from lora_ft.io import process
-from lora_ft.models import quantize_experts, stored
+from lora_ft.models import quantize_experts
 from lora_ft.models.stored import Stored
 from lora_ft.ops.weights import frozen_linear, frozen_weight
 
@@ -180,7 +180,7 @@ def _refuse_unless(is_right: bool, name: str, files: Stored) -> None:
         )
 
 
-def check_plan(model: Any) -> tuple[str, ...]:
+def check_plan(model: Any, files: Stored | None = None) -> tuple[str, ...]:
     """Return the names of the quantized layers and of the quantized parameters of experts, in order.
 
     Raises ConfigError unless they are the planned ones: transformers may quantize lm_head as well or
@@ -189,21 +189,30 @@ def check_plan(model: Any) -> tuple[str, ...]:
     import bitsandbytes
 
     classes = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
-    planned, modules = planned_layers(model), dict(model.named_modules())
+    planned, modules = planned_layers(model, files), dict(model.named_modules())
     quantized = {
         n for n, m in modules.items() if isinstance(m, classes) and m.weight.dtype in (torch.uint8, torch.int8)
     }
-    planned += quantize_experts.planned_parameters(model)
+    planned += planned_experts(model, files)
     quantized |= set(quantize_experts.quantized_parameters(model))
     if quantized != set(planned):
+        remedy = "set model.path to the model in 16 bits" if files and files.trains else "set quant=none for this model"
         raise ConfigError(
             f"the quantized layers are not the planned ones: missing {sorted(set(planned) - quantized) or 'none'}, "
-            f"unexpected {sorted(quantized - set(planned)) or 'none'}: set quant=none for this model"
+            f"unexpected {sorted(quantized - set(planned)) or 'none'}: {remedy}"
         )
     return tuple(planned)
 
 
-def planned_layers(model: Any) -> list[str]:
+def planned_experts(model: Any, files: Stored | None = None) -> list[str]:
+    """Return the names of the parameters of experts that quantization must change, in order.
+
+    Files that train as they are stored hold them in 16 bits, as transformers writes them.
+    """
+    return [] if files and files.trains else quantize_experts.planned_parameters(model)
+
+
+def planned_layers(model: Any, files: Stored | None = None) -> list[str]:
     """Return the names of the layers that quantization must change, in order: every linear layer but the head.
 
     A subclass of Linear is not one of them, as transformers does not replace it: it may compute something else, like a
@@ -216,7 +225,6 @@ def planned_layers(model: Any) -> list[str]:
 
     classes = (Conv1D, bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
     linear = {n: m for n, m in model.named_modules() if type(m) is torch.nn.Linear or isinstance(m, classes)}
-    files = stored.of_config(model.config)
     skipped = list(files.skipped or ()) if files else []
     planned = [
         name

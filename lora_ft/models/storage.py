@@ -105,7 +105,7 @@ def dequantized_forwards(model: nn.Module) -> dict[nn.Module, Callable[..., Tens
     if size <= _MOST_DEQUANTIZED_BYTES:
         for module, codes in experts.items():
             whole = {name: expert_codes.dequantize(each) for name, each in codes.items()}
-            forwards[module] = functools.partial(module_experts, module, weight=functools.partial(_of_whole, whole))
+            forwards[module] = functools.partial(module_experts, module, weights=functools.partial(_of_whole, whole))
     return forwards
 
 
@@ -116,9 +116,9 @@ def _quantized_on_cpu(module: Any) -> dict[str, Any]:
     return found if all(expert_codes.is_quantized(each) and each.is_cpu for each in found.values()) else {}
 
 
-def _of_whole(whole: dict[str, Tensor], module: Any, name: str, expert: int) -> FrozenWeight:
-    matrix = whole[name][expert]
-    return FrozenWeight(lambda: matrix.T if module.is_transposed else matrix, fresh=False)
+def _of_whole(whole: dict[str, Tensor], module: Any, name: str, start: int, stop: int) -> Tensor:
+    matrices = whole[name][start:stop]
+    return matrices.mT if module.is_transposed else matrices
 
 
 def _is_stored_small(module: Any) -> bool:

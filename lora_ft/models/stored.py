@@ -1,14 +1,19 @@
 """Bases whose files hold quantized weights: what config.json tells of them, and what it means for a run.
 
-bitsandbytes, 4 and 8 bits    trained as stored: the codes and scales of the file are those of the run
-other methods                 refused before a download, with the id of the model in 16 bits
+bitsandbytes, 4 and 8 bits       trained as stored: the codes and scales of the files are those of the run
+fp8, mxfp8, fbgemm_fp8           linear layers as stored, with the numbers of dequantized ones (stored_layers.py);
+                                 with `quant`, dequantized exactly while they are loaded, and quantized again
+mxfp4                            experts, in the same way
+gptq, awq                        dequantized exactly while they are loaded (dequantized_files.py); `quant` applies to
+                                 the result
+other methods                    refused before a download, with the id of the model in 16 bits
 
 of(json.loads(config_json), hub_id)  ->  Stored(method="bitsandbytes", kind=QuantKind.nf4, double=True, skipped=None)
 """
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_ft import config
@@ -17,6 +22,8 @@ from lora_ft.errors import ConfigError
 from lora_ft.io import untrusted
 
 _BITSANDBYTES = "bitsandbytes"
+FP8 = ("fp8", "mxfp8", "fbgemm_fp8")
+_DEQUANTIZED = (*FP8, "mxfp4", "gptq", "awq")
 _STORAGE = ("uint8", "int8", "bfloat16", "float16", "float32", "float64")
 
 # Ends of the names of quantized models, as their publishers choose them.
@@ -31,9 +38,10 @@ _SUFFIX = re.compile(
 class Stored:
     """The quantization of the weights in a base's files.
 
-    method: its name in transformers. kind, double: of weights that train as they are stored. skipped: names or
-    patterns of modules that are not quantized, None for transformers' own choice. storage: dtype of the tensors that
-    hold 4-bit codes.
+    method: its name in transformers. kind, double: of weights that train as they are stored; kind is none for weights
+    that are dequantized while they are loaded. skipped: names or patterns of modules that are not quantized, None for
+    transformers' own choice. storage: dtype of the tensors that hold 4-bit codes. settings: the quantization_config,
+    of weights that are dequantized.
     """
 
     method: str
@@ -41,11 +49,23 @@ class Stored:
     double: bool = False
     skipped: tuple[str, ...] | None = None
     storage: str = "uint8"
+    settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def trains(self) -> bool:
+        """True if the weights train as they are stored; False if they are dequantized."""
+        return self.kind is not QuantKind.none
+
+    @property
+    def is_fp8(self) -> bool:
+        """True for 8-bit floats, of which linear layers may stay as they are stored (scaled_layers.py)."""
+        return self.method in FP8
 
     def record(self) -> dict[str, Any]:
         """Return the fields for lora_ft.json."""
+        kind = {"kind": self.kind.value} if self.trains else {}
         double = {"double": self.double} if self.kind in (QuantKind.nf4, QuantKind.fp4) else {}
-        return {"method": self.method, "kind": self.kind.value, **double}
+        return {"method": self.method, **kind, **double}
 
 
 def of(settings: Mapping[str, Any], named: str, hub_id: str | None = None) -> Stored | None:
@@ -57,17 +77,17 @@ def of(settings: Mapping[str, Any], named: str, hub_id: str | None = None) -> St
     if found is None:
         return None
     method = method_of(found)
-    if method != _BITSANDBYTES:
+    if method not in (_BITSANDBYTES, *_DEQUANTIZED) or not isinstance(found, Mapping):
         raise ConfigError(
             f"{named} is already quantized ({method}), and weights of this kind cannot be trained here: "
             f"{_remedy(settings, hub_id)}, and choose quant=..."
         )
     try:
-        return _bitsandbytes(found)
+        return _read(method, found)
     except ValueError as error:
         raise ConfigError(
-            f"{named} is already quantized (bitsandbytes), and its config.json does not say how: {error}: "
-            f"{_remedy(settings, hub_id)}"
+            f"{named} is already quantized ({method}), in a way that cannot be trained here: {error}: "
+            f"{_remedy(settings, hub_id)}, and choose quant=..."
         ) from None
 
 
@@ -78,7 +98,12 @@ def of_config(model_config: Any) -> Stored | None:
         found = getattr(model_config.get_text_config(), "quantization_config", None)
     if found is None:
         return None
-    return _bitsandbytes(found if isinstance(found, dict) else found.to_dict())
+    found = found if isinstance(found, dict) else found.to_dict()
+    return _read(method_of(found), found)
+
+
+def _read(method: str, found: Mapping[str, Any]) -> Stored:
+    return _bitsandbytes(found) if method == _BITSANDBYTES else _dequantized(method, found)
 
 
 def agreed(quant: config.Quant, stored: Stored | None) -> config.Quant:
@@ -86,7 +111,7 @@ def agreed(quant: config.Quant, stored: Stored | None) -> config.Quant:
 
     Raises ConfigError if both are given and differ. `quant.double` is a property of the files and is taken from them.
     """
-    if stored is None:
+    if stored is None or not stored.trains:
         return quant
     if quant.kind not in (QuantKind.none, stored.kind):
         raise ConfigError(
@@ -131,6 +156,22 @@ def _bitsandbytes(found: Mapping[str, Any]) -> Stored:
     if storage not in _STORAGE:
         raise ValueError(f"bnb_4bit_quant_storage must be one of {', '.join(_STORAGE)}, got {storage}")
     return Stored(_BITSANDBYTES, QuantKind(kind), double, names, storage)
+
+
+def _dequantized(method: str, found: Mapping[str, Any]) -> Stored:
+    """Read a quantization_config of another method; raises ValueError for a layout that is not known here."""
+    bits, layout = found.get("bits", 4), str(found.get("checkpoint_format") or found.get("format") or "gptq").lower()
+    if method == "gptq" and (bits not in (2, 4, 8) or layout not in ("gptq", "gptq_v2")):
+        raise ValueError(f"it has {bits} bits in the layout {layout}; known are 2, 4 and 8 bits in gptq and gptq_v2")
+    layout = str(found.get("version") or found.get("format") or "gemm").lower()
+    if method == "awq" and (found.get("bits", found.get("w_bit", 4)) != 4 or layout != "gemm"):
+        raise ValueError(f"it has {bits} bits in the layout {layout}; known are 4 bits in the layout gemm")
+    blocks = found.get("weight_block_size")
+    if blocks is not None and not (
+        isinstance(blocks, list | tuple) and len(blocks) == 2 and all(type(size) is int and size > 0 for size in blocks)
+    ):
+        raise ValueError(f"weight_block_size must be two positive integers, got {blocks}")
+    return Stored(method, QuantKind.none, settings={**found, "quant_method": method, "bits": bits})
 
 
 def _remedy(settings: Mapping[str, Any], hub_id: str | None) -> str:

@@ -7,5 +7,4 @@ lora_linear      a linear layer and its LoRA as one function
 norm  mlp  rope  blocks that keep less for the backward   kernels          the three compiled, or Liger's
 recomputable     tensors that are computed again          weights          a frozen weight in any storage format
 gradient_checkpointing  layers recomputed in backward     dropout          switches off the frozen base's dropout
-allocator        when freed memory returns to the system
 """

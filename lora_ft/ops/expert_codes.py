@@ -1,10 +1,12 @@
-"""A parameter of experts [E, ..] in 4 or 8 bits: all of it, or the matrix of one expert, dequantized at each call.
+"""A parameter of experts [E, ..] in 4 or 8 bits: all of it, or the matrices of some, dequantized at each call.
 
     stored                                                     attributes of the parameter, named as bitsandbytes does
     nf4, fp4  uint8 [values / 2, 1], row by row of the         quant_state: shape, dtype, a scale for each 64 values,
               parameter as the model stores it                 and with quant.double scales of the scales
     int8      int8 [E, ..]                                     SCB: a scale for each output of each expert, times 127;
                                                                compute_dtype
+    mxfp4     uint8 [E, out, in / 32, 16], for a parameter     exponents: uint8 [E, out, in / 32], a power of two for 32
+              [E, in, out]; two codes in a byte                values, plus 127; compute_dtype
 
 The codes of all experts are what bitsandbytes makes of the whole parameter. Blocks of 64 values do not cross the border
 of two experts, so an expert's codes and scales are those of its matrix alone. (The scales of the scales are not: 256
@@ -12,6 +14,7 @@ scales share one, and all have one offset.)
 """
 
 import copy
+import functools
 import sys
 from typing import Any
 
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 BLOCK = 64  # values that share a scale
+MX_BLOCK = 32  # of MXFP4
 
 
 class ExpertCodes(nn.Parameter):
@@ -44,6 +48,9 @@ def is_quantized(parameter: Any) -> bool:
 
 def shape_of(parameter: Any) -> torch.Size:
     """Return the shape of a parameter, which codes had before they were quantized."""
+    if hasattr(parameter, "exponents"):
+        experts, outputs, blocks = parameter.exponents.shape
+        return torch.Size((experts, blocks * MX_BLOCK, outputs))
     state = getattr(parameter, "quant_state", None)
     shape: torch.Size = state.shape if state is not None else parameter.shape
     return shape
@@ -57,8 +64,7 @@ def dtype_of(codes: Any) -> torch.dtype:
 
 def dequantized_bytes(codes: Any) -> int:
     """Return the size of the dequantized values."""
-    shape = codes.quant_state.shape if hasattr(codes, "quant_state") else codes.shape
-    return int(shape.numel()) * dtype_of(codes).itemsize
+    return shape_of(codes).numel() * dtype_of(codes).itemsize
 
 
 def dequantize(codes: Any) -> Tensor:
@@ -66,23 +72,45 @@ def dequantize(codes: Any) -> Tensor:
     if hasattr(codes, "quant_state"):
         whole: Tensor = _functional().dequantize_4bit(codes.data, codes.quant_state)
         return whole
-    return _from_int8(codes.data, codes.SCB, codes.compute_dtype)
+    return dequantize_experts(codes, 0, len(codes))
 
 
-def dequantize_expert(codes: Any, expert: int) -> Tensor:
-    """Return the matrix of one expert, as the model stores it, with the bits of `dequantize`."""
+def dequantize_experts(codes: Any, start: int, stop: int) -> Tensor:
+    """Return the matrices of some experts, as the model stores them, with the bits of `dequantize`."""
+    if hasattr(codes, "exponents"):
+        some = mxfp4(codes.data[start:stop], codes.exponents[start:stop]).to(codes.compute_dtype)
+        return some.transpose(1, 2).contiguous()
     if not hasattr(codes, "quant_state"):
-        return _from_int8(codes.data[expert], codes.SCB[expert], codes.compute_dtype)
+        return _from_int8(codes.data[start:stop], codes.SCB[start:stop], codes.compute_dtype)
     state = codes.quant_state
-    shape = state.shape[1:]
-    blocks = shape.numel() // BLOCK
-    one = type(state)(
-        absmax=_scales(state, expert * blocks, (expert + 1) * blocks), shape=shape, code=state.code,
-        blocksize=state.blocksize, quant_type=state.quant_type, dtype=state.dtype,
+    values = state.shape[1:].numel()
+    blocks = values // BLOCK
+    part = type(state)(
+        absmax=_scales(state, start * blocks, stop * blocks), shape=torch.Size((stop - start, *state.shape[1:])),
+        code=state.code, blocksize=state.blocksize, quant_type=state.quant_type, dtype=state.dtype,
     )  # fmt: skip
-    half = shape.numel() // 2
-    matrix: Tensor = _functional().dequantize_4bit(codes.data[expert * half : (expert + 1) * half], one)
-    return matrix
+    packed = codes.data[start * values // 2 : stop * values // 2]
+    matrices: Tensor = _functional().dequantize_4bit(packed, part)
+    return matrices
+
+
+def mxfp4(blocks: Tensor, exponents: Tensor) -> Tensor:
+    """Return float32 values [.., 32 G] of blocks [.., G, 16] and exponents [.., G]: level[code] * 2^(exponent - 127).
+
+    The lower half of a byte is the first of its two codes. Every value is one of bfloat16, too, unless its exponent is
+    at the end of the range.
+    """
+    pairs = _mx_pairs(blocks.device).index_select(0, blocks.reshape(-1).to(torch.int32))
+    values = pairs.view(*exponents.shape, MX_BLOCK)
+    return values.mul_((exponents.to(torch.float32) - 127).exp2()[..., None]).flatten(-2)
+
+
+@functools.cache
+def _mx_pairs(device: torch.device) -> Tensor:
+    """Return the two values of each byte: [256, 2]."""
+    levels = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=device)
+    levels, codes = torch.cat((levels, -levels)), torch.arange(256, device=device)
+    return torch.stack((levels[codes & 15], levels[codes >> 4]), dim=1)
 
 
 def _scales(state: Any, start: int, stop: int) -> Tensor:

@@ -8,6 +8,8 @@
                                         product and dropped, in the forward and again in the backward. Kept are x, the
                                         inputs of the gate, and codes. The outputs are not needed for the gradient of a
                                         score: it is <W2' dy, g> + <b2, dy>, and W2' dy is computed anyway.
+    groups of experts                   of 128 MiB, on GPUs with a kernel for grouped products (bfloat16, from compute
+                                        capability 8.0): launches for 128 experts would take longer than the products
 
     LoRA on experts    W_e + s B_e A_e, with A and B in float32 as well if x is in 16 bits: they are multiplied as
                        copies in the dtype of x, and their gradients are float32, as in ops/lora_linear.py
@@ -30,13 +32,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
+from torch.nn.functional import grouped_mm
 
 from lora_ft.ops.compute_copies import compute_copy
+from lora_ft.ops.device import target
+from lora_ft.ops.expert_codes import shape_of
 from lora_ft.ops.lora_linear import product
-from lora_ft.ops.weights import FrozenWeight, expert_weight
+from lora_ft.ops.weights import expert_weights
 
 Gate = Callable[[Tensor], Tensor]
+
+_GROUP_BYTES = 128 << 20  # of the weights of a group
 
 
 class ExpertLora(NamedTuple):
@@ -50,9 +56,9 @@ class ExpertLora(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """One parameter of experts: the frozen W [O, I] of an expert by its number, biases [E, O], and a LoRA."""
+    """One parameter of experts: weights(start, stop) returns the frozen [.., O, I] of some; biases [E, O], a LoRA."""
 
-    weight: Callable[[int], FrozenWeight]
+    weights: Callable[[int, int], Tensor]
     bias: Tensor | None = None
     lora: ExpertLora | None = None
 
@@ -95,53 +101,86 @@ def module_experts(
     index: Tensor,
     scores: Tensor,
     loras: Mapping[str, ExpertLora] = MappingProxyType({}),
-    weight: Callable[[nn.Module, str, int], FrozenWeight] = expert_weight,
+    weights: Callable[[nn.Module, str, int, int], Tensor] = expert_weights,
 ) -> Tensor:
     """Return what a module of experts returns for x, index and scores.
 
-    `loras` are those of its parameters by name. `weight` returns the weight of an expert of a parameter.
+    `loras` are those of its parameters by name. `weights` returns the weights of some experts of a parameter.
     """
     described: Any = module
     first, second = (
         Projection(
-            functools.partial(weight, module, name),
+            functools.partial(weights, module, name),
             getattr(module, f"{name}_bias").detach() if described.has_bias else None,
             loras.get(name),
         )
         for name in parameter_names(module)
     )
     gate = described._apply_gate if described.has_gate else described.act_fn
-    return experts(x, index, scores, first, second, gate, described.num_experts)
+    return experts(x, index, scores, first, second, gate, described.num_experts, _group_of(module, x))
+
+
+def _group_of(module: Any, x: Tensor) -> int:
+    """Return how many experts of a module are computed together."""
+    device = target(x.device)
+    sizes = [shape_of(module._parameters[name])[1:] for name in parameter_names(module)]
+    has_kernel = device.kind == "cuda" and device.capability >= (8, 0) and x.dtype is torch.bfloat16
+    if not has_kernel:
+        return 1
+    return max(1, _GROUP_BYTES // (x.itemsize * max(shape.numel() for shape in sizes)))
 
 
 def experts(
-    x: Tensor, index: Tensor, scores: Tensor, first: Projection, second: Projection, gate: Gate, num_experts: int
+    x: Tensor,
+    index: Tensor,
+    scores: Tensor,
+    first: Projection,
+    second: Projection,
+    gate: Gate,
+    num_experts: int,
+    group: int = 1,
 ) -> Tensor:
     """Return the weighted sum [T, O] of the outputs of each token's experts, in the dtype of x.
 
-    Weights and biases are frozen; x, scores and the matrices of the LoRAs get gradients.
+    Weights and biases are frozen; x, scores and the matrices of the LoRAs get gradients. The weights of `group` experts
+    exist at a time.
     """
     trained = [m for each in (first, second) for m in ((each.lora.a, each.lora.b) if each.lora else (None, None))]
     leaves = [each for each in (x, scores, *trained) if each is not None]
     keeps = torch.is_grad_enabled() and any(each.requires_grad for each in leaves)
-    result: Tensor = _Experts.apply(x, scores, *trained, _Layer(first, second, gate, _order(index, num_experts), keeps))
+    layer = _Layer(first, second, gate, _order(index, num_experts), group, keeps)
+    result: Tensor = _Experts.apply(x, scores, *trained, layer)
     return result
 
 
-class _Order(NamedTuple):
-    """Choices sorted by expert: the position of each in index.view(-1), its row of x, and the count of each expert."""
+class _Group(NamedTuple):
+    """Experts from `start` to `stop`: their span of the sorted choices, and the part of each expert within the span."""
 
+    start: int
+    stop: int
+    span: slice
+    parts: list[tuple[int, slice]]
+
+
+class _Order(NamedTuple):
+    """Choices sorted by expert: the expert of each, its position in index.view(-1), its row of x; ends: of experts."""
+
+    expert: Tensor
     choice: Tensor
     token: Tensor
-    counts: list[int]
+    ends: Tensor
+    on_host: list[int]
 
-    def spans(self) -> Iterator[tuple[int, slice]]:
-        """Yield each expert that has tokens, and its part of the sorted choices."""
-        start = 0
-        for expert, count in enumerate(self.counts):
-            if count:
-                yield expert, slice(start, start + count)
-            start += count
+    def groups(self, size: int) -> Iterator[_Group]:
+        """Yield the experts in groups of `size`, except for groups without tokens."""
+        edges = [0, *self.on_host]
+        for start in range(0, len(self.on_host), size):
+            stop = min(start + size, len(self.on_host))
+            first, last = edges[start], edges[stop]
+            if first < last:
+                inside = enumerate(pairwise(edges[start : stop + 1]), start)
+                parts = [(expert, slice(a - first, b - first)) for expert, (a, b) in inside if a < b]
+                yield _Group(start, stop, slice(first, last), parts)
 
 
 def _order(index: Tensor, num_experts: int) -> _Order:
@@ -150,7 +189,7 @@ def _order(index: Tensor, num_experts: int) -> _Order:
     on_host = ends.cpu().tolist()  # a GPU is waited for here, once a layer: the host chooses the weights
     if index.is_meta:  # no value tells: as if the experts had equal shares
         on_host = [index.numel() * (expert + 1) // num_experts for expert in range(num_experts)]
-    return _Order(choice, choice // index.shape[-1], [end - start for start, end in pairwise([0, *on_host])])
+    return _Order(ordered, choice, choice // index.shape[-1], ends, on_host)
 
 
 class _Layer(NamedTuple):
@@ -158,6 +197,7 @@ class _Layer(NamedTuple):
     second: Projection
     gate: Gate
     order: _Order
+    group: int
     keeps: bool  # what the backward needs
 
 
@@ -165,24 +205,24 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scores: Tensor, a1: Any, b1: Any, a2: Any, b2: Any, layer: _Layer) -> Tensor:
         first, second, order = layer.first, layer.second, layer.order
-        weights, flat, weighted, inputs = scores.reshape(-1, 1), scores.numel(), None, None
-        for expert, span in order.spans():
-            before = _project(x.index_select(0, order.token[span]), first, expert)
+        count, by_choice, weighted, inputs = order.on_host[-1], scores.reshape(-1, 1), None, None
+        for group in order.groups(layer.group):
+            before = _project(x.index_select(0, order.token[group.span]), first, order, group)
             if layer.keeps and inputs is None:
-                inputs = before.new_empty(sum(order.counts), before.shape[-1])
+                inputs = before.new_empty(count, before.shape[-1])
             if inputs is not None:
-                inputs[span] = before
-            y = _project(layer.gate(before), second, expert)
-            choice = order.choice[span]
-            y = y * weights.index_select(0, choice)
+                inputs[group.span] = before
+            y = _project(layer.gate(before), second, order, group)
+            choice = order.choice[group.span]
+            y = y * by_choice.index_select(0, choice)
             if weighted is None:
-                empty = y.new_zeros if sum(order.counts) < flat else y.new_empty
-                weighted = empty((flat, y.shape[-1]))
+                empty = y.new_zeros if count < len(by_choice) else y.new_empty
+                weighted = empty((len(by_choice), y.shape[-1]))
             weighted.index_copy_(0, choice, y)
-        ctx.layer = layer._replace(first=_without_lora(first), second=_without_lora(second))
+        ctx.layer = layer._replace(first=first._replace(lora=None), second=second._replace(lora=None))
         ctx.save_for_backward(x, scores, inputs, *_lows(first), *_lows(second))
         ctx.scalings = [each.lora.scaling if each.lora else 0.0 for each in (first, second)]
-        ctx.trained = [None if each is None else (each.shape, each.stride(), each.dtype) for each in (a1, b1, a2, b2)]
+        ctx.trained = [None if each is None else (each.shape, each.dtype) for each in (a1, b1, a2, b2)]
         if weighted is None:  # no token chose an expert
             return torch.zeros_like(x)
         return weighted.view(*scores.shape, -1).sum(dim=1).to(x.dtype)
@@ -197,34 +237,33 @@ class _Experts(torch.autograd.Function):
             for low_a, low_b, scaling in zip(lows[::2], lows[1::2], ctx.scalings, strict=True)
         ]
         first, second = (p._replace(lora=lora) for p, lora in zip((layer.first, layer.second), loras, strict=True))
-        weights, flat = scores.reshape(-1, 1), scores.numel()
-        exact = torch.promote_types(x.dtype, torch.float32)
-        da1, db1, da2, db2 = made = [None if like is None else _zeros(x, *like) for like in ctx.trained]
-        dx = x.new_zeros(flat, x.shape[-1]) if ctx.needs_input_grad[0] else None
-        dscores = weights.new_zeros(flat) if ctx.needs_input_grad[1] else None
-        for expert, span in order.spans():
-            token, choice = order.token[span], order.choice[span]
-            before = inputs[span]
+        by_choice, exact = scores.reshape(-1, 1), torch.promote_types(x.dtype, torch.float32)
+        da1, db1, da2, db2 = made = [
+            None if like is None else x.new_zeros(like[0], dtype=like[1]) for like in ctx.trained
+        ]
+        dx = x.new_zeros(len(by_choice), x.shape[-1]) if ctx.needs_input_grad[0] else None
+        dscores = by_choice.new_zeros(len(by_choice)) if ctx.needs_input_grad[1] else None
+        for group in order.groups(layer.group):
+            token, choice = order.token[group.span], order.choice[group.span]
             with torch.enable_grad():
-                leaf = before.detach().requires_grad_()
+                leaf = inputs[group.span].detach().requires_grad_()
                 after = layer.gate(leaf)
-            out = dy.index_select(0, token).to(after.dtype)
-            score = weights.index_select(0, choice)
-            h, through, dh = after.detach(), *_project_back(out, second, expert)
+            out, score, h = dy.index_select(0, token).to(after.dtype), by_choice.index_select(0, choice), after.detach()
+            through, dh = _project_back(out, second, order, group)
             if dscores is not None:
                 along = (dh.to(exact) * h.to(exact)).sum(dim=-1)
                 if second.bias is not None:
-                    along += out.to(exact) @ second.bias[expert].to(exact)
+                    along += (out.to(exact) * _biases(second, order, group).to(exact)).sum(dim=-1)
                 dscores.index_copy_(0, choice, along.to(dscores.dtype))
             if through is not None:
                 scaled = (out * score).to(out.dtype)
-                _add_lora_gradient(da2, db2, expert, second, scaled, (through * score).to(through.dtype), h)
+                _lora_gradient(da2, db2, second, order, group, scaled, (through * score).to(through.dtype), h)
             (dbefore,) = torch.autograd.grad(after, leaf, (dh * score).to(after.dtype))
             if dx is None and first.lora is None:
                 continue
-            through, din = _project_back(dbefore, first, expert, wanted=dx is not None)
+            through, din = _project_back(dbefore, first, order, group, wanted=dx is not None)
             if through is not None:
-                _add_lora_gradient(da1, db1, expert, first, dbefore, through, x.index_select(0, token))
+                _lora_gradient(da1, db1, first, order, group, dbefore, through, x.index_select(0, token))
             if dx is not None:
                 dx.index_copy_(0, choice, din.to(dx.dtype))
         if dx is not None:
@@ -232,45 +271,78 @@ class _Experts(torch.autograd.Function):
         return dx, None if dscores is None else dscores.view(scores.shape), *made, None
 
 
-def _without_lora(projection: Projection) -> Projection:
-    return projection._replace(lora=None)
-
-
 def _lows(projection: Projection) -> tuple[Tensor | None, Tensor | None]:
     return (projection.lora.low_a, projection.lora.low_b) if projection.lora else (None, None)
 
 
-def _zeros(like: Tensor, shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty_strided(shape, stride, dtype=dtype, device=like.device).zero_()
-
-
-def _project(rows: Tensor, projection: Projection, expert: int) -> Tensor:
-    """Return W x + b + s B (A x) of an expert."""
-    w = projection.weight(expert)()
+def _project(rows: Tensor, projection: Projection, order: _Order, group: _Group) -> Tensor:
+    """Return W x + b + s B (A x) of the experts of a group."""
+    w = projection.weights(group.start, group.stop)
     rows = rows.to(w.dtype)
-    y = linear(rows, w)
+    y = _product(rows, w.mT, order, group)
     if lora := projection.lora:
-        y.addmm_(rows @ lora.low_a[expert].T, lora.low_b[expert].T, alpha=lora.scaling)
+        through = _product(rows, lora.low_a[group.start : group.stop].mT, order, group)
+        _add_product(y, through, lora.low_b[group.start : group.stop].mT, lora.scaling, order, group)
     if projection.bias is not None:
-        y += projection.bias[expert].to(y.dtype)
+        y += _biases(projection, order, group).to(y.dtype)
     return y
 
 
-def _project_back(dy: Tensor, projection: Projection, expert: int, wanted: bool = True) -> tuple[Any, Any]:
+def _project_back(
+    dy: Tensor, projection: Projection, order: _Order, group: _Group, wanted: bool = True
+) -> tuple[Any, Any]:
     """Return s B' dy, None without a LoRA, and the gradient of the input, W' dy + A' (s B' dy), None if not wanted."""
-    lora = projection.lora
-    through = None if lora is None else dy @ lora.low_b[expert] * lora.scaling
-    if not wanted:
-        return through, None
-    dx = dy @ projection.weight(expert)()
-    return through, dx if lora is None else dx.addmm_(through, lora.low_a[expert])
+    lora, through, dx = projection.lora, None, None
+    if lora is not None:
+        through = _product(dy, lora.low_b[group.start : group.stop], order, group) * lora.scaling
+    if wanted:
+        dx = _product(dy, projection.weights(group.start, group.stop), order, group)
+        if lora is not None and through is not None:
+            _add_product(dx, through, lora.low_a[group.start : group.stop], 1.0, order, group)
+    return through, dx
 
 
-def _add_lora_gradient(
-    da: Any, db: Any, expert: int, projection: Projection, dy: Tensor, through: Tensor, rows: Tensor
+def _lora_gradient(
+    da: Any, db: Any, projection: Projection, order: _Order, group: _Group, dy: Tensor, through: Tensor, rows: Tensor
 ) -> None:
-    """Write the gradients of an expert's A and B, in their dtype."""
+    """Write the gradients of A and B of the experts of a group, in their dtype."""
     lora = projection.lora
     assert lora is not None
-    da[expert] = product(through.T, rows, da.dtype)
-    db[expert] = product(dy.T, rows @ lora.low_a[expert].T * lora.scaling, db.dtype)
+    through_a = _product(rows, lora.low_a[group.start : group.stop].mT, order, group) * lora.scaling
+    for expert, part in group.parts:
+        da[expert] = product(through[part].T, rows[part], da.dtype)
+        db[expert] = product(dy[part].T, through_a[part], db.dtype)
+
+
+def _product(rows: Tensor, matrices: Tensor, order: _Order, group: _Group) -> Tensor:
+    """Return rows @ matrix, for each row that of its expert; `matrices` are those of the group."""
+    if len(matrices) == 1:
+        return rows @ matrices[0]
+    if _is_aligned(rows) and _is_aligned(matrices):
+        return grouped_mm(rows, matrices, offs=_ends(order, group))
+    return torch.cat([rows[part] @ matrices[expert - group.start] for expert, part in group.parts])
+
+
+def _add_product(y: Tensor, rows: Tensor, matrices: Tensor, scaling: float, order: _Order, group: _Group) -> None:
+    """Add s rows @ matrix to y, for each row that of its expert."""
+    if len(matrices) == 1:
+        y.addmm_(rows, matrices[0], alpha=scaling)
+    else:
+        y.add_(_product(rows, matrices, order, group), alpha=scaling)
+
+
+def _is_aligned(matrix: Tensor) -> bool:
+    """Return True if grouped products take a matrix: they read 16 bytes at a time."""
+    return all(stride == 1 or stride * matrix.itemsize % 16 == 0 for stride in matrix.stride())
+
+
+def _ends(order: _Order, group: _Group) -> Tensor:
+    return (order.ends[group.start : group.stop] - group.span.start).to(torch.int32)
+
+
+def _biases(projection: Projection, order: _Order, group: _Group) -> Tensor:
+    """Return the biases of the experts of a group, a row for each choice or one for all."""
+    assert projection.bias is not None
+    if group.stop == group.start + 1:
+        return projection.bias[group.start : group.stop]
+    return projection.bias.index_select(0, order.expert[group.span])

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -73,7 +72,7 @@ def assemble(folder: Path, contents: Contents) -> Verification:
         fields = files.config_fields(contents.saved, contents.public)
         record = _record(contents, public_loading, tensors)
         # Saved again, because the metadata of the original file may be private.
-        durable.write_bytes(staging / files.WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+        files.write_weights(staging, tensors)
         durable.write_json(staging / files.CONFIG, fields)
         durable.write_json(staging / provenance.RECORD, record)
         durable.write_bytes(staging / verification.PROBE, contents.probe)

@@ -13,7 +13,6 @@ import copy
 import math
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from peft import LoraConfig
 from torch import Tensor
@@ -60,7 +59,7 @@ def convert(adapter: Path, saved: LoraConfig, out: Path) -> None:
     saved.init_lora_weights = True
     named = Identity(None, str(saved.base_model_name_or_path or ""), None, saved.revision, "", None)
     with durable.staged_folder(out) as staging:
-        durable.write_bytes(staging / files.WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+        files.write_weights(staging, tensors)
         durable.write_json(staging / files.CONFIG, files.config_fields(saved, named))
 
 

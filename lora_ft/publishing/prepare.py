@@ -17,6 +17,7 @@ from lora_ft.models.device import resolve_device
 from lora_ft.models.load import Identity
 from lora_ft.models.meta_model import load_meta_model
 from lora_ft.models.resolve import locate
+from lora_ft.models.stored import agreed
 from lora_ft.publishing import pissa_to_lora, secret_scan, training_summary, verification
 from lora_ft.publishing.package import Contents
 
@@ -31,8 +32,15 @@ def contents(cfg: config.PublishRun, adapter: Path, saved: LoraConfig, work: Pat
     known.
     """
     base_id, license_name = _base_id(cfg, adapter, saved), _license(cfg)
+    files_of_base = locate(cfg.model, weights=False).stored
+    if files_of_base and not files_of_base.trains:
+        raise ConfigError(
+            f"the files of the base hold its weights in {files_of_base.method}, which lora_ft dequantizes exactly: "
+            "transformers and PEFT alone would compute with other weights, so an adapter of this base cannot be "
+            "verified: merge it (lora-ft merge), or train it on the model in 16 bits"
+        )
     if pissa_to_lora.changes_base(saved):
-        if cfg.quant.kind is not QuantKind.none:
+        if agreed(cfg.quant, files_of_base).kind is not QuantKind.none:
             raise MismatchError(
                 f"{adapter}: with init_lora_weights={saved.init_lora_weights} an adapter of a quantized base cannot be "
                 "converted to a LoRA of the unchanged base"

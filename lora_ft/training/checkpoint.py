@@ -18,11 +18,11 @@ import hashlib
 import json
 import logging
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -30,6 +30,7 @@ from lora_ft import config, runs
 from lora_ft.errors import CheckpointError, ResourceError
 from lora_ft.evaluation.loss import EvalLoss
 from lora_ft.io import durable, untrusted
+from lora_ft.models import tensor_files
 from lora_ft.models.device import describe
 from lora_ft.training import optimizers
 from lora_ft.training.loss_scale import LossScale
@@ -63,11 +64,12 @@ def save(state: TrainingState) -> Path:
     path = state.folder / FOLDER / f"step-{state.step:08d}"
     if _problem(path) is None:
         return path
-    contents = {TENSORS: safetensors.torch.save(_tensors(state)), STATE: _json(_state(state))}
-    # Hashed in memory, so that the files read back are compared with the intended bytes.
-    intended = {n: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for n, data in contents.items()}
-    contents[MANIFEST] = _manifest(state.step, intended)
-    durable.write_files(path, contents)
+    intended: dict[str, dict[str, Any]] = {}
+    durable.write_files(path, {
+        TENSORS: _described_while_read(tensor_files.chunks(_tensors(state)), TENSORS, intended),
+        STATE: _described_while_read([_json(_state(state))], STATE, intended),
+        MANIFEST: _manifest_of_written(state.step, intended),
+    })  # fmt: skip
     if problem := _problem(path):
         raise CheckpointError(f"{path} was written, but {problem}")
     log.debug("checkpoint after step %d", state.step)
@@ -92,8 +94,7 @@ def resume(state: TrainingState) -> None:
     _check_inputs(found, saved["inputs"], state.inputs)
     for difference in _differences(saved["environment"], _environment(state)):
         log.warning("resuming in another environment, so the result may differ in its last bits: %s", difference)
-    untrusted.tensor_header(found / TENSORS, _MOST_HEADER_BYTES, CheckpointError)
-    _fill(state, saved, safetensors.torch.load((found / TENSORS).read_bytes()))
+    _fill(state, saved, found / TENSORS)
     durable.cut(state.folder / runs.METRICS, saved["metrics_bytes"])
     for path in _all(found.parent):
         if path.name > found.name:  # damaged; the log names it
@@ -147,12 +148,31 @@ def check_free_space(folder: Path, num_bytes: int) -> None:
         )
 
 
+def _described_while_read(
+    chunks: Iterable[durable.Buffer], name: str, described: dict[str, dict[str, Any]]
+) -> Iterator[durable.Buffer]:
+    """Yield the contents of a file, then add its size and sha256 to `described`.
+
+    So the files read back are compared with the intended bytes, of which memory holds only a part.
+    """
+    size, found = 0, hashlib.sha256()
+    for chunk in chunks:
+        size += memoryview(chunk).nbytes
+        found.update(chunk)
+        yield chunk
+    described[name] = {"bytes": size, "sha256": found.hexdigest()}
+
+
+def _manifest_of_written(step: int, described: dict[str, dict[str, Any]]) -> Iterator[durable.Buffer]:
+    """Yield the manifest; it is made when the files before it are written."""
+    yield _manifest(step, described)
+
+
 def _tensors(state: TrainingState) -> dict[str, Tensor]:
     tensors = {"values": state.flat.values, "losses": torch.tensor(state.losses, dtype=torch.float64)}
     if state.best_values is not None:
         tensors["best_values"] = state.best_values
-    tensors |= {f"optimizer.{key}": value for key, value in optimizers.state(state.optimizer).items()}
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return tensors | {f"optimizer.{key}": value for key, value in optimizers.state(state.optimizer).items()}
 
 
 def _state(state: TrainingState) -> dict[str, Any]:
@@ -194,15 +214,17 @@ def _check_inputs(path: Path, recorded: dict[str, str], inputs: dict[str, str]) 
         raise CheckpointError(f"{path} does not belong to this run: " + "; ".join(problems))
 
 
-def _fill(state: TrainingState, saved: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    state.flat.values.copy_(tensors["values"])
-    optimizers.restore(
-        state.optimizer, {k.removeprefix("optimizer."): t for k, t in tensors.items() if k.startswith("optimizer.")}
-    )
-    state.losses[:] = tensors["losses"].tolist()
+def _fill(state: TrainingState, saved: dict[str, Any], path: Path) -> None:
+    for name, tensor in tensor_files.read(path, _MOST_HEADER_BYTES, CheckpointError):
+        if name == "values":
+            state.flat.values.copy_(tensor)
+        elif name == "losses":
+            state.losses[:] = tensor.tolist()
+        elif name == "best_values":
+            state.best_values = tensor
+        else:
+            optimizers.restore(state.optimizer, name.removeprefix("optimizer."), tensor)
     state.evaluations[:] = [Evaluation(e["step"], EvalLoss(**e["result"])) for e in saved["evaluations"]]
-    if "best_values" in tensors:
-        state.best_values = tensors["best_values"]
     state.tokens, state.seconds = saved["tokens"], saved["seconds"]
     state.stopped_by = saved["stopped_by"]
     # A run of an earlier version has neither; its micro-batches are those of its settings.

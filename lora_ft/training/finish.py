@@ -87,7 +87,8 @@ def _compared(state: TrainingState, base: Base, comparisons: dict[object, Compar
 
 
 def _result(state: TrainingState, comparison: Comparison | None) -> Result:
-    weights = (state.folder / "adapter" / files.WEIGHTS).read_bytes()
+    with (state.folder / "adapter" / files.WEIGHTS).open("rb") as weights:
+        adapter_sha256 = hashlib.file_digest(weights, "sha256").hexdigest()
     patience = f"train.patience={state.cfg.train.patience}" if state.stopped_early else None
     return Result(
         eval_loss=comparison.adapter.loss if comparison else None,
@@ -103,7 +104,7 @@ def _result(state: TrainingState, comparison: Comparison | None) -> Result:
         train_seconds=state.seconds,
         trainable_parameters=state.num_trainable,
         peak_memory_bytes=peak_memory_bytes(state.base.device),
-        adapter_sha256=hashlib.sha256(weights).hexdigest(),
+        adapter_sha256=adapter_sha256,
         predicted_peak_bytes=state.predicted_peak_bytes,
         tokens_per_microbatch=state.tokens_per_microbatch,
         shrinks=state.shrinks,

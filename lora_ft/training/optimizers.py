@@ -112,20 +112,20 @@ def _own(name: str, value: Tensor | int) -> Tensor:
     return value.clone() if name.startswith("qmap") else value
 
 
-def restore(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Set the state of an optimizer that has taken no step to what `state` returned."""
-    for number, parameter in enumerate(_parameters(optimizer)):
-        found = {name.partition(".")[2]: value for name, value in tensors.items() if name.startswith(f"{number}.")}
-        memory = optimizer.state[parameter]
-        if hasattr(optimizer, "init_state"):  # bitsandbytes: its buffers may be paged, so they are filled in place
-            optimizer.init_state(optimizer.param_groups[number], parameter, number, 0)
-        for name, value in found.items():
-            if name not in memory:
-                memory[name] = value.to(parameter.device)
-            elif isinstance(memory[name], Tensor):
-                memory[name].copy_(value)
-            else:
-                memory[name] = value.item()
+def restore(optimizer: torch.optim.Optimizer, key: str, value: Tensor) -> None:
+    """Set one of the tensors that `state` returned, in an optimizer that has taken no step."""
+    number, _, name = key.partition(".")
+    parameter = _parameters(optimizer)[int(number)]
+    if parameter not in optimizer.state and hasattr(optimizer, "init_state"):
+        # bitsandbytes: its buffers may be paged, so they are filled in place.
+        optimizer.init_state(optimizer.param_groups[int(number)], parameter, int(number), 0)
+    memory = optimizer.state[parameter]
+    if name not in memory:
+        memory[name] = value.to(parameter.device)
+    elif isinstance(memory[name], Tensor):
+        memory[name].copy_(value)
+    else:
+        memory[name] = value.item()
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -16,7 +16,6 @@ from lora_ft.models.acceleration import Accelerated, accelerate
 from lora_ft.models.device import resolve_device
 from lora_ft.models.fingerprint import fingerprint
 from lora_ft.models.load import Base, load_base, load_tokenizer
-from lora_ft.ops import allocator
 from lora_ft.ops.dropout import switch_off_dropout
 from lora_ft.ops.kernels import choose_kernels
 from lora_ft.training.deterministic import fix_workspace
@@ -48,7 +47,6 @@ class Shared:
 
 def prepare(cfg: config.TrainRun) -> Shared:
     """Read the tokenizer and the rows of a run; no weights are loaded."""
-    allocator.configure()
     if cfg.train.deterministic:
         fix_workspace()  # before `check_machine`, which starts CUDA
     check_machine(cfg)
