@@ -2,8 +2,9 @@
 
     python benchmarks/experts.py --tokens 1024 --hidden 1024 --inner 384 --experts 64 --chosen 8
 
-The shape is that of Qwen3-30B-A3B (2,048; 768; 128; 8) by default divided by two, with 1,024 tokens. Kept: bytes that
-autograd keeps for the backward. On a GPU, `peak` is the most that both passes allocate.
+By default the shape is that of Qwen3-30B-A3B (2,048; 768; 128; 8) divided by two. Kept: bytes that autograd keeps for
+the backward. On a CPU the time is that of all threads, which other processes do not change much. On a GPU, `peak` is
+the most that both passes allocate.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from lora_ft import config
+from lora_ft.io import allocator
 from lora_ft.models import quantize, quantize_experts
 from lora_ft.ops.experts import module_experts
 
@@ -33,10 +35,12 @@ def main() -> None:
         "rounds": 5,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--quant", default="none,nf4,int8")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
-    for kind in ("none", "nf4", "int8"):
+    allocator.configure()
+    for kind in given.quant.split(","):
         module = made(given, kind)
         results = {name: measured(given, function) for name, function in functions(module)}
         for name, (seconds, kept, peak) in results.items():
@@ -83,20 +87,21 @@ def measured(given: Any, function: Callable[..., Tensor]) -> tuple[float, int, i
         kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    times = []
+    times: list[float] = []
     on_gpu = x.is_cuda
+    clock = time.perf_counter if on_gpu else time.process_time
     before = torch.cuda.memory_allocated() if on_gpu else 0
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     for _ in range(given.rounds + 1):
-        start = time.perf_counter()
+        start = clock()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             y = function(x, index, scores)
         bytes_kept = sum(kept.values())
         torch.autograd.grad(y, (x, scores), torch.ones_like(y))
         if on_gpu:
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
         del y
         kept.clear()
     return statistics.median(times[1:]), bytes_kept, torch.cuda.max_memory_allocated() - before if on_gpu else 0

@@ -1,16 +1,20 @@
 """Experts one at a time: values and gradients are those of transformers' own experts, in any dtype and routing."""
 
 import copy
+import functools
 from dataclasses import fields
 
 import pytest
 import torch
 from tiny import tiny_model
 from torch import Tensor, nn
+from transformers import AutoConfig
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from lora_ft import config
-from lora_ft.models import accelerated_experts
+from lora_ft.models import accelerated_experts, quantize_experts
 from lora_ft.models.acceleration import accelerated
+from lora_ft.models.quantize import bitsandbytes_config
 from lora_ft.ops import experts as ops_experts
 from lora_ft.ops.device import CPU, GPU, Target, standing_for
 from lora_ft.ops.experts import expert_lora, module_experts, parameter_names
@@ -140,6 +144,7 @@ def test_half_precision_value_without_lora_is_that_of_the_grouped_products_to_th
 def test_groups_of_experts_give_the_values_and_gradients_of_single_ones(family, kind, with_lora, monkeypatch):
     index, scores = routing(kind, torch.float32)
     module = module_of(family, torch.float32)
+    monkeypatch.setattr(ops_experts, "_group_of", lambda *_: 1)
     single = results(fast, module, index, scores, torch.float32, with_lora)
     right, grouped = ops_experts.grouped_mm, []
     monkeypatch.setattr(ops_experts, "grouped_mm", lambda *given, **more: grouped.append(1) or right(*given, **more))
@@ -150,14 +155,36 @@ def test_groups_of_experts_give_the_values_and_gradients_of_single_ones(family, 
         assert grouped.pop()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_experts_without_a_gate_compute_as_transformers_does(dtype):
+    shape = AutoConfig.for_model("nemotron_h", n_routed_experts=EXPERTS, hidden_size=64, moe_intermediate_size=32,
+                                 moe_latent_size=None, layers_block_type=["moe"])  # fmt: skip
+    shape._experts_implementation_internal = "eager" if dtype is torch.float64 else "grouped_mm"
+    module = NemotronHExperts(shape).to(dtype).requires_grad_(False)
+    for parameter in module.parameters():
+        parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    assert parameter_names(module) == ("up_proj", "down_proj")
+    index, scores = routing("balanced", dtype)
+    found = []
+    for function in (module, functools.partial(module_experts, module)):
+        x = torch.randn(TOKENS, 64, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+        leaf = scores.clone().requires_grad_()
+        y = function(x, index, leaf)
+        found.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), (x, leaf))])
+    tolerance = 1e-6 if dtype is torch.float64 else 0.02
+    assert all((a - b).norm() <= tolerance * b.norm() for a, b in zip(*found, strict=True))
+
+
 def test_groups_are_limited_by_their_bytes_and_by_the_kernel():
-    module = module_of("gpt_oss", torch.bfloat16)
-    x = torch.empty(3, 64, dtype=torch.bfloat16, device="meta")
-    one = 2 * 64 * 256
-    for device, expected in ((GPU, ops_experts._GROUP_BYTES // one), (Target("cuda", (7, 5)), 1), (CPU, 1)):
-        with standing_for(device):
-            assert ops_experts._group_of(module, x) == expected
-            assert ops_experts._group_of(module, x.float()) == 1
+    x, one = torch.empty(3, 64, dtype=torch.bfloat16, device="meta"), 2 * 64 * 256
+    plain, quantized = module_of("gpt_oss", torch.bfloat16), module_of("gpt_oss", torch.bfloat16)
+    quantize_experts.quantize(quantized, bitsandbytes_config(config.Quant(kind=config.QuantKind.nf4), torch.bfloat16))
+    devices = (GPU, Target("cuda", (7, 5)), CPU)
+    for module, expected in ((quantized, (ops_experts._GROUP_BYTES // one, 1, 1)), (plain, (EXPERTS, 1, EXPERTS))):
+        for device, size in zip(devices, expected, strict=True):
+            with standing_for(device):
+                assert ops_experts._group_of(module, x) == size
+                assert ops_experts._group_of(module, x.double()) == 1
 
 
 def test_backward_keeps_the_input_once_and_no_weight():

@@ -1,11 +1,10 @@
 """Make forwards of frozen experts that keep less for the backward (ops/experts.py).
 
-experts.forward(x, index, scores)    gradients enabled, weights frozen, on a CPU -> one expert after the other
+experts.forward(x, index, scores)    gradients enabled, weights frozen, on a CPU -> ops/experts.py
                                      anything else                              -> transformers' forward
 
-On a GPU, experts in 16 bits stay with transformers' grouped products: one launch computes all experts, and the host
-need not know how many tokens each has. Quantized experts are computed one after the other on every device
-(models/quantize_experts.py).
+On a GPU, experts in 16 bits stay with transformers' grouped products, for which the host need not know how many tokens
+each expert has. Quantized experts are computed by ops/experts.py on every device (models/quantize_experts.py).
 
 A class is compared with its own forward on a small copy with random weights, as in models/accelerated_blocks.py.
 """

@@ -9,7 +9,8 @@
                                         inputs of the gate, and codes. The outputs are not needed for the gradient of a
                                         score: it is <W2' dy, g> + <b2, dy>, and W2' dy is computed anyway.
     groups of experts                   of 128 MiB, on GPUs with a kernel for grouped products (bfloat16, from compute
-                                        capability 8.0): launches for 128 experts would take longer than the products
+                                        capability 8.0): launches for 128 experts would take longer than the products.
+                                        Weights that are not quantized need no buffer: all experts are one group
 
     LoRA on experts    W_e + s B_e A_e, with A and B in float32 as well if x is in 16 bits: they are multiplied as
                        copies in the dtype of x, and their gradients are float32, as in ops/lora_linear.py
@@ -34,9 +35,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm
 
+from lora_ft.ops import expert_codes
 from lora_ft.ops.compute_copies import compute_copy
 from lora_ft.ops.device import target
-from lora_ft.ops.expert_codes import shape_of
 from lora_ft.ops.lora_linear import product
 from lora_ft.ops.weights import expert_weights
 
@@ -122,12 +123,13 @@ def module_experts(
 
 def _group_of(module: Any, x: Tensor) -> int:
     """Return how many experts of a module are computed together."""
-    device = target(x.device)
-    sizes = [shape_of(module._parameters[name])[1:] for name in parameter_names(module)]
+    device, parameters = target(x.device), [module._parameters[name] for name in parameter_names(module)]
+    is_cpu, is_quantized = device.kind == "cpu", any(map(expert_codes.is_quantized, parameters))
     has_kernel = device.kind == "cuda" and device.capability >= (8, 0) and x.dtype is torch.bfloat16
-    if not has_kernel:
+    if not (has_kernel or (is_cpu and not is_quantized and x.dtype is not torch.float64)):
         return 1
-    return max(1, _GROUP_BYTES // (x.itemsize * max(shape.numel() for shape in sizes)))
+    sizes = [x.itemsize * expert_codes.shape_of(each)[1:].numel() for each in parameters]
+    return max(1, _GROUP_BYTES // max(sizes)) if is_quantized else int(module.num_experts)
 
 
 def experts(
@@ -214,7 +216,8 @@ class _Experts(torch.autograd.Function):
                 inputs[group.span] = before
             y = _project(layer.gate(before), second, order, group)
             choice = order.choice[group.span]
-            y = y * by_choice.index_select(0, choice)
+            score = by_choice.index_select(0, choice)
+            y = y.mul_(score) if y.dtype == score.dtype else y * score
             if weighted is None:
                 empty = y.new_zeros if count < len(by_choice) else y.new_empty
                 weighted = empty((len(by_choice), y.shape[-1]))
