@@ -23,6 +23,7 @@ from torch import nn
 
 from lora_ft import config, objectives
 from lora_ft.adapters import attach, files
+from lora_ft.adapters.text_path import text_path
 from lora_ft.models import quantize
 from lora_ft.models.described import Described
 from lora_ft.models.device import dtype_on
@@ -291,6 +292,7 @@ def _adapter_file(network: Any, cfg: config.TrainRun) -> int:
         codes = of_config(network.config)
         quant = agreed(cfg.quant, codes)
         planned = quantize.planned_layers(network, codes) if quant.kind is not config.QuantKind.none else []
+        planned += text_path(network).by_weight if codes and codes.is_fp8 else ()
         model = attach.attach(network.requires_grad_(False), cfg.adapter, NAME, cfg.seed, [], quantized=planned)
     return files.size_of(model, NAME) + 4 * added
 
