@@ -1,6 +1,6 @@
 """Which bases train on which cards: the table of the README, as `lora-ft plan` predicts it.
 
-    python benchmarks/fits.py                                   # all bases and cards; half an hour of one core
+    python benchmarks/fits.py                                   # all bases and cards; ten minutes of one core
     python benchmarks/fits.py --models qwen3_4b,llama3_1_8b     # some bases
 
 A cell names the weights (16 bits if rows of 2,048 tokens fit with them, else NF4), the longest row that fits if every
@@ -102,8 +102,7 @@ def made(overrides: list[str], known: Known) -> Plan:
 
 def need(plan: Plan) -> int:
     """Return the peak of the run: of its steps, or of loading the base."""
-    context = next((term.bytes for term in plan.prediction.terms if term.name == "context"), 0)
-    return max(plan.prediction.peak_bytes, plan.storage.loading_device_bytes + context)
+    return plan.prediction.needed_bytes
 
 
 def budget(plan: Plan) -> int:
@@ -118,7 +117,7 @@ def rows(models: list[str]) -> Iterator[tuple[str, ...]]:
     yield ("base", *CARDS)
     yield ("---",) * (1 + len(CARDS))
     for model in models:
-        known = Known()
+        known = Known(is_quick=True)
         yield (f"`{model}`", *(cell(model, card, known) for card in CARDS.values()))
 
 

@@ -38,7 +38,7 @@ def plan_jobs(jobs: Sequence[GridJob]) -> None:
     """Print the plans of the jobs of a sweep; raise ResourceError if a job does not fit."""
     if any(job.cfg.out or job.cfg.fit for job in jobs):
         raise ConfigError("out and fit are for the plan of one run: leave them out, or give one value to each setting")
-    known, plans = planning.Known(), []
+    known, plans = planning.Known(is_quick=True), []
     for job in jobs:
         try:
             plans.append((job.number, job.overrides, planning.make(job.cfg, job.cfg.hardware, False, known)))

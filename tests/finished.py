@@ -60,6 +60,16 @@ def adapted(cfg: config.TrainRun) -> tuple[Base, PeftModel]:
     return base, model.eval()
 
 
+def saved_adapter(tmp_path: Path, family: str, **options: Any) -> tuple[PeftModel, Path]:
+    """Attach a random adapter to a tiny model; return both, and the adapter's folder beside the base's."""
+    cfg = settings(tmp_path, family, **options)
+    base, model = adapted(cfg)
+    files.save(
+        model, "first", tmp_path / "adapter", base.tokenizer, provenance.Provenance(base.identity, cfg.quant, "d")
+    )
+    return model, tmp_path / "adapter"
+
+
 def finished_run(tmp_path: Path, family: str, *, name: str = "run", **options: Any) -> Path:
     """Create a run folder with an adapter in it; `options` are those of `settings`."""
     cfg = settings(tmp_path, family, **options)

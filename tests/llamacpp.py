@@ -1,14 +1,25 @@
 """Real llama.cpp in this process (xllamacpp): the log-probabilities of the token that follows a prompt.
 
 with_adapter = logprobs(tmp_path / "base.gguf", [[5, 99, 42]], adapter=tmp_path / "adapter.gguf")     # float64 [1, V]
+assert distance(with_adapter, expected(peft_model)) <= ALLOWED
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 import xllamacpp
+from peft import PeftModel
+from tiny import VOCABULARY
 
+from lora_ft.config import GgufType
+from lora_ft.export.gguf import adapter as gguf_adapter
+from lora_ft.export.gguf import model as gguf_model
+
+PROMPTS = [[5, 99, 42, 7, 300, 11], [11], [44, 20, 6, 350, 51, 8, 8, 90, 260, 33, 71, 2, 150]]
+ALLOWED = 5e-3  # log-probabilities: llama.cpp reads GELU from a table of float16
 _FORCED = [[20, 1000.0]]  # a printable token is generated, for half a character has no probabilities; they stay raw
 
 
@@ -35,3 +46,31 @@ def logprobs(model: Path, prompts: Sequence[list[int] | str], *, size: int, adap
             row[token["id"]] = token["logprob"]
     assert not np.isnan(found).any()
     return found
+
+
+def expected(model: torch.nn.Module, prompts: Sequence[list[int]] = PROMPTS) -> np.ndarray:
+    """Log-probabilities of a model of transformers, as `logprobs`."""
+    with torch.no_grad():
+        rows = [model(input_ids=torch.tensor([ids])).logits[0, -1].double() for ids in prompts]
+    return torch.log_softmax(torch.stack(rows), -1).numpy()
+
+
+def distance(found: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.abs(found - wanted).max())
+
+
+def with_files(base: Path, adapter: Path | None = None) -> np.ndarray:
+    """Write a base and an adapter of PEFT as GGUF files beside them; return what llama.cpp computes for PROMPTS."""
+    gguf_model.write(base, base.parent / "base.gguf", GgufType.f32)
+    written = base.parent / "adapter.gguf" if adapter else None
+    if adapter:
+        gguf_adapter.write(adapter, json.loads((base / "config.json").read_text()), written)
+    return logprobs(base.parent / "base.gguf", PROMPTS, size=VOCABULARY, adapter=written)
+
+
+def distance_of_adapter(model: PeftModel, adapter: Path, base: Path) -> float:
+    """Return the distance of llama.cpp with an adapter from PEFT with it, which the adapter alone far exceeds."""
+    found, wanted = with_files(base, adapter), expected(model)
+    with model.disable_adapter():
+        assert distance(expected(model), wanted) > 100 * ALLOWED
+    return distance(found, wanted)

@@ -19,6 +19,7 @@ from zoo import ZOO, zoo_folder, zoo_model
 
 import lora_ft
 from lora_ft import config
+from lora_ft.adapters.experts import expert_parameters
 from lora_ft.export.gguf import adapter as gguf_adapter
 from lora_ft.export.gguf import model as gguf_model
 from lora_ft.models.acceleration import Accelerated, accelerate
@@ -94,15 +95,11 @@ def row(name: str, folder: Path) -> Row:
 
 
 def _experts(model: Any, trained: list[str]) -> str:
-    """Say what a run with these trained parameters does with the experts, which are matrices in 3-D or in a list."""
-    experts = {
-        name.rpartition(".")[0]
-        for name, parameter in model.named_parameters()
-        if (parameter.ndim == 3 and "conv" not in name) or ".experts.0." in name
-    }
-    if not experts:
+    """Say what a run with these trained parameters does with the matrices of experts."""
+    modules = {name.rpartition(".")[0] for name in expert_parameters(model)}
+    if not modules:
         return "-"
-    return "trained" if any(f".{module}." in name for module in experts for name in trained) else "frozen"
+    return "trained" if all(any(f".{module}." in name for name in trained) for module in modules) else "frozen"
 
 
 def _quantized(base: Path, kind: str) -> Any:

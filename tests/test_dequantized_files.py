@@ -21,7 +21,9 @@ from lora_ft.config import QuantKind
 from lora_ft.errors import ConfigError
 from lora_ft.memory import planning
 from lora_ft.models import load, stored
+from lora_ft.models.acceleration import replaced_forwards
 from lora_ft.models.meta_model import load_meta_model, read_config
+from lora_ft.models.storage import dequantized_forwards
 from lora_ft.ops import expert_codes
 from lora_ft.ops.weights import ScaledLinear, float8_values, scaled
 
@@ -142,6 +144,15 @@ def test_dtype_and_quantization_of_the_run_apply_to_dequantized_weights(tmp_path
         assert found.quantized == expected.quantized
         assert len(found.quantized) == 14
         assert torch.equal(found.model(IDS).logits, expected.model(IDS).logits)
+
+
+def test_generation_on_a_cpu_dequantizes_stored_weights_once(tmp_path: Path) -> None:
+    base = base_of(folder_of(tmp_path, "fp8 ragged")[0])
+    expected = base.model(IDS).logits
+    forwards = dequantized_forwards(base.model)
+    assert len(forwards) == 14
+    with replaced_forwards(forwards):
+        assert torch.equal(base.model(IDS).logits, expected)
 
 
 def test_fp8_experts_equal_transformers_dequantization(tmp_path: Path) -> None:

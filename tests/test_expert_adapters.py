@@ -6,6 +6,7 @@ import itertools
 import json
 from pathlib import Path
 
+import packed_models
 import pytest
 import torch
 from finished import adapted, finished_run, settings
@@ -21,7 +22,7 @@ from zoo import zoo_config, zoo_folder, zoo_model
 
 import lora_ft
 from lora_ft import config
-from lora_ft.adapters import attach, audit, files, provenance, targets
+from lora_ft.adapters import attach, audit, files, provenance, summary, targets
 from lora_ft.adapters.experts import update
 from lora_ft.errors import ConfigError, MismatchError
 from lora_ft.export import combine, lora_weights
@@ -29,6 +30,7 @@ from lora_ft.memory.trace import trace_step
 from lora_ft.models.acceleration import accelerated_lora
 from lora_ft.models.fingerprint import fingerprint
 from lora_ft.models.load import Base, Identity, load_base, load_tokenizer
+from lora_ft.models.meta_model import load_meta_model
 from lora_ft.ops.expert_codes import is_quantized
 from lora_ft.publishing import compatibility, verify_worker
 from lora_ft.publishing.adapter_facts import Level
@@ -430,3 +432,22 @@ def test_adapter_of_experts_is_published_and_verified(name: str, quant: str, tmp
     run = finished_run(tmp_path, name, quant=quant)
     lora_ft.publish(run, f"dir:{tmp_path / 'out'}", ["device=cpu", "license=mit", "model.hub_id=x/y"])
     assert (tmp_path / "out" / files.WEIGHTS).is_file()
+
+
+def test_layers_of_fp8_files_that_peft_adapts_only_as_parameters_are_left_out(tmp_path: Path) -> None:
+    folder = zoo_folder(tmp_path, "deepseek_v3")
+    packed_models.rewrite(
+        folder,
+        {"quant_method": "fp8", "weight_block_size": [32, 32]},
+        lambda name, tensor: packed_models.fp8(tensor, 32, 32) if "_proj" in name and tensor.dim() == 2 else None,
+    )
+    cfg = config.TrainRun(device="cpu", adapter=config.Adapter(r=2, lora_alpha=4.0))
+    cfg.model.path = str(folder)
+    base = load_base(cfg.model, cfg.quant, "cpu")
+    selection = targets.select(base.model, cfg.adapter)
+    assert set(selection.left_out.values()) == {targets.QUANTIZED} and len(selection.experts) == 2
+    planned = summary.layers(load_meta_model(cfg.model, cfg.quant, "cpu", tiny_tokenizer()), cfg)
+    assert planned.targets == selection.counts()
+    model = attach.attach(base.model, cfg.adapter, "first", 0, [])
+    assert planned.trainable == sum(p.numel() for p in attach.trainable(model, "first").values())
+    logits(model)

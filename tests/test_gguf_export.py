@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from finished import saved_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PeftModel
+from llamacpp import ALLOWED, PROMPTS, distance, distance_of_adapter, expected
 from tiny import SPECIAL, VOCABULARY, tiny_model, tiny_tokenizer
 from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MistralConfig, Qwen2Config
@@ -34,10 +35,8 @@ from lora_ft.models import families, load
 from lora_ft.models.gguf import convert, reader
 from lora_ft.models.gguf.tokenizer import build
 
-PROMPTS = [[5, 99, 42, 7, 300, 11], [11], [44, 20, 6, 350, 51, 8, 8, 90, 260, 33, 71, 2, 150]]
 KINDS = {GgufType.f32: writer.Kind.F32, GgufType.f16: writer.Kind.F16, GgufType.bf16: writer.Kind.BF16,
          GgufType.q8_0: writer.Kind.Q8_0}  # fmt: skip
-ALLOWED = 5e-3  # log-probabilities: llama.cpp reads GELU from a table of float16
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -54,36 +53,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def adapter_of(tmp_path: Path, family: str, **options: Any) -> tuple[PeftModel, Path]:
-    """Create a tiny model with an adapter; return it and the adapter's folder, beside the base's."""
-    cfg = finished.settings(tmp_path, family, **options)
-    base, model = finished.adapted(cfg)
-    files.save(
-        model, "first", tmp_path / "adapter", base.tokenizer, provenance.Provenance(base.identity, cfg.quant, "d")
-    )
-    return model, tmp_path / "adapter"
-
-
 def base_config(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
-
-
-def expected(model: torch.nn.Module) -> np.ndarray:
-    with torch.no_grad():
-        rows = [model(input_ids=torch.tensor([ids])).logits[0, -1].double() for ids in PROMPTS]
-    return torch.log_softmax(torch.stack(rows), -1).numpy()
-
-
-def distance(found: np.ndarray, wanted: np.ndarray) -> float:
-    return float(np.abs(found - wanted).max())
-
-
-def in_llamacpp(tmp_path: Path, family: str, adapter: Path | None) -> np.ndarray:
-    gguf_model.write(tmp_path / family, tmp_path / "base.gguf", GgufType.f32)
-    if adapter:
-        gguf_adapter.write(adapter, base_config(tmp_path / family), tmp_path / "adapter.gguf")
-        adapter = tmp_path / "adapter.gguf"
-    return llamacpp.logprobs(tmp_path / "base.gguf", PROMPTS, size=VOCABULARY, adapter=adapter)
 
 
 # The adapter
@@ -94,12 +65,9 @@ def test_llamacpp_with_adapter_matches_peft(
     name: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     family, options = VARIANTS[name]
-    model, folder = adapter_of(tmp_path, family, **options)
-    found, wanted = in_llamacpp(tmp_path, family, folder), expected(model)
-    with model.disable_adapter():
-        assert distance(expected(model), wanted) > 100 * ALLOWED
-    record_property("figure", f"GGUF adapter {name}: {distance(found, wanted):.1e}")
-    assert distance(found, wanted) <= ALLOWED
+    away = distance_of_adapter(*saved_adapter(tmp_path, family, **options), tmp_path / family)
+    record_property("figure", f"GGUF adapter {name}: {away:.1e}")
+    assert away <= ALLOWED
 
 
 def unpermuted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +106,7 @@ def without_patterns(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_comparison_with_llamacpp_finds_a_wrong_writer(
     mutant: Callable[[Any], None], family: str, options: dict[str, Any], tmp_path: Path, monkeypatch: Any
 ) -> None:
-    model, folder = adapter_of(tmp_path, family, **options)
+    model, folder = saved_adapter(tmp_path, family, **options)
     gguf_model.write(tmp_path / family, tmp_path / "base.gguf", GgufType.f32)
     mutant(monkeypatch)
     gguf_adapter.write(folder, base_config(tmp_path / family), tmp_path / "adapter.gguf")
@@ -147,7 +115,7 @@ def test_comparison_with_llamacpp_finds_a_wrong_writer(
 
 
 def test_matrices_are_pefts_own_if_all_layers_have_one_scale(tmp_path: Path) -> None:
-    _, folder = adapter_of(tmp_path, "qwen3", use_rslora=True)
+    _, folder = saved_adapter(tmp_path, "qwen3", use_rslora=True)
     gguf_adapter.write(folder, base_config(tmp_path / "qwen3"), tmp_path / "a.gguf")
     found = reader.read(tmp_path / "a.gguf")
     stored = safetensors.torch.load_file(folder / files.WEIGHTS)
@@ -160,7 +128,7 @@ def test_matrices_are_pefts_own_if_all_layers_have_one_scale(tmp_path: Path) -> 
 
 
 def test_adapter_file_names_hub_ids_only_and_is_reproducible(tmp_path: Path) -> None:
-    _, folder = adapter_of(tmp_path, "llama")
+    _, folder = saved_adapter(tmp_path, "llama")
     fields = json.loads((folder / files.CONFIG).read_text())
     written = []
     for base in (str(tmp_path / "llama"), "org/tiny", "org/tiny"):
@@ -187,7 +155,7 @@ def test_adapter_file_names_hub_ids_only_and_is_reproducible(tmp_path: Path) -> 
 def test_unsupported_adapters_are_refused_with_a_remedy(
     family: str, options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    _, folder = adapter_of(tmp_path, family, **options)
+    _, folder = saved_adapter(tmp_path, family, **options)
     with pytest.raises((MismatchError, ConfigError), match=message):
         gguf_adapter.write(folder, base_config(tmp_path / family), tmp_path / "a.gguf")
     assert not (tmp_path / "a.gguf").exists()
@@ -212,7 +180,7 @@ def test_unsupported_adapters_are_refused_with_a_remedy(
     ],
 )
 def test_unsupported_peft_settings_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
-    _, folder = adapter_of(tmp_path, "llama")
+    _, folder = saved_adapter(tmp_path, "llama")
     fields = json.loads((folder / files.CONFIG).read_text())
     (folder / files.CONFIG).write_text(json.dumps(fields | change))
     with pytest.raises(MismatchError, match=message):
@@ -220,7 +188,7 @@ def test_unsupported_peft_settings_are_refused(change: dict[str, Any], message: 
 
 
 def test_adapters_that_do_not_fit_the_base_are_refused(tmp_path: Path) -> None:
-    _, folder = adapter_of(tmp_path, "llama", target_modules=["q_proj", "lm_head"])
+    _, folder = saved_adapter(tmp_path, "llama", target_modules=["q_proj", "lm_head"])
     fields = base_config(tmp_path / "llama")
     with pytest.raises(MismatchError, match="apply the adapter of lm_head to embedding and head"):
         gguf_adapter.write(folder, fields | {"tie_word_embeddings": True}, tmp_path / "a.gguf")

@@ -11,22 +11,19 @@ import llamacpp
 import numpy as np
 import pytest
 import torch
+from llamacpp import ALLOWED, PROMPTS, distance, distance_of_adapter, expected
 from peft import LoraConfig, PeftModel, get_peft_model
 from sentencepieces import bpe
 from tiny import VOCABULARY, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lora_ft.adapters import files, provenance
 from lora_ft.config import GgufType
 from lora_ft.errors import ConfigError
-from lora_ft.export.gguf import adapter as gguf_adapter
 from lora_ft.export.gguf import model as gguf_model
 from lora_ft.export.gguf.layout import Layout, layout_of
 from lora_ft.models import families
 from lora_ft.models.gguf import convert, reader
 
-PROMPTS = [[5, 99, 42, 7, 300, 11], [11], [44, 20, 6, 350, 51, 8, 8, 90, 260, 33, 71, 2, 150]]
-ALLOWED = 5e-3  # log-probabilities: llama.cpp reads GELU from a table of float16
 EXACT = 2e-5  # for families with SiLU
 UNITS = {GgufType.f16: 2**-11, GgufType.q8_0: 1 / 254}
 
@@ -93,28 +90,8 @@ def family_folder(tmp_path: Path, family: str, **changes: Any) -> Path:
     return tmp_path / family
 
 
-def expected(model: torch.nn.Module, prompts: list[list[int]] = PROMPTS) -> np.ndarray:
-    with torch.no_grad():
-        rows = [model(input_ids=torch.tensor([ids])).logits[0, -1].double() for ids in prompts]
-    return torch.log_softmax(torch.stack(rows), -1).numpy()
-
-
-def distance(found: np.ndarray, wanted: np.ndarray) -> float:
-    return float(np.abs(found - wanted).max())
-
-
 def loaded(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
-def adapter_of(tmp_path: Path, family: str, **options: Any) -> tuple[PeftModel, Path]:
-    """Attach a random adapter to the model in `tmp_path`; return it and the adapter's folder."""
-    cfg = finished.settings(tmp_path, family, **options)
-    base, model = finished.adapted(cfg)
-    files.save(
-        model, "first", tmp_path / "adapter", base.tokenizer, provenance.Provenance(base.identity, cfg.quant, "d")
-    )
-    return model, tmp_path / "adapter"
 
 
 # The model
@@ -175,15 +152,9 @@ def test_llamacpp_with_adapter_matches_peft(
     family: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     family_folder(tmp_path, family)
-    model, folder = adapter_of(tmp_path, family)
-    gguf_model.write(tmp_path / family, tmp_path / "base.gguf", GgufType.f32)
-    gguf_adapter.write(folder, json.loads((tmp_path / family / "config.json").read_text()), tmp_path / "a.gguf")
-    found = llamacpp.logprobs(tmp_path / "base.gguf", PROMPTS, size=VOCABULARY, adapter=tmp_path / "a.gguf")
-    wanted = expected(model)
-    with model.disable_adapter():
-        assert distance(expected(model), wanted) > 100 * ALLOWED
-    record_property("figure", f"GGUF adapter {family}: {distance(found, wanted):.1e}")
-    assert distance(found, wanted) <= (ALLOWED if family in GELU else EXACT)
+    away = distance_of_adapter(*finished.saved_adapter(tmp_path, family), tmp_path / family)
+    record_property("figure", f"GGUF adapter {family}: {away:.1e}")
+    assert away <= (ALLOWED if family in GELU else EXACT)
 
 
 # The comparison
@@ -319,16 +290,10 @@ def test_llamacpp_with_adapter_of_experts_matches_peft(
     record_property: Callable[[str, object], None],
 ) -> None:  # fmt: skip
     family_folder(tmp_path, family)
-    model, folder = expert_adapter(tmp_path, family, parameters, **options)
-    gguf_model.write(tmp_path / family, tmp_path / "base.gguf", GgufType.f32)
-    gguf_adapter.write(folder, json.loads((tmp_path / family / "config.json").read_text()), tmp_path / "a.gguf")
-    found = llamacpp.logprobs(tmp_path / "base.gguf", PROMPTS, size=VOCABULARY, adapter=tmp_path / "a.gguf")
-    wanted = expected(model)
-    with model.disable_adapter():
-        assert distance(expected(model), wanted) > 100 * ALLOWED
-    record_property("figure", f"GGUF adapter of experts {family}: {distance(found, wanted):.1e}")
-    assert distance(found, wanted) <= EXACT
-    assert reader.shape(reader.read(tmp_path / "a.gguf").tensors["blk.0.ffn_down_exps.weight.lora_a"])[0] == 4
+    away = distance_of_adapter(*expert_adapter(tmp_path, family, parameters, **options), tmp_path / family)
+    record_property("figure", f"GGUF adapter of experts {family}: {away:.1e}")
+    assert away <= EXACT
+    assert reader.shape(reader.read(tmp_path / "adapter.gguf").tensors["blk.0.ffn_down_exps.weight.lora_a"])[0] == 4
 
 
 # The command

@@ -10,6 +10,7 @@ import pytest
 from finished import call
 from rich.console import Console
 from tiny import FAMILIES, tiny_folder, tiny_model
+from transformers import LlamaConfig
 
 import lora_ft
 from lora_ft import config
@@ -98,6 +99,25 @@ def test_more_memory_never_fits_less_and_recomputes_no_more(bases: Path) -> None
     settings = [plan.gradient_checkpointing for plan in plans]
     assert settings[:2] == ["every_1"] * 2 and settings[2] in ("every_1", "every_2") and settings[3:] == ["off"] * 2
     assert [plan.left_bytes for plan in plans][1] == 0
+
+
+def test_loading_the_base_counts_if_it_needs_more_than_a_step(tmp_path: Path) -> None:
+    """A large layer is there twice while it is quantized to 8 bits."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 65536, "num_hidden_layers": 1, "vocab_size": 512}
+    LlamaConfig(**sizes, num_attention_heads=8, dtype="bfloat16").save_pretrained(tmp_path)
+    known, short = Known(), ("data.max_length=8", "train.tokens_per_step=8", "adapter.r=1", "quant=int8")
+    first = planned(tmp_path, *short, known=known)
+    found = first.prediction
+    assert found.loading_bytes == first.storage.loading_device_bytes + found.machine.context_bytes
+    assert found.needed_bytes == found.loading_bytes > found.peak_bytes
+    cfg, base = composed(tmp_path, *short), next(iter(known.bases.values()))
+    for budget, fits in ((found.loading_bytes - 1, False), (found.loading_bytes, True)):
+        machine = dataclasses.replace(found.machine, memory_bytes=budget, used_bytes=0)
+        made = planning.make_for(cfg, base, None, machine, None, known)
+        assert made.prediction.fits is fits and made.to_dict()["fits"] is fits
+        assert "GiB while the base is loaded" in shown(made)
+        # NF4 loads in less; neither shorter rows nor a smaller adapter do.
+        assert [each.changes for each in made.advice] == ([] if fits else [["quant.kind=nf4"]])
 
 
 def test_unknown_memory_has_no_verdict_and_recomputes_nothing(bases: Path) -> None:
@@ -281,7 +301,7 @@ def test_jobs_of_a_sweep_are_planned_and_equal_traces_shared(
     words = ("hardware.memory=24GiB", "adapter.r=2,4,8", "optim.lr=1e-4,1e-3", "seed=1,2", "train.max_steps=5")
     assert run(bases / "llama", *words) == 0
     out = capfd.readouterr().out
-    assert len(traced) == 3, out
+    assert len(traced) == 3 * 2, out  # of three ranks, models of two and of three layers
     rows = re.findall(r"^ *(\d+)  adapter\.r=(\d) optim\.lr=([\d.]+) seed=(\d) +([\d.]+)  fits", out, re.MULTILINE)
     assert [int(number) for number, *_ in rows] == list(range(12))
     assert len({row[1:4] for row in rows}) == 12

@@ -201,6 +201,40 @@ def test_a_run_on_quantized_files_from_check_to_merge(tmp_path: Path) -> None:
                 f"model.path={other}", "quant=fp4") == 5  # fmt: skip
 
 
+@pytest.mark.parametrize(("dtype", "cast"), [("float32", True), ("bfloat16", False)])
+def test_quantized_files_are_loaded_elsewhere_by_their_own_config(tmp_path: Path, dtype: str, cast: bool) -> None:
+    folder = quantized_folder(tmp_path, "llama", "nf4", torch.bfloat16)
+    model = config.Model(path=str(folder), dtype=config.Dtype[dtype])
+    base = load.load_base(model, config.Quant(), "cpu")
+    loading = provenance.loading(base, config.Quant(), model)
+    assert (loading.quantization, loading.cast, loading.dtype) == ({}, cast, dtype)
+    assert ("parameter.data.to(torch.float32)" in "\n".join(loading.lines("adapter"))) is cast
+    fields = json.loads(json.dumps(provenance.base_fields(base.identity)))
+    assert fields["stored"] == {"method": "bitsandbytes", "kind": "nf4", "double": False}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_an_adapter_of_quantized_files_is_published_with_their_id(tmp_path: Path, kind: str) -> None:
+    # The files name bfloat16; training and its check by transformers and PEFT alone compute in float32.
+    folder = quantized_folder(tmp_path, "llama", kind, torch.bfloat16)
+    words = ["model=local", f"model.path={folder}", f"data.path={rows_file(tmp_path)}", "data.eval_fraction=0",
+             "adapter.r=4", "train.max_steps=1", "device=cpu"]  # fmt: skip
+    lora_ft.train(lora_ft.compose("train", words), folder=tmp_path / "run")
+    lora_ft.publish(tmp_path / "run", f"dir:{tmp_path / 'package'}", ["model.hub_id=me/base-bnb", "license=mit"])
+    card = (tmp_path / "package" / "README.md").read_text()
+    assert "base_model: me/base-bnb\n" in card
+    assert f"whose files hold its weights in `bitsandbytes {kind}`" in card
+    assert "AutoModelForCausalLM.from_pretrained('me/base-bnb', dtype=torch.float32)" in card
+    assert "parameter.data = parameter.data.to(torch.float32)" in card
+    record = json.loads((tmp_path / "package" / "lora_ft.json").read_text())
+    assert record["base"]["stored"]["kind"] == record["quant"]["kind"] == kind
+    assert (
+        json.loads((tmp_path / "package" / "adapter_config.json").read_text())["base_model_name_or_path"]
+        == "me/base-bnb"
+    )
+
+
 def test_a_plan_counts_what_is_stored(tmp_path: Path) -> None:
     folder = quantized_folder(tmp_path, "llama", "nf4", bnb_4bit_use_double_quant=True)
     cfg = lora_ft.compose(

@@ -19,7 +19,7 @@ from lora_ft import config, runs
 from lora_ft.config import QuantKind
 from lora_ft.errors import MismatchError
 from lora_ft.io import untrusted
-from lora_ft.models import quantize
+from lora_ft.models import build, quantize
 from lora_ft.models.load import Base, Identity
 from lora_ft.models.stored import agreed
 
@@ -50,7 +50,7 @@ def record(tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, sourc
     """Return the contents of lora_ft.json; of the paths on this machine, only `model.path` is included."""
     return {
         "format": _FORMAT,
-        "base": _base_fields(source.base),
+        "base": base_fields(source.base),
         "quant": _quant_fields(agreed(source.quant, source.base.stored)),
         "data_sha256": source.data_sha256,
         **({"made_from": source.made_from} if source.made_from else {}),
@@ -60,7 +60,8 @@ def record(tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, sourc
     }
 
 
-def _base_fields(base: Identity) -> dict[str, Any]:
+def base_fields(base: Identity) -> dict[str, Any]:
+    """Return the fields of a base in lora_ft.json, without the folder on this machine."""
     fields = dataclasses.asdict(base) | {"folder": None}
     del fields["stored"]
     return fields | ({"stored": base.stored.record()} if base.stored else {})
@@ -145,6 +146,7 @@ class Loading:
     device: str
     experts: tuple[str, ...] = ()  # last parts of the names of quantized parameters of experts
     transposed: bool = False  # the matrices of the experts are [in, out]
+    cast: bool = False  # quantized files hold their other weights in another dtype, which transformers keeps
 
     def lines(self, adapter: str) -> list[str]:
         """Return the lines of Python that load the base with an adapter."""
@@ -157,6 +159,12 @@ class Loading:
         lines = [f"base = AutoModelForCausalLM.from_pretrained({', '.join(arguments)})"]
         if self.rows:
             lines.append(f"base.resize_token_embeddings({self.rows}, mean_resizing=False)")
+        if self.cast:
+            lines += [
+                "for parameter in base.parameters():",
+                "    if parameter.is_floating_point():",
+                f"        parameter.data = parameter.data.to(torch.{self.dtype})",
+            ]
         lines += self._rounded_experts()
         return [*lines, f"model = PeftModel.from_pretrained(base, {adapter!r})"]
 
@@ -193,12 +201,15 @@ def loading(base: Base, quant: config.Quant, model: config.Model) -> Loading:
     path = identity.id if identity.revision else identity.folder
     # Codes that train as they are stored are loaded as their own config says.
     files = identity.stored
-    quantization = {} if files and files.trains else _quantization(quant, dtype)
+    as_stored = files is not None and files.trains
+    quantization = {} if as_stored else _quantization(quant, dtype)
+    in_files = build.read_config(Path(str(identity.folder)), model.path).dtype if as_stored else None
     planned = [] if agreed(quant, files).kind is QuantKind.none else quantize.planned_experts(base.model, files)
     return Loading(
         str(path), identity.revision, dtype, quantization, rows, str(base.model.device),
         experts=tuple(sorted({".".join(name.replace(".base_layer", "").split(".")[-2:]) for name in planned})),
         transposed=any(base.model.get_submodule(name.rpartition(".")[0]).is_transposed for name in planned[:1]),
+        cast=as_stored and in_files is not base.model.dtype,
     )  # fmt: skip
 
 

@@ -90,14 +90,16 @@ def layers(base: Base, cfg: config.TrainRun) -> Layers:
     _check_bypassed(base.model, planned, quant)
     quantized = {f"{name}.weight" for name in planned if f"{name}.weight" in parameters}
     quantized |= set(quantize.planned_experts(base.model, of_files) if quantizes else [])
-    selection = targets.select(base.model, cfg.adapter, planned)
+    # Layers of FP8 files are plain ones in a model without weights.
+    rounded = [*planned, *(text_path(base.model).by_weight if of_files and of_files.is_fp8 else ())]
+    selection = targets.select(base.model, cfg.adapter, rounded)
     parts = account(base.model, selection, cfg.adapter)
     not_adapted = [name for name, part in parts.items() if part in SPECIAL]
     special = [name for name in parts if name in not_adapted or name in selection.experts]
     not_quantized = [name for name in special if quantizes and name not in quantized]
     token_ids = base.tokenizer.convert_tokens_to_ids(list(cfg.model.added_tokens))
     with torch.device("meta"):
-        model = attach.attach(base.model, cfg.adapter, _NAME, 0, token_ids, quantized=planned)
+        model = attach.attach(base.model, cfg.adapter, _NAME, 0, token_ids, quantized=rounded)
     init.find(cfg.adapter.init)
     if cfg.adapter.init_from:
         source = Path(cfg.adapter.init_from)

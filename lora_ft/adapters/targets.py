@@ -122,7 +122,8 @@ def _hindered(
 
 
 def _is_quantized(layer: Any) -> bool:
-    return type(layer.weight).__name__ in ("Params4bit", "Int8Params")
+    weight = layer._parameters.get("weight")  # layers of FP8 files have codes instead
+    return weight is None or not weight.is_floating_point()
 
 
 def _check_experts(

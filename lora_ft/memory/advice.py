@@ -24,7 +24,7 @@ from lora_ft.errors import LoraFtError
 from lora_ft.memory import cards, workload
 from lora_ft.memory.levers import Change, Lever, levers, longest_row
 from lora_ft.memory.machine import Machine, resolve
-from lora_ft.memory.prediction import Prediction, Traces, estimated_peak, predict
+from lora_ft.memory.prediction import Prediction, Traces, estimated_peak, loading_peak, predict
 from lora_ft.memory.workload import Workload
 
 _TRIES = 3
@@ -48,7 +48,7 @@ class Advice:
 
     def __str__(self) -> str:
         slower = "" if self.slowdown is None else f", {round(100 * self.slowdown):+d} % time"
-        return f"{' '.join(self.changes)}  ({self.prediction.peak_bytes / 2**30:.2f} GiB{slower}; {self.cost})"
+        return f"{' '.join(self.changes)}  ({self.prediction.needed_bytes / 2**30:.2f} GiB{slower}; {self.cost})"
 
 
 def advise(
@@ -58,15 +58,16 @@ def advise(
     machine: Machine,
     traces: Traces | None = None,
     now: Prediction | None = None,
+    is_loaded: bool = False,
 ) -> list[Advice]:
     """Return the changes with which a run fits, the cheapest first; each alone is enough. [] if none are, or unknown.
 
-    now: the run without advice, with which times are compared. `traces` shares traces with `predict`. Raises
-    ConfigError for a model that cannot be traced.
+    now: the run without advice, with which times are compared. is_loaded: the base has been loaded, so only steps must
+    fit. `traces` shares traces with `predict`. Raises ConfigError for a model that cannot be traced.
     """
     if machine.budget_bytes is None:
         return []
-    search = _Search(cfg, model_config, work, machine, {} if traces is None else traces, now)
+    search = _Search(cfg, model_config, work, machine, {} if traces is None else traces, now, is_loaded)
     found: dict[tuple[str, ...], tuple[tuple[float, ...], Advice]] = {}
     for group, needed in search.groups():
         if len(found) == _MOST:
@@ -83,7 +84,7 @@ def nearest_hardware(prediction: Prediction) -> str | None:
     Only GPUs that compute in the same way are looked at: with flash attention and bfloat16, or without.
     """
     now = prediction.machine
-    tensors = prediction.peak_bytes - now.context_bytes
+    tensors = prediction.needed_bytes - now.context_bytes
     for card in cards.cards():
         found = resolve(card.hardware, "cuda", rates=False)
         same = now.target.kind != "cuda" or found.target.has_flash >= now.target.has_flash
@@ -103,6 +104,7 @@ class _Search:
         machine: Machine,
         traces: Traces,
         now: Prediction | None,
+        is_loaded: bool,
     ) -> None:
         self.model_config, self.work, self.machine, self.traces, self.now = model_config, work, machine, traces, now
         found = levers(cfg, model_config, work, machine)
@@ -116,7 +118,7 @@ class _Search:
         )
         self.cfg = dataclasses.replace(cfg, train=train)
         self.peaks: dict[tuple[tuple[int, int], ...], float] = {}
-        self.budget = machine.budget_bytes or 0
+        self.budget, self.is_loaded = machine.budget_bytes or 0, is_loaded
 
     def groups(self) -> Iterator[tuple[list[Lever], Lever | None]]:
         """Yield levers to find a candidate in, and the one that it must have: the cheapest ones, then each alone."""
@@ -144,9 +146,10 @@ class _Search:
             if chosen is None:
                 return None
             found = self.predicted(chosen)
-            if found.fits:
+            peak = found.peak_bytes if self.is_loaded else found.needed_bytes
+            if peak <= self.budget:
                 return chosen, self.advice(chosen, found)
-            budget -= found.peak_bytes - self.budget + 0.002 * self.budget
+            budget -= peak - self.budget + 0.002 * self.budget
         return None
 
     def least(self, group: list[Lever], needed: Lever | None, budget: float) -> Chosen | None:
@@ -189,7 +192,8 @@ class _Search:
     def estimated(self, chosen: Chosen) -> float:
         """Return the peak with these levers, extrapolated from a few layers if the model has many."""
         cfg = self.changed(chosen)
-        return estimated_peak(cfg, self.model_config, recut(self.work, cfg), self.machine, self.traces)
+        peak = estimated_peak(cfg, self.model_config, recut(self.work, cfg), self.machine, self.traces)
+        return peak if self.is_loaded else max(peak, loading_peak(cfg, self.model_config, self.machine))
 
     def predicted(self, chosen: Chosen) -> Prediction:
         """Return the prediction with these levers, traced."""

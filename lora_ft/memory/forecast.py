@@ -4,8 +4,8 @@
     forecast.explain(...)     measured and predicted peak, changes that fit, the last checkpoint
     forecast.peak(...)        predicted_peak_bytes of result.json
 
-A run that surely fits is not traced at its start, and a short one not at all: a trace takes a tenth of a second for
-each layer of the model.
+A run that surely fits is not traced at its start, and a short one not at all: a trace takes a twentieth of a second for
+each layer of the model, of which at most eight are traced.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ from lora_ft.training.state import TrainingState
 log = logging.getLogger("lora_ft")
 
 _SHARE_OF_TIME = 0.02  # of a run, that a trace for its result may take
-_SECONDS_PER_LAYER = 0.1
+_SECONDS_PER_LAYER = 0.05
 _LESS = 0.95  # of the predicted peak, that another prediction may have after the run ran out of memory
 _ALLOCATOR = 64 << 20  # more than the gaps that a prediction of a small run allows for
 
@@ -69,7 +69,8 @@ class Forecast:
             needed = self._predict(_frugal(self.cfg, self.shared.rows.dataset), machine)
             if needed.fits:
                 return
-            figures = f"its {needed.phase} needs {_gb(needed.peak_bytes)}, and {_gb(budget)} are free"
+            what = "loading its base" if needed.loading_bytes > needed.peak_bytes else f"its {needed.phase}"
+            figures = f"{what} needs {_gb(needed.needed_bytes)}, and {_gb(budget)} are free"
             if refused := needed.least_bytes - self._mapped(needed) > budget:
                 figures += f". {_listed(self._advice(machine))}"
         except Exception as error:  # code of a model family that does not run without values
@@ -120,7 +121,7 @@ class Forecast:
             tensors = min(measured, int(_LESS * self._comparable(found)))
             most = tensors + found.peak_bytes - self._comparable(found)
             machine = dataclasses.replace(machine, memory_bytes=min(machine.budget_bytes or most, most), used_bytes=0)
-            advice = self._advice(machine)
+            advice = self._advice(machine, is_loaded=True)
         except Exception as error:
             log.debug("no advice: %r", error)
             figures, advice = f"{_gb(measured)} at the peak", []
@@ -169,9 +170,9 @@ class Forecast:
             return 0
         return sum(term.bytes for term in found.terms if term.name.startswith("base"))
 
-    def _advice(self, machine: Machine) -> list[Advice]:
+    def _advice(self, machine: Machine, is_loaded: bool = False) -> list[Advice]:
         work = of_rows(self.cfg, self.shared.rows.dataset)
-        return advise(self.cfg, self._model_config, work, machine, self._traces)
+        return advise(self.cfg, self._model_config, work, machine, self._traces, is_loaded=is_loaded)
 
 
 def _frugal(cfg: config.TrainRun, rows: Dataset) -> config.TrainRun:

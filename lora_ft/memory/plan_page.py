@@ -45,10 +45,11 @@ def title(plan: Plan) -> str:
 
 def verdict(found: Prediction) -> str:
     """Return the verdict in one line: fits: 7.9 of 23.0 GiB."""
-    peak, budget = found.peak_bytes / GIB, found.machine.budget_bytes
+    needed, budget = found.needed_bytes / GIB, found.machine.budget_bytes
+    when = " while the base is loaded" if found.loading_bytes > found.peak_bytes else ""
     if budget is None:
-        return f"needs {_gib(peak)} GiB; the memory of {found.machine.name} is not known"
-    return f"{'fits' if found.fits else 'does not fit'}: {_gib(peak)} of {_gib(budget / GIB)} GiB"
+        return f"needs {_gib(needed)} GiB{when}; the memory of {found.machine.name} is not known"
+    return f"{'fits' if found.fits else 'does not fit'}: {_gib(needed)} of {_gib(budget / GIB)} GiB{when}"
 
 
 def verdict_line(found: Prediction) -> Text:
@@ -72,6 +73,8 @@ def _terms(found: Prediction) -> Table:
             f"  {term.name}", hundredths(term.bytes), share(term.bytes, found.peak_bytes), Text(source, "dim")
         )
     table.add_row(Text("  peak", "bold"), Text(f"{found.peak_bytes / GIB:.2f}", "bold"), "", "")
+    if found.loading_bytes > found.peak_bytes:
+        table.add_row("  while the base is loaded", f"{found.loading_bytes / GIB:.2f}", "", "")
     machine = found.machine
     if machine.budget_bytes is not None and found.left_bytes is not None:
         others = f"{machine.memory_bytes / GIB:.1f} GiB" if machine.memory_bytes else ""
@@ -96,7 +99,7 @@ def _advice(plan: Plan) -> list[RenderableType]:
         change = "same" if abs(each.slowdown or 0) < 0.005 else f"{each.slowdown:+.0%}"
         slower = "" if each.slowdown is None else f", {change} time"
         table.add_row(f"{number}.", Text(" ".join(each.changes), "cyan"))
-        table.add_row("", Text(f"peak {hundredths(each.prediction.peak_bytes)} GiB{slower}: {each.cost}", "dim"))
+        table.add_row("", Text(f"peak {hundredths(each.prediction.needed_bytes)} GiB{slower}: {each.cost}", "dim"))
     effect = "saves memory" if plan.prediction.fits else "makes it fit"
     return [Text(), Text(f"each of these {effect}, the cheapest first", "bold"), table]
 
@@ -179,9 +182,7 @@ def file_facts(plan: Plan) -> Facts:
 def _loading(plan: Plan) -> Iterator[str]:
     stored, machine = plan.storage, plan.prediction.machine
     if machine.target.kind == "cuda":
-        needed = stored.loading_device_bytes + machine.context_bytes
-        over = machine.budget_bytes is not None and needed > machine.budget_bytes
-        yield f"{hundredths(needed)} GiB of the GPU{': more than it has' if over else ''}"
+        yield f"{hundredths(stored.loading_device_bytes + machine.context_bytes)} GiB of the GPU"
     yield f"{size(stored.loading_host_bytes)} of main memory and {size(stored.mapped_bytes)} of mapped files"
 
 

@@ -31,7 +31,7 @@ def table(plans: Sequence[tuple[int, list[str], Plan]]) -> RenderableType:
         own = " ".join(each for each in overrides if each not in shared) or "as all"
         fits = {True: Text("fits", "green"), False: Text("does not fit", "red"), None: Text("unknown", "yellow")}
         made.add_row(
-            str(number), own, f"{found.peak_bytes / GIB:.2f}", fits[found.fits],
+            str(number), own, f"{found.needed_bytes / GIB:.2f}", fits[found.fits],
             f"{speed:,.0f}" if speed else "?", duration(plan.seconds),
             size(plan.storage.run_bytes),
         )  # fmt: skip
@@ -40,7 +40,7 @@ def table(plans: Sequence[tuple[int, list[str], Plan]]) -> RenderableType:
 
 def _sum(plans: Sequence[tuple[int, list[str], Plan]]) -> str:
     made = [plan for _, _, plan in plans]
-    worst = max(made, key=lambda plan: plan.prediction.peak_bytes)
+    worst = max(made, key=lambda plan: plan.prediction.needed_bytes)
     seconds = None if any(plan.seconds is None for plan in made) else sum(plan.seconds or 0 for plan in made)
     time = "time unknown" if seconds is None else duration(seconds)
     disk = f"{size(sum(plan.storage.run_bytes for plan in made))} on the disk"

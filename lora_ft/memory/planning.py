@@ -74,6 +74,7 @@ class Plan:
             },
             "fits": found.fits,
             "peak_bytes": found.peak_bytes,
+            "loading_bytes": found.loading_bytes,
             "left_bytes": found.left_bytes,
             "phase": found.phase,
             "terms": [dataclasses.asdict(term) for term in found.terms],
@@ -103,12 +104,16 @@ class Plan:
 
 @dataclass
 class Known:
-    """Values that the plans of several runs share: traces, and configs of bases, rows and devices by their settings."""
+    """Values that the plans of several runs share: traces, and configs of bases, rows and devices by their settings.
+
+    is_quick: trace three layers of models whose layers are alike; the plans have no timeline of all layers.
+    """
 
     traces: Traces = field(default_factory=dict)
     bases: dict[str, Described] = field(default_factory=dict)
     datasets: dict[str, Dataset] = field(default_factory=dict)
     machines: dict[str, Machine] = field(default_factory=dict)
+    is_quick: bool = False
 
 
 def make(
@@ -142,7 +147,7 @@ def make_for(
     if cfg.train.tokens_per_microbatch == "auto":
         cfg = _with_micro_batch(cfg, base, rows, machine, known.traces)
     work = workload_of(cfg, base, rows)
-    found = predict(cfg, base.config, work, machine, known.traces)
+    found = predict(cfg, base.config, work, machine, known.traces, known.is_quick)
     cfg = _with_train(cfg, gradient_checkpointing=found.gradient_checkpointing)
     stored = storage(cfg, base.config, found.trace.num_trainable, work.steps, base, machine.target)
     changes: list[Advice] = []

@@ -25,6 +25,7 @@ from lora_ft.memory.deepened import FEW, MORE, are_alike, deepened
 from lora_ft.memory.machine import Machine
 from lora_ft.memory.roofline import StepTime, step_time
 from lora_ft.memory.shallow import ENOUGH, extrapolated, num_layers, shallow
+from lora_ft.memory.storage import loading_bytes
 from lora_ft.memory.trace import StepTrace, trace_step
 from lora_ft.memory.workload import Workload
 from lora_ft.memory.workspaces import SLACK_SHARE, allocator_slack, workspaces
@@ -50,6 +51,7 @@ _NOT_TRACED = {
 Traces = dict[str, StepTrace]
 """Traces by everything that they depend on, shared by predictions."""
 
+_known_loading: dict[str, int] = {}
 _known_layers: "dict[tuple[str, type, str], _Layers]" = {}
 
 
@@ -69,7 +71,8 @@ class Prediction:
 
     phase: forward, loss, backward or optimizer, in which the peak occurs. gradient_checkpointing: off or every_k, what
     auto chooses on this machine. trace: of the largest micro-batch. typical: of `workload.typical_micro_batch`.
-    time: of a step of median size, None if the rates of the machine are unknown.
+    time: of a step of median size, None if the rates of the machine are unknown. loading_bytes: of a GPU while the base
+    is loaded, its context included; 0 on a CPU.
     """
 
     machine: Machine
@@ -80,11 +83,17 @@ class Prediction:
     trace: StepTrace
     typical: StepTrace
     time: StepTime | None = None
+    loading_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
-        """All terms: the memory that the run needs at its peak."""
+        """All terms: the memory that a step needs at its peak."""
         return sum(term.bytes for term in self.terms)
+
+    @property
+    def needed_bytes(self) -> int:
+        """The memory that the run needs: for a step, or to load the base if that is more."""
+        return max(self.peak_bytes, self.loading_bytes)
 
     @property
     def least_bytes(self) -> int:
@@ -93,13 +102,13 @@ class Prediction:
 
     @property
     def left_bytes(self) -> int | None:
-        """Bytes of the budget that the peak leaves, negative if it does not fit; None if the memory is unknown."""
+        """Bytes of the budget that the run leaves, negative if it does not fit; None if the memory is unknown."""
         budget = self.machine.budget_bytes
-        return None if budget is None else budget - self.peak_bytes
+        return None if budget is None else budget - self.needed_bytes
 
     @property
     def fits(self) -> bool | None:
-        """True if the peak is within the machine's budget; None if its memory is unknown."""
+        """True if loading and steps are within the machine's budget; None if its memory is unknown."""
         return None if self.left_bytes is None else self.left_bytes >= 0
 
 
@@ -133,19 +142,29 @@ def predict(
         chosen = dataclasses.replace(cfg, train=train)
         typical = _traced(chosen, model_config, workload.typical_micro_batch, machine, traces, is_quick)
     time = step_time(typical.costs, machine, len(workload.typical))
-    return dataclasses.replace(found, typical=typical, time=time)
+    return dataclasses.replace(
+        found, typical=typical, time=time, loading_bytes=loading_peak(cfg, model_config, machine)
+    )
+
+
+def loading_peak(cfg: config.TrainRun, model_config: Any, machine: Machine) -> int:
+    """Return the bytes of a GPU while the base is loaded, its context included; 0 on a CPU."""
+    chosen = validation.to_plain(cfg.quant), cfg.model.dtype, cfg.objective.name, dataclasses.astuple(machine.target)
+    key = f"{chosen} {model_config.to_json_string(use_diff=False)}"
+    if key not in _known_loading:
+        _known_loading[key] = loading_bytes(cfg, model_config, machine.target)
+    return _known_loading[key] + machine.context_bytes if _known_loading[key] else 0
 
 
 def estimated_peak(
     cfg: config.TrainRun, model_config: Any, workload: Workload, machine: Machine, traces: Traces
 ) -> float:
     """Return the peak as a few traced layers tell it; `train.gradient_checkpointing` is off or every_k."""
-    workload = dataclasses.replace(workload, typical=[workload.largest])  # nothing else is traced
 
     def peak(setting: str, model_config: Any) -> int:
         train = dataclasses.replace(cfg.train, gradient_checkpointing=setting)
         with_setting = dataclasses.replace(cfg, train=train)
-        return predict(with_setting, model_config, workload, machine, traces, is_quick=True).peak_bytes
+        return _predict(with_setting, model_config, workload, machine, traces, is_quick=True).peak_bytes
 
     return extrapolated(peak, cfg.train.gradient_checkpointing, model_config, _grows_evenly(cfg, model_config))
 

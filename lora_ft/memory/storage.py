@@ -16,13 +16,14 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from lora_ft import config, objectives
 from lora_ft.adapters import attach, files
+from lora_ft.adapters.text_path import text_path
 from lora_ft.models import quantize
 from lora_ft.models.described import Described
 from lora_ft.models.device import dtype_on
@@ -71,10 +72,6 @@ class Storage:
         """Download, converted weights and run folder."""
         return self.download_bytes + self.converted_bytes + self.run_bytes
 
-    def is_peak(self, training_bytes: int) -> bool:
-        """Return True if loading needs more memory of the GPU than a step's `training_bytes` of tensors."""
-        return self.loading_device_bytes > training_bytes
-
 
 def storage(
     cfg: config.TrainRun,
@@ -89,19 +86,8 @@ def storage(
     Raises the errors of `attach` for an adapter that does not fit the base.
     """
     stored = (base.dtype if base else model_config.dtype) or torch.float32
-    model_config = copy.deepcopy(model_config)  # a model sets its dtype
-    with torch.device("meta"):
-        network = objectives.find(cfg.objective).model_class.from_config(
-            model_config, dtype=dtype_on(cfg.model.dtype, device)
-        )
-    files = of_config(model_config)
-    quant = agreed(cfg.quant, files)
-    if files and not files.trains:  # dequantized weights are new tensors, whatever their dtype
-        stored = torch.uint8
-        if quant.kind is config.QuantKind.none:
-            keep_meta(network, files)
-        files = None
-    weights = list(_weights(network, quant, files))
+    loaded = _load(cfg, model_config, device, stored)
+    network, weights, files, stored = loaded.network, loaded.weights, loaded.files, loaded.stored
     in_files = (
         base.weight_bytes if base and base.weight_bytes else sum(each.in_files(files, stored) for each in weights)
     )
@@ -119,6 +105,38 @@ def storage(
         loading_host_bytes=on_host,
         mapped_bytes=in_files,
     )
+
+
+def loading_bytes(cfg: config.TrainRun, model_config: Any, device: Target = GPU) -> int:
+    """Return the peak of a GPU's memory while the base is loaded; 0 on a CPU."""
+    if device.kind != "cuda":
+        return 0
+    loaded = _load(cfg, model_config, device, torch.float32)
+    return _loading(loaded.weights, device, loaded.stored, loaded.files)[0]
+
+
+class _Loaded(NamedTuple):
+    """The model without values, its parameters, the codes of its files that train as stored, and the files' dtype."""
+
+    network: Any
+    weights: list["_Weight"]
+    files: Stored | None
+    stored: torch.dtype
+
+
+def _load(cfg: config.TrainRun, model_config: Any, device: Target, stored: torch.dtype) -> _Loaded:
+    model_config = copy.deepcopy(model_config)  # a model sets its dtype
+    model_class, dtype = objectives.find(cfg.objective).model_class, dtype_on(cfg.model.dtype, device)
+    with torch.device("meta"):
+        network = model_class.from_config(model_config, dtype=dtype)
+    files = of_config(model_config)
+    quant = agreed(cfg.quant, files)
+    if files and not files.trains:  # dequantized weights are new tensors, whatever their dtype
+        stored = torch.uint8
+        if quant.kind is config.QuantKind.none:
+            keep_meta(network, files)
+        files = None
+    return _Loaded(network, list(_weights(network, quant, files)), files, stored)
 
 
 @dataclass(frozen=True)
@@ -274,6 +292,7 @@ def _adapter_file(network: Any, cfg: config.TrainRun) -> int:
         codes = of_config(network.config)
         quant = agreed(cfg.quant, codes)
         planned = quantize.planned_layers(network, codes) if quant.kind is not config.QuantKind.none else []
+        planned += text_path(network).by_weight if codes and codes.is_fp8 else ()
         model = attach.attach(network.requires_grad_(False), cfg.adapter, NAME, cfg.seed, [], quantized=planned)
     return files.size_of(model, NAME) + 4 * added
 

@@ -11,6 +11,7 @@ The packaged copies hold the architecture of the bases of conf/model/, and dtype
 Training reads the config that comes with the weights.
 """
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -62,7 +63,9 @@ def described(model: config.Model) -> Described:
         found = _packaged(model.hub_id) if model.path.startswith("package:") else None
         if found is None:
             raise
-        return found
+        # Training will convert the package's 4-bit weights to float32; the copy has the dtype of those on the hub.
+        found.config.dtype = None
+        return dataclasses.replace(found, dtype=torch.float32, weight_bytes=None)
     if path is None:
         return _of_hub_id(model)
     if path.suffix == ".gguf":

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_ft.ops import expert_codes
 from lora_ft.ops.experts import is_experts, module_experts, parameter_names
-from lora_ft.ops.weights import FrozenWeight, frozen_linear, frozen_weight
+from lora_ft.ops.weights import FrozenWeight, ScaledLinear, frozen_linear, frozen_weight
 
 _MOST_DEQUANTIZED_BYTES = 2 << 30  # half a billion float32 weights; larger models generate from their small weights
 
@@ -124,12 +124,17 @@ def _of_whole(whole: dict[str, Tensor], module: Any, name: str, start: int, stop
 def _is_stored_small(module: Any) -> bool:
     # Layers stored in another dtype than they compute in have this attribute.
     compute = getattr(module, "compute_dtype", None)
-    return isinstance(compute, torch.dtype) and module.weight.is_cpu and frozen_weight(module, compute) is not None
+    return isinstance(compute, torch.dtype) and _stored(module).is_cpu and frozen_weight(module, compute) is not None
+
+
+def _stored(layer: Any) -> Any:
+    """Return the weight as it is stored; to ask a layer in FP8 for its weight would make it."""
+    return layer.codes if isinstance(layer, ScaledLinear) else layer.weight
 
 
 def _dequantized_bytes(layer: Any) -> int:
-    state = getattr(layer.weight, "quant_state", None)
-    elements: int = (layer.weight if state is None else state).shape.numel()
+    state = getattr(_stored(layer), "quant_state", None)
+    elements: int = (_stored(layer) if state is None else state).shape.numel()
     return elements * int(layer.compute_dtype.itemsize)
 
 

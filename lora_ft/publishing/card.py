@@ -53,7 +53,8 @@ class CardContents:
 def render(contents: CardContents) -> str:
     """Return the whole card."""
     config, record, loading, summary = contents.config, contents.record, contents.loading, contents.summary
-    weights = (record.get("base") or {}).get("weights_sha256") or {}
+    base = record.get("base") or {}
+    weights, stored = base.get("weights_sha256") or {}, base.get("stored") or {}
     settings = {
         "r": config.get("r"),
         "lora_alpha": config.get("lora_alpha"),
@@ -65,7 +66,8 @@ def render(contents: CardContents) -> str:
     merge, curve = summary.merge if summary else None, CURVE if CURVE in contents.files else None
     text = _template().render(
         name=contents.name, method=_method(config), base=loading.path, revision=loading.revision, dtype=loading.dtype,
-        resized_rows=loading.rows, quant=(record.get("quant") or {}).get("kind", "none"), license=contents.license,
+        resized_rows=loading.rows, quant=(record.get("quant") or {}).get("kind", "none"),
+        stored=" ".join(str(stored[key]) for key in ("method", "kind") if key in stored), license=contents.license,
         summary=summary, curve=curve, merge=list(_flat(merge)) if merge else [],
         ways=list(_ways(contents)), rank=max([config.get("r", 0), *(config.get("rank_pattern") or {}).values()]),
         verdicts=[v for v in contents.verdicts if v.program != FILES], data_sha256=record.get("data_sha256"),

@@ -95,7 +95,7 @@ def _record(contents: Contents, public_loading: provenance.Loading, tensors: dic
     record = provenance.record(
         tensors, contents.tokenizer, provenance.Provenance(contents.public, contents.quant, None)
     )
-    base = dataclasses.asdict(contents.public) | {"folder": None}
+    base = provenance.base_fields(contents.public)
     loading = {key: value for key, value in dataclasses.asdict(public_loading).items() if key != "device"}
     return record | {key: kept[key] for key in record if key in kept} | {"base": base, "loading": loading}
 

@@ -37,10 +37,16 @@ def load(folder: str, base: dict[str, Any]) -> PeftModel:
     quantization = dict(base["quantization"])
     if "bnb_4bit_compute_dtype" in quantization:
         quantization["bnb_4bit_compute_dtype"] = getattr(torch, quantization["bnb_4bit_compute_dtype"])
+    # None would hide the quantization that files name in their own config.
+    given = {"quantization_config": BitsAndBytesConfig(**quantization)} if quantization else {}
     model = AutoModelForCausalLM.from_pretrained(
         base["path"], revision=base["revision"], dtype=dtype, device_map={"": base["device"]}, use_safetensors=True,
-        trust_remote_code=False, quantization_config=BitsAndBytesConfig(**quantization) if quantization else None,
+        trust_remote_code=False, **given,
     )  # fmt: skip
+    if base["cast"]:  # of quantized files transformers keeps the dtype
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
     if base["rows"]:
         model.resize_token_embeddings(base["rows"], mean_resizing=False)
     round_experts(model, base)
