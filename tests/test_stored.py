@@ -264,7 +264,13 @@ def test_other_methods_are_refused_before_a_download(tmp_path: Path, method: str
         ConfigError, match=rf"is already quantized \({method}\).*set model\.path to the model in 16 bits"
     ):
         resolve.check_config(folder)
-    assert call("check", "model=local", f"model.path={folder}", f"data.path={rows_file(tmp_path)}") == 2
+
+
+def test_a_refused_quantization_is_a_usage_error(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path, "llama")
+    rewrite(folder, quantization_config={"quant_method": "hqq"})
+    for command in ("check", "plan"):
+        assert call(command, "model=local", f"model.path={folder}", f"data.path={rows_file(tmp_path)}") == 2
 
 
 @pytest.mark.parametrize(
