@@ -7,9 +7,10 @@ that differ from the defaults.
     lora-ft train model=smollm2_135m adapter.r=8        # composes conf/train.yaml over TrainRun
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, Self
 
 from lora_ft.settings.data import Data
 from lora_ft.settings.model import Adapter, Model, Objective, Quant, RecordedQuant
@@ -82,6 +83,10 @@ class TrainRun:
         text=True,
         on_resume=OnResume.free,
     )
+
+    def with_train(self, **values: Any) -> Self:
+        """Return a copy with other values of settings of `train`."""
+        return replace(self, train=replace(self.train, **values))
 
 
 @dataclass(slots=True)

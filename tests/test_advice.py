@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from tiny import tiny_model
+from zoo import zoo_config
 
 from lora_ft import config
 from lora_ft.config import Optimizer, QuantKind
@@ -35,6 +36,21 @@ def machine(kind: str, budget: int) -> Machine:
     return Machine("test", {"cuda": GPU, "cpu": CPU}[kind], budget)
 
 
+def test_experts_can_be_left_frozen_where_they_are_trained() -> None:
+    gpu, moe = machine("cuda", 2**40), zoo_config("qwen3_moe")
+
+    def options(model_config: Any = moe, **adapter: Any) -> list[levers.Change]:
+        cfg = settings(adapter=config.Adapter(**adapter))
+        found = levers.levers(cfg, model_config, workload.of_settings(cfg), gpu)
+        return [option for lever in found if lever.name == "experts" for option in lever.options]
+
+    assert options() == options(experts=True, target_modules=["q_proj"]) == [{"adapter.experts": False}]
+    assert options(experts=False) == options(target_modules=["q_proj"]) == options(lora_dropout=0.1) == []
+    assert options(zoo_config("llama")) == []
+    trained = predict(settings(), moe, workload.of_settings(settings()), gpu)
+    assert planned_again(settings(), ["adapter.experts=false"], moe, gpu).peak_bytes < trained.peak_bytes
+
+
 def planned_again(cfg: config.TrainRun, changes: list[str], model_config: Any, device: Machine) -> Prediction:
     """Predict with the overrides as they are typed."""
     for change in changes:
@@ -44,7 +60,7 @@ def planned_again(cfg: config.TrainRun, changes: list[str], model_config: Any, d
             now = getattr(now, name)
         kind = type(now) if not isinstance(now, str | int | None) or isinstance(now, bool) else None
         typed: Any = value
-        if kind is bool:
+        if kind is bool or key == "adapter.experts":
             typed = value == "true"
         elif isinstance(now, (Optimizer, QuantKind, config.TooLong)):
             typed = type(now)(value)

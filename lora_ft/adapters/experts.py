@@ -32,7 +32,7 @@ from lora_ft.ops.experts import module_experts
 
 def expert_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """Return the parameters that hold a matrix for each expert, quantized or not, by name, in the model's order."""
-    counts = _expert_counts(model)
+    counts = expert_counts(model.config)
     return {
         f"{prefix}.{key}" if prefix else key: parameter
         for prefix, module in model.named_modules()
@@ -42,9 +42,9 @@ def expert_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     }
 
 
-def _expert_counts(model: PreTrainedModel) -> set[int]:
-    """Return the values of settings such as num_local_experts and moe_num_experts."""
-    settings = vars(model.config.get_text_config())
+def expert_counts(model_config: Any) -> set[int]:
+    """Return the values of settings such as num_local_experts and moe_num_experts; none for a model without experts."""
+    settings = vars(model_config.get_text_config())
     return {
         value
         for key, value in settings.items()

@@ -111,12 +111,10 @@ class _Search:
         self.visible = [lever for lever in found if not lever.hidden]
         self.hidden = [lever for lever in found if lever.hidden]
         self.order = {lever: number for number, lever in enumerate(found)}
-        train = dataclasses.replace(
-            cfg.train,
+        self.cfg = cfg.with_train(
             gradient_checkpointing=cfg.train.gradient_checkpointing.replace("auto", "off"),
             tokens_per_microbatch=cfg.train.microbatch_limit,
         )
-        self.cfg = dataclasses.replace(cfg, train=train)
         self.peaks: dict[tuple[tuple[int, int], ...], float] = {}
         self.budget, self.is_loaded = machine.budget_bytes or 0, is_loaded
 
@@ -220,26 +218,20 @@ class _Search:
         visible = {lever: option for lever, option in chosen.items() if not lever.hidden}
         changes = [f"{key}={_typed(value)}" for key, value in self.changes(visible).items()]
         costs = [lever.cost for lever in sorted(visible, key=lambda lever: self.order[lever])]
-        time = _seconds_per_token(found)
-        slowdown = time / self.time - 1 if time and self.time else None
+        speed = found.tokens_per_second
+        slowdown = self.speed / speed - 1 if speed and self.speed else None
         return Advice(changes, found, "; ".join(costs), slowdown)
 
     @functools.cached_property
-    def time(self) -> float | None:
-        """Seconds per token without advice; None if they are not known."""
-        return _seconds_per_token(self.now or self.predicted(self.strongest([])))
+    def speed(self) -> float | None:
+        """Tokens per second without advice; None if they are not known."""
+        return (self.now or self.predicted(self.strongest([]))).tokens_per_second
 
     def rank(self, chosen: Chosen, slowdown: float | None) -> tuple[float, ...]:
         """Return a key that sorts by what changes the result, then by time, then by the most costly lever."""
         used = sorted((self.order[lever] for lever in chosen if not lever.hidden), reverse=True)
         quality = max((self.order[lever] for lever in chosen if lever.quality), default=-1)
         return quality, round(slowdown or 0.0, 2), *used
-
-
-def _seconds_per_token(found: Prediction) -> float | None:
-    work = found.workload
-    # As many tokens as were timed: of micro-batches that differ, all count as the one that was traced.
-    return found.time.seconds / (len(work.typical) * sum(work.typical_micro_batch)) if found.time else None
 
 
 def _prefixes(group: Sequence[Lever]) -> Iterator[list[Lever]]:

@@ -82,12 +82,9 @@ class Forecast:
 
     def follow(self, state: TrainingState) -> None:
         """Take over the settings that the state has settled."""
-        train = dataclasses.replace(
-            self.cfg.train,
-            gradient_checkpointing=state.gradient_checkpointing,
-            tokens_per_microbatch=state.tokens_per_microbatch,
+        self.cfg = self.cfg.with_train(
+            gradient_checkpointing=state.gradient_checkpointing, tokens_per_microbatch=state.tokens_per_microbatch
         )
-        self.cfg = dataclasses.replace(self.cfg, train=train)
 
     def peak(self) -> int | None:
         """Return the predicted peak, to compare with `metrics.peak_memory_bytes`; None if it is not worth the time.
@@ -100,8 +97,7 @@ class Forecast:
         machine = self._machine
 
         def peak(setting: str, model_config: Any) -> float:
-            train = dataclasses.replace(self.cfg.train, gradient_checkpointing=setting)
-            cfg = dataclasses.replace(self.cfg, train=train)
+            cfg = self.cfg.with_train(gradient_checkpointing=setting)
             return self._comparable(self._predict(cfg, machine, model_config))
 
         try:
@@ -155,8 +151,7 @@ class Forecast:
         return read_config(self.cfg.model)
 
     def _predict(self, cfg: config.TrainRun, machine: Machine, model_config: Any = None) -> Prediction:
-        work = of_rows(cfg, self.shared.rows.dataset)
-        work = dataclasses.replace(work, typical=[work.largest])  # nothing else is traced
+        work = of_rows(cfg, self.shared.rows.dataset).of_largest()
         return predict(cfg, model_config or self._model_config, work, machine, self._traces)
 
     def _comparable(self, found: Prediction) -> int:
@@ -177,13 +172,11 @@ class Forecast:
 
 def _frugal(cfg: config.TrainRun, rows: Dataset) -> config.TrainRun:
     """Return the settings with auto at its most frugal."""
-    train = cfg.train
-    if train.gradient_checkpointing == "auto":
-        train = dataclasses.replace(train, gradient_checkpointing="every_1")
-    if train.tokens_per_microbatch == "auto":
-        longest = max(longest_group(rows.train), longest_group(rows.eval))
-        train = dataclasses.replace(train, tokens_per_microbatch=longest)
-    return dataclasses.replace(cfg, train=train)
+    if cfg.train.gradient_checkpointing == "auto":
+        cfg = cfg.with_train(gradient_checkpointing="every_1")
+    if cfg.train.tokens_per_microbatch == "auto":
+        cfg = cfg.with_train(tokens_per_microbatch=max(longest_group(rows.train), longest_group(rows.eval)))
+    return cfg
 
 
 def _bound(cfg: config.TrainRun, found: DryRun, model_config: Any) -> int:

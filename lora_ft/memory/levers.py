@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_ft import config
+from lora_ft.adapters.experts import expert_counts, hindrance
+from lora_ft.adapters.targets import ALL_LINEAR
 from lora_ft.config import Optimizer, QuantKind, TooLong
 from lora_ft.memory.auto import settings_of
 from lora_ft.memory.machine import Machine
@@ -54,6 +56,7 @@ def levers(cfg: config.TrainRun, model_config: Any, workload: Workload, machine:
         Lever("int8", tuple(_quantized(quant, QuantKind.int8)), "rounds the frozen weights to 8 bits", quality=True),
         Lever("nf4", tuple(_quantized(quant, QuantKind.nf4)), "rounds the frozen weights to 4 bits", quality=True),
         Lever("rank", tuple(_ranks(cfg)), "a smaller adapter", quality=True),
+        Lever("experts", tuple(_experts(cfg, model_config)), "leaves the experts frozen", quality=True),
         Lever("rows", tuple(_rows(cfg, workload)), "shorter rows", quality=True),
     ]  # fmt: skip
     if machine.target.kind == "cuda":
@@ -115,6 +118,13 @@ def _ranks(cfg: config.TrainRun) -> Iterator[Change]:
         alpha = {} if adapter.use_rslora else {"adapter.lora_alpha": adapter.lora_alpha * rank / adapter.r}
         yield {"adapter.r": rank, **alpha}  # the scale stays
         rank //= 2
+
+
+def _experts(cfg: config.TrainRun, model_config: Any) -> Iterator[Change]:
+    adapter = cfg.adapter
+    chosen = ALL_LINEAR in adapter.target_modules if adapter.experts is None else adapter.experts
+    if chosen and expert_counts(model_config) and not hindrance(adapter):
+        yield {"adapter.experts": False}
 
 
 def _rows(cfg: config.TrainRun, workload: Workload) -> Iterator[Change]:

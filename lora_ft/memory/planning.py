@@ -48,9 +48,7 @@ class Plan:
     @property
     def tokens_per_second(self) -> float | None:
         """Speed of a step of median size; None if the rates of the machine are unknown."""
-        time, work = self.prediction.time, self.prediction.workload
-        # As many tokens as were timed: of micro-batches that differ, all count as the one that was traced.
-        return len(work.typical) * sum(work.typical_micro_batch) / time.seconds if time else None
+        return self.prediction.tokens_per_second
 
     @property
     def seconds(self) -> float | None:
@@ -148,7 +146,7 @@ def make_for(
         cfg = _with_micro_batch(cfg, base, rows, machine, known.traces)
     work = workload_of(cfg, base, rows)
     found = predict(cfg, base.config, work, machine, known.traces, known.is_quick)
-    cfg = _with_train(cfg, gradient_checkpointing=found.gradient_checkpointing)
+    cfg = cfg.with_train(gradient_checkpointing=found.gradient_checkpointing)
     stored = storage(cfg, base.config, found.trace.num_trainable, work.steps, base, machine.target)
     changes: list[Advice] = []
     nearest = None
@@ -163,32 +161,28 @@ def _with_micro_batch(
     cfg: config.TrainRun, base: Described, rows: Dataset | None, machine: Machine, traces: Traces
 ) -> config.TrainRun:
     """Return the settings with the micro-batch, and the recomputation, of the fastest step that fits."""
-    whole = _with_train(cfg, tokens_per_microbatch=None)
+    whole = cfg.with_train(tokens_per_microbatch=None)
     work = workload_of(whole, base, rows)
     sizes = Sizes(work.longest, sum(work.largest), work.typical_tokens)
 
     @functools.cache
     def predicted(setting: str, tokens: int) -> Prediction:
-        chosen = _with_train(whole, gradient_checkpointing=setting, tokens_per_microbatch=tokens)
+        chosen = whole.with_train(gradient_checkpointing=setting, tokens_per_microbatch=tokens)
         work = workload_of(chosen, base, rows)
         # A micro-batch as full as the setting allows, of which the time is asked as well.
-        return predict(chosen, base.config, dataclasses.replace(work, typical=[work.largest]), machine, traces)
+        return predict(chosen, base.config, work.of_largest(), machine, traces)
 
     def seconds(setting: str, tokens: int) -> float:
         time = predicted(setting, tokens).time
         return time.seconds if time else predicted(setting, tokens).trace.flops
 
     if machine.budget_bytes is None:
-        return _with_train(cfg, tokens_per_microbatch=sizes.most)
+        return cfg.with_train(tokens_per_microbatch=sizes.most)
     layers = num_layers(base.config)
     settings = settings_of(layers) if cfg.train.gradient_checkpointing == "auto" else [cfg.train.gradient_checkpointing]
     needed = lambda setting, tokens: predicted(setting, tokens).peak_bytes  # noqa: E731
     setting, tokens = fastest(settings, sizes, needed, seconds, machine.budget_bytes)
-    return _with_train(cfg, gradient_checkpointing=setting, tokens_per_microbatch=tokens)
-
-
-def _with_train(cfg: config.TrainRun, **values: Any) -> config.TrainRun:
-    return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, **values))
+    return cfg.with_train(gradient_checkpointing=setting, tokens_per_microbatch=tokens)
 
 
 def workload_of(cfg: config.TrainRun, base: Described, rows: Dataset | None) -> Workload:

@@ -91,6 +91,13 @@ class Prediction:
         return sum(term.bytes for term in self.terms)
 
     @property
+    def tokens_per_second(self) -> float | None:
+        """Speed of a step of median size; None if the rates of the machine are unknown."""
+        # As many tokens as were timed: of micro-batches that differ, all count as the one that was traced.
+        tokens = len(self.workload.typical) * sum(self.workload.typical_micro_batch)
+        return tokens / self.time.seconds if self.time else None
+
+    @property
     def needed_bytes(self) -> int:
         """The memory that the run needs: for a step, or to load the base if that is more."""
         return max(self.peak_bytes, self.loading_bytes)
@@ -129,8 +136,8 @@ def predict(
     traces = {} if traces is None else traces
 
     def with_recompute(setting: str, model_config: Any = model_config) -> Prediction:
-        train = dataclasses.replace(cfg.train, gradient_checkpointing=setting)
-        return _predict(dataclasses.replace(cfg, train=train), model_config, workload, machine, traces, is_quick)
+        chosen = cfg.with_train(gradient_checkpointing=setting)
+        return _predict(chosen, model_config, workload, machine, traces, is_quick)
 
     setting = cfg.train.gradient_checkpointing
     if setting == "auto":
@@ -138,8 +145,7 @@ def predict(
     found = with_recompute(setting)
     typical = found.trace
     if list(workload.typical_micro_batch) != list(workload.largest):
-        train = dataclasses.replace(cfg.train, gradient_checkpointing=setting)
-        chosen = dataclasses.replace(cfg, train=train)
+        chosen = cfg.with_train(gradient_checkpointing=setting)
         typical = _traced(chosen, model_config, workload.typical_micro_batch, machine, traces, is_quick)
     time = step_time(typical.costs, machine, len(workload.typical))
     return dataclasses.replace(
@@ -162,9 +168,8 @@ def estimated_peak(
     """Return the peak as a few traced layers tell it; `train.gradient_checkpointing` is off or every_k."""
 
     def peak(setting: str, model_config: Any) -> int:
-        train = dataclasses.replace(cfg.train, gradient_checkpointing=setting)
-        with_setting = dataclasses.replace(cfg, train=train)
-        return _predict(with_setting, model_config, workload, machine, traces, is_quick=True).peak_bytes
+        chosen = cfg.with_train(gradient_checkpointing=setting)
+        return _predict(chosen, model_config, workload, machine, traces, is_quick=True).peak_bytes
 
     return extrapolated(peak, cfg.train.gradient_checkpointing, model_config, _grows_evenly(cfg, model_config))
 
@@ -210,8 +215,8 @@ def _fewest_recomputed(
         return "off"
 
     def estimated(setting: str) -> float:
-        train = dataclasses.replace(cfg.train, gradient_checkpointing=setting)
-        return estimated_peak(dataclasses.replace(cfg, train=train), model_config, workload, machine, traces)
+        chosen = cfg.with_train(gradient_checkpointing=setting)
+        return estimated_peak(chosen, model_config, workload, machine, traces)
 
     has_many = num_layers(model_config) > ENOUGH
     needed = lambda setting: predicted(setting).peak_bytes  # noqa: E731

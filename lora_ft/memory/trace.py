@@ -135,11 +135,10 @@ def trace_loaded(state: TrainingState, lengths: Sequence[int], gradient_checkpoi
 
     The state does not change. An adapter that is attached and accelerated is traced as it is.
     """
-    train = dataclasses.replace(state.cfg.train, gradient_checkpointing=gradient_checkpointing)
     device = target(state.base.device)
     with standing_for(device), torch.random.fork_rng(devices=[]), Meter() as meter, as_with_values(lengths):
         meter.phase = "base"
-        cfg = dataclasses.replace(state.cfg, train=train)
+        cfg = state.cfg.with_train(gradient_checkpointing=gradient_checkpointing)
         return _trace(meter, cfg, on_meta(state.model), state.paths, lengths, [])
 
 
@@ -235,8 +234,8 @@ def _dataset(lengths: Sequence[int]) -> Dataset:
 
 def _two_steps(cfg: config.TrainRun, tokens: int) -> config.TrainRun:
     """Return the settings of a run of two steps, each with all documents."""
-    train = dataclasses.replace(cfg.train, max_steps=2, tokens_per_step=tokens)
-    return dataclasses.replace(cfg, train=train, optim=dataclasses.replace(cfg.optim, warmup_steps=0))
+    cfg = cfg.with_train(max_steps=2, tokens_per_step=tokens)
+    return dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, warmup_steps=0))
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ of_settings(cfg)          without rows: every micro-batch is full, of rows of da
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -43,6 +43,10 @@ class Workload:
         """Documents of the micro-batch of that step whose size is nearest to the mean."""
         mean = self.typical_tokens / len(self.typical)
         return min(self.typical, key=lambda lengths: abs(sum(lengths) - mean))
+
+    def of_largest(self) -> "Workload":
+        """Return the work as if its steps were the largest micro-batch alone: nothing else is traced."""
+        return replace(self, typical=[self.largest])
 
 
 def of_rows(cfg: config.TrainRun, dataset: Dataset, packs: bool = True) -> Workload:
