@@ -243,7 +243,7 @@ def test_other_base_under_the_same_name_is_refused(tmp_path: Path, capsys: pytes
     [
         ({"alora_invocation_tokens": [1]}, r"alora_invocation_tokens=\[1\], so it is not a plain LoRA"),
         ({"layer_replication": [[0, 1]]}, "layer_replication=.*not a plain LoRA"),
-        ({"target_parameters": ["x"]}, "target_parameters=.*not a plain LoRA"),
+        ({"target_parameters": ["x"]}, r"does not fit this base: target_parameters=\['x'\] were set but no parameter"),
         ({"lora_alpha": "8"}, "lora_alpha must be .*, got '8'"),
         ({"lora_alpha": float("inf")}, "an alpha must be a finite number, got inf"),
         ({"alpha_pattern": {"q_proj": "8"}}, "an alpha must be a finite number, got '8'"),

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -131,9 +132,12 @@ def load(model: PreTrainedModel, folder: Path, name: str, saved: LoraConfig | No
     saved = saved or read_config(folder)
     check_settings(folder, saved, _LOADED)
     try:
-        peft_model = inject(model, saved, name)
+        with warnings.catch_warnings():
+            # PEFT only warns if there is no such layer, but a parameter of experts, or the reverse.
+            warnings.filterwarnings("error", message=".* were set but no", category=RuntimeWarning)
+            peft_model = inject(model, saved, name)
     # PEFT raises these for a name without a layer, a row beyond the matrix, or a wrong type.
-    except (ValueError, TypeError, IndexError, re.error) as error:
+    except (ValueError, TypeError, IndexError, re.error, RuntimeWarning) as error:
         raise MismatchError(f"the adapter in {folder} does not fit this base: {error}") from error
     load_tensors(peft_model, folder, name)
     peft_model.eval().requires_grad_(False)
