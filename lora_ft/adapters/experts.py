@@ -26,6 +26,7 @@ from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
 from lora_ft import config
+from lora_ft.models.acceleration import replaced_forwards
 from lora_ft.ops.expert_codes import dtype_of, is_quantized, shape_of
 from lora_ft.ops.experts import module_experts
 
@@ -111,14 +112,13 @@ class _KeepingParamWrapper(ParamWrapper):
             return weight
 
         # A forward that was set on the experts may read their parameters otherwise than as attributes.
-        fast = vars(base).pop("forward", None) if self.num_experts > 1 else None
+        own = {base: functools.partial(_own_forward(before), base)} if self.num_experts > 1 else {}
         base.__class__ = type(before.__name__, (before,), {key: property(updated), "forward": _own_forward(before)})
         try:
-            yield
+            with replaced_forwards(own):
+                yield
         finally:
             base.__class__ = before
-            if fast is not None:
-                vars(base)["forward"] = fast
 
 
 # PEFT finds the wrappers of an adapter by this name when it adds another one.

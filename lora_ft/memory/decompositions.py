@@ -33,7 +33,13 @@ def decomposition(func: Any, device: str) -> Callable[..., Any] | None:
 
 
 def grouped_mm(func: Any, args: Any, kwargs: Any) -> Tensor:
-    """Return the result of a product of experts; torch's own meta function (2.13) refuses all dtypes but bfloat16."""
-    dtype = args[0].dtype
-    result: Tensor = func(*(each.to(torch.bfloat16) for each in args[:2]), *args[2:], **kwargs)
-    return result.to(dtype)
+    """Return the result of a product of experts; torch's own meta function (2.13) refuses all dtypes but bfloat16.
+
+    Strides that are aligned in another dtype need not be so in bfloat16.
+    """
+    rows, matrices = args[:2]
+    if rows.dtype is torch.bfloat16 or rows.dim() != 2:
+        result: Tensor = func(*args, **kwargs)
+        return result
+    groups = () if matrices.dim() == 3 else (len(args[2] if len(args) > 2 else kwargs["offs"]),)
+    return rows.new_empty((*groups, len(rows), matrices.shape[-1]))

@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ft.models.accelerated_experts import computes_as_its_class
 from lora_ft.ops import expert_codes
 from lora_ft.ops.experts import is_experts, module_experts, parameter_names
 
@@ -188,6 +187,9 @@ def read_as_dequantized(model: nn.Module) -> None:
 
     Of a model without values the forwards are not compared.
     """
+    # Here: it imports model code of transformers, which asks for kernels of the hub unless io/process.py forbids it.
+    from lora_ft.models.accelerated_experts import computes_as_its_class
+
     chosen: dict[Any, bool] = {}
     for module in filter(is_experts, model.modules()):
         names = tuple(n for n in parameter_names(module) if expert_codes.is_quantized(module._parameters[n]))

@@ -335,8 +335,15 @@ def _add_product(y: Tensor, rows: Tensor, matrices: Tensor, scaling: float, orde
 
 
 def _is_aligned(matrix: Tensor) -> bool:
-    """Return True if grouped products take a matrix: they read 16 bytes at a time."""
-    return all(stride == 1 or stride * matrix.itemsize % 16 == 0 for stride in matrix.stride())
+    """Return True if grouped products take a matrix: contiguous along one dimension, and they read 16 bytes at a time.
+
+    A matrix of rank 1 has the stride 1 twice.
+    """
+    strides = list(matrix.stride())
+    if 1 not in strides:
+        return False
+    strides.remove(1)
+    return all(stride * matrix.itemsize % 16 == 0 for stride in strides)
 
 
 def _ends(order: _Order, group: _Group) -> Tensor:
