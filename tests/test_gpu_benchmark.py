@@ -21,13 +21,17 @@ from lora_ft import config
 
 BENCHMARKS = Path(gpu.__file__).parent
 STAGES = [stage.name for stage in gpu.STAGES]
+QUICK = ("machine", "predictions", "unsloth_peer")  # the other ones take 80 s
 
 
 @pytest.fixture(scope="module")
-def dry(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Run all stages once, as a user would; return the records by stage."""
+def dry(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Run the stages of the chosen tests once, as a user would; return the records by stage."""
+    items = (item for item in request.session.items if item.name.startswith("test_dry_stage_has_no_failure["))
+    chosen = [item.callspec.params["stage"] for item in items] or QUICK
     out = tmp_path_factory.mktemp("gpu") / "gpu.jsonl"
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--dry", "--deadline", "2400", "--out", str(out)]
+    command += ["--stages", ",".join(chosen)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
@@ -36,7 +40,9 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     return {record["stage"]: record for record in map(json.loads, lines)}
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "stage", [pytest.param(stage, marks=() if stage in QUICK else pytest.mark.nightly) for stage in STAGES]
+)
 def test_dry_stage_has_no_failure(stage: str, dry: dict[str, dict[str, Any]]) -> None:
     record = dry[stage]
     assert record["outcome"] == "done", record
@@ -49,6 +55,7 @@ def test_dry_run_skips_only_what_needs_a_gpu_or_another_package(dry: dict[str, d
     assert [reason for reason in skipped if not any(words in reason for words in known)] == []
 
 
+@pytest.mark.nightly
 def test_dry_run_measures_every_training(dry: dict[str, dict[str, Any]]) -> None:
     parts = {name: part for stage in ("qlora_8b", "mixed_0_6b", "peers") for name, part in dry[stage]["parts"].items()}
     speeds = {name: part["tokens_per_second"] for name, part in parts.items() if "tokens_per_second" in part}

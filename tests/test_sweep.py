@@ -195,27 +195,29 @@ def six(tmp_path: Path) -> list[config.TrainRun]:
     return [dataclasses.replace(base, optim=config.Optim(lr=lr)) for lr in (1e-5, 0.03, 1e-4, 0.01, 1e-3, 3e-4)]
 
 
-def test_interrupted_halving_stops_the_same_jobs_once_resumed(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    "last", [pytest.param(8, marks=pytest.mark.nightly), 10, pytest.param(12, marks=pytest.mark.nightly)]
+)
+def test_interrupted_halving_stops_the_same_jobs_once_resumed(last: int, tmp_path: Path, monkeypatch) -> None:
     """Calls 1-6 train to rung 2, 7-9 end three jobs there, 10-12 train to rung 4, 13 ends one there."""
     cfgs = six(tmp_path)
     expected = [result["steps"] for result in together(cfgs, tmp_path / "whole", Halving(eta=2, min_steps=2))]
-    for call_number in (8, 10, 12):
-        calls = itertools.count(1)
+    calls = itertools.count(1)
 
-        def interrupted(*given: Any, calls=calls, last=call_number) -> Any:
-            if next(calls) == last:
-                raise KeyboardInterrupt
-            return train_job(*given)
+    def interrupted(*given: Any) -> Any:
+        if next(calls) == last:
+            raise KeyboardInterrupt
+        return train_job(*given)
 
-        folder = tmp_path / str(call_number)
-        monkeypatch.setattr(worker, "train_job", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            together(cfgs, folder, Halving(eta=2, min_steps=2))
-        group = [jobs.from_checkpoint(jobs.Job(n, folder / str(n), cfg, [])) for n, cfg in enumerate(cfgs)]
-        left = [job for job in group if not runs.is_finished(job.folder, job.cfg)]
-        monkeypatch.setattr(worker, "train_job", train_job)
-        assert Worker(Heartbeat(tmp_path / "beat"), Stop()).run_with_halving(left, Halving(eta=2, min_steps=2)) == 0
-        assert [runs.read_result(job.folder)["steps"] for job in group] == expected, call_number
+    folder = tmp_path / "interrupted"
+    monkeypatch.setattr(worker, "train_job", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        together(cfgs, folder, Halving(eta=2, min_steps=2))
+    group = [jobs.from_checkpoint(jobs.Job(n, folder / str(n), cfg, [])) for n, cfg in enumerate(cfgs)]
+    left = [job for job in group if not runs.is_finished(job.folder, job.cfg)]
+    monkeypatch.setattr(worker, "train_job", train_job)
+    assert Worker(Heartbeat(tmp_path / "beat"), Stop()).run_with_halving(left, Halving(eta=2, min_steps=2)) == 0
+    assert [runs.read_result(job.folder)["steps"] for job in group] == expected
 
 
 def test_base_that_a_failed_job_changed_trains_no_further_job(tmp_path: Path, monkeypatch) -> None:
@@ -331,7 +333,8 @@ def ranks_alone(source: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "how", [pytest.param(signal.SIGINT, marks=pytest.mark.nightly), signal.SIGTERM, signal.SIGKILL]
+    "how",
+    [*(pytest.param(each, marks=pytest.mark.nightly) for each in (signal.SIGINT, signal.SIGTERM)), signal.SIGKILL],
 )
 def test_resumed_sweep_ends_with_the_bytes_of_one_never_stopped(
     how: signal.Signals, source: Path, ranks_alone: list[str], tmp_path: Path
