@@ -29,6 +29,7 @@ from lora_ft.memory.storage import loading_bytes
 from lora_ft.memory.trace import StepTrace, trace_step
 from lora_ft.memory.workload import Workload
 from lora_ft.memory.workspaces import SLACK_SHARE, allocator_slack, workspaces
+from lora_ft.models import build
 from lora_ft.models.build import first_line
 from lora_ft.ops.gradient_checkpointing import recomputable_layers
 
@@ -191,8 +192,8 @@ def _layers(cfg: config.TrainRun, model_config: Any) -> _Layers:
     key = cfg.objective.name, type(model_config), model_config.to_json_string(use_diff=False)
     if key not in _known_layers:
         model_class = objectives.find(cfg.objective).model_class
-        with torch.device("meta"):
-            found = recomputable_layers(model_class.from_config(copy.deepcopy(model_config)))
+        network = build.on_meta(copy.deepcopy(model_config), torch.float32, model_class, cfg.model.path)
+        found = recomputable_layers(network)
         all_alike = len(found) == num_layers(model_config) and are_alike(found)
         _known_layers[key] = _Layers(len(found), all_alike)
     return _known_layers[key]

@@ -24,7 +24,7 @@ from torch import nn
 from lora_ft import config, objectives
 from lora_ft.adapters import attach, files
 from lora_ft.adapters.text_path import text_path
-from lora_ft.models import quantize
+from lora_ft.models import build, quantize
 from lora_ft.models.described import Described
 from lora_ft.models.device import dtype_on
 from lora_ft.models.stored import Stored, agreed, of_config
@@ -127,8 +127,7 @@ class _Loaded(NamedTuple):
 def _load(cfg: config.TrainRun, model_config: Any, device: Target, stored: torch.dtype) -> _Loaded:
     model_config = copy.deepcopy(model_config)  # a model sets its dtype
     model_class, dtype = objectives.find(cfg.objective).model_class, dtype_on(cfg.model.dtype, device)
-    with torch.device("meta"):
-        network = model_class.from_config(model_config, dtype=dtype)
+    network = build.on_meta(model_config, dtype, model_class, cfg.model.path)
     files = of_config(model_config)
     quant = agreed(cfg.quant, files)
     if files and not files.trains:  # dequantized weights are new tensors, whatever their dtype

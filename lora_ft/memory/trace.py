@@ -32,9 +32,8 @@ from lora_ft.memory.meter import Meter
 from lora_ft.memory.timeline import Timeline
 from lora_ft.memory.twin import on_meta
 from lora_ft.memory.weight_bytes import bytes_by_storage
-from lora_ft.models import stored
+from lora_ft.models import build, stored
 from lora_ft.models.acceleration import accelerate, accelerated_lora
-from lora_ft.models.build import quiet
 from lora_ft.models.cpu_embedding import keep_on_cpu
 from lora_ft.models.device import dtype_on
 from lora_ft.models.meta_quantize import quantize_meta
@@ -108,10 +107,9 @@ def trace_step(cfg: config.TrainRun, model_config: Any, lengths: Sequence[int], 
     exact = exact and (files is None or files.trains or files.method == "mxfp4")  # products with scales do not
     with standing_for(device), torch.random.fork_rng(devices=[]), Meter() as meter, as_with_values(lengths):
         meter.phase = "base"
+        model_class = objectives.find(cfg.objective).model_class
+        network = build.on_meta(model_config, dtype_on(cfg.model.dtype, device), model_class, cfg.model.path)
         with torch.device("meta"):
-            network = objectives.find(cfg.objective).model_class.from_config(
-                model_config, dtype=dtype_on(cfg.model.dtype, device)
-            )
             token_ids = _add_tokens(network, len(cfg.model.added_tokens))
         network.requires_grad_(False).eval()
         compute = cfg.quant.compute_dtype
@@ -205,7 +203,7 @@ def _add_tokens(network: Any, count: int) -> list[int]:
     """
     rows = network.get_input_embeddings().weight.shape[0]
     if count:
-        with quiet():
+        with build.quiet():
             network.resize_token_embeddings(rows + count, mean_resizing=False)
     return list(range(rows, rows + count))
 

@@ -89,7 +89,8 @@ def _packaged(hub_id: str | None) -> Described | None:
         return None
     fields = json.loads(path.read_text("utf-8"))
     weight_bytes = fields.pop("weight_bytes")
-    found = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    with build.quiet():
+        found = AutoConfig.for_model(fields.pop("model_type"), **fields)
     return Described(found, "packaged copy", hub_id, found.dtype, weight_bytes)
 
 
