@@ -1,6 +1,6 @@
 """Which bases train on which cards: the table of the README, as `lora-ft plan` predicts it.
 
-    python benchmarks/fits.py                                   # all bases and cards; ten minutes of one core
+    python benchmarks/fits.py                                   # all bases and cards; a quarter of an hour of one core
     python benchmarks/fits.py --models qwen3_4b,llama3_1_8b     # some bases
 
 A cell names the weights (16 bits if rows of 2,048 tokens fit with them, else NF4), the longest row that fits if every
@@ -20,8 +20,8 @@ from lora_ft.memory import planning
 from lora_ft.memory.planning import Known, Plan
 
 MODELS = (
-    "qwen3_0_6b", "gemma3_1b", "llama3_2_1b", "smollm2_1_7b", "qwen3_1_7b", "llama3_2_3b", "qwen3_4b", "mistral_7b",
-    "llama3_1_8b", "qwen3_8b", "qwen3_14b",
+    "qwen3_0_6b", "gemma3_1b", "llama3_2_1b", "qwen3_1_7b", "llama3_2_3b", "smollm3_3b", "phi4_mini", "qwen3_4b",
+    "llama3_1_8b", "qwen3_8b", "mistral_nemo_12b", "qwen3_14b",
 )  # fmt: skip
 # The same generation, so that a traced step serves all of them.
 CARDS = {"8 GB": "rtx_4060", "12 GB": "rtx_4070", "16 GB": "rtx_4060_ti_16gb", "24 GB": "rtx_4090"}
