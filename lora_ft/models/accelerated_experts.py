@@ -30,9 +30,7 @@ def fast_forwards(model: nn.Module, *, check: bool = True) -> tuple[dict[nn.Modu
     forwards: dict[nn.Module, Forward] = {}
     equal: dict[type, bool] = {}
     for module in filter(_is_candidate, model.modules()):
-        if type(module) not in equal:
-            equal[type(module)] = not check or computes_as_its_class(module)
-        if equal[type(module)]:
+        if not check or computes_as_its_class(module, equal):
             forwards[module] = partial(_forward, module, module.forward)
     lines = [f"accelerated experts: {len(forwards)}"] if forwards else []
     plain = [each.__name__ for each, is_equal in equal.items() if not is_equal]
@@ -56,16 +54,25 @@ def _forward(module: Any, plain: Forward, *given: Any) -> Any:
     return module_experts(module, *given) if is_frozen and torch.is_grad_enabled() else plain(*given)
 
 
-def computes_as_its_class(module: Any) -> bool:
-    """Compare `module_experts` with the forward of the module's class, on a small copy with random weights."""
+def computes_as_its_class(module: Any, known: dict[type, bool]) -> bool:
+    """Compare `module_experts` with the forward of the module's class, on a small copy with random weights.
+
+    `known` holds the results by class. A module without values is not compared.
+    """
+    if type(module) not in known:
+        known[type(module)] = module._parameters[parameter_names(module)[0]].is_meta or _is_equal(module)
+    return known[type(module)]
+
+
+def _is_equal(module: Any) -> bool:
     parameter = module._parameters[parameter_names(module)[0]]
     dtype = expert_codes.dtype_of(parameter) if expert_codes.is_quantized(parameter) else parameter.dtype
     dtypes = (torch.float32, dtype) if dtype in (torch.bfloat16, torch.float16) else (torch.float32,)
     generator = torch.Generator().manual_seed(0)
-    return all(_is_equal(module, partial(drawn_tensor, generator, parameter.device, each)) for each in dtypes)
+    return all(_is_equal_for(module, partial(drawn_tensor, generator, parameter.device, each)) for each in dtypes)
 
 
-def _is_equal(module: Any, drawn: Callable[..., Tensor]) -> bool:
+def _is_equal_for(module: Any, drawn: Callable[..., Tensor]) -> bool:
     small, (first, second) = copy.copy(module), parameter_names(module)
     inner = 2 * _INNER if module.has_gate else _INNER
     parameters = {first: drawn(_EXPERTS, inner, _OUTER), second: drawn(_EXPERTS, _OUTER, _INNER)}

@@ -112,10 +112,7 @@ def _why_plain_experts(module: nn.Module, equal: dict[type, bool]) -> str:
     """Return why a module of experts has no fast form, "" if it has one; `equal` holds the checked classes."""
     if not is_experts(module):
         return "experts of another form"
-    if type(module) not in equal:
-        parameter = next(module.parameters(recurse=False))
-        equal[type(module)] = parameter.is_meta or computes_as_its_class(module)
-    return "" if equal[type(module)] else f"{type(module).__name__} computes otherwise"
+    return "" if computes_as_its_class(module, equal) else f"{type(module).__name__} computes otherwise"
 
 
 def _chain(wrapper: Any) -> list[Any]:

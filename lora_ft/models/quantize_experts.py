@@ -35,17 +35,17 @@ _NESTED_BLOCK = 256  # scales that share a scale, as in bitsandbytes
 
 
 def planned_parameters(model: nn.Module) -> list[str]:
-    """Return the names of the parameters of experts that quantization must change, in order.
+    """Return the names of the parameters of experts that quantization must change, in order."""
+    return [f"{prefix}.{name}" for prefix, module in model.named_modules() for name in _planned(module)]
+
+
+def _planned(module: nn.Module) -> list[str]:
+    """Return the names of the parameters of a module that are to be quantized; [] for one that is not of experts.
 
     Blocks of values that share a scale must not cross the border between two experts.
     """
-    return [
-        f"{prefix}.{name}"
-        for prefix, module in model.named_modules()
-        if is_experts(module)
-        for name in parameter_names(module)
-        if expert_codes.shape_of(module._parameters[name])[1:].numel() % expert_codes.BLOCK == 0
-    ]
+    names = parameter_names(module) if is_experts(module) else ()
+    return [n for n in names if expert_codes.shape_of(module._parameters[n])[1:].numel() % expert_codes.BLOCK == 0]
 
 
 def quantized_parameters(model: nn.Module) -> list[str]:
@@ -75,9 +75,8 @@ def while_loading() -> Iterator[None]:
 
 def quantize(model: nn.Module, settings: Any) -> None:
     """Quantize the experts of a model, also of one without values; `settings` is transformers' BitsAndBytesConfig."""
-    for prefix, module in model.named_modules():
-        names = parameter_names(module) if is_experts(module) else ()
-        for name in (n for n in names if _is_planned(model, f"{prefix}.{n}" if prefix else n)):
+    for module in model.modules():
+        for name in _planned(module):
             setattr(module, name, quantized(module._parameters[name], settings, _is_transposed(module)))
     read_as_dequantized(model)
 
@@ -106,12 +105,7 @@ def _with_experts(quantizer: Any) -> Any:
 
 def _is_planned(model: Any, parameter: str) -> bool:
     owner, _, name = parameter.rpartition(".")
-    module = model.get_submodule(owner)
-    return (
-        is_experts(module)
-        and name in parameter_names(module)
-        and expert_codes.shape_of(module._parameters[name])[1:].numel() % expert_codes.BLOCK == 0
-    )
+    return name in _planned(model.get_submodule(owner))
 
 
 class _Quantize:
@@ -190,20 +184,18 @@ def read_as_dequantized(model: nn.Module) -> None:
     # Here: it imports model code of transformers, which asks for kernels of the hub unless io/process.py forbids it.
     from lora_ft.models.accelerated_experts import computes_as_its_class
 
-    chosen: dict[Any, bool] = {}
+    equal: dict[type, bool] = {}
     for module in filter(is_experts, model.modules()):
         names = tuple(n for n in parameter_names(module) if expert_codes.is_quantized(module._parameters[n]))
         if names:
             experts_class: Any = type(module)
-            if experts_class not in chosen:
-                chosen[experts_class] = module._parameters[names[0]].is_meta or computes_as_its_class(module)
-                if not chosen[experts_class]:
-                    log.warning(
-                        "quantized experts of %s compute as transformers does, with all of a layer dequantized at "
-                        "once: one at a time, they would compute something else",
-                        experts_class.__name__,
-                    )
-            module.__class__ = _reading(experts_class, names, chosen[experts_class])
+            module.__class__ = _reading(experts_class, names, computes_as_its_class(module, equal))
+    for each in (experts_class for experts_class, is_equal in equal.items() if not is_equal):
+        log.warning(
+            "quantized experts of %s compute as transformers does, with all of a layer dequantized at once: one at a "
+            "time, they would compute something else",
+            each.__name__,
+        )
 
 
 @functools.cache
