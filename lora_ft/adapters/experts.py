@@ -54,7 +54,7 @@ def expert_counts(model_config: Any) -> set[int]:
 
 
 def hindrance(adapter: config.Adapter) -> str:
-    """Return the setting with which PEFT adapts no parameter, and the reason; "" if there is none."""
+    """Return the setting that keeps PEFT from adapting parameters, and the reason; "" if PEFT adapts them."""
     if adapter.lora_dropout:
         return f"adapter.lora_dropout={adapter.lora_dropout:g} has no place where PEFT adds the update to the weights"
     return "PEFT has no DoRA for parameters (adapter.use_dora=true)" if adapter.use_dora else ""

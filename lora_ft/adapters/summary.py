@@ -90,8 +90,7 @@ def layers(base: Base, cfg: config.TrainRun) -> Layers:
     _check_bypassed(base.model, planned, quant)
     quantized = {f"{name}.weight" for name in planned if f"{name}.weight" in parameters}
     quantized |= set(quantize.planned_experts(base.model, of_files) if quantizes else [])
-    # Layers of FP8 files are plain ones in a model without weights.
-    rounded = [*planned, *(text_path(base.model).by_weight if of_files and of_files.is_fp8 else ())]
+    rounded = targets.to_be_quantized(base.model, quant, of_files)
     selection = targets.select(base.model, cfg.adapter, rounded)
     parts = account(base.model, selection, cfg.adapter)
     not_adapted = [name for name, part in parts.items() if part in SPECIAL]

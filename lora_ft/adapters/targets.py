@@ -24,6 +24,8 @@ from lora_ft import config
 from lora_ft.adapters.experts import expert_parameters, hindrance
 from lora_ft.adapters.text_path import TextPath, adaptable_layers, text_path
 from lora_ft.errors import ConfigError
+from lora_ft.models import quantize
+from lora_ft.models.stored import Stored
 
 ALL_LINEAR = "all-linear"
 EXCLUDED = "excluded by adapter.exclude"
@@ -82,6 +84,18 @@ def select(model: PreTrainedModel, adapter: config.Adapter, quantized: Collectio
             "adapter.modules_to_save names them all"
         )
     return _selection(model, adapter, chosen, path, left_out)
+
+
+def to_be_quantized(model: PreTrainedModel, quant: config.Quant, files: Stored | None) -> list[str]:
+    """Return the layers that a base without weights will have quantized: by `quant`, or as its files hold them."""
+    planned = [] if quant.kind is config.QuantKind.none else quantize.planned_layers(model, files)
+    # Layers of FP8 files are plain ones in a model without weights.
+    return [*planned, *(text_path(model).by_weight if files and files.is_fp8 else ())]
+
+
+def with_own_storage(model: PreTrainedModel, adapter: config.Adapter) -> set[str]:
+    """Return the modules whose weights must keep their dtype: trained in full, or adapted by PEFT as parameters."""
+    return {*adapter.modules_to_save, *text_path(model).by_weight}
 
 
 def _selection(

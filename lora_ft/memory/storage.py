@@ -22,8 +22,7 @@ import torch
 from torch import nn
 
 from lora_ft import config, objectives
-from lora_ft.adapters import attach, files
-from lora_ft.adapters.text_path import text_path
+from lora_ft.adapters import attach, files, targets
 from lora_ft.models import build, quantize
 from lora_ft.models.described import Described
 from lora_ft.models.device import dtype_on
@@ -289,9 +288,7 @@ def _adapter_file(network: Any, cfg: config.TrainRun) -> int:
     added = len(cfg.model.added_tokens) * network.get_input_embeddings().weight.shape[1]
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         codes = of_config(network.config)
-        quant = agreed(cfg.quant, codes)
-        planned = quantize.planned_layers(network, codes) if quant.kind is not config.QuantKind.none else []
-        planned += text_path(network).by_weight if codes and codes.is_fp8 else ()
+        planned = targets.to_be_quantized(network, agreed(cfg.quant, codes), codes)
         model = attach.attach(network.requires_grad_(False), cfg.adapter, NAME, cfg.seed, [], quantized=planned)
     return files.size_of(model, NAME) + 4 * added
 

@@ -22,8 +22,7 @@ import numpy as np
 import torch
 
 from lora_ft import config, objectives
-from lora_ft.adapters import attach
-from lora_ft.adapters.text_path import text_path
+from lora_ft.adapters import attach, targets
 from lora_ft.data.dataset import Dataset, Report
 from lora_ft.data.rows import Example
 from lora_ft.memory.costs import Cost
@@ -119,7 +118,7 @@ def trace_step(cfg: config.TrainRun, model_config: Any, lengths: Sequence[int], 
             keep_on_cpu(network, torch.device("meta"))
         switch_off_dropout(network)
         fast = dataclasses.replace(cfg.fast, storage=cfg.fast.storage and exact)
-        kept = {*cfg.adapter.modules_to_save, *text_path(network).by_weight}
+        kept = targets.with_own_storage(network, cfg.adapter)
         made = accelerate(network, fast, _kernels(cfg, device), kept, check=False)
         meter.phase = "adapter"
         with torch.device("meta"):

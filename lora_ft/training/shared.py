@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from lora_ft import config, objectives
-from lora_ft.adapters.text_path import text_path
+from lora_ft.adapters import targets
 from lora_ft.evaluation.comparison import Comparison
 from lora_ft.evaluation.loss import EvalLoss
 from lora_ft.models.acceleration import Accelerated, accelerate
@@ -61,6 +61,5 @@ def load(cfg: config.TrainRun, tokenizer: PreTrainedTokenizerBase) -> LoadedBase
     base = load_base(cfg.model, cfg.quant, cfg.device, tokenizer, model_class)
     switch_off_dropout(base.model)
     before = fingerprint(base.model)
-    kept = {*cfg.adapter.modules_to_save, *text_path(base.model).by_weight}
-    made = accelerate(base.model, cfg.fast, kernels, kept)
+    made = accelerate(base.model, cfg.fast, kernels, targets.with_own_storage(base.model, cfg.adapter))
     return LoadedBase(base, made, before)
