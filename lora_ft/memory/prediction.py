@@ -136,7 +136,7 @@ def predict(
     """
     traces = {} if traces is None else traces
 
-    def with_recompute(setting: str, model_config: Any = model_config) -> Prediction:
+    def with_recompute(setting: str) -> Prediction:
         chosen = cfg.with_train(gradient_checkpointing=setting)
         return _predict(chosen, model_config, workload, machine, traces, is_quick)
 

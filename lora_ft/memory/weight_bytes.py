@@ -1,6 +1,7 @@
 """The bytes of a frozen base by how its weights are stored: {"nf4": 3600875520, "bfloat16": 2101878784, ...}."""
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,31 +13,23 @@ from lora_ft.ops.weights import ScaledLinear
 
 def bytes_by_storage(meter: Meter, model: Any, quant: config.Quant) -> dict[str, int]:
     """Return the bytes of the base by the quantization or the dtype of its tensors."""
-    quantized = {
-        tensor.untyped_storage()._cdata
-        for module in model.modules()
-        for parameter in module._parameters.values()
-        for tensor in _quantized_tensors(parameter)
-    }
-    scaled = {
-        tensor.untyped_storage()._cdata
-        for module in model.modules()
-        if isinstance(module, ScaledLinear)
-        for tensor in (module.codes, module.scales)
-    }
-    mxfp4 = {
-        tensor.untyped_storage()._cdata
-        for module in model.modules()
-        for parameter in module._parameters.values()
-        if hasattr(parameter, "exponents")
-        for tensor in (parameter, parameter.exponents)
-    }
-    kinds = dict.fromkeys(quantized, quant.kind.value) | dict.fromkeys(scaled, "fp8") | dict.fromkeys(mxfp4, "mxfp4")
+    kinds = {tensor.untyped_storage()._cdata: kind for tensor, kind in _quantized(model, quant)}
     found: Counter[str] = Counter()
     for key, storage in meter.live_storages("base"):
         dtype = str(storage.dtype).removeprefix("torch.")
         found[kinds.get(key, dtype)] += storage.bytes
     return dict(found)
+
+
+def _quantized(model: Any, quant: config.Quant) -> Iterator[tuple[torch.Tensor, str]]:
+    """Yield codes and scales of a model with the kind of their quantization."""
+    for module in model.modules():
+        if isinstance(module, ScaledLinear):
+            yield from ((tensor, "fp8") for tensor in (module.codes, module.scales))
+        for parameter in module._parameters.values():
+            if hasattr(parameter, "exponents"):
+                yield from ((tensor, "mxfp4") for tensor in (parameter, parameter.exponents))
+            yield from ((tensor, quant.kind.value) for tensor in _quantized_tensors(parameter))
 
 
 def _quantized_tensors(weight: Any) -> list[torch.Tensor]:

@@ -31,6 +31,19 @@ def on_meta(model_config: Any, dtype: torch.dtype, model_class: Any, source: str
         return model_class.from_config(model_config, dtype=dtype, trust_remote_code=False)
 
 
+def read_generation_config(folder: Path, source: str) -> Any:
+    """Read generation_config.json of a folder, None without one; raises ConfigError, which names `source`."""
+    from transformers import GenerationConfig
+
+    if not (folder / "generation_config.json").is_file():
+        return None
+    try:
+        with quiet():
+            return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path={source} cannot be loaded: {first_line(error)}") from None
+
+
 @contextlib.contextmanager
 def _explained(source: str) -> Iterator[None]:
     try:

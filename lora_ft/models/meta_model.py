@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_ft import config
-from lora_ft.errors import ConfigError
 from lora_ft.models import build, load
 from lora_ft.models.cpu_embedding import keep_on_cpu
 from lora_ft.models.device import resolve_device, resolve_dtype
@@ -48,8 +47,8 @@ def load_meta_model(
     network = build.on_meta(
         build.read_config(folder, model.path), dtype, model_class or AutoModelForCausalLM, model.path
     )
-    if (folder / "generation_config.json").is_file():  # its end tokens may differ from those of config.json
-        network.generation_config = _generation_config(folder, model.path)
+    if found := build.read_generation_config(folder, model.path):  # its end tokens may differ from those of config.json
+        network.generation_config = found
     load.fit_embeddings(network, tokenizer, len(model.added_tokens))
     if model.embedding_device == "cpu":
         keep_on_cpu(network, torch.device("meta"))
@@ -59,13 +58,3 @@ def load_meta_model(
 def read_config(model: config.Model) -> Any:
     """Read the config of a base, of transformers' class; raises the errors of `locate`."""
     return build.read_config(Path(str(locate(model, weights=False).folder)), model.path)
-
-
-def _generation_config(folder: Path, source: str) -> Any:
-    from transformers import GenerationConfig
-
-    try:
-        with build.quiet():
-            return GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={source} cannot be loaded: {build.first_line(error)}") from None

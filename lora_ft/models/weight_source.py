@@ -77,11 +77,9 @@ class Source:
 
     def _name(self, network: Any) -> None:
         """Give a network that was loaded from tensors what transformers reads beside the files."""
-        from transformers import GenerationConfig
-
         network.name_or_path = network.config.name_or_path = str(self.folder)
-        if (self.folder / "generation_config.json").is_file():
-            network.generation_config = GenerationConfig.from_pretrained(self.folder, local_files_only=True)
+        if found := build.read_generation_config(self.folder, self.path):
+            network.generation_config = found
 
 
 def load_weights(source: Source, dtype: torch.dtype, device: torch.device, model_class: Any) -> Any:

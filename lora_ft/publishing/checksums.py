@@ -6,12 +6,12 @@
 A package is complete if every file is listed and every listed file has its checksum.
 """
 
-import hashlib
 import re
 from pathlib import Path, PurePosixPath
 
 from lora_ft.errors import MismatchError
 from lora_ft.io import untrusted
+from lora_ft.io.hashing import sha256
 
 FILE = "SHA256SUMS"
 RECORD = "lora_ft.json"  # adapters.provenance.RECORD; importing that module loads torch
@@ -36,11 +36,6 @@ def file_names(folder: Path) -> set[str]:
 def compute(folder: Path) -> dict[str, str]:
     """Return the sha256 of each file of a folder in the order of names, without SHA256SUMS itself."""
     return {name: sha256(folder / name) for name in sorted(file_names(folder) - {FILE, WRITTEN_BY_HUB})}
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def render(checksums: dict[str, str]) -> str:

@@ -30,6 +30,7 @@ from lora_ft import config, runs
 from lora_ft.errors import CheckpointError, ResourceError
 from lora_ft.evaluation.loss import EvalLoss
 from lora_ft.io import durable, untrusted
+from lora_ft.io.hashing import sha256
 from lora_ft.models import tensor_files
 from lora_ft.models.device import describe
 from lora_ft.training import optimizers
@@ -256,8 +257,7 @@ def _described(path: Path) -> dict[str, Any]:
     """Return size and sha256 of a regular file; raises OSError for anything else."""
     if path.is_symlink() or not path.is_file():
         raise OSError(f"{path.name} is not a regular file")
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _read_state(path: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 state -> adapter/  ->  base against adapter on the eval set  ->  result.json
 """
 
-import hashlib
 import logging
 from dataclasses import asdict, dataclass
 
@@ -15,6 +14,7 @@ from lora_ft.adapters import files, provenance
 from lora_ft.data.dataset import Dataset
 from lora_ft.evaluation.comparison import Comparison, EvalSet, compare, render
 from lora_ft.io import durable
+from lora_ft.io.hashing import sha256
 from lora_ft.models.load import Base
 from lora_ft.training.metrics import gpu_memory, peak_memory_bytes
 from lora_ft.training.state import NAME, TrainingState, overfitting
@@ -87,8 +87,6 @@ def _compared(state: TrainingState, base: Base, comparisons: dict[object, Compar
 
 
 def _result(state: TrainingState, comparison: Comparison | None) -> Result:
-    with (state.folder / "adapter" / files.WEIGHTS).open("rb") as weights:
-        adapter_sha256 = hashlib.file_digest(weights, "sha256").hexdigest()
     patience = f"train.patience={state.cfg.train.patience}" if state.stopped_early else None
     return Result(
         eval_loss=comparison.adapter.loss if comparison else None,
@@ -104,7 +102,7 @@ def _result(state: TrainingState, comparison: Comparison | None) -> Result:
         train_seconds=state.seconds,
         trainable_parameters=state.num_trainable,
         peak_memory_bytes=peak_memory_bytes(state.base.device),
-        adapter_sha256=adapter_sha256,
+        adapter_sha256=sha256(state.folder / "adapter" / files.WEIGHTS),
         predicted_peak_bytes=state.predicted_peak_bytes,
         tokens_per_microbatch=state.tokens_per_microbatch,
         shrinks=state.shrinks,

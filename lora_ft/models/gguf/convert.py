@@ -9,7 +9,6 @@ Dequantization is exact, so a 4-bit file becomes eight times as large.
 """
 
 import functools
-import hashlib
 from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 from gguf.gguf_reader import ReaderTensor
 
 from lora_ft.errors import ConfigError, ResourceError
-from lora_ft.io import durable
+from lora_ft.io import durable, hashing
 from lora_ft.models.families import FAMILIES, Family, family_of_gguf
 from lora_ft.models.gguf import reader, rope, tokenizer
 
@@ -58,8 +57,7 @@ def file_sha256(path: Path) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _sha256(path: Path, *_version: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashing.sha256(path)
 
 
 def describe(path: Path) -> tuple[Any, int]:
