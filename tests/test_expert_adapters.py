@@ -329,7 +329,7 @@ def test_traced_step_holds_adapter_gradient_and_optimizer_of_the_experts(name: s
 
 
 def test_layers_that_peft_adapts_as_parameters_have_a_fast_form() -> None:
-    model = attached("deepseek_v3")
+    model = attached("deepseek_v3", torch.float64)  # the rounding of float32 depends on the processor
     parameters = attach.trainable(model, "first")
     torch.manual_seed(0)
     for parameter in parameters.values():
@@ -349,7 +349,7 @@ def test_layers_that_peft_adapts_as_parameters_have_a_fast_form() -> None:
         assert len(layers) == 6 and all("forward" in vars(layer) for layer in layers)
     assert not any("parameters" in line for line in reasons) and called == []
     for fast, plain in zip(found, expected, strict=True):
-        assert (fast - plain).norm() <= 1e-5 * plain.norm()
+        assert (fast - plain).norm() <= 1e-12 * plain.norm()
 
 
 def test_truncation_and_combination_refuse_experts(tmp_path: Path) -> None:
