@@ -198,6 +198,8 @@ def _row_facts(cfg: config.TrainRun, found: Rows) -> Facts:
     rows, seen = found.dataset.report, found.statistics
     left_out = "".join(f", {count:,} {reason} left out" for reason, count in rows.left_out.items())
     yield "read", f"{rows.rows:,} rows ({rows.format}), {rows.duplicates:,} duplicates{left_out}"
+    if rows.converted:
+        yield "converted", "\n".join(f"{count:,} {what}" for what, count in rows.converted.items())
     if rows.unused:
         yield "not used", f"columns {excerpt(', '.join(rows.unused))}"
     yield "documents", f"{rows.train_documents:,} to train on, {rows.eval_documents:,} to evaluate on"

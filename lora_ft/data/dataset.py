@@ -45,7 +45,8 @@ class EvalPrompt:
 class Report:
     """Counts of rows, and of the documents made of them; a row may give several documents.
 
-    left_out: rows by reason. truncated: documents whose prompt was cut. split: texts cut into windows.
+    left_out: rows by reason. converted: counts of what was brought to the usual form. truncated: documents whose
+    prompt was cut. split: texts cut into windows.
     duplicates: rows that differ from an earlier one in case and whitespace at most. unused: columns that are not read.
     sha256: of all ids and masks. template_sha256, tokenizer_sha256: of the chat template and the tokenizer.
     """
@@ -55,6 +56,7 @@ class Report:
     train_documents: int
     eval_documents: int
     left_out: dict[str, int]
+    converted: dict[str, int]
     truncated: int
     split: int
     duplicates: int
@@ -70,12 +72,14 @@ class Report:
 
     def __str__(self) -> str:
         left_out = "".join(f", {count:,} {reason} left out" for reason, count in self.left_out.items())
+        converted = ", ".join(f"{count:,} {what}" for what, count in self.converted.items())
         return (
             f"{self.rows:,} rows ({self.format}): {self.train_documents:,} documents of {self.train_tokens:,} tokens "
             f"to train on, {self.supervised_tokens:,} of them supervised, longest {self.longest:,}; "
             f"{self.eval_documents:,} to evaluate on; {self.duplicates:,} duplicates{left_out}"
             + (f"; {self.truncated:,} prompts cut" if self.truncated else "")
             + (f"; {self.split:,} texts cut into windows" if self.split else "")
+            + (f"; converted: {converted}" if converted else "")
             + (f"; columns not used: {excerpt(', '.join(self.unused))}" if self.unused else "")
         )
 
@@ -138,7 +142,8 @@ def prepare_rows(found: Rows, data: config.Data, tokenizer: Any, make_examples: 
         raise DataError(f"no row is left to {'evaluate' if all(found.is_eval) else 'train on'}: {left_out}")
     report = Report(
         format=found.format.name, rows=len(rows), train_documents=len(train), eval_documents=len(eval_),
-        left_out=dict(+ledger.left_out), truncated=cut if data.too_long is TooLong.truncate_prompt else 0,
+        left_out=dict(+ledger.left_out), converted=dict(+ledger.converted),
+        truncated=cut if data.too_long is TooLong.truncate_prompt else 0,
         split=cut if data.too_long is TooLong.split else 0, duplicates=found.duplicates, unused=found.unused,
         train_tokens=sum(len(e.ids) for e in train), eval_tokens=sum(len(e.ids) for e in eval_),
         supervised_tokens=sum(int(example.supervised.sum()) for example in train),

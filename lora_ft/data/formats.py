@@ -25,7 +25,7 @@ from lora_ft.data.messages import check_order, messages_of, optional_text, text_
 from lora_ft.data.rows import ANSWER_CUE, Ledger, Message, Record, Row, RowError, excerpt, is_blank
 from lora_ft.errors import ConfigError, DataError
 
-Parse = Callable[[str, dict[str, Any]], Row]
+Parse = Callable[[str, dict[str, Any], Ledger], Row]
 
 
 def rows(records: Iterable[Record], data: config.Data, ledger: Ledger) -> tuple[Format, list[Row], list[str]]:
@@ -44,7 +44,7 @@ def rows(records: Iterable[Record], data: config.Data, ledger: Ledger) -> tuple[
     parsed: list[Row] = []
     for source, values in kept:
         try:
-            parsed.append(parse(source, _renamed(values, data.columns)))
+            parsed.append(parse(source, _renamed(values, data.columns), ledger))
         except RowError as error:
             ledger.add_bad(source, _name_in_file(error.name, data.columns), error.reason, values)
     if not parsed:
@@ -126,7 +126,7 @@ def _name_in_file(name: str, columns: dict[str, str]) -> str:
     return columns.get(column, column) + bracket + index
 
 
-def _chat_row(column: str, source: str, values: dict[str, Any]) -> Row:
+def _chat_row(column: str, source: str, values: dict[str, Any], ledger: Ledger) -> Row:
     return _chat(source, with_system(messages_of(values, column), optional_text(values, "system")), values)
 
 
@@ -138,7 +138,7 @@ def _chat(source: str, messages: list[Message], values: dict[str, Any], context:
     return Row(source, messages, answer, context=context | excluded, excluded=excluded, tools=tools_of(values))
 
 
-def _prompt_completion_row(source: str, values: dict[str, Any]) -> Row:
+def _prompt_completion_row(source: str, values: dict[str, Any], ledger: Ledger) -> Row:
     system = optional_text(values, "system")
     if isinstance(values.get("prompt"), list):
         prompt_messages = with_system(messages_of(values, "prompt"), system)
@@ -150,7 +150,7 @@ def _prompt_completion_row(source: str, values: dict[str, Any]) -> Row:
     return Row(source, messages, completion, plain_prompt=plain, tools=tools_of(values))
 
 
-def _alpaca_row(source: str, values: dict[str, Any]) -> Row:
+def _alpaca_row(source: str, values: dict[str, Any], ledger: Ledger) -> Row:
     """Make a chat whose user message is instruction and input; the plain prompt has Alpaca's headings instead."""
     instruction, output = text_of(values, "instruction"), text_of(values, "output")
     extra, system = optional_text(values, "input"), optional_text(values, "system")
@@ -174,7 +174,7 @@ def _history(values: dict[str, Any]) -> list[tuple[str, str]]:
     return [(question, answer) for question, answer in pairs]
 
 
-def _text_row(source: str, values: dict[str, Any]) -> Row:
+def _text_row(source: str, values: dict[str, Any], ledger: Ledger) -> Row:
     return Row(source, [], text_of(values, "text"), plain_prompt="")
 
 

@@ -48,7 +48,7 @@ def read(data: config.Data) -> Rows:
     if eval_split(data) != data.eval_split:
         log.info(f"eval rows: the validation files of {data.path}; data.eval_fraction is not used")
         data = replace(data, eval_split=eval_split(data))
-    ledger = Ledger()
+    ledger = Ledger(data.strict)
     found, rows, unused = formats.rows(records(data.path, "data.path", data, ledger), data, ledger)
     rows, hashes, duplicates = _unique(rows, data, ledger)
     if not (data.eval_path or data.eval_split):

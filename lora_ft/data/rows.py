@@ -93,10 +93,22 @@ class RowError(Exception):
 
 @dataclass
 class Ledger:
-    """Bad rows, and counts of rows left out on purpose: every row read is in the dataset or in the ledger."""
+    """Bad rows, and counts of rows left out on purpose: every row read is in the dataset or in the ledger.
 
+    converted: counts of what had one meaning and was brought to the usual form. strict: refuse it instead, as
+    `data.strict` says.
+    """
+
+    strict: bool = False
     left_out: Counter[str] = field(default_factory=Counter)
+    converted: Counter[str] = field(default_factory=Counter)
     bad: list[str] = field(default_factory=list)
+
+    def convert(self, name: str, what: str, shown: object = None) -> None:
+        """Count a conversion, as in `convert("tools", "tools read from JSON text")`. Raises RowError if strict."""
+        if self.strict:
+            raise RowError(name, f"needs a conversion ({what}), which data.strict=true refuses", shown)
+        self.converted[what] += 1
 
     def add_bad(self, source: str, name: str, reason: str, shown: object) -> None:
         """Record a bad row. Raises DataError once there are MOST_BAD_ROWS."""

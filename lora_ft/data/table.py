@@ -15,10 +15,10 @@ from string import Formatter
 from typing import Any
 
 from lora_ft import config
-from lora_ft.data.rows import ANSWER_CUE, Row, RowError, is_blank
+from lora_ft.data.rows import ANSWER_CUE, Ledger, Row, RowError, is_blank
 from lora_ft.errors import ConfigError
 
-Parse = Callable[[str, dict[str, Any]], Row]
+Parse = Callable[[str, dict[str, Any], Ledger], Row]
 
 
 def parser(data: config.Data, columns: Iterable[str]) -> tuple[Parse, list[str]]:
@@ -30,7 +30,7 @@ def parser(data: config.Data, columns: Iterable[str]) -> tuple[Parse, list[str]]
     prompt = _compile("data.prompt", data.prompt, known)
     answer = _compile("data.answer", data.answer, known)
 
-    def parse(source: str, values: dict[str, Any]) -> Row:
+    def parse(source: str, values: dict[str, Any], ledger: Ledger) -> Row:
         question, reply = _filled(prompt, values, "data.prompt"), _filled(answer, values, "data.answer")
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
         return Row(source, messages, reply, plain_prompt=question + ANSWER_CUE)

@@ -222,7 +222,8 @@ def _kernels(cfg: config.TrainRun, device: Target) -> Kernels:
 def _dataset(lengths: Sequence[int]) -> Dataset:
     train = [Example(np.zeros(n, np.int32), np.arange(n) > 0, "a document without content") for n in lengths]
     report = Report(
-        format="none", rows=len(train), train_documents=len(train), eval_documents=0, left_out={}, truncated=0, split=0,
+        format="none", rows=len(train), train_documents=len(train), eval_documents=0, left_out={}, converted={},
+        truncated=0, split=0,
         duplicates=0, unused=[], train_tokens=sum(lengths), eval_tokens=0, supervised_tokens=sum(lengths) - len(train),
         longest=max(lengths), cached=False, sha256="", template_sha256=None, tokenizer_sha256="",
     )  # fmt: skip

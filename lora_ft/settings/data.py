@@ -21,6 +21,9 @@ class Data:
     prompt: str | None = setting(None, "table: template of the prompt, with {column} fields", text=True)
     answer: str | None = setting(None, "table: template of the answer, with {column} fields", text=True)
     system: str | None = setting(None, "system message for chat rows that have none", text=True)
+    strict: bool = setting(
+        False, "refuse rows that are read only after a conversion, which the report counts otherwise"
+    )
     deduplicate: bool = setting(False, "leave out duplicate rows (ignoring case and whitespace)")
     max_rows: int | None = setting(None, "maximum number of rows to read", unit="rows", at_least=1)
     max_length: int = setting(1024, "maximum length of a row", unit="tokens", at_least=2)
