@@ -209,7 +209,7 @@ def test_two_columns_can_be_swapped():
     ("values", "message"),
     [
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "chosen and rejected are preference pairs"),
-        ({"question": "a", "answer": "b"}, "no format has the columns answer, question: .*data.columns"),
+        ({"q": "a", "a": "b"}, "no format has the columns a, q: .*data.columns"),
     ],
 )
 def test_columns_of_no_format_are_reported_with_what_to_do(values, message):
