@@ -87,9 +87,9 @@ def _detect(columns: Counter[tuple[str, ...]], data: config.Data) -> Names:
     together = {name for names in columns for name in names}
     votes: Counter[tuple[Names, ...]] = Counter()
     for names, count in columns.items():
-        votes[_fitting(set(names), data.format)] += count
+        votes[_fitting(set(names), data)] += count
     del votes[()]
-    if fits := max(votes, key=votes.__getitem__, default=_fitting(together, data.format)):
+    if fits := max(votes, key=votes.__getitem__, default=_fitting(together, data)):
         synonyms.check(fits, together, data)
         return fits[0]
     if data.format is not Format.auto:
@@ -104,18 +104,22 @@ def _detect(columns: Counter[tuple[str, ...]], data: config.Data) -> Names:
     )
 
 
-def _fitting(names: set[str], chosen: Format) -> tuple[Names, ...]:
+def _fitting(names: set[str], data: config.Data) -> tuple[Names, ...]:
     """Return the format of rows with these columns, by its own names or by synonyms; several if they have two meanings.
 
-    Empty if none fits, and for preference pairs, unless they hold a chat or `chosen` is a format.
+    Columns that data.columns names have the meaning that it gives them. Empty if no format fits, and for preference
+    pairs, unless they hold a chat or data.format is set.
     """
+    chosen = data.format
     own = next(
         (form for form, shape in _FORMATS.items() if chosen in (Format.auto, form) and shape.required <= names), None
     )
     found = [_FORMATS[own].names(own)] if own else []
-    if not own or (chosen is Format.auto and own in (Format.prompt_completion, Format.alpaca)):
-        others = synonyms.fitting(names, chosen)
-        found += [other for other in others if not own or _FORMATS[own].required.isdisjoint(other.in_file)]
+    required = _FORMATS[own].required if own else set()
+    is_pair = chosen is Format.auto and own in (Format.prompt_completion, Format.alpaca)
+    if not own or (is_pair and required.isdisjoint(data.columns)):
+        others = synonyms.fitting(names - (set(data.columns.values()) - set(data.columns)), chosen)
+        found += [other for other in others if required.isdisjoint(other.in_file)]
     if chosen is Format.auto and names >= _PREFERENCE:
         found = [names for names in found if names.format in (Format.messages, Format.conversations)]
     return tuple(found)

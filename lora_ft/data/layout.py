@@ -62,7 +62,7 @@ def files_by_split(inside: File, path: str, key: str, ledger: Ledger, depth: int
     readable = [file for file in inner if kind(file) in READERS and not file.name.startswith(".") and file.is_file()]
     described = [file for file in readable if _DESCRIPTIONS.fullmatch(file.name.lower())]
     for file in described:
-        ledger.convert("folder", "files beside the rows that describe them, not read", file.name)
+        ledger.convert(file.name, "files beside the rows that describe them, not read")
     if rows := [file for file in readable if file not in described]:
         _refuse_copies(rows, path, key)
         return {file: split_in(_name(file)) for file in rows}

@@ -75,9 +75,10 @@ def _is_readable(file: Path) -> bool:
 
 def _files(local: Path, path: str, key: str, split: str, ledger: Ledger) -> list[File]:
     """Return the files to read, all of one format."""
+    counted = Ledger() if key == "data.eval_split" else ledger  # its folder is that of data.path, which counted it
     try:
         if inside := layout.folder(local):
-            return layout.of_split(layout.files_by_split(inside, path, key, ledger), split, path, key)
+            return layout.of_split(layout.files_by_split(inside, path, key, counted), split, path, key)
     except RowError as error:
         raise DataError(f"{key}: the folder {path}: {error}") from None
     except OSError as error:
