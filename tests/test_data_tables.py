@@ -63,7 +63,7 @@ TEXTS_OF_FIELDS = st.text('ab ,;|\t"\né', min_size=1)
     delimiter=st.sampled_from(list(NAMES)),
 )  # fmt: skip
 def test_a_delimiter_is_never_guessed_wrong(tmp_path_factory, rows, delimiter):
-    """A table is read as it was written, or refused, whatever delimiters are in its text."""
+    """A table is read with the fields that were written, whatever delimiters are in its text."""
     expected = [{"one": a, "two": b} for a, b in rows]
     path = write(tmp_path_factory.mktemp("csv"), table(expected, delimiter=delimiter, lineterminator="\n"))
     assert read(path)[0] == expected

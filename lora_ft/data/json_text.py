@@ -31,7 +31,7 @@ class JsonText:
         self._line, self._column, self._counted = 1, 0, 0  # line and column of text[_counted]
 
     def all_lines(self) -> Iterator[str]:
-        """Return the lines of the whole file, if none of it was dropped."""
+        """Return the lines of the whole file; none of it may be dropped before."""
         return lines(chain([self.text], self.pieces))
 
     def next_character(self) -> str:

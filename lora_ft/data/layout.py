@@ -47,7 +47,7 @@ def folder(local: Path) -> File | None:
 
 
 def files_by_split(inside: File, path: str, key: str, ledger: Ledger, depth: int = 0) -> Splits:
-    """Return the files of rows in a folder; empty if there are none.
+    """Return the files of rows in a folder; empty without such files.
 
     Raises DataError for several folders with rows that are not named for splits.
     """
