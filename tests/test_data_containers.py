@@ -245,7 +245,7 @@ def test_json_in_pieces_is_decoded_as_a_whole(tmp_path_factory, rows, piece, ind
     document = json.dumps(rows, indent=indent, ensure_ascii=is_ascii)
     path = write(tmp_path_factory.mktemp("json"), "a.json", document)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lora_ft.data.encoding._CHUNK", piece)
+        patch.setattr("lora_ft.data.text_files._CHUNK", piece)
         patch.setattr(json_text, "_PIECE", piece)
         assert [row for _, row in read_all(path)[0]] == rows
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from lora_ft import run_rows
 from lora_ft.config import Data
 from lora_ft.data import read
 from lora_ft.data.rows import Ledger
@@ -89,8 +90,8 @@ def test_saved_rows_that_are_chosen_by_an_index_are_read_in_their_order_or_refus
 
 
 @pytest.mark.parametrize(("name", "error", "message"), [
-    ("../secret.arrow", SecurityError, "which is not a file of the folder"),
-    ("/etc/passwd", SecurityError, "which is not a file of the folder"),
+    ("../secret.arrow", SecurityError, "which is nothing in its folder"),
+    ("/etc/passwd", SecurityError, "which is nothing in its folder"),
     ("data-7.arrow", DataError, "data-7.arrow, which is missing: copy the whole folder"),
 ])  # fmt: skip
 def test_state_that_names_other_files_is_refused(tmp_path, name, error, message):
@@ -98,6 +99,41 @@ def test_state_that_names_other_files_is_refused(tmp_path, name, error, message)
     (tmp_path / "saved" / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
     with pytest.raises(error, match=message):
         texts(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(("split", "error", "message"), [
+    ("../train", SecurityError, "which is nothing in its folder"),
+    (7, SecurityError, "which is nothing in its folder"),
+    ("gone", DataError, "gone/state.json: cannot be read: No such file"),
+])  # fmt: skip
+def test_dictionary_that_lists_other_folders_is_refused(tmp_path, split, error, message):
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows("a"))}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / "dataset_dict.json").write_text(json.dumps({"splits": ["train", split]}))
+    with pytest.raises(error, match=message):
+        texts(tmp_path / "saved")
+
+
+MIXED = [
+    {"prompt": "a", "messages": [{"role": "assistant", "arguments": {"x": 1, "y": None}}]},
+    {"prompt": "b", "messages": [{"role": "assistant", "arguments": {"x": ["s", {"z": "1"}]}}]},
+    {"prompt": "c", "messages": None},
+]
+
+
+def test_values_of_the_type_json_are_decoded_wherever_datasets_stores_them(tmp_path, monkeypatch):
+    found = datasets.Dataset.from_list(MIXED, on_mixed_types="use_json")
+    found.save_to_disk(tmp_path / "saved")
+    found.to_parquet(tmp_path / "a.parquet")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: found)
+    run_rows.write_rows(tmp_path, found, None)
+    read_back = [
+        [row for _, row in records(str(path), "data.path", Data(), Ledger())]
+        for path in (tmp_path / "saved", tmp_path / "a.parquet", tmp_path / "rows.jsonl", "org/name")
+    ]
+    own = found.to_list()
+    assert own[1]["messages"][0]["arguments"] == MIXED[1]["messages"][0]["arguments"], "the library decodes them too"
+    expected = [dict(row) for row in MIXED]
+    assert read_back == [expected] * 4
 
 
 DESCRIPTIONS = ("README.md", ".gitattributes", "LICENSE", "dataset_infos.json", "LICENSE.txt", "data.py")

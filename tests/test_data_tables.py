@@ -208,7 +208,7 @@ def test_characters_are_not_cut_between_the_pieces_of_a_file(tmp_path, encoding,
         rows = [{**row, "a": row["a"].replace("é", "あ")} for row in rows]
     path = write(tmp_path, table(rows).encode(encoding))
     for size in (1, 2, 3, 5, 64):
-        monkeypatch.setattr("lora_ft.data.encoding._CHUNK", size)
+        monkeypatch.setattr("lora_ft.data.text_files._CHUNK", size)
         if size >= 4 or encoding != "utf-16":  # the mark is looked for in the first piece
             assert read(path, encoding=encoding)[0] == rows
 

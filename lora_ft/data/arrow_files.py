@@ -1,7 +1,6 @@
 """Read Arrow's tables: .parquet, .arrow and .feather files, and streams of the same as `datasets` saves them.
 
-Arrow has one schema for all rows: an object has the keys of all others at its position, null where it had none. These
-nulls are dropped. A null that was written into an object on purpose looks the same and is dropped too.
+`io/arrow.py` converts their values.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from lora_ft import config
+from lora_ft.data.json_text import parse_json
 from lora_ft.data.rows import Ledger, Record, excerpt
 from lora_ft.data.streams import COMPRESSIONS, File, open_bytes
 from lora_ft.errors import DataError
-from lora_ft.io import untrusted
+from lora_ft.io import arrow
 
 _BATCH = 100
 _BUFFER = 2**20
@@ -81,13 +81,13 @@ def _rows(found: Iterable[Any], format_name: str, label: str, ledger: Ledger) ->
             for start in range(0, whole.num_rows, _BATCH):
                 batch = whole.slice(start, _BATCH)
                 try:
-                    rows = batch.to_pylist()
+                    rows = arrow.values_of(batch, parse_json)
                 # Values that Python cannot represent: text that is not UTF-8, years beyond 9999.
                 except (ValueError, OverflowError, LookupError, NotImplementedError) as error:
                     batch_rows = f"{label}:row {first} to row {first + batch.num_rows - 1}"
                     raise DataError(f"{batch_rows}: a value cannot be read: {excerpt(error)}") from None
                 for number, values in enumerate(rows, first):
-                    yield f"{label}:row {number}", untrusted.without_filled_nulls(values)
+                    yield f"{label}:row {number}", values
                 first += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:  # a damaged page is an OSError
         ledger.add_bad(f"{label}:row {first}", "file", f"not readable as {format_name}", error)

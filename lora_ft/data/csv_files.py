@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from itertools import chain, islice
 
 from lora_ft import config
-from lora_ft.data.encoding import lines, open_text
 from lora_ft.data.rows import Ledger, Record, excerpt
 from lora_ft.data.streams import File, kind
+from lora_ft.data.text_files import lines, open_text
 from lora_ft.errors import DataError
 
 _NAMES = {"comma": ",", "semicolon": ";", "tab": "\t", r"\t": "\t", "pipe": "|"}

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_ft import config
-from lora_ft.data.encoding import open_text
 from lora_ft.data.json_text import JsonText
 from lora_ft.data.rows import Ledger, excerpt
 from lora_ft.data.split_names import ALL_SPLITS, is_split, split_name
+from lora_ft.data.text_files import open_text
 from lora_ft.errors import DataError
 
 _FIRST_KEY = re.compile(r'\{\s*"(\w+)"\s*:\s*[\[{]')

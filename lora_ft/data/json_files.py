@@ -14,10 +14,10 @@ from typing import Any
 
 from lora_ft import config
 from lora_ft.data import json_documents
-from lora_ft.data.encoding import open_text
 from lora_ft.data.json_text import SURROGATE, JsonText, parse_json
 from lora_ft.data.rows import Ledger, Record, RowError, excerpt
 from lora_ft.data.streams import File, kind
+from lora_ft.data.text_files import open_text
 from lora_ft.errors import DataError
 
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
-from lora_ft.data.encoding import lines
 from lora_ft.data.rows import RowError, excerpt
+from lora_ft.data.text_files import lines
 from lora_ft.errors import DataError
 
 # An escaped half of a surrogate pair. json accepts it without its other half; tokenizers fail on it.

@@ -55,11 +55,11 @@ def files_by_split(inside: File, path: str, key: str, ledger: Ledger, depth: int
     inner.sort(key=lambda file: file.name)
     names = {file.name: file for file in inner}
     if dictionary := names.get("dataset_dict.json"):
-        found = [(str(split), inside / str(split)) for split in _object(dictionary).get("splits", [])]
-        return {file: split_name(split) for split, part in found if part.is_dir() for file in _saved(part)}
+        found = [(split, inside / _inner_name(split, dictionary)) for split in _object(dictionary).get("splits", [])]
+        return {file: split_name(split) for split, part in found for file in _saved(part)}
     if "state.json" in names and any(kind(file) == ".arrow" for file in inner):
         return dict.fromkeys(_saved(inside))
-    readable = [file for file in inner if kind(file) in READERS and not file.name.startswith(".") and file.is_file()]
+    readable = [file for file in inner if kind(file) in READERS and not file.name.startswith(".") and not file.is_dir()]
     described = [file for file in readable if _DESCRIPTIONS.fullmatch(file.name.lower())]
     for file in described:
         ledger.convert(file.name, "files beside the rows that describe them, not read")
@@ -96,12 +96,16 @@ def _saved(inside: File) -> Iterator[File]:
         )
     listed = state.get("_data_files")
     for entry in listed if isinstance(listed, list) else []:
-        name = str(entry.get("filename")) if isinstance(entry, dict) else ""
-        if Path(name).name != name:
-            raise SecurityError(f"{inside}: state.json names {excerpt(name)}, which is not a file of the folder")
-        if not (inside / name).is_file():
+        name = _inner_name(entry.get("filename") if isinstance(entry, dict) else None, inside / "state.json")
+        if not (inside / name).exists():
             raise DataError(f"{inside}: state.json names {excerpt(name)}, which is missing: copy the whole folder")
         yield inside / name
+
+
+def _inner_name(name: object, listed_in: File) -> str:
+    if not isinstance(name, str) or not name or Path(name).name != name:
+        raise SecurityError(f"{listed_in} names {excerpt(name)}, which is nothing in its folder")
+    return name
 
 
 def _object(file: File) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from lora_ft.data.split_names import ALL_SPLITS as ALL_SPLITS
 from lora_ft.data.split_names import split_name as split_name
 from lora_ft.data.streams import File, kind
 from lora_ft.errors import DataError, ResourceError, SecurityError
-from lora_ft.io import untrusted
+from lora_ft.io import arrow, untrusted
 
 _PACKAGE = re.compile(r"package:([A-Za-z_]\w*)/(.+)")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -128,6 +128,6 @@ def _hub(path: str, key: str, data: config.Data) -> Iterator[Record]:
     if isinstance(rows, datasets.Dataset):
         # Arrow values are read as stored: for images and audio, `datasets` would open the file that a row names.
         batches = rows.with_format("arrow").iter(1000)
-        rows = (untrusted.without_filled_nulls(values) for batch in batches for values in batch.to_pylist())
+        rows = (values for batch in batches for values in arrow.values_of(batch))
     for number, values in enumerate(rows, 1):
         yield f"{path}:row {number}", values
