@@ -151,6 +151,15 @@ def test_pointer_of_git_lfs_is_named(tmp_path):
             read_all(write(tmp_path, name, pointer))
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.json", "a.txt", "a.parquet", "b.jsonl.gz"])
+@pytest.mark.parametrize("suffix", [*COMPRESS, "zip"])
+def test_file_whose_name_hides_its_compression_is_named(tmp_path, name, suffix):
+    packed = COMPRESS[suffix](LINES) if suffix != "zip" else archive(tmp_path, {"rows.jsonl": LINES}).read_bytes()
+    content = gzip.compress(packed) if name.endswith(".gz") else packed  # compressed twice
+    with pytest.raises(DataError, match=rf"{name}: is .* give it the suffix \.{suffix}"):
+        read_all(write(tmp_path, name, content))
+
+
 UNEVEN = [{"turns": [{"a": 1}, {"b": [None, 2]}], "note": None}, {"turns": [{}], "note": "é"}] * 120
 
 

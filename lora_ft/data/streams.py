@@ -23,7 +23,16 @@ from lora_ft.errors import DataError
 File = Path | zipfile.Path
 """A file or folder on disk, or inside of a .zip archive."""
 
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+# First bytes of files that are not what their name says, with the reason.
+_OTHERS = {
+    b"version https://git-lfs.github.com/spec/": "is a pointer of Git LFS, no file: run git lfs pull in its folder",
+    b"\x1f\x8b": "is compressed: give it the suffix .gz",
+    b"BZh91AY&SY": "is compressed: give it the suffix .bz2",
+    b"\xfd7zXZ\0": "is compressed: give it the suffix .xz",
+    b"\x28\xb5\x2f\xfd": "is compressed: give it the suffix .zst",
+    b"PK\3\4": "is an archive: give it the suffix .zip (and write the sheets of an .xlsx file as .csv)",
+}
+_LONGEST = max(map(len, _OTHERS))
 
 
 def kind(file: File) -> str:
@@ -40,10 +49,9 @@ def open_bytes(file: File, label: str) -> Iterator[IO[bytes]]:
     try:
         with _stored(file, label) as stored:
             stream = COMPRESSIONS.get(Path(file.name).suffix.lower(), _as_it_is)(stored)
-            if stream.peek(len(_LFS_POINTER)).startswith(_LFS_POINTER):
-                raise DataError(
-                    f"{label}: is a pointer of Git LFS, not the file itself: run git lfs pull in its folder"
-                )
+            head = stream.peek(_LONGEST)[:_LONGEST]
+            if reason := next((reason for start, reason in _OTHERS.items() if head.startswith(start)), ""):
+                raise DataError(f"{label}: {reason}")
             yield stream
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError) as error:
         raise DataError(f"{label}: cannot be read: {excerpt(error)}") from None
