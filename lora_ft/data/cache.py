@@ -21,7 +21,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from lora_ft import config
-from lora_ft.data.rows import Example, Row
+from lora_ft.data.rows import Example, Ledger, Row
 from lora_ft.io import durable
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,8 @@ def folder() -> Path:
 def key(rows: list[Row], tokenizer: Any, data: config.Data) -> str:
     """Return the hexadecimal sha256 of everything that the tokenized rows depend on."""
     digest = hashlib.sha256(_code().encode())
-    options = [tokenizer.chat_template, tokenizer.special_tokens_map, data.system, data.train_on.value]
+    options = [tokenizer.chat_template, tokenizer.special_tokens_map, data.system, data.train_on.value,
+               data.turns.value, data.strict]  # fmt: skip
     if "strftime_now" in str(tokenizer.chat_template):
         options.append(datetime.date.today().isoformat())  # such a template may render today's date
     digest.update(json.dumps(options, default=str).encode())
@@ -55,19 +56,21 @@ def _code() -> str:
     return " ".join([digest.hexdigest(), *versions])
 
 
-def load(name: str, rows: list[Row]) -> list[Example] | None:
-    """Load the examples that are stored under a key; None if the file is missing or damaged."""
+def load(name: str, rows: list[Row], ledger: Ledger) -> list[Example] | None:
+    """Load the examples that are stored under a key, and count what was; None if the file is missing or damaged."""
     path = folder() / f"{name}.safetensors"
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             ids, supervised, bounds = (file.get_tensor(n) for n in ("ids", "supervised", "bounds"))
-            if file.metadata()["sha256"] != _checksum(ids, supervised, bounds):
+            about = json.loads(file.metadata()["about"])
+            if about["sha256"] != _checksum(ids, supervised, bounds):
                 raise ValueError("wrong checksum")
     except FileNotFoundError:
         return None
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         log.warning("damaged row cache, tokenizing again: %s (%s)", path, error)
         return None
+    ledger.count(about["left_out"], about["converted"])
     ends = np.cumsum(bounds[:, 1])
     return [
         Example(
@@ -77,15 +80,20 @@ def load(name: str, rows: list[Row]) -> list[Example] | None:
     ]
 
 
-def store(name: str, examples: list[Example]) -> None:
-    """Store examples under a key. Logs a warning if the folder cannot be written."""
+def store(name: str, examples: list[Example], ledger: Ledger) -> None:
+    """Store examples under a key, with the counts of a ledger. Logs a warning if the folder cannot be written."""
+    if not examples:
+        return
     ids = np.concatenate([e.ids for e in examples])
     supervised = np.concatenate([e.supervised for e in examples]).astype(np.uint8)
     bounds = np.array([(e.row, len(e.ids), e.prompt_end, e.answer_start) for e in examples], dtype=np.int64)
     arrays = {"ids": ids, "supervised": supervised, "bounds": bounds}
     try:
         durable.make_folder(folder())
-        data = safetensors.numpy.save(arrays, {"sha256": _checksum(*arrays.values())})
+        # One entry: safetensors writes several in any order, and equal rows should give equal files.
+        counts = {"left_out": ledger.left_out, "converted": ledger.converted}
+        about = json.dumps({"sha256": _checksum(*arrays.values()), **counts})
+        data = safetensors.numpy.save(arrays, {"about": about})
         durable.write_bytes(folder() / f"{name}.safetensors", data)
     except OSError as error:
         log.warning("rows are not cached: %s", error)

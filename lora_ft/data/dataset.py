@@ -18,7 +18,8 @@ from lora_ft import config
 from lora_ft.config import TooLong
 from lora_ft.data import cache, chat_template, lengths, tokenize
 from lora_ft.data.read import Rows, read
-from lora_ft.data.rows import Example, Row, excerpt
+from lora_ft.data.rows import Example, Ledger, Row, excerpt
+from lora_ft.data.template_checks import Trials
 from lora_ft.errors import ConfigError, DataError
 
 MOST_LABELS = 50
@@ -99,13 +100,15 @@ def tokenized(found: Rows, tokenizer: Any, data: config.Data) -> list[Example]:
     """Render and tokenize rows, or load their examples from the cache. Bad rows go into the ledger."""
     rows, ledger = found.rows, found.ledger
     name = cache.key(rows, tokenizer, data) if len(rows) >= _CACHED_FROM_ROWS and not ledger.bad else None
-    if name and (kept := cache.load(name, rows)) is not None:
+    if name and (kept := cache.load(name, rows, ledger)) is not None:
         found.from_cache.append(name)
         return kept
-    rendered = chat_template.turns(rows, data, tokenizer, ledger)
-    examples = list(tokenize.encode(rows, rendered, tokenizer, data.train_on, ledger))
+    counts = Ledger(ledger.strict, bad=ledger.bad)  # of rendering, which are stored with the examples
+    rendered = chat_template.turns(rows, data, tokenizer, counts)
+    examples = list(tokenize.encode(rows, rendered, tokenizer, data.train_on, counts))
+    ledger.count(counts.left_out, counts.converted)
     if name and not ledger.bad and all(example.supervised.any() for example in examples):
-        cache.store(name, examples)
+        cache.store(name, examples, counts)
     return examples
 
 
@@ -151,15 +154,29 @@ def prepare_rows(found: Rows, data: config.Data, tokenizer: Any, make_examples: 
         sha256=_sha256(train, eval_), template_sha256=_template_sha256(tokenizer),
         tokenizer_sha256=hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
     )  # fmt: skip
-    return Dataset(train, eval_, _eval_prompts(eval_, rows), labels(rows[example.row] for example in train), report)
+    return Dataset(
+        train,
+        eval_,
+        _eval_prompts(eval_, rows, data, tokenizer),
+        labels(rows[example.row] for example in train),
+        report,
+    )
 
 
-def _eval_prompts(examples: Iterable[Example], rows: list[Row]) -> list[EvalPrompt]:
+def _eval_prompts(examples: Iterable[Example], rows: list[Row], data: config.Data, tokenizer: Any) -> list[EvalPrompt]:
     """Make a prompt of the last example of each chat."""
+    trials = chat_template.trials_of(tokenizer)
     last = {example.row: example for example in examples if example.answer_start and rows[example.row].messages}
     return [
-        EvalPrompt(e.ids[: e.answer_start], _question(rows[e.row]), rows[e.row].answer, e.source) for e in last.values()
+        EvalPrompt(
+            e.ids[: e.answer_start], _question(rows[e.row]), _answer(rows[e.row], data, tokenizer, trials), e.source
+        )
+        for e in last.values()
     ]
+
+
+def _answer(row: Row, data: config.Data, tokenizer: Any, trials: Trials) -> str:
+    return chat_template.answer_of(row, data, trials) if tokenizer.chat_template else row.answer
 
 
 def _question(row: Row) -> str:
