@@ -51,7 +51,8 @@ def rows(records: Iterable[Record], data: config.Data, ledger: Ledger) -> tuple[
         except LeftOut as reason:
             ledger.left_out[str(reason)] += 1
         except RowError as error:
-            ledger.add_bad(source, _name_in_file(error.name, data.columns), error.reason, values)
+            shown = values if error.shown is None else error.shown
+            ledger.add_bad(source, _name_in_file(error.name, data.columns), error.reason, shown)
     if not parsed:
         ledger.raise_bad()
         left_out = ", ".join(f"{count} {reason}" for reason, count in ledger.left_out.items())

@@ -30,7 +30,6 @@ class Disorder(Enum):
     no_system = "with a system message, which the chat template does not take"
     interrupted = "with a user message after the result of a tool"
     stray_tool = "with the result of a tool that no message called"
-    no_answer = "without an answer to a user"
 
 
 def arrange(row: Row, turns: Turns, ledger: Ledger) -> Row:
@@ -43,16 +42,16 @@ def arrange(row: Row, turns: Turns, ledger: Ledger) -> Row:
     if not found:
         return row
     if turns is Turns.strict:
-        raise _error(roles, "data.turns=repair reads such chats, drop leaves them out")
+        raise _error(roles, found[0][0], "data.turns=repair reads such chats, drop leaves them out")
     if turns is Turns.drop:
-        raise LeftOut(found[0].value)
+        raise LeftOut(found[0][1].value)
     end = max((i + 1 for i, role in enumerate(roles) if role == "assistant"), default=0)
     first = roles.index("user") if "user" in roles else len(roles)
     if not any(role == "assistant" for role in roles[first:]):
         reason = "no assistant message follows a user message; data.turns=drop leaves such rows out"
         raise RowError("messages", reason)
-    if Disorder.stray_tool in found:
-        raise _error(roles, "data.turns=drop leaves such rows out")
+    if stray := [place for place, disorder in found if disorder is Disorder.stray_tool and place < end]:
+        raise _error(roles, stray[0], "data.turns=drop leaves such rows out")
     if end < len(roles):
         ledger.convert("messages", "chats cut after their last answer", row.messages[end:])
     context = {i for i in row.context if i < end} | {i for i in range(first) if roles[i] == "assistant"}
@@ -65,15 +64,15 @@ def arrange(row: Row, turns: Turns, ledger: Ledger) -> Row:
     )
 
 
-def _disorders(roles: list[str]) -> Iterator[Disorder]:
-    """Yield what is unusual about roles, in order; nothing for chats that all templates expect."""
+def _disorders(roles: list[str]) -> Iterator[tuple[int, Disorder]]:
+    """Yield the places where roles are unusual, in order; nothing for chats that all templates expect."""
     last = ""
-    for index, role in enumerate(roles):
+    for place, role in enumerate(roles):
         if role not in MAY_FOLLOW[last]:
-            yield _disorder(role, last, roles[:index])
+            yield place, _disorder(role, last, roles[:place])
         last = role
     if last != "assistant":
-        yield Disorder.end
+        yield len(roles), Disorder.end
 
 
 def _disorder(role: str, last: str, before: list[str]) -> Disorder:
@@ -89,12 +88,9 @@ def _disorder(role: str, last: str, before: list[str]) -> Disorder:
     return Disorder.interrupted
 
 
-def _error(roles: list[str], remedy: str) -> RowError:
-    last = ""
-    for index, role in enumerate(roles):
-        if role not in MAY_FOLLOW[last]:
-            position = f"follow {last}" if last else "be first"
-            return RowError(f"message {index + 1}", f"{role} may not {position}; {remedy}")
-        last = role
-    reason = f"the chat must end with an assistant message, it ends with {last}; {remedy}"
-    return RowError(f"message {len(roles)}", reason)
+def _error(roles: list[str], place: int, remedy: str) -> RowError:
+    if place == len(roles):
+        reason = f"the chat must end with an assistant message, it ends with {roles[-1]}; {remedy}"
+        return RowError(f"message {place}", reason)
+    position = f"follow {roles[place - 1]}" if place else "be first"
+    return RowError(f"message {place + 1}", f"{roles[place]} may not {position}; {remedy}")
