@@ -188,6 +188,23 @@ def test_csv_with_chats_and_tools_as_text_gives_the_same_tokens(tmp_path):
     assert documents(prepare(data, tokenizer("qwen2.5"))) == documents(usual)
 
 
+def test_results_of_function_call_turns_have_the_names_of_their_calls(tmp_path):
+    naming = tokenizer_of(FAMILIES["qwen2.5"], "tiny")
+    naming.chat_template = naming.chat_template.replace("<tool_response>", "<tool_response>' + (m.name or 'none') + '")
+    path = tmp_path / "rows.jsonl"
+    turns = [
+        share_gpt(json.dumps(FIND)),
+        share_gpt(json.dumps([FIND, NOTE]), count=2),
+        share_gpt(json.dumps([FIND, NOTE])),
+    ]
+    older = with_calls({"function_call": FIND}, role="function", name="find")
+    rows = [*({"conversations": turn} for turn in turns), {"conversations": older}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = prepare(Data(path=str(path), eval_fraction=0), naming).train
+    names = [re.findall(r"<tool_response>(\w*)", naming.decode(document.ids)) for document in found]
+    assert names == [["find"], ["find", "note"], ["none"], ["find"]]
+
+
 def test_a_null_that_a_tool_declares_is_kept(tmp_path):
     call = {"name": "note", "arguments": {"title": None, "size": 2}}
     dataset = made(tmp_path, "qwen2.5", {"messages": chat(call), "tools": TOOLS}, {"messages": chat(call)})

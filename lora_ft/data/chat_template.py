@@ -133,7 +133,7 @@ def fitted(row: Row, data: config.Data, trials: Trials) -> tuple[Fitted, list[in
 
 
 def answer_of(row: Row, data: config.Data, trials: Trials) -> str:
-    """Return the last answer of a row as it is rendered: messages of the assistant may be joined."""
+    """Return the last answer of a row in its rendered form: messages of the assistant may be joined."""
     if len(row.messages) < 2 or row.messages[-2]["role"] != "assistant":
         return row.answer
     return str(fitted(row, data, trials)[0].messages[-1]["content"])

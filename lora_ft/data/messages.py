@@ -8,6 +8,7 @@ What is not in the usual form is counted in the ledger. Functions raise RowError
 or key.
 """
 
+import itertools
 import json
 from typing import Any
 
@@ -64,7 +65,19 @@ def messages_of(values: dict[str, Any], column: str, ledger: Ledger) -> list[Mes
         raise RowError(column, f"must be a list of messages, got {type_name(messages)}")
     if not messages:
         raise RowError(column, "is empty")
-    return [_message(message, f"{column}[{index}]", ledger) for index, message in enumerate(messages)]
+    found = [_message(message, f"{column}[{index}]", ledger) for index, message in enumerate(messages)]
+    for index, message in enumerate(messages):
+        if isinstance(message, dict) and _known(message.get("role") or message.get("from")) in _CALLS:
+            _name_results(found, index)
+    return found
+
+
+def _name_results(messages: list[Message], index: int) -> None:
+    """Give the results after a turn of calls the names of these calls, which some templates write."""
+    calls = [call["function"]["name"] for call in messages[index]["tool_calls"]]
+    results = list(itertools.takewhile(lambda message: message["role"] == "tool", messages[index + 1 :]))
+    for result, name in zip(results, calls, strict=False) if len(results) == len(calls) else ():
+        result.setdefault("name", name)
 
 
 def with_system(messages: list[Message], system: str | None) -> list[Message]:
@@ -107,11 +120,15 @@ def _message(message: object, name: str, ledger: Ledger) -> Message:
     return {**kept, "role": role, "content": text or ""}
 
 
+def _known(role: object) -> str:
+    return role.strip().lower() if isinstance(role, str) else ""
+
+
 def _role(given: object, name: str, ledger: Ledger) -> tuple[str, bool]:
     """Return the chat template's name of a role, and True if the message's text is calls of tools."""
     if isinstance(given, str) and given in _ROLES:
         return _ROLES[given], False
-    known = given.strip().lower() if isinstance(given, str) else ""
+    known = _known(given)
     if known not in _KNOWN:
         raise RowError(name, f"role must be one of {', '.join(_KNOWN)}, got {excerpt(repr(given))}")
     if known in _CALLS:

@@ -54,7 +54,7 @@ def _object(name: str, value: object, what: str, ledger: Ledger) -> dict[str, An
 
 
 def _tool(name: str, value: object, ledger: Ledger) -> dict[str, Any]:
-    """Return a tool in OpenAI's form. A tool without a function, such as a hosted search, is kept as it is."""
+    """Return a tool in OpenAI's form. A tool without a function, such as a hosted search, is not changed."""
     tool = _object(name, value, "tools", ledger)
     if "function" in tool:
         function = _object(f"{name}.function", tool["function"], "functions of tools", ledger)

@@ -21,7 +21,7 @@ MAY_FOLLOW = {
 
 
 class Disorder(Enum):
-    """What is unusual about the turns of a chat; the values complete "3 rows left out: ..."."""
+    """Unusual turns of a chat. The report writes the values after a count, as in "3 ending without an answer"."""
 
     end = "ending without an answer"
     opening = "beginning with the assistant"
