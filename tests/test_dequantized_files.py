@@ -119,8 +119,9 @@ def test_weights_as_stored_train_to_the_adapter_of_dequantized_ones(tmp_path: Pa
         words = ["model=local", f"model.path={base}", f"data.path={rows}", "data.eval_fraction=0", "adapter.r=4",
                  f"adapter={adapter}", "train.max_steps=2", "train.tokens_per_step=40", "device=cpu"]  # fmt: skip
         run = lora_ft.train(lora_ft.compose("train", words), folder=tmp_path / f"run{number}")
-        adapters.append(run.result.adapter_sha256)
-    assert adapters[0] == adapters[1]
+        adapters.append(load_file(run.folder / "adapter" / "adapter_model.safetensors"))
+    # Not bit for bit: the order of sums may depend on the address of a weight, which is that of its file or a new one.
+    torch.testing.assert_close(adapters[0], adapters[1], rtol=1e-4, atol=1e-7)  # B moves by 2e-4 a step
     model, _ = lora_ft.load(tmp_path / "run0")
     codes = [layer.codes for layer in model.modules() if isinstance(layer, ScaledLinear)]
     codes += [p for p in model.parameters() if expert_codes.is_quantized(p)]

@@ -132,11 +132,11 @@ def fitted(row: Row, data: config.Data, trials: Trials) -> tuple[Fitted, list[in
     return chat, sorted(place for place in answers if place is not None)
 
 
-def answer_of(row: Row, data: config.Data, trials: Trials) -> str:
+def answer_of(row: Row, data: config.Data, tokenizer: Any) -> str:
     """Return the last answer of a row in its rendered form: messages of the assistant may be joined."""
-    if len(row.messages) < 2 or row.messages[-2]["role"] != "assistant":
+    if not tokenizer.chat_template or len(row.messages) < 2 or row.messages[-2]["role"] != "assistant":
         return row.answer
-    return str(fitted(row, data, trials)[0].messages[-1]["content"])
+    return str(fitted(row, data, trials_of(tokenizer))[0].messages[-1]["content"])
 
 
 def fitted_prompt(messages: list[Message], turns: Turns, tokenizer: Any) -> list[Message]:
