@@ -15,7 +15,7 @@ from finished import call, rows_file
 from tiny import tiny_folder
 
 from lora_ft import runs
-from lora_ft.adapters import files
+from lora_ft.adapters import peft_folder
 from lora_ft.errors import Interrupted
 from lora_ft.io import durable
 from lora_ft.objectives import sft
@@ -42,7 +42,7 @@ def expected(overrides: tuple[str, ...], tmp_path_factory: pytest.TempPathFactor
 
 
 def weights(run: Path) -> str:
-    return hashlib.sha256((run / "adapter" / files.WEIGHTS).read_bytes()).hexdigest()
+    return hashlib.sha256((run / "adapter" / peft_folder.WEIGHTS).read_bytes()).hexdigest()
 
 
 def saved(run: Path) -> list[str]:
