@@ -22,11 +22,14 @@ from itertools import islice
 from typing import Any
 
 from lora_ft import config
-from lora_ft.config import Format
+from lora_ft.config import Format, Turns
 from lora_ft.data import synonyms, table
-from lora_ft.data.messages import check_order, messages_of, optional_text, text_of, tools_of, with_system
-from lora_ft.data.rows import ANSWER_CUE, Ledger, Message, Record, Row, RowError, excerpt, is_blank
+from lora_ft.data.json_values import as_text, decoded
+from lora_ft.data.messages import messages_of, optional_text, text_of, with_system
+from lora_ft.data.rows import ANSWER_CUE, Ledger, LeftOut, Message, Record, Row, RowError, excerpt, is_blank
 from lora_ft.data.synonyms import Names
+from lora_ft.data.tool_calls import drop_undeclared_nulls, tools_of
+from lora_ft.data.turns import arrange
 from lora_ft.errors import ConfigError, DataError
 
 Parse = Callable[[str, dict[str, Any], Ledger], Row]
@@ -49,10 +52,15 @@ def rows(records: Iterable[Record], data: config.Data, ledger: Ledger) -> tuple[
     for source, values in kept:
         try:
             parsed.append(parse(source, _renamed(values, data.columns), ledger))
+        except LeftOut as reason:
+            ledger.left_out[str(reason)] += 1
         except RowError as error:
-            ledger.add_bad(source, _name_in_file(error.name, data.columns), error.reason, values)
+            shown = values if error.shown is None else error.shown
+            ledger.add_bad(source, _name_in_file(error.name, data.columns), error.reason, shown)
     if not parsed:
         ledger.raise_bad()
+        left_out = ", ".join(f"{count} {reason}" for reason, count in ledger.left_out.items())
+        raise DataError(f"{data.path}: every row is left out: {left_out}")
     in_file = {data.columns.get(name, name) for name in read}
     return found, parsed, [name or "(unnamed)" for name in names if name not in in_file]
 
@@ -76,7 +84,11 @@ def _parser(
     if unknown := [name for name in data.columns if name not in shape.columns]:
         known = _listed(shape.columns)
         raise ConfigError(f"data.columns: {unknown[0]} is no column of format {found.format.name}, which has {known}")
-    return found.format, shape.parse, shape.columns
+    return found.format, partial(_arranged, shape.parse, data.turns), shape.columns
+
+
+def _arranged(parse: Parse, turns: Turns, source: str, values: dict[str, Any], ledger: Ledger) -> Row:
+    return arrange(parse(source, values, ledger), turns, ledger)
 
 
 def _detect(columns: Counter[tuple[str, ...]], data: config.Data) -> Names:
@@ -144,34 +156,38 @@ def _name_in_file(name: str, columns: dict[str, str]) -> str:
 
 
 def _chat_row(column: str, source: str, values: dict[str, Any], ledger: Ledger) -> Row:
-    return _chat(source, with_system(messages_of(values, column), optional_text(values, "system")), values)
+    messages = with_system(messages_of(values, column, ledger), optional_text(values, "system", ledger))
+    return _chat(source, messages, values, ledger)
 
 
-def _chat(source: str, messages: list[Message], values: dict[str, Any], context: frozenset[int] = frozenset()) -> Row:
+def _chat(
+    source: str, messages: list[Message], values: dict[str, Any], ledger: Ledger, context: frozenset[int] = frozenset()
+) -> Row:
     """Make the row of a chat; the weights of its messages become `Row.excluded`."""
-    check_order(messages)
+    tools = tools_of(values, ledger)
+    messages = drop_undeclared_nulls(messages, tools, ledger)
     excluded = frozenset(i for i, message in enumerate(messages) if message.pop("weight", 1) == 0)
     answer = messages[-1].get("content") or ""
-    return Row(source, messages, answer, context=context | excluded, excluded=excluded, tools=tools_of(values))
+    return Row(source, messages, answer, context=context | excluded, excluded=excluded, tools=tools)
 
 
 def _prompt_completion_row(source: str, values: dict[str, Any], ledger: Ledger) -> Row:
-    system = optional_text(values, "system")
+    system = optional_text(values, "system", ledger)
     if isinstance(values.get("prompt"), list):
-        prompt_messages = with_system(messages_of(values, "prompt"), system)
+        prompt_messages = with_system(messages_of(values, "prompt", ledger), system)
         context = frozenset(i for i, message in enumerate(prompt_messages) if message["role"] == "assistant")
-        return _chat(source, prompt_messages + messages_of(values, "completion"), values, context)
-    prompt, completion = text_of(values, "prompt"), text_of(values, "completion")
+        return _chat(source, prompt_messages + messages_of(values, "completion", ledger), values, ledger, context)
+    prompt, completion = text_of(values, "prompt", ledger), text_of(values, "completion", ledger)
     messages = with_system([{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}], system)
     plain = f"{system}\n\n{prompt}" if system else prompt
-    return Row(source, messages, completion, plain_prompt=plain, tools=tools_of(values))
+    return Row(source, messages, completion, plain_prompt=plain, tools=tools_of(values, ledger))
 
 
 def _alpaca_row(source: str, values: dict[str, Any], ledger: Ledger) -> Row:
     """Make a chat whose user message is instruction and input; the plain prompt has Alpaca's headings instead."""
-    instruction, output = text_of(values, "instruction"), text_of(values, "output")
-    extra, system = optional_text(values, "input"), optional_text(values, "system")
-    turns = [*_history(values), (f"{instruction}\n{extra}" if extra else instruction, output)]
+    instruction, output = text_of(values, "instruction", ledger), text_of(values, "output", ledger)
+    extra, system = optional_text(values, "input", ledger), optional_text(values, "system", ledger)
+    turns = [*_history(values, ledger), (f"{instruction}\n{extra}" if extra else instruction, output)]
     messages = [{"role": "system", "content": system}] if system else []
     plain = f"{system}\n\n" if system else ""
     for question, answer in turns:
@@ -182,17 +198,23 @@ def _alpaca_row(source: str, values: dict[str, Any], ledger: Ledger) -> Row:
     return Row(source, messages, output, f"{plain}### Instruction:\n{instruction}{heading}{ANSWER_CUE}")
 
 
-def _history(values: dict[str, Any]) -> list[tuple[str, str]]:
+def _history(values: dict[str, Any], ledger: Ledger) -> list[tuple[str, str]]:
+    """Return the earlier pairs of instruction and answer, which may be JSON text."""
     pairs = values.get("history") or []
+    if isinstance(pairs, str) and not is_blank(pairs):
+        pairs = decoded("history", pairs)
+        ledger.convert("history", "histories read from JSON text", pairs)
+    found = []
     for pair in pairs if isinstance(pairs, list) else [pairs]:
-        texts = pair if isinstance(pair, list) else []
+        texts = [as_text("history", text, ledger) for text in pair] if isinstance(pair, list) else []
         if len(texts) != 2 or not all(isinstance(text, str) and not is_blank(text) for text in texts):
             raise RowError("history", "must be a list of [instruction, answer]")
-    return [(question, answer) for question, answer in pairs]
+        found.append((str(texts[0]), str(texts[1])))
+    return found
 
 
 def _text_row(source: str, values: dict[str, Any], ledger: Ledger) -> Row:
-    return Row(source, [], text_of(values, "text"), plain_prompt="")
+    return Row(source, [], text_of(values, "text", ledger), plain_prompt="")
 
 
 @dataclass(frozen=True)
@@ -227,9 +249,9 @@ def _row_as(parse: Parse, names: dict[str, str], source: str, values: dict[str, 
 
 # In the order in which they are tried.
 _FORMATS = {
-    Format.messages: _Shape({"messages"}, ("messages", "system", "tools"), partial(_chat_row, "messages")),
+    Format.messages: _Shape({"messages"}, ("messages", "system", "tools", "functions"), partial(_chat_row, "messages")),
     Format.conversations: _Shape(
-        {"conversations"}, ("conversations", "system", "tools"), partial(_chat_row, "conversations")
+        {"conversations"}, ("conversations", "system", "tools", "functions"), partial(_chat_row, "conversations")
     ),
     Format.prompt_completion: _Shape(
         {"prompt", "completion"}, ("prompt", "completion", "system", "tools"), _prompt_completion_row

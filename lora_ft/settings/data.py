@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_ft.settings.setting import setting
-from lora_ft.values import Format, TooLong, TrainOn
+from lora_ft.values import Format, TooLong, TrainOn, Turns
 
 
 @dataclass(slots=True)
@@ -36,6 +36,11 @@ class Data:
     prompt: str | None = setting(None, "table: template of the prompt, with {column} fields", text=True)
     answer: str | None = setting(None, "table: template of the answer, with {column} fields", text=True)
     system: str | None = setting(None, "system message for chat rows that have none", text=True)
+    turns: Turns = setting(
+        Turns.repair,
+        "chats whose turns do not alternate, or whose system message the chat template does not take; strict: refuse "
+        "them, drop: leave them out",
+    )
     strict: bool = setting(
         False, "refuse rows that are read only after a conversion, which the report counts otherwise"
     )
