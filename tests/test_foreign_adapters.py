@@ -425,6 +425,7 @@ def damaged(whole: Whole, folder: Path, data: st.DataObject) -> None:
         return
     OUTCOMES["loaded"] += 1
     stored = files.read_contents(folder).own
+    assert len(stored) == len(safetensors.torch.load(contents[peft_folder.WEIGHTS]))
     found = files.tensors_of(model, loading.NAME)
     assert found.keys() == stored.keys()
     assert all(torch.equal(found[key], stored[key].to(found[key].dtype)) for key in found)
