@@ -48,7 +48,7 @@ def metaspace_tokenizer():
 def prepared(folder, tokenizer, *rows, **settings):
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(values) + "\n" for values in rows))
-    return prepare(Data(path=str(path), eval_fraction=0, **settings), tokenizer).train
+    return list(prepare(Data(path=str(path), eval_fraction=0, **settings), tokenizer).train)
 
 
 def chat(*contents):
@@ -155,7 +155,7 @@ def test_data_system_is_added_to_chats_without_a_system_message(tmp_path):
 
 
 def test_tools_and_tool_calls_reach_the_template(tmp_path):
-    template = CHATML.replace("{% for", "{{ tools[0].name if tools else '' }}{% for", 1).replace(
+    template = CHATML.replace("{% for", "{{ tools[0].function.name if tools else '' }}{% for", 1).replace(
         "message['content']", "(message.tool_calls[0].name if message.tool_calls else message['content'])"
     )
     messages = [

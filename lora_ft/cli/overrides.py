@@ -192,7 +192,9 @@ def _is_mapping(setting: validation.Setting) -> bool:
 
 
 def _is_text(setting: validation.Setting, key: str) -> bool:
-    return setting.text or (setting.key != key and typing.get_args(setting.type)[-1] is str)
+    if _is_mapping(setting):  # its entries may be text; as a whole it is in Hydra's notation
+        return setting.key != key and (setting.text or typing.get_args(setting.type)[-1] is str)
+    return setting.text
 
 
 def _nearest(key: str, names: list[str]) -> str | None:
