@@ -65,7 +65,9 @@ def messages_of(values: dict[str, Any], column: str, ledger: Ledger) -> list[Mes
         raise RowError(column, f"must be a list of messages, got {type_name(messages)}")
     if not messages:
         raise RowError(column, "is empty")
-    found = [_message(message, f"{column}[{index}]", ledger) for index, message in enumerate(messages)]
+    found = [
+        _plain(message) or _message(message, f"{column}[{index}]", ledger) for index, message in enumerate(messages)
+    ]
     for index, message in enumerate(messages):
         if isinstance(message, dict) and _known(message.get("role") or message.get("from")) in _CALLS:
             _name_results(found, index)
@@ -85,6 +87,17 @@ def with_system(messages: list[Message], system: str | None) -> list[Message]:
     if not system or messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": system}, *messages]
+
+
+def _plain(message: object) -> Message | None:
+    """Return a message of a usual role and a text, which nearly all are, as `_message` does; None for any other."""
+    if not isinstance(message, dict) or len(message) != 2:
+        return None
+    keys = ("role", "content") if "role" in message else ("from", "value")
+    role, content = message.get(keys[0]), message.get(keys[1])
+    if not isinstance(role, str) or role not in _ROLES or not isinstance(content, str) or is_blank(content):
+        return None
+    return {"role": _ROLES[role], "content": content}
 
 
 def _message(message: object, name: str, ledger: Ledger) -> Message:
