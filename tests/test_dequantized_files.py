@@ -121,7 +121,7 @@ def test_weights_as_stored_train_to_the_adapter_of_dequantized_ones(tmp_path: Pa
         run = lora_ft.train(lora_ft.compose("train", words), folder=tmp_path / f"run{number}")
         adapters.append(load_file(run.folder / "adapter" / "adapter_model.safetensors"))
     # Not bit for bit: the order of sums may depend on the address of a weight, which is that of its file or a new one.
-    torch.testing.assert_close(adapters[0], adapters[1], rtol=1e-4, atol=1e-7)  # B moves by 2e-4 a step
+    assert_equal_within_rounding(*adapters)
     model, _ = lora_ft.load(tmp_path / "run0")
     codes = [layer.codes for layer in model.modules() if isinstance(layer, ScaledLinear)]
     codes += [p for p in model.parameters() if expert_codes.is_quantized(p)]
@@ -135,8 +135,14 @@ def assert_equal_merges(tmp_path: Path) -> None:
     merged = lora_ft.merge(tmp_path / "run0", tmp_path / "merged").out
     twin = lora_ft.merge(tmp_path / "run1", tmp_path / "twin").out
     ours, theirs = (load_file(each / "model.safetensors") for each in (merged, twin))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert len(ours) == len(theirs)
+    assert_equal_within_rounding(ours, theirs)
+
+
+def assert_equal_within_rounding(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """Compare whole tensors: Adam divides by a gradient's size, so one that is near zero may move to either side."""
+    assert ours.keys() == theirs.keys()
+    apart = {name: float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in theirs}
+    assert max(apart.values()) < 1e-4, apart
 
 
 @pytest.mark.parametrize("way", ["fp8", "gptq", "awq"])
