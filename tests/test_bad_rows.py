@@ -129,9 +129,16 @@ CHATS = {
     f"tools: {CONTROL}": [chat(A, B, tools=[{"name": "f", "description": END}])],
     "chat template: drops the tool add_7": [chat(A, B, tools=[{"type": "function", "function": {"name": "add_7"}}])],
     "chat template: drops the answer's call of add_7": [chat(A, assistant("b", tool_calls=[{"name": "add_7"}]))],
-    "chat template: changes or drops the answer": [
-        chat(A, assistant("b", thinking="hm hm")),
-        chat(A, assistant("b", reasoning_content="hm hm")),
+    r"messages\[1\]: has two thoughts that differ: keep one": [
+        chat(A, assistant("b", thinking="hm hm", reasoning_content="ah")),
+        chat(A, assistant("<think>hm</think>b", reasoning_content="ah")),
+    ],
+    r"messages\[1\]: the thought of an answer must be text, got \w+": [
+        chat(A, assistant("b", reasoning_content=["hm"])),
+        chat(A, assistant([{"type": "thinking", "thinking": 7}, {"type": "text", "text": "b"}])),
+    ],
+    r"messages\[1\]: a thinking part must be before the text of the content": [
+        chat(A, assistant([{"type": "text", "text": "b"}, {"type": "thinking", "thinking": "hm"}])),
     ],
 }
 PAIRS = {

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lora_ft import config
 from lora_ft.config import TooLong
-from lora_ft.data import cache, chat_template, lengths, tokenize
+from lora_ft.data import cache, chat_template, lengths, thoughts, tokenize
 from lora_ft.data.read import Rows, read
 from lora_ft.data.rows import Example, Row, excerpt
 from lora_ft.errors import ConfigError, DataError
@@ -167,8 +167,8 @@ def _question(row: Row) -> str:
 
 
 def labels(rows: Iterable[Row]) -> list[str] | None:
-    """Return the distinct last answers of chats, sorted; None if there are more than MOST_LABELS, or no chats."""
-    answers = {row.answer for row in rows if row.messages}
+    """Return the distinct last answers of chats, without thoughts; None for none or more than MOST_LABELS."""
+    answers = {thoughts.after(row.answer) for row in rows if row.messages}
     return sorted(answers) if 0 < len(answers) <= MOST_LABELS else None
 
 

@@ -9,6 +9,7 @@ Functions raise RowError, which names the wrong column, message or key.
 import json
 from typing import Any
 
+from lora_ft.data import thoughts
 from lora_ft.data.files import parse_json
 from lora_ft.data.rows import Message, RowError, excerpt, is_blank
 
@@ -101,7 +102,10 @@ def _message(message: object, name: str) -> Message:
         raise RowError(name, f"role must be one of {', '.join(_ROLES)}, got {excerpt(repr(role))}")
     if calls := kept.get("tool_calls"):
         kept["tool_calls"] = _calls(calls, _ROLES[role], name)
-    content = _content(message.get("content", message.get("value")), name)
+    content = message.get("content", message.get("value"))
+    if _ROLES[role] == "assistant":
+        kept, content = _with_thought(kept, content, name)
+    content = _content(content, name)
     if content is None and not calls:
         raise RowError(name, f"the content of {role} is missing")
     if is_blank(content or "") and _ROLES[role] in ("user", "assistant") and not calls:
@@ -115,6 +119,34 @@ def _message(message: object, name: str) -> Message:
         if not learned:
             kept["weight"] = 0
     return {**kept, "role": _ROLES[role], "content": content or ""}
+
+
+def _with_thought(message: Message, content: object, name: str) -> tuple[Message, object]:
+    """Return an answer with its thought under the key `thoughts.FIELD`, and its content without thinking parts."""
+    given: list[object] = [message.pop(key) for key in thoughts.FIELDS if key in message]
+    if isinstance(content, list):
+        parts = [part for part in content if isinstance(part, dict) and part.get("type") == "thinking"]
+        if parts != content[: len(parts)]:
+            raise RowError(name, "a thinking part must be before the text of the content", content)
+        given += (
+            ["".join(map(str, texts))] if parts and _are_texts(texts := [p.get("thinking") for p in parts]) else parts
+        )
+        content = content[len(parts) :] or ""
+    found: dict[str, None] = {}
+    for thought in given:
+        if not isinstance(thought, str):
+            raise RowError(name, f"the thought of an answer must be text, got {_type(thought)}", thought)
+        if not is_blank(thought):
+            found[thought.strip()] = None
+    if found and isinstance(content, str) and (written := thoughts.split({"content": content}))[0]:
+        found[written[0]], content = None, written[1]
+    if len(found) > 1:
+        raise RowError(name, "has two thoughts that differ: keep one", list(found))
+    return message | dict.fromkeys([thoughts.FIELD][: len(found)], next(iter(found), "")), content
+
+
+def _are_texts(values: list[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def _content(content: object, name: str) -> str | None:
