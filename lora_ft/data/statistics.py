@@ -15,16 +15,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lora_ft import config
 from lora_ft.config import TooLong
 from lora_ft.data import thoughts
 from lora_ft.data.chat_template import learned_answers
 from lora_ft.data.dataset import Dataset, Report
+from lora_ft.data.examples import Examples
 from lora_ft.data.messages import with_system
 from lora_ft.data.read import Rows
 from lora_ft.data.rendering import prompts, thinking_switch
-from lora_ft.data.rows import Example, Row, any_of, excerpt
+from lora_ft.data.rows import Row, any_of, excerpt
 from lora_ft.data.tokenize import Vocabulary
 
 _BINS = 8
@@ -81,7 +83,7 @@ class Thinking:
 
 def measure(found: Rows, dataset: Dataset, data: config.Data, tokenizer: Any) -> Statistics:
     """Measure the rows `found` and the documents that `prepare_rows` made of them."""
-    lengths = np.array([len(document.ids) for document in dataset.train])
+    lengths = dataset.train.lengths
     vocabulary = Vocabulary(tokenizer)
     lead = vocabulary.lead
     ends, unended = _ends(dataset.train, data, tokenizer)
@@ -91,7 +93,7 @@ def measure(found: Rows, dataset: Dataset, data: config.Data, tokenizer: Any) ->
         percentile_95=float(np.percentile(lengths, 95)),
         histogram=_histogram(lengths),
         begin=tokenizer.convert_ids_to_tokens(lead[0]) if lead else None,
-        begun=sum(int(document.ids[0]) == lead[0] for document in dataset.train) if lead else 0,
+        begun=_begun(dataset.train, lead[0]) if lead else 0,
         ends=ends,
         unended=unended,
         prompts=len(compared),
@@ -149,19 +151,24 @@ def _no_thoughts(thinking: Thinking) -> str:
 
 
 def _thinking(found: Rows, dataset: Dataset, data: config.Data, tokenizer: Any) -> Thinking | None:
-    chats = {row.source: row for row in found.training_rows if row.messages}
+    chats = [place for place, row in enumerate(dataset.train.rows.tolist()) if found.rows[row].messages]
     if not tokenizer.chat_template or not chats:
         return None
-    row = next(iter(chats.values()))
+    of_chats = dataset.train.rows[chats]
+    row = found.rows[int(of_chats[0])]
     asked = with_system(row.messages[: learned_answers(row, data.train_on)[0]], data.system)
     switch, is_on = thinking_switch(asked, tokenizer, row.tools, data.template)
     if not is_on:
         return None
-    bare = {source for source, row in chats.items()
-            if not any(thoughts.of(row.messages[i]) for i in learned_answers(row, data.train_on))}  # fmt: skip
-    documents = (document for document in dataset.train if document.source in bare)
-    taught = any(document.supervised[document.answer_start] for document in documents)
-    return Thinking(len(chats), len(bare), taught, switch)
+    rows = np.unique(of_chats)
+    bare = rows[[not _has_thought(found.rows[row], data) for row in rows.tolist()]]
+    examined = np.array(chats)[np.isin(of_chats, bare)][:_PROMPTS_COMPARED]
+    taught = any(document.supervised[document.answer_start] for document in dataset.train.select(examined))
+    return Thinking(len(rows), len(bare), taught, switch)
+
+
+def _has_thought(row: Row, data: config.Data) -> bool:
+    return any(thoughts.of(row.messages[answer]) for answer in learned_answers(row, data.train_on))
 
 
 def _histogram(lengths: np.ndarray[Any, Any]) -> list[tuple[int, int, int]]:
@@ -173,12 +180,26 @@ def _histogram(lengths: np.ndarray[Any, Any]) -> list[tuple[int, int, int]]:
     ]
 
 
-def _ends(documents: list[Example], data: config.Data, tokenizer: Any) -> tuple[dict[str, int], int]:
+def _begun(documents: Examples, token: int) -> int:
+    """Count documents that begin with a token."""
+    return sum(int((block.ids[block.starts[:-1]] == token).sum()) for block in documents.blocks())
+
+
+def _last_of_rows(documents: Examples) -> NDArray[np.int64]:
+    """Return the index of the last document of each row, in the order of the rows."""
+    _, backwards = np.unique(documents.rows[::-1], return_index=True)
+    return len(documents) - 1 - backwards
+
+
+def _ends(documents: Examples, data: config.Data, tokenizer: Any) -> tuple[dict[str, int], int]:
     """Count documents by their supervised end token, and those without one; of a text in windows the last counts."""
     if data.too_long is TooLong.split:
-        documents = list({document.source: document for document in documents}.values())
+        documents = documents.select(_last_of_rows(documents))
     ends = {tokenizer.eos_token_id, *tokenizer.added_tokens_decoder}
-    last = Counter(int(d.ids[-1]) for d in documents if d.supervised[-1] and int(d.ids[-1]) in ends)
+    last: Counter[int] = Counter()
+    for block in documents.blocks():
+        stops = block.starts[1:] - 1
+        last.update(token for token in block.ids[stops][block.supervised[stops]].tolist() if token in ends)
     named = {str(tokenizer.convert_ids_to_tokens(token)): count for token, count in last.most_common()}
     return named, len(documents) - last.total()
 
@@ -194,10 +215,11 @@ def _prompts_again(
     tokenizer = vocabulary.tokenizer
     if not tokenizer.chat_template:
         return
-    last = {document.source: document for document in dataset.train}
-    chats = [row for row in found.training_rows if row.messages and row.source in last]
-    for row in chats[:: max(1, len(chats) // _PROMPTS_COMPARED)][:_PROMPTS_COMPARED]:
-        ids = last[row.source].ids
+    last = _last_of_rows(dataset.train)
+    rows = dataset.train.rows[last]
+    chats = [place for place, row in enumerate(rows.tolist()) if found.rows[row].messages]
+    for place in chats[:: max(1, len(chats) // _PROMPTS_COMPARED)][:_PROMPTS_COMPARED]:
+        row, ids = found.rows[int(rows[place])], dataset.train[int(last[place])].ids
         if data.too_long is TooLong.truncate_prompt and len(ids) == data.max_length:
             continue  # it may have been cut
         messages = with_system(row.messages[: learned_answers(row, data.train_on)[-1]], data.system)
