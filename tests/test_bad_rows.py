@@ -95,8 +95,8 @@ CHATS = {
     ],
     "message 3: assistant may not follow assistant": [chat(A, B, B)],
     "message 3: the chat must end with an assistant message, it ends with user": [chat(A, B, A)],
-    r"messages\[1\]: weight must be 0 or 1, got .{1,120}": [
-        chat(A, assistant("b", weight=v)) for v in (0.5, 2, 10**99, UGLY, [])
+    r"messages\[1\]: weight must be a number from 0 to 1000, got .{1,120}": [
+        chat(A, assistant("b", weight=v)) for v in (-0.5, 1000.5, 10**99, UGLY, [])
     ],
     r"messages\[1\]: (train|loss) must be true or false, got .{1,120}": [
         chat(A, assistant("b", train=1)),

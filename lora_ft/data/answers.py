@@ -22,7 +22,8 @@ class Turn:
 
     prompt: the text before the answer. through: the prompt, the answer, and what the template writes after it.
     answer: the message itself, for errors about it. plain: True if the text was not rendered by a template.
-    thought: the prompt and the thought of the answer, if the thought is not learned; "" otherwise.
+    thought: the prompt and the thought of the answer, if the thought is not learned; "" otherwise. weight: of the
+    answer in the loss.
     """
 
     prompt: str
@@ -30,6 +31,7 @@ class Turn:
     answer: object
     plain: bool = False
     thought: str = ""
+    weight: float = 1.0
 
 
 class LearnedThoughts(Enum):
@@ -99,7 +101,8 @@ def _turn(
     through, closed = thoughts.continued(prompt, through, thought)
     template_checks.check(plain, answer, prompt, through, tools)
     found = thoughts.at_start(prompt, through[len(prompt) :]) if through.startswith(prompt) else None
-    return Rendered(Turn(prompt, through, plain[answer].get("content") or plain[answer]), thought, found, closed)
+    shown, weight = plain[answer].get("content") or plain[answer], plain[answer].get("weight", 1.0)
+    return Rendered(Turn(prompt, through, shown, weight=weight), thought, found, closed)
 
 
 def _with_history(prompt: str, through: str, form: list[Message], template: Template, tools: list[Any] | None) -> str:

@@ -27,7 +27,7 @@ from lora_ft.io import durable
 
 log = logging.getLogger(__name__)
 
-_NAMES = ("ids", "supervised", "documents")
+_NAMES = ("ids", "supervised", "documents", "weights")  # the last only if a message has a weight
 
 
 def folder() -> Path:
@@ -64,7 +64,8 @@ def load(name: str, rows: list[Row]) -> Examples | None:
     path = folder() / f"{name}.safetensors"
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            arrays = {name: file.get_tensor(name) for name in _NAMES}
+            stored = set(file.keys())
+            arrays = {name: file.get_tensor(name) for name in _NAMES if name in stored or name != "weights"}
             if file.metadata()["sha256"] != _checksum(*arrays.values()):
                 raise ValueError("wrong checksum")
     except FileNotFoundError:
@@ -77,7 +78,7 @@ def load(name: str, rows: list[Row]) -> Examples | None:
 
 def store(name: str, stored: Columns) -> None:
     """Store the columns of examples under a key. Logs a warning if the folder cannot be written."""
-    arrays = {name: stored.read(name, 0, stored.count(name)) for name in _NAMES}
+    arrays = {name: stored.read(name, 0, stored.count(name)) for name in _NAMES if name in stored}
     try:
         durable.make_folder(folder())
         data = safetensors.numpy.save(arrays, {"sha256": _checksum(*arrays.values())})

@@ -90,11 +90,13 @@ def learned_answers(row: Row, train_on: TrainOn) -> list[int]:
     """Return the indices of the answers to render, at least one; with train_on=all the last covers the whole row."""
     answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
     if train_on is TrainOn.all:
-        if row.excluded:
-            first = min(row.excluded)
+        weighted = [i for i, message in enumerate(row.messages) if i in row.excluded or "weight" in message]
+        if weighted:
+            first = weighted[0]
+            what = "weight 0, train false or loss false" if first in row.excluded else "a weight other than 1"
             reason = (
-                f"message {first + 1} has weight 0, train false or loss false, and data.train_on=all learns every "
-                "message: choose data.train_on=answers"
+                f"message {first + 1} has {what}, and data.train_on=all learns every message: choose "
+                "data.train_on=answers"
             )
             raise RowError("messages", reason, row.messages[first])
         return answers[-1:]

@@ -202,15 +202,18 @@ def labels(rows: Iterable[Row]) -> list[str] | None:
 
 
 def _sha256(*sides: Examples) -> str:
-    """Hash the length, ids and mask of each document, and where each side ends."""
+    """Hash the length, ids, mask and weights of each document, and where each side ends."""
     digest = hashlib.sha256()
     for examples in sides:
         for block in examples.blocks():
             ids, supervised = block.ids.data.cast("B"), block.supervised.data.cast("B")
+            weights = None if block.weights is None else block.weights.data.cast("B")
             for start, stop in itertools.pairwise(block.starts.tolist()):
                 digest.update((stop - start).to_bytes(8, "little"))
                 digest.update(ids[4 * start : 4 * stop])
                 digest.update(supervised[start:stop])
+                if weights is not None:
+                    digest.update(weights[4 * start : 4 * stop])
         digest.update(b"side")
     return digest.hexdigest()
 

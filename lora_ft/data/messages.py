@@ -24,6 +24,7 @@ _MAY_FOLLOW = {
     "tool": ("tool", "assistant"),
 }  # fmt: skip
 
+_HEAVIEST = 1000  # of a message; larger weights are no weights
 _STRICT_JSON = json.JSONEncoder(allow_nan=False, default=str)  # built once: json.dumps builds one for each message
 
 
@@ -60,7 +61,7 @@ def tools_of(values: dict[str, Any]) -> list[Any] | None:
 
 
 def messages_of(values: dict[str, Any], column: str) -> list[Message]:
-    """Return the messages of a column; one that is not to be learned has "weight": 0."""
+    """Return the messages of a column; "weight": 0 is not to be learned, another weight is a factor of the loss."""
     if column not in values:
         raise RowError(column, "is missing")
     messages = values[column]
@@ -110,8 +111,9 @@ def _message(message: object, name: str) -> Message:
         raise RowError(name, f"the content of {role} is missing")
     if is_blank(content or "") and _ROLES[role] in ("user", "assistant") and not calls:
         raise RowError(name, f"the content of {role} is empty")
-    if kept.get("weight", 1) not in (0, 1):
-        raise RowError(name, f"weight must be 0 or 1, got {excerpt(kept['weight'])}")
+    weight = kept.get("weight", 1)
+    if not isinstance(weight, int | float) or not 0 <= weight <= _HEAVIEST:
+        raise RowError(name, f"weight must be a number from 0 to {_HEAVIEST}, got {excerpt(weight)}")
     for flag in ("train", "loss"):
         learned = kept.pop(flag, True)
         if not isinstance(learned, bool):

@@ -40,11 +40,12 @@ Tokenized = tuple[Turn, list[int], list[int], list[int]]
 
 
 class Span(NamedTuple):
-    """Where an answer is in its document: the end of its prompt, its first learned token, its end."""
+    """Where an answer is in its document: the end of its prompt, its first learned token, its end; and its weight."""
 
     prompt: int
     learned: int
     end: int
+    weight: float
 
 
 class Vocabulary:
@@ -171,7 +172,7 @@ def _examples(index: int, row: Row, turns: list[Tokenized], vocabulary: Vocabula
             yield _example(index, row, document, spans)
             spans = []
         document = ids
-        spans.append(Span(len(prompt), len(context), len(ids)))
+        spans.append(Span(len(prompt), len(context), len(ids), turn.weight))
     yield _example(index, row, document, spans)
 
 
@@ -180,8 +181,15 @@ def _example(index: int, row: Row, ids: list[int], spans: list[Span]) -> Example
     for span in spans:
         supervised[span.learned : span.end] = True
     supervised[0] = False  # there is no token before it to predict it from
-    first, last = spans[0].prompt, spans[-1].prompt
-    return Example(np.array(ids, dtype=np.int32), supervised, row.source, index, prompt_end=first, answer_start=last)
+    weights = None
+    if any(span.weight != 1 for span in spans):
+        weights = np.zeros(len(ids), dtype=np.float32)
+        for span in spans:
+            weights[span.learned : span.end] = span.weight
+        weights[0] = 0
+    return Example(
+        np.array(ids, dtype=np.int32), supervised, row.source, index, spans[0].prompt, spans[-1].prompt, weights=weights
+    )
 
 
 def _supervise_all(example: Example, row: Row, turns: list[Turn]) -> Example:
