@@ -161,7 +161,9 @@ def test_every_path_gives_the_weighted_loss_and_its_gradient(path: str, head: st
             assert relative(one, other) < 1e-10
         (batch,) = micro_batches(examples, None, True)
         assert relative(document_loss_sums(model, batch, paths).sort().values, alone.sort().values) < 1e-12
-        assert eval_loss(model, Sft().loss, examples, paths, 64).loss == pytest.approx(float(total) / weight, rel=1e-12)
+        assert eval_loss(model, Sft().loss, examples, paths, 64).loss == pytest.approx(
+            float(total.detach()) / weight, rel=1e-12
+        )
 
 
 def test_batches_of_any_size_have_the_same_weighted_mean(examples: Examples) -> None:

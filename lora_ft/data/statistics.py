@@ -72,7 +72,7 @@ class Thinking:
 
     rows, without: training chats, and those of them without a thought in a learned answer.
     taught: True if an answer without a thought is learned as what follows the prompt, so that the model stops thinking.
-    switch: the variable of the template that turns thinking off; None if there is none.
+    switch: the variable of the template that turns thinking off; None without such a variable.
     """
 
     rows: int

@@ -40,7 +40,7 @@ Tokenized = tuple[Turn, list[int], list[int], list[int]]
 
 
 class Span(NamedTuple):
-    """Where an answer is in its document: the end of its prompt, its first learned token, its end; and its weight."""
+    """The place of an answer in its document: the end of its prompt, its first learned token, its end; its weight."""
 
     prompt: int
     learned: int
