@@ -98,7 +98,7 @@ CASES = {
         ["user user0.| model ⟦assistant1. / assistant2.|⟧ user user3.| model ⟦assistant4.|⟧"],
         f"chats with two assistant messages in a row, {JOINED}"),
     "two answers joined where only the last has a thought": (
-        "qwen3", "uaa", ["user user0.| assistant ⟦<think> / </think> / assistant1. / assistant2.|⟧"],
+        "qwen3", "uaa", ["user user0.| assistant <think> / </think> / ⟦assistant1. / assistant2.|⟧"],
         f"chats with two assistant messages in a row, {JOINED}"),
     "two answers joined where no prompt separates them": (
         "mistral", "uaa", ["[INST] user0.[/INST]⟦ assistant1. / assistant2.|⟧"],
@@ -280,7 +280,7 @@ def test_a_fitted_chat_keeps_every_text_and_the_prompt_of_a_part_is_part_of_the_
     start = letters.find("u")
     if start < 0:
         return
-    accepts = trials_of(tokenizer(name)).accepts
+    accepts = trials_of(tokenizer(name), Data()).accepts
     whole = fit(messages, accepts)
     dropped = {i for i, place in enumerate(whole.index) if place is None}
     assert dropped <= {i for i in range(start) if letters[i] == "a"}
