@@ -8,6 +8,7 @@ from functools import cache
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from real_templates import TOKENS, real_tokenizer
 from test_data_templates import tokenizer_of as tiny_with
 from test_template_matrix import FAMILIES, tokenizer_of
 from tiny import CHATML, tiny_model
@@ -207,6 +208,8 @@ def test_a_system_message_between_answers_is_refused_where_it_cannot_be_put_into
     ("second", "reason"),
     [
         ({"role": "assistant", "content": "b", "train": False}, "only one of them is learned"),
+        ({"role": "assistant", "content": "b", "weight": 0.5}, "cannot be joined because of weight"),
+        ({"role": "assistant", "content": "<think>hm</think>b"}, "cannot be joined because of a thought"),
         ({"role": "assistant", "content": "b", "name": "x"}, "cannot be joined because of name"),
         ({"role": "assistant", "content": "b", "reasoning_content": "hm"}, "because of reasoning_content"),
     ],
@@ -289,3 +292,33 @@ def test_a_fitted_chat_keeps_every_text_and_the_prompt_of_a_part_is_part_of_the_
     for end in range(start + 1, len(letters)):
         if letters[end] == "a" and letters[end - 1] == "u":
             assert fit(messages[:end], accepts).messages == whole.messages[: whole.index[end]]
+
+
+# What real templates render: s: a system message, S: a later one, b: two at the start, a: the assistant first, u: two
+# messages of the user in a row, A: two answers in a row.
+RENDERED = {
+    "deepseek_r1_distill": "sSauA", "deepseek_v3_1": "sSbau", "gemma3": "s", "gpt_oss": "sauA", "granite3_3": "sSbauA",
+    "llama3_2": "sSbauA", "ministral3_reasoning": "s", "mistral_nemo": "", "phi3_5": "sSbauA", "qwen2_5": "sSbauA",
+    "qwen3": "sSbau", "qwen3_5_think": "sauA", "seed_oss": "sSbauA",
+}  # fmt: skip
+PROBES = {"s": "sua", "S": "uasua", "b": "ssua", "a": "aua", "u": "uua", "A": "uaa"}
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_chats_out_of_order_train_with_the_templates_of_real_models(name, tmp_path):
+    real, rendered = real_tokenizer(name), ""
+    for sign, letters in PROBES.items():
+        path = write(tmp_path, {"messages": chat(letters)})
+        dataset = prepare(Data(path=str(path), eval_fraction=0), real)
+        text = real.decode(dataset.train[-1].ids)
+        counted = [what for what in dataset.report.converted if not what.startswith("answers without a thought")]
+        changed = any(re.search("joined|put into|without the assistant's", what) for what in counted)
+        assert bool(counted) == (changed or sign != "s")
+        rendered += "" if changed else sign
+        dropped = letters[:1] if changed and sign == "a" else ""
+        assert [m["content"] for m in chat(letters)[len(dropped) :] if m["content"] not in text] == []
+        assert not dropped or chat(letters)[0]["content"] not in text
+        learned = "".join(real.decode(document.ids[document.supervised]) for document in dataset.train)
+        answers = [m["content"] for m in chat(letters) if m["role"] == "assistant"][letters[0] == "a" :]
+        assert re.findall(r"(?:system|user|assistant)\d\.", learned) == answers
+    assert rendered == RENDERED[name]
