@@ -253,6 +253,14 @@ def test_a_system_message_reaches_the_chat_in_the_form_of_training(name, tmp_pat
                 prompt_ids(session, {"role": "user", "content": "user0."})
 
 
+def test_a_message_of_the_user_that_is_not_learned_is_joined_or_kept(tmp_path):
+    messages = [{**chat("u")[0], "weight": 0}, *chat("uaua")[1:]]
+    for name in ("chatml", "alternating"):
+        dataset = made(tmp_path, name, {"messages": messages}, {"messages": [{**chat("u")[0], "weight": 0}, *messages]})
+        learned = [tokenizer(name).decode(document.ids[document.supervised]) for document in dataset.train]
+        assert learned == ["assistant1.<|im_end|>assistant3.<|im_end|>"] * 2
+
+
 def test_the_reference_of_a_joined_answer_is_the_whole_answer(tmp_path):
     path = write(tmp_path, *({"messages": chat(letters)} for letters in ("uaa", "uaua")))
     dataset = prepare(Data(path=str(path), eval_fraction=0.99), tokenizer("alternating"))

@@ -75,7 +75,7 @@ def _chat(
     for answer in answers:
         trials.check(roles[: answer + 1])
     if form.converted:
-        ledger.convert("thought", form.converted, row.answer)
+        ledger.convert("chat template", form.converted, row.answer)
     if sum(turn.closed for turn in made):
         ledger.convert("thought", CLOSED, row.answer)
     return [without_thought(turn, LearnedThoughts.of(data)) for turn in made]
@@ -90,16 +90,17 @@ def fitted(row: Row, data: config.Data, trials: Trials) -> tuple[Fitted, list[in
     """Return the chat of a row as its template renders it, and the indices of the answers to render."""
     messages = with_system(row.messages, data.system)
     offset = len(messages) - len(row.messages)
-    if data.turns is Turns.strict:
-        chat = Fitted(messages, list(range(len(messages))), [])
-    else:
-        chat = fit(messages, trials.accepts)
+    learned = learned_answers(row, data.train_on)
+    chat = None if data.turns is Turns.strict else fit(messages, trials.accepts)
+    if chat is None or chat.messages is messages:
+        return Fitted(messages, list(range(len(messages))), []), [i + offset for i in learned]
     places = {i: chat.index[i + offset] for i, message in enumerate(row.messages) if message["role"] == "assistant"}
-    if mixed := {places[i] for i in row.context} & {place for i, place in places.items() if i not in row.context}:
+    if mixed := {places[i] for i in row.context if i in places} & {
+        place for i, place in places.items() if i not in row.context
+    }:
         reason = "takes no two assistant messages in a row, and these cannot be joined: only one of them is learned"
         raise RowError("chat template", reason, chat.messages[min(place for place in mixed if place is not None)])
-    answers = {places[i] for i in learned_answers(row, data.train_on)}
-    return chat, sorted(place for place in answers if place is not None)
+    return chat, sorted({place for i in learned if (place := places[i]) is not None})
 
 
 def answer_of(row: Row, data: config.Data, tokenizer: Any) -> str:
