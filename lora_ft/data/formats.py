@@ -7,6 +7,9 @@
     table              {"english": "good", "german": "gut"}           with data.prompt and data.answer
     text               {"text": "Two and two are four."}
 
+Columns of other names are read as those of a format if they have one meaning: question and answer as prompt and
+completion, instruction and response as instruction and output, conversation as conversations.
+
 A message with "weight": 0, "train": false or "loss": false is not learned; another weight is a factor of its loss.
 "tools" go to the chat template. A column
 "system" becomes the first message of a chat of any format, unless the chat has a system message.
@@ -21,10 +24,11 @@ from typing import Any
 
 from lora_ft import config
 from lora_ft.config import Format, Turns
-from lora_ft.data import table
+from lora_ft.data import synonyms, table
 from lora_ft.data.json_values import as_text, decoded
 from lora_ft.data.messages import messages_of, optional_text, text_of, with_system
 from lora_ft.data.rows import ANSWER_CUE, Ledger, LeftOut, Message, Record, Row, RowError, excerpt, is_blank
+from lora_ft.data.synonyms import Names
 from lora_ft.data.tool_calls import drop_undeclared_nulls, tools_of
 from lora_ft.data.turns import arrange
 from lora_ft.errors import ConfigError, DataError
@@ -71,39 +75,38 @@ def _parser(
     """
     if missing := [name for name in data.columns.values() if name not in names]:
         raise ConfigError(f"data.columns names {missing[0]}, which is not a column of {data.path}: {_listed(names)}")
+    has_templates = data.prompt is not None or data.answer is not None
+    if data.format is Format.table or (data.format is Format.auto and has_templates):
+        return Format.table, *table.parser(data, {*names, *data.columns})
+    if has_templates:
+        raise ConfigError(f"data.prompt and data.answer are templates of data.format=table, got {data.format.name}")
     found = _detect(columns, data)
-    if found is Format.table:
-        return found, *table.parser(data, {*names, *data.columns})
-    if data.prompt is not None or data.answer is not None:
-        raise ConfigError(f"data.prompt and data.answer are templates of data.format=table, got {found.name}")
-    known = _FORMATS[found].columns
-    if unknown := [name for name in data.columns if name not in known]:
-        raise ConfigError(f"data.columns: {unknown[0]} is no column of format {found.name}, which has {_listed(known)}")
-    return found, partial(_arranged, _FORMATS[found].parse, data.turns), known
+    shape = _FORMATS[found.format].read_as(found.present(name for row in columns for name in row))
+    if unknown := [name for name in data.columns if name not in shape.columns]:
+        known = _listed(shape.columns)
+        raise ConfigError(f"data.columns: {unknown[0]} is no column of format {found.format.name}, which has {known}")
+    return found.format, partial(_arranged, shape.parse, data.turns), shape.columns
 
 
 def _arranged(parse: Parse, turns: Turns, source: str, values: dict[str, Any], ledger: Ledger) -> Row:
     return arrange(parse(source, values, ledger), turns, ledger)
 
 
-def _detect(columns: Counter[tuple[str, ...]], data: config.Data) -> Format:
+def _detect(columns: Counter[tuple[str, ...]], data: config.Data) -> Names:
     """Return the format whose required columns most rows have; the other rows will be bad. DataError if none fits.
 
     If no single row has all columns of a format, all rows together may have them.
     """
-    if data.format is not Format.auto:
-        return data.format
-    if data.prompt is not None or data.answer is not None:
-        return Format.table
-    votes: Counter[Format] = Counter()
-    for names, count in columns.items():
-        if found := _format_of(set(names)):
-            votes[found] += count
-    if votes:
-        return votes.most_common(1)[0][0]
     together = {name for names in columns for name in names}
-    if found := _format_of(together):
-        return found
+    votes: Counter[tuple[Names, ...]] = Counter()
+    for names, count in columns.items():
+        votes[_fitting(set(names), data)] += count
+    del votes[()]
+    if fits := max(votes, key=votes.__getitem__, default=_fitting(together, data)):
+        synonyms.check(fits, together, data)
+        return fits[0]
+    if data.format is not Format.auto:
+        return _FORMATS[data.format].names(data.format)
     if together >= _PREFERENCE:
         raise DataError(
             f"{data.path}: chosen and rejected are preference pairs; supervised rows have prompt and completion"
@@ -114,11 +117,25 @@ def _detect(columns: Counter[tuple[str, ...]], data: config.Data) -> Format:
     )
 
 
-def _format_of(names: set[str]) -> Format | None:
-    """Return the first format whose required columns are all there; None for preference pairs, unless it is a chat."""
-    found = next((found for found, shape in _FORMATS.items() if shape.required <= names), None)
-    is_chat = found in (Format.messages, Format.conversations)
-    return found if is_chat or not names >= _PREFERENCE else None
+def _fitting(names: set[str], data: config.Data) -> tuple[Names, ...]:
+    """Return the format of rows with these columns, by its own names or by synonyms; several if they have two meanings.
+
+    Columns that data.columns names have the meaning that it gives them. Empty if no format fits, and for preference
+    pairs, unless they hold a chat or data.format is set.
+    """
+    chosen = data.format
+    own = next(
+        (form for form, shape in _FORMATS.items() if chosen in (Format.auto, form) and shape.required <= names), None
+    )
+    found = [_FORMATS[own].names(own)] if own else []
+    required = _FORMATS[own].required if own else set()
+    is_pair = chosen is Format.auto and own in (Format.prompt_completion, Format.alpaca)
+    if not own or (is_pair and required.isdisjoint(data.columns)):
+        others = synonyms.fitting(names - (set(data.columns.values()) - set(data.columns)), chosen)
+        found += [other for other in others if required.isdisjoint(other.in_file)]
+    if chosen is Format.auto and names >= _PREFERENCE:
+        found = [names for names in found if names.format in (Format.messages, Format.conversations)]
+    return tuple(found)
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -212,6 +229,27 @@ class _Shape:
     required: set[str]
     columns: tuple[str, ...]
     parse: Parse
+
+    def names(self, own: Format) -> Names:
+        return Names(own, tuple((name, name) for name in self.columns if name in self.required))
+
+    def read_as(self, names: dict[str, str]) -> "_Shape":
+        """Return the format with other names of its columns in the file."""
+        others = {name: other for name, other in names.items() if name != other}
+        if not others:
+            return self
+        columns = tuple(others.get(name, name) for name in self.columns)
+        return _Shape({others.get(name, name) for name in self.required}, columns, partial(_row_as, self.parse, others))
+
+
+def _row_as(parse: Parse, names: dict[str, str], source: str, values: dict[str, Any], ledger: Ledger) -> Row:
+    """Make the row of a format whose columns have other names. It is counted, but no conversion to be refused."""
+    try:
+        row = parse(source, _renamed(values, names), ledger)
+    except RowError as error:
+        raise RowError(_name_in_file(error.name, names), error.reason, error.shown) from None
+    ledger.converted[f"rows with {', '.join(names.values())} read as {', '.join(names)}"] += 1
+    return row
 
 
 # In the order in which they are tried.
