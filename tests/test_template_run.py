@@ -93,7 +93,6 @@ def test_a_package_whose_template_writes_another_prompt_is_refused(run: Path, tm
     cfg = loading.with_base(lora_ft.compose("chat", [f"run={run}", "device=cpu"]), run / "adapter")
     base, _ = loading.open_adapter(run / "adapter", cfg.model, cfg.quant, "cpu", tokenizer)
     arguments = lora_ft.adapters.provenance.loading(base, cfg.quant, cfg.model)
-    assert verification.verify(run / "adapter", arguments).keys > 0
     template = run / "adapter" / "chat_template.jinja"
     template.write_text(template.read_text().replace("is defined else false", "is defined else true", 1))
     with pytest.raises(MismatchError, match="writes another prompt than in training"):
