@@ -12,12 +12,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lora_ft import config
-from lora_ft.config import TrainOn
+from lora_ft.config import TrainOn, Turns
 from lora_ft.data import template_variables
 from lora_ft.data.answers import CLOSED, LearnedThoughts, Turn, best_form, without_thought
+from lora_ft.data.fitting import Fitted, fit
 from lora_ft.data.messages import with_system
 from lora_ft.data.rendering import Template
-from lora_ft.data.rows import ANSWER_CUE, Ledger, Row, RowError, any_of, excerpt
+from lora_ft.data.rows import ANSWER_CUE, Ledger, LeftOut, Message, Row, RowError, any_of, excerpt
 from lora_ft.data.template_checks import Trials
 from lora_ft.errors import ConfigError
 
@@ -39,6 +40,8 @@ def turns(rows: Iterable[Row], data: config.Data, tokenizer: Any, ledger: Ledger
         if row.messages and tokenizer.chat_template:
             try:
                 yield index, _chat(row, data, template, control, trials, ledger)
+            except LeftOut as reason:
+                ledger.left_out[str(reason)] += 1
             except RowError as error:
                 ledger.add_bad(row.source, error.name, error.reason, error.shown or row.answer or row.messages[-1])
         elif row.plain_prompt is None:
@@ -62,18 +65,54 @@ def _chat(
     row: Row, data: config.Data, template: Template, control: re.Pattern[str], trials: Trials, ledger: Ledger
 ) -> list[Turn]:
     _refuse_control_tokens(row, control)
-    messages = with_system(row.messages, data.system)
-    roles = tuple([message["role"] for message in messages])
-    offset = len(messages) - len(row.messages)
-    answers = [i + offset for i in learned_answers(row, data.train_on)]
-    form, made = best_form(messages, answers, template, row.tools)
+    chat, answers = fitted(row, data, trials)
+    if chat.repairs and data.turns is Turns.drop:
+        raise LeftOut(chat.repairs[0][0].value)
+    for _, what in chat.repairs:
+        ledger.convert("messages", what, row.messages)
+    roles = tuple([message["role"] for message in chat.messages])
+    form, made = best_form(chat.messages, answers, template, row.tools)
     for answer in answers:
         trials.check(roles[: answer + 1])
     if form.converted:
-        ledger.convert("thought", form.converted, row.answer)
+        ledger.convert("chat template", form.converted, row.answer)
     if sum(turn.closed for turn in made):
         ledger.convert("thought", CLOSED, row.answer)
     return [without_thought(turn, LearnedThoughts.of(data)) for turn in made]
+
+
+def trials_of(tokenizer: Any, data: config.Data) -> Trials:
+    """Return the trials of a tokenizer's chat template with the values of its variables."""
+    return Trials(tokenizer, Template(tokenizer, data.template).rendered)
+
+
+def fitted(row: Row, data: config.Data, trials: Trials) -> tuple[Fitted, list[int]]:
+    """Return the chat of a row as its template renders it, and the indices of the answers to render."""
+    messages = with_system(row.messages, data.system)
+    offset = len(messages) - len(row.messages)
+    learned = learned_answers(row, data.train_on)
+    chat = None if data.turns is Turns.strict else fit(messages, trials.accepts)
+    if chat is None or chat.messages is messages:
+        return Fitted(messages, list(range(len(messages))), []), [i + offset for i in learned]
+    places = {i: chat.index[i + offset] for i, message in enumerate(row.messages) if message["role"] == "assistant"}
+    if mixed := {places[i] for i in row.context if i in places} & {
+        place for i, place in places.items() if i not in row.context
+    }:
+        reason = "takes no two assistant messages in a row, and these cannot be joined: only one of them is learned"
+        raise RowError("chat template", reason, chat.messages[min(place for place in mixed if place is not None)])
+    return chat, sorted({place for i in learned if (place := places[i]) is not None})
+
+
+def answer_of(row: Row, data: config.Data, tokenizer: Any) -> str:
+    """Return the last answer of a row in its rendered form: messages of the assistant may be joined."""
+    if not tokenizer.chat_template or len(row.messages) < 2 or row.messages[-2]["role"] != "assistant":
+        return row.answer
+    return str(fitted(row, data, trials_of(tokenizer, data))[0].messages[-1]["content"])
+
+
+def fitted_prompt(messages: list[Message], data: config.Data, tokenizer: Any) -> list[Message]:
+    """Return the messages of a prompt, with a system message where training put it. RowError if they do not fit."""
+    return messages if data.turns is Turns.strict else fit(messages, trials_of(tokenizer, data).accepts).messages
 
 
 def _refuse_control_tokens(row: Row, control: re.Pattern[str]) -> None:

@@ -14,6 +14,7 @@ import jinja2
 from lora_ft.data import template_variables, thoughts
 from lora_ft.data.rows import Message, RowError
 from lora_ft.data.template_variables import Variables
+from lora_ft.data.tool_calls import IDS_GIVEN, in_function, with_calls, with_ids
 from lora_ft.errors import SecurityError
 
 # A template may refuse a chat by raise_exception (TemplateError), fail on a value that it does not expect, or compile
@@ -47,16 +48,21 @@ class Template:
 def forms(messages: list[Message]) -> Iterator[thoughts.Form]:
     """Yield the forms of a chat's thoughts, each with the arguments of tool calls as objects, then as JSON text.
 
-    Most templates write an object as JSON. Some can only concatenate text, as OpenAI's API returns it.
+    Most templates write an object as JSON. Some can only concatenate text, as OpenAI's API returns it. Calls without
+    OpenAI's {"function": ...} are tried as they are, then within it; calls of any id, then with ids that Mistral takes.
     """
-    called = any(message.get("tool_calls") for message in messages)
+    calls = [call for message in messages for call in message.get("tool_calls") or []]
     for form in thoughts.forms(messages):
         yield form
-        if called:
-            yield replace(form, messages=[
-                {**m, "tool_calls": [_with_text(call) for call in m["tool_calls"]]} if m.get("tool_calls") else m
-                for m in form.messages
-            ])  # fmt: skip
+        if not calls:
+            continue
+        yield replace(form, messages=with_calls(form.messages, _with_text))
+        wrapped = with_calls(form.messages, in_function)
+        if wrapped != form.messages:
+            yield replace(form, messages=wrapped)
+            yield replace(form, messages=with_calls(wrapped, _with_text))
+        converted = " and ".join(filter(None, (form.converted, IDS_GIVEN)))
+        yield replace(form, messages=with_ids(wrapped), converted=converted)
 
 
 def _with_text(call: dict[str, Any]) -> dict[str, Any]:

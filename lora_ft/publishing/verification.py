@@ -25,7 +25,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft.adapters.files import read_config
+from lora_ft.adapters.peft_folder import read_config
 from lora_ft.adapters.provenance import RECORD, Loading, read_record, template_of
 from lora_ft.data.rendering import DATE, render
 from lora_ft.data.template_variables import without_defaults
