@@ -107,7 +107,8 @@ def test_an_answer_that_merges_with_the_prompt_is_tokenized_separately(tmp_path)
 @pytest.mark.closes("A08")
 def test_a_template_that_rewrites_history_gives_one_document_per_answer(tmp_path):
     tokenizer = tokenizer_of(THINKING)
-    rows = prepared(tmp_path, tokenizer, {"messages": chat("a", "one", "b", "<think>hm</think>two")})
+    row = {"messages": chat("a", "one", "b", "<think>hm</think>two")}
+    rows = prepared(tmp_path, tokenizer, row, train_on_thoughts="true")
     assert [learned(tokenizer, row) for row in rows] == [
         "<think>\n\n</think>\n\none<|im_end|>", "<think>hm</think>two<|im_end|>",
     ]  # fmt: skip

@@ -27,7 +27,7 @@ from lora_ft.io import durable
 
 log = logging.getLogger(__name__)
 
-_NAMES = ("ids", "supervised", "documents")
+_NAMES = ("ids", "supervised", "documents", "weights")  # the last only if a message has a weight
 
 
 def folder() -> Path:
@@ -38,7 +38,7 @@ def key(rows: list[Row], tokenizer: Any, data: config.Data) -> str:
     """Return the hexadecimal sha256 of everything that the tokenized rows depend on."""
     digest = hashlib.sha256(_code().encode())
     options = [tokenizer.chat_template, tokenizer.special_tokens_map, data.system, data.train_on.value,
-               data.turns.value, data.strict]  # fmt: skip
+               data.turns.value, data.template, str(data.train_on_thoughts).lower(), data.strict]  # fmt: skip
     if "strftime_now" in str(tokenizer.chat_template):
         options.append(datetime.date.today().isoformat())  # such a template may render today's date
     digest.update(json.dumps(options, default=str).encode())
@@ -64,7 +64,8 @@ def load(name: str, rows: list[Row], ledger: Ledger) -> Examples | None:
     path = folder() / f"{name}.safetensors"
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            arrays = {name: file.get_tensor(name) for name in _NAMES}
+            stored = set(file.keys())
+            arrays = {name: file.get_tensor(name) for name in _NAMES if name in stored or name != "weights"}
             about = json.loads(file.metadata()["about"])
             if about["sha256"] != _checksum(*arrays.values()):
                 raise ValueError("wrong checksum")
@@ -79,7 +80,7 @@ def load(name: str, rows: list[Row], ledger: Ledger) -> Examples | None:
 
 def store(name: str, stored: Columns, ledger: Ledger) -> None:
     """Store the columns of examples under a key, with counts. Logs a warning if the folder cannot be written."""
-    arrays = {name: stored.read(name, 0, stored.count(name)) for name in _NAMES}
+    arrays = {name: stored.read(name, 0, stored.count(name)) for name in _NAMES if name in stored}
     try:
         durable.make_folder(folder())
         # One entry: safetensors writes several in any order, and equal rows should give equal files.
