@@ -138,7 +138,9 @@ EXPECTED: dict[str, dict[str, list[str]]] = {
         **called(lambda of: f'[TOOL_CALLS]add_up[ARGS]{{"of": "{of}"}}</s>', "</s>", ("[THINK]", "[/THINK]"),
                  "I add them.")},
     "mistral_nemo": {
-        "plain": ended("</s>", PLAIN), **tagged(*THINK, "</s>"),
+        "plain": ended("</s>", PLAIN),
+        "system": ended("</s>", PLAIN),  # put into the first question, since the template moves it to the last one
+        **tagged(*THINK, "</s>"),
         "calls": [
             '[TOOL_CALLS][{"name": "add_up", "arguments": {"of": "1 2"}, "id": "call00001"}]</s>',
             '[TOOL_CALLS][{"name": "add_up", "arguments": {"of": "3 4"}, "id": "call00002"}]</s>', "It is 7.</s>"]},
@@ -231,7 +233,10 @@ def test_exactly_the_answers_are_supervised(name, chat, tmp_path):
 
 
 # In which history shows no thoughts, so that prompts need no form of them.
-COMPARED = [(name, chat) for name, chat in CASES if chat in ("plain", "system", "calls", "call with content")]
+COMPARED = [
+    case for case in CASES if case[1] in ("plain", "system", "calls", "call with content")
+    and case != ("mistral_nemo", "system")
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "chat"), [*COMPARED, ("qwen3", "thoughts"), ("gpt_oss", "call with thought")])

@@ -1,6 +1,7 @@
 """A run with the template of Qwen3 and its variables: saved with the adapter, used by eval, chat, merge and publish."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,12 @@ def configured(folder: Path, *overrides: str) -> config.TrainRun:
     return lora_ft.compose("train", typed)
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    cfg = configured(tmp_path, "data.template.enable_thinking=false")
-    return lora_ft.train(cfg, rows=rows(8), eval_rows=rows(9)[8:], folder=tmp_path / "run").folder
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run that trained without thinking; its base is beside it."""
+    folder = tmp_path_factory.mktemp("made")
+    cfg = configured(folder, "data.template.enable_thinking=false")
+    return lora_ft.train(cfg, rows=rows(8), eval_rows=rows(9)[8:], folder=folder / "run").folder
 
 
 def prompt_of(tokenizer: Any, **variables: Any) -> str:
@@ -69,7 +72,7 @@ def test_variables_of_a_run_are_saved_and_used_by_every_command(
     monkeypatch.setattr(
         chat, "stream", lambda model, tokenizer, prompt, *rest: asked.append(tokenizer.decode(prompt)) or ""
     )
-    adapter = [f"adapter_path={run / 'adapter'}", "model=local", f"model.path={tmp_path / 'base'}"]
+    adapter = [f"adapter_path={run / 'adapter'}", "model=local", f"model.path={run.parent / 'base'}"]
     for source in ([f"run={run}"], adapter, [*adapter, "data.template.enable_thinking=true"]):
         assert call("chat", *source, f"prompt={CHAT[0]['content']}", "device=cpu") == 0
     assert asked == [without, without, without.removesuffix(EMPTY)]
@@ -89,19 +92,19 @@ def test_variables_of_a_run_are_saved_and_used_by_every_command(
 
 
 def test_a_package_whose_template_writes_another_prompt_is_refused(run: Path, tmp_path: Path) -> None:
-    tokenizer = loading.adapter_tokenizer(run / "adapter", config.Model())
-    cfg = loading.with_base(lora_ft.compose("chat", [f"run={run}", "device=cpu"]), run / "adapter")
-    base, _ = loading.open_adapter(run / "adapter", cfg.model, cfg.quant, "cpu", tokenizer)
+    adapter = shutil.copytree(run / "adapter", tmp_path / "adapter")
+    tokenizer = loading.adapter_tokenizer(adapter, config.Model())
+    cfg = loading.with_base(lora_ft.compose("chat", [f"run={run}", "device=cpu"]), adapter)
+    base, _ = loading.open_adapter(adapter, cfg.model, cfg.quant, "cpu", tokenizer)
     arguments = lora_ft.adapters.provenance.loading(base, cfg.quant, cfg.model)
-    assert verification.verify(run / "adapter", arguments).keys > 0
-    template = run / "adapter" / "chat_template.jinja"
+    template = adapter / "chat_template.jinja"
     template.write_text(template.read_text().replace("is defined else false", "is defined else true", 1))
     with pytest.raises(MismatchError, match="writes another prompt than in training"):
-        verification.verify(run / "adapter", arguments)
+        verification.verify(adapter, arguments)
 
 
 def test_an_adapter_with_variables_may_start_a_run_with_others(run: Path, tmp_path: Path) -> None:
-    cfg = configured(tmp_path, f"adapter.init_from={run / 'adapter'}")
+    cfg = configured(run.parent, f"adapter.init_from={run / 'adapter'}")
     again = lora_ft.train(cfg, rows=rows(8), eval_rows=rows(9)[8:], folder=tmp_path / "again")
     assert "template" not in json.loads((again.folder / "adapter" / "lora_ft.json").read_text())
 

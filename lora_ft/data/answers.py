@@ -67,7 +67,7 @@ class Rendered:
 def best_form(
     messages: list[Message], answers: list[int], template: Template, tools: list[Any] | None
 ) -> tuple[thoughts.Form, list[Rendered]]:
-    """Return the form of a chat that the template renders without loss, and its turns; RowError if there is none.
+    """Return the form of a chat that the template renders without loss, and its turns; RowError without such a form.
 
     A form whose thoughts the template writes between its own tags is preferred to the row's own form.
     """

@@ -122,7 +122,7 @@ def _message(message: object, name: str, ledger: Ledger) -> Message:
     if is_call:
         content = None
     if role == "assistant":
-        kept, content = _with_thought(kept, content, name)
+        kept, content = _with_thought(kept, content, name, ledger)
     text = _content(content, role, name, ledger)
     if text is None and not calls:
         raise RowError(name, f"the content of {shown} is missing")
@@ -171,7 +171,7 @@ def _calls(content: object, given: Message, is_call: bool, role: str, name: str,
     return calls_of(f"{name}.tool_calls", tool_calls, ledger)
 
 
-def _with_thought(message: Message, content: object, name: str) -> tuple[Message, object]:
+def _with_thought(message: Message, content: object, name: str, ledger: Ledger) -> tuple[Message, object]:
     """Return an answer with its thought under the key `thoughts.FIELD`, and its content without thinking parts."""
     given: list[object] = [message.pop(key) for key in thoughts.FIELDS if key in message]
     if isinstance(content, list):
@@ -181,6 +181,8 @@ def _with_thought(message: Message, content: object, name: str) -> tuple[Message
         given += (
             ["".join(map(str, texts))] if parts and _are_texts(texts := [p.get("thinking") for p in parts]) else parts
         )
+        if parts:
+            ledger.convert(name, "thoughts given as parts of the content", content)
         content = content[len(parts) :] or ""
     found: dict[str, None] = {}
     for thought in given:
