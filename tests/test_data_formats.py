@@ -3,7 +3,8 @@
 import pytest
 
 from lora_ft.config import Data, Format
-from lora_ft.data import formats
+from lora_ft.data import formats, parsing
+from lora_ft.data.read import read as read_rows
 from lora_ft.data.rows import Ledger
 from lora_ft.errors import ConfigError, DataError
 
@@ -20,9 +21,12 @@ def unused(*rows, **settings):
 def read(*rows, **settings):
     records = [(f"f.jsonl:{n}", values) for n, values in enumerate(rows, 1)]
     ledger = Ledger()
-    found = formats.rows(records, Data(path="f.jsonl", **settings), ledger)
+    data = Data(path="f.jsonl", **settings)
+    layout = formats.Layout.of(records, data)
+    found, parse, _ = layout.parser(data)
+    made = list(formats.rows(records, parse, data, ledger))
     ledger.raise_bad()
-    return found
+    return found, made, layout.unused(layout.names, data)
 
 
 def chat(*contents, roles=("user", "assistant")):
@@ -217,9 +221,10 @@ def test_columns_of_no_format_are_reported_with_what_to_do(values, message):
         parse(values)
 
 
-def test_no_rows_at_all_is_a_data_error():
+def test_no_rows_at_all_is_a_data_error(tmp_path):
+    (tmp_path / "f.jsonl").write_text("\n")
     with pytest.raises(DataError, match=r"f\.jsonl: there are no rows"):
-        parse()
+        read_rows(Data(path=str(tmp_path / "f.jsonl")))
 
 
 @pytest.mark.parametrize(
@@ -281,10 +286,11 @@ def test_a_table_row_without_a_value_is_refused(bad):
         parse({"a": "x", "b": "y"}, {"a": bad, "b": "y"}, prompt="{a}", answer="{b}")
 
 
-def test_no_row_is_read_beyond_max_rows():
+def test_no_row_is_read_beyond_max_rows(monkeypatch):
     def records():
         yield "f:1", {"text": "a"}
         yield "f:2", {"text": "b"}
         raise AssertionError("read past max_rows")
 
-    assert len(formats.rows(records(), Data(max_rows=2), Ledger())[1]) == 2
+    monkeypatch.setattr(parsing, "records", lambda *_: records())
+    assert len(read_rows(Data(path="f", max_rows=2, eval_fraction=0)).rows) == 2

@@ -401,7 +401,7 @@ def test_a_cache_that_cannot_be_written_is_only_a_warning(tmp_path, cached, monk
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(durable, "write_bytes", full)
+    monkeypatch.setattr(durable, "write_stream", full)
     assert dataset.prepare(Data(path=write(tmp_path, questions(9))), TOKENIZER).train
     assert "rows are not cached: [Errno 28] No space left" in caplog.text
 

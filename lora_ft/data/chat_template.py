@@ -49,7 +49,9 @@ class Turn:
     plain: bool = False
 
 
-def turns(rows: Iterable[Row], data: config.Data, tokenizer: Any, ledger: Ledger) -> Iterator[tuple[int, list[Turn]]]:
+def turns(
+    rows: Iterable[Row], data: config.Data, tokenizer: Any, ledger: Ledger, trials: Trials
+) -> Iterator[tuple[int, list[Turn]]]:
     """Render rows; yield the index and the turns of each good one. Bad rows go into the ledger.
 
     Raises ConfigError if the tokenizer cannot render rows of this format, or not with these settings.
@@ -58,7 +60,6 @@ def turns(rows: Iterable[Row], data: config.Data, tokenizer: Any, ledger: Ledger
     if found := control.search(data.system or ""):
         raise ConfigError(f"data.system holds the control token {found[0]}")
     has_template = bool(tokenizer.chat_template)
-    trials = Trials(tokenizer, lambda messages, prompt: _rendered(messages, tokenizer, prompt))
     for index, row in enumerate(rows):
         if row.messages and has_template:
             try:
@@ -74,6 +75,11 @@ def turns(rows: Iterable[Row], data: config.Data, tokenizer: Any, ledger: Ledger
             raise ConfigError(f"data.system needs rows that a chat template renders; {row.source} is plain text")
         else:
             yield index, [Turn(row.plain_prompt, row.plain_prompt + row.answer, row.answer, plain=True)]
+
+
+def trials(tokenizer: Any) -> Trials:
+    """Return the checks of the tokenizer's template with made-up words, each of which is made once."""
+    return Trials(tokenizer, lambda messages, prompt: _rendered(messages, tokenizer, prompt))
 
 
 def control_tokens(tokenizer: Any) -> re.Pattern[str]:

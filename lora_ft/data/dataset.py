@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 
 from lora_ft import config
 from lora_ft.config import TooLong
-from lora_ft.data import cache, chat_template, lengths, tokenize
-from lora_ft.data.columns import InMemory
-from lora_ft.data.examples import Examples, columns_of
+from lora_ft.data import cache, encoding, lengths
+from lora_ft.data.examples import Examples
 from lora_ft.data.read import Rows, read
 from lora_ft.data.rows import Example, Row, excerpt
 from lora_ft.errors import ConfigError, DataError
@@ -47,34 +46,33 @@ class EvalPrompt:
 class EvalPrompts(Sequence[EvalPrompt]):
     """The prompt of each chat of the eval set, made of its last example when it is asked for."""
 
-    def __init__(self, examples: Examples, rows: Sequence[Row]) -> None:
+    def __init__(self, examples: Examples, rows: Sequence[Row], is_chat: NDArray[np.bool_]) -> None:
         self._examples, self._rows = examples, rows
-        places = np.flatnonzero(examples.answer_starts)
-        of_rows = examples.rows[places]
-        chats = {row for row in np.unique(of_rows).tolist() if rows[row].messages}
-        self._last = {row: place for row, place in zip(of_rows.tolist(), places.tolist(), strict=True) if row in chats}
-        self._order = list(self._last)
+        of_rows = examples.rows
+        places = np.flatnonzero((examples.answer_starts > 0) & is_chat[of_rows])
+        # The last example of each row, by row.
+        self._of_rows, backwards = np.unique(of_rows[places][::-1], return_index=True)
+        self._places = places[::-1][backwards]
 
     def of_rows(self, rows: NDArray[np.int64]) -> list[EvalPrompt]:
         """Return the prompts of these rows, each once, in the order of the rows; a row of plain text has none."""
-        return [self._made(row) for row in dict.fromkeys(rows.tolist()) if row in self._last]
+        distinct = np.array(list(dict.fromkeys(rows.tolist())), np.int64)
+        numbers = np.searchsorted(self._of_rows, distinct)
+        return [self[number] for number in numbers[np.isin(distinct, self._of_rows)].tolist()]
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self._places)
 
     @overload
     def __getitem__(self, index: int) -> EvalPrompt: ...
     @overload
     def __getitem__(self, index: slice) -> list[EvalPrompt]: ...
     def __getitem__(self, index: int | slice) -> EvalPrompt | list[EvalPrompt]:
-        chosen = self._order[index]
-        return self._made(chosen) if isinstance(chosen, int) else [self._made(row) for row in chosen]
-
-    def _made(self, row: int) -> EvalPrompt:
-        example = self._examples[self._last[row]]
-        return EvalPrompt(
-            example.ids[: example.answer_start], _question(self._rows[row]), self._rows[row].answer, example.source
-        )
+        if isinstance(index, slice):
+            return [self[number] for number in range(len(self))[index]]
+        number = range(len(self))[index]
+        example, row = self._examples[int(self._places[number])], self._rows[int(self._of_rows[number])]
+        return EvalPrompt(example.ids[: example.answer_start], _question(row), row.answer, example.source)
 
 
 @dataclass(frozen=True)
@@ -134,15 +132,16 @@ class Dataset:
 def tokenized(found: Rows, tokenizer: Any, data: config.Data) -> Examples:
     """Render and tokenize rows, or load their examples from the cache. Bad rows go into the ledger."""
     rows, ledger = found.rows, found.ledger
-    name = cache.key(rows, tokenizer, data) if len(rows) >= _CACHED_FROM_ROWS and not ledger.bad else None
-    if name and (kept := cache.load(name, rows)) is not None:
+    name = cache.key(rows.digest, tokenizer, data) if len(rows) >= _CACHED_FROM_ROWS and not ledger.bad else None
+    if name and (kept := cache.load(name)) is not None:
         found.from_cache.append(name)
-        return kept
-    rendered = chat_template.turns(rows, data, tokenizer, ledger)
-    stored = InMemory(columns_of(list(tokenize.encode(rows, rendered, tokenizer, data.train_on, ledger))))
-    examples = Examples(stored, [row.source for row in rows])
-    if name and not ledger.bad and examples.supervised_tokens.all():
-        cache.store(name, stored)
+        stored, written = kept
+    else:
+        stored, written = encoding.encode(rows, tokenizer, data, ledger)
+    found.written.update(written)
+    examples = Examples(stored, rows.sources)
+    if name and not (kept or ledger.bad) and examples.supervised_tokens.all():
+        cache.store(name, stored, written)
     return examples
 
 
@@ -172,11 +171,11 @@ def prepare_rows(found: Rows, data: config.Data, tokenizer: Any, make_examples: 
         ledger.add_bad(example.source, "row", "has no supervised token", rows[example.row].answer)
     ledger.raise_bad()
     fitted, cut = lengths.fit(examples, found, data, tokenizer)
-    in_eval = np.array(found.is_eval, dtype=np.bool_)[fitted.rows]
+    in_eval, is_all_eval = found.is_eval[fitted.rows], bool(found.is_eval.all())
     train, eval_ = fitted.select(np.flatnonzero(~in_eval)), fitted.select(np.flatnonzero(in_eval))
-    if not (eval_ if all(found.is_eval) else train):
+    if not (eval_ if is_all_eval else train):
         left_out = ", ".join(f"{count} {reason}" for reason, count in ledger.left_out.items())
-        raise DataError(f"no row is left to {'evaluate' if all(found.is_eval) else 'train on'}: {left_out}")
+        raise DataError(f"no row is left to {'evaluate' if is_all_eval else 'train on'}: {left_out}")
     report = Report(
         format=found.format.name, rows=len(rows), train_documents=len(train), eval_documents=len(eval_),
         left_out=dict(+ledger.left_out), converted=dict(+ledger.converted),
@@ -188,7 +187,8 @@ def prepare_rows(found: Rows, data: config.Data, tokenizer: Any, make_examples: 
         sha256=_sha256(train, eval_), template_sha256=_template_sha256(tokenizer),
         tokenizer_sha256=hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
     )  # fmt: skip
-    return Dataset(train, eval_, EvalPrompts(eval_, rows), labels(rows[row] for row in train.rows.tolist()), report)
+    answers = labels(rows.select(np.unique(train.rows)))
+    return Dataset(train, eval_, EvalPrompts(eval_, rows, rows.is_chat), answers, report)
 
 
 def _question(row: Row) -> str:
@@ -197,8 +197,13 @@ def _question(row: Row) -> str:
 
 def labels(rows: Iterable[Row]) -> list[str] | None:
     """Return the distinct last answers of chats, sorted; None if there are more than MOST_LABELS, or no chats."""
-    answers = {row.answer for row in rows if row.messages}
-    return sorted(answers) if 0 < len(answers) <= MOST_LABELS else None
+    answers: set[str] = set()
+    for row in rows:
+        if row.messages:
+            answers.add(row.answer)
+            if len(answers) > MOST_LABELS:
+                return None
+    return sorted(answers) or None
 
 
 def _sha256(*sides: Examples) -> str:

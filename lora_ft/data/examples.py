@@ -23,7 +23,7 @@ from lora_ft.data.columns import Columns, InMemory, Joined, parts
 from lora_ft.data.rows import Example
 
 NO_GROUP = int(np.iinfo(np.int64).min)
-_LENGTH, _SUPERVISED, _ROW, _PROMPT_END, _ANSWER_START = range(5)  # columns of `documents`
+_LENGTH, _SUPERVISED, ROW, _PROMPT_END, _ANSWER_START = range(5)  # columns of `documents`
 _BLOCK_TOKENS = 1 << 20
 _PART = 1 << 16  # documents read at once
 
@@ -75,7 +75,7 @@ class Examples(Sequence[Example]):
         own = np.arange(len(self)) if self._chosen is None else self._chosen
         places = np.concatenate([own, np.arange(len(made)) + len(self._starts) - 1])
         sources = [*self._sources, *(example.source for example in made)] if self._by_document else self._sources
-        stored = Joined(self._stored, InMemory(columns_of(made, "groups" in self._stored)))
+        stored = Joined(self._stored, InMemory(columns_of(made, "groups" in self._stored.names())))
         return Examples(stored, sources, places[np.asarray(order, dtype=np.int64)], by_document=self._by_document)
 
     @cached_property
@@ -91,7 +91,7 @@ class Examples(Sequence[Example]):
     @property
     def rows(self) -> NDArray[np.int64]:
         """Index of the row of each document."""
-        return self._of_chosen(self._field(_ROW))
+        return self._of_chosen(self._field(ROW))
 
     @property
     def answer_starts(self) -> NDArray[np.int64]:
@@ -101,7 +101,7 @@ class Examples(Sequence[Example]):
     @property
     def groups(self) -> NDArray[np.int64] | None:
         """Group of each document, NO_GROUP if it has none; None if no document has one."""
-        if "groups" not in self._stored:
+        if "groups" not in self._stored.names():
             return None
         return self._of_chosen(self._stored.read("groups", 0, len(self._starts) - 1))
 
@@ -167,8 +167,8 @@ class Examples(Sequence[Example]):
         return found
 
     def _made(self, place: int, ids: NDArray[np.int32], supervised: NDArray[np.bool_]) -> Example:
-        row, prompt_end, answer_start = self._stored.read("documents", place, place + 1)[0, _ROW:].tolist()
-        group = int(self._stored.read("groups", place, place + 1)[0]) if "groups" in self._stored else NO_GROUP
+        row, prompt_end, answer_start = self._stored.read("documents", place, place + 1)[0, ROW:].tolist()
+        group = int(self._stored.read("groups", place, place + 1)[0]) if "groups" in self._stored.names() else NO_GROUP
         source = self._sources[place if self._by_document else row]
         return Example(ids, supervised, source, row, prompt_end, answer_start, None if group == NO_GROUP else group)
 

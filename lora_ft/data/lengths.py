@@ -38,7 +38,7 @@ def fit(examples: Examples, found: Rows, data: config.Data, tokenizer: Any) -> t
         found.ledger.left_out["longer than data.max_length"] += len(dropped)
         return examples.select(np.flatnonzero(~np.isin(examples.rows, dropped))), 0
     if data.too_long is TooLong.split:
-        stuck = long.select([i for i, row in enumerate(long.rows.tolist()) if found.rows[row].messages])
+        stuck = long.select(np.flatnonzero(found.rows.is_chat[long.rows]))
         why = ", and data.too_long=split applies to plain text only"
         if not len(stuck):
             fitted = _replaced(examples, places, [list(_windows(example, limit)) for example in long])
@@ -70,7 +70,7 @@ def _remedies(long: Examples, found: Rows, limit: int, tokenizer: Any) -> str:
     choices = ["drop"]
     if all(len(_truncated(example, limit, tokenizer).ids) <= limit for example in long):
         choices.append("truncate_prompt")
-    if not any(found.rows[row].messages for row in long.rows.tolist()):
+    if not found.rows.is_chat[long.rows].any():
         choices.append("split")
     return " or ".join(choices)
 

@@ -7,8 +7,6 @@
 what is allowed but rarely intended.
 """
 
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from lora_ft.data.dataset import Dataset, Report
 from lora_ft.data.examples import Examples
 from lora_ft.data.messages import with_system
 from lora_ft.data.read import Rows
-from lora_ft.data.rows import Row, any_of, excerpt
+from lora_ft.data.rows import excerpt
 from lora_ft.data.tokenize import Vocabulary
 
 _BINS = 8
@@ -78,7 +76,7 @@ def measure(found: Rows, dataset: Dataset, data: config.Data, tokenizer: Any) ->
         unended=unended,
         prompts=len(compared),
         other_prompts=[source for source, same in compared if not same],
-        written=_written(found.rows, tokenizer),
+        written=dict(sorted(found.written.items(), key=lambda pair: (-pair[1], pair[0]))),
         asked_before=_asked_before(found),
     )
 
@@ -161,7 +159,7 @@ def _prompts_again(
         return
     last = _last_of_rows(dataset.train)
     rows = dataset.train.rows[last]
-    chats = [place for place, row in enumerate(rows.tolist()) if found.rows[row].messages]
+    chats = np.flatnonzero(found.rows.is_chat[rows]).tolist()
     for place in chats[:: max(1, len(chats) // _PROMPTS_COMPARED)][:_PROMPTS_COMPARED]:
         row, ids = found.rows[int(rows[place])], dataset.train[int(last[place])].ids
         if data.too_long is TooLong.truncate_prompt and len(ids) == data.max_length:
@@ -171,33 +169,8 @@ def _prompts_again(
         yield row.source, any(prompt == ids[: len(prompt)].tolist() for prompt in expected)
 
 
-def _written(rows: list[Row], tokenizer: Any) -> dict[str, int]:
-    """Count rows by each added token in a message that is not an answer, or in plain text.
-
-    Answers may contain <think> and the like, which the model is to write. Added tokens of whitespace are only text.
-    `prepare` refuses special tokens in chats, but plain text may use them on purpose to separate documents.
-    """
-    pattern = any_of(token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip())
-    counts: Counter[str] = Counter()
-    for row in rows:
-        if row.messages and tokenizer.chat_template:
-            texts = [str(message["content"]) for message in row.messages if message["role"] != "assistant"]
-        else:
-            texts = [row.plain_prompt or "", row.answer]
-        counts.update({token for text in texts for token in pattern.findall(text)})
-    return dict(counts.most_common())
-
-
 def _asked_before(found: Rows) -> int:
     """Count the eval rows with the question of a training row; rows that are equal as a whole are refused earlier."""
-    if not any(found.is_eval):
-        return 0
-    texts = [_question(row) for row in found.rows]
-    trained = {text for text, is_eval in zip(texts, found.is_eval, strict=True) if not is_eval}
-    return sum(text in trained for text, is_eval in zip(texts, found.is_eval, strict=True) if is_eval and text)
-
-
-def _question(row: Row) -> str:
-    """Return letters and digits of a chat before its last answer, or of a whole text."""
-    text = " ".join(str(m["content"]) for m in row.messages[:-1]) if row.messages else row.answer
-    return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", text).casefold())
+    prompts, is_eval = found.rows.prompts, found.is_eval
+    asked = prompts[is_eval]
+    return int((np.isin(asked, prompts[~is_eval]) & (asked != 0)).sum())

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lora_ft.settings.setting import setting
+from lora_ft.settings.setting import OnResume, setting
 from lora_ft.values import Format, TooLong, TrainOn
 
 
@@ -21,6 +21,10 @@ class Data:
     prompt: str | None = setting(None, "table: template of the prompt, with {column} fields", text=True)
     answer: str | None = setting(None, "table: template of the answer, with {column} fields", text=True)
     system: str | None = setting(None, "system message for chat rows that have none", text=True)
+    workers: int | None = setting(
+        None, "processes that read and tokenize rows; null: one for each core; 0 or 1: none", unit="processes",
+        at_least=0, on_resume=OnResume.free,
+    )  # fmt: skip
     strict: bool = setting(
         False, "refuse rows that are read only after a conversion, which the report counts otherwise"
     )
