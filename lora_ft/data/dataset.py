@@ -20,6 +20,7 @@ from lora_ft.config import TooLong
 from lora_ft.data import cache, encoding, lengths
 from lora_ft.data.examples import Examples
 from lora_ft.data.read import Rows, read
+from lora_ft.data.row_store import StoredRows
 from lora_ft.data.rows import Example, Row, excerpt
 from lora_ft.errors import ConfigError, DataError
 
@@ -83,6 +84,7 @@ class Report:
     prompt was cut. split: texts cut into windows.
     duplicates: rows that differ from an earlier one in case and whitespace at most. unused: columns that are not read.
     sha256: of all ids and masks. template_sha256, tokenizer_sha256: of the chat template and the tokenizer.
+    is_stream: the training rows are streamed, and only those of the first block are counted.
     """
 
     format: str
@@ -103,12 +105,14 @@ class Report:
     sha256: str
     template_sha256: str | None
     tokenizer_sha256: str
+    is_stream: bool = False
 
     def __str__(self) -> str:
         left_out = "".join(f", {count:,} {reason} left out" for reason, count in self.left_out.items())
         converted = ", ".join(f"{count:,} {what}" for what, count in self.converted.items())
+        rows = f"{'the first ' if self.is_stream else ''}{self.rows:,} rows ({self.format})"
         return (
-            f"{self.rows:,} rows ({self.format}): {self.train_documents:,} documents of {self.train_tokens:,} tokens "
+            f"{rows}: {self.train_documents:,} documents of {self.train_tokens:,} tokens "
             f"to train on, {self.supervised_tokens:,} of them supervised, longest {self.longest:,}; "
             f"{self.eval_documents:,} to evaluate on; {self.duplicates:,} duplicates{left_out}"
             + (f"; {self.truncated:,} prompts cut" if self.truncated else "")
@@ -120,19 +124,23 @@ class Report:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Training examples, eval examples, the prompts of the eval set, and the `labels` of the training rows."""
+    """Training examples, eval examples, the prompts of the eval set, and the `labels` of the training rows.
+
+    If the training rows are streamed, `train` are those of the first block; eval_rows: the rows of the eval set.
+    """
 
     train: Examples
     eval: Examples
     eval_prompts: EvalPrompts
     answers: list[str] | None
     report: Report
+    eval_rows: StoredRows | None = None
 
 
 def tokenized(found: Rows, tokenizer: Any, data: config.Data) -> Examples:
     """Render and tokenize rows, or load their examples from the cache. Bad rows go into the ledger."""
     rows, ledger = found.rows, found.ledger
-    name = cache.key(rows.digest, tokenizer, data) if len(rows) >= _CACHED_FROM_ROWS and not ledger.bad else None
+    name = cache.key(rows.digest, tokenizer, data) if _is_cached(found, data) else None
     if name and (kept := cache.load(name)) is not None:
         found.from_cache.append(name)
         stored, written = kept
@@ -143,6 +151,10 @@ def tokenized(found: Rows, tokenizer: Any, data: config.Data) -> Examples:
     if name and not (kept or ledger.bad) and examples.supervised_tokens.all():
         cache.store(name, stored, written)
     return examples
+
+
+def _is_cached(found: Rows, data: config.Data) -> bool:
+    return len(found.rows) >= _CACHED_FROM_ROWS and not (found.ledger.bad or data.stream)
 
 
 MakeExamples = Callable[[Rows, Any, config.Data], Sequence[Example]]  # `Objective.examples`
@@ -165,12 +177,7 @@ def prepare_rows(found: Rows, data: config.Data, tokenizer: Any, make_examples: 
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"the tokenizer must be a fast one (tokenizer.json), got {type(tokenizer).__name__}")
     rows, ledger = found.rows, found.ledger
-    examples = Examples.of(make_examples(found, tokenizer, data))
-    for index in np.flatnonzero(examples.supervised_tokens == 0).tolist():
-        example = examples[index]
-        ledger.add_bad(example.source, "row", "has no supervised token", rows[example.row].answer)
-    ledger.raise_bad()
-    fitted, cut = lengths.fit(examples, found, data, tokenizer)
+    fitted, cut = documents(found, data, tokenizer, make_examples)
     in_eval, is_all_eval = found.is_eval[fitted.rows], bool(found.is_eval.all())
     train, eval_ = fitted.select(np.flatnonzero(~in_eval)), fitted.select(np.flatnonzero(in_eval))
     if not (eval_ if is_all_eval else train):
@@ -186,9 +193,22 @@ def prepare_rows(found: Rows, data: config.Data, tokenizer: Any, make_examples: 
         cached=bool(found.from_cache),
         sha256=_sha256(train, eval_), template_sha256=_template_sha256(tokenizer),
         tokenizer_sha256=hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        is_stream=data.stream,
     )  # fmt: skip
     answers = labels(rows.select(np.unique(train.rows)))
-    return Dataset(train, eval_, EvalPrompts(eval_, rows, rows.is_chat), answers, report)
+    eval_rows = rows.select(np.flatnonzero(found.is_eval)) if data.stream else None
+    return Dataset(train, eval_, EvalPrompts(eval_, rows, rows.is_chat), answers, report, eval_rows)
+
+
+def documents(found: Rows, data: config.Data, tokenizer: Any, make_examples: MakeExamples) -> tuple[Examples, int]:
+    """Make examples of at most `data.max_length` tokens; also return the number of those that were cut."""
+    ledger = found.ledger
+    examples = Examples.of(make_examples(found, tokenizer, data))
+    for index in np.flatnonzero(examples.supervised_tokens == 0).tolist():
+        example = examples[index]
+        ledger.add_bad(example.source, "row", "has no supervised token", found.rows[example.row].answer)
+    ledger.raise_bad()
+    return lengths.fit(examples, found, data, tokenizer)
 
 
 def _question(row: Row) -> str:

@@ -26,7 +26,7 @@ _CHUNK_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True)
-class _Records:
+class Records:
     """A chunk of records, and what reading them has put into the ledger."""
 
     records: list[Record]
@@ -35,7 +35,7 @@ class _Records:
 
 
 @dataclass(frozen=True)
-class _Parsed:
+class Parsed:
     """The rows of a chunk. names: columns of its records. ledger: of reading and parsing it."""
 
     rows: PackedRows
@@ -51,8 +51,8 @@ def append_rows(key: str, data: config.Data, writer: RowWriter, ledger: Ledger) 
     fits or there is no row.
     """
     reading = Ledger(data.strict)
-    chunks = _chunks(islice(records(data.path, key, data, reading), data.max_rows), reading)
-    first = _first(chunks)
+    rest = chunks(islice(records(data.path, key, data, reading), data.max_rows), reading)
+    first = _first(rest)
     layout = formats.Layout.of(chain.from_iterable(chunk.records for chunk in first), data)
     if not layout.columns:
         for chunk in first:
@@ -60,10 +60,10 @@ def append_rows(key: str, data: config.Data, writer: RowWriter, ledger: Ledger) 
         ledger.raise_bad()
         raise DataError(f"{data.path}: there are no rows")
     found = layout.parser(data)[0]
-    more = list(islice(chunks, 1))
+    more = list(islice(rest, 1))
     processes = workers.number(data.workers) if more else 0
     before, names = writer.count, dict.fromkeys(layout.names)
-    parsed = workers.mapped(_Parser, (layout, data), chain(first, more, chunks), processes)
+    parsed = workers.mapped(Parser, (layout, data), chain(first, more, rest), processes)
     for made in counted("reading rows", parsed, lambda made: len(made.rows)):
         ledger.add(made.ledger)
         writer.append(made.rows)
@@ -73,23 +73,23 @@ def append_rows(key: str, data: config.Data, writer: RowWriter, ledger: Ledger) 
     return found, layout.unused(names, data)
 
 
-class _Parser:
+class Parser:
     """Makes the rows of a chunk of records."""
 
     def __init__(self, layout: formats.Layout, data: config.Data) -> None:
         self._parse, self._data = layout.parser(data)[1], data
 
-    def __call__(self, chunk: _Records) -> _Parsed:
+    def __call__(self, chunk: Records) -> Parsed:
         ledger, rows = chunk.ledger, list[Row]()
         with until_full(ledger):
             for row in formats.rows(chunk.records, self._parse, self._data, ledger):
                 rows.append(row)
         names = dict.fromkeys(name for _, values in chunk.records for name in values)
-        return _Parsed(packed(rows), list(names), ledger)
+        return Parsed(packed(rows), list(names), ledger)
 
 
-def _first(chunks: Iterator[_Records]) -> list[_Records]:
-    found: list[_Records] = []
+def _first(chunks: Iterator[Records]) -> list[Records]:
+    found: list[Records] = []
     rows = characters = 0
     while rows < FIRST_ROWS and characters < _FIRST_CHARACTERS and (chunk := next(chunks, None)):
         found.append(chunk)
@@ -98,7 +98,8 @@ def _first(chunks: Iterator[_Records]) -> list[_Records]:
     return found
 
 
-def _chunks(found: Iterable[Record], reading: Ledger) -> Iterator[_Records]:
+def chunks(found: Iterable[Record], reading: Ledger) -> Iterator[Records]:
+    """Yield records in chunks, each with what reading it has put into the ledger `reading`."""
     chunk: list[Record] = []
     characters = 0
     with until_full(reading):
@@ -106,9 +107,10 @@ def _chunks(found: Iterable[Record], reading: Ledger) -> Iterator[_Records]:
             chunk.append(record)
             characters += _characters(record[1])
             if len(chunk) >= _CHUNK_ROWS or characters >= _CHUNK_CHARACTERS:
-                yield _Records(chunk, reading.take(), characters)
+                yield Records(chunk, reading.take(), characters)
                 chunk, characters = [], 0
-    yield _Records(chunk, reading.take(), characters)
+    if chunk or reading.bad or reading.left_out or reading.converted:
+        yield Records(chunk, reading.take(), characters)
 
 
 @contextlib.contextmanager

@@ -54,8 +54,14 @@ def read(data: config.Data) -> Rows:
     if eval_split(data) != data.eval_split:
         log.info(f"eval rows: the validation files of {data.path}; data.eval_fraction is not used")
         data = replace(data, eval_split=eval_split(data))
+    if data.stream and data.eval_fraction and not (data.eval_path or data.eval_split):
+        raise ConfigError(
+            "data.stream=true reads rows only once they are trained on, so no fraction of them can be held out: set "
+            "data.eval_path to a file of eval rows, or data.eval_fraction=0"
+        )
     ledger, writer = Ledger(data.strict), RowWriter(cache.folder())
-    found, unused = append_rows("data.path", data, writer, ledger)
+    found, unused = append_rows("data.path", _first_block(data) if data.stream else data, writer, ledger)
+    data = replace(data, stream=False)
     trained = writer.count
     if data.eval_path:
         eval_data = replace(data, path=data.eval_path, split=data.eval_split or data.split)
@@ -79,9 +85,14 @@ def read(data: config.Data) -> Rows:
     return Rows(found, rows, is_eval, duplicates, list(dict.fromkeys(unused)), ledger)
 
 
+def _first_block(data: config.Data) -> config.Data:
+    """Return the settings that read the first block of a stream."""
+    return replace(data, max_rows=min(data.shuffle_buffer, data.max_rows or data.shuffle_buffer))
+
+
 def read_eval(data: config.Data, trained: Rows | None) -> Rows:
     """Read every row of `data.path` as an eval row. Raises DataError if one is a training row of `trained`."""
-    found = read(replace(data, eval_fraction=0.0, eval_path=None, eval_split=None))
+    found = read(replace(data, eval_fraction=0.0, eval_path=None, eval_split=None, stream=False))
     if trained:
         _refuse_leaks(trained.training_rows, found.rows)
     return replace(found, is_eval=np.ones(len(found.rows), np.bool_))

@@ -137,7 +137,7 @@ def _hub(path: str, key: str, data: config.Data) -> Iterator[Record]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(path, data.name, split=data.split, revision=data.revision)
+        rows = datasets.load_dataset(path, data.name, split=data.split, revision=data.revision, streaming=data.stream)
     # The hub client's HTTP errors, its offline mode and a missing dataset are OSErrors; an unknown split or
     # configuration is a ValueError.
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from multiprocessing.connection import Connection, Pipe
 from typing import Any, NoReturn, TypeVar
 
@@ -32,7 +32,7 @@ def number(asked: int | None) -> int:
 
 def mapped(
     make: Callable[..., Callable[[Task], Result]], arguments: tuple[Any, ...], tasks: Iterable[Task], workers: int
-) -> Iterator[Result]:
+) -> Generator[Result]:
     """Yield make(*arguments)(task) for each task, in order; with at most one worker, in this process.
 
     An error of a task, or of the iterable of tasks, is raised after the results before it. Raises ResourceError if a
