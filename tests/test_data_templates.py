@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from lora_ft.config import Data, TrainOn
-from lora_ft.data.chat_template import trials, turns
+from lora_ft.data.chat_template import trials_of, turns
 from lora_ft.data.dataset import prepare, prepare_rows
 from lora_ft.data.read import read
 from lora_ft.data.rows import Ledger, Row
@@ -155,7 +155,7 @@ def test_data_system_is_added_to_chats_without_a_system_message(tmp_path):
 
 
 def test_tools_and_tool_calls_reach_the_template(tmp_path):
-    template = CHATML.replace("{% for", "{{ tools[0].name if tools else '' }}{% for", 1).replace(
+    template = CHATML.replace("{% for", "{{ tools[0].function.name if tools else '' }}{% for", 1).replace(
         "message['content']", "(message.tool_calls[0].name if message.tool_calls else message['content'])"
     )
     messages = [
@@ -430,5 +430,5 @@ def test_messages_are_rendered_with_their_additional_keys():
     tokenizer = tokenizer_of("{% for m in messages %}{{ m.name or m.role }}: {{ m.content }}<|im_end|>{% endfor %}")
     question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     rows = [Row("1", [question, answer], "b"), Row("2", [{**question, "name": "Ann"}, answer], "b")]
-    texts = [made[0].through for _, made in turns(rows, Data(), tokenizer, Ledger(), trials(tokenizer))]
+    texts = [made[0].through for _, made in turns(rows, Data(), tokenizer, Ledger(), trials_of(tokenizer))]
     assert texts == ["user: a<|im_end|>assistant: b<|im_end|>", "Ann: a<|im_end|>assistant: b<|im_end|>"]

@@ -247,7 +247,7 @@ def test_without_a_cache_folder_rows_are_kept_in_the_temporary_folder(tmp_path, 
 def test_the_cache_keeps_what_was_used_last(tmp_path, monkeypatch):
     stored = InMemory({"ids": np.zeros(1000, np.int32)})
     for name, age in (("old", 40 * 86400), ("unused", 3 * 86400), ("used", 2 * 86400)):
-        cache.store(name, stored, cache.Counter())
+        cache.store(name, stored, {})
         path = cache.folder() / f"{name}.safetensors"
         os.utime(path, (path.stat().st_mtime - age,) * 2)
     (cache.folder() / "ids.tmp-0123abcd").write_bytes(b"left by a run that was killed")
@@ -256,7 +256,7 @@ def test_the_cache_keeps_what_was_used_last(tmp_path, monkeypatch):
     os.utime(cache.folder() / "unused.safetensors", (10**9 * 1.7, 10**9 * 1.7))
     monkeypatch.setattr(cache, "_UNUSED_SECONDS", 10**9)
     monkeypatch.setattr(cache, "_MOST_BYTES", 9000)
-    cache.store("new", stored, cache.Counter())
+    cache.store("new", stored, {})
     assert sorted(path.name for path in cache.folder().iterdir()) == ["new.safetensors", "used.safetensors"]
 
 

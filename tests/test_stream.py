@@ -15,7 +15,7 @@ from lora_ft.data import parsing
 from lora_ft.data.dataset import prepare, tokenized
 from lora_ft.data.read import read
 from lora_ft.data.sampler import derive, shuffled
-from lora_ft.data.stream import Position, Stream
+from lora_ft.data.streamed import Position, Stream
 from lora_ft.errors import ConfigError, DataError
 
 TOKENIZER = tiny_tokenizer()
@@ -98,7 +98,7 @@ def test_rows_are_read_only_as_they_are_needed(tmp_path, monkeypatch):
             taken.append(n)
             yield f"f:{n + 1}", {"text": f"{n} and"}
 
-    monkeypatch.setattr("lora_ft.data.stream.records", endless)
+    monkeypatch.setattr("lora_ft.data.streamed.records", endless)
     monkeypatch.setattr("lora_ft.data.parsing.records", endless)
     monkeypatch.setattr("lora_ft.data.read._check_splits", lambda data: None)
     stream = streamed(data, tokens=1)

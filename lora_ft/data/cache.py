@@ -39,7 +39,8 @@ def folder() -> Path:
 def key(rows: str, tokenizer: Any, data: config.Data) -> str:
     """Return the hexadecimal sha256 of everything that the tokenized rows depend on; `rows` is the rows' own digest."""
     digest = hashlib.sha256(_code().encode())
-    options = [rows, tokenizer.chat_template, tokenizer.special_tokens_map, data.system, data.train_on.value]
+    options = [rows, tokenizer.chat_template, tokenizer.special_tokens_map, data.system, data.train_on.value,
+               data.turns.value, data.strict]  # fmt: skip
     if "strftime_now" in str(tokenizer.chat_template):
         options.append(datetime.date.today().isoformat())  # such a template may render today's date
     digest.update(json.dumps(options, default=str).encode())
@@ -57,29 +58,31 @@ def _code() -> str:
     return " ".join([digest.hexdigest(), *versions])
 
 
-def load(name: str) -> tuple[Columns, Counter[str]] | None:
+def load(name: str) -> tuple[Columns, dict[str, Counter[str]]] | None:
     """Open the columns that are stored under a key, with the counts stored beside; None if missing or damaged."""
     path = folder() / f"{name}.safetensors"
     try:
         stored, metadata = columns.load(path)
-        if metadata["sha256"] != columns.checksum(stored):
+        about = json.loads(metadata["about"])
+        if about["sha256"] != columns.checksum(stored):
             raise ValueError("wrong checksum")
-        written = Counter(json.loads(metadata["written"]))
+        counts = {name: Counter(found) for name, found in about["counts"].items()}
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         log.warning("damaged row cache, tokenizing again: %s (%s)", path, error)
         return None
     durable.mark_used(path)
-    return stored, written
+    return stored, counts
 
 
-def store(name: str, stored: Columns, written: Counter[str]) -> None:
-    """Store the columns of examples under a key. Logs a warning if the folder cannot be written."""
+def store(name: str, stored: Columns, counts: dict[str, Counter[str]]) -> None:
+    """Store the columns of examples under a key, with counts of rows. Logs a warning if it cannot."""
     path = folder() / f"{name}.safetensors"
     try:
         durable.make_folder(folder())
-        columns.save(path, stored, {"sha256": columns.checksum(stored), "written": json.dumps(written)})
+        about = {"sha256": columns.checksum(stored), "counts": counts}
+        columns.save(path, stored, {"about": json.dumps(about)})
         _prune(path)
     except OSError as error:
         log.warning("rows are not cached: %s", error)

@@ -8,8 +8,10 @@ Every row that was read is in the dataset, counted in its report, or named in an
 import hashlib
 import itertools
 import json
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, overload
 
 import numpy as np
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 
 from lora_ft import config
 from lora_ft.config import TooLong
-from lora_ft.data import cache, encoding, lengths
+from lora_ft.data import cache, chat_template, encoding, lengths
 from lora_ft.data.examples import Examples
 from lora_ft.data.read import Rows, read
 from lora_ft.data.row_store import StoredRows
@@ -45,10 +47,19 @@ class EvalPrompt:
 
 
 class EvalPrompts(Sequence[EvalPrompt]):
-    """The prompt of each chat of the eval set, made of its last example when it is asked for."""
+    """The prompt of each chat of the eval set, made of its last example when it is asked for.
 
-    def __init__(self, examples: Examples, rows: Sequence[Row], is_chat: NDArray[np.bool_]) -> None:
-        self._examples, self._rows = examples, rows
+    answer: returns the reference answer of a row.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        rows: Sequence[Row],
+        is_chat: NDArray[np.bool_],
+        answer: Callable[[Row], str] = operator.attrgetter("answer"),
+    ) -> None:
+        self._examples, self._rows, self._answer = examples, rows, answer
         of_rows = examples.rows
         places = np.flatnonzero((examples.answer_starts > 0) & is_chat[of_rows])
         # The last example of each row, by row.
@@ -73,7 +84,7 @@ class EvalPrompts(Sequence[EvalPrompt]):
             return [self[number] for number in range(len(self))[index]]
         number = range(len(self))[index]
         example, row = self._examples[int(self._places[number])], self._rows[int(self._of_rows[number])]
-        return EvalPrompt(example.ids[: example.answer_start], _question(row), row.answer, example.source)
+        return EvalPrompt(example.ids[: example.answer_start], _question(row), self._answer(row), example.source)
 
 
 @dataclass(frozen=True)
@@ -143,13 +154,14 @@ def tokenized(found: Rows, tokenizer: Any, data: config.Data) -> Examples:
     name = cache.key(rows.digest, tokenizer, data) if _is_cached(found, data) else None
     if name and (kept := cache.load(name)) is not None:
         found.from_cache.append(name)
-        stored, written = kept
+        stored, counts = kept
     else:
-        stored, written = encoding.encode(rows, tokenizer, data, ledger)
-    found.written.update(written)
+        stored, counts = encoding.encode(rows, tokenizer, data, ledger)
+    ledger.count(counts["left_out"], counts["converted"])
+    found.written.update(counts["written"])
     examples = Examples(stored, rows.sources)
     if name and not (kept or ledger.bad) and examples.supervised_tokens.all():
-        cache.store(name, stored, written)
+        cache.store(name, stored, counts)
     return examples
 
 
@@ -196,8 +208,9 @@ def prepare_rows(found: Rows, data: config.Data, tokenizer: Any, make_examples: 
         is_stream=data.stream,
     )  # fmt: skip
     answers = labels(rows.select(np.unique(train.rows)))
+    prompts = EvalPrompts(eval_, rows, rows.is_chat, partial(chat_template.answer_of, data=data, tokenizer=tokenizer))
     eval_rows = rows.select(np.flatnonzero(found.is_eval)) if data.stream else None
-    return Dataset(train, eval_, EvalPrompts(eval_, rows, rows.is_chat), answers, report, eval_rows)
+    return Dataset(train, eval_, prompts, answers, report, eval_rows)
 
 
 def documents(found: Rows, data: config.Data, tokenizer: Any, make_examples: MakeExamples) -> tuple[Examples, int]:

@@ -20,6 +20,8 @@ from lora_ft.data.progress import counted
 from lora_ft.data.row_store import Chunk, StoredRows
 from lora_ft.data.rows import Example, Ledger, Row, any_of
 
+Counts = dict[str, Counter[str]]
+
 
 @dataclass(frozen=True)
 class _Encoded:
@@ -31,20 +33,21 @@ class _Encoded:
     ledger: Ledger
 
 
-def encode(rows: StoredRows, tokenizer: Any, data: config.Data, ledger: Ledger) -> tuple[Columns, Counter[str]]:
-    """Return the columns of the examples of rows, and the rows by the added token in a prompt or text.
+def encode(rows: StoredRows, tokenizer: Any, data: config.Data, ledger: Ledger) -> tuple[Columns, Counts]:
+    """Return the columns of the examples of rows, and counts of rows; bad rows go into the ledger.
 
-    Bad rows go into the ledger.
+    The counts are those that rendering adds to a ledger, and `written`: rows by the added token in a prompt or text.
     """
     writer, written = Writer(cache.folder()), Counter[str]()
+    counts = Ledger(ledger.strict, bad=ledger.bad)
     writer.append(**columns_of([]))
     processes = workers.number(data.workers) if len(rows) > FIRST_ROWS else 0
     found = workers.mapped(Encoder, (tokenizer, data), rows.chunks(), processes)
     for chunk in counted("tokenizing rows", found, lambda chunk: chunk.rows, len(rows)):
-        ledger.add(chunk.ledger)
+        counts.add(chunk.ledger)
         writer.append(**chunk.columns)
         written.update(chunk.written)
-    return writer.finish(), written
+    return writer.finish(), {"left_out": counts.left_out, "converted": counts.converted, "written": written}
 
 
 class Encoder:
@@ -52,7 +55,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, data: config.Data) -> None:
         self._tokenizer, self._data = tokenizer, data
-        self._trials, self._vocabulary = chat_template.trials(tokenizer), tokenize.Vocabulary(tokenizer)
+        self._trials, self._vocabulary = chat_template.trials_of(tokenizer), tokenize.Vocabulary(tokenizer)
         self._added = any_of(t.content for t in tokenizer.added_tokens_decoder.values() if t.content.strip())
 
     def __call__(self, chunk: Chunk) -> _Encoded:

@@ -53,31 +53,33 @@ def append_rows(key: str, data: config.Data, writer: RowWriter, ledger: Ledger) 
     reading = Ledger(data.strict)
     rest = chunks(islice(records(data.path, key, data, reading), data.max_rows), reading)
     first = _first(rest)
-    layout = formats.Layout.of(chain.from_iterable(chunk.records for chunk in first), data)
-    if not layout.columns:
+    header = formats.Header.of(chain.from_iterable(chunk.records for chunk in first), data)
+    if not header.columns:
         for chunk in first:
             ledger.add(chunk.ledger)
         ledger.raise_bad()
         raise DataError(f"{data.path}: there are no rows")
-    found = layout.parser(data)[0]
+    found = header.parser(data)[0]
     more = list(islice(rest, 1))
     processes = workers.number(data.workers) if more else 0
-    before, names = writer.count, dict.fromkeys(layout.names)
-    parsed = workers.mapped(Parser, (layout, data), chain(first, more, rest), processes)
+    before, names = writer.count, dict.fromkeys(header.names)
+    parsed = workers.mapped(Parser, (header, data), chain(first, more, rest), processes)
     for made in counted("reading rows", parsed, lambda made: len(made.rows)):
         ledger.add(made.ledger)
         writer.append(made.rows)
         names.update(dict.fromkeys(made.names))
     if writer.count == before:
         ledger.raise_bad()
-    return found, layout.unused(names, data)
+        left_out = ", ".join(f"{count} {reason}" for reason, count in ledger.left_out.items())
+        raise DataError(f"{data.path}: every row is left out: {left_out}")
+    return found, header.unused(names, data)
 
 
 class Parser:
     """Makes the rows of a chunk of records."""
 
-    def __init__(self, layout: formats.Layout, data: config.Data) -> None:
-        self._parse, self._data = layout.parser(data)[1], data
+    def __init__(self, header: formats.Header, data: config.Data) -> None:
+        self._parse, self._data = header.parser(data)[1], data
 
     def __call__(self, chunk: Records) -> Parsed:
         ledger, rows = chunk.ledger, list[Row]()

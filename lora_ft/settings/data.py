@@ -1,18 +1,33 @@
 """Settings of the rows."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from lora_ft.settings.setting import OnResume, setting
-from lora_ft.values import Format, TooLong, TrainOn
+from lora_ft.values import Format, TooLong, TrainOn, Turns
 
 
 @dataclass(slots=True)
 class Data:
     path: str = setting(
-        "", "rows: .jsonl .json .csv .tsv .parquet .txt file, folder, hub id, or package:NAME/FOLDER", path=True
+        "",
+        "rows: .jsonl .json .csv .tsv .parquet .arrow .txt .zip file (or .gz), folder, hub id, or package:NAME/FOLDER",
+        path=True,
     )
     format: Format = setting(Format.auto, "format of a row; auto: by its columns")
     columns: dict[str, str] = setting({}, "names of columns in the file, by the expected name")
+    where: dict[str, Any] = setting(
+        {}, "read only rows whose columns have these values: data.where.COLUMN=VALUE or [A,B]", text=True
+    )
+    delimiter: str | None = setting(
+        None,
+        "character between the fields of a table, or tab, comma, semicolon, pipe; null: as the file shows",
+        text=True,
+        pattern=r'tab|\\t|comma|semicolon|pipe|[^"\r\n]',
+    )
+    encoding: str | None = setting(
+        None, "encoding of text files, such as utf-16 or cp1252; null: utf-8, or by the byte order mark", text=True
+    )
     name: str | None = setting(None, "configuration of a hub dataset", text=True)
     split: str = setting(
         "train", "split of a hub dataset, or of a folder whose files are named by split; all: every file", text=True
@@ -29,6 +44,11 @@ class Data:
         None, "processes that read and tokenize rows; null: one for each core; 0 or 1: none", unit="processes",
         at_least=0, on_resume=OnResume.free,
     )  # fmt: skip
+    turns: Turns = setting(
+        Turns.repair,
+        "chats whose turns do not alternate, or whose system message the chat template does not take; strict: refuse "
+        "them, drop: leave them out",
+    )
     strict: bool = setting(
         False, "refuse rows that are read only after a conversion, which the report counts otherwise"
     )

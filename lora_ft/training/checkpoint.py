@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lora_ft import config, runs
-from lora_ft.data.stream import Position
+from lora_ft.data.streamed import Position
 from lora_ft.errors import CheckpointError, ResourceError
 from lora_ft.evaluation.loss import EvalLoss
 from lora_ft.io import durable, untrusted

@@ -64,8 +64,8 @@ class _Prepared:
 class _Preparer:
     """Makes the documents of a chunk of records."""
 
-    def __init__(self, layout: formats.Layout, data: config.Data, tokenizer: Any, make_examples: MakeExamples) -> None:
-        self._parser, self._format = parsing.Parser(layout, data), layout.parser(data)[0]
+    def __init__(self, header: formats.Header, data: config.Data, tokenizer: Any, make_examples: MakeExamples) -> None:
+        self._parser, self._format = parsing.Parser(header, data), header.parser(data)[0]
         self._data, self._tokenizer, self._make_examples = data, tokenizer, make_examples
 
     def __call__(self, task: _Task) -> _Prepared:
@@ -101,7 +101,7 @@ class Stream:
     ) -> None:
         self._data, self._seed, self._tokens_per_step, self._eval_rows = data, seed, tokens_per_step, eval_rows
         first = itertools.islice(self._records(Ledger(data.strict)), first_rows(data))
-        self._prepare = formats.Layout.of(first, data), data, tokenizer, make_examples
+        self._prepare = formats.Header.of(first, data), data, tokenizer, make_examples
         self._chunks: Generator[_Prepared] | None = None
         self.seek(Position(), 0)
 
