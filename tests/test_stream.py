@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from finished import call
@@ -128,6 +129,24 @@ def test_an_eval_row_among_the_streamed_rows_is_refused(tmp_path):
         DataError, match=r"1 eval rows are training rows too:\n .*eval\.jsonl:1 is also .*rows\.jsonl:9"
     ):
         [stream.step(n) for n in range(12)]
+
+
+def test_a_hub_dataset_is_streamed_with_the_values_that_are_stored(tmp_path, monkeypatch):
+    rows = [{"messages": [{"role": "user", "content": str(n), **({"name": "x"} if n % 2 else {})},
+                          {"role": "assistant", "content": "Yes."}]} for n in range(9)]  # fmt: skip
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    load = datasets.load_dataset
+
+    def load_dataset(path, name, *, split, revision, streaming):
+        assert streaming
+        return load("parquet", data_files=str(tmp_path / "rows.parquet"), split=split, streaming=True)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = Data(path="org/rows", eval_fraction=0, stream=True, shuffle_buffer=4, workers=0)
+    assert [row.messages for row in read(data).rows] == [row["messages"] for row in rows[:4]]
+    none = read(data).rows.select(np.zeros(0, np.int64))
+    stream = Stream(data, TOKENIZER, tokenized, 0, 10**6, none)
+    assert sorted(e.source for e in stream.step(0)) == [f"org/rows:row {n}" for n in range(1, 10)]
 
 
 def test_rows_that_are_all_left_out_end_the_stream_with_an_error(tmp_path):
