@@ -132,7 +132,7 @@ def _rows(cfg: config.EvalRun, given: list[str], tokenizer: PreTrainedTokenizerB
     found = read_eval(data, trained)
     training_rows = trained.training_rows if trained else found.rows
     dataset = replace(prepare_rows(found, data, tokenizer, make_examples), answers=labels(training_rows))
-    return dataset, f"all rows of {data.path}", trained is not None
+    return dataset, f"all rows of {data.path}", trained is not None and not (own and own.stream)
 
 
 def _own_data(run: str | None) -> config.Data | None:

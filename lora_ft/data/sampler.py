@@ -21,11 +21,16 @@ def derive(seed: int, *purpose: str | int) -> int:
 
 
 def epoch_order(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Return a permutation of range(num_rows): the rows in the order of the epoch.
+    """Return a permutation of range(num_rows): the rows in the order of the epoch."""
+    return shuffled(num_rows, derive(seed, "order", epoch))
 
-    Rows are sorted by raw draws: numpy guarantees raw streams across versions, but not `permutation` (NEP 19).
+
+def shuffled(count: int, seed: int) -> NDArray[np.int64]:
+    """Return a permutation of range(count).
+
+    Numbers are sorted by raw draws: numpy guarantees raw streams across versions, but not `permutation` (NEP 19).
     """
-    draws = np.random.PCG64(derive(seed, "order", epoch)).random_raw(num_rows)
+    draws = np.random.PCG64(seed).random_raw(count)
     return np.argsort(draws, kind="stable").astype(np.int64)
 
 

@@ -7,8 +7,6 @@
 what is allowed but rarely intended.
 """
 
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +23,7 @@ from lora_ft.data.dataset import Dataset, Report
 from lora_ft.data.examples import Examples
 from lora_ft.data.read import Rows
 from lora_ft.data.rendering import prompts, thinking_switch
-from lora_ft.data.rows import Row, any_of, excerpt
+from lora_ft.data.rows import Row, excerpt
 from lora_ft.data.tokenize import Vocabulary
 
 _BINS = 8
@@ -97,7 +95,7 @@ def measure(found: Rows, dataset: Dataset, data: config.Data, tokenizer: Any) ->
         unended=unended,
         prompts=len(compared),
         other_prompts=[source for source, same in compared if not same],
-        written=_written(found.rows, tokenizer),
+        written=dict(sorted(found.written.items(), key=lambda pair: (-pair[1], pair[0]))),
         asked_before=_asked_before(found),
         thinking=_thinking(found, dataset, data, tokenizer),
     )
@@ -150,10 +148,11 @@ def _no_thoughts(thinking: Thinking) -> str:
 
 
 def _thinking(found: Rows, dataset: Dataset, data: config.Data, tokenizer: Any) -> Thinking | None:
-    chats = [place for place, row in enumerate(dataset.train.rows.tolist()) if found.rows[row].messages]
-    if not tokenizer.chat_template or not chats:
+    all_rows = dataset.train.rows
+    chats = np.flatnonzero(found.rows.is_chat[all_rows])
+    if not tokenizer.chat_template or not len(chats):
         return None
-    of_chats = dataset.train.rows[chats]
+    of_chats = all_rows[chats]
     row = found.rows[int(of_chats[0])]
     chat, answers = fitted(row, data, trials_of(tokenizer, data))
     asked = chat.messages[: answers[0]]
@@ -161,8 +160,8 @@ def _thinking(found: Rows, dataset: Dataset, data: config.Data, tokenizer: Any) 
     if not is_on:
         return None
     rows = np.unique(of_chats)
-    bare = rows[[not _has_thought(found.rows[row], data) for row in rows.tolist()]]
-    examined = np.array(chats)[np.isin(of_chats, bare)][:_PROMPTS_COMPARED]
+    bare = rows[[not _has_thought(row, data) for row in found.rows.select(rows)]]
+    examined = chats[np.isin(of_chats, bare)][:_PROMPTS_COMPARED]
     taught = any(document.supervised[document.answer_start] for document in dataset.train.select(examined))
     return Thinking(len(rows), len(bare), taught, switch)
 
@@ -218,7 +217,7 @@ def _prompts_again(
     trials = trials_of(tokenizer, data)
     last = _last_of_rows(dataset.train)
     rows = dataset.train.rows[last]
-    chats = [place for place, row in enumerate(rows.tolist()) if found.rows[row].messages]
+    chats = np.flatnonzero(found.rows.is_chat[rows]).tolist()
     for place in chats[:: max(1, len(chats) // _PROMPTS_COMPARED)][:_PROMPTS_COMPARED]:
         row, ids = found.rows[int(rows[place])], dataset.train[int(last[place])].ids
         if data.too_long is TooLong.truncate_prompt and len(ids) == data.max_length:
@@ -228,33 +227,8 @@ def _prompts_again(
         yield row.source, any(prompt == ids[: len(prompt)].tolist() for prompt in expected)
 
 
-def _written(rows: list[Row], tokenizer: Any) -> dict[str, int]:
-    """Count rows by each added token in a message that is not an answer, or in plain text.
-
-    Answers may contain <think> and the like, which the model is to write. Added tokens of whitespace are only text.
-    `prepare` refuses special tokens in chats, but plain text may use them on purpose to separate documents.
-    """
-    pattern = any_of(token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip())
-    counts: Counter[str] = Counter()
-    for row in rows:
-        if row.messages and tokenizer.chat_template:
-            texts = [str(message["content"]) for message in row.messages if message["role"] != "assistant"]
-        else:
-            texts = [row.plain_prompt or "", row.answer]
-        counts.update({token for text in texts for token in pattern.findall(text)})
-    return dict(counts.most_common())
-
-
 def _asked_before(found: Rows) -> int:
     """Count the eval rows with the question of a training row; rows that are equal as a whole are refused earlier."""
-    if not any(found.is_eval):
-        return 0
-    texts = [_question(row) for row in found.rows]
-    trained = {text for text, is_eval in zip(texts, found.is_eval, strict=True) if not is_eval}
-    return sum(text in trained for text, is_eval in zip(texts, found.is_eval, strict=True) if is_eval and text)
-
-
-def _question(row: Row) -> str:
-    """Return letters and digits of a chat before its last answer, or of a whole text."""
-    text = " ".join(str(m["content"]) for m in row.messages[:-1]) if row.messages else row.answer
-    return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", text).casefold())
+    prompts, is_eval = found.rows.prompts, found.is_eval
+    asked = prompts[is_eval]
+    return int((np.isin(asked, prompts[~is_eval]) & (asked != 0)).sum())
