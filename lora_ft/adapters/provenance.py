@@ -218,18 +218,16 @@ class Loading:
 def loading(base: Base, quant: config.Quant, model: config.Model) -> Loading:
     """Return arguments to load this base elsewhere: by its id if it has a commit on the hub, else by its folder."""
     identity, dtype = base.identity, str(base.model.dtype).removeprefix("torch.")
-    rows = base.model.get_input_embeddings().weight.shape[0]
-    in_config = build.read_config(Path(str(identity.folder)), model.path)
-    is_resized = bool(model.added_tokens) or rows != in_config.get_text_config().vocab_size
+    rows = base.model.get_input_embeddings().weight.shape[0] if model.added_tokens else None
     path = identity.id if identity.revision else identity.folder
     # Codes that train as they are stored are loaded as their own config says.
     files = identity.stored
     as_stored = files is not None and files.trains
     quantization = {} if as_stored else _quantization(quant, dtype)
-    in_files = in_config.dtype if as_stored else None
+    in_files = build.read_config(Path(str(identity.folder)), model.path).dtype if as_stored else None
     planned = [] if agreed(quant, files).kind is QuantKind.none else quantize.planned_experts(base.model, files)
     return Loading(
-        str(path), identity.revision, dtype, quantization, rows if is_resized else None, str(base.model.device),
+        str(path), identity.revision, dtype, quantization, rows, str(base.model.device),
         experts=tuple(sorted({".".join(name.replace(".base_layer", "").split(".")[-2:]) for name in planned})),
         transposed=any(base.model.get_submodule(name.rpartition(".")[0]).is_transposed for name in planned[:1]),
         cast=as_stored and in_files is not base.model.dtype,
