@@ -112,7 +112,7 @@ class Sources(Sequence[str]):
 
 
 class StoredRows(Sequence[Row]):
-    """A sequence of rows. digest: sha256 of their content without their sources. has_weights: a message has a weight."""
+    """A sequence of rows. digest: sha256 of their content, without sources. has_weights: a message has a weight."""
 
     def __init__(
         self,
