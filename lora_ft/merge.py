@@ -251,7 +251,8 @@ def _origin(base: Base, quant: config.Quant, adapters: list[Path], how: dict[str
     rows = [record.get("data_sha256") for record in known]
     data = rows[0] if len(rows) == 1 else hashlib.sha256(json.dumps(rows).encode()).hexdigest() if all(rows) else None
     hashes = [hashlib.sha256((adapter / peft_folder.WEIGHTS).read_bytes()).hexdigest() for adapter in adapters]
-    return provenance.Provenance(base.identity, quant, data, how | {"adapter_sha256": hashes})
+    made_from, template = how | {"adapter_sha256": hashes}, provenance.template_of(known[0])
+    return provenance.Provenance(base.identity, quant, data, made_from, template)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from lora_ft import config, runs, validation
 from lora_ft.adapters import loading, peft_folder
 from lora_ft.cli import entry
 from lora_ft.errors import MismatchError
-from lora_ft.io import durable
+from lora_ft.io import caches, durable
 from lora_ft.publishing import (
     checksums,
     compatibility,
@@ -125,9 +125,9 @@ def check_compatibility(cfg: config.PublishRun) -> list[Verdict]:
 
 @contextlib.contextmanager
 def _working_folder(adapter: Path, cfg: config.PublishRun) -> Iterator[Path]:
-    """Yield a folder in the user's cache, locked; remove it at the end unless a dry run succeeded."""
+    """Yield a folder in the cache, or a temporary one, locked; remove it at the end unless a dry run succeeded."""
     key = hashlib.sha256(f"{adapter.resolve()}\0{cfg.to}".encode()).hexdigest()[:16]
-    folder = durable.cache_folder("packages") / key
+    folder = caches.writable("packages", cleans_up=True) / key
     with runs.locked(folder):
         is_kept = False
         try:

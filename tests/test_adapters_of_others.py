@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,11 @@ RENAMED = {
 }
 
 
+def named(*always: str, of: Collection[str] = (*LOADED_BY_PEFT, *RENAMED)) -> list[Any]:
+    """Return the names of kinds, of which most are tested at night only."""
+    return [name if name in always else pytest.param(name, marks=pytest.mark.nightly) for name in of]
+
+
 @dataclass(frozen=True)
 class Made:
     """A folder with a kind of adapter, the logits that its author saw, and the same adapter as PEFT saves it."""
@@ -187,7 +192,7 @@ def by_peft(made: Made, folder: Path, kind: Kind) -> Tensor:
         return logits(PeftModel.from_pretrained(model, folder))
 
 
-@pytest.mark.parametrize("name", [*LOADED_BY_PEFT, *RENAMED])
+@pytest.mark.parametrize("name", named("old keys", "copies of adapted ends", "resized up", "compiled", "named DoRA"))
 def test_loaded_as_peft_loads_it_and_merged(
     name: str, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,7 +339,7 @@ HINDERED = {
 
 
 @pytest.mark.filterwarnings("ignore:aLoRA is currently only supported")
-@pytest.mark.parametrize("name", [*HINDERED, *LOADED_BY_PEFT, *RENAMED])
+@pytest.mark.parametrize("name", named("resized up", "named", "bias", of=HINDERED | LOADED_BY_PEFT | RENAMED))
 def test_lint_advises_to_merge_what_merge_accepts_and_nothing_else(
     name: str, bases: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -358,6 +363,7 @@ def test_merging_with_peft_is_a_remedy_that_works(name: str, bases: dict[str, Pa
     assert (logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")) - made.logits).abs().max() < 1e-4
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["named", "resized up", "copies of adapted ends"])
 def test_publishing_writes_a_package_that_peft_loads(name: str, bases: dict[str, Path], tmp_path: Path) -> None:
     kind = (LOADED_BY_PEFT | RENAMED)[name]

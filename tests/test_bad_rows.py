@@ -43,7 +43,7 @@ def call(arguments: Any) -> dict[str, Any]:
 
 ROLES = r"role must be one of system, developer, user, human, .*, function_call, tool_call, got"
 CONTROL = re.escape(f"holds the control token {END}")
-NO_TOOLS = ": tools and calls need a base whose chat template writes them, or another model.chat_template"
+ANOTHER = "choose a base whose chat template does, or another model.chat_template"
 ARGUMENTS = r"messages\[1\]\.tool_calls\[0\]\.arguments"
 NOT_JSON = r"column \d+: not JSON: .+?"
 A, B = user("a"), assistant("b")
@@ -107,8 +107,8 @@ CHATS = {
     "message 2: tool may not follow user; data.turns=drop leaves such rows out": [
         chat(A, {"role": "tool", "content": "t"}, B),
     ],
-    r"messages\[1\]: weight must be 0 or 1, got .{1,120}": [
-        chat(A, assistant("b", weight=v)) for v in (0.5, 2, 10**99, UGLY, [])
+    r"messages\[1\]: weight must be a number from 0 to 1000, got .{1,120}": [
+        chat(A, assistant("b", weight=v)) for v in (-0.5, 1000.5, 10**99, UGLY, [])
     ],
     r"messages\[1\]: (train|loss) must be true or false, got .{1,120}": [
         chat(A, assistant("b", train=1)),
@@ -149,15 +149,22 @@ CHATS = {
         chat(A, assistant("b", tool_calls=[{"name": "f", "arguments": {"x": END}}])),
     ],
     f"tools: {CONTROL}": [chat(A, B, tools=[{"name": "f", "description": END}])],
-    f"chat template: drops the tool add_7{NO_TOOLS}": [
-        chat(A, B, tools=[{"type": "function", "function": {"name": "add_7"}}])
+    f"chat template: writes no tools: {ANOTHER}": [
+        chat(A, B, tools=[{"type": "function", "function": {"name": f"add_{n}"}}]) for n in range(2)
     ],
-    f"chat template: drops the answer's call of add_7{NO_TOOLS}": [
-        chat(A, assistant("b", tool_calls=[{"name": "add_7"}]))
+    f"chat template: writes no tool calls: {ANOTHER}": [
+        chat(A, assistant("b", tool_calls=[{"name": f"add_{n}"}])) for n in range(2)
     ],
-    "chat template: changes or drops the answer": [
-        chat(A, assistant("b", thinking="hm hm")),
-        chat(A, assistant("b", reasoning_content="hm hm")),
+    r"messages\[1\]: has two thoughts that differ: keep one": [
+        chat(A, assistant("b", thinking="hm hm", reasoning_content="ah")),
+        chat(A, assistant("<think>hm</think>b", reasoning_content="ah")),
+    ],
+    r"messages\[1\]: the thought of an answer must be text, got \w+": [
+        chat(A, assistant("b", reasoning_content=["hm"])),
+        chat(A, assistant([{"type": "thinking", "thinking": 7}, {"type": "text", "text": "b"}])),
+    ],
+    r"messages\[1\]: a thinking part must be before the text of the content": [
+        chat(A, assistant([{"type": "text", "text": "b"}, {"type": "thinking", "thinking": "hm"}])),
     ],
 }
 PAIRS = {
@@ -373,12 +380,14 @@ def test_reading_stops_after_twenty_bad_rows(tmp_path):
 
 def test_one_error_in_many_rows_is_one_message_in_the_order_of_the_rows(tmp_path):
     for name in ("b.jsonl", "a.jsonl"):
-        write(tmp_path, [chat(A, assistant("b", weight=7)), chat(A, B), chat(A, B, A, assistant("b", weight=7))], name)
+        write(
+            tmp_path, [chat(A, assistant("b", weight=-7)), chat(A, B), chat(A, B, A, assistant("b", weight=-7))], name
+        )
     path = write(tmp_path, [chat(A, B)] * 2 + [chat(A, assistant(""))], "a9.jsonl")
     lines = errors(tmp_path)
     assert [line.split(": {")[0] for line in lines] == [
         f"  {path}:3: messages[1]: the content of assistant is empty",
-        f"  {tmp_path}/a.jsonl:1: messages[1]: weight must be 0 or 1, got 7",
+        f"  {tmp_path}/a.jsonl:1: messages[1]: weight must be a number from 0 to 1000, got -7",
         f"    and 3 more: line 3, {tmp_path}/b.jsonl:1, {tmp_path}/b.jsonl:3",
     ]
 

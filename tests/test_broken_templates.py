@@ -50,7 +50,7 @@ def over(messages: str) -> str:
 
 NO_END = r"puts no end token after the answer"
 NO_PROMPT = "does not begin an answer with its own generation prompt"
-NO_ANSWER = "changes or drops the answer"
+NO_ANSWER = "changes or drops the (thought of the )?answer"
 NO_MESSAGE = "changes, moves or drops a message before the answer"
 LOST = f"{NO_ANSWER}|{NO_MESSAGE}"  # answers are also part of the history of the last one
 NO_SYSTEM = "changes or drops the system message"

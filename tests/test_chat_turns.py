@@ -8,6 +8,7 @@ from functools import cache
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from real_templates import TOKENS, real_tokenizer
 from test_data_templates import tokenizer_of as tiny_with
 from test_template_matrix import FAMILIES, tokenizer_of
 from tiny import CHATML, tiny_model
@@ -98,7 +99,7 @@ CASES = {
         ["user user0.| model ⟦assistant1. / assistant2.|⟧ user user3.| model ⟦assistant4.|⟧"],
         f"chats with two assistant messages in a row, {JOINED}"),
     "two answers joined where only the last has a thought": (
-        "qwen3", "uaa", ["user user0.| assistant ⟦<think> / </think> / assistant1. / assistant2.|⟧"],
+        "qwen3", "uaa", ["user user0.| assistant <think> / </think> / ⟦assistant1. / assistant2.|⟧"],
         f"chats with two assistant messages in a row, {JOINED}"),
     "two answers joined where no prompt separates them": (
         "mistral", "uaa", ["[INST] user0.[/INST]⟦ assistant1. / assistant2.|⟧"],
@@ -207,6 +208,8 @@ def test_a_system_message_between_answers_is_refused_where_it_cannot_be_put_into
     ("second", "reason"),
     [
         ({"role": "assistant", "content": "b", "train": False}, "only one of them is learned"),
+        ({"role": "assistant", "content": "b", "weight": 0.5}, "cannot be joined because of weight"),
+        ({"role": "assistant", "content": "<think>hm</think>b"}, "cannot be joined because of a thought"),
         ({"role": "assistant", "content": "b", "name": "x"}, "cannot be joined because of name"),
         ({"role": "assistant", "content": "b", "reasoning_content": "hm"}, "because of reasoning_content"),
     ],
@@ -250,6 +253,14 @@ def test_a_system_message_reaches_the_chat_in_the_form_of_training(name, tmp_pat
                 prompt_ids(session, {"role": "user", "content": "user0."})
 
 
+def test_a_message_of_the_user_that_is_not_learned_is_joined_or_kept(tmp_path):
+    messages = [{**chat("u")[0], "weight": 0}, *chat("uaua")[1:]]
+    for name in ("chatml", "alternating"):
+        dataset = made(tmp_path, name, {"messages": messages}, {"messages": [{**chat("u")[0], "weight": 0}, *messages]})
+        learned = [tokenizer(name).decode(document.ids[document.supervised]) for document in dataset.train]
+        assert learned == ["assistant1.<|im_end|>assistant3.<|im_end|>"] * 2
+
+
 def test_the_reference_of_a_joined_answer_is_the_whole_answer(tmp_path):
     path = write(tmp_path, *({"messages": chat(letters)} for letters in ("uaa", "uaua")))
     dataset = prepare(Data(path=str(path), eval_fraction=0.99), tokenizer("alternating"))
@@ -280,7 +291,7 @@ def test_a_fitted_chat_keeps_every_text_and_the_prompt_of_a_part_is_part_of_the_
     start = letters.find("u")
     if start < 0:
         return
-    accepts = trials_of(tokenizer(name)).accepts
+    accepts = trials_of(tokenizer(name), Data()).accepts
     whole = fit(messages, accepts)
     dropped = {i for i, place in enumerate(whole.index) if place is None}
     assert dropped <= {i for i in range(start) if letters[i] == "a"}
@@ -289,3 +300,33 @@ def test_a_fitted_chat_keeps_every_text_and_the_prompt_of_a_part_is_part_of_the_
     for end in range(start + 1, len(letters)):
         if letters[end] == "a" and letters[end - 1] == "u":
             assert fit(messages[:end], accepts).messages == whole.messages[: whole.index[end]]
+
+
+# What real templates render: s: a system message, S: a later one, b: two at the start, a: the assistant first, u: two
+# messages of the user in a row, A: two answers in a row.
+RENDERED = {
+    "deepseek_r1_distill": "sSauA", "deepseek_v3_1": "sSbau", "gemma3": "s", "gpt_oss": "sauA", "granite3_3": "sSbauA",
+    "llama3_2": "sSbauA", "ministral3_reasoning": "s", "mistral_nemo": "", "phi3_5": "sSbauA", "qwen2_5": "sSbauA",
+    "qwen3": "sSbau", "qwen3_5_think": "sauA", "seed_oss": "sSbauA",
+}  # fmt: skip
+PROBES = {"s": "sua", "S": "uasua", "b": "ssua", "a": "aua", "u": "uua", "A": "uaa"}
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_chats_out_of_order_train_with_the_templates_of_real_models(name, tmp_path):
+    real, rendered = real_tokenizer(name), ""
+    for sign, letters in PROBES.items():
+        path = write(tmp_path, {"messages": chat(letters)})
+        dataset = prepare(Data(path=str(path), eval_fraction=0), real)
+        text = real.decode(dataset.train[-1].ids)
+        counted = [what for what in dataset.report.converted if not what.startswith("answers without a thought")]
+        changed = any(re.search("joined|put into|without the assistant's", what) for what in counted)
+        assert bool(counted) == (changed or sign != "s")
+        rendered += "" if changed else sign
+        dropped = letters[:1] if changed and sign == "a" else ""
+        assert [m["content"] for m in chat(letters)[len(dropped) :] if m["content"] not in text] == []
+        assert not dropped or chat(letters)[0]["content"] not in text
+        learned = "".join(real.decode(document.ids[document.supervised]) for document in dataset.train)
+        answers = [m["content"] for m in chat(letters) if m["role"] == "assistant"][letters[0] == "a" :]
+        assert re.findall(r"(?:system|user|assistant)\d\.", learned) == answers
+    assert rendered == RENDERED[name]

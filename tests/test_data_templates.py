@@ -107,7 +107,8 @@ def test_an_answer_that_merges_with_the_prompt_is_tokenized_separately(tmp_path)
 @pytest.mark.closes("A08")
 def test_a_template_that_rewrites_history_gives_one_document_per_answer(tmp_path):
     tokenizer = tokenizer_of(THINKING)
-    rows = prepared(tmp_path, tokenizer, {"messages": chat("a", "one", "b", "<think>hm</think>two")})
+    row = {"messages": chat("a", "one", "b", "<think>hm</think>two")}
+    rows = prepared(tmp_path, tokenizer, row, train_on_thoughts="true")
     assert [learned(tokenizer, row) for row in rows] == [
         "<think>\n\n</think>\n\none<|im_end|>", "<think>hm</think>two<|im_end|>",
     ]  # fmt: skip
@@ -177,8 +178,11 @@ def test_a_tool_call_that_the_template_drops_is_reported(tmp_path):
         {"role": "tool", "content": "4"},
         {"role": "assistant", "content": "Four."},
     ]
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: chat template: drops the answer's call of add_numbers"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: chat template: writes no tool calls: choose a base whose"):
         prepared(tmp_path, tiny_tokenizer(), {"messages": messages})
+    dropping = tokenizer_of(CHATML + "{# tool_calls #}")
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: chat template: drops the answer's call of add_numbers"):
+        prepared(tmp_path, dropping, {"messages": messages})
 
 
 # Like Llama 3.2's: `date_string`, or the date of today if it is not given.
@@ -430,5 +434,5 @@ def test_messages_are_rendered_with_their_additional_keys():
     tokenizer = tokenizer_of("{% for m in messages %}{{ m.name or m.role }}: {{ m.content }}<|im_end|>{% endfor %}")
     question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     rows = [Row("1", [question, answer], "b"), Row("2", [{**question, "name": "Ann"}, answer], "b")]
-    texts = [made[0].through for _, made in turns(rows, Data(), tokenizer, Ledger(), trials_of(tokenizer))]
+    texts = [made[0].through for _, made in turns(rows, Data(), tokenizer, Ledger(), trials_of(tokenizer, Data()))]
     assert texts == ["user: a<|im_end|>assistant: b<|im_end|>", "Ann: a<|im_end|>assistant: b<|im_end|>"]

@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,7 @@ def _reader(folder: Path) -> Path:
     (folder / "cities.csv").write_text("city,country\n" + "".join(f"City {n},Country {n}\n" for n in range(40)))
     (folder / "pairs.csv").write_text("english,german\n" + "".join(f"number {n},Zahl {n}\n" for n in range(40)))
     (folder / "flags.csv").write_text(re.findall(r"```csv\n(.*?)```", PAGES["docs/quickstart.md"], re.DOTALL)[0])
+    shutil.copy(ROOT / "tests" / "templates" / "qwen3.jinja", folder)
     (folder / "packed.jsonl.gz").write_bytes(gzip.compress((folder / "my.jsonl").read_bytes()))
     (folder / "clone" / "data").mkdir(parents=True)
     (folder / "clone" / "README.md").write_text("# Chats")

@@ -5,13 +5,15 @@ import math
 
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pyarrow import parquet
 from tiny import tiny_tokenizer
 
 from lora_ft.config import Data
-from lora_ft.data import formats
+from lora_ft.data import formats, messages
 from lora_ft.data.dataset import prepare
-from lora_ft.data.rows import Ledger
+from lora_ft.data.rows import Ledger, RowError
 from lora_ft.errors import DataError
 
 QA = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
@@ -88,6 +90,24 @@ def test_nulls_beside_the_usual_keys_are_ignored():
         {"role": None, "from": "gpt", "content": None, "value": "4", "weight": None, "name": None},
     ]})  # fmt: skip
     assert (row.messages, counts) == (QA, {})
+
+
+PARTS = st.one_of(st.none(), st.text(" a", max_size=2), st.integers(0, 1), st.just([{"text": "a"}]), st.just({}))
+KEYS = st.sampled_from(["role", "from", "content", "value", "weight"])
+NAMES = st.one_of(PARTS, st.sampled_from(["user", "gpt", "system", "function", "Bot", "function_call"]))
+
+
+@settings(derandomize=True, database=None, deadline=None, max_examples=300)
+@given(st.dictionaries(KEYS, NAMES, max_size=3))
+def test_plain_messages_are_read_as_all_others_are(message):
+    plain = messages._plain(message)
+    try:
+        whole = messages._message(message, "messages[0]", Ledger(strict=True))
+    except RowError:
+        assert plain is None
+    else:
+        assert plain in (None, whole)
+    assert messages._plain(QA[0]) == QA[0] == messages._message(QA[0], "messages[0]", Ledger())
 
 
 NUMBERS = "numbers, true or false read as text"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
+from real_templates import real_tokenizer
 from test_template_matrix import FAMILIES, tokenizer_of
 
 import lora_ft
@@ -186,6 +187,38 @@ def test_csv_with_chats_and_tools_as_text_gives_the_same_tokens(tmp_path):
     data = Data(path=str(tmp_path / "rows.csv"), eval_fraction=0, max_length=4096)
     usual = made(tmp_path, "qwen2.5", {"messages": chat(FIND), "tools": TOOLS})
     assert documents(prepare(data, tokenizer("qwen2.5"))) == documents(usual)
+
+
+IDS = "chats whose tool calls got ids of nine characters, which the chat template demands"
+
+
+def test_calls_get_the_ids_that_a_template_demands_and_results_follow_them(tmp_path):
+    nemo = real_tokenizer("mistral_nemo")
+    calls = [wrapped(FIND) | {"id": "call_b"}, wrapped(NOTE) | {"id": "call_a"}]
+    bare = [{"role": "tool", "content": "A"}, {"role": "tool", "content": "B"}]
+    by_id = [bare[0] | {"tool_call_id": "call_a"}, bare[1] | {"tool_call_id": "call_b"}]
+    first, last = chat()[0], {"role": "assistant", "content": "There."}
+    for given, order in ((by_id, ["00001", "00000"]), (bare, ["00000", "00001"])):
+        row = {"messages": [first, {"role": "assistant", "content": None, "tool_calls": calls}, *given, last]}
+        path = tmp_path / "rows.jsonl"
+        path.write_text(json.dumps(row) + "\n")
+        dataset = prepare(Data(path=str(path), eval_fraction=0), nemo)
+        text = nemo.decode(dataset.train[-1].ids)
+        assert re.findall(r'"name": "(\w+)".*?"id": "(\w+)"', text) == [("find", "call00000"), ("note", "call00001")]
+        assert re.findall(r'"call_id": "call(\d+)"', text) == order
+        assert dataset.report.converted == {IDS: 1}
+        with pytest.raises(DataError, match=r"data\.strict=true refuses"):
+            prepare(Data(path=str(path), eval_fraction=0, strict=True), nemo)
+
+
+def test_ids_that_the_template_takes_are_kept(tmp_path):
+    nemo = real_tokenizer("mistral_nemo")
+    call = wrapped(FIND) | {"id": "VvvODy9mT"}
+    messages = with_calls({"tool_calls": [call]}, tool_call_id="VvvODy9mT")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    dataset = prepare(Data(path=str(tmp_path / "rows.jsonl"), eval_fraction=0), nemo)
+    assert nemo.decode(dataset.train[-1].ids).count("VvvODy9mT") == 2
+    assert dataset.report.converted == {}
 
 
 def test_results_of_function_call_turns_have_the_names_of_their_calls(tmp_path):

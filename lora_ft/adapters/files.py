@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lora_ft.adapters import peft_folder, provenance, tensor_names, vocabulary
 from lora_ft.adapters.attach import inject
 from lora_ft.adapters.peft_folder import CONFIG, WEIGHTS
+from lora_ft.data import template_variables
 from lora_ft.errors import MismatchError
 from lora_ft.io import durable, untrusted
 from lora_ft.models import tensor_files
@@ -90,7 +91,7 @@ def write(
     Memory holds no copy of the tensors but one at a time.
     """
     with durable.staged_folder(folder) as staging:
-        tokenizer.save_pretrained(staging)
+        template_variables.with_defaults(tokenizer, source.template).save_pretrained(staging)
         write_weights(staging, tensors)
         durable.write_json(staging / CONFIG, config_fields(peft_config, source.base))
         durable.write_json(staging / provenance.RECORD, provenance.record(tensors, tokenizer, source))

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_ft import config, runs, validation
 from lora_ft.adapters import files, peft_folder, provenance
+from lora_ft.data.template_variables import with_defaults
 from lora_ft.errors import ConfigError, MismatchError
 from lora_ft.io import untrusted
 from lora_ft.models import resolve
@@ -152,14 +153,16 @@ def _added_tokens(adapter: Path, rows: Any) -> list[str]:
 def adapter_tokenizer(folder: Path, model: config.Model) -> PreTrainedTokenizerBase:
     """Load the tokenizer and chat template saved with the adapter; if they are missing, those of the base.
 
-    The adapter was trained with them, so `model.chat_template` is used only if the adapter has no tokenizer.
+    The adapter was trained with them, so `model.chat_template` is used only if the adapter has no tokenizer. Variables
+    of the template that the adapter's record sets are its defaults.
     """
+    variables = provenance.template_of(_record(folder) or {})
     if not all((folder / name).is_file() for name in _TOKENIZER_FILES):
-        return load_tokenizer(model)
+        return with_defaults(load_tokenizer(model), variables)
     tokenizer = _own_tokenizer(folder)
     if not tokenizer.chat_template:
         tokenizer.chat_template = load_tokenizer(replace(model, added_tokens=[])).chat_template
-    return tokenizer
+    return with_defaults(tokenizer, variables)
 
 
 def _own_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

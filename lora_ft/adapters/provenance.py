@@ -7,7 +7,7 @@
 import dataclasses
 import hashlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_ft import config, runs
 from lora_ft.config import QuantKind
+from lora_ft.data import template_variables
 from lora_ft.errors import MismatchError
 from lora_ft.io import untrusted
 from lora_ft.models import build, quantize
@@ -41,13 +42,14 @@ class Provenance:
     """The base of an adapter, the base's quantization, and the training rows.
 
     data_sha256: None if unknown. made_from: hashes of the adapters that it was computed from, and the method; None if
-    it was trained.
+    it was trained. template: values of variables of the chat template, which its saved form has as defaults.
     """
 
     base: Identity
     quant: config.Quant
     data_sha256: str | None
     made_from: dict[str, Any] | None = None
+    template: template_variables.Variables = field(default_factory=dict)
 
 
 def record(tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, source: Provenance) -> dict[str, Any]:
@@ -58,6 +60,7 @@ def record(tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, sourc
         "quant": _quant_fields(agreed(source.quant, source.base.stored)),
         "data_sha256": source.data_sha256,
         **({"made_from": source.made_from} if source.made_from else {}),
+        **({"template": dict(source.template)} if source.template else {}),
         **_tokenizer_hashes(tokenizer),
         "tensors": {key: list(t.shape) for key, t in tensors.items()},
         "packages": runs.versions(),
@@ -72,7 +75,7 @@ def base_fields(base: Identity) -> dict[str, Any]:
 
 
 def _tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None]:
-    template = tokenizer.chat_template
+    template = template_variables.without_defaults(tokenizer.chat_template)
     return {
         "tokenizer_sha256": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "chat_template_sha256": hashlib.sha256(str(template).encode()).hexdigest() if template else None,
@@ -122,6 +125,16 @@ def read_record(folder: Path) -> dict[str, Any]:
     found = untrusted.json_object(folder / RECORD, MismatchError)
     if found.get("format") != _FORMAT or not isinstance(found.get("base"), dict):
         raise MismatchError(f"{folder / RECORD} is not a record of format {_FORMAT}, got {found.get('format')}")
+    return found
+
+
+def template_of(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of the chat template's variables in a record; raises MismatchError for other than values."""
+    found = record.get("template", {})
+    if not isinstance(found, dict) or not all(
+        name.isidentifier() and isinstance(value, bool | int | float | str | None) for name, value in found.items()
+    ):
+        raise MismatchError(f"{RECORD}: template must be an object of true, false, numbers, text or null, got {found}")
     return found
 
 
@@ -205,18 +218,16 @@ class Loading:
 def loading(base: Base, quant: config.Quant, model: config.Model) -> Loading:
     """Return arguments to load this base elsewhere: by its id if it has a commit on the hub, else by its folder."""
     identity, dtype = base.identity, str(base.model.dtype).removeprefix("torch.")
-    rows = base.model.get_input_embeddings().weight.shape[0]
-    in_config = build.read_config(Path(str(identity.folder)), model.path)
-    is_resized = bool(model.added_tokens) or rows != in_config.get_text_config().vocab_size
+    rows = base.model.get_input_embeddings().weight.shape[0] if model.added_tokens else None
     path = identity.id if identity.revision else identity.folder
     # Codes that train as they are stored are loaded as their own config says.
     files = identity.stored
     as_stored = files is not None and files.trains
     quantization = {} if as_stored else _quantization(quant, dtype)
-    in_files = in_config.dtype if as_stored else None
+    in_files = build.read_config(Path(str(identity.folder)), model.path).dtype if as_stored else None
     planned = [] if agreed(quant, files).kind is QuantKind.none else quantize.planned_experts(base.model, files)
     return Loading(
-        str(path), identity.revision, dtype, quantization, rows if is_resized else None, str(base.model.device),
+        str(path), identity.revision, dtype, quantization, rows, str(base.model.device),
         experts=tuple(sorted({".".join(name.replace(".base_layer", "").split(".")[-2:]) for name in planned})),
         transposed=any(base.model.get_submodule(name.rpartition(".")[0]).is_transposed for name in planned[:1]),
         cast=as_stored and in_files is not base.model.dtype,

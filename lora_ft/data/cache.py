@@ -40,7 +40,7 @@ def key(rows: str, tokenizer: Any, data: config.Data) -> str:
     """Return the hexadecimal sha256 of everything that the tokenized rows depend on; `rows` is the rows' own digest."""
     digest = hashlib.sha256(_code().encode())
     options = [rows, tokenizer.chat_template, tokenizer.special_tokens_map, data.system, data.train_on.value,
-               data.turns.value, data.strict]  # fmt: skip
+               data.turns.value, data.template, str(data.train_on_thoughts).lower(), data.strict]  # fmt: skip
     if "strftime_now" in str(tokenizer.chat_template):
         options.append(datetime.date.today().isoformat())  # such a template may render today's date
     digest.update(json.dumps(options, default=str).encode())

@@ -104,6 +104,25 @@ class _File:
         return data
 
 
+class Beside:
+    """Two sets of columns with different names."""
+
+    def __init__(self, first: Columns, second: Columns) -> None:
+        self._first, self._second = first, second
+
+    def read(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        return self._of(name).read(name, start, stop)
+
+    def count(self, name: str) -> int:
+        return self._of(name).count(name)
+
+    def names(self) -> list[str]:
+        return [*self._first.names(), *self._second.names()]
+
+    def _of(self, name: str) -> Columns:
+        return self._first if name in self._first.names() else self._second
+
+
 @dataclass(frozen=True)
 class _Part:
     """An array inside an open file: where it begins, its dtype and its shape."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from lora_ft import config
 from lora_ft.config import TooLong
-from lora_ft.data import cache, chat_template, encoding, lengths
+from lora_ft.data import cache, chat_template, encoding, lengths, thoughts
 from lora_ft.data.examples import Examples
 from lora_ft.data.read import Rows, read
 from lora_ft.data.row_store import StoredRows
@@ -229,26 +229,29 @@ def _question(row: Row) -> str:
 
 
 def labels(rows: Iterable[Row]) -> list[str] | None:
-    """Return the distinct last answers of chats, sorted; None if there are more than MOST_LABELS, or no chats."""
+    """Return the distinct last answers of chats, without thoughts; None for none or more than MOST_LABELS."""
     answers: set[str] = set()
     for row in rows:
         if row.messages:
-            answers.add(row.answer)
+            answers.add(thoughts.after(row.answer))
             if len(answers) > MOST_LABELS:
                 return None
     return sorted(answers) or None
 
 
 def _sha256(*sides: Examples) -> str:
-    """Hash the length, ids and mask of each document, and where each side ends."""
+    """Hash the length, ids, mask and weights of each document, and where each side ends."""
     digest = hashlib.sha256()
     for examples in sides:
         for block in examples.blocks():
             ids, supervised = block.ids.data.cast("B"), block.supervised.data.cast("B")
+            weights = None if block.weights is None else block.weights.data.cast("B")
             for start, stop in itertools.pairwise(block.starts.tolist()):
                 digest.update((stop - start).to_bytes(8, "little"))
                 digest.update(ids[4 * start : 4 * stop])
                 digest.update(supervised[start:stop])
+                if weights is not None:
+                    digest.update(weights[4 * start : 4 * stop])
         digest.update(b"side")
     return digest.hexdigest()
 

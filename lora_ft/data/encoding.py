@@ -9,11 +9,12 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from lora_ft import config
 from lora_ft.data import cache, chat_template, tokenize, workers
-from lora_ft.data.columns import Columns, Writer
+from lora_ft.data.columns import Beside, Columns, Writer
 from lora_ft.data.examples import ROW, columns_of
 from lora_ft.data.parsing import FIRST_ROWS, until_full
 from lora_ft.data.progress import counted
@@ -39,15 +40,48 @@ def encode(rows: StoredRows, tokenizer: Any, data: config.Data, ledger: Ledger) 
     The counts are those that rendering adds to a ledger, and `written`: rows by the added token in a prompt or text.
     """
     writer, written = Writer(cache.folder()), Counter[str]()
-    counts = Ledger(ledger.strict, bad=ledger.bad)
+    counts, weights = Ledger(ledger.strict, bad=ledger.bad), _Weights()
     writer.append(**columns_of([]))
     processes = workers.number(data.workers) if len(rows) > FIRST_ROWS else 0
     found = workers.mapped(Encoder, (tokenizer, data), rows.chunks(), processes)
     for chunk in counted("tokenizing rows", found, lambda chunk: chunk.rows, len(rows)):
         counts.add(chunk.ledger)
+        weights.add(chunk.columns.pop("weights", None), len(chunk.columns["ids"]))
         writer.append(**chunk.columns)
         written.update(chunk.written)
-    return writer.finish(), {"left_out": counts.left_out, "converted": counts.converted, "written": written}
+    return weights.beside(writer.finish()), {
+        "left_out": counts.left_out,
+        "converted": counts.converted,
+        "written": written,
+    }
+
+
+class _Weights:
+    """The weights of the tokens of all chunks, of which few may have any: then those of the others are 0 or 1."""
+
+    def __init__(self) -> None:
+        self._given, self._chunks = Writer(cache.folder()), list[tuple[bool, int]]()
+
+    def add(self, weights: NDArray[np.float32] | None, tokens: int) -> None:
+        """Add the weights of the tokens of the next chunk."""
+        self._chunks.append((weights is not None, tokens))
+        if weights is not None:
+            self._given.append(weights=weights)
+
+    def beside(self, stored: Columns) -> Columns:
+        """Return columns with the weights, if any chunk has them."""
+        if not any(has_weights for has_weights, _ in self._chunks):
+            return stored
+        given, made = self._given.finish(), Writer(cache.folder())
+        start = taken = 0
+        for has_weights, tokens in self._chunks:
+            if has_weights:
+                made.append(weights=given.read("weights", taken, taken + tokens))
+                taken += tokens
+            else:
+                made.append(weights=stored.read("supervised", start, start + tokens).astype(np.float32))
+            start += tokens
+        return Beside(stored, made.finish())
 
 
 class Encoder:
@@ -55,7 +89,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, data: config.Data) -> None:
         self._tokenizer, self._data = tokenizer, data
-        self._trials, self._vocabulary = chat_template.trials_of(tokenizer), tokenize.Vocabulary(tokenizer)
+        self._trials, self._vocabulary = chat_template.trials_of(tokenizer, data), tokenize.Vocabulary(tokenizer)
         self._added = any_of(t.content for t in tokenizer.added_tokens_decoder.values() if t.content.strip())
 
     def __call__(self, chunk: Chunk) -> _Encoded:

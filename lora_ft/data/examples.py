@@ -6,7 +6,8 @@ examples[3]                                       Example(ids=[1, 9, 4, 2], ...)
 examples.select(indices)                          other documents of the same arrays, without a copy of tokens
 for block in examples.blocks(): ...               all tokens in order, a few megabytes at a time
 
-columns   ids int32 [tokens]   supervised uint8 [tokens]   groups int64 [documents], if any example has one
+columns   ids int32 [tokens]   supervised uint8 [tokens]
+          weights float32 [tokens] and groups int64 [documents], if any example has them
           documents int32 [documents, 5]: length, supervised tokens, row, prompt_end, answer_start
 """
 
@@ -32,12 +33,16 @@ _DOCUMENTS_AT_ONCE = 1000
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive documents: the index of the first, all their tokens, and the start of each, with the end."""
+    """Consecutive documents: the index of the first, all their tokens, and the start of each, with the end.
+
+    weights: of the tokens in the loss; None if no document has any.
+    """
 
     first: int
     ids: NDArray[np.int32]
     supervised: NDArray[np.bool_]
     starts: NDArray[np.int64]
+    weights: NDArray[np.float32] | None = None
 
 
 class Examples(Sequence[Example]):
@@ -115,14 +120,17 @@ class Examples(Sequence[Example]):
         place = self._place(number % len(self))
         span = int(self._starts[place]), int(self._starts[place + 1])
         ids, supervised = self.stored.read("ids", *span), self.stored.read("supervised", *span)
-        return self._made(place, ids, supervised.view(np.bool_))
+        weights = self.stored.read("weights", *span) if "weights" in self.stored.names() else None
+        return self._made(place, ids, supervised.view(np.bool_), weights)
 
     def __iter__(self) -> Iterator[Example]:
         for block in self.blocks():
             for number, (start, stop) in enumerate(
                 zip(block.starts[:-1].tolist(), block.starts[1:].tolist(), strict=True)
             ):
-                yield self._made(self._place(block.first + number), block.ids[start:stop], block.supervised[start:stop])
+                weights = None if block.weights is None else block.weights[start:stop]
+                place = self._place(block.first + number)
+                yield self._made(place, block.ids[start:stop], block.supervised[start:stop], weights)
 
     def blocks(self) -> Iterator[Block]:
         """Yield all documents with their tokens, about `_BLOCK_TOKENS` tokens at a time."""
@@ -137,13 +145,12 @@ class Examples(Sequence[Example]):
         places = np.arange(first, last) if self.chosen is None else self.chosen[first:last]
         runs = np.split(places, np.flatnonzero(np.diff(places) != 1) + 1)  # of documents that are stored side by side
         spans = [(int(self._starts[run[0]]), int(self._starts[run[-1] + 1])) for run in runs]
-        ids, supervised = ([self.stored.read(name, *span) for span in spans] for name in ("ids", "supervised"))
-        return Block(
-            first,
-            np.concatenate(ids),
-            np.concatenate(supervised).view(np.bool_),
-            _starts(self.lengths[first:last]),
+        ids, supervised, weights = (
+            np.concatenate([self.stored.read(name, *span) for span in spans]) if name in self.stored.names() else None
+            for name in ("ids", "supervised", "weights")
         )
+        assert ids is not None and supervised is not None
+        return Block(first, ids, supervised.view(np.bool_), _starts(self.lengths[first:last]), weights)
 
     def _place(self, index: int) -> int:
         return index if self.chosen is None else int(self.chosen[index])
@@ -160,11 +167,16 @@ class Examples(Sequence[Example]):
             start += len(part)
         return found
 
-    def _made(self, place: int, ids: NDArray[np.int32], supervised: NDArray[np.bool_]) -> Example:
+    def _made(
+        self, place: int, ids: NDArray[np.int32], supervised: NDArray[np.bool_], weights: NDArray[np.float32] | None
+    ) -> Example:
         row, prompt_end, answer_start = self.stored.read("documents", place, place + 1)[0, ROW:].tolist()
         group = int(self.stored.read("groups", place, place + 1)[0]) if "groups" in self.stored.names() else NO_GROUP
         source = self.sources[place if self.by_document else row]
-        return Example(ids, supervised, source, row, prompt_end, answer_start, None if group == NO_GROUP else group)
+        if weights is not None and np.array_equal(weights, supervised):
+            weights = None
+        group_or_none = None if group == NO_GROUP else group
+        return Example(ids, supervised, source, row, prompt_end, answer_start, group_or_none, weights)
 
 
 class Replacements:
@@ -194,14 +206,17 @@ class Replacements:
         return Examples(Joined(old.stored, added), sources, places[order], by_document=old.by_document)
 
     def _write(self) -> None:
-        self._writer.append(**columns_of(self._kept, "groups" in self._examples.stored.names()))
+        names = self._examples.stored.names()
+        self._writer.append(**columns_of(self._kept, "groups" in names, "weights" in names))
         if self._examples.by_document:
             self._sources += [example.source for example in self._kept]
         self._kept = []
 
 
-def columns_of(examples: Sequence[Example], has_groups: bool = False) -> dict[str, NDArray[Any]]:
-    """Return the columns of examples; `groups` is missing if none has a group, unless it is asked for."""
+def columns_of(
+    examples: Sequence[Example], has_groups: bool = False, has_weights: bool = False
+) -> dict[str, NDArray[Any]]:
+    """Return the columns of examples; `groups` and `weights` are missing if none has any, unless they are asked for."""
     made: dict[str, NDArray[Any]] = {
         "ids": np.concatenate([np.zeros(0, np.int32), *(e.ids for e in examples)]),
         "supervised": np.concatenate([np.zeros(0, np.bool_), *(e.supervised for e in examples)]).view(np.uint8),
@@ -211,6 +226,9 @@ def columns_of(examples: Sequence[Example], has_groups: bool = False) -> dict[st
     }
     if has_groups or any(e.group is not None for e in examples):
         made["groups"] = np.array([NO_GROUP if e.group is None else e.group for e in examples], np.int64)
+    if has_weights or any(e.weights is not None for e in examples):
+        each = (e.supervised.astype(np.float32) if e.weights is None else e.weights for e in examples)
+        made["weights"] = np.concatenate([np.zeros(0, np.float32), *each])
     return made
 
 

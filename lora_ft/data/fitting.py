@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lora_ft.data import thoughts
 from lora_ft.data.rows import Message, RowError
 from lora_ft.data.turns import MAY_FOLLOW, Disorder
 
@@ -163,6 +164,10 @@ def _together(first: _Turn, second: _Turn, role: str) -> _Turn:
     one, two = first.message, second.message
     extra = {key: value for key, value in two.items() if key not in ("role", "content", "tool_calls")}
     differing = [key for key, value in extra.items() if first.role == second.role and one.get(key) != value]
+    if first.role == second.role and one.get("weight") != two.get("weight"):
+        differing.append("weight")
+    if thoughts.of(two):
+        differing.append("a thought")
     if differing or (one.get("tool_calls") and two["content"]):
         what = differing[0] if differing else "tool_calls"
         reason = f"takes no two {role} messages in a row, and these cannot be joined because of {what}"

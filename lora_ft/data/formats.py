@@ -10,7 +10,8 @@
 Columns of other names are read as those of a format if they have one meaning: question and answer as prompt and
 completion, instruction and response as instruction and output, conversation as conversations.
 
-A message with "weight": 0, "train": false or "loss": false is not learned; "tools" go to the chat template. A column
+A message with "weight": 0, "train": false or "loss": false is not learned; another weight is a factor of its loss.
+"tools" go to the chat template. A column
 "system" becomes the first message of a chat of any format, unless the chat has a system message.
 """
 
@@ -176,10 +177,14 @@ def _chat_row(column: str, source: str, values: dict[str, Any], ledger: Ledger) 
 def _chat(
     source: str, messages: list[Message], values: dict[str, Any], ledger: Ledger, context: frozenset[int] = frozenset()
 ) -> Row:
-    """Make the row of a chat; the weights of its messages become `Row.excluded`."""
+    """Make the row of a chat; messages of weight 0 become `Row.excluded`, other weights than 1 stay in the message."""
     tools = tools_of(values, ledger)
     messages = drop_undeclared_nulls(messages, tools, ledger)
-    excluded = frozenset(i for i, message in enumerate(messages) if message.pop("weight", 1) == 0)
+    weights = [float(message.pop("weight", 1)) for message in messages]
+    excluded = frozenset(i for i, weight in enumerate(weights) if not weight)
+    for message, weight in zip(messages, weights, strict=True):
+        if weight not in (0, 1):
+            message["weight"] = weight
     answer = messages[-1].get("content") or ""
     return Row(source, messages, answer, context=context | excluded, excluded=excluded, tools=tools)
 

@@ -33,7 +33,7 @@ def records(file: File, label: str, ledger: Ledger, data: config.Data) -> Iterat
             raise DataError(f"{label}:{line}: column {column}: not JSON: {error.msg}: {shown}") from None
 
 
-def _records(text: "JsonText", label: str, ledger: Ledger, data: config.Data, *, is_document: bool) -> Iterator[Record]:
+def _records(text: JsonText, label: str, ledger: Ledger, data: config.Data, *, is_document: bool) -> Iterator[Record]:
     """Choose the form by the first value: `[` begins a list, an object on one line is followed by other lines."""
     first = text.next_character()
     if first == "[":
@@ -101,7 +101,7 @@ def _line(line: str, source: str, ledger: Ledger) -> list[object]:
     return found
 
 
-def _list(text: "JsonText", label: str, ledger: Ledger) -> Iterator[Record]:
+def _list(text: JsonText, label: str, ledger: Ledger) -> Iterator[Record]:
     text.position += 1
     number, is_at_end = 0, text.next_character() == "]"
     while not is_at_end:
@@ -117,7 +117,7 @@ def _list(text: "JsonText", label: str, ledger: Ledger) -> Iterator[Record]:
         raise json.JSONDecodeError("Extra data", text.text, text.position)
 
 
-def _objects(text: "JsonText", source: str) -> Iterator[tuple[int, object]]:
+def _objects(text: JsonText, source: str) -> Iterator[tuple[int, object]]:
     """Yield values that follow each other, with or without a comma between, and the line on which each begins."""
     while text.next_character():
         text.begin = text.position

@@ -12,6 +12,7 @@ import itertools
 import json
 from typing import Any
 
+from lora_ft.data import thoughts
 from lora_ft.data.json_values import as_text, check_finite, decoded, type_name
 from lora_ft.data.rows import Ledger, Message, RowError, excerpt, is_blank
 from lora_ft.data.tool_calls import called, calls_of
@@ -30,6 +31,7 @@ _OTHER_ROLES = {
 _CALLS = ("function_call", "tool_call")  # roles of an assistant's message whose text is its calls
 _KNOWN = {**_ROLES, **_OTHER_ROLES, **dict.fromkeys(_CALLS, "assistant")}
 
+_HEAVIEST = 1000  # of a message; larger weights are no weights
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -54,7 +56,7 @@ def optional_text(values: dict[str, Any], name: str, ledger: Ledger) -> str:
 
 
 def messages_of(values: dict[str, Any], column: str, ledger: Ledger) -> list[Message]:
-    """Return the messages of a column; one that is not to be learned has "weight": 0."""
+    """Return the messages of a column; "weight": 0 is not to be learned, another weight is a factor of the loss."""
     if column not in values:
         raise RowError(column, "is missing")
     messages = values[column]
@@ -65,7 +67,9 @@ def messages_of(values: dict[str, Any], column: str, ledger: Ledger) -> list[Mes
         raise RowError(column, f"must be a list of messages, got {type_name(messages)}")
     if not messages:
         raise RowError(column, "is empty")
-    found = [_message(message, f"{column}[{index}]", ledger) for index, message in enumerate(messages)]
+    found = [
+        _plain(message) or _message(message, f"{column}[{index}]", ledger) for index, message in enumerate(messages)
+    ]
     for index, message in enumerate(messages):
         if isinstance(message, dict) and _known(message.get("role") or message.get("from")) in _CALLS:
             _name_results(found, index)
@@ -87,6 +91,17 @@ def with_system(messages: list[Message], system: str | None) -> list[Message]:
     return [{"role": "system", "content": system}, *messages]
 
 
+def _plain(message: object) -> Message | None:
+    """Return a message of a usual role and a text, which nearly all are, as `_message` does; None for any other."""
+    if not isinstance(message, dict) or len(message) != 2:
+        return None
+    keys = ("role", "content") if "role" in message else ("from", "value")
+    role, content = message.get(keys[0]), message.get(keys[1])
+    if not isinstance(role, str) or role not in _ROLES or not isinstance(content, str) or is_blank(content):
+        return None
+    return {"role": _ROLES[role], "content": content}
+
+
 def _message(message: object, name: str, ledger: Ledger) -> Message:
     """Return a message with OpenAI's keys; further keys that templates may read (tool_calls, name, ...) are kept."""
     if isinstance(message, str) and message.lstrip().startswith("{"):
@@ -104,13 +119,18 @@ def _message(message: object, name: str, ledger: Ledger) -> Message:
     calls = _calls(content, given, is_call, role, name, ledger)
     if calls or calls != given.get("tool_calls", calls):
         kept["tool_calls"] = calls
-    text = None if is_call else _content(content, role, name, ledger)
+    if is_call:
+        content = None
+    if role == "assistant":
+        kept, content = _with_thought(kept, content, name, ledger)
+    text = _content(content, role, name, ledger)
     if text is None and not calls:
         raise RowError(name, f"the content of {shown} is missing")
     if is_blank(text or "") and role in ("user", "assistant") and not calls:
         raise RowError(name, f"the content of {shown} is empty")
-    if kept.get("weight", 1) not in (0, 1):
-        raise RowError(name, f"weight must be 0 or 1, got {excerpt(kept['weight'])}")
+    weight = kept.get("weight", 1)
+    if not isinstance(weight, int | float) or not 0 <= weight <= _HEAVIEST:
+        raise RowError(name, f"weight must be a number from 0 to {_HEAVIEST}, got {excerpt(weight)}")
     for flag in ("train", "loss"):
         learned = kept.pop(flag, True)
         if not isinstance(learned, bool):
@@ -149,6 +169,36 @@ def _calls(content: object, given: Message, is_call: bool, role: str, name: str,
     if older:
         return called(f"{name}.function_call", older, "function_call fields read as tool calls", ledger)
     return calls_of(f"{name}.tool_calls", tool_calls, ledger)
+
+
+def _with_thought(message: Message, content: object, name: str, ledger: Ledger) -> tuple[Message, object]:
+    """Return an answer with its thought under the key `thoughts.FIELD`, and its content without thinking parts."""
+    given: list[object] = [message.pop(key) for key in thoughts.FIELDS if key in message]
+    if isinstance(content, list):
+        parts = [part for part in content if isinstance(part, dict) and part.get("type") == "thinking"]
+        if parts != content[: len(parts)]:
+            raise RowError(name, "a thinking part must be before the text of the content", content)
+        given += (
+            ["".join(map(str, texts))] if parts and _are_texts(texts := [p.get("thinking") for p in parts]) else parts
+        )
+        if parts:
+            ledger.convert(name, "thoughts given as parts of the content", content)
+        content = content[len(parts) :] or ""
+    found: dict[str, None] = {}
+    for thought in given:
+        if not isinstance(thought, str):
+            raise RowError(name, f"the thought of an answer must be text, got {type_name(thought)}", thought)
+        if not is_blank(thought):
+            found[thought.strip()] = None
+    if found and isinstance(content, str) and (written := thoughts.split({"content": content}))[0]:
+        found[written[0]], content = None, written[1]
+    if len(found) > 1:
+        raise RowError(name, "has two thoughts that differ: keep one", list(found))
+    return message | dict.fromkeys([thoughts.FIELD][: len(found)], next(iter(found), "")), content
+
+
+def _are_texts(values: list[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def _content(content: object, role: str, name: str, ledger: Ledger) -> str | None:

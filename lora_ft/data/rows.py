@@ -68,6 +68,7 @@ class Example:
     source: file and line of its row. row: index of its row among those that were read.
     prompt_end: number of tokens before the first answer; these may be truncated.
     answer_start: number of tokens before the last answer; 0 if there is no prompt.
+    weights: float32 [length], factors of the loss of supervised tokens, 0 elsewhere; None if all factors are 1.
     group: examples with the same group, a number unique in the dataset, stay adjacent in one micro-batch; None: the
     example is not in a group.
     """
@@ -79,6 +80,7 @@ class Example:
     prompt_end: int = 0
     answer_start: int = 0
     group: int | None = None
+    weights: NDArray[np.float32] | None = None
 
 
 class RowError(Exception):

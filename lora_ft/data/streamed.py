@@ -227,6 +227,8 @@ def _joined(chunks: list[_Prepared]) -> Examples:
         different, numbers = np.unique(groups[has_one], return_inverse=True)
         groups[has_one] = base + numbers
         base += len(different)
+    for chunk in chunks if "weights" in names else ():
+        chunk.columns.setdefault("weights", chunk.columns["supervised"].astype(np.float32))
     arrays = {name: np.concatenate([chunk.columns[name] for chunk in chunks]) for name in names}
     sources = [source for chunk in chunks for source in chunk.document_sources]
     return Examples(InMemory(arrays), sources, by_document=True)

@@ -12,12 +12,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from lora_ft.data import thoughts
 from lora_ft.data.rows import Message, RowError, any_of
-
-# An answer may have several parts; a template writes those that it knows.
-_ANSWER_PARTS = ("reasoning_content", "thinking", "content")
-
-_NO_TOOLS = ": tools and calls need a base whose chat template writes them, or another model.chat_template"
 
 # Templates may change the whitespace around these tags, and drop the thoughts of earlier answers.
 _THOUGHT = re.compile("</?think>")
@@ -33,9 +29,10 @@ def check(messages: list[Message], answer: int, prompt: str, through: str, tools
     """
     completion = through[len(prompt) :] if through.startswith(prompt) else through
     learned, earlier = messages[answer], messages[:answer]
-    for part in _ANSWER_PARTS:
-        if isinstance(text := learned.get(part), str) and _missing(_THOUGHT.split(text), completion):
-            raise RowError("chat template", "changes or drops the answer", text)
+    if thought := _missing([learned.get(thoughts.FIELD, "")], completion):
+        raise RowError("chat template", "changes or drops the thought of the answer", thought)
+    if missing := _missing([learned.get(thoughts.FIELD, ""), *_THOUGHT.split(learned["content"])], completion):
+        raise RowError("chat template", "changes or drops the answer", missing)
     _check_calls(learned, completion, "the answer's")
     for message in earlier:
         _check_calls(message, prompt, "an earlier")
@@ -73,7 +70,7 @@ def _check_tools(tools: list[Any] | None, prompt: str) -> None:
     """Raise RowError if the name of a tool or of one of its parameters is missing."""
     for tool in _functions(tools):
         if tool["name"] not in prompt:
-            raise RowError("chat template", f"drops the tool {tool['name']}{_NO_TOOLS}", tools)
+            raise RowError("chat template", f"drops the tool {tool['name']}", tools)
         parameters = tool.get("parameters")
         properties = parameters.get("properties") if isinstance(parameters, dict) else None
         for name in properties if isinstance(properties, dict) else ():
@@ -86,7 +83,7 @@ def _check_calls(message: Message, rendering: str, whose: str) -> None:
     for function in _functions(message.get("tool_calls")):
         call, arguments = f"{whose} call of {function['name']}", function.get("arguments", {})
         if function["name"] not in rendering:
-            raise RowError("chat template", f"drops {call}{_NO_TOOLS}", message)
+            raise RowError("chat template", f"drops {call}", message)
         as_json = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False, default=str)
         if as_json in rendering:
             continue
@@ -158,7 +155,8 @@ class Trials:
         answers = [i for i, role in enumerate(roles) if role == "assistant" and "user" in roles[:i]]
         try:
             for answer in answers:
-                prompt, through = self._render(chat[:answer], True), self._render(chat[: answer + 1], False)
+                prompt = self._render(chat[:answer], True)
+                through, _ = thoughts.continued(prompt, self._render(chat[: answer + 1], False), "")
                 after = through[len(prompt) :].partition(str(chat[answer]["content"]))[2]
                 if not through.startswith(prompt) or not self._tokens.search(after):
                     return False
@@ -189,7 +187,7 @@ class Trials:
         words = [str(message["content"]) for message in chat]
         try:
             closed, prompt = self._render(chat[:-1], False), self._render(chat[:-1], True)
-            through = self._render(chat, False)
+            through, _ = thoughts.continued(prompt, self._render(chat, False), "")
         except RowError:
             return None  # chats of these roles may need more than words, such as tool calls, which the row has
         completion = through[len(prompt) :]

@@ -8,10 +8,13 @@ Parquet and CSV hold tools and calls as JSON text, or as objects that Arrow fill
 form above is counted in the ledger. Functions raise RowError, which names the wrong column, message or key.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from lora_ft.data.json_values import check_finite, decoded, type_name
 from lora_ft.data.rows import Ledger, Message, RowError, is_blank
+
+IDS_GIVEN = "chats whose tool calls got ids of nine characters, which the chat template demands"
 
 # Keywords of a JSON schema whose value may be null; elsewhere a null says nothing.
 _NULL_HAS_MEANING = ("default", "const", "example")
@@ -126,7 +129,45 @@ def called(name: str, value: object, what: str, ledger: Ledger) -> list[dict[str
     calls = [
         _call(f"{name}[{i}]", call, ledger) for i, call in enumerate(value if isinstance(value, list) else [value])
     ]
-    return [call if "function" in call else {"type": "function", "function": call} for call in calls]
+    return [in_function(call) for call in calls]
+
+
+def with_calls(messages: list[Message], change: Callable[[dict[str, Any]], dict[str, Any]]) -> list[Message]:
+    """Return messages with a change to each of their calls."""
+    return [
+        {**m, "tool_calls": [change(call) for call in m["tool_calls"]]} if m.get("tool_calls") else m for m in messages
+    ]
+
+
+def in_function(call: dict[str, Any]) -> dict[str, Any]:
+    """Return a call in OpenAI's {"type": "function", "function": ...}."""
+    return call if "function" in call else {"type": "function", "function": call}
+
+
+def with_ids(messages: list[Message]) -> list[Message]:
+    """Return messages whose calls have ids of nine letters and digits, by their number in the chat.
+
+    A result gets the id of the call whose id it had, or else of the first call without a result.
+    """
+    made: list[Message] = []
+    open_calls: list[tuple[object, str]] = []  # the id that a call had, and its new one
+    number = 0
+    for message in messages:
+        if message.get("tool_calls"):
+            calls = []
+            open_calls = []
+            for call in message["tool_calls"]:
+                open_calls.append((call.get("id"), f"call{number:05}"))
+                calls.append({**call, "id": open_calls[-1][1]})
+                number += 1
+            message = {**message, "tool_calls": calls}
+        elif message["role"] == "tool" and open_calls:
+            same = [pair for pair in open_calls if pair[0] is not None and pair[0] == message.get("tool_call_id")]
+            answered = (same or open_calls)[0]
+            open_calls.remove(answered)
+            message = {**message, "tool_call_id": answered[1]}
+        made.append(message)
+    return made
 
 
 def drop_undeclared_nulls(messages: list[Message], tools: list[Any] | None, ledger: Ledger) -> list[Message]:

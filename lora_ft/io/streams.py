@@ -46,7 +46,7 @@ def usable() -> Iterator[None]:
 
 
 def lasting(stream: TextIO, *, is_result: bool = False) -> TextIO:
-    """Return a stream that goes on, into nothing, after its terminal is gone; results need a reader or a disk."""
+    """Return a stream whose writes are dropped once its terminal is gone; `is_result`: a full disk is an error."""
     return cast(TextIO, _Lasting(stream, is_result=is_result))
 
 

@@ -9,10 +9,13 @@ The check reads an adapter folder and, if it is known, the config of its base; n
 program, add it to PROGRAMS and its limits to _RULES.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from peft import LoraConfig
 
 from lora_ft.errors import ConfigError
 from lora_ft.export.gguf.layout import layout_of
@@ -54,6 +57,7 @@ _SINCE = {
     (0, 21): ("kasa_config",),
 }
 _TOLERANT = (0, 14)  # since this release PEFT drops unknown keys with a warning; before, it raises (peft 2038)
+_FIELDS = {field.name for field in dataclasses.fields(LoraConfig)}
 _DESCRIPTIVE = ("peft_version", "qalora_group_size")  # the result does not depend on these keys
 
 
@@ -147,7 +151,7 @@ def minimum_peft(config: dict[str, Any]) -> str:
     init = config.get("init_lora_weights")
     wanted = [since.get(f"init={init.partition('_niter')[0]}", (0, 5))] if isinstance(init, str) else []
     for key, value in config.items():
-        release = since.get(key, (0, 5))
+        release = since.get(key, (0, 5) if key in _FIELDS else _TOLERANT)
         wanted.append(release if value and key not in _DESCRIPTIVE else min(release, _TOLERANT))
     return "{}.{}.0".format(*max(wanted, default=(0, 5)))
 
@@ -221,7 +225,7 @@ def _more_tokens(facts: AdapterFacts) -> str | None:
 
 
 def _resize(facts: AdapterFacts) -> str | None:
-    if facts.rows and facts.rows != facts.base_config.get("vocab_size", facts.rows):
+    if facts.rows and facts.rows != facts.base_config.get("vocab_size"):
         return f"its embedding has {facts.rows} rows: base.resize_token_embeddings({facts.rows}) first"
     more = _more_tokens(facts)
     return more and f"{more}: base.resize_token_embeddings({facts.num_tokens}, mean_resizing=False) first"

@@ -92,9 +92,8 @@ def _record(contents: Contents, public_loading: provenance.Loading, tensors: dic
     """Return the contents of lora_ft.json: the adapter's own record if it has one, with the public base."""
     has_record = (contents.adapter / provenance.RECORD).is_file()
     kept = provenance.read_record(contents.adapter) if has_record else {}
-    record = provenance.record(
-        tensors, contents.tokenizer, provenance.Provenance(contents.public, contents.quant, None)
-    )
+    source = provenance.Provenance(contents.public, contents.quant, None, template=provenance.template_of(kept))
+    record = provenance.record(tensors, contents.tokenizer, source)
     base = provenance.base_fields(contents.public)
     loading = {key: value for key, value in dataclasses.asdict(public_loading).items() if key != "device"}
     return record | {key: kept[key] for key in record if key in kept} | {"base": base, "loading": loading}

@@ -57,7 +57,7 @@ def contents(cfg: config.PublishRun, adapter: Path, saved: LoraConfig, work: Pat
         probe=verification.make_probe(model, tokenizer),
         base_config=_json_config(base.identity.folder),
         quant=cfg.quant,
-        loading=provenance.loading(base, cfg.quant, cfg.model),
+        loading=_resized(provenance.loading(base, cfg.quant, cfg.model), adapter, saved, base.identity.folder),
         public=_public(base.identity, base_id, saved),
         summary=training_summary.read(Path(cfg.run).expanduser()) if cfg.run else None,
         license=license_name,
@@ -139,5 +139,15 @@ def base_loading(folder: Path, saved: LoraConfig, cfg: config.PublishRun) -> pro
     provenance.check_source(folder, saved, base, quant)
     arguments = provenance.loading(base, quant, model)
     device = str(resolve_device(cfg.device))
-    rows = arguments.rows or rows
-    return dataclasses.replace(arguments, path=str(identity.folder), revision=None, device=device, rows=rows)
+    arguments = dataclasses.replace(arguments, path=str(identity.folder), revision=None, device=device)
+    return _resized(arguments, folder, saved, identity.folder)
+
+
+def _resized(
+    arguments: provenance.Loading, adapter: Path, saved: LoraConfig, base_folder: str | None
+) -> provenance.Loading:
+    """Return the arguments with the rows of the embedding, if the adapter's file holds a resized one."""
+    described = _json_config(base_folder)
+    in_base = described.get("text_config", described).get("vocab_size")
+    rows = files.vocabulary_rows(adapter, saved)
+    return arguments if rows in (None, in_base) else dataclasses.replace(arguments, rows=rows)

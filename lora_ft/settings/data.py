@@ -49,6 +49,7 @@ class Data:
         "chats whose turns do not alternate, or whose system message the chat template does not take; strict: refuse "
         "them, drop: leave them out",
     )
+    template: dict[str, Any] = setting({}, "variables of the chat template by name, as in enable_thinking: false")
     strict: bool = setting(
         False, "refuse rows that are read only after a conversion, which the report counts otherwise"
     )
@@ -59,6 +60,12 @@ class Data:
         TooLong.error, "handling of longer rows; answers are never truncated; split: cut plain text into windows"
     )
     train_on: TrainOn = setting(TrainOn.answers, "which tokens are supervised")
+    train_on_thoughts: str = setting(
+        "nonempty",
+        "supervise the thoughts of answers: true, false, nonempty (but not one that the template wrote without text)",
+        pattern="[Tt]rue|[Ff]alse|nonempty",
+        text=True,
+    )
     eval_fraction: float = setting(
         0.05, "fraction of the rows in the eval set, chosen by a hash of their content; 0: none", at_least=0, below=1
     )

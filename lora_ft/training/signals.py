@@ -31,7 +31,7 @@ def stops_at_once(received: Sequence[int]) -> bool:
 
 
 class Stop:
-    """The first signal received during training steps; `signum` is None until then."""
+    """The first signal received during training steps; `signum` is None before it."""
 
     def __init__(self) -> None:
         self._received: list[int] = []
