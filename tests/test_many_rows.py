@@ -92,6 +92,18 @@ def test_chunks_give_the_dataset_of_one_chunk(tmp_path, request):
     assert not cache.folder().exists() or not list(cache.folder().iterdir())
 
 
+def test_weights_of_some_chunks_are_beside_those_of_none(tmp_path, request):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"messages": [chat[0], {**chat[1], **({"weight": 0.5} if n in (20, 21) else {})}]} for n in range(40)]
+    data = Data(path=lines(tmp_path, rows), eval_fraction=0, workers=0)
+    whole = prepare(data, TOKENIZER)
+    request.getfixturevalue("small_chunks")
+    found = prepare(data, TOKENIZER)
+    weights = [[None if e.weights is None else e.weights.tolist() for e in each.train] for each in (whole, found)]
+    assert weights[0] == weights[1] and [n for n, each in enumerate(weights[0]) if each] == [20, 21]
+    assert found.report.sha256 == whole.report.sha256
+
+
 def test_a_row_of_another_shape_after_the_first_rows_is_a_bad_row(tmp_path, small_chunks):
     path = lines(tmp_path, [*questions(30), {"instruction": "a", "output": "b"}, {"prompt": "c", "completion": "d"}])
     with pytest.raises(DataError, match=r"^1 bad row:\n .*rows\.jsonl:31: prompt: is missing"):

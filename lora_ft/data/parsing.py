@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from itertools import chain, islice
 
 from lora_ft import config
-from lora_ft.config import Format
-from lora_ft.data import formats, workers
+from lora_ft.config import Format, TrainOn
+from lora_ft.data import formats, thoughts, workers
+from lora_ft.data.chat_template import learned_answers
 from lora_ft.data.progress import counted
 from lora_ft.data.row_store import PackedRows, RowWriter, packed
-from lora_ft.data.rows import Ledger, Record, Row
+from lora_ft.data.rows import Ledger, Record, Row, RowError
 from lora_ft.data.sources import records
 from lora_ft.errors import DataError
 
@@ -87,7 +88,16 @@ class Parser:
             for row in formats.rows(chunk.records, self._parse, self._data, ledger):
                 rows.append(row)
         names = dict.fromkeys(name for _, values in chunk.records for name in values)
-        return Parsed(packed(rows), list(names), ledger)
+        has_thought = [_has_thought(row, self._data.train_on) for row in rows]
+        return Parsed(packed(rows, has_thought), list(names), ledger)
+
+
+def _has_thought(row: Row, train_on: TrainOn) -> bool:
+    """Return True if a learned answer of a chat has a thought; False for a chat of which no answer is learned."""
+    try:
+        return bool(row.messages) and any(thoughts.of(row.messages[i]) for i in learned_answers(row, train_on))
+    except RowError:
+        return False
 
 
 def _first(chunks: Iterator[Records]) -> list[Records]:

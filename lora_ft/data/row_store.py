@@ -5,7 +5,7 @@
     rows = writer.finish()                StoredRows
     rows[3], rows.sources[3], rows.hashes, rows.is_chat
 
-    columns   text uint8: a JSON list of each row    ends int64 [rows]: of the texts    is_chat uint8 [rows]
+    columns   text uint8: a JSON list of each row    ends int64 [rows]: of the texts    is_chat, has_thought uint8
               hashes uint64 [rows, 2]: half of the sha256 of the content    prompts uint64 [rows]: hash of the prompt
               places int64 [rows, 2]: prefix and number of the source, "chat.jsonl:" and 12
 
@@ -46,8 +46,8 @@ class PackedRows:
         return len(self.columns["ends"])
 
 
-def packed(rows: Sequence[Row]) -> PackedRows:
-    """Pack a chunk of rows."""
+def packed(rows: Sequence[Row], has_thought: Sequence[bool] = ()) -> PackedRows:
+    """Pack a chunk of rows. has_thought: of each row, True if a learned answer has a thought; by default none has."""
     texts = [_text(row) for row in rows]
     prefixes: dict[str, int] = {}
     places = np.empty((len(rows), 2), np.int64)
@@ -60,6 +60,7 @@ def packed(rows: Sequence[Row]) -> PackedRows:
         "text": np.frombuffer(b"".join(texts), np.uint8),
         "ends": np.cumsum([len(text) for text in texts], dtype=np.int64),
         "is_chat": np.array([bool(row.messages) for row in rows], np.uint8),
+        "has_thought": np.array(has_thought or [False] * len(rows), np.uint8),
         "hashes": np.frombuffer(hashes, ">u8").astype(np.uint64).reshape(-1, 2),
         "prompts": np.array([_prompt_hash(row) for row in rows], np.uint64),
         "places": places,
@@ -148,6 +149,11 @@ class StoredRows(Sequence[Row]):
     def is_chat(self) -> NDArray[np.bool_]:
         """True for each row with messages, False for plain text."""
         return self._column("is_chat").view(np.bool_)
+
+    @property
+    def has_thought(self) -> NDArray[np.bool_]:
+        """True for each chat with a thought in a learned answer."""
+        return self._column("has_thought").view(np.bool_)
 
     def __len__(self) -> int:
         return self._stored.count("ends") if self._chosen is None else len(self._chosen)

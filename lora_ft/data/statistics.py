@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 
 from lora_ft import config
 from lora_ft.config import TooLong
-from lora_ft.data import thoughts
-from lora_ft.data.chat_template import fitted, learned_answers, trials_of
+from lora_ft.data.chat_template import fitted, trials_of
 from lora_ft.data.dataset import Dataset, Report
 from lora_ft.data.examples import Examples
 from lora_ft.data.read import Rows
 from lora_ft.data.rendering import prompts, thinking_switch
-from lora_ft.data.rows import Row, excerpt
+from lora_ft.data.rows import excerpt
 from lora_ft.data.tokenize import Vocabulary
 
 _BINS = 8
@@ -160,14 +159,10 @@ def _thinking(found: Rows, dataset: Dataset, data: config.Data, tokenizer: Any) 
     if not is_on:
         return None
     rows = np.unique(of_chats)
-    bare = rows[[not _has_thought(row, data) for row in found.rows.select(rows)]]
+    bare = rows[~found.rows.has_thought[rows]]
     examined = chats[np.isin(of_chats, bare)][:_PROMPTS_COMPARED]
     taught = any(document.supervised[document.answer_start] for document in dataset.train.select(examined))
     return Thinking(len(rows), len(bare), taught, switch)
-
-
-def _has_thought(row: Row, data: config.Data) -> bool:
-    return any(thoughts.of(row.messages[answer]) for answer in learned_answers(row, data.train_on))
 
 
 def _histogram(lengths: np.ndarray[Any, Any]) -> list[tuple[int, int, int]]:
