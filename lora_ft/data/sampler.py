@@ -31,7 +31,7 @@ def shuffled(count: int, seed: int) -> NDArray[np.int64]:
     Numbers are sorted by raw draws: numpy guarantees raw streams across versions, but not `permutation` (NEP 19).
     """
     draws = np.random.PCG64(seed).random_raw(count)
-    return np.argsort(draws, kind="stable").astype(np.int64)
+    return np.argsort(draws, kind="stable").astype(np.int64, copy=False)
 
 
 def steps_of_epoch(

@@ -28,6 +28,7 @@ from lora_ft.data.statistics import Statistics, measure
 from lora_ft.data.statistics import warnings as warnings_of_rows
 from lora_ft.errors import LoraFtError
 from lora_ft.io import durable
+from lora_ft.io.allocator import release_freed_memory
 from lora_ft.models.device import resolve_device
 from lora_ft.models.load import Base
 from lora_ft.models.meta_model import load_meta_model
@@ -139,8 +140,12 @@ def check_machine(cfg: config.TrainRun) -> None:
 def read_rows(cfg: config.TrainRun, tokenizer: PreTrainedTokenizerBase) -> Rows:
     """Read the rows of a run, build its examples and their statistics; raises the errors of `prepare_rows`."""
     found = read(cfg.data)
+    release_freed_memory()  # arrays of a million rows leave gaps, and the next ones may not fit into them
     dataset = prepare_rows(found, cfg.data, tokenizer, objectives.find(cfg.objective).examples)
-    return Rows(dataset, measure(found, dataset, cfg.data, tokenizer))
+    release_freed_memory()
+    rows = Rows(dataset, measure(found, dataset, cfg.data, tokenizer))
+    release_freed_memory()
+    return rows
 
 
 def dry_run(cfg: config.TrainRun, rows: Rows, tokenizer: PreTrainedTokenizerBase, folder: Path) -> DryRun:
