@@ -22,6 +22,7 @@ from lora_ft.settings.training import Fast, Optim, Track, Train
 from lora_ft.values import AdapterFormat, BaseWeights, Combination, Dtype, GgufType
 from lora_ft.values import Format as Format
 from lora_ft.values import Keep as Keep
+from lora_ft.values import MixUntil as MixUntil
 from lora_ft.values import OnOom as OnOom
 from lora_ft.values import Optimizer as Optimizer
 from lora_ft.values import QuantKind as QuantKind
