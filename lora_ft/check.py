@@ -34,7 +34,8 @@ from rich.text import Text
 from lora_ft import config, runs, validation
 from lora_ft.adapters.summary import Layers, left_out_lines
 from lora_ft.cli import entry, terminal
-from lora_ft.data.read import read
+from lora_ft.data.dataset import Report
+from lora_ft.data.mixed_dataset import read_sources
 from lora_ft.data.rows import Example, excerpt
 from lora_ft.data.tokenize import Vocabulary
 from lora_ft.errors import LoraFtError
@@ -79,8 +80,13 @@ def main(cfg: config.CheckRun, invocation: entry.Invocation) -> None:
         found = replace(found, warnings=[*found.warnings, *(_memory_warnings(plan) if plan else ())])
         terminal.write(page(cfg, found, tokenizer, plan))
     else:
-        collect(lambda: read(cfg.data).ledger.raise_bad())
+        collect(_raise_bad, cfg.data)
     collect.raise_errors()
+
+
+def _raise_bad(data: config.Data) -> None:
+    for rows in read_sources(data).values():
+        rows.ledger.raise_bad()
 
 
 def _planned(collect: ErrorCollector, cfg: config.CheckRun, found: PartialDryRun) -> Plan | None:
@@ -198,6 +204,8 @@ def _row_facts(cfg: config.TrainRun, found: Rows) -> Facts:
     rows, seen = found.dataset.report, found.statistics
     left_out = "".join(f", {count:,} {reason} left out" for reason, count in rows.left_out.items())
     yield "read", f"{rows.rows:,} rows ({rows.format}), {rows.duplicates:,} duplicates{left_out}"
+    for name, source in rows.sources.items():
+        yield f"source {name}", _source(source)
     if rows.converted:
         yield "converted", "\n".join(f"{count:,} {what}" for what, count in rows.converted.items())
     if rows.unused:
@@ -227,6 +235,13 @@ def _row_facts(cfg: config.TrainRun, found: Rows) -> Facts:
         same = seen.prompts - len(seen.other_prompts)
         yield "prompts", f"{same} of {seen.prompts} examined equal the prompt at inference, token by token"
     yield "overlap", f"{seen.asked_before:,} eval rows have the prompt of a training row"
+
+
+def _source(report: Report) -> str:
+    return (
+        f"{report.rows:,} rows ({report.format}), {report.train_documents:,} documents of {report.train_tokens:,} "
+        f"tokens to train on, {report.supervised_tokens:,} of them supervised, {report.eval_documents:,} to evaluate on"
+    )
 
 
 def _histogram(bins: list[tuple[int, int, int]]) -> Text:
@@ -271,6 +286,11 @@ def _step_facts(cfg: config.TrainRun, steps: Steps) -> Facts:
             f"{steps.smallest:,}, largest {steps.largest:,}), {steps.epochs:.3g} epochs"
         ),
     )
+    total = sum(source.supervised_tokens for source in steps.sources.values())
+    for name, source in steps.sources.items():
+        planned = f"{source.supervised_tokens:,} supervised tokens, {source.supervised_tokens / total:.1%}"
+        passes = f"in {source.passes:.3g} passes" if source.share else "evaluated only"
+        yield f"source {name}", f"{planned} (data.mix.{name}: {source.share:.1%}), {passes}"
     yield "learning rate", _curve(steps.rates)
     warmup = f" after {cfg.optim.warmup_steps:,} steps of warm-up" if cfg.optim.warmup_steps else ""
     yield "", f"{steps.first_rate:.2e} first, at most {steps.peak_rate:.2e}{warmup}, {steps.last_rate:.2e} last"

@@ -8,7 +8,7 @@ Every row that was read is in the dataset, counted in its report, or named in an
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,7 @@ class Report:
     prompt was cut. split: texts cut into windows.
     duplicates: rows that differ from an earlier one in case and whitespace at most. unused: columns that are not read.
     sha256: of all ids and masks. template_sha256, tokenizer_sha256: of the chat template and the tokenizer.
+    sources: the reports of the sources of data.sources, if there are any; the other fields are their sums.
     """
 
     format: str
@@ -69,6 +70,7 @@ class Report:
     sha256: str
     template_sha256: str | None
     tokenizer_sha256: str
+    sources: dict[str, "Report"] = field(default_factory=dict)
 
     def __str__(self) -> str:
         left_out = "".join(f", {count:,} {reason} left out" for reason, count in self.left_out.items())
@@ -81,18 +83,38 @@ class Report:
             + (f"; {self.split:,} texts cut into windows" if self.split else "")
             + (f"; converted: {converted}" if converted else "")
             + (f"; columns not used: {excerpt(', '.join(self.unused))}" if self.unused else "")
+            + "".join(f"\n  source {name}: {report}" for name, report in self.sources.items())
         )
 
 
 @dataclass(frozen=True)
+class Part:
+    """A source of data.sources: the indices of its training examples, eval examples and prompts in the dataset."""
+
+    train: range
+    eval: range
+    prompts: range
+
+
+@dataclass(frozen=True)
 class Dataset:
-    """Training examples, eval examples, the prompts of the eval set, and the `labels` of the training rows."""
+    """Training examples, eval examples, the prompts of the eval set, and the `labels` of the training rows.
+
+    parts: those of each source of data.sources, in order; empty if there are no sources.
+    """
 
     train: list[Example]
     eval: list[Example]
     eval_prompts: list[EvalPrompt]
     answers: list[str] | None
     report: Report
+    parts: dict[str, Part] = field(default_factory=dict)
+
+    @property
+    def named_parts(self) -> dict[str, Part]:
+        """The parts, or the whole dataset under the name "" if there are no sources."""
+        whole = Part(range(len(self.train)), range(len(self.eval)), range(len(self.eval_prompts)))
+        return self.parts or {"": whole}
 
 
 def tokenized(found: Rows, tokenizer: Any, data: config.Data) -> list[Example]:

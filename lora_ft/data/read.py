@@ -15,6 +15,8 @@ from lora_ft.errors import ConfigError
 
 log = logging.getLogger("lora_ft")
 
+EQUAL_TO_EARLIER = "equal to an earlier row"  # a reason to leave rows out
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -71,12 +73,9 @@ def read(data: config.Data) -> Rows:
     )
 
 
-def read_eval(data: config.Data, trained: Rows | None) -> Rows:
-    """Read every row of `data.path` as an eval row. Raises DataError if one is a training row of `trained`."""
+def read_eval(data: config.Data) -> Rows:
+    """Read every row of `data.path` as an eval row."""
     found = read(replace(data, eval_fraction=0.0, eval_path=None, eval_split=None))
-    if trained:
-        hashes = [h for h, is_eval in zip(trained.hashes, trained.is_eval, strict=True) if not is_eval]
-        split.refuse_leaks(trained.training_rows, found.rows, hashes, found.hashes)
     return replace(found, is_eval=[True] * len(found.rows))
 
 
@@ -120,6 +119,6 @@ def _unique(rows: list[Row], data: config.Data, ledger: Ledger) -> tuple[list[Ro
     duplicates = len(rows) - len(first)
     if not data.deduplicate:
         return rows, hashes, duplicates
-    ledger.left_out["equal to an earlier row"] += duplicates
+    ledger.left_out[EQUAL_TO_EARLIER] += duplicates
     kept = sorted(first.values())
     return [rows[i] for i in kept], [hashes[i] for i in kept], duplicates

@@ -31,7 +31,8 @@ def derive(seed: int, *purpose: str | int) -> int:
 def epoch_order(num_rows: int, seed: int, *epoch: str | int) -> NDArray[np.int64]:
     """Return a permutation of range(num_rows): the rows in the order of the epoch.
 
-    epoch: its number; in a mix, the name of the source and the number of its pass. Rows are sorted by raw draws: numpy guarantees raw streams across versions, but not `permutation` (NEP 19).
+    epoch: its number; in a mix, the name of the source and the number of its pass. Rows are sorted by raw draws: numpy
+    guarantees raw streams across versions, but not `permutation` (NEP 19).
     """
     draws = np.random.PCG64(derive(seed, "order", *epoch)).random_raw(num_rows)
     return np.argsort(draws, kind="stable").astype(np.int64)
@@ -100,7 +101,8 @@ def _next(queues: list["_Queue"], total: float) -> "_Queue":
     """Choose the source to take a group from: worst-case fair weighted fair queueing (Bennett and Zhang, 1996).
 
     Of the sources that have at most their share, it is the one whose next group would be complete first if all were
-    served at once, each at the rate of its share. The largest deficit alone would let several small sources wait longer.
+    served at once, each at the rate of its share. If the largest deficit alone decided, one of many sources might have
+    to wait for longer than the longest group.
     """
     found, earliest = None, math.inf
     for queue in queues:

@@ -10,7 +10,7 @@ what is allowed but rarely intended.
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +77,30 @@ def measure(found: Rows, dataset: Dataset, data: config.Data, tokenizer: Any) ->
         prompts=len(compared),
         other_prompts=[source for source, same in compared if not same],
         written=_written(found.rows, tokenizer),
-        asked_before=_asked_before(found),
+        asked_before=_asked_before([found]),
+    )
+
+
+def combined(sources: Sequence[tuple[Rows, Statistics]], dataset: Dataset) -> Statistics:
+    """Return the statistics of all sources of a dataset, given the rows and the statistics of each."""
+    lengths = np.array([len(document.ids) for document in dataset.train])
+    each = [statistics for _, statistics in sources]
+    ends, written = Counter[str](), Counter[str]()
+    for statistics in each:
+        ends.update(statistics.ends)
+        written.update(statistics.written)
+    return Statistics(
+        median=float(np.median(lengths)),
+        percentile_95=float(np.percentile(lengths, 95)),
+        histogram=_histogram(lengths),
+        begin=each[0].begin,
+        begun=sum(statistics.begun for statistics in each),
+        ends=dict(ends.most_common()),
+        unended=sum(statistics.unended for statistics in each),
+        prompts=sum(statistics.prompts for statistics in each),
+        other_prompts=[source for statistics in each for source in statistics.other_prompts],
+        written=dict(written.most_common()),
+        asked_before=_asked_before([rows for rows, _ in sources]),
     )
 
 
@@ -171,13 +194,13 @@ def _written(rows: list[Row], tokenizer: Any) -> dict[str, int]:
     return dict(counts.most_common())
 
 
-def _asked_before(found: Rows) -> int:
+def _asked_before(found: Sequence[Rows]) -> int:
     """Count the eval rows with the question of a training row; rows that are equal as a whole are refused earlier."""
-    if not any(found.is_eval):
+    if not any(any(rows.is_eval) for rows in found):
         return 0
-    texts = [_question(row) for row in found.rows]
-    trained = {text for text, is_eval in zip(texts, found.is_eval, strict=True) if not is_eval}
-    return sum(text in trained for text, is_eval in zip(texts, found.is_eval, strict=True) if is_eval and text)
+    texts = [(_question(row), is_eval) for rows in found for row, is_eval in zip(rows.rows, rows.is_eval, strict=True)]
+    trained = {text for text, is_eval in texts if not is_eval}
+    return sum(text in trained for text, is_eval in texts if is_eval and text)
 
 
 def _question(row: Row) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 from lora_ft import config
 from lora_ft.data.dataset import Dataset
+from lora_ft.data.mixed_dataset import mix_of
 from lora_ft.data.packing import largest_micro_batch, longest_group, micro_batch_lengths
 from lora_ft.training.state import plan_steps
 
@@ -53,7 +54,8 @@ def of_rows(cfg: config.TrainRun, dataset: Dataset, packs: bool = True) -> Workl
     """Return the work of a run on its rows; `packs` is false if documents of this model cannot share a sequence."""
     examples, capacity, packs = dataset.train, cfg.train.microbatch_limit, cfg.train.packing and packs
     lengths = np.array([len(example.ids) for example in examples])
-    steps = plan_steps(examples, cfg.train, cfg.seed)
+    mix = mix_of(dataset, cfg.data)
+    steps = plan_steps(examples, cfg.train, cfg.seed, mix)
     tokens = [int(lengths[step].sum()) for step in steps]
     median = steps[int(np.argsort(tokens)[len(tokens) // 2])]
     return Workload(
@@ -61,7 +63,7 @@ def of_rows(cfg: config.TrainRun, dataset: Dataset, packs: bool = True) -> Workl
         typical=micro_batch_lengths([examples[i] for i in median], capacity, packs),
         steps=len(steps),
         tokens=sum(tokens),
-        epochs=sum(map(len, steps)) / len(examples),
+        epochs=mix.epochs(np.concatenate(steps)) if mix else sum(map(len, steps)) / len(examples),
         longest=max(longest_group(examples), longest_group(dataset.eval)),
     )
 

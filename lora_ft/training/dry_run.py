@@ -12,18 +12,19 @@ device.
 
 import textwrap
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, objectives
+from lora_ft import config, mixing, objectives
 from lora_ft.adapters import summary
 from lora_ft.adapters.summary import Layers
-from lora_ft.data.dataset import Dataset, Report, prepare_rows
-from lora_ft.data.read import read
+from lora_ft.data import mixed_dataset, statistics
+from lora_ft.data.dataset import Dataset, Report
+from lora_ft.data.mixed_dataset import Mix, mix_of, prepare_each, read_sources
 from lora_ft.data.statistics import Statistics, measure
 from lora_ft.data.statistics import warnings as warnings_of_rows
 from lora_ft.errors import LoraFtError
@@ -44,10 +45,20 @@ Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
+class PlannedSource:
+    """The part of a source in a run: the share of supervised tokens that is asked for, the tokens, the passes."""
+
+    share: float
+    supervised_tokens: int
+    passes: float
+
+
+@dataclass(frozen=True)
 class Steps:
     """Optimizer steps of the run: number, passes over the data, tokens per step, learning rates.
 
     alone: documents longer than train.tokens_per_step. rates: evenly spaced over the run, first and last included.
+    sources: the part of each source of data.sources.
     """
 
     count: int
@@ -60,6 +71,7 @@ class Steps:
     peak_rate: float
     last_rate: float
     rates: list[float]
+    sources: dict[str, PlannedSource] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -138,9 +150,14 @@ def check_machine(cfg: config.TrainRun) -> None:
 
 def read_rows(cfg: config.TrainRun, tokenizer: PreTrainedTokenizerBase) -> Rows:
     """Read the rows of a run, build its examples and their statistics; raises the errors of `prepare_rows`."""
-    found = read(cfg.data)
-    dataset = prepare_rows(found, cfg.data, tokenizer, objectives.find(cfg.objective).examples)
-    return Rows(dataset, measure(found, dataset, cfg.data, tokenizer))
+    found = read_sources(cfg.data)
+    made = prepare_each(found, cfg.data, tokenizer, objectives.find(cfg.objective).examples)
+    dataset = mixed_dataset.combined(made)
+    measured = [
+        (found[name], measure(found[name], made[name], source, tokenizer))
+        for name, source in mixing.named(cfg.data).items()
+    ]
+    return Rows(dataset, statistics.combined(measured, dataset) if dataset.parts else measured[0][1])
 
 
 def dry_run(cfg: config.TrainRun, rows: Rows, tokenizer: PreTrainedTokenizerBase, folder: Path) -> DryRun:
@@ -187,20 +204,22 @@ def partial_dry_run(
 
 
 def _check_lengths(cfg: config.TrainRun, base: Base, dataset: Dataset) -> None:
-    eval_examples, _ = state.choose_eval(dataset, cfg.train.eval_rows)
-    state.check_lengths([*dataset.train, *eval_examples], base.model, cfg.train)
+    chosen = state.choose_eval(dataset, cfg.train.eval_rows)
+    state.check_lengths([*dataset.train, *chosen.examples], base.model, cfg.train)
 
 
 def _steps(cfg: config.TrainRun, dataset: Dataset) -> Steps:
     lengths = np.array([len(document.ids) for document in dataset.train])
-    planned = state.plan_steps(dataset.train, cfg.train, cfg.seed)
+    mix = mix_of(dataset, cfg.data)
+    planned = state.plan_steps(dataset.train, cfg.train, cfg.seed, mix)
+    seen = np.concatenate(planned)
     count = len(planned)
     tokens = [int(lengths[step].sum()) for step in planned]
     rates = [learning_rate(cfg.optim, step, count) for step in range(count)]
     shown = np.unique(np.linspace(0, count - 1, _RATES).round().astype(int))
     return Steps(
         count=count,
-        epochs=sum(map(len, planned)) / len(lengths),
+        epochs=mix.epochs(seen) if mix else len(seen) / len(lengths),
         smallest=min(tokens),
         median=float(np.median(tokens)),
         largest=max(tokens),
@@ -209,7 +228,14 @@ def _steps(cfg: config.TrainRun, dataset: Dataset) -> Steps:
         peak_rate=max(rates),
         last_rate=rates[-1],
         rates=[rates[i] for i in shown],
+        sources=_planned_sources(mix, dataset, seen) if mix else {},
     )
+
+
+def _planned_sources(mix: Mix, dataset: Dataset, seen: np.ndarray) -> dict[str, PlannedSource]:
+    supervised = mix.counts(seen, [int(dataset.train[i].supervised.sum()) for i in seen])
+    passes = mix.passes(seen)
+    return {name: PlannedSource(mix.shares[name], int(supervised[name]), passes[name]) for name in mix.parts}
 
 
 def _disk(cfg: config.TrainRun, folder: Path, num_trainable: int, num_steps: int) -> Disk:

@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,9 +26,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lora_ft import config, objectives, validation
 from lora_ft.adapters import attach, audit, files, init, provenance
 from lora_ft.data.dataset import Dataset, EvalPrompt
+from lora_ft.data.mixed_dataset import Mix, mix_of, sources_of
 from lora_ft.data.packing import check_capacity, group_lengths, grouped, largest_micro_batch
 from lora_ft.data.rows import Example
-from lora_ft.data.sampler import derive, epoch_order, steps_of_epoch
+from lora_ft.data.sampler import derive, epoch_order, mixed_steps, steps_of_epoch
 from lora_ft.errors import ConfigError, DataError
 from lora_ft.evaluation.generation import context_length
 from lora_ft.evaluation.loss import EvalLoss
@@ -73,6 +74,8 @@ class TrainingState:
     examples: list[Example]
     eval_examples: list[Example]
     eval_prompts: list[EvalPrompt]
+    eval_sources: dict[str, range]
+    mix: Mix | None
     steps: list[np.ndarray]
     parameters: dict[str, nn.Parameter]
     start: dict[str, Tensor]
@@ -208,8 +211,9 @@ def new_state(
     cfg: config.TrainRun, folder: Path, model: PeftModel, dataset: Dataset, paths: Paths, base_fingerprint: str
 ) -> TrainingState:
     """Return the training state, before the first step, of an adapter that is attached."""
-    eval_examples, eval_prompts = choose_eval(dataset, cfg.train.eval_rows)
-    steps = plan_steps(dataset.train, cfg.train, cfg.seed)
+    eval_examples, eval_prompts, eval_sources = choose_eval(dataset, cfg.train.eval_rows)
+    mix = mix_of(dataset, cfg.data)
+    steps = plan_steps(dataset.train, cfg.train, cfg.seed, mix)
     check_lengths([*dataset.train, *eval_examples], model.get_base_model(), cfg.train)
     check_warmup(cfg.optim, len(steps))
     parameters = attach.trainable(model, NAME)
@@ -224,6 +228,8 @@ def new_state(
         examples=dataset.train,
         eval_examples=eval_examples,
         eval_prompts=eval_prompts,
+        eval_sources=eval_sources,
+        mix=mix,
         steps=steps,
         parameters=parameters,
         start={n: p.detach().to("cpu", copy=True) for n, p in parameters.items()},
@@ -286,27 +292,49 @@ def check_added_tokens(model: config.Model, tokenizer: PreTrainedTokenizerBase, 
         )
 
 
-def choose_eval(dataset: Dataset, number: int) -> tuple[list[Example], list[EvalPrompt]]:
-    """Choose `number` groups of eval examples, and the prompts of their rows, for an evaluation inside train.
+class EvalChoice(NamedTuple):
+    """Eval examples, the prompts of their rows, and the indices of the examples of each source, if there are any."""
+
+    examples: list[Example]
+    prompts: list[EvalPrompt]
+    sources: dict[str, range]
+
+
+def choose_eval(dataset: Dataset, number: int) -> EvalChoice:
+    """Choose `number` groups of eval examples of each source, and the prompts of their rows.
 
     The choice does not depend on `seed`: runs that differ in their seed are compared on the same examples.
     """
-    groups = grouped(dataset.eval)
-    chosen = [dataset.eval[i] for group in epoch_order(len(groups), 0, 0)[:number] for i in groups[group]]
-    prompts = {prompt.source: prompt for prompt in dataset.eval_prompts}
-    # A row may give several examples but has one prompt.
-    sources = dict.fromkeys(example.source for example in chosen)
-    return chosen, [prompts[source] for source in sources if source in prompts]
+    chosen: list[Example] = []
+    prompts: list[EvalPrompt] = []
+    sources: dict[str, range] = {}
+    for name, part in dataset.named_parts.items():
+        examples = dataset.eval[part.eval.start : part.eval.stop]
+        groups = grouped(examples)
+        own = [examples[i] for group in epoch_order(len(groups), 0, 0)[:number] for i in groups[group]]
+        by_row = {prompt.source: prompt for prompt in dataset.eval_prompts[part.prompts.start : part.prompts.stop]}
+        # A row may give several examples but has one prompt.
+        prompts += [by_row[row] for row in dict.fromkeys(example.source for example in own) if row in by_row]
+        if own:
+            sources[name] = range(len(chosen), len(chosen) + len(own))
+        chosen += own
+    return EvalChoice(chosen, prompts, sources if dataset.parts else {})
 
 
-def plan_steps(examples: Sequence[Example], train: config.Train, seed: int) -> list[np.ndarray]:
+def plan_steps(examples: Sequence[Example], train: config.Train, seed: int, mix: Mix | None = None) -> list[np.ndarray]:
     """Plan the optimizer steps of a run, each as indices of examples, as a pure function of its arguments.
 
     The examples of a group are in one step.
     """
     groups = grouped(examples)
-    lengths = group_lengths(examples, groups)
     steps: list[np.ndarray] = []
+    if mix:
+        for epoch, step in mixed_steps(sources_of(examples, mix), mix.until, train.tokens_per_step, seed):
+            if len(steps) == train.max_steps or (train.max_steps is None and epoch == train.epochs):
+                break
+            steps.append(np.concatenate([groups[group] for group in step]))
+        return steps
+    lengths = group_lengths(examples, groups)
     for epoch in range(train.epochs if train.max_steps is None else train.max_steps):
         order = epoch_order(len(groups), seed, epoch)
         for step in steps_of_epoch(lengths, order, train.tokens_per_step):

@@ -1,0 +1,210 @@
+"""Make one dataset of several sources, each read with its own settings: `data.sources`, `data.mix`.
+
+    prepare(data, tokenizer) -> Dataset(train=[chat ..., wiki ...], parts={"chat": Part(train=range(0, 40), ...), ...})
+    mix_of(dataset, data)    -> Mix(shares={"chat": 0.7, "wiki": 0.3}, ...)       None without sources
+
+Sources are one after the other, in the order of their names. A row that is an eval row of one source and a training
+row of another is refused; `data.deduplicate` also leaves out rows of earlier sources.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_ft import config, mixing
+from lora_ft.config import MixUntil
+from lora_ft.data import dataset as datasets
+from lora_ft.data import split
+from lora_ft.data.dataset import MOST_LABELS, Dataset, MakeExamples, Part, Report, prepare_rows, tokenized
+from lora_ft.data.packing import group_lengths, grouped
+from lora_ft.data.read import EQUAL_TO_EARLIER, Rows, read
+from lora_ft.data.rows import Example
+from lora_ft.data.sampler import Source
+from lora_ft.errors import LoraFtError
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The training examples of each source as a range of indices, its share, and the end of an epoch."""
+
+    parts: Mapping[str, range]
+    shares: Mapping[str, float]
+    until: MixUntil
+
+    def counts(self, indices: NDArray[np.int64], values: Sequence[float]) -> dict[str, float]:
+        """Return the sum of the values of these examples, by source."""
+        ends = [part.stop for part in self.parts.values()]
+        sums = np.bincount(np.searchsorted(ends, indices, side="right"), values, len(ends))
+        return dict(zip(self.parts, sums.tolist(), strict=True))
+
+    def passes(self, indices: NDArray[np.int64]) -> dict[str, float]:
+        """Return how often each source is seen in a run with these examples."""
+        seen = self.counts(indices, np.ones(len(indices)).tolist())
+        return {name: count / max(1, len(self.parts[name])) for name, count in seen.items()}
+
+    def epochs(self, indices: NDArray[np.int64]) -> float:
+        """Return the number of epochs of a run with these examples."""
+        passes = [number for name, number in self.passes(indices).items() if self.shares[name]]
+        return (max if self.until is MixUntil.first else min)(passes)
+
+
+def mix_of(dataset: Dataset, data: config.Data) -> Mix | None:
+    """Return the mix of a dataset that `prepare` made with these settings; None if they have no sources."""
+    if not dataset.parts:
+        return None
+    return Mix({name: part.train for name, part in dataset.parts.items()}, mixing.shares(data), data.mix_until)
+
+
+def sources_of(examples: Sequence[Example], mix: Mix) -> list[Source]:
+    """Return the sources of a mix as the sampler takes them; the groups of all examples are numbered in order."""
+    found, first = [], 0
+    for name, part in mix.parts.items():
+        own = examples[part.start : part.stop]
+        groups = grouped(own)
+        supervised = [sum(int(own[i].supervised.sum()) for i in group) for group in groups]
+        found.append(Source(name, mix.shares[name], first, group_lengths(own, groups), supervised))
+        first += len(groups)
+    return found
+
+
+def read_sources(data: config.Data) -> dict[str, Rows]:
+    """Read the rows of each source, or those of `data` under the name "". Raises the errors of `read`.
+
+    Raises DataError if an eval row of a source is a training row of any source.
+    """
+    found: dict[str, Rows] = {}
+    for name, source in mixing.named(data).items():
+        with _of_source(name):
+            found[name] = _without_earlier(read(source), found, source)
+    if len(found) > 1:
+        refuse_leaks(found, found)
+    return found
+
+
+def refuse_leaks(trained: Mapping[str, Rows], evaluated: Mapping[str, Rows]) -> None:
+    """Raise DataError if an eval row of the second rows is a training row of the first."""
+    sides = []
+    for side, of_eval in ((trained, False), (evaluated, True)):
+        chosen = [(rows, i) for rows in side.values() for i, is_eval in enumerate(rows.is_eval) if is_eval is of_eval]
+        sides.append(([rows.rows[i] for rows, i in chosen], [rows.hashes[i] for rows, i in chosen]))
+    (train_rows, train_hashes), (eval_rows, eval_hashes) = sides
+    split.refuse_leaks(train_rows, eval_rows, train_hashes, eval_hashes)
+
+
+def prepare(data: config.Data, tokenizer: Any, make_examples: MakeExamples = tokenized) -> Dataset:
+    """Read and tokenize the rows of `data` or of all its sources. Raises the errors of `dataset.prepare`."""
+    return combined(prepare_each(read_sources(data), data, tokenizer, make_examples))
+
+
+def prepare_each(
+    found: Mapping[str, Rows], data: config.Data, tokenizer: Any, make_examples: MakeExamples = tokenized
+) -> dict[str, Dataset]:
+    """Make a dataset of the rows of each source that `read_sources` has read."""
+    made = {}
+    for name, source in mixing.named(data).items():
+        with _of_source(name):
+            made[name] = prepare_rows(found[name], source, tokenizer, make_examples)
+    return made
+
+
+def combined(made: Mapping[str, Dataset]) -> Dataset:
+    """Return the examples of all sources, one source after the other; the source without a name is alone."""
+    if "" in made:
+        return made[""]
+    parts: dict[str, Part] = {}
+    train: list[Example] = []
+    evaluated: list[Example] = []
+    prompts: list[datasets.EvalPrompt] = []
+    for name, own in made.items():
+        parts[name] = Part(
+            range(len(train), len(train) + len(own.train)),
+            range(len(evaluated), len(evaluated) + len(own.eval)),
+            range(len(prompts), len(prompts) + len(own.eval_prompts)),
+        )
+        train += _with_other_groups(own.train, train)
+        evaluated += _with_other_groups(own.eval, evaluated)
+        prompts += own.eval_prompts
+    report = _report({name: own.report for name, own in made.items()})
+    return Dataset(train, evaluated, prompts, _labels([own.answers for own in made.values()]), report, parts)
+
+
+def _with_other_groups(examples: list[Example], before: list[Example]) -> list[Example]:
+    """Return the examples with groups whose numbers those before do not have."""
+    first = 1 + max((e.group for e in before if e.group is not None), default=-1)
+    return [e if e.group is None else replace(e, group=e.group + first) for e in examples]
+
+
+@contextlib.contextmanager
+def _of_source(name: str) -> Iterator[None]:
+    """Name the source in an error of the block."""
+    try:
+        yield
+    except LoraFtError as error:
+        if not name:
+            raise
+        raise type(error)(f"data.sources.{name}: {error}") from error
+
+
+def _without_earlier(found: Rows, earlier: Mapping[str, Rows], source: config.Data) -> Rows:
+    """Count the rows that earlier sources have, and leave them out if `data.deduplicate` is true."""
+    seen = {h for rows in earlier.values() for h in rows.hashes}
+    kept = [i for i, h in enumerate(found.hashes) if h not in seen]
+    count = len(found.rows) - len(kept)
+    if not count:
+        return found
+    if not source.deduplicate:
+        return replace(found, duplicates=found.duplicates + count)
+    found.ledger.left_out[EQUAL_TO_EARLIER] += count
+    return replace(
+        found,
+        rows=[found.rows[i] for i in kept],
+        hashes=[found.hashes[i] for i in kept],
+        is_eval=[found.is_eval[i] for i in kept],
+        duplicates=found.duplicates + count,
+    )
+
+
+def _labels(answers: Sequence[list[str] | None]) -> list[str] | None:
+    if any(labels is None for labels in answers):
+        return None
+    together = sorted({label for labels in answers for label in labels or ()})
+    return together if len(together) <= MOST_LABELS else None
+
+
+def _report(reports: Mapping[str, Report]) -> Report:
+    """Return the sums of the reports of all sources."""
+    each = list(reports.values())
+
+    def total(name: str) -> int:
+        return sum(int(getattr(report, name)) for report in each)
+
+    def together(name: str) -> dict[str, int]:
+        return dict(sum((Counter(getattr(report, name)) for report in each), Counter[str]()))
+
+    return replace(
+        each[0],
+        rows=total("rows"),
+        train_documents=total("train_documents"),
+        eval_documents=total("eval_documents"),
+        truncated=total("truncated"),
+        split=total("split"),
+        duplicates=total("duplicates"),
+        train_tokens=total("train_tokens"),
+        eval_tokens=total("eval_tokens"),
+        supervised_tokens=total("supervised_tokens"),
+        format=" and ".join(dict.fromkeys(report.format for report in each)),
+        left_out=together("left_out"),
+        converted=together("converted"),
+        unused=list(dict.fromkeys(name for report in each for name in report.unused)),
+        longest=max(report.longest for report in each),
+        cached=all(report.cached for report in each),
+        sha256=hashlib.sha256(json.dumps([[n, r.sha256] for n, r in reports.items()]).encode()).hexdigest(),
+        sources=dict(reports),
+    )
