@@ -1,18 +1,25 @@
 """The order of a mix: proportions at every prefix, passes of each source, ends of epochs, steps."""
 
-import itertools
+from collections.abc import Sequence
 from fractions import Fraction
+from itertools import chain, pairwise
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_ft.config import MixUntil
-from lora_ft.data.sampler import Source, epoch_order, mixed_steps
+from lora_ft.data.groups import groups_from
+from lora_ft.data.sampler import MixedOrder, Source, epoch_order
+from lora_ft.data.steps import Steps
 
 FIRST, ALL = MixUntil.first, MixUntil.all
 GROUPS = st.lists(st.tuples(st.integers(2, 60), st.integers(1, 40)), min_size=1, max_size=12)
 MIXES = st.lists(st.tuples(st.integers(1, 100), GROUPS), min_size=1, max_size=5)
+
+
+def source(name: str, share: float, first: int, lengths: Sequence[int], supervised: Sequence[int]) -> Source:
+    return Source(name, share, first, np.array(lengths, dtype=np.int64), np.array(supervised, dtype=np.float64))
 
 
 def sources_of(mix: list[tuple[int, list[tuple[int, int]]]]) -> list[Source]:
@@ -20,15 +27,18 @@ def sources_of(mix: list[tuple[int, list[tuple[int, int]]]]) -> list[Source]:
     total, first, found = sum(share for share, _ in mix), 0, []
     for number, (share, groups) in enumerate(mix):
         lengths, supervised = [length for length, _ in groups], [min(length - 1, count) for length, count in groups]
-        found.append(Source(f"s{number}", share / total, first, lengths, supervised))
+        found.append(source(f"s{number}", share / total, first, lengths, supervised))
         first += len(groups)
     return found
 
 
 def taken(sources: list[Source], until: MixUntil, seed: int, most: int) -> list[tuple[int, int]]:
-    """Return the first `most` groups as epoch and number, cut into steps of one group each."""
-    steps = mixed_steps(sources, until, 1, seed)
-    return [(epoch, int(step[0])) for epoch, step in itertools.islice(steps, most)]
+    """Return the first `most` groups, each with its epoch."""
+    order, found, epoch = MixedOrder(sources, until, seed), list[tuple[int, int]](), 0
+    while len(found) < most:
+        found += [(epoch, group) for group in order(epoch).tolist()]
+        epoch += 1
+    return found[:most]
 
 
 def source_of(sources: list[Source], group: int) -> int:
@@ -70,7 +80,7 @@ def test_choice_equals_a_plain_computation_in_exact_numbers(mix, seed) -> None:
     power[0] += (1 << (sum(power) - 1).bit_length()) - sum(power)
     sources = sources_of(list(zip(power, (groups for _, groups in mix), strict=True)))
     queues = [[epoch_order(len(s.lengths), seed, s.name, p).tolist() for p in range(300)] for s in sources]
-    queues = [list(itertools.chain.from_iterable(passes)) for passes in queues]
+    queues = [list(chain.from_iterable(passes)) for passes in queues]
     given_, at = [Fraction(0)] * len(sources), [0] * len(sources)
     for _, group in taken(sources, FIRST, seed, 300):
         shares = [Fraction(source.share) for source in sources]
@@ -99,23 +109,41 @@ def test_epoch_ends_with_the_pass_of_the_first_or_of_the_last_source(mix, seed, 
 @given(MIXES, st.integers(0, 99), st.sampled_from(MixUntil), st.integers(1, 200))
 def test_steps_are_cut_where_the_next_group_does_not_fit_and_where_an_epoch_ends(mix, seed, until, size) -> None:
     sources = sources_of(mix)
-    lengths = [length for source in sources for length in source.lengths]
-    steps = list(itertools.islice(mixed_steps(sources, until, size, seed), 60))
-    order = [group for _, step in steps for group in step.tolist()]
+    lengths = np.concatenate([source.lengths for source in sources])
+    steps = Steps(groups_from(lengths, None), size, seed, 3, None, MixedOrder(sources, until, seed))
+    order = [group for step in steps for group in step.tolist()]
+    epochs = [epoch for epoch, _ in taken(sources, until, seed, len(order))]
     assert order == [group for _, group in taken(sources, until, seed, len(order))]
-    for (epoch, step), (next_epoch, following) in itertools.pairwise(steps):
+    at = 0
+    for step, following in pairwise(steps):
+        at += len(step)
         tokens = sum(lengths[group] for group in step)
         assert len(step) == 1 or tokens <= size
-        assert next_epoch > epoch or tokens + lengths[following[0]] > size
+        assert epochs[at] > epochs[at - 1] or tokens + lengths[following[0]] > size
+    assert steps.tokens.tolist() == [lengths[step].sum() for step in steps]
+
+
+@settings(deadline=None, max_examples=30)
+@given(MIXES, st.integers(0, 99), st.sampled_from(MixUntil))
+def test_epochs_are_the_same_in_any_order_of_asking_and_when_cut_short(mix, seed, until) -> None:
+    sources = sources_of(mix)
+    whole = MixedOrder(sources, until, seed)
+    orders = [whole(epoch).tolist() for epoch in range(4)]
+    other = MixedOrder(sources, until, seed)
+    assert [other(epoch).tolist() for epoch in (3, 0, 2, 1)] == [orders[3], orders[0], orders[2], orders[1]]
+    short = MixedOrder(sources, until, seed, most_tokens=100)(0).tolist()
+    lengths = np.concatenate([source.lengths for source in sources])
+    assert short == orders[0][: len(short)]
+    assert len(short) == len(orders[0]) or lengths[short].sum() > 100
 
 
 def test_source_with_share_0_gives_nothing() -> None:
-    sources = [Source("a", 1.0, 0, [3, 4], [1, 2]), Source("b", 0.0, 2, [5], [1])]
+    sources = [source("a", 1.0, 0, [3, 4], [1, 2]), source("b", 0.0, 2, [5], [1])]
     assert {group for _, group in taken(sources, ALL, 0, 20)} == {0, 1}
 
 
 def test_other_seeds_give_other_orders_and_equal_ones_the_same() -> None:
-    sources = [Source("a", 0.5, 0, [3] * 20, [2] * 20), Source("b", 0.5, 20, [5] * 20, [2] * 20)]
+    sources = [source("a", 0.5, 0, [3] * 20, [2] * 20), source("b", 0.5, 20, [5] * 20, [2] * 20)]
     orders = [tuple(taken(sources, FIRST, seed, 40)) for seed in (1, 1, 2)]
     assert orders[0] == orders[1] != orders[2]
 
@@ -123,7 +151,7 @@ def test_other_seeds_give_other_orders_and_equal_ones_the_same() -> None:
 def test_several_small_sources_do_not_wait_longer_than_one_group() -> None:
     """Taking the largest deficit would let the last of many equal sources fall behind by more than one group."""
     names = [f"s{n:02}" for n in range(12)]
-    sources = [Source(name, 1 / 12, n * 50, [9] * 50, [8] * 50) for n, name in enumerate(names)]
+    sources = [source(name, 1 / 12, n * 50, [9] * 50, [8] * 50) for n, name in enumerate(names)]
     given_ = np.zeros(12)
     for _, group in taken(sources, FIRST, 0, 400):
         given_[group // 50] += 8

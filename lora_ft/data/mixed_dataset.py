@@ -9,6 +9,7 @@ row of another is refused; `data.deduplicate` also leaves out rows of earlier so
 
 import contextlib
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,12 +21,20 @@ from numpy.typing import NDArray
 
 from lora_ft import config, mixing
 from lora_ft.config import MixUntil
-from lora_ft.data import dataset as datasets
 from lora_ft.data import split
-from lora_ft.data.dataset import MOST_LABELS, Dataset, MakeExamples, Part, Report, prepare_rows, tokenized
-from lora_ft.data.packing import group_lengths, grouped
+from lora_ft.data.dataset import (
+    MOST_LABELS,
+    Dataset,
+    EvalPrompts,
+    MakeExamples,
+    Part,
+    Report,
+    prepare_rows,
+    tokenized,
+)
+from lora_ft.data.examples import Examples
+from lora_ft.data.groups import Groups
 from lora_ft.data.read import EQUAL_TO_EARLIER, Rows, read
-from lora_ft.data.rows import Example
 from lora_ft.data.sampler import Source
 from lora_ft.errors import LoraFtError
 
@@ -38,20 +47,21 @@ class Mix:
     shares: Mapping[str, float]
     until: MixUntil
 
-    def counts(self, indices: NDArray[np.int64], values: Sequence[float]) -> dict[str, float]:
+    def counts(self, indices: NDArray[np.int64], values: Any) -> dict[str, float]:
         """Return the sum of the values of these examples, by source."""
         ends = [part.stop for part in self.parts.values()]
         sums = np.bincount(np.searchsorted(ends, indices, side="right"), values, len(ends))
         return dict(zip(self.parts, sums.tolist(), strict=True))
 
-    def passes(self, indices: NDArray[np.int64]) -> dict[str, float]:
-        """Return how often each source is seen in a run with these examples."""
-        seen = self.counts(indices, np.ones(len(indices)).tolist())
-        return {name: count / max(1, len(self.parts[name])) for name, count in seen.items()}
+    def passes(self, steps: Sequence[NDArray[np.int64]]) -> dict[str, float]:
+        """Return how often each source is seen in these steps."""
+        seen = np.concatenate([*steps])
+        counts = self.counts(seen, np.ones(len(seen)))
+        return {name: count / max(1, len(self.parts[name])) for name, count in counts.items()}
 
-    def epochs(self, indices: NDArray[np.int64]) -> float:
-        """Return the number of epochs of a run with these examples."""
-        passes = [number for name, number in self.passes(indices).items() if self.shares[name]]
+    def epochs(self, steps: Sequence[NDArray[np.int64]]) -> float:
+        """Return the number of epochs of a run with these steps."""
+        passes = [number for name, number in self.passes(steps).items() if self.shares[name]]
         return (max if self.until is MixUntil.first else min)(passes)
 
 
@@ -62,15 +72,14 @@ def mix_of(dataset: Dataset, data: config.Data) -> Mix | None:
     return Mix({name: part.train for name, part in dataset.parts.items()}, mixing.shares(data), data.mix_until)
 
 
-def sources_of(examples: Sequence[Example], mix: Mix) -> list[Source]:
-    """Return the sources of a mix as the sampler takes them; the groups of all examples are numbered in order."""
-    found, first = [], 0
+def sources_of(examples: Examples, groups: Groups, mix: Mix) -> list[Source]:
+    """Return the sources of a mix as the sampler takes them; `groups` are those of all examples."""
+    leaders = groups.members[groups.starts[:-1]]
+    supervised = np.add.reduceat(examples.supervised_tokens[groups.members].astype(np.float64), groups.starts[:-1])
+    found = []
     for name, part in mix.parts.items():
-        own = examples[part.start : part.stop]
-        groups = grouped(own)
-        supervised = [sum(int(own[i].supervised.sum()) for i in group) for group in groups]
-        found.append(Source(name, mix.shares[name], first, group_lengths(own, groups), supervised))
-        first += len(groups)
+        first, stop = np.searchsorted(leaders, (part.start, part.stop)).tolist()
+        found.append(Source(name, mix.shares[name], first, groups.lengths[first:stop], supervised[first:stop]))
     return found
 
 
@@ -118,27 +127,17 @@ def combined(made: Mapping[str, Dataset]) -> Dataset:
     """Return the examples of all sources, one source after the other; the source without a name is alone."""
     if "" in made:
         return made[""]
-    parts: dict[str, Part] = {}
-    train: list[Example] = []
-    evaluated: list[Example] = []
-    prompts: list[datasets.EvalPrompt] = []
+    each = list(made.values())
+    num_rows = [len(own.eval_prompts.rows) for own in each]
+    train, evaluated = (Examples.joined([getattr(own, side) for own in each], num_rows) for side in ("train", "eval"))
+    parts, trained, tested = {}, 0, 0
     for name, own in made.items():
         parts[name] = Part(
-            range(len(train), len(train) + len(own.train)),
-            range(len(evaluated), len(evaluated) + len(own.eval)),
-            range(len(prompts), len(prompts) + len(own.eval_prompts)),
+            range(trained, trained := trained + len(own.train)), range(tested, tested := tested + len(own.eval))
         )
-        train += _with_other_groups(own.train, train)
-        evaluated += _with_other_groups(own.eval, evaluated)
-        prompts += own.eval_prompts
+    prompts = EvalPrompts(evaluated, list(itertools.chain.from_iterable(own.eval_prompts.rows for own in each)))
     report = _report({name: own.report for name, own in made.items()})
-    return Dataset(train, evaluated, prompts, _labels([own.answers for own in made.values()]), report, parts)
-
-
-def _with_other_groups(examples: list[Example], before: list[Example]) -> list[Example]:
-    """Return the examples with groups whose numbers those before do not have."""
-    first = 1 + max((e.group for e in before if e.group is not None), default=-1)
-    return [e if e.group is None else replace(e, group=e.group + first) for e in examples]
+    return Dataset(train, evaluated, prompts, _labels([own.answers for own in each]), report, parts)
 
 
 @contextlib.contextmanager

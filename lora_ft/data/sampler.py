@@ -11,10 +11,13 @@ Several sources are mixed document by document, so that each has its share of th
 """
 
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,21 +42,31 @@ def epoch_order(num_rows: int, seed: int, *epoch: str | int) -> NDArray[np.int64
 
 
 def steps_of_epoch(
-    lengths: Sequence[int], order: Sequence[int] | NDArray[np.int64], tokens_per_step: int
+    lengths: Sequence[int] | NDArray[np.int64], order: Sequence[int] | NDArray[np.int64], tokens_per_step: int
 ) -> list[NDArray[np.int64]]:
     """Cut an order into steps of consecutive rows with at most `tokens_per_step` tokens; a longer row is its own step.
 
     `lengths` are in tokens, by row index. Every row of the order is in exactly one step.
     """
-    steps: list[list[int]] = []
-    tokens = 0
-    for row in map(int, order):
-        if not steps or tokens + lengths[row] > tokens_per_step:
-            steps.append([])
-            tokens = 0
-        steps[-1].append(row)
-        tokens += lengths[row]
-    return [np.array(step, dtype=np.int64) for step in steps]
+    rows = np.asarray(order, dtype=np.int64)
+    cuts = cuts_of_epoch(np.asarray(lengths, dtype=np.int64)[rows], tokens_per_step)
+    return [rows[start:stop] for start, stop in itertools.pairwise(cuts.tolist())]
+
+
+def cuts_of_epoch(lengths: NDArray[np.int64], tokens_per_step: int) -> NDArray[np.int64]:
+    """Return the positions at which an epoch is cut into steps, first and end included.
+
+    lengths: of the rows in the order of the epoch.
+    """
+    ends = np.cumsum(lengths)
+    # By position, where a step that begins there ends.
+    following = np.searchsorted(ends, ends - lengths + tokens_per_step, side="right")
+    stops = np.maximum(following, np.arange(1, len(lengths) + 1)).data
+    cuts, position = [0], 0
+    while position < len(lengths):
+        position = stops[position]
+        cuts.append(position)
+    return np.array(cuts, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -66,35 +79,46 @@ class Source:
     name: str
     share: float
     first: int
-    lengths: Sequence[int]
-    supervised: Sequence[float]
+    lengths: NDArray[np.int64]
+    supervised: NDArray[np.float64]
 
 
-def mixed_steps(
-    sources: Sequence[Source], until: MixUntil, tokens_per_step: int, seed: int
-) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """Yield steps of groups from all sources without end, each with the number of its epoch.
+class MixedOrder:
+    """The order of the groups of all sources in each epoch: `order(epoch)`.
 
     A source gives its groups in a new order at each pass, and goes on in the next epoch where it was. An epoch ends
-    when some source has ended its pass (`first`), or all have (`all`). At any moment the supervised tokens of a source
-    differ from its share by less than the longest group has.
+    when some source has ended its pass (`first`), or all have (`all`), or after `most_tokens` tokens. At any moment the
+    supervised tokens of a source differ from its share by at most those of the longest group.
     """
-    queues = [_Queue(source, seed) for source in sources if source.share > 0]
-    total, epoch, tokens = 0.0, 0, 0
-    step: list[int] = []
-    while True:
-        queue = _next(queues, total)
-        group, length, supervised = queue.take()
-        if step and tokens + length > tokens_per_step:
-            yield epoch, np.array(step, dtype=np.int64)
-            step, tokens = [], 0
-        step.append(group)
-        tokens += length
-        total += supervised
-        passes = (max if until is MixUntil.first else min)(queue.passes for queue in queues)
-        if passes > epoch:
-            yield epoch, np.array(step, dtype=np.int64)
-            step, tokens, epoch = [], 0, passes
+
+    def __init__(self, sources: Sequence[Source], until: MixUntil, seed: int, most_tokens: int | None = None) -> None:
+        self._sources = [source for source in sources if source.share > 0]
+        self._passes = max if until is MixUntil.first else min
+        self._seed, self._most_tokens = seed, math.inf if most_tokens is None else most_tokens
+        self._starts = [[_Position() for _ in self._sources]]  # of each epoch, as far as it is known
+
+    def __call__(self, epoch: int) -> NDArray[np.int64]:
+        """Return the groups of an epoch, in order."""
+        while len(self._starts) <= epoch:
+            self._epoch(len(self._starts) - 1)
+        return self._epoch(epoch)
+
+    def _epoch(self, epoch: int) -> NDArray[np.int64]:
+        queues = [_Queue(*each, self._seed) for each in zip(self._sources, self._starts[epoch], strict=True)]
+        total, tokens, ended = sum(queue.given for queue in queues), 0, self._passes(queue.passes for queue in queues)
+        order = array("q")
+        while tokens <= self._most_tokens:
+            queue = _next(queues, total)
+            before = queue.passes
+            group, length, supervised = queue.take()
+            order.append(group)
+            tokens += length
+            total += supervised
+            if queue.passes > before and self._passes(queue.passes for queue in queues) > ended:
+                break
+        if len(self._starts) == epoch + 1:
+            self._starts.append([queue.position for queue in queues])
+        return np.frombuffer(order, dtype=np.int64)
 
 
 def _next(queues: list["_Queue"], total: float) -> "_Queue":
@@ -111,31 +135,43 @@ def _next(queues: list["_Queue"], total: float) -> "_Queue":
     return found or max(queues, key=lambda queue: queue.share * total - queue.given)  # all above it by rounding
 
 
+class _Position(NamedTuple):
+    """The place of a source: supervised tokens given, passes ended, groups given in the pass."""
+
+    given: float = 0.0
+    passes: int = 0
+    at: int = 0
+
+
 class _Queue:
     """The groups of a source in the order of its passes; `finish`: total at which the next one is due."""
 
-    __slots__ = ("_at", "_order", "_seed", "_source", "finish", "given", "passes", "share")
+    __slots__ = ("_at", "_lengths", "_order", "_seed", "_source", "_supervised", "finish", "given", "passes", "share")
 
-    def __init__(self, source: Source, seed: int) -> None:
+    def __init__(self, source: Source, position: _Position, seed: int) -> None:
         self._source, self._seed, self.share = source, seed, source.share
-        self.given, self.passes = 0.0, 0
-        self._begin_pass()
-        self._set_finish()
+        self._lengths, self._supervised = source.lengths.data, source.supervised.data  # of which items are read fast
+        self.given, self.passes, at = position
+        self._begin_pass(at)
+
+    @property
+    def position(self) -> _Position:
+        return _Position(self.given, self.passes, self._at)
 
     def take(self) -> tuple[int, int, float]:
         """Return the next group's number, its tokens and its supervised tokens."""
-        source, group = self._source, self._order[self._at]
-        self.given += source.supervised[group]
-        self._at += 1
-        if self._at == len(self._order):
+        group = self._order[self._at]
+        supervised = self._supervised[group]
+        self.given += supervised
+        if self._at + 1 == len(self._order):
             self.passes += 1
-            self._begin_pass()
-        self._set_finish()
-        return source.first + group, source.lengths[group], source.supervised[group]
+            self._begin_pass(0)
+        else:
+            self._at += 1
+            self.finish = (self.given + self._supervised[self._order[self._at]]) / self.share
+        return self._source.first + group, self._lengths[group], supervised
 
-    def _begin_pass(self) -> None:
-        self._at = 0
-        self._order = epoch_order(len(self._source.lengths), self._seed, self._source.name, self.passes).tolist()
-
-    def _set_finish(self) -> None:
-        self.finish = (self.given + self._source.supervised[self._order[self._at]]) / self.share
+    def _begin_pass(self, at: int) -> None:
+        self._at = at
+        self._order = epoch_order(len(self._lengths), self._seed, self._source.name, self.passes).data
+        self.finish = (self.given + self._supervised[self._order[at]]) / self.share

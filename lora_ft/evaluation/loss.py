@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from lora_ft.data.packing import longest_group, micro_batches
+from lora_ft.data.packing import longest_group, packed
 from lora_ft.data.rows import Example
 from lora_ft.ops.batch import Batch, LossSum
 from lora_ft.ops.token_loss import Paths
@@ -104,7 +104,7 @@ class _Sums:
 
 def _sums(model: PreTrainedModel, loss: Loss, examples: Sequence[Example], paths: Paths, capacity: int) -> _Sums:
     sums = _Sums(rows=len(examples))
-    for batch in micro_batches(examples, capacity, paths.share_a_pass):
+    for batch in packed(examples, capacity, paths.share_a_pass):
         found = loss(model, batch.to(model.device), paths)
         metrics = Counter({name: value.item() for name, value in found.metrics.items()})
         sums.add(_Sums(found.sum.item(), found.weight, sum(batch.counts), metrics=metrics))

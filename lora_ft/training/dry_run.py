@@ -11,7 +11,7 @@ device.
 """
 
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -205,36 +205,33 @@ def partial_dry_run(
 
 def _check_lengths(cfg: config.TrainRun, base: Base, dataset: Dataset) -> None:
     chosen = state.choose_eval(dataset, cfg.train.eval_rows)
-    state.check_lengths([*dataset.train, *chosen.examples], base.model, cfg.train)
+    state.check_lengths(dataset.train, chosen.examples, base.model, cfg.train)
 
 
 def _steps(cfg: config.TrainRun, dataset: Dataset) -> Steps:
-    lengths = np.array([len(document.ids) for document in dataset.train])
     mix = mix_of(dataset, cfg.data)
     planned = state.plan_steps(dataset.train, cfg.train, cfg.seed, mix)
-    seen = np.concatenate(planned)
-    count = len(planned)
-    tokens = [int(lengths[step].sum()) for step in planned]
+    count, tokens = len(planned), planned.tokens
     rates = [learning_rate(cfg.optim, step, count) for step in range(count)]
     shown = np.unique(np.linspace(0, count - 1, _RATES).round().astype(int))
     return Steps(
         count=count,
-        epochs=mix.epochs(seen) if mix else len(seen) / len(lengths),
-        smallest=min(tokens),
+        epochs=mix.epochs(planned) if mix else int(planned.documents.sum()) / len(dataset.train),
+        smallest=int(tokens.min()),
         median=float(np.median(tokens)),
-        largest=max(tokens),
-        alone=int((lengths > cfg.train.tokens_per_step).sum()),
+        largest=int(tokens.max()),
+        alone=int((dataset.train.lengths > cfg.train.tokens_per_step).sum()),
         first_rate=rates[0],
         peak_rate=max(rates),
         last_rate=rates[-1],
         rates=[rates[i] for i in shown],
-        sources=_planned_sources(mix, dataset, seen) if mix else {},
+        sources=_planned_sources(mix, dataset, planned) if mix else {},
     )
 
 
-def _planned_sources(mix: Mix, dataset: Dataset, seen: np.ndarray) -> dict[str, PlannedSource]:
-    supervised = mix.counts(seen, [int(dataset.train[i].supervised.sum()) for i in seen])
-    passes = mix.passes(seen)
+def _planned_sources(mix: Mix, dataset: Dataset, planned: Sequence[np.ndarray]) -> dict[str, PlannedSource]:
+    seen, passes = np.concatenate([*planned]), mix.passes(planned)
+    supervised = mix.counts(seen, dataset.train.supervised_tokens[seen])
     return {name: PlannedSource(mix.shares[name], int(supervised[name]), passes[name]) for name in mix.parts}
 
 
