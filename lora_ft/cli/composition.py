@@ -30,7 +30,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_ft import config, runs, validation
+from lora_ft import config, mixing, runs, validation
 from lora_ft.cli import guard, overrides
 from lora_ft.cli.explain import explained
 from lora_ft.cli.tasks import Task
@@ -139,8 +139,7 @@ def _check_sweep(composed: DictConfig) -> None:
         return
     if getattr(direction, "name", direction) != "minimize":
         raise ConfigError(f"hydra.sweeper.direction must be minimize, got {direction}: the value is a loss")
-    data = composed.data
-    if not (data.eval_fraction or data.eval_path or data.eval_split):
+    if not mixing.has_eval_rows(composed.data):
         raise ConfigError("data.eval_fraction must be above 0 if a sweeper chooses values by the eval loss, got 0")
 
 

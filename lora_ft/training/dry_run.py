@@ -40,6 +40,7 @@ from lora_ft.training.optimizers import learning_rate
 
 _RATES = 60  # points of the learning rate's curve: one terminal line
 _FEW_STEPS = 10
+_MANY_PASSES = 5
 
 Found = TypeVar("Found")
 
@@ -264,5 +265,11 @@ def _step_warnings(steps: Steps, documents: int, train: config.Train) -> Iterato
             f"{steps.alone:,} of {documents:,} documents are longer than train.tokens_per_step="
             f"{train.tokens_per_step}: each becomes a step of its own"
         )
+    for name, source in steps.sources.items():
+        if source.passes > max(_MANY_PASSES, steps.epochs):
+            yield (
+                f"the rows of data.sources.{name} are seen {source.passes:.1f} times: lower data.mix.{name}, or end "
+                "epochs with data.mix_until=first"
+            )
     if steps.count < _FEW_STEPS and train.max_steps is None:
         yield f"only {steps.count} steps: lower train.tokens_per_step or raise train.epochs to learn more"
