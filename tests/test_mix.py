@@ -301,6 +301,7 @@ def test_check_shows_each_source_and_its_part_of_the_run(prepared: Path, capfd: 
     assert re.search(r"source chat [\d,]+ supervised tokens, 9[67]\.\d% \(data\.mix\.chat: 96\.8%\), in \d+", shown)
     assert re.search(r"source wiki [\d,]+ supervised tokens, 3\.\d% \(data\.mix\.wiki: 3\.2%\), in 1 passes", shown)
     assert "the rows of data.sources.chat are seen" in shown
+    assert re.search(r"wiki\.txt:\d+ \(median of wiki\): \d+ tokens", shown) and "(median of chat)" in shown
 
 
 def test_eval_reports_each_source_of_the_run(prepared: Path, capfd: pytest.CaptureFixture[str]) -> None:

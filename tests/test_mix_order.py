@@ -75,7 +75,7 @@ def test_each_source_gives_its_groups_in_a_new_order_at_each_pass(mix, seed, unt
 @settings(deadline=None, max_examples=30)
 @given(MIXES, st.integers(0, 99))
 def test_choice_equals_a_plain_computation_in_exact_numbers(mix, seed) -> None:
-    """The rule as it is stated, with fractions: no source is chosen that has more than its share."""
+    """The rule of `_next` in fractions: no source is chosen that has more than its share."""
     power = [1 << (share % 3) for share, _ in mix]  # shares over a power of two have no rounding
     power[0] += (1 << (sum(power) - 1).bit_length()) - sum(power)
     sources = sources_of(list(zip(power, (groups for _, groups in mix), strict=True)))

@@ -86,7 +86,7 @@ class Source:
 class MixedOrder:
     """The order of the groups of all sources in each epoch: `order(epoch)`.
 
-    A source gives its groups in a new order at each pass, and goes on in the next epoch where it was. An epoch ends
+    A source gives its groups in a new order at each pass, and continues in the next epoch where it was. An epoch ends
     when some source has ended its pass (`first`), or all have (`all`), or after `most_tokens` tokens. At any moment the
     supervised tokens of a source differ from its share by at most those of the longest group.
     """

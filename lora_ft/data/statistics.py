@@ -23,7 +23,7 @@ from lora_ft.data.chat_template import learned_answers, prompts
 from lora_ft.data.dataset import Dataset, Report
 from lora_ft.data.examples import Examples
 from lora_ft.data.messages import with_system
-from lora_ft.data.read import Rows
+from lora_ft.data.read import EQUAL_TO_EARLIER, Rows
 from lora_ft.data.rows import Row, any_of, excerpt
 from lora_ft.data.tokenize import Vocabulary
 
@@ -129,8 +129,9 @@ def warnings(found: Statistics, report: Report, data: config.Data) -> Iterator[s
             f"{count:,} of {report.rows:,} rows have {excerpt(token)} in a prompt or text: the model reads it as one "
             "token, not as text"
         )
-    if not data.deduplicate and report.duplicates > _MANY_DUPLICATES * report.rows:
-        yield f"{report.duplicates:,} of {report.rows:,} rows are duplicates: set data.deduplicate=true to drop them"
+    kept = report.duplicates - report.left_out.get(EQUAL_TO_EARLIER, 0)
+    if not data.deduplicate and kept > _MANY_DUPLICATES * report.rows:
+        yield f"{kept:,} of {report.rows:,} rows are duplicates: set data.deduplicate=true to drop them"
     if found.asked_before:
         yield (
             f"{found.asked_before:,} eval rows have the prompt of a training row (up to case, whitespace and "
