@@ -6,8 +6,8 @@ steps_of_epoch([400, 500, 300, 900], [2, 0, 3, 1], 1000) -> [2 0] [3] [1]
 
 Several sources are mixed document by document, so that each has its share of the supervised tokens at any moment:
 
-    chat  0.75    a a a a a a a a ...           mixed    a a B a a a a B a ...
-    wiki  0.25    B B B ...                     (one B has as many supervised tokens as one a or two)
+    chat  0.75    a a a a a a a a a ...         mixed    a B a a a B a a a B a a ...
+    wiki  0.25    B B B ...                     (each with as many supervised tokens)
 """
 
 import hashlib
