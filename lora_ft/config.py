@@ -38,7 +38,7 @@ CONF = next(d for d in (_HERE / "conf", _HERE.parent / "conf") if d.is_dir())
 
 @dataclass(slots=True)
 class Eval:
-    rows: int | None = setting(None, "maximum number of eval rows; null: all", unit="rows", at_least=1)
+    rows: int | None = setting(None, "maximum number of eval rows, of each source; null: all", unit="rows", at_least=1)
     metrics: list[str] = setting([], "metrics of generated answers: exact_match, accuracy, f1, chrf, bleu, rouge_l")
     samples: int = setting(3, "answers shown for comparison", unit="rows", at_least=0)
     max_new_tokens: int = setting(64, "maximum length of a generated answer", unit="tokens", at_least=1)
