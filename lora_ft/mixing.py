@@ -74,9 +74,9 @@ def problems(data: Data) -> Iterator[str]:
     if missing := [name for name in sorted(data.mix) if name not in found]:
         has = f"has {', '.join(found)}" if found else "is empty"
         yield f"data.mix.{missing[0]}={data.mix[missing[0]]:g} is the share of no source: data.sources {has}"
-    for name in found:
-        if name not in data.mix:
-            yield f"data.mix has no share for the source {name}: set data.mix.{name}, 0 to evaluate it only"
+    if missing := [name for name in found if name not in data.mix]:
+        named = f"the source{'s' * (len(missing) > 1)} {', '.join(missing)}"
+        yield f"data.mix has no share for {named}: set data.mix.{missing[0]}=SHARE, 0 to evaluate it only"
     if data.mix and not any(data.mix.values()):
         yield f"data.mix must have a share above 0, got 0 for {', '.join(sorted(data.mix))}"
     for name, source in found.items():
@@ -85,6 +85,11 @@ def problems(data: Data) -> Iterator[str]:
         elif data.mix.get(name) == 0 and not has_eval_rows(source):
             yield f"data.mix.{name}=0 needs eval rows, and data.sources.{name} has none: it would not be used at all"
     yield from _same_rows(data, found)
+
+
+def unused_path(data: Data) -> bool:
+    """Return True if there are sources and none of them takes its rows from `data.path`."""
+    return bool(data.path and data.sources) and all("path" in own for own in data.sources.values())
 
 
 def _same_rows(data: Data, found: dict[str, Data]) -> Iterator[str]:

@@ -162,6 +162,11 @@ def _broken_combinations(cfg: Any) -> Iterator[str]:
             yield "model.path is empty: choose a base with model=NAME, or model=local model.path=FOLDER"
         if not mixing.has_rows(cfg.data) and not isinstance(cfg, PlanRun):
             yield "data.path is empty: choose data with data=NAME or data.path=FILE"
+        if mixing.unused_path(cfg.data):
+            yield (
+                f"data.path={cfg.data.path} is the path of no source: make it one, data.sources.NAME.path="
+                f"{cfg.data.path}, or leave it out"
+            )
         if cfg.optim.warmup_steps and cfg.train.max_steps and cfg.optim.warmup_steps >= cfg.train.max_steps:
             yield (
                 f"optim.warmup_steps must be below train.max_steps ({cfg.train.max_steps}), "

@@ -101,7 +101,12 @@ def test_wrong_settings_of_a_source_are_refused(words: list[str], message: str) 
     ("words", "message"),
     [
         (["data.mix.news=1"], "data.mix.news=1 is the share of no source: data.sources has chat, wiki"),
-        (["data.sources.news.path=a"], "data.mix has no share for the source news: set data.mix.news, 0 to evaluate"),
+        (["data.sources.news.path=a"], "data.mix has no share for the source news: set data.mix.news=SHARE, 0 to"),
+        (
+            ["data.sources.a.path=a", "data.sources.b.path=b"],
+            "data.mix has no share for the sources a, b: set data.mix.a",
+        ),
+        (["data.path=c.txt"], "data.path=c.txt is the path of no source: make it one, data.sources.NAME.path=c.txt"),
         (["data.mix={chat: 0, wiki: 0}"], "data.mix must have a share above 0, got 0 for chat, wiki"),
         (["data.sources.news.max_rows=2", "data.mix.news=1"], "data.sources.news.path is empty"),
         (["data.mix.wiki=0", "data.sources.wiki.eval_fraction=0"], "data.mix.wiki=0 needs eval rows"),
