@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_ft import config, mixing, runs, validation
 from lora_ft.adapters import loading, provenance
 from lora_ft.cli import entry, overrides
+from lora_ft.data import thoughts
 from lora_ft.data.dataset import Dataset, labels, prepare_rows
 from lora_ft.data.mixed_dataset import prepare, read_sources, refuse_leaks
 from lora_ft.data.read import Rows, eval_split, read_eval
@@ -44,6 +45,7 @@ from lora_ft.training.state import choose_eval
 log = logging.getLogger("lora_ft")
 
 _FILE = "eval.json"
+_PROMPT_END = 16  # tokens
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ def evaluate(cfg: config.EvalRun, given: list[str]) -> EvalResult:
         base, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
         with accelerated(base.model, cfg.fast, kernels) as made, accelerated_lora(model, loading.NAME, cfg.fast):
             comparison = compare(model, tokenizer, eval_set, made.paths)
-    found = _metrics(comparison, cfg.eval.metrics, dataset.answers)
+    end = tokenizer.decode(eval_set.prompts[0].prompt_ids[-_PROMPT_END:]) if eval_set.prompts else ""
+    found = _metrics(comparison, cfg.eval.metrics, dataset.answers, end)
     path = Path(cfg.run).expanduser() / _FILE if cfg.run else None
     result = EvalResult(comparison, found, description, dataset.report.sha256, path)
     if path:
@@ -186,13 +189,20 @@ def _warn_of_other_rows(adapter: Path, dataset: Dataset) -> None:
         )
 
 
-def _metrics(comparison: Comparison, names: list[str], labels: list[str] | None) -> dict[str, tuple[float, float]]:
-    """Compute the metrics of both models' answers: (base, adapter) by name."""
+def _metrics(
+    comparison: Comparison, names: list[str], labels: list[str] | None, prompt_end: str
+) -> dict[str, tuple[float, float]]:
+    """Compute the metrics of both models' answers, without their thoughts: (base, adapter) by name.
+
+    prompt_end: the last words of the prompts, which may open a thought.
+    """
     if not names:
         return {}
-    references = [a.reference for a in comparison.answers]
-    base = metrics.scores(names, [a.base for a in comparison.answers], references, labels)
-    adapter = metrics.scores(names, [a.adapter for a in comparison.answers], references, labels)
+    references = [thoughts.after(a.reference) for a in comparison.answers]
+    base, adapter = (
+        metrics.scores(names, [thoughts.after(text, prompt_end) for text in texts], references, labels)
+        for texts in ([a.base for a in comparison.answers], [a.adapter for a in comparison.answers])
+    )
     return {name: (base[name], adapter[name]) for name in names}
 
 

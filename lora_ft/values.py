@@ -40,6 +40,12 @@ class MixUntil(Enum):
     all = "all"
 
 
+class Turns(Enum):
+    strict = "strict"
+    repair = "repair"
+    drop = "drop"
+
+
 class TrainOn(Enum):
     answers = "answers"
     last_answer = "last_answer"

@@ -107,7 +107,8 @@ def test_any_text_reaches_the_command_and_its_overrides_unchanged(calls, text):
 
 @pytest.mark.parametrize("start", range(0, len(AWKWARD), 12))
 def test_every_text_setting_takes_awkward_text_unchanged(calls, start):
-    keys = [s.key for s in validation.settings(config.ChatRun) if s.text and s.key not in ("run", *BASE)]
+    other = ("run", "data.where", "data.delimiter", *BASE)  # a mapping, and a text of one character
+    keys = [s.key for s in validation.settings(config.ChatRun) if s.text and s.key not in other]
     given = dict(zip(keys, AWKWARD[start : start + 12], strict=False))
     signs = ("", "+", "++") * len(given)
     typed = [f"{sign}{key}={text}" for sign, (key, text) in zip(signs, given.items(), strict=False)]
@@ -137,6 +138,17 @@ def test_three_question_marks_are_refused_as_text(calls, capfd):
     assert "means a missing value" in refused(capfd, "chat", "adapter_path=a", "model.path=b", "prompt=???")
 
 
+def test_values_of_where_are_text_on_the_command_line_and_any_value_in_a_mapping(calls):
+    values = {"source": "[a, b]", "label": "1", "a.b": "x: ${y}, 'z'", "ok": "null"}
+    assert call("train", "data.path=x", *(f"data.where.{key}={value}" for key, value in values.items())) == 0
+    cfg, invocation = calls[0]
+    assert cfg.data.where == values
+    assert call("train", *invocation.overrides) == 0 and calls[1][0] == cfg
+    assert call("train", "data.path=x", "data.where={source:[a,b],label:1,ok:true}", "data.delimiter=;") == 0
+    assert calls[2][0].data.where == {"source": ["a", "b"], "label": 1, "ok": True}
+    assert calls[2][0].data.delimiter == ";"
+
+
 def test_mappings_take_new_keys_without_plus_and_dotted_layer_names(calls):
     columns = ["data.columns.source=English, plain", "data.columns.b=${x}"]
     patterns = ["adapter.rank_pattern.q_proj=4", "adapter.rank_pattern.layers.0.q_proj=8"]
@@ -161,7 +173,7 @@ def test_mappings_take_new_keys_without_plus_and_dotted_layer_names(calls):
         ("quant=null", "quant=null: choose one of fp4, int8, nf4, none"),
         ("experiment=dmo", "experiment=dmo: choose one of demo"),
         ("adapter.r=abc", "adapter.r must be an integer, got abc"),
-        ("adapter.r=[1,2]", "adapter.r must be an integer, got [1,2]"),
+        ("adapter.r=[1,2]", "adapter.r=[1,2]: adapter.r takes one value; lora-ft sweep adapter.r=1,2 trains with each"),
         ("adapter.r=${x}", "adapter.r must be an integer, but: Interpolation key 'x' not found"),
         ("adapter.r=0", "adapter.r must be at least 1, got 0"),
         ("adapter.lora_alpha=nan", "adapter.lora_alpha must be finite, got nan"),

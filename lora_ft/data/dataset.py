@@ -8,8 +8,11 @@ Every row that was read is in the dataset, counted in its report, or named in an
 import hashlib
 import itertools
 import json
+import operator
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, overload
 
 import numpy as np
@@ -17,11 +20,11 @@ from numpy.typing import NDArray
 
 from lora_ft import config
 from lora_ft.config import TooLong
-from lora_ft.data import cache, chat_template, lengths, tokenize
+from lora_ft.data import cache, chat_template, lengths, thoughts, tokenize
 from lora_ft.data.columns import InMemory
 from lora_ft.data.examples import Examples, columns_of
 from lora_ft.data.read import Rows, read
-from lora_ft.data.rows import Example, Row, excerpt
+from lora_ft.data.rows import Example, Ledger, Row, excerpt
 from lora_ft.errors import ConfigError, DataError
 
 MOST_LABELS = 50
@@ -45,10 +48,18 @@ class EvalPrompt:
 
 
 class EvalPrompts(Sequence[EvalPrompt]):
-    """The prompt of each chat of the eval set, made of its last example when it is asked for."""
+    """The prompt of each chat of the eval set, made of its last example when it is asked for.
 
-    def __init__(self, examples: Examples, rows: Sequence[Row]) -> None:
-        self._examples, self.rows = examples, rows
+    answers: functions that return the reference answer of a row, each with the number of the first row it is for.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        rows: Sequence[Row],
+        answers: Sequence[tuple[int, Callable[[Row], str]]] = ((0, operator.attrgetter("answer")),),
+    ) -> None:
+        self._examples, self.rows, self.answers = examples, rows, answers
         places = np.flatnonzero(examples.answer_starts)
         of_rows = examples.rows[places]
         chats = {row for row in np.unique(of_rows).tolist() if rows[row].messages}
@@ -72,9 +83,9 @@ class EvalPrompts(Sequence[EvalPrompt]):
 
     def _made(self, row: int) -> EvalPrompt:
         example = self._examples[self._last[row]]
-        return EvalPrompt(
-            example.ids[: example.answer_start], _question(self.rows[row]), self.rows[row].answer, example.source
-        )
+        _, answer_of = self.answers[bisect_right(self.answers, row, key=operator.itemgetter(0)) - 1]
+        answer = answer_of(self.rows[row])
+        return EvalPrompt(example.ids[: example.answer_start], _question(self.rows[row]), answer, example.source)
 
 
 @dataclass(frozen=True)
@@ -155,14 +166,16 @@ def tokenized(found: Rows, tokenizer: Any, data: config.Data) -> Examples:
     """Render and tokenize rows, or load their examples from the cache. Bad rows go into the ledger."""
     rows, ledger = found.rows, found.ledger
     name = cache.key(rows, tokenizer, data) if len(rows) >= _CACHED_FROM_ROWS and not ledger.bad else None
-    if name and (kept := cache.load(name, rows)) is not None:
+    if name and (kept := cache.load(name, rows, ledger)) is not None:
         found.from_cache.append(name)
         return kept
-    rendered = chat_template.turns(rows, data, tokenizer, ledger)
-    stored = InMemory(columns_of(list(tokenize.encode(rows, rendered, tokenizer, data.train_on, ledger))))
+    counts = Ledger(ledger.strict, bad=ledger.bad)  # of rendering, which are stored with the examples
+    rendered = chat_template.turns(rows, data, tokenizer, counts)
+    stored = InMemory(columns_of(list(tokenize.encode(rows, rendered, tokenizer, data.train_on, counts))))
+    ledger.count(counts.left_out, counts.converted)
     examples = Examples(stored, [row.source for row in rows])
     if name and not ledger.bad and examples.supervised_tokens.all():
-        cache.store(name, stored)
+        cache.store(name, stored, counts)
     return examples
 
 
@@ -208,7 +221,8 @@ def prepare_rows(found: Rows, data: config.Data, tokenizer: Any, make_examples: 
         sha256=_sha256(train, eval_), template_sha256=_template_sha256(tokenizer),
         tokenizer_sha256=hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
     )  # fmt: skip
-    return Dataset(train, eval_, EvalPrompts(eval_, rows), labels(rows[row] for row in train.rows.tolist()), report)
+    prompts = EvalPrompts(eval_, rows, [(0, partial(chat_template.answer_of, data=data, tokenizer=tokenizer))])
+    return Dataset(train, eval_, prompts, labels(rows[row] for row in train.rows.tolist()), report)
 
 
 def _question(row: Row) -> str:
@@ -216,21 +230,24 @@ def _question(row: Row) -> str:
 
 
 def labels(rows: Iterable[Row]) -> list[str] | None:
-    """Return the distinct last answers of chats, sorted; None if there are more than MOST_LABELS, or no chats."""
-    answers = {row.answer for row in rows if row.messages}
+    """Return the distinct last answers of chats, without thoughts; None for none or more than MOST_LABELS."""
+    answers = {thoughts.after(row.answer) for row in rows if row.messages}
     return sorted(answers) if 0 < len(answers) <= MOST_LABELS else None
 
 
 def _sha256(*sides: Examples) -> str:
-    """Hash the length, ids and mask of each document, and where each side ends."""
+    """Hash the length, ids, mask and weights of each document, and where each side ends."""
     digest = hashlib.sha256()
     for examples in sides:
         for block in examples.blocks():
             ids, supervised = block.ids.data.cast("B"), block.supervised.data.cast("B")
+            weights = None if block.weights is None else block.weights.data.cast("B")
             for start, stop in itertools.pairwise(block.starts.tolist()):
                 digest.update((stop - start).to_bytes(8, "little"))
                 digest.update(ids[4 * start : 4 * stop])
                 digest.update(supervised[start:stop])
+                if weights is not None:
+                    digest.update(weights[4 * start : 4 * stop])
         digest.update(b"side")
     return digest.hexdigest()
 

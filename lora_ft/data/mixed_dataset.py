@@ -135,7 +135,10 @@ def combined(made: Mapping[str, Dataset]) -> Dataset:
         parts[name] = Part(
             range(trained, trained := trained + len(own.train)), range(tested, tested := tested + len(own.eval))
         )
-    prompts = EvalPrompts(evaluated, list(itertools.chain.from_iterable(own.eval_prompts.rows for own in each)))
+    firsts = itertools.accumulate(num_rows, initial=0)
+    answers = [(first, own.eval_prompts.answers[0][1]) for first, own in zip(firsts, each, strict=False)]
+    rows = list(itertools.chain.from_iterable(own.eval_prompts.rows for own in each))
+    prompts = EvalPrompts(evaluated, rows, answers)
     report = _report({name: own.report for name, own in made.items()})
     return Dataset(train, evaluated, prompts, _labels([own.answers for own in each]), report, parts)
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lora_ft import runs
-from lora_ft.adapters import files, provenance
+from lora_ft.adapters import files, peft_folder, provenance
 from lora_ft.data.dataset import Dataset
 from lora_ft.evaluation.comparison import Comparison, EvalSet, compare, render
 from lora_ft.io import durable
@@ -65,7 +65,9 @@ def finish(state: TrainingState, base: Base, dataset: Dataset, comparisons: dict
     """
     adapter = state.folder / "adapter"
     state.take_kept_state()
-    source = provenance.Provenance(base.identity, state.cfg.quant, dataset.report.sha256)
+    source = provenance.Provenance(
+        base.identity, state.cfg.quant, dataset.report.sha256, template=state.cfg.data.template
+    )
     files.save(state.model, NAME, adapter, base.tokenizer, source)
     for sentence in overfitting(state):
         log.info(sentence)
@@ -109,7 +111,7 @@ def _result(state: TrainingState, comparison: Comparison | None) -> Result:
         train_seconds=state.seconds,
         trainable_parameters=state.num_trainable,
         peak_memory_bytes=peak_memory_bytes(state.base.device),
-        adapter_sha256=sha256(state.folder / "adapter" / files.WEIGHTS),
+        adapter_sha256=sha256(state.folder / "adapter" / peft_folder.WEIGHTS),
         predicted_peak_bytes=state.predicted_peak_bytes,
         tokens_per_microbatch=state.tokens_per_microbatch,
         shrinks=state.shrinks,
