@@ -215,6 +215,8 @@ def _spelled(character: str) -> str:
 def _row_facts(cfg: config.TrainRun, found: Rows) -> Facts:
     rows, seen = found.dataset.report, found.statistics
     left_out = "".join(f", {count:,} {reason} left out" for reason, count in rows.left_out.items())
+    if rows.is_stream:
+        yield "stream", f"the figures are those of the first {cfg.data.shuffle_buffer:,} rows (data.shuffle_buffer)"
     yield "read", f"{rows.rows:,} rows ({rows.format}), {rows.duplicates:,} duplicates{left_out}"
     for name, source in rows.sources.items():
         yield f"source {name}", _source(source)

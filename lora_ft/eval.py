@@ -29,8 +29,9 @@ from lora_ft.adapters import loading, provenance
 from lora_ft.cli import entry, overrides
 from lora_ft.data import thoughts
 from lora_ft.data.dataset import Dataset, labels, prepare_rows
-from lora_ft.data.mixed_dataset import prepare, read_sources, refuse_leaks
-from lora_ft.data.read import Rows, eval_split, read_eval
+from lora_ft.data.joined import Chained
+from lora_ft.data.mixed_dataset import prepare, read_sources
+from lora_ft.data.read import Rows, eval_split, read_eval, refuse_leaks
 from lora_ft.errors import ConfigError, DataError, ResourceError
 from lora_ft.evaluation import metrics
 from lora_ft.evaluation.comparison import Comparison, EvalSet, compare, render
@@ -135,10 +136,10 @@ def _rows(cfg: config.EvalRun, given: list[str], tokenizer: PreTrainedTokenizerB
     trained = _read_own(own)
     found = read_eval(data)
     if trained:
-        refuse_leaks(trained, {"": found})
-    training_rows = [row for rows in trained.values() for row in rows.training_rows] if trained else found.rows
+        refuse_leaks(trained, [found])
+    training_rows = Chained([rows.training_rows for rows in trained]) if trained else found.rows
     dataset = replace(prepare_rows(found, data, tokenizer, make_examples), answers=labels(training_rows))
-    return dataset, f"all rows of {data.path}", trained is not None
+    return dataset, f"all rows of {data.path}", trained is not None and not (own and own.stream)
 
 
 def _own_data(run: str | None) -> config.Data | None:
@@ -170,10 +171,10 @@ def _identity(data: config.Data) -> tuple[Any, ...]:
     return str(Path(data.path).expanduser().absolute()), data.name, data.split, data.revision, sources
 
 
-def _read_own(own: config.Data | None) -> dict[str, Rows] | None:
+def _read_own(own: config.Data | None) -> list[Rows] | None:
     """Read the rows of the run, to find out which it trained on; None if they cannot be read."""
     try:
-        return read_sources(own) if own else None
+        return list(read_sources(own).values()) if own else None
     except (ConfigError, DataError, ResourceError) as error:
         log.warning("cannot read the run's own rows, so some evaluated rows may be training rows: %s", error)
         return None

@@ -79,6 +79,10 @@ def problems(data: Data) -> Iterator[str]:
         yield f"data.mix has no share for {named}: set data.mix.{missing[0]}=SHARE, 0 to evaluate it only"
     if data.mix and not any(data.mix.values()):
         yield f"data.mix must have a share above 0, got 0 for {', '.join(sorted(data.mix))}"
+    streams = ["data.stream"] if data.stream else []
+    streams += [f"data.sources.{name}.stream" for name, source in found.items() if source.stream]
+    if found and streams:
+        yield f"{streams[0]}=true reads the rows of one path, and data.sources has {', '.join(found)}: choose one"
     for name, source in found.items():
         if not source.path:
             yield f"data.sources.{name}.path is empty: give the rows of this source"

@@ -5,6 +5,7 @@ write_rows(folder, rows, eval_rows)
 """
 
 import copy
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 from lora_ft.errors import CheckpointError, ConfigError, DataError
 from lora_ft.io import arrow, durable
+from lora_ft.io.hashing import sha256
+from lora_ft.io.redact import redact
 from lora_ft.runs import EVAL_ROWS, ROWS, exists
 
 
@@ -42,10 +45,20 @@ def write_rows(folder: Path, rows: Any, eval_rows: Any) -> None:
     for name, given in ((ROWS, rows), (EVAL_ROWS, eval_rows)):
         if given is None:
             continue
-        text, path = "".join(_json_lines(given, name)), folder / name
-        if path.is_file() and exists(folder) and path.read_text("utf-8") != text:
-            raise CheckpointError(f"{path} holds other rows: a resumed run cannot change its rows")
-        durable.write_text(path, text)
+        path = folder / name
+        before = sha256(path) if path.is_file() and exists(folder) else None
+        durable.write_stream(path, _same(_json_lines(given, name), path, before))
+
+
+def _same(lines: Iterator[str], path: Path, before: str | None) -> Iterator[bytes]:
+    """Yield lines as UTF-8, with secrets redacted; at the end, raise CheckpointError if `before` is not their hash."""
+    digest = hashlib.sha256()
+    for line in lines:
+        data = redact(line).encode("utf-8")
+        digest.update(data)
+        yield data
+    if before not in (None, digest.hexdigest()):
+        raise CheckpointError(f"{path} holds other rows: a resumed run cannot change its rows")
 
 
 def _json_lines(rows: Any, name: str) -> Iterator[str]:

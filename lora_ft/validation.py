@@ -176,6 +176,10 @@ def _broken_combinations(cfg: Any) -> Iterator[str]:
                 f"optim.warmup_steps must be below train.max_steps ({cfg.train.max_steps}), "
                 f"got {cfg.optim.warmup_steps}"
             )
+        if cfg.data.stream and cfg.train.max_steps is None:
+            yield "data.stream=true needs train.max_steps: the number of rows is not known"
+        if cfg.data.stream and cfg.data.deduplicate:
+            yield "data.deduplicate needs all rows, and data.stream=true never has them: choose one"
         if not cfg.adapter.target_modules:
             yield "adapter.target_modules must name at least one layer, got []"
         if (cfg.train.keep is Keep.best or cfg.train.patience) and not mixing.has_eval_rows(cfg.data):

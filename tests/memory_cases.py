@@ -134,7 +134,7 @@ def measured(case: Case, folder: Path) -> int:
     dataset = Dataset(
         Examples.of(_rows(case.lengths)),
         Examples.of([]),
-        EvalPrompts(Examples.of([]), []),
+        EvalPrompts(Examples.of([]), [], np.zeros(0, np.bool_)),
         answers=None,
         report=Report(),
     )

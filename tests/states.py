@@ -75,7 +75,7 @@ def state_on(
     dataset = Dataset(
         train=Examples.of(some_rows() if examples is None else examples),
         eval=Examples.of(eval_examples or []),
-        eval_prompts=EvalPrompts(Examples.of([]), []),
+        eval_prompts=EvalPrompts(Examples.of([]), [], np.zeros(0, np.bool_)),
         answers=None,
         report=Report(),
     )

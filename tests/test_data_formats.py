@@ -5,7 +5,8 @@ import re
 import pytest
 
 from lora_ft.config import Data, Format
-from lora_ft.data import formats
+from lora_ft.data import formats, parsing
+from lora_ft.data.read import read as read_rows
 from lora_ft.data.rows import Ledger
 from lora_ft.errors import ConfigError, DataError
 
@@ -22,9 +23,16 @@ def unused(*rows, **settings):
 def read(*rows, **settings):
     records = [(f"f.jsonl:{n}", values) for n, values in enumerate(rows, 1)]
     ledger = Ledger()
-    found = formats.rows(records, Data(path="f.jsonl", **settings), ledger)
+    data = Data(path="f.jsonl", **settings)
+    return made_of(records, data, ledger)
+
+
+def made_of(records, data, ledger):
+    header = formats.Header.of(records, data)
+    found, parse, _ = header.parser(data)
+    made = list(formats.rows(records, parse, data, ledger))
     ledger.raise_bad()
-    return found
+    return found, made, header.unused(header.names, data)
 
 
 def chat(*contents, roles=("user", "assistant")):
@@ -230,8 +238,7 @@ def converted(*rows, **settings):
     """Return the format, the first row, the unused columns and what the report says."""
     ledger = Ledger(settings.pop("strict", False))
     records = [(f"f.jsonl:{n}", values) for n, values in enumerate(rows, 1)]
-    found, made, left = formats.rows(records, Data(path="f.jsonl", **settings), ledger)
-    ledger.raise_bad()
+    found, made, left = made_of(records, Data(path="f.jsonl", **settings), ledger)
     return found, made[0], left, dict(ledger.converted)
 
 
@@ -340,9 +347,10 @@ def test_preference_pairs_are_not_read_as_pairs_of_other_names():
         parse({"question": "a", "answer": "b", "chosen": "c", "rejected": "d"})
 
 
-def test_no_rows_at_all_is_a_data_error():
+def test_no_rows_at_all_is_a_data_error(tmp_path):
+    (tmp_path / "f.jsonl").write_text("\n")
     with pytest.raises(DataError, match=r"f\.jsonl: there are no rows"):
-        parse()
+        read_rows(Data(path=str(tmp_path / "f.jsonl")))
 
 
 @pytest.mark.parametrize(
@@ -404,10 +412,11 @@ def test_a_table_row_without_a_value_is_refused(bad):
         parse({"a": "x", "b": "y"}, {"a": bad, "b": "y"}, prompt="{a}", answer="{b}")
 
 
-def test_no_row_is_read_beyond_max_rows():
+def test_no_row_is_read_beyond_max_rows(monkeypatch):
     def records():
         yield "f:1", {"text": "a"}
         yield "f:2", {"text": "b"}
         raise AssertionError("read past max_rows")
 
-    assert len(formats.rows(records(), Data(max_rows=2), Ledger())[1]) == 2
+    monkeypatch.setattr(parsing, "records", lambda *_: records())
+    assert len(read_rows(Data(path="f", max_rows=2, eval_fraction=0)).rows) == 2

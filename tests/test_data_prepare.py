@@ -401,7 +401,7 @@ def test_a_cache_that_cannot_be_written_is_only_a_warning(tmp_path, cached, monk
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(durable, "write_bytes", full)
+    monkeypatch.setattr(durable, "write_stream", full)
     assert dataset.prepare(Data(path=write(tmp_path, questions(9))), TOKENIZER).train
     assert "rows are not cached: [Errno 28] No space left" in caplog.text
 
@@ -429,7 +429,7 @@ def test_a_split_of_a_hub_dataset_can_be_the_eval_set(monkeypatch):
     import datasets
 
     splits = {"train": questions(9), "test": [{"prompt": "Who?", "completion": "Nobody."}]}
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, name, *, split, revision: splits[split])
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, name, *, split, revision, streaming: splits[split])
     prepared = dataset.prepare(Data(path="org/rows", eval_split="test"), TOKENIZER)
     assert (len(prepared.train), len(prepared.eval)) == (9, 1)
     assert prepared.eval_prompts[0].answer == "Nobody."
@@ -528,7 +528,7 @@ def test_settings_of_hub_datasets_are_allowed_if_only_the_eval_rows_are_local(tm
     import datasets
 
     splits = {"train[:9]": questions(9)}
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, name, *, split, revision: splits[split])
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, name, *, split, revision, streaming: splits[split])
     extra = write(tmp_path, questions(12)[9:])
     prepared = dataset.prepare(Data(path="org/rows", split="train[:9]", eval_path=extra), TOKENIZER)
     assert (len(prepared.train), len(prepared.eval)) == (9, 3)

@@ -302,7 +302,7 @@ def test_invalid_chatterbot_files_are_reported(tmp_path, text, message):
 def test_a_hub_dataset_is_loaded_with_its_settings(monkeypatch):
     import datasets
 
-    def load_dataset(path, name, *, split, revision):
+    def load_dataset(path, name, *, split, revision, streaming):
         assert (path, name, split, revision) == ("org/name", "small", "test", "abc")
         return datasets.Dataset.from_list([{"text": "a"}])
 

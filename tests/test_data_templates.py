@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from lora_ft.config import Data, TrainOn
-from lora_ft.data.chat_template import turns
+from lora_ft.data.chat_template import trials_of, turns
 from lora_ft.data.dataset import prepare, prepare_rows
 from lora_ft.data.read import read
 from lora_ft.data.rows import Ledger, Row
@@ -434,5 +434,5 @@ def test_messages_are_rendered_with_their_additional_keys():
     tokenizer = tokenizer_of("{% for m in messages %}{{ m.name or m.role }}: {{ m.content }}<|im_end|>{% endfor %}")
     question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     rows = [Row("1", [question, answer], "b"), Row("2", [{**question, "name": "Ann"}, answer], "b")]
-    texts = [made[0].through for _, made in turns(rows, Data(), tokenizer, Ledger())]
+    texts = [made[0].through for _, made in turns(rows, Data(), tokenizer, Ledger(), trials_of(tokenizer, Data()))]
     assert texts == ["user: a<|im_end|>assistant: b<|im_end|>", "Ann: a<|im_end|>assistant: b<|im_end|>"]

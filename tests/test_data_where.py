@@ -102,7 +102,7 @@ def test_eval_rows_are_selected_too(tmp_path):
     path, other = str(tmp_path / "train.jsonl"), str(tmp_path / "test.jsonl")
     found = read(Data(path=path, eval_path=other, where={"source": "rotten_tomatoes"}))
     assert [row.messages[0]["content"] for row in found.rows] == ["train p0", "train p2", "test p0", "test p2"]
-    assert found.is_eval == [False, False, True, True]
+    assert found.is_eval.tolist() == [False, False, True, True]
     assert found.ledger.left_out[where.LEFT_OUT] == 4
 
 

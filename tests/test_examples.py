@@ -3,6 +3,7 @@
 import hashlib
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from lora_ft import config
 from lora_ft.data import examples as examples_module
 from lora_ft.data.columns import InMemory
 from lora_ft.data.dataset import _sha256
-from lora_ft.data.examples import Examples
+from lora_ft.data.examples import Examples, Replacements
 from lora_ft.data.groups import grouped
 from lora_ft.data.packing import check_capacity, largest_micro_batch, longest_group, micro_batch_lengths
 from lora_ft.data.rows import Example
@@ -112,7 +113,12 @@ def test_replaced_documents_keep_their_row_and_source(given_examples, data):
     examples = Examples.of(given_examples)
     cut = [replace(e, ids=e.ids[:1], supervised=e.supervised[:1]) for e in given_examples if len(e.ids) > 4]
     order = data.draw(st.permutations(range(len(given_examples) + len(cut))))
-    assert list(map(plain, examples.replaced(cut, order))) == [plain([*given_examples, *cut][i]) for i in order]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(examples_module, "_DOCUMENTS_AT_ONCE", 2)
+        made = Replacements(examples, Path("unused"))
+        assert [made.append([example]) for example in cut] == [1] * len(cut)
+        found = made.finish(np.array(order, np.int64))
+    assert list(map(plain, found)) == [plain([*given_examples, *cut][i]) for i in order]
 
 
 @settings(deadline=None, max_examples=50)

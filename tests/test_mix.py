@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 from finished import call
+from hypothesis import given
+from hypothesis import strategies as st
 from sweep_folders import job, sweep_folder
 from test_resume import curve, weights
 from tiny import tiny_folder, tiny_tokenizer
 
 import lora_ft
 from lora_ft import config, mixing, runs
-from lora_ft.data import cache, dataset
+from lora_ft.data import cache, dataset, split
 from lora_ft.data.examples import NO_GROUP, Examples
+from lora_ft.data.joined import Chained, joined
 from lora_ft.data.mixed_dataset import combined, mix_of, prepare, prepare_each, read_sources
 from lora_ft.data.rows import Example
 from lora_ft.errors import ConfigError, DataError
@@ -102,14 +105,43 @@ def test_groups_of_joined_examples_have_different_numbers() -> None:
         ids = np.arange(3, dtype=np.int32)
         return Examples.of([Example(ids, ids > 0, f"f:{n}", n, group=group) for n, group in enumerate(groups)])
 
-    joined = Examples.joined([some(0, 0, 1), some(None, None), some(5, None, 5).select([0, 2])], [3, 2, 3])
-    groups = joined.groups
+    both = joined([some(0, 0, 1), some(None, None), some(5, None, 5).select([0, 2])], [3, 2, 3])
+    groups = both.groups
     assert groups is not None and groups[0] == groups[1] != groups[2]
     assert groups[3:5].tolist() == [NO_GROUP, NO_GROUP] and groups[5] == groups[6]
     assert len(set(groups.tolist())) == 4
-    assert joined.rows.tolist() == [0, 1, 2, 3, 4, 5, 7]
-    assert [example.source for example in joined] == ["f:0", "f:1", "f:2", "f:0", "f:1", "f:0", "f:2"]
-    assert [example.row for example in joined] == joined.rows.tolist()
+    assert both.rows.tolist() == [0, 1, 2, 3, 4, 5, 7]
+    assert [example.source for example in both] == ["f:0", "f:1", "f:2", "f:0", "f:1", "f:0", "f:2"]
+    assert [example.row for example in both] == both.rows.tolist()
+
+
+def test_prompts_of_rows_are_those_of_their_source(prepared: Path) -> None:
+    data = data_of(prepared, wiki={"format": "text"})
+    made = prepare_each(read_sources(data), data, tiny_tokenizer())
+    whole = combined(made)
+    rows = whole.eval.rows
+    found = whole.eval_prompts.of_rows(np.concatenate([rows[::-1], rows]))
+    alone = [p for name in ("wiki", "chat") for p in made[name].eval_prompts.of_rows(made[name].eval.rows[::-1])]
+    assert [prompt.source for prompt in found] == [prompt.source for prompt in alone] != []
+    assert [p.prompt_ids.tolist() for p in found] == [p.prompt_ids.tolist() for p in alone]
+    assert [p.source for p in whole.eval_prompts[-2:]] == [p.source for p in list(whole.eval_prompts)[-2:]]
+
+
+@given(st.lists(st.lists(st.integers(), max_size=4), max_size=5), st.data())
+def test_chained_sequences_are_one_list(parts: list[list[int]], data: st.DataObject) -> None:
+    items, chained = [item for part in parts for item in part], Chained(parts)
+    assert list(chained) == items and len(chained) == len(items)
+    assert [chained[n] for n in range(-len(items), len(items))] == items * 2
+    chosen = data.draw(st.slices(len(items) + 1))
+    assert chained[chosen] == items[chosen]
+    with pytest.raises(IndexError):
+        chained[len(items)]
+
+
+@given(*[st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), max_size=9)] * 2)
+def test_rows_among_others_are_those_with_an_equal_hash(hashes: list[Any], others: list[Any]) -> None:
+    arrays = [np.array(side, np.uint64).reshape(-1, 2) for side in (hashes, others)]
+    assert split.are_among(*arrays).tolist() == [each in others for each in hashes]
 
 
 def test_eval_row_that_another_source_trains_on_is_refused(prepared: Path, tmp_path: Path) -> None:

@@ -111,6 +111,11 @@ def test_wrong_settings_of_a_source_are_refused(words: list[str], message: str) 
         (["data.sources.news.max_rows=2", "data.mix.news=1"], "data.sources.news.path is empty"),
         (["data.mix.wiki=0", "data.sources.wiki.eval_fraction=0"], "data.mix.wiki=0 needs eval rows"),
         (["data.sources.chat.path=wiki.txt"], "data.sources.chat and data.sources.wiki read the same rows"),
+        (["data.stream=true"], "data.stream=true reads the rows of one path, and data.sources has chat, wiki"),
+        (
+            ["data.sources.wiki.stream=true"],
+            "data.sources.wiki.stream=true reads the rows of one path, and data",
+        ),
         (["data.eval_path=b.txt"], "data.eval_path=b.txt would be the eval rows of each of chat, wiki"),
     ],
 )

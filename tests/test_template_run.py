@@ -10,11 +10,14 @@ import torch
 from finished import call
 from real_templates import real_tokenizer
 from tiny import tiny_model
-from transformers import AutoTokenizer
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora_ft
 from lora_ft import chat, config
 from lora_ft.adapters import loading
+from lora_ft.data.dataset import prepare
 from lora_ft.errors import MismatchError
 from lora_ft.publishing import verification
 
@@ -109,49 +112,62 @@ def test_an_adapter_with_variables_may_start_a_run_with_others(run: Path, tmp_pa
     assert "template" not in json.loads((again.folder / "adapter" / "lora_ft.json").read_text())
 
 
-def first_of_answer(folder: Path, **variables: Any) -> tuple[float, float]:
-    """Return the probability that an answer begins with a thought, of the base and of the adapter."""
-    model, tokenizer = lora_ft.load(folder)
-    ids = torch.tensor([tokenizer.encode(prompt_of(tokenizer, **variables), add_special_tokens=False)])
-    token = tokenizer.convert_tokens_to_ids("<think>")
-    with torch.no_grad():
-        adapted = model(input_ids=ids).logits[0, -1].float().softmax(0)[token]
-        with model.disable_adapter():
-            base = model(input_ids=ids).logits[0, -1].float().softmax(0)[token]
-    return float(base), float(adapted)
-
-
-STEPS = [
-    "train.max_steps=80",
-    "optim.lr=5e-3",
-    "optim.warmup_steps=0",
-    "adapter.target_modules=[q_proj,v_proj,up_proj,down_proj]",
-]
-
-
 def thinking_base(folder: Path) -> None:
-    """Make a base that thinks: trained on rows with thoughts, and merged."""
-    cfg = configured(folder, *STEPS, "data.eval_fraction=0")
-    thinker = lora_ft.train(cfg, rows=rows(8, "Let me count."), folder=folder / "thinker").folder
-    lora_ft.merge(str(thinker), out=str(folder / "thinks"))
+    """Train all weights of the base to think after the usual prompt and not to with enable_thinking=false, as Qwen3."""
+    base = base_folder(folder)
+    tokenizer, model = real_tokenizer("qwen3"), AutoModelForCausalLM.from_pretrained(base)
+    examples: list[Any] = []
+    for made, variables in ((rows(8, "Let me count."), {}), (rows(8), {"enable_thinking": False})):
+        path = folder / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in made))
+        examples += prepare(config.Data(path=str(path), eval_fraction=0, template=variables), tokenizer).train
+    ids, learned = (
+        pad_sequence([torch.from_numpy(each) for each in arrays], batch_first=True)
+        for arrays in ([e.ids.astype("int64") for e in examples], [e.supervised for e in examples])
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(100):
+        logits = model(input_ids=ids).logits[:, :-1]
+        cross_entropy(logits[learned[:, 1:]], ids[:, 1:][learned[:, 1:]]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(base)
+
+
+def answers(folder: Path, **variables: Any) -> tuple[str, str]:
+    """Return the greedy answers of base and adapter."""
+    model, tokenizer = lora_ft.load(folder)
+    asked = rows(4)[3]["messages"][:1]
+    prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False, **variables)
+    ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False)])
+
+    def answer() -> str:
+        return str(tokenizer.decode(model.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]))
+
+    with model.disable_adapter():
+        base = answer()
+    return base, answer()
 
 
 @pytest.mark.nightly
 def test_a_thinking_prompt_still_begins_with_a_thought_after_rows_without(tmp_path: Path) -> None:
-    """Rows without thoughts unteach them only if the empty thoughts, or answers right after the prompt, are learned."""
+    """The rows are learned, and unteach thinking only if their empty thoughts are learned."""
     thinking_base(tmp_path)
+    polite = rows(8)
+    for row in polite:
+        row["messages"][1]["content"] = row["messages"][1]["content"].replace(".", ", my dear.")
     found = {}
-    for name, overrides in {
-        "nonempty": [],
-        "off": ["data.template.enable_thinking=false"],
-        "true": ["data.train_on_thoughts=true"],
-    }.items():
-        cfg = configured(tmp_path, *STEPS, "data.eval_fraction=0", f"model.path={tmp_path / 'thinks'}", *overrides)
-        made = lora_ft.train(cfg, rows=rows(8), folder=tmp_path / name)
-        found[name] = first_of_answer(made.folder, enable_thinking=True)
-    assert all(base > 0.9 for base, _ in found.values())
-    assert found["nonempty"][1] > 0.9 and found["off"][1] > 0.9
-    model, tokenizer = lora_ft.load(tmp_path / "nonempty")
-    ids = tokenizer.encode(prompt_of(tokenizer), add_special_tokens=False)
-    answer = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :]
-    assert tokenizer.decode(answer).startswith("<think>\nLet me count.")
+    for setting in ("nonempty", "true"):
+        cfg = configured(
+            tmp_path, "adapter.r=8", "train.max_steps=30", "optim.lr=2e-3", "optim.warmup_steps=0",
+            "data.eval_fraction=0", f"data.train_on_thoughts={setting}",
+        )  # fmt: skip
+        made = lora_ft.train(cfg, rows=polite, folder=tmp_path / setting)
+        assert made.history[-1]["loss"] < 1
+        found[setting] = [answers(made.folder, enable_thinking=on) for on in (True, False)]
+    thought = "<think>\nLet me count.\n</think>\n\n"
+    for (thinking, _), (plain, _) in found.values():
+        assert (thinking, plain) == (f"{thought}It is 3.<|im_end|>", "It is 3.<|im_end|>")
+    assert found["nonempty"][0][1].startswith(thought)
+    assert found["nonempty"][1][1] == "It is 3, my dear.<|im_end|>"
+    assert found["true"][0][1].startswith(EMPTY)

@@ -4,48 +4,47 @@
                                                    documents int32 [documents, 5] (data/examples.py)
 
 The key covers the rows, the tokenizer, the template, options, the code of this folder and the versions of libraries. A
-damaged file is replaced. A cache that cannot be written is a warning.
+damaged file is replaced. A cache that cannot be written is a warning. Files that no run has read for a month are
+removed when a file is added, and the oldest ones beyond 20 GB.
 """
 
 import datetime
 import hashlib
 import json
 import logging
+import struct
+import time
+from collections import Counter
 from functools import cache
-from importlib import metadata
+from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
 
-import safetensors.numpy
-from numpy.typing import NDArray
-
 from lora_ft import config
-from lora_ft.data.columns import Columns, InMemory
-from lora_ft.data.examples import Examples
-from lora_ft.data.rows import Ledger, Row
+from lora_ft.data import columns
+from lora_ft.data.columns import Columns
 from lora_ft.io import durable
 
 log = logging.getLogger(__name__)
 
-_NAMES = ("ids", "supervised", "documents", "weights")  # the last only if a message has a weight
+_UNUSED_SECONDS = 30 * 86400
+_LEFT_OVER_SECONDS = 86400  # of temporary files of a process that was killed
+_MOST_BYTES = 20 << 30
 
 
 def folder() -> Path:
     return durable.cache_folder("rows")
 
 
-def key(rows: list[Row], tokenizer: Any, data: config.Data) -> str:
-    """Return the hexadecimal sha256 of everything that the tokenized rows depend on."""
+def key(rows: str, tokenizer: Any, data: config.Data) -> str:
+    """Return the hexadecimal sha256 of everything that the tokenized rows depend on; `rows` is the rows' own digest."""
     digest = hashlib.sha256(_code().encode())
-    options = [tokenizer.chat_template, tokenizer.special_tokens_map, data.system, data.train_on.value,
+    options = [rows, tokenizer.chat_template, tokenizer.special_tokens_map, data.system, data.train_on.value,
                data.turns.value, data.template, str(data.train_on_thoughts).lower(), data.strict]  # fmt: skip
     if "strftime_now" in str(tokenizer.chat_template):
         options.append(datetime.date.today().isoformat())  # such a template may render today's date
     digest.update(json.dumps(options, default=str).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    for row in rows:
-        values = [row.messages, row.answer, row.plain_prompt, sorted(row.context), sorted(row.excluded), row.tools]
-        digest.update(json.dumps(values, default=str).encode())
     return digest.hexdigest()
 
 
@@ -55,42 +54,46 @@ def _code() -> str:
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
-    versions = [metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")]
+    versions = [packages.version(name) for name in ("transformers", "tokenizers", "jinja2")]
     return " ".join([digest.hexdigest(), *versions])
 
 
-def load(name: str, rows: list[Row], ledger: Ledger) -> Examples | None:
-    """Load the examples that are stored under a key, and count what was; None if the file is missing or damaged."""
+def load(name: str) -> tuple[Columns, dict[str, Counter[str]]] | None:
+    """Open the columns that are stored under a key, with the counts stored beside; None if missing or damaged."""
     path = folder() / f"{name}.safetensors"
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            stored = set(file.keys())
-            arrays = {name: file.get_tensor(name) for name in _NAMES if name in stored or name != "weights"}
-            about = json.loads(file.metadata()["about"])
-            if about["sha256"] != _checksum(*arrays.values()):
-                raise ValueError("wrong checksum")
+        stored, metadata = columns.load(path)
+        about = json.loads(metadata["about"])
+        if about["sha256"] != columns.checksum(stored):
+            raise ValueError("wrong checksum")
+        counts = {name: Counter(found) for name, found in about["counts"].items()}
     except FileNotFoundError:
         return None
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         log.warning("damaged row cache, tokenizing again: %s (%s)", path, error)
         return None
-    ledger.count(about["left_out"], about["converted"])
-    return Examples(InMemory(arrays), [row.source for row in rows])
+    durable.mark_used(path)
+    return stored, counts
 
 
-def store(name: str, stored: Columns, ledger: Ledger) -> None:
-    """Store the columns of examples under a key, with counts. Logs a warning if the folder cannot be written."""
-    arrays = {name: stored.read(name, 0, stored.count(name)) for name in _NAMES if name in stored}
+def store(name: str, stored: Columns, counts: dict[str, Counter[str]]) -> None:
+    """Store the columns of examples under a key, with counts of rows. Logs a warning if it cannot."""
+    path = folder() / f"{name}.safetensors"
     try:
         durable.make_folder(folder())
-        # One entry: safetensors writes several in any order, and equal rows should give equal files.
-        counts = {"left_out": ledger.left_out, "converted": ledger.converted}
-        about = json.dumps({"sha256": _checksum(*arrays.values()), **counts})
-        data = safetensors.numpy.save(arrays, {"about": about})
-        durable.write_bytes(folder() / f"{name}.safetensors", data)
+        about = {"sha256": columns.checksum(stored), "counts": counts}
+        columns.save(path, stored, {"about": json.dumps(about)})
+        _prune(path)
     except OSError as error:
         log.warning("rows are not cached: %s", error)
 
 
-def _checksum(*arrays: NDArray[Any]) -> str:
-    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
+def _prune(new: Path) -> None:
+    """Remove files that were not used for a month, then the oldest until the others take at most _MOST_BYTES."""
+    found = sorted(((path.stat(), path) for path in folder().iterdir() if path != new), key=lambda f: -f[0].st_mtime)
+    total, now = new.stat().st_size, time.time()
+    for stat, path in found:
+        total += stat.st_size
+        is_left_over = durable.final_name(path.name) != path.name
+        if now - stat.st_mtime > (_LEFT_OVER_SECONDS if is_left_over else _UNUSED_SECONDS) or total > _MOST_BYTES:
+            durable.remove(path)

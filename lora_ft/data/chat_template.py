@@ -23,7 +23,9 @@ from lora_ft.data.template_checks import Trials
 from lora_ft.errors import ConfigError
 
 
-def turns(rows: Iterable[Row], data: config.Data, tokenizer: Any, ledger: Ledger) -> Iterator[tuple[int, list[Turn]]]:
+def turns(
+    rows: Iterable[Row], data: config.Data, tokenizer: Any, ledger: Ledger, trials: Trials
+) -> Iterator[tuple[int, list[Turn]]]:
     """Render rows; yield the index and the turns of each good one. Bad rows go into the ledger.
 
     Raises ConfigError if the tokenizer cannot render rows of this format, or not with these settings.
@@ -35,7 +37,6 @@ def turns(rows: Iterable[Row], data: config.Data, tokenizer: Any, ledger: Ledger
         raise ConfigError("data.train_on=all learns every token, but data.train_on_thoughts=false leaves out thoughts")
     template_variables.check(tokenizer, data.template)
     template = Template(tokenizer, data.template)
-    trials = Trials(tokenizer, template.rendered)
     for index, row in enumerate(rows):
         if row.messages and tokenizer.chat_template:
             try:

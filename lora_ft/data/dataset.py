@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import operator
-from bisect import bisect_right
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 
 from lora_ft import config
 from lora_ft.config import TooLong
-from lora_ft.data import cache, chat_template, lengths, thoughts, tokenize
-from lora_ft.data.columns import InMemory
-from lora_ft.data.examples import Examples, columns_of
+from lora_ft.data import cache, chat_template, encoding, lengths, thoughts
+from lora_ft.data.examples import Examples
 from lora_ft.data.read import Rows, read
-from lora_ft.data.rows import Example, Ledger, Row, excerpt
+from lora_ft.data.row_store import StoredRows
+from lora_ft.data.rows import Example, Row, excerpt
 from lora_ft.errors import ConfigError, DataError
 
 MOST_LABELS = 50
@@ -47,7 +47,15 @@ class EvalPrompt:
     source: str
 
 
-class EvalPrompts(Sequence[EvalPrompt]):
+class Prompts(Sequence[EvalPrompt]):
+    """Interface of the prompts of an eval set."""
+
+    @abstractmethod
+    def of_rows(self, rows: NDArray[np.int64]) -> list[EvalPrompt]:
+        """Return the prompts of these rows, each once, in the order of the rows; a row of plain text has none."""
+
+
+class EvalPrompts(Prompts):
     """The prompt of each chat of the eval set, made of its last example when it is asked for.
 
     answers: functions that return the reference answer of a row, each with the number of the first row it is for.
@@ -57,35 +65,34 @@ class EvalPrompts(Sequence[EvalPrompt]):
         self,
         examples: Examples,
         rows: Sequence[Row],
-        answers: Sequence[tuple[int, Callable[[Row], str]]] = ((0, operator.attrgetter("answer")),),
+        is_chat: NDArray[np.bool_],
+        answer: Callable[[Row], str] = operator.attrgetter("answer"),
     ) -> None:
-        self._examples, self.rows, self.answers = examples, rows, answers
-        places = np.flatnonzero(examples.answer_starts)
-        of_rows = examples.rows[places]
-        chats = {row for row in np.unique(of_rows).tolist() if rows[row].messages}
-        self._last = {row: place for row, place in zip(of_rows.tolist(), places.tolist(), strict=True) if row in chats}
-        self._order = list(self._last)
+        self._examples, self._rows, self._answer = examples, rows, answer
+        of_rows = examples.rows
+        places = np.flatnonzero((examples.answer_starts > 0) & is_chat[of_rows])
+        # The last example of each row, by row.
+        self._of_rows, backwards = np.unique(of_rows[places][::-1], return_index=True)
+        self._places = places[::-1][backwards]
 
     def of_rows(self, rows: NDArray[np.int64]) -> list[EvalPrompt]:
-        """Return the prompts of these rows, each once, in the order of the rows; a row of plain text has none."""
-        return [self._made(row) for row in dict.fromkeys(rows.tolist()) if row in self._last]
+        distinct = np.array(list(dict.fromkeys(rows.tolist())), np.int64)
+        numbers = np.searchsorted(self._of_rows, distinct)
+        return [self[number] for number in numbers[np.isin(distinct, self._of_rows)].tolist()]
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self._places)
 
     @overload
     def __getitem__(self, index: int) -> EvalPrompt: ...
     @overload
     def __getitem__(self, index: slice) -> list[EvalPrompt]: ...
     def __getitem__(self, index: int | slice) -> EvalPrompt | list[EvalPrompt]:
-        chosen = self._order[index]
-        return self._made(chosen) if isinstance(chosen, int) else [self._made(row) for row in chosen]
-
-    def _made(self, row: int) -> EvalPrompt:
-        example = self._examples[self._last[row]]
-        _, answer_of = self.answers[bisect_right(self.answers, row, key=operator.itemgetter(0)) - 1]
-        answer = answer_of(self.rows[row])
-        return EvalPrompt(example.ids[: example.answer_start], _question(self.rows[row]), answer, example.source)
+        if isinstance(index, slice):
+            return [self[number] for number in range(len(self))[index]]
+        number = range(len(self))[index]
+        example, row = self._examples[int(self._places[number])], self._rows[int(self._of_rows[number])]
+        return EvalPrompt(example.ids[: example.answer_start], _question(row), self._answer(row), example.source)
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,7 @@ class Report:
     duplicates: rows that differ from an earlier one in case and whitespace at most. unused: columns that are not read.
     sha256: of all ids and masks. template_sha256, tokenizer_sha256: of the chat template and the tokenizer.
     sources: the reports of the sources of data.sources, if there are any; the other fields are their sums.
+    is_stream: the training rows are streamed, and only those of the first block are counted.
     """
 
     format: str
@@ -118,12 +126,14 @@ class Report:
     template_sha256: str | None
     tokenizer_sha256: str
     sources: dict[str, "Report"] = field(default_factory=dict)
+    is_stream: bool = False
 
     def __str__(self) -> str:
         left_out = "".join(f", {count:,} {reason} left out" for reason, count in self.left_out.items())
         converted = ", ".join(f"{count:,} {what}" for what, count in self.converted.items())
+        rows = f"{'the first ' if self.is_stream else ''}{self.rows:,} rows ({self.format})"
         return (
-            f"{self.rows:,} rows ({self.format}): {self.train_documents:,} documents of {self.train_tokens:,} tokens "
+            f"{rows}: {self.train_documents:,} documents of {self.train_tokens:,} tokens "
             f"to train on, {self.supervised_tokens:,} of them supervised, longest {self.longest:,}; "
             f"{self.eval_documents:,} to evaluate on; {self.duplicates:,} duplicates{left_out}"
             + (f"; {self.truncated:,} prompts cut" if self.truncated else "")
@@ -147,14 +157,17 @@ class Dataset:
     """Training examples, eval examples, the prompts of the eval set, and the `labels` of the training rows.
 
     parts: those of each source of data.sources, in order; empty if there are no sources.
+
+    If the training rows are streamed, `train` are those of the first block; eval_rows: the rows of the eval set.
     """
 
     train: Examples
     eval: Examples
-    eval_prompts: EvalPrompts
+    eval_prompts: Prompts
     answers: list[str] | None
     report: Report
     parts: dict[str, Part] = field(default_factory=dict)
+    eval_rows: StoredRows | None = None
 
     @property
     def named_parts(self) -> dict[str, Part]:
@@ -165,18 +178,22 @@ class Dataset:
 def tokenized(found: Rows, tokenizer: Any, data: config.Data) -> Examples:
     """Render and tokenize rows, or load their examples from the cache. Bad rows go into the ledger."""
     rows, ledger = found.rows, found.ledger
-    name = cache.key(rows, tokenizer, data) if len(rows) >= _CACHED_FROM_ROWS and not ledger.bad else None
-    if name and (kept := cache.load(name, rows, ledger)) is not None:
+    name = cache.key(rows.digest, tokenizer, data) if _is_cached(found, data) else None
+    if name and (kept := cache.load(name)) is not None:
         found.from_cache.append(name)
-        return kept
-    counts = Ledger(ledger.strict, bad=ledger.bad)  # of rendering, which are stored with the examples
-    rendered = chat_template.turns(rows, data, tokenizer, counts)
-    stored = InMemory(columns_of(list(tokenize.encode(rows, rendered, tokenizer, data.train_on, counts))))
-    ledger.count(counts.left_out, counts.converted)
-    examples = Examples(stored, [row.source for row in rows])
-    if name and not ledger.bad and examples.supervised_tokens.all():
+        stored, counts = kept
+    else:
+        stored, counts = encoding.encode(rows, tokenizer, data, ledger)
+    ledger.count(counts["left_out"], counts["converted"])
+    found.written.update(counts["written"])
+    examples = Examples(stored, rows.sources)
+    if name and not (kept or ledger.bad) and examples.supervised_tokens.all():
         cache.store(name, stored, counts)
     return examples
+
+
+def _is_cached(found: Rows, data: config.Data) -> bool:
+    return len(found.rows) >= _CACHED_FROM_ROWS and not (found.ledger.bad or data.stream)
 
 
 MakeExamples = Callable[[Rows, Any, config.Data], Sequence[Example]]  # `Objective.examples`
@@ -199,17 +216,12 @@ def prepare_rows(found: Rows, data: config.Data, tokenizer: Any, make_examples: 
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"the tokenizer must be a fast one (tokenizer.json), got {type(tokenizer).__name__}")
     rows, ledger = found.rows, found.ledger
-    examples = Examples.of(make_examples(found, tokenizer, data))
-    for index in np.flatnonzero(examples.supervised_tokens == 0).tolist():
-        example = examples[index]
-        ledger.add_bad(example.source, "row", "has no supervised token", rows[example.row].answer)
-    ledger.raise_bad()
-    fitted, cut = lengths.fit(examples, found, data, tokenizer)
-    in_eval = np.array(found.is_eval, dtype=np.bool_)[fitted.rows]
+    fitted, cut = documents(found, data, tokenizer, make_examples)
+    in_eval, is_all_eval = found.is_eval[fitted.rows], bool(found.is_eval.all())
     train, eval_ = fitted.select(np.flatnonzero(~in_eval)), fitted.select(np.flatnonzero(in_eval))
-    if not (eval_ if all(found.is_eval) else train):
+    if not (eval_ if is_all_eval else train):
         left_out = ", ".join(f"{count} {reason}" for reason, count in ledger.left_out.items())
-        raise DataError(f"no row is left to {'evaluate' if all(found.is_eval) else 'train on'}: {left_out}")
+        raise DataError(f"no row is left to {'evaluate' if is_all_eval else 'train on'}: {left_out}")
     report = Report(
         format=found.format.name, rows=len(rows), train_documents=len(train), eval_documents=len(eval_),
         left_out=dict(+ledger.left_out), converted=dict(+ledger.converted),
@@ -220,9 +232,22 @@ def prepare_rows(found: Rows, data: config.Data, tokenizer: Any, make_examples: 
         cached=bool(found.from_cache),
         sha256=_sha256(train, eval_), template_sha256=_template_sha256(tokenizer),
         tokenizer_sha256=hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        is_stream=data.stream,
     )  # fmt: skip
-    prompts = EvalPrompts(eval_, rows, [(0, partial(chat_template.answer_of, data=data, tokenizer=tokenizer))])
-    return Dataset(train, eval_, prompts, labels(rows[row] for row in train.rows.tolist()), report)
+    answers = labels(rows.select(np.unique(train.rows)))
+    prompts = EvalPrompts(eval_, rows, rows.is_chat, partial(chat_template.answer_of, data=data, tokenizer=tokenizer))
+    return Dataset(train, eval_, prompts, answers, report, eval_rows=found.eval_rows if data.stream else None)
+
+
+def documents(found: Rows, data: config.Data, tokenizer: Any, make_examples: MakeExamples) -> tuple[Examples, int]:
+    """Make examples of at most `data.max_length` tokens; also return the number of those that were cut."""
+    ledger = found.ledger
+    examples = Examples.of(make_examples(found, tokenizer, data))
+    for index in np.flatnonzero(examples.supervised_tokens == 0).tolist():
+        example = examples[index]
+        ledger.add_bad(example.source, "row", "has no supervised token", found.rows[example.row].answer)
+    ledger.raise_bad()
+    return lengths.fit(examples, found, data, tokenizer)
 
 
 def _question(row: Row) -> str:
@@ -231,8 +256,13 @@ def _question(row: Row) -> str:
 
 def labels(rows: Iterable[Row]) -> list[str] | None:
     """Return the distinct last answers of chats, without thoughts; None for none or more than MOST_LABELS."""
-    answers = {thoughts.after(row.answer) for row in rows if row.messages}
-    return sorted(answers) if 0 < len(answers) <= MOST_LABELS else None
+    answers: set[str] = set()
+    for row in rows:
+        if row.messages:
+            answers.add(thoughts.after(row.answer))
+            if len(answers) > MOST_LABELS:
+                return None
+    return sorted(answers) or None
 
 
 def _sha256(*sides: Examples) -> str:

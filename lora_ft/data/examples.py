@@ -12,21 +12,23 @@ columns   ids int32 [tokens]   supervised uint8 [tokens]
 """
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_ft.data.columns import Columns, InMemory, Joined, parts
+from lora_ft.data.columns import Columns, InMemory, Joined, Writer, parts
 from lora_ft.data.rows import Example
 
 NO_GROUP = int(np.iinfo(np.int64).min)
-_LENGTH, _SUPERVISED, _ROW, _PROMPT_END, _ANSWER_START = range(5)  # columns of `documents`
+_LENGTH, _SUPERVISED, ROW, _PROMPT_END, _ANSWER_START = range(5)  # columns of `documents`
 _BLOCK_TOKENS = 1 << 20
-_PART = 1 << 16  # documents read at once
+_PART = 1 << 16  # documents of which one column is read
+_DOCUMENTS_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Examples(Sequence[Example]):
         starts: NDArray[np.int64] | None = None,
         by_document: bool = False,
     ) -> None:
-        self._stored, self._sources, self._chosen, self._by_document = stored, sources, chosen, by_document
+        self.stored, self.sources, self.chosen, self.by_document = stored, sources, chosen, by_document
         self._starts = _starts(self._field(_LENGTH)) if starts is None else starts
 
     @classmethod
@@ -71,40 +73,9 @@ class Examples(Sequence[Example]):
     def select(self, indices: Any) -> "Examples":
         """Return the documents with these indices, in their order."""
         chosen = np.asarray(indices, dtype=np.int64)
-        if self._chosen is not None:
-            chosen = self._chosen[chosen]
-        return Examples(self._stored, self._sources, chosen, self._starts, self._by_document)
-
-    def replaced(self, made: Sequence[Example], order: Any) -> "Examples":
-        """Return an order of these documents and of others made of them, which follow in the numbering."""
-        own = np.arange(len(self)) if self._chosen is None else self._chosen
-        places = np.concatenate([own, np.arange(len(made)) + len(self._starts) - 1])
-        sources = [*self._sources, *(example.source for example in made)] if self._by_document else self._sources
-        stored = Joined(self._stored, InMemory(columns_of(made, "groups" in self._stored, "weights" in self._stored)))
-        return Examples(stored, sources, places[np.asarray(order, dtype=np.int64)], by_document=self._by_document)
-
-    @classmethod
-    def joined(cls, sides: "Sequence[Examples]", num_rows: Sequence[int]) -> "Examples":
-        """Return the documents of several examples, one after the other; their rows and groups get other numbers.
-
-        num_rows: the number of rows that each was made of.
-        """
-        has_groups, has_weights = (any(name in side._stored for side in sides) for name in ("groups", "weights"))
-        by_document = any(side._by_document for side in sides)
-        stored: Columns | None = None
-        sources: list[str] = []
-        places, documents, rows, group = [np.zeros(0, np.int64)], 0, 0, 0
-        for side, count in zip(sides, num_rows, strict=True):
-            own = _Numbered(side._stored, rows, group if has_groups else None, has_weights)
-            stored = Joined(stored, own) if stored else own
-            sources += side._sources_of_documents() if by_document else side._sources
-            places.append(documents + (np.arange(len(side)) if side._chosen is None else side._chosen))
-            documents, rows, group = documents + len(side._starts) - 1, rows + count, own.next_group
-        starts = _starts(np.concatenate([np.diff(side._starts) for side in sides]))
-        return cls(stored or InMemory(columns_of([])), sources, np.concatenate(places), starts, by_document)
-
-    def _sources_of_documents(self) -> Sequence[str]:
-        return self._sources if self._by_document else [self._sources[row] for row in self._field(_ROW).tolist()]
+        if self.chosen is not None:
+            chosen = self.chosen[chosen]
+        return Examples(self.stored, self.sources, chosen, self._starts, self.by_document)
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
@@ -119,7 +90,7 @@ class Examples(Sequence[Example]):
     @property
     def rows(self) -> NDArray[np.int64]:
         """Index of the row of each document."""
-        return self._of_chosen(self._field(_ROW))
+        return self._of_chosen(self._field(ROW))
 
     @property
     def answer_starts(self) -> NDArray[np.int64]:
@@ -129,12 +100,12 @@ class Examples(Sequence[Example]):
     @property
     def groups(self) -> NDArray[np.int64] | None:
         """Group of each document, NO_GROUP if it has none; None if no document has one."""
-        if "groups" not in self._stored:
+        if "groups" not in self.stored.names():
             return None
-        return self._of_chosen(self._stored.read("groups", 0, len(self._starts) - 1))
+        return self._of_chosen(self.stored.read("groups", 0, len(self._starts) - 1))
 
     def __len__(self) -> int:
-        return len(self._starts) - 1 if self._chosen is None else len(self._chosen)
+        return len(self._starts) - 1 if self.chosen is None else len(self.chosen)
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -148,8 +119,8 @@ class Examples(Sequence[Example]):
             raise IndexError(f"example {number} of {len(self)}")
         place = self._place(number % len(self))
         span = int(self._starts[place]), int(self._starts[place + 1])
-        ids, supervised = self._stored.read("ids", *span), self._stored.read("supervised", *span)
-        weights = self._stored.read("weights", *span) if "weights" in self._stored else None
+        ids, supervised = self.stored.read("ids", *span), self.stored.read("supervised", *span)
+        weights = self.stored.read("weights", *span) if "weights" in self.stored.names() else None
         return self._made(place, ids, supervised.view(np.bool_), weights)
 
     def __iter__(self) -> Iterator[Example]:
@@ -171,27 +142,28 @@ class Examples(Sequence[Example]):
             first = last
 
     def _block(self, first: int, last: int) -> Block:
-        places = np.arange(first, last) if self._chosen is None else self._chosen[first:last]
+        places = np.arange(first, last) if self.chosen is None else self.chosen[first:last]
         runs = np.split(places, np.flatnonzero(np.diff(places) != 1) + 1)  # of documents that are stored side by side
         spans = [(int(self._starts[run[0]]), int(self._starts[run[-1] + 1])) for run in runs]
+        names = self.stored.names()
         ids, supervised, weights = (
-            np.concatenate([self._stored.read(name, *span) for span in spans]) if name in self._stored else None
+            np.concatenate([self.stored.read(name, *span) for span in spans]) if name in names else None
             for name in ("ids", "supervised", "weights")
         )
         assert ids is not None and supervised is not None
         return Block(first, ids, supervised.view(np.bool_), _starts(self.lengths[first:last]), weights)
 
     def _place(self, index: int) -> int:
-        return index if self._chosen is None else int(self._chosen[index])
+        return index if self.chosen is None else int(self.chosen[index])
 
     def _of_chosen(self, values: NDArray[Any]) -> NDArray[np.int64]:
-        return (values if self._chosen is None else values[self._chosen]).astype(np.int64, copy=False)
+        return (values if self.chosen is None else values[self.chosen]).astype(np.int64, copy=False)
 
     def _field(self, number: int) -> NDArray[np.int32]:
         """Return one column of `documents`, read in parts: the others are not kept."""
-        found = np.empty(self._stored.count("documents"), np.int32)
+        found = np.empty(self.stored.count("documents"), np.int32)
         start = 0
-        for part in parts(self._stored, "documents", _PART):
+        for part in parts(self.stored, "documents", _PART):
             found[start : start + len(part)] = part[:, number]
             start += len(part)
         return found
@@ -199,54 +171,47 @@ class Examples(Sequence[Example]):
     def _made(
         self, place: int, ids: NDArray[np.int32], supervised: NDArray[np.bool_], weights: NDArray[np.float32] | None
     ) -> Example:
-        row, prompt_end, answer_start = self._stored.read("documents", place, place + 1)[0, _ROW:].tolist()
-        group = int(self._stored.read("groups", place, place + 1)[0]) if "groups" in self._stored else NO_GROUP
-        source = self._sources[place if self._by_document else row]
+        row, prompt_end, answer_start = self.stored.read("documents", place, place + 1)[0, ROW:].tolist()
+        group = int(self.stored.read("groups", place, place + 1)[0]) if "groups" in self.stored.names() else NO_GROUP
+        source = self.sources[place if self.by_document else row]
         if weights is not None and np.array_equal(weights, supervised):
             weights = None
         group_or_none = None if group == NO_GROUP else group
         return Example(ids, supervised, source, row, prompt_end, answer_start, group_or_none, weights)
 
 
-class _Numbered:
-    """Columns of which rows and groups are counted from other numbers.
+class Replacements:
+    """Collects documents that are made of those of `examples`, as columns in the files of a folder if they are many."""
 
-    first_group: None to leave `groups` out. has_weights: have `weights`, by default 1 for each supervised token.
-    """
+    def __init__(self, examples: Examples, folder: Path) -> None:
+        self._examples, self._writer = examples, Writer(folder)
+        self._sources: list[str] = []
+        self._kept: list[Example] = []
 
-    def __init__(self, columns: Columns, first_row: int, first_group: int | None, has_weights: bool) -> None:
-        self._columns, self._first_row, self._first_group = columns, first_row, first_group
-        self._has_weights = has_weights
+    def append(self, made: Iterable[Example]) -> int:
+        """Append documents; return their number."""
+        before = len(self._kept)
+        self._kept += made
+        count = len(self._kept) - before
+        if len(self._kept) >= _DOCUMENTS_AT_ONCE:
+            self._write()
+        return count
 
-    @property
-    def next_group(self) -> int:
-        """A number above all groups."""
-        if self._first_group is None or "groups" not in self._columns:
-            return self._first_group or 0
-        groups = self._columns.read("groups", 0, self.count("documents"))
-        return self._first_group + 1 + int(groups.max(initial=-1))
+    def finish(self, order: NDArray[np.int64]) -> Examples:
+        """Return an order of the documents of `examples` and of those appended, which follow in the numbering."""
+        self._write()
+        old, added = self._examples, self._writer.finish()
+        own = np.arange(len(old)) if old.chosen is None else old.chosen
+        places = np.concatenate([own, np.arange(added.count("documents")) + old.stored.count("documents")])
+        sources = [*old.sources, *self._sources] if old.by_document else old.sources
+        return Examples(Joined(old.stored, added), sources, places[order], by_document=old.by_document)
 
-    def read(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        if name == "groups" and self._first_group is not None:
-            if "groups" not in self._columns:
-                return np.full(stop - start, NO_GROUP, np.int64)
-            groups = self._columns.read(name, start, stop)
-            return np.where(groups == NO_GROUP, NO_GROUP, groups + self._first_group)
-        if name == "weights" and "weights" not in self._columns:
-            return self._columns.read("supervised", start, stop).astype(np.float32)
-        values = self._columns.read(name, start, stop)
-        if name == "documents" and self._first_row:
-            values = values.copy()
-            values[:, _ROW] += self._first_row
-        return values
-
-    def count(self, name: str) -> int:
-        return self._columns.count({"groups": "documents", "weights": "ids"}.get(name, name))
-
-    def __contains__(self, name: object) -> bool:
-        if name == "weights":
-            return self._has_weights
-        return self._first_group is not None if name == "groups" else name in self._columns
+    def _write(self) -> None:
+        names = self._examples.stored.names()
+        self._writer.append(**columns_of(self._kept, "groups" in names, "weights" in names))
+        if self._examples.by_document:
+            self._sources += [example.source for example in self._kept]
+        self._kept = []
 
 
 def columns_of(

@@ -16,10 +16,9 @@ A message with "weight": 0, "train": false or "loss": false is not learned; anot
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import Any
 
 from lora_ft import config
@@ -36,34 +35,48 @@ from lora_ft.errors import ConfigError, DataError
 Parse = Callable[[str, dict[str, Any], Ledger], Row]
 
 
-def rows(records: Iterable[Record], data: config.Data, ledger: Ledger) -> tuple[Format, list[Row], list[str]]:
-    """Read at most `data.max_rows` records; return the format, the rows, and the columns that are not read.
+@dataclass(frozen=True)
+class Header:
+    """The columns of the first rows, from which the format follows.
 
-    Bad rows go into the ledger, which is raised if no row is good. Raises ConfigError for settings that name columns
-    which no record has, DataError if no format fits or there is no row.
+    names: of the file's columns. columns: the number of rows with each set of columns, after renaming.
     """
-    kept = list(islice(records, data.max_rows))
-    if not kept:
-        ledger.raise_bad()
-        raise DataError(f"{data.path}: there are no rows")
-    columns = Counter(tuple(_renamed(values, data.columns)) for _, values in kept)
-    names = list(dict.fromkeys(name for _, values in kept for name in values))
-    found, parse, read = _parser(names, columns, data)
-    parsed: list[Row] = []
-    for source, values in kept:
+
+    names: list[str]
+    columns: Counter[tuple[str, ...]]
+
+    @classmethod
+    def of(cls, records: Iterable[Record], data: config.Data) -> "Header":
+        names: dict[str, None] = {}
+        columns: Counter[tuple[str, ...]] = Counter()
+        for _, values in records:
+            names.update(dict.fromkeys(values))
+            columns[tuple(_renamed(values, data.columns))] += 1
+        return cls(list(names), columns)
+
+    def parser(self, data: config.Data) -> tuple[Format, Parse, Iterable[str]]:
+        """Return the format, the function that makes a row, and the columns that it reads.
+
+        Raises ConfigError for settings that name columns which no record has, DataError if no format fits.
+        """
+        return _parser(self.names, self.columns, data)
+
+    def unused(self, names: Iterable[str], data: config.Data) -> list[str]:
+        """Return those of the file's columns that are not read."""
+        in_file = {data.columns.get(name, name) for name in self.parser(data)[2]}
+        return [name or "(unnamed)" for name in names if name not in in_file]
+
+
+def rows(records: Iterable[Record], parse: Parse, data: config.Data, ledger: Ledger) -> Iterator[Row]:
+    """Make the rows of records. Bad rows go into the ledger, which raises DataError once it is full."""
+    for source, values in records:
         try:
-            parsed.append(parse(source, _renamed(values, data.columns), ledger))
+            yield parse(source, _renamed(values, data.columns), ledger)
         except LeftOut as reason:
             ledger.left_out[str(reason)] += 1
         except RowError as error:
             shown = values if error.shown is None else error.shown
             ledger.add_bad(source, _name_in_file(error.name, data.columns), error.reason, shown)
-    if not parsed:
-        ledger.raise_bad()
-        left_out = ", ".join(f"{count} {reason}" for reason, count in ledger.left_out.items())
-        raise DataError(f"{data.path}: every row is left out: {left_out}")
-    in_file = {data.columns.get(name, name) for name in read}
-    return found, parsed, [name or "(unnamed)" for name in names if name not in in_file]
 
 
 def _parser(

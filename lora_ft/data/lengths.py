@@ -6,7 +6,7 @@ truncate_prompt  cut the start of the prompt; answers are never cut
 split            cut plain text into windows that overlap by one token
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from lora_ft import config
 from lora_ft.config import TooLong
-from lora_ft.data.examples import Examples
+from lora_ft.data import cache
+from lora_ft.data.examples import Examples, Replacements
 from lora_ft.data.read import Rows
 from lora_ft.data.rows import Example
 from lora_ft.errors import DataError
@@ -38,12 +39,12 @@ def fit(examples: Examples, found: Rows, data: config.Data, tokenizer: Any) -> t
         found.ledger.left_out["longer than data.max_length"] += len(dropped)
         return examples.select(np.flatnonzero(~np.isin(examples.rows, dropped))), 0
     if data.too_long is TooLong.split:
-        stuck = long.select([i for i, row in enumerate(long.rows.tolist()) if found.rows[row].messages])
+        stuck = long.select(np.flatnonzero(found.rows.is_chat[long.rows]))
         why = ", and data.too_long=split applies to plain text only"
         if not len(stuck):
-            fitted = _replaced(examples, places, [list(_windows(example, limit)) for example in long])
+            fitted = _replaced(examples, places, lambda example: _windows(example, limit))
     elif data.too_long is TooLong.truncate_prompt:
-        fitted = _replaced(examples, places, [[_truncated(example, limit, tokenizer)] for example in long])
+        fitted = _replaced(examples, places, lambda example: [_truncated(example, limit, tokenizer)])
         stuck = fitted.select(np.flatnonzero(fitted.lengths > limit))
         why = " even without their prompts, and answers are never cut"
     if len(stuck):
@@ -56,13 +57,19 @@ def fit(examples: Examples, found: Rows, data: config.Data, tokenizer: Any) -> t
     return fitted, len(long)
 
 
-def _replaced(examples: Examples, places: NDArray[np.int64], parts: list[list[Example]]) -> Examples:
+def _replaced(
+    examples: Examples, places: NDArray[np.int64], parts_of: Callable[[Example], Iterable[Example]]
+) -> Examples:
     """Return examples of which those at some places are replaced by their parts."""
+    made = Replacements(examples, cache.folder())
     counts = np.ones(len(examples), np.int64)
-    counts[places] = [len(each) for each in parts]
+    for place, example in zip(places.tolist(), examples.select(places), strict=True):
+        counts[place] = made.append(parts_of(example))
     order = np.repeat(np.arange(len(examples)), counts)
-    order[np.isin(order, places)] = np.arange(sum(map(len, parts))) + len(examples)
-    return examples.replaced([part for each in parts for part in each], order)
+    is_part = np.zeros(len(examples), np.bool_)
+    is_part[places] = True
+    order[np.repeat(is_part, counts)] = np.arange(int(counts[places].sum())) + len(examples)
+    return made.finish(order)
 
 
 def _remedies(long: Examples, found: Rows, limit: int, tokenizer: Any) -> str:
@@ -70,7 +77,7 @@ def _remedies(long: Examples, found: Rows, limit: int, tokenizer: Any) -> str:
     choices = ["drop"]
     if all(len(_truncated(example, limit, tokenizer).ids) <= limit for example in long):
         choices.append("truncate_prompt")
-    if not any(found.rows[row].messages for row in long.rows.tolist()):
+    if not found.rows.is_chat[long.rows].any():
         choices.append("split")
     return " or ".join(choices)
 

@@ -7,6 +7,7 @@ Sources are one after the other, in the order of their names. A row that is an e
 row of another is refused; `data.deduplicate` also leaves out rows of earlier sources.
 """
 
+import bisect
 import contextlib
 import hashlib
 import itertools
@@ -14,7 +15,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,16 +26,18 @@ from lora_ft.data import split
 from lora_ft.data.dataset import (
     MOST_LABELS,
     Dataset,
-    EvalPrompts,
+    EvalPrompt,
     MakeExamples,
     Part,
+    Prompts,
     Report,
     prepare_rows,
     tokenized,
 )
 from lora_ft.data.examples import Examples
 from lora_ft.data.groups import Groups
-from lora_ft.data.read import EQUAL_TO_EARLIER, Rows, read
+from lora_ft.data.joined import Chained, joined
+from lora_ft.data.read import EQUAL_TO_EARLIER, Rows, read, refuse_leaks
 from lora_ft.data.sampler import Source
 from lora_ft.errors import LoraFtError
 
@@ -65,6 +68,31 @@ class Mix:
         return (max if self.until is MixUntil.first else min)(passes)
 
 
+class MixedPrompts(Prompts):
+    """The prompts of several sources, one after the other. num_rows: the number of rows of each source."""
+
+    def __init__(self, each: Sequence[Prompts], num_rows: Sequence[int]) -> None:
+        self._each, self._all = each, Chained(each)
+        self._firsts = [*itertools.accumulate(num_rows, initial=0)]
+
+    def of_rows(self, rows: NDArray[np.int64]) -> list[EvalPrompt]:
+        found = []
+        for row in dict.fromkeys(rows.tolist()):
+            source = bisect.bisect_right(self._firsts, row) - 1
+            found += self._each[source].of_rows(np.array([row - self._firsts[source]]))
+        return found
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    @overload
+    def __getitem__(self, index: int) -> EvalPrompt: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[EvalPrompt]: ...
+    def __getitem__(self, index: int | slice) -> EvalPrompt | list[EvalPrompt]:
+        return self._all[index]
+
+
 def mix_of(dataset: Dataset, data: config.Data) -> Mix | None:
     """Return the mix of a dataset that `prepare` made with these settings; None if they have no sources."""
     if not dataset.parts:
@@ -93,18 +121,8 @@ def read_sources(data: config.Data) -> dict[str, Rows]:
         with _of_source(name):
             found[name] = _without_earlier(read(source), found, source)
     if len(found) > 1:
-        refuse_leaks(found, found)
+        refuse_leaks([*found.values()], [*found.values()])
     return found
-
-
-def refuse_leaks(trained: Mapping[str, Rows], evaluated: Mapping[str, Rows]) -> None:
-    """Raise DataError if an eval row of the second rows is a training row of the first."""
-    sides = []
-    for side, of_eval in ((trained, False), (evaluated, True)):
-        chosen = [(rows, i) for rows in side.values() for i, is_eval in enumerate(rows.is_eval) if is_eval is of_eval]
-        sides.append(([rows.rows[i] for rows, i in chosen], [rows.hashes[i] for rows, i in chosen]))
-    (train_rows, train_hashes), (eval_rows, eval_hashes) = sides
-    split.refuse_leaks(train_rows, eval_rows, train_hashes, eval_hashes)
 
 
 def prepare(data: config.Data, tokenizer: Any, make_examples: MakeExamples = tokenized) -> Dataset:
@@ -128,17 +146,14 @@ def combined(made: Mapping[str, Dataset]) -> Dataset:
     if "" in made:
         return made[""]
     each = list(made.values())
-    num_rows = [len(own.eval_prompts.rows) for own in each]
-    train, evaluated = (Examples.joined([getattr(own, side) for own in each], num_rows) for side in ("train", "eval"))
+    num_rows = [own.report.rows for own in each]
+    train, evaluated = (joined([getattr(own, side) for own in each], num_rows) for side in ("train", "eval"))
     parts, trained, tested = {}, 0, 0
     for name, own in made.items():
         parts[name] = Part(
             range(trained, trained := trained + len(own.train)), range(tested, tested := tested + len(own.eval))
         )
-    firsts = itertools.accumulate(num_rows, initial=0)
-    answers = [(first, own.eval_prompts.answers[0][1]) for first, own in zip(firsts, each, strict=False)]
-    rows = list(itertools.chain.from_iterable(own.eval_prompts.rows for own in each))
-    prompts = EvalPrompts(evaluated, rows, answers)
+    prompts = MixedPrompts([own.eval_prompts for own in each], num_rows)
     report = _report({name: own.report for name, own in made.items()})
     return Dataset(train, evaluated, prompts, _labels([own.answers for own in each]), report, parts)
 
@@ -156,8 +171,10 @@ def _of_source(name: str) -> Iterator[None]:
 
 def _without_earlier(found: Rows, earlier: Mapping[str, Rows], source: config.Data) -> Rows:
     """Count the rows that earlier sources have, and leave them out if `data.deduplicate` is true."""
-    seen = {h for rows in earlier.values() for h in rows.hashes}
-    kept = [i for i, h in enumerate(found.hashes) if h not in seen]
+    if not earlier:
+        return found
+    seen = np.concatenate([rows.rows.hashes for rows in earlier.values()])
+    kept = np.flatnonzero(~split.are_among(found.rows.hashes, seen))
     count = len(found.rows) - len(kept)
     if not count:
         return found
@@ -166,9 +183,8 @@ def _without_earlier(found: Rows, earlier: Mapping[str, Rows], source: config.Da
     found.ledger.left_out[EQUAL_TO_EARLIER] += count
     return replace(
         found,
-        rows=[found.rows[i] for i in kept],
-        hashes=[found.hashes[i] for i in kept],
-        is_eval=[found.is_eval[i] for i in kept],
+        rows=found.rows.select(kept),
+        is_eval=found.is_eval[kept],
         duplicates=found.duplicates + count,
     )
 

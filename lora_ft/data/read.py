@@ -1,16 +1,24 @@
 """Read the rows that the settings name, check them, and split them into training and eval rows. No tokenizer needed.
 
-read(Data(path="chat.jsonl")) -> Rows(format, rows=[Row ...], hashes=[...], is_eval=[False, True, ...], ...)
+read(Data(path="chat.jsonl")) -> Rows(format, rows=[Row ...], is_eval=[False, True, ...], ...)
 """
 
 import logging
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lora_ft import config
 from lora_ft.config import Format
-from lora_ft.data import formats, split
-from lora_ft.data.rows import Ledger, Row
-from lora_ft.data.sources import ALL_SPLITS, folder_splits, is_local, records, split_name
+from lora_ft.data import cache, split
+from lora_ft.data.joined import Chained
+from lora_ft.data.parsing import append_rows
+from lora_ft.data.row_store import RowWriter, StoredRows
+from lora_ft.data.rows import Ledger
+from lora_ft.data.sources import ALL_SPLITS, folder_splits, is_local, split_name
 from lora_ft.errors import ConfigError
 
 log = logging.getLogger("lora_ft")
@@ -22,23 +30,27 @@ EQUAL_TO_EARLIER = "equal to an earlier row"  # a reason to leave rows out
 class Rows:
     """Rows before tokenization.
 
-    hashes: sha256 of each row's content. is_eval: True for each row of the eval set.
-    duplicates: number of rows that differ from an earlier one in case and whitespace at most.
-    unused: columns that are not read. from_cache: names of the cache files that the examples were loaded from.
+    is_eval: True for each row of the eval set. duplicates: number of rows that differ from an earlier one in case and
+    whitespace at most. unused: columns that are not read. from_cache: names of the cache files that the examples were
+    loaded from. written: rows by the added token in a prompt or text, once the rows are encoded (data/encoding.py).
     """
 
     format: Format
-    rows: list[Row]
-    hashes: list[bytes]
-    is_eval: list[bool]
+    rows: StoredRows
+    is_eval: NDArray[np.bool_]
     duplicates: int
     unused: list[str]
     ledger: Ledger
     from_cache: list[str] = field(default_factory=list)
+    written: Counter[str] = field(default_factory=Counter)
 
     @property
-    def training_rows(self) -> list[Row]:
-        return [row for row, is_eval in zip(self.rows, self.is_eval, strict=True) if not is_eval]
+    def training_rows(self) -> StoredRows:
+        return self.rows.select(np.flatnonzero(~self.is_eval))
+
+    @property
+    def eval_rows(self) -> StoredRows:
+        return self.rows.select(np.flatnonzero(self.is_eval))
 
 
 def read(data: config.Data) -> Rows:
@@ -50,33 +62,59 @@ def read(data: config.Data) -> Rows:
     if eval_split(data) != data.eval_split:
         log.info(f"eval rows: the validation files of {data.path}; data.eval_fraction is not used")
         data = replace(data, eval_split=eval_split(data))
-    ledger = Ledger(data.strict)
-    found, rows, unused = formats.rows(records(data.path, "data.path", data, ledger), data, ledger)
-    rows, hashes, duplicates = _unique(rows, data, ledger)
-    if not (data.eval_path or data.eval_split):
-        return Rows(found, rows, hashes, split.choose_eval(hashes, data.eval_fraction), duplicates, unused, ledger)
+    if data.stream and data.eval_fraction and not (data.eval_path or data.eval_split):
+        raise ConfigError(
+            "data.stream=true reads rows only once they are trained on, so no fraction of them can be held out: set "
+            "data.eval_path to a file of eval rows, or data.eval_fraction=0"
+        )
+    ledger, writer = Ledger(data.strict), RowWriter(cache.folder())
+    found, unused = append_rows("data.path", _first_block(data) if data.stream else data, writer, ledger)
+    data = replace(data, stream=False)
+    trained = writer.count
     if data.eval_path:
-        key, eval_data = "data.eval_path", replace(data, path=data.eval_path, split=data.eval_split or data.split)
+        eval_data = replace(data, path=data.eval_path, split=data.eval_split or data.split)
+        unused += append_rows("data.eval_path", eval_data, writer, ledger)[1]
+    elif data.eval_split:
+        unused += append_rows("data.eval_split", replace(data, split=str(data.eval_split)), writer, ledger)[1]
+    rows = writer.finish()
+    sides = np.arange(trained), np.arange(trained, len(rows))
+    hashes = rows.hashes
+    kept = [side[split.first_of_equal(hashes[side])] for side in sides]
+    duplicates = len(rows) - sum(map(len, kept))
+    if data.deduplicate:
+        ledger.left_out[EQUAL_TO_EARLIER] += duplicates
+        sides = kept[0], kept[1]
+        rows = rows.select(np.concatenate(sides))
+    if not (data.eval_path or data.eval_split):
+        is_eval = split.choose_eval(rows.hashes, data.eval_fraction)
     else:
-        key, eval_data = "data.eval_split", replace(data, split=str(data.eval_split))
-    _, eval_rows, more_unused = formats.rows(records(eval_data.path, key, eval_data, ledger), eval_data, ledger)
-    eval_rows, eval_hashes, more_duplicates = _unique(eval_rows, data, ledger)
-    split.refuse_leaks(rows, eval_rows, hashes, eval_hashes)
-    return Rows(
-        found,
-        rows + eval_rows,
-        hashes + eval_hashes,
-        [False] * len(rows) + [True] * len(eval_rows),
-        duplicates + more_duplicates,
-        list(dict.fromkeys(unused + more_unused)),
-        ledger,
-    )
+        is_eval = np.arange(len(rows)) >= len(sides[0])
+    read_rows = Rows(found, rows, is_eval, duplicates, list(dict.fromkeys(unused)), ledger)
+    if data.eval_path or data.eval_split:
+        refuse_leaks([read_rows], [read_rows])
+    return read_rows
+
+
+def _first_block(data: config.Data) -> config.Data:
+    """Return the settings that read the first block of a stream."""
+    return replace(data, max_rows=min(data.shuffle_buffer, data.max_rows or data.shuffle_buffer))
 
 
 def read_eval(data: config.Data) -> Rows:
     """Read every row of `data.path` as an eval row."""
-    found = read(replace(data, eval_fraction=0.0, eval_path=None, eval_split=None))
-    return replace(found, is_eval=[True] * len(found.rows))
+    found = read(replace(data, eval_fraction=0.0, eval_path=None, eval_split=None, stream=False))
+    return replace(found, is_eval=np.ones(len(found.rows), np.bool_))
+
+
+def refuse_leaks(trained: Sequence[Rows], evaluated: Sequence[Rows]) -> None:
+    """Raise DataError if an eval row of the second rows is a training row of the first."""
+    train, eval_ = [rows.training_rows for rows in trained], [rows.eval_rows for rows in evaluated]
+    split.refuse_leaks(
+        Chained([rows.sources for rows in train]),
+        Chained([rows.sources for rows in eval_]),
+        np.concatenate([rows.hashes for rows in train]),
+        np.concatenate([rows.hashes for rows in eval_]),
+    )
 
 
 def eval_split(data: config.Data) -> str | None:
@@ -110,15 +148,3 @@ def _check_splits(data: config.Data) -> None:
             f"data.split={data.split} needs a hub dataset or a folder with files named for splits, and {data.path} is "
             "neither"
         )
-
-
-def _unique(rows: list[Row], data: config.Data, ledger: Ledger) -> tuple[list[Row], list[bytes], int]:
-    """Return rows, their hashes and the number of duplicates, which are left out if `data.deduplicate` is true."""
-    hashes = [split.content_hash(row) for row in rows]
-    first = {h: i for i, h in reversed(list(enumerate(hashes)))}
-    duplicates = len(rows) - len(first)
-    if not data.deduplicate:
-        return rows, hashes, duplicates
-    ledger.left_out[EQUAL_TO_EARLIER] += duplicates
-    kept = sorted(first.values())
-    return [rows[i] for i in kept], [hashes[i] for i in kept], duplicates

@@ -140,6 +140,28 @@ class Ledger:
         if len(self.bad) == MOST_BAD_ROWS:
             self.raise_bad(" (stopped there)")
 
+    @property
+    def is_full(self) -> bool:
+        """True once there are so many bad rows that reading stops."""
+        return len(self.bad) >= MOST_BAD_ROWS
+
+    def take(self) -> "Ledger":
+        """Return the contents as a ledger of their own, and empty this one."""
+        taken = Ledger(self.strict, Counter(self.left_out), Counter(self.converted), list(self.bad))
+        self.left_out.clear()
+        self.converted.clear()
+        self.bad.clear()
+        return taken
+
+    def add(self, other: "Ledger") -> None:
+        """Add the contents of a ledger of later rows. Raises DataError once there are MOST_BAD_ROWS bad rows."""
+        self.left_out.update(other.left_out)
+        self.converted.update(other.converted)
+        for line in other.bad:
+            self.bad.append(line)
+            if self.is_full:
+                self.raise_bad(" (stopped there)")
+
     def raise_bad(self, suffix: str = "") -> None:
         """Raise one DataError with each reason once, the first row that it holds for, and the others, if there are any.
 

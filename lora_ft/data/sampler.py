@@ -34,10 +34,17 @@ def derive(seed: int, *purpose: str | int) -> int:
 def epoch_order(num_rows: int, seed: int, *epoch: str | int) -> NDArray[np.int64]:
     """Return a permutation of range(num_rows): the rows in the order of the epoch.
 
-    epoch: its number; in a mix, the name of the source and the number of its pass. Rows are sorted by raw draws: numpy
-    guarantees raw streams across versions, but not `permutation` (NEP 19).
+    epoch: its number; in a mix, the name of the source and the number of its pass.
     """
-    draws = np.random.PCG64(derive(seed, "order", *epoch)).random_raw(num_rows)
+    return shuffled(num_rows, derive(seed, "order", *epoch))
+
+
+def shuffled(count: int, seed: int) -> NDArray[np.int64]:
+    """Return a permutation of range(count).
+
+    Numbers are sorted by raw draws: numpy guarantees raw streams across versions, but not `permutation` (NEP 19).
+    """
+    draws = np.random.PCG64(seed).random_raw(count)
     return np.argsort(draws, kind="stable").astype(np.int64)
 
 

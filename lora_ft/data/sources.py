@@ -117,7 +117,7 @@ def _hub(path: str, key: str, data: config.Data) -> Iterator[Record]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(path, data.name, split=data.split, revision=data.revision)
+        rows = datasets.load_dataset(path, data.name, split=data.split, revision=data.revision, streaming=data.stream)
     # The hub client's HTTP errors, its offline mode and a missing dataset are OSErrors; an unknown split or
     # configuration is a ValueError.
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -125,9 +125,13 @@ def _hub(path: str, key: str, data: config.Data) -> Iterator[Record]:
             f"{key}: {path} is neither a local file or folder nor a hub dataset that can be loaded ({excerpt(error)}): "
             "check the name, data.name, data.split and the network, or give a file"
         ) from None
-    if isinstance(rows, datasets.Dataset):
+    if isinstance(rows, datasets.Dataset | datasets.IterableDataset):
         # Arrow values are read as stored: for images and audio, `datasets` would open the file that a row names.
         batches = rows.with_format("arrow").iter(1000)
         rows = (values for batch in batches for values in arrow.values_of(batch))
-    for number, values in enumerate(rows, 1):
-        yield f"{path}:row {number}", values
+    number = 0
+    try:
+        for number, values in enumerate(rows, 1):
+            yield f"{path}:row {number}", values
+    except (OSError, datasets.exceptions.DatasetsError) as error:
+        raise ResourceError(f"{key}: {path} cannot be read after row {number}: {excerpt(error)}") from None

@@ -7,10 +7,8 @@
 what is allowed but rarely intended.
 """
 
-import re
-import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +17,12 @@ from numpy.typing import NDArray
 
 from lora_ft import config
 from lora_ft.config import TooLong
-from lora_ft.data import thoughts
-from lora_ft.data.chat_template import fitted, learned_answers, trials_of
+from lora_ft.data.chat_template import fitted, trials_of
 from lora_ft.data.dataset import Dataset, Report
 from lora_ft.data.examples import Examples
 from lora_ft.data.read import EQUAL_TO_EARLIER, Rows
 from lora_ft.data.rendering import prompts, thinking_switch
-from lora_ft.data.rows import Row, any_of, excerpt
+from lora_ft.data.rows import excerpt
 from lora_ft.data.tokenize import Vocabulary
 
 _BINS = 8
@@ -97,7 +94,7 @@ def measure(found: Rows, dataset: Dataset, data: config.Data, tokenizer: Any) ->
         unended=unended,
         prompts=len(compared),
         other_prompts=[source for source, same in compared if not same],
-        written=_written(found.rows, tokenizer),
+        written=_most_first(found.written),
         asked_before=_asked_before([found]),
         thinking=_thinking(found, dataset, data, tokenizer),
     )
@@ -121,7 +118,7 @@ def combined(sources: Sequence[tuple[Rows, Statistics]], dataset: Dataset) -> St
         unended=sum(statistics.unended for statistics in each),
         prompts=sum(statistics.prompts for statistics in each),
         other_prompts=[source for statistics in each for source in statistics.other_prompts],
-        written=dict(written.most_common()),
+        written=_most_first(written),
         asked_before=_asked_before([rows for rows, _ in sources]),
         thinking=_all_thinking([statistics.thinking for statistics in each if statistics.thinking]),
     )
@@ -183,10 +180,11 @@ def _no_thoughts(thinking: Thinking) -> str:
 
 
 def _thinking(found: Rows, dataset: Dataset, data: config.Data, tokenizer: Any) -> Thinking | None:
-    chats = [place for place, row in enumerate(dataset.train.rows.tolist()) if found.rows[row].messages]
-    if not tokenizer.chat_template or not chats:
+    all_rows = dataset.train.rows
+    chats = np.flatnonzero(found.rows.is_chat[all_rows])
+    if not tokenizer.chat_template or not len(chats):
         return None
-    of_chats = dataset.train.rows[chats]
+    of_chats = all_rows[chats]
     row = found.rows[int(of_chats[0])]
     chat, answers = fitted(row, data, trials_of(tokenizer, data))
     asked = chat.messages[: answers[0]]
@@ -194,14 +192,10 @@ def _thinking(found: Rows, dataset: Dataset, data: config.Data, tokenizer: Any) 
     if not is_on:
         return None
     rows = np.unique(of_chats)
-    bare = rows[[not _has_thought(found.rows[row], data) for row in rows.tolist()]]
-    examined = np.array(chats)[np.isin(of_chats, bare)][:_PROMPTS_COMPARED]
+    bare = rows[~found.rows.has_thought[rows]]
+    examined = chats[np.isin(of_chats, bare)][:_PROMPTS_COMPARED]
     taught = any(document.supervised[document.answer_start] for document in dataset.train.select(examined))
     return Thinking(len(rows), len(bare), taught, switch)
-
-
-def _has_thought(row: Row, data: config.Data) -> bool:
-    return any(thoughts.of(row.messages[answer]) for answer in learned_answers(row, data.train_on))
 
 
 def _histogram(lengths: np.ndarray[Any, Any]) -> list[tuple[int, int, int]]:
@@ -251,7 +245,7 @@ def _prompts_again(
     trials = trials_of(tokenizer, data)
     last = _last_of_rows(dataset.train)
     rows = dataset.train.rows[last]
-    chats = [place for place, row in enumerate(rows.tolist()) if found.rows[row].messages]
+    chats = np.flatnonzero(found.rows.is_chat[rows]).tolist()
     for place in chats[:: max(1, len(chats) // _PROMPTS_COMPARED)][:_PROMPTS_COMPARED]:
         row, ids = found.rows[int(rows[place])], dataset.train[int(last[place])].ids
         if data.too_long is TooLong.truncate_prompt and len(ids) == data.max_length:
@@ -261,33 +255,12 @@ def _prompts_again(
         yield row.source, any(prompt == ids[: len(prompt)].tolist() for prompt in expected)
 
 
-def _written(rows: list[Row], tokenizer: Any) -> dict[str, int]:
-    """Count rows by each added token in a message that is not an answer, or in plain text.
-
-    Answers may contain <think> and the like, which the model is to write. Added tokens of whitespace are only text.
-    `prepare` refuses special tokens in chats, but plain text may use them on purpose to separate documents.
-    """
-    pattern = any_of(token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip())
-    counts: Counter[str] = Counter()
-    for row in rows:
-        if row.messages and tokenizer.chat_template:
-            texts = [str(message["content"]) for message in row.messages if message["role"] != "assistant"]
-        else:
-            texts = [row.plain_prompt or "", row.answer]
-        counts.update({token for text in texts for token in pattern.findall(text)})
-    return dict(counts.most_common())
+def _most_first(counts: Mapping[str, int]) -> dict[str, int]:
+    return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
 
 
 def _asked_before(found: Sequence[Rows]) -> int:
     """Count the eval rows with the question of a training row; rows that are equal as a whole are refused earlier."""
-    if not any(any(rows.is_eval) for rows in found):
-        return 0
-    texts = [(_question(row), is_eval) for rows in found for row, is_eval in zip(rows.rows, rows.is_eval, strict=True)]
-    trained = {text for text, is_eval in texts if not is_eval}
-    return sum(text in trained for text, is_eval in texts if is_eval and text)
-
-
-def _question(row: Row) -> str:
-    """Return letters and digits of a chat before its last answer, or of a whole text."""
-    text = " ".join(str(m["content"]) for m in row.messages[:-1]) if row.messages else row.answer
-    return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", text).casefold())
+    asked = np.concatenate([rows.rows.prompts[rows.is_eval] for rows in found])
+    trained = np.concatenate([rows.rows.prompts[~rows.is_eval] for rows in found])
+    return int((np.isin(asked, trained) & (asked != 0)).sum())

@@ -120,13 +120,12 @@ def _is_local(pre_tokenizer: Any) -> bool:
 
 
 def encode(
-    rows: list[Row], rendered: Iterable[Rendered], tokenizer: Any, train_on: TrainOn, ledger: Ledger
+    rows: list[Row], rendered: Iterable[Rendered], vocabulary: Vocabulary, train_on: TrainOn, ledger: Ledger
 ) -> Iterator[Example]:
     """Tokenize the turns of rows, in order. Bad rows go into the ledger.
 
     Raises ConfigError if plain text needs an end token and the tokenizer has none.
     """
-    vocabulary = Vocabulary(tokenizer)
     for chunk in _chunks(rendered):
         texts = [text for _, turns in chunk for turn in turns for text in (turn.prompt, turn.thought, turn.through)]
         ids = iter(vocabulary.ids(texts))

@@ -148,8 +148,12 @@ def _write_chunks(descriptor: int, chunks: Iterable[Buffer]) -> None:
     _write_all(descriptor, gathered)
 
 
-def write_tensors(path: Path, specs: list[TensorSpec], buffers: Iterable[Buffer], metadata: dict[str, str]) -> None:
+def write_tensors(
+    path: Path, specs: list[TensorSpec], buffers: Iterable[Buffer | Iterable[Buffer]], metadata: dict[str, str]
+) -> None:
     """Write a safetensors file from buffers in the order of `specs`, holding one buffer at a time.
+
+    A tensor may also be an iterable of buffers.
 
     Format: eight bytes of header length, a JSON header padded with spaces to a multiple of eight,
     then the raw little-endian tensors (https://github.com/huggingface/safetensors, README).
@@ -158,7 +162,9 @@ def write_tensors(path: Path, specs: list[TensorSpec], buffers: Iterable[Buffer]
     write_stream(path, tensor_file(specs, buffers, metadata), sum(spec.num_bytes for spec in specs))
 
 
-def tensor_file(specs: list[TensorSpec], buffers: Iterable[Buffer], metadata: dict[str, str]) -> Iterator[Buffer]:
+def tensor_file(
+    specs: list[TensorSpec], buffers: Iterable[Buffer | Iterable[Buffer]], metadata: dict[str, str]
+) -> Iterator[Buffer]:
     """Yield the contents of the file that `write_tensors` writes, holding one buffer at a time."""
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     offset = 0
@@ -170,9 +176,12 @@ def tensor_file(specs: list[TensorSpec], buffers: Iterable[Buffer], metadata: di
     encoded += b" " * (-len(encoded) % 8)
     yield struct.pack("<Q", len(encoded)) + encoded
     for spec, buffer in zip(specs, buffers, strict=True):
-        if memoryview(buffer).nbytes != spec.num_bytes:
-            raise ValueError(f"{spec.name}: has {memoryview(buffer).nbytes} bytes, expected {spec.num_bytes}")
-        yield buffer
+        num_bytes = 0
+        for part in [buffer] if isinstance(buffer, Buffer) else buffer:
+            num_bytes += memoryview(part).nbytes
+            yield part
+        if num_bytes != spec.num_bytes:
+            raise ValueError(f"{spec.name}: has {num_bytes} bytes, expected {spec.num_bytes}")
 
 
 def append_line(path: Path, line: str) -> None:
@@ -212,6 +221,12 @@ def _opened(path: Path, flags: int, num_bytes: int | None = None) -> Iterator[in
             yield descriptor
         finally:
             os.close(descriptor)
+
+
+def mark_used(path: Path) -> None:
+    """Set the modification time of a file of a cache to now; a file that is gone or read-only stays as it is."""
+    with contextlib.suppress(OSError):
+        os.utime(path)
 
 
 def beat(path: Path, record: str) -> None:

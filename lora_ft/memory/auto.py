@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from lora_ft.data.packing import largest_micro_batch, longest_group
+from lora_ft.data.packing import largest_micro_batch
 from lora_ft.data.steps import tokens_of
 from lora_ft.memory.machine import Machine, resolve
 from lora_ft.memory.pairs import Sizes, fastest, largest_that_fits
@@ -84,8 +84,8 @@ def choose_micro_batch(state: TrainingState) -> tuple[int, str, str]:
     setting = state.gradient_checkpointing
     fixed = setting if setting != "auto" else None if layers else "off"
     if (reason := steps.certain(steps.largest)) is not None:
-        return steps.largest, fixed or "off", reason
-    sizes = Sizes(longest_group(state.examples), steps.largest, _typical_step(state))
+        return max(state.longest, steps.largest), fixed or "off", reason
+    sizes = Sizes(state.longest, max(state.longest, steps.largest), _typical_step(state))
     try:
         if fixed:
             tokens = largest_that_fits(sizes, lambda tokens: steps.needed(fixed, tokens), steps.budget)

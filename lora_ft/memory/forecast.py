@@ -38,7 +38,7 @@ from lora_ft.training import checkpoint
 from lora_ft.training.dry_run import DryRun
 from lora_ft.training.metrics import peak_memory_bytes
 from lora_ft.training.shared import Shared
-from lora_ft.training.state import TrainingState
+from lora_ft.training.state import TrainingState, longest
 
 log = logging.getLogger("lora_ft")
 
@@ -175,7 +175,7 @@ def _frugal(cfg: config.TrainRun, rows: Dataset) -> config.TrainRun:
     if cfg.train.gradient_checkpointing == "auto":
         cfg = cfg.with_train(gradient_checkpointing="every_1")
     if cfg.train.tokens_per_microbatch == "auto":
-        cfg = cfg.with_train(tokens_per_microbatch=max(longest_group(rows.train), longest_group(rows.eval)))
+        cfg = cfg.with_train(tokens_per_microbatch=max(longest(cfg, rows.train), longest_group(rows.eval)))
     return cfg
 
 

@@ -229,7 +229,7 @@ def _dataset(lengths: Sequence[int]) -> Dataset:
         longest=max(lengths), cached=False, sha256="", template_sha256=None, tokenizer_sha256="",
     )  # fmt: skip
     none = Examples.of([])
-    return Dataset(Examples.of(train), none, EvalPrompts(none, []), answers=None, report=report)
+    return Dataset(Examples.of(train), none, EvalPrompts(none, [], np.zeros(0, np.bool_)), answers=None, report=report)
 
 
 def _two_steps(cfg: config.TrainRun, tokens: int) -> config.TrainRun:

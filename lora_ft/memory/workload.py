@@ -13,7 +13,7 @@ from lora_ft import config
 from lora_ft.data.dataset import Dataset
 from lora_ft.data.mixed_dataset import mix_of
 from lora_ft.data.packing import largest_micro_batch, longest_group, micro_batch_lengths
-from lora_ft.training.state import plan_steps
+from lora_ft.training.state import longest, plan_steps
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def of_rows(cfg: config.TrainRun, dataset: Dataset, packs: bool = True) -> Workl
         steps=len(steps),
         tokens=int(steps.tokens.sum()),
         epochs=mix.epochs(steps) if mix else int(steps.documents.sum()) / len(examples),
-        longest=max(longest_group(examples), longest_group(dataset.eval)),
+        longest=max(longest(cfg, examples), longest_group(dataset.eval)),
     )
 
 

@@ -1,13 +1,8 @@
 """Supervised fine-tuning: cross-entropy of the supervised tokens, with the weights of their messages."""
 
-from typing import Any
-
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lora_ft import config
 from lora_ft.data import dataset
-from lora_ft.data.examples import Examples
-from lora_ft.data.read import Rows
 from lora_ft.ops.batch import Batch, LossSum
 from lora_ft.ops.token_loss import Paths, token_loss_sum
 
@@ -18,9 +13,8 @@ class Sft:
     model_class = AutoModelForCausalLM
     task_type = "CAUSAL_LM"
 
-    def examples(self, rows: Rows, tokenizer: Any, data: config.Data) -> Examples:
-        """Return the rendered and tokenized documents of rows, without groups."""
-        return dataset.tokenized(rows, tokenizer, data)
+    # Rendered and tokenized documents without groups. The function itself, which processes import without torch.
+    examples = staticmethod(dataset.tokenized)
 
     def loss(self, model: PreTrainedModel, batch: Batch, paths: Paths) -> LossSum:
         """Return the weighted sum of cross-entropies of a batch, and the sum of the weights."""

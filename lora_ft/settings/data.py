@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from lora_ft.settings.setting import setting
+from lora_ft.settings.setting import OnResume, setting
 from lora_ft.values import Format, MixUntil, TooLong, TrainOn, Turns
 
 
@@ -36,6 +36,14 @@ class Data:
     prompt: str | None = setting(None, "table: template of the prompt, with {column} fields", text=True)
     answer: str | None = setting(None, "table: template of the answer, with {column} fields", text=True)
     system: str | None = setting(None, "system message for chat rows that have none", text=True)
+    stream: bool = setting(
+        False, "read training rows while the run trains, for rows that do not fit a disk; needs train.max_steps"
+    )
+    shuffle_buffer: int = setting(10_000, "rows of a stream that are shuffled together", unit="rows", at_least=1)
+    workers: int | None = setting(
+        None, "processes that read and tokenize rows; null: one for each core; 0 or 1: none", unit="processes",
+        at_least=0, on_resume=OnResume.free,
+    )  # fmt: skip
     turns: Turns = setting(
         Turns.repair,
         "chats whose turns do not alternate, or whose system message the chat template does not take; strict: refuse "

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from lora_ft import config, runs
+from lora_ft.data.streamed import Position
 from lora_ft.errors import CheckpointError, ResourceError
 from lora_ft.evaluation.loss import EvalLoss
 from lora_ft.io import durable, untrusted
@@ -188,6 +189,7 @@ def _state(state: TrainingState) -> dict[str, Any]:
         "tokens_per_microbatch": state.tokens_per_microbatch,
         "shrinks": state.shrinks,
         "loss_scale": asdict(state.loss_scale) if state.loss_scale else None,
+        **({"stream": asdict(state.stream.position_of(state.step))} if state.stream else {}),
         "metrics_bytes": durable.settle(state.folder / runs.METRICS),
         "inputs": state.inputs,
         "environment": _environment(state),
@@ -232,6 +234,8 @@ def _fill(state: TrainingState, saved: dict[str, Any], path: Path) -> None:
     state.tokens_per_microbatch = saved.get("tokens_per_microbatch", state.tokens_per_microbatch)
     state.shrinks = saved.get("shrinks", 0)
     state.loss_scale = LossScale(**saved["loss_scale"]) if saved["loss_scale"] else None
+    if state.stream:
+        state.stream.seek(Position(**saved["stream"]), state.step)
 
 
 def _all(folder: Path) -> list[Path]:

@@ -206,7 +206,7 @@ def partial_dry_run(
 
 def _check_lengths(cfg: config.TrainRun, base: Base, dataset: Dataset) -> None:
     chosen = state.choose_eval(dataset, cfg.train.eval_rows)
-    state.check_lengths(dataset.train, chosen.examples, base.model, cfg.train)
+    state.check_lengths(dataset.train, chosen.examples, base.model, cfg)
 
 
 def _steps(cfg: config.TrainRun, dataset: Dataset) -> Steps:

@@ -17,7 +17,8 @@ from lora_ft.io import durable
 from lora_ft.io.hashing import sha256
 from lora_ft.models.load import Base
 from lora_ft.training.metrics import gpu_memory, peak_memory_bytes
-from lora_ft.training.state import NAME, TrainingState, overfitting
+from lora_ft.training.overfitting import overfitting
+from lora_ft.training.state import NAME, TrainingState
 
 log = logging.getLogger("lora_ft")
 

@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 
 from lora_ft import config, errors
-from lora_ft.data.packing import longest_group, micro_batches
+from lora_ft.data.packing import micro_batches
 from lora_ft.training.state import TrainingState
 
 log = logging.getLogger("lora_ft")
@@ -74,9 +74,9 @@ def _smaller(state: TrainingState) -> int | None:
     """
     if state.cfg.train.on_oom is not config.OnOom.shrink or not state.packs:
         return None
-    examples = [state.examples[i] for i in state.steps[state.step]]
-    largest = max(len(batch.ids) for batch in micro_batches(examples, state.tokens_per_microbatch, state.packs))
-    smaller = max(largest // 2, longest_group(state.examples))
+    batches = micro_batches(state.documents(), state.tokens_per_microbatch, state.packs)
+    largest = max(len(batch.ids) for batch in batches)
+    smaller = max(largest // 2, state.longest)
     return smaller if smaller < largest else None
 
 

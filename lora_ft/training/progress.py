@@ -10,7 +10,7 @@ import functools
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from rich.live import Live
 from rich.text import Text
 
 from lora_ft import runs
+from lora_ft.data.progress import shown_by as rows_shown_by
 from lora_ft.io import durable, streams
 from lora_ft.training.callbacks import Callback, Metrics
 from lora_ft.training.metrics import peak_memory_bytes
@@ -107,12 +108,16 @@ def displayed(folder: Path) -> Iterator[Progress]:
     for handler in handlers:
         log.addHandler(handler)
     try:
-        with live or contextlib.nullcontext():
+        with live or contextlib.nullcontext(), rows_shown_by(_shown_by(live)):
             yield Progress(console, live)
     finally:
         log.setLevel(level)
         for handler in handlers:
             log.removeHandler(handler)
+
+
+def _shown_by(live: Live | None) -> Callable[[str], None]:
+    return (lambda line: live.update(Text(line), refresh=True)) if live else (lambda line: None)
 
 
 class _ConsoleHandler(logging.Handler):

@@ -34,6 +34,7 @@ from lora_ft.data.packing import check_capacity, largest_micro_batch, longest_gr
 from lora_ft.data.rows import Example
 from lora_ft.data.sampler import MixedOrder, derive, epoch_order
 from lora_ft.data.steps import Steps
+from lora_ft.data.streamed import Stream
 from lora_ft.errors import ConfigError, DataError
 from lora_ft.evaluation.generation import context_length
 from lora_ft.evaluation.loss import EvalLoss
@@ -66,8 +67,10 @@ class TrainingState:
     computes in float16. gradient_checkpointing, tokens_per_microbatch: those of the settings, where memory/auto.py
     replaces auto; tokens_per_microbatch is None until then. unread: steps done whose values are still on the device.
     shrinks: how often an out-of-memory error has halved tokens_per_microbatch. predicted_peak_bytes: None if the run
-    was not traced. A checkpoint stores the optimizer, `flat.values`, the loss scale, tokens_per_microbatch and the
-    fields with a default but the first and the last; no step is unread then.
+    was not traced. stream: the training rows if they are streamed; `examples` are then those of its first block, and
+    `steps` those of a run on them. A checkpoint stores the optimizer, `flat.values`, the loss scale,
+    tokens_per_microbatch, the position of the stream and the fields with a default but the second and the last; no step
+    is unread then.
     """
 
     cfg: config.TrainRun
@@ -90,6 +93,7 @@ class TrainingState:
     num_trainable: int
     inputs: dict[str, str]
     loss_scale: loss_scale.LossScale | None
+    stream: Stream | None = None
     unread: list[Step] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -110,6 +114,17 @@ class TrainingState:
         """True after the last step, when `train.patience` is exhausted, or when a stop was requested."""
         is_stopped = self.stopped_by is not None and self.step > 0
         return self.step == len(self.steps) or self._out_of_patience or is_stopped
+
+    def documents(self) -> list[Example]:
+        """Return the examples of the next step."""
+        if self.stream:
+            return self.stream.step(self.step)
+        return [self.examples[i] for i in self.steps[self.step]]
+
+    @property
+    def longest(self) -> int:
+        """Number of tokens that a micro-batch must be able to hold: those of the longest group of training examples."""
+        return longest(self.cfg, self.examples)
 
     def request_stop(self, reason: str) -> None:
         """End the run after the current step (or the first); `stopped_by` in result.json is the reason."""
@@ -176,15 +191,27 @@ def attached(
     Raises MismatchError if `adapter.init_from` does not fit this base or this adapter's shape.
     """
     model = _attach(cfg, base, dataset)
+    stream = _stream(cfg, base.tokenizer, dataset)
     try:
         with accelerated_lora(model, NAME, cfg.fast) as reasons:
             for reason in reasons:
                 log.info(reason)
-            yield new_state(cfg, folder, model, dataset, paths, base_fingerprint)
+            state = new_state(cfg, folder, model, dataset, paths, base_fingerprint)
+            state.stream = stream
+            yield state
     finally:
+        if stream:
+            stream.close()
         attach.detach(base.model)
         # The modules of an adapter form reference cycles, which only the garbage collector frees.
         gc.collect()
+
+
+def _stream(cfg: config.TrainRun, tokenizer: PreTrainedTokenizerBase, dataset: Dataset) -> Stream | None:
+    if dataset.eval_rows is None:
+        return None
+    make_examples, tokens = objectives.find(cfg.objective).examples, cfg.train.tokens_per_step
+    return Stream(cfg.data, tokenizer, make_examples, cfg.seed, tokens, dataset.eval_rows)
 
 
 def _attach(cfg: config.TrainRun, base: Base, dataset: Dataset) -> PeftModel:
@@ -218,7 +245,7 @@ def new_state(
     eval_examples, eval_prompts, eval_sources = choose_eval(dataset, cfg.train.eval_rows)
     mix = mix_of(dataset, cfg.data)
     steps = plan_steps(dataset.train, cfg.train, cfg.seed, mix)
-    check_lengths(dataset.train, eval_examples, model.get_base_model(), cfg.train)
+    check_lengths(dataset.train, eval_examples, model.get_base_model(), cfg)
     check_warmup(cfg.optim, len(steps))
     parameters = attach.trainable(model, NAME)
     num_trainable = audit.check_trainable(model, NAME, parameters)
@@ -246,7 +273,7 @@ def new_state(
             "base": base_fingerprint,
             "adapter": _sha256([[n.replace(f".{NAME}", ""), list(p.shape)] for n, p in parameters.items()]),
         },
-        loss_scale=_loss_scale(model, paths, dataset.train, steps, cfg.train),
+        loss_scale=_loss_scale(model, paths, dataset.train, steps, cfg),
         gradient_checkpointing=cfg.train.gradient_checkpointing,
         tokens_per_microbatch=cfg.train.microbatch_limit,
     )
@@ -257,22 +284,36 @@ def _sha256(value: Any) -> str:
 
 
 def _loss_scale(
-    model: PeftModel, paths: Paths, examples: Examples, steps: Steps, train: config.Train
+    model: PeftModel, paths: Paths, examples: Examples, steps: Steps, cfg: config.TrainRun
 ) -> loss_scale.LossScale | None:
     """Return the loss scale of a base that computes in float16, None for other bases, which need none."""
     dtypes = {p.dtype for p in model.parameters()}
     dtypes |= {getattr(module, "compute_dtype", None) for module in model.modules()}  # of quantized layers
     if torch.float16 not in dtypes:
         return None
-    packs = train.packing and paths.share_a_pass
-    return loss_scale.for_tokens(sum(largest_micro_batch(examples, steps, train.microbatch_limit, packs)))
+    packs, limit = cfg.train.packing and paths.share_a_pass, cfg.train.microbatch_limit
+    if cfg.data.stream:
+        return loss_scale.for_tokens(limit or max(cfg.train.tokens_per_step, cfg.data.max_length))
+    return loss_scale.for_tokens(sum(largest_micro_batch(examples, steps, limit, packs)))
+
+
+def longest(cfg: config.TrainRun, examples: Sequence[Example]) -> int:
+    """Return the number of tokens of the longest group, in a stream of the longest that may come."""
+    found = longest_group(examples)
+    return max(found, cfg.data.max_length) if cfg.data.stream else found
 
 
 def check_lengths(
-    examples: Sequence[Example], eval_examples: Sequence[Example], model: PreTrainedModel, train: config.Train
+    examples: Sequence[Example], eval_examples: Sequence[Example], model: PreTrainedModel, cfg: config.TrainRun
 ) -> None:
-    """Raise DataError if an example is longer than a micro-batch or than the model's context."""
-    check_capacity(max((eval_examples, examples), key=longest_group), train.microbatch_limit)
+    """Raise an error if an example is longer than a micro-batch or than the model's context, or may be in a stream."""
+    limit = cfg.train.microbatch_limit
+    check_capacity(max((eval_examples, examples), key=longest_group), limit)
+    if cfg.data.stream and (most := min(limit or math.inf, context_length(model))) < cfg.data.max_length:
+        raise ConfigError(
+            f"data.max_length={cfg.data.max_length} allows rows of a stream that are longer than "
+            f"{'train.tokens_per_microbatch' if most == limit else 'the context of the model'}: lower it to {most}"
+        )
     longest = max((examples, eval_examples), key=lambda side: lengths_of(side).max(initial=0))
     lengths, context = lengths_of(longest), context_length(model)
     if lengths.max() > context:
@@ -337,26 +378,3 @@ def plan_steps(examples: Sequence[Example], train: config.Train, seed: int, mix:
         most_tokens = train.max_steps * longest_step if train.max_steps else None
         order = MixedOrder(sources_of(Examples.of(examples), groups, mix), mix.until, seed, most_tokens)
     return Steps(groups, train.tokens_per_step, seed, epochs, train.max_steps, order)
-
-
-def overfitting(state: TrainingState) -> list[str]:
-    """Describe signs of overfitting, in sentences; empty without an eval set."""
-    finite = [loss for loss in state.losses if math.isfinite(loss)]  # others: skipped steps in float16
-    if not state.best or not finite:
-        return []
-    last = state.evaluations[-1].result.loss
-    window = finite[-max(1, len(finite) // 10) :]
-    train_loss = math.fsum(window) / len(window)
-    sentences = [
-        f"train loss {train_loss:.4f} (mean of the last steps: {len(window)}), eval loss {last:.4f}, "
-        f"best {state.best.result.loss:.4f} at step {state.best.step}"
-    ]
-    if state.best.step == 0:
-        sentences.append("no evaluation was better than before training: the learning rate may be too high")
-    rising, patience = state.evaluations_without_gain, state.cfg.train.patience or 2
-    if rising >= patience:
-        sentences.append(
-            f"eval loss has not improved for {rising} evaluations: the adapter overfits. Use fewer epochs, "
-            "train.keep=best, a lower adapter.r or adapter.lora_dropout."
-        )
-    return sentences

@@ -155,7 +155,7 @@ def _save_and_leave(state: TrainingState, signum: int) -> NoReturn:
 def compute_gradient(state: TrainingState, ranks: Ranks, *, audited: bool) -> Step:
     """Compute the gradient of the next step, divided and clipped; nothing is read from the device."""
     started, index = time.perf_counter(), state.step
-    cfg, examples = state.cfg, [state.examples[i] for i in state.steps[index]]
+    cfg, examples = state.cfg, state.documents()
     packed = micro_batches(examples, state.tokens_per_microbatch, state.packs)
     scale = state.loss_scale.at(index + 1) if state.loss_scale else 1.0
     state.flat.gradients.zero_()
