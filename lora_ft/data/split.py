@@ -25,7 +25,7 @@ def content_hash(row: Row) -> bytes:
         shown = json.dumps(extra, sort_keys=True, default=str) if extra else ""
         parts.append(f"{message['role']}: {message['content']} {shown}")
     text = "\n".join(parts) if parts else row.answer
-    return hashlib.sha256(" ".join(text.casefold().split()).encode("utf-8")).digest()
+    return hashlib.sha256(" ".join(text.casefold().split()).encode("utf-8", "surrogatepass")).digest()
 
 
 Hashes = NDArray[np.uint64]
