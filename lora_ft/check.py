@@ -34,8 +34,9 @@ from rich.text import Text
 from lora_ft import config, runs, validation
 from lora_ft.adapters.summary import Layers, left_out_lines
 from lora_ft.cli import entry, terminal
+from lora_ft.data.dataset import Dataset, Report
 from lora_ft.data.examples import Examples
-from lora_ft.data.read import read
+from lora_ft.data.mixed_dataset import read_sources
 from lora_ft.data.rows import Example, excerpt
 from lora_ft.data.tokenize import Vocabulary
 from lora_ft.errors import LoraFtError
@@ -80,8 +81,13 @@ def main(cfg: config.CheckRun, invocation: entry.Invocation) -> None:
         found = replace(found, warnings=[*found.warnings, *(_memory_warnings(plan) if plan else ())])
         terminal.write(page(cfg, found, tokenizer, plan))
     else:
-        collect(lambda: read(cfg.data).ledger.raise_bad())
+        collect(_raise_bad, cfg.data)
     collect.raise_errors()
+
+
+def _raise_bad(data: config.Data) -> None:
+    for rows in read_sources(data).values():
+        rows.ledger.raise_bad()
 
 
 def _planned(collect: ErrorCollector, cfg: config.CheckRun, found: PartialDryRun) -> Plan | None:
@@ -110,11 +116,11 @@ def _memory_warnings(plan: Plan) -> Iterator[str]:
 
 
 def page(cfg: config.TrainRun, found: PartialDryRun, tokenizer: Any, plan: Plan | None = None) -> RenderableType:
-    """Lay out a dry run for the terminal: three rows, statistics of the rows, figures of the training, warnings."""
+    """Lay out a dry run for the terminal: some rows, statistics of the rows, figures of the training, warnings."""
     parts: list[RenderableType] = []
     if found.rows:
         legend = "training rows: ⟦supervised⟧ and masked; · space, ↵ end of line, → tab"
-        samples = [part for kind, row in _samples(found.rows.dataset.train) for part in _sample(kind, row, tokenizer)]
+        samples = [part for kind, row in _samples(found.rows.dataset) for part in _sample(kind, row, tokenizer)]
         parts += [Text(legend, "bold"), Text(), *samples]
         parts += [Text("rows", "bold"), _table(_row_facts(cfg, found.rows)), Text()]
     if found.steps or found.layers:
@@ -125,11 +131,19 @@ def page(cfg: config.TrainRun, found: PartialDryRun, tokenizer: Any, plan: Plan 
     return Group(*parts)
 
 
-def _samples(examples: Examples) -> list[tuple[str, Example]]:
-    """Choose up to three examples that differ the most in length."""
-    by_length = np.argsort(examples.lengths, kind="stable").tolist()
+def _samples(dataset: Dataset) -> list[tuple[str, Example]]:
+    """Choose up to three examples that differ the most in length, or one of median length of each source."""
+    if dataset.parts:
+        sides = {name: dataset.train[part.train.start : part.train.stop] for name, part in dataset.parts.items()}
+        return [(f"median of {name}", side[_by_length(side)[len(side) // 2]]) for name, side in sides.items()]
+    by_length = _by_length(dataset.train)
     chosen = {"shortest": by_length[0], "longest": by_length[-1], "median": by_length[len(by_length) // 2]}
-    return [(kind, examples[chosen[kind]]) for kind in ("shortest", "longest", "median")[: len(examples)]]
+    kinds = ("shortest", "longest", "median")[: len(dataset.train)]
+    return [(kind, dataset.train[chosen[kind]]) for kind in kinds]
+
+
+def _by_length(examples: Examples) -> list[int]:
+    return [int(index) for index in np.argsort(examples.lengths, kind="stable")]
 
 
 def _sample(kind: str, example: Example, tokenizer: Any) -> Iterator[RenderableType]:
@@ -204,6 +218,8 @@ def _row_facts(cfg: config.TrainRun, found: Rows) -> Facts:
     if rows.is_stream:
         yield "stream", f"the figures are those of the first {cfg.data.shuffle_buffer:,} rows (data.shuffle_buffer)"
     yield "read", f"{rows.rows:,} rows ({rows.format}), {rows.duplicates:,} duplicates{left_out}"
+    for name, source in rows.sources.items():
+        yield f"source {name}", _source(source)
     if rows.converted:
         yield "converted", "\n".join(f"{count:,} {what}" for what, count in rows.converted.items())
     if rows.unused:
@@ -211,17 +227,13 @@ def _row_facts(cfg: config.TrainRun, found: Rows) -> Facts:
     yield "documents", f"{rows.train_documents:,} to train on, {rows.eval_documents:,} to evaluate on"
     part = rows.supervised_tokens / rows.train_tokens
     yield "tokens", f"{rows.train_tokens:,} to train on, {rows.supervised_tokens:,} of them supervised ({part:.1%})"
-    yield (
-        "length",
-        (
-            f"median {seen.median:,.0f}, 95% have at most {seen.percentile_95:,.0f}, the longest {rows.longest:,} "
-            f"tokens (data.max_length={cfg.data.max_length})"
-        ),
-    )
+    limit = "" if rows.sources else f" (data.max_length={cfg.data.max_length})"
+    longest = f"the longest {rows.longest:,} tokens{limit}"
+    yield "length", f"median {seen.median:,.0f}, 95% have at most {seen.percentile_95:,.0f}, {longest}"
     yield "", _histogram(seen.histogram)
     if rows.truncated or rows.split:
         what = f"{rows.truncated:,} prompts cut" if rows.truncated else f"{rows.split:,} texts cut into windows"
-        yield "too long", f"{what} (data.too_long={cfg.data.too_long.value})"
+        yield "too long", what if rows.sources else f"{what} (data.too_long={cfg.data.too_long.value})"
     yield (
         "begin",
         f"{seen.begun:,} of {rows.train_documents:,} with {seen.begin}"
@@ -233,6 +245,13 @@ def _row_facts(cfg: config.TrainRun, found: Rows) -> Facts:
         same = seen.prompts - len(seen.other_prompts)
         yield "prompts", f"{same} of {seen.prompts} examined equal the prompt at inference, token by token"
     yield "overlap", f"{seen.asked_before:,} eval rows have the prompt of a training row"
+
+
+def _source(report: Report) -> str:
+    return (
+        f"{report.rows:,} rows ({report.format}), {report.train_documents:,} documents of {report.train_tokens:,} "
+        f"tokens to train on, {report.supervised_tokens:,} of them supervised, {report.eval_documents:,} to evaluate on"
+    )
 
 
 def _histogram(bins: list[tuple[int, int, int]]) -> Text:
@@ -277,6 +296,11 @@ def _step_facts(cfg: config.TrainRun, steps: Steps) -> Facts:
             f"{steps.smallest:,}, largest {steps.largest:,}), {steps.epochs:.3g} epochs"
         ),
     )
+    total = sum(source.supervised_tokens for source in steps.sources.values())
+    for name, source in steps.sources.items():
+        planned = f"{source.supervised_tokens:,} supervised tokens, {source.supervised_tokens / total:.1%}"
+        passes = f"in {source.passes:.3g} passes" if source.share else "evaluated only"
+        yield f"source {name}", f"{planned} (data.mix.{name}: {source.share:.1%}), {passes}"
     yield "learning rate", _curve(steps.rates)
     warmup = f" after {cfg.optim.warmup_steps:,} steps of warm-up" if cfg.optim.warmup_steps else ""
     yield "", f"{steps.first_rate:.2e} first, at most {steps.peak_rate:.2e}{warmup}, {steps.last_rate:.2e} last"

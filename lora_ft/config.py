@@ -22,6 +22,7 @@ from lora_ft.settings.training import Fast, Optim, Track, Train
 from lora_ft.values import AdapterFormat, BaseWeights, Combination, Dtype, GgufType
 from lora_ft.values import Format as Format
 from lora_ft.values import Keep as Keep
+from lora_ft.values import MixUntil as MixUntil
 from lora_ft.values import OnOom as OnOom
 from lora_ft.values import Optimizer as Optimizer
 from lora_ft.values import QuantKind as QuantKind
@@ -38,7 +39,7 @@ CONF = next(d for d in (_HERE / "conf", _HERE.parent / "conf") if d.is_dir())
 
 @dataclass(slots=True)
 class Eval:
-    rows: int | None = setting(None, "maximum number of eval rows; null: all", unit="rows", at_least=1)
+    rows: int | None = setting(None, "maximum number of eval rows, of each source; null: all", unit="rows", at_least=1)
     metrics: list[str] = setting([], "metrics of generated answers: exact_match, accuracy, f1, chrf, bleu, rouge_l")
     samples: int = setting(3, "answers shown for comparison", unit="rows", at_least=0)
     max_new_tokens: int = setting(64, "maximum length of a generated answer", unit="tokens", at_least=1)

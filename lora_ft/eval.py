@@ -8,7 +8,7 @@ lora-ft eval run=runs/2026-11-23_10-15-00 eval.metrics=[exact_match,chrf]
 
 Eval rows:
 
-    run=F                                     the eval rows of the run
+    run=F                                     the eval rows of the run; of each source, if it has data.sources
     run=F data.path=TEST (or data.split=...)  all rows of TEST; an error if the run trained on some of them
     ... data.eval_fraction=0.2                the eval rows that train would choose with these settings; a warning,
         (or eval_path, eval_split)            since the run may have trained on some of them
@@ -24,12 +24,14 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, runs, validation
+from lora_ft import config, mixing, runs, validation
 from lora_ft.adapters import loading, provenance
 from lora_ft.cli import entry, overrides
 from lora_ft.data import thoughts
-from lora_ft.data.dataset import Dataset, labels, prepare, prepare_rows
-from lora_ft.data.read import Rows, eval_split, read, read_eval
+from lora_ft.data.dataset import Dataset, labels, prepare_rows
+from lora_ft.data.joined import Chained
+from lora_ft.data.mixed_dataset import prepare, read_sources
+from lora_ft.data.read import Rows, eval_split, read_eval, refuse_leaks
 from lora_ft.errors import ConfigError, DataError, ResourceError
 from lora_ft.evaluation import metrics
 from lora_ft.evaluation.comparison import Comparison, EvalSet, compare, render
@@ -103,7 +105,7 @@ def evaluate(cfg: config.EvalRun, given: list[str]) -> EvalResult:
 def _eval_set(cfg: config.EvalRun, dataset: Dataset) -> EvalSet:
     """Choose examples and prompts within the limits of `cfg.eval`; metrics need all prompts."""
     settings = cfg.eval
-    examples, prompts = choose_eval(dataset, settings.rows or len(dataset.eval))
+    examples, prompts, sources = choose_eval(dataset, settings.rows or len(dataset.eval))
     if not examples:
         raise DataError("there are no eval rows: set data.eval_fraction above 0, or data.eval_path=FILE")
     if settings.metrics and not prompts:
@@ -115,6 +117,7 @@ def _eval_set(cfg: config.EvalRun, dataset: Dataset) -> EvalSet:
         settings.tokens_per_microbatch,
         settings.max_new_tokens,
         find_objective(cfg.objective).loss,
+        sources,
     )
 
 
@@ -124,13 +127,17 @@ def _rows(cfg: config.EvalRun, given: list[str], tokenizer: PreTrainedTokenizerB
     make_examples = find_objective(cfg.objective).examples
     data = _data(cfg.data, own, given)
     same = own is not None and _identity(data) == _identity(own)
+    if data.sources:
+        return prepare(data, tokenizer, make_examples), f"eval rows of {', '.join(sorted(data.sources))}", False
     if same or overrides.chosen(given, "data.eval_fraction") or data.eval_path or data.eval_split:
         source = data.eval_path or eval_split(data)
         description = f"all rows of {source}" if source else f"{data.path}, data.eval_fraction={data.eval_fraction}"
         return prepare(data, tokenizer, make_examples), description, False
     trained = _read_own(own)
-    found = read_eval(data, trained)
-    training_rows = trained.training_rows if trained else found.rows
+    found = read_eval(data)
+    if trained:
+        refuse_leaks(trained, [found])
+    training_rows = Chained([rows.training_rows for rows in trained]) if trained else found.rows
     dataset = replace(prepare_rows(found, data, tokenizer, make_examples), answers=labels(training_rows))
     return dataset, f"all rows of {data.path}", trained is not None and not (own and own.stream)
 
@@ -152,21 +159,22 @@ def _data(data: config.Data, own: config.Data | None, given: list[str]) -> confi
         return data
     inherited = ["max_rows", "eval_path", "eval_split"]
     if _identity(data)[0] != _identity(own)[0]:
-        inherited += ["name", "split", "revision"]
+        inherited += ["name", "split", "revision", "sources", "mix"]
     default = config.Data()
     return replace(data, **{name: getattr(default, name) for name in inherited
                             if overrides.chosen(given, f"data.{name}") is None})  # fmt: skip
 
 
-def _identity(data: config.Data) -> tuple[str | None, ...]:
-    """Return path, name, split and revision, which are equal for settings that read the same rows."""
-    return str(Path(data.path).expanduser().absolute()), data.name, data.split, data.revision
+def _identity(data: config.Data) -> tuple[Any, ...]:
+    """Return path, name, split and revision, also of the sources: equal for settings that read the same rows."""
+    sources = tuple((name, _identity(source)) for name, source in mixing.sources(data).items())
+    return str(Path(data.path).expanduser().absolute()), data.name, data.split, data.revision, sources
 
 
-def _read_own(own: config.Data | None) -> Rows | None:
+def _read_own(own: config.Data | None) -> list[Rows] | None:
     """Read the rows of the run, to find out which it trained on; None if they cannot be read."""
     try:
-        return read(own) if own else None
+        return list(read_sources(own).values()) if own else None
     except (ConfigError, DataError, ResourceError) as error:
         log.warning("cannot read the run's own rows, so some evaluated rows may be training rows: %s", error)
         return None
@@ -216,10 +224,12 @@ def _record(result: EvalResult, samples: int) -> dict[str, Any]:
     }
 
 
-def _losses(loss: EvalLoss) -> dict[str, float | None]:
-    """Return loss and perplexity; None for an infinite perplexity, which JSON cannot represent."""
+def _losses(loss: EvalLoss) -> dict[str, Any]:
+    """Return loss and perplexity, of each source too; None for an infinite perplexity, which JSON cannot represent."""
     values = {"loss": loss.loss, "perplexity": loss.perplexity}
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+    finite: dict[str, Any] = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    sources = {name: {**_losses(source), "tokens": source.tokens} for name, source in loss.sources.items()}
+    return finite | ({"sources": sources} if sources else {})
 
 
 if __name__ == "__main__":

@@ -22,10 +22,10 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, validation
+from lora_ft import config, mixing, validation
 from lora_ft.adapters import files, loading, peft_folder, provenance
 from lora_ft.cli import entry
-from lora_ft.data.dataset import prepare
+from lora_ft.data.mixed_dataset import prepare
 from lora_ft.data.rows import Example
 from lora_ft.errors import ConfigError, DataError, ResourceError
 from lora_ft.evaluation.loss import eval_loss
@@ -197,7 +197,7 @@ def _attached(cfg: config.MergeRun, adapter: Path, tokenizer: PreTrainedTokenize
 
 def _eval_examples(cfg: config.MergeRun, tokenizer: PreTrainedTokenizerBase) -> Sequence[Example]:
     """Return the eval set of the training run; empty if the run had no eval set or it can no longer be read."""
-    if not cfg.data.path:
+    if not mixing.has_rows(cfg.data):
         return []
     try:
         return choose_eval(prepare(cfg.data, tokenizer), cfg.eval_rows)[0]

@@ -27,6 +27,8 @@ def with_rows(cfg: Any, folder: Path, rows: Any, eval_rows: Any) -> Any:
         if isinstance(given, str | Path | Mapping):
             kind = type(given).__name__
             raise ConfigError(f"{argument} must be a list of dicts or a datasets.Dataset, got {kind}")
+        if given is not None and cfg.data.sources:
+            raise ConfigError(f"{argument} and data.sources name different rows: give one of them")
     cfg = copy.deepcopy(cfg)
     for key, given, name in (("path", rows, ROWS), ("eval_path", eval_rows, EVAL_ROWS)):
         stored = cfg.resume and not getattr(cfg.data, key) and (folder / name).is_file()

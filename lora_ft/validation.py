@@ -1,9 +1,8 @@
-"""Walk, check and convert the settings of a command's schema. No torch here.
+"""Walk and check the settings of a command's schema. No torch here.
 
 for setting in settings(TrainRun): ...      # Setting("adapter.r", int, 16, "rank", unit="", text=False, path=False)
 locate_paths(cfg)                           # data.path: rows.jsonl -> /home/me/rows.jsonl
 validate(cfg)                               # ConfigError: adapter.r must be at least 1, got 0
-to_plain(cfg), from_plain(TrainRun, plain)  # {"model": {"path": ..., "dtype": "auto", ...}, ...} and back
 """
 
 import dataclasses
@@ -13,13 +12,16 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, TypeVar, cast
+from typing import Any
 
+from lora_ft import mixing
 from lora_ft.config import Data, Dtype, Keep, Launcher, MergeRun, PlanRun, PublishRun, ReportRun, SweepRun, TrainRun
+from lora_ft.conversion import escape as escape
+from lora_ft.conversion import from_plain as from_plain
+from lora_ft.conversion import to_plain as to_plain
+from lora_ft.conversion import typed as typed
 from lora_ft.errors import ConfigError
 from lora_ft.settings.setting import OnResume
-
-Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,17 @@ def locate_paths(cfg: Any) -> None:
         if dataclasses.is_dataclass(value):
             locate_paths(value)
         elif value and f.metadata["path"]:
-            path = expand_home(value)
-            # not pathlib, which raises for invalid file names
-            setattr(cfg, f.name, os.path.abspath(path) if os.path.exists(path) else path)  # noqa: PTH100, PTH110
+            setattr(cfg, f.name, _located(value))
+    if isinstance(cfg, Data):
+        paths = {f.name for f in dataclasses.fields(cfg) if f.metadata["path"]}
+        for source in cfg.sources.values():
+            source |= {key: _located(source[key]) for key in paths & source.keys() if isinstance(source[key], str)}
+
+
+def _located(path: str) -> str:
+    path = expand_home(path)
+    # not pathlib, which raises for invalid file names
+    return os.path.abspath(path) if path and os.path.exists(path) else path  # noqa: PTH100, PTH110
 
 
 def expand_home(path: str) -> str:
@@ -81,14 +91,16 @@ def expand_home(path: str) -> str:
 
 def validate(cfg: Any, prefix: str = "") -> None:
     """Check every rule of a config; raise one ConfigError that lists all violations."""
-    problems = [*_broken_rules(cfg, prefix), *_broken_combinations(cfg)]
+    of_sources = [*_broken_sources(cfg)]
+    of_mix = [] if of_sources else _broken_mix(cfg)
+    problems = [*_broken_rules(cfg, prefix), *of_sources, *of_mix, *_broken_combinations(cfg)]
     if problems:
         raise ConfigError("\n".join(problems))
 
 
 def validate_values(cfg: Any) -> None:
     """Check the rule of each setting, but no rules about several settings; raise one ConfigError."""
-    if problems := [*_broken_rules(cfg)]:
+    if problems := [*_broken_rules(cfg), *_broken_sources(cfg)]:
         raise ConfigError("\n".join(problems))
 
 
@@ -98,7 +110,34 @@ def _broken_rules(cfg: Any, prefix: str = "") -> Iterator[str]:
         if dataclasses.is_dataclass(value):
             yield from _broken_rules(value, key + ".")
         elif value is not None:
-            yield from (f"{key} must be {rule}, got {value}" for rule in _violations(f.metadata, value))
+            is_flat = isinstance(value, dict) and f.name != "sources"
+            if is_flat and any(isinstance(item, list | dict) for item in value.values()):
+                yield f"{key} must be a mapping to true, false, numbers, text or null, got {value}"
+                continue
+            entries = value.items() if isinstance(value, dict) else [("", value)]
+            for name, item in entries:
+                of_entry = f"{key}.{name}" if name else key
+                yield from (f"{of_entry} must be {rule}, got {item}" for rule in _violations(f.metadata, item))
+
+
+def _broken_sources(cfg: Any) -> Iterator[str]:
+    """Yield the broken rules of the settings of `data.sources`; those that a source inherits are checked in `data`."""
+    data = getattr(cfg, "data", None)
+    if not isinstance(data, Data):
+        return
+    try:
+        sources = mixing.sources(data)
+    except ConfigError as error:
+        yield str(error)
+        return
+    for name, source in sources.items():
+        own = tuple(f"data.sources.{name}.{setting} " for setting in data.sources[name])
+        yield from (rule for rule in _broken_rules(source, f"data.sources.{name}.") if rule.startswith(own))
+
+
+def _broken_mix(cfg: Any) -> Iterator[str]:
+    if isinstance(data := getattr(cfg, "data", None), Data):
+        yield from mixing.problems(data)
 
 
 def _violations(metadata: Any, value: Any) -> Iterator[str]:
@@ -108,13 +147,9 @@ def _violations(metadata: Any, value: Any) -> Iterator[str]:
         "at most": lambda bound: value <= bound,
         "below": lambda bound: value < bound,
     }
-    for number in value.values() if isinstance(value, dict) else [value]:
-        if isinstance(value, dict) and isinstance(number, list | dict):
-            yield "a mapping to true, false, numbers, text or null"
-            return
-        if isinstance(number, float) and not math.isfinite(number):
-            yield "finite"
-            return
+    if isinstance(value, float) and not math.isfinite(value):
+        yield "finite"
+        return
     bounds = {rule: bound for rule, bound in metadata["bounds"].items() if bound is not None}
     if isinstance(value, str):
         if metadata["pattern"] and not re.fullmatch(metadata["pattern"], value):
@@ -129,8 +164,13 @@ def _broken_combinations(cfg: Any) -> Iterator[str]:
     if isinstance(cfg, TrainRun):
         if not cfg.model.path:
             yield "model.path is empty: choose a base with model=NAME, or model=local model.path=FOLDER"
-        if not cfg.data.path and not isinstance(cfg, PlanRun):
+        if not mixing.has_rows(cfg.data) and not isinstance(cfg, PlanRun):
             yield "data.path is empty: choose data with data=NAME or data.path=FILE"
+        if mixing.unused_path(cfg.data):
+            yield (
+                f"data.path={cfg.data.path} is the path of no source: make it one, data.sources.NAME.path="
+                f"{cfg.data.path}, or leave it out"
+            )
         if cfg.optim.warmup_steps and cfg.train.max_steps and cfg.optim.warmup_steps >= cfg.train.max_steps:
             yield (
                 f"optim.warmup_steps must be below train.max_steps ({cfg.train.max_steps}), "
@@ -142,11 +182,11 @@ def _broken_combinations(cfg: Any) -> Iterator[str]:
             yield "data.deduplicate needs all rows, and data.stream=true never has them: choose one"
         if not cfg.adapter.target_modules:
             yield "adapter.target_modules must name at least one layer, got []"
-        if (cfg.train.keep is Keep.best or cfg.train.patience) and not _has_eval_rows(cfg.data):
+        if (cfg.train.keep is Keep.best or cfg.train.patience) and not mixing.has_eval_rows(cfg.data):
             yield "train.keep=best and train.patience need eval rows: data.eval_fraction or data.eval_path"
         if cfg.train.patience and not cfg.train.eval_every_steps:
             yield "train.patience needs train.eval_every_steps, got null"
-        if isinstance(cfg, SweepRun) and cfg.sweep.halving and not _has_eval_rows(cfg.data):
+        if isinstance(cfg, SweepRun) and cfg.sweep.halving and not mixing.has_eval_rows(cfg.data):
             yield "sweep.halving needs eval rows: data.eval_fraction or data.eval_path"
     elif isinstance(cfg, Launcher):
         return
@@ -177,60 +217,6 @@ def _broken_merge(cfg: MergeRun) -> Iterator[str]:
         yield "gguf writes a merged model, but adapters and truncate_rank write an adapter: give one of them"
     if cfg.adapters and cfg.truncate_rank:
         yield "adapters and truncate_rank cannot be combined: combine the adapters first, then truncate the result"
-
-
-def _has_eval_rows(data: Data) -> bool:
-    return bool(data.eval_fraction or data.eval_path or data.eval_split)
-
-
-def to_plain(cfg: Any) -> dict[str, Any]:
-    """Convert a config to plain dicts, lists and scalars, with enums by name, as in config.yaml."""
-    return {
-        f.name: to_plain(value)
-        if dataclasses.is_dataclass(value)
-        else value.value
-        if isinstance(value, Enum)
-        else value
-        for f in dataclasses.fields(cfg)
-        for value in [getattr(cfg, f.name)]
-    }
-
-
-def from_plain(schema: type[Config], plain: dict[str, Any]) -> Config:
-    """Rebuild a config from the result of `to_plain`; missing settings get their defaults.
-
-    Raises ConfigError for an unknown setting and for a value of another type.
-    """
-    from omegaconf import OmegaConf  # 0.1 s, which help and completion do not need
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        made: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), escape(plain)))
-    except OmegaConfBaseException as error:
-        key, reason = getattr(error, "full_key", None) or "", str(error).splitlines()[0]
-        value: Any = plain
-        for part in filter(None, key.split(".")):
-            value = value.get(part) if isinstance(value, dict) else value
-        if "is not a ListConfig" in reason:
-            reason = "must be a list"
-        raise ConfigError(f"{key or schema.__name__}: {reason}, got {value!r}") from error
-    return cast(Config, made)
-
-
-def typed(cfg: Any, schema: type[Config]) -> Config:
-    """Return a copy of a config with checked types; raises ConfigError. An enum may be given by its name."""
-    if type(cfg) is not schema:
-        raise ConfigError(f"cfg must be a {schema.__name__} of lora_ft.compose, got {type(cfg).__name__}")
-    return from_plain(schema, to_plain(cfg))
-
-
-def escape(value: Any) -> Any:
-    r"""Make `${` literal text to OmegaConf (`\${`) in a string, or in all strings of lists and mappings."""
-    if isinstance(value, str):
-        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
-    if isinstance(value, list):
-        return [escape(item) for item in value]
-    return {key: escape(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def lasting(cfg: Any) -> dict[str, Any]:

@@ -35,6 +35,11 @@ class TooLong(Enum):
     split = "split"
 
 
+class MixUntil(Enum):
+    first = "first"
+    all = "all"
+
+
 class Turns(Enum):
     strict = "strict"
     repair = "repair"

@@ -35,6 +35,7 @@ COMMANDS = [
 # Each command runs as written, made short, on a tiny base.
 _TRAIN = ("train.max_steps=1", "train.tokens_per_step=64", "train.eval_rows=2", "train.samples=1", "device=cpu",
           "model.path=llama", "model.hub_id=org/tiny")  # fmt: skip
+_FEW = ("data.max_rows=20", "data.max_length=250", "data.too_long=drop")  # of each source
 SHORT = {
     "train": _TRAIN,
     "check": _TRAIN,
@@ -61,6 +62,7 @@ def _reader(folder: Path) -> Path:
     (folder / "cities.csv").write_text("city,country\n" + "".join(f"City {n},Country {n}\n" for n in range(40)))
     (folder / "pairs.csv").write_text("english,german\n" + "".join(f"number {n},Zahl {n}\n" for n in range(40)))
     (folder / "flags.csv").write_text(re.findall(r"```csv\n(.*?)```", PAGES["docs/quickstart.md"], re.DOTALL)[0])
+    (folder / "wiki.txt").write_text("\n\n".join(f"The number {n} is followed by {n + 1}." for n in range(40)))
     shutil.copy(ROOT / "tests" / "templates" / "qwen3.jinja", folder)
     (folder / "packed.jsonl.gz").write_bytes(gzip.compress((folder / "my.jsonl").read_bytes()))
     (folder / "clone" / "data").mkdir(parents=True)
@@ -92,6 +94,8 @@ def test_command_runs_as_written(page: str, command: str, folders: dict[str, Pat
     elif "resume=auto" in words or resumed:
         short = ("device=cpu", *_TRAIN[:5]) if resumed else _TRAIN
         short = (*(s for s in short if not s.startswith("train.max_steps")), "train.max_steps=1")
+    if any("data.sources" in word for word in words):
+        short = (*short, *_FEW)
     if "verify_only=true" in words:
         short = (*short, "model=local", "model.path=llama")
     run([*words, *short], capfd)

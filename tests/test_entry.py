@@ -177,7 +177,7 @@ def test_mappings_take_new_keys_without_plus_and_dotted_layer_names(calls):
         ("adapter.r=${x}", "adapter.r must be an integer, but: Interpolation key 'x' not found"),
         ("adapter.r=0", "adapter.r must be at least 1, got 0"),
         ("adapter.lora_alpha=nan", "adapter.lora_alpha must be finite, got nan"),
-        ("adapter.alpha_pattern={q_proj:inf}", "adapter.alpha_pattern must be finite, got {'q_proj': inf}"),
+        ("adapter.alpha_pattern={q_proj:inf}", "adapter.alpha_pattern.q_proj must be finite, got inf"),
         ("adapter.r=${oc.env:NOPE}", "adapter.r: the environment variable NOPE is not set"),
         ("hydra.run.dir=${oc.env:NOPE}", "hydra.run.dir: the environment variable NOPE is not set"),
         ("optim.lr=fast", "optim.lr must be a number, got fast"),

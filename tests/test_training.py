@@ -28,7 +28,8 @@ from lora_ft.models.load import load_base, load_tokenizer
 from lora_ft.ops import gradient_checkpointing
 from lora_ft.training import checkpoint, trainer
 from lora_ft.training.callbacks import Callback
-from lora_ft.training.state import TrainingState, overfitting, plan_steps
+from lora_ft.training.overfitting import overfitting
+from lora_ft.training.state import TrainingState, plan_steps
 from lora_ft.training.trainer import fit
 
 

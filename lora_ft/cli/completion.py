@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from enum import Enum
 from pathlib import Path
 
-from lora_ft import config, validation
+from lora_ft import config, mixing, validation
 from lora_ft.cli import choices, help
 
 # COMP_WORDBREAKS lists the characters after which readline begins the word that it replaces: '=' and ':' unless a user
@@ -26,6 +26,8 @@ complete -o nospace -F _lora_ft lora-ft
 
 _FLAGS = ("--multirun", "--config-dir", "--cfg", "--info", "--help")
 _HYDRA = ("hydra.run.dir=", "hydra.sweep.dir=")
+_SOURCE = re.compile(rf"data\.sources\.{mixing.NAME}\.")
+_CHOICE_OF_SOURCE = re.compile(rf"data@data\.sources\.{mixing.NAME}")
 
 
 def reply(line: str, word_breaks: str) -> list[str]:
@@ -57,6 +59,8 @@ def _keys(command: str, typed: str) -> Iterator[str]:
         yield from (f"{flag} " for flag in _FLAGS)
     elif typed.startswith("hydra."):
         yield from _HYDRA
+    elif of_source := _SOURCE.match(typed):
+        yield from (f"{of_source[0]}{name}=" for name in mixing.settings_of_a_source())
     elif "." in typed:
         yield from (f"{s.key}=" for s in validation.settings(schema))
     else:
@@ -66,10 +70,12 @@ def _keys(command: str, typed: str) -> Iterator[str]:
 
 
 def _values(command: str, key: str, typed: str, more: list[Path]) -> Iterator[str]:
-    if key in choices.groups(command):
-        yield from (f"{key}={name} " for name in choices.of(key, more))
+    group = "data" if _CHOICE_OF_SOURCE.fullmatch(key) else key
+    if group in choices.groups(command):
+        yield from (f"{key}={name} " for name in choices.of(group, more))
         return
-    setting = next((s for s in validation.settings(config.SCHEMAS[command]) if s.key == key), None)
+    declared = _SOURCE.sub("data.", key)
+    setting = next((s for s in validation.settings(config.SCHEMAS[command]) if s.key == declared), None)
     kind = help.required(setting.type) if setting else None
     if f"{key}=" in _HYDRA or (setting and setting.text):
         yield from _files(f"{key}=", typed)

@@ -25,12 +25,12 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import env_override
-from hydra.errors import HydraException
+from hydra.errors import ConfigCompositionException, HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_ft import config, runs, validation
+from lora_ft import config, mixing, runs, validation
 from lora_ft.cli import guard, overrides
 from lora_ft.cli.explain import explained
 from lora_ft.cli.tasks import Task
@@ -139,8 +139,7 @@ def _check_sweep(composed: DictConfig) -> None:
         return
     if getattr(direction, "name", direction) != "minimize":
         raise ConfigError(f"hydra.sweeper.direction must be minimize, got {direction}: the value is a loss")
-    data = composed.data
-    if not (data.eval_fraction or data.eval_path or data.eval_split):
+    if not mixing.has_eval_rows(composed.data):
         raise ConfigError("data.eval_fraction must be above 0 if a sweeper chooses values by the eval loss, got 0")
 
 
@@ -183,11 +182,21 @@ def composing(line: CommandLine) -> Iterator[Composed]:
         translated = [*implied(line), *overrides.translate(line.command, line.overrides, sweep=line.multirun)]
         translated += ["hydra.mode=MULTIRUN"] if line.multirun else []
         mode = RunMode.MULTIRUN if line.multirun else RunMode.RUN
-        yield Composed(hydra, hydra.compose_config(line.command, translated, run_mode=mode), translated)
+        yield _composed(hydra, line.command, translated, mode)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise _explained(line, error) from error
     finally:
         GlobalHydra.instance().hydra, HydraConfig.instance().cfg, version.VersionBase.instance().version_base = before
+
+
+def _composed(hydra: Hydra, command: str, translated: list[str], mode: RunMode) -> Composed:
+    """Compose the config; data@data.sources.NAME=CHOICE replaces the choice of an experiment, or is added."""
+    try:
+        return Composed(hydra, hydra.compose_config(command, translated, run_mode=mode), translated)
+    except ConfigCompositionException as error:
+        if (added := overrides.added(translated, error)) is None:
+            raise
+        return _composed(hydra, command, added, mode)
 
 
 def _explained(line: CommandLine, error: Exception) -> LoraFtError:

@@ -39,13 +39,16 @@ def explained(command: str, error: Exception, stored: Path) -> ConfigError:
 def _broken_rule(command: str, key: str, error: Exception, reason: str) -> str:
     if unset := re.search(r"Environment variable '(.*)' not found", reason):
         return f"{key}: the environment variable {unset[1]} is not set"
+    typed = re.match(r"Error merging override \+*([^=]*)=(.*)", str(error), re.DOTALL)
     setting = overrides.declared(command, key.partition("[")[0])
+    if setting is None and typed:  # the key of an entry of a mapping, without that of the mapping
+        key = typed[1]
+        setting = overrides.declared(command, key)
     if setting is None:
         return f"{key}: {reason}" if key else reason
     rule = help.type_words(setting.type if key == setting.key else typing.get_args(setting.type)[-1])
-    typed = re.match(r"Error merging override [^=]*=(.*)", str(error), re.DOTALL)
-    value = typed or re.search(r"[Vv]alue '(.*?)'(?: of type|,)", reason)
-    return f"{key} must be {rule}, " + (f"got {value[1]}" if value else f"but: {reason}")
+    value = typed[2] if typed else (match := re.search(r"[Vv]alue '(.*?)'(?: of type|,)", reason)) and match[1]
+    return f"{key} must be {rule}, " + (f"got {value}" if value is not None else f"but: {reason}")
 
 
 def _missing(error: MissingConfigException) -> str:

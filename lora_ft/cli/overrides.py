@@ -3,12 +3,14 @@ r"""Translate the overrides that a user typed for Hydra: check keys, quote free 
     typed                                  handed to Hydra
     prompt=What's 2+2, and why?            prompt='What\'s 2+2, and why?'
     data.columns.source=English text       ++data.columns.source='English text'
+    data.sources.chat.max_rows=9           ++data.sources.chat.max_rows=9
     adapter.rr=4                           ConfigError: adapter.rr is not a setting; nearest: adapter.r
 
 The value of a text setting is taken literally, with quotes and `${...}`. There are two exceptions: `null` is no value
 if the setting is optional, and in a sweep `choice(a,b)` is several values (Hydra's notation).
 """
 
+import dataclasses
 import difflib
 import re
 import typing
@@ -19,7 +21,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, Quote
 from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 
-from lora_ft import config, validation
+from lora_ft import config, mixing, validation
 from lora_ft.cli import choices, guard, help, several
 from lora_ft.errors import ConfigError
 
@@ -28,6 +30,8 @@ _HYDRA_FOLDERS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
 _PARAMS = "hydra.sweeper.params"
 _OVERRIDE = re.compile(r"(?P<prefix>\+\+?|~)?(?P<key>[^=]*)(?P<equals>=)?(?P<value>.*)", re.DOTALL)
 _NAME = re.compile(r"[\w/-]*")
+_SOURCE = re.compile(rf"(data\.sources\.{mixing.NAME}\.)(.+)")
+_CHOICE_OF_SOURCE = re.compile(rf"data@data\.sources\.{mixing.NAME}")
 
 
 def translate(command: str, typed: list[str], *, sweep: bool) -> list[str]:
@@ -58,7 +62,16 @@ def as_typed(command: str, translated: Iterable[str]) -> Iterator[str]:
             text = OmegaConf.create({"text": value})["text"]  # undoes the escapes
         else:
             text = parsed.get_value_string()
-        yield f"{'+' if parsed.is_add() else ''}{key}={text}"
+        package = f"@{parsed.package}" if parsed.package else ""
+        yield f"{'+' if parsed.is_add() else ''}{key}{package}={text}"
+
+
+def added(translated: list[str], error: Exception) -> list[str] | None:
+    """Return the overrides with the choice of a source that no file has made as an addition; None for other errors."""
+    match = re.match(r"Could not override '([^']+)'", str(error))
+    if not (match and _CHOICE_OF_SOURCE.fullmatch(match[1])):
+        return None
+    return [f"+{override}" if override.startswith(f"{match[1]}=") else override for override in translated]
 
 
 def chosen(typed: list[str], key: str) -> str | None:
@@ -72,6 +85,8 @@ def unknown(command: str, key: str) -> ConfigError:
     if now := config.RENAMED.get(key):
         return ConfigError(f"{key} was renamed: it is now {now}")
     names = [s.key for s in validation.settings(config.SCHEMAS[command])] + list(choices.groups(command))
+    if of_source := _SOURCE.fullmatch(key):
+        names = [of_source[1] + name for name in mixing.settings_of_a_source()]
     near = _nearest(key, names)
     return ConfigError(f"{key} is not a setting" + (f"; nearest: {near}" if near else f" of lora-ft {command}"))
 
@@ -91,6 +106,8 @@ def _translated(command: str, override: str, sweep: bool) -> str:
             if value.startswith("["):
                 several.check_single(override, key, value, command)
             return f"{key}={_quoted(value) if _NAME.fullmatch(value) else value}"
+        if _CHOICE_OF_SOURCE.fullmatch(key) and "data" in choices.groups(command):
+            return f"{prefix}{key}={value}"
         if prefix and _NAME.fullmatch(key):
             return override  # a group of the user's own folder; Hydra reports one that it does not know
         raise unknown(command, key)
@@ -101,7 +118,7 @@ def _translated(command: str, override: str, sweep: bool) -> str:
         several.check_single(override, key, value, command)
         if (values := several.values_of_choice(value)) and "null" in values:
             value = ",".join(values)
-    if not _is_mapping(setting):
+    if not (_is_mapping(setting) or _SOURCE.fullmatch(key)):
         return f"{key}={value}"
     # Hydra adds keys to a mapping only with '++', and reads the dots of a layer's name as nesting unless in braces.
     name = key[len(setting.key) + 1 :]
@@ -176,8 +193,16 @@ def _quoted(text: str) -> str:
 
 
 def declared(command: str, key: str) -> validation.Setting | None:
-    """Return the setting of this key, or the mapping that has the key as an entry; None if it is unknown."""
-    for setting in validation.settings(config.SCHEMAS[command]):
+    """Return the setting of this key, or the mapping that has the key as an entry; None if it is unknown.
+
+    A setting of a source is that of `data` by another key.
+    """
+    settings = validation.settings(config.SCHEMAS[command])
+    if of_source := _SOURCE.fullmatch(key):
+        inner = of_source[2].partition(".")[0]
+        settings = (dataclasses.replace(s, key=of_source[1] + inner) for s in settings
+                    if s.key == f"data.{inner}" and inner not in mixing.OF_THE_MIX)  # fmt: skip
+    for setting in settings:
         if setting.key == key or (_is_mapping(setting) and key.startswith(f"{setting.key}.")):
             return setting
     return None

@@ -9,8 +9,9 @@ import hashlib
 import itertools
 import json
 import operator
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, overload
 
@@ -46,10 +47,18 @@ class EvalPrompt:
     source: str
 
 
-class EvalPrompts(Sequence[EvalPrompt]):
+class Prompts(Sequence[EvalPrompt]):
+    """Interface of the prompts of an eval set."""
+
+    @abstractmethod
+    def of_rows(self, rows: NDArray[np.int64]) -> list[EvalPrompt]:
+        """Return the prompts of these rows, each once, in the order of the rows; a row of plain text has none."""
+
+
+class EvalPrompts(Prompts):
     """The prompt of each chat of the eval set, made of its last example when it is asked for.
 
-    answer: returns the reference answer of a row.
+    answers: functions that return the reference answer of a row, each with the number of the first row it is for.
     """
 
     def __init__(
@@ -67,7 +76,6 @@ class EvalPrompts(Sequence[EvalPrompt]):
         self._places = places[::-1][backwards]
 
     def of_rows(self, rows: NDArray[np.int64]) -> list[EvalPrompt]:
-        """Return the prompts of these rows, each once, in the order of the rows; a row of plain text has none."""
         distinct = np.array(list(dict.fromkeys(rows.tolist())), np.int64)
         numbers = np.searchsorted(self._of_rows, distinct)
         return [self[number] for number in numbers[np.isin(distinct, self._of_rows)].tolist()]
@@ -95,6 +103,7 @@ class Report:
     prompt was cut. split: texts cut into windows.
     duplicates: rows that differ from an earlier one in case and whitespace at most. unused: columns that are not read.
     sha256: of all ids and masks. template_sha256, tokenizer_sha256: of the chat template and the tokenizer.
+    sources: the reports of the sources of data.sources, if there are any; the other fields are their sums.
     is_stream: the training rows are streamed, and only those of the first block are counted.
     """
 
@@ -116,6 +125,7 @@ class Report:
     sha256: str
     template_sha256: str | None
     tokenizer_sha256: str
+    sources: dict[str, "Report"] = field(default_factory=dict)
     is_stream: bool = False
 
     def __str__(self) -> str:
@@ -130,22 +140,39 @@ class Report:
             + (f"; {self.split:,} texts cut into windows" if self.split else "")
             + (f"; converted: {converted}" if converted else "")
             + (f"; columns not used: {excerpt(', '.join(self.unused))}" if self.unused else "")
+            + "".join(f"\n  source {name}: {report}" for name, report in self.sources.items())
         )
+
+
+@dataclass(frozen=True)
+class Part:
+    """A source of data.sources: the indices of its training examples and of its eval examples in the dataset."""
+
+    train: range
+    eval: range
 
 
 @dataclass(frozen=True)
 class Dataset:
     """Training examples, eval examples, the prompts of the eval set, and the `labels` of the training rows.
 
+    parts: those of each source of data.sources, in order; empty if there are no sources.
+
     If the training rows are streamed, `train` are those of the first block; eval_rows: the rows of the eval set.
     """
 
     train: Examples
     eval: Examples
-    eval_prompts: EvalPrompts
+    eval_prompts: Prompts
     answers: list[str] | None
     report: Report
+    parts: dict[str, Part] = field(default_factory=dict)
     eval_rows: StoredRows | None = None
+
+    @property
+    def named_parts(self) -> dict[str, Part]:
+        """The parts, or the whole dataset under the name "" if there are no sources."""
+        return self.parts or {"": Part(range(len(self.train)), range(len(self.eval)))}
 
 
 def tokenized(found: Rows, tokenizer: Any, data: config.Data) -> Examples:
@@ -209,8 +236,7 @@ def prepare_rows(found: Rows, data: config.Data, tokenizer: Any, make_examples: 
     )  # fmt: skip
     answers = labels(rows.select(np.unique(train.rows)))
     prompts = EvalPrompts(eval_, rows, rows.is_chat, partial(chat_template.answer_of, data=data, tokenizer=tokenizer))
-    eval_rows = rows.select(np.flatnonzero(found.is_eval)) if data.stream else None
-    return Dataset(train, eval_, prompts, answers, report, eval_rows)
+    return Dataset(train, eval_, prompts, answers, report, eval_rows=found.eval_rows if data.stream else None)
 
 
 def documents(found: Rows, data: config.Data, tokenizer: Any, make_examples: MakeExamples) -> tuple[Examples, int]:

@@ -5,6 +5,7 @@ read(Data(path="chat.jsonl")) -> Rows(format, rows=[Row ...], is_eval=[False, Tr
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from lora_ft import config
 from lora_ft.config import Format
 from lora_ft.data import cache, split
+from lora_ft.data.joined import Chained
 from lora_ft.data.parsing import append_rows
 from lora_ft.data.row_store import RowWriter, StoredRows
 from lora_ft.data.rows import Ledger
@@ -20,6 +22,8 @@ from lora_ft.data.sources import ALL_SPLITS, folder_splits, is_local, split_name
 from lora_ft.errors import ConfigError
 
 log = logging.getLogger("lora_ft")
+
+EQUAL_TO_EARLIER = "equal to an earlier row"  # a reason to leave rows out
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,10 @@ class Rows:
     @property
     def training_rows(self) -> StoredRows:
         return self.rows.select(np.flatnonzero(~self.is_eval))
+
+    @property
+    def eval_rows(self) -> StoredRows:
+        return self.rows.select(np.flatnonzero(self.is_eval))
 
 
 def read(data: config.Data) -> Rows:
@@ -74,15 +82,17 @@ def read(data: config.Data) -> Rows:
     kept = [side[split.first_of_equal(hashes[side])] for side in sides]
     duplicates = len(rows) - sum(map(len, kept))
     if data.deduplicate:
-        ledger.left_out["equal to an earlier row"] += duplicates
+        ledger.left_out[EQUAL_TO_EARLIER] += duplicates
         sides = kept[0], kept[1]
         rows = rows.select(np.concatenate(sides))
     if not (data.eval_path or data.eval_split):
         is_eval = split.choose_eval(rows.hashes, data.eval_fraction)
     else:
         is_eval = np.arange(len(rows)) >= len(sides[0])
-        _refuse_leaks(rows.select(np.flatnonzero(~is_eval)), rows.select(np.flatnonzero(is_eval)))
-    return Rows(found, rows, is_eval, duplicates, list(dict.fromkeys(unused)), ledger)
+    read_rows = Rows(found, rows, is_eval, duplicates, list(dict.fromkeys(unused)), ledger)
+    if data.eval_path or data.eval_split:
+        refuse_leaks([read_rows], [read_rows])
+    return read_rows
 
 
 def _first_block(data: config.Data) -> config.Data:
@@ -90,16 +100,21 @@ def _first_block(data: config.Data) -> config.Data:
     return replace(data, max_rows=min(data.shuffle_buffer, data.max_rows or data.shuffle_buffer))
 
 
-def read_eval(data: config.Data, trained: Rows | None) -> Rows:
-    """Read every row of `data.path` as an eval row. Raises DataError if one is a training row of `trained`."""
+def read_eval(data: config.Data) -> Rows:
+    """Read every row of `data.path` as an eval row."""
     found = read(replace(data, eval_fraction=0.0, eval_path=None, eval_split=None, stream=False))
-    if trained:
-        _refuse_leaks(trained.training_rows, found.rows)
     return replace(found, is_eval=np.ones(len(found.rows), np.bool_))
 
 
-def _refuse_leaks(trained: StoredRows, evaluated: StoredRows) -> None:
-    split.refuse_leaks(trained.sources, evaluated.sources, trained.hashes, evaluated.hashes)
+def refuse_leaks(trained: Sequence[Rows], evaluated: Sequence[Rows]) -> None:
+    """Raise DataError if an eval row of the second rows is a training row of the first."""
+    train, eval_ = [rows.training_rows for rows in trained], [rows.eval_rows for rows in evaluated]
+    split.refuse_leaks(
+        Chained([rows.sources for rows in train]),
+        Chained([rows.sources for rows in eval_]),
+        np.concatenate([rows.hashes for rows in train]),
+        np.concatenate([rows.hashes for rows in eval_]),
+    )
 
 
 def eval_split(data: config.Data) -> str | None:

@@ -25,7 +25,7 @@ def content_hash(row: Row) -> bytes:
         shown = json.dumps(extra, sort_keys=True, default=str) if extra else ""
         parts.append(f"{message['role']}: {message['content']} {shown}")
     text = "\n".join(parts) if parts else row.answer
-    return hashlib.sha256(" ".join(text.casefold().split()).encode("utf-8")).digest()
+    return hashlib.sha256(" ".join(text.casefold().split()).encode("utf-8", "surrogatepass")).digest()
 
 
 Hashes = NDArray[np.uint64]
@@ -51,10 +51,25 @@ def choose_eval(hashes: Hashes, fraction: float) -> NDArray[np.bool_]:
 def first_of_equal(hashes: Hashes) -> NDArray[np.int64]:
     """Return the ascending indices of the rows that no earlier row equals."""
     order = _sorted(hashes)
-    ordered = hashes[order]
-    is_first = np.ones(len(order), np.bool_)
-    is_first[1:] = (ordered[1:] != ordered[:-1]).any(1)
-    return np.sort(order[is_first])
+    return np.sort(order[_begins(hashes[order])])
+
+
+def are_among(hashes: Hashes, others: Hashes) -> NDArray[np.bool_]:
+    """Return True for each row that one of the others equals."""
+    both = np.concatenate([others, hashes])
+    order = _sorted(both)
+    begins = _begins(both[order])
+    is_other = order[begins] < len(others)  # of each kind of equal rows: the first of them is one of the others
+    is_known = np.empty(len(both), np.bool_)
+    is_known[order] = is_other[np.cumsum(begins) - 1]
+    return is_known[len(others) :]
+
+
+def _begins(ordered: Hashes) -> NDArray[np.bool_]:
+    """Return True for each of the ordered hashes that differs from the one before."""
+    begins = np.ones(len(ordered), np.bool_)
+    begins[1:] = (ordered[1:] != ordered[:-1]).any(1)
+    return begins
 
 
 def _sorted(hashes: Hashes) -> NDArray[np.int64]:

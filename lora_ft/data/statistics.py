@@ -8,7 +8,7 @@ what is allowed but rarely intended.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from lora_ft.config import TooLong
 from lora_ft.data.chat_template import fitted, trials_of
 from lora_ft.data.dataset import Dataset, Report
 from lora_ft.data.examples import Examples
-from lora_ft.data.read import Rows
+from lora_ft.data.read import EQUAL_TO_EARLIER, Rows
 from lora_ft.data.rendering import prompts, thinking_switch
 from lora_ft.data.rows import excerpt
 from lora_ft.data.tokenize import Vocabulary
@@ -94,10 +94,42 @@ def measure(found: Rows, dataset: Dataset, data: config.Data, tokenizer: Any) ->
         unended=unended,
         prompts=len(compared),
         other_prompts=[source for source, same in compared if not same],
-        written=dict(sorted(found.written.items(), key=lambda pair: (-pair[1], pair[0]))),
-        asked_before=_asked_before(found),
+        written=_most_first(found.written),
+        asked_before=_asked_before([found]),
         thinking=_thinking(found, dataset, data, tokenizer),
     )
+
+
+def combined(sources: Sequence[tuple[Rows, Statistics]], dataset: Dataset) -> Statistics:
+    """Return the statistics of all sources of a dataset, given the rows and the statistics of each."""
+    lengths = dataset.train.lengths
+    each = [statistics for _, statistics in sources]
+    ends, written = Counter[str](), Counter[str]()
+    for statistics in each:
+        ends.update(statistics.ends)
+        written.update(statistics.written)
+    return Statistics(
+        median=float(np.median(lengths)),
+        percentile_95=float(np.percentile(lengths, 95)),
+        histogram=_histogram(lengths),
+        begin=each[0].begin,
+        begun=sum(statistics.begun for statistics in each),
+        ends=dict(ends.most_common()),
+        unended=sum(statistics.unended for statistics in each),
+        prompts=sum(statistics.prompts for statistics in each),
+        other_prompts=[source for statistics in each for source in statistics.other_prompts],
+        written=_most_first(written),
+        asked_before=_asked_before([rows for rows, _ in sources]),
+        thinking=_all_thinking([statistics.thinking for statistics in each if statistics.thinking]),
+    )
+
+
+def _all_thinking(each: list[Thinking]) -> Thinking | None:
+    """Return the sums over sources; the switch is that of the template, which all of them share."""
+    if not each:
+        return None
+    rows, without = sum(one.rows for one in each), sum(one.without for one in each)
+    return Thinking(rows, without, any(one.taught for one in each), each[0].switch)
 
 
 def warnings(found: Statistics, report: Report, data: config.Data) -> Iterator[str]:
@@ -125,8 +157,9 @@ def warnings(found: Statistics, report: Report, data: config.Data) -> Iterator[s
         )
     if found.thinking and found.thinking.without > _MANY_WITHOUT * found.thinking.rows:
         yield _no_thoughts(found.thinking)
-    if not data.deduplicate and report.duplicates > _MANY_DUPLICATES * report.rows:
-        yield f"{report.duplicates:,} of {report.rows:,} rows are duplicates: set data.deduplicate=true to drop them"
+    kept = report.duplicates - report.left_out.get(EQUAL_TO_EARLIER, 0)
+    if not data.deduplicate and kept > _MANY_DUPLICATES * report.rows:
+        yield f"{kept:,} of {report.rows:,} rows are duplicates: set data.deduplicate=true to drop them"
     if found.asked_before:
         yield (
             f"{found.asked_before:,} eval rows have the prompt of a training row (up to case, whitespace and "
@@ -222,8 +255,12 @@ def _prompts_again(
         yield row.source, any(prompt == ids[: len(prompt)].tolist() for prompt in expected)
 
 
-def _asked_before(found: Rows) -> int:
+def _most_first(counts: Mapping[str, int]) -> dict[str, int]:
+    return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
+
+
+def _asked_before(found: Sequence[Rows]) -> int:
     """Count the eval rows with the question of a training row; rows that are equal as a whole are refused earlier."""
-    prompts, is_eval = found.rows.prompts, found.is_eval
-    asked = prompts[is_eval]
-    return int((np.isin(asked, prompts[~is_eval]) & (asked != 0)).sum())
+    asked = np.concatenate([rows.rows.prompts[rows.is_eval] for rows in found])
+    trained = np.concatenate([rows.rows.prompts[~rows.is_eval] for rows in found])
+    return int((np.isin(asked, trained) & (asked != 0)).sum())

@@ -7,7 +7,7 @@ steps.tokens         tokens of each step
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import overload
@@ -31,13 +31,20 @@ class Steps(Sequence[NDArray[np.int64]]):
     """The optimizer steps of a run, each as indices of examples; the examples of a group are in one step.
 
     tokens, documents: of each step. epochs: passes over the data; without it, as many as `max_steps` steps take.
+    order_of: returns the groups of an epoch, in order; by default all of them by the seed.
     """
 
     def __init__(
-        self, groups: Groups, tokens_per_step: int, seed: int, epochs: int | None = None, max_steps: int | None = None
+        self,
+        groups: Groups,
+        tokens_per_step: int,
+        seed: int,
+        epochs: int | None = None,
+        max_steps: int | None = None,
+        order_of: Callable[[int], NDArray[np.int64]] | None = None,
     ) -> None:
         self._groups = groups
-        self._order = lru_cache(2)(lambda epoch: epoch_order(len(groups), seed, epoch))
+        self._order = lru_cache(2)(order_of or (lambda epoch: epoch_order(len(groups), seed, epoch)))
         self._epochs: list[_Epoch] = []
         tokens, documents, count = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
         for epoch in itertools.count() if epochs is None else range(epochs):

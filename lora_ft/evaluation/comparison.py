@@ -3,6 +3,7 @@
                   base     adapter
 eval loss        3.142       2.087     nats per token
 perplexity       23.15        8.06     113 tokens of 12 rows
+eval loss chat   3.511       1.713     64 tokens of 7 rows        (a line for each source of data.sources)
 
 question    How many legs has a spider?
 reference   Eight.
@@ -12,8 +13,8 @@ adapter     Eight.
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from peft import PeftModel
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -37,7 +38,7 @@ class EvalSet:
     """Examples for the loss, and prompts to answer greedily.
 
     tokens_per_microbatch: most tokens of a forward pass. max_new_tokens: most tokens of an answer. loss: of the
-    objective.
+    objective. sources: indices of the examples of each source; empty if there are no sources.
     """
 
     examples: Sequence[Example]
@@ -45,6 +46,7 @@ class EvalSet:
     tokens_per_microbatch: int
     max_new_tokens: int
     loss: Loss
+    sources: Mapping[str, range] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ def compare(
     inner: PreTrainedModel = model.get_base_model()
 
     def loss_and_answers(loss: EvalLoss | None) -> tuple[EvalLoss, list[str]]:
-        loss = loss or eval_loss(inner, eval_set.loss, eval_set.examples, paths, eval_set.tokens_per_microbatch)
+        chosen = eval_set.examples, paths, eval_set.tokens_per_microbatch, eval_set.sources
+        loss = loss or eval_loss(inner, eval_set.loss, *chosen)
         if not math.isfinite(loss.loss):
             raise NonFiniteError(
                 f"eval loss {loss.loss}: weights of the base or the adapter are not finite, or too large"
@@ -136,12 +139,17 @@ def _losses(comparison: Comparison, scores: dict[str, tuple[float, float]]) -> T
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for header in ("", "base", "adapter", ""):
         table.add_column(header, justify="right" if header else "left", overflow="fold")
-    counted = f"{base.tokens:,} tokens of {base.rows:,} row{'s' * (base.rows != 1)}"
     table.add_row("eval loss", _number(base.loss), _number(adapter.loss), "nats per token")
-    table.add_row("perplexity", _number(base.perplexity), _number(adapter.perplexity), counted)
+    table.add_row("perplexity", _number(base.perplexity), _number(adapter.perplexity), _counted(base))
+    for name, source in base.sources.items():
+        table.add_row(f"eval loss {name}", _number(source.loss), _number(adapter.sources[name].loss), _counted(source))
     for name, values in scores.items():
         table.add_row(name, *map(_number, values))
     return table
+
+
+def _counted(loss: EvalLoss) -> str:
+    return f"{loss.tokens:,} tokens of {loss.rows:,} row{'s' * (loss.rows != 1)}"
 
 
 def _number(value: float) -> str:

@@ -3,13 +3,15 @@
     loss = sum of token losses / supervised tokens        perplexity = exp(loss)
 
 Weights of messages count as in training: the loss of a token times its weight, divided by the sum of the weights.
-A mean of batch means would depend on the batch size; here only rounding does.
+A mean of batch means would depend on the batch size; here only rounding does. Examples of several sources are batched
+source by source, so that one pass gives the sum of each source and of all.
 """
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -26,37 +28,85 @@ Loss = Callable[[PreTrainedModel, Batch, Paths], LossSum]  # `Objective.loss`
 class EvalLoss:
     """Weighted mean of the loss over `rows` examples with `tokens` supervised tokens; for sft in nats per token.
 
-    metrics: further means of the objective, by name.
+    metrics: further means of the objective, by name. sources: of each source of `data.sources` alone.
     """
 
     loss: float
     tokens: int
     rows: int
     metrics: dict[str, float] = field(default_factory=dict)
+    sources: dict[str, "EvalLoss"] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
+    @property
+    def losses(self) -> dict[str, float]:
+        """Loss of each source."""
+        return {name: source.loss for name, source in self.sources.items()}
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> "EvalLoss":
+        """Rebuild an eval loss from the result of `dataclasses.asdict`."""
+        sources = {name: cls.from_plain(source) for name, source in plain.get("sources", {}).items()}
+        return cls(**{**plain, "sources": sources})
+
 
 @torch.no_grad()
 def eval_loss(
-    model: PreTrainedModel, loss: Loss, examples: Sequence[Example], paths: Paths, tokens_per_microbatch: int
+    model: PreTrainedModel,
+    loss: Loss,
+    examples: Sequence[Example],
+    paths: Paths,
+    tokens_per_microbatch: int,
+    sources: Mapping[str, range] | None = None,
 ) -> EvalLoss:
     """Evaluate examples without dropout and without random numbers. The model's mode is restored.
 
     A forward pass has at most `tokens_per_microbatch` tokens, or as many as the longest group of examples.
+    sources: the indices of the examples of each source, in order; by default all examples are of one.
     """
     capacity = max(tokens_per_microbatch, longest_group(examples))
     was_training = model.training
     model.eval()
-    total, weight, tokens = 0.0, 0.0, 0
-    metrics: Counter[str] = Counter()
+    parts = {
+        name: _sums(model, loss, examples[part.start : part.stop], paths, capacity)
+        for name, part in (sources or {"": range(len(examples))}).items()
+    }
+    model.train(was_training)
+    whole = _Sums()
+    for part in parts.values():
+        whole.add(part)
+    return whole.mean({name: part.mean() for name, part in parts.items()} if sources else {})
+
+
+@dataclass
+class _Sums:
+    """Sums over examples: of the loss, of its weight, of tokens and rows, and of further metrics."""
+
+    total: float = 0.0
+    weight: float = 0.0
+    tokens: int = 0
+    rows: int = 0
+    metrics: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: "_Sums") -> None:
+        self.total += other.total
+        self.weight += other.weight
+        self.tokens += other.tokens
+        self.rows += other.rows
+        self.metrics.update(other.metrics)
+
+    def mean(self, sources: dict[str, EvalLoss] | None = None) -> EvalLoss:
+        metrics = {name: value / self.weight for name, value in self.metrics.items()}
+        return EvalLoss(self.total / self.weight, self.tokens, self.rows, metrics, sources or {})
+
+
+def _sums(model: PreTrainedModel, loss: Loss, examples: Sequence[Example], paths: Paths, capacity: int) -> _Sums:
+    sums = _Sums(rows=len(examples))
     for batch in packed(examples, capacity, paths.share_a_pass):
         found = loss(model, batch.to(model.device), paths)
-        total += found.sum.item()
-        weight += found.weight
-        tokens += sum(batch.counts)
-        metrics.update({name: value.item() for name, value in found.metrics.items()})
-    model.train(was_training)
-    return EvalLoss(total / weight, tokens, len(examples), {name: value / weight for name, value in metrics.items()})
+        metrics = Counter({name: value.item() for name, value in found.metrics.items()})
+        sums.add(_Sums(found.sum.item(), found.weight, sum(batch.counts), metrics=metrics))
+    return sums

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_ft import config, validation
+from lora_ft import config, mixing, validation
 from lora_ft.data.dataset import Dataset
 from lora_ft.memory import workload as workloads
 from lora_ft.memory.advice import Advice, advise, nearest_hardware
@@ -125,7 +125,7 @@ def make(
     base = _once(known.bases, (cfg.model,), lambda: described(cfg.model))
     machine = _once(known.machines, (hardware, cfg.device), lambda: resolve(hardware, cfg.device))
     rows = None
-    if cfg.data.path:
+    if mixing.has_rows(cfg.data):
         chosen = (cfg.model, cfg.data, cfg.objective)
         rows = _once(known.datasets, chosen, lambda: read_rows(cfg, load_tokenizer(cfg.model)).dataset)
     return make_for(cfg, base, rows, machine, advice, known)

@@ -11,6 +11,7 @@ import numpy as np
 
 from lora_ft import config
 from lora_ft.data.dataset import Dataset
+from lora_ft.data.mixed_dataset import mix_of
 from lora_ft.data.packing import largest_micro_batch, longest_group, micro_batch_lengths
 from lora_ft.training.state import longest, plan_steps
 
@@ -52,14 +53,15 @@ class Workload:
 def of_rows(cfg: config.TrainRun, dataset: Dataset, packs: bool = True) -> Workload:
     """Return the work of a run on its rows; `packs` is false if documents of this model cannot share a sequence."""
     examples, capacity, packs = dataset.train, cfg.train.microbatch_limit, cfg.train.packing and packs
-    steps = plan_steps(examples, cfg.train, cfg.seed)
+    mix = mix_of(dataset, cfg.data)
+    steps = plan_steps(examples, cfg.train, cfg.seed, mix)
     median = steps[int(np.argsort(steps.tokens)[len(steps) // 2])]
     return Workload(
         largest=largest_micro_batch(examples, steps, capacity, packs),
         typical=micro_batch_lengths([examples[i] for i in median], capacity, packs),
         steps=len(steps),
         tokens=int(steps.tokens.sum()),
-        epochs=int(steps.documents.sum()) / len(examples),
+        epochs=mix.epochs(steps) if mix else int(steps.documents.sum()) / len(examples),
         longest=max(longest(cfg, examples), longest_group(dataset.eval)),
     )
 

@@ -24,7 +24,9 @@ from lora_ft.publishing.adapter_facts import front_matter
 from lora_ft.settings.setting import OnResume
 
 # The card shows these under other headings.
-_SHOWN_ELSEWHERE = ("data.revision", "data.name", "data.split", "model.revision", "model.hub_id")
+_SHOWN_ELSEWHERE = (
+    "data.revision", "data.name", "data.split", "data.sources", "data.mix", "model.revision", "model.hub_id",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def read(run: Path) -> TrainingSummary:
     """Read the summary of a finished run; raises ConfigError for files that lora-ft did not write."""
     stored = runs.read_config(run)
     data = stored.get("data") or {}
-    described, dataset = _describe_source(str(data.get("path", "")))
+    described, dataset = _describe_sources(data) if data.get("sources") else _describe_source(str(data.get("path", "")))
     hub = data if dataset else {}
     result, check = _json(run / runs.RESULT), _json(run / runs.CHECK)
     counts = check.get("rows") or {}
@@ -113,11 +115,23 @@ def _describe_source(path: str) -> tuple[str, str | None]:
     return "a local folder", None
 
 
+def _describe_sources(data: dict[str, Any]) -> tuple[str, None]:
+    """Return a description of several sources with their shares; no single hub id."""
+    sources, mix = data["sources"], data.get("mix") or {}
+    if not (isinstance(sources, dict) and isinstance(mix, dict) and all(isinstance(s, dict) for s in sources.values())):
+        raise ConfigError("config.yaml: data.sources and data.mix must be mappings")
+    described = {name: _describe_source(str(sources[name].get("path", data.get("path", ""))))[0] for name in sources}
+    return "; ".join(f"{name} (share {mix.get(name)}): {text}" for name, text in sorted(described.items())), None
+
+
 def _scores(run: Path, result: dict[str, Any]) -> list[Scores]:
     evaluated, found = _json(run / "eval.json"), []
     try:
         if result.get("eval_loss") is not None:
-            base, adapter = (_with_perplexity(float(result[key])) for key in ("base_eval_loss", "eval_loss"))
+            base, adapter = (
+                _with_perplexity(float(result[key])) | _of_sources(result.get(f"{key}es") or {})
+                for key in ("base_eval_loss", "eval_loss")
+            )
             found.append(Scores("at the end of training", base, adapter, int(result["eval_tokens"]), None))
         if evaluated:
             base, adapter = (_figures(evaluated[name]) for name in ("base", "adapter"))
@@ -131,8 +145,14 @@ def _with_perplexity(loss: float) -> dict[str, float]:
     return {"loss": loss} | ({"perplexity": math.exp(loss)} if loss < 100 else {})
 
 
+def _of_sources(losses: dict[str, Any]) -> dict[str, float]:
+    return {f"loss of {name}": float(loss) for name, loss in losses.items()}
+
+
 def _figures(measured: dict[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in measured.items() if value is not None}
+    sources = {name: source["loss"] for name, source in measured.get("sources", {}).items()}
+    found = {name: float(value) for name, value in measured.items() if value is not None and name != "sources"}
+    return found | _of_sources(sources)
 
 
 def _curves(run: Path) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:

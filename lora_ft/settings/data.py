@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_ft.settings.setting import OnResume, setting
-from lora_ft.values import Format, TooLong, TrainOn, Turns
+from lora_ft.values import Format, MixUntil, TooLong, TrainOn, Turns
 
 
 @dataclass(slots=True)
@@ -74,4 +74,13 @@ class Data:
     )
     eval_path: str | None = setting(
         None, "eval rows: another file, folder or hub dataset, instead of eval_fraction", path=True
+    )
+    sources: dict[str, dict[str, Any]] = setting(
+        {}, "sources of rows by name, each with settings of `data` over those given here: data.sources.NAME.path=FILE"
+    )
+    mix: dict[str, float] = setting(
+        {}, "share of each source in the supervised tokens: data.mix.NAME=0.3; 0: only evaluated", at_least=0
+    )
+    mix_until: MixUntil = setting(
+        MixUntil.first, "end of an epoch of a mix: the first source runs out, or all were seen and shorter ones repeat"
     )

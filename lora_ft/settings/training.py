@@ -51,7 +51,9 @@ class Train:
     eval_every_steps: int | None = setting(
         None, "evaluate every so many steps; null: only at the start and the end", unit="steps", at_least=1
     )
-    eval_rows: int = setting(64, "maximum number of eval rows used during training", unit="rows", at_least=1)
+    eval_rows: int = setting(
+        64, "maximum number of eval rows used during training, of each source", unit="rows", at_least=1
+    )
     keep: Keep = setting(Keep.last, "state saved to adapter/: last, or best (lowest eval loss)")
     patience: int | None = setting(
         None, "early stopping: evaluations without improvement", unit="evaluations", at_least=1

@@ -3,7 +3,8 @@
 adapter.r=4,8  model=smollm2_135m,gpt2      ->  [r=4 smollm2, r=8 smollm2]  [r=4 gpt2, r=8 gpt2]
 
 A job trains to the same bytes whether it shares its base or not. So jobs of a group have equal settings for everything
-that decides the base, its rows and the code paths of its layers; adapter, optimizer, steps and seed may differ.
+that decides the base, its rows and the code paths of its layers. Adapter, optimizer, steps, seed and data.mix may
+differ.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from lora_ft import config, validation
 from lora_ft.errors import ConfigError
 
 _MAY_DIFFER = ("adapter", "optim", "train", "seed", "track", "resume")  # within a group
+_ORDER_OF_ROWS = ("mix", "mix_until")  # settings of data that may differ: they change no row
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ def grouped(jobs: list[Job], share: bool) -> list[list[Job]]:
 
 def _base_key(cfg: config.TrainRun) -> str:
     same = {name: value for name, value in validation.to_plain(cfg).items() if name not in _MAY_DIFFER}
+    same["data"] = {name: value for name, value in same["data"].items() if name not in _ORDER_OF_ROWS}
     # A layer that one job trains in full is not accelerated, for all jobs of the group. Deterministic kernels may
     # evaluate the bare base, which the jobs of a group do once, to other last bits.
     return json.dumps([same, sorted(cfg.adapter.modules_to_save), cfg.train.deterministic], sort_keys=True)

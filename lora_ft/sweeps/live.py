@@ -200,7 +200,8 @@ def counts(views: list[View]) -> str:
 def seconds_left(before: list[View], now: list[View], seconds: float) -> float | None:
     """Estimate from the steps made so far; None if the jobs' steps differ in cost or too few were made."""
     cfgs = [view.job.cfg for view in now]
-    costs = {(c.model.path, c.quant.kind, c.data.path, c.data.max_length, c.train.tokens_per_step) for c in cfgs}
+    rows = [(c.data.path, str(c.data.sources), c.data.max_length) for c in cfgs]
+    costs = {(c.model.path, c.quant.kind, *r, c.train.tokens_per_step) for c, r in zip(cfgs, rows, strict=True)}
     known = [v.result.num_steps for v in now if v.result.num_steps]
     if len(costs) != 1 or not known:
         return None

@@ -136,7 +136,8 @@ def _board(board: Board) -> dict[str, Any]:
 
 
 _UNITS = {"eval_loss": "nats_per_token", "base_eval_loss": "nats_per_token",
-          "best_eval_loss": "nats_per_token", "peak_memory_bytes": "of_process"}  # fmt: skip
+          "best_eval_loss": "nats_per_token", "eval_losses": "nats_per_token", "base_eval_losses": "nats_per_token",
+          "peak_memory_bytes": "of_process"}  # fmt: skip
 
 
 def _job(ranking: Ranking, job: JobResult, board: int | None, place: int | None) -> dict[str, Any]:

@@ -43,7 +43,10 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Figures:
-    """The figures in a finished job's result.json and the size of its adapter; None if unknown or not finite."""
+    """The figures in a finished job's result.json and the size of its adapter; None if unknown or not finite.
+
+    eval_losses, base_eval_losses: of each source of data.sources, those that are finite.
+    """
 
     eval_loss: float | None = None
     base_eval_loss: float | None = None
@@ -57,6 +60,8 @@ class Figures:
     trainable_parameters: int | None = None
     peak_memory_bytes: int | None = None
     adapter_bytes: int | None = None
+    eval_losses: dict[str, float] = field(default_factory=dict)
+    base_eval_losses: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -272,12 +277,14 @@ def finite(value: Any) -> float | None:
 def _finished(folder: Path) -> dict[str, Any]:
     result = runs.read_result(folder)
     size = stamp(folder / ADAPTER)
-    numbers = {f.name: _number(result, f.name) for f in fields(Figures) if f.name != "adapter_bytes"}
+    of_sources = ("eval_losses", "base_eval_losses")
+    numbers = {f.name: _number(result, f.name) for f in fields(Figures) if f.name not in ("adapter_bytes", *of_sources)}
     stopped_by, reason = result.get("stopped_by"), ""
     if stopped_by is not None:
         reason = shown(str(stopped_by))
     elif result.get("stopped_early") is True:
         reason = f"patience at step {numbers['steps']}"
+    numbers |= {name: _numbers(result, name) for name in of_sources}
     figures = Figures(**numbers, adapter_bytes=size[1] if size else None)
     if reason:
         return {"state": State.stopped, "reason": reason, "figures": figures}
@@ -289,6 +296,15 @@ def _number(result: dict[str, Any], name: str) -> Any:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
         raise ConfigError(f"{runs.RESULT}: {name} must be a number, got {str(value)[:60]!r}")
     return finite(value)
+
+
+def _numbers(result: dict[str, Any], name: str) -> dict[str, float]:
+    """Return the finite numbers of a mapping in result.json, empty for a run of an earlier version."""
+    values = result.get(name, {})
+    if not isinstance(values, dict):
+        raise ConfigError(f"{runs.RESULT}: {name} must be a mapping, got {str(values)[:60]!r}")
+    found = {shown(source): _number(values, source) for source in values}
+    return {source: number for source, number in found.items() if number is not None}
 
 
 def _failed(folder: Path) -> dict[str, Any]:

@@ -90,6 +90,7 @@ def _leaderboard(ranking: Ranking, board: Board, title: str, rest: Sequence[JobR
         Column("place", lambda job: _number(board.place(job), str), "#"),
         *_job_columns(ranking),
         Column("eval loss", loss, "loss", "nats per token"),
+        *_source_columns(board),
         Column("perplexity", lambda job: _perplexity(job.figures.eval_loss), "ppl", spare=1),
         Column("tokens/s", figure("tokens_per_second", "{:,.0f}"), spare=2),
         Column("peak memory", figure("peak_memory_bytes", "{:.2f}", 1e9), "GB", "GB", spare=3),
@@ -102,8 +103,20 @@ def _leaderboard(ranking: Ranking, board: Board, title: str, rest: Sequence[JobR
     if board.base_loss is not None:
         base = {"job": Cell("base"), "eval loss": _number(board.base_loss, loss_text),
                 "perplexity": _perplexity(board.base_loss)}  # fmt: skip
+        of_sources = next((job.figures.base_eval_losses for job in board.ranked), {})
+        base |= {f"eval loss {name}": _number(loss, loss_text) for name, loss in of_sources.items()}
         rows.insert(0, Row(tuple(base.get(column.title, Cell()) for column in columns)))
     return Table("leaderboard", title, _note(ranking, board), columns, rows)
+
+
+def _source_columns(board: Board) -> Iterator[Column]:
+    """Yield a column for the eval loss of each source of data.sources."""
+    for name in sorted({name for job in board.ranked for name in job.figures.eval_losses}):
+
+        def loss(job: JobResult, name: str = name) -> Cell:
+            return _number(job.figures.eval_losses.get(name), loss_text)
+
+        yield Column(f"eval loss {name}", loss, name, "nats per token")
 
 
 def _note(ranking: Ranking, board: Board) -> str:

@@ -227,7 +227,7 @@ def _fill(state: TrainingState, saved: dict[str, Any], path: Path) -> None:
             state.best_values = tensor
         else:
             optimizers.restore(state.optimizer, name.removeprefix("optimizer."), tensor)
-    state.evaluations[:] = [Evaluation(e["step"], EvalLoss(**e["result"])) for e in saved["evaluations"]]
+    state.evaluations[:] = [Evaluation(e["step"], EvalLoss.from_plain(e["result"])) for e in saved["evaluations"]]
     state.tokens, state.seconds = saved["tokens"], saved["seconds"]
     state.stopped_by = saved["stopped_by"]
     # A run of an earlier version has neither; its micro-batches are those of its settings.

@@ -11,19 +11,20 @@ device.
 """
 
 import textwrap
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, objectives
+from lora_ft import config, mixing, objectives
 from lora_ft.adapters import summary
 from lora_ft.adapters.summary import Layers
-from lora_ft.data.dataset import Dataset, Report, prepare_rows
-from lora_ft.data.read import read
+from lora_ft.data import mixed_dataset, statistics
+from lora_ft.data.dataset import Dataset, Report
+from lora_ft.data.mixed_dataset import Mix, mix_of, prepare_each, read_sources
 from lora_ft.data.statistics import Statistics, measure
 from lora_ft.data.statistics import warnings as warnings_of_rows
 from lora_ft.errors import LoraFtError
@@ -40,8 +41,18 @@ from lora_ft.training.optimizers import learning_rate
 
 _RATES = 60  # points of the learning rate's curve: one terminal line
 _FEW_STEPS = 10
+_MANY_PASSES = 5
 
 Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class PlannedSource:
+    """The part of a source in a run: the share of supervised tokens that is asked for, the tokens, the passes."""
+
+    share: float
+    supervised_tokens: int
+    passes: float
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,7 @@ class Steps:
     """Optimizer steps of the run: number, passes over the data, tokens per step, learning rates.
 
     alone: documents longer than train.tokens_per_step. rates: evenly spaced over the run, first and last included.
+    sources: the part of each source of data.sources.
     """
 
     count: int
@@ -61,6 +73,7 @@ class Steps:
     peak_rate: float
     last_rate: float
     rates: list[float]
+    sources: dict[str, PlannedSource] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -139,13 +152,17 @@ def check_machine(cfg: config.TrainRun) -> None:
 
 def read_rows(cfg: config.TrainRun, tokenizer: PreTrainedTokenizerBase) -> Rows:
     """Read the rows of a run, build its examples and their statistics; raises the errors of `prepare_rows`."""
-    found = read(cfg.data)
+    found = read_sources(cfg.data)
     release_freed_memory()  # arrays of a million rows leave gaps, and the next ones may not fit into them
-    dataset = prepare_rows(found, cfg.data, tokenizer, objectives.find(cfg.objective).examples)
+    made = prepare_each(found, cfg.data, tokenizer, objectives.find(cfg.objective).examples)
+    dataset = mixed_dataset.combined(made)
     release_freed_memory()
-    rows = Rows(dataset, measure(found, dataset, cfg.data, tokenizer))
+    measured = [
+        (found[name], measure(found[name], made[name], source, tokenizer))
+        for name, source in mixing.named(cfg.data).items()
+    ]
     release_freed_memory()
-    return rows
+    return Rows(dataset, statistics.combined(measured, dataset) if dataset.parts else measured[0][1])
 
 
 def dry_run(cfg: config.TrainRun, rows: Rows, tokenizer: PreTrainedTokenizerBase, folder: Path) -> DryRun:
@@ -192,18 +209,19 @@ def partial_dry_run(
 
 
 def _check_lengths(cfg: config.TrainRun, base: Base, dataset: Dataset) -> None:
-    eval_examples, _ = state.choose_eval(dataset, cfg.train.eval_rows)
-    state.check_lengths(dataset.train, eval_examples, base.model, cfg)
+    chosen = state.choose_eval(dataset, cfg.train.eval_rows)
+    state.check_lengths(dataset.train, chosen.examples, base.model, cfg)
 
 
 def _steps(cfg: config.TrainRun, dataset: Dataset) -> Steps:
-    planned = state.plan_steps(dataset.train, cfg.train, cfg.seed)
+    mix = mix_of(dataset, cfg.data)
+    planned = state.plan_steps(dataset.train, cfg.train, cfg.seed, mix)
     count, tokens = len(planned), planned.tokens
     rates = [learning_rate(cfg.optim, step, count) for step in range(count)]
     shown = np.unique(np.linspace(0, count - 1, _RATES).round().astype(int))
     return Steps(
         count=count,
-        epochs=int(planned.documents.sum()) / len(dataset.train),
+        epochs=mix.epochs(planned) if mix else int(planned.documents.sum()) / len(dataset.train),
         smallest=int(tokens.min()),
         median=float(np.median(tokens)),
         largest=int(tokens.max()),
@@ -212,7 +230,14 @@ def _steps(cfg: config.TrainRun, dataset: Dataset) -> Steps:
         peak_rate=max(rates),
         last_rate=rates[-1],
         rates=[rates[i] for i in shown],
+        sources=_planned_sources(mix, dataset, planned) if mix else {},
     )
+
+
+def _planned_sources(mix: Mix, dataset: Dataset, planned: Sequence[np.ndarray]) -> dict[str, PlannedSource]:
+    seen, passes = np.concatenate([*planned]), mix.passes(planned)
+    supervised = mix.counts(seen, dataset.train.supervised_tokens[seen])
+    return {name: PlannedSource(mix.shares[name], int(supervised[name]), passes[name]) for name in mix.parts}
 
 
 def _disk(cfg: config.TrainRun, folder: Path, num_trainable: int, num_steps: int) -> Disk:
@@ -244,5 +269,11 @@ def _step_warnings(steps: Steps, documents: int, train: config.Train) -> Iterato
             f"{steps.alone:,} of {documents:,} documents are longer than train.tokens_per_step="
             f"{train.tokens_per_step}: each becomes a step of its own"
         )
+    for name, source in steps.sources.items():
+        if source.passes > max(_MANY_PASSES, steps.epochs):
+            yield (
+                f"the rows of data.sources.{name} are seen {source.passes:.1f} times: lower data.mix.{name}, or end "
+                "epochs with data.mix_until=first"
+            )
     if steps.count < _FEW_STEPS and train.max_steps is None:
         yield f"only {steps.count} steps: lower train.tokens_per_step or raise train.epochs to learn more"

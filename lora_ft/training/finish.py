@@ -4,7 +4,7 @@ state -> adapter/  ->  base against adapter on the eval set  ->  result.json
 """
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from rich.console import Console
 from rich.text import Text
@@ -17,7 +17,8 @@ from lora_ft.io import durable
 from lora_ft.io.hashing import sha256
 from lora_ft.models.load import Base
 from lora_ft.training.metrics import gpu_memory, peak_memory_bytes
-from lora_ft.training.state import NAME, TrainingState, overfitting
+from lora_ft.training.overfitting import overfitting
+from lora_ft.training.state import NAME, TrainingState
 
 log = logging.getLogger("lora_ft")
 
@@ -32,7 +33,7 @@ class Result:
     peak_reserved_bytes, device_used_bytes: of the GPU, see `metrics.gpu_memory`; None for other devices.
     predicted_peak_bytes: the same as predicted by memory/forecast.py; None if the run was too short to trace it.
     tokens_per_microbatch: at the end of the run, None for the whole step. shrinks: how often it was halved because
-    memory ran out. stopped_by: why a run ended early.
+    memory ran out. stopped_by: why a run ended early. eval_losses, base_eval_losses: of each source of data.sources.
     """
 
     eval_loss: float | None
@@ -54,6 +55,8 @@ class Result:
     predicted_peak_bytes: int | None = None
     tokens_per_microbatch: int | None = None
     shrinks: int = 0
+    eval_losses: dict[str, float] = field(default_factory=dict)
+    base_eval_losses: dict[str, float] = field(default_factory=dict)
 
 
 def finish(state: TrainingState, base: Base, dataset: Dataset, comparisons: dict[object, Comparison]) -> Result:
@@ -82,7 +85,12 @@ def _compared(state: TrainingState, base: Base, comparisons: dict[object, Compar
     capacity = state.tokens_per_microbatch or train.tokens_per_step
     key = (len(state.eval_examples), capacity, train.samples)
     eval_set = EvalSet(
-        state.eval_examples, state.eval_prompts[: train.samples], capacity, _SAMPLE_TOKENS, state.objective.loss
+        state.eval_examples,
+        state.eval_prompts[: train.samples],
+        capacity,
+        _SAMPLE_TOKENS,
+        state.objective.loss,
+        state.eval_sources,
     )
     comparisons[key] = compare(state.model, base.tokenizer, eval_set, state.paths, comparisons.get(key), state.measured)
     return comparisons[key]
@@ -108,6 +116,8 @@ def _result(state: TrainingState, comparison: Comparison | None) -> Result:
         predicted_peak_bytes=state.predicted_peak_bytes,
         tokens_per_microbatch=state.tokens_per_microbatch,
         shrinks=state.shrinks,
+        eval_losses=comparison.adapter.losses if comparison else {},
+        base_eval_losses=comparison.base.losses if comparison else {},
         **gpu_memory(state.base.device),
     )
 

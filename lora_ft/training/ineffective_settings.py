@@ -44,6 +44,7 @@ def _by_settings(cfg: config.TrainRun) -> _Cases:
         cfg.optim.name is not Optimizer.adamw,
         f"it is for adamw, and optim.name={cfg.optim.name.value}",
     )
+    yield "data.mix_until", not cfg.data.mix, "there is no data.mix"
     yield "train.epochs", cfg.train.max_steps is not None, "train.max_steps overrides it"
     apart = "data.eval_path" if cfg.data.eval_path else "data.eval_split"
     yield "data.eval_fraction", bool(cfg.data.eval_path or cfg.data.eval_split), f"{apart} names the eval rows"

@@ -75,7 +75,8 @@ def _line(state: TrainingState, metrics: Metrics) -> str:
     if state.evaluations:
         last = state.evaluations[-1]
         measured = "" if last.step == step else f" (step {last.step})"
-        parts.append(f"eval loss {last.result.loss:.3f}{measured}")
+        sources = ", ".join(f"{name} {loss:.3f}" for name, loss in last.result.losses.items())
+        parts.append(f"eval loss {last.result.loss:.3f}{f' ({sources})' if sources else ''}{measured}")
     if "lr" in metrics:
         left = state.seconds / step * (num_steps - step)
         parts += [

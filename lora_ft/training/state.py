@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,9 +29,10 @@ from lora_ft.adapters import attach, audit, files, init, peft_folder, provenance
 from lora_ft.data.dataset import Dataset, EvalPrompt
 from lora_ft.data.examples import Examples, lengths_of
 from lora_ft.data.groups import grouped
+from lora_ft.data.mixed_dataset import Mix, mix_of, sources_of
 from lora_ft.data.packing import check_capacity, largest_micro_batch, longest_group
 from lora_ft.data.rows import Example
-from lora_ft.data.sampler import derive, epoch_order
+from lora_ft.data.sampler import MixedOrder, derive, epoch_order
 from lora_ft.data.steps import Steps
 from lora_ft.data.streamed import Stream
 from lora_ft.errors import ConfigError, DataError
@@ -80,6 +81,8 @@ class TrainingState:
     examples: Examples
     eval_examples: Examples
     eval_prompts: list[EvalPrompt]
+    eval_sources: dict[str, range]
+    mix: Mix | None
     steps: Sequence[NDArray[np.int64]]
     parameters: dict[str, nn.Parameter]
     start: dict[str, Tensor]
@@ -239,8 +242,9 @@ def new_state(
     cfg: config.TrainRun, folder: Path, model: PeftModel, dataset: Dataset, paths: Paths, base_fingerprint: str
 ) -> TrainingState:
     """Return the training state, before the first step, of an adapter that is attached."""
-    eval_examples, eval_prompts = choose_eval(dataset, cfg.train.eval_rows)
-    steps = plan_steps(dataset.train, cfg.train, cfg.seed)
+    eval_examples, eval_prompts, eval_sources = choose_eval(dataset, cfg.train.eval_rows)
+    mix = mix_of(dataset, cfg.data)
+    steps = plan_steps(dataset.train, cfg.train, cfg.seed, mix)
     check_lengths(dataset.train, eval_examples, model.get_base_model(), cfg)
     check_warmup(cfg.optim, len(steps))
     parameters = attach.trainable(model, NAME)
@@ -255,6 +259,8 @@ def new_state(
         examples=dataset.train,
         eval_examples=eval_examples,
         eval_prompts=eval_prompts,
+        eval_sources=eval_sources,
+        mix=mix,
         steps=steps,
         parameters=parameters,
         start={n: p.detach().to("cpu", copy=True) for n, p in parameters.items()},
@@ -335,43 +341,40 @@ def check_added_tokens(model: config.Model, tokenizer: PreTrainedTokenizerBase, 
     raise DataError(f"model.added_tokens: no training row contains {', '.join(missing)}, so they would not be trained")
 
 
-def choose_eval(dataset: Dataset, number: int) -> tuple[Examples, list[EvalPrompt]]:
-    """Choose `number` groups of eval examples, and the prompts of their rows, for an evaluation inside train.
+class EvalChoice(NamedTuple):
+    """Eval examples, the prompts of their rows, and the indices of the examples of each source, if there are any."""
+
+    examples: Examples
+    prompts: list[EvalPrompt]
+    sources: dict[str, range]
+
+
+def choose_eval(dataset: Dataset, number: int) -> EvalChoice:
+    """Choose `number` groups of eval examples of each source, and the prompts of their rows.
 
     The choice does not depend on `seed`: runs that differ in their seed are compared on the same examples.
     """
-    groups = grouped(dataset.eval)
-    chosen = dataset.eval.select(groups.members_of(epoch_order(len(groups), 0, 0)[:number]))
-    return chosen, dataset.eval_prompts.of_rows(chosen.rows)
+    chosen, sources, count = [np.zeros(0, np.int64)], dict[str, range](), 0
+    for name, part in dataset.named_parts.items():
+        groups = grouped(dataset.eval[part.eval.start : part.eval.stop])
+        chosen.append(groups.members_of(epoch_order(len(groups), 0, 0)[:number]) + part.eval.start)
+        if len(chosen[-1]):
+            sources[name] = range(count, count := count + len(chosen[-1]))
+    examples = dataset.eval.select(np.concatenate(chosen))
+    return EvalChoice(examples, dataset.eval_prompts.of_rows(examples.rows), sources if dataset.parts else {})
 
 
-def plan_steps(examples: Sequence[Example], train: config.Train, seed: int) -> Steps:
+def plan_steps(examples: Sequence[Example], train: config.Train, seed: int, mix: Mix | None = None) -> Steps:
     """Plan the optimizer steps of a run, each as indices of examples, as a pure function of its arguments.
 
     The examples of a group are in one step.
     """
+    groups = grouped(examples)
     epochs = train.epochs if train.max_steps is None else None
-    return Steps(grouped(examples), train.tokens_per_step, seed, epochs, train.max_steps)
-
-
-def overfitting(state: TrainingState) -> list[str]:
-    """Describe signs of overfitting, in sentences; empty without an eval set."""
-    finite = [loss for loss in state.losses if math.isfinite(loss)]  # others: skipped steps in float16
-    if not state.best or not finite:
-        return []
-    last = state.evaluations[-1].result.loss
-    window = finite[-max(1, len(finite) // 10) :]
-    train_loss = math.fsum(window) / len(window)
-    sentences = [
-        f"train loss {train_loss:.4f} (mean of the last steps: {len(window)}), eval loss {last:.4f}, "
-        f"best {state.best.result.loss:.4f} at step {state.best.step}"
-    ]
-    if state.best.step == 0:
-        sentences.append("no evaluation was better than before training: the learning rate may be too high")
-    rising, patience = state.evaluations_without_gain, state.cfg.train.patience or 2
-    if rising >= patience:
-        sentences.append(
-            f"eval loss has not improved for {rising} evaluations: the adapter overfits. Use fewer epochs, "
-            "train.keep=best, a lower adapter.r or adapter.lora_dropout."
-        )
-    return sentences
+    order = None
+    if mix:
+        # More tokens than all steps together can have: the rest of a long epoch is not planned.
+        longest_step = max(train.tokens_per_step, int(groups.lengths.max()))
+        most_tokens = train.max_steps * longest_step if train.max_steps else None
+        order = MixedOrder(sources_of(Examples.of(examples), groups, mix), mix.until, seed, most_tokens)
+    return Steps(groups, train.tokens_per_step, seed, epochs, train.max_steps, order)

@@ -182,7 +182,10 @@ class TrackerCallback(Callback):
         return {}
 
     def _log_result(self, result: Result) -> None:
-        values = {f"result/{name}": value for name, value in asdict(result).items() if value is not None}
+        flat = {name: value for name, value in asdict(result).items() if value is not None}
+        for name in [name for name, value in flat.items() if isinstance(value, dict)]:  # the losses of sources
+            flat |= {f"{name}/{source}": value for source, value in flat.pop(name).items()}
+        values = {f"result/{name}": value for name, value in flat.items()}
         if self._name is Tracker.wandb:  # its history rejects a repeated step
             self._tracker.run.summary.update(values)
         else:

@@ -26,6 +26,7 @@ import torch
 from lora_ft import config, runs
 from lora_ft.adapters import audit
 from lora_ft.data.packing import micro_batches
+from lora_ft.data.rows import Example
 from lora_ft.data.sampler import derive
 from lora_ft.errors import CheckpointError, Interrupted, NonFiniteError
 from lora_ft.evaluation.loss import EvalLoss, eval_loss
@@ -180,6 +181,7 @@ def compute_gradient(state: TrainingState, ranks: Ranks, *, audited: bool) -> St
         "supervised_tokens": sum(sum(batch.counts) for batch in packed),
         "micro_batches": len(packed),
     }
+    facts |= _supervised_by_source(state, index, examples)
     if state.tokens_per_microbatch not in (None, cfg.train.tokens_per_microbatch):  # chosen for auto, or shrunk
         facts["tokens_per_microbatch"] = state.tokens_per_microbatch
     return Step(
@@ -191,6 +193,14 @@ def compute_gradient(state: TrainingState, ranks: Ranks, *, audited: bool) -> St
         weight=weight,
         seconds=time.perf_counter() - started,
     )
+
+
+def _supervised_by_source(state: TrainingState, step: int, examples: Sequence[Example]) -> dict[str, int]:
+    """Return the supervised tokens of each source in a step; empty without data.sources."""
+    if state.mix is None:
+        return {}
+    counts = state.mix.counts(state.steps[step], [int(example.supervised.sum()) for example in examples])
+    return {f"supervised_tokens/{name}": int(count) for name, count in counts.items()}
 
 
 def _check_finite(state: TrainingState, step: Step) -> None:
@@ -236,11 +246,13 @@ def _evaluate(state: TrainingState, known: dict[object, EvalLoss]) -> Metrics:
     capacity = state.tokens_per_microbatch or state.cfg.train.tokens_per_step
     key = len(state.eval_examples), capacity
     if key not in known:
-        known[key] = eval_loss(state.base, state.objective.loss, state.eval_examples, state.paths, capacity)
+        chosen = state.eval_examples, state.paths, capacity, state.eval_sources
+        known[key] = eval_loss(state.base, state.objective.loss, *chosen)
     measured = known[key]
     if not math.isfinite(measured.loss):
         raise NonFiniteError(f"step {state.step}: eval loss {measured.loss}")
     state.evaluations.append(Evaluation(state.step, measured))
     if state.cfg.train.keep is config.Keep.best and state.evaluations_without_gain == 0:
         state.best_values = state.flat.values.to("cpu", copy=True)
-    return {"eval_loss": measured.loss} | {f"eval_{name}": value for name, value in measured.metrics.items()}
+    of_sources = {f"eval_loss/{name}": loss for name, loss in measured.losses.items()}
+    return {"eval_loss": measured.loss, **of_sources, **{f"eval_{name}": v for name, v in measured.metrics.items()}}
