@@ -170,7 +170,9 @@ def test_no_module_runs_code_named_by_data() -> None:
 
 
 def test_only_durable_writes_files() -> None:
-    assert [path for path in TREES if any(writes(TREES[path]))] == ["lora_ft/io/durable.py"]
+    # streams.py opens standard streams that were closed, and /dev/null.
+    allowed = ["lora_ft/io/durable.py", "lora_ft/io/streams.py"]
+    assert [path for path in TREES if any(writes(TREES[path]))] == allowed
 
 
 def test_only_acceleration_replaces_forwards() -> None:

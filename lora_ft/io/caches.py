@@ -4,11 +4,9 @@ caches.writable("models")     ~/.cache/lora_ft/models, or /tmp/lora_ft-models-x1
 """
 
 import atexit
-import contextlib
 import functools
 import logging
 import os
-import tempfile
 from pathlib import Path
 
 from lora_ft.io import durable
@@ -34,8 +32,8 @@ def _writable(folder: Path, kind: str, cleans_up: bool) -> Path:
         reason = f"{folder} cannot be written"
     except OSError as error:
         reason = str(error)
-    temporary = Path(tempfile.mkdtemp(prefix=f"lora_ft-{kind}-"))
-    atexit.register(_remove_if_empty if cleans_up else _remove, temporary)
+    temporary = durable.temporary_folder(f"lora_ft-{kind}")
+    atexit.register(durable.remove_if_empty if cleans_up else _remove, temporary)
     log.warning("no cache: %s; using the temporary folder %s (XDG_CACHE_HOME names another cache)", reason, temporary)
     return temporary
 
@@ -43,8 +41,3 @@ def _writable(folder: Path, kind: str, cleans_up: bool) -> Path:
 def _remove(folder: Path) -> None:
     if folder.is_dir():
         durable.remove_folder(folder)
-
-
-def _remove_if_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        folder.rmdir()

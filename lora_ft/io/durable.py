@@ -291,6 +291,20 @@ def make_folder(path: Path) -> None:
             _fsync_folder(folder.parent)
 
 
+def temporary_folder(name: str) -> Path:
+    """Make a new folder, which no other user can read, in the system's folder for temporary files."""
+    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"{name}-{secrets.token_hex(4)}"
+    with writing(path):
+        os.mkdir(path, 0o700)
+    return path
+
+
+def remove_if_empty(path: Path) -> None:
+    """Remove a folder unless it has files or is missing."""
+    with contextlib.suppress(OSError):
+        os.rmdir(path)
+
+
 @contextlib.contextmanager
 def staged_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder next to `path`, which replaces `path` when the block ends without an error.
