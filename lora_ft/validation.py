@@ -110,8 +110,8 @@ def _broken_rules(cfg: Any, prefix: str = "") -> Iterator[str]:
         if dataclasses.is_dataclass(value):
             yield from _broken_rules(value, key + ".")
         elif value is not None:
-            is_flat = isinstance(value, dict) and f.name != "sources"
-            if is_flat and any(isinstance(item, list | dict) for item in value.values()):
+            nested = {"sources": (), "where": (dict,)}.get(f.name, (list, dict))  # of the settings that are mappings
+            if isinstance(value, dict) and any(isinstance(item, nested) for item in value.values()):
                 yield f"{key} must be a mapping to true, false, numbers, text or null, got {value}"
                 continue
             entries = value.items() if isinstance(value, dict) else [("", value)]

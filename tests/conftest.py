@@ -1,4 +1,4 @@
-"""Setup of all tests: a simulated CPU without AVX-512 on request, default SIGINT handling, and a list of figures.
+"""Setup of all tests: a simulated CPU without AVX-512 on request, default handling of signals, and a list of figures.
 
 record_property("figure", "190 kills, 0 failures")     # printed in the section "figures" at the end
 """
@@ -34,9 +34,10 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_configure() -> None:
-    # A shell starts background jobs with SIGINT ignored, which the tested commands would inherit.
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A shell starts background jobs with SIGINT ignored, nohup with SIGHUP, which the tested commands would inherit.
+    for signum, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(signum) is signal.SIG_IGN:
+            signal.signal(signum, usual)
     # absl, imported by rouge_score and tensorboard, closes its stderr when Hydra configures logging. In a test that
     # would be pytest's capture file.
     absl.logging.get_absl_handler().python_handler.setStream(sys.__stderr__)

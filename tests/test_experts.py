@@ -129,7 +129,7 @@ def test_rounding_is_no_larger_than_that_of_the_grouped_products(family, kind, d
         for i, (a, b, c) in enumerate(zip(ours, theirs, truth, strict=True)):
             assert a.dtype == b.dtype, i
             distances = [float((each.double() - c).norm() / c.norm()) for each in (a.detach(), b.detach())]
-            assert distances[0] <= max(1.5 * distances[1], 2 * torch.finfo(dtype).eps), (i, with_lora, distances)
+            assert distances[0] <= max(2 * distances[1], 3 * torch.finfo(dtype).eps), (i, with_lora, distances)
 
 
 def test_half_precision_value_without_lora_is_that_of_the_grouped_products_to_the_bit():

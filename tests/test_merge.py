@@ -395,7 +395,7 @@ def test_adapter_with_lora_biases_is_refused(tmp_path: Path, capsys: pytest.Capt
     made_by_peft(tmp_path / "adapter", cfg, r=2, target_modules=["dense"], lora_bias=True)
     words = [f"adapter_path={tmp_path / 'adapter'}", f"model.path={cfg.model.path}", f"out={tmp_path / 'out'}"]
     assert call("merge", "model=local", *words) == 5
-    assert "attention.dense: an adapter of type" in capsys.readouterr().err
+    assert "lora_bias=True: its biases are not part of the base's weights" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -23,7 +23,9 @@ def read(*rows, **settings):
     """Return the rows of values, as if these were the lines of a file, and the counts of what was converted."""
     ledger = Ledger()
     records = [(f"f.jsonl:{n}", values) for n, values in enumerate(rows, 1)]
-    _, found, _ = formats.rows(records, Data(path="f.jsonl", **settings), ledger)
+    data = Data(path="f.jsonl", **settings)
+    _, parse, *_ = formats.Header.of(records, data).parser(data)
+    found = list(formats.rows(records, parse, data, ledger))
     ledger.raise_bad()
     return found, dict(ledger.converted)
 
@@ -128,7 +130,9 @@ def test_a_number_is_read_as_its_json_text(row, value, text):
     assert (found.answer, counts) == (text, {NUMBERS: 1})
     with pytest.raises(DataError, match=r"data\.strict=true refuses"):
         ledger = Ledger(strict=True)
-        formats.rows([("f:1", row)], Data(path="f"), ledger)
+        _, parse, *_ = formats.Header.of([("f:1", row)], Data(path="f")).parser(Data(path="f"))
+        list(formats.rows([("f:1", row)], parse, Data(path="f"), ledger))
+        ledger.raise_bad()
 
 
 def test_numbers_of_other_columns_are_read_as_text():

@@ -160,7 +160,7 @@ def test_signal_writes_the_unread_steps_before_its_checkpoint(tmp_path: Path) ->
     whole = trained(state_of(tmp_path / "whole"))
     state, stop = state_of(tmp_path / "run", log_every_steps=100), Stop()
     take = state.optimizer.step
-    state.optimizer.step = lambda: (take(), setattr(stop, "signum", signal.SIGTERM if state.step == 2 else None))
+    state.optimizer.step = lambda: (take(), stop.ask(signal.SIGTERM) if state.step == 2 else None)
     with pytest.raises(Interrupted):
         fit(state, stop=stop)
     assert [line["step"] for line in runs.read_metrics(tmp_path / "run")] == [1, 2, 3]

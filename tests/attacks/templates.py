@@ -4,7 +4,7 @@ from tiny import tiny_tokenizer
 
 from attacks import Attack, Paths
 from lora_ft import config
-from lora_ft.data.chat_template import turns
+from lora_ft.data.chat_template import trials_of, turns
 from lora_ft.data.rows import Ledger, Row
 from lora_ft.errors import DataError, LoraFtError, SecurityError
 
@@ -15,7 +15,7 @@ def _render(template: str) -> object:
     tokenizer, ledger = tiny_tokenizer(), Ledger()
     tokenizer.chat_template = template
     rows = [Row(f"rows.jsonl:{i}", _CHAT, "4") for i in range(3)]
-    rendered = list(turns(rows, config.Data(), tokenizer, ledger))
+    rendered = list(turns(rows, config.Data(), tokenizer, ledger, trials_of(tokenizer, config.Data())))
     ledger.raise_bad()
     return rendered
 
