@@ -33,11 +33,16 @@ def _writable(folder: Path, kind: str, cleans_up: bool) -> Path:
     except OSError as error:
         reason = str(error)
     temporary = durable.temporary_folder(f"lora_ft-{kind}")
-    atexit.register(durable.remove_if_empty if cleans_up else _remove, temporary)
+    atexit.register(_remove_if_empty if cleans_up else _remove, temporary)
     log.warning("no cache: %s; using the temporary folder %s (XDG_CACHE_HOME names another cache)", reason, temporary)
     return temporary
 
 
 def _remove(folder: Path) -> None:
     if folder.is_dir():
+        durable.remove_folder(folder)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
         durable.remove_folder(folder)

@@ -299,12 +299,6 @@ def temporary_folder(name: str) -> Path:
     return path
 
 
-def remove_if_empty(path: Path) -> None:
-    """Remove a folder unless it has files or is missing."""
-    with contextlib.suppress(OSError):
-        os.rmdir(path)
-
-
 @contextlib.contextmanager
 def staged_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder next to `path`, which replaces `path` when the block ends without an error.
