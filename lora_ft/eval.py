@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_ft import config, runs, validation
 from lora_ft.adapters import loading, provenance
 from lora_ft.cli import entry, overrides
-from lora_ft.data.dataset import Dataset, labels, prepare, prepare_rows
+from lora_ft.data.dataset import Dataset, few_answers, prepare, prepare_rows
 from lora_ft.data.read import Rows, eval_split, read, read_eval
 from lora_ft.errors import ConfigError, DataError, ResourceError
 from lora_ft.evaluation import metrics
@@ -128,7 +128,7 @@ def _rows(cfg: config.EvalRun, given: list[str], tokenizer: PreTrainedTokenizerB
     trained = _read_own(own)
     found = read_eval(data, trained)
     training_rows = trained.training_rows if trained else found.rows
-    dataset = replace(prepare_rows(found, data, tokenizer, make_examples), answers=labels(training_rows))
+    dataset = replace(prepare_rows(found, data, tokenizer, make_examples), answers=few_answers(training_rows))
     return dataset, f"all rows of {data.path}", trained is not None
 
 

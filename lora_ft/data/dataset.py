@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lora_ft import config
 from lora_ft.config import TooLong
-from lora_ft.data import cache, chat_template, lengths, tokenize
+from lora_ft.data import cache, chat_template, labels, lengths, tokenize
 from lora_ft.data.read import Rows, read
 from lora_ft.data.rows import Example, Row, excerpt
 from lora_ft.errors import ConfigError, DataError
@@ -32,13 +32,14 @@ class EvalPrompt:
     """A prompt of the eval set, for generation and metrics.
 
     prompt_ids: int32 [length], the row up to its last answer, generation prompt included.
-    prompt: the last user message. answer: the reference answer. source: file and line of the row.
+    prompt: the last user message. answer: the reference answer. source: file and line of the row. row: the row itself.
     """
 
     prompt_ids: NDArray[np.int32]
     prompt: str
     answer: str
     source: str
+    row: Row
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Report:
     """Counts of rows, and of the documents made of them; a row may give several documents.
 
     left_out: rows by reason. converted: counts of what was brought to the usual form. truncated: documents whose
-    prompt was cut. split: texts cut into windows.
+    prompt was cut. split: texts cut into windows. labels: training rows of each label; None without data.labels.
     duplicates: rows that differ from an earlier one in case and whitespace at most. unused: columns that are not read.
     sha256: of all ids and masks. template_sha256, tokenizer_sha256: of the chat template and the tokenizer.
     """
@@ -69,6 +70,7 @@ class Report:
     sha256: str
     template_sha256: str | None
     tokenizer_sha256: str
+    labels: dict[str, int] | None = None
 
     def __str__(self) -> str:
         left_out = "".join(f", {count:,} {reason} left out" for reason, count in self.left_out.items())
@@ -80,13 +82,22 @@ class Report:
             + (f"; {self.truncated:,} prompts cut" if self.truncated else "")
             + (f"; {self.split:,} texts cut into windows" if self.split else "")
             + (f"; converted: {converted}" if converted else "")
+            + (f"; labels: {_listed(self.labels)}" if self.labels else "")
             + (f"; columns not used: {excerpt(', '.join(self.unused))}" if self.unused else "")
         )
 
 
+def _listed(counts: dict[str, int]) -> str:
+    return excerpt(", ".join(f"{label} {count:,}" for label, count in counts.items()))
+
+
 @dataclass(frozen=True)
 class Dataset:
-    """Training examples, eval examples, the prompts of the eval set, and the `labels` of the training rows."""
+    """Training examples, eval examples, and the prompts of the eval set.
+
+    answers: the labels in order (data/labels.py); without data.labels the distinct answers of the training rows, if
+    these are few.
+    """
 
     train: list[Example]
     eval: list[Example]
@@ -129,6 +140,7 @@ def prepare_rows(found: Rows, data: config.Data, tokenizer: Any, make_examples: 
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"the tokenizer must be a fast one (tokenizer.json), got {type(tokenizer).__name__}")
     rows, ledger = found.rows, found.ledger
+    counts = labels.resolve(data, found.training_rows, found.eval_rows, ledger) if data.labels is not None else None
     examples = make_examples(found, tokenizer, data)
     for example in examples:
         if not example.supervised.any():
@@ -150,15 +162,18 @@ def prepare_rows(found: Rows, data: config.Data, tokenizer: Any, make_examples: 
         longest=max(len(example.ids) for example in fitted), cached=bool(found.from_cache),
         sha256=_sha256(train, eval_), template_sha256=_template_sha256(tokenizer),
         tokenizer_sha256=hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        labels=None if counts is None else dict(counts),
     )  # fmt: skip
-    return Dataset(train, eval_, _eval_prompts(eval_, rows), labels(rows[example.row] for example in train), report)
+    answers = few_answers(rows[example.row] for example in train) if counts is None else [*counts]
+    return Dataset(train, eval_, _eval_prompts(eval_, rows), answers, report)
 
 
 def _eval_prompts(examples: Iterable[Example], rows: list[Row]) -> list[EvalPrompt]:
     """Make a prompt of the last example of each chat."""
     last = {example.row: example for example in examples if example.answer_start and rows[example.row].messages}
     return [
-        EvalPrompt(e.ids[: e.answer_start], _question(rows[e.row]), rows[e.row].answer, e.source) for e in last.values()
+        EvalPrompt(e.ids[: e.answer_start], _question(rows[e.row]), rows[e.row].answer, e.source, rows[e.row])
+        for e in last.values()
     ]
 
 
@@ -166,7 +181,7 @@ def _question(row: Row) -> str:
     return next(str(m["content"]) for m in reversed(row.messages) if m["role"] == "user")
 
 
-def labels(rows: Iterable[Row]) -> list[str] | None:
+def few_answers(rows: Iterable[Row]) -> list[str] | None:
     """Return the distinct last answers of chats, sorted; None if there are more than MOST_LABELS, or no chats."""
     answers = {row.answer for row in rows if row.messages}
     return sorted(answers) if 0 < len(answers) <= MOST_LABELS else None
