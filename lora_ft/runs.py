@@ -9,7 +9,8 @@ runs/2026-11-23_10-15-00-123456/
   check.json         the dry run: rows, steps, layers, warnings (training/dry_run.py)
   metrics.jsonl      one object per step: {"step": 1, "loss": ..., ...}
   checkpoints/       states to resume from (training/checkpoint.py)
-  result.json        the outcome: losses, tokens per second, peak memory, sha256 of the adapter
+  result.json        the outcome: losses, metrics, tokens per second, peak memory, sha256 of the adapter
+  confusion.png      with data.labels: the confusion matrix of the eval rows
   halving.json       the last rung of successive halving that a job passed: {"passed": 20}
   failure.json       instead of result.json, for a failed job of a sweep: kind of error, exit code, message
   adapter/           stock PEFT files, tokenizer, lora_ft.json
@@ -46,6 +47,7 @@ PACKAGES = ("lora_ft", "torch", "transformers", "peft", "bitsandbytes", "safeten
 METRICS, RESULT, CHECK, CHECKPOINTS = "metrics.jsonl", "result.json", "check.json", "checkpoints"
 FAILURE, OVERRIDES, LOG, SWEEP = "failure.json", "overrides.txt", "log.txt", "sweep.json"
 HALVING = "halving.json"
+CONFUSION = "confusion.png"
 ROWS, EVAL_ROWS = "rows.jsonl", "eval_rows.jsonl"  # given in Python
 _CONFIG, _CHANGED, _ENVIRONMENT = "config.yaml", "changed.json", "environment.json"
 _BEFORE_TRAINING = {_CONFIG, OVERRIDES, _ENVIRONMENT, LOG, "tensorboard", CHECK, FAILURE, ROWS, EVAL_ROWS}

@@ -26,6 +26,7 @@ from lora_ft.config import Schedule
 from lora_ft.io import durable
 from lora_ft.memory import auto
 from lora_ft.memory.forecast import Forecast
+from lora_ft.metric_table import LOSS
 from lora_ft.models import device
 from lora_ft.models.fingerprint import fingerprint
 from lora_ft.training import checkpoint, trackers
@@ -45,7 +46,7 @@ log = logging.getLogger("lora_ft")
 
 
 def main(cfg: config.TrainRun, invocation: entry.Invocation) -> float | None:
-    """Run one training from the command line; return the eval loss, which a sweeper can minimize."""
+    """Run one training from the command line; return train.best_metric of the adapter, which a sweeper can optimize."""
     folder = invocation.folder
     with runs.locked(folder):
         if not runs.begin(folder, cfg, invocation.overrides):
@@ -55,10 +56,11 @@ def main(cfg: config.TrainRun, invocation: entry.Invocation) -> float | None:
             sys.stdout.write(
                 f"{folder} is already finished{stopped}. More train.epochs or train.max_steps continue it\n"
             )
-            return result.get("eval_loss")
+            metric = result.get("best_metric", LOSS)
+            return result.get("eval_loss") if metric == LOSS else result["metrics"].get(metric)
         with displayed(folder) as progress, on_signals() as stop:
             made = train_job(cfg, folder, prepare(cfg), [progress], stop)
-    return made.eval_loss if made else None
+    return made.objective if made else None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, objectives
+from lora_ft import config, metric_table, objectives
 from lora_ft.adapters import summary
 from lora_ft.adapters.summary import Layers
 from lora_ft.data.dataset import Dataset, Report, prepare_rows
@@ -27,13 +27,14 @@ from lora_ft.data.read import read
 from lora_ft.data.statistics import Statistics, measure
 from lora_ft.data.statistics import warnings as warnings_of_rows
 from lora_ft.errors import LoraFtError
+from lora_ft.evaluation.class_set import check
 from lora_ft.io import durable
 from lora_ft.models.device import resolve_device
 from lora_ft.models.load import Base
 from lora_ft.models.meta_model import load_meta_model
 from lora_ft.models.stored import agreed
 from lora_ft.ops.kernels import choose_kernels
-from lora_ft.training import checkpoint, ranks, state, trackers
+from lora_ft.training import checkpoint, ranks, state, task_metrics, trackers
 from lora_ft.training.ineffective_settings import ineffective
 from lora_ft.training.optimizers import learning_rate
 
@@ -164,12 +165,15 @@ def partial_dry_run(
         load_meta_model, cfg.model, cfg.quant, cfg.device, tokenizer, objective.model_class if objective else None
     )
     collect(trackers.check, cfg.track)
+    collect(metric_table.check, "train.eval_metrics", cfg.train.eval_metrics)
+    collect(metric_table.check, "train.best_metric", [cfg.train.best_metric])
     steps = _steps(cfg, rows.dataset) if rows else None
     if rows and steps:
         collect(state.check_added_tokens, cfg.model, tokenizer, rows.dataset.train)
         if base:
             collect(_check_lengths, cfg, base, rows.dataset)
         collect(state.check_warmup, cfg.optim, steps.count)
+        collect(_check_metrics, cfg, rows.dataset)
     layers = collect(summary.layers, base, cfg) if base else None
     as_trained = replace(cfg, quant=agreed(cfg.quant, base.identity.stored)) if base else cfg
     disk = collect(_disk, cfg, folder, layers.trainable, steps.count) if layers and steps else None
@@ -189,6 +193,13 @@ def partial_dry_run(
 def _check_lengths(cfg: config.TrainRun, base: Base, dataset: Dataset) -> None:
     eval_examples, _ = state.choose_eval(dataset, cfg.train.eval_rows)
     state.check_lengths([*dataset.train, *eval_examples], base.model, cfg.train)
+
+
+def _check_metrics(cfg: config.TrainRun, dataset: Dataset) -> None:
+    names = [name for name in task_metrics.names(cfg.train) if name in metric_table.METRICS]
+    _, prompts = state.choose_eval(dataset, cfg.train.eval_rows)
+    if dataset.eval:
+        check(names, prompts, dataset.answers, "train.eval_metrics")
 
 
 def _steps(cfg: config.TrainRun, dataset: Dataset) -> Steps:

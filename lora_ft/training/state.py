@@ -23,7 +23,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_ft import config, objectives, validation
+from lora_ft import config, metric_table, objectives, validation
 from lora_ft.adapters import attach, audit, files, init, provenance
 from lora_ft.data.dataset import Dataset, EvalPrompt
 from lora_ft.data.packing import check_capacity, group_lengths, grouped, largest_micro_batch
@@ -32,12 +32,14 @@ from lora_ft.data.sampler import derive, epoch_order, steps_of_epoch
 from lora_ft.errors import ConfigError, DataError
 from lora_ft.evaluation.generation import context_length
 from lora_ft.evaluation.loss import EvalLoss
+from lora_ft.metric_table import LOSS
 from lora_ft.models.acceleration import accelerated_lora
 from lora_ft.models.load import Base
 from lora_ft.objectives import Objective
 from lora_ft.ops.token_loss import Paths
 from lora_ft.training import loss_scale, optimizers
 from lora_ft.training.step import Step
+from lora_ft.training.task_metrics import TaskMetrics, task_metrics
 
 log = logging.getLogger("lora_ft")
 
@@ -46,10 +48,18 @@ NAME = "default"  # PEFT's name of the adapter
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result of an evaluation after `step` optimizer steps."""
+    """Result of an evaluation after `step` optimizer steps; `result.metrics` has the metrics of train.eval_metrics."""
 
     step: int
     result: EvalLoss
+
+    def value(self, metric: str) -> float:
+        """Return a metric by its name, the loss included."""
+        return self.result.loss if metric == LOSS else self.result.metrics[metric]
+
+    def cost(self, metric: str) -> float:
+        """Return a number that is lower for a better evaluation."""
+        return metric_table.cost(metric, self.value(metric))
 
 
 @dataclass
@@ -73,6 +83,7 @@ class TrainingState:
     examples: list[Example]
     eval_examples: list[Example]
     eval_prompts: list[EvalPrompt]
+    task: TaskMetrics
     steps: list[np.ndarray]
     parameters: dict[str, nn.Parameter]
     start: dict[str, Tensor]
@@ -136,7 +147,8 @@ class TrainingState:
 
     @property
     def best(self) -> Evaluation | None:
-        return min(self.evaluations, key=lambda e: e.result.loss, default=None)
+        """The best evaluation by train.best_metric, the first of equals."""
+        return min(self.evaluations, key=lambda e: e.cost(self.cfg.train.best_metric), default=None)
 
     @property
     def evaluations_without_gain(self) -> int:
@@ -173,7 +185,7 @@ def attached(
         with accelerated_lora(model, NAME, cfg.fast) as reasons:
             for reason in reasons:
                 log.info(reason)
-            yield new_state(cfg, folder, model, dataset, paths, base_fingerprint)
+            yield new_state(cfg, folder, model, dataset, paths, base_fingerprint, base.tokenizer)
     finally:
         attach.detach(base.model)
         # The modules of an adapter form reference cycles, which only the garbage collector frees.
@@ -205,7 +217,13 @@ def _attach(cfg: config.TrainRun, base: Base, dataset: Dataset) -> PeftModel:
 
 
 def new_state(
-    cfg: config.TrainRun, folder: Path, model: PeftModel, dataset: Dataset, paths: Paths, base_fingerprint: str
+    cfg: config.TrainRun,
+    folder: Path,
+    model: PeftModel,
+    dataset: Dataset,
+    paths: Paths,
+    base_fingerprint: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> TrainingState:
     """Return the training state, before the first step, of an adapter that is attached."""
     eval_examples, eval_prompts = choose_eval(dataset, cfg.train.eval_rows)
@@ -224,6 +242,7 @@ def new_state(
         examples=dataset.train,
         eval_examples=eval_examples,
         eval_prompts=eval_prompts,
+        task=task_metrics(cfg, dataset, eval_prompts, tokenizer, paths),
         steps=steps,
         parameters=parameters,
         start={n: p.detach().to("cpu", copy=True) for n, p in parameters.items()},
@@ -321,19 +340,22 @@ def overfitting(state: TrainingState) -> list[str]:
     finite = [loss for loss in state.losses if math.isfinite(loss)]  # others: skipped steps in float16
     if not state.best or not finite:
         return []
+    metric = state.cfg.train.best_metric
+    of_best = "" if metric == LOSS else f", best {metric} {state.best.value(metric):.4f} at step {state.best.step}"
+    best = min(state.evaluations, key=lambda evaluation: evaluation.result.loss)
     last = state.evaluations[-1].result.loss
     window = finite[-max(1, len(finite) // 10) :]
     train_loss = math.fsum(window) / len(window)
     sentences = [
         f"train loss {train_loss:.4f} (mean of the last steps: {len(window)}), eval loss {last:.4f}, "
-        f"best {state.best.result.loss:.4f} at step {state.best.step}"
+        f"best {best.result.loss:.4f} at step {best.step}{of_best}"
     ]
     if state.best.step == 0:
         sentences.append("no evaluation was better than before training: the learning rate may be too high")
     rising, patience = state.evaluations_without_gain, state.cfg.train.patience or 2
     if rising >= patience:
         sentences.append(
-            f"eval loss has not improved for {rising} evaluations: the adapter overfits. Use fewer epochs, "
-            "train.keep=best, a lower adapter.r or adapter.lora_dropout."
+            f"{metric_table.title(metric)} has not improved for {rising} evaluations: the adapter overfits. Use "
+            "fewer epochs, train.keep=best, a lower adapter.r or adapter.lora_dropout."
         )
     return sentences
