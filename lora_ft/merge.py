@@ -12,6 +12,7 @@ the eval set (base_weights=). If a check fails, nothing is written.
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,9 @@ def _merged_model(
     return merged[kind], verify.probe(models[kind], len(tokenizer)), comparison
 
 
-def _candidates(cfg: config.MergeRun, tokenizer: PreTrainedTokenizerBase) -> tuple[list[BaseWeights], list[Example]]:
+def _candidates(
+    cfg: config.MergeRun, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[BaseWeights], Sequence[Example]]:
     """Return the base weights to choose from, and the eval rows to compare them on."""
     files = locate(cfg.model, weights=False).stored
     if files and files.trains:
@@ -190,7 +193,7 @@ def _attached(cfg: config.MergeRun, adapter: Path, tokenizer: PreTrainedTokenize
     return files.load(base.model, adapter, loading.NAME, saved)
 
 
-def _eval_examples(cfg: config.MergeRun, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+def _eval_examples(cfg: config.MergeRun, tokenizer: PreTrainedTokenizerBase) -> Sequence[Example]:
     """Return the eval set of the training run; empty if the run had no eval set or it can no longer be read."""
     if not cfg.data.path:
         return []

@@ -3,6 +3,7 @@
 To add one, write a module in this folder and add a line to `OBJECTIVES`; `objective.name=NAME` then selects it.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from transformers import PreTrainedModel
@@ -22,7 +23,7 @@ class Objective(Protocol):
     model_class: Any
     task_type: str
 
-    def examples(self, rows: Rows, tokenizer: Any, data: config.Data) -> list[Example]:
+    def examples(self, rows: Rows, tokenizer: Any, data: config.Data) -> Sequence[Example]:
         """Make examples of rows, in order. Bad rows go into `rows.ledger`.
 
         Documents that the loss compares have the same `group`, which keeps them adjacent in one micro-batch.

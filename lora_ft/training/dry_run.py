@@ -192,7 +192,7 @@ def partial_dry_run(
 
 def _check_lengths(cfg: config.TrainRun, base: Base, dataset: Dataset) -> None:
     eval_examples, _ = state.choose_eval(dataset, cfg.train.eval_rows)
-    state.check_lengths([*dataset.train, *eval_examples], base.model, cfg.train)
+    state.check_lengths(dataset.train, eval_examples, base.model, cfg.train)
 
 
 def _check_metrics(cfg: config.TrainRun, dataset: Dataset) -> None:
@@ -203,19 +203,17 @@ def _check_metrics(cfg: config.TrainRun, dataset: Dataset) -> None:
 
 
 def _steps(cfg: config.TrainRun, dataset: Dataset) -> Steps:
-    lengths = np.array([len(document.ids) for document in dataset.train])
     planned = state.plan_steps(dataset.train, cfg.train, cfg.seed)
-    count = len(planned)
-    tokens = [int(lengths[step].sum()) for step in planned]
+    count, tokens = len(planned), planned.tokens
     rates = [learning_rate(cfg.optim, step, count) for step in range(count)]
     shown = np.unique(np.linspace(0, count - 1, _RATES).round().astype(int))
     return Steps(
         count=count,
-        epochs=sum(map(len, planned)) / len(lengths),
-        smallest=min(tokens),
+        epochs=int(planned.documents.sum()) / len(dataset.train),
+        smallest=int(tokens.min()),
         median=float(np.median(tokens)),
-        largest=max(tokens),
-        alone=int((lengths > cfg.train.tokens_per_step).sum()),
+        largest=int(tokens.max()),
+        alone=int((dataset.train.lengths > cfg.train.tokens_per_step).sum()),
         first_rate=rates[0],
         peak_rate=max(rates),
         last_rate=rates[-1],
