@@ -41,6 +41,7 @@ from lora_ft import config, validation
 from lora_ft.errors import CheckpointError, ConfigError, LoraFtError
 from lora_ft.io import durable, untrusted
 from lora_ft.io.redact import redact
+from lora_ft.metric_table import LOSS
 
 PACKAGES = ("lora_ft", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "hydra-core")
 
@@ -244,6 +245,13 @@ def read_result(folder: Path) -> dict[str, Any]:
     """Return the content of result.json of a finished run."""
     untrusted.check_place(folder / RESULT, folder)
     return untrusted.json_object(folder / RESULT, ConfigError)
+
+
+def objective(result: dict[str, Any]) -> Any:
+    """Return the value in a result.json of the metric that train.best_metric named; None if it was not evaluated."""
+    metric = result.get("best_metric", LOSS)
+    metrics = result.get("metrics")
+    return result.get("eval_loss") if metric == LOSS else metrics.get(metric) if isinstance(metrics, dict) else None
 
 
 def environment() -> dict[str, Any]:

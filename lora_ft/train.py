@@ -26,7 +26,6 @@ from lora_ft.config import Schedule
 from lora_ft.io import durable
 from lora_ft.memory import auto
 from lora_ft.memory.forecast import Forecast
-from lora_ft.metric_table import LOSS
 from lora_ft.models import device
 from lora_ft.models.fingerprint import fingerprint
 from lora_ft.training import checkpoint, trackers
@@ -56,8 +55,7 @@ def main(cfg: config.TrainRun, invocation: entry.Invocation) -> float | None:
             sys.stdout.write(
                 f"{folder} is already finished{stopped}. More train.epochs or train.max_steps continue it\n"
             )
-            metric = result.get("best_metric", LOSS)
-            return result.get("eval_loss") if metric == LOSS else result["metrics"].get(metric)
+            return runs.objective(result)
         with displayed(folder) as progress, on_signals() as stop:
             made = train_job(cfg, folder, prepare(cfg), [progress], stop)
     return made.objective if made else None

@@ -3,7 +3,9 @@
 state -> adapter/  ->  base against adapter on the eval set  ->  result.json
 """
 
+import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from rich.console import Console
@@ -11,7 +13,8 @@ from rich.text import Text
 
 from lora_ft import metric_table, runs
 from lora_ft.adapters import files, provenance
-from lora_ft.data.dataset import Dataset
+from lora_ft.data import split
+from lora_ft.data.dataset import Dataset, EvalPrompt
 from lora_ft.evaluation import class_report
 from lora_ft.evaluation.classification import Classification, classify
 from lora_ft.evaluation.comparison import Comparison, EvalSet, compare, render
@@ -26,6 +29,8 @@ log = logging.getLogger("lora_ft")
 
 _SAMPLE_TOKENS = 48  # of each sample answer
 
+Classes = tuple[Classification | None, Classification] | None  # of base and adapter; None without labels
+
 
 @dataclass(frozen=True)
 class Result:
@@ -37,7 +42,8 @@ class Result:
     tokens_per_microbatch: at the end of the run, None for the whole step. shrinks: how often it was halved because
     memory ran out. stopped_by: why a run ended early. best_value: of the metric `best_metric`, which train.best_metric
     names, at `best_step`. metrics, base_metrics: of train.eval_metrics. classification: of the rows with labels; None
-    without data.labels.
+    without data.labels. eval_rows_sha256: of the texts of the eval rows, which are equal for runs that a metric other
+    than the loss compares.
     """
 
     eval_loss: float | None
@@ -64,6 +70,7 @@ class Result:
     metrics: dict[str, float] = field(default_factory=dict)
     base_metrics: dict[str, float] = field(default_factory=dict)
     classification: Classification | None = None
+    eval_rows_sha256: str | None = None
 
     @property
     def objective(self) -> float | None:
@@ -85,7 +92,7 @@ def finish(state: TrainingState, base: Base, dataset: Dataset, comparisons: dict
         log.info(sentence)
     comparison = _compared(state, base, comparisons) if state.eval_examples else None
     classes = _classified(state, comparison) if comparison else None
-    result = _result(state, comparison, classes[1] if classes else None)
+    result = _result(state, comparison, classes)
     if classes and (drawn := class_report.picture(classes[1], "Confusion matrix of the eval rows")):
         durable.write_bytes(state.folder / runs.CONFUSION, drawn)
     durable.write_json(state.folder / runs.RESULT, asdict(result))
@@ -111,14 +118,18 @@ def _compared(state: TrainingState, base: Base, comparisons: dict[object, Compar
     return comparisons[key]
 
 
-def _classified(state: TrainingState, compared: Comparison) -> tuple[Classification | None, Classification] | None:
+def _classified(state: TrainingState, compared: Comparison) -> Classes:
     if compared.adapter_classes is None:
         return None
     base, seed = compared.base_classes, state.cfg.seed
     return classify(base, seed) if base else None, classify(compared.adapter_classes, seed)
 
 
-def _result(state: TrainingState, comparison: Comparison | None, classes: Classification | None) -> Result:
+def _sha256(prompts: Sequence[EvalPrompt]) -> str:
+    return hashlib.sha256(b"".join(split.content_hash(prompt.row) for prompt in prompts)).hexdigest()
+
+
+def _result(state: TrainingState, comparison: Comparison | None, classes: Classes) -> Result:
     patience = f"train.patience={state.cfg.train.patience}" if state.stopped_early else None
     metric, best = state.cfg.train.best_metric, state.best
     return Result(
@@ -141,9 +152,11 @@ def _result(state: TrainingState, comparison: Comparison | None, classes: Classi
         shrinks=state.shrinks,
         best_metric=metric,
         best_value=best.value(metric) if best else None,
-        metrics=comparison.adapter.metrics if comparison else {},
-        base_metrics=comparison.base.metrics if comparison else {},
-        classification=classes,
+        metrics=(comparison.adapter.metrics if comparison else {}) | (classes[1].metrics if classes else {}),
+        base_metrics=(comparison.base.metrics if comparison else {})
+        | (classes[0].metrics if classes and classes[0] else {}),
+        classification=classes[1] if classes else None,
+        eval_rows_sha256=_sha256(state.eval_prompts) if state.eval_prompts else None,
         **gpu_memory(state.base.device),
     )
 
@@ -153,7 +166,7 @@ def _print(
     base: Base,
     comparison: Comparison | None,
     result: Result,
-    classes: tuple[Classification | None, Classification] | None,
+    classes: Classes,
 ) -> None:
     reserved, predicted = result.peak_reserved_bytes, result.predicted_peak_bytes
     facts = {
