@@ -167,13 +167,13 @@ def _classified(
 
 
 def _fitted(found: Predictions) -> float:
-    """Fit a temperature; raises DataError if any lower (or higher) one would fit better."""
+    """Fit a temperature; raises DataError if each lower one fits better, as where every row is predicted right."""
     fitted = fit_temperature(found)
-    if not TEMPERATURES[0] * 1.01 < fitted < TEMPERATURES[1] / 1.01:
+    if fitted < TEMPERATURES[0] * 1.01:
         right = metrics_of(found)["accuracy"]
         raise DataError(
             f"eval.calibrate: no temperature fits {len(found.references)} rows of which {right:.0%} are predicted "
-            "right, which says nothing of how sure to be: evaluate on more rows"
+            "right: they do not say how sure to be. Evaluate on more rows"
         )
     return fitted
 

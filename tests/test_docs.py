@@ -58,6 +58,9 @@ def _reader(folder: Path) -> Path:
     (folder / "my.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     (folder / "cities.csv").write_text("city,country\n" + "".join(f"City {n},Country {n}\n" for n in range(40)))
     (folder / "pairs.csv").write_text("english,german\n" + "".join(f"number {n},Zahl {n}\n" for n in range(40)))
+    reviews = "".join(f"{['lazy', 'good'][n % 2]} dog {n},{n % 2}\n" for n in range(60))
+    (folder / "reviews.csv").write_text(f"text,label\n{reviews}")
+    (folder / "new_reviews.csv").write_text("id,text\n1,good fox\n2,lazy fox\n")
     (folder / "flags.csv").write_text(re.findall(r"```csv\n(.*?)```", PAGES["docs/quickstart.md"], re.DOTALL)[0])
     tiny_folder(folder, "llama")
     return folder

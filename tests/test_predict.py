@@ -12,8 +12,10 @@ from finished import adapted, call, settings
 from test_task_metrics import labelled_rows
 
 from lora_ft import config, runs, validation
+from lora_ft import eval as evaluate
 from lora_ft.adapters import files, provenance
 from lora_ft.data.dataset import prepare
+from lora_ft.errors import DataError
 from lora_ft.evaluation import classification
 
 LABELS = ["negative", "positive"]
@@ -88,10 +90,14 @@ def test_a_fitted_temperature_is_stored_and_applied(run: Path, kept: Path, tmp_p
     assert calibrated == pytest.approx(classification.with_temperature(plain, temperature), abs=1e-9)
 
 
-def test_a_temperature_that_nothing_bounds_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("eval", f"run={run}", "eval.samples=0", "eval.rows=1", "eval.calibrate=true") == 4
-    assert "eval.calibrate: no temperature fits 1 rows" in capsys.readouterr().err
-    assert "calibration" not in json.loads((run / "adapter" / "lora_ft.json").read_text())
+def test_rows_that_are_all_right_have_no_temperature() -> None:
+    """Each lower temperature would fit better, and make every prediction look certain."""
+    probabilities = np.array([[0.9, 0.1], [0.4, 0.6]])
+    with pytest.raises(
+        DataError, match=r"eval.calibrate: no temperature fits 2 rows of which 100% are predicted right"
+    ):
+        evaluate._fitted(classification.Predictions(LABELS, probabilities, np.array([0, 1])))
+    assert evaluate._fitted(classification.Predictions(LABELS, probabilities, np.array([1, 0]))) > 10
 
 
 @pytest.mark.parametrize("has_labels", [True, False])

@@ -117,7 +117,10 @@ def _scores(run: Path, result: dict[str, Any]) -> list[Scores]:
     evaluated, found = _json(run / "eval.json"), []
     try:
         if result.get("eval_loss") is not None:
-            base, adapter = (_with_perplexity(float(result[key])) for key in ("base_eval_loss", "eval_loss"))
+            base, adapter = (
+                _with_perplexity(float(result[loss])) | _figures(result.get(metrics, {}))
+                for loss, metrics in (("base_eval_loss", "base_metrics"), ("eval_loss", "metrics"))
+            )
             found.append(Scores("at the end of training", base, adapter, int(result["eval_tokens"]), None))
         if evaluated:
             base, adapter = (_figures(evaluated[name]) for name in ("base", "adapter"))

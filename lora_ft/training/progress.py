@@ -74,6 +74,7 @@ def _line(state: TrainingState, metrics: Metrics) -> str:
         last = state.evaluations[-1]
         measured = "" if last.step == step else f" (step {last.step})"
         parts.append(f"eval loss {last.result.loss:.3f}{measured}")
+        parts += [f"{name} {last.value(name):.3f}" for name in state.task.names if name in last.result.metrics]
     if "lr" in metrics:
         left = state.seconds / step * (num_steps - step)
         parts += [

@@ -24,7 +24,7 @@ from lora_ft.ops.token_loss import Paths
 
 @dataclass(frozen=True)
 class TaskMetrics:
-    """Computes the metrics `names` of a model; classes: the rows with labels, None if there are none."""
+    """Computes the metrics `names` of a model; classes: the rows with labels, None without labels."""
 
     names: list[str]
     prompts: Sequence[EvalPrompt]
@@ -57,7 +57,7 @@ def task_metrics(
     tokenizer: PreTrainedTokenizerBase | None,
     paths: Paths,
 ) -> TaskMetrics:
-    """Prepare the metrics that the settings name on the prompts of an evaluation; without eval rows there are none.
+    """Prepare the metrics that the settings name on the prompts of an evaluation; none without eval rows.
 
     Raises the errors of `class_set.check`.
     """
