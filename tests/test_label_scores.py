@@ -54,8 +54,17 @@ def test_scores_equal_those_of_a_loop_over_labels(family: str, tokens: int) -> N
     assert scorer.probabilities(model) == pytest.approx(shares, abs=1e-5)
 
 
-@pytest.mark.parametrize("quant", ["none", "nf4", "int8"])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+BY_DEFAULT = (("qwen3", "none"), ("llama", "nf4"), ("gpt2", "int8"))
+
+
+@pytest.mark.parametrize(
+    ("family", "quant"),
+    [
+        pytest.param(family, quant, marks=[] if (family, quant) in BY_DEFAULT else pytest.mark.nightly)
+        for family in ("llama", "qwen3", "gpt2")
+        for quant in ("none", "nf4", "int8")
+    ],
+)
 def test_scores_of_an_adapter_on_a_quantized_base_equal_those_of_a_loop(
     tmp_path: Path, family: str, quant: str
 ) -> None:

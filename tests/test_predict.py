@@ -10,10 +10,12 @@ import pyarrow.parquet
 import pytest
 from finished import adapted, call, settings
 from test_task_metrics import labelled_rows
+from tiny import tiny_tokenizer
 
 from lora_ft import config, runs, validation
 from lora_ft import eval as evaluate
 from lora_ft.adapters import files, provenance
+from lora_ft.data import unlabelled
 from lora_ft.data.dataset import prepare
 from lora_ft.errors import DataError
 from lora_ft.evaluation import classification
@@ -45,6 +47,10 @@ def run(kept: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+def own_data(run: Path) -> config.Data:
+    return validation.from_plain(config.Data, runs.read_config(run)["data"])
+
+
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -67,27 +73,33 @@ def test_eval_reports_labels_of_base_and_adapter(run: Path, capsys: pytest.Captu
 
 def test_a_fitted_temperature_is_stored_and_applied(run: Path, kept: Path, tmp_path: Path) -> None:
     words = ("eval.samples=0",)
-    assert call("eval", f"run={run}", *words) == 0
-    before = json.loads((run / "eval.json").read_text())
     assert predicted(run, kept / "rows.csv", tmp_path / "plain.jsonl") == 0
     assert call("eval", f"run={run}", *words, "eval.calibrate=true") == 0
-    after = json.loads((run / "eval.json").read_text())
+    fitted = json.loads((run / "eval.json").read_text())
     calibration = json.loads((run / "adapter" / "lora_ft.json").read_text())["calibration"]
-    assert calibration["rows"] == after["rows"] and calibration["data_sha256"] == after["data_sha256"]
+    assert calibration["rows"] == fitted["rows"] and calibration["data_sha256"] == fitted["data_sha256"]
     temperature = calibration["temperature"]
-    assert after["classification"]["adapter"]["temperature"] == temperature
-    assert after["classification"]["base"]["temperature"] is None and after["base"] == before["base"]
-    assert after["adapter"]["log_loss"] < before["adapter"]["log_loss"]
-    assert after["adapter"]["accuracy"] == before["adapter"]["accuracy"]
-    # Without calibrate the stored temperature is applied.
+    assert fitted["classification"]["adapter"]["temperature"] == temperature
+    assert fitted["classification"]["base"]["temperature"] is None
+    # Without calibrate the stored temperature is applied, by eval and to predictions.
     assert call("eval", f"run={run}", *words) == 0
-    assert json.loads((run / "eval.json").read_text())["adapter"] == after["adapter"]
+    assert json.loads((run / "eval.json").read_text()) == fitted
     assert predicted(run, kept / "rows.csv", tmp_path / "calibrated.jsonl") == 0
     plain, calibrated = (
         np.array([[row[f"p_{label}"] for label in LABELS] for row in lines(tmp_path / name)])
         for name in ("plain.jsonl", "calibrated.jsonl")
     )
     assert calibrated == pytest.approx(classification.with_temperature(plain, temperature), abs=1e-9)
+    # The temperature is that of the eval rows, and lowers their log loss.
+    texts = {prompt.prompt.removesuffix("?") for prompt in prepare(own_data(run), tiny_tokenizer()).eval_prompts}
+    rows = [row for row in lines(tmp_path / "plain.jsonl") if row["text"] in texts]
+    found = classification.Predictions(
+        LABELS,
+        np.array([[row[f"p_{label}"] for label in LABELS] for row in rows]),
+        np.array([int(row["label"]) for row in rows]),
+    )
+    assert len(rows) == fitted["rows"] and classification.fit_temperature(found) == pytest.approx(temperature, rel=1e-3)
+    assert fitted["adapter"]["log_loss"] < classification.metrics(found)["log_loss"]
 
 
 def test_rows_that_are_all_right_have_no_temperature() -> None:
@@ -100,35 +112,29 @@ def test_rows_that_are_all_right_have_no_temperature() -> None:
     assert evaluate._fitted(classification.Predictions(LABELS, probabilities, np.array([1, 0]))) > 10
 
 
-@pytest.mark.parametrize("has_labels", [True, False])
-def test_predictions_in_all_formats_are_the_same(run: Path, tmp_path: Path, has_labels: bool) -> None:
-    rows = labelled_rows(tmp_path / "new.csv", 9, seed=5)
-    texts = [row["text"] for row in csv.DictReader(rows.read_text().splitlines())]
-    if not has_labels:
-        rows.write_text("text\n" + "".join(f"{text}\n" for text in texts))
-    found = {}
-    for suffix in ("csv", "jsonl", "parquet"):
-        out = tmp_path / "made" / f"out.{suffix}"
-        assert predicted(run, rows, out) == 0
-        match suffix:
-            case "csv":
-                found[suffix] = list(csv.DictReader(out.read_text().splitlines()))
-            case "jsonl":
-                found[suffix] = lines(out)
-            case _:
-                found[suffix] = pyarrow.parquet.read_table(out).to_pylist()
-    names = ["text", *(["label"] if has_labels else []), "prediction", "probability", "p_negative", "p_positive"]
-    for table in found.values():
-        assert [list(row) for row in table] == [names] * 9
+def test_predictions_in_all_formats_are_the_same(run: Path, tmp_path: Path) -> None:
+    """With labels, which are not used, and without."""
+    labelled = labelled_rows(tmp_path / "labelled.csv", 9, seed=5)
+    texts = [row["text"] for row in csv.DictReader(labelled.read_text().splitlines())]
+    bare = tmp_path / "bare.csv"
+    bare.write_text("text\n" + "".join(f"{text}\n" for text in texts))
+    for rows, suffix in ((labelled, "csv"), (bare, "jsonl"), (bare, "parquet")):
+        assert predicted(run, rows, tmp_path / "made" / f"out.{suffix}") == 0
+    tables = {
+        "csv": list(csv.DictReader((tmp_path / "made" / "out.csv").read_text().splitlines())),
+        "jsonl": lines(tmp_path / "made" / "out.jsonl"),
+        "parquet": pyarrow.parquet.read_table(tmp_path / "made" / "out.parquet").to_pylist(),
+    }
+    names = ["prediction", "probability", "p_negative", "p_positive"]
+    expected = np.array([[row[name] for name in names[1:]] for row in tables["jsonl"]])
+    assert expected[:, 1:].sum(1) == pytest.approx(np.ones(9))
+    assert np.array_equal(expected[:, 0], expected[:, 1:].max(1))
+    for suffix, table in tables.items():
+        assert [list(row) for row in table] == [["text", *(["label"] if suffix == "csv" else []), *names]] * 9
         assert [row["text"] for row in table] == texts
-        numbers = np.array([[float(row[name]) for name in names[-3:]] for row in table])
-        assert numbers[:, 1:].sum(1) == pytest.approx(np.ones(9)) and np.array_equal(
-            numbers[:, 0], numbers[:, 1:].max(1)
-        )
-        assert [row["prediction"] for row in table] == [LABELS[i] for i in numbers[:, 1:].argmax(1)]
-        assert numbers == pytest.approx(
-            np.array([[float(row[name]) for name in names[-3:]] for row in found["jsonl"]]), abs=1e-12
-        )
+        assert [row["prediction"] for row in table] == [LABELS[i] for i in expected[:, 1:].argmax(1)]
+        numbers = np.array([[float(row[name]) for name in names[1:]] for row in table])
+        assert numbers == pytest.approx(expected, abs=1e-12)
 
 
 def test_predictions_of_labelled_rows_are_those_that_eval_measures(run: Path, kept: Path, tmp_path: Path) -> None:
@@ -158,15 +164,13 @@ def test_predictions_of_labelled_rows_are_those_that_eval_measures(run: Path, ke
         ({"words": "Is it good?"}, {"prompt": "{text}", "answer": "{label}", "columns": {"text": "words"}}),
     ],
 )
-def test_rows_of_every_format_need_no_answer(kept: Path, tmp_path: Path, row: dict, options: dict) -> None:
+def test_rows_of_every_format_need_no_answer(tmp_path: Path, row: dict, options: dict) -> None:
     (tmp_path / "new.jsonl").write_text(json.dumps(row) + "\n")
-    words = [f"data.{name}={value}" for name, value in options.items() if name != "columns"]
-    words += [f"data.columns.{name}={value}" for name, value in options.get("columns", {}).items()]
-    adapter = (f"adapter_path={kept / 'run' / 'adapter'}", "model=local", f"model.path={kept / 'llama'}")
-    out = tmp_path / "out.jsonl"
-    assert call("eval", *adapter, *words, f"predict={tmp_path / 'new.jsonl'}", f"out={out}") == 0
-    [made] = lines(out)
-    assert {name: made[name] for name in row} == row and made["prediction"] in LABELS
+    data = config.Data(path=str(tmp_path / "new.jsonl"), **options)
+    found, columns = unlabelled.read(data, "predict", "yes")
+    [read] = found.rows
+    assert [message["content"] for message in read.messages] == ["Is it good?", "yes"] and read.answer == "yes"
+    assert columns == {read.source: row} and found.is_eval == [True]
 
 
 @pytest.mark.parametrize(
