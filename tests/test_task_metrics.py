@@ -252,3 +252,14 @@ def test_metrics_that_the_rows_cannot_have_are_refused_before_the_base_is_loaded
     words = [*given, LABELS, *words] if not any(w.startswith("data.labels") for w in words) else [*given, *words]
     assert call("check", *words, f"data.path={tmp_path / 'rows.csv'}") == code
     assert message in capsys.readouterr().err
+
+
+def test_check_shows_the_labels_and_warns_of_those_without_rows(
+    whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word for word in inputs(whole) if not word.startswith(("data.labels", "train.max_new_tokens"))]
+    labels = "data.labels={0: negative, 1: positive, 2: mixed}"
+    assert call("check", *words, "train.eval_metrics=[macro_f1]", "train.max_new_tokens=5", labels) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert "mixed: 0" in output and "no training row has the label mixed, which data.labels names" in output
+    assert "train.max_new_tokens has no effect: train.eval_metrics names no metric of generated answers" in output

@@ -10,6 +10,8 @@ from lora_ft.adapters import provenance
 from lora_ft.errors import MismatchError
 from lora_ft.io import durable, untrusted
 
+KEYS = ("labels", "calibration")  # of lora_ft.json
+
 
 def labels(adapter: Path) -> list[str] | None:
     """Return the labels that an adapter was trained to choose from; None if it has no record of any."""

@@ -24,6 +24,7 @@ from lora_ft.adapters import summary
 from lora_ft.adapters.summary import Layers
 from lora_ft.data.dataset import Dataset, Report, prepare_rows
 from lora_ft.data.read import read
+from lora_ft.data.rows import excerpt
 from lora_ft.data.statistics import Statistics, measure
 from lora_ft.data.statistics import warnings as warnings_of_rows
 from lora_ft.errors import LoraFtError
@@ -179,6 +180,7 @@ def partial_dry_run(
     disk = collect(_disk, cfg, folder, layers.trainable, steps.count) if layers and steps else None
     warnings = [
         *(warnings_of_rows(rows.statistics, rows.dataset.report, cfg.data) if rows else ()),
+        *(_labels_without_rows(rows.dataset) if rows else ()),
         *(_unknown_stop_tokens(rows.statistics, base) if rows and base else ()),
         *(_step_warnings(steps, len(rows.dataset.train), cfg.train) if rows and steps else ()),
         *(summary.warnings(layers, cfg) if layers else ()),
@@ -225,6 +227,12 @@ def _disk(cfg: config.TrainRun, folder: Path, num_trainable: int, num_steps: int
     disk = Disk(4 * num_trainable, checkpoint.bytes_needed(num_trainable, num_steps, cfg), durable.free_bytes(folder))
     checkpoint.check_free_space(folder, disk.needed)
     return disk
+
+
+def _labels_without_rows(dataset: Dataset) -> Iterator[str]:
+    missing = [label for label, count in (dataset.report.labels or {}).items() if not count]
+    if missing:
+        yield f"no training row has the label {excerpt(', '.join(missing))}, which data.labels names"
 
 
 def _unknown_stop_tokens(statistics: Statistics, base: Base) -> Iterator[str]:
