@@ -24,7 +24,10 @@ import numpy as np
 from lora_ft import config
 from lora_ft.adapters import loading
 from lora_ft.cli import entry
-from lora_ft.data.chat_template import control_tokens, plain_prompt, render
+from lora_ft.data import template_variables
+from lora_ft.data.chat_template import control_tokens, fitted_prompt, plain_prompt
+from lora_ft.data.rendering import render
+from lora_ft.data.rows import RowError
 from lora_ft.data.tokenize import Vocabulary
 from lora_ft.errors import ConfigError
 from lora_ft.evaluation.comparison import adapter_off
@@ -65,6 +68,7 @@ def main(cfg: config.ChatRun, invocation: entry.Invocation) -> None:
     """Answer `prompt` on stdout, or run a session on stdin and stdout."""
     with selected(resolve_device(cfg.device)):
         model, tokenizer = loading.load(cfg)
+        template_variables.check(tokenizer, cfg.data.template)
         system = cfg.data.system if cfg.system is None else cfg.system
         session = Session(model, tokenizer, system, cfg.sampling, cfg.seed, cfg.data)
         if cfg.prompt is None:
@@ -173,8 +177,9 @@ def prompt_ids(session: Session, question: Message) -> np.ndarray:
     system = [{"role": "system", "content": session.system}] if session.system else []
     chat = [*system, *session.messages, question]
     try:
-        rendered = render(chat, tokenizer, generation_prompt=True)
-    except jinja2.TemplateError as error:
+        asked = fitted_prompt(chat, session.data, tokenizer)
+        rendered = render(asked, tokenizer, generation_prompt=True, variables=session.data.template)
+    except (jinja2.TemplateError, RowError) as error:
         raise ConfigError(f"the chat template refuses this conversation: {error}") from None
     return np.array(vocabulary.ids([rendered])[0], dtype=np.int32)
 

@@ -134,7 +134,10 @@ def _samples(examples: Examples) -> list[tuple[str, Example]]:
 
 def _sample(kind: str, example: Example, tokenizer: Any) -> Iterator[RenderableType]:
     supervised = int(example.supervised.sum())
-    yield Text(f"{excerpt(example.source)} ({kind}): {len(example.ids):,} tokens, {supervised:,} supervised", "dim")
+    weights = [] if example.weights is None else sorted({f"{w:g}" for w in example.weights[example.supervised]})
+    weighted = f" (weights {', '.join(weights)})" if weights else ""
+    head = f"{excerpt(example.source)} ({kind}): {len(example.ids):,} tokens, {supervised:,} supervised{weighted}"
+    yield Text(head, "dim")
     text = Text(overflow="fold")
     control = _control_tokens(tokenizer)
     for part, learned in _shortened(list(_parts(example, Vocabulary(tokenizer)))):

@@ -31,6 +31,7 @@ from lora_ft import config, metric_table, runs, validation
 from lora_ft.adapters import labels as stored_labels
 from lora_ft.adapters import loading, provenance
 from lora_ft.cli import entry, overrides
+from lora_ft.data import thoughts
 from lora_ft.data.dataset import Dataset, few_answers, prepare, prepare_rows
 from lora_ft.data.read import Rows, eval_split, read, read_eval
 from lora_ft.errors import ConfigError, DataError, ResourceError
@@ -53,6 +54,7 @@ from lora_ft.training.state import choose_eval
 log = logging.getLogger("lora_ft")
 
 _FILE, _CONFUSION = "eval.json", "eval_confusion.png"
+_PROMPT_END = 16  # tokens
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ def evaluate(cfg: config.EvalRun, given: list[str]) -> EvalResult:
         with accelerated(base.model, cfg.fast, kernels) as made, accelerated_lora(model, loading.NAME, cfg.fast):
             classes = _class_set(cfg, dataset, eval_set, tokenizer, made.paths)
             comparison = compare(model, tokenizer, replace(eval_set, classes=classes), made.paths)
-    found = _metrics(comparison, metric_table.of(Source.answers, cfg.eval.metrics))
+    end = tokenizer.decode(eval_set.prompts[0].prompt_ids[-_PROMPT_END:]) if eval_set.prompts else ""
+    found = _metrics(comparison, metric_table.of(Source.answers, cfg.eval.metrics), end)
     classified = _classified(comparison, cfg, adapter, dataset.report.sha256)
     path = Path(cfg.run).expanduser() / _FILE if cfg.run else None
     result = EvalResult(comparison, found, description, dataset.report.sha256, path, classified)
@@ -244,13 +247,18 @@ def _warn_of_other_rows(adapter: Path, dataset: Dataset) -> None:
         )
 
 
-def _metrics(comparison: Comparison, names: list[str]) -> dict[str, tuple[float, float]]:
-    """Compute the metrics of both models' answers: (base, adapter) by name."""
+def _metrics(comparison: Comparison, names: list[str], prompt_end: str) -> dict[str, tuple[float, float]]:
+    """Compute the metrics of both models' answers, without their thoughts: (base, adapter) by name.
+
+    prompt_end: the last words of the prompts, which may open a thought.
+    """
     if not names:
         return {}
-    references = [a.reference for a in comparison.answers]
-    base = metrics.scores(names, [a.base for a in comparison.answers], references)
-    adapter = metrics.scores(names, [a.adapter for a in comparison.answers], references)
+    references = [thoughts.after(a.reference) for a in comparison.answers]
+    base, adapter = (
+        metrics.scores(names, [thoughts.after(text, prompt_end) for text in texts], references)
+        for texts in ([a.base for a in comparison.answers], [a.adapter for a in comparison.answers])
+    )
     return {name: (base[name], adapter[name]) for name in names}
 
 

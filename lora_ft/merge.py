@@ -23,7 +23,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from lora_ft import config, validation
-from lora_ft.adapters import files, loading, provenance
+from lora_ft.adapters import files, loading, peft_folder, provenance
 from lora_ft.cli import entry
 from lora_ft.data.dataset import prepare
 from lora_ft.data.rows import Example
@@ -31,7 +31,7 @@ from lora_ft.errors import ConfigError, DataError, ResourceError
 from lora_ft.evaluation.loss import eval_loss
 from lora_ft.export import combine, merge_base, truncate, verify
 from lora_ft.export.gguf import model as gguf_model
-from lora_ft.export.merge import MergedModel, write_folder
+from lora_ft.export.merge import MergedModel, check, write_folder
 from lora_ft.export.weight_stream import use_placeholders
 from lora_ft.io import durable
 from lora_ft.models.acceleration import accelerated
@@ -107,6 +107,7 @@ def _adapters(cfg: config.MergeRun) -> list[Path]:
 
 
 def _merge(cfg: config.MergeRun, adapter: Path, tokenizer: PreTrainedTokenizerBase, out: Path) -> MergeResult:
+    check(adapter, peft_folder.read_config(adapter))
     base_dtype = resolve_dtype(cfg.model.dtype, resolve_device(cfg.device))
     dtype = base_dtype if cfg.dtype is Dtype.auto else getattr(torch, cfg.dtype.value)
     if cfg.gguf:
@@ -187,8 +188,9 @@ def _attached(cfg: config.MergeRun, adapter: Path, tokenizer: PreTrainedTokenize
     dtype = Dtype(str(resolve_dtype(cfg.model.dtype, resolve_device(cfg.device))).removeprefix("torch."))
     if dtype is Dtype.float16:  # which CPUs do not compute in
         dtype = Dtype.float32
-    base = load_base(replace(cfg.model, dtype=dtype), config.Quant(), "cpu", tokenizer)
-    saved = files.read_config(adapter)
+    saved = peft_folder.read_config(adapter)
+    rows = files.vocabulary_rows(adapter, saved)
+    base = load_base(replace(cfg.model, dtype=dtype), config.Quant(), "cpu", tokenizer, rows=rows)
     provenance.check_source(adapter, saved, base, cfg.quant)
     return files.load(base.model, adapter, loading.NAME, saved)
 
@@ -210,7 +212,7 @@ def _combine(cfg: config.MergeRun, adapters: list[Path], tokenizer: PreTrainedTo
     base = replace(meta_model, identity=locate(cfg.model))  # with the hashes of its weights
     combine.check(base, cfg.quant, adapters)
     use_placeholders(base.model)
-    model = files.load(base.model, adapters[0], loading.NAME)
+    model = files.load(base.model, adapters[0], loading.NAME, placeholders=True)
     combined = combine.combine(model, adapters, weights, cfg.method, cfg.density, cfg.seed)
     how = {"method": cfg.method.value, "weights": weights, "density": cfg.density, "seed": cfg.seed}
     files.write(combined.tensors, combined.config, out, tokenizer, _origin(base, cfg.quant, adapters, how))
@@ -248,8 +250,9 @@ def _origin(base: Base, quant: config.Quant, adapters: list[Path], how: dict[str
     known = [provenance.read_record(adapter) if (adapter / provenance.RECORD).is_file() else {} for adapter in adapters]
     rows = [record.get("data_sha256") for record in known]
     data = rows[0] if len(rows) == 1 else hashlib.sha256(json.dumps(rows).encode()).hexdigest() if all(rows) else None
-    hashes = [hashlib.sha256((adapter / files.WEIGHTS).read_bytes()).hexdigest() for adapter in adapters]
-    return provenance.Provenance(base.identity, quant, data, how | {"adapter_sha256": hashes})
+    hashes = [hashlib.sha256((adapter / peft_folder.WEIGHTS).read_bytes()).hexdigest() for adapter in adapters]
+    made_from, template = how | {"adapter_sha256": hashes}, provenance.template_of(known[0])
+    return provenance.Provenance(base.identity, quant, data, made_from, template)
 
 
 if __name__ == "__main__":

@@ -109,6 +109,9 @@ def _violations(metadata: Any, value: Any) -> Iterator[str]:
         "below": lambda bound: value < bound,
     }
     for number in value.values() if isinstance(value, dict) else [value]:
+        if isinstance(value, dict) and isinstance(number, list | dict):
+            yield "a mapping to true, false, numbers, text or null"
+            return
         if isinstance(number, float) and not math.isfinite(number):
             yield "finite"
             return

@@ -35,9 +35,10 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("rows", [0, 1, 5, ROWS, 2 * ROWS + 3])
 @pytest.mark.parametrize("logit_map", MAPS)
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.usefixtures("form")
 def test_chunked_loss_equals_plain_loss(
-    rows: int, with_bias: bool, with_lora: bool, words: int, logit_map: LogitMap
+    rows: int, with_bias: bool, with_lora: bool, words: int, logit_map: LogitMap, weighted: bool
 ) -> None:
     if words == MANY_WORDS and rows > ROWS:
         rows = 5  # chunks of rows and blocks of words do not depend on each other
@@ -49,18 +50,19 @@ def test_chunked_loss_equals_plain_loss(
     hidden, weight, bias = draw(rows, 16), draw(words, 16), draw(words) if with_bias else None
     lora = HeadLora(draw(3, 16), draw(words, 3), 1.7) if with_lora else None
     targets = torch.randint(0, words, (rows,), generator=generator)
+    weights = torch.rand(rows, generator=generator).mul(3).round(decimals=1) if weighted else None  # some are 0
     learn = [hidden, *(lora[:2] if lora else ())]
     for tensor in learn:
         tensor.requires_grad_()
     results = []
     for function in (linear_cross_entropy_plain, linear_cross_entropy):
-        loss = function(hidden, weight, bias, targets, lora, logit_map)
+        loss = function(hidden, weight, bias, targets, lora, logit_map, weights)
         results.append((loss.detach(), *torch.autograd.grad(3 * loss, learn)))
     torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-13, atol=0)
     for found, expected in zip(results[1][1:], results[0][1:], strict=True):
         assert (found - expected).norm() <= 1e-12 * expected.norm()
     with torch.no_grad():
-        evaluated = linear_cross_entropy(hidden, weight, bias, targets, lora, logit_map)
+        evaluated = linear_cross_entropy(hidden, weight, bias, targets, lora, logit_map, weights)
         torch.testing.assert_close(evaluated, results[0][0], rtol=1e-13, atol=0)
 
 
@@ -169,6 +171,27 @@ def test_error_against_float64_is_not_larger_than_that_of_transformers(
     chance = max(torch.finfo(dtype).eps / 100, torch.finfo(torch.float32).eps)
     assert found[0] <= 1.02 * plain[0] + chance
     assert all(one <= 1.02 * other for one, other in zip(found[1:], plain[1:], strict=True))
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("logit_map", [PRODUCT, LogitMap(scale=0.3), LogitMap(cap=4.0)])
+@pytest.mark.parametrize("with_lora", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weighted_loss_is_accurate_in_every_dtype(dtype: torch.dtype, with_lora: bool, logit_map: LogitMap) -> None:
+    hidden, weight, targets, lora = drawn_head(dtype)
+    hidden, targets = hidden[:100], targets[:100]
+    weights = torch.rand(100, generator=torch.Generator().manual_seed(3)) * 3
+
+    def results(hidden: Tensor, weight: Tensor, lora: HeadLora, form: Any) -> list[Tensor]:
+        learn = [t.detach().requires_grad_() for t in (hidden, *(lora[:2] if with_lora else ()))]
+        of_lora = HeadLora(*learn[1:], lora.scaling) if with_lora else None
+        return differentiated(form(learn[0], weight, None, targets, of_lora, logit_map, weights), *learn)
+
+    doubled = HeadLora(lora.a.double(), lora.b.double(), lora.scaling)
+    exact = results(hidden.double(), weight.double(), doubled, linear_cross_entropy_plain)
+    found = results(hidden, weight, lora, linear_cross_entropy)
+    errors = [relative(one, other) for one, other in zip(found, exact, strict=True)]
+    assert max(errors) < (1e-6 if dtype is torch.float32 else 2 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

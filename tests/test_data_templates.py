@@ -107,7 +107,8 @@ def test_an_answer_that_merges_with_the_prompt_is_tokenized_separately(tmp_path)
 @pytest.mark.closes("A08")
 def test_a_template_that_rewrites_history_gives_one_document_per_answer(tmp_path):
     tokenizer = tokenizer_of(THINKING)
-    rows = prepared(tmp_path, tokenizer, {"messages": chat("a", "one", "b", "<think>hm</think>two")})
+    row = {"messages": chat("a", "one", "b", "<think>hm</think>two")}
+    rows = prepared(tmp_path, tokenizer, row, train_on_thoughts="true")
     assert [learned(tokenizer, row) for row in rows] == [
         "<think>\n\n</think>\n\none<|im_end|>", "<think>hm</think>two<|im_end|>",
     ]  # fmt: skip
@@ -155,7 +156,7 @@ def test_data_system_is_added_to_chats_without_a_system_message(tmp_path):
 
 
 def test_tools_and_tool_calls_reach_the_template(tmp_path):
-    template = CHATML.replace("{% for", "{{ tools[0].name if tools else '' }}{% for", 1).replace(
+    template = CHATML.replace("{% for", "{{ tools[0].function.name if tools else '' }}{% for", 1).replace(
         "message['content']", "(message.tool_calls[0].name if message.tool_calls else message['content'])"
     )
     messages = [

@@ -1,10 +1,12 @@
 """README and docs: their commands run as written, in order, and what they list exists."""
 
 import csv
+import gzip
 import json
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +64,15 @@ def _reader(folder: Path) -> Path:
     (folder / "reviews.csv").write_text(f"text,label\n{reviews}")
     (folder / "new_reviews.csv").write_text("id,text\n1,good fox\n2,lazy fox\n")
     (folder / "flags.csv").write_text(re.findall(r"```csv\n(.*?)```", PAGES["docs/quickstart.md"], re.DOTALL)[0])
+    shutil.copy(ROOT / "tests" / "templates" / "qwen3.jinja", folder)
+    (folder / "packed.jsonl.gz").write_bytes(gzip.compress((folder / "my.jsonl").read_bytes()))
+    (folder / "clone" / "data").mkdir(parents=True)
+    (folder / "clone" / "README.md").write_text("# Chats")
+    (folder / "clone" / "data" / "train-00000-of-00001.jsonl").write_bytes((folder / "my.jsonl").read_bytes())
+    reviews = [f"review {n},good,rotten_tomatoes\nreview {n},bad,imdb\n" for n in range(20)]
+    (folder / "reviews.csv").write_text("review,label,source\n" + "".join(reviews))
+    export = "question;answer\n" + "".join(f"Où est {n} ?;À la page {n}\n" for n in range(20))
+    (folder / "export.csv").write_bytes(export.encode("cp1252"))
     tiny_folder(folder, "llama")
     return folder
 

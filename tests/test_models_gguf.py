@@ -1,5 +1,6 @@
 """GGUF files: conversion keeps every tensor and token id of the source, or raises an error."""
 
+import errno
 import hashlib
 import importlib.util
 import json
@@ -23,6 +24,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from lora_ft import config
 from lora_ft.data.dataset import prepare
 from lora_ft.errors import ConfigError, ResourceError
+from lora_ft.io import caches
 from lora_ft.models import load, resolve
 from lora_ft.models.gguf import convert, reader
 from lora_ft.models.gguf.tokenizer import build
@@ -313,11 +315,25 @@ def test_file_is_hashed_once_per_process_until_it_changes(tmp_path, monkeypatch)
     assert resolve.locate(model).weights_sha256 != identity.weights_sha256 and len(hashed) == 2
 
 
-def test_cache_that_cannot_be_written_is_an_error_with_the_remedy(tmp_path, monkeypatch):
+def test_cache_that_cannot_be_written_is_replaced_by_a_temporary_folder(tmp_path, monkeypatch):
     path = write_gguf(tmp_path / "m.gguf", tiny_model("llama"), "llama")
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(ResourceError, match=r"cannot be written to .*file.* set XDG_CACHE_HOME"):
+    folder, digest = convert.converted(path)
+    assert folder.parent == caches.writable("models")
+    assert (folder / "model.safetensors").is_file()
+    assert convert.converted(path) == (folder, digest)
+
+
+def test_full_disk_is_an_error_with_the_remedy(tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "m.gguf", tiny_model("llama"), "llama")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(convert, "write_folder", full)
+    with pytest.raises(ResourceError, match=r"cannot be written to .*cache.* set XDG_CACHE_HOME"):
         convert.converted(path)
 
 

@@ -273,7 +273,8 @@ def prepared(folder: Path, rows: list[Any], tokenizer: Any, train_on: TrainOn) -
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     found: list[list[Example]] = [[] for _ in rows]
-    for document in prepare(Data(path=str(path), eval_fraction=0, train_on=train_on, max_length=8192), tokenizer).train:
+    data = Data(path=str(path), eval_fraction=0, train_on=train_on, train_on_thoughts="true", max_length=8192)
+    for document in prepare(data, tokenizer).train:
         found[int(document.source.rpartition(":")[2]) - 1].append(document)
     return found
 

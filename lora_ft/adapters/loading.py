@@ -16,7 +16,8 @@ from peft import LoraConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from lora_ft import config, runs, validation
-from lora_ft.adapters import files, provenance
+from lora_ft.adapters import files, peft_folder, provenance
+from lora_ft.data.template_variables import with_defaults
 from lora_ft.errors import ConfigError, MismatchError
 from lora_ft.io import untrusted
 from lora_ft.models import resolve
@@ -60,7 +61,7 @@ def with_base(cfg: Settings, adapter: Path, saved: LoraConfig | None = None) -> 
     quant = _quant(cfg.quant, adapter, recorded)
     if cfg.run:
         return replace(cfg, quant=quant)
-    named = saved or files.read_config(adapter)
+    named = saved or peft_folder.read_config(adapter)
     tokens = cfg.model.added_tokens or (_added_tokens(adapter, named.trainable_token_indices) if recorded else [])
     if cfg.model.path:
         return replace(cfg, model=replace(cfg.model, added_tokens=tokens), quant=quant)
@@ -152,14 +153,16 @@ def _added_tokens(adapter: Path, rows: Any) -> list[str]:
 def adapter_tokenizer(folder: Path, model: config.Model) -> PreTrainedTokenizerBase:
     """Load the tokenizer and chat template saved with the adapter; if they are missing, those of the base.
 
-    The adapter was trained with them, so `model.chat_template` is used only if the adapter has no tokenizer.
+    The adapter was trained with them, so `model.chat_template` is used only if the adapter has no tokenizer. Variables
+    of the template that the adapter's record sets are its defaults.
     """
+    variables = provenance.template_of(_record(folder) or {})
     if not all((folder / name).is_file() for name in _TOKENIZER_FILES):
-        return load_tokenizer(model)
+        return with_defaults(load_tokenizer(model), variables)
     tokenizer = _own_tokenizer(folder)
     if not tokenizer.chat_template:
         tokenizer.chat_template = load_tokenizer(replace(model, added_tokens=[])).chat_template
-    return tokenizer
+    return with_defaults(tokenizer, variables)
 
 
 def _own_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -192,7 +195,7 @@ def open_adapter(
     `saved` is the adapter's config if it was read already. Raises MismatchError if the adapter was trained on another
     base, if a key or shape differs, or if the adapter changes the base's own weights; and the errors of `load_base`.
     """
-    saved = saved or files.read_config(folder)
-    base = load_base(model, quant, device, tokenizer)
+    saved = saved or peft_folder.read_config(folder)
+    base = load_base(model, quant, device, tokenizer, rows=files.vocabulary_rows(folder, saved))
     provenance.check_source(folder, saved, base, quant)
     return base, files.load(base.model, folder, NAME, saved)

@@ -7,7 +7,7 @@
 import dataclasses
 import hashlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_ft import config, runs
 from lora_ft.config import QuantKind
+from lora_ft.data import template_variables
 from lora_ft.errors import MismatchError
 from lora_ft.io import untrusted
 from lora_ft.models import build, quantize
@@ -26,6 +27,10 @@ from lora_ft.models.stored import agreed
 log = logging.getLogger("lora_ft")
 
 RECORD = "lora_ft.json"
+MERGE_WITH_PEFT = (
+    "merge it with PEFT, and use the result as a model "
+    "(PeftModel.from_pretrained(base, ADAPTER).merge_and_unload().save_pretrained(OUT))"
+)
 _FORMAT = 1
 
 # With every other initialization, PEFT changes the base's own weights when it attaches the adapter.
@@ -37,13 +42,15 @@ class Provenance:
     """The base of an adapter, the base's quantization, and the training rows.
 
     data_sha256: None if unknown. made_from: hashes of the adapters that it was computed from, and the method; None if
-    it was trained. labels: the answers that it was trained to choose from, in order; None for other answers.
+    it was trained. template: values of variables of the chat template, which its saved form has as defaults. labels:
+    the answers that it was trained to choose from, in order; None for other answers.
     """
 
     base: Identity
     quant: config.Quant
     data_sha256: str | None
     made_from: dict[str, Any] | None = None
+    template: template_variables.Variables = field(default_factory=dict)
     labels: list[str] | None = None
 
 
@@ -55,6 +62,7 @@ def record(tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, sourc
         "quant": _quant_fields(agreed(source.quant, source.base.stored)),
         "data_sha256": source.data_sha256,
         **({"made_from": source.made_from} if source.made_from else {}),
+        **({"template": dict(source.template)} if source.template else {}),
         **({"labels": source.labels} if source.labels else {}),
         **_tokenizer_hashes(tokenizer),
         "tensors": {key: list(t.shape) for key, t in tensors.items()},
@@ -70,7 +78,7 @@ def base_fields(base: Identity) -> dict[str, Any]:
 
 
 def _tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None]:
-    template = tokenizer.chat_template
+    template = template_variables.without_defaults(tokenizer.chat_template)
     return {
         "tokenizer_sha256": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "chat_template_sha256": hashlib.sha256(str(template).encode()).hexdigest() if template else None,
@@ -100,15 +108,19 @@ def check_source(folder: Path, saved: LoraConfig, base: Base, quant: config.Quan
 
 def check_keeps_base(folder: Path, saved: LoraConfig) -> None:
     """Raise MismatchError for an adapter that changes the base's own weights or biases."""
+    if change := change_of_base(saved):
+        raise MismatchError(f"{folder}: {change[0]}: {change[1]}")
+
+
+def change_of_base(saved: LoraConfig) -> tuple[str, str] | None:
+    """Return the setting by which an adapter changes the base's own weights or biases, and the remedy, or None."""
     if saved.bias != "none":
-        raise MismatchError(
-            f"{folder}: bias={saved.bias} changes the base's own biases, which is not supported: use bias=none"
-        )
+        return f"bias={saved.bias} changes the base's own biases, which is not supported", MERGE_WITH_PEFT
     if saved.init_lora_weights not in _PLAIN_INITS:
-        raise MismatchError(
-            f"{folder}: init_lora_weights={saved.init_lora_weights} changes the base's own weights: "
+        return f"init_lora_weights={saved.init_lora_weights} changes the base's own weights", (
             "convert the adapter to a plain LoRA first (PEFT: path_initial_model_for_weight_conversion)"
         )
+    return None
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -116,6 +128,16 @@ def read_record(folder: Path) -> dict[str, Any]:
     found = untrusted.json_object(folder / RECORD, MismatchError)
     if found.get("format") != _FORMAT or not isinstance(found.get("base"), dict):
         raise MismatchError(f"{folder / RECORD} is not a record of format {_FORMAT}, got {found.get('format')}")
+    return found
+
+
+def template_of(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of the chat template's variables in a record; raises MismatchError for other than values."""
+    found = record.get("template", {})
+    if not isinstance(found, dict) or not all(
+        name.isidentifier() and isinstance(value, bool | int | float | str | None) for name, value in found.items()
+    ):
+        raise MismatchError(f"{RECORD}: template must be an object of true, false, numbers, text or null, got {found}")
     return found
 
 

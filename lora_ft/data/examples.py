@@ -6,7 +6,8 @@ examples[3]                                       Example(ids=[1, 9, 4, 2], ...)
 examples.select(indices)                          other documents of the same arrays, without a copy of tokens
 for block in examples.blocks(): ...               all tokens in order, a few megabytes at a time
 
-columns   ids int32 [tokens]   supervised uint8 [tokens]   groups int64 [documents], if any example has one
+columns   ids int32 [tokens]   supervised uint8 [tokens]
+          weights float32 [tokens] and groups int64 [documents], if any example has them
           documents int32 [documents, 5]: length, supervised tokens, row, prompt_end, answer_start
 """
 
@@ -30,12 +31,16 @@ _PART = 1 << 16  # documents read at once
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive documents: the index of the first, all their tokens, and the start of each, with the end."""
+    """Consecutive documents: the index of the first, all their tokens, and the start of each, with the end.
+
+    weights: of the tokens in the loss; None if no document has any.
+    """
 
     first: int
     ids: NDArray[np.int32]
     supervised: NDArray[np.bool_]
     starts: NDArray[np.int64]
+    weights: NDArray[np.float32] | None = None
 
 
 class Examples(Sequence[Example]):
@@ -75,7 +80,7 @@ class Examples(Sequence[Example]):
         own = np.arange(len(self)) if self._chosen is None else self._chosen
         places = np.concatenate([own, np.arange(len(made)) + len(self._starts) - 1])
         sources = [*self._sources, *(example.source for example in made)] if self._by_document else self._sources
-        stored = Joined(self._stored, InMemory(columns_of(made, "groups" in self._stored)))
+        stored = Joined(self._stored, InMemory(columns_of(made, "groups" in self._stored, "weights" in self._stored)))
         return Examples(stored, sources, places[np.asarray(order, dtype=np.int64)], by_document=self._by_document)
 
     @cached_property
@@ -121,14 +126,17 @@ class Examples(Sequence[Example]):
         place = self._place(number % len(self))
         span = int(self._starts[place]), int(self._starts[place + 1])
         ids, supervised = self._stored.read("ids", *span), self._stored.read("supervised", *span)
-        return self._made(place, ids, supervised.view(np.bool_))
+        weights = self._stored.read("weights", *span) if "weights" in self._stored else None
+        return self._made(place, ids, supervised.view(np.bool_), weights)
 
     def __iter__(self) -> Iterator[Example]:
         for block in self.blocks():
             for number, (start, stop) in enumerate(
                 zip(block.starts[:-1].tolist(), block.starts[1:].tolist(), strict=True)
             ):
-                yield self._made(self._place(block.first + number), block.ids[start:stop], block.supervised[start:stop])
+                weights = None if block.weights is None else block.weights[start:stop]
+                place = self._place(block.first + number)
+                yield self._made(place, block.ids[start:stop], block.supervised[start:stop], weights)
 
     def blocks(self) -> Iterator[Block]:
         """Yield all documents with their tokens, about `_BLOCK_TOKENS` tokens at a time."""
@@ -143,13 +151,12 @@ class Examples(Sequence[Example]):
         places = np.arange(first, last) if self._chosen is None else self._chosen[first:last]
         runs = np.split(places, np.flatnonzero(np.diff(places) != 1) + 1)  # of documents that are stored side by side
         spans = [(int(self._starts[run[0]]), int(self._starts[run[-1] + 1])) for run in runs]
-        ids, supervised = ([self._stored.read(name, *span) for span in spans] for name in ("ids", "supervised"))
-        return Block(
-            first,
-            np.concatenate(ids),
-            np.concatenate(supervised).view(np.bool_),
-            _starts(self.lengths[first:last]),
+        ids, supervised, weights = (
+            np.concatenate([self._stored.read(name, *span) for span in spans]) if name in self._stored else None
+            for name in ("ids", "supervised", "weights")
         )
+        assert ids is not None and supervised is not None
+        return Block(first, ids, supervised.view(np.bool_), _starts(self.lengths[first:last]), weights)
 
     def _place(self, index: int) -> int:
         return index if self._chosen is None else int(self._chosen[index])
@@ -166,15 +173,22 @@ class Examples(Sequence[Example]):
             start += len(part)
         return found
 
-    def _made(self, place: int, ids: NDArray[np.int32], supervised: NDArray[np.bool_]) -> Example:
+    def _made(
+        self, place: int, ids: NDArray[np.int32], supervised: NDArray[np.bool_], weights: NDArray[np.float32] | None
+    ) -> Example:
         row, prompt_end, answer_start = self._stored.read("documents", place, place + 1)[0, _ROW:].tolist()
         group = int(self._stored.read("groups", place, place + 1)[0]) if "groups" in self._stored else NO_GROUP
         source = self._sources[place if self._by_document else row]
-        return Example(ids, supervised, source, row, prompt_end, answer_start, None if group == NO_GROUP else group)
+        if weights is not None and np.array_equal(weights, supervised):
+            weights = None
+        group_or_none = None if group == NO_GROUP else group
+        return Example(ids, supervised, source, row, prompt_end, answer_start, group_or_none, weights)
 
 
-def columns_of(examples: Sequence[Example], has_groups: bool = False) -> dict[str, NDArray[Any]]:
-    """Return the columns of examples; `groups` is missing if none has a group, unless it is asked for."""
+def columns_of(
+    examples: Sequence[Example], has_groups: bool = False, has_weights: bool = False
+) -> dict[str, NDArray[Any]]:
+    """Return the columns of examples; `groups` and `weights` are missing if none has any, unless they are asked for."""
     made: dict[str, NDArray[Any]] = {
         "ids": np.concatenate([np.zeros(0, np.int32), *(e.ids for e in examples)]),
         "supervised": np.concatenate([np.zeros(0, np.bool_), *(e.supervised for e in examples)]).view(np.uint8),
@@ -184,6 +198,9 @@ def columns_of(examples: Sequence[Example], has_groups: bool = False) -> dict[st
     }
     if has_groups or any(e.group is not None for e in examples):
         made["groups"] = np.array([NO_GROUP if e.group is None else e.group for e in examples], np.int64)
+    if has_weights or any(e.weights is not None for e in examples):
+        each = (e.supervised.astype(np.float32) if e.weights is None else e.weights for e in examples)
+        made["weights"] = np.concatenate([np.zeros(0, np.float32), *each])
     return made
 
 

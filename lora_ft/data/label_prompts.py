@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from lora_ft import config
 from lora_ft.config import TrainOn
 from lora_ft.data import chat_template, tokenize
-from lora_ft.data.chat_template import Turn
+from lora_ft.data.answers import Turn
 from lora_ft.data.labels import with_answer
 from lora_ft.data.rows import Ledger, Row
 

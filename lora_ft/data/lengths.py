@@ -88,7 +88,8 @@ def _windows(document: Example, max_length: int) -> Iterator[Example]:
     for start in range(0, len(document.ids) - 1, max_length - 1):
         supervised = document.supervised[start : start + max_length].copy()
         supervised[0] = False
-        yield replace(document, ids=document.ids[start : start + max_length], supervised=supervised)
+        weights = None if document.weights is None else document.weights[start : start + max_length] * supervised
+        yield replace(document, ids=document.ids[start : start + max_length], supervised=supervised, weights=weights)
 
 
 def _truncated(document: Example, max_length: int, tokenizer: Any) -> Example:
@@ -101,8 +102,12 @@ def _truncated(document: Example, max_length: int, tokenizer: Any) -> Example:
     # One token must remain before the first answer, to predict its first token from.
     if excess <= 0 or document.prompt_end - excess < max(keep, 1):
         return document
-    ids = np.concatenate([document.ids[:keep], document.ids[keep + excess :]])
-    supervised = np.concatenate([document.supervised[:keep], document.supervised[keep + excess :]])
+
+    def cut(values: NDArray[Any]) -> NDArray[Any]:
+        return np.concatenate([values[:keep], values[keep + excess :]])
+
+    supervised = cut(document.supervised)
     supervised[0] = False
-    return replace(document, ids=ids, supervised=supervised, prompt_end=document.prompt_end - excess,
-                   answer_start=document.answer_start - excess)  # fmt: skip
+    weights = None if document.weights is None else cut(document.weights) * supervised
+    return replace(document, ids=cut(document.ids), supervised=supervised, prompt_end=document.prompt_end - excess,
+                   answer_start=document.answer_start - excess, weights=weights)  # fmt: skip

@@ -124,4 +124,15 @@ def _pack(examples: Sequence[Example]) -> Batch:
     targets = np.full(len(ids), IGNORED, dtype=np.int64)
     targets[:-1][supervised[1:]] = ids[1:][supervised[1:]]
     starts = np.cumsum([0, *(len(example.ids) for example in examples)]).tolist()
-    return Batch(torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(targets), starts)
+    return Batch(
+        torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(targets), starts, _weights(examples)
+    )
+
+
+def _weights(examples: Sequence[Example]) -> torch.Tensor | None:
+    """Return the weights of the targets, which are the tokens after them; None if all are 1."""
+    if all(example.weights is None for example in examples):
+        return None
+    given = [e.supervised.astype(np.float32) if e.weights is None else e.weights for e in examples]
+    weights = np.concatenate(given)
+    return torch.from_numpy(np.append(weights[1:], np.float32(0)))

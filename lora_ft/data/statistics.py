@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 
 from lora_ft import config
 from lora_ft.config import TooLong
-from lora_ft.data.chat_template import learned_answers, prompts
+from lora_ft.data import thoughts
+from lora_ft.data.chat_template import fitted, learned_answers, trials_of
 from lora_ft.data.dataset import Dataset, Report
 from lora_ft.data.examples import Examples
-from lora_ft.data.messages import with_system
 from lora_ft.data.read import Rows
+from lora_ft.data.rendering import prompts, thinking_switch
 from lora_ft.data.rows import Row, any_of, excerpt
 from lora_ft.data.tokenize import Vocabulary
 
@@ -31,6 +32,7 @@ _BINS = 8
 _PROMPTS_COMPARED = 32  # a third of a millisecond each
 _FEW_SUPERVISED = 0.01
 _MANY_DUPLICATES = 0.01
+_MANY_WITHOUT = 0.95  # of the rows for a model that thinks: its own thoughts are hardly taught
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Statistics:
     written: rows by the added token that occurs in a prompt or plain text.
     asked_before: eval rows whose prompt (or text) equals that of a training row, up to case, whitespace and
     punctuation.
+    thinking: how the rows fit a template that asks for thoughts; None if it asks for none.
     """
 
     median: float
@@ -59,6 +62,22 @@ class Statistics:
     other_prompts: list[str]
     written: dict[str, int]
     asked_before: int
+    thinking: "Thinking | None" = None
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """Rows for a chat template whose generation prompt lets the model think first.
+
+    rows, without: training chats, and those of them without a thought in a learned answer.
+    taught: True if an answer without a thought is learned as what follows the prompt, so that the model stops thinking.
+    switch: the variable of the template that turns thinking off; None without such a variable.
+    """
+
+    rows: int
+    without: int
+    taught: bool
+    switch: str | None
 
 
 def measure(found: Rows, dataset: Dataset, data: config.Data, tokenizer: Any) -> Statistics:
@@ -80,6 +99,7 @@ def measure(found: Rows, dataset: Dataset, data: config.Data, tokenizer: Any) ->
         other_prompts=[source for source, same in compared if not same],
         written=_written(found.rows, tokenizer),
         asked_before=_asked_before(found),
+        thinking=_thinking(found, dataset, data, tokenizer),
     )
 
 
@@ -106,6 +126,8 @@ def warnings(found: Statistics, report: Report, data: config.Data) -> Iterator[s
             f"{count:,} of {report.rows:,} rows have {excerpt(token)} in a prompt or text: the model reads it as one "
             "token, not as text"
         )
+    if found.thinking and found.thinking.without > _MANY_WITHOUT * found.thinking.rows:
+        yield _no_thoughts(found.thinking)
     if not data.deduplicate and report.duplicates > _MANY_DUPLICATES * report.rows:
         yield f"{report.duplicates:,} of {report.rows:,} rows are duplicates: set data.deduplicate=true to drop them"
     if found.asked_before:
@@ -113,6 +135,40 @@ def warnings(found: Statistics, report: Report, data: config.Data) -> Iterator[s
             f"{found.asked_before:,} eval rows have the prompt of a training row (up to case, whitespace and "
             "punctuation): the eval loss partly measures memorized rows"
         )
+
+
+def _no_thoughts(thinking: Thinking) -> str:
+    off = f"data.template.{thinking.switch}=false trains and asks without thoughts"
+    remedy = off if thinking.switch else "train on rows with thoughts, or with a model.chat_template that asks for none"
+    effect = (
+        "the model would learn to stop thinking (data.train_on_thoughts=nonempty learns no empty thought)"
+        if thinking.taught
+        else "their answers are learned after an empty thought, which data.train_on_thoughts=nonempty does not learn"
+    )
+    count = f"{thinking.without:,} of {thinking.rows:,} chats have no thought"
+    return f"{count}, and the chat template asks for one: {effect}; {remedy}"
+
+
+def _thinking(found: Rows, dataset: Dataset, data: config.Data, tokenizer: Any) -> Thinking | None:
+    chats = [place for place, row in enumerate(dataset.train.rows.tolist()) if found.rows[row].messages]
+    if not tokenizer.chat_template or not chats:
+        return None
+    of_chats = dataset.train.rows[chats]
+    row = found.rows[int(of_chats[0])]
+    chat, answers = fitted(row, data, trials_of(tokenizer, data))
+    asked = chat.messages[: answers[0]]
+    switch, is_on = thinking_switch(asked, tokenizer, row.tools, data.template)
+    if not is_on:
+        return None
+    rows = np.unique(of_chats)
+    bare = rows[[not _has_thought(found.rows[row], data) for row in rows.tolist()]]
+    examined = np.array(chats)[np.isin(of_chats, bare)][:_PROMPTS_COMPARED]
+    taught = any(document.supervised[document.answer_start] for document in dataset.train.select(examined))
+    return Thinking(len(rows), len(bare), taught, switch)
+
+
+def _has_thought(row: Row, data: config.Data) -> bool:
+    return any(thoughts.of(row.messages[answer]) for answer in learned_answers(row, data.train_on))
 
 
 def _histogram(lengths: np.ndarray[Any, Any]) -> list[tuple[int, int, int]]:
@@ -159,6 +215,7 @@ def _prompts_again(
     tokenizer = vocabulary.tokenizer
     if not tokenizer.chat_template:
         return
+    trials = trials_of(tokenizer, data)
     last = _last_of_rows(dataset.train)
     rows = dataset.train.rows[last]
     chats = [place for place, row in enumerate(rows.tolist()) if found.rows[row].messages]
@@ -166,8 +223,8 @@ def _prompts_again(
         row, ids = found.rows[int(rows[place])], dataset.train[int(last[place])].ids
         if data.too_long is TooLong.truncate_prompt and len(ids) == data.max_length:
             continue  # it may have been cut
-        messages = with_system(row.messages[: learned_answers(row, data.train_on)[-1]], data.system)
-        expected = vocabulary.ids_whole(prompts(messages, tokenizer, row.tools))
+        chat, answers = fitted(row, data, trials)
+        expected = vocabulary.ids_whole(prompts(chat.messages[: answers[-1]], tokenizer, row.tools, data.template))
         yield row.source, any(prompt == ids[: len(prompt)].tolist() for prompt in expected)
 
 

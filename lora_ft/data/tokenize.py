@@ -4,10 +4,11 @@
     supervised                                                                       x x
                 |-------------------- ids of the prompt --------------------------|
 
-Two rules make every mask right for any template:
+Three rules make every mask right for any template:
 
 - The ids before an answer are those that the model gets as its prompt at inference. If a token would span the end of
   the prompt, prompt and answer are tokenized separately, as they are at inference.
+- The same holds for a thought that is not learned (`data.train_on_thoughts`): it is context, like a prompt.
 - An answer shares a document with the answers before it only if its prompt contains them unchanged. If a template
   rewrites history (Qwen3 drops earlier <think> parts), each answer gets its own document.
 
@@ -19,12 +20,12 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lora_ft.config import TrainOn
-from lora_ft.data.chat_template import Turn
+from lora_ft.data.answers import Turn
 from lora_ft.data.rows import Example, Ledger, Row, RowError, any_of
 from lora_ft.errors import ConfigError
 
@@ -33,6 +34,18 @@ _CHUNK_CHARACTERS = 1 << 20
 
 Rendered = tuple[int, list[Turn]]
 """The index of a row and its turns."""
+
+Tokenized = tuple[Turn, list[int], list[int], list[int]]
+"""A turn with the ids of its prompt, of the thought that is not learned, and of the whole."""
+
+
+class Span(NamedTuple):
+    """The place of an answer in its document: the end of its prompt, its first learned token, its end; its weight."""
+
+    prompt: int
+    learned: int
+    end: int
+    weight: float
 
 
 class Vocabulary:
@@ -115,11 +128,10 @@ def encode(
     """
     vocabulary = Vocabulary(tokenizer)
     for chunk in _chunks(rendered):
-        ids = iter(
-            vocabulary.ids([text for _, turns in chunk for turn in turns for text in (turn.prompt, turn.through)])
-        )
+        texts = [text for _, turns in chunk for turn in turns for text in (turn.prompt, turn.thought, turn.through)]
+        ids = iter(vocabulary.ids(texts))
         for index, turns in chunk:
-            tokenized = [(turn, next(ids), next(ids)) for turn in turns]
+            tokenized = [(turn, next(ids), next(ids), next(ids)) for turn in turns]
             try:
                 for example in _examples(index, rows[index], tokenized, vocabulary):
                     yield _supervise_all(example, rows[index], turns) if train_on is TrainOn.all else example
@@ -141,18 +153,18 @@ def _chunks(rendered: Iterable[Rendered]) -> Iterator[list[Rendered]]:
         yield chunk
 
 
-def _examples(
-    index: int, row: Row, turns: list[tuple[Turn, list[int], list[int]]], vocabulary: Vocabulary
-) -> Iterator[Example]:
+def _examples(index: int, row: Row, turns: list[Tokenized], vocabulary: Vocabulary) -> Iterator[Example]:
     """Make the documents of one row: consecutive answers share one as long as each extends the last."""
     document: list[int] = []
-    spans: list[tuple[int, int]] = []  # of the answers in the document
-    for turn, prompt, through in turns:
-        ids = _joined(turn, prompt, through, vocabulary)
+    spans: list[Span] = []  # of the answers in the document
+    for turn, prompt, thought, through in turns:
+        context = _joined(turn, (turn.prompt, turn.thought), prompt, thought, vocabulary) if thought else prompt
+        ids = _joined(turn, (turn.thought or turn.prompt, turn.through), context, through, vocabulary)
         if turn.plain:
-            prompt, ids = vocabulary.lead + prompt, _with_end(vocabulary.lead + ids, vocabulary)
+            ids = _with_end(vocabulary.lead + ids, vocabulary)
+            prompt = context = vocabulary.lead + prompt
         else:
-            ids = _cut_after_end(turn, ids, len(prompt), vocabulary)
+            ids = _cut_after_end(turn, ids, len(context), vocabulary)
         if vocabulary.bos is not None and ids[:2] == [vocabulary.bos] * 2:
             name = "text" if turn.plain else "chat template"
             raise RowError(name, "begins with two beginning-of-text tokens", turn.through)
@@ -160,17 +172,23 @@ def _examples(
             yield _example(index, row, document, spans)
             spans = []
         document = ids
-        spans.append((len(prompt), len(ids)))
+        spans.append(Span(len(prompt), len(context), len(ids), turn.weight))
     yield _example(index, row, document, spans)
 
 
-def _example(index: int, row: Row, ids: list[int], spans: list[tuple[int, int]]) -> Example:
+def _example(index: int, row: Row, ids: list[int], spans: list[Span]) -> Example:
     supervised = np.zeros(len(ids), dtype=np.bool_)
-    for start, end in spans:
-        supervised[start:end] = True
+    for span in spans:
+        supervised[span.learned : span.end] = True
     supervised[0] = False  # there is no token before it to predict it from
+    weights = None
+    if any(span.weight != 1 for span in spans):
+        weights = np.zeros(len(ids), dtype=np.float32)
+        for span in spans:
+            weights[span.learned : span.end] = span.weight
+        weights[0] = 0
     return Example(
-        np.array(ids, dtype=np.int32), supervised, row.source, index, prompt_end=spans[0][0], answer_start=spans[-1][0]
+        np.array(ids, dtype=np.int32), supervised, row.source, index, spans[0].prompt, spans[-1].prompt, weights=weights
     )
 
 
@@ -181,13 +199,16 @@ def _supervise_all(example: Example, row: Row, turns: list[Turn]) -> Example:
     return replace(example, supervised=supervised, prompt_end=0 if has_earlier else example.prompt_end)
 
 
-def _joined(turn: Turn, prompt: list[int], through: list[int], vocabulary: Vocabulary) -> list[int]:
-    """Return ids of `turn.through` that begin with the prompt's ids; RowError if no such ids have the same text."""
+def _joined(
+    turn: Turn, texts: tuple[str, str], prompt: list[int], through: list[int], vocabulary: Vocabulary
+) -> list[int]:
+    """Return ids of the second text that begin with those of the first; RowError if no such ids have the same text."""
     if through[: len(prompt)] == prompt:
         return through
-    if not turn.through.startswith(turn.prompt):
+    before, whole = texts
+    if not whole.startswith(before):
         raise RowError("chat template", "does not begin an answer with its own generation prompt", turn.answer)
-    separate = prompt + vocabulary.ids([turn.through[len(turn.prompt) :]])[0]
+    separate = prompt + vocabulary.ids([whole[len(before) :]])[0]
     if vocabulary.text(separate) != vocabulary.text(through):
         reason = "begins inside a token, and tokenizing it separately would change its text"
         raise RowError("answer", reason, turn.answer)

@@ -13,14 +13,20 @@ from typing import Any
 
 from lora_ft import config
 from lora_ft.data import formats
+from lora_ft.data.json_values import decoded
+from lora_ft.data.messages import is_of_assistant
 from lora_ft.data.read import Rows
 from lora_ft.data.rows import Ledger, Record
 from lora_ft.data.sources import records
+from lora_ft.data.synonyms import SYNONYMS
 
-# The columns of answers, by a column of the prompt that a row has.
-_ANSWERS = {"prompt": "completion", "instruction": "output"}
-# Keys of a message's role and text, and the role of an answer, by the column of a chat.
-_CHATS = {"messages": ("role", "content", "assistant"), "conversations": ("from", "value", "gpt")}
+# Columns of prompts, each with the column of its answer.
+_PAIRS = [
+    ("prompt", "completion"),
+    ("instruction", "output"),
+    *((names.in_file[0], names.in_file[1]) for names in SYNONYMS if len(names.in_file) == 2),
+]
+_CHATS = ("messages", "conversations", "conversation")
 
 
 def read(data: config.Data, key: str, label: str) -> tuple[Rows, dict[str, dict[str, Any]]]:
@@ -42,13 +48,16 @@ def _with_answer(values: dict[str, Any], data: config.Data, label: str) -> dict[
     if data.answer is not None:
         fields = {field for _, field, _, _ in Formatter().parse(data.answer) if field}
         return values | {data.columns.get(field, field): label for field in fields}
-    for name, (role, text, answerer) in _CHATS.items():
-        column = data.columns.get(name, name)
+    for column in (data.columns.get(name, name) for name in _CHATS):
         turns = values.get(column)
+        if isinstance(turns, str):
+            turns = decoded(column, turns)
         if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
-            before = turns[:-1] if turns[-1].get(role) in ("assistant", answerer) else turns
+            role, text, answerer = ("role", "content", "assistant") if "role" in turns[-1] else ("from", "value", "gpt")
+            before = turns[:-1] if is_of_assistant(turns[-1].get(role)) else turns
             return values | {column: [*before, {role: answerer, text: label}]}
-    for prompt, answer in _ANSWERS.items():
-        if data.columns.get(prompt, prompt) in values:
-            return values | {data.columns.get(answer, answer): label}
+    pairs = [(data.columns.get(prompt, prompt), data.columns.get(answer, answer)) for prompt, answer in _PAIRS]
+    for prompt, answer in sorted(pairs, key=lambda pair: pair[1] not in values):  # an answer that is there goes first
+        if prompt in values:
+            return values | {answer: label}
     return values

@@ -2,6 +2,7 @@
 
     loss = sum of token losses / supervised tokens        perplexity = exp(loss)
 
+Weights of messages count as in training: the loss of a token times its weight, divided by the sum of the weights.
 A mean of batch means would depend on the batch size; here only rounding does.
 """
 

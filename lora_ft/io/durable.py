@@ -88,7 +88,12 @@ def cache_folder(kind: str) -> Path:
     """Return the cache folder for files of this kind: below XDG_CACHE_HOME, or below ~/.cache."""
     home = Path(os.environ.get("XDG_CACHE_HOME", ""))
     # The XDG specification ignores a relative path.
-    return (home if home.is_absolute() else Path.home() / ".cache") / "lora_ft" / kind
+    if home.is_absolute():
+        return home / "lora_ft" / kind
+    try:
+        return Path.home() / ".cache" / "lora_ft" / kind
+    except RuntimeError:  # a user without a home, as in containers: nothing can be cached
+        return Path(os.devnull) / "lora_ft" / kind
 
 
 def write_bytes(path: Path, data: Buffer) -> None:

@@ -174,11 +174,13 @@ def _dropout(layer: Any, name: str) -> float:
     return dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
 
 
-def _head_loss(layer: Any, hidden: Tensor, targets: Tensor, logit_map: LogitMap) -> Tensor | None:
-    """Return the sum of cross-entropies of a head with LoRA, in chunks; None if it needs the layer's own logits."""
+def _head_loss(
+    layer: Any, hidden: Tensor, targets: Tensor, logit_map: LogitMap, weights: Tensor | None = None
+) -> Tensor | None:
+    """Return the weighted sum of cross-entropies of a head with LoRA, in chunks; None if it needs its own logits."""
     chosen = _fast(layer, hidden)
     if chosen is None or chosen[0] in layer.lora_variant or _dropout(layer, chosen[0]):
         return None
     name, weight = chosen
     lora = HeadLora(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
-    return linear_cross_entropy(hidden, weight(), layer.get_base_layer().bias, targets, lora, logit_map)
+    return linear_cross_entropy(hidden, weight(), layer.get_base_layer().bias, targets, lora, logit_map, weights)

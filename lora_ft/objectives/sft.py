@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: cross-entropy of the supervised tokens, all with the same weight."""
+"""Supervised fine-tuning: cross-entropy of the supervised tokens, with the weights of their messages."""
 
 from typing import Any
 
@@ -23,5 +23,5 @@ class Sft:
         return dataset.tokenized(rows, tokenizer, data)
 
     def loss(self, model: PreTrainedModel, batch: Batch, paths: Paths) -> LossSum:
-        """Return the sum of cross-entropies of a batch, with the number of supervised tokens as its weight."""
-        return LossSum(token_loss_sum(model, batch, paths), sum(batch.counts))
+        """Return the weighted sum of cross-entropies of a batch, and the sum of the weights."""
+        return LossSum(token_loss_sum(model, batch, paths), batch.weight)

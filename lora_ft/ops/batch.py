@@ -31,13 +31,15 @@ _PADDED_TO = 64
 class Batch:
     """Concatenated documents. ids, positions, targets: int64 [tokens]; starts: cumulative document boundaries.
 
-    Tokens after the last boundary are padding: a model computes them as a document of their own, without targets.
+    weights: float32 [tokens], of the targets; None if each weighs 1. Tokens after the last boundary are padding: a
+    model computes them as a document of their own, without targets.
     """
 
     ids: Tensor
     positions: Tensor
     targets: Tensor
     starts: list[int]
+    weights: Tensor | None = None
 
     @property
     def all_starts(self) -> list[int]:
@@ -56,6 +58,18 @@ class Batch:
         counts: list[int] = torch.searchsorted(self.supervised, boundaries).diff().tolist()
         return counts
 
+    @cached_property
+    def weight(self) -> float:
+        """Sum of the weights of the supervised positions: their number if each weighs 1."""
+        if self.weights is None:
+            return sum(self.counts)
+        return float(self.weights[self.supervised].double().sum())
+
+    @property
+    def supervised_weights(self) -> Tensor | None:
+        """Weights of the supervised positions; None if each weighs 1."""
+        return None if self.weights is None else self.weights[self.supervised]
+
     def to(self, device: torch.device) -> "Batch":
         """Copy the batch to a device, with indices and counts of the supervised positions, computed on the host.
 
@@ -64,8 +78,9 @@ class Batch:
         batch = self.padded(_PADDED_TO) if target(device).kind == "cuda" else self
 
         ids, positions, targets = (copied(each, device) for each in (batch.ids, batch.positions, batch.targets))
-        moved = Batch(ids, positions, targets, self.starts)
-        vars(moved).update(counts=self.counts, supervised=copied(self.supervised, device))
+        weights = None if batch.weights is None else copied(batch.weights, device)
+        moved = Batch(ids, positions, targets, self.starts, weights)
+        vars(moved).update(counts=self.counts, supervised=copied(self.supervised, device), weight=self.weight)
         return moved
 
     def padded(self, multiple: int) -> "Batch":
@@ -75,14 +90,18 @@ class Batch:
             return self
         positions = torch.cat([self.positions, torch.arange(missing, device=self.positions.device)])
         ids, targets = pad(self.ids, (0, missing)), pad(self.targets, (0, missing), value=IGNORED)
-        return Batch(ids, positions, targets, self.starts)
+        weights = None if self.weights is None else pad(self.weights, (0, missing))
+        return Batch(ids, positions, targets, self.starts, weights)
 
     def documents(self) -> list["Batch"]:
         """Split the batch into batches of one document; nothing is read from the device."""
         documents = []
         parts = zip(pairwise(self.starts), self.counts, self.supervised.split(self.counts), strict=True)
         for (start, end), count, supervised in parts:
-            document = Batch(self.ids[start:end], self.positions[start:end], self.targets[start:end], [0, end - start])
+            weights = None if self.weights is None else self.weights[start:end]
+            document = Batch(
+                self.ids[start:end], self.positions[start:end], self.targets[start:end], [0, end - start], weights
+            )
             vars(document).update(counts=[count], supervised=supervised - start)
             documents.append(document)
         return documents

@@ -30,11 +30,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, linear
 
+from lora_ft.ops.batch import IGNORED
 from lora_ft.ops.cross_entropy_cpu import blocked
 from lora_ft.ops.device import target
 from lora_ft.ops.logits import PRODUCT, HeadLora, LogitMap, at_least_float32
 
 CHUNK_BYTES = 192 * 2**20  # of fp32 logits; half precision adds half as much, and a soft cap in fp32 as much again
+
+
+def summed_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+    """Return the sum of the cross-entropies of logits [N, V], each times its weight; weights [N], None for 1 each."""
+    if weights is None:
+        return cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    return (cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none") * weights).sum()
 
 
 def linear_cross_entropy_plain(
@@ -44,16 +52,18 @@ def linear_cross_entropy_plain(
     targets: Tensor,
     lora: HeadLora | None = None,
     logit_map: LogitMap = PRODUCT,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """Return the sum of cross-entropies: the definition. Half precision is summed in fp32.
+    """Return the weighted sum of cross-entropies: the definition. Half precision is summed in fp32.
 
-    hidden [N, E], weight [V, E], targets [N] int64. The matrices of a LoRA are used in the dtype of `hidden`.
+    hidden [N, E], weight [V, E], targets [N] int64, weights [N], None for 1 each. The matrices
+    of a LoRA are used in the dtype of `hidden`.
     """
     product = linear(hidden, weight, bias)
     if lora is not None:
         through_a = linear(hidden, lora.a.to(hidden.dtype)) * lora.scaling
         product = product + linear(through_a, lora.b.to(hidden.dtype))
-    return cross_entropy(logit_map(at_least_float32(product)), targets, reduction="sum")
+    return summed_cross_entropy(logit_map(at_least_float32(product)), targets, weights)
 
 
 def linear_cross_entropy(
@@ -63,15 +73,16 @@ def linear_cross_entropy(
     targets: Tensor,
     lora: HeadLora | None = None,
     logit_map: LogitMap = PRODUCT,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """Return the sum of cross-entropies in chunks, with the same gradients for `hidden` and the LoRA.
+    """Return the weighted sum of cross-entropies in chunks, with the same gradients for `hidden` and the LoRA.
 
     The head is frozen and gets no gradient. Raises ValueError if it requires one: use the plain form then.
     """
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("the chunked loss computes no gradient for the head: use linear_cross_entropy_plain")
     a, b, scaling = lora or (None, None, 0.0)
-    total: Tensor = _CrossEntropy.apply(hidden, a, b, weight, bias, targets, scaling, logit_map)
+    total: Tensor = _CrossEntropy.apply(hidden, a, b, weight, bias, targets, scaling, logit_map, weights)
     return total
 
 
@@ -95,7 +106,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         # Not in place: a second backward over the same graph must find the same gradients.
         scaled = [None if g is None else g * grad_outputs[0] for g in ctx.saved_tensors]
-        return (*scaled, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None, None)
 
 
 def chunked(
@@ -107,9 +118,10 @@ def chunked(
     targets: Tensor,
     scaling: float,
     logit_map: LogitMap,
+    weights: Tensor | None,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Return the sum of losses, and the gradients of hidden, a and b that are needed: two products with the head."""
+    """Return the weighted sum of losses, and the gradients of hidden, a and b that are needed."""
     of_hidden = torch.empty_like(hidden) if needs[0] else None
     of_a, of_b = (
         torch.zeros_like(t) if t is not None and needed else None for t, needed in zip((a, b), needs[1:], strict=True)
@@ -119,9 +131,11 @@ def chunked(
     minus_one = hidden.new_full((size, 1), -1, dtype=torch.promote_types(hidden.dtype, torch.float32))
     found = []
     of_parts = itertools.repeat(None) if of_hidden is None else of_hidden.split(size)
-    for rows, words, of_rows in zip(hidden.split(size), targets[:, None].split(size), of_parts, strict=False):
+    factors = itertools.repeat(None) if weights is None else weights[:, None].split(size)
+    parts = zip(hidden.split(size), targets[:, None].split(size), of_parts, factors, strict=False)
+    for rows, words, of_rows, factor in parts:
         gradients = (of_rows, of_a, of_b) if any(needs) else None
-        found.append(_chunk(rows, weight, bias, lora, logit_map, words, minus_one, gradients))
+        found.append(_chunk(rows, weight, bias, lora, logit_map, words, factor, minus_one, gradients))
     return -torch.cat(found).sum(), [of_hidden, of_a, of_b]
 
 
@@ -139,10 +153,13 @@ def _chunk(
     lora: HeadLora | None,
     logit_map: LogitMap,
     targets: Tensor,
+    factor: Tensor | None,
     minus_one: Tensor,
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None] | None,
 ) -> Tensor:
     """Return the log-probabilities [n, 1] of the targets [n, 1]; fill or add to the `gradients` of hidden, a and b.
+
+    factor: weights [n, 1]; they multiply what is small, or the gradient of the logits where it is rounded.
 
     A function of its own, so that the tensors of one chunk are freed before the next chunk makes its own.
     """
@@ -159,11 +176,15 @@ def _chunk(
     # In place: each row is reduced before it is written. models/self_check.py compares the result on every device.
     torch.log_softmax(logits, dim=1, out=logits)
     of_targets = logits.gather(1, targets)
+    if factor is not None:
+        of_targets = of_targets * factor
     if gradients is None:
         return of_targets
     of_product = logits.exp_().scatter_add_(1, targets, minus_one)
     if slope is not None:
         of_product = torch.mul(of_product, slope, out=product)
+    elif factor is not None and product is not logits:  # rounded once, with the factor
+        of_product, factor = torch.mul(of_product, factor * logit_map.scale, out=product), None
     elif logit_map.scale != 1:
         of_product = torch.mul(of_product, logit_map.scale, out=product)
     elif product is not logits:
@@ -171,8 +192,13 @@ def _chunk(
     of_hidden, of_a, of_b = gradients
     if of_hidden is not None:
         torch.mm(of_product, weight, out=of_hidden)
+        if factor is not None:
+            of_hidden *= factor
     if lora is not None:
         through_b = (of_product @ lora.b).mul_(lora.scaling)
+        if factor is not None:
+            through_b *= factor
+            through_a *= factor
         if of_hidden is not None:
             of_hidden.addmm_(through_b, lora.a)
         if of_a is not None:

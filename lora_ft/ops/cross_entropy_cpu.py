@@ -34,9 +34,10 @@ def blocked(
     targets: Tensor,
     scaling: float,
     logit_map: LogitMap,
+    weights: Tensor | None,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Return the sum of losses, and the gradients of hidden, a and b that are needed: two products with the head."""
+    """Return the weighted sum of losses, and the gradients of hidden, a and b that are needed."""
     gradients = [
         None if t is None or not needed else torch.zeros_like(t)
         for t, needed in zip((hidden, a, b), needs, strict=True)
@@ -52,8 +53,9 @@ def blocked(
         lora = None if narrow_a is None or narrow_b is None else (h @ narrow_a.T * scaling, narrow_b)
         logits = buffer[:, : len(h)]
         slope = None if slopes is None else slopes[:, : len(h)]
-        loss, sums = _exponentials(logits, h, weight, bias, lora, target, logit_map, slope)
-        total += loss
+        losses, sums = _exponentials(logits, h, weight, bias, lora, target, logit_map, slope)
+        factor = None if weights is None else weights[rows].to(dtype)
+        total += losses.sum() if factor is None else (losses * factor).sum()
         if not any(needs):
             continue
         # d loss / d logits = exp / sums - one_hot(target), here times sums
@@ -64,6 +66,8 @@ def blocked(
             logits *= logit_map.scale
         if logits.dtype != weight.dtype:  # a half-precision product of undivided rows could overflow
             logits, sums = (logits / sums).to(weight.dtype), torch.ones_like(sums)
+        if factor is not None:  # d loss / d logits = factor * (exp / sums - one_hot(target))
+            sums = sums / factor
         parts = _gradients(logits, sums, h, weight, narrow_a, lora, scaling)
         for gradient, part, where in zip(gradients, parts, (rows, slice(None), slice(None)), strict=True):
             if gradient is not None:
@@ -100,7 +104,7 @@ def _exponentials(
     logit_map: LogitMap,
     slope: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Fill `logits` [V, n] with exp(logit - largest of its position); return the sum of losses and the sums [n].
+    """Fill `logits` [V, n] with exp(logit - largest of its position); return the losses [n] and the sums [n].
 
     Fills `slope` [V, n], if given, with d logits / d product.
     """
@@ -124,4 +128,4 @@ def _exponentials(
     sums = torch.zeros_like(largest)
     for start in range(0, len(logits), _BLOCK_WORDS):
         sums += logits[start : start + _BLOCK_WORDS].sub_(largest).exp_().sum(dim=0)
-    return (largest + sums.log() - of_target).sum(), sums
+    return largest + sums.log() - of_target, sums

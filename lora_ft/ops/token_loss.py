@@ -16,7 +16,7 @@ paths are chosen once per model (models/acceleration.py). Each of them is exact 
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, repeat
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from lora_ft.ops.attention import DocumentStarts
-from lora_ft.ops.batch import IGNORED, Batch
-from lora_ft.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_plain
+from lora_ft.ops.batch import Batch
+from lora_ft.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_plain, summed_cross_entropy
 from lora_ft.ops.logits import PRODUCT, LogitMap, at_least_float32
 
 
@@ -67,7 +67,7 @@ PLAIN_PATHS = Paths(packs=False, passes_starts=False, supervised_rows_only=False
 
 
 def token_loss_sum(model: PreTrainedModel, batch: Batch, paths: Paths) -> Tensor:
-    """Return the sum of cross-entropies over the supervised positions of a batch; a scalar in fp32 (or float64).
+    """Return the weighted sum of cross-entropies over the supervised positions; a scalar in fp32 (or float64).
 
     `model` is the transformers model, with or without adapter layers inside.
     """
@@ -107,14 +107,21 @@ def _padded_loss_sums(model: PreTrainedModel, documents: list[Batch], paths: Pat
     supervised = torch.cat([document.supervised + row * ids.shape[1] for row, document in enumerate(documents)])
     targets = torch.cat([document.targets[document.supervised] for document in documents])
     counts = [len(document.supervised) for document in documents]
+    weights = _joined([document.supervised_weights for document in documents])
     if paths.supervised_rows_only:
         hidden = getattr(model, model.base_model_prefix)(input_ids=ids, use_cache=False).last_hidden_state
         head = model.get_output_embeddings()
-        parts = zip(hidden.flatten(0, 1)[supervised].split(counts), targets.split(counts), strict=True)
-        return [_head_loss(head, rows, of_rows, paths.logit_map) for rows, of_rows in parts]
+        return _head_losses(head, hidden.flatten(0, 1)[supervised], targets, weights, counts, paths.logit_map)
     logits = at_least_float32(model(input_ids=ids, use_cache=False).logits.flatten(0, 1)[supervised])
     losses = cross_entropy(logits, targets, reduction="none")
+    if weights is not None:
+        losses = losses * weights
     return [part.sum() for part in losses.split(counts)]
+
+
+def _joined(weights: list[Tensor | None]) -> Tensor | None:
+    given = [each for each in weights if each is not None]
+    return torch.cat(given) if given else None
 
 
 def _loss_sums(
@@ -129,27 +136,39 @@ def _loss_sums(
         inputs["document_starts"] = DocumentStarts(batch.all_starts if paths.packs else batch.starts)
     if not paths.supervised_rows_only:
         logits = at_least_float32(model(**inputs).logits[0])
+        weights = batch.weights
         return [
-            cross_entropy(logits[start:end], batch.targets[start:end], ignore_index=IGNORED, reduction="sum")
+            summed_cross_entropy(
+                logits[start:end], batch.targets[start:end], weights if weights is None else weights[start:end]
+            )
             for start, end in pairwise(starts)
         ]
     hidden = getattr(model, model.base_model_prefix)(**inputs).last_hidden_state[0][batch.supervised]
-    parts = zip(hidden.split(counts), batch.targets[batch.supervised].split(counts), strict=True)
-    return [_head_loss(model.get_output_embeddings(), rows, targets, paths.logit_map) for rows, targets in parts]
+    targets, head = batch.targets[batch.supervised], model.get_output_embeddings()
+    return _head_losses(head, hidden, targets, batch.supervised_weights, counts, paths.logit_map)
 
 
-def _head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, logit_map: LogitMap) -> Tensor:
+def _head_losses(
+    head: nn.Module, hidden: Tensor, targets: Tensor, weights: Tensor | None, counts: list[int], logit_map: LogitMap
+) -> list[Tensor]:
+    """Return loss sums of consecutive parts of supervised rows, given their counts."""
+    of_parts = repeat(None) if weights is None else weights.split(counts)
+    parts = zip(hidden.split(counts), targets.split(counts), of_parts, strict=False)
+    return [_head_loss(head, rows, of_rows, each, logit_map) for rows, of_rows, each in parts]
+
+
+def _head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, weights: Tensor | None, logit_map: LogitMap) -> Tensor:
     if getattr(head, "disable_adapters", False):
         # With its adapter disabled, a wrapped head is the base's head: take the base's path, for the same bits.
         head = head.get_base_layer() if hasattr(head, "get_base_layer") else head.original_module
     if type(head) is nn.Linear:
         frozen = not any(p.requires_grad for p in head.parameters())
         form = linear_cross_entropy if frozen else linear_cross_entropy_plain
-        return form(hidden, head.weight, head.bias, targets, logit_map=logit_map)
+        return form(hidden, head.weight, head.bias, targets, logit_map=logit_map, weights=weights)
     # models/accelerated_lora.py gives a head with LoRA a chunked loss, which returns None when it does not apply.
     own_form = getattr(head, "token_loss_sum", None)
-    loss = own_form(hidden, targets, logit_map) if own_form is not None else None
+    loss = own_form(hidden, targets, logit_map, weights) if own_form is not None else None
     if loss is not None:
         return loss
     # Other adapted heads (modules_to_save, trained token rows) compute their own logits.
-    return cross_entropy(logit_map(at_least_float32(head(hidden))), targets, reduction="sum")
+    return summed_cross_entropy(logit_map(at_least_float32(head(hidden))), targets, weights)

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lora_ft import config
-from lora_ft.adapters import files, provenance
+from lora_ft.adapters import files, peft_folder, provenance
 from lora_ft.adapters import labels as adapter_labels
 from lora_ft.export import mlx
 from lora_ft.export.gguf import adapter as gguf_adapter
@@ -74,7 +74,7 @@ def assemble(folder: Path, contents: Contents) -> Verification:
         record = _record(contents, public_loading, tensors)
         # Saved again, because the metadata of the original file may be private.
         files.write_weights(staging, tensors)
-        durable.write_json(staging / files.CONFIG, fields)
+        durable.write_json(staging / peft_folder.CONFIG, fields)
         durable.write_json(staging / provenance.RECORD, record)
         durable.write_bytes(staging / verification.PROBE, contents.probe)
         _write_extras(staging, contents)
@@ -93,9 +93,8 @@ def _record(contents: Contents, public_loading: provenance.Loading, tensors: dic
     """Return the contents of lora_ft.json: the adapter's own record if it has one, with the public base."""
     has_record = (contents.adapter / provenance.RECORD).is_file()
     kept = provenance.read_record(contents.adapter) if has_record else {}
-    record = provenance.record(
-        tensors, contents.tokenizer, provenance.Provenance(contents.public, contents.quant, None)
-    )
+    source = provenance.Provenance(contents.public, contents.quant, None, template=provenance.template_of(kept))
+    record = provenance.record(tensors, contents.tokenizer, source)
     base = provenance.base_fields(contents.public)
     loading = {key: value for key, value in dataclasses.asdict(public_loading).items() if key != "device"}
     own = {key: kept[key] for key in (*record, *adapter_labels.KEYS) if key in kept}

@@ -9,7 +9,7 @@ from typing import Any
 from peft import LoraConfig
 
 from lora_ft import config, runs
-from lora_ft.adapters import files, loading, provenance
+from lora_ft.adapters import files, loading, peft_folder, provenance
 from lora_ft.config import QuantKind
 from lora_ft.errors import ConfigError, MismatchError
 from lora_ft.io import untrusted
@@ -47,7 +47,7 @@ def contents(cfg: config.PublishRun, adapter: Path, saved: LoraConfig, work: Pat
             )
         pissa_to_lora.convert(adapter, saved, work / "converted")
         adapter = work / "converted"
-        saved = files.read_config(adapter)
+        saved = peft_folder.read_config(adapter)
     tokenizer = loading.adapter_tokenizer(adapter, cfg.model)
     base, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer, saved)
     found = Contents(
@@ -57,7 +57,7 @@ def contents(cfg: config.PublishRun, adapter: Path, saved: LoraConfig, work: Pat
         probe=verification.make_probe(model, tokenizer),
         base_config=_json_config(base.identity.folder),
         quant=cfg.quant,
-        loading=provenance.loading(base, cfg.quant, cfg.model),
+        loading=_resized(provenance.loading(base, cfg.quant, cfg.model), adapter, saved, base.identity.folder),
         public=_public(base.identity, base_id, saved),
         summary=training_summary.read(Path(cfg.run).expanduser()) if cfg.run else None,
         license=license_name,
@@ -134,8 +134,20 @@ def base_loading(folder: Path, saved: LoraConfig, cfg: config.PublishRun) -> pro
     except ValueError as error:
         raise MismatchError(f"{folder / provenance.RECORD}: its field loading is invalid: {error}") from None
     identity = locate(model)  # downloads the weights, unlike load_meta_model
-    base = load_meta_model(model, quant, cfg.device, loading.adapter_tokenizer(folder, model))
+    rows = files.vocabulary_rows(folder, saved)
+    base = load_meta_model(model, quant, cfg.device, loading.adapter_tokenizer(folder, model), rows=rows)
     provenance.check_source(folder, saved, base, quant)
     arguments = provenance.loading(base, quant, model)
     device = str(resolve_device(cfg.device))
-    return dataclasses.replace(arguments, path=str(identity.folder), revision=None, device=device)
+    arguments = dataclasses.replace(arguments, path=str(identity.folder), revision=None, device=device)
+    return _resized(arguments, folder, saved, identity.folder)
+
+
+def _resized(
+    arguments: provenance.Loading, adapter: Path, saved: LoraConfig, base_folder: str | None
+) -> provenance.Loading:
+    """Return the arguments with the rows of the embedding, if the adapter's file holds a resized one."""
+    described = _json_config(base_folder)
+    in_base = described.get("text_config", described).get("vocab_size")
+    rows = files.vocabulary_rows(adapter, saved)
+    return arguments if rows in (None, in_base) else dataclasses.replace(arguments, rows=rows)

@@ -25,18 +25,22 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft.adapters.files import read_config
-from lora_ft.adapters.provenance import Loading
+from lora_ft.adapters.peft_folder import read_config
+from lora_ft.adapters.provenance import RECORD, Loading, read_record, template_of
+from lora_ft.data.rendering import DATE, render
+from lora_ft.data.template_variables import without_defaults
 from lora_ft.errors import MismatchError
 from lora_ft.export.verify import distance as logit_distance
 from lora_ft.export.verify import probe, tolerance
 from lora_ft.io import untrusted
+from lora_ft.models.load import read_tokenizer
 from lora_ft.publishing import checksums
 
 log = logging.getLogger("lora_ft")
 
 PROBE = "probe.safetensors"
 
+_CHAT = [{"role": "user", "content": "What is the capital of France?"}]
 _COLUMNS = 256
 _HEADER_LIMIT = 2**16  # bytes
 # Measured on SmolLM2-135M without an adapter: 0.08 for int8, 0.01 for 4-bit products in bfloat16.
@@ -102,13 +106,20 @@ def verify(folder: Path, loading: Loading) -> Verification:
     read_config(folder)  # refuses settings with which PEFT would run code, and pickles
     files = len(checksums.check(folder)) if (folder / checksums.FILE).is_file() else None
     expected = _read_probe(folder / PROBE) if (folder / PROBE).is_file() else {}
+    prompt = _prompt(folder)
     found, report = _run_worker({
+        "prompt": prompt and {"messages": _CHAT, "date_string": DATE},
         "folder": str(folder.resolve()),
         "base": dataclasses.asdict(loading),
         "ids": expected["ids"].tolist() if expected else None,
         "columns": expected["columns"].tolist() if expected else None,
     })  # fmt: skip
     _check_keys(folder, report)
+    if report["prompt"] != prompt:
+        raise MismatchError(
+            f"the chat template in {folder} writes another prompt than in training: {report['prompt']!r} instead of "
+            f"{prompt!r}"
+        )
     dtype = getattr(torch, loading.dtype)
     allowed, distance = tolerance(dtype), None
     if expected:
@@ -133,6 +144,16 @@ def verify(folder: Path, loading: Loading) -> Verification:
         report["keys"], report["outputs"], len(report["zero"]), files, distance, allowed, effect, kernels,
         report["versions"],
     )  # fmt: skip
+
+
+def _prompt(folder: Path) -> str | None:
+    """Return a prompt with the values of template variables in the folder's record; None if it has none."""
+    record = read_record(folder) if (folder / RECORD).is_file() else {}
+    if not (variables := template_of(record)):
+        return None
+    tokenizer = read_tokenizer(folder, str(folder))
+    tokenizer.chat_template = without_defaults(tokenizer.chat_template)
+    return render(_CHAT, tokenizer, True, variables=variables)
 
 
 def _read_probe(path: Path) -> dict[str, Tensor]:

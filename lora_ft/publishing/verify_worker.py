@@ -1,6 +1,7 @@
 """Load an adapter with torch, transformers and PEFT, in a process that does not import lora_ft.
 
-    echo '{"folder": ..., "base": {"path": ..., "dtype": "float32", ...}, "ids": null, "columns": null}' \
+    echo '{"folder": ..., "base": {"path": ..., "dtype": "float32", ...}, "ids": null, "columns": null,
+          "prompt": null}' \
         | python -P verify_worker.py > logits.safetensors
 
 It writes one safetensors file to its standard output: `adapter` and `base`, logits [T, K] in float32 with and without
@@ -24,7 +25,7 @@ import safetensors.torch
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -53,6 +54,14 @@ def load(folder: str, base: dict[str, Any]) -> PeftModel:
     return PeftModel.from_pretrained(model, folder).eval()
 
 
+def prompt(folder: str, messages: list[dict[str, str]], date_string: str) -> str:
+    """Return a chat as the folder's template writes it, with the template's own defaults."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return str(
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, date_string=date_string)
+    )
+
+
 @torch.no_grad()
 def round_experts(model: torch.nn.Module, base: dict[str, Any]) -> None:
     """Round the experts as they are quantized in training; transformers quantizes linear layers only."""
@@ -79,6 +88,9 @@ def compare_keys(model: PeftModel, folder: str) -> dict[str, Any]:
     """Compare every key, shape and value of the attached adapter with the file; PEFT only warns of a difference."""
     stored = safetensors.torch.load_file(Path(folder) / _WEIGHTS)
     attached = get_peft_model_state_dict(model, save_embedding_layers=False)
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # of a resized vocabulary: saved whole
+    whole = {f"{name}.weight": module for name, module in model.named_modules() if module in ends}
+    attached |= {key: module.weight for key, module in whole.items() if key in stored}
     both = stored.keys() & attached.keys()
     outputs = [key for key in stored if "lora_B" in key or "lora_embedding_B" in key]
     return {
@@ -159,6 +171,7 @@ def verify(request: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
             found["base"] = run()
     if layers:
         found["as_loaded"] = run()
+    report["prompt"] = prompt(request["folder"], **request["prompt"]) if request["prompt"] else None
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return found, report | {"versions": versions}
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lora_ft import config, metric_table, validation
-from lora_ft.config import Optimizer, QuantKind, Schedule
+from lora_ft.config import Optimizer, QuantKind, Schedule, TrainOn
 from lora_ft.data.dataset import Dataset
 from lora_ft.data.read import eval_split
 from lora_ft.metric_table import Source
@@ -67,6 +67,8 @@ def _by_rows(cfg: config.TrainRun, dataset: Dataset) -> _Cases:
     )
     text = dataset.report.format == "text"
     yield "data.train_on", text, "plain text is learned as a whole"
+    no_choice = "plain text has no thoughts" if text else "data.train_on=all learns every token"
+    yield "data.train_on_thoughts", text or cfg.data.train_on is TrainOn.all, no_choice
     yield "model.chat_template", text, "plain text is not rendered by a template"
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft import config, metric_table
+from lora_ft.data import thoughts
 from lora_ft.data.dataset import Dataset, EvalPrompt
 from lora_ft.evaluation import classification, metrics
 from lora_ft.evaluation.class_set import ClassSet, check, label_set
@@ -20,6 +21,8 @@ from lora_ft.evaluation.classification import Predictions
 from lora_ft.evaluation.generation import generate
 from lora_ft.metric_table import LOSS, Source
 from lora_ft.ops.token_loss import Paths
+
+_PROMPT_END = 16  # tokens
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,10 @@ class TaskMetrics:
             greedy = config.Sampling(max_new_tokens=self.max_new_tokens)
             assert self.tokenizer is not None  # a run has one; a plan evaluates nothing
             answers = generate(model, self.tokenizer, [prompt.prompt_ids for prompt in self.prompts], greedy, seed=0)
-            found |= metrics.scores(of_answers, answers, [prompt.answer for prompt in self.prompts])
+            end = self.tokenizer.decode(self.prompts[0].prompt_ids[-_PROMPT_END:])  # which may open a thought
+            answers = [thoughts.after(answer, end) for answer in answers]
+            references = [thoughts.after(prompt.answer) for prompt in self.prompts]
+            found |= metrics.scores(of_answers, answers, references)
         return {name: found[name] for name in self.names}
 
 

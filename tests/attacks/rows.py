@@ -1,6 +1,7 @@
 """Attacks in data: links, paths and tags in files of rows that would make a reader open or run something else."""
 
 import json
+import zipfile
 from collections.abc import Callable
 
 import datasets
@@ -47,6 +48,25 @@ def _text(name: str, text: str) -> Callable[[Paths], None]:
     return lambda paths: (paths.folder / name).write_text(text) and None
 
 
+def _archive(*members: str) -> Callable[[Paths], None]:
+    """Write an archive whose members have these names."""
+
+    def write(paths: Paths) -> None:
+        with zipfile.ZipFile(paths.folder / "rows.zip", "w") as archive:
+            for member in members:
+                archive.writestr(member, '{"text": "a"}\n')
+
+    return write
+
+
+def _saved(paths: Paths) -> None:
+    """Write a folder like one of datasets.save_to_disk whose state lists a file outside of it."""
+    (paths.outside / "data.arrow").write_bytes(b"")
+    (paths.folder / "data.arrow").write_bytes(b"")
+    state = {"_data_files": [{"filename": f"../{paths.outside.name}/data.arrow"}]}
+    (paths.folder / "state.json").write_text(json.dumps(state))
+
+
 _ROWS: list[tuple[str, Callable[[Paths], None], Callable[[Paths], object], type[LoraFtError] | None, str]] = [
     ("rows that name files", _file_names, lambda p: _read(p, "rows.jsonl"), None, ""),
     ("rows that are a link", _link, _read, SecurityError, "outside of its folder"),
@@ -55,6 +75,10 @@ _ROWS: list[tuple[str, Callable[[Paths], None], Callable[[Paths], object], type[
      SecurityError, "is not plain data"),
     ("conversations above 1 MiB", _text("rows.yml", "# " + "x" * 2**20), _read, SecurityError, "larger than 1 MiB"),
     ("rows in an archive", _text("rows.gz", "\x1f\x8b"), lambda p: _read(p, "rows.gz"), DataError, "cannot be read"),
+    ("rows in an archive that lead out of it", _archive("../../outside/rows.jsonl", "/rows.jsonl"),
+     lambda p: _read(p, "rows.zip"), DataError, "has no file of rows"),
+    ("a saved dataset that lists other files", _saved, _read, SecurityError, "is nothing in its folder"),
+    ("a list nested too deeply", _text("rows.json", "[" * 100_000), _read, DataError, "nested too deeply"),
     ("images of a hub dataset", lambda p: None, _read_hub, None, ""),
 ]  # fmt: skip
 

@@ -18,7 +18,7 @@ import numpy as np
 from gguf.gguf_reader import ReaderTensor
 
 from lora_ft.errors import ConfigError, ResourceError
-from lora_ft.io import durable, hashing
+from lora_ft.io import caches, durable, hashing
 from lora_ft.models.families import FAMILIES, Family, family_of_gguf
 from lora_ft.models.gguf import reader, rope, tokenizer
 
@@ -35,6 +35,8 @@ def converted(path: Path) -> tuple[Path, str]:
     digest = file_sha256(path)
     folder = durable.cache_folder("models") / f"{digest}-{VERSION}"
     # A staged folder is renamed only when it is complete, so it is enough that the folder exists.
+    if not folder.is_dir():
+        folder = caches.writable("models") / folder.name
     if not folder.is_dir():
         source = reader.read(path)
         try:
