@@ -43,7 +43,7 @@ def call(arguments: Any) -> dict[str, Any]:
 
 ROLES = r"role must be one of system, developer, user, human, .*, function_call, tool_call, got"
 CONTROL = re.escape(f"holds the control token {END}")
-NO_TOOLS = ": tools and calls need a base whose chat template writes them, or another model.chat_template"
+ANOTHER = "choose a base whose chat template does, or another model.chat_template"
 ARGUMENTS = r"messages\[1\]\.tool_calls\[0\]\.arguments"
 NOT_JSON = r"column \d+: not JSON: .+?"
 A, B = user("a"), assistant("b")
@@ -149,11 +149,11 @@ CHATS = {
         chat(A, assistant("b", tool_calls=[{"name": "f", "arguments": {"x": END}}])),
     ],
     f"tools: {CONTROL}": [chat(A, B, tools=[{"name": "f", "description": END}])],
-    f"chat template: drops the tool add_7{NO_TOOLS}": [
-        chat(A, B, tools=[{"type": "function", "function": {"name": "add_7"}}])
+    f"chat template: writes no tools: {ANOTHER}": [
+        chat(A, B, tools=[{"type": "function", "function": {"name": f"add_{n}"}}]) for n in range(2)
     ],
-    f"chat template: drops the answer's call of add_7{NO_TOOLS}": [
-        chat(A, assistant("b", tool_calls=[{"name": "add_7"}]))
+    f"chat template: writes no tool calls: {ANOTHER}": [
+        chat(A, assistant("b", tool_calls=[{"name": f"add_{n}"}])) for n in range(2)
     ],
     r"messages\[1\]: has two thoughts that differ: keep one": [
         chat(A, assistant("b", thinking="hm hm", reasoning_content="ah")),

@@ -178,8 +178,11 @@ def test_a_tool_call_that_the_template_drops_is_reported(tmp_path):
         {"role": "tool", "content": "4"},
         {"role": "assistant", "content": "Four."},
     ]
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: chat template: drops the answer's call of add_numbers"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: chat template: writes no tool calls: choose a base whose"):
         prepared(tmp_path, tiny_tokenizer(), {"messages": messages})
+    dropping = tokenizer_of(CHATML + "{# tool_calls #}")
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: chat template: drops the answer's call of add_numbers"):
+        prepared(tmp_path, dropping, {"messages": messages})
 
 
 # Like Llama 3.2's: `date_string`, or the date of today if it is not given.

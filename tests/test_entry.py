@@ -173,7 +173,7 @@ def test_mappings_take_new_keys_without_plus_and_dotted_layer_names(calls):
         ("quant=null", "quant=null: choose one of fp4, int8, nf4, none"),
         ("experiment=dmo", "experiment=dmo: choose one of demo"),
         ("adapter.r=abc", "adapter.r must be an integer, got abc"),
-        ("adapter.r=[1,2]", "adapter.r must be an integer, got [1,2]"),
+        ("adapter.r=[1,2]", "adapter.r=[1,2]: adapter.r takes one value; lora-ft sweep adapter.r=1,2 trains with each"),
         ("adapter.r=${x}", "adapter.r must be an integer, but: Interpolation key 'x' not found"),
         ("adapter.r=0", "adapter.r must be at least 1, got 0"),
         ("adapter.lora_alpha=nan", "adapter.lora_alpha must be finite, got nan"),

@@ -65,6 +65,7 @@ def _chat(
     row: Row, data: config.Data, template: Template, control: re.Pattern[str], trials: Trials, ledger: Ledger
 ) -> list[Turn]:
     _refuse_control_tokens(row, control)
+    _refuse_unread_tools(row, template.text)
     chat, answers = fitted(row, data, trials)
     if chat.repairs and data.turns is Turns.drop:
         raise LeftOut(chat.repairs[0][0].value)
@@ -113,6 +114,15 @@ def answer_of(row: Row, data: config.Data, tokenizer: Any) -> str:
 def fitted_prompt(messages: list[Message], data: config.Data, tokenizer: Any) -> list[Message]:
     """Return the messages of a prompt, with a system message where training put it. RowError if they do not fit."""
     return messages if data.turns is Turns.strict else fit(messages, trials_of(tokenizer, data).accepts).messages
+
+
+def _refuse_unread_tools(row: Row, template: str) -> None:
+    """Raise RowError for tools or calls that a template does not read, with one reason for all such rows."""
+    remedy = "choose a base whose chat template does, or another model.chat_template"
+    if "tool_calls" not in template and any(message.get("tool_calls") for message in row.messages):
+        raise RowError("chat template", f"writes no tool calls: {remedy}", row.messages)
+    if row.tools and "tools" not in template:
+        raise RowError("chat template", f"writes no tools: {remedy}", row.tools)
 
 
 def _refuse_control_tokens(row: Row, control: re.Pattern[str]) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 
 from lora_ft import config
 from lora_ft.data import arrow_files, chatterbot, csv_files, json_files
-from lora_ft.data.json_text import parse_json as parse_json
 from lora_ft.data.rows import Ledger, Record, RowError
 from lora_ft.data.streams import COMPRESSIONS, File, kind, open_bytes
 from lora_ft.data.text_files import lines, open_text

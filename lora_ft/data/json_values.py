@@ -9,7 +9,7 @@ Functions raise RowError, which names the wrong column, message or key.
 import json
 import math
 
-from lora_ft.data.files import parse_json
+from lora_ft.data.json_text import parse_json
 from lora_ft.data.rows import Ledger, RowError
 
 _STRICT_JSON = json.JSONEncoder(allow_nan=False, default=str)  # built once: json.dumps builds one for each message

@@ -34,6 +34,7 @@ class Template:
 
     def __init__(self, tokenizer: Any, variables: Variables) -> None:
         self._tokenizer, self._variables = tokenizer, variables
+        self.text = str(tokenizer.chat_template)
         self.settable = template_variables.read_by(tokenizer)
         self.tags = thoughts.known_to(tokenizer.chat_template)
 

@@ -15,8 +15,6 @@ from typing import Any
 from lora_ft.data import thoughts
 from lora_ft.data.rows import Message, RowError, any_of
 
-_NO_TOOLS = ": tools and calls need a base whose chat template writes them, or another model.chat_template"
-
 # Templates may change the whitespace around these tags, and drop the thoughts of earlier answers.
 _THOUGHT = re.compile("</?think>")
 
@@ -72,7 +70,7 @@ def _check_tools(tools: list[Any] | None, prompt: str) -> None:
     """Raise RowError if the name of a tool or of one of its parameters is missing."""
     for tool in _functions(tools):
         if tool["name"] not in prompt:
-            raise RowError("chat template", f"drops the tool {tool['name']}{_NO_TOOLS}", tools)
+            raise RowError("chat template", f"drops the tool {tool['name']}", tools)
         parameters = tool.get("parameters")
         properties = parameters.get("properties") if isinstance(parameters, dict) else None
         for name in properties if isinstance(properties, dict) else ():
@@ -85,7 +83,7 @@ def _check_calls(message: Message, rendering: str, whose: str) -> None:
     for function in _functions(message.get("tool_calls")):
         call, arguments = f"{whose} call of {function['name']}", function.get("arguments", {})
         if function["name"] not in rendering:
-            raise RowError("chat template", f"drops {call}{_NO_TOOLS}", message)
+            raise RowError("chat template", f"drops {call}", message)
         as_json = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False, default=str)
         if as_json in rendering:
             continue
