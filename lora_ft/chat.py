@@ -22,7 +22,7 @@ import jinja2
 import numpy as np
 
 from lora_ft import config
-from lora_ft.adapters import loading
+from lora_ft.adapters import files, loading
 from lora_ft.cli import entry
 from lora_ft.data.chat_template import control_tokens, plain_prompt, render
 from lora_ft.data.tokenize import Vocabulary
@@ -41,6 +41,8 @@ HELP = """\
 /quit      end the session (or Ctrl-D)          Ctrl-C     stop the answer"""
 
 Message = dict[str, str]
+
+_AS_PYTHON = "lora-ft eval measures it, and lora_ft.load(...) gives the model and its tokenizer in Python"
 
 
 @dataclass
@@ -64,6 +66,8 @@ class Session:
 def main(cfg: config.ChatRun, invocation: entry.Invocation) -> None:
     """Answer `prompt` on stdout, or run a session on stdin and stdout."""
     with selected(resolve_device(cfg.device)):
+        adapter = loading.adapter_folder(cfg.run, cfg.adapter_path)
+        loading.check_generates(adapter, files.read_config(adapter), "a chat", _AS_PYTHON)
         model, tokenizer = loading.load(cfg)
         system = cfg.data.system if cfg.system is None else cfg.system
         session = Session(model, tokenizer, system, cfg.sampling, cfg.seed, cfg.data)

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft.adapters import provenance
 from lora_ft.adapters.attach import inject
+from lora_ft.classes import HEAD, SEQ_CLS
 from lora_ft.errors import MismatchError, ResourceError, SecurityError
 from lora_ft.io import durable, untrusted
 from lora_ft.models import tensor_files
@@ -153,8 +154,7 @@ def load_tensors(model: PeftModel, folder: Path, name: str) -> None:
 
 def check_shapes(model: PeftModel, folder: Path, name: str) -> None:
     """Check keys and shapes as `load_tensors` does, reading only the file's header; the adapter may be on meta."""
-    header = untrusted.tensor_header(folder / WEIGHTS, _HEADER_LIMIT, MismatchError)
-    _compare_shapes(_state(model, name), header.shapes, folder)
+    _compare_shapes(_state(model, name), shapes_of(folder), folder)
 
 
 def _state(model: PeftModel, name: str) -> dict[str, Tensor]:
@@ -246,6 +246,12 @@ def _refuse_code(path: Path, fields: dict[str, Any]) -> None:
 def check_same_method(folder: Path, attached: LoraConfig) -> None:
     """Raise MismatchError unless a saved adapter has the rank, alpha, rsLoRA and DoRA of the attached one (A15)."""
     saved = read_config(folder)
+    tasks = str(saved.task_type), str(attached.task_type)
+    if SEQ_CLS in tasks and tasks[0] != tasks[1]:
+        raise MismatchError(
+            f"adapter.init_from={folder} was trained for the task {tasks[0]}, and this run trains {tasks[1]}: one of "
+            "them is a classifier"
+        )
     names = ("lora_alpha", "use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "r")
     problems = [
         f"{n} {getattr(saved, n)} instead of {getattr(attached, n)}"
@@ -254,6 +260,12 @@ def check_same_method(folder: Path, attached: LoraConfig) -> None:
     ]
     if problems:
         raise MismatchError(f"adapter.init_from={folder} has {', '.join(problems)}: set the same values in adapter")
+
+
+@_readable()
+def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of an adapter's tensors under PEFT's file keys, reading only the file's header."""
+    return untrusted.tensor_header(folder / WEIGHTS, _HEADER_LIMIT, MismatchError).shapes
 
 
 @_readable()
@@ -287,6 +299,11 @@ def _compare_shapes(tensors: dict[str, Tensor], found: dict[str, tuple[int, ...]
     missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     shapes = [f"{k} {found[k]} instead of {s}" for k, s in expected.items() if k in found and found[k] != s]
     differences = (("missing tensors", missing), ("unexpected tensors", unexpected), ("other shapes", shapes))
+    head = next((key for key in expected if key.endswith(f".{HEAD}.weight")), None)
+    if head in found and found[head][0] != expected[head][0]:
+        raise MismatchError(
+            f"the adapter in {folder} has a head of {found[head][0]} classes, and this model has {expected[head][0]}"
+        )
     problems = [f"{name}: {len(keys)}, first {', '.join(keys[:5])}" for name, keys in differences if keys]
     if problems:
         raise MismatchError(f"the adapter in {folder} does not fit this base: " + "; ".join(problems))

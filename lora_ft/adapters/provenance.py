@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lora_ft import config, runs
+from lora_ft.classes import Classes
 from lora_ft.config import QuantKind
 from lora_ft.errors import MismatchError
 from lora_ft.io import untrusted
-from lora_ft.models import build, quantize
+from lora_ft.models import build, heads, quantize
 from lora_ft.models.load import Base, Identity
 from lora_ft.models.stored import agreed
 
@@ -27,6 +28,9 @@ log = logging.getLogger("lora_ft")
 
 RECORD = "lora_ft.json"
 _FORMAT = 1
+
+# What a classifier reads: no chat template, no end token; truncation cuts the end, where the tokenizer is asked to.
+INPUT = "tokenizer(text)"
 
 # With every other initialization, PEFT changes the base's own weights when it attaches the adapter.
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
@@ -37,13 +41,14 @@ class Provenance:
     """The base of an adapter, the base's quantization, and the training rows.
 
     data_sha256: None if unknown. made_from: hashes of the adapters that it was computed from, and the method; None if
-    it was trained.
+    it was trained. classes: of a classifier.
     """
 
     base: Identity
     quant: config.Quant
     data_sha256: str | None
     made_from: dict[str, Any] | None = None
+    classes: Classes | None = None
 
 
 def record(tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, source: Provenance) -> dict[str, Any]:
@@ -54,6 +59,7 @@ def record(tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, sourc
         "quant": _quant_fields(agreed(source.quant, source.base.stored)),
         "data_sha256": source.data_sha256,
         **({"made_from": source.made_from} if source.made_from else {}),
+        **({"classifier": source.classes.record() | {"input": INPUT}} if source.classes else {}),
         **_tokenizer_hashes(tokenizer),
         "tensors": {key: list(t.shape) for key, t in tensors.items()},
         "packages": runs.versions(),
@@ -147,6 +153,12 @@ class Loading:
     experts: tuple[str, ...] = ()  # last parts of the names of quantized parameters of experts
     transposed: bool = False  # the matrices of the experts are [in, out]
     cast: bool = False  # quantized files hold their other weights in another dtype, which transformers keeps
+    classifier: dict[str, Any] = dataclasses.field(default_factory=dict)  # what a classifier's config needs
+
+    @property
+    def auto_class(self) -> str:
+        """Return the name of transformers' class of the base."""
+        return "AutoModelForSequenceClassification" if self.classifier else "AutoModelForCausalLM"
 
     def lines(self, adapter: str) -> list[str]:
         """Return the lines of Python that load the base with an adapter."""
@@ -156,7 +168,8 @@ class Loading:
             values = {k: f"torch.{v}" if k.endswith("dtype") else repr(v) for k, v in self.quantization.items()}
             given = ", ".join(f"{name}={value}" for name, value in values.items())
             arguments.append(f"quantization_config=BitsAndBytesConfig({given})")
-        lines = [f"base = AutoModelForCausalLM.from_pretrained({', '.join(arguments)})"]
+        arguments += [f"{name}={value!r}" for name, value in self.classifier.items()]
+        lines = [f"base = {self.auto_class}.from_pretrained({', '.join(arguments)})"]
         if self.rows:
             lines.append(f"base.resize_token_embeddings({self.rows}, mean_resizing=False)")
         if self.cast:
@@ -210,7 +223,16 @@ def loading(base: Base, quant: config.Quant, model: config.Model) -> Loading:
         experts=tuple(sorted({".".join(name.replace(".base_layer", "").split(".")[-2:]) for name in planned})),
         transposed=any(base.model.get_submodule(name.rpartition(".")[0]).is_transposed for name in planned[:1]),
         cast=as_stored and in_files is not base.model.dtype,
+        classifier=_classifier(base.model),
     )  # fmt: skip
+
+
+def _classifier(model: Any) -> dict[str, Any]:
+    """Return the arguments that give a base the classes of a classifier's config; {} for a language model."""
+    if not heads.is_classifier(model):
+        return {}
+    names = ("id2label", "label2id", "problem_type", "pad_token_id")
+    return {name: getattr(model.config, name) for name in names}
 
 
 def _quantization(quant: config.Quant, dtype: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_ft import config
+from lora_ft.classes import Classes
 from lora_ft.config import TooLong
 from lora_ft.data import cache, chat_template, lengths, tokenize
 from lora_ft.data.read import Rows, read
@@ -86,13 +87,17 @@ class Report:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Training examples, eval examples, the prompts of the eval set, and the `labels` of the training rows."""
+    """Training examples, eval examples, the prompts of the eval set, and the `labels` of the training rows.
+
+    classes: of a classifier, else None.
+    """
 
     train: list[Example]
     eval: list[Example]
     eval_prompts: list[EvalPrompt]
     answers: list[str] | None
     report: Report
+    classes: Classes | None = None
 
 
 def tokenized(found: Rows, tokenizer: Any, data: config.Data) -> list[Example]:

@@ -22,11 +22,13 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft import config
+from lora_ft.classes import Classes
 from lora_ft.data.dataset import EvalPrompt
 from lora_ft.data.rows import Example
 from lora_ft.errors import NonFiniteError
 from lora_ft.evaluation.generation import generate, visible
 from lora_ft.evaluation.loss import EvalLoss, Loss, eval_loss
+from lora_ft.evaluation.predictions import MAJORITY, LossOf, Predictions, majority, predict
 from lora_ft.ops.token_loss import Paths
 
 _WIDE = 100  # columns; four texts side by side are unreadable in a narrower terminal
@@ -59,11 +61,25 @@ class Answers:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Losses of base and adapter on the same rows, and their answers to the same prompts."""
+    """Losses of base and adapter on the same rows, and their answers to the same prompts.
+
+    predictions: of a classifier, else None; `base` is then the yardstick `majority` (evaluation/predictions.py).
+    """
 
     base: EvalLoss
     adapter: EvalLoss
     answers: list[Answers]
+    predictions: Predictions | None = None
+
+    @property
+    def base_name(self) -> str:
+        """Heading of the first column: base, or the yardstick of a classifier."""
+        return MAJORITY if self.predictions else "base"
+
+    @property
+    def unit(self) -> str:
+        """Unit of the losses."""
+        return "nats per row" if self.predictions else "nats per token"
 
 
 def compare(
@@ -102,6 +118,15 @@ def compare(
     return Comparison(base, adapter, [Answers(p.prompt, p.answer, off, on) for p, off, on in rows])
 
 
+def compare_classifier(
+    model: PeftModel, loss_of: LossOf, classes: Classes, examples: Sequence[Example], paths: Paths, tokens: int
+) -> Comparison:
+    """Compare a classifier with the class frequencies of its training rows; a forward pass has at most `tokens`."""
+    inner: PreTrainedModel = model.get_base_model()
+    found = predict(inner, loss_of, classes, examples, paths, tokens)
+    return Comparison(majority(loss_of, classes, examples).loss, found.loss, [], found)
+
+
 @contextlib.contextmanager
 def adapter_off(model: PeftModel) -> Iterator[None]:
     """Disable the adapter in a block: the model then computes exactly what the base does. Restores requires_grad."""
@@ -134,11 +159,15 @@ def render(
 def _losses(comparison: Comparison, scores: dict[str, tuple[float, float]]) -> Table:
     base, adapter = comparison.base, comparison.adapter
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for header in ("", "base", "adapter", ""):
+    for header in ("", comparison.base_name, "adapter", ""):
         table.add_column(header, justify="right" if header else "left", overflow="fold")
-    counted = f"{base.tokens:,} tokens of {base.rows:,} row{'s' * (base.rows != 1)}"
-    table.add_row("eval loss", _number(base.loss), _number(adapter.loss), "nats per token")
-    table.add_row("perplexity", _number(base.perplexity), _number(adapter.perplexity), counted)
+    rows = f"{base.rows:,} row{'s' * (base.rows != 1)}"
+    table.add_row("eval loss", _number(base.loss), _number(adapter.loss), comparison.unit)
+    if comparison.predictions:
+        table.add_row("accuracy", _number(base.metrics["accuracy"]), _number(adapter.metrics["accuracy"]), rows)
+    else:
+        counted = f"{base.tokens:,} tokens of {rows}"
+        table.add_row("perplexity", _number(base.perplexity), _number(adapter.perplexity), counted)
     for name, values in scores.items():
         table.add_row(name, *map(_number, values))
     return table

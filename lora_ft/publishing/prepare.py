@@ -134,7 +134,8 @@ def base_loading(folder: Path, saved: LoraConfig, cfg: config.PublishRun) -> pro
     except ValueError as error:
         raise MismatchError(f"{folder / provenance.RECORD}: its field loading is invalid: {error}") from None
     identity = locate(model)  # downloads the weights, unlike load_meta_model
-    base = load_meta_model(model, quant, cfg.device, loading.adapter_tokenizer(folder, model))
+    tokenizer, classes = loading.adapter_tokenizer(folder, model), loading.classes_of(folder, saved)
+    base = load_meta_model(model, quant, cfg.device, tokenizer, classes=classes)
     provenance.check_source(folder, saved, base, quant)
     arguments = provenance.loading(base, quant, model)
     device = str(resolve_device(cfg.device))

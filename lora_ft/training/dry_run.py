@@ -138,9 +138,12 @@ def check_machine(cfg: config.TrainRun) -> None:
 
 def read_rows(cfg: config.TrainRun, tokenizer: PreTrainedTokenizerBase) -> Rows:
     """Read the rows of a run, build its examples and their statistics; raises the errors of `prepare_rows`."""
-    found = read(cfg.data)
-    dataset = prepare_rows(found, cfg.data, tokenizer, objectives.find(cfg.objective).examples)
-    return Rows(dataset, measure(found, dataset, cfg.data, tokenizer))
+    data = objectives.data_of(cfg.objective, cfg.data)
+    found = read(data)
+    classes = objectives.classes_of(cfg.objective, found)
+    dataset = prepare_rows(found, data, tokenizer, objectives.find(cfg.objective, classes).examples)
+    dataset = replace(dataset, classes=classes)
+    return Rows(dataset, measure(found, dataset, data, tokenizer))
 
 
 def dry_run(cfg: config.TrainRun, rows: Rows, tokenizer: PreTrainedTokenizerBase, folder: Path) -> DryRun:
@@ -159,10 +162,14 @@ def partial_dry_run(
     collect: ErrorCollector, cfg: config.TrainRun, rows: Rows | None, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> PartialDryRun:
     """Check as much of a run as its errors allow, even without rows; `collect` keeps the errors."""
-    objective = collect(objectives.find, cfg.objective)
+    classes = rows.dataset.classes if rows else None
+    objective = collect(objectives.find, cfg.objective, classes)
+    if objective:
+        cfg = objectives.complete(cfg)
     base = collect(
-        load_meta_model, cfg.model, cfg.quant, cfg.device, tokenizer, objective.model_class if objective else None
-    )
+        load_meta_model, cfg.model, cfg.quant, cfg.device, tokenizer, objective.model_class if objective else None,
+        classes,
+    )  # fmt: skip
     collect(trackers.check, cfg.track)
     steps = _steps(cfg, rows.dataset) if rows else None
     if rows and steps:
@@ -170,7 +177,7 @@ def partial_dry_run(
         if base:
             collect(_check_lengths, cfg, base, rows.dataset)
         collect(state.check_warmup, cfg.optim, steps.count)
-    layers = collect(summary.layers, base, cfg) if base else None
+    layers = collect(summary.layers, base, cfg, objective.task_type) if base and objective else None
     as_trained = replace(cfg, quant=agreed(cfg.quant, base.identity.stored)) if base else cfg
     disk = collect(_disk, cfg, folder, layers.trainable, steps.count) if layers and steps else None
     warnings = [

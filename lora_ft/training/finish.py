@@ -12,10 +12,11 @@ from rich.text import Text
 from lora_ft import runs
 from lora_ft.adapters import files, provenance
 from lora_ft.data.dataset import Dataset
-from lora_ft.evaluation.comparison import Comparison, EvalSet, compare, render
+from lora_ft.evaluation.comparison import Comparison, EvalSet, compare, compare_classifier, render
 from lora_ft.io import durable
 from lora_ft.io.hashing import sha256
 from lora_ft.models.load import Base
+from lora_ft.objectives.classification import Classification
 from lora_ft.training.metrics import gpu_memory, peak_memory_bytes
 from lora_ft.training.state import NAME, TrainingState, overfitting
 
@@ -27,6 +28,8 @@ _SAMPLE_TOKENS = 48  # of each sample answer
 @dataclass(frozen=True)
 class Result:
     """Content of result.json: the outcome of one run; losses in nats per token, None without an eval set.
+
+    Those of a classifier are in nats per row; base_eval_loss is that of the class frequencies of the training rows.
 
     peak_memory_bytes: of the process, which in a sweep trains several jobs; on a GPU what torch allocated for this job.
     peak_reserved_bytes, device_used_bytes: of the GPU, see `metrics.gpu_memory`; None for other devices.
@@ -63,7 +66,9 @@ def finish(state: TrainingState, base: Base, dataset: Dataset, comparisons: dict
     """
     adapter = state.folder / "adapter"
     state.take_kept_state()
-    source = provenance.Provenance(base.identity, state.cfg.quant, dataset.report.sha256)
+    source = provenance.Provenance(
+        base.identity, state.cfg.quant, dataset.report.sha256, classes=dataset.classes
+    )
     files.save(state.model, NAME, adapter, base.tokenizer, source)
     for sentence in overfitting(state):
         log.info(sentence)
@@ -78,6 +83,9 @@ def _compared(state: TrainingState, base: Base, comparisons: dict[object, Compar
     train = state.cfg.train
     log.info("comparing base and adapter on the eval set: %d examples", len(state.eval_examples))
     capacity = state.tokens_per_microbatch or train.tokens_per_step
+    if isinstance(state.objective, Classification) and state.objective.classes:
+        loss_of, classes = state.objective.loss_of, state.objective.classes
+        return compare_classifier(state.model, loss_of, classes, state.eval_examples, state.paths, capacity)
     key = (len(state.eval_examples), capacity, train.samples)
     eval_set = EvalSet(
         state.eval_examples, state.eval_prompts[: train.samples], capacity, _SAMPLE_TOKENS, state.objective.loss
