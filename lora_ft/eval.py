@@ -21,23 +21,28 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, runs, validation
-from lora_ft.adapters import loading, provenance
+from lora_ft import config, objectives, runs, validation
+from lora_ft.adapters import files, loading, provenance
+from lora_ft.classes import Classes
 from lora_ft.cli import entry, overrides
 from lora_ft.data.dataset import Dataset, labels, prepare, prepare_rows
 from lora_ft.data.read import Rows, eval_split, read, read_eval
 from lora_ft.errors import ConfigError, DataError, ResourceError
-from lora_ft.evaluation import metrics
-from lora_ft.evaluation.comparison import Comparison, EvalSet, compare, render
+from lora_ft.evaluation import classification, metrics
+from lora_ft.evaluation.comparison import Comparison, EvalSet, compare, compare_classifier, render
+from lora_ft.evaluation.heads import BASE_IS
 from lora_ft.evaluation.loss import EvalLoss
 from lora_ft.io import durable
 from lora_ft.models.acceleration import accelerated, accelerated_lora
 from lora_ft.models.device import resolve_device, selected
-from lora_ft.objectives import find as find_objective
+from lora_ft.objectives import Objective
+from lora_ft.objectives.classification import Classification
 from lora_ft.ops.kernels import choose_kernels
+from lora_ft.ops.token_loss import Paths
 from lora_ft.training.state import choose_eval
 
 log = logging.getLogger("lora_ft")
@@ -75,12 +80,16 @@ def evaluate(cfg: config.EvalRun, given: list[str]) -> EvalResult:
     `given` are the overrides that `cfg` was composed from; they take precedence over the settings of the run.
     """
     validation.validate(cfg)
-    metrics.check(cfg.eval.metrics)
     adapter = loading.adapter_folder(cfg.run, cfg.adapter_path)
-    cfg = loading.with_base(cfg, adapter)
+    saved = files.read_config(adapter)
+    classes = loading.classes_of(adapter, saved)
+    _check_metrics(cfg.eval.metrics, classes)
+    cfg = loading.with_base(cfg, adapter, saved)
+    cfg = replace(cfg, objective=objectives.of_adapter(cfg.objective, classes))
+    objective = objectives.find(cfg.objective, classes)
     tokenizer = loading.adapter_tokenizer(adapter, cfg.model)
-    dataset, description, disjoint = _rows(cfg, given, tokenizer)
-    eval_set = _eval_set(cfg, dataset)
+    dataset, description, disjoint = _rows(cfg, objective, given, tokenizer)
+    eval_set = _eval_set(cfg, objective, dataset)
     if not disjoint:
         _warn_of_other_rows(adapter, dataset)
     device = resolve_device(cfg.device)
@@ -88,8 +97,8 @@ def evaluate(cfg: config.EvalRun, given: list[str]) -> EvalResult:
     with selected(device):
         base, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
         with accelerated(base.model, cfg.fast, kernels) as made, accelerated_lora(model, loading.NAME, cfg.fast):
-            comparison = compare(model, tokenizer, eval_set, made.paths)
-    found = _metrics(comparison, cfg.eval.metrics, dataset.answers)
+            comparison = _compared(model, tokenizer, objective, eval_set, made.paths)
+    found = {} if classes else _metrics(comparison, cfg.eval.metrics, dataset.answers)
     path = Path(cfg.run).expanduser() / _FILE if cfg.run else None
     result = EvalResult(comparison, found, description, dataset.report.sha256, path)
     if path:
@@ -97,13 +106,33 @@ def evaluate(cfg: config.EvalRun, given: list[str]) -> EvalResult:
     return result
 
 
-def _eval_set(cfg: config.EvalRun, dataset: Dataset) -> EvalSet:
+def _check_metrics(names: list[str], classes: Classes | None) -> None:
+    """Raise ConfigError for metrics of answers, if the adapter is a classifier, and the errors of `metrics.check`."""
+    if classes is None:
+        metrics.check(names)
+    elif unknown := [name for name in names if name not in classification.METRICS]:
+        raise ConfigError(
+            f"eval.metrics: {unknown[0]} is no metric of a classifier, which writes no answers: all of "
+            f"{', '.join(classification.METRICS)} are computed without being named"
+        )
+
+
+def _compared(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, objective: Objective, eval_set: EvalSet, paths: Paths
+) -> Comparison:
+    if isinstance(objective, Classification) and objective.classes:
+        tokens = eval_set.tokens_per_microbatch
+        return compare_classifier(model, objective.loss_of, objective.classes, eval_set.examples, paths, tokens)
+    return compare(model, tokenizer, eval_set, paths)
+
+
+def _eval_set(cfg: config.EvalRun, objective: Objective, dataset: Dataset) -> EvalSet:
     """Choose examples and prompts within the limits of `cfg.eval`; metrics need all prompts."""
     settings = cfg.eval
     examples, prompts = choose_eval(dataset, settings.rows or len(dataset.eval))
     if not examples:
         raise DataError("there are no eval rows: set data.eval_fraction above 0, or data.eval_path=FILE")
-    if settings.metrics and not prompts:
+    if settings.metrics and not prompts and not isinstance(objective, Classification):
         raise DataError("eval.metrics needs rows with prompts and answers, but the eval rows are plain text")
     wanted = len(prompts) if settings.metrics else settings.samples
     return EvalSet(
@@ -111,15 +140,19 @@ def _eval_set(cfg: config.EvalRun, dataset: Dataset) -> EvalSet:
         prompts[:wanted],
         settings.tokens_per_microbatch,
         settings.max_new_tokens,
-        find_objective(cfg.objective).loss,
+        objective.loss,
     )
 
 
-def _rows(cfg: config.EvalRun, given: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, str, bool]:
+def _rows(
+    cfg: config.EvalRun, objective: Objective, given: list[str], tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, str, bool]:
     """Return the rows to evaluate, their description, and True if the run certainly did not train on any of them."""
     own = _own_data(cfg.run)
-    make_examples = find_objective(cfg.objective).examples
+    make_examples = objective.examples
     data = _data(cfg.data, own, given)
+    data = objectives.data_of(cfg.objective, data)
+    own = objectives.data_of(cfg.objective, own) if own else None
     same = own is not None and _identity(data) == _identity(own)
     if same or overrides.chosen(given, "data.eval_fraction") or data.eval_path or data.eval_split:
         source = data.eval_path or eval_split(data)
@@ -196,6 +229,17 @@ def _shown(comparison: Comparison, samples: int) -> Comparison:
 def _record(result: EvalResult, samples: int) -> dict[str, Any]:
     """Return the contents of eval.json: losses in nats per token, metrics, the hash of the rows, the first answers."""
     comparison = _shown(result.comparison, samples)
+    if comparison.classifications:
+        base, adapter = (asdict(each) for each in comparison.classifications)
+        return {
+            "base": {"loss": comparison.base.loss} | base["metrics"],
+            "adapter": {"loss": comparison.adapter.loss} | adapter["metrics"],
+            "base_is": BASE_IS,
+            "classification": adapter,
+            "tokens": comparison.adapter.tokens,
+            "rows": comparison.adapter.rows,
+            "data_sha256": result.data_sha256,
+        }
     return {
         "base": _losses(comparison.base) | {name: base for name, (base, _) in result.metrics.items()},
         "adapter": _losses(comparison.adapter) | {name: adapter for name, (_, adapter) in result.metrics.items()},

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from lora_ft import config
+from lora_ft.classes import Classes
 from lora_ft.config import TooLong
 from lora_ft.data.chat_template import learned_answers, prompts
 from lora_ft.data.dataset import Dataset, Report
@@ -39,7 +40,7 @@ class Statistics:
     begin: the beginning-of-text token; None if the tokenizer puts none before text.
     begun: documents that begin with it.
     ends: documents by their supervised end token. unended: documents without one.
-    prompts: rows whose prompt was rendered again, as at inference. other_prompts: sources of the rows among them whose
+    prompts: rows whose prompt (of a classifier, text) was rendered again, as at inference. other_prompts: sources of the rows among them whose
     tokens do not begin with that prompt.
     written: rows by the added token that occurs in a prompt or plain text.
     asked_before: eval rows whose prompt (or text) equals that of a training row, up to case, whitespace and
@@ -64,8 +65,10 @@ def measure(found: Rows, dataset: Dataset, data: config.Data, tokenizer: Any) ->
     lengths = np.array([len(document.ids) for document in dataset.train])
     vocabulary = Vocabulary(tokenizer)
     lead = vocabulary.lead
-    ends, unended = _ends(dataset.train, data, tokenizer)
-    compared = list(_prompts_again(found, dataset, data, vocabulary))
+    classifies = dataset.classes is not None
+    ends, unended = ({}, 0) if classifies else _ends(dataset.train, data, tokenizer)
+    again = _texts_again if classifies else _prompts_again
+    compared = list(again(found, dataset, data, vocabulary))
     return Statistics(
         median=float(np.median(lengths)),
         percentile_95=float(np.percentile(lengths, 95)),
@@ -81,10 +84,12 @@ def measure(found: Rows, dataset: Dataset, data: config.Data, tokenizer: Any) ->
     )
 
 
-def warnings(found: Statistics, report: Report, data: config.Data) -> Iterator[str]:
-    """Yield a sentence for each finding that is rarely intended."""
+def warnings(
+    found: Statistics, report: Report, data: config.Data, classes: Classes | None = None
+) -> Iterator[str]:
+    """Yield a sentence for each finding that is rarely intended; `classes` are those of a classifier."""
     documents = f"{report.train_documents:,} documents"
-    if report.supervised_tokens < _FEW_SUPERVISED * report.train_tokens:
+    if not classes and report.supervised_tokens < _FEW_SUPERVISED * report.train_tokens:
         part = report.supervised_tokens / report.train_tokens
         yield f"only {part:.2%} of the tokens are supervised: nearly all of the computation trains nothing"
     if found.unended:
@@ -94,7 +99,12 @@ def warnings(found: Statistics, report: Report, data: config.Data) -> Iterator[s
             f"{report.train_documents - found.begun:,} of {documents} do not begin with {found.begin}, which the "
             "tokenizer puts before text: the chat template omits it"
         )
-    if found.other_prompts:
+    if found.other_prompts and classes:
+        yield (
+            f"{len(found.other_prompts)} of {found.prompts} texts differ from what the tokenizer makes of them, first at "
+            f"{found.other_prompts[0]}: other programs would give the model other tokens"
+        )
+    elif found.other_prompts:
         yield (
             f"{len(found.other_prompts)} of {found.prompts} prompts differ between training and inference, first at "
             f"{found.other_prompts[0]}: the chat template depends on more than the chat"
@@ -152,6 +162,18 @@ def _prompts_again(
         messages = with_system(row.messages[: learned_answers(row, data.train_on)[-1]], data.system)
         expected = vocabulary.ids_whole(prompts(messages, tokenizer, row.tools))
         yield row.source, any(prompt == ids[: len(prompt)].tolist() for prompt in expected)
+
+
+def _texts_again(
+    found: Rows, dataset: Dataset, data: config.Data, vocabulary: Vocabulary
+) -> Iterator[tuple[str, bool]]:
+    """Yield the sources of some texts of a classifier, and True if their tokens are those of `tokenizer(text)`."""
+    examples = dataset.train[:: max(1, len(dataset.train) // _PROMPTS_COMPARED)][:_PROMPTS_COMPARED]
+    for example in examples:
+        if data.too_long is TooLong.truncate_prompt and len(example.ids) == data.max_length:
+            continue  # it may have been cut
+        expected = vocabulary.tokenizer(str(found.rows[example.row].messages[0]["content"]))["input_ids"]
+        yield example.source, expected == example.ids[: example.prompt_end].tolist()
 
 
 def _written(rows: list[Row], tokenizer: Any) -> dict[str, int]:

@@ -28,7 +28,8 @@ from lora_ft.data.rows import Example
 from lora_ft.errors import NonFiniteError
 from lora_ft.evaluation.generation import generate, visible
 from lora_ft.evaluation.loss import EvalLoss, Loss, eval_loss
-from lora_ft.evaluation.predictions import MAJORITY, LossOf, Predictions, majority, predict
+from lora_ft.evaluation.classification import LEVEL, Classification, classify
+from lora_ft.evaluation.heads import MAJORITY, HeadPredictions, LossOf, majority, predict
 from lora_ft.ops.token_loss import Paths
 
 _WIDE = 100  # columns; four texts side by side are unreadable in a narrower terminal
@@ -63,13 +64,15 @@ class Answers:
 class Comparison:
     """Losses of base and adapter on the same rows, and their answers to the same prompts.
 
-    predictions: of a classifier, else None; `base` is then the yardstick `majority` (evaluation/predictions.py).
+    classifications: of a classifier, for its base and itself, else None; `base` is then the yardstick of
+    evaluation/heads.py. predictions: of a classifier with its adapter.
     """
 
     base: EvalLoss
     adapter: EvalLoss
     answers: list[Answers]
-    predictions: Predictions | None = None
+    classifications: tuple[Classification, Classification] | None = None
+    predictions: HeadPredictions | None = None
 
     @property
     def base_name(self) -> str:
@@ -123,8 +126,9 @@ def compare_classifier(
 ) -> Comparison:
     """Compare a classifier with the class frequencies of its training rows; a forward pass has at most `tokens`."""
     inner: PreTrainedModel = model.get_base_model()
-    found = predict(inner, loss_of, classes, examples, paths, tokens)
-    return Comparison(majority(loss_of, classes, examples).loss, found.loss, [], found)
+    both = majority(loss_of, classes, examples), predict(inner, loss_of, classes, examples, paths, tokens)
+    base, adapter = (classify(each.with_probabilities, seed=0) for each in both)
+    return Comparison(both[0].loss, both[1].loss, [], (base, adapter), both[1])
 
 
 @contextlib.contextmanager
@@ -163,8 +167,12 @@ def _losses(comparison: Comparison, scores: dict[str, tuple[float, float]]) -> T
         table.add_column(header, justify="right" if header else "left", overflow="fold")
     rows = f"{base.rows:,} row{'s' * (base.rows != 1)}"
     table.add_row("eval loss", _number(base.loss), _number(adapter.loss), comparison.unit)
-    if comparison.predictions:
-        table.add_row("accuracy", _number(base.metrics["accuracy"]), _number(adapter.metrics["accuracy"]), rows)
+    if comparison.classifications:
+        of_base, of_adapter = comparison.classifications
+        for number, (name, value) in enumerate(of_adapter.metrics.items()):
+            low, high = of_adapter.intervals[name]
+            bounds = f"{low:.4f} to {high:.4f}" + (f", {LEVEL:.0%} interval over {rows}" if number == 0 else "")
+            table.add_row(name, _number(of_base.metrics[name]), _number(value), bounds)
     else:
         counted = f"{base.tokens:,} tokens of {rows}"
         table.add_row("perplexity", _number(base.perplexity), _number(adapter.perplexity), counted)

@@ -51,7 +51,8 @@ class Target:
 class Comparison:
     """The losses on `tokens` supervised tokens of `rows` rows, and the better target.
 
-    Losses that differ by less than `noise` count as equal. `dtype` is the merged weights'.
+    Losses that differ by less than `noise` count as equal. `dtype` is the merged weights'. Of a classifier, `tokens` are
+    decisions: rows, or classes of all rows if a row may have several.
     """
 
     better: BaseWeights
@@ -62,6 +63,7 @@ class Comparison:
     tokens: int
     rows: int
     dtype: str
+    unit: str = "nats per token"
 
     def record(self) -> dict[str, Any]:
         """Return the contents of merge.json."""
@@ -72,7 +74,7 @@ class Comparison:
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         for header in ("", "loss", "KL", ""):
             table.add_column(header, justify="right" if header else "left")
-        table.add_row("attached adapter", f"{self.attached_loss:.4f}", "", "nats per token")
+        table.add_row("attached adapter", f"{self.attached_loss:.4f}", "", self.unit)
         for kind, target in ((BaseWeights.dequantized, self.dequantized), (BaseWeights.original, self.original)):
             chosen = f"chosen: {self._reason()}" if kind is self.better else ""
             table.add_row(f"merged onto {kind.value}", f"{target.loss:.4f}", f"{target.kl:.4f}", chosen)
@@ -125,6 +127,7 @@ def compare(
         better=better(measured, noise), attached_loss=float(base.mean()), dequantized=measured[BaseWeights.dequantized],
         original=measured[BaseWeights.original], noise=noise, tokens=num, rows=len(examples),
         dtype=str(targets[BaseWeights.original].dtype).removeprefix("torch."),
+        unit="nats per decision" if log_probs is _of_classes else "nats per token",
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ The files of a base hold no `score`: its first values are drawn from a fixed see
 trains a copy of it, which the adapter stores.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -53,6 +54,15 @@ def describe(model_config: Any, classes: Classes, tokenizer: Any = None) -> None
         pad_token(tokenizer)
         for part in (model_config, model_config.get_text_config()):
             part.pad_token_id = tokenizer.pad_token_id
+
+
+def with_classes(model_config: Any, classes: Classes | None) -> Any:
+    """Return a copy of a config that describes the classes; the config itself without classes."""
+    if classes is None:
+        return model_config
+    described = copy.deepcopy(model_config)
+    describe(described, classes)
+    return described
 
 
 def pad_token(tokenizer: Any) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lora_ft import config
 from lora_ft.classes import HEAD, SEQ_CLS, Classes
-from lora_ft.data import labels
+from lora_ft.data import classes as found_classes
 from lora_ft.data.read import Rows
 from lora_ft.data.rows import Example
 from lora_ft.errors import ConfigError, DataError
@@ -66,7 +66,7 @@ def classes_of(settings: config.Objective, rows: Rows) -> Classes | None:
     if not classifies(settings):
         return None
     try:
-        return labels.find(rows.training_rows, (), is_multi=settings.multi_label)
+        return found_classes.find(rows.training_rows, (), is_multi=settings.multi_label)
     except DataError:
         rows.ledger.raise_bad()  # the rows of the missing classes may be among them
         raise

@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from lora_ft import config
 from lora_ft.classes import SEQ_CLS, Classes
-from lora_ft.data import labels
+from lora_ft.data import classes as found_classes
 from lora_ft.data.read import Rows
 from lora_ft.data.rows import Example, Row, RowError
 from lora_ft.data.tokenize import Vocabulary
@@ -49,13 +49,13 @@ class Classification:
         A row without a class has the number after the last one. Bad rows go into `rows.ledger`.
         """
         _check(data)
-        classes = self.classes or labels.find(rows.training_rows, (), is_multi=self.settings.multi_label)
+        classes = self.classes or found_classes.find(rows.training_rows, (), is_multi=self.settings.multi_label)
         heads.pad_token(tokenizer)
         texts, kept = [], []
         for index, row in enumerate(rows.rows):
             try:
-                names = labels.labels_of(row, is_multi=classes.is_multi)
-                numbers = [labels.index_of(name, classes) for name in names] or [len(classes.names)]
+                names = found_classes.labels_of(row, is_multi=classes.is_multi)
+                numbers = [found_classes.index_of(name, classes) for name in names] or [len(classes.names)]
                 texts.append(_text(row))
                 kept.append((index, numbers))
             except RowError as error:

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_ft import config
 from lora_ft.adapters import files, provenance
+from lora_ft.classes import Classes
 from lora_ft.export import mlx
 from lora_ft.export.gguf import adapter as gguf_adapter
 from lora_ft.io import durable
@@ -56,6 +57,7 @@ class Contents:
     license: str | None
     name: str
     formats: frozenset[config.AdapterFormat]
+    classes: Classes | None = None
 
 
 def assemble(folder: Path, contents: Contents) -> Verification:
@@ -93,7 +95,7 @@ def _record(contents: Contents, public_loading: provenance.Loading, tensors: dic
     has_record = (contents.adapter / provenance.RECORD).is_file()
     kept = provenance.read_record(contents.adapter) if has_record else {}
     record = provenance.record(
-        tensors, contents.tokenizer, provenance.Provenance(contents.public, contents.quant, None)
+        tensors, contents.tokenizer, provenance.Provenance(contents.public, contents.quant, None, None, contents.classes)
     )
     base = provenance.base_fields(contents.public)
     loading = {key: value for key, value in dataclasses.asdict(public_loading).items() if key != "device"}

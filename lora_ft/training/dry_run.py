@@ -181,7 +181,7 @@ def partial_dry_run(
     as_trained = replace(cfg, quant=agreed(cfg.quant, base.identity.stored)) if base else cfg
     disk = collect(_disk, cfg, folder, layers.trainable, steps.count) if layers and steps else None
     warnings = [
-        *(warnings_of_rows(rows.statistics, rows.dataset.report, cfg.data) if rows else ()),
+        *(warnings_of_rows(rows.statistics, rows.dataset.report, cfg.data, classes) if rows else ()),
         *(_unknown_stop_tokens(rows.statistics, base) if rows and base else ()),
         *(_step_warnings(steps, len(rows.dataset.train), cfg.train) if rows and steps else ()),
         *(summary.warnings(layers, cfg) if layers else ()),
@@ -227,6 +227,8 @@ def _disk(cfg: config.TrainRun, folder: Path, num_trainable: int, num_steps: int
 
 def _unknown_stop_tokens(statistics: Statistics, base: Base) -> Iterator[str]:
     """Yield a warning for each end of turn that the base's files do not list: other programs do not stop there."""
+    if not statistics.ends:  # a classifier writes nothing, and has no settings of generation
+        return
     listed = base.model.generation_config.eos_token_id if base.model.generation_config else None
     known = {*(listed if isinstance(listed, list) else [listed]), base.tokenizer.eos_token_id}
     for end, count in statistics.ends.items():

@@ -5,6 +5,7 @@ state -> adapter/  ->  base against adapter on the eval set  ->  result.json
 
 import logging
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -35,7 +36,8 @@ class Result:
     peak_reserved_bytes, device_used_bytes: of the GPU, see `metrics.gpu_memory`; None for other devices.
     predicted_peak_bytes: the same as predicted by memory/forecast.py; None if the run was too short to trace it.
     tokens_per_microbatch: at the end of the run, None for the whole step. shrinks: how often it was halved because
-    memory ran out. stopped_by: why a run ended early.
+    memory ran out. stopped_by: why a run ended early. classification: metrics of a classifier on the eval set, with
+    intervals, classes and confusion (evaluation/classification.py).
     """
 
     eval_loss: float | None
@@ -57,6 +59,7 @@ class Result:
     predicted_peak_bytes: int | None = None
     tokens_per_microbatch: int | None = None
     shrinks: int = 0
+    classification: dict[str, Any] | None = None
 
 
 def finish(state: TrainingState, base: Base, dataset: Dataset, comparisons: dict[object, Comparison]) -> Result:
@@ -114,6 +117,7 @@ def _result(state: TrainingState, comparison: Comparison | None) -> Result:
         predicted_peak_bytes=state.predicted_peak_bytes,
         tokens_per_microbatch=state.tokens_per_microbatch,
         shrinks=state.shrinks,
+        classification=asdict(found[1]) if (found := comparison and comparison.classifications) else None,
         **gpu_memory(state.base.device),
     )
 

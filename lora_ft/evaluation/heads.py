@@ -23,6 +23,7 @@ from lora_ft.classes import Classes
 from lora_ft.data.packing import longest_group, micro_batches
 from lora_ft.data.rows import Example
 from lora_ft.errors import NonFiniteError
+from lora_ft.evaluation.classification import Predictions
 from lora_ft.evaluation.loss import EvalLoss
 from lora_ft.ops.batch import Batch, LossSum
 from lora_ft.ops.class_logits import class_logits
@@ -31,10 +32,11 @@ from lora_ft.ops.token_loss import Paths
 LossOf = Callable[[Tensor, Batch], LossSum]  # `Classification.loss_of`
 
 MAJORITY = "majority"
+BASE_IS = "the class frequencies of the training rows, given to every row: the base has no head"
 
 
 @dataclass(frozen=True)
-class Predictions:
+class HeadPredictions:
     """Logits [rows, classes] of eval rows in their order, their targets [rows, classes], and their mean loss."""
 
     classes: Classes
@@ -43,10 +45,12 @@ class Predictions:
     loss: EvalLoss
 
     @property
-    def probabilities(self) -> NDArray[np.float64]:
-        """Probability of each class: they sum to 1, or are independent where a row may have several."""
-        logits = torch.from_numpy(self.logits)
-        return (logits.sigmoid() if self.classes.is_multi else logits.softmax(dim=1)).numpy()
+    def with_probabilities(self) -> Predictions:
+        """The same with probabilities: they sum to 1, or are independent where a row may have several classes."""
+        logits, is_multi = torch.from_numpy(self.logits), self.classes.is_multi
+        probabilities = logits.sigmoid() if is_multi else logits.softmax(dim=1)
+        references = self.targets if is_multi else self.targets.argmax(axis=1)
+        return Predictions(list(self.classes.names), probabilities.numpy(), references)
 
 
 @torch.no_grad()
@@ -57,7 +61,7 @@ def predict(
     examples: Sequence[Example],
     paths: Paths,
     tokens_per_microbatch: int,
-) -> Predictions:
+) -> HeadPredictions:
     """Predict examples without dropout. The model's mode is restored. Raises NonFiniteError for NaN or infinity.
 
     A forward pass has at most `tokens_per_microbatch` tokens, or as many as the longest example.
@@ -74,10 +78,10 @@ def predict(
     model.train(was_training)
     if not np.isfinite(logits).all():
         raise NonFiniteError("logits are not finite: weights of the base or the adapter are not finite, or too large")
-    return Predictions(classes, logits, targets_of(examples, classes), _mean(losses, len(examples)))
+    return HeadPredictions(classes, logits, targets_of(examples, classes), _mean(losses, len(examples)))
 
 
-def majority(loss_of: LossOf, classes: Classes, examples: Sequence[Example]) -> Predictions:
+def majority(loss_of: LossOf, classes: Classes, examples: Sequence[Example]) -> HeadPredictions:
     """Predict for each example the class frequencies of the training rows; each class counts once more."""
     counts = np.array(classes.counts or [0] * len(classes.names), dtype=np.float64) + 1
     rest = classes.rows + 2 - counts
@@ -87,7 +91,7 @@ def majority(loss_of: LossOf, classes: Classes, examples: Sequence[Example]) -> 
         for _, batch in _batches(examples, 1 << 16, packing=True)
     ]
     everywhere = np.tile(logits, (len(examples), 1))
-    return Predictions(classes, everywhere, targets_of(examples, classes), _mean(losses, len(examples)))
+    return HeadPredictions(classes, everywhere, targets_of(examples, classes), _mean(losses, len(examples)))
 
 
 def targets_of(examples: Sequence[Example], classes: Classes) -> NDArray[np.bool_]:
