@@ -52,11 +52,15 @@ class Classes:
         classes that do not exclude each other, rows without the class / rows with it.
         """
         if given and balanced:
-            raise ConfigError("objective.class_weights and objective.balanced both weight the classes: give one of them")
+            raise ConfigError(
+                "objective.class_weights and objective.balanced both weight the classes: give one of them"
+            )
         if unknown := [name for name in given if name not in self.names]:
             raise ConfigError(f"objective.class_weights names {unknown[0]!r}, which is none of {listed(self.names)}")
         if wrong := [name for name, weight in given.items() if not weight > 0]:
-            raise ConfigError(f"objective.class_weights: the weight of {wrong[0]!r} must be above 0, got {given[wrong[0]]}")
+            raise ConfigError(
+                f"objective.class_weights: the weight of {wrong[0]!r} must be above 0, got {given[wrong[0]]}"
+            )
         if given:
             return [given.get(name, 1.0) for name in self.names]
         if not balanced:

@@ -209,7 +209,9 @@ def _attached(cfg: config.MergeRun, adapter: Path, tokenizer: PreTrainedTokenize
     return files.load(base.model, adapter, loading.NAME, saved)
 
 
-def _eval_examples(cfg: config.MergeRun, objective: objectives.Objective, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+def _eval_examples(
+    cfg: config.MergeRun, objective: objectives.Objective, tokenizer: PreTrainedTokenizerBase
+) -> list[Example]:
     """Return the eval set of the training run; empty if the run had no eval set or it can no longer be read."""
     if not cfg.data.path:
         return []

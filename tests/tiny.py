@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     DeepseekV3Config,
     GPT2Config,
     GPTNeoXConfig,
@@ -25,6 +26,9 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
 )
+
+from lora_ft.classes import Classes
+from lora_ft.models import heads
 
 FAMILIES = ("gpt2", "llama", "qwen3", "gpt_neox")
 # Mixtures of four experts, two per token; deepseek_v3 has them only in its second layer.
@@ -102,6 +106,17 @@ def tiny_model(family: str, *, tie: bool = False, dtype: torch.dtype = torch.flo
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def tiny_classifier(family: str, classes: Classes, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Return the same model with a head for classes, as loading a base makes it."""
+    model = tiny_model(family, dtype=dtype)
+    heads.describe(model.config, classes)
+    with torch.random.fork_rng(devices=[]):
+        made = AutoModelForSequenceClassification.from_config(model.config, dtype=dtype)
+    made.load_state_dict(model.state_dict(), strict=False)
+    heads.draw(made)
+    return made.eval()
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -161,7 +161,9 @@ def classes_of(folder: Path, saved: LoraConfig) -> Classes | None:
     shapes = files.shapes_of(folder)
     rows = next((shape[0] for name, shape in shapes.items() if name.endswith(f".{HEAD}.weight")), None)
     if rows is None:
-        raise MismatchError(f"the adapter in {folder} is a classifier (task_type={SEQ_CLS}) without a head named {HEAD}")
+        raise MismatchError(
+            f"the adapter in {folder} is a classifier (task_type={SEQ_CLS}) without a head named {HEAD}"
+        )
     recorded = (_record(folder) or {}).get("classifier")
     if recorded is None:
         return unnamed(rows)

@@ -40,8 +40,8 @@ class Statistics:
     begin: the beginning-of-text token; None if the tokenizer puts none before text.
     begun: documents that begin with it.
     ends: documents by their supervised end token. unended: documents without one.
-    prompts: rows whose prompt (of a classifier, text) was rendered again, as at inference. other_prompts: sources of the rows among them whose
-    tokens do not begin with that prompt.
+    prompts: rows whose prompt (of a classifier, text) was rendered again, as at inference. other_prompts: sources of
+    the rows among them whose tokens do not begin with that prompt.
     written: rows by the added token that occurs in a prompt or plain text.
     asked_before: eval rows whose prompt (or text) equals that of a training row, up to case, whitespace and
     punctuation.
@@ -84,9 +84,7 @@ def measure(found: Rows, dataset: Dataset, data: config.Data, tokenizer: Any) ->
     )
 
 
-def warnings(
-    found: Statistics, report: Report, data: config.Data, classes: Classes | None = None
-) -> Iterator[str]:
+def warnings(found: Statistics, report: Report, data: config.Data, classes: Classes | None = None) -> Iterator[str]:
     """Yield a sentence for each finding that is rarely intended; `classes` are those of a classifier."""
     documents = f"{report.train_documents:,} documents"
     if not classes and report.supervised_tokens < _FEW_SUPERVISED * report.train_tokens:
@@ -101,8 +99,8 @@ def warnings(
         )
     if found.other_prompts and classes:
         yield (
-            f"{len(found.other_prompts)} of {found.prompts} texts differ from what the tokenizer makes of them, first at "
-            f"{found.other_prompts[0]}: other programs would give the model other tokens"
+            f"{len(found.other_prompts)} of {found.prompts} texts differ from what the tokenizer makes of them, first "
+            f"at {found.other_prompts[0]}: other programs would give the model other tokens"
         )
     elif found.other_prompts:
         yield (

@@ -6,9 +6,11 @@
     good morning,guten Morgen        ->   user: Translate to German: good morning   assistant: guten Morgen
 
 Without a chat template the prompt ends with Alpaca's heading of the answer, which separates the two. `{{` and `}}`
-are literal braces. A field is the whole name of a column, spaces included: no attributes, indices or conversions.
+are literal braces. A field is the whole name of a column, spaces included: no attributes, indices or conversions. A
+list in the column that is the whole answer, as in data.answer={labels}, becomes JSON text.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterable
 from string import Formatter
@@ -29,8 +31,10 @@ def parser(data: config.Data, columns: Iterable[str]) -> tuple[Parse, list[str]]
     known = set(columns) - {""}
     prompt = _compile("data.prompt", data.prompt, known)
     answer = _compile("data.answer", data.answer, known)
+    listed = str(answer[0][1]) if len(answer) == 1 and not answer[0][0] else ""
 
     def parse(source: str, values: dict[str, Any], ledger: Ledger) -> Row:
+        values = _with_lists_as_text(values, listed, ledger)
         question, reply = _filled(prompt, values, "data.prompt"), _filled(answer, values, "data.answer")
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
         return Row(source, messages, reply, plain_prompt=question + ANSWER_CUE)
@@ -62,6 +66,15 @@ def _filled(pieces: list[tuple[str, str | None]], values: dict[str, Any], key: s
     if is_blank(text):
         raise RowError(key, "gives an empty text")
     return text
+
+
+def _with_lists_as_text(values: dict[str, Any], column: str, ledger: Ledger) -> dict[str, Any]:
+    """Return values in which the column that is the whole answer is text: a list of texts and numbers is JSON text."""
+    value = values.get(column)
+    if not isinstance(value, list) or any(not isinstance(each, str | int) for each in value):
+        return values
+    ledger.convert(column, "lists in the answer, written as JSON text", value)
+    return values | {column: json.dumps(value, ensure_ascii=False)}
 
 
 def _cell(values: dict[str, Any], column: str) -> str:

@@ -26,10 +26,10 @@ from lora_ft.classes import Classes
 from lora_ft.data.dataset import EvalPrompt
 from lora_ft.data.rows import Example
 from lora_ft.errors import NonFiniteError
-from lora_ft.evaluation.generation import generate, visible
-from lora_ft.evaluation.loss import EvalLoss, Loss, eval_loss
 from lora_ft.evaluation.classification import LEVEL, Classification, classify
+from lora_ft.evaluation.generation import generate, visible
 from lora_ft.evaluation.heads import MAJORITY, HeadPredictions, LossOf, majority, predict
+from lora_ft.evaluation.loss import EvalLoss, Loss, eval_loss
 from lora_ft.ops.token_loss import Paths
 
 _WIDE = 100  # columns; four texts side by side are unreadable in a narrower terminal

@@ -133,7 +133,7 @@ def write_folder(merged: MergedModel, tokenizer: PreTrainedTokenizerBase, folder
 def _on_meta(config: Any, *, classifies: bool) -> Any:
     """Build a model without data, for the names of its tensors."""
     with torch.device("meta"):
-        return heads.auto_class(classifies).from_config(config)
+        return heads.auto_class(classifies=classifies).from_config(config)
 
 
 def _plain_config(base: PreTrainedModel, dtype: torch.dtype) -> Any:

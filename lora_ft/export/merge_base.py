@@ -51,8 +51,8 @@ class Target:
 class Comparison:
     """The losses on `tokens` supervised tokens of `rows` rows, and the better target.
 
-    Losses that differ by less than `noise` count as equal. `dtype` is the merged weights'. Of a classifier, `tokens` are
-    decisions: rows, or classes of all rows if a row may have several.
+    Losses that differ by less than `noise` count as equal. `dtype` is the merged weights'. Of a classifier, `tokens`
+    are decisions: rows, or classes of all rows if a row may have several.
     """
 
     better: BaseWeights

@@ -127,7 +127,7 @@ def dequantized(layer: Any) -> Tensor:
 def load(folder: Path, *, classifies: bool = False) -> PreTrainedModel:
     """Load a merged model on the CPU with plain transformers; raises MismatchError if tensors do not match."""
     with quiet():
-        model, report = heads.auto_class(classifies).from_pretrained(
+        model, report = heads.auto_class(classifies=classifies).from_pretrained(
             folder, dtype="auto", use_safetensors=True, local_files_only=True, trust_remote_code=False,
             output_loading_info=True,
         )  # fmt: skip

@@ -29,7 +29,7 @@ def head(model: Any) -> Any:
     return getattr(model, HEAD) if is_classifier(model) else model.get_output_embeddings()
 
 
-def auto_class(classifies: bool) -> Any:
+def auto_class(*, classifies: bool) -> Any:
     """Return the Auto class of transformers for a classifier, or for a language model."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -39,14 +39,19 @@ def auto_class(classifies: bool) -> Any:
 def describe(model_config: Any, classes: Classes, tokenizer: Any = None) -> None:
     """Write the classes into a config of transformers, and the tokenizer's padding token, by which it finds the last.
 
-    Raises ConfigError for a config that names other classes: one of a base that is a classifier already.
+    Raises ConfigError for a family of which transformers has no classifier, and for a config that names other classes:
+    one of a base that is a classifier already.
     """
+    if type(model_config) not in auto_class(classifies=True)._model_mapping:
+        raise ConfigError(
+            f"transformers has no classifier for {model_config.model_type}: objective=sft trains the labels as text"
+        )
     named = list(model_config.id2label.values())
     is_own = not all(name == f"LABEL_{index}" for index, name in enumerate(named))
     if is_own and named != list(classes.names):
         raise ConfigError(
-            f"the base is a classifier of {len(named)} classes ({listed(named)}), and this run has {len(classes.names)} "
-            f"({listed(classes.names)}): take a base without a head, or the same classes in the same order"
+            f"the base is a classifier of {len(named)} classes ({listed(named)}), and this run has "
+            f"{len(classes.names)} ({listed(classes.names)}): take a base without a head, or the same classes in the same order"
         )
     for name, value in classes.config_fields().items():
         setattr(model_config, name, value)
@@ -66,7 +71,12 @@ def with_classes(model_config: Any, classes: Classes | None) -> Any:
 
 
 def pad_token(tokenizer: Any) -> None:
-    """Give a tokenizer without padding token the end-of-text token as such; raises ConfigError if it has none."""
+    """Let a tokenizer pad on the right, with its end-of-text token if it has no padding token.
+
+    Positions that a model counts from the left of a row stay as they are in training. Raises ConfigError for a
+    tokenizer without either token.
+    """
+    tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ConfigError("objective=classification needs a tokenizer with a padding or an end-of-text token")

@@ -146,7 +146,7 @@ def load_base(
         described = build.read_config(Path(str(identity.folder)), model.path)
         heads.describe(described, classes, tokenizer)
     source = Source(model.path, Path(str(identity.folder)), settings, files, described)
-    network = load_weights(source, dtype, target, model_class or heads.auto_class(classes is not None))
+    network = load_weights(source, dtype, target, model_class or heads.auto_class(classifies=classes is not None))
     if files and not files.trains:
         stays = "what can stay in that form does" if settings is None else "dequantized"
         log.info("weights in %s: %s", files.method, stays)

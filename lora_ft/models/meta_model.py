@@ -47,7 +47,9 @@ def load_meta_model(
     described = build.read_config(folder, model.path)
     if classes:
         heads.describe(described, classes, tokenizer)
-    network = build.on_meta(described, dtype, model_class or heads.auto_class(classes is not None), model.path)
+    network = build.on_meta(
+        described, dtype, model_class or heads.auto_class(classifies=classes is not None), model.path
+    )
     if classes:
         heads.check(network)
     if found := build.read_generation_config(folder, model.path):  # its end tokens may differ from those of config.json

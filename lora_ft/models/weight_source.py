@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from lora_ft.errors import ConfigError, ResourceError
 from lora_ft.classes import HEAD
+from lora_ft.errors import ConfigError, ResourceError
 from lora_ft.models import build, heads, quantize_experts, stored_layers
 from lora_ft.models.build import first_line, quiet
 from lora_ft.models.dequantized_files import open_tensors
@@ -143,8 +143,8 @@ def _check_head(source: Source, mismatched: Any) -> None:
     for name, in_files, expected in mismatched:
         if name.startswith(f"{HEAD}."):
             raise ConfigError(
-                f"model.path={source.path} holds a head of {in_files[0]} classes, and this run has {expected[0]}: take a "
-                "base without a head, or the classes of this one"
+                f"model.path={source.path} holds a head of {in_files[0]} classes, and this run has {expected[0]}: "
+                "take a base without a head, or the classes of this one"
             )
 
 
@@ -158,5 +158,5 @@ def _settle_head(source: Source, network: Any, missing: set[str], unexpected: se
     if of_head:
         heads.draw(network)
     described = build.read_config(source.folder, source.path)
-    language = build.on_meta(described, torch.float32, heads.auto_class(False), source.path)
+    language = build.on_meta(described, torch.float32, heads.auto_class(classifies=False), source.path)
     return missing - of_head, unexpected - set(language.state_dict())

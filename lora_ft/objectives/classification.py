@@ -62,8 +62,7 @@ class Classification:
                 rows.ledger.add_bad(row.source, error.name, error.reason, error.shown or row.answer)
         found = encoded(texts, tokenizer)
         return [
-            _example(rows, index, ids, numbers, tokenizer)
-            for ids, (index, numbers) in zip(found, kept, strict=True)
+            _example(rows, index, ids, numbers, tokenizer) for ids, (index, numbers) in zip(found, kept, strict=True)
         ]
 
     def loss(self, model: PreTrainedModel, batch: Batch, paths: Paths) -> LossSum:

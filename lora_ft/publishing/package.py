@@ -95,7 +95,9 @@ def _record(contents: Contents, public_loading: provenance.Loading, tensors: dic
     has_record = (contents.adapter / provenance.RECORD).is_file()
     kept = provenance.read_record(contents.adapter) if has_record else {}
     record = provenance.record(
-        tensors, contents.tokenizer, provenance.Provenance(contents.public, contents.quant, None, None, contents.classes)
+        tensors,
+        contents.tokenizer,
+        provenance.Provenance(contents.public, contents.quant, None, None, contents.classes),
     )
     base = provenance.base_fields(contents.public)
     loading = {key: value for key, value in dataclasses.asdict(public_loading).items() if key != "device"}

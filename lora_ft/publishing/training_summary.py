@@ -118,6 +118,9 @@ def _scores(run: Path, result: dict[str, Any]) -> list[Scores]:
     try:
         if result.get("eval_loss") is not None:
             base, adapter = (_with_perplexity(float(result[key])) for key in ("base_eval_loss", "eval_loss"))
+            if classified := result.get("classification"):
+                base, adapter = ({"loss": float(result[key])} for key in ("base_eval_loss", "eval_loss"))
+                adapter |= _figures(classified["metrics"])
             found.append(Scores("at the end of training", base, adapter, int(result["eval_tokens"]), None))
         if evaluated:
             base, adapter = (_figures(evaluated[name]) for name in ("base", "adapter"))

@@ -89,7 +89,9 @@ class Objective:
     multi_label: bool = setting(
         False, "classification: a row has any number of labels (a list, or a list as JSON text), each yes or no"
     )
-    class_weights: dict[str, float] = setting({}, "classification: weight of classes in the loss, by name; 1 for others")
+    class_weights: dict[str, float] = setting(
+        {}, "classification: weight of classes in the loss, by name; 1 for others"
+    )
     balanced: bool = setting(
         False, "classification: weight the classes so that each has the same part of the loss of the training rows"
     )

@@ -69,9 +69,7 @@ def finish(state: TrainingState, base: Base, dataset: Dataset, comparisons: dict
     """
     adapter = state.folder / "adapter"
     state.take_kept_state()
-    source = provenance.Provenance(
-        base.identity, state.cfg.quant, dataset.report.sha256, classes=dataset.classes
-    )
+    source = provenance.Provenance(base.identity, state.cfg.quant, dataset.report.sha256, classes=dataset.classes)
     files.save(state.model, NAME, adapter, base.tokenizer, source)
     for sentence in overfitting(state):
         log.info(sentence)

@@ -55,14 +55,14 @@ def prepare(cfg: config.TrainRun) -> Shared:
     return Shared(tokenizer, read_rows(cfg, tokenizer))
 
 
-def load(
-    cfg: config.TrainRun, tokenizer: PreTrainedTokenizerBase, classes: Classes | None = None
-) -> LoadedBase:
+def load(cfg: config.TrainRun, tokenizer: PreTrainedTokenizerBase, classes: Classes | None = None) -> LoadedBase:
     """Load the base of a run, freeze and accelerate it; `classes` are those of a classifier."""
     kernels = choose_kernels(resolve_device(cfg.device), cfg.fast.kernels)
     model_class = objectives.find(cfg.objective).model_class
     base = load_base(cfg.model, cfg.quant, cfg.device, tokenizer, model_class, classes)
     switch_off_dropout(base.model)
     before = fingerprint(base.model)
-    made = accelerate(base.model, cfg.fast, kernels, targets.with_own_storage(base.model, objectives.complete(cfg).adapter))
+    made = accelerate(
+        base.model, cfg.fast, kernels, targets.with_own_storage(base.model, objectives.complete(cfg).adapter)
+    )
     return LoadedBase(base, made, before)
