@@ -51,7 +51,8 @@ def describe(model_config: Any, classes: Classes, tokenizer: Any = None) -> None
     if is_own and named != list(classes.names):
         raise ConfigError(
             f"the base is a classifier of {len(named)} classes ({listed(named)}), and this run has "
-            f"{len(classes.names)} ({listed(classes.names)}): take a base without a head, or the same classes in the same order"
+            f"{len(classes.names)} ({listed(classes.names)}): take a base without a head, or the same classes in "
+            "the same order"
         )
     for name, value in classes.config_fields().items():
         setattr(model_config, name, value)
