@@ -35,6 +35,7 @@ from lora_ft import config, runs, validation
 from lora_ft.adapters.summary import Layers, left_out_lines
 from lora_ft.classes import Classes
 from lora_ft.cli import entry, terminal
+from lora_ft.data.examples import Examples
 from lora_ft.data.read import read
 from lora_ft.data.rows import Example, excerpt
 from lora_ft.data.tokenize import Vocabulary
@@ -126,11 +127,11 @@ def page(cfg: config.TrainRun, found: PartialDryRun, tokenizer: Any, plan: Plan 
     return Group(*parts)
 
 
-def _samples(examples: list[Example]) -> list[tuple[str, Example]]:
+def _samples(examples: Examples) -> list[tuple[str, Example]]:
     """Choose up to three examples that differ the most in length."""
-    by_length = sorted(examples, key=lambda example: len(example.ids))
+    by_length = np.argsort(examples.lengths, kind="stable").tolist()
     chosen = {"shortest": by_length[0], "longest": by_length[-1], "median": by_length[len(by_length) // 2]}
-    return [(kind, chosen[kind]) for kind in ("shortest", "longest", "median")[: len(examples)]]
+    return [(kind, examples[chosen[kind]]) for kind in ("shortest", "longest", "median")[: len(examples)]]
 
 
 def _sample(kind: str, example: Example, tokenizer: Any, classes: Classes | None) -> Iterator[RenderableType]:

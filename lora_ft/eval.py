@@ -12,6 +12,9 @@ Eval rows:
     run=F data.path=TEST (or data.split=...)  all rows of TEST; an error if the run trained on some of them
     ... data.eval_fraction=0.2                the eval rows that train would choose with these settings; a warning,
         (or eval_path, eval_split)            since the run may have trained on some of them
+
+Rows with labels (data.labels) get a probability of every label, and the metrics of these. `predict=ROWS out=FILE`
+writes such probabilities for rows without labels (predict.py).
 """
 
 import json
@@ -21,40 +24,44 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, objectives, runs, validation
+from lora_ft import config, metric_table, objectives, runs, validation
 from lora_ft.adapters import files, loading, provenance
+from lora_ft.adapters import labels as stored_labels
 from lora_ft.classes import Classes
 from lora_ft.cli import entry, overrides
-from lora_ft.data.dataset import Dataset, labels, prepare, prepare_rows
+from lora_ft.data.dataset import Dataset, few_answers, prepare, prepare_rows
 from lora_ft.data.read import Rows, eval_split, read, read_eval
 from lora_ft.errors import ConfigError, DataError, ResourceError
-from lora_ft.evaluation import classification, metrics
-from lora_ft.evaluation.comparison import Comparison, EvalSet, compare, compare_classifier, render
-from lora_ft.evaluation.heads import BASE_IS
+from lora_ft.evaluation import class_report, heads, metrics
+from lora_ft.evaluation.class_set import ClassSet, check, label_set
+from lora_ft.evaluation.classification import TEMPERATURES, Classification, Predictions, classify, fit_temperature
+from lora_ft.evaluation.classification import metrics as metrics_of
+from lora_ft.evaluation.comparison import Comparison, EvalSet, compare, render
 from lora_ft.evaluation.loss import EvalLoss
 from lora_ft.io import durable
+from lora_ft.metric_table import Source
 from lora_ft.models.acceleration import accelerated, accelerated_lora
 from lora_ft.models.device import resolve_device, selected
 from lora_ft.objectives import Objective
-from lora_ft.objectives.classification import Classification
+from lora_ft.objectives.classification import Classification as ByHead
 from lora_ft.ops.kernels import choose_kernels
 from lora_ft.ops.token_loss import Paths
+from lora_ft.training.predict import predict, with_labels
 from lora_ft.training.state import choose_eval
 
 log = logging.getLogger("lora_ft")
 
-_FILE = "eval.json"
+_FILE, _CONFUSION = "eval.json", "eval_confusion.png"
 
 
 @dataclass(frozen=True)
 class EvalResult:
     """Results of base and adapter on the same eval rows.
 
-    metrics: value of the base and value of the adapter, by name.
+    metrics: value of the base and value of the adapter, by name. classes: classifications of both, None without labels.
     rows: description of the rows. data_sha256: hash of all rows and their split.
     path: eval.json in the run folder; None without a run.
     """
@@ -64,13 +71,20 @@ class EvalResult:
     rows: str
     data_sha256: str
     path: Path | None
+    classes: tuple[Classification, Classification] | None = None
 
 
-def main(cfg: config.EvalRun, invocation: entry.Invocation) -> float:
-    """Evaluate, print the comparison, and return the adapter's loss."""
+def main(cfg: config.EvalRun, invocation: entry.Invocation) -> float | None:
+    """Evaluate, print the comparison, and return the adapter's loss; or write predictions and return None."""
+    if cfg.predict:
+        data = _data(replace(cfg.data, path=cfg.predict), _own_data(cfg.run), invocation.overrides)
+        counts = predict(replace(cfg, data=data))
+        lines = [f"{count:,} {label}" for label, count in counts.items()]
+        Console().print(f"{counts.total():,} rows written to {cfg.out}: {', '.join(lines)}", markup=False)
+        return None
     result = evaluate(cfg, invocation.overrides)
     facts = {"evaluated": result.rows} | ({"written to": str(result.path)} if result.path else {})
-    Console().print(render(_shown(result.comparison, cfg.eval.samples), facts, result.metrics))
+    Console().print(render(_shown(result.comparison, cfg.eval.samples), facts, result.metrics, result.classes))
     return result.comparison.adapter.loss
 
 
@@ -80,16 +94,16 @@ def evaluate(cfg: config.EvalRun, given: list[str]) -> EvalResult:
     `given` are the overrides that `cfg` was composed from; they take precedence over the settings of the run.
     """
     validation.validate(cfg)
+    metric_table.check("eval.metrics", cfg.eval.metrics)
     adapter = loading.adapter_folder(cfg.run, cfg.adapter_path)
     saved = files.read_config(adapter)
     classes = loading.classes_of(adapter, saved)
-    _check_metrics(cfg.eval.metrics, classes)
     cfg = loading.with_base(cfg, adapter, saved)
-    cfg = replace(cfg, objective=objectives.of_adapter(cfg.objective, classes))
+    cfg = with_labels(replace(cfg, objective=objectives.of_adapter(cfg.objective, classes)), adapter)
     objective = objectives.find(cfg.objective, classes)
     tokenizer = loading.adapter_tokenizer(adapter, cfg.model)
     dataset, description, disjoint = _rows(cfg, objective, given, tokenizer)
-    eval_set = _eval_set(cfg, objective, dataset)
+    eval_set = _eval_set(cfg, objective, dataset, classes)
     if not disjoint:
         _warn_of_other_rows(adapter, dataset)
     device = resolve_device(cfg.device)
@@ -97,44 +111,40 @@ def evaluate(cfg: config.EvalRun, given: list[str]) -> EvalResult:
     with selected(device):
         base, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
         with accelerated(base.model, cfg.fast, kernels) as made, accelerated_lora(model, loading.NAME, cfg.fast):
-            comparison = _compared(model, tokenizer, objective, eval_set, made.paths)
-    found = {} if classes else _metrics(comparison, cfg.eval.metrics, dataset.answers)
+            scored = _class_set(cfg, dataset, eval_set, tokenizer, made.paths, classes)
+            comparison = compare(
+                model, tokenizer, replace(eval_set, classes=scored), made.paths, _yardstick(objective, eval_set)
+            )
+    found = _metrics(comparison, metric_table.of(Source.answers, cfg.eval.metrics))
+    classified = _classified(comparison, cfg, adapter, dataset.report.sha256)
     path = Path(cfg.run).expanduser() / _FILE if cfg.run else None
-    result = EvalResult(comparison, found, description, dataset.report.sha256, path)
+    result = EvalResult(comparison, found, description, dataset.report.sha256, path, classified)
     if path:
         durable.write_json(path, _record(result, cfg.eval.samples))
+    if path and classified and (drawn := class_report.picture(classified[1], "Confusion matrix of the eval rows")):
+        durable.write_bytes(path.with_name(_CONFUSION), drawn)
     return result
 
 
-def _check_metrics(names: list[str], classes: Classes | None) -> None:
-    """Raise ConfigError for metrics of answers, if the adapter is a classifier, and the errors of `metrics.check`."""
-    if classes is None:
-        metrics.check(names)
-    elif unknown := [name for name in names if name not in classification.METRICS]:
-        raise ConfigError(
-            f"eval.metrics: {unknown[0]} is no metric of a classifier, which writes no answers: all of "
-            f"{', '.join(classification.METRICS)} are computed without being named"
-        )
+def _yardstick(objective: Objective, eval_set: EvalSet) -> Comparison | None:
+    """Return what stands for the base of a classifier; None for a language model."""
+    if isinstance(objective, ByHead) and objective.classes:
+        return heads.majority(objective.loss_of, objective.classes, eval_set.examples)
+    return None
 
 
-def _compared(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, objective: Objective, eval_set: EvalSet, paths: Paths
-) -> Comparison:
-    if isinstance(objective, Classification) and objective.classes:
-        tokens = eval_set.tokens_per_microbatch
-        return compare_classifier(model, objective.loss_of, objective.classes, eval_set.examples, paths, tokens)
-    return compare(model, tokenizer, eval_set, paths)
-
-
-def _eval_set(cfg: config.EvalRun, objective: Objective, dataset: Dataset) -> EvalSet:
+def _eval_set(cfg: config.EvalRun, objective: Objective, dataset: Dataset, classes: Classes | None) -> EvalSet:
     """Choose examples and prompts within the limits of `cfg.eval`; metrics need all prompts."""
     settings = cfg.eval
     examples, prompts = choose_eval(dataset, settings.rows or len(dataset.eval))
     if not examples:
         raise DataError("there are no eval rows: set data.eval_fraction above 0, or data.eval_path=FILE")
-    if settings.metrics and not prompts and not isinstance(objective, Classification):
-        raise DataError("eval.metrics needs rows with prompts and answers, but the eval rows are plain text")
-    wanted = len(prompts) if settings.metrics else settings.samples
+    if classes:
+        heads.check(settings.metrics, examples, classes, "eval.metrics")
+        tokens = settings.tokens_per_microbatch
+        return EvalSet(examples, [], tokens, settings.max_new_tokens, objective.loss, is_of_head=True)
+    check(settings.metrics, prompts, dataset.answers, "eval.metrics")
+    wanted = len(prompts) if metric_table.of(Source.answers, settings.metrics) else settings.samples
     return EvalSet(
         examples,
         prompts[:wanted],
@@ -144,14 +154,62 @@ def _eval_set(cfg: config.EvalRun, objective: Objective, dataset: Dataset) -> Ev
     )
 
 
+def _class_set(
+    cfg: config.EvalRun,
+    dataset: Dataset,
+    eval_set: EvalSet,
+    tokenizer: PreTrainedTokenizerBase,
+    paths: Paths,
+    classes: Classes | None,
+) -> ClassSet | None:
+    """Return the rows with labels, if the adapter is a classifier, or the settings name labels or a metric of them."""
+    if classes:
+        return heads.head_set(classes, eval_set.examples, paths, eval_set.tokens_per_microbatch)
+    if cfg.data.labels is None and not metric_table.of(Source.classes, cfg.eval.metrics):
+        if cfg.eval.calibrate:
+            raise ConfigError("eval.calibrate=true needs rows with labels: set data.labels")
+        return None
+    _, prompts = choose_eval(dataset, cfg.eval.rows or len(dataset.eval))
+    assert dataset.answers is not None  # checked with the eval set
+    return label_set(prompts, dataset.answers, tokenizer, cfg.data, paths, cfg.eval.tokens_per_microbatch)
+
+
+def _classified(
+    comparison: Comparison, cfg: config.EvalRun, adapter: Path, data_sha256: str
+) -> tuple[Classification, Classification] | None:
+    """Classify by base and adapter; the adapter's probabilities have its temperature, which calibration fits first."""
+    base, found = comparison.base_classes, comparison.adapter_classes
+    if base is None or found is None:
+        return None
+    if cfg.eval.calibrate:
+        fitted = _fitted(found)
+        stored_labels.store_temperature(adapter, fitted, len(found.references), data_sha256)
+        log.info("temperature %.4f fitted on %d rows, stored in %s", fitted, len(found.references), adapter)
+    temperature = stored_labels.temperature(adapter)
+    if temperature is not None:
+        found = found.with_temperature(temperature)
+    return classify(base, cfg.seed), classify(found, cfg.seed, temperature)
+
+
+def _fitted(found: Predictions) -> float:
+    """Fit a temperature; raises DataError if any lower (or higher) one would fit better."""
+    fitted = fit_temperature(found)
+    if not TEMPERATURES[0] * 1.01 < fitted < TEMPERATURES[1] / 1.01:
+        right = metrics_of(found)["accuracy"]
+        raise DataError(
+            f"eval.calibrate: no temperature fits {len(found.references)} rows of which {right:.0%} are predicted "
+            "right, which says nothing of how sure to be: evaluate on more rows"
+        )
+    return fitted
+
+
 def _rows(
     cfg: config.EvalRun, objective: Objective, given: list[str], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Dataset, str, bool]:
     """Return the rows to evaluate, their description, and True if the run certainly did not train on any of them."""
     own = _own_data(cfg.run)
     make_examples = objective.examples
-    data = _data(cfg.data, own, given)
-    data = objectives.data_of(cfg.objective, data)
+    data = objectives.data_of(cfg.objective, _data(cfg.data, own, given))
     own = objectives.data_of(cfg.objective, own) if own else None
     same = own is not None and _identity(data) == _identity(own)
     if same or overrides.chosen(given, "data.eval_fraction") or data.eval_path or data.eval_split:
@@ -161,7 +219,9 @@ def _rows(
     trained = _read_own(own)
     found = read_eval(data, trained)
     training_rows = trained.training_rows if trained else found.rows
-    dataset = replace(prepare_rows(found, data, tokenizer, make_examples), answers=labels(training_rows))
+    dataset = prepare_rows(found, data, tokenizer, make_examples)
+    if data.labels is None:
+        dataset = replace(dataset, answers=few_answers(training_rows))
     return dataset, f"all rows of {data.path}", trained is not None
 
 
@@ -212,13 +272,13 @@ def _warn_of_other_rows(adapter: Path, dataset: Dataset) -> None:
         )
 
 
-def _metrics(comparison: Comparison, names: list[str], labels: list[str] | None) -> dict[str, tuple[float, float]]:
+def _metrics(comparison: Comparison, names: list[str]) -> dict[str, tuple[float, float]]:
     """Compute the metrics of both models' answers: (base, adapter) by name."""
     if not names:
         return {}
     references = [a.reference for a in comparison.answers]
-    base = metrics.scores(names, [a.base for a in comparison.answers], references, labels)
-    adapter = metrics.scores(names, [a.adapter for a in comparison.answers], references, labels)
+    base = metrics.scores(names, [a.base for a in comparison.answers], references)
+    adapter = metrics.scores(names, [a.adapter for a in comparison.answers], references)
     return {name: (base[name], adapter[name]) for name in names}
 
 
@@ -229,29 +289,29 @@ def _shown(comparison: Comparison, samples: int) -> Comparison:
 def _record(result: EvalResult, samples: int) -> dict[str, Any]:
     """Return the contents of eval.json: losses in nats per token, metrics, the hash of the rows, the first answers."""
     comparison = _shown(result.comparison, samples)
-    if comparison.classifications:
-        base, adapter = (asdict(each) for each in comparison.classifications)
-        return {
-            "base": {"loss": comparison.base.loss} | base["metrics"],
-            "adapter": {"loss": comparison.adapter.loss} | adapter["metrics"],
-            "base_is": BASE_IS,
-            "classification": adapter,
-            "tokens": comparison.adapter.tokens,
-            "rows": comparison.adapter.rows,
-            "data_sha256": result.data_sha256,
-        }
+    of_answers = ({name: pair[side] for name, pair in result.metrics.items()} for side in (0, 1))
+    of_classes = (found.metrics for found in result.classes) if result.classes else ({}, {})
+    base, adapter = (answers | classes for answers, classes in zip(of_answers, of_classes, strict=True))
     return {
-        "base": _losses(comparison.base) | {name: base for name, (base, _) in result.metrics.items()},
-        "adapter": _losses(comparison.adapter) | {name: adapter for name, (_, adapter) in result.metrics.items()},
+        "base": _losses(comparison.base, comparison) | base,
+        "adapter": _losses(comparison.adapter, comparison) | adapter,
+        **({"base_is": heads.BASE_IS} if comparison.is_of_head else {}),
         "tokens": comparison.adapter.tokens,
         "rows": comparison.adapter.rows,
         "data_sha256": result.data_sha256,
+        **(
+            {"classification": dict(zip(("base", "adapter"), map(asdict, result.classes), strict=True))}
+            if result.classes
+            else {}
+        ),
         "samples": [asdict(answers) for answers in comparison.answers],
     }
 
 
-def _losses(loss: EvalLoss) -> dict[str, float | None]:
-    """Return loss and perplexity; None for an infinite perplexity, which JSON cannot represent."""
+def _losses(loss: EvalLoss, comparison: Comparison) -> dict[str, float | None]:
+    """Return loss and perplexity, which a classifier has not; None for infinity, which JSON cannot represent."""
+    if comparison.is_of_head:
+        return {"loss": loss.loss}
     values = {"loss": loss.loss, "perplexity": loss.perplexity}
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 

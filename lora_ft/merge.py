@@ -12,6 +12,7 @@ the eval set (base_weights=). If a check fails, nothing is written.
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,7 @@ def _merged_model(
 
 def _candidates(
     cfg: config.MergeRun, objective: objectives.Objective, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[BaseWeights], list[Example]]:
+) -> tuple[list[BaseWeights], Sequence[Example]]:
     """Return the base weights to choose from, and the eval rows to compare them on."""
     files = locate(cfg.model, weights=False).stored
     if files and files.trains:
@@ -211,7 +212,7 @@ def _attached(cfg: config.MergeRun, adapter: Path, tokenizer: PreTrainedTokenize
 
 def _eval_examples(
     cfg: config.MergeRun, objective: objectives.Objective, tokenizer: PreTrainedTokenizerBase
-) -> list[Example]:
+) -> Sequence[Example]:
     """Return the eval set of the training run; empty if the run had no eval set or it can no longer be read."""
     if not cfg.data.path:
         return []
@@ -274,7 +275,8 @@ def _origin(base: Base, quant: config.Quant, adapters: list[Path], how: dict[str
     data = rows[0] if len(rows) == 1 else hashlib.sha256(json.dumps(rows).encode()).hexdigest() if all(rows) else None
     hashes = [hashlib.sha256((adapter / files.WEIGHTS).read_bytes()).hexdigest() for adapter in adapters]
     classes = loading.classes_of(adapters[0], files.read_config(adapters[0]))
-    return provenance.Provenance(base.identity, quant, data, how | {"adapter_sha256": hashes}, classes)
+    labels = list(classes.names) if classes else None
+    return provenance.Provenance(base.identity, quant, data, how | {"adapter_sha256": hashes}, labels, classes)
 
 
 if __name__ == "__main__":

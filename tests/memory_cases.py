@@ -19,7 +19,8 @@ from torch._C._profiler import _EventType
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from lora_ft import config
-from lora_ft.data.dataset import Dataset
+from lora_ft.data.dataset import Dataset, EvalPrompts
+from lora_ft.data.examples import Examples
 from lora_ft.data.rows import Example
 from lora_ft.memory.trace import StepTrace, trace_step
 from lora_ft.models.acceleration import accelerate
@@ -130,7 +131,13 @@ def measured(case: Case, folder: Path) -> int:
     cfg, base = case.settings, _base(case, folder)
     switch_off_dropout(base.model)
     made = accelerate(base.model, cfg.fast)
-    dataset = Dataset(train=_rows(case.lengths), eval=[], eval_prompts=[], answers=None, report=Report())
+    dataset = Dataset(
+        Examples.of(_rows(case.lengths)),
+        Examples.of([]),
+        EvalPrompts(Examples.of([]), []),
+        answers=None,
+        report=Report(),
+    )
     observer = _SecondStep()
     with attached(cfg, folder, base, dataset, made.paths, "f") as state:
         fit(state, [observer])

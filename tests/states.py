@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from lora_ft import config
 from lora_ft.classes import Classes
-from lora_ft.data.dataset import Dataset
+from lora_ft.data.dataset import Dataset, EvalPrompts
+from lora_ft.data.examples import Examples
 from lora_ft.data.rows import Example
 from lora_ft.memory import auto
 from lora_ft.models.acceleration import accelerate
@@ -74,9 +75,9 @@ def state_on(
     switch_off_dropout(model)
     base = Base(model=model.requires_grad_(False), tokenizer=tiny_tokenizer(), identity=IDENTITY, quantized=())
     dataset = Dataset(
-        train=some_rows() if examples is None else examples,
-        eval=eval_examples or [],
-        eval_prompts=[],
+        train=Examples.of(some_rows() if examples is None else examples),
+        eval=Examples.of(eval_examples or []),
+        eval_prompts=EvalPrompts(Examples.of([]), []),
         answers=None,
         report=Report(),
         classes=classes,

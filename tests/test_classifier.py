@@ -27,7 +27,6 @@ from lora_ft.data.read import read
 from lora_ft.data.rows import Example
 from lora_ft.export import verify
 from lora_ft.models.acceleration import accelerate
-from lora_ft.objectives import data_of
 from lora_ft.objectives.classification import Classification
 from lora_ft.ops.class_logits import class_logits
 from lora_ft.ops.token_loss import PLAIN_PATHS
@@ -277,12 +276,12 @@ def test_eval_compares_a_classifier_with_the_class_frequencies(
     last = runs.read_metrics(prepared / "run")[-1]
     assert found["adapter"]["loss"] == pytest.approx(result["eval_loss"], rel=1e-6)
     assert found["adapter"]["accuracy"] == pytest.approx(last["eval_accuracy"])
-    assert found["classification"] == json.loads(json.dumps(result["classification"]))
+    assert found["classification"]["adapter"] == result["classification"]
     counts = np.array(json.loads((prepared / "run/adapter/lora_ft.json").read_text())["classifier"]["counts"]) + 1
-    support = [each["support"] for each in found["classification"]["classes"]]
+    support = [each["support"] for each in found["classification"]["adapter"]["classes"]]
     expected = -np.average(np.log(counts / counts.sum()), weights=support)
     assert found["base"]["loss"] == pytest.approx(expected, rel=1e-6)
-    assert call("eval", f"run={prepared / 'run'}", "eval.metrics=[chrf]") == 2
+    assert call("eval", f"run={prepared / 'run'}", "eval.metrics=[chrf]") == 4
     # Without the run, the adapter's own record names the classes.
     by_path = [f"adapter_path={prepared / 'run' / 'adapter'}", "data=classify", f"data.path={prepared / 'rows.jsonl'}",
                "data.eval_fraction=0.3"]  # fmt: skip
@@ -304,7 +303,7 @@ def test_multi_label_rows_are_read_as_lists_or_json_text(tmp_path: Path, capfd: 
         record = json.loads((tmp_path / name / "adapter" / "lora_ft.json").read_text())["classifier"]
         assert record["problem_type"] == "multi_label_classification" and list(record["label2id"]) == sorted(LABELS)
         assert call("eval", f"run={tmp_path / name}") == 0
-        found = json.loads((tmp_path / name / "eval.json").read_text())["classification"]
+        found = json.loads((tmp_path / name / "eval.json").read_text())["classification"]["adapter"]
         assert found["confusion"] is None and 0 <= found["metrics"]["micro_f1"] <= 1
     check = json.loads((tmp_path / "lists" / "check.json").read_text())
     assert check["rows"]["converted"] == {"lists in the answer, written as JSON text": 36}
@@ -360,7 +359,7 @@ def test_an_eval_label_that_no_training_row_has_is_named(tmp_path: Path, capfd: 
     words = words_of(tmp_path, **{"data.eval_path": tmp_path / "test.jsonl"})
     assert call("check", *words) == 4
     error = " ".join(capfd.readouterr().err.split())
-    assert "test.jsonl:3: label: great is none of the classes bad, good, so so" in error
+    assert "test.jsonl:3: label: great is not a label of the training rows (bad, good, so so)" in error
 
 
 def test_a_head_of_another_number_of_classes_is_refused_with_both_numbers(
@@ -441,11 +440,10 @@ def test_the_ids_are_those_of_the_tokenizer_alone_and_check_shows_the_labels(
     assert call("check", *words_of(prepared)) == 0
     shown = " ".join(capfd.readouterr().out.split())
     assert "⟦so so⟧" in shown and "examined equal tokenizer(text) at inference" in shown and "stop token" not in shown
-    settings = config.Objective("classification", text="{text}")
-    data = data_of(settings, config.Data(path=str(prepared / "rows.jsonl"), prompt="{text}?", answer="{label}"))
+    data = config.Data(path=str(prepared / "rows.jsonl"), prompt="Judge: {text}\n\nWhich label?", answer="{label}")
     rows, tokenizer = read(data), tiny_tokenizer()
     tokenizer.pad_token = None
-    examples = Classification(settings).examples(rows, tokenizer, data)
+    examples = Classification(config.Objective("classification")).examples(rows, tokenizer, data)
     assert tokenizer.pad_token == tokenizer.eos_token
     for line, example in zip((prepared / "rows.jsonl").read_text().splitlines(), examples, strict=True):
         row = json.loads(line)

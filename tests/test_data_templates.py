@@ -48,7 +48,7 @@ def metaspace_tokenizer():
 def prepared(folder, tokenizer, *rows, **settings):
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(values) + "\n" for values in rows))
-    return prepare(Data(path=str(path), eval_fraction=0, **settings), tokenizer).train
+    return list(prepare(Data(path=str(path), eval_fraction=0, **settings), tokenizer).train)
 
 
 def chat(*contents):

@@ -13,6 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from lora_ft import check, config, runs
 from lora_ft.adapters import attach, files
 from lora_ft.data.dataset import prepare_rows
+from lora_ft.data.examples import Examples
 from lora_ft.data.read import read
 from lora_ft.data.statistics import measure, warnings
 from lora_ft.errors import ConfigError, MismatchError, ResourceError
@@ -217,7 +218,7 @@ def row_warnings(cfg, tokenizer, change=lambda document: document):
     """Return the warnings about rows whose prepared documents are changed by `change`."""
     parsed = read(cfg.data)
     dataset = prepare_rows(parsed, cfg.data, tokenizer)
-    dataset = replace(dataset, train=[change(document) for document in dataset.train])
+    dataset = replace(dataset, train=Examples.of([change(document) for document in dataset.train]))
     return list(warnings(measure(parsed, dataset, cfg.data, tokenizer), dataset.report, cfg.data))
 
 

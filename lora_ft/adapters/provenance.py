@@ -41,13 +41,15 @@ class Provenance:
     """The base of an adapter, the base's quantization, and the training rows.
 
     data_sha256: None if unknown. made_from: hashes of the adapters that it was computed from, and the method; None if
-    it was trained. classes: of a classifier.
+    it was trained. labels: the answers that it was trained to choose from, in order; None for other answers. classes:
+    those of a classifier.
     """
 
     base: Identity
     quant: config.Quant
     data_sha256: str | None
     made_from: dict[str, Any] | None = None
+    labels: list[str] | None = None
     classes: Classes | None = None
 
 
@@ -59,6 +61,7 @@ def record(tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, sourc
         "quant": _quant_fields(agreed(source.quant, source.base.stored)),
         "data_sha256": source.data_sha256,
         **({"made_from": source.made_from} if source.made_from else {}),
+        **({"labels": source.labels} if source.labels else {}),
         **({"classifier": source.classes.record() | {"input": INPUT}} if source.classes else {}),
         **_tokenizer_hashes(tokenizer),
         "tensors": {key: list(t.shape) for key, t in tensors.items()},

@@ -15,7 +15,7 @@ import typing
 from collections.abc import Iterable, Iterator
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 
@@ -34,7 +34,18 @@ _CHOICE = re.compile(r"choice\(.*\)", re.DOTALL)
 def translate(command: str, typed: list[str], *, sweep: bool) -> list[str]:
     """Return the overrides for Hydra; raises ConfigError for one that is not a setting, a choice or a value."""
     parser = OverridesParser.create()
-    return [_parsable(command, override, _translated(command, override, sweep), parser, sweep) for override in typed]
+    made = []
+    for override in typed:
+        found = _parsable(command, override, _translated(command, override, sweep), parser, sweep)
+        made += [*_cleared(command, found, parser), found]
+    return made
+
+
+def _cleared(command: str, translated: str, parser: OverridesParser) -> list[str]:
+    """Return the override that removes the earlier value of data.labels: Hydra would merge two mappings."""
+    key = parser.parse_override(translated).key_or_group
+    setting = declared(command, key)
+    return [f"{key}=null"] if setting and setting.key == key and setting.type is typing.Any else []
 
 
 def names_several(command: str, typed: list[str]) -> bool:
@@ -52,14 +63,21 @@ def names_several(command: str, typed: list[str]) -> bool:
 
 def as_typed(command: str, translated: Iterable[str]) -> Iterator[str]:
     """Undo `translate` for overrides that Hydra reports, so that they can be typed again."""
-    for parsed in OverridesParser.create().parse_overrides(list(translated)):
+    reported = OverridesParser.create().parse_overrides(list(translated))
+    for number, parsed in enumerate(reported):
         key, value = parsed.key_or_group, parsed.value()
         setting = declared(command, key)
+        if value is None and setting and setting.type is typing.Any and _is_set_next(reported, number):
+            continue
         if isinstance(value, str) and (setting is None or _is_text(setting, key)):
             text = OmegaConf.create({"text": value})["text"]  # undoes the escapes
         else:
             text = parsed.get_value_string()
         yield f"{'+' if parsed.is_add() else ''}{key}={text}"
+
+
+def _is_set_next(overrides: list[Override], number: int) -> bool:
+    return number + 1 < len(overrides) and overrides[number + 1].key_or_group == overrides[number].key_or_group
 
 
 def chosen(typed: list[str], key: str) -> str | None:

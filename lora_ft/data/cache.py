@@ -1,7 +1,7 @@
 """Cache tokenized rows between runs, by the hash of everything that they depend on.
 
     ~/.cache/lora_ft/rows/3f9a....safetensors      ids int32 [tokens], supervised uint8 [tokens],
-                                                   bounds int64 [documents, 4]: row, length, prompt_end, answer_start
+                                                   documents int32 [documents, 5] (data/examples.py)
 
 The key covers the rows, the tokenizer, the template, options, the code of this folder and the versions of libraries. A
 damaged file is replaced. A cache that cannot be written is a warning.
@@ -16,15 +16,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
 from lora_ft import config
-from lora_ft.data.rows import Example, Row
+from lora_ft.data.columns import Columns, InMemory
+from lora_ft.data.examples import Examples
+from lora_ft.data.rows import Row
 from lora_ft.io import durable
 
 log = logging.getLogger(__name__)
+
+_NAMES = ("ids", "supervised", "documents")
 
 
 def folder() -> Path:
@@ -55,34 +58,25 @@ def _code() -> str:
     return " ".join([digest.hexdigest(), *versions])
 
 
-def load(name: str, rows: list[Row]) -> list[Example] | None:
+def load(name: str, rows: list[Row]) -> Examples | None:
     """Load the examples that are stored under a key; None if the file is missing or damaged."""
     path = folder() / f"{name}.safetensors"
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            ids, supervised, bounds = (file.get_tensor(n) for n in ("ids", "supervised", "bounds"))
-            if file.metadata()["sha256"] != _checksum(ids, supervised, bounds):
+            arrays = {name: file.get_tensor(name) for name in _NAMES}
+            if file.metadata()["sha256"] != _checksum(*arrays.values()):
                 raise ValueError("wrong checksum")
     except FileNotFoundError:
         return None
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         log.warning("damaged row cache, tokenizing again: %s (%s)", path, error)
         return None
-    ends = np.cumsum(bounds[:, 1])
-    return [
-        Example(
-            ids[end - length : end], supervised[end - length : end].astype(np.bool_), rows[row].source, row, *prompt
-        )
-        for end, (row, length, *prompt) in zip(ends.tolist(), bounds.tolist(), strict=True)
-    ]
+    return Examples(InMemory(arrays), [row.source for row in rows])
 
 
-def store(name: str, examples: list[Example]) -> None:
-    """Store examples under a key. Logs a warning if the folder cannot be written."""
-    ids = np.concatenate([e.ids for e in examples])
-    supervised = np.concatenate([e.supervised for e in examples]).astype(np.uint8)
-    bounds = np.array([(e.row, len(e.ids), e.prompt_end, e.answer_start) for e in examples], dtype=np.int64)
-    arrays = {"ids": ids, "supervised": supervised, "bounds": bounds}
+def store(name: str, stored: Columns) -> None:
+    """Store the columns of examples under a key. Logs a warning if the folder cannot be written."""
+    arrays = {name: stored.read(name, 0, stored.count(name)) for name in _NAMES}
     try:
         durable.make_folder(folder())
         data = safetensors.numpy.save(arrays, {"sha256": _checksum(*arrays.values())})

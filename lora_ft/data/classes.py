@@ -3,20 +3,20 @@
     rows labelled "b", "a", "b"           ->  Classes(("a", "b"), counts=(1, 2))      labels of numbers in their order
     rows labelled '["a", "b"]', '[]'      ->  Classes(("a", "b"), is_multi=True, ...)  with objective.multi_label=true
 
-A label is the answer of a row: the column `label` of data=classify, the completion of a prompt. Classes come from
-the training rows alone, so that a label of an eval row that no training row has is an error.
+A label is the answer of a row: the column `label` of data=classify, the completion of a prompt. data/labels.py reads
+and checks labels of rows with one each; without data.labels, and for rows with several, this module does. Classes come
+from the training rows alone, so that a label of an eval row that no training row has is an error.
 """
 
 import json
-import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
+from lora_ft import config
 from lora_ft.classes import Classes, listed
+from lora_ft.data import labels
 from lora_ft.data.rows import Row, RowError, excerpt, is_blank
-from lora_ft.errors import DataError
-
-MOST = 1000
+from lora_ft.errors import ConfigError, DataError
 
 
 def labels_of(row: Row, *, is_multi: bool) -> list[str]:
@@ -44,10 +44,10 @@ def _parsed(text: str) -> list[str]:
     return [str(label).strip() for label in found]
 
 
-def find(rows: Iterable[Row], given: Sequence[str], *, is_multi: bool) -> Classes:
-    """Return the classes of training rows: the names given, or those that the rows have, sorted.
+def find(rows: Sequence[Row], data: config.Data, *, is_multi: bool) -> Classes:
+    """Return the classes of training rows: those that data.labels names, or else those that the rows have, in order.
 
-    Raises DataError for fewer than two classes, or more than MOST. Rows that cannot be read are not counted.
+    Raises DataError for fewer than two classes, or too many. Rows that cannot be read are not counted.
     """
     counts: Counter[str] = Counter()
     num = 0
@@ -57,22 +57,26 @@ def find(rows: Iterable[Row], given: Sequence[str], *, is_multi: bool) -> Classe
         except RowError:  # reported with its row when examples are made
             continue
         num += 1
-    names = list(given) or sorted(counts, key=_order)
+    names = _named(data, is_multi) or sorted(counts, key=labels.order)
     if len(names) < 2:
         found = f"only {names[0]!r}" if names else "none"
         raise DataError(f"a classifier needs two labels or more, and the training rows have {found}")
-    if len(names) > MOST and not given:
+    if len(names) > labels.MOST_FOUND:
         raise DataError(
             f"the training rows have {len(names):,} different labels, such as {excerpt(listed(names, 3))}: "
-            f"a classifier has at most {MOST:,}, so this column holds answers, not labels"
+            f"a classifier has at most {labels.MOST_FOUND:,}, so this column holds answers, not labels"
         )
     return Classes(tuple(names), is_multi, tuple(counts[name] for name in names), num)
 
 
-def _order(name: str) -> tuple[bool, float, str]:
-    """Sort whole numbers by their value, before names."""
-    is_number = name.removeprefix("-").isdecimal() and name.isascii()
-    return not is_number, float(name) if is_number else math.inf, name
+def _named(data: config.Data, is_multi: bool) -> list[str]:
+    """Return the labels that data.labels names, [] if it names none."""
+    given = labels.of(data)
+    if given is None or given.names is None:
+        return []
+    if is_multi and isinstance(data.labels, dict):
+        raise ConfigError("data.labels: a map is for rows of one label; with objective.multi_label=true give a list")
+    return given.names
 
 
 def index_of(label: str, classes: Classes) -> int:

@@ -6,10 +6,11 @@ Every row that was read is in the dataset, counted in its report, or named in an
 """
 
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,9 @@ from numpy.typing import NDArray
 from lora_ft import config
 from lora_ft.classes import Classes
 from lora_ft.config import TooLong
-from lora_ft.data import cache, chat_template, lengths, tokenize
+from lora_ft.data import cache, chat_template, labels, lengths, tokenize
+from lora_ft.data.columns import InMemory
+from lora_ft.data.examples import Examples, columns_of
 from lora_ft.data.read import Rows, read
 from lora_ft.data.rows import Example, Row, excerpt
 from lora_ft.errors import ConfigError, DataError
@@ -33,13 +36,45 @@ class EvalPrompt:
     """A prompt of the eval set, for generation and metrics.
 
     prompt_ids: int32 [length], the row up to its last answer, generation prompt included.
-    prompt: the last user message. answer: the reference answer. source: file and line of the row.
+    prompt: the last user message. answer: the reference answer. source: file and line of the row. row: the row itself.
     """
 
     prompt_ids: NDArray[np.int32]
     prompt: str
     answer: str
     source: str
+    row: Row
+
+
+class EvalPrompts(Sequence[EvalPrompt]):
+    """The prompt of each chat of the eval set, made of its last example when it is asked for."""
+
+    def __init__(self, examples: Examples, rows: Sequence[Row]) -> None:
+        self._examples, self._rows = examples, rows
+        places = np.flatnonzero(examples.answer_starts)
+        of_rows = examples.rows[places]
+        chats = {row for row in np.unique(of_rows).tolist() if rows[row].messages}
+        self._last = {row: place for row, place in zip(of_rows.tolist(), places.tolist(), strict=True) if row in chats}
+        self._order = list(self._last)
+
+    def of_rows(self, rows: NDArray[np.int64]) -> list[EvalPrompt]:
+        """Return the prompts of these rows, each once, in the order of the rows; a row of plain text has none."""
+        return [self._made(row) for row in dict.fromkeys(rows.tolist()) if row in self._last]
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    @overload
+    def __getitem__(self, index: int) -> EvalPrompt: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[EvalPrompt]: ...
+    def __getitem__(self, index: int | slice) -> EvalPrompt | list[EvalPrompt]:
+        chosen = self._order[index]
+        return self._made(chosen) if isinstance(chosen, int) else [self._made(row) for row in chosen]
+
+    def _made(self, row: int) -> EvalPrompt:
+        example, found = self._examples[self._last[row]], self._rows[row]
+        return EvalPrompt(example.ids[: example.answer_start], _question(found), found.answer, example.source, found)
 
 
 @dataclass(frozen=True)
@@ -47,7 +82,7 @@ class Report:
     """Counts of rows, and of the documents made of them; a row may give several documents.
 
     left_out: rows by reason. converted: counts of what was brought to the usual form. truncated: documents whose
-    prompt was cut. split: texts cut into windows.
+    prompt was cut. split: texts cut into windows. labels: training rows of each label; None without data.labels.
     duplicates: rows that differ from an earlier one in case and whitespace at most. unused: columns that are not read.
     sha256: of all ids and masks. template_sha256, tokenizer_sha256: of the chat template and the tokenizer.
     """
@@ -70,6 +105,7 @@ class Report:
     sha256: str
     template_sha256: str | None
     tokenizer_sha256: str
+    labels: dict[str, int] | None = None
 
     def __str__(self) -> str:
         left_out = "".join(f", {count:,} {reason} left out" for reason, count in self.left_out.items())
@@ -81,26 +117,32 @@ class Report:
             + (f"; {self.truncated:,} prompts cut" if self.truncated else "")
             + (f"; {self.split:,} texts cut into windows" if self.split else "")
             + (f"; converted: {converted}" if converted else "")
+            + (f"; labels: {_listed(self.labels)}" if self.labels else "")
             + (f"; columns not used: {excerpt(', '.join(self.unused))}" if self.unused else "")
         )
 
 
+def _listed(counts: dict[str, int]) -> str:
+    return excerpt(", ".join(f"{label} {count:,}" for label, count in counts.items()))
+
+
 @dataclass(frozen=True)
 class Dataset:
-    """Training examples, eval examples, the prompts of the eval set, and the `labels` of the training rows.
+    """Training examples, eval examples, and the prompts of the eval set.
 
-    classes: of a classifier, else None.
+    answers: the labels in order (data/labels.py); without data.labels the distinct answers of the training rows, if
+    these are few. classes: of a classifier, else None.
     """
 
-    train: list[Example]
-    eval: list[Example]
-    eval_prompts: list[EvalPrompt]
+    train: Examples
+    eval: Examples
+    eval_prompts: EvalPrompts
     answers: list[str] | None
     report: Report
     classes: Classes | None = None
 
 
-def tokenized(found: Rows, tokenizer: Any, data: config.Data) -> list[Example]:
+def tokenized(found: Rows, tokenizer: Any, data: config.Data) -> Examples:
     """Render and tokenize rows, or load their examples from the cache. Bad rows go into the ledger."""
     rows, ledger = found.rows, found.ledger
     name = cache.key(rows, tokenizer, data) if len(rows) >= _CACHED_FROM_ROWS and not ledger.bad else None
@@ -108,13 +150,14 @@ def tokenized(found: Rows, tokenizer: Any, data: config.Data) -> list[Example]:
         found.from_cache.append(name)
         return kept
     rendered = chat_template.turns(rows, data, tokenizer, ledger)
-    examples = list(tokenize.encode(rows, rendered, tokenizer, data.train_on, ledger))
-    if name and not ledger.bad and all(example.supervised.any() for example in examples):
-        cache.store(name, examples)
+    stored = InMemory(columns_of(list(tokenize.encode(rows, rendered, tokenizer, data.train_on, ledger))))
+    examples = Examples(stored, [row.source for row in rows])
+    if name and not ledger.bad and examples.supervised_tokens.all():
+        cache.store(name, stored)
     return examples
 
 
-MakeExamples = Callable[[Rows, Any, config.Data], list[Example]]  # `Objective.examples`
+MakeExamples = Callable[[Rows, Any, config.Data], Sequence[Example]]  # `Objective.examples`
 
 
 def prepare(data: config.Data, tokenizer: Any, make_examples: MakeExamples = tokenized) -> Dataset:
@@ -134,14 +177,15 @@ def prepare_rows(found: Rows, data: config.Data, tokenizer: Any, make_examples: 
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"the tokenizer must be a fast one (tokenizer.json), got {type(tokenizer).__name__}")
     rows, ledger = found.rows, found.ledger
-    examples = make_examples(found, tokenizer, data)
-    for example in examples:
-        if not example.supervised.any():
-            ledger.add_bad(example.source, "row", "has no supervised token", rows[example.row].answer)
+    counts = labels.resolve(data, found.training_rows, found.eval_rows, ledger) if data.labels is not None else None
+    examples = Examples.of(make_examples(found, tokenizer, data))
+    for index in np.flatnonzero(examples.supervised_tokens == 0).tolist():
+        example = examples[index]
+        ledger.add_bad(example.source, "row", "has no supervised token", rows[example.row].answer)
     ledger.raise_bad()
     fitted, cut = lengths.fit(examples, found, data, tokenizer)
-    train = [example for example in fitted if not found.is_eval[example.row]]
-    eval_ = [example for example in fitted if found.is_eval[example.row]]
+    in_eval = np.array(found.is_eval, dtype=np.bool_)[fitted.rows]
+    train, eval_ = fitted.select(np.flatnonzero(~in_eval)), fitted.select(np.flatnonzero(in_eval))
     if not (eval_ if all(found.is_eval) else train):
         left_out = ", ".join(f"{count} {reason}" for reason, count in ledger.left_out.items())
         raise DataError(f"no row is left to {'evaluate' if all(found.is_eval) else 'train on'}: {left_out}")
@@ -150,38 +194,37 @@ def prepare_rows(found: Rows, data: config.Data, tokenizer: Any, make_examples: 
         left_out=dict(+ledger.left_out), converted=dict(+ledger.converted),
         truncated=cut if data.too_long is TooLong.truncate_prompt else 0,
         split=cut if data.too_long is TooLong.split else 0, duplicates=found.duplicates, unused=found.unused,
-        train_tokens=sum(len(e.ids) for e in train), eval_tokens=sum(len(e.ids) for e in eval_),
-        supervised_tokens=sum(int(example.supervised.sum()) for example in train),
-        longest=max(len(example.ids) for example in fitted), cached=bool(found.from_cache),
+        train_tokens=int(train.lengths.sum()), eval_tokens=int(eval_.lengths.sum()),
+        supervised_tokens=int(train.supervised_tokens.sum()), longest=int(fitted.lengths.max()),
+        cached=bool(found.from_cache),
         sha256=_sha256(train, eval_), template_sha256=_template_sha256(tokenizer),
         tokenizer_sha256=hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        labels=None if counts is None else dict(counts),
     )  # fmt: skip
-    return Dataset(train, eval_, _eval_prompts(eval_, rows), labels(rows[example.row] for example in train), report)
-
-
-def _eval_prompts(examples: Iterable[Example], rows: list[Row]) -> list[EvalPrompt]:
-    """Make a prompt of the last example of each chat."""
-    last = {example.row: example for example in examples if example.answer_start and rows[example.row].messages}
-    return [
-        EvalPrompt(e.ids[: e.answer_start], _question(rows[e.row]), rows[e.row].answer, e.source) for e in last.values()
-    ]
+    answers = few_answers(rows[row] for row in train.rows.tolist()) if counts is None else [*counts]
+    return Dataset(train, eval_, EvalPrompts(eval_, rows), answers, report)
 
 
 def _question(row: Row) -> str:
     return next(str(m["content"]) for m in reversed(row.messages) if m["role"] == "user")
 
 
-def labels(rows: Iterable[Row]) -> list[str] | None:
+def few_answers(rows: Iterable[Row]) -> list[str] | None:
     """Return the distinct last answers of chats, sorted; None if there are more than MOST_LABELS, or no chats."""
     answers = {row.answer for row in rows if row.messages}
     return sorted(answers) if 0 < len(answers) <= MOST_LABELS else None
 
 
-def _sha256(*sides: list[Example]) -> str:
+def _sha256(*sides: Examples) -> str:
+    """Hash the length, ids and mask of each document, and where each side ends."""
     digest = hashlib.sha256()
     for examples in sides:
-        for e in examples:
-            digest.update(len(e.ids).to_bytes(8, "little") + e.ids.tobytes() + e.supervised.tobytes())
+        for block in examples.blocks():
+            ids, supervised = block.ids.data.cast("B"), block.supervised.data.cast("B")
+            for start, stop in itertools.pairwise(block.starts.tolist()):
+                digest.update((stop - start).to_bytes(8, "little"))
+                digest.update(ids[4 * start : 4 * stop])
+                digest.update(supervised[start:stop])
         digest.update(b"side")
     return digest.hexdigest()
 

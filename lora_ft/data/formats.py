@@ -20,7 +20,7 @@ from typing import Any
 
 from lora_ft import config
 from lora_ft.config import Format
-from lora_ft.data import table
+from lora_ft.data import labels, table
 from lora_ft.data.messages import check_order, messages_of, optional_text, text_of, tools_of, with_system
 from lora_ft.data.rows import ANSWER_CUE, Ledger, Message, Record, Row, RowError, excerpt, is_blank
 from lora_ft.errors import ConfigError, DataError
@@ -41,6 +41,7 @@ def rows(records: Iterable[Record], data: config.Data, ledger: Ledger) -> tuple[
     columns = Counter(tuple(_renamed(values, data.columns)) for _, values in kept)
     names = list(dict.fromkeys(name for _, values in kept for name in values))
     found, parse, read = _parser(names, columns, data)
+    parse = labels.checked(parse, data)
     parsed: list[Row] = []
     for source, values in kept:
         try:

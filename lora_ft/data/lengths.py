@@ -11,53 +11,66 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lora_ft import config
 from lora_ft.config import TooLong
+from lora_ft.data.examples import Examples
 from lora_ft.data.read import Rows
 from lora_ft.data.rows import Example
 from lora_ft.errors import DataError
 
 
-def fit(examples: list[Example], found: Rows, data: config.Data, tokenizer: Any) -> tuple[list[Example], int]:
+def fit(examples: Examples, found: Rows, data: config.Data, tokenizer: Any) -> tuple[Examples, int]:
     """Return examples of at most `data.max_length` tokens, and the number of those that were cut.
 
     Raises DataError for rows that are too long and that `data.too_long` does not apply to.
     """
     limit = data.max_length
-    long = [example for example in examples if len(example.ids) > limit]
-    if not long:
+    places = np.flatnonzero(examples.lengths > limit)
+    if not len(places):
         return examples, 0
+    long = examples.select(places)
     fitted, stuck, why = examples, long, ""
     if data.too_long is TooLong.drop:
         # All documents of the row are dropped: the others would be half a conversation.
-        dropped = {example.row for example in long}
+        dropped = np.unique(long.rows)
         found.ledger.left_out["longer than data.max_length"] += len(dropped)
-        return [example for example in examples if example.row not in dropped], 0
+        return examples.select(np.flatnonzero(~np.isin(examples.rows, dropped))), 0
     if data.too_long is TooLong.split:
-        fitted = [window for example in examples for window in _windows(example, limit)]
-        stuck = [example for example in long if found.rows[example.row].messages]
+        stuck = long.select([i for i, row in enumerate(long.rows.tolist()) if found.rows[row].messages])
         why = ", and data.too_long=split applies to plain text only"
+        if not len(stuck):
+            fitted = _replaced(examples, places, [list(_windows(example, limit)) for example in long])
     elif data.too_long is TooLong.truncate_prompt:
-        fitted = [_truncated(example, limit, tokenizer) for example in examples]
-        stuck = [example for example in fitted if len(example.ids) > limit]
+        fitted = _replaced(examples, places, [[_truncated(example, limit, tokenizer)] for example in long])
+        stuck = fitted.select(np.flatnonzero(fitted.lengths > limit))
         why = " even without their prompts, and answers are never cut"
-    if stuck:
-        worst = max(stuck, key=lambda example: len(example.ids))
+    if len(stuck):
+        worst = stuck[int(stuck.lengths.argmax())]
         raise DataError(
-            f"{len({e.row for e in stuck})} of {len(found.rows)} rows are longer than data.max_length={limit}, the "
+            f"{len(np.unique(stuck.rows))} of {len(found.rows)} rows are longer than data.max_length={limit}, the "
             f"longest is {worst.source} with {len(worst.ids)} tokens{why}: raise it, or choose "
             f"data.too_long={_remedies(stuck, found, limit, tokenizer)}"
         )
     return fitted, len(long)
 
 
-def _remedies(long: list[Example], found: Rows, limit: int, tokenizer: Any) -> str:
+def _replaced(examples: Examples, places: NDArray[np.int64], parts: list[list[Example]]) -> Examples:
+    """Return examples of which those at some places are replaced by their parts."""
+    counts = np.ones(len(examples), np.int64)
+    counts[places] = [len(each) for each in parts]
+    order = np.repeat(np.arange(len(examples)), counts)
+    order[np.isin(order, places)] = np.arange(sum(map(len, parts))) + len(examples)
+    return examples.replaced([part for each in parts for part in each], order)
+
+
+def _remedies(long: Examples, found: Rows, limit: int, tokenizer: Any) -> str:
     """Name the choices of data.too_long that work for all of these documents."""
     choices = ["drop"]
     if all(len(_truncated(example, limit, tokenizer).ids) <= limit for example in long):
         choices.append("truncate_prompt")
-    if not any(found.rows[example.row].messages for example in long):
+    if not any(found.rows[row].messages for row in long.rows.tolist()):
         choices.append("split")
     return " or ".join(choices)
 

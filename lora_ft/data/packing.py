@@ -4,13 +4,16 @@ best_fit([5, 3, 4, 2], capacity=7) -> [[0, 3], [1, 2]]       5+2 and 3+4 tokens
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lora_ft.data.examples import groups_of, lengths_of
+from lora_ft.data.groups import Groups, grouped, groups_from
 from lora_ft.data.rows import Example
+from lora_ft.data.steps import tokens_of
 from lora_ft.errors import ConfigError
 from lora_ft.ops.batch import IGNORED, Batch
 
@@ -35,34 +38,22 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def grouped(examples: Sequence[Example]) -> list[list[int]]:
-    """Return the indices of the examples of each group, in order; an example without a group is a group of one."""
-    groups: dict[tuple[str, int], list[int]] = {}
-    for index, example in enumerate(examples):
-        key = ("example", index) if example.group is None else ("group", example.group)
-        groups.setdefault(key, []).append(index)
-    return list(groups.values())
-
-
-def group_lengths(examples: Sequence[Example], groups: Sequence[Sequence[int]]) -> list[int]:
-    """Return the number of tokens of each group."""
-    return [sum(len(examples[i].ids) for i in group) for group in groups]
-
-
 def longest_group(examples: Sequence[Example]) -> int:
     """Return the number of tokens of the longest group, which a micro-batch must be able to hold."""
-    return max(group_lengths(examples, grouped(examples)), default=0)
+    return int(grouped(examples).lengths.max(initial=0))
 
 
 def check_capacity(examples: Sequence[Example], capacity: int | None) -> None:
     """Raise ConfigError if the longest group does not fit into a micro-batch of `capacity` tokens."""
     groups = grouped(examples)
-    length, group = max(zip(group_lengths(examples, groups), groups, strict=True), default=(0, []))
-    if capacity is not None and length > capacity:
-        raise ConfigError(
-            f"train.tokens_per_microbatch must be at least the longest row: {examples[group[0]].source} has {length} "
-            f"tokens, got {capacity}"
-        )
+    length = int(groups.lengths.max(initial=0))
+    if capacity is None or length <= capacity:
+        return
+    last = int(np.flatnonzero(groups.lengths == length)[-1])
+    source = examples[int(groups.members[groups.starts[last]])].source
+    raise ConfigError(
+        f"train.tokens_per_microbatch must be at least the longest row: {source} has {length} tokens, got {capacity}"
+    )
 
 
 def micro_batches(examples: Sequence[Example], capacity: int | None, packing: bool) -> list[Batch]:
@@ -70,43 +61,59 @@ def micro_batches(examples: Sequence[Example], capacity: int | None, packing: bo
 
     Without packing each group is its own micro-batch. Raises ConfigError if a group is longer than the capacity.
     """
-    return [_pack([examples[i] for i in indices]) for indices in _assigned(examples, capacity, packing)]
+    return list(packed(examples, capacity, packing))
+
+
+def packed(examples: Sequence[Example], capacity: int | None, packing: bool) -> Iterator[Batch]:
+    """Yield the micro-batches that `micro_batches` returns, made one at a time."""
+    check_capacity(examples, capacity)
+    for indices in _assigned(grouped(examples), capacity, packing):
+        yield _pack([examples[i] for i in indices])
 
 
 def micro_batch_lengths(examples: Sequence[Example], capacity: int | None, packing: bool) -> list[list[int]]:
     """Return the lengths of the documents of each of a step's micro-batches, in the order of `micro_batches`."""
-    return [[len(examples[i].ids) for i in indices] for indices in _assigned(examples, capacity, packing)]
+    check_capacity(examples, capacity)
+    lengths = lengths_of(examples).tolist()
+    return [[lengths[i] for i in indices] for indices in _assigned(grouped(examples), capacity, packing)]
 
 
 def largest_micro_batch(
-    examples: Sequence[Example], steps: Iterable[NDArray[np.int64]], capacity: int | None, packing: bool
+    examples: Sequence[Example], steps: Sequence[NDArray[np.int64]], capacity: int | None, packing: bool
 ) -> list[int]:
     """Return the lengths of the documents of the micro-batch with the most tokens in any of the steps.
 
     A step is an array of indices of examples. Raises ConfigError if a group is longer than the capacity.
     """
+    lengths, groups = lengths_of(examples), groups_of(examples)
 
-    def bound(step: list[Example]) -> int:
-        tokens = sum(len(e.ids) for e in step) if packing else longest_group(step)
-        return min(tokens, capacity or tokens)
+    def groups_in(step: NDArray[np.int64]) -> Groups:
+        return groups_from(lengths[step], None if groups is None else groups[step])
 
-    chosen = ([examples[i] for i in step] for step in steps)
+    if packing:
+        bounds = tokens_of(steps, lengths)
+    else:
+        bounds = np.array([groups_in(step).lengths.max(initial=0) for step in steps], dtype=np.int64)
+    if capacity:
+        bounds = np.minimum(bounds, capacity)
     largest: list[int] = []
     # The steps that may have the largest come first, so that few of them are packed.
-    for most, step in sorted(((bound(step), step) for step in chosen), key=lambda pair: -pair[0]):
-        if sum(largest) >= most:
+    for number in np.argsort(-bounds, kind="stable").tolist():
+        if sum(largest) >= bounds[number]:
             break
-        largest = max(largest, *micro_batch_lengths(step, capacity, packing), key=sum)
+        step = steps[number]
+        inner, each = groups_in(step), lengths[step].tolist()
+        if capacity is not None and inner.lengths.max(initial=0) > capacity:
+            check_capacity([examples[i] for i in step], capacity)
+        largest = max(largest, *([each[i] for i in bin_] for bin_ in _assigned(inner, capacity, packing)), key=sum)
     return largest
 
 
-def _assigned(examples: Sequence[Example], capacity: int | None, packing: bool) -> list[list[int]]:
+def _assigned(groups: Groups, capacity: int | None, packing: bool) -> list[list[int]]:
     """Return the indices of the examples of each micro-batch."""
-    check_capacity(examples, capacity)
-    groups = grouped(examples)
-    lengths = group_lengths(examples, groups)
+    lengths = groups.lengths.tolist()
     bins = best_fit(lengths, capacity or sum(lengths)) if packing else [[i] for i in range(len(groups))]
-    return [[i for group in bin_ for i in groups[group]] for bin_ in bins]
+    return [groups.members_of(np.array(bin_, dtype=np.int64)).tolist() for bin_ in bins]
 
 
 def _pack(examples: Sequence[Example]) -> Batch:

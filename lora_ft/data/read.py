@@ -38,6 +38,10 @@ class Rows:
     def training_rows(self) -> list[Row]:
         return [row for row, is_eval in zip(self.rows, self.is_eval, strict=True) if not is_eval]
 
+    @property
+    def eval_rows(self) -> list[Row]:
+        return [row for row, is_eval in zip(self.rows, self.is_eval, strict=True) if is_eval]
+
 
 def read(data: config.Data) -> Rows:
     """Read, check and split the rows of `data`. Raises the errors of `prepare` that do not depend on a tokenizer.

@@ -6,6 +6,7 @@ steps_of_epoch([400, 500, 300, 900], [2, 0, 3, 1], 1000) -> [2 0] [3] [1]
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 
@@ -29,18 +30,28 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 def steps_of_epoch(
-    lengths: Sequence[int], order: Sequence[int] | NDArray[np.int64], tokens_per_step: int
+    lengths: Sequence[int] | NDArray[np.int64], order: Sequence[int] | NDArray[np.int64], tokens_per_step: int
 ) -> list[NDArray[np.int64]]:
     """Cut an order into steps of consecutive rows with at most `tokens_per_step` tokens; a longer row is its own step.
 
     `lengths` are in tokens, by row index. Every row of the order is in exactly one step.
     """
-    steps: list[list[int]] = []
-    tokens = 0
-    for row in map(int, order):
-        if not steps or tokens + lengths[row] > tokens_per_step:
-            steps.append([])
-            tokens = 0
-        steps[-1].append(row)
-        tokens += lengths[row]
-    return [np.array(step, dtype=np.int64) for step in steps]
+    rows = np.asarray(order, dtype=np.int64)
+    cuts = cuts_of_epoch(np.asarray(lengths, dtype=np.int64)[rows], tokens_per_step)
+    return [rows[start:stop] for start, stop in itertools.pairwise(cuts.tolist())]
+
+
+def cuts_of_epoch(lengths: NDArray[np.int64], tokens_per_step: int) -> NDArray[np.int64]:
+    """Return the positions at which an epoch is cut into steps, first and end included.
+
+    lengths: of the rows in the order of the epoch.
+    """
+    ends = np.cumsum(lengths)
+    # By position, where a step that begins there ends.
+    following = np.searchsorted(ends, ends - lengths + tokens_per_step, side="right")
+    stops = np.maximum(following, np.arange(1, len(lengths) + 1)).data
+    cuts, position = [0], 0
+    while position < len(lengths):
+        position = stops[position]
+        cuts.append(position)
+    return np.array(cuts, dtype=np.int64)

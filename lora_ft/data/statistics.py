@@ -15,15 +15,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lora_ft import config
 from lora_ft.classes import Classes
 from lora_ft.config import TooLong
 from lora_ft.data.chat_template import learned_answers, prompts
 from lora_ft.data.dataset import Dataset, Report
+from lora_ft.data.examples import Examples
 from lora_ft.data.messages import with_system
 from lora_ft.data.read import Rows
-from lora_ft.data.rows import Example, Row, any_of, excerpt
+from lora_ft.data.rows import Row, any_of, excerpt
+from lora_ft.data.table import text_alone
 from lora_ft.data.tokenize import Vocabulary
 
 _BINS = 8
@@ -62,7 +65,7 @@ class Statistics:
 
 def measure(found: Rows, dataset: Dataset, data: config.Data, tokenizer: Any) -> Statistics:
     """Measure the rows `found` and the documents that `prepare_rows` made of them."""
-    lengths = np.array([len(document.ids) for document in dataset.train])
+    lengths = dataset.train.lengths
     vocabulary = Vocabulary(tokenizer)
     lead = vocabulary.lead
     classifies = dataset.classes is not None
@@ -74,7 +77,7 @@ def measure(found: Rows, dataset: Dataset, data: config.Data, tokenizer: Any) ->
         percentile_95=float(np.percentile(lengths, 95)),
         histogram=_histogram(lengths),
         begin=tokenizer.convert_ids_to_tokens(lead[0]) if lead else None,
-        begun=sum(int(document.ids[0]) == lead[0] for document in dataset.train) if lead else 0,
+        begun=_begun(dataset.train, lead[0]) if lead else 0,
         ends=ends,
         unended=unended,
         prompts=len(compared),
@@ -130,12 +133,26 @@ def _histogram(lengths: np.ndarray[Any, Any]) -> list[tuple[int, int, int]]:
     ]
 
 
-def _ends(documents: list[Example], data: config.Data, tokenizer: Any) -> tuple[dict[str, int], int]:
+def _begun(documents: Examples, token: int) -> int:
+    """Count documents that begin with a token."""
+    return sum(int((block.ids[block.starts[:-1]] == token).sum()) for block in documents.blocks())
+
+
+def _last_of_rows(documents: Examples) -> NDArray[np.int64]:
+    """Return the index of the last document of each row, in the order of the rows."""
+    _, backwards = np.unique(documents.rows[::-1], return_index=True)
+    return len(documents) - 1 - backwards
+
+
+def _ends(documents: Examples, data: config.Data, tokenizer: Any) -> tuple[dict[str, int], int]:
     """Count documents by their supervised end token, and those without one; of a text in windows the last counts."""
     if data.too_long is TooLong.split:
-        documents = list({document.source: document for document in documents}.values())
+        documents = documents.select(_last_of_rows(documents))
     ends = {tokenizer.eos_token_id, *tokenizer.added_tokens_decoder}
-    last = Counter(int(d.ids[-1]) for d in documents if d.supervised[-1] and int(d.ids[-1]) in ends)
+    last: Counter[int] = Counter()
+    for block in documents.blocks():
+        stops = block.starts[1:] - 1
+        last.update(token for token in block.ids[stops][block.supervised[stops]].tolist() if token in ends)
     named = {str(tokenizer.convert_ids_to_tokens(token)): count for token, count in last.most_common()}
     return named, len(documents) - last.total()
 
@@ -151,10 +168,11 @@ def _prompts_again(
     tokenizer = vocabulary.tokenizer
     if not tokenizer.chat_template:
         return
-    last = {document.source: document for document in dataset.train}
-    chats = [row for row in found.training_rows if row.messages and row.source in last]
-    for row in chats[:: max(1, len(chats) // _PROMPTS_COMPARED)][:_PROMPTS_COMPARED]:
-        ids = last[row.source].ids
+    last = _last_of_rows(dataset.train)
+    rows = dataset.train.rows[last]
+    chats = [place for place, row in enumerate(rows.tolist()) if found.rows[row].messages]
+    for place in chats[:: max(1, len(chats) // _PROMPTS_COMPARED)][:_PROMPTS_COMPARED]:
+        row, ids = found.rows[int(rows[place])], dataset.train[int(last[place])].ids
         if data.too_long is TooLong.truncate_prompt and len(ids) == data.max_length:
             continue  # it may have been cut
         messages = with_system(row.messages[: learned_answers(row, data.train_on)[-1]], data.system)
@@ -170,7 +188,8 @@ def _texts_again(
     for example in examples:
         if data.too_long is TooLong.truncate_prompt and len(example.ids) == data.max_length:
             continue  # it may have been cut
-        expected = vocabulary.tokenizer(str(found.rows[example.row].messages[0]["content"]))["input_ids"]
+        text = text_alone(str(found.rows[example.row].messages[0]["content"]), data.prompt)
+        expected = vocabulary.tokenizer(text)["input_ids"]
         yield example.source, expected == example.ids[: example.prompt_end].tolist()
 
 

@@ -42,6 +42,17 @@ def parser(data: config.Data, columns: Iterable[str]) -> tuple[Parse, list[str]]
     return parse, [column for _, column in prompt + answer if column]
 
 
+def text_alone(prompt: str, template: str | None) -> str:
+    """Return the column of a prompt without the words around it, if its template has one column; else the prompt."""
+    pieces = list(Formatter().parse(template or ""))
+    if sum(column is not None for _, column, _, _ in pieces) != 1:
+        return prompt
+    before, *rest = (literal for literal, _, _, _ in pieces)
+    after = "".join(rest)
+    is_filled = prompt.startswith(before) and prompt.endswith(after) and len(prompt) > len(before) + len(after)
+    return prompt[len(before) : len(prompt) - len(after)] if is_filled else prompt
+
+
 def _compile(key: str, template: str | None, known: set[str]) -> list[tuple[str, str | None]]:
     """Split a template into pieces: literal text, and the column that follows it."""
     if not template:

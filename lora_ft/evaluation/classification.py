@@ -21,7 +21,7 @@ log_loss are then means over the decisions, each of two classes: no and yes.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -69,6 +69,11 @@ class Predictions:
         if self.is_multi_label:
             return self.probabilities >= 0.5
         return _one_hot(self.probabilities.argmax(1), len(self.labels))
+
+    def with_temperature(self, temperature: float) -> "Predictions":
+        """Return the same rows with calibrated probabilities."""
+        changed = with_temperature(self.probabilities, temperature, multi_label=self.is_multi_label)
+        return replace(self, probabilities=changed)
 
     @property
     def right(self) -> NDArray[np.bool_]:

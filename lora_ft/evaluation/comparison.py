@@ -12,8 +12,8 @@ adapter     Eight.
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from peft import PeftModel
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -22,16 +22,17 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft import config
-from lora_ft.classes import Classes
 from lora_ft.data.dataset import EvalPrompt
 from lora_ft.data.rows import Example
 from lora_ft.errors import NonFiniteError
-from lora_ft.evaluation.classification import LEVEL, Classification, classify
+from lora_ft.evaluation import class_report
+from lora_ft.evaluation.class_set import ClassSet
+from lora_ft.evaluation.classification import Classification, Predictions
 from lora_ft.evaluation.generation import generate, visible
-from lora_ft.evaluation.heads import MAJORITY, HeadPredictions, LossOf, majority, predict
 from lora_ft.evaluation.loss import EvalLoss, Loss, eval_loss
 from lora_ft.ops.token_loss import Paths
 
+MAJORITY = "majority"  # the heading of the yardstick that stands for the base of a classifier
 _WIDE = 100  # columns; four texts side by side are unreadable in a narrower terminal
 
 
@@ -40,7 +41,9 @@ class EvalSet:
     """Examples for the loss, and prompts to answer greedily.
 
     tokens_per_microbatch: most tokens of a forward pass. max_new_tokens: most tokens of an answer. loss: of the
-    objective.
+    objective. classes: rows with labels, whose probabilities are computed; None for other rows. metrics: further
+    metrics of a model, given its probabilities of labels; they join those of the objective.
+    is_of_head: the classes are those of a classifier's head, whose base has none.
     """
 
     examples: Sequence[Example]
@@ -48,6 +51,9 @@ class EvalSet:
     tokens_per_microbatch: int
     max_new_tokens: int
     loss: Loss
+    classes: ClassSet | None = None
+    metrics: Callable[[PreTrainedModel, Predictions | None], dict[str, float]] | None = None
+    is_of_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,27 +68,17 @@ class Answers:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Losses of base and adapter on the same rows, and their answers to the same prompts.
+    """Losses of base and adapter on the same rows, their answers to the same prompts, and probabilities of labels.
 
-    classifications: of a classifier, for its base and itself, else None; `base` is then the yardstick of
-    evaluation/heads.py. predictions: of a classifier with its adapter.
+    is_of_head: of a classifier. `base` is then the yardstick of evaluation/heads.py, and losses are those of rows.
     """
 
     base: EvalLoss
     adapter: EvalLoss
     answers: list[Answers]
-    classifications: tuple[Classification, Classification] | None = None
-    predictions: HeadPredictions | None = None
-
-    @property
-    def base_name(self) -> str:
-        """Heading of the first column: base, or the yardstick of a classifier."""
-        return MAJORITY if self.predictions else "base"
-
-    @property
-    def unit(self) -> str:
-        """Unit of the losses."""
-        return "nats per row" if self.predictions else "nats per token"
+    base_classes: Predictions | None = None
+    adapter_classes: Predictions | None = None
+    is_of_head: bool = False
 
 
 def compare(
@@ -101,34 +97,30 @@ def compare(
     """
     inner: PreTrainedModel = model.get_base_model()
 
-    def loss_and_answers(loss: EvalLoss | None) -> tuple[EvalLoss, list[str]]:
+    def evaluated(loss: EvalLoss | None) -> tuple[EvalLoss, list[str], Predictions | None]:
+        is_known = loss is not None
         loss = loss or eval_loss(inner, eval_set.loss, eval_set.examples, paths, eval_set.tokens_per_microbatch)
         if not math.isfinite(loss.loss):
             raise NonFiniteError(
                 f"eval loss {loss.loss}: weights of the base or the adapter are not finite, or too large"
             )
+        classes = eval_set.classes.predict(inner) if eval_set.classes else None
+        if eval_set.metrics and not is_known:
+            loss = replace(loss, metrics=loss.metrics | eval_set.metrics(inner, classes))
         prompts = [prompt.prompt_ids for prompt in eval_set.prompts]
         greedy = config.Sampling(max_new_tokens=eval_set.max_new_tokens)
-        return loss, generate(inner, tokenizer, prompts, greedy, seed=0)
+        answers = generate(inner, tokenizer, prompts, greedy, seed=0) if prompts else []  # a classifier writes none
+        return loss, answers, classes
 
     if earlier:
-        base, base_answers = earlier.base, [answers.base for answers in earlier.answers]
+        base, base_answers, base_classes = earlier.base, [a.base for a in earlier.answers], earlier.base_classes
     else:
         with adapter_off(model):
-            base, base_answers = loss_and_answers(known[0])
-    adapter, adapter_answers = loss_and_answers(known[1])
+            base, base_answers, base_classes = evaluated(known[0])
+    adapter, adapter_answers, adapter_classes = evaluated(known[1])
     rows = zip(eval_set.prompts, base_answers, adapter_answers, strict=True)
-    return Comparison(base, adapter, [Answers(p.prompt, p.answer, off, on) for p, off, on in rows])
-
-
-def compare_classifier(
-    model: PeftModel, loss_of: LossOf, classes: Classes, examples: Sequence[Example], paths: Paths, tokens: int
-) -> Comparison:
-    """Compare a classifier with the class frequencies of its training rows; a forward pass has at most `tokens`."""
-    inner: PreTrainedModel = model.get_base_model()
-    both = majority(loss_of, classes, examples), predict(inner, loss_of, classes, examples, paths, tokens)
-    base, adapter = (classify(each.with_probabilities, seed=0) for each in both)
-    return Comparison(both[0].loss, both[1].loss, [], (base, adapter), both[1])
+    answers = [Answers(p.prompt, p.answer, off, on) for p, off, on in rows]
+    return Comparison(base, adapter, answers, base_classes, adapter_classes, eval_set.is_of_head)
 
 
 @contextlib.contextmanager
@@ -145,39 +137,47 @@ def adapter_off(model: PeftModel) -> Iterator[None]:
 
 
 def render(
-    comparison: Comparison | None, facts: dict[str, str], scores: dict[str, tuple[float, float]] | None = None
+    comparison: Comparison | None,
+    facts: dict[str, str],
+    scores: dict[str, tuple[float, float]] | None = None,
+    classes: tuple[Classification | None, Classification] | None = None,
 ) -> RenderableType:
     """Render the result of train or eval for the terminal, without truncation.
 
-    comparison: None if there are no eval rows.
-    scores: further values of base and adapter, by name. facts: lines below the table and the answers.
+    comparison: None if there are no eval rows. facts: lines below the table and the answers.
+    scores: further values of base and adapter, by name. classes: classifications of base and adapter.
     """
     parts: list[RenderableType] = []
     if comparison is None:
         parts.append(Text("no eval rows: base and adapter are not compared"))
     else:
-        parts += [_losses(comparison, scores or {}), Text(), *(_SideBySide(a) for a in comparison.answers)]
+        parts += [_losses(comparison, scores or {}, classes), Text()]
+        if classes:
+            parts += [class_report.render(classes[1]), Text()]
+        parts += [_SideBySide(a) for a in comparison.answers]
     return Group(*parts, _pairs(facts.items()))
 
 
-def _losses(comparison: Comparison, scores: dict[str, tuple[float, float]]) -> Table:
+def _losses(
+    comparison: Comparison,
+    scores: dict[str, tuple[float, float]],
+    classes: tuple[Classification | None, Classification] | None,
+) -> Table:
     base, adapter = comparison.base, comparison.adapter
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for header in ("", comparison.base_name, "adapter", ""):
+    for header in ("", MAJORITY if comparison.is_of_head else "base", "adapter", ""):
         table.add_column(header, justify="right" if header else "left", overflow="fold")
     rows = f"{base.rows:,} row{'s' * (base.rows != 1)}"
-    table.add_row("eval loss", _number(base.loss), _number(adapter.loss), comparison.unit)
-    if comparison.classifications:
-        of_base, of_adapter = comparison.classifications
-        for number, (name, value) in enumerate(of_adapter.metrics.items()):
-            low, high = of_adapter.intervals[name]
-            bounds = f"{low:.4f} to {high:.4f}" + (f", {LEVEL:.0%} interval over {rows}" if number == 0 else "")
-            table.add_row(name, _number(of_base.metrics[name]), _number(value), bounds)
+    if comparison.is_of_head:
+        table.add_row("eval loss", _number(base.loss), _number(adapter.loss), f"nats per row, {rows}")
     else:
+        table.add_row("eval loss", _number(base.loss), _number(adapter.loss), "nats per token")
         counted = f"{base.tokens:,} tokens of {rows}"
         table.add_row("perplexity", _number(base.perplexity), _number(adapter.perplexity), counted)
     for name, values in scores.items():
         table.add_row(name, *map(_number, values))
+    for name, of_base, of_adapter, interval in class_report.metric_rows(*classes) if classes else ():
+        table.add_row(name, "" if of_base is None else _number(of_base), _number(of_adapter), interval)
     return table
 
 

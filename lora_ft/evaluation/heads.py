@@ -1,17 +1,16 @@
-"""Predict the classes of eval rows with a classifier, and compare it with the class frequencies of the training rows.
+"""The classes of eval rows by a classifier's head, and the yardstick that stands for its base.
 
                   majority   adapter
 eval loss           0.6931    0.2154   nats per row
-accuracy            0.5000    0.9200   50 rows
+accuracy            0.5000    0.9200
 
-A base has no head, so it predicts nothing. The yardstick in its place gives each row the same probabilities: how often
-the classes occur among the training rows.
+A base has no head, so it predicts nothing. The yardstick gives each row the same probabilities: how often the classes
+occur among the training rows.
 """
 
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,106 +18,115 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lora_ft import metric_table
 from lora_ft.classes import Classes
-from lora_ft.data.packing import longest_group, micro_batches
+from lora_ft.data.examples import lengths_of
+from lora_ft.data.packing import micro_batches
 from lora_ft.data.rows import Example
-from lora_ft.errors import NonFiniteError
-from lora_ft.evaluation.classification import Predictions
+from lora_ft.errors import DataError, NonFiniteError
+from lora_ft.evaluation.class_set import ClassSet
+from lora_ft.evaluation.classification import Floats, Predictions
+from lora_ft.evaluation.comparison import Comparison
 from lora_ft.evaluation.loss import EvalLoss
+from lora_ft.metric_table import Source
 from lora_ft.ops.batch import Batch, LossSum
 from lora_ft.ops.class_logits import class_logits
 from lora_ft.ops.token_loss import Paths
 
 LossOf = Callable[[Tensor, Batch], LossSum]  # `Classification.loss_of`
 
-MAJORITY = "majority"
 BASE_IS = "the class frequencies of the training rows, given to every row: the base has no head"
+_YARDSTICK_TOKENS = 1 << 16  # of a batch whose logits are known
 
 
-@dataclass(frozen=True)
-class HeadPredictions:
-    """Logits [rows, classes] of eval rows in their order, their targets [rows, classes], and their mean loss."""
+def head_set(classes: Classes, examples: Sequence[Example], paths: Paths, tokens_per_batch: int) -> ClassSet:
+    """Return eval rows with their classes; a forward pass has at most `tokens_per_batch` tokens, or one row."""
 
-    classes: Classes
-    logits: NDArray[np.float64]
-    targets: NDArray[np.bool_]
-    loss: EvalLoss
+    def probabilities(model: PreTrainedModel) -> Floats:
+        return predict(model, classes, examples, paths, tokens_per_batch)
 
-    @property
-    def with_probabilities(self) -> Predictions:
-        """The same with probabilities: they sum to 1, or are independent where a row may have several classes."""
-        logits, is_multi = torch.from_numpy(self.logits), self.classes.is_multi
-        probabilities = logits.sigmoid() if is_multi else logits.softmax(dim=1)
-        references = self.targets if is_multi else self.targets.argmax(axis=1)
-        return Predictions(list(self.classes.names), probabilities.numpy(), references)
+    return ClassSet(classes.names, references(examples, classes), probabilities)
 
 
 @torch.no_grad()
 def predict(
-    model: PreTrainedModel,
-    loss_of: LossOf,
-    classes: Classes,
-    examples: Sequence[Example],
-    paths: Paths,
-    tokens_per_microbatch: int,
-) -> HeadPredictions:
-    """Predict examples without dropout. The model's mode is restored. Raises NonFiniteError for NaN or infinity.
+    model: PreTrainedModel, classes: Classes, examples: Sequence[Example], paths: Paths, tokens_per_batch: int
+) -> Floats:
+    """Return the probabilities [rows, classes] of examples, without dropout; the model's mode is restored.
 
-    A forward pass has at most `tokens_per_microbatch` tokens, or as many as the longest example.
+    They sum to 1, or are independent where a row may have several classes. Raises NonFiniteError for NaN or infinity.
     """
     was_training = model.training
     model.eval()
-    logits = np.zeros((len(examples), len(classes.names)))
-    losses = []
-    for rows, batch in _batches(examples, tokens_per_microbatch, paths.share_a_pass):
-        batch = batch.to(model.device)
-        found = class_logits(model, batch, paths)
-        losses.append(loss_of(found, batch))
-        logits[rows] = found.double().cpu().numpy()
+    logits = torch.zeros((len(examples), len(classes.names)), dtype=torch.float64)
+    for rows, batch in _batches(examples, tokens_per_batch, paths.share_a_pass):
+        logits[rows] = class_logits(model, batch.to(model.device), paths).double().cpu()
     model.train(was_training)
-    if not np.isfinite(logits).all():
+    if not logits.isfinite().all():
         raise NonFiniteError("logits are not finite: weights of the base or the adapter are not finite, or too large")
-    return HeadPredictions(classes, logits, targets_of(examples, classes), _mean(losses, len(examples)))
+    return _probabilities(logits, classes)
 
 
-def majority(loss_of: LossOf, classes: Classes, examples: Sequence[Example]) -> HeadPredictions:
-    """Predict for each example the class frequencies of the training rows; each class counts once more."""
+def majority(loss_of: LossOf, classes: Classes, examples: Sequence[Example]) -> Comparison:
+    """Return the yardstick as the base of a comparison; each class counts once more than it occurs."""
     counts = np.array(classes.counts or [0] * len(classes.names), dtype=np.float64) + 1
     rest = classes.rows + 2 - counts
-    logits = np.log(counts / rest) if classes.is_multi else np.log(counts / counts.sum())
+    logits = torch.from_numpy(np.log(counts / rest) if classes.is_multi else np.log(counts / counts.sum()))
     losses = [
-        loss_of(torch.from_numpy(logits).expand(len(batch.counts), -1), batch)
-        for _, batch in _batches(examples, 1 << 16, packing=True)
+        loss_of(logits.expand(len(rows), -1), batch) for rows, batch in _batches(examples, _YARDSTICK_TOKENS, True)
     ]
-    everywhere = np.tile(logits, (len(examples), 1))
-    return HeadPredictions(classes, everywhere, targets_of(examples, classes), _mean(losses, len(examples)))
+    everywhere = np.repeat(_probabilities(logits[None], classes), len(examples), axis=0)
+    loss = _mean(losses, len(examples))
+    return Comparison(loss, loss, [], Predictions(classes.names, everywhere, references(examples, classes)))
 
 
-def targets_of(examples: Sequence[Example], classes: Classes) -> NDArray[np.bool_]:
-    """Return True for each class of each example, [rows, classes]."""
+def references(examples: Sequence[Example], classes: Classes) -> NDArray[np.int64] | NDArray[np.bool_]:
+    """Return the class of each example, [rows]; True for each of its classes, [rows, classes], if it may have several.
+
+    The number after the last class stands for no class.
+    """
     found = np.zeros((len(examples), len(classes.names) + 1), dtype=np.bool_)
     for row, example in enumerate(examples):
         found[row, example.ids[example.supervised]] = True
-    return found[:, :-1]
+    return found[:, :-1] if classes.is_multi else found.argmax(axis=1)
+
+
+def check(names: Sequence[str], examples: Sequence[Example], classes: Classes, key: str) -> None:
+    """Raise DataError for metrics `names` of the setting `key` that a classifier cannot have on these rows."""
+    if of_answers := metric_table.of(Source.answers, names):
+        raise DataError(f"{key}: {of_answers[0]} needs generated answers, and a classifier writes none")
+    if "auroc" not in names:
+        return
+    if classes.is_multi or len(classes.names) != 2:
+        what = "any number of classes a row" if classes.is_multi else f"{len(classes.names)} classes"
+        raise DataError(f"{key}: auroc needs two classes, and this classifier has {what}")
+    if len(examples) and len(np.unique(references(examples, classes))) != 2:
+        raise DataError(f"{key}: auroc needs rows of two classes, and all eval rows have the same")
+
+
+def _probabilities(logits: Tensor, classes: Classes) -> Floats:
+    found: Floats = (logits.sigmoid() if classes.is_multi else logits.softmax(dim=1)).numpy()
+    return found
 
 
 def _batches(examples: Sequence[Example], capacity: int, packing: bool) -> Iterator[tuple[list[int], Batch]]:
     """Yield batches of examples of similar length, each with the indices of its examples in its order."""
-    for chunk in _chunks([len(example.ids) for example in examples], max(capacity, longest_group(examples)), packing):
+    lengths = lengths_of(examples)
+    for chunk in _chunks(lengths, max(capacity, int(lengths.max(initial=0))), packing):
         (batch,) = micro_batches([examples[i] for i in chunk], None, True)  # packing takes the longest first as well
         yield chunk, batch
 
 
-def _chunks(lengths: list[int], capacity: int, packing: bool) -> Iterator[list[int]]:
+def _chunks(lengths: NDArray[np.int64], capacity: int, packing: bool) -> Iterator[list[int]]:
     """Cut the indices of lengths, the longest first, into chunks of at most `capacity`, or of one without packing."""
     chunk: list[int] = []
     tokens = 0
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for index in np.argsort(-lengths, kind="stable").tolist():
         if chunk and (not packing or tokens + lengths[index] > capacity):
             yield chunk
             chunk, tokens = [], 0
         chunk.append(index)
-        tokens += lengths[index]
+        tokens += int(lengths[index])
     if chunk:
         yield chunk
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
-from lora_ft.data.packing import longest_group, micro_batches
+from lora_ft.data.packing import longest_group, packed
 from lora_ft.data.rows import Example
 from lora_ft.ops.batch import Batch, LossSum
 from lora_ft.ops.token_loss import Paths
@@ -51,7 +51,7 @@ def eval_loss(
     model.eval()
     total, weight, tokens = 0.0, 0.0, 0
     metrics: Counter[str] = Counter()
-    for batch in micro_batches(examples, capacity, paths.share_a_pass):
+    for batch in packed(examples, capacity, paths.share_a_pass):
         found = loss(model, batch.to(model.device), paths)
         total += found.sum.item()
         weight += found.weight

@@ -19,9 +19,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedModel
 
 from lora_ft.data.packing import largest_micro_batch, longest_group
+from lora_ft.data.steps import tokens_of
 from lora_ft.memory.machine import Machine, resolve
 from lora_ft.memory.pairs import Sizes, fastest, largest_that_fits
 from lora_ft.memory.roofline import step_time
@@ -180,8 +182,8 @@ class _Steps:
 
 def _typical_step(state: TrainingState) -> int:
     """Return the tokens of a step of median size."""
-    tokens = sorted(sum(len(state.examples[i].ids) for i in step) for step in state.steps)
-    return tokens[len(tokens) // 2]
+    tokens = np.sort(tokens_of(state.steps, state.examples.lengths))
+    return int(tokens[len(tokens) // 2])
 
 
 def _warn(error: Exception, consequence: str) -> None:

@@ -23,7 +23,8 @@ import torch
 
 from lora_ft import config, objectives
 from lora_ft.adapters import attach, targets
-from lora_ft.data.dataset import Dataset, Report
+from lora_ft.data.dataset import Dataset, EvalPrompts, Report
+from lora_ft.data.examples import Examples
 from lora_ft.data.rows import Example
 from lora_ft.memory.costs import Cost
 from lora_ft.memory.meta_paths import as_with_values
@@ -228,7 +229,8 @@ def _dataset(lengths: Sequence[int]) -> Dataset:
         duplicates=0, unused=[], train_tokens=sum(lengths), eval_tokens=0, supervised_tokens=sum(lengths) - len(train),
         longest=max(lengths), cached=False, sha256="", template_sha256=None, tokenizer_sha256="",
     )  # fmt: skip
-    return Dataset(train=train, eval=[], eval_prompts=[], answers=None, report=report)
+    none = Examples.of([])
+    return Dataset(Examples.of(train), none, EvalPrompts(none, []), answers=None, report=report)
 
 
 def _two_steps(cfg: config.TrainRun, tokens: int) -> config.TrainRun:

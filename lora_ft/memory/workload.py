@@ -52,16 +52,14 @@ class Workload:
 def of_rows(cfg: config.TrainRun, dataset: Dataset, packs: bool = True) -> Workload:
     """Return the work of a run on its rows; `packs` is false if documents of this model cannot share a sequence."""
     examples, capacity, packs = dataset.train, cfg.train.microbatch_limit, cfg.train.packing and packs
-    lengths = np.array([len(example.ids) for example in examples])
     steps = plan_steps(examples, cfg.train, cfg.seed)
-    tokens = [int(lengths[step].sum()) for step in steps]
-    median = steps[int(np.argsort(tokens)[len(tokens) // 2])]
+    median = steps[int(np.argsort(steps.tokens)[len(steps) // 2])]
     return Workload(
         largest=largest_micro_batch(examples, steps, capacity, packs),
         typical=micro_batch_lengths([examples[i] for i in median], capacity, packs),
         steps=len(steps),
-        tokens=sum(tokens),
-        epochs=sum(map(len, steps)) / len(examples),
+        tokens=int(steps.tokens.sum()),
+        epochs=int(steps.documents.sum()) / len(examples),
         longest=max(longest_group(examples), longest_group(dataset.eval)),
     )
 

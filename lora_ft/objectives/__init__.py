@@ -5,7 +5,7 @@ To add one, write a module in this folder and add a line to `OBJECTIVES`; `objec
 An objective with PEFT's task type SEQ_CLS trains a classifier: a base with a head, `score`, which is trained in full.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
@@ -29,7 +29,7 @@ class Objective(Protocol):
     model_class: Any
     task_type: str
 
-    def examples(self, rows: Rows, tokenizer: Any, data: config.Data) -> list[Example]:
+    def examples(self, rows: Rows, tokenizer: Any, data: config.Data) -> Sequence[Example]:
         """Make examples of rows, in order. Bad rows go into `rows.ledger`.
 
         Documents that the loss compares have the same `group`, which keeps them adjacent in one micro-batch.
@@ -61,20 +61,20 @@ def classifies(settings: config.Objective) -> bool:
     return find(settings).task_type == SEQ_CLS
 
 
-def classes_of(settings: config.Objective, rows: Rows) -> Classes | None:
+def classes_of(settings: config.Objective, rows: Rows, data: config.Data) -> Classes | None:
     """Return the classes of the training rows, None for an objective without classes; raises the errors of `find`."""
     if not classifies(settings):
         return None
     try:
-        return found_classes.find(rows.training_rows, (), is_multi=settings.multi_label)
+        return found_classes.find(rows.training_rows, data, is_multi=settings.multi_label)
     except DataError:
         rows.ledger.raise_bad()  # the rows of the missing classes may be among them
         raise
 
 
 def data_of(settings: config.Objective, data: config.Data) -> config.Data:
-    """Return the settings of the rows as an objective reads them: with its own template of the text, if it has one."""
-    return replace(data, prompt=settings.text) if settings.text is not None and data.prompt is not None else data
+    """Return the settings with which rows are read: those of rows with several labels are not checked as one label."""
+    return replace(data, labels=None) if settings.multi_label else data
 
 
 def of_adapter(settings: config.Objective, classes: Classes | None) -> config.Objective:
@@ -88,7 +88,7 @@ def of_adapter(settings: config.Objective, classes: Classes | None) -> config.Ob
         return settings
     if classifies(settings):
         return replace(settings, multi_label=classes.is_multi)
-    return config.Objective("classification", text=settings.text or "{text}", multi_label=classes.is_multi)
+    return config.Objective("classification", multi_label=classes.is_multi)
 
 
 def complete(cfg: Settings) -> Settings:

@@ -21,7 +21,8 @@ from lora_ft import config
 from lora_ft.classes import SEQ_CLS, Classes
 from lora_ft.data import classes as found_classes
 from lora_ft.data.read import Rows
-from lora_ft.data.rows import Example, Row, RowError
+from lora_ft.data.rows import Example, Ledger, Row, RowError
+from lora_ft.data.table import text_alone
 from lora_ft.data.tokenize import Vocabulary
 from lora_ft.errors import ConfigError
 from lora_ft.models import heads
@@ -49,20 +50,22 @@ class Classification:
         A row without a class has the number after the last one. Bad rows go into `rows.ledger`.
         """
         _check(data)
-        classes = self.classes or found_classes.find(rows.training_rows, (), is_multi=self.settings.multi_label)
+        classes = self.classes or found_classes.find(rows.training_rows, data, is_multi=self.settings.multi_label)
         heads.pad_token(tokenizer)
         texts, kept = [], []
         for index, row in enumerate(rows.rows):
             try:
                 names = found_classes.labels_of(row, is_multi=classes.is_multi)
                 numbers = [found_classes.index_of(name, classes) for name in names] or [len(classes.names)]
-                texts.append(_text(row))
+                texts.append(_text(row, data))
                 kept.append((index, numbers))
             except RowError as error:
-                rows.ledger.add_bad(row.source, error.name, error.reason, error.shown or row.answer)
+                if data.labels is None or error.name != "label":  # which reading has reported
+                    rows.ledger.add_bad(row.source, error.name, error.reason, error.shown or row.answer)
         found = encoded(texts, tokenizer)
         return [
-            _example(rows, index, ids, numbers, tokenizer) for ids, (index, numbers) in zip(found, kept, strict=True)
+            _example(rows.rows[index], index, ids, numbers, tokenizer, rows.ledger)
+            for ids, (index, numbers) in zip(found, kept, strict=True)
         ]
 
     def loss(self, model: PreTrainedModel, batch: Batch, paths: Paths) -> LossSum:
@@ -100,24 +103,24 @@ def _check(data: config.Data) -> None:
         raise ConfigError("data.too_long=split: a part of a text has no label of its own: set drop or truncate_prompt")
 
 
-def _text(row: Row) -> str:
-    """Return the text of a row; raises RowError for a row without one and a label."""
+def _text(row: Row, data: config.Data) -> str:
+    """Return the text of a row, without the words of data.prompt around it; raises RowError for another row."""
     roles = [message["role"] for message in row.messages]
     if roles != ["user", "assistant"]:
         shape = f"a chat of {len(roles)} messages" if roles else "plain text without a label"
         raise RowError(
             "row", f"must be a text and its label (data=classify: columns text and label), and is {shape}", row.answer
         )
-    return str(row.messages[0]["content"])
+    return text_alone(str(row.messages[0]["content"]), data.prompt)
 
 
-def _example(rows: Rows, index: int, ids: list[int], numbers: list[int], tokenizer: Any) -> Example:
-    row = rows.rows[index]
+def _example(row: Row, index: int, ids: list[int], numbers: list[int], tokenizer: Any, ledger: Ledger) -> Example:
+    text = row.messages[0]["content"]
     if not ids:
-        rows.ledger.add_bad(row.source, "text", "gives no token", _text(row))
+        ledger.add_bad(row.source, "text", "gives no token", text)
     elif ids[-1] == tokenizer.pad_token_id:
         reason = f"ends with the padding token {tokenizer.pad_token}, which classifiers pass over"
-        rows.ledger.add_bad(row.source, "text", reason, _text(row))
+        ledger.add_bad(row.source, "text", reason, text)
     supervised = np.arange(len(ids) + len(numbers)) >= len(ids)
     document = np.array([*ids, *numbers], dtype=np.int32)
-    return Example(document, supervised, row.source, index, prompt_end=len(ids))
+    return Example(document, supervised, row.source, index, prompt_end=len(ids), answer_start=len(ids))

@@ -6,8 +6,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lora_ft import config
 from lora_ft.data import dataset
+from lora_ft.data.examples import Examples
 from lora_ft.data.read import Rows
-from lora_ft.data.rows import Example
 from lora_ft.ops.batch import Batch, LossSum
 from lora_ft.ops.token_loss import Paths, token_loss_sum
 
@@ -18,7 +18,7 @@ class Sft:
     model_class = AutoModelForCausalLM
     task_type = "CAUSAL_LM"
 
-    def examples(self, rows: Rows, tokenizer: Any, data: config.Data) -> list[Example]:
+    def examples(self, rows: Rows, tokenizer: Any, data: config.Data) -> Examples:
         """Return the rendered and tokenized documents of rows, without groups."""
         return dataset.tokenized(rows, tokenizer, data)
 

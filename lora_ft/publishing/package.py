@@ -34,6 +34,7 @@ from lora_ft.publishing.training_summary import TrainingSummary
 from lora_ft.publishing.verification import Verification
 
 CARD, GGUF, MLX = "README.md", "adapter.gguf", "mlx"
+_OPTIONAL = ("made_from", "labels", "calibration")  # parts of an adapter's record that not every one has
 
 
 @dataclass(frozen=True)
@@ -94,14 +95,12 @@ def _record(contents: Contents, public_loading: provenance.Loading, tensors: dic
     """Return the contents of lora_ft.json: the adapter's own record if it has one, with the public base."""
     has_record = (contents.adapter / provenance.RECORD).is_file()
     kept = provenance.read_record(contents.adapter) if has_record else {}
-    record = provenance.record(
-        tensors,
-        contents.tokenizer,
-        provenance.Provenance(contents.public, contents.quant, None, None, contents.classes),
-    )
+    source = provenance.Provenance(contents.public, contents.quant, None, classes=contents.classes)
+    record = provenance.record(tensors, contents.tokenizer, source)
     base = provenance.base_fields(contents.public)
     loading = {key: value for key, value in dataclasses.asdict(public_loading).items() if key != "device"}
-    return record | {key: kept[key] for key in record if key in kept} | {"base": base, "loading": loading}
+    known = {key: kept[key] for key in (*record, *_OPTIONAL) if key in kept}
+    return record | known | {"base": base, "loading": loading}
 
 
 def _write_extras(folder: Path, contents: Contents) -> None:

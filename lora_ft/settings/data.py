@@ -1,6 +1,7 @@
 """Settings of the rows."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from lora_ft.settings.setting import setting
 from lora_ft.values import Format, TooLong, TrainOn
@@ -21,6 +22,11 @@ class Data:
     prompt: str | None = setting(None, "table: template of the prompt, with {column} fields", text=True)
     answer: str | None = setting(None, "table: template of the answer, with {column} fields", text=True)
     system: str | None = setting(None, "system message for chat rows that have none", text=True)
+    labels: Any = setting(
+        None,
+        "labels, if the answers are labels: a list, a map {value in the rows: label}, or auto (found in the training "
+        "rows); eval scores them",
+    )
     strict: bool = setting(
         False, "refuse rows that are read only after a conversion, which the report counts otherwise"
     )

@@ -81,11 +81,6 @@ class Objective:
         "token of a text",
         text=True,
     )
-    text: str | None = setting(
-        None,
-        "classification: template of the text that the head reads, with {column} fields; null: data.prompt",
-        text=True,
-    )
     multi_label: bool = setting(
         False, "classification: a row has any number of labels (a list, or a list as JSON text), each yes or no"
     )

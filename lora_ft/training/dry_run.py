@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, objectives
+from lora_ft import config, metric_table, objectives
 from lora_ft.adapters import summary
 from lora_ft.adapters.summary import Layers
 from lora_ft.data.dataset import Dataset, Report, prepare_rows
@@ -33,7 +33,7 @@ from lora_ft.models.load import Base
 from lora_ft.models.meta_model import load_meta_model
 from lora_ft.models.stored import agreed
 from lora_ft.ops.kernels import choose_kernels
-from lora_ft.training import checkpoint, ranks, state, trackers
+from lora_ft.training import checkpoint, ranks, state, task_metrics, trackers
 from lora_ft.training.ineffective_settings import ineffective
 from lora_ft.training.optimizers import learning_rate
 
@@ -140,7 +140,7 @@ def read_rows(cfg: config.TrainRun, tokenizer: PreTrainedTokenizerBase) -> Rows:
     """Read the rows of a run, build its examples and their statistics; raises the errors of `prepare_rows`."""
     data = objectives.data_of(cfg.objective, cfg.data)
     found = read(data)
-    classes = objectives.classes_of(cfg.objective, found)
+    classes = objectives.classes_of(cfg.objective, found, cfg.data)
     dataset = prepare_rows(found, data, tokenizer, objectives.find(cfg.objective, classes).examples)
     dataset = replace(dataset, classes=classes)
     return Rows(dataset, measure(found, dataset, data, tokenizer))
@@ -171,12 +171,15 @@ def partial_dry_run(
         classes,
     )  # fmt: skip
     collect(trackers.check, cfg.track)
+    collect(metric_table.check, "train.eval_metrics", cfg.train.eval_metrics)
+    collect(metric_table.check, "train.best_metric", [cfg.train.best_metric])
     steps = _steps(cfg, rows.dataset) if rows else None
     if rows and steps:
         collect(state.check_added_tokens, cfg.model, tokenizer, rows.dataset.train)
         if base:
             collect(_check_lengths, cfg, base, rows.dataset)
         collect(state.check_warmup, cfg.optim, steps.count)
+        collect(_check_metrics, cfg, rows.dataset)
     layers = collect(summary.layers, base, cfg, objective.task_type) if base and objective else None
     as_trained = replace(cfg, quant=agreed(cfg.quant, base.identity.stored)) if base else cfg
     disk = collect(_disk, cfg, folder, layers.trainable, steps.count) if layers and steps else None
@@ -195,23 +198,27 @@ def partial_dry_run(
 
 def _check_lengths(cfg: config.TrainRun, base: Base, dataset: Dataset) -> None:
     eval_examples, _ = state.choose_eval(dataset, cfg.train.eval_rows)
-    state.check_lengths([*dataset.train, *eval_examples], base.model, cfg.train)
+    state.check_lengths(dataset.train, eval_examples, base.model, cfg.train)
+
+
+def _check_metrics(cfg: config.TrainRun, dataset: Dataset) -> None:
+    names = [name for name in task_metrics.names(cfg.train) if name in metric_table.METRICS]
+    _, prompts = state.choose_eval(dataset, cfg.train.eval_rows)
+    task_metrics.check(names, dataset, prompts)
 
 
 def _steps(cfg: config.TrainRun, dataset: Dataset) -> Steps:
-    lengths = np.array([len(document.ids) for document in dataset.train])
     planned = state.plan_steps(dataset.train, cfg.train, cfg.seed)
-    count = len(planned)
-    tokens = [int(lengths[step].sum()) for step in planned]
+    count, tokens = len(planned), planned.tokens
     rates = [learning_rate(cfg.optim, step, count) for step in range(count)]
     shown = np.unique(np.linspace(0, count - 1, _RATES).round().astype(int))
     return Steps(
         count=count,
-        epochs=sum(map(len, planned)) / len(lengths),
-        smallest=min(tokens),
+        epochs=int(planned.documents.sum()) / len(dataset.train),
+        smallest=int(tokens.min()),
         median=float(np.median(tokens)),
-        largest=max(tokens),
-        alone=int((lengths > cfg.train.tokens_per_step).sum()),
+        largest=int(tokens.max()),
+        alone=int((dataset.train.lengths > cfg.train.tokens_per_step).sum()),
         first_rate=rates[0],
         peak_rate=max(rates),
         last_rate=rates[-1],

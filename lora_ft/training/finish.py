@@ -3,21 +3,27 @@
 state -> adapter/  ->  base against adapter on the eval set  ->  result.json
 """
 
+import hashlib
 import logging
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 
 from rich.console import Console
 from rich.text import Text
 
-from lora_ft import runs
+from lora_ft import metric_table, runs
 from lora_ft.adapters import files, provenance
-from lora_ft.data.dataset import Dataset
-from lora_ft.evaluation.comparison import Comparison, EvalSet, compare, compare_classifier, render
+from lora_ft.data import split
+from lora_ft.data.dataset import Dataset, EvalPrompt
+from lora_ft.evaluation import class_report
+from lora_ft.evaluation.classification import Classification, classify
+from lora_ft.evaluation.comparison import Comparison, EvalSet, compare, render
+from lora_ft.evaluation.heads import majority
 from lora_ft.io import durable
 from lora_ft.io.hashing import sha256
+from lora_ft.metric_table import LOSS, Source
 from lora_ft.models.load import Base
-from lora_ft.objectives.classification import Classification
+from lora_ft.objectives.classification import Classification as ByHead
 from lora_ft.training.metrics import gpu_memory, peak_memory_bytes
 from lora_ft.training.state import NAME, TrainingState, overfitting
 
@@ -25,19 +31,23 @@ log = logging.getLogger("lora_ft")
 
 _SAMPLE_TOKENS = 48  # of each sample answer
 
+Classes = tuple[Classification | None, Classification] | None  # of base and adapter; None without labels
+
 
 @dataclass(frozen=True)
 class Result:
     """Content of result.json: the outcome of one run; losses in nats per token, None without an eval set.
 
-    Those of a classifier are in nats per row; base_eval_loss is that of the class frequencies of the training rows.
+    Those of a classifier are in nats per row, and its base is the yardstick of evaluation/heads.py.
 
     peak_memory_bytes: of the process, which in a sweep trains several jobs; on a GPU what torch allocated for this job.
     peak_reserved_bytes, device_used_bytes: of the GPU, see `metrics.gpu_memory`; None for other devices.
     predicted_peak_bytes: the same as predicted by memory/forecast.py; None if the run was too short to trace it.
     tokens_per_microbatch: at the end of the run, None for the whole step. shrinks: how often it was halved because
-    memory ran out. stopped_by: why a run ended early. classification: metrics of a classifier on the eval set, with
-    intervals, classes and confusion (evaluation/classification.py).
+    memory ran out. stopped_by: why a run ended early. best_value: of the metric `best_metric`, which train.best_metric
+    names, at `best_step`. metrics, base_metrics: of train.eval_metrics. classification: of the rows with labels; None
+    without data.labels. eval_rows_sha256: of the texts of the eval rows, which are equal for runs that a metric other
+    than the loss compares.
     """
 
     eval_loss: float | None
@@ -59,7 +69,17 @@ class Result:
     predicted_peak_bytes: int | None = None
     tokens_per_microbatch: int | None = None
     shrinks: int = 0
-    classification: dict[str, Any] | None = None
+    best_metric: str = LOSS
+    best_value: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    base_metrics: dict[str, float] = field(default_factory=dict)
+    classification: Classification | None = None
+    eval_rows_sha256: str | None = None
+
+    @property
+    def objective(self) -> float | None:
+        """The value of `best_metric` for the saved adapter, which a sweep ranks by; None without an eval set."""
+        return self.eval_loss if self.best_metric == LOSS else self.metrics.get(self.best_metric)
 
 
 def finish(state: TrainingState, base: Base, dataset: Dataset, comparisons: dict[object, Comparison]) -> Result:
@@ -69,14 +89,21 @@ def finish(state: TrainingState, base: Base, dataset: Dataset, comparisons: dict
     """
     adapter = state.folder / "adapter"
     state.take_kept_state()
-    source = provenance.Provenance(base.identity, state.cfg.quant, dataset.report.sha256, classes=dataset.classes)
+    classes = dataset.classes
+    labels = list(classes.names) if classes else dataset.answers if state.cfg.data.labels is not None else None
+    source = provenance.Provenance(
+        base.identity, state.cfg.quant, dataset.report.sha256, labels=labels, classes=classes
+    )
     files.save(state.model, NAME, adapter, base.tokenizer, source)
     for sentence in overfitting(state):
         log.info(sentence)
     comparison = _compared(state, base, comparisons) if state.eval_examples else None
-    result = _result(state, comparison)
+    found = _classified(state, comparison) if comparison else None
+    result = _result(state, comparison, found)
+    if found and (drawn := class_report.picture(found[1], "Confusion matrix of the eval rows")):
+        durable.write_bytes(state.folder / runs.CONFUSION, drawn)
     durable.write_json(state.folder / runs.RESULT, asdict(result))
-    _print(state, base, comparison, result)
+    _print(state, base, comparison, result, found)
     return result
 
 
@@ -84,25 +111,45 @@ def _compared(state: TrainingState, base: Base, comparisons: dict[object, Compar
     train = state.cfg.train
     log.info("comparing base and adapter on the eval set: %d examples", len(state.eval_examples))
     capacity = state.tokens_per_microbatch or train.tokens_per_step
-    if isinstance(state.objective, Classification) and state.objective.classes:
-        loss_of, classes = state.objective.loss_of, state.objective.classes
-        return compare_classifier(state.model, loss_of, classes, state.eval_examples, state.paths, capacity)
-    key = (len(state.eval_examples), capacity, train.samples)
+    key = (len(state.eval_examples), capacity, train.samples, *state.task.names, train.max_new_tokens)
+    is_of_head = isinstance(state.objective, ByHead)
     eval_set = EvalSet(
-        state.eval_examples, state.eval_prompts[: train.samples], capacity, _SAMPLE_TOKENS, state.objective.loss
+        state.eval_examples,
+        [] if is_of_head else state.eval_prompts[: train.samples],
+        capacity,
+        _SAMPLE_TOKENS,
+        state.objective.loss,
+        state.task.classes,
+        state.task,
+        is_of_head,
     )
-    comparisons[key] = compare(state.model, base.tokenizer, eval_set, state.paths, comparisons.get(key), state.measured)
+    earlier = comparisons.get(key)
+    if isinstance(state.objective, ByHead) and state.objective.classes:
+        earlier = majority(state.objective.loss_of, state.objective.classes, state.eval_examples)
+    comparisons[key] = compare(state.model, base.tokenizer, eval_set, state.paths, earlier, state.measured)
     return comparisons[key]
 
 
-def _result(state: TrainingState, comparison: Comparison | None) -> Result:
+def _classified(state: TrainingState, compared: Comparison) -> Classes:
+    if compared.adapter_classes is None:
+        return None
+    base, seed = compared.base_classes, state.cfg.seed
+    return classify(base, seed) if base else None, classify(compared.adapter_classes, seed)
+
+
+def _sha256(prompts: Sequence[EvalPrompt]) -> str:
+    return hashlib.sha256(b"".join(split.content_hash(prompt.row) for prompt in prompts)).hexdigest()
+
+
+def _result(state: TrainingState, comparison: Comparison | None, classes: Classes) -> Result:
     patience = f"train.patience={state.cfg.train.patience}" if state.stopped_early else None
+    metric, best = state.cfg.train.best_metric, state.best
     return Result(
         eval_loss=comparison.adapter.loss if comparison else None,
         base_eval_loss=comparison.base.loss if comparison else None,
         eval_tokens=comparison.adapter.tokens if comparison else 0,
-        best_step=state.best.step if state.best else None,
-        best_eval_loss=state.best.result.loss if state.best else None,
+        best_step=best.step if best else None,
+        best_eval_loss=best.result.loss if best else None,
         steps=state.step,
         stopped_early=state.stopped_early,
         stopped_by=state.stopped_by or patience,
@@ -115,12 +162,24 @@ def _result(state: TrainingState, comparison: Comparison | None) -> Result:
         predicted_peak_bytes=state.predicted_peak_bytes,
         tokens_per_microbatch=state.tokens_per_microbatch,
         shrinks=state.shrinks,
-        classification=asdict(found[1]) if (found := comparison and comparison.classifications) else None,
+        best_metric=metric,
+        best_value=best.value(metric) if best else None,
+        metrics=(comparison.adapter.metrics if comparison else {}) | (classes[1].metrics if classes else {}),
+        base_metrics=(comparison.base.metrics if comparison else {})
+        | (classes[0].metrics if classes and classes[0] else {}),
+        classification=classes[1] if classes else None,
+        eval_rows_sha256=_sha256(state.eval_prompts) if state.eval_prompts else None,
         **gpu_memory(state.base.device),
     )
 
 
-def _print(state: TrainingState, base: Base, comparison: Comparison | None, result: Result) -> None:
+def _print(
+    state: TrainingState,
+    base: Base,
+    comparison: Comparison | None,
+    result: Result,
+    classes: Classes,
+) -> None:
     reserved, predicted = result.peak_reserved_bytes, result.predicted_peak_bytes
     facts = {
         "trainable parameters": f"{result.trainable_parameters:,}",
@@ -131,7 +190,9 @@ def _print(state: TrainingState, base: Base, comparison: Comparison | None, resu
         "adapter": str(state.folder / "adapter"),
     }
     console = Console()
-    console.print(render(comparison, facts))
+    of_answers = metric_table.of(Source.answers, state.task.names) if classes else state.task.names
+    scores = {name: (result.base_metrics[name], result.metrics[name]) for name in of_answers} if comparison else {}
+    console.print(render(comparison, facts, scores, classes))
     # Lines to copy: not inside a table, and never wrapped.
     lines = provenance.loading_lines(state.folder / "adapter", base, state.cfg)
     console.print(Text("\n" + "\n".join(lines)), soft_wrap=True)

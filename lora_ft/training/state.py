@@ -19,25 +19,31 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_ft import config, objectives, validation
+from lora_ft import config, metric_table, objectives, validation
 from lora_ft.adapters import attach, audit, files, init, provenance
 from lora_ft.data.dataset import Dataset, EvalPrompt
-from lora_ft.data.packing import check_capacity, group_lengths, grouped, largest_micro_batch
+from lora_ft.data.examples import Examples, lengths_of
+from lora_ft.data.groups import grouped
+from lora_ft.data.packing import check_capacity, largest_micro_batch, longest_group
 from lora_ft.data.rows import Example
-from lora_ft.data.sampler import derive, epoch_order, steps_of_epoch
+from lora_ft.data.sampler import derive, epoch_order
+from lora_ft.data.steps import Steps
 from lora_ft.errors import ConfigError, DataError
 from lora_ft.evaluation.generation import context_length
 from lora_ft.evaluation.loss import EvalLoss
+from lora_ft.metric_table import LOSS
 from lora_ft.models.acceleration import accelerated_lora
 from lora_ft.models.load import Base
 from lora_ft.objectives import Objective
 from lora_ft.ops.token_loss import Paths
 from lora_ft.training import loss_scale, optimizers
 from lora_ft.training.step import Step
+from lora_ft.training.task_metrics import TaskMetrics, task_metrics
 
 log = logging.getLogger("lora_ft")
 
@@ -46,10 +52,18 @@ NAME = "default"  # PEFT's name of the adapter
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result of an evaluation after `step` optimizer steps."""
+    """Result of an evaluation after `step` optimizer steps; `result.metrics` has the metrics of train.eval_metrics."""
 
     step: int
     result: EvalLoss
+
+    def value(self, metric: str) -> float:
+        """Return a metric by its name, the loss included."""
+        return self.result.loss if metric == LOSS else self.result.metrics[metric]
+
+    def cost(self, metric: str) -> float:
+        """Return a number that is lower for a better evaluation."""
+        return metric_table.cost(metric, self.value(metric))
 
 
 @dataclass
@@ -70,10 +84,11 @@ class TrainingState:
     model: PeftModel
     paths: Paths
     objective: Objective
-    examples: list[Example]
-    eval_examples: list[Example]
+    examples: Examples
+    eval_examples: Examples
     eval_prompts: list[EvalPrompt]
-    steps: list[np.ndarray]
+    task: TaskMetrics
+    steps: Sequence[NDArray[np.int64]]
     parameters: dict[str, nn.Parameter]
     start: dict[str, Tensor]
     gradient_checkpointing: str
@@ -136,7 +151,8 @@ class TrainingState:
 
     @property
     def best(self) -> Evaluation | None:
-        return min(self.evaluations, key=lambda e: e.result.loss, default=None)
+        """The best evaluation by train.best_metric, the first of equals."""
+        return min(self.evaluations, key=lambda e: e.cost(self.cfg.train.best_metric), default=None)
 
     @property
     def evaluations_without_gain(self) -> int:
@@ -175,7 +191,7 @@ def attached(
         with accelerated_lora(model, NAME, cfg.fast) as reasons:
             for reason in reasons:
                 log.info(reason)
-            yield new_state(cfg, folder, model, dataset, paths, base_fingerprint)
+            yield new_state(cfg, folder, model, dataset, paths, base_fingerprint, base.tokenizer)
     finally:
         attach.detach(base.model)
         # The modules of an adapter form reference cycles, which only the garbage collector frees.
@@ -207,12 +223,18 @@ def _attach(cfg: config.TrainRun, base: Base, dataset: Dataset) -> PeftModel:
 
 
 def new_state(
-    cfg: config.TrainRun, folder: Path, model: PeftModel, dataset: Dataset, paths: Paths, base_fingerprint: str
+    cfg: config.TrainRun,
+    folder: Path,
+    model: PeftModel,
+    dataset: Dataset,
+    paths: Paths,
+    base_fingerprint: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> TrainingState:
     """Return the training state, before the first step, of an adapter that is attached."""
     eval_examples, eval_prompts = choose_eval(dataset, cfg.train.eval_rows)
     steps = plan_steps(dataset.train, cfg.train, cfg.seed)
-    check_lengths([*dataset.train, *eval_examples], model.get_base_model(), cfg.train)
+    check_lengths(dataset.train, eval_examples, model.get_base_model(), cfg.train)
     check_warmup(cfg.optim, len(steps))
     parameters = attach.trainable(model, NAME)
     num_trainable = audit.check_trainable(model, NAME, parameters)
@@ -226,6 +248,7 @@ def new_state(
         examples=dataset.train,
         eval_examples=eval_examples,
         eval_prompts=eval_prompts,
+        task=task_metrics(cfg, dataset, eval_examples, eval_prompts, tokenizer, paths),
         steps=steps,
         parameters=parameters,
         start={n: p.detach().to("cpu", copy=True) for n, p in parameters.items()},
@@ -249,7 +272,7 @@ def _sha256(value: Any) -> str:
 
 
 def _loss_scale(
-    model: PeftModel, paths: Paths, examples: list[Example], steps: list[np.ndarray], train: config.Train
+    model: PeftModel, paths: Paths, examples: Examples, steps: Steps, train: config.Train
 ) -> loss_scale.LossScale | None:
     """Return the loss scale of a base that computes in float16, None for other bases, which need none."""
     dtypes = {p.dtype for p in model.parameters()}
@@ -260,14 +283,17 @@ def _loss_scale(
     return loss_scale.for_tokens(sum(largest_micro_batch(examples, steps, train.microbatch_limit, packs)))
 
 
-def check_lengths(examples: list[Example], model: PreTrainedModel, train: config.Train) -> None:
+def check_lengths(
+    examples: Sequence[Example], eval_examples: Sequence[Example], model: PreTrainedModel, train: config.Train
+) -> None:
     """Raise DataError if an example is longer than a micro-batch or than the model's context."""
-    check_capacity(examples, train.microbatch_limit)
-    longest = max(examples, key=lambda example: len(example.ids))
-    length, context = len(longest.ids), context_length(model)
-    if length > context:
+    check_capacity(max((eval_examples, examples), key=longest_group), train.microbatch_limit)
+    longest = max((examples, eval_examples), key=lambda side: lengths_of(side).max(initial=0))
+    lengths, context = lengths_of(longest), context_length(model)
+    if lengths.max() > context:
+        source = longest[int(lengths.argmax())].source
         raise DataError(
-            f"{longest.source} has {length} tokens, but the model's context is {context} tokens: lower data.max_length"
+            f"{source} has {lengths.max()} tokens, but the model's context is {context} tokens: lower data.max_length"
         )
 
 
@@ -276,46 +302,36 @@ def check_warmup(optim: config.Optim, num_steps: int) -> None:
         raise ConfigError(f"optim.warmup_steps must be less than the run's {num_steps} steps, got {optim.warmup_steps}")
 
 
-def check_added_tokens(model: config.Model, tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> None:
+def check_added_tokens(model: config.Model, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> None:
     """Raise DataError for an added token that no training row contains: its embedding would not be trained (A22)."""
     if not model.added_tokens:
         return
-    seen = set(np.unique(np.concatenate([example.ids for example in examples])).tolist())
-    unseen = [token for token in model.added_tokens if tokenizer.convert_tokens_to_ids(token) not in seen]
-    if unseen:
-        raise DataError(
-            f"model.added_tokens: no training row contains {', '.join(unseen)}, so they would not be trained"
-        )
+    unseen = set(tokenizer.convert_tokens_to_ids(list(model.added_tokens)))
+    for block in examples.blocks():
+        unseen.difference_update(np.unique(block.ids).tolist())
+        if not unseen:
+            return
+    missing = [token for token in model.added_tokens if tokenizer.convert_tokens_to_ids(token) in unseen]
+    raise DataError(f"model.added_tokens: no training row contains {', '.join(missing)}, so they would not be trained")
 
 
-def choose_eval(dataset: Dataset, number: int) -> tuple[list[Example], list[EvalPrompt]]:
+def choose_eval(dataset: Dataset, number: int) -> tuple[Examples, list[EvalPrompt]]:
     """Choose `number` groups of eval examples, and the prompts of their rows, for an evaluation inside train.
 
     The choice does not depend on `seed`: runs that differ in their seed are compared on the same examples.
     """
     groups = grouped(dataset.eval)
-    chosen = [dataset.eval[i] for group in epoch_order(len(groups), 0, 0)[:number] for i in groups[group]]
-    prompts = {prompt.source: prompt for prompt in dataset.eval_prompts}
-    # A row may give several examples but has one prompt.
-    sources = dict.fromkeys(example.source for example in chosen)
-    return chosen, [prompts[source] for source in sources if source in prompts]
+    chosen = dataset.eval.select(groups.members_of(epoch_order(len(groups), 0, 0)[:number]))
+    return chosen, dataset.eval_prompts.of_rows(chosen.rows)
 
 
-def plan_steps(examples: Sequence[Example], train: config.Train, seed: int) -> list[np.ndarray]:
+def plan_steps(examples: Sequence[Example], train: config.Train, seed: int) -> Steps:
     """Plan the optimizer steps of a run, each as indices of examples, as a pure function of its arguments.
 
     The examples of a group are in one step.
     """
-    groups = grouped(examples)
-    lengths = group_lengths(examples, groups)
-    steps: list[np.ndarray] = []
-    for epoch in range(train.epochs if train.max_steps is None else train.max_steps):
-        order = epoch_order(len(groups), seed, epoch)
-        for step in steps_of_epoch(lengths, order, train.tokens_per_step):
-            steps.append(np.concatenate([groups[group] for group in step]))
-        if train.max_steps is not None and len(steps) >= train.max_steps:
-            return steps[: train.max_steps]
-    return steps
+    epochs = train.epochs if train.max_steps is None else None
+    return Steps(grouped(examples), train.tokens_per_step, seed, epochs, train.max_steps)
 
 
 def overfitting(state: TrainingState) -> list[str]:
@@ -323,19 +339,22 @@ def overfitting(state: TrainingState) -> list[str]:
     finite = [loss for loss in state.losses if math.isfinite(loss)]  # others: skipped steps in float16
     if not state.best or not finite:
         return []
+    metric = state.cfg.train.best_metric
+    of_best = "" if metric == LOSS else f", best {metric} {state.best.value(metric):.4f} at step {state.best.step}"
+    best = min(state.evaluations, key=lambda evaluation: evaluation.result.loss)
     last = state.evaluations[-1].result.loss
     window = finite[-max(1, len(finite) // 10) :]
     train_loss = math.fsum(window) / len(window)
     sentences = [
         f"train loss {train_loss:.4f} (mean of the last steps: {len(window)}), eval loss {last:.4f}, "
-        f"best {state.best.result.loss:.4f} at step {state.best.step}"
+        f"best {best.result.loss:.4f} at step {best.step}{of_best}"
     ]
     if state.best.step == 0:
         sentences.append("no evaluation was better than before training: the learning rate may be too high")
     rising, patience = state.evaluations_without_gain, state.cfg.train.patience or 2
     if rising >= patience:
         sentences.append(
-            f"eval loss has not improved for {rising} evaluations: the adapter overfits. Use fewer epochs, "
-            "train.keep=best, a lower adapter.r or adapter.lora_dropout."
+            f"{metric_table.title(metric)} has not improved for {rising} evaluations: the adapter overfits. Use "
+            "fewer epochs, train.keep=best, a lower adapter.r or adapter.lora_dropout."
         )
     return sentences
