@@ -59,6 +59,9 @@ def _reader(folder: Path) -> Path:
     (folder / "cities.csv").write_text("city,country\n" + "".join(f"City {n},Country {n}\n" for n in range(40)))
     (folder / "pairs.csv").write_text("english,german\n" + "".join(f"number {n},Zahl {n}\n" for n in range(40)))
     (folder / "flags.csv").write_text(re.findall(r"```csv\n(.*?)```", PAGES["docs/quickstart.md"], re.DOTALL)[0])
+    reviews = [f"film {n} is {label},{label}\n" for n in range(20) for label in ("good", "bad")]
+    (folder / "reviews.csv").write_text("text,label\n" + "".join(reviews))
+    (folder / "new_reviews.csv").write_text("text\n" + "".join(f"new film {n}\n" for n in range(5)))
     tiny_folder(folder, "llama")
     return folder
 
