@@ -289,6 +289,56 @@ def test_eval_compares_a_classifier_with_the_class_frequencies(
     assert result.comparison.adapter.loss == pytest.approx(found["adapter"]["loss"], rel=1e-6)
 
 
+def test_predictions_are_the_probabilities_of_the_head_at_the_stored_temperature(
+    prepared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(prepared / "run", run)
+    rows = tmp_path / "new.jsonl"
+    rows.write_text("".join(json.dumps({"text": text, "id": n}) + "\n" for n, text in enumerate(TEXTS)))
+
+    def predicted(name: str) -> list[dict[str, Any]]:
+        assert call("eval", f"run={run}", f"predict={rows}", f"out={tmp_path / name}") == 0
+        return [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+
+    model, tokenizer = lora_ft.load(run, device="cpu")
+    logits = logits_of(model, tokenizer)[: len(TEXTS)]
+    found = predicted("plain.jsonl")
+    assert [row["id"] for row in found] == [0, 1, 2]
+    for row, expected in zip(found, logits.softmax(1).tolist(), strict=True):
+        assert [row[f"p_{name}"] for name in LABELS] == pytest.approx(expected, abs=1e-5)
+        assert row["prediction"] == LABELS[int(np.argmax(expected))]
+    assert call("eval", f"run={run}", "eval.calibrate=true", "eval.rows=12") == 0
+    record = json.loads((run / "adapter" / "lora_ft.json").read_text())
+    assert record["labels"] == list(LABELS)
+    warm = (logits / record["calibration"]["temperature"]).softmax(1).tolist()
+    for row, expected in zip(predicted("warm.jsonl"), warm, strict=True):
+        assert [row[f"p_{name}"] for name in LABELS] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_classifier_is_evaluated_on_the_rows_of_a_language_model(prepared: Path, tmp_path: Path) -> None:
+    """Both objectives choose the same eval rows, so that a sweep may compare them."""
+    words = words_of(prepared, **{"objective": "sft", "train.max_steps": 1, "hydra.run.dir": tmp_path / "words"})
+    assert call("train", *words, "train.samples=0") == 0
+    ours, theirs = (
+        json.loads((folder / "result.json").read_text()) for folder in (prepared / "run", tmp_path / "words")
+    )
+    assert ours["eval_rows_sha256"] == theirs["eval_rows_sha256"]
+    support = [[each["support"] for each in result["classification"]["classes"]] for result in (ours, theirs)]
+    assert support[0] == support[1]
+
+
+def test_a_metric_of_the_head_chooses_the_best_state(prepared: Path, tmp_path: Path) -> None:
+    words = words_of(prepared, **{"train.max_steps": 8, "hydra.run.dir": tmp_path / "run", "train.keep": "best"})
+    assert call("train", *words, "train.eval_every_steps=2", "train.best_metric=macro_f1") == 0
+    lines = [line for line in runs.read_metrics(tmp_path / "run") if "eval_macro_f1" in line]
+    best = max(lines, key=lambda line: line["eval_macro_f1"])
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["best_step"], result["best_value"]) == (best["step"], best["eval_macro_f1"])
+    assert result["metrics"]["macro_f1"] == pytest.approx(best["eval_macro_f1"])
+    assert call("check", *words, "train.eval_metrics=[auroc]") == 4  # three classes
+
+
 def test_multi_label_rows_are_read_as_lists_or_json_text(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def as_list(n: int) -> list[str]:
         return [name for i, name in enumerate(LABELS) if n % (i + 2) == 0]
@@ -305,6 +355,10 @@ def test_multi_label_rows_are_read_as_lists_or_json_text(tmp_path: Path, capfd: 
         assert call("eval", f"run={tmp_path / name}") == 0
         found = json.loads((tmp_path / name / "eval.json").read_text())["classification"]["adapter"]
         assert found["confusion"] is None and 0 <= found["metrics"]["micro_f1"] <= 1
+    new = f"predict={tmp_path / 'texts.jsonl'}"
+    assert call("eval", f"run={tmp_path / 'lists'}", new, f"out={tmp_path / 'p.jsonl'}") == 0
+    for row in map(json.loads, (tmp_path / "p.jsonl").read_text().splitlines()):
+        assert row["prediction"] == [name for name in sorted(LABELS) if row[f"p_{name}"] >= 0.5]
     check = json.loads((tmp_path / "lists" / "check.json").read_text())
     assert check["rows"]["converted"] == {"lists in the answer, written as JSON text": 36}
     model, _ = lora_ft.load(tmp_path / "lists", device="cpu")
