@@ -22,9 +22,10 @@ import jinja2
 import numpy as np
 
 from lora_ft import config
-from lora_ft.adapters import files, loading
+from lora_ft.adapters import loading, peft_folder
 from lora_ft.cli import entry
-from lora_ft.data.chat_template import control_tokens, plain_prompt, render
+from lora_ft.data.chat_template import control_tokens, fitted_prompt, plain_prompt, render
+from lora_ft.data.rows import RowError
 from lora_ft.data.tokenize import Vocabulary
 from lora_ft.errors import ConfigError
 from lora_ft.evaluation.comparison import adapter_off
@@ -67,7 +68,7 @@ def main(cfg: config.ChatRun, invocation: entry.Invocation) -> None:
     """Answer `prompt` on stdout, or run a session on stdin and stdout."""
     with selected(resolve_device(cfg.device)):
         adapter = loading.adapter_folder(cfg.run, cfg.adapter_path)
-        loading.check_generates(adapter, files.read_config(adapter), "a chat", _AS_PYTHON)
+        loading.check_generates(adapter, peft_folder.read_config(adapter), "a chat", _AS_PYTHON)
         model, tokenizer = loading.load(cfg)
         system = cfg.data.system if cfg.system is None else cfg.system
         session = Session(model, tokenizer, system, cfg.sampling, cfg.seed, cfg.data)
@@ -177,8 +178,8 @@ def prompt_ids(session: Session, question: Message) -> np.ndarray:
     system = [{"role": "system", "content": session.system}] if session.system else []
     chat = [*system, *session.messages, question]
     try:
-        rendered = render(chat, tokenizer, generation_prompt=True)
-    except jinja2.TemplateError as error:
+        rendered = render(fitted_prompt(chat, session.data.turns, tokenizer), tokenizer, generation_prompt=True)
+    except (jinja2.TemplateError, RowError) as error:
         raise ConfigError(f"the chat template refuses this conversation: {error}") from None
     return np.array(vocabulary.ids([rendered])[0], dtype=np.int32)
 

@@ -29,6 +29,7 @@ from lora_ft.values import Schedule as Schedule
 from lora_ft.values import TooLong as TooLong
 from lora_ft.values import Tracker as Tracker
 from lora_ft.values import TrainOn as TrainOn
+from lora_ft.values import Turns as Turns
 
 # In a checkout conf/ is next to the package; in an installed wheel it is inside the package.
 _HERE = Path(__file__).resolve().parent

@@ -9,8 +9,9 @@
     ├── NonFiniteError   8  a loss or gradient norm that is NaN or infinite
     └── SecurityError    9  a file or setting that could run code, leave its folder or reveal a secret
 
-Exit 0 is success, 1 a bug in lora_ft, 3 a sweep with failed jobs, 130 and 143 SIGINT and SIGTERM (Interrupted), 141 a
-closed output pipe.
+Exit 0 is success, 1 a bug in lora_ft, 3 a sweep with failed jobs, 128 and the number of the signal that
+stopped a run (Interrupted: 130 SIGINT, 143 SIGTERM, 129 SIGHUP, on Linux 138 SIGUSR1 and 140 SIGUSR2), 141 a closed
+output pipe.
 """
 
 _TRAINING = "lower train.tokens_per_microbatch, or set train.gradient_checkpointing=every_1 or quant=nf4"
@@ -59,7 +60,7 @@ class SecurityError(LoraFtError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM. A KeyboardInterrupt, so that it ends a whole sweep and not one job."""
+    """A signal that stops a run. A KeyboardInterrupt, so that it ends a whole sweep and not one job."""
 
     def __init__(self, signum: int, message: str = "") -> None:
         super().__init__(message)

@@ -28,8 +28,8 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from lora_ft import config, metric_table, objectives, runs, validation
-from lora_ft.adapters import files, loading, provenance
 from lora_ft.adapters import labels as stored_labels
+from lora_ft.adapters import loading, peft_folder, provenance
 from lora_ft.classes import Classes
 from lora_ft.cli import entry, overrides
 from lora_ft.data.dataset import Dataset, few_answers, prepare, prepare_rows
@@ -96,7 +96,7 @@ def evaluate(cfg: config.EvalRun, given: list[str]) -> EvalResult:
     validation.validate(cfg)
     metric_table.check("eval.metrics", cfg.eval.metrics)
     adapter = loading.adapter_folder(cfg.run, cfg.adapter_path)
-    saved = files.read_config(adapter)
+    saved = peft_folder.read_config(adapter)
     classes = loading.classes_of(adapter, saved)
     cfg = loading.with_base(cfg, adapter, saved)
     cfg = with_labels(replace(cfg, objective=objectives.of_adapter(cfg.objective, classes)), adapter)

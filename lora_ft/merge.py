@@ -23,7 +23,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from lora_ft import config, objectives, validation
-from lora_ft.adapters import files, loading, provenance
+from lora_ft.adapters import files, loading, peft_folder, provenance
 from lora_ft.cli import entry
 from lora_ft.data.dataset import prepare
 from lora_ft.data.rows import Example
@@ -31,7 +31,7 @@ from lora_ft.errors import ConfigError, DataError, ResourceError
 from lora_ft.evaluation.loss import eval_loss
 from lora_ft.export import combine, merge_base, truncate, verify
 from lora_ft.export.gguf import model as gguf_model
-from lora_ft.export.merge import MergedModel, write_folder
+from lora_ft.export.merge import MergedModel, check, write_folder
 from lora_ft.export.weight_stream import use_placeholders
 from lora_ft.io import durable
 from lora_ft.models.acceleration import accelerated
@@ -89,7 +89,7 @@ def merge(cfg: config.MergeRun) -> MergeResult:
         raise ConfigError(f"out={cfg.out} exists already, and merge never replaces anything: choose a new name")
     adapters = _adapters(cfg)
     cfg = loading.with_base(cfg, adapters[0])
-    saved = files.read_config(adapters[0])
+    saved = peft_folder.read_config(adapters[0])
     if cfg.gguf:
         loading.check_generates(adapters[0], saved, "llama.cpp", _AS_FOLDER)
     classes = loading.classes_of(adapters[0], saved)
@@ -119,6 +119,7 @@ def _merge(
     tokenizer: PreTrainedTokenizerBase,
     out: Path,
 ) -> MergeResult:
+    check(adapter, peft_folder.read_config(adapter))
     base_dtype = resolve_dtype(cfg.model.dtype, resolve_device(cfg.device))
     dtype = base_dtype if cfg.dtype is Dtype.auto else getattr(torch, cfg.dtype.value)
     if cfg.gguf:
@@ -203,9 +204,9 @@ def _attached(cfg: config.MergeRun, adapter: Path, tokenizer: PreTrainedTokenize
     dtype = Dtype(str(resolve_dtype(cfg.model.dtype, resolve_device(cfg.device))).removeprefix("torch."))
     if dtype is Dtype.float16:  # which CPUs do not compute in
         dtype = Dtype.float32
-    saved = files.read_config(adapter)
-    classes = loading.classes_of(adapter, saved)
-    base = load_base(replace(cfg.model, dtype=dtype), config.Quant(), "cpu", tokenizer, classes=classes)
+    saved = peft_folder.read_config(adapter)
+    classes, rows = loading.classes_of(adapter, saved), files.vocabulary_rows(adapter, saved)
+    base = load_base(replace(cfg.model, dtype=dtype), config.Quant(), "cpu", tokenizer, classes=classes, rows=rows)
     provenance.check_source(adapter, saved, base, cfg.quant)
     return files.load(base.model, adapter, loading.NAME, saved)
 
@@ -230,7 +231,7 @@ def _combine(cfg: config.MergeRun, adapters: list[Path], tokenizer: PreTrainedTo
     base = replace(meta_model, identity=locate(cfg.model))  # with the hashes of its weights
     combine.check(base, cfg.quant, adapters)
     use_placeholders(base.model)
-    model = files.load(base.model, adapters[0], loading.NAME)
+    model = files.load(base.model, adapters[0], loading.NAME, placeholders=True)
     combined = combine.combine(model, adapters, weights, cfg.method, cfg.density, cfg.seed)
     how = {"method": cfg.method.value, "weights": weights, "density": cfg.density, "seed": cfg.seed}
     files.write(combined.tensors, combined.config, out, tokenizer, _origin(base, cfg.quant, adapters, how))
@@ -273,8 +274,8 @@ def _origin(base: Base, quant: config.Quant, adapters: list[Path], how: dict[str
     known = [provenance.read_record(adapter) if (adapter / provenance.RECORD).is_file() else {} for adapter in adapters]
     rows = [record.get("data_sha256") for record in known]
     data = rows[0] if len(rows) == 1 else hashlib.sha256(json.dumps(rows).encode()).hexdigest() if all(rows) else None
-    hashes = [hashlib.sha256((adapter / files.WEIGHTS).read_bytes()).hexdigest() for adapter in adapters]
-    classes = loading.classes_of(adapters[0], files.read_config(adapters[0]))
+    hashes = [hashlib.sha256((adapter / peft_folder.WEIGHTS).read_bytes()).hexdigest() for adapter in adapters]
+    classes = loading.classes_of(adapters[0], peft_folder.read_config(adapters[0]))
     labels = list(classes.names) if classes else None
     return provenance.Provenance(base.identity, quant, data, how | {"adapter_sha256": hashes}, labels, classes)
 

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_ft import config, runs, validation
-from lora_ft.adapters import files, loading
+from lora_ft.adapters import loading, peft_folder
 from lora_ft.cli import entry
 from lora_ft.errors import MismatchError
 from lora_ft.io import durable
@@ -81,7 +81,7 @@ def publish(cfg: config.PublishRun) -> PublishResult:
     validation.validate(cfg)
     destination = destinations.parse(cfg.to)
     adapter = loading.adapter_folder(cfg.run, cfg.adapter_path)
-    saved = files.read_config(adapter)
+    saved = peft_folder.read_config(adapter)
     cfg = loading.with_base(cfg, adapter, saved)
     with _working_folder(adapter, cfg) as work:
         folder, fetched = work / "package", work / "fetched"
@@ -110,7 +110,7 @@ def verify(cfg: config.PublishRun) -> Verification:
 
 
 def _verify_folder(cfg: config.PublishRun, folder: Path) -> Verification:
-    saved = files.read_config(folder)
+    saved = peft_folder.read_config(folder)
     cfg = loading.with_base(cfg, folder, saved)
     return verification.verify(folder, prepare.base_loading(folder, saved, cfg))
 

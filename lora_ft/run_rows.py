@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_ft.errors import CheckpointError, ConfigError, DataError
-from lora_ft.io import durable, untrusted
+from lora_ft.io import arrow, durable
 from lora_ft.runs import EVAL_ROWS, ROWS, exists
 
 
@@ -48,8 +48,7 @@ def write_rows(folder: Path, rows: Any, eval_rows: Any) -> None:
 
 def _json_lines(rows: Any, name: str) -> Iterator[str]:
     if hasattr(rows, "with_format"):  # datasets: the stored values, without decoding images or audio
-        rows = (row for batch in rows.with_format("arrow").iter(1000) for row in batch.to_pylist())
-        rows = map(untrusted.without_filled_nulls, rows)
+        rows = (row for batch in rows.with_format("arrow").iter(1000) for row in arrow.values_of(batch))
     for number, row in enumerate(rows, 1):
         try:
             if not isinstance(row, Mapping):

@@ -35,6 +35,12 @@ class TooLong(Enum):
     split = "split"
 
 
+class Turns(Enum):
+    strict = "strict"
+    repair = "repair"
+    drop = "drop"
+
+
 class TrainOn(Enum):
     answers = "answers"
     last_answer = "last_answer"

@@ -22,7 +22,7 @@ from peft import PeftModel
 from tiny import FAMILIES, VOCABULARY, tiny_model, tiny_tokenizer
 
 from lora_ft import config, runs
-from lora_ft.adapters import attach, files, provenance
+from lora_ft.adapters import attach, files, peft_folder, provenance
 from lora_ft.errors import MismatchError, SecurityError
 from lora_ft.io import durable
 from lora_ft.models.load import Base, Identity
@@ -146,7 +146,13 @@ def test_saving_twice_gives_the_same_bytes_with_public_file_modes(tmp_path: Path
     os.umask(0o022)
     first, second = (saved(trained("llama", {}), tmp_path / name) for name in ("one", "two"))
     names = {p.name for p in first.iterdir()}
-    assert {files.WEIGHTS, files.CONFIG, provenance.RECORD, "tokenizer.json", "chat_template.jinja"} <= names
+    assert {
+        peft_folder.WEIGHTS,
+        peft_folder.CONFIG,
+        provenance.RECORD,
+        "tokenizer.json",
+        "chat_template.jinja",
+    } <= names
     for path in first.iterdir():
         assert path.read_bytes() == (second / path.name).read_bytes()
         assert path.stat().st_mode & 0o777 == 0o644
@@ -155,26 +161,26 @@ def test_saving_twice_gives_the_same_bytes_with_public_file_modes(tmp_path: Path
 @pytest.mark.closes("D04")
 def test_config_has_the_public_base_and_sorted_targets(tmp_path: Path) -> None:
     folder = saved(trained("llama", {}), tmp_path / "adapter")
-    fields = json.loads((folder / files.CONFIG).read_text())
+    fields = json.loads((folder / peft_folder.CONFIG).read_text())
     assert (fields["base_model_name_or_path"], fields["revision"]) == ("org/tiny", "abc")
     assert fields["target_modules"] == sorted(fields["target_modules"])
     assert fields["inference_mode"] is True
-    assert "somewhere" not in (folder / files.CONFIG).read_text()
+    assert "somewhere" not in (folder / peft_folder.CONFIG).read_text()
 
 
 def test_config_has_the_basic_settings_and_others_that_differ_from_their_default(tmp_path: Path) -> None:
     """So an older PEFT can read it. Dicts are sorted."""
-    plain = json.loads((saved(trained("llama", {}), tmp_path / "plain") / files.CONFIG).read_text())
+    plain = json.loads((saved(trained("llama", {}), tmp_path / "plain") / peft_folder.CONFIG).read_text())
     assert plain.keys() == {*files._ALWAYS, "peft_version"}
     assert list(plain) == sorted(plain)
     model = trained("llama", {"target_modules": ["q_proj", "v_proj"], "alpha_pattern": {"v_proj": 7, "q_proj": 9}})
     model.peft_config["adapter0"].layers_to_transform = [1]
-    text = (saved(model, tmp_path / "more") / files.CONFIG).read_text()
+    text = (saved(model, tmp_path / "more") / peft_folder.CONFIG).read_text()
     assert json.loads(text).keys() - plain.keys() == {"layers_to_transform"}
     assert text.index('"q_proj": 9') < text.index('"v_proj": 7')
     local = provenance.Provenance(dataclasses.replace(BASE, id=None, revision=None), config.Quant(), "d")
     files.save(model, "adapter0", tmp_path / "local", tiny_tokenizer(), local)
-    fields = json.loads((tmp_path / "local" / files.CONFIG).read_text())
+    fields = json.loads((tmp_path / "local" / peft_folder.CONFIG).read_text())
     assert (fields["base_model_name_or_path"], fields["revision"]) == ("somewhere", None)
 
 
@@ -218,7 +224,7 @@ def base_of(**changes: object) -> Base:
 
 
 def check(folder: Path, base: Base, **quant: object) -> None:
-    provenance.check_source(folder, files.read_config(folder), base, config.Quant(**quant))
+    provenance.check_source(folder, peft_folder.read_config(folder), base, config.Quant(**quant))
 
 
 @pytest.mark.closes("D03")
@@ -265,9 +271,9 @@ def test_adapter_without_a_record_is_compared_by_name_and_refused_if_it_changes_
     assert caplog.text == ""
     check(folder, base_of(id="org/other", path="org/other"))
     assert "the adapter names the base org/tiny, but the configured base is org/other" in caplog.text
-    settings = json.loads((folder / files.CONFIG).read_text())
+    settings = json.loads((folder / peft_folder.CONFIG).read_text())
     for changed, message in (({"init_lora_weights": "pissa"}, "pissa changes the base"), ({"bias": "all"}, "bias=all")):
-        (folder / files.CONFIG).write_text(json.dumps(settings | changed))
+        (folder / peft_folder.CONFIG).write_text(json.dumps(settings | changed))
         with pytest.raises(MismatchError, match=message):
             check(folder, base_of())
 
@@ -280,8 +286,8 @@ def test_damaged_record_or_config_is_an_error(tmp_path: Path) -> None:
         (provenance.RECORD, '{"format": 1, "base": "tiny"}', "not a record of format 1"),
         (provenance.RECORD, '{"format": 1', "lora_ft.json is not valid JSON"),
         (provenance.RECORD, "[]", "must contain a JSON object"),
-        (files.CONFIG, '{"peft_type": ', "adapter_config.json is not valid JSON"),
-        (files.CONFIG, '{"peft_type": "LORA", "r": 0}', "adapter"),
+        (peft_folder.CONFIG, '{"peft_type": ', "adapter_config.json is not valid JSON"),
+        (peft_folder.CONFIG, '{"peft_type": "LORA", "r": 0}', "adapter"),
     ):
         before = (folder / name).read_text()
         (folder / name).write_text(text)
@@ -299,7 +305,7 @@ def test_adapter_of_another_architecture_is_refused(tmp_path: Path) -> None:
 
 
 def rewrite(folder: Path, change) -> None:
-    path = folder / files.WEIGHTS
+    path = folder / peft_folder.WEIGHTS
     tensors = safetensors.torch.load_file(path)
     change(tensors)
     path.write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
@@ -307,7 +313,7 @@ def rewrite(folder: Path, change) -> None:
 
 def test_truncated_files_other_formats_and_unknown_settings_are_refused(tmp_path: Path) -> None:
     folder = saved(trained("llama", {}), tmp_path / "adapter")
-    weights, settings = folder / files.WEIGHTS, folder / files.CONFIG
+    weights, settings = folder / peft_folder.WEIGHTS, folder / peft_folder.CONFIG
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(MismatchError, match="not a safetensors file"):
@@ -315,13 +321,13 @@ def test_truncated_files_other_formats_and_unknown_settings_are_refused(tmp_path
     fields = json.loads(settings.read_text())
     settings.write_text(json.dumps(fields | {"use_telepathy": True}))
     with pytest.raises(MismatchError, match="use_telepathy"):
-        files.read_config(folder)
+        peft_folder.read_config(folder)
     settings.write_text(json.dumps(fields | {"peft_type": "IA3"}))
     with pytest.raises(MismatchError, match="LORA, got IA3"):
-        files.read_config(folder)
+        peft_folder.read_config(folder)
     weights.rename(folder / "adapter_model.bin")
     with pytest.raises(SecurityError, match="can run code"):
-        files.read_config(folder)
+        peft_folder.read_config(folder)
 
 
 @pytest.mark.parametrize(
@@ -342,12 +348,12 @@ def test_init_from_requires_the_same_method(change: dict[str, Any], message: str
     with pytest.raises(
         MismatchError, match=rf"init_from=.*/adapter has {message}[^,]*: set the same values in adapter"
     ):
-        files.check_same_method(folder, model.peft_config["next"])
+        peft_folder.check_same_method(folder, model.peft_config["next"])
 
 
 def test_different_tensors_are_counted_and_five_are_named(tmp_path: Path) -> None:
     folder = saved(trained("llama", {}), tmp_path / "adapter")
-    whole = sorted(safetensors.torch.load_file(folder / files.WEIGHTS))
+    whole = sorted(safetensors.torch.load_file(folder / peft_folder.WEIGHTS))
     rewrite(folder, lambda tensors: [tensors.pop(key) for key in whole[:7]] and tensors.update(x=torch.zeros(1)))
     message = f"missing tensors: 7, first {', '.join(whole[:5])}; unexpected tensors: 1, first x"
     with pytest.raises(MismatchError) as caught:
@@ -357,15 +363,15 @@ def test_different_tensors_are_counted_and_five_are_named(tmp_path: Path) -> Non
 
 def test_missing_config_and_invalid_metadata_are_errors(tmp_path: Path) -> None:
     folder = saved(trained("llama", {}), tmp_path / "adapter")
-    weights = (folder / files.WEIGHTS).read_bytes()
+    weights = (folder / peft_folder.WEIGHTS).read_bytes()
     (length,) = struct.unpack("<Q", weights[:8])
     header = json.dumps({**json.loads(weights[8 : 8 + length]), "__metadata__": {"format": 1}}).encode()
-    (folder / files.WEIGHTS).write_bytes(struct.pack("<Q", len(header)) + header + weights[8 + length :])
+    (folder / peft_folder.WEIGHTS).write_bytes(struct.pack("<Q", len(header)) + header + weights[8 + length :])
     with pytest.raises(MismatchError, match=r"adapter_model\.safetensors is not a safetensors file: "):
         files.load(tiny_model("llama"), folder, "again")
-    (folder / files.CONFIG).unlink()
+    (folder / peft_folder.CONFIG).unlink()
     with pytest.raises(MismatchError, match=r"adapter is not an adapter: adapter_config\.json is missing"):
-        files.read_config(folder)
+        peft_folder.read_config(folder)
 
 
 @pytest.mark.parametrize(
@@ -382,13 +388,13 @@ def test_missing_config_and_invalid_metadata_are_errors(tmp_path: Path) -> None:
 )
 def test_auto_mapping_may_name_only_peft_and_transformers(mapping: object, refused: str | None, tmp_path: Path) -> None:
     folder = saved(trained("llama", {}), tmp_path / "adapter")
-    fields = json.loads((folder / files.CONFIG).read_text())
-    (folder / files.CONFIG).write_text(json.dumps(fields | {"auto_mapping": mapping}))
+    fields = json.loads((folder / peft_folder.CONFIG).read_text())
+    (folder / peft_folder.CONFIG).write_text(json.dumps(fields | {"auto_mapping": mapping}))
     if refused is None:
-        assert files.read_config(folder).r == 4
+        assert peft_folder.read_config(folder).r == 4
     else:
         with pytest.raises(SecurityError, match=f"auto_mapping asks to import {refused}$"):
-            files.read_config(folder)
+            peft_folder.read_config(folder)
 
 
 @pytest.mark.closes("D09")
@@ -433,7 +439,7 @@ def test_adapter_initialized_from_a_saved_one_computes_the_same(tmp_path: Path) 
     source = trained("llama", {})
     folder = saved(source, tmp_path / "adapter")
     model = attach.attach(tiny_model("llama").requires_grad_(False), config.Adapter(r=4, lora_alpha=8), "next", 1, [])
-    files.check_same_method(folder, model.peft_config["next"])
+    peft_folder.check_same_method(folder, model.peft_config["next"])
     files.load_tensors(model, folder, "next")
     assert torch.equal(model.eval()(input_ids=IDS).logits, source(input_ids=IDS).logits)
     assert all(p.requires_grad for p in attach.trainable(model, "next").values())

@@ -41,8 +41,9 @@ def call(arguments: Any) -> dict[str, Any]:
     return chat(user("a"), assistant("b", tool_calls=[{"function": {"name": "f", "arguments": arguments}}]))
 
 
-ROLES = r"role must be one of system, developer, user, human, .*, observation, got"
+ROLES = r"role must be one of system, developer, user, human, .*, function_call, tool_call, got"
 CONTROL = re.escape(f"holds the control token {END}")
+NO_TOOLS = ": tools and calls need a base whose chat template writes them, or another model.chat_template"
 ARGUMENTS = r"messages\[1\]\.tool_calls\[0\]\.arguments"
 NOT_JSON = r"column \d+: not JSON: .+?"
 A, B = user("a"), assistant("b")
@@ -51,13 +52,12 @@ A, B = user("a"), assistant("b")
 LINES = {
     NOT_JSON: [
         b'{"text": "go',
-        b'{"text": "a"} {"text": "b"}',
+        b'{"text": "a"} {"text": "b"',
+        b'{"text": "a"} 7',
         b'{"text": "a\tb"}',
         b"{'text': 'a'}",
         b' \xef\xbb\xbf{"text": "a"}',
-        '{"text": "a"}'.encode("utf-16-le"),
     ],
-    "line: not UTF-8 at byte 12": [b'{"text": "a\xff"}', b'{"text": "a\xc3"}', b'{"text": "a\xed\xa0\x80"}'],
     "text: holds half of a surrogate pair, which is not a character": [
         b'{"text": "\\ud83d"}',
         b'{"text": "\\udfff\\ud800"}',
@@ -68,12 +68,15 @@ LINES = {
     ".{120}: key occurs twice in one object": [f'{{"{"k" * 999}": 1, "{"k" * 999}": 2}}'.encode()],
     "number: cannot be read: .*4300 digits.*": [b'{"text": %b}' % (b"7" * 4301)],
     "row: must be an object with columns": [[], 7, None, "text", {}],
-    r"text: must be text, got \w+": [{"text": v} for v in (None, 7, 1.5, True, ["a"], {"a": "b"})],
+    r"text: must be text, got \w+": [{"text": v} for v in (None, ["a"], {"a": "b"})],
+    r"text: must be text or a finite number, got \w+": [{"text": v} for v in (math.nan, math.inf)],
+    r"text: 7\.0 may be a decimal, or an integer that pandas stored beside empty cells: .+": [{"text": 7.0}],
     "text: is empty": [{"text": ""}, {"text": BLANK}],
 }
 CHATS = {
     "messages: is missing": [{"id": 7}, {"prompt": "a", "completion": "b"}],
-    r"messages: must be a list of messages, got \w+": [{"messages": v} for v in (None, 7, "a", {})],
+    r"messages: must be a list of messages, got \w+": [{"messages": v} for v in (None, 7, "", "7", {})],
+    r"messages: is not JSON: .+ at character \d+": [{"messages": v} for v in ("a", "[{'role': 'user'}]")],
     "messages: is empty": [chat()],
     r"messages\[1\]: must be an object, got \w+": [chat(A, v) for v in (None, 7, "b", [])],
     rf"messages\[0\]: {ROLES} .{{1,120}}": [
@@ -84,17 +87,26 @@ CHATS = {
     r"messages\[1\]: the content of assistant is missing": [chat(A, {"role": "assistant"}), chat(A, assistant(None))],
     r"messages\[1\]: the content of assistant is empty": [chat(A, assistant(v)) for v in ("", BLANK, [])],
     r"messages\[0\]: the content of user is empty": [chat(user(BLANK), B)],
-    r"messages\[0\]: content must be text, got \w+": [
-        chat(user(v), B) for v in (7, {}, ["a"], [{"type": "image_url"}], [{"type": "text", "text": 1}])
+    r"messages\[0\]: content must be text, got object": [chat(user(v), B) for v in ({}, {"text": 1})],
+    r"messages\[0\]: content must be text or a list of text parts, got a list with \w+": [
+        chat(user(v), B) for v in ([7], [None])
     ],
-    "message 1: assistant may not be first": [chat(B, A, B)],
-    "message 2: (user|system|tool) may not follow user": [
-        chat(A, A, B),
-        chat(A, {"role": "system", "content": "s"}, B),
+    r"messages\[0\]: content must be text, got a part whose text is \w+": [
+        chat(user([{"type": "text", "text": 1}]), B)
+    ],
+    r"messages\[0\]: content has a part of type image_url: only text can be trained on": [
+        chat(user([{"type": "image_url"}]), B),
+        chat(user([{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "u"}}]), B),
+    ],
+    "messages: no assistant message follows a user message; data.turns=drop leaves such rows out": [
+        chat(A),
+        chat(B),
+        chat(B, A),
+        chat({"role": "system", "content": "s"}, B),
+    ],
+    "message 2: tool may not follow user; data.turns=drop leaves such rows out": [
         chat(A, {"role": "tool", "content": "t"}, B),
     ],
-    "message 3: assistant may not follow assistant": [chat(A, B, B)],
-    "message 3: the chat must end with an assistant message, it ends with user": [chat(A, B, A)],
     r"messages\[1\]: weight must be 0 or 1, got .{1,120}": [
         chat(A, assistant("b", weight=v)) for v in (0.5, 2, 10**99, UGLY, [])
     ],
@@ -105,11 +117,21 @@ CHATS = {
     "messages: no answer is learned: weight, train or loss excludes every answer that data.train_on selects": [
         chat(A, assistant("b", **flag)) for flag in ({"weight": 0}, {"train": False}, {"loss": False})
     ],
-    r"tools: must be a list, got \w+": [chat(A, B, tools=v) for v in (7, "t", {"name": "t"})],
-    r"tools\[0\]: must be an object, got \w+": [chat(A, B, tools=[v]) for v in (7, "t", None)],
-    r"messages\[1\]: tool_calls must be a list, got \w+": [chat(A, assistant("b", tool_calls=v)) for v in (7, "f")],
+    r"tools: must be a list or the JSON text of one, got \w+": [chat(A, B, tools=v) for v in (7, "7", {"a": 1})],
+    r"tools: is not JSON: .+ at character 1": [chat(A, B, tools="t")],
+    r"tools\[0\]: must be an object, got \w+": [chat(A, B, tools=[v]) for v in (7, "7", None)],
+    "functions: a row has tools or functions, not both": [chat(A, B, tools=[{"name": "f"}], functions=[{"name": "f"}])],
+    r"messages\[1\]\.tool_calls: must be a list or the JSON text of one, got \w+": [
+        chat(A, assistant("b", tool_calls=v)) for v in (7, "7", {"a": 1})
+    ],
+    r"messages\[1\]\.tool_calls\[0\]: is not JSON: .+ at character 1": [chat(A, assistant("b", tool_calls=["f"]))],
+    r"messages\[1\]\.tool_calls: is not JSON: .+ at character 1": [chat(A, assistant("b", tool_calls="f"))],
+    r"messages\[1\]: calls of tools must be in one place: .+": [
+        chat(A, assistant(None, tool_calls=[{"name": "f"}], function_call={"name": "f"}))
+    ],
+    r"messages\[1\]\.function_call: is not JSON: .+ at character 1": [chat(A, assistant(None, function_call="f"))],
     r"messages\[1\]: tool_calls must be objects with the name of a function": [
-        chat(A, assistant(None, tool_calls=[v])) for v in ("f", {}, {"function": {"name": 7}}, {"name": BLANK})
+        chat(A, assistant(None, tool_calls=[v])) for v in (7, {}, {"function": {"name": 7}}, {"name": BLANK})
     ],
     r"messages\[0\]: tool_calls belong to the assistant, not to user": [chat(user("a", tool_calls=[{"name": "f"}]), B)],
     rf"{ARGUMENTS}: is not JSON: .+ at character 2": [call("{'a': 1}")],
@@ -120,15 +142,19 @@ CHATS = {
     r"tools\[0\]: must not contain NaN or Infinity.*": [chat(A, B, tools=[{"name": "f", "default": math.nan}])],
     r"messages\[1\]: must not contain NaN or Infinity.*": [chat(A, assistant("b", score=-math.inf))],
     f"{ARGUMENTS}: a: key occurs twice in one object": [call('{"a": 1, "a": 2}')],
-    r"system: must be text, got \w+": [chat(A, B, system=v) for v in (7, ["s"], {})],
+    r"system: must be text, got \w+": [chat(A, B, system=v) for v in (["s"], {})],
     f"content: {CONTROL}": [
         chat(user(f"a{END}b"), B),
         chat(A, assistant(UGLY + END)),
         chat(A, assistant("b", tool_calls=[{"name": "f", "arguments": {"x": END}}])),
     ],
     f"tools: {CONTROL}": [chat(A, B, tools=[{"name": "f", "description": END}])],
-    "chat template: drops the tool add_7": [chat(A, B, tools=[{"type": "function", "function": {"name": "add_7"}}])],
-    "chat template: drops the answer's call of add_7": [chat(A, assistant("b", tool_calls=[{"name": "add_7"}]))],
+    f"chat template: drops the tool add_7{NO_TOOLS}": [
+        chat(A, B, tools=[{"type": "function", "function": {"name": "add_7"}}])
+    ],
+    f"chat template: drops the answer's call of add_7{NO_TOOLS}": [
+        chat(A, assistant("b", tool_calls=[{"name": "add_7"}]))
+    ],
     "chat template: changes or drops the answer": [
         chat(A, assistant("b", thinking="hm hm")),
         chat(A, assistant("b", reasoning_content="hm hm")),
@@ -137,16 +163,16 @@ CHATS = {
 PAIRS = {
     "prompt: is missing": [chat(A, B), {"completion": "b"}],
     "completion: is missing": [{"prompt": "a"}],
-    r"completion: must be text, got \w+": [{"prompt": "a", "completion": v} for v in (None, 7, ["b"])],
+    r"completion: must be text, got \w+": [{"prompt": "a", "completion": v} for v in (None, ["b"])],
     "completion: is empty": [{"prompt": "a", "completion": BLANK}],
     "prompt: is empty": [{"prompt": "", "completion": "b"}],
-    "completion: must be a list of messages, got text": [{"prompt": [A], "completion": "b"}],
+    r"completion: is not JSON: .+ at character 1": [{"prompt": [A], "completion": "b"}],
 }
 ALPACA = {
     "output: is missing": [{"instruction": "a"}],
-    r"input: must be text, got \w+": [{"instruction": "a", "output": "b", "input": v} for v in (7, ["i"])],
+    r"input: must be text, got \w+": [{"instruction": "a", "output": "b", "input": v} for v in (["i"], {})],
     r"history: must be a list of \[instruction, answer\]": [
-        {"instruction": "a", "output": "b", "history": v} for v in (7, ["ab"], [["a"]], [["a", ""]])
+        {"instruction": "a", "output": "b", "history": v} for v in (7, ["ab"], [["a"]], [["a", ""]], "[7]")
     ],
 }
 SHARE_GPT = {
@@ -183,19 +209,33 @@ def errors(path: Path, **settings: Any) -> list[str]:
         prepare(Data(path=str(path), eval_fraction=0, **settings), TOKENIZER)
     assert caught.value.exit_code == 4
     head, *lines = str(caught.value).split("\n")
-    assert head == (f"{len(lines)} bad rows:" if len(lines) > 1 else "1 bad row:")
+    count = sum(int(more[1]) if (more := re.match(r"    and (\d+) more: ", line)) else 1 for line in lines)
+    assert head == (f"{count} bad rows:" if count > 1 else "1 bad row:")
     return lines
 
 
 def check_errors(lines: list[str], expected: list[tuple[str, str]]) -> None:
-    """Check that lines are `source: field: reason: excerpt`; `expected`: sources and patterns of field and reason."""
-    assert [line[2:].split(": ")[0] for line in lines] == [source for source, _ in expected]
-    for line, (source, pattern) in zip(lines, expected, strict=True):
-        match = re.match(rf"  {re.escape(source)}: (?:{pattern}): (?=.)", line)
-        assert match, (line, pattern)
-        assert len(line) - match.end() <= LONGEST_EXCERPT
-        assert len(line) <= len(source) + 3 * LONGEST_EXCERPT + 100
+    """Check the lines of bad rows against pairs of a source and a pattern of field and reason.
+
+    A line is `source: field: reason: excerpt`. The other rows with that field and reason follow in one line.
+    """
+    found: dict[str, str] = {}
+    source = shown = ""
+    for line in lines:
         assert line.isprintable()
+        if more := re.match(r"    and (\d+) more: (.+)", line):
+            listed = re.sub(r"line (?=\d)", "", more[2]).split(", ")
+            assert len(listed) == int(more[1]) < 6, line
+            found |= {f"{source.rpartition(':')[0]}:{place}": shown for place in listed}
+            continue
+        source, shown = line[2:].split(": ")[0], line
+        found[source] = shown
+    assert sorted(found) == sorted(source for source, _ in expected)
+    for source, pattern in expected:
+        match = re.match(rf"  [^ ]+(?: \d+)?: (?:{pattern}): (?=.)", found[source])
+        assert match, (found[source], pattern)
+        assert len(found[source]) - match.end() <= LONGEST_EXCERPT
+        assert len(found[source]) <= len(source) + 3 * LONGEST_EXCERPT + 200
 
 
 @pytest.mark.closes("F01", "F02", "F03", "F04", "F09", "A26")
@@ -277,7 +317,7 @@ def test_parquet_rows_are_reported_by_number(tmp_path, values, settings, pattern
 @pytest.mark.parametrize(
     ("column", "type_name"),
     [
-        (pa.array([1]), "int"),
+        (pa.array([1], pa.decimal128(5)), "Decimal"),
         (pa.array([b"a"]), "bytes"),
         (pa.array([["a"]]), "list"),
         (pa.array([{"a": "b"}]), "object"),
@@ -320,12 +360,27 @@ def test_every_row_is_in_the_dataset_or_counted_as_left_out(tmp_path, deduplicat
 
 @pytest.mark.closes("F01")
 def test_reading_stops_after_twenty_bad_rows(tmp_path):
-    path = write(tmp_path, [{"text": 1}] * 30 + [{"text": "a"}] * 31)
+    path = write(tmp_path, [{"text": []}] * 30 + [{"text": "a"}] * 31)
     with pytest.raises(DataError) as caught:
         prepare(Data(path=str(path)), TOKENIZER)
     head, *lines = str(caught.value).split("\n")
     assert head == "20 bad rows (stopped there):"
-    check_errors(lines, [(f"{path}:{n}", "text: must be text, got int") for n in range(1, 21)])
+    assert lines == [
+        f"  {path}:1: text: must be text, got list: {{'text': []}}",
+        "    and 19 more: line 2, line 3, line 4, line 5, line 6, ...",
+    ]
+
+
+def test_one_error_in_many_rows_is_one_message_in_the_order_of_the_rows(tmp_path):
+    for name in ("b.jsonl", "a.jsonl"):
+        write(tmp_path, [chat(A, assistant("b", weight=7)), chat(A, B), chat(A, B, A, assistant("b", weight=7))], name)
+    path = write(tmp_path, [chat(A, B)] * 2 + [chat(A, assistant(""))], "a9.jsonl")
+    lines = errors(tmp_path)
+    assert [line.split(": {")[0] for line in lines] == [
+        f"  {path}:3: messages[1]: the content of assistant is empty",
+        f"  {tmp_path}/a.jsonl:1: messages[1]: weight must be 0 or 1, got 7",
+        f"    and 3 more: line 3, {tmp_path}/b.jsonl:1, {tmp_path}/b.jsonl:3",
+    ]
 
 
 def good_files(folder: Path) -> list[Path]:

@@ -7,7 +7,7 @@ import pytest
 from test_data_templates import tokenizer_of
 from tiny import CHATML
 
-from lora_ft.config import Data, TrainOn
+from lora_ft.config import Data, TrainOn, Turns
 from lora_ft.data.dataset import prepare
 from lora_ft.errors import DataError
 
@@ -128,9 +128,11 @@ BROKEN = {
 
 
 def prepared(folder, template, train_on=TrainOn.answers):
+    """Prepare the rows with data.turns=strict: by default a system message that is dropped is part of a question."""
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return prepare(Data(path=str(path), eval_fraction=0, train_on=train_on), tokenizer_of(template))
+    data = Data(path=str(path), eval_fraction=0, train_on=train_on, turns=Turns.strict)
+    return prepare(data, tokenizer_of(template))
 
 
 @pytest.mark.closes("A04", "A05", "A06", "A07", "A08", "A09")

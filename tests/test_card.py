@@ -13,7 +13,7 @@ from finished import finished_run
 from huggingface_hub import ModelCard, ModelCardData
 
 from lora_ft import config
-from lora_ft.adapters import files, provenance
+from lora_ft.adapters import peft_folder, provenance
 from lora_ft.errors import ConfigError
 from lora_ft.io import durable
 from lora_ft.publishing import card, compatibility, curve, training_summary
@@ -35,7 +35,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def subject(adapter: Path, facts: TrainingSummary | None = None, **values: Any) -> card.CardContents:
-    config, record = (json.loads((adapter / name).read_text()) for name in (files.CONFIG, provenance.RECORD))
+    config, record = (json.loads((adapter / name).read_text()) for name in (peft_folder.CONFIG, provenance.RECORD))
     found = card.CardContents(
         name="me/mine", config=config, record=record, loading=LOADING, license="mit", summary=facts,
         verdicts=compatibility.verdicts(adapter, None), files=frozenset(), verification=VERIFICATION,

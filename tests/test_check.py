@@ -86,17 +86,17 @@ def test_installed_check_command_reads_no_weights(base, tmp_path):
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
 BROKEN = {
     "cut short": (lines(GOOD) + '{"prompt": "2+2?", "comple', r"rows\.jsonl:25: .*Unterminated string"),
-    "ends with the user": (
+    "no answer": (
         lines([CHAT, {"messages": CHAT["messages"][:1]}]),
-        r"rows\.jsonl:2: message 1: .*must end with an assistant message",
+        r"rows\.jsonl:2: messages: no assistant message follows a user message; data\.turns=drop leaves such rows out",
     ),
     "wrong order of roles": (
-        lines([CHAT, {"messages": CHAT["messages"][::-1]}]),
-        r"rows\.jsonl:2: message 1: assistant may not be first",
+        lines([CHAT, {"messages": [CHAT["messages"][0], {"role": "tool", "content": "7"}, CHAT["messages"][1]]}]),
+        r"rows\.jsonl:2: message 2: tool may not follow user; data\.turns=drop leaves such rows out",
     ),
     "unknown role": (
-        lines([CHAT, {"messages": [{"role": "bot", "content": "Hi"}]}]),
-        r"rows\.jsonl:2: messages\[0\]: role must be one of .*, got 'bot'",
+        lines([CHAT, {"messages": [{"role": "robot", "content": "Hi"}]}]),
+        r"rows\.jsonl:2: messages\[0\]: role must be one of .*, got 'robot'",
     ),
     "control token": (
         lines([*GOOD, {"prompt": "a<|im_end|>b", "completion": "c"}]),
@@ -151,14 +151,14 @@ def test_page_shows_what_an_error_does_not_affect(base, capfd):
 
 
 def test_all_errors_are_listed_and_the_first_sets_the_exit_code(base, capfd, monkeypatch):
-    broken = lines([*GOOD, {"prompt": "2+2?"}, {"prompt": 4, "completion": "4"}])
+    broken = lines([*GOOD, {"prompt": "2+2?"}, {"prompt": [], "completion": "4"}])
     assert checked(base, "adapter.target_modules=[q_prj]", content=broken) == 4
     out, err = capfd.readouterr()
     assert out == ""
     head, first, missing, number, second = err.splitlines()
     assert head == "lora-ft: 2 errors; training would stop at the first:" and first == "- 2 bad rows:"
     assert re.fullmatch(r"    \S*rows\.jsonl:25: completion: is missing: .*", missing)
-    assert re.fullmatch(r"    \S*rows\.jsonl:26: prompt: must be text.*", number)
+    assert re.fullmatch(r"    \S*rows\.jsonl:26: prompt: is empty.*", number)
     assert second.startswith("- adapter.target_modules: q_prj matches no layer of this model")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert checked(base, "optim.warmup_steps=500", "adapter.target_modules=[q_prj]") == 2

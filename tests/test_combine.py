@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lora_ft import config
-from lora_ft.adapters import files
+from lora_ft.adapters import files, peft_folder
 from lora_ft.export import truncate
 from lora_ft.models.load import load_base
 
@@ -37,7 +37,7 @@ def other_run(tmp_path: Path, name: str, factor: float = 0.0, **options: Any) ->
     cfg = settings(tmp_path, "llama", **options)
     run = saved_run(tmp_path / name, cfg)
     if factor and factor != 1:
-        path = run / "adapter" / files.WEIGHTS
+        path = run / "adapter" / peft_folder.WEIGHTS
         tensors = {key: t * factor if "lora_B" in key else t for key, t in load_file(path).items()}
         path.write_bytes(save(tensors, metadata={"format": "pt"}))
     return run
@@ -91,7 +91,7 @@ def test_combination_is_recorded_and_reproducible(tmp_path: Path) -> None:
     overrides = (f"adapters=[{first},{second / 'adapter'}]", "method=dare_ties", "density=0.5")
     one, again = merged(tmp_path, "one", *overrides), merged(tmp_path, "again", *overrides)
     other = merged(tmp_path, "other", *overrides, "seed=1")
-    weights = [(folder / files.WEIGHTS).read_bytes() for folder in (one, again, other)]
+    weights = [(folder / peft_folder.WEIGHTS).read_bytes() for folder in (one, again, other)]
     assert weights[0] == weights[1] != weights[2]
     record = json.loads((one / "lora_ft.json").read_text())
     assert record["base"] == json.loads((first / "adapter" / "lora_ft.json").read_text())["base"]
@@ -136,7 +136,7 @@ def test_truncated_adapter_is_the_nearest_of_its_rank(
         "4",
         "6",
     ]
-    saved = files.read_config(out)
+    saved = peft_folder.read_config(out)
     assert (saved.r, saved.lora_alpha, saved.use_rslora) == (3, 3, False)
     whole, small = updates(tmp_path, run / "adapter"), updates(tmp_path, out)
     for name, update in whole.items():

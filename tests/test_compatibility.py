@@ -14,7 +14,7 @@ from finished import call, finished_run
 from peft import LoraConfig
 from tiny import tiny_folder
 
-from lora_ft.adapters import files
+from lora_ft.adapters import peft_folder
 from lora_ft.errors import ConfigError, MismatchError
 from lora_ft.export import mlx
 from lora_ft.export.gguf import adapter as gguf_adapter
@@ -66,13 +66,13 @@ def copied(adapter: Path, to: Path) -> Path:
 
 
 def with_config(folder: Path, **values: Any) -> Path:
-    path = folder / files.CONFIG
+    path = folder / peft_folder.CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
     return folder
 
 
 def with_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
-    path = folder / files.WEIGHTS
+    path = folder / peft_folder.WEIGHTS
     path.write_bytes(safetensors.torch.save(change(safetensors.torch.load_file(path))))
     return folder
 
@@ -237,7 +237,7 @@ def test_adapter_of_parameters_is_not_checked_as_layers(made: dict[str, Path], t
 
 
 def test_target_without_a_tensor_is_compared_with_the_base(made: dict[str, Path], tmp_path: Path) -> None:
-    targets = json.loads((made["plain"] / files.CONFIG).read_text())["target_modules"]
+    targets = json.loads((made["plain"] / peft_folder.CONFIG).read_text())["target_modules"]
     folder, described = copied(made["plain"], tmp_path), base_config(made["plain"])
 
     def levels(target: str, config: dict[str, Any] | None) -> list[Level]:
@@ -274,7 +274,7 @@ def test_wrong_base_is_found_by_its_config(made: dict[str, Path], tmp_path: Path
 
 def test_local_base_closed_mode_and_missing_license_are_warnings(made: dict[str, Path], tmp_path: Path) -> None:
     folder = copied(made["plain"], tmp_path)
-    (folder / files.WEIGHTS).chmod(0o600)
+    (folder / peft_folder.WEIGHTS).chmod(0o600)
     found = [v for v in compatibility.verdicts(folder, None) if v.program == FILES]
     assert [v.level for v in found] == [Level.WARN] * 3
     assert [v.remedy for v in found] == [
@@ -350,7 +350,7 @@ def test_minimum_peft_of_a_config_with_all_defaults() -> None:
 )
 def test_broken_config_is_a_finding(made: dict[str, Path], tmp_path: Path, content: bytes) -> None:
     folder = copied(made["plain"], tmp_path)
-    (folder / files.CONFIG).write_bytes(content)
+    (folder / peft_folder.CONFIG).write_bytes(content)
     found = compatibility.verdicts(folder, base_config(made["plain"]))
     assert compatibility.is_unusable(found)
     assert all(v.level is Level.REFUSED for v in found if v.program != FILES)
@@ -360,7 +360,7 @@ def test_mutated_folders_do_not_crash_the_check(made: dict[str, Path], tmp_path:
     """Change values of the config and bytes of the weights' header, or remove files, by a seeded generator."""
     folder = copied(made["plain"], tmp_path)
     draw, kept = random.Random(6), {path.name: path.read_bytes() for path in folder.iterdir()}
-    config = json.loads(kept[files.CONFIG])
+    config = json.loads(kept[peft_folder.CONFIG])
     strange = [None, True, -1, 0, 1e308, "", "x" * 300, "../..", [], [1], [[]], {}, {"a": []}, {"q_proj": "b"}, ["\0"]]
     described = base_config(made["plain"])
     for _ in range(60):
@@ -368,12 +368,12 @@ def test_mutated_folders_do_not_crash_the_check(made: dict[str, Path], tmp_path:
             case 0:
                 keys = draw.sample([*config, "loftq_config", "megatron_config", "layer_replication"], 2)
                 mutated = config | {key: draw.choice(strange) for key in keys}
-                (folder / files.CONFIG).write_text(json.dumps(mutated))
+                (folder / peft_folder.CONFIG).write_text(json.dumps(mutated))
             case 1:
-                data = bytearray(kept[files.WEIGHTS])
+                data = bytearray(kept[peft_folder.WEIGHTS])
                 for _ in range(3):
                     data[draw.randrange(3000)] = draw.randrange(256)
-                (folder / files.WEIGHTS).write_bytes(data)
+                (folder / peft_folder.WEIGHTS).write_bytes(data)
             case _:
                 (folder / draw.choice(sorted(kept))).unlink()
         assert len(compatibility.verdicts(folder, described if draw.random() < 0.2 else None)) >= len(

@@ -1,5 +1,7 @@
 """Formats: detection by columns, the rows that each gives, and errors."""
 
+import re
+
 import pytest
 
 from lora_ft.config import Data, Format
@@ -209,12 +211,133 @@ def test_two_columns_can_be_swapped():
     ("values", "message"),
     [
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "chosen and rejected are preference pairs"),
-        ({"question": "a", "answer": "b"}, "no format has the columns answer, question: .*data.columns"),
+        ({"q": "a", "a": "b"}, "no format has the columns a, q: .*data.columns"),
     ],
 )
 def test_columns_of_no_format_are_reported_with_what_to_do(values, message):
     with pytest.raises(DataError, match=message):
         parse(values)
+
+
+PAIRS = [
+    ("question", "answer"), ("question", "response"), ("query", "answer"), ("query", "response"),
+    ("prompt", "answer"), ("prompt", "response"), ("prompt", "output"), ("input", "output"), ("inputs", "targets"),
+    ("problem", "answer"), ("problem", "solution"), ("user", "assistant"), ("human", "assistant"),
+]  # fmt: skip
+
+
+def converted(*rows, **settings):
+    """Return the format, the first row, the unused columns and what the report says."""
+    ledger = Ledger(settings.pop("strict", False))
+    records = [(f"f.jsonl:{n}", values) for n, values in enumerate(rows, 1)]
+    found, made, left = formats.rows(records, Data(path="f.jsonl", **settings), ledger)
+    ledger.raise_bad()
+    return found, made[0], left, dict(ledger.converted)
+
+
+@pytest.mark.parametrize(("prompt", "answer"), PAIRS)
+def test_other_names_of_prompt_and_completion_give_the_same_row(prompt, answer):
+    own = parse({"prompt": "2+2?", "completion": "4", "system": "Be brief."})[1][0]
+    values = {"id": 7, prompt: "2+2?", answer: "4"}
+    renamed = (answer, "completion") if prompt == "prompt" else (f"{prompt}, {answer}", "prompt, completion")
+    shown = {f"rows with {renamed[0]} read as {renamed[1]}": 1}
+    for settings in ({}, {"format": Format.prompt_completion}, {"strict": True}):
+        found, row, left, said = converted({**values, "system": "Be brief."}, **settings)
+        assert (found, row, left) == (Format.prompt_completion, own, ["id"])
+        assert said == shown
+    found, row, left, _ = converted({**values, "system_prompt": "Be brief."})
+    assert (found, row, left) == (Format.prompt_completion, own, ["id"])
+
+
+@pytest.mark.parametrize("output", ["response", "answer", "completion"])
+def test_instruction_with_another_name_of_output_is_alpaca(output):
+    own = {"instruction": "Add.", "input": "2+2", "output": "4", "history": [["Hi", "Ho"]], "system": "s"}
+    other = {name if name != "output" else output: value for name, value in own.items()}
+    expected = parse(own)[1][0]
+    for settings in ({}, {"format": Format.alpaca}):
+        assert converted(other, **settings) == (
+            Format.alpaca, expected, [], {f"rows with {output} read as output": 1}
+        )  # fmt: skip
+    context = {name if name != "input" else "context": value for name, value in other.items()}
+    assert converted(context)[:3] == (Format.alpaca, expected, [])
+    with pytest.raises(DataError, match=rf"are instruction and {output} the whole row, or does context belong"):
+        parse({**other, "context": "beside an input"})
+
+
+@pytest.mark.parametrize("messages", [QA, SHARE_GPT])
+@pytest.mark.parametrize("column", ["conversation", "messages", "conversations"])
+@pytest.mark.parametrize("chosen", [Format.auto, Format.messages, Format.conversations])
+def test_each_name_of_a_chat_holds_each_form_of_messages(messages, column, chosen):
+    found, row, left, _ = converted({column: messages, "system": "s", "score": 1}, format=chosen)
+    assert row.messages == [{"role": "system", "content": "s"}, *QA] and left == ["score"]
+    own = Format.messages if column == "messages" else Format.conversations
+    assert found is (own if chosen is Format.auto else chosen)
+
+
+def test_own_names_of_a_format_come_first():
+    for values, found, left in [
+        (
+            {"prompt": "2+2?", "completion": "4", "answer": "x", "response": "x"},
+            "prompt_completion",
+            ["answer", "response"],
+        ),
+        ({"instruction": "2+2?", "input": None, "output": "4", "response": "x"}, "alpaca", ["response"]),
+        ({"messages": QA, "question": "x", "answer": "x"}, "messages", ["question", "answer"]),
+        ({"text": "4", "question": "x", "answer": "x"}, "text", ["question", "answer"]),
+    ]:
+        assert converted(values)[0].name == found and converted(values)[2:] == (left, {})
+
+
+@pytest.mark.parametrize("names", [
+    ("question", "answer", "response"), ("prompt", "question", "answer"),
+    ("prompt", "completion", "question", "answer"),
+    ("instruction", "output", "problem", "solution"), ("conversation", "question", "answer"),
+    ("input", "output", "query", "response"), ("instruction", "question", "answer"),
+])  # fmt: skip
+def test_columns_that_fit_two_formats_are_refused_in_one_message(names):
+    with pytest.raises(DataError, match=r"f\.jsonl: its columns have several meanings .*data\.columns\.\w+=") as caught:
+        parse(*[dict.fromkeys(names, "x")] * 30)
+    assert "\n" not in str(caught.value)
+    advice = re.findall(r"data\.columns\.(\w+)=(\w+)", str(caught.value))
+    row = {name: QA if name == "conversation" else "x" for name in names}
+    assert parse(row, columns=dict(advice))[1][0].answer == "x", "the remedy works"
+
+
+@pytest.mark.parametrize("own", ["prompt_completion", "alpaca"])
+def test_data_format_decides_between_own_names_and_others(own):
+    row = {"prompt": "p", "completion": "c", "instruction": "i", "output": "o", "query": "q", "response": "r"}
+    assert converted(row, format=Format[own])[1].answer == {"prompt_completion": "c", "alpaca": "o"}[own]
+
+
+@pytest.mark.parametrize("part", ["context", "passage", "choices", "options"])
+def test_a_column_that_may_belong_to_the_prompt_is_not_left_out_silently(part):
+    row = {part: "x", "question": "2+2?", "answer": "4"}
+    with pytest.raises(
+        DataError, match=rf"are question and answer the whole row, or does {part} belong to the prompt\?"
+    ):
+        parse(row)
+    assert unused(row, columns={"prompt": "question", "completion": "answer"}) == [part]
+    asked = parse(row, prompt=f"{{question}} {{{part}}}", answer="{answer}")[1][0]
+    assert asked.messages[0]["content"] == "2+2? x"
+
+
+def test_errors_name_the_column_of_the_file():
+    with pytest.raises(DataError, match=r"1 bad row:\n  f\.jsonl:2: answer: is empty"):
+        parse({"question": "a", "answer": "b"}, {"question": "a", "answer": ""})
+    with pytest.raises(DataError, match=r"1 bad row:\n  f\.jsonl:2: conversation\[0\]: role must be"):
+        parse({"conversation": QA}, {"conversation": [{"role": "x", "content": "y"}]})
+    with pytest.raises(DataError, match=r"1 bad row:\n  f\.jsonl:2: reply: must be text"):
+        parse({"q": "a", "reply": "b"}, {"q": "a", "reply": None}, columns={"question": "q", "answer": "reply"})
+
+
+def test_renamed_columns_may_be_other_names_too():
+    found, row, left, _ = converted({"q": "2+2?", "answer": "4"}, columns={"question": "q"})
+    assert (found, row.messages, left) == (Format.prompt_completion, QA, [])
+
+
+def test_preference_pairs_are_not_read_as_pairs_of_other_names():
+    with pytest.raises(DataError, match="chosen and rejected are preference pairs"):
+        parse({"question": "a", "answer": "b", "chosen": "c", "rejected": "d"})
 
 
 def test_no_rows_at_all_is_a_data_error():

@@ -68,9 +68,14 @@ def test_json_may_be_a_list_an_object_with_data_or_lines(tmp_path):
     [
         ('[{"text": "a"},\n {"text" "b"}]', r"a\.json:2: column 10: not JSON"),
         ('{"text": "a"}', "must be a list of objects"),
-        ("[" * 10**5, r"a\.json: row: is nested too deeply"),
-        ('[{"text": "a"}, {"text": "b", "text": "c"}]', r"a\.json: text: key occurs twice in one object: .*'c'"),
-        ('[{"n": %s}]' % ("7" * 5000), r"a\.json: number: cannot be read: .*4300 digits"),
+        ("[" * 10**5, r"a\.json:row 1: row: is nested too deeply"),
+        ('[{"text": "a"}, {"text": "b", "text": "c"}]', r"a\.json:row 2: text: key occurs twice in one object: .*'c'"),
+        ('[{"n": %s}]' % ("7" * 5000), r"a\.json:row 1: number: cannot be read: .*4300 digits"),
+        ('{"n": 1, "n": 2}', r"a\.json: n: key occurs twice"),
+        ('[{"text": "a"}] 7', r"a\.json:1: column 17: not JSON: Extra data"),
+        ('[{"text": "a"}\n {"text": "b"}]', r"a\.json:2: column 2: not JSON: Expecting ','"),
+        ('[{"text": "a"},\n\n {"text": "b"', r"a\.json:3: column 14: not JSON: Expecting ',' delimiter"),
+        ("", r"a\.json:1: column 1: not JSON"),
     ],
 )
 def test_invalid_json_is_reported_with_its_position(tmp_path, document, message):
@@ -111,8 +116,8 @@ def test_a_csv_header_must_name_the_columns(tmp_path, text):
 
 
 @pytest.mark.closes("F01", "F04")
-@pytest.mark.parametrize("name", ["a.csv", "a.txt", "a.json"])
-@pytest.mark.parametrize("damage", [b"\xff", b"\xed\xa0\x80", b"\0"])
+@pytest.mark.parametrize("name", ["a.csv", "a.txt", "a.json", "a.jsonl"])
+@pytest.mark.parametrize("damage", [b"\xff", b"\xc3", b"\xed\xa0\x80", b"\0"])
 def test_a_file_that_is_not_utf8_text_is_reported_with_the_line(tmp_path, name, damage):
     with pytest.raises(DataError, match=rf"{name}:2: not UTF-8 text: byte 0x{damage[0]:02x}; convert the file"):
         read(write(tmp_path, name, b"text\nb" + damage + b"\nc"))

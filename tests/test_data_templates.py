@@ -155,7 +155,7 @@ def test_data_system_is_added_to_chats_without_a_system_message(tmp_path):
 
 
 def test_tools_and_tool_calls_reach_the_template(tmp_path):
-    template = CHATML.replace("{% for", "{{ tools[0].name if tools else '' }}{% for", 1).replace(
+    template = CHATML.replace("{% for", "{{ tools[0].function.name if tools else '' }}{% for", 1).replace(
         "message['content']", "(message.tool_calls[0].name if message.tool_calls else message['content'])"
     )
     messages = [

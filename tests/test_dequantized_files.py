@@ -119,8 +119,9 @@ def test_weights_as_stored_train_to_the_adapter_of_dequantized_ones(tmp_path: Pa
         words = ["model=local", f"model.path={base}", f"data.path={rows}", "data.eval_fraction=0", "adapter.r=4",
                  f"adapter={adapter}", "train.max_steps=2", "train.tokens_per_step=40", "device=cpu"]  # fmt: skip
         run = lora_ft.train(lora_ft.compose("train", words), folder=tmp_path / f"run{number}")
-        adapters.append(run.result.adapter_sha256)
-    assert adapters[0] == adapters[1]
+        adapters.append(load_file(run.folder / "adapter" / "adapter_model.safetensors"))
+    # Not bit for bit: the order of sums may depend on the address of a weight, which is that of its file or a new one.
+    assert_equal_within_rounding(*adapters)
     model, _ = lora_ft.load(tmp_path / "run0")
     codes = [layer.codes for layer in model.modules() if isinstance(layer, ScaledLinear)]
     codes += [p for p in model.parameters() if expert_codes.is_quantized(p)]
@@ -134,8 +135,14 @@ def assert_equal_merges(tmp_path: Path) -> None:
     merged = lora_ft.merge(tmp_path / "run0", tmp_path / "merged").out
     twin = lora_ft.merge(tmp_path / "run1", tmp_path / "twin").out
     ours, theirs = (load_file(each / "model.safetensors") for each in (merged, twin))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert len(ours) == len(theirs)
+    assert_equal_within_rounding(ours, theirs)
+
+
+def assert_equal_within_rounding(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """Compare whole tensors: Adam divides by a gradient's size, so one that is near zero may move to either side."""
+    assert ours.keys() == theirs.keys()
+    apart = {name: float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in theirs}
+    assert max(apart.values()) < 1e-4, apart
 
 
 @pytest.mark.parametrize("way", ["fp8", "gptq", "awq"])

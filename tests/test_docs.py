@@ -1,6 +1,7 @@
 """README and docs: their commands run as written, in order, and what they list exists."""
 
 import csv
+import gzip
 import json
 import re
 import runpy
@@ -59,9 +60,17 @@ def _reader(folder: Path) -> Path:
     (folder / "cities.csv").write_text("city,country\n" + "".join(f"City {n},Country {n}\n" for n in range(40)))
     (folder / "pairs.csv").write_text("english,german\n" + "".join(f"number {n},Zahl {n}\n" for n in range(40)))
     (folder / "flags.csv").write_text(re.findall(r"```csv\n(.*?)```", PAGES["docs/quickstart.md"], re.DOTALL)[0])
-    reviews = [f"film {n} is {label},{label}\n" for n in range(20) for label in ("good", "bad")]
-    (folder / "reviews.csv").write_text("text,label\n" + "".join(reviews))
-    (folder / "new_reviews.csv").write_text("text\n" + "".join(f"new film {n}\n" for n in range(5)))
+    films = [f"film {n} is {label},{label}\n" for n in range(20) for label in ("good", "bad")]
+    (folder / "films.csv").write_text("text,label\n" + "".join(films))
+    (folder / "new_films.csv").write_text("text\n" + "".join(f"new film {n}\n" for n in range(5)))
+    (folder / "packed.jsonl.gz").write_bytes(gzip.compress((folder / "my.jsonl").read_bytes()))
+    (folder / "clone" / "data").mkdir(parents=True)
+    (folder / "clone" / "README.md").write_text("# Chats")
+    (folder / "clone" / "data" / "train-00000-of-00001.jsonl").write_bytes((folder / "my.jsonl").read_bytes())
+    reviews = [f"review {n},good,rotten_tomatoes\nreview {n},bad,imdb\n" for n in range(20)]
+    (folder / "reviews.csv").write_text("review,label,source\n" + "".join(reviews))
+    export = "question;answer\n" + "".join(f"Où est {n} ?;À la page {n}\n" for n in range(20))
+    (folder / "export.csv").write_bytes(export.encode("cp1252"))
     tiny_folder(folder, "llama")
     return folder
 

@@ -11,7 +11,7 @@ from tiny import BOS, FAMILIES, SENTENCES, tiny_folder, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from lora_ft import check, config, runs
-from lora_ft.adapters import attach, files
+from lora_ft.adapters import attach, files, peft_folder
 from lora_ft.data.dataset import prepare_rows
 from lora_ft.data.examples import Examples
 from lora_ft.data.read import read
@@ -171,7 +171,7 @@ def test_wrong_init_from_tensors_give_the_same_error_in_dry_run_and_training(tmp
     cfg.adapter.init_from, cfg.train.tokens_per_step = str(run / "adapter"), 60
     tokenizer = load_tokenizer(cfg.model)
     dry_run_of(cfg, tokenizer, tmp_path)
-    path = run / "adapter" / files.WEIGHTS
+    path = run / "adapter" / peft_folder.WEIGHTS
     tensors = load_file(path)
     first = next(iter(tensors))
     for changed in (

@@ -107,7 +107,8 @@ def test_any_text_reaches_the_command_and_its_overrides_unchanged(calls, text):
 
 @pytest.mark.parametrize("start", range(0, len(AWKWARD), 12))
 def test_every_text_setting_takes_awkward_text_unchanged(calls, start):
-    keys = [s.key for s in validation.settings(config.ChatRun) if s.text and s.key not in ("run", *BASE)]
+    other = ("run", "data.where", "data.delimiter", *BASE)  # a mapping, and a text of one character
+    keys = [s.key for s in validation.settings(config.ChatRun) if s.text and s.key not in other]
     given = dict(zip(keys, AWKWARD[start : start + 12], strict=False))
     signs = ("", "+", "++") * len(given)
     typed = [f"{sign}{key}={text}" for sign, (key, text) in zip(signs, given.items(), strict=False)]
@@ -135,6 +136,17 @@ def test_null_unsets_an_optional_text_and_is_text_elsewhere(calls):
 
 def test_three_question_marks_are_refused_as_text(calls, capfd):
     assert "means a missing value" in refused(capfd, "chat", "adapter_path=a", "model.path=b", "prompt=???")
+
+
+def test_values_of_where_are_text_on_the_command_line_and_any_value_in_a_mapping(calls):
+    values = {"source": "[a, b]", "label": "1", "a.b": "x: ${y}, 'z'", "ok": "null"}
+    assert call("train", "data.path=x", *(f"data.where.{key}={value}" for key, value in values.items())) == 0
+    cfg, invocation = calls[0]
+    assert cfg.data.where == values
+    assert call("train", *invocation.overrides) == 0 and calls[1][0] == cfg
+    assert call("train", "data.path=x", "data.where={source:[a,b],label:1,ok:true}", "data.delimiter=;") == 0
+    assert calls[2][0].data.where == {"source": ["a", "b"], "label": 1, "ok": True}
+    assert calls[2][0].data.delimiter == ";"
 
 
 def test_mappings_take_new_keys_without_plus_and_dotted_layer_names(calls):

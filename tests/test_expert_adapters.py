@@ -22,7 +22,7 @@ from zoo import zoo_config, zoo_folder, zoo_model
 
 import lora_ft
 from lora_ft import config
-from lora_ft.adapters import attach, audit, files, provenance, summary, targets
+from lora_ft.adapters import attach, audit, files, peft_folder, provenance, summary, targets
 from lora_ft.adapters.experts import update
 from lora_ft.errors import ConfigError, MismatchError
 from lora_ft.export import combine, lora_weights
@@ -396,11 +396,11 @@ def test_published_adapter_of_experts_is_checked_and_described(tmp_path: Path) -
     assert all(levels[name] is Level.REFUSED for name in ("vLLM", "SGLang", "MLX"))
     assert "adapted parameters (target_parameters), such as experts" in found()["vLLM"].reason
     assert found()["PEFT"].reason.startswith("0.19.0 or newer")
-    tensors = load_file(adapter / files.WEIGHTS)
+    tensors = load_file(adapter / peft_folder.WEIGHTS)
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
     renamed = {name.replace("0.self_attn.q_proj", "0.mlp.q_proj"): value for name, value in tensors.items()}
     assert key.format("A") in tensors and key.format("A") not in renamed
-    (adapter / files.WEIGHTS).write_bytes(save(renamed))
+    (adapter / peft_folder.WEIGHTS).write_bytes(save(renamed))
     problems = [v.reason for v in compatibility.verdicts(adapter, described) if v.level is Level.REFUSED]
     assert "the base has no layer model.layers.0.mlp.q_proj" in problems
 
@@ -431,7 +431,7 @@ def test_adapter_of_experts_is_published_and_verified(name: str, quant: str, tmp
     zoo_folder(tmp_path, name)
     run = finished_run(tmp_path, name, quant=quant)
     lora_ft.publish(run, f"dir:{tmp_path / 'out'}", ["device=cpu", "license=mit", "model.hub_id=x/y"])
-    assert (tmp_path / "out" / files.WEIGHTS).is_file()
+    assert (tmp_path / "out" / peft_folder.WEIGHTS).is_file()
 
 
 def test_layers_of_fp8_files_that_peft_adapts_only_as_parameters_are_left_out(tmp_path: Path) -> None:

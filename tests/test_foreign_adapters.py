@@ -23,7 +23,7 @@ from tiny import tiny_folder, tiny_model, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_ft import config
-from lora_ft.adapters import attach, files, loading, provenance
+from lora_ft.adapters import attach, files, loading, peft_folder, provenance
 from lora_ft.errors import ConfigError, LoraFtError, MismatchError, ResourceError
 from lora_ft.models.load import Base, Identity
 
@@ -137,7 +137,7 @@ def test_settings_with_a_value_are_preferred_to_the_record(recorded: Path) -> No
 
 @pytest.mark.parametrize("wrong", [99999, -1, 1.5])
 def test_row_of_a_token_that_the_tokenizer_lacks_is_an_error(wrong: float, recorded: Path) -> None:
-    edit(recorded / files.CONFIG, trainable_token_indices={"embed_tokens": [5, wrong]})
+    edit(recorded / peft_folder.CONFIG, trainable_token_indices={"embed_tokens": [5, wrong]})
     with pytest.raises(
         MismatchError, match=f"trains the embedding row of token {wrong}, but its tokenizer has 512 tokens"
     ):
@@ -149,14 +149,14 @@ def test_row_of_a_token_that_the_tokenizer_lacks_is_an_error(wrong: float, recor
 )
 def test_base_that_cannot_be_found_must_be_set(named: str | None, tmp_path: Path) -> None:
     adapter = by_peft(tmp_path / "adapter", "x")
-    edit(adapter / files.CONFIG, base_model_name_or_path=named)
+    edit(adapter / peft_folder.CONFIG, base_model_name_or_path=named)
     with pytest.raises(ConfigError, match=r"names no base that can be found .*: set model=NAME, or model=local"):
         with_base(adapter)
 
 
 def test_hub_id_and_revision_are_read_from_pefts_config(tmp_path: Path) -> None:
     adapter = by_peft(tmp_path / "adapter", "org/tiny")
-    edit(adapter / files.CONFIG, revision="v2")
+    edit(adapter / peft_folder.CONFIG, revision="v2")
     assert (with_base(adapter).model.path, with_base(adapter).model.revision) == ("org/tiny", "v2")
 
 
@@ -192,9 +192,9 @@ def test_base_with_its_own_code_is_refused_if_an_adapter_names_it(
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = safetensors.torch.load_file(folder / files.WEIGHTS)
+    tensors = safetensors.torch.load_file(folder / peft_folder.WEIGHTS)
     change(tensors)
-    (folder / files.WEIGHTS).write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    (folder / peft_folder.WEIGHTS).write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
 
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -266,7 +266,7 @@ def test_invalid_settings_and_settings_of_other_methods_are_refused(
     changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     adapter = by_peft(tmp_path / "adapter", "x")
-    edit(adapter / files.CONFIG, **changes)
+    edit(adapter / peft_folder.CONFIG, **changes)
     with pytest.raises(MismatchError, match=message):
         files.load(tiny_model("llama"), adapter, "again")
 
@@ -277,8 +277,8 @@ def test_file_that_only_another_user_can_read_is_an_error(tmp_path: Path) -> Non
         Path(folder).chmod(0o755)
         adapter = by_peft(Path(folder) / "adapter", "x")
         adapter.chmod(0o755)
-        (adapter / files.CONFIG).chmod(0o644)
-        (adapter / files.WEIGHTS).chmod(0o600 if os.geteuid() == 0 else 0)
+        (adapter / peft_folder.CONFIG).chmod(0o644)
+        (adapter / peft_folder.WEIGHTS).chmod(0o600 if os.geteuid() == 0 else 0)
         before = os.geteuid()
         if before == 0:
             os.seteuid(65534)
@@ -317,7 +317,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     model = attach.attach(copy.deepcopy(network), adapter, "first", 0, [])
     folder = tmp_path_factory.mktemp("whole") / "adapter"
     files.save(model, "first", folder, tokenizer, provenance.Provenance(identity, config.Quant(), "d"))
-    names = (files.WEIGHTS, files.CONFIG, provenance.RECORD)
+    names = (peft_folder.WEIGHTS, peft_folder.CONFIG, provenance.RECORD)
     return Whole({name: (folder / name).read_bytes() for name in names}, Base(network, tokenizer, identity, ()))
 
 
@@ -397,7 +397,7 @@ def changed(data: st.DataObject, contents: dict[str, bytes]) -> dict[str, bytes]
             del contents[name]
         elif how <= 3:
             contents[name] = change_bytes(data, contents[name])
-        elif name == files.WEIGHTS:
+        elif name == peft_folder.WEIGHTS:
             contents[name] = change_tensors(data, contents[name])
         else:
             contents[name] = change_json(data, contents[name])
@@ -425,7 +425,7 @@ def damaged(whole: Whole, folder: Path, data: st.DataObject) -> None:
         assert str(error)
         return
     OUTCOMES["loaded"] += 1
-    stored = safetensors.torch.load(contents[files.WEIGHTS])
+    stored = safetensors.torch.load(contents[peft_folder.WEIGHTS])
     found = files.tensors_of(model, loading.NAME)
     assert found.keys() == stored.keys()
     assert all(torch.equal(found[key], stored[key].to(found[key].dtype)) for key in found)
@@ -433,7 +433,7 @@ def damaged(whole: Whole, folder: Path, data: st.DataObject) -> None:
 
 def opened(folder: Path, base: Base) -> PeftModel:
     """Do what `loading.open_adapter` does after the base is loaded."""
-    provenance.check_source(folder, files.read_config(folder), base, config.Quant())
+    provenance.check_source(folder, peft_folder.read_config(folder), base, config.Quant())
     return files.load(copy.deepcopy(base.model), folder, loading.NAME)
 
 

@@ -22,7 +22,7 @@ from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers, processor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MistralConfig, Qwen2Config
 
 from lora_ft import config
-from lora_ft.adapters import files, provenance
+from lora_ft.adapters import files, peft_folder, provenance
 from lora_ft.config import GgufType
 from lora_ft.errors import ConfigError, MismatchError
 from lora_ft.export import lora_weights, verify
@@ -118,7 +118,7 @@ def test_matrices_are_pefts_own_if_all_layers_have_one_scale(tmp_path: Path) -> 
     _, folder = saved_adapter(tmp_path, "qwen3", use_rslora=True)
     gguf_adapter.write(folder, base_config(tmp_path / "qwen3"), tmp_path / "a.gguf")
     found = reader.read(tmp_path / "a.gguf")
-    stored = safetensors.torch.load_file(folder / files.WEIGHTS)
+    stored = safetensors.torch.load_file(folder / peft_folder.WEIGHTS)
     assert len(found.tensors) == len(stored) == 28
     key = "base_model.model.model.layers.1.mlp.down_proj.lora_{}.weight"
     for part in "AB":
@@ -129,10 +129,10 @@ def test_matrices_are_pefts_own_if_all_layers_have_one_scale(tmp_path: Path) -> 
 
 def test_adapter_file_names_hub_ids_only_and_is_reproducible(tmp_path: Path) -> None:
     _, folder = saved_adapter(tmp_path, "llama")
-    fields = json.loads((folder / files.CONFIG).read_text())
+    fields = json.loads((folder / peft_folder.CONFIG).read_text())
     written = []
     for base in (str(tmp_path / "llama"), "org/tiny", "org/tiny"):
-        (folder / files.CONFIG).write_text(json.dumps(fields | {"base_model_name_or_path": base}))
+        (folder / peft_folder.CONFIG).write_text(json.dumps(fields | {"base_model_name_or_path": base}))
         gguf_adapter.write(folder, base_config(tmp_path / "llama"), tmp_path / "a.gguf")
         written.append((tmp_path / "a.gguf").read_bytes())
     assert written[1] == written[2] and str(tmp_path).encode() not in written[0]
@@ -181,8 +181,8 @@ def test_unsupported_adapters_are_refused_with_a_remedy(
 )
 def test_unsupported_peft_settings_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     _, folder = saved_adapter(tmp_path, "llama")
-    fields = json.loads((folder / files.CONFIG).read_text())
-    (folder / files.CONFIG).write_text(json.dumps(fields | change))
+    fields = json.loads((folder / peft_folder.CONFIG).read_text())
+    (folder / peft_folder.CONFIG).write_text(json.dumps(fields | change))
     with pytest.raises(MismatchError, match=message):
         gguf_adapter.write(folder, base_config(tmp_path / "llama"), tmp_path / "a.gguf")
 

@@ -16,7 +16,7 @@ from hub.server import READER, Hub, Refused
 from safetensors.torch import load_file
 from tiny import tiny_folder
 
-from lora_ft.adapters import files, provenance
+from lora_ft.adapters import files, peft_folder, provenance
 from lora_ft.publishing import checksums, verification
 
 CLIENT = Path(__file__).parent / "hub" / "client.py"
@@ -283,7 +283,7 @@ def test_published_adapter_loads_by_its_id_with_peft(hub: Hub, client: Client, t
     )  # fmt: skip
     expected, found = load_file(folder / verification.PROBE)["adapter"], load_file(tmp_path / "logits")["logits"]
     assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-5
-    assert (folder / files.WEIGHTS).stat().st_mode & 0o777 == 0o644
+    assert (folder / peft_folder.WEIGHTS).stat().st_mode & 0o777 == 0o644
 
 
 @pytest.mark.nightly

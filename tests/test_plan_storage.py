@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
 from lora_ft import config
-from lora_ft.adapters import files
+from lora_ft.adapters import files, peft_folder
 from lora_ft.memory.meter import Meter
 from lora_ft.memory.storage import _experts, _weights, loading_bytes, storage
 from lora_ft.models import load
@@ -52,7 +52,7 @@ def test_adapter_file_has_the_predicted_size(family: str, settings: dict[str, An
     made = files.tensors_of(state.model, NAME)
     files.write(made, state.model.peft_config[NAME], tmp_path / "adapter", tiny_tokenizer(), _origin())
     predicted = storage(run(adapter=adapter), tiny_model(family).config, state.num_trainable, 10)
-    assert predicted.adapter_file_bytes == (tmp_path / "adapter" / files.WEIGHTS).stat().st_size
+    assert predicted.adapter_file_bytes == (tmp_path / "adapter" / peft_folder.WEIGHTS).stat().st_size
     detach(state)
 
 

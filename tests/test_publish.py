@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_folder, tiny_model, tiny_tokenizer
 
 from lora_ft import config, runs
-from lora_ft.adapters import files, provenance
+from lora_ft.adapters import files, peft_folder, provenance
 from lora_ft.publishing import (
     checksums,
     pissa_to_lora,
@@ -59,8 +59,8 @@ def test_publishing_twice_gives_the_same_bytes_readable_by_all(tmp_path: Path) -
     assert checksums.compute(tmp_path / "one") == checksums.compute(tmp_path / "two")
     for name in checksums.file_names(tmp_path / "one"):
         assert (tmp_path / "one" / name).stat().st_mode & 0o777 == 0o644
-    weights = hashlib.sha256((run / "adapter" / files.WEIGHTS).read_bytes()).hexdigest()
-    assert checksums.read(tmp_path / "one")[files.WEIGHTS] == weights, "the run's own bytes"
+    weights = hashlib.sha256((run / "adapter" / peft_folder.WEIGHTS).read_bytes()).hexdigest()
+    assert checksums.read(tmp_path / "one")[peft_folder.WEIGHTS] == weights, "the run's own bytes"
 
 
 @pytest.mark.closes("D09")
@@ -73,7 +73,7 @@ def test_package_names_no_path_of_this_machine(tmp_path: Path) -> None:
         assert str(Path.home()).encode() not in data or len(Path.home().parts) < 3, name
     record = json.loads((out / provenance.RECORD).read_text())
     assert record["base"]["id"] == record["base"]["path"] == "org/tiny"
-    assert json.loads((out / files.CONFIG).read_text())["base_model_name_or_path"] == "org/tiny"
+    assert json.loads((out / peft_folder.CONFIG).read_text())["base_model_name_or_path"] == "org/tiny"
 
 
 @pytest.mark.closes("D09")
@@ -123,7 +123,7 @@ def test_existing_package_is_replaced_and_other_files_are_not(
     assert publish(first, f"to=dir:{out}", ID, "formats=[gguf]") == 0
     assert publish(second, f"to=dir:{out}", ID) == 0
     assert "adapter.gguf" not in checksums.check(out)
-    assert json.loads((out / files.CONFIG).read_text())["use_dora"] is True
+    assert json.loads((out / peft_folder.CONFIG).read_text())["use_dora"] is True
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     assert publish(first, f"to=dir:{tmp_path / 'mine'}", ID) == 2
@@ -164,14 +164,14 @@ def test_adapter_of_another_program_is_published_without_other_files(tmp_path: P
     adapter, out = made_by_peft(tmp_path / "elsewhere"), tmp_path / "out"
     (adapter / "training_args.bin").write_bytes(b"\x80\x04")
     (adapter / "README.md").write_text("my text")
-    tensors = safetensors.torch.load_file(adapter / files.WEIGHTS)
+    tensors = safetensors.torch.load_file(adapter / peft_folder.WEIGHTS)
     metadata = {"format": "pt", "note": "private"}
-    (adapter / files.WEIGHTS).write_bytes(safetensors.torch.save(tensors, metadata=metadata))
+    (adapter / peft_folder.WEIGHTS).write_bytes(safetensors.torch.save(tensors, metadata=metadata))
     overrides = (f"adapter_path={adapter}", "model=local", f"model.path={base}", f"to=dir:{out}")
     assert call("publish", *overrides, ID) == 0
     assert "training_args.bin" not in checksums.file_names(out)
     assert "my text" not in (out / "README.md").read_text()
-    assert b"private" not in (out / files.WEIGHTS).read_bytes()
+    assert b"private" not in (out / peft_folder.WEIGHTS).read_bytes()
     assert "not trained with lora-ft" in (out / "README.md").read_text()
     assert json.loads((out / provenance.RECORD).read_text())["data_sha256"] is None
 
@@ -196,7 +196,7 @@ def made_by_peft(folder: Path, *, base: str | None = None) -> Path:
     """Save an adapter with PEFT: mode 0600, the base by its path."""
     changed(by_peft()).save_pretrained(folder)
     if base:
-        path = folder / files.CONFIG
+        path = folder / peft_folder.CONFIG
         path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}))
     return folder
 
@@ -221,7 +221,7 @@ def test_broken_adapter_is_refused_and_closed_modes_are_opened(
         made_by_peft(tmp_path / "it", base="org/tiny"),
         tmp_path / "out",
     )
-    path = adapter / files.WEIGHTS
+    path = adapter / peft_folder.WEIGHTS
     tensors = safetensors.torch.load_file(path)
     key = next(iter(tensors))
     match change:
@@ -244,7 +244,7 @@ def test_broken_adapter_is_refused_and_closed_modes_are_opened(
     assert reason in capsys.readouterr().err
     assert out.exists() is (code == 0)
     if code == 0:
-        assert (out / files.WEIGHTS).stat().st_mode & 0o777 == 0o644
+        assert (out / peft_folder.WEIGHTS).stat().st_mode & 0o777 == 0o644
 
 
 @pytest.mark.closes("D08")
@@ -263,7 +263,7 @@ def test_olora_and_pissa_adapters_become_plain_loras(
     model.save_pretrained(adapter)
     overrides = (f"adapter_path={adapter}", "model=local", f"model.path={base}", ID)
     assert call("publish", *overrides, f"to=dir:{tmp_path / 'out'}") == 0
-    saved = json.loads((tmp_path / "out" / files.CONFIG).read_text())
+    saved = json.loads((tmp_path / "out" / peft_folder.CONFIG).read_text())
     assert (saved["r"], saved["init_lora_weights"]) == (8, True)
     loaded = files.load(tiny_model("llama"), tmp_path / "out", "default")
     with torch.no_grad():
@@ -344,11 +344,11 @@ def test_verify_finds_changes_after_publishing(tmp_path: Path, capsys: pytest.Ca
     assert call("publish", *overrides) == 0
     shown = capsys.readouterr().out
     assert "files match SHA256SUMS" in shown and "1.0e-05 is allowed" in shown
-    tensors = safetensors.torch.load_file(out / files.WEIGHTS)
+    tensors = safetensors.torch.load_file(out / peft_folder.WEIGHTS)
     changed = {key: t * 1.01 for key, t in tensors.items()}
-    (out / files.WEIGHTS).write_bytes(safetensors.torch.save(changed, metadata={"format": "pt"}))
+    (out / peft_folder.WEIGHTS).write_bytes(safetensors.torch.save(changed, metadata={"format": "pt"}))
     assert call("publish", *overrides) == 5
-    assert f"changed: {files.WEIGHTS}" in capsys.readouterr().err
+    assert f"changed: {peft_folder.WEIGHTS}" in capsys.readouterr().err
     (out / checksums.FILE).unlink()
     assert call("publish", *overrides) == 5, "without checksums the logits differ"
     assert "logits" in capsys.readouterr().err

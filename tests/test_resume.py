@@ -13,7 +13,7 @@ from finished import call, rows_file
 from tiny import tiny_folder
 
 from lora_ft import runs
-from lora_ft.adapters import files
+from lora_ft.adapters import peft_folder
 from lora_ft.cli import entry
 from lora_ft.errors import ResourceError
 from lora_ft.io import durable
@@ -40,7 +40,7 @@ def inputs(folder: Path) -> tuple[str, ...]:
 
 
 def weights(run: Path) -> str:
-    return hashlib.sha256((run / "adapter" / files.WEIGHTS).read_bytes()).hexdigest()
+    return hashlib.sha256((run / "adapter" / peft_folder.WEIGHTS).read_bytes()).hexdigest()
 
 
 def curve(run: Path) -> list[dict[str, float]]:
@@ -259,7 +259,7 @@ def test_training_and_resume_fsync_in_a_safe_order(
         assert unsafe(shim.trace) == []
         traces.append(shim.trace)
     renamed = {Path(change.to).name for trace in traces for change in trace if change.name == "rename"}
-    assert renamed >= {"config.yaml", "step-00000002", "adapter", files.WEIGHTS, "result.json", "changed.json"}
+    assert renamed >= {"config.yaml", "step-00000002", "adapter", peft_folder.WEIGHTS, "result.json", "changed.json"}
     synced = {change.path for change in traces[0] if change.name == "fsync"}
     assert len(synced) > 20
     for path in synced:

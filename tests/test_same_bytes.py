@@ -13,7 +13,7 @@ import torch
 from finished import call, rows_file
 from tiny import tiny_folder
 
-from lora_ft.adapters import files
+from lora_ft.adapters import peft_folder
 
 QUICK = ("train.max_steps=6", "train.tokens_per_step=160", "train.tokens_per_microbatch=80", "adapter.r=8",
          "optim.lr=0.01", "optim.schedule=cosine", "data.eval_fraction=0.4", "train.samples=0")  # fmt: skip
@@ -33,7 +33,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 
 def sha256(run: Path) -> str:
-    return hashlib.sha256((run / "adapter" / files.WEIGHTS).read_bytes()).hexdigest()
+    return hashlib.sha256((run / "adapter" / peft_folder.WEIGHTS).read_bytes()).hexdigest()
 
 
 def trained(run: Path, *overrides: str) -> str:

@@ -15,7 +15,7 @@ from finished import call, rows_file
 from tiny import tiny_folder
 
 from lora_ft import runs
-from lora_ft.adapters import files
+from lora_ft.adapters import peft_folder
 from lora_ft.errors import Interrupted
 from lora_ft.io import durable
 from lora_ft.objectives import sft
@@ -42,7 +42,7 @@ def expected(overrides: tuple[str, ...], tmp_path_factory: pytest.TempPathFactor
 
 
 def weights(run: Path) -> str:
-    return hashlib.sha256((run / "adapter" / files.WEIGHTS).read_bytes()).hexdigest()
+    return hashlib.sha256((run / "adapter" / peft_folder.WEIGHTS).read_bytes()).hexdigest()
 
 
 def saved(run: Path) -> list[str]:
@@ -66,7 +66,15 @@ def signal_when(
 
 @pytest.mark.closes("C11")
 @pytest.mark.parametrize(
-    ("signum", "code", "step"), [(signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 3), (signal.SIGINT, 130, 5)]
+    ("signum", "code", "step"),
+    [
+        (signal.SIGINT, 130, 1),
+        (signal.SIGTERM, 143, 3),
+        (signal.SIGINT, 130, 5),
+        (signal.SIGHUP, 129, 3),
+        pytest.param(signal.SIGUSR1, 128 + signal.SIGUSR1, 1, marks=pytest.mark.nightly),
+        pytest.param(signal.SIGUSR2, 128 + signal.SIGUSR2, 5, marks=pytest.mark.nightly),
+    ],
 )
 def test_signal_finishes_and_saves_the_current_step(
     signum: signal.Signals, code: int, step: int, overrides: tuple[str, ...], expected: str, tmp_path: Path, capfd
@@ -84,7 +92,8 @@ def test_signal_finishes_and_saves_the_current_step(
         signal_when(patch, sft, "token_loss_sum", in_the_step, signum)
         assert call("train", *overrides, f"hydra.run.dir={run}") == code
     message = capfd.readouterr().err
-    assert f"{signum.name}: finishing this step and saving a checkpoint; send it again to stop now" in message
+    again = "; send it again to stop now" if signum in (signal.SIGINT, signal.SIGTERM) else "\n"
+    assert f"{signum.name}: finishing this step and saving a checkpoint{again}" in message
     assert f"stopped by {signum.name} after step {step} of 5; continue with: lora-ft train resume={run}" in message
     assert "Traceback" not in message
     assert saved(run)[-1] == f"step-{step:08d}"

@@ -180,7 +180,16 @@ def after_steps(job: Job, steps: int, *signals: int) -> Callable[[Any], None]:
     return watch
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("signum", "code"),
+    [
+        (signal.SIGINT, 130),
+        (signal.SIGTERM, 143),
+        (signal.SIGHUP, 129),
+        (signal.SIGUSR1, 128 + signal.SIGUSR1),
+        (signal.SIGUSR2, 128 + signal.SIGUSR2),
+    ],
+)
 def test_signal_lets_all_workers_save_and_starts_no_more(
     signum: signal.Signals, code: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -190,7 +199,7 @@ def test_signal_lets_all_workers_save_and_starts_no_more(
         run(jobs, tmp_path, after_steps(jobs[0], 2, signum), devices=["0", "1"])
     assert stopped.value.exit_code == code
     assert signal.getsignal(signum) is before
-    assert "repeat the signal to stop now" in capfd.readouterr().err
+    assert "SIGINT or SIGTERM twice stops now" in capfd.readouterr().err
     assert outcomes(jobs) == [""] * 4
     for job in (job for job in jobs[:2] if seen(job)):
         assert int((job.folder / "checkpoint").read_text()) == len(runs.read_metrics(job.folder)), "the step had ended"

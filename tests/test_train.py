@@ -16,7 +16,7 @@ from tiny import tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from lora_ft import config, runs
-from lora_ft.adapters import audit, files
+from lora_ft.adapters import audit, peft_folder
 from lora_ft.data.dataset import prepare
 from lora_ft.errors import MismatchError
 
@@ -81,7 +81,7 @@ def test_run_writes_all_files_and_prints_a_summary(
     assert stored["steps"] == 4
     assert math.isfinite(stored["eval_loss"])
     assert stored["eval_loss"] != stored["base_eval_loss"]
-    tensors = safetensors.torch.load_file(folder / "adapter" / files.WEIGHTS)
+    tensors = safetensors.torch.load_file(folder / "adapter" / peft_folder.WEIGHTS)
     assert {t.dtype for t in tensors.values()} == {torch.float32}
     assert sum(t.numel() for t in tensors.values()) == stored["trainable_parameters"]
     shown = capsys.readouterr().out

@@ -13,7 +13,7 @@ from states import state_on
 from torch import Tensor
 
 from lora_ft import config
-from lora_ft.adapters import files, provenance
+from lora_ft.adapters import files, peft_folder, provenance
 from lora_ft.data.dataset import prepare
 from lora_ft.models.load import load_base, load_tokenizer
 from lora_ft.training.state import NAME
@@ -34,7 +34,7 @@ def trl(case: Path) -> tuple[list[float], dict[str, Tensor]]:
     command = [bench.interpreter("trl_sft"), HERE / "oracles" / "trl_sft.py", case]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((case / "losses.json").read_text("utf-8")), load_file(case / "trained" / files.WEIGHTS)
+    return json.loads((case / "losses.json").read_text("utf-8")), load_file(case / "trained" / peft_folder.WEIGHTS)
 
 
 def flat(tensors: dict[str, Tensor]) -> Tensor:
@@ -67,7 +67,7 @@ def test_smollm2_losses_match_trl(tmp_path: Path) -> None:
     }  # fmt: skip
     (case / "settings.json").write_text(json.dumps(settings), "utf-8")
 
-    start = load_file(case / "adapter" / files.WEIGHTS)
+    start = load_file(case / "adapter" / peft_folder.WEIGHTS)
     fit(state)
     losses, adapter = trl(case)
     ours, start = (flat(tensors) for tensors in (files.tensors_of(state.model, NAME), start))

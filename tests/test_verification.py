@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_folder
 
 from lora_ft import config
-from lora_ft.adapters import files, provenance
+from lora_ft.adapters import peft_folder, provenance
 from lora_ft.errors import MismatchError, SecurityError
 from lora_ft.models.device import resolve_dtype
 from lora_ft.models.quantize import import_bitsandbytes
@@ -70,7 +70,7 @@ def test_process_without_lora_ft_verifies_a_package(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("PYTHONPATH", str(trap.parent), prepend=os.pathsep)
     found = verification.verify(folder, loading)
     assert found.distance is not None and found.distance <= found.allowed == 1e-5 < found.effect
-    assert found.keys == len(load_file(folder / files.WEIGHTS)) and found.zero_outputs == 0
+    assert found.keys == len(load_file(folder / peft_folder.WEIGHTS)) and found.zero_outputs == 0
     assert found.files == len(checksums.read(folder))
     bfloat16_products = bool(import_bitsandbytes().functional.has_avx512bf16())
     assert found.kernels is not None and (found.kernels > 0) == bfloat16_products
@@ -125,15 +125,15 @@ def test_probe_is_reproducible_and_has_no_added_tokens_for_the_base(added: tuple
 
 
 def renamed(folder: Path) -> None:
-    tensors = load_file(folder / files.WEIGHTS)
+    tensors = load_file(folder / peft_folder.WEIGHTS)
     first = sorted(tensors)[0]
     save_file({k.replace(".layers.0.", ".layers.7.") if k == first else k: t for k, t in tensors.items()},
-              folder / files.WEIGHTS)  # fmt: skip
+              folder / peft_folder.WEIGHTS)  # fmt: skip
 
 
 def scaled(folder: Path, factor: float = 1.01) -> None:
-    tensors = load_file(folder / files.WEIGHTS)
-    save_file({k: t * factor if "lora_B" in k else t for k, t in tensors.items()}, folder / files.WEIGHTS)
+    tensors = load_file(folder / peft_folder.WEIGHTS)
+    save_file({k: t * factor if "lora_B" in k else t for k, t in tensors.items()}, folder / peft_folder.WEIGHTS)
 
 
 def zeroed(folder: Path) -> None:
@@ -141,13 +141,13 @@ def zeroed(folder: Path) -> None:
 
 
 def another_alpha(folder: Path) -> None:
-    fields = json.loads((folder / files.CONFIG).read_text())
-    (folder / files.CONFIG).write_text(json.dumps(fields | {"lora_alpha": fields["lora_alpha"] * 2}))
+    fields = json.loads((folder / peft_folder.CONFIG).read_text())
+    (folder / peft_folder.CONFIG).write_text(json.dumps(fields | {"lora_alpha": fields["lora_alpha"] * 2}))
 
 
 def rslora(folder: Path) -> None:
-    fields = json.loads((folder / files.CONFIG).read_text())
-    (folder / files.CONFIG).write_text(json.dumps(fields | {"use_rslora": True}))
+    fields = json.loads((folder / peft_folder.CONFIG).read_text())
+    (folder / peft_folder.CONFIG).write_text(json.dumps(fields | {"use_rslora": True}))
 
 
 def without_logits(folder: Path) -> None:
@@ -194,9 +194,9 @@ def test_wrong_base_is_distinguished_from_a_broken_adapter(tmp_path: Path) -> No
 def test_folder_that_would_run_code_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, loading = published(tmp_path)
     monkeypatch.setattr(verification, "_run_worker", lambda request: pytest.fail("the worker was started"))
-    fields = json.loads((folder / files.CONFIG).read_text())
+    fields = json.loads((folder / peft_folder.CONFIG).read_text())
     mapping = {"parent_library": "os", "base_model_class": "system"}
-    (folder / files.CONFIG).write_text(json.dumps(fields | {"auto_mapping": mapping}))
+    (folder / peft_folder.CONFIG).write_text(json.dumps(fields | {"auto_mapping": mapping}))
     with pytest.raises(SecurityError, match="auto_mapping asks to import os"):
         verification.verify(folder, loading)
 
@@ -213,8 +213,8 @@ def test_keys_and_effect_are_verified_without_a_probe(tmp_path: Path) -> None:
     ("change", "reason"),
     [
         (lambda f: (f / "extra").write_text("x"), "not listed: extra"),
-        (lambda f: (f / files.CONFIG).unlink(), "missing: adapter_config.json"),
-        (lambda f: (f / files.CONFIG).write_text("{}"), "changed: adapter_config.json"),
+        (lambda f: (f / peft_folder.CONFIG).unlink(), "missing: adapter_config.json"),
+        (lambda f: (f / peft_folder.CONFIG).write_text("{}"), "changed: adapter_config.json"),
         (lambda f: (f / checksums.FILE).write_text("abc"), "SHA256SUMS:1 must be a sha256"),
         (lambda f: (f / checksums.FILE).write_text(f"{'0' * 64}  ../x\n"), "SHA256SUMS:1 must be a sha256"),
         (lambda f: (f / checksums.FILE).write_text(f"{'0' * 64}  /x\n"), "SHA256SUMS:1 must be a sha256"),
@@ -223,7 +223,7 @@ def test_keys_and_effect_are_verified_without_a_probe(tmp_path: Path) -> None:
 def test_folder_that_differs_from_its_checksums_is_refused(
     change: Callable[[Path], Any], reason: str, tmp_path: Path
 ) -> None:
-    for name in (files.CONFIG, "README.md"):
+    for name in (peft_folder.CONFIG, "README.md"):
         (tmp_path / name).write_text(name)
     (tmp_path / checksums.FILE).write_text(checksums.render(checksums.compute(tmp_path)))
     assert checksums.check(tmp_path) == checksums.compute(tmp_path)

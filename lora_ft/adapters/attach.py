@@ -116,6 +116,13 @@ def inject(model: PreTrainedModel, peft_config: LoraConfig, name: str) -> PeftMo
     return attached
 
 
+def base_layer(module: Any) -> Any:
+    """Return the base's own layer inside PEFT's wrappers; `module` itself if it is none."""
+    while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
+    return module
+
+
 def _token_rows(model: PreTrainedModel, token_ids: list[int]) -> dict[str, list[int]] | None:
     """Return the rows that train for added tokens, by module: of the embedding, and of the head if it is not tied."""
     if not token_ids:

@@ -9,12 +9,11 @@ Loading raises MismatchError in cases in which PEFT only warns: a missing or une
 base or another quantization (peft issues 2566 and 2699; transformers issue 38927).
 """
 
-import contextlib
-import dataclasses
-import math
+import logging
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,16 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_ft.adapters import provenance
+from lora_ft.adapters import peft_folder, provenance, tensor_names, vocabulary
 from lora_ft.adapters.attach import inject
-from lora_ft.classes import HEAD, SEQ_CLS
-from lora_ft.errors import MismatchError, ResourceError, SecurityError
+from lora_ft.adapters.peft_folder import CONFIG, WEIGHTS
+from lora_ft.classes import HEAD
+from lora_ft.errors import MismatchError
 from lora_ft.io import durable, untrusted
 from lora_ft.models import tensor_files
 from lora_ft.models.load import Identity
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+log = logging.getLogger("lora_ft")
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _METADATA = {"format": "pt"}
@@ -44,16 +44,20 @@ _ALWAYS = frozenset({
     "use_dora", "rank_pattern", "alpha_pattern",
 })  # fmt: skip
 
-# Settings with which an adapter is a product of two matrices and a scale, with DoRA's magnitudes.
-PLAIN = frozenset({
-    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
-    "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "loftq_config",
-    "eva_config", "runtime_config", "use_dora",
-})  # fmt: skip
-_LOADED = PLAIN | {
-    "modules_to_save", "trainable_token_indices", "lora_bias", "ensure_weight_tying", "target_parameters",
-}  # fmt: skip
+
+@dataclass(frozen=True)
+class Contents:
+    """The tensors of an adapter's file, sorted as in `tensor_names.Names`, by the names there."""
+
+    own: dict[str, Tensor] = field(default_factory=dict)
+    frozen: dict[str, Tensor] = field(default_factory=dict)
+    whole: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def in_full(self) -> dict[str, Tensor]:
+        """Return an embedding and head that are trained in full (modules_to_save), by the names of the base's."""
+        named = {key.removeprefix(tensor_names.PREFIX): tensor for key, tensor in self.own.items()}
+        return {name: tensor for name, tensor in named.items() if vocabulary.is_end(name)}
 
 
 def tensors_of(model: PeftModel, name: str) -> dict[str, Tensor]:
@@ -125,13 +129,20 @@ def _plain(value: Any) -> Any:
     return getattr(value, "value", value)
 
 
-def load(model: PreTrainedModel, folder: Path, name: str, saved: LoraConfig | None = None) -> PeftModel:
+def load(
+    model: PreTrainedModel, folder: Path, name: str, saved: LoraConfig | None = None, *, placeholders: bool = False
+) -> PeftModel:
     """Attach a saved adapter to a base for inference; `saved` is the folder's config if it was read already.
 
-    Raises MismatchError if a key or shape differs, or if the adapter has settings that are not supported.
+    An embedding and head that the file holds whole replace the base's. `placeholders`: the base has no weights to
+    compare copies with. Raises MismatchError if a key or shape differs, or if the adapter has settings that are not
+    supported.
     """
-    saved = saved or read_config(folder)
-    check_settings(folder, saved, _LOADED)
+    saved = saved or peft_folder.read_config(folder)
+    peft_folder.check_settings(folder, saved, peft_folder.LOADED)
+    contents = read_contents(folder, saved)
+    if not placeholders:
+        vocabulary.take(model, folder, contents.whole, contents.frozen, contents.in_full)
     try:
         with warnings.catch_warnings():
             # PEFT only warns if there is no such layer, but a parameter of experts, or the reverse.
@@ -140,21 +151,43 @@ def load(model: PreTrainedModel, folder: Path, name: str, saved: LoraConfig | No
     # PEFT raises these for a name without a layer, a row beyond the matrix, or a wrong type.
     except (ValueError, TypeError, IndexError, re.error, RuntimeWarning) as error:
         raise MismatchError(f"the adapter in {folder} does not fit this base: {error}") from error
-    load_tensors(peft_model, folder, name)
+    _set(peft_model, folder, name, contents.own)
     peft_model.eval().requires_grad_(False)
     return peft_model
 
 
-def load_tensors(model: PeftModel, folder: Path, name: str) -> None:
+def load_tensors(model: PeftModel, folder: Path, name: str, *, placeholders: bool = False) -> None:
     """Load a folder's tensors into an attached adapter; raises MismatchError if keys or shapes differ (D01)."""
-    tensors = read_tensors(folder)
+    contents = read_contents(folder)
+    vocabulary.refuse(folder, {key: tuple(tensor.shape) for key, tensor in contents.whole.items()})
+    if not placeholders:
+        vocabulary.check_copies(model, folder, contents.frozen)
+    _set(model, folder, name, contents.own)
+
+
+def _set(model: PeftModel, folder: Path, name: str, tensors: dict[str, Tensor]) -> None:
     _compare_shapes(_state(model, name), _shapes(tensors), folder)
     set_peft_model_state_dict(model, tensors, adapter_name=name)
 
 
 def check_shapes(model: PeftModel, folder: Path, name: str) -> None:
     """Check keys and shapes as `load_tensors` does, reading only the file's header; the adapter may be on meta."""
-    _compare_shapes(_state(model, name), shapes_of(folder), folder)
+    names, shapes = _header(folder, peft_folder.read_config(folder))
+    vocabulary.refuse(folder, {name: shapes[key] for key, name in names.whole.items()})
+    _compare_shapes(_state(model, name), {name: shapes[key] for key, name in names.own.items()}, folder)
+
+
+def vocabulary_rows(folder: Path, saved: LoraConfig) -> int | None:
+    """Return the rows of the embedding or head that an adapter's file holds whole; None if it holds neither."""
+    names, shapes = _header(folder, saved)
+    own = {key: name.removeprefix(tensor_names.PREFIX) for key, name in names.own.items()}
+    rows = [shapes[key][0] for key, name in (own | names.whole | names.frozen).items() if vocabulary.is_end(name)]
+    return max(rows, default=None)
+
+
+def _header(folder: Path, saved: LoraConfig) -> tuple[tensor_names.Names, dict[str, tuple[int, ...]]]:
+    shapes = shapes_of(folder)
+    return tensor_names.read(folder, shapes, saved), shapes
 
 
 def _state(model: PeftModel, name: str) -> dict[str, Tensor]:
@@ -162,116 +195,37 @@ def _state(model: PeftModel, name: str) -> dict[str, Tensor]:
     return state
 
 
-@contextlib.contextmanager
-def _readable() -> Iterator[None]:
-    """Explain a PermissionError: safetensors' own writer makes files that only their owner can read (issue 782)."""
-    try:
-        yield
-    except PermissionError as error:
-        raise ResourceError(
-            f"{error.filename} cannot be read by this user: ask its owner to run chmod a+r {error.filename}"
-        ) from None
-
-
-def read_config(folder: Path) -> LoraConfig:
-    """Read the LoRA config of an adapter folder; raises the errors of `read_fields` and `parse_config`."""
-    return parse_config(folder, read_fields(folder))
-
-
-@_readable()
-def read_fields(folder: Path) -> dict[str, Any]:
-    """Read adapter_config.json as JSON; raises MismatchError or SecurityError if the folder has no PEFT adapter."""
-    path = folder / CONFIG
-    if not path.is_file():
-        raise MismatchError(f"{folder} is not an adapter: {CONFIG} is missing")
-    if not (folder / WEIGHTS).is_file():
-        raise SecurityError(f"{folder}: {WEIGHTS} is missing; other formats of weights can run code and are not read")
-    untrusted.check_folder(folder)
-    return untrusted.json_object(path, MismatchError)
-
-
-def parse_config(folder: Path, fields: dict[str, Any]) -> LoraConfig:
-    """Return the LoRA config that the fields of `folder` describe.
-
-    Raises MismatchError for other methods than LoRA and for settings that PEFT does not have, and SecurityError for
-    settings that would run code.
-    """
-    path = folder / CONFIG
-    if fields.get("peft_type") != "LORA":
-        raise MismatchError(f"{folder}: peft_type must be LORA, got {fields.get('peft_type')}")
-    _refuse_code(path, fields)
-    known = {f.name for f in dataclasses.fields(LoraConfig)}
-    unknown = sorted(k for k in fields if k not in known and k != "auto_mapping")
-    if unknown:
-        raise MismatchError(
-            f"{folder}: the installed PEFT does not support {', '.join(unknown)} of {CONFIG}: update peft"
-        )
-    untrusted.check_types(path, fields, LoraConfig, MismatchError)
-    try:
-        found = LoraConfig(**{k: v for k, v in fields.items() if k in known and k not in ("peft_type", "auto_mapping")})
-        ranks = [found.r, *(found.rank_pattern or {}).values()]
-    except (TypeError, ValueError, AttributeError, ImportError) as error:  # ImportError: scipy, for LoftQ
-        raise MismatchError(f"{path}: {error}") from error
-    if wrong := [rank for rank in ranks if type(rank) is not int or rank < 1]:
-        raise MismatchError(f"{path}: a rank must be an integer of at least 1, got {wrong[0]!r}")
-    alphas = [found.lora_alpha, *(found.alpha_pattern or {}).values()]
-    if wrong := [alpha for alpha in alphas if type(alpha) not in (int, float) or not math.isfinite(alpha)]:
-        raise MismatchError(f"{path}: an alpha must be a finite number, got {wrong[0]!r}")
-    if (highest := max(ranks)) > (folder / WEIGHTS).stat().st_size:  # otherwise PEFT would allocate such matrices
-        raise MismatchError(f"{path}: rank {highest} is larger than {WEIGHTS} has bytes")
-    return found
-
-
-def check_settings(folder: Path, saved: LoraConfig, allowed: Collection[str], remedy: str = "") -> None:
-    """Raise MismatchError for a setting outside of `allowed` that differs from PEFT's default (aLoRA, Arrow, ...)."""
-    defaults = LoraConfig()
-    for field in dataclasses.fields(saved):
-        value = getattr(saved, field.name)
-        if field.name not in allowed and value and value != getattr(defaults, field.name):
-            raise MismatchError(
-                f"the adapter in {folder} has {field.name}={str(value)[:80]}, so it is not a plain LoRA{remedy}"
-            )
-
-
-def _refuse_code(path: Path, fields: dict[str, Any]) -> None:
-    """Raise SecurityError for settings by which PEFT imports a class by name: auto_mapping, and Megatron's."""
-    mapping = fields.get("auto_mapping")
-    library = mapping.get("parent_library") if isinstance(mapping, dict) else mapping
-    if library is not None and str(library).partition(".")[0] not in ("transformers", "peft"):
-        raise SecurityError(f"{path}: auto_mapping asks to import {str(library)[:80]}")
-    if fields.get("megatron_config") is not None:
-        raise SecurityError(f"{path}: megatron_config asks to import {str(fields.get('megatron_core'))[:80]}")
-
-
-def check_same_method(folder: Path, attached: LoraConfig) -> None:
-    """Raise MismatchError unless a saved adapter has the rank, alpha, rsLoRA and DoRA of the attached one (A15)."""
-    saved = read_config(folder)
-    tasks = str(saved.task_type), str(attached.task_type)
-    if SEQ_CLS in tasks and tasks[0] != tasks[1]:
-        raise MismatchError(
-            f"adapter.init_from={folder} was trained for the task {tasks[0]}, and this run trains {tasks[1]}: one of "
-            "them is a classifier"
-        )
-    names = ("lora_alpha", "use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "r")
-    problems = [
-        f"{n} {getattr(saved, n)} instead of {getattr(attached, n)}"
-        for n in names
-        if getattr(saved, n) != getattr(attached, n)
-    ]
-    if problems:
-        raise MismatchError(f"adapter.init_from={folder} has {', '.join(problems)}: set the same values in adapter")
-
-
-@_readable()
+@peft_folder.readable()
 def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of an adapter's tensors under PEFT's file keys, reading only the file's header."""
+    """Return the shapes of an adapter's tensors under the file's keys, reading only the file's header."""
     return untrusted.tensor_header(folder / WEIGHTS, _HEADER_LIMIT, MismatchError).shapes
 
 
-@_readable()
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read the tensors of an adapter folder under PEFT's file keys; raises MismatchError for non-finite numbers."""
-    return dict(_read(folder / WEIGHTS))
+    """Read the tensors of an adapter folder under PEFT's file keys, without copies of the base's weights.
+
+    Raises MismatchError for non-finite numbers.
+    """
+    contents = read_contents(folder)
+    return contents.own | {f"{tensor_names.PREFIX}{name}": tensor for name, tensor in contents.whole.items()}
+
+
+@peft_folder.readable()
+def read_contents(folder: Path, saved: LoraConfig | None = None) -> Contents:
+    """Read all tensors of an adapter folder; raises MismatchError for non-finite numbers and ambiguous names."""
+    saved = saved or peft_folder.read_config(folder)
+    tensors = dict(_read(folder / WEIGHTS))
+    names = tensor_names.read(folder, tensors, saved)
+    if names.renamed:
+        log.info(
+            "%d of %d tensors of %s have names that a wrapper of the model made (%s): read as %s",
+            len(names.renamed), len(tensors), folder, names.renamed[0], names.own[names.renamed[0]],
+        )  # fmt: skip
+    for key, name in names.own.items():
+        if name != key and name in tensors and not torch.equal(tensors[key], tensors[name]):
+            raise MismatchError(f"the file of {folder} holds {key} and {name}, which differ but are one tensor")
+    kinds = (names.own, names.frozen, names.whole)
+    return Contents(*({name: tensors[key] for key, name in kind.items()} for kind in kinds))
 
 
 def _read(path: Path) -> Iterator[tuple[str, Tensor]]:

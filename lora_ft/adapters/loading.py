@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from lora_ft import config, runs, validation
-from lora_ft.adapters import files, provenance
+from lora_ft.adapters import files, peft_folder, provenance
 from lora_ft.classes import HEAD, SEQ_CLS, Classes, from_record, listed, unnamed
 from lora_ft.errors import ConfigError, MismatchError
 from lora_ft.io import untrusted
@@ -61,7 +61,7 @@ def with_base(cfg: Settings, adapter: Path, saved: LoraConfig | None = None) -> 
     quant = _quant(cfg.quant, adapter, recorded)
     if cfg.run:
         return replace(cfg, quant=quant)
-    named = saved or files.read_config(adapter)
+    named = saved or peft_folder.read_config(adapter)
     tokens = cfg.model.added_tokens or (_added_tokens(adapter, named.trainable_token_indices) if recorded else [])
     if cfg.model.path:
         return replace(cfg, model=replace(cfg.model, added_tokens=tokens), quant=quant)
@@ -228,7 +228,8 @@ def open_adapter(
     `saved` is the adapter's config if it was read already. Raises MismatchError if the adapter was trained on another
     base, if a key or shape differs, or if the adapter changes the base's own weights; and the errors of `load_base`.
     """
-    saved = saved or files.read_config(folder)
-    base = load_base(model, quant, device, tokenizer, classes=classes_of(folder, saved))
+    saved = saved or peft_folder.read_config(folder)
+    classes, rows = classes_of(folder, saved), files.vocabulary_rows(folder, saved)
+    base = load_base(model, quant, device, tokenizer, classes=classes, rows=rows)
     provenance.check_source(folder, saved, base, quant)
     return base, files.load(base.model, folder, NAME, saved)

@@ -27,6 +27,10 @@ from lora_ft.models.stored import agreed
 log = logging.getLogger("lora_ft")
 
 RECORD = "lora_ft.json"
+MERGE_WITH_PEFT = (
+    "merge it with PEFT, and use the result as a model "
+    "(PeftModel.from_pretrained(base, ADAPTER).merge_and_unload().save_pretrained(OUT))"
+)
 _FORMAT = 1
 
 # What a classifier reads: no chat template, no end token; truncation cuts the end, where the tokenizer is asked to.
@@ -107,15 +111,19 @@ def check_source(folder: Path, saved: LoraConfig, base: Base, quant: config.Quan
 
 def check_keeps_base(folder: Path, saved: LoraConfig) -> None:
     """Raise MismatchError for an adapter that changes the base's own weights or biases."""
+    if change := change_of_base(saved):
+        raise MismatchError(f"{folder}: {change[0]}: {change[1]}")
+
+
+def change_of_base(saved: LoraConfig) -> tuple[str, str] | None:
+    """Return the setting by which an adapter changes the base's own weights or biases, and the remedy, or None."""
     if saved.bias != "none":
-        raise MismatchError(
-            f"{folder}: bias={saved.bias} changes the base's own biases, which is not supported: use bias=none"
-        )
+        return f"bias={saved.bias} changes the base's own biases, which is not supported", MERGE_WITH_PEFT
     if saved.init_lora_weights not in _PLAIN_INITS:
-        raise MismatchError(
-            f"{folder}: init_lora_weights={saved.init_lora_weights} changes the base's own weights: "
+        return f"init_lora_weights={saved.init_lora_weights} changes the base's own weights", (
             "convert the adapter to a plain LoRA first (PEFT: path_initial_model_for_weight_conversion)"
         )
+    return None
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -213,16 +221,18 @@ class Loading:
 def loading(base: Base, quant: config.Quant, model: config.Model) -> Loading:
     """Return arguments to load this base elsewhere: by its id if it has a commit on the hub, else by its folder."""
     identity, dtype = base.identity, str(base.model.dtype).removeprefix("torch.")
-    rows = base.model.get_input_embeddings().weight.shape[0] if model.added_tokens else None
+    rows = base.model.get_input_embeddings().weight.shape[0]
+    in_config = build.read_config(Path(str(identity.folder)), model.path)
+    is_resized = bool(model.added_tokens) or rows != in_config.get_text_config().vocab_size
     path = identity.id if identity.revision else identity.folder
     # Codes that train as they are stored are loaded as their own config says.
     files = identity.stored
     as_stored = files is not None and files.trains
     quantization = {} if as_stored else _quantization(quant, dtype)
-    in_files = build.read_config(Path(str(identity.folder)), model.path).dtype if as_stored else None
+    in_files = in_config.dtype if as_stored else None
     planned = [] if agreed(quant, files).kind is QuantKind.none else quantize.planned_experts(base.model, files)
     return Loading(
-        str(path), identity.revision, dtype, quantization, rows, str(base.model.device),
+        str(path), identity.revision, dtype, quantization, rows if is_resized else None, str(base.model.device),
         experts=tuple(sorted({".".join(name.replace(".base_layer", "").split(".")[-2:]) for name in planned})),
         transposed=any(base.model.get_submodule(name.rpartition(".")[0]).is_transposed for name in planned[:1]),
         cast=as_stored and in_files is not base.model.dtype,

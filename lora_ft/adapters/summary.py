@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from lora_ft import config
-from lora_ft.adapters import attach, audit, files, init, provenance, targets
+from lora_ft.adapters import attach, audit, files, init, peft_folder, provenance, targets
 from lora_ft.adapters.accounting import SPECIAL, TRAINED, Part, account
 from lora_ft.adapters.experts import hindrance
 from lora_ft.adapters.targets import EXCLUDED, SWITCHED_OFF
@@ -102,8 +102,8 @@ def layers(base: Base, cfg: config.TrainRun, task_type: str = "CAUSAL_LM") -> La
     init.find(cfg.adapter.init)
     if cfg.adapter.init_from:
         source = Path(cfg.adapter.init_from)
-        provenance.check_source(source, files.read_config(source), base, cfg.quant)
-        files.check_same_method(source, model.peft_config[_NAME])
+        provenance.check_source(source, peft_folder.read_config(source), base, cfg.quant)
+        peft_folder.check_same_method(source, model.peft_config[_NAME])
         files.check_shapes(model, source, _NAME)
     adapted = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and _NAME in layer.r]
     return Layers(

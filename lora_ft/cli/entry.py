@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from lora_ft import config
 from lora_ft.cli import completion, help
 from lora_ft.errors import ConfigError, Interrupted, LoraFtError
-from lora_ft.io import process, redact
+from lora_ft.io import process, redact, streams
 
 INTERRUPTED = 130
 READER_LEFT = 141  # the exit code of a process that SIGPIPE stops
@@ -41,10 +41,11 @@ class Invocation:
     overrides: list[str]
 
 
+@streams.usable()
 @redact.shown()
 def run(command: str | None = None, arguments: list[str] | None = None) -> NoReturn:
     """Run one command and exit with its code. `arguments` follow the command's name; default: those of the process."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = [_as_utf8(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
     try:
         process.prepare()
         code = _command(arguments if command is None else [command, *arguments])
@@ -59,6 +60,13 @@ def run(command: str | None = None, arguments: list[str] | None = None) -> NoRet
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads the rest
         code = READER_LEFT
     sys.exit(code)
+
+
+def _as_utf8(argument: str) -> str:
+    """Return an argument that Python has decoded with another encoding than UTF-8, decoded as UTF-8 if it is that."""
+    with contextlib.suppress(UnicodeError):
+        return os.fsencode(argument).decode("utf-8") if not argument.isprintable() else argument
+    return argument
 
 
 def _command(arguments: list[str]) -> int:

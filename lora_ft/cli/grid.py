@@ -12,7 +12,7 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import open_dict
+from omegaconf import OmegaConf, open_dict
 
 from lora_ft.cli import guard
 from lora_ft.cli.composition import CommandLine, checked, composing, implied
@@ -38,7 +38,9 @@ def jobs(line: CommandLine) -> list[GridJob]:
         sweeper = composed.hydra.sweeper
         if not sweeper._target_.endswith(".BasicSweeper"):
             raise ConfigError(f"a plan needs the values of its jobs, which {sweeper._target_} chooses during the sweep")
-        grid = [*(f"{key}={value}" for key, value in (sweeper.params or {}).items()), *composed.hydra.overrides.task]
+        typed = OmegaConf.to_container(composed.hydra.overrides.task, resolve=False)  # keeps the escapes of texts
+        assert isinstance(typed, list)
+        grid = [*(f"{key}={value}" for key, value in (sweeper.params or {}).items()), *typed]
         parsed = OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(grid)
         [each_job] = BasicSweeper.split_arguments(parsed, None)
         task = Task(line.command, _unused, functools.partial(checked, line), implied(line), multirun=True)

@@ -15,12 +15,12 @@ import typing
 from collections.abc import Iterable, Iterator
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString
 from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 
 from lora_ft import config, validation
-from lora_ft.cli import choices, guard, help
+from lora_ft.cli import choices, guard, help, several
 from lora_ft.errors import ConfigError
 
 # Settings of Hydra that hold free text as well; `${now:...}` keeps its meaning in them.
@@ -28,7 +28,6 @@ _HYDRA_FOLDERS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
 _PARAMS = "hydra.sweeper.params"
 _OVERRIDE = re.compile(r"(?P<prefix>\+\+?|~)?(?P<key>[^=]*)(?P<equals>=)?(?P<value>.*)", re.DOTALL)
 _NAME = re.compile(r"[\w/-]*")
-_CHOICE = re.compile(r"choice\(.*\)", re.DOTALL)
 
 
 def translate(command: str, typed: list[str], *, sweep: bool) -> list[str]:
@@ -107,6 +106,8 @@ def _translated(command: str, override: str, sweep: bool) -> str:
     setting = declared(command, key)
     if setting is None:
         if key in choices.groups(command):
+            if value.startswith("["):
+                several.check_single(override, key, value, command)
             return f"{key}={_quoted(value) if _NAME.fullmatch(value) else value}"
         if prefix and _NAME.fullmatch(key):
             return override  # a group of the user's own folder; Hydra reports one that it does not know
@@ -114,6 +115,10 @@ def _translated(command: str, override: str, sweep: bool) -> str:
     if _is_text(setting, key):
         # The settings of the run that run= names are read before Hydra splits a sweep, so it has one value.
         value = _text(override, value, setting, sweep and key != "run")
+    elif _is_single(setting):
+        several.check_single(override, key, value, command)
+        if (values := several.values_of_choice(value)) and "null" in values:
+            value = ",".join(values)
     if not _is_mapping(setting):
         return f"{key}={value}"
     # Hydra adds keys to a mapping only with '++', and reads the dots of a layer's name as nesting unless in braces.
@@ -140,8 +145,10 @@ def _parsable(command: str, override: str, translated: str, parser: OverridesPar
         reason = str(error.__cause__ or error).splitlines()[0]
         raise ConfigError(f"{override} cannot be parsed: {reason} (inside brackets, put text into quotes)") from error
     guard.check_override(override, parsed.key_or_group, parsed.value())
+    setting = declared(command, parsed.key_or_group)
+    if setting and not _is_single(setting) and not _is_mapping(setting):
+        _check_lists(override, setting.key, parsed, sweep)
     if parsed.is_sweep_override() and not sweep:
-        setting = declared(command, parsed.key_or_group)
         advice = "lora-ft sweep trains with each of them"
         if setting and typing.get_origin(setting.type) is list:
             advice = f"write {setting.key}=[{parsed.get_value_string()}]"
@@ -149,13 +156,26 @@ def _parsable(command: str, override: str, translated: str, parser: OverridesPar
     return translated
 
 
+def _check_lists(override: str, key: str, parsed: Override, sweep: bool) -> None:
+    """Raise ConfigError for a list of lists, and for a sweep over the elements of a list."""
+    values, found = parsed.get_value_string(), parsed.value()
+    if isinstance(found, list) and any(isinstance(element, list) for element in found):
+        raise ConfigError(f"{override}: {key} takes one list; a sweep over several lists is {key}={values[1:-1]}")
+    if sweep and isinstance(found, ChoiceSweep) and not all(isinstance(value, list | None) for value in found.list):
+        raise ConfigError(
+            f"{override}: {key} takes a list: {key}=[{values}] is one list, and "
+            f"{','.join(f'[{value}]' for value in values.split(','))} after {key}= runs each"
+        )
+
+
 def _text(override: str, value: str, setting: validation.Setting, sweep: bool) -> str:
     if value == "null" and help.required(setting.type) is not setting.type:
         return value
     if value == "???":
         raise ConfigError(f"{override}: '???' means a missing value to Hydra and cannot be given as text")
-    if sweep and _CHOICE.fullmatch(value):
-        return value
+    if sweep and (values := several.values_of_choice(value)) is not None:
+        is_optional = help.required(setting.type) is not setting.type
+        return several.translated_choice(values, is_optional, lambda text: _quoted(validation.escape(text)))
     if sweep and re.search(r",\S", value):
         key = _split(override)["key"]
         raise ConfigError(f"{override}: one text or several? {key}=choice({value}) runs each, "
@@ -181,12 +201,18 @@ def declared(command: str, key: str) -> validation.Setting | None:
     return None
 
 
+def _is_single(setting: validation.Setting) -> bool:
+    return typing.get_origin(help.required(setting.type)) not in (list, dict)
+
+
 def _is_mapping(setting: validation.Setting) -> bool:
     return typing.get_origin(setting.type) is dict
 
 
 def _is_text(setting: validation.Setting, key: str) -> bool:
-    return setting.text or (setting.key != key and typing.get_args(setting.type)[-1] is str)
+    if _is_mapping(setting):  # its entries may be text; as a whole it is in Hydra's notation
+        return setting.key != key and (setting.text or typing.get_args(setting.type)[-1] is str)
+    return setting.text
 
 
 def _nearest(key: str, names: list[str]) -> str | None:

@@ -9,17 +9,18 @@ A row becomes one `Turn` for each answer that is learned: the prompt, as at infe
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import jinja2
 
 from lora_ft import config
-from lora_ft.config import TrainOn
+from lora_ft.config import TrainOn, Turns
 from lora_ft.data import template_checks
+from lora_ft.data.fitting import Fitted, fit
 from lora_ft.data.messages import with_system
-from lora_ft.data.rows import ANSWER_CUE, Ledger, Message, Row, RowError, any_of, excerpt
+from lora_ft.data.rows import ANSWER_CUE, Ledger, LeftOut, Message, Row, RowError, any_of, excerpt
 from lora_ft.data.template_checks import Trials
 from lora_ft.errors import ConfigError, SecurityError
 
@@ -58,11 +59,13 @@ def turns(rows: Iterable[Row], data: config.Data, tokenizer: Any, ledger: Ledger
     if found := control.search(data.system or ""):
         raise ConfigError(f"data.system holds the control token {found[0]}")
     has_template = bool(tokenizer.chat_template)
-    trials = Trials(tokenizer, lambda messages, prompt: _rendered(messages, tokenizer, prompt))
+    trials = trials_of(tokenizer)
     for index, row in enumerate(rows):
         if row.messages and has_template:
             try:
-                yield index, _chat(row, data, tokenizer, control, trials)
+                yield index, _chat(row, data, tokenizer, control, trials, ledger)
+            except LeftOut as reason:
+                ledger.left_out[str(reason)] += 1
             except RowError as error:
                 ledger.add_bad(row.source, error.name, error.reason, error.shown or row.answer or row.messages[-1])
         elif row.plain_prompt is None:
@@ -81,12 +84,21 @@ def control_tokens(tokenizer: Any) -> re.Pattern[str]:
     return any_of(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
 
 
-def _chat(row: Row, data: config.Data, tokenizer: Any, control: re.Pattern[str], trials: Trials) -> list[Turn]:
+def trials_of(tokenizer: Any) -> Trials:
+    """Return the trials of a tokenizer's chat template."""
+    return Trials(tokenizer, lambda messages, prompt: _rendered(messages, tokenizer, prompt))
+
+
+def _chat(
+    row: Row, data: config.Data, tokenizer: Any, control: re.Pattern[str], trials: Trials, ledger: Ledger
+) -> list[Turn]:
     _refuse_control_tokens(row, control)
-    messages = with_system(row.messages, data.system)
-    roles = tuple([message["role"] for message in messages])
-    offset = len(messages) - len(row.messages)
-    answers = [i + offset for i in learned_answers(row, data.train_on)]
+    chat, answers = fitted(row, data, trials)
+    if chat.repairs and data.turns is Turns.drop:
+        raise LeftOut(chat.repairs[0][0].value)
+    for _, what in chat.repairs:
+        ledger.convert("messages", what, row.messages)
+    roles = tuple([message["role"] for message in chat.messages])
 
     def turn(form: list[Message], answer: int) -> Turn:
         prompt = _rendered(form[:answer], tokenizer, True, row.tools)
@@ -96,12 +108,40 @@ def _chat(row: Row, data: config.Data, tokenizer: Any, control: re.Pattern[str],
         return Turn(prompt, through, form[answer].get("content") or form[answer])
 
     errors: list[RowError] = []
-    for form in _forms(messages):
+    for form in _forms(chat.messages):
         try:
             return [turn(form, i) for i in answers]
         except RowError as error:
             errors.append(error)
     raise errors[0]
+
+
+def fitted(row: Row, data: config.Data, trials: Trials) -> tuple[Fitted, list[int]]:
+    """Return the chat of a row as its template renders it, and the indices of the answers to render."""
+    messages = with_system(row.messages, data.system)
+    offset = len(messages) - len(row.messages)
+    if data.turns is Turns.strict:
+        chat = Fitted(messages, list(range(len(messages))), [])
+    else:
+        chat = fit(messages, trials.accepts)
+    places = {i: chat.index[i + offset] for i, message in enumerate(row.messages) if message["role"] == "assistant"}
+    if mixed := {places[i] for i in row.context} & {place for i, place in places.items() if i not in row.context}:
+        reason = "takes no two assistant messages in a row, and these cannot be joined: only one of them is learned"
+        raise RowError("chat template", reason, chat.messages[min(place for place in mixed if place is not None)])
+    answers = {places[i] for i in learned_answers(row, data.train_on)}
+    return chat, sorted(place for place in answers if place is not None)
+
+
+def answer_of(row: Row, data: config.Data, tokenizer: Any) -> str:
+    """Return the last answer of a row in its rendered form: messages of the assistant may be joined."""
+    if not tokenizer.chat_template or len(row.messages) < 2 or row.messages[-2]["role"] != "assistant":
+        return row.answer
+    return str(fitted(row, data, trials_of(tokenizer))[0].messages[-1]["content"])
+
+
+def fitted_prompt(messages: list[Message], turns: Turns, tokenizer: Any) -> list[Message]:
+    """Return the messages of a prompt, with a system message where training put it. RowError if they do not fit."""
+    return messages if turns is Turns.strict else fit(messages, trials_of(tokenizer).accepts).messages
 
 
 def _refuse_control_tokens(row: Row, control: re.Pattern[str]) -> None:
@@ -137,14 +177,27 @@ def learned_answers(row: Row, train_on: TrainOn) -> list[int]:
 def _forms(messages: list[Message]) -> Iterator[list[Message]]:
     """Yield the chat with the arguments of tool calls as objects, then with the arguments as JSON text.
 
-    Most templates write an object as JSON. Some can only concatenate text, as OpenAI's API returns it.
+    Most templates write an object as JSON. Some can only concatenate text, as OpenAI's API returns it. Calls without
+    OpenAI's {"function": ...} are tried as they are, then within it.
     """
     yield messages
-    if any(message.get("tool_calls") for message in messages):
-        yield [
-            {**m, "tool_calls": [_with_text(call) for call in m["tool_calls"]]} if m.get("tool_calls") else m
-            for m in messages
-        ]
+    calls = [call for message in messages for call in message.get("tool_calls") or []]
+    if calls:
+        yield _with_calls(messages, _with_text)
+    if any("function" not in call for call in calls):
+        wrapped = _with_calls(messages, _wrapped)
+        yield wrapped
+        yield _with_calls(wrapped, _with_text)
+
+
+def _with_calls(messages: list[Message], change: Callable[[dict[str, Any]], dict[str, Any]]) -> list[Message]:
+    return [
+        {**m, "tool_calls": [change(call) for call in m["tool_calls"]]} if m.get("tool_calls") else m for m in messages
+    ]
+
+
+def _wrapped(call: dict[str, Any]) -> dict[str, Any]:
+    return call if "function" in call else {"type": "function", "function": call}
 
 
 def _with_text(call: dict[str, Any]) -> dict[str, Any]:

@@ -8,8 +8,10 @@ Every row that was read is in the dataset, counted in its report, or named in an
 import hashlib
 import itertools
 import json
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, overload
 
 import numpy as np
@@ -22,7 +24,7 @@ from lora_ft.data import cache, chat_template, labels, lengths, tokenize
 from lora_ft.data.columns import InMemory
 from lora_ft.data.examples import Examples, columns_of
 from lora_ft.data.read import Rows, read
-from lora_ft.data.rows import Example, Row, excerpt
+from lora_ft.data.rows import Example, Ledger, Row, excerpt
 from lora_ft.errors import ConfigError, DataError
 
 MOST_LABELS = 50
@@ -47,10 +49,15 @@ class EvalPrompt:
 
 
 class EvalPrompts(Sequence[EvalPrompt]):
-    """The prompt of each chat of the eval set, made of its last example when it is asked for."""
+    """The prompt of each chat of the eval set, made of its last example when it is asked for.
 
-    def __init__(self, examples: Examples, rows: Sequence[Row]) -> None:
-        self._examples, self._rows = examples, rows
+    answer: returns the reference answer of a row.
+    """
+
+    def __init__(
+        self, examples: Examples, rows: Sequence[Row], answer: Callable[[Row], str] = operator.attrgetter("answer")
+    ) -> None:
+        self._examples, self._rows, self._answer = examples, rows, answer
         places = np.flatnonzero(examples.answer_starts)
         of_rows = examples.rows[places]
         chats = {row for row in np.unique(of_rows).tolist() if rows[row].messages}
@@ -74,7 +81,8 @@ class EvalPrompts(Sequence[EvalPrompt]):
 
     def _made(self, row: int) -> EvalPrompt:
         example, found = self._examples[self._last[row]], self._rows[row]
-        return EvalPrompt(example.ids[: example.answer_start], _question(found), found.answer, example.source, found)
+        answer = self._answer(found)
+        return EvalPrompt(example.ids[: example.answer_start], _question(found), answer, example.source, found)
 
 
 @dataclass(frozen=True)
@@ -146,14 +154,16 @@ def tokenized(found: Rows, tokenizer: Any, data: config.Data) -> Examples:
     """Render and tokenize rows, or load their examples from the cache. Bad rows go into the ledger."""
     rows, ledger = found.rows, found.ledger
     name = cache.key(rows, tokenizer, data) if len(rows) >= _CACHED_FROM_ROWS and not ledger.bad else None
-    if name and (kept := cache.load(name, rows)) is not None:
+    if name and (kept := cache.load(name, rows, ledger)) is not None:
         found.from_cache.append(name)
         return kept
-    rendered = chat_template.turns(rows, data, tokenizer, ledger)
-    stored = InMemory(columns_of(list(tokenize.encode(rows, rendered, tokenizer, data.train_on, ledger))))
+    counts = Ledger(ledger.strict, bad=ledger.bad)  # of rendering, which are stored with the examples
+    rendered = chat_template.turns(rows, data, tokenizer, counts)
+    stored = InMemory(columns_of(list(tokenize.encode(rows, rendered, tokenizer, data.train_on, counts))))
+    ledger.count(counts.left_out, counts.converted)
     examples = Examples(stored, [row.source for row in rows])
     if name and not ledger.bad and examples.supervised_tokens.all():
-        cache.store(name, stored)
+        cache.store(name, stored, counts)
     return examples
 
 
@@ -202,7 +212,8 @@ def prepare_rows(found: Rows, data: config.Data, tokenizer: Any, make_examples: 
         labels=None if counts is None else dict(counts),
     )  # fmt: skip
     answers = few_answers(rows[row] for row in train.rows.tolist()) if counts is None else [*counts]
-    return Dataset(train, eval_, EvalPrompts(eval_, rows), answers, report)
+    prompts = EvalPrompts(eval_, rows, partial(chat_template.answer_of, data=data, tokenizer=tokenizer))
+    return Dataset(train, eval_, prompts, answers, report)
 
 
 def _question(row: Row) -> str:

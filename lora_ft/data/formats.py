@@ -7,6 +7,9 @@
     table              {"english": "good", "german": "gut"}           with data.prompt and data.answer
     text               {"text": "Two and two are four."}
 
+Columns of other names are read as those of a format if they have one meaning: question and answer as prompt and
+completion, instruction and response as instruction and output, conversation as conversations.
+
 A message with "weight": 0, "train": false or "loss": false is not learned; "tools" go to the chat template. A column
 "system" becomes the first message of a chat of any format, unless the chat has a system message.
 """
@@ -19,10 +22,14 @@ from itertools import islice
 from typing import Any
 
 from lora_ft import config
-from lora_ft.config import Format
-from lora_ft.data import labels, table
-from lora_ft.data.messages import check_order, messages_of, optional_text, text_of, tools_of, with_system
-from lora_ft.data.rows import ANSWER_CUE, Ledger, Message, Record, Row, RowError, excerpt, is_blank
+from lora_ft.config import Format, Turns
+from lora_ft.data import labels, synonyms, table
+from lora_ft.data.json_values import as_text, decoded
+from lora_ft.data.messages import messages_of, optional_text, text_of, with_system
+from lora_ft.data.rows import ANSWER_CUE, Ledger, LeftOut, Message, Record, Row, RowError, excerpt, is_blank
+from lora_ft.data.synonyms import Names
+from lora_ft.data.tool_calls import drop_undeclared_nulls, tools_of
+from lora_ft.data.turns import arrange
 from lora_ft.errors import ConfigError, DataError
 
 Parse = Callable[[str, dict[str, Any], Ledger], Row]
@@ -46,10 +53,15 @@ def rows(records: Iterable[Record], data: config.Data, ledger: Ledger) -> tuple[
     for source, values in kept:
         try:
             parsed.append(parse(source, _renamed(values, data.columns), ledger))
+        except LeftOut as reason:
+            ledger.left_out[str(reason)] += 1
         except RowError as error:
-            ledger.add_bad(source, _name_in_file(error.name, data.columns), error.reason, values)
+            shown = values if error.shown is None else error.shown
+            ledger.add_bad(source, _name_in_file(error.name, data.columns), error.reason, shown)
     if not parsed:
         ledger.raise_bad()
+        left_out = ", ".join(f"{count} {reason}" for reason, count in ledger.left_out.items())
+        raise DataError(f"{data.path}: every row is left out: {left_out}")
     in_file = {data.columns.get(name, name) for name in read}
     return found, parsed, [name or "(unnamed)" for name in names if name not in in_file]
 
@@ -63,35 +75,38 @@ def _parser(
     """
     if missing := [name for name in data.columns.values() if name not in names]:
         raise ConfigError(f"data.columns names {missing[0]}, which is not a column of {data.path}: {_listed(names)}")
+    has_templates = data.prompt is not None or data.answer is not None
+    if data.format is Format.table or (data.format is Format.auto and has_templates):
+        return Format.table, *table.parser(data, {*names, *data.columns})
+    if has_templates:
+        raise ConfigError(f"data.prompt and data.answer are templates of data.format=table, got {data.format.name}")
     found = _detect(columns, data)
-    if found is Format.table:
-        return found, *table.parser(data, {*names, *data.columns})
-    if data.prompt is not None or data.answer is not None:
-        raise ConfigError(f"data.prompt and data.answer are templates of data.format=table, got {found.name}")
-    known = _FORMATS[found].columns
-    if unknown := [name for name in data.columns if name not in known]:
-        raise ConfigError(f"data.columns: {unknown[0]} is no column of format {found.name}, which has {_listed(known)}")
-    return found, _FORMATS[found].parse, known
+    shape = _FORMATS[found.format].read_as(found.present(name for row in columns for name in row))
+    if unknown := [name for name in data.columns if name not in shape.columns]:
+        known = _listed(shape.columns)
+        raise ConfigError(f"data.columns: {unknown[0]} is no column of format {found.format.name}, which has {known}")
+    return found.format, partial(_arranged, shape.parse, data.turns), shape.columns
 
 
-def _detect(columns: Counter[tuple[str, ...]], data: config.Data) -> Format:
+def _arranged(parse: Parse, turns: Turns, source: str, values: dict[str, Any], ledger: Ledger) -> Row:
+    return arrange(parse(source, values, ledger), turns, ledger)
+
+
+def _detect(columns: Counter[tuple[str, ...]], data: config.Data) -> Names:
     """Return the format whose required columns most rows have; the other rows will be bad. DataError if none fits.
 
     If no single row has all columns of a format, all rows together may have them.
     """
-    if data.format is not Format.auto:
-        return data.format
-    if data.prompt is not None or data.answer is not None:
-        return Format.table
-    votes: Counter[Format] = Counter()
-    for names, count in columns.items():
-        if found := _format_of(set(names)):
-            votes[found] += count
-    if votes:
-        return votes.most_common(1)[0][0]
     together = {name for names in columns for name in names}
-    if found := _format_of(together):
-        return found
+    votes: Counter[tuple[Names, ...]] = Counter()
+    for names, count in columns.items():
+        votes[_fitting(set(names), data)] += count
+    del votes[()]
+    if fits := max(votes, key=votes.__getitem__, default=_fitting(together, data)):
+        synonyms.check(fits, together, data)
+        return fits[0]
+    if data.format is not Format.auto:
+        return _FORMATS[data.format].names(data.format)
     if together >= _PREFERENCE:
         raise DataError(
             f"{data.path}: chosen and rejected are preference pairs; supervised rows have prompt and completion"
@@ -102,11 +117,25 @@ def _detect(columns: Counter[tuple[str, ...]], data: config.Data) -> Format:
     )
 
 
-def _format_of(names: set[str]) -> Format | None:
-    """Return the first format whose required columns are all there; None for preference pairs, unless it is a chat."""
-    found = next((found for found, shape in _FORMATS.items() if shape.required <= names), None)
-    is_chat = found in (Format.messages, Format.conversations)
-    return found if is_chat or not names >= _PREFERENCE else None
+def _fitting(names: set[str], data: config.Data) -> tuple[Names, ...]:
+    """Return the format of rows with these columns, by its own names or by synonyms; several if they have two meanings.
+
+    Columns that data.columns names have the meaning that it gives them. Empty if no format fits, and for preference
+    pairs, unless they hold a chat or data.format is set.
+    """
+    chosen = data.format
+    own = next(
+        (form for form, shape in _FORMATS.items() if chosen in (Format.auto, form) and shape.required <= names), None
+    )
+    found = [_FORMATS[own].names(own)] if own else []
+    required = _FORMATS[own].required if own else set()
+    is_pair = chosen is Format.auto and own in (Format.prompt_completion, Format.alpaca)
+    if not own or (is_pair and required.isdisjoint(data.columns)):
+        others = synonyms.fitting(names - (set(data.columns.values()) - set(data.columns)), chosen)
+        found += [other for other in others if required.isdisjoint(other.in_file)]
+    if chosen is Format.auto and names >= _PREFERENCE:
+        found = [names for names in found if names.format in (Format.messages, Format.conversations)]
+    return tuple(found)
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -128,34 +157,38 @@ def _name_in_file(name: str, columns: dict[str, str]) -> str:
 
 
 def _chat_row(column: str, source: str, values: dict[str, Any], ledger: Ledger) -> Row:
-    return _chat(source, with_system(messages_of(values, column), optional_text(values, "system")), values)
+    messages = with_system(messages_of(values, column, ledger), optional_text(values, "system", ledger))
+    return _chat(source, messages, values, ledger)
 
 
-def _chat(source: str, messages: list[Message], values: dict[str, Any], context: frozenset[int] = frozenset()) -> Row:
+def _chat(
+    source: str, messages: list[Message], values: dict[str, Any], ledger: Ledger, context: frozenset[int] = frozenset()
+) -> Row:
     """Make the row of a chat; the weights of its messages become `Row.excluded`."""
-    check_order(messages)
+    tools = tools_of(values, ledger)
+    messages = drop_undeclared_nulls(messages, tools, ledger)
     excluded = frozenset(i for i, message in enumerate(messages) if message.pop("weight", 1) == 0)
     answer = messages[-1].get("content") or ""
-    return Row(source, messages, answer, context=context | excluded, excluded=excluded, tools=tools_of(values))
+    return Row(source, messages, answer, context=context | excluded, excluded=excluded, tools=tools)
 
 
 def _prompt_completion_row(source: str, values: dict[str, Any], ledger: Ledger) -> Row:
-    system = optional_text(values, "system")
+    system = optional_text(values, "system", ledger)
     if isinstance(values.get("prompt"), list):
-        prompt_messages = with_system(messages_of(values, "prompt"), system)
+        prompt_messages = with_system(messages_of(values, "prompt", ledger), system)
         context = frozenset(i for i, message in enumerate(prompt_messages) if message["role"] == "assistant")
-        return _chat(source, prompt_messages + messages_of(values, "completion"), values, context)
-    prompt, completion = text_of(values, "prompt"), text_of(values, "completion")
+        return _chat(source, prompt_messages + messages_of(values, "completion", ledger), values, ledger, context)
+    prompt, completion = text_of(values, "prompt", ledger), text_of(values, "completion", ledger)
     messages = with_system([{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}], system)
     plain = f"{system}\n\n{prompt}" if system else prompt
-    return Row(source, messages, completion, plain_prompt=plain, tools=tools_of(values))
+    return Row(source, messages, completion, plain_prompt=plain, tools=tools_of(values, ledger))
 
 
 def _alpaca_row(source: str, values: dict[str, Any], ledger: Ledger) -> Row:
     """Make a chat whose user message is instruction and input; the plain prompt has Alpaca's headings instead."""
-    instruction, output = text_of(values, "instruction"), text_of(values, "output")
-    extra, system = optional_text(values, "input"), optional_text(values, "system")
-    turns = [*_history(values), (f"{instruction}\n{extra}" if extra else instruction, output)]
+    instruction, output = text_of(values, "instruction", ledger), text_of(values, "output", ledger)
+    extra, system = optional_text(values, "input", ledger), optional_text(values, "system", ledger)
+    turns = [*_history(values, ledger), (f"{instruction}\n{extra}" if extra else instruction, output)]
     messages = [{"role": "system", "content": system}] if system else []
     plain = f"{system}\n\n" if system else ""
     for question, answer in turns:
@@ -166,17 +199,23 @@ def _alpaca_row(source: str, values: dict[str, Any], ledger: Ledger) -> Row:
     return Row(source, messages, output, f"{plain}### Instruction:\n{instruction}{heading}{ANSWER_CUE}")
 
 
-def _history(values: dict[str, Any]) -> list[tuple[str, str]]:
+def _history(values: dict[str, Any], ledger: Ledger) -> list[tuple[str, str]]:
+    """Return the earlier pairs of instruction and answer, which may be JSON text."""
     pairs = values.get("history") or []
+    if isinstance(pairs, str) and not is_blank(pairs):
+        pairs = decoded("history", pairs)
+        ledger.convert("history", "histories read from JSON text", pairs)
+    found = []
     for pair in pairs if isinstance(pairs, list) else [pairs]:
-        texts = pair if isinstance(pair, list) else []
+        texts = [as_text("history", text, ledger) for text in pair] if isinstance(pair, list) else []
         if len(texts) != 2 or not all(isinstance(text, str) and not is_blank(text) for text in texts):
             raise RowError("history", "must be a list of [instruction, answer]")
-    return [(question, answer) for question, answer in pairs]
+        found.append((str(texts[0]), str(texts[1])))
+    return found
 
 
 def _text_row(source: str, values: dict[str, Any], ledger: Ledger) -> Row:
-    return Row(source, [], text_of(values, "text"), plain_prompt="")
+    return Row(source, [], text_of(values, "text", ledger), plain_prompt="")
 
 
 @dataclass(frozen=True)
@@ -187,12 +226,33 @@ class _Shape:
     columns: tuple[str, ...]
     parse: Parse
 
+    def names(self, own: Format) -> Names:
+        return Names(own, tuple((name, name) for name in self.columns if name in self.required))
+
+    def read_as(self, names: dict[str, str]) -> "_Shape":
+        """Return the format with other names of its columns in the file."""
+        others = {name: other for name, other in names.items() if name != other}
+        if not others:
+            return self
+        columns = tuple(others.get(name, name) for name in self.columns)
+        return _Shape({others.get(name, name) for name in self.required}, columns, partial(_row_as, self.parse, others))
+
+
+def _row_as(parse: Parse, names: dict[str, str], source: str, values: dict[str, Any], ledger: Ledger) -> Row:
+    """Make the row of a format whose columns have other names. It is counted, but no conversion to be refused."""
+    try:
+        row = parse(source, _renamed(values, names), ledger)
+    except RowError as error:
+        raise RowError(_name_in_file(error.name, names), error.reason, error.shown) from None
+    ledger.converted[f"rows with {', '.join(names.values())} read as {', '.join(names)}"] += 1
+    return row
+
 
 # In the order in which they are tried.
 _FORMATS = {
-    Format.messages: _Shape({"messages"}, ("messages", "system", "tools"), partial(_chat_row, "messages")),
+    Format.messages: _Shape({"messages"}, ("messages", "system", "tools", "functions"), partial(_chat_row, "messages")),
     Format.conversations: _Shape(
-        {"conversations"}, ("conversations", "system", "tools"), partial(_chat_row, "conversations")
+        {"conversations"}, ("conversations", "system", "tools", "functions"), partial(_chat_row, "conversations")
     ),
     Format.prompt_completion: _Shape(
         {"prompt", "completion"}, ("prompt", "completion", "system", "tools"), _prompt_completion_row

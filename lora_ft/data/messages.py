@@ -2,15 +2,19 @@
 
     {"from": "gpt", "value": "4"}                   ->  {"role": "assistant", "content": "4"}
     {"role": "developer", "content": [{"text": "Use tools."}]}  ->  {"role": "system", "content": "Use tools."}
+    {"from": "function_call", "value": '{"name": "add"}'}  ->  {"role": "assistant", "content": "", "tool_calls": [...]}
 
-Functions raise RowError, which names the wrong column, message or key.
+What is not in the usual form is counted in the ledger. Functions raise RowError, which names the wrong column, message
+or key.
 """
 
+import itertools
 import json
 from typing import Any
 
-from lora_ft.data.files import parse_json
-from lora_ft.data.rows import Message, RowError, excerpt, is_blank
+from lora_ft.data.json_values import as_text, check_finite, decoded, type_name
+from lora_ft.data.rows import Ledger, Message, RowError, excerpt, is_blank
+from lora_ft.data.tool_calls import called, calls_of
 
 # OpenAI's and ShareGPT's names. OpenAI now calls a system message a developer message.
 _ROLES = {
@@ -18,56 +22,62 @@ _ROLES = {
     "assistant": "assistant", "gpt": "assistant", "model": "assistant",
     "tool": "tool", "function": "tool", "observation": "tool",
 }  # fmt: skip
-_MAY_FOLLOW = {
-    "": ("system", "user"), "system": ("user",), "user": ("assistant",), "assistant": ("user", "tool"),
-    "tool": ("tool", "assistant"),
+# Names that others write, in any case: read and counted.
+_OTHER_ROLES = {
+    "prompter": "user", "bot": "assistant", "chatbot": "assistant", "chatgpt": "assistant", "ai": "assistant",
+    "tool_response": "tool", "function_response": "tool", "ipython": "tool",
 }  # fmt: skip
+_CALLS = ("function_call", "tool_call")  # roles of an assistant's message whose text is its calls
+_KNOWN = {**_ROLES, **_OTHER_ROLES, **dict.fromkeys(_CALLS, "assistant")}
 
-_STRICT_JSON = json.JSONEncoder(allow_nan=False, default=str)  # built once: json.dumps builds one for each message
+_TEXT_PARTS = ("text", "input_text", "output_text")
 
 
-def text_of(values: dict[str, Any], name: str) -> str:
+def text_of(values: dict[str, Any], name: str, ledger: Ledger) -> str:
     """Return the text of a column, which must not be blank."""
     if name not in values:
         raise RowError(name, "is missing")
-    value = values[name]
+    value = as_text(name, values[name], ledger)
     if not isinstance(value, str):
-        raise RowError(name, f"must be text, got {_type(value)}")
+        raise RowError(name, f"must be text, got {type_name(value)}")
     if is_blank(value):
         raise RowError(name, "is empty")
     return value
 
 
-def optional_text(values: dict[str, Any], name: str) -> str:
+def optional_text(values: dict[str, Any], name: str, ledger: Ledger) -> str:
     """Return the text of a column; "" if it is missing, null or blank."""
-    value = values.get(name)
+    value = as_text(name, values.get(name), ledger)
     if not isinstance(value, str | None):
-        raise RowError(name, f"must be text, got {_type(value)}")
+        raise RowError(name, f"must be text, got {type_name(value)}")
     return value if value and not is_blank(value) else ""
 
 
-def tools_of(values: dict[str, Any]) -> list[Any] | None:
-    """Return the tools of a row; None if it has none."""
-    tools = values.get("tools")
-    if not isinstance(tools, list | None):
-        raise RowError("tools", f"must be a list, got {_type(tools)}")
-    for index, tool in enumerate(tools or []):
-        if not isinstance(tool, dict):
-            raise RowError(f"tools[{index}]", f"must be an object, got {_type(tool)}")
-        _check_finite(tool, f"tools[{index}]")
-    return tools or None
-
-
-def messages_of(values: dict[str, Any], column: str) -> list[Message]:
+def messages_of(values: dict[str, Any], column: str, ledger: Ledger) -> list[Message]:
     """Return the messages of a column; one that is not to be learned has "weight": 0."""
     if column not in values:
         raise RowError(column, "is missing")
     messages = values[column]
+    if isinstance(messages, str) and not is_blank(messages):
+        messages = decoded(column, messages)
+        ledger.convert(column, "chats read from JSON text", messages)
     if not isinstance(messages, list):
-        raise RowError(column, f"must be a list of messages, got {_type(messages)}")
+        raise RowError(column, f"must be a list of messages, got {type_name(messages)}")
     if not messages:
         raise RowError(column, "is empty")
-    return [_message(message, f"{column}[{index}]") for index, message in enumerate(messages)]
+    found = [_message(message, f"{column}[{index}]", ledger) for index, message in enumerate(messages)]
+    for index, message in enumerate(messages):
+        if isinstance(message, dict) and _known(message.get("role") or message.get("from")) in _CALLS:
+            _name_results(found, index)
+    return found
+
+
+def _name_results(messages: list[Message], index: int) -> None:
+    """Give the results after a turn of calls the names of these calls, which some templates write."""
+    calls = [call["function"]["name"] for call in messages[index]["tool_calls"]]
+    results = list(itertools.takewhile(lambda message: message["role"] == "tool", messages[index + 1 :]))
+    for result, name in zip(results, calls, strict=False) if len(results) == len(calls) else ():
+        result.setdefault("name", name)
 
 
 def with_system(messages: list[Message], system: str | None) -> list[Message]:
@@ -77,35 +87,28 @@ def with_system(messages: list[Message], system: str | None) -> list[Message]:
     return [{"role": "system", "content": system}, *messages]
 
 
-def check_order(messages: list[Message]) -> None:
-    """Raise RowError unless roles alternate as chat templates expect and the chat ends with an answer."""
-    last = ""
-    for index, message in enumerate(messages):
-        if message["role"] not in _MAY_FOLLOW[last]:
-            position = f"follow {last}" if last else "be first"
-            raise RowError(f"message {index + 1}", f"{message['role']} may not {position}")
-        last = message["role"]
-    if last != "assistant":
-        raise RowError(f"message {len(messages)}", f"the chat must end with an assistant message, it ends with {last}")
-
-
-def _message(message: object, name: str) -> Message:
+def _message(message: object, name: str, ledger: Ledger) -> Message:
     """Return a message with OpenAI's keys; further keys that templates may read (tool_calls, name, ...) are kept."""
+    if isinstance(message, str) and message.lstrip().startswith("{"):
+        message = decoded(name, message)
+        ledger.convert(name, "messages read from JSON text", message)
     if not isinstance(message, dict):
-        raise RowError(name, f"must be an object, got {_type(message)}")
-    kept = {key: value for key, value in message.items() if value is not None and key not in ("from", "value")}
+        raise RowError(name, f"must be an object, got {type_name(message)}")
+    given = {key: value for key, value in message.items() if value is not None}
+    kept = {key: value for key, value in given.items() if key not in ("from", "value", "function_call")}
     if extra := {key: value for key, value in kept.items() if key not in ("role", "content", "tool_calls")}:
-        _check_finite(extra, name)
-    role = message.get("role", message.get("from"))
-    if not isinstance(role, str) or role not in _ROLES:
-        raise RowError(name, f"role must be one of {', '.join(_ROLES)}, got {excerpt(repr(role))}")
-    if calls := kept.get("tool_calls"):
-        kept["tool_calls"] = _calls(calls, _ROLES[role], name)
-    content = _content(message.get("content", message.get("value")), name)
-    if content is None and not calls:
-        raise RowError(name, f"the content of {role} is missing")
-    if is_blank(content or "") and _ROLES[role] in ("user", "assistant") and not calls:
-        raise RowError(name, f"the content of {role} is empty")
+        check_finite(name, extra)
+    shown = given.get("role", given.get("from"))
+    role, is_call = _role(shown, name, ledger)
+    content: object = given.get("content", given.get("value"))
+    calls = _calls(content, given, is_call, role, name, ledger)
+    if calls or calls != given.get("tool_calls", calls):
+        kept["tool_calls"] = calls
+    text = None if is_call else _content(content, role, name, ledger)
+    if text is None and not calls:
+        raise RowError(name, f"the content of {shown} is missing")
+    if is_blank(text or "") and role in ("user", "assistant") and not calls:
+        raise RowError(name, f"the content of {shown} is empty")
     if kept.get("weight", 1) not in (0, 1):
         raise RowError(name, f"weight must be 0 or 1, got {excerpt(kept['weight'])}")
     for flag in ("train", "loss"):
@@ -114,64 +117,71 @@ def _message(message: object, name: str) -> Message:
             raise RowError(name, f"{flag} must be true or false, got {excerpt(learned)}")
         if not learned:
             kept["weight"] = 0
-    return {**kept, "role": _ROLES[role], "content": content or ""}
+    return {**kept, "role": role, "content": text or ""}
 
 
-def _content(content: object, name: str) -> str | None:
-    """Return the text of a content, which may be OpenAI's list of text parts."""
+def _known(role: object) -> str:
+    return role.strip().lower() if isinstance(role, str) else ""
+
+
+def _role(given: object, name: str, ledger: Ledger) -> tuple[str, bool]:
+    """Return the chat template's name of a role, and True if the message's text is calls of tools."""
+    if isinstance(given, str) and given in _ROLES:
+        return _ROLES[given], False
+    known = _known(given)
+    if known not in _KNOWN:
+        raise RowError(name, f"role must be one of {', '.join(_KNOWN)}, got {excerpt(repr(given))}")
+    if known in _CALLS:
+        return "assistant", True
+    ledger.convert(name, f"messages of {excerpt(given)} read as messages of {_KNOWN[known]}", given)
+    return _KNOWN[known], False
+
+
+def _calls(content: object, given: Message, is_call: bool, role: str, name: str, ledger: Ledger) -> list[Any]:
+    """Return the tool calls of a message: the text of a `function_call` turn, `tool_calls`, or OpenAI's older field."""
+    tool_calls, older = given.get("tool_calls"), given.get("function_call")
+    if sum(map(bool, (is_call, tool_calls, older))) > 1:
+        raise RowError(name, "calls of tools must be in one place: tool_calls, function_call, or a turn of their own")
+    if (tool_calls or older) and role != "assistant":
+        raise RowError(name, f"tool_calls belong to the assistant, not to {role}")
+    if is_call:
+        return called(f"{name}.value", content, "function_call turns read as tool calls", ledger)
+    if older:
+        return called(f"{name}.function_call", older, "function_call fields read as tool calls", ledger)
+    return calls_of(f"{name}.tool_calls", tool_calls, ledger)
+
+
+def _content(content: object, role: str, name: str, ledger: Ledger) -> str | None:
+    """Return the text of a content, which may be a list of text parts; RowError for parts that are not text."""
+    content = as_text(name, content, ledger)
     if isinstance(content, str | None):
         return content
-    if isinstance(content, list):
-        texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type", "text") == "text"]
-        if len(texts) == len(content) and all(isinstance(text, str) for text in texts):
-            return "".join(map(str, texts))
-    raise RowError(name, f"content must be text, got {_type(content)}")
+    if (
+        isinstance(content, dict)
+        and content.get("type", "text") in _TEXT_PARTS
+        and isinstance(content.get("text"), str)
+    ):
+        content = [content]
+        ledger.convert(name, "contents given as one text part", content)
+    if role == "tool" and isinstance(content, dict):
+        check_finite(name, content)
+        ledger.convert(name, "results of tools written as JSON text", content)
+        return json.dumps(content, ensure_ascii=False, default=str)
+    if not isinstance(content, list):
+        raise RowError(name, f"content must be text, got {type_name(content)}")
+    if any(isinstance(part, str) for part in content):
+        ledger.convert(name, "contents given as lists of texts", content)
+    return "".join(_part(part, name) for part in content)
 
 
-def _calls(calls: object, role: str, name: str) -> list[dict[str, Any]]:
-    """Check tool calls and decode their arguments, which OpenAI writes as JSON text."""
-    if role != "assistant":
-        raise RowError(name, f"tool_calls belong to the assistant, not to {role}")
-    if not isinstance(calls, list):
-        raise RowError(name, f"tool_calls must be a list, got {_type(calls)}")
-    checked = []
-    for index, call in enumerate(calls):
-        function = call.get("function", call) if isinstance(call, dict) else call
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or is_blank(function["name"]):
-            raise RowError(name, "tool_calls must be objects with the name of a function")
-        arguments = _arguments(function.get("arguments"), f"{name}.tool_calls[{index}].arguments")
-        function = {**function, "arguments": arguments}
-        checked.append({**call, "function": function} if "function" in call else function)
-    return checked
-
-
-def _arguments(value: object, name: str) -> dict[str, Any]:
-    """Return the arguments of a tool call as an object; missing, null or blank arguments become an empty one."""
-    if value is None or (isinstance(value, str) and is_blank(value)):
-        return {}
-    found = value
-    if isinstance(value, str):
-        try:
-            found = parse_json(value)
-        except json.JSONDecodeError as error:
-            raise RowError(name, f"is not JSON: {error.msg} at character {error.pos + 1}", value) from None
-        except RowError as error:
-            raise RowError(name, str(error), value) from None
-    if not isinstance(found, dict):
-        raise RowError(name, f"must be an object or the JSON text of one, got {_type(found)}", value)
-    _check_finite(found, name)
-    return found
-
-
-def _check_finite(value: object, name: str) -> None:
-    """Raise RowError for NaN and infinities: a template would write them as JSON, and the model would learn that."""
-    try:
-        _STRICT_JSON.encode(value)
-    except ValueError:
-        raise RowError(name, "must not contain NaN or Infinity, which JSON does not have", value) from None
-
-
-def _type(value: object) -> str:
-    """Return the type of a value in the words of JSON."""
-    name = type(value).__name__
-    return {"NoneType": "null", "str": "text", "dict": "object"}.get(name, name)
+def _part(part: object, name: str) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict):
+        raise RowError(name, f"content must be text or a list of text parts, got a list with {type_name(part)}")
+    kind = part.get("type") or "text"
+    if kind not in _TEXT_PARTS:
+        raise RowError(name, f"content has a part of type {excerpt(kind)}: only text can be trained on", part)
+    if not isinstance(part.get("text"), str):
+        raise RowError(name, f"content must be text, got a part whose text is {type_name(part.get('text'))}", part)
+    return str(part["text"])

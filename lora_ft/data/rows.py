@@ -10,7 +10,7 @@ chat.jsonl:13: completion: is empty: {"prompt": "2+3?", "completion": ""}
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,8 @@ from lora_ft.errors import DataError
 MOST_BAD_ROWS = 20
 LONGEST_EXCERPT = 120
 _LONGEST_REASON = 300  # some reasons quote the row
+_MOST_SOURCES = 5  # listed for one reason, besides the first
+_INDEX = re.compile(r"[0-9]+")  # message 3 and messages[1]: the place in the row is not part of the reason
 # Unicode categories of characters without a visible glyph. Unassigned (Cn) is not one of them: it may be an emoji that
 # is newer than Python's tables. Private use (Co) is not either: fonts define its glyphs.
 _INVISIBLE = frozenset(("Cc", "Cf", "Zs", "Zl", "Zp"))
@@ -91,6 +93,20 @@ class RowError(Exception):
         self.name, self.reason, self.shown = name, reason, shown
 
 
+class LeftOut(Exception):
+    """A row that a setting leaves out; its text is the reason that the report counts, as in "3 without an answer"."""
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that cannot be used: file and line, the wrong field, the reason, and an excerpt, all printable."""
+
+    source: str
+    name: str
+    reason: str
+    shown: str
+
+
 @dataclass
 class Ledger:
     """Bad rows, and counts of rows left out on purpose: every row read is in the dataset or in the ledger.
@@ -102,7 +118,7 @@ class Ledger:
     strict: bool = False
     left_out: Counter[str] = field(default_factory=Counter)
     converted: Counter[str] = field(default_factory=Counter)
-    bad: list[str] = field(default_factory=list)
+    bad: list[BadRow] = field(default_factory=list)
 
     def convert(self, name: str, what: str, shown: object = None) -> None:
         """Count a conversion, as in `convert("tools", "tools read from JSON text")`. Raises RowError if strict."""
@@ -110,23 +126,56 @@ class Ledger:
             raise RowError(name, f"needs a conversion ({what}), which data.strict=true refuses", shown)
         self.converted[what] += 1
 
+    def count(self, left_out: Mapping[str, int], converted: Mapping[str, int]) -> None:
+        """Add counts of rows that were rendered elsewhere, or earlier."""
+        self.left_out.update(left_out)
+        self.converted.update(converted)
+
     def add_bad(self, source: str, name: str, reason: str, shown: object) -> None:
         """Record a bad row. Raises DataError once there are MOST_BAD_ROWS."""
-        why = f"{excerpt(name)}: {excerpt(reason, longest=_LONGEST_REASON)}"
-        self.bad.append(f"{printable(source)}: {why}: {excerpt(shown)}")
+        reason = excerpt(reason, longest=_LONGEST_REASON)
+        self.bad.append(BadRow(printable(source), excerpt(name), reason, excerpt(shown)))
         if len(self.bad) == MOST_BAD_ROWS:
             self.raise_bad(" (stopped there)")
 
     def raise_bad(self, suffix: str = "") -> None:
-        """Raise one DataError that lists every bad row by file and line, if there are any."""
-        if self.bad:
-            count = "1 bad row" if len(self.bad) == 1 else f"{len(self.bad)} bad rows"
-            raise DataError(f"{count}{suffix}:\n" + "\n".join(f"  {line}" for line in sorted(self.bad, key=_by_number)))
+        """Raise one DataError with each reason once, the first row that it holds for, and the others, if there are any.
+
+        a.jsonl:1: output: must be text, got list: {"instruction": "Add.", "output": [4]}
+          and 3 more: line 2, line 5, line 9
+        """
+        if not self.bad:
+            return
+        count = "1 bad row" if len(self.bad) == 1 else f"{len(self.bad)} bad rows"
+        groups: dict[tuple[str, str], list[BadRow]] = {}
+        for row in sorted(self.bad, key=lambda row: _by_number(row.source)):
+            groups.setdefault((_INDEX.sub("", row.name), row.reason), []).append(row)
+        raise DataError(
+            f"{count}{suffix}:" + "".join(f"\n  {line}" for rows in groups.values() for line in _lines(rows))
+        )
 
 
-def _by_number(line: str) -> list[str | int]:
+def _lines(rows: list[BadRow]) -> Iterator[str]:
+    """Yield the lines about rows with the same reason."""
+    first, *others = rows
+    yield f"{first.source}: {first.name}: {first.reason}: {first.shown}"
+    if others:
+        listed = ", ".join(_beside(row.source, first.source) for row in others[:_MOST_SOURCES])
+        more = ", ..." if len(others) > _MOST_SOURCES else ""
+        yield f"  and {len(others)} more: {listed}{more}"
+
+
+def _beside(source: str, first: str) -> str:
+    """Return the line or row of a source in the same file as the first, or the whole source."""
+    file, _, place = source.rpartition(":")
+    if file != first.rpartition(":")[0]:
+        return source
+    return f"line {place}" if place.isdigit() else place
+
+
+def _by_number(source: str) -> list[str | int]:
     """Return a sort key that puts a.jsonl:9 before a.jsonl:10."""
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]{1,18})", line))]
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]{1,18})", source))]
 
 
 def is_blank(text: str) -> bool:

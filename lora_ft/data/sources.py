@@ -1,6 +1,7 @@
-"""Find rows: in a file, a folder of files, a folder inside a package, or a hub dataset.
+"""Find rows: in a file, a folder or archive of files, a folder inside a package, or a hub dataset.
 
-data.path=chat.jsonl   data.path=rows/   data.path=package:chatterbot_corpus/data/english   data.path=org/name
+data.path=chat.jsonl   data.path=rows/   data.path=rows.zip   data.path=package:chatterbot_corpus/data/english
+data.path=org/name
 
 Files of a folder may be named for splits (train-00000-of-00002.parquet, my_val.jsonl); data.split then chooses.
 """
@@ -11,20 +12,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lora_ft import config
-from lora_ft.data.files import READERS, read_file
-from lora_ft.data.rows import Ledger, Record, excerpt
+from lora_ft.data import json_documents, layout, where
+from lora_ft.data.files import READERS, known_suffixes, read_file
+from lora_ft.data.rows import Ledger, Record, RowError, excerpt, printable
+from lora_ft.data.split_names import ALL_SPLITS as ALL_SPLITS
+from lora_ft.data.split_names import split_name as split_name
+from lora_ft.data.streams import File, kind
 from lora_ft.errors import DataError, ResourceError, SecurityError
-from lora_ft.io import untrusted
+from lora_ft.io import arrow, untrusted
 
 _PACKAGE = re.compile(r"package:([A-Za-z_]\w*)/(.+)")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-ALL_SPLITS = "all"
-_SPLITS = {
-    "train": "train", "training": "train",
-    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation", "eval": "validation",
-    "test": "test", "testing": "test",
-}  # fmt: skip
 
 
 def is_local(path: str) -> bool:
@@ -33,85 +31,67 @@ def is_local(path: str) -> bool:
 
 
 def records(path: str, key: str, data: config.Data, ledger: Ledger) -> Iterator[Record]:
-    """Yield the rows at `path`, the value of the setting `key`; the files of a folder are sorted by name.
+    """Yield the rows at `path`, the value of the setting `key`, that `data.where` selects, in the order of the files.
 
-    Raises DataError if there are no rows at the path, ResourceError if a package is not installed or a hub dataset
-    cannot be loaded, SecurityError for a path that leads out of its package or a link that leads out of its folder.
+    Raises DataError if there are no rows at the path, ConfigError for a `data.where` that selects none, ResourceError
+    if a package is not installed or a hub dataset cannot be loaded, SecurityError for a path that leads out of its
+    package or a link that leads out of its folder.
     """
+    found = _records(path, key, data, ledger)
+    yield from where.selected(found, data.where, path, ledger) if data.where else found
+
+
+def _records(path: str, key: str, data: config.Data, ledger: Ledger) -> Iterator[Record]:
     if not path:
         raise DataError(f"{key} is empty: give a file, a folder or a hub id")  # Path("") is the current folder
     if path.startswith("package:"):
-        for file in _files(_inside_package(path, key), path, key, data.split):
-            yield from read_file(file, file.name, ledger)
+        for file in _files(_inside_package(path, key), path, key, data.split, ledger):
+            yield from read_file(file, file.name, ledger, data)
     elif (local := Path(path).expanduser()).exists():
-        for file in _files(local, path, key, data.split):
-            if file != local:  # the path that the user gives may be a link, a file found in a folder may not
-                untrusted.check_place(file, local)
-            yield from read_file(file, str(file), ledger)
-    elif _HUB_ID.fullmatch(path) and local.suffix.lower() not in READERS and not path.startswith("."):
+        root = _snapshot(local)
+        for file in _files(local, path, key, data.split, ledger):
+            if isinstance(file, Path) and file != local:  # the user's own path may be a link, a file found may not
+                untrusted.check_place(file, root)
+            yield from read_file(file, printable(str(file)), ledger, data)
+    elif _HUB_ID.fullmatch(path) and not _is_readable(local) and not path.startswith("."):
         yield from _hub(path, key, data)
     else:
         raise DataError(f"{key}: there is no file or folder {path}")
 
 
-def split_name(split: str) -> str:
-    """Return the usual name of a split: val -> validation."""
-    return _SPLITS.get(split, split)
-
-
 def folder_splits(path: str, key: str) -> set[str]:
-    """Return the splits that files of the folder `path` are named for; empty if `path` is not a local folder."""
-    folder = _inside_package(path, key) if path.startswith("package:") else Path(path).expanduser()
-    if not path or not folder.is_dir():
+    """Return the splits of a local folder or archive, or of a file like {"train": [...], "test": [...]}."""
+    local = _inside_package(path, key) if path.startswith("package:") else Path(path).expanduser()
+    if not path or not local.exists():
         return set()
-    return {split for file in _readable(folder) if (split := _split_of(file))}
+    if inside := layout.folder(local):
+        return {split for split in layout.files_by_split(inside, path, key, Ledger()).values() if split}
+    return json_documents.splits(local) if kind(local) == ".json" else set()
 
 
-def _split_of(file: Path) -> str | None:
-    """Return the split that a word of the file's name names; None if no word does, or words name two splits."""
-    found = {_SPLITS[word] for word in re.split(r"[\W\d_]+", file.stem.lower()) if word in _SPLITS}
-    return found.pop() if len(found) == 1 else None
+def _is_readable(file: Path) -> bool:
+    return kind(file) in READERS or file.suffix.lower() == layout.ARCHIVE
 
 
-def _readable(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.iterdir() if f.suffix.lower() in READERS and not f.name.startswith("."))
-
-
-def _files(local: Path, path: str, key: str, split: str) -> list[Path]:
+def _files(local: Path, path: str, key: str, split: str, ledger: Ledger) -> list[File]:
     """Return the files to read, all of one format."""
-    if not local.is_dir():
-        if local.suffix.lower() not in READERS:
-            raise DataError(f"{key}: {path} cannot be read as rows; known suffixes are {', '.join(READERS)}")
-        return [local]
-    files = _of_split(_readable(local), split, path, key)
-    suffixes = sorted({f.suffix.lower() for f in files})
-    if not files:
-        raise DataError(f"{key}: the folder {path} has no file of rows; known suffixes are {', '.join(READERS)}")
-    if len(suffixes) > 1:
-        raise DataError(f"{key}: the folder {path} mixes file formats ({', '.join(suffixes)}): give one file")
-    return files
+    counted = Ledger() if key == "data.eval_split" else ledger  # its folder is that of data.path, which counted it
+    try:
+        if inside := layout.folder(local):
+            return layout.of_split(layout.files_by_split(inside, path, key, counted), split, path, key)
+    except RowError as error:
+        raise DataError(f"{key}: the folder {path}: {error}") from None
+    except OSError as error:
+        raise DataError(f"{key}: {path} cannot be read: {error.strerror or excerpt(error)}") from error
+    if not _is_readable(local):
+        raise DataError(f"{key}: {path} cannot be read as rows; known suffixes are {known_suffixes()}")
+    return [local]
 
 
-def _of_split(files: list[Path], split: str, path: str, key: str) -> list[Path]:
-    """Return the files that are named for `split`, or all files if none is named for any split."""
-    splits = {file: _split_of(file) for file in files}
-    named = [file for file in files if splits[file]]
-    if split == ALL_SPLITS or not named:
-        return files
-    setting = "data.eval_split" if key.startswith("data.eval") else "data.split"
-    if others := [file for file in files if not splits[file]]:
-        raise DataError(
-            f"{key}: in the folder {path} some files are named for splits ({_listed(named)}) and others are not "
-            f"({_listed(others)}): give one file, rename files, or read all of them with {setting}={ALL_SPLITS}"
-        )
-    if chosen := [file for file in files if splits[file] == split_name(split)]:
-        return chosen
-    known = " or ".join(sorted(map(str, set(splits.values()))))
-    raise DataError(f"{key}: the folder {path} has no files of the split {split}: choose {setting}={known}")
-
-
-def _listed(files: list[Path]) -> str:
-    return excerpt(", ".join(file.name for file in files))
+def _snapshot(local: Path) -> Path:
+    """Return the folder that links in `local` may not leave: the commit's, for a folder in the hub's cache."""
+    absolute = local.absolute()
+    return next((folder for folder in (absolute, *absolute.parents) if folder.parent.name == "snapshots"), local)
 
 
 def _inside_package(path: str, key: str) -> Path:
@@ -148,6 +128,6 @@ def _hub(path: str, key: str, data: config.Data) -> Iterator[Record]:
     if isinstance(rows, datasets.Dataset):
         # Arrow values are read as stored: for images and audio, `datasets` would open the file that a row names.
         batches = rows.with_format("arrow").iter(1000)
-        rows = (untrusted.without_filled_nulls(values) for batch in batches for values in batch.to_pylist())
+        rows = (values for batch in batches for values in arrow.values_of(batch))
     for number, values in enumerate(rows, 1):
         yield f"{path}:row {number}", values

@@ -20,10 +20,9 @@ from numpy.typing import NDArray
 from lora_ft import config
 from lora_ft.classes import Classes
 from lora_ft.config import TooLong
-from lora_ft.data.chat_template import learned_answers, prompts
+from lora_ft.data.chat_template import fitted, prompts, trials_of
 from lora_ft.data.dataset import Dataset, Report
 from lora_ft.data.examples import Examples
-from lora_ft.data.messages import with_system
 from lora_ft.data.read import Rows
 from lora_ft.data.rows import Row, any_of, excerpt
 from lora_ft.data.table import text_alone
@@ -168,6 +167,7 @@ def _prompts_again(
     tokenizer = vocabulary.tokenizer
     if not tokenizer.chat_template:
         return
+    trials = trials_of(tokenizer)
     last = _last_of_rows(dataset.train)
     rows = dataset.train.rows[last]
     chats = [place for place, row in enumerate(rows.tolist()) if found.rows[row].messages]
@@ -175,8 +175,8 @@ def _prompts_again(
         row, ids = found.rows[int(rows[place])], dataset.train[int(last[place])].ids
         if data.too_long is TooLong.truncate_prompt and len(ids) == data.max_length:
             continue  # it may have been cut
-        messages = with_system(row.messages[: learned_answers(row, data.train_on)[-1]], data.system)
-        expected = vocabulary.ids_whole(prompts(messages, tokenizer, row.tools))
+        chat, answers = fitted(row, data, trials)
+        expected = vocabulary.ids_whole(prompts(chat.messages[: answers[-1]], tokenizer, row.tools))
         yield row.source, any(prompt == ids[: len(prompt)].tolist() for prompt in expected)
 
 

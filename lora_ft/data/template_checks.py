@@ -17,6 +17,8 @@ from lora_ft.data.rows import Message, RowError, any_of
 # An answer may have several parts; a template writes those that it knows.
 _ANSWER_PARTS = ("reasoning_content", "thinking", "content")
 
+_NO_TOOLS = ": tools and calls need a base whose chat template writes them, or another model.chat_template"
+
 # Templates may change the whitespace around these tags, and drop the thoughts of earlier answers.
 _THOUGHT = re.compile("</?think>")
 
@@ -25,9 +27,9 @@ def check(messages: list[Message], answer: int, prompt: str, through: str, tools
     """Raise RowError if the rendering of `messages` up to the answer lacks one of their texts.
 
     Whitespace around a text is ignored, since many templates strip it. A system message may be anywhere: some
-    templates write it into a later turn. Templates differ in how they write tools and calls, so only the names of both
-    and the keys and values of a call's arguments are looked for. Tool messages, which some templates write as JSON,
-    are not checked.
+    templates write it into a later turn. Templates differ in how they write tools and calls, so only the names of both,
+    the names of a tool's parameters, and the keys and values of a call's arguments are looked for. The result of a tool
+    may be written as text or as a JSON string, anywhere before the answer.
     """
     completion = through[len(prompt) :] if through.startswith(prompt) else through
     learned, earlier = messages[answer], messages[:answer]
@@ -37,9 +39,9 @@ def check(messages: list[Message], answer: int, prompt: str, through: str, tools
     _check_calls(learned, completion, "the answer's")
     for message in earlier:
         _check_calls(message, prompt, "an earlier")
-    for tool in _functions(tools):
-        if tool["name"] not in prompt:
-            raise RowError("chat template", f"drops the tool {tool['name']}", tools)
+        if message["role"] == "tool" and not any(form in prompt for form in _forms(message["content"])):
+            raise RowError("chat template", "changes or drops the result of a tool", message["content"])
+    _check_tools(tools, prompt)
     for message in earlier:
         if message["role"] == "system" and _missing([message["content"]], prompt):
             raise RowError("chat template", "changes or drops the system message", message["content"])
@@ -67,12 +69,24 @@ def _functions(listed: list[Any] | None) -> list[dict[str, Any]]:
     return [f for f in inner if isinstance(f, dict) and isinstance(f.get("name"), str)]
 
 
+def _check_tools(tools: list[Any] | None, prompt: str) -> None:
+    """Raise RowError if the name of a tool or of one of its parameters is missing."""
+    for tool in _functions(tools):
+        if tool["name"] not in prompt:
+            raise RowError("chat template", f"drops the tool {tool['name']}{_NO_TOOLS}", tools)
+        parameters = tool.get("parameters")
+        properties = parameters.get("properties") if isinstance(parameters, dict) else None
+        for name in properties if isinstance(properties, dict) else ():
+            if not any(form in prompt for form in _forms(name)):
+                raise RowError("chat template", f"drops the parameter {name} of the tool {tool['name']}", tools)
+
+
 def _check_calls(message: Message, rendering: str, whose: str) -> None:
     """Raise RowError if the name or an argument of a tool call is missing, or the arguments are written as Python."""
     for function in _functions(message.get("tool_calls")):
         call, arguments = f"{whose} call of {function['name']}", function.get("arguments", {})
         if function["name"] not in rendering:
-            raise RowError("chat template", f"drops {call}", message)
+            raise RowError("chat template", f"drops {call}{_NO_TOOLS}", message)
         as_json = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False, default=str)
         if as_json in rendering:
             continue
@@ -104,6 +118,18 @@ def _forms(value: Any) -> set[str]:
     return {json.dumps(value, default=str), str(value)}
 
 
+_PLAIN = ("user", "assistant")
+
+
+def _made_up(roles: tuple[str, ...]) -> list[Message]:
+    return [{"role": role, "content": f"zq{i}xw"} for i, role in enumerate(roles)]
+
+
+def _with_answers(chat: list[Message]) -> list[Message]:
+    """Return a chat with answers in place of system messages, which some templates do not tell apart."""
+    return [{**message, "role": "assistant"} if message["role"] == "system" else message for message in chat]
+
+
 class Trials:
     """Renders one made-up chat for each sequence of roles and keeps what is wrong with it.
 
@@ -115,6 +141,41 @@ class Trials:
         self._eos = tokenizer.eos_token
         self._tokens = any_of(token.content for token in tokenizer.added_tokens_decoder.values())
         self._errors: dict[tuple[str, ...], str | None] = {}
+        self._accepted: dict[tuple[str, ...], bool] = {}
+
+    def accepts(self, roles: tuple[str, ...]) -> bool:
+        """Return True if the template renders a chat of these roles: each text in order, each answer with its end.
+
+        True as well for a template that renders no chat at all, of which the checks of each row tell what is wrong.
+        """
+        if roles not in self._accepted:
+            renders_none = roles != _PLAIN and not self.accepts(_PLAIN)
+            self._accepted[roles] = renders_none or self._renders(roles)
+        return self._accepted[roles]
+
+    def _renders(self, roles: tuple[str, ...]) -> bool:
+        chat = _made_up(roles)
+        answers = [i for i, role in enumerate(roles) if role == "assistant" and "user" in roles[:i]]
+        try:
+            for answer in answers:
+                prompt, through = self._render(chat[:answer], True), self._render(chat[: answer + 1], False)
+                after = through[len(prompt) :].partition(str(chat[answer]["content"]))[2]
+                if not through.startswith(prompt) or not self._tokens.search(after):
+                    return False
+                if roles[answer - 1] == "assistant" and prompt == self._render(chat[:answer], False):
+                    return False  # nothing would separate the second answer from the end of the first
+                check(chat, answer, prompt, through, None)
+                self.check(roles[: answer + 1])
+            whole = self._render(chat, False)
+        except RowError:
+            return False
+        return "system" not in roles or self._tells_apart(whole, _with_answers(chat))
+
+    def _tells_apart(self, whole: str, other: list[Message]) -> bool:
+        try:
+            return self._render(other, False) != whole
+        except RowError:
+            return True
 
     def check(self, roles: tuple[str, ...]) -> None:
         """Raise RowError if the template renders chats of these roles wrongly; the last is an answer to be learned."""
@@ -124,8 +185,8 @@ class Trials:
             raise RowError("chat template", error)
 
     def _error(self, roles: tuple[str, ...]) -> str | None:
-        words = [f"zq{i}xw" for i in range(len(roles))]
-        chat: list[Message] = [{"role": r, "content": w} for r, w in zip(roles, words, strict=True)]
+        chat = _made_up(roles)
+        words = [str(message["content"]) for message in chat]
         try:
             closed, prompt = self._render(chat[:-1], False), self._render(chat[:-1], True)
             through = self._render(chat, False)

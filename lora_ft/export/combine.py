@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 
 from lora_ft import config
-from lora_ft.adapters import files, loading, provenance
+from lora_ft.adapters import files, loading, peft_folder, provenance
 from lora_ft.errors import ConfigError, MismatchError
 from lora_ft.export import truncate
 from lora_ft.models.load import Base
@@ -43,8 +43,8 @@ class Combined:
 def check(base: Base, quant: config.Quant, folders: list[Path]) -> None:
     """Raise MismatchError for an adapter of another base or with more parts than A, B and a scale."""
     for folder in folders:
-        saved = files.read_config(folder)
-        files.check_settings(folder, saved, files.PLAIN, "; merge it into its base instead")
+        saved = peft_folder.read_config(folder)
+        peft_folder.check_settings(folder, saved, peft_folder.PLAIN, "; merge it into its base instead")
         if saved.use_dora:
             raise MismatchError(
                 f"{folder} is a DoRA adapter, whose magnitudes belong to its own W + s B A and cannot be added to "
@@ -63,8 +63,8 @@ def combine(
     """
     names = [loading.NAME, *(f"a{number:03}" for number in range(1, len(folders)))]
     for name, folder in zip(names[1:], folders[1:], strict=True):
-        model.add_adapter(name, _of_same_layers(files.read_config(folder), model.peft_config[loading.NAME]))
-        files.load_tensors(model, folder, name)
+        model.add_adapter(name, _of_same_layers(peft_folder.read_config(folder), model.peft_config[loading.NAME]))
+        files.load_tensors(model, folder, name, placeholders=True)
     parts = [truncate.updates(model, name) for name in names]
     highest = _check_ranks(parts, method)
     for name in names:

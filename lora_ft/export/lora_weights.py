@@ -15,7 +15,7 @@ import numpy as np
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
-from lora_ft.adapters import files, provenance
+from lora_ft.adapters import files, peft_folder, provenance
 from lora_ft.errors import MismatchError
 
 REMEDY = "write a merged model instead: lora-ft merge, for llama.cpp with gguf=f16"
@@ -64,10 +64,10 @@ def read(folder: Path, experts: Mapping[str, tuple[int, ...]] | None = None) -> 
 
     `experts` are the parameters [experts, out, in] of the base that an adapter may have; by default it may have none.
     """
-    saved = files.read_config(folder)
+    saved = peft_folder.read_config(folder)
     provenance.check_keeps_base(folder, saved)
-    allowed = files.PLAIN | ({"target_parameters"} if experts else set())
-    files.check_settings(folder, saved, allowed, f"; {REMEDY}")
+    allowed = peft_folder.PLAIN | ({"target_parameters"} if experts else set())
+    peft_folder.check_settings(folder, saved, allowed, f"; {REMEDY}")
     found: dict[str, dict[str, np.ndarray]] = {}
     embeddings = set()
     for key, tensor in files.read_tensors(folder).items():

@@ -24,15 +24,16 @@ from typing import Any
 import torch
 import xxhash
 from huggingface_hub import split_state_dict_into_shards_factory
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from lora_ft.adapters import experts
+from lora_ft.adapters import experts, peft_folder, provenance
+from lora_ft.adapters.attach import base_layer
 from lora_ft.errors import MismatchError, NonFiniteError, ResourceError
 from lora_ft.export.verify import dequantized
 from lora_ft.io import durable
@@ -43,6 +44,23 @@ log = logging.getLogger("lora_ft")
 SHARD_BYTES = 5_000_000_000
 
 _OTHER_FILES_BYTES = 50_000_000  # tokenizer and configs take less
+
+
+def hindrance(saved: LoraConfig) -> tuple[str, str] | None:
+    """Return what keeps an adapter with this config from being merged, and the remedy; None if nothing does."""
+    if change := provenance.change_of_base(saved):
+        return change
+    if saved.lora_bias:
+        return "lora_bias=True: its biases are not part of the base's weights", "load it with PEFT"
+    for name, value in peft_folder.other_settings(saved, peft_folder.LOADED).items():
+        return f"{name}={str(value)[:80]}: it is not a plain LoRA", "load it with PEFT"
+    return None
+
+
+def check(folder: Path, saved: LoraConfig) -> None:
+    """Raise MismatchError for an adapter that cannot be merged."""
+    if found := hindrance(saved):
+        raise MismatchError(f"the adapter in {folder} cannot be merged: {found[0]}; {found[1]}")
 
 
 class MergedModel:
@@ -101,7 +119,7 @@ class MergedModel:
             module = getattr(module.get_base_layer() if isinstance(module, ParamWrapper) else module, part)
             if isinstance(module, ModulesToSaveWrapper):
                 module = dict(module.modules_to_save.items()).get(self._adapter, module.original_module)
-        layer = _base_layer(module)
+        layer = base_layer(module)
         if wrapper := experts.wrapper_of(module, leaf, self._adapter):
             return _sum(getattr(layer, leaf).detach().cpu(), experts.update(wrapper, self._adapter).cpu())
         if leaf != "weight":
@@ -169,19 +187,12 @@ def _check_adapter(base: PreTrainedModel, adapter: str) -> None:
                 raise MismatchError(f"{name}: an adapter of type {kind}, or with biases, cannot be merged")
 
 
-def _base_layer(module: Any) -> Any:
-    """Return the base's own layer inside PEFT's wrappers."""
-    while isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper)):
-        module = module.get_base_layer() if isinstance(module, LoraLayer) else module.original_module
-    return module
-
-
 def _lora_weight(layer: Any, adapter: str, weight: Tensor) -> Tensor:
     """Compute W' in at least float32, laid out as W: [out, in]; Conv1D [in, out]; embedding [V, E]."""
     # PEFT's delta has the layout of W.
     merged = _sum(weight, layer.get_delta_weight(adapter).detach().cpu())
     if layer.use_dora.get(adapter):
-        inputs = 0 if isinstance(_base_layer(layer), (Conv1D, nn.Embedding)) else 1
+        inputs = 0 if isinstance(base_layer(layer), (Conv1D, nn.Embedding)) else 1
         norm = torch.linalg.vector_norm(merged, dim=inputs, keepdim=True)
         merged *= layer.lora_magnitude_vector[adapter].weight.detach().cpu().view_as(norm) / norm
     return merged

@@ -20,7 +20,7 @@ from peft.tuners.lora import LoraLayer
 from rich.table import Table
 from torch import Tensor, nn
 
-from lora_ft.adapters import files
+from lora_ft.adapters import files, peft_folder
 from lora_ft.errors import ConfigError, MismatchError
 
 
@@ -48,9 +48,9 @@ class RankQuality:
 
 def check(folder: Path, rank: int) -> LoraConfig:
     """Return the config of an adapter; raises MismatchError for DoRA, ConfigError if `rank` is not below its rank."""
-    saved = files.read_config(folder)
-    allowed = files.PLAIN | {"modules_to_save", "trainable_token_indices"}
-    files.check_settings(folder, saved, allowed, "; merge it into its base, or train it with a smaller adapter.r")
+    saved = peft_folder.read_config(folder)
+    allowed = peft_folder.PLAIN | {"modules_to_save", "trainable_token_indices"}
+    peft_folder.check_settings(folder, saved, allowed, "; merge it into its base, or train it with a smaller adapter.r")
     if saved.use_dora:
         raise MismatchError(
             f"{folder} is a DoRA adapter, whose magnitudes were trained for the norm of W + s B A, which a lower rank "

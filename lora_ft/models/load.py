@@ -122,13 +122,15 @@ def load_base(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     model_class: Any = None,
     classes: Classes | None = None,
+    rows: int | None = None,
 ) -> Base:
     """Load a frozen base in `model.dtype` on `device`, with its linear layers and experts quantized as `quant` selects.
 
     `model_class` is a class of transformers, by default AutoModelForCausalLM; with `classes` the base gets a head for
-    them (models/heads.py). Rows of added tokens start as the mean of the rows of the existing tokens, independent of
-    any seed. Raises the errors of `locate`, ConfigError for weights
-    that do not match the config, and ResourceError if memory is too small.
+    them (models/heads.py). `rows` is the size of an embedding that an adapter will put in the place of the base's, None
+    if it has none: the tokenizer may have as many tokens. Rows of added tokens start as the mean of the rows of the
+    existing tokens, independent of any seed. Raises the errors of `locate`, ConfigError for weights that do not match
+    the config, and ResourceError if memory is too small.
     """
     identity = locate(model)
     target = resolve_device(device)
@@ -158,22 +160,22 @@ def load_base(
         quantize.settle(network, quantized)
         if not (files and files.trains):  # otherwise the codes stay mapped
             copy_mapped_weights(network)
-    fit_embeddings(network, tokenizer, len(model.added_tokens))
+    fit_embeddings(network, tokenizer, len(model.added_tokens), rows)
     if model.embedding_device == "cpu":
         keep_on_cpu(network, target)
     return Base(network.requires_grad_(False).eval(), tokenizer, identity, quantized)
 
 
-def fit_embeddings(network: Any, tokenizer: Any, num_added: int) -> None:
+def fit_embeddings(network: Any, tokenizer: Any, num_added: int, later_rows: int | None = None) -> None:
     """Set the row of each added token, in the embedding and in the head, to the mean of the existing tokens' rows.
 
     Models often have more rows than their tokenizer has tokens, which were never trained. Added tokens use these
-    rows first, and the mean does not include them.
+    rows first, and the mean does not include them. `later_rows` is the size of an embedding that will replace this one.
     """
     rows, tokens = network.get_input_embeddings().weight.shape[0], len(tokenizer)
-    if tokens - num_added > rows:
+    if tokens - num_added > (most := later_rows or rows):
         raise ConfigError(
-            f"the tokenizer has {tokens - num_added} tokens, but the model has only {rows} embedding rows: "
+            f"the tokenizer has {tokens - num_added} tokens, but the model has only {most} embedding rows: "
             "they do not belong together"
         )
     if not num_added:

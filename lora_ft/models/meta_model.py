@@ -32,10 +32,11 @@ def load_meta_model(
     tokenizer: "PreTrainedTokenizerBase",
     model_class: Any = None,
     classes: Classes | None = None,
+    rows: int | None = None,
 ) -> Base:
     """Return the base that `load_base` loads for these settings, with its parameters on the meta device.
 
-    Raises the errors of `load_base`, except those that only the weights can show.
+    `rows` is that of `load_base`. Raises the errors of `load_base`, except those that only the weights can show.
     """
     identity = locate(model, weights=False)
     agreed(quant, identity.stored)
@@ -54,7 +55,7 @@ def load_meta_model(
         heads.check(network)
     if found := build.read_generation_config(folder, model.path):  # its end tokens may differ from those of config.json
         network.generation_config = found
-    load.fit_embeddings(network, tokenizer, len(model.added_tokens))
+    load.fit_embeddings(network, tokenizer, len(model.added_tokens), rows)
     if model.embedding_device == "cpu":
         keep_on_cpu(network, torch.device("meta"))
     return Base(network.requires_grad_(False).eval(), tokenizer, identity, ())

@@ -13,22 +13,21 @@ from pathlib import Path
 import safetensors
 import torch
 
-from lora_ft.adapters import files
+from lora_ft.adapters.peft_folder import CONFIG, WEIGHTS
+from lora_ft.adapters.tensor_names import ENDS, is_in_full
 from lora_ft.io import untrusted
 from lora_ft.publishing.adapter_facts import AdapterFacts, Finding, Level, front_matter, is_named
 
 # With these settings, names and shapes of A and B follow other rules.
 _OTHER_SHAPES = ("layer_replication", "use_qalora", "use_bdlora", "megatron_config", "kasa_config",
                  "monteclora_config", "velora_config", "arrow_config")  # fmt: skip
-# PEFT saves these in full after the vocabulary was resized; its config does not name them.
-_SAVED_UNNAMED = ("lm_head", "embed_out", "embed_tokens", "embed_in", "wte", "word_embeddings")
 
 
 def check(folder: Path, facts: AdapterFacts) -> Iterator[Finding]:
     """Yield the problems found while reading the folder, then the faults of its content."""
     yield from facts.problems
     if facts.layers or facts.whole:
-        yield from _values(folder / files.WEIGHTS)
+        yield from _values(folder / WEIGHTS)
         yield from _pairs(facts)
         if not any(facts.config.get(name) for name in _OTHER_SHAPES):
             yield from _ranks(facts)
@@ -78,7 +77,7 @@ def _ranks(facts: AdapterFacts) -> Iterator[Finding]:
             continue
         if a and b and (len(a) < 2 or len(b) < 2 or a[0] != b[1] or a[0] not in known):
             yield Finding(Level.REFUSED, f"{layer} has A {list(a)} and B {list(b)}, which do not match a rank in "
-                          f"{files.CONFIG} ({', '.join(map(str, sorted(map(str, known))))})",
+                          f"{CONFIG} ({', '.join(map(str, sorted(map(str, known))))})",
                           "use the weights and the config of one adapter")  # fmt: skip
             return
 
@@ -94,16 +93,16 @@ def _targets(facts: AdapterFacts) -> Iterator[Finding]:
         if not any(is_named(layer, t) for t in targets) and not _is_of_parameters(facts, layer)
     ]
     if untargeted:
-        yield Finding(Level.REFUSED, f"{untargeted[0]} is in the weights, but is not a target of {files.CONFIG}: PEFT "
+        yield Finding(Level.REFUSED, f"{untargeted[0]} is in the weights, but is not a target of {CONFIG}: PEFT "
                       "would drop it with a warning",
                       "a tensor was renamed, or the config belongs to another adapter")  # fmt: skip
     unmatched = [t for t in targets if not any(is_named(layer, t) for layer in facts.layers)]
     expected = [t for t in unmatched if facts.has_layer(t)]
     if expected:
-        yield Finding(Level.REFUSED, f"target {expected[0]} of {files.CONFIG} has no tensor: PEFT would initialize it",
+        yield Finding(Level.REFUSED, f"target {expected[0]} of {CONFIG} has no tensor: PEFT would initialize it",
                       "a tensor is missing or was renamed")  # fmt: skip
     elif unmatched and not facts.base_shapes:
-        yield Finding(Level.WARN, f"target {unmatched[0]} of {files.CONFIG} has no tensor: one is missing, or the base "
+        yield Finding(Level.WARN, f"target {unmatched[0]} of {CONFIG} has no tensor: one is missing, or the base "
                       "has no such layer", "name the base with model=")  # fmt: skip
 
 
@@ -121,7 +120,7 @@ def _unnamed(facts: AdapterFacts) -> Iterator[Finding]:
     if facts.config.get("bias", "none") == "none":
         for key in facts.whole:
             layer = key.rpartition(".")[0].removesuffix(".base_layer")
-            if layer.rpartition(".")[2] not in _SAVED_UNNAMED and not any(f".{n}." in f".{key}" for n in saved):
+            if layer.rpartition(".")[2] not in ENDS and not is_in_full(layer, saved):
                 yield Finding(Level.REFUSED, f"{key} is not part of a LoRA, and modules_to_save does not name it",
                               "a tensor was renamed, or the config belongs to another adapter")  # fmt: skip
                 return
@@ -160,9 +159,7 @@ def _naming(facts: AdapterFacts) -> Iterator[Finding]:
     base = facts.config.get("base_model_name_or_path")
     if facts.config and not untrusted.is_public_id(base):
         fault = "names no base" if not base else f"names the base {str(base)[:80]!r}, which is not a hub id"
-        yield Finding(
-            Level.WARN, f"{files.CONFIG} {fault}: others cannot find it", "publish with model.hub_id=OWNER/NAME"
-        )
+        yield Finding(Level.WARN, f"{CONFIG} {fault}: others cannot find it", "publish with model.hub_id=OWNER/NAME")
     elif facts.config and not facts.config.get("revision"):
         yield Finding(Level.WARN, "no revision of the base is recorded: the base may change",
                       "train with model.path=OWNER/NAME model.revision=COMMIT")  # fmt: skip
@@ -171,7 +168,7 @@ def _naming(facts: AdapterFacts) -> Iterator[Finding]:
 def _other_files(folder: Path, names: frozenset[str]) -> Iterator[Finding]:
     if not front_matter(folder / "README.md").get("license"):
         yield Finding(Level.WARN, "no license: README.md does not name one", "publish with license=NAME")
-    if pickled := sorted(n for n in names if n.endswith((".bin", ".pt", ".pth"))) if files.WEIGHTS in names else []:
+    if pickled := sorted(n for n in names if n.endswith((".bin", ".pt", ".pth"))) if WEIGHTS in names else []:
         yield Finding(Level.WARN, f"{pickled[0]} is in the folder and can run code when loaded", "delete it")
     if "added_tokens.json" in names:
         yield Finding(Level.WARN, "added_tokens.json is in the folder: SGLang counts all its tokens as new ones",

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import metadata_load
+from peft import LoraConfig
 
-from lora_ft.adapters import files
+from lora_ft.adapters import peft_folder, tensor_names
 from lora_ft.errors import LoraFtError, MismatchError
 from lora_ft.io import untrusted
 
 _HEADER_LIMIT = 10 * 2**20
-_PREFIX = "base_model.model."
 _KEY = re.compile(
     r"(?P<layer>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
     r"|token_adapter\.trainable_tokens_delta)(?P<leaf>\.weight|\.bias)?"
@@ -55,8 +55,11 @@ class AdapterFacts:
     """
 
     config: dict[str, Any]
+    saved: LoraConfig | None  # `config` as PEFT reads it, None if it cannot be read
     layers: dict[str, tuple[tuple[int, ...] | None, tuple[int, ...] | None]]
     whole: tuple[str, ...]
+    renamed: str | None  # a name in the file that PEFT does not find, None if there is none
+    rows: int | None  # of the embedding and head, if the file holds them whole
     has_tokens: bool
     has_biases: bool
     num_tokens: int | None
@@ -99,9 +102,10 @@ def front_matter(path: Path) -> dict[str, Any]:
 def read(folder: Path, base_config: dict[str, Any] | None) -> AdapterFacts:
     """Describe an adapter folder; `problems` lists the parts that cannot be read."""
     problems: list[Finding] = []
-    config = _config(folder, problems)
+    config, saved = _config(folder, problems)
     shapes = _shapes(folder, problems)
-    layers, whole, parts = _group(shapes)
+    names = _names(folder, shapes, saved, problems)
+    layers, whole, parts = _group(names, shapes)
     base = base_config or {}
     architecture = base.get("model_type")
     if architecture is None and any(layer.rpartition(".")[2] == "c_attn" for layer in layers):
@@ -109,8 +113,10 @@ def read(folder: Path, base_config: dict[str, Any] | None) -> AdapterFacts:
     found = [path for path in (*folder.iterdir(), *folder.glob("mlx/*")) if path.is_file()]
     base_shapes, is_tied = _shapes_of_base(base)
     return AdapterFacts(
-        config=config, layers=layers, whole=whole, has_tokens="token_adapter.trainable_tokens_delta" in parts,
-        has_biases="bias" in parts, num_tokens=_num_tokens(folder),
+        config=config, saved=saved, layers=layers, whole=whole, renamed=next(iter(names.renamed), None),
+        rows=max((shapes[key][0] for key in names.whole), default=None),
+        has_tokens="token_adapter.trainable_tokens_delta" in parts, has_biases="bias" in parts,
+        num_tokens=_num_tokens(folder),
         names=frozenset(path.relative_to(folder).as_posix() for path in found), architecture=architecture,
         is_tied=architecture == "gpt2" if is_tied is None else is_tied, base_config=base, base_shapes=base_shapes,
         problems=tuple(problems),
@@ -144,30 +150,19 @@ def _with_floats(value: Any) -> Any:
     return {key: _with_floats(element) for key, element in value.items()}
 
 
-def _config(folder: Path, problems: list[Finding]) -> dict[str, Any]:
-    if not (folder / files.CONFIG).is_file():
-        problems.append(Finding(Level.REFUSED, f"{files.CONFIG} is missing", "use the folder that PEFT wrote"))
-    elif (folder / files.WEIGHTS).is_file():  # if not, _shapes reports it
-        try:
-            fields = files.read_fields(folder)
-            with warnings.catch_warnings(action="ignore"):  # PEFT warns of settings that only training needs
-                files.parse_config(folder, fields)
-            return fields
-        except (LoraFtError, OSError) as error:
-            problems.append(Finding(Level.REFUSED, _first_line(error, folder)))
-    return {}
+def _config(folder: Path, problems: list[Finding]) -> tuple[dict[str, Any], LoraConfig | None]:
+    try:
+        fields = peft_folder.read_fields(folder)
+        with warnings.catch_warnings(action="ignore"):  # PEFT warns of settings that only training needs
+            return fields, peft_folder.parse_config(folder, fields)
+    except (LoraFtError, OSError) as error:
+        problems.append(Finding(Level.REFUSED, _first_line(error, folder)))
+        return {}, None
 
 
 def _shapes(folder: Path, problems: list[Finding]) -> dict[str, tuple[int, ...]]:
-    path = folder / files.WEIGHTS
-    if not path.is_file():
-        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-        problems.append(
-            Finding(Level.REFUSED, f"its weights are pickled ({pickled[0]}), which can run code when loaded",
-                    "if you trust its author, load it with PEFT and save it again: PEFT writes safetensors")
-            if pickled else
-            Finding(Level.REFUSED, f"{files.WEIGHTS} is missing", "use the folder that PEFT wrote")
-        )  # fmt: skip
+    path = folder / peft_folder.WEIGHTS
+    if not path.is_file():  # reported with the config
         return {}
     try:
         return untrusted.tensor_header(path, _HEADER_LIMIT, MismatchError).shapes
@@ -176,25 +171,37 @@ def _shapes(folder: Path, problems: list[Finding]) -> dict[str, tuple[int, ...]]
         return {}
 
 
+def _names(
+    folder: Path, shapes: dict[str, tuple[int, ...]], saved: LoraConfig | None, problems: list[Finding]
+) -> tensor_names.Names:
+    try:
+        return tensor_names.read(folder, shapes, saved)
+    except MismatchError as error:
+        problems.append(Finding(Level.REFUSED, _first_line(error, folder)))
+        return tensor_names.Names()
+
+
 def _first_line(error: Exception, folder: Path) -> str:
     """Return the first line of an error, its paths relative to the folder."""
-    return str(error).splitlines()[0].replace(f"{folder}/", "") if str(error) else type(error).__name__
+    if not str(error):
+        return type(error).__name__
+    return str(error).splitlines()[0].replace(f"{folder}/", "").removeprefix(f"{folder}: ")
 
 
 def _group(
-    shapes: dict[str, tuple[int, ...]],
+    names: tensor_names.Names, shapes: dict[str, tuple[int, ...]]
 ) -> tuple[dict[str, tuple[tuple[int, ...] | None, tuple[int, ...] | None]], tuple[str, ...], set[str]]:
     """Return the shapes of A and B by layer, the names of other tensors, and the types of parts that occur."""
     pairs: dict[str, list[tuple[int, ...] | None]] = {}
-    whole, parts = [], set()
-    for key, shape in sorted(shapes.items()):
-        found = _KEY.fullmatch(key.removeprefix(_PREFIX))
+    whole, parts = list(names.whole.values()), set()
+    for key, name in sorted(names.own.items(), key=lambda item: item[1]):
+        found = _KEY.fullmatch(name.removeprefix(tensor_names.PREFIX))
         if not found:
-            whole.append(key.removeprefix(_PREFIX))
+            whole.append(name.removeprefix(tensor_names.PREFIX))
             continue
         parts.add("bias" if found["leaf"] == ".bias" else found["part"])
         if found["part"].endswith(("_A", "_B")) and found["leaf"] != ".bias":
-            pairs.setdefault(found["layer"], [None, None])[found["part"].endswith("_B")] = shape
+            pairs.setdefault(found["layer"], [None, None])[found["part"].endswith("_B")] = shapes[key]
     return {layer: (a, b) for layer, (a, b) in pairs.items()}, tuple(whole), parts
 
 

@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_ft.classes import SEQ_CLS
+from lora_ft.errors import ConfigError
+from lora_ft.export.gguf.layout import layout_of
+from lora_ft.export.merge import hindrance
 from lora_ft.models import families
 from lora_ft.publishing import adapter_checks, adapter_facts
 from lora_ft.publishing.adapter_facts import AdapterFacts, Level
@@ -24,6 +27,7 @@ PROGRAMS = ("PEFT", "transformers", "vLLM", "SGLang", "llama.cpp", "Ollama", "ML
 
 _MERGE = "merge it: lora-ft merge"
 _MERGE_GGUF = "merge it: lora-ft merge ... gguf=q8_0"
+_REWRITE = "publish it (to=dir:FOLDER), which writes the names of PEFT"
 _CONVERT = (
     "publish it with its initial matrices beside it (pissa_changed_base, ...), or convert it to a plain LoRA "
     "(PEFT: path_initial_model_for_weight_conversion)"
@@ -88,7 +92,9 @@ def verdicts(folder: Path, base_config: dict[str, Any] | None) -> list[Verdict]:
     """
     facts = adapter_facts.read(folder, base_config)
     faults = [Verdict(FILES, f.level, f.reason, f.remedy) for f in adapter_checks.check(folder, facts)]
-    return [*faults, *(_verdict(program, facts) for program in PROGRAMS)]
+    is_broken = any(fault.level is Level.REFUSED for fault in faults)
+    merging = {remedy: _merging(facts, remedy, is_broken) for remedy in (_MERGE, _MERGE_GGUF)}
+    return [*faults, *(_verdict(program, facts, merging) for program in PROGRAMS)]
 
 
 def is_unusable(found: list[Verdict]) -> bool:
@@ -97,7 +103,23 @@ def is_unusable(found: list[Verdict]) -> bool:
     return FILES in refused or refused.issuperset(PROGRAMS)
 
 
-def _verdict(program: str, facts: AdapterFacts) -> Verdict:
+def _merging(facts: AdapterFacts, remedy: str, is_broken: bool) -> str:
+    """Return the advice to merge, or another one for an adapter that `merge` refuses."""
+    if is_broken:
+        return "repair the files first"
+    if facts.saved and (found := hindrance(facts.saved)):
+        return f"{found[1]} (lora-ft merge refuses {found[0].partition(':')[0]})"
+    if _more_tokens(facts) and not (facts.rows or facts.has_tokens):
+        return "load it with PEFT, after base.resize_token_embeddings"
+    if remedy == _MERGE_GGUF and facts.base_config:
+        try:
+            layout_of(facts.base_config)
+        except ConfigError:
+            return f"{_MERGE}, and convert the result with a program of llama.cpp (gguf= does not write this base)"
+    return remedy
+
+
+def _verdict(program: str, facts: AdapterFacts, merging: dict[str, str]) -> Verdict:
     """Return the worst level among the rules of a program, with all reasons of that level."""
     if not facts.config or not (facts.layers or facts.whole):
         return Verdict(program, Level.REFUSED, "there is no adapter that can be read")
@@ -109,7 +131,7 @@ def _verdict(program: str, facts: AdapterFacts) -> Verdict:
         return Verdict(program, worst, _requirement(program, facts))
     reasons = "; ".join(reason for rule, reason in hits if rule.level is worst)
     remedies = dict.fromkeys(rule.remedy for rule, _ in hits if rule.level is worst and rule.remedy)
-    return Verdict(program, worst, reasons, "; ".join(remedies))
+    return Verdict(program, worst, reasons, "; ".join(merging.get(remedy, remedy) for remedy in remedies))
 
 
 def _requirement(program: str, facts: AdapterFacts) -> str:
@@ -203,6 +225,10 @@ def _vllm_saved(facts: AdapterFacts) -> str | None:
     return _saved(facts) if whole or names - {"classifier", "score"} else None
 
 
+def _renamed(facts: AdapterFacts) -> str | None:
+    return f"it would not find {facts.renamed}" if facts.renamed else None
+
+
 def _more_tokens(facts: AdapterFacts) -> str | None:
     rows = facts.base_config.get("vocab_size")
     if not isinstance(rows, int) or facts.num_tokens is None or facts.num_tokens <= rows:
@@ -211,6 +237,8 @@ def _more_tokens(facts: AdapterFacts) -> str | None:
 
 
 def _resize(facts: AdapterFacts) -> str | None:
+    if facts.rows and facts.rows != facts.base_config.get("vocab_size", facts.rows):
+        return f"its embedding has {facts.rows} rows: base.resize_token_embeddings({facts.rows}) first"
     more = _more_tokens(facts)
     return more and f"{more}: base.resize_token_embeddings({facts.num_tokens}, mean_resizing=False) first"
 
@@ -241,6 +269,8 @@ _RULES = (
     # peft 0.21.2, tuners/lora/model.py, subtract_mutated_init
     *_rules("PEFT, transformers", Level.WARN, _CONVERT, _changed_base),
     *_rules("vLLM, SGLang, llama.cpp, MLX", Level.REFUSED, _CONVERT, _changed_base),
+    # peft 0.21.2, utils/save_and_load.py; transformers 5.23, integrations/peft.py; names as stored are looked up
+    *_rules("PEFT, transformers, vLLM, SGLang", Level.REFUSED, _REWRITE, _renamed),
     # peft 0.21.2, tuners/trainable_tokens
     *_rules("PEFT, transformers", Level.WARN, "", _resize),
     # peft issue 2018

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lora_ft import config
-from lora_ft.adapters import files, provenance
+from lora_ft.adapters import files, peft_folder, provenance
 from lora_ft.classes import Classes
 from lora_ft.export import mlx
 from lora_ft.export.gguf import adapter as gguf_adapter
@@ -76,7 +76,7 @@ def assemble(folder: Path, contents: Contents) -> Verification:
         record = _record(contents, public_loading, tensors)
         # Saved again, because the metadata of the original file may be private.
         files.write_weights(staging, tensors)
-        durable.write_json(staging / files.CONFIG, fields)
+        durable.write_json(staging / peft_folder.CONFIG, fields)
         durable.write_json(staging / provenance.RECORD, record)
         durable.write_bytes(staging / verification.PROBE, contents.probe)
         _write_extras(staging, contents)

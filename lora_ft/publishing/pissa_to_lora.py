@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from lora_ft.adapters import files
+from lora_ft.adapters import files, peft_folder
 from lora_ft.errors import MismatchError
 from lora_ft.io import durable
 from lora_ft.models.load import Identity
@@ -60,7 +60,7 @@ def convert(adapter: Path, saved: LoraConfig, out: Path) -> None:
     named = Identity(None, str(saved.base_model_name_or_path or ""), None, saved.revision, "", None)
     with durable.staged_folder(out) as staging:
         files.write_weights(staging, tensors)
-        durable.write_json(staging / files.CONFIG, files.config_fields(saved, named))
+        durable.write_json(staging / peft_folder.CONFIG, files.config_fields(saved, named))
 
 
 def _initial_folder(adapter: Path, saved: LoraConfig) -> Path:
@@ -72,8 +72,8 @@ def _initial_folder(adapter: Path, saved: LoraConfig) -> Path:
             "undone: merge it on the machine that trained it, and publish the model"
         )
     for folder in (adapter / f"{init}_init", adapter.parent / f"{init}_init"):
-        if (folder / files.WEIGHTS).is_file():
-            initial = files.read_config(folder)
+        if (folder / peft_folder.WEIGHTS).is_file():
+            initial = peft_folder.read_config(folder)
             if any(getattr(initial, n) != getattr(saved, n) for n in _SCALES):
                 raise MismatchError(
                     f"{folder} does not hold the initial matrices of the adapter in {adapter}: rank or alpha differ"

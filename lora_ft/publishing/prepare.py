@@ -9,7 +9,7 @@ from typing import Any
 from peft import LoraConfig
 
 from lora_ft import config, runs
-from lora_ft.adapters import files, loading, provenance
+from lora_ft.adapters import files, loading, peft_folder, provenance
 from lora_ft.config import QuantKind
 from lora_ft.errors import ConfigError, MismatchError
 from lora_ft.io import untrusted
@@ -50,7 +50,7 @@ def contents(cfg: config.PublishRun, adapter: Path, saved: LoraConfig, work: Pat
             )
         pissa_to_lora.convert(adapter, saved, work / "converted")
         adapter = work / "converted"
-        saved = files.read_config(adapter)
+        saved = peft_folder.read_config(adapter)
     tokenizer = loading.adapter_tokenizer(adapter, cfg.model)
     base, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer, saved)
     found = Contents(
@@ -139,8 +139,10 @@ def base_loading(folder: Path, saved: LoraConfig, cfg: config.PublishRun) -> pro
         raise MismatchError(f"{folder / provenance.RECORD}: its field loading is invalid: {error}") from None
     identity = locate(model)  # downloads the weights, unlike load_meta_model
     tokenizer, classes = loading.adapter_tokenizer(folder, model), loading.classes_of(folder, saved)
-    base = load_meta_model(model, quant, cfg.device, tokenizer, classes=classes)
+    rows = files.vocabulary_rows(folder, saved)
+    base = load_meta_model(model, quant, cfg.device, tokenizer, classes=classes, rows=rows)
     provenance.check_source(folder, saved, base, quant)
     arguments = provenance.loading(base, quant, model)
     device = str(resolve_device(cfg.device))
-    return dataclasses.replace(arguments, path=str(identity.folder), revision=None, device=device)
+    rows = arguments.rows or rows
+    return dataclasses.replace(arguments, path=str(identity.folder), revision=None, device=device, rows=rows)

@@ -27,7 +27,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft.adapters.files import read_config
+from lora_ft.adapters.peft_folder import read_config
 from lora_ft.adapters.provenance import Loading
 from lora_ft.errors import MismatchError
 from lora_ft.export.verify import distance as logit_distance

@@ -87,6 +87,9 @@ def compare_keys(model: PeftModel, folder: str) -> dict[str, Any]:
     """Compare every key, shape and value of the attached adapter with the file; PEFT only warns of a difference."""
     stored = safetensors.torch.load_file(Path(folder) / _WEIGHTS)
     attached = get_peft_model_state_dict(model, save_embedding_layers=False)
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # of a resized vocabulary: saved whole
+    whole = {f"{name}.weight": module for name, module in model.named_modules() if module in ends}
+    attached |= {key: module.weight for key, module in whole.items() if key in stored}
     both = stored.keys() & attached.keys()
     outputs = [key for key in stored if "lora_B" in key or "lora_embedding_B" in key]
     return {

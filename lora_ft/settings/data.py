@@ -4,16 +4,30 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_ft.settings.setting import setting
-from lora_ft.values import Format, TooLong, TrainOn
+from lora_ft.values import Format, TooLong, TrainOn, Turns
 
 
 @dataclass(slots=True)
 class Data:
     path: str = setting(
-        "", "rows: .jsonl .json .csv .tsv .parquet .txt file, folder, hub id, or package:NAME/FOLDER", path=True
+        "",
+        "rows: .jsonl .json .csv .tsv .parquet .arrow .txt .zip file (or .gz), folder, hub id, or package:NAME/FOLDER",
+        path=True,
     )
     format: Format = setting(Format.auto, "format of a row; auto: by its columns")
     columns: dict[str, str] = setting({}, "names of columns in the file, by the expected name")
+    where: dict[str, Any] = setting(
+        {}, "read only rows whose columns have these values: data.where.COLUMN=VALUE or [A,B]", text=True
+    )
+    delimiter: str | None = setting(
+        None,
+        "character between the fields of a table, or tab, comma, semicolon, pipe; null: as the file shows",
+        text=True,
+        pattern=r'tab|\\t|comma|semicolon|pipe|[^"\r\n]',
+    )
+    encoding: str | None = setting(
+        None, "encoding of text files, such as utf-16 or cp1252; null: utf-8, or by the byte order mark", text=True
+    )
     name: str | None = setting(None, "configuration of a hub dataset", text=True)
     split: str = setting(
         "train", "split of a hub dataset, or of a folder whose files are named by split; all: every file", text=True
@@ -26,6 +40,11 @@ class Data:
         None,
         "labels, if the answers are labels: a list, a map {value in the rows: label}, or auto (found in the training "
         "rows); eval scores them",
+    )
+    turns: Turns = setting(
+        Turns.repair,
+        "chats whose turns do not alternate, or whose system message the chat template does not take; strict: refuse "
+        "them, drop: leave them out",
     )
     strict: bool = setting(
         False, "refuse rows that are read only after a conversion, which the report counts otherwise"

@@ -11,6 +11,7 @@ If stderr is not a terminal: one line per change of a job's state, and a summary
 
 import contextlib
 import functools
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_ft import runs
+from lora_ft.io import streams
 from lora_ft.sweeps import results
 from lora_ft.sweeps.executors.interface import Handle
 from lora_ft.sweeps.jobs import Job
@@ -53,7 +55,7 @@ def displayed(jobs: list[Job], left: list[Job]) -> Iterator[Callable[[Sequence[H
     Call the yielded function often, with the running workers: it updates the display at most once a second. The sweep
     continues if the reader of stderr closes it.
     """
-    console = Console(stderr=True)
+    console = Console(file=streams.lasting(sys.stderr))
     console.on_broken_pipe = functools.partial(setattr, console, "quiet", True)  # type: ignore[method-assign]
     live = Live(console=console, transient=False, auto_refresh=False) if console.is_terminal else None
     display = _Display(jobs, left, console, live)

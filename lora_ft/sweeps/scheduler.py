@@ -23,7 +23,7 @@ from lora_ft.sweeps import jobs
 from lora_ft.sweeps.executors import executor
 from lora_ft.sweeps.executors.interface import BASE_CHANGED, Handle
 from lora_ft.sweeps.jobs import Job
-from lora_ft.training.signals import handled_by
+from lora_ft.training.signals import handled_by, stops_at_once
 
 _SECONDS_BETWEEN_LOOKS = 0.05
 _SECONDS_TO_EXIT = 10.0  # for workers, after an error in this process
@@ -36,9 +36,9 @@ Watch = Callable[[Sequence[Handle]], None]
 def run(given: list[Job], launcher: config.Launcher, sweep: config.Sweep, folder: Path, watch: Watch) -> None:
     """Bring each job to an outcome.
 
-    `watch` is called with the running workers, many times a second. Raises Interrupted after SIGINT or SIGTERM, once
-    the workers have saved and exited (a second signal kills them), and ResourceError if a worker cannot be started.
-    No worker is left running, whatever is raised.
+    `watch` is called with the running workers, many times a second. Raises Interrupted after a signal that stops a run,
+    once the workers have saved and exited (a second SIGINT or SIGTERM kills them), and ResourceError if a worker cannot
+    be started. No worker is left running, whatever is raised.
     """
     for job in given:
         durable.remove(job.folder / runs.FAILURE)  # of an earlier attempt
@@ -53,7 +53,7 @@ def run(given: list[Job], launcher: config.Launcher, sweep: config.Sweep, folder
                     running.append(executor(launcher.executor).submit(group, slot, launcher, sweep, folder))
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
                 if signals:
-                    _stop(running, kill=len(signals) > 1)
+                    _stop(running, kill=stops_at_once(signals))
                 for ended in [handle for handle in running if handle.ended() is not None]:
                     running.remove(ended)
                     if not signals and (left := _left(ended)):
@@ -62,7 +62,7 @@ def run(given: list[Job], launcher: config.Launcher, sweep: config.Sweep, folder
         finally:
             until = time.monotonic() + _SECONDS_TO_EXIT
             while any(handle.ended() is None for handle in running):  # something failed in this process
-                _stop(running, kill=len(signals) > 1 or time.monotonic() > until)
+                _stop(running, kill=stops_at_once(signals) or time.monotonic() > until)
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
     if signals:
         name = signal.Signals(signals[-1]).name
@@ -125,6 +125,6 @@ def _note(signals: list[int], signum: int, _frame: types.FrameType | None) -> No
     signals.append(signum)
     if len(signals) == 1:
         name = signal.Signals(signum).name
-        text = f"\n{name}: each job finishes its step and saves a checkpoint; repeat the signal to stop now\n"
+        text = f"\n{name}: each job finishes its step and saves a checkpoint; SIGINT or SIGTERM twice stops now\n"
         with contextlib.suppress(OSError):  # Ctrl-C ends `| tee log` as well
             os.write(_STDERR, text.encode())

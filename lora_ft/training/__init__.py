@@ -7,7 +7,7 @@ optimizers   flat parameters and the schedule      checkpoint   saving and resto
 callbacks    hooks that follow a run               trackers     a callback for trackers, through accelerate
 dry_run      checks that need no weights           ineffective_settings  changed settings without effect
 finish       save, compare, result.json            progress     the live display and log.txt
-signals      SIGINT and SIGTERM                    ranks        the processes of a run: one for now
+signals      SIGINT, SIGTERM, ...                  ranks        the processes of a run: one for now
 step         a step until its metrics are read     loss_scale   skipped steps in float16
 deterministic  deterministic kernels               out_of_memory  frees what a failed job holds
 """

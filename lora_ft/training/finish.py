@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lora_ft import metric_table, runs
-from lora_ft.adapters import files, provenance
+from lora_ft.adapters import files, peft_folder, provenance
 from lora_ft.data import split
 from lora_ft.data.dataset import Dataset, EvalPrompt
 from lora_ft.evaluation import class_report
@@ -158,7 +158,7 @@ def _result(state: TrainingState, comparison: Comparison | None, classes: Classe
         train_seconds=state.seconds,
         trainable_parameters=state.num_trainable,
         peak_memory_bytes=peak_memory_bytes(state.base.device),
-        adapter_sha256=sha256(state.folder / "adapter" / files.WEIGHTS),
+        adapter_sha256=sha256(state.folder / "adapter" / peft_folder.WEIGHTS),
         predicted_peak_bytes=state.predicted_peak_bytes,
         tokens_per_microbatch=state.tokens_per_microbatch,
         shrinks=state.shrinks,

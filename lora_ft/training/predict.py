@@ -18,8 +18,8 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft import config, objectives, validation
-from lora_ft.adapters import files, loading
 from lora_ft.adapters import labels as stored_labels
+from lora_ft.adapters import loading, peft_folder
 from lora_ft.classes import Classes
 from lora_ft.data import label_prompts, unlabelled
 from lora_ft.data import labels as row_labels
@@ -49,7 +49,7 @@ def predict(cfg: config.EvalRun) -> Counter[str]:
     validation.validate(cfg)
     out = predictions.check(cfg.out)
     adapter = loading.adapter_folder(cfg.run, cfg.adapter_path)
-    saved = files.read_config(adapter)
+    saved = peft_folder.read_config(adapter)
     classes = loading.classes_of(adapter, saved)
     cfg = loading.with_base(cfg, adapter, saved)
     cfg = replace(cfg, objective=objectives.of_adapter(cfg.objective, classes))

@@ -8,6 +8,7 @@ Messages and progress go to stderr and to log.txt of the run; stdout is for resu
 import contextlib
 import functools
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -18,7 +19,7 @@ from rich.live import Live
 from rich.text import Text
 
 from lora_ft import runs
-from lora_ft.io import durable
+from lora_ft.io import durable, streams
 from lora_ft.training.callbacks import Callback, Metrics
 from lora_ft.training.metrics import peak_memory_bytes
 from lora_ft.training.state import TrainingState
@@ -95,7 +96,7 @@ def live_on(console: Console) -> Live | None:
 @contextlib.contextmanager
 def displayed(folder: Path) -> Iterator[Progress]:
     """Show progress and the messages of lora_ft until the block ends, and write both to log.txt."""
-    console = Console(stderr=True)
+    console = Console(file=streams.lasting(sys.stderr))
     # rich would exit when the reader of a pipe is gone; training continues.
     console.on_broken_pipe = functools.partial(setattr, console, "quiet", True)  # type: ignore[method-assign]
     live = live_on(console)

@@ -1,4 +1,7 @@
-"""SIGINT and SIGTERM: the first finishes the current step and saves a checkpoint, the second stops at once.
+"""Signals that end a run: the current step is finished and a checkpoint saved.
+
+    SIGINT, SIGTERM               a second one of these stops at once
+    SIGHUP, SIGUSR1, SIGUSR2      a closed terminal, and the notices of schedulers; repeated ones change nothing
 
     with on_signals() as stop:
         fit(state, callbacks, stop)       # checks stop.signum after each step
@@ -11,19 +14,32 @@ import os
 import signal
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from lora_ft.errors import Interrupted
 
 _STDERR = 2
+_INSISTENT = (signal.SIGINT, signal.SIGTERM)
+# Windows has none of these.
+_NOTICES = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, name))
+STOPPING: tuple[signal.Signals, ...] = (*_INSISTENT, *_NOTICES)
+
+
+def stops_at_once(received: Sequence[int]) -> bool:
+    """Return True if the signals received so far, in this order, ask to stop without finishing the step."""
+    return len([signum for signum in received if signum in _INSISTENT]) > 1
 
 
 class Stop:
-    """The signal received during training steps; `signum` is None until then."""
+    """The first signal received during training steps; `signum` is None until then."""
 
     def __init__(self) -> None:
-        self.signum: int | None = None
+        self._received: list[int] = []
         self._can_wait = False
+
+    @property
+    def signum(self) -> int | None:
+        return self._received[0] if self._received else None
 
     @contextlib.contextmanager
     def between_steps(self) -> Iterator[None]:
@@ -35,29 +51,30 @@ class Stop:
             self._can_wait = False
 
     def ask(self, signum: int, _frame: types.FrameType | None = None) -> None:
-        """Handle a signal; raises Interrupted for a second one, and outside of training steps."""
+        """Handle a signal; raises Interrupted for a second SIGINT or SIGTERM, and outside of training steps."""
         name = signal.Signals(signum).name
-        if self.signum is not None or not self._can_wait:
+        self._received.append(signum)
+        if not self._can_wait or stops_at_once(self._received):
             raise Interrupted(signum, f"stopped by {name}")
-        self.signum = signum
+        if len(self._received) > 1:
+            return
+        again = "; send it again to stop now" if signum in _INSISTENT else ""
         # Not sys.stderr, which may be in the middle of a write. Ctrl-C also ends the reader of a pipe (`| tee log`).
         with contextlib.suppress(OSError):
-            os.write(
-                _STDERR, f"\n{name}: finishing this step and saving a checkpoint; send it again to stop now\n".encode()
-            )
+            os.write(_STDERR, f"\n{name}: finishing this step and saving a checkpoint{again}\n".encode())
 
 
 def replaceable() -> list[signal.Signals]:
-    """Return those of SIGINT and SIGTERM whose handlers this thread can replace and restore."""
+    """Return those of STOPPING whose handlers this thread can replace and restore."""
     if threading.current_thread() is not threading.main_thread():
         return []
     kept = (signal.SIG_IGN, None)  # None: a handler not set from Python, which could not be restored
-    return [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) not in kept]
+    return [s for s in STOPPING if signal.getsignal(s) not in kept]
 
 
 @contextlib.contextmanager
 def handled_by(handler: Callable[[int, types.FrameType | None], None]) -> Iterator[None]:
-    """Handle SIGINT and SIGTERM with `handler` until the block ends; signals that cannot be restored are skipped."""
+    """Handle STOPPING with `handler` until the block ends; signals that cannot be restored are skipped."""
     before = {signum: signal.signal(signum, handler) for signum in replaceable()}
     try:
         yield
@@ -68,10 +85,10 @@ def handled_by(handler: Callable[[int, types.FrameType | None], None]) -> Iterat
 
 @contextlib.contextmanager
 def on_signals() -> Iterator[Stop]:
-    """Yield a Stop that receives SIGINT and SIGTERM until the block ends.
+    """Yield a Stop that receives the signals until the block ends.
 
-    A signal that the process ignores from its start (SIGINT of a background job) stays ignored. Outside of the main
-    thread, where Python cannot set handlers, no signal is received.
+    A signal that the process ignores from its start (SIGINT of a background job, SIGHUP with nohup) stays ignored.
+    Outside of the main thread, where Python cannot set handlers, no signal is received.
     """
     stop = Stop()
     with handled_by(stop.ask):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft import config, metric_table, objectives, validation
-from lora_ft.adapters import attach, audit, files, init, provenance
+from lora_ft.adapters import attach, audit, files, init, peft_folder, provenance
 from lora_ft.data.dataset import Dataset, EvalPrompt
 from lora_ft.data.examples import Examples, lengths_of
 from lora_ft.data.groups import grouped
@@ -213,8 +213,8 @@ def _attach(cfg: config.TrainRun, base: Base, dataset: Dataset) -> PeftModel:
         init.find(cfg.adapter.init).apply(model, NAME, dataset.train)
         if cfg.adapter.init_from:
             source = Path(cfg.adapter.init_from)
-            provenance.check_source(source, files.read_config(source), base, cfg.quant)
-            files.check_same_method(source, model.peft_config[NAME])
+            provenance.check_source(source, peft_folder.read_config(source), base, cfg.quant)
+            peft_folder.check_same_method(source, model.peft_config[NAME])
             files.load_tensors(model, source, NAME)
     except BaseException:
         attach.detach(base.model)

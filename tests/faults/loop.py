@@ -29,7 +29,7 @@ import torch
 from faults.shim import Change, Fault, Shim
 
 from lora_ft import config, runs
-from lora_ft.adapters import files
+from lora_ft.adapters import peft_folder
 from lora_ft.cli import entry
 from lora_ft.errors import Interrupted, LoraFtError
 from lora_ft.io import durable
@@ -234,7 +234,7 @@ def scenario(cfg: config.TrainRun, run: Path, before: Path | None, *, logs: bool
 def result(run: Path) -> dict[str, object]:
     """Return what must not depend on interruptions; metrics without times and speed."""
     metrics = [{k: v for k, v in m.items() if "second" not in k} for m in runs.read_metrics(run)]
-    weights = (run / "adapter" / files.WEIGHTS).read_bytes()
+    weights = (run / "adapter" / peft_folder.WEIGHTS).read_bytes()
     return {
         "adapter": hashlib.sha256(weights).hexdigest(),
         "metrics": metrics,

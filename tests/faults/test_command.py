@@ -16,7 +16,7 @@ from finished import call, rows_file
 from tiny import tiny_folder
 
 from lora_ft import runs
-from lora_ft.adapters import files
+from lora_ft.adapters import peft_folder
 
 PROGRAM = Path(sys.executable).with_name("lora-ft")
 QUICK = ("train.max_steps=40", "train.tokens_per_step=160", "train.tokens_per_microbatch=80", "adapter.r=4",
@@ -40,7 +40,7 @@ def inputs(folder: Path, method: str) -> tuple[str, ...]:
 
 
 def weights(run: Path) -> str:
-    return hashlib.sha256((run / "adapter" / files.WEIGHTS).read_bytes()).hexdigest()
+    return hashlib.sha256((run / "adapter" / peft_folder.WEIGHTS).read_bytes()).hexdigest()
 
 
 def started(run: Path, *overrides: str) -> subprocess.Popen[bytes]:

@@ -24,9 +24,11 @@ from lora_ft.io import durable
 from lora_ft.sweeps import devices, jobs, results
 from lora_ft.sweeps.executors.interface import BASE_CHANGED, Beat
 from lora_ft.sweeps.jobs import Job
+from lora_ft.training.signals import STOPPING
 
 FOLDER = "children"
-_EXPECTED_CODES = (0, BASE_CHANGED, 130, 143)  # the last two: stopped by a signal
+_STOPPED = tuple(128 + signum for signum in STOPPING)
+_EXPECTED_CODES = (0, BASE_CHANGED, *_STOPPED)
 
 
 class LocalProcess:
@@ -92,7 +94,7 @@ class LocalProcess:
             return ResourceError(f"its process was killed by SIGKILL, often for lack of memory, {when}; {see}")
         if code < 0:
             return LoraFtError(f"its process was killed by {_name(-code)} {when}; {see}")
-        if code in (130, 143):
+        if code in _STOPPED:
             sent = "which this sweep did not send"
             return LoraFtError(f"its process was stopped by {_name(code - 128)}, {sent}, {when}; {see}")
         return LoraFtError(f"its process ended with exit code {code} and without a result {when}; {see}")
