@@ -52,6 +52,9 @@ class Classification:
         _check(data)
         classes = self.classes or found_classes.find(rows.training_rows, data, is_multi=self.settings.multi_label)
         heads.pad_token(tokenizer)
+        if len(classes.names) >= len(tokenizer):  # the number of a class is an id of its document
+            count = len(classes.names)
+            raise ConfigError(f"{count:,} classes are too many for a vocabulary of {len(tokenizer):,} tokens")
         texts, kept = [], []
         for index, row in enumerate(rows.rows):
             try:
