@@ -464,6 +464,16 @@ def test_a_family_without_a_classifier_in_transformers_is_refused(
     assert "transformers has no classifier for granitemoe" in capfd.readouterr().err
 
 
+def test_settings_without_effect_are_named(prepared: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert call("check", *words_of(prepared), "train.samples=1", "data.train_on=all") == 0
+    shown = " ".join(capfd.readouterr().out.split())
+    assert "train.samples has no effect: a classifier writes no answers" in shown
+    assert "data.train_on has no effect: a classifier learns the label" in shown
+    assert call("check", *words_of(prepared, **{"objective": "sft"}), "objective.balanced=true") == 0
+    shown = " ".join(capfd.readouterr().out.split())
+    assert "objective.balanced has no effect: it is for objective=classification" in shown
+
+
 def test_settings_that_a_head_cannot_follow_are_refused(
     prepared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

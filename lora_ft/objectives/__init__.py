@@ -74,7 +74,7 @@ def classes_of(settings: config.Objective, rows: Rows, data: config.Data) -> Cla
 
 def data_of(settings: config.Objective, data: config.Data) -> config.Data:
     """Return the settings with which rows are read: those of rows with several labels are not checked as one label."""
-    return replace(data, labels=None) if settings.multi_label else data
+    return replace(data, labels=None) if settings.multi_label and classifies(settings) else data
 
 
 def of_adapter(settings: config.Objective, classes: Classes | None) -> config.Objective:

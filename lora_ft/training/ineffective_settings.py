@@ -44,6 +44,8 @@ def _by_settings(cfg: config.TrainRun) -> _Cases:
         cfg.optim.name is not Optimizer.adamw,
         f"it is for adamw, and optim.name={cfg.optim.name.value}",
     )
+    for name in ("multi_label", "class_weights", "balanced", "label_smoothing"):
+        yield f"objective.{name}", cfg.objective.name == "sft", "it is for objective=classification"
     yield "train.epochs", cfg.train.max_steps is not None, "train.max_steps overrides it"
     apart = "data.eval_path" if cfg.data.eval_path else "data.eval_split"
     yield "data.eval_fraction", bool(cfg.data.eval_path or cfg.data.eval_split), f"{apart} names the eval rows"
@@ -62,6 +64,10 @@ def _by_rows(cfg: config.TrainRun, dataset: Dataset) -> _Cases:
         not dataset.eval_prompts,
         "the eval rows are plain text, without prompts" if dataset.eval else none,
     )
+    if dataset.classes:
+        yield "train.samples", bool(dataset.eval), "a classifier writes no answers"
+        yield "data.train_on", True, "a classifier learns the label"
+        yield "model.chat_template", True, "a classifier reads the text without a template"
     text = dataset.report.format == "text"
     yield "data.train_on", text, "plain text is learned as a whole"
     yield "model.chat_template", text, "plain text is not rendered by a template"
