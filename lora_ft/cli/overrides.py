@@ -44,7 +44,7 @@ def _cleared(command: str, translated: str, parser: OverridesParser) -> list[str
     """Return the override that removes the earlier value of data.labels: Hydra would merge two mappings."""
     key = parser.parse_override(translated).key_or_group
     setting = declared(command, key)
-    return [f"{key}=null"] if setting and setting.key == key and setting.type is typing.Any else []
+    return [f"{key}=null"] if setting and setting.key == key and _takes_all(setting) else []
 
 
 def names_several(command: str, typed: list[str]) -> bool:
@@ -66,7 +66,7 @@ def as_typed(command: str, translated: Iterable[str]) -> Iterator[str]:
     for number, parsed in enumerate(reported):
         key, value = parsed.key_or_group, parsed.value()
         setting = declared(command, key)
-        if value is None and setting and setting.type is typing.Any and _is_set_next(reported, number):
+        if value is None and setting and _takes_all(setting) and _is_set_next(reported, number):
             continue
         if isinstance(value, str) and (setting is None or _is_text(setting, key)):
             text = OmegaConf.create({"text": value})["text"]  # undoes the escapes
@@ -146,7 +146,7 @@ def _parsable(command: str, override: str, translated: str, parser: OverridesPar
         raise ConfigError(f"{override} cannot be parsed: {reason} (inside brackets, put text into quotes)") from error
     guard.check_override(override, parsed.key_or_group, parsed.value())
     setting = declared(command, parsed.key_or_group)
-    if setting and not _is_single(setting) and not _is_mapping(setting):
+    if setting and not (_is_single(setting) or _is_mapping(setting) or _takes_all(setting)):
         _check_lists(override, setting.key, parsed, sweep)
     if parsed.is_sweep_override() and not sweep:
         advice = "lora-ft sweep trains with each of them"
@@ -202,7 +202,12 @@ def declared(command: str, key: str) -> validation.Setting | None:
 
 
 def _is_single(setting: validation.Setting) -> bool:
-    return typing.get_origin(help.required(setting.type)) not in (list, dict)
+    return not _takes_all(setting) and typing.get_origin(help.required(setting.type)) not in (list, dict)
+
+
+def _takes_all(setting: validation.Setting) -> bool:
+    """Return True for a setting that may be a text, a list or a mapping, as data.labels."""
+    return setting.type is typing.Any
 
 
 def _is_mapping(setting: validation.Setting) -> bool:
