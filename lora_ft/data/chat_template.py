@@ -105,11 +105,14 @@ def fitted(row: Row, data: config.Data, trials: Trials) -> tuple[Fitted, list[in
     return chat, sorted({place for i in learned if (place := places[i]) is not None})
 
 
-def answer_of(row: Row, data: config.Data, tokenizer: Any) -> str:
-    """Return the last answer of a row in its rendered form: messages of the assistant may be joined."""
-    if not tokenizer.chat_template or len(row.messages) < 2 or row.messages[-2]["role"] != "assistant":
+def answer_of(row: Row, data: config.Data, trials: Trials | None) -> str:
+    """Return the last answer of a row in its rendered form: messages of the assistant may be joined.
+
+    trials: those of the tokenizer's chat template, None if it has none.
+    """
+    if trials is None or len(row.messages) < 2 or row.messages[-2]["role"] != "assistant":
         return row.answer
-    return str(fitted(row, data, trials_of(tokenizer, data))[0].messages[-1]["content"])
+    return str(fitted(row, data, trials)[0].messages[-1]["content"])
 
 
 def fitted_prompt(messages: list[Message], data: config.Data, tokenizer: Any) -> list[Message]:

@@ -58,7 +58,7 @@ class Prompts(Sequence[EvalPrompt]):
 class EvalPrompts(Prompts):
     """The prompt of each chat of the eval set, made of its last example when it is asked for.
 
-    answers: functions that return the reference answer of a row, each with the number of the first row it is for.
+    is_chat: True for each row with messages. answer: returns the reference answer of a row.
     """
 
     def __init__(
@@ -235,7 +235,8 @@ def prepare_rows(found: Rows, data: config.Data, tokenizer: Any, make_examples: 
         is_stream=data.stream,
     )  # fmt: skip
     answers = labels(rows.select(np.unique(train.rows)))
-    prompts = EvalPrompts(eval_, rows, rows.is_chat, partial(chat_template.answer_of, data=data, tokenizer=tokenizer))
+    trials = chat_template.trials_of(tokenizer, data) if tokenizer.chat_template else None
+    prompts = EvalPrompts(eval_, rows, rows.is_chat, partial(chat_template.answer_of, data=data, trials=trials))
     return Dataset(train, eval_, prompts, answers, report, eval_rows=found.eval_rows if data.stream else None)
 
 

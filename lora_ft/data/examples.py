@@ -228,8 +228,7 @@ def columns_of(
     if has_groups or any(e.group is not None for e in examples):
         made["groups"] = np.array([NO_GROUP if e.group is None else e.group for e in examples], np.int64)
     if has_weights or any(e.weights is not None for e in examples):
-        each = (e.supervised.astype(np.float32) if e.weights is None else e.weights for e in examples)
-        made["weights"] = np.concatenate([np.zeros(0, np.float32), *each])
+        made["weights"] = np.concatenate([np.zeros(0, np.float32), *(e.loss_weights for e in examples)])
     return made
 
 

@@ -133,6 +133,5 @@ def _weights(examples: Sequence[Example]) -> torch.Tensor | None:
     """Return the weights of the targets, which are the tokens after them; None if all are 1."""
     if all(example.weights is None for example in examples):
         return None
-    given = [e.supervised.astype(np.float32) if e.weights is None else e.weights for e in examples]
-    weights = np.concatenate(given)
+    weights = np.concatenate([example.loss_weights for example in examples])
     return torch.from_numpy(np.append(weights[1:], np.float32(0)))

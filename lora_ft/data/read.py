@@ -59,9 +59,9 @@ def read(data: config.Data) -> Rows:
     Bad rows stay in the ledger until the other rows are rendered, so that one error lists all of them.
     """
     _check_splits(data)
-    if eval_split(data) != data.eval_split:
+    if (found_split := eval_split(data)) != data.eval_split:
         log.info(f"eval rows: the validation files of {data.path}; data.eval_fraction is not used")
-        data = replace(data, eval_split=eval_split(data))
+        data = replace(data, eval_split=found_split)
     if data.stream and data.eval_fraction and not (data.eval_path or data.eval_split):
         raise ConfigError(
             "data.stream=true reads rows only once they are trained on, so no fraction of them can be held out: set "

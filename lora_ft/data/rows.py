@@ -82,6 +82,11 @@ class Example:
     group: int | None = None
     weights: NDArray[np.float32] | None = None
 
+    @property
+    def loss_weights(self) -> NDArray[np.float32]:
+        """The weights, or 1 for each supervised token and 0 elsewhere if there are none."""
+        return self.supervised.astype(np.float32) if self.weights is None else self.weights
+
 
 class RowError(Exception):
     """An error in one row, raised where its source is not known; a caller that knows it adds the row to the ledger.

@@ -23,6 +23,7 @@ from lora_ft.data.examples import Examples
 from lora_ft.data.read import EQUAL_TO_EARLIER, Rows
 from lora_ft.data.rendering import prompts, thinking_switch
 from lora_ft.data.rows import excerpt
+from lora_ft.data.template_checks import Trials
 from lora_ft.data.tokenize import Vocabulary
 
 _BINS = 8
@@ -83,7 +84,8 @@ def measure(found: Rows, dataset: Dataset, data: config.Data, tokenizer: Any) ->
     vocabulary = Vocabulary(tokenizer)
     lead = vocabulary.lead
     ends, unended = _ends(dataset.train, data, tokenizer)
-    compared = list(_prompts_again(found, dataset, data, vocabulary))
+    trials = trials_of(tokenizer, data)
+    compared = list(_prompts_again(found, dataset, data, vocabulary, trials))
     return Statistics(
         median=float(np.median(lengths)),
         percentile_95=float(np.percentile(lengths, 95)),
@@ -96,7 +98,7 @@ def measure(found: Rows, dataset: Dataset, data: config.Data, tokenizer: Any) ->
         other_prompts=[source for source, same in compared if not same],
         written=_most_first(found.written),
         asked_before=_asked_before([found]),
-        thinking=_thinking(found, dataset, data, tokenizer),
+        thinking=_thinking(found, dataset, data, tokenizer, trials),
     )
 
 
@@ -179,14 +181,14 @@ def _no_thoughts(thinking: Thinking) -> str:
     return f"{count}, and the chat template asks for one: {effect}; {remedy}"
 
 
-def _thinking(found: Rows, dataset: Dataset, data: config.Data, tokenizer: Any) -> Thinking | None:
+def _thinking(found: Rows, dataset: Dataset, data: config.Data, tokenizer: Any, trials: Trials) -> Thinking | None:
     all_rows = dataset.train.rows
     chats = np.flatnonzero(found.rows.is_chat[all_rows])
     if not tokenizer.chat_template or not len(chats):
         return None
     of_chats = all_rows[chats]
     row = found.rows[int(of_chats[0])]
-    chat, answers = fitted(row, data, trials_of(tokenizer, data))
+    chat, answers = fitted(row, data, trials)
     asked = chat.messages[: answers[0]]
     switch, is_on = thinking_switch(asked, tokenizer, row.tools, data.template)
     if not is_on:
@@ -232,7 +234,7 @@ def _ends(documents: Examples, data: config.Data, tokenizer: Any) -> tuple[dict[
 
 
 def _prompts_again(
-    found: Rows, dataset: Dataset, data: config.Data, vocabulary: Vocabulary
+    found: Rows, dataset: Dataset, data: config.Data, vocabulary: Vocabulary, trials: Trials
 ) -> Iterator[tuple[str, bool]]:
     """Yield the sources of some chats, and True if their tokens begin with the last prompt, rendered as at inference.
 
@@ -242,7 +244,6 @@ def _prompts_again(
     tokenizer = vocabulary.tokenizer
     if not tokenizer.chat_template:
         return
-    trials = trials_of(tokenizer, data)
     last = _last_of_rows(dataset.train)
     rows = dataset.train.rows[last]
     chats = np.flatnonzero(found.rows.is_chat[rows]).tolist()
