@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lora_ft import config
 from lora_ft.config import Format
-from lora_ft.data import cache, split
+from lora_ft.data import split
 from lora_ft.data.joined import Chained
 from lora_ft.data.parsing import append_rows
 from lora_ft.data.row_store import RowWriter, StoredRows
@@ -67,7 +67,7 @@ def read(data: config.Data) -> Rows:
             "data.stream=true reads rows only once they are trained on, so no fraction of them can be held out: set "
             "data.eval_path to a file of eval rows, or data.eval_fraction=0"
         )
-    ledger, writer = Ledger(data.strict), RowWriter(cache.folder())
+    ledger, writer = Ledger(data.strict), RowWriter()
     found, unused = append_rows("data.path", _first_block(data) if data.stream else data, writer, ledger)
     data = replace(data, stream=False)
     trained = writer.count
