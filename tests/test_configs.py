@@ -39,7 +39,13 @@ def test_config_files_are_found():
     assert {path.stem for path in FILES if path.parent == config.CONF} == {*config.SCHEMAS, "hydra_settings"}
 
 
-@pytest.mark.parametrize("path", CHOICES, ids=name_of)
+def composes(path):
+    """Return a parameter: of many choices of a group that differ in numbers only, one composes in every test run."""
+    alike = path.parent.name == "hardware" and path.stem != "rtx_4090"
+    return pytest.param(path, id=name_of(path), marks=[pytest.mark.nightly] * alike)
+
+
+@pytest.mark.parametrize("path", [composes(path) for path in CHOICES])
 def test_choice_composes_to_the_defaults_and_its_own_values(path):
     group, written = path.parent.name, OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     given = [] if group == "data" and "path" in written else ["data.path=x"]
@@ -61,6 +67,13 @@ def test_command_that_reads_runs_takes_the_choices_of_its_groups(command):
         written = OmegaConf.to_container(OmegaConf.load(config.CONF / group / f"{name}.yaml"), resolve=False)
         held = plain(getattr(cfg, group))
         assert held == {**held, **written}
+
+
+@pytest.mark.parametrize("path", sorted((config.CONF / "hardware").glob("*.yaml")), ids=name_of)
+def test_hardware_fits_its_settings(path):
+    written = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    held = plain(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config.Hardware), written)))
+    assert held == {**held, **written}
 
 
 @pytest.mark.parametrize("path", CHOICES, ids=name_of)

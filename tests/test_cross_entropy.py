@@ -31,8 +31,14 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 @pytest.mark.parametrize("words", [50, MANY_WORDS])
-@pytest.mark.parametrize("with_lora", [False, True])
-@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(
+    ("with_lora", "with_bias"),
+    [
+        (False, False),
+        (True, True),
+        *(pytest.param(*each, marks=pytest.mark.nightly) for each in [(False, True), (True, False)]),
+    ],
+)
 @pytest.mark.parametrize("rows", [0, 1, 5, ROWS, 2 * ROWS + 3])
 @pytest.mark.parametrize("logit_map", MAPS)
 @pytest.mark.parametrize("weighted", [False, True])

@@ -184,6 +184,7 @@ def limited(folder: Path, megabytes: int, script: str) -> tuple[list[str], str]:
     return codes, done.stderr
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ulimit -v limits nothing elsewhere")
 def test_advice_followed_under_a_real_limit_trains_to_its_end(tmp_path: Path) -> None:
     codes, messages = limited(tmp_path, 150, FOLLOW)

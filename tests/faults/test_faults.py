@@ -69,7 +69,7 @@ def test_disk_error_at_any_operation_is_reported_and_loses_no_checkpoint(
 
 @pytest.mark.closes("C01", "C03", "C11")
 def test_kills_and_signals_at_random_moments_lose_no_checkpoint(tmp_path: Path, record_property: Record) -> None:
-    check(tmp_path, record_property, "moments:20", "signals:10")
+    check(tmp_path, record_property, "moments:12", "signals:10")
 
 
 @pytest.mark.nightly
