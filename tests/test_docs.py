@@ -32,6 +32,15 @@ COMMANDS = [
     if line and not line.startswith("#")
 ]
 
+# These start processes that import torch. Of each kind, the README's run in every test run, the others nightly; they
+# depend on one another, and nothing else on them.
+_SLOW = ("sweep", "publish", "report")
+
+
+def _is_slow(page: str, command: str) -> bool:
+    return page != "README.md" and command.startswith("lora-ft") and shlex.split(command)[1] in _SLOW
+
+
 # Each command runs as written, made short, on a tiny base.
 _TRAIN = ("train.max_steps=1", "train.tokens_per_step=64", "train.eval_rows=2", "train.samples=1", "device=cpu",
           "model.path=llama", "model.hub_id=org/tiny")  # fmt: skip
@@ -82,7 +91,8 @@ def _reader(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("page", "command"), COMMANDS)
+@pytest.mark.parametrize(("page", "command"), [
+    pytest.param(*each, marks=[pytest.mark.nightly] * _is_slow(*each)) for each in COMMANDS])  # fmt: skip
 def test_command_runs_as_written(page: str, command: str, folders: dict[str, Path], monkeypatch, capfd) -> None:
     """In the order of the page: a later command uses what an earlier one made."""
     monkeypatch.chdir(folders[page])
@@ -105,6 +115,13 @@ def test_command_runs_as_written(page: str, command: str, folders: dict[str, Pat
     if "verify_only=true" in words:
         short = (*short, "model=local", "model.path=llama")
     run([*words, *short], capfd)
+
+
+@pytest.mark.parametrize(("page", "command"), [each for each in COMMANDS if _is_slow(*each)])
+def test_slow_command_is_composed(page: str, command: str, folders: dict[str, Path], monkeypatch, capfd) -> None:
+    monkeypatch.chdir(folders[page])
+    words = [word for word in shlex.split(command, comments=True)[1:] if not word.startswith(("run=", "resume="))]
+    run([*words, "--cfg", "job"], capfd)
 
 
 def run(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:

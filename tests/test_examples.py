@@ -3,7 +3,6 @@
 import hashlib
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,7 +114,7 @@ def test_replaced_documents_keep_their_row_and_source(given_examples, data):
     order = data.draw(st.permutations(range(len(given_examples) + len(cut))))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(examples_module, "_DOCUMENTS_AT_ONCE", 2)
-        made = Replacements(examples, Path("unused"))
+        made = Replacements(examples)
         assert [made.append([example]) for example in cut] == [1] * len(cut)
         found = made.finish(np.array(order, np.int64))
     assert list(map(plain, found)) == [plain([*given_examples, *cut][i]) for i in order]

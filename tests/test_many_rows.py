@@ -199,7 +199,7 @@ ROWS = st.lists(
 def test_stored_rows_are_the_rows_that_were_written(rows, size, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_store, "_ROWS_AT_ONCE", data.draw(st.integers(1, 5)))
-        writer = RowWriter(Path("unused"))
+        writer = RowWriter()
         for start in range(0, len(rows), size):
             writer.append(packed(rows[start : start + size]))
         stored = writer.finish()
@@ -230,14 +230,15 @@ def test_eval_rows_and_duplicates_are_those_of_whole_hashes(numbers, fraction):
     assert first_of_equal(hashes).tolist() == sorted({h: i for i, h in reversed(list(enumerate(whole)))}.values())
 
 
-def test_large_columns_are_in_files_that_have_no_name(tmp_path, small_chunks):
+def test_large_columns_are_in_files_that_have_no_name(tmp_path, small_chunks, monkeypatch):
     expected = np.arange(3000, dtype=np.int32)
-    writer = Writer(tmp_path / "scratch")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    writer, scratch = Writer(), tmp_path / "lora_ft" / "rows"
     for start in range(0, 3000, 600):
         writer.append(ids=expected[start : start + 600], pairs=np.ones((2, 2), np.int64))
-    assert len(list((tmp_path / "scratch").iterdir())) == 2
+    assert len(list(scratch.iterdir())) == 2
     found = writer.finish()
-    assert list((tmp_path / "scratch").iterdir()) == []
+    assert list(scratch.iterdir()) == []
     assert found.read("ids", 17, 2500).tolist() == expected[17:2500].tolist()
     assert columns.whole(found, "pairs").shape == (10, 2) and found.count("ids") == 3000
     columns.save(tmp_path / "saved", found, {"a": "b"})
@@ -252,8 +253,9 @@ def test_without_a_cache_folder_rows_are_kept_in_the_temporary_folder(tmp_path, 
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     assert len(prepare(Data(path=lines(tmp_path, questions(60)), eval_fraction=0, workers=0), TOKENIZER).train) == 60
-    assert f"rows are kept in {tmp_path / 'tmp'}" in caplog.text
-    assert list((tmp_path / "tmp").iterdir()) == []
+    [folder] = (tmp_path / "tmp").iterdir()  # removed when the process ends
+    assert f"using the temporary folder {folder}" in caplog.text
+    assert list(folder.iterdir()) == []
 
 
 def test_the_cache_keeps_what_was_used_last(tmp_path, monkeypatch):

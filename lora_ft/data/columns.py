@@ -3,7 +3,7 @@
     columns.read("ids", 1000, 1200)        an array of 200 values
     columns.count("ids")                   35,000,000
 
-    writer = Writer(folder)                small arrays stay in memory, larger ones go to temporary files
+    writer = Writer()                      small arrays stay in memory, larger ones go to temporary files
     writer.append(ids=..., supervised=...)
     columns = writer.finish()
 
@@ -12,7 +12,6 @@ Files are read by position, not mapped: mapped pages would count as memory of th
 
 import hashlib
 import json
-import logging
 import os
 import secrets
 import struct
@@ -25,9 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_ft.io import durable
-
-log = logging.getLogger("lora_ft")
+from lora_ft.io import caches, durable
 
 _MOST_IN_MEMORY = 8 << 20  # bytes of a writer
 _READ_BYTES = 4 << 20  # of a large array at once
@@ -148,13 +145,12 @@ def whole(columns: Columns, name: str) -> NDArray[Any]:
 
 
 class Writer:
-    """Collects arrays in parts: in memory, and in files of a folder once they are large.
+    """Collects arrays in parts: in memory, and in files of the user's cache once they are large.
 
     The files have temporary names, and none once the columns are finished: nothing is left behind.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self) -> None:
         self._parts: dict[str, list[NDArray[Any]]] = {}
         self._shapes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
         self._files: dict[str, Path] = {}
@@ -189,25 +185,11 @@ class Writer:
 
     def _spill(self) -> None:
         if not self._files:
-            folder, mark = _writable(self._folder), secrets.token_hex(4)
+            folder, mark = caches.writable("rows"), secrets.token_hex(4)
             self._files = {name: folder / f"{name}-{mark}.tmp-{secrets.token_hex(4)}" for name in self._shapes}
         for name, found in self._parts.items():
             durable.append_bytes(self._files[name], b"".join(values.tobytes() for values in found))
         self._parts, self._bytes = {}, 0
-
-
-def _writable(folder: Path) -> Path:
-    """Return the folder, or the system's folder of temporary files if it cannot be written."""
-    try:
-        durable.make_folder(folder)
-        if os.access(folder, os.W_OK):
-            return folder
-        reason = "it is not writable"
-    except OSError as error:
-        reason = str(error)
-    other = Path(os.environ.get("TMPDIR", "/tmp"))
-    log.warning("rows are kept in %s for this run, not in %s: %s", other, folder, reason)
-    return other
 
 
 def save(path: Path, columns: Columns, metadata: dict[str, str]) -> None:

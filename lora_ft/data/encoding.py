@@ -12,7 +12,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from lora_ft import config
-from lora_ft.data import cache, chat_template, tokenize, workers
+from lora_ft.data import chat_template, tokenize, workers
 from lora_ft.data.columns import Columns, Writer
 from lora_ft.data.examples import ROW, columns_of
 from lora_ft.data.parsing import FIRST_ROWS, until_full
@@ -38,7 +38,7 @@ def encode(rows: StoredRows, tokenizer: Any, data: config.Data, ledger: Ledger) 
 
     The counts are those that rendering adds to a ledger, and `written`: rows by the added token in a prompt or text.
     """
-    writer, written = Writer(cache.folder()), Counter[str]()
+    writer, written = Writer(), Counter[str]()
     counts = Ledger(ledger.strict, bad=ledger.bad)
     writer.append(**columns_of([], has_weights=rows.has_weights))
     processes = workers.number(data.workers) if len(rows) > FIRST_ROWS else 0

@@ -15,7 +15,6 @@ import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
@@ -181,10 +180,10 @@ class Examples(Sequence[Example]):
 
 
 class Replacements:
-    """Collects documents that are made of those of `examples`, as columns in the files of a folder if they are many."""
+    """Collects documents that are made of those of `examples`, as columns, in files if they are many."""
 
-    def __init__(self, examples: Examples, folder: Path) -> None:
-        self._examples, self._writer = examples, Writer(folder)
+    def __init__(self, examples: Examples) -> None:
+        self._examples, self._writer = examples, Writer()
         self._sources: list[str] = []
         self._kept: list[Example] = []
 

@@ -9,7 +9,6 @@
 Files that only describe a dataset (dataset_info.json, README.txt) are not rows.
 """
 
-import json
 import re
 import zipfile
 from collections.abc import Iterator
@@ -110,14 +109,7 @@ def _inner_name(name: object, listed_in: File) -> str:
 
 def _object(file: File) -> dict[str, Any]:
     with open_bytes(file, str(file)) as stream:
-        text = stream.read(untrusted.MOST_JSON_BYTES)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: is not valid JSON: {excerpt(error)}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{file}: must contain a JSON object, got {type(value).__name__}")
-    return value
+        return untrusted.parsed_object(stream.read(untrusted.MOST_JSON_BYTES), file, DataError)
 
 
 def _refuse_copies(files: list[File], path: str, key: str) -> None:

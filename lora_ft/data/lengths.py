@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from lora_ft import config
 from lora_ft.config import TooLong
-from lora_ft.data import cache
 from lora_ft.data.examples import Examples, Replacements
 from lora_ft.data.read import Rows
 from lora_ft.data.rows import Example
@@ -61,7 +60,7 @@ def _replaced(
     examples: Examples, places: NDArray[np.int64], parts_of: Callable[[Example], Iterable[Example]]
 ) -> Examples:
     """Return examples of which those at some places are replaced by their parts."""
-    made = Replacements(examples, cache.folder())
+    made = Replacements(examples)
     counts = np.ones(len(examples), np.int64)
     for place, example in zip(places.tolist(), examples.select(places), strict=True):
         counts[place] = made.append(parts_of(example))

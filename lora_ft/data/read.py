@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lora_ft import config
 from lora_ft.config import Format
-from lora_ft.data import cache, split
+from lora_ft.data import split
 from lora_ft.data.joined import Chained
 from lora_ft.data.labels import AUTO
 from lora_ft.data.parsing import append_rows
@@ -74,7 +74,7 @@ def read(data: config.Data) -> Rows:
             "eval rows, and there are none: name the labels, as in data.labels=[negative,positive], or set "
             "data.eval_path"
         )
-    ledger, writer = Ledger(data.strict), RowWriter(cache.folder())
+    ledger, writer = Ledger(data.strict), RowWriter()
     found, unused = append_rows("data.path", _first_block(data) if data.stream else data, writer, ledger)
     data = replace(data, stream=False)
     trained = writer.count

@@ -1,6 +1,6 @@
 """Rows as text in columns instead of a million objects: a `Row` is made when it is asked for.
 
-    writer = RowWriter(folder)
+    writer = RowWriter()
     writer.append(packed(rows))           rows in chunks
     rows = writer.finish()                StoredRows
     rows[3], rows.sources[3], rows.hashes, rows.is_chat
@@ -20,7 +20,6 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
@@ -242,8 +241,8 @@ class Chunk:
 class RowWriter:
     """Collects chunks of rows."""
 
-    def __init__(self, folder: Path) -> None:
-        self._writer = Writer(folder)
+    def __init__(self) -> None:
+        self._writer = Writer()
         self._prefixes: dict[str, int] = {}
         self._words: dict[str, int] = {}
         self._digest = hashlib.sha256()

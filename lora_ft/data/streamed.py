@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_ft import config
-from lora_ft.data import cache, formats, parsing, split, workers
+from lora_ft.data import formats, parsing, split, workers
 from lora_ft.data.columns import InMemory
 from lora_ft.data.dataset import MakeExamples, documents
 from lora_ft.data.examples import NO_GROUP, Examples, columns_of
@@ -69,7 +69,7 @@ class _Preparer:
         self._data, self._tokenizer, self._make_examples = data, tokenizer, make_examples
 
     def __call__(self, task: _Task) -> _Prepared:
-        parsed, writer = self._parser(task.records), RowWriter(cache.folder())
+        parsed, writer = self._parser(task.records), RowWriter()
         writer.append(parsed.rows)
         rows = writer.finish()
         found = Rows(self._format, rows, np.zeros(len(rows), np.bool_), 0, [], parsed.ledger)

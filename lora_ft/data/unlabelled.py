@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from lora_ft import config
-from lora_ft.data import cache
 from lora_ft.data.json_values import decoded
 from lora_ft.data.messages import is_of_assistant
 from lora_ft.data.parsing import append_rows
@@ -33,7 +32,7 @@ _CHATS = ("messages", "conversations", "conversation")
 
 def read(data: config.Data, key: str, label: str) -> tuple[Rows, dict[str, dict[str, Any]]]:
     """Read the rows of `data.path` as eval rows with the answer `label`; return them and their columns by source."""
-    ledger, writer = Ledger(data.strict), RowWriter(cache.folder())
+    ledger, writer = Ledger(data.strict), RowWriter()
     columns: dict[str, dict[str, Any]] = {}
 
     def answered(record: Record) -> Record:

@@ -2,6 +2,7 @@
 
 loss          rows -> token-weighted loss
 generation    prompts -> answers
+answer_text   the tokens of an answer -> its text
 comparison    base and adapter on the same eval rows and prompts, and a table of both
 charts        losses as SVG and PNG
 label_scores  prompts -> probabilities of labels

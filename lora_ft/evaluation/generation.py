@@ -32,6 +32,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from lora_ft import config
 from lora_ft.errors import ConfigError, NonFiniteError
+from lora_ft.evaluation.answer_text import AnswerText
 from lora_ft.models.acceleration import dequantized_weights, plain_attention
 from lora_ft.models.path_choice import longest_shared
 
@@ -51,14 +52,14 @@ def generate(
     seed: int,
     tokens_per_batch: int = 4096,
 ) -> list[str]:
-    """Answer prompts (int [length], generation prompt included); return the texts in order, without special tokens.
+    """Answer prompts (int [length], generation prompt included); return their texts (`AnswerText`) in order.
 
     Decoding is greedy at temperature 0, in batches of at most `tokens_per_batch` tokens (prompts, padding and answers).
     A sampled answer must depend only on its prompt and the seed, so sampling uses batches of one. The model's mode,
     attention and generation settings are restored. Raises ConfigError for a prompt that fills the model's context,
     NonFiniteError for logits that are NaN or infinite.
     """
-    answers = [""] * len(prompts)
+    answers, text = [""] * len(prompts), AnswerText(tokenizer)
     stops = stop_tokens(model, tokenizer)
     limit = 0 if _samples(sampling) else tokens_per_batch
     lengths, rooms = [len(p) for p in prompts], _rooms(model, prompts, sampling)
@@ -68,7 +69,7 @@ def generate(
         for indices, room in _batches(lengths, rooms, can_pad, limit):
             batch = [prompts[i] for i in indices]
             for i, ids in zip(indices, _new_tokens(model, batch, room, sampling, seed, stops), strict=True):
-                answers[i] = _decode(tokenizer, ids)
+                answers[i] = text(ids)
     return answers
 
 
@@ -81,12 +82,12 @@ def stream(
     on_text: Callable[[str], None],
 ) -> str:
     """Answer one prompt as `generate` does, and pass each piece of text to `on_text` while the answer is computed."""
-    stops = stop_tokens(model, tokenizer)
+    stops, text = stop_tokens(model, tokenizer), AnswerText(tokenizer)
     [room] = _rooms(model, [prompt], sampling)
-    pieces = _Pieces(tokenizer, stops, on_text)
+    pieces = _Pieces(text, stops, on_text)
     with _inference(model):
         [ids] = _new_tokens(model, [prompt], room, sampling, seed, stops, pieces)
-    return _decode(tokenizer, ids)
+    return text(ids)
 
 
 def _samples(sampling: config.Sampling) -> bool:
@@ -208,8 +209,8 @@ class _CheckFinite(LogitsProcessor):
 class _Pieces(BaseStreamer):
     """Streamer that passes on text as tokens arrive; a character of several tokens is passed on as a whole."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: set[int], on_text: Callable[[str], None]) -> None:
-        self._tokenizer, self._stops, self._on_text = tokenizer, stops, on_text
+    def __init__(self, text: AnswerText, stops: set[int], on_text: Callable[[str], None]) -> None:
+        self._text, self._stops, self._on_text = text, stops, on_text
         self._ids: list[int] = []
         self._sent = 0
 
@@ -218,22 +219,18 @@ class _Pieces(BaseStreamer):
         if value.ndim == 1 and (token := int(value)) not in self._stops:
             self._ids.append(token)
             # Decoding all tokens again costs far less than the model's forward pass.
-            text = _decode(self._tokenizer, self._ids)
+            text = self._text(self._ids)
             if not text.endswith(_UNFINISHED):
                 self._send(text)
 
     def end(self) -> None:
         """Pass on the rest: the bytes of an incomplete character."""
-        self._send(_decode(self._tokenizer, self._ids))
+        self._send(self._text(self._ids))
 
     def _send(self, text: str) -> None:
         if len(text) > self._sent:
             piece, self._sent = text[self._sent :], len(text)
             self._on_text(piece)
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def context_length(model: PreTrainedModel) -> int:

@@ -81,6 +81,11 @@ def json_object(path: Path, kind: type[LoraFtError]) -> dict[str, Any]:
         data = file.read(min(path.stat().st_size, MOST_JSON_BYTES) + 1)  # memory is allocated for as many bytes
     if len(data) > MOST_JSON_BYTES:
         raise SecurityError(f"{path} is larger than {MOST_JSON_BYTES // 2**20} MiB, too large for a file of this name")
+    return parsed_object(data, path, kind)
+
+
+def parsed_object(data: bytes, path: object, kind: type[LoraFtError]) -> dict[str, Any]:
+    """Return the JSON object that `data` is; raise `kind`, which names `path`, if it is anything else."""
     try:
         value = json.loads(data.decode("utf-8"))
     except RecursionError:

@@ -19,7 +19,6 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from lora_ft import config
 from lora_ft.classes import SEQ_CLS, Classes
-from lora_ft.data import cache
 from lora_ft.data import classes as found_classes
 from lora_ft.data.columns import Writer
 from lora_ft.data.examples import Examples, columns_of
@@ -58,7 +57,7 @@ class Classification:
         if len(classes.names) >= len(tokenizer):  # the number of a class is an id of its document
             count = len(classes.names)
             raise ConfigError(f"{count:,} classes are too many for a vocabulary of {len(tokenizer):,} tokens")
-        writer, vocabulary = Writer(cache.folder()), Vocabulary(tokenizer)
+        writer, vocabulary = Writer(), Vocabulary(tokenizer)
         writer.append(**columns_of([]))
         read = _Reader(classes, data, rows.ledger)
         for chunk in rows.rows.chunks():

@@ -202,9 +202,9 @@ def attached(
 
     Raises MismatchError if `adapter.init_from` does not fit this base or this adapter's shape.
     """
-    model = _attach(cfg, base, dataset)
     stream = _stream(cfg, base.tokenizer, dataset)
     try:
+        model = _attach(cfg, base, dataset)
         with accelerated_lora(model, NAME, cfg.fast) as reasons:
             for reason in reasons:
                 log.info(reason)
@@ -230,24 +230,20 @@ def _stream(cfg: config.TrainRun, tokenizer: PreTrainedTokenizerBase, dataset: D
 def _attach(cfg: config.TrainRun, base: Base, dataset: Dataset) -> PeftModel:
     limits.check_added_tokens(cfg.model, base.tokenizer, dataset.train)
     token_ids = base.tokenizer.convert_tokens_to_ids(list(cfg.model.added_tokens))
-    try:
-        model = attach.attach(
-            base.model,
-            objectives.complete(cfg).adapter,
-            NAME,
-            derive(cfg.seed, "adapter"),
-            token_ids,
-            objectives.find(cfg.objective).task_type,
-        )
-        init.find(cfg.adapter.init).apply(model, NAME, dataset.train)
-        if cfg.adapter.init_from:
-            source = Path(cfg.adapter.init_from)
-            provenance.check_source(source, peft_folder.read_config(source), base, cfg.quant)
-            peft_folder.check_same_method(source, model.peft_config[NAME])
-            files.load_tensors(model, source, NAME)
-    except BaseException:
-        attach.detach(base.model)
-        raise
+    model = attach.attach(
+        base.model,
+        objectives.complete(cfg).adapter,
+        NAME,
+        derive(cfg.seed, "adapter"),
+        token_ids,
+        objectives.find(cfg.objective).task_type,
+    )
+    init.find(cfg.adapter.init).apply(model, NAME, dataset.train)
+    if cfg.adapter.init_from:
+        source = Path(cfg.adapter.init_from)
+        provenance.check_source(source, peft_folder.read_config(source), base, cfg.quant)
+        peft_folder.check_same_method(source, model.peft_config[NAME])
+        files.load_tensors(model, source, NAME)
     return model
 
 
