@@ -125,6 +125,19 @@ def test_jobs_evaluated_on_different_rows_or_bases_are_on_different_leaderboards
     assert "Do not compare losses of different leaderboards" in next(tables.tables(known)).note
 
 
+def test_losses_of_classifiers_with_a_head_are_of_rows_and_on_a_leaderboard_of_their_own(tmp_path):
+    folder = sweep_folder(tmp_path, ["objective=sft,classification"])
+    for number, name in enumerate(("sft", "classification")):
+        job(folder, number, [f"objective={name}"], {"objective.name": name}, loss=0.5)
+    stored, boards = record(folder), leaderboard.rank(read(folder)).boards
+    assert [[job.has_head for job in board.ranked] for board in boards] == [[False], [True]]
+    made = [table.columns for table in tables.tables(leaderboard.rank(read(folder)))]
+    units = [next(column.unit for column in columns if column.title == "eval loss") for columns in made]
+    assert units == ["nats per token", "nats per row"]
+    assert stored["jobs"][0]["eval_loss_nats_per_token"] == stored["jobs"][1]["eval_loss_nats_per_row"] == 0.5
+    assert stored["jobs"][0]["perplexity"] == math.exp(0.5) and stored["jobs"][1]["perplexity"] is None
+
+
 def test_settings_that_differ_are_columns_in_the_order_of_declaration(tmp_path):
     folder = sweep_folder(tmp_path, ["optim.lr=1e-4,2e-4"])
     for number, (lr, alpha) in enumerate([(1e-4, 8.0), (2e-4, 16.0)]):

@@ -20,7 +20,7 @@ from lora_ft.evaluation.charts import ACCENT, DASHES, TEXT, blank, drawing, look
 from lora_ft.metric_table import LOSS
 from lora_ft.sweeps.leaderboard import Board, Ranking, value_of, values_of
 from lora_ft.sweeps.results import JobResult, finite
-from lora_ft.sweeps.tables import describe, loss_text
+from lora_ft.sweeps.tables import describe, loss_text, loss_unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,7 +69,7 @@ def charts(ranking: Ranking) -> list[Chart]:
     for name, title, x_label, draw in plans:
         with drawing(name):
             is_loss = ranking.metric == LOSS or name in ("train_loss", "eval_loss")
-            figure, axes = blank(x_label, "loss, nats per token" if is_loss else ranking.metric)
+            figure, axes = blank(x_label, f"loss, {loss_unit(ranking.sweep.jobs)}" if is_loss else ranking.metric)
             note = draw(axes)
             if lines := axes.get_lines():
                 note += " Higher values are cut off." if is_loss and _limit(axes) else ""

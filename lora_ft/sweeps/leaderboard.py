@@ -149,22 +149,25 @@ def _differing(jobs: tuple[JobResult, ...]) -> tuple[tuple[str, ...], bool]:
 
 
 def _comparable(jobs: tuple[JobResult, ...], metric: str) -> list[list[JobResult]]:
-    """Group finished jobs by the rows they were evaluated on, the largest group first."""
+    """Group finished jobs by what their values are of, the largest group first.
+
+    Losses compare on one base, on the same rows, per token or per row; other metrics on the same rows.
+    """
     if metric != LOSS:
         by_rows: dict[str | None, list[JobResult]] = {}
         for job in (job for job in jobs if job.is_finished):
             by_rows.setdefault(job.eval_rows, []).append(job)
         return sorted(by_rows.values(), key=len, reverse=True)
 
-    def rows(job: JobResult) -> tuple[int, float]:
+    def rows(job: JobResult) -> tuple[tuple[bool, int], float]:
         base = job.figures.base_eval_loss
-        return job.figures.eval_tokens or 0, math.inf if base is None else base
+        return (job.has_head, job.figures.eval_tokens or 0), math.inf if base is None else base
 
     groups: list[list[JobResult]] = []
     for job in sorted((job for job in jobs if job.is_finished), key=rows):
-        tokens, base = rows(job)
+        kind, base = rows(job)
         before = rows(groups[-1][0]) if groups else (None, 0.0)
-        if before[0] == tokens and math.isclose(before[1], base, rel_tol=_SAME_LOSS):
+        if before[0] == kind and math.isclose(before[1], base, rel_tol=_SAME_LOSS):
             groups[-1].append(job)
         else:
             groups.append([job])

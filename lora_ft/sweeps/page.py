@@ -48,7 +48,7 @@ def _template() -> jinja2.Template:
         "shown": shown,
         "describe": tables.describe,
         "loss": tables.loss_text,
-        "perplexity": lambda loss: tables.perplexity_text(tables.perplexity(loss) or float("inf")),
+        "perplexity": lambda loss: tables.perplexity_text(tables.perplexity(loss, ()) or float("inf")),
     }
     return environment.get_template("page.html.jinja")
 

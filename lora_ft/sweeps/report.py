@@ -119,11 +119,12 @@ def _record(ranking: Ranking) -> dict[str, Any]:
 
 
 def _board(board: Board) -> dict[str, Any]:
-    unit = "eval_loss_nats_per_token" if board.metric == LOSS else f"eval_{board.metric}"
+    losses = tables.loss_unit(board.ranked).replace(" ", "_")
+    unit = f"eval_loss_{losses}" if board.metric == LOSS else f"eval_{board.metric}"
     return {
         "eval_tokens": board.eval_tokens,
-        "base_eval_loss_nats_per_token": board.base_loss,
-        "base_perplexity": tables.perplexity(board.base_loss),
+        f"base_eval_loss_{losses}": board.base_loss,
+        "base_perplexity": tables.perplexity(board.base_loss, board.ranked),
         "base_value": board.base_value,
         "jobs": [job.name for job in board.ranked],
         "settings": [
@@ -139,13 +140,12 @@ def _board(board: Board) -> dict[str, Any]:
     }
 
 
-_UNITS = {"eval_loss": "nats_per_token", "base_eval_loss": "nats_per_token",
-          "best_eval_loss": "nats_per_token", "eval_losses": "nats_per_token", "base_eval_losses": "nats_per_token",
-          "peak_memory_bytes": "of_process"}  # fmt: skip
+_LOSSES = ("eval_loss", "base_eval_loss", "best_eval_loss", "eval_losses", "base_eval_losses")
 
 
 def _job(ranking: Ranking, job: JobResult, board: int | None, place: int | None) -> dict[str, Any]:
     figures = dataclasses.asdict(job.figures)
+    units = dict.fromkeys(_LOSSES, tables.loss_unit([job]).replace(" ", "_")) | {"peak_memory_bytes": "of_process"}
     return {
         "name": job.name,
         "folder": shown(str(job.folder)),
@@ -159,5 +159,5 @@ def _job(ranking: Ranking, job: JobResult, board: int | None, place: int | None)
         "reason": job.reason or None,
         "exit_code": job.exit_code,
         "last_step": job.curve.last_step,
-        "perplexity": tables.perplexity(job.figures.eval_loss),
-    } | {f"{name}_{_UNITS[name]}" if name in _UNITS else name: value for name, value in figures.items()}
+        "perplexity": tables.perplexity(job.figures.eval_loss, [job]),
+    } | {f"{name}_{units[name]}" if name in units else name: value for name, value in figures.items()}

@@ -108,6 +108,11 @@ class JobResult:
         return named if named in METRICS else LOSS
 
     @property
+    def has_head(self) -> bool:
+        """True for a classifier with a head: its losses are in nats per row."""
+        return self.settings.get("objective.name") == "classification"
+
+    @property
     def is_finished(self) -> bool:
         return self.state in (State.finished, State.stopped)
 

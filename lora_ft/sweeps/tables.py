@@ -5,7 +5,7 @@ for table in tables(ranking):          leaderboards, repeats with other seeds, s
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,9 +92,9 @@ def _leaderboard(ranking: Ranking, board: Board, title: str, rest: Sequence[JobR
         Column("place", lambda job: _number(board.place(job), str), "#"),
         *_job_columns(ranking),
         *_metric_columns(board),
-        Column("eval loss", loss, "loss", "nats per token"),
+        Column("eval loss", loss, "loss", loss_unit(board.ranked)),
         *_source_columns(board),
-        Column("perplexity", lambda job: _perplexity(job.figures.eval_loss), "ppl", spare=1),
+        Column("perplexity", lambda job: _perplexity(job.figures.eval_loss, [job]), "ppl", spare=1),
         Column("tokens/s", figure("tokens_per_second", "{:,.0f}"), spare=2),
         Column("peak memory", figure("peak_memory_bytes", "{:.2f}", 1e9), "GB", "GB", spare=3),
         Column("adapter", figure("adapter_bytes", "{:.2f}", 1e6), "MB", "MB", spare=4),
@@ -105,7 +105,7 @@ def _leaderboard(ranking: Ranking, board: Board, title: str, rest: Sequence[JobR
     rows = _rows(columns, [*board.ranked, *rest])
     if board.base_value is not None:
         base = {"job": Cell("base"), "eval loss": _number(board.base_loss, loss_text),
-                "perplexity": _perplexity(board.base_loss),
+                "perplexity": _perplexity(board.base_loss, board.ranked),
                 metric_table.title(board.metric): _number(board.base_value, loss_text)}  # fmt: skip
         of_sources = next((job.figures.base_eval_losses for job in board.ranked), {})
         base |= {f"eval loss {name}": _number(loss, loss_text) for name, loss in of_sources.items()}
@@ -120,7 +120,7 @@ def _source_columns(board: Board) -> Iterator[Column]:
         def loss(job: JobResult, name: str = name) -> Cell:
             return _number(job.figures.eval_losses.get(name), loss_text)
 
-        yield Column(f"eval loss {name}", loss, name, "nats per token")
+        yield Column(f"eval loss {name}", loss, name, loss_unit(board.ranked))
 
 
 def _metric_columns(board: Board) -> Iterator[Column]:
@@ -157,7 +157,7 @@ def _settings(ranking: Ranking, board: Board, title: str) -> Table:
             f"mean {metric_table.title(board.metric)}",
             lambda setting: _number(setting.mean, loss_text),
             f"mean {board.metric}",
-            "nats per token" if board.metric == LOSS else "",
+            loss_unit(board.ranked) if board.metric == LOSS else "",
         ),
         Column("standard deviation", lambda setting: _number(setting.deviation, "{:.4f}".format), "deviation"),
         Column("n", lambda setting: _number(len(setting.results), str)),
@@ -222,15 +222,24 @@ def _number(value: float | None, form: Callable[[Any], str], missing: str = "") 
     return Cell(missing) if value is None else Cell(form(value), value)
 
 
-def _perplexity(loss: float | None) -> Cell:
-    return _number(perplexity(loss), perplexity_text)
+def _perplexity(loss: float | None, jobs: Iterable[JobResult]) -> Cell:
+    return _number(perplexity(loss, jobs), perplexity_text)
 
 
 def loss_text(loss: float) -> str:
     return f"{loss:.4f}" if loss < 1e4 else f"{loss:.3g}"
 
 
-def perplexity(loss: float | None) -> float | None:
+def loss_unit(jobs: Iterable[JobResult]) -> str:
+    """Return the unit of the losses of jobs; classifiers with a head have one of their own."""
+    units = dict.fromkeys("nats per row" if job.has_head else "nats per token" for job in jobs)
+    return " or ".join(units) or "nats per token"
+
+
+def perplexity(loss: float | None, jobs: Iterable[JobResult]) -> float | None:
+    """Return exp(loss); None for the loss of classifiers with a head among the jobs."""
+    if any(job.has_head for job in jobs):
+        return None
     return math.exp(loss) if loss is not None and loss < 700 else None
 
 
