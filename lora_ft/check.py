@@ -224,6 +224,8 @@ def _row_facts(cfg: config.TrainRun, found: Rows) -> Facts:
         yield "converted", "\n".join(f"{count:,} {what}" for what, count in rows.converted.items())
     if rows.unused:
         yield "not used", f"columns {excerpt(', '.join(rows.unused))}"
+    if rows.labels:
+        yield "labels", excerpt(", ".join(f"{label}: {count:,}" for label, count in rows.labels.items()), longest=400)
     yield "documents", f"{rows.train_documents:,} to train on, {rows.eval_documents:,} to evaluate on"
     part = rows.supervised_tokens / rows.train_tokens
     yield "tokens", f"{rows.train_tokens:,} to train on, {rows.supervised_tokens:,} of them supervised ({part:.1%})"

@@ -40,7 +40,14 @@ CONF = next(d for d in (_HERE / "conf", _HERE.parent / "conf") if d.is_dir())
 @dataclass(slots=True)
 class Eval:
     rows: int | None = setting(None, "maximum number of eval rows, of each source; null: all", unit="rows", at_least=1)
-    metrics: list[str] = setting([], "metrics of generated answers: exact_match, accuracy, f1, chrf, bleu, rouge_l")
+    metrics: list[str] = setting(
+        [],
+        "metrics of generated answers: exact_match, chrf, bleu, rouge_l; or of labels: accuracy, macro_f1, micro_f1, "
+        "auroc, brier, ece, log_loss (all of them with data.labels)",
+    )
+    calibrate: bool = setting(
+        False, "fit a temperature of the labels' probabilities on the eval rows, and store it with the adapter"
+    )
     samples: int = setting(3, "answers shown for comparison", unit="rows", at_least=0)
     max_new_tokens: int = setting(64, "maximum length of a generated answer", unit="tokens", at_least=1)
     tokens_per_microbatch: int = setting(1024, "maximum size of a forward pass", unit="tokens", at_least=1)
@@ -130,6 +137,10 @@ class EvalRun:
     quant: Quant = field(default_factory=RecordedQuant)
     objective: Objective = field(default_factory=Objective)
     data: Data = field(default_factory=Data)
+    predict: str | None = setting(
+        None, "rows whose labels are predicted, with or without labels: file, folder or hub id; needs out", path=True
+    )
+    out: str | None = setting(None, "new file of predictions: .csv, .jsonl or .parquet", path=True)
     fast: Fast = field(default_factory=Fast)
     eval: Eval = field(default_factory=Eval)
     device: str = _device()

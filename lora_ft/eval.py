@@ -12,6 +12,9 @@ Eval rows:
     run=F data.path=TEST (or data.split=...)  all rows of TEST; an error if the run trained on some of them
     ... data.eval_fraction=0.2                the eval rows that train would choose with these settings; a warning,
         (or eval_path, eval_split)            since the run may have trained on some of them
+
+Rows with labels (data.labels) get a probability of every label, and the metrics of these. `predict=ROWS out=FILE`
+writes such probabilities for rows without labels (predict.py).
 """
 
 import json
@@ -24,28 +27,35 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, mixing, runs, validation
+from lora_ft import config, metric_table, mixing, runs, validation
+from lora_ft.adapters import labels as stored_labels
 from lora_ft.adapters import loading, provenance
 from lora_ft.cli import entry, overrides
 from lora_ft.data import thoughts
-from lora_ft.data.dataset import Dataset, labels, prepare_rows
+from lora_ft.data.dataset import Dataset, few_answers, prepare_rows
 from lora_ft.data.joined import Chained
 from lora_ft.data.mixed_dataset import prepare, read_sources
 from lora_ft.data.read import Rows, eval_split, read_eval, refuse_leaks
 from lora_ft.errors import ConfigError, DataError, ResourceError
-from lora_ft.evaluation import metrics
+from lora_ft.evaluation import class_report, metrics
+from lora_ft.evaluation.class_set import ClassSet, check, label_set, labelled
+from lora_ft.evaluation.classification import TEMPERATURES, Classification, Predictions, classify, fit_temperature
+from lora_ft.evaluation.classification import metrics as metrics_of
 from lora_ft.evaluation.comparison import Comparison, EvalSet, compare, render
 from lora_ft.evaluation.loss import EvalLoss
 from lora_ft.io import durable
+from lora_ft.metric_table import Source
 from lora_ft.models.acceleration import accelerated, accelerated_lora
 from lora_ft.models.device import resolve_device, selected
 from lora_ft.objectives import find as find_objective
 from lora_ft.ops.kernels import choose_kernels
+from lora_ft.ops.token_loss import Paths
+from lora_ft.training.predict import predict, with_labels
 from lora_ft.training.state import choose_eval
 
 log = logging.getLogger("lora_ft")
 
-_FILE = "eval.json"
+_FILE, _CONFUSION = "eval.json", "eval_confusion.png"
 _PROMPT_END = 16  # tokens
 
 
@@ -53,7 +63,7 @@ _PROMPT_END = 16  # tokens
 class EvalResult:
     """Results of base and adapter on the same eval rows.
 
-    metrics: value of the base and value of the adapter, by name.
+    metrics: value of the base and value of the adapter, by name. classes: classifications of both, None without labels.
     rows: description of the rows. data_sha256: hash of all rows and their split.
     path: eval.json in the run folder; None without a run.
     """
@@ -63,13 +73,20 @@ class EvalResult:
     rows: str
     data_sha256: str
     path: Path | None
+    classes: tuple[Classification, Classification] | None = None
 
 
-def main(cfg: config.EvalRun, invocation: entry.Invocation) -> float:
-    """Evaluate, print the comparison, and return the adapter's loss."""
+def main(cfg: config.EvalRun, invocation: entry.Invocation) -> float | None:
+    """Evaluate, print the comparison, and return the adapter's loss; or write predictions and return None."""
+    if cfg.predict:
+        data = _data(replace(cfg.data, path=cfg.predict), _own_data(cfg.run), invocation.overrides)
+        counts = predict(replace(cfg, data=data))
+        lines = [f"{count:,} {label}" for label, count in counts.items()]
+        Console().print(f"{counts.total():,} rows written to {cfg.out}: {', '.join(lines)}", markup=False)
+        return None
     result = evaluate(cfg, invocation.overrides)
     facts = {"evaluated": result.rows} | ({"written to": str(result.path)} if result.path else {})
-    Console().print(render(_shown(result.comparison, cfg.eval.samples), facts, result.metrics))
+    Console().print(render(_shown(result.comparison, cfg.eval.samples), facts, result.metrics, result.classes))
     return result.comparison.adapter.loss
 
 
@@ -79,11 +96,13 @@ def evaluate(cfg: config.EvalRun, given: list[str]) -> EvalResult:
     `given` are the overrides that `cfg` was composed from; they take precedence over the settings of the run.
     """
     validation.validate(cfg)
-    metrics.check(cfg.eval.metrics)
+    metric_table.check("eval.metrics", cfg.eval.metrics)
     adapter = loading.adapter_folder(cfg.run, cfg.adapter_path)
+    own = _own_data(cfg.run)
     cfg = loading.with_base(cfg, adapter)
+    cfg = with_labels(replace(cfg, data=_data(cfg.data, own, given)), adapter)
     tokenizer = loading.adapter_tokenizer(adapter, cfg.model)
-    dataset, description, disjoint = _rows(cfg, given, tokenizer)
+    dataset, description, disjoint = _rows(cfg, own, given, tokenizer)
     eval_set = _eval_set(cfg, dataset)
     if not disjoint:
         _warn_of_other_rows(adapter, dataset)
@@ -92,13 +111,17 @@ def evaluate(cfg: config.EvalRun, given: list[str]) -> EvalResult:
     with selected(device):
         base, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
         with accelerated(base.model, cfg.fast, kernels) as made, accelerated_lora(model, loading.NAME, cfg.fast):
-            comparison = compare(model, tokenizer, eval_set, made.paths)
+            classes = _class_set(cfg, dataset, eval_set, tokenizer, made.paths)
+            comparison = compare(model, tokenizer, replace(eval_set, classes=classes), made.paths)
     end = tokenizer.decode(eval_set.prompts[0].prompt_ids[-_PROMPT_END:]) if eval_set.prompts else ""
-    found = _metrics(comparison, cfg.eval.metrics, dataset.answers, end)
+    found = _metrics(comparison, metric_table.of(Source.answers, cfg.eval.metrics), end)
+    classified = _classified(comparison, cfg, adapter, dataset.report.sha256)
     path = Path(cfg.run).expanduser() / _FILE if cfg.run else None
-    result = EvalResult(comparison, found, description, dataset.report.sha256, path)
+    result = EvalResult(comparison, found, description, dataset.report.sha256, path, classified)
     if path:
         durable.write_json(path, _record(result, cfg.eval.samples))
+    if path and classified and (drawn := class_report.picture(classified[1], "Confusion matrix of the eval rows")):
+        durable.write_bytes(path.with_name(_CONFUSION), drawn)
     return result
 
 
@@ -108,9 +131,8 @@ def _eval_set(cfg: config.EvalRun, dataset: Dataset) -> EvalSet:
     examples, prompts, sources = choose_eval(dataset, settings.rows or len(dataset.eval))
     if not examples:
         raise DataError("there are no eval rows: set data.eval_fraction above 0, or data.eval_path=FILE")
-    if settings.metrics and not prompts:
-        raise DataError("eval.metrics needs rows with prompts and answers, but the eval rows are plain text")
-    wanted = len(prompts) if settings.metrics else settings.samples
+    check(settings.metrics, labelled(prompts, cfg.data), dataset.answers, "eval.metrics")
+    wanted = len(prompts) if metric_table.of(Source.answers, settings.metrics) else settings.samples
     return EvalSet(
         examples,
         prompts[:wanted],
@@ -121,11 +143,56 @@ def _eval_set(cfg: config.EvalRun, dataset: Dataset) -> EvalSet:
     )
 
 
-def _rows(cfg: config.EvalRun, given: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, str, bool]:
-    """Return the rows to evaluate, their description, and True if the run certainly did not train on any of them."""
-    own = _own_data(cfg.run)
-    make_examples = find_objective(cfg.objective).examples
-    data = _data(cfg.data, own, given)
+def _class_set(
+    cfg: config.EvalRun, dataset: Dataset, eval_set: EvalSet, tokenizer: PreTrainedTokenizerBase, paths: Paths
+) -> ClassSet | None:
+    """Return the rows with labels, if the settings name labels or a metric of them."""
+    if not mixing.has_labels(cfg.data) and not metric_table.of(Source.classes, cfg.eval.metrics):
+        if cfg.eval.calibrate:
+            raise ConfigError("eval.calibrate=true needs rows with labels: set data.labels")
+        return None
+    prompts = labelled(choose_eval(dataset, cfg.eval.rows or len(dataset.eval)).prompts, cfg.data)
+    assert dataset.answers is not None  # checked with the eval set
+    return label_set(prompts, dataset.answers, tokenizer, cfg.data, paths, cfg.eval.tokens_per_microbatch)
+
+
+def _classified(
+    comparison: Comparison, cfg: config.EvalRun, adapter: Path, data_sha256: str
+) -> tuple[Classification, Classification] | None:
+    """Classify by base and adapter; the adapter's probabilities have its temperature, which calibration fits first."""
+    base, found = comparison.base_classes, comparison.adapter_classes
+    if base is None or found is None:
+        return None
+    if cfg.eval.calibrate:
+        fitted = _fitted(found)
+        stored_labels.store_temperature(adapter, fitted, len(found.references), data_sha256)
+        log.info("temperature %.4f fitted on %d rows, stored in %s", fitted, len(found.references), adapter)
+    temperature = stored_labels.temperature(adapter)
+    if temperature is not None:
+        found = found.with_temperature(temperature)
+    return classify(base, cfg.seed), classify(found, cfg.seed, temperature)
+
+
+def _fitted(found: Predictions) -> float:
+    """Fit a temperature; raises DataError if each lower one fits better, as where every row is predicted right."""
+    fitted = fit_temperature(found)
+    if fitted < TEMPERATURES[0] * 1.01:
+        right = metrics_of(found)["accuracy"]
+        raise DataError(
+            f"eval.calibrate: no temperature fits {len(found.references)} rows of which {right:.0%} are predicted "
+            "right: they do not say how sure to be. Evaluate on more rows"
+        )
+    return fitted
+
+
+def _rows(
+    cfg: config.EvalRun, own: config.Data | None, given: list[str], tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, str, bool]:
+    """Return the rows to evaluate, their description, and True if the run certainly did not train on any of them.
+
+    own: the data settings of the run.
+    """
+    make_examples, data = find_objective(cfg.objective).examples, cfg.data
     same = own is not None and _identity(data) == _identity(own)
     if data.sources:
         return prepare(data, tokenizer, make_examples), f"eval rows of {', '.join(sorted(data.sources))}", False
@@ -137,8 +204,10 @@ def _rows(cfg: config.EvalRun, given: list[str], tokenizer: PreTrainedTokenizerB
     found = read_eval(data)
     if trained:
         refuse_leaks(trained, [found])
-    training_rows = Chained([rows.training_rows for rows in trained]) if trained else found.rows
-    dataset = replace(prepare_rows(found, data, tokenizer, make_examples), answers=labels(training_rows))
+    dataset = prepare_rows(found, data, tokenizer, make_examples)
+    if data.labels is None:
+        training_rows = Chained([rows.training_rows for rows in trained]) if trained else found.rows
+        dataset = replace(dataset, answers=few_answers(training_rows))
     return dataset, f"all rows of {data.path}", trained is not None and not (own and own.stream)
 
 
@@ -190,9 +259,7 @@ def _warn_of_other_rows(adapter: Path, dataset: Dataset) -> None:
         )
 
 
-def _metrics(
-    comparison: Comparison, names: list[str], labels: list[str] | None, prompt_end: str
-) -> dict[str, tuple[float, float]]:
+def _metrics(comparison: Comparison, names: list[str], prompt_end: str) -> dict[str, tuple[float, float]]:
     """Compute the metrics of both models' answers, without their thoughts: (base, adapter) by name.
 
     prompt_end: the last words of the prompts, which may open a thought.
@@ -201,7 +268,7 @@ def _metrics(
         return {}
     references = [thoughts.after(a.reference) for a in comparison.answers]
     base, adapter = (
-        metrics.scores(names, [thoughts.after(text, prompt_end) for text in texts], references, labels)
+        metrics.scores(names, [thoughts.after(text, prompt_end) for text in texts], references)
         for texts in ([a.base for a in comparison.answers], [a.adapter for a in comparison.answers])
     )
     return {name: (base[name], adapter[name]) for name in names}
@@ -214,12 +281,20 @@ def _shown(comparison: Comparison, samples: int) -> Comparison:
 def _record(result: EvalResult, samples: int) -> dict[str, Any]:
     """Return the contents of eval.json: losses in nats per token, metrics, the hash of the rows, the first answers."""
     comparison = _shown(result.comparison, samples)
+    of_answers = ({name: pair[side] for name, pair in result.metrics.items()} for side in (0, 1))
+    of_classes = (found.metrics for found in result.classes) if result.classes else ({}, {})
+    base, adapter = (answers | classes for answers, classes in zip(of_answers, of_classes, strict=True))
     return {
-        "base": _losses(comparison.base) | {name: base for name, (base, _) in result.metrics.items()},
-        "adapter": _losses(comparison.adapter) | {name: adapter for name, (_, adapter) in result.metrics.items()},
+        "base": _losses(comparison.base) | base,
+        "adapter": _losses(comparison.adapter) | adapter,
         "tokens": comparison.adapter.tokens,
         "rows": comparison.adapter.rows,
         "data_sha256": result.data_sha256,
+        **(
+            {"classification": dict(zip(("base", "adapter"), map(asdict, result.classes), strict=True))}
+            if result.classes
+            else {}
+        ),
         "samples": [asdict(answers) for answers in comparison.answers],
     }
 

@@ -62,6 +62,11 @@ def has_rows(data: Data) -> bool:
     return bool(data.path or data.sources)
 
 
+def has_labels(data: Data) -> bool:
+    """Return True if the answers of the rows are labels, of any source."""
+    return any(source.labels is not None for source in named(data).values())
+
+
 def has_eval_rows(data: Data) -> bool:
     """Return True if the settings name eval rows, of any source."""
     names = "eval_fraction", "eval_path", "eval_split"
@@ -125,7 +130,7 @@ def _resolved(data: Data, name: str) -> Data:
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of `above` over those of `below`; mappings are merged."""
+    """Return the values of `above` over those of `below`; mappings are merged, but not data.labels."""
     both = {key: _merged(below[key], value) for key, value in above.items()
-            if isinstance(value, dict) and isinstance(below.get(key), dict)}  # fmt: skip
+            if isinstance(value, dict) and isinstance(below.get(key), dict) and key != "labels"}  # fmt: skip
     return below | above | both

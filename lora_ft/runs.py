@@ -9,7 +9,8 @@ runs/2026-11-23_10-15-00-123456/
   check.json         the dry run: rows, steps, layers, warnings (training/dry_run.py)
   metrics.jsonl      one object per step: {"step": 1, "loss": ..., ...}
   checkpoints/       states to resume from (training/checkpoint.py)
-  result.json        the outcome: losses, tokens per second, peak memory, sha256 of the adapter
+  result.json        the outcome: losses, metrics, tokens per second, peak memory, sha256 of the adapter
+  confusion.png      with data.labels: the confusion matrix of the eval rows
   halving.json       the last rung of successive halving that a job passed: {"passed": 20}
   failure.json       instead of result.json, for a failed job of a sweep: kind of error, exit code, message
   adapter/           stock PEFT files, tokenizer, lora_ft.json
@@ -40,12 +41,14 @@ from lora_ft import config, validation
 from lora_ft.errors import CheckpointError, ConfigError, LoraFtError
 from lora_ft.io import durable, untrusted
 from lora_ft.io.redact import redact
+from lora_ft.metric_table import LOSS
 
 PACKAGES = ("lora_ft", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "hydra-core")
 
 METRICS, RESULT, CHECK, CHECKPOINTS = "metrics.jsonl", "result.json", "check.json", "checkpoints"
 FAILURE, OVERRIDES, LOG, SWEEP = "failure.json", "overrides.txt", "log.txt", "sweep.json"
 HALVING = "halving.json"
+CONFUSION = "confusion.png"
 ROWS, EVAL_ROWS = "rows.jsonl", "eval_rows.jsonl"  # given in Python
 _CONFIG, _CHANGED, _ENVIRONMENT = "config.yaml", "changed.json", "environment.json"
 _BEFORE_TRAINING = {_CONFIG, OVERRIDES, _ENVIRONMENT, LOG, "tensorboard", CHECK, FAILURE, ROWS, EVAL_ROWS}
@@ -242,6 +245,13 @@ def read_result(folder: Path) -> dict[str, Any]:
     """Return the content of result.json of a finished run."""
     untrusted.check_place(folder / RESULT, folder)
     return untrusted.json_object(folder / RESULT, ConfigError)
+
+
+def objective(result: dict[str, Any]) -> Any:
+    """Return the value in a result.json of the metric that train.best_metric named; None if it was not evaluated."""
+    metric = result.get("best_metric", LOSS)
+    metrics = result.get("metrics")
+    return result.get("eval_loss") if metric == LOSS else metrics.get(metric) if isinstance(metrics, dict) else None
 
 
 def environment() -> dict[str, Any]:

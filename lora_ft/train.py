@@ -45,7 +45,7 @@ log = logging.getLogger("lora_ft")
 
 
 def main(cfg: config.TrainRun, invocation: entry.Invocation) -> float | None:
-    """Run one training from the command line; return the eval loss, which a sweeper can minimize."""
+    """Run one training from the command line; return train.best_metric of the adapter, which a sweeper can optimize."""
     folder = invocation.folder
     with runs.locked(folder):
         if not runs.begin(folder, cfg, invocation.overrides):
@@ -55,10 +55,10 @@ def main(cfg: config.TrainRun, invocation: entry.Invocation) -> float | None:
             sys.stdout.write(
                 f"{folder} is already finished{stopped}. More train.epochs or train.max_steps continue it\n"
             )
-            return result.get("eval_loss")
+            return runs.objective(result)
         with displayed(folder) as progress, on_signals() as stop:
             made = train_job(cfg, folder, prepare(cfg), [progress], stop)
-    return made.eval_loss if made else None
+    return made.objective if made else None
 
 
 @dataclass(frozen=True)

@@ -184,6 +184,8 @@ def _broken_combinations(cfg: Any) -> Iterator[str]:
             yield "adapter.target_modules must name at least one layer, got []"
         if (cfg.train.keep is Keep.best or cfg.train.patience) and not mixing.has_eval_rows(cfg.data):
             yield "train.keep=best and train.patience need eval rows: data.eval_fraction or data.eval_path"
+        if (cfg.train.eval_metrics or cfg.train.best_metric != "loss") and not mixing.has_eval_rows(cfg.data):
+            yield "train.eval_metrics and train.best_metric need eval rows: data.eval_fraction or data.eval_path"
         if cfg.train.patience and not cfg.train.eval_every_steps:
             yield "train.patience needs train.eval_every_steps, got null"
         if isinstance(cfg, SweepRun) and cfg.sweep.halving and not mixing.has_eval_rows(cfg.data):

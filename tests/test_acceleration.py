@@ -146,7 +146,7 @@ def test_quantization_switches_no_fast_path_off(
     quant = config.Quant(kind=config.QuantKind[kind], compute_dtype=config.Dtype[compute_dtype])
     base = load_base(config.Model(path=str(tiny_folder(tmp_path, "llama"))), quant, "cpu")
     assert switched_on(accelerate(base.model, FAST)) == {PACKS, ATTENTION, LOSS}
-    assert self_check._tolerance(base.model) == self_check._TOLERANCE[least_exact]
+    assert self_check.tolerance(base.model) == self_check._TOLERANCE[least_exact]
 
 
 def test_models_with_chunks_are_not_packed_and_windows_must_reach_packed_attention(

@@ -13,6 +13,7 @@ from tiny import TURN, tiny_folder, tiny_model
 from lora_ft import config, runs, validation
 from lora_ft.adapters import loading
 from lora_ft.data.dataset import prepare
+from lora_ft.evaluation import classification
 from lora_ft.evaluation.loss import eval_loss
 from lora_ft.models.acceleration import accelerate
 from lora_ft.models.load import load_base
@@ -49,12 +50,12 @@ def test_metrics_use_all_rows_and_samples_some(tmp_path: Path) -> None:
     cfg = settings(tmp_path, "gpt2")
     rows_file(tmp_path, LABELS)
     run = saved_run(tmp_path / "run", cfg)
-    words = ["eval.metrics=[exact_match,accuracy,f1,rouge_l]", "eval.samples=1", "eval.max_new_tokens=4", "eval.rows=6"]
+    words = ["eval.metrics=[exact_match,accuracy,rouge_l]", "eval.samples=1", "eval.max_new_tokens=4", "eval.rows=6"]
     assert call("eval", f"run={run}", *words) == 0
     found = json.loads((run / "eval.json").read_text())
     assert (found["rows"], len(found["samples"])) == (6, 1)
     for side in ("base", "adapter"):
-        assert found[side].keys() == {"loss", "perplexity", "exact_match", "accuracy", "f1", "rouge_l"}
+        assert found[side].keys() == {"loss", "perplexity", "exact_match", "rouge_l", *classification.METRICS}
         assert 0 <= found[side]["accuracy"] <= 1
 
 
@@ -159,20 +160,25 @@ def test_other_rows_are_evaluated_with_a_warning_if_the_runs_rows_are_gone(
     assert "cannot read the run's own rows" in caplog.text and "are not the run's own" in caplog.text
 
 
-def test_labels_come_from_the_runs_training_rows(tmp_path: Path) -> None:
+def test_labels_come_from_the_runs_training_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cfg = settings(tmp_path, "gpt2")
     rows_file(tmp_path, LABELS)
     run = saved_run(tmp_path / "run", cfg)
     test = file_of(tmp_path / "other" / "test.jsonl", [(f"Is {n} even?", "perhaps") for n in range(24, 30)])
-    words = ["eval.metrics=[accuracy]", "eval.max_new_tokens=1", "data=completion", f"data.path={test}"]
+    words = ["eval.metrics=[accuracy]", "eval.samples=0", "data=completion", f"data.path={test}"]
+    assert call("eval", f"run={run}", *words) == 4
+    assert " has the answer perhaps, which no training row has: data.labels can name" in capsys.readouterr().err
+    file_of(test, [(f"Is {n} even?", "yes") for n in range(24, 30)])
     assert call("eval", f"run={run}", *words) == 0
-    assert json.loads((run / "eval.json").read_text())["adapter"]["accuracy"] == 0
+    found = json.loads((run / "eval.json").read_text())
+    assert [c["label"] for c in found["classification"]["adapter"]["classes"]] == ["no", "yes"]
+    assert found["classification"]["adapter"]["classes"][1]["support"] == 6
 
 
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["eval.metrics=[blue]"], 2, "eval.metrics: blue is not a metric; choose from exact_match"),
+        (["eval.metrics=[blue]"], 2, "eval.metrics: blue is not a metric; choose from accuracy"),
         (["data.eval_fraction=0"], 4, "there are no eval rows"),
         (["quant.kind=nf4"], 5, "quantization: trained on"),
         (["run=nowhere"], 2, "nowhere"),
@@ -192,8 +198,8 @@ def test_a_metric_over_labels_is_refused_for_free_text(tmp_path: Path, capsys: p
     cfg = settings(tmp_path, "llama")
     rows_file(tmp_path, [(f"Say {n}.", f"I say {n}.") for n in range(90)])
     run = saved_run(tmp_path / "run", cfg)
-    assert call("eval", f"run={run}", "eval.metrics=[f1]", "eval.rows=1", "eval.max_new_tokens=1") == 4
-    assert "f1 needs labels" in capsys.readouterr().err
+    assert call("eval", f"run={run}", "eval.metrics=[macro_f1]", "eval.rows=1", "eval.samples=0") == 4
+    assert "macro_f1 needs labels, and the training rows have too many distinct answers" in capsys.readouterr().err
 
 
 def test_an_infinite_perplexity_is_null_in_json(tmp_path: Path) -> None:

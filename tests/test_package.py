@@ -1,5 +1,6 @@
 """A package: its files, its hashes, PEFT loads it, and it holds no secrets."""
 
+import json
 from pathlib import Path
 
 import gguf
@@ -26,7 +27,11 @@ def test_package_loaded_with_peft_matches_the_runs_logits(
     monkeypatch.setattr(verification, "_run_worker", verify_worker.verify)  # in this process
     cfg = settings(tmp_path, "llama", use_rslora=True)
     run, out = saved_run(tmp_path / "run", cfg), tmp_path / "out"
+    own = {"labels": ["no", "yes"], "calibration": {"temperature": 1.5, "rows": 9, "data_sha256": "d"}}
+    record = run / "adapter" / "lora_ft.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | own))
     assert call("publish", f"run={run}", f"to=dir:{out}", ID, "license=mit", "formats=[gguf,mlx]") == 0
+    assert json.loads((out / "lora_ft.json").read_text()).items() >= own.items()
     assert "the files fetched back are identical" in capsys.readouterr().out
     assert checksums.file_names(out) == {
         "README.md", "SHA256SUMS", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",

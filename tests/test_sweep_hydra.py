@@ -282,11 +282,12 @@ def test_optuna_takes_its_search_space_from_overrides_params_or_a_file(trained: 
     ("override", "message"),
     [
         ("hydra.sweeper.direction=maximize", "hydra.sweeper.direction must be minimize, got maximize"),
+        ("train.best_metric=macro_f1", "hydra.sweeper.direction must be maximize, got minimize"),
         ("data.eval_fraction=0", "data.eval_fraction must be above 0 if a sweeper chooses"),
     ],
 )
 @pytest.mark.closes("E07")
-def test_optuna_must_minimize_and_needs_eval_rows(trained, rows, capfd, override, message) -> None:
+def test_optuna_needs_the_direction_of_the_metric_and_eval_rows(trained, rows, capfd, override, message) -> None:
     assert message in refused(capfd, rows, "hydra/sweeper=optuna", "adapter.r=choice(2,4)", override)
     assert trained == []
 

@@ -87,7 +87,7 @@ def test_loss_that_is_not_finite_has_no_place_and_is_null_in_json(tmp_path, loss
     assert names(board.ranked) == ["1", "0"]
     assert [board.place(one) for one in board.ranked] == [1, None]
     [setting] = board.settings
-    assert (setting.mean, setting.deviation, len(setting.losses)) == (900.0, None, 1)
+    assert (setting.mean, setting.deviation, len(setting.results)) == (900.0, None, 1)
     stored = record(folder)
     assert stored["best_job"] == "1"
     assert stored["jobs"][0]["eval_loss_nats_per_token"] is None

@@ -42,7 +42,8 @@ class Provenance:
     """The base of an adapter, the base's quantization, and the training rows.
 
     data_sha256: None if unknown. made_from: hashes of the adapters that it was computed from, and the method; None if
-    it was trained. template: values of variables of the chat template, which its saved form has as defaults.
+    it was trained. template: values of variables of the chat template, which its saved form has as defaults. labels:
+    the answers that it was trained to choose from, in order; None for other answers.
     """
 
     base: Identity
@@ -50,6 +51,7 @@ class Provenance:
     data_sha256: str | None
     made_from: dict[str, Any] | None = None
     template: template_variables.Variables = field(default_factory=dict)
+    labels: list[str] | None = None
 
 
 def record(tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, source: Provenance) -> dict[str, Any]:
@@ -61,6 +63,7 @@ def record(tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, sourc
         "data_sha256": source.data_sha256,
         **({"made_from": source.made_from} if source.made_from else {}),
         **({"template": dict(source.template)} if source.template else {}),
+        **({"labels": source.labels} if source.labels else {}),
         **_tokenizer_hashes(tokenizer),
         "tensors": {key: list(t.shape) for key, t in tensors.items()},
         "packages": runs.versions(),

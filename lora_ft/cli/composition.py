@@ -30,7 +30,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_ft import config, mixing, runs, validation
+from lora_ft import config, metric_table, mixing, runs, validation
 from lora_ft.cli import guard, overrides
 from lora_ft.cli.explain import explained
 from lora_ft.cli.tasks import Task
@@ -127,7 +127,7 @@ def _sweep(
 
 
 def _check_sweep(composed: DictConfig) -> None:
-    """Check that halving has a launcher that does it, and that a sweeper that chooses values minimizes an eval loss."""
+    """Check that halving has a launcher that does it, and that a sweeper has the direction of its metric."""
     launcher = composed.hydra.runtime.choices["hydra/launcher"]
     if composed.sweep.halving and launcher != "lora_ft":
         raise ConfigError(
@@ -137,8 +137,11 @@ def _check_sweep(composed: DictConfig) -> None:
     direction = OmegaConf.select(composed, "hydra.sweeper.direction")
     if direction is None:
         return
-    if getattr(direction, "name", direction) != "minimize":
-        raise ConfigError(f"hydra.sweeper.direction must be minimize, got {direction}: the value is a loss")
+    metric = composed.train.best_metric
+    expected = "maximize" if metric_table.cost(metric, 1.0) < 0 else "minimize"
+    if (given := getattr(direction, "name", direction)) != expected:
+        raise ConfigError(f"hydra.sweeper.direction must be {expected}, got {given}: the value is train.best_metric="
+                          f"{metric}")  # fmt: skip
     if not mixing.has_eval_rows(composed.data):
         raise ConfigError("data.eval_fraction must be above 0 if a sweeper chooses values by the eval loss, got 0")
 

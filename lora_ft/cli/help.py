@@ -61,6 +61,8 @@ def type_words(annotation: Any) -> str:
     """Return the type of a setting in words that follow "must be": "an integer", "one of fp4, nf4"."""
     if isinstance(annotation, types.UnionType) and {int, str} <= set(typing.get_args(annotation)):
         return "an integer or auto"  # the only text that such a setting allows
+    if annotation is Any:
+        return "a list like [a,b], a mapping like {a:b} or auto"  # data.labels
     kind = required(annotation)
     if isinstance(kind, type) and issubclass(kind, Enum):
         return "one of " + ", ".join(kind.__members__)

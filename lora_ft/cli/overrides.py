@@ -37,7 +37,19 @@ _CHOICE_OF_SOURCE = re.compile(rf"data@data\.sources\.{mixing.NAME}")
 def translate(command: str, typed: list[str], *, sweep: bool) -> list[str]:
     """Return the overrides for Hydra; raises ConfigError for one that is not a setting, a choice or a value."""
     parser = OverridesParser.create()
-    return [_parsable(command, override, _translated(command, override, sweep), parser, sweep) for override in typed]
+    made = []
+    for override in typed:
+        found = _parsable(command, override, _translated(command, override, sweep), parser, sweep)
+        made += [*_cleared(command, found, parser), found]
+    return made
+
+
+def _cleared(command: str, translated: str, parser: OverridesParser) -> list[str]:
+    """Return the override that removes the earlier value of data.labels: Hydra would merge two mappings."""
+    parsed = parser.parse_override(translated)
+    key, prefix = parsed.key_or_group, "++" if parsed.is_force_add() else ""
+    setting = declared(command, key)
+    return [f"{prefix}{key}=null"] if setting and setting.key == key and _takes_all(setting) else []
 
 
 def names_several(command: str, typed: list[str]) -> bool:
@@ -55,9 +67,12 @@ def names_several(command: str, typed: list[str]) -> bool:
 
 def as_typed(command: str, translated: Iterable[str]) -> Iterator[str]:
     """Undo `translate` for overrides that Hydra reports, so that they can be typed again."""
-    for parsed in OverridesParser.create().parse_overrides(list(translated)):
+    reported = OverridesParser.create().parse_overrides(list(translated))
+    for number, parsed in enumerate(reported):
         key, value = parsed.key_or_group, parsed.value()
         setting = declared(command, key)
+        if value is None and setting and _takes_all(setting) and _is_set_next(reported, number):
+            continue
         if isinstance(value, str) and (setting is None or _is_text(setting, key)):
             text = OmegaConf.create({"text": value})["text"]  # undoes the escapes
         else:
@@ -72,6 +87,10 @@ def added(translated: list[str], error: Exception) -> list[str] | None:
     if not (match and _CHOICE_OF_SOURCE.fullmatch(match[1])):
         return None
     return [f"+{override}" if override.startswith(f"{match[1]}=") else override for override in translated]
+
+
+def _is_set_next(overrides: list[Override], number: int) -> bool:
+    return number + 1 < len(overrides) and overrides[number + 1].key_or_group == overrides[number].key_or_group
 
 
 def chosen(typed: list[str], key: str) -> str | None:
@@ -145,7 +164,7 @@ def _parsable(command: str, override: str, translated: str, parser: OverridesPar
         raise ConfigError(f"{override} cannot be parsed: {reason} (inside brackets, put text into quotes)") from error
     guard.check_override(override, parsed.key_or_group, parsed.value())
     setting = declared(command, parsed.key_or_group)
-    if setting and not _is_single(setting) and not _is_mapping(setting):
+    if setting and not (_is_single(setting) or _is_mapping(setting) or _takes_all(setting)):
         _check_lists(override, setting.key, parsed, sweep)
     if parsed.is_sweep_override() and not sweep:
         advice = "lora-ft sweep trains with each of them"
@@ -209,7 +228,12 @@ def declared(command: str, key: str) -> validation.Setting | None:
 
 
 def _is_single(setting: validation.Setting) -> bool:
-    return typing.get_origin(help.required(setting.type)) not in (list, dict)
+    return not _takes_all(setting) and typing.get_origin(help.required(setting.type)) not in (list, dict)
+
+
+def _takes_all(setting: validation.Setting) -> bool:
+    """Return True for a setting that may be a text, a list or a mapping, as data.labels."""
+    return setting.type is typing.Any
 
 
 def _is_mapping(setting: validation.Setting) -> bool:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from lora_ft import config
 from lora_ft.config import TooLong
-from lora_ft.data import cache, chat_template, encoding, lengths, thoughts
+from lora_ft.data import cache, chat_template, encoding, labels, lengths, thoughts
 from lora_ft.data.examples import Examples
 from lora_ft.data.read import Rows, read
 from lora_ft.data.row_store import StoredRows
@@ -38,13 +38,16 @@ class EvalPrompt:
     """A prompt of the eval set, for generation and metrics.
 
     prompt_ids: int32 [length], the row up to its last answer, generation prompt included.
-    prompt: the last user message. answer: the reference answer. source: file and line of the row.
+    prompt: the last user message. answer: the reference answer. source: file and line of the row. row: the row itself.
+    part: the name of its source in data.sources, "" without sources.
     """
 
     prompt_ids: NDArray[np.int32]
     prompt: str
     answer: str
     source: str
+    row: Row
+    part: str = ""
 
 
 class Prompts(Sequence[EvalPrompt]):
@@ -58,7 +61,7 @@ class Prompts(Sequence[EvalPrompt]):
 class EvalPrompts(Prompts):
     """The prompt of each chat of the eval set, made of its last example when it is asked for.
 
-    is_chat: True for each row with messages. answer: returns the reference answer of a row.
+    is_chat: True for each row with messages. answer: returns the reference answer of a row. part: as in EvalPrompt.
     """
 
     def __init__(
@@ -67,8 +70,9 @@ class EvalPrompts(Prompts):
         rows: Sequence[Row],
         is_chat: NDArray[np.bool_],
         answer: Callable[[Row], str] = operator.attrgetter("answer"),
+        part: str = "",
     ) -> None:
-        self._examples, self._rows, self._answer = examples, rows, answer
+        self._examples, self._rows, self._answer, self._part = examples, rows, answer, part
         of_rows = examples.rows
         places = np.flatnonzero((examples.answer_starts > 0) & is_chat[of_rows])
         # The last example of each row, by row.
@@ -92,7 +96,8 @@ class EvalPrompts(Prompts):
             return [self[number] for number in range(len(self))[index]]
         number = range(len(self))[index]
         example, row = self._examples[int(self._places[number])], self._rows[int(self._of_rows[number])]
-        return EvalPrompt(example.ids[: example.answer_start], _question(row), self._answer(row), example.source)
+        prompt_ids = example.ids[: example.answer_start]
+        return EvalPrompt(prompt_ids, _question(row), self._answer(row), example.source, row, self._part)
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ class Report:
     """Counts of rows, and of the documents made of them; a row may give several documents.
 
     left_out: rows by reason. converted: counts of what was brought to the usual form. truncated: documents whose
-    prompt was cut. split: texts cut into windows.
+    prompt was cut. split: texts cut into windows. labels: training rows of each label; None without data.labels.
     duplicates: rows that differ from an earlier one in case and whitespace at most. unused: columns that are not read.
     sha256: of all ids and masks. template_sha256, tokenizer_sha256: of the chat template and the tokenizer.
     sources: the reports of the sources of data.sources, if there are any; the other fields are their sums.
@@ -127,6 +132,7 @@ class Report:
     tokenizer_sha256: str
     sources: dict[str, "Report"] = field(default_factory=dict)
     is_stream: bool = False
+    labels: dict[str, int] | None = None
 
     def __str__(self) -> str:
         left_out = "".join(f", {count:,} {reason} left out" for reason, count in self.left_out.items())
@@ -139,9 +145,14 @@ class Report:
             + (f"; {self.truncated:,} prompts cut" if self.truncated else "")
             + (f"; {self.split:,} texts cut into windows" if self.split else "")
             + (f"; converted: {converted}" if converted else "")
+            + (f"; labels: {_listed(self.labels)}" if self.labels else "")
             + (f"; columns not used: {excerpt(', '.join(self.unused))}" if self.unused else "")
             + "".join(f"\n  source {name}: {report}" for name, report in self.sources.items())
         )
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return excerpt(", ".join(f"{label} {count:,}" for label, count in counts.items()))
 
 
 @dataclass(frozen=True)
@@ -154,7 +165,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Training examples, eval examples, the prompts of the eval set, and the `labels` of the training rows.
+    """Training examples, eval examples, and the prompts of the eval set.
+
+    answers: the labels in order (data/labels.py); without data.labels the distinct answers of the training rows, if
+    these are few.
 
     parts: those of each source of data.sources, in order; empty if there are no sources.
 
@@ -208,14 +222,17 @@ def prepare(data: config.Data, tokenizer: Any, make_examples: MakeExamples = tok
     return prepare_rows(read(data), data, tokenizer, make_examples)
 
 
-def prepare_rows(found: Rows, data: config.Data, tokenizer: Any, make_examples: MakeExamples = tokenized) -> Dataset:
-    """Make examples of rows and measure them; all rows may be eval rows.
+def prepare_rows(
+    found: Rows, data: config.Data, tokenizer: Any, make_examples: MakeExamples = tokenized, part: str = ""
+) -> Dataset:
+    """Make examples of rows and measure them; all rows may be eval rows. part: their name in data.sources.
 
     Raises one DataError that lists all bad rows, including those found by `read`.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"the tokenizer must be a fast one (tokenizer.json), got {type(tokenizer).__name__}")
     rows, ledger = found.rows, found.ledger
+    counts = None if data.labels is None else labels.resolve(data, rows, found.is_eval, ledger)
     fitted, cut = documents(found, data, tokenizer, make_examples)
     in_eval, is_all_eval = found.is_eval[fitted.rows], bool(found.is_eval.all())
     train, eval_ = fitted.select(np.flatnonzero(~in_eval)), fitted.select(np.flatnonzero(in_eval))
@@ -233,10 +250,12 @@ def prepare_rows(found: Rows, data: config.Data, tokenizer: Any, make_examples: 
         sha256=_sha256(train, eval_), template_sha256=_template_sha256(tokenizer),
         tokenizer_sha256=hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         is_stream=data.stream,
+        labels=counts,
     )  # fmt: skip
-    answers = labels(rows.select(np.unique(train.rows)))
+    answers = few_answers(rows.select(np.unique(train.rows))) if counts is None else [*counts]
     trials = chat_template.trials_of(tokenizer, data) if tokenizer.chat_template else None
-    prompts = EvalPrompts(eval_, rows, rows.is_chat, partial(chat_template.answer_of, data=data, trials=trials))
+    answer_of = partial(chat_template.answer_of, data=data, trials=trials)
+    prompts = EvalPrompts(eval_, rows, rows.is_chat, answer_of, part)
     return Dataset(train, eval_, prompts, answers, report, eval_rows=found.eval_rows if data.stream else None)
 
 
@@ -255,7 +274,7 @@ def _question(row: Row) -> str:
     return next(str(m["content"]) for m in reversed(row.messages) if m["role"] == "user")
 
 
-def labels(rows: Iterable[Row]) -> list[str] | None:
+def few_answers(rows: Iterable[Row]) -> list[str] | None:
     """Return the distinct last answers of chats, without thoughts; None for none or more than MOST_LABELS."""
     answers: set[str] = set()
     for row in rows:

@@ -31,6 +31,12 @@ _OTHER_ROLES = {
 _CALLS = ("function_call", "tool_call")  # roles of an assistant's message whose text is its calls
 _KNOWN = {**_ROLES, **_OTHER_ROLES, **dict.fromkeys(_CALLS, "assistant")}
 
+
+def is_of_assistant(role: object) -> bool:
+    """Return True for a role, in any spelling that is read, whose messages are answers."""
+    return isinstance(role, str) and _KNOWN.get(role.strip().lower()) == "assistant"
+
+
 _HEAVIEST = 1000  # of a message; larger weights are no weights
 _TEXT_PARTS = ("text", "input_text", "output_text")
 

@@ -38,8 +38,9 @@ from lora_ft.data.examples import Examples
 from lora_ft.data.groups import Groups
 from lora_ft.data.joined import Chained, joined
 from lora_ft.data.read import EQUAL_TO_EARLIER, Rows, read, refuse_leaks
+from lora_ft.data.rows import excerpt
 from lora_ft.data.sampler import Source
-from lora_ft.errors import LoraFtError
+from lora_ft.errors import DataError, LoraFtError
 
 
 @dataclass(frozen=True)
@@ -137,12 +138,15 @@ def prepare_each(
     made = {}
     for name, source in mixing.named(data).items():
         with _of_source(name):
-            made[name] = prepare_rows(found[name], source, tokenizer, make_examples)
+            made[name] = prepare_rows(found[name], source, tokenizer, make_examples, name)
     return made
 
 
 def combined(made: Mapping[str, Dataset]) -> Dataset:
-    """Return the examples of all sources, one source after the other; the source without a name is alone."""
+    """Return the examples of all sources, one source after the other; the source without a name is alone.
+
+    Raises DataError for sources with different labels.
+    """
     if "" in made:
         return made[""]
     each = list(made.values())
@@ -155,7 +159,7 @@ def combined(made: Mapping[str, Dataset]) -> Dataset:
         )
     prompts = MixedPrompts([own.eval_prompts for own in each], num_rows)
     report = _report({name: own.report for name, own in made.items()})
-    return Dataset(train, evaluated, prompts, _labels([own.answers for own in each]), report, parts)
+    return Dataset(train, evaluated, prompts, _answers(made), report, parts)
 
 
 @contextlib.contextmanager
@@ -189,10 +193,22 @@ def _without_earlier(found: Rows, earlier: Mapping[str, Rows], source: config.Da
     )
 
 
-def _labels(answers: Sequence[list[str] | None]) -> list[str] | None:
-    if any(labels is None for labels in answers):
+def _answers(made: Mapping[str, Dataset]) -> list[str] | None:
+    """Return the labels of the sources that have data.labels, else the different answers of all if these are few."""
+    labelled = {name: list(own.report.labels) for name, own in made.items() if own.report.labels is not None}
+    if labelled:
+        first, labels = next(iter(labelled.items()))
+        for name, others in labelled.items():
+            if set(others) != set(labels):
+                raise DataError(
+                    f"data.sources.{name} has the labels {excerpt(', '.join(others))}, and data.sources.{first} has "
+                    f"{excerpt(', '.join(labels))}: sources with data.labels must have the same labels, which a list "
+                    "in data.labels can name"
+                )
+        return labels
+    if any(own.answers is None for own in made.values()):
         return None
-    together = sorted({label for labels in answers for label in labels or ()})
+    together = sorted({answer for own in made.values() for answer in own.answers or ()})
     return together if len(together) <= MOST_LABELS else None
 
 
@@ -204,7 +220,10 @@ def _report(reports: Mapping[str, Report]) -> Report:
         return sum(int(getattr(report, name)) for report in each)
 
     def together(name: str) -> dict[str, int]:
-        return dict(sum((Counter(getattr(report, name)) for report in each), Counter[str]()))
+        counts = Counter[str]()
+        for report in each:
+            counts.update(getattr(report, name) or {})  # `+` would leave out labels without rows
+        return dict(counts)
 
     return replace(
         each[0],
@@ -225,4 +244,5 @@ def _report(reports: Mapping[str, Report]) -> Report:
         cached=all(report.cached for report in each),
         sha256=hashlib.sha256(json.dumps([[n, r.sha256] for n, r in reports.items()]).encode()).hexdigest(),
         sources=dict(reports),
+        labels=together("labels") if any(report.labels is not None for report in each) else None,
     )

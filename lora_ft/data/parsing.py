@@ -6,13 +6,13 @@ The format follows from the first rows. The result does not depend on the number
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 
 from lora_ft import config
 from lora_ft.config import Format, TrainOn
-from lora_ft.data import formats, thoughts, workers
+from lora_ft.data import formats, labels, thoughts, workers
 from lora_ft.data.chat_template import learned_answers
 from lora_ft.data.progress import counted
 from lora_ft.data.row_store import PackedRows, RowWriter, packed
@@ -44,15 +44,19 @@ class Parsed:
     ledger: Ledger
 
 
-def append_rows(key: str, data: config.Data, writer: RowWriter, ledger: Ledger) -> tuple[Format, list[str]]:
+def append_rows(
+    key: str, data: config.Data, writer: RowWriter, ledger: Ledger, edit: Callable[[Record], Record] | None = None
+) -> tuple[Format, list[str]]:
     """Read at most `data.max_rows` records of `data.path`, the value of the setting `key`, and append their rows.
 
+    edit: changes a record before its row is made.
     Returns the format and the columns that are not read. Bad rows go into the ledger, which is raised if no row is
     good. Raises ConfigError for settings that name columns which none of the first records has, DataError if no format
-    fits or there is no row.
+    fits, there is no row, or data.labels=auto finds too many labels.
     """
     reading = Ledger(data.strict)
-    rest = chunks(islice(records(data.path, key, data, reading), data.max_rows), reading)
+    found_records = records(data.path, key, data, reading)
+    rest = chunks(islice(map(edit, found_records) if edit else found_records, data.max_rows), reading)
     first = _first(rest)
     header = formats.Header.of(chain.from_iterable(chunk.records for chunk in first), data)
     if not header.columns:
@@ -69,6 +73,7 @@ def append_rows(key: str, data: config.Data, writer: RowWriter, ledger: Ledger) 
         ledger.add(made.ledger)
         writer.append(made.rows)
         names.update(dict.fromkeys(made.names))
+        labels.check_number(data, writer.num_words)
     if writer.count == before:
         ledger.raise_bad()
         left_out = ", ".join(f"{count} {reason}" for reason, count in ledger.left_out.items())
@@ -80,7 +85,7 @@ class Parser:
     """Makes the rows of a chunk of records."""
 
     def __init__(self, header: formats.Header, data: config.Data) -> None:
-        self._parse, self._data = header.parser(data)[1], data
+        self._parse, self._data = labels.checked(header.parser(data)[1], data), data
 
     def __call__(self, chunk: Records) -> Parsed:
         ledger, rows = chunk.ledger, list[Row]()
@@ -89,7 +94,8 @@ class Parser:
                 rows.append(row)
         names = dict.fromkeys(name for _, values in chunk.records for name in values)
         has_thought = [_has_thought(row, self._data.train_on) for row in rows]
-        return Parsed(packed(rows, has_thought), list(names), ledger)
+        have_labels = self._data.labels is not None
+        return Parsed(packed(rows, has_thought, have_labels=have_labels), list(names), ledger)
 
 
 def _has_thought(row: Row, train_on: TrainOn) -> bool:

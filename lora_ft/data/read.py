@@ -15,6 +15,7 @@ from lora_ft import config
 from lora_ft.config import Format
 from lora_ft.data import cache, split
 from lora_ft.data.joined import Chained
+from lora_ft.data.labels import AUTO
 from lora_ft.data.parsing import append_rows
 from lora_ft.data.row_store import RowWriter, StoredRows
 from lora_ft.data.rows import Ledger
@@ -66,6 +67,12 @@ def read(data: config.Data) -> Rows:
         raise ConfigError(
             "data.stream=true reads rows only once they are trained on, so no fraction of them can be held out: set "
             "data.eval_path to a file of eval rows, or data.eval_fraction=0"
+        )
+    if data.stream and data.labels == AUTO and not (data.eval_path or data.eval_split):
+        raise ConfigError(
+            "data.stream=true reads rows only once they are trained on, so data.labels=auto can only find labels in "
+            "eval rows, and there are none: name the labels, as in data.labels=[negative,positive], or set "
+            "data.eval_path"
         )
     ledger, writer = Ledger(data.strict), RowWriter(cache.folder())
     found, unused = append_rows("data.path", _first_block(data) if data.stream else data, writer, ledger)

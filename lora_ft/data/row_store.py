@@ -8,6 +8,7 @@
     columns   text uint8: a JSON list of each row    ends int64 [rows]: of the texts    is_chat, has_thought uint8
               hashes uint64 [rows, 2]: half of the sha256 of the content    prompts uint64 [rows]: hash of the prompt
               places int64 [rows, 2]: prefix and number of the source, "chat.jsonl:" and 12
+              labels int32 [rows]: number of the answer among `words`, -1 for rows without data.labels
 
 Values that JSON does not have, such as a date of a Parquet file inside a message, become text.
 """
@@ -36,19 +37,29 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, default=str, separators=(",", ":
 
 @dataclass(frozen=True)
 class PackedRows:
-    """A chunk of rows as columns. prefixes: of the sources in `places`. has_weights: a message has a weight."""
+    """A chunk of rows as columns.
+
+    prefixes: of the sources in `places`. words: the different labels. has_weights: a message has a weight.
+    """
 
     columns: dict[str, NDArray[Any]]
     prefixes: list[str]
+    words: list[str]
     has_weights: bool
 
     def __len__(self) -> int:
         return len(self.columns["ends"])
 
 
-def packed(rows: Sequence[Row], has_thought: Sequence[bool] = ()) -> PackedRows:
-    """Pack a chunk of rows. has_thought: of each row, True if a learned answer has a thought; by default none has."""
+def packed(rows: Sequence[Row], has_thought: Sequence[bool] = (), *, have_labels: bool = False) -> PackedRows:
+    """Pack a chunk of rows.
+
+    has_thought: of each row, True if a learned answer has a thought; by default none has. have_labels: the answers are
+    labels.
+    """
     texts = [_text(row) for row in rows]
+    words: dict[str, int] = {}
+    labels = [words.setdefault(row.answer, len(words)) if have_labels else -1 for row in rows]
     prefixes: dict[str, int] = {}
     places = np.empty((len(rows), 2), np.int64)
     for index, row in enumerate(rows):
@@ -64,8 +75,11 @@ def packed(rows: Sequence[Row], has_thought: Sequence[bool] = ()) -> PackedRows:
         "hashes": np.frombuffer(hashes, ">u8").astype(np.uint64).reshape(-1, 2),
         "prompts": np.array([_prompt_hash(row) for row in rows], np.uint64),
         "places": places,
+        "labels": np.array(labels, np.int32),
     }
-    return PackedRows(arrays, list(prefixes), any("weight" in message for row in rows for message in row.messages))
+    return PackedRows(
+        arrays, list(prefixes), list(words), any("weight" in message for row in rows for message in row.messages)
+    )
 
 
 def _text(row: Row) -> bytes:
@@ -113,7 +127,11 @@ class Sources(Sequence[str]):
 
 
 class StoredRows(Sequence[Row]):
-    """A sequence of rows. digest: sha256 of their content, without sources. has_weights: a message has a weight."""
+    """A sequence of rows.
+
+    digest: sha256 of their content, without sources. has_weights: a message has a weight. words: the different labels,
+    also those that only rows have which are not selected.
+    """
 
     def __init__(
         self,
@@ -121,10 +139,11 @@ class StoredRows(Sequence[Row]):
         prefixes: Sequence[str],
         digest: str,
         has_weights: bool,
+        words: Sequence[str] = (),
         chosen: NDArray[np.int64] | None = None,
     ) -> None:
         self._stored, self._prefixes, self._chosen = stored, prefixes, chosen
-        self.digest, self.has_weights = digest, has_weights
+        self.digest, self.has_weights, self.words = digest, has_weights, words
         self.sources = Sources(stored, prefixes, chosen)
 
     def select(self, indices: NDArray[np.int64]) -> "StoredRows":
@@ -133,7 +152,7 @@ class StoredRows(Sequence[Row]):
         if len(chosen) == len(self):
             return self
         digest = hashlib.sha256(self.digest.encode() + np.ascontiguousarray(chosen, np.int64).tobytes()).hexdigest()
-        return StoredRows(self._stored, self._prefixes, digest, self.has_weights, chosen)
+        return StoredRows(self._stored, self._prefixes, digest, self.has_weights, self.words, chosen)
 
     @property
     def hashes(self) -> NDArray[np.uint64]:
@@ -154,6 +173,11 @@ class StoredRows(Sequence[Row]):
     def has_thought(self) -> NDArray[np.bool_]:
         """True for each chat with a thought in a learned answer."""
         return self._column("has_thought").view(np.bool_)
+
+    @property
+    def labels(self) -> NDArray[np.int32]:
+        """Number of each row's label in `words`; -1 without data.labels."""
+        return self._column("labels")
 
     def __len__(self) -> int:
         return self._stored.count("ends") if self._chosen is None else len(self._chosen)
@@ -221,6 +245,7 @@ class RowWriter:
     def __init__(self, folder: Path) -> None:
         self._writer = Writer(folder)
         self._prefixes: dict[str, int] = {}
+        self._words: dict[str, int] = {}
         self._digest = hashlib.sha256()
         self._text = self.count = 0
         self._has_weights = False
@@ -231,13 +256,21 @@ class RowWriter:
         numbers = [self._prefixes.setdefault(prefix, len(self._prefixes)) for prefix in chunk.prefixes]
         places = chunk.columns["places"].copy()
         places[:, 0] = np.array([*numbers, 0], np.int64)[places[:, 0]]
+        words = [self._words.setdefault(word, len(self._words)) for word in chunk.words]
+        labels = np.array([*words, -1], np.int32)[chunk.columns["labels"]]  # -1 is the last one
         ends = chunk.columns["ends"] + self._text
         self._digest.update(chunk.columns["text"].tobytes() + chunk.columns["ends"].tobytes())
-        self._writer.append(**{**chunk.columns, "ends": ends, "places": places})
+        self._writer.append(**{**chunk.columns, "ends": ends, "places": places, "labels": labels})
         self._has_weights |= chunk.has_weights
         self._text += len(chunk.columns["text"])
         self.count += len(chunk)
 
+    @property
+    def num_words(self) -> int:
+        """Number of different labels so far."""
+        return len(self._words)
+
     def finish(self) -> StoredRows:
         """Return all rows."""
-        return StoredRows(self._writer.finish(), list(self._prefixes), self._digest.hexdigest(), self._has_weights)
+        stored, digest = self._writer.finish(), self._digest.hexdigest()
+        return StoredRows(stored, list(self._prefixes), digest, self._has_weights, list(self._words))

@@ -13,8 +13,8 @@ adapter     Eight.
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from peft import PeftModel
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -26,6 +26,9 @@ from lora_ft import config
 from lora_ft.data.dataset import EvalPrompt
 from lora_ft.data.rows import Example
 from lora_ft.errors import NonFiniteError
+from lora_ft.evaluation import class_report
+from lora_ft.evaluation.class_set import ClassSet
+from lora_ft.evaluation.classification import Classification, Predictions
 from lora_ft.evaluation.generation import generate, visible
 from lora_ft.evaluation.loss import EvalLoss, Loss, eval_loss
 from lora_ft.ops.token_loss import Paths
@@ -38,7 +41,9 @@ class EvalSet:
     """Examples for the loss, and prompts to answer greedily.
 
     tokens_per_microbatch: most tokens of a forward pass. max_new_tokens: most tokens of an answer. loss: of the
-    objective. sources: indices of the examples of each source; empty if there are no sources.
+    objective. sources: indices of the examples of each source; empty if there are no sources. classes: rows with
+    labels, whose probabilities are computed; None for other rows. metrics: further metrics of a model, given its
+    probabilities of labels; they join those of the objective.
     """
 
     examples: Sequence[Example]
@@ -47,6 +52,8 @@ class EvalSet:
     max_new_tokens: int
     loss: Loss
     sources: Mapping[str, range] = field(default_factory=dict)
+    classes: ClassSet | None = None
+    metrics: Callable[[PreTrainedModel, Predictions | None], dict[str, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,11 +68,13 @@ class Answers:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Losses of base and adapter on the same rows, and their answers to the same prompts."""
+    """Losses of base and adapter on the same rows, their answers to the same prompts, and probabilities of labels."""
 
     base: EvalLoss
     adapter: EvalLoss
     answers: list[Answers]
+    base_classes: Predictions | None = None
+    adapter_classes: Predictions | None = None
 
 
 def compare(
@@ -84,25 +93,30 @@ def compare(
     """
     inner: PreTrainedModel = model.get_base_model()
 
-    def loss_and_answers(loss: EvalLoss | None) -> tuple[EvalLoss, list[str]]:
+    def evaluated(loss: EvalLoss | None) -> tuple[EvalLoss, list[str], Predictions | None]:
+        is_known = loss is not None
         chosen = eval_set.examples, paths, eval_set.tokens_per_microbatch, eval_set.sources
         loss = loss or eval_loss(inner, eval_set.loss, *chosen)
         if not math.isfinite(loss.loss):
             raise NonFiniteError(
                 f"eval loss {loss.loss}: weights of the base or the adapter are not finite, or too large"
             )
+        classes = eval_set.classes.predict(inner) if eval_set.classes else None
+        if eval_set.metrics and not is_known:
+            loss = replace(loss, metrics=loss.metrics | eval_set.metrics(inner, classes))
         prompts = [prompt.prompt_ids for prompt in eval_set.prompts]
         greedy = config.Sampling(max_new_tokens=eval_set.max_new_tokens)
-        return loss, generate(inner, tokenizer, prompts, greedy, seed=0)
+        return loss, generate(inner, tokenizer, prompts, greedy, seed=0), classes
 
     if earlier:
-        base, base_answers = earlier.base, [answers.base for answers in earlier.answers]
+        base, base_answers, base_classes = earlier.base, [a.base for a in earlier.answers], earlier.base_classes
     else:
         with adapter_off(model):
-            base, base_answers = loss_and_answers(known[0])
-    adapter, adapter_answers = loss_and_answers(known[1])
+            base, base_answers, base_classes = evaluated(known[0])
+    adapter, adapter_answers, adapter_classes = evaluated(known[1])
     rows = zip(eval_set.prompts, base_answers, adapter_answers, strict=True)
-    return Comparison(base, adapter, [Answers(p.prompt, p.answer, off, on) for p, off, on in rows])
+    answers = [Answers(p.prompt, p.answer, off, on) for p, off, on in rows]
+    return Comparison(base, adapter, answers, base_classes, adapter_classes)
 
 
 @contextlib.contextmanager
@@ -119,22 +133,32 @@ def adapter_off(model: PeftModel) -> Iterator[None]:
 
 
 def render(
-    comparison: Comparison | None, facts: dict[str, str], scores: dict[str, tuple[float, float]] | None = None
+    comparison: Comparison | None,
+    facts: dict[str, str],
+    scores: dict[str, tuple[float, float]] | None = None,
+    classes: tuple[Classification | None, Classification] | None = None,
 ) -> RenderableType:
     """Render the result of train or eval for the terminal, without truncation.
 
-    comparison: None if there are no eval rows.
-    scores: further values of base and adapter, by name. facts: lines below the table and the answers.
+    comparison: None if there are no eval rows. facts: lines below the table and the answers.
+    scores: further values of base and adapter, by name. classes: classifications of base and adapter.
     """
     parts: list[RenderableType] = []
     if comparison is None:
         parts.append(Text("no eval rows: base and adapter are not compared"))
     else:
-        parts += [_losses(comparison, scores or {}), Text(), *(_SideBySide(a) for a in comparison.answers)]
+        parts += [_losses(comparison, scores or {}, classes), Text()]
+        if classes:
+            parts += [class_report.render(classes[1]), Text()]
+        parts += [_SideBySide(a) for a in comparison.answers]
     return Group(*parts, _pairs(facts.items()))
 
 
-def _losses(comparison: Comparison, scores: dict[str, tuple[float, float]]) -> Table:
+def _losses(
+    comparison: Comparison,
+    scores: dict[str, tuple[float, float]],
+    classes: tuple[Classification | None, Classification] | None,
+) -> Table:
     base, adapter = comparison.base, comparison.adapter
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for header in ("", "base", "adapter", ""):
@@ -145,6 +169,8 @@ def _losses(comparison: Comparison, scores: dict[str, tuple[float, float]]) -> T
         table.add_row(f"eval loss {name}", _number(source.loss), _number(adapter.sources[name].loss), _counted(source))
     for name, values in scores.items():
         table.add_row(name, *map(_number, values))
+    for name, of_base, of_adapter, interval in class_report.metric_rows(*classes) if classes else ():
+        table.add_row(name, "" if of_base is None else _number(of_base), _number(of_adapter), interval)
     return table
 
 

@@ -79,7 +79,7 @@ def find_problem(model: PreTrainedModel, paths: Paths, reference: Reference) -> 
     batch = reference.packed if paths.share_a_pass else reference.packed.documents()[1]
     try:
         with attention.recorded_calls() as calls:
-            loss, gradient = _loss_and_gradient(model, lambda: token_loss_sum(model, batch, paths))
+            loss, gradient = loss_and_gradient(model, lambda: token_loss_sum(model, batch, paths))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -92,7 +92,7 @@ def find_problem(model: PreTrainedModel, paths: Paths, reference: Reference) -> 
         return "packed documents see each other"
     if gradient[-1].any():
         return "tokens see later tokens"
-    if not (distance := _distance(reference, loss, gradient[-length:])) <= _tolerance(model):
+    if not (distance := _distance(reference, loss, gradient[-length:])) <= tolerance(model):
         return f"loss {loss:.4f} instead of {reference.loss:.4f}, relative error of loss or gradient {distance:.1e}"
     if paths.packs and _has_chunks(model):
         return "attention counts chunks along a row"
@@ -146,7 +146,7 @@ def _plain_reference(model: PreTrainedModel, packed: Batch) -> Reference:
     if body is not None and head is not None:
         hooks = [body.register_forward_hook(note_hidden), head.register_forward_hook(note_head)]
     try:
-        value, gradient = _loss_and_gradient(model, loss)
+        value, gradient = loss_and_gradient(model, loss)
     finally:
         for hook in hooks:
             hook.remove()
@@ -214,7 +214,7 @@ def _distance(reference: Reference, loss: float, gradient: Tensor) -> float:
     return max(of_gradient, of_loss) if math.isfinite(of_gradient + of_loss) else math.inf
 
 
-def _tolerance(model: PreTrainedModel) -> float:
+def tolerance(model: PreTrainedModel) -> float:
     """Return the tolerance of the least exact dtype in which a part of the model computes."""
     dtypes = {model.get_input_embeddings().weight.dtype}
     # Quantized layers compute in a dtype of their own (quant.compute_dtype).
@@ -243,7 +243,7 @@ def _ignored_windows(model: PreTrainedModel, calls: list[attention.Call]) -> str
     return ""
 
 
-def _loss_and_gradient(model: PreTrainedModel, loss: Callable[[], Tensor]) -> tuple[float, Tensor]:
+def loss_and_gradient(model: PreTrainedModel, loss: Callable[[], Tensor]) -> tuple[float, Tensor]:
     """Compute a loss in evaluation mode, and its gradient [B, T, E] in float32 (or float64) at the embeddings."""
     embedded: list[Tensor] = []
 

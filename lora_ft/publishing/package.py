@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_ft import config
 from lora_ft.adapters import files, peft_folder, provenance
+from lora_ft.adapters import labels as adapter_labels
 from lora_ft.export import mlx
 from lora_ft.export.gguf import adapter as gguf_adapter
 from lora_ft.io import durable
@@ -96,7 +97,8 @@ def _record(contents: Contents, public_loading: provenance.Loading, tensors: dic
     record = provenance.record(tensors, contents.tokenizer, source)
     base = provenance.base_fields(contents.public)
     loading = {key: value for key, value in dataclasses.asdict(public_loading).items() if key != "device"}
-    return record | {key: kept[key] for key in record if key in kept} | {"base": base, "loading": loading}
+    own = {key: kept[key] for key in (*record, *adapter_labels.KEYS) if key in kept}
+    return record | own | {"base": base, "loading": loading}
 
 
 def _write_extras(folder: Path, contents: Contents) -> None:

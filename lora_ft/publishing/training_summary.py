@@ -131,8 +131,10 @@ def _scores(run: Path, result: dict[str, Any]) -> list[Scores]:
     try:
         if result.get("eval_loss") is not None:
             base, adapter = (
-                _with_perplexity(float(result[key])) | _of_sources(result.get(f"{key}es") or {})
-                for key in ("base_eval_loss", "eval_loss")
+                _with_perplexity(float(result[loss]))
+                | _of_sources(result.get(f"{loss}es") or {})
+                | _figures(result.get(metrics) or {})
+                for loss, metrics in (("base_eval_loss", "base_metrics"), ("eval_loss", "metrics"))
             )
             found.append(Scores("at the end of training", base, adapter, int(result["eval_tokens"]), None))
         if evaluated:

@@ -37,6 +37,11 @@ class Data:
     prompt: str | None = setting(None, "table: template of the prompt, with {column} fields", text=True)
     answer: str | None = setting(None, "table: template of the answer, with {column} fields", text=True)
     system: str | None = setting(None, "system message for chat rows that have none", text=True)
+    labels: Any = setting(
+        None,
+        "labels, if the answers are labels: a list, a map {value in the rows: label}, or auto (found in the training "
+        "rows, for a stream in the eval rows); eval scores them",
+    )
     stream: bool = setting(
         False, "read training rows while the run trains, for rows that do not fit a disk; needs train.max_steps"
     )

@@ -54,9 +54,23 @@ class Train:
     eval_rows: int = setting(
         64, "maximum number of eval rows used during training, of each source", unit="rows", at_least=1
     )
-    keep: Keep = setting(Keep.last, "state saved to adapter/: last, or best (lowest eval loss)")
+    eval_metrics: list[str] = setting(
+        [],
+        "metrics of each evaluation: accuracy, macro_f1, micro_f1, auroc, brier, ece, log_loss (of labels), "
+        "exact_match, chrf, bleu, rouge_l (of generated answers)",
+    )
+    max_new_tokens: int = setting(
+        64, "maximum length of an answer generated for train.eval_metrics", unit="tokens", at_least=1
+    )
+    best_metric: str = setting(
+        "loss", "metric that train.keep=best, train.patience, halving and a sweep rank by: loss, or as in eval_metrics"
+    )
+    keep: Keep = setting(Keep.last, "state saved to adapter/: last, or best (by train.best_metric)")
     patience: int | None = setting(
-        None, "early stopping: evaluations without improvement", unit="evaluations", at_least=1
+        None,
+        "early stopping: evaluations without improvement of train.best_metric",
+        unit="evaluations",
+        at_least=1,
     )
     samples: int = setting(
         3,
@@ -74,7 +88,7 @@ class Train:
     )
     keep_checkpoints: int = setting(
         2,
-        "checkpoints to keep, in addition to the one with the lowest eval loss",
+        "checkpoints to keep, in addition to the best one by train.best_metric",
         at_least=1,
         on_resume=OnResume.free,
     )

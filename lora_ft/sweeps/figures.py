@@ -1,4 +1,4 @@
-"""The charts of a sweep: train loss, eval loss, loss against rank, loss against adapter size. No torch here.
+"""The charts of a sweep: train loss, eval loss, the metric of its ranking, also against rank and size. No torch here.
 
 for chart in charts(ranking):
     chart.svg                      # <svg> for the page
@@ -15,8 +15,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lora_ft import metric_table
 from lora_ft.evaluation.charts import ACCENT, DASHES, TEXT, blank, drawing, look, png, svg
-from lora_ft.sweeps.leaderboard import Board, Ranking, values_of
+from lora_ft.metric_table import LOSS
+from lora_ft.sweeps.leaderboard import Board, Ranking, value_of, values_of
 from lora_ft.sweeps.results import JobResult, finite
 from lora_ft.sweeps.tables import describe, loss_text
 
@@ -54,19 +56,23 @@ def charts(ranking: Ranking) -> list[Chart]:
     titles = {job.number: _title(ranking, job) for job in ranking.sweep.jobs}
     plans = [("train_loss", "Train loss", "step", functools.partial(_train_loss, ranking)),
              ("eval_loss", "Eval loss", "step", functools.partial(_eval_loss, ranking))]  # fmt: skip
+    title = metric_table.title(ranking.metric).capitalize()
+    if ranking.metric != LOSS:
+        plans.append((f"eval_{ranking.metric}", title, "step", functools.partial(_eval_values, ranking)))
     for number, board in enumerate(ranking.boards, 1):
         which = "" if len(ranking.boards) == 1 else f"{number}"
-        plans += [(f"rank{which}", f"Eval loss against rank {which}".strip(), "rank, log2 scale",
+        plans += [(f"rank{which}", f"{title} against rank {which}".strip(), "rank, log2 scale",
                    functools.partial(_against_rank, ranking, board)),
-                  (f"size{which}", f"Eval loss against adapter size {which}".strip(), "adapter size, MB",
+                  (f"size{which}", f"{title} against adapter size {which}".strip(), "adapter size, MB",
                    functools.partial(_against_size, board))]  # fmt: skip
     made = []
     for name, title, x_label, draw in plans:
         with drawing(name):
-            figure, axes = blank(x_label, "loss, nats per token")
+            is_loss = ranking.metric == LOSS or name in ("train_loss", "eval_loss")
+            figure, axes = blank(x_label, "loss, nats per token" if is_loss else ranking.metric)
             note = draw(axes)
             if lines := axes.get_lines():
-                note += " Higher values are cut off." if _limit(axes) else ""
+                note += " Higher values are cut off." if is_loss and _limit(axes) else ""
                 jobs = {int(gid.removeprefix("job-")) for line in lines if (gid := line.get_gid() or _MEAN) != _MEAN}
                 means = tuple(str(line.get_label()) for line in lines if line.get_gid() == _MEAN)
                 drawn = svg(figure, title, titles)
@@ -75,8 +81,8 @@ def charts(ranking: Ranking) -> list[Chart]:
 
 
 def _title(ranking: Ranking, job: JobResult) -> str:
-    loss = job.figures.eval_loss
-    outcome = job.state.value if loss is None else f"eval loss {loss_text(loss)}"
+    value = value_of(job, ranking.metric)
+    outcome = job.state.value if value is None else f"{metric_table.title(ranking.metric)} {loss_text(value)}"
     return ", ".join(filter(None, [f"job {job.name}", describe(ranking.values(job)), outcome]))
 
 
@@ -114,6 +120,13 @@ def _eval_loss(ranking: Ranking, axes: "Axes") -> str:
     for job in ranking.sweep.jobs:
         if job.curve.eval_losses:
             _plot(axes, job, job.curve.eval_losses, label=f"job {job.name}")
+    return "Step 0 is the base."
+
+
+def _eval_values(ranking: Ranking, axes: "Axes") -> str:
+    for job in ranking.sweep.jobs:
+        if job.curve.values:
+            _plot(axes, job, job.curve.values, label=f"job {job.name}")
     return "Step 0 is the base."
 
 
@@ -161,7 +174,8 @@ def _against_size(board: Board, axes: "Axes") -> str:
     sizes = sorted({size for _, size, _ in found})
     if len(sizes) < 2:
         return ""
-    best = front([(size, loss) for _, size, loss in found])
+    sign = metric_table.cost(board.metric, 1.0)
+    best = [(size, sign * cost) for size, cost in front([(size, sign * value) for _, size, value in found])]
     axes.step(*zip(*best, strict=True), where="post", label="Pareto front", **mean_look(0))
     _points(axes, found)
     axes.plot(
@@ -181,7 +195,7 @@ def _against_size(board: Board, axes: "Axes") -> str:
 
 
 def front(points: Points) -> list[tuple[float, float]]:
-    """Return the Pareto front, in order of x: no other point is as low in both coordinates."""
+    """Return the Pareto front, in order of x: no other point is as low in both coordinates. Higher is worse."""
     kept: list[tuple[float, float]] = []
     for x, y in sorted(points):
         if not kept or y < kept[-1][1]:
@@ -191,8 +205,8 @@ def front(points: Points) -> list[tuple[float, float]]:
 
 def _with_loss(board: Board) -> Iterator[tuple[JobResult, float]]:
     for job in sorted(board.ranked, key=lambda job: job.number):
-        if job.figures.eval_loss is not None:
-            yield job, job.figures.eval_loss
+        if (value := value_of(job, board.metric)) is not None:
+            yield job, value
 
 
 def _points(axes: "Axes", found: Sequence[tuple[JobResult, float, float]]) -> None:

@@ -40,4 +40,4 @@ def launch(planned: list[Job], sweep: config.Sweep, settings: config.Launcher, f
 
         scheduler.run(left, settings, sweep, folder, watch)
     finished = [job for job in planned if (job.folder / runs.RESULT).is_file()]
-    return {job.number: runs.read_result(job.folder).get("eval_loss") for job in finished}
+    return {job.number: runs.objective(runs.read_result(job.folder)) for job in finished}

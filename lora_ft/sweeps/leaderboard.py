@@ -1,10 +1,11 @@
-"""Rank the jobs of a sweep by eval loss; jobs that differ only in their seed are repeats of one setting.
+"""Rank the jobs of a sweep by a metric; jobs that differ only in their seed are repeats of one setting.
 
 ranking = rank(sweep)
 ranking.boards[0].ranked[0].name         the best job
 ranking.columns                          the settings that differ: ("adapter.r", "optim.lr")
 
-Jobs share a board only if they were evaluated on the same rows (same token count and same loss of the base). No torch.
+The metric is the eval loss, or train.best_metric if all jobs have the same. Jobs share a board only if they were
+evaluated on the same rows: those of equal text or, by the loss, of the same token count and loss of the base. No torch.
 """
 
 import contextlib
@@ -14,7 +15,8 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from lora_ft import config, validation
+from lora_ft import config, metric_table, validation
+from lora_ft.metric_table import LOSS
 from lora_ft.sweeps.results import JobResult, State, Sweep
 
 SEED = "seed"
@@ -24,38 +26,47 @@ _SAME_LOSS = 1e-5  # relative; micro-batches of another size round differently
 
 @dataclass(frozen=True)
 class Setting:
-    """Jobs that differ only in their seed, with the mean and the standard deviation of their eval losses."""
+    """Jobs that differ only in their seed, with the mean and the standard deviation of their metric."""
 
     values: dict[str, Any]
     jobs: tuple[JobResult, ...]
+    metric: str = LOSS
 
     @property
-    def losses(self) -> list[float]:
-        return [job.figures.eval_loss for job in self.jobs if job.figures.eval_loss is not None]
+    def results(self) -> list[float]:
+        return [found for job in self.jobs if (found := value_of(job, self.metric)) is not None]
 
     @property
     def mean(self) -> float | None:
-        return statistics.fmean(self.losses) if self.losses else None
+        return statistics.fmean(self.results) if self.results else None
 
     @property
     def deviation(self) -> float | None:
-        return statistics.stdev(self.losses) if len(self.losses) > 1 else None
+        return statistics.stdev(self.results) if len(self.results) > 1 else None
 
 
 @dataclass(frozen=True)
 class Board:
-    """Finished jobs evaluated on the same rows, best first; jobs without a finite loss come last."""
+    """Finished jobs evaluated on the same rows, best first; jobs without a finite value of the metric come last."""
 
     eval_tokens: int | None
     base_loss: float | None
     ranked: tuple[JobResult, ...]
     settings: tuple[Setting, ...]
+    metric: str = LOSS
 
     def place(self, job: JobResult) -> int | None:
-        """Return the place of a job, 1 for the lowest loss; equal losses share a place. None without a finite loss."""
-        loss = job.figures.eval_loss
-        losses = [other.figures.eval_loss for other in self.ranked]
-        return None if loss is None else 1 + sum(other < loss for other in losses if other is not None)
+        """Return the place of a job, 1 for the best; equal values share a place. None without a finite value."""
+        own = _cost(value_of(job, self.metric), self.metric)
+        others = [_cost(value_of(other, self.metric), self.metric) for other in self.ranked]
+        return None if math.isinf(own) else 1 + sum(other < own for other in others)
+
+    @property
+    def base_value(self) -> float | None:
+        """The value of the metric for the base; None if it is unknown."""
+        if self.metric == LOSS:
+            return self.base_loss
+        return next((job.figures.base_value for job in self.ranked if job.figures.base_value is not None), None)
 
 
 @dataclass(frozen=True)
@@ -67,12 +78,17 @@ class Ranking:
     has_seeds: bool
     boards: tuple[Board, ...]
     rest: tuple[JobResult, ...]
+    metric: str = LOSS
 
     @property
     def best(self) -> JobResult | None:
-        """The job with the lowest loss; None if there are several boards, which cannot be compared."""
+        """The best job; None if there are several boards, which cannot be compared."""
         ranked = self.boards[0].ranked if len(self.boards) == 1 else ()
-        return ranked[0] if ranked and ranked[0].figures.eval_loss is not None else None
+        return ranked[0] if ranked and value_of(ranked[0], self.metric) is not None else None
+
+    def value(self, job: JobResult) -> float | None:
+        """Return the value of the metric that ranks the jobs."""
+        return value_of(job, self.metric)
 
     def values(self, job: JobResult) -> dict[str, Any]:
         """Return the settings of a job that differ between jobs, with the seed if it differs."""
@@ -84,9 +100,20 @@ class Ranking:
 def rank(sweep: Sweep) -> Ranking:
     """Rank the finished jobs of a sweep; jobs without a result are in `rest`."""
     columns, has_seeds = _differing(sweep.jobs)
-    boards = tuple(_board(jobs, columns) for jobs in _comparable(sweep.jobs))
+    metrics = {job.metric for job in sweep.jobs if job.settings}
+    metric = metrics.pop() if len(metrics) == 1 else LOSS
+    boards = tuple(_board(jobs, columns, metric) for jobs in _comparable(sweep.jobs, metric))
     rest = sorted((job for job in sweep.jobs if not job.is_finished), key=lambda job: [*State].index(job.state))
-    return Ranking(sweep, columns, has_seeds, boards, tuple(rest))
+    return Ranking(sweep, columns, has_seeds, boards, tuple(rest), metric)
+
+
+def value_of(job: JobResult, metric: str) -> float | None:
+    """Return the eval loss of a finished job, or the value of the metric that it was ranked by."""
+    return job.figures.eval_loss if metric == LOSS else job.figures.value
+
+
+def _cost(value: float | None, metric: str) -> float:
+    return math.inf if value is None else metric_table.cost(metric, value)
 
 
 def values_of(job: JobResult) -> dict[str, Any]:
@@ -121,8 +148,13 @@ def _differing(jobs: tuple[JobResult, ...]) -> tuple[tuple[str, ...], bool]:
     return tuple(columns), SEED in differ
 
 
-def _comparable(jobs: tuple[JobResult, ...]) -> list[list[JobResult]]:
+def _comparable(jobs: tuple[JobResult, ...], metric: str) -> list[list[JobResult]]:
     """Group finished jobs by the rows they were evaluated on, the largest group first."""
+    if metric != LOSS:
+        by_rows: dict[str | None, list[JobResult]] = {}
+        for job in (job for job in jobs if job.is_finished):
+            by_rows.setdefault(job.eval_rows, []).append(job)
+        return sorted(by_rows.values(), key=len, reverse=True)
 
     def rows(job: JobResult) -> tuple[int, float]:
         base = job.figures.base_eval_loss
@@ -139,19 +171,17 @@ def _comparable(jobs: tuple[JobResult, ...]) -> list[list[JobResult]]:
     return sorted(groups, key=len, reverse=True)
 
 
-def _board(jobs: list[JobResult], columns: tuple[str, ...]) -> Board:
-    def last_if_none(loss: float | None) -> float:
-        return math.inf if loss is None else loss
-
+def _board(jobs: list[JobResult], columns: tuple[str, ...], metric: str) -> Board:
     repeats: dict[str, list[JobResult]] = {}
     for job in jobs:
         repeats.setdefault(json.dumps([values_of(job).get(column) for column in columns]), []).append(job)
-    settings = [Setting({column: values_of(same[0]).get(column) for column in columns}, tuple(same))
+    settings = [Setting({column: values_of(same[0]).get(column) for column in columns}, tuple(same), metric)
                 for same in repeats.values()]  # fmt: skip
     first = jobs[0].figures
     return Board(
         first.eval_tokens,
         first.base_eval_loss,
-        tuple(sorted(jobs, key=lambda job: last_if_none(job.figures.eval_loss))),
-        tuple(sorted(settings, key=lambda setting: last_if_none(setting.mean))),
+        tuple(sorted(jobs, key=lambda job: _cost(value_of(job, metric), metric))),
+        tuple(sorted(settings, key=lambda setting: _cost(setting.mean, metric))),
+        metric,
     )

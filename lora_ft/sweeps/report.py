@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_ft.io import durable
+from lora_ft.metric_table import LOSS
 from lora_ft.sweeps import figures, leaderboard, results, tables
 from lora_ft.sweeps.figures import Chart
 from lora_ft.sweeps.leaderboard import Board, Ranking
@@ -110,6 +111,7 @@ def _record(ranking: Ranking) -> dict[str, Any]:
             "folder": shown(str(sweep.folder)), "overrides": list(sweep.overrides), "exit_code": exit_code(sweep)
         },
         "differing_settings": list(ranking.columns),
+        "metric": ranking.metric,
         "best_job": ranking.best.name if ranking.best else None,
         "leaderboards": [_board(board) for board in ranking.boards],
         "jobs": [_job(ranking, job, *places.get(job.name, (None, None))) for job in sweep.jobs],
@@ -117,18 +119,20 @@ def _record(ranking: Ranking) -> dict[str, Any]:
 
 
 def _board(board: Board) -> dict[str, Any]:
+    unit = "eval_loss_nats_per_token" if board.metric == LOSS else f"eval_{board.metric}"
     return {
         "eval_tokens": board.eval_tokens,
         "base_eval_loss_nats_per_token": board.base_loss,
         "base_perplexity": tables.perplexity(board.base_loss),
+        "base_value": board.base_value,
         "jobs": [job.name for job in board.ranked],
         "settings": [
             {
                 "values": setting.values,
                 "jobs": [job.name for job in setting.jobs],
-                "n": len(setting.losses),
-                "mean_eval_loss_nats_per_token": setting.mean,
-                "standard_deviation_nats_per_token": setting.deviation,
+                "n": len(setting.results),
+                f"mean_{unit}": setting.mean,
+                f"standard_deviation_{unit.removeprefix('eval_loss_')}": setting.deviation,
             }
             for setting in board.settings
         ],

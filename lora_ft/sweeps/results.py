@@ -22,10 +22,13 @@ import yaml
 from lora_ft import config, runs, validation
 from lora_ft.errors import ConfigError, LoraFtError
 from lora_ft.io import redact, untrusted
+from lora_ft.metric_table import LOSS, METRICS
 
 ADAPTER = "adapter/adapter_model.safetensors"
 
 _FILES = (runs.OVERRIDES, "config.yaml", "changed.json", runs.METRICS, runs.CHECK, runs.RESULT, runs.FAILURE)
+_COMPUTED = ("adapter_bytes", "value", "base_value")
+_OF_SOURCES = ("eval_losses", "base_eval_losses")
 _LARGEST = 1e30  # larger numbers overflow in the transformations of a chart
 _POINTS = 120  # of a curve; a chart shows no more, and reading all of a long run takes as long as a training step
 
@@ -62,14 +65,17 @@ class Figures:
     adapter_bytes: int | None = None
     eval_losses: dict[str, float] = field(default_factory=dict)
     base_eval_losses: dict[str, float] = field(default_factory=dict)
+    value: float | None = None  # of the job's metric, train.best_metric, for the saved adapter
+    base_value: float | None = None
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Losses by step: the train loss of every `stride`-th step, and every eval loss."""
+    """Values by step: the train loss of every `stride`-th step, every eval loss, every value of the job's metric."""
 
     losses: tuple[tuple[int, float], ...] = ()
     eval_losses: tuple[tuple[int, float], ...] = ()
+    values: tuple[tuple[int, float], ...] = ()
     stride: int = 1
     last_step: int | None = None
     tokens_per_second: float | None = None  # of the last step
@@ -77,7 +83,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class JobResult:
-    """One job: `number` counts from 0 in the sweep; `settings` by dotted key are empty until its config is written."""
+    """One job: `number` counts from 0 in the sweep; `settings` by dotted key are empty until its config is written.
+
+    eval_rows: hash of the rows that it was evaluated on; None if unknown.
+    """
 
     name: str
     folder: Path
@@ -90,6 +99,13 @@ class JobResult:
     num_steps: int | None = None  # planned; None if unknown
     figures: Figures = Figures()
     curve: Curve = Curve()
+    eval_rows: str | None = None
+
+    @property
+    def metric(self) -> str:
+        """The metric that the job is ranked by: train.best_metric."""
+        named = self.settings.get("train.best_metric")
+        return named if named in METRICS else LOSS
 
     @property
     def is_finished(self) -> bool:
@@ -190,7 +206,8 @@ def _read_job(folder: Path, number: int, name: str, is_running: bool | None, sta
             known["overrides"] = tuple(line for line in lines if line)
         if "config.yaml" in present:
             known["settings"] = _settings(folder, stamps[1:3])
-        curve = known["curve"] = _curve(folder / runs.METRICS) if runs.METRICS in present else Curve()
+        metric = JobResult("", folder, settings=known.get("settings", {})).metric
+        curve = known["curve"] = _curve(folder / runs.METRICS, metric) if runs.METRICS in present else Curve()
         if runs.RESULT in present:
             known |= _finished(folder)
         elif runs.FAILURE in present:
@@ -241,12 +258,12 @@ def shown(text: str) -> str:
     return redact.redact(clean)
 
 
-def _curve(path: Path) -> Curve:
+def _curve(path: Path, metric: str) -> Curve:
     """Read metrics.jsonl, thinned to about `_POINTS` steps, with every evaluation and the last step."""
     lines = path.read_bytes().split(b"\n")
     lines.pop()  # nothing, or a line that is being written
     stride = max(1, math.ceil(len(lines) / _POINTS))
-    losses, eval_losses, step, values = [], [], None, dict[str, Any]()
+    losses, eval_losses, of_metric, step, values = [], [], [], None, dict[str, Any]()
     for number, line in enumerate(lines):
         if number % stride and number != len(lines) - 1 and b'"eval_loss"' not in line:
             continue
@@ -255,7 +272,11 @@ def _curve(path: Path) -> Curve:
             losses.append((step, loss))
         if (loss := finite(values.get("eval_loss"))) is not None:
             eval_losses.append((step, loss))
-    return Curve(tuple(losses), tuple(eval_losses), stride, step, finite(values.get("tokens_per_second")))
+        if (value := finite(values.get(f"eval_{metric}"))) is not None:
+            of_metric.append((step, value))
+    return Curve(
+        tuple(losses), tuple(eval_losses), tuple(of_metric), stride, step, finite(values.get("tokens_per_second"))
+    )
 
 
 def _metrics(path: Path, number: int, line: bytes) -> tuple[int, dict[str, Any]]:
@@ -277,18 +298,22 @@ def finite(value: Any) -> float | None:
 def _finished(folder: Path) -> dict[str, Any]:
     result = runs.read_result(folder)
     size = stamp(folder / ADAPTER)
-    of_sources = ("eval_losses", "base_eval_losses")
-    numbers = {f.name: _number(result, f.name) for f in fields(Figures) if f.name not in ("adapter_bytes", *of_sources)}
+    numbers = {f.name: _number(result, f.name) for f in fields(Figures) if f.name not in (*_COMPUTED, *_OF_SOURCES)}
+    of_base = result | {"eval_loss": result.get("base_eval_loss"), "metrics": result.get("base_metrics")}
+    for name, found in (("value", result), ("base_value", of_base)):
+        numbers[name] = _number({name: runs.objective(found)}, name)
     stopped_by, reason = result.get("stopped_by"), ""
     if stopped_by is not None:
         reason = shown(str(stopped_by))
     elif result.get("stopped_early") is True:
         reason = f"patience at step {numbers['steps']}"
-    numbers |= {name: _numbers(result, name) for name in of_sources}
+    numbers |= {name: _numbers(result, name) for name in _OF_SOURCES}
     figures = Figures(**numbers, adapter_bytes=size[1] if size else None)
+    rows = result.get("eval_rows_sha256")
+    known = {"figures": figures, "eval_rows": shown(str(rows)) if rows else None}
     if reason:
-        return {"state": State.stopped, "reason": reason, "figures": figures}
-    return {"state": State.finished, "num_steps": figures.steps, "figures": figures}
+        return {"state": State.stopped, "reason": reason, **known}
+    return {"state": State.finished, "num_steps": figures.steps, **known}
 
 
 def _number(result: dict[str, Any], name: str) -> Any:

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_ft.sweeps.leaderboard import SEED, Board, Ranking, values_of
+from lora_ft import metric_table
+from lora_ft.metric_table import LOSS
+from lora_ft.sweeps.leaderboard import SEED, Board, Ranking, value_of, values_of
 from lora_ft.sweeps.results import JobResult, State, finite
 
 _STATUS = 48  # characters of a reason in a leaderboard
@@ -89,6 +91,7 @@ def _leaderboard(ranking: Ranking, board: Board, title: str, rest: Sequence[JobR
     columns = [
         Column("place", lambda job: _number(board.place(job), str), "#"),
         *_job_columns(ranking),
+        *_metric_columns(board),
         Column("eval loss", loss, "loss", "nats per token"),
         *_source_columns(board),
         Column("perplexity", lambda job: _perplexity(job.figures.eval_loss), "ppl", spare=1),
@@ -100,9 +103,10 @@ def _leaderboard(ranking: Ranking, board: Board, title: str, rest: Sequence[JobR
         Column("status", lambda job: Cell(status(job)), kind="status"),
     ]
     rows = _rows(columns, [*board.ranked, *rest])
-    if board.base_loss is not None:
+    if board.base_value is not None:
         base = {"job": Cell("base"), "eval loss": _number(board.base_loss, loss_text),
-                "perplexity": _perplexity(board.base_loss)}  # fmt: skip
+                "perplexity": _perplexity(board.base_loss),
+                metric_table.title(board.metric): _number(board.base_value, loss_text)}  # fmt: skip
         of_sources = next((job.figures.base_eval_losses for job in board.ranked), {})
         base |= {f"eval loss {name}": _number(loss, loss_text) for name, loss in of_sources.items()}
         rows.insert(0, Row(tuple(base.get(column.title, Cell()) for column in columns)))
@@ -119,27 +123,44 @@ def _source_columns(board: Board) -> Iterator[Column]:
         yield Column(f"eval loss {name}", loss, name, "nats per token")
 
 
+def _metric_columns(board: Board) -> Iterator[Column]:
+    """Yield the column of the metric that ranks the jobs, unless it is the loss, which has one."""
+    if board.metric != LOSS:
+        yield Column(
+            metric_table.title(board.metric), lambda job: _number(value_of(job, board.metric), loss_text), board.metric
+        )
+
+
 def _note(ranking: Ranking, board: Board) -> str:
     notes = []
-    if board.eval_tokens and board.base_loss is not None:
+    if board.metric != LOSS:
+        direction = "higher" if metric_table.METRICS[board.metric].higher_is_better else "lower"
+        notes.append(f"Ranked by {board.metric} over the same eval rows, {direction} is better.")
+    elif board.eval_tokens and board.base_loss is not None:
         notes.append(f"Losses over the same {board.eval_tokens:,} eval tokens.")
     elif board.ranked:
         notes.append("The eval loss of the base is unknown, so the jobs are not ranked.")
     if len(ranking.boards) > 1:
-        notes.append("Do not compare losses of different leaderboards: their eval rows or bases differ.")
+        notes.append(f"Do not compare {'losses' if board.metric == LOSS else board.metric} of different leaderboards: "
+                     "their eval rows or bases differ.")  # fmt: skip
     if any(job.figures.peak_memory_bytes for job in board.ranked):
         notes.append("Peak memory is that of the process, which jobs on one base share.")
     return " ".join(notes)
 
 
 def _settings(ranking: Ranking, board: Board, title: str) -> Table:
-    places = {id(setting): place for place, setting in enumerate(board.settings, 1) if setting.losses}
+    places = {id(setting): place for place, setting in enumerate(board.settings, 1) if setting.results}
     columns = [
         Column("place", lambda setting: _number(places.get(id(setting)), str), "#"),
         *_setting_columns(ranking.columns, lambda setting: setting.values),
-        Column("mean eval loss", lambda setting: _number(setting.mean, loss_text), "mean loss", "nats per token"),
+        Column(
+            f"mean {metric_table.title(board.metric)}",
+            lambda setting: _number(setting.mean, loss_text),
+            f"mean {board.metric}",
+            "nats per token" if board.metric == LOSS else "",
+        ),
         Column("standard deviation", lambda setting: _number(setting.deviation, "{:.4f}".format), "deviation"),
-        Column("n", lambda setting: _number(len(setting.losses), str)),
+        Column("n", lambda setting: _number(len(setting.results), str)),
         Column("jobs", lambda setting: Cell(", ".join(job.name for job in setting.jobs)), kind="prose"),
     ]
     note = "Jobs that differ in seed only, as repeats of one setting. The deviation is the sample's (n - 1)."

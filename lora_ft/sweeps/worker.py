@@ -22,6 +22,7 @@ from pathlib import Path
 from lora_ft import config, runs
 from lora_ft.errors import Interrupted, out_of_memory
 from lora_ft.io import durable, process, redact
+from lora_ft.metric_table import LOSS
 from lora_ft.models.fingerprint import fingerprint
 from lora_ft.sweeps import jobs
 from lora_ft.sweeps.executors.interface import BASE_CHANGED
@@ -106,16 +107,18 @@ class Worker:
         return 0
 
     def run_with_halving(self, group: list[Job], halving: Halving) -> int:
-        """Train the jobs from rung to rung, and stop those with the higher eval losses at each."""
+        """Train the jobs from rung to rung, and stop those with the worse values of their metric at each."""
         active = list(group)
+        metrics = {job.cfg.train.best_metric for job in group}
+        metric = metrics.pop() if len(metrics) == 1 else LOSS
         for rung in halving.rungs():
             for job in list(active):
                 if _last_checkpoint(job) < rung and self._train(job, until=rung):
                     active.remove(job)
                 if self._base_has_changed:
                     return BASE_CHANGED
-            at_rung = {job.number: loss for job in active if (loss := _loss_at(job, rung)) is not None}
-            stopped = halving.stopped(rung, at_rung, num_beyond=len(active) - len(at_rung))
+            at_rung = {job.number: value for job in active if (value := _value_at(job, rung, metric)) is not None}
+            stopped = halving.stopped(rung, at_rung, num_beyond=len(active) - len(at_rung), metric=metric)
             # Mark the survivors before any job is stopped: a sweep resumed in between must not choose among them again.
             for job in active:
                 if job.number in at_rung and job.number not in stopped:
@@ -159,11 +162,11 @@ def _last_checkpoint(job: Job) -> int:
     return max((int(path.name.removeprefix("step-")) for path in found), default=0)
 
 
-def _loss_at(job: Job, rung: int) -> float | None:
-    """Return the eval loss of a job paused at a rung; None if it passed the rung or was not evaluated there."""
+def _value_at(job: Job, rung: int, metric: str) -> float | None:
+    """Return the metric of a job paused at a rung; None if it passed the rung or was not evaluated there."""
     if _last_checkpoint(job) != rung or _passed(job) >= rung:
         return None
-    return next((row.get("eval_loss") for row in runs.read_metrics(job.folder) if row["step"] == rung), None)
+    return next((row.get(f"eval_{metric}") for row in runs.read_metrics(job.folder) if row["step"] == rung), None)
 
 
 def _passed(job: Job) -> int:

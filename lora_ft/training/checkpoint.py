@@ -10,7 +10,7 @@ states are not stored: the order of rows and every dropout mask are functions of
 the learning rate is a function of the step.
 
 Older checkpoints are removed after the new one has been read back; the newest `train.keep_checkpoints` and the one with
-the lowest eval loss are kept. If a checkpoint is damaged, the one before it is used.
+the best evaluation (train.best_metric) are kept. If a checkpoint is damaged, the one before it is used.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -184,7 +184,8 @@ def _state(state: TrainingState) -> dict[str, Any]:
         "tokens": state.tokens,
         "seconds": state.seconds,
         "evaluations": [asdict(evaluation) for evaluation in state.evaluations],
-        "eval_loss": _eval_loss(state),
+        "eval_loss": _evaluated(state, lambda last: last.result.loss),
+        "cost": _evaluated(state, lambda last: last.cost(state.cfg.train.best_metric)),
         "stopped_by": state.stopped_by,
         "tokens_per_microbatch": state.tokens_per_microbatch,
         "shrinks": state.shrinks,
@@ -196,10 +197,10 @@ def _state(state: TrainingState) -> dict[str, Any]:
     }
 
 
-def _eval_loss(state: TrainingState) -> float | None:
-    """Return the eval loss of the current state, or None if the last step was not evaluated."""
+def _evaluated(state: TrainingState, number: Callable[[Evaluation], float]) -> float | None:
+    """Return a number of the current state's evaluation, or None if the last step was not evaluated."""
     last = state.evaluations[-1] if state.evaluations else None
-    return last.result.loss if last and last.step == state.step else None
+    return number(last) if last and last.step == state.step else None
 
 
 def _environment(state: TrainingState) -> dict[str, Any]:
@@ -245,8 +246,9 @@ def _all(folder: Path) -> list[Path]:
 
 def _remove_old(folder: Path, keep: int) -> None:
     valid = [path for path in _all(folder) if not _problem_now(path)]
-    losses = {path: _read_state(path)["eval_loss"] for path in valid}
-    best = min((path for path in valid if losses[path] is not None), key=lambda path: losses[path], default=None)
+    states = {path: _read_state(path) for path in valid}
+    costs = {path: saved.get("cost", saved["eval_loss"]) for path, saved in states.items()}  # earlier: ranked by loss
+    best = min((path for path in valid if costs[path] is not None), key=lambda path: costs[path], default=None)
     for path in _all(folder):
         if path not in valid[-keep:] and path != best:
             durable.remove_folder(path)

@@ -19,15 +19,17 @@ from typing import Any, TypeVar
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, mixing, objectives
+from lora_ft import config, metric_table, mixing, objectives
 from lora_ft.adapters import summary
 from lora_ft.adapters.summary import Layers
 from lora_ft.data import mixed_dataset, statistics
 from lora_ft.data.dataset import Dataset, Report
 from lora_ft.data.mixed_dataset import Mix, mix_of, prepare_each, read_sources
+from lora_ft.data.rows import excerpt
 from lora_ft.data.statistics import Statistics, measure
 from lora_ft.data.statistics import warnings as warnings_of_rows
 from lora_ft.errors import LoraFtError
+from lora_ft.evaluation.class_set import check, labelled
 from lora_ft.io import durable
 from lora_ft.io.allocator import release_freed_memory
 from lora_ft.models.device import resolve_device
@@ -35,7 +37,7 @@ from lora_ft.models.load import Base
 from lora_ft.models.meta_model import load_meta_model
 from lora_ft.models.stored import agreed
 from lora_ft.ops.kernels import choose_kernels
-from lora_ft.training import checkpoint, ranks, state, trackers
+from lora_ft.training import checkpoint, limits, ranks, state, task_metrics, trackers
 from lora_ft.training.ineffective_settings import ineffective
 from lora_ft.training.optimizers import learning_rate
 
@@ -186,17 +188,21 @@ def partial_dry_run(
         load_meta_model, cfg.model, cfg.quant, cfg.device, tokenizer, objective.model_class if objective else None
     )
     collect(trackers.check, cfg.track)
+    collect(metric_table.check, "train.eval_metrics", cfg.train.eval_metrics)
+    collect(metric_table.check, "train.best_metric", [cfg.train.best_metric])
     steps = _steps(cfg, rows.dataset) if rows else None
     if rows and steps:
-        collect(state.check_added_tokens, cfg.model, tokenizer, rows.dataset.train)
+        collect(limits.check_added_tokens, cfg.model, tokenizer, rows.dataset.train)
         if base:
             collect(_check_lengths, cfg, base, rows.dataset)
-        collect(state.check_warmup, cfg.optim, steps.count)
+        collect(limits.check_warmup, cfg.optim, steps.count)
+        collect(_check_metrics, cfg, rows.dataset)
     layers = collect(summary.layers, base, cfg) if base else None
     as_trained = replace(cfg, quant=agreed(cfg.quant, base.identity.stored)) if base else cfg
     disk = collect(_disk, cfg, folder, layers.trainable, steps.count) if layers and steps else None
     warnings = [
         *(warnings_of_rows(rows.statistics, rows.dataset.report, cfg.data) if rows else ()),
+        *(_labels_without_rows(rows.dataset) if rows else ()),
         *(_unknown_stop_tokens(rows.statistics, base) if rows and base else ()),
         *(_step_warnings(steps, len(rows.dataset.train), cfg.train) if rows and steps else ()),
         *(summary.warnings(layers, cfg) if layers else ()),
@@ -210,7 +216,14 @@ def partial_dry_run(
 
 def _check_lengths(cfg: config.TrainRun, base: Base, dataset: Dataset) -> None:
     chosen = state.choose_eval(dataset, cfg.train.eval_rows)
-    state.check_lengths(dataset.train, chosen.examples, base.model, cfg)
+    limits.check_lengths(dataset.train, chosen.examples, base.model, cfg)
+
+
+def _check_metrics(cfg: config.TrainRun, dataset: Dataset) -> None:
+    names = [name for name in task_metrics.names(cfg.train) if name in metric_table.METRICS]
+    prompts = state.choose_eval(dataset, cfg.train.eval_rows).prompts
+    if dataset.eval:
+        check(names, labelled(prompts, cfg.data), dataset.answers, "train.eval_metrics")
 
 
 def _steps(cfg: config.TrainRun, dataset: Dataset) -> Steps:
@@ -244,6 +257,12 @@ def _disk(cfg: config.TrainRun, folder: Path, num_trainable: int, num_steps: int
     disk = Disk(4 * num_trainable, checkpoint.bytes_needed(num_trainable, num_steps, cfg), durable.free_bytes(folder))
     checkpoint.check_free_space(folder, disk.needed)
     return disk
+
+
+def _labels_without_rows(dataset: Dataset) -> Iterator[str]:
+    missing = [label for label, count in (dataset.report.labels or {}).items() if not count]
+    if missing and not dataset.report.is_stream:
+        yield f"no training row has the label {excerpt(', '.join(missing))}, which data.labels names"
 
 
 def _unknown_stop_tokens(statistics: Statistics, base: Base) -> Iterator[str]:

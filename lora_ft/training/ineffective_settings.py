@@ -8,10 +8,11 @@ Settings that contradict each other are errors of validation.py.
 from collections.abc import Iterator
 from typing import Any
 
-from lora_ft import config, validation
+from lora_ft import config, metric_table, validation
 from lora_ft.config import Optimizer, QuantKind, Schedule, TrainOn
 from lora_ft.data.dataset import Dataset
 from lora_ft.data.read import eval_split
+from lora_ft.metric_table import Source
 
 
 def ineffective(cfg: config.TrainRun, dataset: Dataset | None, num_steps: int, largest_step: int) -> list[str]:
@@ -45,6 +46,8 @@ def _by_settings(cfg: config.TrainRun) -> _Cases:
         f"it is for adamw, and optim.name={cfg.optim.name.value}",
     )
     yield "data.mix_until", not cfg.data.mix, "there is no data.mix"
+    of_answers = metric_table.of(Source.answers, [n for n in cfg.train.eval_metrics if n in metric_table.METRICS])
+    yield "train.max_new_tokens", not of_answers, "train.eval_metrics names no metric of generated answers"
     yield "train.epochs", cfg.train.max_steps is not None, "train.max_steps overrides it"
     apart = "data.eval_path" if cfg.data.eval_path else "data.eval_split"
     yield "data.eval_fraction", bool(cfg.data.eval_path or cfg.data.eval_split), f"{apart} names the eval rows"

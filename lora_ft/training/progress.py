@@ -77,6 +77,7 @@ def _line(state: TrainingState, metrics: Metrics) -> str:
         measured = "" if last.step == step else f" (step {last.step})"
         sources = ", ".join(f"{name} {loss:.3f}" for name, loss in last.result.losses.items())
         parts.append(f"eval loss {last.result.loss:.3f}{f' ({sources})' if sources else ''}{measured}")
+        parts += [f"{name} {last.value(name):.3f}" for name in state.task.names if name in last.result.metrics]
     if "lr" in metrics:
         left = state.seconds / step * (num_steps - step)
         parts += [

@@ -11,7 +11,6 @@ import gc
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,26 +23,27 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_ft import config, objectives, validation
+from lora_ft import config, metric_table, objectives, validation
 from lora_ft.adapters import attach, audit, files, init, peft_folder, provenance
+from lora_ft.data import labels
 from lora_ft.data.dataset import Dataset, EvalPrompt
-from lora_ft.data.examples import Examples, lengths_of
+from lora_ft.data.examples import Examples
 from lora_ft.data.groups import grouped
 from lora_ft.data.mixed_dataset import Mix, mix_of, sources_of
-from lora_ft.data.packing import check_capacity, largest_micro_batch, longest_group
+from lora_ft.data.packing import largest_micro_batch, longest_group
 from lora_ft.data.rows import Example
 from lora_ft.data.sampler import MixedOrder, derive, epoch_order
 from lora_ft.data.steps import Steps
 from lora_ft.data.streamed import Stream
-from lora_ft.errors import ConfigError, DataError
-from lora_ft.evaluation.generation import context_length
 from lora_ft.evaluation.loss import EvalLoss
+from lora_ft.metric_table import LOSS
 from lora_ft.models.acceleration import accelerated_lora
 from lora_ft.models.load import Base
 from lora_ft.objectives import Objective
 from lora_ft.ops.token_loss import Paths
-from lora_ft.training import loss_scale, optimizers
+from lora_ft.training import limits, loss_scale, optimizers
 from lora_ft.training.step import Step
+from lora_ft.training.task_metrics import TaskMetrics, task_metrics
 
 log = logging.getLogger("lora_ft")
 
@@ -52,10 +52,18 @@ NAME = "default"  # PEFT's name of the adapter
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result of an evaluation after `step` optimizer steps."""
+    """Result of an evaluation after `step` optimizer steps; `result.metrics` has the metrics of train.eval_metrics."""
 
     step: int
     result: EvalLoss
+
+    def value(self, metric: str) -> float:
+        """Return a metric by its name, the loss included."""
+        return self.result.loss if metric == LOSS else self.result.metrics[metric]
+
+    def cost(self, metric: str) -> float:
+        """Return a number that is lower for a better evaluation."""
+        return metric_table.cost(metric, self.value(metric))
 
 
 @dataclass
@@ -83,6 +91,7 @@ class TrainingState:
     eval_prompts: list[EvalPrompt]
     eval_sources: dict[str, range]
     mix: Mix | None
+    task: TaskMetrics
     steps: Sequence[NDArray[np.int64]]
     parameters: dict[str, nn.Parameter]
     start: dict[str, Tensor]
@@ -158,7 +167,8 @@ class TrainingState:
 
     @property
     def best(self) -> Evaluation | None:
-        return min(self.evaluations, key=lambda e: e.result.loss, default=None)
+        """The best evaluation by train.best_metric, the first of equals."""
+        return min(self.evaluations, key=lambda e: e.cost(self.cfg.train.best_metric), default=None)
 
     @property
     def evaluations_without_gain(self) -> int:
@@ -196,7 +206,7 @@ def attached(
         with accelerated_lora(model, NAME, cfg.fast) as reasons:
             for reason in reasons:
                 log.info(reason)
-            state = new_state(cfg, folder, model, dataset, paths, base_fingerprint)
+            state = new_state(cfg, folder, model, dataset, paths, base_fingerprint, base.tokenizer)
             state.stream = stream
             yield state
     finally:
@@ -211,11 +221,12 @@ def _stream(cfg: config.TrainRun, tokenizer: PreTrainedTokenizerBase, dataset: D
     if dataset.eval_rows is None:
         return None
     make_examples, tokens = objectives.find(cfg.objective).examples, cfg.train.tokens_per_step
-    return Stream(cfg.data, tokenizer, make_examples, cfg.seed, tokens, dataset.eval_rows)
+    data = labels.of_stream(cfg.data, dataset.answers)
+    return Stream(data, tokenizer, make_examples, cfg.seed, tokens, dataset.eval_rows)
 
 
 def _attach(cfg: config.TrainRun, base: Base, dataset: Dataset) -> PeftModel:
-    check_added_tokens(cfg.model, base.tokenizer, dataset.train)
+    limits.check_added_tokens(cfg.model, base.tokenizer, dataset.train)
     token_ids = base.tokenizer.convert_tokens_to_ids(list(cfg.model.added_tokens))
     try:
         model = attach.attach(
@@ -239,14 +250,20 @@ def _attach(cfg: config.TrainRun, base: Base, dataset: Dataset) -> PeftModel:
 
 
 def new_state(
-    cfg: config.TrainRun, folder: Path, model: PeftModel, dataset: Dataset, paths: Paths, base_fingerprint: str
+    cfg: config.TrainRun,
+    folder: Path,
+    model: PeftModel,
+    dataset: Dataset,
+    paths: Paths,
+    base_fingerprint: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> TrainingState:
     """Return the training state, before the first step, of an adapter that is attached."""
     eval_examples, eval_prompts, eval_sources = choose_eval(dataset, cfg.train.eval_rows)
     mix = mix_of(dataset, cfg.data)
     steps = plan_steps(dataset.train, cfg.train, cfg.seed, mix)
-    check_lengths(dataset.train, eval_examples, model.get_base_model(), cfg)
-    check_warmup(cfg.optim, len(steps))
+    limits.check_lengths(dataset.train, eval_examples, model.get_base_model(), cfg)
+    limits.check_warmup(cfg.optim, len(steps))
     parameters = attach.trainable(model, NAME)
     num_trainable = audit.check_trainable(model, NAME, parameters)
     flat = optimizers.flatten(parameters)
@@ -261,6 +278,7 @@ def new_state(
         eval_prompts=eval_prompts,
         eval_sources=eval_sources,
         mix=mix,
+        task=task_metrics(cfg, dataset, eval_prompts, tokenizer, paths),
         steps=steps,
         parameters=parameters,
         start={n: p.detach().to("cpu", copy=True) for n, p in parameters.items()},
@@ -301,44 +319,6 @@ def longest(cfg: config.TrainRun, examples: Sequence[Example]) -> int:
     """Return the number of tokens of the longest group, in a stream of the longest that may come."""
     found = longest_group(examples)
     return max(found, cfg.data.max_length) if cfg.data.stream else found
-
-
-def check_lengths(
-    examples: Sequence[Example], eval_examples: Sequence[Example], model: PreTrainedModel, cfg: config.TrainRun
-) -> None:
-    """Raise an error if an example is longer than a micro-batch or than the model's context, or may be in a stream."""
-    limit = cfg.train.microbatch_limit
-    check_capacity(max((eval_examples, examples), key=longest_group), limit)
-    if cfg.data.stream and (most := min(limit or math.inf, context_length(model))) < cfg.data.max_length:
-        raise ConfigError(
-            f"data.max_length={cfg.data.max_length} allows rows of a stream that are longer than "
-            f"{'train.tokens_per_microbatch' if most == limit else 'the context of the model'}: lower it to {most}"
-        )
-    longest = max((examples, eval_examples), key=lambda side: lengths_of(side).max(initial=0))
-    lengths, context = lengths_of(longest), context_length(model)
-    if lengths.max() > context:
-        source = longest[int(lengths.argmax())].source
-        raise DataError(
-            f"{source} has {lengths.max()} tokens, but the model's context is {context} tokens: lower data.max_length"
-        )
-
-
-def check_warmup(optim: config.Optim, num_steps: int) -> None:
-    if optim.warmup_steps and optim.warmup_steps >= num_steps:
-        raise ConfigError(f"optim.warmup_steps must be less than the run's {num_steps} steps, got {optim.warmup_steps}")
-
-
-def check_added_tokens(model: config.Model, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> None:
-    """Raise DataError for an added token that no training row contains: its embedding would not be trained (A22)."""
-    if not model.added_tokens:
-        return
-    unseen = set(tokenizer.convert_tokens_to_ids(list(model.added_tokens)))
-    for block in examples.blocks():
-        unseen.difference_update(np.unique(block.ids).tolist())
-        if not unseen:
-            return
-    missing = [token for token in model.added_tokens if tokenizer.convert_tokens_to_ids(token) in unseen]
-    raise DataError(f"model.added_tokens: no training row contains {', '.join(missing)}, so they would not be trained")
 
 
 class EvalChoice(NamedTuple):

@@ -182,10 +182,7 @@ class TrackerCallback(Callback):
         return {}
 
     def _log_result(self, result: Result) -> None:
-        flat = {name: value for name, value in asdict(result).items() if value is not None}
-        for name in [name for name, value in flat.items() if isinstance(value, dict)]:  # the losses of sources
-            flat |= {f"{name}/{source}": value for source, value in flat.pop(name).items()}
-        values = {f"result/{name}": value for name, value in flat.items()}
+        values = {f"result/{name}": value for name, value in _values(result) if value is not None}
         if self._name is Tracker.wandb:  # its history rejects a repeated step
             self._tracker.run.summary.update(values)
         else:
@@ -206,6 +203,15 @@ class TrackerCallback(Callback):
             self._tracker.finish()
         self._tracker = None
         self._undo.close()
+
+
+def _values(result: Result) -> Iterator[tuple[str, Any]]:
+    """Yield the single values of a result; a classification has its metrics among them."""
+    for name, value in asdict(result).items():
+        if isinstance(value, dict):
+            yield from ((f"{name}/{metric}", each) for metric, each in value.items() if name != "classification")
+        else:
+            yield name, value
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

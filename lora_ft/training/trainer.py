@@ -18,6 +18,7 @@ import shlex
 import signal
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NoReturn
 
@@ -239,18 +240,20 @@ def _evaluation_is_due(state: TrainingState) -> bool:
 
 
 def _evaluate(state: TrainingState, known: dict[object, EvalLoss]) -> Metrics:
-    """Evaluate the current adapter; with train.keep=best, copy its values if the loss is the lowest so far.
+    """Evaluate the current adapter; with train.keep=best, copy its values if they are the best so far.
 
-    A loss in `known`, of the same rows in the same micro-batches, is not measured again; a measured one is added.
+    A result in `known`, of the same rows and metrics in the same micro-batches, is not measured again; others are
+    added.
     """
     capacity = state.tokens_per_microbatch or state.cfg.train.tokens_per_step
-    key = len(state.eval_examples), capacity
+    key = len(state.eval_examples), capacity, *state.task.names, state.cfg.train.max_new_tokens
     if key not in known:
         chosen = state.eval_examples, state.paths, capacity, state.eval_sources
-        known[key] = eval_loss(state.base, state.objective.loss, *chosen)
+        measured = eval_loss(state.base, state.objective.loss, *chosen)
+        if not math.isfinite(measured.loss):
+            raise NonFiniteError(f"step {state.step}: eval loss {measured.loss}")
+        known[key] = replace(measured, metrics=measured.metrics | state.task(state.base))
     measured = known[key]
-    if not math.isfinite(measured.loss):
-        raise NonFiniteError(f"step {state.step}: eval loss {measured.loss}")
     state.evaluations.append(Evaluation(state.step, measured))
     if state.cfg.train.keep is config.Keep.best and state.evaluations_without_gain == 0:
         state.best_values = state.flat.values.to("cpu", copy=True)
