@@ -53,7 +53,7 @@ def topic() -> Iterator[Example]:
     """Yield synopsis and beginning of a description, and its section."""
     for d in debian.english().values():
         if d.section in TOPICS and d.text:
-            text = first_words(f"{d.synopsis}. {d.text}", 40)
+            text = first_words(f"{d.synopsis}. {d.text}", 25)
             yield Example(d.source, text, {"text": text, "label": d.section})
 
 
@@ -100,13 +100,13 @@ def texts(chosen: Callable[[str], bool]) -> Iterator[Example]:
 
 
 TASKS = {
-    "topic": Task(topic, 1500, 200, 600),
-    "intents": Task(intent, 1500, 200, 600),
-    "summarize": Task(summarize, 1500, 100, 300),
-    "translate_de": Task(translate, 1500, 100, 300),
-    "answer": Task(answer, 1500, 100, 300),
-    "domain": Task(domain, 1500, 100, 300),
-    "outside": Task(outside, 100, 100, 300),
+    "topic": Task(topic, train=2000, validation=200, test=300),
+    "intents": Task(intent, train=2000, validation=200, test=200),
+    "summarize": Task(summarize, train=1500, validation=100, test=150),
+    "translate_de": Task(translate, train=1500, validation=100, test=100),
+    "answer": Task(answer, train=1500, validation=100, test=200),
+    "domain": Task(domain, train=1500, validation=100, test=100),
+    "outside": Task(outside, train=100, validation=100, test=100),
 }
 
 

@@ -23,7 +23,7 @@ import intervals
 import table
 import tfidf
 
-from lora_ft.evaluation import metrics as answer_metrics
+from lora_ft import metric_table
 from lora_ft.io import durable
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "tasks.jsonl"
@@ -42,7 +42,7 @@ class Recipe:
 _CLASSES = ("accuracy", "macro_f1")
 _OF_CLASSES: dict[str, tuple[str, ...]] = {"adapter": (), "head": ("objective=classification",)}
 RECIPES = {
-    "sentiment": Recipe(_CLASSES, (), _OF_CLASSES),
+    "sentiment": Recipe(_CLASSES, ("eval.rows=300",), _OF_CLASSES),
     "topic": Recipe(_CLASSES, variants=_OF_CLASSES),
     "intents": Recipe(_CLASSES, variants=_OF_CLASSES),
     "summarize": Recipe(("rouge_l",), ("data.split=test", "eval.max_new_tokens=32")),
@@ -103,7 +103,7 @@ def _interval(name: str, side: str, found: dict[str, Any]) -> Any:
     if "classification" in found:
         classes = found["classification"].get(side)
         return classes and classes["intervals"].get(name)
-    if name not in answer_metrics.PACKAGES:
+    if metric_table.METRICS[name].source is not metric_table.Source.answers:
         return None
     answers, references = ([row[key].strip() for row in found["samples"]] for key in (side, "reference"))
     return intervals.of_answers(name, answers, references)
