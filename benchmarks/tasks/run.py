@@ -13,6 +13,7 @@ import argparse
 import datetime
 import json
 import os
+import resource
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -66,15 +67,18 @@ def commands(recipe: str, variant: str, seed: int, folder: Path, overrides: list
 def run(recipe: str, variant: str, seed: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
     """Train and evaluate; return the result. A finished run is not trained again."""
     train, evaluation = commands(recipe, variant, seed, folder, overrides)
-    if not (folder / "result.json").exists():
-        _lora_ft(train)
+    trained = {} if (folder / "result.json").exists() else {"cpu_seconds": _lora_ft(train)}
     _lora_ft(evaluation)
-    return collected(recipe, variant, seed, folder)
+    return collected(recipe, variant, seed, folder) | trained
 
 
-def _lora_ft(overrides: list[str]) -> None:
+def _lora_ft(overrides: list[str]) -> int:
+    """Run a command; return the CPU seconds that it took, which other processes of the machine hardly change."""
     print("lora-ft", *overrides, flush=True)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-m", "lora_ft", *overrides], check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
 
 def collected(recipe: str, variant: str, seed: int, folder: Path) -> dict[str, Any]:
@@ -114,8 +118,10 @@ def baseline(recipe: str, overrides: list[str], most_rows: int | None) -> dict[s
     found = tfidf.baseline(recipe, overrides, most_rows)
     values = {name: {"adapter": found[name], "adapter_interval": found[f"{name}_interval"]} for name in _CLASSES}
     variant = TFIDF if most_rows is None else f"{TFIDF} {most_rows} rows"
-    return {"recipe": recipe, "variant": variant, "seed": 0, "date": f"{datetime.date.today()}", "metrics": values,
-            "eval_rows": found["eval_rows"], "train_rows": found["train_rows"], "train_seconds": found["seconds"]}  # fmt: skip
+    return {
+        "recipe": recipe, "variant": variant, "seed": 0, "date": f"{datetime.date.today()}", "metrics": values,
+        "eval_rows": found["eval_rows"], "train_rows": found["train_rows"], "train_seconds": found["seconds"],
+    }  # fmt: skip
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:

@@ -9,9 +9,9 @@ BEGIN = "<!-- results: begin (python benchmarks/tasks/run.py --table writes it) 
 END = "<!-- results: end -->"
 
 Result = dict[str, Any]
-NAMES = {"adapter": "adapter", "head": "classifier head", "tfidf": "TF-IDF, all training rows"}
+NAMES = {"adapter": "adapter", "head": "classifier head", "tfidf": "TF-IDF"}
 HIDDEN = {"loss", "perplexity"}  # shown only where a recipe has no other metric
-HEAD = ["task", "metric", "base", "model", "result", "seeds", "eval rows", "tokens", "training", "memory"]
+HEAD = ["task", "metric", "base", "model", "result", "seeds", "eval rows", "tokens", "training", "CPU", "memory"]
 
 
 def rows(results: list[Result]) -> list[list[str]]:
@@ -29,11 +29,12 @@ def _metrics(result: Result) -> list[str]:
 def _row(recipe: str, variant: str, runs: list[Result], metric: str) -> list[str]:
     first = runs[0]
     tokens = f"{mean(r['tokens'] for r in runs):,.0f}" if "tokens" in first else f"{first['train_rows']:,} rows"
+    cpu = [r["cpu_seconds"] for r in runs if "cpu_seconds" in r]
     memory = f"{max(r['peak_memory_bytes'] for r in runs) / 1e9:.1f} GB" if "tokens" in first else ""
     return [
         recipe, metric, value(metric, "base", runs[:1]), NAMES.get(variant, variant.replace("tfidf", "TF-IDF,")),
         value(metric, "adapter", runs), str(len(runs)), str(first["eval_rows"]), tokens,
-        f"{mean(r['train_seconds'] for r in runs):.0f} s", memory,
+        f"{mean(r['train_seconds'] for r in runs):.0f} s", f"{mean(cpu):.0f} s" if cpu else "", memory,
     ]  # fmt: skip
 
 
