@@ -174,6 +174,10 @@ def test_tfidf_learns_words_and_its_macro_f1_is_that_of_sklearn() -> None:
     train = ([f"good film {n}" for n in range(9)] + [f"bad film {n}" for n in range(9)], ["pos"] * 9 + ["neg"] * 9)
     found = tfidf.scores(train, (["a good one", "a bad one", "good"], ["pos", "neg", "pos"]))
     assert (found["accuracy"], found["macro_f1"], found["train_rows"]) == (1.0, 1.0, 18)
+    texts = [str(n) for n in range(20)]
+    assert tfidf.drawn(texts, texts, None) == (texts, texts)
+    some = tfidf.drawn(texts, texts, 5)
+    assert some == (tfidf.drawn(texts, texts, 20)[0][:5],) * 2
     rng = np.random.default_rng(0)
     labels, predicted = (rng.choice(np.array(["a", "b", "c"]), 50) for _ in range(2))
     assert tfidf.f1(labels, predicted) == pytest.approx(f1_score(labels, predicted, average="macro"))

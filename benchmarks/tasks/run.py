@@ -33,17 +33,21 @@ EXAMPLES = 1_000_000  # eval.json then holds every answer
 
 @dataclass(frozen=True)
 class Recipe:
-    """An experiment: metrics of its eval rows, overrides of `eval`, and overrides of `train` by variant."""
+    """An experiment: metrics of its eval rows, overrides of `eval`, and overrides of `train` by variant.
+
+    eval_rows: number of the eval rows that are evaluated; None for all.
+    """
 
     metrics: tuple[str, ...] = ()
     eval: tuple[str, ...] = ("data.split=test",)
+    eval_rows: int | None = None
     variants: dict[str, tuple[str, ...]] = field(default_factory=lambda: {"adapter": ()})
 
 
 _CLASSES = ("accuracy", "macro_f1")
 _OF_CLASSES: dict[str, tuple[str, ...]] = {"adapter": (), "head": ("objective=classification",)}
 RECIPES = {
-    "sentiment": Recipe(_CLASSES, ("eval.rows=300",), _OF_CLASSES),
+    "sentiment": Recipe(_CLASSES, (), 300, _OF_CLASSES),
     "topic": Recipe(_CLASSES, variants=_OF_CLASSES),
     "intents": Recipe(_CLASSES, variants=_OF_CLASSES),
     "summarize": Recipe(("rouge_l",), ("data.split=test", "eval.max_new_tokens=32")),
@@ -60,6 +64,7 @@ def commands(recipe: str, variant: str, seed: int, folder: Path, overrides: list
     train = ["train", f"experiment={recipe}", *found.variants[variant], *overrides]
     train += [f"seed={seed}", "train.samples=0", f"hydra.run.dir={folder}"]
     evaluation = ["eval", f"run={folder}", *found.eval, f"eval.samples={EXAMPLES}"]
+    evaluation += [f"eval.rows={found.eval_rows}"] if found.eval_rows else []
     generated = [name for name in found.metrics if name not in _CLASSES]
     return train, evaluation + ([f"eval.metrics=[{','.join(generated)}]"] if generated else [])
 
@@ -115,7 +120,7 @@ def _interval(name: str, side: str, found: dict[str, Any]) -> Any:
 
 def baseline(recipe: str, overrides: list[str], most_rows: int | None) -> dict[str, Any]:
     """Return the result of TF-IDF in the form of a run's."""
-    found = tfidf.baseline(recipe, overrides, most_rows)
+    found = tfidf.baseline(recipe, overrides, most_rows, RECIPES[recipe].eval_rows)
     values = {name: {"adapter": found[name], "adapter_interval": found[f"{name}_interval"]} for name in _CLASSES}
     variant = TFIDF if most_rows is None else f"{TFIDF} {most_rows} rows"
     return {

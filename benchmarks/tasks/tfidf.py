@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 import lora_ft
 from lora_ft import config
 from lora_ft.data.read import Rows, read, read_eval
+from lora_ft.data.sampler import epoch_order
 from lora_ft.data.sources import folder_splits
 
 STRENGTHS = [1.0, 10.0, 100.0]
@@ -82,14 +83,22 @@ def f1(labels: NDArray[np.str_], predicted: NDArray[np.str_]) -> float:
     return float((2 * right / both).mean())
 
 
-def baseline(recipe: str, overrides: list[str], most_rows: int | None = None, seed: int = 0) -> dict[str, Any]:
-    """Return the scores of TF-IDF on the rows of a recipe, or on so many of them."""
+def baseline(
+    recipe: str, overrides: list[str], most_rows: int | None = None, eval_rows: int | None = None
+) -> dict[str, Any]:
+    """Return the scores of TF-IDF on the rows of a recipe, or on so many of them.
+
+    eval_rows: number of eval rows, which are then those that `lora-ft eval eval.rows=N` chooses.
+    """
     data = lora_ft.compose("train", [f"experiment={recipe}", *overrides]).data
     train, test = (texts_and_labels(rows, data.prompt) for rows in rows_of(data))
-    if most_rows is not None and most_rows < len(train[0]):
-        chosen = np.random.default_rng(seed).permutation(len(train[0]))[:most_rows]
-        train = [train[0][i] for i in chosen], [train[1][i] for i in chosen]
-    return scores(train, test)
+    return scores(drawn(*train, most_rows), drawn(*test, eval_rows))
+
+
+def drawn(texts: list[str], labels: list[str], number: int | None) -> tuple[list[str], list[str]]:
+    """Return so many of the rows, in the random order of `lora-ft eval`; all of them for None."""
+    chosen = epoch_order(len(texts), 0, 0)[:number] if number else range(len(texts))
+    return [texts[i] for i in chosen], [labels[i] for i in chosen]
 
 
 def main(arguments: list[str]) -> int:
