@@ -63,10 +63,12 @@ def commands(recipe: str, variant: str, seed: int, folder: Path, overrides: list
     found = RECIPES[recipe]
     train = ["train", f"experiment={recipe}", *found.variants[variant], *overrides]
     train += [f"seed={seed}", "train.samples=0", f"hydra.run.dir={folder}"]
-    evaluation = ["eval", f"run={folder}", *found.eval, f"eval.samples={EXAMPLES}"]
+    evaluation = ["eval", f"run={folder}", *found.eval]
     evaluation += [f"eval.rows={found.eval_rows}"] if found.eval_rows else []
     generated = [name for name in found.metrics if name not in _CLASSES]
-    return train, evaluation + ([f"eval.metrics=[{','.join(generated)}]"] if generated else [])
+    if not generated:
+        return train, [*evaluation, "eval.samples=0"]  # labels are scored, not generated
+    return train, [*evaluation, f"eval.samples={EXAMPLES}", f"eval.metrics=[{','.join(generated)}]"]
 
 
 def run(recipe: str, variant: str, seed: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
