@@ -45,7 +45,7 @@ class Recipe:
 
 
 _CLASSES = ("accuracy", "macro_f1")
-_OF_CLASSES: dict[str, tuple[str, ...]] = {"adapter": (), "head": ("objective=classification",)}
+_OF_CLASSES: dict[str, tuple[str, ...]] = {"adapter": (), "head": ("objective=classification", "data.system=null")}
 RECIPES = {
     "sentiment": Recipe(_CLASSES, (), 300, _OF_CLASSES),
     "topic": Recipe(_CLASSES, variants=_OF_CLASSES),
