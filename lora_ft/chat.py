@@ -22,7 +22,7 @@ import jinja2
 import numpy as np
 
 from lora_ft import config
-from lora_ft.adapters import loading
+from lora_ft.adapters import loading, peft_folder
 from lora_ft.cli import entry
 from lora_ft.data import template_variables
 from lora_ft.data.chat_template import control_tokens, fitted_prompt, plain_prompt
@@ -44,6 +44,8 @@ HELP = """\
 /quit      end the session (or Ctrl-D)          Ctrl-C     stop the answer"""
 
 Message = dict[str, str]
+
+_AS_PYTHON = "lora-ft eval measures it, and lora_ft.load(...) gives the model and its tokenizer in Python"
 
 
 @dataclass
@@ -67,6 +69,8 @@ class Session:
 def main(cfg: config.ChatRun, invocation: entry.Invocation) -> None:
     """Answer `prompt` on stdout, or run a session on stdin and stdout."""
     with selected(resolve_device(cfg.device)):
+        adapter = loading.adapter_folder(cfg.run, cfg.adapter_path)
+        loading.check_generates(adapter, peft_folder.read_config(adapter), "a chat", _AS_PYTHON)
         model, tokenizer = loading.load(cfg)
         template_variables.check(tokenizer, cfg.data.template)
         system = cfg.data.system if cfg.system is None else cfg.system

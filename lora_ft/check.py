@@ -33,6 +33,7 @@ from rich.text import Text
 
 from lora_ft import config, runs, validation
 from lora_ft.adapters.summary import Layers, left_out_lines
+from lora_ft.classes import Classes
 from lora_ft.cli import entry, terminal
 from lora_ft.data.dataset import Dataset, Report
 from lora_ft.data.examples import Examples
@@ -120,7 +121,8 @@ def page(cfg: config.TrainRun, found: PartialDryRun, tokenizer: Any, plan: Plan 
     parts: list[RenderableType] = []
     if found.rows:
         legend = "training rows: ⟦supervised⟧ and masked; · space, ↵ end of line, → tab"
-        samples = [part for kind, row in _samples(found.rows.dataset) for part in _sample(kind, row, tokenizer)]
+        rows, classes = found.rows.dataset, found.rows.dataset.classes
+        samples = [part for kind, row in _samples(rows) for part in _sample(kind, row, tokenizer, classes)]
         parts += [Text(legend, "bold"), Text(), *samples]
         parts += [Text("rows", "bold"), _table(_row_facts(cfg, found.rows)), Text()]
     if found.steps or found.layers:
@@ -146,7 +148,7 @@ def _by_length(examples: Examples) -> list[int]:
     return [int(index) for index in np.argsort(examples.lengths, kind="stable")]
 
 
-def _sample(kind: str, example: Example, tokenizer: Any) -> Iterator[RenderableType]:
+def _sample(kind: str, example: Example, tokenizer: Any, classes: Classes | None) -> Iterator[RenderableType]:
     supervised = int(example.supervised.sum())
     weights = [] if example.weights is None else sorted({f"{w:g}" for w in example.weights[example.supervised]})
     weighted = f" (weights {', '.join(weights)})" if weights else ""
@@ -154,7 +156,9 @@ def _sample(kind: str, example: Example, tokenizer: Any) -> Iterator[RenderableT
     yield Text(head, "dim")
     text = Text(overflow="fold")
     control = _control_tokens(tokenizer)
-    for part, learned in _shortened(list(_parts(example, Vocabulary(tokenizer)))):
+    vocabulary = Vocabulary(tokenizer)
+    parts = _text_and_classes(example, vocabulary, classes) if classes else list(_parts(example, vocabulary))
+    for part, learned in _shortened(parts):
         style = "green" if learned else "dim"
         text.append("⟦" if learned else "", style)
         for number, piece in enumerate(
@@ -182,6 +186,12 @@ def _parts(example: Example, vocabulary: Vocabulary) -> Iterator[tuple[str, bool
         until = vocabulary.text(example.ids[:end].tolist())
         yield until[len(before) :], bool(example.supervised[start])
         before = until
+
+
+def _text_and_classes(example: Example, vocabulary: Vocabulary, classes: Classes) -> list[tuple[str, bool]]:
+    """Return the text of a classifier's document, and the names of its classes."""
+    names = [classes.names[number] for number in example.ids[example.supervised] if number < len(classes.names)]
+    return [(vocabulary.text(example.ids[~example.supervised].tolist()), False), (", ".join(names) or "no label", True)]
 
 
 def _shortened(parts: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
@@ -227,8 +237,14 @@ def _row_facts(cfg: config.TrainRun, found: Rows) -> Facts:
     if rows.labels:
         yield "labels", excerpt(", ".join(f"{label}: {count:,}" for label, count in rows.labels.items()), longest=400)
     yield "documents", f"{rows.train_documents:,} to train on, {rows.eval_documents:,} to evaluate on"
+    classes = found.dataset.classes
     part = rows.supervised_tokens / rows.train_tokens
-    yield "tokens", f"{rows.train_tokens:,} to train on, {rows.supervised_tokens:,} of them supervised ({part:.1%})"
+    learned = f"{rows.supervised_tokens:,} of them supervised ({part:.1%})"
+    if classes:
+        pairs = zip(classes.names, classes.counts, strict=True)
+        yield "classes", excerpt(", ".join(f"{name} {count:,}" for name, count in pairs), longest=_LONG)
+        learned = "the label of a row counted as one"
+    yield "tokens", f"{rows.train_tokens:,} to train on, {learned}"
     limit = "" if rows.sources else f" (data.max_length={cfg.data.max_length})"
     longest = f"the longest {rows.longest:,} tokens{limit}"
     yield "length", f"median {seen.median:,.0f}, 95% have at most {seen.percentile_95:,.0f}, {longest}"
@@ -242,10 +258,12 @@ def _row_facts(cfg: config.TrainRun, found: Rows) -> Facts:
         if seen.begin
         else "the tokenizer adds no token before text",
     )
-    yield "end", "".join(f"{count:,} with {end}, " for end, count in seen.ends.items()) + f"{seen.unended:,} with none"
+    if not classes:
+        ends = "".join(f"{count:,} with {end}, " for end, count in seen.ends.items())
+        yield "end", ends + f"{seen.unended:,} with none"
     if seen.prompts:
-        same = seen.prompts - len(seen.other_prompts)
-        yield "prompts", f"{same} of {seen.prompts} examined equal the prompt at inference, token by token"
+        same, what = seen.prompts - len(seen.other_prompts), "tokenizer(text)" if classes else "the prompt"
+        yield "prompts", f"{same} of {seen.prompts} examined equal {what} at inference, token by token"
     yield "overlap", f"{seen.asked_before:,} eval rows have the prompt of a training row"
 
 

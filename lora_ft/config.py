@@ -191,6 +191,7 @@ class MergeRun:
     )
     model: Model = field(default_factory=Model)
     quant: Quant = field(default_factory=RecordedQuant)
+    objective: Objective = field(default_factory=Objective)
     data: Data = field(default_factory=Data)
     eval_rows: int = setting(64, "maximum number of eval rows to measure on", unit="rows", at_least=1)
     device: str = _device()

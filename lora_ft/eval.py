@@ -27,9 +27,10 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, metric_table, mixing, runs, validation
+from lora_ft import config, metric_table, mixing, objectives, runs, validation
 from lora_ft.adapters import labels as stored_labels
-from lora_ft.adapters import loading, provenance
+from lora_ft.adapters import loading, peft_folder, provenance
+from lora_ft.classes import Classes
 from lora_ft.cli import entry, overrides
 from lora_ft.data import thoughts
 from lora_ft.data.dataset import Dataset, few_answers, prepare_rows
@@ -37,7 +38,7 @@ from lora_ft.data.joined import Chained
 from lora_ft.data.mixed_dataset import prepare, read_sources
 from lora_ft.data.read import Rows, eval_split, read_eval, refuse_leaks
 from lora_ft.errors import ConfigError, DataError, ResourceError
-from lora_ft.evaluation import class_report, metrics
+from lora_ft.evaluation import class_report, heads, metrics
 from lora_ft.evaluation.class_set import ClassSet, check, label_set, labelled
 from lora_ft.evaluation.classification import TEMPERATURES, Classification, Predictions, classify, fit_temperature
 from lora_ft.evaluation.classification import metrics as metrics_of
@@ -47,7 +48,8 @@ from lora_ft.io import durable
 from lora_ft.metric_table import Source
 from lora_ft.models.acceleration import accelerated, accelerated_lora
 from lora_ft.models.device import resolve_device, selected
-from lora_ft.objectives import find as find_objective
+from lora_ft.objectives import Objective
+from lora_ft.objectives.classification import Classification as ByHead
 from lora_ft.ops.kernels import choose_kernels
 from lora_ft.ops.token_loss import Paths
 from lora_ft.training.predict import predict, with_labels
@@ -99,11 +101,15 @@ def evaluate(cfg: config.EvalRun, given: list[str]) -> EvalResult:
     metric_table.check("eval.metrics", cfg.eval.metrics)
     adapter = loading.adapter_folder(cfg.run, cfg.adapter_path)
     own = _own_data(cfg.run)
-    cfg = loading.with_base(cfg, adapter)
-    cfg = with_labels(replace(cfg, data=_data(cfg.data, own, given)), adapter)
+    saved = peft_folder.read_config(adapter)
+    classes = loading.classes_of(adapter, saved)
+    cfg = loading.with_base(cfg, adapter, saved)
+    cfg = replace(cfg, data=_data(cfg.data, own, given), objective=objectives.of_adapter(cfg.objective, classes))
+    cfg = with_labels(cfg, adapter)
+    objective = objectives.find(cfg.objective, classes)
     tokenizer = loading.adapter_tokenizer(adapter, cfg.model)
-    dataset, description, disjoint = _rows(cfg, own, given, tokenizer)
-    eval_set = _eval_set(cfg, dataset)
+    dataset, description, disjoint = _rows(cfg, objective, own, given, tokenizer)
+    eval_set = _eval_set(cfg, objective, dataset, classes)
     if not disjoint:
         _warn_of_other_rows(adapter, dataset)
     device = resolve_device(cfg.device)
@@ -111,8 +117,10 @@ def evaluate(cfg: config.EvalRun, given: list[str]) -> EvalResult:
     with selected(device):
         base, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
         with accelerated(base.model, cfg.fast, kernels) as made, accelerated_lora(model, loading.NAME, cfg.fast):
-            classes = _class_set(cfg, dataset, eval_set, tokenizer, made.paths)
-            comparison = compare(model, tokenizer, replace(eval_set, classes=classes), made.paths)
+            scored = _class_set(cfg, dataset, eval_set, tokenizer, made.paths, classes)
+            comparison = compare(
+                model, tokenizer, replace(eval_set, classes=scored), made.paths, _yardstick(objective, eval_set)
+            )
     end = tokenizer.decode(eval_set.prompts[0].prompt_ids[-_PROMPT_END:]) if eval_set.prompts else ""
     found = _metrics(comparison, metric_table.of(Source.answers, cfg.eval.metrics), end)
     classified = _classified(comparison, cfg, adapter, dataset.report.sha256)
@@ -125,12 +133,23 @@ def evaluate(cfg: config.EvalRun, given: list[str]) -> EvalResult:
     return result
 
 
-def _eval_set(cfg: config.EvalRun, dataset: Dataset) -> EvalSet:
+def _yardstick(objective: Objective, eval_set: EvalSet) -> Comparison | None:
+    """Return what stands for the base of a classifier; None for a language model."""
+    if isinstance(objective, ByHead) and objective.classes:
+        return heads.majority(objective.loss_of, objective.classes, eval_set.examples, eval_set.sources)
+    return None
+
+
+def _eval_set(cfg: config.EvalRun, objective: Objective, dataset: Dataset, classes: Classes | None) -> EvalSet:
     """Choose examples and prompts within the limits of `cfg.eval`; metrics need all prompts."""
     settings = cfg.eval
     examples, prompts, sources = choose_eval(dataset, settings.rows or len(dataset.eval))
     if not examples:
         raise DataError("there are no eval rows: set data.eval_fraction above 0, or data.eval_path=FILE")
+    if classes:
+        heads.check(settings.metrics, examples, classes, "eval.metrics")
+        tokens = settings.tokens_per_microbatch
+        return EvalSet(examples, [], tokens, settings.max_new_tokens, objective.loss, sources, is_of_head=True)
     check(settings.metrics, labelled(prompts, cfg.data), dataset.answers, "eval.metrics")
     wanted = len(prompts) if metric_table.of(Source.answers, settings.metrics) else settings.samples
     return EvalSet(
@@ -138,15 +157,22 @@ def _eval_set(cfg: config.EvalRun, dataset: Dataset) -> EvalSet:
         prompts[:wanted],
         settings.tokens_per_microbatch,
         settings.max_new_tokens,
-        find_objective(cfg.objective).loss,
+        objective.loss,
         sources,
     )
 
 
 def _class_set(
-    cfg: config.EvalRun, dataset: Dataset, eval_set: EvalSet, tokenizer: PreTrainedTokenizerBase, paths: Paths
+    cfg: config.EvalRun,
+    dataset: Dataset,
+    eval_set: EvalSet,
+    tokenizer: PreTrainedTokenizerBase,
+    paths: Paths,
+    classes: Classes | None,
 ) -> ClassSet | None:
-    """Return the rows with labels, if the settings name labels or a metric of them."""
+    """Return the rows with labels, if the adapter is a classifier, or the settings name labels or a metric of them."""
+    if classes:
+        return heads.head_set(classes, eval_set.examples, paths, eval_set.tokens_per_microbatch)
     if not mixing.has_labels(cfg.data) and not metric_table.of(Source.classes, cfg.eval.metrics):
         if cfg.eval.calibrate:
             raise ConfigError("eval.calibrate=true needs rows with labels: set data.labels")
@@ -186,13 +212,18 @@ def _fitted(found: Predictions) -> float:
 
 
 def _rows(
-    cfg: config.EvalRun, own: config.Data | None, given: list[str], tokenizer: PreTrainedTokenizerBase
+    cfg: config.EvalRun,
+    objective: Objective,
+    own: config.Data | None,
+    given: list[str],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[Dataset, str, bool]:
     """Return the rows to evaluate, their description, and True if the run certainly did not train on any of them.
 
     own: the data settings of the run.
     """
-    make_examples, data = find_objective(cfg.objective).examples, cfg.data
+    make_examples, data = objective.examples, objectives.data_of(cfg.objective, cfg.data)
+    own = objectives.data_of(cfg.objective, own) if own else None
     same = own is not None and _identity(data) == _identity(own)
     if data.sources:
         return prepare(data, tokenizer, make_examples), f"eval rows of {', '.join(sorted(data.sources))}", False
@@ -285,8 +316,9 @@ def _record(result: EvalResult, samples: int) -> dict[str, Any]:
     of_classes = (found.metrics for found in result.classes) if result.classes else ({}, {})
     base, adapter = (answers | classes for answers, classes in zip(of_answers, of_classes, strict=True))
     return {
-        "base": _losses(comparison.base) | base,
-        "adapter": _losses(comparison.adapter) | adapter,
+        "base": _losses(comparison.base, comparison) | base,
+        "adapter": _losses(comparison.adapter, comparison) | adapter,
+        **({"base_is": heads.BASE_IS} if comparison.is_of_head else {}),
         "tokens": comparison.adapter.tokens,
         "rows": comparison.adapter.rows,
         "data_sha256": result.data_sha256,
@@ -299,11 +331,14 @@ def _record(result: EvalResult, samples: int) -> dict[str, Any]:
     }
 
 
-def _losses(loss: EvalLoss) -> dict[str, Any]:
-    """Return loss and perplexity, of each source too; None for an infinite perplexity, which JSON cannot represent."""
-    values = {"loss": loss.loss, "perplexity": loss.perplexity}
+def _losses(loss: EvalLoss, comparison: Comparison) -> dict[str, Any]:
+    """Return loss and perplexity, of each source too; None for an infinite perplexity, which JSON cannot represent.
+
+    A classifier has no perplexity.
+    """
+    values = {"loss": loss.loss} | ({} if comparison.is_of_head else {"perplexity": loss.perplexity})
     finite: dict[str, Any] = {name: value if math.isfinite(value) else None for name, value in values.items()}
-    sources = {name: {**_losses(source), "tokens": source.tokens} for name, source in loss.sources.items()}
+    sources = {name: {**_losses(source, comparison), "tokens": source.tokens} for name, source in loss.sources.items()}
     return finite | ({"sources": sources} if sources else {})
 
 

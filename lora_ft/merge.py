@@ -22,7 +22,7 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from lora_ft import config, mixing, validation
+from lora_ft import config, mixing, objectives, validation
 from lora_ft.adapters import files, loading, peft_folder, provenance
 from lora_ft.cli import entry
 from lora_ft.data.mixed_dataset import prepare
@@ -39,13 +39,13 @@ from lora_ft.models.device import resolve_device, resolve_dtype, selected
 from lora_ft.models.load import Base, load_base
 from lora_ft.models.meta_model import load_meta_model
 from lora_ft.models.resolve import locate
-from lora_ft.objectives.sft import Sft
 from lora_ft.training.state import choose_eval
 from lora_ft.values import BaseWeights, Dtype, QuantKind
 
 log = logging.getLogger("lora_ft")
 
 _COMPARISON = "merge.json"
+_AS_FOLDER = "leave out gguf, and transformers or vLLM loads the folder as a classifier"
 _TOKENS_PER_PASS = 1024
 
 
@@ -89,13 +89,19 @@ def merge(cfg: config.MergeRun) -> MergeResult:
         raise ConfigError(f"out={cfg.out} exists already, and merge never replaces anything: choose a new name")
     adapters = _adapters(cfg)
     cfg = loading.with_base(cfg, adapters[0])
+    saved = peft_folder.read_config(adapters[0])
+    if cfg.gguf:
+        loading.check_generates(adapters[0], saved, "llama.cpp", _AS_FOLDER)
+    classes = loading.classes_of(adapters[0], saved)
+    cfg = replace(cfg, objective=objectives.of_adapter(cfg.objective, classes))
+    objective = objectives.find(cfg.objective, classes)
     tokenizer = loading.adapter_tokenizer(adapters[0], cfg.model)
     with selected(resolve_device(cfg.device)):
         if cfg.adapters:
             return _combine(cfg, adapters, tokenizer, out)
         if cfg.truncate_rank:
-            return _truncate(cfg, adapters[0], tokenizer, out, cfg.truncate_rank)
-        return _merge(cfg, adapters[0], tokenizer, out)
+            return _truncate(cfg, adapters[0], objective, tokenizer, out, cfg.truncate_rank)
+        return _merge(cfg, adapters[0], objective, tokenizer, out)
 
 
 def _adapters(cfg: config.MergeRun) -> list[Path]:
@@ -106,14 +112,20 @@ def _adapters(cfg: config.MergeRun) -> list[Path]:
     return [loading.adapter_folder(path if is_run[path] else None, path) for path in cfg.adapters]
 
 
-def _merge(cfg: config.MergeRun, adapter: Path, tokenizer: PreTrainedTokenizerBase, out: Path) -> MergeResult:
+def _merge(
+    cfg: config.MergeRun,
+    adapter: Path,
+    objective: objectives.Objective,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+) -> MergeResult:
     check(adapter, peft_folder.read_config(adapter))
     base_dtype = resolve_dtype(cfg.model.dtype, resolve_device(cfg.device))
     dtype = base_dtype if cfg.dtype is Dtype.auto else getattr(torch, cfg.dtype.value)
     if cfg.gguf:
         gguf_model.check(Path(str(locate(cfg.model, weights=False).folder)), tokenizer)
         dtype = torch.float32  # rounded once, to the type of the file
-    merged, expected, comparison = _merged_model(cfg, adapter, tokenizer, dtype)
+    merged, expected, comparison = _merged_model(cfg, adapter, objective, tokenizer, dtype)
     # A GGUF file is made from the verified folder, which is then removed.
     with durable.scratch_folder(out) if cfg.gguf else durable.staged_folder(out) as folder:
         write_folder(merged, tokenizer, folder)
@@ -135,10 +147,14 @@ def _merge(cfg: config.MergeRun, adapter: Path, tokenizer: PreTrainedTokenizerBa
 
 
 def _merged_model(
-    cfg: config.MergeRun, adapter: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+    cfg: config.MergeRun,
+    adapter: Path,
+    objective: objectives.Objective,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
 ) -> tuple[MergedModel, verify.Probe, merge_base.Comparison | None]:
     """Return the merged model, the attached adapter's logits, and the comparison of base weights if it was needed."""
-    kinds, rows = _candidates(cfg, tokenizer)
+    kinds, rows = _candidates(cfg, objective, tokenizer)
     models = {kind: _attached(cfg, adapter, tokenizer, kind) for kind in kinds}
     merged = {kind: MergedModel(model, dtype) for kind, model in models.items()}
     comparison, kind = None, kinds[0]
@@ -149,7 +165,7 @@ def _merged_model(
 
 
 def _candidates(
-    cfg: config.MergeRun, tokenizer: PreTrainedTokenizerBase
+    cfg: config.MergeRun, objective: objectives.Objective, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[BaseWeights], Sequence[Example]]:
     """Return the base weights to choose from, and the eval rows to compare them on."""
     files = locate(cfg.model, weights=False).stored
@@ -166,7 +182,7 @@ def _candidates(
         return [BaseWeights.original], []
     if cfg.base_weights is not BaseWeights.auto:
         return [cfg.base_weights], []
-    rows = _eval_examples(cfg, tokenizer)
+    rows = _eval_examples(cfg, objective, tokenizer)
     if not rows:
         log.warning(
             "no eval rows to compare the base weights on: the adapter is added to the dequantized weights, "
@@ -189,18 +205,21 @@ def _attached(cfg: config.MergeRun, adapter: Path, tokenizer: PreTrainedTokenize
     if dtype is Dtype.float16:  # which CPUs do not compute in
         dtype = Dtype.float32
     saved = peft_folder.read_config(adapter)
-    rows = files.vocabulary_rows(adapter, saved)
-    base = load_base(replace(cfg.model, dtype=dtype), config.Quant(), "cpu", tokenizer, rows=rows)
+    classes, rows = loading.classes_of(adapter, saved), files.vocabulary_rows(adapter, saved)
+    base = load_base(replace(cfg.model, dtype=dtype), config.Quant(), "cpu", tokenizer, classes=classes, rows=rows)
     provenance.check_source(adapter, saved, base, cfg.quant)
     return files.load(base.model, adapter, loading.NAME, saved)
 
 
-def _eval_examples(cfg: config.MergeRun, tokenizer: PreTrainedTokenizerBase) -> Sequence[Example]:
+def _eval_examples(
+    cfg: config.MergeRun, objective: objectives.Objective, tokenizer: PreTrainedTokenizerBase
+) -> Sequence[Example]:
     """Return the eval set of the training run; empty if the run had no eval set or it can no longer be read."""
     if not mixing.has_rows(cfg.data):
         return []
     try:
-        return choose_eval(prepare(cfg.data, tokenizer), cfg.eval_rows)[0]
+        data = objectives.data_of(cfg.objective, cfg.data)
+        return choose_eval(prepare(data, tokenizer, objective.examples), cfg.eval_rows)[0]
     except (ConfigError, DataError, ResourceError) as error:
         log.warning("the eval rows cannot be read: %s", error)
         return []
@@ -224,18 +243,23 @@ def _combine(cfg: config.MergeRun, adapters: list[Path], tokenizer: PreTrainedTo
 
 
 def _truncate(
-    cfg: config.MergeRun, adapter: Path, tokenizer: PreTrainedTokenizerBase, out: Path, rank: int
+    cfg: config.MergeRun,
+    adapter: Path,
+    objective: objectives.Objective,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    rank: int,
 ) -> MergeResult:
     saved = truncate.check(adapter, rank)
     base, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
     found = truncate.updates(model, loading.NAME)
-    rows = _eval_examples(cfg, tokenizer)
+    rows = _eval_examples(cfg, objective, tokenizer)
     if not rows:
         log.warning("no eval rows: the table shows only how much of the update's norm each rank keeps")
     with accelerated(base.model, config.Fast()) as made:
 
         def loss() -> float:
-            return eval_loss(base.model, Sft().loss, rows, made.paths, _TOKENS_PER_PASS).loss
+            return eval_loss(base.model, objective.loss, rows, made.paths, _TOKENS_PER_PASS).loss
 
         ranks = truncate.compare_ranks(model, loading.NAME, found, rank, loss if rows else None)
     small = {layer: update.truncated(rank) for layer, update in found.items()}
@@ -251,8 +275,10 @@ def _origin(base: Base, quant: config.Quant, adapters: list[Path], how: dict[str
     rows = [record.get("data_sha256") for record in known]
     data = rows[0] if len(rows) == 1 else hashlib.sha256(json.dumps(rows).encode()).hexdigest() if all(rows) else None
     hashes = [hashlib.sha256((adapter / peft_folder.WEIGHTS).read_bytes()).hexdigest() for adapter in adapters]
+    classes = loading.classes_of(adapters[0], peft_folder.read_config(adapters[0]))
+    labels = list(classes.names) if classes else None
     made_from, template = how | {"adapter_sha256": hashes}, provenance.template_of(known[0])
-    return provenance.Provenance(base.identity, quant, data, made_from, template)
+    return provenance.Provenance(base.identity, quant, data, made_from, template, labels, classes)
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def _train_job(
     for warning in check.warnings:
         log.warning(warning)
     memory.check(check)
-    shared.base = loaded = shared.base or load(cfg, shared.tokenizer)
+    shared.base = loaded = shared.base or load(cfg, shared.tokenizer, shared.rows.dataset.classes)
     for reason in loaded.accelerated.reasons:
         log.info(reason)
     base, dataset = loaded.base, shared.rows.dataset

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lora_ft import config
+from lora_ft.classes import Classes
 from lora_ft.data.dataset import Dataset, EvalPrompts
 from lora_ft.data.examples import Examples
 from lora_ft.data.rows import Example
@@ -65,6 +66,7 @@ def state_on(
     eval_examples: list[Example] | None = None,
     fast: bool = True,
     settle: bool = True,
+    classes: Classes | None = None,
     **settings: object,
 ) -> TrainingState:
     """Attach an adapter to a model and return the training state; the adapter stays until `detach`."""
@@ -78,6 +80,7 @@ def state_on(
         eval_prompts=EvalPrompts(Examples.of([]), [], np.zeros(0, np.bool_)),
         answers=None,
         report=Report(),
+        classes=classes,
     )
     context = attached(cfg, folder, base, dataset, accelerate(model, cfg.fast).paths, "f")
     state = context.__enter__()

@@ -67,6 +67,9 @@ def _reader(folder: Path) -> Path:
     (folder / "flags.csv").write_text(re.findall(r"```csv\n(.*?)```", PAGES["docs/quickstart.md"], re.DOTALL)[0])
     (folder / "wiki.txt").write_text("\n\n".join(f"The number {n} is followed by {n + 1}." for n in range(40)))
     shutil.copy(ROOT / "tests" / "templates" / "qwen3.jinja", folder)
+    films = [f"film {n} is {label},{label}\n" for n in range(20) for label in ("good", "bad")]
+    (folder / "films.csv").write_text("text,label\n" + "".join(films))
+    (folder / "new_films.csv").write_text("text\n" + "".join(f"new film {n}\n" for n in range(5)))
     (folder / "packed.jsonl.gz").write_bytes(gzip.compress((folder / "my.jsonl").read_bytes()))
     (folder / "clone" / "data").mkdir(parents=True)
     (folder / "clone" / "README.md").write_text("# Chats")

@@ -45,7 +45,7 @@ def paired(examples):
 
 @pytest.fixture(autouse=True)
 def preference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(objectives.OBJECTIVES, "preference", Preference())
+    monkeypatch.setitem(objectives.OBJECTIVES, "preference", lambda settings, classes: Preference())
 
 
 def answers(rows: range) -> list[Example]:
@@ -143,11 +143,11 @@ def test_commands_take_the_objective_by_name(tmp_path: Path, capfd: pytest.Captu
     assert json.loads((run / "eval.json").read_text())["adapter"]["loss"] == pytest.approx(last["eval_loss"])
     capfd.readouterr()
     assert call("check", *words[:-1], "objective.name=preferences") == 2
-    assert "objective.name must be one of sft, preference, got preferences" in capfd.readouterr().err
+    assert "objective.name must be one of sft, classification, preference, got preferences" in capfd.readouterr().err
 
 
 def test_an_unknown_objective_is_refused_with_the_choices() -> None:
-    with pytest.raises(ConfigError, match="must be one of sft, preference, got dpo"):
+    with pytest.raises(ConfigError, match="must be one of sft, classification, preference, got dpo"):
         objectives.find(config.Objective("dpo"))
 
 

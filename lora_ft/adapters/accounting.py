@@ -14,6 +14,7 @@ from lora_ft import config
 from lora_ft.adapters.experts import expert_parameters
 from lora_ft.adapters.targets import EXCLUDED, Selection, matched_layers
 from lora_ft.adapters.text_path import LINEAR, text_path
+from lora_ft.models import heads
 
 
 class Part(Enum):
@@ -63,7 +64,7 @@ def _part(model: PreTrainedModel, name: str, module: nn.Module, selection: Selec
         return Part.ADAPTED
     if name in selection.left_out:
         return Part.NOT_CHOSEN if selection.left_out[name] == EXCLUDED else Part.LEFT_OUT
-    if module is model.get_output_embeddings():
+    if module is heads.head(model):
         return Part.HEAD
     if isinstance(module, nn.Embedding):
         return Part.EMBEDDING

@@ -111,6 +111,8 @@ def inject(model: PreTrainedModel, peft_config: LoraConfig, name: str) -> PeftMo
         with shapes_only(model):
             attached = get_peft_model(model, peft_config, adapter_name=name)
     use_wrappers_that_keep_the_base(attached)
+    if peft_config.modules_to_save:  # PEFT adds the names of classifiers' heads, also if they are there
+        peft_config.modules_to_save = sorted(set(peft_config.modules_to_save))
     return attached
 
 

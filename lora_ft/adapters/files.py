@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lora_ft.adapters import peft_folder, provenance, tensor_names, vocabulary
 from lora_ft.adapters.attach import inject
 from lora_ft.adapters.peft_folder import CONFIG, WEIGHTS
+from lora_ft.classes import HEAD
 from lora_ft.data import template_variables
 from lora_ft.errors import MismatchError
 from lora_ft.io import durable, untrusted
@@ -186,14 +187,19 @@ def vocabulary_rows(folder: Path, saved: LoraConfig) -> int | None:
 
 
 def _header(folder: Path, saved: LoraConfig) -> tuple[tensor_names.Names, dict[str, tuple[int, ...]]]:
-    with peft_folder.readable():
-        shapes = untrusted.tensor_header(folder / WEIGHTS, _HEADER_LIMIT, MismatchError).shapes
+    shapes = shapes_of(folder)
     return tensor_names.read(folder, shapes, saved), shapes
 
 
 def _state(model: PeftModel, name: str) -> dict[str, Tensor]:
     state: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     return state
+
+
+@peft_folder.readable()
+def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of an adapter's tensors under the file's keys, reading only the file's header."""
+    return untrusted.tensor_header(folder / WEIGHTS, _HEADER_LIMIT, MismatchError).shapes
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -248,6 +254,11 @@ def _compare_shapes(tensors: dict[str, Tensor], found: dict[str, tuple[int, ...]
     missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     shapes = [f"{k} {found[k]} instead of {s}" for k, s in expected.items() if k in found and found[k] != s]
     differences = (("missing tensors", missing), ("unexpected tensors", unexpected), ("other shapes", shapes))
+    head = next((key for key in expected if key.endswith(f".{HEAD}.weight")), None)
+    if head in found and found[head][0] != expected[head][0]:
+        raise MismatchError(
+            f"the adapter in {folder} has a head of {found[head][0]} classes, and this model has {expected[head][0]}"
+        )
     problems = [f"{name}: {len(keys)}, first {', '.join(keys[:5])}" for name, keys in differences if keys]
     if problems:
         raise MismatchError(f"the adapter in {folder} does not fit this base: " + "; ".join(problems))

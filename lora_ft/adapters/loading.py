@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_ft import config, runs, validation
 from lora_ft.adapters import files, peft_folder, provenance
+from lora_ft.classes import HEAD, SEQ_CLS, Classes, from_record, listed, unnamed
 from lora_ft.data.template_variables import with_defaults
 from lora_ft.errors import ConfigError, MismatchError
 from lora_ft.io import untrusted
@@ -150,6 +151,41 @@ def _added_tokens(adapter: Path, rows: Any) -> list[str]:
     return tokens
 
 
+def classes_of(folder: Path, saved: LoraConfig) -> Classes | None:
+    """Return the classes of an adapter folder whose task is a classification, None for another task.
+
+    An adapter without a record names no classes: they get the names that transformers gives them. Raises MismatchError
+    for an adapter without a head, and for a head that has not one row for each class.
+    """
+    if saved.task_type != SEQ_CLS:
+        return None
+    shapes = files.shapes_of(folder)
+    rows = next((shape[0] for name, shape in shapes.items() if name.endswith(f".{HEAD}.weight")), None)
+    if rows is None:
+        raise MismatchError(
+            f"the adapter in {folder} is a classifier (task_type={SEQ_CLS}) without a head named {HEAD}"
+        )
+    recorded = (_record(folder) or {}).get("classifier")
+    if recorded is None:
+        return unnamed(rows)
+    found = from_record(recorded, str(folder / provenance.RECORD))
+    if len(found.names) != rows:
+        raise MismatchError(
+            f"the adapter in {folder} has a head of {rows} classes, but its record names {len(found.names)}: "
+            f"{listed(found.names)}"
+        )
+    return found
+
+
+def check_generates(folder: Path, saved: LoraConfig, what: str, instead: str) -> None:
+    """Raise ConfigError if an adapter is a classifier, of which `what` needs a language model."""
+    if saved.task_type == SEQ_CLS:
+        raise ConfigError(
+            f"{folder} is a classifier: its head gives a probability to each class and writes no text, which {what} "
+            f"needs: {instead}"
+        )
+
+
 def adapter_tokenizer(folder: Path, model: config.Model) -> PreTrainedTokenizerBase:
     """Load the tokenizer and chat template saved with the adapter; if they are missing, those of the base.
 
@@ -196,6 +232,7 @@ def open_adapter(
     base, if a key or shape differs, or if the adapter changes the base's own weights; and the errors of `load_base`.
     """
     saved = saved or peft_folder.read_config(folder)
-    base = load_base(model, quant, device, tokenizer, rows=files.vocabulary_rows(folder, saved))
+    classes, rows = classes_of(folder, saved), files.vocabulary_rows(folder, saved)
+    base = load_base(model, quant, device, tokenizer, classes=classes, rows=rows)
     provenance.check_source(folder, saved, base, quant)
     return base, files.load(base.model, folder, NAME, saved)

@@ -15,6 +15,7 @@ from typing import Any
 import peft
 from peft import LoraConfig
 
+from lora_ft.classes import SEQ_CLS
 from lora_ft.errors import MismatchError, ResourceError, SecurityError
 from lora_ft.io import untrusted
 
@@ -193,6 +194,12 @@ def _refuse_code(path: Path, fields: dict[str, Any]) -> None:
 def check_same_method(folder: Path, attached: LoraConfig) -> None:
     """Raise MismatchError unless a saved adapter has the rank, alpha, rsLoRA and DoRA of the attached one (A15)."""
     saved = read_config(folder)
+    tasks = str(saved.task_type), str(attached.task_type)
+    if SEQ_CLS in tasks and tasks[0] != tasks[1]:
+        raise MismatchError(
+            f"adapter.init_from={folder} was trained for the task {tasks[0]}, and this run trains {tasks[1]}: one of "
+            "them is a classifier"
+        )
     names = ("lora_alpha", "use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "r")
     problems = [
         f"{n} {getattr(saved, n)} instead of {getattr(attached, n)}"

@@ -16,11 +16,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lora_ft import config, runs
+from lora_ft.classes import Classes
 from lora_ft.config import QuantKind
 from lora_ft.data import template_variables
 from lora_ft.errors import MismatchError
 from lora_ft.io import untrusted
-from lora_ft.models import build, quantize
+from lora_ft.models import build, heads, quantize
 from lora_ft.models.load import Base, Identity
 from lora_ft.models.stored import agreed
 
@@ -33,6 +34,9 @@ MERGE_WITH_PEFT = (
 )
 _FORMAT = 1
 
+# What a classifier reads: no chat template, no end token; truncation cuts the end, where the tokenizer is asked to.
+INPUT = "tokenizer(text)"
+
 # With every other initialization, PEFT changes the base's own weights when it attaches the adapter.
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -43,7 +47,7 @@ class Provenance:
 
     data_sha256: None if unknown. made_from: hashes of the adapters that it was computed from, and the method; None if
     it was trained. template: values of variables of the chat template, which its saved form has as defaults. labels:
-    the answers that it was trained to choose from, in order; None for other answers.
+    the answers that it was trained to choose from, in order; None for other answers. classes: those of a classifier.
     """
 
     base: Identity
@@ -52,6 +56,7 @@ class Provenance:
     made_from: dict[str, Any] | None = None
     template: template_variables.Variables = field(default_factory=dict)
     labels: list[str] | None = None
+    classes: Classes | None = None
 
 
 def record(tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, source: Provenance) -> dict[str, Any]:
@@ -64,6 +69,7 @@ def record(tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, sourc
         **({"made_from": source.made_from} if source.made_from else {}),
         **({"template": dict(source.template)} if source.template else {}),
         **({"labels": source.labels} if source.labels else {}),
+        **({"classifier": source.classes.record() | {"input": INPUT}} if source.classes else {}),
         **_tokenizer_hashes(tokenizer),
         "tensors": {key: list(t.shape) for key, t in tensors.items()},
         "packages": runs.versions(),
@@ -171,6 +177,12 @@ class Loading:
     experts: tuple[str, ...] = ()  # last parts of the names of quantized parameters of experts
     transposed: bool = False  # the matrices of the experts are [in, out]
     cast: bool = False  # quantized files hold their other weights in another dtype, which transformers keeps
+    classifier: dict[str, Any] = dataclasses.field(default_factory=dict)  # what a classifier's config needs
+
+    @property
+    def auto_class(self) -> str:
+        """Return the name of transformers' class of the base."""
+        return "AutoModelForSequenceClassification" if self.classifier else "AutoModelForCausalLM"
 
     def lines(self, adapter: str) -> list[str]:
         """Return the lines of Python that load the base with an adapter."""
@@ -180,7 +192,8 @@ class Loading:
             values = {k: f"torch.{v}" if k.endswith("dtype") else repr(v) for k, v in self.quantization.items()}
             given = ", ".join(f"{name}={value}" for name, value in values.items())
             arguments.append(f"quantization_config=BitsAndBytesConfig({given})")
-        lines = [f"base = AutoModelForCausalLM.from_pretrained({', '.join(arguments)})"]
+        arguments += [f"{name}={value!r}" for name, value in self.classifier.items()]
+        lines = [f"base = {self.auto_class}.from_pretrained({', '.join(arguments)})"]
         if self.rows:
             lines.append(f"base.resize_token_embeddings({self.rows}, mean_resizing=False)")
         if self.cast:
@@ -234,7 +247,16 @@ def loading(base: Base, quant: config.Quant, model: config.Model) -> Loading:
         experts=tuple(sorted({".".join(name.replace(".base_layer", "").split(".")[-2:]) for name in planned})),
         transposed=any(base.model.get_submodule(name.rpartition(".")[0]).is_transposed for name in planned[:1]),
         cast=as_stored and in_files is not base.model.dtype,
+        classifier=_classifier(base.model),
     )  # fmt: skip
+
+
+def _classifier(model: Any) -> dict[str, Any]:
+    """Return the arguments that give a base the classes of a classifier's config; {} for a language model."""
+    if not heads.is_classifier(model):
+        return {}
+    names = ("id2label", "label2id", "problem_type", "pad_token_id")
+    return {name: getattr(model.config, name) for name in names}
 
 
 def _quantization(quant: config.Quant, dtype: str) -> dict[str, Any]:

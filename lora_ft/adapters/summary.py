@@ -78,7 +78,7 @@ class Layers:
         return {name: size for name, size in self.parts.items() if name not in {part.value for part in TRAINED}}
 
 
-def layers(base: Base, cfg: config.TrainRun) -> Layers:
+def layers(base: Base, cfg: config.TrainRun, task_type: str = "CAUSAL_LM") -> Layers:
     """Attach the adapter of a run to its base without weights, which this changes, and count the result.
 
     Raises the errors of `attach`, and MismatchError if `adapter.init_from` does not match this base or this adapter.
@@ -98,7 +98,7 @@ def layers(base: Base, cfg: config.TrainRun) -> Layers:
     not_quantized = [name for name in special if quantizes and name not in quantized]
     token_ids = base.tokenizer.convert_tokens_to_ids(list(cfg.model.added_tokens))
     with torch.device("meta"):
-        model = attach.attach(base.model, cfg.adapter, _NAME, 0, token_ids, quantized=rounded)
+        model = attach.attach(base.model, cfg.adapter, _NAME, 0, token_ids, task_type, rounded)
     init.find(cfg.adapter.init)
     if cfg.adapter.init_from:
         source = Path(cfg.adapter.init_from)

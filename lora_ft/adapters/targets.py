@@ -24,7 +24,7 @@ from lora_ft import config
 from lora_ft.adapters.experts import expert_parameters, hindrance
 from lora_ft.adapters.text_path import TextPath, adaptable_layers, text_path
 from lora_ft.errors import ConfigError
-from lora_ft.models import quantize
+from lora_ft.models import heads, quantize
 from lora_ft.models.stored import Stored
 
 ALL_LINEAR = "all-linear"
@@ -166,7 +166,7 @@ def _matches(
     reasons: dict[str, str],
 ) -> set[str]:
     if target == ALL_LINEAR:
-        head = model.get_output_embeddings()
+        head = heads.head(model)
         found = {n for n, module in layers.items() if not isinstance(module, nn.Embedding) and module is not head}
         found |= experts.keys()
     else:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_ft import config
+from lora_ft.classes import Classes
 from lora_ft.config import TooLong
 from lora_ft.data import cache, chat_template, encoding, labels, lengths, thoughts
 from lora_ft.data.examples import Examples
@@ -170,7 +171,8 @@ class Dataset:
     answers: the labels in order (data/labels.py); without data.labels the distinct answers of the training rows, if
     these are few.
 
-    parts: those of each source of data.sources, in order; empty if there are no sources.
+    parts: those of each source of data.sources, in order; empty if there are no sources. classes: of a classifier, else
+    None.
 
     If the training rows are streamed, `train` are those of the first block; eval_rows: the rows of the eval set.
     """
@@ -182,6 +184,7 @@ class Dataset:
     report: Report
     parts: dict[str, Part] = field(default_factory=dict)
     eval_rows: StoredRows | None = None
+    classes: Classes | None = None
 
     @property
     def named_parts(self) -> dict[str, Part]:

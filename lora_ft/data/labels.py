@@ -130,9 +130,9 @@ def resolve(data: config.Data, rows: StoredRows, is_eval: NDArray[np.bool_], led
     """
     labels = of(data)
     assert labels is not None  # callers ask for data.labels first
-    trained, evaluated = (_counts(rows, side) for side in (~is_eval, is_eval))
+    trained, evaluated = (counted(rows, side) for side in (~is_eval, is_eval))
     counts, place = trained or evaluated, "eval" if data.stream else "training"
-    names = labels.names or sorted(evaluated if data.stream else counts, key=_order)
+    names = labels.names or sorted(evaluated if data.stream else counts, key=order)
     if labels.names is None:
         unknown = [number for number, word in enumerate(rows.words) if word not in names]
         for index in np.flatnonzero((is_eval != data.stream) & np.isin(rows.labels, unknown)).tolist():
@@ -146,7 +146,7 @@ def resolve(data: config.Data, rows: StoredRows, is_eval: NDArray[np.bool_], led
     return {name: counts.get(name, 0) for name in names}
 
 
-def _counts(rows: StoredRows, chosen: NDArray[np.bool_]) -> dict[str, int]:
+def counted(rows: StoredRows, chosen: NDArray[np.bool_]) -> dict[str, int]:
     """Count the labels of some of the rows."""
     counts = np.bincount(rows.labels[chosen], minlength=len(rows.words)).tolist()
     return {word: count for word, count in zip(rows.words, counts, strict=True) if count}
@@ -157,7 +157,7 @@ def of_stream(data: config.Data, names: list[str] | None) -> config.Data:
     return replace(data, labels=names) if data.labels == AUTO else data
 
 
-def _order(name: str) -> tuple[bool, float, str]:
+def order(name: str) -> tuple[bool, float, str]:
     """Return a sort key that puts 10 after 9, and numbers before names."""
     number = re.fullmatch(r"-?\d{1,15}", name)
     return number is None, float(name) if number else 0.0, name

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_ft import config, mixing
+from lora_ft.classes import Classes
 from lora_ft.config import MixUntil
 from lora_ft.data import split
 from lora_ft.data.dataset import (
@@ -132,13 +133,18 @@ def prepare(data: config.Data, tokenizer: Any, make_examples: MakeExamples = tok
 
 
 def prepare_each(
-    found: Mapping[str, Rows], data: config.Data, tokenizer: Any, make_examples: MakeExamples = tokenized
+    found: Mapping[str, Rows],
+    data: config.Data,
+    tokenizer: Any,
+    make_examples: MakeExamples = tokenized,
+    classes: Classes | None = None,
 ) -> dict[str, Dataset]:
-    """Make a dataset of the rows of each source that `read_sources` has read."""
+    """Make a dataset of the rows of each source that `read_sources` has read; `classes` are those of a classifier."""
     made = {}
     for name, source in mixing.named(data).items():
         with _of_source(name):
-            made[name] = prepare_rows(found[name], source, tokenizer, make_examples, name)
+            own = prepare_rows(found[name], source, tokenizer, make_examples, name)
+            made[name] = replace(own, classes=classes)
     return made
 
 
@@ -159,7 +165,7 @@ def combined(made: Mapping[str, Dataset]) -> Dataset:
         )
     prompts = MixedPrompts([own.eval_prompts for own in each], num_rows)
     report = _report({name: own.report for name, own in made.items()})
-    return Dataset(train, evaluated, prompts, _answers(made), report, parts)
+    return Dataset(train, evaluated, prompts, _answers(made), report, parts, classes=each[0].classes)
 
 
 @contextlib.contextmanager

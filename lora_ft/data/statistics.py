@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_ft import config
+from lora_ft.classes import Classes
 from lora_ft.config import TooLong
 from lora_ft.data.chat_template import fitted, trials_of
 from lora_ft.data.dataset import Dataset, Report
@@ -23,6 +24,7 @@ from lora_ft.data.examples import Examples
 from lora_ft.data.read import EQUAL_TO_EARLIER, Rows
 from lora_ft.data.rendering import prompts, thinking_switch
 from lora_ft.data.rows import excerpt
+from lora_ft.data.table import text_alone
 from lora_ft.data.template_checks import Trials
 from lora_ft.data.tokenize import Vocabulary
 
@@ -41,8 +43,8 @@ class Statistics:
     begin: the beginning-of-text token; None if the tokenizer puts none before text.
     begun: documents that begin with it.
     ends: documents by their supervised end token. unended: documents without one.
-    prompts: rows whose prompt was rendered again, as at inference. other_prompts: sources of the rows among them whose
-    tokens do not begin with that prompt.
+    prompts: rows whose prompt (of a classifier, text) was rendered again, as at inference. other_prompts: sources of
+    the rows among them whose tokens do not begin with that prompt.
     written: rows by the added token that occurs in a prompt or plain text.
     asked_before: eval rows whose prompt (or text) equals that of a training row, up to case, whitespace and
     punctuation.
@@ -83,9 +85,14 @@ def measure(found: Rows, dataset: Dataset, data: config.Data, tokenizer: Any) ->
     lengths = dataset.train.lengths
     vocabulary = Vocabulary(tokenizer)
     lead = vocabulary.lead
-    ends, unended = _ends(dataset.train, data, tokenizer)
     trials = trials_of(tokenizer, data)
-    compared = list(_prompts_again(found, dataset, data, vocabulary, trials))
+    if dataset.classes is not None:
+        ends, unended, thinking = dict[str, int](), 0, None
+        compared = list(_texts_again(found, dataset, data, vocabulary))
+    else:
+        ends, unended = _ends(dataset.train, data, tokenizer)
+        compared = list(_prompts_again(found, dataset, data, vocabulary, trials))
+        thinking = _thinking(found, dataset, data, tokenizer, trials)
     return Statistics(
         median=float(np.median(lengths)),
         percentile_95=float(np.percentile(lengths, 95)),
@@ -98,7 +105,7 @@ def measure(found: Rows, dataset: Dataset, data: config.Data, tokenizer: Any) ->
         other_prompts=[source for source, same in compared if not same],
         written=_most_first(found.written),
         asked_before=_asked_before([found]),
-        thinking=_thinking(found, dataset, data, tokenizer, trials),
+        thinking=thinking,
     )
 
 
@@ -134,10 +141,10 @@ def _all_thinking(each: list[Thinking]) -> Thinking | None:
     return Thinking(rows, without, any(one.taught for one in each), each[0].switch)
 
 
-def warnings(found: Statistics, report: Report, data: config.Data) -> Iterator[str]:
-    """Yield a sentence for each finding that is rarely intended."""
+def warnings(found: Statistics, report: Report, data: config.Data, classes: Classes | None = None) -> Iterator[str]:
+    """Yield a sentence for each finding that is rarely intended; `classes` are those of a classifier."""
     documents = f"{report.train_documents:,} documents"
-    if report.supervised_tokens < _FEW_SUPERVISED * report.train_tokens:
+    if not classes and report.supervised_tokens < _FEW_SUPERVISED * report.train_tokens:
         part = report.supervised_tokens / report.train_tokens
         yield f"only {part:.2%} of the tokens are supervised: nearly all of the computation trains nothing"
     if found.unended:
@@ -147,7 +154,12 @@ def warnings(found: Statistics, report: Report, data: config.Data) -> Iterator[s
             f"{report.train_documents - found.begun:,} of {documents} do not begin with {found.begin}, which the "
             "tokenizer puts before text: the chat template omits it"
         )
-    if found.other_prompts:
+    if found.other_prompts and classes:
+        yield (
+            f"{len(found.other_prompts)} of {found.prompts} texts differ from what the tokenizer makes of them, first "
+            f"at {found.other_prompts[0]}: other programs would give the model other tokens"
+        )
+    elif found.other_prompts:
         yield (
             f"{len(found.other_prompts)} of {found.prompts} prompts differ between training and inference, first at "
             f"{found.other_prompts[0]}: the chat template depends on more than the chat"
@@ -254,6 +266,19 @@ def _prompts_again(
         chat, answers = fitted(row, data, trials)
         expected = vocabulary.ids_whole(prompts(chat.messages[: answers[-1]], tokenizer, row.tools, data.template))
         yield row.source, any(prompt == ids[: len(prompt)].tolist() for prompt in expected)
+
+
+def _texts_again(
+    found: Rows, dataset: Dataset, data: config.Data, vocabulary: Vocabulary
+) -> Iterator[tuple[str, bool]]:
+    """Yield the sources of some texts of a classifier, and True if their tokens are those of `tokenizer(text)`."""
+    examples = dataset.train[:: max(1, len(dataset.train) // _PROMPTS_COMPARED)][:_PROMPTS_COMPARED]
+    for example in examples:
+        if data.too_long is TooLong.truncate_prompt and len(example.ids) == data.max_length:
+            continue  # it may have been cut
+        text = text_alone(str(found.rows[example.row].messages[0]["content"]), data.prompt)
+        expected = vocabulary.tokenizer(text)["input_ids"]
+        yield example.source, expected == example.ids[: example.prompt_end].tolist()
 
 
 def _most_first(counts: Mapping[str, int]) -> dict[str, int]:

@@ -6,9 +6,11 @@
     good morning,guten Morgen        ->   user: Translate to German: good morning   assistant: guten Morgen
 
 Without a chat template the prompt ends with Alpaca's heading of the answer, which separates the two. `{{` and `}}`
-are literal braces. A field is the whole name of a column, spaces included: no attributes, indices or conversions.
+are literal braces. A field is the whole name of a column, spaces included: no attributes, indices or conversions. A
+list in the column that is the whole answer, as in data.answer={labels}, becomes JSON text.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterable
 from string import Formatter
@@ -29,13 +31,27 @@ def parser(data: config.Data, columns: Iterable[str]) -> tuple[Parse, list[str]]
     known = set(columns) - {""}
     prompt = _compile("data.prompt", data.prompt, known)
     answer = _compile("data.answer", data.answer, known)
+    # A row whose answer is one label, as data.labels says, has no list of them.
+    listed = str(answer[0][1]) if len(answer) == 1 and not answer[0][0] and data.labels is None else ""
 
     def parse(source: str, values: dict[str, Any], ledger: Ledger) -> Row:
+        values = _with_lists_as_text(values, listed, ledger)
         question, reply = _filled(prompt, values, "data.prompt"), _filled(answer, values, "data.answer")
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
         return Row(source, messages, reply, plain_prompt=question + ANSWER_CUE)
 
     return parse, [column for _, column in prompt + answer if column]
+
+
+def text_alone(prompt: str, template: str | None) -> str:
+    """Return the column of a prompt without the words around it, if its template has one column; else the prompt."""
+    pieces = list(Formatter().parse(template or ""))
+    if sum(column is not None for _, column, _, _ in pieces) != 1:
+        return prompt
+    before, *rest = (literal for literal, _, _, _ in pieces)
+    after = "".join(rest)
+    is_filled = prompt.startswith(before) and prompt.endswith(after) and len(prompt) > len(before) + len(after)
+    return prompt[len(before) : len(prompt) - len(after)] if is_filled else prompt
 
 
 def _compile(key: str, template: str | None, known: set[str]) -> list[tuple[str, str | None]]:
@@ -62,6 +78,15 @@ def _filled(pieces: list[tuple[str, str | None]], values: dict[str, Any], key: s
     if is_blank(text):
         raise RowError(key, "gives an empty text")
     return text
+
+
+def _with_lists_as_text(values: dict[str, Any], column: str, ledger: Ledger) -> dict[str, Any]:
+    """Return values in which the column that is the whole answer is text: a list of texts and numbers is JSON text."""
+    value = values.get(column)
+    if not isinstance(value, list) or any(not isinstance(each, str | int) for each in value):
+        return values
+    ledger.convert(column, "lists in the answer, written as JSON text", value)
+    return values | {column: json.dumps(value, ensure_ascii=False)}
 
 
 def _cell(values: dict[str, Any], column: str) -> str:

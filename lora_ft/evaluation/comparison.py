@@ -33,6 +33,7 @@ from lora_ft.evaluation.generation import generate, visible
 from lora_ft.evaluation.loss import EvalLoss, Loss, eval_loss
 from lora_ft.ops.token_loss import Paths
 
+MAJORITY = "majority"  # the heading of the yardstick that stands for the base of a classifier
 _WIDE = 100  # columns; four texts side by side are unreadable in a narrower terminal
 
 
@@ -43,7 +44,8 @@ class EvalSet:
     tokens_per_microbatch: most tokens of a forward pass. max_new_tokens: most tokens of an answer. loss: of the
     objective. sources: indices of the examples of each source; empty if there are no sources. classes: rows with
     labels, whose probabilities are computed; None for other rows. metrics: further metrics of a model, given its
-    probabilities of labels; they join those of the objective.
+    probabilities of labels; they join those of the objective. is_of_head: the classes are those of a classifier's head,
+    whose base has none.
     """
 
     examples: Sequence[Example]
@@ -54,6 +56,7 @@ class EvalSet:
     sources: Mapping[str, range] = field(default_factory=dict)
     classes: ClassSet | None = None
     metrics: Callable[[PreTrainedModel, Predictions | None], dict[str, float]] | None = None
+    is_of_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,17 @@ class Answers:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Losses of base and adapter on the same rows, their answers to the same prompts, and probabilities of labels."""
+    """Losses of base and adapter on the same rows, their answers to the same prompts, and probabilities of labels.
+
+    is_of_head: of a classifier. `base` is then the yardstick of evaluation/heads.py, and losses are those of rows.
+    """
 
     base: EvalLoss
     adapter: EvalLoss
     answers: list[Answers]
     base_classes: Predictions | None = None
     adapter_classes: Predictions | None = None
+    is_of_head: bool = False
 
 
 def compare(
@@ -106,7 +113,8 @@ def compare(
             loss = replace(loss, metrics=loss.metrics | eval_set.metrics(inner, classes))
         prompts = [prompt.prompt_ids for prompt in eval_set.prompts]
         greedy = config.Sampling(max_new_tokens=eval_set.max_new_tokens)
-        return loss, generate(inner, tokenizer, prompts, greedy, seed=0), classes
+        answers = generate(inner, tokenizer, prompts, greedy, seed=0) if prompts else []  # a classifier writes none
+        return loss, answers, classes
 
     if earlier:
         base, base_answers, base_classes = earlier.base, [a.base for a in earlier.answers], earlier.base_classes
@@ -116,7 +124,7 @@ def compare(
     adapter, adapter_answers, adapter_classes = evaluated(known[1])
     rows = zip(eval_set.prompts, base_answers, adapter_answers, strict=True)
     answers = [Answers(p.prompt, p.answer, off, on) for p, off, on in rows]
-    return Comparison(base, adapter, answers, base_classes, adapter_classes)
+    return Comparison(base, adapter, answers, base_classes, adapter_classes, eval_set.is_of_head)
 
 
 @contextlib.contextmanager
@@ -161,12 +169,17 @@ def _losses(
 ) -> Table:
     base, adapter = comparison.base, comparison.adapter
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for header in ("", "base", "adapter", ""):
+    for header in ("", MAJORITY if comparison.is_of_head else "base", "adapter", ""):
         table.add_column(header, justify="right" if header else "left", overflow="fold")
-    table.add_row("eval loss", _number(base.loss), _number(adapter.loss), "nats per token")
-    table.add_row("perplexity", _number(base.perplexity), _number(adapter.perplexity), _counted(base))
+    if comparison.is_of_head:
+        table.add_row("eval loss", _number(base.loss), _number(adapter.loss), f"nats per row, {_rows(base)}")
+    else:
+        table.add_row("eval loss", _number(base.loss), _number(adapter.loss), "nats per token")
+        counted = f"{base.tokens:,} tokens of {_rows(base)}"
+        table.add_row("perplexity", _number(base.perplexity), _number(adapter.perplexity), counted)
     for name, source in base.sources.items():
-        table.add_row(f"eval loss {name}", _number(source.loss), _number(adapter.sources[name].loss), _counted(source))
+        counted = _rows(source) if comparison.is_of_head else f"{source.tokens:,} tokens of {_rows(source)}"
+        table.add_row(f"eval loss {name}", _number(source.loss), _number(adapter.sources[name].loss), counted)
     for name, values in scores.items():
         table.add_row(name, *map(_number, values))
     for name, of_base, of_adapter, interval in class_report.metric_rows(*classes) if classes else ():
@@ -174,8 +187,8 @@ def _losses(
     return table
 
 
-def _counted(loss: EvalLoss) -> str:
-    return f"{loss.tokens:,} tokens of {loss.rows:,} row{'s' * (loss.rows != 1)}"
+def _rows(loss: EvalLoss) -> str:
+    return f"{loss.rows:,} row{'s' * (loss.rows != 1)}"
 
 
 def _number(value: float) -> str:

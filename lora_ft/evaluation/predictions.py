@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lora_ft.errors import ConfigError, DataError
 from lora_ft.evaluation.classification import Floats
 from lora_ft.io import durable
@@ -32,13 +34,28 @@ def check(out: str | None) -> Path:
     return path
 
 
-def table(rows: Sequence[dict[str, Any]], labels: Sequence[str], probabilities: Floats) -> Table:
-    """Add predictions to the columns of rows. Raises DataError for a row that has one of the new columns."""
+def chosen(probabilities: Floats, is_multi: bool) -> list[list[int]]:
+    """Return the predicted labels of each row: the most probable one, or for is_multi those from 0.5 on."""
+    if is_multi:
+        return [np.flatnonzero(row >= 0.5).tolist() for row in probabilities]
+    return [[index] for index in np.argmax(probabilities, axis=1).tolist()]
+
+
+def table(
+    rows: Sequence[dict[str, Any]], labels: Sequence[str], probabilities: Floats, is_multi: bool = False
+) -> Table:
+    """Add predictions to the columns of rows: a label with its probability, or for is_multi a list of labels.
+
+    Raises DataError for a row that has one of the new columns.
+    """
     names = [f"p_{label}" for label in labels]
     made = []
-    for values, row in zip(rows, probabilities.tolist(), strict=True):
-        best = max(range(len(labels)), key=row.__getitem__)
-        found = {"prediction": labels[best], "probability": row[best]} | dict(zip(names, row, strict=True))
+    for values, row, found_labels in zip(rows, probabilities.tolist(), chosen(probabilities, is_multi), strict=True):
+        of_row = [labels[index] for index in found_labels]
+        best: dict[str, Any] = {"prediction": of_row}
+        if not is_multi:
+            best = {"prediction": of_row[0], "probability": row[found_labels[0]]}
+        found = best | dict(zip(names, row, strict=True))
         if taken := values.keys() & found.keys():
             raise DataError(f"predict: the rows have a column {min(taken)} already: rename or remove it")
         made.append(values | found)

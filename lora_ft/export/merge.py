@@ -5,6 +5,7 @@
     DoRA             W' = m (W + s B A) / |W + s B A|       the norm over each output's inputs
     modules_to_save  W' = the trained copy of the module
     added tokens     W' = W with the trained rows
+    classifiers      the same, with the classes in the config: transformers loads the folder as a classifier
 
 W of a quantized layer is the dequantized weight. Adding to the codes themselves would round small updates away (peft
 issue 2321). A written tensor is W' rounded once to the requested dtype. Tensors are computed and written one at a time.
@@ -28,7 +29,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from lora_ft.adapters import experts, peft_folder, provenance
@@ -36,7 +37,7 @@ from lora_ft.adapters.attach import base_layer
 from lora_ft.errors import MismatchError, NonFiniteError, ResourceError
 from lora_ft.export.verify import dequantized
 from lora_ft.io import durable
-from lora_ft.models import tensor_files
+from lora_ft.models import heads, tensor_files
 
 log = logging.getLogger("lora_ft")
 
@@ -73,18 +74,21 @@ class MergedModel:
         self._base: PreTrainedModel = model.get_base_model()
         self._adapter, self.dtype = model.active_adapter, dtype
         _check_adapter(self._base, self._adapter)
-        self.plain = _on_meta(_plain_config(self._base, dtype))
+        classifies = heads.is_classifier(self._base)
+        self.plain = _on_meta(_plain_config(self._base, dtype), classifies=classifies)
         names, ties = _written_names(self.plain)
         if untied := [name for name, twin in ties.items() if not self._equal(name, twin)]:
             log.warning("the adapter changes one of two tied matrices: %s is written untied", untied[0])
             config = copy.deepcopy(self.plain.config)
             config.tie_word_embeddings = False
-            self.plain = _on_meta(config)
+            self.plain = _on_meta(config, classifies=classifies)
             names, ties = _written_names(self.plain)
             if any(name in ties for name in untied):
                 raise MismatchError(f"{untied[0]} cannot be untied in this architecture, and the adapter changes it")
         self.names = names
-        self.plain.generation_config = self._base.generation_config
+        if classifies:  # the config of the base names the class of a language model
+            self.plain.config.architectures = [type(self.plain).__name__]
+        self.plain.generation_config = None if classifies else self._base.generation_config
 
     def release(self) -> None:
         """Free the base and the adapter, whose memory the verification of the written model needs."""
@@ -144,10 +148,10 @@ def write_folder(merged: MergedModel, tokenizer: PreTrainedTokenizerBase, folder
     tokenizer.save_pretrained(folder)
 
 
-def _on_meta(config: Any) -> PreTrainedModel:
+def _on_meta(config: Any, *, classifies: bool) -> Any:
     """Build a model without data, for the names of its tensors."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return heads.auto_class(classifies=classifies).from_config(config)
 
 
 def _plain_config(base: PreTrainedModel, dtype: torch.dtype) -> Any:

@@ -15,10 +15,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_ft.errors import MismatchError
+from lora_ft.models import heads
 from lora_ft.models.acceleration import plain_attention, replaced_forwards
 from lora_ft.models.build import quiet
 
@@ -30,6 +31,8 @@ _ROUNDINGS, _MOST = 3, 10  # see `allowed`
 class Probe:
     """Logits [T, V] in float32, on the CPU, of a model with its adapter attached, for token ids [T].
 
+    V are the words of the vocabulary, or the classes of a classifier.
+
     dtype, device: where the model computed them. Two devices round differently, so the comparison uses the same one.
     rounding: the `distance` of the logits from those of another order of summation, a measure of how far this model's
     logits are moved by rounding.
@@ -40,6 +43,7 @@ class Probe:
     rounding: float
     dtype: torch.dtype
     device: torch.device
+    classifies: bool = False
 
 
 def probe(model: PeftModel, num_tokens: int) -> Probe:
@@ -57,7 +61,7 @@ def probe(model: PeftModel, num_tokens: int) -> Probe:
             logits = _logits(base, ids)
         with replaced_forwards({layer: functools.partial(_halves, layer) for layer in quantized + plain}):
             rounding = distance(_logits(base, ids), logits, base.dtype)
-    return Probe(ids, logits, rounding, base.dtype, base.device)
+    return Probe(ids, logits, rounding, base.dtype, base.device, heads.is_classifier(base))
 
 
 def exact_products(layers: Iterable[nn.Module]) -> contextlib.AbstractContextManager[None]:
@@ -66,11 +70,19 @@ def exact_products(layers: Iterable[nn.Module]) -> contextlib.AbstractContextMan
 
 
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Return the logits of each token; a classifier gives those of the last one, and its head makes the others."""
     was_training = model.training
+    rows: list[Tensor] = []
+    hook = None
+    if heads.is_classifier(model):
+        hook = heads.head(model).register_forward_hook(lambda _, __, output: rows.append(output[0]))
     with torch.no_grad():
         output = model.eval()(input_ids=ids[None].to(model.device), use_cache=False)
     model.train(was_training)
-    return output.logits[0].float().cpu()
+    if hook:
+        hook.remove()
+    logits = torch.cat([rows[0][:-1], output.logits]) if rows else output.logits[0]
+    return logits.float().cpu()
 
 
 def linear_layers(base: PreTrainedModel) -> tuple[list[nn.Module], list[nn.Module]]:
@@ -112,10 +124,10 @@ def dequantized(layer: Any) -> Tensor:
     return weight.detach()
 
 
-def load(folder: Path) -> PreTrainedModel:
+def load(folder: Path, *, classifies: bool = False) -> PreTrainedModel:
     """Load a merged model on the CPU with plain transformers; raises MismatchError if tensors do not match."""
     with quiet():
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = heads.auto_class(classifies=classifies).from_pretrained(
             folder, dtype="auto", use_safetensors=True, local_files_only=True, trust_remote_code=False,
             output_loading_info=True,
         )  # fmt: skip
@@ -134,7 +146,7 @@ def check(folder: Path, expected: Probe) -> tuple[float, float]:
     Raises MismatchError if tensors are missing or unexpected, or if the distance is above the allowed one: `allowed`
     of the coarser dtype.
     """
-    model = load(folder).to(expected.device)
+    model = load(folder, classifies=expected.classifies).to(expected.device)
     coarser = max(model.dtype, expected.dtype, key=lambda dtype: torch.finfo(dtype).eps)
     found, most = distance(_logits(model, expected.ids), expected.logits, coarser), allowed(coarser, expected.rounding)
     if not found <= most:

@@ -30,6 +30,7 @@ from lora_ft.memory.prediction import Prediction, Traces, predict
 from lora_ft.memory.shallow import ENOUGH, extrapolated, num_layers
 from lora_ft.memory.workload import of_rows
 from lora_ft.models.build import first_line
+from lora_ft.models.heads import with_classes
 from lora_ft.models.meta_model import read_config
 from lora_ft.models.stored import of_config
 from lora_ft.settings.plan import Hardware
@@ -148,7 +149,7 @@ class Forecast:
 
     @functools.cached_property
     def _model_config(self) -> Any:
-        return read_config(self.cfg.model)
+        return with_classes(read_config(self.cfg.model), self.shared.rows.dataset.classes)
 
     def _predict(self, cfg: config.TrainRun, machine: Machine, model_config: Any = None) -> Prediction:
         work = of_rows(cfg, self.shared.rows.dataset).of_largest()

@@ -25,6 +25,7 @@ from lora_ft.memory.shallow import num_layers
 from lora_ft.memory.storage import Storage, storage
 from lora_ft.memory.workload import Workload
 from lora_ft.models.described import Described, described
+from lora_ft.models.heads import with_classes
 from lora_ft.models.load import load_tokenizer
 from lora_ft.training.dry_run import read_rows
 
@@ -142,6 +143,8 @@ def make_for(
     """Plan a run on a base and a device, with these rows or without rows."""
     known = known or Known()
     given = cfg
+    if rows is not None and rows.classes:
+        base = dataclasses.replace(base, config=with_classes(base.config, rows.classes))
     if cfg.train.tokens_per_microbatch == "auto":
         cfg = _with_micro_batch(cfg, base, rows, machine, known.traces)
     work = workload_of(cfg, base, rows)

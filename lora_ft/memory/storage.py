@@ -23,7 +23,7 @@ from torch import nn
 
 from lora_ft import config, objectives
 from lora_ft.adapters import attach, files, targets
-from lora_ft.models import build, quantize
+from lora_ft.models import build, heads, quantize
 from lora_ft.models.described import Described
 from lora_ft.models.device import dtype_on
 from lora_ft.models.stored import Stored, agreed, of_config
@@ -84,6 +84,7 @@ def storage(
 
     Raises the errors of `attach` for an adapter that does not fit the base.
     """
+    cfg = objectives.complete(cfg)
     stored = (base.dtype if base else model_config.dtype) or torch.float32
     loaded = _load(cfg, model_config, device, stored)
     network, weights, files, stored = loaded.network, loaded.weights, loaded.files, loaded.stored
@@ -170,7 +171,7 @@ def _weights(network: Any, quant: config.Quant, files: Stored | None = None) -> 
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     skipped = list(files.skipped or ()) if files else []
-    head, modules = network.get_output_embeddings(), dict(network.named_modules())
+    head, modules = heads.head(network), dict(network.named_modules())
     experts = set() if quant.kind is config.QuantKind.none else set(quantize.planned_experts(network, files))
     put_together = _put_together(network) if experts else ()
     for name, parameter in sorted(network.named_parameters(), key=lambda item: dot_natural_key(item[0])):
@@ -289,7 +290,10 @@ def _adapter_file(network: Any, cfg: config.TrainRun) -> int:
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         codes = of_config(network.config)
         planned = targets.to_be_quantized(network, agreed(cfg.quant, codes), codes)
-        model = attach.attach(network.requires_grad_(False), cfg.adapter, NAME, cfg.seed, [], quantized=planned)
+        model = attach.attach(
+            network.requires_grad_(False), cfg.adapter, NAME, cfg.seed, [],
+            objectives.find(cfg.objective).task_type, planned,
+        )  # fmt: skip
     return files.size_of(model, NAME) + 4 * added
 
 

@@ -107,8 +107,9 @@ def trace_step(cfg: config.TrainRun, model_config: Any, lengths: Sequence[int], 
     exact = exact and (files is None or files.trains or files.method == "mxfp4")  # products with scales do not
     with standing_for(device), torch.random.fork_rng(devices=[]), Meter() as meter, as_with_values(lengths):
         meter.phase = "base"
-        model_class = objectives.find(cfg.objective).model_class
-        network = build.on_meta(model_config, dtype_on(cfg.model.dtype, device), model_class, cfg.model.path)
+        cfg = objectives.complete(cfg)
+        objective = objectives.find(cfg.objective)
+        network = build.on_meta(model_config, dtype_on(cfg.model.dtype, device), objective.model_class, cfg.model.path)
         with torch.device("meta"):
             token_ids = _add_tokens(network, len(cfg.model.added_tokens))
         network.requires_grad_(False).eval()
@@ -123,7 +124,7 @@ def trace_step(cfg: config.TrainRun, model_config: Any, lengths: Sequence[int], 
         made = accelerate(network, fast, _kernels(cfg, device), kept, check=False)
         meter.phase = "adapter"
         with torch.device("meta"):
-            model = attach.attach(network, cfg.adapter, NAME, cfg.seed, token_ids)
+            model = attach.attach(network, cfg.adapter, NAME, cfg.seed, token_ids, objective.task_type)
         with accelerated_lora(model, NAME, cfg.fast) as reasons:
             return _trace(meter, cfg, model, made.paths, lengths, reasons)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lora_ft import config
+from lora_ft import config, objectives
 from lora_ft.data.dataset import Dataset
 from lora_ft.data.mixed_dataset import mix_of
 from lora_ft.data.packing import largest_micro_batch, longest_group, micro_batch_lengths
@@ -82,7 +82,8 @@ def of_settings(cfg: config.TrainRun, context: int | None = None) -> Workload:
         steps=cfg.train.max_steps,
         tokens=cfg.train.max_steps * step if cfg.train.max_steps else None,
         longest=row,
-        assumed=f"rows of {row:,} tokens, the most that {limit} allows",
+        assumed=f"rows of {row:,} tokens, the most that {limit} allows"
+        + (", and 2 classes" if objectives.classifies(cfg.objective) else ""),
     )
 
 

@@ -12,15 +12,16 @@ and several processes share them.
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lora_ft import config
+from lora_ft.classes import HEAD, Classes
 from lora_ft.errors import ConfigError
-from lora_ft.models import quantize, stored
+from lora_ft.models import build, heads, quantize, stored
 from lora_ft.models.build import first_line, quiet
 from lora_ft.models.cpu_embedding import keep_on_cpu
 from lora_ft.models.device import auto_dtype, resolve_device, resolve_dtype
@@ -120,17 +121,17 @@ def load_base(
     device: str,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     model_class: Any = None,
+    classes: Classes | None = None,
     rows: int | None = None,
 ) -> Base:
     """Load a frozen base in `model.dtype` on `device`, with its linear layers and experts quantized as `quant` selects.
 
-    `model_class` is a class of transformers, by default AutoModelForCausalLM. `rows` is the size of an embedding that
-    an adapter will put in the place of the base's, None if it has none: the tokenizer may have as many tokens. Rows of
-    added tokens start as the mean of the rows of the existing tokens, independent of any seed. Raises the errors of
-    `locate`, ConfigError for weights that do not match the config, and ResourceError if memory is too small.
+    `model_class` is a class of transformers, by default AutoModelForCausalLM; with `classes` the base gets a head for
+    them (models/heads.py). `rows` is the size of an embedding that an adapter will put in the place of the base's, None
+    if it has none: the tokenizer may have as many tokens. Rows of added tokens start as the mean of the rows of the
+    existing tokens, independent of any seed. Raises the errors of `locate`, ConfigError for weights that do not match
+    the config, and ResourceError if memory is too small.
     """
-    from transformers import AutoModelForCausalLM
-
     identity = locate(model)
     target = resolve_device(device)
     dtype = resolve_dtype(model.dtype, target)
@@ -139,9 +140,15 @@ def load_base(
     compute = dtype if quant.compute_dtype is config.Dtype.auto else resolve_dtype(quant.compute_dtype, target)
     files, quant = identity.stored, stored.agreed(quant, identity.stored)
     tokenizer = tokenizer or load_tokenizer(model)
+    if classes and files and files.skipped is not None:  # the files name what they do not quantize, and have no head
+        files = replace(files, skipped=(*files.skipped, HEAD))
     settings = quantize.bitsandbytes_config(quant, compute, files if files and files.trains else None)
-    source = Source(model.path, Path(str(identity.folder)), settings, files)
-    network = load_weights(source, dtype, target, model_class or AutoModelForCausalLM)
+    described = None
+    if classes:
+        described = build.read_config(Path(str(identity.folder)), model.path)
+        heads.describe(described, classes, tokenizer)
+    source = Source(model.path, Path(str(identity.folder)), settings, files, described)
+    network = load_weights(source, dtype, target, model_class or heads.auto_class(classifies=classes is not None))
     if files and not files.trains:
         stays = "what can stay in that form does" if settings is None else "dequantized"
         log.info("weights in %s: %s", files.method, stays)
@@ -177,5 +184,6 @@ def fit_embeddings(network: Any, tokenizer: Any, num_added: int, later_rows: int
         gpus = [network.device] if network.device.type == "cuda" else []
         with torch.random.fork_rng(devices=gpus), quiet():  # resizing draws numbers, overwritten below
             network.resize_token_embeddings(tokens, mean_resizing=False)
-    for matrix in (network.get_input_embeddings().weight, network.get_output_embeddings().weight):
+    ends = [network.get_input_embeddings(), network.get_output_embeddings()]
+    for matrix in [end.weight for end in ends if end is not None]:  # a classifier has no head over the vocabulary
         matrix.data[tokens - num_added : tokens] = matrix.data[: tokens - num_added].mean(dim=0, dtype=torch.float32)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_ft import config
-from lora_ft.models import build, load
+from lora_ft.classes import Classes
+from lora_ft.models import build, heads, load
 from lora_ft.models.cpu_embedding import keep_on_cpu
 from lora_ft.models.device import resolve_device, resolve_dtype
 from lora_ft.models.load import Base
@@ -30,14 +31,13 @@ def load_meta_model(
     device: str,
     tokenizer: "PreTrainedTokenizerBase",
     model_class: Any = None,
+    classes: Classes | None = None,
     rows: int | None = None,
 ) -> Base:
     """Return the base that `load_base` loads for these settings, with its parameters on the meta device.
 
     `rows` is that of `load_base`. Raises the errors of `load_base`, except those that only the weights can show.
     """
-    from transformers import AutoModelForCausalLM
-
     identity = locate(model, weights=False)
     agreed(quant, identity.stored)
     target = resolve_device(device)
@@ -45,9 +45,14 @@ def load_meta_model(
     if quant.compute_dtype is not config.Dtype.auto:
         resolve_dtype(quant.compute_dtype, target)
     folder = Path(str(identity.folder))
+    described = build.read_config(folder, model.path)
+    if classes:
+        heads.describe(described, classes, tokenizer)
     network = build.on_meta(
-        build.read_config(folder, model.path), dtype, model_class or AutoModelForCausalLM, model.path
+        described, dtype, model_class or heads.auto_class(classifies=classes is not None), model.path
     )
+    if classes:
+        heads.check(network)
     if found := build.read_generation_config(folder, model.path):  # its end tokens may differ from those of config.json
         network.generation_config = found
     load.fit_embeddings(network, tokenizer, len(model.added_tokens), rows)

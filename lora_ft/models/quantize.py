@@ -30,7 +30,7 @@ import torch
 from lora_ft import config
 from lora_ft.errors import ConfigError, ResourceError
 from lora_ft.io import process
-from lora_ft.models import quantize_experts
+from lora_ft.models import heads, quantize_experts
 from lora_ft.models.stored import Stored
 from lora_ft.ops.weights import frozen_linear, frozen_weight
 
@@ -229,7 +229,7 @@ def planned_layers(model: Any, files: Stored | None = None) -> list[str]:
     planned = [
         name
         for name, module in linear.items()
-        if module is not model.get_output_embeddings() and should_convert_module(name, skipped)
+        if module is not heads.head(model) and should_convert_module(name, skipped)
     ]
     if not planned:
         raise ConfigError(f"{model.config.model_type} has no linear layer of torch's class to quantize: set quant=none")

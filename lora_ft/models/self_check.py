@@ -7,6 +7,8 @@
     gradient after the last supervised token is 0         no token sees a later one
 
 The two zeros hold in every dtype and for weights of every size: a masked score has probability 0, not a small one.
+A classifier (models/heads.py) is checked by the loss of one class at the last token but one of the second document.
+
 Loss and gradient are compared within the rounding of the dtype. Sliding windows are longer than these documents, so
 the windows that packed attention receives are compared with those in the config. The check costs one forward and one
 backward of a few tokens each, less than a training step.
@@ -19,14 +21,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedModel
 
+from lora_ft.models import heads
 from lora_ft.models.build import first_line
 from lora_ft.ops import attention
 from lora_ft.ops.batch import IGNORED, Batch
+from lora_ft.ops.class_logits import class_logits
 from lora_ft.ops.logits import PRODUCT, LogitMap, at_least_float32
-from lora_ft.ops.token_loss import Paths, similar_lengths, token_loss_sum
+from lora_ft.ops.token_loss import PLAIN_PATHS, Paths, similar_lengths, token_loss_sum
 
 _LENGTHS = (9, 7)  # the second is padded where documents are rows side by side
 # Largest difference of loss and gradient, relative to the norm. Families round to float32 inside even in float64.
@@ -76,15 +80,17 @@ def find_problem(model: PreTrainedModel, paths: Paths, reference: Reference) -> 
     Any error counts as a problem of these paths, except running out of memory, which is raised.
     """
     length = _LENGTHS[1]
-    batch = reference.packed if paths.share_a_pass else reference.packed.documents()[1]
+    # The plain loss of a classifier is the model's own forward, which takes one document, without its class.
+    is_alone = heads.is_classifier(model) and not paths.supervised_rows_only
+    batch = reference.packed if paths.share_a_pass and not is_alone else reference.packed.documents()[1]
     try:
         with attention.recorded_calls() as calls:
-            loss, gradient = loss_and_gradient(model, lambda: token_loss_sum(model, batch, paths))
+            loss, gradient = loss_and_gradient(model, lambda: _loss_sum(model, batch, paths))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         return _named(error)
-    gradient = _in_one_row(gradient, batch)
+    gradient = pad(gradient[0], (0, 0, 0, 1)) if is_alone else _in_one_row(gradient, batch)
     if gradient[batch.starts[-1] :].any():
         return "documents see the padding"
     gradient = gradient[: batch.starts[-1]]
@@ -103,7 +109,7 @@ def find_problem(model: PreTrainedModel, paths: Paths, reference: Reference) -> 
 def find_failure(model: PreTrainedModel, paths: Paths) -> str:
     """Return the error of a forward on `paths`, "" if it runs: for models without values, which have no reference."""
     try:
-        token_loss_sum(model, _draw(model), paths)
+        _loss_sum(model, _draw(model), paths)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -111,17 +117,31 @@ def find_failure(model: PreTrainedModel, paths: Paths) -> str:
     return ""
 
 
+def _loss_sum(model: PreTrainedModel, batch: Batch, paths: Paths) -> Tensor:
+    """Return the loss of the last document of a batch on some paths."""
+    if not heads.is_classifier(model):
+        return token_loss_sum(model, batch, paths)
+    logits = class_logits(model, batch, paths)[-1:]
+    return cross_entropy(logits, batch.targets.new_zeros(1), reduction="sum")
+
+
 def _named(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _draw(model: PreTrainedModel) -> Batch:
-    """Draw two documents from the middle of the vocabulary, away from special tokens; only the second has targets."""
+    """Draw two documents from the middle of the vocabulary, away from special tokens; only the second has targets.
+
+    Documents of a classifier have one target each, the last.
+    """
     size = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(size // 8, size // 2 + 1, (sum(_LENGTHS),), generator=generator)
     targets = ids.roll(-1)
     targets[: _LENGTHS[0]] = targets[_LENGTHS[0] + 2] = targets[-1] = IGNORED
+    if heads.is_classifier(model):
+        targets[:] = IGNORED
+        targets[_LENGTHS[0] - 2] = targets[-2] = 0
     positions = torch.cat([torch.arange(length) for length in _LENGTHS])
     return Batch(ids, positions, targets, [0, _LENGTHS[0], sum(_LENGTHS)]).to(model.device)
 
@@ -129,6 +149,9 @@ def _draw(model: PreTrainedModel) -> Batch:
 def _plain_reference(model: PreTrainedModel, packed: Batch) -> Reference:
     """Compute the second document by the model's own forward."""
     second = packed.documents()[1]
+    if heads.is_classifier(model):
+        value, gradient = loss_and_gradient(model, lambda: _loss_sum(model, second, PLAIN_PATHS))
+        return Reference(packed, value, pad(gradient[0], (0, 0, 0, 1)), PRODUCT)  # of the class, which is not read
     seen: dict[str, Tensor] = {}
 
     def loss() -> Tensor:

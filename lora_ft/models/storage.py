@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lora_ft.models import heads
 from lora_ft.ops import expert_codes
 from lora_ft.ops.experts import is_experts, module_experts, parameter_names
 from lora_ft.ops.weights import FrozenWeight, ScaledLinear, frozen_linear, frozen_weight
@@ -35,7 +36,7 @@ def exact_bfloat16(model: PreTrainedModel, modules_to_save: Collection[str] = ()
     that only one copy exists beside the model.
     """
     holders = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-    head = model.get_output_embeddings()
+    head = heads.head(model)
     in_head = set(head.modules()) if head is not None else set()  # with an adapter, the head is a part of its layer
     as_parameters = {module.base_layer for module in model.modules() if type(module).__name__ == "ParamWrapper"}
     for name, module in list(model.named_modules()):

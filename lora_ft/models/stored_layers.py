@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from lora_ft.models import heads
 from lora_ft.models.dequantized_files import FLOAT8, Experts, Lazy, Scaled
 from lora_ft.models.quantize_experts import read_as_dequantized
 from lora_ft.models.stored import Stored
@@ -97,7 +98,7 @@ def keep_meta(network: Any, files: Stored) -> None:
 
 
 def _linear_layers(model: Any) -> dict[str, nn.Linear]:
-    head = model.get_output_embeddings()
+    head = heads.head(model)
     return {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear and layer is not head}
 
 

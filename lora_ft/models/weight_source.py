@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from lora_ft.classes import HEAD
 from lora_ft.errors import ConfigError, ResourceError
-from lora_ft.models import build, quantize_experts, stored_layers
+from lora_ft.models import build, heads, quantize_experts, stored_layers
 from lora_ft.models.build import first_line, quiet
 from lora_ft.models.dequantized_files import open_tensors
 from lora_ft.models.resolve import weight_files
@@ -28,19 +29,22 @@ _MASK = re.compile(r"\.masked_bias$")
 class Source:
     """The folder of a base, the setting that names it, transformers' config of its quantization, and that of its files.
 
-    `quantization` is None for weights that stay, or become, unquantized.
+    `quantization` is None for weights that stay, or become, unquantized. `described` is the config of a classifier,
+    whose head may be missing in the files; None for a language model.
     """
 
     path: str
     folder: Path
     quantization: Any
     files: Stored | None
+    described: Any = None
 
     def arguments(self, stack: contextlib.ExitStack) -> dict[str, Any]:
         """Return the arguments of `from_pretrained` that name and quantize the weights; `stack` keeps files open."""
+        config = {"config": self.described} if self.described else {}
         if self.files is None:
-            return {"pretrained_model_name_or_path": self.folder, "quantization_config": self.quantization}
-        described = build.read_config(self.folder, self.path)
+            return {"pretrained_model_name_or_path": self.folder, "quantization_config": self.quantization} | config
+        described = self.described or build.read_config(self.folder, self.path)
         for part in (described, described.get_text_config()):
             if hasattr(part, "quantization_config"):
                 del part.quantization_config
@@ -117,14 +121,42 @@ def load_weights(source: Source, dtype: torch.dtype, device: torch.device, model
         build.on_meta(build.read_config(source.folder, path), dtype, model_class, path)  # the config may be the cause
         raise
     # transformers only logs this, and fills missing weights with random numbers.
-    if absent := sorted(report["missing_keys"]) or sorted(report["mismatched_keys"]):
+    missing, unexpected = set(report["missing_keys"]), set(report["unexpected_keys"])
+    if source.described:
+        _check_head(source, report["mismatched_keys"])
+        missing, unexpected = _settle_head(source, network, missing, unexpected)
+    if absent := sorted(missing) or sorted(report["mismatched_keys"]):
         raise ConfigError(
             f"model.path={path}: the weights lack {absent[0]}, or its shape differs ({len(absent)} in all): "
             "weights and config.json do not belong together"
         )
-    if extra := sorted(name for name in report["unexpected_keys"] if not _MASK.search(name)):
+    if extra := sorted(name for name in unexpected if not _MASK.search(name)):
         raise ConfigError(
             f"model.path={path}: the weights contain tensors that the model of config.json does not have: "
             f"{', '.join(extra[:3])} ({len(extra)} in all): weights and config.json do not belong together"
         )
     return network
+
+
+def _check_head(source: Source, mismatched: Any) -> None:
+    """Raise ConfigError for a base that is a classifier already, of another number of classes."""
+    for name, in_files, expected in mismatched:
+        if name.startswith(f"{HEAD}."):
+            raise ConfigError(
+                f"model.path={source.path} holds a head of {in_files[0]} classes, and this run has {expected[0]}: "
+                "take a base without a head, or the classes of this one"
+            )
+
+
+def _settle_head(source: Source, network: Any, missing: set[str], unexpected: set[str]) -> tuple[set[str], set[str]]:
+    """Draw the head of a classifier that the files do not hold; return what else is missing, and unexpected.
+
+    The head of the language model in the files is not used.
+    """
+    heads.check(network)
+    of_head = {name for name in missing if name.startswith(f"{HEAD}.")}
+    if of_head:
+        heads.draw(network)
+    described = build.read_config(source.folder, source.path)
+    language = build.on_meta(described, torch.float32, heads.auto_class(classifies=False), source.path)
+    return missing - of_head, unexpected - set(language.state_dict())

@@ -22,6 +22,7 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
 from lora_ft.adapters.provenance import Loading
+from lora_ft.classes import MULTI_LABEL
 from lora_ft.io import templates
 from lora_ft.publishing.adapter_facts import Level
 from lora_ft.publishing.compatibility import FILES, Verdict
@@ -30,6 +31,10 @@ from lora_ft.publishing.verification import Verification
 
 CURVE = "loss.png"
 _LONGEST = 300  # characters of a setting
+_CLASSIFY = [
+    'inputs = tokenizer(["A text.", "Another one."], padding=True, return_tensors="pt").to(model.device)',
+    "logits = model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask).logits  # a row for each text",
+]
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,8 @@ def render(contents: CardContents) -> str:
         ways=list(_ways(contents)), rank=max([config.get("r", 0), *(config.get("rank_pattern") or {}).values()]),
         verdicts=[v for v in contents.verdicts if v.program != FILES], data_sha256=record.get("data_sha256"),
         settings=settings, packages=record.get("packages") or {}, verification=contents.verification,
+        classes=list(loading.classifier.get("id2label", {}).values()),
+        is_multi=loading.classifier.get("problem_type") == MULTI_LABEL,
         from_gguf=any(name.endswith(".gguf") for name in weights),
     )  # fmt: skip
     return f"---\n{_front_matter(contents)}\n---\n\n{text}"
@@ -92,9 +99,9 @@ def _method(config: dict[str, Any]) -> str:
 def _front_matter(contents: CardContents) -> str:
     base, summary, method = contents.loading.path, contents.summary, _method(contents.config)
     tags = [f"base_model:adapter:{base}", "lora", *method.lower().split(" with "), "transformers"]
-    results = list(_evaluations(summary)) if summary and summary.evaluations else None
+    results = list(_evaluations(summary, _task(contents))) if summary and summary.evaluations else None
     data = ModelCardData(
-        base_model=base, library_name="peft", pipeline_tag="text-generation", tags=list(dict.fromkeys(tags)),
+        base_model=base, library_name="peft", pipeline_tag=_task(contents), tags=list(dict.fromkeys(tags)),
         license=contents.license, datasets=[summary.dataset] if summary and summary.dataset else None,
         model_name=f"{base.rpartition('/')[2]}-{method.lower().replace(' ', '-')}" if results else None,
         eval_results=results, base_model_relation="adapter",
@@ -102,11 +109,15 @@ def _front_matter(contents: CardContents) -> str:
     return data.to_yaml()
 
 
-def _evaluations(summary: TrainingSummary) -> Iterator[EvalResult]:
+def _task(contents: CardContents) -> str:
+    return "text-classification" if contents.loading.classifier else "text-generation"
+
+
+def _evaluations(summary: TrainingSummary, task: str) -> Iterator[EvalResult]:
     """Yield the last evaluation in the hub's schema."""
     for name, value in summary.evaluations[-1].adapter.items():
         yield EvalResult(
-            task_type="text-generation", dataset_type=summary.dataset or "private", dataset_name="evaluation rows",
+            task_type=task, dataset_type=summary.dataset or "private", dataset_name="evaluation rows",
             dataset_config=summary.dataset_config, dataset_split=summary.dataset_split,
             dataset_revision=summary.dataset_revision, metric_type=name, metric_name=name,
             metric_value=float(f"{value:.6g}"),
@@ -117,7 +128,7 @@ def _ways(contents: CardContents) -> Iterator[tuple[str, str, list[str]]]:
     """Yield program, language and lines of code for each program that can load the adapter."""
     verdicts = {verdict.program: verdict for verdict in contents.verdicts}
     loading, name = contents.loading, contents.name
-    classes = ["AutoModelForCausalLM", "AutoTokenizer", *(["BitsAndBytesConfig"] if loading.quantization else [])]
+    classes = [loading.auto_class, "AutoTokenizer", *(["BitsAndBytesConfig"] if loading.quantization else [])]
     rank_flag = "".join(verdicts["vLLM"].reason.partition("--max-lora-rank ")[1:])
     ways = {
         "PEFT": ("python", ["import torch", "from peft import PeftModel",
@@ -134,6 +145,8 @@ def _ways(contents: CardContents) -> Iterator[tuple[str, str, list[str]]]:
         ways["llama.cpp"] = ("bash", ["llama-cli -m BASE.gguf --lora adapter.gguf  # a GGUF file of the base"])
     if "mlx/adapters.safetensors" in contents.files:
         ways["MLX"] = ("bash", [f"mlx_lm.generate --model {loading.path} --adapter-path mlx --prompt '...'"])
+    if loading.classifier:
+        ways = {"PEFT": (ways["PEFT"][0], [*ways["PEFT"][1], "", *_CLASSIFY])}
     for program, (language, lines) in ways.items():
         if verdicts[program].level is not Level.REFUSED:
             yield program, language, lines

@@ -17,6 +17,7 @@ from typing import Any
 
 from peft import LoraConfig
 
+from lora_ft.classes import SEQ_CLS
 from lora_ft.errors import ConfigError
 from lora_ft.export.gguf.layout import layout_of
 from lora_ft.export.merge import hindrance
@@ -34,6 +35,9 @@ _CONVERT = (
     "publish it with its initial matrices beside it (pissa_changed_base, ...), or convert it to a plain LoRA "
     "(PEFT: path_initial_model_for_weight_conversion)"
 )
+
+# Programs that take adapters of language models only; what to do with one of a classifier.
+_ONLY_TEXT = {"SGLang": "merge it, and serve the folder: lora-ft merge", "llama.cpp": "", "Ollama": "", "MLX": ""}
 
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _UNCHANGED_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
@@ -123,6 +127,8 @@ def _verdict(program: str, facts: AdapterFacts, merging: dict[str, str]) -> Verd
     """Return the worst level among the rules of a program, with all reasons of that level."""
     if not facts.config or not (facts.layers or facts.whole):
         return Verdict(program, Level.REFUSED, "there is no adapter that can be read")
+    if program in _ONLY_TEXT and _is_classifier(facts):
+        return Verdict(program, Level.REFUSED, "it runs language models, and this is a classifier", _ONLY_TEXT[program])
     hits = [(rule, reason) for rule in _RULES if rule.program == program and (reason := rule.reason(facts))]
     worst = max((rule.level for rule, _ in hits), default=Level.OK)
     if worst is Level.OK:
@@ -197,6 +203,16 @@ def _missing_layer(facts: AdapterFacts) -> str | None:
     targets = facts.config.get("target_modules")
     missing = [t for t in map(str, targets) if not facts.has_layer(t)] if isinstance(targets, list) else []
     return f"the base has no layer {missing[0]}, which target_modules names" if missing and facts.base_shapes else None
+
+
+def _is_classifier(facts: AdapterFacts) -> bool:
+    return facts.config.get("task_type") == SEQ_CLS
+
+
+def _vllm_head(facts: AdapterFacts) -> str | None:
+    if not _is_classifier(facts):
+        return None
+    return "it compares the head with that of the model it serves, so the base must be a classifier of as many classes"
 
 
 def _vllm_rank(facts: AdapterFacts) -> str | None:
@@ -277,6 +293,8 @@ _RULES = (
     *_rules("vLLM", Level.REFUSED, "lora-ft merge truncate_rank=512",
             _feature("a rank above 512", lambda f: f.rank > _VLLM_RANKS[-1])),
     *_rules("vLLM", Level.WARN, "", _vllm_rank),
+    # vLLM pull request 53555 (merged), which loads score and classifier of modules_to_save; 57766 lifts it (open)
+    *_rules("vLLM", Level.WARN, "merge it, and serve the folder: lora-ft merge", _vllm_head),
     # SGLang 0.5.23, srt/lora?
     *_rules("SGLang", Level.REFUSED, _MERGE, _dora, _saved, _biases, _tokens, _activated, _rare, _parameters,
             _more_tokens),

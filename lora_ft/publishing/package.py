@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_ft import config
 from lora_ft.adapters import files, peft_folder, provenance
 from lora_ft.adapters import labels as adapter_labels
+from lora_ft.classes import Classes
 from lora_ft.export import mlx
 from lora_ft.export.gguf import adapter as gguf_adapter
 from lora_ft.io import durable
@@ -57,6 +58,7 @@ class Contents:
     license: str | None
     name: str
     formats: frozenset[config.AdapterFormat]
+    classes: Classes | None = None
 
 
 def assemble(folder: Path, contents: Contents) -> Verification:
@@ -93,7 +95,8 @@ def _record(contents: Contents, public_loading: provenance.Loading, tensors: dic
     """Return the contents of lora_ft.json: the adapter's own record if it has one, with the public base."""
     has_record = (contents.adapter / provenance.RECORD).is_file()
     kept = provenance.read_record(contents.adapter) if has_record else {}
-    source = provenance.Provenance(contents.public, contents.quant, None, template=provenance.template_of(kept))
+    template = provenance.template_of(kept)
+    source = provenance.Provenance(contents.public, contents.quant, None, template=template, classes=contents.classes)
     record = provenance.record(tensors, contents.tokenizer, source)
     base = provenance.base_fields(contents.public)
     loading = {key: value for key, value in dataclasses.asdict(public_loading).items() if key != "device"}

@@ -22,6 +22,7 @@ from lora_ft.publishing import pissa_to_lora, secret_scan, training_summary, ver
 from lora_ft.publishing.package import Contents
 
 HUB = "hf:"
+_WITHOUT_FORMATS = "leave out formats; PEFT and transformers load the package"
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 
 
@@ -32,6 +33,8 @@ def contents(cfg: config.PublishRun, adapter: Path, saved: LoraConfig, work: Pat
     known.
     """
     base_id, license_name = _base_id(cfg, adapter, saved), _license(cfg)
+    if cfg.formats:
+        loading.check_generates(adapter, saved, f"formats=[{cfg.formats[0].value}]", _WITHOUT_FORMATS)
     files_of_base = locate(cfg.model, weights=False).stored
     if files_of_base and not files_of_base.trains:
         raise ConfigError(
@@ -63,6 +66,7 @@ def contents(cfg: config.PublishRun, adapter: Path, saved: LoraConfig, work: Pat
         license=license_name,
         name=cfg.to.removeprefix(HUB) if cfg.to.startswith(HUB) else "PATH_OF_THIS_FOLDER",
         formats=frozenset(cfg.formats),
+        classes=loading.classes_of(adapter, saved),
     )
     del base, model
     gc.collect()  # modules form reference cycles; the process that verifies the package needs the memory of the base
@@ -134,8 +138,9 @@ def base_loading(folder: Path, saved: LoraConfig, cfg: config.PublishRun) -> pro
     except ValueError as error:
         raise MismatchError(f"{folder / provenance.RECORD}: its field loading is invalid: {error}") from None
     identity = locate(model)  # downloads the weights, unlike load_meta_model
+    tokenizer, classes = loading.adapter_tokenizer(folder, model), loading.classes_of(folder, saved)
     rows = files.vocabulary_rows(folder, saved)
-    base = load_meta_model(model, quant, cfg.device, loading.adapter_tokenizer(folder, model), rows=rows)
+    base = load_meta_model(model, quant, cfg.device, tokenizer, classes=classes, rows=rows)
     provenance.check_source(folder, saved, base, quant)
     arguments = provenance.loading(base, quant, model)
     device = str(resolve_device(cfg.device))

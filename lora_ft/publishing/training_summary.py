@@ -73,8 +73,8 @@ def read(run: Path) -> TrainingSummary:
     rows = (counts["train_documents"], counts["eval_documents"]) if "eval_documents" in counts else None
     return TrainingSummary(
         _settings(stored), described, dataset, hub.get("name"), hub.get("split"), hub.get("revision"),
-        rows, result.get("steps"), result.get("tokens"), _scores(run, result), _json(run / "merge.json") or None,
-        _curves(run),
+        rows, result.get("steps"), result.get("tokens"), _scores(run, result, stored),
+        _json(run / "merge.json") or None, _curves(run),
     )  # fmt: skip
 
 
@@ -126,12 +126,13 @@ def _describe_sources(data: dict[str, Any]) -> tuple[str, None]:
     return "; ".join(f"{name} (share {mix.get(name)}): {text}" for name, text in sorted(described.items())), None
 
 
-def _scores(run: Path, result: dict[str, Any]) -> list[Scores]:
+def _scores(run: Path, result: dict[str, Any], stored: dict[str, Any]) -> list[Scores]:
+    is_of_head = (stored.get("objective") or {}).get("name") == "classification"
     evaluated, found = _json(run / "eval.json"), []
     try:
         if result.get("eval_loss") is not None:
             base, adapter = (
-                _with_perplexity(float(result[loss]))
+                _losses(float(result[loss]), is_of_head)
                 | _of_sources(result.get(f"{loss}es") or {})
                 | _figures(result.get(metrics) or {})
                 for loss, metrics in (("base_eval_loss", "base_metrics"), ("eval_loss", "metrics"))
@@ -145,8 +146,9 @@ def _scores(run: Path, result: dict[str, Any]) -> list[Scores]:
     return found
 
 
-def _with_perplexity(loss: float) -> dict[str, float]:
-    return {"loss": loss} | ({"perplexity": math.exp(loss)} if loss < 100 else {})
+def _losses(loss: float, is_of_head: bool) -> dict[str, float]:
+    """Return the loss and, unless it is that of a classifier, the perplexity."""
+    return {"loss": loss} | ({"perplexity": math.exp(loss)} if loss < 100 and not is_of_head else {})
 
 
 def _of_sources(losses: dict[str, Any]) -> dict[str, float]:

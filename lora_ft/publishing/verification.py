@@ -9,12 +9,14 @@
 The worker also computes logits without the adapter, to distinguish a wrong base from a broken adapter.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from lora_ft.errors import MismatchError
 from lora_ft.export.verify import distance as logit_distance
 from lora_ft.export.verify import probe, tolerance
 from lora_ft.io import untrusted
+from lora_ft.models import heads
 from lora_ft.models.load import read_tokenizer
 from lora_ft.publishing import checksums
 
@@ -72,15 +75,20 @@ class Verification:
 def make_probe(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> bytes:
     """Return a probe file: `ids` [T], `columns` [K] of the vocabulary, and float32 logits `adapter` [T, K] and `base`.
 
+    Of a classifier, K are the classes, and `base` is the base's body with the adapter's head, since it has none.
+
     `base` is the upper left corner of [T, K] without added tokens, which the base does not know. Ids and columns
     ascend and attention is causal, so the corner does not depend on them.
     """
     with_adapter = probe(model, len(tokenizer))
-    with model.disable_adapter():
+    with _same_head(model), model.disable_adapter():
         without = probe(model, len(tokenizer))
     columns = torch.linspace(0, len(tokenizer) - 1, min(_COLUMNS, len(tokenizer))).long()
     known = min(_added(model), default=len(tokenizer))
     rows, width = int((with_adapter.ids < known).sum()), int((columns < known).sum())
+    if with_adapter.classifies:
+        width = with_adapter.logits.shape[1]
+        columns = torch.arange(width)
     return safetensors.torch.save(
         {
             "ids": with_adapter.ids,
@@ -89,6 +97,22 @@ def make_probe(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> bytes:
             "base": without.logits[:rows, columns[:width]].contiguous(),
         }
     )
+
+
+@contextlib.contextmanager
+def _same_head(model: PeftModel) -> Iterator[None]:
+    """Give the base of a classifier the head of its adapter until the block ends."""
+    if not heads.is_classifier(model.get_base_model()):
+        yield
+        return
+    wrapper = heads.head(model.get_base_model())
+    own, trained = wrapper.original_module, wrapper.modules_to_save[model.active_adapter]
+    before = own.weight.data
+    own.weight.data = trained.weight.data.to(before.dtype)
+    try:
+        yield
+    finally:
+        own.weight.data = before
 
 
 def _added(model: PeftModel) -> list[int]:

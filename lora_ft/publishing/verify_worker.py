@@ -25,7 +25,12 @@ import safetensors.torch
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
 from transformers.utils import logging
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -40,9 +45,13 @@ def load(folder: str, base: dict[str, Any]) -> PeftModel:
         quantization["bnb_4bit_compute_dtype"] = getattr(torch, quantization["bnb_4bit_compute_dtype"])
     # None would hide the quantization that files name in their own config.
     given = {"quantization_config": BitsAndBytesConfig(**quantization)} if quantization else {}
-    model = AutoModelForCausalLM.from_pretrained(
+    classifier = dict(base["classifier"])
+    if classifier:  # the keys of an object in JSON are texts
+        classifier["id2label"] = {int(number): name for number, name in classifier["id2label"].items()}
+    model_class = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    model = model_class.from_pretrained(
         base["path"], revision=base["revision"], dtype=dtype, device_map={"": base["device"]}, use_safetensors=True,
-        trust_remote_code=False, **given,
+        trust_remote_code=False, **given, **classifier,
     )  # fmt: skip
     if base["cast"]:  # of quantized files transformers keeps the dtype
         for parameter in model.parameters():
@@ -51,7 +60,11 @@ def load(folder: str, base: dict[str, Any]) -> PeftModel:
     if base["rows"]:
         model.resize_token_embeddings(base["rows"], mean_resizing=False)
     round_experts(model, base)
-    return PeftModel.from_pretrained(model, folder).eval()
+    adapted = PeftModel.from_pretrained(model, folder).eval()
+    if classifier:  # a base has no head of its own: compare its body by the adapter's
+        score = adapted.get_base_model().score
+        score.original_module.load_state_dict(score.modules_to_save["default"].state_dict())
+    return adapted
 
 
 def prompt(folder: str, messages: list[dict[str, str]], date_string: str) -> str:
@@ -114,10 +127,19 @@ def spread(rows: int, count: int) -> list[int]:
 
 
 def logits(model: PeftModel, ids: list[int], columns: list[int]) -> Tensor:
-    """Return columns of the logits for one sequence of ids: [T, K] float32 on the CPU."""
+    """Return columns of the logits for one sequence of ids: [T, K] float32 on the CPU.
+
+    A classifier gives one row, for the last token; the other rows are those that its head makes of the other tokens.
+    """
+    rows: list[Tensor] = []
+    score = getattr(model.get_base_model(), "score", None)
+    hook = score.register_forward_hook(lambda _, __, output: rows.append(output[0])) if score is not None else None
     with torch.no_grad():
-        output = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
-    return output.logits[0].float().cpu()[:, columns].contiguous()
+        output = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits
+    if hook is not None:
+        hook.remove()
+        output = torch.cat([rows[0][:-1], output])[None]
+    return output[0].float().cpu()[:, columns].contiguous()
 
 
 @contextlib.contextmanager
@@ -163,7 +185,9 @@ def verify(request: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     model = load(request["folder"], request["base"])
     report = compare_keys(model, request["folder"])
     rows = model.get_input_embeddings().weight.shape[0]
-    run = functools.partial(logits, model, request["ids"] or spread(rows, 64), request["columns"] or spread(rows, 256))
+    classes = len(request["base"]["classifier"].get("id2label", ()))
+    columns = list(range(classes)) if classes else spread(rows, 256)
+    run = functools.partial(logits, model, request["ids"] or spread(rows, 64), request["columns"] or columns)
     layers = quantized_layers(model)
     with exact_products(layers):
         found = {"adapter": run()}

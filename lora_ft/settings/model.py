@@ -75,4 +75,21 @@ class Adapter:
 
 @dataclass(slots=True)
 class Objective:
-    name: str = setting("sft", "training objective; sft: cross-entropy of the supervised tokens", text=True)
+    name: str = setting(
+        "sft",
+        "training objective; sft: cross-entropy of the supervised tokens; classification: a linear head on the last "
+        "token of a text",
+        text=True,
+    )
+    multi_label: bool = setting(
+        False, "classification: a row has any number of labels (a list, or a list as JSON text), each yes or no"
+    )
+    class_weights: dict[str, float] = setting(
+        {}, "classification: weight of classes in the loss, by name; 1 for others"
+    )
+    balanced: bool = setting(
+        False, "classification: weight the classes so that each has the same part of the loss of the training rows"
+    )
+    label_smoothing: float = setting(
+        0.0, "classification: part of each target that is spread over all classes", at_least=0, below=1
+    )

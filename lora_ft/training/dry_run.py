@@ -29,7 +29,6 @@ from lora_ft.data.rows import excerpt
 from lora_ft.data.statistics import Statistics, measure
 from lora_ft.data.statistics import warnings as warnings_of_rows
 from lora_ft.errors import LoraFtError
-from lora_ft.evaluation.class_set import check, labelled
 from lora_ft.io import durable
 from lora_ft.io.allocator import release_freed_memory
 from lora_ft.models.device import resolve_device
@@ -154,14 +153,16 @@ def check_machine(cfg: config.TrainRun) -> None:
 
 def read_rows(cfg: config.TrainRun, tokenizer: PreTrainedTokenizerBase) -> Rows:
     """Read the rows of a run, build its examples and their statistics; raises the errors of `prepare_rows`."""
-    found = read_sources(cfg.data)
+    data = objectives.data_of(cfg.objective, cfg.data)
+    found = read_sources(data)
     release_freed_memory()  # arrays of a million rows leave gaps, and the next ones may not fit into them
-    made = prepare_each(found, cfg.data, tokenizer, objectives.find(cfg.objective).examples)
+    classes = objectives.classes_of(cfg.objective, found, cfg.data)
+    made = prepare_each(found, data, tokenizer, objectives.find(cfg.objective, classes).examples, classes)
     dataset = mixed_dataset.combined(made)
     release_freed_memory()
     measured = [
         (found[name], measure(found[name], made[name], source, tokenizer))
-        for name, source in mixing.named(cfg.data).items()
+        for name, source in mixing.named(data).items()
     ]
     release_freed_memory()
     return Rows(dataset, statistics.combined(measured, dataset) if dataset.parts else measured[0][1])
@@ -183,10 +184,14 @@ def partial_dry_run(
     collect: ErrorCollector, cfg: config.TrainRun, rows: Rows | None, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> PartialDryRun:
     """Check as much of a run as its errors allow, even without rows; `collect` keeps the errors."""
-    objective = collect(objectives.find, cfg.objective)
+    classes = rows.dataset.classes if rows else None
+    objective = collect(objectives.find, cfg.objective, classes)
+    if objective:
+        cfg = objectives.complete(cfg)
     base = collect(
-        load_meta_model, cfg.model, cfg.quant, cfg.device, tokenizer, objective.model_class if objective else None
-    )
+        load_meta_model, cfg.model, cfg.quant, cfg.device, tokenizer, objective.model_class if objective else None,
+        classes,
+    )  # fmt: skip
     collect(trackers.check, cfg.track)
     collect(metric_table.check, "train.eval_metrics", cfg.train.eval_metrics)
     collect(metric_table.check, "train.best_metric", [cfg.train.best_metric])
@@ -197,11 +202,11 @@ def partial_dry_run(
             collect(_check_lengths, cfg, base, rows.dataset)
         collect(limits.check_warmup, cfg.optim, steps.count)
         collect(_check_metrics, cfg, rows.dataset)
-    layers = collect(summary.layers, base, cfg) if base else None
+    layers = collect(summary.layers, base, cfg, objective.task_type) if base and objective else None
     as_trained = replace(cfg, quant=agreed(cfg.quant, base.identity.stored)) if base else cfg
     disk = collect(_disk, cfg, folder, layers.trainable, steps.count) if layers and steps else None
     warnings = [
-        *(warnings_of_rows(rows.statistics, rows.dataset.report, cfg.data) if rows else ()),
+        *(warnings_of_rows(rows.statistics, rows.dataset.report, cfg.data, classes) if rows else ()),
         *(_labels_without_rows(rows.dataset) if rows else ()),
         *(_unknown_stop_tokens(rows.statistics, base) if rows and base else ()),
         *(_step_warnings(steps, len(rows.dataset.train), cfg.train) if rows and steps else ()),
@@ -221,9 +226,7 @@ def _check_lengths(cfg: config.TrainRun, base: Base, dataset: Dataset) -> None:
 
 def _check_metrics(cfg: config.TrainRun, dataset: Dataset) -> None:
     names = [name for name in task_metrics.names(cfg.train) if name in metric_table.METRICS]
-    prompts = state.choose_eval(dataset, cfg.train.eval_rows).prompts
-    if dataset.eval:
-        check(names, labelled(prompts, cfg.data), dataset.answers, "train.eval_metrics")
+    task_metrics.check(names, dataset, state.choose_eval(dataset, cfg.train.eval_rows).prompts, cfg.data)
 
 
 def _steps(cfg: config.TrainRun, dataset: Dataset) -> Steps:
@@ -267,6 +270,8 @@ def _labels_without_rows(dataset: Dataset) -> Iterator[str]:
 
 def _unknown_stop_tokens(statistics: Statistics, base: Base) -> Iterator[str]:
     """Yield a warning for each end of turn that the base's files do not list: other programs do not stop there."""
+    if not statistics.ends:  # a classifier writes nothing, and has no settings of generation
+        return
     listed = base.model.generation_config.eos_token_id if base.model.generation_config else None
     known = {*(listed if isinstance(listed, list) else [listed]), base.tokenizer.eos_token_id}
     for end, count in statistics.ends.items():

@@ -18,10 +18,12 @@ from lora_ft.data.dataset import Dataset, EvalPrompt
 from lora_ft.evaluation import class_report
 from lora_ft.evaluation.classification import Classification, classify
 from lora_ft.evaluation.comparison import Comparison, EvalSet, compare, render
+from lora_ft.evaluation.heads import majority
 from lora_ft.io import durable
 from lora_ft.io.hashing import sha256
 from lora_ft.metric_table import LOSS, Source
 from lora_ft.models.load import Base
+from lora_ft.objectives.classification import Classification as ByHead
 from lora_ft.training.metrics import gpu_memory, peak_memory_bytes
 from lora_ft.training.overfitting import overfitting
 from lora_ft.training.state import NAME, TrainingState
@@ -36,6 +38,8 @@ Classes = tuple[Classification | None, Classification] | None  # of base and ada
 @dataclass(frozen=True)
 class Result:
     """Content of result.json: the outcome of one run; losses in nats per token, None without an eval set.
+
+    Those of a classifier are in nats per row, and its base is the yardstick of evaluation/heads.py.
 
     peak_memory_bytes: of the process, which in a sweep trains several jobs; on a GPU what torch allocated for this job.
     peak_reserved_bytes, device_used_bytes: of the GPU, see `metrics.gpu_memory`; None for other devices.
@@ -88,10 +92,7 @@ def finish(state: TrainingState, base: Base, dataset: Dataset, comparisons: dict
     """
     adapter = state.folder / "adapter"
     state.take_kept_state()
-    labels = dataset.answers if mixing.has_labels(state.cfg.data) else None
-    source = provenance.Provenance(
-        base.identity, state.cfg.quant, dataset.report.sha256, template=state.cfg.data.template, labels=labels
-    )
+    source = _provenance(state, base, dataset)
     files.save(state.model, NAME, adapter, base.tokenizer, source)
     for sentence in overfitting(state):
         log.info(sentence)
@@ -105,22 +106,41 @@ def finish(state: TrainingState, base: Base, dataset: Dataset, comparisons: dict
     return result
 
 
+def _provenance(state: TrainingState, base: Base, dataset: Dataset) -> provenance.Provenance:
+    data, classes = state.cfg.data, dataset.classes
+    labels = list(classes.names) if classes else dataset.answers if mixing.has_labels(data) else None
+    return provenance.Provenance(
+        base.identity,
+        state.cfg.quant,
+        dataset.report.sha256,
+        template=data.template,
+        labels=labels,
+        classes=classes,
+    )
+
+
 def _compared(state: TrainingState, base: Base, comparisons: dict[object, Comparison]) -> Comparison:
     train = state.cfg.train
     log.info("comparing base and adapter on the eval set: %d examples", len(state.eval_examples))
     capacity = state.tokens_per_microbatch or train.tokens_per_step
     key = (len(state.eval_examples), capacity, train.samples, *state.task.names, train.max_new_tokens)
+    is_of_head = isinstance(state.objective, ByHead)
     eval_set = EvalSet(
         state.eval_examples,
-        state.eval_prompts[: train.samples],
+        [] if is_of_head else state.eval_prompts[: train.samples],
         capacity,
         _SAMPLE_TOKENS,
         state.objective.loss,
         state.eval_sources,
         state.task.classes,
         state.task,
+        is_of_head,
     )
-    comparisons[key] = compare(state.model, base.tokenizer, eval_set, state.paths, comparisons.get(key), state.measured)
+    earlier = comparisons.get(key)
+    if isinstance(state.objective, ByHead) and state.objective.classes:
+        classes = state.objective.classes
+        earlier = majority(state.objective.loss_of, classes, state.eval_examples, state.eval_sources)
+    comparisons[key] = compare(state.model, base.tokenizer, eval_set, state.paths, earlier, state.measured)
     return comparisons[key]
 
 

@@ -48,6 +48,8 @@ def _by_settings(cfg: config.TrainRun) -> _Cases:
     yield "data.mix_until", not cfg.data.mix, "there is no data.mix"
     of_answers = metric_table.of(Source.answers, [n for n in cfg.train.eval_metrics if n in metric_table.METRICS])
     yield "train.max_new_tokens", not of_answers, "train.eval_metrics names no metric of generated answers"
+    for name in ("multi_label", "class_weights", "balanced", "label_smoothing"):
+        yield f"objective.{name}", cfg.objective.name == "sft", "it is for objective=classification"
     yield "train.epochs", cfg.train.max_steps is not None, "train.max_steps overrides it"
     apart = "data.eval_path" if cfg.data.eval_path else "data.eval_split"
     yield "data.eval_fraction", bool(cfg.data.eval_path or cfg.data.eval_split), f"{apart} names the eval rows"
@@ -66,6 +68,11 @@ def _by_rows(cfg: config.TrainRun, dataset: Dataset) -> _Cases:
         not dataset.eval_prompts,
         "the eval rows are plain text, without prompts" if dataset.eval else none,
     )
+    if dataset.classes:
+        yield "train.samples", bool(dataset.eval), "a classifier writes no answers"
+        yield "data.train_on", True, "a classifier learns the label"
+        yield "data.train_on_thoughts", True, "a classifier learns the label"
+        yield "model.chat_template", True, "a classifier reads the text without a template"
     text = dataset.report.format == "text"
     yield "data.train_on", text, "plain text is learned as a whole"
     no_choice = "plain text has no thoughts" if text else "data.train_on=all learns every token"

@@ -10,25 +10,29 @@ Labels and temperature are those stored with the adapter; rows are read by the r
 
 import logging
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_ft import config, validation
+from lora_ft import config, objectives, validation
 from lora_ft.adapters import labels as stored_labels
-from lora_ft.adapters import loading
+from lora_ft.adapters import loading, peft_folder
+from lora_ft.classes import Classes
 from lora_ft.data import label_prompts, unlabelled
 from lora_ft.data import labels as row_labels
 from lora_ft.data.dataset import EvalPrompt, prepare_rows
+from lora_ft.data.rows import Example
 from lora_ft.errors import ConfigError, DataError
-from lora_ft.evaluation import predictions
+from lora_ft.evaluation import heads, predictions
 from lora_ft.evaluation.classification import Floats, with_temperature
 from lora_ft.evaluation.label_scores import LabelScorer
 from lora_ft.models.acceleration import accelerated, accelerated_lora
 from lora_ft.models.device import resolve_device, selected
-from lora_ft.objectives import find as find_objective
 from lora_ft.ops.kernels import choose_kernels
+from lora_ft.ops.token_loss import Paths
 
 log = logging.getLogger("lora_ft")
 
@@ -45,24 +49,46 @@ def predict(cfg: config.EvalRun) -> Counter[str]:
     validation.validate(cfg)
     out = predictions.check(cfg.out)
     adapter = loading.adapter_folder(cfg.run, cfg.adapter_path)
-    cfg = loading.with_base(cfg, adapter)
-    labels = _labels(cfg, adapter)
+    saved = peft_folder.read_config(adapter)
+    classes = loading.classes_of(adapter, saved)
+    cfg = loading.with_base(cfg, adapter, saved)
+    cfg = replace(cfg, objective=objectives.of_adapter(cfg.objective, classes))
+    labels = list(classes.names) if classes else _labels(cfg, adapter)
     data = replace(cfg.data, labels=None, deduplicate=False)
     tokenizer = loading.adapter_tokenizer(adapter, cfg.model)
     found, columns = unlabelled.read(data, "predict", labels[0])
-    dataset = prepare_rows(found, data, tokenizer, find_objective(cfg.objective).examples)
+    dataset = prepare_rows(found, data, tokenizer, objectives.find(cfg.objective, classes).examples)
     prompts: list[EvalPrompt] = list(dataset.eval_prompts)
     if not prompts:
         raise DataError(f"predict={cfg.predict}: the rows have no prompts")
     if left_out := len(columns) - len(prompts):
         log.warning("predict: %d of %d rows are left out, as data.too_long says", left_out, len(columns))
-    made = label_prompts.make([p.row for p in prompts], [p.prompt_ids for p in prompts], labels, tokenizer, data)
-    probabilities = _probabilities(cfg, adapter, tokenizer, made)
-    table = predictions.table([columns[prompt.source] for prompt in prompts], labels, probabilities)
+    if classes:
+        score = partial(_by_head, classes, dataset.eval)
+    else:
+        made = label_prompts.make([p.row for p in prompts], [p.prompt_ids for p in prompts], labels, tokenizer, data)
+        score = partial(_by_words, made)
+    is_multi = classes is not None and classes.is_multi
+    probabilities = _probabilities(cfg, adapter, tokenizer, score, is_multi)
+    table = predictions.table([columns[prompt.source] for prompt in prompts], labels, probabilities, is_multi)
     predictions.write(out, table)
     counts = Counter(dict.fromkeys(labels, 0))
-    counts.update(labels[i] for i in np.argmax(probabilities, 1))
+    for row in predictions.chosen(probabilities, is_multi):
+        counts.update(labels[i] for i in row)
     return counts
+
+
+Score = Callable[[Paths, int, PreTrainedModel], Floats]
+
+
+def _by_head(
+    classes: Classes, examples: Sequence[Example], paths: Paths, tokens: int, model: PreTrainedModel
+) -> Floats:
+    return heads.predict(model, classes, examples, paths, tokens)
+
+
+def _by_words(prompts: list[label_prompts.LabelPrompt], paths: Paths, tokens: int, model: PreTrainedModel) -> Floats:
+    return LabelScorer(prompts, paths, tokens).probabilities(model)
 
 
 def _labels(cfg: config.EvalRun, adapter: Path) -> list[str]:
@@ -75,13 +101,14 @@ def _labels(cfg: config.EvalRun, adapter: Path) -> list[str]:
 
 
 def _probabilities(
-    cfg: config.EvalRun, adapter: Path, tokenizer: object, prompts: list[label_prompts.LabelPrompt]
+    cfg: config.EvalRun, adapter: Path, tokenizer: PreTrainedTokenizerBase, score: Score, is_multi: bool
 ) -> Floats:
+    """Return the probabilities of labels by the adapter, with its temperature; `score` computes them of a model."""
     device = resolve_device(cfg.device)
     kernels = choose_kernels(device, cfg.fast.kernels)
     with selected(device):
         base, model = loading.open_adapter(adapter, cfg.model, cfg.quant, cfg.device, tokenizer)
         with accelerated(base.model, cfg.fast, kernels) as made, accelerated_lora(model, loading.NAME, cfg.fast):
-            found = LabelScorer(prompts, made.paths, cfg.eval.tokens_per_microbatch).probabilities(base.model)
+            found = score(made.paths, cfg.eval.tokens_per_microbatch, base.model)
     temperature = stored_labels.temperature(adapter)
-    return found if temperature is None else with_temperature(found, temperature)
+    return found if temperature is None else with_temperature(found, temperature, multi_label=is_multi)

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_ft import config, objectives
 from lora_ft.adapters import targets
+from lora_ft.classes import Classes
 from lora_ft.evaluation.comparison import Comparison
 from lora_ft.evaluation.loss import EvalLoss
 from lora_ft.models.acceleration import Accelerated, accelerate
@@ -54,12 +55,14 @@ def prepare(cfg: config.TrainRun) -> Shared:
     return Shared(tokenizer, read_rows(cfg, tokenizer))
 
 
-def load(cfg: config.TrainRun, tokenizer: PreTrainedTokenizerBase) -> LoadedBase:
-    """Load the base of a run, freeze and accelerate it."""
+def load(cfg: config.TrainRun, tokenizer: PreTrainedTokenizerBase, classes: Classes | None = None) -> LoadedBase:
+    """Load the base of a run, freeze and accelerate it; `classes` are those of a classifier."""
     kernels = choose_kernels(resolve_device(cfg.device), cfg.fast.kernels)
     model_class = objectives.find(cfg.objective).model_class
-    base = load_base(cfg.model, cfg.quant, cfg.device, tokenizer, model_class)
+    base = load_base(cfg.model, cfg.quant, cfg.device, tokenizer, model_class, classes)
     switch_off_dropout(base.model)
     before = fingerprint(base.model)
-    made = accelerate(base.model, cfg.fast, kernels, targets.with_own_storage(base.model, cfg.adapter))
+    made = accelerate(
+        base.model, cfg.fast, kernels, targets.with_own_storage(base.model, objectives.complete(cfg).adapter)
+    )
     return LoadedBase(base, made, before)

@@ -178,6 +178,8 @@ class TrainingState:
     @property
     def starts_as_base(self) -> bool:
         """True if the model equals its base, bit for bit, before the first step."""
+        if objectives.classifies(self.cfg.objective):  # the base has no head of its own
+            return False
         adapter = self.cfg.adapter
         trains_more = adapter.use_dora or adapter.modules_to_save or self.cfg.model.added_tokens
         return not (trains_more or adapter.init_from or init.find(adapter.init).changes_base)
@@ -231,7 +233,7 @@ def _attach(cfg: config.TrainRun, base: Base, dataset: Dataset) -> PeftModel:
     try:
         model = attach.attach(
             base.model,
-            cfg.adapter,
+            objectives.complete(cfg).adapter,
             NAME,
             derive(cfg.seed, "adapter"),
             token_ids,
@@ -272,13 +274,13 @@ def new_state(
         folder=folder,
         model=model,
         paths=paths,
-        objective=objectives.find(cfg.objective),
+        objective=objectives.find(cfg.objective, dataset.classes),
         examples=dataset.train,
         eval_examples=eval_examples,
         eval_prompts=eval_prompts,
         eval_sources=eval_sources,
         mix=mix,
-        task=task_metrics(cfg, dataset, eval_prompts, tokenizer, paths),
+        task=task_metrics(cfg, dataset, eval_examples, eval_prompts, tokenizer, paths),
         steps=steps,
         parameters=parameters,
         start={n: p.detach().to("cpu", copy=True) for n, p in parameters.items()},

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lora_ft import config, metric_table, mixing
 from lora_ft.data import thoughts
 from lora_ft.data.dataset import Dataset, EvalPrompt
-from lora_ft.evaluation import classification, metrics
-from lora_ft.evaluation.class_set import ClassSet, check, label_set, labelled
+from lora_ft.data.rows import Example
+from lora_ft.evaluation import class_set, classification, heads, metrics
+from lora_ft.evaluation.class_set import ClassSet, label_set, labelled
 from lora_ft.evaluation.classification import Predictions
 from lora_ft.evaluation.generation import generate
 from lora_ft.metric_table import LOSS, Source
@@ -56,22 +57,32 @@ def names(train: config.Train) -> list[str]:
     return list(dict.fromkeys([*train.eval_metrics, *([train.best_metric] if train.best_metric != LOSS else [])]))
 
 
+def check(wanted: Sequence[str], dataset: Dataset, prompts: Sequence[EvalPrompt], data: config.Data) -> None:
+    """Raise DataError for metrics that eval rows with these prompts cannot have."""
+    if dataset.classes:
+        heads.check(wanted, dataset.eval, dataset.classes, "train.eval_metrics")
+    elif dataset.eval:
+        class_set.check(wanted, labelled(prompts, data), dataset.answers, "train.eval_metrics")
+
+
 def task_metrics(
     cfg: config.TrainRun,
     dataset: Dataset,
+    examples: Sequence[Example],
     prompts: Sequence[EvalPrompt],
     tokenizer: PreTrainedTokenizerBase | None,
     paths: Paths,
 ) -> TaskMetrics:
-    """Prepare the metrics that the settings name on the prompts of an evaluation; none without eval rows.
+    """Prepare the metrics that the settings name on the examples and prompts of an evaluation.
 
-    Raises the errors of `class_set.check`.
+    Without eval rows there are none. Raises the errors of `check`.
     """
     wanted, chosen = names(cfg.train), labelled(prompts, cfg.data)
-    if dataset.eval:
-        check(wanted, chosen, dataset.answers, "train.eval_metrics")
-    classes = None
-    if chosen and dataset.answers and (mixing.has_labels(cfg.data) or metric_table.of(Source.classes, wanted)):
-        tokens = cfg.train.microbatch_limit or cfg.train.tokens_per_step
+    check(wanted, dataset, prompts, cfg.data)
+    classes, tokens = None, cfg.train.microbatch_limit or cfg.train.tokens_per_step
+    is_labelled = mixing.has_labels(cfg.data) or metric_table.of(Source.classes, wanted)
+    if dataset.classes and examples:
+        classes = heads.head_set(dataset.classes, examples, paths, tokens)
+    elif chosen and dataset.answers and is_labelled:
         classes = label_set(chosen, dataset.answers, tokenizer, cfg.data, paths, tokens)
     return TaskMetrics(wanted, prompts, classes, tokenizer, cfg.train.max_new_tokens)
