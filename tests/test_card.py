@@ -205,6 +205,7 @@ def test_summary_of_a_run_has_no_paths(tmp_path: Path) -> None:
     [
         ("org/rows", "org/rows on the Hugging Face hub", "org/rows"),
         ("package:chatterbot_corpus/data/english", "files of the package chatterbot_corpus", None),
+        ("cache:tasks/topic", "rows made by a script (tasks/topic)", None),
         ("/home/me/rows", "a local folder", None),
         ("rows.csv", "a local file (.csv)", None),
         ("../org", "a local folder", None),

@@ -48,7 +48,8 @@ def composes(path):
 @pytest.mark.parametrize("path", [composes(path) for path in CHOICES])
 def test_choice_composes_to_the_defaults_and_its_own_values(path):
     group, written = path.parent.name, OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    given = [] if group == "data" and "path" in written else ["data.path=x"]
+    has_rows = "path" in written if group == "data" else "sources" in (written or {}).get("data", {})
+    given = [] if has_rows else ["data.path=x"]
     given += ["model.path=b"] if (group, path.stem) == ("model", "local") else []
     cfg = composed("plan" if group == "hardware" else "train", *given, f"{group}={path.stem}")
     if group != "experiment":

@@ -1,7 +1,7 @@
 """Find rows: in a file, a folder or archive of files, a folder inside a package, or a hub dataset.
 
 data.path=chat.jsonl   data.path=rows/   data.path=rows.zip   data.path=package:chatterbot_corpus/data/english
-data.path=org/name
+data.path=org/name   data.path=cache:tasks/topic
 
 Files of a folder may be named for splits (train-00000-of-00002.parquet, my_val.jsonl); data.split then chooses.
 """
@@ -19,15 +19,16 @@ from lora_ft.data.split_names import ALL_SPLITS as ALL_SPLITS
 from lora_ft.data.split_names import split_name as split_name
 from lora_ft.data.streams import File, kind
 from lora_ft.errors import DataError, ResourceError, SecurityError
-from lora_ft.io import arrow, untrusted
+from lora_ft.io import arrow, durable, untrusted
 
 _PACKAGE = re.compile(r"package:([A-Za-z_]\w*)/(.+)")
+_CACHE = re.compile(r"cache:([\w-]+)/(.+)")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def is_local(path: str) -> bool:
     """Return True for a path on this machine, to which the settings of hub datasets do not apply."""
-    return path.startswith("package:") or Path(path).expanduser().exists()
+    return _named(path) or Path(path).expanduser().exists()
 
 
 def records(path: str, key: str, data: config.Data, ledger: Ledger) -> Iterator[Record]:
@@ -44,8 +45,8 @@ def records(path: str, key: str, data: config.Data, ledger: Ledger) -> Iterator[
 def _records(path: str, key: str, data: config.Data, ledger: Ledger) -> Iterator[Record]:
     if not path:
         raise DataError(f"{key} is empty: give a file, a folder or a hub id")  # Path("") is the current folder
-    if path.startswith("package:"):
-        for file in _files(_inside_package(path, key), path, key, data.split, ledger):
+    if _named(path):
+        for file in _files(_place(path, key), path, key, data.split, ledger):
             yield from read_file(file, file.name, ledger, data)
     elif (local := Path(path).expanduser()).exists():
         root = _snapshot(local)
@@ -61,7 +62,7 @@ def _records(path: str, key: str, data: config.Data, ledger: Ledger) -> Iterator
 
 def folder_splits(path: str, key: str) -> set[str]:
     """Return the splits of a local folder or archive, or of a file like {"train": [...], "test": [...]}."""
-    local = _inside_package(path, key) if path.startswith("package:") else Path(path).expanduser()
+    local = _place(path, key) if _named(path) else Path(path).expanduser()
     if not path or not local.exists():
         return set()
     if inside := layout.folder(local):
@@ -92,6 +93,31 @@ def _snapshot(local: Path) -> Path:
     """Return the folder that links in `local` may not leave: the commit's, for a folder in the hub's cache."""
     absolute = local.absolute()
     return next((folder for folder in (absolute, *absolute.parents) if folder.parent.name == "snapshots"), local)
+
+
+def _named(path: str) -> bool:
+    """Return True for a path inside a package or the cache."""
+    return path.startswith(("package:", "cache:"))
+
+
+def _place(path: str, key: str) -> Path:
+    """Return the path on this machine that `package:NAME/PATH` or `cache:KIND/PATH` names."""
+    return _inside_package(path, key) if path.startswith("package:") else _inside_cache(path, key)
+
+
+def _inside_cache(path: str, key: str) -> Path:
+    """Return the path that `cache:KIND/PATH` names, in the folder of lora_ft in the user's cache."""
+    if not (match := _CACHE.fullmatch(path)):
+        raise DataError(f"{key}: {path} must have the form cache:KIND/FOLDER")
+    kind, inner = match.groups()
+    root = durable.cache_folder(kind).resolve()
+    found = (root / inner).resolve()
+    if not found.is_relative_to(root):
+        raise SecurityError(f"{key}: {path} leads out of the cache")
+    if not found.exists():
+        made = f"; make it: python benchmarks/tasks/make_rows.py {inner.partition('/')[0]}" if kind == "tasks" else ""
+        raise DataError(f"{key}: there is no {path} ({found}){made}")
+    return found
 
 
 def _inside_package(path: str, key: str) -> Path:

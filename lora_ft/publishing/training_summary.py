@@ -108,6 +108,8 @@ def _describe_source(path: str) -> tuple[str, str | None]:
     """Return a description of the source of rows without a path of this machine, and its hub id or None."""
     if path.startswith("package:"):
         return f"files of the package {path.removeprefix('package:').partition('/')[0]}", None
+    if path.startswith("cache:"):
+        return f"rows made by a script ({path.removeprefix('cache:')})", None
     if Path(path).suffix.lower() in (".jsonl", ".json", ".csv", ".parquet", ".txt", ".yml", ".yaml", ".tsv"):
         return f"a local file ({Path(path).suffix.lower()})", None
     if untrusted.is_public_id(path):

@@ -11,7 +11,8 @@ from lora_ft.values import Format, MixUntil, TooLong, TrainOn, Turns
 class Data:
     path: str = setting(
         "",
-        "rows: .jsonl .json .csv .tsv .parquet .arrow .txt .zip file (or .gz), folder, hub id, or package:NAME/FOLDER",
+        "rows: .jsonl .json .csv .tsv .parquet .arrow .txt .zip file (or .gz), folder, hub id, package:NAME/FOLDER, or "
+        "cache:KIND/FOLDER",
         path=True,
     )
     format: Format = setting(Format.auto, "format of a row; auto: by its columns")
