@@ -10,7 +10,7 @@ import itertools
 import json
 import operator
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, overload
@@ -29,7 +29,6 @@ from lora_ft.data.rows import Example, Row, excerpt
 from lora_ft.errors import ConfigError, DataError
 
 MOST_LABELS = 50
-_ROWS_AT_ONCE = 10_000
 
 # Looking into the cache takes 20 ms, mostly for the tokenizer's hash; tokenizing a thousand short rows takes 120 ms.
 _CACHED_FROM_ROWS = 1000
@@ -256,7 +255,7 @@ def prepare_rows(
         is_stream=data.stream,
         labels=counts,
     )  # fmt: skip
-    answers = few_answers(_rows_of(train, rows)) if counts is None else [*counts]
+    answers = few_answers(rows.select(np.unique(train.rows))) if counts is None else [*counts]
     trials = chat_template.trials_of(tokenizer, data) if tokenizer.chat_template else None
     answer_of = partial(chat_template.answer_of, data=data, trials=trials)
     prompts = EvalPrompts(eval_, rows, rows.is_chat, answer_of, part)
@@ -276,12 +275,6 @@ def documents(found: Rows, data: config.Data, tokenizer: Any, make_examples: Mak
 
 def _question(row: Row) -> str:
     return next(str(m["content"]) for m in reversed(row.messages) if m["role"] == "user")
-
-
-def _rows_of(examples: Examples, rows: StoredRows) -> Iterator[Row]:
-    """Yield the rows of documents, a part at a time: `few_answers` seldom needs more than the first."""
-    for part in np.array_split(examples.rows, -(-len(examples) // _ROWS_AT_ONCE)):
-        yield from rows.select(np.unique(part))
 
 
 def few_answers(rows: Iterable[Row]) -> list[str] | None:
