@@ -31,8 +31,9 @@ def _row(recipe: str, variant: str, runs: list[Result], metric: str) -> list[str
     tokens = f"{mean(r['tokens'] for r in runs):,.0f}" if "tokens" in first else f"{first['train_rows']:,} rows"
     cpu = [r["cpu_seconds"] for r in runs if "cpu_seconds" in r]
     memory = f"{max(r['peak_memory_bytes'] for r in runs) / 1e9:.1f} GB" if "tokens" in first else ""
+    base = "" if variant == "head" else value(metric, "base", runs[:1])  # an untrained head is no classifier
     return [
-        recipe, metric, value(metric, "base", runs[:1]), NAMES.get(variant, variant.replace("tfidf", "TF-IDF,")),
+        recipe, metric, base, NAMES.get(variant, variant.replace("tfidf", "TF-IDF,")),
         value(metric, "adapter", runs), str(len(runs)), str(first["eval_rows"]), tokens,
         f"{mean(r['train_seconds'] for r in runs):.0f} s", f"{mean(cpu):.0f} s" if cpu else "", memory,
     ]  # fmt: skip
