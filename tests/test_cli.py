@@ -51,7 +51,7 @@ def test_command_and_both_module_forms_behave_the_same(tmp_path):
     done = [process([*form, "data.path=x", "experiment=absent"], tmp_path) for form in forms]
     for d in done:  # importing a command may bring warnings of other libraries before the message
         assert (d.returncode, d.stdout) == (2, "") and d.stderr.endswith(
-            "lora-ft: experiment=absent: choose one of demo\n"
+            f"lora-ft: experiment=absent: choose one of {', '.join(choices.of('experiment'))}\n"
         )
     assert done[0].stderr == done[1].stderr
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from lora_ft import config, errors, validation
-from lora_ft.cli import entry, overrides
+from lora_ft.cli import choices, entry, overrides
 from lora_ft.io import durable
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)
@@ -171,7 +171,7 @@ def test_mappings_take_new_keys_without_plus_and_dotted_layer_names(calls):
         ("model@other=gpt2", "model@other is not a setting; nearest: model.path"),
         ("quant=nf5", "quant=nf5: choose one of fp4, int8, nf4, none"),
         ("quant=null", "quant=null: choose one of fp4, int8, nf4, none"),
-        ("experiment=dmo", "experiment=dmo: choose one of demo"),
+        ("experiment=dmo", f"experiment=dmo: choose one of {', '.join(choices.of('experiment'))}"),
         ("adapter.r=abc", "adapter.r must be an integer, got abc"),
         ("adapter.r=[1,2]", "adapter.r=[1,2]: adapter.r takes one value; lora-ft sweep adapter.r=1,2 trains with each"),
         ("adapter.r=${x}", "adapter.r must be an integer, but: Interpolation key 'x' not found"),

@@ -197,7 +197,7 @@ def rendered(views: list[View], titles: dict[int, str], width: int, height: int)
 
 
 def view(job: Job, state: str, step: int = 0, num_steps: int | None = 10) -> View:
-    curve = Curve(((step, 2.5),), ((0, 2.3), (step, 2.4)), 1, step, 140.0)
+    curve = Curve(((step, 2.5),), ((0, 2.3), (step, 2.4)), stride=1, last_step=step, tokens_per_second=140.0)
     return View(job, state, JobResult(str(job.number), job.folder, num_steps=num_steps, figures=Figures(), curve=curve))
 
 
