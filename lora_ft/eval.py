@@ -32,7 +32,6 @@ from lora_ft.adapters import labels as stored_labels
 from lora_ft.adapters import loading, peft_folder, provenance
 from lora_ft.classes import Classes
 from lora_ft.cli import entry, overrides
-from lora_ft.data import thoughts
 from lora_ft.data.dataset import Dataset, few_answers, prepare_rows
 from lora_ft.data.joined import Chained
 from lora_ft.data.mixed_dataset import prepare, read_sources
@@ -49,16 +48,15 @@ from lora_ft.metric_table import Source
 from lora_ft.models.acceleration import accelerated, accelerated_lora
 from lora_ft.models.device import resolve_device, selected
 from lora_ft.objectives import Objective
-from lora_ft.objectives.classification import Classification as ByHead
 from lora_ft.ops.kernels import choose_kernels
 from lora_ft.ops.token_loss import Paths
 from lora_ft.training.predict import predict, with_labels
 from lora_ft.training.state import choose_eval
+from lora_ft.training.task_metrics import yardstick
 
 log = logging.getLogger("lora_ft")
 
 _FILE, _CONFUSION = "eval.json", "eval_confusion.png"
-_PROMPT_END = 16  # tokens
 
 
 @dataclass(frozen=True)
@@ -119,10 +117,14 @@ def evaluate(cfg: config.EvalRun, given: list[str]) -> EvalResult:
         with accelerated(base.model, cfg.fast, kernels) as made, accelerated_lora(model, loading.NAME, cfg.fast):
             scored = _class_set(cfg, dataset, eval_set, tokenizer, made.paths, classes)
             comparison = compare(
-                model, tokenizer, replace(eval_set, classes=scored), made.paths, _yardstick(objective, eval_set)
+                model, tokenizer, replace(eval_set, classes=scored), made.paths, yardstick(objective, eval_set)
             )
-    end = tokenizer.decode(eval_set.prompts[0].prompt_ids[-_PROMPT_END:]) if eval_set.prompts else ""
-    found = _metrics(comparison, metric_table.of(Source.answers, cfg.eval.metrics), end)
+    names = metric_table.of(Source.answers, cfg.eval.metrics)
+    of_base, of_adapter = (
+        metrics.scores_of(names, tokenizer, eval_set.prompts, texts)
+        for texts in ([a.base for a in comparison.answers], [a.adapter for a in comparison.answers])
+    )
+    found = {name: (of_base[name], of_adapter[name]) for name in names}
     classified = _classified(comparison, cfg, adapter, dataset.report.sha256)
     path = Path(cfg.run).expanduser() / _FILE if cfg.run else None
     result = EvalResult(comparison, found, description, dataset.report.sha256, path, classified)
@@ -131,13 +133,6 @@ def evaluate(cfg: config.EvalRun, given: list[str]) -> EvalResult:
     if path and classified and (drawn := class_report.picture(classified[1], "Confusion matrix of the eval rows")):
         durable.write_bytes(path.with_name(_CONFUSION), drawn)
     return result
-
-
-def _yardstick(objective: Objective, eval_set: EvalSet) -> Comparison | None:
-    """Return what stands for the base of a classifier; None for a language model."""
-    if isinstance(objective, ByHead) and objective.classes:
-        return heads.majority(objective.loss_of, objective.classes, eval_set.examples, eval_set.sources)
-    return None
 
 
 def _eval_set(cfg: config.EvalRun, objective: Objective, dataset: Dataset, classes: Classes | None) -> EvalSet:
@@ -288,21 +283,6 @@ def _warn_of_other_rows(adapter: Path, dataset: Dataset) -> None:
             "the rows or their split are not the run's own: if the run trained on some of them, loss and metrics are "
             "too good"
         )
-
-
-def _metrics(comparison: Comparison, names: list[str], prompt_end: str) -> dict[str, tuple[float, float]]:
-    """Compute the metrics of both models' answers, without their thoughts: (base, adapter) by name.
-
-    prompt_end: the last words of the prompts, which may open a thought.
-    """
-    if not names:
-        return {}
-    references = [thoughts.after(a.reference) for a in comparison.answers]
-    base, adapter = (
-        metrics.scores(names, [thoughts.after(text, prompt_end) for text in texts], references)
-        for texts in ([a.base for a in comparison.answers], [a.adapter for a in comparison.answers])
-    )
-    return {name: (base[name], adapter[name]) for name in names}
 
 
 def _shown(comparison: Comparison, samples: int) -> Comparison:

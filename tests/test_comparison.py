@@ -7,21 +7,41 @@ from typing import Any
 
 import pytest
 import torch
+from classifiers import ONE, tiny_classifier
 from finished import adapted, settings
 from rich.console import Console
-from tiny import FAMILIES
+from states import some_rows
+from tiny import FAMILIES, tiny_model
 
 from lora_ft import config
 from lora_ft.data.dataset import prepare
 from lora_ft.errors import NonFiniteError
+from lora_ft.evaluation import heads
 from lora_ft.evaluation.comparison import Answers, Comparison, EvalSet, adapter_off, compare, render
 from lora_ft.evaluation.generation import generate
 from lora_ft.evaluation.loss import EvalLoss, eval_loss
 from lora_ft.models.acceleration import accelerate
 from lora_ft.models.load import load_base
 from lora_ft.objectives.sft import Sft
+from lora_ft.ops.batch import LossSum
+from lora_ft.ops.token_loss import PLAIN_PATHS
 
 NASTY = "[bold red]no markup[/] \x1b[31mno colour " + "unbroken" * 30
+
+
+def test_an_evaluation_that_fails_leaves_the_model_in_training_mode() -> None:
+    """Else a run that goes on after an error, such as too little memory, would train without dropout."""
+    model, classifier = tiny_model("llama").train(), tiny_classifier("llama", ONE).train()
+
+    def failing(*_: object) -> LossSum:
+        raise torch.OutOfMemoryError("toy")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        eval_loss(model, failing, some_rows(2), PLAIN_PATHS, 100)
+    classifier.model.register_forward_pre_hook(failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        heads.predict(classifier, ONE, some_rows(2), PLAIN_PATHS, 100)
+    assert all(module.training for each in (model, classifier) for module in each.modules())
 
 
 @pytest.mark.parametrize(

@@ -180,4 +180,6 @@ def test_tfidf_learns_words_and_its_macro_f1_is_that_of_sklearn() -> None:
     assert some == (tfidf.drawn(texts, texts, 20)[0][:5],) * 2
     rng = np.random.default_rng(0)
     labels, predicted = (rng.choice(np.array(["a", "b", "c"]), 50) for _ in range(2))
-    assert tfidf.f1(labels, predicted) == pytest.approx(f1_score(labels, predicted, average="macro"))
+    assert tfidf.classified(labels, predicted).metrics["macro_f1"] == pytest.approx(
+        f1_score(labels, predicted, average="macro")
+    )

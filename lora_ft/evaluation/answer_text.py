@@ -28,7 +28,8 @@ class AnswerText:
         self._prompt, self._headers, marks = "", ("", ""), list[str]()
         if tokenizer.chat_template:
             template = Template(tokenizer, {})
-            self._prompt, self._headers = _prompt(template), (_header(template, None), _header(template, "three"))
+            self._prompt = _prompt(template)
+            self._headers = _header(template, self._prompt, None), _header(template, self._prompt, "three")
             marks = [*self._headers, *(mark for tags in template.tags for mark in (tags.opening, tags.closing))]
         special = set(tokenizer.all_special_ids)
         self._kept = {i for mark in marks for i in tokenizer.encode(mark, add_special_tokens=False) if i in special}
@@ -57,10 +58,9 @@ def _prompt(template: Template) -> str:
         return ""
 
 
-def _header(template: Template, thought: str | None) -> str:
+def _header(template: Template, prompt: str, thought: str | None) -> str:
     """Return what a template writes between the prompt, or the thought, and the text of an answer."""
     question, answer = _CHAT
-    prompt = _prompt(template)
     for form in thoughts.forms([question, answer if thought is None else {**answer, thoughts.FIELD: thought}]):
         try:
             text = template.rendered(form.messages, False)

@@ -65,10 +65,8 @@ class Predictions:
 
     @property
     def predicted(self) -> NDArray[np.bool_]:
-        """Truth values [rows, classes]: the most probable class (the first of equals), or classes from 0.5 on."""
-        if self.is_multi_label:
-            return self.probabilities >= 0.5
-        return _one_hot(self.probabilities.argmax(1), len(self.labels))
+        """Truth values [rows, classes]: the `decisions`."""
+        return decisions(self.probabilities, multi_label=self.is_multi_label)
 
     def with_temperature(self, temperature: float) -> "Predictions":
         """Return the same rows with calibrated probabilities."""
@@ -211,6 +209,13 @@ def _means(rows: _Rows) -> dict[str, float]:
     return {name: float(value) for name, value in found.items() if value is not None}
 
 
+def decisions(probabilities: Floats, *, multi_label: bool) -> NDArray[np.bool_]:
+    """Return truth values [rows, classes]: the most probable class (the first of equals), or classes from 0.5 on."""
+    if multi_label:
+        return np.asarray(probabilities >= 0.5)
+    return _one_hot(probabilities.argmax(1), probabilities.shape[1])
+
+
 def auroc(scores: Floats, positive: NDArray[np.bool_]) -> float | None:
     """Return the probability that a positive row has the higher score (ties count half); None without both kinds."""
     if positive.all() or not positive.any():
@@ -231,8 +236,8 @@ def with_temperature(probabilities: Floats, temperature: float, *, multi_label: 
     """Return the probabilities of logits divided by a temperature: softmax(log p / T), or of each decision."""
     if multi_label:
         pairs = np.stack([1 - probabilities, probabilities], -1)
-        return _softmax(_logs(pairs) / temperature)[..., 1]
-    return _softmax(_logs(probabilities) / temperature)
+        return softmax(_logs(pairs) / temperature)[..., 1]
+    return softmax(_logs(probabilities) / temperature)
 
 
 def fit_temperature(found: Predictions) -> float:
@@ -248,7 +253,7 @@ def fit_temperature(found: Predictions) -> float:
     low, high = 1 / TEMPERATURES[1], 1 / TEMPERATURES[0]
     for _ in range(60):
         middle = (low + high) / 2
-        slope = ((_softmax(logits * middle) * logits).sum(1) - logits[right]).mean()
+        slope = ((softmax(logits * middle) * logits).sum(1) - logits[right]).mean()
         low, high = (middle, high) if slope < 0 else (low, middle)
     return float(2 / (low + high))
 
@@ -257,7 +262,7 @@ def _logs(probabilities: Floats) -> Floats:
     return np.log(np.maximum(probabilities, _TINY))
 
 
-def _softmax(logits: Floats) -> Floats:
+def softmax(logits: Floats) -> Floats:
     powers = np.exp(logits - logits.max(-1, keepdims=True))
     return np.asarray(powers / powers.sum(-1, keepdims=True))
 

@@ -35,6 +35,7 @@ from lora_ft.errors import ConfigError, NonFiniteError
 from lora_ft.evaluation.answer_text import AnswerText
 from lora_ft.models.acceleration import dequantized_weights, plain_attention
 from lora_ft.models.path_choice import longest_shared
+from lora_ft.ops.dropout import evaluating
 
 # Control characters to escape: a model can write any, and terminals interpret them.
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -145,13 +146,13 @@ def _batches(lengths: list[int], rooms: list[int], can_pad: bool, tokens: int) -
 @contextlib.contextmanager
 def _inference(model: PreTrainedModel) -> Iterator[None]:
     """Set evaluation mode, plain attention and empty generation settings; restore them and the random state."""
-    was_training, own_settings = model.training, model.generation_config
+    own_settings = model.generation_config
     devices = [] if model.device.type == "cpu" else [model.device]
-    model.eval()
     # `generate` takes settings that are not given from the model's own.
     model.generation_config = GenerationConfig()
     try:
         with (
+            evaluating(model),
             torch.random.fork_rng(devices, device_type=model.device.type),
             plain_attention(model),
             dequantized_weights(model),
@@ -159,7 +160,6 @@ def _inference(model: PreTrainedModel) -> Iterator[None]:
             yield
     finally:
         model.generation_config = own_settings
-        model.train(was_training)
 
 
 def _new_tokens(

@@ -32,6 +32,7 @@ from lora_ft.evaluation.loss import EvalLoss
 from lora_ft.metric_table import Source
 from lora_ft.ops.batch import Batch, LossSum
 from lora_ft.ops.class_logits import class_logits
+from lora_ft.ops.dropout import evaluating
 from lora_ft.ops.token_loss import Paths
 
 LossOf = Callable[[Tensor, Batch], LossSum]  # `Classification.loss_of`
@@ -57,12 +58,10 @@ def predict(
 
     They sum to 1, or are independent where a row may have several classes. Raises NonFiniteError for NaN or infinity.
     """
-    was_training = model.training
-    model.eval()
     logits = torch.zeros((len(examples), len(classes.names)), dtype=torch.float64)
-    for rows, batch in _batches(examples, tokens_per_batch, paths.share_a_pass):
-        logits[rows] = class_logits(model, batch.to(model.device), paths).double().cpu()
-    model.train(was_training)
+    with evaluating(model):
+        for rows, batch in _batches(examples, tokens_per_batch, paths.share_a_pass):
+            logits[rows] = class_logits(model, batch.to(model.device), paths).double().cpu()
     if not logits.isfinite().all():
         raise NonFiniteError("logits are not finite: weights of the base or the adapter are not finite, or too large")
     return _probabilities(logits, classes)

@@ -30,17 +30,17 @@ from transformers import PreTrainedModel
 
 from lora_ft.data.label_prompts import LabelPrompt
 from lora_ft.errors import NonFiniteError
+from lora_ft.evaluation.classification import Floats, softmax
 from lora_ft.models.acceleration import plain_attention
 from lora_ft.models.build import first_line
 from lora_ft.models.path_choice import longest_shared
 from lora_ft.models.self_check import loss_and_gradient, tolerance
 from lora_ft.ops.batch import IGNORED, Batch
+from lora_ft.ops.dropout import evaluating
 from lora_ft.ops.logits import at_least_float32
 from lora_ft.ops.token_loss import Paths, document_loss_sums
 
 log = logging.getLogger("lora_ft")
-
-Scores = NDArray[np.float64]
 
 _CHECKED = (9, (7, 3, 2, 4))  # tokens of a prompt and of labels
 _MOST_DIFFERENCE = 0.02  # relative, in any dtype
@@ -49,7 +49,7 @@ _MOST_LOGITS = 1 << 26  # values of logits in memory at once
 
 @dataclass
 class LabelScorer:
-    """Scores the labels of a set of prompts; the model is checked at the first call.
+    """Floats the labels of a set of prompts; the model is checked at the first call.
 
     tokens_per_batch: most tokens of a forward pass, if one prompt with its longest label fits.
     problem: why labels do not share the computation of their prompt; "" if they do, None before the first call.
@@ -60,21 +60,17 @@ class LabelScorer:
     tokens_per_batch: int
     problem: str | None = None
 
-    def probabilities(self, model: PreTrainedModel) -> Scores:
+    def probabilities(self, model: PreTrainedModel) -> Floats:
         """Return the probability of each label after each prompt, [prompts, labels]; those of a prompt sum to 1."""
-        scores = self.scores(model)
-        powers = np.exp(scores - scores.max(1, keepdims=True))
-        return np.asarray(powers / powers.sum(1, keepdims=True))
+        return softmax(self.scores(model))
 
     @torch.no_grad()
-    def scores(self, model: PreTrainedModel) -> Scores:
+    def scores(self, model: PreTrainedModel) -> Floats:
         """Return the log-probability of each label after each prompt, [prompts, labels], in nats.
 
         The model's mode and attention are restored. Raises NonFiniteError for scores that are NaN or infinite.
         """
-        was_training = model.training
-        model.eval()
-        try:
+        with evaluating(model):
             if self.problem is None:
                 self.problem = _problem(model, self.paths)
                 if self.problem:
@@ -87,8 +83,6 @@ class LabelScorer:
                 if indices:
                     chosen = [self.prompts[i] for i in indices]
                     scores[indices] = scored(model, chosen, self.paths, self.tokens_per_batch)
-        finally:
-            model.train(was_training)
         if not np.isfinite(scores).all():
             raise NonFiniteError(
                 "the scores of labels are not finite: weights of the base or the adapter are not finite, or too large"
@@ -98,7 +92,7 @@ class LabelScorer:
 
 def shared_scores(
     model: PreTrainedModel, prompts: Sequence[LabelPrompt], paths: Paths, tokens_per_batch: int
-) -> Scores:
+) -> Floats:
     """Return the scores of labels that share the computation of their prompt, in batches of similar length."""
     scores = np.zeros((len(prompts), len(prompts[0].label_ids)))
     with plain_attention(model):
@@ -224,7 +218,7 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 def document_scores(
     model: PreTrainedModel, prompts: Sequence[LabelPrompt], paths: Paths, tokens_per_batch: int
-) -> Scores:
+) -> Floats:
     """Return the scores of labels in documents of prompt and label, on the paths of training."""
     scores = np.zeros((len(prompts), len(prompts[0].label_ids)))
     pairs = [(row, label) for row in range(len(prompts)) for label in range(scores.shape[1])]

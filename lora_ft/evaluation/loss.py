@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from lora_ft.data.packing import longest_group, packed
 from lora_ft.data.rows import Example
 from lora_ft.ops.batch import Batch, LossSum
+from lora_ft.ops.dropout import evaluating
 from lora_ft.ops.token_loss import Paths
 
 Loss = Callable[[PreTrainedModel, Batch, Paths], LossSum]  # `Objective.loss`
@@ -68,13 +69,11 @@ def eval_loss(
     sources: the indices of the examples of each source, in order; by default all examples are of one.
     """
     capacity = max(tokens_per_microbatch, longest_group(examples))
-    was_training = model.training
-    model.eval()
-    parts = {
-        name: _sums(model, loss, examples[part.start : part.stop], paths, capacity)
-        for name, part in (sources or {"": range(len(examples))}).items()
-    }
-    model.train(was_training)
+    with evaluating(model):
+        parts = {
+            name: _sums(model, loss, examples[part.start : part.stop], paths, capacity)
+            for name, part in (sources or {"": range(len(examples))}).items()
+        }
     whole = _Sums()
     for part in parts.values():
         whole.add(part)

@@ -9,12 +9,27 @@ classification.py: they need no answers.
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
+
+from lora_ft.data import thoughts
+from lora_ft.data.dataset import EvalPrompt
 
 Texts = Sequence[str]
+
+_PROMPT_END = 16  # tokens
 
 # The tokenizer of rouge_score, [a-z0-9]+, finds no words in most scripts, so every score would be 0. In scripts without
 # spaces between words (kana and Han), each character counts as a word.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+")
+
+
+def scores_of(names: Sequence[str], tokenizer: Any, prompts: Sequence[EvalPrompt], answers: Texts) -> dict[str, float]:
+    """Compute metrics of the answers to prompts of an eval set, without the thoughts of answers and references."""
+    if not names:
+        return {}
+    end = tokenizer.decode(prompts[0].prompt_ids[-_PROMPT_END:])  # which may open a thought
+    references = [thoughts.after(prompt.answer) for prompt in prompts]
+    return scores(names, [thoughts.after(answer, end) for answer in answers], references)
 
 
 def scores(names: Sequence[str], answers: Texts, references: Texts) -> dict[str, float]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lora_ft.errors import ConfigError, DataError
-from lora_ft.evaluation.classification import Floats
+from lora_ft.evaluation.classification import Floats, decisions
 from lora_ft.io import durable
 
 Table = list[dict[str, Any]]
@@ -36,9 +36,7 @@ def check(out: str | None) -> Path:
 
 def chosen(probabilities: Floats, is_multi: bool) -> list[list[int]]:
     """Return the predicted labels of each row: the most probable one, or for is_multi those from 0.5 on."""
-    if is_multi:
-        return [np.flatnonzero(row >= 0.5).tolist() for row in probabilities]
-    return [[index] for index in np.argmax(probabilities, axis=1).tolist()]
+    return [np.flatnonzero(row).tolist() for row in decisions(probabilities, multi_label=is_multi)]
 
 
 def table(

@@ -22,6 +22,7 @@ from lora_ft.errors import MismatchError
 from lora_ft.models import heads
 from lora_ft.models.acceleration import plain_attention, replaced_forwards
 from lora_ft.models.build import quiet
+from lora_ft.ops.dropout import evaluating
 
 _PROBE_TOKENS = 64
 _ROUNDINGS, _MOST = 3, 10  # see `allowed`
@@ -71,14 +72,12 @@ def exact_products(layers: Iterable[nn.Module]) -> contextlib.AbstractContextMan
 
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Return the logits of each token; a classifier gives those of the last one, and its head makes the others."""
-    was_training = model.training
     rows: list[Tensor] = []
     hook = None
     if heads.is_classifier(model):
         hook = heads.head(model).register_forward_hook(lambda _, __, output: rows.append(output[0]))
-    with torch.no_grad():
-        output = model.eval()(input_ids=ids[None].to(model.device), use_cache=False)
-    model.train(was_training)
+    with torch.no_grad(), evaluating(model):
+        output = model(input_ids=ids[None].to(model.device), use_cache=False)
     if hook:
         hook.remove()
     logits = torch.cat([rows[0][:-1], output.logits]) if rows else output.logits[0]

@@ -1,8 +1,13 @@
-"""Switch off the dropout of a frozen base: noise in weights that do not train regularizes nothing.
+"""Switch off dropout: of a frozen base for good, of a whole model for an evaluation.
+
+Noise in weights that do not train regularizes nothing.
 
 With GPT-2's own dropout of 10 %, the result would also depend on how a step is divided into micro-batches, because
 each micro-batch draws its own masks. The adapter's dropout (`adapter.lora_dropout`) is separate and stays on.
 """
+
+import contextlib
+from collections.abc import Iterator
 
 from torch import nn
 
@@ -19,3 +24,14 @@ def switch_off_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Set evaluation mode; restore the model's mode when the block ends, also after an error."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

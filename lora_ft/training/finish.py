@@ -18,7 +18,6 @@ from lora_ft.data.dataset import Dataset, EvalPrompt
 from lora_ft.evaluation import class_report
 from lora_ft.evaluation.classification import Classification, classify
 from lora_ft.evaluation.comparison import Comparison, EvalSet, compare, render
-from lora_ft.evaluation.heads import majority
 from lora_ft.io import durable
 from lora_ft.io.hashing import sha256
 from lora_ft.metric_table import LOSS, Source
@@ -27,6 +26,7 @@ from lora_ft.objectives.classification import Classification as ByHead
 from lora_ft.training.metrics import gpu_memory, peak_memory_bytes
 from lora_ft.training.overfitting import overfitting
 from lora_ft.training.state import NAME, TrainingState
+from lora_ft.training.task_metrics import yardstick
 
 log = logging.getLogger("lora_ft")
 
@@ -136,10 +136,7 @@ def _compared(state: TrainingState, base: Base, comparisons: dict[object, Compar
         state.task,
         is_of_head,
     )
-    earlier = comparisons.get(key)
-    if isinstance(state.objective, ByHead) and state.objective.classes:
-        classes = state.objective.classes
-        earlier = majority(state.objective.loss_of, classes, state.eval_examples, state.eval_sources)
+    earlier = yardstick(state.objective, eval_set) or comparisons.get(key)
     comparisons[key] = compare(state.model, base.tokenizer, eval_set, state.paths, earlier, state.measured)
     return comparisons[key]
 

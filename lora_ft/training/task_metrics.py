@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft import config, metric_table, mixing
-from lora_ft.data import thoughts
 from lora_ft.data.dataset import Dataset, EvalPrompt
 from lora_ft.data.rows import Example
 from lora_ft.evaluation import class_set, classification, heads, metrics
 from lora_ft.evaluation.class_set import ClassSet, label_set, labelled
 from lora_ft.evaluation.classification import Predictions
+from lora_ft.evaluation.comparison import Comparison, EvalSet
 from lora_ft.evaluation.generation import generate
 from lora_ft.metric_table import LOSS, Source
+from lora_ft.objectives import Objective
+from lora_ft.objectives.classification import Classification as ByHead
 from lora_ft.ops.token_loss import Paths
-
-_PROMPT_END = 16  # tokens
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,7 @@ class TaskMetrics:
             greedy = config.Sampling(max_new_tokens=self.max_new_tokens)
             assert self.tokenizer is not None  # a run has one; a plan evaluates nothing
             answers = generate(model, self.tokenizer, [prompt.prompt_ids for prompt in self.prompts], greedy, seed=0)
-            end = self.tokenizer.decode(self.prompts[0].prompt_ids[-_PROMPT_END:])  # which may open a thought
-            answers = [thoughts.after(answer, end) for answer in answers]
-            references = [thoughts.after(prompt.answer) for prompt in self.prompts]
-            found |= metrics.scores(of_answers, answers, references)
+            found |= metrics.scores_of(of_answers, self.tokenizer, self.prompts, answers)
         return {name: found[name] for name in self.names}
 
 
@@ -86,3 +83,10 @@ def task_metrics(
     elif chosen and dataset.answers and is_labelled:
         classes = label_set(chosen, dataset.answers, tokenizer, cfg.data, paths, tokens)
     return TaskMetrics(wanted, prompts, classes, tokenizer, cfg.train.max_new_tokens)
+
+
+def yardstick(objective: Objective, eval_set: EvalSet) -> Comparison | None:
+    """Return what stands for the base of a classifier with a head; None for a language model."""
+    if isinstance(objective, ByHead) and objective.classes:
+        return heads.majority(objective.loss_of, objective.classes, eval_set.examples, eval_set.sources)
+    return None
