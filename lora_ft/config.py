@@ -18,8 +18,9 @@ from lora_ft.settings.plan import Hardware
 from lora_ft.settings.setting import OnResume, setting
 from lora_ft.settings.sweep import Launcher as Launcher
 from lora_ft.settings.sweep import Sweep
-from lora_ft.settings.training import Fast, Optim, Track, Train
+from lora_ft.settings.training import Dist, Fast, Optim, Track, Train
 from lora_ft.values import AdapterFormat, BaseWeights, Combination, Dtype, GgufType
+from lora_ft.values import DistMode as DistMode
 from lora_ft.values import Format as Format
 from lora_ft.values import Keep as Keep
 from lora_ft.values import MixUntil as MixUntil
@@ -84,6 +85,7 @@ class TrainRun:
     optim: Optim = field(default_factory=Optim)
     fast: Fast = field(default_factory=Fast)
     track: Track = field(default_factory=Track)
+    dist: Dist = field(default_factory=Dist)
     device: str = _device()
     seed: int = _seed()
     resume: str | None = setting(

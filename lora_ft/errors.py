@@ -51,6 +51,10 @@ class ResourceError(LoraFtError):
     exit_code = 7
 
 
+class LostRank(ResourceError):
+    """Another process of a run has ended or does not answer."""
+
+
 class NonFiniteError(LoraFtError):
     exit_code = 8
 

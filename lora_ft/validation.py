@@ -14,8 +14,20 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from lora_ft import mixing
-from lora_ft.config import Data, Dtype, Keep, Launcher, MergeRun, PlanRun, PublishRun, ReportRun, SweepRun, TrainRun
+from lora_ft import metric_table, mixing
+from lora_ft.config import (
+    Data,
+    DistMode,
+    Dtype,
+    Keep,
+    Launcher,
+    MergeRun,
+    PlanRun,
+    PublishRun,
+    ReportRun,
+    SweepRun,
+    TrainRun,
+)
 from lora_ft.conversion import escape as escape
 from lora_ft.conversion import from_plain as from_plain
 from lora_ft.conversion import to_plain as to_plain
@@ -188,6 +200,12 @@ def _broken_combinations(cfg: Any) -> Iterator[str]:
             yield "train.eval_metrics and train.best_metric need eval rows: data.eval_fraction or data.eval_path"
         if cfg.train.patience and not cfg.train.eval_every_steps:
             yield "train.patience needs train.eval_every_steps, got null"
+        named = [name for name in (*cfg.train.eval_metrics, cfg.train.best_metric) if name in metric_table.METRICS]
+        answers = metric_table.of(metric_table.Source.answers, named)
+        if answers and cfg.dist.mode is DistMode.shard:
+            yield f"train.eval_metrics: {', '.join(answers)} needs generated answers, which dist=shard does not allow"
+        if isinstance(cfg, SweepRun) and cfg.dist.mode in (DistMode.ddp, DistMode.shard):
+            yield f"dist={cfg.dist.mode.value} is for one training: each job of a sweep trains in one process"
         if isinstance(cfg, SweepRun) and cfg.sweep.halving and not mixing.has_eval_rows(cfg.data):
             yield "sweep.halving needs eval rows: data.eval_fraction or data.eval_path"
     elif isinstance(cfg, Launcher):

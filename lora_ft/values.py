@@ -120,3 +120,10 @@ class GgufType(Enum):
 class AdapterFormat(Enum):
     gguf = "gguf"
     mlx = "mlx"
+
+
+class DistMode(Enum):
+    auto = "auto"
+    single = "single"
+    ddp = "ddp"
+    shard = "shard"

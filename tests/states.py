@@ -24,6 +24,7 @@ from lora_ft.memory import auto
 from lora_ft.models.acceleration import accelerate
 from lora_ft.models.load import Base, Identity
 from lora_ft.ops.dropout import switch_off_dropout
+from lora_ft.ops.ranks import ALONE, Ranks
 from lora_ft.training.callbacks import Callback
 from lora_ft.training.state import TrainingState, attached
 from lora_ft.training.trainer import fit
@@ -67,6 +68,7 @@ def state_on(
     fast: bool = True,
     settle: bool = True,
     classes: Classes | None = None,
+    ranks: Ranks = ALONE,
     **settings: object,
 ) -> TrainingState:
     """Attach an adapter to a model and return the training state; the adapter stays until `detach`."""
@@ -82,7 +84,7 @@ def state_on(
         report=Report(),
         classes=classes,
     )
-    context = attached(cfg, folder, base, dataset, accelerate(model, cfg.fast).paths, "f")
+    context = attached(cfg, folder, base, dataset, accelerate(model, cfg.fast).paths, "f", ranks)
     state = context.__enter__()
     if settle:
         auto.settle(state)

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import bench  # noqa: E402
 import case  # noqa: E402
 import ceiling  # noqa: E402
 import measure  # noqa: E402
+import ranks  # noqa: E402
 import summary  # noqa: E402
 from peers import protocol  # noqa: E402
 
@@ -266,3 +268,15 @@ def test_unknown_trainers_and_cases_are_refused(capsys: pytest.CaptureFixture[st
         with pytest.raises(SystemExit):
             bench.parsed(arguments)
         assert name in capsys.readouterr().err
+
+
+def test_page_about_clusters_has_the_bytes_and_times_on_paper(capsys: pytest.CaptureFixture[str]) -> None:
+    ranks.on_paper()
+    page = (BENCHMARKS.parent / "docs" / "cluster.md").read_text("utf-8").replace(",", "")
+    for line in capsys.readouterr().out.splitlines():
+        name, *figures = re.fullmatch(
+            r"(.+?) +products +(\d+) ms, ddp ([\d.]+) GB +(\d+) ms, shard ([\d.]+) GB +(\d+) ms", line
+        ).groups()
+        products, *moved = figures
+        row = "| {} | {} ms | {} GB {} ms | {} GB {} ms |".format(name.replace(",", ""), products, *moved)
+        assert row in page

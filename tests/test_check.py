@@ -161,8 +161,8 @@ def test_all_errors_are_listed_and_the_first_sets_the_exit_code(base, capfd, mon
     assert re.fullmatch(r"    \S*rows\.jsonl:26: prompt: is empty.*", number)
     assert second.startswith("- adapter.target_modules: q_prj matches no layer of this model")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert checked(base, "optim.warmup_steps=500", "adapter.target_modules=[q_prj]") == 2
-    assert re.search(r"3 errors.*\n- training runs in one.*WORLD_SIZE=2\n- optim.*\n- adapter", capfd.readouterr().err)
+    assert checked(base, "optim.warmup_steps=500", "adapter.target_modules=[q_prj]", "dist=single") == 2
+    assert re.search(r"3 errors.*\n- dist=single.*WORLD_SIZE=2.*\n- optim.*\n- adapter", capfd.readouterr().err)
 
 
 def test_rows_are_checked_without_a_base(capfd):
@@ -174,10 +174,10 @@ def test_rows_are_checked_without_a_base(capfd):
 
 def test_check_and_train_refuse_several_processes_alike(base, capfd, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert checked(base) == 2
+    assert checked(base, "dist=single") == 2
     message = capfd.readouterr().err
-    assert message == "lora-ft: training runs in one process so far, got WORLD_SIZE=2\n"
-    overrides = ["model=local", f"model.path={base}", "data.path=rows.jsonl", "hydra.run.dir=run"]
+    assert message == "lora-ft: dist=single trains in one process, got WORLD_SIZE=2: set dist=ddp\n"
+    overrides = ["model=local", f"model.path={base}", "data.path=rows.jsonl", "hydra.run.dir=run", "dist=single"]
     assert call("train", *overrides) == 2
     assert capfd.readouterr().err == message
 

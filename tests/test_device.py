@@ -15,6 +15,7 @@ from tiny import tiny_model
 from lora_ft import config, runs
 from lora_ft.errors import ConfigError
 from lora_ft.models import device, gpus
+from lora_ft.ops.ranks import ALONE
 from lora_ft.training import checkpoint, metrics
 from lora_ft.training.trainer import fit
 
@@ -98,7 +99,7 @@ def test_training_has_its_device_as_the_current_one(tmp_path: Path, monkeypatch)
     cuda = FakeCuda(monkeypatch, (9, 0), (9, 0))
     monkeypatch.setattr(train, "_train_job", lambda *_: inside.append(cuda.current[-1]))
     cfg = config.TrainRun(device="cuda:1")
-    assert train.train_job(cfg, tmp_path, shared=None) is None
+    assert train.train_job(cfg, tmp_path, shared=SimpleNamespace(ranks=ALONE, base=None)) is None
     assert inside == [1] and cuda.current == [1, None]
 
 

@@ -26,7 +26,7 @@ from lora_ft.training.state import TrainingState
 class Preference:
     """Toy objective: an answer should be likelier than its tokens in reverse order."""
 
-    model_class, task_type = Sft.model_class, Sft.task_type
+    model_class, task_type, metrics = Sft.model_class, Sft.task_type, ("accuracy",)
 
     def examples(self, rows, tokenizer, data):
         return paired(tokenized(rows, tokenizer, data))

@@ -224,8 +224,8 @@ def test_run_folder_used_by_another_process_is_refused(
     assert "whole is in use by another process" in capsys.readouterr().err
     assert snapshot(prepared / "whole") == before
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert call("train", f"resume={prepared / 'whole'}", "train.max_steps=9", "train.samples=1") == 2
-    assert "training runs in one process so far, got WORLD_SIZE=2" in capsys.readouterr().err
+    assert call("train", f"resume={prepared / 'whole'}", "train.max_steps=9", "dist=single") == 2
+    assert "dist=single trains in one process, got WORLD_SIZE=2" in capsys.readouterr().err
 
 
 @pytest.mark.closes("C05", "C06")

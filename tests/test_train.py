@@ -159,13 +159,6 @@ def test_nonfinite_loss_exits_with_code_8(tmp_path: Path, capfd) -> None:
     assert "nan" in capfd.readouterr().err
 
 
-@pytest.mark.closes("A03")
-def test_more_than_one_process_is_refused(tmp_path: Path, capfd, monkeypatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert train(tmp_path) == 2
-    assert "WORLD_SIZE=2" in capfd.readouterr().err
-
-
 def test_training_without_eval_rows_has_no_eval_loss(tmp_path: Path, capsys) -> None:
     assert train(tmp_path, "data.eval_fraction=0") == 0
     assert result(tmp_path)["eval_loss"] is None

@@ -52,14 +52,21 @@ def run(command: str | None = None, arguments: list[str] | None = None) -> NoRet
         sys.stdout.flush()  # here: if the reader has left, Python would print a traceback while it shuts down
     except (LoraFtError, Interrupted) as error:
         code = error.exit_code
-        with contextlib.suppress(BrokenPipeError):
-            sys.stderr.write(f"lora-ft: {error}\n")
+        if not _is_repeated(error):
+            with contextlib.suppress(BrokenPipeError):
+                sys.stderr.write(f"lora-ft: {error}\n")
     except KeyboardInterrupt:
         code = INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads the rest
         code = READER_LEFT
     sys.exit(code)
+
+
+def _is_repeated(error: BaseException) -> bool:
+    """Return True for a wrong setting that rank 0 of torchrun reports: every rank composes the same config."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    return isinstance(error, ConfigError) and not (is_main or str(error).startswith("rank "))
 
 
 def _as_utf8(argument: str) -> str:

@@ -31,6 +31,7 @@ from lora_ft.evaluation.class_set import ClassSet
 from lora_ft.evaluation.classification import Classification, Predictions
 from lora_ft.evaluation.generation import generate, visible
 from lora_ft.evaluation.loss import EvalLoss, Loss, eval_loss
+from lora_ft.ops.ranks import ALONE, Ranks
 from lora_ft.ops.token_loss import Paths
 
 MAJORITY = "majority"  # the heading of the yardstick that stands for the base of a classifier
@@ -45,7 +46,7 @@ class EvalSet:
     objective. sources: indices of the examples of each source; empty if there are no sources. classes: rows with
     labels, whose probabilities are computed; None for other rows. metrics: further metrics of a model, given its
     probabilities of labels; they join those of the objective. is_of_head: the classes are those of a classifier's head,
-    whose base has none.
+    whose base has none. ranks: the processes that share the work of the losses.
     """
 
     examples: Sequence[Example]
@@ -57,6 +58,7 @@ class EvalSet:
     classes: ClassSet | None = None
     metrics: Callable[[PreTrainedModel, Predictions | None], dict[str, float]] | None = None
     is_of_head: bool = False
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def compare(
     def evaluated(loss: EvalLoss | None) -> tuple[EvalLoss, list[str], Predictions | None]:
         is_known = loss is not None
         chosen = eval_set.examples, paths, eval_set.tokens_per_microbatch, eval_set.sources
-        loss = loss or eval_loss(inner, eval_set.loss, *chosen)
+        loss = loss or eval_loss(inner, eval_set.loss, *chosen, eval_set.ranks)
         if not math.isfinite(loss.loss):
             raise NonFiniteError(
                 f"eval loss {loss.loss}: weights of the base or the adapter are not finite, or too large"

@@ -20,6 +20,7 @@ from lora_ft.data.packing import longest_group, packed
 from lora_ft.data.rows import Example
 from lora_ft.ops.batch import Batch, LossSum
 from lora_ft.ops.dropout import evaluating
+from lora_ft.ops.ranks import ALONE, Ranks
 from lora_ft.ops.token_loss import Paths
 
 Loss = Callable[[PreTrainedModel, Batch, Paths], LossSum]  # `Objective.loss`
@@ -62,16 +63,18 @@ def eval_loss(
     paths: Paths,
     tokens_per_microbatch: int,
     sources: Mapping[str, range] | None = None,
+    ranks: Ranks = ALONE,
 ) -> EvalLoss:
     """Evaluate examples without dropout and without random numbers. The model's mode is restored.
 
     A forward pass has at most `tokens_per_microbatch` tokens, or as many as the longest group of examples.
-    sources: the indices of the examples of each source, in order; by default all examples are of one.
+    sources: the indices of the examples of each source, in order; by default all examples are of one. ranks: the
+    processes that share the work; each of them gets the result.
     """
     capacity = max(tokens_per_microbatch, longest_group(examples))
     with evaluating(model):
         parts = {
-            name: _sums(model, loss, examples[part.start : part.stop], paths, capacity)
+            name: _sums(model, loss, examples[part.start : part.stop], paths, capacity, ranks)
             for name, part in (sources or {"": range(len(examples))}).items()
         }
     whole = _Sums()
@@ -102,10 +105,16 @@ class _Sums:
         return EvalLoss(self.total / self.weight, self.tokens, self.rows, metrics, sources or {})
 
 
-def _sums(model: PreTrainedModel, loss: Loss, examples: Sequence[Example], paths: Paths, capacity: int) -> _Sums:
-    sums = _Sums(rows=len(examples))
-    for batch in packed(examples, capacity, paths.share_a_pass):
+def _sums(
+    model: PreTrainedModel, loss: Loss, examples: Sequence[Example], paths: Paths, capacity: int, ranks: Ranks
+) -> _Sums:
+    own = _Sums()
+    for batch, counts in ranks.turns(packed(examples, capacity, paths.share_a_pass)):
         found = loss(model, batch.to(model.device), paths)
-        metrics = Counter({name: value.item() for name, value in found.metrics.items()})
-        sums.add(_Sums(found.sum.item(), found.weight, sum(batch.counts), metrics=metrics))
+        if counts:
+            metrics = Counter({name: value.item() for name, value in found.metrics.items()})
+            own.add(_Sums(found.sum.item(), found.weight, sum(batch.counts), metrics=metrics))
+    sums = _Sums(rows=len(examples))
+    for part in ranks.gathered(vars(own)):
+        sums.add(_Sums(**part))
     return sums

@@ -33,7 +33,7 @@ from lora_ft.ops.free_memory import available_bytes
 from lora_ft.ops.gradient_checkpointing import recomputable_layers
 from lora_ft.settings.plan import Hardware
 from lora_ft.training import loss_scale
-from lora_ft.training.state import TrainingState
+from lora_ft.training.state import TrainingState, share_of_step
 
 log = logging.getLogger("lora_ft")
 
@@ -140,8 +140,10 @@ class _Steps:
             lambda tokens: largest_micro_batch(state.examples, state.steps, tokens, state.packs)
         )
         self._traced = functools.cache(self._trace)
-        self.largest: int = sum(self._lengths(state.tokens_per_microbatch))
-        self.free = available_bytes(state.base.device)
+        self.largest: int = sum(
+            self._lengths(state.tokens_per_microbatch or share_of_step(state.cfg, state.examples, state.ranks))
+        )
+        self.free = _free_for_each(state)
         self.budget = int(USABLE * (self.free or 0))
 
     def certain(self, tokens: int) -> str | None:
@@ -178,6 +180,14 @@ class _Steps:
         # As full as the setting allows: no micro-batch of the run is larger.
         rest = [tokens - sum(lengths)] if sum(lengths) < tokens else []
         return trace_loaded(self.state, [*lengths, *rest], setting)
+
+
+def _free_for_each(state: TrainingState) -> int | None:
+    """Return the free bytes of the rank that has the fewest, for the ranks must agree; they share a CPU's memory."""
+    free = available_bytes(state.base.device)
+    if free is not None and state.base.device.type == "cpu":
+        free //= state.ranks.local_size
+    return min((each for each in state.ranks.gathered(free) if each is not None), default=None)
 
 
 def _typical_step(state: TrainingState) -> int:

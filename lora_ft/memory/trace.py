@@ -41,9 +41,9 @@ from lora_ft.ops.device import GPU, Target, standing_for, target
 from lora_ft.ops.dropout import switch_off_dropout
 from lora_ft.ops.gradient_checkpointing import recomputed_layers
 from lora_ft.ops.kernels import OWN, TRACED, Kernels
+from lora_ft.ops.ranks import ALONE
 from lora_ft.ops.token_loss import Paths
 from lora_ft.training import state as training_state
-from lora_ft.training.ranks import Ranks
 from lora_ft.training.state import NAME, TrainingState
 from lora_ft.training.step import Step, read
 from lora_ft.training.trainer import apply_gradient, compute_gradient
@@ -171,8 +171,8 @@ def _trace(
     plain: set[str] = set()
     with recomputed_layers(state.base, state.gradient_checkpointing), _phases(meter, state, plain):
         meter.phase = "forward"
-        step = compute_gradient(state, Ranks(), audited=False)
-        read([step], Ranks())
+        step = compute_gradient(state, audited=False)
+        read([step], ALONE)
         apply_gradient(state, step)
     timeline = meter.record.timeline()
     peak_phase = max(PHASES, key=lambda phase: meter.peaks[phase])

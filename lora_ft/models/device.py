@@ -8,6 +8,7 @@ with selected(device): ...                       kernels of Triton start on the 
 import contextlib
 import functools
 import logging
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 def resolve_device(device: str) -> torch.device:
     """Return the device for auto, cpu, cuda, cuda:N or mps; raises ConfigError if this machine does not have it.
 
+    Of several ranks on this machine (training/ranks.py), each has a GPU of its own for auto and cuda.
     If auto finds only GPUs that this torch cannot use, the reason is logged as a warning, once in a process.
     """
     if device == "cpu":
@@ -34,7 +36,9 @@ def resolve_device(device: str) -> torch.device:
     numbers, problem = gpus.usable()
     cuda = [f"cuda:{number}" for number in numbers]
     present = [*cuda, *["mps"] * torch.backends.mps.is_available(), "cpu"]
-    wanted = {"auto": present[0], "cuda": next(iter(cuda), "cuda:0")}.get(device, device)
+    own = int(os.environ.get("LOCAL_RANK") or 0)
+    first = cuda[own] if own < len(cuda) else f"cuda:{own}"
+    wanted = {"auto": first if cuda else present[0], "cuda": first}.get(device, device)
     if wanted not in present:
         names = ", ".join(present)
         reason = f" ({problem})" if problem and wanted.startswith("cuda") else ""

@@ -33,6 +33,11 @@ def fingerprint(model: "torch.nn.Module") -> str:
     return digest.hexdigest()
 
 
+def frozen_tensors(module: "torch.nn.Module") -> "Iterator[torch.Tensor]":
+    """Yield the tensors that a fingerprint hashes: parameters, saved buffers and scales, without those of adapters."""
+    return (tensor for _, tensor, _ in _frozen(module))
+
+
 def _frozen(model: "torch.nn.Module") -> Iterator[tuple[str, "torch.Tensor", "torch.dtype"]]:
     seen: set[int] = set()  # tied weights count once
     for prefix, module in model.named_modules():

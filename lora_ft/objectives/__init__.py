@@ -24,10 +24,14 @@ from lora_ft.ops.token_loss import Paths
 
 
 class Objective(Protocol):
-    """Interface of an objective. model_class: class of transformers with the right head. task_type: PEFT's name."""
+    """Interface of an objective. model_class: class of transformers with the right head. task_type: PEFT's name.
+
+    metrics: names of the metrics of each LossSum.
+    """
 
     model_class: Any
     task_type: str
+    metrics: tuple[str, ...]
 
     def examples(self, rows: Rows, tokenizer: Any, data: config.Data) -> Sequence[Example]:
         """Make examples of rows, in order. Bad rows go into `rows.ledger`.

@@ -40,6 +40,7 @@ class Classification:
 
     model_class = AutoModelForSequenceClassification
     task_type = SEQ_CLS
+    metrics: tuple[str, ...] = ("accuracy",)
 
     def __init__(self, settings: config.Objective, classes: Classes | None = None) -> None:
         self.settings, self.classes = settings, classes

@@ -12,6 +12,7 @@ class Sft:
 
     model_class = AutoModelForCausalLM
     task_type = "CAUSAL_LM"
+    metrics: tuple[str, ...] = ()
 
     # Rendered and tokenized documents without groups. The function itself, which processes import without torch.
     examples = staticmethod(dataset.tokenized)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from lora_ft.settings.setting import OnResume, setting
-from lora_ft.values import BlockKernels, Keep, OnOom, Optimizer, Schedule, Tracker
+from lora_ft.values import BlockKernels, DistMode, Keep, OnOom, Optimizer, Schedule, Tracker
 
 
 @dataclass(slots=True)
@@ -147,4 +147,21 @@ class Track:
     )
     project: str = setting(
         "lora_ft", "project of the run in its tracker; mlflow: experiment", text=True, on_resume=OnResume.free
+    )
+
+
+@dataclass(slots=True)
+class Dist:
+    mode: DistMode = setting(
+        DistMode.auto,
+        "processes that train one adapter, started by torchrun: single (refuse several), ddp (each holds the base), "
+        "shard (each holds a part of the base), auto (ddp if there are several)",
+        on_resume=OnResume.free,
+    )
+    timeout: float = setting(
+        1800.0,
+        "end the run if another process does not answer for this long",
+        unit="seconds",
+        above=0,
+        on_resume=OnResume.free,
     )

@@ -61,10 +61,10 @@ def is_due(state: TrainingState) -> bool:
 def save(state: TrainingState) -> Path:
     """Write the state unless it is saved already, verify it, then remove older checkpoints; return its folder.
 
-    Raises CheckpointError if the files read back differ, durable.WriteError if the disk is full.
+    The main rank writes. Raises CheckpointError if the files read back differ, durable.WriteError if the disk is full.
     """
     path = state.folder / FOLDER / f"step-{state.step:08d}"
-    if _problem(path) is None:
+    if not state.ranks.is_main or _problem(path) is None:
         return path
     intended: dict[str, dict[str, Any]] = {}
     durable.write_files(path, {
@@ -82,27 +82,38 @@ def save(state: TrainingState) -> Path:
 def resume(state: TrainingState) -> None:
     """Restore a new state from its run's newest valid checkpoint, or leave it at step 0 if there is none.
 
-    metrics.jsonl is cut to its length at the checkpoint. Raises CheckpointError if there are checkpoints and none is
-    valid, or if the newest valid one has other settings, data, base or adapter shapes.
+    metrics.jsonl is cut to its length at the checkpoint. Every rank reads the checkpoint that the main one has chosen.
+    Raises CheckpointError if there are checkpoints and none is valid, or if the newest valid one has other settings,
+    data, base or adapter shapes.
     """
-    durable.clear_leftovers(state.folder / FOLDER)
-    found = newest(state.folder)
-    if found is None:
-        if (state.folder / runs.METRICS).exists():
-            log.warning("no checkpoint found; starting at step 0")
-        durable.cut(state.folder / runs.METRICS, 0)
+    name = state.ranks.on_main(_chosen, state.folder)
+    if name is None:
         return
+    found = state.folder / FOLDER / name
     saved = _read_state(found)
     _check_inputs(found, saved["inputs"], state.inputs)
-    for difference in _differences(saved["environment"], _environment(state)):
-        log.warning("resuming in another environment, so the result may differ in its last bits: %s", difference)
+    if state.ranks.is_main:
+        for difference in _differences({"ranks": 1} | saved["environment"], _environment(state)):
+            log.warning("resuming in another environment, so the result may differ in its last bits: %s", difference)
     _fill(state, saved, found / TENSORS)
-    durable.cut(state.folder / runs.METRICS, saved["metrics_bytes"])
-    for path in _all(found.parent):
-        if path.name > found.name:  # damaged; the log names it
-            durable.remove_folder(path)
-    _remove_old(found.parent, state.cfg.train.keep_checkpoints)
+    if state.ranks.is_main:
+        durable.cut(state.folder / runs.METRICS, saved["metrics_bytes"])
+        for path in _all(found.parent):
+            if path.name > found.name:  # damaged; the log names it
+                durable.remove_folder(path)
+        _remove_old(found.parent, state.cfg.train.keep_checkpoints)
     log.info("resuming after step %d of %d", state.step, len(state.steps))
+
+
+def _chosen(run: Path) -> str | None:
+    """Return the name of the newest valid checkpoint; without one, cut metrics.jsonl to the length of step 0."""
+    durable.clear_leftovers(run / FOLDER)
+    if found := newest(run):
+        return found.name
+    if (run / runs.METRICS).exists():
+        log.warning("no checkpoint found; starting at step 0")
+    durable.cut(run / runs.METRICS, 0)
+    return None
 
 
 def newest(run: Path) -> Path | None:
@@ -205,7 +216,8 @@ def _evaluated(state: TrainingState, number: Callable[[Evaluation], float]) -> f
 
 def _environment(state: TrainingState) -> dict[str, Any]:
     cpu = torch.backends.cpu.get_cpu_capability()  # kernels for AVX2 and AVX-512 round differently
-    return {**describe(state.base.device), "cpu": cpu, "threads": torch.get_num_threads(), **runs.versions()}
+    threads, ranks = torch.get_num_threads(), state.ranks.world_size
+    return {**describe(state.base.device), "cpu": cpu, "threads": threads, "ranks": ranks, **runs.versions()}
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -231,8 +243,11 @@ def _fill(state: TrainingState, saved: dict[str, Any], path: Path) -> None:
     state.evaluations[:] = [Evaluation(e["step"], EvalLoss.from_plain(e["result"])) for e in saved["evaluations"]]
     state.tokens, state.seconds = saved["tokens"], saved["seconds"]
     state.stopped_by = saved["stopped_by"]
-    # A run of an earlier version has neither; its micro-batches are those of its settings.
-    state.tokens_per_microbatch = saved.get("tokens_per_microbatch", state.tokens_per_microbatch)
+    # A run of an earlier version has neither; its micro-batches are those of its settings. A run of one process may
+    # have one for a whole step, which several ranks share unless its masks of dropout would change.
+    tokens = saved.get("tokens_per_microbatch", state.tokens_per_microbatch)
+    if tokens is not None or state.cfg.adapter.lora_dropout or state.ranks.world_size == 1:
+        state.tokens_per_microbatch = tokens
     state.shrinks = saved.get("shrinks", 0)
     state.loss_scale = LossScale(**saved["loss_scale"]) if saved["loss_scale"] else None
     if state.stream:

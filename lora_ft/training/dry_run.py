@@ -147,7 +147,7 @@ class ErrorCollector:
 
 def check_machine(cfg: config.TrainRun) -> None:
     """Raise ConfigError if this machine cannot run it: several processes, a missing device, missing kernels."""
-    ranks.current()
+    ranks.check(cfg.dist)
     choose_kernels(resolve_device(cfg.device), cfg.fast.kernels)
 
 

@@ -85,18 +85,19 @@ class Result:
         return self.eval_loss if self.best_metric == LOSS else self.metrics.get(self.best_metric)
 
 
-def finish(state: TrainingState, base: Base, dataset: Dataset, comparisons: dict[object, Comparison]) -> Result:
-    """Save the adapter, compare it with the base, write and print the result.
+def finish(state: TrainingState, base: Base, dataset: Dataset, comparisons: dict[object, Comparison]) -> Result | None:
+    """Save the adapter, compare it with the base, write and print the result; the main rank writes, and returns it.
 
     `comparisons` caches comparisons, so that jobs on one base evaluate the base once.
     """
-    adapter = state.folder / "adapter"
     state.take_kept_state()
-    source = _provenance(state, base, dataset)
-    files.save(state.model, NAME, adapter, base.tokenizer, source)
+    if state.ranks.is_main:
+        files.save(state.model, NAME, state.folder / "adapter", base.tokenizer, _provenance(state, base, dataset))
     for sentence in overfitting(state):
         log.info(sentence)
     comparison = _compared(state, base, comparisons) if state.eval_examples else None
+    if not state.ranks.is_main:
+        return None
     classes = _classified(state, comparison) if comparison else None
     result = _result(state, comparison, classes)
     if classes and (drawn := class_report.picture(classes[1], "Confusion matrix of the eval rows")):
@@ -127,7 +128,7 @@ def _compared(state: TrainingState, base: Base, comparisons: dict[object, Compar
     is_of_head = isinstance(state.objective, ByHead)
     eval_set = EvalSet(
         state.eval_examples,
-        [] if is_of_head else state.eval_prompts[: train.samples],
+        [] if is_of_head or state.ranks.shards else state.eval_prompts[: train.samples],
         capacity,
         _SAMPLE_TOKENS,
         state.objective.loss,
@@ -135,6 +136,7 @@ def _compared(state: TrainingState, base: Base, comparisons: dict[object, Compar
         state.task.classes,
         state.task,
         is_of_head,
+        state.ranks,
     )
     earlier = yardstick(state.objective, eval_set) or comparisons.get(key)
     comparisons[key] = compare(state.model, base.tokenizer, eval_set, state.paths, earlier, state.measured)

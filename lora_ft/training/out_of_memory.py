@@ -50,21 +50,41 @@ def repeated(state: TrainingState, compute: Callable[[], Found]) -> Found:
 
     The error is raised if the micro-batch cannot be smaller. What was computed must not have changed the state.
     `compute` must not be a closure: the frames of an error keep its variables even when they are cleared.
+    An error on another rank repeats the call too. With a sharded base an error ends the run: the other ranks wait for
+    this one in the middle of a pass.
     """
     while True:
+        found, reason = None, None
         try:
-            return compute()
+            found = compute()
         except Exception as error:
-            smaller = _smaller(state) if errors.out_of_memory("train", error) else None
+            can_shrink = errors.out_of_memory("train", error) and not state.ranks.shards
+            smaller = _smaller(state) if can_shrink else None
             if smaller is None:
                 raise
             reason = errors.out_of_memory_reason(error)
             _free(error)
+        reason = _first_reason(state, reason)
+        if reason is None:
+            assert found is not None
+            return found
+        found, smaller = None, _smaller(state)
+        assert smaller is not None  # the same on all ranks
         _collect()
         state.tokens_per_microbatch, state.shrinks = smaller, state.shrinks + 1
-        log.warning(
-            "%s: step %d is repeated in micro-batches of at most %s tokens", reason, state.step + 1, f"{smaller:,}"
-        )
+        if state.ranks.is_main:
+            step, tokens = state.step + 1, f"{smaller:,}"
+            log.warning("%s: step %d is repeated in micro-batches of at most %s tokens", reason, step, tokens)
+
+
+def _first_reason(state: TrainingState, reason: str | None) -> str | None:
+    """Return the reason of the first rank that ran out of memory, None if none did."""
+    if state.cfg.train.on_oom is not config.OnOom.shrink or state.ranks.shards:
+        return reason
+    for rank, each in enumerate(state.ranks.gathered(reason)):
+        if each is not None:
+            return f"rank {rank}: {each}" if rank else str(each)
+    return None
 
 
 def _smaller(state: TrainingState) -> int | None:

@@ -17,8 +17,10 @@ from lora_ft.models.acceleration import Accelerated, accelerate
 from lora_ft.models.device import resolve_device
 from lora_ft.models.fingerprint import fingerprint
 from lora_ft.models.load import Base, load_base, load_tokenizer
+from lora_ft.models.resolve import locate
 from lora_ft.ops.dropout import switch_off_dropout
 from lora_ft.ops.kernels import choose_kernels
+from lora_ft.ops.ranks import ALONE, Ranks
 from lora_ft.training.deterministic import fix_workspace
 from lora_ft.training.dry_run import Rows, check_machine, read_rows
 
@@ -36,23 +38,28 @@ class LoadedBase:
 class Shared:
     """Tokenizer, rows and, once loaded, the base of one run or of several jobs.
 
-    base_losses, comparisons: caches of measurements of the bare base, keyed by rows and batch size.
+    ranks: the processes that train each run together. base_losses, comparisons: caches of measurements of the bare
+    base, keyed by rows and batch size.
     """
 
     tokenizer: PreTrainedTokenizerBase
     rows: Rows
+    ranks: Ranks = ALONE
     base: LoadedBase | None = None
     base_losses: dict[object, EvalLoss] = field(default_factory=dict)
     comparisons: dict[object, Comparison] = field(default_factory=dict)
 
 
-def prepare(cfg: config.TrainRun) -> Shared:
-    """Read the tokenizer and the rows of a run; no weights are loaded."""
+def prepare(cfg: config.TrainRun, ranks: Ranks = ALONE) -> Shared:
+    """Read the tokenizer and the rows of a run; no weights are loaded. Each machine downloads and tokenizes once."""
     if cfg.train.deterministic:
         fix_workspace()  # before `check_machine`, which starts CUDA
     check_machine(cfg)
-    tokenizer = load_tokenizer(cfg.model)
-    return Shared(tokenizer, read_rows(cfg, tokenizer))
+    with ranks.first_on_machine():
+        if ranks.world_size > 1:
+            locate(cfg.model)  # downloads or converts the weights
+        tokenizer = load_tokenizer(cfg.model)
+        return Shared(tokenizer, read_rows(cfg, tokenizer), ranks)
 
 
 def load(cfg: config.TrainRun, tokenizer: PreTrainedTokenizerBase, classes: Classes | None = None) -> LoadedBase:

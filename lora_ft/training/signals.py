@@ -31,9 +31,13 @@ def stops_at_once(received: Sequence[int]) -> bool:
 
 
 class Stop:
-    """The first signal received during training steps; `signum` is None before it."""
+    """The first signal received during training steps; `signum` is None before it.
 
-    def __init__(self) -> None:
+    tells: write to stderr what happens next; one of several ranks does.
+    """
+
+    def __init__(self, *, tells: bool = True) -> None:
+        self._tells = tells
         self._received: list[int] = []
         self._can_wait = False
 
@@ -56,7 +60,7 @@ class Stop:
         self._received.append(signum)
         if not self._can_wait or stops_at_once(self._received):
             raise Interrupted(signum, f"stopped by {name}")
-        if len(self._received) > 1:
+        if len(self._received) > 1 or not self._tells:
             return
         again = "; send it again to stop now" if signum in _INSISTENT else ""
         # Not sys.stderr, which may be in the middle of a write. Ctrl-C also ends the reader of a pipe (`| tee log`).
@@ -84,12 +88,12 @@ def handled_by(handler: Callable[[int, types.FrameType | None], None]) -> Iterat
 
 
 @contextlib.contextmanager
-def on_signals() -> Iterator[Stop]:
+def on_signals(*, tells: bool = True) -> Iterator[Stop]:
     """Yield a Stop that receives the signals until the block ends.
 
     A signal that the process ignores from its start (SIGINT of a background job, SIGHUP with nohup) stays ignored.
     Outside of the main thread, where Python cannot set handlers, no signal is received.
     """
-    stop = Stop()
+    stop = Stop(tells=tells)
     with handled_by(stop.ask):
         yield stop

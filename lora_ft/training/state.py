@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor, nn
@@ -40,6 +41,7 @@ from lora_ft.metric_table import LOSS
 from lora_ft.models.acceleration import accelerated_lora
 from lora_ft.models.load import Base
 from lora_ft.objectives import Objective
+from lora_ft.ops.ranks import ALONE, Ranks
 from lora_ft.ops.token_loss import Paths
 from lora_ft.training import limits, loss_scale, optimizers
 from lora_ft.training.step import Step
@@ -102,6 +104,7 @@ class TrainingState:
     num_trainable: int
     inputs: dict[str, str]
     loss_scale: loss_scale.LossScale | None
+    ranks: Ranks = ALONE
     stream: Stream | None = None
     unread: list[Step] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
@@ -130,6 +133,10 @@ class TrainingState:
             return self.stream.step(self.step)
         return [self.examples[i] for i in self.steps[self.step]]
 
+    def values_hash(self) -> str:
+        """Return the hash of the current values of the trained parameters."""
+        return xxhash.xxh3_128(self.flat.values.detach().cpu().numpy()).hexdigest()
+
     @property
     def longest(self) -> int:
         """Number of tokens that a micro-batch must be able to hold: those of the longest group of training examples."""
@@ -138,6 +145,11 @@ class TrainingState:
     def request_stop(self, reason: str) -> None:
         """End the run after the current step (or the first); `stopped_by` in result.json is the reason."""
         self.stopped_by = self.stopped_by or reason
+
+    def agree_to_stop(self) -> None:
+        """Take over a stop that a callback has requested: only the main rank has callbacks."""
+        if self.ranks.any(self.stopped_by is not None):
+            self.stopped_by = self.ranks.agreed(self.stopped_by)
 
     @property
     def stopped_early(self) -> bool:
@@ -196,7 +208,13 @@ class TrainingState:
 
 @contextlib.contextmanager
 def attached(
-    cfg: config.TrainRun, folder: Path, base: Base, dataset: Dataset, paths: Paths, base_fingerprint: str
+    cfg: config.TrainRun,
+    folder: Path,
+    base: Base,
+    dataset: Dataset,
+    paths: Paths,
+    base_fingerprint: str,
+    ranks: Ranks = ALONE,
 ) -> Iterator[TrainingState]:
     """Attach an adapter to the base and yield its training state; detach it when the block ends, also after an error.
 
@@ -208,7 +226,7 @@ def attached(
         with accelerated_lora(model, NAME, cfg.fast) as reasons:
             for reason in reasons:
                 log.info(reason)
-            state = new_state(cfg, folder, model, dataset, paths, base_fingerprint, base.tokenizer)
+            state = new_state(cfg, folder, model, dataset, paths, base_fingerprint, base.tokenizer, ranks)
             state.stream = stream
             yield state
     finally:
@@ -255,6 +273,7 @@ def new_state(
     paths: Paths,
     base_fingerprint: str,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    ranks: Ranks = ALONE,
 ) -> TrainingState:
     """Return the training state, before the first step, of an adapter that is attached."""
     eval_examples, eval_prompts, eval_sources = choose_eval(dataset, cfg.train.eval_rows)
@@ -291,8 +310,22 @@ def new_state(
         },
         loss_scale=_loss_scale(model, paths, dataset.train, steps, cfg),
         gradient_checkpointing=cfg.train.gradient_checkpointing,
-        tokens_per_microbatch=cfg.train.microbatch_limit,
+        tokens_per_microbatch=_tokens_per_microbatch(cfg, dataset.train, ranks),
+        ranks=ranks,
     )
+
+
+def share_of_step(cfg: config.TrainRun, examples: Sequence[Example], ranks: Ranks) -> int | None:
+    """Return the tokens of a micro-batch of which a full step has one for each rank; None in one process."""
+    if ranks.world_size == 1:
+        return None
+    return max(longest(cfg, examples), -(-cfg.train.tokens_per_step // ranks.world_size))
+
+
+def _tokens_per_microbatch(cfg: config.TrainRun, examples: Sequence[Example], ranks: Ranks) -> int | None:
+    if cfg.train.tokens_per_microbatch is None:
+        return share_of_step(cfg, examples, ranks)
+    return cfg.train.microbatch_limit
 
 
 def _sha256(value: Any) -> str:

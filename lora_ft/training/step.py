@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_ft.ops.ranks import Ranks
 from lora_ft.training.callbacks import Metrics
-from lora_ft.training.ranks import Ranks
 
 
 @dataclass
