@@ -76,7 +76,7 @@ def planned_again(cfg: config.TrainRun, changes: list[str], model_config: Any, d
         ("cuda", "llama", "nf4", 0.98),
         pytest.param("cuda", "gpt2", "none", 0.75, marks=pytest.mark.nightly),
         pytest.param("cpu", "llama", "none", 0.9, marks=pytest.mark.nightly),
-        ("cpu", "gpt2", "int8", 0.8),
+        pytest.param("cpu", "gpt2", "int8", 0.8, marks=pytest.mark.nightly),
     ],
 )
 def test_each_piece_fits_when_planned_again(kind: str, family: str, quant: str, share: float) -> None:

@@ -37,7 +37,8 @@ def test_embedding_moves_ids_to_the_cpu_and_rows_to_the_device() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-@pytest.mark.parametrize("quant", [pytest.param("none", marks=pytest.mark.nightly), "nf4"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("quant", ["none", "nf4"])
 def test_commands_give_the_same_bytes(quant: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, rows = tiny_folder(tmp_path, "llama"), rows_file(tmp_path)
     common = [f"model.path={base}", f"quant.kind={quant}", f"data.path={rows}", "data.eval_fraction=0.4", "device=cpu"]

@@ -343,7 +343,15 @@ def run_out_in_numpy(cfg):
     np.empty(1 << 60, dtype=np.uint8)
 
 
-@pytest.mark.parametrize("outcome", [run_out_on_a_cpu, run_out_on_a_gpu, run_out_in_numpy, _raise(MemoryError())])
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        run_out_on_a_cpu,
+        pytest.param(run_out_on_a_gpu, marks=pytest.mark.nightly),
+        pytest.param(run_out_in_numpy, marks=pytest.mark.nightly),
+        pytest.param(_raise(MemoryError()), marks=pytest.mark.nightly),
+    ],
+)
 def test_out_of_memory_is_a_message_with_settings_that_need_less(calls, capfd, outcome):
     calls.outcome = outcome
     assert call("train", "data.path=x") == 7

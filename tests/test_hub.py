@@ -267,6 +267,7 @@ assert not any(name.startswith("lora_ft") for name in sys.modules)
 """
 
 
+@pytest.mark.nightly
 def test_published_adapter_loads_by_its_id_with_peft(hub: Hub, client: Client, tmp_path: Path) -> None:
     cfg = settings(tmp_path, "llama", use_rslora=True)
     folder = tmp_path / "package"

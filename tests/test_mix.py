@@ -242,7 +242,11 @@ def test_loss_of_a_source_is_that_of_its_rows_alone(prepared: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "words", [("train.epochs=2",), ("data.mix_until=all", "data.mix={chat: 3, wiki: 1}", "train.max_steps=12")]
+    "words",
+    [
+        pytest.param(("train.epochs=2",), marks=pytest.mark.nightly),
+        ("data.mix_until=all", "data.mix={chat: 3, wiki: 1}", "train.max_steps=12"),
+    ],
 )
 def test_resumed_run_matches_an_uninterrupted_run(
     words: tuple[str, ...], prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

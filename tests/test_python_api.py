@@ -235,6 +235,7 @@ def test_public_names_are_frozen() -> None:
     assert all(getattr(lora_ft, name).__doc__ for name in lora_ft.__all__)
 
 
+@pytest.mark.nightly
 def test_public_functions_survive_importing_modules_of_the_same_name() -> None:
     code = (
         "import lora_ft.train, lora_ft.sweep, lora_ft; from lora_ft.train import Run; print(lora_ft.train.__module__)"

@@ -80,7 +80,7 @@ def together(cfgs: list[config.TrainRun], folder: Path, halving: Halving | None 
 
 
 @pytest.mark.closes("E05")
-@pytest.mark.parametrize("quant", ["none", "nf4"])
+@pytest.mark.parametrize("quant", [pytest.param("none", marks=pytest.mark.nightly), "nf4"])
 def test_jobs_on_a_shared_base_train_the_same_bytes_as_alone(quant: str, tmp_path: Path) -> None:
     """One of the jobs fails; it changes neither the base nor the jobs after it."""
     cfgs = varied(tmp_path, quant)

@@ -1,6 +1,6 @@
 """Faults at disk operations: a run that is killed, or whose disk is full or broken, resumes to the same result.
 
-Faults are at every fifth operation after a random first one, and at every operation with -m nightly. Each test runs
+Faults are at every seventh or ninth operation after a random first one, and at every operation with -m nightly. Each test runs
 loop.py in its own single-threaded process, which forks for every fault, and checks its output.
 """
 
@@ -57,14 +57,14 @@ def check(folder: Path, record_property: Record, *arguments: str) -> None:
 
 @pytest.mark.closes("C01", "C03", "C04", "C05")
 def test_run_killed_at_any_disk_operation_resumes_to_the_same_result(tmp_path: Path, record_property: Record) -> None:
-    check(tmp_path, record_property, "fresh:kill:5", "continued:kill:5")
+    check(tmp_path, record_property, "fresh:kill:9", "continued:kill:7")
 
 
 @pytest.mark.closes("C08")
 def test_disk_error_at_any_operation_is_reported_and_loses_no_checkpoint(
     tmp_path: Path, record_property: Record
 ) -> None:
-    check(tmp_path, record_property, "continued:full:5", "continued:broken:5")
+    check(tmp_path, record_property, "continued:full:7", "continued:broken:7")
 
 
 @pytest.mark.closes("C01", "C03", "C11")
