@@ -32,15 +32,15 @@ def command() -> list[str]:
     return [sys.executable, "-X", "faulthandler", "-m", "lora_ft.sweeps.worker"]
 
 
-def write_order(group: list[Job], sweep: config.Sweep, folder: Path, **more: Any) -> Path:
+def write_order(group: list[Job], sweep: config.Sweep, folder: Path, *, watch_stdin: bool = True, **more: Any) -> Path:
     """Write the order of a new worker of the sweep in `folder`; return the path of its heartbeat."""
     children = folder / runs.CHILDREN
     durable.make_folder(children)
     number = 1 + max((int(p.stem) for p in children.iterdir() if p.stem.isdecimal()), default=0)
     heartbeat = (children / f"{number}.json").absolute()
     given = [jobs.to_plain(job) for job in group]
-    order = {"jobs": given, "heartbeat": str(heartbeat), "sweep": validation.to_plain(sweep), **more}
-    durable.write_json(heartbeat.with_suffix(ORDER), order)
+    order = {"jobs": given, "heartbeat": str(heartbeat), "sweep": validation.to_plain(sweep)}
+    durable.write_json(heartbeat.with_suffix(ORDER), {**order, "watch_stdin": watch_stdin, **more})
     return heartbeat
 
 
