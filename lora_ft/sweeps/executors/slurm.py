@@ -287,7 +287,7 @@ while kill -0 "$worker" 2> /dev/null; do wait "$worker"; done   # a signal ends 
 wait "$worker"
 code=$?
 has_saved() {
-    find "${FOLDERS[@]}" -newer "$STARTED" \\( -path '*/checkpoints/step-*' -o -name result.json \\) -print -quit 2> /dev/null
+    find "${FOLDERS[@]}" -newer "$STARTED" \\( -path '*/checkpoints/step-*' -o -name result.json \\) 2> /dev/null
 }
 if [ -n "$notice" ] && [ -z "$ended" ] && [ "$code" -gt 128 ] && [ ! -e "$STOP" ] && [ -n "$(has_saved)" ] &&
     scontrol requeue "$SLURM_JOB_ID"; then
