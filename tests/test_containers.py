@@ -25,7 +25,7 @@ def command_of_kubernetes() -> list[str]:
 
 
 def command_of_skypilot() -> list[str]:
-    words = shlex.split(document("skypilot.yaml")["run"])
+    words = shlex.split(document("skypilot.yaml")["run"].replace("\\\n", " "))
     return words[words.index("/opt/lora_ft/bin/lora-ft") + 1 :]
 
 

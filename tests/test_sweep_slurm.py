@@ -1,5 +1,6 @@
 """Sweeps on Slurm, whose programs are stand-ins that run each batch job as processes of this machine."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -11,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finished import rows_file
+from finished import settings
 from test_sweep_hydra import hashes
 from test_sweep_scheduler import HERE, after_steps, fake_workers, group_sizes, made, outcomes, run, seen, wait_for  # noqa: F401  (a fixture)
-from tiny import tiny_folder
 
 from lora_ft import config, runs
 from lora_ft.cli import composition
 from lora_ft.errors import ConfigError, Interrupted, ResourceError
-from lora_ft.sweeps.executors import EXECUTORS, slurm
+from lora_ft.sweeps.executors import EXECUTORS, children, slurm
+from lora_ft.sweeps.jobs import Job
 
 INTERVAL = 0.2
+REAL_COMMAND = children.command
 
 
 class Cluster:
@@ -299,25 +301,25 @@ def test_sweep_resumed_with_another_executor_leaves_out_the_settings_of_the_firs
 
 
 def test_real_workers_train_the_adapters_of_a_local_sweep(tmp_path: Path, cluster: Cluster, monkeypatch) -> None:
-    """A sweep begun here goes on in batch jobs, one of them requeued; the settings are those of the command line."""
-    monkeypatch.chdir(tmp_path)
-    base, rows = tiny_folder(tmp_path, "llama"), rows_file(tmp_path)
-    given = [f"model.path={base}", f"data.path={rows}", "data.eval_fraction=0.2", "train.max_steps=40", "device=cpu",
-             "train.tokens_per_step=64", "train.save_every_steps=5", "adapter.r=2,4"]  # fmt: skip
+    """One of the two jobs is interrupted: the batch job is requeued, as after a preemption."""
+    monkeypatch.setattr(children, "command", REAL_COMMAND)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    base = settings(tmp_path, "llama")
+    base.train = config.Train(max_steps=40, tokens_per_step=64, samples=0, save_every_steps=5)
+    cfgs = [dataclasses.replace(base, adapter=config.Adapter(r=r)) for r in (2, 4)]
 
-    def start(*words: str) -> subprocess.Popen[str]:
-        return subprocess.Popen([sys.executable, "-m", "lora_ft", "sweep", *words], stderr=subprocess.PIPE, text=True,
-                                env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)  # fmt: skip
+    def swept(name: str, **launcher: Any) -> list[str]:
+        jobs = [Job(number, tmp_path / name / str(number), cfg, []) for number, cfg in enumerate(cfgs)]
 
-    local = start(*given, "hydra.sweep.dir=local")
-    assert local.wait(300) == 0, local.communicate()
-    begun = start(*given, "hydra.sweep.dir=both", "train.max_steps=null", "hydra.launcher.executor=nowhere")
-    assert begun.wait(300) == 2 and "must be one of local, slurm, ray" in begun.communicate()[1]
-    assert not Path("both").exists()
-    settings = ["hydra.launcher.executor=slurm", "hydra.launcher.extra=['--account=lab']"]
-    process = start(*given, "hydra.sweep.dir=both", *settings)
-    wait_for(lambda: any(Path("both").glob("0/checkpoints/step-*")), seconds=120)
-    cluster.call("scontrol", "requeue", "1")
-    assert process.wait(300) == 0, process.communicate()
-    assert hashes(Path("both")) == hashes(Path("local")) and len({*hashes(Path("both"))}) == 2
-    assert cluster.calls("sbatch") == 1 and "--account=lab" in cluster.flags()
+        def watch(running: Any) -> None:
+            if name == "slurm" and not requeued and any((jobs[0].folder / "checkpoints").glob("step-*")):
+                requeued.append(cluster.call("scontrol", "requeue", "1"))
+
+        run(jobs, tmp_path / name, watch, **launcher)
+        assert outcomes(jobs) == ["finished"] * 2
+        return hashes(tmp_path / name)
+
+    requeued: list[None] = []
+    local = swept("local", executor="local")
+    assert swept("slurm", executor="slurm") == local and len({*local, ""}) == 3
+    assert requeued and cluster.calls("sbatch") == 1

@@ -36,7 +36,7 @@ def write_order(group: list[Job], sweep: config.Sweep, folder: Path, *, watch_st
     """Write the order of a new worker of the sweep in `folder`; return the path of its heartbeat."""
     children = folder / runs.CHILDREN
     durable.make_folder(children)
-    number = 1 + max((int(p.stem) for p in children.iterdir() if p.stem.isdecimal()), default=0)
+    number = 1 + max((int(path.name.partition(".")[0]) for path in children.glob("[0-9]*.*")), default=0)
     heartbeat = (children / f"{number}.json").absolute()
     given = [jobs.to_plain(job) for job in group]
     order = {"jobs": given, "heartbeat": str(heartbeat), "sweep": validation.to_plain(sweep)}

@@ -4,6 +4,7 @@ The task starts the same worker process as the other executors, and holds its st
 saves and exits. Ray itself retries nothing, because only the scheduler knows which jobs are left.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -33,17 +34,15 @@ def run_worker(heartbeat: str) -> int:
                                    start_new_session=True)  # fmt: skip
     finally:
         os.close(log)
-    assert process.stdin
-    try:
+    with process, contextlib.suppress(KeyboardInterrupt):  # the task was cancelled; the end closes stdin and waits
+        assert process.stdin
         while process.poll() is None:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
             if stop.exists():
                 process.stdin.close()
                 if stop.read_text("utf-8") == _KILL and process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
-    except KeyboardInterrupt:  # the task was cancelled when it had just begun
-        process.stdin.close()
-    return process.wait()
+    return process.returncode
 
 
 class RayTask(children.Child):
