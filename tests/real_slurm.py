@@ -84,9 +84,9 @@ def started(folder: Path) -> Iterator[Path]:
         for command in (["munged", "--foreground", "--force", f"--key-file={root}/key", f"--socket={root}/munge.socket",
                          f"--pid-file={root}/munge.pid", f"--log-file={root}/munge.log", f"--seed-file={root}/seed"],
                         ["slurmctld", "-D", "-i"], ["slurmd", "-D", "-d", programs / "slurmstepd"]):  # fmt: skip
-            log = (root / f"{command[0]}.out").open("w")
-            daemons.append(subprocess.Popen([programs / command[0], *command[1:]], stdout=log, stderr=log,
-                                            stdin=subprocess.DEVNULL, start_new_session=True))  # fmt: skip
+            with (root / f"{command[0]}.out").open("w") as log:
+                daemons.append(subprocess.Popen([programs / command[0], *command[1:]], stdout=log, stderr=log,
+                                                stdin=subprocess.DEVNULL, start_new_session=True))  # fmt: skip
             if command[0] == "munged":
                 _wait_for(lambda: (root / "munge.socket").exists())
         _wait_for(lambda: "idle" in _output(programs / "sinfo", "--noheader", "--format=%T"))

@@ -31,8 +31,8 @@ class Sweeps:
         self.folder = folder
         bases = ",".join(str(tiny_folder(folder / name, "llama", seed=ord(name))) for name in "ab")
         self._overrides = [f"model.path=choice({bases})", f"data.path={rows_file(folder)}", "data.eval_fraction=0.2",
-                           "adapter.r=2,3,4", "device=cpu", "train.tokens_per_step=64", "train.max_steps=300",
-                           "train.save_every_steps=20", "train.samples=0"]  # fmt: skip
+                           "adapter.r=2,3,4", "device=cpu", "train.tokens_per_step=64", "train.max_steps=120",
+                           "train.save_every_steps=10", "train.samples=0"]  # fmt: skip
 
     def start(self, name: str, *settings: str, path: Path | None = None) -> subprocess.Popen[str]:
         settings = tuple(f"hydra.launcher.{setting}" for setting in settings)
@@ -86,7 +86,7 @@ def jobs_in_queue(slurm: Path) -> dict[str, str]:
 def test_preempted_and_requeued_groups_end_with_the_same_adapters(sweeps: Sweeps, slurm: Path) -> None:
     process = sweeps.start("slurm", "executor=slurm", "partition=low", "max_running=2", "cpus=1", path=slurm)
     sweeps.wait_for_checkpoints("slurm")
-    [first, second] = jobs_in_queue(slurm)
+    first, second = sorted(jobs_in_queue(slurm), key=int)
     subprocess.run([slurm / "scancel", "--batch", "--signal=USR2", first], check=True)  # as before its time limit
     subprocess.run(
         [slurm / "sbatch", "--partition=high", "--ntasks=2", "--output=/dev/null", "--wrap=sleep 1"], check=True

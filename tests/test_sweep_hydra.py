@@ -313,13 +313,20 @@ def test_folder_of_configs_cannot_run_code_through_a_sweeper(trained, rows, capf
 
 @pytest.mark.parametrize(
     "settings",
-    ["setup: [touch gone]", "extra: ['--uid=0']", 'comment: "x\\ntouch gone"', "additional_parameters: {x: y}"],
+    ["setup: [touch gone]", 'comment: "x\\ntouch gone"', "additional_parameters: {x: y}"],
 )
 def test_folder_of_configs_cannot_hold_shell_commands_for_a_cluster(rows, capfd, settings: str) -> None:
     Path("mine/experiment").mkdir(parents=True)
     Path("mine/experiment/bad.yaml").write_text(f"# @package _global_\nhydra: {{launcher: {{{settings}}}}}\n")
     overrides = (rows, "--config-dir", "mine", "experiment=bad", "hydra/launcher=submitit_slurm", "seed=1,2")
     assert "hydra.launcher" in refused(capfd, *overrides, code=9)
+
+
+def test_folder_of_configs_cannot_hold_flags_of_sbatch(rows: str, capfd) -> None:
+    Path("mine/experiment").mkdir(parents=True)
+    Path("mine/experiment/bad.yaml").write_text("# @package _global_\nhydra: {launcher: {extra: ['--uid=0']}}\n")
+    overrides = (rows, "--config-dir", "mine", "experiment=bad", "hydra.launcher.executor=slurm", "seed=1,2")
+    assert "hydra.launcher.extra" in refused(capfd, *overrides, code=9)
 
 
 def test_launcher_of_a_cluster_composes_with_typed_settings(rows: str, capfd) -> None:

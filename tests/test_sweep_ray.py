@@ -25,9 +25,13 @@ class RayError(Exception):
 
 
 class Task:
+    """A task; `instead` is the error that it ends with in place of the exit code of its worker."""
+
     def __init__(self, function: Callable[[str], int], heartbeat: str) -> None:
         self.value: Any = None
-        self.ended, self.is_cancelled = threading.Event(), False
+        self.instead: Exception | None = None
+        self.stop = Path(heartbeat).with_suffix(".stop")
+        self.ended = threading.Event()
         self._call = lambda: function(heartbeat)
         self.thread = threading.Thread(target=self._run)
 
@@ -36,7 +40,7 @@ class Task:
             value = self._call()
         except Exception as error:
             value = self.module.exceptions.RayTaskError(f"{type(error).__name__}: {error}")
-        self.end(value)
+        self.end(self.instead or value)
 
     def end(self, value: Any) -> None:
         if not self.ended.is_set():
@@ -144,8 +148,9 @@ def test_job_of_a_lost_node_continues_from_its_checkpoint_in_another_task(tmp_pa
 
     def lose(running: Any) -> None:
         metrics = jobs[0].folder / runs.METRICS
-        if len(fake.tasks) == 1 and metrics.exists() and metrics.read_bytes().count(b"\n") >= 5:
-            fake.tasks[0].end(fake.exceptions.NodeDied("the node died"))
+        if not fake.tasks[0].instead and metrics.exists() and metrics.read_bytes().count(b"\n") >= 5:
+            fake.tasks[0].instead = fake.exceptions.NodeDied("the node died")
+            fake.tasks[0].stop.touch()
 
     sweep(jobs, tmp_path, lose)
     assert outcomes(jobs) == ["finished"] * 2
@@ -156,8 +161,8 @@ def test_job_without_progress_fails_after_its_retries(tmp_path: Path, fake: Fake
     jobs = made(tmp_path, "hang_loading", "finish")
 
     def lose(running: Any) -> None:
-        if len(seen(jobs[0])) == len(fake.tasks) and not (jobs[0].folder / runs.FAILURE).exists():
-            fake.tasks[-1].end(fake.exceptions.NodeDied("the node died"))
+        if len(seen(jobs[0])) == len(fake.tasks) and not fake.tasks[-1].instead:
+            fake.tasks[-1].instead = fake.exceptions.NodeDied("the node died")
             os.killpg(seen(jobs[0])[-1]["pid"], signal.SIGKILL)
 
     sweep(jobs, tmp_path, lose, retries=2)
@@ -171,8 +176,8 @@ def test_task_that_ends_for_a_reason_of_its_own_fails_its_job(kind: str, tmp_pat
     jobs = made(tmp_path, "long", "finish")
 
     def end(running: Any) -> None:
-        if len(fake.tasks) == 1 and (jobs[0].folder / runs.METRICS).exists():
-            fake.tasks[0].end(getattr(fake.exceptions, kind)("the reason\nand more"))
+        if not fake.tasks[0].instead and (jobs[0].folder / runs.METRICS).exists():
+            fake.tasks[0].instead = getattr(fake.exceptions, kind)("the reason\nand more")
             os.killpg(seen(jobs[0])[-1]["pid"], signal.SIGKILL)
 
     sweep(jobs, tmp_path, end)

@@ -305,14 +305,14 @@ def test_real_workers_train_the_adapters_of_a_local_sweep(tmp_path: Path, cluste
     monkeypatch.setattr(children, "command", REAL_COMMAND)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     base = settings(tmp_path, "llama")
-    base.train = config.Train(max_steps=40, tokens_per_step=64, samples=0, save_every_steps=5)
+    base.train = config.Train(max_steps=12, tokens_per_step=64, samples=0, save_every_steps=2)
     cfgs = [dataclasses.replace(base, adapter=config.Adapter(r=r)) for r in (2, 4)]
 
     def swept(name: str, **launcher: Any) -> list[str]:
         jobs = [Job(number, tmp_path / name / str(number), cfg, []) for number, cfg in enumerate(cfgs)]
 
         def watch(running: Any) -> None:
-            if name == "slurm" and not requeued and any((jobs[0].folder / "checkpoints").glob("step-*")):
+            if name == "batch" and not requeued and any((jobs[0].folder / "checkpoints").glob("step-*")):
                 requeued.append(cluster.call("scontrol", "requeue", "1"))
 
         run(jobs, tmp_path / name, watch, **launcher)
@@ -321,5 +321,5 @@ def test_real_workers_train_the_adapters_of_a_local_sweep(tmp_path: Path, cluste
 
     requeued: list[None] = []
     local = swept("local", executor="local")
-    assert swept("slurm", executor="slurm") == local and len({*local, ""}) == 3
+    assert swept("batch", executor="slurm") == local and len({*local, ""}) == 3
     assert requeued and cluster.calls("sbatch") == 1
