@@ -21,7 +21,7 @@ from tiny import tiny_folder
 
 pytestmark = pytest.mark.cluster
 
-SECONDS = 300
+SECONDS = 180
 
 
 class Sweeps:

@@ -143,8 +143,10 @@ def _connected(address: str | None) -> ModuleType:
     """Return the package, connected to the cluster at `address` or to a new one on this machine."""
     try:
         import ray
-    except ImportError:
-        raise ResourceError("hydra.launcher.executor=ray needs the package ray: pip install 'lora_ft[ray]'") from None
+    except ImportError as error:
+        raise ResourceError(
+            f"hydra.launcher.executor=ray needs the package ray: pip install 'lora_ft[ray]' ({error})"
+        ) from None
     if not ray.is_initialized():
         options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
         if address is None:
