@@ -88,6 +88,7 @@ def test_preempted_and_requeued_groups_end_with_the_same_adapters(sweeps: Sweeps
     sweeps.wait_for_checkpoints("slurm")
     first, second = sorted(jobs_in_queue(slurm), key=int)
     subprocess.run([slurm / "scancel", "--batch", "--signal=USR2", first], check=True)  # as before its time limit
+    wait_for(lambda: "DUE TO JOB REQUEUE" in sweeps.log("slurm", 1), SECONDS)
     subprocess.run(
         [slurm / "sbatch", "--partition=high", "--ntasks=2", "--output=/dev/null", "--wrap=sleep 1"], check=True
     )
@@ -95,8 +96,8 @@ def test_preempted_and_requeued_groups_end_with_the_same_adapters(sweeps: Sweeps
     assert hashes(sweeps.folder / "slurm") == hashes(sweeps.folder / "local"), printed
     assert len([*(sweeps.folder / "slurm" / "children").glob("*.sh")]) == 2
     logs = [sweeps.log("slurm", number) for number in (1, 2)]
-    assert "DUE TO JOB REQUEUE" in logs[0] and "USR2: finishing this step" in logs[0]
-    assert any("DUE TO PREEMPTION" in log for log in logs)
+    assert "SIGUSR2: finishing this step" in logs[0] and "DUE TO PREEMPTION" in logs[1]
+    assert all("resuming after step" in log for log in logs)
     assert {jobs_in_queue(slurm)[number] for number in (first, second)} == {"COMPLETED"}
 
 
