@@ -17,7 +17,8 @@ runs/2026-11-23_10-15-00-123456/
   tracker.json       name and run id of the tracker; tensorboard/, wandb/, mlflow/ hold its local files
   eval.json          written by lora-ft eval; merge.json by lora-ft merge: losses of the two merges of a quantized run
 
-A sweep folder holds a run folder per job, and sweep.json: the overrides of the sweep.
+A sweep folder holds a run folder per job, sweep.json with the overrides of the sweep, and children/ with the files of
+its workers (sweeps/executors/children.py).
 """
 
 import contextlib
@@ -29,6 +30,7 @@ import os
 import platform
 import shlex
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from importlib import metadata
@@ -48,9 +50,11 @@ PACKAGES = ("lora_ft", "torch", "transformers", "peft", "bitsandbytes", "safeten
 METRICS, RESULT, CHECK, CHECKPOINTS = "metrics.jsonl", "result.json", "check.json", "checkpoints"
 FAILURE, OVERRIDES, LOG, SWEEP = "failure.json", "overrides.txt", "log.txt", "sweep.json"
 HALVING = "halving.json"
+CHILDREN = "children"
 CONFUSION = "confusion.png"
 ROWS, EVAL_ROWS = "rows.jsonl", "eval_rows.jsonl"  # given in Python
 _CONFIG, _CHANGED, _ENVIRONMENT = "config.yaml", "changed.json", "environment.json"
+_SECONDS_BETWEEN_LOCKS = 0.2
 _BEFORE_TRAINING = {_CONFIG, OVERRIDES, _ENVIRONMENT, LOG, "tensorboard", CHECK, FAILURE, ROWS, EVAL_ROWS}
 
 
@@ -168,8 +172,8 @@ def read_sweep(folder: Path) -> tuple[list[str], Path | None]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Lock the folder of a run or sweep until the block ends; raises ConfigError if another process has locked it.
+def locked(folder: Path, wait_seconds: float = 0) -> Iterator[None]:
+    """Lock the folder of a run or sweep until the block ends; raises ConfigError if another process keeps it locked.
 
     The kernel releases the lock when the process ends in any way. File systems without locks are used without one.
     """
@@ -177,22 +181,28 @@ def locked(folder: Path) -> Iterator[None]:
     with durable.writing(folder):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        _lock(descriptor, folder)
+        until = time.monotonic() + wait_seconds
+        while not _lock(descriptor):
+            if time.monotonic() >= until:
+                raise ConfigError(f"{folder} is in use by another process: wait until it ends, or use another folder")
+            time.sleep(_SECONDS_BETWEEN_LOCKS)
         yield
     finally:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, folder: Path) -> None:
+def _lock(descriptor: int) -> bool:
+    """Lock an open folder; return False if another process has locked it."""
     import fcntl  # here: native Windows has none, and process.prepare refuses it with a message
 
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ConfigError(f"{folder} is in use by another process: wait until it ends, or use another folder") from None
+        return False
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
             raise
+    return True
 
 
 def exists(folder: Path) -> bool:

@@ -209,7 +209,11 @@ def _broken_combinations(cfg: Any) -> Iterator[str]:
         if isinstance(cfg, SweepRun) and cfg.sweep.halving and not mixing.has_eval_rows(cfg.data):
             yield "sweep.halving needs eval rows: data.eval_fraction or data.eval_path"
     elif isinstance(cfg, Launcher):
-        return
+        if cfg.time_limit and cfg.notice >= 60 * cfg.time_limit:
+            yield (
+                f"hydra.launcher.notice must be below hydra.launcher.time_limit ({cfg.time_limit} minutes), got "
+                f"{cfg.notice} seconds"
+            )
     elif isinstance(cfg, ReportRun):
         if not cfg.sweep:
             yield "sweep is empty: give the folder of a sweep, sweep=FOLDER"

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import sys
+import threading
 from importlib import metadata
 from pathlib import Path
 
@@ -99,6 +100,26 @@ def test_run_folder_is_locked_by_one_process(tmp_path: Path) -> None:
         raise RuntimeError("stop")
     assert not is_locked()
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_lock_of_a_dying_process_is_waited_for(tmp_path: Path) -> None:
+    """For a bounded time: a process that a cluster starts again may meet the one before it."""
+    begun, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with runs.locked(tmp_path):
+            begun.set()
+            leave.wait()
+
+    before = threading.Thread(target=hold)
+    before.start()
+    begun.wait()
+    with pytest.raises(ConfigError, match="in use by another process"), runs.locked(tmp_path, wait_seconds=0.1):
+        raise AssertionError("two processes hold the lock")
+    threading.Timer(0.3, leave.set).start()
+    with runs.locked(tmp_path, wait_seconds=20):
+        assert leave.is_set()
+    before.join()
 
 
 @pytest.mark.parametrize(("number", "is_skipped"), [(errno.ENOLCK, True), (errno.ENOTSUP, True), (errno.EIO, False)])

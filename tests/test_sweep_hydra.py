@@ -312,7 +312,8 @@ def test_folder_of_configs_cannot_run_code_through_a_sweeper(trained, rows, capf
 
 
 @pytest.mark.parametrize(
-    "settings", ["setup: [touch gone]", 'comment: "x\\ntouch gone"', "additional_parameters: {x: y}"]
+    "settings",
+    ["setup: [touch gone]", 'comment: "x\\ntouch gone"', "additional_parameters: {x: y}"],
 )
 def test_folder_of_configs_cannot_hold_shell_commands_for_a_cluster(rows, capfd, settings: str) -> None:
     Path("mine/experiment").mkdir(parents=True)
@@ -321,12 +322,33 @@ def test_folder_of_configs_cannot_hold_shell_commands_for_a_cluster(rows, capfd,
     assert "hydra.launcher" in refused(capfd, *overrides, code=9)
 
 
+def test_folder_of_configs_cannot_hold_flags_of_sbatch(rows: str, capfd) -> None:
+    Path("mine/experiment").mkdir(parents=True)
+    Path("mine/experiment/bad.yaml").write_text("# @package _global_\nhydra: {launcher: {extra: ['--uid=0']}}\n")
+    overrides = (rows, "--config-dir", "mine", "experiment=bad", "hydra.launcher.executor=slurm", "seed=1,2")
+    assert "hydra.launcher.extra" in refused(capfd, *overrides, code=9)
+
+
 def test_launcher_of_a_cluster_composes_with_typed_settings(rows: str, capfd) -> None:
     slurm = ("hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu", "hydra.launcher.setup=[module load cuda]")
     assert call("sweep", rows, *slurm, "adapter.r=4,8,16", "--cfg", "hydra") == 0
     launcher = yaml.safe_load(capfd.readouterr().out)["hydra"]["launcher"]
     assert launcher["_target_"].endswith("SlurmLauncher")
     assert launcher["partition"] == "gpu" and launcher["setup"] == ["module load cuda"]
+
+
+def test_settings_of_a_cluster_are_typed_and_refused_for_another_executor(trained, rows: str, capfd) -> None:
+    slurm = ("hydra.launcher.executor=slurm", "hydra.launcher.extra=['--account=lab']", "hydra.launcher.memory=1.5")
+    assert call("sweep", rows, *slurm, "adapter.r=4,8", "--cfg", "hydra") == 0
+    launcher = yaml.safe_load(capfd.readouterr().out)["hydra"]["launcher"]
+    assert launcher["extra"] == ["--account=lab"] and launcher["memory"] == 1.5
+    assert "hydra.launcher.partition needs hydra.launcher.executor=slurm, got local" in refused(
+        capfd, rows, "hydra.launcher.partition=gpu", "hydra.sweep.dir=here"
+    )
+    assert "hydra.launcher.notice must be below hydra.launcher.time_limit (2 minutes), got 120 seconds" in refused(
+        capfd, rows, "hydra.launcher.executor=slurm", "hydra.launcher.time_limit=2"
+    )
+    assert trained == [] and not Path("here").exists()
 
 
 def test_command_that_makes_no_run_leaves_no_folder(rows: str, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import os
+import platform
 import shlex
 import statistics
 
@@ -194,6 +196,26 @@ def test_running_paused_waiting_and_interrupted_jobs_are_distinguished(tmp_path)
     assert states[3] == (State.waiting, "")
     assert read(folder).jobs[0].state is State.interrupted
     assert report.exit_code(read(folder)) == 3
+
+
+def test_job_of_a_worker_on_another_machine_is_running_while_its_heartbeat_is_young(tmp_path):
+    folder = sweep_folder(tmp_path, ["adapter.r=1"])
+    path = job(folder, 0, ["adapter.r=1"], {"adapter.r": 1}, steps=12)
+    (folder / runs.CHILDREN).mkdir()
+    beat = folder / runs.CHILDREN / "1.json"
+
+    def state(host: str) -> State:
+        beat.write_text(json.dumps({"folder": str(path), "beat": 7, "doing": "step", "host": host}))
+        return read(folder).jobs[0].state
+
+    assert state("another") is State.running
+    assert state(platform.node()) is State.interrupted, "its lock is seen here"
+    state("another")
+    os.utime(beat, (0, 0))
+    assert read(folder).jobs[0].state is State.interrupted
+    for damaged in ("{", "[]", '{"host": "another"}'):
+        beat.write_text(damaged)
+        assert read(folder).jobs[0].state is State.interrupted
 
 
 def test_half_written_line_of_metrics_is_ignored(tmp_path):

@@ -1,5 +1,6 @@
 """Jobs in worker processes: a job that fails, dies or hangs affects no other, and no process is left behind."""
 
+import dataclasses
 import json
 import os
 import re
@@ -15,8 +16,9 @@ import pytest
 
 from lora_ft import config, runs, validation
 from lora_ft.errors import ConfigError, Interrupted, ResourceError
+from lora_ft.settings.model import Model
 from lora_ft.sweeps import devices, scheduler
-from lora_ft.sweeps.executors import EXECUTORS, local
+from lora_ft.sweeps.executors import EXECUTORS, check, children
 from lora_ft.sweeps.executors.interface import Beat
 from lora_ft.sweeps.jobs import Job
 
@@ -25,12 +27,12 @@ HERE = Path(__file__).parent / "sweeps"
 
 @pytest.fixture(autouse=True)
 def fake_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "command", lambda: [sys.executable, "-I", "-S", str(HERE / "fake_worker.py")])
+    monkeypatch.setattr(children, "command", lambda: [sys.executable, "-I", "-S", str(HERE / "fake_worker.py")])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 def use_command(monkeypatch: pytest.MonkeyPatch, *command: str) -> None:
-    monkeypatch.setattr(local, "command", lambda: list(command))
+    monkeypatch.setattr(children, "command", lambda: list(command))
 
 
 def exiting(code: str) -> tuple[str, ...]:
@@ -107,7 +109,7 @@ def test_worker_without_any_outcome_fails_its_first_job_and_keeps_its_log(
     jobs = made(tmp_path, "finish", "finish")
     run(jobs, tmp_path)
     assert all("and without a result before its first step" in outcome for outcome in outcomes(jobs))
-    assert (tmp_path / local.FOLDER / "1.log").read_text() == ("" if code.isdigit() else "no such module\n")
+    assert (tmp_path / runs.CHILDREN / "1.log").read_text() == ("" if code.isdigit() else "no such module\n")
 
 
 @pytest.mark.closes("E05")
@@ -125,7 +127,7 @@ def test_failed_job_runs_again_and_each_worker_has_its_own_log(tmp_path: Path) -
     run(jobs[1:2], tmp_path)
     assert outcomes(jobs) == ["finished"] * 3
     assert [group_sizes(job) for job in jobs] == [[3], [3, 1], [1]]
-    logs = [(tmp_path / local.FOLDER / f"{n}.log").read_text() for n in (1, 2, 3)]
+    logs = [(tmp_path / runs.CHILDREN / f"{n}.log").read_text() for n in (1, 2, 3)]
     assert logs == [f"worker with {count} jobs\n" for count in (3, 1, 1)]
 
 
@@ -251,7 +253,7 @@ def test_error_in_the_parent_ends_its_workers(behaviour: str, tmp_path: Path, mo
 
 
 def test_worker_of_a_killed_parent_saves_and_exits(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, HERE / "parent.py", tmp_path])
+    process = subprocess.Popen([sys.executable, HERE / "parent.py", tmp_path, "local", "slow"])
     job = Job(0, tmp_path / "0", config.TrainRun(), ["slow"])
     wait_for((job.folder / "checkpoint").exists)
     process.kill()
@@ -274,10 +276,10 @@ def state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 20
+def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
+    until = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < until, "waited for 20 s"
+        assert time.monotonic() < until, f"waited for {seconds} s"
         time.sleep(0.02)
 
 
@@ -348,8 +350,13 @@ class InOrder:
     def __init__(self) -> None:
         self.jobs, self.slot = [], "here"
 
-    def slots(self, device, chosen):
+    settings = frozenset()
+
+    def slots(self, device, launcher):
         return ["here"]
+
+    def adopt(self, folder, launcher):
+        return []
 
     def submit(self, group, slot, launcher, sweep, folder):
         for job in group:
@@ -370,5 +377,40 @@ def test_executor_is_one_class_and_one_entry_of_the_table(tmp_path: Path, monkey
     jobs = made(tmp_path, "finish", "finish")
     run(jobs, tmp_path, executor="toy")
     assert outcomes(jobs) == ["finished"] * 2 and seen(jobs[0]) == []
-    with pytest.raises(ConfigError, match=r"hydra\.launcher\.executor must be one of local, toy, got slurm"):
-        run(made(tmp_path / "other", "finish"), tmp_path, executor="slurm")
+    with pytest.raises(ConfigError, match=r"hydra\.launcher\.executor must be one of local, slurm, ray, toy, got pbs"):
+        run(made(tmp_path / "other", "finish"), tmp_path, executor="pbs")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"partition": "gpu"},
+            r"partition needs hydra\.launcher\.executor=slurm, got local: leave out .*partition=gpu",
+        ),
+        ({"gpus": 0, "address": "auto"}, r"(?s)gpus needs .*=slurm or ray, got local.*address needs .*=ray, got local"),
+        ({"executor": "slurm", "devices": ["0"]}, r"devices needs hydra\.launcher\.executor=local, got slurm"),
+        ({"executor": "ray", "time_limit": 5}, r"time_limit needs hydra\.launcher\.executor=slurm, got ray"),
+    ],
+)
+def test_setting_that_the_executor_does_not_honour_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(config.Launcher(**settings))
+
+
+def test_each_setting_is_honoured_by_an_executor() -> None:
+    honoured = {"executor", "share_base"}.union(*(each.settings for each in EXECUTORS.values()))
+    assert honoured == {field.name for field in dataclasses.fields(config.Launcher)}
+
+
+def test_groups_get_their_share_of_the_slots() -> None:
+    def sizes(slots: int, *groups: int) -> list[int]:
+        cfgs = [config.TrainRun(model=Model(path=str(n))) for n, size in enumerate(groups) for _ in range(size)]
+        jobs = [Job(n, Path(str(n)), cfg, []) for n, cfg in enumerate(cfgs)]
+        launcher = config.Launcher(executor="slurm", max_running=slots)
+        return [len(group) for group in scheduler.groups(jobs, launcher)]
+
+    assert sizes(1, 3, 3) == sizes(2, 3, 3) == [3, 3]
+    assert sizes(4, 3, 3) == [2, 1, 2, 1]
+    assert sizes(8, 23, 1) == [3] * 7 + [2, 1]
+    assert sizes(5, 2) == [1, 1]

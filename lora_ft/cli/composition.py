@@ -221,6 +221,8 @@ def _resumed_sweep(line: CommandLine) -> CommandLine:
             f"resume={folder} runs the unfinished jobs of that sweep, with its own overrides: leave out {refused[0]}"
         )
     kept = [o for o in stored if not o.startswith(("resume=", "hydra.sweep.dir="))]
+    if overrides.chosen(added, "hydra.launcher.executor") is not None:  # which refuses the settings of another
+        kept = [o for o in kept if o.startswith("hydra.launcher.share_base=") or not o.startswith("hydra.launcher.")]
     typed = [*kept, *added, "resume=auto", f"hydra.sweep.dir={validation.escape(str(absolute))}"]
     return CommandLine("sweep", typed, multirun=True, config_dir=config_dir)
 

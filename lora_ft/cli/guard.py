@@ -32,7 +32,7 @@ _HYDRA_CODE = {"searchpath", "callbacks", "job_logging", "hydra_logging"}  # of 
 # A file may not hold these either: they change this process's environment, or pretend that a user typed something.
 _TYPED_ONLY = {"env_set", "env_copy", "overrides"}
 _LOGGING = {"version", "root", "disable_existing_loggers"}  # what Hydra's choice `none` sets
-_COMMANDS = ("setup", "additional_parameters")  # of a cluster's launcher: shell commands and their options
+_COMMANDS = ("setup", "additional_parameters", "extra")  # of a cluster's launcher: shell commands and their options
 # A reference that OmegaConf resolves late, in a folder's name for each job of a sweep; behind a backslash it is text.
 _VARIABLE = re.compile(r"(?<!\\)\$\{\s*oc\.env\s*:\s*['\"]?([^\s,}'\"]+)")
 _SEPARATORS = re.compile(r"[.@/: ]")

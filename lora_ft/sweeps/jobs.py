@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_ft import config, validation
+from lora_ft import config, runs, validation
 from lora_ft.errors import ConfigError
 
 _MAY_DIFFER = ("adapter", "optim", "train", "seed", "track", "resume")  # within a group
@@ -71,6 +71,16 @@ def from_plain(plain: dict[str, Any]) -> Job:
 def from_checkpoint(job: Job) -> Job:
     """Return the job with `resume=auto`, to continue from its newest checkpoint if it has one."""
     return dataclasses.replace(job, cfg=dataclasses.replace(job.cfg, resume="auto"))
+
+
+def has_outcome(job: Job) -> bool:
+    return (job.folder / runs.FAILURE).is_file() or runs.is_finished(job.folder, job.cfg)
+
+
+def last_checkpoint(job: Job) -> int:
+    """Return the steps of a job's newest checkpoint, 0 if it has none."""
+    found = (job.folder / runs.CHECKPOINTS).glob("step-[0-9]*")
+    return max((int(path.name.removeprefix("step-")) for path in found), default=0)
 
 
 def warnings(jobs: list[Job], groups: list[list[Job]], sweep: config.Sweep) -> Iterator[str]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_ft import config, runs
-from lora_ft.sweeps import jobs, live, report, scheduler
+from lora_ft.sweeps import executors, jobs, live, report, scheduler
 from lora_ft.sweeps.executors.interface import Handle
 from lora_ft.sweeps.jobs import Job
 
@@ -17,7 +17,11 @@ _SECONDS_BETWEEN_REPORTS = 30.0
 
 
 def launch(planned: list[Job], sweep: config.Sweep, settings: config.Launcher, folder: Path) -> dict[int, float | None]:
-    """Run the jobs that have no result; return the eval loss of each job that then has one, by number."""
+    """Run the jobs that have no result; return the eval loss of each job that then has one, by number.
+
+    Raises ConfigError for settings that the executor does not honour, and the errors of `scheduler.run`.
+    """
+    executors.check(settings)
     for warning in jobs.warnings(planned, scheduler.groups(planned, settings), sweep):
         sys.stderr.write(f"{warning}\n")
     left = [job for job in planned if not runs.is_finished(job.folder, job.cfg)]

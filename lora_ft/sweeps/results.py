@@ -7,11 +7,14 @@ A file may be half written, damaged or from somebody else: its job is then unrea
 read. Numbers that are not finite become None. Texts hold no secrets and no control characters.
 """
 
+import contextlib
 import functools
 import json
 import math
 import os
+import platform
 import shlex
+import time
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
@@ -30,6 +33,7 @@ _FILES = (runs.OVERRIDES, "config.yaml", "changed.json", runs.METRICS, runs.CHEC
 _COMPUTED = ("adapter_bytes", "value", "base_value")
 _OF_SOURCES = ("eval_losses", "base_eval_losses")
 _LARGEST = 1e30  # larger numbers overflow in the transformations of a chart
+_SECONDS_BETWEEN_BEATS = 300.0  # at most, of a worker that runs on another machine
 _POINTS = 120  # of a curve; a chart shows no more, and reading all of a long run takes as long as a training step
 
 
@@ -153,9 +157,9 @@ def read(folder: Path) -> Sweep:
     """Read a sweep folder; raises ConfigError if it has no sweep.json."""
     overrides, config_dir = runs.read_sweep(folder)
     root = folder.absolute()
-    in_use, jobs = _locked_inodes(), []
+    in_use, elsewhere, jobs = _locked_inodes(), _running_elsewhere(root), []
     for number, path in enumerate(_job_folders(root)):
-        is_running = None if in_use is None else path.stat().st_ino in in_use
+        is_running = path in elsewhere or (None if in_use is None else path.stat().st_ino in in_use)
         job = read_job(path, number, path.relative_to(root).as_posix(), is_running)
         is_paused = job.state is State.interrupted and root.stat().st_ino in (in_use or ())
         jobs.append(replace(job, state=State.paused) if is_paused else job)
@@ -379,3 +383,17 @@ def _locked_inodes() -> set[int] | None:
         return None
     locks = [line.split() for line in lines if " FLOCK " in line and "->" not in line]
     return {int(columns[5].rpartition(":")[2]) for columns in locks if len(columns) > 5}
+
+
+def _running_elsewhere(root: Path) -> set[Path]:
+    """Return the folders of the jobs in which workers on other machines made a step in the last minutes."""
+    found = set()
+    for path in (root / runs.CHILDREN).glob("[0-9]*.json"):
+        if not path.stem.isdecimal() or time.time() - path.stat().st_mtime > _SECONDS_BETWEEN_BEATS:
+            continue
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, LoraFtError):
+            untrusted.check_place(path, root)
+            beat = json.loads(path.read_bytes())
+            if beat["host"] != platform.node():
+                found.add(Path(beat["folder"]))
+    return found

@@ -1,18 +1,24 @@
 """The worker process of a sweep: trains its jobs one after the other on one loaded base, each to its outcome.
 
     argument           {"jobs": [{"number": 3, "folder": ..., "cfg": {...}, "overrides": [...]}, ...],
-    (a JSON file)       "heartbeat": FILE, "sweep": {"halving": false, ...}}
-    heartbeat          {"folder": ".../3", "beat": 17, "doing": "step"}     the running job, as of the file's time
+    (a JSON file)       "heartbeat": FILE, "sweep": {"halving": false, ...}, "watch_stdin": true}
+    heartbeat          {"folder": ".../3", "beat": 17, "doing": "step", "host": "node4"}: the running job, as of the
+                       file's time
     exit code          0: every job has its result.json or failure.json
                        BASE_CHANGED: a failed job changed the base; the jobs without an outcome need a new process
 
-stdin stays open while the parent wants the jobs to run. Its end acts as SIGTERM: the step is finished, the state saved.
+With watch_stdin, stdin stays open while the parent wants the jobs to run. Its end acts as SIGTERM: the step is
+finished, the state saved.
+
+A cluster starts a worker again that it has preempted, with the same order: the jobs that have an outcome are skipped,
+and the others continue from their checkpoints.
 """
 
 import gc
 import json
 import logging
 import os
+import platform
 import signal
 import sys
 import threading
@@ -38,6 +44,8 @@ from lora_ft.training.state import TrainingState
 
 log = logging.getLogger("lora_ft")
 
+_SECONDS_TO_UNLOCK = 120.0  # NFS 4 releases the locks of a dead machine after 90 s
+
 
 class Heartbeat(Callback):
     """Writes the running job and its phase into one file, so that the parent sees a job that hangs."""
@@ -47,7 +55,8 @@ class Heartbeat(Callback):
 
     def beat(self, folder: Path, doing: str) -> None:
         self._beats += 1
-        durable.beat(self._path, json.dumps({"folder": str(folder), "beat": self._beats, "doing": doing}))
+        record = {"folder": str(folder), "beat": self._beats, "doing": doing, "host": platform.node()}
+        durable.beat(self._path, json.dumps(record))
 
     def on_start(self, state: TrainingState) -> None:
         self.beat(state.folder, "end" if state.is_done else "step")
@@ -69,14 +78,17 @@ class StopAtStart(Callback):
 def main() -> int:
     process.prepare()
     order = json.loads(Path(sys.argv[1]).read_bytes())
-    threading.Thread(target=_stop_at_end_of_stdin, daemon=True).start()
-    group = [jobs.from_plain(job) for job in order["jobs"]]
+    if order["watch_stdin"]:
+        threading.Thread(target=_stop_at_end_of_stdin, daemon=True).start()
+    group, heartbeat = [jobs.from_plain(job) for job in order["jobs"]], Path(order["heartbeat"])
+    if heartbeat.exists():  # started before
+        group = [jobs.from_checkpoint(job) for job in group if not jobs.has_outcome(job)]
     sweep = config.Sweep(**order["sweep"])
     halving = Halving(sweep.eta, sweep.min_steps) if sweep.halving and len(group) > 1 else None
     if any(job.cfg.train.deterministic for job in group):
         fix_workspace()  # before the first job, which may be another one, starts CUDA
     with on_signals() as stop:
-        worker = Worker(Heartbeat(Path(order["heartbeat"])), stop)
+        worker = Worker(Heartbeat(heartbeat), stop)
         try:
             return worker.run_with_halving(group, halving) if halving else worker.run(group)
         except Interrupted as error:
@@ -112,8 +124,8 @@ class Worker:
         metrics = {job.cfg.train.best_metric for job in group}
         metric = metrics.pop() if len(metrics) == 1 else LOSS
         for rung in halving.rungs():
-            for job in list(active):
-                if _last_checkpoint(job) < rung and self._train(job, until=rung):
+            for job in list(active):  # each pause at a rung saves a checkpoint
+                if jobs.last_checkpoint(job) < rung and self._train(job, until=rung):
                     active.remove(job)
                 if self._base_has_changed:
                     return BASE_CHANGED
@@ -138,7 +150,8 @@ class Worker:
         self._heartbeat.beat(job.folder, "loading")
         with displayed(job.folder) as progress:
             try:
-                with runs.locked(job.folder):
+                # The process that had a resumed job before may still be saving, or dying on another machine.
+                with runs.locked(job.folder, wait_seconds=_SECONDS_TO_UNLOCK if job.cfg.resume else 0):
                     if job.number not in self._begun:
                         runs.begin(job.folder, job.cfg, job.overrides)
                         self._begun.add(job.number)
@@ -156,15 +169,9 @@ class Worker:
         return True
 
 
-def _last_checkpoint(job: Job) -> int:
-    """Return the steps of a job's newest checkpoint, 0 if it has none; each pause at a rung saves one."""
-    found = (job.folder / runs.CHECKPOINTS).glob("step-[0-9]*")
-    return max((int(path.name.removeprefix("step-")) for path in found), default=0)
-
-
 def _value_at(job: Job, rung: int, metric: str) -> float | None:
     """Return the metric of a job paused at a rung; None if it passed the rung or was not evaluated there."""
-    if _last_checkpoint(job) != rung or _passed(job) >= rung:
+    if jobs.last_checkpoint(job) != rung or _passed(job) >= rung:
         return None
     return next((row.get(f"eval_{metric}") for row in runs.read_metrics(job.folder) if row["step"] == rung), None)
 

@@ -1,7 +1,7 @@
 """Faults at disk operations: a run that is killed, or whose disk is full or broken, resumes to the same result.
 
-Faults are at every seventh or ninth operation after a random first one, and at every operation with -m nightly. Each test runs
-loop.py in its own single-threaded process, which forks for every fault, and checks its output.
+Faults are at every seventh or ninth operation after a random first one, and at every operation with -m nightly. Each
+test runs loop.py in its own single-threaded process, which forks for every fault, and checks its output.
 """
 
 import json

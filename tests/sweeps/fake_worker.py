@@ -1,6 +1,6 @@
 """A stand-in for `python -m lora_ft.sweeps.worker`: its files, its heartbeat and its exit codes, without a model.
 
-The first override of a job is its behaviour: finish, fail, exit, kill, crash, hang, memory, taint, slow, deaf,
+The first override of a job is its behaviour: finish, fail, exit, kill, crash, hang, memory, taint, slow, long, deaf,
 hang_loading or kill_loading.
 """
 
@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-STEPS = 3
+STEPS, LONG = 3, 40
 DELAY = 0.05
 
 
@@ -37,6 +37,9 @@ def end(code: int) -> None:
 
 
 def must_stop() -> bool:
+    if not order["watch_stdin"]:
+        time.sleep(DELAY)
+        return signal.SIGUSR2 in received
     readable, _, _ = select.select([0], [], [], DELAY)
     return bool(readable) and not os.read(0, 1)
 
@@ -67,11 +70,12 @@ def step(job: dict) -> bool:
     if does == "deaf":
         time.sleep(DELAY)
         return True
-    if does == "slow":
+    if does in ("slow", "long"):
         if must_stop():
-            (Path(job["folder"]) / "checkpoint").write_text(str(job["step"]))
-            end(128 + signal.SIGTERM)
-        return True
+            save(job)
+            end(128 + (received or [signal.SIGTERM])[0])
+        if does == "slow" or job["step"] < LONG:
+            return True
     if job["step"] < STEPS:
         return True
     write(job, "result.json", {"eval_loss": 1.5, "steps": job["step"], "train_seconds": 0.1})
@@ -91,10 +95,24 @@ def begin(job: dict) -> None:
         file.write(json.dumps(seen) + "\n")
 
 
+def save(job: dict) -> None:
+    folder = Path(job["folder"])
+    (folder / "checkpoint").write_text(str(job["step"]))
+    (folder / "checkpoints" / f"step-{job['step']}").mkdir(parents=True, exist_ok=True)
+
+
+def has_outcome(job: dict) -> bool:
+    return any((Path(job["folder"]) / name).exists() for name in ("result.json", "failure.json"))
+
+
 order = json.loads(Path(sys.argv[1]).read_text())
 group = order["jobs"]
 for signum in (signal.SIGINT, signal.SIGTERM):  # the parent closes stdin instead; SIGTERM by somebody else ends it
     signal.signal(signum, lambda signum, _: end(128 + signum))
+received: list[int] = []
+signal.signal(signal.SIGUSR2, lambda signum, _: received.append(signum))
+if Path(order["heartbeat"]).exists():
+    group = [{**job, "cfg": {**job["cfg"], "resume": "auto"}} for job in group if not has_outcome(job)]
 sys.stdout.write(f"worker with {len(group)} jobs\n")
 for job in group:
     begin(job)
@@ -104,10 +122,12 @@ for job in group:
         case "kill_loading":
             os.kill(os.getpid(), signal.SIGKILL)
         case "hang_loading":
-            time.sleep(60)
+            while not received:
+                time.sleep(DELAY)
+            end(128 + received[0])
         case "taint":
             fail(job, "ConfigError", 2, "tainted")
             end(75)
     while step(job):
-        (Path(job["folder"]) / "checkpoint").write_text(str(job["step"]))
+        save(job)
 end(0)

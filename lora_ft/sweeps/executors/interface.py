@@ -1,8 +1,11 @@
 """The interface between the scheduler of a sweep and its executors. No torch here.
 
-slots(device)                       the slots for such jobs; one group runs in a slot at a time
+settings                            the settings of hydra.launcher that the executor honours
+slots(device, launcher)             the slots for such jobs; one group runs in a slot at a time
 submit(group, slot, ...) -> Handle  start a worker that trains the jobs of a group, in order
+adopt(folder) -> [Handle]           the workers of an earlier command that still run
 handle.ended()                      None while the worker runs, then its exit code
+handle.lost()                       True if a machine failed, and not a job: the running job continues in a new worker
 """
 
 from dataclasses import dataclass
@@ -31,7 +34,13 @@ class Handle(Protocol):
     slot: str
 
     def ended(self) -> int | None:
-        """Return the exit code, negative for a signal; None while the worker runs. Called many times a second."""
+        """Return the exit code, negative for a signal; None while the worker runs. Called many times a second.
+
+        A worker that waits for a machine, or that its cluster starts again, runs.
+        """
+
+    def lost(self) -> bool:
+        """Return True if the worker has ended for a reason outside of its jobs, such as a lost machine."""
 
     def beat(self) -> Beat:
         """Return the job that is running, and its phase."""
@@ -49,10 +58,15 @@ class Handle(Protocol):
 class Executor(Protocol):
     """Runs groups of jobs."""
 
-    def slots(self, device: str, chosen: list[str]) -> list[str]:
-        """Return the slots for jobs with this setting `device`; `chosen` is hydra.launcher.devices."""
+    settings: frozenset[str]  # of hydra.launcher, besides executor and share_base
+
+    def slots(self, device: str, launcher: config.Launcher) -> list[str]:
+        """Return the slots for jobs with this setting `device`."""
 
     def submit(
         self, group: list[Job], slot: str, launcher: config.Launcher, sweep: config.Sweep, folder: Path
     ) -> Handle:
         """Start a worker for a group of the sweep in `folder`; raises ResourceError if it cannot be started."""
+
+    def adopt(self, folder: Path, launcher: config.Launcher) -> list[Handle]:
+        """Return the workers that an earlier command started for the sweep in `folder` and that have not ended."""
