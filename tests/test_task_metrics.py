@@ -239,6 +239,7 @@ def test_jobs_of_two_objectives_are_ranked_together_by_a_metric_each_beside_its_
     assert written["best_job"] == "2" and written["leaderboards"][0]["base_value"] is None
     page = (folder / "report.html").read_text()
     assert "base 0.0200" in page and "base 0.6900" in page  # of the best job
+    assert page.count("Step 0 is the base; with a head, its random start.") == 1
 
 
 def test_jobs_on_other_rows_are_not_compared_by_a_metric(tmp_path: Path) -> None:
