@@ -15,14 +15,15 @@ Config = TypeVar("Config")
 
 def to_plain(cfg: Any) -> dict[str, Any]:
     """Convert a config to plain dicts, lists and scalars, with enums by name, as in config.yaml."""
-    return {f.name: _plain(getattr(cfg, f.name)) for f in dataclasses.fields(cfg)}
+    return {f.name: plain_value(getattr(cfg, f.name)) for f in dataclasses.fields(cfg)}
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
+    """Convert the value of a setting to plain values; keys of mappings become texts, as in JSON."""
     if dataclasses.is_dataclass(value):
         return to_plain(value)
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {str(key).lower() if isinstance(key, bool) else str(key): plain_value(v) for key, v in value.items()}
     return value.value if isinstance(value, Enum) else value
 
 

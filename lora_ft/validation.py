@@ -30,6 +30,7 @@ from lora_ft.config import (
 )
 from lora_ft.conversion import escape as escape
 from lora_ft.conversion import from_plain as from_plain
+from lora_ft.conversion import plain_value
 from lora_ft.conversion import to_plain as to_plain
 from lora_ft.conversion import typed as typed
 from lora_ft.errors import ConfigError
@@ -260,7 +261,7 @@ def changes(stored: dict[str, Any], cfg: Any) -> dict[str, Any]:
     """
     plain, changed, refused = to_plain(cfg), {}, []
     for setting in settings(type(cfg)):
-        before, now = _at(stored, setting), _at(plain, setting)
+        before, now = plain_value(_at(stored, setting)), _at(plain, setting)
         if before == now or setting.key == "resume":
             continue
         higher = None not in (before, now) and setting.on_resume is OnResume.higher

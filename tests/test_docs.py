@@ -145,7 +145,7 @@ def test_command_runs_as_written(page: str, command: str, folders: dict[str, Pat
     elif "resume=auto" in words or resumed:
         short = ("device=cpu", *_TRAIN[:5]) if resumed else _TRAIN
         short = (*(s for s in short if not s.startswith("train.max_steps")), "train.max_steps=1")
-    if words[0] == "train" and words[1].startswith("experiment=") and short:
+    if words[0] in ("train", "sweep") and words[1].startswith("experiment=") and short:
         short = (*short, "optim.warmup_steps=0")
     if any("data.sources" in word or word == "experiment=domain" for word in words):
         short = (*short, *_FEW)

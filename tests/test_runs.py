@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from lora_ft import config, runs, validation
+from lora_ft.data import labels
 from lora_ft.errors import CheckpointError, ConfigError
 from lora_ft.io import durable
 
@@ -158,6 +159,20 @@ def test_run_is_reopened_unless_finished_and_not_extended(
     assert (folder / runs.RESULT).exists() == (finished and not longer)
     assert runs.read_config(folder) == validation.to_plain(cfg)
     assert (folder / "changed.json").exists() == bool(change)
+
+
+@pytest.mark.parametrize("values", [(0, 1), (1, "other"), (True, False), (0.5, 2)])
+def test_keys_of_a_mapping_are_the_same_in_yaml_in_json_and_in_runs_that_stored_numbers(values: tuple) -> None:
+    """As those of data.labels: a sweep gives its jobs to its workers in JSON, whose keys are texts."""
+    given = dict(zip(values, ("negative", "positive"), strict=True))
+    cfg = config.TrainRun(data=config.Data(path="x", labels=given))
+    plain = validation.to_plain(cfg)
+    assert validation.changes(json.loads(json.dumps(plain)), cfg) == {}
+    assert validation.changes(plain | {"data": plain["data"] | {"labels": given}}, cfg) == {}
+    assert json.dumps(validation.lasting(cfg), sort_keys=True)  # sorts no texts among numbers
+    assert labels.of(validation.from_plain(config.TrainRun, plain).data) == labels.of(cfg.data)
+    with pytest.raises(ConfigError, match=r"data\.labels"):
+        validation.changes(plain | {"data": plain["data"] | {"labels": {"2": "negative"}}}, cfg)
 
 
 def test_changes_of_several_resumes_accumulate(tmp_path: Path) -> None:

@@ -187,17 +187,17 @@ def test_halving_stops_the_jobs_with_the_worse_metric() -> None:
     assert Halving(3, 20).stopped(20, values, num_beyond=0).keys() == {1, 2}
 
 
-def result(f1: float, rows: str = "a") -> dict[str, Any]:
-    return {"best_metric": "macro_f1", "metrics": {"macro_f1": f1}, "base_metrics": {"macro_f1": 0.31},
+def result(f1: float, rows: str = "a", base: float = 0.31) -> dict[str, Any]:
+    return {"best_metric": "macro_f1", "metrics": {"macro_f1": f1}, "base_metrics": {"macro_f1": base},
             "eval_rows_sha256": rows}  # fmt: skip
 
 
 def test_a_sweep_is_ranked_by_the_metric_of_its_jobs(tmp_path: Path) -> None:
-    """Also where the losses say the opposite and cannot be compared, as those of two objectives."""
+    """Also where the losses say the opposite."""
     folder = sweep_folder(tmp_path, ["adapter.r=4,8,16", "train.best_metric=macro_f1"])
     for number, (r, loss, f1) in enumerate(((4, 2.0, 0.7), (8, 2.2, 0.9), (16, 2.1, 0.8))):
         settings = {"adapter.r": r, "train.best_metric": "macro_f1"}
-        job(folder, number, [f"adapter.r={r}"], settings, loss=loss, base_loss=3.0 + r, result=result(f1))
+        job(folder, number, [f"adapter.r={r}"], settings, loss=loss, result=result(f1))
     ranking = leaderboard.rank(results.read(folder))
     [board] = ranking.boards
     assert [one.name for one in board.ranked] == ["1", "2", "0"] and ranking.best == board.ranked[0]
@@ -215,6 +215,31 @@ def test_a_sweep_is_ranked_by_the_metric_of_its_jobs(tmp_path: Path) -> None:
     written = json.loads((folder / "report.json").read_text())
     assert (written["metric"], written["best_job"]) == ("macro_f1", "1")
     assert "Eval macro_f1 against rank" in (folder / "report.html").read_text()
+
+
+def test_jobs_of_two_objectives_are_ranked_together_by_a_metric_each_beside_its_own_base(tmp_path: Path) -> None:
+    folder = sweep_folder(tmp_path, ["adapter.r=4,8", "objective=sft,classification", "train.best_metric=macro_f1"])
+    for number, (head, r, f1) in enumerate(((False, 4, 0.7), (False, 8, 0.6), (True, 4, 0.9), (True, 8, 0.8))):
+        settings = {"adapter.r": r, "train.best_metric": "macro_f1", "objective.name": ["sft", "classification"][head]}
+        base_loss, base = (0.69, 0.02) if head else (3.5, 0.31)
+        job(folder, number, [], settings, loss=0.5, base_loss=base_loss, result=result(f1, base=base))
+    ranking = leaderboard.rank(results.read(folder))
+    [board] = ranking.boards
+    assert [one.name for one in board.ranked] == ["2", "3", "0", "1"]
+    assert board.base_loss is None and board.base_value is None  # there are two
+    [table] = tables.tables(ranking)
+    assert "The base of a head is the class frequencies of the training rows." in table.note
+    titles = [column.title for column in table.columns]
+    shown = [[row.cells[titles.index(name)].text for name in ("job", "eval macro_f1", "eval loss", "perplexity")]
+             for row in table.rows]  # fmt: skip
+    assert shown[:3] == [["base of 2, 3", "0.0200", "0.6900", ""], ["base of 0, 1", "0.3100", "3.5000", "33.12"],
+                         ["2", "0.9000", "0.5000", ""]]  # fmt: skip
+    report.write(folder, pictures=False)
+    written = json.loads((folder / "report.json").read_text())
+    assert written["best_job"] == "2" and written["leaderboards"][0]["base_value"] is None
+    page = (folder / "report.html").read_text()
+    assert "base 0.0200" in page and "base 0.6900" in page  # of the best job
+    assert page.count("Step 0 is the base; with a head, its random start.") == 1
 
 
 def test_jobs_on_other_rows_are_not_compared_by_a_metric(tmp_path: Path) -> None:

@@ -6,12 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from sweep_folders import metrics
 
 from lora_ft.io import durable
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks" / "tasks"))
 
+import curves  # noqa: E402
 import run  # noqa: E402
 import table  # noqa: E402
 
@@ -77,3 +80,24 @@ def test_table_has_means_intervals_and_the_range_of_the_seeds(tmp_path: Path) ->
 def test_table_of_the_page_is_that_of_the_results() -> None:
     page = (ROOT / "docs" / "tasks.md").read_text("utf-8")
     assert table.markdown(run.read_results(run.RESULTS)) in page
+
+
+def test_curves_are_those_of_the_runs_and_seeds_share_a_panel(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("topic-adapter-0", "topic-adapter-12", "answer-adapter-0")]
+    for folder in folders:
+        folder.mkdir()
+        metrics(folder, steps=8, begin=3.0, end=2.0, evaluations=2)
+    train, evaluated = curves.losses(folders[0])
+    assert [step for step, _ in train] == list(range(1, 9)) and evaluated[0] == (0, 3.0) and len(evaluated) == 3
+    figure = curves.draw(folders)
+    assert [(axes.get_title(), len(axes.lines)) for axes in figure.axes] == [
+        ("topic-adapter", 4),
+        ("answer-adapter", 2),
+    ]
+    assert figure.axes[0].lines[1].get_xydata().tolist() == [list(point) for point in evaluated]
+    together = curves.draw(folders, together=True)
+    assert [len(axes.lines) for axes in together.axes] == [6]
+    assert [text.get_text() for text in together.axes[0].get_legend().get_texts()] == [f.name for f in folders]
+    assert curves.main([str(tmp_path / "a.png"), *map(str, folders)]) == 0
+    picture = Image.open(tmp_path / "a.png").convert("RGB")
+    assert picture.getpixel((0, 0)) == (255, 255, 255) and len(picture.getcolors()) > 2

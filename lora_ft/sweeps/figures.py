@@ -120,14 +120,19 @@ def _eval_loss(ranking: Ranking, axes: "Axes") -> str:
     for job in ranking.sweep.jobs:
         if job.curve.eval_losses:
             _plot(axes, job, job.curve.eval_losses, label=f"job {job.name}")
-    return "Step 0 is the base."
+    return _step_zero(ranking)
 
 
 def _eval_values(ranking: Ranking, axes: "Axes") -> str:
     for job in ranking.sweep.jobs:
         if job.curve.values:
             _plot(axes, job, job.curve.values, label=f"job {job.name}")
-    return "Step 0 is the base."
+    return _step_zero(ranking)
+
+
+def _step_zero(ranking: Ranking) -> str:
+    has_head = any(job.has_head for job in ranking.sweep.jobs)
+    return "Step 0 is the base; with a head, its random start." if has_head else "Step 0 is the base."
 
 
 def _against_rank(ranking: Ranking, board: Board, axes: "Axes") -> str:

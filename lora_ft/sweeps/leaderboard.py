@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +48,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Board:
-    """Finished jobs evaluated on the same rows, best first; jobs without a finite value of the metric come last."""
+    """Finished jobs evaluated on the same rows, best first; jobs without a finite value of the metric come last.
+
+    base_loss: None if it is unknown or if the jobs have several bases.
+    """
 
     eval_tokens: int | None
     base_loss: float | None
@@ -63,10 +67,16 @@ class Board:
 
     @property
     def base_value(self) -> float | None:
-        """The value of the metric for the base; None if it is unknown."""
-        if self.metric == LOSS:
-            return self.base_loss
-        return next((job.figures.base_value for job in self.ranked if job.figures.base_value is not None), None)
+        """The value of the metric for the base; None if it is unknown or if the jobs have several bases."""
+        return base_value_of(self.bases[0], self.metric) if len(self.bases) == 1 else None
+
+    @property
+    def bases(self) -> tuple[tuple[JobResult, ...], ...]:
+        """The jobs of each base, that of the best job first. A metric compares jobs on several bases and with a head.
+
+        What stands for the base of a head is the class frequencies of the training rows.
+        """
+        return _by_base(self.ranked)
 
 
 @dataclass(frozen=True)
@@ -110,6 +120,12 @@ def rank(sweep: Sweep) -> Ranking:
 def value_of(job: JobResult, metric: str) -> float | None:
     """Return the eval loss of a finished job, or the value of the metric that it was ranked by."""
     return job.figures.eval_loss if metric == LOSS else job.figures.value
+
+
+def base_value_of(jobs: tuple[JobResult, ...], metric: str) -> float | None:
+    """Return the value of the metric for the base of jobs that have the same one; None if it is unknown."""
+    values = (job.figures.base_eval_loss if metric == LOSS else job.figures.base_value for job in jobs)
+    return next((value for value in values if value is not None), None)
 
 
 def _cost(value: float | None, metric: str) -> float:
@@ -159,19 +175,29 @@ def _comparable(jobs: tuple[JobResult, ...], metric: str) -> list[list[JobResult
             by_rows.setdefault(job.eval_rows, []).append(job)
         return sorted(by_rows.values(), key=len, reverse=True)
 
-    def rows(job: JobResult) -> tuple[tuple[bool, int], float]:
-        base = job.figures.base_eval_loss
-        return (job.has_head, job.figures.eval_tokens or 0), math.inf if base is None else base
+    groups = _by_base(sorted((job for job in jobs if job.is_finished), key=_losses_of))
+    return sorted(map(list, groups), key=len, reverse=True)
 
+
+def _by_base(jobs: Iterable[JobResult]) -> tuple[tuple[JobResult, ...], ...]:
+    """Group jobs by the loss of their base on their rows, in the order of the first job of each group."""
     groups: list[list[JobResult]] = []
-    for job in sorted((job for job in jobs if job.is_finished), key=rows):
-        kind, base = rows(job)
-        before = rows(groups[-1][0]) if groups else (None, 0.0)
-        if before[0] == kind and math.isclose(before[1], base, rel_tol=_SAME_LOSS):
-            groups[-1].append(job)
+    for job in jobs:
+        kind, base = _losses_of(job)
+        for group in groups:
+            own, loss = _losses_of(group[0])
+            if own == kind and math.isclose(loss, base, rel_tol=_SAME_LOSS):
+                group.append(job)
+                break
         else:
             groups.append([job])
-    return sorted(groups, key=len, reverse=True)
+    return tuple(map(tuple, groups))
+
+
+def _losses_of(job: JobResult) -> tuple[tuple[bool, int], float]:
+    """Return what the losses of a job are of, and the loss of its base."""
+    base = job.figures.base_eval_loss
+    return (job.has_head, job.figures.eval_tokens or 0), math.inf if base is None else base
 
 
 def _board(jobs: list[JobResult], columns: tuple[str, ...], metric: str) -> Board:
@@ -183,7 +209,7 @@ def _board(jobs: list[JobResult], columns: tuple[str, ...], metric: str) -> Boar
     first = jobs[0].figures
     return Board(
         first.eval_tokens,
-        first.base_eval_loss,
+        first.base_eval_loss if len(_by_base(jobs)) == 1 else None,
         tuple(sorted(jobs, key=lambda job: _cost(value_of(job, metric), metric))),
         tuple(sorted(settings, key=lambda setting: _cost(setting.mean, metric))),
         metric,

@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_ft import metric_table
 from lora_ft.metric_table import LOSS
-from lora_ft.sweeps.leaderboard import SEED, Board, Ranking, value_of, values_of
+from lora_ft.sweeps.leaderboard import SEED, Board, Ranking, base_value_of, value_of, values_of
 from lora_ft.sweeps.results import JobResult, State, finite
 
 _STATUS = 48  # characters of a reason in a leaderboard
@@ -82,7 +82,7 @@ def tables(ranking: Ranking) -> Iterator[Table]:
 
 def _leaderboard(ranking: Ranking, board: Board, title: str, rest: Sequence[JobResult]) -> Table:
     def loss(job: JobResult) -> Cell:
-        missing = "not finite" if job.is_finished and board.base_loss else ""
+        missing = "not finite" if job.is_finished and job.figures.base_eval_loss else ""
         return _number(job.figures.eval_loss, loss_text, missing)
 
     def figure(name: str, form: str, unit: float = 1) -> Callable[[JobResult], Cell]:
@@ -103,14 +103,21 @@ def _leaderboard(ranking: Ranking, board: Board, title: str, rest: Sequence[JobR
         Column("status", lambda job: Cell(status(job)), kind="status"),
     ]
     rows = _rows(columns, [*board.ranked, *rest])
-    if board.base_value is not None:
-        base = {"job": Cell("base"), "eval loss": _number(board.base_loss, loss_text),
-                "perplexity": _perplexity(board.base_loss, board.ranked),
-                metric_table.title(board.metric): _number(board.base_value, loss_text)}  # fmt: skip
-        of_sources = next((job.figures.base_eval_losses for job in board.ranked), {})
-        base |= {f"eval loss {name}": _number(loss, loss_text) for name, loss in of_sources.items()}
-        rows.insert(0, Row(tuple(base.get(column.title, Cell()) for column in columns)))
-    return Table("leaderboard", title, _note(ranking, board), columns, rows)
+    return Table("leaderboard", title, _note(ranking, board), columns, [*_base_rows(board, columns), *rows])
+
+
+def _base_rows(board: Board, columns: list[Column]) -> Iterator[Row]:
+    """Yield a row for each base of the jobs, if the metric of the board is known for it."""
+    for jobs in board.bases:
+        if (value := base_value_of(jobs, board.metric)) is None:
+            continue
+        loss, of_sources = jobs[0].figures.base_eval_loss, jobs[0].figures.base_eval_losses
+        names = ", ".join(job.name for job in sorted(jobs, key=lambda job: job.number))
+        cells = {"job": Cell(f"base of {names}" if len(board.bases) > 1 else "base"),
+                 "eval loss": _number(loss, loss_text), "perplexity": _perplexity(loss, jobs)}  # fmt: skip
+        cells |= {f"eval loss {name}": _number(loss, loss_text) for name, loss in of_sources.items()}
+        cells |= {metric_table.title(board.metric): _number(value, loss_text)}
+        yield Row(tuple(cells.get(column.title, Cell()) for column in columns))
 
 
 def _source_columns(board: Board) -> Iterator[Column]:
@@ -140,6 +147,8 @@ def _note(ranking: Ranking, board: Board) -> str:
         notes.append(f"Losses over the same {board.eval_tokens:,} eval tokens.")
     elif board.ranked:
         notes.append("The eval loss of the base is unknown, so the jobs are not ranked.")
+    if any(job.has_head for job in board.ranked):
+        notes.append("The base of a head is the class frequencies of the training rows.")
     if len(ranking.boards) > 1:
         notes.append(f"Do not compare {'losses' if board.metric == LOSS else board.metric} of different leaderboards: "
                      "their eval rows or bases differ.")  # fmt: skip
