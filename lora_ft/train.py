@@ -156,7 +156,8 @@ def _train_job(
     for reason in loaded.accelerated.reasons:
         log.info(reason)
     base, dataset = loaded.base, shared.rows.dataset
-    if changes_base := init.find(cfg.adapter.init).changes_base:
+    changes_base = init.find(cfg.adapter.init).changes_base
+    if changes_base or ranks.shards:
         shared.base = None  # the next job loads its own
     log.info(str(dataset.report))
     callback = Callbacks([*trackers.callbacks(cfg.track), *callbacks] if ranks.is_main else [])
