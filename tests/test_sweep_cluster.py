@@ -117,7 +117,7 @@ def test_batch_jobs_of_a_killed_command_are_adopted(sweeps: Sweeps, slurm: Path)
     process = sweeps.start("adopted", "executor=slurm", "max_running=2", path=slurm)
     sweeps.wait_for_checkpoints("adopted")
     process.kill()
-    process.wait()
+    process.communicate()
     finished(sweeps.resume("adopted", "slurm", path=slurm))
     assert len(jobs_in_queue(slurm).keys() - before) == 2
     assert hashes(sweeps.folder / "adopted") == hashes(sweeps.folder / "local")
