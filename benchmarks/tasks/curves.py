@@ -43,7 +43,7 @@ def panels(folders: list[Path], together: bool) -> dict[str, list[Path]]:
 
 
 def draw(folders: list[Path], together: bool = False) -> Any:
-    """Return the figure; the scale of losses is logarithmic."""
+    """Return the figure; the scale of losses is logarithmic, and linear for runs that are compared in one panel."""
     from matplotlib.figure import Figure
 
     found = panels(folders, together)
@@ -53,7 +53,7 @@ def draw(folders: list[Path], together: bool = False) -> Any:
     figure = Figure(figsize=size, layout="constrained", facecolor="white")
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, (title, own) in zip(grid, found.items(), strict=False):
-        _panel(axes, own)
+        _panel(axes, own, is_log=not together)
         axes.set_title(title, fontsize=9)
         if together:
             axes.legend(fontsize=8, frameon=False)
@@ -64,7 +64,7 @@ def draw(folders: list[Path], together: bool = False) -> Any:
     return figure
 
 
-def _panel(axes: Any, folders: list[Path]) -> None:
+def _panel(axes: Any, folders: list[Path], is_log: bool) -> None:
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
     seen: list[float] = []
@@ -74,10 +74,11 @@ def _panel(axes: Any, folders: list[Path]) -> None:
         axes.plot(*zip(*smoothed(train), strict=True), color=color, linewidth=1, alpha=0.6)
         axes.plot(*zip(*evaluated, strict=True), "o--", color=color, markersize=4, linewidth=1, label=folder.name)
         seen += [loss for _, loss in [*train, *evaluated]]
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)) if max(seen) > 8 * min(seen) else MaxNLocator(4))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    if is_log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)) if max(seen) > 8 * min(seen) else MaxNLocator(4))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.grid(axis="y", color=GRID)
     axes.set_axisbelow(True)
