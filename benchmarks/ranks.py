@@ -43,7 +43,7 @@ def run(kind: str, quant: str, folder: Path) -> dict[str, float]:
 
 
 def launch(ranks: int, threads: int, words: list[str], **more: str) -> str:
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0", *words]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone", *words]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)} | more
     made = subprocess.run(command if ranks > 1 else [sys.executable, *words], env=environment, capture_output=True,
                           text=True, check=False)  # fmt: skip

@@ -224,7 +224,7 @@ def test_error_ends_all_ranks_with_one_message(tmp_path: Path, more: list[str], 
 @pytest.mark.nightly
 def test_torchrun_and_accelerate_launch_start_the_ranks(tmp_path: Path) -> None:
     for number, launcher in enumerate((
-        ["torch.distributed.run", "--nproc-per-node=2", "--master-port=0"],
+        ["torch.distributed.run", "--nproc-per-node=2", "--standalone"],
         ["accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes=2", "--num_machines=1",
          "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"],
     )):  # fmt: skip
