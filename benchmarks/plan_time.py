@@ -40,7 +40,6 @@ from lora_ft.models.load import Base, Identity, load_tokenizer  # noqa: E402
 from lora_ft.ops.device import CPU  # noqa: E402
 from lora_ft.ops.dropout import switch_off_dropout  # noqa: E402
 from lora_ft.ops.gradient_checkpointing import recomputed_layers  # noqa: E402
-from lora_ft.training.ranks import Ranks  # noqa: E402
 from lora_ft.training.shared import load  # noqa: E402
 from lora_ft.training.state import TrainingState, attached  # noqa: E402
 from lora_ft.training.step import read  # noqa: E402
@@ -174,8 +173,8 @@ def steps_of(case: Case, base: Base, paths: Any) -> list[float]:
 def timed(state: TrainingState) -> Iterator[float]:
     for _ in range(STEPS + 1):
         begun = time.perf_counter()
-        step = compute_gradient(state, Ranks(), audited=False)
-        read([step], Ranks())
+        step = compute_gradient(state, audited=False)
+        read([step], ALONE)
         apply_gradient(state, step)
         yield time.perf_counter() - begun
 

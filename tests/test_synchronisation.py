@@ -71,7 +71,7 @@ def reads_of_a_step(state: TrainingState, monkeypatch: pytest.MonkeyPatch) -> li
     assert len(made["batches"]) > 1
     monkeypatch.setattr(trainer, "micro_batches", on_the_device)
     with monkeypatch.context() as patched, Reads(patched) as reads:
-        trainer._step(state, trainer.Callbacks([]), trainer.Ranks(), {}, None, audited=False)
+        trainer._step(state, trainer.Callbacks([]), {}, None, audited=False)
     return reads.names
 
 
