@@ -40,6 +40,7 @@ from lora_ft.models.load import Base, Identity, load_tokenizer  # noqa: E402
 from lora_ft.ops.device import CPU  # noqa: E402
 from lora_ft.ops.dropout import switch_off_dropout  # noqa: E402
 from lora_ft.ops.gradient_checkpointing import recomputed_layers  # noqa: E402
+from lora_ft.ops.ranks import ALONE  # noqa: E402
 from lora_ft.training.shared import load  # noqa: E402
 from lora_ft.training.state import TrainingState, attached  # noqa: E402
 from lora_ft.training.step import read  # noqa: E402
