@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from finished import settings
 
 from lora_ft import config, runs, validation
 from lora_ft.errors import ConfigError
+from lora_ft.ops.ranks import ALONE
 from lora_ft.sweeps import jobs, worker
 from lora_ft.training import deterministic, shared
 from lora_ft.training.deterministic import deterministic_kernels, fix_workspace
@@ -71,7 +73,8 @@ def test_job_trains_in_its_mode(is_on: bool, tmp_path: Path, monkeypatch) -> Non
     """The command, the Python API and the jobs of a sweep all call train_job."""
     train, seen = importlib.import_module("lora_ft.train"), []
     monkeypatch.setattr(train, "_train_job", lambda *_: seen.append(mode()[0]))
-    train.train_job(config.TrainRun(device="cpu", train=config.Train(deterministic=is_on)), tmp_path, shared=None)
+    cfg = config.TrainRun(device="cpu", train=config.Train(deterministic=is_on))
+    train.train_job(cfg, tmp_path, shared=SimpleNamespace(ranks=ALONE, base=None))
     assert seen == [is_on] and mode()[0] is False
 
 
@@ -94,7 +97,8 @@ def test_worker_fixes_the_workspace_for_its_later_jobs(tmp_path: Path, monkeypat
     for last in (False, True):
         cfgs = [config.TrainRun(), config.TrainRun(train=config.Train(deterministic=last))]
         group = [jobs.to_plain(jobs.Job(n, tmp_path / str(n), cfg, [])) for n, cfg in enumerate(cfgs)]
-        order = {"jobs": group, "heartbeat": "beat", "sweep": validation.to_plain(config.Sweep())}
+        order = {"jobs": group, "heartbeat": "beat", "sweep": validation.to_plain(config.Sweep()),
+                 "watch_stdin": True}  # fmt: skip
         (tmp_path / "order.json").write_text(json.dumps(order))
         monkeypatch.setattr(sys, "argv", ["worker", str(tmp_path / "order.json")])
         assert worker.main() == 0
