@@ -149,5 +149,4 @@ def answered() -> Iterator[None]:
         raise
     except RuntimeError as error:
         late = "timed out" in str(error).lower() or "timeout" in str(error).lower()
-        what = "does not answer (dist.timeout)" if late else "has ended"
-        raise LostRank(f"another rank {what}") from error
+        raise LostRank("another rank does not answer (dist.timeout)" if late else "another rank has ended") from error
