@@ -165,7 +165,8 @@ def _train_job(
         log.info("%s parameters train, %d steps", f"{state.num_trainable:,}", len(state.steps))
         try:
             checkpoint.resume(state)
-            ranks.check_equal("the settings, rows, base and adapter (hashes)", [state.inputs, state.values_hash()])
+            if ranks.world_size > 1:
+                ranks.check_equal("the settings, rows, base and adapter (hashes)", [state.inputs, state.values_hash()])
             auto.settle(state)
             if ranks.on_main(runs.keep_changes, folder, cfg):
                 state.stopped_by = None  # what a callback stopped is continued by asking for more steps

@@ -49,7 +49,7 @@ _MOST_LOGITS = 1 << 26  # values of logits in memory at once
 
 @dataclass
 class LabelScorer:
-    """Floats the labels of a set of prompts; the model is checked at the first call.
+    """Scores the labels of a set of prompts; the model is checked at the first call.
 
     tokens_per_batch: most tokens of a forward pass, if one prompt with its longest label fits.
     problem: why labels do not share the computation of their prompt; "" if they do, None before the first call.

@@ -27,7 +27,7 @@ from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from lora_ft.errors import ConfigError
+from lora_ft.errors import ConfigError, LostRank
 from lora_ft.models.fingerprint import frozen_tensors
 from lora_ft.ops.gradient_checkpointing import recomputable_layers
 from lora_ft.ops.ranks import Ranks, answered
@@ -136,7 +136,7 @@ def sharded(model: PreTrainedModel, ranks: Ranks) -> Iterator[Shards | None]:
         for hook in hooks:
             hook.remove()
         for unit in made.units:
-            with contextlib.suppress(Exception):  # of a lost rank, whose error is on its way
+            with contextlib.suppress(LostRank):  # the error of the block is on its way
                 unit.free()
 
 
@@ -157,16 +157,13 @@ def _frozen_groups(model: PreTrainedModel, layers: Sequence[nn.Module]) -> list[
     """
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     owners = [ends[0], *layers, ends[1]]
-    found = [list(frozen_tensors(owner)) if owner is not None else [] for owner in owners]
-    count = Counter(id(tensor) for tensors in found for tensor in {id(t): t for t in tensors}.values())
-    if ends[1] is not None:
-        of_embedding = {id(tensor) for tensor in found[0]}
-        count.subtract(id(tensor) for tensor in found[-1] if id(tensor) in of_embedding)
-        found[-1] = [tensor for tensor in found[-1] if id(tensor) not in of_embedding]
+    found = [{id(t): t for t in frozen_tensors(owner)} if owner is not None else {} for owner in owners]
+    for key in found[0]:
+        found[-1].pop(key, None)
+    count = Counter(key for tensors in found for key in tensors)
     device = next(model.parameters()).device
     groups = [
-        list({id(t): t for t in tensors if count[id(t)] == 1 and t.device == device and t.nbytes}.values())
-        for tensors in found
+        [t for key, t in tensors.items() if count[key] == 1 and t.device == device and t.nbytes] for tensors in found
     ]
     taken = {id(tensor) for tensors in groups for tensor in tensors}
     return [*groups, [tensor for tensor in frozen_tensors(model) if id(tensor) not in taken]]
@@ -200,19 +197,23 @@ def _hooked(model: PreTrainedModel, layers: Sequence[nn.Module], shards: Shards)
 
 def _before(shards: Shards, index: int) -> Any:
     def need(*_: Any) -> None:
-        in_backward = torch._C._current_graph_task_id() != -1  # the layer is recomputed
-        shards.need(index, index - 1 if in_backward else index + 1)
+        shards.need(index, index - 1 if _in_backward() else index + 1)  # in backward, the layer is recomputed
 
     return need
 
 
 def _after(shards: Shards, index: int, head: int | None) -> Any:
     def hook(_: nn.Module, __: Any, output: Any) -> None:
-        in_backward = torch._C._current_graph_task_id() != -1
+        if _in_backward():
+            return
         states = output[0] if isinstance(output, tuple) else output
-        if states.requires_grad and not in_backward:
+        if states.requires_grad:
             states.register_hook(lambda _: shards.need(index, index - 1))
-        if head is not None and not in_backward:  # in training, the backward begins with this layer
+        if head is not None:  # in training, the backward begins with this layer
             shards.need(head, index if torch.is_grad_enabled() else 1)
 
     return hook
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1

@@ -92,11 +92,10 @@ def resume(state: TrainingState) -> None:
     found = state.folder / FOLDER / name
     saved = _read_state(found)
     _check_inputs(found, saved["inputs"], state.inputs)
+    _fill(state, saved, found / TENSORS)
     if state.ranks.is_main:
         for difference in _differences({"ranks": 1} | saved["environment"], _environment(state)):
             log.warning("resuming in another environment, so the result may differ in its last bits: %s", difference)
-    _fill(state, saved, found / TENSORS)
-    if state.ranks.is_main:
         durable.cut(state.folder / runs.METRICS, saved["metrics_bytes"])
         for path in _all(found.parent):
             if path.name > found.name:  # damaged; the log names it

@@ -58,9 +58,7 @@ def repeated(state: TrainingState, compute: Callable[[], Found]) -> Found:
         try:
             found = compute()
         except Exception as error:
-            can_shrink = errors.out_of_memory("train", error) and not state.ranks.shards
-            smaller = _smaller(state) if can_shrink else None
-            if smaller is None:
+            if not errors.out_of_memory("train", error) or _smaller(state) is None:
                 raise
             reason = errors.out_of_memory_reason(error)
             _free(error)
@@ -77,11 +75,13 @@ def repeated(state: TrainingState, compute: Callable[[], Found]) -> Found:
             log.warning("%s: step %d is repeated in micro-batches of at most %s tokens", reason, step, tokens)
 
 
+def _may_shrink(state: TrainingState) -> bool:
+    return state.cfg.train.on_oom is config.OnOom.shrink and state.packs and not state.ranks.shards
+
+
 def _first_reason(state: TrainingState, reason: str | None) -> str | None:
     """Return the reason of the first rank that ran out of memory, None if none did."""
-    if state.cfg.train.on_oom is not config.OnOom.shrink or state.ranks.shards:
-        return reason
-    for rank, each in enumerate(state.ranks.gathered(reason)):
+    for rank, each in enumerate(state.ranks.gathered(reason) if _may_shrink(state) else []):
         if each is not None:
             return f"rank {rank}: {each}" if rank else str(each)
     return None
@@ -92,7 +92,7 @@ def _smaller(state: TrainingState) -> int | None:
 
     Half of the setting would be the same micro-batches again in a step that does not fill them.
     """
-    if state.cfg.train.on_oom is not config.OnOom.shrink or not state.packs:
+    if not _may_shrink(state):
         return None
     batches = micro_batches(state.documents(), state.tokens_per_microbatch, state.packs)
     largest = max(len(batch.ids) for batch in batches)

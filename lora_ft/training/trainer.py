@@ -63,7 +63,11 @@ def fit(
     state.model.train()
     first = state.step
     state.agree_to_stop()
-    with stop.between_steps(), recomputed_layers(state.base, state.gradient_checkpointing), _saved_if_alone(state):
+    with (
+        stop.between_steps(),
+        recomputed_layers(state.base, state.gradient_checkpointing),
+        _saved_if_a_rank_is_lost(state),
+    ):
         while not (state.is_done or (until is not None and state.step >= until)):
             _step(state, callback, base_losses, until, audited=state.step == first)
             state.agree_to_stop()
@@ -162,7 +166,7 @@ def _continuation(state: TrainingState) -> str:
 
 
 @contextlib.contextmanager
-def _saved_if_alone(state: TrainingState) -> Iterator[None]:
+def _saved_if_a_rank_is_lost(state: TrainingState) -> Iterator[None]:
     """Save the state if another rank is lost in the block: until a step's gradient is complete, nothing has changed."""
     try:
         yield
@@ -175,7 +179,8 @@ def _saved_if_alone(state: TrainingState) -> Iterator[None]:
 def compute_gradient(state: TrainingState, *, audited: bool) -> Step:
     """Compute the gradient of the next step, summed over ranks, divided and clipped; the device is not waited for."""
     started, index = time.perf_counter(), state.step
-    packed, parts = repeated(state, partial(loss_sums, state))
+    examples = state.documents()
+    packed, parts = repeated(state, partial(loss_sums, state, examples))
     scale = _scale_of(state)
     state.ranks.sum(state.flat.gradients)
     (weight,) = state.ranks.totals([sum(part.weight for part in parts)])
@@ -186,7 +191,6 @@ def compute_gradient(state: TrainingState, *, audited: bool) -> Step:
     norm = optimizers.clip(state.flat.gradients, state.cfg.optim.max_grad_norm)
     names = ["loss", *state.objective.metrics]
     sums = [part.sum if name == "loss" else part.metrics[name] for name in names for part in parts]
-    examples = state.documents()
     facts = {
         "rows": len(examples),
         "tokens": sum(len(example.ids) for example in examples),
@@ -207,12 +211,12 @@ def compute_gradient(state: TrainingState, *, audited: bool) -> Step:
     )
 
 
-def loss_sums(state: TrainingState) -> tuple[list[Batch], list[LossSum]]:
-    """Add the gradients of this rank's micro-batches of the next step, from zero.
+def loss_sums(state: TrainingState, examples: Sequence[Example]) -> tuple[list[Batch], list[LossSum]]:
+    """Add the gradients of this rank's micro-batches of the next step, whose examples are given, from zero.
 
     Returns the micro-batches of the whole step, and the loss sums of those of this rank.
     """
-    packed = micro_batches(state.documents(), state.tokens_per_microbatch, state.packs)
+    packed = micro_batches(examples, state.tokens_per_microbatch, state.packs)
     scale = _scale_of(state)
     state.flat.gradients.zero_()
     parts: list[LossSum] = []
